@@ -140,7 +140,8 @@ class Display:
 
             table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
             for column, is_right in zip(columns, right, strict=True):
-                table.add_column(Text(column), justify="right" if is_right else "left")
+                justify = "right" if is_right else "left"
+                table.add_column(Text(column), justify=justify, overflow="fold")
             for row in rows:
                 table.add_row(*(Text(cell) for cell in row))
             self._console.print()
@@ -259,9 +260,8 @@ class Display:
             grid.add_row(spinner, Text(stage.title), bar, stage.progress(), Text(time_text, "dim"))
         lines = [grid]
         if stages and stages[-1].fields:
-            lines.append(
-                Text("   " + " · ".join(stages[-1].measured()), "dim", overflow="ellipsis")
-            )
+            measured = "  " + " · ".join(stages[-1].measured())
+            lines.append(Text(measured, "dim", no_wrap=True, overflow="ellipsis"))
         return Group(*lines)
 
     def _plain(self, text: str) -> None:

@@ -35,7 +35,7 @@ def number(value: float) -> str:
     """Integers with thousands separators, others with three significant digits."""
     if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
         return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:#.3g}".rstrip(".")  # "0.100" beside "0.213": a field keeps its width
 
 
 def labelled(name: str, value: object) -> str:
