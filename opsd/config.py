@@ -1,0 +1,303 @@
+"""The configuration of a run: what a YAML file may say, its defaults, and its checks.
+
+Each section is a pydantic model; a field's description is what `opsd train --help` prints. Unknown keys are errors that
+suggest the nearest name. Nothing here imports torch, so that a bad file is refused within a second.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from opsd.errors import UserError
+
+STUDENT_TEMPLATE = (
+    "{{ problem }}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+)
+TEACHER_TEMPLATE = (
+    "{{ problem }}\n\nHere is a reference solution:\n{{ solution }}\n\nUnderstand it, then solve the problem "
+    "in your own words. Please reason step by step, and put your final answer within \\boxed{}."
+)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    path: str = Field(
+        description="A transformers directory, a hub name, or the directory of a GGUF file."
+    )
+    gguf_file: str | None = Field(None, description="The GGUF file's name inside `path`.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention implementation of transformers."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that a hub repository ships. Only for those you trust."
+    )
+
+
+class DataSection(Section):
+    source: str = Field(
+        description="A .jsonl, .json or .parquet file, a directory saved by `datasets`, a hub name, or reasoning_gym:<task>."
+    )
+    columns: dict[str, str] = Field(
+        {}, description="Our column → theirs, for problem, solution, answer; dots reach inside."
+    )
+    split: str = Field("train", description="Split of a dataset that has several.")
+    limit: int | None = Field(None, ge=1, description="Use at most this many rows.")
+    size: int | None = Field(None, ge=1, description="reasoning_gym: how many problems to draw.")
+    options: dict[str, Any] = Field({}, description="reasoning_gym: the task's own options.")
+
+
+class PromptsSection(Section):
+    student: str = Field(
+        STUDENT_TEMPLATE,
+        description="The student's user message; a Jinja template over the row's columns.",
+    )
+    teacher: str = Field(
+        TEACHER_TEMPLATE,
+        description="The teacher's user message. Problem first, solution after it.",
+    )
+    system: str | None = Field(None, description="A system message for both roles.")
+    target: str = Field(
+        "{{ solution }}", description="method sft: the text to learn, over the row's columns."
+    )
+    student_chat: dict[str, Any] = Field(
+        {}, description="The student's chat-template arguments, such as enable_thinking: false."
+    )
+    teacher_chat: dict[str, Any] = Field({}, description="The teacher's chat-template arguments.")
+    too_long: Literal["error", "skip"] = Field(
+        "error",
+        description="A row whose context and rollout do not fit the model's window: stop, or leave it out and count it.",
+    )
+
+
+class TeacherSection(Section):
+    policy: Literal["initial", "live"] = Field(
+        "initial",
+        description="Whose weights score the rollouts: those of step 0, or the current ones.",
+    )
+
+
+class RolloutSection(Section):
+    engine: Literal["generate", "continuous"] = Field(
+        "generate",
+        description="transformers' generate in length-sorted batches, or its continuous batching.",
+    )
+    per_problem: int = Field(1, ge=1, description="Rollouts a problem (G).")
+    max_new_tokens: int = Field(1024, ge=1, description="Longest rollout, in tokens.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 is off.")
+    top_k: int = Field(0, ge=0, description="Sample among the k likeliest; 0 is off.")
+    batch_size: int = Field(64, ge=1, description="Sequences decoded at once.")
+
+
+class LossSection(Section):
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl", description="opsd: D(teacher ‖ student), see docs."
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="opsd: the teacher's share in jsd's mixture.")
+    temperature: float = Field(1.0, gt=0, description="opsd: divides both roles' logits.")
+    clip: Literal["none", "entry", "token"] = Field(
+        "none",
+        description="opsd: bound each vocabulary entry's part (the official code's; can invert the gradient), or each token's.",
+    )
+    clip_threshold: float = Field(0.05, gt=0, description="opsd: the clip's bound τ, in nats.")
+    scale_advantages: bool = Field(
+        True, description="grpo: divide advantages by the group's standard deviation."
+    )
+    roles: list[Literal["student", "teacher"]] = Field(
+        ["student"],
+        min_length=1,
+        description="sft: whose contexts the target follows. Both: the cold start.",
+    )
+    backend: Literal["auto", "torch", "cpp"] = Field("auto", description="The kernel's backend.")
+    memory_budget: int | None = Field(
+        None, ge=1 << 20, description="Bytes of logits the kernel may hold; none: its own choice."
+    )
+
+
+class TrainSection(Section):
+    steps: int = Field(100, ge=1, description="Optimizer steps.")
+    problems_per_step: int = Field(32, ge=1, description="Problems a step.")
+    learning_rate: float = Field(5e-6, gt=0, description="Highest learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Learning rate after the warm-up."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first beta.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second beta.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm; 0 is off.")
+    micro_batch_tokens: int = Field(
+        8192, ge=1, description="Tokens (padding included) that one forward may hold."
+    )
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16",
+        description="Weights and optimizer are fp32; bf16: forward, backward and rollouts in bf16.",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in backward: less memory, a third more time."
+    )
+    seed: int = Field(0, ge=0, description="Seed of data order and sampling.")
+    save_every: int = Field(
+        0, ge=0, description="Checkpoint each so many steps; 0: only at the end."
+    )
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
+
+
+class EvalSection(Section):
+    source: str | None = Field(
+        None, description="Held-out problems, as data.source; none: taken from data.source."
+    )
+    columns: dict[str, str] | None = Field(None, description="As data.columns, for eval.source.")
+    split: str = Field("test", description="As data.split, for eval.source.")
+    options: dict[str, Any] | None = Field(None, description="As data.options, for eval.source.")
+    problems: int = Field(200, ge=0, description="Held-out problems; 0: no evaluation.")
+    every: int = Field(
+        0, ge=0, description="Evaluate each so many steps; 0: only before and after."
+    )
+    teacher: bool = Field(
+        False, description="Evaluate the teacher's prompt too, once, before training."
+    )
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Longest answer; none: the rollout's."
+    )
+    batch_size: int = Field(64, ge=1, description="Sequences decoded at once.")
+    samples: int = Field(
+        3, ge=0, description="Held-out problems whose completions are kept for the report."
+    )
+
+
+class OutputSection(Section):
+    dir: str = Field("runs/opsd", description="The run's directory.")
+    report_to: list[Literal["wandb", "tensorboard"]] = Field(
+        [], description="Also log there, through transformers' Trainer."
+    )
+
+
+class Config(Section):
+    """A training run."""
+
+    method: Literal["opsd", "grpo", "sft"] = Field(
+        "opsd", description="On-policy self-distillation, GRPO, or SFT on the solutions."
+    )
+    model: ModelSection
+    data: DataSection
+    prompts: PromptsSection = PromptsSection()
+    teacher: TeacherSection = TeacherSection()
+    rollout: RolloutSection = RolloutSection()
+    loss: LossSection = LossSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Config":
+        if self.method == "grpo" and self.rollout.per_problem < 2:
+            raise ValueError(
+                f"rollout.per_problem is {self.rollout.per_problem}: grpo compares a problem's rollouts with each other "
+                "and needs at least 2"
+            )
+        if self.train.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"train.warmup_steps is {self.train.warmup_steps}: it may be at most train.steps ({self.train.steps})"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.field=value` overrides, and check the result.
+
+    Raises UserError: file missing, not YAML, unknown keys (with the nearest name), wrong types or values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"CONFIG is {str(path)!r}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path} holds {type(values).__name__}: it must hold sections such as model: and data:"
+        )
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """Check a dictionary of sections and return the Config. Raises UserError."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config (all defaults filled in) as YAML."""
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+    path.write_text(text)
+
+
+def describe() -> Iterator[tuple[str, str, str, str]]:
+    """Every field as (section, name, default, description), for `--help`."""
+    for section, field in Config.model_fields.items():
+        if section == "method":
+            yield "", "method", "opsd", f"{field.description} (opsd | grpo | sft)"
+            continue
+        for name, inner in field.annotation.model_fields.items():
+            default = "required" if inner.is_required() else str(inner.get_default())
+            yield section, name, default, inner.description + _choices(inner.annotation)
+
+
+def _choices(annotation: Any) -> str:
+    if getattr(annotation, "__origin__", None) is Literal:
+        return f" ({' | '.join(annotation.__args__)})"
+    return ""
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override is {override!r}: it must look like train.learning_rate=1e-5")
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise UserError(f"override is {override!r}: {key!r} is not a section")
+    try:
+        values[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[keys[-1]] = text
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic error as a sentence: the field, the value, what is allowed."""
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        where = f"in section {'.'.join(location[:-1])!r}" if len(location) > 1 else "at the top"
+        return f"unknown key {location[-1]!r} {where}; {hint}"
+    if problem["type"] == "missing":
+        return f"{name} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    return f"{name} is {problem['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _known(location: Sequence[str]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)

@@ -1,0 +1,132 @@
+"""Loading a causal language model and its tokenizer, and the few facts about it that training needs."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from opsd.config import ModelSection
+from opsd.errors import UserError
+
+
+def load_model(
+    section: ModelSection, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in fp32 (the optimizer's master weights) and its tokenizer.
+
+    Raises UserError when there is no such model, or its tokenizer has no end-of-sequence token.
+    """
+    path = Path(section.path)
+    if section.gguf_file and not (path / section.gguf_file).is_file():
+        raise UserError(
+            f"model.gguf_file is {section.gguf_file!r}: no such file in {section.path!r}"
+        )
+    if path.is_dir() and not section.gguf_file and not (path / "config.json").is_file():
+        hint = ", ".join(file.name for file in sorted(path.glob("*.gguf")))
+        hint = f"; for a GGUF file set model.gguf_file ({hint})" if hint else ""
+        raise UserError(f"model.path is {section.path!r}: a directory without config.json{hint}")
+    arguments = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    if section.gguf_file:
+        arguments["gguf_file"] = section.gguf_file
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(section.path, **arguments)
+            model = AutoModelForCausalLM.from_pretrained(
+                section.path,
+                dtype=torch.float32,
+                attn_implementation=section.attention,
+                **arguments,
+            )
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.path is {section.path!r}: neither a model directory nor a hub model that can be reached ({first})"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.path is {section.path!r}: its tokenizer has no eos_token to end a rollout"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # lengths, never ids, decide what is padding
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"model.path is {section.path!r}: its tokenizer has {len(tokenizer)} tokens, its model only "
+            f"{model.config.vocab_size}"
+        )
+    if section.gguf_file:
+        # The weights are plain fp32 now, but transformers 5 keeps the file's quantisation in the config, and
+        # save_pretrained then refuses to write them.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+    model.config.use_cache = True
+    return model.to(device).eval(), tokenizer
+
+
+def copy_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A frozen copy in `dtype`, with weights tied as in the original."""
+    twin = type(model)._from_config(model.config, dtype=dtype).to(model.device)
+    update_copy(twin, model)
+    twin.generation_config = model.generation_config
+    return twin.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_copy(twin: nn.Module, model: nn.Module) -> None:
+    """Copy the current weights and buffers of `model` into `twin`."""
+    source = dict(model.named_parameters())
+    for name, parameter in twin.named_parameters():
+        parameter.copy_(source[name])
+    buffers = dict(model.named_buffers())
+    for name, buffer in twin.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def head_arguments(model: PreTrainedModel) -> dict[str, Any]:
+    """How this model turns hidden states into logits, as opsd_kernels takes it: logit_scale and logit_softcap."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return {"logit_scale": scale, "logit_softcap": getattr(config, "final_logit_softcapping", None)}
+
+
+def head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """The output head: weight [V, D] and bias [V] or None."""
+    layer = model.get_output_embeddings()
+    return layer.weight, getattr(layer, "bias", None)
+
+
+def window(model: PreTrainedModel) -> int | None:
+    """The longest sequence that the model's positions allow, or None where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a rollout: the tokenizer's end of sequence and those of the generation config."""
+    extra = model.generation_config.eos_token_id
+    extra = [extra] if isinstance(extra, int) else (extra or [])
+    return frozenset([tokenizer.eos_token_id, *extra])
+
+
+@contextmanager
+def _quiet():
+    """No progress bars and load reports of transformers inside our own display."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
