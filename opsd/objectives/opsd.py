@@ -1,0 +1,61 @@
+"""On-policy self-distillation: the student's rollout, scored token by token by the teacher.
+
+The student sees the problem, the teacher the problem and a solution. At each rollout token n the
+loss is D(p_T(·|n) ‖ p_S(·|n)) over the whole vocabulary; its gradient flows through the student
+only. The step's loss is the mean over all its rollout tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opsd.config import LossSection
+from opsd.hidden import rollout_hidden_states
+from opsd.models import head, head_arguments
+from opsd.objectives.base import Sample, Totals, token_weights
+from opsd_kernels import Clip, linear_divergence
+
+
+class OPSD:
+    """The divergence between `teacher` (frozen, or the live model) and the model that trains."""
+
+    def __init__(self, section: LossSection, teacher: PreTrainedModel):
+        self.section, self.teacher = section, teacher
+        self.clip = None if section.clip == "none" else Clip(section.clip, section.clip_threshold)
+
+    def loss(self, model: PreTrainedModel, samples: Sequence[Sample], totals: Totals) -> Tensor:
+        """See `Objective.loss`; each sample's roles are (student, teacher)."""
+        with torch.no_grad():
+            teacher = rollout_hidden_states(self.teacher, [s.roles[1] for s in samples])
+        student = rollout_hidden_states(model, [s.roles[0] for s in samples])
+        weight, bias = head(model)
+        teacher_weight, teacher_bias = head(self.teacher)
+        result = linear_divergence(
+            student,
+            teacher.to(student.dtype),
+            weight,
+            teacher_weight.to(weight.dtype),
+            bias=bias,
+            teacher_bias=None if teacher_bias is None else teacher_bias.to(weight.dtype),
+            divergence=self.section.divergence,
+            beta=self.section.beta,
+            temperature=self.section.temperature,
+            token_weight=token_weights(samples, student.device),
+            clip=self.clip,
+            reduction="sum",
+            memory_budget=self.section.memory_budget,
+            backend=self.section.backend,
+            **head_arguments(model),
+        )
+        measures = {
+            "divergence": result.per_token.mean().item(),
+            "student_entropy": result.student_entropy.mean().item(),
+            "teacher_entropy": result.teacher_entropy.mean().item(),
+        }
+        if self.clip is not None:
+            measures["clipped_fraction"] = float(result.clipped_fraction)
+            measures["opposed_fraction"] = float(result.opposed_fraction)
+        totals.add(len(student), **measures)
+        return result.loss

@@ -1,0 +1,56 @@
+"""What every sampler takes and gives."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch_size: int = 64
+
+    def generation_arguments(self) -> dict:
+        """The same, in transformers' words."""
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the model wrote after a context: token ids, the stop token included if it came."""
+
+    ids: list[int]
+    finished: bool  # False: cut at max_new_tokens
+
+
+class Sampler(Protocol):
+    """Samples one rollout a context, in the contexts' order."""
+
+    def sample(
+        self,
+        contexts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Rollout]:
+        """One rollout a context; `progress(sequences, tokens)` is called as they are done."""
+        ...
+
+
+def cut(ids: Sequence[int], stops: frozenset[int]) -> Rollout:
+    """The rollout up to and with its first stop token."""
+    for position, token in enumerate(ids):
+        if token in stops:
+            return Rollout(list(ids[: position + 1]), True)
+    return Rollout(list(ids), False)

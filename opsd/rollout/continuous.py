@@ -1,0 +1,51 @@
+"""Rollouts by transformers' continuous batching: finished sequences make room for waiting ones."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from opsd.rollout.base import Rollout, Sampling, cut
+
+
+class ContinuousSampler:
+    """`generate_batch`, which pays where lengths differ much: nobody waits for the longest."""
+
+    def __init__(self, model: PreTrainedModel, stops: frozenset[int]):
+        self.model, self.stops = model, stops
+
+    @torch.no_grad()
+    def sample(
+        self,
+        contexts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Rollout]:
+        """One rollout a context, in order; see `Sampler.sample`."""
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(self.stops),
+            pad_token_id=min(self.stops),
+            **sampling.generation_arguments(),
+        )
+        # generate_batch leaves the model in eval() and with another attention: put both back.
+        was_training = self.model.training
+        attention = self.model.config._attn_implementation
+        try:
+            outputs = self.model.generate_batch(
+                inputs=[list(context) for context in contexts],
+                generation_config=config,
+                progress_bar=False,
+            )
+        finally:
+            if self.model.config._attn_implementation != attention:
+                self.model.set_attn_implementation(attention)
+            self.model.train(was_training)
+        # Keyed by request id, numbered in the order they were given.
+        ordered = sorted(outputs.items(), key=lambda item: int(item[0].rsplit("_", 1)[-1]))
+        rollouts = [cut(output.generated_tokens, self.stops) for _, output in ordered]
+        if len(rollouts) != len(contexts):
+            raise RuntimeError(f"{len(contexts)} contexts gave {len(rollouts)} rollouts")
+        if progress:
+            progress(len(rollouts), sum(len(rollout.ids) for rollout in rollouts))
+        return rollouts
