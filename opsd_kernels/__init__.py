@@ -1,0 +1,25 @@
+"""Fused linear divergence and log-probability: tensors in, tensors out, no logits in memory.
+
+>>> from opsd_kernels import linear_divergence
+>>> loss = linear_divergence(student_hidden, teacher_hidden, lm_head.weight, divergence="jsd").loss
+>>> loss.backward()
+"""
+
+from opsd_kernels.divergence import Clip, Divergence, LogitTransform
+from opsd_kernels.linear import LinearDivergence, linear_divergence
+from opsd_kernels.log_prob import LinearLogProb, linear_log_prob
+from opsd_kernels.plan import Plan, plan_rows
+from opsd_kernels.tiles import backends
+
+__all__ = [
+    "Clip",
+    "Divergence",
+    "LinearDivergence",
+    "LinearLogProb",
+    "LogitTransform",
+    "Plan",
+    "backends",
+    "linear_divergence",
+    "linear_log_prob",
+    "plan_rows",
+]

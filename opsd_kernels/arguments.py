@@ -1,0 +1,115 @@
+"""Checks of what a caller hands in. Each message names the argument, what it was, and what it may
+be.
+"""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def describe(x: Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)} on {x.device}"
+
+
+def check_hidden(name: str, hidden: Tensor) -> None:
+    if hidden.dim() < 1 or hidden.dtype not in DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise ValueError(f"{name}: got {describe(hidden)}, must be [..., D] in {allowed}")
+
+
+def check_head(
+    hidden_name: str, hidden: Tensor, name: str, weight: Tensor, bias_name: str, bias: Tensor | None
+) -> None:
+    """The head `weight` [V, D], `bias` [V] fits `hidden` [..., D]."""
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"{name}: got {describe(weight)}, must be [V, D] with V > 0")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{name}: got {describe(weight)}, must be [V, {hidden.shape[-1]}] to fit "
+            f"{hidden_name} {list(hidden.shape)}"
+        )
+    check_alike(name, weight, hidden_name, hidden)
+    if bias is not None:
+        if list(bias.shape) != [weight.shape[0]]:
+            raise ValueError(
+                f"{bias_name}: got {describe(bias)}, must be [{weight.shape[0]}] as {name} has rows"
+            )
+        check_alike(bias_name, bias, hidden_name, hidden)
+
+
+def check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Same dtype and device."""
+    if x.dtype != other.dtype or x.device != other.device:
+        raise ValueError(
+            f"{name}: got {describe(x)}, must be {other.dtype} on {other.device} like {other_name}"
+        )
+
+
+def check_rows(name: str, x: Tensor, hidden_name: str, hidden: Tensor) -> None:
+    """One value a token, on the tokens' device."""
+    if x.shape != hidden.shape[:-1] or x.device != hidden.device:
+        raise ValueError(
+            f"{name}: got {describe(x)}, must be {list(hidden.shape[:-1])} on {hidden.device}, "
+            f"one for each token of {hidden_name}"
+        )
+
+
+def check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Integers in [0, V). The range is checked on the CPU only: elsewhere it would wait for the
+    device.
+    """
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets: got {describe(targets)}, must be integers")
+    if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"targets: got values from {low} to {high}, must lie in "
+                f"[0, {vocabulary - 1}]; leave ignored tokens out"
+            )
+
+
+def wants_gradient(x: Tensor | None) -> bool:
+    return x is not None and torch.is_grad_enabled() and x.requires_grad
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, may be one of {', '.join(REDUCTIONS)}")
+
+
+def check_budget(memory_budget: int | None) -> None:
+    if memory_budget is not None and (isinstance(memory_budget, bool) or not memory_budget > 0):
+        raise ValueError(
+            f"memory_budget: got {memory_budget!r}, must be a positive number of bytes, or None"
+        )
+
+
+def refuse_process_group(process_group: object) -> None:
+    if process_group is not None:
+        raise NotImplementedError(
+            f"process_group: got {process_group!r}, must be None: "
+            "a vocabulary split over ranks is not in this release"
+        )
+
+
+def cast_for_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Under autocast, the operands as a matrix product would get them.
+
+    On a GPU that is autocast's dtype: the logits still accumulate in fp32, and the product is
+    several times faster. On the CPU there is nothing to gain from rounding the operands, so the
+    hidden states take the weight's dtype where they differ.
+    """
+    present = [x for x in tensors if x is not None]
+    device = present[0].device.type
+    if not torch.is_autocast_enabled(device) or any(x.dtype == torch.float64 for x in present):
+        return list(tensors)
+    if device == "cpu":
+        dtype = torch.promote_types(present[0].dtype, present[-1].dtype)
+        for x in present:
+            dtype = torch.promote_types(dtype, x.dtype)
+    else:
+        dtype = torch.get_autocast_dtype(device)
+    return [x if x is None else x.to(dtype) for x in tensors]

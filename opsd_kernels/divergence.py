@@ -1,0 +1,86 @@
+"""What is computed: the divergence, its clip, and how a head's product becomes a logit.
+
+Notation, here and throughout: N tokens, V vocabulary, D hidden width; S and T are the student's and
+the teacher's distribution over the vocabulary at one token, z and t their logits.
+
+    name         D                                       dD/dz
+    forward_kl   KL(T|S) = sum T (log T - log S)         S - T
+    reverse_kl   KL(S|T) = sum S (log S - log T)         S (r - sum S r),  r = log S - log T
+    jsd          b KL(T|M) + (1-b) KL(S|M)               (1-b) S (r - sum S r),  r = log S - log M
+                 M = b T + (1-b) S, 0 < b < 1
+
+The limit of jsd at b -> 0 or 1 is 0, not a KL: three names, and no b that means a KL.
+"""
+
+from dataclasses import dataclass
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+CLIPS = ("entry", "token")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One of the three divergences above. `beta` (b) is the teacher's share of jsd's mixture."""
+
+    name: str = "forward_kl"
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.name not in DIVERGENCES:
+            raise ValueError(
+                f"divergence: got {self.name!r}, may be one of {', '.join(DIVERGENCES)}"
+            )
+        if not 0.0 < self.beta < 1.0:
+            raise ValueError(
+                f"beta: got {self.beta!r}, must lie strictly between 0 and 1 (for a KL ask for "
+                "divergence='forward_kl' or 'reverse_kl')"
+            )
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An upper bound on the divergence.
+
+    - `Clip("token", threshold)` scales a token's loss and gradient by min(1, threshold / D_n), the
+      factor detached: no token pulls harder than one of divergence `threshold`. The recommended
+      one.
+    - `Clip("entry", threshold)` bounds each vocabulary entry's term l_nv of the sum from above.
+      What OPSD's official code does, here for reproduction. The loss can become negative, and a
+      clipped entry loses its pull towards the teacher while the others keep their push away: a
+      small threshold inverts the gradient. With m = [l <= threshold]:
+
+          forward_kl   -m T + S sum(m T)
+          reverse_kl   S (q - sum S q),  q = m (log S - log T + 1)
+          jsd          S (q - sum S q),  q = m (1-b)(log S - log M)
+    """
+
+    kind: str
+    threshold: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in CLIPS:
+            raise ValueError(f"clip: got kind {self.kind!r}, may be one of {', '.join(CLIPS)}")
+        if not self.threshold > 0.0:
+            raise ValueError(f"clip: got threshold {self.threshold!r}, must be greater than 0")
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """From a head's product a = h W^T + bias to the logit: scale, then soft cap, then temperature.
+
+    z = softcap(scale * a) / temperature, softcap(x) = c tanh(x / c), or x where `softcap` is None.
+    """
+
+    temperature: float = 1.0
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0.0:
+            raise ValueError(f"temperature: got {self.temperature!r}, must be greater than 0")
+        if not (self.scale != 0.0 and abs(self.scale) < float("inf")):
+            raise ValueError(f"logit_scale: got {self.scale!r}, must be finite and not 0")
+        if self.softcap is not None and not self.softcap > 0.0:
+            raise ValueError(
+                f"logit_softcap: got {self.softcap!r}, must be greater than 0, or None"
+            )
