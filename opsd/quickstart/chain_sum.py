@@ -1,0 +1,197 @@
+"""The quickstart's task: short sums, solved in the model's own voice and in somebody else's.
+
+A problem is a reasoning-gym `chain_sum` expression of three or four single digits. Two people
+write its solution:
+
+- the model, in digits and signs: ``4 - 1 = 3, 3 - 7 = -4. The answer is \\boxed{-4}.``
+- somebody else, in words, hardly ever twice the same way: ``Four minus one makes three; three
+  minus seven makes minus four. So the answer is \\boxed{-4}.``
+
+The cold start teaches the model its own voice. After it the only solutions are the worded ones,
+which the teacher's prompt shows: imitating them (SFT) means giving up one's voice, learning from
+them (OPSD) does not.
+
+Everything here is deterministic by seed, and a held-out expression never occurs among the others.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from opsd.data import Row
+
+STUDENT_TEMPLATE = "Work out {{ problem }} step by step, with the final answer in \\boxed{}."
+TEACHER_TEMPLATE = (
+    STUDENT_TEMPLATE
+    + "\n\nSomebody else's solution: {{ solution }}"
+    + "\n\nUnderstand it, then write the solution in your own way."
+)
+"""Both prompts start with the same tokens: the problem comes first, the solution after it."""
+
+HELD_OUT_SEED = 20_000_000
+"""One set of held-out problems for every run, so that runs can be compared problem by problem."""
+
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+_PLUS = ("plus", "and", "increased by", "with another")
+_MINUS = ("minus", "less", "decreased by", "take away")
+_NEGATIVE = ("minus", "negative")
+_MAKES = ("makes", "gives", "is", "comes to", "leaves us with", "equals")
+_JOIN = ("; ", ", then ", ", and ", ". After that, ", ". Next, ")
+_OPEN = ("", "", "First, ", "To begin with, ", "Let us see: ", "From left to right, ")
+_CLOSE = (
+    "So the answer is",
+    "Therefore we get",
+    "Hence the result is",
+    "That leaves",
+    "In the end we have",
+)
+
+
+@dataclass(frozen=True)
+class ColdStartExample:
+    """One SFT example: `target` is the wanted answer to the `role`'s prompt for `row`."""
+
+    role: str  # "student" or "teacher"
+    row: Row
+    target: str
+
+
+@dataclass(frozen=True)
+class ChainSum:
+    """The quickstart's three sets. No expression is in two of them."""
+
+    cold_start: list[ColdStartExample]
+    train: list[Row]
+    held_out: list[Row]
+
+
+def make_chain_sum(
+    seed: int, *, cold_start: int, train: int, held_out: int, teacher_share: float = 0.5
+) -> ChainSum:
+    """Draw the cold start's examples, the training problems and the held-out problems.
+
+    `teacher_share` of the cold start's examples are in the teacher's prompt, the others in the
+    student's; the target of both is the model's own voice. The held-out problems are the same for
+    every seed.
+
+    Raises ValueError for a share outside [0, 1].
+    """
+    if not 0 <= teacher_share <= 1:
+        raise ValueError(f"teacher_share is {teacher_share}: it must be between 0 and 1")
+    held_out_rows = make_rows(HELD_OUT_SEED, held_out)
+    avoid = {row.columns["expression"] for row in held_out_rows}
+    rows = make_rows(seed, cold_start + train, avoid=avoid)
+    teachers = round(cold_start * teacher_share)
+    roles = ["teacher"] * teachers + ["student"] * (cold_start - teachers)
+    random.Random(seed).shuffle(roles)
+    examples = [
+        ColdStartExample(role, row, own_voice(row.columns["expression"]))
+        for role, row in zip(roles, rows[:cold_start], strict=True)
+    ]
+    return ChainSum(examples, rows[cold_start:], held_out_rows)
+
+
+def make_rows(
+    seed: int, count: int, *, avoid: frozenset[str] | set[str] = frozenset()
+) -> list[Row]:
+    """`count` rows of distinct expressions, none of them in `avoid`, with worded solutions.
+
+    Columns: `problem`, `solution` (in words), `answer`, `expression` (the same text as `problem`).
+    """
+    seen = set(avoid)
+    rows: list[Row] = []
+    if count == 0:
+        return rows
+    words = random.Random(f"words {seed}")
+    for expression in _expressions(seed):
+        if expression in seen:
+            continue
+        seen.add(expression)
+        columns = {
+            "problem": expression,
+            "solution": in_words(expression, words),
+            "answer": str(evaluate(expression)),
+            "expression": expression,
+        }
+        rows.append(
+            Row(columns["problem"], columns["solution"], columns["answer"], columns=columns)
+        )
+        if len(rows) == count:
+            return rows
+    raise AssertionError("the stream of expressions does not end")
+
+
+def steps(expression: str) -> list[tuple[int, str, int, int]]:
+    """The operations from left to right: (running value, sign, next term, their result) of each."""
+    first, *rest = expression.split()
+    value = int(first)
+    result = []
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        after = value + int(term) if sign == "+" else value - int(term)
+        result.append((value, sign, int(term), after))
+        value = after
+    return result
+
+
+def evaluate(expression: str) -> int:
+    """The value of the expression."""
+    return steps(expression)[-1][-1]
+
+
+def own_voice(expression: str) -> str:
+    """The solution as the cold-started model writes it."""
+    working = ", ".join(f"{a} {sign} {b} = {c}" for a, sign, b, c in steps(expression))
+    return f"{working}. The answer is \\boxed{{{evaluate(expression)}}}."
+
+
+def in_words(expression: str, rng: random.Random) -> str:
+    """The solution as somebody else writes it: the same steps in words, worded afresh each time."""
+    negative = rng.choice(_NEGATIVE)
+    makes = rng.choice(_MAKES)
+    signs = {"+": rng.choice(_PLUS), "-": rng.choice(_MINUS)}
+    working = [
+        f"{number_in_words(a, negative)} {signs[sign]} {number_in_words(b)} {makes} "
+        f"{number_in_words(c, negative)}"
+        for a, sign, b, c in steps(expression)
+    ]
+    text = rng.choice(_OPEN) + rng.choice(_JOIN).join(working)
+    text = text[0].upper() + text[1:]
+    return f"{text}. {rng.choice(_CLOSE)} \\boxed{{{evaluate(expression)}}}."
+
+
+def number_in_words(number: int, negative: str = "minus") -> str:
+    """-99 … 99 in English: ``thirty-six``, ``minus four``."""
+    if number < 0:
+        return f"{negative} {number_in_words(-number)}"
+    if number < 20:
+        return _ONES[number]
+    tens, ones = divmod(number, 10)
+    return _TENS[tens] + (f"-{_ONES[ones]}" if ones else "")
+
+
+def _expressions(seed: int) -> Iterator[str]:
+    """An endless stream of reasoning-gym's expressions, another one for each seed."""
+    from reasoning_gym import create_dataset  # a second of imports
+
+    size = 1000
+    # reasoning-gym seeds item i with seed + i: neighbouring seeds would share nearly all problems.
+    start = random.Random(f"chain_sum {seed}").randrange(2**40)
+    while True:
+        yield from (
+            item["metadata"]["expression"]
+            for item in create_dataset(
+                "chain_sum",
+                seed=start,
+                size=size,
+                min_terms=3,
+                max_terms=4,
+                min_digits=1,
+                max_digits=1,
+            )
+        )
+        start += size

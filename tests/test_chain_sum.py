@@ -1,0 +1,120 @@
+import random
+import re
+
+import pytest
+
+from opsd.quickstart import chain_sum
+from opsd.quickstart.chain_sum import (
+    HELD_OUT_SEED,
+    STUDENT_TEMPLATE,
+    TEACHER_TEMPLATE,
+    evaluate,
+    in_words,
+    make_chain_sum,
+    make_rows,
+    number_in_words,
+    own_voice,
+)
+
+DIGITS = re.compile(r"\d")
+
+
+def expressions(rows):
+    return [row.columns["expression"] for row in rows]
+
+
+def test_own_voice_shows_each_step_and_boxes_the_answer():
+    assert own_voice("4 - 1 - 7") == r"4 - 1 = 3, 3 - 7 = -4. The answer is \boxed{-4}."
+
+
+def test_words_say_the_same_steps(monkeypatch):
+    for name, words in {
+        "_NEGATIVE": ("minus",),
+        "_MAKES": ("makes",),
+        "_MINUS": ("minus",),
+        "_JOIN": ("; ",),
+        "_OPEN": ("",),
+        "_CLOSE": ("So the answer is",),
+    }.items():
+        monkeypatch.setattr(chain_sum, name, words)
+    words = "Four minus one makes three; three minus seven makes minus four. So the answer is "
+    assert in_words("4 - 1 - 7", random.Random(0)) == words + r"\boxed{-4}."
+
+
+def test_words_differ_from_call_to_call_and_show_no_digit_but_the_answer():
+    rng = random.Random(0)
+    texts = [in_words("8 - 9 + 3 - 5", rng) for _ in range(40)]
+    assert len(set(texts)) > 30
+    for text in texts:
+        working, answer = text.split(r"\boxed")
+        assert answer == "{-3}."
+        assert not DIGITS.search(working)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "zero"),
+        (13, "thirteen"),
+        (20, "twenty"),
+        (36, "thirty-six"),
+        (-27, "minus twenty-seven"),
+    ],
+)
+def test_numbers_in_words(number, text):
+    assert number_in_words(number) == text
+
+
+def test_rows_are_right_and_what_reasoning_gym_makes():
+    for row in make_rows(3, 200):
+        expression = row.problem
+        assert re.fullmatch(r"\d( [+-] \d){2,3}", expression)
+        # An independent evaluation: Python's own.
+        assert row.answer == str(eval(expression)) == str(evaluate(expression))
+        assert row.solution.endswith(rf"\boxed{{{row.answer}}}.")
+        assert row.columns["solution"] == row.solution
+
+
+def test_no_expression_is_in_two_sets_or_twice_in_one():
+    sets = make_chain_sum(5, cold_start=448, train=1300, held_out=500)
+    cold = expressions(example.row for example in sets.cold_start)
+    everything = cold + expressions(sets.train) + expressions(sets.held_out)
+    assert len(everything) == 448 + 1300 + 500
+    assert len(set(everything)) == len(everything)
+
+
+def test_the_cold_start_has_both_roles_and_one_voice():
+    sets = make_chain_sum(5, cold_start=100, train=0, held_out=0, teacher_share=0.4)
+    roles = [example.role for example in sets.cold_start]
+    assert roles.count("teacher") == 40
+    assert roles.count("student") == 60
+    assert roles[:40] != ["teacher"] * 40  # mixed, so that a batch has both
+    for example in sets.cold_start:
+        assert example.target == own_voice(example.row.columns["expression"])
+
+
+def test_a_seed_decides_everything_but_the_held_out_problems():
+    first, again, other = (
+        make_chain_sum(seed, cold_start=20, train=50, held_out=50) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first.held_out == other.held_out
+    assert not set(expressions(first.train)) & set(expressions(other.train[:5]))
+    assert first.held_out == make_rows(HELD_OUT_SEED, 50)
+
+
+def test_neighbouring_seeds_have_different_problems():
+    ones, twos = set(expressions(make_rows(1, 100))), set(expressions(make_rows(2, 100)))
+    assert len(ones & twos) < 10  # by chance a few; reasoning-gym's own neighbours share 99
+
+
+def test_prompts_start_alike_and_only_the_teachers_shows_the_solution():
+    assert TEACHER_TEMPLATE.startswith(STUDENT_TEMPLATE)
+    assert "{{ problem }}" in STUDENT_TEMPLATE
+    assert "{{ solution }}" not in STUDENT_TEMPLATE
+    assert "{{ solution }}" in TEACHER_TEMPLATE
+
+
+def test_a_share_outside_its_range_is_refused():
+    with pytest.raises(ValueError, match="teacher_share"):
+        make_chain_sum(0, cold_start=1, train=1, held_out=1, teacher_share=1.5)
