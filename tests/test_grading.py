@@ -63,7 +63,7 @@ CHEAP = [
     ("5", "6", False),
     ("5", "-5", False),
     ("-0", "0", True),
-    ("−5", "-5", True),
+    ("\N{MINUS SIGN}5", "-5", True),
     ("+7", "7", True),
     ("042", "42", True),
     ("1,234", "1234", True),
@@ -275,7 +275,7 @@ def test_a_script_without_a_main_guard_and_without_torch(tmp_path):
 def test_a_worker_that_cannot_start_is_an_error_with_advice(tmp_path, monkeypatch):
     (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with Grader() as grader, pytest.raises(UserError, match="broken.*pip install"):
+    with Grader() as grader, pytest.raises(UserError, match=r"broken.*pip install"):
         grader.grade([boxed("2/4")], ["1/2"])
 
 

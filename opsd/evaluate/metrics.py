@@ -16,8 +16,8 @@ Outcomes = Sequence[Sequence[bool]]
 def wilson_interval(correct: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval (low, high) for `correct` of n independent trials; (0, 1) for n = 0.
 
-    Unlike p ± 1.96 σ it stays within [0, 1] and is honest at 0 and n. `correct` may be fractional
-    (see average_at_k).
+    Unlike p +- 1.96 standard errors it stays within [0, 1] and is honest at 0 and n. `correct` may
+    be fractional (see average_at_k).
     """
     if not 0 <= correct <= n:
         raise ValueError(f"correct: {correct!r} is not between 0 and n = {n!r}")
@@ -39,7 +39,7 @@ def wilson_interval(correct: float, n: int, confidence: float = 0.95) -> tuple[f
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased estimate of P(at least one of k samples is right), c of n samples being right.
 
-    1 − C(n−c, k) / C(n, k): the share of k-subsets of the n samples that hold a right one.
+    1 - C(n-c, k) / C(n, k): the share of k-subsets of the n samples that hold a right one.
     """
     if not 1 <= k <= n:
         raise ValueError(f"k: {k!r} is not between 1 and the number of samples, {n!r}")

@@ -1,0 +1,371 @@
+"""Problems with their solutions and answers, from wherever they are kept.
+
+A source is one of
+- a .jsonl, .json or .parquet file,
+- a directory saved by `datasets` (with or without splits),
+- `reasoning_gym:<task>`, problems drawn without end by that library,
+- the name of a dataset on the Hugging Face hub, `owner/name`.
+
+What is wrong with a source is a UserError that names the field (`data.columns`, say), what it was
+and what it may be. Heavy libraries are imported by the functions that need them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from opsd.errors import UserError
+from opsd.evaluate.grading import last_boxed
+
+COLUMNS = ("problem", "solution", "answer")
+REASONING_GYM = "reasoning_gym:"
+DEFAULT_DRAW = 1000
+_FILE_TYPES = (".jsonl", ".json", ".parquet")
+_HUB_OPTIONS = ("name", "revision")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem. `columns` is the row as its source has it, for templates.
+
+    `answer` is the bare final answer: what follows `####` in an answer written as GSM8K's, or what
+    the last `\\boxed{}` holds, where the source's answer has either. A column that the caller does
+    not require and the source does not have is "".
+    """
+
+    problem: str
+    solution: str
+    answer: str
+    columns: dict[str, Any]
+
+
+def load_rows(
+    source: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    size: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    require: Sequence[str] = COLUMNS,
+    section: str = "data",
+) -> list[Row]:
+    """The rows of a source (see the module), in its order.
+
+    columns: our name → theirs, for any of problem, solution, answer; `metadata.answer_cot` reaches
+        into nested columns. What it leaves out has its own name, but in reasoning_gym `question`,
+        `answer` and `metadata.answer_cot`.
+    split: of sources that have splits; files and reasoning_gym have none.
+    limit: at most so many rows.
+    seed, size: for reasoning_gym, which draws `size` problems (default 1000, or `limit`) from
+        `seed`. Different seeds give different draws, which may still share problems: see
+        split_rows.
+    options: for reasoning_gym the task's own options; for the hub `name` (configuration) and
+        `revision`.
+    require: the columns that each row must have, with some text in it. An integer answer will do.
+    section: the section of the configuration that error messages name.
+    """
+    columns, options = dict(columns or {}), dict(options or {})
+    _check_names(f"{section}.columns", columns, COLUMNS)
+    for field, value in (("limit", limit), ("size", size)):
+        if value is not None and value < 1:
+            raise UserError(f"{section}.{field}: {value!r} is not a positive number")
+    if source.startswith(REASONING_GYM):
+        theirs = {"problem": "question", "answer": "answer", "solution": "metadata.answer_cot"}
+        raw = _draw(source, size or limit or DEFAULT_DRAW, seed, options, section)
+    else:
+        theirs = {name: name for name in COLUMNS}
+        if size is not None:
+            raise UserError(
+                f"{section}.size: only reasoning_gym draws a number of problems; for {source!r} "
+                "use `limit`"
+            )
+        raw = _stored(source, split, options, section)
+    theirs |= columns
+    must = {*require, *columns}
+    rows = [
+        _row(record, number, theirs, must, source, section)
+        for number, record in enumerate(islice(raw, limit), start=1)
+    ]
+    if not rows:
+        raise UserError(f"{section}.source: {source!r} has no rows")
+    return rows
+
+
+def split_rows(rows: Sequence[Row], heldout: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """(train, heldout): `heldout` distinct problems drawn by `seed`, and every row of the others.
+
+    No problem's text is in both, however often it occurs; white space and case make no difference.
+    Raises UserError if that would leave nothing to train on.
+    """
+    first: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        first.setdefault(_same(row.problem), index)
+    if not 0 <= heldout < len(first):
+        raise UserError(
+            f"eval.problems: {heldout} held-out problems cannot be taken from data with "
+            f"{len(first)} distinct problems (0 to {len(first) - 1} can)"
+        )
+    chosen = set(random.Random(seed).sample(list(first), heldout))
+    kept = [row for row in rows if _same(row.problem) not in chosen]
+    return kept, [rows[index] for problem, index in first.items() if problem in chosen]
+
+
+def _same(problem: str) -> str:
+    return " ".join(problem.split()).casefold()
+
+
+# --- from a record to a row ---------------------------------------------------------------------
+
+
+def _row(
+    record: Any,
+    number: int,
+    theirs: Mapping[str, str],
+    must: set[str],
+    source: str,
+    section: str,
+) -> Row:
+    where = f"{section}.source: row {number} of {source!r}"
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is {_kind(record)}, not an object with columns")
+    values = {}
+    for name in COLUMNS:
+        column = theirs[name]
+        found, value = _reach(record, column)
+        if isinstance(value, int) and not isinstance(value, bool) and name == "answer":
+            value = str(value)
+        text = isinstance(value, str) and value.strip() != ""
+        if name in must and not text:
+            if not found:
+                raise UserError(_missing_column(name, column, record, number, source, section))
+            problem = "empty" if value is None or isinstance(value, str) else _kind(value)
+            raise UserError(f"{where} has no text in column {column!r} ({name}): it is {problem}")
+        values[name] = value if text else ""
+    values["answer"] = _final_answer(values["answer"])
+    if "answer" in must and not values["answer"]:
+        raise UserError(f"{where}: column {theirs['answer']!r} (answer) names no final answer")
+    return Row(**values, columns=record)
+
+
+def _final_answer(answer: str) -> str:
+    if "####" in answer:
+        return answer.rpartition("####")[2].strip()
+    boxed = last_boxed(answer)
+    return answer.strip() if boxed is None else boxed
+
+
+def _reach(record: Any, column: str) -> tuple[bool, Any]:
+    """(whether it is there, the value) of a column whose name may reach inside with dots."""
+    if isinstance(record, dict) and column in record:
+        return True, record[column]
+    head, dot, rest = column.partition(".")
+    if not dot:
+        return False, None
+    if isinstance(record, dict) and head in record:
+        return _reach(record[head], rest)
+    return False, None
+
+
+def _paths(record: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in record.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{key}.")
+
+
+def _missing_column(
+    name: str, column: str, record: dict, number: int, source: str, section: str
+) -> str:
+    present = list(_paths(record))
+    near = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    named = "" if number == 1 else f"row {number} of "
+    return (
+        f"{section}.columns.{name}: {named}{source!r} has no column {column!r}{hint}; "
+        f"it has {', '.join(map(repr, present)) or 'none'}"
+    )
+
+
+def _kind(value: Any) -> str:
+    kinds = {list: "a list", dict: "an object", float: "a fraction", bool: "true or false"}
+    return kinds.get(type(value), f"of type {type(value).__name__}") + (
+        f" ({value!r})" if isinstance(value, int | float) else ""
+    )
+
+
+def _check_names(field: str, given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            allowed = ", ".join(map(repr, known)) or "none"
+            raise UserError(f"{field}: {name!r} is not known{hint} (allowed: {allowed})")
+
+
+# --- stored data --------------------------------------------------------------------------------
+
+
+def _stored(source: str, split: str, options: dict, section: str) -> Iterable[Any]:
+    path = Path(source).expanduser()
+    if path.exists():
+        _check_names(f"{section}.options", options, ())
+        if path.is_dir():
+            return _saved_directory(path, split, section)
+        if path.suffix not in _FILE_TYPES:
+            raise UserError(
+                f"{section}.source: {source!r} is not a {', '.join(_FILE_TYPES)} file, nor a "
+                "directory saved by `datasets`"
+            )
+        if path.suffix == ".parquet":
+            return _parquet(path, section)
+        return _json_file(path, section)
+    looks_local = path.suffix in (*_FILE_TYPES, ".csv", ".tsv", ".txt", ".arrow", ".gz")
+    if looks_local or source[:1] in "./~" or not _HUB_NAME.fullmatch(source):
+        raise UserError(
+            f"{section}.source: there is no file or directory {source!r} (it may be a path, "
+            "a hub name `owner/name`, or `reasoning_gym:<task>`)"
+        )
+    return _hub(source, split, options, section)
+
+
+def _json_file(path: Path, section: str) -> Iterator[Any]:
+    """Objects one a line, or (in a .json file) one list of them."""
+    try:
+        if path.suffix == ".json":
+            with path.open(encoding="utf-8-sig") as file:
+                is_list = file.read(4096).lstrip()[:1] == "["
+            if is_list:
+                yield from json.loads(path.read_text(encoding="utf-8-sig"))
+                return
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _json_line(line, number, path, section)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{section}.source: {str(path)!r} is not valid JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{section}.source: {str(path)!r} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise UserError(f"{section}.source: {str(path)!r} cannot be read: {error}") from error
+
+
+def _json_line(line: str, number: int, path: Path, section: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        expected = "one JSON object a line"
+        if path.suffix == ".json":
+            expected += ", or one list of objects"
+        raise UserError(
+            f"{section}.source: line {number} of {str(path)!r} is not valid JSON ({error.msg} at "
+            f"column {error.colno}); expected {expected}"
+        ) from error
+
+
+def _parquet(path: Path, section: str) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{section}.source: {str(path)!r} cannot be read as parquet: {error}"
+        ) from error
+
+
+def _saved_directory(path: Path, split: str, section: str) -> Iterable[Any]:
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever a damaged directory provokes
+        raise UserError(
+            f"{section}.source: the directory {str(path)!r} was not saved by `datasets` "
+            f"(Dataset.save_to_disk), or is damaged: {_first_line(error)}"
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        _check_names(f"{section}.split", [split], list(data))
+        data = data[split]
+    return data
+
+
+def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
+    import datasets
+
+    _check_names(f"{section}.options", options, _HUB_OPTIONS)
+    try:
+        return datasets.load_dataset(
+            name, options.get("name"), split=split, revision=options.get("revision")
+        )
+    except Exception as error:  # offline, absent, gated, no such split or configuration
+        advice = (
+            "choose one with options: {name: …}"
+            if "Config name is missing" in str(error)
+            else "check the name, the split and the connection, or give a file or a directory "
+            "saved by `datasets`"
+        )
+        raise UserError(
+            f"{section}.source: {name!r} (split {split!r}) is no local path and cannot be loaded "
+            f"from the hub: {_first_line(error)}; {advice}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+# --- reasoning_gym ------------------------------------------------------------------------------
+
+
+def _draw(source: str, size: int, seed: int, options: dict, section: str) -> Iterable[Any]:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    task = source.removeprefix(REASONING_GYM)
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise UserError(
+            f"{section}.source: reasoning_gym has no task {task!r}{hint} ({len(DATASETS)} tasks: "
+            "reasoning_gym.factory.DATASETS)"
+        )
+    known = [field.name for field in fields(DATASETS[task][1])]
+    _check_names(
+        f"{section}.options", options, [name for name in known if name not in ("seed", "size")]
+    )
+    try:
+        drawn = reasoning_gym.create_dataset(
+            task, size=size, seed=_task_seed(task, seed), **options
+        )
+        yield from (drawn[index] for index in range(size))
+    except Exception as error:  # tasks check their options by assert, or not at all
+        raise UserError(
+            f"{section}.options: reasoning_gym's {task!r} does not work with {options!r}: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _task_seed(task: str, seed: int) -> int:
+    """A seed far from those of neighbouring seeds.
+
+    The library draws problem i from seed + i: with the bare seeds 0 and 1, nearly all problems
+    would be the same, one place further on. 31 bits, since some tasks hand seed + i to numpy.
+    """
+    digest = hashlib.blake2b(f"{task}:{seed}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 33
