@@ -80,6 +80,10 @@ def _options(
     )
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _pointer(x: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
     if x is None:
         return None
@@ -100,11 +104,13 @@ def divergence_rows(
     opposed: Tensor,
 ) -> None:
     n, v = student.shape
+    # Named, so that the copies live until the call returns.
+    bias, teacher_bias, row_weight = map(_contiguous, (bias, teacher_bias, row_weight))
     _library().opsd_divergence_rows(
         _pointer(student),
         _pointer(teacher),
-        _pointer(None if bias is None else bias.contiguous()),
-        _pointer(None if teacher_bias is None else teacher_bias.contiguous()),
+        _pointer(bias),
+        _pointer(teacher_bias),
         _pointer(row_weight),
         _pointer(stats),
         _pointer(opposed),
@@ -126,9 +132,10 @@ def log_prob_rows(
     stats: Tensor,
 ) -> None:
     n, v = logits.shape
+    bias, targets, row_weight = map(_contiguous, (bias, targets, row_weight))
     _library().opsd_log_prob_rows(
         _pointer(logits),
-        _pointer(None if bias is None else bias.contiguous()),
+        _pointer(bias),
         _pointer(targets, torch.int64),
         _pointer(row_weight),
         _pointer(stats),

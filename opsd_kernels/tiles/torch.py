@@ -54,10 +54,14 @@ def divergence_rows(
             terms = q * s
             factor = 1.0
         else:
-            log_m = torch.log(b * t + (1 - b) * s)
-            terms = _product_(log_t.sub_(log_m), t).mul_(b)
-            q = log_s.sub_(log_m)
+            # log S - log M = -log(1 + b (e^d - 1)) with d = log T - log S, exactly 0 where S = T. For
+            # d > 0 the roles swap, so that the exponential never overflows.
+            d = log_t.sub_(log_s)
+            share = torch.where(d > 0, 1 - b, b)
+            larger = share.mul_(torch.expm1(-d.abs())).log1p_().neg_()
+            q = larger - d.clamp(min=0)
             q.masked_fill_(s == 0, 0.0)
+            terms = _product_(larger.add_(d.clamp_(max=0)), t).mul_(b)
             terms.add_(q * s, alpha=1 - b)
             factor = 1 - b
         q.mul_(factor)
@@ -85,7 +89,7 @@ def divergence_rows(
         stats[0] = terms.clamp_(max=clip.threshold).sum(-1)
         stats[4] = over.sum(-1)
         g = gradient(over.logical_not_())
-        opposed.copy_((g * gradient(None)).sum(-1) < 0)
+        opposed.copy_(((g * gradient(None)).sum(-1) < 0) & (stats[4] > 0))
     else:
         g = gradient(None)
     factor = 1.0

@@ -1,0 +1,164 @@
+// The arithmetic of one vocabulary entry: one definition for every processor.
+//
+// S and T are the student's and the teacher's probability of an entry, log_s and log_t their
+// logarithms. F is a float, or a vector of them for which Lanes<F> is specialised. All functions
+// are pure and branch-free, and `static`, since the same file is compiled for several instruction
+// sets into one library. NaN stays NaN; 0 * infinity, which padded entries produce, is made 0.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__CUDACC__)
+#define OPSD_ENTRY static __host__ __device__ __forceinline__
+#else
+#define OPSD_ENTRY static inline __attribute__((always_inline))
+#endif
+
+namespace opsd {
+
+enum Kind : int32_t { FORWARD_KL = 0, REVERSE_KL = 1, JSD = 2 };
+enum ClipKind : int32_t { CLIP_NONE = 0, CLIP_ENTRY = 1, CLIP_TOKEN = 2 };
+
+template <class F>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  typedef int32_t Int;
+  OPSD_ENTRY float all(float x) { return x; }
+  OPSD_ENTRY float select(bool condition, float a, float b) { return condition ? a : b; }
+  OPSD_ENTRY float convert(int32_t i) { return static_cast<float>(i); }
+  OPSD_ENTRY int32_t as_int(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+  }
+  OPSD_ENTRY float as_float(int32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+  OPSD_ENTRY int32_t shift_left(int32_t i, int n) {
+    return static_cast<int32_t>(static_cast<uint32_t>(i) << n);
+  }
+};
+
+// x = n ln 2 + r with |r| <= ln 2 / 2: exp(x) = 2^n (1 + tail), tail = exp(r) - 1.
+// For x in [-88, 88].
+template <class F>
+struct Exponential {
+  typename Lanes<F>::Int shift;  // n, in the exponent's place
+  F tail;
+};
+
+template <class F>
+OPSD_ENTRY Exponential<F> exponential(F x) {
+  typedef Lanes<F> L;
+  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits.
+  const float magic = 12582912.f;
+  const F shifted = x * 1.44269504f + magic;
+  const F n = shifted - magic;
+  F r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  F p = r * 1.98412698e-4f + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  return {L::shift_left(L::as_int(shifted), 23), r + r * r * p};
+}
+
+// exp(x) for x <= 88, to 1e-7 relative; 0 below -87.3, where fp32 runs out of normal numbers.
+template <class F>
+OPSD_ENTRY F exp_(F x) {
+  typedef Lanes<F> L;
+  const Exponential<F> e = exponential(L::select(x < -87.3f, L::all(-87.3f), x));
+  const F y = L::as_float(L::as_int(1.f + e.tail) + e.shift);
+  return L::select(x < -87.3f, L::all(0.f), y);
+}
+
+// exp(x) - 1 for x <= 0, accurate near 0.
+template <class F>
+OPSD_ENTRY F expm1_(F x) {
+  typedef Lanes<F> L;
+  const Exponential<F> e = exponential(L::select(x < -80.f, L::all(-80.f), x));
+  const F power = L::as_float(e.shift + 0x3f800000);
+  return power * e.tail + (power - 1.f);
+}
+
+// log(1 + y) for -1 < y <= 0, accurate near 0.
+template <class F>
+OPSD_ENTRY F log1p_(F y) {
+  typedef Lanes<F> L;
+  typedef typename L::Int Int;
+  const F u = 1.f + y;
+  const Int k = (L::as_int(u) - 0x3f3504f3) >> 23;  // u = m 2^k, m in [sqrt(1/2), sqrt(2))
+  const F m = L::as_float(L::as_int(u) - L::shift_left(k, 23));
+  const F f = L::select(k == 0, y, m - 1.f);
+  const F s = f / (2.f + f);
+  const F z = s * s;
+  F p = z * (1.f / 9.f) + 1.f / 7.f;
+  p = p * z + 1.f / 5.f;
+  p = p * z + 1.f / 3.f;
+  return L::convert(k) * 0.693147181f + (2.f * s + 2.f * s * z * p);
+}
+
+template <class F>
+OPSD_ENTRY F tanh_(F x) {
+  typedef Lanes<F> L;
+  const F e = expm1_(-2.f * L::select(x < 0.f, -x, x));
+  const F t = -e / (2.f + e);
+  return L::select(x < 0.f, -t, t);
+}
+
+template <class F>
+OPSD_ENTRY F product(F p, F log_ratio) {
+  return Lanes<F>::select(p == 0.f, Lanes<F>::all(0.f), p * log_ratio);
+}
+
+// One entry of the divergence. `term` is its part of the sum, `q` what the gradient is made of:
+//   forward_kl  S - q,              q = T
+//   the others  S (q - sum S q)
+template <class F>
+struct Entry {
+  F s, t, term, q;
+};
+
+template <int KIND, class F>
+OPSD_ENTRY Entry<F> entry(F log_s, F log_t, float beta) {
+  typedef Lanes<F> L;
+  const F zero = L::all(0.f);
+  Entry<F> e;
+  e.s = exp_(log_s);
+  e.t = exp_(log_t);
+  if (KIND == FORWARD_KL) {
+    e.term = product(e.t, log_t - log_s);
+    e.q = e.t;
+  } else if (KIND == REVERSE_KL) {
+    e.q = L::select(e.s == 0.f, zero, log_s - log_t);
+    e.term = e.s * e.q;
+  } else {
+    // With d = log T - log S: log S - log M = -log(1 + b (e^d - 1)), exactly 0 where S = T. For d >
+    // 0 the roles swap, so that the exponential never overflows.
+    const F d = log_t - log_s;
+    const F share = L::select(d > 0.f, L::all(1.f - beta), L::all(beta));
+    const F larger = -log1p_(share * expm1_(L::select(d > 0.f, -d, d)));
+    const F ratio_s = L::select(d > 0.f, larger - d, larger);
+    const F ratio_t = L::select(d > 0.f, larger, larger + d);
+    e.q = L::select(e.s == 0.f, zero, (1.f - beta) * ratio_s);
+    e.term = beta * product(e.t, ratio_t) + e.s * e.q;
+  }
+  return e;
+}
+
+// The q of the entry clip: what a clipped entry leaves of the gradient (its pull is gone; the
+// others keep theirs).
+template <int KIND, class F>
+OPSD_ENTRY F clipped_q(const Entry<F>& e, float threshold) {
+  // d(s log s/t) = log s/t + 1: only the unclipped sum makes the constant vanish.
+  const F q = KIND == REVERSE_KL ? e.q + 1.f : e.q;
+  return Lanes<F>::select(e.term > threshold, Lanes<F>::all(0.f), q);
+}
+
+}  // namespace opsd
