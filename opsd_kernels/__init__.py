@@ -9,7 +9,7 @@ from opsd_kernels.divergence import Clip, Divergence, LogitTransform
 from opsd_kernels.linear import LinearDivergence, linear_divergence
 from opsd_kernels.log_prob import LinearLogProb, linear_log_prob
 from opsd_kernels.plan import Plan, plan_rows
-from opsd_kernels.tiles import backends
+from opsd_kernels.resolve import backends
 
 __all__ = [
     "Clip",

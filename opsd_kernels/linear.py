@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsd_kernels import arguments, gemm, tiles
+from opsd_kernels import arguments, gemm
 from opsd_kernels.divergence import Clip, Divergence, LogitTransform
 from opsd_kernels.plan import plan_rows
+from opsd_kernels.resolve import load, resolve
 
 # Rows of the per-token numbers, see tiles/torch.py.
 LOSS, DIVERGENCE, STUDENT_ENTROPY, TEACHER_ENTROPY, CLIPPED, OPPOSED = range(6)
@@ -52,7 +53,7 @@ def divergence_blocks(
     """
     dtype = gemm.tile_dtype(student.dtype)
     n_tokens, vocabulary = student.shape[0], weight.shape[0]
-    tile_functions = tiles.load(backend)
+    tile_functions = load(backend)
     shared = teacher_weight is None
     plan = plan_rows(
         n_tokens,
@@ -488,7 +489,7 @@ def linear_divergence(
         None if clip is None else clip.kind,
         1.0 if clip is None else float(clip.threshold),
         memory_budget,
-        tiles.resolve(backend, student_hidden.device, student_hidden.dtype),
+        resolve(backend, student_hidden.device, student_hidden.dtype),
     )
     stats = stats.detach()
     counted = (row_weight != 0).sum().clamp(min=1)

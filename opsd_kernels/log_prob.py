@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsd_kernels import arguments, gemm, tiles
+from opsd_kernels import arguments, gemm
 from opsd_kernels.divergence import LogitTransform
 from opsd_kernels.plan import plan_rows
+from opsd_kernels.resolve import load, resolve
 
 
 def log_prob_blocks(
@@ -32,7 +33,7 @@ def log_prob_blocks(
     """(stats [2, N]: log-probability and entropy, dh, dW, dbias), as `linear.divergence_blocks`."""
     dtype = gemm.tile_dtype(hidden.dtype)
     n_tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    tile_functions = tiles.load(backend)
+    tile_functions = load(backend)
     plan = plan_rows(
         n_tokens,
         vocabulary,
@@ -273,6 +274,6 @@ def linear_log_prob(
         float(transform.scale),
         None if transform.softcap is None else float(transform.softcap),
         memory_budget,
-        tiles.resolve(backend, hidden.device, hidden.dtype),
+        resolve(backend, hidden.device, hidden.dtype),
     )
     return LinearLogProb(log_prob.reshape(leading), entropy.detach().reshape(leading))

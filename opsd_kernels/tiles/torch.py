@@ -54,10 +54,10 @@ def divergence_rows(
             terms = q * s
             factor = 1.0
         else:
-            # log S - log M = -log(1 + b (e^d - 1)) with d = log T - log S, exactly 0 where S = T. For
-            # d > 0 the roles swap, so that the exponential never overflows.
+            # log S - log M = -log(1 + b (e^d - 1)) with d = log T - log S: exactly 0 where
+            # S = T. For d > 0 the roles swap, so that the exponential never overflows.
             d = log_t.sub_(log_s)
-            share = torch.where(d > 0, 1 - b, b)
+            share = (d > 0).to(d.dtype).mul_(1 - 2 * b).add_(b)
             larger = share.mul_(torch.expm1(-d.abs())).log1p_().neg_()
             q = larger - d.clamp(min=0)
             q.masked_fill_(s == 0, 0.0)
