@@ -142,6 +142,30 @@ def test_mathematics(grader):
     assert wrong == []
 
 
+# Where the grader is known to judge otherwise than a person: (given, answer).
+KNOWN_DISAGREEMENTS = {
+    ("\\ln 2", "\\log 2"),  # a logarithm without base is taken as the decimal one
+    ("10:30 \\text{ AM}", "10:30"),
+    ("--3", "3"),
+    ("The answer is 12", "12"),  # prose in the box
+}
+
+
+def test_agreement_with_pairs_judged_by_hand(grader):
+    lines = (Path(__file__).parent / "data" / "answer_pairs.jsonl").read_text().splitlines()
+    pairs = [json.loads(line) for line in lines]
+    grades = grader.grade(
+        [boxed(pair["given"]) for pair in pairs], [pair["answer"] for pair in pairs]
+    )
+    disagreements = {
+        (pair["given"], pair["answer"])
+        for pair, grade in zip(pairs, grades, strict=True)
+        if grade.correct is not pair["correct"]
+    }
+    assert disagreements == KNOWN_DISAGREEMENTS
+    assert len(disagreements) / len(pairs) < 0.03
+
+
 def test_works_off_the_main_thread_and_from_several(grader):
     results = {}
 

@@ -11,14 +11,26 @@ import os
 import re
 import sys
 
-_PLAIN_COMMAND = re.compile(
-    r"(?<![\\A-Za-z])(pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty|theta|alpha|beta)(?![A-Za-z])"
+_COMMANDS = "pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty|theta|alpha|beta"
+_PLAIN_COMMAND = re.compile(rf"(?<![\\A-Za-z])({_COMMANDS})(?![A-Za-z])")
+_MIXED_NUMBER = re.compile(r"(?<![\d.])(\d+)\s+(\d+)/(\d+)(?![\d.])")
+_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
+# Three letters or more: `12 xy` is a product.
+_NUMBER_WITH_UNIT = re.compile(
+    rf"([+-]?[\d.,/]*\d)\s+(?!(?:{_COMMANDS}|sqrt)\b)[A-Za-z]{{3,}}(?:\s[A-Za-z]+)*"
 )
 _PLAIN_SQRT = re.compile(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)")
 
 
 def to_latex(answer: str) -> str:
-    """`sqrt(2)*pi` → `\\sqrt{2}*\\pi`: math-verify reads plain words as products of letters."""
+    """`sqrt(2)*pi` → `\\sqrt{2}*\\pi`, `1 1/2`, `1e3` and `18 dollars` likewise.
+
+    math-verify reads plain words as products of letters, and the numbers side by side as products.
+    """
+    if unit := _NUMBER_WITH_UNIT.fullmatch(answer.strip()):
+        return unit[1]
+    answer = _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", answer)
+    answer = _SCIENTIFIC.sub(r"\1\\times10^{\2}", answer)
     answer = _PLAIN_SQRT.sub(r"\\sqrt{\1}", answer)
     return _PLAIN_COMMAND.sub(r"\\\1", answer)
 

@@ -67,7 +67,7 @@ def _plain(answer: str) -> str:
     answer = answer.replace("\\,", "").replace("\\!", "").replace("{,}", ",").replace("\\$", "")
     answer = answer.replace("\N{MINUS SIGN}", "-")
     answer = _TEXT_COMMAND.sub(r"\1", answer)
-    return " ".join(answer.strip("$ \n\t").rstrip(".").split())
+    return " ".join(answer.strip("$ \n\t").rstrip("\\.").split())
 
 
 def _integer(answer: str) -> str | None:
