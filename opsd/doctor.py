@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -150,8 +151,7 @@ def machine() -> Iterator[Finding]:
     yield Finding("processor", f"{name} ({shown})" if shown else name)
     yield _cores(usable_cores(), cpu_quota(), os.environ.get("OMP_NUM_THREADS"))
     yield _memory(*memory())
-    for label, path in (("disk, here", Path.cwd()), ("disk, cache", cache_directory())):
-        yield _disk(label, path)
+    yield _disk("disk", Path.cwd())
 
 
 def processor() -> tuple[str, frozenset[str]]:
@@ -248,26 +248,24 @@ def _memory(total: int | None, available: int | None) -> Finding:
     return Finding("memory", value, problem, "end other programs, or use a larger machine")
 
 
+_ELSEWHERE = "--output DIR for runs, OPSD_CACHE for the cache"
+
+
 def _disk(label: str, path: Path) -> Finding:
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     value = f"{size(shutil.disk_usage(existing).free)} free at {path}"
     if not os.access(existing, os.W_OK):
         return Finding(
-            label, value, f"{existing} is not writable", "choose another directory: --output DIR"
+            label, value, f"{existing} is not writable", f"choose another directory: {_ELSEWHERE}"
         )
     if shutil.disk_usage(existing).free < DISK:
         return Finding(
             label,
             value,
             f"models and checkpoints of a quickstart may need {size(DISK)}",
-            "make room, or choose another disk with --output DIR and XDG_CACHE_HOME",
+            f"make room, or choose another disk: {_ELSEWHERE}",
         )
     return Finding(label, value)
-
-
-def cache_directory() -> Path:
-    """Where caches are kept on this system."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 # --- devices and kernels ------------------------------------------------------------------------
@@ -335,9 +333,33 @@ def kernels() -> Iterator[Finding]:
             yield Finding(name, f"unusable: {reason}", absent=True)
 
 
+def caches() -> Iterator[Finding]:
+    """What quickstart has downloaded or trained already."""
+    try:
+        download = importlib.import_module("opsd.quickstart.download")
+    except Exception as error:  # whatever it needs and lacks is a finding of its own above
+        yield Finding("quickstart", f"cannot be examined ({error})", absent=True)
+        return
+    cache = download.cache_directory()
+    yield _disk("disk", cache)
+    model = next(cache.glob(f"*/{download.GGUF_NAME}"), None)
+    if model is None and importlib.util.find_spec(download.PACKAGE) is None:
+        value = f"not here yet: quickstart downloads it once ({size(download.WHEEL_BYTES)})"
+        yield Finding("SmolLM2-135M", value, absent=True)
+    else:
+        yield Finding("SmolLM2-135M", str(model or f"installed as {download.PACKAGE}"))
+    bases = len(list(cache.glob("tiny-*")))
+    yield Finding(
+        "tiny bases",
+        f"{bases} trained" if bases else "none yet: quickstart --tiny trains one",
+        absent=bases == 0,
+    )
+
+
 SECTIONS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
     ("Software", software),
     ("Machine", machine),
     ("Accelerators", accelerators),
     ("Kernels", kernels),
+    ("Cache", caches),
 )

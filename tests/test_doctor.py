@@ -122,6 +122,24 @@ def test_kernels(monkeypatch):
     assert broken.fatal and "libgomp" in broken.problem
 
 
+def test_caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPSD_CACHE", str(tmp_path))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
+    disk, model, bases = doctor.caches()
+    assert str(tmp_path) in disk.value and model.absent and bases.absent
+    from opsd.quickstart.download import GGUF_NAME
+
+    (tmp_path / "smollm2").mkdir()
+    (tmp_path / "smollm2" / GGUF_NAME).touch()
+    (tmp_path / "tiny-0-abc").mkdir()
+    _, model, bases = doctor.caches()
+    assert model.value == str(tmp_path / "smollm2" / GGUF_NAME) and not model.absent
+    assert bases.value == "1 trained"
+    modules(monkeypatch, **{"opsd.quickstart.download": ImportError("No module named 'rich'")})
+    (unknown,) = doctor.caches()
+    assert "rich" in unknown.value and unknown.problem is None
+
+
 def test_accelerators(monkeypatch):
     card = SimpleNamespace(name="NVIDIA H100", total_memory=80 * GB, major=9, minor=0)
     cuda = SimpleNamespace(
