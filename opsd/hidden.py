@@ -3,8 +3,9 @@
 Legend: B sequences, L padded length, P context length, R rollout length, D hidden width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -42,19 +43,20 @@ def rollout_hidden_states(model: PreTrainedModel, sequences: Sequence[Scored]) -
     return hidden[torch.tensor(rows), torch.tensor(columns)]
 
 
-def micro_batches(
-    pairs: Sequence[tuple[Scored, ...]], max_tokens: int
-) -> list[list[tuple[Scored, ...]]]:
-    """Group items so that no role's padded batch exceeds `max_tokens`; like lengths together.
+Item = TypeVar("Item")
 
-    Each item is one rollout in one or more roles. A single item longer than `max_tokens` gets a
-    batch of its own.
+
+def micro_batches(
+    items: Sequence[Item], longest: Callable[[Item], int], max_tokens: int
+) -> list[list[Item]]:
+    """Group items so that no padded batch exceeds `max_tokens`; like lengths together.
+
+    `longest(item)` is the item's length in its longest role. A single item longer than
+    `max_tokens` gets a batch of its own.
     """
-    order = sorted(pairs, key=lambda roles: max(map(len, roles)))
-    batches: list[list[tuple[Scored, ...]]] = []
-    for item in order:
-        longest = max(map(len, item))
-        if batches and longest * (len(batches[-1]) + 1) <= max_tokens:
+    batches: list[list[Item]] = []
+    for item in sorted(items, key=longest):
+        if batches and longest(item) * (len(batches[-1]) + 1) <= max_tokens:
             batches[-1].append(item)
         else:
             batches.append([item])

@@ -1,10 +1,8 @@
-"""The methods: one file each, all with the same two functions' worth of work (see `base`)."""
+"""The methods, one file each: a step's rollouts → samples → loss and measures."""
 
-from opsd.objectives.base import Batch, Objective, Sample
+from opsd.objectives.base import Objective, Problem, Sample, Totals
 from opsd.objectives.grpo import GRPO
 from opsd.objectives.opsd import OPSD
 from opsd.objectives.sft import SFT
 
-OBJECTIVES = {"opsd": OPSD, "grpo": GRPO, "sft": SFT}
-
-__all__ = ["GRPO", "OBJECTIVES", "OPSD", "SFT", "Batch", "Objective", "Sample"]
+__all__ = ["GRPO", "OPSD", "SFT", "Objective", "Problem", "Sample", "Totals"]

@@ -1,8 +1,4 @@
-"""What a training step's methods share.
-
-A step's `Batch` holds rollouts with their weights already divided by the step's total, so that
-the loss of the step is the plain sum over micro-batches, however the tokens are split.
-"""
+"""What the methods share: a problem with its rollouts, the samples made of it, the step's means."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +8,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opsd.data import Row
 from opsd.hidden import Scored
+from opsd.prompts import Context
+from opsd.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row, its contexts, and the rollouts that the student wrote for it (none under SFT)."""
+
+    row: Row
+    context: Context
+    rollouts: list[Rollout]
 
 
 @dataclass(frozen=True)
@@ -20,22 +28,22 @@ class Sample:
     """One sequence to learn from: the roles it is scored in, and the weight of its tokens.
 
     For `opsd` the roles are (student, teacher); for `grpo` and `sft` the one context trained on.
+    Weights are divided by the step's tokens already, so that the step's loss is the plain sum over
+    micro-batches however the samples are split.
     """
 
     roles: tuple[Scored, ...]
-    weight: float  # of each token; advantages may be negative
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A step's samples; `tokens` counts those that are trained on."""
-
-    samples: list[Sample]
+    weight: float  # of each token; GRPO's may be negative
 
     @property
     def tokens(self) -> int:
-        """Tokens with a weight other than 0."""
-        return sum(len(s.roles[0].rollout) for s in self.samples if s.weight)
+        """Tokens that are trained on."""
+        return len(self.roles[0].rollout)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of context and rollout, in the longest role."""
+        return max(map(len, self.roles))
 
 
 @dataclass
@@ -53,24 +61,31 @@ class Totals:
 
     def means(self) -> dict[str, float]:
         """The means over all tokens added."""
-        return {name: total / max(self.tokens, 1) for name, total in self.sums.items()}
+        return {name: total / self.tokens for name, total in self.sums.items()}
 
 
 class Objective(Protocol):
-    """A method: the loss of a micro-batch."""
+    """A method."""
+
+    samples_rollouts: bool  # False: the method learns from given text
+
+    def samples(self, problems: Sequence[Problem]) -> tuple[list[Sample], dict[str, float]]:
+        """A step's problems → what to learn from, and measures of the rollouts for the log."""
+        ...
 
     def loss(self, model: PreTrainedModel, samples: Sequence[Sample], totals: Totals) -> Tensor:
-        """The micro-batch's part of the step's loss (scalar); its measures are added to `totals`."""
+        """A micro-batch's part of the step's loss (scalar); adds its measures to `totals`."""
         ...
 
 
 def token_weights(samples: Sequence[Sample], device: torch.device) -> Tensor:
     """The weight of each rollout token, in the samples' order: [Σ R], fp32."""
-    weights = torch.tensor([s.weight for s in samples], dtype=torch.float32)
-    lengths = torch.tensor([len(s.roles[0].rollout) for s in samples])
+    weights = torch.tensor([sample.weight for sample in samples], dtype=torch.float32)
+    lengths = torch.tensor([sample.tokens for sample in samples])
     return weights.repeat_interleave(lengths).to(device)
 
 
 def targets(samples: Sequence[Sample], device: torch.device) -> Tensor:
     """The rollouts' tokens, in the samples' order: [Σ R], int64."""
-    return torch.tensor([t for s in samples for t in s.roles[0].rollout], device=device)
+    ids = [token for sample in samples for token in sample.roles[0].rollout]
+    return torch.tensor(ids, device=device)

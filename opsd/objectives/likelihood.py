@@ -1,4 +1,4 @@
-"""The loss that GRPO and SFT share: −Σ w_n log p(y_n), over one context a sample."""
+"""The loss that GRPO and SFT share: minus the weighted log-likelihood of the samples' tokens."""
 
 from collections.abc import Sequence
 
@@ -12,20 +12,23 @@ from opsd.objectives.base import Sample, Totals, targets, token_weights
 from opsd_kernels import linear_log_prob
 
 
-def weighted_likelihood(
-    model: PreTrainedModel, samples: Sequence[Sample], totals: Totals, section: LossSection
-) -> Tensor:
-    """−Σ w_n log p(y_n | context, y_<n), a scalar; the student's entropy is added to `totals`."""
-    hidden = rollout_hidden_states(model, [s.roles[0] for s in samples])
-    weight, bias = head(model)
-    result = linear_log_prob(
-        hidden,
-        weight,
-        targets(samples, hidden.device),
-        bias=bias,
-        memory_budget=section.memory_budget,
-        backend=section.backend,
-        **head_arguments(model),
-    )
-    totals.add(len(hidden), student_entropy=result.entropy.mean().item())
-    return -(token_weights(samples, hidden.device) * result.log_prob).sum()
+class LikelihoodObjective:
+    """loss = -Σ w_n log p(y_n | context, y_<n); subclasses say what the samples and weights are."""
+
+    section: LossSection
+
+    def loss(self, model: PreTrainedModel, samples: Sequence[Sample], totals: Totals) -> Tensor:
+        """See `Objective.loss`; adds the student's entropy to `totals`."""
+        hidden = rollout_hidden_states(model, [sample.roles[0] for sample in samples])
+        weight, bias = head(model)
+        result = linear_log_prob(
+            hidden,
+            weight,
+            targets(samples, hidden.device),
+            bias=bias,
+            memory_budget=self.section.memory_budget,
+            backend=self.section.backend,
+            **head_arguments(model),
+        )
+        totals.add(len(hidden), student_entropy=result.entropy.mean().item())
+        return -(token_weights(samples, hidden.device) * result.log_prob).sum()

@@ -12,21 +12,33 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.config import LossSection
-from opsd.hidden import rollout_hidden_states
+from opsd.hidden import Scored, rollout_hidden_states
 from opsd.models import head, head_arguments
-from opsd.objectives.base import Sample, Totals, token_weights
+from opsd.objectives.base import Problem, Sample, Totals, token_weights
 from opsd_kernels import Clip, linear_divergence
 
 
 class OPSD:
     """The divergence between `teacher` (frozen, or the live model) and the model that trains."""
 
+    samples_rollouts = True
+
     def __init__(self, section: LossSection, teacher: PreTrainedModel):
         self.section, self.teacher = section, teacher
         self.clip = None if section.clip == "none" else Clip(section.clip, section.clip_threshold)
 
+    def samples(self, problems: Sequence[Problem]) -> tuple[list[Sample], dict[str, float]]:
+        """Each rollout after both contexts, all its tokens of weight 1 ÷ the step's tokens."""
+        weight = 1 / sum(len(rollout.ids) for p in problems for rollout in p.rollouts)
+        samples = [
+            Sample((Scored(p.context.student, r.ids), Scored(p.context.teacher, r.ids)), weight)
+            for p in problems
+            for r in p.rollouts
+        ]
+        return samples, {}
+
     def loss(self, model: PreTrainedModel, samples: Sequence[Sample], totals: Totals) -> Tensor:
-        """See `Objective.loss`; each sample's roles are (student, teacher)."""
+        """See `Objective.loss`."""
         with torch.no_grad():
             teacher = rollout_hidden_states(self.teacher, [s.roles[1] for s in samples])
         student = rollout_hidden_states(model, [s.roles[0] for s in samples])

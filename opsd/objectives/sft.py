@@ -1,21 +1,32 @@
-"""SFT on solutions: the mean of −log p(y_n) over the tokens of the target text."""
+"""SFT on solutions: the mean of -log p(y_n) over the tokens of the target text.
+
+With `loss.roles: [student, teacher]` the same target follows both contexts: the cold start, which
+teaches a model the two prompts before OPSD begins.
+"""
 
 from collections.abc import Sequence
 
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from opsd.config import LossSection
-from opsd.objectives.base import Sample, Totals
-from opsd.objectives.likelihood import weighted_likelihood
+from opsd.hidden import Scored
+from opsd.objectives.base import Problem, Sample
+from opsd.objectives.likelihood import LikelihoodObjective
+from opsd.prompts import Prompts
 
 
-class SFT:
-    """Cross-entropy; a sample's weight is 1 ÷ the step's tokens."""
+class SFT(LikelihoodObjective):
+    """Cross-entropy; the weight of each token is 1 ÷ the step's tokens."""
 
-    def __init__(self, section: LossSection):
-        self.section = section
+    samples_rollouts = False
 
-    def loss(self, model: PreTrainedModel, samples: Sequence[Sample], totals: Totals) -> Tensor:
-        """See `Objective.loss`."""
-        return weighted_likelihood(model, samples, totals, self.section)
+    def __init__(self, section: LossSection, prompts: Prompts):
+        self.section, self.prompts = section, prompts
+
+    def samples(self, problems: Sequence[Problem]) -> tuple[list[Sample], dict[str, float]]:
+        """The target text of each row, after the context of each of `loss.roles`."""
+        sequences = [
+            Scored(getattr(p.context, role), self.prompts.target(p.row))
+            for p in problems
+            for role in self.section.roles
+        ]
+        weight = 1 / sum(len(sequence.rollout) for sequence in sequences)
+        return [Sample((sequence,), weight) for sequence in sequences], {}

@@ -1,0 +1,179 @@
+"""The `opsd` command. Each subcommand imports what it needs when it runs: `--help` stays fast."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from opsd.errors import UserError
+
+METHODS = ("opsd", "grpo", "sft")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a user's error, 130 for Ctrl-C."""
+    parsed = parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns after a fork otherwise
+    try:
+        return parsed.run(parsed) or 0
+    except KeyboardInterrupt:
+        if parsed.debug:
+            raise
+        print("opsd: interrupted; what was saved is kept", file=sys.stderr)
+        return 130
+    except UserError as error:
+        if parsed.debug:
+            raise
+        print(f"opsd: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if parsed.debug:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"opsd: {error.strerror or error}{where}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="opsd", description="On-policy self-distillation for language models."
+    )
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run, help: str, **more) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, **more)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("quickstart", _quickstart, "See a model learn from itself, on a CPU.")
+    sub.add_argument("--tiny", action="store_true", help="a tiny model made here, in minutes")
+    sub.add_argument("--output", metavar="DIR", help="default: runs/quickstart or runs/tiny")
+    sub.add_argument(
+        "--methods", metavar="LIST", help="of opsd,grpo,sft (default: opsd; --tiny: all)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="default: 0")
+    sub.add_argument("--model", metavar="DIR", help="another chat model instead of SmolLM2-135M")
+    sub.add_argument("--steps", type=int, help="stop each method after so many steps, for a try")
+    sub.add_argument("--problems", type=int, help="held-out problems (default: 300)")
+
+    sub = command(
+        "train",
+        _train,
+        "Train by a config file.",
+        formatter_class=_ConfigHelp,
+    )
+    sub.add_argument("config", metavar="CONFIG.yaml")
+    sub.add_argument("overrides", nargs="*", metavar="section.field=value")
+    sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+    sub = command("eval", _eval, "Measure a model on a benchmark.")
+    sub.add_argument("model", metavar="MODEL", help="a directory or hub name")
+    sub.add_argument("--benchmark", required=True, metavar="NAME_OR_FILE")
+    sub.add_argument("--samples", type=int, metavar="K", help="answers a problem")
+    sub.add_argument("--problems", type=int, metavar="N", help="only the first N problems")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    sub.add_argument("--temperature", type=float, help="0: greedy")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--output", metavar="FILE", help="write the result and all answers as JSON")
+
+    sub = command("report", _report, "Write report.html and curves.png of a run.")
+    sub.add_argument("directory", metavar="RUN_DIR", type=Path)
+
+    command("doctor", _doctor, "Say what works on this machine and what does not.")
+    return top
+
+
+class _ConfigHelp(argparse.RawDescriptionHelpFormatter):
+    """`opsd train --help` ends with every field of a config file."""
+
+    def format_help(self) -> str:
+        from opsd.config import describe
+
+        lines, last = [super().format_help(), "config file:"], None
+        for section, name, default, text in describe():
+            if section != last:
+                lines.append(f"\n  {section or '(top)'}:")
+                last = section
+            default = default if len(default) <= 40 else "see docs"
+            lines.append(f"    {name}  [{default!s}]\n        {text}")
+        return "\n".join(lines) + "\n"
+
+
+def _quickstart(parsed: argparse.Namespace) -> None:
+    from opsd.display import Display
+
+    methods = _methods(parsed.methods, parsed.tiny)
+    for name in ("steps", "problems"):
+        value = getattr(parsed, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}: it must be at least 1")
+    if parsed.tiny and parsed.model:
+        raise UserError("--model and --tiny exclude each other: --tiny makes its own model")
+    if parsed.seed < 0:
+        raise UserError(f"--seed is {parsed.seed}: it must be at least 0")
+    output = Path(parsed.output or ("runs/tiny" if parsed.tiny else "runs/quickstart"))
+    from opsd.quickstart.flow import check_output, quickstart
+
+    check_output(output)
+    quickstart(
+        Display(),
+        output,
+        methods,
+        tiny=parsed.tiny,
+        seed=parsed.seed,
+        model_path=parsed.model,
+        steps=parsed.steps,
+        problems=parsed.problems,
+    )
+
+
+def _methods(text: str | None, tiny: bool) -> list[str]:
+    if text is None:
+        return list(METHODS) if tiny else ["opsd"]
+    methods = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods or len(set(methods)) != len(methods):
+        raise UserError(
+            f"--methods is {text!r}: it must list some of {', '.join(METHODS)}, each once"
+        )
+    return methods
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from opsd.config import load_config
+
+    config = load_config(parsed.config, parsed.overrides)  # before torch is imported
+    from opsd.display import Display
+    from opsd.train import train
+
+    display = Display()
+    directory = train(config, display, resume=parsed.resume)
+    summary = json.loads((directory / "summary.json").read_text())
+    before, after = summary["accuracy"]["before"], summary["accuracy"]["after"]
+    if before is not None:
+        display.note(f"Held-out accuracy: {before:.3f} before, {after:.3f} after")
+    names = ("model", "report.html", "curves.png", "summary.json")
+    display.paths("Written", {name: directory / name for name in names})
+
+
+def _eval(parsed: argparse.Namespace) -> None:
+    from opsd.evaluate.command import evaluate_command
+
+    evaluate_command(parsed)
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from opsd.report import write_report
+
+    for name, path in write_report(parsed.directory).items():
+        print(f"{name}: {path}")
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from opsd.doctor import run_doctor
+
+    return run_doctor(print)

@@ -1,0 +1,47 @@
+"""What a result should be read with: versions, machine, peak memory."""
+
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("opsd", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Python's and our main packages' versions; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, str | int]:
+    """The processor, its cores and memory, the system, and the GPU if there is one."""
+    import torch
+
+    from opsd.doctor import processor, usable_cores
+
+    found: dict[str, str | int] = {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": processor()[0],
+        "cores": usable_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes (on a GPU: the device's)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

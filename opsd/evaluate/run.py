@@ -1,0 +1,111 @@
+"""Sample answers to held-out problems and grade them."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opsd.data import Row
+from opsd.display import Display
+from opsd.evaluate.grading import Grade
+from opsd.evaluate.metrics import wilson_interval
+from opsd.models import stop_ids
+from opsd.prompts import Prompts
+from opsd.rollout import SAMPLERS, Rollout, Sampler, Sampling
+
+
+class Grades(Protocol):
+    """Whoever can grade: `opsd.evaluate.grading.Grader`, or a task's own."""
+
+    def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
+        """One Grade a completion."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One pass over the held-out problems, one answer each."""
+
+    rollouts: list[Rollout]
+    completions: list[str]
+    grades: list[Grade]
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """The share of correct answers; a cut-off answer counts by what it says so far."""
+        return sum(grade.correct for grade in self.grades) / len(self.grades)
+
+    def record(self) -> dict:
+        """The line for evaluations.jsonl, without step and token counts."""
+        n = len(self.grades)
+        low, high = wilson_interval(self.accuracy * n, n)
+        return {
+            "accuracy": self.accuracy,
+            "low": low,
+            "high": high,
+            "problems": n,
+            "samples": 1,
+            "mean_length": sum(len(r.ids) for r in self.rollouts) / n,
+            "truncated_fraction": sum(not r.finished for r in self.rollouts) / n,
+            "seconds": self.seconds,
+        }
+
+
+class HeldOut:
+    """The held-out problems, ready to be put to any model in either role."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        prompts: Prompts,
+        grader: Grades,
+        sampling: Sampling,
+        engine: str = "generate",
+    ):
+        self.rows, self.prompts, self.grader = rows, prompts, grader
+        self.sampling, self.engine = sampling, engine
+
+    def evaluate(
+        self, model: PreTrainedModel, display: Display, role: str = "student", name: str = ""
+    ) -> Evaluation:
+        """One answer a problem from `model`, in `role`'s prompt."""
+        contexts = [self.prompts.ids(row, role) for row in self.rows]
+        tokenizer = self.prompts.tokenizer
+        sampler = SAMPLERS[self.engine](model, stop_ids(model, tokenizer))
+        with display.stage(f"Evaluate the {name or role}", total=len(self.rows)) as stage:
+            result = evaluate(
+                sampler,
+                tokenizer,
+                contexts,
+                self.rows,
+                self.grader,
+                self.sampling,
+                lambda sequences, tokens: stage.advance(sequences),
+            )
+            stage.update(accuracy=result.accuracy)
+        return result
+
+
+def evaluate(
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Sequence[Sequence[int]],
+    rows: Sequence[Row],
+    grader: Grades,
+    sampling: Sampling,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """One answer a context (greedy if `sampling.temperature` is 0), graded against the rows."""
+    start = time.monotonic()
+    rollouts = sampler.sample(contexts, sampling, progress)
+    completions = decode(tokenizer, rollouts)
+    grades = grader.grade(completions, [row.answer for row in rows])
+    return Evaluation(rollouts, completions, grades, time.monotonic() - start)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout]) -> list[str]:
+    """The rollouts as text, for graders and readers; never tokenised again."""
+    return tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)

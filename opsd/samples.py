@@ -1,0 +1,87 @@
+"""Sample completions for the report: each token with its divergence and the teacher's preference."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opsd.data import Row
+from opsd.evaluate.run import Evaluation
+from opsd.hidden import Scored, rollout_hidden_states
+from opsd.models import head, head_arguments
+from opsd.prompts import Prompts
+
+TOP = 3  # teacher's preferences shown a token
+CHUNK = 256  # rollout tokens whose dense logits are held at once
+
+
+def sample_records(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    prompts: Prompts,
+    rows: Sequence[Row],
+    evaluation: Evaluation,
+    count: int,
+) -> Iterator[dict]:
+    """The first `count` held-out completions as lines for samples.jsonl, without the step."""
+    for i in range(min(count, len(rows))):
+        row, ids = rows[i], evaluation.rollouts[i].ids
+        yield {
+            "problem": row.problem,
+            "solution": row.solution,
+            "answer": row.answer,
+            "completion": evaluation.completions[i],
+            "correct": evaluation.grades[i].correct,
+            "tokens": token_records(
+                student,
+                teacher,
+                Scored(prompts.ids(row, "student"), ids),
+                Scored(prompts.ids(row, "teacher"), ids),
+                prompts.tokenizer,
+            ),
+        }
+
+
+@torch.no_grad()
+def token_records(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    as_student: Scored,
+    as_teacher: Scored,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[dict]:
+    """Each rollout token: its text, KL(T‖S), the student's probability, the teacher's top three."""
+    student_states = rollout_hidden_states(student, [as_student])
+    teacher_states = rollout_hidden_states(teacher, [as_teacher])
+    records = []
+    for start in range(0, len(as_student.rollout), CHUNK):
+        ids = as_student.rollout[start : start + CHUNK]
+        log_s = _log_probs(student, student_states[start : start + CHUNK])
+        log_t = _log_probs(teacher, teacher_states[start : start + CHUNK])
+        divergence = torch.nn.functional.kl_div(log_s, log_t, reduction="none", log_target=True)
+        own = log_s.gather(1, torch.tensor(ids, device=log_s.device)[:, None]).exp()[:, 0]
+        best = log_t.topk(TOP)
+        for n, token in enumerate(ids):
+            preferred = zip(best.indices[n].tolist(), best.values[n].exp().tolist(), strict=True)
+            records.append(
+                {
+                    "text": tokenizer.decode([token]),
+                    "divergence": divergence[n].sum().item(),
+                    "student_probability": own[n].item(),
+                    "teacher": [[tokenizer.decode([t]), p] for t, p in preferred],
+                }
+            )
+    return records
+
+
+def _log_probs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    weight, bias = head(model)
+    logits = hidden.float() @ weight.float().T
+    if bias is not None:
+        logits += bias.float()
+    options = head_arguments(model)
+    logits *= options["logit_scale"]
+    if cap := options["logit_softcap"]:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.log_softmax(-1)

@@ -1,0 +1,190 @@
+"""The training loop: transformers' Trainer, with rollouts before each step's forward passes.
+
+Trainer keeps the optimizer, the schedule, checkpoints with RNG state and resuming. What is ours is
+one step: sample rollouts, make the method's samples, and add up micro-batches.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from opsd.config import Config
+from opsd.data import Row
+from opsd.errors import UserError
+from opsd.hidden import micro_batches
+from opsd.models import update_copy
+from opsd.objectives import Objective, Problem, Totals
+from opsd.prompts import Prompts
+from opsd.rollout import Rollout, Sampler, Sampling
+from opsd.runlog import RunLog
+
+Evaluate = Callable[[int], dict]
+"""step → the evaluation's record; runs the held-out problems and writes them down."""
+
+
+class OPSDTrainer(Trainer):
+    """Trains `model` with one of the objectives.
+
+    Args:
+        model: the fp32 model; its weights are the optimizer's masters.
+        rows: the training rows; each step draws `train.problems_per_step` of them.
+        sampler: samples rollouts from the weights that `twin` holds.
+        twin: a bf16 copy of the model which the sampler decodes with, refreshed before each
+            sampling; None where the sampler uses `model` itself.
+        evaluate: called each `eval.every` steps and at the end.
+        on_step: called with a step's metrics line, for the display.
+        token_budget: training stops when so many tokens are generated (without rollouts: trained).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: PreTrainedModel,
+        rows: Sequence[Row],
+        prompts: Prompts,
+        objective: Objective,
+        sampler: Sampler,
+        twin: PreTrainedModel | None,
+        log: RunLog,
+        evaluate: Evaluate | None = None,
+        on_step: Callable[[dict], None] = lambda line: None,
+        token_budget: int | None = None,
+    ):
+        self.config, self.rows, self.prompts, self.objective = config, rows, prompts, objective
+        self.sampler, self.twin, self.run_log = sampler, twin, log
+        self.on_step, self.token_budget = on_step, token_budget
+        self._evaluate_model = evaluate
+        self._step: dict[str, float] = {}
+        super().__init__(
+            model=model,
+            args=training_arguments(config, bool(evaluate)),
+            train_dataset=range(len(rows)),
+            eval_dataset=range(1),  # Trainer wants one; our `evaluate` knows its rows
+            data_collator=list,
+            processing_class=prompts.tokenizer,
+        )
+        if self.args.world_size > 1:
+            raise UserError(
+                f"WORLD_SIZE is {self.args.world_size}: this release trains in one process"
+            )
+        self.rollout = Sampling(**config.rollout.model_dump(include=_SAMPLING))
+
+    def training_step(self, model, inputs: list[int], num_items_in_batch=None) -> Tensor:
+        """Rollouts, then the loss and its gradient over micro-batches; returns the step's loss."""
+        start = time.monotonic()
+        problems = self._problems([self.rows[i] for i in inputs])
+        sampled = time.monotonic()
+        samples, measures = self.objective.samples(problems)
+        totals = Totals()
+        loss = torch.zeros((), device=model.device)
+        model.train()
+        by_roles = {id(sample.roles): sample for sample in samples}
+        for batch in micro_batches(
+            [s.roles for s in samples], self.config.train.micro_batch_tokens
+        ):
+            with self._autocast():
+                part = self.objective.loss(model, [by_roles[id(roles)] for roles in batch], totals)
+            self.accelerator.backward(part)
+            loss += part.detach()
+        self._count(problems, totals, measures, sampled - start, time.monotonic() - start)
+        return loss
+
+    def _problems(self, rows: list[Row]) -> list[Problem]:
+        contexts = [self.prompts.context(row) for row in rows]
+        copies = self.config.rollout.per_problem if self.objective.samples_rollouts else 0
+        rollouts: list[Rollout] = []
+        if copies:
+            if self.twin is not None:
+                update_copy(self.twin, self.model)
+            students = [context.student for context in contexts for _ in range(copies)]
+            rollouts = self.sampler.sample(students, self.rollout)
+        return [
+            Problem(row, context, rollouts[i * copies : (i + 1) * copies])
+            for i, (row, context) in enumerate(zip(rows, contexts, strict=True))
+        ]
+
+    def _autocast(self):
+        enabled = self.config.train.precision == "bf16"
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=enabled)
+
+    def _count(self, problems, totals: Totals, measures, rollout_seconds, seconds) -> None:
+        rollouts = [rollout for problem in problems for rollout in problem.rollouts]
+        generated = sum(len(rollout.ids) for rollout in rollouts)
+        counters = self.run_log.counters
+        counters.generated_tokens += generated
+        counters.trained_tokens += totals.tokens
+        counters.seconds += seconds
+        self._step = {"divergence": None, "student_entropy": None, **totals.means(), **measures}
+        if rollouts:
+            self._step["rollout_length"] = generated / len(rollouts)
+            self._step["truncated_fraction"] = sum(not r.finished for r in rollouts) / len(rollouts)
+            self._step["rollout_seconds"] = rollout_seconds
+        else:
+            self._step["rollout_length"] = totals.tokens / len(problems)
+        self._step["tokens_per_second"] = totals.tokens / seconds
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A step's line for metrics.jsonl, and for Trainer's own loggers (W&B, TensorBoard)."""
+        if "loss" in logs and self._step:
+            line = {
+                "step": self.state.global_step,
+                "method": self.config.method,
+                **asdict(self.run_log.counters),
+                **logs,
+                **self._step,
+            }
+            self.run_log.metrics(line)
+            self.on_step(line)
+            self._step = {}
+            logs = {key: value for key, value in line.items() if isinstance(value, int | float)}
+            counters = self.run_log.counters
+            spent = counters.generated_tokens or counters.trained_tokens
+            if self.token_budget is not None and spent >= self.token_budget:
+                self.control.should_training_stop = True
+        super().log(logs, start_time)
+
+    def evaluate(self, *_, **__) -> dict[str, float]:
+        """Our own evaluation, at Trainer's times."""
+        record = self._evaluate_model(self.state.global_step)
+        return {f"eval_{key}": value for key, value in record.items()}
+
+
+_SAMPLING = {"max_new_tokens", "temperature", "top_p", "top_k", "batch_size"}
+
+
+def training_arguments(config: Config, evaluates: bool) -> TrainingArguments:
+    """Our sections in Trainer's words. Precision is ours: fp32 weights, autocast in the step."""
+    train = config.train
+    schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    return TrainingArguments(
+        output_dir=config.output.dir,
+        max_steps=train.steps,
+        per_device_train_batch_size=train.problems_per_step,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.beta1,
+        adam_beta2=train.beta2,
+        max_grad_norm=train.max_grad_norm,
+        optim="adamw_torch_fused",
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        seed=train.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluates and config.eval.every else "no",
+        eval_steps=config.eval.every or None,
+        save_strategy="steps" if train.save_every else "no",
+        save_steps=train.save_every or train.steps,
+        save_total_limit=train.save_total_limit,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        report_to=config.output.report_to or "none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
