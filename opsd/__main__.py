@@ -1,0 +1,7 @@
+"""`python -m opsd`: the same as the `opsd` command."""
+
+import sys
+
+from opsd.cli import main
+
+sys.exit(main())
