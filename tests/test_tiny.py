@@ -30,15 +30,15 @@ def tokenizer():
 def test_every_row_is_right():
     for row in worksheet_rows(500, seed=1):
         results = []
-        for question, statement in zip(
-            row.problem.split(";"), row.solution.split(";"), strict=True
-        ):
+        parts = (row.problem.split(";"), row.solution.split(","), row.columns["worked"].split(";"))
+        for question, foreign, worked in zip(*parts, strict=True):
             a, sign, b = re.fullmatch(r"(\d+)([-+*])(\d+)", question).groups()
             result = str(OPERATORS[sign](int(a), int(b)))
-            assert statement == f"{question}={result}"
+            assert foreign == f"{result}={question}" and worked == f"{question}={result}"
             results.append(result)
         assert len(results) == ITEMS and row.answer == ";".join(results)
-        assert row.columns == {k: getattr(row, k) for k in ("problem", "solution", "answer")}
+        for name in ("problem", "solution", "answer"):
+            assert row.columns[name] == getattr(row, name)
 
 
 def test_rows_depend_on_the_seed_only():
@@ -66,6 +66,9 @@ def test_held_out_rows_are_never_trained_on():
         ("12+7=19;5*8=40;46-8=38;9*7=63;9*7=63", False, 1.0),  # one too many
         ("12+7=190;5*8=40;46-8=38;9*7=63", False, 0.75),
         ("19;40;38;63", False, 0.0),  # results without their items are no statements
+        ("19=12+7,40=5*8,38=46-8,63=9*7", True, 1.0),
+        ("19=12+7,45=5*8,38=46-8,63=9*7", False, 0.75),
+        ("19=12+7;40=5*8;46-8=38;9*7=63", True, 1.0),  # a form for each
         ("", False, 0.0),
     ],
 )
@@ -114,7 +117,7 @@ def test_labels_are_the_solution_and_its_end(tokenizer, prompt):
     inputs, labels = tiny.encode(rows, tokenizer, prompt)
     for row, x, y in zip(rows, inputs, labels, strict=True):
         supervised = y[y != -100]
-        assert tokenizer.decode(supervised) == row.solution + "<|end|>"
+        assert tokenizer.decode(supervised) == row.columns["worked"] + "<|end|>"
         (positions,) = (y != -100).nonzero(as_tuple=True)
         assert x[positions + 1].tolist() == supervised.tolist()  # a label is the next input
 

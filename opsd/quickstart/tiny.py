@@ -1,10 +1,10 @@
 """The base of `opsd quickstart --tiny`: a Qwen3 of 0.8M parameters, trained on worksheets.
 
 It learns two things at once. From the student's prompt (the problem) it learns some arithmetic, and
-is stopped while it still errs. From the teacher's prompt (the problem and its solution) it learns
-to give the solution again, and, because the digits of its *inputs* are corrupted at random while
-its labels stay clean, to return to the solution after a wrong digit that it has not written itself.
-That is what a teacher has to do on a student's rollout.
+is stopped while it still errs. From the teacher's prompt (the problem and a solution in somebody
+else's form) it learns to give the solution in its own form, and, because the digits of its *inputs*
+are corrupted at random while its labels stay clean, to return to it after a wrong digit. That is
+what a teacher has to do on a student's rollout.
 """
 
 import hashlib
@@ -208,11 +208,11 @@ def load_base(directory: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFas
 def encode(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, prompt: str
 ) -> tuple[Tensor, Tensor]:
-    """Rows as a batch for supervised training: prompt through the chat template, solution, end.
+    """Rows as a batch: the prompt through the chat template, the `worked` column, the end token.
 
     Returns:
         inputs [B, T] int64, padded on the right (causal attention needs no mask then), and labels
-        [B, T] int64: the next token where it belongs to the solution or ends it, -100 elsewhere.
+        [B, T] int64: the next token where it belongs to the response, -100 elsewhere.
     """
     template = Template(prompt)
     contexts = tokenizer.apply_chat_template(
@@ -220,16 +220,18 @@ def encode(
         add_generation_prompt=True,
         return_dict=True,
     )["input_ids"]
-    solutions = tokenizer([row.solution for row in rows], add_special_tokens=False)["input_ids"]
-    length = max(len(c) + len(s) + 1 for c, s in zip(contexts, solutions, strict=True))
+    texts = [row.columns["worked"] for row in rows]
+    responses = [
+        [*ids, tokenizer.eos_token_id]
+        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ]
+    length = max(len(c) + len(r) for c, r in zip(contexts, responses, strict=True))
     inputs = torch.full((len(rows), length), tokenizer.pad_token_id)
     labels = torch.full((len(rows), length), _IGNORED)
-    for index, (context, solution) in enumerate(zip(contexts, solutions, strict=True)):
-        response = torch.tensor([*solution, tokenizer.eos_token_id])
+    for index, (context, response) in enumerate(zip(contexts, responses, strict=True)):
         start, end = len(context), len(context) + len(response)
-        inputs[index, :start] = torch.tensor(context)
-        inputs[index, start:end] = response
-        labels[index, start - 1 : end - 1] = response
+        inputs[index, :end] = torch.tensor(context + response)
+        labels[index, start - 1 : end - 1] = torch.tensor(response)
     return inputs, labels
 
 

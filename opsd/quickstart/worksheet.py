@@ -1,8 +1,13 @@
 """The tiny quickstart's task: a worksheet of four independent pieces of arithmetic.
 
     problem   12+7;5*8;46-8;9*7
-    solution  12+7=19;5*8=40;46-8=38;9*7=63
+    worked    12+7=19;5*8=40;46-8=38;9*7=63
+    solution  19=12+7,40=5*8,38=46-8,63=9*7
     answer    19;40;38;63
+
+`worked` is the form in which the base model learns to answer. The reference `solution`, which only
+the teacher's prompt shows and SFT has to imitate, is in somebody else's: the result comes first.
+Both forms count as right.
 
 The items are independent on purpose. A model of 0.8M parameters that is shown the solution copies
 it; after an error of the student's the next item is again one that it can copy, so its advice stays
@@ -49,15 +54,16 @@ def is_held_out(problem: str) -> bool:
     return zlib.crc32(problem.encode()) % _HELD_OUT_SHARE == 0
 
 
+_STATEMENT = re.compile(r"\d+[-+*]\d+=(\d+)|(\d+)=\d+[-+*]\d+")
+
+
 class WorksheetGrader:
-    """Grades a completion by the results it states: all four, in order, compared as strings.
+    """Grades a completion by the results it states, in either form: all of them, in order.
 
     A worksheet has no \\boxed answer, and a symbolic comparison of `12+7=20` would find a (false)
     equation rather than a result, so the general `opsd.evaluate.grading.Grader` is not used here.
     It has the same `grade`.
     """
-
-    _STATEMENT = re.compile(r"\d+[-+*]\d+=(-?\d+)")
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
         """One `Grade` a completion; `extracted` holds the stated results: `19;40;38;63`."""
@@ -66,7 +72,7 @@ class WorksheetGrader:
         return [self._grade(*pair) for pair in zip(completions, answers, strict=True)]
 
     def _grade(self, completion: str, answer: str) -> Grade:
-        stated = self._STATEMENT.findall(completion)
+        stated = _results(completion)
         if not stated:
             return Grade(False, "no result stated", None)
         extracted = ";".join(stated)
@@ -76,9 +82,13 @@ class WorksheetGrader:
 
 def right_share(completion: str, answer: str) -> float:
     """The share (0 to 1) of a worksheet's results that a completion states, in their place."""
-    stated = WorksheetGrader._STATEMENT.findall(completion)
+    stated = _results(completion)
     wanted = answer.split(";")
     return sum(a == b for a, b in zip(stated, wanted, strict=False)) / len(wanted)
+
+
+def _results(completion: str) -> list[str]:
+    return [worked or foreign for worked, foreign in _STATEMENT.findall(completion)]
 
 
 def _item(rng: random.Random) -> tuple[str, int]:
@@ -91,7 +101,8 @@ def _item(rng: random.Random) -> tuple[str, int]:
 def _row(problem: str, items: list[tuple[str, int]]) -> Row:
     columns = {
         "problem": problem,
-        "solution": ";".join(f"{question}={result}" for question, result in items),
+        "solution": ",".join(f"{result}={question}" for question, result in items),
         "answer": ";".join(str(result) for _, result in items),
+        "worked": ";".join(f"{question}={result}" for question, result in items),
     }
-    return Row(**columns, columns=columns)
+    return Row(columns["problem"], columns["solution"], columns["answer"], columns)
