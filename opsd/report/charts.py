@@ -37,6 +37,8 @@ class Chart:
     y_format: Callable[[float], str] = lambda y: f"{y:g}"
     y_limits: tuple[float | None, float | None] = (None, None)  # never drawn beyond these
     markers: bool = False
+    from_zero: bool = False
+    y_title: bool = False  # the y label in the chart, where no heading says it
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -98,15 +100,20 @@ def chart_data(chart: Chart) -> dict:
 
 def draw(chart: Chart, width: int, height: int, class_: str = "") -> Html:
     """The chart as an SVG of `width` × `height` pixels."""
-    left, right, top, bottom = 46, 12, 10, 40
+    left, right, bottom = 46, 72 if chart.references else 12, 40
+    top = 26 if chart.y_title else 10
     xs = [x for series in chart.series for x, _ in series.points]
     ys = [y for series in chart.series for _, y in series.points]
     ys += [y for series in chart.series for band in series.band if band for y in band]
-    ys += [y for _, _, y in chart.references]
+    ys += [y for _, _, y in chart.references] + ([0.0] if chart.from_zero else [])
     x0, x1 = 0, max(xs) or 1  # steps and tokens both count from 0
     x_ticks = [x for x in ticks(x0, x1, 4 if width < 480 else 6) if x <= x1]
     y0, y1 = _padded(min(ys), max(ys), chart.y_limits)
-    y_ticks = [y for y in ticks(y0, y1, 4) if _within(y, (y0, y1), chart.y_limits)]
+    y_ticks = [
+        y
+        for y in ticks(y0, y1, 5 if chart.references else 4)
+        if _within(y, (y0, y1), chart.y_limits)
+    ]
     y0, y1 = min(y_ticks[0], y0), max(y_ticks[-1], y1)
 
     def px(x: float) -> float:
@@ -134,21 +141,16 @@ def draw(chart: Chart, width: int, height: int, class_: str = "") -> Html:
     parts.append(
         tag("text", chart.x_label, class_="label", x=centre, y=height - 6, text_anchor="middle")
     )
+    if chart.y_title:
+        parts.append(tag("text", chart.y_label, class_="label", x=0, y=12))
     for series in chart.series:
         parts.extend(_band(series, px, py))
-    # a reference's name stands above its line, or below it where two lines are too close
-    placed: list[float] = []
+    lowest = float(top - 10)
     for key, name, y in sorted(chart.references, key=lambda reference: -reference[2]):
         line = {"class_": f"reference ref-{key}", "x1": left, "x2": width - right}
         parts.append(tag("line", y1=py(y), y2=py(y), **line))
-        text_y = (
-            py(y) - 5
-            if py(y) - 16 > top and all(abs(py(y) - 5 - p) > 13 for p in placed)
-            else py(y) + 13
-        )
-        placed.append(text_y)
-        at = {"class_": "refname", "x": width - right - 2, "y": text_y, "text_anchor": "end"}
-        parts.append(tag("text", name, **at))
+        lowest = max(py(y) + 4, lowest + 14)  # names in the margin do not cover each other
+        parts.append(tag("text", name, class_="refname", x=width - right + 7, y=lowest))
     for series in chart.series:
         parts.extend(_line(chart, series, px, py))
     cursor = {"class_": "cursor", "x1": 0, "x2": 0, "y1": top, "y2": height - bottom}
@@ -196,7 +198,7 @@ def interval_bar(
     if low is not None and high is not None:
         whisker = {"class_": f"whisker series-{key}", "y1": middle, "y2": middle}
         parts.append(tag("line", x1=px(low), x2=px(high), **whisker))
-    parts.append(tag("circle", class_=f"dot series-{key}", cx=px(value), cy=middle, r=4))
+    parts.append(tag("circle", class_=f"dot series-{key}", cx=px(value), cy=middle, r=3.5))
     box = f"0 0 {width} {height}"
     return tag(
         "svg", parts, class_="bar", viewBox=box, width=width, height=height, aria_hidden="true"

@@ -54,16 +54,12 @@ def _accuracy(axes, results: Results) -> None:
     axes.set_xlim(0, end * 1.02)
     low, high = axes.get_ylim()
     lines = references(results)
-    low = min([low, *(y for _, _, y in lines)])
-    high = min(max([high, *(y + 0.06 for _, _, y in lines)]), max(1.02, high))
-    axes.set_ylim(low, high)
+    low, high = min([low, *(y - 0.03 for _, _, y in lines)]), max([high, *(y for _, _, y in lines)])
+    axes.set_ylim(max(low, -0.02), min(high + 0.02, 1.03) if high <= 1.03 else high)
     for key, name, y in lines:
-        axes.axhline(y, color=QUIET, linestyle=STYLES[key], linewidth=1.1, zorder=1)
-        above = y + 0.075 * (high - low) < high
-        label = {"color": QUIET, "fontsize": 10, "ha": "right"}
-        offset = (0, 3 if above else -3)
-        axes.annotate(name, (end, y), offset, textcoords="offset points",
-                      va="bottom" if above else "top", **label)  # fmt: skip
+        axes.axhline(y, color=QUIET, linestyle=STYLES[key], linewidth=1.2, zorder=1)
+        axes.annotate(name, (1.01, y), xycoords=("axes fraction", "data"), color=QUIET,
+                      fontsize=11, va="center")  # fmt: skip
     axes.set_xlabel(token_axis(runs), fontsize=12)
     axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
     axes.grid(axis="y", color="#e7e7e2")

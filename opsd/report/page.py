@@ -13,7 +13,7 @@ from opsd.units import duration, number, percent, size
 
 # (metric, title, unit): the first three are always there, others where the run recorded them
 PANELS = [
-    ("divergence", "Divergence from the teacher", "nats a token"),
+    ("divergence", "Divergence", "nats a token"),
     ("student_entropy", "Student's entropy", "nats a token"),
     ("rollout_length", "Rollout length", "tokens"),
 ]
@@ -75,8 +75,8 @@ def token_axis(runs: list[Run]) -> str:
 def references(results: Results) -> list[tuple[str, str, float]]:
     """Horizontal lines: (key, name, accuracy)."""
     lines = [
-        ("teacher", "teacher (sees the solution)", results.teacher),
-        ("base", "base", results.base),
+        ("teacher", "teacher", results.teacher),
+        ("base", "base" if results.quickstart else "before", results.base),
         ("pretrained", "pretrained", results.pretrained),
     ]
     return [(key, name, accuracy.value) for key, name, accuracy in lines if accuracy]
@@ -132,7 +132,7 @@ def _headline(results: Results) -> Html:
                     f"{'after ' + run.name if results.quickstart else 'after'}", class_="quiet"),
                 tag("p", percent(results.base.value), tag("span", " → ", class_="quiet"),
                     tag("strong", percent(after.value)), class_="big"),
-                tag("p", f"{points:+.1f} points".replace("-", "−"), _interval_words(results.base, after),
+                tag("p", _points(points), " points", _interval_words(results.base, after),
                     class_="quiet"),
                 class_="result")
         )  # fmt: skip
@@ -163,6 +163,10 @@ def _interval_words(before: Accuracy, after: Accuracy) -> str:
         return ""
     spans = [f"{100 * a.low:.1f}–{100 * a.high:.1f} %" for a in (before, after)]
     return f"; 95 % intervals {spans[0]} → {spans[1]}"
+
+
+def _points(change: float) -> str:
+    return f"{change:+.1f}".replace("-", "−")
 
 
 def _tile(label: str, content: str) -> Html:
@@ -218,7 +222,7 @@ def _row(
         tag("td", percent(accuracy.value)),
         tag("td", f"{100 * accuracy.low:.1f}–{100 * accuracy.high:.1f}" if known else "–"),
         tag("td", interval_bar(key, accuracy.value, accuracy.low, accuracy.high)),
-        tag("td", "" if change is None else f"{100 * change:+.1f}".replace("-", "−")),
+        tag("td", "" if change is None else _points(100 * change)),
         tag("td", tokens + (" (trained)" if tokens and run and run.trained_axis else "")),
         tag("td", "" if seconds is None else duration(seconds)),
     ]
@@ -240,9 +244,12 @@ def _accuracy(results: Results, charts: list[Chart]) -> Html:
         y_format=lambda y: f"{100 * y:.3g} %",
         y_limits=(0.0, 1.0),
         markers=True,
+        y_title=True,
     )
     charts.append(chart)
     note = "Bands: 95 % Wilson intervals."
+    if results.teacher:
+        note += " The teacher answers with the reference solution in its prompt."
     if any(run.trained_axis for run in runs) and len(runs) > 1:
         note += " SFT generates nothing, so its axis is the tokens it was trained on."
     return tag(
@@ -301,7 +308,14 @@ def _panels(
         y_format: Callable[[float], str] = (lambda y: f"{100 * y:.3g} %") if share else _tick
         limits = (0.0 if lowest >= 0 else None, 1.0 if share else None)
         chart = Chart(
-            f"panel-{key}", title, "step", unit, series, y_format=y_format, y_limits=limits
+            f"panel-{key}",
+            title,
+            "step",
+            unit,
+            series,
+            y_format=y_format,
+            y_limits=limits,
+            from_zero=share or unit.startswith("nats"),
         )
         charts.append(chart)
         heading = tag("h3", title, tag("span", " ", unit, class_="quiet"))
@@ -327,7 +341,13 @@ def _rollouts(results: Results) -> Html:
         content: list[Html] = [sections[0][1]]
     else:  # one method at a time; without scripts they all open and close by themselves
         content = [
-            tag("details", tag("summary", run.name), section, open=i == 0, name="rollouts")
+            tag(
+                "details",
+                tag("summary", swatch(run.method), run.name),
+                section,
+                open=i == 0,
+                name="rollouts",
+            )
             for i, (run, section) in enumerate(sections)
         ]
     return tag("section", tag("h2", "The same problems before and after"), content, id="rollouts")

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 
-from opsd.report.charts import swatch
 from opsd.report.markup import Html, tag
 from opsd.report.runs import Record, Run, value
 
@@ -47,7 +46,6 @@ def rollout_section(run: Run) -> Html | None:
     more = f"{rest} more sampled problems are in samples.jsonl." if rest else None
     return tag(
         "section",
-        tag("h3", swatch(run.method), run.name) if run.name else None,
         _legend(scale) if scale else None,
         articles,
         tag("p", more, class_="note") if more else None,
