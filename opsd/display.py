@@ -11,6 +11,8 @@ starts, one when it ends, and in between at most one every ten seconds.
             stage.advance(divergence=0.21, tokens_per_second=310.0)
 """
 
+# ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
+
 import sys
 import time
 from collections.abc import Mapping, Sequence

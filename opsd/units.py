@@ -1,5 +1,7 @@
 """Numbers as a person reads them, the same in the terminal, the plots and the report."""
 
+# ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
+
 import math
 
 

@@ -1,5 +1,7 @@
 """The terminal display: plain lines on a pipe, live bars on a terminal, and both left in order."""
 
+# ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
+
 import io
 import os
 import subprocess

@@ -1,6 +1,6 @@
 """Line charts as inline SVG: they show without scripts, and report.js adds read-outs.
 
-A chart is drawn at the size at which it is shown (`width` × `height` CSS pixels), because text in a
+A chart is drawn at the size at which it is shown (CSS pixels), because text in a
 scaled SVG is unreadable on a phone. Colours come from the style sheet: `series-<name>` classes.
 """
 
@@ -42,7 +42,7 @@ class Chart:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values (steps of 1, 2 or 5 × 10ⁿ) that cover low…high with about `count` intervals."""
+    """Round values, in steps of 1, 2 or 5 times 10ⁿ, that cover low…high in about `count` steps."""
     if high <= low:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
@@ -99,7 +99,7 @@ def chart_data(chart: Chart) -> dict:
 
 
 def draw(chart: Chart, width: int, height: int, class_: str = "") -> Html:
-    """The chart as an SVG of `width` × `height` pixels."""
+    """The chart as an SVG of `width` by `height` pixels."""
     left, right, bottom = 46, 72 if chart.references else 12, 40
     top = 26 if chart.y_title else 10
     xs = [x for series in chart.series for x, _ in series.points]

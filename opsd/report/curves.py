@@ -14,7 +14,7 @@ STYLES = {"teacher": "--", "base": "-", "pretrained": ":"}
 
 
 def write_curves(results: Results, path: Path) -> None:
-    """Draw the figure: 2000 × 840 pixels, text legible when shown at half that width."""
+    """Draw the figure: 2000 by 840 pixels, text legible when shown at half that width."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,5 +1,7 @@
 """The report's page, top to bottom: result, accuracy, training, rollouts, what ran."""
 
+# ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
+
 import json
 import time
 from collections.abc import Callable
@@ -411,4 +413,4 @@ def _final(run: Run) -> Accuracy | None:
 
 
 def _asset(name: str) -> str:
-    return resources.files("opsd.report").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("opsd").joinpath("templates", name).read_text(encoding="utf-8")

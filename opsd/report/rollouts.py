@@ -1,5 +1,7 @@
 """Sample rollouts before and after training, each token shaded by its divergence."""
 
+# ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
+
 import json
 from collections.abc import Sequence
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.errors import UserError
+from opsd.evaluate.metrics import wilson_interval
 
 Record = dict[str, Any]
 MARKS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "summary.json")  # any: it is a run
@@ -148,14 +149,6 @@ def read_results(run_dir: Path) -> Results:
     )
 
 
-def wilson(rate: float, n: float) -> tuple[float, float]:
-    """95 % Wilson interval of `rate` seen on `n` problems."""
-    z = 1.959964
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
 def _read_run(path: Path, method: str, troubles: list[str]) -> Run:
     evaluations = _read_lines(path / "evaluations.jsonl", troubles)
     axis = "trained_tokens" if method == "sft" else "generated_tokens"
@@ -233,8 +226,8 @@ def _accuracy(record: Any, problems: float | None) -> Accuracy | None:
     if rate is None:
         return None
     low, high = value(record, "low"), value(record, "high")
-    if (low is None or high is None) and problems and 0 <= rate <= 1:
-        low, high = wilson(rate, problems)
+    if (low is None or high is None) and problems and problems >= 1 and 0 <= rate <= 1:
+        low, high = wilson_interval(rate * int(problems), int(problems))
     return Accuracy(rate, low, high)
 
 
