@@ -34,12 +34,12 @@ class Stage:
         self.fields: dict[str, object] = {}
         self._display = display
         self._begun = self._reported = self._spoken = time.monotonic()
-        self._begun_at = 0  # `completed` when the clock started: not 0 when a run is resumed
-        self._advanced = False
+        self._eta_from = self._begun, 0  # the speed counts from here: (when, units done by then)
+        self._counting = False
 
     def advance(self, n: int = 1, **fields: object) -> None:
         """`n` more units are done; `fields` (such as `divergence=0.2`) are shown beside the bar."""
-        self._advanced = True
+        self._counting = True
         self.update(completed=self.completed + n, **fields)
 
     def update(
@@ -47,16 +47,16 @@ class Stage:
     ) -> None:
         """Set what is done, the total, or fields.
 
-        A first `update(completed=…)` says where a resumed run starts: the ETA counts from there.
+        A first `update(completed=…)` may say where a resumed run starts: the ETA counts from there.
         """
         if total is not None:
             self.total = total
         if completed is not None:
-            if not self._advanced and self.completed == 0:
-                self._begun_at = completed
-            self._advanced = True
-            self.completed = completed
             self._reported = time.monotonic()
+            self.completed = completed
+            if not self._counting:
+                self._eta_from = self._reported, completed
+                self._counting = True
         self.fields.update(fields)
         self._display._report(self)
 
@@ -68,10 +68,11 @@ class Stage:
     @property
     def remaining(self) -> float | None:
         """Seconds to go at the mean speed so far; None while nothing can be said."""
-        done = self.completed - self._begun_at
+        since, before = self._eta_from
+        done = self.completed - before
         if not self.total or done <= 0:
             return None
-        per_unit = (self._reported - self._begun) / done
+        per_unit = (self._reported - since) / done
         left = max(self.total - self.completed, 0) * per_unit
         return max(left - (time.monotonic() - self._reported), 0.0)
 
@@ -91,6 +92,7 @@ class Stage:
 
     def __enter__(self) -> "Stage":
         self._begun = self._reported = self._spoken = time.monotonic()
+        self._eta_from = self._begun, 0
         self._display._enter(self)
         return self
 

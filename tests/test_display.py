@@ -82,6 +82,14 @@ def test_resumed_stage_counts_the_eta_from_where_it_started(pipe, clock):
         assert stage.remaining == 0
 
 
+def test_eta_of_a_count_that_is_set_starts_with_the_first_one(pipe, clock):
+    with Display(file=pipe).stage("Train", total=10) as stage:
+        for step in (1, 2):
+            clock.now += 12
+            stage.update(completed=step)
+        assert stage.remaining == pytest.approx(8 * 12)
+
+
 def test_eta_counts_every_advance(pipe, clock):
     with Display(file=pipe).stage("Train", total=10) as stage:
         clock.now += 10
