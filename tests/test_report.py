@@ -317,13 +317,25 @@ def test_importing_the_report_imports_neither_torch_nor_matplotlib():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_before_and_after_are_paired_by_problem_and_copy():
-    samples = [sample(0, "a", completion="a0"), sample(0, "a", completion="a0'"),
-               sample(5, "a", completion="mid"), sample(9, "b", completion="b9"),
-               sample(9, "a", completion="a9")]  # fmt: skip
+def test_before_and_after_are_paired_by_problem():
+    samples = [sample(0, "a", completion="a0"), sample(5, "a", completion="mid"),
+               sample(9, "b", completion="b9"), sample(9, "a", completion="a9")]  # fmt: skip
     pairs = [[s and s["completion"] for s in pair] for pair in sample_pairs(samples)]
-    assert pairs == [["a0", "a9"], ["a0'", None], [None, "b9"]]
-    assert [pair[1] for pair in sample_pairs(samples[:2])] == [None, None]
+    assert pairs == [["a0", "a9"], [None, "b9"]]
+    assert [pair[1] for pair in sample_pairs(samples[:1])] == [None]
+
+
+def test_what_a_resumed_run_wrote_again_counts_once(single):
+    with (single / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 10, "generated_tokens": 1000, "seconds": 44.0}) + "\n")
+    with (single / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps(evaluation(10, 1000, 0.6)) + "\n")
+    with (single / "samples.jsonl").open("a") as file:
+        file.write(json.dumps(sample(10, completion="again")) + "\n")
+    run = read_results(single).runs[0]
+    assert [record["step"] for record in run.metrics] == list(range(1, 11))
+    assert [point.accuracy.value for point in run.points] == [0.3, 0.4, 0.6]
+    assert [after["completion"] for _, after in sample_pairs(run.samples)] == ["again"]
 
 
 def test_tokens_are_shaded_marked_and_keep_their_newlines(tmp_path):

@@ -24,15 +24,11 @@ def sample_pairs(samples: Sequence[Record]) -> list[tuple[Record | None, Record 
     if not steps:
         return []
     first, last = min(steps), max(steps)
-    pairs: dict[tuple[str, int], list[Record | None]] = {}
-    seen: dict[tuple[str, float], int] = {}
+    pairs: dict[str, list[Record | None]] = {}
     for sample, step in zip(samples, steps, strict=True):
-        if step not in (first, last):
-            continue
-        problem = str(sample.get("problem"))
-        copy = seen[problem, step] = seen.get((problem, step), -1) + 1  # several rollouts a problem
-        pair = pairs.setdefault((problem, copy), [None, None])
-        pair[0 if step == first else 1] = sample
+        if step in (first, last):
+            pair = pairs.setdefault(str(sample.get("problem")), [None, None])
+            pair[0 if step == first else 1] = sample
     return [(before, after) for before, after in pairs.values()]
 
 

@@ -150,7 +150,7 @@ def read_results(run_dir: Path) -> Results:
 
 
 def _read_run(path: Path, method: str, troubles: list[str]) -> Run:
-    evaluations = _read_lines(path / "evaluations.jsonl", troubles)
+    evaluations = _once(_read_lines(path / "evaluations.jsonl", troubles), "step", "role")
     axis = "trained_tokens" if method == "sft" else "generated_tokens"
     points = []
     for record in evaluations:
@@ -161,12 +161,17 @@ def _read_run(path: Path, method: str, troubles: list[str]) -> Run:
             points.append(Point(x, accuracy, record.get("step")))
     return Run(
         method=method,
-        metrics=_read_lines(path / "metrics.jsonl", troubles),
+        metrics=_once(_read_lines(path / "metrics.jsonl", troubles), "step"),
         evaluations=evaluations,
         samples=_read_lines(path / "samples.jsonl", troubles),
         summary=_read_json(path / "summary.json", troubles),
         points=sorted(points, key=lambda point: point.x),
     )
+
+
+def _once(records: list[Record], *keys: str) -> list[Record]:
+    """One record a step, the last written: a resumed run repeats the steps since its checkpoint."""
+    return list({repr([record.get(key) for key in keys]): record for record in records}.values())
 
 
 def _quickstart_runs(children: list[Path], summary: Record, troubles: list[str]) -> list[Run]:
