@@ -116,8 +116,10 @@ def _quickstart(parsed: argparse.Namespace) -> None:
     if parsed.seed < 0:
         raise UserError(f"--seed is {parsed.seed}: it must be at least 0")
     output = Path(parsed.output or ("runs/tiny" if parsed.tiny else "runs/quickstart"))
+    from opsd.models import quiet_transformers
     from opsd.quickstart.flow import check_output, quickstart
 
+    quiet_transformers()
     check_output(output)
     quickstart(
         Display(),
@@ -148,8 +150,10 @@ def _train(parsed: argparse.Namespace) -> None:
 
     config = load_config(parsed.config, parsed.overrides)  # before torch is imported
     from opsd.display import Display
+    from opsd.models import quiet_transformers
     from opsd.train import train
 
+    quiet_transformers()
     display = Display()
     directory = train(config, display, resume=parsed.resume)
     summary = json.loads((directory / "summary.json").read_text())
@@ -162,7 +166,9 @@ def _train(parsed: argparse.Namespace) -> None:
 
 def _eval(parsed: argparse.Namespace) -> None:
     from opsd.evaluate.command import evaluate_command
+    from opsd.models import quiet_transformers
 
+    quiet_transformers()
     evaluate_command(parsed)
 
 

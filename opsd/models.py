@@ -1,6 +1,5 @@
 """Loading a causal language model and its tokenizer, and the few facts about it that training needs."""
 
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from opsd.config import ModelSection
 from opsd.errors import UserError
@@ -37,14 +37,13 @@ def load_model(
     if section.gguf_file:
         arguments["gguf_file"] = section.gguf_file
     try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(section.path, **arguments)
-            model = AutoModelForCausalLM.from_pretrained(
-                section.path,
-                dtype=torch.float32,
-                attn_implementation=section.attention,
-                **arguments,
-            )
+        tokenizer = AutoTokenizer.from_pretrained(section.path, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(
+            section.path,
+            dtype=torch.float32,
+            attn_implementation=section.attention,
+            **arguments,
+        )
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
@@ -116,17 +115,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     return frozenset([tokenizer.eos_token_id, *extra])
 
 
-@contextmanager
-def _quiet():
-    """No progress bars and load reports of transformers inside our own display."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+def quiet_transformers() -> None:
+    """No progress bars, load reports or hints of transformers inside our own display."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -161,6 +161,8 @@ def run(
     teacher = initial if initial is not None else decoder
     stops = stop_ids(model, tokenizer)
     sampler = SAMPLERS[config.rollout.engine](decoder, stops)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     log = RunLog(directory, checkpoint_step(checkpoint))
     objective = make_objective(config, teacher, prompts, tokenizer, grader, reward)
 

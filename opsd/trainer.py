@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from opsd.config import Config
 from opsd.data import Row
@@ -67,6 +67,7 @@ class OPSDTrainer(Trainer):
             data_collator=list,
             processing_class=prompts.tokenizer,
         )
+        self.remove_callback(PrinterCallback)  # our display and metrics.jsonl say it already
         if self.args.world_size > 1:
             raise UserError(
                 f"WORLD_SIZE is {self.args.world_size}: this release trains in one process"
@@ -82,12 +83,10 @@ class OPSDTrainer(Trainer):
         totals = Totals()
         loss = torch.zeros((), device=model.device)
         model.train()
-        by_roles = {id(sample.roles): sample for sample in samples}
-        for batch in micro_batches(
-            [s.roles for s in samples], self.config.train.micro_batch_tokens
-        ):
+        budget = self.config.train.micro_batch_tokens
+        for batch in micro_batches(samples, lambda sample: sample.longest, budget):
             with self._autocast():
-                part = self.objective.loss(model, [by_roles[id(roles)] for roles in batch], totals)
+                part = self.objective.loss(model, batch, totals)
             self.accelerator.backward(part)
             loss += part.detach()
         self._count(problems, totals, measures, sampled - start, time.monotonic() - start)
@@ -172,8 +171,6 @@ def training_arguments(config: Config, evaluates: bool) -> TrainingArguments:
         adam_beta2=train.beta2,
         max_grad_norm=train.max_grad_norm,
         optim="adamw_torch_fused",
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=train.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,

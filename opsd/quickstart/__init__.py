@@ -1,0 +1,1 @@
+"""`opsd quickstart`: a model learns from itself on a laptop, beside GRPO and SFT."""

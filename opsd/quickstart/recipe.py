@@ -1,0 +1,88 @@
+"""What the two quickstarts have in common: a task, a base model, and a config a method."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opsd.config import Config
+from opsd.data import Row
+from opsd.display import Display
+from opsd.evaluate.run import Evaluation, Grades, HeldOut
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that every method starts from, and what it was before the cold start."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pretrained: Evaluation | None = None  # None: trained from scratch, so there is nothing before
+
+
+class MakeBase(Protocol):
+    """Makes the base in `directory`'s run; may evaluate the pretrained model on `held_out`."""
+
+    def __call__(
+        self,
+        directory: Path,
+        held_out: Callable[[PreTrainedTokenizerBase], HeldOut],
+        display: Display,
+    ) -> Base: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A quickstart.
+
+    Attributes:
+        name: of the model, for the report.
+        train_rows: problems to learn from, with the solutions that the teacher is shown.
+        held_out_rows: problems to be measured on.
+        sections: the config's sections, common to all methods.
+        methods: each method's own sections, merged into the common ones.
+        token_budget: generated tokens a method (SFT: trained tokens).
+        reward: GRPO's, where it is not the grade.
+    """
+
+    name: str
+    train_rows: list[Row]
+    held_out_rows: list[Row]
+    grader: Grades
+    make_base: MakeBase
+    sections: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+    token_budget: int
+    reward: Callable[[str, str], float] | None = field(default=None)
+
+
+def method_config(recipe: Recipe, method: str, base: Path, output: Path, seed: int) -> Config:
+    """The config of one method, starting from the model and the problems in `base`."""
+    merged = merge(recipe.sections, recipe.methods[method])
+    merged = merge(
+        merged,
+        {
+            "method": method,
+            "model": {"path": str(base / "model")},
+            "data": {"source": str(base / "train.jsonl")},
+            "train": {"seed": seed},
+            "eval": {
+                "source": str(base / "held_out.jsonl"),
+                "problems": len(recipe.held_out_rows),
+            },
+            "output": {"dir": str(output)},
+        },
+    )
+    return Config.model_validate(merged)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two nested dictionaries; where both say something, `above` wins."""
+    merged = dict(below)
+    for key, value in above.items():
+        known = merged.get(key)
+        both = isinstance(value, dict) and isinstance(known, dict)
+        merged[key] = merge(known, value) if both else value
+    return merged

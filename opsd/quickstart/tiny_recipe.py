@@ -1,0 +1,55 @@
+"""`opsd quickstart --tiny`: worksheets, a 0.8M-parameter base trained here, three methods."""
+
+from pathlib import Path
+
+from opsd.display import Display
+from opsd.quickstart import tiny
+from opsd.quickstart.recipe import Base, Recipe
+from opsd.quickstart.worksheet import WorksheetGrader, right_share, worksheet_rows
+
+HELD_OUT_SEED = 10_000
+"""The held-out worksheets are the same for every seed, so that runs can be compared."""
+
+SECTIONS = {
+    "prompts": {"student": tiny.STUDENT_PROMPT, "teacher": tiny.TEACHER_PROMPT},
+    "rollout": {"per_problem": 1, "max_new_tokens": 44, "batch_size": 128},
+    "train": {
+        "problems_per_step": 64,
+        "warmup_steps": 5,
+        "precision": "fp32",
+        "micro_batch_tokens": 8192,
+    },
+    "eval": {"batch_size": 400, "every": 25, "samples": 4},
+}
+METHODS = {
+    "opsd": {"train": {"steps": 100, "learning_rate": 1e-3}},
+    "grpo": {
+        "rollout": {"per_problem": 8},
+        "train": {"steps": 100, "learning_rate": 3e-4, "problems_per_step": 8},
+    },
+    "sft": {"train": {"steps": 100, "learning_rate": 1e-3}},
+}
+TOKEN_BUDGET = 200_000
+
+
+def tiny_recipe(seed: int, problems: int | None = None) -> Recipe:
+    """The recipe; `problems` held-out worksheets (400 unless told)."""
+
+    def make_base(directory: Path, held_out, display: Display) -> Base:
+        with display.stage("Train the base from scratch", total=tiny.BaseTraining().steps) as stage:
+            path = tiny.cached_base(
+                seed, progress=lambda step, loss: stage.update(completed=step, loss=loss)
+            )
+        return Base(*tiny.load_base(path))
+
+    return Recipe(
+        name="tiny Qwen3 (0.8M parameters)",
+        train_rows=worksheet_rows(8000, seed=seed),
+        held_out_rows=worksheet_rows(problems or 400, seed=HELD_OUT_SEED, held_out=True),
+        grader=WorksheetGrader(),
+        make_base=make_base,
+        sections=SECTIONS,
+        methods=METHODS,
+        token_budget=TOKEN_BUDGET,
+        reward=right_share,
+    )
