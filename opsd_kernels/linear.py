@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import arguments, gemm
+from opsd_kernels.backward import refuse_double_backward, scaled
 from opsd_kernels.divergence import Clip, Divergence, LogitTransform
 from opsd_kernels.plan import plan_rows
 from opsd_kernels.resolve import load, resolve
@@ -320,9 +321,10 @@ def _backward(ctx, grad, *_):
     returned = [None] * ctx.arguments
     if grad is None:
         return tuple(returned)
+    refuse_double_backward(grad)
     if ctx.computed:
-        d_hidden, d_weight, d_bias = (
-            _scaled(saved, grad[:, None] if ctx.per_token else grad) for saved in ctx.saved_tensors
+        d_hidden, d_weight, d_bias = scaled(
+            ctx.saved_tensors, grad[:, None] if ctx.per_token else grad
         )
     else:
         *tensors, row_weight = ctx.saved_tensors
@@ -333,11 +335,6 @@ def _backward(ctx, grad, *_):
         if wanted:
             returned[place] = gradient
     return tuple(returned)
-
-
-def _scaled(saved: Tensor, grad: Tensor) -> Tensor:
-    """saved * grad, in saved's dtype."""
-    return saved if saved.numel() == 0 else (saved * grad).to(saved.dtype)
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)

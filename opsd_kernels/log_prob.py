@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import arguments, gemm
+from opsd_kernels.backward import refuse_double_backward, scaled
 from opsd_kernels.divergence import LogitTransform
 from opsd_kernels.plan import plan_rows
 from opsd_kernels.resolve import load, resolve
@@ -210,9 +211,9 @@ def _backward(ctx, grad, *_):
     returned = [None] * ctx.arguments
     if grad is None:
         return tuple(returned)
+    refuse_double_backward(grad)
     if ctx.options.in_forward[0]:
-        (d_hidden,) = ctx.saved_tensors
-        returned[0] = (d_hidden * grad[:, None]).to(d_hidden.dtype)
+        (returned[0],) = scaled(ctx.saved_tensors, grad[:, None])
         return tuple(returned)
     gradients = _recompute(*ctx.saved_tensors, grad, *ctx.options)
     for place, gradient, wanted in zip((0, 1, 3), gradients, ctx.options.wanted, strict=True):
