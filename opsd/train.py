@@ -129,6 +129,7 @@ def run(
     before: dict[str, Evaluation] | None = None,
     reward: Reward | None = None,
     token_budget: int | None = None,
+    save: bool = True,
 ) -> dict:
     """Train `model` in place by `config.method`, in the claimed directory `config.output.dir`.
 
@@ -137,8 +138,9 @@ def run(
         before: the evaluations of step 0, by role, where they are known already.
         reward: (completion, answer) → reward, for GRPO; none: 1 for a right answer, else 0.
         token_budget: stop when so many tokens are generated (sft: trained).
+        save: whether to write the trained model to model/.
 
-    Returns the run's summary, which is also written to summary.json; the model is saved in model/.
+    Returns the run's summary, which is also written to summary.json.
     """
     directory = Path(config.output.dir)
     prompts = Prompts(config.prompts, tokenizer)
@@ -197,7 +199,7 @@ def run(
         for role, result in before.items():
             record(0, role, result)
 
-    with display.stage(f"Train by {config.method}", total=config.train.steps) as stage:
+    with display.stage(f"Train by {config.method.upper()}", total=config.train.steps) as stage:
         trainer = OPSDTrainer(
             config,
             model,
@@ -220,7 +222,8 @@ def run(
     ]
     if held_out and not evaluated:
         evaluate(step)
-    save_model(model, tokenizer, directory)
+    if save:
+        save_model(model, tokenizer, directory)
     return write_summary(config, log, directory, time.monotonic() - begun)
 
 

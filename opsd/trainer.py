@@ -149,7 +149,12 @@ class OPSDTrainer(Trainer):
     def evaluate(self, *_, **__) -> dict[str, float]:
         """Our own evaluation, at Trainer's times."""
         record = self._evaluate_model(self.state.global_step)
-        return {f"eval_{key}": value for key, value in record.items()}
+        metrics = {f"eval_{key}": value for key, value in record.items()}
+        # Clears should_evaluate: Trainer would evaluate again when the epoch ends.
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
 
 _SAMPLING = {"max_new_tokens", "temperature", "top_p", "top_k", "batch_size"}

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
 
 from opsd.config import PromptsSection, save_config
 from opsd.data import Row
@@ -18,7 +17,7 @@ from opsd.environment import machine, peak_memory, versions
 from opsd.errors import UserError
 from opsd.evaluate.metrics import wilson_interval
 from opsd.evaluate.run import Evaluation, HeldOut
-from opsd.models import copy_model
+from opsd.models import copy_model, load_model
 from opsd.prompts import Prompts
 from opsd.quickstart.recipe import Recipe, merge, method_config
 from opsd.report import write_report
@@ -90,12 +89,10 @@ def quickstart(
         "student": held_out.evaluate(decoder, display, "student", "base"),
         "teacher": held_out.evaluate(decoder, display, "teacher", "base as teacher"),
     }
-    pretrained, tokenizer = base.pretrained, base.tokenizer
+    pretrained = base.pretrained
     del base, decoder
     for method in methods:
-        _train_method(
-            recipe, method, base_path, directory / method, seed, tokenizer, before, display
-        )
+        _train_method(recipe, method, base_path, directory / method, seed, before, display)
     summary = _summary(recipe, directory, methods, seed, pretrained, before)
     summary["seconds"] = time.monotonic() - begun
     summary["peak_memory_bytes"] = peak_memory()
@@ -132,7 +129,6 @@ def _train_method(
     base: Path,
     directory: Path,
     seed: int,
-    tokenizer,
     before: dict[str, Evaluation],
     display: Display,
 ) -> None:
@@ -140,9 +136,7 @@ def _train_method(
     config = method_config(recipe, method, base, directory, seed)
     directory.mkdir()
     save_config(config, directory / "config.yaml")
-    model = AutoModelForCausalLM.from_pretrained(
-        base / "model", dtype=torch.float32, attn_implementation=config.model.attention
-    )
+    model, tokenizer = load_model(config.model)
     torch.manual_seed(seed)
     run(
         config,

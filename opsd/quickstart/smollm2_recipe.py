@@ -1,0 +1,124 @@
+"""`opsd quickstart`: SmolLM2-135M-Instruct learns short sums from somebody else's solutions.
+
+Pretrained model → cold start by SFT, in both roles' prompts and the model's own voice → the methods,
+on new problems whose solutions are in words.
+"""
+
+from pathlib import Path
+
+import torch
+
+from opsd.config import Config, ModelSection, save_config
+from opsd.data import Row
+from opsd.display import Display
+from opsd.evaluate.grading import Grader
+from opsd.models import copy_model, load_model
+from opsd.quickstart.chain_sum import (
+    STUDENT_TEMPLATE,
+    TEACHER_TEMPLATE,
+    make_chain_sum,
+    own_voice,
+)
+from opsd.quickstart.download import smollm2_gguf
+from opsd.quickstart.recipe import Base, Recipe, merge
+from opsd.train import run
+
+COLD_STEPS = 14
+COLD_ROWS = 16  # a step; each in both roles
+TRAIN_ROWS = 800
+TOKEN_BUDGET = 39_000
+
+SECTIONS = {
+    "prompts": {"student": STUDENT_TEMPLATE, "teacher": TEACHER_TEMPLATE},
+    # 48: forty would cut the longest answers with four terms.
+    "rollout": {"per_problem": 2, "max_new_tokens": 48, "batch_size": 32},
+    "train": {
+        "problems_per_step": 16,
+        "schedule": "linear",
+        "warmup_steps": 5,
+        "beta2": 0.99,
+        "micro_batch_tokens": 640,
+    },
+    "eval": {"batch_size": 50, "every": 9, "samples": 4},
+}
+METHODS = {
+    # The token clip keeps the teacher's corrections of a slip (1 to 2 nats) and tames what follows
+    # it (up to 15 nats), where the teacher goes on from the solution's numbers instead.
+    "opsd": {
+        "loss": {"clip": "token", "clip_threshold": 0.3},
+        "train": {"steps": 34, "learning_rate": 2.5e-5},
+    },
+    "grpo": {
+        "rollout": {"per_problem": 8},
+        "train": {"steps": 34, "learning_rate": 1e-5, "problems_per_step": 4},
+    },
+    "sft": {"train": {"steps": 34, "learning_rate": 5e-5, "problems_per_step": 32}},
+}
+
+
+def smollm2_recipe(seed: int, problems: int | None = None, model_path: str | None = None) -> Recipe:
+    """The recipe.
+
+    Args:
+        problems: held-out problems, 300 unless told.
+        model_path: another chat model's directory or hub name instead of SmolLM2.
+    """
+    task = make_chain_sum(
+        seed, cold_start=COLD_STEPS * COLD_ROWS, train=TRAIN_ROWS, held_out=problems or 300
+    )
+
+    def make_base(directory: Path, held_out, display: Display) -> Base:
+        section = ModelSection(path=model_path) if model_path else _smollm2(display)
+        with display.stage("Load the pretrained model"):
+            model, tokenizer = load_model(section)
+        decoder = copy_model(model, torch.bfloat16)
+        pretrained = held_out(tokenizer).evaluate(decoder, display, "student", "pretrained model")
+        del decoder
+        cold = _cold_start(section, directory / "cold_start", seed)
+        Path(cold.output.dir).mkdir()
+        save_config(cold, Path(cold.output.dir) / "config.yaml")
+        rows = [_in_own_voice(example.row) for example in task.cold_start]
+        run(cold, model, tokenizer, rows, [], grader, display, save=False)
+        return Base(model, tokenizer, pretrained)
+
+    grader = Grader()
+    return Recipe(
+        name=model_path or "SmolLM2-135M-Instruct",
+        train_rows=task.train,
+        held_out_rows=task.held_out,
+        grader=grader,
+        make_base=make_base,
+        sections=SECTIONS,
+        methods=METHODS,
+        token_budget=TOKEN_BUDGET,
+    )
+
+
+def _smollm2(display: Display) -> ModelSection:
+    file = smollm2_gguf(display)
+    return ModelSection(path=str(file.parent), gguf_file=file.name)
+
+
+def _cold_start(model: ModelSection, directory: Path, seed: int) -> Config:
+    own = {
+        "method": "sft",
+        "model": model.model_dump(),
+        "data": {"source": "reasoning_gym:chain_sum"},
+        "prompts": {"target": "{{ own_voice }}"},
+        "loss": {"roles": ["student", "teacher"]},
+        "train": {
+            "steps": COLD_STEPS,
+            "problems_per_step": COLD_ROWS,
+            "learning_rate": 1e-4,
+            "warmup_steps": 3,
+            "seed": seed,
+        },
+        "eval": {"problems": 0},
+        "output": {"dir": str(directory)},
+    }
+    return Config.model_validate(merge(SECTIONS, own))
+
+
+def _in_own_voice(row: Row) -> Row:
+    columns = {**row.columns, "own_voice": own_voice(row.columns["expression"])}
+    return Row(row.problem, row.solution, row.answer, columns)
