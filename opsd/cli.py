@@ -16,6 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a user's error, 130 for Ctrl-C."""
     parsed = parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns after a fork otherwise
+    # Waiting threads sleep instead of spinning: on cores that others use too, libgomp's default
+    # makes a step of the tiny model 30 times slower. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return parsed.run(parsed) or 0
     except KeyboardInterrupt:
