@@ -1,0 +1,129 @@
+"""Problems for the kernel tests, and the three-way comparison: fused, plain torch in the same
+dtype,
+and the dense reference in fp64, which is the truth."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from opsd_kernels import Clip, Divergence, LogitTransform, linear_divergence, reference
+
+BACKENDS = ("torch", "cpp")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+# Each for its reason: one token and a vocabulary no vector length divides; just over one vector;
+# more tokens than a block and a vocabulary one over a power of two; several blocks of 512 entries.
+SHAPES = ((1, 17, 8), (5, 33, 16), (130, 4099, 64), (7, 1025, 24))
+# Relative error against fp64 (values, gradients), whatever plain torch does.
+LIMITS = {
+    torch.float64: (1e-9, 1e-8),
+    torch.float32: (2e-4, 2e-4),
+    torch.bfloat16: (3e-2, 3e-2),
+    torch.float16: (3e-2, 3e-2),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The tensors and options of one call."""
+
+    student: Tensor
+    teacher: Tensor
+    weight: Tensor
+    teacher_weight: Tensor | None = None
+    bias: Tensor | None = None
+    token_weight: Tensor | None = None
+    divergence: str = "forward_kl"
+    beta: float = 0.3
+    transform: LogitTransform = field(default_factory=LogitTransform)
+    clip: Clip | None = None
+    reduction: str = "mean"
+    budget: int | None = None
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        names = ("student", "teacher", "weight", "teacher_weight", "bias", "token_weight")
+        tensors = {n: getattr(self, n) for n in names}
+        return replace(self, **{n: x if x is None else x.to(dtype) for n, x in tensors.items()})
+
+    def trainable(self) -> list[Tensor]:
+        return [x for x in (self.student, self.weight, self.bias) if x is not None]
+
+    def require_grad(self) -> "Case":
+        fresh = {n: getattr(self, n) for n in ("student", "weight", "bias")}
+        return replace(
+            self,
+            **{n: x if x is None else x.detach().requires_grad_() for n, x in fresh.items()},
+        )
+
+    def fused(self, backend: str):
+        return linear_divergence(
+            self.student,
+            self.teacher,
+            self.weight,
+            self.teacher_weight,
+            bias=self.bias,
+            divergence=self.divergence,
+            beta=self.beta,
+            temperature=self.transform.temperature,
+            logit_scale=self.transform.scale,
+            logit_softcap=self.transform.softcap,
+            token_weight=self.token_weight,
+            clip=self.clip,
+            reduction=self.reduction,
+            memory_budget=self.budget,
+            backend=backend,
+        )
+
+    def dense(self) -> Tensor:
+        return reference.linear_divergence(
+            self.student,
+            self.teacher,
+            self.weight,
+            self.teacher_weight,
+            bias=self.bias,
+            divergence=Divergence(self.divergence, self.beta),
+            transform=self.transform,
+            token_weight=self.token_weight,
+            clip=self.clip,
+            reduction=self.reduction,
+        )
+
+
+def make(n: int, v: int, d: int, *, bias: bool = False, **options) -> Case:
+    """Roles that differ as a student and its teacher do: nearby hidden states, logits of a few
+    units.
+    """
+    student = torch.randn(n, d)
+    return Case(
+        student=student,
+        teacher=student + 0.5 * torch.randn(n, d),
+        weight=torch.randn(v, d) * (2.0 / d**0.5),
+        bias=torch.randn(v) if bias else None,
+        **options,
+    )
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    return float((x.detach().double() - truth.detach()).norm() / truth.detach().norm().clamp(1e-12))
+
+
+def check(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Loss and all gradients of `case` in `dtype`, under a random upstream gradient."""
+    low = case.to(dtype)
+    truth = low.to(torch.float64).require_grad()
+    plain, fused = low.require_grad(), low.require_grad()
+    losses = [truth.dense(), plain.dense(), fused.fused(backend).loss]
+    upstream = torch.randn(losses[0].shape, dtype=torch.float64)
+    gradients = [
+        torch.autograd.grad(loss, c.trainable(), upstream.to(loss.dtype))
+        for loss, c in zip(losses, (truth, plain, fused), strict=True)
+    ]
+    value_limit, gradient_limit = LIMITS[dtype]
+    quantities = [("loss", *losses, value_limit)]
+    for name, *values in zip(("dh", "dW", "dbias"), *gradients, strict=False):
+        quantities.append((name, *values, gradient_limit))
+    for name, exact, plain_value, value, limit in quantities:
+        error, plain_error = relative_error(value, exact), relative_error(plain_value, exact)
+        assert error <= min(limit, plain_error + limit / 10), (
+            f"{name}: {error:.2e}, plain torch {plain_error:.2e}"
+        )

@@ -1,0 +1,126 @@
+"""Which backend serves, and that every compiled variant of the C++ one is right."""
+
+import os
+import warnings
+
+import pytest
+import torch
+from kernel_cases import DIVERGENCES, check, make
+
+import opsd_kernels
+from opsd_kernels import Clip, LogitTransform, resolve
+from opsd_kernels.tiles import cpp
+
+CPU = torch.device("cpu")
+
+
+def test_the_library_is_built():
+    """Everything below would otherwise test torch twice."""
+    assert opsd_kernels.backends()["cpp"] is None
+    assert resolve.resolve("auto", CPU, torch.float32) == "cpp"
+    assert resolve.resolve("auto", CPU, torch.float64) == "torch"
+    assert resolve.resolve("auto", torch.device("cuda"), torch.float32) == "torch"
+
+
+def test_backends_says_why():
+    reasons = opsd_kernels.backends()
+    assert set(reasons) == {"torch", "cpp", "triton", "cuda"}
+    assert "not in this release" in reasons["triton"]
+    reasons["torch"] = "changed"
+    assert opsd_kernels.backends()["torch"] is None
+
+
+def test_without_the_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpp, "LIBRARY", tmp_path / "libopsd_cpu.so")
+    reason = cpp.unusable_because()
+    assert "pip install -e ." in reason and "\n" not in reason
+    monkeypatch.setitem(resolve._BACKENDS, "cpp", reason)
+    with pytest.raises(ValueError, match=r"backend: got .cpp.*pip install -e"):
+        resolve.resolve("cpp", CPU, torch.float32)
+    with pytest.warns(RuntimeWarning, match="slower torch backend.*pip install -e"):
+        assert resolve.resolve("auto", CPU, torch.float32) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # asked for by name: nothing to say
+        assert resolve.resolve("torch", CPU, torch.float32) == "torch"
+
+
+def test_a_broken_library(monkeypatch, tmp_path):
+    broken = tmp_path / "libopsd_cpu.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(cpp, "LIBRARY", broken)
+    cpp._library.cache_clear()
+    try:
+        assert "does not load" in cpp.unusable_because()
+    finally:
+        monkeypatch.undo()
+        cpp._library.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_instruction_set(name, divergence):
+    best = cpp.instruction_set()
+    if not cpp._library().opsd_use_instruction_set(name.encode()):
+        assert name != "baseline"  # which runs everywhere
+        return
+    try:
+        assert cpp.instruction_set() == name
+        for clip in (None, Clip("entry", 0.02), Clip("token", 0.3)):
+            for softcap in (None, 5.0):
+                case = make(
+                    6,
+                    1043,
+                    16,
+                    divergence=divergence,
+                    clip=clip,
+                    bias=True,
+                    transform=LogitTransform(0.8, 1.1, softcap),
+                )
+                check(case, torch.float32, "cpp")
+    finally:
+        cpp._library().opsd_use_instruction_set(best.encode())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(threads):
+    """Rows are independent: the number of threads must not show in the tile's result."""
+    before = torch.get_num_threads()
+    tiles = torch.randn(2, 9, 700)
+    results = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            s, t = tiles.clone()
+            stats, opposed = torch.zeros(5, 9), torch.zeros(9)
+            cpp.divergence_rows(
+                s,
+                t,
+                None,
+                None,
+                opsd_kernels.Divergence("jsd"),
+                LogitTransform(),
+                None,
+                torch.ones(9),
+                stats,
+                opposed,
+            )
+            results.append((s, stats))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_after_a_fork():
+    """OpenMP's threads die with a fork: the child must not wait for them."""
+    case = make(8, 500, 16)
+    expected = float(case.fused("cpp").loss)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # torch's own pool does not survive either
+        os.write(writer, str(float(case.fused("cpp").loss)).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        assert abs(float(answer.read()) - expected) < 1e-6
+    os.waitpid(child, 0)

@@ -1,0 +1,179 @@
+"""The fused divergence against the fp64 truth: shapes, dtypes, options."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import BACKENDS, DIVERGENCES, SHAPES, check, make, relative_error
+
+from opsd_kernels import Clip, LogitTransform, reference
+from opsd_kernels.divergence import Divergence
+
+DTYPES = {
+    "cpp": (torch.float32, torch.bfloat16, torch.float16),
+    "torch": (torch.float64, torch.float32, torch.bfloat16),
+}
+CLIPS = {"none": None, "entry": Clip("entry", 0.02), "token": Clip("token", 0.3)}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_and_dtypes(backend, divergence, shape):
+    case = make(
+        *shape, divergence=divergence, budget=60 * shape[1] * 8 * 4 * 2
+    )  # several blocks of N=130
+    for dtype in DTYPES[backend]:
+        check(case, dtype, backend)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options(backend, divergence, clip):
+    for reduction, softcap, separate, weighted in itertools.product(
+        ("mean", "sum", "none"), (None, 5.0), (False, True), (False, True)
+    ):
+        case = make(
+            9,
+            67,
+            16,
+            bias=True,
+            divergence=divergence,
+            clip=CLIPS[clip],
+            reduction=reduction,
+            transform=LogitTransform(1.3, 0.7, softcap),
+            teacher_weight=torch.randn(67, 16) if separate else None,
+            token_weight=torch.rand(9) * (torch.arange(9) % 3 != 0) if weighted else None,
+        )
+        check(case, torch.float32, backend)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 700),
+    st.integers(1, 40),
+    st.sampled_from(DIVERGENCES),
+    st.sampled_from(sorted(CLIPS)),
+    st.floats(0.05, 0.95),
+    st.floats(0.5, 3.0),
+    st.sampled_from([1.0, -0.5, 2.0]),
+    st.sampled_from([None, 2.0, 30.0]),
+    st.sampled_from(["mean", "sum", "none"]),
+    st.integers(1, 20),
+    st.integers(0, 2**31),
+)
+def test_anything(
+    n, v, d, divergence, clip, beta, temperature, scale, softcap, reduction, rows, seed
+):
+    torch.manual_seed(seed)
+    case = make(
+        n,
+        v,
+        d,
+        divergence=divergence,
+        beta=beta,
+        transform=LogitTransform(temperature, scale, softcap),
+        reduction=reduction,
+        budget=rows * (9 * v * 8 + 64 * d),
+    )
+    # fp64, where torch's backend has no rounding to hide behind; then C++ against torch's fp32.
+    check(case, torch.float64, "torch")
+    if v > 1:  # one entry: everything is 0, and relative errors mean nothing
+        fused, plain = case.require_grad(), case.to(torch.float64).require_grad()
+        loss, truth = fused.fused("cpp").loss.sum(), plain.dense().sum()
+        got = torch.autograd.grad(loss, fused.trainable())
+        want = torch.autograd.grad(truth, plain.trainable())
+        for x, y in zip((loss, *got), (truth, *want), strict=True):
+            # Absolute too: a tiny divergence is a sum of terms that cancel.
+            assert (x.double() - y).norm() <= 2e-4 * y.norm() + 1e-6 * max(n, 1), (x, y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wider_teacher(backend):
+    case = make(6, 41, 8)
+    teacher, head = torch.randn(6, 20), torch.randn(41, 20)
+    for dtype in DTYPES[backend]:
+        check(
+            make(6, 41, 8, divergence="jsd").__class__(
+                case.student, teacher, case.weight, head, divergence="jsd"
+            ),
+            dtype,
+            backend,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_subset_of_gradients(backend, reduction):
+    case = make(8, 50, 12, bias=True, reduction=reduction)
+    names = ("student", "weight", "bias")
+    full = case.require_grad()
+    upstream = torch.rand_like(full.fused(backend).loss)
+    expected = torch.autograd.grad(full.fused(backend).loss, full.trainable(), upstream)
+    for subset in itertools.product((False, True), repeat=3):
+        part = case.require_grad()
+        for name, wanted in zip(names, subset, strict=True):
+            getattr(part, name).requires_grad_(wanted)
+        result = part.fused(backend)
+        assert result.loss.requires_grad == any(subset)
+        if any(subset):
+            result.loss.backward(upstream)
+        for name, wanted, gradient in zip(names, subset, expected, strict=True):
+            got = getattr(part, name).grad
+            assert (got is not None) == wanted
+            if wanted:
+                torch.testing.assert_close(got, gradient)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_teacher_gets_no_gradient(backend):
+    case = make(5, 30, 8, teacher_weight=torch.randn(30, 8)).require_grad()
+    case.teacher.requires_grad_()
+    case.teacher_weight.requires_grad_()
+    case.fused(backend).loss.backward()
+    assert case.teacher.grad is None and case.teacher_weight.grad is None
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics(backend, clip, divergence):
+    case = make(12, 90, 16, divergence=divergence, clip=CLIPS[clip], token_weight=torch.rand(12))
+    case.token_weight[3] = 0.0
+    result = case.fused(backend)
+    exact = case.to(torch.float64)
+    z = reference.logits(exact.student, exact.weight, None, case.transform).requires_grad_()
+    t = reference.logits(exact.teacher, exact.weight, None, case.transform)
+    described = Divergence(divergence, case.beta)
+    clipped, unclipped = reference.token_divergence(z, t, described, case.clip)
+    keep = torch.arange(12) != 3
+    for got, want in (
+        (result.per_token, unclipped),
+        (result.student_entropy, reference.entropy(z.log_softmax(-1))),
+        (result.teacher_entropy, reference.entropy(t.log_softmax(-1))),
+    ):
+        assert got.dtype == torch.float32 and not got.requires_grad and got[3] == 0
+        assert relative_error(got[keep], want[keep]) < 1e-5
+    g_clipped, g = (
+        torch.autograd.grad(x.sum(), z, retain_graph=True)[0] for x in (clipped, unclipped)
+    )
+    opposed = ((g_clipped * g).sum(-1) < 0)[keep].double().mean()
+    terms = reference.entries(z.log_softmax(-1), t.log_softmax(-1), described)[keep]
+    fraction = {
+        "none": torch.tensor(0.0),
+        "entry": (terms > 0.02).double().mean(),
+        "token": (unclipped > 0.3)[keep].double().mean(),
+    }[clip]
+    torch.testing.assert_close(result.clipped_fraction.double(), fraction.double())
+    torch.testing.assert_close(result.opposed_fraction.double(), opposed)
+
+
+def test_a_small_entry_clip_opposes():
+    """The trap of method.md, seen: with a tiny threshold most tokens' gradients turn around."""
+    case = make(64, 200, 16, clip=Clip("entry", 1e-6))
+    for backend in BACKENDS:
+        assert case.fused(backend).opposed_fraction > 0.5

@@ -1,0 +1,124 @@
+"""Where formulas break: zeros, infinities, NaN, huge logits, nothing at all."""
+
+import pytest
+import torch
+from kernel_cases import BACKENDS, DIVERGENCES, check, make
+
+from opsd_kernels import linear_divergence, linear_log_prob
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestEdges:
+    def test_identical_rows_are_exactly_zero(self, backend, divergence):
+        case = make(9, 1031, 16, divergence=divergence, reduction="none").require_grad()
+        result = linear_divergence(
+            case.student,
+            case.student.detach(),
+            case.weight,
+            divergence=divergence,
+            backend=backend,
+            reduction="none",
+        )
+        assert torch.equal(result.loss, torch.zeros(9))
+        result.loss.sum().backward()
+        assert not case.student.grad.any() and not case.weight.grad.any()
+
+    def test_padded_vocabulary(self, backend, divergence):
+        """Logits of -inf in both roles count for nothing."""
+        case = make(6, 45, 8, divergence=divergence).require_grad()
+        bias = torch.zeros(45)
+        bias[40:] = -torch.inf
+        padded = linear_divergence(
+            case.student,
+            case.teacher,
+            case.weight,
+            bias=bias,
+            divergence=divergence,
+            beta=0.3,
+            backend=backend,
+        ).loss
+        g_padded = torch.autograd.grad(padded, (case.student, case.weight))
+        short = make(6, 40, 8, divergence=divergence).__class__(
+            case.student, case.teacher, case.weight[:40], divergence=divergence
+        )
+        loss = short.fused(backend).loss
+        torch.testing.assert_close(padded, loss)
+        for x, y in zip(
+            g_padded, torch.autograd.grad(loss, (case.student, case.weight)), strict=True
+        ):
+            torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
+
+    def test_huge_logits(self, backend, divergence):
+        """+-1e4, from integers, so that the logits are exact in fp32 and only the statistics can
+        err.
+        """
+        case = make(8, 300, 4, divergence=divergence)
+        case.student[:] = torch.randint(-40, 40, (8, 4))
+        case.teacher[:] = case.student + torch.randint(-1, 2, (8, 4))
+        case.weight[:] = torch.randint(-70, 70, (300, 4))
+        assert (case.student @ case.weight.T).abs().max() > 5e3
+        check(case, torch.float32, backend)
+
+    def test_weightless_tokens_leak_nothing(self, backend, divergence):
+        for reduction in ("mean", "sum", "none"):
+            case = make(7, 33, 8, divergence=divergence, reduction=reduction)
+            case.student[2], case.teacher[5] = torch.nan, torch.inf
+            case = case.__class__(
+                **{**vars(case), "token_weight": torch.tensor([1.0, 0.5, 0, 1, 2, 0, 1])}
+            ).require_grad()
+            result = case.fused(backend)
+            result.loss.sum().backward()
+            assert result.loss.isfinite().all() and result.per_token.isfinite().all()
+            assert case.weight.grad.isfinite().all() and case.student.grad.isfinite().all()
+            assert not case.student.grad[[2, 5]].any() and not result.per_token[[2, 5]].any()
+
+    def test_nan_in_a_token_that_counts_is_seen(self, backend, divergence):
+        case = make(4, 33, 8, divergence=divergence)
+        case.student[1, 3] = torch.nan
+        per_token = case.fused(backend).per_token
+        assert per_token[1].isnan() and per_token[[0, 2, 3]].isfinite().all()
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_nothing_to_do(self, backend, divergence, reduction):
+        all_zero = make(
+            5, 33, 8, divergence=divergence, reduction=reduction, token_weight=torch.zeros(5)
+        )
+        empty = make(0, 33, 8, divergence=divergence, reduction=reduction)
+        for case in (all_zero.require_grad(), empty.require_grad()):
+            loss = case.fused(backend).loss
+            assert torch.equal(loss, torch.zeros_like(loss))
+            loss.sum().backward()
+            assert not case.student.grad.any() and not case.weight.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leading_shape_and_strides(backend):
+    """[..., D] inputs, transposed weights and an expanded upstream gradient give what plain ones
+    do.
+    """
+    flat = make(12, 50, 8, reduction="none").require_grad()
+    expected = flat.fused(backend)
+    expected.loss.sum().backward()
+    student = flat.student.detach().reshape(3, 4, 8).transpose(0, 1).contiguous().transpose(0, 1)
+    weight = flat.weight.detach().T.contiguous().T
+    student.requires_grad_()
+    weight.requires_grad_()
+    assert not student.is_contiguous() and not weight.is_contiguous()
+    result = linear_divergence(
+        student, flat.teacher.reshape(3, 4, 8), weight, reduction="none", backend=backend
+    )
+    assert result.loss.shape == result.per_token.shape == (3, 4)
+    result.loss.backward(torch.ones(()).expand(3, 4))
+    torch.testing.assert_close(result.loss.flatten(), expected.loss)
+    torch.testing.assert_close(student.grad.reshape(12, 8), flat.student.grad)
+    torch.testing.assert_close(weight.grad, flat.weight.grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_prob_of_nothing(backend):
+    hidden = torch.zeros(0, 8, requires_grad=True)
+    weight = torch.randn(11, 8, requires_grad=True)
+    result = linear_log_prob(hidden, weight, torch.zeros(0, dtype=torch.long), backend=backend)
+    result.log_prob.sum().backward()
+    assert result.log_prob.shape == (0,) and not weight.grad.any()
