@@ -1,0 +1,445 @@
+"""Training runs: their files, resuming, micro-batches, teachers, and losses computed by hand."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy, kl_div
+from training_cases import ROWS, logits, quiet, short_config, write_model, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opsd import train as training
+from opsd.config import LossSection, PromptsSection
+from opsd.evaluate.grading import Grade
+from opsd.hidden import Scored, micro_batches, rollout_hidden_states
+from opsd.objectives import GRPO, OPSD, SFT, Problem, Totals
+from opsd.objectives.grpo import group_advantages
+from opsd.prompts import Prompts
+from opsd.quickstart import tiny
+from opsd.rollout import Rollout
+from opsd.runlog import read_lines
+from opsd.trainer import OPSDTrainer
+
+METRICS = {
+    "step",
+    "generated_tokens",
+    "trained_tokens",
+    "loss",
+    "divergence",
+    "student_entropy",
+    "rollout_length",
+    "seconds",
+}
+EVALUATION = {"step", "generated_tokens", "trained_tokens", "role", "accuracy", "low", "high"} | {
+    "problems",
+    "samples",
+    "mean_length",
+    "truncated_fraction",
+    "seconds",
+}
+
+
+class NobodyIsRight:
+    def grade(self, completions, answers):
+        return [Grade(False, "no", None) for _ in completions]
+
+
+def digits(completion: str, answer: str) -> float:
+    """A reward that differs between random rollouts."""
+    return float(sum(character.isdigit() for character in completion))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base")
+    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
+
+
+def execute(config, **more):
+    """`opsd.train.run` with a reward of its own, as the quickstart calls it."""
+    directory = training.Path(config.output.dir)
+    if not more.get("checkpoint"):
+        training.claim_directory(directory, config, resume=False)
+    rows, held_out = training.load_data(config)
+    model, tokenizer = training.load_model(config.model)
+    torch.manual_seed(config.train.seed)
+    training.run(
+        config, model, tokenizer, rows, held_out, NobodyIsRight(), quiet(), reward=digits, **more
+    )
+    return directory
+
+
+@pytest.mark.parametrize("method", ["opsd", "sft"])
+def test_a_run_writes_all_its_files(method, files, tmp_path):
+    config = short_config(*files, tmp_path / "run", method=method, eval={"teacher": True})
+    directory = training.train(config, quiet())
+    check_directory(directory, method)
+    roles = [(e["step"], e["role"]) for e in read_lines(directory / "evaluations.jsonl")]
+    assert roles == [(0, "student"), (0, "teacher"), (2, "student"), (4, "student")]
+    for name in ("report.html", "curves.png"):
+        assert (directory / name).stat().st_size > 1000
+    base = load_file(files[0] / "model.safetensors")
+    trained = load_file(directory / "model" / "model.safetensors")
+    assert any(not torch.equal(base[name], trained[name]) for name in base)
+
+
+def test_grpo_trains_on_a_reward(files, tmp_path):
+    config = short_config(*files, tmp_path / "run", method="grpo", rollout={"per_problem": 4})
+    directory = execute(config)
+    check_directory(directory, "grpo")
+    lines = read_lines(directory / "metrics.jsonl")
+    assert all(line["informative_groups"] > 0 and line["reward"] > 0 for line in lines)
+    assert all(line["grad_norm"] > 0 for line in lines)
+
+
+def check_directory(directory, method):
+    lines = read_lines(directory / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert set(line) >= METRICS
+        assert math.isfinite(line["loss"]) and line["student_entropy"] > 0
+        assert (line["divergence"] is None) == (method != "opsd")
+    for name in ("trained_tokens", "seconds"):
+        counts = [line[name] for line in lines]
+        assert counts[0] > 0 and counts == sorted(set(counts))
+    generated = lines[-1]["generated_tokens"]
+    assert generated == 0 if method == "sft" else 0 < generated <= 4 * 3 * 4 * 6
+    if method == "opsd":
+        assert generated == lines[-1]["trained_tokens"]
+        assert all(math.isclose(line["loss"], line["divergence"], rel_tol=1e-4) for line in lines)
+    evaluations = read_lines(directory / "evaluations.jsonl")
+    assert all(set(line) == EVALUATION and line["problems"] == 4 for line in evaluations)
+    assert evaluations[-1]["trained_tokens"] == lines[-1]["trained_tokens"]
+    samples = read_lines(directory / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [0, 0, 2, 2, 4, 4]
+    assert samples[0]["problem"] == samples[2]["problem"] == samples[4]["problem"]
+    token = samples[0]["tokens"][0]
+    assert token["divergence"] >= 0 and 0 < token["student_probability"] <= 1
+    assert len(token["teacher"]) == 3
+    summary = json.loads((directory / "summary.json").read_text())
+    assert set(summary) == {"method", "model", "accuracy", "generated_tokens", "trained_tokens"} | {
+        "seconds",
+        "peak_memory_bytes",
+        "versions",
+        "machine",
+    }
+    assert summary["method"] == method and summary["accuracy"] == {"before": 0.0, "after": 0.0}
+    assert summary["generated_tokens"] == generated
+    assert sorted(path.name for path in directory.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    model = AutoModelForCausalLM.from_pretrained(directory / "model")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Q:1+1"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**ids, max_new_tokens=4, do_sample=False)
+    assert answer.shape[1] > ids["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("method", ["opsd", "grpo", "sft"])
+def test_resuming_changes_nothing(method, files, tmp_path):
+    """Bit for bit, and without duplicate lines, whatever the interrupted run had left."""
+    rollout = {"per_problem": 4 if method == "grpo" else 1}
+    config = short_config(*files, tmp_path / "run", method=method, rollout=rollout)
+    directory = execute(config)
+    whole = tmp_path / "whole"
+    shutil.copytree(directory, whole)
+    for name in ("checkpoint-4", "model"):
+        shutil.rmtree(directory / name)
+    (directory / "summary.json").unlink()
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "gener')  # killed while writing
+    half = directory / "checkpoint-3"
+    half.mkdir()
+    (half / "model.safetensors").touch()  # killed while saving
+    checkpoint = training.claim_directory(directory, config, resume=True)
+    assert checkpoint == directory / "checkpoint-2"
+    execute(config, checkpoint=checkpoint)
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        a, b = (
+            [_timeless(line) for line in read_lines(place / name)] for place in (whole, directory)
+        )
+        assert a == b, name
+    a, b = (load_file(place / "model" / "model.safetensors") for place in (whole, directory))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _timeless(line):
+    clock = ("seconds", "rollout_seconds", "tokens_per_second")
+    return {key: value for key, value in line.items() if key not in clock}
+
+
+def test_a_finished_run_can_be_resumed_without_harm(files, tmp_path):
+    config = short_config(*files, tmp_path / "run", method="sft")
+    directory = execute(config)
+    before = (
+        (directory / "metrics.jsonl").read_text(),
+        load_file(directory / "model" / "model.safetensors"),
+    )
+    execute(config, checkpoint=training.claim_directory(directory, config, resume=True))
+    assert (directory / "metrics.jsonl").read_text() == before[0]
+    after = load_file(directory / "model" / "model.safetensors")
+    assert all(torch.equal(after[name], before[1][name]) for name in after)
+    steps = [line["step"] for line in read_lines(directory / "evaluations.jsonl")]
+    assert steps == [0, 2, 4]
+
+
+@pytest.fixture
+def steps_seen(monkeypatch):
+    """Each step's gradient, flat, and the trainer that made it."""
+    seen = []
+    original = OPSDTrainer.training_step
+
+    def spy(self, *arguments, **more):
+        loss = original(self, *arguments, **more)
+        gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()]).clone()
+        seen.append((self, float(loss), gradient))
+        return loss
+
+    monkeypatch.setattr(OPSDTrainer, "training_step", spy)
+    return seen
+
+
+@pytest.mark.parametrize("method", ["opsd", "grpo", "sft"])
+def test_micro_batches_do_not_change_the_step(method, files, tmp_path, steps_seen):
+    for tokens in (1, 90, 100_000):
+        config = short_config(
+            *files,
+            tmp_path / str(tokens),
+            method=method,
+            rollout={"per_problem": 4 if method == "grpo" else 1},
+            train={"steps": 1, "micro_batch_tokens": tokens, "save_every": 0},
+            eval={"problems": 0},
+        )
+        execute(config, save=False)
+    _, loss, gradient = steps_seen[0]
+    assert gradient.norm() > 1e-3
+    for _, other_loss, other in steps_seen[1:]:
+        assert math.isclose(loss, other_loss, rel_tol=1e-5, abs_tol=1e-6)
+        assert (gradient - other).norm() < 1e-5 * gradient.norm()
+
+
+def test_micro_batches_stay_within_the_budget_and_lose_nothing():
+    lengths = [5, 1, 9, 3, 3, 14, 2]
+    batches = micro_batches(lengths, int, 10)
+    assert sorted(length for batch in batches for length in batch) == sorted(lengths)
+    for batch in batches:
+        assert max(batch) * len(batch) <= 10 or batch == [14]
+    assert len(batches) < len(lengths)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("policy", ["live", "initial"])
+def test_the_teachers_weights(policy, precision, files, tmp_path, steps_seen):
+    config = short_config(
+        *files,
+        tmp_path / "run",
+        teacher={"policy": policy},
+        train={"steps": 2, "save_every": 0, "precision": precision},
+        eval={"problems": 0},
+    )
+    before = load_file(files[0] / "model.safetensors")
+    steps = []
+
+    def spy_on_loss(original):
+        def loss(self, model, samples, totals):
+            wanted = dict(model.named_parameters()) if policy == "live" else before
+            pairs = [(p, wanted[name]) for name, p in self.teacher.named_parameters()]
+            steps.append(all(torch.equal(p, w.to(p.dtype)) for p, w in pairs))
+            return original(self, model, samples, totals)
+
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OPSD, "loss", spy_on_loss(OPSD.loss))
+        directory = execute(config)
+    assert steps == [True, True]
+    trained = load_file(directory / "model" / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in trained.values())
+    assert any(not torch.equal(trained[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("clip", ["none", "entry", "token"])
+def test_clips_are_logged(clip, files, tmp_path):
+    config = short_config(
+        *files,
+        tmp_path / "run",
+        loss={"clip": clip, "clip_threshold": 1e-3},
+        train={"steps": 1, "save_every": 0},
+        eval={"problems": 0},
+    )
+    (line,) = read_lines(execute(config, save=False) / "metrics.jsonl")
+    if clip == "none":
+        assert "clipped_fraction" not in line and "opposed_fraction" not in line
+    else:
+        assert 0 < line["clipped_fraction"] <= 1 and 0 <= line["opposed_fraction"] <= 1
+        assert line["loss"] < line["divergence"]
+    if clip == "token":
+        assert line["loss"] <= 1e-3 * 1.001
+
+
+def test_the_token_budget_ends_a_run(files, tmp_path):
+    config = short_config(*files, tmp_path / "run", train={"save_every": 0})
+    directory = execute(config, token_budget=20)
+    generated = [line["generated_tokens"] for line in read_lines(directory / "metrics.jsonl")]
+    assert len(generated) < 4 and generated[-1] >= 20 and all(n < 20 for n in generated[:-1])
+    evaluations = read_lines(directory / "evaluations.jsonl")
+    assert evaluations[-1]["generated_tokens"] == generated[-1]
+
+
+# The losses, by hand.
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer):
+    return tiny.make_model(1, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return Prompts(
+        PromptsSection(
+            student=tiny.STUDENT_PROMPT, teacher=tiny.TEACHER_PROMPT, target="{{ worked }}"
+        ),
+        tokenizer,
+    )
+
+
+@pytest.fixture(scope="module")
+def problems(prompts, tokenizer):
+    draw = torch.Generator().manual_seed(0)
+    lengths = ((5, 1), (9, 4), (2, 7))
+
+    def rollout(n):
+        return Rollout(torch.randint(len(tokenizer), (n,), generator=draw).tolist(), True)
+
+    return [
+        Problem(row, prompts.context(row), [rollout(n) for n in pair])
+        for row, pair in zip(ROWS, lengths, strict=False)
+    ]
+
+
+def whole_loss(objective, model, problems):
+    """The objective's loss of one batch, and its gradient."""
+    samples, _ = objective.samples(problems)
+    totals = Totals()
+    loss = objective.loss(model, samples, totals)
+    return loss, torch.autograd.grad(loss, list(model.parameters())), totals
+
+
+def assert_same(model, ours, by_hand, gradient):
+    assert torch.allclose(ours, by_hand, rtol=1e-4, atol=1e-6)
+    wanted = torch.autograd.grad(by_hand, list(model.parameters()))
+    for (name, _), a, b in zip(model.named_parameters(), gradient, wanted, strict=True):
+        assert (a - b).norm() <= 2e-4 * b.norm() + 1e-6, name
+
+
+def test_right_padding_changes_no_hidden_state(model, problems):
+    sequences = [Scored(p.context.student, r.ids) for p in problems for r in p.rollouts]
+    together = rollout_hidden_states(model, sequences)
+    alone = torch.cat([rollout_hidden_states(model, [sequence]) for sequence in sequences])
+    assert torch.allclose(together, alone, atol=2e-5)
+    plain = torch.cat([logits(model, s.context, s.rollout) for s in sequences])
+    assert torch.allclose(model.lm_head(together), plain, atol=2e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("live", [False, True])
+def test_opsd_is_the_divergence_over_the_whole_vocabulary(
+    live, divergence, temperature, model, problems, tokenizer
+):
+    teacher = model if live else tiny.make_model(2, tokenizer)
+    section = LossSection(divergence=divergence, beta=0.3, temperature=temperature)
+    loss, gradient, totals = whole_loss(OPSD(section, teacher), model, problems)
+    parts = []
+    for p in problems:
+        for rollout in p.rollouts:
+            with torch.no_grad():
+                t = logits(teacher, p.context.teacher, rollout.ids) / temperature
+            t, s = t.log_softmax(-1), logits(model, p.context.student, rollout.ids) / temperature
+            s = s.log_softmax(-1)
+            m = (0.3 * t.exp() + 0.7 * s.exp()).log()
+            parts.append(
+                {
+                    "forward_kl": lambda t=t, s=s: _kl(t, s),
+                    "reverse_kl": lambda t=t, s=s: _kl(s, t),
+                    "jsd": lambda t=t, s=s, m=m: 0.3 * _kl(t, m) + 0.7 * _kl(s, m),
+                }[divergence]()
+            )
+    by_hand = torch.cat(parts).mean()
+    assert_same(model, loss, by_hand, gradient)
+    assert totals.tokens == len(torch.cat(parts))
+    assert math.isclose(totals.means()["divergence"], by_hand.item(), rel_tol=1e-4)
+
+
+def _kl(p, q):
+    """KL(p ‖ q) of each row, from log-probabilities."""
+    return kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+
+@pytest.mark.parametrize("roles", [["student"], ["student", "teacher"]])
+def test_sft_is_cross_entropy(roles, model, problems, prompts, tokenizer):
+    loss, gradient, _ = whole_loss(SFT(LossSection(roles=roles), prompts), model, problems)
+    scores, labels = [], []
+    for p in problems:
+        target = tokenizer(p.row.columns["worked"], add_special_tokens=False).input_ids
+        target = [*target, tokenizer.eos_token_id]
+        for role in roles:
+            scores.append(logits(model, getattr(p.context, role), target))
+            labels += target
+    by_hand = cross_entropy(torch.cat(scores), torch.tensor(labels))
+    assert_same(model, loss, by_hand, gradient)
+
+
+def test_grpo_is_the_policy_gradient(model, problems):
+    rewards = [1.0, 0.0, 0.5, 0.5, 0.0, 1.0]  # the second problem's are alike: no signal
+    objective = GRPO(LossSection(), lambda rollouts, answers: rewards)
+    samples, measures = objective.samples(problems)
+    assert len(samples) == 4 and measures == {"reward": 0.5, "informative_groups": 2 / 3}
+    loss, gradient, _ = whole_loss(objective, model, problems)
+    tokens = sum(len(r.ids) for p in problems for r in p.rollouts)
+    by_hand = torch.zeros(())
+    for p, advantages in zip(problems, ((1, -1), (0, 0), (-1, 1)), strict=True):
+        for rollout, advantage in zip(p.rollouts, advantages, strict=True):
+            log_p = logits(model, p.context.student, rollout.ids).log_softmax(-1)
+            own = log_p.gather(1, torch.tensor(rollout.ids)[:, None])
+            by_hand = by_hand - advantage * own.sum() / tokens
+    assert_same(model, loss, by_hand, gradient)
+
+
+def test_group_advantages():
+    assert group_advantages([2.0, 2.0], True) == [0.0, 0.0]
+    assert group_advantages([1.0, 0.0, 0.0, 1.0], True) == [1, -1, -1, 1]
+    assert group_advantages([3.0, 1.0], False) == [1.0, -1.0]
+
+
+def test_a_step_without_any_signal_changes_nothing(files, tmp_path):
+    """All rewards alike, as when no answer is right: grpo has nothing to learn and goes on."""
+    config = short_config(
+        *files,
+        tmp_path / "run",
+        method="grpo",
+        rollout={"per_problem": 2},
+        train={"steps": 2, "save_every": 0},
+        eval={"problems": 4},
+    )
+    directory = training.train(config, quiet())
+    lines = read_lines(directory / "metrics.jsonl")
+    assert len(lines) == 2 and all(line["loss"] == 0 for line in lines)
+    base = load_file(files[0] / "model.safetensors")
+    trained = load_file(directory / "model" / "model.safetensors")
+    assert all(torch.equal(base[name], trained[name]) for name in trained)

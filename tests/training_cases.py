@@ -1,0 +1,63 @@
+"""What the tests of training share: a tiny random model on disk, worksheets, a short config."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from opsd.config import Config, parse_config
+from opsd.display import Display
+from opsd.quickstart import tiny
+from opsd.quickstart.recipe import merge
+from opsd.quickstart.worksheet import worksheet_rows
+
+ROWS = worksheet_rows(16, seed=7)
+
+
+def write_model(directory: Path, seed: int = 0) -> Path:
+    """A tiny random Qwen3 and its character tokenizer, as plain transformers files."""
+    tokenizer = tiny.make_tokenizer()
+    tiny.make_model(seed, tokenizer).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def write_rows(path: Path, rows=ROWS) -> Path:
+    """Rows as JSON lines."""
+    path.write_text("".join(json.dumps(dict(row.columns)) + "\n" for row in rows))
+    return path
+
+
+def short_values(model: Path, data: Path, output: Path) -> dict:
+    """The values of a run of seconds, in fp32."""
+    return {
+        "model": {"path": str(model)},
+        "data": {"source": str(data)},
+        "prompts": {"student": tiny.STUDENT_PROMPT, "teacher": tiny.TEACHER_PROMPT},
+        "rollout": {"max_new_tokens": 6},
+        "train": {
+            "steps": 4,
+            "problems_per_step": 3,
+            "learning_rate": 1e-3,
+            "precision": "fp32",
+            "save_every": 2,
+        },
+        "eval": {"problems": 4, "every": 2, "samples": 2},
+        "output": {"dir": str(output)},
+    }
+
+
+def short_config(model: Path, data: Path, output: Path, **sections) -> Config:
+    """`short_values` with some sections changed."""
+    return parse_config(merge(short_values(model, data, output), sections))
+
+
+def quiet() -> Display:
+    """A display that shows nothing."""
+    return Display(quiet=True)
+
+
+def logits(model, context: list[int], rollout: list[int]) -> torch.Tensor:
+    """The full logits that predict each rollout token, from the plain model on one sequence."""
+    ids = torch.tensor([[*context, *rollout]])
+    return model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1]
