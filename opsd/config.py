@@ -227,6 +227,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(
             f"{path} holds {type(values).__name__}: it must hold sections such as model: and data:"
         )
+    # A section whose lines are all commented out reads as null: the same as no section.
+    values = {key: value for key, value in values.items() if value is not None}
     for override in overrides:
         _apply(values, override)
     return parse_config(values)
