@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -44,7 +45,7 @@ def load_model(
             attn_implementation=section.attention,
             **arguments,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
             f"model.path is {section.path!r}: neither a model directory nor a hub model that can be reached ({first})"
