@@ -14,7 +14,7 @@ METHODS = ("opsd", "grpo", "sft")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a user's error, 130 for Ctrl-C."""
-    parsed = parser().parse_args(arguments)
+    parsed = _parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns after a fork otherwise
     # Waiting threads sleep instead of spinning: on cores that others use too, libgomp's default
     # makes a step of the tiny model 30 times slower. Read when torch is first imported.
@@ -37,6 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" ({error.filename})" if error.filename else ""
         print(f"opsd: {error.strerror or error}{where}", file=sys.stderr)
         return 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    top = parser()
+    parsed, rest = top.parse_known_args(arguments)
+    # argparse takes no more overrides once an option has followed the config.
+    if rest and (parsed.run is not _train or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
 
 
 def parser() -> argparse.ArgumentParser:
