@@ -65,11 +65,11 @@ def load_data(config: Config) -> tuple[list[Row], list[Row]]:
         held.source,
         columns=data.columns if held.columns is None else held.columns,
         split=held.split,
-        size=held.problems,
         limit=held.problems,
         seed=config.train.seed + 1,
         options=data.options if held.options is None else held.options,
         require=("problem", "answer"),
+        section="eval",
     )
     known = {row.problem for row in held_out}
     return [row for row in rows if row.problem not in known], held_out
@@ -83,7 +83,8 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
     mine = directory / "config.yaml"
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
-    if directory.exists() and any(directory.iterdir()):
+    # With a config alone nothing has been run yet: an error in the data or the model came first.
+    if directory.exists() and any(path != mine for path in directory.iterdir()):
         if not mine.is_file():
             raise UserError(
                 f"output.dir is {str(directory)!r}: it holds files that are not a run's; choose another"
