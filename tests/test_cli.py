@@ -1,0 +1,308 @@
+"""The command line: help, exit codes, and one clear line for everything a user can get wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from training_cases import ROWS, short_values, write_model, write_rows
+
+from opsd.cli import main
+from opsd.config import Config
+from opsd.quickstart.recipe import merge
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base")
+    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
+
+
+@pytest.fixture
+def config(files, tmp_path):
+    """A good config's path; what is changed in it is overridden."""
+    values = short_values(*files, tmp_path / "run")
+    values = merge(values, {"train": {"steps": 1, "save_every": 0}, "eval": {"samples": 0}})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line on stderr of a command that must exit with 1."""
+    code = main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert code == 1, error
+    assert "Traceback" not in error
+    assert len(lines) == 1 and lines[0].startswith("opsd: "), error
+    return lines[0]
+
+
+# Config and data, each by an override.
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["trian.steps=1"], ["unknown key 'trian'", "did you mean 'train'"]),
+        (["train.steps=few"], ["train.steps is 'few'"]),
+        (["method=grpo"], ["rollout.per_problem is 1", "at least 2"]),
+        (["data.columns.solution=reply"], ["'reply'", "solution", "row"]),
+        (["prompts.student={{ problm }}"], ["prompts.student", "'problm'", "columns:", "problem"]),
+        (["prompts.teacher={{ problem"], ["prompts.teacher is not a Jinja template"]),
+        (["prompts.student={{ problem.__class__.__mro__ }}"], ["prompts.student", "unsafe"]),
+        (["rollout.max_new_tokens=400"], ["row 1 needs", "window is 256", "too_long: skip"]),
+        (["data.source=nowhere.jsonl"], ["data.source", "nowhere.jsonl"]),
+        (["train.problems_per_step=100"], ["train.problems_per_step (100)", "12 training rows"]),
+        (["eval.problems=16"], ["eval.problems", "16"]),
+        (["model.path=/nowhere/model"], ["model.path is '/nowhere/model'"]),
+        (["model.gguf_file=x.gguf"], ["model.gguf_file is 'x.gguf'", "no such file"]),
+    ],
+)
+def test_a_bad_config_is_one_line(overrides, wanted, config, capsys):
+    line = refused(capsys, "train", config, *overrides)
+    for part in wanted:
+        assert part in line
+
+
+def test_rows_that_are_too_long_may_be_left_out(files, config, tmp_path, capsys):
+    long = replace(ROWS[3], columns={**ROWS[3].columns, "problem": "1+1;" * 80})
+    data = write_rows(tmp_path / "long.jsonl", [*ROWS[:3], long, *ROWS[4:]])
+    assert "the model's window is 256" in refused(
+        capsys, "train", config, f"data.source={data}", f"eval.source={files[1]}"
+    )
+    overrides = [f"data.source={data}", "eval.problems=0", "prompts.too_long=skip"]
+    overrides += [f"output.dir={tmp_path / 'skips'}"]
+    assert main(["train", str(config), *overrides]) == 0
+    shown = capsys.readouterr()
+    assert "1 of 16 rows are left out" in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", "has no rows"),
+        ("{not json}\n", "line 1"),
+        ('{"problem": "1+1", "answer": "2"}\n', "solution"),
+        ('{"problem": "", "solution": "2", "answer": "2"}\n', "problem"),
+        ("[1, 2]\n", "row"),
+    ],
+)
+def test_bad_data_is_one_line(text, wanted, config, tmp_path, capsys):
+    data = tmp_path / "bad.jsonl"
+    data.write_text(text)
+    line = refused(capsys, "train", config, f"data.source={data}")
+    assert wanted in line and "bad.jsonl" in line
+
+
+def test_bad_models_are_one_line(files, config, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "without config.json" in refused(
+        capsys, "train", config, f"model.path={tmp_path / 'empty'}"
+    )
+    broken = write_model(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    line = refused(
+        capsys, "train", config, f"model.path={broken}", f"output.dir={tmp_path / 'broken run'}"
+    )
+    assert "model.path is" in line
+    silent = write_model(tmp_path / "silent")
+    for name in ("chat_template.jinja",):
+        (silent / name).unlink()
+    line = refused(
+        capsys, "train", config, f"model.path={silent}", f"output.dir={tmp_path / 'silent run'}"
+    )
+    assert "without a chat template" in line
+
+
+def test_the_output_directory_is_respected(config, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", str(config)]) == 0
+    assert "0.000 before, 0.000 after" in capsys.readouterr().out
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    assert "--resume" in refused(capsys, "train", config)
+    assert "another config" in refused(capsys, "train", config, "train.seed=5", "--resume")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    line = refused(capsys, "train", config, f"output.dir={foreign}")
+    assert "files that are not a run's" in line
+    assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
+    line = refused(capsys, "train", config, f"output.dir={foreign / 'thesis.txt'}")
+    assert "a file is in the way" in line
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    # A finished run without checkpoints starts again when told to go on.
+    assert main(["train", str(config), "--resume"]) == 0
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_refused_config_can_be_mended_and_run(config, tmp_path, capsys):
+    """What is wrong with the data must not leave a directory that stands in the way."""
+    good = config.read_text()
+    config.write_text(good.replace("rows.jsonl", "rws.jsonl"))
+    assert "rws.jsonl" in refused(capsys, "train", config)
+    config.write_text(good)
+    assert main(["train", str(config)]) == 0
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(config, tmp_path):
+    arguments = ["train", str(config), "--resume", "eval.problems=0", "--debug", "train.seed=3"]
+    assert main(arguments) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["train"]["seed"] == 3 and saved["eval"]["problems"] == 0
+
+
+# The other commands.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["quickstart", "--methods", "opsd,dpo"], ["--methods is 'opsd,dpo'", "opsd, grpo, sft"]),
+        (["quickstart", "--methods", ""], ["--methods is ''"]),
+        (["quickstart", "--methods", "sft,sft"], ["each once"]),
+        (["quickstart", "--steps", "0"], ["--steps is 0"]),
+        (["quickstart", "--problems", "-3"], ["--problems is -3"]),
+        (["quickstart", "--seed", "-1"], ["--seed is -1"]),
+        (["quickstart", "--tiny", "--model", "x"], ["--model and --tiny"]),
+        (["quickstart", "--tiny", "--output", str(ROOT)], ["--output is", "not empty"]),
+        (["eval", "x", "--benchmark", "y", "--samples", "0"], ["--samples is 0"]),
+        (["eval", "x", "--benchmark", "y", "--temperature", "-1"], ["--temperature is -1"]),
+        (["eval", "x", "--benchmark", "gsm9k"], ["gsm9k"]),
+        (["report", "/nowhere/run"], ["/nowhere/run"]),
+        (["report", str(ROOT / "opsd")], ["holds no run"]),
+        (["train", "/nowhere.yaml"], ["CONFIG is '/nowhere.yaml'", "no such file"]),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, wanted, capsys):
+    line = refused(capsys, *arguments)
+    for part in wanted:
+        assert part in line
+
+
+def test_eval_measures_a_model(files, tmp_path, capsys):
+    output = tmp_path / "result.json"
+    arguments = ["eval", files[0], "--benchmark", files[1], "--problems", 3, "--output", output]
+    prompt = ["--max-new-tokens", 5]
+    assert main([str(argument) for argument in [*arguments, *prompt]]) == 0
+    result = json.loads(output.read_text())
+    assert result["problems"] == 3 and result["accuracy"] == 0.0 and len(result["answers"]) == 3
+    assert "avg@1" in capsys.readouterr().out
+    line = refused(capsys, *arguments, "--max-new-tokens", 5000)
+    assert "--max-new-tokens is 5000" in line
+    assert "greedy" in refused(capsys, *arguments, "--samples", 2)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    from opsd.errors import UserError
+
+    with pytest.raises(UserError, match="no such file"):
+        main(["train", str(tmp_path / "none.yaml"), "--debug"])
+
+
+def test_ctrl_c_ends_a_run_cleanly(config, tmp_path, capsys):
+    """A real interrupt in the middle of training: 130, one line, and --resume finishes the run."""
+    overrides = ["train.steps=100000", "train.save_every=5", "eval.problems=0"]
+    command = [sys.executable, "-m", "opsd", "train", str(config), *overrides]
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list(run.glob("checkpoint-*/trainer_state.json")):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in error and "interrupted; what was saved is kept" in error
+
+
+def test_a_pipe_that_closes_is_no_crash():
+    from opsd.config import describe
+
+    assert sum(1 for _ in describe()) > 50
+    command = f"{sys.executable} -m opsd train --help | head -1"
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
+    assert result.stdout.startswith("usage: opsd train") and "Traceback" not in result.stderr
+
+
+# Help.
+
+
+def test_help_is_fast_and_imports_no_torch():
+    code = (
+        "import sys\n"
+        "from opsd.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    for arguments in (["--help"], ["train", "--help"], ["quickstart", "--help"]):
+        subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, timeout=30)
+    # The best of three: other work on the machine is not the command's fault.
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        subprocess.run(
+            [sys.executable, "-m", "opsd", "--help"], cwd=ROOT, check=True, capture_output=True
+        )
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 1
+
+
+def test_a_bad_config_is_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: {pth: x}")
+    code = (
+        "import sys\nfrom opsd.cli import main\n"
+        "assert main(['train', sys.argv[1]]) == 1\nassert 'torch' not in sys.modules\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "c.yaml")],
+        cwd=ROOT,
+        check=True,
+        timeout=30,
+    )
+
+
+def test_train_help_documents_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for section, field in Config.model_fields.items():
+        if section == "method":
+            assert field.description in text
+            continue
+        part = text.split(f"\n  {section}:\n")[1].split("\n\n")[0]
+        for name, inner in field.annotation.model_fields.items():
+            assert f"    {name}  [" in part and inner.description in part
+
+
+def test_no_command_is_a_usage_error(capsys):
+    for arguments in ([], ["fly"], ["train"], ["train", "c.yaml", "--fast"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert "usage: opsd" in capsys.readouterr().err
