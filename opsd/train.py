@@ -159,9 +159,13 @@ def run(
     # token would cost as much as the token.
     twin = copy_model(model, dtype) if low_precision else None
     decoder = twin if twin is not None else model
-    # Made before a checkpoint is loaded: the weights of step 0.
-    initial = copy_model(model, dtype) if config.teacher.policy == "initial" else None
-    teacher = initial if initial is not None else decoder
+    # Made before a checkpoint is loaded: the weights of step 0. Without OPSD, a teacher is only asked
+    # for its view of the sample completions.
+    needed = config.method == "opsd" or bool(held_out and config.eval.samples)
+    if needed and config.teacher.policy == "initial":
+        teacher = copy_model(model, dtype)
+    else:
+        teacher = decoder
     stops = stop_ids(model, tokenizer)
     sampler = SAMPLERS[config.rollout.engine](decoder, stops)
     if config.train.gradient_checkpointing:

@@ -79,6 +79,7 @@ def smollm2_recipe(seed: int, problems: int | None = None, model_path: str | Non
         save_config(cold, Path(cold.output.dir) / "config.yaml")
         rows = [_in_own_voice(example.row) for example in task.cold_start]
         run(cold, model, tokenizer, rows, [], grader, display, save=False)
+        model.zero_grad(set_to_none=True)
         return Base(model, tokenizer, pretrained)
 
     grader = Grader()
