@@ -53,9 +53,12 @@ class Prompts:
         if self.section.system is not None:
             messages.insert(0, {"role": "system", "content": self.section.system})
         arguments: dict[str, Any] = getattr(self.section, f"{role}_chat")
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **arguments
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **arguments
+            )
+        except TemplateError as error:  # such as one that takes no system message
+            raise UserError(f"model.path has a chat template that refuses: {error}") from None
         # The chat template has written the special tokens already; adding them again would double BOS.
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
@@ -74,7 +77,7 @@ class Prompts:
         }
         try:
             return self._templates[name].render(values)
-        except TemplateError as error:
+        except Exception as error:  # a template's expressions can raise anything, as 1 / 0 does
             raise UserError(
                 f"prompts.{name} cannot be filled in: {error}; columns: {', '.join(sorted(values))}"
             ) from None
