@@ -1,0 +1,162 @@
+"""Rows → contexts: templates, the chat template, token ids."""
+
+import pytest
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from training_cases import ROWS
+from transformers import PreTrainedTokenizerFast
+
+from opsd.config import LossSection, PromptsSection
+from opsd.data import Row
+from opsd.errors import UserError
+from opsd.objectives import OPSD, Problem
+from opsd.prompts import Prompts
+from opsd.quickstart import tiny
+from opsd.rollout import Rollout
+
+ROW = Row("1+1", "2=1+1", "2", {"problem": "1+1", "solution": "2=1+1", "answer": "2", "extra": "7"})
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny.make_tokenizer()
+
+
+def prompts(tokenizer, **section):
+    section = {"student": tiny.STUDENT_PROMPT, "teacher": tiny.TEACHER_PROMPT, **section}
+    return Prompts(PromptsSection(**section), tokenizer)
+
+
+def test_contexts_are_the_chat_template_around_the_templates(tokenizer):
+    context = prompts(tokenizer).context(ROW)
+    assert tokenizer.decode(context.student) == "<|user|>Q:1+1<|end|><|assistant|>"
+    assert tokenizer.decode(context.teacher) == "<|user|>Q:1+1\nS:2=1+1<|end|><|assistant|>"
+    shared = len(tokenizer("<|user|>Q:1+1").input_ids)
+    assert context.student[:shared] == context.teacher[:shared]  # the problem stands first
+    system = prompts(tokenizer, system="S:7").ids(ROW, "teacher")
+    assert tokenizer.decode(system).startswith("<|system|>S:7<|end|><|user|>Q:1+1\nS:2")
+
+
+def test_the_solution_is_the_teachers_alone(tokenizer):
+    for row in ROWS:
+        context = prompts(tokenizer).context(row)
+        assert row.solution in tokenizer.decode(context.teacher)
+        assert row.solution not in tokenizer.decode(context.student)
+        assert row.answer not in tokenizer.decode(context.student)
+
+
+def test_templates_see_every_column(tokenizer):
+    made = prompts(tokenizer, student="{{ extra }}{% if answer == '2' %}:{{ problem }}{% endif %}")
+    assert made.render(ROW, "student") == "7:1+1"
+
+
+def test_mapped_columns_win_over_columns_of_the_same_name(tokenizer):
+    row = Row("1+1", "2", "2", {"problem": "number 9", "question": "1+1"})
+    assert prompts(tokenizer).render(row, "student") == "Q:1+1"
+
+
+def test_chat_arguments_reach_each_roles_template(tokenizer):
+    tokenizer.chat_template = "{{ messages[0].content }}{% if think %};{% else %}.{% endif %}"
+    made = prompts(tokenizer, student_chat={"think": True})
+    assert tokenizer.decode(made.ids(ROW, "student")) == "Q:1+1;"
+    assert tokenizer.decode(made.ids(ROW, "teacher")) == "Q:1+1\nS:2=1+1."
+
+
+def test_special_tokens_are_not_added_twice(tokenizer):
+    """A tokenizer that puts a first token before any text, and a chat template that does too."""
+    first = tokenizer.convert_tokens_to_ids("<|system|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", first)]
+    )
+    assert tokenizer("1").input_ids[0] == first
+    tokenizer.chat_template = "<|system|>{{ messages[0].content }}"
+    assert prompts(tokenizer).ids(ROW, "student").count(first) == 1
+    assert first not in prompts(tokenizer).target(ROW)
+
+
+def test_the_target_ends_the_turn(tokenizer):
+    ids = prompts(tokenizer).target(ROW)
+    assert tokenizer.decode(ids[:-1]) == "2=1+1" and ids[-1] == tokenizer.eos_token_id
+    other = prompts(tokenizer, target="{{ answer }}").target(ROW)
+    assert tokenizer.decode(other) == "2<|end|>"
+
+
+def test_rollouts_are_appended_as_ids():
+    """Ids that no tokenizer would make of their text stay as the model wrote them."""
+    vocabulary = {"1": 0, "2": 1, "12": 2, "<e>": 3, "?": 4}
+    pairs = Tokenizer(BPE(vocabulary, [("1", "2")], unk_token="?"))
+    pairs.pre_tokenizer = Split(Regex(r"\n"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<e>")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    made = prompts(tokenizer, student="12", teacher="2112")
+    written = [0, 1, 0, 1, 3]
+    assert tokenizer("1212", add_special_tokens=False).input_ids == [2, 2]  # not 0 1 0 1
+    context = made.context(ROW)
+    assert (context.student, context.teacher) == ([2], [1, 0, 2])
+    problem = Problem(ROW, context, [Rollout(written, True)])
+    (sample,), _ = OPSD(LossSection(), teacher=None).samples([problem])
+    assert [list(role.rollout) for role in sample.roles] == [written, written]
+    assert [list(role.context) for role in sample.roles] == [[2], [1, 0, 2]]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ problem.__class__ }}",
+        "{{ problem.__class__.__mro__[1].__subclasses__() }}",
+        "{{ ''.__class__.__base__ }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ problem['__class__'] }}",
+        "{{ problem.format.__self__ }}",
+    ],
+)
+def test_templates_cannot_reach_into_python(template, tokenizer):
+    """A config may come from a stranger: filling in its template must not run their code."""
+    with pytest.raises(UserError, match=r"prompts\.student cannot be filled in"):
+        prompts(tokenizer, student=template).context(ROW)
+
+
+def test_templates_cannot_change_a_row(tokenizer):
+    row = Row("1", "2", "2", {"steps": ["1"]})
+    with pytest.raises(UserError, match=r"prompts\.student cannot be filled in"):
+        prompts(tokenizer, student="{{ steps.append('2') }}").context(row)
+    assert row.columns == {"steps": ["1"]}
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        ("{{ problm }}", "'problm' is undefined; columns: answer, extra, problem, solution"),
+        ("{{ problem + 1 }}", "prompts.student cannot be filled in"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% include 'x' %}", "prompts.student cannot be filled in"),
+    ],
+)
+def test_templates_that_fail_are_the_users(template, wanted, tokenizer):
+    with pytest.raises(UserError) as raised:
+        prompts(tokenizer, student=template).context(ROW)
+    assert wanted in str(raised.value)
+
+
+def test_templates_that_are_none(tokenizer):
+    for name in ("student", "teacher", "target"):
+        with pytest.raises(UserError, match=rf"prompts\.{name} is not a Jinja template"):
+            prompts(tokenizer, **{name: "{% if %}"})
+
+
+def test_chat_templates_that_refuse_are_the_users(tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ messages[0].content }}"
+    )
+    assert prompts(tokenizer).ids(ROW, "student")
+    with pytest.raises(UserError, match="System role not supported"):
+        prompts(tokenizer, system="1").ids(ROW, "student")
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="without a chat template"):
+        prompts(tokenizer)
