@@ -1,5 +1,11 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+# For `benchmarks`, which is not installed. At the end: the installed packages come first.
+sys.path.append(str(Path(__file__).parents[2]))
 
 
 @pytest.fixture(autouse=True)

@@ -68,5 +68,5 @@ def test_peak_memory_is_budget_and_gradients(backend, train):
     out = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout
-    # The torch backend's temporaries come and go: it stays below what is planned for the worst case.
+    # The torch backend's temporaries come and go: it stays below what is planned for.
     assert (0.9 if backend == "cpp" else 0.5) < float(out) < 1.1, out
