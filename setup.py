@@ -102,7 +102,7 @@ setup(
         Extension(
             "opsd_kernels.libopsd_cpu",
             sources=["csrc/cpu.cpp", "csrc/cpu_dispatch.cpp"],
-            depends=["csrc/divergence.h", "csrc/cpu.h"],
+            depends=["csrc/cpu.h", "csrc/divergence.h", "csrc/vector.h"],
         )
     ],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
