@@ -7,6 +7,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from opsd.rollout.base import Rollout, Sampling, cut
 
+PAGE = 256  # tokens of one sequence that the cache holds in a block
+MIN_BATCH_TOKENS = 256  # tokens that one forward may hold, for prefill
+
 
 class ContinuousSampler:
     """`generate_batch`, which pays where lengths differ much: nobody waits for the longest."""
@@ -22,11 +25,21 @@ class ContinuousSampler:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
         """One rollout a context, in order; see `Sampler.sample`."""
+        from transformers import ContinuousBatchingConfig  # not in the first releases of 5
+
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(self.stops),
             pad_token_id=min(self.stops),
             **sampling.generation_arguments(),
+        )
+        # Left to itself, it takes most of the machine's free memory for the cache.
+        longest = max(map(len, contexts)) + sampling.max_new_tokens
+        at_once = min(sampling.batch_size, len(contexts))
+        cache = ContinuousBatchingConfig(
+            page_size=PAGE,
+            num_blocks=at_once * -(-longest // PAGE),
+            max_batch_tokens=max(longest, at_once, MIN_BATCH_TOKENS),
         )
         # generate_batch leaves the model in eval() and with another attention: put both back.
         was_training = self.model.training
@@ -35,6 +48,7 @@ class ContinuousSampler:
             outputs = self.model.generate_batch(
                 inputs=[list(context) for context in contexts],
                 generation_config=config,
+                continuous_batching_config=cache,
                 progress_bar=False,
             )
         finally:
