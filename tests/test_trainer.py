@@ -95,6 +95,17 @@ def test_grpo_trains_on_a_reward(files, tmp_path):
     assert all(line["grad_norm"] > 0 for line in lines)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_continuous_engine_trains_too(precision, files, tmp_path):
+    config = short_config(
+        *files,
+        tmp_path / "run",
+        rollout={"engine": "continuous", "batch_size": 2},
+        train={"precision": precision},
+    )
+    check_directory(execute(config), "opsd")
+
+
 def check_directory(directory, method):
     lines = read_lines(directory / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
