@@ -1,5 +1,7 @@
 """What a result should be read with: versions, machine, peak memory."""
 
+import ctypes
+import gc
 import os
 import platform
 import resource
@@ -45,3 +47,25 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def release_memory() -> None:
+    """Collect what nobody refers to any more and give its pages back to the system."""
+    gc.collect()  # Trainer and its callbacks refer to each other
+    if sys.platform == "linux":
+        # glibc keeps freed heap pages; after training they are gigabytes. musl has no malloc_trim.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
+
+
+def return_large_blocks(threshold: int = 1 << 20) -> None:
+    """Let glibc map blocks of `threshold` bytes and more by themselves, so that freeing returns them.
+
+    By default its threshold grows to 32 MiB, activations end up in the heap, and the heap's holes
+    cost 10 % of a training step's peak memory. No effect elsewhere.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:
+            mallopt(-3, threshold)  # M_MMAP_THRESHOLD; setting it also stops its growth

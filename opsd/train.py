@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opsd.config import Config, load_config, save_config
 from opsd.data import Row, load_rows, split_rows
 from opsd.display import Display
-from opsd.environment import machine, peak_memory, versions
+from opsd.environment import machine, peak_memory, release_memory, return_large_blocks, versions
 from opsd.errors import UserError
 from opsd.evaluate.grading import Grader
 from opsd.evaluate.run import Evaluation, Grades, HeldOut, decode
@@ -143,6 +143,7 @@ def run(
 
     Returns the run's summary, which is also written to summary.json.
     """
+    return_large_blocks()
     directory = Path(config.output.dir)
     prompts = Prompts(config.prompts, tokenizer)
     rows = fitting_rows(rows, prompts, config, model, display)
@@ -220,6 +221,9 @@ def run(
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
+    del trainer  # and with it the optimizer's moments
+    model.zero_grad(set_to_none=True)
+    release_memory()
     evaluated = [
         line
         for line in read_lines(directory / "evaluations.jsonl")

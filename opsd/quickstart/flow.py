@@ -1,6 +1,5 @@
 """The quickstart's course: base model → each method from there → held-out curves → report."""
 
-import gc
 import json
 import time
 from collections.abc import Sequence
@@ -61,7 +60,7 @@ def quickstart(
     else:
         from opsd.quickstart.smollm2_recipe import smollm2_recipe
 
-        recipe = smollm2_recipe(seed, problems, model_path)
+        recipe = smollm2_recipe(seed, problems, model_path, *([] if steps is None else [steps]))
     if steps is not None:
         recipe = replace(
             recipe,
@@ -132,7 +131,6 @@ def _train_method(
     before: dict[str, Evaluation],
     display: Display,
 ) -> None:
-    gc.collect()  # the last method's model and optimizer
     config = method_config(recipe, method, base, directory, seed)
     directory.mkdir()
     save_config(config, directory / "config.yaml")

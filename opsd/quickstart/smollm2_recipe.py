@@ -56,15 +56,21 @@ METHODS = {
 }
 
 
-def smollm2_recipe(seed: int, problems: int | None = None, model_path: str | None = None) -> Recipe:
+def smollm2_recipe(
+    seed: int,
+    problems: int | None = None,
+    model_path: str | None = None,
+    cold_steps: int = COLD_STEPS,
+) -> Recipe:
     """The recipe.
 
     Args:
         problems: held-out problems, 300 unless told.
         model_path: another chat model's directory or hub name instead of SmolLM2.
+        cold_steps: of SFT in both prompts, before the methods start.
     """
     task = make_chain_sum(
-        seed, cold_start=COLD_STEPS * COLD_ROWS, train=TRAIN_ROWS, held_out=problems or 300
+        seed, cold_start=cold_steps * COLD_ROWS, train=TRAIN_ROWS, held_out=problems or 300
     )
 
     def make_base(directory: Path, held_out, display: Display) -> Base:
@@ -74,12 +80,11 @@ def smollm2_recipe(seed: int, problems: int | None = None, model_path: str | Non
         decoder = copy_model(model, torch.bfloat16)
         pretrained = held_out(tokenizer).evaluate(decoder, display, "student", "pretrained model")
         del decoder
-        cold = _cold_start(section, directory / "cold_start", seed)
+        cold = _cold_start(section, directory / "cold_start", seed, cold_steps)
         Path(cold.output.dir).mkdir()
         save_config(cold, Path(cold.output.dir) / "config.yaml")
         rows = [_in_own_voice(example.row) for example in task.cold_start]
         run(cold, model, tokenizer, rows, [], grader, display, save=False)
-        model.zero_grad(set_to_none=True)
         return Base(model, tokenizer, pretrained)
 
     grader = Grader()
@@ -100,7 +105,7 @@ def _smollm2(display: Display) -> ModelSection:
     return ModelSection(path=str(file.parent), gguf_file=file.name)
 
 
-def _cold_start(model: ModelSection, directory: Path, seed: int) -> Config:
+def _cold_start(model: ModelSection, directory: Path, seed: int, steps: int) -> Config:
     own = {
         "method": "sft",
         "model": model.model_dump(),
@@ -108,10 +113,10 @@ def _cold_start(model: ModelSection, directory: Path, seed: int) -> Config:
         "prompts": {"target": "{{ own_voice }}"},
         "loss": {"roles": ["student", "teacher"]},
         "train": {
-            "steps": COLD_STEPS,
+            "steps": steps,
             "problems_per_step": COLD_ROWS,
             "learning_rate": 1e-4,
-            "warmup_steps": 3,
+            "warmup_steps": min(3, steps),
             "seed": seed,
         },
         "eval": {"problems": 0},
