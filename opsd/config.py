@@ -1,7 +1,8 @@
 """The configuration of a run: what a YAML file may say, its defaults, and its checks.
 
-Each section is a pydantic model; a field's description is what `opsd train --help` prints. Unknown keys are errors that
-suggest the nearest name. Nothing here imports torch, so that a bad file is refused within a second.
+Each section is a pydantic model; a field's description is what `opsd train --help` prints. Unknown
+keys are errors that suggest the nearest name. Nothing here imports torch, so that a bad file is
+refused within a second.
 """
 
 import difflib
@@ -18,8 +19,8 @@ STUDENT_TEMPLATE = (
     "{{ problem }}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 )
 TEACHER_TEMPLATE = (
-    "{{ problem }}\n\nHere is a reference solution:\n{{ solution }}\n\nUnderstand it, then solve the problem "
-    "in your own words. Please reason step by step, and put your final answer within \\boxed{}."
+    "{{ problem }}\n\nHere is a reference solution:\n{{ solution }}\n\nUnderstand it, then "
+    "solve the problem in your own words. Please reason step by step, and put your final answer within \\boxed{}."
 )
 
 
@@ -43,7 +44,8 @@ class ModelSection(Section):
 
 class DataSection(Section):
     source: str = Field(
-        description="A .jsonl, .json or .parquet file, a directory saved by `datasets`, a hub name, or reasoning_gym:<task>."
+        description="A .jsonl, .json or .parquet file, a directory saved by `datasets`, a hub name, "
+        "or reasoning_gym:<task>."
     )
     columns: dict[str, str] = Field(
         {}, description="Our column → theirs, for problem, solution, answer; dots reach inside."
@@ -73,7 +75,8 @@ class PromptsSection(Section):
     teacher_chat: dict[str, Any] = Field({}, description="The teacher's chat-template arguments.")
     too_long: Literal["error", "skip"] = Field(
         "error",
-        description="A row whose context and rollout do not fit the model's window: stop, or leave it out and count it.",
+        description="A row whose context and rollout do not fit the model's window: stop, or leave it "
+        "out and count it.",
     )
 
 
@@ -105,7 +108,8 @@ class LossSection(Section):
     temperature: float = Field(1.0, gt=0, description="opsd: divides both roles' logits.")
     clip: Literal["none", "entry", "token"] = Field(
         "none",
-        description="opsd: bound each vocabulary entry's part (the official code's; can invert the gradient), or each token's.",
+        description="opsd: bound each vocabulary entry's part (the official code's; can invert the "
+        "gradient), or each token's.",
     )
     clip_threshold: float = Field(0.05, gt=0, description="opsd: the clip's bound τ, in nats.")
     scale_advantages: bool = Field(
@@ -201,12 +205,13 @@ class Config(Section):
     def _check_together(self) -> "Config":
         if self.method == "grpo" and self.rollout.per_problem < 2:
             raise ValueError(
-                f"rollout.per_problem is {self.rollout.per_problem}: grpo compares a problem's rollouts with each other "
-                "and needs at least 2"
+                f"rollout.per_problem is {self.rollout.per_problem}: grpo compares a problem's "
+                "rollouts with each other and needs at least 2"
             )
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
-                f"train.warmup_steps is {self.train.warmup_steps}: it may be at most train.steps ({self.train.steps})"
+                f"train.warmup_steps is {self.train.warmup_steps}: it may be at most train.steps "
+                f"({self.train.steps})"
             )
         return self
 
@@ -214,7 +219,8 @@ class Config(Section):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.field=value` overrides, and check the result.
 
-    Raises UserError: file missing, not YAML, unknown keys (with the nearest name), wrong types or values.
+    Raises UserError: file missing, not YAML, unknown keys (with the nearest name), wrong types or
+    values.
     """
     path = Path(path)
     if not path.is_file():

@@ -60,7 +60,7 @@ def release_memory() -> None:
 
 
 def return_large_blocks(threshold: int = 1 << 20) -> None:
-    """Let glibc map blocks of `threshold` bytes and more by themselves, so that freeing returns them.
+    """Let glibc map blocks of `threshold` bytes and more by themselves, so that freeing them helps.
 
     By default its threshold grows to 32 MiB, activations end up in the heap, and the heap's holes
     cost 10 % of a training step's peak memory. No effect elsewhere.

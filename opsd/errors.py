@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Something the user can put right: the message names the field, the value and what is allowed."""
+    """What the user can put right: the message names the field, the value, what is allowed."""

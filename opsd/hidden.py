@@ -27,7 +27,7 @@ def rollout_hidden_states(model: PreTrainedModel, sequences: Sequence[Scored]) -
     """The last hidden states, after the final norm, that predict each rollout token: [Σ R, D].
 
     Padding stands at the right end, where a causal model cannot see it: no mask, and the fast
-    causal attention. The state at position P − 1 predicts the first rollout token. The last
+    causal attention. The state at position P - 1 predicts the first rollout token. The last
     rollout token is a target only and is not run through the model.
     """
     width = max(map(len, sequences)) - 1

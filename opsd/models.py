@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer, and the few facts about it that training needs."""
+"""Loading a causal language model and its tokenizer, and what training must know of it."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ def load_model(
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.path is {section.path!r}: neither a model directory nor a hub model that can be reached ({first})"
+            f"model.path is {section.path!r}: neither a model directory nor a hub model that "
+            f"can be reached ({first})"
         ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -58,12 +59,12 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token  # lengths, never ids, decide what is padding
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"model.path is {section.path!r}: its tokenizer has {len(tokenizer)} tokens, its model only "
-            f"{model.config.vocab_size}"
+            f"model.path is {section.path!r}: its tokenizer has {len(tokenizer)} tokens, "
+            f"its model only {model.config.vocab_size}"
         )
     if section.gguf_file:
-        # The weights are plain fp32 now, but transformers 5 keeps the file's quantisation in the config, and
-        # save_pretrained then refuses to write them.
+        # The weights are plain fp32 now, but transformers 5 keeps the file's quantisation in the
+        # config, and save_pretrained then refuses to write them.
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
@@ -101,7 +102,7 @@ def update_copy(twin: nn.Module, model: nn.Module) -> None:
 
 
 def head_arguments(model: PreTrainedModel) -> dict[str, Any]:
-    """How this model turns hidden states into logits, as opsd_kernels takes it: logit_scale and logit_softcap."""
+    """How this model makes logits of hidden states, as opsd_kernels' arguments."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
@@ -120,7 +121,7 @@ def window(model: PreTrainedModel) -> int | None:
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a rollout: the tokenizer's end of sequence and those of the generation config."""
+    """What ends a rollout: the tokenizer's end of sequence and the generation config's."""
     extra = model.generation_config.eos_token_id
     extra = [extra] if isinstance(extra, int) else (extra or [])
     return frozenset([tokenizer.eos_token_id, *extra])

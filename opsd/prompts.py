@@ -1,7 +1,8 @@
 """Dataset rows → the student's and the teacher's contexts, as token ids.
 
-Both roles see a user message made from a Jinja template over the row's columns, put through the model's own chat template.
-A rollout's tokens are appended to both contexts as ids: nothing is ever decoded and tokenised again.
+Both roles see a user message made from a Jinja template over the row's columns, put through the
+model's own chat template. A rollout's tokens are appended to both contexts as ids: nothing is ever
+decoded and tokenised again.
 """
 
 from dataclasses import dataclass
@@ -27,16 +28,17 @@ class Context:
 
 
 class Prompts:
-    """Renders rows for one tokenizer. Raises UserError for templates or tokenizers that cannot work."""
+    """Renders rows for one tokenizer. Raises UserError for templates that cannot work."""
 
     def __init__(self, section: PromptsSection, tokenizer: PreTrainedTokenizerBase):
         if not tokenizer.chat_template:
             raise UserError(
-                "model.path has a tokenizer without a chat template: use an instruction-tuned model, or add a "
-                "chat_template.jinja to its directory"
+                "model.path has a tokenizer without a chat template: use an instruction-tuned "
+                "model, or add a chat_template.jinja to its directory"
             )
         self.section, self.tokenizer = section, tokenizer
-        # Sandboxed, since a config file may come from a stranger; strict, since a misspelt column must not become "".
+        # Sandboxed, since a config file may come from a stranger; strict, since a misspelt column
+        # must not become "".
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
         self._templates = {
             name: _compile(environment, f"prompts.{name}", getattr(section, name))
@@ -59,7 +61,7 @@ class Prompts:
             )
         except TemplateError as error:  # such as one that takes no system message
             raise UserError(f"model.path has a chat template that refuses: {error}") from None
-        # The chat template has written the special tokens already; adding them again would double BOS.
+        # The chat template has written the special tokens already: BOS must not come twice.
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def target(self, row: Row) -> list[int]:

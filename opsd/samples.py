@@ -1,4 +1,4 @@
-"""Sample completions for the report: each token with its divergence and the teacher's preference."""
+"""Sample completions for the report: each token with its divergence, the teacher's choices."""
 
 from collections.abc import Iterator, Sequence
 

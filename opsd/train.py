@@ -76,7 +76,7 @@ def load_data(config: Config) -> tuple[list[Row], list[Row]]:
 
 
 def claim_directory(directory: Path, config: Config, resume: bool) -> Path | None:
-    """Make the run's directory, or check that it is this run's; returns the checkpoint to go on from.
+    """Make the run's directory, or check that it is this run's; returns its last checkpoint.
 
     Raises UserError when the directory belongs to another run, or to something else.
     """
@@ -87,7 +87,8 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
     if directory.exists() and any(path != mine for path in directory.iterdir()):
         if not mine.is_file():
             raise UserError(
-                f"output.dir is {str(directory)!r}: it holds files that are not a run's; choose another"
+                f"output.dir is {str(directory)!r}: it holds files that are not a run's; "
+                "choose another"
             )
         if yaml.safe_load(mine.read_text()) != config.model_dump():
             raise UserError(
@@ -96,8 +97,8 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
             )
         if not resume:
             raise UserError(
-                f"output.dir is {str(directory)!r}: this run has been started before; go on with --resume, "
-                "or choose another directory"
+                f"output.dir is {str(directory)!r}: this run has been started before; go on "
+                "with --resume, or choose another directory"
             )
         return last_checkpoint(directory)
     try:
@@ -160,8 +161,8 @@ def run(
     # token would cost as much as the token.
     twin = copy_model(model, dtype) if low_precision else None
     decoder = twin if twin is not None else model
-    # Made before a checkpoint is loaded: the weights of step 0. Without OPSD, a teacher is only asked
-    # for its view of the sample completions.
+    # Made before a checkpoint is loaded: the weights of step 0. Without OPSD, a teacher is only
+    # asked for its view of the sample completions.
     needed = config.method == "opsd" or bool(held_out and config.eval.samples)
     if needed and config.teacher.policy == "initial":
         teacher = copy_model(model, dtype)

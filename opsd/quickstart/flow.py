@@ -29,7 +29,7 @@ def check_output(directory: Path) -> None:
     """Raises UserError unless `directory` is new or empty: a quickstart is made in one go."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(
-            f"--output is {str(directory)!r}: it is not empty; choose another directory, or remove it"
+            f"--output is {str(directory)!r}: it is not empty; choose another, or remove it"
         )
 
 

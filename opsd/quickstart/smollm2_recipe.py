@@ -1,7 +1,7 @@
 """`opsd quickstart`: SmolLM2-135M-Instruct learns short sums from somebody else's solutions.
 
-Pretrained model → cold start by SFT, in both roles' prompts and the model's own voice → the methods,
-on new problems whose solutions are in words.
+Pretrained model → cold start by SFT, in both roles' prompts and the model's own voice → the
+methods, on new problems whose solutions are in words.
 """
 
 from pathlib import Path

@@ -22,12 +22,12 @@ SECTIONS = {
     "eval": {"batch_size": 400, "every": 25, "samples": 4},
 }
 METHODS = {
-    "opsd": {"train": {"steps": 100, "learning_rate": 1e-3}},
+    "opsd": {"train": {"steps": 100, "learning_rate": 2e-3}},
     "grpo": {
         "rollout": {"per_problem": 8},
-        "train": {"steps": 100, "learning_rate": 3e-4, "problems_per_step": 8},
+        "train": {"steps": 100, "learning_rate": 1e-4, "problems_per_step": 8},
     },
-    "sft": {"train": {"steps": 100, "learning_rate": 1e-3}},
+    "sft": {"train": {"steps": 100, "learning_rate": 3e-3}},
 }
 TOKEN_BUDGET = 200_000
 

@@ -1,4 +1,4 @@
-"""Who samples the rollouts: `generate` (length-sorted batches) or `continuous` (continuous batching)."""
+"""Who samples the rollouts: `generate` in sorted batches, or `continuous` batching."""
 
 from opsd.rollout.base import Rollout, Sampler, Sampling
 from opsd.rollout.continuous import ContinuousSampler
