@@ -20,7 +20,8 @@ STUDENT_TEMPLATE = (
 )
 TEACHER_TEMPLATE = (
     "{{ problem }}\n\nHere is a reference solution:\n{{ solution }}\n\nUnderstand it, then "
-    "solve the problem in your own words. Please reason step by step, and put your final answer within \\boxed{}."
+    "solve the problem in your own words. Please reason step by step, and put your final "
+    "answer within \\boxed{}."
 )
 
 
@@ -44,8 +45,8 @@ class ModelSection(Section):
 
 class DataSection(Section):
     source: str = Field(
-        description="A .jsonl, .json or .parquet file, a directory saved by `datasets`, a hub name, "
-        "or reasoning_gym:<task>."
+        description="A .jsonl, .json or .parquet file, a directory saved by `datasets`, a hub "
+        "name, or reasoning_gym:<task>."
     )
     columns: dict[str, str] = Field(
         {}, description="Our column → theirs, for problem, solution, answer; dots reach inside."
@@ -75,8 +76,8 @@ class PromptsSection(Section):
     teacher_chat: dict[str, Any] = Field({}, description="The teacher's chat-template arguments.")
     too_long: Literal["error", "skip"] = Field(
         "error",
-        description="A row whose context and rollout do not fit the model's window: stop, or leave it "
-        "out and count it.",
+        description="A row whose context and rollout do not fit the model's window: stop, or "
+        "leave it out and count it.",
     )
 
 
