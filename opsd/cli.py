@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a user's error, 130 for Ctrl-C."""
     parsed = _parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns after a fork otherwise
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' GGUF loader draws over our display
     # Waiting threads sleep instead of spinning: on cores that others use too, libgomp's default
     # makes a step of the tiny model 30 times slower. Read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

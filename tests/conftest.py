@@ -1,6 +1,12 @@
 """Shared by all tests: what they need of the installation, said once."""
 
 import os
+import sys
+from pathlib import Path
+
+# `benchmarks` is not installed; at the end of the path, so that the installed packages are tested
+# and not the checkout's, which may have no compiled library.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # Before anything imports tokenizers: a fork after its threads started prints a page of advice.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
