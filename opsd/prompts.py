@@ -16,8 +16,6 @@ from opsd.config import PromptsSection
 from opsd.data import Row
 from opsd.errors import UserError
 
-ROLES = ("student", "teacher")
-
 
 @dataclass(frozen=True)
 class Context:

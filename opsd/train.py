@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opsd.config import Config, load_config, save_config
+from opsd.config import Config, save_config
 from opsd.data import Row, load_rows, split_rows
 from opsd.display import Display
 from opsd.environment import machine, peak_memory, release_memory, return_large_blocks, versions
@@ -368,10 +368,3 @@ def write_json(path: Path, value: dict) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     part.replace(path)
-
-
-def train_file(
-    path: str, overrides: Sequence[str], display: Display, *, resume: bool = False
-) -> Path:
-    """`opsd train CONFIG.yaml [overrides]`."""
-    return train(load_config(path, overrides), display, resume=resume)

@@ -58,9 +58,9 @@ def quickstart(
 
         recipe = tiny_recipe(seed, problems)
     else:
-        from opsd.quickstart.smollm2_recipe import smollm2_recipe
+        from opsd.quickstart.smollm2_recipe import COLD_STEPS, smollm2_recipe
 
-        recipe = smollm2_recipe(seed, problems, model_path, *([] if steps is None else [steps]))
+        recipe = smollm2_recipe(seed, problems, model_path, cold_steps=steps or COLD_STEPS)
     if steps is not None:
         recipe = replace(
             recipe,
