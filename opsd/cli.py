@@ -17,9 +17,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns after a fork otherwise
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' GGUF loader draws over our display
-    # Waiting threads sleep instead of spinning: on cores that others use too, libgomp's default
-    # makes a step of the tiny model 30 times slower. Read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Waiting threads spin for some microseconds, then sleep. libgomp's default spins for
+    # milliseconds: on cores that others use too a step of the tiny model took 30 times as long.
+    # Sleeping at once (OMP_WAIT_POLICY=passive) costs a quiet machine 1.5 times. Read when torch is
+    # first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         return parsed.run(parsed) or 0
     except KeyboardInterrupt:
