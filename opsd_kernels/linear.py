@@ -26,6 +26,7 @@ from opsd_kernels.backward import refuse_double_backward, scaled
 from opsd_kernels.divergence import Clip, Divergence, LogitTransform
 from opsd_kernels.plan import plan_rows
 from opsd_kernels.resolve import load, resolve
+from opsd_kernels.tiles import state as states
 
 # Rows of the per-token numbers, see tiles/torch.py.
 LOSS, DIVERGENCE, STUDENT_ENTROPY, TEACHER_ENTROPY, CLIPPED, OPPOSED = range(6)
@@ -84,7 +85,10 @@ def divergence_blocks(
         else:
             gemm.logits_(tile_s, h, weight)
             gemm.logits_(tile_t, teacher[rows], teacher_weight)
-        tile_functions.divergence_rows(
+        state = states.new(n, tile, dtype)
+        factor = row_weight[rows] if any(want) else None
+        whole_rows(
+            tile_functions,
             tile_s,
             tile_t,
             bias,
@@ -92,10 +96,10 @@ def divergence_blocks(
             divergence,
             transform,
             clip,
-            row_weight[rows] if any(want) else None,
-            stats[:OPPOSED, rows],
-            stats[OPPOSED, rows],
+            state,
+            factor,
         )
+        stats[:, rows] = statistics(state, clip)
         if want_hidden:
             if d_hidden.dtype == dtype:
                 gemm.input_gradient_(d_hidden[rows], tile_s, weight)
@@ -113,6 +117,40 @@ def divergence_blocks(
     if want_bias:
         d_bias = d_bias.to(weight.dtype)
     return stats, d_hidden, d_weight, d_bias
+
+
+def whole_rows(
+    backend, student, teacher, bias, teacher_bias, divergence, transform, clip, state, row_weight
+) -> None:
+    """All that tiles which hold whole rows need."""
+    tensors = (student, teacher, bias, teacher_bias)
+    if hasattr(backend, "rows"):
+        backend.rows(*tensors, divergence, transform, clip, state, row_weight)
+        return
+    backend.normalisers(*tensors, transform, state)
+    backend.sums(*tensors, divergence, transform, clip, state)
+    if row_weight is not None and clip is not None and clip.kind == "token":
+        row_weight = row_weight * token_factor(state, clip)
+    if row_weight is not None or (clip is not None and clip.kind == "entry"):
+        backend.gradient_(*tensors, divergence, transform, clip, state, row_weight)
+
+
+def token_factor(state: Tensor, clip: Clip) -> Tensor:
+    d = state[states.DIVERGENCE]
+    return torch.where(d > clip.threshold, clip.threshold / d, 1.0)
+
+
+def statistics(state: Tensor, clip: Clip | None) -> Tensor:
+    """[6, n] of a complete state: see the names at the top of the file."""
+    d = state[states.DIVERGENCE]
+    loss, clipped, opposed = d, torch.zeros_like(d), torch.zeros_like(d)
+    if clip is not None and clip.kind == "entry":
+        loss, clipped = state[states.CLIPPED], state[states.COUNT]
+        opposed = ((state[states.DOT] < 0) & (clipped > 0)).to(d.dtype)
+    elif clip is not None:
+        loss, clipped = d * token_factor(state, clip), (d > clip.threshold).to(d.dtype)
+    entropies = (states.entropy(state[role]) for role in (states.STUDENT, states.TEACHER))
+    return torch.stack((loss, d, *entropies, clipped, opposed))
 
 
 # --- The operator ---

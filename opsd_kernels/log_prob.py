@@ -17,6 +17,7 @@ from opsd_kernels.backward import refuse_double_backward, scaled
 from opsd_kernels.divergence import LogitTransform
 from opsd_kernels.plan import plan_rows
 from opsd_kernels.resolve import load, resolve
+from opsd_kernels.tiles import state as states
 
 
 def log_prob_blocks(
@@ -55,14 +56,18 @@ def log_prob_blocks(
         rows = slice(start, min(start + plan.rows, n_tokens))
         block = tile[: rows.stop - start]
         gemm.logits_(block, hidden[rows], weight)
-        tile_functions.log_prob_rows(
-            block,
-            bias,
-            targets[rows],
-            transform,
-            row_weight[rows] if any(want) else None,
-            stats[:, rows],
-        )
+        state = states.new_log_prob(rows.stop - start, block, dtype)
+        if hasattr(tile_functions, "log_prob_rows"):
+            factor = row_weight[rows] if any(want) else None
+            tile_functions.log_prob_rows(block, bias, targets[rows], transform, state, factor)
+        else:
+            tile_functions.log_prob_normalisers(block, bias, targets[rows], transform, state)
+            if any(want):
+                tile_functions.log_prob_gradient_(
+                    block, bias, targets[rows], transform, state, row_weight[rows]
+                )
+        stats[0, rows] = (state[states.TARGET] - state[states.MAX]) - state[states.SUM].log()
+        stats[1, rows] = states.entropy(state[states.STUDENT])
         if want_hidden:
             wide = torch.empty_like(hidden[rows], dtype=dtype)
             gemm.input_gradient_(wide, block, weight)

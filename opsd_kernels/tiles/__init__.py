@@ -1,11 +1,10 @@
 """The backends: who turns a tile of logits into per-token numbers and, in place, into gradients.
 
-Each is a module with two functions on float tiles [n, V] that they may overwrite (see
-`tiles/torch.py` for their contract):
+Each is a module with the same functions on tiles [n, v] of both roles' products,
 
-    divergence_rows(student, teacher, ..., row_weight, stats, opposed)
-    log_prob_rows(logits, bias, targets, transform, row_weight, stats)
+    normalisers -> sums -> gradient_            of a divergence
+    log_prob_normalisers -> log_prob_gradient_  of a log-probability
 
-and `TILES` = how many rows of V items a token occupies while they work (both roles' tiles
-included). Which one serves a call is decided in `resolve.py`.
+whose contract is in `tiles/torch.py`; what they know of a token in between is in `state.py`. Which
+one serves a call is decided in `resolve.py`.
 """

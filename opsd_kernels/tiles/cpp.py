@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.divergence import CLIPS, DIVERGENCES, Clip, Divergence, LogitTransform
+from opsd_kernels.tiles import state as states
 
 TILES = 2  # works in place
 LIBRARY = Path(__file__).parent.parent / "libopsd_cpu.so"
@@ -91,7 +92,7 @@ def _pointer(x: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None
     return x.data_ptr()
 
 
-def divergence_rows(
+def rows(
     student: Tensor,
     teacher: Tensor,
     bias: Tensor | None,
@@ -99,11 +100,11 @@ def divergence_rows(
     divergence: Divergence,
     transform: LogitTransform,
     clip: Clip | None,
+    state: Tensor,
     row_weight: Tensor | None,
-    stats: Tensor,
-    opposed: Tensor,
 ) -> None:
     n, v = student.shape
+    stats, opposed = student.new_zeros(5, n), student.new_zeros(n)
     # Named, so that the copies live until the call returns.
     bias, teacher_bias, row_weight = map(_contiguous, (bias, teacher_bias, row_weight))
     _library().opsd_divergence_rows(
@@ -121,6 +122,14 @@ def divergence_rows(
         stats.stride(0),
         _options(transform, divergence, clip),
     )
+    state[states.CLIPPED], state[states.DIVERGENCE], state[states.COUNT] = (
+        stats[0],
+        stats[1],
+        stats[4],
+    )
+    state[states.DOT] = -opposed
+    for role, entropy in ((states.STUDENT, stats[2]), (states.TEACHER, stats[3])):
+        state[role][states.SUM], state[role][states.MOMENT] = 1.0, entropy
 
 
 def log_prob_rows(
@@ -128,10 +137,11 @@ def log_prob_rows(
     bias: Tensor | None,
     targets: Tensor,
     transform: LogitTransform,
+    state: Tensor,
     row_weight: Tensor | None,
-    stats: Tensor,
 ) -> None:
     n, v = logits.shape
+    stats = logits.new_zeros(2, n)
     bias, targets, row_weight = map(_contiguous, (bias, targets, row_weight))
     _library().opsd_log_prob_rows(
         _pointer(logits),
@@ -145,3 +155,5 @@ def log_prob_rows(
         stats.stride(0),
         _options(transform),
     )
+    state[states.TARGET], state[states.MAX] = stats[0], 0.0
+    state[states.SUM], state[states.MOMENT] = 1.0, stats[1]

@@ -1,27 +1,72 @@
 """Tile functions in plain torch operations: any device, fp32 and fp64 tiles. Also the contract of
 every backend's.
 
-`divergence_rows` gets the products h W^T of both roles for n tokens and leaves in
+A tile [n, v] holds *products* h W^T of n tokens and v consecutive vocabulary rows, in fp32 (this
+backend: fp64 too), entries contiguous, rows at any stride; n * stride may exceed 2^31. Nothing but
+`gradient_` and `log_prob_gradient_` writes to tiles: each function goes from the product to the
+logit itself, z = softcap(scale * (product + bias)) / temperature, since a tile may be computed anew
+between them. `bias` and `teacher_bias` [v] are contiguous and of the tiles' dtype, or None.
 
-    stats [5, n]  the loss's divergence (after the clip), the divergence, the student's and the
-                  teacher's entropy, and the number of clipped entries (entry clip) or 1 where
-                  the token was clipped (token clip)
-    opposed [n]   1 where the clipped gradient points away from the unclipped one (entry clip;
-                  otherwise left as it is)
+`state` [12, n] (see `state.py`) has contiguous rows. All vocabulary tiles must have passed through
+one function before the next one starts:
 
-With `row_weight` [n] it overwrites `student` with row_weight times the gradient of the loss's
-divergence with respect to the *product* h W^T + bias. Both tiles may be overwritten in any case.
+normalisers(student, teacher, bias, teacher_bias, transform, state)
+    adds the tile to both roles' MAX, SUM and MOMENT.
+
+sums(student, teacher, bias, teacher_bias, divergence, transform, clip, state)
+    given both normalisers, adds to DIVERGENCE and PULL, and with an entry clip to CLIPPED, COUNT
+    and CLIPPED_PULL. Each term is computed by itself: no difference of large sums.
+
+gradient_(student, teacher, bias, teacher_bias, divergence, transform, clip, state, row_weight,
+          sums_known=True)
+    overwrites `student` with row_weight [n] times the derivative of the clipped (entry) or
+    unclipped divergence by the *product*. The token clip is a matter of row_weight: the caller's.
+    With an entry clip it adds to DOT; row_weight may then be None: no gradient is written.
+    sums_known=False (never with an entry clip): the first sweep since the normalisers, so it adds
+    what `sums` would have added. forward_kl's gradient needs no sum, and is written all the same.
+    For the others, whose gradient p - S sum p waits for the sum, `student` becomes row_weight times
+    p, and `teacher` row_weight times S (both by the product).
+
+log_prob_normalisers(logits, bias, targets, transform, state)
+    `state` [4, n]: adds to MAX, SUM and MOMENT, and the target's logit to TARGET. `targets` [n]
+    (int64) count from the tile's first entry: those outside [0, v) lie in another tile.
+
+log_prob_gradient_(logits, bias, targets, transform, state, row_weight)
+    overwrites the tile with row_weight times the derivative of the target's log-probability.
+
+A backend may offer beside these
+
+rows(student, teacher, bias, teacher_bias, divergence, transform, clip, state, row_weight)
+    normalisers, sums and (row_weight not None, or an entry clip) gradient_ at once, on tiles that
+    hold whole rows, with the token clip applied to row_weight. It may overwrite both tiles.
+
+`TILES` is how many items a tile's entry occupies while they work, the two tiles included.
+Identical rows give exactly 0, entries of probability 0 count for nothing, NaN stays NaN.
 """
 
 import torch
 from torch import Tensor
 
 from opsd_kernels.divergence import Clip, Divergence, LogitTransform
+from opsd_kernels.tiles import state as rows_of
+from opsd_kernels.tiles.state import MAX, STUDENT, SUM, TEACHER
 
-TILES = 2 + 7  # both tiles and up to seven temporaries of their size
+TILES = 2 + 6  # both tiles and up to six temporaries of their size
 
 
-def divergence_rows(
+def normalisers(
+    student: Tensor,
+    teacher: Tensor,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    transform: LogitTransform,
+    state: Tensor,
+) -> None:
+    rows_of.merge_(state[STUDENT], _normaliser(_logits(student, bias, transform)))
+    rows_of.merge_(state[TEACHER], _normaliser(_logits(teacher, teacher_bias, transform)))
+
+
+def sums(
     student: Tensor,
     teacher: Tensor,
     bias: Tensor | None,
@@ -29,133 +74,166 @@ def divergence_rows(
     divergence: Divergence,
     transform: LogitTransform,
     clip: Clip | None,
-    row_weight: Tensor | None,
-    stats: Tensor,
-    opposed: Tensor,
+    state: Tensor,
 ) -> None:
-    slope = _transform_(student, bias, transform, need_slope=row_weight is not None)
-    _transform_(teacher, teacher_bias, transform, need_slope=False)
-    log_s = student.sub_(student.logsumexp(-1, keepdim=True))
-    log_t = teacher.sub_(teacher.logsumexp(-1, keepdim=True))
-    s, t = log_s.exp(), log_t.exp()
-    stats[2] = -_sum_product(s, log_s)
-    stats[3] = -_sum_product(t, log_t)
+    z = _logits(student, bias, transform)
+    z_t = _logits(teacher, teacher_bias, transform)
+    s, terms, pull = _entries(z, z_t, divergence, state)
+    _add_sums(s, terms, pull, divergence, clip, state)
 
-    # terms: of the divergence's sum; q: what the gradient S (q - sum S q) is made of (for
-    # forward_kl it is q = -T / S, so that S q is written as -T).
-    if divergence.name == "forward_kl":
-        terms = _product_(log_t.sub_(log_s), t)
-        q = None
-    else:
-        b = divergence.beta
-        if divergence.name == "reverse_kl":
-            q = log_s.sub_(log_t)
-            q.masked_fill_(s == 0, 0.0)
-            terms = q * s
-            factor = 1.0
-        else:
-            # log S - log M = -log(1 + b (e^d - 1)) with d = log T - log S: exactly 0 where
-            # S = T. For d > 0 the roles swap, so that the exponential never overflows.
-            d = log_t.sub_(log_s)
-            share = (d > 0).to(d.dtype).mul_(1 - 2 * b).add_(b)
-            larger = share.mul_(torch.expm1(-d.abs())).log1p_().neg_()
-            q = larger - d.clamp(min=0)
-            q.masked_fill_(s == 0, 0.0)
-            terms = _product_(larger.add_(d.clamp_(max=0)), t).mul_(b)
-            terms.add_(q * s, alpha=1 - b)
-            factor = 1 - b
-        q.mul_(factor)
-    stats[1] = terms.sum(-1)
-    stats[0] = stats[1]
-    if row_weight is None and not (clip and clip.kind == "entry"):
-        if clip:
-            _clip_token(stats, clip)
-        return
 
-    def gradient(mask: Tensor | None) -> Tensor:
-        if q is None:
-            pull = t if mask is None else t * mask
-            total = 1.0 if mask is None else pull.sum(-1, keepdim=True)
-            return (s * total).sub_(pull)
-        if mask is not None:
-            # d(s log s/t) = log s/t + 1: the constant vanishes from the unclipped gradient only.
-            masked = (q + 1.0 if divergence.name == "reverse_kl" else q) * mask
-        else:
-            masked = q
-        return (masked - (s * masked).sum(-1, keepdim=True)).mul_(s)
-
-    if clip and clip.kind == "entry":
-        over = terms > clip.threshold
-        stats[0] = terms.clamp_(max=clip.threshold).sum(-1)
-        stats[4] = over.sum(-1)
-        g = gradient(over.logical_not_())
-        opposed.copy_(((g * gradient(None)).sum(-1) < 0) & (stats[4] > 0))
-    else:
-        g = gradient(None)
-    factor = 1.0
-    if clip and clip.kind == "token":
-        factor = _clip_token(stats, clip)
+def gradient_(
+    student: Tensor,
+    teacher: Tensor,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    divergence: Divergence,
+    transform: LogitTransform,
+    clip: Clip | None,
+    state: Tensor,
+    row_weight: Tensor | None,
+    sums_known: bool = True,
+) -> None:
+    z = _logits(student, bias, transform)
+    slope = None if row_weight is None else _slope(z, transform)
+    z_t = _logits(teacher, teacher_bias, transform)
+    s, terms, pull = _entries(z, z_t, divergence, state)
+    forward = divergence.name == "forward_kl"
+    entry_clip = clip is not None and clip.kind == "entry"
+    factor = None if row_weight is None else _factor(row_weight, transform, slope)
+    if not sums_known:
+        assert not entry_clip
+        _add_sums(s, terms, pull, divergence, clip, state)
+        if not forward:
+            student.copy_(pull.mul_(factor))
+            teacher.copy_(s.mul_(factor))
+            return
+    g = pull + s if forward else pull - s * state[rows_of.PULL][:, None]
+    if entry_clip:
+        clipped = _clipped_pull(s, terms, pull, divergence, clip)
+        clipped -= s.mul_(state[rows_of.CLIPPED_PULL][:, None])
+        state[rows_of.DOT] += g.mul_(clipped).sum(-1)
+        g = clipped
     if row_weight is not None:
-        g.mul_((row_weight * (factor * transform.scale / transform.temperature))[:, None])
-        student.copy_(g if slope is None else g.mul_(slope))
+        student.copy_(g.mul_(factor))
 
 
-def log_prob_rows(
+def log_prob_normalisers(
     logits: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     transform: LogitTransform,
-    row_weight: Tensor | None,
-    stats: Tensor,
+    state: Tensor,
 ) -> None:
-    """stats [2, n]: the target's log-probability and the entropy. With `row_weight` the gradient
-    of the former, in place.
-    """
-    slope = _transform_(logits, bias, transform, need_slope=row_weight is not None)
-    log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
-    p = log_p.exp()
-    stats[0] = log_p.gather(-1, targets[:, None]).squeeze(-1)
-    stats[1] = -_sum_product(p, log_p)
-    if row_weight is None:
-        return
-    g = p.neg_()
-    g.scatter_add_(-1, targets[:, None], torch.ones_like(g[:, :1]))
-    g.mul_((row_weight * (transform.scale / transform.temperature))[:, None])
-    logits.copy_(g if slope is None else g.mul_(slope))
+    z = _logits(logits, bias, transform)
+    here = (targets >= 0) & (targets < z.shape[1])
+    chosen = z.gather(-1, targets.clamp(0, z.shape[1] - 1)[:, None]).squeeze(-1)
+    state[rows_of.TARGET] += chosen.masked_fill_(~here, 0.0)
+    rows_of.merge_(state[STUDENT], _normaliser(z))
 
 
-def _transform_(
-    tile: Tensor, bias: Tensor | None, transform: LogitTransform, *, need_slope: bool
-) -> Tensor | None:
-    """The product becomes the logit, in place. Returns the soft cap's slope, 1 - tanh^2, where
-    there is one.
-    """
-    if bias is not None:
-        tile.add_(bias)
+def log_prob_gradient_(
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    state: Tensor,
+    row_weight: Tensor,
+) -> None:
+    z = _logits(logits, bias, transform)
+    slope = _slope(z, transform)
+    g = _log_p(z, state[STUDENT]).exp_().neg_()
+    here = (targets >= 0) & (targets < z.shape[1])
+    index = targets.clamp(0, z.shape[1] - 1)[:, None]
+    g.scatter_add_(-1, index, here.to(g.dtype)[:, None])
+    logits.copy_(g.mul_(_factor(row_weight, transform, slope)))
+
+
+def _logits(products: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    """A new tensor."""
     cap = transform.softcap
-    slope = None
+    z = products.clone() if bias is None else products + bias
     if cap is None:
-        tile.mul_(transform.scale / transform.temperature)
-    else:
-        tile.mul_(transform.scale / cap).tanh_()
-        slope = tile.square().neg_().add_(1.0) if need_slope else None
-        tile.mul_(cap / transform.temperature)
-    return slope
+        return z.mul_(transform.scale / transform.temperature)
+    return z.mul_(transform.scale / cap).tanh_().mul_(cap / transform.temperature)
+
+
+def _slope(z: Tensor, transform: LogitTransform) -> Tensor | None:
+    """The soft cap's, 1 - tanh^2, where there is one."""
+    if transform.softcap is None:
+        return None
+    return (z * (transform.temperature / transform.softcap)).square_().neg_().add_(1.0)
+
+
+def _factor(row_weight: Tensor, transform: LogitTransform, slope: Tensor | None) -> Tensor:
+    factor = (row_weight * (transform.scale / transform.temperature))[:, None]
+    return factor if slope is None else slope.mul_(factor)
+
+
+def _normaliser(z: Tensor) -> Tensor:
+    """[n, v] -> [3, n] of these entries alone. Overwrites `z`."""
+    most = z.amax(-1)
+    below = z.sub_(most.masked_fill(most == -torch.inf, 0.0)[:, None])
+    p = below.exp()
+    moment = below.mul_(p).masked_fill_(p == 0, 0.0).sum(-1).neg_()
+    return torch.stack((most, p.sum(-1), moment))
+
+
+def _log_p(z: Tensor, normaliser: Tensor) -> Tensor:
+    """In place. The maximum is subtracted by itself, exactly: z may be 1e4."""
+    return z.sub_(normaliser[MAX][:, None]).sub_(normaliser[SUM].log()[:, None])
+
+
+def _entries(
+    z: Tensor, z_t: Tensor, divergence: Divergence, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(S, terms of the divergence's sum, pull) of each entry; overwrites the logits."""
+    log_s, log_t = _log_p(z, state[STUDENT]), _log_p(z_t, state[TEACHER])
+    if divergence.name == "forward_kl":
+        t = log_t.exp()
+        terms = _product_(log_t.sub_(log_s), t)
+        return log_s.exp_(), terms, t.neg_()
+    s = log_s.exp()
+    if divergence.name == "reverse_kl":
+        pull = _product_(log_s.sub_(log_t), s)
+        return s, pull, pull
+    # log S - log M = -log(1 + b (e^d - 1)) with d = log T - log S: exactly 0 where S = T. For d > 0
+    # the roles swap, so that the exponential never overflows.
+    b = divergence.beta
+    t = log_t.exp()
+    d = log_t.sub_(log_s)
+    share = (d > 0).to(d.dtype).mul_(1 - 2 * b).add_(b)
+    larger = share.mul_(torch.expm1(-d.abs())).log1p_().neg_()
+    pull = _product_(larger - d.clamp(min=0), s).mul_(1 - b)
+    terms = _product_(larger.add_(d.clamp_(max=0)), t).mul_(b).add_(pull)
+    return s, terms, pull
+
+
+def _add_sums(
+    s: Tensor,
+    terms: Tensor,
+    pull: Tensor,
+    divergence: Divergence,
+    clip: Clip | None,
+    state: Tensor,
+) -> None:
+    state[rows_of.DIVERGENCE] += terms.sum(-1)
+    state[rows_of.PULL] += pull.sum(-1)
+    if clip is not None and clip.kind == "entry":
+        state[rows_of.CLIPPED] += terms.clamp(max=clip.threshold).sum(-1)
+        state[rows_of.COUNT] += (terms > clip.threshold).sum(-1)
+        clipped = _clipped_pull(s, terms, pull, divergence, clip)
+        state[rows_of.CLIPPED_PULL] += clipped.sum(-1)
+
+
+def _clipped_pull(
+    s: Tensor, terms: Tensor, pull: Tensor, divergence: Divergence, clip: Clip
+) -> Tensor:
+    # d(s log s/t) = log s/t + 1: the constant vanishes from the unclipped gradient only.
+    whole = pull + s if divergence.name == "reverse_kl" else pull
+    return whole.masked_fill(terms > clip.threshold, 0.0)
 
 
 def _product_(log_ratio: Tensor, p: Tensor) -> Tensor:
     """p * log_ratio in place of log_ratio, with 0 * anything = 0. A NaN in p stays one."""
     return log_ratio.mul_(p).masked_fill_(p == 0, 0.0)
-
-
-def _sum_product(p: Tensor, log_p: Tensor) -> Tensor:
-    return (p * log_p).masked_fill_(p == 0, 0.0).sum(-1)
-
-
-def _clip_token(stats: Tensor, clip: Clip) -> Tensor:
-    """min(1, threshold / D) of each token, applied to the loss's divergence."""
-    over = stats[1] > clip.threshold
-    factor = torch.where(over, clip.threshold / stats[1], 1.0)
-    stats[0] = stats[1] * factor
-    stats[4] = over
-    return factor

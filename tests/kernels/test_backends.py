@@ -10,6 +10,7 @@ from kernel_cases import DIVERGENCES, check, make
 import opsd_kernels
 from opsd_kernels import Clip, LogitTransform, resolve
 from opsd_kernels.tiles import cpp
+from opsd_kernels.tiles import state as states
 
 CPU = torch.device("cpu")
 
@@ -91,8 +92,8 @@ def test_threads_change_nothing(threads):
         for count in (1, threads):
             torch.set_num_threads(count)
             s, t = tiles.clone()
-            stats, opposed = torch.zeros(5, 9), torch.zeros(9)
-            cpp.divergence_rows(
+            state = states.new(9, s, s.dtype)
+            cpp.rows(
                 s,
                 t,
                 None,
@@ -100,11 +101,10 @@ def test_threads_change_nothing(threads):
                 opsd_kernels.Divergence("jsd"),
                 LogitTransform(),
                 None,
+                state,
                 torch.ones(9),
-                stats,
-                opposed,
             )
-            results.append((s, stats))
+            results.append((s, state))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
