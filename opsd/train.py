@@ -10,6 +10,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opsd.checkpoints import save_model
 from opsd.config import Config, save_config
 from opsd.data import Row, load_rows, split_rows
 from opsd.display import Display
@@ -328,16 +329,6 @@ def shown(line: dict) -> dict:
     """What the progress bar shows of a step."""
     names = ("loss", "divergence", "reward", "tokens_per_second")
     return {name: line[name] for name in names if line.get(name) is not None}
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write model/ (safetensors) beside, then rename: a half-written model is never found."""
-    part = directory / "model.part"
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(directory / "model", ignore_errors=True)
-    part.rename(directory / "model")
 
 
 def write_summary(config: Config, log: RunLog, directory: Path, seconds: float) -> dict:

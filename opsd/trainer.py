@@ -10,8 +10,9 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
+from opsd.checkpoints import WholeCheckpoints
 from opsd.config import Config
 from opsd.data import Row
 from opsd.errors import UserError
@@ -26,7 +27,7 @@ Evaluate = Callable[[int], dict]
 """step → the evaluation's record; runs the held-out problems and writes them down."""
 
 
-class OPSDTrainer(Trainer):
+class OPSDTrainer(WholeCheckpoints):
     """Trains `model` with one of the objectives.
 
     Args:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from opsd.checkpoints import save_model
 from opsd.config import PromptsSection, save_config
 from opsd.data import Row
 from opsd.display import Display
@@ -22,7 +23,7 @@ from opsd.quickstart.recipe import Recipe, merge, method_config
 from opsd.report import write_report
 from opsd.rollout import Sampling
 from opsd.runlog import read_lines
-from opsd.train import run, save_model, write_json
+from opsd.train import run, write_json
 
 
 def check_output(directory: Path) -> None:
