@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from opsd.rollout.base import Rollout, Sampling, cut
+from opsd.rollout.draw import Draw
 
 
 class GenerateSampler:
@@ -45,6 +46,7 @@ class GenerateSampler:
         for row, context in enumerate(contexts):
             ids[row, width - len(context) :] = torch.tensor(context)
             mask[row, width - len(context) :] = 1
+        draw = LogitsProcessorList([Draw(sampling)] if sampling.temperature else [])
         was_training = self.model.training
         self.model.eval()
         output = self.model.generate(
@@ -54,7 +56,11 @@ class GenerateSampler:
             eos_token_id=sorted(self.stops),
             pad_token_id=min(self.stops),
             use_cache=True,
-            **sampling.generation_arguments(),
+            logits_processor=draw,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
         )
         self.model.train(was_training)
         return [cut(row, self.stops) for row in output[:, width:].tolist()]

@@ -1,0 +1,41 @@
+"""Drawing a token from logits."""
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from opsd.rollout.base import Sampling
+
+
+class Draw(LogitsProcessor):
+    """Draws a token a row, and makes it the only one that greedy `generate` can take.
+
+    By the inverse of the cumulative distribution, in fp64: one random number a row. `generate`'s
+    own torch.multinomial draws one for each entry of the vocabulary, which on a CPU takes as long
+    as the model: 56 ms against 1.3 for 32 rows of 49 152.
+    """
+
+    def __init__(self, sampling: Sampling):
+        self.warpers = LogitsProcessorList()
+        if sampling.temperature != 1:
+            self.warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores [B, V] → the same shape, 0 at the drawn tokens and -inf elsewhere."""
+        probability = self.warpers(input_ids, scores).softmax(-1, dtype=torch.float64)
+        cumulative = probability.cumsum_(-1)
+        number = torch.rand_like(cumulative[:, -1:]) * cumulative[:, -1:]
+        # The first entry above the number: never one of probability 0.
+        token = torch.searchsorted(cumulative, number, right=True)
+        token.clamp_(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
