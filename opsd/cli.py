@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opsd.errors import UserError
+from opsd.evaluate.settings import add_arguments
 
 METHODS = ("opsd", "grpo", "sft")
 
@@ -88,14 +89,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
     sub = command("eval", _eval, "Measure a model on a benchmark.")
-    sub.add_argument("model", metavar="MODEL", help="a directory or hub name")
-    sub.add_argument("--benchmark", required=True, metavar="NAME_OR_FILE")
-    sub.add_argument("--samples", type=int, metavar="K", help="answers a problem")
-    sub.add_argument("--problems", type=int, metavar="N", help="only the first N problems")
-    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
-    sub.add_argument("--temperature", type=float, help="0: greedy")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--output", metavar="FILE", help="write the result and all answers as JSON")
+    add_arguments(sub)
 
     sub = command("report", _report, "Write report.html and curves.png of a run.")
     sub.add_argument("directory", metavar="RUN_DIR", type=Path)

@@ -5,7 +5,16 @@ import random
 
 import pytest
 
-from opsd.evaluate.metrics import average_at_k, mean_pass_at_k, pass_at_k, wilson_interval
+from opsd.evaluate.metrics import (
+    Estimate,
+    _student_quantile,
+    average_at_k,
+    bootstrap,
+    majority,
+    mean_pass_at_k,
+    pass_at_k,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
@@ -66,6 +75,41 @@ def test_wrong_arguments_are_named():
         (lambda: average_at_k([]), "outcomes"),
         (lambda: average_at_k([[True], []]), "outcomes"),
         (lambda: mean_pass_at_k([[True]], 2), "k"),
+        (lambda: bootstrap([]), "rates"),
+        (lambda: bootstrap([0.5, 1.5]), "rates"),
     ]:
         with pytest.raises(ValueError, match=name):
             call()
+
+
+def test_majority_votes():
+    assert majority([1, 1, 2], right=1) == 1.0
+    assert majority([1, 2, 2, None, None, None], right=1) == 0.0  # no answer is no vote
+    assert majority([1, 2], right=1) == 0.5
+    assert majority([1, 1, 2, 2, 3, 3], right=3) == pytest.approx(1 / 3)
+    assert majority([None, None], right=1) == 0.0
+    assert majority([2, 2, 1], right=0) == 0.0  # nobody gave it
+
+
+def test_students_quantiles_match_the_tables():
+    for freedom, value in [(4, 2.7764), (9, 2.2622), (29, 2.0452), (99, 1.9842)]:
+        assert _student_quantile(0.975, freedom) == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("problems, samples", [(30, 1), (30, 12), (60, 4)])
+def test_bootstrap_intervals_cover_the_true_rate(problems, samples):
+    draw, hits, trials = random.Random(1), 0, 400
+    for trial in range(trials):
+        rates = [draw.choice([0.1, 0.4, 0.9]) for _ in range(problems)]
+        observed = [sum(draw.random() < rate for _ in range(samples)) / samples for rate in rates]
+        estimate = bootstrap(observed, seed=trial)
+        hits += estimate.low <= 1.4 / 3 <= estimate.high
+        assert estimate.low <= estimate.value <= estimate.high
+    assert 0.92 <= hits / trials <= 0.985  # ± 2.7 standard errors around 95 %
+
+
+def test_bootstrap_without_variation_does_not_claim_certainty():
+    assert bootstrap([0.0] * 30) == Estimate(0.0, *wilson_interval(0, 30))
+    assert bootstrap([1.0] * 30) == Estimate(1.0, *wilson_interval(30, 30))
+    assert bootstrap([0.5]).high - bootstrap([0.5]).low > 0.5
+    assert bootstrap([0.1, 0.7, 0.4], seed=3) == bootstrap([0.1, 0.7, 0.4], seed=3)

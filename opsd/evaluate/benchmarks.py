@@ -7,6 +7,9 @@ A benchmark is a name from `KNOWN`, or any source that `opsd.data.load_rows` rea
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,52 +21,110 @@ from opsd.errors import UserError
 
 @dataclass(frozen=True)
 class Convention:
-    """How a benchmark is sampled unless the caller says otherwise; temperature 0 is greedy."""
+    """How a benchmark is sampled unless the caller says otherwise; temperature 0 is greedy.
+
+    thinking: what the chat template gets as `enable_thinking`; None leaves it to the template.
+    """
 
     samples: int = 1
     temperature: float = 0.0
+    top_p: float = 1.0
     max_new_tokens: int = 2048
+    thinking: bool | None = None
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`prompt`: the benchmark's own Jinja template of the user message, None: the caller's."""
+    """Problems with answers. `revision`: the hub commit they are from, None for other sources and
+    where the hub could not be asked; `left_out`: problems that no parser can grade."""
 
     name: str
     source: str
     rows: list[Row]
     convention: Convention = Convention()
-    prompt: str | None = None
+    revision: str | None = None
+    left_out: int = 0
+
+    def digest(self) -> str:
+        """A hash of all problems and answers, in order: the same benchmark or another one."""
+        content = json.dumps([[row.problem, row.answer] for row in self.rows])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class _Known:
+    """`keep`: column → the values of the rows that count; None: all."""
+
     source: str
     split: str
     columns: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = None  # the hub's configuration
+    revision: str | None = None
+    keep: tuple[str, tuple[str, ...]] | None = None
     convention: Convention = Convention()
 
 
-# The OPSD paper's: avg@12 at temperature 1, up to 38 912 tokens.
-_COMPETITION = Convention(samples=12, temperature=1.0, max_new_tokens=38_912)
+# The OPSD paper's avg@12 at temperature 1 and up to 38 912 tokens, thinking; top-p .95 is what its
+# evaluation script sets with thinking on.
+_COMPETITION = Convention(12, 1.0, 0.95, 38_912, thinking=True)
 
+# A hub dataset may change under its name: a revision is pinned wherever one was known when this
+# table was written, and the one that was read is recorded in every case.
 KNOWN: Mapping[str, _Known] = {
+    "aime24": _Known(
+        "HuggingFaceH4/aime_2024",
+        "train",
+        revision="2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
+        convention=_COMPETITION,
+    ),
+    "aime25": _Known(
+        "math-ai/aime25",
+        "test",
+        revision="563bb8404243c5f09de6ec262f2db674fe5bce9b",
+        convention=_COMPETITION,
+    ),
+    "hmmt25": _Known(
+        "MathArena/hmmt_feb_2025",
+        "train",
+        revision="6fdc4277120810ff75aa22d2d5489b91f7a262a1",
+        convention=_COMPETITION,
+    ),
+    # Its authors have the 11 answers of type "description" graded by a language model and call the
+    # other 39 problems AMO-Bench-P; 32 samples are theirs as well.
+    "amo-bench": _Known(
+        "meituan-longcat/AMO-Bench",
+        "test",
+        columns={"problem": "prompt"},
+        keep=("answer_type", ("number", "set", "variable")),
+        convention=Convention(32, 1.0, 0.95, 38_912, thinking=True),
+    ),
+    "math-500": _Known(
+        "HuggingFaceH4/MATH-500",
+        "test",
+        revision="6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
+        convention=Convention(max_new_tokens=4096, thinking=False),
+    ),
     # The answer is the last line of the worked solution, after `####`: load_rows takes it out.
     "gsm8k": _Known(
         "openai/gsm8k",
         "test",
         columns={"problem": "question", "solution": "answer", "answer": "answer"},
-        options={"name": "main"},
-        convention=Convention(max_new_tokens=1024),
+        name="main",
+        revision="740312add88f781978c0658806c59bc2815b9866",
+        convention=Convention(max_new_tokens=1024, thinking=False),
     ),
-    "math-500": _Known(
-        "HuggingFaceH4/MATH-500", "test", convention=Convention(max_new_tokens=4096)
-    ),
-    "aime24": _Known("HuggingFaceH4/aime_2024", "train", convention=_COMPETITION),
-    "aime25": _Known("math-ai/aime25", "test", convention=_COMPETITION),
 }
-_OTHER_NAMES = {"math500": "math-500", "aime2024": "aime24", "aime2025": "aime25"}
+_OTHER_NAMES = {
+    "math500": "math-500",
+    "aime2024": "aime24",
+    "aime2025": "aime25",
+    "hmmt": "hmmt25",
+    "hmmtfeb25": "hmmt25",
+    "hmmtfeb2025": "hmmt25",
+    "amobench": "amo-bench",
+    "amo": "amo-bench",
+}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def load_benchmark(
@@ -76,11 +137,13 @@ def load_benchmark(
     seed: int = 0,
     size: int | None = None,
     options: Mapping[str, Any] | None = None,
+    revision: str | None = None,
     require: Sequence[str] = ("problem", "answer"),
 ) -> Benchmark:
     """The benchmark `name`: one of KNOWN (in any spelling of case, `-` and `_`), or a source.
 
     source: a local copy of a known benchmark, with the same columns.
+    revision: of a hub dataset, instead of the pinned one.
     The rest is as for load_rows; what is given replaces the known benchmark's own. Elsewhere the
     split is "test" and reasoning_gym draws 200 problems. Raises UserError.
     """
@@ -89,28 +152,69 @@ def load_benchmark(
     if compact in known:
         key = known[compact]
         entry = KNOWN[key]
-        # A local copy has neither the hub's configurations nor, unless the caller says so, splits.
-        inherited = entry.options if source is None else {}
     else:
-        key, entry, inherited = name, _Known(name, "test"), {}
+        key, entry = name, _Known(name, "test")
         if source is not None:
             raise UserError(f"benchmark: {name!r} is none of {', '.join(KNOWN)}, so it has no copy")
         _refuse_misspelling(name)
     where = source or entry.source
+    on_hub = not Path(where).expanduser().exists() and bool(_HUB_NAME.fullmatch(where))
+    if revision is not None and not on_hub:
+        raise UserError(f"benchmark.revision: only a hub dataset has revisions, not {where!r}")
     if size is None and limit is None and where.startswith(REASONING_GYM):
         size = 200
+    options = dict(options or {})
+    if on_hub:
+        revision = revision or entry.revision or _current_revision(where)
+        given = {"name": entry.name, "revision": revision}
+        options = {key: value for key, value in given.items() if value is not None} | options
+    if limit is not None and limit < 1:
+        raise UserError(f"benchmark.limit: {limit!r} is not a positive number")
     rows = load_rows(
         where,
         columns={**entry.columns, **(columns or {})},
         split=split or entry.split,
-        limit=limit,
+        limit=None if entry.keep else limit,
         seed=seed,
         size=size,
-        options=options if options is not None else inherited,
+        options=options,
         require=require,
         section="benchmark",
     )
-    return Benchmark(key, where, rows, entry.convention)
+    kept = _gradable(rows, entry, where)
+    return Benchmark(
+        key,
+        where,
+        kept[:limit],
+        entry.convention,
+        options.get("revision") if on_hub else None,
+        len(rows) - len(kept),
+    )
+
+
+def _gradable(rows: list[Row], entry: _Known, where: str) -> list[Row]:
+    if entry.keep is None:
+        return rows
+    column, values = entry.keep
+    if column not in rows[0].columns:
+        raise UserError(
+            f"benchmark.source: {where!r} has no column {column!r}, which says how an answer is "
+            f"graded; it has {', '.join(map(repr, rows[0].columns))}"
+        )
+    kept = [row for row in rows if row.columns.get(column) in values]
+    if not kept:
+        raise UserError(f"benchmark.source: {where!r} has no row with {column} in {values}")
+    return kept
+
+
+def _current_revision(name: str) -> str | None:
+    """The commit that the hub has now, so that what is loaded is what is recorded."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, timeout=10).sha
+    except Exception:  # offline (a cached copy may do), or absent: load_dataset says which
+        return None
 
 
 def _refuse_misspelling(name: str) -> None:

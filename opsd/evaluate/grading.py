@@ -37,11 +37,13 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)
 
 @dataclass(frozen=True)
 class Grade:
-    """`extracted`: the content of the last box, None without one; `reason`: why, for people."""
+    """`extracted`: the content of the last box, None without one; `reason`: why, for people;
+    `failed`: there was no verdict (time, memory, size), which scores 0."""
 
     correct: bool
     reason: str
     extracted: str | None
+    failed: bool = False
 
 
 def last_boxed(text: str) -> str | None:

@@ -8,9 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
 Outcomes = Sequence[Sequence[bool]]
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A rate and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 def wilson_interval(correct: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -64,6 +75,65 @@ def mean_pass_at_k(outcomes: Outcomes, k: int) -> float:
     """The mean over problems of pass_at_k."""
     _rates(outcomes)
     return fmean(pass_at_k(len(verdicts), sum(verdicts), k) for verdicts in outcomes)
+
+
+def majority(votes: Sequence[int | None], right: int) -> float:
+    """Whether the commonest vote is `right`: 1 or 0, or 1/t where t answers tie and it is one.
+
+    votes: for each sample the group of equal answers it belongs to; None, a sample without an
+    answer, does not vote. With no votes at all the majority is wrong.
+    """
+    counts: dict[int, int] = {}
+    for vote in votes:
+        if vote is not None:
+            counts[vote] = counts.get(vote, 0) + 1
+    most = max(counts.values(), default=0)
+    return (counts.get(right) == most) / max(1, sum(count == most for count in counts.values()))
+
+
+def bootstrap(rates: Sequence[float], seed: int = 0, confidence: float = 0.95) -> Estimate:
+    """The mean of the problems' rates, with a bootstrap interval over problems.
+
+    rates: one number in [0, 1] a problem. The interval is the expanded percentile bootstrap
+    (Hesterberg 2015): plain percentiles of few problems are too narrow, by sqrt((n-1)/n) and for
+    want of Student's t. Where all rates are 0 or all 1, resampling knows nothing: Wilson's interval
+    then, as with a single problem.
+    """
+    import numpy
+
+    n = len(rates)
+    if not n or not all(0 <= rate <= 1 for rate in rates):
+        raise ValueError("rates: needs at least one problem, and rates between 0 and 1")
+    mean = min(fmean(rates), 1.0)
+    if n == 1 or mean in (0.0, 1.0):
+        return Estimate(mean, *wilson_interval(mean * n, n, confidence))
+    normal = NormalDist()
+    quantile = _student_quantile((1 + confidence) / 2, n - 1) * math.sqrt(n / (n - 1))
+    tail = normal.cdf(-quantile)
+    generator = numpy.random.default_rng(seed)
+    values = numpy.asarray(rates, dtype=numpy.float64)
+    means = numpy.empty(RESAMPLES)
+    block = max(1, 4_000_000 // n)  # 32 MB of indices at a time
+    for start in range(0, RESAMPLES, block):
+        size = min(block, RESAMPLES - start)
+        means[start : start + size] = values[generator.integers(0, n, (size, n))].mean(axis=1)
+    low, high = numpy.quantile(means, [tail, 1 - tail])
+    return Estimate(mean, float(min(low, mean)), float(max(high, mean)))
+
+
+def _student_quantile(probability: float, freedom: int) -> float:
+    """Student's t by Cornish and Fisher's expansion; within 0.1 % of the tables from 4 degrees on.
+
+    Below, it is too small, where no interval means much.
+    """
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
 def _rates(outcomes: Outcomes) -> list[float]:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,17 +10,10 @@ from opsd.data import Row
 from opsd.display import Display
 from opsd.evaluate.grading import Grade
 from opsd.evaluate.metrics import wilson_interval
+from opsd.evaluate.result import Grades
 from opsd.models import stop_ids
 from opsd.prompts import Prompts
 from opsd.rollout import SAMPLERS, Rollout, Sampler, Sampling
-
-
-class Grades(Protocol):
-    """Whoever can grade: `opsd.evaluate.grading.Grader`, or a task's own."""
-
-    def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
-        """One Grade a completion."""
-        ...
 
 
 @dataclass(frozen=True)

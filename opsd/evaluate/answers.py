@@ -1,0 +1,123 @@
+"""The completions of an evaluation on disk: appended as they come, read back whole.
+
+A directory belongs to one evaluation, described in `evaluation.json`. Each process appends to a
+file of its own, `completions-<i>-of-<n>.jsonl`; what counts is the union of all such files, so that
+an evaluation may be continued by more or fewer processes than began it. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opsd.errors import UserError
+from opsd.evaluate.settings import Shard
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote: `problem` and `sample` count from 0; not `finished`: cut off."""
+
+    problem: int
+    sample: int
+    text: str
+    tokens: int
+    finished: bool
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.problem, self.sample
+
+
+class CompletionLog:
+    """One shard's file, open for appending. A second process on the same file is refused."""
+
+    def __init__(self, directory: Path, shard: Shard):
+        self.path = directory / f"completions-{shard.index}-of-{shard.count}.jsonl"
+        self._file = self.path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(
+                f"--output: another process is writing {self.path}; give each its own --shard"
+            ) from None
+        self._file.truncate(_whole_lines(self.path))  # a kill may have torn the last line
+
+    def __enter__(self) -> CompletionLog:
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self._file.close()
+
+    def append(self, completions: Iterable[Completion]) -> None:
+        """Writes them through to the disk."""
+        lines = [json.dumps(asdict(completion)) + "\n" for completion in completions]
+        self._file.write("".join(lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read_completions(directory: Path, but: Path | None = None) -> dict[tuple[int, int], Completion]:
+    """(problem, sample) → completion, of all files `but` one. A torn last line is left out; of two
+    completions for one place the first file's counts."""
+    found: dict[tuple[int, int], Completion] = {}
+    for path in sorted(directory.glob("completions-*-of-*.jsonl")):
+        if path != but:
+            for completion in read_file(path):
+                found.setdefault(completion.place, completion)
+    return found
+
+
+def read_file(path: Path) -> list[Completion]:
+    """The completions of one file."""
+    content = path.read_bytes()[: _whole_lines(path)]
+    try:
+        return [Completion(**json.loads(line)) for line in content.splitlines() if line]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--output: {path} is damaged ({error}); delete it") from error
+
+
+def _whole_lines(path: Path) -> int:
+    """The bytes up to and with the last newline."""
+    return path.read_bytes().rfind(b"\n") + 1
+
+
+def key(identity: Mapping[str, Any]) -> str:
+    """A short hash of what decides an evaluation's completions."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def claim(directory: Path, identity: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    """Makes `directory` this evaluation's. UserError where it is another one's, naming what
+    differs: answers of two evaluations must not mix."""
+    path = directory / "evaluation.json"
+    if path.exists():
+        try:
+            there = json.loads(path.read_text())["identity"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--output: {path} is damaged ({error})") from error
+        differing = [name for name in identity if identity[name] != there.get(name)]
+        if differing:
+            what = ", ".join(f"{n} {there.get(n)!r}, now {identity[n]!r}" for n in differing)
+            raise UserError(f"--output is {str(directory)!r}: it holds another evaluation ({what})")
+        return
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(
+            f"--output is {str(directory)!r}: neither an empty directory nor an evaluation's"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps({"identity": dict(identity), **description}, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of the file or nothing, also with several writers."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside.write_text(text, encoding="utf-8", errors="replace")
+    beside.replace(path)

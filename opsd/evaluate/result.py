@@ -1,0 +1,150 @@
+"""From completions to a result: grades, avg@k, pass@k, maj@k. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from opsd.data import Row
+from opsd.evaluate.answers import Completion
+from opsd.evaluate.grading import Grade
+from opsd.evaluate.metrics import Estimate, bootstrap, majority, pass_at_k
+
+END_OF_THOUGHT = "</think>"
+
+
+class Grades(Protocol):
+    """Whoever can grade: `opsd.evaluate.grading.Grader`, or a task's own."""
+
+    def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
+        """One Grade a completion."""
+        ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion with its verdict."""
+
+    completion: Completion
+    grade: Grade
+
+
+def final_part(text: str) -> str:
+    """What follows the last `</think>`: a box in a thought is no answer. All of it without one."""
+    return text.rpartition(END_OF_THOUGHT)[2]
+
+
+def grade_all(
+    rows: Sequence[Row], completions: Sequence[Completion], grader: Grades
+) -> list[list[Answer]]:
+    """For each problem its samples' answers, in order."""
+    ordered = sorted(completions, key=lambda completion: completion.place)
+    grades = grader.grade(
+        [final_part(completion.text) for completion in ordered],
+        [rows[completion.problem].answer for completion in ordered],
+    )
+    answers: list[list[Answer]] = [[] for _ in rows]
+    for completion, grade in zip(ordered, grades, strict=True):
+        answers[completion.problem].append(Answer(completion, grade))
+    return answers
+
+
+def measure(answers: Sequence[Sequence[Answer]], grader: Grades, seed: int = 0) -> dict[str, Any]:
+    """All figures of an evaluation, each rate with its bootstrap interval over problems.
+
+    Cut-off answers count by what they say so far, as elsewhere, and are counted apart.
+    """
+    samples = len(answers[0])
+    outcomes = [[answer.grade.correct for answer in problem] for problem in answers]
+    average = bootstrap([sum(verdicts) / samples for verdicts in outcomes], seed)
+    passes = {
+        str(k): asdict(bootstrap([pass_at_k(samples, sum(v), k) for v in outcomes], seed))
+        for k in powers(samples)
+    }
+    flat = [answer for problem in answers for answer in problem]
+    finished = [answer for answer in flat if answer.completion.finished]
+    cut = [answer for answer in flat if not answer.completion.finished]
+    votes = [vote(problem, grader) for problem in answers]
+    return {
+        "problems": len(answers),
+        "samples": samples,
+        "accuracy": average.value,
+        "low": average.low,
+        "high": average.high,
+        "pass_at_k": passes,
+        "majority": asdict(bootstrap(votes, seed)),
+        "truncated": {"answers": len(cut), "correct": sum(a.grade.correct for a in cut)},
+        "finished": {"answers": len(finished), "correct": sum(a.grade.correct for a in finished)},
+        "truncated_fraction": len(cut) / len(flat),
+        "unanswered": sum(answer.grade.extracted is None for answer in flat),
+        "ungraded": sum(answer.grade.failed for answer in flat),
+        "mean_length": sum(answer.completion.tokens for answer in flat) / len(flat),
+    }
+
+
+def powers(samples: int) -> list[int]:
+    """1, 2, 4, … and `samples` itself."""
+    return sorted({samples, *(1 << i for i in range(samples.bit_length()))})
+
+
+def vote(problem: Sequence[Answer], grader: Grades) -> float:
+    """Whether the majority of a problem's answers is right (see metrics.majority).
+
+    Right answers are one group whatever their form. Wrong ones are compared with each other, by the
+    grader where their texts differ, but only where that can matter.
+    """
+    right = sum(answer.grade.correct for answer in problem)
+    wrong = [
+        answer.grade.extracted
+        for answer in problem
+        if not answer.grade.correct and answer.grade.extracted is not None
+    ]
+    if right == 0 or right > len(wrong):
+        return float(right > 0)
+
+    def same(one: str, other: str) -> bool:
+        return bool(other) and grader.grade([f"\\boxed{{{one}}}"], [other])[0].correct
+
+    return majority([0] * right + [1 + group for group in _groups(wrong, same)], right=0)
+
+
+def _groups(texts: Sequence[str], same: Callable[[str, str], bool]) -> list[int]:
+    """For each text the number of its group of equals."""
+    groups: dict[str, int] = {}
+    heads: list[str] = []
+    for text in texts:
+        if text not in groups:
+            match = next((i for i, head in enumerate(heads) if same(text, head)), len(heads))
+            if match == len(heads):
+                heads.append(text)
+            groups[text] = match
+    return [groups[text] for text in texts]
+
+
+def table(result: dict[str, Any]) -> list[list[str]]:
+    """[name, value, 95 % interval] a metric, for people."""
+    samples = result["samples"]
+    rows = [(f"avg@{samples}", Estimate(result["accuracy"], result["low"], result["high"]))]
+    if samples > 1:
+        rows.append((f"maj@{samples}", Estimate(**result["majority"])))
+        passes = result["pass_at_k"].items()
+        rows += [(f"pass@{k}", Estimate(**one)) for k, one in passes if k != "1"]  # that is avg
+    return [[name, f"{one.value:.3f}", f"{one.low:.3f} to {one.high:.3f}"] for name, one in rows]
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What a reader must know beside the rates, a line each."""
+    total = result["problems"] * result["samples"]
+    cut = result["truncated"]
+    lines = [
+        f"{cut['answers']} of {total} answers were cut off at {result['max_new_tokens']} tokens, "
+        f"{cut['correct']} of them right; mean length {result['mean_length']:.0f} tokens"
+    ]
+    if result["unanswered"]:
+        lines.append(f"{result['unanswered']} of {total} answers have no \\boxed{{}} and score 0")
+    if result["ungraded"]:
+        lines.append(f"{result['ungraded']} answers score 0 because grading them failed")
+    if result.get("left_out"):
+        lines.append(f"{result['left_out']} problems were left out: no parser can grade them")
+    return lines

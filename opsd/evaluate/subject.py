@@ -1,0 +1,79 @@
+"""The model under evaluation: what must be known of it before its weights are loaded, and them."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from opsd.config import ModelSection
+from opsd.errors import UserError
+from opsd.models import load_model
+
+# What decides what a model writes; a checkpoint's optimizer and our own files do not.
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.jinja",
+)
+
+
+class Subject:
+    """A model by its path. Raises UserError where there is none."""
+
+    def __init__(self, path: str, local_rank: int = 0):
+        self.path = path
+        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+            raise UserError(f"MODEL is {path!r}: a directory without config.json")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.config = AutoConfig.from_pretrained(path)
+        except (OSError, ValueError, ImportError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"MODEL is {path!r}: neither a model directory nor a hub model that can be reached "
+                f"({first})"
+            ) from error
+        cuda = torch.cuda.is_available()
+        self.device = f"cuda:{local_rank % torch.cuda.device_count()}" if cuda else "cpu"
+        self.precision = "bf16" if cuda else "fp32"
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the model's files, or the commit of a hub model: a model that was trained on
+        under the same name is another model."""
+        directory = Path(self.path)
+        if not directory.is_dir():
+            return f"{self.path}@{getattr(self.config, '_commit_hash', None)}"
+        total = hashlib.sha256()
+        for path in sorted({path for pattern in _FILES for path in directory.glob(pattern)}):
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"{path.name} {content}\n".encode())
+        return total.hexdigest()[:16]
+
+    @property
+    def window(self) -> int | None:
+        """The longest sequence that the model's positions allow, None where it does not say."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def switches_thinking(self) -> bool:
+        """Whether the chat template looks at `enable_thinking`."""
+        return "enable_thinking" in str(self.tokenizer.chat_template)
+
+    def load(self) -> PreTrainedModel:
+        """The weights, on the device and in the precision above."""
+        model, _ = load_model(ModelSection(path=self.path), self.device)
+        return model.to(torch.bfloat16) if self.precision == "bf16" else model
