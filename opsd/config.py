@@ -142,6 +142,11 @@ class TrainSection(Section):
     micro_batch_tokens: int = Field(
         8192, ge=1, description="Tokens (padding included) that one forward may hold."
     )
+    share_prefixes: bool = Field(
+        True,
+        description="Run each context once for all its rollouts, by our own exact attention "
+        "instead of model.attention. --no-share turns it off.",
+    )
     precision: Literal["bf16", "fp32"] = Field(
         "bf16",
         description="Weights and optimizer are fp32; bf16: forward, backward and rollouts in bf16.",

@@ -1,15 +1,17 @@
 """The hidden states that predict a rollout's tokens, for a batch of contexts and rollouts.
 
-Legend: B sequences, L padded length, P context length, R rollout length, D hidden width.
+Legend: P context length, R rollout length, D hidden width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from opsd.prefix import separate_hidden_states, shared_prefix_hidden_states
 
 
 @dataclass(frozen=True)
@@ -23,37 +25,38 @@ class Scored:
         return len(self.context) + len(self.rollout)
 
 
-def rollout_hidden_states(model: PreTrainedModel, sequences: Sequence[Scored]) -> Tensor:
+def rollout_hidden_states(
+    model: PreTrainedModel, sequences: Sequence[Scored], share: bool = True
+) -> Tensor:
     """The last hidden states, after the final norm, that predict each rollout token: [Σ R, D].
 
-    Padding stands at the right end, where a causal model cannot see it: no mask, and the fast
-    causal attention. The state at position P - 1 predicts the first rollout token. The last
-    rollout token is a target only and is not run through the model.
+    The state at position P - 1 predicts the first rollout token. The last rollout token is a target
+    only and is not run through the model. `share`: a context that neighbours have in common is run
+    once, and nothing is padded; the result is the same.
     """
-    width = max(map(len, sequences)) - 1
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    rows, columns = [], []
-    for row, sequence in enumerate(sequences):
-        tokens = [*sequence.context, *sequence.rollout][:-1]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        rows += [row] * len(sequence.rollout)
-        columns += range(len(sequence.context) - 1, len(tokens))
-    decoder = model.get_decoder()
-    hidden = decoder(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-    return hidden[torch.tensor(rows), torch.tensor(columns)]
+    run = shared_prefix_hidden_states if share else separate_hidden_states
+    groups = ((context, list(rest)) for context, rest in groupby(sequences, _context))
+    return run(model, [(context, [s.rollout for s in rest]) for context, rest in groups])
+
+
+def _context(sequence: Scored) -> Sequence[int]:
+    return sequence.context
 
 
 Item = TypeVar("Item")
+Roles = Callable[[Item], tuple[Scored, ...]]
 
 
-def micro_batches(
-    items: Sequence[Item], longest: Callable[[Item], int], max_tokens: int
-) -> list[list[Item]]:
+def padded_batches(items: Sequence[Item], roles: Roles, max_tokens: int) -> list[list[Item]]:
     """Group items so that no padded batch exceeds `max_tokens`; like lengths together.
 
-    `longest(item)` is the item's length in its longest role. A single item longer than
-    `max_tokens` gets a batch of its own.
+    `roles(item)` is what is run for it, one sequence a role, each role in a forward of its own. A
+    single item longer than `max_tokens` gets a batch of its own.
     """
+
+    def longest(item: Item) -> int:
+        return max(map(len, roles(item)))
+
     batches: list[list[Item]] = []
     for item in sorted(items, key=longest):
         if batches and longest(item) * (len(batches[-1]) + 1) <= max_tokens:
@@ -61,3 +64,51 @@ def micro_batches(
         else:
             batches.append([item])
     return batches
+
+
+def packed_batches(items: Sequence[Item], roles: Roles, max_tokens: int) -> list[list[Item]]:
+    """Group items so that no role's stream, shared contexts once, exceeds `max_tokens`.
+
+    Neighbours with the same contexts stay together where they fit; else they are split, and each
+    part runs the contexts again. The batches are as few as first-fit finds. A single item that is
+    longer than `max_tokens` gets a batch of its own.
+    """
+    parts = [
+        part
+        for _, group in groupby(items, lambda item: [role.context for role in roles(item)])
+        for part in _split(list(group), roles, max_tokens)
+    ]
+    batches: list[tuple[list[Item], list[int]]] = []
+    for part in sorted(parts, key=lambda part: -max(stream_tokens(part, roles))):
+        cost = stream_tokens(part, roles)
+        for batch, used in batches:
+            if all(u + c <= max_tokens for u, c in zip(used, cost, strict=True)):
+                batch += part
+                used[:] = [u + c for u, c in zip(used, cost, strict=True)]
+                break
+        else:
+            batches.append((list(part), cost))
+    return [batch for batch, _ in batches]
+
+
+def _split(group: list[Item], roles: Roles, max_tokens: int) -> Iterable[list[Item]]:
+    """Items of one context in parts that fit, each an item at least."""
+    part: list[Item] = []
+    for item in group:
+        if part and max(stream_tokens([*part, item], roles)) > max_tokens:
+            yield part
+            part = []
+        part.append(item)
+    yield part
+
+
+def stream_tokens(items: Sequence[Item], roles: Roles) -> list[int]:
+    """Tokens that run for each role: neighbours' common context once, and no last tokens."""
+    streams = zip(*(roles(item) for item in items), strict=True)
+    return [
+        sum(
+            len(context) + sum(len(sequence.rollout) - 1 for sequence in rest)
+            for context, rest in groupby(stream, _context)
+        )
+        for stream in streams
+    ]

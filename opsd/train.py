@@ -219,6 +219,7 @@ def run(
             log,
             evaluate=evaluate if held_out else None,
             on_step=lambda line: stage.update(completed=line["step"], **shown(line)),
+            note=display.note,
             token_budget=token_budget,
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -16,12 +16,13 @@ from opsd.checkpoints import WholeCheckpoints
 from opsd.config import Config
 from opsd.data import Row
 from opsd.errors import UserError
-from opsd.hidden import micro_batches
 from opsd.models import update_copy
 from opsd.objectives import Objective, Problem, Totals
+from opsd.prefix import unpackable
 from opsd.prompts import Prompts
 from opsd.rollout import Rollout, Sampler, Sampling
 from opsd.runlog import RunLog
+from opsd.step import OPSDStep, token_ratio
 
 Evaluate = Callable[[int], dict]
 """step → the evaluation's record; runs the held-out problems and writes them down."""
@@ -38,6 +39,7 @@ class OPSDTrainer(WholeCheckpoints):
             sampling; None where the sampler uses `model` itself.
         evaluate: called each `eval.every` steps and at the end.
         on_step: called with a step's metrics line, for the display.
+        note: called with a line for the terminal, once.
         token_budget: training stops when so many tokens are generated (without rollouts: trained).
     """
 
@@ -53,12 +55,20 @@ class OPSDTrainer(WholeCheckpoints):
         log: RunLog,
         evaluate: Evaluate | None = None,
         on_step: Callable[[dict], None] = lambda line: None,
+        note: Callable[[str], None] = lambda text: None,
         token_budget: int | None = None,
     ):
         self.config, self.rows, self.prompts, self.objective = config, rows, prompts, objective
         self.sampler, self.twin, self.run_log = sampler, twin, log
         self.on_step, self.token_budget = on_step, token_budget
         self._evaluate_model = evaluate
+        reason = unpackable(model) if config.train.share_prefixes else None
+        if reason is not None:
+            note(f"{reason}: prefixes are not shared, each rollout runs with its own")
+        self.micro_step = OPSDStep(
+            model, objective, share=config.train.share_prefixes and reason is None
+        )
+        self._note, self._sharing_checked = note, False
         self._step: dict[str, float] = {}
         super().__init__(
             model=model,
@@ -84,12 +94,25 @@ class OPSDTrainer(WholeCheckpoints):
         totals = Totals()
         loss = torch.zeros((), device=model.device)
         model.train()
+        if self.micro_step.share and samples:
+            measures["token_ratio"] = token_ratio(samples)
+            if not self._sharing_checked:
+                difference = self.micro_step.check_sharing(samples)
+                measures["sharing_difference"] = difference
+                self._sharing_checked = True
+                self._note(
+                    f"Shared prefixes: {measures['token_ratio']:.2f} times fewer tokens than "
+                    f"each rollout alone, the same to {difference:.1g}"
+                )
+        # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since
+        # what runs in fp32 there is meant to.
         budget = self.config.train.micro_batch_tokens
-        for batch in micro_batches(samples, lambda sample: sample.longest, budget):
-            with self._autocast():
-                part = self.objective.loss(model, batch, totals)
-            self.accelerator.backward(part)
-            loss += part.detach()
+        with self._autocast():
+            for batch in self.micro_step.micro_batches(samples, budget):
+                part = self.micro_step(batch, totals)
+                with torch.autocast(model.device.type, enabled=False):
+                    self.accelerator.backward(part)
+                loss += part.detach()
         self._count(problems, totals, measures, sampled - start, time.monotonic() - start)
         return loss
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opsd import train as training
 from opsd.config import LossSection, PromptsSection
 from opsd.evaluate.grading import Grade
-from opsd.hidden import Scored, micro_batches, rollout_hidden_states
+from opsd.hidden import Scored, packed_batches, padded_batches, rollout_hidden_states, stream_tokens
 from opsd.objectives import GRPO, OPSD, SFT, Problem, Totals
 from opsd.objectives.grpo import group_advantages
 from opsd.prompts import Prompts
@@ -184,7 +184,8 @@ def test_resuming_changes_nothing(method, files, tmp_path):
 
 
 def _timeless(line):
-    clock = ("seconds", "rollout_seconds", "tokens_per_second")
+    # Each process checks the sharing at its own first step.
+    clock = ("seconds", "rollout_seconds", "tokens_per_second", "sharing_difference")
     return {key: value for key, value in line.items() if key not in clock}
 
 
@@ -221,13 +222,18 @@ def steps_seen(monkeypatch):
 
 @pytest.mark.parametrize("method", ["opsd", "grpo", "sft"])
 def test_micro_batches_do_not_change_the_step(method, files, tmp_path, steps_seen):
-    for tokens in (1, 90, 100_000):
+    for tokens, share in ((1, True), (90, True), (100_000, True), (90, False)):
         config = short_config(
             *files,
-            tmp_path / str(tokens),
+            tmp_path / f"{tokens}-{share}",
             method=method,
-            rollout={"per_problem": 4 if method == "grpo" else 1},
-            train={"steps": 1, "micro_batch_tokens": tokens, "save_every": 0},
+            rollout={"per_problem": 1 if method == "sft" else 4},
+            train={
+                "steps": 1,
+                "micro_batch_tokens": tokens,
+                "share_prefixes": share,
+                "save_every": 0,
+            },
             eval={"problems": 0},
         )
         execute(config, save=False)
@@ -238,13 +244,35 @@ def test_micro_batches_do_not_change_the_step(method, files, tmp_path, steps_see
         assert (gradient - other).norm() < 1e-5 * gradient.norm()
 
 
-def test_micro_batches_stay_within_the_budget_and_lose_nothing():
-    lengths = [5, 1, 9, 3, 3, 14, 2]
-    batches = micro_batches(lengths, int, 10)
-    assert sorted(length for batch in batches for length in batch) == sorted(lengths)
+def roles(*lengths):
+    """Items for the packers: one rollout of each length, in two roles."""
+    return [(Scored([1], [2] * (n - 1)), Scored([1, 1, 1], [2] * (n - 3))) for n in lengths]
+
+
+def test_padded_batches_stay_within_the_budget_and_lose_nothing():
+    items = roles(5, 4, 9, 6, 6, 14, 7)
+    batches = padded_batches(items, lambda item: item, 20)
+    assert sorted(len(i[0]) for batch in batches for i in batch) == [4, 5, 6, 6, 7, 9, 14]
     for batch in batches:
-        assert max(batch) * len(batch) <= 10 or batch == [14]
-    assert len(batches) < len(lengths)
+        assert max(len(item[0]) for item in batch) * len(batch) <= 20
+    assert len(batches) < len(items)
+
+
+def test_packed_batches_stay_within_the_budget_and_keep_contexts_together():
+    groups = [[Scored([n] * 5, [2] * r) for r in lengths] for n, lengths in enumerate(GROUPS)]
+    items = [(sequence,) for group in groups for sequence in group]
+    batches = packed_batches(items, lambda item: item, 20)
+    assert sorted(map(id, items)) == sorted(id(item) for batch in batches for item in batch)
+    for batch in batches:
+        (tokens,) = stream_tokens(batch, lambda item: item)
+        assert tokens <= 20 or len(batch) == 1
+    homes = [{i for i, batch in enumerate(batches) for (s,) in batch if s in g} for g in groups]
+    assert [len(home) for home in homes] == [1, 1, 2, 1]
+    assert len(batches) == 4
+
+
+GROUPS = ((1, 1, 3), (4, 2), (9, 9, 3), (40,))
+"""Rollout lengths: of 5 + Σ (R - 1) tokens only the third is too long for 20, in two parts."""
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -261,11 +289,11 @@ def test_the_teachers_weights(policy, precision, files, tmp_path, steps_seen):
     steps = []
 
     def spy_on_loss(original):
-        def loss(self, model, samples, totals):
+        def loss(self, model, samples, totals, share):
             wanted = dict(model.named_parameters()) if policy == "live" else before
             pairs = [(p, wanted[name]) for name, p in self.teacher.named_parameters()]
             steps.append(all(torch.equal(p, w.to(p.dtype)) for p, w in pairs))
-            return original(self, model, samples, totals)
+            return original(self, model, samples, totals, share)
 
         return loss
 
@@ -358,11 +386,10 @@ def assert_same(model, ours, by_hand, gradient):
         assert (a - b).norm() <= 2e-4 * b.norm() + 1e-6, name
 
 
-def test_right_padding_changes_no_hidden_state(model, problems):
+@pytest.mark.parametrize("share", [False, True])
+def test_neither_padding_nor_sharing_changes_a_hidden_state(share, model, problems):
     sequences = [Scored(p.context.student, r.ids) for p in problems for r in p.rollouts]
-    together = rollout_hidden_states(model, sequences)
-    alone = torch.cat([rollout_hidden_states(model, [sequence]) for sequence in sequences])
-    assert torch.allclose(together, alone, atol=2e-5)
+    together = rollout_hidden_states(model, sequences, share)
     plain = torch.cat([logits(model, s.context, s.rollout) for s in sequences])
     assert torch.allclose(model.lm_head(together), plain, atol=2e-4)
 

@@ -40,11 +40,6 @@ class Sample:
         """Tokens that are trained on."""
         return len(self.roles[0].rollout)
 
-    @property
-    def longest(self) -> int:
-        """Tokens of context and rollout, in the longest role."""
-        return max(map(len, self.roles))
-
 
 @dataclass
 class Totals:
@@ -73,8 +68,17 @@ class Objective(Protocol):
         """A step's problems → what to learn from, and measures of the rollouts for the log."""
         ...
 
-    def loss(self, model: PreTrainedModel, samples: Sequence[Sample], totals: Totals) -> Tensor:
-        """A micro-batch's part of the step's loss (scalar); adds its measures to `totals`."""
+    def loss(
+        self,
+        model: PreTrainedModel,
+        samples: Sequence[Sample],
+        totals: Totals,
+        share: bool = True,
+    ) -> Tensor:
+        """A micro-batch's part of the step's loss (scalar); adds its measures to `totals`.
+
+        `share`: run each context that neighbouring samples have in common once.
+        """
         ...
 
 

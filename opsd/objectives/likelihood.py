@@ -17,9 +17,15 @@ class LikelihoodObjective:
 
     section: LossSection
 
-    def loss(self, model: PreTrainedModel, samples: Sequence[Sample], totals: Totals) -> Tensor:
+    def loss(
+        self,
+        model: PreTrainedModel,
+        samples: Sequence[Sample],
+        totals: Totals,
+        share: bool = True,
+    ) -> Tensor:
         """See `Objective.loss`; adds the student's entropy to `totals`."""
-        hidden = rollout_hidden_states(model, [sample.roles[0] for sample in samples])
+        hidden = rollout_hidden_states(model, [sample.roles[0] for sample in samples], share)
         weight, bias = head(model)
         result = linear_log_prob(
             hidden,

@@ -37,11 +37,17 @@ class OPSD:
         ]
         return samples, {}
 
-    def loss(self, model: PreTrainedModel, samples: Sequence[Sample], totals: Totals) -> Tensor:
+    def loss(
+        self,
+        model: PreTrainedModel,
+        samples: Sequence[Sample],
+        totals: Totals,
+        share: bool = True,
+    ) -> Tensor:
         """See `Objective.loss`."""
         with torch.no_grad():
-            teacher = rollout_hidden_states(self.teacher, [s.roles[1] for s in samples])
-        student = rollout_hidden_states(model, [s.roles[0] for s in samples])
+            teacher = rollout_hidden_states(self.teacher, [s.roles[1] for s in samples], share)
+        student = rollout_hidden_states(model, [s.roles[0] for s in samples], share)
         weight, bias = head(model)
         teacher_weight, teacher_bias = head(self.teacher)
         result = linear_divergence(

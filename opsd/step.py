@@ -1,0 +1,77 @@
+"""One training step's forward: the teacher's stream, the student's stream and the fused loss.
+
+It is one module with one forward, so that wrappers which must see every use of the weights, such as
+DistributedDataParallel, see it.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from opsd.errors import UserError
+from opsd.hidden import packed_batches, padded_batches, rollout_hidden_states, stream_tokens
+from opsd.objectives import Objective, Sample, Totals
+
+TOLERANCE = 1e-3
+"""Largest difference, relative to the largest state, that sharing may make in fp32."""
+
+
+class OPSDStep(nn.Module):
+    """A micro-batch's part of the step's loss.
+
+    Args:
+        model: what trains.
+        objective: the method; its teacher, if it has one, is not a part of this module.
+        share: run each context that neighbouring samples have in common once.
+    """
+
+    def __init__(self, model: PreTrainedModel, objective: Objective, share: bool = True):
+        super().__init__()
+        self.model, self.objective, self.share = model, objective, share
+
+    def forward(self, samples: Sequence[Sample], totals: Totals) -> Tensor:
+        """The loss (scalar) of some of the step's samples; adds their measures to `totals`."""
+        return self.objective.loss(self.model, samples, totals, share=self.share)
+
+    def micro_batches(self, samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+        """The samples in batches whose forward, in each role, holds `max_tokens` at most."""
+        batches = packed_batches if self.share else padded_batches
+        return batches(samples, _roles, max_tokens)
+
+    @torch.no_grad()
+    def check_sharing(self, samples: Sequence[Sample]) -> float:
+        """The largest difference that sharing makes, in fp32, for one context's samples.
+
+        Relative to the largest hidden state. Raises UserError if it is more than rounding.
+        """
+        first = next((a for a, b in pairwise(samples) if _akin(a, b)), samples[0])
+        chosen = [sample for sample in samples if _akin(sample, first)]
+        sequences = [s.roles[0] for s in chosen]
+        with torch.autocast(self.model.device.type, enabled=False):
+            shared = rollout_hidden_states(self.model, sequences, share=True)
+            alone = rollout_hidden_states(self.model, sequences, share=False)
+        difference = float((shared - alone).abs().max() / alone.abs().max())
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"train.share_prefixes: with shared prefixes {type(self.model).__name__}'s hidden "
+                f"states differ by {difference:.2g} from those of each rollout alone (at most "
+                f"{TOLERANCE:g} is rounding): train with --no-share, and please report this model"
+            )
+        return difference
+
+
+def token_ratio(samples: Sequence[Sample]) -> float:
+    """Tokens of each sample run alone ÷ tokens run with contexts shared, over all roles."""
+    alone = sum(len(role) - 1 for sample in samples for role in sample.roles)
+    return alone / sum(stream_tokens(samples, _roles))
+
+
+def _roles(sample: Sample):
+    return sample.roles
+
+
+def _akin(a: Sample, b: Sample) -> bool:
+    return a.roles[0].context == b.roles[0].context

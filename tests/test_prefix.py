@@ -1,0 +1,249 @@
+"""Shared prefixes: the same hidden states and gradients as each rollout by itself, everywhere."""
+
+import warnings
+
+import pytest
+import torch
+import transformers
+from transformers import GenerationConfig
+
+from opsd.prefix import layout, shared_prefix_hidden_states, stream, unpackable
+
+# transformers 5.24 renames gradient_checkpointing_enable; 5.0 has only this name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+VOCABULARY = 61
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS = {
+    "qwen3": ("Qwen3", {"head_dim": 12}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "llama": ("Llama", {"num_key_value_heads": 1}),
+    "llama, scaled positions": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "qwen3, yarn": (
+        "Qwen3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "mistral, window": ("Mistral", {"sliding_window": 7, "num_key_value_heads": 4}),
+    "gemma 2, soft caps": (
+        "Gemma2",
+        {"sliding_window": 7, "head_dim": 8, "attn_logit_softcapping": 2.0},
+    ),
+    "gemma 3": (
+        "Gemma3",
+        {
+            "sliding_window": 7,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 20,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "qwen3, experts": (
+        "Qwen3Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek, latent": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 6,
+            "first_k_dense_replace": 2,
+        },
+    ),
+}
+NOT_PACKABLE = {
+    "mamba 2": ("Mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}, "layer"),
+    "qwen3-next": ("Qwen3Next", {"num_hidden_layers": 4}, "layer 0"),
+    "lfm2": ("Lfm2", {"layer_types": ["full_attention", "conv"]}, "layer 1"),
+    "gpt-oss": ("GptOss", {"head_dim": 8}, "sinks"),
+    "bloom": ("Bloom", {}, "BloomModel"),
+    "dropout": ("Llama", {"attention_dropout": 0.1}, "at random"),
+}
+
+
+def make(kind, sizes=None):
+    torch.manual_seed(0)
+    if kind == "Gemma3":
+        config = transformers.Gemma3TextConfig(**{**SIZES, **(sizes or {})})
+    else:
+        config = getattr(transformers, f"{kind}Config")(**{**SIZES, **(sizes or {})})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model.generation_config = GenerationConfig()
+    # Norms at 1 and biases at 0 hide errors.
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def ids(*lengths, seed=1):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (n,), generator=draw) for n in lengths]
+
+
+def make_groups():
+    """G = 1 … 8, ragged, R = 1, a prefix of one token, and one longer than any window."""
+    return [
+        (ids(11)[0], ids(5, 1, 9, seed=2)),
+        (ids(1)[0], ids(1, 12, seed=3)),
+        (ids(6)[0], ids(1, seed=4)),
+        (ids(30)[0], ids(2, 17, 3, 4, 5, 6, 7, 8, seed=5)),
+    ]
+
+
+def alone(model, groups):
+    """Each rollout in a forward of its own: the plain model, no padding, no position ids."""
+    states = []
+    for prefix, rollouts in groups:
+        for rollout in rollouts:
+            tokens = torch.cat([prefix, rollout])[None]
+            output = model.get_decoder()(input_ids=tokens, use_cache=False)
+            states.append(output.last_hidden_state[0, len(prefix) - 1 : -1])
+    return torch.cat(states)
+
+
+def gradient(model, states):
+    """The gradient of some function of all states, through reentrant checkpoints as well."""
+    draw = torch.Generator().manual_seed(9)
+    model.zero_grad()
+    logits = model.get_output_embeddings()(states)
+    (logits.log_softmax(-1) * torch.randn(logits.shape, generator=draw)).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model, shared, groups):
+    """The issue's bounds: logits within 2e-5, gradients within 1e-5 relative, in fp32."""
+    found = gradient(model, shared)
+    model.gradient_checkpointing_disable()
+    separate = alone(model, groups)
+    head = model.get_output_embeddings()
+    assert (head(shared) - head(separate)).abs().max() < 2e-5
+    wanted = gradient(model, separate)
+    assert found.keys() == wanted.keys()
+    whole = torch.cat([g.flatten() for g in wanted.values()]).norm()
+    for name, g in wanted.items():
+        assert (found[name] - g).norm() < 1e-5 * max(g.norm(), 1e-3 * whole), name
+
+
+@pytest.mark.parametrize("checkpointing", [None, "plain", "reentrant"])
+@pytest.mark.parametrize("name", MODELS)
+def test_sharing_changes_neither_states_nor_gradients(name, checkpointing):
+    model = make(*MODELS[name]).train()
+    assert unpackable(model) is None
+    if checkpointing:
+        reentrant = checkpointing == "reentrant"
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+    groups = make_groups()
+    before = model.config._attn_implementation
+    shared = shared_prefix_hidden_states(model, groups)
+    assert model.config._attn_implementation == before
+    assert_same(model, shared, groups)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral, window", "gemma 2, soft caps"])
+def test_many_tiles_give_the_same(name, monkeypatch):
+    """Long segments are cut; here into pieces of 16 queries, and no two segments in a tile."""
+    monkeypatch.setattr(layout, "TILE_SCORES", 4)
+    monkeypatch.setattr(layout, "TILE_COST", 0)
+    model = make(*MODELS[name])
+    groups = [(ids(40)[0], ids(50, 33, seed=2)), (ids(2)[0], ids(20, seed=3))]
+    assert_same(model, shared_prefix_hidden_states(model, groups), groups)
+
+
+def test_tiles_hold_every_query_once_and_only_what_it_sees():
+    groups = make_groups()
+    packed = layout.Layout(groups, torch.device("cpu"))
+    for window in (None, 4):
+        for tile in packed.tiles(2, window):
+            seen = tile.mask(torch.float32)[:, 0, 0] == 0
+            rows = tile.key_rows.view(len(tile.pieces), -1)
+            for piece, visible, keys in zip(tile.pieces, seen, rows, strict=True):
+                for i in range(piece.queries.length):
+                    position = piece.queries.position + i
+                    oldest = 0 if window is None else max(0, position - window + 1)
+                    found = packed.positions[keys[visible[i]]].tolist()
+                    assert found == list(range(oldest, position + 1))
+        queries = [s for tile in packed.tiles(2, window) for s in (p.queries for p in tile.pieces)]
+        rows = sorted(row for s in queries for row in range(s.start, s.start + s.length))
+        assert rows == list(range(len(packed.ids)))
+
+
+def test_each_prefix_is_run_once_and_no_last_token():
+    groups = make_groups()
+    tokens = len(layout.Layout(groups, torch.device("cpu")).ids)
+    assert tokens == sum(len(p) + sum(len(r) - 1 for r in rollouts) for p, rollouts in groups)
+
+
+@pytest.mark.parametrize("name", NOT_PACKABLE)
+def test_layers_that_cannot_be_packed_are_named_once_and_run_unshared(name):
+    kind, sizes, named = NOT_PACKABLE[name]
+    model = make(kind, sizes)
+    stream._warn_once.cache_clear()
+    groups = make_groups()[:2]
+    with pytest.warns(UserWarning, match=named):
+        shared = shared_prefix_hidden_states(model, groups)
+    assert (shared - alone(model, groups)).abs().max() < 2e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shared_prefix_hidden_states(model, groups)
+
+
+def test_autocast_stays_near_fp32():
+    model = make("Qwen3")
+    groups = make_groups()
+    wanted = shared_prefix_hidden_states(model, groups)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = shared_prefix_hidden_states(model, groups)
+    assert 1e-5 < (found - wanted).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([], "groups is empty"),
+        ([([], [[1]])], r"groups\[0\] has an empty prefix"),
+        ([([1], [[1]]), ([1], [])], r"groups\[1\] has rollouts of lengths \[\]"),
+        ([([1], [[1], []])], r"lengths \[1, 0\]"),
+        ([(torch.ones(2), [[1]])], "dtype torch.float32"),
+        ([(torch.ones(2, 2, dtype=torch.long), [[1]])], r"shape \(2, 2\)"),
+    ],
+)
+def test_what_is_not_a_group_is_refused(groups, message):
+    with pytest.raises(ValueError, match=message):
+        shared_prefix_hidden_states(make("Qwen3"), groups)
