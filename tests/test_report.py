@@ -166,6 +166,15 @@ def test_quickstart_compares_methods_and_says_what_the_sft_axis_is(quickstart):
     assert {"reference"} <= set(page.all("line", "ref-pretrained")[0]["class"].split())
 
 
+def test_the_cold_start_is_not_compared_with_the_methods(quickstart):
+    make_run(quickstart / "cold_start", "sft")
+    page = report_of(quickstart)
+    header = page.text[: page.text.index("Result")]
+    assert "OPSD, GRPO, SFT" in header and "Cold start" not in header
+    assert not page.all("path", "series-cold_start")
+    assert "Cold start" in page.text  # its time, among the others
+
+
 def test_quickstart_in_progress_needs_no_summary(quickstart):
     (quickstart / "summary.json").unlink()
     (quickstart / "grpo" / "samples.jsonl").unlink()

@@ -34,7 +34,7 @@ def write_curves(results: Results, path: Path) -> None:
 
 
 def _accuracy(axes, results: Results) -> None:
-    runs = [run for run in results.runs if run.points]
+    runs = [run for run in results.methods if run.points]
     axes.set_title("Held-out accuracy, 95 % intervals", fontsize=12, loc="left")
     if not runs:
         _nothing(axes, "no evaluations yet")
@@ -69,8 +69,8 @@ def _accuracy(axes, results: Results) -> None:
 
 def _dynamics(axes, results: Results) -> None:
     """Divergence where it was recorded, with the student's entropy beside it as thin lines."""
-    divergence = metric_series(results.runs, "divergence")
-    entropy = metric_series(results.runs, "student_entropy")
+    divergence = metric_series(results.methods, "divergence")
+    entropy = metric_series(results.methods, "student_entropy")
     axes.set_title("Divergence and entropy, nats a token", fontsize=12, loc="left")
     if not divergence and not entropy:
         _nothing(axes, "no steps yet")

@@ -100,7 +100,7 @@ def metric_series(runs: list[Run], key: str) -> list[Series]:
 
 def _header(results: Results) -> Html:
     kind = "opsd quickstart" if results.quickstart else "opsd train"
-    facts = [kind, ", ".join(run.name for run in results.runs)]
+    facts = [kind, ", ".join(run.name for run in results.methods)]
     if results.problems:
         facts.append(f"{results.problems:,} held-out problems")
     if results.summary.get("seed") is not None:
@@ -232,7 +232,7 @@ def _row(
 
 
 def _accuracy(results: Results, charts: list[Chart]) -> Html:
-    runs = [run for run in results.runs if run.points]
+    runs = [run for run in results.methods if run.points]
     if not runs:
         return _left_out("accuracy", "Accuracy", "No evaluation of the student was written.")
     axis = token_axis(runs)
@@ -265,15 +265,15 @@ def _accuracy(results: Results, charts: list[Chart]) -> Html:
 
 
 def _training(results: Results, charts: list[Chart]) -> Html:
-    panels, missing = _panels(results.runs, PANELS, charts)
-    more, _ = _panels(results.runs, MORE_PANELS, charts)
+    panels, missing = _panels(results.methods, PANELS, charts)
+    more, _ = _panels(results.methods, MORE_PANELS, charts)
     if not panels and not more:
         return _left_out("training", "Training", "No steps were written to metrics.jsonl.")
     notes = []
-    if any(len(run.metrics) >= 40 for run in results.runs):
+    if any(len(run.metrics) >= 40 for run in results.methods):
         notes.append("Faint lines are single steps, strong ones their running mean.")
-    without = [run.name for run in results.runs if run.metrics and _no_divergence(run)]
-    if without and len(without) < len(results.runs):
+    without = [run.name for run in results.methods if run.metrics and _no_divergence(run)]
+    if without and len(without) < len(results.methods):
         notes.append(f"{' and '.join(without)} recorded no divergence: no teacher scores there.")
     if missing:
         notes.append(f"Not recorded, so left out: {', '.join(missing)}.")
@@ -283,7 +283,7 @@ def _training(results: Results, charts: list[Chart]) -> Html:
     return tag(
         "section",
         tag("h2", "Training, step by step"),
-        _key(results.runs) if len(results.runs) > 1 else None,
+        _key(results.methods) if len(results.methods) > 1 else None,
         tag("div", panels, class_="panels"),
         tag("p", " ".join(notes), class_="note") if notes else None,
         open_more if more else None,

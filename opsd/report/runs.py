@@ -15,7 +15,14 @@ from opsd.evaluate.metrics import wilson_interval
 
 Record = dict[str, Any]
 MARKS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "summary.json")  # any: it is a run
-NAMES = {"opsd": "OPSD", "grpo": "GRPO", "sft": "SFT", "distill": "Distillation"}
+COLD_START = "cold_start"
+NAMES = {
+    "opsd": "OPSD",
+    "grpo": "GRPO",
+    "sft": "SFT",
+    "distill": "Distillation",
+    COLD_START: "Cold start",
+}
 ORDER = list(NAMES)
 
 
@@ -85,6 +92,11 @@ class Results:
     teacher: Accuracy | None = None
     pretrained: Accuracy | None = None
     problems: int | None = None
+
+    @property
+    def methods(self) -> list[Run]:
+        """The runs that are compared: without the cold start, which only made their base."""
+        return [run for run in self.runs if run.method != COLD_START] or self.runs
 
     @property
     def seconds(self) -> float | None:
