@@ -1,8 +1,5 @@
-// The tile passes on the CPU. Compiled once an instruction set, with OPSD_ISA naming it; see
+// The tile functions on the CPU. Compiled once an instruction set, with OPSD_ISA naming it; see
 // setup.py and cpu_dispatch.cpp.
-//
-// A row's passes follow one another while both of its tiles (256 KB at V = 32768) lie in the L2
-// cache: the logits are read from memory once and the gradient is written once.
 //
 // Sums run in fp32 over blocks of 512 entries, one partial sum a lane, and in double over the
 // blocks: with V = 150 000 a single fp32 sum would lose three digits.
@@ -29,15 +26,15 @@ inline int64_t end_of_block(int64_t start, int64_t v) {
 // The vectors of a row: whole ones, and the last, partial one as a whole one padded with logits of
 // -inf, whose probability is 0, so that they add nothing to any sum.
 struct Whole {
-  Vector logits(const float* x) const { return load(x); }
-  Vector values(const float* x) const { return load(x); }
+  Vector get(const float* x) const { return load(x); }
+  Vector padded(Vector z) const { return z; }
   void put(float* x, Vector v) const { store(x, v); }
 };
 
 struct Partial {
   int64_t count;
-  Vector logits(const float* x) const { return load_some(x, count, -INFINITY); }
-  Vector values(const float* x) const { return load_some(x, count, 0.f); }
+  Vector get(const float* x) const { return load_some(x, count); }
+  Vector padded(Vector z) const { return keep(z, count, -INFINITY); }
   void put(float* x, Vector v) const { store_some(x, v, count); }
 };
 
@@ -48,256 +45,354 @@ inline INLINE void each(int64_t start, int64_t end, const Body& body) {
   if (j < end) body(j, Partial{end - j});
 }
 
-struct Normaliser {
-  float max, log_sum;  // log p = (z - max) - log_sum: exact subtraction first, since z may be 1e4
+// One role's products of one token, and the way from them to logits and log-probabilities.
+template <bool SOFTCAP>
+struct Role {
+  float* x;
+  const float* bias;
+  float inner, outer, inverse;  // logit = outer tanh(inner (product + bias)), or inner (...)
+  float max = 0.f, log_sum = 0.f;
 
-  template <class F>
-  F log_p(F z) const {
-    return (z - max) - log_sum;
+  Role(float* products, const float* role_bias, const opsd_options& o)
+      : x(products),
+        bias(role_bias),
+        inner(SOFTCAP ? o.scale / o.softcap : o.scale / o.temperature),
+        outer(o.softcap / o.temperature),
+        inverse(SOFTCAP ? o.temperature / o.softcap : 0.f) {}
+
+  void normalise_by(const float* state, int64_t stride) {
+    max = state[MAX * stride];
+    log_sum = static_cast<float>(log(static_cast<double>(state[SUM * stride])));
+  }
+
+  template <class Part>
+  INLINE Vector logit(int64_t j, Part part) const {
+    Vector z = part.get(x + j);
+    if (bias) z += part.get(bias + j);
+    z *= inner;
+    if (SOFTCAP) z = outer * tanh_(z);
+    return part.padded(rounded(z));
+  }
+
+  // The maximum is subtracted by itself, exactly: z may be 1e4.
+  INLINE Vector log_p(Vector z) const { return (z - max) - log_sum; }
+
+  // From the derivative by the logit z to that by the soft cap's argument: times 1 - tanh^2.
+  INLINE Vector through_softcap(Vector g, Vector z) const {
+    if (!SOFTCAP) return g;
+    const Vector t = z * inverse;
+    return g * (1.f - t * t);
   }
 };
 
-// The product becomes the logit, in place, and its log-normaliser is found in the same sweep: a
-// block's maximum and then its sum of exponentials while the block is in the L1 cache.
+// Adds a row to its normaliser: a block's maximum, and then its sums while the block is in the L1
+// cache.
 template <bool SOFTCAP>
-Normaliser normalise(float* x, const float* bias, int64_t v, const opsd_options& o) {
-  const float inner = SOFTCAP ? o.scale / o.softcap : o.scale / o.temperature;
-  const float outer = o.softcap / o.temperature;
-  float most = -INFINITY;
-  double total = 0.0;
+void normalise(const Role<SOFTCAP>& role, int64_t v, float* state, int64_t stride) {
+  float most = state[MAX * stride];
+  double total = state[SUM * stride], moment = state[MOMENT * stride];
+  float logits[BLOCK + LANES];
   for (int64_t start = 0; start < v; start += BLOCK) {
     const int64_t end = end_of_block(start, v);
-    Vector block_max = L::all(-INFINITY), block_sum = L::all(0.f);
+    Vector block_max = L::all(-INFINITY), block_sum = L::all(0.f), block_moment = L::all(0.f);
     each(start, end, [&](int64_t j, auto part) INLINE {
-      Vector z = part.logits(x + j);
-      if (bias) z += part.values(bias + j);
-      z *= inner;
-      if (SOFTCAP) z = outer * tanh_(z);
-      part.put(x + j, z);
-      z = part.logits(x + j);  // the padding again: a negative scale would have turned it to +inf
+      const Vector z = role.logit(j, part);
+      store(logits + (j - start), z);
       block_max = L::select(z > block_max, z, block_max);
     });
-    const float highest = max(block_max);
+    const float highest = opsd::OPSD_ISA::max(block_max);
     if (highest > most) {
-      total *= exp(static_cast<double>(most) - highest);  // first block: 0 * exp(-inf) = 0
+      const double shift = static_cast<double>(highest) - most;
+      moment = total == 0.0 ? 0.0 : exp(-shift) * (moment + shift * total);
+      total = total == 0.0 ? 0.0 : exp(-shift) * total;
       most = highest;
     }
-    // All -inf so far: any finite offset will do, exp(-inf) = 0. The row's own log-normaliser is
-    // then -inf.
+    // All -inf so far: any finite offset will do, exp(-inf) = 0.
     const float offset = most == -INFINITY ? 0.f : most;
-    each(start, end,
-         [&](int64_t j, auto part) INLINE { block_sum += exp_(part.logits(x + j) - offset); });
+    for (int64_t j = 0; j < end - start; j += LANES) {
+      const Vector below = load(logits + j) - offset, p = exp_(below);
+      block_sum += p;
+      block_moment -= product(p, below);
+    }
     total += sum(block_sum);
+    moment += sum(block_moment);
   }
-  return {most, static_cast<float>(log(total))};
+  state[MAX * stride] = most;
+  state[SUM * stride] = static_cast<float>(total);
+  state[MOMENT * stride] = static_cast<float>(moment);
 }
 
-Normaliser normalise(float* x, const float* bias, int64_t v, const opsd_options& o) {
-  return o.softcap > 0.f ? normalise<true>(x, bias, v, o) : normalise<false>(x, bias, v, o);
-}
-
-// From the derivative by the logit z to that by the soft cap's argument: times 1 - tanh^2.
-template <bool SOFTCAP>
-inline INLINE Vector through_softcap(Vector g, Vector z, float inverse) {
-  if (!SOFTCAP) return g;
-  const Vector t = z * inverse;
-  return g * (1.f - t * t);
-}
-
-struct Row {
-  double divergence = 0, clipped = 0, entropy_s = 0, entropy_t = 0, count = 0;
-  double mean_q = 0;          // sum S q, of the unclipped gradient
-  double mean_clipped_q = 0;  // the same of the clipped one; for forward_kl the sum of its q
+// What the first sweep after the normalisers leaves in the tiles.
+enum Leave {
+  NOTHING,
+  GRADIENT,  // forward_kl: it needs no sum
+  PULLS,     // the pull where the teacher's products were: `gradient_of_pulls` reads it
+  PARTS,     // row_weight * pull for the student's products, row_weight * S for the teacher's
 };
 
-// All sums over a row. Of the gradient it leaves what it can: forward_kl's is written at once, the
-// others' q goes where the teacher's logits were.
-template <int KIND, bool CLIP, bool GRADIENT, bool SOFTCAP>
-Row sums(float* zs, float* zt, Normaliser ns, Normaliser nt, int64_t v, float factor,
-         const opsd_options& o) {
-  Row row;
-  const float beta = o.beta, threshold = o.clip_threshold,
-              inverse = SOFTCAP ? o.temperature / o.softcap : 0.f;
+struct Sums {
+  double divergence = 0, pull = 0, clipped = 0, count = 0, clipped_pull = 0;
+};
+
+template <int KIND, bool CLIP, int LEAVE, bool SOFTCAP>
+Sums sums_of(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher, int64_t v, float factor,
+             const opsd_options& o) {
+  Sums total;
+  const float beta = o.beta, threshold = o.clip_threshold;
   const Vector zero = L::all(0.f), one = L::all(1.f);
   for (int64_t start = 0; start < v; start += BLOCK) {
-    Vector divergence = zero, clipped = zero, entropy_s = zero, entropy_t = zero, count = zero,
-           mean_q = zero, mean_clipped_q = zero;
+    Vector divergence = zero, pull = zero, clipped = zero, count = zero, clipped_sum = zero;
     each(start, end_of_block(start, v), [&](int64_t j, auto part) INLINE {
-      const Vector z = part.logits(zs + j);
-      const Vector log_s = ns.log_p(z), log_t = nt.log_p(part.logits(zt + j));
-      const Entry<Vector> e = entry<KIND>(log_s, log_t, beta);
+      const Vector z = student.logit(j, part);
+      const Entry<Vector> e =
+          entry<KIND>(student.log_p(z), teacher.log_p(teacher.logit(j, part)), beta);
       divergence += e.term;
-      entropy_s -= product(e.s, log_s);
-      entropy_t -= product(e.t, log_t);
-      if (KIND != FORWARD_KL) mean_q += e.s * e.q;
+      pull += e.pull;
       if (CLIP) {
-        const Vector q = clipped_q<KIND>(e, threshold);
         clipped += L::select(e.term > threshold, L::all(threshold), e.term);
         count += L::select(e.term > threshold, one, zero);
-        mean_clipped_q += KIND == FORWARD_KL ? q : e.s * q;
-      } else if (GRADIENT) {
-        if (KIND == FORWARD_KL) {
-          part.put(zs + j, through_softcap<SOFTCAP>(factor * (e.s - e.q), z, inverse));
-        } else {
-          part.put(zt + j, e.q);
-        }
+        clipped_sum += clipped_pull<KIND>(e, threshold);
+      }
+      if (LEAVE == GRADIENT) {
+        part.put(student.x + j, student.through_softcap(factor * (e.s + e.pull), z));
+      } else if (LEAVE == PULLS) {
+        part.put(teacher.x + j, e.pull);
+      } else if (LEAVE == PARTS) {
+        part.put(student.x + j, student.through_softcap(factor * e.pull, z));
+        part.put(teacher.x + j, student.through_softcap(factor * e.s, z));
       }
     });
-    row.divergence += sum(divergence);
-    row.entropy_s += sum(entropy_s);
-    row.entropy_t += sum(entropy_t);
-    row.mean_q += sum(mean_q);
+    total.divergence += sum(divergence);
+    total.pull += sum(pull);
     if (CLIP) {
-      row.clipped += sum(clipped);
-      row.count += sum(count);
-      row.mean_clipped_q += sum(mean_clipped_q);
+      total.clipped += sum(clipped);
+      total.count += sum(count);
+      total.clipped_pull += sum(clipped_sum);
     }
   }
-  return row;
+  return total;
 }
 
-// S (q - sum S q) from the q that `sums` left.
-template <bool SOFTCAP>
-void gradient(float* zs, const float* q, Normaliser ns, int64_t v, float factor, float mean_q,
-              const opsd_options& o) {
-  const float inverse = SOFTCAP ? o.temperature / o.softcap : 0.f;
-  each(0, v, [&](int64_t j, auto part) INLINE {
-    const Vector z = part.logits(zs + j);
-    const Vector g = factor * exp_(ns.log_p(z)) * (part.values(q + j) - mean_q);
-    part.put(zs + j, through_softcap<SOFTCAP>(g, z, inverse));
-  });
+void add(const Sums& sums, bool clip, float* state, int64_t stride) {
+  state[DIVERGENCE * stride] += static_cast<float>(sums.divergence);
+  state[PULL * stride] += static_cast<float>(sums.pull);
+  if (clip) {
+    state[CLIPPED * stride] += static_cast<float>(sums.clipped);
+    state[COUNT * stride] += static_cast<float>(sums.count);
+    state[CLIPPED_PULL * stride] += static_cast<float>(sums.clipped_pull);
+  }
 }
 
-// The entry clip's gradient, and its dot product with the unclipped one.
-template <int KIND, bool GRADIENT, bool SOFTCAP>
-double clipped_gradient(float* zs, const float* zt, Normaliser ns, Normaliser nt, int64_t v,
-                        float factor, const Row& row, const opsd_options& o) {
-  const float beta = o.beta, threshold = o.clip_threshold,
-              inverse = SOFTCAP ? o.temperature / o.softcap : 0.f;
-  const float mean_q = static_cast<float>(row.mean_q),
-              mean_clipped_q = static_cast<float>(row.mean_clipped_q);
+// pull - S sum pull, and with the entry clip its dot product with the unclipped gradient.
+template <int KIND, bool CLIP, bool WRITE, bool SOFTCAP>
+double gradient_of(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher, int64_t v,
+                   float factor, float sum_pull, float sum_clipped, const opsd_options& o) {
+  const float beta = o.beta, threshold = o.clip_threshold;
   double dot = 0.0;
   for (int64_t start = 0; start < v; start += BLOCK) {
     Vector block_dot = L::all(0.f);
     each(start, end_of_block(start, v), [&](int64_t j, auto part) INLINE {
-      const Vector z = part.logits(zs + j);
-      const Entry<Vector> e = entry<KIND>(ns.log_p(z), nt.log_p(part.logits(zt + j)), beta);
-      const Vector q = clipped_q<KIND>(e, threshold);
-      const Vector unclipped = KIND == FORWARD_KL ? e.s - e.q : e.s * (e.q - mean_q);
-      const Vector clipped =
-          KIND == FORWARD_KL ? e.s * mean_clipped_q - q : e.s * (q - mean_clipped_q);
-      block_dot += clipped * unclipped;
-      if (GRADIENT) part.put(zs + j, through_softcap<SOFTCAP>(factor * clipped, z, inverse));
+      const Vector z = student.logit(j, part);
+      const Entry<Vector> e =
+          entry<KIND>(student.log_p(z), teacher.log_p(teacher.logit(j, part)), beta);
+      Vector g = KIND == FORWARD_KL ? e.pull + e.s : e.pull - e.s * sum_pull;
+      if (CLIP) {
+        const Vector clipped = clipped_pull<KIND>(e, threshold) - e.s * sum_clipped;
+        block_dot += clipped * g;
+        g = clipped;
+      }
+      if (WRITE) part.put(student.x + j, student.through_softcap(factor * g, z));
     });
-    dot += sum(block_dot);
+    if (CLIP) dot += sum(block_dot);
   }
   return dot;
 }
 
-template <int KIND, bool GRADIENT, bool SOFTCAP>
-void divergence_row(float* zs, float* zt, const float* bias, const float* teacher_bias,
-                    float weight, float* stats, int64_t stats_stride, float* opposed, int64_t v,
-                    const opsd_options& o) {
-  const Normaliser ns = normalise(zs, bias, v, o), nt = normalise(zt, teacher_bias, v, o);
-  float factor = weight * o.scale / o.temperature;
-  Row row;
-  float loss, count = 0.f;
+template <bool SOFTCAP>
+void gradient_of_pulls(const Role<SOFTCAP>& student, const float* pulls, int64_t v, float factor,
+                       float sum_pull) {
+  each(0, v, [&](int64_t j, auto part) INLINE {
+    const Vector z = student.logit(j, part);
+    const Vector g = factor * (part.get(pulls + j) - exp_(student.log_p(z)) * sum_pull);
+    part.put(student.x + j, student.through_softcap(g, z));
+  });
+}
+
+// --- One token of a tile ---
+
+template <bool SOFTCAP>
+struct Token {
+  Role<SOFTCAP> student, teacher;
+  float* state;
+  int64_t stride;
+
+  Token(const opsd_tile& tile, int64_t i, const opsd_options& o)
+      : student(tile.student + i * tile.student_stride, tile.bias, o),
+        teacher(tile.teacher + i * tile.teacher_stride, tile.teacher_bias, o),
+        state(tile.state + i),
+        stride(tile.state_stride) {}
+
+  float& at(int row) const { return state[row * stride]; }
+
+  void normalise(int64_t v) const {
+    opsd::OPSD_ISA::normalise(student, v, state + STUDENT * stride, stride);
+    opsd::OPSD_ISA::normalise(teacher, v, state + TEACHER * stride, stride);
+  }
+
+  void use_normalisers() {
+    student.normalise_by(state + STUDENT * stride, stride);
+    teacher.normalise_by(state + TEACHER * stride, stride);
+  }
+};
+
+template <bool SOFTCAP>
+void normalisers_row(const opsd_tile& tile, int64_t i, const opsd_options& o) {
+  Token<SOFTCAP>(tile, i, o).normalise(tile.v);
+}
+
+template <int KIND, bool SOFTCAP>
+void sums_row(const opsd_tile& tile, int64_t i, const opsd_options& o) {
+  Token<SOFTCAP> token(tile, i, o);
+  token.use_normalisers();
+  const bool clip = o.clip == CLIP_ENTRY;
+  const auto sums = clip ? sums_of<KIND, true, NOTHING, SOFTCAP>
+                         : sums_of<KIND, false, NOTHING, SOFTCAP>;
+  add(sums(token.student, token.teacher, tile.v, 0.f, o), clip, token.state, token.stride);
+}
+
+template <int KIND, bool SOFTCAP>
+void gradient_row(const opsd_tile& tile, int64_t i, const float* row_weight, bool sums_known,
+                  const opsd_options& o) {
+  Token<SOFTCAP> token(tile, i, o);
+  token.use_normalisers();
+  const float factor = row_weight ? row_weight[i] * o.scale / o.temperature : 0.f;
+  if (!sums_known) {
+    constexpr int LEAVE = KIND == FORWARD_KL ? GRADIENT : PARTS;
+    add(sums_of<KIND, false, LEAVE>(token.student, token.teacher, tile.v, factor, o), false,
+        token.state, token.stride);
+    return;
+  }
+  const auto gradient = o.clip != CLIP_ENTRY ? gradient_of<KIND, false, true, SOFTCAP>
+                        : row_weight         ? gradient_of<KIND, true, true, SOFTCAP>
+                                             : gradient_of<KIND, true, false, SOFTCAP>;
+  const double dot = gradient(token.student, token.teacher, tile.v, factor, token.at(PULL),
+                              token.at(CLIPPED_PULL), o);
+  if (o.clip == CLIP_ENTRY) token.at(DOT) += static_cast<float>(dot);
+}
+
+// All of a whole row while both of its tiles (256 KB at V = 32768) lie in the L2 cache: the
+// products are read from memory once and the gradient is written once.
+template <int KIND, bool SOFTCAP>
+void whole_row(const opsd_tile& tile, int64_t i, const float* row_weight, const opsd_options& o) {
+  Token<SOFTCAP> token(tile, i, o);
+  token.normalise(tile.v);
   if (o.clip == CLIP_ENTRY) {
-    row = sums<KIND, true, false, SOFTCAP>(zs, zt, ns, nt, v, factor, o);
-    const double dot = clipped_gradient<KIND, GRADIENT, SOFTCAP>(zs, zt, ns, nt, v, factor, row, o);
-    loss = static_cast<float>(row.clipped);
-    count = static_cast<float>(row.count);
-    *opposed = count > 0.f && dot < 0.0 ? 1.f : 0.f;
-  } else {
-    row = sums<KIND, false, GRADIENT, SOFTCAP>(zs, zt, ns, nt, v, factor, o);
-    loss = static_cast<float>(row.divergence);
-    if (o.clip == CLIP_TOKEN && loss > o.clip_threshold) {
-      const float shrink = o.clip_threshold / loss;
-      factor *= shrink;
-      loss = o.clip_threshold;
-      count = 1.f;
-      if (GRADIENT && KIND == FORWARD_KL) {
-        for (int64_t j = 0; j < v; ++j) zs[j] *= shrink;
-      }
-    }
-    if (GRADIENT && KIND != FORWARD_KL) {
-      gradient<SOFTCAP>(zs, zt, ns, v, factor, static_cast<float>(row.mean_q), o);
-    }
+    sums_row<KIND, SOFTCAP>(tile, i, o);
+    gradient_row<KIND, SOFTCAP>(tile, i, row_weight, true, o);
+    return;
   }
-  stats[0 * stats_stride] = loss;
-  stats[1 * stats_stride] = static_cast<float>(row.divergence);
-  stats[2 * stats_stride] = static_cast<float>(row.entropy_s);
-  stats[3 * stats_stride] = static_cast<float>(row.entropy_t);
-  stats[4 * stats_stride] = count;
+  if (!row_weight) {
+    sums_row<KIND, SOFTCAP>(tile, i, o);
+    return;
+  }
+  token.use_normalisers();
+  constexpr int LEAVE = KIND == FORWARD_KL ? GRADIENT : PULLS;
+  float factor = row_weight[i] * o.scale / o.temperature;
+  add(sums_of<KIND, false, LEAVE>(token.student, token.teacher, tile.v, factor, o), false,
+      token.state, token.stride);
+  const float divergence = token.at(DIVERGENCE);
+  float shrink = 1.f;
+  if (o.clip == CLIP_TOKEN && divergence > o.clip_threshold) shrink = o.clip_threshold / divergence;
+  if (KIND != FORWARD_KL) {
+    gradient_of_pulls(token.student, token.teacher.x, tile.v, factor * shrink, token.at(PULL));
+  } else if (shrink != 1.f) {
+    for (int64_t j = 0; j < tile.v; ++j) token.student.x[j] *= shrink;
+  }
 }
 
-typedef void divergence_row_t(float*, float*, const float*, const float*, float, float*, int64_t,
-                              float*, int64_t, const opsd_options&);
+// --- The rows of a tile, in parallel ---
 
-template <int KIND>
-divergence_row_t* choose_row(bool with_gradient, bool softcap) {
-  if (with_gradient)
-    return softcap ? divergence_row<KIND, true, true> : divergence_row<KIND, true, false>;
-  return softcap ? divergence_row<KIND, false, true> : divergence_row<KIND, false, false>;
+template <class Row>
+void for_each_row(const opsd_tile& tile, const opsd_options& o, const Row& row) {
+#pragma omp parallel for num_threads(o.threads) schedule(static) if (o.threads > 1 && tile.n > 1)
+  for (int64_t i = 0; i < tile.n; ++i) row(i);
 }
 
-template <bool GRADIENT, bool SOFTCAP>
-void log_prob_row(float* z, const float* bias, int64_t target, float weight, float* stats,
-                  int64_t stats_stride, int64_t v, const opsd_options& o) {
-  const Normaliser n = normalise(z, bias, v, o);
-  const float factor = weight * o.scale / o.temperature,
-              inverse = SOFTCAP ? o.temperature / o.softcap : 0.f;
-  const float target_logit = z[target];
-  double entropy = 0.0;
-  for (int64_t start = 0; start < v; start += BLOCK) {
-    Vector block_entropy = L::all(0.f);
-    each(start, end_of_block(start, v), [&](int64_t j, auto part) INLINE {
-      const Vector logit = part.logits(z + j);
-      const Vector log_p = n.log_p(logit), p = exp_(log_p);
-      block_entropy -= product(p, log_p);
-      if (GRADIENT) part.put(z + j, through_softcap<SOFTCAP>(-factor * p, logit, inverse));
-    });
-    entropy += sum(block_entropy);
+// FUNCTION<KIND, SOFTCAP> for what the options ask.
+#define OPSD_CHOOSE(FUNCTION, o)                                                              \
+  ((o).softcap > 0.f ? ((o).divergence == FORWARD_KL   ? FUNCTION<FORWARD_KL, true>           \
+                        : (o).divergence == REVERSE_KL ? FUNCTION<REVERSE_KL, true>           \
+                                                       : FUNCTION<JSD, true>)                 \
+                     : ((o).divergence == FORWARD_KL   ? FUNCTION<FORWARD_KL, false>          \
+                        : (o).divergence == REVERSE_KL ? FUNCTION<REVERSE_KL, false>          \
+                                                       : FUNCTION<JSD, false>))
+
+template <bool SOFTCAP>
+void log_prob_normalisers_row(const opsd_tile& tile, int64_t i, int64_t target,
+                              const opsd_options& o) {
+  const Role<SOFTCAP> role(tile.student + i * tile.student_stride, tile.bias, o);
+  normalise(role, tile.v, tile.state + i, tile.state_stride);
+  if (target < 0 || target >= tile.v) return;
+  // The first vector from the target on, whose first lane is the target's logit.
+  const int64_t count = tile.v - target;
+  const Vector z = count < LANES ? role.logit(target, Partial{count}) : role.logit(target, Whole());
+  tile.state[TARGET * tile.state_stride + i] += z[0];
+}
+
+template <bool SOFTCAP>
+void log_prob_gradient_row(const opsd_tile& tile, int64_t i, int64_t target, float weight,
+                           const opsd_options& o) {
+  Role<SOFTCAP> role(tile.student + i * tile.student_stride, tile.bias, o);
+  role.normalise_by(tile.state + i, tile.state_stride);
+  const float factor = weight * o.scale / o.temperature;
+  const bool here = target >= 0 && target < tile.v;
+  float one = 0.f;  // what the target's own logit adds
+  if (here) {
+    const int64_t count = tile.v - target;
+    const Vector z =
+        count < LANES ? role.logit(target, Partial{count}) : role.logit(target, Whole());
+    one = role.through_softcap(L::all(factor), z)[0];
   }
-  if (GRADIENT) {
-    const float t = target_logit * inverse;
-    z[target] += factor * (1.f - t * t);
-  }
-  stats[0 * stats_stride] = n.log_p(target_logit);
-  stats[1 * stats_stride] = static_cast<float>(entropy);
+  each(0, tile.v, [&](int64_t j, auto part) INLINE {
+    const Vector z = role.logit(j, part);
+    part.put(role.x + j, role.through_softcap(-factor * exp_(role.log_p(z)), z));
+  });
+  if (here) role.x[target] += one;
 }
 
 }  // namespace
 
-void divergence_rows(float* student, float* teacher, const float* bias, const float* teacher_bias,
-                     const float* row_weight, float* stats, float* opposed, int64_t n, int64_t v,
-                     int64_t student_stride, int64_t teacher_stride, int64_t stats_stride,
-                     const opsd_options* options) {
-  const opsd_options o = *options;
-  const bool with_gradient = row_weight != nullptr, softcap = o.softcap > 0.f;
-  divergence_row_t* row =
-      o.divergence == FORWARD_KL   ? choose_row<FORWARD_KL>(with_gradient, softcap)
-      : o.divergence == REVERSE_KL ? choose_row<REVERSE_KL>(with_gradient, softcap)
-                                   : choose_row<JSD>(with_gradient, softcap);
-#pragma omp parallel for num_threads(o.threads) schedule(static) if (o.threads > 1 && n > 1)
-  for (int64_t i = 0; i < n; ++i) {
-    row(student + i * student_stride, teacher + i * teacher_stride, bias, teacher_bias,
-        row_weight ? row_weight[i] : 0.f, stats + i, stats_stride, opposed + i, v, o);
-  }
+void normalisers(const opsd_tile* tile, const opsd_options* o) {
+  const auto row = o->softcap > 0.f ? normalisers_row<true> : normalisers_row<false>;
+  for_each_row(*tile, *o, [&](int64_t i) { row(*tile, i, *o); });
 }
 
-void log_prob_rows(float* logits, const float* bias, const int64_t* targets,
-                   const float* row_weight, float* stats, int64_t n, int64_t v, int64_t stride,
-                   int64_t stats_stride, const opsd_options* options) {
-  const opsd_options o = *options;
-  const bool softcap = o.softcap > 0.f;
-  auto* row = row_weight ? (softcap ? log_prob_row<true, true> : log_prob_row<true, false>)
-                         : (softcap ? log_prob_row<false, true> : log_prob_row<false, false>);
-#pragma omp parallel for num_threads(o.threads) schedule(static) if (o.threads > 1 && n > 1)
-  for (int64_t i = 0; i < n; ++i) {
-    row(logits + i * stride, bias, targets[i], row_weight ? row_weight[i] : 0.f, stats + i,
-        stats_stride, v, o);
-  }
+void sums(const opsd_tile* tile, const opsd_options* o) {
+  const auto row = OPSD_CHOOSE(sums_row, *o);
+  for_each_row(*tile, *o, [&](int64_t i) { row(*tile, i, *o); });
+}
+
+void gradient(const opsd_tile* tile, const float* row_weight, int32_t sums_known,
+              const opsd_options* o) {
+  const auto row = OPSD_CHOOSE(gradient_row, *o);
+  for_each_row(*tile, *o, [&](int64_t i) { row(*tile, i, row_weight, sums_known, *o); });
+}
+
+void rows(const opsd_tile* tile, const float* row_weight, const opsd_options* o) {
+  const auto row = OPSD_CHOOSE(whole_row, *o);
+  for_each_row(*tile, *o, [&](int64_t i) { row(*tile, i, row_weight, *o); });
+}
+
+void log_prob_normalisers(const opsd_tile* tile, const int64_t* targets, const opsd_options* o) {
+  const auto row = o->softcap > 0.f ? log_prob_normalisers_row<true>
+                                    : log_prob_normalisers_row<false>;
+  for_each_row(*tile, *o, [&](int64_t i) { row(*tile, i, targets[i], *o); });
+}
+
+void log_prob_gradient(const opsd_tile* tile, const int64_t* targets, const float* row_weight,
+                       const opsd_options* o) {
+  const auto row = o->softcap > 0.f ? log_prob_gradient_row<true> : log_prob_gradient_row<false>;
+  for_each_row(*tile, *o, [&](int64_t i) { row(*tile, i, targets[i], row_weight[i], *o); });
 }
 
 }  // namespace OPSD_ISA

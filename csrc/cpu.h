@@ -1,5 +1,5 @@
 // The C interface of the CPU kernels: pointers, sizes, strides (in elements). Called through ctypes
-// by opsd_kernels/tiles/cpp.py.
+// by opsd_kernels/tiles/cpp.py; opsd_kernels/tiles/torch.py says what each function does.
 #pragma once
 
 #include <stdint.h>
@@ -14,30 +14,39 @@ struct opsd_options {
   int32_t threads;
 };
 
-// For n tokens: the products h W^T of both roles, [n, v] at `student` and `teacher` (overwritten),
-// become stats[k * stats_stride + i], k = 0..4: loss (after the clip), divergence, entropies of
-// student and teacher, clipped count opposed[i]: 1 where the entry clip turns the gradient away
-// from the unclipped one and, where row_weight is given, `student` row_weight[i] times the gradient
-// of token i's loss by h W^T + bias. The biases [v] and row_weight [n] may be null.
-typedef void opsd_divergence_rows_t(float* student, float* teacher, const float* bias,
-                                    const float* teacher_bias, const float* row_weight,
-                                    float* stats, float* opposed, int64_t n, int64_t v,
-                                    int64_t student_stride, int64_t teacher_stride,
-                                    int64_t stats_stride, const opsd_options* options);
+// The products h W^T of both roles for n tokens and v vocabulary entries, and what is known of the
+// tokens. The biases [v] may be null.
+struct opsd_tile {
+  float *student, *teacher;
+  const float *bias, *teacher_bias;
+  float* state;  // row k of token i: state[k * state_stride + i], k from opsd::State
+  int64_t n, v, student_stride, teacher_stride, state_stride;
+};
 
-// The same for the log-probability of `targets` [n]; stats: log-probability, entropy.
-typedef void opsd_log_prob_rows_t(float* logits, const float* bias, const int64_t* targets,
-                                  const float* row_weight, float* stats, int64_t n, int64_t v,
-                                  int64_t stride, int64_t stats_stride,
-                                  const opsd_options* options);
+typedef void opsd_normalisers_t(const opsd_tile*, const opsd_options*);
+typedef void opsd_sums_t(const opsd_tile*, const opsd_options*);
+// row_weight [n] may be null in both.
+typedef void opsd_gradient_t(const opsd_tile*, const float* row_weight, int32_t sums_known,
+                             const opsd_options*);
+typedef void opsd_rows_t(const opsd_tile*, const float* row_weight, const opsd_options*);
+
+// For log-probabilities `student` and `bias` of the tile are used.
+typedef void opsd_log_prob_normalisers_t(const opsd_tile*, const int64_t* targets,
+                                         const opsd_options*);
+typedef void opsd_log_prob_gradient_t(const opsd_tile*, const int64_t* targets,
+                                      const float* row_weight, const opsd_options*);
 
 }  // extern "C"
 
 // One copy for each instruction set that cpu.cpp is compiled for.
-#define OPSD_DECLARE(ISA)                        \
-  namespace opsd {                               \
-  namespace ISA {                                \
-  extern opsd_divergence_rows_t divergence_rows; \
-  extern opsd_log_prob_rows_t log_prob_rows;     \
-  }                                              \
+#define OPSD_DECLARE(ISA)                                        \
+  namespace opsd {                                               \
+  namespace ISA {                                                \
+  extern opsd_normalisers_t normalisers;                         \
+  extern opsd_sums_t sums;                                       \
+  extern opsd_gradient_t gradient;                               \
+  extern opsd_rows_t rows;                                       \
+  extern opsd_log_prob_normalisers_t log_prob_normalisers;       \
+  extern opsd_log_prob_gradient_t log_prob_gradient;             \
+  }                                                              \
   }

@@ -14,24 +14,31 @@ namespace {
 
 struct Variant {
   const char* name;
-  opsd_divergence_rows_t* divergence_rows;
-  opsd_log_prob_rows_t* log_prob_rows;
+  opsd_normalisers_t* normalisers;
+  opsd_sums_t* sums;
+  opsd_gradient_t* gradient;
+  opsd_rows_t* rows;
+  opsd_log_prob_normalisers_t* log_prob_normalisers;
+  opsd_log_prob_gradient_t* log_prob_gradient;
   bool (*runs_here)();
 };
+
+#define OPSD_FUNCTIONS(ISA)                                                     \
+  #ISA, opsd::ISA::normalisers, opsd::ISA::sums, opsd::ISA::gradient,           \
+      opsd::ISA::rows, opsd::ISA::log_prob_normalisers, opsd::ISA::log_prob_gradient
 
 const Variant variants[] = {
     // best first
 #ifdef OPSD_HAVE_AVX2
-    {"avx512", opsd::avx512::divergence_rows, opsd::avx512::log_prob_rows,
+    {OPSD_FUNCTIONS(avx512),
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
      }},
-    {"avx2", opsd::avx2::divergence_rows, opsd::avx2::log_prob_rows,
+    {OPSD_FUNCTIONS(avx2),
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"baseline", opsd::baseline::divergence_rows, opsd::baseline::log_prob_rows,
-     [] { return true; }},
+    {OPSD_FUNCTIONS(baseline), [] { return true; }},
 };
 
 const Variant* best() {
@@ -70,21 +77,36 @@ OPSD_EXPORT int opsd_use_instruction_set(const char* name) {
   return 0;
 }
 
-OPSD_EXPORT void opsd_divergence_rows(float* student, float* teacher, const float* bias,
-                                      const float* teacher_bias, const float* row_weight,
-                                      float* stats, float* opposed, int64_t n, int64_t v,
-                                      int64_t student_stride, int64_t teacher_stride,
-                                      int64_t stats_stride, const opsd_options* options) {
+OPSD_EXPORT void opsd_normalisers(const opsd_tile* tile, const opsd_options* options) {
   const opsd_options copy = with_threads(options);
-  chosen->divergence_rows(student, teacher, bias, teacher_bias, row_weight, stats, opposed, n, v,
-                          student_stride, teacher_stride, stats_stride, &copy);
+  chosen->normalisers(tile, &copy);
 }
 
-OPSD_EXPORT void opsd_log_prob_rows(float* logits, const float* bias, const int64_t* targets,
-                                    const float* row_weight, float* stats, int64_t n, int64_t v,
-                                    int64_t stride, int64_t stats_stride,
-                                    const opsd_options* options) {
+OPSD_EXPORT void opsd_sums(const opsd_tile* tile, const opsd_options* options) {
   const opsd_options copy = with_threads(options);
-  chosen->log_prob_rows(logits, bias, targets, row_weight, stats, n, v, stride, stats_stride,
-                        &copy);
+  chosen->sums(tile, &copy);
+}
+
+OPSD_EXPORT void opsd_gradient(const opsd_tile* tile, const float* row_weight, int32_t sums_known,
+                               const opsd_options* options) {
+  const opsd_options copy = with_threads(options);
+  chosen->gradient(tile, row_weight, sums_known, &copy);
+}
+
+OPSD_EXPORT void opsd_rows(const opsd_tile* tile, const float* row_weight,
+                           const opsd_options* options) {
+  const opsd_options copy = with_threads(options);
+  chosen->rows(tile, row_weight, &copy);
+}
+
+OPSD_EXPORT void opsd_log_prob_normalisers(const opsd_tile* tile, const int64_t* targets,
+                                           const opsd_options* options) {
+  const opsd_options copy = with_threads(options);
+  chosen->log_prob_normalisers(tile, targets, &copy);
+}
+
+OPSD_EXPORT void opsd_log_prob_gradient(const opsd_tile* tile, const int64_t* targets,
+                                        const float* row_weight, const opsd_options* options) {
+  const opsd_options copy = with_threads(options);
+  chosen->log_prob_gradient(tile, targets, row_weight, &copy);
 }

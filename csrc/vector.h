@@ -44,17 +44,36 @@ inline __attribute__((always_inline)) Vector load(const float* x) {
 
 inline __attribute__((always_inline)) void store(float* x, Vector v) { memcpy(x, &v, sizeof v); }
 
-// `count` < LANES entries; the lanes beyond hold `fill`.
-inline Vector load_some(const float* x, int64_t count, float fill) {
+// `count` < LANES entries; the lanes beyond hold 0.
+inline Vector load_some(const float* x, int64_t count) {
   float lanes[LANES];
-  for (int i = 0; i < LANES; ++i) lanes[i] = i < count ? x[i] : fill;
+  for (int i = 0; i < LANES; ++i) lanes[i] = i < count ? x[i] : 0.f;
   return load(lanes);
+}
+
+// The lanes beyond `count` become `fill`.
+inline Vector keep(Vector v, int64_t count, float fill) {
+  for (int i = 0; i < LANES; ++i) v[i] = i < count ? v[i] : fill;
+  return v;
 }
 
 inline void store_some(float* x, Vector v, int64_t count) {
   float lanes[LANES];
   store(lanes, v);
   for (int64_t i = 0; i < count; ++i) x[i] = lanes[i];
+}
+
+// The same number, rounded: the compiler may not fuse the product that it comes from into what uses
+// it. Where it did so for one role only, equal logits would differ.
+inline __attribute__((always_inline)) Vector rounded(Vector v) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#else
+  __asm__("" : "+m"(v));
+#endif
+  return v;
 }
 
 inline double sum(Vector v) {

@@ -8,7 +8,6 @@
 from opsd_kernels.divergence import Clip, Divergence, LogitTransform
 from opsd_kernels.linear import LinearDivergence, linear_divergence
 from opsd_kernels.log_prob import LinearLogProb, linear_log_prob
-from opsd_kernels.plan import Plan, plan_rows
 from opsd_kernels.resolve import backends
 
 __all__ = [
@@ -17,9 +16,7 @@ __all__ = [
     "LinearDivergence",
     "LinearLogProb",
     "LogitTransform",
-    "Plan",
     "backends",
     "linear_divergence",
     "linear_log_prob",
-    "plan_rows",
 ]

@@ -1,17 +1,7 @@
 """Divergence between two roles' next-token distributions, straight from hidden states: no [N, V]
 tensor ever exists.
 
-From top to bottom: the loop over blocks of tokens, its registration as a torch operator with a
-derivative, and the public function.
-
-One pass over rows. For a block of n tokens all V logits of both roles are computed (one stacked
-product where the head is shared), a backend reduces them to per-token numbers and overwrites the
-student's tile with the gradient of the loss, and the two products dh = G W and dW += G^T h consume
-that tile at once. So forward already holds the gradients, and backward only scales them by the
-incoming scalar: 8 N V D multiply-adds for a trainable head and 6 for a frozen one, as many as the
-dense form. That needs each token's share of the loss before backward, which is why `token_weight`
-and `reduction` are arguments. With reduction="none" the share is known in backward only: there dh
-is scaled row by row where it alone is needed, and otherwise the block is computed again.
+Here are the operator and what users call; the algorithm is in `divergence_loop.py`.
 """
 
 from collections.abc import Sequence
@@ -21,141 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsd_kernels import arguments, gemm
-from opsd_kernels.backward import refuse_double_backward, scaled
+from opsd_kernels import arguments, gemm, shards
 from opsd_kernels.divergence import Clip, Divergence, LogitTransform
-from opsd_kernels.plan import plan_rows
-from opsd_kernels.resolve import load, resolve
-from opsd_kernels.tiles import state as states
-
-# Rows of the per-token numbers, see tiles/torch.py.
-LOSS, DIVERGENCE, STUDENT_ENTROPY, TEACHER_ENTROPY, CLIPPED, OPPOSED = range(6)
-
-
-def divergence_blocks(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor,
-    teacher_weight: Tensor | None,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    row_weight: Tensor,
-    *,
-    divergence: Divergence,
-    transform: LogitTransform,
-    clip: Clip | None,
-    want: tuple[bool, bool, bool],
-    budget: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(stats [6, N], dh [N, D], dW [V, D], dbias [V]); the last three where `want`ed, for the loss
-    sum_n row_weight_n loss_n.
-
-    dh is rounded to the hidden states' dtype, dW and dbias to the weight's.
-    """
-    dtype = gemm.tile_dtype(student.dtype)
-    n_tokens, vocabulary = student.shape[0], weight.shape[0]
-    tile_functions = load(backend)
-    shared = teacher_weight is None
-    plan = plan_rows(
-        n_tokens,
-        vocabulary,
-        tiles=tile_functions.TILES,
-        item_bytes=dtype.itemsize,
-        row_bytes=2 * (student.shape[1] * (student.element_size() + dtype.itemsize)),
-        fixed_bytes=max(gemm.slice_bytes(w) for w in (weight, teacher_weight) if w is not None),
-        budget=budget,
-    )
-    want_hidden, want_weight, want_bias = want
-    stats = student.new_zeros((6, n_tokens), dtype=dtype)
-    d_hidden = torch.zeros_like(student) if want_hidden else None
-    d_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
-    d_bias = weight.new_zeros(vocabulary, dtype=dtype) if want_bias else None
-    bias = None if bias is None else bias.to(dtype)
-    teacher_bias = None if teacher_bias is None else teacher_bias.to(dtype)
-    tile = student.new_empty((2 * plan.rows, vocabulary), dtype=dtype)
-
-    for start in range(0, n_tokens, max(plan.rows, 1)):
-        rows = slice(start, min(start + plan.rows, n_tokens))
-        n = rows.stop - start
-        h = student[rows]
-        tile_s, tile_t = tile[:n], tile[n : 2 * n]
-        if shared:
-            gemm.logits_(tile[: 2 * n], torch.cat((h, teacher[rows])), weight)
-        else:
-            gemm.logits_(tile_s, h, weight)
-            gemm.logits_(tile_t, teacher[rows], teacher_weight)
-        state = states.new(n, tile, dtype)
-        factor = row_weight[rows] if any(want) else None
-        whole_rows(
-            tile_functions,
-            tile_s,
-            tile_t,
-            bias,
-            teacher_bias,
-            divergence,
-            transform,
-            clip,
-            state,
-            factor,
-        )
-        stats[:, rows] = statistics(state, clip)
-        if want_hidden:
-            if d_hidden.dtype == dtype:
-                gemm.input_gradient_(d_hidden[rows], tile_s, weight)
-            else:
-                wide = torch.empty_like(h, dtype=dtype)
-                gemm.input_gradient_(wide, tile_s, weight)
-                d_hidden[rows] = wide
-        if want_weight:
-            gemm.add_weight_gradient_(d_weight, tile_s, h)
-        if want_bias:
-            d_bias += tile_s.sum(0)
-    del tile
-    if want_weight:
-        d_weight = d_weight.to(weight.dtype)
-    if want_bias:
-        d_bias = d_bias.to(weight.dtype)
-    return stats, d_hidden, d_weight, d_bias
-
-
-def whole_rows(
-    backend, student, teacher, bias, teacher_bias, divergence, transform, clip, state, row_weight
-) -> None:
-    """All that tiles which hold whole rows need."""
-    tensors = (student, teacher, bias, teacher_bias)
-    if hasattr(backend, "rows"):
-        backend.rows(*tensors, divergence, transform, clip, state, row_weight)
-        return
-    backend.normalisers(*tensors, transform, state)
-    backend.sums(*tensors, divergence, transform, clip, state)
-    if row_weight is not None and clip is not None and clip.kind == "token":
-        row_weight = row_weight * token_factor(state, clip)
-    if row_weight is not None or (clip is not None and clip.kind == "entry"):
-        backend.gradient_(*tensors, divergence, transform, clip, state, row_weight)
-
-
-def token_factor(state: Tensor, clip: Clip) -> Tensor:
-    d = state[states.DIVERGENCE]
-    return torch.where(d > clip.threshold, clip.threshold / d, 1.0)
-
-
-def statistics(state: Tensor, clip: Clip | None) -> Tensor:
-    """[6, n] of a complete state: see the names at the top of the file."""
-    d = state[states.DIVERGENCE]
-    loss, clipped, opposed = d, torch.zeros_like(d), torch.zeros_like(d)
-    if clip is not None and clip.kind == "entry":
-        loss, clipped = state[states.CLIPPED], state[states.COUNT]
-        opposed = ((state[states.DOT] < 0) & (clipped > 0)).to(d.dtype)
-    elif clip is not None:
-        loss, clipped = d * token_factor(state, clip), (d > clip.threshold).to(d.dtype)
-    entropies = (states.entropy(state[role]) for role in (states.STUDENT, states.TEACHER))
-    return torch.stack((loss, d, *entropies, clipped, opposed))
-
-
-# --- The operator ---
-# An operator's schema has tensors and scalars only: the small descriptions travel as their fields,
-# `Options` in the order of both schemas. What is not wanted comes back as an empty tensor.
+from opsd_kernels.divergence_loop import (
+    CLIPPED,
+    DIVERGENCE,
+    LOSS,
+    OPPOSED,
+    STUDENT_ENTROPY,
+    TEACHER_ENTROPY,
+    divergence_blocks,
+)
+from opsd_kernels.operator import FusedOperator, wanted
+from opsd_kernels.resolve import resolve
+from opsd_kernels.sweep import Head, Want
 
 
 class Options(NamedTuple):
@@ -172,23 +41,13 @@ class Options(NamedTuple):
     clip_threshold: float
     memory_budget: int | None
     backend: str
-
-    @property
-    def wanted(self) -> tuple[bool, bool, bool]:
-        return self.want_hidden, self.want_weight, self.want_bias
+    group: str | None
 
 
-def _gradients_in_forward(per_token: bool, options: Options) -> bool:
-    """Whether forward computes the gradients: not where a row's share of the loss is unknown and
-    rows add up.
-    """
-    return any(options.wanted) and not (per_token and (options.want_weight or options.want_bias))
-
-
-def _run(tensors: Sequence[Tensor | None], row_weight: Tensor, options: Options, gradients: bool):
-    """(per-token loss, stats, dh, dW, dbias) of `divergence_blocks`, with tokens of weight 0 left
-    out.
-    """
+def _run(
+    tensors: Sequence[Tensor | None], row_weight: Tensor, options: Options, gradients: bool
+) -> tuple[Tensor | None, ...]:
+    """The operator's work, with tokens of weight 0 left out."""
     student, teacher, weight, teacher_weight, bias, teacher_bias = tensors
     n_tokens, keep = student.shape[0], None
     if options.drop_zeros:
@@ -196,189 +55,47 @@ def _run(tensors: Sequence[Tensor | None], row_weight: Tensor, options: Options,
         # the products would be wasted.
         keep = row_weight.nonzero().squeeze(-1)
         student, teacher, row_weight = student[keep], teacher[keep], row_weight[keep]
-    with torch.amp.autocast(student.device.type, enabled=False):
-        stats, d_hidden, d_weight, d_bias = divergence_blocks(
-            student,
-            teacher,
-            weight,
-            teacher_weight,
-            bias,
-            teacher_bias,
-            row_weight,
-            divergence=Divergence(options.divergence, options.beta),
-            transform=LogitTransform(
-                options.temperature, options.logit_scale, options.logit_softcap
-            ),
-            clip=None if options.clip is None else Clip(options.clip, options.clip_threshold),
-            want=options.wanted if gradients else (False, False, False),
-            budget=options.memory_budget,
-            backend=options.backend,
-        )
+    dtype = gemm.tile_dtype(student.dtype)
+    bias, teacher_bias = (
+        None if b is None else b.to(dtype).contiguous() for b in (bias, teacher_bias)
+    )
+    group = shards.find(options.group)
+    stats, d_hidden, d_weight, d_bias = divergence_blocks(
+        student,
+        teacher,
+        (
+            Head(weight, bias),
+            Head(weight if teacher_weight is None else teacher_weight, teacher_bias),
+        ),
+        row_weight,
+        divergence=Divergence(options.divergence, options.beta),
+        transform=LogitTransform(options.temperature, options.logit_scale, options.logit_softcap),
+        clip=None if options.clip is None else Clip(options.clip, options.clip_threshold),
+        want=wanted(options) if gradients else Want(False, False, False),
+        budget=options.memory_budget,
+        backend=options.backend,
+        shards=None
+        if group is None
+        else shards.Shards.agree(group, weight.shape[0], student.shape[0], student.device),
+    )
     loss = row_weight * stats[LOSS]
     if keep is not None:
         loss = loss.new_zeros(n_tokens).index_copy_(0, keep, loss)
         stats = stats.new_zeros((stats.shape[0], n_tokens)).index_copy_(1, keep, stats)
         if d_hidden is not None:
-            d_hidden = d_hidden.new_zeros((n_tokens, d_hidden.shape[1])).index_copy_(
-                0, keep, d_hidden
-            )
-    gradients = [weight.new_empty(0) if g is None else g for g in (d_hidden, d_weight, d_bias)]
-    return loss, stats, *gradients
+            everything = d_hidden.new_zeros((n_tokens, d_hidden.shape[1]))
+            d_hidden = everything.index_copy_(0, keep, d_hidden)
+    return loss, stats, d_hidden, d_weight, d_bias
 
 
-@torch.library.custom_op("opsd::linear_divergence", mutates_args=())
-def _forward(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor,
-    teacher_weight: Tensor | None,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    row_weight: Tensor,
-    per_token: bool,
-    drop_zeros: bool,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float | None,
-    clip: str | None,
-    clip_threshold: float,
-    memory_budget: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [] or [N], stats [6, N], dh, dW, dbias)."""
-    options = Options(
-        drop_zeros,
-        want_hidden,
-        want_weight,
-        want_bias,
-        divergence,
-        beta,
-        temperature,
-        logit_scale,
-        logit_softcap,
-        clip,
-        clip_threshold,
-        memory_budget,
-        backend,
-    )
-    tensors = (student, teacher, weight, teacher_weight, bias, teacher_bias)
-    now = _gradients_in_forward(per_token, options)
-    loss, stats, *gradients = _run(tensors, row_weight, options, now)
-    return loss if per_token else loss.sum(), stats, *gradients
-
-
-@torch.library.custom_op("opsd::linear_divergence_backward", mutates_args=())
-def _recompute(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor,
-    teacher_weight: Tensor | None,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    row_weight: Tensor,
-    drop_zeros: bool,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float | None,
-    clip: str | None,
-    clip_threshold: float,
-    memory_budget: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh, dW, dbias) of sum_n row_weight_n loss_n, where that weight was unknown in forward."""
-    options = Options(
-        drop_zeros,
-        want_hidden,
-        want_weight,
-        want_bias,
-        divergence,
-        beta,
-        temperature,
-        logit_scale,
-        logit_softcap,
-        clip,
-        clip_threshold,
-        memory_budget,
-        backend,
-    )
-    tensors = (student, teacher, weight, teacher_weight, bias, teacher_bias)
-    _, _, *gradients = _run(tensors, row_weight, options, True)
-    return tuple(gradients)
-
-
-def _empty_gradients(student: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]):
-    return (
-        student.new_empty(student.shape if wanted[0] else (0,)),
-        weight.new_empty(weight.shape if wanted[1] else (0,)),
-        weight.new_empty(weight.shape[:1] if wanted[2] else (0,)),
-    )
-
-
-@_forward.register_fake
-def _(*arguments):
-    student, _, weight, *_ = arguments
-    per_token, options = arguments[_TENSORS], Options(*arguments[_TENSORS + 1 :])
-    dtype, n_tokens = gemm.tile_dtype(student.dtype), student.shape[0]
-    now = _gradients_in_forward(per_token, options)
-    return (
-        student.new_empty((n_tokens,) if per_token else (), dtype=dtype),
-        student.new_empty((6, n_tokens), dtype=dtype),
-        *_empty_gradients(student, weight, options.wanted if now else (False, False, False)),
-    )
-
-
-@_recompute.register_fake
-def _(*arguments):
-    student, _, weight, *_ = arguments
-    return _empty_gradients(student, weight, Options(*arguments[_TENSORS:]).wanted)
-
-
-_TENSORS = 7
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.arguments = len(inputs)
-    ctx.per_token, ctx.options = inputs[_TENSORS], Options(*inputs[_TENSORS + 1 :])
-    ctx.computed = _gradients_in_forward(ctx.per_token, ctx.options)
-    ctx.save_for_backward(*(output[2:] if ctx.computed else inputs[:_TENSORS]))
-
-
-def _backward(ctx, grad, *_):
-    returned = [None] * ctx.arguments
-    if grad is None:
-        return tuple(returned)
-    refuse_double_backward(grad)
-    if ctx.computed:
-        d_hidden, d_weight, d_bias = scaled(
-            ctx.saved_tensors, grad[:, None] if ctx.per_token else grad
-        )
-    else:
-        *tensors, row_weight = ctx.saved_tensors
-        d_hidden, d_weight, d_bias = _recompute(*tensors, row_weight * grad, *ctx.options)
-    for place, gradient, wanted in zip(
-        (0, 2, 4), (d_hidden, d_weight, d_bias), ctx.options.wanted, strict=True
-    ):
-        if wanted:
-            returned[place] = gradient
-    return tuple(returned)
-
-
-_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-# --- The public function ---
+_operator = FusedOperator(
+    "linear_divergence",
+    _run,
+    tensors=("student", "teacher", "weight", "teacher_weight?", "bias?", "teacher_bias?"),
+    trainable=("student", "weight", "bias"),
+    options=Options,
+    statistics=6,
+)
 
 
 @dataclass(frozen=True)
@@ -503,30 +220,34 @@ def linear_divergence(
             total = row_weight.sum()
             row_weight = row_weight / torch.where(total == 0, 1.0, total)
 
-    loss, stats, *_ = _forward(
-        student_hidden.reshape(n_tokens, student_hidden.shape[-1]),
-        teacher_hidden.detach().reshape(n_tokens, teacher_hidden.shape[-1]),
-        weight,
-        None if teacher_weight is None else teacher_weight.detach(),
-        bias,
-        None if teacher_bias is None else teacher_bias.detach(),
+    loss, stats = _operator(
+        (
+            student_hidden.reshape(n_tokens, student_hidden.shape[-1]),
+            teacher_hidden.detach().reshape(n_tokens, teacher_hidden.shape[-1]),
+            weight,
+            None if teacher_weight is None else teacher_weight.detach(),
+            bias,
+            None if teacher_bias is None else teacher_bias.detach(),
+        ),
         row_weight,
         reduction == "none",
-        token_weight is not None,
-        arguments.wants_gradient(student_hidden),
-        arguments.wants_gradient(weight),
-        arguments.wants_gradient(bias),
-        described.name,
-        float(described.beta),
-        float(temperature),
-        float(logit_scale),
-        None if logit_softcap is None else float(logit_softcap),
-        None if clip is None else clip.kind,
-        1.0 if clip is None else float(clip.threshold),
-        memory_budget,
-        resolve(backend, student_hidden.device, student_hidden.dtype),
+        Options(
+            drop_zeros=token_weight is not None,
+            want_hidden=arguments.wants_gradient(student_hidden),
+            want_weight=arguments.wants_gradient(weight),
+            want_bias=arguments.wants_gradient(bias),
+            divergence=described.name,
+            beta=float(described.beta),
+            temperature=float(temperature),
+            logit_scale=float(logit_scale),
+            logit_softcap=None if logit_softcap is None else float(logit_softcap),
+            clip=None if clip is None else clip.kind,
+            clip_threshold=1.0 if clip is None else float(clip.threshold),
+            memory_budget=memory_budget,
+            backend=resolve(backend, student_hidden.device, student_hidden.dtype),
+            group=None,
+        ),
     )
-    stats = stats.detach()
     counted = (row_weight != 0).sum().clamp(min=1)
     looked_at = counted * weight.shape[0] if clip is not None and clip.kind == "entry" else counted
     return LinearDivergence(

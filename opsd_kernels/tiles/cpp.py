@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.divergence import CLIPS, DIVERGENCES, Clip, Divergence, LogitTransform
-from opsd_kernels.tiles import state as states
 
-TILES = 2  # works in place
+TEMPORARIES = 0  # works in place
 LIBRARY = Path(__file__).parent.parent / "libopsd_cpu.so"
 
 
 class _Options(ctypes.Structure):
-    """`struct options` of csrc/cpu.h."""
+    """`struct opsd_options` of csrc/cpu.h."""
 
     _fields_ = (
         ("divergence", ctypes.c_int32),
@@ -28,6 +27,17 @@ class _Options(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("threads", ctypes.c_int32),
+    )
+
+
+class _Tile(ctypes.Structure):
+    """`struct opsd_tile` of csrc/cpu.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("student", "teacher", "bias", "teacher_bias")),
+        ("state", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("n", "v", "student_stride", "teacher_stride")),
+        ("state_stride", ctypes.c_int64),
     )
 
 
@@ -46,17 +56,17 @@ def _library() -> ctypes.CDLL:
     # After torch: the library's OpenMP runtime is then the one that torch has already loaded, with
     # its threads.
     library = ctypes.CDLL(str(LIBRARY))
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    options = ctypes.POINTER(_Options)
-    library.opsd_divergence_rows.argtypes = [
-        *(pointer, pointer, pointer, pointer, pointer, pointer, pointer),
-        *(size, size, size, size, size, options),
-    ]
-    library.opsd_log_prob_rows.argtypes = [
-        *(pointer, pointer, pointer, pointer, pointer),
-        *(size, size, size, size, options),
-    ]
-    library.opsd_divergence_rows.restype = library.opsd_log_prob_rows.restype = None
+    tile, options = ctypes.POINTER(_Tile), ctypes.POINTER(_Options)
+    for name, arguments in (
+        ("normalisers", ()),
+        ("sums", ()),
+        ("gradient", (ctypes.c_void_p, ctypes.c_int32)),
+        ("rows", (ctypes.c_void_p,)),
+        ("log_prob_normalisers", (ctypes.c_void_p,)),
+        ("log_prob_gradient", (ctypes.c_void_p, ctypes.c_void_p)),
+    ):
+        function = getattr(library, f"opsd_{name}")
+        function.argtypes, function.restype = [tile, *arguments, options], None
     library.opsd_instruction_set.restype = ctypes.c_char_p
     return library
 
@@ -81,15 +91,71 @@ def _options(
     )
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def _pointer(x: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
     if x is None:
         return None
     assert x.device.type == "cpu" and x.dtype == dtype and (x.numel() <= 1 or x.stride(-1) == 1)
     return x.data_ptr()
+
+
+def _tile(
+    student: Tensor,
+    teacher: Tensor | None,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    state: Tensor,
+) -> _Tile:
+    return _Tile(
+        *map(_pointer, (student, teacher, bias, teacher_bias, state)),
+        *student.shape,
+        student.stride(0),
+        0 if teacher is None else teacher.stride(0),
+        state.stride(0),
+    )
+
+
+def normalisers(
+    student: Tensor,
+    teacher: Tensor,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    transform: LogitTransform,
+    state: Tensor,
+) -> None:
+    tile = _tile(student, teacher, bias, teacher_bias, state)
+    _library().opsd_normalisers(tile, _options(transform))
+
+
+def sums(
+    student: Tensor,
+    teacher: Tensor,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    divergence: Divergence,
+    transform: LogitTransform,
+    clip: Clip | None,
+    state: Tensor,
+) -> None:
+    tile = _tile(student, teacher, bias, teacher_bias, state)
+    _library().opsd_sums(tile, _options(transform, divergence, clip))
+
+
+def gradient_(
+    student: Tensor,
+    teacher: Tensor,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    divergence: Divergence,
+    transform: LogitTransform,
+    clip: Clip | None,
+    state: Tensor,
+    row_weight: Tensor | None,
+    sums_known: bool = True,
+) -> None:
+    assert sums_known or clip is None or clip.kind != "entry"
+    tile = _tile(student, teacher, bias, teacher_bias, state)
+    options = _options(transform, divergence, clip)
+    _library().opsd_gradient(tile, _pointer(row_weight), sums_known, options)
 
 
 def rows(
@@ -103,57 +169,30 @@ def rows(
     state: Tensor,
     row_weight: Tensor | None,
 ) -> None:
-    n, v = student.shape
-    stats, opposed = student.new_zeros(5, n), student.new_zeros(n)
-    # Named, so that the copies live until the call returns.
-    bias, teacher_bias, row_weight = map(_contiguous, (bias, teacher_bias, row_weight))
-    _library().opsd_divergence_rows(
-        _pointer(student),
-        _pointer(teacher),
-        _pointer(bias),
-        _pointer(teacher_bias),
-        _pointer(row_weight),
-        _pointer(stats),
-        _pointer(opposed),
-        n,
-        v,
-        student.stride(0),
-        teacher.stride(0),
-        stats.stride(0),
-        _options(transform, divergence, clip),
-    )
-    state[states.CLIPPED], state[states.DIVERGENCE], state[states.COUNT] = (
-        stats[0],
-        stats[1],
-        stats[4],
-    )
-    state[states.DOT] = -opposed
-    for role, entropy in ((states.STUDENT, stats[2]), (states.TEACHER, stats[3])):
-        state[role][states.SUM], state[role][states.MOMENT] = 1.0, entropy
+    tile = _tile(student, teacher, bias, teacher_bias, state)
+    _library().opsd_rows(tile, _pointer(row_weight), _options(transform, divergence, clip))
 
 
-def log_prob_rows(
+def log_prob_normalisers(
     logits: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     transform: LogitTransform,
     state: Tensor,
-    row_weight: Tensor | None,
 ) -> None:
-    n, v = logits.shape
-    stats = logits.new_zeros(2, n)
-    bias, targets, row_weight = map(_contiguous, (bias, targets, row_weight))
-    _library().opsd_log_prob_rows(
-        _pointer(logits),
-        _pointer(bias),
-        _pointer(targets, torch.int64),
-        _pointer(row_weight),
-        _pointer(stats),
-        n,
-        v,
-        logits.stride(0),
-        stats.stride(0),
-        _options(transform),
+    tile = _tile(logits, None, bias, None, state)
+    _library().opsd_log_prob_normalisers(tile, _pointer(targets, torch.int64), _options(transform))
+
+
+def log_prob_gradient_(
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    state: Tensor,
+    row_weight: Tensor,
+) -> None:
+    tile = _tile(logits, None, bias, None, state)
+    _library().opsd_log_prob_gradient(
+        tile, _pointer(targets, torch.int64), _pointer(row_weight), _options(transform)
     )
-    state[states.TARGET], state[states.MAX] = stats[0], 0.0
-    state[states.SUM], state[states.MOMENT] = 1.0, stats[1]

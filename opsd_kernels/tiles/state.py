@@ -31,6 +31,7 @@ PULL = 7  # sum p
 CLIPPED = 8  # sum min(l, threshold)
 COUNT = 9  # sum (1 - m)
 CLIPPED_PULL = 10  # sum of the clipped pull: -m T, m (p + S), m p
+SUMS = slice(DIVERGENCE, CLIPPED_PULL + 1)  # what `sums` adds to
 DOT = 11  # sum of (clipped gradient) (unclipped gradient)
 ROWS = 12
 

@@ -40,9 +40,14 @@ rows(student, teacher, bias, teacher_bias, divergence, transform, clip, state, r
     normalisers, sums and (row_weight not None, or an entry clip) gradient_ at once, on tiles that
     hold whole rows, with the token clip applied to row_weight. It may overwrite both tiles.
 
-`TILES` is how many items a tile's entry occupies while they work, the two tiles included.
+`TEMPORARIES` is how many tensors of n v items they allocate while they work; with a `SLICE`, of
+min(n v, max(v, SLICE)).
 Identical rows give exactly 0, entries of probability 0 count for nothing, NaN stays NaN.
 """
+
+import functools
+import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -51,9 +56,34 @@ from opsd_kernels.divergence import Clip, Divergence, LogitTransform
 from opsd_kernels.tiles import state as rows_of
 from opsd_kernels.tiles.state import MAX, STUDENT, SUM, TEACHER
 
-TILES = 2 + 6  # both tiles and up to six temporaries of their size
+TEMPORARIES = 6
+# Entries worked on at a time, so that the temporaries are small.
+SLICE = 2**19
 
 
+def _in_slices(function: Callable[..., None]) -> Callable[..., None]:
+    """Call it on a few tokens at a time."""
+    names = list(inspect.signature(function).parameters)
+    by_token = {k for k, n in enumerate(names) if n in ("student", "teacher", "logits", "targets")}
+    by_token.add(names.index("row_weight") if "row_weight" in names else -1)
+    state = names.index("state")
+
+    @functools.wraps(function)
+    def sliced(*arguments) -> None:
+        n, v = arguments[0].shape
+        step = max(1, SLICE // max(v, 1))
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            part = [
+                x[rows] if k in by_token and x is not None else x for k, x in enumerate(arguments)
+            ]
+            part[state] = part[state][:, rows]
+            function(*part)
+
+    return sliced
+
+
+@_in_slices
 def normalisers(
     student: Tensor,
     teacher: Tensor,
@@ -66,6 +96,7 @@ def normalisers(
     rows_of.merge_(state[TEACHER], _normaliser(_logits(teacher, teacher_bias, transform)))
 
 
+@_in_slices
 def sums(
     student: Tensor,
     teacher: Tensor,
@@ -82,6 +113,7 @@ def sums(
     _add_sums(s, terms, pull, divergence, clip, state)
 
 
+@_in_slices
 def gradient_(
     student: Tensor,
     teacher: Tensor,
@@ -118,6 +150,7 @@ def gradient_(
         student.copy_(g.mul_(factor))
 
 
+@_in_slices
 def log_prob_normalisers(
     logits: Tensor,
     bias: Tensor | None,
@@ -132,6 +165,7 @@ def log_prob_normalisers(
     rows_of.merge_(state[STUDENT], _normaliser(z))
 
 
+@_in_slices
 def log_prob_gradient_(
     logits: Tensor,
     bias: Tensor | None,

@@ -7,38 +7,71 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsd_kernels.plan import DEFAULT_BUDGET, plan_rows
+from opsd_kernels.plan import DEFAULT_BUDGET, LEAST_COLUMNS, Cost, Plan, plan
 
-
-@given(
-    st.integers(1, 10**6),
-    st.integers(1, 3 * 10**5),
-    st.integers(0, 10**5),
-    st.integers(0, 10**7),
-    st.integers(0, 10**10),
+COSTS = st.builds(
+    Cost,
+    entry=st.sampled_from([4, 8, 10, 16]),
+    temporaries=st.sampled_from([0, 24]),
+    slice_entries=st.integers(0, 10**6),
+    token=st.integers(0, 10**5),
+    one_pass_token=st.integers(0, 10**4),
+    tiles_token=st.integers(0, 10**4),
+    column=st.integers(0, 10**4),
+    slice_columns=st.integers(0, 2000),
+    fixed=st.integers(0, 10**7),
 )
-def test_plans_cover_the_tokens_within_the_budget(tokens, vocabulary, row_bytes, fixed, extra):
-    least = 8 * vocabulary + row_bytes + fixed
-    budget = least + extra
-    plan = plan_rows(
-        tokens, vocabulary, tiles=2, row_bytes=row_bytes, fixed_bytes=fixed, budget=budget
-    )
-    assert 1 <= plan.rows <= tokens
-    assert (plan.blocks - 1) * plan.rows < tokens <= plan.blocks * plan.rows
-    assert plan.bytes <= budget
-    assert plan.bytes == plan.rows * (8 * vocabulary + row_bytes) + fixed
+
+
+@given(st.integers(1, 10**6), st.integers(1, 3 * 10**5), COSTS, st.integers(0, 10**10))
+def test_plans_cover_everything_within_the_budget(tokens, vocabulary, cost, extra):
+    columns = min(vocabulary, LEAST_COLUMNS)
+    budget = cost.bytes(1, columns, columns == vocabulary) + extra
+    found = plan(tokens, vocabulary, cost, budget=budget)
+    assert 1 <= found.rows <= tokens
+    assert (found.blocks - 1) * found.rows < tokens <= found.blocks * found.rows
+    assert found.one_pass == (found.columns == vocabulary)
+    assert found.bytes == cost.bytes(found.rows, found.columns, found.one_pass) <= budget
+
+
+@given(st.integers(1, 10**5), COSTS, st.booleans(), st.integers(0, 10**10))
+def test_the_most_rows_are_the_most(columns, cost, one_pass, budget):
+    rows = cost.most_rows(columns, one_pass, budget)
+    assert rows == 0 or cost.bytes(rows, columns, one_pass) <= budget
+    assert cost.bytes(rows + 1, columns, one_pass) > budget
+
+
+def test_one_pass_where_it_has_enough_rows():
+    cost, row = Cost(entry=8), 8 * 32768
+    assert plan(1000, 32768, cost, budget=16 * row) == Plan(16, 63, 32768, True, 16 * row)
+    tiles = plan(1000, 32768, cost, budget=16 * row - 1)
+    assert not tiles.one_pass and tiles.rows == 1000 and tiles.columns == 512
+    assert plan(3, 32768, cost, budget=3 * row).one_pass  # as many rows as there are tokens
+    assert not plan(3, 32768, cost, budget=3 * row - 1).one_pass
+    assert not plan(1000, 32768, cost, budget=16 * row, fast_rows=17).one_pass
+
+
+def test_tiles_follow_the_budget():
+    cost = Cost(entry=8)
+    # Wider where all tokens fit, narrower where rows would be fewer than columns.
+    assert plan(16, 10**6, cost, budget=64 * 2**20).columns == 2**19
+    small = plan(10**4, 10**6, cost, budget=2**20)
+    assert (small.rows, small.columns) == (500, 256)
+    assert plan(10**4, 10**6, cost, budget=8 * 64).rows == 1
 
 
 def test_one_byte_too_few():
-    with pytest.raises(ValueError, match="memory_budget: got 8007 bytes, must be at least 8008"):
-        plan_rows(5, 1000, tiles=2, row_bytes=8, budget=8007)
-    assert plan_rows(5, 1000, tiles=2, row_bytes=8, budget=8008).rows == 1
+    cost = Cost(entry=8, token=8)
+    with pytest.raises(ValueError, match="memory_budget: got 519 bytes, must be at least 520"):
+        plan(5, 1000, cost, budget=519)
+    assert plan(5, 1000, cost, budget=520).rows == 1
 
 
 def test_the_default_fits_any_vocabulary():
-    assert plan_rows(10, 10**9, tiles=2).rows == 1
-    assert plan_rows(10**5, 32768, tiles=2).bytes <= DEFAULT_BUDGET
-    assert plan_rows(0, 1000, tiles=2).blocks == 0
+    assert plan(10, 10**9, Cost(entry=8)).bytes <= DEFAULT_BUDGET
+    assert plan(10**5, 32768, Cost(entry=8)).bytes <= DEFAULT_BUDGET
+    assert plan(10, 1000, Cost(entry=8, fixed=DEFAULT_BUDGET)).rows == 1
+    assert plan(0, 1000, Cost(entry=8)).blocks == 0
 
 
 MEASURE = """

@@ -125,16 +125,19 @@ def test_opcheck(backend, per_token):
         clip_threshold=0.1,
         memory_budget=None,
         backend=backend,
+        group=None,
     )
     tensors = (student, teacher, weight, None, None, None, torch.rand(10))
-    torch.library.opcheck(linear._forward, (*tensors, per_token, *options))
+    torch.library.opcheck(linear._operator.forward, (*tensors, per_token, *options))
     torch.library.opcheck(
-        linear._recompute,
+        linear._operator.recompute,
         (*(x if x is None else x.detach() for x in tensors), *options),
     )
-    chosen = log_prob.Options(True, True, False, 1.0, 1.0, None, None, backend)
+    chosen = log_prob.Options(True, True, False, 1.0, 1.0, None, None, backend, None)
+    targets = torch.randint(0, 60, (10,))
     torch.library.opcheck(
-        log_prob._forward, (student, weight, torch.randint(0, 60, (10,)), None, *chosen)
+        log_prob._operator.forward,
+        (student, weight, None, targets, torch.ones(10), True, *chosen),
     )
 
 

@@ -1,0 +1,138 @@
+"""The algorithm of the fused divergence: passes over the vocabulary for each block of tokens.
+
+1. `normalisers` of both roles.
+2. `sums`, where the gradient needs them first.
+3. `gradient_`, whose tiles two products consume at once: dh += G W and dW += G^T h.
+
+In one pass (`plan.one_pass`) the tile holds all logits of a block and is there for all three:
+8 N V D multiply-adds for a trainable head and 6 for a frozen one, as many as the dense form. With
+smaller tiles every pass computes the products again, and the second is left out where it can be:
+forward_kl's gradient S - T needs no sum, and with a frozen head that of the others comes in two
+parts, dh = A - (sum p) B. What remains: 12 for a trainable head and forward_kl, 16 for the others,
+10 and 12 for a frozen one. Clip("token") scales a token's gradient by what only the sums tell: dh
+afterwards, but dW not. Clip("entry") always needs the sums first.
+
+Over ranks that each hold a part of the vocabulary, the per-token numbers are combined after passes
+1 and 2, and dh at the end.
+
+Gradients are computed in forward, with each token's share of the loss: so that backward only scales
+them by the incoming scalar.
+"""
+
+import torch
+from torch import Tensor
+
+from opsd_kernels import gemm
+from opsd_kernels.divergence import Clip, Divergence, LogitTransform
+from opsd_kernels.resolve import load
+from opsd_kernels.shards import Shards
+from opsd_kernels.sweep import Gradients, Head, Sweep, Want, blocks, buffers, plan_call
+from opsd_kernels.tiles import state as states
+
+# Rows of the per-token numbers that come out.
+LOSS, DIVERGENCE, STUDENT_ENTROPY, TEACHER_ENTROPY, CLIPPED, OPPOSED = range(6)
+
+
+def divergence_blocks(
+    student: Tensor,
+    teacher: Tensor,
+    heads: tuple[Head, Head],
+    row_weight: Tensor,
+    *,
+    divergence: Divergence,
+    transform: LogitTransform,
+    clip: Clip | None,
+    want: Want,
+    budget: int | None,
+    backend: str,
+    shards: Shards | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(stats [6, N], dh [N, D], dW [V, D], dbias [V]); the last three where `want`ed, for the loss
+    sum_n row_weight_n loss_n.
+
+    student [N, D], teacher [N, D_t]; `heads` of both. dh is rounded to the hidden states' dtype, dW
+    and dbias to the weight's.
+    """
+    dtype, n_tokens = gemm.tile_dtype(student.dtype), student.shape[0]
+    functions = load(backend)
+    forward = divergence.name == "forward_kl"
+    entry_clip = clip is not None and clip.kind == "entry"
+    token_clip = clip is not None and clip.kind == "token"
+    # Whether the gradient can be had without its sums, if that saves a pass.
+    direct = not entry_clip and (not want.head or (forward and not token_clip))
+    plan = plan_call(
+        (student, teacher),
+        heads,
+        want,
+        functions,
+        parts=direct and not forward and want.hidden,
+        vocabulary=heads[0].weight.shape[0] if shards is None else shards.largest,
+        budget=budget,
+    )
+    direct = direct and not plan.one_pass and want.any
+    parts = direct and not forward
+    at_once = plan.one_pass and shards is None and hasattr(functions, "rows")
+
+    stats = student.new_empty((6, n_tokens), dtype=dtype)
+    buffer, narrow = buffers(student, plan, roles=2)
+    gradients = Gradients(student, heads[0], want, plan, narrow)
+    for rows in blocks(n_tokens, plan):
+        sweep = Sweep((student[rows], teacher[rows]), heads, plan.columns, buffer)
+        state = states.new(sweep.rows, student, dtype)
+        factor = row_weight[rows] if want.any else None
+        described = (divergence, transform, clip, state)
+        if at_once:
+            for tile in sweep:
+                functions.rows(*tile.tensors, *described, factor)
+        else:
+            for tile in sweep:
+                functions.normalisers(*tile.tensors, transform, state)
+            if shards is not None:
+                shards.combine_normalisers_(state[states.STUDENT], state[states.TEACHER])
+            if not direct:
+                for tile in sweep:
+                    functions.sums(*tile.tensors, *described)
+                if shards is not None:
+                    shards.sum_(state[states.SUMS])
+                if token_clip and want.any:
+                    factor = factor * token_factor(state, clip)
+        gradients.start(rows, parts=parts)
+        if want.any or entry_clip:
+            for tile in sweep:
+                if not at_once:
+                    functions.gradient_(*tile.tensors, *described, factor, not direct)
+                if want.any:
+                    gradients.add(tile, sweep.student)
+        if shards is not None:
+            if direct:
+                shards.sum_(state[states.SUMS])
+            if entry_clip:
+                shards.sum_(state[states.DOT])
+            gradients.combine(shards)
+        gradients.finish(
+            rows,
+            state[states.PULL] if parts else None,
+            token_factor(state, clip) if direct and token_clip else None,
+        )
+        stats[:, rows] = statistics(state, clip)
+    del buffer, narrow
+    return stats, *gradients.results()
+
+
+def token_factor(state: Tensor, clip: Clip) -> Tensor:
+    """[n]: what Clip("token") scales a token by."""
+    d = state[states.DIVERGENCE]
+    return torch.where(d > clip.threshold, clip.threshold / d, 1.0)
+
+
+def statistics(state: Tensor, clip: Clip | None) -> Tensor:
+    """[6, n] of a complete state."""
+    d = state[states.DIVERGENCE]
+    loss, clipped, opposed = d, torch.zeros_like(d), torch.zeros_like(d)
+    if clip is not None and clip.kind == "entry":
+        loss, clipped = state[states.CLIPPED], state[states.COUNT]
+        opposed = ((state[states.DOT] < 0) & (clipped > 0)).to(d.dtype)
+    elif clip is not None:
+        loss, clipped = d * token_factor(state, clip), (d > clip.threshold).to(d.dtype)
+    entropies = (states.entropy(state[role]) for role in (states.STUDENT, states.TEACHER))
+    return torch.stack((loss, d, *entropies, clipped, opposed))

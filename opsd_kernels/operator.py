@@ -1,0 +1,190 @@
+"""How a fused function becomes a torch operator with a derivative: once, for both.
+
+A fused function `run` maps (tensors, row_weight [N], options, whether to compute gradients) to
+
+    loss [N] = row_weight_n * value_n, statistics, dh, dW, dbias   (None where not wanted)
+
+where the gradients are those of sum_n loss_n. So forward already holds the gradients, and backward
+only scales them: by one scalar for the sum, row by row (dh) for the per-token losses. Only where
+rows add up (dW, dbias) while their share is known in backward alone, backward runs it again.
+
+An operator's schema has tensors and scalars only: the small descriptions travel as their fields, in
+a NamedTuple with the fields want_hidden, want_weight, want_bias and others. Gradients that are not
+wanted come back as empty tensors.
+"""
+
+import types
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from opsd_kernels import gemm
+from opsd_kernels.sweep import Want
+
+_SCHEMA_TYPES = {
+    bool: "bool",
+    float: "float",
+    str: "str",
+    float | None: "float?",
+    int | None: "SymInt?",
+    str | None: "str?",
+}
+
+
+class FusedOperator:
+    """`opsd::<name>` and `opsd::<name>_backward`, both registered with torch."""
+
+    def __init__(
+        self,
+        name: str,
+        run: Callable[..., tuple[Tensor | None, ...]],
+        *,
+        tensors: Sequence[str],
+        trainable: tuple[str, str, str],
+        options: type,
+        statistics: int,
+    ) -> None:
+        """tensors: names in the schema, those with a "?" may be None. trainable: which of them are
+        the hidden states [N, D], the head [V, D] and its bias [V] that get gradients. statistics:
+        rows of what `run` returns as such, [statistics, N].
+        """
+        self.run, self.options, self.statistics = run, options, statistics
+        names = [t.rstrip("?") for t in tensors]
+        self.count, self.places = len(names), [names.index(t) for t in trainable]
+        declared = [
+            f"Tensor{'?' * t.endswith('?')} {t.rstrip('?')}" for t in (*tensors, "row_weight")
+        ]
+        fields = [f"{_schema_type(t)} {n}" for n, t in options.__annotations__.items()]
+        self.forward = torch.library.custom_op(
+            f"opsd::{name}",
+            self._forward,
+            mutates_args=(),
+            schema=f"({', '.join([*declared, 'bool per_token', *fields])}) "
+            "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        )
+        self.recompute = torch.library.custom_op(
+            f"opsd::{name}_backward",
+            self._recompute,
+            mutates_args=(),
+            schema=f"({', '.join([*declared, *fields])}) -> (Tensor, Tensor, Tensor)",
+        )
+        self.forward.register_fake(self._fake_forward)
+        self.recompute.register_fake(self._fake_recompute)
+        self.forward.register_autograd(self._backward, setup_context=self._setup_context)
+
+    def __call__(
+        self, tensors: Sequence[Tensor | None], row_weight: Tensor, per_token: bool, options
+    ) -> tuple[Tensor, Tensor]:
+        """(loss [N] if `per_token` else its sum, differentiable; statistics [statistics, N])."""
+        loss, statistics, *_ = self.forward(*tensors, row_weight, per_token, *options)
+        return loss, statistics.detach()
+
+    def _split(self, arguments):
+        """(tensors, row_weight, the rest)."""
+        return arguments[: self.count], arguments[self.count], arguments[self.count + 1 :]
+
+    def _call(self, tensors, row_weight, options, gradients: bool):
+        with torch.amp.autocast(row_weight.device.type, enabled=False):
+            loss, statistics, *found = self.run(tensors, row_weight, options, gradients)
+        return loss, statistics, *(row_weight.new_empty(0) if g is None else g for g in found)
+
+    def _forward(self, *arguments):
+        tensors, row_weight, (per_token, *fields) = self._split(arguments)
+        options = self.options(*fields)
+        now = _in_forward(per_token, options)
+        loss, *rest = self._call(tensors, row_weight, options, now)
+        return loss if per_token else loss.sum(), *rest
+
+    def _recompute(self, *arguments):
+        tensors, row_weight, fields = self._split(arguments)
+        _, _, *gradients = self._call(tensors, row_weight, self.options(*fields), True)
+        return tuple(gradients)
+
+    def _empty_gradients(self, tensors, row_weight, want: Want | None):
+        hidden, weight, _ = (tensors[k] for k in self.places)
+        nothing = row_weight.new_empty(0)
+        return (
+            torch.empty_like(hidden) if want and want.hidden else nothing,
+            torch.empty_like(weight) if want and want.weight else nothing.clone(),
+            weight.new_empty(weight.shape[0]) if want and want.bias else nothing.clone(),
+        )
+
+    def _fake_forward(self, *arguments):
+        tensors, row_weight, (per_token, *fields) = self._split(arguments)
+        options, n_tokens = self.options(*fields), tensors[0].shape[0]
+        dtype = gemm.tile_dtype(tensors[0].dtype)
+        now = wanted(options) if _in_forward(per_token, options) else None
+        return (
+            row_weight.new_empty((n_tokens,) if per_token else (), dtype=dtype),
+            row_weight.new_empty((self.statistics, n_tokens), dtype=dtype),
+            *self._empty_gradients(tensors, row_weight, now),
+        )
+
+    def _fake_recompute(self, *arguments):
+        tensors, row_weight, fields = self._split(arguments)
+        return self._empty_gradients(tensors, row_weight, wanted(self.options(*fields)))
+
+    def _setup_context(self, ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        tensors, row_weight, (ctx.per_token, *fields) = self._split(inputs)
+        ctx.arguments, ctx.options = len(inputs), self.options(*fields)
+        ctx.computed = _in_forward(ctx.per_token, ctx.options)
+        ctx.save_for_backward(*(output[2:] if ctx.computed else (*tensors, row_weight)))
+
+    def _backward(self, ctx, grad, *_):
+        returned = [None] * ctx.arguments
+        if grad is None:
+            return tuple(returned)
+        _refuse_double_backward(grad)
+        want = wanted(ctx.options)
+        if ctx.computed:
+            gradients = _scaled(ctx.saved_tensors, grad[:, None] if ctx.per_token else grad)
+        else:
+            *tensors, row_weight = ctx.saved_tensors
+            gradients = self.recompute(*tensors, row_weight * grad, *ctx.options)
+        for place, gradient, is_wanted in zip(
+            self.places, gradients, (want.hidden, want.weight, want.bias), strict=True
+        ):
+            if is_wanted:
+                returned[place] = gradient
+        return tuple(returned)
+
+
+def wanted(options) -> Want:
+    return Want(options.want_hidden, options.want_weight, options.want_bias)
+
+
+def _in_forward(per_token: bool, options) -> bool:
+    """Whether forward computes the gradients: not where a row's share of the loss is unknown and
+    rows add up.
+    """
+    want = wanted(options)
+    return want.any and not (per_token and want.head)
+
+
+def _schema_type(annotation: type | types.UnionType) -> str:
+    return _SCHEMA_TYPES[annotation]
+
+
+def _scaled(saved: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """Each of `saved` times `grad`, in its own dtype; empty ones stand for gradients nobody wants.
+
+    In place where this graph will not be walked again: a copy of a [V, D] gradient would double the
+    memory of the call. (A second walk, retain_graph=True, needs them as they are.)
+    """
+    once = type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if once and grad.device.type == "cpu" and grad.numel() == 1 and grad.item() == 1.0:
+        return list(saved)
+    if once:
+        return [x if x.numel() == 0 else x.mul_(grad) for x in saved]
+    return [x if x.numel() == 0 else (x * grad).to(x.dtype) for x in saved]
+
+
+def _refuse_double_backward(grad: Tensor) -> None:
+    """The derivative of the gradient is not implemented; unchecked, it would silently be 0."""
+    if type(grad) is Tensor and torch.is_grad_enabled():
+        raise RuntimeError(
+            "opsd_kernels: create_graph=True is not supported: no second derivatives"
+        )

@@ -1,0 +1,146 @@
+"""The tile functions by themselves: vocabulary tiles of any size give what a whole row gives, and
+every backend's what torch's gives in fp64.
+"""
+
+import pytest
+import torch
+from kernel_cases import BACKENDS, DIVERGENCES
+
+from opsd_kernels import Clip, Divergence, LogitTransform
+from opsd_kernels.resolve import load
+from opsd_kernels.tiles import state as states
+
+TRANSFORMS = {
+    "plain": LogitTransform(),
+    "scaled": LogitTransform(1.3, -0.7),
+    "capped": LogitTransform(0.9, 1.1, 4.0),
+}
+CLIPS = {"none": None, "entry": Clip("entry", 0.02)}
+N, V = 5, 1043  # no multiple of any vector, three blocks of 512
+
+
+def problem(biased: bool) -> tuple:
+    """Products [N, V] and biases; a padded entry, and a token with equal roles."""
+    student, teacher = 3 * torch.randn(2, N, V, dtype=torch.float64)
+    student[1] = teacher[1]
+    bias, teacher_bias = torch.randn(2, V, dtype=torch.float64)
+    teacher_bias = bias if biased else None
+    return student, teacher, bias if biased else None, teacher_bias
+
+
+def sweep(backend, tensors, cuts, transform, divergence, clip, row_weight, dtype, early):
+    """State and gradient after the three functions have seen the tiles between `cuts`."""
+    backend = load(backend)
+    # Wider than the tile, so that a row's stride is not its length.
+    wide = [torch.full((N, V + 3), torch.nan, dtype=dtype) for _ in range(2)]
+    student, teacher = (w[:, 1 : V + 1].copy_(x) for w, x in zip(wide, tensors[:2], strict=True))
+    biases = [x if x is None else x.to(dtype) for x in tensors[2:]]
+    tiles = [
+        (student[:, a:b], teacher[:, a:b], *(x if x is None else x[a:b] for x in biases))
+        for a, b in zip((0, *cuts), (*cuts, V), strict=True)
+    ]
+    state = states.new(N, student, dtype)
+    for tile in tiles:
+        backend.normalisers(*tile, transform, state)
+    if early:
+        for tile in tiles:
+            backend.sums(*tile, divergence, transform, clip, state)
+    before = student.clone(), teacher.clone()
+    assert torch.equal(student, tensors[0].to(dtype))  # nothing has written so far
+    row_weight = row_weight.to(dtype)
+    for tile in tiles:
+        backend.gradient_(*tile, divergence, transform, clip, state, row_weight, early)
+    if not early and divergence.name != "forward_kl":
+        student = student - teacher * state[states.PULL][:, None]
+    else:
+        assert torch.equal(teacher, before[1])
+    assert wide[0][:, 0].isnan().all() and wide[0][:, -1].isnan().all()
+    return state, student
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tiles_of_any_size(backend, transform, clip, divergence):
+    tensors, row_weight = problem(biased=transform != "plain"), torch.rand(N)
+    described = TRANSFORMS[transform], Divergence(divergence, 0.3), CLIPS[clip], row_weight
+    truth = sweep("torch", tensors, (), *described, torch.float64, True)
+    for dtype, limit in ((torch.float32, 2e-5), (torch.float64, 1e-12)):
+        if backend != "torch" and dtype == torch.float64:
+            continue
+        for cuts in ((), (512,), (1, 17, 18, 700, 1042)):
+            for early in (True, False) if clip == "none" else (True,):
+                state, gradient = sweep(backend, tensors, cuts, *described, dtype, early)
+                torch.testing.assert_close(state.double(), truth[0], rtol=limit, atol=5 * limit)
+                torch.testing.assert_close(gradient.double(), truth[1], rtol=limit, atol=limit)
+                # A token with equal roles: exactly nothing, unless the clip takes its pulls.
+                assert state[states.DIVERGENCE, 1] == 0 and state[states.COUNT, 1] == 0
+                assert not gradient[1].any() or clip == "entry"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_gradient(backend):
+    """row_weight=None with an entry clip: the dot product, and the tile stays as it is."""
+    tensors, clip = problem(False), Clip("entry", 1e-3)
+    tiles = [x.float() for x in tensors[:2]]
+    functions, state = load(backend), states.new(N, tiles[0], torch.float32)
+    call = (*tiles, None, None, Divergence(), LogitTransform(), clip, state)
+    functions.normalisers(*tiles, None, None, LogitTransform(), state)
+    functions.sums(*call)
+    functions.gradient_(*call, None)
+    assert torch.equal(tiles[0], tensors[0].float()) and state[states.DOT].any()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_prob_tiles(backend, transform):
+    products, _, bias, _ = problem(biased=True)
+    targets = torch.tensor([0, 17, 1042, 511, 512])
+    z = products + bias
+    described = TRANSFORMS[transform]
+    z = z * described.scale
+    if described.softcap is not None:
+        z = described.softcap * torch.tanh(z / described.softcap)
+    log_p = (z / described.temperature).log_softmax(-1)
+    functions = load(backend)
+    for cuts in ((), (512,), (1, 17, 18, 700, 1042)):
+        tile, state = products.float(), states.new_log_prob(N, products, torch.float32)
+        spans = list(zip((0, *cuts), (*cuts, V), strict=True))
+        for a, b in spans:
+            functions.log_prob_normalisers(
+                tile[:, a:b], bias[a:b].float(), targets - a, described, state
+            )
+        got = state[states.TARGET] - state[states.MAX] - state[states.SUM].log()
+        torch.testing.assert_close(got.double(), log_p[range(N), targets], rtol=1e-5, atol=1e-5)
+        entropy = states.entropy(state[states.STUDENT])
+        torch.testing.assert_close(
+            entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5
+        )
+        for a, b in spans:
+            functions.log_prob_gradient_(
+                tile[:, a:b], bias[a:b].float(), targets - a, described, state, torch.ones(N)
+            )
+        g = -log_p.exp()
+        g[range(N), targets] += 1
+        g *= described.scale / described.temperature
+        if described.softcap is not None:
+            g *= 1 - (z / described.softcap) ** 2
+        torch.testing.assert_close(tile.double(), g, rtol=1e-4, atol=1e-5)
+
+
+def test_states_of_two_halves_merge():
+    """A padded half, in which every entry is -inf, changes nothing and makes no NaN."""
+    z, one = 4 * torch.randn(N, 40), states.new_log_prob(N, torch.zeros(1), torch.float32)
+    targets, functions = torch.full((N,), -1), load("torch")
+    functions.log_prob_normalisers(z, None, targets, LogitTransform(), one)
+    for cut in (1, 20, 39):
+        halves = [states.new_log_prob(N, z, z.dtype) for _ in range(3)]
+        nothing = torch.full((N, 3), -torch.inf)
+        for part, half in zip((z[:, :cut], z[:, cut:], nothing), halves, strict=True):
+            functions.log_prob_normalisers(part, None, targets, LogitTransform(), half)
+        for order in ((0, 1, 2), (2, 1, 0), (2, 0, 1)):
+            merged = states.new_log_prob(N, z, z.dtype)
+            for k in order:
+                states.merge_(merged, halves[k])
+            torch.testing.assert_close(merged, one)
