@@ -78,6 +78,14 @@ CHEAP = [
     ("\\text{Monday}", "Monday", True),
     ("monday", "Monday", True),
     ("Tuesday", "Monday", False),
+    ("\\left( 1, \\dfrac{1}{2} \\right)", "(1,\\frac{1}{2})", True),
+    ("1 1/2", "11/2", None),  # no space that means something is dropped
+    ("1 000 000", "1000000", True),
+    ("1:2:3", "1:3:2", False),
+    ("101_2", "5_{10}", True),
+    ("x_1", "x_2", None),
+    ("1, 2, \\ldots, n", "1,2,\\dots,n", True),
+    ("9:05", "9:5", True),
     ("silent", "listen", False),  # to math-verify the same product of letters
     ("on", "no", None),
     ("No", "no", True),
@@ -142,12 +150,11 @@ def test_mathematics(grader):
     assert wrong == []
 
 
-# Where the grader is known to judge otherwise than a person: (given, answer).
+# Where the grader is known to judge otherwise than a person: (given, answer). They and the figures
+# below are in docs/evaluate.md as well.
 KNOWN_DISAGREEMENTS = {
-    ("\\ln 2", "\\log 2"),  # a logarithm without base is taken as the decimal one
-    ("10:30 \\text{ AM}", "10:30"),
-    ("--3", "3"),
-    ("The answer is 12", "12"),  # prose in the box
+    ("10:30 \\text{ AM}", "10:30"),  # half of the day is compared only where both say it
+    ("--3", "3"),  # right as mathematics, careless as an answer
 }
 
 
@@ -163,7 +170,13 @@ def test_agreement_with_pairs_judged_by_hand(grader):
         if grade.correct is not pair["correct"]
     }
     assert disagreements == KNOWN_DISAGREEMENTS
-    assert len(disagreements) / len(pairs) < 0.03
+    right = sum(pair["correct"] for pair in pairs)
+    agreement = 100 * (1 - len(disagreements) / len(pairs))
+    assert len({(pair["given"], pair["answer"]) for pair in pairs}) == len(pairs)
+    assert len(pairs) - right >= 100 and agreement >= 99.5
+    document = (ROOT / "docs" / "evaluate.md").read_text()
+    assert f"{len(pairs)} pairs" in document and f"{agreement:.2f} %" in document
+    assert all(f"`{given}` for `{answer}`" in document for given, answer in disagreements)
 
 
 def test_works_off_the_main_thread_and_from_several(grader):
@@ -186,22 +199,65 @@ def test_an_endless_answer_costs_its_worker_and_nothing_else():
     with Grader(timeout=1.5) as grader:
         assert grader.grade([boxed("2/4")], ["1/2"])[0].correct
         first = grader._pool[0].process
-        hostile = boxed("9^{9^{9^{9}}}")
+        hostile = boxed("(x+y+z+w)^{200}")
         grades = grader.grade(
             [hostile, boxed("3/6"), hostile, boxed("1/4")], ["5/7", "1/2", "5/7", "1/2"]
         )
         assert [grade.correct for grade in grades] == [False, True, False, False]
         assert grades[0].reason == grades[2].reason == "no verdict within 1.5 s"
-        assert first.poll() == -signal.SIGKILL
+        assert first.poll() == -signal.SIGPROF
 
 
-def test_megabytes_and_nesting_score_zero_with_a_reason():
-    with Grader(timeout=1.5) as grader:
-        megabytes, nested = boxed("x" * 4_000_000), boxed("(" * 1500 + "1" + ")" * 1500)
-        grades = grader.grade([megabytes, nested, boxed("2/4")], ["1/2"] * 3)
-        assert [grade.correct for grade in grades] == [False, False, True]
-        assert "4000 characters" in grades[0].reason
-        assert grades[1].reason
+HOSTILE = {
+    "10**10**10": "",
+    "10^{10^{10}}": "too large",
+    "9^{9^{9^{9}}}": "too large",
+    "2^{3^{100000}}": "too large",
+    "(10^{10})!": "",
+    "100000000!": "too large",
+    "\\binom{1000000000}{500000000}": "too large",
+    "1e999999999": "too large",
+    "\\sum_{k=1}^{10000000000} k^k": "",
+    "(x+y+z+w)^{200}": "",
+    "x" * 4_000_000: "4000 characters",
+    "7" * 4_000_000: "4000 characters",
+    "(" * 1500 + "1" + ")" * 1500: "",
+    "\\frac{1}{" * 200 + "1" + "}" * 200: "",
+    "|" * 2001: "",
+    "-" * 3900 + "1": "",
+    "1" + " " * 3900 + "2": "different",  # what a quadratic pattern would choke on
+    "\\text{" * 500 + "}" * 500: "",
+    "1," * 1900 + "1": "",
+    "\x00" * 100 + "5": "",
+    "1\x00/2": "",
+    "\ud800/2": "",
+}
+
+
+def test_hostile_answers_score_zero_promptly_with_a_reason():
+    with Grader(timeout=0.4) as grader:
+        assert grader.grade([boxed("2/4")], ["1/2"])[0].correct  # the worker is up
+        for answer, reason in HOSTILE.items():
+            start = time.monotonic()
+            hostile, honest = grader.grade([boxed(answer), boxed("3/6")], ["5/7", "1/2"])
+            name = answer[:40]
+            assert not hostile.correct and hostile.reason and reason in hostile.reason, name
+            assert honest.correct and not honest.failed, name
+            assert time.monotonic() - start < 30, name  # on a busy machine
+            assert hostile.failed or "verdict" not in hostile.reason, name
+
+
+def test_what_is_too_large_and_what_is_not():
+    from opsd.evaluate._answer_forms import too_large
+
+    for answer in ("2^{2024}", "2^{2^{2^2}}", "10^{-30}", "2023!", "\\binom{2024}{12}", "9^9"):
+        assert not too_large(answer), answer
+    for answer in ("2^{2^{2^{2^{2^2}}}}", "10 ** 10 ** 6", "3^(3^13)", "\\dbinom{300000}{5}"):
+        assert too_large(answer), answer
+    with Grader() as grader:  # the same text needs no computing
+        assert grader.grade([boxed("2^{3^{2024}}")], ["2^{3^{2024}}"])[0].correct
+        grade = grader.grade([boxed("2^{3^{2025}}")], ["2^{3^{2024}}"])[0]
+        assert not grade.correct and grade.failed and grader._pool == []
 
 
 def test_an_answer_that_needs_too_much_memory_costs_its_worker(tmp_path, monkeypatch):
@@ -238,7 +294,7 @@ def test_equal_pairs_are_judged_once(monkeypatch):
         monkeypatch.setattr(
             grader,
             "_judge",
-            lambda jobs: seen.extend(jobs) or {job: (True, "equal") for job in jobs},
+            lambda jobs: seen.extend(jobs) or {job: (True, "equal", False) for job in jobs},
         )
         grades = grader.grade([boxed("1/2")] * 8 + [boxed("1/3")], ["2/4"] * 9)
         assert seen == [("1/2", "2/4"), ("1/3", "2/4")]

@@ -1,44 +1,24 @@
 """The process that judges answers with math-verify; `grading.Grader` starts and kills it.
 
-It is run by its path, not imported: nothing of this package (and so no torch) is loaded here. One
-JSON object a line: first `{"ready": true}` or `{"error": text}` on stdout, then for each
+It is run by its path: of this package only `_answer_forms` is loaded here, and no torch. One JSON
+object a line: first `{"ready": true}` or `{"error": text}` on stdout, then for each
 `{"answer": …, "completion": …}` on stdin one `{"correct": bool, "reason": text}`, with `"last":
 true` if the process then ends. It ends with its stdin.
 """
 
 import json
 import os
-import re
+import signal
 import sys
 
-_COMMANDS = "pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty|theta|alpha|beta"
-_PLAIN_COMMAND = re.compile(rf"(?<![\\A-Za-z])({_COMMANDS})(?![A-Za-z])")
-_MIXED_NUMBER = re.compile(r"(?<![\d.])(\d+)\s+(\d+)/(\d+)(?![\d.])")
-_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
-# Three letters or more: `12 xy` is a product.
-_NUMBER_WITH_UNIT = re.compile(
-    rf"([+-]?[\d.,/]*\d)\s+(?!(?:{_COMMANDS}|sqrt)\b)[A-Za-z]{{3,}}(?:\s[A-Za-z]+)*"
-)
-_PLAIN_SQRT = re.compile(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)")
-
-
-def to_latex(answer: str) -> str:
-    """`sqrt(2)*pi` → `\\sqrt{2}*\\pi`, `1 1/2`, `1e3` and `18 dollars` likewise.
-
-    math-verify reads plain words as products of letters, and the numbers side by side as products.
-    """
-    if unit := _NUMBER_WITH_UNIT.fullmatch(answer.strip()):
-        return unit[1]
-    answer = _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", answer)
-    answer = _SCIENTIFIC.sub(r"\1\\times10^{\2}", answer)
-    answer = _PLAIN_SQRT.sub(r"\\sqrt{\1}", answer)
-    return _PLAIN_COMMAND.sub(r"\\\1", answer)
+from _answer_forms import same_logarithm, to_latex
 
 
 def make_judge():
     """Returns judge(answer, completion) → (correct, reason), with its lazy imports done."""
     import logging
 
+    import sympy  # noqa: F401 - here, where its seconds are not an answer's
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     logging.disable(logging.CRITICAL)
@@ -50,10 +30,7 @@ def make_judge():
         boxed = "\\boxed{" + to_latex(text) + "}"
         return parse(boxed, extraction_config=forms, parsing_timeout=None)
 
-    def judge(answer: str, completion: str) -> tuple[bool, str]:
-        reference, given = read(answer), read(completion)
-        if not given:
-            return False, "the answer cannot be read as mathematics"
+    def equal(reference: list, given: list, percent: bool) -> bool:
         try:  # the reference goes first: verify() is not symmetric
             equal = verify(
                 reference,
@@ -62,16 +39,77 @@ def make_judge():
                 allow_set_relation_comp=True,
                 raise_on_error=True,
             )
+            return bool(equal) and _close(reference[0], given[0], percent)
         except MemoryError:
             raise
-        except (
-            Exception
-        ):  # sympy raises nearly anything on nonsense; the last entry is the normalised text
-            equal = bool(reference) and reference[-1] == given[-1]
-        return bool(equal), "equal" if equal else "different"
+        except Exception:
+            # sympy raises nearly anything on nonsense; the last entry is the normalised text
+            return bool(reference) and reference[-1] == given[-1]
+
+    def judge(answer: str, completion: str) -> tuple[bool, str]:
+        answer, completion = same_logarithm(answer, completion)
+        reference, given = read(answer), read(completion)
+        if not given:
+            return False, "the answer cannot be read as mathematics"
+        percent = "%" in answer + completion
+        right = equal(reference, given, percent)
+        if not right and percent:  # 12.5 for 12.5 %
+            bare = [read(text.replace("\\%", "").replace("%", "")) for text in (answer, completion)]
+            right = bool(bare[1]) and equal(*bare, percent=False)
+        if not right and reference and " or" in completion.replace("{or", "{ or"):
+            right = _same_alternatives(reference[0], given[0])
+        if not right and reference:
+            right = _same_complex(reference[0], given[0])
+        return right, "equal" if right else "different"
 
     judge("\\frac{1}{2}x", "x/2")
     return judge
+
+
+def _close(one, other, percent: bool) -> bool:
+    """Whether two constants that math-verify calls equal are so relative to their size: it rounds
+    to six decimals, so that 1e-20 would equal 2e-20. Anything but constants is close.
+
+    percent: one of them is written with a percent sign, and may mean a hundredth.
+    """
+    import sympy
+
+    constants = all(isinstance(side, sympy.Expr) and side.is_number for side in (one, other))
+    if not constants or one == other:
+        return True
+    one, other = sympy.N(one), sympy.N(other)
+    if not all(side.is_finite for side in (one, other)):
+        return True
+    scales = (1, 100, sympy.Rational(1, 100)) if percent else (1,)
+    return any(
+        bool(abs(one - scale * other) <= 1e-5 * max(abs(one), abs(scale * other)))
+        for scale in scales
+    )
+
+
+def _same_alternatives(reference, given) -> bool:
+    """`x<1 or x>2`, which math-verify reads as a set of relations, against a set of numbers."""
+    import sympy
+
+    if not isinstance(reference, sympy.Set) or not isinstance(given, sympy.FiniteSet):
+        return False
+    if not all(isinstance(one, sympy.core.relational.Relational) for one in given):
+        return False
+    return sympy.Union(*(one.as_set() for one in given)) == reference
+
+
+def _same_complex(reference, given) -> bool:
+    """The comparison with every symbol `i` taken as the imaginary unit."""
+    import sympy
+
+    sides = (reference, given)
+    if not all(isinstance(side, sympy.Expr) for side in sides):
+        return False
+    units = {s: sympy.I for side in sides for s in side.free_symbols if s.name == "i"}
+    if not units:
+        return False
+    difference = reference.subs(units) - given.subs(units)
+    return sympy.simplify(difference) == 0
 
 
 def limit_memory(bytes_: int) -> None:
@@ -84,14 +122,13 @@ def limit_memory(bytes_: int) -> None:
         pass
 
 
-def limit_cpu_seconds(seconds: float) -> None:
-    """Ends this process after so much more CPU time: it must not outlive its parent by long."""
-    import resource
+def limit_cpu(seconds: float) -> None:
+    """Lets the kernel end this process after so much more CPU time; 0 takes the limit back.
 
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(usage.ru_utime + usage.ru_stime + seconds) + 1
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+    CPU time, since on a busy machine an honest answer may wait for its turn; and the signal's
+    default action, since a handler of Python's cannot interrupt one long computation in C.
+    """
+    signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def main(memory_limit: int, timeout: float) -> None:
@@ -111,12 +148,13 @@ def main(memory_limit: int, timeout: float) -> None:
     reply(ready=True)
     for line in sys.stdin:
         job = json.loads(line)
-        limit_cpu_seconds(2 * timeout)
+        limit_cpu(timeout)
         try:
             correct, reason = judge(job["answer"], job["completion"])
         except MemoryError:
             reply(correct=False, reason="comparing the answer takes too much memory", last=True)
             return  # the parent starts a process with a clean memory
+        limit_cpu(0)
         reply(correct=correct, reason=reason)
 
 

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -24,13 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opsd.errors import UserError
+from opsd.evaluate._answer_forms import same_form, too_large
 
 MAX_ANSWER_CHARACTERS = 4000
 _WORKER = Path(__file__).with_name("_grading_worker.py")
 _START_SECONDS = 120.0  # importing sympy from a cold disk on a busy machine
 
+_PATIENCE = 6.0  # wall-clock seconds for one of CPU time, before a worker is killed from here
+
 _BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_INTEGER = re.compile(r"([+-]?)(\d+|\d{1,3}(?:,\d{3})+)(?:\.0*)?")
+_INTEGER = re.compile(r"([+-]?)(\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)(?:\.0*)?")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
 
@@ -72,12 +76,22 @@ def _plain(answer: str) -> str:
     return " ".join(answer.strip("$ \n\t").rstrip("\\.").split())
 
 
+_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
+_SIZE = re.compile(r"\\(?:left|right)(?![A-Za-z])|(?<=\\)[dt](?=frac(?![A-Za-z]))")
+
+
+def _squeezed(answer: str) -> str:
+    """Without what changes only the looks: `\\left( 1, \\dfrac12 \\right)` → `(1,\\frac12)`. Spaces
+    between letters or digits stay: `1 1/2` is not `11/2`."""
+    return _SPACE.sub("", _SIZE.sub("", answer))
+
+
 def _integer(answer: str) -> str | None:
     """Canonical digits of an answer that is a plain integer; text, so that any length will do."""
     match = _INTEGER.fullmatch(answer)
     if match is None:
         return None
-    digits = match[2].replace(",", "").lstrip("0") or "0"
+    digits = match[2].replace(",", "").replace(" ", "").lstrip("0") or "0"
     return "-" + digits if match[1] == "-" and digits != "0" else digits
 
 
@@ -96,12 +110,22 @@ def _grade_here(extracted: str, answer: str) -> Grade | None:
         return Grade(False, "the box is empty", extracted)
     if len(extracted) > MAX_ANSWER_CHARACTERS:
         return Grade(
-            False, f"the answer is longer than {MAX_ANSWER_CHARACTERS} characters", extracted
+            False,
+            f"the answer is longer than {MAX_ANSWER_CHARACTERS} characters",
+            extracted,
+            failed=True,
         )
     given_integer, wanted_integer = _integer(given), _integer(wanted)
+    if _squeezed(given) == _squeezed(wanted):
+        return Grade(True, "the same text", extracted)
     if given_integer is not None and wanted_integer is not None:
         equal = given_integer == wanted_integer
         return Grade(equal, "equal integers" if equal else "different integers", extracted)
+    equal = same_form(given, wanted)
+    if equal is not None:
+        return Grade(equal, "the same form" if equal else "different", extracted)
+    if too_large(given) or too_large(wanted):
+        return Grade(False, "a number too large to compare", extracted, failed=True)
     if _is_words(given) and _is_words(wanted):
         # math-verify reads words as products of letters: to it `listen` equals `silent`.
         equal = given.casefold() == wanted.casefold()
@@ -134,7 +158,7 @@ class _Worker:
         line = memoryview(json.dumps({"answer": answer, "completion": completion}).encode() + b"\n")
         while line:
             line = line[self.process.stdin.write(line) :]
-        self.job, self.deadline = job, time.monotonic() + timeout
+        self.job, self.deadline = job, time.monotonic() + _PATIENCE * timeout
 
     def receive(self) -> dict | None:
         """The next reply, None while it is incomplete. Raises EOFError if the process ended."""
@@ -162,10 +186,10 @@ def _kill_all(workers: list[_Worker]) -> None:
 class Grader:
     """Grades completions against reference answers; a context manager that owns its workers.
 
-    timeout: seconds for one answer; workers: processes at most; memory_limit: bytes of address
-    space of each. May be called from any thread, one call at a time. Workers start when first
-    needed, are replaced when they die, and end with `close()`, with the object, or with this
-    process.
+    timeout: seconds of CPU time for one answer (on a busy machine it may wait six times as long);
+    workers: processes at most; memory_limit: bytes of address space of each. May be called from any
+    thread, one call at a time. Workers start when first needed, are replaced when they die, and end
+    with `close()`, with the object, or with this process.
     """
 
     def __init__(self, *, timeout: float = 5.0, workers: int = 1, memory_limit: int = 2 << 30):
@@ -219,11 +243,12 @@ class Grader:
                 verdicts = self._judge(list(hard))
             for job, indices in hard.items():
                 for index in indices:
-                    grades[index] = Grade(*verdicts[job], extracted=job[0])
+                    correct, reason, failed = verdicts[job]
+                    grades[index] = Grade(correct, reason, job[0], failed)
         return grades
 
-    def _judge(self, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[bool, str]]:
-        """job → (correct, reason), the workers busy side by side."""
+    def _judge(self, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[bool, str, bool]]:
+        """job → (correct, reason, failed), the workers busy side by side."""
         waiting, verdicts = deque(jobs), {}
         try:
             while len(verdicts) < len(jobs):
@@ -275,16 +300,18 @@ class Grader:
                 if reply is None:
                     return
             except EOFError:
-                failure = "the grading process died (out of memory?)"
+                if worker.process.wait() != -signal.SIGPROF:  # its own limit of CPU time
+                    failure = "the grading process died (out of memory?)"
         if not worker.ready:
             self._started(worker, failure if reply is None else reply.get("error"))
         elif reply is None:
-            verdicts[worker.job] = (False, failure)
+            verdicts[worker.job] = (False, failure, True)
             self._discard(worker)
         else:
-            verdicts[worker.job] = (reply["correct"], reply["reason"])
+            ended = bool(reply.get("last"))
+            verdicts[worker.job] = (reply["correct"], reply["reason"], ended)
             worker.job = None
-            if reply.get("last"):
+            if ended:
                 self._discard(worker)
 
     def _started(self, worker: _Worker, problem: str | None) -> None:

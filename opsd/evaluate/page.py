@@ -39,7 +39,7 @@ def page(result: dict[str, Any], rows: Sequence[Row], answers: Sequence[Sequence
     body = tag(
         "body",
         _header(result),
-        tag("main", _result(result), _asked(result), _problems(rows, answers)),
+        tag("main", _result(result), _problems(rows, answers), _asked(result)),
         tag("footer", tag("p", f"Written {time.strftime('%Y-%m-%d %H:%M')} by opsd eval.")),
     )
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
