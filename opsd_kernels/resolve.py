@@ -1,4 +1,10 @@
-"""Which backend serves a call: decided here and nowhere else."""
+"""Which backend serves a call: decided here and nowhere else.
+
+`auto` takes, of the usable ones: for fp64 torch; on the CPU cpp, then torch; on a CUDA device
+cuda, then triton, then torch; elsewhere torch. On the CPU that order is measured (benchmarks/). On
+CUDA it is not: no GPU has run either yet. Both go over memory equally often (docs/gpu.md); cuda
+comes first since its launches cost the host less and it compiles nothing at run time.
+"""
 
 import importlib
 import warnings
@@ -6,42 +12,69 @@ from types import ModuleType
 
 import torch
 
-from opsd_kernels.tiles import cpp
+from opsd_kernels.tiles import cpp, cuda, triton
 
-_LATER = "not in this release: only 'torch' and 'cpp' are"
-_BACKENDS = {"torch": None, "cpp": cpp.unusable_because(), "triton": _LATER, "cuda": _LATER}
+# What the installation lacks, name -> reason. Devices are looked for later: asking CUDA for them at
+# import would keep it from working after a fork.
+_BACKENDS = {
+    "torch": None,
+    "cpp": cpp.unusable_because(),
+    "triton": triton.unusable_because(),
+    "cuda": cuda.unusable_because(),
+}
+_FASTEST_FIRST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+_NO_DEVICE = "no CUDA device"
 
 
 def backends() -> dict[str, str | None]:
     """Backend name -> None where it is usable here, otherwise the reason why it is not."""
-    return dict(_BACKENDS)
+    reasons = dict(_BACKENDS)
+    for name in ("triton", "cuda"):
+        if reasons[name] is None and not (torch.cuda.is_available() or _serves_cpu(name)):
+            reasons[name] = _NO_DEVICE
+    return reasons
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that serves `name` for such tensors. ValueError or NotImplementedError with the
-    reason if there is none.
-    """
+    """The backend that serves `name` for such tensors. ValueError with the reason if none does."""
     if name == "auto":
-        if device.type != "cpu" or dtype == torch.float64:
-            return "torch"
-        if _BACKENDS["cpp"] is None:
-            return "cpp"
-        warnings.warn(
-            f"opsd_kernels: using the slower torch backend, because of 'cpp': {_BACKENDS['cpp']}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return "torch"
+        return _fastest(device, dtype)
     if name not in _BACKENDS:
         raise ValueError(f"backend: got {name!r}, may be one of auto, {', '.join(_BACKENDS)}")
-    if _BACKENDS[name] is not None:
-        error = NotImplementedError if _BACKENDS[name] is _LATER else ValueError
-        raise error(f"backend: got {name!r}, which is unusable here: {_BACKENDS[name]}")
-    if name == "cpp" and device.type != "cpu":
-        raise ValueError(f"backend: got 'cpp' for tensors on {device}, it serves the CPU only")
-    if name == "cpp" and dtype == torch.float64:
-        raise ValueError("backend: got 'cpp' for float64 tensors, which only 'torch' serves")
+    reason = _BACKENDS[name]
+    if reason is None and name in ("triton", "cuda") and device.type == "cpu":
+        reason = None if _serves_cpu(name) or torch.cuda.is_available() else _NO_DEVICE
+    if reason is not None:
+        raise ValueError(f"backend: got {name!r}, which is unusable here: {reason}")
+    if name == "torch":
+        return name
+    if dtype == torch.float64:
+        raise ValueError(f"backend: got {name!r} for float64 tensors, which only 'torch' serves")
+    own = "cpu" if name == "cpp" else "cuda"
+    if device.type != own and not (device.type == "cpu" and _serves_cpu(name)):
+        served = "the CPU" if name == "cpp" else "CUDA devices"
+        raise ValueError(f"backend: got {name!r} for tensors on {device}, it serves {served} only")
     return name
+
+
+def _fastest(device: torch.device, dtype: torch.dtype) -> str:
+    if dtype == torch.float64 or device.type not in _FASTEST_FIRST:
+        return "torch"
+    candidates = _FASTEST_FIRST[device.type]
+    for name in candidates:
+        if _BACKENDS[name] is None:
+            return name
+    reasons = "; ".join(f"{name!r}: {_BACKENDS[name]}" for name in candidates)
+    warnings.warn(
+        f"opsd_kernels: using the slower torch backend, because of {reasons}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return "torch"
+
+
+def _serves_cpu(name: str) -> bool:
+    return name == "triton" and triton.INTERPRETED
 
 
 def load(name: str) -> ModuleType:

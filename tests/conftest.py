@@ -4,9 +4,16 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 # `benchmarks` is not installed; at the end of the path, so that the installed packages are tested
 # and not the checkout's, which may have no compiled library.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # Before anything imports tokenizers: a fork after its threads started prints a page of advice.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Without a GPU, Triton's kernels run in its interpreter. Read when triton and our backend are
+# imported, and so set before everything.
+if not torch.cuda.device_count():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -9,36 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opsd_kernels.divergence import CLIPS, DIVERGENCES, Clip, Divergence, LogitTransform
+from opsd_kernels.divergence import Clip, Divergence, LogitTransform
+from opsd_kernels.tiles.c_interface import Options, Tile, options, pointer, tile
 
 TEMPORARIES = 0  # works in place
+CPU = torch.device("cpu")
 LIBRARY = Path(__file__).parent.parent / "libopsd_cpu.so"
-
-
-class _Options(ctypes.Structure):
-    """`struct opsd_options` of csrc/cpu.h."""
-
-    _fields_ = (
-        ("divergence", ctypes.c_int32),
-        ("clip", ctypes.c_int32),
-        ("beta", ctypes.c_float),
-        ("clip_threshold", ctypes.c_float),
-        ("temperature", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class _Tile(ctypes.Structure):
-    """`struct opsd_tile` of csrc/cpu.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("student", "teacher", "bias", "teacher_bias")),
-        ("state", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("n", "v", "student_stride", "teacher_stride")),
-        ("state_stride", ctypes.c_int64),
-    )
 
 
 def unusable_because() -> str | None:
@@ -56,7 +32,7 @@ def _library() -> ctypes.CDLL:
     # After torch: the library's OpenMP runtime is then the one that torch has already loaded, with
     # its threads.
     library = ctypes.CDLL(str(LIBRARY))
-    tile, options = ctypes.POINTER(_Tile), ctypes.POINTER(_Options)
+    shape, described = ctypes.POINTER(Tile), ctypes.POINTER(Options)
     for name, arguments in (
         ("normalisers", ()),
         ("sums", ()),
@@ -66,7 +42,7 @@ def _library() -> ctypes.CDLL:
         ("log_prob_gradient", (ctypes.c_void_p, ctypes.c_void_p)),
     ):
         function = getattr(library, f"opsd_{name}")
-        function.argtypes, function.restype = [tile, *arguments, options], None
+        function.argtypes, function.restype = [shape, *arguments, described], None
     library.opsd_instruction_set.restype = ctypes.c_char_p
     return library
 
@@ -76,42 +52,8 @@ def instruction_set() -> str:
     return _library().opsd_instruction_set().decode()
 
 
-def _options(
-    transform: LogitTransform, divergence: Divergence | None = None, clip: Clip | None = None
-) -> _Options:
-    return _Options(
-        divergence=0 if divergence is None else DIVERGENCES.index(divergence.name),
-        clip=0 if clip is None else 1 + CLIPS.index(clip.kind),
-        beta=0.5 if divergence is None else divergence.beta,
-        clip_threshold=0.0 if clip is None else clip.threshold,
-        temperature=transform.temperature,
-        scale=transform.scale,
-        softcap=0.0 if transform.softcap is None else transform.softcap,
-        threads=torch.get_num_threads(),
-    )
-
-
-def _pointer(x: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
-    if x is None:
-        return None
-    assert x.device.type == "cpu" and x.dtype == dtype and (x.numel() <= 1 or x.stride(-1) == 1)
-    return x.data_ptr()
-
-
-def _tile(
-    student: Tensor,
-    teacher: Tensor | None,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    state: Tensor,
-) -> _Tile:
-    return _Tile(
-        *map(_pointer, (student, teacher, bias, teacher_bias, state)),
-        *student.shape,
-        student.stride(0),
-        0 if teacher is None else teacher.stride(0),
-        state.stride(0),
-    )
+def _floats(x: Tensor | None) -> int | None:
+    return pointer(x, CPU, torch.float32)
 
 
 def normalisers(
@@ -122,8 +64,8 @@ def normalisers(
     transform: LogitTransform,
     state: Tensor,
 ) -> None:
-    tile = _tile(student, teacher, bias, teacher_bias, state)
-    _library().opsd_normalisers(tile, _options(transform))
+    shape = tile(student, teacher, bias, teacher_bias, state)
+    _library().opsd_normalisers(shape, options(transform))
 
 
 def sums(
@@ -136,8 +78,8 @@ def sums(
     clip: Clip | None,
     state: Tensor,
 ) -> None:
-    tile = _tile(student, teacher, bias, teacher_bias, state)
-    _library().opsd_sums(tile, _options(transform, divergence, clip))
+    shape = tile(student, teacher, bias, teacher_bias, state)
+    _library().opsd_sums(shape, options(transform, divergence, clip))
 
 
 def gradient_(
@@ -153,9 +95,9 @@ def gradient_(
     sums_known: bool = True,
 ) -> None:
     assert sums_known or clip is None or clip.kind != "entry"
-    tile = _tile(student, teacher, bias, teacher_bias, state)
-    options = _options(transform, divergence, clip)
-    _library().opsd_gradient(tile, _pointer(row_weight), sums_known, options)
+    shape = tile(student, teacher, bias, teacher_bias, state)
+    described = options(transform, divergence, clip)
+    _library().opsd_gradient(shape, _floats(row_weight), sums_known, described)
 
 
 def rows(
@@ -169,8 +111,8 @@ def rows(
     state: Tensor,
     row_weight: Tensor | None,
 ) -> None:
-    tile = _tile(student, teacher, bias, teacher_bias, state)
-    _library().opsd_rows(tile, _pointer(row_weight), _options(transform, divergence, clip))
+    shape = tile(student, teacher, bias, teacher_bias, state)
+    _library().opsd_rows(shape, _floats(row_weight), options(transform, divergence, clip))
 
 
 def log_prob_normalisers(
@@ -180,8 +122,10 @@ def log_prob_normalisers(
     transform: LogitTransform,
     state: Tensor,
 ) -> None:
-    tile = _tile(logits, None, bias, None, state)
-    _library().opsd_log_prob_normalisers(tile, _pointer(targets, torch.int64), _options(transform))
+    shape = tile(logits, None, bias, None, state)
+    _library().opsd_log_prob_normalisers(
+        shape, pointer(targets, CPU, torch.int64), options(transform)
+    )
 
 
 def log_prob_gradient_(
@@ -192,7 +136,7 @@ def log_prob_gradient_(
     state: Tensor,
     row_weight: Tensor,
 ) -> None:
-    tile = _tile(logits, None, bias, None, state)
+    shape = tile(logits, None, bias, None, state)
     _library().opsd_log_prob_gradient(
-        tile, _pointer(targets, torch.int64), _pointer(row_weight), _options(transform)
+        shape, pointer(targets, CPU, torch.int64), _floats(row_weight), options(transform)
     )

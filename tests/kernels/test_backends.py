@@ -20,13 +20,11 @@ def test_the_library_is_built():
     assert opsd_kernels.backends()["cpp"] is None
     assert resolve.resolve("auto", CPU, torch.float32) == "cpp"
     assert resolve.resolve("auto", CPU, torch.float64) == "torch"
-    assert resolve.resolve("auto", torch.device("cuda"), torch.float32) == "torch"
 
 
 def test_backends_says_why():
     reasons = opsd_kernels.backends()
     assert set(reasons) == {"torch", "cpp", "triton", "cuda"}
-    assert "not in this release" in reasons["triton"]
     reasons["torch"] = "changed"
     assert opsd_kernels.backends()["torch"] is None
 

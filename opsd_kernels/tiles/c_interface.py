@@ -1,0 +1,74 @@
+"""What the compiled backends' functions take: the structures of csrc/cpu.h, built from tensors."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from opsd_kernels.divergence import CLIPS, DIVERGENCES, Clip, Divergence, LogitTransform
+
+
+class Options(ctypes.Structure):
+    """`struct opsd_options`."""
+
+    _fields_ = (
+        ("divergence", ctypes.c_int32),
+        ("clip", ctypes.c_int32),
+        ("beta", ctypes.c_float),
+        ("clip_threshold", ctypes.c_float),
+        ("temperature", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class Tile(ctypes.Structure):
+    """`struct opsd_tile`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("student", "teacher", "bias", "teacher_bias")),
+        ("state", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("n", "v", "student_stride", "teacher_stride")),
+        ("state_stride", ctypes.c_int64),
+    )
+
+
+def options(
+    transform: LogitTransform, divergence: Divergence | None = None, clip: Clip | None = None
+) -> Options:
+    return Options(
+        divergence=0 if divergence is None else DIVERGENCES.index(divergence.name),
+        clip=0 if clip is None else 1 + CLIPS.index(clip.kind),
+        beta=0.5 if divergence is None else divergence.beta,
+        clip_threshold=0.0 if clip is None else clip.threshold,
+        temperature=transform.temperature,
+        scale=transform.scale,
+        softcap=0.0 if transform.softcap is None else transform.softcap,
+        threads=torch.get_num_threads(),
+    )
+
+
+def pointer(x: Tensor | None, device: torch.device, dtype: torch.dtype) -> int | None:
+    """Of the first entry; the last dimension is contiguous."""
+    if x is None:
+        return None
+    assert x.device == device and x.dtype == dtype and (x.numel() <= 1 or x.stride(-1) == 1)
+    return x.data_ptr()
+
+
+def tile(
+    student: Tensor,
+    teacher: Tensor | None,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    state: Tensor,
+) -> Tile:
+    tensors = (student, teacher, bias, teacher_bias, state)
+    return Tile(
+        *(pointer(x, student.device, torch.float32) for x in tensors),
+        *student.shape,
+        student.stride(0),
+        0 if teacher is None else teacher.stride(0),
+        state.stride(0),
+    )

@@ -1,0 +1,128 @@
+// As much of CUDA as csrc/cuda.cu uses, on the CPU: the kernels' sources run, and are tested, where
+// there is no GPU. A block's threads are coroutines that take turns; a barrier passes the turn on
+// until all have arrived. Blocks follow one another. Nothing is said about speed, or about the
+// functions that the GPU computes by itself (exp, division).
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <ucontext.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(threads)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+inline dim3 blockIdx, blockDim, threadIdx;
+
+namespace emulated {
+
+constexpr size_t STACK = 256 << 10;
+
+struct Barrier {
+  unsigned arrived = 0, generation = 0;
+};
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  bool done;
+};
+
+inline std::vector<Thread> threads;
+inline unsigned current;
+inline ucontext_t scheduler;
+inline std::function<void()> body;
+inline Barrier block_barrier, warp_barrier[32];
+inline float exchange[1024];
+
+inline void yield() { swapcontext(&threads[current].context, &scheduler); }
+
+inline void wait(Barrier& barrier, unsigned all) {
+  const unsigned generation = barrier.generation;
+  if (++barrier.arrived == all) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  while (barrier.generation == generation) yield();
+}
+
+inline void run_thread() {
+  body();
+  threads[current].done = true;
+  yield();
+}
+
+inline void run_block(unsigned count) {
+  if (threads.size() < count) threads.resize(count);
+  for (unsigned i = 0; i < count; ++i) {
+    Thread& thread = threads[i];
+    thread.done = false;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = STACK;
+    makecontext(&thread.context, run_thread, 0);
+  }
+  for (unsigned left = count; left > 0;) {
+    for (current = 0; current < count; ++current) {
+      if (threads[current].done) continue;
+      threadIdx = dim3(current, 0, 0);
+      swapcontext(&scheduler, &threads[current].context);
+      left -= threads[current].done;
+    }
+  }
+}
+
+}  // namespace emulated
+
+inline void __syncthreads() { emulated::wait(emulated::block_barrier, blockDim.x); }
+
+inline float __shfl_xor_sync(unsigned, float x, int mask) {
+  const unsigned self = emulated::current;
+  emulated::Barrier& warp = emulated::warp_barrier[self / 32];
+  emulated::exchange[self] = x;
+  emulated::wait(warp, 32);
+  x = emulated::exchange[self ^ mask];
+  emulated::wait(warp, 32);
+  return x;
+}
+
+inline float __fmul_rn(float a, float b) { return a * b; }
+
+typedef void* cudaStream_t;
+typedef int cudaError_t;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  cudaStream_t stream;
+};
+
+template <class... Parameters>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Parameters... parameters) {
+  emulated::body = [=] { kernel(parameters...); };
+  ::blockDim = config->blockDim;
+  for (unsigned y = 0; y < config->gridDim.y; ++y) {
+    for (unsigned x = 0; x < config->gridDim.x; ++x) {
+      ::blockIdx = dim3(x, y);
+      emulated::run_block(config->blockDim.x);
+    }
+  }
+  return 0;
+}
+
+inline cudaError_t cudaSetDevice(int) { return 0; }
+inline cudaError_t cudaGetLastError() { return 0; }
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }

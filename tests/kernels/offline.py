@@ -1,0 +1,87 @@
+"""Compiles the Triton kernels for sm_90 (no GPU needed) and reports what each takes of an SM.
+
+    python tests/kernels/offline.py > docs/kernels-triton-sm90.json
+
+--most-used: the variants that a plain call uses, instead of all of them.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from opsd_kernels.divergence import DIVERGENCES
+from opsd_kernels.tiles import triton as tiles
+from opsd_kernels.tiles import triton_kernels as kernels
+
+POINTERS = {"targets": "*i64"} | dict.fromkeys(
+    ("student", "teacher", "bias", "teacher_bias", "logits", "state", "parts", "row_weight"),
+    "*fp32",
+)
+NUMBERS = ("inner", "outer", "inverse", "factor", "beta", "threshold")
+ROWWISE = {"merge": 128, "add": 128}  # chunks of a row: V = 262144
+
+
+def variants(most_used: bool):
+    """(kernel's name, its constants, its absent arguments, warps)."""
+    no_bias = ("bias", "teacher_bias")
+    for name, block in ROWWISE.items():
+        yield name, {"BLOCK": block}, (), 1
+    for softcap, absent in ((False, no_bias),) if most_used else ((False, no_bias), (True, ())):
+        common = {"SOFTCAP": softcap, "BLOCK": tiles.CHUNK}
+        yield "normalisers", common, absent, tiles.WARPS
+        yield "target", common | {"BLOCK": 128}, absent, 4
+        yield "log_prob_gradient", common, absent, tiles.WARPS
+        for kind, clip in itertools.product(range(len(DIVERGENCES)), (False, True)):
+            chosen = common | {"KIND": kind, "CLIP": clip}
+            yield "sums", chosen, absent, tiles.WARPS
+            for known in (True,) if clip else (True, False):
+                yield "gradient", chosen | {"SUMS_KNOWN": known}, absent, tiles.WARPS
+
+
+def compile_kernel(name: str, constants: dict, absent: tuple, warps: int) -> dict:
+    function = getattr(kernels, name)
+    signature, values, attributes = {}, {}, {}
+    for i, argument in enumerate(function.arg_names):
+        if argument in constants or argument in absent:
+            signature[argument], values[(i,)] = "constexpr", constants.get(argument)
+        elif argument in POINTERS:
+            signature[argument] = POINTERS[argument]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = "fp32" if argument in NUMBERS else "i32"
+    kernel = triton.compile(
+        ASTSource(function, signature, values, attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "enable_fp_fusion": False},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    take = {k: int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK", "LOCAL")}
+    return {
+        "name": name,
+        **constants,
+        "registers": take["REG"],
+        "stack_bytes": take["STACK"],
+        "local_bytes": take["LOCAL"],
+        "shared_bytes": kernel.metadata.shared,
+        "threads": 32 * warps,
+    }
+
+
+if __name__ == "__main__":
+    found = [compile_kernel(*variant) for variant in variants("--most-used" in sys.argv)]
+    print(json.dumps({"triton": triton.__version__, "target": "sm_90", "kernels": found}, indent=1))

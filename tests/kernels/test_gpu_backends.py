@@ -1,0 +1,221 @@
+"""The GPU backends, on a GPU where there is one. Elsewhere their kernels run all the same: Triton's
+in its interpreter, CUDA's sources compiled for the CPU (emulated/cuda_runtime.h).
+"""
+
+import importlib.util
+import itertools
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import DIVERGENCES, LIMITS, check, make, relative_error
+from test_tiles import CLIPS, TRANSFORMS, N, problem, sweep
+
+from opsd_kernels import (
+    Clip,
+    Divergence,
+    LogitTransform,
+    linear_divergence,
+    linear_log_prob,
+    reference,
+    resolve,
+)
+from opsd_kernels.tiles import cuda, triton
+from opsd_kernels.tiles import state as states
+
+DEVICE = "cuda" if torch.cuda.device_count() else "cpu"
+ROOT = Path(__file__).parents[2]
+# The interpreter's numpy, at the infinities that kernels then replace.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
+
+
+@pytest.fixture(scope="module")
+def emulated_library(tmp_path_factory) -> Path:
+    library = tmp_path_factory.mktemp("cuda") / "libopsd_cuda.so"
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra"]
+    flags += ["-Werror", "-Wno-unknown-pragmas", "-I", str(Path(__file__).parent / "emulated")]
+    source = ["-x", "c++", str(ROOT / "csrc" / "cuda.cu")]
+    subprocess.run(["g++", *flags, *source, "-o", str(library)], check=True)
+    return library
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request, monkeypatch):
+    """Its name; tensors are made where it serves."""
+    name = request.param
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("there is no triton for this platform")
+    if DEVICE == "cuda" and resolve.backends()[name] is not None:
+        pytest.skip(resolve.backends()[name])
+    if DEVICE == "cpu" and name == "triton":
+        assert triton.INTERPRETED  # by tests/conftest.py
+    elif DEVICE == "cpu":
+        monkeypatch.setattr(cuda, "LIBRARY", request.getfixturevalue("emulated_library"))
+        monkeypatch.setattr(cuda, "_queue", lambda device: (0, None))
+        monkeypatch.setitem(resolve._BACKENDS, "cuda", None)
+        monkeypatch.setattr(resolve, "_serves_cpu", lambda name: True)
+        cuda._library.cache_clear()
+    with torch.device(DEVICE):
+        yield name
+    cuda._library.cache_clear()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_tiles(backend, monkeypatch, transform, clip, divergence):
+    """Two tiles of three chunks (Triton's are as small as 256 here), and the whole row at once."""
+    tensors, row_weight = problem(biased=transform != "plain"), torch.rand(N)
+    described = TRANSFORMS[transform], Divergence(divergence, 0.3), CLIPS[clip], row_weight
+    truth = sweep("torch", tensors, (), *described, torch.float64, True)
+    for chunk, cuts, early in ((256, (600,), True), (2048, (), clip == "entry")):
+        monkeypatch.setattr(triton, "CHUNK", chunk)
+        state, gradient = sweep(backend, tensors, cuts, *described, torch.float32, early)
+        torch.testing.assert_close(state.double(), truth[0], rtol=2e-5, atol=1e-4)
+        torch.testing.assert_close(gradient.double(), truth[1], rtol=2e-5, atol=2e-5)
+        assert state[states.DIVERGENCE, 1] == 0 and state[states.COUNT, 1] == 0
+        assert not gradient[1].any() or clip == "entry"
+
+
+# One entry more than two chunks; a vocabulary no vector length divides; one token, one entry more
+# than a power of two.
+@pytest.mark.parametrize("shape", [(2, 4097, 8), (5, 37, 16), (1, 129, 8)], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_shapes_and_dtypes(backend, divergence, shape):
+    case = make(*shape, divergence=divergence, budget=3 * shape[1] * 8 + 4096)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check(case, dtype, backend)
+
+
+@pytest.mark.parametrize("clip", [None, Clip("entry", 0.02), Clip("token", 0.3)], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_options(backend, divergence, clip):
+    for reduction, softcap in itertools.product(("mean", "none"), (None, 5.0)):
+        v = 2061 if softcap else 67  # two chunks, and one
+        case = make(
+            6,
+            v,
+            16,
+            bias=True,
+            divergence=divergence,
+            clip=clip,
+            reduction=reduction,
+            transform=LogitTransform(1.3, 0.7, softcap),
+            teacher_weight=torch.randn(v, 16) if softcap else None,
+            token_weight=torch.rand(6) * (torch.arange(6) % 3 != 0),
+        )
+        check(case, torch.float32, backend)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+class TestEdges:
+    def test_identical_rows_are_exactly_zero(self, backend, divergence):
+        case = make(4, 301, 16, divergence=divergence, bias=True).require_grad()
+        result = linear_divergence(
+            case.student,
+            case.student.detach(),
+            case.weight,
+            bias=case.bias,
+            divergence=divergence,
+            logit_scale=0.3,
+            backend=backend,
+        )
+        assert not result.per_token.any()
+        result.loss.backward()
+        assert not case.student.grad.any() and not case.weight.grad.any()
+
+    def test_padded_vocabulary(self, backend, divergence):
+        """-inf in both roles, over more than a whole chunk."""
+        case = make(3, 4500, 8, divergence=divergence).require_grad()
+        bias = torch.zeros(4500)
+        bias[40:] = -torch.inf
+        padded = linear_divergence(
+            case.student,
+            case.teacher,
+            case.weight,
+            bias=bias,
+            divergence=divergence,
+            beta=0.3,
+            backend=backend,
+        ).loss
+        inputs = case.student, case.weight
+        short = case.__class__(case.student, case.teacher, case.weight[:40], divergence=divergence)
+        loss = short.fused(backend).loss
+        torch.testing.assert_close(padded, loss)
+        for x, y in zip(
+            torch.autograd.grad(padded, inputs), torch.autograd.grad(loss, inputs), strict=True
+        ):
+            torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
+
+    def test_huge_logits(self, backend, divergence):
+        """+-1e4, from integers: exact in fp32, so that only the statistics can err."""
+        case = make(8, 300, 4, divergence=divergence)
+        case.student[:] = torch.randint(-40, 40, (8, 4))
+        case.teacher[:] = case.student + torch.randint(-1, 2, (8, 4))
+        case.weight[:] = torch.randint(-70, 70, (300, 4))
+        assert (case.student @ case.weight.T).abs().max() > 5e3
+        check(case, torch.float32, backend)
+
+    def test_nan_is_seen_where_it_is(self, backend, divergence):
+        case = make(3, 33, 8, divergence=divergence)
+        case.student[1, 3] = torch.nan
+        per_token = case.fused(backend).per_token
+        assert per_token[1].isnan() and per_token[[0, 2]].isfinite().all()
+
+    def test_no_tokens(self, backend, divergence):
+        case = make(0, 33, 8, divergence=divergence).require_grad()
+        case.fused(backend).loss.backward()
+        assert not case.weight.grad.any()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable head", "frozen head"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_log_prob(backend, softcap, frozen):
+    n, v = 4, 2100
+    for dtype in (torch.float32, torch.bfloat16):
+        case = make(n, v, 8, bias=True).to(dtype)
+        fused, plain = case.require_grad(), case.to(torch.float64).require_grad()
+        for c in (fused, plain):
+            c.weight.requires_grad_(not frozen)
+            c.bias.requires_grad_(not frozen)
+        targets = torch.tensor([0, v - 1, 2047, 2048])
+        result = linear_log_prob(
+            fused.student,
+            fused.weight,
+            targets,
+            bias=fused.bias,
+            temperature=1.2,
+            logit_scale=0.9,
+            logit_softcap=softcap,
+            memory_budget=2 * v * 4 + v * 8 * 4 + 4096,  # two tokens a block
+            backend=backend,
+        )
+        truth, entropy = reference.linear_log_prob(
+            plain.student,
+            plain.weight,
+            targets,
+            bias=plain.bias,
+            transform=LogitTransform(1.2, 0.9, softcap),
+        )
+        upstream = torch.randn(n)
+        for x, y in ((result.log_prob, truth), (result.entropy, entropy)):
+            assert relative_error(x, y) <= LIMITS[torch.float32][0]
+        got, want = (
+            torch.autograd.grad(x, [p for p in c.trainable() if p.requires_grad], u)
+            for x, c, u in (
+                (result.log_prob, fused, upstream),
+                (truth, plain, upstream.double()),
+            )
+        )
+        for x, y in zip(got, want, strict=True):
+            assert relative_error(x, y) <= LIMITS[dtype][1]
+
+
+def test_runs_are_equal_bit_for_bit(backend):
+    case = make(3, 4100, 8, divergence="jsd").require_grad()
+    runs = []
+    for _ in range(2):
+        loss = case.fused(backend).loss
+        runs.append([loss.detach(), *torch.autograd.grad(loss, (case.student, case.weight))])
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
