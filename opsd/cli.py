@@ -94,6 +94,14 @@ def parser() -> argparse.ArgumentParser:
     sub = command("report", _report, "Write report.html and curves.png of a run.")
     sub.add_argument("directory", metavar="RUN_DIR", type=Path)
 
+    sub = command(
+        "compare", _compare, "Compare finished runs: methods by seeds, tokens to a target."
+    )
+    sub.add_argument("directories", metavar="RUN_DIR", nargs="+", type=Path)
+    sub.add_argument("--target", type=float, metavar="ACCURACY", help="default: baseline's best")
+    sub.add_argument("--baseline", metavar="METHOD", help="default: grpo, or the last there is")
+    sub.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/compare"))
+
     command("doctor", _doctor, "Say what works on this machine and what does not.")
     return top
 
@@ -188,6 +196,12 @@ def _report(parsed: argparse.Namespace) -> None:
 
     for name, path in write_report(parsed.directory).items():
         print(f"{name}: {path}")
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    from opsd.compare_page import compare_command
+
+    compare_command(parsed.directories, parsed.target, parsed.baseline, parsed.output)
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

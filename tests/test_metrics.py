@@ -7,12 +7,12 @@ import pytest
 
 from opsd.evaluate.metrics import (
     Estimate,
-    _student_quantile,
     average_at_k,
     bootstrap,
     majority,
     mean_pass_at_k,
     pass_at_k,
+    student_quantile,
     wilson_interval,
 )
 
@@ -92,8 +92,11 @@ def test_majority_votes():
 
 
 def test_students_quantiles_match_the_tables():
+    for freedom, value in [(1, 12.706), (2, 4.3027)]:
+        assert student_quantile(0.975, freedom) == pytest.approx(value, rel=1e-4)
+    assert student_quantile(0.975, 3) == pytest.approx(3.1824, rel=5e-3)
     for freedom, value in [(4, 2.7764), (9, 2.2622), (29, 2.0452), (99, 1.9842)]:
-        assert _student_quantile(0.975, freedom) == pytest.approx(value, rel=1e-3)
+        assert student_quantile(0.975, freedom) == pytest.approx(value, rel=1e-3)
 
 
 @pytest.mark.parametrize("problems, samples", [(30, 1), (30, 12), (60, 4)])

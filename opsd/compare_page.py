@@ -1,0 +1,199 @@
+"""`opsd compare`: a table in the terminal, comparison.json, and one page."""
+
+# ruff: noqa: RUF001 - dashes and signs for people to read are meant as such
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from opsd.compare import CONFIDENCE, Comparison, Interval, Method, Ratio, compare, to_json
+from opsd.display import Display
+from opsd.errors import UserError
+from opsd.evaluate.answers import write_whole
+from opsd.report.charts import Chart, Series, chart_data, draw, swatch
+from opsd.report.markup import Html, embed_json, tag
+from opsd.units import duration, number, percent
+
+COLUMNS = (
+    "",
+    "seeds",
+    "accuracy at the budget",
+    "tokens to the target",
+    "tokens, ratio",
+    "time",
+    "FLOPs",
+)
+
+
+def compare_command(
+    directories: Sequence[Path], target: float | None, baseline: str | None, output: Path
+) -> None:
+    """Compares the runs; writes comparison.json and comparison.html into `output`."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output is {str(output)!r}: it is not a directory")
+    comparison = compare(directories, target, baseline)
+    output.mkdir(parents=True, exist_ok=True)
+    paths = {name: output / name for name in ("comparison.json", "comparison.html")}
+    write_whole(paths["comparison.json"], to_json(comparison))
+    write_whole(paths["comparison.html"], page(comparison))
+    display = Display()
+    display.table(title(comparison), list(COLUMNS), rows(comparison))
+    for note in comparison.notes:
+        display.note(note)
+    display.paths("Written", paths)
+
+
+def title(comparison: Comparison) -> str:
+    """What is compared, in a line."""
+    return (
+        f"At {number(round(comparison.budget))} tokens; target {percent(comparison.target)} "
+        f"({comparison.target_from})"
+    )
+
+
+def rows(comparison: Comparison) -> list[list[str]]:
+    """A row a method, as COLUMNS."""
+    ratios = {one.method: one for one in comparison.ratios}
+    return [
+        [
+            method.name,
+            str(len(method.runs)),
+            _share(method.at_budget),
+            _cost(method),
+            "1 (baseline)" if method.key == comparison.baseline else _ratio(ratios.get(method.key)),
+            "–" if method.seconds is None else duration(method.seconds),
+            "–" if method.flops is None else f"{method.flops:.2e}",
+        ]
+        for method in comparison.methods
+    ]
+
+
+def _share(interval: Interval) -> str:
+    if interval.low is None:
+        return percent(interval.value)
+    low, high = max(0.0, interval.low), min(1.0, interval.high)
+    return f"{percent(interval.value)} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def _cost(method: Method) -> str:
+    if method.cost is None:
+        return f"reached by {method.reached} of {len(method.runs)}"
+    text = number(round(method.cost.value))
+    if method.cost.low is None:
+        return text
+    return f"{text} ({number(round(method.cost.low))}–{number(round(method.cost.high))})"
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return "–"
+    if ratio.at_least:
+        return f"≥ {ratio.value:.2g} ×"
+    if ratio.low is None:
+        return f"{ratio.value:.2g} ×"
+    return f"{ratio.value:.2g} × ({ratio.low:.2g}–{ratio.high:.2g})"
+
+
+def page(comparison: Comparison) -> str:
+    """The page: one HTML document that loads nothing."""
+    chart = _chart(comparison)
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", "opsd compare"),
+        tag("style", Html(_asset("report.css"))),
+    )
+    body = tag(
+        "body",
+        tag(
+            "header",
+            tag("p", "opsd compare", class_="eyebrow"),
+            tag("h1", " · ".join(method.name for method in comparison.methods)),
+            tag("p", title(comparison), class_="quiet"),
+        ),
+        tag("main", _table(comparison), _curves(comparison, chart), _ran(comparison)),
+        tag("footer", tag("p", f"Written {time.strftime('%Y-%m-%d %H:%M')} by opsd compare.")),
+        tag("div", id="tip", role="tooltip", hidden=True),
+        embed_json({chart.identifier: chart_data(chart)}, "charts"),
+        tag("script", Html(_asset("report.js"))),
+    )
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def _table(comparison: Comparison) -> Html:
+    head = tag("tr", [tag("th", column, scope="col") for column in COLUMNS])
+    lines = [
+        tag("tr", tag("th", row[0], scope="row"), [tag("td", cell) for cell in row[1:]])
+        for row in rows(comparison)
+    ]
+    share = f"{100 * CONFIDENCE:.0f} %"
+    explained = (
+        f"In brackets: {share} intervals over seeds (Student's t; of tokens and ratios on "
+        "logarithms). The ratio is the baseline's tokens over the method's, paired by seed where "
+        "both have the same seeds; ≥ where a run of the baseline never got there. Time and FLOPs "
+        "are those to the target; FLOPs count the products with the weights in generation, the "
+        "teacher's pass and the student's, not evaluation or attention."
+    )
+    return tag(
+        "section",
+        tag("h2", "What the target costs"),
+        tag("div", tag("table", tag("thead", head), tag("tbody", lines)), class_="scroll"),
+        [tag("p", note, class_="warning") for note in comparison.notes],
+        tag("p", explained, class_="note"),
+        id="cost",
+    )
+
+
+def _chart(comparison: Comparison) -> Chart:
+    trained = any(run.trained_axis for method in comparison.methods for run in method.runs)
+    series = [
+        Series(method.key, method.name, method.curve, method.bands) for method in comparison.methods
+    ]
+    return Chart(
+        "accuracy",
+        "Accuracy",
+        "generated tokens (SFT: trained tokens)" if trained else "generated tokens",
+        "held-out accuracy",
+        series,
+        references=[("base", "target", comparison.target)],
+        y_format=lambda y: f"{100 * y:.3g} %",
+        y_limits=(0.0, 1.0),
+        markers=True,
+        y_title=True,
+    )
+
+
+def _curves(comparison: Comparison, chart: Chart) -> Html:
+    keys = [tag("span", swatch(method.key), method.name) for method in comparison.methods]
+    return tag(
+        "section",
+        tag("h2", "Learning curves"),
+        tag("p", keys, class_="key"),
+        tag("div", draw(chart, 336, 250, "narrow"), draw(chart, 880, 380, "wide")),
+        tag("p", "Means over the seeds, as far as all of a method's seeds go.", class_="note"),
+        id="curves",
+    )
+
+
+def _ran(comparison: Comparison) -> Html:
+    boxes = []
+    for method in comparison.methods:
+        facts = [
+            (
+                tag("dt", "–" if run.seed is None else f"seed {run.seed}"),
+                tag("dd", f"{run.path}: {number(round(run.budget))} tokens, ends at "
+                    f"{percent(run.curve[-1][1])}"),
+            )
+            for run in method.runs
+        ]  # fmt: skip
+        boxes.append(tag("div", tag("h3", method.name), tag("dl", facts)))
+    return tag("section", tag("h2", "Runs"), tag("div", boxes, class_="facts"), id="runs")
+
+
+def _asset(name: str) -> str:
+    return resources.files("opsd").joinpath("templates", name).read_text(encoding="utf-8")
