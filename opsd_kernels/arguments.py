@@ -20,10 +20,16 @@ def check_hidden(name: str, hidden: Tensor) -> None:
 
 
 def check_head(
-    hidden_name: str, hidden: Tensor, name: str, weight: Tensor, bias_name: str, bias: Tensor | None
+    hidden_name: str,
+    hidden: Tensor,
+    name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+    sharded: bool = False,
 ) -> None:
-    """The head `weight` [V, D], `bias` [V] fits `hidden` [..., D]."""
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    """The head `weight` [V, D], `bias` [V] fits `hidden` [..., D]. A shard may be empty."""
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded):
         raise ValueError(f"{name}: got {describe(weight)}, must be [V, D] with V > 0")
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
@@ -56,13 +62,14 @@ def check_rows(name: str, x: Tensor, hidden_name: str, hidden: Tensor) -> None:
         )
 
 
-def check_targets(targets: Tensor, vocabulary: int) -> None:
-    """Integers in [0, V). The range is checked on the CPU only: elsewhere it would wait for the
-    device.
+def check_targets(targets: Tensor, vocabulary: int | None) -> None:
+    """Integers in [0, V). The range is checked on the CPU only, elsewhere it would wait for the
+    device, and not where V is split over ranks (None).
     """
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets: got {describe(targets)}, must be integers")
-    if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
+    known = vocabulary is not None and targets.device.type == "cpu"
+    if known and targets.numel() and not torch.compiler.is_compiling():
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= vocabulary:
             raise ValueError(
@@ -84,14 +91,6 @@ def check_budget(memory_budget: int | None) -> None:
     if memory_budget is not None and (isinstance(memory_budget, bool) or not memory_budget > 0):
         raise ValueError(
             f"memory_budget: got {memory_budget!r}, must be a positive number of bytes, or None"
-        )
-
-
-def refuse_process_group(process_group: object) -> None:
-    if process_group is not None:
-        raise NotImplementedError(
-            f"process_group: got {process_group!r}, must be None: "
-            "a vocabulary split over ranks is not in this release"
         )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from opsd_kernels import gemm
 from opsd_kernels.divergence import Clip, Divergence, LogitTransform
 from opsd_kernels.resolve import load
-from opsd_kernels.shards import Shards
+from opsd_kernels.sharded import Shards
 from opsd_kernels.sweep import Gradients, Head, Sweep, Want, blocks, buffers, plan_call
 from opsd_kernels.tiles import state as states
 

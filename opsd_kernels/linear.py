@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsd_kernels import arguments, gemm, shards
+from opsd_kernels import arguments, gemm
 from opsd_kernels.divergence import Clip, Divergence, LogitTransform
 from opsd_kernels.divergence_loop import (
     CLIPPED,
@@ -24,6 +24,7 @@ from opsd_kernels.divergence_loop import (
 )
 from opsd_kernels.operator import FusedOperator, wanted
 from opsd_kernels.resolve import resolve
+from opsd_kernels.sharded import Shards, place
 from opsd_kernels.sweep import Head, Want
 
 
@@ -59,7 +60,6 @@ def _run(
     bias, teacher_bias = (
         None if b is None else b.to(dtype).contiguous() for b in (bias, teacher_bias)
     )
-    group = shards.find(options.group)
     stats, d_hidden, d_weight, d_bias = divergence_blocks(
         student,
         teacher,
@@ -75,8 +75,8 @@ def _run(
         budget=options.memory_budget,
         backend=options.backend,
         shards=None
-        if group is None
-        else shards.Shards.agree(group, weight.shape[0], student.shape[0], student.device),
+        if options.group is None
+        else Shards.agree(options.group, weight.shape[0], student.shape[0], student.device),
     )
     loss = row_weight * stats[LOSS]
     if keep is not None:
@@ -159,14 +159,19 @@ def linear_divergence(
     Gradients reach student_hidden, weight and bias (in the student's role only), never the
     teacher's side.
 
-    memory_budget: bytes of scratch memory (default 256 MiB), beside the gradients. backend: auto |
-    torch | cpp, see `opsd_kernels.backends()`. gradient: "exact" and process_group: None are the
-    only ones in this release.
+    memory_budget: bytes of scratch memory, beside the gradients (default: 256 MiB, on a GPU 1 GiB).
+    A small one costs time: see `opsd_kernels/plan.py`. backend: auto | torch | cpp | triton | cuda,
+    see `opsd_kernels.backends()`. gradient: "exact" is the only one in this release.
+
+    process_group: the vocabulary is split over its ranks. Each passes its own rows of the heads and
+    biases, in order of rank, and the same hidden states and token weights; loss and dh are then the
+    same on every rank. DTensor heads sharded over the vocabulary need no group: without one, as
+    under FSDP2, every rank has its own hidden states and gets the loss of its own, and the head's
+    gradient is that of the mean over ranks. All ranks must make the call, and run backward.
 
     Raises ValueError for what does not fit, NotImplementedError for what this release does not
     have; both name the argument.
     """
-    arguments.refuse_process_group(process_group)
     if gradient == "filtered":
         raise NotImplementedError(
             "gradient: got 'filtered', which is not in this release: must be 'exact'"
@@ -182,6 +187,13 @@ def linear_divergence(
 
     if teacher_weight is None and teacher_bias is None:
         teacher_bias = bias
+    placed, (weight, teacher_weight, bias, teacher_bias) = place(
+        process_group,
+        weight,
+        teacher_weight=teacher_weight,
+        bias=bias,
+        teacher_bias=teacher_bias,
+    )
     student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias = (
         arguments.cast_for_autocast(
             student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias
@@ -195,11 +207,12 @@ def linear_divergence(
             f"leading shape {list(student_hidden.shape[:-1])} of student_hidden"
         )
     arguments.check_alike("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
-    arguments.check_head("student_hidden", student_hidden, "weight", weight, "bias", bias)
+    sharded = placed.group is not None
+    arguments.check_head("student_hidden", student_hidden, "weight", weight, "bias", bias, sharded)
     teacher_head = weight if teacher_weight is None else teacher_weight
     name = "weight" if teacher_weight is None else "teacher_weight"
     arguments.check_head(
-        "teacher_hidden", teacher_hidden, name, teacher_head, "teacher_bias", teacher_bias
+        "teacher_hidden", teacher_hidden, name, teacher_head, "teacher_bias", teacher_bias, sharded
     )
     if teacher_head.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -220,17 +233,18 @@ def linear_divergence(
             total = row_weight.sum()
             row_weight = row_weight / torch.where(total == 0, 1.0, total)
 
+    placed = placed.with_tokens(n_tokens, student_hidden.device)
     loss, stats = _operator(
         (
-            student_hidden.reshape(n_tokens, student_hidden.shape[-1]),
-            teacher_hidden.detach().reshape(n_tokens, teacher_hidden.shape[-1]),
+            placed.gather(student_hidden.reshape(n_tokens, student_hidden.shape[-1])),
+            placed.gather(teacher_hidden.detach().reshape(n_tokens, teacher_hidden.shape[-1])),
             weight,
             None if teacher_weight is None else teacher_weight.detach(),
             bias,
             None if teacher_bias is None else teacher_bias.detach(),
         ),
-        row_weight,
-        reduction == "none",
+        placed.gather(row_weight),
+        reduction == "none" or placed.own_tokens,
         Options(
             drop_zeros=token_weight is not None,
             want_hidden=arguments.wants_gradient(student_hidden),
@@ -245,11 +259,16 @@ def linear_divergence(
             clip_threshold=1.0 if clip is None else float(clip.threshold),
             memory_budget=memory_budget,
             backend=resolve(backend, student_hidden.device, student_hidden.dtype),
-            group=None,
+            group=placed.name,
         ),
     )
+    if placed.own_tokens:
+        loss, stats = placed.own(loss), stats[:, placed.rows]
+        loss = loss if reduction == "none" else loss.sum()
     counted = (row_weight != 0).sum().clamp(min=1)
-    looked_at = counted * weight.shape[0] if clip is not None and clip.kind == "entry" else counted
+    looked_at = counted
+    if clip is not None and clip.kind == "entry":
+        looked_at = counted * placed.vocabulary(weight.shape[0], weight.device)
     return LinearDivergence(
         loss=loss.reshape(leading) if reduction == "none" else loss,
         per_token=stats[DIVERGENCE].reshape(leading),

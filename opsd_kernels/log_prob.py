@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from opsd_kernels import arguments, gemm, shards
+from opsd_kernels import arguments, gemm
 from opsd_kernels.divergence import LogitTransform
 from opsd_kernels.operator import FusedOperator, wanted
 from opsd_kernels.resolve import load, resolve
-from opsd_kernels.shards import Shards
+from opsd_kernels.sharded import Shards, place
 from opsd_kernels.sweep import Gradients, Head, Sweep, Want, blocks, buffers, plan_call
 from opsd_kernels.tiles import state as states
 
@@ -94,9 +94,9 @@ def _run(
     tensors: Sequence[Tensor | None], row_weight: Tensor, options: Options, gradients: bool
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, targets = tensors
-    split, group = None, shards.find(options.group)
-    if group is not None:
-        split = Shards.agree(group, weight.shape[0], hidden.shape[0], hidden.device)
+    split = None
+    if options.group is not None:
+        split = Shards.agree(options.group, weight.shape[0], hidden.shape[0], hidden.device)
         targets = targets - split.offset
     stats, *found = log_prob_blocks(
         hidden,
@@ -149,25 +149,24 @@ def linear_log_prob(
 
     hidden [..., D], weight [V, D], targets [...] of integers in [0, V), bias [V]. Gradients reach
     hidden, weight and bias. Dtypes, logits, memory_budget, backend, process_group and errors are as
-    in `linear_divergence`.
+    in `linear_divergence`; where the vocabulary is split, targets are entries of all of it.
     """
-    arguments.refuse_process_group(process_group)
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     arguments.check_budget(memory_budget)
+    placed, (weight, bias) = place(process_group, weight, bias=bias)
     hidden, weight, bias = arguments.cast_for_autocast(hidden, weight, bias)
+    sharded = placed.group is not None
     arguments.check_hidden("hidden", hidden)
-    arguments.check_head("hidden", hidden, "weight", weight, "bias", bias)
+    arguments.check_head("hidden", hidden, "weight", weight, "bias", bias, sharded)
     arguments.check_rows("targets", targets, "hidden", hidden)
-    arguments.check_targets(targets, weight.shape[0])
+    arguments.check_targets(targets, None if sharded else weight.shape[0])
     leading = hidden.shape[:-1]
+    n_tokens = leading.numel()
+    placed = placed.with_tokens(n_tokens, hidden.device)
+    rows = placed.gather(hidden.reshape(n_tokens, hidden.shape[-1]))
     log_prob, stats = _operator(
-        (
-            hidden.reshape(leading.numel(), hidden.shape[-1]),
-            weight,
-            bias,
-            targets.reshape(-1).long(),
-        ),
-        hidden.new_ones(leading.numel(), dtype=gemm.tile_dtype(hidden.dtype)),
+        (rows, weight, bias, placed.gather(targets.reshape(-1).long())),
+        rows.new_ones(rows.shape[0], dtype=gemm.tile_dtype(hidden.dtype)),
         True,
         Options(
             want_hidden=arguments.wants_gradient(hidden),
@@ -178,7 +177,9 @@ def linear_log_prob(
             logit_softcap=None if transform.softcap is None else float(transform.softcap),
             memory_budget=memory_budget,
             backend=resolve(backend, hidden.device, hidden.dtype),
-            group=None,
+            group=placed.name,
         ),
     )
+    if placed.own_tokens:
+        log_prob, stats = placed.own(log_prob), stats[:, placed.rows]
     return LinearLogProb(log_prob.reshape(leading), stats[1].reshape(leading))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opsd_kernels import gemm
 from opsd_kernels.plan import Cost, Plan, plan
-from opsd_kernels.shards import Shards
+from opsd_kernels.sharded import Shards
 from opsd_kernels.tiles import state as states
 
 GPU_BUDGET = 2**30
