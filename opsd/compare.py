@@ -149,8 +149,8 @@ def compare(
     """Compares the runs in these directories (of `opsd train` or quickstarts), seeds by method.
 
     target: an accuracy; by default the best that every seed of the baseline reaches, so that its
-    cost is known for all of them. baseline: the method that the others are compared with; by default grpo, or else the last of opsd, grpo, sft, … there is.
-    Raises UserError.
+    cost is known for all of them. baseline: the method that the others are compared with; by
+    default grpo, or else the last of opsd, grpo, sft, ... there is. Raises UserError.
     """
     if target is not None and not 0 < target <= 1:
         raise UserError(f"--target is {target}: it must be an accuracy above 0 and at most 1")
