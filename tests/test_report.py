@@ -79,7 +79,7 @@ def quickstart(tmp_path):
     (top / "base").mkdir()  # a model: no run
     methods = {m: {"accuracy": 0.5, "generated_tokens": 1000, "curve": [[0, 0.3], [1000, 0.5]]}
                for m in ("opsd", "grpo", "sft")}  # fmt: skip
-    summary = {"model": "SmolLM2", "pretrained": {"accuracy": 0.08},
+    summary = {"model": "SmolLM2", "pretrained": {"accuracy": 0.08, "problems": 100},
                "base": {"accuracy": 0.3, "teacher_accuracy": 0.97}, "methods": methods,
                "problems": 300, "seconds": 500, "peak_memory_bytes": 4.3e9, "seed": 7}  # fmt: skip
     (top / "summary.json").write_text(json.dumps(summary))

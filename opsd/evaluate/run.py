@@ -60,6 +60,10 @@ class HeldOut:
         self.rows, self.prompts, self.grader = rows, prompts, grader
         self.sampling, self.engine = sampling, engine
 
+    def first(self, count: int) -> "HeldOut":
+        """The first problems only."""
+        return HeldOut(self.rows[:count], self.prompts, self.grader, self.sampling, self.engine)
+
     def evaluate(
         self, model: PreTrainedModel, display: Display, role: str = "student", name: str = ""
     ) -> Evaluation:

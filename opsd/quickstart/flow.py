@@ -166,7 +166,10 @@ def _summary(
 ) -> dict:
     summary: dict = {"model": recipe.name}
     if pretrained is not None:
-        summary["pretrained"] = {"accuracy": pretrained.accuracy}
+        summary["pretrained"] = {
+            "accuracy": pretrained.accuracy,
+            "problems": len(pretrained.grades),
+        }
     summary["base"] = {
         "accuracy": before["student"].accuracy,
         "teacher_accuracy": before["teacher"].accuracy,
@@ -194,13 +197,14 @@ def _curve(directory: Path, method: str) -> dict:
 def _show(display: Display, summary: dict, written: dict[str, Path]) -> None:
     n = summary["problems"]
 
-    def row(name: str, accuracy: float, tokens: str) -> list[str]:
+    def row(name: str, accuracy: float, tokens: str, n: int = n) -> list[str]:
         low, high = wilson_interval(accuracy * n, n)
         return [name, f"{accuracy:.3f}", f"{low:.3f} to {high:.3f}", tokens]
 
     rows = []
     if "pretrained" in summary:
-        rows.append(row("pretrained", summary["pretrained"]["accuracy"], "-"))
+        before = summary["pretrained"]
+        rows.append(row("pretrained", before["accuracy"], "-", before["problems"]))
     rows.append(row("base", summary["base"]["accuracy"], "0"))
     rows.append(row("base, shown the solution", summary["base"]["teacher_accuracy"], "-"))
     for method, result in summary["methods"].items():

@@ -141,7 +141,8 @@ def read_results(run_dir: Path) -> Results:
         runs = [_read_run(run_dir, _method(summary, config), troubles)]
     problems = value(summary, "problems") or _latest("problems", *(run.evaluations for run in runs))
     base, teacher = _starting_point(summary, runs, problems)
-    pretrained = _accuracy(summary.get("pretrained"), problems)
+    before = summary.get("pretrained")
+    pretrained = _accuracy(before, value(before, "problems") or problems)
     if quickstart:
         runs = [_from_base(run, base) for run in runs]
     model = summary.get("model") or _config_value(config, "model", "path") or "Language model"
