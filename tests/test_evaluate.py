@@ -108,7 +108,10 @@ def test_killed_in_the_middle(files, whole, tmp_path):
     command = [sys.executable, "-m", "opsd", *arguments(files, output, *slow)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    path, deadline = output / "completions-1-of-1.jsonl", time.monotonic() + 60
+    path, deadline = (
+        output / "completions-1-of-1.jsonl",
+        time.monotonic() + 300,
+    )  # seconds, on a busy machine
     while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -179,6 +182,12 @@ def test_two_processes_do_not_write_one_file(tmp_path):
     with CompletionLog(tmp_path, Shard()) as log:  # and the lock ends with its owner
         log.append([Completion(0, 0, "\ud800\x00é", 3, True)])
     assert read_completions(tmp_path)[0, 0].text == "\ud800\x00é"
+
+
+def test_processes_that_start_together_share_the_directory(tmp_path):
+    (tmp_path / ".evaluation.json.77.part").touch()  # the other one is just writing it
+    claim(tmp_path, {"seed": 0}, {})
+    assert json.loads((tmp_path / "evaluation.json").read_text())["identity"] == {"seed": 0}
 
 
 def test_damaged_files_are_named(tmp_path):

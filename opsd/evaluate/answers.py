@@ -108,12 +108,17 @@ def claim(directory: Path, identity: Mapping[str, Any], description: Mapping[str
             what = ", ".join(f"{n} {there.get(n)!r}, now {identity[n]!r}" for n in differing)
             raise UserError(f"--output is {str(directory)!r}: it holds another evaluation ({what})")
         return
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and not (directory.is_dir() and all(map(_claiming, directory.iterdir()))):
         raise UserError(
             f"--output is {str(directory)!r}: neither an empty directory nor an evaluation's"
         )
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps({"identity": dict(identity), **description}, indent=2) + "\n")
+
+
+def _claiming(path: Path) -> bool:
+    """Whether this is what another process of the same evaluation is just writing."""
+    return path.name.startswith(".evaluation.json.") or path.name == "evaluation.json"
 
 
 def write_whole(path: Path, text: str) -> None:
