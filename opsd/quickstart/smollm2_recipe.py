@@ -50,7 +50,7 @@ METHODS = {
     # it (up to 15 nats), where the teacher goes on from the solution's numbers instead.
     "opsd": {
         "loss": {"clip": "token", "clip_threshold": 0.3},
-        "train": {"steps": 36, "learning_rate": 2.5e-5},
+        "train": {"steps": 36, "learning_rate": 5e-5},
     },
     "grpo": {
         "rollout": {"per_problem": 8},
