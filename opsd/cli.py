@@ -87,6 +87,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("config", metavar="CONFIG.yaml")
     sub.add_argument("overrides", nargs="*", metavar="section.field=value")
     sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    sub.add_argument(
+        "--no-share",
+        action="store_true",
+        help="run each rollout with a context of its own (train.share_prefixes=false)",
+    )
 
     sub = command("eval", _eval, "Measure a model on a benchmark.")
     add_arguments(sub)
@@ -167,7 +172,8 @@ def _methods(text: str | None, tiny: bool) -> list[str]:
 def _train(parsed: argparse.Namespace) -> None:
     from opsd.config import load_config
 
-    config = load_config(parsed.config, parsed.overrides)  # before torch is imported
+    overrides = [*parsed.overrides, *(["train.share_prefixes=false"] if parsed.no_share else [])]
+    config = load_config(parsed.config, overrides)  # before torch is imported
     from opsd.display import Display
     from opsd.models import quiet_transformers
     from opsd.train import train

@@ -8,10 +8,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.prefix import separate_hidden_states, shared_prefix_hidden_states
+from opsd.prefix import (
+    Group,
+    live_hidden_states,
+    separate_hidden_states,
+    shared_prefix_hidden_states,
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,32 @@ def rollout_hidden_states(
     once, and nothing is padded; the result is the same.
     """
     run = shared_prefix_hidden_states if share else separate_hidden_states
+    return run(model, _groups(sequences))
+
+
+def both_roles_hidden_states(
+    model: PreTrainedModel,
+    student: Sequence[Scored],
+    teacher: Sequence[Scored],
+    share: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`rollout_hidden_states` of a model that is its own teacher, whose states have no gradient.
+
+    `share`: the tokens that both contexts start with run once, too.
+    """
+    if share and len(_groups(student)) == len(_groups(teacher)):
+        return live_hidden_states(model, _groups(student), _groups(teacher))
+    # The student first: autocast keeps the weights that it casts, for both, and must cast them
+    # with their graph.
+    states = rollout_hidden_states(model, student, share)
+    with torch.no_grad():
+        return states, rollout_hidden_states(model, teacher, share)
+
+
+def _groups(sequences: Sequence[Scored]) -> list[Group]:
+    """Neighbours with the same context, together."""
     groups = ((context, list(rest)) for context, rest in groupby(sequences, _context))
-    return run(model, [(context, [s.rollout for s in rest]) for context, rest in groups])
+    return [(context, [sequence.rollout for sequence in rest]) for context, rest in groups]
 
 
 def _context(sequence: Scored) -> Sequence[int]:

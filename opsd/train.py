@@ -174,7 +174,9 @@ def run(
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     log = RunLog(directory, checkpoint_step(checkpoint))
-    objective = make_objective(config, teacher, prompts, tokenizer, grader, reward)
+    # A live teacher is the model itself, so that both roles' common start runs once.
+    scorer = model if config.teacher.policy == "live" else teacher
+    objective = make_objective(config, scorer, prompts, tokenizer, grader, reward)
 
     test = HeldOut(held_out, prompts, grader, evaluation_sampling(config), config.rollout.engine)
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from opsd.prefix import layout, shared_prefix_hidden_states, stream, unpackable
+from opsd.prefix import layout, live_hidden_states, shared_prefix_hidden_states, stream, unpackable
 
 # transformers 5.24 renames gradient_checkpointing_enable; 5.0 has only this name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -184,6 +184,60 @@ def test_many_tiles_give_the_same(name, monkeypatch):
     model = make(*MODELS[name])
     groups = [(ids(40)[0], ids(50, 33, seed=2)), (ids(2)[0], ids(20, seed=3))]
     assert_same(model, shared_prefix_hidden_states(model, groups), groups)
+
+
+def as_teacher(groups, common):
+    """The same rollouts after other contexts, whose first tokens are the same."""
+    draw = torch.Generator().manual_seed(7)
+    return [
+        (torch.cat([prefix[:c], torch.randint(3, VOCABULARY, (13,), generator=draw)]), rollouts)
+        for (prefix, rollouts), c in zip(groups, common, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["qwen3", "mistral, window", "gemma 3", "deepseek, latent"])
+def test_a_live_teacher_reads_the_students_start(name, checkpointing):
+    model = make(*MODELS[name]).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    groups = make_groups()
+    # All of the student's prefix, nothing, a part, and more than the window.
+    common = (11, 0, 3, 25)
+    others = as_teacher(groups, common)
+    tokens = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, inputs, arguments: tokens.append(arguments["input_ids"].shape[1]),
+        with_kwargs=True,
+    )
+    student, teacher = live_hidden_states(model, groups, others)
+    whole = [len(layout.Layout(g, torch.device("cpu")).ids) for g in (groups, others)]
+    assert tokens == [whole[0], whole[1] - sum(common)]
+    with torch.no_grad():
+        assert (teacher - alone(model, others)).abs().max() < 2e-5
+    assert not teacher.requires_grad
+    assert_same(model, student, groups)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_autocast_for_several_batches_loses_no_gradient(checkpointing):
+    """It keeps what it has cast: without a graph, if the teacher's pass had been the first."""
+    model = make("Qwen3").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    groups = make_groups()
+    gradients = []
+    for once in (True, False):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=once):
+            for part in (groups[:2], groups[2:]):
+                with torch.autocast("cpu", torch.bfloat16):
+                    states, _ = live_hidden_states(model, part, as_teacher(part, (1, 0)))
+                with torch.autocast("cpu", enabled=False):
+                    states.square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.model.parameters()]))
+    assert gradients[1].norm() > 0
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
 
 
 def test_tiles_hold_every_query_once_and_only_what_it_sees():

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.config import LossSection
-from opsd.hidden import Scored, rollout_hidden_states
+from opsd.hidden import Scored, both_roles_hidden_states, rollout_hidden_states
 from opsd.models import head, head_arguments
 from opsd.objectives.base import Problem, Sample, Totals, token_weights
 from opsd_kernels import Clip, linear_divergence
@@ -45,9 +45,7 @@ class OPSD:
         share: bool = True,
     ) -> Tensor:
         """See `Objective.loss`."""
-        with torch.no_grad():
-            teacher = rollout_hidden_states(self.teacher, [s.roles[1] for s in samples], share)
-        student = rollout_hidden_states(model, [s.roles[0] for s in samples], share)
+        student, teacher = self._hidden_states(model, samples, share)
         weight, bias = head(model)
         teacher_weight, teacher_bias = head(self.teacher)
         result = linear_divergence(
@@ -77,3 +75,12 @@ class OPSD:
             measures["opposed_fraction"] = float(result.opposed_fraction)
         totals.add(len(student), **measures)
         return result.loss
+
+    def _hidden_states(self, model, samples: Sequence[Sample], share: bool):
+        """The student's and the teacher's states that predict the samples' tokens."""
+        students, teachers = ([sample.roles[role] for sample in samples] for role in (0, 1))
+        if self.teacher is model:
+            return both_roles_hidden_states(model, students, teachers, share)
+        with torch.no_grad():
+            teacher = rollout_hidden_states(self.teacher, teachers, share)
+        return rollout_hidden_states(model, students, share), teacher

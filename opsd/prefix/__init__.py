@@ -1,7 +1,14 @@
 """One stream of tokens per context: each shared prefix runs once, its rollouts continue it."""
 
 from opsd.prefix.layout import Group
+from opsd.prefix.roles import live_hidden_states
 from opsd.prefix.stream import separate_hidden_states, shared_prefix_hidden_states
 from opsd.prefix.support import unpackable
 
-__all__ = ["Group", "separate_hidden_states", "shared_prefix_hidden_states", "unpackable"]
+__all__ = [
+    "Group",
+    "live_hidden_states",
+    "separate_hidden_states",
+    "shared_prefix_hidden_states",
+    "unpackable",
+]

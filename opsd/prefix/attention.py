@@ -26,7 +26,8 @@ def packed_attention(
     """Attention of the stream's tokens to what each may see.
 
     Args:
-        query: [T, H, d]; key: [T, K, d]; value: [T, K, d_v]. Under autocast they are cast.
+        query: [T, H, d]; key: [N, K, d]; value: [N, K, d_v]; N is T and the layout's past, which
+            comes first. Under autocast they are cast.
         window: positions that a query sees, itself included; None: all before it.
         softcap: scores become softcap · tanh(score / softcap).
 

@@ -4,7 +4,8 @@ A stream holds all prefixes, then all rollouts: [prefix 1 | prefix 2 | … | rol
 rollout's tokens attend to its prefix and causally to themselves; positions continue after the
 prefix. Nothing is padded in the stream. For attention it is cut into `Tile`s: some query rows and
 all the rows they may attend to, small enough for the cache, alike in length, so that one batched
-matmul does many short segments.
+matmul does many short segments. The rows of keys are the stream's, after those of a past that ran
+in another stream, if there is one.
 
 Legend: T tokens in the stream, B segments in a tile, Lq and Lk its padded query and key lengths.
 """
@@ -27,26 +28,25 @@ TILE_COST = 1 << 16
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Consecutive tokens of the stream: a prefix, or a rollout that continues `parent`."""
-
-    start: int
-    length: int
-    parent: "Segment | None" = None
-
-    @property
-    def position(self) -> int:
-        """The position of its first token in its own sequence."""
-        return self.parent.length if self.parent else 0
-
-
-@dataclass(frozen=True)
 class Span:
-    """Rows `start` to `start + length` of the stream, the first at `position` in its sequence."""
+    """Rows `start` to `start + length`, the first at `position` in its own sequence."""
 
     start: int
     length: int
     position: int
+
+    @property
+    def end(self) -> int:
+        """The position after its last row."""
+        return self.position + self.length
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of the stream, a prefix or a rollout, and the keys that come before."""
+
+    queries: Span
+    before: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Tile:
 
     @cached_property
     def key_rows(self) -> Tensor:
-        """The stream's row of each key: [B · Lk], padded with row 0."""
+        """The row of each key: [B · Lk], padded with row 0."""
         return self._rows([piece.keys for piece in self.pieces], self.shape[2])
 
     def mask(self, dtype: torch.dtype) -> Tensor:
@@ -114,7 +114,13 @@ class Tile:
 
 
 def _positions(spans: Sequence[Span]) -> Tensor:
-    return torch.cat([torch.arange(s.position, s.position + s.length) for s in spans])
+    return torch.cat([torch.arange(s.position, s.end) for s in spans])
+
+
+def _from(span: Span, position: int) -> Span:
+    """The span without what comes before `position`."""
+    cut = max(0, position - span.position)
+    return Span(span.start + cut, span.length - cut, span.position + cut)
 
 
 class Layout:
@@ -127,26 +133,38 @@ class Layout:
         predictors: [Σ R], the row whose hidden state predicts each rollout token.
     """
 
-    def __init__(self, groups: Sequence[Group], device: torch.device):
+    def __init__(
+        self, groups: Sequence[Group], device: torch.device, past: Sequence[int] | None = None
+    ):
+        """The layout of `groups` on `device`.
+
+        `past`: for each group, how many tokens before its prefix have run elsewhere. Their keys,
+        group by group, stand before the stream's own.
+        """
         groups = checked_groups(groups)
+        past = past or [0] * len(groups)
+        self.past = sum(past)
         self.segments: list[Segment] = []
-        start = 0
-        for prefix, _ in groups:
-            self.segments.append(Segment(start, len(prefix)))
+        start = kept = 0
+        for (prefix, _), length in zip(groups, past, strict=True):
+            before = (Span(kept, length, 0),) if length else ()
+            self.segments.append(Segment(Span(start, len(prefix), length), before))
             start += len(prefix)
+            kept += length
         predictors = []
         for parent, (_, rollouts) in zip(list(self.segments), groups, strict=True):
+            before = (*parent.before, self._keys(parent.queries))
             for ids in rollouts:
-                last = torch.tensor([parent.start + parent.length - 1])
+                last = torch.tensor([parent.queries.start + parent.queries.length - 1])
                 predictors += [last, torch.arange(start, start + len(ids) - 1)]
                 if len(ids) > 1:
-                    self.segments.append(Segment(start, len(ids) - 1, parent))
+                    queries = Span(start, len(ids) - 1, parent.queries.end)
+                    self.segments.append(Segment(queries, before))
                     start += len(ids) - 1
         ids = [prefix for prefix, _ in groups]
         ids += [ids[:-1] for _, rollouts in groups for ids in rollouts]
-        positions = [torch.arange(s.position, s.position + s.length) for s in self.segments]
         self.ids = torch.cat(ids).to(device)
-        self.positions = torch.cat(positions).to(device)
+        self.positions = _positions([segment.queries for segment in self.segments]).to(device)
         self.predictors = torch.cat(predictors).to(device)
         self.device = device
         self._tiles: dict[tuple[int, int | None], list[Tile]] = {}
@@ -155,10 +173,29 @@ class Layout:
         """The stream's tiles for `heads` query heads and a sliding window (in positions)."""
         key = heads, window
         if key not in self._tiles:
-            pieces = [p for s in self.segments for p in _pieces(s, TILE_SCORES // heads, window)]
+            pieces = [p for s in self.segments for p in self._pieces(s, heads, window)]
             merged = _merge(pieces, TILE_SCORES // heads, TILE_COST // heads)
             self._tiles[key] = [Tile(tile, window, self.device) for tile in merged]
         return self._tiles[key]
+
+    def _keys(self, span: Span) -> Span:
+        """The rows of the stream, as rows of keys."""
+        return Span(span.start + self.past, span.length, span.position)
+
+    def _pieces(self, segment: Segment, heads: int, window: int | None) -> list[Piece]:
+        """The segment's queries, cut so that a piece has about TILE_SCORES scores at most."""
+        whole = segment.queries
+        visible = whole.end if window is None else min(whole.end, whole.length + window)
+        rows = min(whole.length, max(16, TILE_SCORES // heads // visible))
+        pieces = []
+        for begin in range(0, whole.length, rows):
+            length = min(rows, whole.length - begin)
+            queries = Span(whole.start + begin, length, whole.position + begin)
+            own = self._keys(Span(whole.start, begin + length, whole.position))
+            first = 0 if window is None else max(0, queries.position - window + 1)
+            spans = [_from(span, first) for span in (*segment.before, own) if span.end > first]
+            pieces.append(Piece(queries, tuple(spans)))
+        return pieces
 
 
 def checked_groups(groups: Sequence[Group]) -> list[tuple[Tensor, list[Tensor]]]:
@@ -187,31 +224,10 @@ def _ids(ids: Tensor | Sequence[int]) -> Tensor:
     return ids.cpu().long()
 
 
-def _pieces(segment: Segment, scores: int, window: int | None) -> list[Piece]:
-    """The segment's queries, cut so that each piece has about `scores` scores a head at most."""
-    visible = segment.position + segment.length
-    if window is not None:
-        visible = min(visible, segment.length + window)
-    rows = min(segment.length, max(16, scores // visible))
-    pieces = []
-    for begin in range(0, segment.length, rows):
-        end = min(begin + rows, segment.length)
-        queries = Span(segment.start + begin, end - begin, segment.position + begin)
-        first = 0 if window is None else max(0, queries.position - window + 1)
-        keys = []
-        if segment.parent and first < segment.parent.length:
-            parent = segment.parent
-            keys.append(Span(parent.start + first, parent.length - first, first))
-        own = max(0, first - segment.position)
-        keys.append(Span(segment.start + own, end - own, segment.position + own))
-        pieces.append(Piece(queries, tuple(keys)))
-    return pieces
-
-
 def _merge(pieces: list[Piece], scores: int, spare: int) -> list[list[Piece]]:
     """Pieces of like shape together, as long as padding costs less than a tile of its own."""
     tiles: list[list[Piece]] = []
-    width = depth = used = 0
+    width = depth = 0
     for piece in sorted(pieces, key=lambda p: (p.key_length, p.queries.length)):
         wider = max(width, piece.queries.length)
         deeper = max(depth, piece.key_length)
@@ -221,8 +237,8 @@ def _merge(pieces: list[Piece], scores: int, spare: int) -> list[list[Piece]]:
             before = len(tiles[-1]) * width * depth
             if padded <= scores and padded - before - own <= spare:
                 tiles[-1].append(piece)
-                width, depth, used = wider, deeper, used + own
+                width, depth = wider, deeper
                 continue
         tiles.append([piece])
-        width, depth, used = piece.queries.length, piece.key_length, own
+        width, depth = piece.queries.length, piece.key_length
     return tiles

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -14,6 +15,20 @@ from opsd.prefix.layout import Group, Layout, checked_groups
 from opsd.prefix.support import unpackable
 
 IMPLEMENTATION = "opsd_shared_prefix"
+
+Kept = dict[nn.Module, tuple[Tensor, Tensor]]
+"""Attention module → keys [N, K, d] and values [N, K, d_v] of some rows, without gradient."""
+
+Keep = tuple[Tensor, Kept]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What the attention of a stream is told, through the model's forward."""
+
+    layout: Layout
+    keep: Keep | None
+    past: Kept | None
 
 
 def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
@@ -35,14 +50,23 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
     if reason is not None:
         _warn_once(reason)
         return separate_hidden_states(model, groups)
+    return run(model, Layout(groups, model.device))
+
+
+def run(
+    model: PreTrainedModel, layout: Layout, *, keep: Keep | None = None, past: Kept | None = None
+) -> Tensor:
+    """The decoder over a stream: the states that predict the rollouts' tokens, [Σ R, D].
+
+    `keep`: the rows whose keys and values are to be kept, and where; `past`: what was kept.
+    """
     decoder = model.get_decoder()
-    layout = Layout(groups, model.device)
     with packed(decoder):
         output = decoder(
             input_ids=layout.ids[None],
             position_ids=layout.positions[None],
             use_cache=False,
-            segments=layout,
+            segments=Segments(layout, keep, past),
         )
     return output.last_hidden_state[0].index_select(0, layout.predictors)
 
@@ -121,7 +145,7 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segments: Layout,
+    segments: Segments,
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -129,9 +153,17 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """For transformers' AttentionInterface: [1, heads, T, d] each → [1, T, heads, d]."""
     assert attention_mask is None and query.shape[0] == 1
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    if segments.keep is not None:
+        rows, kept = segments.keep
+        kept.setdefault(module, (key.detach()[rows], value.detach()[rows]))
+    if segments.past is not None:
+        key, value = map(torch.cat, zip(segments.past[module], (key, value), strict=True))
     out = packed_attention(
-        *(states[0].transpose(0, 1) for states in (query, key, value)),
-        segments,
+        query,
+        key,
+        value,
+        segments.layout,
         scale=scaling,
         window=sliding_window,
         softcap=softcap,

@@ -1,0 +1,44 @@
+"""A student and a `live` teacher: the start that their contexts share runs once, for both."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opsd.prefix.layout import Group, Layout, checked_groups
+from opsd.prefix.stream import run, shared_prefix_hidden_states
+from opsd.prefix.support import unpackable
+
+
+def live_hidden_states(
+    model: PreTrainedModel, student: Sequence[Group], teacher: Sequence[Group]
+) -> tuple[Tensor, Tensor]:
+    """`shared_prefix_hidden_states` of both roles of one model, [Σ R, D] each.
+
+    `student` and `teacher` hold the same problems' groups. Where two prefixes start with the same
+    tokens, the teacher reads the keys and values of the student's pass. The teacher's states, and
+    what it reads, carry no gradient.
+    """
+    student, teacher = checked_groups(student), checked_groups(teacher)
+    common = [_common(s, t) for (s, _), (t, _) in zip(student, teacher, strict=True)]
+    if unpackable(model) is not None or not any(common):
+        # The student first: autocast keeps the weights it casts, with their graph.
+        states = shared_prefix_hidden_states(model, student)
+        with torch.no_grad():
+            return states, shared_prefix_hidden_states(model, teacher)
+    layout = Layout(student, model.device)
+    starts = [segment.queries.start for segment in layout.segments[: len(student)]]
+    rows = [torch.arange(s, s + c) for s, c in zip(starts, common, strict=True)]
+    kept: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}
+    states = run(model, layout, keep=(torch.cat(rows).to(model.device), kept))
+    rest = [(prefix[c:], ids) for (prefix, ids), c in zip(teacher, common, strict=True)]
+    with torch.no_grad():
+        return states, run(model, Layout(rest, model.device, common), past=kept)
+
+
+def _common(student: Tensor, teacher: Tensor) -> int:
+    """The length of the common start; the teacher's last token is left to run."""
+    length = min(len(student), len(teacher) - 1)
+    differs = (student[:length] != teacher[:length]).nonzero()
+    return int(differs[0]) if len(differs) else length

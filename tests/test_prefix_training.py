@@ -1,0 +1,159 @@
+"""The training step: what is packed, checked and logged, on one process, two, and with adapters."""
+
+import os
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_prefix import alone, assert_same, ids, make, make_groups
+from torch.nn.parallel import DistributedDataParallel
+
+from opsd import prefix
+from opsd.config import LossSection
+from opsd.errors import UserError
+from opsd.hidden import Scored
+from opsd.objectives import OPSD, Sample, Totals
+from opsd.prefix import attention, shared_prefix_hidden_states
+from opsd.step import OPSDStep, token_ratio
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+
+def make_samples():
+    """Four problems' rollouts in both roles."""
+    samples = []
+    for number, lengths in enumerate(((5, 9), (3, 1, 7), (8,), (6, 6))):
+        student, teacher = ids(7, 19, seed=number)
+        for rollout in ids(*lengths, seed=10 + number):
+            roles = tuple(Scored(c.tolist(), rollout.tolist()) for c in (student, teacher))
+            samples.append(Sample(roles, 1 / 45))
+    return samples
+
+
+def make_step(share=True):
+    model, teacher = make("Qwen3"), make("Qwen3")
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter += 0.01 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+            )
+    return OPSDStep(model, OPSD(LossSection(backend="torch"), teacher), share)
+
+
+def flat_gradient(step):
+    return torch.cat([p.grad.flatten() for p in step.parameters()])
+
+
+def one_process(share=True):
+    step = make_step(share)
+    step(make_samples(), Totals()).backward()
+    return flat_gradient(step)
+
+
+def test_the_ratio_counts_the_tokens_that_are_not_run():
+    samples = make_samples()
+    student, teacher = 7, 19
+    rollouts = 45 - len(samples)
+    naive = len(samples) * (student + teacher) + 2 * rollouts
+    shared = 4 * (student + teacher) + 2 * rollouts
+    assert token_ratio(samples) == naive / shared
+
+
+def test_the_check_passes_and_sharing_is_refused_where_it_differs(monkeypatch):
+    step = make_step()
+    assert step.check_sharing(make_samples()) < 1e-5
+    right = attention.packed_attention
+
+    def wrong(*arguments, **more):
+        return 1.01 * right(*arguments, **more)
+
+    monkeypatch.setattr(prefix.stream, "packed_attention", wrong)
+    with pytest.raises(UserError, match="--no-share"):
+        step.check_sharing(make_samples())
+
+
+def test_the_check_looks_at_a_context_with_several_rollouts(monkeypatch):
+    samples = make_samples()
+    seen = []
+    monkeypatch.setattr(
+        "opsd.step.rollout_hidden_states",
+        lambda model, sequences, share: seen.append(sequences) or torch.ones(1),
+    )
+    make_step().check_sharing([samples[5], *samples])
+    assert all(len(s) > 1 and len({tuple(x.context) for x in s}) == 1 for s in seen)
+
+
+def test_sharing_does_not_change_the_steps_gradient():
+    shared, separate = one_process(True), one_process(False)
+    assert (shared - separate).norm() < 1e-5 * separate.norm()
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    """DDP averages, so each rank's gradient is half the sum of both."""
+    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    wanted = one_process()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert (2 * found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def _rank(rank: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(directory, "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    step = DistributedDataParallel(make_step())
+    samples, totals = make_samples(), Totals()
+    *first, last = step.module.micro_batches(samples[rank::2], 60)
+    assert first, "a step of one micro-batch would not test accumulation"
+    with step.no_sync():
+        for batch in first:
+            step(batch, totals).backward()
+    step(last, totals).backward()
+    torch.save(flat_gradient(step), os.path.join(directory, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def adapted():
+    import peft  # seconds, which the ranks below need not spend
+
+    model = peft.get_peft_model(
+        make("Llama"), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_get_the_same_gradients(adapted, checkpointing):
+    adapted.train()
+    if checkpointing:
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        adapted.enable_input_require_grads()
+    groups = make_groups()
+    assert_same(adapted, shared_prefix_hidden_states(adapted, groups), groups)
+
+
+def test_adapters_are_off_for_the_whole_stream_or_on_for_it(adapted):
+    groups = make_groups()
+    with torch.no_grad():
+        on = shared_prefix_hidden_states(adapted, groups)
+        with adapted.disable_adapter():
+            off = shared_prefix_hidden_states(adapted, groups)
+            assert (off - alone(adapted, groups)).abs().max() < 2e-5
+        assert (on - off).abs().max() > 0.1
+        base = make("Llama")
+        assert (off - alone(base, groups)).abs().max() < 2e-5
+
+
+def test_batches_of_a_step_are_groups_in_order():
+    step, samples = make_step(), make_samples()
+    for batch in step.micro_batches(samples, 1000):
+        places = [samples.index(sample) for sample in batch]
+        contexts = [tuple(sample.roles[0].context) for sample in batch]
+        changes = sum(a != b for a, b in pairwise(contexts))
+        assert changes == len(set(contexts)) - 1 and len(places) == len(set(places))
