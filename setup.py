@@ -101,8 +101,8 @@ class BuildKernels(build_ext):
         newest = known[-1].rstrip("a")
         codes = [f"arch=compute_{gpu},code=sm_{gpu}" for gpu in known]
         codes.append(f"arch=compute_{newest},code=compute_{newest}")
-        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-shared"]
-        flags += ["-cudart", "static", "--threads", "0"]  # all architectures at once
+        flags = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        flags += ["-shared", "-cudart", "static", "--threads", "0"]  # all architectures at once
         for code in codes:
             flags += ["-gencode", code]
         self.compile([nvcc, *flags, str(CSRC / "cuda.cu"), "-o", str(target)])

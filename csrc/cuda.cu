@@ -19,7 +19,7 @@
 namespace opsd {
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32, ITEMS = 8, CHUNK = THREADS * ITEMS;
+constexpr int THREADS = 256, WARPS = THREADS / 32, ITEMS = 16, CHUNK = THREADS * ITEMS;
 constexpr int MOST_PARTS = 6;  // both roles' normalisers
 
 inline int64_t chunks_of(int64_t v) { return (v + CHUNK - 1) / CHUNK; }

@@ -69,9 +69,9 @@ def divergence_blocks(
         vocabulary=heads[0].weight.shape[0] if shards is None else shards.largest,
         budget=budget,
     )
-    direct = direct and not plan.one_pass and want.any
-    parts = direct and not forward
     at_once = plan.one_pass and shards is None and hasattr(functions, "rows")
+    direct = direct and want.any and not at_once and (forward or not plan.one_pass)
+    parts = direct and not forward
 
     stats = student.new_empty((6, n_tokens), dtype=dtype)
     buffer, narrow = buffers(student, plan, roles=2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from opsd_kernels.divergence import Clip, Divergence, LogitTransform
 from opsd_kernels.tiles.c_interface import Options, Tile, options, pointer, tile
 
-TEMPORARIES = 6 / 2048  # each chunk's part of six sums
+TEMPORARIES = 6 / 4096  # each chunk's part of six sums
 LIBRARY = Path(__file__).parent.parent / "libopsd_cuda.so"
 
 

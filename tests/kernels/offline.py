@@ -1,8 +1,9 @@
-"""Compiles the Triton kernels for sm_90 (no GPU needed) and reports what each takes of an SM.
+"""What each GPU kernel takes of an SM: Triton's are compiled for sm_90 (no GPU needed), CUDA's are
+in the library that setup.py built.
 
-    python tests/kernels/offline.py > docs/kernels-triton-sm90.json
+    python tests/kernels/offline.py > docs/kernels-gpu.json
 
---most-used: the variants that a plain call uses, instead of all of them.
+--most-used: of Triton's the variants that a plain call uses, instead of all of them.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from opsd_kernels.divergence import DIVERGENCES
+from opsd_kernels.tiles import cuda
 from opsd_kernels.tiles import triton as tiles
 from opsd_kernels.tiles import triton_kernels as kernels
 
@@ -64,24 +66,46 @@ def compile_kernel(name: str, constants: dict, absent: tuple, warps: int) -> dic
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    take = {k: int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK", "LOCAL")}
-    return {
-        "name": name,
-        **constants,
-        "registers": take["REG"],
-        "stack_bytes": take["STACK"],
-        "local_bytes": take["LOCAL"],
-        "shared_bytes": kernel.metadata.shared,
-        "threads": 32 * warps,
-    }
+        (usage,) = resource_usage(file.name)
+    shared = {"shared_bytes": kernel.metadata.shared}
+    return {**usage, "name": name, "target": "sm_90", **constants, **shared}
+
+
+def resource_usage(binary: str) -> list[dict]:
+    """Of every kernel in a cubin or a library: its architecture, name, registers, and bytes of
+    stack, of spills and of shared memory.
+    """
+    out = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found, target, name = [], "", ""
+    for line in out.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            target = match[1]
+        elif match := re.search(r"Function (\w+):", line):
+            name = re.sub(r".*_cuda_cu_[0-9a-f]{8}\d+", "", match[1])  # the file's own namespace
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, spilled = map(int, match.groups())
+            found.append(
+                {
+                    "name": name,
+                    "target": target,
+                    "registers": registers,
+                    "stack_bytes": stack,
+                    "spilled_bytes": spilled,
+                    "shared_bytes": shared,
+                }
+            )
+    return found
 
 
 if __name__ == "__main__":
-    found = [compile_kernel(*variant) for variant in variants("--most-used" in sys.argv)]
-    print(json.dumps({"triton": triton.__version__, "target": "sm_90", "kernels": found}, indent=1))
+    found = {
+        "triton_version": triton.__version__,
+        "triton": [compile_kernel(*variant) for variant in variants("--most-used" in sys.argv)],
+        "cuda": resource_usage(str(cuda.LIBRARY)) if cuda.LIBRARY.exists() else [],
+    }
+    print(json.dumps(found, indent=1))

@@ -1,7 +1,7 @@
 // As much of CUDA as csrc/cuda.cu uses, on the CPU: the kernels' sources run, and are tested, where
 // there is no GPU. A block's threads are coroutines that take turns; a barrier passes the turn on
 // until all have arrived. Blocks follow one another. Nothing is said about speed, or about the
-// functions that the GPU computes by itself (exp, division).
+// rounding of what a GPU has in hardware (exp, log, division).
 #pragma once
 
 #include <math.h>
@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+#define __CUDA_ARCH__ 900  // the device's branch of csrc/divergence.h
 #define __global__
 #define __device__
 #define __host__
@@ -100,6 +101,9 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
 }
 
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float x) { return expf(x); }
+inline float __logf(float x) { return logf(x); }
 
 typedef void* cudaStream_t;
 typedef int cudaError_t;

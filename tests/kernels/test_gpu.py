@@ -1,0 +1,224 @@
+"""On a GPU: the same cases as on the CPU for every GPU backend, and what only a GPU can show.
+
+python -m pytest tests/kernels -m gpu
+"""
+
+import itertools
+
+import pytest
+import test_divergence
+import test_edges
+import test_log_prob
+import test_tiles
+import test_torch_features
+import torch
+from kernel_cases import DIVERGENCES, SHAPES, check, make
+
+from opsd_kernels import (
+    Clip,
+    Divergence,
+    LogitTransform,
+    backends,
+    linear_divergence,
+    linear_log_prob,
+)
+from opsd_kernels.resolve import load
+from opsd_kernels.tiles import state as states
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.device_count(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(params=["torch", "triton", "cuda"])
+def backend(request):
+    """Its name; tensors are made on the GPU."""
+    if reason := backends()[request.param]:
+        pytest.skip(reason)
+    with torch.device("cuda"):
+        yield request.param
+
+
+# --- The same cases as on the CPU ---
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_shapes_and_dtypes(backend, divergence, shape):
+    case = make(*shape, divergence=divergence, budget=max(2**20, 60 * shape[1] * 8))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check(case, dtype, backend)
+
+
+@pytest.mark.parametrize("clip", test_divergence.CLIPS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_options(backend, divergence, clip):
+    test_divergence.test_options(backend, divergence, clip)
+    test_divergence.test_statistics(backend, clip, divergence)
+
+
+def test_gradients(backend):
+    for reduction in ("mean", "none"):
+        test_divergence.test_every_subset_of_gradients(backend, reduction)
+    test_divergence.test_teacher_gets_no_gradient(backend)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_edge_cases(backend, divergence):
+    edges = test_edges.TestEdges()
+    edges.test_identical_rows_are_exactly_zero(backend, divergence)
+    edges.test_padded_vocabulary(backend, divergence)
+    edges.test_huge_logits(backend, divergence)
+    edges.test_weightless_tokens_leak_nothing(backend, divergence)
+    edges.test_nan_in_a_token_that_counts_is_seen(backend, divergence)
+    for reduction in ("mean", "sum", "none"):
+        edges.test_nothing_to_do(backend, divergence, reduction)
+
+
+def test_strides(backend):
+    test_edges.test_leading_shape_and_strides(backend)
+    test_edges.test_log_prob_of_nothing(backend)
+
+
+@pytest.mark.parametrize("transform", test_tiles.TRANSFORMS)
+def test_tile_functions(backend, transform):
+    for clip, divergence in itertools.product(test_tiles.CLIPS, DIVERGENCES):
+        test_tiles.test_tiles_of_any_size(backend, transform, clip, divergence)
+    test_tiles.test_log_prob_tiles(backend, transform)
+    test_tiles.test_without_a_gradient(backend)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_log_probs(backend, shape):
+    for frozen in (False, True):
+        test_log_prob.test_log_prob(backend, shape, frozen)
+
+
+def test_torch(backend):
+    for reduction in ("mean", "none"):
+        test_torch_features.test_checkpoint_and_repeated_backward(backend, reduction)
+        test_torch_features.test_compile(reduction)
+    test_torch_features.test_compile_log_prob()
+    for per_token in (False, True):
+        test_torch_features.test_opcheck(backend, per_token)
+
+
+# --- What only a GPU can show ---
+
+
+def gradients(case, backend):
+    loss = case.fused(backend).loss
+    return loss.detach(), *torch.autograd.grad(loss, (case.student, case.weight))
+
+
+def equal(runs) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_runs_are_equal_bit_for_bit(backend, divergence):
+    case = make(300, 20011, 64, divergence=divergence).to(torch.bfloat16).require_grad()
+    assert equal([gradients(case, backend) for _ in range(2)])
+
+
+def test_another_stream(backend):
+    """The work waits for what its stream has queued, and runs there."""
+    case = make(64, 8009, 64, divergence="jsd")
+    expected = gradients(case.require_grad(), backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # some 50 ms: work on another stream would overtake it
+        late = make(64, 8009, 64, divergence="jsd").require_grad()
+        for name in ("student", "teacher", "weight"):
+            getattr(late, name).detach().copy_(getattr(case, name))
+        got = gradients(late, backend)
+    stream.synchronize()
+    assert equal([got, expected])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_cuda_graph(backend, divergence):
+    """Nothing in a call waits for the device, so that it can be captured; a replay sees new
+    inputs.
+    """
+    case = make(48, 5003, 32, divergence=divergence, clip=Clip("token", 0.3)).require_grad()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries set themselves up outside of a capture
+        for _ in range(2):
+            gradients(case, backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(case, backend)
+    for _ in range(2):
+        with torch.no_grad():
+            case.student.copy_(torch.randn_like(case.student))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert equal([captured, gradients(case, backend)])
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_offsets_beyond_two_to_the_31(name):
+    """The last of rows a long way apart: n * stride = 2^31 + some."""
+    if reason := backends()[name]:
+        pytest.skip(reason)
+    rows, v, stride = 3, 4099, 2**30 + 5
+    if torch.cuda.mem_get_info()[0] < 3 * 4 * stride * (rows - 1):
+        pytest.skip("needs 26 GB of free GPU memory")
+    functions, transform = load(name), LogitTransform()
+    with torch.device("cuda"):
+        apart = [
+            torch.empty((rows - 1) * stride + v).as_strided((rows, v), (stride, 1))
+            for _ in range(2)
+        ]
+        close = [torch.randn(rows, v) for _ in range(2)]
+        for x, y in zip(apart, close, strict=True):
+            x.copy_(y)
+        found = []
+        for tiles in (apart, close):
+            state = states.new(rows, tiles[0], torch.float32)
+            functions.normalisers(*tiles, None, None, transform, state)
+            described = (*tiles, None, None, Divergence("jsd"), transform, None, state)
+            functions.sums(*described)
+            functions.gradient_(*described, torch.ones(rows))
+            found.append((state, tiles[0]))
+    assert equal(found)
+
+
+def test_a_vocabulary_of_many_tokens(backend):
+    """N V = 2^31 + some logits of each role, in blocks; the loss is that of one block alone."""
+    n, v = 16400, 131072
+    hidden = torch.randn(n, 16, dtype=torch.bfloat16)
+    weight = torch.randn(v, 16, dtype=torch.bfloat16)
+    teacher = hidden + 0.3 * torch.randn_like(hidden)
+    result = linear_divergence(hidden, teacher, weight, backend=backend)
+    some = slice(n - 5, n)
+    alone = linear_divergence(hidden[some], teacher[some], weight, backend=backend)
+    torch.testing.assert_close(result.per_token[some], alone.per_token, rtol=1e-4, atol=1e-6)
+    assert result.per_token.isfinite().all()
+
+
+def test_memory_stays_within_the_budget(backend):
+    n, v, d, budget = 2048, 50257, 256, 256 * 2**20
+    hidden, weight = torch.randn(n, d, dtype=torch.bfloat16), torch.randn(v, d).bfloat16()
+    hidden.requires_grad_()
+    linear_divergence(hidden[:8], hidden[:8].detach(), weight, backend=backend)  # workspaces
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_divergence(hidden, hidden.detach(), weight, memory_budget=budget, backend=backend)
+    extra = torch.cuda.max_memory_allocated() - before - hidden.numel() * 2
+    assert 0.5 * budget < extra <= 1.1 * budget
+
+
+def test_log_prob_targets_of_every_chunk(backend):
+    v = 9001
+    hidden, weight = torch.randn(64, 32), torch.randn(v, 32)
+    targets = torch.cat((torch.tensor([0, v - 1, 2047, 2048, 4095, 4096]), torch.arange(58) * 155))
+    got = linear_log_prob(hidden, weight, targets, backend=backend).log_prob
+    want = (hidden.double() @ weight.double().T).log_softmax(-1)[torch.arange(64), targets]
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
