@@ -82,16 +82,30 @@ class PromptsSection(Section):
 
 
 class TeacherSection(Section):
-    policy: Literal["initial", "live"] = Field(
+    policy: Literal["initial", "live", "ema", "model"] = Field(
         "initial",
-        description="Whose weights score the rollouts: those of step 0, or the current ones.",
+        description="Whose weights score the rollouts: the student's at step 0, its current ones, "
+        "their moving average, or another model's.",
     )
+    ema_decay: float = Field(
+        0.999, gt=0, lt=1, description="policy ema: what an optimizer step keeps of the average."
+    )
+    path: str | None = Field(
+        None, description="policy model: a model directory or hub name, of the same vocabulary."
+    )
+    revision: str | None = Field(None, description="policy model: its revision on the hub.")
+    gguf_file: str | None = Field(None, description="policy model: a GGUF file in path.")
 
 
 class RolloutSection(Section):
     engine: Literal["generate", "continuous"] = Field(
         "generate",
         description="transformers' generate in length-sorted batches, or its continuous batching.",
+    )
+    source: Literal["student", "teacher", "reference"] = Field(
+        "student",
+        description="opsd, distill: who wrote what is learnt from; student is on-policy, reference "
+        "is prompts.target.",
     )
     per_problem: int = Field(1, ge=1, description="Rollouts a problem (G).")
     max_new_tokens: int = Field(1024, ge=1, description="Longest rollout, in tokens.")
@@ -194,8 +208,10 @@ class OutputSection(Section):
 class Config(Section):
     """A training run."""
 
-    method: Literal["opsd", "grpo", "sft"] = Field(
-        "opsd", description="On-policy self-distillation, GRPO, or SFT on the solutions."
+    method: Literal["opsd", "grpo", "sft", "distill"] = Field(
+        "opsd",
+        description="On-policy self-distillation, GRPO, SFT on the solutions, or distillation from "
+        "a separate teacher that sees what the student sees.",
     )
     model: ModelSection
     data: DataSection
@@ -209,6 +225,26 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
+        teacher = self.teacher
+        if teacher.policy == "model" and teacher.path is None:
+            raise ValueError(
+                "teacher.path is missing: teacher.policy 'model' needs the model that teaches"
+            )
+        if teacher.policy != "model" and teacher.path is not None:
+            raise ValueError(
+                f"teacher.path is {teacher.path!r}: it is for teacher.policy 'model', not "
+                f"{teacher.policy!r}"
+            )
+        if self.method == "distill" and teacher.policy != "model":
+            raise ValueError(
+                f"teacher.policy is {teacher.policy!r}: distill shows the teacher what the student "
+                "sees, so it must be 'model', another model, with teacher.path"
+            )
+        if self.rollout.source != "student" and self.method not in ("opsd", "distill"):
+            raise ValueError(
+                f"rollout.source is {self.rollout.source!r}: that is for opsd and distill; "
+                f"{self.method} has its own"
+            )
         if self.method == "grpo" and self.rollout.per_problem < 2:
             raise ValueError(
                 f"rollout.per_problem is {self.rollout.per_problem}: grpo compares a problem's "
@@ -264,7 +300,7 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
     """Every field as (section, name, default, description), for `--help`."""
     for section, field in Config.model_fields.items():
         if section == "method":
-            yield "", "method", "opsd", f"{field.description} (opsd | grpo | sft)"
+            yield "", "method", "opsd", f"{field.description} (opsd | grpo | sft | distill)"
             continue
         for name, inner in field.annotation.model_fields.items():
             default = "required" if inner.is_required() else str(inner.get_default())

@@ -19,21 +19,27 @@ from opsd.errors import UserError
 
 
 def load_model(
-    section: ModelSection, device: torch.device | str = "cpu"
+    section: ModelSection,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype = torch.float32,
+    name: str = "model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in fp32 (the optimizer's master weights) and its tokenizer.
+    """The model, in fp32 unless told (the optimizer's master weights), and its tokenizer.
+
+    `name` is the config's section that the model stands in, for error messages.
 
     Raises UserError when there is no such model, or its tokenizer has no end-of-sequence token.
     """
     path = Path(section.path)
     if section.gguf_file and not (path / section.gguf_file).is_file():
         raise UserError(
-            f"model.gguf_file is {section.gguf_file!r}: no such file in {section.path!r}"
+            f"{name}.gguf_file is {section.gguf_file!r}: no such file in {section.path!r}"
         )
     if path.is_dir() and not section.gguf_file and not (path / "config.json").is_file():
         hint = ", ".join(file.name for file in sorted(path.glob("*.gguf")))
-        hint = f"; for a GGUF file set model.gguf_file ({hint})" if hint else ""
-        raise UserError(f"model.path is {section.path!r}: a directory without config.json{hint}")
+        hint = f"; for a GGUF file set {name}.gguf_file ({hint})" if hint else ""
+        raise UserError(f"{name}.path is {section.path!r}: a directory without config.json{hint}")
     arguments = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     if section.gguf_file:
         arguments["gguf_file"] = section.gguf_file
@@ -41,25 +47,25 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(section.path, **arguments)
         model = AutoModelForCausalLM.from_pretrained(
             section.path,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation=section.attention,
             **arguments,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.path is {section.path!r}: neither a model directory nor a hub model that "
+            f"{name}.path is {section.path!r}: neither a model directory nor a hub model that "
             f"can be reached ({first})"
         ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"model.path is {section.path!r}: its tokenizer has no eos_token to end a rollout"
+            f"{name}.path is {section.path!r}: its tokenizer has no eos_token to end a rollout"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # lengths, never ids, decide what is padding
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"model.path is {section.path!r}: its tokenizer has {len(tokenizer)} tokens, "
+            f"{name}.path is {section.path!r}: its tokenizer has {len(tokenizer)} tokens, "
             f"its model only {model.config.vocab_size}"
         )
     if section.gguf_file:

@@ -23,8 +23,12 @@ def sample_records(
     rows: Sequence[Row],
     evaluation: Evaluation,
     count: int,
+    teacher_role: str = "teacher",
 ) -> Iterator[dict]:
-    """The first `count` held-out completions as lines for samples.jsonl, without the step."""
+    """The first `count` held-out completions as lines for samples.jsonl, without the step.
+
+    `teacher_role`: the context that the teacher sees; "student" where it is another model.
+    """
     for i in range(min(count, len(rows))):
         row, ids = rows[i], evaluation.rollouts[i].ids
         yield {
@@ -37,7 +41,7 @@ def sample_records(
                 student,
                 teacher,
                 Scored(prompts.ids(row, "student"), ids),
-                Scored(prompts.ids(row, "teacher"), ids),
+                Scored(prompts.ids(row, teacher_role), ids),
                 prompts.tokenizer,
             ),
         }
@@ -54,11 +58,12 @@ def token_records(
     """Each rollout token: its text, KL(T‖S), the student's probability, the teacher's top three."""
     student_states = rollout_hidden_states(student, [as_student])
     teacher_states = rollout_hidden_states(teacher, [as_teacher])
+    size = min(len(head(student)[0]), len(head(teacher)[0]))  # padded differently
     records = []
     for start in range(0, len(as_student.rollout), CHUNK):
         ids = as_student.rollout[start : start + CHUNK]
-        log_s = _log_probs(student, student_states[start : start + CHUNK])
-        log_t = _log_probs(teacher, teacher_states[start : start + CHUNK])
+        log_s = _log_probs(student, student_states[start : start + CHUNK], size)
+        log_t = _log_probs(teacher, teacher_states[start : start + CHUNK], size)
         divergence = torch.nn.functional.kl_div(log_s, log_t, reduction="none", log_target=True)
         own = log_s.gather(1, torch.tensor(ids, device=log_s.device)[:, None]).exp()[:, 0]
         best = log_t.topk(TOP)
@@ -75,11 +80,11 @@ def token_records(
     return records
 
 
-def _log_probs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+def _log_probs(model: PreTrainedModel, hidden: Tensor, size: int) -> Tensor:
     weight, bias = head(model)
-    logits = hidden.float() @ weight.float().T
+    logits = hidden.float() @ weight[:size].float().T
     if bias is not None:
-        logits += bias.float()
+        logits += bias[:size].float()
     options = head_arguments(model)
     logits *= options["logit_scale"]
     if cap := options["logit_softcap"]:

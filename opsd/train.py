@@ -18,13 +18,14 @@ from opsd.environment import machine, peak_memory, release_memory, return_large_
 from opsd.errors import UserError
 from opsd.evaluate.grading import Grader
 from opsd.evaluate.run import Evaluation, Grades, HeldOut, decode
-from opsd.models import copy_model, load_model, stop_ids, update_copy, window
-from opsd.objectives import GRPO, OPSD, SFT, Objective
+from opsd.models import copy_model, head, load_model, stop_ids, update_copy, window
+from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective
 from opsd.prompts import Prompts
 from opsd.report import write_report
-from opsd.rollout import SAMPLERS, Sampling
+from opsd.rollout import SAMPLERS, GenerateSampler, Sampling
 from opsd.runlog import RunLog, read_lines
 from opsd.samples import sample_records
+from opsd.teacher import make_teacher
 from opsd.trainer import OPSDTrainer
 
 Reward = Callable[[str, str], float]
@@ -164,11 +165,10 @@ def run(
     decoder = twin if twin is not None else model
     # Made before a checkpoint is loaded: the weights of step 0. Without OPSD, a teacher is only
     # asked for its view of the sample completions.
-    needed = config.method == "opsd" or bool(held_out and config.eval.samples)
-    if needed and config.teacher.policy == "initial":
-        teacher = copy_model(model, dtype)
-    else:
-        teacher = decoder
+    scores = config.method in ("opsd", "distill")
+    teacher, average = decoder, None
+    if scores or (held_out and config.eval.samples):
+        teacher, average = make_teacher(config, model, tokenizer, decoder)
     stops = stop_ids(model, tokenizer)
     sampler = SAMPLERS[config.rollout.engine](decoder, stops)
     if config.train.gradient_checkpointing:
@@ -178,6 +178,7 @@ def run(
     scorer = model if config.teacher.policy == "live" else teacher
     objective = make_objective(config, scorer, prompts, tokenizer, grader, reward)
 
+    teacher_role = getattr(objective, "teacher_role", "teacher")
     test = HeldOut(held_out, prompts, grader, evaluation_sampling(config), config.rollout.engine)
 
     def record(step: int, role: str, result: Evaluation) -> dict:
@@ -191,7 +192,7 @@ def run(
         log.evaluation(line)
         if role == "student":
             for sample in sample_records(
-                decoder, teacher, prompts, held_out, result, config.eval.samples
+                decoder, teacher, prompts, held_out, result, config.eval.samples, teacher_role
             ):
                 log.sample({**place, "method": config.method, **sample})
         return line
@@ -205,7 +206,7 @@ def run(
         if before is None:
             before = {"student": test.evaluate(decoder, display)}
             if config.eval.teacher:
-                before["teacher"] = test.evaluate(teacher, display, "teacher")
+                before["teacher"] = test.evaluate(teacher, display, teacher_role, "teacher")
         for role, result in before.items():
             record(0, role, result)
 
@@ -223,6 +224,8 @@ def run(
             on_step=lambda line: stage.update(completed=line["step"], **shown(line)),
             note=display.note,
             token_budget=token_budget,
+            average=average if scores else None,
+            teacher_sampler=GenerateSampler(teacher, stops, len(head(model)[0])),
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
@@ -258,6 +261,8 @@ def make_objective(
     """The objective of `config.method`."""
     if config.method == "opsd":
         return OPSD(config.loss, teacher)
+    if config.method == "distill":
+        return Distill(config.loss, teacher)
     if config.method == "sft":
         return SFT(config.loss, prompts)
 
@@ -288,9 +293,10 @@ def fitting_rows(
     roles = config.loss.roles if config.method == "sft" else ["student"]
     if config.method == "opsd":
         roles = ["student", "teacher"]
+    given = config.method == "sft" or config.rollout.source == "reference"
     for number, row in enumerate(rows, start=1):
         answer = config.rollout.max_new_tokens
-        if config.method == "sft":
+        if given:
             answer = len(prompts.target(row))
         longest = max(len(prompts.ids(row, role)) for role in roles) + answer
         if longest <= limit:

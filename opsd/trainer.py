@@ -7,6 +7,7 @@ one step: sample rollouts, make the method's samples, and add up micro-batches.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from opsd.prompts import Prompts
 from opsd.rollout import Rollout, Sampler, Sampling
 from opsd.runlog import RunLog
 from opsd.step import OPSDStep, token_ratio
+from opsd.teacher import MovingAverage
 
 Evaluate = Callable[[int], dict]
 """step → the evaluation's record; runs the held-out problems and writes them down."""
@@ -41,6 +43,8 @@ class OPSDTrainer(WholeCheckpoints):
         on_step: called with a step's metrics line, for the display.
         note: called with a line for the terminal, once.
         token_budget: training stops when so many tokens are generated (without rollouts: trained).
+        average: an `ema` teacher, which follows the model after each optimizer step.
+        teacher_sampler: samples from the teacher, for rollout.source teacher.
     """
 
     def __init__(
@@ -57,7 +61,10 @@ class OPSDTrainer(WholeCheckpoints):
         on_step: Callable[[dict], None] = lambda line: None,
         note: Callable[[str], None] = lambda text: None,
         token_budget: int | None = None,
+        average: MovingAverage | None = None,
+        teacher_sampler: Sampler | None = None,
     ):
+        self.average, self.teacher_sampler = average, teacher_sampler
         self.config, self.rows, self.prompts, self.objective = config, rows, prompts, objective
         self.sampler, self.twin, self.run_log = sampler, twin, log
         self.on_step, self.token_budget = on_step, token_budget
@@ -118,13 +125,21 @@ class OPSDTrainer(WholeCheckpoints):
 
     def _problems(self, rows: list[Row]) -> list[Problem]:
         contexts = [self.prompts.context(row) for row in rows]
+        if self.average is not None and self.state.global_step:
+            self.average.follow(self.model)
+        if self.twin is not None and self.objective.samples_rollouts:
+            update_copy(self.twin, self.model)
         copies = self.config.rollout.per_problem if self.objective.samples_rollouts else 0
         rollouts: list[Rollout] = []
-        if copies:
-            if self.twin is not None:
-                update_copy(self.twin, self.model)
-            students = [context.student for context in contexts for _ in range(copies)]
-            rollouts = self.sampler.sample(students, self.rollout)
+        if copies and self.config.rollout.source == "reference":
+            copies = 1  # they would be alike
+            rollouts = [Rollout(self.prompts.target(row), True) for row in rows]
+        elif copies:
+            role, sampler = "student", self.sampler
+            if self.config.rollout.source == "teacher":
+                role, sampler = self.objective.teacher_role, self.teacher_sampler
+            asked = [getattr(context, role) for context in contexts for _ in range(copies)]
+            rollouts = sampler.sample(asked, self.rollout)
         return [
             Problem(row, context, rollouts[i * copies : (i + 1) * copies])
             for i, (row, context) in enumerate(zip(rows, contexts, strict=True))
@@ -136,14 +151,15 @@ class OPSDTrainer(WholeCheckpoints):
 
     def _count(self, problems, totals: Totals, measures, rollout_seconds, seconds) -> None:
         rollouts = [rollout for problem in problems for rollout in problem.rollouts]
-        generated = sum(len(rollout.ids) for rollout in rollouts)
+        length = sum(len(rollout.ids) for rollout in rollouts)
         counters = self.run_log.counters
-        counters.generated_tokens += generated
+        if self.config.rollout.source != "reference":
+            counters.generated_tokens += length
         counters.trained_tokens += totals.tokens
         counters.seconds += seconds
         self._step = {"divergence": None, "student_entropy": None, **totals.means(), **measures}
         if rollouts:
-            self._step["rollout_length"] = generated / len(rollouts)
+            self._step["rollout_length"] = length / len(rollouts)
             self._step["truncated_fraction"] = sum(not r.finished for r in rollouts) / len(rollouts)
             self._step["rollout_seconds"] = rollout_seconds
         else:
@@ -169,6 +185,16 @@ class OPSDTrainer(WholeCheckpoints):
             if self.token_budget is not None and spent >= self.token_budget:
                 self.control.should_training_stop = True
         super().log(logs, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None:
+            self.average.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.average is not None and checkpoint is not None:
+            self.average.load(Path(checkpoint))
 
     def evaluate(self, *_, **__) -> dict[str, float]:
         """Our own evaluation, at Trainer's times."""

@@ -1,8 +1,9 @@
 """The methods, one file each: a step's rollouts → samples → loss and measures."""
 
 from opsd.objectives.base import Objective, Problem, Sample, Totals
+from opsd.objectives.distill import Distill
 from opsd.objectives.grpo import GRPO
 from opsd.objectives.opsd import OPSD
 from opsd.objectives.sft import SFT
 
-__all__ = ["GRPO", "OPSD", "SFT", "Objective", "Problem", "Sample", "Totals"]
+__all__ = ["GRPO", "OPSD", "SFT", "Distill", "Objective", "Problem", "Sample", "Totals"]

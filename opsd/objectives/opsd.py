@@ -22,6 +22,7 @@ class OPSD:
     """The divergence between `teacher` (frozen, or the live model) and the model that trains."""
 
     samples_rollouts = True
+    teacher_role = "teacher"  # the context that the teacher sees
 
     def __init__(self, section: LossSection, teacher: PreTrainedModel):
         self.section, self.teacher = section, teacher
@@ -31,7 +32,13 @@ class OPSD:
         """Each rollout after both contexts, all its tokens of weight 1 ÷ the step's tokens."""
         weight = 1 / sum(len(rollout.ids) for p in problems for rollout in p.rollouts)
         samples = [
-            Sample((Scored(p.context.student, r.ids), Scored(p.context.teacher, r.ids)), weight)
+            Sample(
+                (
+                    Scored(p.context.student, r.ids),
+                    Scored(getattr(p.context, self.teacher_role), r.ids),
+                ),
+                weight,
+            )
             for p in problems
             for r in p.rollouts
         ]
@@ -46,8 +53,12 @@ class OPSD:
     ) -> Tensor:
         """See `Objective.loss`."""
         student, teacher = self._hidden_states(model, samples, share)
-        weight, bias = head(model)
-        teacher_weight, teacher_bias = head(self.teacher)
+        (weight, bias), (teacher_weight, teacher_bias) = head(model), head(self.teacher)
+        # Vocabularies padded to different sizes: the rows that both have, which hold all tokens.
+        size = min(len(weight), len(teacher_weight))
+        weight, teacher_weight = weight[:size], teacher_weight[:size]
+        bias = None if bias is None else bias[:size]
+        teacher_bias = None if teacher_bias is None else teacher_bias[:size]
         result = linear_divergence(
             student,
             teacher.to(student.dtype),

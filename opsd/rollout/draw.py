@@ -13,6 +13,19 @@ from transformers import (
 from opsd.rollout.base import Sampling
 
 
+class Within(LogitsProcessor):
+    """No token beyond a vocabulary, for models whose head is padded further than the student's."""
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary = vocabulary
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores [B, V] → the same, -inf from the vocabulary's size on."""
+        scores = scores.clone()
+        scores[:, self.vocabulary :] = -torch.inf
+        return scores
+
+
 class Draw(LogitsProcessor):
     """Draws a token a row, and makes it the only one that greedy `generate` can take.
 

@@ -6,18 +6,20 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from opsd.rollout.base import Rollout, Sampling, cut
-from opsd.rollout.draw import Draw
+from opsd.rollout.draw import Draw, Within
 
 
 class GenerateSampler:
     """Left-padded batches, longest contexts first.
 
     On two CPU cores this beats continuous batching for short rollouts of one small model; the
-    figure is in benchmarks/rollout.py.
+    figure is in benchmarks/rollout.py. `vocabulary`: draw no token from there on.
     """
 
-    def __init__(self, model: PreTrainedModel, stops: frozenset[int]):
-        self.model, self.stops = model, stops
+    def __init__(
+        self, model: PreTrainedModel, stops: frozenset[int], vocabulary: int | None = None
+    ):
+        self.model, self.stops, self.vocabulary = model, stops, vocabulary
 
     @torch.no_grad()
     def sample(
@@ -46,7 +48,11 @@ class GenerateSampler:
         for row, context in enumerate(contexts):
             ids[row, width - len(context) :] = torch.tensor(context)
             mask[row, width - len(context) :] = 1
-        draw = LogitsProcessorList([Draw(sampling)] if sampling.temperature else [])
+        draw = LogitsProcessorList()
+        if self.vocabulary is not None:
+            draw.append(Within(self.vocabulary))
+        if sampling.temperature:
+            draw.append(Draw(sampling))
         was_training = self.model.training
         self.model.eval()
         output = self.model.generate(
