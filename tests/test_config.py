@@ -41,7 +41,7 @@ def write(path, values):
         ("eval.problems=-1", ["eval.problems is -1"]),
         ("loss.roles=[]", ["loss.roles is []", "at least 1 item"]),
         # Choices.
-        ("method=dpo", ["method is 'dpo'", "'opsd', 'grpo' or 'sft'"]),
+        ("method=dpo", ["method is 'dpo'", "'opsd', 'grpo', 'sft' or 'distill'"]),
         ("loss.divergence=kl", ["loss.divergence is 'kl'", "'forward_kl', 'reverse_kl' or 'jsd'"]),
         ("loss.roles=[judge]", ["loss.roles.0 is 'judge'", "'student' or 'teacher'"]),
         ("prompts.too_long=cut", ["prompts.too_long is 'cut'", "'error' or 'skip'"]),
