@@ -4,6 +4,7 @@ stream. The contract is in `tiles/torch.py`.
 The library holds the CUDA runtime but not torch, and loads on a machine without a driver.
 """
 
+import contextlib
 import ctypes
 import functools
 from pathlib import Path
@@ -58,13 +59,11 @@ def _call(name: str, tensors: tuple, described: Options, *arguments) -> None:
     library, student = _library(), tensors[0]
     n, v = student.shape
     parts = student.new_empty(library.opsd_cuda_parts(n, v))
-    status = getattr(library, f"opsd_cuda_{name}")(
-        tile(*tensors),
-        *arguments,
-        described,
-        parts.data_ptr(),
-        *_queue(student.device),
-    )
+    # The library sets the device too, in its own copy of the CUDA runtime: torch's must agree.
+    with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
+        status = getattr(library, f"opsd_cuda_{name}")(
+            tile(*tensors), *arguments, described, parts.data_ptr(), *_queue(student.device)
+        )
     if status != 0:
         reason = library.opsd_cuda_error(status).decode()
         raise RuntimeError(
