@@ -7,15 +7,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import yaml
 from test_prefix import alone, assert_same, ids, make, make_groups
 from torch.nn.parallel import DistributedDataParallel
+from training_cases import short_values, write_model, write_rows
 
 from opsd import prefix
+from opsd.cli import main
 from opsd.config import LossSection
 from opsd.errors import UserError
 from opsd.hidden import Scored
 from opsd.objectives import OPSD, Sample, Totals
 from opsd.prefix import attention, shared_prefix_hidden_states
+from opsd.quickstart.recipe import merge
+from opsd.runlog import read_lines
 from opsd.step import OPSDStep, token_ratio
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -113,6 +118,22 @@ def _rank(rank: int, directory: str) -> None:
     step(last, totals).backward()
     torch.save(flat_gradient(step), os.path.join(directory, f"{rank}.pt"))
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_run_logs_what_sharing_saves_and_can_do_without(share, tmp_path):
+    values = short_values(
+        write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    )
+    values = merge(values, {"train": {"steps": 2, "save_every": 0}, "eval": {"problems": 0}})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(merge(values, {"rollout": {"per_problem": 3}})))
+    assert main(["train", str(path), *([] if share else ["--no-share"])]) == 0
+    first, second = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert ("token_ratio" in first) == ("sharing_difference" in first) == share
+    assert "sharing_difference" not in second
+    if share:
+        assert second["token_ratio"] > 1.5 and first["sharing_difference"] < 1e-5
 
 
 @pytest.fixture
