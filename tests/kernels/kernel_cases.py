@@ -39,6 +39,7 @@ class Case:
     clip: Clip | None = None
     reduction: str = "mean"
     budget: int | None = None
+    frozen: bool = False  # the head
 
     def to(self, dtype: torch.dtype) -> "Case":
         names = ("student", "teacher", "weight", "teacher_weight", "bias", "token_weight")
@@ -46,10 +47,12 @@ class Case:
         return replace(self, **{n: x if x is None else x.to(dtype) for n, x in tensors.items()})
 
     def trainable(self) -> list[Tensor]:
-        return [x for x in (self.student, self.weight, self.bias) if x is not None]
+        tensors = (self.student,) if self.frozen else (self.student, self.weight, self.bias)
+        return [x for x in tensors if x is not None]
 
     def require_grad(self) -> "Case":
-        fresh = {n: getattr(self, n) for n in ("student", "weight", "bias")}
+        names = ("student",) if self.frozen else ("student", "weight", "bias")
+        fresh = {n: getattr(self, n) for n in names}
         return replace(
             self,
             **{n: x if x is None else x.detach().requires_grad_() for n, x in fresh.items()},

@@ -4,7 +4,16 @@ import pytest
 import torch
 from kernel_cases import BACKENDS, DIVERGENCES, check, make
 
-from opsd_kernels import linear_divergence, linear_log_prob
+from opsd_kernels import linear_divergence, linear_log_prob, plan
+
+
+@pytest.fixture(autouse=True, params=[None, 5000], ids=["default", "tiles"])
+def small_memory(request, monkeypatch):
+    """Every edge in both algorithms: so small a budget makes tiles of what has more than 64
+    entries.
+    """
+    if request.param is not None:
+        monkeypatch.setattr(plan, "DEFAULT_BUDGET", request.param)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -26,9 +35,9 @@ class TestEdges:
 
     def test_padded_vocabulary(self, backend, divergence):
         """Logits of -inf in both roles count for nothing."""
-        case = make(6, 45, 8, divergence=divergence).require_grad()
-        bias = torch.zeros(45)
-        bias[40:] = -torch.inf
+        case = make(6, 245, 8, divergence=divergence).require_grad()
+        bias = torch.zeros(245)
+        bias[140:] = -torch.inf  # a whole tile of them, too
         padded = linear_divergence(
             case.student,
             case.teacher,
@@ -39,8 +48,8 @@ class TestEdges:
             backend=backend,
         ).loss
         g_padded = torch.autograd.grad(padded, (case.student, case.weight))
-        short = make(6, 40, 8, divergence=divergence).__class__(
-            case.student, case.teacher, case.weight[:40], divergence=divergence
+        short = make(6, 140, 8, divergence=divergence).__class__(
+            case.student, case.teacher, case.weight[:140], divergence=divergence
         )
         loss = short.fused(backend).loss
         torch.testing.assert_close(padded, loss)
@@ -62,7 +71,7 @@ class TestEdges:
 
     def test_weightless_tokens_leak_nothing(self, backend, divergence):
         for reduction in ("mean", "sum", "none"):
-            case = make(7, 33, 8, divergence=divergence, reduction=reduction)
+            case = make(7, 233, 8, divergence=divergence, reduction=reduction)
             case.student[2], case.teacher[5] = torch.nan, torch.inf
             case = case.__class__(
                 **{**vars(case), "token_weight": torch.tensor([1.0, 0.5, 0, 1, 2, 0, 1])}
@@ -74,7 +83,7 @@ class TestEdges:
             assert not case.student.grad[[2, 5]].any() and not result.per_token[[2, 5]].any()
 
     def test_nan_in_a_token_that_counts_is_seen(self, backend, divergence):
-        case = make(4, 33, 8, divergence=divergence)
+        case = make(4, 233, 8, divergence=divergence)
         case.student[1, 3] = torch.nan
         per_token = case.fused(backend).per_token
         assert per_token[1].isnan() and per_token[[0, 2, 3]].isfinite().all()
@@ -82,9 +91,9 @@ class TestEdges:
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     def test_nothing_to_do(self, backend, divergence, reduction):
         all_zero = make(
-            5, 33, 8, divergence=divergence, reduction=reduction, token_weight=torch.zeros(5)
+            5, 233, 8, divergence=divergence, reduction=reduction, token_weight=torch.zeros(5)
         )
-        empty = make(0, 33, 8, divergence=divergence, reduction=reduction)
+        empty = make(0, 233, 8, divergence=divergence, reduction=reduction)
         for case in (all_zero.require_grad(), empty.require_grad()):
             loss = case.fused(backend).loss
             assert torch.equal(loss, torch.zeros_like(loss))
@@ -97,7 +106,7 @@ def test_leading_shape_and_strides(backend):
     """[..., D] inputs, transposed weights and an expanded upstream gradient give what plain ones
     do.
     """
-    flat = make(12, 50, 8, reduction="none").require_grad()
+    flat = make(12, 250, 8, reduction="none").require_grad()
     expected = flat.fused(backend)
     expected.loss.sum().backward()
     student = flat.student.detach().reshape(3, 4, 8).transpose(0, 1).contiguous().transpose(0, 1)
@@ -118,7 +127,7 @@ def test_leading_shape_and_strides(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_log_prob_of_nothing(backend):
     hidden = torch.zeros(0, 8, requires_grad=True)
-    weight = torch.randn(11, 8, requires_grad=True)
+    weight = torch.randn(211, 8, requires_grad=True)
     result = linear_log_prob(hidden, weight, torch.zeros(0, dtype=torch.long), backend=backend)
     result.log_prob.sum().backward()
     assert result.log_prob.shape == (0,) and not weight.grad.any()
