@@ -161,7 +161,8 @@ def run(
     dtype = torch.bfloat16 if low_precision else torch.float32
     # What decodes: a bf16 copy where training is in bf16, since casting the masters for each new
     # token would cost as much as the token.
-    twin = copy_model(model, dtype) if low_precision else None
+    decodes = config.method != "sft" or bool(held_out)
+    twin = copy_model(model, dtype) if low_precision and decodes else None
     decoder = twin if twin is not None else model
     # Made before a checkpoint is loaded: the weights of step 0. Without OPSD, a teacher is only
     # asked for its view of the sample completions.

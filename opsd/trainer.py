@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from opsd.checkpoints import WholeCheckpoints
 from opsd.config import Config
 from opsd.data import Row
+from opsd.environment import trim_heap
 from opsd.errors import UserError
 from opsd.models import update_copy
 from opsd.objectives import Objective, Problem, Totals
@@ -120,6 +121,8 @@ class OPSDTrainer(WholeCheckpoints):
                 with torch.autocast(model.device.type, enabled=False):
                     self.accelerator.backward(part)
                 loss += part.detach()
+        if model.device.type == "cpu":
+            trim_heap()
         self._count(problems, totals, measures, sampled - start, time.monotonic() - start)
         return loss
 

@@ -35,7 +35,7 @@ def test_the_summary_is_the_designs(finished):
     summary = json.loads((finished[0] / "summary.json").read_text())
     fields = {"model", "base", "methods", "problems", "seconds", "peak_memory_bytes"}
     assert set(summary) == fields | {"seed", "versions", "machine"}
-    assert set(summary["base"]) == {"accuracy", "teacher_accuracy"}
+    assert set(summary["base"]) == {"accuracy", "teacher_accuracy", "teacher_problems"}
     assert (summary["problems"], summary["seed"]) == (8, 3)
     assert summary["seconds"] > 0 and summary["peak_memory_bytes"] > 1e8
     assert tuple(summary["methods"]) == METHODS

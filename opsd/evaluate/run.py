@@ -60,8 +60,8 @@ class HeldOut:
         self.rows, self.prompts, self.grader = rows, prompts, grader
         self.sampling, self.engine = sampling, engine
 
-    def first(self, count: int) -> "HeldOut":
-        """The first problems only."""
+    def first(self, count: int | None) -> "HeldOut":
+        """The first problems only; None: all."""
         return HeldOut(self.rows[:count], self.prompts, self.grader, self.sampling, self.engine)
 
     def evaluate(

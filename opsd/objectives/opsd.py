@@ -54,11 +54,12 @@ class OPSD:
         """See `Objective.loss`."""
         student, teacher = self._hidden_states(model, samples, share)
         (weight, bias), (teacher_weight, teacher_bias) = head(model), head(self.teacher)
-        # Vocabularies padded to different sizes: the rows that both have, which hold all tokens.
-        size = min(len(weight), len(teacher_weight))
-        weight, teacher_weight = weight[:size], teacher_weight[:size]
-        bias = None if bias is None else bias[:size]
-        teacher_bias = None if teacher_bias is None else teacher_bias[:size]
+        if len(weight) != len(teacher_weight):
+            # Padded to different sizes: the rows that both have, which hold all tokens.
+            size = min(len(weight), len(teacher_weight))
+            weight, teacher_weight = weight[:size], teacher_weight[:size]
+            bias = None if bias is None else bias[:size]
+            teacher_bias = None if teacher_bias is None else teacher_bias[:size]
         result = linear_divergence(
             student,
             teacher.to(student.dtype),

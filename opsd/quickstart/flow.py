@@ -87,7 +87,9 @@ def quickstart(
     decoder = copy_model(base.model, dtype)
     before = {
         "student": held_out.evaluate(decoder, display, "student", "base"),
-        "teacher": held_out.evaluate(decoder, display, "teacher", "base as teacher"),
+        "teacher": held_out.first(recipe.teacher_problems).evaluate(
+            decoder, display, "teacher", "base as teacher"
+        ),
     }
     pretrained = base.pretrained
     del base, decoder
@@ -173,6 +175,7 @@ def _summary(
     summary["base"] = {
         "accuracy": before["student"].accuracy,
         "teacher_accuracy": before["teacher"].accuracy,
+        "teacher_problems": len(before["teacher"].grades),
     }
     summary["methods"] = {method: _curve(directory / method, method) for method in methods}
     summary["problems"] = len(recipe.held_out_rows)
@@ -205,8 +208,10 @@ def _show(display: Display, summary: dict, written: dict[str, Path]) -> None:
     if "pretrained" in summary:
         before = summary["pretrained"]
         rows.append(row("pretrained", before["accuracy"], "-", before["problems"]))
-    rows.append(row("base", summary["base"]["accuracy"], "0"))
-    rows.append(row("base, shown the solution", summary["base"]["teacher_accuracy"], "-"))
+    base = summary["base"]
+    rows.append(row("base", base["accuracy"], "0"))
+    shown = base["teacher_accuracy"], "-", base["teacher_problems"]
+    rows.append(row("base, shown the solution", *shown))
     for method, result in summary["methods"].items():
         tokens = result["trained_tokens" if method == "sft" else "generated_tokens"]
         kind = "trained" if method == "sft" else "generated"

@@ -45,6 +45,7 @@ class Recipe:
         methods: each method's own sections, merged into the common ones.
         token_budget: generated tokens a method (SFT: trained tokens).
         reward: GRPO's, where it is not the grade.
+        teacher_problems: how many of the held-out problems the teacher is put to; None: all.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Recipe:
     methods: dict[str, dict[str, Any]]
     token_budget: int
     reward: Callable[[str, str], float] | None = field(default=None)
+    teacher_problems: int | None = None
 
 
 def method_config(recipe: Recipe, method: str, base: Path, output: Path, seed: int) -> Config:

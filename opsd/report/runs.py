@@ -232,7 +232,8 @@ def _starting_point(
     if student is None:
         before = summary.get("accuracy") if isinstance(summary.get("accuracy"), dict) else {}
         student = _accuracy({"accuracy": before.get("before")}, problems)
-    teacher = _accuracy({"accuracy": told.get("teacher_accuracy")}, problems)
+    shown = value(told, "teacher_problems") or problems
+    teacher = _accuracy({"accuracy": told.get("teacher_accuracy")}, shown)
     if teacher is None:
         records = [r for run in runs for r in run.evaluations if r.get("role") == "teacher"]
         teacher = _accuracy(records[0], problems) if records else None
