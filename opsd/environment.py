@@ -64,16 +64,12 @@ def trim_heap() -> None:
         trim(0)
 
 
-def return_large_blocks(threshold: int = 1 << 20) -> None:
-    """Let glibc map blocks of `threshold` bytes and more by themselves, so that freeing them helps.
-
-    By default its threshold grows to 32 MiB, activations end up in the heap, and the heap's holes
-    cost 10 % of a training step's peak memory. And one heap for all threads: autograd's backward
-    thread would have its own, with its own holes. No effect elsewhere.
+def share_one_heap() -> None:
+    """One heap for all threads, before there are any: autograd's backward thread would have its own
+    in glibc, with its own holes.
     """
     mallopt = _glibc("mallopt")
     if mallopt:
-        mallopt(-3, threshold)  # M_MMAP_THRESHOLD; setting it also stops its growth
         mallopt(-8, 1)  # M_ARENA_MAX
 
 

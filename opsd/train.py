@@ -14,7 +14,7 @@ from opsd.checkpoints import save_model
 from opsd.config import Config, save_config
 from opsd.data import Row, load_rows, split_rows
 from opsd.display import Display
-from opsd.environment import machine, peak_memory, release_memory, return_large_blocks, versions
+from opsd.environment import machine, peak_memory, release_memory, share_one_heap, versions
 from opsd.errors import UserError
 from opsd.evaluate.grading import Grader
 from opsd.evaluate.run import Evaluation, Grades, HeldOut, decode
@@ -146,7 +146,7 @@ def run(
 
     Returns the run's summary, which is also written to summary.json.
     """
-    return_large_blocks()
+    share_one_heap()
     directory = Path(config.output.dir)
     prompts = Prompts(config.prompts, tokenizer)
     rows = fitting_rows(rows, prompts, config, model, display)

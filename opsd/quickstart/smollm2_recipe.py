@@ -37,12 +37,13 @@ SECTIONS = {
     "prompts": {"student": STUDENT_TEMPLATE, "teacher": TEACHER_TEMPLATE, "system": ""},
     # 48: forty would cut the longest answers with four terms.
     "rollout": {"per_problem": 2, "max_new_tokens": 48, "batch_size": 32},
+    "loss": {"memory_budget": 64 * 2**20},
     "train": {
         "problems_per_step": 16,
         "schedule": "linear",
         "warmup_steps": 5,
         "beta2": 0.99,
-        "micro_batch_tokens": 512,
+        "micro_batch_tokens": 384,
     },
     "eval": {"batch_size": 50, "every": 15, "samples": 4},
 }
