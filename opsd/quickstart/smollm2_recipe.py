@@ -45,21 +45,21 @@ SECTIONS = {
         "beta2": 0.99,
         "micro_batch_tokens": 384,
     },
-    "eval": {"batch_size": 50, "every": 15, "samples": 4},
+    "eval": {"batch_size": 50, "every": 13, "samples": 4},
 }
 METHODS = {
     # The token clip keeps the teacher's corrections of a slip (1 to 2 nats) and tames what follows
     # it (up to 15 nats), where the teacher goes on from the solution's numbers instead.
     "opsd": {
         "loss": {"clip": "token", "clip_threshold": 0.3},
-        "train": {"steps": 30, "learning_rate": 5e-5},
+        "train": {"steps": 26, "learning_rate": 5e-5},
     },
     "grpo": {
         "rollout": {"per_problem": 8},
-        "train": {"steps": 30, "learning_rate": 1e-5, "problems_per_step": 4},
+        "train": {"steps": 26, "learning_rate": 1e-5, "problems_per_step": 4},
     },
-    # As many trained tokens as the others generate: about 32 500.
-    "sft": {"train": {"steps": 29, "learning_rate": 1.5e-4, "problems_per_step": 32}},
+    # As many trained tokens as the others generate: about 28 000.
+    "sft": {"train": {"steps": 25, "learning_rate": 1.5e-4, "problems_per_step": 32}},
 }
 
 
