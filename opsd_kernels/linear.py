@@ -161,7 +161,7 @@ def linear_divergence(
 
     memory_budget: bytes of scratch memory, beside the gradients (default: 256 MiB, on a GPU 1 GiB).
     A small one costs time: see `opsd_kernels/plan.py`. backend: auto | torch | cpp | triton | cuda,
-    see `opsd_kernels.backends()`. gradient: "exact" is the only one in this release.
+    see `opsd_kernels.backends()`. gradient: "exact", the only one: docs/filtered.md says why.
 
     process_group: the vocabulary is split over its ranks. Each passes its own rows of the heads and
     biases, in order of rank, and the same hidden states and token weights; loss and dh are then the
@@ -169,12 +169,12 @@ def linear_divergence(
     under FSDP2, every rank has its own hidden states and gets the loss of its own, and the head's
     gradient is that of the mean over ranks. All ranks must make the call, and run backward.
 
-    Raises ValueError for what does not fit, NotImplementedError for what this release does not
-    have; both name the argument.
+    Raises ValueError, naming the argument, for what does not fit.
     """
     if gradient == "filtered":
-        raise NotImplementedError(
-            "gradient: got 'filtered', which is not in this release: must be 'exact'"
+        raise ValueError(
+            "gradient: got 'filtered', must be 'exact': leaving out small entries gained less than "
+            "it cost in exactness (docs/filtered.md)"
         )
     if gradient != "exact":
         raise ValueError(f"gradient: got {gradient!r}, must be 'exact'")

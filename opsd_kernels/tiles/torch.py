@@ -179,7 +179,7 @@ def log_prob_gradient_(
     g = _log_p(z, state[STUDENT]).exp_().neg_()
     here = (targets >= 0) & (targets < z.shape[1])
     index = targets.clamp(0, z.shape[1] - 1)[:, None]
-    g.scatter_add_(-1, index, here.to(g.dtype)[:, None])
+    g.scatter_(-1, index, g.gather(-1, index) + here[:, None])
     logits.copy_(g.mul_(_factor(row_weight, transform, slope)))
 
 

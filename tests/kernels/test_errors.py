@@ -40,11 +40,7 @@ MISTAKES = [
     (ValueError, r"memory_budget: got 0", {"memory_budget": 0}),
     (ValueError, r"memory_budget: got 40 bytes, must be at least \d+", {"memory_budget": 40}),
     (ValueError, r"backend: got 'gpu'.*auto, torch, cpp", {"backend": "gpu"}),
-    (
-        NotImplementedError,
-        r"gradient: got 'filtered'.*not in this release",
-        {"gradient": "filtered"},
-    ),
+    (ValueError, r"gradient: got 'filtered'.*docs/filtered.md", {"gradient": "filtered"}),
     (ValueError, r"gradient: got 'fast'", {"gradient": "fast"}),
     (
         ValueError,
