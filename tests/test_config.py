@@ -20,7 +20,7 @@ def write(path, values):
         # Unknown names suggest the nearest.
         ("trian.steps=3", ["'trian' at the top", "did you mean 'train'?"]),
         ("train.learning_rat=1", ["'learning_rat' in section 'train'", "'learning_rate'?"]),
-        ("rollout.zzzzzz=1", ["'zzzzzz' in section 'rollout'", "known: engine, source, per_problem"]),
+        ("rollout.zzzzzz=1", ["'zzzzzz' in section 'rollout'", "known: engine, source"]),
         # Wrong types.
         ("train.steps=many", ["train.steps is 'many'", "valid integer"]),
         ("train.steps=2.5", ["train.steps is 2.5", "integer"]),
