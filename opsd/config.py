@@ -135,7 +135,9 @@ class LossSection(Section):
         min_length=1,
         description="sft: whose contexts the target follows. Both: the cold start.",
     )
-    backend: Literal["auto", "torch", "cpp"] = Field("auto", description="The kernel's backend.")
+    backend: Literal["auto", "torch", "cpp", "triton", "cuda"] = Field(
+        "auto", description="The kernel's backend."
+    )
     memory_budget: int | None = Field(
         None, ge=1 << 20, description="Bytes of logits the kernel may hold; none: its own choice."
     )

@@ -178,8 +178,7 @@ def run(
     # A live teacher is the model itself, so that both roles' common start runs once.
     scorer = model if config.teacher.policy == "live" else teacher
     objective = make_objective(config, scorer, prompts, tokenizer, grader, reward)
-
-    teacher_role = getattr(objective, "teacher_role", "teacher")
+    teacher_role = objective.teacher_role
     test = HeldOut(held_out, prompts, grader, evaluation_sampling(config), config.rollout.engine)
 
     def record(step: int, role: str, result: Evaluation) -> dict:

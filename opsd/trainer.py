@@ -108,9 +108,10 @@ class OPSDTrainer(WholeCheckpoints):
                 difference = self.micro_step.check_sharing(samples)
                 measures["sharing_difference"] = difference
                 self._sharing_checked = True
+                same = f"the same to {difference:.1g}" if difference else "the same bit for bit"
                 self._note(
                     f"Shared prefixes: {measures['token_ratio']:.2f} times fewer tokens than "
-                    f"each rollout alone, the same to {difference:.1g}"
+                    f"each rollout alone, {same}"
                 )
         # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since
         # what runs in fp32 there is meant to.

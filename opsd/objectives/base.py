@@ -46,23 +46,27 @@ class Totals:
     """Sums over a step's tokens, from which the step's means are taken."""
 
     tokens: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, tokens: int, **means: float) -> None:
-        """Add a micro-batch of `tokens` tokens with these means."""
+    def add(self, tokens: int, **means: Tensor) -> None:
+        """Add a micro-batch of `tokens` tokens with these means, scalars on any device.
+
+        They stay there: reading each would make the CPU wait for a GPU in every micro-batch.
+        """
         self.tokens += tokens
         for name, mean in means.items():
-            self.sums[name] = self.sums.get(name, 0.0) + mean * tokens
+            self.sums[name] = self.sums.get(name, 0.0) + mean.detach().double() * tokens
 
     def means(self) -> dict[str, float]:
         """The means over all tokens added."""
-        return {name: total / self.tokens for name, total in self.sums.items()}
+        return {name: total.item() / self.tokens for name, total in self.sums.items()}
 
 
 class Objective(Protocol):
     """A method."""
 
     samples_rollouts: bool  # False: the method learns from given text
+    teacher_role: str  # the context that a teacher sees, "student" or "teacher"
 
     def samples(self, problems: Sequence[Problem]) -> tuple[list[Sample], dict[str, float]]:
         """A step's problems → what to learn from, and measures of the rollouts for the log."""

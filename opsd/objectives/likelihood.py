@@ -16,6 +16,7 @@ class LikelihoodObjective:
     """loss = -Σ w_n log p(y_n | context, y_<n); subclasses say what the samples and weights are."""
 
     section: LossSection
+    teacher_role = "teacher"  # it scores nothing here, but shades the report's completions
 
     def loss(
         self,
@@ -36,5 +37,5 @@ class LikelihoodObjective:
             backend=self.section.backend,
             **head_arguments(model),
         )
-        totals.add(len(hidden), student_entropy=result.entropy.mean().item())
+        totals.add(len(hidden), student_entropy=result.entropy.mean())
         return -(token_weights(samples, hidden.device) * result.log_prob).sum()

@@ -78,13 +78,13 @@ class OPSD:
             **head_arguments(model),
         )
         measures = {
-            "divergence": result.per_token.mean().item(),
-            "student_entropy": result.student_entropy.mean().item(),
-            "teacher_entropy": result.teacher_entropy.mean().item(),
+            "divergence": result.per_token.mean(),
+            "student_entropy": result.student_entropy.mean(),
+            "teacher_entropy": result.teacher_entropy.mean(),
         }
         if self.clip is not None:
-            measures["clipped_fraction"] = float(result.clipped_fraction)
-            measures["opposed_fraction"] = float(result.opposed_fraction)
+            measures["clipped_fraction"] = result.clipped_fraction
+            measures["opposed_fraction"] = result.opposed_fraction
         totals.add(len(student), **measures)
         return result.loss
 
