@@ -1,5 +1,6 @@
 """Loading a causal language model and its tokenizer, and what training must know of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,16 @@ def head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """The output head: weight [V, D] and bias [V] or None."""
     layer = model.get_output_embeddings()
     return layer.weight, getattr(layer, "bias", None)
+
+
+def as_operands(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors of a head's product in one dtype: autocast's where it is on, as in any other
+    linear layer (the kernel keeps the logits in fp32 all the same), otherwise the first one's.
+    """
+    first = tensors[0]
+    kind = first.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype
+    return [None if x is None else x.to(dtype) for x in tensors]
 
 
 def window(model: PreTrainedModel) -> int | None:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from opsd.config import LossSection
 from opsd.hidden import rollout_hidden_states
-from opsd.models import head, head_arguments
+from opsd.models import as_operands, head, head_arguments
 from opsd.objectives.base import Sample, Totals, targets, token_weights
 from opsd_kernels import linear_log_prob
 
@@ -28,6 +28,7 @@ class LikelihoodObjective:
         """See `Objective.loss`; adds the student's entropy to `totals`."""
         hidden = rollout_hidden_states(model, [sample.roles[0] for sample in samples], share)
         weight, bias = head(model)
+        hidden, weight, bias = as_operands((hidden, weight, bias))
         result = linear_log_prob(
             hidden,
             weight,

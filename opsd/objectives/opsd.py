@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from opsd.config import LossSection
 from opsd.hidden import Scored, both_roles_hidden_states, rollout_hidden_states
-from opsd.models import head, head_arguments
+from opsd.models import as_operands, head, head_arguments
 from opsd.objectives.base import Problem, Sample, Totals, token_weights
 from opsd_kernels import Clip, linear_divergence
 
@@ -60,13 +60,17 @@ class OPSD:
             weight, teacher_weight = weight[:size], teacher_weight[:size]
             bias = None if bias is None else bias[:size]
             teacher_bias = None if teacher_bias is None else teacher_bias[:size]
+        if teacher_weight is weight:
+            teacher_weight = teacher_bias = None  # a live teacher: one product serves both
+        tensors = (student, teacher, weight, teacher_weight, bias, teacher_bias)
+        student, teacher, weight, teacher_weight, bias, teacher_bias = as_operands(tensors)
         result = linear_divergence(
             student,
-            teacher.to(student.dtype),
+            teacher,
             weight,
-            teacher_weight.to(weight.dtype),
+            teacher_weight,
             bias=bias,
-            teacher_bias=None if teacher_bias is None else teacher_bias.to(weight.dtype),
+            teacher_bias=teacher_bias,
             divergence=self.section.divergence,
             beta=self.section.beta,
             temperature=self.section.temperature,
