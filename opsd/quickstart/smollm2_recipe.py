@@ -43,7 +43,7 @@ SECTIONS = {
         "schedule": "linear",
         "warmup_steps": 5,
         "beta2": 0.99,
-        "micro_batch_tokens": 384,
+        "micro_batch_tokens": 320,
     },
     "eval": {"batch_size": 50, "every": 13, "samples": 4},
 }
