@@ -10,7 +10,8 @@ from pathlib import Path
 from opsd.errors import UserError
 from opsd.evaluate.settings import add_arguments
 
-METHODS = ("opsd", "grpo", "sft")
+METHODS = ("opsd", "grpo", "sft", "distill")
+VOICES = ("words", "own", "terse", "markdown")  # quickstart.chain_sum's, which imports slowly
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,12 +75,22 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--tiny", action="store_true", help="a tiny model made here, in minutes")
     sub.add_argument("--output", metavar="DIR", help="default: runs/quickstart or runs/tiny")
     sub.add_argument(
-        "--methods", metavar="LIST", help="of opsd,grpo,sft (default: opsd; --tiny: all)"
+        "--methods",
+        metavar="LIST",
+        help="of opsd,grpo,sft,distill (default: opsd; --tiny: the first three)",
     )
     sub.add_argument("--seed", type=int, default=0, help="default: 0")
     sub.add_argument("--model", metavar="DIR", help="another chat model instead of SmolLM2-135M")
     sub.add_argument("--steps", type=int, help="stop each method after so many steps, for a try")
     sub.add_argument("--problems", type=int, help="held-out problems (default: 300)")
+    sub.add_argument(
+        "--solutions", type=int, help="how many there are to learn from (default: endless)"
+    )
+    sub.add_argument(
+        "--voice",
+        default="words",
+        help="whose solutions: words, own, terse, markdown (default: words)",
+    )
 
     sub = command(
         "train",
@@ -102,10 +113,16 @@ def parser() -> argparse.ArgumentParser:
     sub = command("report", _report, "Write report.html and curves.png of a run.")
     sub.add_argument("directory", metavar="RUN_DIR", type=Path)
 
-    sub = command(
-        "compare", _compare, "Compare finished runs: methods by seeds, tokens to a target."
+    sub = command("compare", _compare, "Compare runs: methods by seeds, tokens to a target.")
+    sub.add_argument(
+        "paths",
+        metavar="RUN_DIR|CONFIG.yaml|STUDY.yaml",
+        nargs="+",
+        type=Path,
+        help="finished runs; or configs, each to be run with each seed; or one study file",
     )
-    sub.add_argument("directories", metavar="RUN_DIR", nargs="+", type=Path)
+    sub.add_argument("--seeds", metavar="LIST", help="of configs (default: 0,1,2)")
+    sub.add_argument("--tokens", type=int, metavar="N", help="of configs: train.token_budget")
     sub.add_argument("--target", type=float, metavar="ACCURACY", help="default: baseline's best")
     sub.add_argument("--baseline", metavar="METHOD", help="default: grpo, or the last there is")
     sub.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/compare"))
@@ -134,7 +151,7 @@ def _quickstart(parsed: argparse.Namespace) -> None:
     from opsd.display import Display
 
     methods = _methods(parsed.methods, parsed.tiny)
-    for name in ("steps", "problems"):
+    for name in ("steps", "problems", "solutions"):
         value = getattr(parsed, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}: it must be at least 1")
@@ -142,6 +159,10 @@ def _quickstart(parsed: argparse.Namespace) -> None:
         raise UserError("--model and --tiny exclude each other: --tiny makes its own model")
     if parsed.seed < 0:
         raise UserError(f"--seed is {parsed.seed}: it must be at least 0")
+    if parsed.voice not in VOICES:
+        raise UserError(f"--voice is {parsed.voice!r}: it must be one of {', '.join(VOICES)}")
+    if parsed.tiny and parsed.voice != "words":
+        raise UserError("--voice and --tiny exclude each other: the worksheets have one voice")
     output = Path(parsed.output or ("runs/tiny" if parsed.tiny else "runs/quickstart"))
     from opsd.models import quiet_transformers
     from opsd.quickstart.flow import check_output, quickstart
@@ -157,12 +178,14 @@ def _quickstart(parsed: argparse.Namespace) -> None:
         model_path=parsed.model,
         steps=parsed.steps,
         problems=parsed.problems,
+        solutions=parsed.solutions,
+        voice=parsed.voice,
     )
 
 
 def _methods(text: str | None, tiny: bool) -> list[str]:
     if text is None:
-        return list(METHODS) if tiny else ["opsd"]
+        return ["opsd", "grpo", "sft"] if tiny else ["opsd"]
     methods = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods or len(set(methods)) != len(methods):
@@ -208,9 +231,21 @@ def _report(parsed: argparse.Namespace) -> None:
 
 
 def _compare(parsed: argparse.Namespace) -> None:
-    from opsd.compare_page import compare_command
+    from opsd.compare_command import compare_command
 
-    compare_command(parsed.directories, parsed.target, parsed.baseline, parsed.output)
+    seeds = _seeds(parsed.seeds)
+    compare_command(
+        parsed.paths, parsed.target, parsed.baseline, parsed.output, seeds, parsed.tokens
+    )
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(words)) != len(words):
+        raise UserError(f"--seeds is {text!r}: it must list numbers such as 0,1,2, each once")
+    return [int(word) for word in words]
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

@@ -1,18 +1,13 @@
-"""`opsd compare`: a table in the terminal, comparison.json, and one page."""
+"""A comparison for people to read: a table for the terminal, and one page."""
 
 # ruff: noqa: RUF001 - dashes and signs for people to read are meant as such
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 
-from opsd.compare import CONFIDENCE, Comparison, Interval, Method, Ratio, compare, to_json
-from opsd.display import Display
-from opsd.errors import UserError
-from opsd.evaluate.answers import write_whole
+from opsd.compare import CONFIDENCE, Comparison, Interval, Method, Ratio
 from opsd.report.charts import Chart, Series, chart_data, draw, swatch
 from opsd.report.markup import Html, embed_json, tag
 from opsd.units import duration, number, percent
@@ -26,24 +21,6 @@ COLUMNS = (
     "time",
     "FLOPs",
 )
-
-
-def compare_command(
-    directories: Sequence[Path], target: float | None, baseline: str | None, output: Path
-) -> None:
-    """Compares the runs; writes comparison.json and comparison.html into `output`."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output is {str(output)!r}: it is not a directory")
-    comparison = compare(directories, target, baseline)
-    output.mkdir(parents=True, exist_ok=True)
-    paths = {name: output / name for name in ("comparison.json", "comparison.html")}
-    write_whole(paths["comparison.json"], to_json(comparison))
-    write_whole(paths["comparison.html"], page(comparison))
-    display = Display()
-    display.table(title(comparison), list(COLUMNS), rows(comparison))
-    for note in comparison.notes:
-        display.note(note)
-    display.paths("Written", paths)
 
 
 def title(comparison: Comparison) -> str:
@@ -61,7 +38,7 @@ def rows(comparison: Comparison) -> list[list[str]]:
         [
             method.name,
             str(len(method.runs)),
-            _share(method.at_budget),
+            share(method.at_budget),
             _cost(method),
             "1 (baseline)" if method.key == comparison.baseline else _ratio(ratios.get(method.key)),
             "–" if method.seconds is None else duration(method.seconds),
@@ -71,7 +48,8 @@ def rows(comparison: Comparison) -> list[list[str]]:
     ]
 
 
-def _share(interval: Interval) -> str:
+def share(interval: Interval) -> str:
+    """An accuracy in percent, with its interval where there is one."""
     if interval.low is None:
         return percent(interval.value)
     low, high = max(0.0, interval.low), min(1.0, interval.high)
@@ -100,6 +78,16 @@ def _ratio(ratio: Ratio | None) -> str:
 def page(comparison: Comparison) -> str:
     """The page: one HTML document that loads nothing."""
     chart = _chart(comparison)
+    return document(
+        " · ".join(method.name for method in comparison.methods),
+        title(comparison),
+        [_table(comparison), _curves(comparison, chart), _ran(comparison)],
+        embed_json({chart.identifier: chart_data(chart)}, "charts"),
+    )
+
+
+def document(heading: str, below: str, sections: list[Html], data: Html) -> str:
+    """An HTML document in the report's style: a heading, a line below it, sections, chart data."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -108,18 +96,19 @@ def page(comparison: Comparison) -> str:
         tag("title", "opsd compare"),
         tag("style", Html(_asset("report.css"))),
     )
+    header = tag(
+        "header",
+        tag("p", "opsd compare", class_="eyebrow"),
+        tag("h1", heading),
+        tag("p", below, class_="quiet"),
+    )
     body = tag(
         "body",
-        tag(
-            "header",
-            tag("p", "opsd compare", class_="eyebrow"),
-            tag("h1", " · ".join(method.name for method in comparison.methods)),
-            tag("p", title(comparison), class_="quiet"),
-        ),
-        tag("main", _table(comparison), _curves(comparison, chart), _ran(comparison)),
+        header,
+        tag("main", sections),
         tag("footer", tag("p", f"Written {time.strftime('%Y-%m-%d %H:%M')} by opsd compare.")),
         tag("div", id="tip", role="tooltip", hidden=True),
-        embed_json({chart.identifier: chart_data(chart)}, "charts"),
+        data,
         tag("script", Html(_asset("report.js"))),
     )
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
@@ -131,9 +120,9 @@ def _table(comparison: Comparison) -> Html:
         tag("tr", tag("th", row[0], scope="row"), [tag("td", cell) for cell in row[1:]])
         for row in rows(comparison)
     ]
-    share = f"{100 * CONFIDENCE:.0f} %"
+    confidence = f"{100 * CONFIDENCE:.0f} %"
     explained = (
-        f"In brackets: {share} intervals over seeds (Student's t; of tokens and ratios on "
+        f"In brackets: {confidence} intervals over seeds (Student's t; of tokens and ratios on "
         "logarithms). The ratio is the baseline's tokens over the method's, paired by seed where "
         "both have the same seeds; ≥ where a run of the baseline never got there. Time and FLOPs "
         "are those to the target; FLOPs count the products with the weights in generation, the "

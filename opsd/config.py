@@ -145,6 +145,9 @@ class LossSection(Section):
 
 class TrainSection(Section):
     steps: int = Field(100, ge=1, description="Optimizer steps.")
+    token_budget: int | None = Field(
+        None, ge=1, description="Stop when so many tokens are generated (sft: trained)."
+    )
     problems_per_step: int = Field(32, ge=1, description="Problems a step.")
     learning_rate: float = Field(5e-6, gt=0, description="Highest learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -289,7 +292,7 @@ def parse_config(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
+        raise UserError("; ".join(explain(problem, Config) for problem in error.errors())) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -330,12 +333,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values[keys[-1]] = text
 
 
-def _explain(problem: Any) -> str:
-    """One pydantic error as a sentence: the field, the value, what is allowed."""
+def explain(problem: Any, model: type[Section]) -> str:
+    """One pydantic error of `model` as a sentence: the field, the value, what is allowed."""
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        known = _known(location[:-1])
+        known = _known(location[:-1], model)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         where = f"in section {'.'.join(location[:-1])!r}" if len(location) > 1 else "at the top"
@@ -348,8 +351,7 @@ def _explain(problem: Any) -> str:
     return f"{name} is {problem['input']!r}: {message[0].lower() + message[1:]}"
 
 
-def _known(location: Sequence[str]) -> list[str]:
-    model: Any = Config
+def _known(location: Sequence[str], model: Any) -> list[str]:
     for part in location:
         model = model.model_fields[part].annotation
     return list(model.model_fields)

@@ -19,8 +19,11 @@ def run_flops(path: Path, run: Run, config: Record) -> tuple[float | None, bool]
     """(FLOPs of the whole run, whether prompts are in them); None where the model's size is not
     known or there are no steps. Evaluations are not counted."""
     weights = multiplying_parameters(path / "model")
-    policy = (config.get("teacher") or {}).get("policy")
-    if weights is None or not run.metrics or policy == "model":  # whose size is not in the run
+    teacher_weights = weights
+    teacher_section = config.get("teacher") or {}
+    if teacher_section.get("policy") == "model":
+        teacher_weights = multiplying_parameters(Path(str(teacher_section.get("path"))))
+    if weights is None or teacher_weights is None or not run.metrics:
         return None, False
     last = run.metrics[-1]
     generated = value(last, "generated_tokens") or 0.0
@@ -31,12 +34,13 @@ def run_flops(path: Path, run: Run, config: Record) -> tuple[float | None, bool]
     teaches = run.method in ("opsd", "distill")
     counted = student is not None and problems > 0 and (teacher is not None or not teaches)
     prompt = problems * student if counted else 0.0
-    hints = problems * teacher if counted and teaches else 0.0
+    shown = teacher if run.method == "opsd" else student  # distill's sees what the student sees
+    hints = problems * shown if counted and teaches else 0.0
     flops = 6 * weights * (trained + prompt)
     if generated:
         flops += 2 * weights * (generated + prompt)
     if teaches:
-        flops += 2 * weights * (trained + hints)
+        flops += 2 * teacher_weights * (trained + hints)
     return flops, counted
 
 

@@ -132,7 +132,6 @@ def run(
     checkpoint: Path | None = None,
     before: dict[str, Evaluation] | None = None,
     reward: Reward | None = None,
-    token_budget: int | None = None,
     save: bool = True,
 ) -> dict:
     """Train `model` in place by `config.method`, in the claimed directory `config.output.dir`.
@@ -141,7 +140,6 @@ def run(
         grader: decides which held-out answers, and GRPO's rollouts, are right.
         before: the evaluations of step 0, by role, where they are known already.
         reward: (completion, answer) → reward, for GRPO; none: 1 for a right answer, else 0.
-        token_budget: stop when so many tokens are generated (sft: trained).
         save: whether to write the trained model to model/.
 
     Returns the run's summary, which is also written to summary.json.
@@ -223,7 +221,6 @@ def run(
             evaluate=evaluate if held_out else None,
             on_step=lambda line: stage.update(completed=line["step"], **shown(line)),
             note=display.note,
-            token_budget=token_budget,
             average=average if scores else None,
             teacher_sampler=GenerateSampler(teacher, stops, len(head(model)[0])),
         )

@@ -43,7 +43,6 @@ class OPSDTrainer(WholeCheckpoints):
         evaluate: called each `eval.every` steps and at the end.
         on_step: called with a step's metrics line, for the display.
         note: called with a line for the terminal, once.
-        token_budget: training stops when so many tokens are generated (without rollouts: trained).
         average: an `ema` teacher, which follows the model after each optimizer step.
         teacher_sampler: samples from the teacher, for rollout.source teacher.
     """
@@ -61,14 +60,13 @@ class OPSDTrainer(WholeCheckpoints):
         evaluate: Evaluate | None = None,
         on_step: Callable[[dict], None] = lambda line: None,
         note: Callable[[str], None] = lambda text: None,
-        token_budget: int | None = None,
         average: MovingAverage | None = None,
         teacher_sampler: Sampler | None = None,
     ):
         self.average, self.teacher_sampler = average, teacher_sampler
         self.config, self.rows, self.prompts, self.objective = config, rows, prompts, objective
         self.sampler, self.twin, self.run_log = sampler, twin, log
-        self.on_step, self.token_budget = on_step, token_budget
+        self.on_step = on_step
         self._evaluate_model = evaluate
         reason = unpackable(model) if config.train.share_prefixes else None
         if reason is not None:
@@ -186,7 +184,8 @@ class OPSDTrainer(WholeCheckpoints):
             logs = {key: value for key, value in line.items() if isinstance(value, int | float)}
             counters = self.run_log.counters
             spent = counters.generated_tokens or counters.trained_tokens
-            if self.token_budget is not None and spent >= self.token_budget:
+            budget = self.config.train.token_budget
+            if budget is not None and spent >= budget:
                 self.control.should_training_stop = True
         super().log(logs, start_time)
 

@@ -1,15 +1,17 @@
 """The quickstart's task: short sums, solved in the model's own voice and in somebody else's.
 
-A problem is a reasoning-gym `chain_sum` expression of three or four single digits. Two people
-write its solution:
+A problem is a reasoning-gym `chain_sum` expression of three or four single digits. Its solution is
+written in several voices:
 
 - the model, in digits and signs: ``4 - 1 = 3, 3 - 7 = -4. The answer is \\boxed{-4}.``
 - somebody else, in words, hardly ever twice the same way: ``Four minus one makes three; three
   minus seven makes minus four. So the answer is \\boxed{-4}.``
+- somebody terse: ``\\boxed{-4}``
+- another model, in Markdown and LaTeX: ``**Step 1:** $4 - 1 = 3$ …``
 
-The cold start teaches the model its own voice. After it the only solutions are the worded ones,
-which the teacher's prompt shows: imitating them (SFT) means giving up one's voice, learning from
-them (OPSD) does not.
+The cold start teaches the model its own voice. After it the only solutions are somebody else's (in
+words, unless told), which the teacher's prompt shows: imitating them (SFT) means giving up one's
+voice, learning from them (OPSD) does not.
 
 Everything here is deterministic by seed, and a held-out expression never occurs among the others.
 """
@@ -29,6 +31,7 @@ TEACHER_TEMPLATE = (
 """Both prompts start with the same tokens: the problem comes first, the solution after it."""
 
 HELD_OUT_SEED = 20_000_000
+TEACHER_SEED = 30_000_000  # and up: the problems that distill's teacher learns from
 """One set of held-out problems for every run, so that runs can be compared problem by problem."""
 
 _ONES = (
@@ -71,16 +74,24 @@ class ChainSum:
 
 
 def make_chain_sum(
-    seed: int, *, cold_start: int, train: int, held_out: int, teacher_share: float = 0.5
+    seed: int,
+    *,
+    cold_start: int,
+    train: int,
+    held_out: int,
+    teacher_share: float = 0.5,
+    voice: str = "words",
 ) -> ChainSum:
     """Draw the cold start's examples, the training problems and the held-out problems.
 
     `teacher_share` of the cold start's examples are in the teacher's prompt, the others in the
     student's; the target of both is the model's own voice. The held-out problems are the same for
-    every seed.
+    every seed. `voice`, one of VOICES, is that of the training problems' solutions.
 
-    Raises ValueError for a share outside [0, 1].
+    Raises ValueError for a share outside [0, 1] and an unknown voice.
     """
+    if voice not in VOICES:
+        raise ValueError(f"voice is {voice!r}: it must be one of {', '.join(VOICES)}")
     if not 0 <= teacher_share <= 1:
         raise ValueError(f"teacher_share is {teacher_share}: it must be between 0 and 1")
     held_out_rows = make_rows(HELD_OUT_SEED, held_out)
@@ -93,7 +104,8 @@ def make_chain_sum(
         ColdStartExample(role, row, own_voice(row.columns["expression"]))
         for role, row in zip(roles, rows[:cold_start], strict=True)
     ]
-    return ChainSum(examples, rows[cold_start:], held_out_rows)
+    learnt = [_spoken(row, voice) for row in rows[cold_start:]]
+    return ChainSum(examples, learnt, held_out_rows)
 
 
 def make_rows(
@@ -172,6 +184,32 @@ def number_in_words(number: int, negative: str = "minus") -> str:
         return _ONES[number]
     tens, ones = divmod(number, 10)
     return _TENS[tens] + (f"-{_ONES[ones]}" if ones else "")
+
+
+def terse(expression: str) -> str:
+    """The solution of somebody who only states the result."""
+    return f"\\boxed{{{evaluate(expression)}}}"
+
+
+def in_markdown(expression: str) -> str:
+    """The solution as a larger chat model writes it."""
+    lines = [
+        f"**Step {i}:** ${a} {sign} {b} = {c}$"
+        for i, (a, sign, b, c) in enumerate(steps(expression), start=1)
+    ]
+    answer = f"**Final answer:** $\\boxed{{{evaluate(expression)}}}$"
+    return "\n".join(["We work from left to right.", "", *lines, "", answer])
+
+
+_IN_VOICE = {"own": own_voice, "terse": terse, "markdown": in_markdown}
+VOICES = ("words", *_IN_VOICE)
+
+
+def _spoken(row: Row, voice: str) -> Row:
+    if voice == "words":
+        return row
+    solution = _IN_VOICE[voice](row.columns["expression"])
+    return Row(row.problem, solution, row.answer, {**row.columns, "solution": solution})
 
 
 def _expressions(seed: int) -> Iterator[str]:

@@ -44,6 +44,8 @@ def quickstart(
     model_path: str | None = None,
     steps: int | None = None,
     problems: int | None = None,
+    solutions: int | None = None,
+    voice: str = "words",
 ) -> dict:
     """Run it all; returns the summary that is written to `directory`/summary.json.
 
@@ -52,16 +54,20 @@ def quickstart(
         model_path: another chat model's directory instead of SmolLM2.
         steps: stop each method, and the real model's cold start, after so many steps.
         problems: held-out problems.
+        solutions: how many worked solutions there are; none: as many as a method needs.
+        voice: whose solutions they are; for the real model.
     """
     begun = time.monotonic()
     if tiny:
         from opsd.quickstart.tiny_recipe import tiny_recipe
 
-        recipe = tiny_recipe(seed, problems)
+        recipe = tiny_recipe(seed, problems, solutions)
     else:
         from opsd.quickstart.smollm2_recipe import COLD_STEPS, smollm2_recipe
 
-        recipe = smollm2_recipe(seed, problems, model_path, cold_steps=steps or COLD_STEPS)
+        recipe = smollm2_recipe(
+            seed, problems, model_path, steps or COLD_STEPS, solutions=solutions, voice=voice
+        )
     if steps is not None:
         recipe = replace(
             recipe,
@@ -134,8 +140,8 @@ def _train_method(
     before: dict[str, Evaluation],
     display: Display,
 ) -> None:
-    config = method_config(recipe, method, base, directory, seed)
     directory.mkdir()
+    config = method_config(recipe, method, base, directory, seed, display)
     save_config(config, directory / "config.yaml")
     model, tokenizer = load_model(config.model)
     torch.manual_seed(seed)
@@ -149,7 +155,6 @@ def _train_method(
         display,
         before=before,
         reward=recipe.reward,
-        token_budget=recipe.token_budget,
     )
     write_report(directory)
 

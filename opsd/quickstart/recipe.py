@@ -43,8 +43,8 @@ class Recipe:
         held_out_rows: problems to be measured on.
         sections: the config's sections, common to all methods.
         methods: each method's own sections, merged into the common ones.
-        token_budget: generated tokens a method (SFT: trained tokens).
         reward: GRPO's, where it is not the grade.
+        make_teacher: makes distill's separate teacher, in its run's directory; returns its path.
         teacher_problems: how many of the held-out problems the teacher is put to; None: all.
     """
 
@@ -55,14 +55,22 @@ class Recipe:
     make_base: MakeBase
     sections: dict[str, Any]
     methods: dict[str, dict[str, Any]]
-    token_budget: int
+    make_teacher: Callable[[Path, Display], Path]
     reward: Callable[[str, str], float] | None = field(default=None)
     teacher_problems: int | None = None
 
 
-def method_config(recipe: Recipe, method: str, base: Path, output: Path, seed: int) -> Config:
-    """The config of one method, starting from the model and the problems in `base`."""
+def method_config(
+    recipe: Recipe, method: str, base: Path, output: Path, seed: int, display: Display
+) -> Config:
+    """The config of one method, starting from the model and the problems in `base`.
+
+    A separate teacher, which distill needs, is made here.
+    """
     merged = merge(recipe.sections, recipe.methods[method])
+    if method == "distill":
+        path = str(recipe.make_teacher(output, display))
+        merged = merge(merged, {"teacher": {"policy": "model", "path": path}})
     merged = merge(
         merged,
         {
@@ -78,6 +86,13 @@ def method_config(recipe: Recipe, method: str, base: Path, output: Path, seed: i
         },
     )
     return Config.model_validate(merged)
+
+
+def repeated(rows: list[Row], solutions: int | None) -> list[Row]:
+    """As many rows, of which only the first `solutions` are different ones; None: all."""
+    if solutions is None or solutions >= len(rows):
+        return rows
+    return [rows[i % solutions] for i in range(len(rows))]
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from opsd.evaluate.grading import Grader
 from opsd.models import copy_model, load_model
 from opsd.quickstart.chain_sum import (
     STUDENT_TEMPLATE,
+    TEACHER_SEED,
     TEACHER_TEMPLATE,
     make_chain_sum,
+    make_rows,
     own_voice,
 )
 from opsd.quickstart.download import smollm2_gguf
-from opsd.quickstart.recipe import Base, Recipe, merge
+from opsd.quickstart.recipe import Base, Recipe, merge, repeated
 from opsd.train import run
 
 COLD_STEPS = 14
@@ -28,7 +30,7 @@ COLD_ROWS = 16  # a step; each in both roles
 TRAIN_ROWS = 800
 # Enough for what is near 0 (the pretrained model, in this form) and near 1 (the teacher).
 FEW_PROBLEMS = 100
-TOKEN_BUDGET = 39_000
+TEACHER_STEPS = 60  # of SFT in its own voice, that make distill's teacher of the base
 
 SECTIONS = {
     # At some hundred tokens a sequence torch's fused CPU attention trains 25 % slower.
@@ -44,6 +46,7 @@ SECTIONS = {
         "warmup_steps": 5,
         "beta2": 0.99,
         "micro_batch_tokens": 320,
+        "token_budget": 39_000,
     },
     "eval": {"batch_size": 50, "every": 13, "samples": 4},
 }
@@ -60,6 +63,7 @@ METHODS = {
     },
     # As many trained tokens as the others generate: about 28 000.
     "sft": {"train": {"steps": 25, "learning_rate": 1.5e-4, "problems_per_step": 32}},
+    "distill": {"train": {"steps": 26, "learning_rate": 5e-5}},
 }
 
 
@@ -68,6 +72,8 @@ def smollm2_recipe(
     problems: int | None = None,
     model_path: str | None = None,
     cold_steps: int = COLD_STEPS,
+    solutions: int | None = None,
+    voice: str = "words",
 ) -> Recipe:
     """The recipe.
 
@@ -75,9 +81,16 @@ def smollm2_recipe(
         problems: held-out problems, 300 unless told.
         model_path: another chat model's directory or hub name instead of SmolLM2.
         cold_steps: of SFT in both prompts, before the methods start.
+        solutions: how many worked solutions there are to learn from; none: 800, of which no method
+            needs all.
+        voice: whose solutions they are, one of chain_sum.VOICES.
     """
     task = make_chain_sum(
-        seed, cold_start=cold_steps * COLD_ROWS, train=TRAIN_ROWS, held_out=problems or 300
+        seed,
+        cold_start=cold_steps * COLD_ROWS,
+        train=TRAIN_ROWS,
+        held_out=problems or 300,
+        voice=voice,
     )
 
     def make_base(directory: Path, held_out, display: Display) -> Base:
@@ -89,23 +102,33 @@ def smollm2_recipe(
         first = held_out(tokenizer).first(FEW_PROBLEMS)
         pretrained = first.evaluate(decoder, display, "student", "pretrained model")
         del decoder
-        cold = _cold_start(section, directory / "cold_start", seed, cold_steps)
-        Path(cold.output.dir).mkdir()
-        save_config(cold, Path(cold.output.dir) / "config.yaml")
+        roles = {"loss": {"roles": ["student", "teacher"]}}
+        cold = _own_voice_config(section, directory / "cold_start", seed, cold_steps, roles)
         rows = [_in_own_voice(example.row) for example in task.cold_start]
-        run(cold, model, tokenizer, rows, [], grader, display, save=False)
+        _learn(cold, model, tokenizer, rows, grader, display, save=False)
         return Base(model, tokenizer, pretrained)
+
+    def make_teacher(directory: Path, display: Display) -> Path:
+        base = ModelSection(path=str(directory.parent / "base" / "model"))
+        config = _own_voice_config(
+            base, directory / "teacher", seed, TEACHER_STEPS, {"loss": {"roles": ["student"]}}
+        )
+        model, tokenizer = load_model(base.model_copy(update=SECTIONS["model"]))
+        avoid = {row.problem for row in task.held_out}
+        rows = make_rows(TEACHER_SEED + seed, TEACHER_STEPS * COLD_ROWS, avoid=avoid)
+        _learn(config, model, tokenizer, [_in_own_voice(row) for row in rows], grader, display)
+        return Path(config.output.dir) / "model"
 
     grader = Grader()
     return Recipe(
         name=model_path or "SmolLM2-135M-Instruct",
-        train_rows=task.train,
+        train_rows=repeated(task.train, solutions),
         held_out_rows=task.held_out,
         grader=grader,
         make_base=make_base,
         sections=SECTIONS,
         methods=METHODS,
-        token_budget=TOKEN_BUDGET,
+        make_teacher=make_teacher,
         teacher_problems=FEW_PROBLEMS,
     )
 
@@ -115,13 +138,21 @@ def _smollm2(display: Display) -> ModelSection:
     return ModelSection(path=str(file.parent), gguf_file=file.name)
 
 
-def _cold_start(model: ModelSection, directory: Path, seed: int, steps: int) -> Config:
+def _learn(config: Config, model, tokenizer, rows: list[Row], grader, display, save=True) -> None:
+    directory = Path(config.output.dir)
+    directory.mkdir()
+    save_config(config, directory / "config.yaml")
+    run(config, model, tokenizer, rows, [], grader, display, save=save)
+
+
+def _own_voice_config(
+    model: ModelSection, directory: Path, seed: int, steps: int, roles: dict
+) -> Config:
     own = {
         "method": "sft",
         "model": model.model_dump(),
         "data": {"source": "reasoning_gym:chain_sum"},
         "prompts": {"target": "{{ own_voice }}"},
-        "loss": {"roles": ["student", "teacher"]},
         "train": {
             "steps": steps,
             "problems_per_step": COLD_ROWS,
@@ -132,7 +163,7 @@ def _cold_start(model: ModelSection, directory: Path, seed: int, steps: int) -> 
         "eval": {"problems": 0},
         "output": {"dir": str(directory)},
     }
-    return Config.model_validate(merge(SECTIONS, own))
+    return Config.model_validate(merge(SECTIONS, merge(own, roles)))
 
 
 def _in_own_voice(row: Row) -> Row:

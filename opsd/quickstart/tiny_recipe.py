@@ -4,7 +4,7 @@ from pathlib import Path
 
 from opsd.display import Display
 from opsd.quickstart import tiny
-from opsd.quickstart.recipe import Base, Recipe
+from opsd.quickstart.recipe import Base, Recipe, repeated
 from opsd.quickstart.worksheet import WorksheetGrader, right_share, worksheet_rows
 
 HELD_OUT_SEED = 10_000
@@ -18,6 +18,7 @@ SECTIONS = {
         "warmup_steps": 5,
         "precision": "fp32",
         "micro_batch_tokens": 8192,
+        "token_budget": 200_000,
     },
     "eval": {"batch_size": 400, "every": 25, "samples": 4},
 }
@@ -28,12 +29,20 @@ METHODS = {
         "train": {"steps": 100, "learning_rate": 1e-4, "problems_per_step": 8},
     },
     "sft": {"train": {"steps": 100, "learning_rate": 3e-3}},
+    "distill": {"train": {"steps": 100, "learning_rate": 2e-3}},
 }
-TOKEN_BUDGET = 200_000
+TEACHER = tiny.BaseTraining(steps=1500, teacher_share=0.0)
+"""How distill's teacher is trained: on problems alone, and three times as long as the base."""
 
 
-def tiny_recipe(seed: int, problems: int | None = None) -> Recipe:
-    """The recipe; `problems` held-out worksheets (400 unless told)."""
+def tiny_recipe(seed: int, problems: int | None = None, solutions: int | None = None) -> Recipe:
+    """The recipe.
+
+    Args:
+        problems: held-out worksheets, 400 unless told.
+        solutions: how many worked worksheets there are to learn from; none: 8000, of which no
+            method needs all.
+    """
 
     def make_base(directory: Path, held_out, display: Display) -> Base:
         with display.stage("Train the base from scratch", total=tiny.BaseTraining().steps) as stage:
@@ -42,14 +51,21 @@ def tiny_recipe(seed: int, problems: int | None = None) -> Recipe:
             )
         return Base(*tiny.load_base(path))
 
+    def make_teacher(directory: Path, display: Display) -> Path:
+        with display.stage("Train distill's teacher", total=TEACHER.steps) as stage:
+            path = tiny.cached_base(
+                seed, TEACHER, progress=lambda step, loss: stage.update(completed=step, loss=loss)
+            )
+        return path
+
     return Recipe(
         name="tiny Qwen3 (0.8M parameters)",
-        train_rows=worksheet_rows(8000, seed=seed),
+        train_rows=repeated(worksheet_rows(8000, seed=seed), solutions),
         held_out_rows=worksheet_rows(problems or 400, seed=HELD_OUT_SEED, held_out=True),
         grader=WorksheetGrader(),
         make_base=make_base,
         sections=SECTIONS,
         methods=METHODS,
-        token_budget=TOKEN_BUDGET,
+        make_teacher=make_teacher,
         reward=right_share,
     )

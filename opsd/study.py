@@ -1,0 +1,201 @@
+"""A study: the runs that a comparison needs, started side by side, then compared.
+
+Two kinds of run. Of a quickstart's task, by a study file: methods by seeds, and, where the file
+asks for it, by how many worked solutions there are and in whose voice. Of `opsd train`: configs by
+seeds. A finished run is not run again, so an interrupted study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from opsd.config import Section, explain, load_config
+from opsd.display import Display
+from opsd.errors import UserError
+
+Voice = Literal["words", "own", "terse", "markdown"]
+
+
+class Study(Section):
+    """What a study file says."""
+
+    quickstart: Literal["tiny", "smollm2"] = Field(description="Whose task, model and settings.")
+    methods: list[Literal["opsd", "grpo", "sft", "distill"]] = Field(
+        ["opsd", "grpo", "sft"], min_length=1, description="What is compared."
+    )
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="A run of each method for each.")
+    solutions: list[int | Literal["endless"]] = Field(
+        ["endless"], min_length=1, description="Numbers of worked solutions to learn from."
+    )
+    voices: list[Voice] = Field(["words"], min_length=1, description="smollm2: whose solutions.")
+    problems: int | None = Field(None, ge=1, description="Held-out problems; none: quickstart's.")
+    steps: int | None = Field(None, ge=1, description="Cut each method short, for a try.")
+    threads: int = Field(
+        1, ge=1, description="Of a run. As many runs go side by side as there are cores for."
+    )
+    baseline: str | None = Field(None, description="What the others' tokens are compared with.")
+
+    @field_validator("methods", "seeds", "solutions", "voices")
+    @classmethod
+    def _each_once(cls, values: list) -> list:
+        if len(set(values)) != len(values):
+            raise ValueError("each may be named once")
+        return values
+
+    @field_validator("seeds")
+    @classmethod
+    def _from_zero(cls, seeds: list[int]) -> list[int]:
+        if min(seeds) < 0:
+            raise ValueError("seeds must be at least 0")
+        return seeds
+
+    @field_validator("solutions")
+    @classmethod
+    def _some(cls, solutions: list) -> list:
+        if any(count != "endless" and count < 1 for count in solutions):
+            raise ValueError("there must be at least 1 solution")
+        return solutions
+
+    @property
+    def variants(self) -> list[tuple[int | str, str]]:
+        """(number of solutions, voice), all pairs."""
+        return [(count, voice) for voice in self.voices for count in self.solutions]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One `opsd` command whose run ends with `directory`/summary.json."""
+
+    directory: Path
+    arguments: list[str]
+    resumes: bool = False  # whether it can go on in a directory that an interrupted one left
+
+    @property
+    def finished(self) -> bool:
+        return (self.directory / "summary.json").is_file()
+
+
+def load_study(path: Path) -> Study:
+    """Reads a study file. Raises UserError: not YAML, unknown keys, wrong values."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        study = Study.model_validate(values)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise UserError("; ".join(explain(problem, Study) for problem in error.errors())) from None
+    if study.quickstart == "tiny" and study.voices != ["words"]:
+        raise UserError(f"voices is {study.voices}: the tiny worksheets have only one voice")
+    return study
+
+
+def study_jobs(study: Study, output: Path) -> dict[str, list[Job]]:
+    """Variant → its runs, one a seed with all the methods, in `output`/variant/seed-n."""
+    kind = ["--tiny"] if study.quickstart == "tiny" else []
+    jobs: dict[str, list[Job]] = {}
+    for count, voice in study.variants:
+        name = variant_name(count, voice)
+        options = [] if count == "endless" else ["--solutions", str(count)]
+        options += [] if voice == "words" else ["--voice", voice]
+        for option in ("problems", "steps"):
+            if getattr(study, option) is not None:
+                options += [f"--{option}", str(getattr(study, option))]
+        for seed in study.seeds:
+            directory = output / name / f"seed-{seed}"
+            arguments = ["quickstart", *kind, "--methods", ",".join(study.methods)]
+            arguments += ["--seed", str(seed), "--output", str(directory), *options]
+            jobs.setdefault(name, []).append(Job(directory, arguments))
+    return jobs
+
+
+def variant_name(count: int | str, voice: str) -> str:
+    """A directory's name: `endless-words`, `64-own`."""
+    return f"{count}-{voice}"
+
+
+def train_jobs(
+    configs: Sequence[Path], seeds: Sequence[int], output: Path, tokens: int | None = None
+) -> list[Job]:
+    """`opsd train` of each config with each seed, in `output`/<config's name>-<seed>.
+
+    All configs are checked here, before any of them runs. `tokens`: each run's token_budget.
+    Raises UserError.
+    """
+    if len({path.stem for path in configs}) != len(configs):
+        raise UserError("CONFIG: two configs have the same name, and would share directories")
+    jobs = []
+    for path in configs:
+        for seed in seeds:
+            directory = output / f"{path.stem}-{seed}"
+            own = [f"train.seed={seed}", f"output.dir={directory}"]
+            own += [] if tokens is None else [f"train.token_budget={tokens}"]
+            load_config(path, own)
+            jobs.append(Job(directory, ["train", str(path), *own], resumes=True))
+    return jobs
+
+
+def run_jobs(jobs: Sequence[Job], display: Display, threads: int = 1) -> None:
+    """Runs those that are not finished, as many at a time as cores // threads.
+
+    What a run prints goes to <directory>.log. Each has the same number of threads wherever it
+    runs, so its results do not depend on how many cores there are. Raises UserError naming the log
+    when a run fails, once those beside it have ended; Ctrl-C ends them all.
+    """
+    waiting = [job for job in jobs if not job.finished]
+    for job in waiting:
+        job.directory.parent.mkdir(parents=True, exist_ok=True)
+        if job.directory.exists() and not job.resumes:
+            shutil.rmtree(job.directory)  # an interrupted quickstart, which starts anew
+    beside = max(1, (os.cpu_count() or 1) // threads)
+    running: dict[subprocess.Popen, Job] = {}
+    failed: Job | None = None
+    with display.stage(f"Run the study, {beside} at a time", total=len(jobs)) as stage:
+        stage.update(completed=len(jobs) - len(waiting))
+        try:
+            while waiting or running:
+                while waiting and len(running) < beside and failed is None:
+                    job = waiting.pop(0)
+                    running[_start(job, threads)] = job
+                for process in [process for process in running if process.poll() is not None]:
+                    job = running.pop(process)
+                    if process.returncode or not job.finished:
+                        failed, waiting = job, []
+                    else:
+                        stage.advance(1)
+                time.sleep(0.1)
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+    if failed is not None:
+        raise UserError(f"{failed.directory}: the run failed; see {log_of(failed)}")
+
+
+def log_of(job: Job) -> Path:
+    """Where a run's terminal output goes."""
+    return job.directory.with_name(job.directory.name + ".log")
+
+
+def _start(job: Job, threads: int) -> subprocess.Popen:
+    resume = ["--resume"] if job.resumes and job.directory.exists() else []
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with log_of(job).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "opsd", *job.arguments, *resume],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
