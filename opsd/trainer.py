@@ -117,6 +117,8 @@ class OPSDTrainer(WholeCheckpoints):
         with self._autocast():
             for batch in self.micro_step.micro_batches(samples, budget):
                 part = self.micro_step(batch, totals)
+                if model.device.type == "cpu":
+                    trim_heap()  # of holes that forward left and backward has no use for
                 with torch.autocast(model.device.type, enabled=False):
                     self.accelerator.backward(part)
                 loss += part.detach()
