@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from opsd.address import check_address
 from opsd.errors import UserError
 
 STUDENT_TEMPLATE = (
@@ -98,9 +99,10 @@ class TeacherSection(Section):
 
 
 class RolloutSection(Section):
-    engine: Literal["generate", "continuous"] = Field(
+    engine: Literal["generate", "continuous", "vllm", "vllm_server"] = Field(
         "generate",
-        description="transformers' generate in length-sorted batches, or its continuous batching.",
+        description="transformers' generate in length-sorted batches, its continuous batching, "
+        "vLLM on the GPU that trains, or a vLLM server (docs/vllm.md).",
     )
     source: Literal["student", "teacher", "reference"] = Field(
         "student",
@@ -113,6 +115,32 @@ class RolloutSection(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 is off.")
     top_k: int = Field(0, ge=0, description="Sample among the k likeliest; 0 is off.")
     batch_size: int = Field(64, ge=1, description="Sequences decoded at once.")
+    gpu_memory: float = Field(
+        0.4, gt=0, lt=1, description="vllm: share of the GPU's memory that it holds while sampling."
+    )
+    server: str | None = Field(
+        None, description="vllm_server: its address, such as http://localhost:8000."
+    )
+    server_timeout: float = Field(
+        1800, gt=0, description="vllm_server: seconds until an unanswered request is sent again."
+    )
+    server_patience: float = Field(
+        300,
+        gt=0,
+        description="vllm_server: seconds without success until the run stops, with a checkpoint.",
+    )
+    weights_dir: str | None = Field(
+        None,
+        description="vllm_server: where the weights are left for it (/dev/shm is fast on one "
+        "machine); none: in output.dir. It must see the same path.",
+    )
+
+    @field_validator("server")
+    @classmethod
+    def _check_address(cls, address: str | None) -> str | None:
+        if address is not None:
+            check_address(address)
+        return address
 
 
 class LossSection(Section):
@@ -127,6 +155,12 @@ class LossSection(Section):
         "gradient), or each token's.",
     )
     clip_threshold: float = Field(0.05, gt=0, description="opsd: the clip's bound τ, in nats.")
+    importance_bound: float | None = Field(
+        2.0,
+        gt=0,
+        description="Rollouts by vLLM: a token counts by its probability under the student ÷ under "
+        "vLLM, at most this; null: as it is.",
+    )
     scale_advantages: bool = Field(
         True, description="grpo: divide advantages by the group's standard deviation."
     )
@@ -250,6 +284,7 @@ class Config(Section):
                 f"rollout.source is {self.rollout.source!r}: that is for opsd and distill; "
                 f"{self.method} has its own"
             )
+        self._check_engine()
         if self.method == "grpo" and self.rollout.per_problem < 2:
             raise ValueError(
                 f"rollout.per_problem is {self.rollout.per_problem}: grpo compares a problem's "
@@ -261,6 +296,28 @@ class Config(Section):
                 f"({self.train.steps})"
             )
         return self
+
+    def _check_engine(self) -> None:
+        rollout = self.rollout
+        if rollout.engine == "vllm_server" and rollout.server is None:
+            raise ValueError("rollout.server is missing: rollout.engine 'vllm_server' needs it")
+        for name in ("server", "weights_dir"):
+            value = getattr(rollout, name)
+            if value is not None and rollout.engine != "vllm_server":
+                raise ValueError(
+                    f"rollout.{name} is {value!r}: it is for rollout.engine 'vllm_server', not "
+                    f"{rollout.engine!r}"
+                )
+        if rollout.engine.startswith("vllm") and rollout.source != "student":
+            raise ValueError(
+                f"rollout.engine is {rollout.engine!r}: vLLM samples from the student; with "
+                f"rollout.source {rollout.source!r} it may be 'generate' or 'continuous'"
+            )
+        if rollout.engine.startswith("vllm") and self.model.gguf_file is not None:
+            raise ValueError(
+                f"model.gguf_file is {self.model.gguf_file!r}: vLLM is given weights under the "
+                "names of a transformers directory; save the model as one first"
+            )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -282,9 +339,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         )
     # A section whose lines are all commented out reads as null: the same as no section.
     values = {key: value for key, value in values.items() if value is not None}
+    return parse_config(with_overrides(values, overrides))
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The sections with `section.field=value` overrides written into them. Raises UserError."""
     for override in overrides:
         _apply(values, override)
-    return parse_config(values)
+    return values
 
 
 def parse_config(values: dict[str, Any]) -> Config:

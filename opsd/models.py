@@ -1,6 +1,6 @@
 """Loading a causal language model and its tokenizer, and what training must know of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from opsd.config import ModelSection
@@ -106,6 +107,14 @@ def update_copy(twin: nn.Module, model: nn.Module) -> None:
     buffers = dict(model.named_buffers())
     for name, buffer in twin.named_buffers():
         buffer.copy_(buffers[name])
+
+
+def named_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The current weights under the names that they have in a checkpoint, tied ones once, in
+    `dtype`; each is made when it is asked for."""
+    named = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, weight in revert_weight_conversion(model, named).items():
+        yield name, weight.to(dtype)
 
 
 def head_arguments(model: PreTrainedModel) -> dict[str, Any]:

@@ -30,18 +30,19 @@ def sample_records(
     `teacher_role`: the context that the teacher sees; "student" where it is another model.
     """
     for i in range(min(count, len(rows))):
-        row, ids = rows[i], evaluation.rollouts[i].ids
+        row, rollout = rows[i], evaluation.rollouts[i]
         yield {
             "problem": row.problem,
             "solution": row.solution,
             "answer": row.answer,
             "completion": evaluation.completions[i],
             "correct": evaluation.grades[i].correct,
+            "sampling": {**evaluation.sampling, "seed": rollout.seed},
             "tokens": token_records(
                 student,
                 teacher,
-                Scored(prompts.ids(row, "student"), ids),
-                Scored(prompts.ids(row, teacher_role), ids),
+                Scored(prompts.ids(row, "student"), rollout.ids),
+                Scored(prompts.ids(row, teacher_role), rollout.ids),
                 prompts.tokenizer,
             ),
         }

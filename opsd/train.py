@@ -18,11 +18,20 @@ from opsd.environment import machine, peak_memory, release_memory, share_one_hea
 from opsd.errors import UserError
 from opsd.evaluate.grading import Grader
 from opsd.evaluate.run import Evaluation, Grades, HeldOut, decode
-from opsd.models import copy_model, head, load_model, stop_ids, update_copy, window
+from opsd.models import copy_model, head, load_model, stop_ids, window
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective
 from opsd.prompts import Prompts
 from opsd.report import write_report
-from opsd.rollout import SAMPLERS, GenerateSampler, Sampling
+from opsd.rollout import (
+    SAMPLERS,
+    GenerateSampler,
+    Sampling,
+    ServerGoneError,
+    check_engine,
+    make_sampler,
+    training_server,
+)
+from opsd.rollout.client import VLLMServer
 from opsd.runlog import RunLog, read_lines
 from opsd.samples import sample_records
 from opsd.teacher import make_teacher
@@ -35,6 +44,8 @@ def train(config: Config, display: Display, *, resume: bool = False) -> Path:
     """A whole run: data, model, training, evaluation, report. Returns the run's directory."""
     directory = Path(config.output.dir)
     checkpoint = claim_directory(directory, config, resume)
+    check_engine(config.rollout.engine)
+    server = training_server(config)
     seed = config.train.seed
     rows, held_out = load_data(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +53,17 @@ def train(config: Config, display: Display, *, resume: bool = False) -> Path:
         model, tokenizer = load_model(config.model, device)
     torch.manual_seed(seed)
     with Grader() as grader:
-        run(config, model, tokenizer, rows, held_out, grader, display, checkpoint=checkpoint)
+        run(
+            config,
+            model,
+            tokenizer,
+            rows,
+            held_out,
+            grader,
+            display,
+            checkpoint=checkpoint,
+            server=server,
+        )
     write_report(directory)
     return directory
 
@@ -133,6 +154,7 @@ def run(
     before: dict[str, Evaluation] | None = None,
     reward: Reward | None = None,
     save: bool = True,
+    server: VLLMServer | None = None,
 ) -> dict:
     """Train `model` in place by `config.method`, in the claimed directory `config.output.dir`.
 
@@ -141,6 +163,7 @@ def run(
         before: the evaluations of step 0, by role, where they are known already.
         reward: (completion, answer) → reward, for GRPO; none: 1 for a right answer, else 0.
         save: whether to write the trained model to model/.
+        server: who samples under rollout.engine vllm_server.
 
     Returns the run's summary, which is also written to summary.json.
     """
@@ -159,7 +182,7 @@ def run(
     dtype = torch.bfloat16 if low_precision else torch.float32
     # What decodes: a bf16 copy where training is in bf16, since casting the masters for each new
     # token would cost as much as the token.
-    decodes = config.method != "sft" or bool(held_out)
+    decodes = config.rollout.engine in SAMPLERS and (config.method != "sft" or bool(held_out))
     twin = copy_model(model, dtype) if low_precision and decodes else None
     decoder = twin if twin is not None else model
     # Made before a checkpoint is loaded: the weights of step 0. Without OPSD, a teacher is only
@@ -169,7 +192,7 @@ def run(
     if scores or (held_out and config.eval.samples):
         teacher, average = make_teacher(config, model, tokenizer, decoder)
     stops = stop_ids(model, tokenizer)
-    sampler = SAMPLERS[config.rollout.engine](decoder, stops)
+    sampler = make_sampler(config, decoder, stops, dtype, server)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     log = RunLog(directory, checkpoint_step(checkpoint))
@@ -177,7 +200,12 @@ def run(
     scorer = model if config.teacher.policy == "live" else teacher
     objective = make_objective(config, scorer, prompts, tokenizer, grader, reward)
     teacher_role = objective.teacher_role
-    test = HeldOut(held_out, prompts, grader, evaluation_sampling(config), config.rollout.engine)
+    engine = config.rollout.engine if config.rollout.engine in SAMPLERS else "generate"
+    test = HeldOut(held_out, prompts, grader, evaluation_sampling(config), engine)
+
+    def answer() -> Evaluation:
+        sampler.follow(model)
+        return test.evaluate(decoder, display, sampler=sampler)
 
     def record(step: int, role: str, result: Evaluation) -> dict:
         counters = log.counters
@@ -196,13 +224,11 @@ def run(
         return line
 
     def evaluate(step: int) -> dict:
-        if twin is not None:
-            update_copy(twin, model)
-        return record(step, "student", test.evaluate(decoder, display))
+        return record(step, "student", answer())
 
     if held_out and checkpoint is None:
         if before is None:
-            before = {"student": test.evaluate(decoder, display)}
+            before = {"student": answer()}
             if config.eval.teacher:
                 before["teacher"] = test.evaluate(teacher, display, teacher_role, "teacher")
         for role, result in before.items():
@@ -216,7 +242,6 @@ def run(
             prompts,
             objective,
             sampler,
-            twin,
             log,
             evaluate=evaluate if held_out else None,
             on_step=lambda line: stage.update(completed=line["step"], **shown(line)),
@@ -234,10 +259,16 @@ def run(
         for line in read_lines(directory / "evaluations.jsonl")
         if line["role"] == "student" and line["step"] == step
     ]
-    if held_out and not evaluated:
-        evaluate(step)
     if save:
         save_model(model, tokenizer, directory)
+    if held_out and not evaluated:
+        try:
+            evaluate(step)
+        except ServerGoneError as error:
+            raise ServerGoneError(
+                f"{error}. Training is done and {directory / 'model'} is saved, but its last "
+                "evaluation is missing: measure it with `opsd eval`"
+            ) from error
     return write_summary(config, log, directory, time.monotonic() - begun)
 
 

@@ -11,24 +11,26 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from opsd.checkpoints import WholeCheckpoints
 from opsd.config import Config
 from opsd.data import Row
 from opsd.environment import trim_heap
 from opsd.errors import UserError
-from opsd.models import update_copy
 from opsd.objectives import Objective, Problem, Totals
 from opsd.prefix import unpackable
 from opsd.prompts import Prompts
-from opsd.rollout import Rollout, Sampler, Sampling
-from opsd.runlog import RunLog
+from opsd.rollout import Rollout, Sampler, Sampling, ServerGoneError
+from opsd.runlog import RunLog, read_lines
 from opsd.step import OPSDStep, token_ratio
 from opsd.teacher import MovingAverage
 
 Evaluate = Callable[[int], dict]
 """step → the evaluation's record; runs the held-out problems and writes them down."""
+
+ENGINES_DIFFER = 0.2
+"""Nats a token, in the mean over a step, that no rounding of an engine's explains."""
 
 
 class OPSDTrainer(WholeCheckpoints):
@@ -37,9 +39,7 @@ class OPSDTrainer(WholeCheckpoints):
     Args:
         model: the fp32 model; its weights are the optimizer's masters.
         rows: the training rows; each step draws `train.problems_per_step` of them.
-        sampler: samples rollouts from the weights that `twin` holds.
-        twin: a bf16 copy of the model which the sampler decodes with, refreshed before each
-            sampling; None where the sampler uses `model` itself.
+        sampler: samples rollouts, from the model's current weights, which it is shown before.
         evaluate: called each `eval.every` steps and at the end.
         on_step: called with a step's metrics line, for the display.
         note: called with a line for the terminal, once.
@@ -55,7 +55,6 @@ class OPSDTrainer(WholeCheckpoints):
         prompts: Prompts,
         objective: Objective,
         sampler: Sampler,
-        twin: PreTrainedModel | None,
         log: RunLog,
         evaluate: Evaluate | None = None,
         on_step: Callable[[dict], None] = lambda line: None,
@@ -65,7 +64,7 @@ class OPSDTrainer(WholeCheckpoints):
     ):
         self.average, self.teacher_sampler = average, teacher_sampler
         self.config, self.rows, self.prompts, self.objective = config, rows, prompts, objective
-        self.sampler, self.twin, self.run_log = sampler, twin, log
+        self.sampler, self.run_log = sampler, log
         self.on_step = on_step
         self._evaluate_model = evaluate
         reason = unpackable(model) if config.train.share_prefixes else None
@@ -74,7 +73,7 @@ class OPSDTrainer(WholeCheckpoints):
         self.micro_step = OPSDStep(
             model, objective, share=config.train.share_prefixes and reason is None
         )
-        self._note, self._sharing_checked = note, False
+        self._note, self._sharing_checked, self._engine_checked = note, False, False
         self._step: dict[str, float] = {}
         super().__init__(
             model=model,
@@ -84,12 +83,29 @@ class OPSDTrainer(WholeCheckpoints):
             data_collator=list,
             processing_class=prompts.tokenizer,
         )
+        if evaluate is not None:
+            self.add_callback(MissedEvaluation(evaluate, log.directory, config.eval.every))
         self.remove_callback(PrinterCallback)  # our display and metrics.jsonl say it already
         if self.args.world_size > 1:
             raise UserError(
                 f"WORLD_SIZE is {self.args.world_size}: this release trains in one process"
             )
         self.rollout = Sampling(**config.rollout.model_dump(include=_SAMPLING))
+
+    def train(self, *arguments, **options):
+        """Trainer's; where the rollouts' server goes away, a checkpoint is written first."""
+        try:
+            return super().train(*arguments, **options)
+        except ServerGoneError as error:
+            step = self.state.global_step
+            place = Path(self.args.output_dir) / f"checkpoint-{step}"
+            if step and not place.exists():
+                self._save_checkpoint(self.model, None)
+            done = f"step {step} is saved" if step else "no step was done"
+            raise ServerGoneError(
+                f"{error}. Training has stopped, {done}: when the server is back, go on with "
+                "`opsd train … --resume`"
+            ) from error
 
     def training_step(self, model, inputs: list[int], num_items_in_batch=None) -> Tensor:
         """Rollouts, then the loss and its gradient over micro-batches; returns the step's loss."""
@@ -122,6 +138,7 @@ class OPSDTrainer(WholeCheckpoints):
                 with torch.autocast(model.device.type, enabled=False):
                     self.accelerator.backward(part)
                 loss += part.detach()
+        self._check_engine(totals)
         if model.device.type == "cpu":
             trim_heap()
         self._count(problems, totals, measures, sampled - start, time.monotonic() - start)
@@ -131,8 +148,6 @@ class OPSDTrainer(WholeCheckpoints):
         contexts = [self.prompts.context(row) for row in rows]
         if self.average is not None and self.state.global_step:
             self.average.follow(self.model)
-        if self.twin is not None and self.objective.samples_rollouts:
-            update_copy(self.twin, self.model)
         copies = self.config.rollout.per_problem if self.objective.samples_rollouts else 0
         rollouts: list[Rollout] = []
         if copies and self.config.rollout.source == "reference":
@@ -140,6 +155,7 @@ class OPSDTrainer(WholeCheckpoints):
             rollouts = [Rollout(self.prompts.target(row), True) for row in rows]
         elif copies:
             role, sampler = "student", self.sampler
+            sampler.follow(self.model)
             if self.config.rollout.source == "teacher":
                 role, sampler = self.objective.teacher_role, self.teacher_sampler
             asked = [getattr(context, role) for context in contexts for _ in range(copies)]
@@ -148,6 +164,17 @@ class OPSDTrainer(WholeCheckpoints):
             Problem(row, context, rollouts[i * copies : (i + 1) * copies])
             for i, (row, context) in enumerate(zip(rows, contexts, strict=True))
         ]
+
+    def _check_engine(self, totals: Totals) -> None:
+        """After a run's first rollouts by another engine: are the weights there the student's?"""
+        difference = totals.means().get("engine_divergence", 0.0)
+        if not self._engine_checked and abs(difference) > ENGINES_DIFFER:
+            raise UserError(
+                f"rollout.engine is {self.config.rollout.engine!r}: its log-probabilities differ "
+                f"from the student's by {difference:.3g} a token in the mean (at most "
+                f"{ENGINES_DIFFER} is rounding): it serves other weights than those it was given"
+            )
+        self._engine_checked = True
 
     def _autocast(self):
         enabled = self.config.train.precision == "bf16"
@@ -210,6 +237,22 @@ class OPSDTrainer(WholeCheckpoints):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+
+class MissedEvaluation(TrainerCallback):
+    """Evaluates a checkpoint that was written because its evaluation could not be done."""
+
+    def __init__(self, evaluate: Evaluate, directory: Path, every: int):
+        self.evaluate, self.directory, self.every = evaluate, directory, every
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        """Where training goes on from such a checkpoint, whose weights have been loaded."""
+        step = state.global_step
+        if step == 0 or self.every == 0 or step % self.every:
+            return
+        lines = read_lines(self.directory / "evaluations.jsonl")
+        if not any(line["step"] == step and line["role"] == "student" for line in lines):
+            self.evaluate(step)
 
 
 _SAMPLING = {"max_new_tokens", "temperature", "top_p", "top_k", "batch_size"}

@@ -37,10 +37,12 @@ from opsd.evaluate.settings import THINKING, Settings, settings
 from opsd.evaluate.subject import Subject
 from opsd.models import stop_ids
 from opsd.prompts import Prompts
-from opsd.rollout import SAMPLERS, Sampling
+from opsd.rollout import SAMPLERS, Sampler, Sampling, check_engine, evaluation_server
 
 RUNS = Path("runs/eval")
 _SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "precision")
+# vLLM's kernels round otherwise: its answers are not, to the bit, the model's own.
+PRECISION = {"vllm": "bf16 by vLLM", "vllm_server": "the vLLM server's"}
 Unit = tuple[int, int]  # (problem, sample)
 
 
@@ -51,6 +53,7 @@ def evaluate_command(parsed: argparse.Namespace) -> None:
     again. The process that finds all answers there grades them and writes the result.
     """
     asked = settings(parsed)
+    check_engine(asked.engine, "--engine")
     display = Display(quiet=asked.ranked and asked.shard.index > 1)
     benchmark = load_benchmark(
         asked.benchmark,
@@ -75,7 +78,7 @@ def evaluate_command(parsed: argparse.Namespace) -> None:
             "top_k": sampling.top_k,
             "max_new_tokens": sampling.max_new_tokens,
             "seed": asked.seed,
-            "precision": subject.precision,
+            "precision": PRECISION.get(asked.engine, subject.precision),
         }
     description = {
         "model": asked.model,
@@ -184,8 +187,7 @@ def _sample(
         if not todo:
             return
         with display.stage(f"Load {asked.model}"):
-            model = subject.load()
-        sampler = SAMPLERS[asked.engine](model, stop_ids(model, subject.tokenizer))
+            sampler = _sampler(asked, subject)
         with display.stage(f"Answer {asked.benchmark}", total=len(mine), unit="answers") as stage:
             stage.advance(len(mine) - sum(map(len, todo)))
             for batch in todo:
@@ -198,6 +200,24 @@ def _sample(
                     if unit not in here
                 )
                 stage.advance(len(batch))
+
+
+def _sampler(asked: Settings, subject: Subject) -> Sampler:
+    if asked.engine in SAMPLERS:
+        model = subject.load()
+        return SAMPLERS[asked.engine](model, stop_ids(model, subject.tokenizer))
+    if asked.engine == "vllm_server":
+        return evaluation_server(asked.server, asked.model, subject.stops)
+    from opsd.rollout.colocated import ColocatedSampler
+
+    return ColocatedSampler(
+        asked.model,
+        subject.stops,
+        trains=False,
+        dtype=torch.bfloat16,
+        memory=asked.gpu_memory,
+        max_num_seqs=asked.batch_size,
+    )
 
 
 def batches(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ class Evaluation:
     completions: list[str]
     grades: list[Grade]
     seconds: float
+    sampling: dict  # the engine, and how it drew tokens
 
     @property
     def accuracy(self) -> float:
@@ -65,12 +66,18 @@ class HeldOut:
         return HeldOut(self.rows[:count], self.prompts, self.grader, self.sampling, self.engine)
 
     def evaluate(
-        self, model: PreTrainedModel, display: Display, role: str = "student", name: str = ""
+        self,
+        model: PreTrainedModel,
+        display: Display,
+        role: str = "student",
+        name: str = "",
+        sampler: Sampler | None = None,
     ) -> Evaluation:
-        """One answer a problem from `model`, in `role`'s prompt."""
+        """One answer a problem from `model`, in `role`'s prompt; `sampler`: who answers for it."""
         contexts = [self.prompts.ids(row, role) for row in self.rows]
         tokenizer = self.prompts.tokenizer
-        sampler = SAMPLERS[self.engine](model, stop_ids(model, tokenizer))
+        if sampler is None:
+            sampler = SAMPLERS[self.engine](model, stop_ids(model, tokenizer))
         with display.stage(f"Evaluate the {name or role}", total=len(self.rows)) as stage:
             result = evaluate(
                 sampler,
@@ -99,7 +106,8 @@ def evaluate(
     rollouts = sampler.sample(contexts, sampling, progress)
     completions = decode(tokenizer, rollouts)
     grades = grader.grade(completions, [row.answer for row in rows])
-    return Evaluation(rollouts, completions, grades, time.monotonic() - start)
+    how = {"engine": sampler.engine, **asdict(sampling)}
+    return Evaluation(rollouts, completions, grades, time.monotonic() - start, how)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout]) -> list[str]:

@@ -8,9 +8,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from opsd.address import check_address
 from opsd.errors import UserError
 
-ENGINES = ("generate", "continuous")
+ENGINES = ("generate", "continuous", "vllm", "vllm_server")
+BATCH = {"generate": 64, "continuous": 64, "vllm": 512, "vllm_server": 512}
+"""Answers sampled together, unless told: vLLM decides by itself how many it decodes at once."""
 THINKING = {"on": True, "off": False, "template": None}
 
 
@@ -54,6 +57,8 @@ class Settings:
     local_rank: int
     batch_size: int
     engine: str
+    server: str | None
+    gpu_memory: float
     output: str | None
 
 
@@ -82,8 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="branch, tag or commit of a hub dataset")
     add("--seed", type=int, default=0)
     add("--shard", metavar="I/N", help="only the I-th of N parts (default: by RANK, WORLD_SIZE)")
-    add("--batch-size", type=int, default=64, metavar="N", help="answers sampled together")
+    add("--batch-size", type=int, metavar="N", help="answers sampled together")
     add("--engine", default="generate", metavar="|".join(ENGINES))
+    add("--server", metavar="URL", help="vllm_server: its address (docs/vllm.md)")
+    add("--gpu-memory", type=float, default=0.9, metavar="SHARE", help="vllm: of the GPU's memory")
     add("--output", metavar="DIR", help="default: runs/eval/<model>-<benchmark>-<key>")
 
 
@@ -105,17 +112,35 @@ def settings(parsed: argparse.Namespace, environment: Mapping[str, str] = os.env
         raise UserError(f"--thinking is {parsed.thinking!r}: it must be on, off or template")
     if parsed.engine not in ENGINES:
         raise UserError(f"--engine is {parsed.engine!r}: it must be {' or '.join(ENGINES)}")
+    _check_server(parsed)
+    if not 0 < parsed.gpu_memory < 1:
+        raise UserError(f"--gpu-memory is {parsed.gpu_memory}: it must be between 0 and 1")
     return Settings(
         **{
             name: getattr(parsed, name)
             for name in Settings.__dataclass_fields__
-            if name not in ("columns", "shard", "ranked", "local_rank")
+            if name not in ("columns", "shard", "ranked", "local_rank", "batch_size")
         },
+        batch_size=parsed.batch_size or BATCH[parsed.engine],
         columns=_columns(parsed.columns),
         shard=_shard(parsed.shard, environment),
         ranked=parsed.shard is None,
         local_rank=_number("LOCAL_RANK", environment.get("LOCAL_RANK", "0"), 0),
     )
+
+
+def _check_server(parsed: argparse.Namespace) -> None:
+    if parsed.engine == "vllm_server" and parsed.server is None:
+        raise UserError("--server is missing: --engine vllm_server needs its address")
+    if parsed.engine != "vllm_server" and parsed.server is not None:
+        raise UserError(
+            f"--server is {parsed.server!r}: it is for --engine vllm_server, not {parsed.engine}"
+        )
+    if parsed.server is not None:
+        try:
+            check_address(parsed.server)
+        except ValueError as error:
+            raise UserError(f"--server is {parsed.server!r}: {error}") from None
 
 
 def _columns(text: str | None) -> dict[str, str]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from opsd.config import ModelSection
 from opsd.errors import UserError
@@ -72,6 +72,16 @@ class Subject:
     def switches_thinking(self) -> bool:
         """Whether the chat template looks at `enable_thinking`."""
         return "enable_thinking" in str(self.tokenizer.chat_template)
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """What ends an answer, as `opsd.models.stop_ids` finds it of the loaded model."""
+        try:
+            extra = GenerationConfig.from_pretrained(self.path).eos_token_id
+        except OSError:
+            extra = GenerationConfig.from_model_config(self.config).eos_token_id
+        extra = [extra] if isinstance(extra, int) else (extra or [])
+        return frozenset([self.tokenizer.eos_token_id, *extra])
 
     def load(self) -> PreTrainedModel:
         """The weights, on the device and in the precision above."""

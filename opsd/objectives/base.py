@@ -34,6 +34,7 @@ class Sample:
 
     roles: tuple[Scored, ...]
     weight: float  # of each token; GRPO's may be negative
+    log_probs: Sequence[float] | None = None  # the engine's, of each token; see Rollout
 
     @property
     def tokens(self) -> int:

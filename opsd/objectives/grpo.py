@@ -38,7 +38,9 @@ class GRPO(LikelihoodObjective):
             advantages = group_advantages(group, self.section.scale_advantages)
             used += any(advantages)
             samples += [
-                Sample((Scored(p.context.student, rollout.ids),), advantage / tokens)
+                Sample(
+                    (Scored(p.context.student, rollout.ids),), advantage / tokens, rollout.log_probs
+                )
                 for rollout, advantage in zip(p.rollouts, advantages, strict=True)
                 if advantage
             ]

@@ -9,6 +9,7 @@ from opsd.config import LossSection
 from opsd.hidden import rollout_hidden_states
 from opsd.models import as_operands, head, head_arguments
 from opsd.objectives.base import Sample, Totals, targets, token_weights
+from opsd.objectives.importance import has_ratios, importance
 from opsd_kernels import linear_log_prob
 
 
@@ -38,5 +39,10 @@ class LikelihoodObjective:
             backend=self.section.backend,
             **head_arguments(model),
         )
-        totals.add(len(hidden), student_entropy=result.entropy.mean())
-        return -(token_weights(samples, hidden.device) * result.log_prob).sum()
+        weights, measures = token_weights(samples, hidden.device), {}
+        bound = self.section.importance_bound
+        if has_ratios(samples, bound):
+            factors, measures = importance(samples, result.log_prob, bound)
+            weights *= factors
+        totals.add(len(hidden), student_entropy=result.entropy.mean(), **measures)
+        return -(weights * result.log_prob).sum()

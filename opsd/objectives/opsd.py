@@ -15,6 +15,7 @@ from opsd.config import LossSection
 from opsd.hidden import Scored, both_roles_hidden_states, rollout_hidden_states
 from opsd.models import as_operands, head, head_arguments
 from opsd.objectives.base import Problem, Sample, Totals, token_weights
+from opsd.objectives.importance import has_ratios, importance, student_log_prob
 from opsd_kernels import Clip, linear_divergence
 
 
@@ -38,6 +39,7 @@ class OPSD:
                     Scored(getattr(p.context, self.teacher_role), r.ids),
                 ),
                 weight,
+                r.log_probs,
             )
             for p in problems
             for r in p.rollouts
@@ -53,6 +55,13 @@ class OPSD:
     ) -> Tensor:
         """See `Objective.loss`."""
         student, teacher = self._hidden_states(model, samples, share)
+        section, measures = self.section, {}
+        weights = token_weights(samples, student.device)
+        if has_ratios(samples, section.importance_bound):
+            kernel = {"memory_budget": section.memory_budget, "backend": section.backend}
+            log_prob = student_log_prob(model, student, samples, **kernel)
+            factors, measures = importance(samples, log_prob, section.importance_bound)
+            weights *= factors
         (weight, bias), (teacher_weight, teacher_bias) = head(model), head(self.teacher)
         if len(weight) != len(teacher_weight):
             # Padded to different sizes: the rows that both have, which hold all tokens.
@@ -74,14 +83,14 @@ class OPSD:
             divergence=self.section.divergence,
             beta=self.section.beta,
             temperature=self.section.temperature,
-            token_weight=token_weights(samples, student.device),
+            token_weight=weights,
             clip=self.clip,
             reduction="sum",
             memory_budget=self.section.memory_budget,
             backend=self.section.backend,
             **head_arguments(model),
         )
-        measures = {
+        measures |= {
             "divergence": result.per_token.mean(),
             "student_entropy": result.student_entropy.mean(),
             "teacher_entropy": result.teacher_entropy.mean(),

@@ -1,9 +1,29 @@
-"""Who samples the rollouts: `generate` in sorted batches, or `continuous` batching."""
+"""Who samples the rollouts: the model's own module, by `generate` in sorted batches or `continuous`
+batching, or vLLM, in this process or as a server.
+"""
 
 from opsd.rollout.base import Rollout, Sampler, Sampling
+from opsd.rollout.client import ServerGoneError
 from opsd.rollout.continuous import ContinuousSampler
+from opsd.rollout.engines import (
+    SAMPLERS,
+    check_engine,
+    evaluation_server,
+    make_sampler,
+    training_server,
+)
 from opsd.rollout.generate import GenerateSampler
 
-SAMPLERS = {"generate": GenerateSampler, "continuous": ContinuousSampler}
-
-__all__ = ["SAMPLERS", "ContinuousSampler", "GenerateSampler", "Rollout", "Sampler", "Sampling"]
+__all__ = [
+    "SAMPLERS",
+    "ContinuousSampler",
+    "GenerateSampler",
+    "Rollout",
+    "Sampler",
+    "Sampling",
+    "ServerGoneError",
+    "check_engine",
+    "evaluation_server",
+    "make_sampler",
+    "training_server",
+]

@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -33,10 +36,20 @@ class Rollout:
 
     ids: list[int]
     finished: bool  # False: cut at max_new_tokens
+    # Of each token, by an engine that is not the student itself: at temperature 1, before top-p and
+    # top-k. None: the student's own module sampled.
+    log_probs: list[float] | None = None
+    seed: int | None = None  # which this rollout alone was drawn with, where the engine takes one
 
 
 class Sampler(Protocol):
     """Samples one rollout a context, in the contexts' order."""
+
+    engine: str  # as rollout.engine names it
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """Take over the current weights of `model`, which trains."""
+        ...
 
     def sample(
         self,
@@ -46,6 +59,13 @@ class Sampler(Protocol):
     ) -> list[Rollout]:
         """One rollout a context; `progress(sequences, tokens)` is called as they are done."""
         ...
+
+
+def draw_seeds(sampling: Sampling, count: int) -> list[int | None]:
+    """A seed a rollout, from torch's generator; None for greedy ones, which draw nothing."""
+    if sampling.temperature == 0:
+        return [None] * count
+    return torch.randint(2**31, (count,)).tolist()
 
 
 def cut(ids: Sequence[int], stops: frozenset[int]) -> Rollout:

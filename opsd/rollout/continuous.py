@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from opsd.models import update_copy
 from opsd.rollout.base import Rollout, Sampling, cut
 
 PAGE = 256  # tokens of one sequence that the cache holds in a block
@@ -14,8 +15,15 @@ MIN_BATCH_TOKENS = 256  # tokens that one forward may hold, for prefill
 class ContinuousSampler:
     """`generate_batch`, which pays where lengths differ much: nobody waits for the longest."""
 
+    engine = "continuous"
+
     def __init__(self, model: PreTrainedModel, stops: frozenset[int]):
         self.model, self.stops = model, stops
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """See `Sampler.follow`; nothing to do where it samples from `model` itself."""
+        if self.model is not model:
+            update_copy(self.model, model)
 
     @torch.no_grad()
     def sample(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from opsd.models import update_copy
 from opsd.rollout.base import Rollout, Sampling, cut
 from opsd.rollout.draw import Draw, Within
 
@@ -16,10 +17,17 @@ class GenerateSampler:
     figure is in benchmarks/rollout.py. `vocabulary`: draw no token from there on.
     """
 
+    engine = "generate"
+
     def __init__(
         self, model: PreTrainedModel, stops: frozenset[int], vocabulary: int | None = None
     ):
         self.model, self.stops, self.vocabulary = model, stops, vocabulary
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """See `Sampler.follow`; nothing to do where it samples from `model` itself."""
+        if self.model is not model:
+            update_copy(self.model, model)
 
     @torch.no_grad()
     def sample(

@@ -1,0 +1,10 @@
+"""Addresses of servers, as a user writes them."""
+
+from urllib.parse import urlsplit
+
+
+def check_address(address: str) -> None:
+    """Raises ValueError unless this is the address of a server over HTTP."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+        raise ValueError("it must look like http://localhost:8000")

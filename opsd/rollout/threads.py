@@ -1,0 +1,44 @@
+"""Work that waits for somebody else, in threads that nobody has to wait for."""
+
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+def as_done(
+    work: Callable[[int, Event], Result], count: int, workers: int
+) -> Iterator[tuple[int, Result]]:
+    """(i, work(i, stopped)) for i < count, in the order in which they are done.
+
+    The first exception is raised here, and no further work is begun then; `stopped` is set, for
+    what is under way. The threads are daemons, unlike those of concurrent.futures, so that neither
+    Ctrl-C nor an error waits for an answer that takes half an hour.
+    """
+    todo, lock, stopped = iter(range(count)), Lock(), Event()
+    done: SimpleQueue[tuple[int, Result | None, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        while not stopped.is_set():
+            with lock:
+                i = next(todo, None)
+            if i is None:
+                return
+            try:
+                done.put((i, work(i, stopped), None))
+            except BaseException as error:
+                done.put((i, None, error))
+                return
+
+    for _ in range(min(workers, count)):
+        Thread(target=run, daemon=True).start()
+    try:
+        for _ in range(count):
+            i, result, error = done.get()
+            if error is not None:
+                raise error
+            yield i, result
+    finally:
+        stopped.set()

@@ -1,0 +1,557 @@
+"""Rollouts by vLLM: a server that speaks its API, a stand-in for its `LLM`, the correction."""
+
+import json
+import sys
+import threading
+import time
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import kl_div
+from training_cases import ROWS, logits, quiet, short_config, short_values, write_model, write_rows
+from vllm_server import FakeVLLM
+
+from opsd import train as training
+from opsd.cli import main
+from opsd.config import LossSection, PromptsSection, parse_config
+from opsd.errors import UserError
+from opsd.models import load_model, stop_ids
+from opsd.objectives import GRPO, OPSD, Problem, Totals
+from opsd.prompts import Prompts
+from opsd.quickstart import tiny
+from opsd.quickstart.recipe import merge
+from opsd.rollout import GenerateSampler, Rollout, Sampling, ServerGoneError
+from opsd.rollout.client import VLLMServer
+from opsd.rollout.colocated import ColocatedSampler
+from opsd.rollout.server import ServerSampler
+from opsd.rollout.threads import as_done
+from opsd.runlog import read_lines
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base")
+    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
+
+
+@pytest.fixture
+def fake(files):
+    server = FakeVLLM(files[0])
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def student(files):
+    return load_model(short_config(*files, files[0].parent / "none").model)
+
+
+@pytest.fixture(scope="module")
+def contexts(student):
+    section = PromptsSection(student=tiny.STUDENT_PROMPT, teacher=tiny.TEACHER_PROMPT)
+    prompts = Prompts(section, student[1])
+    return [prompts.ids(row, "student") for row in ROWS[:6]]
+
+
+def client(fake, **more) -> VLLMServer:
+    return VLLMServer(fake.address, **{"timeout": 5.0, "patience": 0.4, **more})
+
+
+def sampler(fake, student, directory, dtype=torch.float32, **more) -> ServerSampler:
+    return ServerSampler(client(fake, **more), stop_ids(*student), directory / "weights", dtype)
+
+
+def changed(files, seed):
+    """A model of the same shape with other weights."""
+    return tiny.make_model(seed, load_model(short_config(*files, files[0]).model)[1]).eval()
+
+
+# The engine: whose tokens, whose log-probabilities.
+
+
+def test_the_servers_greedy_tokens_are_the_models_own(fake, student, contexts, tmp_path):
+    sampling, seen = Sampling(12, temperature=0), []
+    rollouts = sampler(fake, student, tmp_path).sample(
+        contexts, sampling, lambda *n: seen.append(n)
+    )
+    own = GenerateSampler(student[0], stop_ids(*student)).sample(contexts, sampling)
+    assert [(r.ids, r.finished) for r in rollouts] == [(r.ids, r.finished) for r in own]
+    assert {r.finished for r in rollouts} == {True, False} or len({len(r.ids) for r in own}) == 1
+    assert sum(sequences for sequences, _ in seen) == len(contexts)
+    assert sum(tokens for _, tokens in seen) == sum(len(r.ids) for r in own)
+
+
+def test_log_probabilities_are_the_models_at_temperature_1(fake, student, contexts, tmp_path):
+    torch.manual_seed(0)
+    sampling = Sampling(8, temperature=1.7, top_p=0.9, top_k=5)
+    for context, rollout in zip(
+        contexts, sampler(fake, student, tmp_path).sample(contexts, sampling), strict=True
+    ):
+        with torch.no_grad():
+            wanted = logits(student[0], context, rollout.ids).log_softmax(-1)
+        wanted = wanted.gather(1, torch.tensor(rollout.ids)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(rollout.log_probs), wanted, rtol=0, atol=1e-5)
+
+
+def test_each_rollout_has_a_seed_from_torchs_generator(fake, student, contexts, tmp_path):
+    asked, sampling = [contexts[0]] * 6, Sampling(8, temperature=1.5, batch_size=3)
+    engine = sampler(fake, student, tmp_path)
+    torch.manual_seed(3)
+    first = engine.sample(asked, sampling)
+    assert len({r.seed for r in first}) == 6 and len({tuple(r.ids) for r in first}) > 1
+    torch.manual_seed(3)
+    assert engine.sample(asked, sampling) == first
+    assert engine.sample(asked, sampling) != first
+    assert {body["seed"] for body in fake.completions()[:6]} == {r.seed for r in first}
+
+
+def test_the_server_follows_the_student(fake, files, student, contexts, tmp_path):
+    sampling = Sampling(12, temperature=0)
+    engine = sampler(fake, student, tmp_path)
+    before = engine.sample(contexts, sampling)
+    other = changed(files, seed=9)
+    engine.follow(other)
+    after = engine.sample(contexts, sampling)
+    own = GenerateSampler(other, stop_ids(*student)).sample(contexts, sampling)
+    assert [r.ids for r in after] == [r.ids for r in own] != [r.ids for r in before]
+    assert not (tmp_path / "weights").exists()
+    engine.follow(student[0])
+    again = engine.sample(contexts, sampling)
+    assert [r.ids for r in again] == [r.ids for r in before]
+    paths = [body["kwargs"]["weights_path"] for route, body in fake.requests if "rpc" in route]
+    assert len(set(paths)) == 2  # a server may keep what it has read from a path
+
+
+def test_weights_travel_in_the_dtype_of_rollouts(fake, student, tmp_path):
+    sampler(fake, student, tmp_path, torch.bfloat16).follow(student[0])
+    (weights,) = fake.reloads
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    named = dict(student[0].named_parameters())
+    assert weights.keys() == named.keys() and "lm_head.weight" not in weights  # tied, once
+    assert all(torch.equal(w, named[name].bfloat16()) for name, w in weights.items())
+
+
+# A server that fails.
+
+
+@pytest.mark.parametrize("failures", [[503, 500], ["drop", "drop"], [429, "drop", 502]])
+def test_failures_that_pass_are_asked_again(failures, fake, student, contexts, tmp_path):
+    fake.failures = list(failures)
+    engine = sampler(fake, student, tmp_path, patience=5.0)
+    rollouts = engine.sample(contexts[:2], Sampling(4, temperature=0))
+    own = GenerateSampler(student[0], stop_ids(*student)).sample(
+        contexts[:2], Sampling(4, temperature=0)
+    )
+    assert [r.ids for r in rollouts] == [r.ids for r in own]
+    assert len(fake.completions()) == 2 + len(failures)
+
+
+def test_a_request_that_is_never_answered_is_sent_again(fake, student, contexts, tmp_path):
+    engine = sampler(fake, student, tmp_path, timeout=0.3, patience=5.0)
+    fake.delay = 20.0
+    threading.Timer(0.5, lambda: setattr(fake, "delay", 0.0)).start()
+    begun = time.monotonic()
+    (rollout,) = engine.sample(contexts[:1], Sampling(4, temperature=0))
+    assert len(rollout.ids) == 4 or rollout.finished
+    assert time.monotonic() - begun < 10 and len(fake.completions()) >= 2
+
+
+def test_a_server_that_stays_away_is_given_up(fake, student, contexts, tmp_path):
+    engine = sampler(fake, student, tmp_path)
+    fake.stop()
+    state = torch.get_rng_state()
+    begun = time.monotonic()
+    with pytest.raises(ServerGoneError, match=r"rollout\.server is 'http://127.*cannot be reached"):
+        engine.sample(contexts * 20, Sampling(4, batch_size=4))
+    assert time.monotonic() - begun < 3  # not once for each of the 120
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"prompt": [1] * 200}, "400: max_tokens=4 is too large: the window is 128"),
+        ({"model": "other"}, "404: The model `other` does not exist"),
+    ],
+)
+def test_what_will_not_pass_is_an_error_at_once(change, said, fake, student, contexts):
+    server = client(fake, patience=60.0)
+    server.model = change.get("model", server.model)
+    context = change.get("prompt", contexts[0])
+    with pytest.raises(UserError, match=said) as caught:
+        server.complete(context, Sampling(4), 0, stop_ids(*student))
+    assert not isinstance(caught.value, ServerGoneError) and len(fake.completions()) == 1
+
+
+def test_weights_that_the_server_cannot_read_are_an_error_at_once(fake, tmp_path):
+    with pytest.raises(UserError, match="500: Cannot find any model weights with"):
+        client(fake, patience=60.0).load(tmp_path)
+
+
+def test_threads_raise_the_first_error_and_begin_no_more():
+    begun = []
+
+    def work(i, stopped):
+        begun.append(i)
+        if i == 2:
+            raise ValueError("two")
+        stopped.wait(5 if i < 2 else 0)
+        return i
+
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="two"):
+        list(as_done(work, 100, 3))
+    assert time.monotonic() - start < 2 and len(begun) < 10
+    assert sorted(as_done(lambda i, stopped: i * i, 4, 2)) == [(0, 0), (1, 1), (2, 4), (3, 9)]
+    assert list(as_done(work, 0, 2)) == []
+
+
+# Training.
+
+
+def server_config(files, directory, fake, **sections):
+    values = {"rollout": {"engine": "vllm_server", "server": fake.address, "server_patience": 0.4}}
+    return short_config(*files, directory, **merge(values, sections))
+
+
+@pytest.mark.parametrize("method", ["opsd", "grpo"])
+def test_training_by_a_server(method, fake, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("opsd.train.Grader", AlternatelyRight)
+    config = server_config(
+        files, tmp_path / "run", fake, method=method, rollout={"per_problem": 2, "top_k": 20}
+    )
+    training.train(config, quiet())
+    metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(metrics) == 4
+    for line in metrics:
+        if line["trained_tokens"] == 0:
+            continue
+        # fp32 on both sides: only the order of sums differs.
+        assert abs(line["importance_ratio"] - 1) < 1e-4 and abs(line["engine_divergence"]) < 1e-4
+        assert line["importance_truncated_fraction"] == 0
+    # Before each sampling: 4 steps, evaluations at 0, 2 and 4.
+    assert len(fake.reloads) == 7
+    last = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(w, last[name]) for name, w in fake.reloads[-1].items())
+    for sample in read_lines(tmp_path / "run" / "samples.jsonl"):
+        how = sample["sampling"]
+        assert how["engine"] == "vllm_server" and how["temperature"] == 0
+        assert how["max_new_tokens"] == 6 and how["seed"] is None  # greedy
+    assert not (tmp_path / "run" / "weights-for-vllm").exists()
+
+
+class AlternatelyRight:
+    """Stands in for the grader: every other answer is right, so that groups differ."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def grade(self, completions, answers):
+        from opsd.evaluate.grading import Grade
+
+        return [Grade(i % 2 == 0, "", None) for i in range(len(completions))]
+
+
+@pytest.mark.parametrize(
+    "completions, step",
+    [(2, 0), (4 + 3 + 1, 1), (4 + 2 * 3 + 2, 2), (4 + 2 * 3 + 4 + 3 + 2, 3)],
+    ids=["before", "in a step", "in an evaluation", "in the last step"],
+)
+def test_a_run_whose_server_dies_goes_on_where_it_was(completions, step, fake, files, tmp_path):
+    straight = server_config(files, tmp_path / "straight", fake)
+    training.train(straight, quiet())
+    broken = server_config(files, tmp_path / "broken", fake)
+    fake.dies_after = len(fake.completions()) + completions
+    with pytest.raises(ServerGoneError) as caught:
+        training.train(broken, quiet())
+    if step:
+        assert f"step {step} is saved" in str(caught.value) and "--resume" in str(caught.value)
+        assert (tmp_path / "broken" / f"checkpoint-{step}").is_dir()
+    assert not (tmp_path / "broken" / "weights-for-vllm").exists()
+    fake.dies_after = None
+    training.train(broken, quiet(), resume=True)
+    one, other = (
+        load_file(tmp_path / name / "model" / "model.safetensors")
+        for name in ("straight", "broken")
+    )
+    assert all(torch.equal(w, other[name]) for name, w in one.items())
+    evaluations = [
+        [(e["step"], e["accuracy"]) for e in read_lines(tmp_path / name / "evaluations.jsonl")]
+        for name in ("straight", "broken")
+    ]
+    assert evaluations[0] == evaluations[1] and len(evaluations[0]) == 3
+    losses = [
+        [(e["step"], e["loss"]) for e in read_lines(tmp_path / name / "metrics.jsonl")]
+        for name in ("straight", "broken")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_server_with_other_weights_is_found_out(fake, files, tmp_path):
+    fake.model.load_state_dict(changed(files, seed=9).state_dict())
+    with torch.no_grad():
+        for parameter in fake.model.parameters():
+            parameter *= 3
+    fake.loads = False
+    config = server_config(files, tmp_path / "run", fake, eval={"problems": 0})
+    with pytest.raises(UserError, match=r"rollout\.engine is 'vllm_server': its log-prob.* differ"):
+        training.train(config, quiet())
+
+
+# The correction.
+
+
+def corrected_case(student, bound, divisor):
+    model, tokenizer = student
+    section = PromptsSection(student=tiny.STUDENT_PROMPT, teacher=tiny.TEACHER_PROMPT)
+    prompts = Prompts(section, tokenizer)
+    draw, problems = torch.Generator().manual_seed(1), []
+    for row in ROWS[:2]:
+        context, rollouts = prompts.context(row), []
+        for length in (5, 3):
+            ids = torch.randint(len(tokenizer), (length,), generator=draw).tolist()
+            with torch.no_grad():
+                own = logits(model, context.student, ids).log_softmax(-1)
+            own = own.gather(1, torch.tensor(ids)[:, None])[:, 0]
+            noise = torch.randn(length, generator=draw)
+            rollouts.append(Rollout(ids, True, (own + noise).tolist()))
+        problems.append(Problem(row, context, rollouts))
+    return model, problems
+
+
+def ratios(model, problem, rollout, bound):
+    own = logits(model, problem.context.student, rollout.ids).log_softmax(-1)
+    own = own.gather(1, torch.tensor(rollout.ids)[:, None])[:, 0]
+    return (own - torch.tensor(rollout.log_probs)).exp().clamp(max=bound).detach(), own
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", ["opsd", "grpo"])
+@pytest.mark.parametrize("bound", [1.3, None])
+def test_tokens_are_weighted_by_truncated_ratios(method, bound, student, files):
+    """The loss and its gradient against the formula written down with full logits."""
+    model, problems = corrected_case(student, bound, 1)
+    loss_section = LossSection(importance_bound=bound)
+    rewards = [1.0, 0.0, 0.0, 1.0]
+    if method == "opsd":
+        objective = OPSD(loss_section, changed(files, seed=5))
+    else:
+        objective = GRPO(loss_section, lambda rollouts, answers: rewards)
+    totals, tokens = Totals(), 16
+    samples, _ = objective.samples(problems)
+    loss = objective.loss(model, samples, totals)
+    found = gradients(model, loss)
+    wanted, place, seen = torch.zeros(()), 0, []
+    for problem in problems:
+        for rollout in problem.rollouts:
+            ratio, own = ratios(model, problem, rollout, bound or torch.inf)
+            seen.append(ratio)
+            ratio = ratio if bound else torch.ones_like(ratio)
+            if method == "opsd":
+                s = logits(model, problem.context.student, rollout.ids).log_softmax(-1)
+                with torch.no_grad():
+                    t = logits(objective.teacher, problem.context.teacher, rollout.ids)
+                each = kl_div(s, t.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+            else:
+                each = -own * (1.0 if rewards[place] else -1.0)
+            wanted = wanted + (ratio * each).sum() / tokens
+            place += 1
+    assert abs(loss - wanted) < 1e-5
+    expected = gradients(model, wanted)
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-6), name
+    measures = totals.means()
+    if bound is None:
+        assert "importance_ratio" not in measures
+    else:
+        clipped = torch.cat(seen)
+        assert measures["importance_truncated_fraction"] == pytest.approx(
+            (clipped == bound).float().mean().item()
+        )
+        assert measures["importance_ratio"] > clipped.mean()
+        assert 0 < measures["importance_truncated_fraction"] < 1
+
+
+# Refusals, by name, before a weight is loaded.
+
+
+def test_vllm_without_a_gpu_is_refused(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    values = merge(short_values(*files, tmp_path / "run"), {"rollout": {"engine": "vllm"}})
+    values["model"]["path"] = str(tmp_path / "no-such-model")
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(values))
+    assert main(["train", str(config)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("opsd: rollout.engine is 'vllm'") and "GPU" in message
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["train", str(config)]) == 1
+    assert "not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "sections, said",
+    [
+        ({"rollout": {"engine": "vllm_server"}}, r"rollout\.server is missing"),
+        ({"rollout": {"server": "http://a:1"}}, r"rollout\.server is 'http://a:1'.*vllm_server"),
+        ({"rollout": {"weights_dir": "/dev/shm"}}, r"rollout\.weights_dir is '/dev/shm'"),
+        ({"rollout": {"engine": "vllm_server", "server": "file:///etc"}}, "must look like http"),
+        ({"rollout": {"engine": "vllm", "source": "teacher"}}, r"rollout\.source 'teacher'"),
+        ({"rollout": {"engine": "vllm"}, "model": {"gguf_file": "a.gguf"}}, "gguf_file"),
+        ({"loss": {"importance_bound": 0}}, "importance_bound"),
+    ],
+)
+def test_combinations_that_make_no_sense(sections, said, files, tmp_path):
+    with pytest.raises(UserError, match=said):
+        parse_config(merge(short_values(*files, tmp_path / "run"), sections))
+
+
+def test_a_server_that_cannot_follow_is_refused(fake, files, tmp_path):
+    config = server_config(files, tmp_path / "run", fake)
+    fake.dev = False
+    with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
+        training.train(config, quiet())
+    fake.dev, fake.mode = True, "processed_logprobs"
+    with pytest.raises(UserError, match="--logprobs-mode is 'processed_logprobs'"):
+        training.train(config, quiet())
+    fake.stop()
+    with pytest.raises(ServerGoneError, match="cannot be reached"):
+        training.train(config, quiet())
+
+
+# Evaluation.
+
+
+def evaluated(files, output, *more) -> list[str]:
+    arguments = ["eval", str(files[0]), "--benchmark", str(files[1]), "--output", str(output)]
+    arguments += ["--problems", "5", "--max-new-tokens", "8", "--prompt", tiny.STUDENT_PROMPT]
+    assert main([*arguments, *more]) == 0
+    return [line["completion"] for line in read_lines(output / "answers.jsonl")]
+
+
+@pytest.mark.parametrize("dev", [True, False])
+def test_evaluation_by_a_server(dev, fake, files, tmp_path):
+    if dev:  # an earlier run has left other weights there, and what it computed with them
+        fake.model.load_state_dict(changed(files, seed=9).state_dict())
+    fake.dev = dev
+    server = ["--engine", "vllm_server", "--server", fake.address]
+    assert evaluated(files, tmp_path / "server", *server) == evaluated(files, tmp_path / "own")
+    assert len(fake.completions()) == 5 and len(fake.reloads) == dev
+    result = json.loads((tmp_path / "server" / "result.json").read_text())
+    assert result["precision"] == "the vLLM server's"
+    sampled = ["--samples", "3", "--temperature", "1.2"]
+    first = evaluated(files, tmp_path / "a", *server, *sampled)
+    assert evaluated(files, tmp_path / "b", *server, *sampled) == first and len(set(first)) > 5
+
+
+def test_evaluation_of_what_a_server_does_not_serve(fake, files, tmp_path, capsys):
+    other = write_model(tmp_path / "other", seed=2)
+    fake.dev = False
+    arguments = [
+        "--engine",
+        "vllm_server",
+        "--server",
+        fake.address,
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main(["eval", str(other), "--benchmark", str(files[1]), *arguments]) == 1
+    assert f"it serves '{files[0]}', not '{other}'" in capsys.readouterr().err
+
+
+# vLLM in this process, by a stand-in with the documented interface.
+
+
+class FakeLLM:
+    """vLLM's `LLM` on a CPU: it has weights only while it is awake and after they were given."""
+
+    def __init__(self, model, **settings):
+        from transformers import AutoModelForCausalLM
+
+        self.settings = settings
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.awake = {"weights", "kv_cache"}
+        if settings["load_format"] == "dummy":
+            self._forget()
+
+    def _forget(self):
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.fill_(torch.nan)
+
+    def sleep(self, level):
+        assert level == 2 and self.settings["enable_sleep_mode"]
+        self.awake = set()
+        self._forget()
+
+    def wake_up(self, tags):
+        self.awake |= set(tags)
+
+    def reset_prefix_cache(self):
+        pass
+
+    def collective_rpc(self, method, kwargs):
+        assert method == "reload_weights" and "weights" in self.awake
+        self.model.load_state_dict(dict(kwargs["weights_iterator"]), strict=False)
+
+    def generate(self, prompts, parameters, use_tqdm):
+        assert self.awake == {"weights", "kv_cache"} and not use_tqdm
+        outputs = []
+        for prompt, parameter in zip(prompts, parameters, strict=True):
+            stops = frozenset(parameter.stop_token_ids)
+            own = GenerateSampler(self.model, stops)
+            (rollout,) = own.sample(
+                [prompt["prompt_token_ids"]], Sampling(parameter.max_tokens, temperature=0)
+            )
+            with torch.no_grad():
+                scores = logits(self.model, prompt["prompt_token_ids"], rollout.ids).log_softmax(-1)
+            places = [
+                {t: types.SimpleNamespace(logprob=float(scores[n, t]))}
+                for n, t in enumerate(rollout.ids)
+            ]
+            output = types.SimpleNamespace(token_ids=rollout.ids, logprobs=places)
+            outputs.append(types.SimpleNamespace(outputs=[output]))
+        return outputs
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    module = types.ModuleType("vllm")
+    module.LLM, module.SamplingParams = FakeLLM, lambda **given: types.SimpleNamespace(**given)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+
+
+def test_the_colocated_engine_sleeps_but_while_it_samples(vllm, files, student, contexts):
+    engine = ColocatedSampler(
+        str(files[0]), stop_ids(*student), trains=True, dtype=torch.float32, memory=0.4
+    )
+    assert engine.llm.awake == set()
+    sampling = Sampling(8, temperature=0)
+    for model in (student[0], changed(files, seed=9)):
+        engine.follow(model)
+        rollouts = engine.sample(contexts, sampling)
+        own = GenerateSampler(model, stop_ids(*student)).sample(contexts, sampling)
+        assert [(r.ids, r.finished) for r in rollouts] == [(r.ids, r.finished) for r in own]
+        assert all(len(r.log_probs) == len(r.ids) and max(r.log_probs) <= 0 for r in rollouts)
+        assert engine.llm.awake == set()
+
+
+def test_training_by_the_colocated_engine(vllm, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("opsd.train.check_engine", lambda engine: None)  # no GPU here
+    config = short_config(*files, tmp_path / "run", rollout={"engine": "vllm", "gpu_memory": 0.3})
+    training.train(config, quiet())
+    metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(metrics) == 4
+    assert all(abs(line["engine_divergence"]) < 1e-4 for line in metrics)
+    assert read_lines(tmp_path / "run" / "samples.jsonl")[0]["sampling"]["engine"] == "vllm"
