@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from opsd.config import Section, explain, load_config
 from opsd.display import Display
+from opsd.doctor import usable_cores
 from opsd.errors import UserError
 
 Voice = Literal["words", "own", "terse", "markdown"]
@@ -157,7 +158,7 @@ def run_jobs(jobs: Sequence[Job], display: Display, threads: int = 1) -> None:
         job.directory.parent.mkdir(parents=True, exist_ok=True)
         if job.directory.exists() and not job.resumes:
             shutil.rmtree(job.directory)  # an interrupted quickstart, which starts anew
-    beside = max(1, (os.cpu_count() or 1) // threads)
+    beside = max(1, usable_cores() // threads)
     running: dict[subprocess.Popen, Job] = {}
     failed: Job | None = None
     with display.stage(f"Run the study, {beside} at a time", total=len(jobs)) as stage:

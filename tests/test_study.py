@@ -21,11 +21,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def in_process(monkeypatch, tmp_path):
     """Runs a study's jobs in this process, on a base of three steps; returns what was run."""
     ran = []
+    from opsd.quickstart import tiny_recipe  # before BaseTraining is another
+
     short = replace(tiny.BaseTraining(), steps=3, batch_size=8)
     monkeypatch.setenv("OPSD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tiny.cached_base, "__defaults__", (short,))
     monkeypatch.setattr(tiny, "BaseTraining", lambda: short)
-    monkeypatch.setattr("opsd.quickstart.tiny_recipe.TEACHER", replace(short, teacher_share=0.0))
+    monkeypatch.setattr(tiny_recipe, "TEACHER", replace(short, teacher_share=0.0))
 
     class Process:
         def __init__(self, job):
@@ -63,7 +65,8 @@ def test_a_study_runs_each_variant_and_seed_once(tmp_path, in_process, capsys):
         "endless-words/seed-0",
         "endless-words/seed-1",
     ]
-    rows = [json.loads(x) for x in (in_process[0] / "base" / "train.jsonl").open()]
+    text = (in_process[0] / "base" / "train.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
     assert len({row["problem"] for row in rows}) == 2 and len(rows) == 8000
     teacher = yaml.safe_load((in_process[0] / "distill" / "config.yaml").read_text())["teacher"]
     assert teacher["policy"] == "model" and (Path(teacher["path"]) / "config.json").is_file()
