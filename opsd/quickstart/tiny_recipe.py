@@ -29,7 +29,7 @@ METHODS = {
         "train": {"steps": 100, "learning_rate": 1e-4, "problems_per_step": 8},
     },
     "sft": {"train": {"steps": 100, "learning_rate": 3e-3}},
-    "distill": {"train": {"steps": 100, "learning_rate": 2e-3}},
+    "distill": {"train": {"steps": 100, "learning_rate": 1e-3}},
 }
 TEACHER = tiny.BaseTraining(steps=1500, teacher_share=0.0)
 """How distill's teacher is trained: on problems alone, and three times as long as the base."""
