@@ -1,86 +1,138 @@
-"""`python -m benchmarks`: the fused divergence against dense autograd, TRL and bare products."""
+"""`python -m benchmarks`: linear_divergence and linear_log_prob beside their peers and the bare
+matrix products.
+
+Writes results.json, anew after every case, and index.html. Exit status 1 where any result
+disagreed.
+"""
 
 import argparse
+import importlib.util
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-from benchmarks import candidates, machine
-from benchmarks.measure import Disagreement, measure
-
-CASES = [
-    ("forward_kl", True),
-    ("forward_kl", False),
-    ("reverse_kl", False),
-    ("jsd", True),
-    ("jsd", False),
-]
+from benchmarks import candidates, machine, suite
+from benchmarks.measure import measure
+from benchmarks.problem import DTYPES, Case
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1024, help="N (default 1024)")
-    parser.add_argument("--vocabulary", type=int, default=32768, help="V (default 32768)")
-    parser.add_argument("--width", type=int, default=512, help="D (default 512)")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions (default 5)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--quick", action="store_true", help="N=256, V=8192, three rounds")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks.json"))
-    options = parser.parse_args()
-    if options.quick:
-        options.tokens, options.vocabulary, options.rounds = 256, 8192, 3
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-
-    found, missing = candidates.peers()
-    for name, reason in missing.items():
-        print(f"missing: {name} ({reason})")
-    rows, refused = [], []
-    print(f"N={options.tokens} V={options.vocabulary} D={options.width} fp32, minimum of rounds")
-    print(f"{'':24}{'ours':>9}{'x GEMM':>8}{'x dense':>9}{'x TRL':>7}   peak MiB: ours, dense, TRL")
-    for divergence, trainable in CASES:
-        label = f"{divergence} {'trainable' if trainable else 'frozen'}"
-        try:
-            row = measure(
-                options.tokens,
-                options.vocabulary,
-                options.width,
-                divergence,
-                trainable,
-                options.rounds,
-                found,
-                candidates.gemms,
-            )
-        except Disagreement as error:
-            refused.append(f"{label}: {error}")
-            print(f"{label:24}refused: {error}")
+    device = "cuda" if options.gpu else "cpu"
+    if options.gpu and not torch.cuda.is_available():
+        print("--gpu: there is no CUDA device here", file=sys.stderr)
+        return 2
+    rows = _rows(options)
+    rounds = options.rounds or (3 if options.quick else 5)
+    minutes = options.minutes
+    if minutes is None:
+        minutes = 9.0 if options.gpu else float("inf")
+    began = time.monotonic()
+    report = {
+        "machine": machine.describe(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+        "command": " ".join(["python -m benchmarks", *(arguments or sys.argv[1:])]),
+        "shared": options.shared,
+        "rounds": rounds,
+        "missing": {},
+        "left_out": [],
+        "rows": [],
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        left = 60 * minutes - (time.monotonic() - began)
+        if left < 0:
+            report["left_out"].append(row.case.label)
             continue
-        rows.append(row)
-        print(_line(label, row))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine.describe(), "missing": missing, "refused": refused, "rows": rows}
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written: {options.output}")
-    return 1 if refused else 0
+        run, missing = _candidates(row, device, options.only)
+        for name, reason in missing.items():
+            if name not in report["missing"]:
+                print(f"missing: {name}: {reason}")
+        report["missing"] |= missing
+        measured = measure(row.case, device, run, rounds, min(60, left / 4))
+        report["rows"].append(measured)
+        print("\n".join(_lines(row.case, measured, options.shared)), flush=True)
+        _write(options.output / "results.json", json.dumps(report, indent=1) + "\n")
+    for label in report["left_out"]:
+        print(f"not run, the time was over: {label}")
+    _write(options.output / "results.json", json.dumps(report, indent=1) + "\n")
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no page: no matplotlib here; elsewhere: python -m benchmarks.page {options.output}")
+    else:
+        from benchmarks.page import page
+
+        _write(options.output / "index.html", page(report))
+    print(f"written: {options.output}, after {time.monotonic() - began:.0f} s")
+    return int(any(row["red"] for row in report["rows"]))
 
 
-def _line(label: str, row: dict) -> str:
-    seconds = {name: t["min"] for name, t in row["seconds"].items()}
-
-    def times(name: str) -> str:
-        return f"{seconds['ours'] / seconds[name]:.2f}" if name in seconds else "-"
-
-    def mebibytes(name: str) -> str:
-        peak = row["peak_bytes"].get(name)
-        return "-" if peak is None else f"{peak / 2**20:.0f}"
-
-    memory = ", ".join(mebibytes(name) for name in ("ours", "dense", "trl"))
-    return (
-        f"{label:24}{seconds['ours']:8.3f}s{times('gemms'):>8}{times('dense'):>9}{times('trl'):>7}"
-        f"   {memory}"
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="a few cases, under three minutes")
+    which.add_argument("--gpu", action="store_true", help="on the GPU, within ten minutes")
+    which.add_argument("--shape", metavar="N,V,D", help="every task at this shape only")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="with --shape")
+    parser.add_argument("--only", metavar="NAME,…", help="these candidates only; ours always")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (default 5; --quick: 3)")
+    parser.add_argument("--minutes", type=float, help="begin no case after these (--gpu: 9)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--shared", action="store_true", help="others use this machine: show processor seconds"
     )
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), metavar="DIR")
+    return parser
+
+
+def _rows(options: argparse.Namespace) -> list[suite.Row]:
+    if options.shape:
+        return suite.one_shape(Case(*map(int, options.shape.split(",")), options.dtype))
+    return (suite.quick if options.quick else suite.gpu if options.gpu else suite.cpu)()
+
+
+def _candidates(row: suite.Row, device: str, only: str | None) -> tuple[dict, dict[str, str]]:
+    found, missing = candidates.candidates(row.case.task, device)
+    if not row.compiled:
+        found = {k: run for k, run in found.items() if k not in candidates.COMPILES}
+    if row.backends:
+        more, lacking = candidates.our_backends(device)
+        found, missing = found | more, missing | lacking
+    found |= candidates.our_budgets(row.budgets)
+    if only is not None:
+        wanted = {"ours", *only.split(",")}
+        found = {name: run for name, run in found.items() if name in wanted}
+        missing = {name: reason for name, reason in missing.items() if name in wanted}
+    return found, missing
+
+
+def _lines(case: Case, row: dict, shared: bool) -> list[str]:
+    times = row["cpu_seconds" if shared else "seconds"]
+    lines = [case.label]
+    for name, t in sorted(times.items(), key=lambda item: item[1]["min"]):
+        peak = row["peak_bytes"].get(name)
+        memory = "" if peak is None else f"{(peak - row['gradient_bytes']) / 2**20:8.0f} MiB"
+        lines.append(
+            f"  {name:16}{t['min'] * 1e3:10.1f} ms  median {t['median'] * 1e3:10.1f}"
+            f"{t['min'] / times['gemms']['min']:8.2f} x GEMM{memory}"
+        )
+    for what in ("red", "failed"):
+        lines += [
+            f"  {what.upper()}, not timed: {name}: {reason}" for name, reason in row[what].items()
+        ]
+    return lines
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: a run may be killed at any time."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 if __name__ == "__main__":

@@ -1,92 +1,230 @@
-"""Who is measured: each candidate is a function that runs forward and backward of one problem once.
+"""Who is measured: ours, its peers, and the bare products that no exact algorithm avoids.
 
-It returns (loss, gradient of the hidden states, gradient of the head or None). Backward is called
-on the mean over tokens of the divergence.
+A candidate is a function that runs forward and backward of a problem once and returns its `Result`.
+Peers number the divergences: 0 is forward KL, 1 reverse KL, and what lies between the mixture's
+share of the teacher.
 """
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
-from opsd_kernels import Divergence, linear_divergence, reference
+from benchmarks.problem import Problem, Result
+from opsd_kernels import backends, linear_divergence, linear_log_prob
 
-Result = tuple[Tensor, Tensor, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """hidden states [N, D] of both roles, one head [V, D] for both."""
-
-    student: Tensor
-    teacher: Tensor
-    weight: Tensor
-    divergence: str
-    trainable: bool
-
-    @classmethod
-    def make(cls, n: int, v: int, d: int, divergence: str, trainable: bool) -> "Problem":
-        torch.manual_seed(0)
-        student = torch.randn(n, d)
-        teacher = student + 0.5 * torch.randn(n, d)
-        return cls(student, teacher, torch.randn(v, d) * (2 / d**0.5), divergence, trainable)
-
-    def fresh(self) -> tuple[Tensor, Tensor]:
-        """Student hidden states and head as new leaves of autograd."""
-        student = self.student.detach().requires_grad_()
-        return student, self.weight.detach().requires_grad_(self.trainable)
+Run = Callable[[Problem], Result]
+MOST_LOGITS = 2**29  # of the bare products: 2 GiB in fp32
+NUMBERED = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
 
-def ours(problem: Problem) -> Result:
-    student, weight = problem.fresh()
-    loss = linear_divergence(student, problem.teacher, weight, divergence=problem.divergence).loss
-    loss.backward()
-    return loss.detach(), student.grad, weight.grad
+def ours(backend: str = "auto", budget: int | None = None) -> Run:
+    """opsd_kernels, by one backend, in a memory budget."""
+
+    def run(problem: Problem) -> Result:
+        student, weight = problem.fresh()
+        options = {"backend": backend, "memory_budget": budget}
+        if problem.case.task == "log_prob":
+            loss = -linear_log_prob(student, weight, problem.targets, **options).log_prob.mean()
+        else:
+            options["divergence"] = problem.case.task
+            loss = linear_divergence(student, problem.teacher, weight, **options).loss
+        return _backward(loss, student, weight)
+
+    return run
+
+
+# --- Peers that torch alone gives ---
 
 
 def dense(problem: Problem) -> Result:
-    """Dense autograd: every logit in memory."""
+    """What one writes by hand: all logits in memory, in the operands' dtype; statistics in fp32."""
     student, weight = problem.fresh()
-    loss = reference.linear_divergence(
-        student, problem.teacher, weight, divergence=Divergence(problem.divergence)
-    )
-    loss.backward()
-    return loss.detach(), student.grad, weight.grad
+    loss = _dense_loss(student, problem.teacher, weight, problem.targets, problem.case.task)
+    return _backward(loss, student, weight)
 
 
-def trl(problem: Problem) -> Result:
-    """TRL's chunked divergence, which numbers the divergences: 0 forward KL, 1 reverse KL."""
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
+def compiled(problem: Problem) -> Result:
+    """`dense` under torch.compile."""
     student, weight = problem.fresh()
-    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[problem.divergence]
-    per_token, _ = ChunkedDivergenceFunction.apply(
-        student, weight, None, problem.teacher, weight.detach(), None, beta
-    )
-    loss = per_token.mean()
-    loss.backward()
-    return loss.detach(), student.grad, weight.grad
+    function = torch.compile(_dense_loss, fullgraph=True)
+    loss = function(student, problem.teacher, weight, problem.targets, problem.case.task)
+    return _backward(loss, student, weight)
+
+
+def _dense_loss(
+    student: Tensor, teacher: Tensor, weight: Tensor, targets: Tensor, task: str
+) -> Tensor:
+    log_s = (student @ weight.T).float().log_softmax(-1)
+    if task == "log_prob":
+        return -log_s.gather(-1, targets[:, None]).mean()
+    with torch.no_grad():
+        log_t = (teacher @ weight.T).float().log_softmax(-1)
+
+    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+    if task == "forward_kl":
+        return kl(log_t, log_s)
+    if task == "reverse_kl":
+        return kl(log_s, log_t)
+    log_m = torch.logaddexp(log_s, log_t) - torch.log(torch.tensor(2.0))
+    return 0.5 * (kl(log_t, log_m) + kl(log_s, log_m))
 
 
 def gemms(problem: Problem) -> None:
-    """The matrix products that an exact algorithm cannot avoid: what is above them is ours."""
-    n, (v, _) = len(problem.student), problem.weight.shape
-    logits = torch.empty(n, v)
-    torch.mm(problem.teacher, problem.weight.T, out=logits)
-    torch.mm(problem.student, problem.weight.T, out=logits)
-    torch.mm(logits, problem.weight)
-    if problem.trainable:
-        torch.mm(logits.T, problem.student)
+    """The matrix products that an exact algorithm cannot avoid, and nothing else: what is above
+    them is overhead. Logits in fp32 (on the CPU, whose library has no such product, in the
+    operands' dtype); where they would be more than 2 GiB, one part of the tokens after the other.
+    """
+    weight, trainable = problem.weight, not problem.case.frozen
+    n, (v, _) = problem.case.tokens, weight.shape
+    rows = max(1, min(n, MOST_LOGITS // v))
+    wide = {"out_dtype": torch.float32} if _mixed(weight) else {}
+    dtype = torch.float32 if wide else weight.dtype
+    logits = weight.new_empty((rows, v), dtype=dtype)
+    gradient = weight.new_zeros((rows, v)) if wide else logits
+    roles = (
+        (problem.student,)
+        if problem.case.task == "log_prob"
+        else (
+            problem.student,
+            problem.teacher,
+        )
+    )
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        size = part.stop - part.start
+        for hidden in roles:
+            torch.mm(hidden[part], weight.T, out=logits[:size], **wide)
+        torch.mm(gradient[:size], weight, **wide)
+        if trainable:
+            torch.mm(gradient[:size].T, problem.student[part], **wide)
 
 
-def peers() -> tuple[dict[str, Callable[[Problem], Result]], dict[str, str]]:
-    """(installed candidates, missing ones with the reason)."""
-    found, missing = {"ours": ours, "dense": dense}, {}
-    try:
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: F401
-    except ImportError as error:
-        missing["trl"] = f"not installed or too old: {error}"
+def _mixed(weight: Tensor) -> bool:
+    return weight.device.type == "cuda" and weight.dtype != torch.float32
+
+
+# --- Other people's ---
+
+
+def trl(problem: Problem) -> Result:
+    """TRL's chunked divergence and chunked log-probability."""
+    student, weight = problem.fresh()
+    if problem.case.task == "log_prob":
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        chunk = 32768  # of the vocabulary; what its divergence takes
+        log_prob, *_ = ChunkedLogProbFunction.apply(
+            student, weight, None, problem.targets, 1.0, chunk, None, 1.0, ()
+        )
+        return _backward(-log_prob.mean(), student, weight)
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    beta = NUMBERED[problem.case.task]
+    per_token, _ = ChunkedDivergenceFunction.apply(
+        student, weight, None, problem.teacher, weight.detach(), None, beta
+    )
+    return _backward(per_token.mean(), student, weight)
+
+
+def liger(problem: Problem) -> Result:
+    """Liger's fused_linear_jsd, in Triton."""
+    from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
+
+    student, weight = problem.fresh()
+    beta = NUMBERED[problem.case.task]
+    loss = LigerFusedLinearJSDFunction.apply(
+        student, weight, problem.teacher, weight.detach(), None, beta
+    )
+    return _backward(loss, student, weight)
+
+
+def liger_chunked(problem: Problem) -> Result:
+    """Liger's LigerFusedLinearJSDLoss: torch operations on chunks of tokens, compiled."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    student, weight = problem.fresh()
+    beta = NUMBERED[problem.case.task]
+    function = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
+    loss = function(student, weight, problem.teacher, weight.detach(), problem.targets)
+    return _backward(loss, student, weight)
+
+
+def cce(**options) -> Run:
+    """Apple's cut cross-entropy."""
+
+    def run(problem: Problem) -> Result:
+        from cut_cross_entropy import linear_cross_entropy
+
+        student, weight = problem.fresh()
+        loss = linear_cross_entropy(student, weight, problem.targets, **options)
+        return _backward(loss, student, weight)
+
+    return run
+
+
+def _backward(loss: Tensor, student: Tensor, weight: Tensor) -> Result:
+    loss.backward()
+    return Result(loss.detach(), student.grad, weight.grad)
+
+
+# --- Who can run here ---
+
+COMPILES = {"compiled", "liger chunked", "cce"}  # what takes its first call to compile
+
+
+def candidates(task: str, device: str) -> tuple[dict[str, Run], dict[str, str]]:
+    """(those that can run `task` on `device`, the others with the reason). Ours comes first."""
+    found: dict[str, Run] = {"ours": ours(), "dense": dense, "compiled": compiled}
+    missing: dict[str, str] = {}
+    log_prob, gpu = task == "log_prob", device == "cuda"
+
+    def offer(name: str, run: Run, module: str, unusable: str | None = None) -> None:
+        reason = unusable or _not_importable(module)
+        if reason is None:
+            found[name] = run
+        else:
+            missing[name] = reason
+
+    kernel = "logprob" if log_prob else "divergence"
+    offer("trl", trl, f"trl.kernels.chunked_{kernel}")
+    if log_prob:
+        module = "cut_cross_entropy"
+        triton = None if gpu else "its kernels are Triton's: needs a CUDA device"
+        offer("cce", cce(impl="cce") if gpu else cce(impl="torch_compile"), module)
+        offer("cce exact", cce(impl="cce", filter_eps=None), module, triton)
     else:
-        found["trl"] = trl
+        triton = None if gpu else "its kernels are Triton's: needs a CUDA device"
+        offer("liger", liger, "liger_kernel.ops.fused_linear_jsd", triton)
+        offer("liger chunked", liger_chunked, "liger_kernel.chunked_loss")
     return found, missing
+
+
+def our_backends(device: str) -> tuple[dict[str, Run], dict[str, str]]:
+    """The same by each of our backends."""
+    found, missing = {}, {}
+    for name, reason in backends().items():
+        if reason is None and (name == "cpp") == (device == "cuda") and name != "torch":
+            reason = f"serves {'the CPU' if name == 'cpp' else 'CUDA devices'} only"
+        if reason is None:
+            found[f"ours, {name}"] = ours(name)
+        else:
+            missing[f"ours, {name}"] = reason
+    return found, missing
+
+
+def our_budgets(mebibytes: tuple[int, ...]) -> dict[str, Run]:
+    """The same in each of these memory budgets."""
+    return {f"ours, {m} MiB": ours(budget=m * 2**20) for m in mebibytes}
+
+
+def _not_importable(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a peer's import may fail in any way
+        return f"cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
+    return None

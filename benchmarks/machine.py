@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers", "opsd")
+
 
 def describe() -> dict:
     """JSON-ready description of where and with what a benchmark ran."""
@@ -16,9 +18,10 @@ def describe() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
+        "gpu": _gpu(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "trl", "transformers", "opsd")},
+        "versions": {name: version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "opsd_kernels", "csrc")),
     }
@@ -29,6 +32,19 @@ def version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _gpu() -> dict | None:
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "memory_bytes": found.total_memory,
+        "multiprocessors": found.multi_processor_count,
+        "cuda": torch.version.cuda,
+    }
 
 
 def _processor() -> str:

@@ -1,6 +1,15 @@
-"""The protocol: agree, warm up, then interleave the candidates; minimum and median; peak memory."""
+"""The protocol: agree, warm up, interleave, then memory.
+
+1. Ours must agree with the fp64 truth on a few tokens; where not, nothing of the case is timed.
+2. Each candidate's warm-up, at full size, must agree with ours. One that does not is red, and one
+   that raises has failed: neither is timed, and both are in the report with what was wrong.
+3. Round robin over the candidates, so that a slow minute of the machine hits all; minimum and
+   median. The first round comes after the warm-up, which is where compilers work.
+4. Peak memory, in calls of its own.
+"""
 
 import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -8,44 +17,124 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.candidates import Problem, Result
+from benchmarks.candidates import Run, gemms
+from benchmarks.problem import Case, Problem, Result
+
+# Relative error that still counts as the same result. What rounds logits to bf16 is off by 1e-2.
+LIMITS = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
+CHECKED_TOKENS = 32
+LEAST_ROUNDS = 2
 
 
 class Disagreement(Exception):
-    """A candidate's result is not ours: its time would mean nothing."""
+    """A candidate's result is wrong: its time would mean nothing."""
 
 
-def check_agreement(problem: Problem, candidates: dict[str, Callable[[Problem], Result]]) -> None:
-    """Loss and gradients of each candidate against the first's, to 1e-3 relative."""
-    (first, reference), *others = [(name, run(problem)) for name, run in candidates.items()]
-    for name, result in others:
-        for what, x, y in zip(("loss", "dh", "dW"), result, reference, strict=True):
-            if y is None:
-                continue
-            error = float((x - y).norm() / y.norm())
-            if not error < 1e-3:
-                raise Disagreement(f"{name} and {first} differ by {error:.1e} in {what}")
+def check(result: Result, truth: Result, limit: float) -> dict[str, float]:
+    """Relative error of loss, dh and dW. Raises Disagreement where one is above `limit`."""
+    errors = {}
+    for name, x, y in zip(("loss", "dh", "dW"), result, truth, strict=True):
+        if y is None:
+            continue
+        if x is None:
+            raise Disagreement(f"gives no {name}")
+        errors[name] = float((x.double() - y.double()).norm() / y.double().norm())
+        if not errors[name] <= limit:
+            raise Disagreement(f"differs by {errors[name]:.1e} in {name}")
+    return errors
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict]:
-    """Seconds of each call: {"min", "median", "all"}. One warm-up each, then round robin."""
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+def interleaved(
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    synchronize: Callable[[], None] = lambda: None,
+    limit_seconds: float = float("inf"),
+) -> dict[str, dict[str, dict]]:
+    """{"seconds", "cpu_seconds"} → name → {"min", "median", "all"}. Cpu seconds are this process's
+    on all cores: what other processes took is not in them.
+
+    After `limit_seconds` no new round is begun, unless there were fewer than two.
+    """
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    busy: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    for k in range(rounds):
+        if k >= LEAST_ROUNDS and time.perf_counter() - began > limit_seconds:
+            break
         for name, call in calls.items():
-            start = time.perf_counter()
+            synchronize()
+            start, used = time.perf_counter(), time.process_time()
             call()
-            times[name].append(time.perf_counter() - start)
+            synchronize()
+            wall[name].append(time.perf_counter() - start)
+            busy[name].append(time.process_time() - used)
     return {
-        name: {"min": min(t), "median": statistics.median(t), "all": t} for name, t in times.items()
+        kind: {
+            name: {"min": min(t), "median": statistics.median(t), "all": t}
+            for name, t in times.items()
+        }
+        for kind, times in (("seconds", wall), ("cpu_seconds", busy))
     }
 
 
-def peak_bytes(call: Callable[[], object]) -> int | None:
-    """Resident memory a call adds at its peak, beside what it returns. None where /proc has no
-    such.
-    """
+def measure(
+    case: Case,
+    device: str,
+    run: dict[str, Run],
+    rounds: int,
+    limit_seconds: float = float("inf"),
+) -> dict:
+    """One row of the report, JSON-ready. `run`: the candidates, ours first."""
+    problem, limit = Problem.make(case, device), LIMITS[case.dtype]
+    row = {**case.json(), "errors": {}, "warm_up": {}, "red": {}, "failed": {}}
+    row |= {"seconds": {}, "cpu_seconds": {}, "peak_bytes": {}}
+    ours, *others = run
+    few = problem.first(CHECKED_TOKENS)
+    torch.compiler.reset()  # each case is compiled for its own shape
+    kept, reference = {}, None
+    for name in (ours, *others):
+        start = time.perf_counter()
+        try:
+            if name == ours:
+                row["errors"][name] = check(run[name](few), few.truth(), limit)
+            result = run[name](problem)
+            if reference is None:
+                reference = result
+            else:
+                row["errors"][name] = check(result, reference, limit)
+        except Disagreement as error:
+            row["red"][name] = f"{error} from {'fp64' if name == ours else 'ours'}"
+        except Exception as error:  # a peer may fail in any way: out of memory, no such dtype, ...
+            row["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        else:
+            kept[name] = lambda name=name: run[name](problem)
+            row["warm_up"][name] = time.perf_counter() - start
+        result = None
+        _empty_cache(device)
+        if name == ours and name not in kept:
+            return row
+    reference = None
+    gradients = problem.student.nbytes + (0 if case.frozen else problem.weight.nbytes)
+    kept["gemms"] = lambda: gemms(problem)
+    kept["gemms"]()
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    row |= interleaved(kept, rounds, synchronize, limit_seconds)
+    for name, call in kept.items():
+        if name != "gemms":
+            row["peak_bytes"][name] = peak_bytes(call, device)
+    return row | {"gradient_bytes": gradients}
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
+    """Memory that a call adds at its peak, with what it returns. None where /proc has no such."""
+    if device == "cuda":
+        _empty_cache(device)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
         return None
@@ -61,28 +150,12 @@ def peak_bytes(call: Callable[[], object]) -> int | None:
     return _status("VmHWM") - before
 
 
+def _empty_cache(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
-
-
-def measure(
-    n: int, v: int, d: int, divergence: str, trainable: bool, rounds: int, run: dict, gemms
-):
-    """One row of the report. Raises Disagreement before anything is timed."""
-    check_agreement(Problem.make(min(n, 64), v, d, divergence, trainable), run)
-    problem = Problem.make(n, v, d, divergence, trainable)
-    calls = {name: (lambda f=f: f(problem)) for name, f in run.items()}
-    calls["gemms"] = lambda: gemms(problem)
-    times = interleaved(calls, rounds)
-    memory = {name: peak_bytes(call) for name, call in calls.items() if name != "gemms"}
-    return {
-        "N": n,
-        "V": v,
-        "D": d,
-        "dtype": str(torch.float32).removeprefix("torch."),
-        "divergence": divergence,
-        "head": "trainable" if trainable else "frozen",
-        "seconds": times,
-        "peak_bytes": memory,
-    }

@@ -1,0 +1,86 @@
+"""Which cases are measured, and with whom: a quick look, a whole afternoon on a CPU, ten minutes on
+a GPU.
+
+The most important rows come first, since a suite may run out of its time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from benchmarks.problem import TASKS, Case
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case and its candidates: those that compile for every shape anew only where `compiled`, and
+    beside `ours` its backends and memory budgets where asked for.
+    """
+
+    case: Case
+    compiled: bool = False
+    backends: bool = False
+    budgets: tuple[int, ...] = ()  # MiB
+
+
+def tasks(base: Case) -> Iterator[Case]:
+    """Every task, with a trained and a frozen head."""
+    for task in TASKS:
+        for frozen in (False, True):
+            yield replace(base, task=task, frozen=frozen)
+
+
+def sweep(bases: tuple[Case, ...], field: str, values: tuple) -> Iterator[Row]:
+    """The bases with one field changed, without what is among the bases already."""
+    for value in values:
+        for base in bases:
+            case = replace(base, **{field: value})
+            if case != base:
+                yield Row(case)
+
+
+def quick() -> list[Row]:
+    """Under three minutes on two cores."""
+    base = Case(256, 8192, 512)
+    rows = [Row(case, compiled=case == base) for case in tasks(base)]
+    jsd = replace(base, task="jsd", frozen=True)
+    rows += [Row(replace(base, dtype="bfloat16"))]
+    rows += sweep((base, jsd), "tokens", (64, 1024))
+    rows += sweep((base, jsd), "vocabulary", (32768,))
+    return rows
+
+
+def cpu() -> list[Row]:
+    """The whole table: some 40 minutes on two cores."""
+    base = Case(1024, 32768, 512)
+    rows = [Row(case, compiled=True) for case in tasks(base)]
+    rows[0] = replace(rows[0], backends=True, budgets=(16, 64, 256, 1024))
+    jsd = replace(base, task="jsd", frozen=True)
+    rows += [Row(replace(case, dtype="bfloat16"), compiled=True) for case in (base, jsd)]
+    rows += sweep((base, jsd), "tokens", (64, 256, 4096))
+    few = tuple(replace(case, tokens=256) for case in (base, jsd))
+    rows += sweep(few, "vocabulary", (65536, 131072, 262144))
+    rows += sweep(few, "width", (1024, 2048, 4096, 8192))
+    return rows
+
+
+def gpu() -> list[Row]:
+    """The table of the goals, then the sweeps: less than ten minutes on an H100 or H200."""
+    base = Case(8192, 151936, 4096, "bfloat16")
+    jsd = replace(base, task="jsd", frozen=True)
+    rows = [Row(case) for case in tasks(base)]
+    rows[0] = replace(rows[0], backends=True, budgets=(64, 256, 1024, 4096))
+    rows += sweep((base, jsd), "tokens", (1024, 2048, 4096, 16384))
+    few = tuple(replace(case, tokens=4096, vocabulary=131072) for case in (base, jsd))
+    rows += [Row(case) for case in few]
+    rows += sweep(few, "vocabulary", (32768, 65536, 262144))
+    rows += sweep(few, "width", (512, 1024, 2048, 8192))
+    rows += [Row(replace(few[0], dtype=dtype, width=2048)) for dtype in ("float32", "float16")]
+    # Compilers last: they may take what is left of the time.
+    rows += [Row(replace(case, tokens=4096), compiled=True) for case in (base, jsd)]
+    rows += [Row(replace(base, tokens=4096, task="log_prob"), compiled=True)]
+    return rows
+
+
+def one_shape(base: Case) -> list[Row]:
+    """Every task at one shape, with everybody."""
+    return [Row(case, compiled=True, backends=True) for case in tasks(base)]
