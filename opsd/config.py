@@ -200,6 +200,11 @@ class TrainSection(Section):
         description="Run each context once for all its rollouts, by our own exact attention "
         "instead of model.attention. --no-share turns it off.",
     )
+    prefix_kernel: Literal["auto", "tiles", "flash", "flash_3", "flash_attn", "flex"] = Field(
+        "auto",
+        description="Kernel of that attention: batched products (any machine), torch's flash "
+        "attention, that with FlashAttention 3, the flash-attn package, FlexAttention.",
+    )
     precision: Literal["bf16", "fp32"] = Field(
         "bf16",
         description="Weights and optimizer are fp32; bf16: forward, backward and rollouts in bf16.",

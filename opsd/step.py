@@ -6,6 +6,7 @@ DistributedDataParallel, see it.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -42,25 +43,43 @@ class OPSDStep(nn.Module):
         return batches(samples, _roles, max_tokens)
 
     @torch.no_grad()
-    def check_sharing(self, samples: Sequence[Sample]) -> float:
+    def check_sharing(self, samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> float:
         """The largest difference that sharing makes, in fp32, for one context's samples.
 
-        Relative to the largest hidden state. Raises UserError if it is more than rounding.
+        Relative to the largest hidden state. Raises UserError if it is more than rounding. On a
+        GPU another kernel may attend in `dtype`, in which the model trains: its states are compared
+        as well, and may be twice as far from those in fp32 as each rollout's own in `dtype`.
         """
         first = next((a for a, b in pairwise(samples) if _akin(a, b)), samples[0])
-        chosen = [sample for sample in samples if _akin(sample, first)]
-        sequences = [s.roles[0] for s in chosen]
-        with torch.autocast(self.model.device.type, enabled=False):
-            shared = rollout_hidden_states(self.model, sequences, share=True)
-            alone = rollout_hidden_states(self.model, sequences, share=False)
-        difference = float((shared - alone).abs().max() / alone.abs().max())
+        sequences = [sample.roles[0] for sample in samples if _akin(sample, first)]
+        alone = self._states(sequences, False, torch.float32)
+        difference = float(_distance(self._states(sequences, True, torch.float32), alone))
         if not difference <= TOLERANCE:
-            raise UserError(
-                f"train.share_prefixes: with shared prefixes {type(self.model).__name__}'s hidden "
-                f"states differ by {difference:.2g} from those of each rollout alone (at most "
-                f"{TOLERANCE:g} is rounding): train with --no-share, and please report this model"
-            )
+            self._refuse(difference, f"at most {TOLERANCE:g} is rounding")
+        if self.model.device.type != "cpu" and dtype != torch.float32:
+            self._check_rounding(sequences, alone, dtype)
         return difference
+
+    def _check_rounding(self, sequences, alone: Tensor, dtype: torch.dtype) -> None:
+        found, own = (self._states(sequences, share, dtype) for share in (True, False))
+        error, rounding = ((x - alone).norm() / alone.norm() for x in (found, own))
+        if not error <= 2 * rounding + TOLERANCE:
+            self._refuse(float(error), f"{dtype} alone makes {float(rounding):.2g}")
+
+    def _states(self, sequences, share: bool, dtype: torch.dtype) -> Tensor:
+        with torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32):
+            return rollout_hidden_states(self.model, sequences, share=share)
+
+    def _refuse(self, difference: float, bound: str) -> NoReturn:
+        raise UserError(
+            f"train.share_prefixes: with shared prefixes {type(self.model).__name__}'s hidden "
+            f"states differ by {difference:.2g} from those of each rollout alone ({bound}): train "
+            "with --no-share, and please report this model"
+        )
+
+
+def _distance(states: Tensor, wanted: Tensor) -> Tensor:
+    return (states - wanted).abs().max() / wanted.abs().max()
 
 
 def token_ratio(samples: Sequence[Sample]) -> float:

@@ -20,6 +20,7 @@ from opsd.evaluate.grading import Grader
 from opsd.evaluate.run import Evaluation, Grades, HeldOut, decode
 from opsd.models import copy_model, head, load_model, stop_ids, window
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective
+from opsd.prefix import use_kernel
 from opsd.prompts import Prompts
 from opsd.report import write_report
 from opsd.rollout import (
@@ -42,6 +43,7 @@ Reward = Callable[[str, str], float]
 
 def train(config: Config, display: Display, *, resume: bool = False) -> Path:
     """A whole run: data, model, training, evaluation, report. Returns the run's directory."""
+    use_kernel(config.train.prefix_kernel)
     directory = Path(config.output.dir)
     checkpoint = claim_directory(directory, config, resume)
     check_engine(config.rollout.engine)

@@ -19,7 +19,7 @@ from opsd.data import Row
 from opsd.environment import trim_heap
 from opsd.errors import UserError
 from opsd.objectives import Objective, Problem, Totals
-from opsd.prefix import unpackable
+from opsd.prefix import try_kernel, unpackable
 from opsd.prompts import Prompts
 from opsd.rollout import Rollout, Sampler, Sampling, ServerGoneError
 from opsd.runlog import RunLog, read_lines
@@ -73,6 +73,8 @@ class OPSDTrainer(WholeCheckpoints):
         self.micro_step = OPSDStep(
             model, objective, share=config.train.share_prefixes and reason is None
         )
+        if self.micro_step.share:
+            self._kernel = try_kernel(model, self._dtype)
         self._note, self._sharing_checked, self._engine_checked = note, False, False
         self._step: dict[str, float] = {}
         super().__init__(
@@ -119,13 +121,13 @@ class OPSDTrainer(WholeCheckpoints):
         if self.micro_step.share and samples:
             measures["token_ratio"] = token_ratio(samples)
             if not self._sharing_checked:
-                difference = self.micro_step.check_sharing(samples)
+                difference = self.micro_step.check_sharing(samples, self._dtype)
                 measures["sharing_difference"] = difference
                 self._sharing_checked = True
                 same = f"the same to {difference:.1g}" if difference else "the same bit for bit"
                 self._note(
-                    f"Shared prefixes: {measures['token_ratio']:.2f} times fewer tokens than "
-                    f"each rollout alone, {same}"
+                    f"Shared prefixes ({self._kernel}): {measures['token_ratio']:.2f} times fewer "
+                    f"tokens than each rollout alone, {same}"
                 )
         # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since
         # what runs in fp32 there is meant to.
@@ -176,8 +178,13 @@ class OPSDTrainer(WholeCheckpoints):
             )
         self._engine_checked = True
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What forward and backward run in."""
+        return torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+
     def _autocast(self):
-        enabled = self.config.train.precision == "bf16"
+        enabled = self._dtype == torch.bfloat16
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=enabled)
 
     def _count(self, problems, totals: Totals, measures, rollout_seconds, seconds) -> None:

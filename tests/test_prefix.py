@@ -7,7 +7,14 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from opsd.prefix import layout, live_hidden_states, shared_prefix_hidden_states, stream, unpackable
+from opsd.prefix import (
+    layout,
+    live_hidden_states,
+    shared_prefix_hidden_states,
+    stream,
+    tiling,
+    unpackable,
+)
 
 # transformers 5.24 renames gradient_checkpointing_enable; 5.0 has only this name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -179,8 +186,8 @@ def test_sharing_changes_neither_states_nor_gradients(name, checkpointing):
 @pytest.mark.parametrize("name", ["qwen3", "mistral, window", "gemma 2, soft caps"])
 def test_many_tiles_give_the_same(name, monkeypatch):
     """Long segments are cut; here into pieces of 16 queries, and no two segments in a tile."""
-    monkeypatch.setattr(layout, "TILE_SCORES", 4)
-    monkeypatch.setattr(layout, "TILE_COST", 0)
+    monkeypatch.setattr(tiling, "TILE_SCORES", 4)
+    monkeypatch.setattr(tiling, "TILE_COST", 0)
     model = make(*MODELS[name])
     groups = [(ids(40)[0], ids(50, 33, seed=2)), (ids(2)[0], ids(20, seed=3))]
     assert_same(model, shared_prefix_hidden_states(model, groups), groups)
@@ -244,7 +251,7 @@ def test_tiles_hold_every_query_once_and_only_what_it_sees():
     groups = make_groups()
     packed = layout.Layout(groups, torch.device("cpu"))
     for window in (None, 4):
-        for tile in packed.tiles(2, window):
+        for tile in tiling.tiles(packed, 2, window):
             seen = tile.mask(torch.float32)[:, 0, 0] == 0
             rows = tile.key_rows.view(len(tile.pieces), -1)
             for piece, visible, keys in zip(tile.pieces, seen, rows, strict=True):
@@ -253,7 +260,9 @@ def test_tiles_hold_every_query_once_and_only_what_it_sees():
                     oldest = 0 if window is None else max(0, position - window + 1)
                     found = packed.positions[keys[visible[i]]].tolist()
                     assert found == list(range(oldest, position + 1))
-        queries = [s for tile in packed.tiles(2, window) for s in (p.queries for p in tile.pieces)]
+        queries = [
+            s for tile in tiling.tiles(packed, 2, window) for s in (p.queries for p in tile.pieces)
+        ]
         rows = sorted(row for s in queries for row in range(s.start, s.start + s.length))
         assert rows == list(range(len(packed.ids)))
 

@@ -79,6 +79,20 @@ def test_the_check_passes_and_sharing_is_refused_where_it_differs(monkeypatch):
         step.check_sharing(make_samples())
 
 
+def test_the_check_in_bf16_measures_by_what_bf16_costs_alone(monkeypatch):
+    step, samples = make_step(), make_samples()
+    sequences = [sample.roles[0] for sample in samples[:2]]
+    with torch.no_grad():
+        alone = step._states(sequences, False, torch.float32)
+        step._check_rounding(sequences, alone, torch.bfloat16)
+        right = attention.packed_attention
+        monkeypatch.setattr(
+            prefix.stream, "packed_attention", lambda *a, **more: 1.2 * right(*a, **more)
+        )
+        with pytest.raises(UserError, match=r"torch\.bfloat16 alone makes 0\.0"):
+            step._check_rounding(sequences, alone, torch.bfloat16)
+
+
 def test_the_check_looks_at_a_context_with_several_rollouts(monkeypatch):
     samples = make_samples()
     seen = []
@@ -121,7 +135,7 @@ def _rank(rank: int, directory: str) -> None:
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_a_run_logs_what_sharing_saves_and_can_do_without(share, tmp_path):
+def test_a_run_logs_what_sharing_saves_and_can_do_without(share, tmp_path, capsys):
     values = short_values(
         write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     )
@@ -133,6 +147,7 @@ def test_a_run_logs_what_sharing_saves_and_can_do_without(share, tmp_path):
     assert ("token_ratio" in first) == ("sharing_difference" in first) == share
     assert "sharing_difference" not in second
     if share:
+        assert "(tiles): " in capsys.readouterr().out
         assert second["token_ratio"] > 1.5 and first["sharing_difference"] < 1e-5
 
 

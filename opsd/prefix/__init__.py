@@ -1,8 +1,9 @@
 """One stream of tokens per context: each shared prefix runs once, its rollouts continue it."""
 
+from opsd.prefix.kernels import use_kernel
 from opsd.prefix.layout import Group
 from opsd.prefix.roles import live_hidden_states
-from opsd.prefix.stream import separate_hidden_states, shared_prefix_hidden_states
+from opsd.prefix.stream import separate_hidden_states, shared_prefix_hidden_states, try_kernel
 from opsd.prefix.support import unpackable
 
 __all__ = [
@@ -10,5 +11,7 @@ __all__ = [
     "live_hidden_states",
     "separate_hidden_states",
     "shared_prefix_hidden_states",
+    "try_kernel",
     "unpackable",
+    "use_kernel",
 ]

@@ -2,29 +2,19 @@
 
 A stream holds all prefixes, then all rollouts: [prefix 1 | prefix 2 | … | rollout 1.1 | …]. A
 rollout's tokens attend to its prefix and causally to themselves; positions continue after the
-prefix. Nothing is padded in the stream. For attention it is cut into `Tile`s: some query rows and
-all the rows they may attend to, small enough for the cache, alike in length, so that one batched
-matmul does many short segments. The rows of keys are the stream's, after those of a past that ran
-in another stream, if there is one.
-
-Legend: T tokens in the stream, B segments in a tile, Lq and Lk its padded query and key lengths.
+prefix. Nothing is padded. The rows of keys are the stream's, after those of a past that ran in
+another stream, if there is one. How attention is computed over it is for the kernels to say.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Group = tuple[Tensor | Sequence[int], Sequence[Tensor | Sequence[int]]]
 """(prefix ids [P], [rollout ids [R_1], …])"""
-
-TILE_SCORES = 1 << 20
-"""Attention scores, over all heads, that a tile may hold: a few MB, so that they stay in cache."""
-
-TILE_COST = 1 << 16
-"""Scores whose time a tile's operations cost by themselves: padding up to that is worth a merge."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +30,11 @@ class Span:
         """The position after its last row."""
         return self.position + self.length
 
+    def since(self, position: int) -> "Span":
+        """Without what comes before `position`."""
+        cut = max(0, position - self.position)
+        return Span(self.start + cut, self.length - cut, self.position + cut)
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -49,78 +44,9 @@ class Segment:
     before: tuple[Span, ...] = ()
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive query rows and the spans of rows that they attend to, in order of position."""
-
-    queries: Span
-    keys: tuple[Span, ...]
-
-    @property
-    def key_length(self) -> int:
-        """Rows attended to."""
-        return sum(span.length for span in self.keys)
-
-
-@dataclass
-class Tile:
-    """B pieces side by side, padded to Lq queries and Lk keys."""
-
-    pieces: list[Piece]
-    window: int | None
-    device: torch.device
-    masks: dict[torch.dtype, Tensor] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """B, Lq, Lk."""
-        pieces = self.pieces
-        longest = max(piece.queries.length for piece in pieces)
-        return len(pieces), longest, max(piece.key_length for piece in pieces)
-
-    @cached_property
-    def query_rows(self) -> Tensor:
-        """The stream's row of each query: [B · Lq], padded with row 0."""
-        return self._rows([(piece.queries,) for piece in self.pieces], self.shape[1])
-
-    @cached_property
-    def key_rows(self) -> Tensor:
-        """The row of each key: [B · Lk], padded with row 0."""
-        return self._rows([piece.keys for piece in self.pieces], self.shape[2])
-
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """0 where a query sees a key, else -inf: [B, 1, 1, Lq, Lk]. A padded query sees all."""
-        if dtype not in self.masks:
-            count, width, depth = self.shape
-            queries = torch.full((count, width, 1), 1 << 60)
-            keys = torch.full((count, 1, depth), 1 << 50)
-            for row, piece in enumerate(self.pieces):
-                queries[row, : piece.queries.length, 0] = _positions([piece.queries])
-                keys[row, 0, : piece.key_length] = _positions(piece.keys)
-            hidden = keys > queries
-            if self.window is not None:
-                hidden |= queries - keys >= self.window
-            hidden &= queries < 1 << 60
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-            self.masks[dtype] = mask[:, None, None].to(self.device)
-        return self.masks[dtype]
-
-    def _rows(self, lists: Sequence[Sequence[Span]], width: int) -> Tensor:
-        rows = torch.zeros(len(lists), width, dtype=torch.long)
-        for row, spans in enumerate(lists):
-            taken = torch.cat([torch.arange(s.start, s.start + s.length) for s in spans])
-            rows[row, : len(taken)] = taken
-        return rows.flatten().to(self.device)
-
-
-def _positions(spans: Sequence[Span]) -> Tensor:
+def positions_of(spans: Sequence[Span]) -> Tensor:
+    """The spans' positions, one after the other."""
     return torch.cat([torch.arange(s.position, s.end) for s in spans])
-
-
-def _from(span: Span, position: int) -> Span:
-    """The span without what comes before `position`."""
-    cut = max(0, position - span.position)
-    return Span(span.start + cut, span.length - cut, span.position + cut)
 
 
 class Layout:
@@ -131,6 +57,9 @@ class Layout:
             target.
         positions: [T], of each token in its own sequence.
         predictors: [Σ R], the row whose hidden state predicts each rollout token.
+        segments: the prefixes, and then the rollouts that have a token to run.
+        groups: how many there are, and how many of the segments are prefixes.
+        past: rows of keys before the stream's own.
     """
 
     def __init__(
@@ -143,7 +72,7 @@ class Layout:
         """
         groups = checked_groups(groups)
         past = past or [0] * len(groups)
-        self.past = sum(past)
+        self.groups, self.past = len(groups), sum(past)
         self.segments: list[Segment] = []
         start = kept = 0
         for (prefix, _), length in zip(groups, past, strict=True):
@@ -153,7 +82,7 @@ class Layout:
             kept += length
         predictors = []
         for parent, (_, rollouts) in zip(list(self.segments), groups, strict=True):
-            before = (*parent.before, self._keys(parent.queries))
+            before = (*parent.before, self.key_rows(parent.queries))
             for ids in rollouts:
                 last = torch.tensor([parent.queries.start + parent.queries.length - 1])
                 predictors += [last, torch.arange(start, start + len(ids) - 1)]
@@ -164,38 +93,20 @@ class Layout:
         ids = [prefix for prefix, _ in groups]
         ids += [ids[:-1] for _, rollouts in groups for ids in rollouts]
         self.ids = torch.cat(ids).to(device)
-        self.positions = _positions([segment.queries for segment in self.segments]).to(device)
+        self.positions = positions_of([segment.queries for segment in self.segments]).to(device)
         self.predictors = torch.cat(predictors).to(device)
         self.device = device
-        self._tiles: dict[tuple[int, int | None], list[Tile]] = {}
+        self._made: dict[Hashable, Any] = {}
 
-    def tiles(self, heads: int, window: int | None) -> list[Tile]:
-        """The stream's tiles for `heads` query heads and a sliding window (in positions)."""
-        key = heads, window
-        if key not in self._tiles:
-            pieces = [p for s in self.segments for p in self._pieces(s, heads, window)]
-            merged = _merge(pieces, TILE_SCORES // heads, TILE_COST // heads)
-            self._tiles[key] = [Tile(tile, window, self.device) for tile in merged]
-        return self._tiles[key]
-
-    def _keys(self, span: Span) -> Span:
-        """The rows of the stream, as rows of keys."""
+    def key_rows(self, span: Span) -> Span:
+        """Rows of the stream, as rows of keys."""
         return Span(span.start + self.past, span.length, span.position)
 
-    def _pieces(self, segment: Segment, heads: int, window: int | None) -> list[Piece]:
-        """The segment's queries, cut so that a piece has about TILE_SCORES scores at most."""
-        whole = segment.queries
-        visible = whole.end if window is None else min(whole.end, whole.length + window)
-        rows = min(whole.length, max(16, TILE_SCORES // heads // visible))
-        pieces = []
-        for begin in range(0, whole.length, rows):
-            length = min(rows, whole.length - begin)
-            queries = Span(whole.start + begin, length, whole.position + begin)
-            own = self._keys(Span(whole.start, begin + length, whole.position))
-            first = 0 if window is None else max(0, queries.position - window + 1)
-            spans = [_from(span, first) for span in (*segment.before, own) if span.end > first]
-            pieces.append(Piece(queries, tuple(spans)))
-        return pieces
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made the first time: all layers of a model ask for the same."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
 def checked_groups(groups: Sequence[Group]) -> list[tuple[Tensor, list[Tensor]]]:
@@ -222,23 +133,3 @@ def _ids(ids: Tensor | Sequence[int]) -> Tensor:
             "be integers in one dimension"
         )
     return ids.cpu().long()
-
-
-def _merge(pieces: list[Piece], scores: int, spare: int) -> list[list[Piece]]:
-    """Pieces of like shape together, as long as padding costs less than a tile of its own."""
-    tiles: list[list[Piece]] = []
-    width = depth = 0
-    for piece in sorted(pieces, key=lambda p: (p.key_length, p.queries.length)):
-        wider = max(width, piece.queries.length)
-        deeper = max(depth, piece.key_length)
-        own = piece.queries.length * piece.key_length
-        if tiles:
-            padded = (len(tiles[-1]) + 1) * wider * deeper
-            before = len(tiles[-1]) * width * depth
-            if padded <= scores and padded - before - own <= spare:
-                tiles[-1].append(piece)
-                width, depth = wider, deeper
-                continue
-        tiles.append([piece])
-        width, depth = piece.queries.length, piece.key_length
-    return tiles

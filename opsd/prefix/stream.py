@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from opsd.prefix import kernels
 from opsd.prefix.attention import packed_attention
 from opsd.prefix.layout import Group, Layout, checked_groups
 from opsd.prefix.support import unpackable
@@ -51,6 +52,18 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
         _warn_once(reason)
         return separate_hidden_states(model, groups)
     return run(model, Layout(groups, model.device))
+
+
+def try_kernel(model: PreTrainedModel, dtype: torch.dtype) -> str:
+    """The name of the kernel (or kernels) that attends when this model's streams run in `dtype`.
+
+    Raises UserError where the one that was asked for cannot serve this model.
+    """
+    kind = model.device.type
+    kernels.forget()
+    with torch.no_grad(), torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        run(model, Layout([([0], [[0, 0]])], model.device))
+    return " and ".join(kernels.given())
 
 
 def run(

@@ -1,0 +1,97 @@
+"""Attention over a packed stream by FlexAttention: any width, dtype and soft cap, on a GPU.
+
+The mask is a function of rows: a query sees its own segment and what its group shares, as far as
+neither lies after it or out of the window. FlexAttention skips blocks that no query of theirs sees.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from opsd.prefix.layout import Layout, positions_of
+
+SHARED = -1
+"""The segment number of keys that all of a group may see."""
+
+
+def flex_packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`opsd.prefix.attention.packed_attention` by FlexAttention; a CPU has no backward."""
+    heads_first = (x.transpose(0, 1)[None] for x in (query.to(value.dtype), key, value))
+    # Run as it is on a CPU, where compiling takes longer than these tests' whole attention.
+    attend = _compiled() if query.is_cuda else flex_attention
+    out = attend(
+        *heads_first,
+        score_mod=None if softcap is None else _capped(softcap),
+        block_mask=layout.once(("flex", window), lambda: block_mask(layout, window)),
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+def block_mask(layout: Layout, window: int | None) -> BlockMask:
+    """Which keys each of the stream's tokens sees."""
+    return create_block_mask(
+        visible(layout, window),
+        None,
+        None,
+        len(layout.ids),
+        layout.past + len(layout.ids),
+        device=layout.device,
+    )
+
+
+def visible(layout: Layout, window: int | None) -> Callable[[Tensor, ...], Tensor]:
+    """(batch, head, query row, key row) → whether that query sees that key."""
+    groups, segments, positions = (x.to(layout.device) for x in key_places(layout))
+    past = layout.past
+
+    def sees(batch, head, q, k):
+        own = q + past
+        shared = (segments[k] == SHARED) | (segments[k] == segments[own])
+        distance = positions[own] - positions[k]
+        found = (groups[k] == groups[own]) & shared & (distance >= 0)
+        return found if window is None else found & (distance < window)
+
+    return sees
+
+
+def key_places(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of keys: its group, its rollout or SHARED, and its position in its sequence."""
+    prefixes, rollouts = layout.segments[: layout.groups], layout.segments[layout.groups :]
+    places = [(span, group, SHARED) for group, s in enumerate(prefixes) for span in s.before]
+    places += [(s.queries, group, SHARED) for group, s in enumerate(prefixes)]
+    parents = {layout.key_rows(s.queries): group for group, s in enumerate(prefixes)}
+    places += [(s.queries, parents[s.before[-1]], number) for number, s in enumerate(rollouts)]
+    spans, groups, numbers = zip(*places, strict=True)
+    lengths = torch.tensor([span.length for span in spans])
+    groups, numbers = (torch.tensor(x).repeat_interleave(lengths) for x in (groups, numbers))
+    return groups, numbers, positions_of(spans)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    # dynamic: else each new length of a stream compiles again.
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@cache
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    """One function a value: FlexAttention compiles again for each new function."""
+
+    def cap(score, batch, head, q, k):
+        return softcap * torch.tanh(score / softcap)
+
+    return cap

@@ -1,0 +1,148 @@
+"""Dense stand-ins for flash attention's varlen calls: their arguments, conventions and results."""
+
+import sys
+import types
+
+import torch
+
+
+def _sequences(starts_q, starts_k):
+    for i in range(len(starts_q) - 1):
+        yield slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
+
+
+def _scores(q, k, scale, causal, left, right, softcap):
+    """[H, n, m] scores, -inf where masked; the slope of the cap; q, k: [n, H, d], [m, K, d]."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores, slope = scale * torch.einsum("ihd,jhd->hij", q, k), 1.0
+    if softcap:
+        slope = 1 - torch.tanh(scores / softcap).square()
+        scores = softcap * torch.tanh(scores / softcap)
+    i = torch.arange(len(q))[:, None] + len(k) - len(q)
+    j = torch.arange(len(k))[None]
+    hidden = torch.zeros(len(q), len(k), dtype=torch.bool)
+    if causal:
+        right = 0
+    if right >= 0:
+        hidden |= j > i + right
+    if left >= 0:
+        hidden |= j < i - left
+    return scores.masked_fill(hidden, -torch.inf), slope
+
+
+def _check(x, starts, longest):
+    """What the library takes for granted: int32 starts of whole sequences, none too long."""
+    assert starts.dtype == torch.int32 and starts[0] == 0 and starts[-1] == len(x)
+    lengths = starts.diff()
+    assert lengths.min() >= 0 and lengths.max() <= longest
+
+
+def forward(q, k, v, starts_q, starts_k, longest_q, longest_k, causal, scale, left, right, softcap):
+    """out [T, H, d], log-sum-exp [H, T]: 0 and +inf for a query that sees no key."""
+    _check(q, starts_q, longest_q)
+    _check(k, starts_k, longest_k)
+    if longest_q == 1:  # taken for decoding, where each sequence has a query
+        assert len(q) == len(starts_q) - 1
+    out, lse = torch.zeros_like(q), torch.full((q.shape[1], len(q)), torch.inf)
+    for rows, keys in _sequences(starts_q.tolist(), starts_k.tolist()):
+        scores, _ = _scores(q[rows], k[keys], scale, causal, left, right, softcap)
+        sums = scores.logsumexp(-1)
+        seen = sums > -torch.inf
+        lse[:, rows] = torch.where(seen, sums, torch.inf).to(lse.dtype)
+        p = torch.exp(scores - torch.where(seen, sums, torch.inf)[..., None])
+        values = v[keys].repeat_interleave(q.shape[1] // v.shape[1], 1)
+        out[rows] = torch.einsum("hij,jhd->ihd", p, values)
+    return out, lse
+
+
+def backward(
+    d_out, q, k, v, out, lse, starts_q, starts_k, longest_q, longest_k, causal, scale, left, right,
+    softcap,
+):  # fmt: skip
+    """The gradients, from the out and log-sum-exp that are given."""
+    _check(q, starts_q, longest_q)
+    _check(k, starts_k, longest_k)
+    assert lse.is_contiguous() and lse.shape == (q.shape[1], len(q))
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    copies = q.shape[1] // k.shape[1]
+    for rows, keys in _sequences(starts_q.tolist(), starts_k.tolist()):
+        scores, slope = _scores(q[rows], k[keys], scale, causal, left, right, softcap)
+        p = torch.exp(scores - lse[:, rows, None])
+        wide_k, wide_v = (x[keys].repeat_interleave(copies, 1) for x in (k, v))
+        d_p = torch.einsum("ihd,jhd->hij", d_out[rows], wide_v)
+        sums = (d_out[rows] * out[rows]).sum(-1).T[..., None]
+        d_scores = p * (d_p - sums) * slope * scale
+        dq[rows] = torch.einsum("hij,jhd->ihd", d_scores, wide_k)
+        for total, x, y in ((dk, d_scores, q), (dv, p, d_out)):
+            wide = torch.einsum("hij,ihd->jhd", x, y[rows])
+            total[keys] = wide.unflatten(1, (-1, copies)).sum(2)
+    return dq, dk, dv
+
+
+def register_torch_flash():
+    """torch's own operators on the CPU, where it has none; returns what holds them there."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def run_forward(
+        query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, debug, *,
+        scale=None, window_size_left=None, window_size_right=None, **_,
+    ):  # fmt: skip
+        assert dropout_p == 0 and not debug
+        out, lse = forward(
+            query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, is_causal, scale,
+            window_size_left, window_size_right, None,
+        )  # fmt: skip
+        nothing = torch.zeros(2, dtype=torch.uint64)
+        return out, lse, nothing, nothing.clone(), torch.empty(0)
+
+    def run_backward(
+        grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p,
+        is_causal, rng_state, unused, *, scale=None, window_size_left=None, window_size_right=None,
+    ):  # fmt: skip
+        assert dropout_p == 0
+        return backward(
+            grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k,
+            is_causal, scale, window_size_left, window_size_right, None,
+        )  # fmt: skip
+
+    library.impl("_flash_attention_forward", run_forward, "CPU")
+    library.impl("_flash_attention_backward", run_backward, "CPU")
+    return library
+
+
+def install_flash_attn(monkeypatch):
+    """A package flash_attn with the two functions that 2.7 and later have."""
+
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert dropout_p == 0
+        out, lse = forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale,
+            window_size_left, window_size_right, softcap,
+        )  # fmt: skip
+        return out, lse, torch.empty(0), torch.zeros(2)
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap, alibi_slopes, deterministic, rng_state=None, zero_tensors=False,
+    ):  # fmt: skip
+        found = backward(
+            dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+            max_seqlen_k, causal, softmax_scale, window_size_left, window_size_right, softcap,
+        )  # fmt: skip
+        for target, x in zip((dq, dk, dv), found, strict=True):
+            target.copy_(x)
+        return torch.empty(0)
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_interface = types.ModuleType("flash_attn.flash_attn_interface")
+    for function in (_flash_attn_varlen_forward, _flash_attn_varlen_backward):
+        setattr(package.flash_attn_interface, function.__name__, function)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(
+        sys.modules, "flash_attn.flash_attn_interface", package.flash_attn_interface
+    )
