@@ -9,6 +9,8 @@ from pathlib import Path
 
 from opsd.errors import UserError
 from opsd.evaluate.settings import add_arguments
+from opsd.plan.arguments import add_arguments as add_plan_arguments
+from opsd.plan.arguments import asked
 
 METHODS = ("opsd", "grpo", "sft", "distill")
 VOICES = ("words", "own", "terse", "markdown")  # quickstart.chain_sum's, which imports slowly
@@ -51,7 +53,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     top = parser()
     parsed, rest = top.parse_known_args(arguments)
     # argparse takes no more overrides once an option has followed the config.
-    if rest and (parsed.run is not _train or any(word.startswith("-") for word in rest)):
+    if rest and (parsed.run not in (_train, _plan) or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides += rest
@@ -109,6 +111,9 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("eval", _eval, "Measure a model on a benchmark.")
     add_arguments(sub)
+
+    sub = command("plan", _plan, "Plan memory, tokens and time, before any weight is loaded.")
+    add_plan_arguments(sub)
 
     sub = command("report", _report, "Write report.html and curves.png of a run.")
     sub.add_argument("directory", metavar="RUN_DIR", type=Path)
@@ -221,6 +226,15 @@ def _eval(parsed: argparse.Namespace) -> None:
 
     quiet_transformers()
     evaluate_command(parsed)
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    wanted = asked(parsed)
+    from opsd.models import quiet_transformers
+    from opsd.plan.command import plan_command
+
+    quiet_transformers()
+    plan_command(wanted)
 
 
 def _report(parsed: argparse.Namespace) -> None:

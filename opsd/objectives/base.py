@@ -89,9 +89,8 @@ class Objective(Protocol):
 
 def token_weights(samples: Sequence[Sample], device: torch.device) -> Tensor:
     """The weight of each rollout token, in the samples' order: [Σ R], fp32."""
-    weights = torch.tensor([sample.weight for sample in samples], dtype=torch.float32)
-    lengths = torch.tensor([sample.tokens for sample in samples])
-    return weights.repeat_interleave(lengths).to(device)
+    weights = [sample.weight for sample in samples for _ in range(sample.tokens)]
+    return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def targets(samples: Sequence[Sample], device: torch.device) -> Tensor:

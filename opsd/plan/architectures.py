@@ -1,0 +1,85 @@
+"""A model's architecture without its weights and without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, PreTrainedConfig
+
+from opsd.config import ModelSection
+from opsd.errors import UserError
+
+_QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
+_QWEN3 |= {"max_position_embeddings": 40960, "rope_parameters": {"rope_theta": 1e6}}
+_LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+_SMOLLM2 = {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+KNOWN: dict[str, tuple[str, dict]] = {
+    name: (kind, {**common, **dict(zip(_SIZES, sizes, strict=True)), **more})
+    for name, kind, common, sizes, more in [
+        ("Qwen3-0.6B", "qwen3", _QWEN3, (1024, 28, 16, 3072), {"tie_word_embeddings": True}),
+        ("Qwen3-1.7B", "qwen3", _QWEN3, (2048, 28, 16, 6144), {"tie_word_embeddings": True}),
+        ("Qwen3-4B", "qwen3", _QWEN3, (2560, 36, 32, 9728), {"tie_word_embeddings": True}),
+        ("Qwen3-8B", "qwen3", _QWEN3, (4096, 36, 32, 12288), {}),
+        ("Qwen3-14B", "qwen3", _QWEN3, (5120, 40, 40, 17408), {}),
+        ("Qwen3-32B", "qwen3", _QWEN3, (5120, 64, 64, 25600), {}),
+        ("Llama-3.2-1B", "llama", _LLAMA3, (2048, 16, 32, 8192), {"tie_word_embeddings": True}),
+        ("Llama-3.2-3B", "llama", _LLAMA3, (3072, 28, 24, 8192), {"tie_word_embeddings": True}),
+        ("Llama-3.1-8B", "llama", _LLAMA3, (4096, 32, 32, 14336), {}),
+        ("Llama-3.3-70B", "llama", _LLAMA3, (8192, 80, 64, 28672), {}),
+        ("SmolLM2-135M", "llama", _SMOLLM2, (576, 30, 9, 1536), {"num_key_value_heads": 3}),
+        ("SmolLM2-360M", "llama", _SMOLLM2, (960, 32, 15, 2560), {"num_key_value_heads": 5}),
+        ("SmolLM2-1.7B", "llama", _SMOLLM2, (2048, 24, 32, 8192), {"num_key_value_heads": 32}),
+    ]
+}
+"""Published sizes of well-known models; -Instruct and -Base share theirs."""
+
+
+def architecture(section: ModelSection, name: str = "model") -> PreTrainedConfig:
+    """The configuration of a model directory, a config.json, a hub name in the local cache, or one
+    of the KNOWN names. Raises UserError for anything else; nothing is ever downloaded.
+    """
+    path = Path(section.path)
+    try:
+        if section.gguf_file:
+            return AutoConfig.from_pretrained(path, gguf_file=section.gguf_file)
+        if path.is_file() or (path / "config.json").is_file():
+            return AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+        if path.is_dir():
+            raise UserError(f"{name}.path is {section.path!r}: a directory without config.json")
+        cached = _cached(section)
+        if cached is not None:
+            return AutoConfig.from_pretrained(cached, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name}.path is {section.path!r}: not a model's config ({first})"
+        ) from error
+    found = _known(section.path)
+    if found is None:
+        raise UserError(
+            f"{name}.path is {section.path!r}: neither a model directory nor a config.json nor in "
+            f"the hub's local cache, and not one of those known here ({', '.join(KNOWN)})"
+        )
+    kind, facts = found
+    return AutoConfig.for_model(kind, **facts)
+
+
+def _cached(section: ModelSection) -> str | None:
+    try:
+        found = try_to_load_from_cache(section.path, "config.json", revision=section.revision)
+    except HFValidationError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _known(path: str) -> tuple[str, dict] | None:
+    name = path.rsplit("/", 1)[-1].lower()
+    for suffix in ("-instruct", "-base", "-it"):
+        name = name.removesuffix(suffix)
+    return next((found for known, found in KNOWN.items() if known.lower() == name), None)
