@@ -109,7 +109,11 @@ class Planner:
             return model, lambda: objective.loss(model, batch, Totals(), share=share)
 
         def trace() -> Peaks:
-            return over_layers(self.student, lambda short: step_peaks(short, make_step, autocast))
+            flash = autocast and self.device_memory is not None
+            return over_layers(
+                self.student,
+                lambda short: step_peaks(short, make_step, autocast=autocast, flash=flash),
+            )
 
         whole = self._once(_step_key(config), trace).with_scratch(kernel)
         parts = {"gradients": 4 * self.parameters}

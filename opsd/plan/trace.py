@@ -101,13 +101,15 @@ MakeStep = Callable[[PreTrainedConfig], tuple[nn.Module, Callable[[], Tensor]]]
 """An architecture → the student, and what computes its loss."""
 
 
-def step_peaks(architecture: PreTrainedConfig, make_step: MakeStep, autocast: bool) -> Peaks:
+def step_peaks(
+    architecture: PreTrainedConfig, make_step: MakeStep, *, autocast: bool, flash: bool
+) -> Peaks:
     """What a micro-batch's forward and backward add to weights and gradients.
 
     The gradients exist already, as from a step's second micro-batch on. autocast: whether products
-    are in bf16.
+    are in bf16. flash: whether flash attention will attend.
     """
-    with FakeTensorMode(), _quiet(), _attention_without_tiles(), LiveBytes() as count:
+    with FakeTensorMode(), _quiet(), _bare_attention(flash), LiveBytes() as count:
         student, loss = make_step(architecture)
         student.train()
         for parameter in student.parameters():
@@ -169,28 +171,34 @@ def _quiet() -> Iterator[None]:
 
 
 class _Attention(torch.autograd.Function):
-    """What `packed_attention` keeps and makes, without its tiles, which come one after the other
-    and hold some megabytes: hundreds of them would take most of a plan's time."""
+    """What `packed_attention` keeps and makes, without what its kernels do meanwhile: tiles, which
+    come one after the other and hold some megabytes, would take most of a plan's time.
+
+    flash: its result and log-sum-exps are kept as well.
+    """
 
     @staticmethod
-    def forward(ctx, query, key, value):
-        ctx.save_for_backward(query, key, value)
-        return query.new_empty(*query.shape[:2], value.shape[2])
+    def forward(ctx, query, key, value, flash):
+        out = query.new_empty(*query.shape[:2], value.shape[2])
+        kept = (out, query.new_empty(query.shape[:2], dtype=torch.float32)) if flash else ()
+        ctx.save_for_backward(query, key, value, *kept)
+        return out
 
     @staticmethod
     def backward(ctx, gradient):
-        query, key, value = ctx.saved_tensors
+        query, key, value, *_ = ctx.saved_tensors
         wide = [torch.zeros_like(x, dtype=torch.float32) for x in (key, value)]
         narrow = [x.to(key.dtype) for x in wide]
-        return torch.empty_like(query), *narrow
+        return torch.empty_like(query), *narrow, None
 
 
 @contextmanager
-def _attention_without_tiles() -> Iterator[None]:
+def _bare_attention(flash: bool) -> Iterator[None]:
     def stand_in(query, key, value, layout, *, scale, window=None, softcap=None):
         enabled = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if enabled else value.dtype
-        return _Attention.apply((query * scale).to(dtype), key.to(dtype), value.to(dtype))
+        query, key, value = (query * scale).to(dtype), key.to(dtype), value.to(dtype)
+        return _Attention.apply(query, key, value, flash)
 
     own, stream.packed_attention = stream.packed_attention, stand_in
     try:
