@@ -3,9 +3,10 @@
 Legend: P context length, R rollout length, D hidden width.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import ceil
 from typing import TypeVar
 
 import torch
@@ -96,40 +97,64 @@ def padded_batches(items: Sequence[Item], roles: Roles, max_tokens: int) -> list
     return batches
 
 
-def packed_batches(items: Sequence[Item], roles: Roles, max_tokens: int) -> list[list[Item]]:
+def packed_batches(
+    items: Sequence[Item], roles: Roles, max_tokens: int, held: float | None = None
+) -> list[list[Item]]:
     """Group items so that no role's stream, shared contexts once, exceeds `max_tokens`.
 
-    Neighbours with the same contexts stay together where they fit; else they are split, and each
-    part runs the contexts again. The batches are as few as first-fit finds. A single item that is
-    longer than `max_tokens` gets a batch of its own.
+    Neighbours with the same contexts stay together where they fit; else they are split, into
+    batches that follow each other, and each part runs the contexts again, or reads what is kept of
+    them: then each token of the first role's context counts `held` tokens more, which is what its
+    keys, values and their gradients take (None: nothing is kept). The batches are as few as
+    first-fit finds. A single item that is longer than `max_tokens` gets a batch of its own.
     """
-    parts = [
-        part
-        for _, group in groupby(items, lambda item: [role.context for role in roles(item)])
-        for part in _split(list(group), roles, max_tokens)
-    ]
-    batches: list[tuple[list[Item], list[int]]] = []
-    for part in sorted(parts, key=lambda part: -max(stream_tokens(part, roles))):
-        cost = stream_tokens(part, roles)
+    whole, batches = [], []
+    for _, group in groupby(items, lambda item: [role.context for role in roles(item)]):
+        group = list(group)
+        cost = stream_tokens(group, roles)
+        if max(cost) <= max_tokens:
+            whole.append((group, cost))
+        else:
+            batches += _split(group, roles, max_tokens, held)
+    for group, cost in sorted(whole, key=lambda entry: -max(entry[1])):
         for batch, used in batches:
             if all(u + c <= max_tokens for u, c in zip(used, cost, strict=True)):
-                batch += part
+                batch += group
                 used[:] = [u + c for u, c in zip(used, cost, strict=True)]
                 break
         else:
-            batches.append((list(part), cost))
+            batches.append((group, cost))
     return [batch for batch, _ in batches]
 
 
-def _split(group: list[Item], roles: Roles, max_tokens: int) -> Iterable[list[Item]]:
-    """Items of one context in parts that fit, each an item at least."""
-    part: list[Item] = []
+def _split(
+    group: list[Item], roles: Roles, max_tokens: int, held: float | None
+) -> list[tuple[list[Item], list[int]]]:
+    """Items of one context in parts that fit, each an item at least, with their streams' tokens."""
+    extra = 0
+    if held is not None and keepable(group, roles, max_tokens, held):
+        extra = ceil(held * len(roles(group[0])[0].context))
+    parts: list[tuple[list[Item], list[int]]] = []
     for item in group:
-        if part and max(stream_tokens([*part, item], roles)) > max_tokens:
-            yield part
-            part = []
-        part.append(item)
-    yield part
+        if parts:
+            cost = _held_tokens([*parts[-1][0], item], roles, extra)
+            if max(cost) <= max_tokens:
+                parts[-1] = [*parts[-1][0], item], cost
+                continue
+        parts.append(([item], _held_tokens([item], roles, extra)))
+    return parts
+
+
+def keepable(group: Sequence[Item], roles: Roles, max_tokens: int, held: float) -> bool:
+    """Whether what is kept of the first role's context leaves room for each rollout."""
+    context = len(roles(group[0])[0].context)
+    longest = max(len(roles(item)[0].rollout) for item in group)
+    return context * (1 + held) + longest - 1 <= max_tokens
+
+
+def _held_tokens(items: Sequence[Item], roles: Roles, extra: int) -> list[int]:
+    first, *others = stream_tokens(items, roles)
+    return [first + extra, *others]
 
 
 def stream_tokens(items: Sequence[Item], roles: Roles) -> list[int]:

@@ -13,8 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd.errors import UserError
-from opsd.hidden import packed_batches, padded_batches, rollout_hidden_states, stream_tokens
+from opsd.hidden import (
+    keepable,
+    packed_batches,
+    padded_batches,
+    rollout_hidden_states,
+    stream_tokens,
+)
 from opsd.objectives import Objective, Sample, Totals
+from opsd.prefix import KeptPrefixes, held_per_token
 
 TOLERANCE = 1e-3
 """Largest difference, relative to the largest state, that sharing may make in fp32."""
@@ -27,11 +34,19 @@ class OPSDStep(nn.Module):
         model: what trains.
         objective: the method; its teacher, if it has one, is not a part of this module.
         share: run each context that neighbouring samples have in common once.
+        keep: and those that train, too, where their samples do not fit a micro-batch together. Not
+            for DistributedDataParallel and the like, which see a gradient in one backward only.
     """
 
-    def __init__(self, model: PreTrainedModel, objective: Objective, share: bool = True):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        share: bool = True,
+        keep: bool = True,
+    ):
         super().__init__()
-        self.model, self.objective, self.share = model, objective, share
+        self.model, self.objective, self.share, self.keep = model, objective, share, keep
 
     def forward(self, samples: Sequence[Sample], totals: Totals) -> Tensor:
         """The loss (scalar) of some of the step's samples; adds their measures to `totals`."""
@@ -39,8 +54,29 @@ class OPSDStep(nn.Module):
 
     def micro_batches(self, samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
         """The samples in batches whose forward, in each role, holds `max_tokens` at most."""
-        batches = packed_batches if self.share else padded_batches
-        return batches(samples, _roles, max_tokens)
+        if not self.share:
+            return padded_batches(samples, _roles, max_tokens)
+        return packed_batches(samples, _roles, max_tokens, self._held())
+
+    def kept_prefixes(self, batches: Sequence[Sequence[Sample]], max_tokens: int) -> KeptPrefixes:
+        """The contexts that `micro_batches` split over batches, to be run once for all of them."""
+        learners: dict[tuple[int, ...], list[Sample]] = {}
+        for sample in (sample for batch in batches for sample in batch):
+            learners.setdefault(tuple(sample.roles[0].context), []).append(sample)
+        held = self._held()
+        training = [
+            context
+            for context, group in learners.items()
+            if held is not None and keepable(group, _roles, max_tokens, held)
+        ]
+        contexts = [
+            {tuple(role.context) for sample in batch for role in sample.roles} for batch in batches
+        ]
+        return KeptPrefixes(contexts if self.share else [], training)
+
+    def _held(self) -> float | None:
+        """What a kept token of a context that trains holds more; None where none is kept."""
+        return held_per_token(self.model) if self.keep else None
 
     @torch.no_grad()
     def check_sharing(self, samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> float:

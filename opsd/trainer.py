@@ -18,8 +18,8 @@ from opsd.config import Config
 from opsd.data import Row
 from opsd.environment import trim_heap
 from opsd.errors import UserError
-from opsd.objectives import Objective, Problem, Totals
-from opsd.prefix import try_kernel, unpackable
+from opsd.objectives import Objective, Problem, Sample, Totals
+from opsd.prefix import KeptPrefixes, keeping, try_kernel, unpackable
 from opsd.prompts import Prompts
 from opsd.rollout import Rollout, Sampler, Sampling, ServerGoneError
 from opsd.runlog import RunLog, read_lines
@@ -76,6 +76,7 @@ class OPSDTrainer(WholeCheckpoints):
         if self.micro_step.share:
             self._kernel = try_kernel(model, self._dtype)
         self._note, self._sharing_checked, self._engine_checked = note, False, False
+        self._split_told = False
         self._step: dict[str, float] = {}
         super().__init__(
             model=model,
@@ -132,19 +133,39 @@ class OPSDTrainer(WholeCheckpoints):
         # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since
         # what runs in fp32 there is meant to.
         budget = self.config.train.micro_batch_tokens
-        with self._autocast():
-            for batch in self.micro_step.micro_batches(samples, budget):
+        batches = self.micro_step.micro_batches(samples, budget)
+        kept = self.micro_step.kept_prefixes(batches, budget)
+        self._tell_of_split(kept, samples)
+        with self._autocast(), keeping(kept):
+            for batch in batches:
                 part = self.micro_step(batch, totals)
                 if model.device.type == "cpu":
                     trim_heap()  # of holes that forward left and backward has no use for
                 with torch.autocast(model.device.type, enabled=False):
                     self.accelerator.backward(part)
+                    kept.batch_done()
                 loss += part.detach()
         self._check_engine(totals)
         if model.device.type == "cpu":
             trim_heap()
         self._count(problems, totals, measures, sampled - start, time.monotonic() - start)
         return loss
+
+    def _tell_of_split(self, kept: KeptPrefixes, samples: list[Sample]) -> None:
+        """Say once what becomes of a context whose rollouts do not fit a micro-batch together."""
+        split = {tuple(s.roles[0].context) for s in samples if tuple(s.roles[0].context) in kept}
+        if not split or self._split_told:
+            return
+        self._split_told = True
+        what = (
+            "each runs once, and what it ran is kept"
+            if kept.training
+            else "each runs again in every one, as there is no room to keep it"
+        )
+        self._note(
+            f"Rollouts of {len(split)} contexts fill several micro-batches of "
+            f"{self.config.train.micro_batch_tokens} tokens: {what}"
+        )
 
     def _problems(self, rows: list[Row]) -> list[Problem]:
         contexts = [self.prompts.context(row) for row in rows]

@@ -11,7 +11,7 @@ from opsd.prefix import (
     layout,
     live_hidden_states,
     shared_prefix_hidden_states,
-    stream,
+    states,
     tiling,
     unpackable,
 )
@@ -277,7 +277,7 @@ def test_each_prefix_is_run_once_and_no_last_token():
 def test_layers_that_cannot_be_packed_are_named_once_and_run_unshared(name):
     kind, sizes, named = NOT_PACKABLE[name]
     model = make(kind, sizes)
-    stream._warn_once.cache_clear()
+    states._warn_once.cache_clear()
     groups = make_groups()[:2]
     with pytest.warns(UserWarning, match=named):
         shared = shared_prefix_hidden_states(model, groups)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opsd.prefix.kept import keeps_any
 from opsd.prefix.layout import Group, Layout, checked_groups
-from opsd.prefix.stream import run, shared_prefix_hidden_states
+from opsd.prefix.states import shared_prefix_hidden_states
+from opsd.prefix.stream import Keep, Kept, run
 from opsd.prefix.support import unpackable
 
 
@@ -22,7 +24,7 @@ def live_hidden_states(
     """
     student, teacher = checked_groups(student), checked_groups(teacher)
     common = [_common(s, t) for (s, _), (t, _) in zip(student, teacher, strict=True)]
-    if unpackable(model) is not None or not any(common):
+    if unpackable(model) is not None or not any(common) or keeps_any(student + teacher):
         # The student first: autocast keeps the weights it casts, with their graph.
         states = shared_prefix_hidden_states(model, student)
         with torch.no_grad():
@@ -30,8 +32,8 @@ def live_hidden_states(
     layout = Layout(student, model.device)
     starts = [segment.queries.start for segment in layout.segments[: len(student)]]
     rows = [torch.arange(s, s + c) for s, c in zip(starts, common, strict=True)]
-    kept: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}
-    states = run(model, layout, keep=(torch.cat(rows).to(model.device), kept))
+    kept: Kept = {}
+    states = run(model, layout, keep=Keep(kept, torch.cat(rows).to(model.device)))
     rest = [(prefix[c:], ids) for (prefix, ids), c in zip(teacher, common, strict=True)]
     with torch.no_grad():
         return states, run(model, Layout(rest, model.device, common), past=kept)

@@ -1,10 +1,8 @@
 """A model's forward over a packed stream, with our attention in place of its own for that time."""
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +10,24 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from opsd.prefix import kernels
 from opsd.prefix.attention import packed_attention
-from opsd.prefix.layout import Group, Layout, checked_groups
-from opsd.prefix.support import unpackable
+from opsd.prefix.layout import Layout
 
 IMPLEMENTATION = "opsd_shared_prefix"
 
 Kept = dict[nn.Module, tuple[Tensor, Tensor]]
-"""Attention module → keys [N, K, d] and values [N, K, d_v] of some rows, without gradient."""
+"""Attention module → keys [N, K, d] and values [N, K, d_v] of some rows."""
 
-Keep = tuple[Tensor, Kept]
+
+@dataclass(frozen=True)
+class Keep:
+    """Keys and values that a run is to keep.
+
+    rows: of the stream; None: all. graph: whether they stay in autograd's graph.
+    """
+
+    into: Kept
+    rows: Tensor | None = None
+    graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,28 +37,6 @@ class Segments:
     layout: Layout
     keep: Keep | None
     past: Kept | None
-
-
-def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
-    """The hidden states that predict the rollouts' tokens, each prefix run once.
-
-    Args:
-        model: a causal language model of transformers, or a PEFT model around one.
-        groups: (prefix ids [P], [rollout ids [R_1], …]) each, integer tensors or lists.
-
-    Returns [Σ R, D]: row k is the last hidden state, after the final norm, that predicts the k-th
-    rollout token (order: group, rollout, position); differentiable in the parameters. The state at
-    a prefix's last position predicts the first token of all its rollouts, and the last token of a
-    rollout is only a target and is not run.
-
-    A model with layers that cannot be packed (recurrent, linear attention) runs each rollout by
-    itself, with one warning that names the layer. Raises ValueError for empty prefixes or rollouts.
-    """
-    reason = unpackable(model)
-    if reason is not None:
-        _warn_once(reason)
-        return separate_hidden_states(model, groups)
-    return run(model, Layout(groups, model.device))
 
 
 def try_kernel(model: PreTrainedModel, dtype: torch.dtype) -> str:
@@ -71,7 +56,7 @@ def run(
 ) -> Tensor:
     """The decoder over a stream: the states that predict the rollouts' tokens, [Σ R, D].
 
-    `keep`: the rows whose keys and values are to be kept, and where; `past`: what was kept.
+    `past`: what was kept, of the layout's past.
     """
     decoder = model.get_decoder()
     with packed(decoder):
@@ -82,30 +67,6 @@ def run(
             segments=Segments(layout, keep, past),
         )
     return output.last_hidden_state[0].index_select(0, layout.predictors)
-
-
-def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
-    """`shared_prefix_hidden_states`, each rollout in a padded row of its own with its prefix."""
-    checked = checked_groups(groups)
-    rows = [(prefix, ids) for prefix, rollouts in checked for ids in rollouts]
-    tokens = [torch.cat([prefix, ids[:-1]]) for prefix, ids in rows]
-    # Padding stands at the right end, where a causal model cannot see it: no mask, and the fast
-    # causal attention.
-    ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device)
-    output = model.get_decoder()(input_ids=ids, use_cache=False)
-    places = [
-        row * ids.shape[1] + torch.arange(len(prefix) - 1, len(tokens[row]))
-        for row, (prefix, _) in enumerate(rows)
-    ]
-    rows = torch.cat(places).to(model.device)
-    return output.last_hidden_state.flatten(0, 1).index_select(0, rows)
-
-
-@cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"{reason}: prefixes are not shared, each rollout runs with its own", stacklevel=3
-    )
 
 
 @contextmanager
@@ -167,9 +128,10 @@ def _attention(
     """For transformers' AttentionInterface: [1, heads, T, d] each → [1, T, heads, d]."""
     assert attention_mask is None and query.shape[0] == 1
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    if segments.keep is not None:
-        rows, kept = segments.keep
-        kept.setdefault(module, (key.detach()[rows], value.detach()[rows]))
+    keep = segments.keep
+    if keep is not None and module not in keep.into:  # not when a checkpoint computes it again
+        kept = (key, value) if keep.graph else (key.detach(), value.detach())
+        keep.into[module] = kept if keep.rows is None else tuple(x[keep.rows] for x in kept)
     if segments.past is not None:
         key, value = map(torch.cat, zip(segments.past[module], (key, value), strict=True))
     out = packed_attention(
