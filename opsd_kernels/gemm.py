@@ -78,9 +78,12 @@ def set_weight_gradient_(
 
 
 def _widened(weight_vd: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    for v in range(0, weight_vd.shape[0], SLICE):
-        rows = slice(v, v + SLICE)
-        yield rows, weight_vd[rows].to(torch.float32)
+    """One slice after the other, in the same memory."""
+    vocabulary, width = weight_vd.shape
+    buffer = weight_vd.new_empty((min(SLICE, vocabulary), width), dtype=torch.float32)
+    for v in range(0, vocabulary, SLICE):
+        rows = slice(v, min(v + SLICE, vocabulary))
+        yield rows, buffer[: rows.stop - v].copy_(weight_vd[rows])
 
 
 def _add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -25,9 +25,9 @@ class Cost:
     """What scratch memory is made of, in bytes.
 
     entry: for each token and vocabulary entry of a tile; temporaries: for each of at most
-    max(v, slice_entries) of them; token: for each token; one_pass_token, tiles_token: the same, in
-    one of the algorithms only; column: for each of at most `slice_columns` vocabulary entries of a
-    tile; fixed: once.
+    `slice_entries` of them; token: for each token; one_pass_token, tiles_token: the same, in one of
+    the algorithms only; column: for each of at most `slice_columns` vocabulary entries of a tile;
+    fixed: once.
     """
 
     entry: float
@@ -46,7 +46,7 @@ class Cost:
         return int(self.entry * columns) + token
 
     def bytes(self, rows: int, columns: int, one_pass: bool) -> int:
-        entries = min(rows * columns, max(columns, self.slice_entries))
+        entries = min(rows * columns, self.slice_entries)
         return (
             rows * self.per_token(columns, one_pass)
             + int(self.temporaries * entries)
@@ -58,10 +58,9 @@ class Cost:
         """The largest n of which `bytes` fits the budget; 0 if none does."""
         left = budget - self.bytes(0, columns, one_pass)
         token = self.per_token(columns, one_pass)
-        small = left // (token + int(self.temporaries * columns))
-        if small * columns <= max(columns, self.slice_entries):
-            return max(small, 0)
-        return (left - int(self.temporaries * max(columns, self.slice_entries))) // token
+        unsliced = int(left / (token + self.temporaries * columns))
+        sliced = (left - int(self.temporaries * self.slice_entries)) // token
+        return max(unsliced, sliced, 0)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def plan_call(
     cost = Cost(
         entry=len(heads) * item + (first.element_size() if gemm.narrows(first) else 0),
         temporaries=backend.TEMPORARIES * item,
-        slice_entries=getattr(backend, "SLICE", 2**62),
+        slice_entries=getattr(backend, "slice_entries", lambda device: 2**62)(first.device),
         token=states.ROWS * item + widened + (width * item if wide_gradient else 0),
         one_pass_token=stacked,
         tiles_token=width * item if parts else 0,

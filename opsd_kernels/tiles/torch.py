@@ -40,14 +40,14 @@ rows(student, teacher, bias, teacher_bias, divergence, transform, clip, state, r
     normalisers, sums and (row_weight not None, or an entry clip) gradient_ at once, on tiles that
     hold whole rows, with the token clip applied to row_weight. It may overwrite both tiles.
 
-`TEMPORARIES` is how many tensors of n v items they allocate while they work; with a `SLICE`, of
-min(n v, max(v, SLICE)).
+`TEMPORARIES` is how many tensors of n v items they allocate while they work; where there is a
+`slice_entries(device)`, of as many items at most.
 Identical rows give exactly 0, entries of probability 0 count for nothing, NaN stays NaN.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -56,31 +56,50 @@ from opsd_kernels.divergence import Clip, Divergence, LogitTransform
 from opsd_kernels.tiles import state as rows_of
 from opsd_kernels.tiles.state import MAX, STUDENT, SUM, TEACHER
 
-TEMPORARIES = 6
-# Entries worked on at a time, so that the temporaries are small.
-SLICE = 2**19
+TEMPORARIES = 7
+
+
+def slice_entries(device: torch.device) -> int:
+    """Entries worked on at a time, so that the temporaries are small: on the CPU they stay in its
+    cache, and are too small for the allocator to leave holes that count. A GPU needs more to work
+    on than a launch costs.
+    """
+    return 2**15 if device.type == "cpu" else 2**23
 
 
 def _in_slices(function: Callable[..., None]) -> Callable[..., None]:
-    """Call it on a few tokens at a time."""
+    """Call it on a part of the tile at a time."""
     names = list(inspect.signature(function).parameters)
-    by_token = {k for k, n in enumerate(names) if n in ("student", "teacher", "logits", "targets")}
-    by_token.add(names.index("row_weight") if "row_weight" in names else -1)
-    state = names.index("state")
 
     @functools.wraps(function)
     def sliced(*arguments) -> None:
-        n, v = arguments[0].shape
-        step = max(1, SLICE // max(v, 1))
-        for start in range(0, n, step):
-            rows = slice(start, start + step)
-            part = [
-                x[rows] if k in by_token and x is not None else x for k, x in enumerate(arguments)
-            ]
-            part[state] = part[state][:, rows]
-            function(*part)
+        tile = arguments[0]
+        n, v = tile.shape
+        entries = slice_entries(tile.device)
+        for rows in _spans(n, max(1, entries // max(v, 1))):
+            for columns in _spans(v, entries):
+                parts = zip(names, arguments, strict=False)
+                function(*(_part(name, x, rows, columns) for name, x in parts))
 
     return sliced
+
+
+def _spans(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, start + step)
+
+
+def _part(name: str, x, rows: slice, columns: slice):
+    """An argument of a tile function, of some of the tile's rows and columns only."""
+    if name == "state":
+        return x[:, rows]
+    if name in ("student", "teacher", "logits"):
+        return x[rows, columns]
+    if name in ("bias", "teacher_bias"):
+        return None if x is None else x[columns]
+    if name == "row_weight":
+        return None if x is None else x[rows]
+    return x[rows] - columns.start if name == "targets" else x
 
 
 @_in_slices
@@ -237,8 +256,8 @@ def _entries(
     t = log_t.exp()
     d = log_t.sub_(log_s)
     share = (d > 0).to(d.dtype).mul_(1 - 2 * b).add_(b)
-    larger = share.mul_(torch.expm1(-d.abs())).log1p_().neg_()
-    pull = _product_(larger - d.clamp(min=0), s).mul_(1 - b)
+    larger = share.mul_(d.abs().neg_().expm1_()).log1p_().neg_()
+    pull = _product_(d.clamp(min=0).neg_().add_(larger), s).mul_(1 - b)
     terms = _product_(larger.add_(d.clamp_(max=0)), t).mul_(b).add_(pull)
     return s, terms, pull
 
