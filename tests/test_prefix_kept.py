@@ -10,7 +10,13 @@ from training_cases import short_values, write_model, write_rows
 from opsd.cli import main
 from opsd.hidden import Scored, packed_batches
 from opsd.objectives import Sample, Totals
-from opsd.prefix import KeptPrefixes, held_per_token, keeping, shared_prefix_hidden_states
+from opsd.prefix import (
+    KeptPrefixes,
+    held_per_token,
+    keeping,
+    shared_prefix_hidden_states,
+    unpackable,
+)
 from opsd.quickstart.recipe import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -36,6 +42,7 @@ def pieces():
 def counted(model):
     """The lengths of the streams that run through the model from now on."""
     lengths = []
+    assert unpackable(model) is None  # which runs two tokens the first time
     model.get_decoder().register_forward_pre_hook(
         lambda module, inputs, arguments: lengths.append(arguments["input_ids"].shape[1]),
         with_kwargs=True,

@@ -32,7 +32,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Segments:
-    """What the attention of a stream is told, through the model's forward."""
+    """What the attention of a stream is told."""
 
     layout: Layout
     keep: Keep | None
@@ -59,18 +59,15 @@ def run(
     `past`: what was kept, of the layout's past.
     """
     decoder = model.get_decoder()
-    with packed(decoder):
+    with packed(decoder, Segments(layout, keep, past)):
         output = decoder(
-            input_ids=layout.ids[None],
-            position_ids=layout.positions[None],
-            use_cache=False,
-            segments=Segments(layout, keep, past),
+            input_ids=layout.ids[None], position_ids=layout.positions[None], use_cache=False
         )
     return output.last_hidden_state[0].index_select(0, layout.predictors)
 
 
 @contextmanager
-def packed(decoder: PreTrainedModel) -> Iterator[None]:
+def packed(decoder: PreTrainedModel, segments: Segments) -> Iterator[None]:
     """Our attention inside, and again whenever backward recomputes a layer that ran inside."""
     checkpointed = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
     plain = {}
@@ -78,38 +75,54 @@ def packed(decoder: PreTrainedModel) -> Iterator[None]:
         function = getattr(module, "_gradient_checkpointing_func", None)
         if function is not None:
             plain[module] = function
-            module._gradient_checkpointing_func = _recomputing(function, decoder)
+            module._gradient_checkpointing_func = _recomputing(function, decoder, segments)
     try:
-        with _implementation(decoder):
+        with _attending(decoder, segments):
             yield
     finally:
         for module, function in plain.items():
             module._gradient_checkpointing_func = function
 
 
+_segments: Segments | None = None
+
+
 @contextmanager
-def _implementation(decoder: PreTrainedModel) -> Iterator[None]:
+def _attending(decoder: PreTrainedModel, segments: Segments) -> Iterator[None]:
+    """`_attention` in the decoder's layers, over these segments.
+
+    They are not an argument of the model's forward: not all models hand on what they do not know.
+    """
+    global _segments
     # set_attn_implementation walks all modules each time; the layers read this one attribute.
     config = decoder.config
-    before = config._attn_implementation
-    config._attn_implementation_internal = IMPLEMENTATION
+    before = config._attn_implementation, _segments
+    config._attn_implementation_internal, _segments = IMPLEMENTATION, segments
     try:
         yield
     finally:
-        config._attn_implementation_internal = before
+        config._attn_implementation_internal, _segments = before
 
 
-def _recomputing(checkpoint: Callable, decoder: PreTrainedModel) -> Callable:
+def _recomputing(checkpoint: Callable, decoder: PreTrainedModel, segments: Segments) -> Callable:
     """`checkpoint`, whose recomputation in backward finds our attention in place again."""
 
     def run(layer: Callable, *inputs):
         def again(*inputs):
-            with _implementation(decoder):
+            with _attending(decoder, segments):
                 return layer(*inputs)
 
         return checkpoint(again, *inputs)
 
     return run
+
+
+class UnpackableError(Exception):
+    """This model's attention is more than queries, keys and values; the message says what."""
+
+
+KNOWN_TENSORS = {"position_ids", "cache_position"}
+"""Of what models hand to their attention: those that do not change it."""
 
 
 def _attention(
@@ -119,14 +132,20 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segments: Segments,
-    scaling: float,
+    scaling: float | None = None,
+    dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_,
+    **more,
 ) -> tuple[Tensor, None]:
     """For transformers' AttentionInterface: [1, heads, T, d] each → [1, T, heads, d]."""
-    assert attention_mask is None and query.shape[0] == 1
+    tensors = {"attention_mask": attention_mask, **more}
+    strange = [n for n, x in tensors.items() if isinstance(x, Tensor) and n not in KNOWN_TENSORS]
+    if strange or dropout:
+        what = f"hands {strange[0]} to its attention" if strange else "drops attention at random"
+        raise UnpackableError(f"{type(module).__name__} {what}")
+    segments = _segments
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     keep = segments.keep
     if keep is not None and module not in keep.into:  # not when a checkpoint computes it again

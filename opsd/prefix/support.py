@@ -1,13 +1,21 @@
 """Which models can run packed streams, and which of their layers cannot."""
 
+import inspect
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from opsd.prefix.layout import Layout
+from opsd.prefix.stream import UnpackableError, run
+
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 """Of transformers' names for layer types: those whose tokens meet in ordinary attention alone."""
+
+SCALED_BY_LENGTH = ("dynamic", "longrope")
+"""Kinds of rotary positions that a longer sequence beside it changes."""
 
 RECURRENT = ("mamba", "ssm", "rwkv", "recurrent", "deltanet", "linearattention", "lightning")
 """Parts of the names of classes that carry a state from token to token."""
@@ -20,11 +28,21 @@ def unpackable(model: PreTrainedModel) -> str | None:
     """Why the model cannot run packed streams, naming the layer; None where it can."""
     decoder = model.get_decoder()
     if decoder not in _known:
-        _known[decoder] = _reason(decoder)
+        _known[decoder] = _reason(decoder) or _refusal(model)
     return _known[decoder]
 
 
 _known: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def _refusal(model: PreTrainedModel) -> str | None:
+    """What our attention says when it is given what it does not know, in a stream of two tokens."""
+    try:
+        with torch.no_grad():
+            run(model, Layout([([0], [[0, 0]])], model.device))
+    except UnpackableError as error:
+        return str(error)
+    return None
 
 
 def _reason(decoder: PreTrainedModel) -> str | None:
@@ -36,6 +54,12 @@ def _reason(decoder: PreTrainedModel) -> str | None:
     for index, kind in enumerate(getattr(config, "layer_types", None) or []):
         if kind not in PACKABLE_LAYERS:
             return f"layer {index} of {type(decoder).__name__} is of type {kind}"
+    scaled = _scaled_by_length(config)
+    if scaled:
+        return f"{type(decoder).__name__} scales its positions ({scaled}) by a batch's longest"
+    window = getattr(config, "sliding_window", None)
+    inside = window and window < (getattr(config, "max_position_embeddings", None) or window + 1)
+    told = getattr(config, "layer_types", None)  # then each layer has the window or has none
     for name, module in _parts(decoder):
         kind = type(module).__name__
         if isinstance(module, nn.Conv1d) or any(word in kind.lower() for word in RECURRENT):
@@ -43,6 +67,8 @@ def _reason(decoder: PreTrainedModel) -> str | None:
         strange = next((a for a in UNKNOWN_TO_US if getattr(module, a, None) is not None), None)
         if strange:
             return f"{name} of {type(decoder).__name__}, a {kind}, has {strange}"
+        if inside and not told and kind.endswith("Attention") and not _knows_window(module):
+            return f"{name} of {type(decoder).__name__} leaves its sliding window to a mask"
         if getattr(module, "attention_dropout", 0) and "attention" in kind.lower():
             return f"{name} of {type(decoder).__name__} drops attention at random"
     return None
@@ -51,3 +77,17 @@ def _reason(decoder: PreTrainedModel) -> str | None:
 def _parts(decoder: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """The decoder's modules inside its layers, with their names."""
     return ((name, module) for name, module in decoder.named_modules() if "." in name)
+
+
+def _scaled_by_length(config) -> str | None:
+    """The kind of positions whose scale depends on the longest sequence of a batch."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    kinds = [each.get("rope_type") for each in nested or [parameters]]
+    return next((kind for kind in kinds if kind in SCALED_BY_LENGTH), None)
+
+
+def _knows_window(attention: nn.Module) -> bool:
+    """Whether its code names the window, which it must to hand it to our attention."""
+    code = inspect.unwrap(type(attention).forward).__code__
+    return "sliding_window" in (*code.co_names, *code.co_consts)
