@@ -127,8 +127,9 @@ class OPSDTrainer(WholeCheckpoints):
                 self._sharing_checked = True
                 same = f"the same to {difference:.1g}" if difference else "the same bit for bit"
                 self._note(
-                    f"Shared prefixes ({self._kernel}): {measures['token_ratio']:.2f} times fewer "
-                    f"tokens than each rollout alone, {same}"
+                    f"Shared prefixes ({self._kernel} instead of {self.config.model.attention}): "
+                    f"{measures['token_ratio']:.2f} times fewer tokens than each rollout alone, "
+                    f"{same}"
                 )
         # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since
         # what runs in fp32 there is meant to.

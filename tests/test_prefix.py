@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 import transformers
-from transformers import GenerationConfig
+from transformers import AttentionInterface, GenerationConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from opsd.prefix import (
     layout,
@@ -335,8 +336,39 @@ def test_autocast_stays_near_fp32():
         ([([1], [[1], []])], r"lengths \[1, 0\]"),
         ([(torch.ones(2), [[1]])], "dtype torch.float32"),
         ([(torch.ones(2, 2, dtype=torch.long), [[1]])], r"shape \(2, 2\)"),
+        (
+            [([1], [[1]]), ([1] * 120, [[1], [1] * 10])],
+            r"groups\[1\] .* 120 .* 10: .* 128 positions",
+        ),
+        ([([1], [[1, 61]])], r"groups\[0\] holds ids from 1 to 61: .* of 0 to 60"),
+        ([([1], [[-1]])], r"ids from -1 to -1"),
     ],
 )
 def test_what_is_not_a_group_is_refused(groups, message):
     with pytest.raises(ValueError, match=message):
         shared_prefix_hidden_states(make("Qwen3"), groups)
+
+
+def test_the_last_position_is_used():
+    model = make("Qwen3")
+    groups = [([1] * 119, [[1] * 10])]
+    assert shared_prefix_hidden_states(model, groups).shape == (10, 32)
+
+
+def test_attention_that_the_user_set_is_not_replaced():
+    calls = []
+
+    def mine(module, query, key, value, mask, **more):
+        calls.append(query.shape[2])
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **more)
+
+    AttentionInterface.register("mine", mine)
+    model = make("Qwen3")
+    assert unpackable(model) is None
+    model.set_attn_implementation("mine")
+    groups = make_groups()[:1]
+    states._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="attends by 'mine', which is not replaced"):
+        found = shared_prefix_hidden_states(model, groups)
+    assert calls == [11 + 8] * 2  # a layer each: the longest of three padded rows
+    assert (found - alone(model, groups)).abs().max() < 2e-5

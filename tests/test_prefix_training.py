@@ -147,7 +147,7 @@ def test_a_run_logs_what_sharing_saves_and_can_do_without(share, tmp_path, capsy
     assert ("token_ratio" in first) == ("sharing_difference" in first) == share
     assert "sharing_difference" not in second
     if share:
-        assert "(tiles): " in capsys.readouterr().out
+        assert "(tiles instead of sdpa)" in capsys.readouterr().out
         assert second["token_ratio"] > 1.5 and first["sharing_difference"] < 1e-5
 
 

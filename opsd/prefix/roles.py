@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.prefix.kept import keeps_any
-from opsd.prefix.layout import Group, Layout, checked_groups
+from opsd.prefix.layout import Group, Layout
 from opsd.prefix.states import shared_prefix_hidden_states
 from opsd.prefix.stream import Keep, Kept, run
-from opsd.prefix.support import unpackable
+from opsd.prefix.support import groups_of, unpackable
 
 
 def live_hidden_states(
@@ -22,7 +22,7 @@ def live_hidden_states(
     tokens, the teacher reads the keys and values of the student's pass. The teacher's states, and
     what it reads, carry no gradient.
     """
-    student, teacher = checked_groups(student), checked_groups(teacher)
+    student, teacher = groups_of(model, student), groups_of(model, teacher)
     common = [_common(s, t) for (s, _), (t, _) in zip(student, teacher, strict=True)]
     if unpackable(model) is not None or not any(common) or keeps_any(student + teacher):
         # The student first: autocast keeps the weights it casts, with their graph.

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd.prefix import kept
-from opsd.prefix.layout import Group, Layout, checked_groups
+from opsd.prefix.layout import Group, Layout
 from opsd.prefix.stream import run
-from opsd.prefix.support import unpackable
+from opsd.prefix.support import groups_of, unpackable
 
 
 def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
@@ -27,19 +27,20 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
     rollout is only a target and is not run.
 
     A model with layers that cannot be packed (recurrent, linear attention) runs each rollout by
-    itself, with one warning that names the layer. Raises ValueError for empty prefixes or rollouts.
+    itself, with one warning that names the layer. Raises ValueError for empty prefixes or rollouts,
+    ids without an embedding, and more tokens than the model has positions.
     """
     reason = unpackable(model)
     if reason is not None:
         _warn_once(reason)
         return separate_hidden_states(model, groups)
-    groups, lengths, past = kept.without_kept(model, checked_groups(groups))
+    groups, lengths, past = kept.without_kept(model, groups_of(model, groups))
     return run(model, Layout(groups, model.device, lengths), past=past)
 
 
 def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
     """`shared_prefix_hidden_states`, each rollout in a padded row of its own with its prefix."""
-    checked = checked_groups(groups)
+    checked = groups_of(model, groups)
     rows = [(prefix, ids) for prefix, rollouts in checked for ids in rollouts]
     tokens = [torch.cat([prefix, ids[:-1]]) for prefix, ids in rows]
     # Padding stands at the right end, where a causal model cannot see it: no mask, and the fast

@@ -1,14 +1,14 @@
 """Which models can run packed streams, and which of their layers cannot."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opsd.prefix.layout import Layout
+from opsd.prefix.layout import Group, Layout, checked_groups
 from opsd.prefix.stream import UnpackableError, run
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
@@ -16,6 +16,16 @@ PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 SCALED_BY_LENGTH = ("dynamic", "longrope")
 """Kinds of rotary positions that a longer sequence beside it changes."""
+
+SAME_ATTENTION = (
+    "sdpa",
+    "eager",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+)
+"""transformers' names of plain attention, in whose place ours may stand."""
 
 RECURRENT = ("mamba", "ssm", "rwkv", "recurrent", "deltanet", "linearattention", "lightning")
 """Parts of the names of classes that carry a state from token to token."""
@@ -27,12 +37,44 @@ UNKNOWN_TO_US = ("sinks", "indexer", "relative_attention_bias")
 def unpackable(model: PreTrainedModel) -> str | None:
     """Why the model cannot run packed streams, naming the layer; None where it can."""
     decoder = model.get_decoder()
+    attention = decoder.config._attn_implementation
+    if attention not in SAME_ATTENTION:
+        return (
+            f"{type(decoder).__name__} attends by {attention!r}, which is not replaced by another "
+            f"(these compute the same: {', '.join(SAME_ATTENTION)})"
+        )
     if decoder not in _known:
         _known[decoder] = _reason(decoder) or _refusal(model)
     return _known[decoder]
 
 
 _known: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def groups_of(model: PreTrainedModel, groups: Sequence[Group]) -> list[tuple[Tensor, list[Tensor]]]:
+    """`checked_groups`, which this model can run.
+
+    Raises ValueError for ids that it has no embedding of, and more tokens than it has positions.
+    """
+    checked = checked_groups(groups)
+    decoder = model.get_decoder()
+    positions = getattr(decoder.config, "max_position_embeddings", None)
+    rows = len(decoder.get_input_embeddings().weight)
+    for number, (prefix, rollouts) in enumerate(checked):
+        longest = len(prefix) + max(map(len, rollouts)) - 1
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"groups[{number}] has a prefix of {len(prefix)} tokens and a rollout of "
+                f"{longest + 1 - len(prefix)}: {type(decoder).__name__} has {positions} positions "
+                "(max_position_embeddings), and a rollout's last token needs none"
+            )
+        for ids in (prefix, *rollouts):
+            if int(ids.min()) < 0 or int(ids.max()) >= rows:
+                raise ValueError(
+                    f"groups[{number}] holds ids from {int(ids.min())} to {int(ids.max())}: "
+                    f"{type(decoder).__name__} has embeddings of 0 to {rows - 1}"
+                )
+    return checked
 
 
 def _refusal(model: PreTrainedModel) -> str | None:
