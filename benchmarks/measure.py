@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.candidates import Run, gemms
+from benchmarks.candidates import COMPILES, Run, gemms
 from benchmarks.problem import Case, Problem, Result
 
 # Relative error that still counts as the same result. What rounds logits to bf16 is off by 1e-2.
@@ -90,7 +90,8 @@ def measure(
     row |= {"seconds": {}, "cpu_seconds": {}, "peak_bytes": {}}
     ours, *others = run
     few = problem.first(CHECKED_TOKENS)
-    torch.compiler.reset()  # each case is compiled for its own shape
+    if COMPILES & set(run):
+        torch.compiler.reset()  # each case is compiled for its own shape
     kept, reference = {}, None
     for name in (ours, *others):
         start = time.perf_counter()

@@ -1,6 +1,6 @@
 """Problems for the kernel tests, and the three-way comparison: fused, plain torch in the same
-dtype,
-and the dense reference in fp64, which is the truth."""
+dtype, and the dense reference in fp64, which is the truth.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -110,23 +110,32 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     return float((x.detach().double() - truth.detach()).norm() / truth.detach().norm().clamp(1e-12))
 
 
-def check(case: Case, dtype: torch.dtype, backend: str) -> None:
-    """Loss and all gradients of `case` in `dtype`, under a random upstream gradient."""
+def check(
+    case: Case, dtype: torch.dtype, backend: str, budgets: tuple[int | None, ...] = ()
+) -> None:
+    """Loss and all gradients of `case` in `dtype`, under a random upstream gradient; in each of the
+    memory budgets, or in its own.
+    """
     low = case.to(dtype)
-    truth = low.to(torch.float64).require_grad()
-    plain, fused = low.require_grad(), low.require_grad()
-    losses = [truth.dense(), plain.dense(), fused.fused(backend).loss]
-    upstream = torch.randn(losses[0].shape, dtype=torch.float64)
-    gradients = [
-        torch.autograd.grad(loss, c.trainable(), upstream.to(loss.dtype))
-        for loss, c in zip(losses, (truth, plain, fused), strict=True)
-    ]
-    value_limit, gradient_limit = LIMITS[dtype]
-    quantities = [("loss", *losses, value_limit)]
-    for name, *values in zip(("dh", "dW", "dbias"), *gradients, strict=False):
-        quantities.append((name, *values, gradient_limit))
-    for name, exact, plain_value, value, limit in quantities:
-        error, plain_error = relative_error(value, exact), relative_error(plain_value, exact)
-        assert error <= min(limit, plain_error + limit / 10), (
-            f"{name}: {error:.2e}, plain torch {plain_error:.2e}"
-        )
+    upstream = None
+
+    def run(c: Case, loss: Tensor) -> list[Tensor]:
+        nonlocal upstream
+        if upstream is None:
+            upstream = torch.randn(loss.shape, dtype=torch.float64)
+        return [loss, *torch.autograd.grad(loss, c.trainable(), upstream.to(loss.dtype))]
+
+    truth, plain = low.to(torch.float64).require_grad(), low.require_grad()
+    exact, by_torch = run(truth, truth.dense()), run(plain, plain.dense())
+    value, gradient = LIMITS[dtype]
+    limits = (value, gradient, gradient, gradient)
+    for budget in budgets or (case.budget,):
+        fused = replace(low, budget=budget).require_grad()
+        found = run(fused, fused.fused(backend).loss)
+        for name, limit, want, x, y in zip(
+            ("loss", "dh", "dW", "dbias"), limits, exact, by_torch, found, strict=False
+        ):
+            plain_error, error = relative_error(x, want), relative_error(y, want)
+            assert error <= min(limit, plain_error + limit / 10), (
+                f"{name}: {error:.2e}, plain torch {plain_error:.2e}, budget {budget}"
+            )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import BACKENDS, DIVERGENCES, SHAPES, check, make, relative_error
 
-from opsd_kernels import Clip, LogitTransform, reference
+from opsd_kernels import Clip, LogitTransform, reference, sweep
 from opsd_kernels.divergence import Divergence
 
 DTYPES = {
@@ -22,13 +22,19 @@ CLIPS = {"none": None, "entry": Clip("entry", 0.02), "token": Clip("token", 0.3)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_shapes_and_dtypes(backend, divergence, shape, frozen):
-    # Several blocks of N=130; and tiles, down to the narrowest. (bf16 is widened, which takes
+def test_shapes_and_dtypes(backend, divergence, shape, frozen, monkeypatch):
+    plans, plan = [], sweep.plan
+    monkeypatch.setattr(sweep, "plan", lambda *a, **k: plans.append(plan(*a, **k)) or plans[-1])
+    n, v, d = shape
+    # All logits at once; several blocks of whole rows; narrow tiles. (bf16 is widened, which takes
     # memory by the column.)
-    for budget in (60 * shape[1] * 8 * 4 * 2, 400_000, 64 * (8 * 8 + 4 * shape[2]) + 5000):
-        case = make(*shape, divergence=divergence, budget=budget, frozen=frozen)
-        for dtype in DTYPES[backend]:
-            check(case, dtype, backend)
+    budgets = (None, 50 * v * 16 + 2**18, 64 * (8 * 8 + 4 * d) + 5000 + 500 * n)
+    case = make(*shape, divergence=divergence, frozen=frozen)
+    for dtype in DTYPES[backend]:
+        check(case, dtype, backend, budgets)
+    if n > 100:  # where they differ in all of that
+        kinds = {(p.one_pass, p.blocks > 1) for p in plans}
+        assert kinds >= {(True, False), (True, True), (False, True)}, plans
 
 
 @pytest.mark.parametrize("budget", [None, 8000], ids=["one pass", "tiles"])

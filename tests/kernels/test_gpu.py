@@ -161,6 +161,21 @@ def test_cuda_graph(backend, divergence):
         assert equal([captured, gradients(case, backend)])
 
 
+def test_nothing_waits_for_the_device(backend):
+    """Without token weights; with them, once, for the count of those that are not 0."""
+    case = make(48, 5003, 32, divergence="jsd", clip=Clip("token", 0.3)).require_grad()
+    weighted = case.__class__(**{**vars(case), "token_weight": torch.rand(48)})
+    for c in (case, weighted):
+        gradients(c, backend)  # compiles, and sets libraries up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(case, backend)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            gradients(weighted, backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_offsets_beyond_two_to_the_31(name):
     """The last of rows a long way apart: n * stride = 2^31 + some."""

@@ -84,7 +84,7 @@ sweep.plan = lambda *a, **k: plans.append(plan(*a, **k)) or plans[-1]
 def resident(field):
     return int(next(l for l in open("/proc/self/status") if l.startswith(field)).split()[1]) * 1024
 def measure(backend, divergence, train, dtype, budget):
-    n, v, d, dtype = 96, 131072, 64, getattr(torch, dtype)
+    n, v, d, dtype = 112, 131072, 32, getattr(torch, dtype)
     h, t = torch.randn(n, d, dtype=dtype, requires_grad=True), torch.randn(n, d, dtype=dtype)
     w = torch.randn(v, d, dtype=dtype, requires_grad=train)
     def run():

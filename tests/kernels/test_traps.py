@@ -1,0 +1,159 @@
+"""What other implementations were seen to get wrong. Two more traps are tested elsewhere: reading
+past the last vocabulary tile in test_tiles (what lies around a tile is NaN), backward called twice
+in test_torch_features.
+"""
+
+import pytest
+import torch
+from kernel_cases import BACKENDS, DIVERGENCES, make, relative_error
+
+from opsd_kernels import Clip, Divergence, LogitTransform, linear, log_prob, reference
+from opsd_kernels.resolve import load
+from opsd_kernels.tiles import state as states
+
+
+def tile_results(backend: str, student: torch.Tensor, teacher: torch.Tensor) -> list[torch.Tensor]:
+    """State and gradients of all tile functions; overwrites the tiles."""
+    functions, transform = load(backend), LogitTransform()
+    n = len(student)
+    ones, targets = torch.ones(n), torch.arange(n)
+    state = states.new(n, student, torch.float32)
+    functions.normalisers(student, teacher, None, None, transform, state)
+    described = (student, teacher, None, None, Divergence("jsd"), transform, None, state)
+    functions.sums(*described)
+    functions.gradient_(*described, ones)
+    found = [state, student.clone()]
+    state = states.new_log_prob(n, teacher, torch.float32)
+    functions.log_prob_normalisers(teacher, None, targets, transform, state)
+    functions.log_prob_gradient_(teacher, None, targets, transform, state, ones)
+    return [*found, state, teacher.clone()]
+
+
+def far_apart(backend: str, path) -> None:
+    """Rows whose offsets exceed 2^31 entries, in files that are empty but for the rows: N V is
+    2.1e9 at 8192 tokens of 262144 entries, and a 32-bit offset would wrap.
+    """
+    n, v, stride = 3, 611, 2**30 + 5
+    close = [3 * torch.randn(n, v) for _ in range(2)]
+    apart = []
+    for k, x in enumerate(close):
+        size = (n - 1) * stride + v
+        memory = torch.from_file(str(path / f"tile{k}"), shared=True, size=size)
+        apart.append(memory.as_strided((n, v), (stride, 1)).copy_(x))
+    assert (n - 1) * stride > 2**31
+    got, want = tile_results(backend, *apart), tile_results(backend, *close)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_beyond_two_to_the_31(backend, tmp_path):
+    far_apart(backend, tmp_path)
+
+
+# --- A small divergence is no difference of large sums ---
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_small_divergence_keeps_its_digits(backend, divergence):
+    """Nats of 1e-4 from sums of 10: an error of fp32's 1e-7 times 10 would be 1 %."""
+    case = make(64, 8192, 64, divergence=divergence)
+    case.teacher[:] = case.student + 0.01 * torch.randn(64, 64)
+    exact = case.to(torch.float64)
+    z, t = (x @ exact.weight.T for x in (exact.student, exact.teacher))
+    truth, _ = reference.token_divergence(z, t, Divergence(divergence, case.beta))
+    assert truth.mean() < 3e-4
+    got = case.fused(backend).per_token
+    assert relative_error(got, truth) < 1e-3
+    if divergence == "forward_kl":  # what the limit is there to tell apart
+        z, t = (x @ case.weight.T for x in (case.student, case.teacher))
+        difference = (t.softmax(-1) * (t - z)).sum(-1) + z.logsumexp(-1) - t.logsumexp(-1)
+        assert relative_error(difference, truth) > 1e-3
+
+
+# --- dW accumulates in fp32 ---
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_gradients_do_not_vanish_in_a_sum_of_blocks(backend):
+    """600 equal tokens in blocks of a few: a bf16 sum stands still once it is 256 times what is
+    added, and would end below half.
+    """
+    n, v, d = 600, 96, 8
+    case = make(1, v, d).to(torch.bfloat16)
+    rows = [x.expand(n, d).contiguous() for x in (case.student, case.teacher)]
+    many = case.__class__(*rows, case.weight, reduction="sum", budget=20_000).require_grad()
+    many.fused(backend).loss.backward()
+    one = case.to(torch.float64).require_grad()
+    one.dense().backward()
+    assert relative_error(many.weight.grad, n * one.weight.grad) < 2**-8  # one rounding
+
+
+# --- Any upstream gradient ---
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_upstream_gradients_that_are_not_contiguous(backend, frozen):
+    """Transposed, every second of a longer one, and expanded from one number."""
+    case = make(12, 250, 8, reduction="none", frozen=frozen).require_grad()
+    for upstream in (torch.rand(4, 3).T, torch.rand(24)[::2], torch.rand(()).expand(12)):
+        assert not upstream.is_contiguous()
+        loss = case.fused(backend).loss.view(upstream.shape)
+        got = torch.autograd.grad(loss, case.trainable(), upstream)
+        plain = case.fused(backend).loss.view(upstream.shape)
+        want = torch.autograd.grad(plain, case.trainable(), upstream.contiguous())
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+# --- Nothing waits for the device ---
+
+
+@pytest.mark.parametrize("clip", [None, Clip("entry", 0.1), Clip("token", 0.1)], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_no_call_looks_at_its_tensors(divergence, clip):
+    """The whole algorithm on tensors that have no values, and are larger than memory: reading one,
+    as any wait for a device does, raises. What remains is the count that dropping tokens of weight
+    0 needs.
+    """
+
+    def run(n: int, v: int, budget: int, drop_zeros: bool = False, trained: bool = True):
+        hidden, weight, row_weight = (
+            torch.empty(shape, device="meta", dtype=dtype)
+            for shape, dtype in (
+                ((n, 64), torch.bfloat16),
+                ((v, 64), torch.bfloat16),
+                ((n,), torch.float32),
+            )
+        )
+        options = linear.Options(
+            drop_zeros=drop_zeros,
+            want_hidden=True,
+            want_weight=trained,
+            want_bias=False,
+            divergence=divergence,
+            beta=0.3,
+            temperature=1.0,
+            logit_scale=1.0,
+            logit_softcap=None,
+            clip=None if clip is None else clip.kind,
+            clip_threshold=0.1,
+            memory_budget=budget,
+            backend="torch",
+            group=None,
+        )
+        tensors = (hidden, hidden, weight, None, None, None)
+        loss, stats, d_hidden, d_weight, _ = linear._run(tensors, row_weight, options, True)
+        assert loss.shape == (n,) and stats.shape == (6, n) and d_hidden.shape == hidden.shape
+        assert (d_weight is None) == (not trained)
+        targets = torch.empty(n, device="meta", dtype=torch.long)
+        chosen = log_prob.Options(True, trained, False, 1.0, 1.0, None, budget, "torch", None)
+        log_prob._run((hidden, weight, None, targets), row_weight, chosen, True)
+
+    for trained in (True, False):
+        run(20, 5000, 2**30, trained=trained)  # one pass
+        run(20, 5000, 2**20, trained=trained)  # tiles
+    if clip is None:
+        run(8192, 262144, 2**33)  # N V = 2^31
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        run(20, 5000, 2**20, drop_zeros=True)
