@@ -111,6 +111,7 @@ NOT_PACKABLE = {
     "gpt-oss": ("GptOss", {"head_dim": 8}, "sinks"),
     "bloom": ("Bloom", {}, "BloomModel"),
     "dropout": ("Llama", {"attention_dropout": 0.1}, "at random"),
+    "dropout by another name": ("OPT", {"attention_dropout": 0.1}, "at random"),
     "doge": ("Doge", {}, "DogeAttention hands attention_mask"),
     "phi-moe": (
         "Phimoe",

@@ -79,11 +79,16 @@ def groups_of(model: PreTrainedModel, groups: Sequence[Group]) -> list[tuple[Ten
 
 def _refusal(model: PreTrainedModel) -> str | None:
     """What our attention says when it is given what it does not know, in a stream of two tokens."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()  # what drops attention at random does so then
     try:
         with torch.no_grad():
             run(model, Layout([([0], [[0, 0]])], model.device))
     except UnpackableError as error:
         return str(error)
+    finally:
+        for module, training in modes:
+            module.training = training
     return None
 
 
