@@ -2,27 +2,61 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from opsd.adapters import is_adapted
+from opsd.config import Config
 from opsd.errors import UserError
+from opsd.models import load_model
+from opsd.processes import Processes
 
 PART = "checkpoint.part"
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write `directory`/model (safetensors). Raises UserError when the disk is full."""
-    part = directory / "model.part"
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    name: str = "model",
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `directory`/`name` (safetensors). Raises UserError when the disk is full.
+
+    `state`: the weights, where those of the model are split over processes.
+    """
+    part = directory / f"{name}.part"
+    more = {"save_embedding_layers": False} if is_adapted(model) else {}
     with _written_or_removed(part, model, "the model"):
-        model.save_pretrained(part)
+        model.save_pretrained(part, state_dict=state, **more)
         tokenizer.save_pretrained(part)
-    shutil.rmtree(directory / "model", ignore_errors=True)
-    part.rename(directory / "model")
+    shutil.rmtree(directory / name, ignore_errors=True)
+    part.rename(directory / name)
+
+
+def save_trained(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Write model/; of a model with adapters these alone, or under output.merge the whole model,
+    and the adapters in adapter/. `state`: the weights, where the model's are split."""
+    if not config.output.merge:
+        save_model(model, tokenizer, directory, state=state)
+        return
+    save_model(model, tokenizer, directory, "adapter", state)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    section = config.model.model_copy(update={"path": str(directory / "adapter"), "lora": None})
+    merged, _ = load_model(section, "cpu", dtype=dtype)
+    save_model(merged, tokenizer, directory)
 
 
 class WholeCheckpoints(Trainer):
@@ -30,6 +64,7 @@ class WholeCheckpoints(Trainer):
     full disk leaves some of them: here a checkpoint appears with all of them.
     """
 
+    processes: Processes
     _writing = False
 
     def _get_output_dir(self, trial) -> str:
@@ -39,18 +74,27 @@ class WholeCheckpoints(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         directory = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        with _written_or_removed(
-            directory / PART, model, f"{name} (--resume goes on from the last)"
-        ):
-            self._writing = True
-            try:
+        part, first = directory / PART, self.processes.first
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+        self.processes.wait()
+        self._writing = True
+        try:
+            if first:
+                what = f"{name} (--resume goes on from the last)"
+                with _written_or_removed(part, model, what):
+                    super()._save_checkpoint(model, trial)
+            else:
                 super()._save_checkpoint(model, trial)
-            finally:
-                self._writing = False
-        shutil.rmtree(directory / name, ignore_errors=True)
-        (directory / PART / name).rename(directory / name)
-        (directory / PART).rmdir()
-        rotate_checkpoints(str(directory), self.args.save_total_limit)
+        finally:
+            self._writing = False
+        self.processes.wait()
+        if first:
+            shutil.rmtree(directory / name, ignore_errors=True)
+            (part / name).rename(directory / name)
+            part.rmdir()
+            rotate_checkpoints(str(directory), self.args.save_total_limit)
+        self.processes.wait()
 
 
 @contextmanager
@@ -62,10 +106,16 @@ def _written_or_removed(part: Path, model: nn.Module, what: str) -> Iterator[Non
         # torch's writer and safetensors report a full disk in exceptions of their own.
         free = shutil.disk_usage(part.parent).free
         shutil.rmtree(part, ignore_errors=True)
-        needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+        needed = checkpoint_bytes(model)
         if free < needed:
             raise UserError(
                 f"output.dir is {str(part.parent)!r}: the disk is full, {what} could not be "
                 "written; what was saved before is whole, and `opsd train --resume` goes on from it"
             ) from error
         raise
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """What a checkpoint takes: what trains, and two moments of it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return 3 * sum(p.numel() * p.element_size() for p in trained)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from opsd.errors import UserError
+from opsd.errors import UserError, said_elsewhere
 from opsd.evaluate.settings import add_arguments
 from opsd.plan.arguments import add_arguments as add_plan_arguments
 from opsd.plan.arguments import asked
@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if parsed.debug:
             raise
+        if said_elsewhere(error):
+            return 1
         print(f"opsd: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -114,6 +116,9 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("plan", _plan, "Plan memory, tokens and time, before any weight is loaded.")
     add_plan_arguments(sub)
+
+    sub = command("replay", _replay, "Find what was not finite in a step that failed.")
+    sub.add_argument("file", metavar="FILE", type=Path, help="a run's failed-step-N.pt")
 
     sub = command("report", _report, "Write report.html and curves.png of a run.")
     sub.add_argument("directory", metavar="RUN_DIR", type=Path)
@@ -210,7 +215,7 @@ def _train(parsed: argparse.Namespace) -> None:
     from opsd.train import train
 
     quiet_transformers()
-    display = Display()
+    display = Display(quiet=os.environ.get("RANK", "0") != "0")
     directory = train(config, display, resume=parsed.resume)
     summary = json.loads((directory / "summary.json").read_text())
     before, after = summary["accuracy"]["before"], summary["accuracy"]["after"]
@@ -235,6 +240,15 @@ def _plan(parsed: argparse.Namespace) -> None:
 
     quiet_transformers()
     plan_command(wanted)
+
+
+def _replay(parsed: argparse.Namespace) -> None:
+    from opsd.display import Display
+    from opsd.models import quiet_transformers
+    from opsd.replay import replay
+
+    quiet_transformers()
+    replay(parsed.file, Display())
 
 
 def _report(parsed: argparse.Namespace) -> None:

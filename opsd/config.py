@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from opsd.address import check_address
 from opsd.errors import UserError
@@ -25,9 +26,38 @@ TEACHER_TEMPLATE = (
     "answer within \\boxed{}."
 )
 
+ALL_LINEAR = "all-linear"
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class LoraSection(Section):
+    rank: int = Field(64, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(128, gt=0, description="The adapters' output counts alpha ÷ rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    targets: list[str] = Field(
+        [ALL_LINEAR],
+        min_length=1,
+        description="Names of the layers to adapt, such as [q_proj, v_proj]; all-linear is every "
+        "linear layer but the head.",
+    )
+    quantize: Literal["none", "nf4"] = Field(
+        "none", description="nf4: hold the frozen weights in 4 bits (QLoRA); needs a GPU."
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_target(cls, targets: Any) -> Any:
+        return [targets] if isinstance(targets, str) else targets
+
+    @field_validator("targets")
+    @classmethod
+    def _check_targets(cls, targets: list[str]) -> list[str]:
+        if ALL_LINEAR in targets and len(targets) > 1:
+            raise ValueError(f"it must be {ALL_LINEAR} alone, or names of layers")
+        return targets
 
 
 class ModelSection(Section):
@@ -41,6 +71,9 @@ class ModelSection(Section):
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that a hub repository ships. Only for those you trust."
+    )
+    lora: LoraSection | None = Field(
+        None, description="Train low-rank adapters, the weights frozen (docs/scale.md)."
     )
 
 
@@ -96,6 +129,15 @@ class TeacherSection(Section):
     )
     revision: str | None = Field(None, description="policy model: its revision on the hub.")
     gguf_file: str | None = Field(None, description="policy model: a GGUF file in path.")
+    quantize: Literal["none", "int8"] = Field(
+        "none",
+        description="policies initial and model: hold the linear layers' weights in 8 bits.",
+    )
+    offload: bool = Field(
+        False,
+        description="policies initial and model: keep the layers in the CPU's memory, and bring "
+        "each to the GPU when it runs.",
+    )
 
 
 class RolloutSection(Section):
@@ -209,8 +251,24 @@ class TrainSection(Section):
         "bf16",
         description="Weights and optimizer are fp32; bf16: forward, backward and rollouts in bf16.",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in backward: less memory, a third more time."
+    optimizer: str = Field(
+        "adamw_torch_fused",
+        description="An optimizer of transformers' Trainer, such as adafactor or adamw_bnb_8bit.",
+    )
+    gradient_checkpointing: Literal[False, True, "reentrant"] = Field(
+        False,
+        description="Recompute activations in backward: less memory, a third more time. reentrant: "
+        "by torch's older form of it.",
+    )
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none",
+        description="Of several processes (torchrun, accelerate launch): none keeps all weights in "
+        "each (DDP), fsdp2 splits weights, gradients and optimizer among them.",
+    )
+    not_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A step whose loss or gradient is not finite: stop, or leave it out and go on; "
+        "its batch is kept for `opsd replay`.",
     )
     seed: int = Field(0, ge=0, description="Seed of data order and sampling.")
     save_every: int = Field(
@@ -247,6 +305,15 @@ class OutputSection(Section):
     report_to: list[Literal["wandb", "tensorboard"]] = Field(
         [], description="Also log there, through transformers' Trainer."
     )
+    merge: bool = Field(
+        False,
+        description="model.lora: make model/ the whole model, adapters added in; they are in "
+        "adapter/.",
+    )
+    push_to_hub: str | None = Field(
+        None, description="Upload model/ to this hub repository (owner/name) at the end."
+    )
+    hub_private: bool = Field(True, description="Make that repository private, if it is new.")
 
 
 class Config(Section):
@@ -295,6 +362,8 @@ class Config(Section):
                 f"rollout.per_problem is {self.rollout.per_problem}: grpo compares a problem's "
                 "rollouts with each other and needs at least 2"
             )
+        self._check_adapters()
+        self._check_teacher_memory()
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps is {self.train.warmup_steps}: it may be at most train.steps "
@@ -323,6 +392,47 @@ class Config(Section):
                 f"model.gguf_file is {self.model.gguf_file!r}: vLLM is given weights under the "
                 "names of a transformers directory; save the model as one first"
             )
+
+    def _check_adapters(self) -> None:
+        model, output = self.model, self.output
+        if model.lora is None:
+            if output.merge:
+                raise ValueError(
+                    "output.merge is true: without model.lora there is nothing to merge"
+                )
+            return
+        if model.gguf_file is not None:
+            raise ValueError(
+                f"model.gguf_file is {model.gguf_file!r}: an adapter must find its model again as "
+                "a transformers directory or on the hub; save the model as one first"
+            )
+        if model.lora.quantize != "none" and self.rollout.engine.startswith("vllm"):
+            raise ValueError(
+                f"rollout.engine is {self.rollout.engine!r}: weights in 4 bits "
+                "(model.lora.quantize) cannot be given to it (allowed: generate, continuous)"
+            )
+        if model.lora.quantize != "none" and self.train.sharding != "none":
+            raise ValueError(
+                f"train.sharding is {self.train.sharding!r}: weights in 4 bits "
+                "(model.lora.quantize) cannot be split; train with none"
+            )
+
+    def _check_teacher_memory(self) -> None:
+        teacher = self.teacher
+        for name, off in (("quantize", "none"), ("offload", False)):
+            value = getattr(teacher, name)
+            if value == off:
+                continue
+            if teacher.policy not in ("initial", "model"):
+                raise ValueError(
+                    f"teacher.{name} is {value!r}: it is for teacher.policy 'initial' or 'model', "
+                    f"not {teacher.policy!r}"
+                )
+            if teacher.policy == "initial" and self.model.lora is not None:
+                raise ValueError(
+                    f"teacher.{name} is {value!r}: with model.lora the initial teacher is the "
+                    "student's own frozen weights, and there is no other copy of them"
+                )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -375,14 +485,28 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
             yield "", "method", "opsd", f"{field.description} (opsd | grpo | sft | distill)"
             continue
         for name, inner in field.annotation.model_fields.items():
-            default = "required" if inner.is_required() else str(inner.get_default())
-            yield section, name, default, inner.description + _choices(inner.annotation)
+            yield section, name, *_field(inner)
+            inside = _section(inner.annotation)
+            for deeper, field_inside in (inside.model_fields if inside else {}).items():
+                yield section, f"{name}.{deeper}", *_field(field_inside)
+
+
+def _field(field: FieldInfo) -> tuple[str, str]:
+    """A field's default and description, as text."""
+    default = "required" if field.is_required() else str(field.get_default())
+    return default, field.description + _choices(field.annotation)
 
 
 def _choices(annotation: Any) -> str:
     if getattr(annotation, "__origin__", None) is Literal:
-        return f" ({' | '.join(annotation.__args__)})"
+        return f" ({' | '.join(map(str, annotation.__args__))})"
     return ""
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a field of this type holds, or may hold; None if it holds values."""
+    kinds = getattr(annotation, "__args__", None) or (annotation,)
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -391,7 +515,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise UserError(f"override is {override!r}: it must look like train.learning_rate=1e-5")
     for key in keys[:-1]:
-        values = values.setdefault(key, {})
+        if values.get(key) is None:  # a section that is not there, or null
+            values[key] = {}
+        values = values[key]
         if not isinstance(values, dict):
             raise UserError(f"override is {override!r}: {key!r} is not a section")
     try:
@@ -420,5 +546,5 @@ def explain(problem: Any, model: type[Section]) -> str:
 
 def _known(location: Sequence[str], model: Any) -> list[str]:
     for part in location:
-        model = model.model_fields[part].annotation
+        model = _section(model.model_fields[part].annotation)
     return list(model.model_fields)

@@ -46,7 +46,16 @@ def run_flops(path: Path, run: Run, config: Record) -> tuple[float | None, bool]
 
 def multiplying_parameters(directory: Path) -> int | None:
     """Parameters of the safetensors in `directory`, but for an input embedding that is not the
-    head as well: it is looked up, not multiplied. None without such files."""
+    head as well: it is looked up, not multiplied. Beside an adapter's stand those of the directory
+    of its model. None without such files."""
+    below = 0
+    if (directory / "adapter_config.json").is_file():
+        from opsd.adapters import base_of
+
+        base = multiplying_parameters(Path(base_of(directory)[0]))
+        if base is None:
+            return None
+        below = base
     sizes: dict[str, int] = {}
     for path in directory.glob("*.safetensors"):
         try:
@@ -63,7 +72,7 @@ def multiplying_parameters(directory: Path) -> int | None:
             return None
     has_head = any(name.endswith("lm_head.weight") for name in sizes)
     kept = [s for n, s in sizes.items() if not (has_head and "embed_tokens" in n)]
-    return sum(kept) or None
+    return below + sum(kept) if kept else None
 
 
 def context_lengths(path: Path, run: Run, config: Record) -> tuple[float | None, float | None]:

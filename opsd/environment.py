@@ -44,9 +44,21 @@ def peak_memory() -> int:
     import torch
 
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        return max(_earlier_peak, torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+_earlier_peak = 0  # of the GPU's memory, before it was restarted
+
+
+def restart_peak() -> None:
+    """Have the GPU's peak counted from now; `peak_memory` remembers what was before."""
+    import torch
+
+    global _earlier_peak
+    _earlier_peak = max(_earlier_peak, torch.cuda.max_memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
 
 
 def release_memory() -> None:

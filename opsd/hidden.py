@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opsd.parts import part
 from opsd.prefix import (
     Group,
     live_hidden_states,
@@ -59,8 +60,9 @@ def both_roles_hidden_states(
         return live_hidden_states(model, _groups(student), _groups(teacher))
     # The student first: autocast keeps the weights that it casts, for both, and must cast them
     # with their graph.
-    states = rollout_hidden_states(model, student, share)
-    with torch.no_grad():
+    with part("student"):
+        states = rollout_hidden_states(model, student, share)
+    with torch.no_grad(), part("teacher"):
         return states, rollout_hidden_states(model, teacher, share)
 
 
@@ -125,6 +127,27 @@ def packed_batches(
         else:
             batches.append((group, cost))
     return [batch for batch, _ in batches]
+
+
+def shares(items: Sequence[Item], roles: Roles, count: int) -> list[list[Item]]:
+    """The items in `count` shares of about as many tokens, for as many processes.
+
+    Neighbours with the same contexts stay together, unless they are more than a fair share.
+    """
+    if count == 1 or not items:
+        return [list(items), *([] for _ in range(count - 1))]
+    groups = [
+        list(group) for _, group in groupby(items, lambda i: [role.context for role in roles(i)])
+    ]
+    fair = sum(max(stream_tokens(group, roles)) for group in groups) // count
+    pieces = [piece for group in groups for piece in _split(group, roles, fair, None)]
+    shared: list[list[Item]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for piece, cost in sorted(pieces, key=lambda entry: -max(entry[1])):
+        least = loads.index(min(loads))
+        shared[least] += piece
+        loads[least] += max(cost)
+    return shared
 
 
 def _split(

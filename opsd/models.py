@@ -1,5 +1,6 @@
 """Loading a causal language model and its tokenizer, and what training must know of it."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
+from opsd.adapters import (
+    additions,
+    base_of,
+    four_bits,
+    is_adapted,
+    merge_adapter,
+    without_adapters,
+)
 from opsd.config import ModelSection
 from opsd.errors import UserError
 
@@ -29,10 +38,16 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in fp32 unless told (the optimizer's master weights), and its tokenizer.
 
-    `name` is the config's section that the model stands in, for error messages.
+    A directory that holds an adapter gives the model that it adapts, the adapter added in. `name`
+    is the config's section that the model stands in, for error messages.
 
     Raises UserError when there is no such model, or its tokenizer has no end-of-sequence token.
     """
+    if (base := base_of(section.path)) is not None:
+        update = {"path": base[0], "revision": base[1], "lora": None}
+        whole_section = section.model_copy(update=update)
+        model, tokenizer = load_model(whole_section, device, dtype=dtype, name=name)
+        return merge_adapter(model, section.path).eval(), tokenizer
     path = Path(section.path)
     if section.gguf_file and not (path / section.gguf_file).is_file():
         raise UserError(
@@ -45,6 +60,9 @@ def load_model(
     arguments = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     if section.gguf_file:
         arguments["gguf_file"] = section.gguf_file
+    placing = {}
+    if section.lora is not None and section.lora.quantize == "nf4":
+        placing = {"quantization_config": four_bits(), "device_map": {"": device}}
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.path, **arguments)
         model = AutoModelForCausalLM.from_pretrained(
@@ -52,6 +70,7 @@ def load_model(
             dtype=dtype,
             attn_implementation=section.attention,
             **arguments,
+            **placing,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
@@ -76,7 +95,9 @@ def load_model(
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
-    return contiguous_head(model.to(device).eval()), tokenizer
+    if not placing:
+        model = model.to(device)
+    return contiguous_head(model.eval()), tokenizer
 
 
 def contiguous_head(model: PreTrainedModel) -> PreTrainedModel:
@@ -90,9 +111,19 @@ def contiguous_head(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def copy_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen copy in `dtype`, with weights tied as in the original."""
-    twin = type(model)._from_config(model.config, dtype=dtype).to(model.device)
+def copy_model(
+    model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """A frozen copy in `dtype`, with weights tied as in the original.
+
+    A model with adapters is copied as it is, each weight in its own dtype. `device`: none is the
+    model's.
+    """
+    device = model.device if device is None else device
+    if is_adapted(model):
+        twin = copy.deepcopy(model).to(device)
+        return twin.requires_grad_(False).eval()
+    twin = type(model)._from_config(model.config, dtype=dtype).to(device)
     update_copy(twin, model)
     twin.generation_config = model.generation_config
     return contiguous_head(twin.requires_grad_(False).eval())
@@ -100,10 +131,14 @@ def copy_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 @torch.no_grad()
 def update_copy(twin: nn.Module, model: nn.Module) -> None:
-    """Copy the current weights and buffers of `model` into `twin`."""
-    source = dict(model.named_parameters())
+    """Copy the current weights and buffers of `model`, whole, into `twin`.
+
+    Of a model with adapters they alone have changed.
+    """
+    source, frozen = dict(model.named_parameters()), is_adapted(model)
     for name, parameter in twin.named_parameters():
-        parameter.copy_(source[name])
+        if source[name].requires_grad or not frozen:
+            parameter.copy_(whole(source[name]))
     buffers = dict(model.named_buffers())
     for name, buffer in twin.named_buffers():
         buffer.copy_(buffers[name])
@@ -111,10 +146,19 @@ def update_copy(twin: nn.Module, model: nn.Module) -> None:
 
 def named_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The current weights under the names that they have in a checkpoint, tied ones once, in
-    `dtype`; each is made when it is asked for."""
-    named = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for name, weight in revert_weight_conversion(model, named).items():
+    `dtype`, adapters added in; each is made when it is asked for."""
+    added = additions(model) if is_adapted(model) else {}
+    plain = without_adapters(model) if added else model
+    named = {name: parameter.detach() for name, parameter in plain.named_parameters()}
+    for name, weight in revert_weight_conversion(plain, named).items():
+        if name in added:
+            weight = weight.float() + added[name]().float()
         yield name, weight.to(dtype)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; one that is split over processes is gathered, which all of them must ask for."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def head_arguments(model: PreTrainedModel) -> dict[str, Any]:

@@ -20,23 +20,28 @@ class RunLog:
     """Appends lines to a run directory's files.
 
     `step` is where the run starts: 0, or the checkpoint's step when it is resumed. Lines of later
-    steps, which an interrupted run may have left, are dropped, so that there are no duplicates; the
-    counters go on from the last line kept.
+    steps, which an interrupted run may have left, are dropped, so that there are no duplicates; so
+    are samples whose evaluation is not there, which is written after them. The counters go on from
+    the last line kept. Of several processes one `writes`; the others count.
     """
 
-    def __init__(self, directory: Path, step: int = 0):
-        self.directory = directory
+    def __init__(self, directory: Path, step: int = 0, writes: bool = True):
+        self.directory, self.writes = directory, writes
         self.counters = Counters()
-        for name in FILES:
-            path = directory / name
-            kept = [line for line in read_lines(path) if step and line["step"] <= step]
-            if path.exists():
-                _write_whole(path, kept)
-            if name == "metrics.jsonl" and kept:
-                last = kept[-1]
-                self.counters = Counters(
-                    last["generated_tokens"], last["trained_tokens"], last["seconds"]
-                )
+        kept = {
+            name: [line for line in read_lines(directory / name) if step and line["step"] <= step]
+            for name in FILES
+        }
+        done = {e["step"] for e in kept["evaluations.jsonl"] if e["role"] == "student"}
+        kept["samples.jsonl"] = [s for s in kept["samples.jsonl"] if s["step"] in done]
+        if kept["metrics.jsonl"]:
+            last = kept["metrics.jsonl"][-1]
+            self.counters = Counters(
+                last["generated_tokens"], last["trained_tokens"], last["seconds"]
+            )
+        for name, lines in kept.items():
+            if writes and (directory / name).exists():
+                _write_whole(directory / name, lines)
 
     def metrics(self, line: dict) -> None:
         """A training step."""
@@ -51,6 +56,8 @@ class RunLog:
         self._append("samples.jsonl", line)
 
     def _append(self, name: str, line: dict) -> None:
+        if not self.writes:
+            return
         with (self.directory / name).open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

@@ -5,6 +5,7 @@ DistributedDataParallel, see it.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import NoReturn
 
@@ -18,13 +19,14 @@ from opsd.hidden import (
     packed_batches,
     padded_batches,
     rollout_hidden_states,
+    shares,
     stream_tokens,
 )
 from opsd.objectives import Objective, Sample, Totals
 from opsd.prefix import KeptPrefixes, held_per_token
 
-TOLERANCE = 1e-3
-"""Largest difference, relative to the largest state, that sharing may make in fp32."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Largest difference, relative to the largest state, that sharing may make in these weights."""
 
 
 class OPSDStep(nn.Module):
@@ -51,6 +53,10 @@ class OPSDStep(nn.Module):
     def forward(self, samples: Sequence[Sample], totals: Totals) -> Tensor:
         """The loss (scalar) of some of the step's samples; adds their measures to `totals`."""
         return self.objective.loss(self.model, samples, totals, share=self.share)
+
+    def shares(self, samples: Sequence[Sample], processes: int) -> list[list[Sample]]:
+        """The samples in parts of about as many tokens, one a process."""
+        return shares(samples, _roles, processes)
 
     def micro_batches(self, samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
         """The samples in batches whose forward, in each role, holds `max_tokens` at most."""
@@ -80,7 +86,7 @@ class OPSDStep(nn.Module):
 
     @torch.no_grad()
     def check_sharing(self, samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> float:
-        """The largest difference that sharing makes, in fp32, for one context's samples.
+        """The largest difference that sharing makes, for one context's samples, without autocast.
 
         Relative to the largest hidden state. Raises UserError if it is more than rounding. On a
         GPU another kernel may attend in `dtype`, in which the model trains: its states are compared
@@ -88,18 +94,22 @@ class OPSDStep(nn.Module):
         """
         first = next((a for a, b in pairwise(samples) if _akin(a, b)), samples[0])
         sequences = [sample.roles[0] for sample in samples if _akin(sample, first)]
+        training = self.model.training
+        self.model.eval()  # no dropout
         alone = self._states(sequences, False, torch.float32)
         difference = float(_distance(self._states(sequences, True, torch.float32), alone))
-        if not difference <= TOLERANCE:
-            self._refuse(difference, f"at most {TOLERANCE:g} is rounding")
+        tolerance = TOLERANCE.get(alone.dtype, TOLERANCE[torch.bfloat16])
+        if not difference <= tolerance:
+            self._refuse(difference, f"at most {tolerance:g} is rounding")
         if self.model.device.type != "cpu" and dtype != torch.float32:
             self._check_rounding(sequences, alone, dtype)
+        self.model.train(training)
         return difference
 
     def _check_rounding(self, sequences, alone: Tensor, dtype: torch.dtype) -> None:
         found, own = (self._states(sequences, share, dtype) for share in (True, False))
         error, rounding = ((x - alone).norm() / alone.norm() for x in (found, own))
-        if not error <= 2 * rounding + TOLERANCE:
+        if not error <= 2 * rounding + TOLERANCE[torch.float32]:
             self._refuse(float(error), f"{dtype} alone makes {float(rounding):.2g}")
 
     def _states(self, sequences, share: bool, dtype: torch.dtype) -> Tensor:
@@ -116,6 +126,12 @@ class OPSDStep(nn.Module):
 
 def _distance(states: Tensor, wanted: Tensor) -> Tensor:
     return (states - wanted).abs().max() / wanted.abs().max()
+
+
+def idle(samples: Sequence[Sample]) -> list[Sample]:
+    """A batch that costs little and adds nothing: the shortest sample, of weight 0."""
+    shortest = min(samples, key=lambda sample: max(map(len, sample.roles)))
+    return [replace(shortest, weight=0.0)]
 
 
 def token_ratio(samples: Sequence[Sample]) -> float:

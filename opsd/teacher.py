@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opsd.adapters import is_adapted, shared_copy, without_adapters
 from opsd.config import Config
 from opsd.errors import UserError
-from opsd.models import copy_model, head_arguments, load_model
+from opsd.frugal import offload, quantize
+from opsd.models import copy_model, head_arguments, load_model, whole
 
 FILE = "teacher.safetensors"
 
@@ -22,21 +24,24 @@ class MovingAverage:
     """An `ema` teacher: w ← decay · w + (1 - decay) · student, once an optimizer step.
 
     Kept in fp32, where an update of a thousandth of a small difference does not round to nothing.
+    Of a model with adapters they alone have an average; the weights beside them are the model's.
     """
 
-    def __init__(self, model: PreTrainedModel, decay: float):
-        self.model, self.decay = copy_model(model, torch.float32), decay
+    def __init__(self, model: PreTrainedModel, decay: float, device: torch.device):
+        self.model, self.decay = frozen_average(model, device), decay
+        shared = {id(parameter) for parameter in model.parameters()}
+        self.averages = {n: p for n, p in self.model.named_parameters() if id(p) not in shared}
 
     @torch.no_grad()
     def follow(self, student: nn.Module) -> None:
         """Move towards the student's current weights."""
         weights = dict(student.named_parameters())
-        for name, average in self.model.named_parameters():
-            average.lerp_(weights[name].to(average.dtype), 1 - self.decay)
+        for name, average in self.averages.items():
+            average.lerp_(whole(weights[name]).to(average), 1 - self.decay)
 
     def save(self, checkpoint: Path) -> None:
         """Beside the checkpoint's other files."""
-        named = {name: p.contiguous() for name, p in self.model.named_parameters()}
+        named = {name: average.contiguous() for name, average in self.averages.items()}
         save_file(named, checkpoint / FILE)
 
     @torch.no_grad()
@@ -48,8 +53,21 @@ class MovingAverage:
                 "written under another policy"
             )
         saved = load_file(checkpoint / FILE)
-        for name, average in self.model.named_parameters():
+        for name, average in self.averages.items():
             average.copy_(saved[name])
+
+
+def frozen_average(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """A copy in fp32 of what trains; of a model with adapters, over the same frozen weights."""
+    if not is_adapted(model):
+        return copy_model(model, torch.float32, device)
+
+    def own(parameter: nn.Parameter) -> nn.Parameter:
+        if not parameter.requires_grad:
+            return parameter
+        return nn.Parameter(parameter.detach().float().clone(), requires_grad=False)
+
+    return shared_copy(model, parameter=own).eval()
 
 
 def make_teacher(
@@ -62,28 +80,36 @@ def make_teacher(
 
     Args:
         model: the student at step 0; copied where the teacher's weights are its own.
-        decoder: what holds the current weights for decoding; the `live` teacher.
+        decoder: what holds the current weights, whole, for decoding; the `live` teacher. The
+            teacher runs where it is.
 
     Raises UserError when teacher.path names a model with another vocabulary or another kind of
     output head.
     """
     policy = config.teacher.policy
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    if policy == "initial":
-        return copy_model(model, dtype), None
-    if policy == "ema":
-        average = MovingAverage(model, config.teacher.ema_decay)
-        return average.model, average
     if policy == "live":
         return decoder, None
+    if policy == "ema":
+        # Over the decoder's frozen weights, which stay whole where the model's are split.
+        start = decoder if is_adapted(model) else model
+        average = MovingAverage(start, config.teacher.ema_decay, decoder.device)
+        return average.model, average
+    if policy == "initial":
+        if is_adapted(model):
+            return without_adapters(decoder), None
+        copied = copy_model(model, dtype, _first_place(config, decoder))
+        return _in_less_memory(config, copied, decoder.device), None
     section = config.model.model_copy(
         update={
             "path": config.teacher.path,
             "revision": config.teacher.revision,
             "gguf_file": config.teacher.gguf_file,
+            "lora": None,
         }
     )
-    teacher, its_tokenizer = load_model(section, model.device, dtype=dtype, name="teacher")
+    place = _first_place(config, decoder)
+    teacher, its_tokenizer = load_model(section, place, dtype=dtype, name="teacher")
     check_vocabulary(tokenizer, its_tokenizer, config.teacher.path)
     ours, its = head_arguments(model), head_arguments(teacher)
     if ours != its:
@@ -91,7 +117,24 @@ def make_teacher(
             f"teacher.path is {config.teacher.path!r}: its logits are made with {its}, the "
             f"student's with {ours}; both must be made alike"
         )
-    return teacher.requires_grad_(False).eval(), None
+    return _in_less_memory(config, teacher.requires_grad_(False).eval(), decoder.device), None
+
+
+def _first_place(config: Config, decoder: PreTrainedModel) -> torch.device:
+    """Where a teacher is made: by the CPU if it may not fit the GPU as it is."""
+    frugal = config.teacher.offload or config.teacher.quantize != "none"
+    return torch.device("cpu") if frugal else decoder.device
+
+
+def _in_less_memory(
+    config: Config, teacher: PreTrainedModel, device: torch.device
+) -> PreTrainedModel:
+    """The teacher as teacher.quantize and teacher.offload have it, ready to run on `device`."""
+    if config.teacher.quantize == "int8":
+        quantize(teacher)
+    if config.teacher.offload:
+        return offload(teacher, device)
+    return teacher.to(device)
 
 
 def check_vocabulary(

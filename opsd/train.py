@@ -1,26 +1,29 @@
 """`opsd train`: from a checked config to a trained model in a run directory."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opsd.checkpoints import save_model
-from opsd.config import Config, save_config
+from opsd.adapters import add_adapters, trainable
+from opsd.checkpoints import save_trained
+from opsd.checks import check_disk_space, check_launcher, check_machine
+from opsd.config import Config
 from opsd.data import Row, load_rows, split_rows
 from opsd.display import Display
 from opsd.environment import machine, peak_memory, release_memory, share_one_heap, versions
 from opsd.errors import UserError
 from opsd.evaluate.grading import Grader
 from opsd.evaluate.run import Evaluation, Grades, HeldOut, decode
+from opsd.hub import push
 from opsd.models import copy_model, head, load_model, stop_ids, window
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective
 from opsd.prefix import use_kernel
+from opsd.processes import Processes
 from opsd.prompts import Prompts
 from opsd.report import write_report
 from opsd.rollout import (
@@ -28,11 +31,13 @@ from opsd.rollout import (
     GenerateSampler,
     Sampling,
     ServerGoneError,
+    SplitSampler,
     check_engine,
     make_sampler,
     training_server,
 )
 from opsd.rollout.client import VLLMServer
+from opsd.rundir import claim_directory, held
 from opsd.runlog import RunLog, read_lines
 from opsd.samples import sample_records
 from opsd.teacher import make_teacher
@@ -43,17 +48,30 @@ Reward = Callable[[str, str], float]
 
 def train(config: Config, display: Display, *, resume: bool = False) -> Path:
     """A whole run: data, model, training, evaluation, report. Returns the run's directory."""
+    check_launcher(config)
     use_kernel(config.train.prefix_kernel)
+    processes, directory = Processes(), Path(config.output.dir)
+    try:
+        with ExitStack() as stack:
+            processes.together(lambda: check_machine(config))
+            processes.once(lambda: stack.enter_context(held(directory)))
+            return _train(config, display, resume, processes)
+    finally:
+        processes.close()
+
+
+def _train(config: Config, display: Display, resume: bool, processes: Processes) -> Path:
     directory = Path(config.output.dir)
-    checkpoint = claim_directory(directory, config, resume)
-    check_engine(config.rollout.engine)
-    server = training_server(config)
-    seed = config.train.seed
-    rows, held_out = load_data(config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = processes.once(lambda: claim_directory(directory, config, resume))
+    processes.together(lambda: check_engine(config.rollout.engine))
+    server = processes.together(lambda: training_server(config))
+    rows, held_out = processes.together(lambda: load_data(config))
+    # FSDP2 brings to a GPU what is to be there.
+    device = "cpu" if config.train.sharding == "fsdp2" else processes.device
+    dtype = weights_dtype(config)
     with display.stage(f"Load {config.model.path}"):
-        model, tokenizer = load_model(config.model, device)
-    torch.manual_seed(seed)
+        model, tokenizer = processes.together(lambda: load_model(config.model, device, dtype=dtype))
+    torch.manual_seed(config.train.seed)
     with Grader() as grader:
         run(
             config,
@@ -65,9 +83,20 @@ def train(config: Config, display: Display, *, resume: bool = False) -> Path:
             display,
             checkpoint=checkpoint,
             server=server,
+            processes=processes,
         )
-    write_report(directory)
+    if processes.first:
+        write_report(directory)
+        publish(config, directory, display)
+    processes.wait()
     return directory
+
+
+def weights_dtype(config: Config) -> torch.dtype:
+    """What the model is loaded in: fp32 where it trains, what the step computes in where adapters
+    do."""
+    low = config.model.lora is not None and config.train.precision == "bf16"
+    return torch.bfloat16 if low else torch.float32
 
 
 def load_data(config: Config) -> tuple[list[Row], list[Row]]:
@@ -100,49 +129,6 @@ def load_data(config: Config) -> tuple[list[Row], list[Row]]:
     return [row for row in rows if row.problem not in known], held_out
 
 
-def claim_directory(directory: Path, config: Config, resume: bool) -> Path | None:
-    """Make the run's directory, or check that it is this run's; returns its last checkpoint.
-
-    Raises UserError when the directory belongs to another run, or to something else.
-    """
-    mine = directory / "config.yaml"
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
-    # With a config alone nothing has been run yet: an error in the data or the model came first.
-    if directory.exists() and any(path != mine for path in directory.iterdir()):
-        if not mine.is_file():
-            raise UserError(
-                f"output.dir is {str(directory)!r}: it holds files that are not a run's; "
-                "choose another"
-            )
-        if yaml.safe_load(mine.read_text()) != config.model_dump():
-            raise UserError(
-                f"output.dir is {str(directory)!r}: it belongs to a run with another config "
-                "(see its config.yaml); choose another directory"
-            )
-        if not resume:
-            raise UserError(
-                f"output.dir is {str(directory)!r}: this run has been started before; go on "
-                "with --resume, or choose another directory"
-            )
-        return last_checkpoint(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_config(config, mine)
-    except OSError as error:
-        raise UserError(
-            f"output.dir is {str(directory)!r}: cannot write there ({error.strerror})"
-        ) from None
-    return None
-
-
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that was written to the end, or None."""
-    # trainer_state.json is the last file that Trainer writes.
-    whole = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-
-
 def run(
     config: Config,
     model: PreTrainedModel,
@@ -157,6 +143,7 @@ def run(
     reward: Reward | None = None,
     save: bool = True,
     server: VLLMServer | None = None,
+    processes: Processes | None = None,
 ) -> dict:
     """Train `model` in place by `config.method`, in the claimed directory `config.output.dir`.
 
@@ -166,12 +153,17 @@ def run(
         reward: (completion, answer) → reward, for GRPO; none: 1 for a right answer, else 0.
         save: whether to write the trained model to model/.
         server: who samples under rollout.engine vllm_server.
+        processes: those that train together; none: this one alone.
 
     Returns the run's summary, which is also written to summary.json.
     """
     share_one_heap()
+    processes = processes or Processes()
     directory = Path(config.output.dir)
     prompts = Prompts(config.prompts, tokenizer)
+    if config.model.lora is not None:
+        model = add_adapters(model, config.model)
+        display.note(f"Adapters: {trainable(model):.2%} of the parameters train")
     rows = fitting_rows(rows, prompts, config, model, display)
     if len(rows) < config.train.problems_per_step:
         raise UserError(
@@ -183,9 +175,12 @@ def run(
     low_precision = config.train.precision == "bf16"
     dtype = torch.bfloat16 if low_precision else torch.float32
     # What decodes: a bf16 copy where training is in bf16, since casting the masters for each new
-    # token would cost as much as the token.
+    # token would cost as much as the token; beside adapters the weights are in bf16 already. And a
+    # whole copy where the weights are split over processes.
     decodes = config.rollout.engine in SAMPLERS and (config.method != "sft" or bool(held_out))
-    twin = copy_model(model, dtype) if low_precision and decodes else None
+    split = config.train.sharding == "fsdp2"
+    copies = split or (decodes and low_precision and config.model.lora is None)
+    twin = copy_model(model, dtype, processes.device) if copies else None
     decoder = twin if twin is not None else model
     # Made before a checkpoint is loaded: the weights of step 0. Without OPSD, a teacher is only
     # asked for its view of the sample completions.
@@ -195,15 +190,19 @@ def run(
         teacher, average = make_teacher(config, model, tokenizer, decoder)
     stops = stop_ids(model, tokenizer)
     sampler = make_sampler(config, decoder, stops, dtype, server)
-    if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    log = RunLog(directory, checkpoint_step(checkpoint))
+    sampler = SplitSampler(sampler, processes, whole=twin if split else None)
+    checkpoint_activations(config, model)
+    if processes.first:
+        log = RunLog(directory, checkpoint_step(checkpoint))
+    processes.wait()
+    if not processes.first:
+        log = RunLog(directory, checkpoint_step(checkpoint), writes=False)
     # A live teacher is the model itself, so that both roles' common start runs once.
     scorer = model if config.teacher.policy == "live" else teacher
     objective = make_objective(config, scorer, prompts, tokenizer, grader, reward)
     teacher_role = objective.teacher_role
     engine = config.rollout.engine if config.rollout.engine in SAMPLERS else "generate"
-    test = HeldOut(held_out, prompts, grader, evaluation_sampling(config), engine)
+    test = HeldOut(held_out, prompts, grader, evaluation_sampling(config), engine, processes)
 
     def answer() -> Evaluation:
         sampler.follow(model)
@@ -217,12 +216,12 @@ def run(
             "trained_tokens": counters.trained_tokens,
         }
         line = {**place, "role": role, **result.record()}
-        log.evaluation(line)
-        if role == "student":
+        if role == "student" and processes.first:
             for sample in sample_records(
                 decoder, teacher, prompts, held_out, result, config.eval.samples, teacher_role
             ):
                 log.sample({**place, "method": config.method, **sample})
+        log.evaluation(line)  # the last: samples without it are dropped when a run is resumed
         return line
 
     def evaluate(step: int) -> dict:
@@ -250,20 +249,23 @@ def run(
             note=display.note,
             average=average if scores else None,
             teacher_sampler=GenerateSampler(teacher, stops, len(head(model)[0])),
+            processes=processes,
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
+    state = None
+    if split and save:
+        names = {name for name, _ in [*decoder.named_parameters(), *decoder.named_buffers()]}
+        gathered = trainer.accelerator.get_state_dict(model)
+        state = {
+            name: tensor for name, tensor in gathered.items() if name in names
+        }  # tied ones once
     del trainer  # and with it the optimizer's moments
     model.zero_grad(set_to_none=True)
     release_memory()
-    evaluated = [
-        line
-        for line in read_lines(directory / "evaluations.jsonl")
-        if line["role"] == "student" and line["step"] == step
-    ]
-    if save:
-        save_model(model, tokenizer, directory)
-    if held_out and not evaluated:
+    if save and processes.first:
+        save_trained(config, model, tokenizer, directory, state)
+    if held_out and not processes.once(lambda: is_evaluated(directory, step)):
         try:
             evaluate(step)
         except ServerGoneError as error:
@@ -271,7 +273,42 @@ def run(
                 f"{error}. Training is done and {directory / 'model'} is saved, but its last "
                 "evaluation is missing: measure it with `opsd eval`"
             ) from error
-    return write_summary(config, log, directory, time.monotonic() - begun)
+    seconds = time.monotonic() - begun
+    return processes.once(lambda: write_summary(config, log, directory, seconds))
+
+
+def checkpoint_activations(config: Config, model: PreTrainedModel) -> None:
+    """Switch gradient checkpointing on, as the config has it."""
+    kind = config.train.gradient_checkpointing
+    if not kind:
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+    if kind == "reentrant" and config.model.lora is not None:
+        # This form finds no gradient to compute where its inputs need none, as beside a frozen
+        # embedding.
+        model.enable_input_require_grads()
+
+
+def publish(config: Config, directory: Path, display: Display) -> None:
+    """Upload model/, where output.push_to_hub says so; a failure is told, for all is saved."""
+    repository = config.output.push_to_hub
+    if repository is None:
+        return
+    try:
+        with display.stage(f"Upload to {repository}"):
+            address = push(repository, directory / "model", config.output.hub_private)
+    except Exception as error:  # of whatever client it uses
+        place = directory / "model"
+        command = f"hf upload {repository} {place}"
+        display.note(f"The upload failed ({error}); all is in {place}: {command}")
+        return
+    display.note(f"Uploaded: {address}")
+
+
+def is_evaluated(directory: Path, step: int) -> bool:
+    """Whether the student of this step has been evaluated."""
+    lines = read_lines(directory / "evaluations.jsonl")
+    return any(line["role"] == "student" and line["step"] == step for line in lines)
 
 
 def evaluation_sampling(config: Config) -> Sampling:
@@ -285,10 +322,10 @@ def make_objective(
     teacher: PreTrainedModel,
     prompts: Prompts,
     tokenizer: PreTrainedTokenizerBase,
-    grader: Grades,
+    grader: Grades | None,
     reward: Reward | None,
 ) -> Objective:
-    """The objective of `config.method`."""
+    """The objective of `config.method`; without a grader one that only scores."""
     if config.method == "opsd":
         return OPSD(config.loss, teacher)
     if config.method == "distill":
@@ -344,19 +381,6 @@ def fitting_rows(
         )
     display.note(f"{len(rows) - len(kept)} of {len(rows)} rows are left out: {what}")
     return kept
-
-
-def check_disk_space(directory: Path, config: Config, model: PreTrainedModel) -> None:
-    """Raises UserError if the model and the checkpoints (weights and two moments) will not fit."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    checkpoints = config.train.save_total_limit + 1 if config.train.save_every else 0
-    needed = weights + 3 * weights * checkpoints
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise UserError(
-            f"output.dir is {str(directory)!r}: {free / 1e9:.1f} GB are free there, "
-            f"the run needs {needed / 1e9:.1f} GB"
-        )
 
 
 def checkpoint_step(checkpoint: Path | None) -> int:

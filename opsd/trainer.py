@@ -4,27 +4,41 @@ Trainer keeps the optimizer, the schedule, checkpoints with RNG state and resumi
 one step: sample rollouts, make the method's samples, and add up micro-batches.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType, PartialState
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from opsd.checkpoints import WholeCheckpoints
 from opsd.config import Config
 from opsd.data import Row
-from opsd.environment import trim_heap
+from opsd.environment import release_memory, trim_heap
 from opsd.errors import UserError
+from opsd.failures import IN_A_ROW, failed_step, out_of_memory, save_failed_step
 from opsd.objectives import Objective, Problem, Sample, Totals
+from opsd.parts import Parts, measured, part
 from opsd.prefix import KeptPrefixes, keeping, try_kernel, unpackable
+from opsd.processes import Processes
 from opsd.prompts import Prompts
-from opsd.rollout import Rollout, Sampler, Sampling, ServerGoneError
+from opsd.redirect import called_through
+from opsd.rollout import Rollout, Sampler, Sampling, ServerGoneError, SplitSampler
 from opsd.runlog import RunLog, read_lines
-from opsd.step import OPSDStep, token_ratio
+from opsd.step import OPSDStep, idle, token_ratio
 from opsd.teacher import MovingAverage
+
+SEED_STRIDE = 1_000_003
+"""Between the seeds of two processes, so that neighbouring runs do not share one."""
 
 Evaluate = Callable[[int], dict]
 """step → the evaluation's record; runs the held-out problems and writes them down."""
@@ -45,6 +59,7 @@ class OPSDTrainer(WholeCheckpoints):
         note: called with a line for the terminal, once.
         average: an `ema` teacher, which follows the model after each optimizer step.
         teacher_sampler: samples from the teacher, for rollout.source teacher.
+        processes: those that train together; none: this one alone.
     """
 
     def __init__(
@@ -61,26 +76,39 @@ class OPSDTrainer(WholeCheckpoints):
         note: Callable[[str], None] = lambda text: None,
         average: MovingAverage | None = None,
         teacher_sampler: Sampler | None = None,
+        processes: Processes | None = None,
     ):
+        self.processes = processes or Processes()
         self.average, self.teacher_sampler = average, teacher_sampler
         self.config, self.rows, self.prompts, self.objective = config, rows, prompts, objective
-        self.sampler, self.run_log = sampler, log
+        self.sampler = sampler
+        if self.teacher_sampler is not None:
+            self.teacher_sampler = SplitSampler(self.teacher_sampler, self.processes)
+        self.run_log = log
         self.on_step = on_step
         self._evaluate_model = evaluate
         reason = unpackable(model) if config.train.share_prefixes else None
         if reason is not None:
             note(f"{reason}: prefixes are not shared, each rollout runs with its own")
+        # What several micro-batches read has a backward of its own, which DDP and FSDP2 do not see.
         self.micro_step = OPSDStep(
-            model, objective, share=config.train.share_prefixes and reason is None
+            model,
+            objective,
+            share=config.train.share_prefixes and reason is None,
+            keep=self.processes.count == 1 and config.train.gradient_checkpointing != "reentrant",
         )
         if self.micro_step.share:
             self._kernel = try_kernel(model, self._dtype)
         self._note, self._sharing_checked, self._engine_checked = note, False, False
         self._split_told = False
         self._step: dict[str, float] = {}
+        self.budget = config.train.micro_batch_tokens
+        self._samples: list[Sample] = []  # the step's
+        self._step_is_out, self._left_out = False, 0
+        self.parts = Parts(self.processes.device)
         super().__init__(
             model=model,
-            args=training_arguments(config, bool(evaluate)),
+            args=training_arguments(config, bool(evaluate), self.processes.count),
             train_dataset=range(len(rows)),
             eval_dataset=range(1),  # Trainer wants one; our `evaluate` knows its rows
             data_collator=list,
@@ -89,14 +117,18 @@ class OPSDTrainer(WholeCheckpoints):
         if evaluate is not None:
             self.add_callback(MissedEvaluation(evaluate, log.directory, config.eval.every))
         self.remove_callback(PrinterCallback)  # our display and metrics.jsonl say it already
-        if self.args.world_size > 1:
-            raise UserError(
-                f"WORLD_SIZE is {self.args.world_size}: this release trains in one process"
+        if self.is_fsdp_enabled and config.train.precision == "bf16":
+            # Weights are gathered in bf16; gradients are summed in fp32.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
             )
         self.rollout = Sampling(**config.rollout.model_dump(include=_SAMPLING))
 
     def train(self, *arguments, **options):
-        """Trainer's; where the rollouts' server goes away, a checkpoint is written first."""
+        """Trainer's, with random numbers of its own for each process; where the rollouts' server
+        goes away, a checkpoint is written first."""
+        if self.processes.index:
+            torch.manual_seed(self.config.train.seed + SEED_STRIDE * self.processes.index)
         try:
             return super().train(*arguments, **options)
         except ServerGoneError as error:
@@ -110,47 +142,154 @@ class OPSDTrainer(WholeCheckpoints):
                 "`opsd train … --resume`"
             ) from error
 
+    def get_train_dataloader(self) -> DataLoader:
+        """All processes see all rows of a step: it is rollouts and samples that they share out."""
+        loader = super().get_train_dataloader()
+        if self.processes.count > 1:
+            shard = loader.batch_sampler
+            shard.num_processes, shard.process_index = 1, 0
+        return loader
+
     def training_step(self, model, inputs: list[int], num_items_in_batch=None) -> Tensor:
         """Rollouts, then the loss and its gradient over micro-batches; returns the step's loss."""
+        with measured(self.parts):
+            return self._step_of([self.rows[i] for i in inputs], model)
+
+    def _step_of(self, rows: list[Row], model) -> Tensor:
         start = time.monotonic()
-        problems = self._problems([self.rows[i] for i in inputs])
-        sampled = time.monotonic()
-        samples, measures = self.objective.samples(problems)
-        totals = Totals()
-        loss = torch.zeros((), device=model.device)
+        problems = self._problems(rows)
+        with part("grading"):
+            samples, measures = self.processes.once(lambda: self.objective.samples(problems))
         model.train()
         if self.micro_step.share and samples:
             measures["token_ratio"] = token_ratio(samples)
             if not self._sharing_checked:
-                difference = self.micro_step.check_sharing(samples, self._dtype)
-                measures["sharing_difference"] = difference
-                self._sharing_checked = True
-                same = f"the same to {difference:.1g}" if difference else "the same bit for bit"
-                self._note(
-                    f"Shared prefixes ({self._kernel} instead of {self.config.model.attention}): "
-                    f"{measures['token_ratio']:.2f} times fewer tokens than each rollout alone, "
-                    f"{same}"
+                measures["sharing_difference"] = self._check_sharing(
+                    model, samples, measures["token_ratio"]
                 )
+        loss, totals = self._gradients(model, samples)
+        self._samples = samples
+        if not math.isfinite(loss):
+            self._not_finite(f"loss is {float(loss)}")
+            loss = torch.zeros_like(loss)  # Trainer sums what is logged
+        self._check_engine(totals)
+        if self.model.device.type == "cpu":
+            trim_heap()
+        self._count(problems, totals, measures, time.monotonic() - start)
+        self.parts.begin("optimizer")  # until the step is logged
+        return loss
+
+    def _check_sharing(self, model, samples: list[Sample], ratio: float) -> float:
+        with torch.no_grad():  # or DDP would expect a backward
+            difference = called_through(
+                model, self.model, lambda: self.micro_step.check_sharing(samples, self._dtype)
+            )
+        self._sharing_checked = True
+        same = f"the same to {difference:.1g}" if difference else "the same bit for bit"
+        self._note(
+            f"Shared prefixes ({self._kernel} instead of {self.config.model.attention}): "
+            f"{ratio:.2f} times fewer tokens than each rollout alone, {same}"
+        )
+        return difference
+
+    def _gradients(self, model, samples: list[Sample]) -> tuple[Tensor, Totals]:
+        """`_accumulate`, in smaller micro-batches where memory runs out."""
+        while True:
+            try:
+                return self._accumulate(model, samples)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                smaller = self._smaller(samples)
+                if smaller is None:
+                    raise UserError(
+                        f"train.micro_batch_tokens is {self.budget}: memory has run out "
+                        f"({str(error).splitlines()[0]}); lower it or loss.memory_budget, or see "
+                        "docs/scale.md for what else saves memory"
+                    ) from error
+            # Outside, where the error and what its frames refer to are gone.
+            self._note(f"Memory has run out: micro-batches of {smaller} tokens, not {self.budget}")
+            self.budget = smaller
+            model.zero_grad()  # of micro-batches that were done, or half done
+            release_memory()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _smaller(self, samples: list[Sample]) -> int | None:
+        """Half of the micro-batch; None where that does not split one, or others wait for it."""
+        longest = max(max(map(len, sample.roles)) for sample in samples)
+        if self.processes.count > 1 or self.budget <= longest:
+            return None
+        return max(self.budget // 2, longest)
+
+    def _not_finite(self, what: str) -> None:
+        """Keep the step's batch; then stop, or leave the step out."""
+        step = self.state.global_step + 1
+        failed = failed_step(self.config, step, self._samples, self.model, self.average)
+        place = Path(self.args.output_dir)
+        path = self.processes.once(lambda: save_failed_step(place, failed))
+        self._left_out += 1
+        kept = f"step {step}: its {what}; `opsd replay {path}` says where"
+        if self.config.train.not_finite == "stop" or self._left_out == IN_A_ROW:
+            in_a_row = f" ({self._left_out} steps in a row)" if self._left_out > 1 else ""
+            raise UserError(
+                f"{kept}{in_a_row}. What was saved before is kept, --resume goes on from it, and "
+                "train.not_finite=skip leaves such steps out"
+            )
+        self._note(f"Left out {kept}")
+        self.model.zero_grad(set_to_none=True)
+        self._step_is_out = True
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self._step_is_out and norm is not None and not math.isfinite(norm):
+            self._not_finite(f"gradient's norm is {float(norm)}")
+        return norm
+
+    def _accumulate(self, model, samples: list[Sample]) -> tuple[Tensor, Totals]:
+        """The gradients of all the step's samples; their loss and measures, of all processes."""
+        totals, count = Totals(), self.processes.count
+        loss = torch.zeros((), device=self.args.device)
+        parts = [
+            self.micro_step.micro_batches(share, self.budget)
+            for share in self.micro_step.shares(samples, count)
+        ]
+        own, most = parts[self.processes.index], max(map(len, parts))
         # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since
         # what runs in fp32 there is meant to.
-        budget = self.config.train.micro_batch_tokens
-        batches = self.micro_step.micro_batches(samples, budget)
-        kept = self.micro_step.kept_prefixes(batches, budget)
+        # Nor may a process run its weights more often than others, where they are split.
+        kept = KeptPrefixes([], [])
+        if not self.is_fsdp_enabled:
+            kept = self.micro_step.kept_prefixes(own, self.budget)
         self._tell_of_split(kept, samples)
         with self._autocast(), keeping(kept):
-            for batch in batches:
-                part = self.micro_step(batch, totals)
-                if model.device.type == "cpu":
-                    trim_heap()  # of holes that forward left and backward has no use for
-                with torch.autocast(model.device.type, enabled=False):
-                    self.accelerator.backward(part)
-                    kept.batch_done()
-                loss += part.detach()
-        self._check_engine(totals)
-        if model.device.type == "cpu":
-            trim_heap()
-        self._count(problems, totals, measures, sampled - start, time.monotonic() - start)
-        return loss
+            for number in range(most):
+                # All processes exchange weights or gradients as often: one with fewer batches runs
+                # a sample for nothing.
+                work = (own[number], totals) if number < len(own) else (idle(samples), Totals())
+                with self._exchange(model, number + 1 == most):
+                    some = called_through(model, self.model, partial(self.micro_step, *work))
+                    if loss.device.type == "cpu":
+                        trim_heap()  # of holes that forward left and backward has no use for
+                    with part("backward"), torch.autocast(loss.device.type, enabled=False):
+                        # DDP and FSDP2 take the mean over processes, and it is a sum.
+                        self.accelerator.backward(some * count if count > 1 else some)
+                        kept.batch_done()
+                loss += some.detach()
+        if count > 1:
+            parts = self.processes.everywhere(lambda: (loss.cpu(), totals.numbers()))
+            loss = sum(each for each, _ in parts).to(loss.device)
+            totals = Totals()
+            for _, other in parts:
+                totals.include(other)
+        return loss, totals
+
+    def _exchange(self, model, last: bool) -> AbstractContextManager:
+        """DDP exchanges gradients once, in the last backward. FSDP2 does each time: to wait would
+        take memory for all of them."""
+        if last or not isinstance(model, DistributedDataParallel):
+            return nullcontext()
+        return model.no_sync()
 
     def _tell_of_split(self, kept: KeptPrefixes, samples: list[Sample]) -> None:
         """Say once what becomes of a context whose rollouts do not fit a micro-batch together."""
@@ -165,7 +304,7 @@ class OPSDTrainer(WholeCheckpoints):
         )
         self._note(
             f"Rollouts of {len(split)} contexts fill several micro-batches of "
-            f"{self.config.train.micro_batch_tokens} tokens: {what}"
+            f"{self.budget} tokens: {what}"
         )
 
     def _problems(self, rows: list[Row]) -> list[Problem]:
@@ -179,11 +318,13 @@ class OPSDTrainer(WholeCheckpoints):
             rollouts = [Rollout(self.prompts.target(row), True) for row in rows]
         elif copies:
             role, sampler = "student", self.sampler
-            sampler.follow(self.model)
+            with part("rollout"):
+                sampler.follow(self.model)
             if self.config.rollout.source == "teacher":
                 role, sampler = self.objective.teacher_role, self.teacher_sampler
             asked = [getattr(context, role) for context in contexts for _ in range(copies)]
-            rollouts = sampler.sample(asked, self.rollout)
+            with part("rollout"):
+                rollouts = sampler.sample(asked, self.rollout)
         return [
             Problem(row, context, rollouts[i * copies : (i + 1) * copies])
             for i, (row, context) in enumerate(zip(rows, contexts, strict=True))
@@ -209,7 +350,7 @@ class OPSDTrainer(WholeCheckpoints):
         enabled = self._dtype == torch.bfloat16
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=enabled)
 
-    def _count(self, problems, totals: Totals, measures, rollout_seconds, seconds) -> None:
+    def _count(self, problems, totals: Totals, measures, seconds) -> None:
         rollouts = [rollout for problem in problems for rollout in problem.rollouts]
         length = sum(len(rollout.ids) for rollout in rollouts)
         counters = self.run_log.counters
@@ -221,7 +362,6 @@ class OPSDTrainer(WholeCheckpoints):
         if rollouts:
             self._step["rollout_length"] = length / len(rollouts)
             self._step["truncated_fraction"] = sum(not r.finished for r in rollouts) / len(rollouts)
-            self._step["rollout_seconds"] = rollout_seconds
         else:
             self._step["rollout_length"] = totals.tokens / len(problems)
         self._step["tokens_per_second"] = totals.tokens / seconds
@@ -229,12 +369,19 @@ class OPSDTrainer(WholeCheckpoints):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A step's line for metrics.jsonl, and for Trainer's own loggers (W&B, TensorBoard)."""
         if "loss" in logs and self._step:
+            if self._step_is_out:
+                logs = {**logs, "loss": None, "grad_norm": None}
+                self._step["left_out"] = 1
+            else:
+                self._left_out = 0
+            self._step_is_out = False
             line = {
                 "step": self.state.global_step,
                 "method": self.config.method,
                 **asdict(self.run_log.counters),
                 **logs,
                 **self._step,
+                **most(self.processes.everywhere(self.parts.take)),
             }
             self.run_log.metrics(line)
             self.on_step(line)
@@ -249,7 +396,7 @@ class OPSDTrainer(WholeCheckpoints):
 
     def _save_optimizer_and_scheduler(self, output_dir) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.average is not None:
+        if self.average is not None and self.processes.first:
             self.average.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
@@ -284,14 +431,21 @@ class MissedEvaluation(TrainerCallback):
             self.evaluate(step)
 
 
+def most(dictionaries: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The largest value of each key."""
+    keys = dict.fromkeys(key for values in dictionaries for key in values)
+    return {key: max(v[key] for v in dictionaries if key in v) for key in keys}
+
+
 _SAMPLING = {"max_new_tokens", "temperature", "top_p", "top_k", "batch_size"}
 
 
-def training_arguments(config: Config, evaluates: bool) -> TrainingArguments:
+def training_arguments(config: Config, evaluates: bool, processes: int = 1) -> TrainingArguments:
     """Our sections in Trainer's words. Precision is ours: fp32 weights, autocast in the step."""
     train = config.train
+    sharding = {"state_dict_type": "SHARDED_STATE_DICT"} if train.sharding == "fsdp2" else None
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=config.output.dir,
         max_steps=train.steps,
         per_device_train_batch_size=train.problems_per_step,
@@ -302,8 +456,9 @@ def training_arguments(config: Config, evaluates: bool) -> TrainingArguments:
         adam_beta1=train.beta1,
         adam_beta2=train.beta2,
         max_grad_norm=train.max_grad_norm,
-        optim="adamw_torch_fused",
+        optim=train.optimizer,
         seed=train.seed,
+        data_seed=train.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if evaluates and config.eval.every else "no",
@@ -316,4 +471,11 @@ def training_arguments(config: Config, evaluates: bool) -> TrainingArguments:
         report_to=config.output.report_to or "none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        fsdp=True if sharding else None,
+        fsdp_config=sharding,
     )
+    if sharding and arguments.device.type == "cpu":
+        # accelerate shards only where it takes the processes' devices for GPUs; gloo does on CPUs.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return arguments

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from opsd.config import Config, describe, load_config, parse_config, save_config
+from opsd.config import Config, LoraSection, describe, load_config, parse_config, save_config
 from opsd.errors import UserError
 
 GOOD = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
@@ -131,7 +131,7 @@ def test_every_field_is_described():
         for section, field in Config.model_fields.items()
         if section != "method"
         for name in field.annotation.model_fields
-    }
+    } | {f"model.lora.{name}" for name in LoraSection.model_fields}
     described = {
         f"{section}.{name}": (default, text)
         for section, name, default, text in describe()

@@ -8,7 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, kl_div
-from training_cases import ROWS, logits, quiet, short_config, write_model, write_rows
+from training_cases import (
+    ROWS,
+    logits,
+    quiet,
+    short_config,
+    timeless,
+    write_model,
+    write_rows,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd import train as training
@@ -175,18 +183,10 @@ def test_resuming_changes_nothing(method, files, tmp_path):
     assert checkpoint == directory / "checkpoint-2"
     execute(config, checkpoint=checkpoint)
     for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
-        a, b = (
-            [_timeless(line) for line in read_lines(place / name)] for place in (whole, directory)
-        )
+        a, b = (timeless(read_lines(place / name)) for place in (whole, directory))
         assert a == b, name
     a, b = (load_file(place / "model" / "model.safetensors") for place in (whole, directory))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def _timeless(line):
-    # Each process checks the sharing at its own first step.
-    clock = ("seconds", "rollout_seconds", "tokens_per_second", "sharing_difference")
-    return {key: value for key, value in line.items() if key not in clock}
 
 
 def test_a_finished_run_can_be_resumed_without_harm(files, tmp_path):

@@ -47,7 +47,7 @@ def short_values(model: Path, data: Path, output: Path) -> dict:
     }
 
 
-def short_config(model: Path, data: Path, output: Path, **sections) -> Config:
+def short_config(model: Path, data: Path, output: Path, /, **sections) -> Config:
     """`short_values` with some sections changed."""
     return parse_config(merge(short_values(model, data, output), sections))
 
@@ -61,3 +61,13 @@ def logits(model, context: list[int], rollout: list[int]) -> torch.Tensor:
     """The full logits that predict each rollout token, from the plain model on one sequence."""
     ids = torch.tensor([[*context, *rollout]])
     return model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1]
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    """Log lines without what differs between two runs of the same: clocks, memory, and the check of
+    sharing that each process makes at its own first step."""
+
+    def varies(key: str) -> bool:
+        return "second" in key or key.endswith("_bytes") or key == "sharing_difference"
+
+    return [{k: value for k, value in line.items() if not varies(k)} for line in lines]

@@ -12,8 +12,9 @@ from opsd.evaluate.grading import Grade
 from opsd.evaluate.metrics import wilson_interval
 from opsd.evaluate.result import Grades
 from opsd.models import stop_ids
+from opsd.processes import Processes
 from opsd.prompts import Prompts
-from opsd.rollout import SAMPLERS, Rollout, Sampler, Sampling
+from opsd.rollout import SAMPLERS, Rollout, Sampler, Sampling, SplitSampler
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,15 @@ class HeldOut:
         grader: Grades,
         sampling: Sampling,
         engine: str = "generate",
+        processes: Processes | None = None,
     ):
         self.rows, self.prompts, self.grader = rows, prompts, grader
-        self.sampling, self.engine = sampling, engine
+        self.sampling, self.engine, self.processes = sampling, engine, processes
 
     def first(self, count: int | None) -> "HeldOut":
         """The first problems only; None: all."""
-        return HeldOut(self.rows[:count], self.prompts, self.grader, self.sampling, self.engine)
+        rows = self.rows[:count]
+        return HeldOut(rows, self.prompts, self.grader, self.sampling, self.engine, self.processes)
 
     def evaluate(
         self,
@@ -73,23 +76,42 @@ class HeldOut:
         name: str = "",
         sampler: Sampler | None = None,
     ) -> Evaluation:
-        """One answer a problem from `model`, in `role`'s prompt; `sampler`: who answers for it."""
+        """One answer a problem from `model`, in `role`'s prompt; `sampler`: who answers for it.
+
+        Of several processes each samples a part (`sampler` has to see to it), the first grades.
+        """
         contexts = [self.prompts.ids(row, role) for row in self.rows]
         tokenizer = self.prompts.tokenizer
         if sampler is None:
             sampler = SAMPLERS[self.engine](model, stop_ids(model, tokenizer))
+            if self.processes is not None:
+                sampler = SplitSampler(sampler, self.processes)
+        grader = self.grader
+        if self.processes is not None:
+            grader = FirstGrades(grader, self.processes)
         with display.stage(f"Evaluate the {name or role}", total=len(self.rows)) as stage:
             result = evaluate(
                 sampler,
                 tokenizer,
                 contexts,
                 self.rows,
-                self.grader,
+                grader,
                 self.sampling,
                 lambda sequences, tokens: stage.advance(sequences),
             )
             stage.update(accuracy=result.accuracy)
         return result
+
+
+class FirstGrades:
+    """The first process grades for all."""
+
+    def __init__(self, grader: Grades, processes: Processes):
+        self.grader, self.processes = grader, processes
+
+    def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
+        """One Grade a completion."""
+        return self.processes.once(lambda: self.grader.grade(completions, answers))
 
 
 def evaluate(

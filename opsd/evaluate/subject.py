@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from opsd.adapters import base_of
 from opsd.config import ModelSection
 from opsd.errors import UserError
 from opsd.models import load_model
@@ -25,20 +26,22 @@ _FILES = (
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+    "adapter_config.json",
     "*.jinja",
 )
 
 
 class Subject:
-    """A model by its path. Raises UserError where there is none."""
+    """A model, or an adapter, by its path. Raises UserError where there is none."""
 
     def __init__(self, path: str, local_rank: int = 0):
         self.path = path
-        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-            raise UserError(f"MODEL is {path!r}: a directory without config.json")
+        base, revision = base_of(path) or (path, None)
+        if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
+            raise UserError(f"MODEL is {path!r}: {base!r} is a directory without config.json")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.config = AutoConfig.from_pretrained(path)
+            self.config = AutoConfig.from_pretrained(base, revision=revision)
         except (OSError, ValueError, ImportError) as error:
             first = str(error).strip().splitlines()[0]
             raise UserError(

@@ -58,6 +58,16 @@ class Totals:
         for name, mean in means.items():
             self.sums[name] = self.sums.get(name, 0.0) + mean.detach().double() * tokens
 
+    def numbers(self) -> "Totals":
+        """The same on the CPU, to be sent elsewhere."""
+        return Totals(self.tokens, {name: total.cpu() for name, total in self.sums.items()})
+
+    def include(self, other: "Totals") -> None:
+        """Add another process's."""
+        self.tokens += other.tokens
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+
     def means(self) -> dict[str, float]:
         """The means over all tokens added."""
         return {name: total.item() / self.tokens for name, total in self.sums.items()}

@@ -10,6 +10,7 @@ from opsd.hidden import rollout_hidden_states
 from opsd.models import as_operands, head, head_arguments
 from opsd.objectives.base import Sample, Totals, targets, token_weights
 from opsd.objectives.importance import has_ratios, importance
+from opsd.parts import part
 from opsd_kernels import linear_log_prob
 
 
@@ -27,18 +28,20 @@ class LikelihoodObjective:
         share: bool = True,
     ) -> Tensor:
         """See `Objective.loss`; adds the student's entropy to `totals`."""
-        hidden = rollout_hidden_states(model, [sample.roles[0] for sample in samples], share)
+        with part("student"):
+            hidden = rollout_hidden_states(model, [sample.roles[0] for sample in samples], share)
         weight, bias = head(model)
         hidden, weight, bias = as_operands((hidden, weight, bias))
-        result = linear_log_prob(
-            hidden,
-            weight,
-            targets(samples, hidden.device),
-            bias=bias,
-            memory_budget=self.section.memory_budget,
-            backend=self.section.backend,
-            **head_arguments(model),
-        )
+        with part("loss"):
+            result = linear_log_prob(
+                hidden,
+                weight,
+                targets(samples, hidden.device),
+                bias=bias,
+                memory_budget=self.section.memory_budget,
+                backend=self.section.backend,
+                **head_arguments(model),
+            )
         weights, measures = token_weights(samples, hidden.device), {}
         bound = self.section.importance_bound
         if has_ratios(samples, bound):

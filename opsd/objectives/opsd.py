@@ -16,6 +16,7 @@ from opsd.hidden import Scored, both_roles_hidden_states, rollout_hidden_states
 from opsd.models import as_operands, head, head_arguments
 from opsd.objectives.base import Problem, Sample, Totals, token_weights
 from opsd.objectives.importance import has_ratios, importance, student_log_prob
+from opsd.parts import part
 from opsd_kernels import Clip, linear_divergence
 
 
@@ -73,23 +74,24 @@ class OPSD:
             teacher_weight = teacher_bias = None  # a live teacher: one product serves both
         tensors = (student, teacher, weight, teacher_weight, bias, teacher_bias)
         student, teacher, weight, teacher_weight, bias, teacher_bias = as_operands(tensors)
-        result = linear_divergence(
-            student,
-            teacher,
-            weight,
-            teacher_weight,
-            bias=bias,
-            teacher_bias=teacher_bias,
-            divergence=self.section.divergence,
-            beta=self.section.beta,
-            temperature=self.section.temperature,
-            token_weight=weights,
-            clip=self.clip,
-            reduction="sum",
-            memory_budget=self.section.memory_budget,
-            backend=self.section.backend,
-            **head_arguments(model),
-        )
+        with part("loss"):
+            result = linear_divergence(
+                student,
+                teacher,
+                weight,
+                teacher_weight,
+                bias=bias,
+                teacher_bias=teacher_bias,
+                divergence=self.section.divergence,
+                beta=self.section.beta,
+                temperature=self.section.temperature,
+                token_weight=weights,
+                clip=self.clip,
+                reduction="sum",
+                memory_budget=self.section.memory_budget,
+                backend=self.section.backend,
+                **head_arguments(model),
+            )
         measures |= {
             "divergence": result.per_token.mean(),
             "student_entropy": result.student_entropy.mean(),
@@ -106,6 +108,7 @@ class OPSD:
         students, teachers = ([sample.roles[role] for sample in samples] for role in (0, 1))
         if self.teacher is model:
             return both_roles_hidden_states(model, students, teachers, share)
-        with torch.no_grad():
+        with torch.no_grad(), part("teacher"):
             teacher = rollout_hidden_states(self.teacher, teachers, share)
-        return rollout_hidden_states(model, students, share), teacher
+        with part("student"):
+            return rollout_hidden_states(model, students, share), teacher

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opsd.adapters import adapter_state
+from opsd.parts import part
 from opsd.prefix.kept import keeps_any
 from opsd.prefix.layout import Group, Layout
 from opsd.prefix.states import shared_prefix_hidden_states
@@ -26,16 +28,21 @@ def live_hidden_states(
     common = [_common(s, t) for (s, _), (t, _) in zip(student, teacher, strict=True)]
     if unpackable(model) is not None or not any(common) or keeps_any(student + teacher):
         # The student first: autocast keeps the weights it casts, with their graph.
-        states = shared_prefix_hidden_states(model, student)
-        with torch.no_grad():
+        with part("student"):
+            states = shared_prefix_hidden_states(model, student)
+        with torch.no_grad(), part("teacher"):
             return states, shared_prefix_hidden_states(model, teacher)
     layout = Layout(student, model.device)
     starts = [segment.queries.start for segment in layout.segments[: len(student)]]
     rows = [torch.arange(s, s + c) for s, c in zip(starts, common, strict=True)]
     kept: Kept = {}
-    states = run(model, layout, keep=Keep(kept, torch.cat(rows).to(model.device)))
+    before = adapter_state(model)
+    with part("student"):
+        states = run(model, layout, keep=Keep(kept, torch.cat(rows).to(model.device)))
     rest = [(prefix[c:], ids) for (prefix, ids), c in zip(teacher, common, strict=True)]
-    with torch.no_grad():
+    # What is read was computed with the adapters as they were then.
+    assert adapter_state(model) == before
+    with torch.no_grad(), part("teacher"):
         return states, run(model, Layout(rest, model.device, common), past=kept)
 
 

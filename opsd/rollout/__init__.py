@@ -13,6 +13,7 @@ from opsd.rollout.engines import (
     training_server,
 )
 from opsd.rollout.generate import GenerateSampler
+from opsd.rollout.split import SplitSampler
 
 __all__ = [
     "SAMPLERS",
@@ -22,6 +23,7 @@ __all__ = [
     "Sampler",
     "Sampling",
     "ServerGoneError",
+    "SplitSampler",
     "check_engine",
     "evaluation_server",
     "make_sampler",

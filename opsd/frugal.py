@@ -1,0 +1,91 @@
+"""A frozen model in less memory: its linear layers in 8 bits, or its layers kept by the CPU.
+
+For teachers, which only run forward. The embedding and the head stay as they are: the loss reads
+the head's weight by itself, and a lookup costs nothing.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+LEVELS = 127
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weight is w ≈ q · s, q in int8 and s one number a row of w.
+
+    The weight is made again for each product, in the input's dtype: one layer's at a time. The
+    rounding is half a step, s / 2 = max |w| / 254 of its row, at most.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        weight = layer.weight.detach().float()
+        scale = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        scale = scale / LEVELS
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale.to(layer.weight.dtype))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states [..., in] → [..., out]."""
+        weight = self.weight.to(self.scale.dtype) * self.scale
+        return linear(states, weight.to(states.dtype), self.bias)
+
+
+@torch.no_grad()
+def quantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Put the decoder's linear layers in 8 bits, in place; returns the model."""
+    decoder = model.get_decoder()
+    for parent in list(decoder.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, Int8Linear(child))
+    return model
+
+
+def offload(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """Keep the decoder's layers in the CPU's memory; each is on `device` only while it runs.
+
+    The rest of the model is moved to `device`. The model must be frozen: what a layer would change
+    of its tensors is lost. Returns the model.
+    """
+    stack = decoder_layers(model)
+    layers = dict(stack._modules)
+    stack._modules.clear()
+    model.to(device)
+    stack._modules.update(layers)
+    for layer in layers.values():
+        home = _homes(layer)
+        _place(home)
+        layer.register_forward_pre_hook(lambda module, inputs, home=home: _place(home, device))
+        layer.register_forward_hook(lambda module, inputs, output, home=home: _place(home))
+    return model
+
+
+Home = tuple[dict[str, Tensor], str, Tensor]
+"""A module's dictionary of tensors, a name in it, and the tensor where it is kept."""
+
+
+def _homes(layer: nn.Module) -> list[Home]:
+    """Where a layer's tensors are kept: in page-locked memory, which a GPU reads faster."""
+    return [
+        (named, name, tensor.cpu().pin_memory() if torch.cuda.is_available() else tensor.cpu())
+        for module in layer.modules()
+        for named in (module._parameters, module._buffers)
+        for name, tensor in named.items()
+        if tensor is not None
+    ]
+
+
+def _place(homes: list[Home], device: torch.device | str = "cpu") -> None:
+    for named, name, home in homes:
+        tensor = home.detach().to(device, non_blocking=True)
+        kind = isinstance(named[name], nn.Parameter)
+        named[name] = nn.Parameter(tensor, requires_grad=False) if kind else tensor
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's blocks: its longest list of modules."""
+    return max((m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)), key=len)

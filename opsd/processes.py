@@ -1,0 +1,87 @@
+"""This process among those of a launcher, `torchrun` or `accelerate launch`; alone without one.
+
+The first process decides and writes; all of them sample and compute. What is passed around as
+objects, rollouts and losses, is small beside the gradients, which DDP and FSDP2 exchange.
+"""
+
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+Result = TypeVar("Result")
+
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others, which may sample or grade all that time."""
+
+
+class Processes:
+    """All processes of the run; `index` is this one's place among `count`."""
+
+    def __init__(self):
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        self.index, self.count = state.process_index, state.num_processes
+        self.device = state.device
+        self.first = self.index == 0
+
+    def together(self, function: Callable[[], Result]) -> Result:
+        """Every process calls and gets its own result; if one fails, all raise its error."""
+        if self.count == 1:
+            return function()
+        result, error = _outcome(function)
+        errors: list[Exception | None] = [None] * self.count
+        dist.all_gather_object(errors, error)
+        return _result((result, next((e for e in errors if e is not None), None)))
+
+    def everywhere(self, function: Callable[[], Result]) -> list[Result]:
+        """Every process calls; all get all results, in order. If one fails, all raise its error."""
+        if self.count == 1:
+            return [function()]
+        outcomes: list[Any] = [None] * self.count
+        dist.all_gather_object(outcomes, _outcome(function))
+        return [_result(outcome) for outcome in outcomes]
+
+    def once(self, function: Callable[[], Result]) -> Result:
+        """The first process calls; all get the result, or raise the error."""
+        if self.count == 1:
+            return function()
+        box = [_outcome(function) if self.first else None]
+        dist.broadcast_object_list(box, src=0)
+        return _result(box[0])
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    @staticmethod
+    def close() -> None:
+        """Leave the others."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        PartialState._reset_state()
+
+
+def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return function(), None
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            error = RuntimeError(f"{type(error).__name__}: {error}").with_traceback(
+                error.__traceback__
+            )
+        return None, error
+
+
+def _result(outcome: tuple[Any, Exception | None]) -> Any:
+    value, error = outcome
+    if error is None:
+        return value
+    error.shared = True  # see `said_elsewhere`
+    raise error

@@ -1,0 +1,111 @@
+"""A run's directory: whose it is, what an interrupted run has left in it, and who trains there."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from opsd.config import Config, parse_config, save_config
+from opsd.errors import UserError
+
+CONFIG = "config.yaml"
+LOCK = "run.lock"
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Nobody else trains in the directory meanwhile. The lock ends with the process, however it
+    ends; it is not seen by machines that share a file system without locks.
+
+    Raises UserError where another process holds it.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        foreign = [path for path in directory.iterdir() if path.name != LOCK]
+        if foreign and not (directory / CONFIG).is_file():
+            yield  # not a run's: `claim_directory` says so
+            return
+        file = (directory / LOCK).open("a+")
+    except OSError as error:
+        raise UserError(
+            f"output.dir is {str(directory)!r}: cannot write there ({error.strerror})"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"output.dir is {str(directory)!r}: process {file.read().strip() or '?'} is "
+                "training there; wait for it, or choose another directory"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def claim_directory(directory: Path, config: Config, resume: bool) -> Path | None:
+    """Make the run's directory, or check that it is this run's; returns its last checkpoint.
+
+    What an interrupted run has half written is removed. Raises UserError when the directory belongs
+    to another run, or to something else.
+    """
+    mine = directory / CONFIG
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
+    # With a config alone nothing has been run yet: an error in the data or the model came first.
+    nothing = {mine, part(mine), directory / LOCK}
+    if directory.exists() and any(path not in nothing for path in directory.iterdir()):
+        if not mine.is_file():
+            raise UserError(
+                f"output.dir is {str(directory)!r}: it holds files that are not a run's; "
+                "choose another"
+            )
+        if not _same(mine, config):
+            raise UserError(
+                f"output.dir is {str(directory)!r}: it belongs to a run with another config "
+                "(see its config.yaml); choose another directory"
+            )
+        if not resume:
+            raise UserError(
+                f"output.dir is {str(directory)!r}: this run has been started before; go on "
+                "with --resume, or choose another directory"
+            )
+        for left in directory.glob("*.part"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        return last_checkpoint(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_config(config, part(mine))
+        part(mine).replace(mine)
+    except OSError as error:
+        raise UserError(
+            f"output.dir is {str(directory)!r}: cannot write there ({error.strerror})"
+        ) from None
+    return None
+
+
+def part(path: Path) -> Path:
+    """Where a file is written, to be renamed when it is whole."""
+    return path.with_name(path.name + ".part")
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that was written to the end, or None."""
+    # trainer_state.json is the last file that Trainer writes.
+    whole = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _same(path: Path, config: Config) -> bool:
+    try:
+        return parse_config(yaml.safe_load(path.read_text())) == config
+    except (UserError, yaml.YAMLError):
+        return False

@@ -1,0 +1,224 @@
+"""Two processes train as one does: the same losses and weights, one set of files, bit-equal resume.
+
+Each case is `opsd train` in two processes over gloo, as torchrun would start them. Rollouts draw
+from the likeliest token alone, so that they do not depend on who draws them.
+"""
+
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from training_cases import ROWS, short_values, write_model, write_rows
+
+from opsd import train as training
+from opsd.cli import main
+from opsd.config import parse_config, save_config
+from opsd.evaluate.grading import Grade
+from opsd.hidden import Scored, shares, stream_tokens
+from opsd.quickstart.recipe import merge
+from opsd.runlog import read_lines
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+SAME = {"rollout": {"top_k": 1, "per_problem": 2}}
+LORA = {"model": {"lora": {"rank": 4, "alpha": 8}}}
+CASES = {
+    "ema": {
+        "teacher": {"policy": "ema"},
+        "train": {"micro_batch_tokens": 60, "gradient_checkpointing": True},
+    },
+    "lora": {**LORA, "train": {"gradient_checkpointing": "reentrant", "micro_batch_tokens": 60}},
+    "sft": {"method": "sft"},
+    "grpo": {"method": "grpo", "rollout": {"top_k": 0, "per_problem": 4}},
+    "fsdp2": {"train": {"sharding": "fsdp2", "micro_batch_tokens": 60}},
+    "fsdp2-live": {
+        "teacher": {"policy": "live"},
+        "train": {"sharding": "fsdp2", "gradient_checkpointing": True},
+    },
+    "fsdp2-lora": {**LORA, "train": {"sharding": "fsdp2"}},
+    "fsdp2-bf16": {
+        "teacher": {"policy": "ema"},
+        "train": {"sharding": "fsdp2", "precision": "bf16"},
+    },
+}
+RESUMED = ("ema", "fsdp2", "fsdp2-lora")
+
+
+class Parity:
+    """Grades by the digits' sum, so that rollouts of a random model differ."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def grade(self, completions, answers):
+        sums = [sum(map(int, filter(str.isdigit, text))) for text in completions]
+        return [Grade(bool(total % 2), "", None) for total in sums]
+
+
+def config_of(name: str, root: Path, where: str):
+    values = short_values(root / "model", root / "rows.jsonl", root / where / name)
+    values = merge(values, {**SAME, "eval": {"problems": 2, "samples": 1}})
+    values = merge(values, CASES[name])
+    if where == "one":
+        values = merge(values, {"train": {"sharding": "none"}})
+    return parse_config(values)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The directory of all cases' runs: two/<case>, and again/<case> of those resumed."""
+    root = tmp_path_factory.mktemp("runs")
+    write_model(root / "model")
+    write_rows(root / "rows.jsonl")
+    jobs = [(name, "two", False) for name in CASES] + [(name, "again", True) for name in RESUMED]
+    for name, where, *_ in jobs:
+        save_config(config_of(name, root, where), root / f"{where}-{name}.yaml")
+    mp.spawn(_process, args=(root, [(*job, _port()) for job in jobs]), nprocs=2)
+    return root
+
+
+def _port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])
+
+
+def _process(rank: int, root: Path, jobs) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR="localhost", LOCAL_WORLD_SIZE="2")
+    training.Grader = Parity
+    for name, where, resume, port in jobs:
+        os.environ["MASTER_PORT"] = port
+        # accelerate leaves notes for itself, that of FSDP too; a process trains once elsewhere.
+        for key in [key for key in os.environ if key.startswith(("ACCELERATE_", "FSDP_"))]:
+            del os.environ[key]
+        path = root / f"{where}-{name}.yaml"
+        if resume and rank == 0:
+            _interrupt(root / "two" / name, root / where / name, config_of(name, root, where))
+        while resume and not (root / where / name / "config.yaml").exists():
+            time.sleep(0.01)
+        assert main(["train", str(path), *(["--resume"] if resume else [])]) == 0, name
+
+
+def _interrupt(finished: Path, other: Path, config) -> None:
+    """What a run leaves that is killed after its third step."""
+    other.mkdir(parents=True)
+    shutil.copytree(finished / "checkpoint-2", other / "checkpoint-2")
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        shutil.copy(finished / name, other / name)
+    save_config(config, other / "config.yaml.part")
+    (other / "config.yaml.part").rename(other / "config.yaml")
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    (path,) = (directory / "model").glob("*.safetensors")
+    return load_file(path)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("grpo", "fsdp2-bf16")])
+def test_two_processes_train_as_one(name, runs):
+    config = config_of(name, runs, "one")
+    save_config(config, runs / f"one-{name}.yaml")
+    assert main(["train", str(runs / f"one-{name}.yaml")]) == 0
+    one, two = runs / "one" / name, runs / "two" / name
+    metrics = [read_lines(place / "metrics.jsonl") for place in (one, two)]
+    assert [line["step"] for line in metrics[1]] == [1, 2, 3, 4]
+    for a, b in zip(*metrics, strict=True):
+        for key in ("generated_tokens", "trained_tokens", "rollout_length"):
+            assert a[key] == b[key], key
+        for key in ("loss", "student_entropy", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-7), key
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    start = weights(runs) if "lora" not in name else None
+    for key, value in first.items():
+        # Adam divides by the root of tiny squares: where a gradient is rounding, so is its step,
+        # which is a learning rate long.
+        difference = (value - second[key]).abs()
+        assert difference.max() < 5e-3 and difference.mean() < 2e-5, key
+    if start is not None:
+        assert any(not torch.equal(first[key], start[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_are_written_once(name, runs):
+    directory = runs / "two" / name
+    assert [line["step"] for line in read_lines(directory / "metrics.jsonl")] == [1, 2, 3, 4]
+    steps = [line["step"] for line in read_lines(directory / "evaluations.jsonl")]
+    assert steps == [0, 2, 4]
+    assert [line["step"] for line in read_lines(directory / "samples.jsonl")] == [0, 2, 4]
+    assert json.loads((directory / "summary.json").read_text())["trained_tokens"] > 0
+    found = sorted(path.name for path in directory.glob("checkpoint*"))
+    assert found == ["checkpoint-2", "checkpoint-4"]
+    states = sorted(path.name for path in (directory / "checkpoint-4").glob("rng_state*"))
+    assert states == ["rng_state_0.pth", "rng_state_1.pth"]
+    assert (directory / "report.html").stat().st_size > 1000
+
+
+def test_processes_draw_different_rollouts(runs):
+    """Under grpo, whose four rollouts of a problem are drawn by turns."""
+    lines = read_lines(runs / "two" / "grpo" / "metrics.jsonl")
+    assert all(line["informative_groups"] > 0 and line["grad_norm"] > 0 for line in lines)
+    first, second = (
+        torch.load(
+            runs / "two" / "grpo" / "checkpoint-2" / f"rng_state_{rank}.pth", weights_only=False
+        )["cpu"]
+        for rank in (0, 1)
+    )
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_two_processes_resume_bit_for_bit(name, runs):
+    whole, again = runs / "two" / name, runs / "again" / name
+    losses = [
+        [(line["step"], line["loss"]) for line in read_lines(place / "metrics.jsonl")]
+        for place in (whole, again)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    first, second = weights(whole), weights(again)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def roles(item):
+    return item
+
+
+def test_shares_are_fair_and_keep_contexts_together():
+    lengths = ((9, 9), (4,), (5, 3, 2), (8,), (30, 30, 30, 30))
+    groups = [
+        [(Scored([n] * 5, [1] * length),) for length in group] for n, group in enumerate(lengths)
+    ]
+    items = [item for group in groups for item in group]
+    for count in (1, 2, 3):
+        parts = shares(items, roles, count)
+        assert len(parts) == count
+        assert sorted(map(id, items)) == sorted(id(item) for part in parts for item in part)
+        loads = [stream_tokens(part, roles)[0] for part in parts]
+        assert max(loads) - min(loads) <= 35
+        for group in groups[:-1]:
+            assert sum(any(item in part for item in group) for part in parts) == 1
+    assert shares([], roles, 2) == [[], []]
+    # Fewer items than processes: one has none, and runs an idle batch.
+    assert sorted(map(len, shares(items[:1], roles, 2))) == [0, 1]
+
+
+def test_sharding_needs_several_processes(tmp_path, capsys):
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    values = short_values(tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run")
+    config = parse_config(merge(values, {"train": {"sharding": "fsdp2"}}))
+    save_config(config, tmp_path / "config.yaml")
+    assert main(["train", str(tmp_path / "config.yaml")]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "train.sharding is 'fsdp2': there is one process" in message and "torchrun" in message
