@@ -1,0 +1,20 @@
+"""Other libraries' calls, with their conventions, onto `opsd_kernels`: `liger` for a call shaped
+like LigerFusedLinearJSDLoss, `trl` for TRL's trainers. See docs/adapters.md.
+
+Nothing in opsd_kernels or opsd imports this package. Here, and only here, a number names the
+divergence: TRL and Liger let their `beta` be 0 for forward KL and 1 for reverse KL, although the
+limits of the generalised JSD there are 0.
+"""
+
+
+def divergence_of(beta: float) -> dict[str, str | float]:
+    """TRL's and Liger's number as `linear_divergence`'s arguments. Between 0 and 1 both mean the
+    same by it: the teacher's share of the mixture.
+    """
+    if beta == 0.0:
+        return {"divergence": "forward_kl"}
+    if beta == 1.0:
+        return {"divergence": "reverse_kl"}
+    if not 0.0 < beta < 1.0:
+        raise ValueError(f"beta: got {beta!r}, must lie between 0 (forward KL) and 1 (reverse KL)")
+    return {"divergence": "jsd", "beta": float(beta)}

@@ -1,0 +1,399 @@
+"""TRL's distillation trainers (trl 1.16) without logits in memory:
+
+    class Trainer(FusedSDFT, SDFTTrainer): ...                  # trl.experimental.sdft
+    class Trainer(FusedGKD, GKDTrainer): ...                    # trl.experimental.gkd
+    class Trainer(FusedDistillation, DistillationTrainer): ...  # trl
+
+Each replaces the computation of the loss and nothing else: same value, same gradient, same metrics.
+`kernel_options`, an attribute of the class, goes to `linear_divergence` and `linear_log_prob` (a
+`memory_budget`, a `backend`).
+
+The model runs as it always does, with its head given nothing to multiply; what the head would have
+been given goes to the fused functions, with the head's weight and the scale and soft cap that the
+model's config names. The first call compares this with the model's own logits, for models that make
+theirs in another way.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from opsd_kernels import LogitTransform, linear_divergence, linear_log_prob, reference
+from opsd_kernels.adapters import divergence_of
+
+# --- The loss ---
+
+
+def chunked_divergence_loss(
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    student_lm_head_weight: Tensor,
+    teacher_lm_head_weight: Tensor,
+    completion_mask: Tensor,
+    beta: float,
+    num_items_in_batch: Tensor | int | None = None,
+    student_lm_head_bias: Tensor | None = None,
+    teacher_lm_head_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
+    **kernel_options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, sum of the student's entropies, number of tokens): trl.trainer.distillation_trainer's
+    function `_chunked_divergence_loss`, argument for argument.
+
+    hidden states [B, K, D] and [B, K, D_t], weights [V, D] and [V, D_t], mask [B, K]. The loss is
+    the sum over tokens of mask 1, divided by `num_items_in_batch` or else by their number. The
+    heads take the hidden states' dtype; DTensor heads are not gathered.
+    """
+    if student_final_logit_softcapping != teacher_final_logit_softcapping:
+        raise ValueError(
+            f"teacher_final_logit_softcapping: got {teacher_final_logit_softcapping}, must be the "
+            f"student's, {student_final_logit_softcapping}"
+        )
+    shared = teacher_lm_head_weight is student_lm_head_weight
+    shared = shared and teacher_lm_head_bias is student_lm_head_bias
+    scale = teacher_logit_scale / student_logit_scale
+    if scale != 1.0:  # one scale serves both: the teacher's product brings the rest
+        teacher_hidden_states = teacher_hidden_states * scale
+        if teacher_lm_head_bias is not None:
+            teacher_lm_head_bias, shared = teacher_lm_head_bias * scale, False
+    dtype = torch.promote_types(student_hidden_states.dtype, teacher_hidden_states.dtype)
+    student, teacher, weight, teacher_weight, bias, teacher_bias = (
+        None if x is None else x.to(dtype)
+        for x in (
+            student_hidden_states,
+            teacher_hidden_states,
+            student_lm_head_weight,
+            None if shared else teacher_lm_head_weight,
+            student_lm_head_bias,
+            None if shared else teacher_lm_head_bias,
+        )
+    )
+    counts = (completion_mask != 0).float()
+    result = linear_divergence(
+        student,
+        teacher,
+        weight,
+        teacher_weight,
+        bias=bias,
+        teacher_bias=teacher_bias,
+        temperature=temperature,
+        logit_scale=student_logit_scale,
+        logit_softcap=student_final_logit_softcapping,
+        token_weight=counts,
+        reduction="sum",
+        **divergence_of(beta),
+        **kernel_options,
+    )
+    number = counts.sum().long()
+    items = number.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    items = items.to(result.loss.device) if isinstance(items, Tensor) else items
+    return result.loss / items, result.student_entropy.sum(), number
+
+
+# --- What a model hands its head ---
+
+
+def output_head(model: nn.Module) -> nn.Linear:
+    """The model's head, which must be a plain linear layer: not one with an adapter of its own."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"model: its head is a {type(head).__name__}, must be a torch.nn.Linear; without an "
+            "adapter on it, if that is PEFT's"
+        )
+    return head
+
+
+def logit_transform(model: nn.Module) -> dict[str, float | None]:
+    """The logit scale and soft cap that the model's config names, as arguments of
+    `linear_divergence`.
+    """
+    config = model.config.get_text_config()
+    scale = None
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale = getattr(config, name, None) if scale is None else scale
+    scaling = getattr(config, "logits_scaling", None)
+    if scale is None and scaling is not None:  # Granite divides by it, HyperCLOVA X multiplies
+        scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    return {
+        "logit_scale": 1.0 if scale is None else scale,
+        "logit_softcap": getattr(config, "final_logit_softcapping", None),
+    }
+
+
+def head_inputs(model: nn.Module, head: nn.Linear, **inputs: Any) -> Tensor:
+    """[B, L, D]: what `model`, called with `inputs`, hands its `head`. No logits are made."""
+    return _run(model, head, lambda hidden: hidden[:, :0], inputs)[0]
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, bare: nn.Module, input_ids: Tensor) -> None:
+    """Raise ValueError where the logits of `model`, which may wrap the `bare` one, are not those
+    that its head and config make.
+    """
+    head, scale = output_head(bare), logit_transform(bare)
+    few = {"input_ids": input_ids[:1, :16], "use_cache": False}
+    hidden, logits = _run(model, head, lambda hidden: hidden, few)
+    transform = LogitTransform(scale=scale["logit_scale"], softcap=scale["logit_softcap"])
+    weight, bias = (_as(hidden, _whole(x)) for x in (head.weight, head.bias))
+    made = reference.logits(hidden, weight, bias, transform).float()
+    error = float((made - logits.float()).norm() / made.norm())
+    if not error < 0.02:  # bf16 rounds
+        raise ValueError(
+            f"model: {type(bare).__name__} makes its logits otherwise than its head and config say "
+            f"(they differ by {error:.0%}), must not; use TRL's own trainer"
+        )
+
+
+def _run(
+    model: nn.Module, head: nn.Linear, change: Callable[[Tensor], Tensor], inputs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """(the head's input, the model's logits) where the head works on the changed input."""
+    found: list[Tensor] = []
+
+    def take(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        found.append(arguments[0])
+        return (change(arguments[0]),)
+
+    hook = head.register_forward_pre_hook(take)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        hook.remove()
+    if len(found) != 1:
+        raise ValueError(f"model: called its head {len(found)} times, must call it once")
+    return found[0], logits
+
+
+def _whole(x: Tensor | None) -> Tensor | None:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+# --- The trainers ---
+
+
+class _Fused:
+    """A trainer whose loss is fused. `replaces`: the methods of TRL's that it replaces."""
+
+    replaces: ClassVar[tuple[str, ...]] = ()
+    kernel_options: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        trainers = [base for base in cls.__mro__ if not issubclass(base, _Fused)]
+        lacking = [n for n in cls.replaces if not any(n in vars(base) for base in trainers)]
+        if lacking and trainers != [object]:
+            raise TypeError(
+                f"{cls.__name__}: its trainer has no {', '.join(lacking)}, which trl 1.16's has; "
+                "this version of TRL does not fit"
+            )
+
+    def _inside(self, model: nn.Module, method: Callable[..., Any], *arguments: Any) -> Any:
+        """method(model without its wrapper, *arguments), run as the forward of the wrapper: so that
+        DDP and FSDP see all of it.
+        """
+        from trl.models.utils import _ForwardRedirection
+
+        bare = self.accelerator.unwrap_model(model)
+        return _ForwardRedirection()(model, bare, method, bare, *arguments)
+
+    def _head_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        bare = self.accelerator.unwrap_model(model)
+        checked = self.__dict__.setdefault("_checked", set())
+        if id(bare) not in checked:
+            check_head(model, bare, inputs["input_ids"])
+            checked.add(id(bare))
+        return head_inputs(model, output_head(bare), **inputs)
+
+
+class FusedGKD(_Fused):
+    """For GKDTrainer. Its loss is at temperature 1 whatever it samples at, here as there."""
+
+    replaces = ("compute_loss",)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As GKDTrainer's; with `return_outputs` the outputs hold no logits."""
+        self.teacher_model.eval()
+        loss = self._inside(model, self._fused_loss, inputs, num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _fused_loss(self, student: nn.Module, inputs: dict, num_items_in_batch) -> Tensor:
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        hidden = self._head_inputs(student, tokens)
+        with torch.no_grad():
+            teacher_hidden = self._head_inputs(self.teacher_model, tokens)
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        head, teacher_head = output_head(student), output_head(teacher)
+        scales, teacher_scales = logit_transform(student), logit_transform(teacher)
+        loss, _, _ = chunked_divergence_loss(
+            hidden[:, :-1],
+            teacher_hidden[:, :-1],
+            head.weight,
+            teacher_head.weight,
+            inputs["labels"][:, 1:] != -100,
+            self.beta,
+            num_items_in_batch,
+            head.bias,
+            teacher_head.bias,
+            scales["logit_scale"],
+            teacher_scales["logit_scale"],
+            scales["logit_softcap"],
+            teacher_scales["logit_softcap"],
+            **self.kernel_options,
+        )
+        return loss
+
+
+class FusedSDFT(_Fused):
+    """For SDFTTrainer with `distillation_mode` "full_logits" or "sampled_token"."""
+
+    replaces = ("compute_loss", "_compute_rollout_logps")
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        mode = self.args.distillation_mode
+        if mode not in ("full_logits", "sampled_token"):
+            raise ValueError(
+                f"distillation_mode: got {mode!r}, must be 'full_logits' or 'sampled_token' for "
+                "FusedSDFT; SDFTTrainer itself has the others"
+            )
+        if self.use_teacher_server:
+            raise ValueError("use_teacher_server: got True, must be False for FusedSDFT")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As SDFTTrainer's."""
+        if return_outputs:
+            raise ValueError("return_outputs: got True, must be False: SDFTTrainer has no outputs")
+        loss, metric = self._inside(model, self._fused_loss, inputs)
+        mode = "train" if model.training else "eval"
+        self._log_self_distillation_metric(mode, self.accelerator.gather(metric).mean().item())
+        return loss / (self.current_gradient_accumulation_steps if self.model.training else 1.0)
+
+    def _fused_loss(self, student: nn.Module, inputs: dict) -> tuple[Tensor, Tensor]:
+        """(loss, mean over tokens)."""
+        targets, mask = inputs["completion_ids"], inputs["completion_mask"].float()
+        first = self.num_loss_tokens_to_skip
+        mask = mask * (torch.arange(mask.shape[1], device=mask.device) >= first)
+        hidden = self._completion_states(student, *self._student_tokens(inputs), targets)
+        with torch.no_grad(), self._get_teacher_context_for_self_distillation():
+            teacher_tokens = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
+            teacher_hidden = self._completion_states(self.teacher_model, *teacher_tokens, targets)
+        head = output_head(student)
+        teacher_head = output_head(self.accelerator.unwrap_model(self.teacher_model))
+        if self.args.distillation_mode == "sampled_token":
+            log_prob = self._log_prob(student, head, hidden, targets)
+            with torch.no_grad():
+                teacher = self._log_prob(student, teacher_head, teacher_hidden, targets)
+            ratio = self._importance(log_prob.detach(), inputs)
+            per_token = (log_prob.detach() - teacher) * log_prob * ratio
+            loss = (per_token * _shares(mask)).sum()
+            return loss, ((per_token.detach() * mask).sum() / mask.sum().clamp(min=1)).detach()
+        ratio = torch.ones_like(mask)
+        if self._corrects(inputs):
+            with torch.no_grad():
+                ratio = self._importance(self._log_prob(student, head, hidden, targets), inputs)
+        weight, bias = (_as(hidden, x) for x in (head.weight, head.bias))
+        shared = teacher_head is head
+        result = linear_divergence(
+            hidden,
+            teacher_hidden,
+            weight,
+            None if shared else _as(hidden, teacher_head.weight),
+            bias=bias,
+            teacher_bias=None if shared else _as(hidden, teacher_head.bias),
+            temperature=self.temperature,
+            token_weight=_shares(mask) * ratio,
+            reduction="sum",
+            **divergence_of(self.args.distillation_alpha),
+            **logit_transform(student),
+            **self.kernel_options,
+        )
+        total = (result.per_token * ratio * mask).sum()
+        return result.loss, total / mask.sum().clamp(min=1)
+
+    def _student_tokens(self, inputs: dict) -> tuple[Tensor, Tensor]:
+        return (
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+        )
+
+    def _completion_states(
+        self, model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor
+    ) -> Tensor:
+        """[B, K, D]: those that predict the K completion tokens."""
+        length = targets.shape[1]
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if "logits_to_keep" in self.model_kwarg_keys:
+            inputs["logits_to_keep"] = length + 1
+        return self._head_inputs(model, inputs)[:, -length - 1 : -1]
+
+    def _log_prob(self, student, head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+        """[B, K] at the trainer's temperature."""
+        return linear_log_prob(
+            hidden,
+            _as(hidden, head.weight),
+            targets,
+            bias=_as(hidden, head.bias),
+            temperature=self.temperature,
+            **logit_transform(student),
+            **self.kernel_options,
+        ).log_prob
+
+    def _corrects(self, inputs: dict) -> bool:
+        bound = self.args.distillation_is_clip
+        return bound is not None and inputs.get("old_per_token_logps") is not None
+
+    def _importance(self, log_prob: Tensor, inputs: dict) -> Tensor:
+        """[B, K]: the student's probabilities now to those at the rollout, bounded."""
+        if not self._corrects(inputs):
+            return torch.ones_like(log_prob)
+        change = (log_prob - inputs["old_per_token_logps"]).clamp(-20.0, 20.0)
+        return change.exp().clamp(max=self.args.distillation_is_clip)
+
+    def _compute_rollout_logps(self, prompt_ids, prompt_mask, completion_ids, completion_mask):
+        """As SDFTTrainer's: only where a batch is trained on more than once."""
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        if self.args.gradient_accumulation_steps % generate_every == 0:
+            return None
+        inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
+        inputs |= {"completion_ids": completion_ids, "completion_mask": completion_mask}
+
+        def log_prob(student: nn.Module) -> Tensor:
+            tokens = self._student_tokens(inputs)
+            hidden = self._completion_states(student, *tokens, completion_ids)
+            return self._log_prob(student, output_head(student), hidden, completion_ids)
+
+        with torch.no_grad():
+            return self._inside(self.model, log_prob)
+
+
+class FusedDistillation(_Fused):
+    """For DistillationTrainer, which has a chunked loss of its own: the same, faster."""
+
+    replaces = ("_compute_loss",)
+
+    def _compute_loss(self, *arguments, **options):
+        """As DistillationTrainer's."""
+        from trl.trainer import distillation_trainer
+
+        fused = functools.partial(chunked_divergence_loss, **self.kernel_options)
+        with mock.patch.object(distillation_trainer, "_chunked_divergence_loss", fused):
+            return super()._compute_loss(*arguments, **options)
+
+
+def _as(hidden: Tensor, x: Tensor | None) -> Tensor | None:
+    """A head's part in the hidden states' dtype, as autocast would make it."""
+    return None if x is None else x.to(hidden.dtype)
+
+
+def _shares(mask: Tensor) -> Tensor:
+    """[B, K]: each token's share of a mean over sequences of the mean over their tokens."""
+    return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)
