@@ -387,12 +387,22 @@ class OPSDTrainer(WholeCheckpoints):
             self.on_step(line)
             self._step = {}
             logs = {key: value for key, value in line.items() if isinstance(value, int | float)}
-            counters = self.run_log.counters
-            spent = counters.generated_tokens or counters.trained_tokens
-            budget = self.config.train.token_budget
-            if budget is not None and spent >= budget:
+            if self._is_done():
                 self.control.should_training_stop = True
         super().log(logs, start_time)
+
+    def _is_done(self) -> bool:
+        counters, budget = self.run_log.counters, self.config.train.token_budget
+        spent = counters.generated_tokens or counters.trained_tokens
+        if budget is not None and spent >= budget:
+            return True
+        return self.state.global_step >= self.config.train.steps
+
+    def _run_epoch(self, **arguments) -> None:
+        if self._is_done():  # resumed from the last checkpoint, after which Trainer takes a step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**arguments)
 
     def _save_optimizer_and_scheduler(self, output_dir) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -189,8 +189,16 @@ def test_resuming_changes_nothing(method, files, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_finished_run_can_be_resumed_without_harm(files, tmp_path):
-    config = short_config(*files, tmp_path / "run", method="sft")
+@pytest.mark.parametrize(
+    ("train", "steps"),
+    [
+        ({"steps": 4}, [0, 2, 4]),  # an epoch
+        ({"steps": 3, "save_every": 3}, [0, 2, 3]),  # a part of one, which Trainer would go on with
+        ({"steps": 4, "save_every": 1, "token_budget": 150}, [0, 2]),
+    ],
+)
+def test_a_finished_run_can_be_resumed_without_harm(train, steps, files, tmp_path):
+    config = short_config(*files, tmp_path / "run", method="sft", train=train)
     directory = execute(config)
     before = (
         (directory / "metrics.jsonl").read_text(),
@@ -200,8 +208,7 @@ def test_a_finished_run_can_be_resumed_without_harm(files, tmp_path):
     assert (directory / "metrics.jsonl").read_text() == before[0]
     after = load_file(directory / "model" / "model.safetensors")
     assert all(torch.equal(after[name], before[1][name]) for name in after)
-    steps = [line["step"] for line in read_lines(directory / "evaluations.jsonl")]
-    assert steps == [0, 2, 4]
+    assert [e["step"] for e in read_lines(directory / "evaluations.jsonl")] == steps
 
 
 @pytest.fixture

@@ -1,0 +1,88 @@
+"""Every method, by every teacher, of all weights or adapters, in fp32 or bf16, learns a batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_teachers import wider  # noqa: F401 - a fixture: another model with the same vocabulary
+from training_cases import ROWS, short_config, write_model, write_rows
+
+from opsd import train as training
+from opsd.adapters import add_adapters
+from opsd.models import load_model
+from opsd.objectives import Problem, Totals
+from opsd.prompts import Prompts
+from opsd.rollout import Rollout
+from opsd.step import OPSDStep
+from opsd.teacher import make_teacher
+
+ROLLOUTS = ([5, 6, 7, 8], [9, 4, 11], [8, 8], [3, 12, 5, 5, 6])
+LORA = {"lora": {"rank": 4, "alpha": 16}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base")
+    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize(
+    ("method", "policy"),
+    [
+        ("opsd", "initial"),
+        ("opsd", "live"),
+        ("opsd", "ema"),
+        ("opsd", "model"),
+        ("distill", "model"),
+        ("grpo", "initial"),
+        ("sft", "initial"),
+    ],
+)
+def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, files, wider):  # noqa: F811
+    teacher = {"policy": policy, **({"path": str(wider)} if policy == "model" else {})}
+    config = short_config(
+        *files,
+        Path("unused"),
+        method=method,
+        teacher=teacher,
+        rollout={"per_problem": 2},
+        train={"precision": precision},
+        model=LORA if adapters else {},
+    )
+    torch.manual_seed(0)
+    model, tokenizer = load_model(config.model, dtype=training.weights_dtype(config))
+    if adapters:
+        model = add_adapters(model, config.model)
+    made, average = make_teacher(config, model, tokenizer, model)
+    prompts = Prompts(config.prompts, tokenizer)
+    problems = [
+        Problem(row, prompts.context(row), [Rollout(ids, True) for ids in pair])
+        for row, pair in zip(ROWS, (ROLLOUTS[:2], ROLLOUTS[2:]), strict=False)
+    ]
+    scorer = model if policy == "live" else made
+    objective = training.make_objective(
+        config, scorer, prompts, tokenizer, None, lambda completion, answer: len(completion)
+    )
+    samples, _ = objective.samples(problems)
+    step = OPSDStep(model.train(), objective)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rate = 1e-2 if adapters else 1e-3
+    trains = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trains, rate, weight_decay=0), []
+    for _ in range(8):
+        if average is not None:
+            average.follow(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = step(samples, Totals())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1 * abs(losses[0]), losses
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all("lora_" in name for name in moved) == adapters
+    kind = {torch.float32} if not adapters or precision == "fp32" else {torch.bfloat16}
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" not in n} == kind
+    assert all(p.dtype == torch.float32 for p in trains)
