@@ -1,6 +1,7 @@
 """The training step: what is packed, checked and logged, on one process, two, and with adapters."""
 
 import os
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -77,6 +78,13 @@ def test_the_check_passes_and_sharing_is_refused_where_it_differs(monkeypatch):
     monkeypatch.setattr(prefix.stream, "packed_attention", wrong)
     with pytest.raises(UserError, match="--no-share"):
         step.check_sharing(make_samples())
+
+
+def test_the_check_is_made_without_dropout():
+    model = make("OPT", {"dropout": 0.3})
+    step = OPSDStep(model.train(), OPSD(LossSection(backend="torch"), model))
+    assert step.check_sharing(make_samples()) < 1e-5
+    assert model.training
 
 
 def test_the_check_in_bf16_measures_by_what_bf16_costs_alone(monkeypatch):
@@ -184,6 +192,18 @@ def test_adapters_are_off_for_the_whole_stream_or_on_for_it(adapted):
         assert (on - off).abs().max() > 0.1
         base = make("Llama")
         assert (off - alone(base, groups)).abs().max() < 2e-5
+
+
+def test_what_is_kept_with_adapters_on_is_not_read_with_them_off(adapted):
+    prefix_ids, rollouts = ids(20)[0], ids(5, 4, seed=2)
+    batches = [[(prefix_ids, [rollout])] for rollout in rollouts]
+    contexts = [{tuple(prefix_ids.tolist())}] * 2
+    with torch.no_grad(), prefix.keeping(prefix.KeptPrefixes(contexts, [])):
+        for batch in batches:
+            for off in (False, True):
+                with adapted.disable_adapter() if off else nullcontext():
+                    states = shared_prefix_hidden_states(adapted, batch)
+                    assert (states - alone(adapted, batch)).abs().max() < 2e-5
 
 
 def test_batches_of_a_step_are_groups_in_order():

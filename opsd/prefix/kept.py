@@ -9,7 +9,7 @@ from these. What is held meanwhile, beside the prefix's activations, are the lea
 Where nothing trains, as with most teachers, keys and values are all there is to keep.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from opsd.adapters import adapter_state
 from opsd.prefix.layout import Layout
 from opsd.prefix.stream import Keep, Kept, run
 
@@ -66,7 +67,7 @@ class KeptPrefixes:
         }
         self.training = self._last.keys() & set(training)
         self._done = -1
-        self._run: dict[tuple[nn.Module, Ids, bool], _Prefix] = {}
+        self._run: dict[tuple[nn.Module, Ids, bool, Hashable], _Prefix] = {}
 
     def batch_done(self) -> None:
         """A micro-batch's backward has been: that of the prefixes whose last it was follows."""
@@ -82,7 +83,7 @@ class KeptPrefixes:
         trains = torch.is_grad_enabled()
         if ids not in self or (trains and ids not in self.training):
             return None
-        key = model.get_decoder(), ids, trains
+        key = model.get_decoder(), ids, trains, adapter_state(model)
         if key not in self._run:
             self._run[key] = _run_prefix(model, ids)
         return self._run[key].leaves
