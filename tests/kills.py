@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -78,9 +79,16 @@ def finish(child: int) -> None:
         time.sleep(0.005)
 
 
-def kill(child: int, directory: Path, draw: random.Random, duration: float) -> str | None:
-    """Kill the process at a random moment; returns which, or None where it was over before."""
-    moment = draw.choice([*MOMENTS, *["any time"] * len(MOMENTS)])
+def moments(draw: random.Random) -> Iterator[str]:
+    """When to kill: half of the times any time, else each of MOMENTS as often as the others."""
+    while True:
+        deck = [*MOMENTS, *["any time"] * len(MOMENTS)]
+        draw.shuffle(deck)
+        yield from deck
+
+
+def kill(child: int, directory: Path, moment: str, draw: random.Random, duration: float) -> bool:
+    """Kill the process at this moment; returns whether it was not over before."""
     begun = time.monotonic()
     if moment == "any time":
         until = begun + draw.uniform(0, duration)
@@ -97,12 +105,12 @@ def kill(child: int, directory: Path, draw: random.Random, duration: float) -> s
 
     while not due():
         if ended(child):
-            return None
+            return False
     if moment != "any time":
         time.sleep(draw.uniform(0, 0.02))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return moment
+    return True
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
@@ -148,28 +156,28 @@ def trials(kills: int, method: str, seed: int, root: Path) -> int:
     duration, wanted = time.monotonic() - begun, outcome(directory)
     steps = [line["step"] for line in wanted["metrics.jsonl"]]
     assert steps == [1, 2, 3, 4, 5, 6], steps
-    draw, done, failed, moments = random.Random(seed), 0, 0, Counter()
+    draw, done, failed, counts = random.Random(seed), 0, 0, Counter()
+    deck = moments(draw)
     while done < kills:
         config, directory = configured("disturbed")
         shutil.rmtree(directory, ignore_errors=True)
         hits, resume = [], False
         # Now and then a run is killed again after it was resumed.
         for _ in range(draw.choice([1, 1, 2])):
-            child = run(config, resume)
-            moment = kill(child, directory, draw, duration)
-            resume = directory.exists()
-            if moment is None:
+            child, moment = run(config, resume), next(deck)
+            if not kill(child, directory, moment, draw, duration):
                 break
+            resume = directory.exists()
             hits.append(moment)
         if not hits:
             continue
         finish(run(config, True))
         found = differences(wanted, outcome(directory))
         done, failed = done + len(hits), failed + bool(found)
-        moments.update(hits)
+        counts.update(hits)
         state = f"differs in {', '.join(found)}" if found else "bit for bit the same"
         print(f"{done:3d}  killed at {', '.join(hits)}: {state}", flush=True)
-    where = ", ".join(f"{count} at {moment}" for moment, count in moments.items())
+    where = ", ".join(f"{count} at {moment}" for moment, count in counts.items())
     print(f"{method}: {done} kills ({where}); {failed} runs ended differently")
     return failed
 
