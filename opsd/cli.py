@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.debug:
             raise
         if said_elsewhere(error):
+            time.sleep(2)  # launchers end all processes with the first
             return 1
         print(f"opsd: {error}", file=sys.stderr)
         return 1
