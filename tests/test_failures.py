@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_cases import short_config, write_model, write_rows
+from transformers import TrainerCallback
 
 from opsd.cli import main
 from opsd.config import save_config
@@ -311,6 +312,27 @@ def test_a_logger_that_is_not_installed_is_one_line(run, monkeypatch, capsys):
     assert run("output.report_to=[wandb]") == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert "output.report_to has 'wandb': it needs pip install wandb" in message
+
+
+def test_steps_reach_trainers_loggers(run, tmp_path, monkeypatch):
+    """W&B and TensorBoard are callbacks of Trainer; this one notes what they are given."""
+    seen = []
+
+    class Logger(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            seen.append((list(args.report_to), state.global_step, logs))
+
+    monkeypatch.setattr("opsd.checks._installed", lambda package: True)
+    monkeypatch.setattr(
+        "transformers.trainer.get_reporting_integration_callbacks", lambda names: [Logger]
+    )
+    assert run(output={"report_to": ["tensorboard"], "dir": str(tmp_path / "run")}) == 0
+    steps = [logs for _, _, logs in seen if "divergence" in logs]
+    assert seen[0][0] == ["tensorboard"] and len(steps) == 4
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    for logged, line in zip(steps, lines, strict=True):
+        wanted = {k: v for k, v in line.items() if isinstance(v, int | float)}
+        assert wanted and {k: logged.get(k) for k in wanted} == wanted
 
 
 def test_accelerates_own_splitting_is_refused(run, monkeypatch, capsys):
