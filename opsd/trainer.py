@@ -98,7 +98,8 @@ class OPSDTrainer(WholeCheckpoints):
             keep=self.processes.count == 1 and config.train.gradient_checkpointing != "reentrant",
         )
         if self.micro_step.share:
-            self._kernel = try_kernel(model, self._dtype)
+            # FSDP2 brings the model to its device later; the copy that decodes is there.
+            self._kernel = try_kernel(getattr(sampler, "whole", None) or model, self._dtype)
         self._note, self._sharing_checked, self._engine_checked = note, False, False
         self._split_told = False
         self._step: dict[str, float] = {}

@@ -29,6 +29,12 @@ def files(tmp_path_factory):
     return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Which takes longer than these runs."""
+    monkeypatch.setattr("opsd.train.write_report", lambda directory: None)
+
+
 @pytest.fixture
 def run(files, tmp_path):
     """Runs `opsd train`; returns its exit code."""
@@ -162,7 +168,7 @@ def test_memory_that_never_suffices_is_one_line(run, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
     monkeypatch.setattr(OPSDStep, "forward", forward)
-    assert run() == 1
+    assert run("train.micro_batch_tokens=100") == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert "train.micro_batch_tokens is" in message and "memory has run out" in message
 
@@ -194,12 +200,12 @@ def test_two_runs_in_one_directory_are_refused(run, tmp_path, capsys):
 
 
 def test_what_a_killed_run_left_is_cleared(run, tmp_path):
-    directory = tmp_path / "run"
-    assert run() == 0
+    directory, once = tmp_path / "run", "train.steps=1"
+    assert run(once) == 0
     for name in ("checkpoint.part", "model.part"):
         (directory / name).mkdir()
     (directory / "summary.json.part").touch()
-    assert run("--resume") == 0
+    assert run(once, "--resume") == 0
     assert not list(directory.glob("*.part"))
 
 

@@ -24,6 +24,12 @@ def files(tmp_path_factory):
     return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Which takes longer than these runs."""
+    monkeypatch.setattr("opsd.train.write_report", lambda directory: None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_eight_bits_round_to_half_a_step(dtype, bias):
