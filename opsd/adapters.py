@@ -190,15 +190,16 @@ def merge_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
         raise UserError(f"the adapter in {str(path)!r} does not fit its model: {first}") from error
 
 
-def four_bits() -> object:
-    """transformers' description of QLoRA's 4-bit weights: NF4, its scales quantised as well."""
+def four_bits(dtype: torch.dtype) -> object:
+    """transformers' description of QLoRA's 4-bit weights: NF4, its scales quantised as well, with
+    products in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from opsd.errors import UserError
+
 LEVELS = 127
 
 
@@ -36,12 +38,25 @@ class Int8Linear(nn.Module):
 
 @torch.no_grad()
 def quantize(model: PreTrainedModel) -> PreTrainedModel:
-    """Put the decoder's linear layers in 8 bits, in place; returns the model."""
-    decoder = model.get_decoder()
-    for parent in list(decoder.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, Int8Linear(child))
+    """Put the decoder's linear layers in 8 bits, in place; returns the model.
+
+    Raises UserError where most of its layers' weights are elsewhere, as in mixtures of experts.
+    """
+    linear = [
+        (parent, name, child)
+        for parent in decoder_layers(model).modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear
+    ]
+    size = sum(child.weight.numel() for _, _, child in linear)
+    whole = sum(parameter.numel() for parameter in decoder_layers(model).parameters())
+    if size < whole / 2:
+        raise UserError(
+            f"teacher.quantize is 'int8': of {type(model).__name__}'s layers only "
+            f"{size / whole:.0%} are plain linear layers, which it is for"
+        )
+    for parent, name, child in linear:
+        setattr(parent, name, Int8Linear(child))
     return model
 
 
@@ -87,5 +102,10 @@ def _place(homes: list[Home], device: torch.device | str = "cpu") -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's blocks: its longest list of modules."""
-    return max((m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)), key=len)
+    """The decoder's blocks: its longest list of modules. Raises UserError where it has none."""
+    lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise UserError(
+            f"teacher.path: {type(model).__name__} has no list of layers to quantize or offload"
+        )
+    return max(lists, key=len)

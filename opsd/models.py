@@ -62,7 +62,7 @@ def load_model(
         arguments["gguf_file"] = section.gguf_file
     placing = {}
     if section.lora is not None and section.lora.quantize == "nf4":
-        placing = {"quantization_config": four_bits(), "device_map": {"": device}}
+        placing = {"quantization_config": four_bits(dtype), "device_map": {"": device}}
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.path, **arguments)
         model = AutoModelForCausalLM.from_pretrained(

@@ -256,13 +256,13 @@ class OPSDTrainer(WholeCheckpoints):
             for share in self.micro_step.shares(samples, count)
         ]
         own, most = parts[self.processes.index], max(map(len, parts))
-        # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since
-        # what runs in fp32 there is meant to.
-        # Nor may a process run its weights more often than others, where they are split.
+        # A process may not run weights that are split more often than the others do.
         kept = KeptPrefixes([], [])
         if not self.is_fsdp_enabled:
             kept = self.micro_step.kept_prefixes(own, self.budget)
         self._tell_of_split(kept, samples)
+        # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since
+        # what runs in fp32 there is meant to.
         with self._autocast(), keeping(kept):
             for number in range(most):
                 # All processes exchange weights or gradients as often: one with fewer batches runs

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from opsd.cli import main
 from opsd.config import save_config
+from opsd.errors import UserError
 from opsd.frugal import Int8Linear, decoder_layers, offload, quantize
 from opsd.hidden import Scored, rollout_hidden_states
 from opsd.models import load_model
@@ -58,6 +59,12 @@ def test_a_model_in_eight_bits_is_close_and_small():
         states = [rollout_hidden_states(m, SEQUENCES) for m in (model, plain)]
     difference = (states[0] - states[1]).abs().max() / states[1].abs().max()
     assert 0 < difference < 0.05
+
+
+def test_experts_that_are_not_linear_layers_are_not_quantized():
+    """transformers holds all experts of a layer in one tensor."""
+    with pytest.raises(UserError, match=r"teacher\.quantize is 'int8': of \w+'s layers only \d+%"):
+        quantize(make("Qwen3Moe"))
 
 
 def test_a_layer_is_on_the_device_only_while_it_runs():
