@@ -99,7 +99,7 @@ def _rows(options: argparse.Namespace) -> list[suite.Row]:
 def _candidates(row: suite.Row, device: str, only: str | None) -> tuple[dict, dict[str, str]]:
     found, missing = candidates.candidates(row.case.task, device)
     if not row.compiled:
-        found = {k: run for k, run in found.items() if k not in candidates.COMPILES}
+        found = {k: run for k, run in found.items() if k not in candidates.COMPILES[device]}
     if row.backends:
         more, lacking = candidates.our_backends(device)
         found, missing = found | more, missing | lacking

@@ -20,18 +20,18 @@ MOST_LOGITS = 2**29  # of the bare products: 2 GiB in fp32
 NUMBERED = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
 
-def ours(backend: str = "auto", budget: int | None = None) -> Run:
-    """opsd_kernels, by one backend, in a memory budget."""
+def ours(backend: str = "auto", budget: int | None = None, reduction: str = "mean") -> Run:
+    """opsd_kernels, by one backend, in a memory budget; the mean taken by it, or here ("none")."""
 
     def run(problem: Problem) -> Result:
         student, weight = problem.fresh()
-        options = {"backend": backend, "memory_budget": budget}
+        options = {"backend": backend, "memory_budget": budget, "reduction": reduction}
         if problem.case.task == "log_prob":
-            loss = -linear_log_prob(student, weight, problem.targets, **options).log_prob.mean()
+            loss = -linear_log_prob(student, weight, problem.targets, **options).log_prob
         else:
             options["divergence"] = problem.case.task
             loss = linear_divergence(student, problem.teacher, weight, **options).loss
-        return _backward(loss, student, weight)
+        return _backward(loss.mean(), student, weight)
 
     return run
 
@@ -174,7 +174,8 @@ def _backward(loss: Tensor, student: Tensor, weight: Tensor) -> Result:
 
 # --- Who can run here ---
 
-COMPILES = {"compiled", "liger chunked", "cce"}  # what takes its first call to compile
+# What torch.compile works on in its first call.
+COMPILES = {"cpu": {"compiled", "liger chunked", "cce"}, "cuda": {"compiled", "liger chunked"}}
 
 
 def candidates(task: str, device: str) -> tuple[dict[str, Run], dict[str, str]]:
@@ -193,6 +194,7 @@ def candidates(task: str, device: str) -> tuple[dict[str, Run], dict[str, str]]:
     kernel = "logprob" if log_prob else "divergence"
     offer("trl", trl, f"trl.kernels.chunked_{kernel}")
     if log_prob:
+        found["ours, per token"] = ours(reduction="none")
         module = "cut_cross_entropy"
         triton = None if gpu else "its kernels are Triton's: needs a CUDA device"
         offer("cce", cce(impl="cce") if gpu else cce(impl="torch_compile"), module)

@@ -90,7 +90,7 @@ def measure(
     row |= {"seconds": {}, "cpu_seconds": {}, "peak_bytes": {}}
     ours, *others = run
     few = problem.first(CHECKED_TOKENS)
-    if COMPILES & set(run):
+    if COMPILES[device] & set(run):
         torch.compiler.reset()  # each case is compiled for its own shape
     kept, reference = {}, None
     for name in (ours, *others):

@@ -23,6 +23,7 @@ from matplotlib import pyplot
 AXES = {"tokens": "N, tokens", "vocabulary": "V, vocabulary", "width": "D, hidden width"}
 COLOURS = {
     "ours": "#d62728",
+    "ours, per token": "#ff9896",
     "gemms": "#555555",
     "dense": "#1f77b4",
     "compiled": "#17becf",

@@ -5,6 +5,8 @@ be.
 import torch
 from torch import Tensor
 
+from opsd_kernels import gemm
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -62,19 +64,22 @@ def check_rows(name: str, x: Tensor, hidden_name: str, hidden: Tensor) -> None:
         )
 
 
-def check_targets(targets: Tensor, vocabulary: int | None) -> None:
-    """Integers in [0, V). The range is checked on the CPU only, elsewhere it would wait for the
-    device, and not where V is split over ranks (None), nor of fake tensors, which have no values.
+def check_targets(targets: Tensor, token_weight: Tensor | None, vocabulary: int | None) -> None:
+    """Integers in [0, V), where their weight is not 0. The range is checked on the CPU only,
+    elsewhere it would wait for the device, and not where V is split over ranks (None).
     """
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets: got {describe(targets)}, must be integers")
-    known = vocabulary is not None and targets.device.type == "cpu" and type(targets) is Tensor
-    if known and targets.numel() and not torch.compiler.is_compiling():
-        low, high = int(targets.min()), int(targets.max())
+    known = vocabulary is not None and targets.device.type == "cpu"
+    if not known or torch.compiler.is_compiling():
+        return
+    counted = targets if token_weight is None else targets[token_weight != 0]
+    if counted.numel():
+        low, high = int(counted.min()), int(counted.max())
         if low < 0 or high >= vocabulary:
             raise ValueError(
-                f"targets: got values from {low} to {high}, must lie in "
-                f"[0, {vocabulary - 1}]; leave ignored tokens out"
+                f"targets: got values from {low} to {high}, must lie in [0, {vocabulary - 1}]; "
+                "give ignored tokens a token_weight of 0"
             )
 
 
@@ -85,6 +90,22 @@ def wants_gradient(x: Tensor | None) -> bool:
 def check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, may be one of {', '.join(REDUCTIONS)}")
+
+
+def row_weights(
+    token_weight: Tensor | None, reduction: str, hidden_name: str, hidden: Tensor
+) -> Tensor:
+    """[N]: what each token's value counts in the reduction. Constants: without a gradient."""
+    n_tokens, dtype = hidden.shape[:-1].numel(), gemm.tile_dtype(hidden.dtype)
+    if token_weight is None:
+        share = 1.0 / max(n_tokens, 1) if reduction == "mean" else 1.0
+        return hidden.new_full((n_tokens,), share, dtype=dtype)
+    check_rows("token_weight", token_weight, hidden_name, hidden)
+    row_weight = token_weight.detach().reshape(-1).to(dtype)
+    if reduction == "mean":
+        total = row_weight.sum()
+        row_weight = row_weight / torch.where(total == 0, 1.0, total)
+    return row_weight
 
 
 def check_budget(memory_budget: int | None) -> None:

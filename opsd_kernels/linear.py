@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from opsd_kernels import arguments, gemm
@@ -48,14 +47,7 @@ class Options(NamedTuple):
 def _run(
     tensors: Sequence[Tensor | None], row_weight: Tensor, options: Options, gradients: bool
 ) -> tuple[Tensor | None, ...]:
-    """The operator's work, with tokens of weight 0 left out."""
     student, teacher, weight, teacher_weight, bias, teacher_bias = tensors
-    n_tokens, keep = student.shape[0], None
-    if options.drop_zeros:
-        # The one synchronisation of a call. Dropped, not multiplied by zero: NaN * 0 is NaN, and
-        # the products would be wasted.
-        keep = row_weight.nonzero().squeeze(-1)
-        student, teacher, row_weight = student[keep], teacher[keep], row_weight[keep]
     dtype = gemm.tile_dtype(student.dtype)
     bias, teacher_bias = (
         None if b is None else b.to(dtype).contiguous() for b in (bias, teacher_bias)
@@ -78,20 +70,14 @@ def _run(
         if options.group is None
         else Shards.agree(options.group, weight.shape[0], student.shape[0], student.device),
     )
-    loss = row_weight * stats[LOSS]
-    if keep is not None:
-        loss = loss.new_zeros(n_tokens).index_copy_(0, keep, loss)
-        stats = stats.new_zeros((stats.shape[0], n_tokens)).index_copy_(1, keep, stats)
-        if d_hidden is not None:
-            everything = d_hidden.new_zeros((n_tokens, d_hidden.shape[1]))
-            d_hidden = everything.index_copy_(0, keep, d_hidden)
-    return loss, stats, d_hidden, d_weight, d_bias
+    return row_weight * stats[LOSS], stats, d_hidden, d_weight, d_bias
 
 
 _operator = FusedOperator(
     "linear_divergence",
     _run,
     tensors=("student", "teacher", "weight", "teacher_weight?", "bias?", "teacher_bias?"),
+    by_token=("student", "teacher"),
     trainable=("student", "weight", "bias"),
     options=Options,
     statistics=6,
@@ -222,17 +208,7 @@ def linear_divergence(
 
     leading = student_hidden.shape[:-1]
     n_tokens = leading.numel()
-    dtype = gemm.tile_dtype(student_hidden.dtype)
-    if token_weight is None:
-        share = 1.0 / max(n_tokens, 1) if reduction == "mean" else 1.0
-        row_weight = student_hidden.new_full((n_tokens,), share, dtype=dtype)
-    else:
-        arguments.check_rows("token_weight", token_weight, "student_hidden", student_hidden)
-        row_weight = token_weight.detach().reshape(-1).to(dtype)
-        if reduction == "mean":
-            total = row_weight.sum()
-            row_weight = row_weight / torch.where(total == 0, 1.0, total)
-
+    row_weight = arguments.row_weights(token_weight, reduction, "student_hidden", student_hidden)
     placed = placed.with_tokens(n_tokens, student_hidden.device)
     loss, stats = _operator(
         (

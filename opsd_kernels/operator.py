@@ -9,8 +9,8 @@ only scales them: by one scalar for the sum, row by row (dh) for the per-token l
 rows add up (dW, dbias) while their share is known in backward alone, backward runs it again.
 
 An operator's schema has tensors and scalars only: the small descriptions travel as their fields, in
-a NamedTuple with the fields want_hidden, want_weight, want_bias and others. Gradients that are not
-wanted come back as empty tensors.
+a NamedTuple with the fields drop_zeros (whether tokens of weight 0 are left out), want_hidden,
+want_weight, want_bias and others. Gradients that are not wanted come back as empty tensors.
 """
 
 import types
@@ -41,17 +41,19 @@ class FusedOperator:
         run: Callable[..., tuple[Tensor | None, ...]],
         *,
         tensors: Sequence[str],
+        by_token: tuple[str, ...],
         trainable: tuple[str, str, str],
         options: type,
         statistics: int,
     ) -> None:
-        """tensors: names in the schema, those with a "?" may be None. trainable: which of them are
-        the hidden states [N, D], the head [V, D] and its bias [V] that get gradients. statistics:
-        rows of what `run` returns as such, [statistics, N].
+        """tensors: names in the schema, those with a "?" may be None. by_token: which of them have
+        one row a token; trainable: which are the hidden states [N, D], the head [V, D] and its bias
+        [V] that get gradients. statistics: rows of what `run` returns as such, [statistics, N].
         """
         self.run, self.options, self.statistics = run, options, statistics
         names = [t.rstrip("?") for t in tensors]
         self.count, self.places = len(names), [names.index(t) for t in trainable]
+        self.by_token = [names.index(t) for t in by_token]
         declared = [
             f"Tensor{'?' * t.endswith('?')} {t.rstrip('?')}" for t in (*tensors, "row_weight")
         ]
@@ -85,9 +87,26 @@ class FusedOperator:
         return arguments[: self.count], arguments[self.count], arguments[self.count + 1 :]
 
     def _call(self, tensors, row_weight, options, gradients: bool):
+        run = self._without_zeros if options.drop_zeros else self.run
         with torch.amp.autocast(row_weight.device.type, enabled=False):
-            loss, statistics, *found = self.run(tensors, row_weight, options, gradients)
+            loss, statistics, *found = run(tensors, row_weight, options, gradients)
         return loss, statistics, *(row_weight.new_empty(0) if g is None else g for g in found)
+
+    def _without_zeros(self, tensors, row_weight, options, gradients: bool):
+        """`run` without the tokens of weight 0, which then get 0 everywhere.
+
+        The one synchronisation of a call. Dropped, not multiplied by zero: NaN * 0 is NaN, and the
+        products would be wasted.
+        """
+        n_tokens, keep = row_weight.shape[0], row_weight.nonzero().squeeze(-1)
+        kept = [x[keep] if k in self.by_token else x for k, x in enumerate(tensors)]
+        loss, stats, d_hidden, *others = self.run(kept, row_weight[keep], options, gradients)
+        loss = loss.new_zeros(n_tokens).index_copy_(0, keep, loss)
+        stats = stats.new_zeros((stats.shape[0], n_tokens)).index_copy_(1, keep, stats)
+        if d_hidden is not None:
+            everything = d_hidden.new_zeros((n_tokens, d_hidden.shape[1]))
+            d_hidden = everything.index_copy_(0, keep, d_hidden)
+        return loss, stats, d_hidden, *others
 
     def _forward(self, *arguments):
         tensors, row_weight, (per_token, *fields) = self._split(arguments)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import BACKENDS, LIMITS, SHAPES, make, relative_error
 
-from opsd_kernels import LogitTransform, linear_log_prob, reference
+from opsd_kernels import LogitTransform, gemm, linear_log_prob, reference
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable head", "frozen head"])
@@ -48,6 +48,83 @@ def test_log_prob(backend, shape, frozen):
                 assert relative_error(x, y) <= LIMITS[torch.float32][0]  # logits are fp32 anyhow
             for x, y in zip(got, want, strict=True):
                 assert x.dtype == dtype and relative_error(x, y) <= limit
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable head", "frozen head"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_and_reductions(backend, reduction, frozen):
+    """What tokens of weight 0 hold, NaN and targets of -100, does not leak; in one block and in
+    several.
+    """
+    n, v = 30, 167
+    token_weight = torch.rand(n) * (torch.arange(n) % 4 != 1)
+    targets = torch.randint(0, v, (n,))
+    for budget in (None, 12 * v * 4 * 8 + 2**17, 9000):
+        case = make(n, v, 12, bias=True).require_grad()
+        with torch.no_grad():
+            case.student[token_weight == 0] = torch.nan
+        targets[token_weight == 0] = -100
+        inputs = (case.student,) if frozen else (case.student, case.weight, case.bias)
+        result = linear_log_prob(
+            case.student,
+            case.weight if not frozen else case.weight.detach(),
+            targets,
+            bias=case.bias if not frozen else case.bias.detach(),
+            token_weight=token_weight,
+            reduction=reduction,
+            memory_budget=budget,
+            backend=backend,
+        )
+        truth = case.to(torch.float64).require_grad()
+        with torch.no_grad():
+            truth.student.nan_to_num_(0.0)
+        log_p, entropy = reference.linear_log_prob(
+            truth.student, truth.weight, targets.clamp(min=0), bias=truth.bias
+        )
+        weighted = token_weight.double() * log_p
+        if reduction != "none":
+            weighted = weighted.sum() / (token_weight.sum() if reduction == "mean" else 1.0)
+        assert relative_error(result.log_prob, weighted) < 1e-5
+        keep = (token_weight != 0).double()
+        assert relative_error(result.per_token, keep * log_p) < 1e-5
+        assert relative_error(result.entropy, keep * entropy) < 1e-5
+        upstream = torch.rand_like(result.log_prob)
+        got = torch.autograd.grad(result.log_prob, inputs, upstream)
+        exact = (truth.student, truth.weight, truth.bias)[: len(inputs)]
+        want = torch.autograd.grad(weighted, exact, upstream.double())
+        for x, y in zip(got, want, strict=True):
+            assert x.isfinite().all() and relative_error(x, y) < 1e-4
+
+
+def test_nothing_to_do():
+    hidden, weight = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    for reduction in ("mean", "sum"):
+        result = linear_log_prob(
+            hidden,
+            weight,
+            torch.full((3,), -100),
+            token_weight=torch.zeros(3),
+            reduction=reduction,
+        )
+        assert result.log_prob == 0
+        result.log_prob.backward()
+        assert not hidden.grad.any() and not weight.grad.any()
+
+
+def test_known_weights_save_products(monkeypatch):
+    """A trained head is multiplied three times, not four, where forward knows what tokens count."""
+    calls = []
+    for name in ("logits_", "add_input_gradient_", "set_weight_gradient_"):
+        original = getattr(gemm, name)
+        monkeypatch.setattr(gemm, name, lambda *a, f=original, n=name: (calls.append(n), f(*a))[-1])
+    case, targets = make(9, 200, 8).require_grad(), torch.randint(0, 200, (9,))
+    for reduction, logits in (("mean", 1), ("none", 2)):
+        calls.clear()
+        linear_log_prob(
+            case.student, case.weight, targets, reduction=reduction
+        ).log_prob.sum().backward()
+        assert calls.count("logits_") == logits and len(calls) == logits + 2
 
 
 def test_targets_that_do_not_fit():

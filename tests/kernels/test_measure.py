@@ -15,7 +15,7 @@ from benchmarks.page import page
 from benchmarks.problem import TASKS, Case, Problem
 
 TINY = Case(8, 70, 6)
-PLAIN = ("ours", "dense", "trl")  # who needs no compiler
+PLAIN = ("ours", "ours, per token", "dense", "trl")  # who needs no compiler
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -25,7 +25,11 @@ def test_candidates_agree(task, frozen):
     problem = Problem.make(replace(TINY, task=task, frozen=frozen), "cpu")
     found, missing = candidates.candidates(task, "cpu")
     everyone = {"ours", "dense", "compiled", "trl"}
-    everyone |= {"cce", "cce exact"} if task == "log_prob" else {"liger", "liger chunked"}
+    everyone |= (
+        {"ours, per token", "cce", "cce exact"}
+        if task == "log_prob"
+        else {"liger", "liger chunked"}
+    )
     assert set(found) | set(missing) == everyone and not set(found) & set(missing)
     for name in set(PLAIN) & set(found):
         errors = check(found[name](problem), problem.truth(), 1e-4)

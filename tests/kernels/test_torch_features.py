@@ -133,7 +133,7 @@ def test_opcheck(backend, per_token):
         linear._operator.recompute,
         (*(x if x is None else x.detach() for x in tensors), *options),
     )
-    chosen = log_prob.Options(True, True, False, 1.0, 1.0, None, None, backend, None)
+    chosen = log_prob.Options(True, True, True, False, 1.0, 1.0, None, None, backend, None)
     targets = torch.randint(0, 60, (10,))
     torch.library.opcheck(
         log_prob._operator.forward,

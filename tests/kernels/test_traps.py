@@ -143,12 +143,16 @@ def test_no_call_looks_at_its_tensors(divergence, clip):
             group=None,
         )
         tensors = (hidden, hidden, weight, None, None, None)
-        loss, stats, d_hidden, d_weight, _ = linear._run(tensors, row_weight, options, True)
+        operator = linear._operator
+        work = operator._without_zeros if drop_zeros else operator.run
+        loss, stats, d_hidden, d_weight, _ = work(tensors, row_weight, options, True)
         assert loss.shape == (n,) and stats.shape == (6, n) and d_hidden.shape == hidden.shape
         assert (d_weight is None) == (not trained)
         targets = torch.empty(n, device="meta", dtype=torch.long)
-        chosen = log_prob.Options(True, trained, False, 1.0, 1.0, None, budget, "torch", None)
-        log_prob._run((hidden, weight, None, targets), row_weight, chosen, True)
+        chosen = log_prob.Options(
+            False, True, trained, False, 1.0, 1.0, None, budget, "torch", None
+        )
+        log_prob._operator.run((hidden, weight, None, targets), row_weight, chosen, True)
 
     for trained in (True, False):
         run(20, 5000, 2**30, trained=trained)  # one pass
