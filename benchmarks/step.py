@@ -1,38 +1,32 @@
 """`python -m benchmarks.step`: a training step with shared prefixes against one without.
 
 One step of OPSD: the teacher's stream without gradient, the student's forward, the fused loss and
-backward, for problems with G rollouts of R tokens after contexts of P (student) and P' (teacher).
-
-- shared: `opsd.prefix`, each context once, no padding.
-- naive: each rollout with a context of its own, in a padded batch, torch's fused attention.
-- grouper: contexts once as well, attention by our own minimal rendering of PrefixGrouper's form
-  (arXiv 2506.05433): the prefix's causal attention, and each rollout's over copies of [prefix ;
-  own], both by torch's fused attention.
+backward, for problems with G rollouts of R tokens after contexts of P (student) and P' (teacher)
+tokens. See `benchmarks.step_ways` for who is compared. First all must agree in the gradient; then
+they take turns; memory is measured in steps of its own. Last, one whole step, rollouts and
+optimizer included, by its parts, and the operators that take most of it.
 """
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import machine
-from benchmarks.measure import Disagreement, peak_bytes
-from opsd.config import LossSection, ModelSection
+from benchmarks.measure import Disagreement, interleaved, peak_bytes
+from benchmarks.step_ways import Setting, Step, ways
+from opsd.config import ModelSection
 from opsd.hidden import Scored
 from opsd.models import copy_model, load_model
-from opsd.objectives import OPSD, Sample, Totals
-from opsd.prefix import stream
-from opsd.prefix.layout import Layout
-from opsd.step import OPSDStep, token_ratio
+from opsd.objectives import Sample
+from opsd.parts import Parts, measured, part
+from opsd.rollout import GenerateSampler, Sampling
+from opsd.step import token_ratio
 
 
 @dataclass(frozen=True)
@@ -44,6 +38,9 @@ class Case:
     student: int
     teacher: int
     length: int
+
+    def __str__(self) -> str:
+        return ",".join(map(str, asdict(self).values()))
 
     def samples(self, vocabulary: int) -> list[Sample]:
         """Random tokens; rollouts of 3/4 R to R tokens."""
@@ -61,103 +58,104 @@ class Case:
         return samples
 
 
+EXAMPLE = Case(1, 8, 200, 1000, 256)  # the design's
 CASES = [
-    Case(1, 8, 200, 1000, 256),  # the design's example
-    Case(1, 4, 200, 1000, 256),
-    Case(2, 2, 200, 1000, 256),
-    Case(4, 1, 200, 1000, 256),
-    Case(1, 8, 100, 2000, 128),
-    Case(1, 8, 100, 200, 512),
+    EXAMPLE,
+    # eight rollouts in groups of 4, 2 and 1
+    Case(2, 4, 200, 1000, 256),
+    Case(4, 2, 200, 1000, 256),
+    Case(8, 1, 200, 1000, 256),
+    # contexts and rollouts, shorter and longer
+    Case(1, 8, 200, 250, 256),
+    Case(1, 8, 200, 2000, 256),
+    Case(1, 8, 50, 1000, 256),
+    Case(1, 8, 800, 1000, 256),
+    Case(1, 8, 200, 1000, 64),
+    Case(1, 8, 200, 1000, 512),
 ]
+GPU_CASES = [
+    Case(1, 8, 200, 5000, 1024),
+    # 32 rollouts
+    Case(4, 8, 200, 1000, 1024),
+    Case(32, 1, 200, 1000, 1024),
+]
+CHECKED = 1 << 16
+"""Of each parameter's gradient, how many numbers are compared."""
 
 
-def grouper_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float, **_
-) -> Tensor:
-    """PrefixGrouper's form for full attention: [T, H, d], [T, K, d] twice → [T, H, d]."""
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-
-    def rows(states: Tensor, span) -> Tensor:
-        return states[span.start : span.start + span.length].transpose(0, 1)[None]
-
-    parts = []
-    for segment in layout.segments:
-        q = rows(query, segment.queries)
-        spans = (*segment.before, segment.queries)
-        k, v = (torch.cat([rows(x, span) for span in spans], 2) for x in (key, value))
-        mask = None
-        if segment.before:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
-            mask = mask.tril(k.shape[2] - q.shape[2])
-        parts.append(
-            scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True
-            )
-        )
-    return torch.cat(parts, 2)[0].transpose(0, 1)
+def some_gradient(model: PreTrainedModel) -> Tensor:
+    gradients = (p.grad.flatten()[:CHECKED] for p in model.parameters() if p.grad is not None)
+    return torch.cat([g.float().cpu() for g in gradients])
 
 
-def make_step(model: PreTrainedModel, teacher: PreTrainedModel, name: str, bf16: bool) -> Callable:
-    """samples → None: one step's forward and backward by the named way."""
-    step = OPSDStep(model, OPSD(LossSection(), teacher), share=name != "naive")
-    ours = stream.packed_attention
-
-    def run(samples: list[Sample], max_tokens: int) -> None:
-        model.zero_grad()
-        stream.packed_attention = grouper_attention if name == "grouper" else ours
+def measure(case: Case, setting: Setting, rounds: int, seconds: float) -> dict:
+    """One row of the report, JSON-ready."""
+    samples = case.samples(setting.model.config.vocab_size)
+    row = {"case": asdict(case), "token_ratio": token_ratio(samples), "errors": {}, "failed": {}}
+    row["tokens"] = sum(sample.tokens for sample in samples)
+    kept: dict[str, Step] = {}
+    gradients: dict[str, Tensor] = {}
+    device = setting.model.device.type
+    for name, step in ways(setting).items():  # a warm-up as well
         try:
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                for batch in step.micro_batches(samples, max_tokens):
-                    loss = step(batch, Totals())
-                    with torch.autocast(model.device.type, enabled=False):
-                        loss.backward()
-        finally:
-            stream.packed_attention = ours
-
-    return run
-
-
-def gradient(model: PreTrainedModel) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-def measure(case: Case, model, teacher, bf16: bool, max_tokens: int, rounds: int) -> dict:
-    """One row of the report. Raises Disagreement before anything is timed."""
-    samples = case.samples(model.config.vocab_size)
-    names = ("shared", "naive", "grouper")
-    steps = {name: make_step(model, teacher, name, bf16) for name in names}
-    gradients = {}
-    for name, step in steps.items():  # a warm-up at once
-        step(samples, max_tokens)
-        gradients[name] = gradient(model)
+            step(samples)
+        except torch.OutOfMemoryError as error:
+            row["failed"][name] = str(error).splitlines()[0]
+            torch.cuda.empty_cache()
+            continue
+        gradients[name], kept[name] = some_gradient(setting.model), step
+    wanted = gradients["naive"]
     for name, found in gradients.items():
-        error = float((found - gradients["naive"]).norm() / gradients["naive"].norm())
-        if not error < (5e-2 if bf16 else 1e-4):
+        error = row["errors"][name] = float((found - wanted).norm() / wanted.norm())
+        if not error < (5e-2 if setting.bf16 else 1e-4):
             raise Disagreement(f"{name} and naive differ by {error:.1e} in the gradient")
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    busy: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start, used = time.perf_counter(), time.process_time()
-            step(samples, max_tokens)
-            seconds[name].append(time.perf_counter() - start)
-            busy[name].append(time.process_time() - used)
-    return {
-        "case": asdict(case),
-        "token_ratio": token_ratio(samples),
-        "seconds": {n: {"min": min(t), "median": statistics.median(t)} for n, t in seconds.items()},
-        # What other processes took is not in these.
-        "cpu_seconds": {
-            n: {"min": min(t), "median": statistics.median(t)} for n, t in busy.items()
-        },
-        "peak_bytes": {
-            name: peak_bytes(lambda step=step: step(samples, max_tokens))
-            for name, step in steps.items()
-        },
-    }
+    calls = {name: (lambda step=step: step(samples)) for name, step in kept.items()}
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    row |= interleaved(calls, rounds, synchronize, seconds)
+    row["peak_bytes"] = {name: peak_bytes(call, device) for name, call in calls.items()}
+    return row
+
+
+def whole_step(case: Case, setting: Setting) -> dict:
+    """Seconds and peak bytes of a step's parts, and what its largest operators take.
+
+    Rollouts are sampled from the teacher's copy, which has the student's weights, and are all as
+    long as they may be; what is learnt are the case's own.
+    """
+    model, device = setting.model, setting.model.device
+    samples = case.samples(model.config.vocab_size)
+    name, step = next(iter(ways(setting).items()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    sampler = GenerateSampler(setting.teacher, frozenset([model.config.vocab_size]))
+    parts, found = Parts(device), {}
+    for _ in range(2):  # the first warms up
+        with measured(parts):
+            with part("rollout"):
+                contexts = [sample.roles[0].context for sample in samples]
+                sampler.sample(contexts, Sampling(case.length, batch_size=64))
+            step(samples)
+            with part("optimizer"):
+                optimizer.step()
+        found = parts.take()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        step(samples)
+    return {"case": asdict(case), "way": name, "parts": found, "operators": operators(profile)}
+
+
+def operators(profile) -> list[dict]:
+    """The ten operators that take most time themselves, with their share of all."""
+    averages = profile.key_averages()
+    on_gpu = any(event.self_device_time_total for event in averages)
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    total = sum(getattr(event, key) for event in averages)
+    largest = sorted(averages, key=lambda event: -getattr(event, key))[:10]
+    return [
+        {"name": event.key, "calls": event.count, "share": getattr(event, key) / total}
+        for event in largest
+    ]
 
 
 def tiny() -> PreTrainedModel:
@@ -177,53 +175,110 @@ def tiny() -> PreTrainedModel:
     )
 
 
+def qwen3_1_7b() -> PreTrainedModel:
+    """The shape of Qwen3-1.7B, random weights, fp32, on the GPU."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=True,
+    )
+    with torch.device("cuda"):
+        return Qwen3ForCausalLM(config)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
+    parser.add_argument("--gpu", action="store_true", help="Qwen3-1.7B's shape in bf16, on a GPU")
     parser.add_argument("--model", help="a model's directory instead of four random layers")
     parser.add_argument("--case", metavar="N,G,P,P',R", help="problems and lengths (see above)")
     parser.add_argument("--bf16", action="store_true", help="autocast to bf16")
+    parser.add_argument("--checkpointing", action="store_true", help="of activations")
+    parser.add_argument("--compile", action="store_true", help="also under torch.compile")
     parser.add_argument("--micro-batch-tokens", type=int, default=16384)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=20, help="of a case, then no new round")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks-step.json"))
     options = parser.parse_args()
+    if options.gpu and not torch.cuda.is_available():
+        print("--gpu: there is no GPU", file=sys.stderr)
+        return 2
     if options.threads:
         torch.set_num_threads(options.threads)
-    cases = [Case(*map(int, options.case.split(",")))] if options.case else CASES
-    model = load_model(ModelSection(path=options.model))[0] if options.model else tiny()
-    teacher = copy_model(model, torch.bfloat16 if options.bf16 else torch.float32)
-    model.train()
-    rows, refused = [], []
-    print(
-        f"{'N,G,P,Pt,R':22}{'shared':>9}{'naive ÷':>9}{'grouper ÷':>11}{'tokens ÷':>10}   peak MiB"
-    )
+    setting, cases = prepare(options)
+    report = {"machine": machine.describe(), "options": vars(options), "refused": [], "rows": []}
     for case in cases:
-        label = ",".join(map(str, asdict(case).values()))
         try:
-            row = measure(
-                case, model, teacher, options.bf16, options.micro_batch_tokens, options.rounds
-            )
+            row = measure(case, setting, options.rounds, options.seconds)
         except Disagreement as error:
-            refused.append(f"{label}: {error}")
-            print(f"{label:22}refused: {error}")
+            report["refused"].append(f"{case}: {error}")
+            print(f"{case}: refused: {error}")
             continue
-        rows.append(row)
-        cpu = {name: t["min"] for name, t in row["cpu_seconds"].items()}
-        peaks = ", ".join(
-            f"{name} {'-' if peak is None else f'{peak / 2**20:.0f}'}"
-            for name, peak in row["peak_bytes"].items()
-        )
+        report["rows"].append(row)
+        show(case, row, "seconds" if options.gpu else "cpu_seconds")
+    report["step"] = whole_step(cases[0], setting)
+    show_step(report["step"])
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    print(f"written: {options.output}")
+    return 1 if report["refused"] else 0
+
+
+def prepare(options: argparse.Namespace) -> tuple[Setting, list[Case]]:
+    """The models and the cases that were asked for."""
+    bf16 = options.bf16 or options.gpu
+    if options.gpu:
+        model, cases = qwen3_1_7b(), GPU_CASES
+    else:
+        model, cases = tiny(), CASES
+    if options.model:
+        model = load_model(ModelSection(path=options.model), str(model.device))[0]
+    if options.case:
+        cases = [Case(*map(int, options.case.split(",")))]
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    teacher = copy_model(model, torch.bfloat16 if bf16 else torch.float32)
+    setting = Setting(
+        model.train(), teacher, bf16, options.micro_batch_tokens, compiled=options.compile
+    )
+    return setting, cases
+
+
+def show(case: Case, row: dict, clock: str) -> None:
+    """A case's lines: each way's time, tokens a second and memory; then the ratios."""
+    first = next(iter(row[clock]))
+    print(f"{case}: {row['token_ratio']:.2f} times fewer tokens ({clock}, minimum)")
+    for name, times in row[clock].items():
+        seconds, peak = times["min"], row["peak_bytes"][name]
+        memory = "-" if peak is None else f"{peak / 2**20:.0f} MiB"
+        ratio = seconds / row[clock][first]["min"]
         print(
-            f"{label:22}{cpu['shared']:8.2f}s{cpu['naive'] / cpu['shared']:9.2f}"
-            f"{cpu['grouper'] / cpu['shared']:11.2f}{row['token_ratio']:10.2f}   {peaks}",
+            f"  {name:20}{seconds:8.2f}s x{ratio:<6.2f}{row['tokens'] / seconds:8.0f} tokens/s"
+            f"{memory:>12}",
             flush=True,
         )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine.describe(), "options": vars(options), "refused": refused}
-    report |= {"rows": rows}
-    options.output.write_text(json.dumps(report, indent=1, default=str) + "\n")
-    print(f"written: {options.output}; times are CPU seconds, minimum of {options.rounds}")
-    return 1 if refused else 0
+    for name, reason in row["failed"].items():
+        print(f"  {name:20}failed: {reason}", flush=True)
+
+
+def show_step(step: dict) -> None:
+    """The table of parts, and the largest operators."""
+    print(f"one whole step, {step['way']}, {','.join(map(str, step['case'].values()))}:")
+    seconds = {k: v for k, v in step["parts"].items() if k.endswith("_seconds")}
+    for key, value in seconds.items():
+        name = key.removesuffix("_seconds")
+        peak = step["parts"].get(f"{name}_peak_bytes")
+        memory = "" if peak is None else f"{peak / 2**20:.0f} MiB held"
+        print(f"  {name:12}{value:8.2f}s {value / sum(seconds.values()):5.0%}  {memory}")
+    for operator in step["operators"][:5]:
+        print(f"  {operator['share']:5.0%} {operator['name'][:60]} ({operator['calls']} calls)")
 
 
 if __name__ == "__main__":
