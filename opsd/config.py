@@ -6,6 +6,7 @@ refused within a second.
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from opsd import combinations
 from opsd.address import check_address
 from opsd.errors import UserError
 
@@ -98,9 +100,16 @@ class PromptsSection(Section):
     )
     teacher: str = Field(
         TEACHER_TEMPLATE,
-        description="The teacher's user message. Problem first, solution after it.",
+        description="The teacher's user message. Problem first, solution after it. May use "
+        "`rollout` and `peers` too (docs/methods.md); where it comes out empty, nothing is learnt.",
     )
     system: str | None = Field(None, description="A system message for both roles.")
+    student_system: str | None = Field(
+        None, description="The student's own system message, instead of prompts.system."
+    )
+    teacher_system: str | None = Field(
+        None, description="The teacher's own system message, instead of prompts.system."
+    )
     target: str = Field(
         "{{ solution }}", description="method sft: the text to learn, over the row's columns."
     )
@@ -108,6 +117,10 @@ class PromptsSection(Section):
         {}, description="The student's chat-template arguments, such as enable_thinking: false."
     )
     teacher_chat: dict[str, Any] = Field({}, description="The teacher's chat-template arguments.")
+    student_prefill: str = Field(
+        "", description="Text that the student's answer starts with, such as an opening tag."
+    )
+    teacher_prefill: str = Field("", description="The same for the teacher's context.")
     too_long: Literal["error", "skip"] = Field(
         "error",
         description="A row whose context and rollout do not fit the model's window: stop, or "
@@ -122,7 +135,13 @@ class TeacherSection(Section):
         "their moving average, or another model's.",
     )
     ema_decay: float = Field(
-        0.999, gt=0, lt=1, description="policy ema: what an optimizer step keeps of the average."
+        0.999,
+        ge=0,
+        lt=1,
+        description="policy ema: what an update keeps of the average; 0: a copy of the student.",
+    )
+    update_every: int = Field(
+        1, ge=1, description="policy ema: steps between two updates of the average."
     )
     path: str | None = Field(
         None, description="policy model: a model directory or hub name, of the same vocabulary."
@@ -157,6 +176,13 @@ class RolloutSection(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 is off.")
     top_k: int = Field(0, ge=0, description="Sample among the k likeliest; 0 is off.")
     batch_size: int = Field(64, ge=1, description="Sequences decoded at once.")
+    resample: int = Field(
+        0,
+        ge=0,
+        description="grpo: rounds of other problems that may be drawn in a step for those whose "
+        "rewards are all alike (DAPO's dynamic sampling).",
+    )
+
     gpu_memory: float = Field(
         0.4, gt=0, lt=1, description="vllm: share of the GPU's memory that it holds while sampling."
     )
@@ -185,9 +211,73 @@ class RolloutSection(Section):
         return address
 
 
+class WeightsSection(Section):
+    correct: float = Field(1.0, ge=0, description="Weight of rollouts that are right.")
+    incorrect: float = Field(1.0, ge=0, description="Weight of rollouts that are wrong.")
+    truncated: float = Field(
+        1.0, ge=0, description="Weight of rollouts cut at rollout.max_new_tokens."
+    )
+    skip_first: int = Field(0, ge=0, description="Tokens at a rollout's start that count nothing.")
+    position: list[float] = Field(
+        [1.0, 1.0],
+        min_length=2,
+        max_length=2,
+        description="Weights of a rollout's first and last token, linear between them.",
+    )
+    maths: float = Field(1.0, ge=0, description="Weight of tokens with digits or symbols.")
+    style: float = Field(
+        1.0, ge=0, description="Weight of words about thinking itself, such as wait, so, maybe."
+    )
+    special: float = Field(1.0, ge=0, description="Weight of the tokenizer's special tokens.")
+    other: float = Field(1.0, ge=0, description="Weight of all other tokens.")
+
+    @field_validator("position")
+    @classmethod
+    def _check_position(cls, ends: list[float]) -> list[float]:
+        if min(ends) < 0 or max(ends) == 0:
+            raise ValueError("weights must be at least 0, and one of them more")
+        return ends
+
+
+class RewardSection(Section):
+    verifier: str = Field(
+        "math",
+        description="What grades a rollout: math (its last \\boxed{}, by math-verify), or "
+        "FILE.py:FUNCTION, called with the text and the row (docs/methods.md).",
+    )
+    correct_at: float = Field(
+        1.0, description="The verifier's score from which a rollout is right."
+    )
+    format: str | None = Field(
+        None, description="A regular expression that the whole rollout should match."
+    )
+    format_weight: float = Field(0.1, gt=0, description="Reward of a match.")
+    overlong_buffer: int | None = Field(
+        None,
+        ge=1,
+        description="Last tokens before rollout.max_new_tokens over which the reward falls by 1 "
+        "(DAPO's soft overlong punishment).",
+    )
+    log: bool = Field(
+        False, description="Grade rollouts for the log's sake (pass@k) where no loss needs it."
+    )
+
+    @field_validator("format")
+    @classmethod
+    def _check_format(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"it is no regular expression: {error}") from None
+        return pattern
+
+
 class LossSection(Section):
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
-        "forward_kl", description="opsd: D(teacher ‖ student), see docs."
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"] = Field(
+        "forward_kl",
+        description="opsd: D(teacher ‖ student) over the vocabulary; sampled_token: policy "
+        "gradient with log p_T - log p_S of the rollout's own tokens (docs/methods.md).",
     )
     beta: float = Field(0.5, gt=0, lt=1, description="opsd: the teacher's share in jsd's mixture.")
     temperature: float = Field(1.0, gt=0, description="opsd: divides both roles' logits.")
@@ -200,8 +290,40 @@ class LossSection(Section):
     importance_bound: float | None = Field(
         2.0,
         gt=0,
-        description="Rollouts by vLLM: a token counts by its probability under the student ÷ under "
-        "vLLM, at most this; null: as it is.",
+        description="Rollouts by vLLM, or of before a step's first update: a token counts by its "
+        "probability under the student ÷ under what sampled it, at most this; null: as it is.",
+    )
+    weights: WeightsSection = Field(
+        WeightsSection(), description="What a token counts; the factors multiply."
+    )
+    normalise: Literal["token", "rollout", "constant"] = Field(
+        "token",
+        description="The step's loss is the mean over its tokens, the mean over rollouts of their "
+        "tokens' mean (TRL's SDFT, the first GRPO), or the sum ÷ (rollouts * max_new_tokens) "
+        "(Dr. GRPO).",
+    )
+    reward: RewardSection = Field(RewardSection(), description="How rollouts are graded.")
+    epsilon: float = Field(
+        0.2, gt=0, lt=1, description="grpo, sampled_token: lower clip of the probability ratio."
+    )
+    epsilon_high: float | None = Field(
+        None, gt=0, description="Its upper clip; none: epsilon (DAPO: 0.28)."
+    )
+    kl: float = Field(
+        0.0, ge=0, description="grpo: weight of the KL to the reference, teacher.policy's weights."
+    )
+    credit: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="grpo: how far the teacher shares a rollout's advantage out among its tokens "
+        "(RLSD's λ).",
+    )
+    credit_clip: float = Field(
+        0.2, gt=0, lt=1, description="grpo: a token's share is within 1 ± this (RLSD's ε_w)."
+    )
+    credit_steps: int | None = Field(
+        None, ge=1, description="grpo: steps over which credit falls to 0; none: it stays."
     )
     scale_advantages: bool = Field(
         True, description="grpo: divide advantages by the group's standard deviation."
@@ -219,12 +341,37 @@ class LossSection(Section):
     )
 
 
+class CollapseSection(Section):
+    on: Literal["warn", "stop", "off"] = Field(
+        "warn", description="What to do when the run collapses: say so, end it, or nothing."
+    )
+    window: int = Field(10, ge=1, description="Steps that are averaged before they are judged.")
+    entropy: float = Field(
+        0.1, ge=0, lt=1, description="Collapse: the student's entropy ÷ its first window's."
+    )
+    length: float = Field(
+        0.2, ge=0, lt=1, description="Collapse: the rollouts' length ÷ its first window's."
+    )
+    pass_at_k: float = Field(
+        0.5, ge=0, lt=1, description="Collapse: pass@k of the rollouts ÷ its best window's."
+    )
+    opposed: float = Field(
+        0.5, gt=0, le=1, description="Collapse: more tokens than this with an inverted gradient."
+    )
+
+
 class TrainSection(Section):
-    steps: int = Field(100, ge=1, description="Optimizer steps.")
+    steps: int = Field(100, ge=1, description="Steps: rollouts, then one optimizer update or more.")
     token_budget: int | None = Field(
         None, ge=1, description="Stop when so many tokens are generated (sft: trained)."
     )
     problems_per_step: int = Field(32, ge=1, description="Problems a step.")
+    mini_batches: int = Field(
+        1, ge=1, description="Parts of a step's problems, with an optimizer update each."
+    )
+    inner_epochs: int = Field(
+        1, ge=1, description="Times that a step's rollouts are gone through (TRL's num_iterations)."
+    )
     learning_rate: float = Field(5e-6, gt=0, description="Highest learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Learning rate after the warm-up."
@@ -275,6 +422,9 @@ class TrainSection(Section):
         0, ge=0, description="Checkpoint each so many steps; 0: only at the end."
     )
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept.")
+    collapse: CollapseSection = Field(
+        CollapseSection(), description="When a run counts as collapsed."
+    )
 
 
 class EvalSection(Section):
@@ -364,6 +514,7 @@ class Config(Section):
             )
         self._check_adapters()
         self._check_teacher_memory()
+        combinations.check(self)
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(
                 f"train.warmup_steps is {self.train.warmup_steps}: it may be at most train.steps "

@@ -66,6 +66,24 @@ def both_roles_hidden_states(
         return states, rollout_hidden_states(model, teacher, share)
 
 
+def student_and_teacher(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    students: Sequence[Scored],
+    teachers: Sequence[Scored],
+    share: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`rollout_hidden_states` of both roles; the teacher's, which may be `model` itself, have no
+    gradient.
+    """
+    if teacher is model:
+        return both_roles_hidden_states(model, students, teachers, share)
+    with torch.no_grad(), part("teacher"):
+        seen = rollout_hidden_states(teacher, teachers, share)
+    with part("student"):
+        return rollout_hidden_states(model, students, share), seen
+
+
 def _groups(sequences: Sequence[Scored]) -> list[Group]:
     """Neighbours with the same context, together."""
     groups = ((context, list(rest)) for context, rest in groupby(sequences, _context))

@@ -2,27 +2,36 @@
 
 Both roles see a user message made from a Jinja template over the row's columns, put through the
 model's own chat template. A rollout's tokens are appended to both contexts as ids: nothing is ever
-decoded and tokenised again.
+decoded and tokenised again. The state at a context's last token, be it the end of a thinking tag
+that the chat template or a prefill has written, predicts the rollout's first token in both roles.
+
+The teacher's template may also use `rollout`, the rollout that the teacher is to score, and
+`peers`, the problem's other rollouts (`opsd.rewards.Outcome`): then it is filled in once they are
+there, for each of them, and an empty message means that there is nothing to teach.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from opsd.config import PromptsSection
 from opsd.data import Row
 from opsd.errors import UserError
+from opsd.templates import ROLLOUT_NAMES, compile_template, names, over_rollouts
 
 
 @dataclass(frozen=True)
 class Context:
-    """One problem as both roles see it: token ids that end where the solution is to begin."""
+    """One problem as both roles see it: token ids that end where the solution is to begin.
+
+    The teacher's is None where it is made of rollouts.
+    """
 
     student: list[int]
-    teacher: list[int]
+    teacher: list[int] | None
 
 
 class Prompts:
@@ -35,23 +44,37 @@ class Prompts:
                 "model, or add a chat_template.jinja to its directory"
             )
         self.section, self.tokenizer = section, tokenizer
-        # Sandboxed, since a config file may come from a stranger; strict, since a misspelt column
-        # must not become "".
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+        self.over_rollouts = over_rollouts(section.teacher)
         self._templates = {
-            name: _compile(environment, f"prompts.{name}", getattr(section, name))
+            name: compile_template(name, getattr(section, name))
             for name in ("student", "teacher", "target")
         }
 
     def context(self, row: Row) -> Context:
         """The ids of both roles' contexts for this row."""
-        return Context(self.ids(row, "student"), self.ids(row, "teacher"))
+        teacher = None if self.over_rollouts else self.ids(row, "teacher")
+        return Context(self.ids(row, "student"), teacher)
 
     def ids(self, row: Row, role: str) -> list[int]:
         """The ids of one role's context."""
-        messages = [{"role": "user", "content": self.render(row, role)}]
-        if self.section.system is not None:
-            messages.insert(0, {"role": "system", "content": self.section.system})
+        return self._ids(self.render(row, role), role)
+
+    def teacher_of(self, row: Row, rollout: Any, peers: Sequence[Any]) -> list[int] | None:
+        """The ids of the teacher's context for one rollout; None where its message is empty."""
+        for name in ROLLOUT_NAMES & row.columns.keys() & names(self.section.teacher):
+            raise UserError(
+                f"prompts.teacher uses {name!r}, which is a column of the data too: rename the "
+                f"column; in the template {name!r} means rollouts"
+            )
+        message = self.render(row, "teacher", rollout=rollout, peers=list(peers))
+        return self._ids(message, "teacher") if message.strip() else None
+
+    def _ids(self, message: str, role: str) -> list[int]:
+        messages = [{"role": "user", "content": message}]
+        system = getattr(self.section, f"{role}_system")
+        system = self.section.system if system is None else system
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
         arguments: dict[str, Any] = getattr(self.section, f"{role}_chat")
         try:
             text = self.tokenizer.apply_chat_template(
@@ -59,6 +82,7 @@ class Prompts:
             )
         except TemplateError as error:  # such as one that takes no system message
             raise UserError(f"model.path has a chat template that refuses: {error}") from None
+        text += getattr(self.section, f"{role}_prefill")
         # The chat template has written the special tokens already: BOS must not come twice.
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
@@ -67,13 +91,14 @@ class Prompts:
         ids = self.tokenizer(self.render(row, "target"), add_special_tokens=False).input_ids
         return [*ids, self.tokenizer.eos_token_id]
 
-    def render(self, row: Row, name: str) -> str:
-        """The filled-in template `prompts.<name>`."""
+    def render(self, row: Row, name: str, **more: Any) -> str:
+        """The filled-in template `prompts.<name>`; `more`: what it may use beside the columns."""
         values = {
             **row.columns,
             "problem": row.problem,
             "solution": row.solution,
             "answer": row.answer,
+            **more,
         }
         try:
             return self._templates[name].render(values)
@@ -81,10 +106,3 @@ class Prompts:
             raise UserError(
                 f"prompts.{name} cannot be filled in: {error}; columns: {', '.join(sorted(values))}"
             ) from None
-
-
-def _compile(environment: ImmutableSandboxedEnvironment, name: str, text: str) -> Template:
-    try:
-        return environment.from_string(text)
-    except TemplateError as error:
-        raise UserError(f"{name} is not a Jinja template: {error}") from None

@@ -60,7 +60,7 @@ def replay(path: Path, display: Display) -> list[Replayed]:
             _load(average.averages, failed["average"])
     scorer = model if config.teacher.policy == "live" else teacher
     prompts = Prompts(config.prompts, tokenizer)
-    objective = make_objective(config, scorer, prompts, tokenizer, None, None)
+    objective = make_objective(config, scorer, prompts)
     step = OPSDStep(model.train(), objective, share=config.train.share_prefixes)
     low = config.train.precision == "bf16"
     found = []

@@ -32,6 +32,7 @@ class RunLog:
             name: [line for line in read_lines(directory / name) if step and line["step"] <= step]
             for name in FILES
         }
+        self.past = kept["metrics.jsonl"]  # the lines of the steps before
         done = {e["step"] for e in kept["evaluations.jsonl"] if e["role"] == "student"}
         kept["samples.jsonl"] = [s for s in kept["samples.jsonl"] if s["step"] in done]
         if kept["metrics.jsonl"]:

@@ -21,20 +21,22 @@ FILE = "teacher.safetensors"
 
 
 class MovingAverage:
-    """An `ema` teacher: w ← decay · w + (1 - decay) · student, once an optimizer step.
+    """An `ema` teacher: w ← decay · w + (1 - decay) · student, each `every` steps.
 
     Kept in fp32, where an update of a thousandth of a small difference does not round to nothing.
     Of a model with adapters they alone have an average; the weights beside them are the model's.
     """
 
-    def __init__(self, model: PreTrainedModel, decay: float, device: torch.device):
-        self.model, self.decay = frozen_average(model, device), decay
+    def __init__(self, model: PreTrainedModel, decay: float, device: torch.device, every: int = 1):
+        self.model, self.decay, self.every = frozen_average(model, device), decay, every
         shared = {id(parameter) for parameter in model.parameters()}
         self.averages = {n: p for n, p in self.model.named_parameters() if id(p) not in shared}
 
     @torch.no_grad()
-    def follow(self, student: nn.Module) -> None:
-        """Move towards the student's current weights."""
+    def follow(self, student: nn.Module, step: int) -> None:
+        """Move towards the student's weights after `step` steps, if an update is due."""
+        if step % self.every:
+            return
         weights = dict(student.named_parameters())
         for name, average in self.averages.items():
             average.lerp_(whole(weights[name]).to(average), 1 - self.decay)
@@ -93,7 +95,8 @@ def make_teacher(
     if policy == "ema":
         # Over the decoder's frozen weights, which stay whole where the model's are split.
         start = decoder if is_adapted(model) else model
-        average = MovingAverage(start, config.teacher.ema_decay, decoder.device)
+        section = config.teacher
+        average = MovingAverage(start, section.ema_decay, decoder.device, section.update_every)
         return average.model, average
     if policy == "initial":
         if is_adapted(model):

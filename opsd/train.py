@@ -18,14 +18,17 @@ from opsd.display import Display
 from opsd.environment import machine, peak_memory, release_memory, share_one_heap, versions
 from opsd.errors import UserError
 from opsd.evaluate.grading import Grader
-from opsd.evaluate.run import Evaluation, Grades, HeldOut, decode
+from opsd.evaluate.run import Evaluation, Grades, HeldOut
 from opsd.hub import push
 from opsd.models import copy_model, head, load_model, stop_ids, window
-from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective
+from opsd.needs import is_graded, required_columns, scores_by_teacher, uses_teacher_prompt
+from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, Weighing
+from opsd.objectives.classes import class_table
 from opsd.prefix import use_kernel
 from opsd.processes import Processes
 from opsd.prompts import Prompts
 from opsd.report import write_report
+from opsd.rewards import Judge, make_verifier
 from opsd.rollout import (
     SAMPLERS,
     GenerateSampler,
@@ -44,6 +47,8 @@ from opsd.teacher import make_teacher
 from opsd.trainer import OPSDTrainer
 
 Reward = Callable[[str, str], float]
+
+NAMED_ROWS = 10  # that are too long, in the note that counts them
 
 
 def train(config: Config, display: Display, *, resume: bool = False) -> Path:
@@ -110,6 +115,7 @@ def load_data(config: Config) -> tuple[list[Row], list[Row]]:
         size=data.size,
         seed=config.train.seed,
         options=data.options,
+        require=required_columns(config),
     )
     if held.problems == 0:
         return rows, []
@@ -150,7 +156,7 @@ def run(
     Args:
         grader: decides which held-out answers, and GRPO's rollouts, are right.
         before: the evaluations of step 0, by role, where they are known already.
-        reward: (completion, answer) → reward, for GRPO; none: 1 for a right answer, else 0.
+        reward: (completion, answer) → score of a rollout, instead of loss.reward's verifier.
         save: whether to write the trained model to model/.
         server: who samples under rollout.engine vllm_server.
         processes: those that train together; none: this one alone.
@@ -184,7 +190,7 @@ def run(
     decoder = twin if twin is not None else model
     # Made before a checkpoint is loaded: the weights of step 0. Without OPSD, a teacher is only
     # asked for its view of the sample completions.
-    scores = config.method in ("opsd", "distill")
+    scores = scores_by_teacher(config)
     teacher, average = decoder, None
     if scores or (held_out and config.eval.samples):
         teacher, average = make_teacher(config, model, tokenizer, decoder)
@@ -199,8 +205,13 @@ def run(
         log = RunLog(directory, checkpoint_step(checkpoint), writes=False)
     # A live teacher is the model itself, so that both roles' common start runs once.
     scorer = model if config.teacher.policy == "live" else teacher
-    objective = make_objective(config, scorer, prompts, tokenizer, grader, reward)
-    teacher_role = objective.teacher_role
+    objective = make_objective(config, scorer, prompts)
+    judge = None
+    if is_graded(config):
+        verifier = make_verifier(config.loss.reward, grader, reward)
+        judge = Judge(config.loss.reward, tokenizer, verifier, config.rollout.max_new_tokens)
+    # What a report's completions are held against: there are no peers to show a teacher.
+    teacher_role = "student" if prompts.over_rollouts else objective.teacher_role
     engine = config.rollout.engine if config.rollout.engine in SAMPLERS else "generate"
     test = HeldOut(held_out, prompts, grader, evaluation_sampling(config), engine, processes)
 
@@ -250,6 +261,7 @@ def run(
             average=average if scores else None,
             teacher_sampler=GenerateSampler(teacher, stops, len(head(model)[0])),
             processes=processes,
+            judge=judge,
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
@@ -317,29 +329,17 @@ def evaluation_sampling(config: Config) -> Sampling:
     return Sampling(longest, temperature=0, batch_size=config.eval.batch_size)
 
 
-def make_objective(
-    config: Config,
-    teacher: PreTrainedModel,
-    prompts: Prompts,
-    tokenizer: PreTrainedTokenizerBase,
-    grader: Grades | None,
-    reward: Reward | None,
-) -> Objective:
-    """The objective of `config.method`; without a grader one that only scores."""
-    if config.method == "opsd":
-        return OPSD(config.loss, teacher)
-    if config.method == "distill":
-        return Distill(config.loss, teacher)
+def make_objective(config: Config, teacher: PreTrainedModel, prompts: Prompts) -> Objective:
+    """The objective of `config.method`."""
+    loss = config.loss
+    classes = class_table(prompts.tokenizer)
+    weighing = Weighing(loss, config.rollout.max_new_tokens, classes)
     if config.method == "sft":
-        return SFT(config.loss, prompts)
-
-    def rewards(rollouts, answers):
-        completions = decode(tokenizer, rollouts)
-        if reward is not None:
-            return [reward(c, a) for c, a in zip(completions, answers, strict=True)]
-        return [float(grade.correct) for grade in grader.grade(completions, answers)]
-
-    return GRPO(config.loss, rewards)
+        return SFT(loss, prompts, weighing)
+    if config.method == "grpo":
+        return GRPO(loss, teacher if scores_by_teacher(config) else None, weighing)
+    kind = OPSD if config.method == "opsd" else Distill
+    return kind(loss, teacher, weighing, classes)
 
 
 def fitting_rows(
@@ -356,30 +356,32 @@ def fitting_rows(
     limit = window(model)
     if limit is None:
         return list(rows)
-    kept, first = [], None
-    roles = config.loss.roles if config.method == "sft" else ["student"]
-    if config.method == "opsd":
+    kept, left = [], []
+    roles = ["student"]
+    if config.method == "sft":
+        roles = config.loss.roles
+    elif uses_teacher_prompt(config) and not prompts.over_rollouts:
         roles = ["student", "teacher"]
     given = config.method == "sft" or config.rollout.source == "reference"
     for number, row in enumerate(rows, start=1):
-        answer = config.rollout.max_new_tokens
-        if given:
-            answer = len(prompts.target(row))
+        answer = len(prompts.target(row)) if given else config.rollout.max_new_tokens
         longest = max(len(prompts.ids(row, role)) for role in roles) + answer
         if longest <= limit:
             kept.append(row)
-        elif first is None:
-            first = (number, longest)
-    if first is None:
+        else:
+            left.append((number, longest))
+    if not left:
         return kept
-    number, longest = first
+    number, longest = left[0]
     what = f"row {number} needs {longest} tokens with its answer, the model's window is {limit}"
     if config.prompts.too_long == "error":
         raise UserError(
-            f"data.source: {what}; shorten rollout.max_new_tokens, or leave such rows out with "
-            "prompts.too_long: skip"
+            f"data.source: {what} ({len(left)} of {len(rows)} rows are too long); shorten "
+            "rollout.max_new_tokens, or leave such rows out with prompts.too_long: skip"
         )
-    display.note(f"{len(rows) - len(kept)} of {len(rows)} rows are left out: {what}")
+    named = ", ".join(str(number) for number, _ in left[:NAMED_ROWS])
+    named += ", …" if len(left) > NAMED_ROWS else ""
+    display.note(f"{len(left)} of {len(rows)} rows are left out ({named}): {what}")
     return kept
 
 

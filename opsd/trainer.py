@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,18 +21,22 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from opsd.checkpoints import WholeCheckpoints
+from opsd.collapse import CollapseWatch
 from opsd.config import Config
 from opsd.data import Row
 from opsd.environment import release_memory, trim_heap
 from opsd.errors import UserError
+from opsd.experience import Experience
 from opsd.failures import IN_A_ROW, failed_step, out_of_memory, save_failed_step
 from opsd.objectives import Objective, Problem, Sample, Totals
+from opsd.objectives.likelihood import log_prob_as
 from opsd.parts import Parts, measured, part
 from opsd.prefix import KeptPrefixes, keeping, try_kernel, unpackable
 from opsd.processes import Processes
 from opsd.prompts import Prompts
 from opsd.redirect import called_through
-from opsd.rollout import Rollout, Sampler, Sampling, ServerGoneError, SplitSampler
+from opsd.rewards import Judge
+from opsd.rollout import Sampler, ServerGoneError, SplitSampler
 from opsd.runlog import RunLog, read_lines
 from opsd.step import OPSDStep, idle, token_ratio
 from opsd.teacher import MovingAverage
@@ -60,6 +64,7 @@ class OPSDTrainer(WholeCheckpoints):
         average: an `ema` teacher, which follows the model after each optimizer step.
         teacher_sampler: samples from the teacher, for rollout.source teacher.
         processes: those that train together; none: this one alone.
+        judge: grades rollouts, where the method or the log needs it.
     """
 
     def __init__(
@@ -77,13 +82,26 @@ class OPSDTrainer(WholeCheckpoints):
         average: MovingAverage | None = None,
         teacher_sampler: Sampler | None = None,
         processes: Processes | None = None,
+        judge: Judge | None = None,
     ):
         self.processes = processes or Processes()
-        self.average, self.teacher_sampler = average, teacher_sampler
-        self.config, self.rows, self.prompts, self.objective = config, rows, prompts, objective
-        self.sampler = sampler
-        if self.teacher_sampler is not None:
-            self.teacher_sampler = SplitSampler(self.teacher_sampler, self.processes)
+        self.average = average
+        self.config, self.rows, self.objective = config, rows, objective
+        if teacher_sampler is not None:
+            teacher_sampler = SplitSampler(teacher_sampler, self.processes)
+        self.experience = Experience(
+            config,
+            model,
+            rows,
+            prompts,
+            objective,
+            sampler,
+            teacher_sampler,
+            judge,
+            note,
+            self.processes,
+        )
+        self.collapse = CollapseWatch(config.train.collapse, log.past)
         self.run_log = log
         self.on_step = on_step
         self._evaluate_model = evaluate
@@ -123,7 +141,6 @@ class OPSDTrainer(WholeCheckpoints):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32
             )
-        self.rollout = Sampling(**config.rollout.model_dump(include=_SAMPLING))
 
     def train(self, *arguments, **options):
         """Trainer's, with random numbers of its own for each process; where the rollouts' server
@@ -158,9 +175,11 @@ class OPSDTrainer(WholeCheckpoints):
 
     def _step_of(self, rows: list[Row], model) -> Tensor:
         start = time.monotonic()
-        problems = self._problems(rows)
-        with part("grading"):
-            samples, measures = self.processes.once(lambda: self.objective.samples(problems))
+        if self.average is not None and self.state.global_step:
+            self.average.follow(self.model, self.state.global_step)
+        asked, problems, measures = self.experience(rows)
+        batches = self._mini_batches(problems, measures)
+        samples = [sample for batch in batches for sample in batch]
         model.train()
         if self.micro_step.share and samples:
             measures["token_ratio"] = token_ratio(samples)
@@ -168,17 +187,90 @@ class OPSDTrainer(WholeCheckpoints):
                 measures["sharing_difference"] = self._check_sharing(
                     model, samples, measures["token_ratio"]
                 )
-        loss, totals = self._gradients(model, samples)
-        self._samples = samples
-        if not math.isfinite(loss):
-            self._not_finite(f"loss is {float(loss)}")
-            loss = torch.zeros_like(loss)  # Trainer sums what is logged
-        self._check_engine(totals)
+        loss, totals = self._updates(model, batches)
         if self.model.device.type == "cpu":
             trim_heap()
-        self._count(problems, totals, measures, time.monotonic() - start)
+        self._count(asked, totals, measures, time.monotonic() - start)
         self.parts.begin("optimizer")  # until the step is logged
         return loss
+
+    def _mini_batches(
+        self, problems: list[Problem], measures: dict[str, float]
+    ) -> list[list[Sample]]:
+        """The samples of each of the step's updates; adds the mean of their measures."""
+        count = min(self.config.train.mini_batches, len(problems))
+        batches = []
+        for some in (problems[number::count] for number in range(count)):
+            samples, own = self.objective.samples(some, self.state.global_step)
+            batches.append(samples)
+            for name, value in own.items():
+                measures[name] = measures.get(name, 0.0) + value / count
+        return batches
+
+    def _updates(self, model, batches: list[list[Sample]]) -> tuple[Tensor, Totals]:
+        """The step's optimizer updates but the last, which Trainer makes: its gradients are left.
+
+        Returns the mean of the updates' losses, and their measures.
+        """
+        epochs = self.config.train.inner_epochs
+        if len(batches) * epochs > 1 and self._is_on_policy():
+            batches = [self._with_old(model, batch) for batch in batches]
+        updates, totals = batches * epochs, Totals()
+        mean = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(updates, start=1):
+            loss, own = self._gradients(model, batch)
+            self._samples = batch
+            totals.include(own)
+            if not math.isfinite(loss):
+                self._not_finite(f"loss is {float(loss)}")
+                break  # nothing is added: Trainer sums what is logged
+            mean += loss / len(updates)
+            if number == 1:
+                self._check_engine(own)
+            if number < len(updates) and not self._update(model):
+                break
+        return mean, totals
+
+    def _update(self, model) -> bool:
+        """An optimizer update within a step; False where its gradient is not finite."""
+        with part("optimizer"):
+            norm = None
+            if self.args.max_grad_norm:
+                norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+            if norm is not None and not math.isfinite(norm):
+                self._not_finite(f"gradient's norm is {float(norm)}")
+                return False
+            self.optimizer.step()
+            model.zero_grad()
+        return True
+
+    def _is_on_policy(self) -> bool:
+        """Whether the student has written what it learns from."""
+        return self.objective.samples_rollouts and self.config.rollout.source == "student"
+
+    @torch.no_grad()
+    def _with_old(self, model, samples: list[Sample]) -> list[Sample]:
+        """The samples with log p of each token under the weights that the step starts with."""
+        places = {id(sample): place for place, sample in enumerate(samples)}
+        parts = [
+            self.micro_step.micro_batches(share, self.budget)
+            for share in self.micro_step.shares(samples, self.processes.count)
+        ]
+        own, most = parts[self.processes.index], max(map(len, parts))
+        found: dict[int, list[float]] = {}
+        with self._autocast():
+            for number in range(most):
+                batch = own[number] if number < len(own) else idle(samples)
+                run = partial(
+                    log_prob_as, 0, self.model, batch, self.config.loss, self.micro_step.share
+                )
+                values = called_through(model, self.model, run).tolist()
+                for sample in batch if number < len(own) else ():
+                    found[places[id(sample)]] = values[: sample.tokens]
+                    values = values[sample.tokens :]
+        everywhere = self.processes.everywhere(lambda: found)
+        old = {place: values for part_of in everywhere for place, values in part_of.items()}
+        return [replace(sample, old=old[place]) for place, sample in enumerate(samples)]
 
     def _check_sharing(self, model, samples: list[Sample], ratio: float) -> float:
         with torch.no_grad():  # or DDP would expect a backward
@@ -308,29 +400,6 @@ class OPSDTrainer(WholeCheckpoints):
             f"{self.budget} tokens: {what}"
         )
 
-    def _problems(self, rows: list[Row]) -> list[Problem]:
-        contexts = [self.prompts.context(row) for row in rows]
-        if self.average is not None and self.state.global_step:
-            self.average.follow(self.model)
-        copies = self.config.rollout.per_problem if self.objective.samples_rollouts else 0
-        rollouts: list[Rollout] = []
-        if copies and self.config.rollout.source == "reference":
-            copies = 1  # they would be alike
-            rollouts = [Rollout(self.prompts.target(row), True) for row in rows]
-        elif copies:
-            role, sampler = "student", self.sampler
-            with part("rollout"):
-                sampler.follow(self.model)
-            if self.config.rollout.source == "teacher":
-                role, sampler = self.objective.teacher_role, self.teacher_sampler
-            asked = [getattr(context, role) for context in contexts for _ in range(copies)]
-            with part("rollout"):
-                rollouts = sampler.sample(asked, self.rollout)
-        return [
-            Problem(row, context, rollouts[i * copies : (i + 1) * copies])
-            for i, (row, context) in enumerate(zip(rows, contexts, strict=True))
-        ]
-
     def _check_engine(self, totals: Totals) -> None:
         """After a run's first rollouts by another engine: are the weights there the student's?"""
         difference = totals.means().get("engine_divergence", 0.0)
@@ -384,6 +453,7 @@ class OPSDTrainer(WholeCheckpoints):
                 **self._step,
                 **most(self.processes.everywhere(self.parts.take)),
             }
+            self._watch(line)
             self.run_log.metrics(line)
             self.on_step(line)
             self._step = {}
@@ -391,6 +461,15 @@ class OPSDTrainer(WholeCheckpoints):
             if self._is_done():
                 self.control.should_training_stop = True
         super().log(logs, start_time)
+
+    def _watch(self, line: dict) -> None:
+        """Say what has collapsed, in the line too, and stop where that is asked for."""
+        for name, said in self.collapse(line).items():
+            line["collapse"] = [*line.get("collapse", []), name]
+            stop = self.config.train.collapse.on == "stop"
+            self._note(f"Step {line['step']}: collapse: {said}" + ("; stopping" if stop else ""))
+            if stop:
+                self.control.should_training_stop = True
 
     def _is_done(self) -> bool:
         counters, budget = self.run_log.counters, self.config.train.token_budget
@@ -446,9 +525,6 @@ def most(dictionaries: Sequence[dict[str, float]]) -> dict[str, float]:
     """The largest value of each key."""
     keys = dict.fromkeys(key for values in dictionaries for key in values)
     return {key: max(v[key] for v in dictionaries if key in v) for key in keys}
-
-
-_SAMPLING = {"max_new_tokens", "temperature", "top_p", "top_k", "batch_size"}
 
 
 def training_arguments(config: Config, evaluates: bool, processes: int = 1) -> TrainingArguments:

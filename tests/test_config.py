@@ -3,7 +3,16 @@
 import pytest
 import yaml
 
-from opsd.config import Config, LoraSection, describe, load_config, parse_config, save_config
+from opsd.config import (
+    CollapseSection,
+    Config,
+    RewardSection,
+    WeightsSection,
+    describe,
+    load_config,
+    parse_config,
+    save_config,
+)
 from opsd.errors import UserError
 
 GOOD = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
@@ -42,12 +51,19 @@ def write(path, values):
         ("loss.roles=[]", ["loss.roles is []", "at least 1 item"]),
         # Choices.
         ("method=dpo", ["method is 'dpo'", "'opsd', 'grpo', 'sft' or 'distill'"]),
-        ("loss.divergence=kl", ["loss.divergence is 'kl'", "'forward_kl', 'reverse_kl' or 'jsd'"]),
+        ("loss.divergence=kl", ["loss.divergence is 'kl'", "'jsd' or 'sampled_token'"]),
         ("loss.roles=[judge]", ["loss.roles.0 is 'judge'", "'student' or 'teacher'"]),
         ("prompts.too_long=cut", ["prompts.too_long is 'cut'", "'error' or 'skip'"]),
         # Fields that do not go together.
         ("method=grpo", ["rollout.per_problem is 1", "at least 2"]),
         ("train.warmup_steps=200", ["train.warmup_steps is 200", "train.steps (100)"]),
+        # Sections inside sections.
+        ("loss.weights.corect=1", ["'corect' in section 'loss.weights'", "did you mean 'correct'"]),
+        ("loss.weights.maths=-1.0", ["loss.weights.maths is -1.0", "greater than or equal to 0"]),
+        ("loss.weights.position=[1]", ["loss.weights.position is [1]", "at least 2 items"]),
+        ("loss.weights.position=[0, 0]", ["loss.weights.position", "one of them more"]),
+        ("loss.reward.format=(", ["loss.reward.format is '('", "no regular expression"]),
+        ("train.collapse.on=maybe", ["train.collapse.on is 'maybe'", "'warn', 'stop' or 'off'"]),
         # Overrides that are none.
         ("train.steps", ["override is 'train.steps'", "must look like"]),
         ("=5", ["override is '=5'", "must look like"]),
@@ -104,7 +120,12 @@ def test_all_errors_are_named_at_once():
 def test_overrides_are_yaml_and_win(tmp_path):
     path = write(tmp_path / "c.yaml", {**GOOD, "train": {"steps": 5, "seed": 1}})
     overrides = ["train.steps=7", "train.learning_rate=1e-5", "rollout.top_p=0.9"]
-    overrides += ["loss.roles=[student, teacher]", "eval.teacher=true", "data.columns.problem=q"]
+    overrides += [
+        "method=sft",
+        "loss.roles=[student, teacher]",
+        "eval.teacher=true",
+        "data.columns.problem=q",
+    ]
     overrides += ["prompts.system=Answer a=b"]
     config = load_config(path, overrides)
     assert (config.train.steps, config.train.seed, config.train.learning_rate) == (7, 1, 1e-5)
@@ -131,7 +152,14 @@ def test_every_field_is_described():
         for section, field in Config.model_fields.items()
         if section != "method"
         for name in field.annotation.model_fields
-    } | {f"model.lora.{name}" for name in LoraSection.model_fields}
+    } | {
+        f"{section}.{name}"
+        for section, name in (
+            [("loss", f"weights.{n}") for n in WeightsSection.model_fields]
+            + [("loss", f"reward.{n}") for n in RewardSection.model_fields]
+            + [("train", f"collapse.{n}") for n in CollapseSection.model_fields]
+        )
+    }
     described = {
         f"{section}.{name}": (default, text)
         for section, name, default, text in describe()
@@ -140,4 +168,4 @@ def test_every_field_is_described():
     assert set(described) == fields
     assert all(len(text) > 10 for _, text in described.values())
     assert described["model.path"][0] == "required"
-    assert "(forward_kl | reverse_kl | jsd)" in described["loss.divergence"][1]
+    assert "(forward_kl | reverse_kl | jsd | sampled_token)" in described["loss.divergence"][1]

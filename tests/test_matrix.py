@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_teachers import wider  # noqa: F401 - a fixture: another model with the same vocabulary
-from training_cases import ROWS, short_config, write_model, write_rows
+from training_cases import ROWS, graded, short_config, with_old, write_model, write_rows
 
 from opsd import train as training
 from opsd.adapters import add_adapters
@@ -62,10 +62,10 @@ def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, fi
         for row, pair in zip(ROWS, (ROLLOUTS[:2], ROLLOUTS[2:]), strict=False)
     ]
     scorer = model if policy == "live" else made
-    objective = training.make_objective(
-        config, scorer, prompts, tokenizer, None, lambda completion, answer: len(completion)
-    )
-    samples, _ = objective.samples(problems)
+    objective = training.make_objective(config, scorer, prompts)
+    samples, _ = objective.samples(graded(problems, [1.0, 0.0, 0.0, 1.0]))
+    if method == "grpo":  # or the surrogate's value is that of the advantages, whatever is learnt
+        samples = with_old(samples, model)
     step = OPSDStep(model.train(), objective)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rate = 1e-2 if adapters else 1e-3
@@ -73,7 +73,7 @@ def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, fi
     optimizer, losses = torch.optim.AdamW(trains, rate, weight_decay=0), []
     for _ in range(8):
         if average is not None:
-            average.follow(model)
+            average.follow(model, 1)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = step(samples, Totals())
         loss.backward()

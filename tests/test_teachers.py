@@ -164,9 +164,9 @@ def test_rollouts_of_the_teacher_are_the_teachers(files, wider, tmp_path, monkey
     seen = []
     original = Distill.samples
 
-    def spy(self, problems):
+    def spy(self, problems, step):
         seen.extend(problems)
-        return original(self, problems)
+        return original(self, problems, step)
 
     monkeypatch.setattr(Distill, "samples", spy)
     config = short_config(

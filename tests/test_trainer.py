@@ -23,6 +23,7 @@ from opsd import train as training
 from opsd.config import LossSection, PromptsSection
 from opsd.evaluate.grading import Grade
 from opsd.hidden import Scored, packed_batches, padded_batches, rollout_hidden_states, stream_tokens
+from opsd.lessons import outcome_measures
 from opsd.objectives import GRPO, OPSD, SFT, Problem, Totals
 from opsd.objectives.grpo import group_advantages
 from opsd.prompts import Prompts
@@ -318,7 +319,7 @@ def test_clips_are_logged(clip, files, tmp_path):
     config = short_config(
         *files,
         tmp_path / "run",
-        loss={"clip": clip, "clip_threshold": 1e-3},
+        loss={"clip": clip, **({} if clip == "none" else {"clip_threshold": 1e-3})},
         train={"steps": 1, "save_every": 0},
         eval={"problems": 0},
     )
@@ -452,9 +453,16 @@ def test_sft_is_cross_entropy(roles, model, problems, prompts, tokenizer):
 
 def test_grpo_is_the_policy_gradient(model, problems):
     rewards = [1.0, 0.0, 0.5, 0.5, 0.0, 1.0]  # the second problem's are alike: no signal
-    objective = GRPO(LossSection(), lambda rollouts, answers: rewards)
+    problems = graded(problems, rewards)
+    objective = GRPO(LossSection())
     samples, measures = objective.samples(problems)
-    assert len(samples) == 4 and measures == {"reward": 0.5, "informative_groups": 2 / 3}
+    assert len(samples) == 4 and measures == {"informative_groups": 2 / 3}
+    assert outcome_measures(problems) == {
+        "reward": 0.5,
+        "correct_fraction": 1 / 3,
+        "pass_at_k": 2 / 3,
+        "format_fraction": 1.0,
+    }
     loss, gradient, _ = whole_loss(objective, model, problems)
     tokens = sum(len(r.ids) for p in problems for r in p.rollouts)
     by_hand = torch.zeros(())
@@ -462,7 +470,8 @@ def test_grpo_is_the_policy_gradient(model, problems):
         for rollout, advantage in zip(p.rollouts, advantages, strict=True):
             log_p = logits(model, p.context.student, rollout.ids).log_softmax(-1)
             own = log_p.gather(1, torch.tensor(rollout.ids)[:, None])
-            by_hand = by_hand - advantage * own.sum() / tokens
+            # The gradient of log p, at the value that the surrogate has: -A a token.
+            by_hand = by_hand - advantage * (1 + own - own.detach()).sum() / tokens
     assert_same(model, loss, by_hand, gradient)
 
 

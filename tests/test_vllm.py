@@ -10,7 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
-from training_cases import ROWS, logits, quiet, short_config, short_values, write_model, write_rows
+from training_cases import (
+    ROWS,
+    graded,
+    logits,
+    quiet,
+    short_config,
+    short_values,
+    write_model,
+    write_rows,
+)
 from vllm_server import FakeVLLM
 
 from opsd import train as training
@@ -356,7 +365,8 @@ def test_tokens_are_weighted_by_truncated_ratios(method, bound, student, files):
     if method == "opsd":
         objective = OPSD(loss_section, changed(files, seed=5))
     else:
-        objective = GRPO(loss_section, lambda rollouts, answers: rewards)
+        objective = GRPO(loss_section)
+        problems = graded(problems, rewards)
     totals, tokens = Totals(), 16
     samples, _ = objective.samples(problems)
     loss = objective.loss(model, samples, totals)
@@ -373,7 +383,7 @@ def test_tokens_are_weighted_by_truncated_ratios(method, bound, student, files):
                     t = logits(objective.teacher, problem.context.teacher, rollout.ids)
                 each = kl_div(s, t.log_softmax(-1), reduction="none", log_target=True).sum(-1)
             else:
-                each = -own * (1.0 if rewards[place] else -1.0)
+                each = -(1 + own - own.detach()) * (1.0 if rewards[place] else -1.0)
             wanted = wanted + (ratio * each).sum() / tokens
             place += 1
     assert abs(loss - wanted) < 1e-5

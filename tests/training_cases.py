@@ -1,6 +1,7 @@
 """What the tests of training share: a tiny random model on disk, worksheets, a short config."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from opsd.display import Display
 from opsd.quickstart import tiny
 from opsd.quickstart.recipe import merge
 from opsd.quickstart.worksheet import worksheet_rows
+from opsd.rewards import Outcome
 
 ROWS = worksheet_rows(16, seed=7)
 
@@ -55,6 +57,26 @@ def short_config(model: Path, data: Path, output: Path, /, **sections) -> Config
 def quiet() -> Display:
     """A display that shows nothing."""
     return Display(quiet=True)
+
+
+def graded(problems, rewards):
+    """The problems with these rewards, one for each rollout in order; 1 is right."""
+    each = iter(Outcome("", True, reward, reward == 1.0) for reward in rewards)
+    return [replace(p, outcomes=[next(each) for _ in p.rollouts]) for p in problems]
+
+
+def with_old(samples, model, moved=None):
+    """The samples with the model's own log-probabilities as the old ones, moved by `moved(R)`."""
+    made = []
+    for sample in samples:
+        context, rollout = sample.roles[0].context, list(sample.roles[0].rollout)
+        with torch.no_grad():
+            own = logits(model, context, rollout).log_softmax(-1)
+        old = own[torch.arange(len(rollout)), rollout].float()
+        if moved is not None:
+            old = old + torch.tensor(moved(len(rollout)))
+        made.append(replace(sample, old=old.tolist()))
+    return made
 
 
 def logits(model, context: list[int], rollout: list[int]) -> torch.Tensor:

@@ -11,16 +11,30 @@ from transformers import PreTrainedModel
 from opsd.data import Row
 from opsd.hidden import Scored
 from opsd.prompts import Context
+from opsd.rewards import Outcome
 from opsd.rollout import Rollout
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A row, its contexts, and the rollouts that the student wrote for it (none under SFT)."""
+    """A row, its contexts, and the rollouts that the student wrote for it (none under SFT).
+
+    outcomes: of each rollout, where they are graded. teachers: the teacher's context of each
+    rollout where it is made of rollouts, None for one that has nothing to be taught; without it
+    all have the context's.
+    """
 
     row: Row
     context: Context
     rollouts: list[Rollout]
+    outcomes: list[Outcome] | None = None
+    teachers: list[list[int] | None] | None = None
+
+    def teacher_contexts(self, role: str = "teacher") -> list[list[int] | None]:
+        """The context in which a teacher of this role sees each rollout."""
+        if role == "teacher" and self.teachers is not None:
+            return self.teachers
+        return [getattr(self.context, role)] * len(self.rollouts)
 
 
 @dataclass(frozen=True)
@@ -33,13 +47,24 @@ class Sample:
     """
 
     roles: tuple[Scored, ...]
-    weight: float  # of each token; GRPO's may be negative
+    weight: float  # of each token
+    factors: Sequence[float] | None = None  # of each token, beside `weight`; None: 1
+    advantage: float = 0.0  # grpo
+    credit: float = 0.0  # grpo: how far the teacher shares the advantage out among the tokens
     log_probs: Sequence[float] | None = None  # the engine's, of each token; see Rollout
+    old: Sequence[float] | None = None  # the student's, before the step's first update
 
     @property
     def tokens(self) -> int:
-        """Tokens that are trained on."""
+        """Tokens that are run."""
         return len(self.roles[0].rollout)
+
+    @property
+    def counted(self) -> int:
+        """Tokens that are trained on: those of a weight."""
+        if self.factors is None:
+            return self.tokens
+        return sum(factor != 0 for factor in self.factors)
 
 
 @dataclass
@@ -79,7 +104,9 @@ class Objective(Protocol):
     samples_rollouts: bool  # False: the method learns from given text
     teacher_role: str  # the context that a teacher sees, "student" or "teacher"
 
-    def samples(self, problems: Sequence[Problem]) -> tuple[list[Sample], dict[str, float]]:
+    def samples(
+        self, problems: Sequence[Problem], step: int = 0
+    ) -> tuple[list[Sample], dict[str, float]]:
         """A step's problems → what to learn from, and measures of the rollouts for the log."""
         ...
 
@@ -99,11 +126,37 @@ class Objective(Protocol):
 
 def token_weights(samples: Sequence[Sample], device: torch.device) -> Tensor:
     """The weight of each rollout token, in the samples' order: [Σ R], fp32."""
-    weights = [sample.weight for sample in samples for _ in range(sample.tokens)]
-    return torch.tensor(weights, dtype=torch.float32, device=device)
+    weights = spread([sample.weight for sample in samples], samples, device)
+    if any(sample.factors is not None for sample in samples):
+        factors = (s.factors if s.factors is not None else [1.0] * s.tokens for s in samples)
+        weights *= torch.tensor([f for own in factors for f in own], device=device)
+    return weights
+
+
+def spread(values: Sequence[float], samples: Sequence[Sample], device: torch.device) -> Tensor:
+    """A value a sample, given to each of its tokens: [Σ R], fp32."""
+    lengths = torch.tensor([sample.tokens for sample in samples])
+    return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths).to(device)
+
+
+def counted_tokens(samples: Sequence[Sample]) -> int:
+    """Tokens of a weight, in all samples; 1 at least, to divide by."""
+    return max(1, sum(sample.counted for sample in samples))
+
+
+def counted_mean(values: Tensor, weights: Tensor, count: int) -> Tensor:
+    """The mean of `values` [N] over the `count` tokens of a weight."""
+    return torch.where(weights != 0, values.detach(), 0.0).sum() / count
 
 
 def targets(samples: Sequence[Sample], device: torch.device) -> Tensor:
     """The rollouts' tokens, in the samples' order: [Σ R], int64."""
     ids = [token for sample in samples for token in sample.roles[0].rollout]
     return torch.tensor(ids, device=device)
+
+
+def old_log_prob(samples: Sequence[Sample], now: Tensor) -> Tensor:
+    """log p of each token before the step's first update: [Σ R]; `now`'s where it is the first."""
+    if all(sample.old is None for sample in samples):
+        return now.detach()
+    return torch.tensor([value for s in samples for value in s.old], device=now.device)

@@ -1,51 +1,133 @@
 """GRPO: a rollout's advantage is its reward against its group's mean.
 
-A step makes one update from fresh rollouts, so the importance ratio is 1 and its clip never acts:
-the gradient is -A_n ∇log p(y_n). The mean is over all the step's tokens (DAPO's form), and groups
-whose rewards are all alike carry no signal and cost no forward pass.
+The loss is the clipped surrogate of `policy.py`, plus `loss.kl` times an estimate of the KL to a
+reference that sees what the student sees. Groups whose rewards are all alike carry no signal and,
+without a KL, cost no forward pass. By configuration (docs/methods.md) this is the first GRPO
+(arXiv 2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), and with `loss.credit` RLSD
+(2604.03128).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from opsd.config import LossSection
-from opsd.hidden import Scored
-from opsd.objectives.base import Problem, Sample
-from opsd.objectives.likelihood import LikelihoodObjective
-from opsd.rollout import Rollout
+from opsd.hidden import Scored, rollout_hidden_states, student_and_teacher
+from opsd.models import head
+from opsd.objectives.base import (
+    Problem,
+    Sample,
+    Totals,
+    counted_mean,
+    counted_tokens,
+    old_log_prob,
+    spread,
+    token_weights,
+)
+from opsd.objectives.importance import engine_importance
+from opsd.objectives.likelihood import log_prob_as, token_log_prob
+from opsd.objectives.policy import k3, surrogate, teacher_credit
+from opsd.objectives.weights import Weighing
+from opsd.parts import part
 
-Reward = Callable[[Sequence[Rollout], Sequence[str]], Sequence[float]]
-"""(rollouts, reference answers) → a reward each."""
 
+class GRPO:
+    """Policy gradient with the group's rewards.
 
-class GRPO(LikelihoodObjective):
-    """Policy gradient; the weight of a rollout's tokens is its advantage ÷ the step's tokens."""
+    `teacher`: the reference of `loss.kl` and the teacher of `loss.credit`; None without either.
+    """
 
     samples_rollouts = True
+    teacher_role = "teacher"
 
-    def __init__(self, section: LossSection, reward: Reward):
-        self.section, self.reward = section, reward
+    def __init__(
+        self,
+        section: LossSection,
+        teacher: PreTrainedModel | None = None,
+        weighing: Weighing | None = None,
+    ):
+        self.section, self.teacher = section, teacher
+        self.weighing = weighing or Weighing(section)
 
-    def samples(self, problems: Sequence[Problem]) -> tuple[list[Sample], dict[str, float]]:
-        """Every rollout of a group whose rewards differ."""
+    def samples(
+        self, problems: Sequence[Problem], step: int = 0
+    ) -> tuple[list[Sample], dict[str, float]]:
+        """Every rollout of a group whose rewards differ; with `loss.kl`, every rollout."""
+        credit = credit_share(self.section, step)
         rollouts = [rollout for p in problems for rollout in p.rollouts]
-        answers = [p.row.answer for p in problems for _ in p.rollouts]
-        rewards = list(self.reward(rollouts, answers))
-        tokens = sum(len(rollout.ids) for rollout in rollouts)
-        samples, used, position = [], 0, 0
+        outcomes = [outcome for p in problems for outcome in p.outcomes]
+        weights = iter(self.weighing(rollouts, outcomes))
+        samples, used = [], 0
         for p in problems:
-            group = rewards[position : position + len(p.rollouts)]
-            position += len(p.rollouts)
+            group = [outcome.reward for outcome in p.outcomes]
             advantages = group_advantages(group, self.section.scale_advantages)
             used += any(advantages)
-            samples += [
-                Sample(
-                    (Scored(p.context.student, rollout.ids),), advantage / tokens, rollout.log_probs
-                )
-                for rollout, advantage in zip(p.rollouts, advantages, strict=True)
-                if advantage
-            ]
-        mean = sum(rewards) / len(rewards)
-        return samples, {"reward": mean, "informative_groups": used / len(problems)}
+            contexts = p.teacher_contexts()
+            for rollout, advantage, context in zip(p.rollouts, advantages, contexts, strict=True):
+                weight = next(weights)
+                if weight.of_all and (advantage or self.section.kl):
+                    roles = (Scored(p.context.student, rollout.ids),)
+                    if self.section.credit:
+                        # Nothing to be taught: the evidence is 1 where both contexts are one.
+                        seen = p.context.student if context is None else context
+                        roles = (*roles, Scored(seen, rollout.ids))
+                    samples.append(
+                        Sample(
+                            roles,
+                            *weight,
+                            advantage=advantage,
+                            credit=credit,
+                            log_probs=rollout.log_probs,
+                        )
+                    )
+        return samples, {"informative_groups": used / len(problems)}
+
+    def loss(
+        self,
+        model: PreTrainedModel,
+        samples: Sequence[Sample],
+        totals: Totals,
+        share: bool = True,
+    ) -> Tensor:
+        """See `Objective.loss`."""
+        section, device = self.section, model.device
+        students = [sample.roles[0] for sample in samples]
+        advantage = spread([sample.advantage for sample in samples], samples, device)
+        logged: dict[str, Tensor] = {}
+        if section.credit:
+            teachers = [sample.roles[1] for sample in samples]
+            hidden, seen = student_and_teacher(model, self.teacher, students, teachers, share)
+        else:
+            with part("student"):
+                hidden = rollout_hidden_states(model, students, share)
+        own = token_log_prob(model, hidden, samples, section)
+        old, vocabulary = old_log_prob(samples, own.log_prob), len(head(model)[0])
+        if section.credit:
+            taught = token_log_prob(self.teacher, seen, samples, section, vocabulary).log_prob
+            whole = advantage
+            advantage = teacher_credit(
+                whole,
+                old,
+                taught.detach(),
+                spread([sample.credit for sample in samples], samples, device),
+                section.credit_clip,
+            )
+            logged["credit_moved"] = (advantage - whole).abs()
+        per_token, clipped = surrogate(own.log_prob, old, advantage, section)
+        logged |= {"student_entropy": own.entropy, "ratio_clipped_fraction": clipped.float()}
+        if section.kl:
+            reference = log_prob_as(0, self.teacher, samples, section, share, vocabulary)
+            logged["reference_divergence"] = divergence = k3(own.log_prob, reference)
+            per_token = per_token + section.kl * divergence
+        weights, count = token_weights(samples, device), counted_tokens(samples)
+        ratios = engine_importance(samples, old, section.importance_bound)
+        if ratios is not None:
+            logged |= ratios.logged
+            weights = weights * ratios.factors
+        means = {name: counted_mean(values, weights, count) for name, values in logged.items()}
+        totals.add(count, **means)
+        return (weights * per_token).sum()
 
 
 def group_advantages(rewards: Sequence[float], scale: bool) -> list[float]:
@@ -56,3 +138,10 @@ def group_advantages(rewards: Sequence[float], scale: bool) -> list[float]:
     centred = [reward - mean for reward in rewards]
     deviation = (sum(c * c for c in centred) / len(centred)) ** 0.5
     return [c / deviation for c in centred] if scale else centred
+
+
+def credit_share(section: LossSection, step: int) -> float:
+    """RLSD's λ: `loss.credit`, falling to 0 over `loss.credit_steps`."""
+    if section.credit_steps is None:
+        return section.credit
+    return section.credit * max(0.0, 1 - step / section.credit_steps)

@@ -1,67 +1,61 @@
-"""Rollouts that another engine has sampled: each token weighted by how much likelier the student
-makes it.
+"""Rollouts that were sampled from another distribution than the student's of now: each token
+weighted by how much likelier the student makes it.
 
-An engine with the student's weights computes with other kernels, in another order and precision,
-and so samples from a distribution that differs a little from the one that is trained. A token's
-weight is multiplied by min(p_student / p_engine, bound), detached: truncated importance sampling
-(Ionides 2008), token by token. Both probabilities are at temperature 1 and over the whole
-vocabulary: what is corrected is the engines' difference, not what temperature, top-p and top-k do
-on purpose.
+Two reasons there are. An engine with the student's weights computes with other kernels, in another
+order and precision, and so samples from a distribution that differs a little from the one that is
+trained. And after a step's first update the student is no longer the one that sampled.
+
+A token's weight is multiplied by min(p_student / p_sampled, bound), detached: truncated importance
+sampling (Ionides 2008), token by token. Both probabilities are at temperature 1 and over the whole
+vocabulary: what is corrected is the difference of the two models, not what temperature, top-p and
+top-k do on purpose. A policy gradient has a ratio of its own for the updates, and corrects for the
+engine alone.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from opsd.models import as_operands, head, head_arguments
-from opsd.objectives.base import Sample, targets
-from opsd_kernels import linear_log_prob
+from opsd.objectives.base import Sample
 
 
-def importance(
-    samples: Sequence[Sample], log_prob: Tensor, bound: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The factor of each rollout token [Σ R], and what is logged of them.
+class Importance(NamedTuple):
+    """The factor of each rollout token [Σ R], and what is logged of them, [Σ R] each."""
 
-    log_prob [Σ R]: the student's, at temperature 1. `engine_divergence` is the mean of
-    log p_engine - log p_student: an estimate of KL(engine ‖ student) where tokens were drawn at
-    temperature 1.
+    factors: Tensor
+    logged: dict[str, Tensor]
+
+
+def importance(samples: Sequence[Sample], log_prob: Tensor, bound: float) -> Importance:
+    """Of log_prob [Σ R], the student's at temperature 1, over the engine's, or the old student's.
+
+    The mean of `engine_divergence`, log p_engine - log p_student, is an estimate of
+    KL(engine ‖ student) where tokens were drawn at temperature 1.
     """
-    engine = [value for sample in samples for value in sample.log_probs]
-    difference = log_prob.detach() - torch.tensor(engine, device=log_prob.device)
+    by_engine = samples[0].log_probs is not None
+    before = [v for s in samples for v in (s.log_probs if by_engine else s.old)]
+    difference = log_prob.detach() - torch.tensor(before, device=log_prob.device)
     ratio = difference.exp()
-    return ratio.clamp(max=bound), {
-        "importance_ratio": ratio.mean(),
-        "importance_truncated_fraction": (ratio > bound).float().mean(),
-        "engine_divergence": -difference.mean(),
+    logged = {
+        "importance_ratio": ratio,
+        "importance_truncated_fraction": (ratio > bound).float(),
     }
+    if by_engine:
+        logged["engine_divergence"] = -difference
+    return Importance(ratio.clamp(max=bound), logged)
 
 
-@torch.no_grad()
-def student_log_prob(
-    model: PreTrainedModel,
-    hidden: Tensor,
-    samples: Sequence[Sample],
-    *,
-    memory_budget: int | None,
-    backend: str,
-) -> Tensor:
-    """log p of each rollout token [Σ R] from the hidden states [Σ R, D] that predict them."""
-    weight, bias = head(model)
-    hidden, weight, bias = as_operands((hidden, weight, bias))
-    return linear_log_prob(
-        hidden,
-        weight,
-        targets(samples, hidden.device),
-        bias=bias,
-        memory_budget=memory_budget,
-        backend=backend,
-        **head_arguments(model),
-    ).log_prob
-
-
-def has_ratios(samples: Sequence[Sample], bound: float | None) -> bool:
+def were_sampled_otherwise(samples: Sequence[Sample], bound: float | None) -> bool:
     """Whether the samples' weights are to be corrected."""
-    return bound is not None and all(sample.log_probs is not None for sample in samples)
+    return bound is not None and all(s.log_probs is not None or s.old is not None for s in samples)
+
+
+def engine_importance(
+    samples: Sequence[Sample], old: Tensor, bound: float | None
+) -> Importance | None:
+    """`importance` of the student that the step starts with over the engine; None without one."""
+    if bound is None or any(sample.log_probs is None for sample in samples):
+        return None
+    return importance(samples, old, bound)

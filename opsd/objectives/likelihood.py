@@ -1,51 +1,54 @@
-"""The loss that GRPO and SFT share: minus the weighted log-likelihood of the samples' tokens."""
+"""Log-probabilities of the samples' tokens."""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.config import LossSection
 from opsd.hidden import rollout_hidden_states
 from opsd.models import as_operands, head, head_arguments
-from opsd.objectives.base import Sample, Totals, targets, token_weights
-from opsd.objectives.importance import has_ratios, importance
+from opsd.objectives.base import Sample, targets
 from opsd.parts import part
-from opsd_kernels import linear_log_prob
+from opsd_kernels import LinearLogProb, linear_log_prob
 
 
-class LikelihoodObjective:
-    """loss = -Σ w_n log p(y_n | context, y_<n); subclasses say what the samples and weights are."""
+def token_log_prob(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    samples: Sequence[Sample],
+    section: LossSection,
+    vocabulary: int | None = None,
+) -> LinearLogProb:
+    """log p and entropy of each rollout token [Σ R], of the states [Σ R, D] that predict them.
 
-    section: LossSection
-    teacher_role = "teacher"  # it scores nothing here, but shades the report's completions
+    `vocabulary`: how many rows of the head count; a teacher's may be padded further.
+    """
+    weight, bias = (None if t is None else t[:vocabulary] for t in head(model))
+    hidden, weight, bias = as_operands((hidden, weight, bias))
+    with part("loss"):
+        return linear_log_prob(
+            hidden,
+            weight,
+            targets(samples, hidden.device),
+            bias=bias,
+            memory_budget=section.memory_budget,
+            backend=section.backend,
+            **head_arguments(model),
+        )
 
-    def loss(
-        self,
-        model: PreTrainedModel,
-        samples: Sequence[Sample],
-        totals: Totals,
-        share: bool = True,
-    ) -> Tensor:
-        """See `Objective.loss`; adds the student's entropy to `totals`."""
-        with part("student"):
-            hidden = rollout_hidden_states(model, [sample.roles[0] for sample in samples], share)
-        weight, bias = head(model)
-        hidden, weight, bias = as_operands((hidden, weight, bias))
-        with part("loss"):
-            result = linear_log_prob(
-                hidden,
-                weight,
-                targets(samples, hidden.device),
-                bias=bias,
-                memory_budget=self.section.memory_budget,
-                backend=self.section.backend,
-                **head_arguments(model),
-            )
-        weights, measures = token_weights(samples, hidden.device), {}
-        bound = self.section.importance_bound
-        if has_ratios(samples, bound):
-            factors, measures = importance(samples, result.log_prob, bound)
-            weights *= factors
-        totals.add(len(hidden), student_entropy=result.entropy.mean(), **measures)
-        return -(weights * result.log_prob).sum()
+
+@torch.no_grad()
+def log_prob_as(
+    role: int,
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    section: LossSection,
+    share: bool,
+    vocabulary: int | None = None,
+) -> Tensor:
+    """log p of each rollout token [Σ R] by `model`, in the samples' role of that number."""
+    with part("teacher"):
+        hidden = rollout_hidden_states(model, [sample.roles[role] for sample in samples], share)
+    return token_log_prob(model, hidden, samples, section, vocabulary).log_prob

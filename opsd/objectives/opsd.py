@@ -3,6 +3,10 @@
 The student sees the problem, the teacher the problem and a solution. At each rollout token n the
 loss is D(p_T(·|n) ‖ p_S(·|n)) over the whole vocabulary; its gradient flows through the student
 only. The step's loss is the mean over all its rollout tokens.
+
+With `loss.divergence: sampled_token` it is a policy gradient of the tokens that were sampled, with
+the advantage A_n = log p_T(y_n) - log p_S(y_n), p_S before the step's first update: its expectation
+there is the gradient of KL(p_S ‖ p_T), from one token instead of the whole vocabulary.
 """
 
 from collections.abc import Sequence
@@ -12,40 +16,81 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.config import LossSection
-from opsd.hidden import Scored, both_roles_hidden_states, rollout_hidden_states
+from opsd.hidden import Scored, student_and_teacher
 from opsd.models import as_operands, head, head_arguments
-from opsd.objectives.base import Problem, Sample, Totals, token_weights
-from opsd.objectives.importance import has_ratios, importance, student_log_prob
+from opsd.objectives.base import (
+    Problem,
+    Sample,
+    Totals,
+    counted_mean,
+    counted_tokens,
+    old_log_prob,
+    targets,
+    token_weights,
+)
+from opsd.objectives.classes import class_parts
+from opsd.objectives.importance import (
+    Importance,
+    engine_importance,
+    importance,
+    were_sampled_otherwise,
+)
+from opsd.objectives.likelihood import token_log_prob
+from opsd.objectives.policy import surrogate
+from opsd.objectives.weights import Weighing
 from opsd.parts import part
 from opsd_kernels import Clip, linear_divergence
 
 
 class OPSD:
-    """The divergence between `teacher` (frozen, or the live model) and the model that trains."""
+    """The divergence between `teacher` (frozen, or the live model) and the model that trains.
+
+    Args:
+        weighing: what the tokens count; none: alike, as `section` has them.
+        classes: the class of each vocabulary entry [V]; with it, the divergence is logged by class.
+    """
 
     samples_rollouts = True
     teacher_role = "teacher"  # the context that the teacher sees
 
-    def __init__(self, section: LossSection, teacher: PreTrainedModel):
-        self.section, self.teacher = section, teacher
+    def __init__(
+        self,
+        section: LossSection,
+        teacher: PreTrainedModel,
+        weighing: Weighing | None = None,
+        classes: Tensor | None = None,
+    ):
+        self.section, self.teacher, self.classes = section, teacher, classes
+        self.weighing = weighing or Weighing(section)
         self.clip = None if section.clip == "none" else Clip(section.clip, section.clip_threshold)
 
-    def samples(self, problems: Sequence[Problem]) -> tuple[list[Sample], dict[str, float]]:
-        """Each rollout after both contexts, all its tokens of weight 1 ÷ the step's tokens."""
-        weight = 1 / sum(len(rollout.ids) for p in problems for rollout in p.rollouts)
+    def samples(
+        self, problems: Sequence[Problem], step: int = 0
+    ) -> tuple[list[Sample], dict[str, float]]:
+        """Each rollout after both contexts; those that a teacher says nothing to are left out."""
+        seen = [
+            (p.context.student, context, rollout, outcome)
+            for p in problems
+            for context, rollout, outcome in zip(
+                p.teacher_contexts(self.teacher_role),
+                p.rollouts,
+                p.outcomes or [None] * len(p.rollouts),
+                strict=True,
+            )
+        ]
+        taught = [item for item in seen if item[1] is not None]
+        weights = self.weighing([r for *_, r, _ in taught], [outcome for *_, outcome in taught])
         samples = [
             Sample(
-                (
-                    Scored(p.context.student, r.ids),
-                    Scored(getattr(p.context, self.teacher_role), r.ids),
-                ),
-                weight,
-                r.log_probs,
+                (Scored(student, rollout.ids), Scored(teacher, rollout.ids)),
+                *weight,
+                log_probs=rollout.log_probs,
             )
-            for p in problems
-            for r in p.rollouts
+            for (student, teacher, rollout, _), weight in zip(taught, weights, strict=True)
+            if weight.of_all
         ]
-        return samples, {}
+        used = len(samples) / len(seen)
+        return samples, {} if used == 1 else {"trained_fraction": used}
 
     def loss(
         self,
@@ -55,14 +100,31 @@ class OPSD:
         share: bool = True,
     ) -> Tensor:
         """See `Objective.loss`."""
-        student, teacher = self._hidden_states(model, samples, share)
-        section, measures = self.section, {}
-        weights = token_weights(samples, student.device)
-        if has_ratios(samples, section.importance_bound):
-            kernel = {"memory_budget": section.memory_budget, "backend": section.backend}
-            log_prob = student_log_prob(model, student, samples, **kernel)
-            factors, measures = importance(samples, log_prob, section.importance_bound)
-            weights *= factors
+        students, teachers = ([sample.roles[role] for sample in samples] for role in (0, 1))
+        hidden = student_and_teacher(model, self.teacher, students, teachers, share)
+        weights, count = token_weights(samples, model.device), counted_tokens(samples)
+        by_token = self.section.divergence == "sampled_token"
+        part = self._sampled_token if by_token else self._whole_vocabulary
+        loss, logged, fractions = part(model, samples, weights, *hidden)
+        if self.classes is not None:
+            parts = class_parts(self.classes, targets(samples, model.device), logged["divergence"])
+            logged |= {f"divergence_{name}": values for name, values in parts.items()}
+        means = {name: counted_mean(values, weights, count) for name, values in logged.items()}
+        totals.add(count, **means, **fractions)
+        return loss
+
+    def _whole_vocabulary(
+        self,
+        model: PreTrainedModel,
+        samples: Sequence[Sample],
+        weights: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The loss; what is logged of each token [Σ R], and of all of them."""
+        ratios = self._importance(model, samples, student)
+        if ratios is not None:
+            weights = weights * ratios.factors
         (weight, bias), (teacher_weight, teacher_bias) = head(model), head(self.teacher)
         if len(weight) != len(teacher_weight):
             # Padded to different sizes: the rows that both have, which hold all tokens.
@@ -92,23 +154,52 @@ class OPSD:
                 backend=self.section.backend,
                 **head_arguments(model),
             )
-        measures |= {
-            "divergence": result.per_token.mean(),
-            "student_entropy": result.student_entropy.mean(),
-            "teacher_entropy": result.teacher_entropy.mean(),
+        logged = {
+            "divergence": result.per_token,
+            "student_entropy": result.student_entropy,
+            "teacher_entropy": result.teacher_entropy,
         }
+        if ratios is not None:
+            logged |= ratios.logged
+        fractions = {}
         if self.clip is not None:
-            measures["clipped_fraction"] = result.clipped_fraction
-            measures["opposed_fraction"] = result.opposed_fraction
-        totals.add(len(student), **measures)
-        return result.loss
+            fractions["clipped_fraction"] = result.clipped_fraction
+            fractions["opposed_fraction"] = result.opposed_fraction
+        return result.loss, logged, fractions
 
-    def _hidden_states(self, model, samples: Sequence[Sample], share: bool):
-        """The student's and the teacher's states that predict the samples' tokens."""
-        students, teachers = ([sample.roles[role] for sample in samples] for role in (0, 1))
-        if self.teacher is model:
-            return both_roles_hidden_states(model, students, teachers, share)
-        with torch.no_grad(), part("teacher"):
-            teacher = rollout_hidden_states(self.teacher, teachers, share)
-        with part("student"):
-            return rollout_hidden_states(model, students, share), teacher
+    def _importance(
+        self, model: PreTrainedModel, samples: Sequence[Sample], student: Tensor
+    ) -> Importance | None:
+        """How much likelier the student makes each token than whoever sampled it did."""
+        if not were_sampled_otherwise(samples, self.section.importance_bound):
+            return None
+        with torch.no_grad():
+            own = token_log_prob(model, student, samples, self.section)
+        return importance(samples, own.log_prob, self.section.importance_bound)
+
+    def _sampled_token(
+        self,
+        model: PreTrainedModel,
+        samples: Sequence[Sample],
+        weights: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """As `_whole_vocabulary`; a token's divergence is its estimate log p_S - log p_T."""
+        own = token_log_prob(model, student, samples, self.section)
+        with torch.no_grad():
+            seen = token_log_prob(self.teacher, teacher, samples, self.section, len(head(model)[0]))
+        old = old_log_prob(samples, own.log_prob)
+        advantage = seen.log_prob - old
+        per_token, clipped = surrogate(own.log_prob, old, advantage, self.section)
+        logged = {
+            "divergence": -advantage,
+            "student_entropy": own.entropy,
+            "teacher_entropy": seen.entropy,
+            "ratio_clipped_fraction": clipped.float(),
+        }
+        ratios = engine_importance(samples, old, self.section.importance_bound)
+        if ratios is not None:
+            logged |= ratios.logged
+            weights = weights * ratios.factors
+        return (weights * per_token).sum(), logged, {}

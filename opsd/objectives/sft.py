@@ -6,27 +6,63 @@ teaches a model the two prompts before OPSD begins.
 
 from collections.abc import Sequence
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from opsd.config import LossSection
-from opsd.hidden import Scored
-from opsd.objectives.base import Problem, Sample
-from opsd.objectives.likelihood import LikelihoodObjective
+from opsd.hidden import Scored, rollout_hidden_states
+from opsd.objectives.base import (
+    Problem,
+    Sample,
+    Totals,
+    counted_mean,
+    counted_tokens,
+    token_weights,
+)
+from opsd.objectives.likelihood import token_log_prob
+from opsd.objectives.weights import Weighing
+from opsd.parts import part
 from opsd.prompts import Prompts
+from opsd.rollout import Rollout
 
 
-class SFT(LikelihoodObjective):
+class SFT:
     """Cross-entropy; the weight of each token is 1 ÷ the step's tokens."""
 
     samples_rollouts = False
+    teacher_role = "teacher"  # it scores nothing here, but shades the report's completions
 
-    def __init__(self, section: LossSection, prompts: Prompts):
+    def __init__(self, section: LossSection, prompts: Prompts, weighing: Weighing | None = None):
         self.section, self.prompts = section, prompts
+        self.weighing = weighing or Weighing(section)
 
-    def samples(self, problems: Sequence[Problem]) -> tuple[list[Sample], dict[str, float]]:
+    def samples(
+        self, problems: Sequence[Problem], step: int = 0
+    ) -> tuple[list[Sample], dict[str, float]]:
         """The target text of each row, after the context of each of `loss.roles`."""
         sequences = [
             Scored(getattr(p.context, role), self.prompts.target(p.row))
             for p in problems
             for role in self.section.roles
         ]
-        weight = 1 / sum(len(sequence.rollout) for sequence in sequences)
-        return [Sample((sequence,), weight) for sequence in sequences], {}
+        texts = [Rollout(list(sequence.rollout), True) for sequence in sequences]
+        weights = self.weighing(texts, [None] * len(texts))
+        return [
+            Sample((sequence,), *weight)
+            for sequence, weight in zip(sequences, weights, strict=True)
+        ], {}
+
+    def loss(
+        self,
+        model: PreTrainedModel,
+        samples: Sequence[Sample],
+        totals: Totals,
+        share: bool = True,
+    ) -> Tensor:
+        """See `Objective.loss`; adds the student's entropy to `totals`."""
+        with part("student"):
+            hidden = rollout_hidden_states(model, [sample.roles[0] for sample in samples], share)
+        result = token_log_prob(model, hidden, samples, self.section)
+        weights, count = token_weights(samples, hidden.device), counted_tokens(samples)
+        totals.add(count, student_entropy=counted_mean(result.entropy, weights, count))
+        return -(weights * result.log_prob).sum()

@@ -1,0 +1,56 @@
+"""Token classes: maths, style, special, other.
+
+The paper's ablation [method.md, 2nd] finds that words about thinking ("wait", "so") carry several
+times the divergence of mathematical tokens. A vocabulary entry belongs to one class, by its text:
+- special: the tokenizer's special and added tokens;
+- maths: text with a digit or one of the symbols below, or a LaTeX command;
+- style: one of the words below, alone;
+- other: the rest.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+CLASSES = ("maths", "style", "special", "other")
+
+_SYMBOLS = "=+*/^<>_{}|&\\$-" + "".join(map(chr, range(0x2200, 0x2300))) + "\xb1\xd7\xf7"
+"""With the block of mathematical operators, plus-minus, times and division."""
+
+_MATHS = re.compile(rf"[\d{re.escape(_SYMBOLS)}]")
+_STYLE = frozenset(
+    "actually again ah alright also alternatively anyway basically but check clearly consider"
+    " double first firstly good great hence here hmm however i if indeed instead just last lastly"
+    " let lets like maybe me now obviously oh ok okay perhaps please probably really right say"
+    " second see should similarly simply since so specifically start step sure that then there"
+    " therefore think this though thus try understand wait we well yes".split()
+)
+
+
+def class_table(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The class of each vocabulary entry, as its place in CLASSES: [V], uint8."""
+    size = len(tokenizer)
+    texts = tokenizer.batch_decode([[entry] for entry in range(size)])
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return torch.tensor(
+        [
+            CLASSES.index("special" if entry in special else class_of(text))
+            for entry, text in enumerate(texts)
+        ],
+        dtype=torch.uint8,
+    )
+
+
+def class_of(text: str) -> str:
+    """The class of an ordinary token's text."""
+    if _MATHS.search(text):
+        return "maths"
+    return "style" if text.strip().casefold() in _STYLE else "other"
+
+
+def class_parts(table: Tensor, tokens: Tensor, values: Tensor) -> dict[str, Tensor]:
+    """`values` [N] split by the class of `tokens` [N], with 0 elsewhere: they add up to it."""
+    kinds = table.to(values.device)[tokens]
+    return {name: values * (kinds == index) for index, name in enumerate(CLASSES)}
