@@ -6,6 +6,7 @@ import yaml
 from opsd.config import (
     CollapseSection,
     Config,
+    LoraSection,
     RewardSection,
     WeightsSection,
     describe,
@@ -155,7 +156,8 @@ def test_every_field_is_described():
     } | {
         f"{section}.{name}"
         for section, name in (
-            [("loss", f"weights.{n}") for n in WeightsSection.model_fields]
+            [("model", f"lora.{n}") for n in LoraSection.model_fields]
+            + [("loss", f"weights.{n}") for n in WeightsSection.model_fields]
             + [("loss", f"reward.{n}") for n in RewardSection.model_fields]
             + [("train", f"collapse.{n}") for n in CollapseSection.model_fields]
         )

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, kl_div
 from training_cases import (
     ROWS,
+    graded,
     logits,
     quiet,
     short_config,

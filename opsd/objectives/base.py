@@ -135,8 +135,8 @@ def token_weights(samples: Sequence[Sample], device: torch.device) -> Tensor:
 
 def spread(values: Sequence[float], samples: Sequence[Sample], device: torch.device) -> Tensor:
     """A value a sample, given to each of its tokens: [Σ R], fp32."""
-    lengths = torch.tensor([sample.tokens for sample in samples])
-    return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths).to(device)
+    each = [value for value, s in zip(values, samples, strict=True) for _ in range(s.tokens)]
+    return torch.tensor(each, dtype=torch.float32, device=device)
 
 
 def counted_tokens(samples: Sequence[Sample]) -> int:

@@ -40,9 +40,8 @@ class Weighing:
         self.section, self.longest = section, longest
         weights = section.weights
         by_class = [getattr(weights, name) for name in CLASSES]
-        self.by_token = None
-        if by_class != [1.0] * len(CLASSES):
-            assert classes is not None
+        self.by_token = None  # the weight of each vocabulary entry [V]
+        if classes is not None and by_class != [1.0] * len(CLASSES):
             self.by_token = torch.tensor(by_class)[classes.long()]
         self.flat = weights.skip_first == 0 and weights.position[0] == weights.position[1] == 1.0
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from opsd.config import Config
+from opsd.needs import scores_by_teacher
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Sample, Totals
 from opsd.plan.architectures import architecture
 from opsd.plan.step import Lengths, micro_batches, samples
@@ -83,7 +84,7 @@ class Planner:
 
     def _teacher(self, config: Config, dtype: torch.dtype) -> int:
         """Of its weights; without a method that asks it, it shades the report's completions."""
-        scores = config.method in ("opsd", "distill")
+        scores = scores_by_teacher(config)
         if not scores and not (config.eval.problems and config.eval.samples):
             return 0
         policy = config.teacher.policy
@@ -195,10 +196,12 @@ def _tokens(batch: list[Sample]) -> int:
 
 
 def _objective(config: Config, short: PreTrainedConfig, dtype: torch.dtype):
-    if config.method in ("opsd", "distill"):
-        kind = OPSD if config.method == "opsd" else Distill
-        return kind(config.loss, fake_model(short, dtype).requires_grad_(False).eval())
-    return GRPO(config.loss, None) if config.method == "grpo" else SFT(config.loss, None)
+    if config.method == "sft":
+        return SFT(config.loss, None)
+    teacher = None
+    if scores_by_teacher(config):
+        teacher = fake_model(short, dtype).requires_grad_(False).eval()
+    return {"opsd": OPSD, "distill": Distill, "grpo": GRPO}[config.method](config.loss, teacher)
 
 
 def _step_key(config: Config) -> str:

@@ -44,8 +44,8 @@ def samples(config: Config, lengths: Lengths) -> list[Sample]:
         problem = [number % 7 + 1] * (lengths.prompt - 1) + [number]
         contexts = {"student": problem, "teacher": problem + [1] * lengths.solution}
         rollout = [0] * answer
-        if config.method in ("opsd", "distill"):
-            seen = "teacher" if config.method == "opsd" else "student"
+        if config.method in ("opsd", "distill") or config.loss.credit:
+            seen = "student" if config.method == "distill" else "teacher"
             scored = (Scored(problem, rollout), Scored(contexts[seen], rollout))
             made += [Sample(scored, 1.0)] * copies
         else:
