@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,6 +96,12 @@ def overlong(length: int, longest: int, buffer: int | None) -> float:
     return min(0.0, (longest - buffer - length) / buffer)
 
 
+def check_verifier(section: RewardSection) -> None:
+    """Raises UserError where the verifier that the config names cannot be loaded."""
+    if section.verifier != "math":
+        own_verifier(section.verifier)
+
+
 def make_verifier(
     section: RewardSection, grader: Grades, score: Callable[[str, str], float] | None = None
 ) -> Verifier:
@@ -133,6 +140,7 @@ def own_verifier(name: str) -> Verifier:
     return verify
 
 
+@lru_cache  # checked before the weights are loaded, used after
 def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
     where = f"loss.reward.verifier is {name!r}"
     file, colon, function = name.rpartition(":")

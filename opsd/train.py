@@ -28,7 +28,7 @@ from opsd.prefix import use_kernel
 from opsd.processes import Processes
 from opsd.prompts import Prompts
 from opsd.report import write_report
-from opsd.rewards import Judge, make_verifier
+from opsd.rewards import Judge, check_verifier, make_verifier
 from opsd.rollout import (
     SAMPLERS,
     GenerateSampler,
@@ -70,6 +70,8 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
     checkpoint = processes.once(lambda: claim_directory(directory, config, resume))
     processes.together(lambda: check_engine(config.rollout.engine))
     server = processes.together(lambda: training_server(config))
+    if is_graded(config):
+        processes.together(lambda: check_verifier(config.loss.reward))
     rows, held_out = processes.together(lambda: load_data(config))
     # FSDP2 brings to a GPU what is to be there.
     device = "cpu" if config.train.sharding == "fsdp2" else processes.device
