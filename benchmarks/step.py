@@ -21,7 +21,7 @@ from benchmarks import machine
 from benchmarks.measure import Disagreement, interleaved, peak_bytes
 from benchmarks.step_ways import Setting, Step, ways
 from opsd.config import ModelSection
-from opsd.hidden import Scored
+from opsd.hidden import Scored, stream_tokens
 from opsd.models import copy_model, load_model
 from opsd.objectives import Sample
 from opsd.parts import Parts, measured, part
@@ -79,6 +79,9 @@ GPU_CASES = [
     Case(4, 8, 200, 1000, 1024),
     Case(32, 1, 200, 1000, 1024),
 ]
+WORK = (3, 1)
+"""Of a token's products: the student's forward and backward, the teacher's forward."""
+
 CHECKED = 1 << 16
 """Of each parameter's gradient, how many numbers are compared."""
 
@@ -88,10 +91,25 @@ def some_gradient(model: PreTrainedModel) -> Tensor:
     return torch.cat([g.float().cpu() for g in gradients])
 
 
+def work_ratio(samples: list[Sample]) -> float:
+    """Products of each rollout run alone ÷ with contexts shared; attention's own and the head's are
+    not in it.
+    """
+    shared = stream_tokens(samples, lambda sample: sample.roles)
+    alone = [
+        sum(len(role) - 1 for role in roles)
+        for roles in zip(*(s.roles for s in samples), strict=True)
+    ]
+    return sum(w * n for w, n in zip(WORK, alone, strict=True)) / sum(
+        w * n for w, n in zip(WORK, shared, strict=True)
+    )
+
+
 def measure(case: Case, setting: Setting, rounds: int, seconds: float) -> dict:
     """One row of the report, JSON-ready."""
     samples = case.samples(setting.model.config.vocab_size)
-    row = {"case": asdict(case), "token_ratio": token_ratio(samples), "errors": {}, "failed": {}}
+    row = {"case": asdict(case), "token_ratio": token_ratio(samples)}
+    row |= {"work_ratio": work_ratio(samples), "errors": {}, "failed": {}}
     row["tokens"] = sum(sample.tokens for sample in samples)
     kept: dict[str, Step] = {}
     gradients: dict[str, Tensor] = {}
@@ -254,7 +272,10 @@ def prepare(options: argparse.Namespace) -> tuple[Setting, list[Case]]:
 def show(case: Case, row: dict, clock: str) -> None:
     """A case's lines: each way's time, tokens a second and memory; then the ratios."""
     first = next(iter(row[clock]))
-    print(f"{case}: {row['token_ratio']:.2f} times fewer tokens ({clock}, minimum)")
+    print(
+        f"{case}: {row['token_ratio']:.2f} times fewer tokens, {row['work_ratio']:.2f} times fewer "
+        f"products ({clock}, minimum)"
+    )
     for name, times in row[clock].items():
         seconds, peak = times["min"], row["peak_bytes"][name]
         memory = "-" if peak is None else f"{peak / 2**20:.0f} MiB"

@@ -27,6 +27,14 @@ def test_all_ways_have_the_same_gradient(setting):
     assert row["token_ratio"] > 1.5 and row["tokens"] == 2 * (9 + 9 + 8)
 
 
+def test_the_ratio_of_products_counts_the_students_thrice():
+    samples = Case(1, 2, 10, 100, 5).samples(9)  # rollouts of 5 and 5 tokens
+    assert [s.tokens for s in samples] == [5, 5]
+    alone = 2 * (3 * (10 + 4) + (100 + 4))
+    shared = 3 * (10 + 8) + (100 + 8)
+    assert step.work_ratio(samples) == alone / shared
+
+
 def test_a_way_with_another_gradient_is_refused(setting, monkeypatch):
     right = step_ways.grouper_attention
     monkeypatch.setattr(step_ways, "grouper_attention", lambda *a, **more: 1.01 * right(*a, **more))
