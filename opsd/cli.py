@@ -106,6 +106,11 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("config", metavar="CONFIG.yaml")
     sub.add_argument("overrides", nargs="*", metavar="section.field=value")
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check config, data, prompts and tokenizer, show the plan, train nothing",
+    )
     sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     sub.add_argument(
         "--no-share",
@@ -214,6 +219,13 @@ def _train(parsed: argparse.Namespace) -> None:
     config = load_config(parsed.config, overrides)  # before torch is imported
     from opsd.display import Display
     from opsd.models import quiet_transformers
+
+    if parsed.dry_run:
+        from opsd.dry_run import dry_run
+
+        quiet_transformers()
+        dry_run(config, Display())
+        return
     from opsd.train import train
 
     quiet_transformers()

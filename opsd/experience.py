@@ -57,7 +57,9 @@ class Experience:
         self.objective, self.sampler, self.teacher_sampler = objective, sampler, teacher_sampler
         self.judge, self.processes = judge, processes
         self.sampling = Sampling(**config.rollout.model_dump(include=SAMPLING))
-        self.lessons = Lessons(prompts, window(model), config.prompts.too_long == "skip", note)
+        self.lessons = Lessons(
+            prompts, window(model.config), config.prompts.too_long == "skip", note
+        )
         self.samples = objective.samples_rollouts and config.rollout.source != "reference"
 
     def __call__(self, rows: Sequence[Row]) -> Experienced:

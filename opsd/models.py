@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -48,42 +49,21 @@ def load_model(
         whole_section = section.model_copy(update=update)
         model, tokenizer = load_model(whole_section, device, dtype=dtype, name=name)
         return merge_adapter(model, section.path).eval(), tokenizer
-    path = Path(section.path)
-    if section.gguf_file and not (path / section.gguf_file).is_file():
-        raise UserError(
-            f"{name}.gguf_file is {section.gguf_file!r}: no such file in {section.path!r}"
-        )
-    if path.is_dir() and not section.gguf_file and not (path / "config.json").is_file():
-        hint = ", ".join(file.name for file in sorted(path.glob("*.gguf")))
-        hint = f"; for a GGUF file set {name}.gguf_file ({hint})" if hint else ""
-        raise UserError(f"{name}.path is {section.path!r}: a directory without config.json{hint}")
-    arguments = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    if section.gguf_file:
-        arguments["gguf_file"] = section.gguf_file
+    check_directory(section, name)
     placing = {}
     if section.lora is not None and section.lora.quantize == "nf4":
         placing = {"quantization_config": four_bits(dtype), "device_map": {"": device}}
+    tokenizer = load_tokenizer(section, name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(section.path, **arguments)
         model = AutoModelForCausalLM.from_pretrained(
             section.path,
             dtype=dtype,
             attn_implementation=section.attention,
-            **arguments,
+            **_source(section),
             **placing,
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{name}.path is {section.path!r}: neither a model directory nor a hub model that "
-            f"can be reached ({first})"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{name}.path is {section.path!r}: its tokenizer has no eos_token to end a rollout"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # lengths, never ids, decide what is padding
+    except _NOT_THERE as error:
+        raise _unreachable(section, name, error) from error
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"{name}.path is {section.path!r}: its tokenizer has {len(tokenizer)} tokens, "
@@ -98,6 +78,53 @@ def load_model(
     if not placing:
         model = model.to(device)
     return contiguous_head(model.eval()), tokenizer
+
+
+_NOT_THERE = (OSError, ValueError, ImportError, SafetensorError)
+
+
+def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone. Raises UserError where there is none, or it ends no rollout."""
+    if (base := base_of(section.path)) is not None:
+        section = section.model_copy(update={"path": base[0], "revision": base[1], "lora": None})
+    check_directory(section, name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(section.path, **_source(section))
+    except _NOT_THERE as error:
+        raise _unreachable(section, name, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{name}.path is {section.path!r}: its tokenizer has no eos_token to end a rollout"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # lengths, never ids, decide what is padding
+    return tokenizer
+
+
+def _source(section: ModelSection) -> dict[str, Any]:
+    arguments = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    return arguments | ({"gguf_file": section.gguf_file} if section.gguf_file else {})
+
+
+def _unreachable(section: ModelSection, name: str, error: Exception) -> UserError:
+    first = str(error).strip().splitlines()[0]
+    return UserError(
+        f"{name}.path is {section.path!r}: neither a model directory nor a hub model that can be "
+        f"reached ({first})"
+    )
+
+
+def check_directory(section: ModelSection, name: str = "model") -> None:
+    """Raises UserError for a directory that holds no model, or not the file that is named."""
+    path = Path(section.path)
+    if section.gguf_file and not (path / section.gguf_file).is_file():
+        raise UserError(
+            f"{name}.gguf_file is {section.gguf_file!r}: no such file in {section.path!r}"
+        )
+    if path.is_dir() and not section.gguf_file and not (path / "config.json").is_file():
+        hint = ", ".join(file.name for file in sorted(path.glob("*.gguf")))
+        hint = f"; for a GGUF file set {name}.gguf_file ({hint})" if hint else ""
+        raise UserError(f"{name}.path is {section.path!r}: a directory without config.json{hint}")
 
 
 def contiguous_head(model: PreTrainedModel) -> PreTrainedModel:
@@ -185,9 +212,9 @@ def as_operands(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if x is None else x.to(dtype) for x in tensors]
 
 
-def window(model: PreTrainedModel) -> int | None:
-    """The longest sequence that the model's positions allow, or None where it does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def window(config: PreTrainedConfig) -> int | None:
+    """The longest sequence that a model's positions allow, or None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -59,6 +59,12 @@ class Prompts:
         """The ids of one role's context."""
         return self._ids(self.render(row, role), role)
 
+    def ending(self, role: str) -> str:
+        """What stands between one role's message and its answer: the generation prompt, with what
+        it says of thinking, and the prefill."""
+        mark = "\u2042the message\u2042"
+        return self._text(mark, role).rpartition(mark)[2]
+
     def teacher_of(self, row: Row, rollout: Any, peers: Sequence[Any]) -> list[int] | None:
         """The ids of the teacher's context for one rollout; None where its message is empty."""
         for name in ROLLOUT_NAMES & row.columns.keys() & names(self.section.teacher):
@@ -70,6 +76,10 @@ class Prompts:
         return self._ids(message, "teacher") if message.strip() else None
 
     def _ids(self, message: str, role: str) -> list[int]:
+        # The chat template has written the special tokens already: BOS must not come twice.
+        return self.tokenizer(self._text(message, role), add_special_tokens=False).input_ids
+
+    def _text(self, message: str, role: str) -> str:
         messages = [{"role": "user", "content": message}]
         system = getattr(self.section, f"{role}_system")
         system = self.section.system if system is None else system
@@ -82,9 +92,7 @@ class Prompts:
             )
         except TemplateError as error:  # such as one that takes no system message
             raise UserError(f"model.path has a chat template that refuses: {error}") from None
-        text += getattr(self.section, f"{role}_prefill")
-        # The chat template has written the special tokens already: BOS must not come twice.
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return text + getattr(self.section, f"{role}_prefill")
 
     def target(self, row: Row) -> list[int]:
         """The ids of the text that SFT learns for this row, with the token that ends a turn."""

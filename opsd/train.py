@@ -16,12 +16,12 @@ from opsd.config import Config
 from opsd.data import Row, load_rows, split_rows
 from opsd.display import Display
 from opsd.environment import machine, peak_memory, release_memory, share_one_heap, versions
-from opsd.errors import UserError
 from opsd.evaluate.grading import Grader
 from opsd.evaluate.run import Evaluation, Grades, HeldOut
+from opsd.fitting import different_endings, fitting_rows
 from opsd.hub import push
 from opsd.models import copy_model, head, load_model, stop_ids, window
-from opsd.needs import is_graded, required_columns, scores_by_teacher, uses_teacher_prompt
+from opsd.needs import is_graded, required_columns, scores_by_teacher
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, Weighing
 from opsd.objectives.classes import class_table
 from opsd.prefix import use_kernel
@@ -47,8 +47,6 @@ from opsd.teacher import make_teacher
 from opsd.trainer import OPSDTrainer
 
 Reward = Callable[[str, str], float]
-
-NAMED_ROWS = 10  # that are too long, in the note that counts them
 
 
 def train(config: Config, display: Display, *, resume: bool = False) -> Path:
@@ -172,12 +170,9 @@ def run(
     if config.model.lora is not None:
         model = add_adapters(model, config.model)
         display.note(f"Adapters: {trainable(model):.2%} of the parameters train")
-    rows = fitting_rows(rows, prompts, config, model, display)
-    if len(rows) < config.train.problems_per_step:
-        raise UserError(
-            f"data.source has {len(rows)} training rows: train.problems_per_step "
-            f"({config.train.problems_per_step}) may be at most that"
-        )
+    rows = fitting_rows(rows, prompts, config, window(model.config), display.note)
+    if (differ := different_endings(prompts, config)) is not None:
+        display.note(differ)
     check_disk_space(directory, config, model)
     begun = time.monotonic()
     low_precision = config.train.precision == "bf16"
@@ -342,49 +337,6 @@ def make_objective(config: Config, teacher: PreTrainedModel, prompts: Prompts) -
         return GRPO(loss, teacher if scores_by_teacher(config) else None, weighing)
     kind = OPSD if config.method == "opsd" else Distill
     return kind(loss, teacher, weighing, classes)
-
-
-def fitting_rows(
-    rows: Sequence[Row],
-    prompts: Prompts,
-    config: Config,
-    model: PreTrainedModel,
-    display: Display,
-) -> list[Row]:
-    """The rows whose longest context and rollout fit the model's window.
-
-    The others are an error, or left out and counted, as `prompts.too_long` says; never cut.
-    """
-    limit = window(model)
-    if limit is None:
-        return list(rows)
-    kept, left = [], []
-    roles = ["student"]
-    if config.method == "sft":
-        roles = config.loss.roles
-    elif uses_teacher_prompt(config) and not prompts.over_rollouts:
-        roles = ["student", "teacher"]
-    given = config.method == "sft" or config.rollout.source == "reference"
-    for number, row in enumerate(rows, start=1):
-        answer = len(prompts.target(row)) if given else config.rollout.max_new_tokens
-        longest = max(len(prompts.ids(row, role)) for role in roles) + answer
-        if longest <= limit:
-            kept.append(row)
-        else:
-            left.append((number, longest))
-    if not left:
-        return kept
-    number, longest = left[0]
-    what = f"row {number} needs {longest} tokens with its answer, the model's window is {limit}"
-    if config.prompts.too_long == "error":
-        raise UserError(
-            f"data.source: {what} ({len(left)} of {len(rows)} rows are too long); shorten "
-            "rollout.max_new_tokens, or leave such rows out with prompts.too_long: skip"
-        )
-    named = ", ".join(str(number) for number, _ in left[:NAMED_ROWS])
-    named += ", …" if len(left) > NAMED_ROWS else ""
-    display.note(f"{len(left)} of {len(rows)} rows are left out ({named}): {what}")
-    return kept
 
 
 def checkpoint_step(checkpoint: Path | None) -> int:

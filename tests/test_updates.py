@@ -9,8 +9,11 @@ from safetensors.torch import load_file
 from training_cases import ROWS, logits, quiet, short_config, write_model, write_rows
 
 from opsd import train as training
-from opsd.config import save_config
-from opsd.objectives import GRPO, OPSD
+from opsd.config import LossSection, save_config
+from opsd.objectives import GRPO, OPSD, Weighing
+from opsd.objectives.classes import CLASSES, class_of, class_table, classes_of
+from opsd.quickstart import tiny
+from opsd.rollout import Rollout
 from opsd.runlog import read_lines
 
 VERIFIER = """
@@ -161,6 +164,22 @@ def test_only_right_rollouts_are_learnt_from(files, tmp_path):
         assert line.get("trained_fraction", 1.0) == pytest.approx(line["correct_fraction"])
     assert any(0 < line["correct_fraction"] < 1 for line in lines)
     assert lines[-1]["trained_tokens"] < lines[-1]["generated_tokens"]
+
+
+def test_token_classes():
+    texts = {
+        "12": "maths", "+": "maths", " =": "maths", "\\frac": "maths", "x_": "maths",
+        " Wait": "style", "so": "style", "sonnet": "other", " the": "other", "\n": "other",
+    }  # fmt: skip
+    assert {text: class_of(text) for text in texts} == texts
+    tokenizer = tiny.make_tokenizer()
+    table = class_table(tokenizer)
+    ids = torch.tensor([*tokenizer("7<|end|>S").input_ids, len(tokenizer), len(tokenizer) + 40])
+    names = [CLASSES[place] for place in classes_of(table, ids)]
+    assert names == ["maths", "special", "other", "other", "other"]  # the last two of a padded head
+    weighed = Weighing(LossSection(weights={"maths": 2.0, "special": 0.0}), 0, table)
+    (weight,) = weighed([Rollout(ids.tolist(), True)], [None])
+    assert weight.factors == (2.0, 0.0, 1.0, 1.0, 1.0) and weight.of_all == pytest.approx(1 / 5)
 
 
 def test_the_divergence_is_logged_by_token_class(files, tmp_path):

@@ -30,7 +30,9 @@ _STYLE = frozenset(
 
 
 def class_table(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The class of each vocabulary entry, as its place in CLASSES: [V], uint8."""
+    """The class of each vocabulary entry, as its place in CLASSES, and once more `other`: [V + 1],
+    uint8. The last is that of ids beyond the tokenizer, which a padded head has.
+    """
     size = len(tokenizer)
     texts = tokenizer.batch_decode([[entry] for entry in range(size)])
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
@@ -38,7 +40,8 @@ def class_table(tokenizer: PreTrainedTokenizerBase) -> Tensor:
         [
             CLASSES.index("special" if entry in special else class_of(text))
             for entry, text in enumerate(texts)
-        ],
+        ]
+        + [CLASSES.index("other")],
         dtype=torch.uint8,
     )
 
@@ -50,7 +53,12 @@ def class_of(text: str) -> str:
     return "style" if text.strip().casefold() in _STYLE else "other"
 
 
+def classes_of(table: Tensor, tokens: Tensor) -> Tensor:
+    """The classes of `tokens` [N], as places in CLASSES: [N]."""
+    return table[tokens.clamp(max=len(table) - 1)]
+
+
 def class_parts(table: Tensor, tokens: Tensor, values: Tensor) -> dict[str, Tensor]:
     """`values` [N] split by the class of `tokens` [N], with 0 elsewhere: they add up to it."""
-    kinds = table.to(values.device)[tokens]
+    kinds = classes_of(table.to(values.device), tokens)
     return {name: values * (kinds == index) for index, name in enumerate(CLASSES)}

@@ -47,7 +47,7 @@ class OPSD:
 
     Args:
         weighing: what the tokens count; none: alike, as `section` has them.
-        classes: the class of each vocabulary entry [V]; with it, the divergence is logged by class.
+        classes: `class_table`'s; with it, the divergence is logged by class.
     """
 
     samples_rollouts = True

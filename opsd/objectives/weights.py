@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from opsd.config import LossSection
-from opsd.objectives.classes import CLASSES
+from opsd.objectives.classes import CLASSES, classes_of
 from opsd.rewards import Outcome
 from opsd.rollout import Rollout
 
@@ -33,16 +33,15 @@ class Weighing:
     Args:
         section: `loss`.
         longest: rollout.max_new_tokens, for normalise constant.
-        classes: the class of each vocabulary entry [V], where classes have weights.
+        classes: the classes of the vocabulary's entries, by `class_table`.
     """
 
     def __init__(self, section: LossSection, longest: int = 0, classes: Tensor | None = None):
         self.section, self.longest = section, longest
         weights = section.weights
         by_class = [getattr(weights, name) for name in CLASSES]
-        self.by_token = None  # the weight of each vocabulary entry [V]
-        if classes is not None and by_class != [1.0] * len(CLASSES):
-            self.by_token = torch.tensor(by_class)[classes.long()]
+        alike = by_class == [1.0] * len(CLASSES)
+        self.by_class, self.classes = torch.tensor(by_class), None if alike else classes
         self.flat = weights.skip_first == 0 and weights.position[0] == weights.position[1] == 1.0
 
     def __call__(
@@ -79,11 +78,11 @@ class Weighing:
 
     def _factors(self, ids: Sequence[int]) -> tuple[float, ...] | None:
         """The factor of each token; None where all are 1."""
-        if self.flat and self.by_token is None:
+        if self.flat and self.classes is None:
             return None
         first, last = self.section.weights.position
         factors = torch.linspace(first, last, len(ids))
         factors[: self.section.weights.skip_first] = 0.0
-        if self.by_token is not None:
-            factors *= self.by_token[torch.as_tensor(ids)]
+        if self.classes is not None:
+            factors *= self.by_class[classes_of(self.classes, torch.as_tensor(ids)).long()]
         return tuple(factors.tolist())

@@ -64,20 +64,7 @@ def _show(config, asked, planner, memory, tokens, work, room, changed) -> None:
         f"prompts of {lengths.prompt} tokens, solutions of {lengths.solution}, rollouts of "
         f"{lengths.rollout}"
     )
-    rows = [(name, size(value), "always") for name, value in memory.always.items()]
-    rows += [(name, size(value), "a step") for name, value in memory.step.items()]
-    rows += [(name, size(value), "sampling") for name, value in memory.sampling.items()]
-    rows.append(("peak", size(memory.peak), "always, and a step or sampling"))
-    display.table("Memory", ["part", "size", "when"], rows)
-    ratio = tokens.alone / tokens.shared
-    rows = [
-        ("generated", number(tokens.generated)),
-        ("trained on", number(tokens.trained)),
-        ("run, each rollout with a context of its own", number(tokens.alone)),
-        (f"run, contexts shared ({ratio:.2f} times fewer)", number(tokens.shared)),
-        ("largest micro-batch, the student's", number(_largest(config, planner))),
-    ]
-    display.table("Tokens a step", ["", "tokens"], rows)
+    _show_parts(config, planner, memory, tokens, display)
     if work is not None:
         total = work.seconds * config.train.steps
         rows = [
@@ -108,6 +95,29 @@ def _show(config, asked, planner, memory, tokens, work, room, changed) -> None:
             f"It does not fit into {size(room)}: {tried}the peak is {size(after.peak)}. A smaller "
             "model, or more GPUs."
         )
+
+
+def show_plan(config: Config, planner: Planner, display: Display) -> None:
+    """Shows the memory and the tokens of a run's steps."""
+    tokens = count_tokens(config, samples(config, planner.lengths), planner.lengths)
+    _show_parts(config, planner, planner.memory(config), tokens, display)
+
+
+def _show_parts(config, planner, memory, tokens, display) -> None:
+    rows = [(name, size(value), "always") for name, value in memory.always.items()]
+    rows += [(name, size(value), "a step") for name, value in memory.step.items()]
+    rows += [(name, size(value), "sampling") for name, value in memory.sampling.items()]
+    rows.append(("peak", size(memory.peak), "always, and a step or sampling"))
+    display.table("Memory", ["part", "size", "when"], rows)
+    ratio = tokens.alone / tokens.shared
+    rows = [
+        ("generated", number(tokens.generated)),
+        ("trained on", number(tokens.trained)),
+        ("run, each rollout with a context of its own", number(tokens.alone)),
+        (f"run, contexts shared ({ratio:.2f} times fewer)", number(tokens.shared)),
+        ("largest micro-batch, the student's", number(_largest(config, planner))),
+    ]
+    display.table("Tokens a step", ["", "tokens"], rows)
 
 
 def _record(config, asked, planner, memory, tokens, work, room, changed) -> dict:

@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from opsd.prefix.layout import Group, Layout, checked_groups
@@ -69,6 +70,8 @@ def groups_of(model: PreTrainedModel, groups: Sequence[Group]) -> list[tuple[Ten
                 "(max_position_embeddings), and a rollout's last token needs none"
             )
         for ids in (prefix, *rollouts):
+            if isinstance(ids, FakeTensor):
+                continue  # a plan's, which has no values
             if int(ids.min()) < 0 or int(ids.max()) >= rows:
                 raise ValueError(
                     f"groups[{number}] holds ids from {int(ids.min())} to {int(ids.max())}: "

@@ -104,7 +104,7 @@ def make_sampler(
         trains=True,
         dtype=dtype,
         memory=section.gpu_memory,
-        max_model_len=window(decoder),
+        max_model_len=window(decoder.config),
         max_num_seqs=section.batch_size,
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,

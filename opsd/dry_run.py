@@ -1,0 +1,111 @@
+"""`opsd train --dry-run`: everything that is checked before the weights are loaded, and a plan.
+
+Nothing is trained, sampled or written. The model's tokenizer is loaded, its weights are not; a vLLM
+server is not asked.
+"""
+
+from collections.abc import Sequence
+from statistics import median
+
+from transformers import PreTrainedTokenizerBase
+
+from opsd.checks import check_launcher, check_machine
+from opsd.config import Config
+from opsd.data import Row
+from opsd.display import Display
+from opsd.errors import UserError
+from opsd.fitting import answer_tokens, different_endings, fitting_rows, trained_roles
+from opsd.models import load_tokenizer, window
+from opsd.needs import is_graded, uses_teacher_prompt
+from opsd.plan.architectures import architecture
+from opsd.plan.command import show_plan
+from opsd.plan.memory import Planner
+from opsd.plan.step import Lengths
+from opsd.prompts import Prompts
+from opsd.rewards import Outcome, check_verifier
+from opsd.rollout import check_engine
+from opsd.teacher import check_vocabulary
+from opsd.train import load_data
+
+SHOWN = 400  # characters of a context
+
+
+def dry_run(config: Config, display: Display) -> None:
+    """Checks config, machine, data, prompts and tokenizers; shows what a run would do.
+
+    Raises UserError for whatever `opsd train` would refuse before it loads weights.
+    """
+    check_launcher(config)
+    check_machine(config)
+    check_engine(config.rollout.engine)
+    if is_graded(config):
+        check_verifier(config.loss.reward)
+    rows, held_out = load_data(config)
+    student = architecture(config.model)
+    tokenizer = load_tokenizer(config.model)
+    _check_teacher(config, tokenizer)
+    prompts = Prompts(config.prompts, tokenizer)
+    limit = window(student)
+    rows = fitting_rows(rows, prompts, config, limit, display.note)
+    if (differ := different_endings(prompts, config)) is not None:
+        display.note(differ)
+    lengths = _show_contexts(rows, prompts, config, limit, display)
+    _show_examples(rows[0], prompts, config, display)
+    show_plan(config, Planner(student, lengths, None), display)
+    display.note(
+        f"{config.method}: {config.train.steps} steps of {config.train.problems_per_step} problems "
+        f"from {len(rows)} rows, {len(held_out)} held out. Nothing was trained."
+    )
+
+
+def _check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    if config.teacher.policy != "model":
+        return
+    section = config.model.model_copy(
+        update={
+            "path": config.teacher.path,
+            "revision": config.teacher.revision,
+            "gguf_file": config.teacher.gguf_file,
+            "lora": None,
+        }
+    )
+    check_vocabulary(tokenizer, load_tokenizer(section, "teacher"), config.teacher.path)
+
+
+def _show_contexts(
+    rows: Sequence[Row], prompts: Prompts, config: Config, limit: int | None, display: Display
+) -> Lengths:
+    """Shows how long the contexts are; returns the median lengths, for the plan."""
+    answer = max(answer_tokens(row, config, prompts) for row in rows)
+    table, middle = [], {}
+    for role in trained_roles(config, prompts):
+        tokens = sorted(len(prompts.ids(row, role)) for row in rows)
+        middle[role] = int(median(tokens))
+        table.append((role, f"{tokens[0]:,}", f"{middle[role]:,}", f"{tokens[-1]:,}"))
+    where = "no limit" if limit is None else f"window: {limit:,}"
+    columns = ["context", "shortest", "median", "longest"]
+    display.table(f"Tokens of contexts (answers: up to {answer:,}; {where})", columns, table)
+    first = middle.get("student", middle.get("teacher"))
+    beside = max(0, middle.get("teacher", first) - first)
+    if prompts.over_rollouts:
+        beside = answer  # such as a peer's rollout
+    return Lengths(first, beside, answer)
+
+
+def _show_examples(row: Row, prompts: Prompts, config: Config, display: Display) -> None:
+    contexts = {role: prompts.ids(row, role) for role in trained_roles(config, prompts)}
+    if uses_teacher_prompt(config) and prompts.over_rollouts:
+        wrong = Outcome("(a rollout)", True, 0.0, False, "(feedback)")
+        right = Outcome("(a peer's rollout)", True, 1.0, True)
+        context = prompts.teacher_of(row, wrong, [right])
+        if context is None:
+            raise UserError(
+                "prompts.teacher is empty for a wrong rollout with feedback and a right peer: "
+                "there would never be anything to teach"
+            )
+        contexts["teacher"] = context
+    for role, ids in contexts.items():
+        text = prompts.tokenizer.decode(ids)
+        if len(text) > SHOWN:
+            text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+        display.note(f"The {role}'s context of the first row:\n{text}\n")
