@@ -5,13 +5,14 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
-from training_cases import ROWS
+from training_cases import ROWS, logits
 from transformers import PreTrainedTokenizerFast
 
-from opsd.config import LossSection, PromptsSection
+from opsd.config import LossSection, PromptsSection, parse_config
 from opsd.data import Row
 from opsd.errors import UserError
-from opsd.objectives import OPSD, Problem
+from opsd.fitting import different_endings
+from opsd.objectives import OPSD, Problem, Totals
 from opsd.prompts import Prompts
 from opsd.quickstart import tiny
 from opsd.rollout import Rollout
@@ -160,3 +161,94 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="without a chat template"):
         prompts(tokenizer)
+
+
+# Thinking tags. The template closes an empty thought where thinking is off, as Qwen3's does, and
+# opens one where it is asked to, as those of models that always think do.
+
+THINKING = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% elif opens is defined and opens %}<think>\n{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture
+def thinking(tokenizer):
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    tokenizer.chat_template = THINKING
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("chat", "ending"),
+    [
+        ({"enable_thinking": False}, "<|end|><|assistant|>\n<think>\n\n</think>\n\n"),
+        ({"opens": True}, "<|end|><|assistant|>\n<think>\n"),
+        ({"enable_thinking": True}, "<|end|><|assistant|>\n"),
+    ],
+)
+def test_the_first_token_after_a_thinking_tag_is_judged_alike_in_both_roles(chat, ending, thinking):
+    """By the state at the context's last token, which is the tag's, or the new line after it."""
+    made = prompts(thinking, student_chat=chat, teacher_chat=chat)
+    assert made.ending("student") == made.ending("teacher") == ending
+    context, tail = made.context(ROW), thinking(ending, add_special_tokens=False).input_ids
+    written = [thinking.convert_tokens_to_ids(token) for token in ("\n", "7", "</think>")]
+    problem = Problem(ROW, context, [Rollout(written, True)])
+    model, teacher = (tiny.make_model(seed, thinking) for seed in (1, 2))
+    objective = OPSD(LossSection(), teacher)
+    (sample,), _ = objective.samples([problem])
+    for role, ids in zip(sample.roles, (context.student, context.teacher), strict=True):
+        assert role.context == ids and ids[-len(tail) :] == tail and role.rollout == written
+    totals = Totals()
+    loss = objective.loss(model, [sample], totals)
+    assert totals.tokens == 3
+    log_s = logits(model, context.student, written).log_softmax(-1)
+    log_t = logits(teacher, context.teacher, written).log_softmax(-1)
+    each = (log_t.exp() * (log_t - log_s)).sum(-1)
+    assert each[0] > 1e-3
+    assert loss.item() == pytest.approx(each.mean().item(), rel=1e-4)
+
+
+def test_roles_that_begin_differently_are_told_and_can_be_prefilled(thinking):
+    chat = {"student_chat": {"enable_thinking": False}, "teacher_chat": {"enable_thinking": True}}
+    config = parse_config({"model": {"path": "m"}, "data": {"source": "d.jsonl"}})
+    made = prompts(thinking, **chat)
+    told = different_endings(made, config)
+    assert (
+        "'<|end|><|assistant|>\\n<think>\\n\\n</think>\\n\\n'" in told and "teacher_prefill" in told
+    )
+    filled = prompts(thinking, **chat, teacher_prefill="<think>\n\n</think>\n\n")
+    assert different_endings(filled, config) is None
+    context = filled.context(ROW)
+    assert context.student[-5:] == context.teacher[-5:] and thinking.decode(
+        context.teacher
+    ).endswith("</think>\n\n")
+
+
+def test_a_prefill_and_a_rollout_are_not_merged():
+    """The prefill's last token and the rollout's first would be one token, tokenised together."""
+    vocabulary = {"1": 0, "2": 1, "12": 2, "<e>": 3, "?": 4}
+    pairs = Tokenizer(BPE(vocabulary, [("1", "2")], unk_token="?"))
+    pairs.pre_tokenizer = Split(Regex(r"\n"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<e>")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    made = prompts(tokenizer, student="2", teacher="22", student_prefill="1", teacher_prefill="1")
+    context = made.context(ROW)
+    assert (context.student, context.teacher) == ([1, 0], [1, 1, 0])
+    problem = Problem(ROW, context, [Rollout([1, 3], True)])
+    (sample,), _ = OPSD(LossSection(), teacher=None).samples([problem])
+    assert [[*role.context, *role.rollout] for role in sample.roles] == [
+        [1, 0, 1, 3],
+        [1, 1, 0, 1, 3],
+    ]
+
+
+def test_each_role_may_have_a_system_message_of_its_own(tokenizer):
+    made = prompts(tokenizer, teacher_system="7")
+    assert tokenizer.decode(made.ids(ROW, "teacher")).startswith("<|system|>7<|end|>")
+    assert "<|system|>" not in tokenizer.decode(made.ids(ROW, "student"))
+    both = prompts(tokenizer, system="1", student_system="2")
+    assert tokenizer.decode(both.ids(ROW, "student")).startswith("<|system|>2<|end|>")
+    assert tokenizer.decode(both.ids(ROW, "teacher")).startswith("<|system|>1<|end|>")

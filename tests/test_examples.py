@@ -1,0 +1,114 @@
+"""Every method's example passes a dry run, and trains on a tiny model in its own setting."""
+
+import json
+from pathlib import Path
+
+import pytest
+from training_cases import quiet, write_model, write_rows
+
+from opsd import train as training
+from opsd.cli import main
+from opsd.config import load_config
+from opsd.runlog import read_lines
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NEIGHBOURS = ("sdft", "sdpo", "opcd", "opsdc", "rlsd")
+NAMES = (*NEIGHBOURS, "dapo", "dr-grpo")
+
+VERIFIER = """
+def grade(completion, row):
+    right = sum(character.isdigit() for character in completion) > 2
+    return float(right), "" if right else "more digits"
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny model that has positions for whole prompts, and rows of all columns."""
+    directory = tmp_path_factory.mktemp("base")
+    model = write_model(directory / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    (directory / "mine.py").write_text(VERIFIER)
+    return model, write_rows(directory / "rows.jsonl")
+
+
+def small(name: str, files, directory: Path) -> list[str]:
+    """The overrides that make of an example a run of seconds, its own setting left."""
+    config = load_config(EXAMPLES / f"{name}.yaml")
+    group = min(config.rollout.per_problem, 4)
+    overrides = {
+        "model.path": str(files[0]),
+        "data.source": str(files[1]),
+        "data.columns": {},
+        "rollout.engine": "generate",
+        "rollout.per_problem": group,
+        "rollout.max_new_tokens": 6,
+        "train.steps": 3,
+        "train.problems_per_step": 4,
+        "train.mini_batches": min(config.train.mini_batches, 2),
+        "train.learning_rate": 1e-3,
+        "train.warmup_steps": 0,
+        "train.precision": "fp32",
+        "train.gradient_checkpointing": False,
+        "train.save_every": 0,
+        "eval.problems": min(config.eval.problems, 4),
+        "output.dir": str(directory),
+    }
+    if config.loss.reward.overlong_buffer:
+        overrides["loss.reward.overlong_buffer"] = 4
+    if config.method == "grpo" or name == "sdpo":
+        overrides["loss.reward.verifier"] = f"{files[0].parent / 'mine.py'}:grade"
+    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_passes_a_dry_run(name, files, tmp_path, capsys):
+    arguments = ["train", str(EXAMPLES / f"{name}.yaml"), *small(name, files, tmp_path / "run")]
+    assert main([*arguments, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "Tokens of contexts" in shown and "Tokens a step" in shown and "Memory" in shown
+    assert "The student's context of the first row" in shown and "Nothing was trained" in shown
+    assert ("The teacher's context" in shown) == (name in NEIGHBOURS)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_trains(name, files, tmp_path):
+    config = load_config(EXAMPLES / f"{name}.yaml", small(name, files, tmp_path / "run"))
+    lines = read_lines(training.train(config, quiet()) / "metrics.jsonl")
+    assert len(lines) == 3 and all(line["grad_norm"] > 0 for line in lines)
+    last = lines[-1]
+    if config.method == "opsd":
+        assert last["divergence"] > 0
+    else:
+        assert last["informative_groups"] > 0 and 0 < last["correct_fraction"] < 1
+    # What is the neighbour's own.
+    if name == "sdft":
+        assert last["trained_tokens"] < last["generated_tokens"]  # the first tokens do not count
+    if name == "sdpo":
+        assert 0 < last["taught_fraction"] <= 1
+    if name == "rlsd":
+        assert lines[0]["credit_moved"] > lines[2]["credit_moved"] > 0  # less at each step
+    if name == "dapo":
+        assert max(line["ratio_clipped_fraction"] for line in lines) > 0
+        assert last["informative_groups"] == 1  # or others were drawn
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["prompts.teacher={{ hint }}"], "prompts.teacher cannot be filled in: 'hint'"),
+        (["data.source=nowhere.jsonl"], "data.source: there is no file"),
+        (["train.problems_per_step=100"], "data.source has 16 training rows"),
+        (["rollout.max_new_tokens=4000"], "16 of 16 rows are too long"),
+        (["prompts.student_chat={enable_thinking: 1}", "model.path=/nowhere"], "model.path is"),
+        (["train.steps=0"], "train.steps is 0"),
+    ],
+)
+def test_a_dry_run_finds_what_training_would_refuse(overrides, wanted, files, tmp_path, capsys):
+    own = small("opcd", files, tmp_path / "run")
+    arguments = ["train", str(EXAMPLES / "opcd.yaml"), *own, "prompts.too_long=error"]
+    assert main([*arguments, *overrides, "--dry-run"]) == 1
+    assert wanted in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
