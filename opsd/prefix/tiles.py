@@ -27,7 +27,9 @@ def tiled_attention(
     """`opsd.prefix.attention.packed_attention` on any device, in any dtype."""
     # Scaled before it is rounded; the gradient of both steps is autograd's.
     query = (query * scale).to(value.dtype)
-    return _TiledAttention.apply(query, key, value, tiles(layout, query.shape[1], window), softcap)
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    cut = tiles(layout, query.shape[1], window, backward)
+    return _TiledAttention.apply(query, key, value, cut, softcap)
 
 
 class _TiledAttention(torch.autograd.Function):
