@@ -333,6 +333,19 @@ def kernels() -> Iterator[Finding]:
             yield Finding(name, f"unusable: {reason}", absent=True)
 
 
+def prefix_kernels() -> Iterator[Finding]:
+    """What may be asked for as train.prefix_kernel, and why one cannot run here."""
+    try:
+        torch = importlib.import_module("torch")
+        known = importlib.import_module("opsd.prefix.kernels")
+    except Exception:  # whatever it needs and lacks is a finding of its own above
+        return
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    for name in known.KERNELS:
+        reason = known.missing(name, device)
+        yield Finding(name, f"unusable: {reason}" if reason else "usable", absent=bool(reason))
+
+
 def caches() -> Iterator[Finding]:
     """What quickstart has downloaded or trained already."""
     try:
@@ -361,5 +374,6 @@ SECTIONS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
     ("Machine", machine),
     ("Accelerators", accelerators),
     ("Kernels", kernels),
+    ("Attention over shared prefixes", prefix_kernels),
     ("Cache", caches),
 )

@@ -1,5 +1,6 @@
 """The doctor's judgement of machines better and worse than this one."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,19 @@ def modules(monkeypatch, **loaded):
         return loaded[name]
 
     monkeypatch.setattr(doctor.importlib, "import_module", import_module)
+
+
+def test_prefix_kernels(monkeypatch):
+    reasons = {"tiles": None, "flash": "it needs a GPU"}
+    stand_in = SimpleNamespace(KERNELS=reasons, missing=lambda name, device: reasons[name])
+    torch = importlib.import_module("torch")
+    modules(monkeypatch, **{"torch": torch, "opsd.prefix.kernels": stand_in})
+    tiles, flash = doctor.prefix_kernels()
+    assert (tiles.value, tiles.absent) == ("usable", False)
+    assert (flash.value, flash.absent) == ("unusable: it needs a GPU", True)
+    missing = ImportError("no transformers")
+    modules(monkeypatch, **{"torch": torch, "opsd.prefix.kernels": missing})
+    assert list(doctor.prefix_kernels()) == []
 
 
 def test_kernels(monkeypatch):

@@ -125,7 +125,7 @@ def missing(name: str, device: torch.device) -> str | None:
     if name == "tiles":
         return None
     if device.type != "cuda":
-        return f"it needs a GPU, and the model is on {device.type}"
+        return "it needs a GPU"
     if name == "flex":
         return None if importlib.util.find_spec("triton") else "triton is not installed"
     if torch.cuda.get_device_capability(device) < (8, 0):
