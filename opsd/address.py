@@ -8,3 +8,5 @@ def check_address(address: str) -> None:
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
         raise ValueError("it must look like http://localhost:8000")
+    if parts.path.rstrip("/").endswith("/v1"):
+        raise ValueError("it must be the server's own address, without /v1")

@@ -4,9 +4,11 @@ Nothing is trained, sampled or written. The model's tokenizer is loaded, its wei
 server is not asked.
 """
 
+import os
 from collections.abc import Sequence
 from statistics import median
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from opsd.checks import check_launcher, check_machine
@@ -51,11 +53,19 @@ def dry_run(config: Config, display: Display) -> None:
         display.note(differ)
     lengths = _show_contexts(rows, prompts, config, limit, display)
     _show_examples(rows[0], prompts, config, display)
-    show_plan(config, Planner(student, lengths, None), display)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    show_plan(config, Planner(student, lengths, _device_memory(), processes), display)
     display.note(
         f"{config.method}: {config.train.steps} steps of {config.train.problems_per_step} problems "
         f"from {len(rows)} rows, {len(held_out)} held out. Nothing was trained."
     )
+
+
+def _device_memory() -> int | None:
+    """Of this machine's GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def _check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:

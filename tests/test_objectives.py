@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opsd.models import load_model
 from opsd.objectives import Problem, Totals
-from opsd.objectives.classes import CLASSES, class_table
+from opsd.objectives.classes import CLASSES, class_parts, class_table
 from opsd.objectives.grpo import group_advantages
 from opsd.prompts import Prompts
 from opsd.quickstart import tiny
@@ -277,3 +277,12 @@ def test_the_loss_of_a_fixed_batch_falls(case, teacher, precision, make):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.02 * abs(losses[0])
+
+
+def test_tokens_of_a_padded_head_have_the_class_other():
+    """A head may have more rows than its tokenizer has tokens, and a rollout any of them."""
+    table = class_table(tiny.make_tokenizer())
+    beyond = torch.tensor([len(tiny.make_tokenizer()), 10_000])
+    parts = class_parts(table, beyond, torch.tensor([2.0, 3.0]))
+    assert parts["other"].tolist() == [2.0, 3.0]
+    assert all(not values.any() for name, values in parts.items() if name != "other")

@@ -426,6 +426,7 @@ def test_vllm_without_a_gpu_is_refused(files, tmp_path, capsys, monkeypatch):
         ({"rollout": {"server": "http://a:1"}}, r"rollout\.server is 'http://a:1'.*vllm_server"),
         ({"rollout": {"weights_dir": "/dev/shm"}}, r"rollout\.weights_dir is '/dev/shm'"),
         ({"rollout": {"engine": "vllm_server", "server": "file:///etc"}}, "must look like http"),
+        ({"rollout": {"engine": "vllm_server", "server": "http://a:1/v1"}}, "without /v1"),
         ({"rollout": {"engine": "vllm", "source": "teacher"}}, r"rollout\.source 'teacher'"),
         ({"rollout": {"engine": "vllm"}, "model": {"gguf_file": "a.gguf"}}, "gguf_file"),
         ({"loss": {"importance_bound": 0}}, "importance_bound"),

@@ -19,6 +19,7 @@ class Asked:
     model: str
     overrides: list[str]
     gpu: str | None
+    gpus: int
     memory: float | None
     prompt: int
     solution: int
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL_OR_CONFIG", help="a directory, config.json, known name, or .yaml")
     add("overrides", nargs="*", metavar="section.field=value", help="as for opsd train")
     add("--gpu", metavar="NAME", help=f"{', '.join(GPU_NAMES)}; none: a CPU")
+    add("--gpus", type=int, default=1, metavar="N", help="processes, with a GPU each (default: 1)")
     add("--memory", metavar="SIZE", help="what to change to fit into 24GB, say")
     add("--prompt-tokens", type=int, default=200, metavar="N", help="of a problem (default: 200)")
     add(
@@ -48,7 +50,7 @@ def asked(parsed: argparse.Namespace) -> Asked:
     gpu = None if parsed.gpu is None else parsed.gpu.lower()
     if gpu is not None and gpu not in GPU_NAMES:
         raise UserError(f"--gpu is {parsed.gpu!r}: it must be one of {', '.join(GPU_NAMES)}")
-    for name in ("prompt_tokens", "solution_tokens"):
+    for name in ("gpus", "prompt_tokens", "solution_tokens"):
         value = getattr(parsed, name)
         if value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
@@ -56,6 +58,7 @@ def asked(parsed: argparse.Namespace) -> Asked:
         model=parsed.model,
         overrides=parsed.overrides,
         gpu=gpu,
+        gpus=parsed.gpus,
         memory=_bytes(parsed.memory),
         prompt=parsed.prompt_tokens,
         solution=parsed.solution_tokens,

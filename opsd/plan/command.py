@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+from transformers import PreTrainedConfig
+
 from opsd.config import Config, load_config, parse_config, with_overrides
 from opsd.display import Display
 from opsd.errors import UserError
@@ -27,8 +29,11 @@ def plan_command(asked: Asked) -> None:
     device = None if gpu is None else int(gpu.memory)
     if config.rollout.engine == "vllm" and device is None:
         raise UserError("rollout.engine is 'vllm': say with --gpu which GPU it is planned for")
+    if config.train.sharding == "fsdp2" and asked.gpus == 1:
+        raise UserError("train.sharding is 'fsdp2': say with --gpus over how many")
 
-    planner = Planner(student, lengths, device)
+    _check_window(student, lengths)
+    planner = Planner(student, lengths, device, asked.gpus)
     memory = planner.memory(config)
     tokens = count_tokens(config, samples(config, lengths), lengths)
     work = None
@@ -38,7 +43,7 @@ def plan_command(asked: Asked) -> None:
     changed = None
     if room is not None and memory.peak > room:
         longest = lengths.prompt + lengths.solution + lengths.rollout
-        changed = fit(config, room, longest, planner.memory)
+        changed = fit(config, room, longest, planner)
     if asked.as_json:
         print(
             json.dumps(
@@ -56,9 +61,20 @@ def _config(asked: Asked) -> Config:
     return parse_config(with_overrides({}, overrides))
 
 
+def _check_window(student: PreTrainedConfig, lengths: Lengths) -> None:
+    window = getattr(student.get_text_config(), "max_position_embeddings", None)
+    longest = lengths.prompt + lengths.solution + lengths.rollout
+    if window is not None and longest > window:
+        raise UserError(
+            f"--prompt-tokens, --solution-tokens and rollout.max_new_tokens are {longest} "
+            f"together: the model's window is {window}"
+        )
+
+
 def _show(config, asked, planner, memory, tokens, work, room, changed) -> None:
     display, lengths = Display(), planner.lengths
-    where = "a CPU" if asked.gpu is None else f"one {asked.gpu.upper()}"
+    many = "one" if asked.gpus == 1 else f"{asked.gpus}"
+    where = "a CPU" if asked.gpu is None else f"{many} {asked.gpu.upper()}"
     display.note(
         f"{config.model.path}: {planner.parameters:,} parameters; {config.method} on {where}, "
         f"prompts of {lengths.prompt} tokens, solutions of {lengths.solution}, rollouts of "
@@ -66,17 +82,17 @@ def _show(config, asked, planner, memory, tokens, work, room, changed) -> None:
     )
     _show_parts(config, planner, memory, tokens, display)
     if work is not None:
-        total = work.seconds * config.train.steps
+        each, total = 1 / asked.gpus, work.seconds * config.train.steps / asked.gpus
         rows = [
-            ("sampling", f"{work.sampling_flops:.2e}", duration(work.sampling_seconds)),
+            ("sampling", f"{work.sampling_flops:.2e}", duration(work.sampling_seconds * each)),
             (
                 "training",
                 f"{work.student_flops + work.teacher_flops:.2e}",
-                duration(work.training_seconds),
+                duration(work.training_seconds * each),
             ),
             (f"{config.train.steps} steps", "", duration(total)),
         ]
-        display.table(f"Time on one {asked.gpu.upper()}", ["", "operations", "time"], rows)
+        display.table(f"Time on {where}", ["", "operations", "time"], rows)
         display.note(
             f"Time is arithmetic, not a measurement: {TRAINING_SHARE:.0%} of the GPU's peak "
             f"operations, {READING_SHARE:.0%} of its bandwidth."
@@ -108,7 +124,8 @@ def _show_parts(config, planner, memory, tokens, display) -> None:
     rows += [(name, size(value), "a step") for name, value in memory.step.items()]
     rows += [(name, size(value), "sampling") for name, value in memory.sampling.items()]
     rows.append(("peak", size(memory.peak), "always, and a step or sampling"))
-    display.table("Memory", ["part", "size", "when"], rows)
+    title = "Memory on each" if planner.processes > 1 else "Memory"
+    display.table(title, ["part", "size", "when"], rows)
     ratio = tokens.alone / tokens.shared
     rows = [
         ("generated", number(tokens.generated)),
@@ -134,7 +151,12 @@ def _record(config, asked, planner, memory, tokens, work, room, changed) -> dict
         "micro_batch_tokens": _largest(config, planner),
     }
     if work is not None:
-        record["estimate"] = {"gpu": asked.gpu, **asdict(work), "seconds": work.seconds}
+        record["estimate"] = {
+            "gpu": asked.gpu,
+            "gpus": asked.gpus,
+            **asdict(work),
+            "seconds": work.seconds / asked.gpus,
+        }
     if room is not None:
         record["fits"] = changed is None
     if changed is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from opsd.config import Config, parse_config
-from opsd.plan.memory import Memory
+from opsd.plan.memory import Memory, Planner
 from opsd.quickstart.recipe import merge
 
 MIB = 2**20
@@ -13,7 +13,7 @@ Change = tuple[str, str, dict]
 """(kind, what to tell the user, the config's fields)"""
 
 
-def changes(config: Config, longest: int) -> Iterator[Change]:
+def changes(config: Config, longest: int, on_gpu: bool) -> Iterator[Change]:
     """What to try one after the other, each in addition to those before; one of a kind replaces
     what came before of that kind.
 
@@ -39,30 +39,42 @@ def changes(config: Config, longest: int) -> Iterator[Change]:
     if not train.gradient_checkpointing:
         fields = {"train": {"gradient_checkpointing": True}}
         yield "checkpointing", "gradient checkpointing", fields
+    lora = config.model.lora
+    if lora is None:
+        yield "adapters", "LoRA", {"model": {"lora": {}}}
+    if on_gpu and (lora is None or lora.quantize == "none"):
+        yield "adapters", "QLoRA", {"model": {"lora": {"quantize": "nf4"}}}
 
 
 def fit(
-    config: Config, memory: float, longest: int, plan: Callable[[Config], Memory]
+    config: Config, memory: float, longest: int, planner: Planner
 ) -> tuple[list[str], Config, Memory]:
-    """The changes that bring the peak below `memory` bytes and of which none can be left out: what
-    they are, the changed config, and its memory (which may still be too much).
+    """The mildest changes that bring the peak below `memory` bytes and of which none can be left
+    out: what they are, the changed config, and its memory (which may still be too much).
     """
-    taken: dict[str, Change] = {}
-    for change in changes(config, longest):
-        if plan(changed(config, taken)).peak <= memory:
+    levels: dict[str, list[Change]] = {}
+    for change in changes(config, longest, planner.device_memory is not None):
+        levels.setdefault(change[0], []).append(change)
+        if _peak(planner, config, levels) <= memory:
             break
-        taken[change[0]] = change
-    for kind in list(taken):
-        fewer = {other: change for other, change in taken.items() if other != kind}
-        if plan(changed(config, fewer)).peak <= max(memory, plan(changed(config, taken)).peak):
-            taken = fewer
-    after = changed(config, taken)
-    return [what for _, what, _ in taken.values()], after, plan(after)
+    for kind, tried in list(levels.items()):
+        for count in range(len(tried)):  # the first so many levels: none, the mildest, …
+            milder = {**levels, kind: tried[:count]}
+            if _peak(planner, config, milder) <= memory:
+                levels = milder
+                break
+    after = changed(config, levels)
+    return [tried[-1][1] for tried in levels.values() if tried], after, planner.memory(after)
 
 
-def changed(config: Config, taken: dict[str, Change]) -> Config:
-    """The config with these changes made."""
+def _peak(planner: Planner, config: Config, levels: dict[str, list[Change]]) -> int:
+    return planner.memory(changed(config, levels)).peak
+
+
+def changed(config: Config, levels: dict[str, list[Change]]) -> Config:
+    """The config with the last change of each kind made."""
     values = config.model_dump()
-    for _, _, fields in taken.values():
-        values = merge(values, fields)
+    for tried in levels.values():
+        for _, _, fields in tried[-1:]:
+            values = merge(values, fields)
     return parse_config(values)

@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from opsd.adapters import add_adapters
 from opsd.config import Config
 from opsd.needs import scores_by_teacher
-from opsd.objectives import GRPO, OPSD, SFT, Distill, Sample, Totals
+from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, Sample, Totals
 from opsd.plan.architectures import architecture
 from opsd.plan.step import Lengths, micro_batches, samples
 from opsd.plan.trace import (
     Peaks,
-    fake_model,
+    meta_model,
     over_layers,
+    quiet,
     sampling_peaks,
     step_peaks,
 )
@@ -25,8 +28,9 @@ from opsd.rollout import SAMPLERS
 from opsd_kernels.resolve import load, resolve
 from opsd_kernels.sweep import Head, Want, plan_call
 
-RUNTIME = 750_000_000
-"""Python, torch, transformers and what else a run imports, on a CPU: measured (docs/plan.md)."""
+RUNTIME = 800_000_000
+"""On a CPU: Python, torch, transformers and what else a run imports (620 MB), and holes in glibc's
+heap (180 MB, in runs whose tensors are small; large ones leave none). Measured, docs/plan.md."""
 
 GPU_RUNTIME = 700_000_000
 """A CUDA context with cuBLAS: assumed, not measured."""
@@ -47,34 +51,70 @@ class Memory:
         return sum(self.always.values()) + max(adds)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters: of the student's own weights (and of those that lie in its linear layers), and
+    those that train, which are its own or its adapters'."""
+
+    own: int
+    linear: int
+    train: int
+
+
 class Planner:
     """The memory of runs that train one model with sequences of given lengths.
 
-    device_memory: of the GPU that they are for; None: a CPU.
+    Args:
+        device_memory: of the GPU that they are for; None: a CPU.
+        processes: that train together, on a device each.
     """
 
-    def __init__(self, student: PreTrainedConfig, lengths: Lengths, device_memory: int | None):
-        self.student, self.lengths, self.device_memory = student, lengths, device_memory
+    def __init__(
+        self,
+        student: PreTrainedConfig,
+        lengths: Lengths,
+        device_memory: int | None,
+        processes: int = 1,
+    ):
+        self.student, self.lengths = student, lengths
+        self.device_memory, self.processes = device_memory, processes
         self._traces: dict[str, Peaks] = {}
+        self._sizes: dict[str, Sizes] = {}
 
     @cached_property
     def parameters(self) -> int:
-        """Of the student."""
+        """Of the student, without adapters."""
         return count_parameters(self.student)
 
+    def sizes(self, config: Config) -> Sizes:
+        """The student's."""
+        key = config.model.model_dump_json()
+        if key not in self._sizes:
+            self._sizes[key] = _sizes(self.student, config)
+        return self._sizes[key]
+
     def memory(self, config: Config) -> Memory:
-        """The memory of a run by `config`."""
-        dtype = _dtype(config)
-        always = {"Python, torch": RUNTIME}
+        """The memory, on each device, of a run by `config`."""
+        dtype, sizes, lora = _dtype(config), self.sizes(config), config.model.lora
+        split = self.processes if config.train.sharding == "fsdp2" else 1
+        always = {"Python, torch, heap": RUNTIME}
         if self.device_memory is not None:
             always = {"CUDA": GPU_RUNTIME}
-        always |= {"weights": 4 * self.parameters, "optimizer": 8 * self.parameters}
-        decodes = config.method != "sft" or config.eval.problems > 0
-        if decodes and config.rollout.engine in SAMPLERS and dtype != torch.float32:
-            always["weights that decode"] = dtype.itemsize * self.parameters
+        if lora is None:
+            always["weights"] = 4 * sizes.own // split
+        else:
+            always["weights, frozen"] = _frozen(sizes, dtype, lora.quantize)
+            always["adapters"] = 4 * sizes.train
+        always["optimizer"] = round(_moments(config.train.optimizer) * sizes.train) // split
+        sampler = config.rollout.engine in SAMPLERS
+        decodes = sampler and (config.method != "sft" or config.eval.problems > 0)
+        if split > 1 or (decodes and lora is None and dtype != torch.float32):
+            always["weights that decode"] = dtype.itemsize * sizes.own
         if teacher := self._teacher(config, dtype):
             always["teacher"] = teacher
-        return Memory(always, self._step(config, dtype), self._sampling(config, dtype))
+        step = self._step(config, dtype, sizes)
+        step["gradients"] = step["gradients"] // split
+        return Memory(always, step, self._sampling(config, dtype))
 
     def micro_batch(self, config: Config) -> list[Sample]:
         """The largest micro-batch of a step."""
@@ -87,27 +127,36 @@ class Planner:
         scores = scores_by_teacher(config)
         if not scores and not (config.eval.problems and config.eval.samples):
             return 0
-        policy = config.teacher.policy
-        if policy == "model":
+        teacher, sizes = config.teacher, self.sizes(config)
+        if teacher.policy == "live":
+            return 0
+        if teacher.policy == "ema":
+            return 4 * sizes.train
+        if teacher.policy == "initial" and config.model.lora is not None:
+            return 0  # the same weights, without adapters
+        if teacher.policy == "model":
             section = config.model.model_copy(
-                update={"path": config.teacher.path, "gguf_file": config.teacher.gguf_file}
+                update={"path": teacher.path, "gguf_file": teacher.gguf_file, "lora": None}
             )
-            return dtype.itemsize * count_parameters(architecture(section, "teacher"))
-        return {"initial": dtype.itemsize, "ema": 4, "live": 0}[policy] * self.parameters
+            own = config.model_copy(update={"model": section})
+            sizes = _sizes(architecture(section, "teacher"), own)
+        linear = dtype.itemsize * sizes.linear
+        if teacher.quantize == "int8":
+            linear = sizes.linear
+        if teacher.offload:
+            linear = 0
+        return dtype.itemsize * (sizes.own - sizes.linear) + linear
 
-    def _step(self, config: Config, dtype: torch.dtype) -> dict[str, int]:
+    def _step(self, config: Config, dtype: torch.dtype, sizes: Sizes) -> dict[str, int]:
         batch, autocast = self.micro_batch(config), dtype == torch.bfloat16
         kernel = self._kernel(config, sum(sample.tokens for sample in batch), dtype)
 
         def make_step(short: PreTrainedConfig):
-            model = fake_model(short, torch.float32)
-            if config.train.gradient_checkpointing:
-                model.gradient_checkpointing_enable(
-                    {"use_reentrant": False, "preserve_rng_state": False}
-                )
-            objective = _objective(config, short, dtype)
+            with quiet():
+                model = _student(short, config, dtype)
+            objective, teacher = _objective(config, short, dtype)
             share = config.train.share_prefixes
-            return model, lambda: objective.loss(model, batch, Totals(), share=share)
+            return [model, *teacher], lambda: objective.loss(model, batch, Totals(), share=share)
 
         def trace() -> Peaks:
             flash = autocast and self.device_memory is not None
@@ -117,10 +166,10 @@ class Planner:
             )
 
         whole = self._once(_step_key(config), trace).with_scratch(kernel)
-        parts = {"gradients": 4 * self.parameters}
+        parts = {"gradients": 4 * sizes.train}
         if autocast:
-            parts["weights in bf16, for the products"] = dtype.itemsize * self.parameters
-            whole -= dtype.itemsize * self.parameters
+            parts["weights in bf16, for the products"] = dtype.itemsize * sizes.train
+            whole -= dtype.itemsize * sizes.train
         return parts | {"logits (kernel)": kernel, "activations": max(whole - kernel, 0)}
 
     def _kernel(self, config: Config, tokens: int, dtype: torch.dtype) -> int:
@@ -130,19 +179,20 @@ class Planner:
         vocabulary, width = text.vocab_size, text.hidden_size
         device = torch.device("meta" if gpu else "cpu")
         roles = 2 if config.method in ("opsd", "distill") else 1
+        trains_head = config.model.lora is None
         hidden = torch.empty(1, dtype=dtype, device=device).expand(tokens, width)
         weight = torch.empty(1, dtype=dtype, device=device).expand(vocabulary, width)
         other = weight if config.teacher.policy == "live" else weight.view_as(weight)
         plan = plan_call(
             (hidden,) * roles,
             (Head(weight, None), Head(other, None))[:roles],
-            Want(hidden=True, weight=True, bias=False),
+            Want(hidden=True, weight=trains_head, bias=False),
             load("cuda" if gpu else resolve(config.loss.backend, device, dtype)),
             parts=False,
             vocabulary=vocabulary,
             budget=config.loss.memory_budget,
         )
-        summed = plan.blocks > 1 and dtype != torch.float32
+        summed = trains_head and plan.blocks > 1 and dtype != torch.float32
         return plan.bytes + (4 * vocabulary * width if summed else 0)
 
     def _sampling(self, config: Config, dtype: torch.dtype) -> dict[str, int]:
@@ -187,6 +237,52 @@ def count_parameters(model: PreTrainedConfig) -> int:
     return sum(parameter.numel() for parameter in whole.parameters())
 
 
+def _sizes(model: PreTrainedConfig, config: Config) -> Sizes:
+    """Of a model with the adapters that `config` adds."""
+    with torch.device("meta"), quiet():
+        whole = AutoModelForCausalLM.from_config(model)
+        own = sum(parameter.numel() for parameter in whole.parameters())
+        layers = whole.get_decoder().modules()
+        linear = sum(layer.weight.numel() for layer in layers if type(layer) is nn.Linear)
+        if config.model.lora is None:
+            return Sizes(own, linear, own)
+        adapted = add_adapters(whole, config.model)
+    train = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    return Sizes(own, linear, train)
+
+
+def _student(short: PreTrainedConfig, config: Config, dtype: torch.dtype) -> nn.Module:
+    """What trains: the model in fp32, or adapters beside a model in `dtype`."""
+    lora = config.model.lora
+    model = meta_model(short, torch.float32 if lora is None else dtype)
+    if lora is not None:
+        model = add_adapters(model, config.model)
+    if config.train.gradient_checkpointing:
+        # Random numbers are not for fake tensors.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        model.gradient_checkpointing_enable(options)
+    return model
+
+
+def _frozen(sizes: Sizes, dtype: torch.dtype, quantize: str) -> int:
+    """Bytes of frozen weights. In NF4 the linear layers' take half a byte and a scale of 8 bits for
+    each 64, with one of 32 bits for each 256 of those."""
+    if quantize == "nf4":
+        return round(sizes.linear * (0.5 + 1 / 64 + 4 / 64 / 256)) + dtype.itemsize * (
+            sizes.own - sizes.linear
+        )
+    return dtype.itemsize * sizes.own
+
+
+def _moments(optimizer: str) -> float:
+    """Bytes of the optimizer's state a parameter that trains."""
+    if "adafactor" in optimizer or optimizer == "sgd":
+        return 0.0  # of adafactor a row and a column of each matrix
+    one = "lion" in optimizer or "rmsprop" in optimizer or "adagrad" in optimizer
+    each = 1 if "8bit" in optimizer else 4
+    return each * (1 if one else 2)
+
+
 def _dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
@@ -195,13 +291,17 @@ def _tokens(batch: list[Sample]) -> int:
     return sum(len(sample.roles[0]) for sample in batch)
 
 
-def _objective(config: Config, short: PreTrainedConfig, dtype: torch.dtype):
+def _objective(
+    config: Config, short: PreTrainedConfig, dtype: torch.dtype
+) -> tuple[Objective, list[nn.Module]]:
+    """The method, and its teacher if it has one."""
     if config.method == "sft":
-        return SFT(config.loss, None)
-    teacher = None
-    if scores_by_teacher(config):
-        teacher = fake_model(short, dtype).requires_grad_(False).eval()
-    return {"opsd": OPSD, "distill": Distill, "grpo": GRPO}[config.method](config.loss, teacher)
+        return SFT(config.loss, None), []
+    kind = {"opsd": OPSD, "distill": Distill, "grpo": GRPO}[config.method]
+    if not scores_by_teacher(config):
+        return kind(config.loss, None), []
+    teacher = meta_model(short, dtype).requires_grad_(False).eval()
+    return kind(config.loss, teacher), [teacher]
 
 
 def _step_key(config: Config) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,8 +44,11 @@ class LiveBytes(TorchDispatchMode):
         return Peaks(self.most - self.base, self.at_kernel - self.base)
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
+        result, before = function(*arguments, **(keywords or {})), self.most
         tree_map_only(Tensor, self._enter, result)
+        if function is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:
+            # The sum of two gradients of one tensor: of real ones backward makes it in place.
+            self.most = before
         if function.namespace == "opsd":  # its results are there, what it works with is not
             self.at_kernel = max(self.at_kernel, self.live)
         return result
@@ -90,15 +93,29 @@ def over_layers(
     )
 
 
-def fake_model(architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without data; to be called inside a FakeTensorMode."""
-    return AutoModelForCausalLM.from_config(
-        copy.deepcopy(architecture), dtype=dtype, attn_implementation="sdpa"
-    )
+def meta_model(architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on torch's meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(architecture), dtype=dtype, attn_implementation="sdpa"
+        )
 
 
-MakeStep = Callable[[PreTrainedConfig], tuple[nn.Module, Callable[[], Tensor]]]
-"""An architecture → the student, and what computes its loss."""
+def _make_fake(model: nn.Module) -> None:
+    """Put fake tensors on the CPU in the place of those on the meta device, tied ones tied."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None and old not in made:
+                    made[old] = torch.empty(old.shape, dtype=old.dtype)
+                    if tensors is module._parameters:
+                        made[old] = nn.Parameter(made[old], requires_grad=old.requires_grad)
+                tensors[name] = made.get(old)
+
+
+MakeStep = Callable[[PreTrainedConfig], tuple[Sequence[nn.Module], Callable[[], Tensor]]]
+"""An architecture → models on the meta device, the student first, and what computes its loss."""
 
 
 def step_peaks(
@@ -106,15 +123,17 @@ def step_peaks(
 ) -> Peaks:
     """What a micro-batch's forward and backward add to weights and gradients.
 
-    The gradients exist already, as from a step's second micro-batch on. autocast: whether products
-    are in bf16. flash: whether flash attention will attend.
+    As from a step's second micro-batch on, when a gradient is added to what is there and is gone.
+    autocast: whether products are in bf16. flash: whether flash attention will attend.
     """
-    with FakeTensorMode(), _quiet(), _bare_attention(flash), LiveBytes() as count:
-        student, loss = make_step(architecture)
-        student.train()
+    models, loss = make_step(architecture)
+    with FakeTensorMode(), quiet(), _bare_attention(flash), LiveBytes() as count:
+        for model in models:
+            _make_fake(model)
+        student = models[0].train()
         for parameter in student.parameters():
             if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.register_post_accumulate_grad_hook(_forget_gradient)
         count.start()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             part = loss()
@@ -123,12 +142,17 @@ def step_peaks(
         return count.peaks
 
 
+def _forget_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
 def sampling_peaks(
     architecture: PreTrainedConfig, dtype: torch.dtype, prompt: int, longest: int
 ) -> Peaks:
     """What `generate` adds for one sequence: while it reads the prompt, or for the last token."""
-    with FakeTensorMode(), _quiet(), torch.no_grad(), LiveBytes() as count:
-        model = fake_model(architecture, dtype).eval()
+    model = meta_model(architecture, dtype).eval()
+    with FakeTensorMode(), quiet(), torch.no_grad(), LiveBytes() as count:
+        _make_fake(model)
         draw = Draw(Sampling(longest, top_p=0.9, top_k=20))
         count.start()
 
@@ -163,7 +187,7 @@ def _with_layers(architecture: PreTrainedConfig, count: int) -> PreTrainedConfig
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers announces names that it will take away; older releases know only those."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -86,8 +86,12 @@ def plan_work(
     def forward(ran: int, context: int) -> float:
         return ran * (2 * body + per_pair * (context + rollout / 2))
 
-    passes = 4 if config.train.gradient_checkpointing else 3
-    student_flops = passes * forward(tokens.student, lengths.prompt) + 6 * head * tokens.trained
+    # Of frozen weights there is no gradient: a product less in backward.
+    passes = 3 if config.model.lora is None else 2
+    student_flops = passes * forward(tokens.student, lengths.prompt)
+    student_flops += 2 * passes * head * tokens.trained
+    if config.train.gradient_checkpointing:
+        student_flops += forward(tokens.student, lengths.prompt)
     teacher_flops = forward(tokens.teacher, teacher_context)
     if tokens.teacher:
         teacher_flops += 2 * head * tokens.trained
