@@ -1,0 +1,346 @@
+"""`python -m benchmarks.trl_step`: whole training steps beside TRL's SDFTTrainer over full logits.
+
+The same small model, rows and rollouts, by both trainers: from the rollouts, which are given, to
+the optimizer's update, with everything that each does between (TRL scores its rollouts once more,
+for importance ratios). Forward KL to the weights of step 0, the mean over rollouts, AdamW. Each
+trains in a process of its own, by turns; the losses of all steps, which later ones only share if
+the updates are the same, must agree before a figure is written. Seconds are of the steps after the
+first; memory is what a step adds at its peak.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+)
+
+from benchmarks import machine
+
+AGREEMENT = 1e-3
+"""Largest relative difference of the trainers' losses, in fp32, over all steps."""
+
+BATCH = 8
+"""Sequences a forward of TRL's: its default."""
+
+TEMPLATE = "{{ problem }}\n{{ solution }}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Problems and rollouts a step, tokens of them, and the model's size."""
+
+    problems: int = 2
+    rollouts: int = 8
+    problem: int = 60
+    solution: int = 600
+    length: int = 128
+    steps: int = 4
+    vocabulary: int = 32768
+    width: int = 256
+    layers: int = 6
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.trl_step", description=__doc__)
+    for name, value in asdict(Case()).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each trainer")
+    parser.add_argument("--output", type=Path, help="write the JSON there, too")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    case = Case(**{name: getattr(parsed, name) for name in asdict(Case())})
+    if parsed.worker:
+        way, directory = parsed.worker
+        print(json.dumps({"trl": by_trl, "opsd": by_opsd}[way](case, Path(directory))))
+        return 0
+    report = compare(case, parsed.rounds)
+    text = json.dumps(report, indent=2)
+    if parsed.output:
+        parsed.output.write_text(text + "\n")
+    print(text)
+    return 0
+
+
+def compare(case: Case, rounds: int) -> dict:
+    """The report, JSON-ready. Raises SystemExit where the trainers' losses differ."""
+    runs: dict[str, list[dict]] = {"trl": [], "opsd": []}
+    with tempfile.TemporaryDirectory() as directory:
+        write_inputs(case, Path(directory))
+        for _ in range(rounds):
+            for way, found in runs.items():
+                found.append(_worker(case, way, directory))
+    theirs, ours = (torch.tensor(found[0]["losses"]) for found in runs.values())
+    difference = float(((ours - theirs).abs() / theirs.abs()).max())
+    if not difference <= AGREEMENT:
+        raise SystemExit(f"the losses differ by {difference:.1e}: {theirs} (TRL), {ours} (OPSD)")
+    return {
+        "case": asdict(case),
+        "machine": machine.describe(),
+        "losses": {way: found[0]["losses"] for way, found in runs.items()},
+        "largest_difference": difference,
+        **{way: _summary(found) for way, found in runs.items()},
+        "times_faster": _ratio(runs, "seconds"),
+        "times_fewer_processor_seconds": _ratio(runs, "processor_seconds"),
+        "times_less_memory": _ratio(runs, "peak_bytes"),
+    }
+
+
+def _worker(case: Case, way: str, directory: str) -> dict:
+    command = [sys.executable, "-m", "benchmarks.trl_step", "--worker", way, directory]
+    command += [word for name, n in asdict(case).items() for word in (f"--{name}", str(n))]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **QUIET})
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+QUIET = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _summary(runs: list[dict]) -> dict:
+    return {
+        name: statistics.median(value for run in runs for value in run[name])
+        for name in ("seconds", "processor_seconds", "peak_bytes")
+    }
+
+
+def _ratio(runs: dict[str, list[dict]], name: str) -> float:
+    return _summary(runs["trl"])[name] / _summary(runs["opsd"])[name]
+
+
+# --- inputs -------------------------------------------------------------------------------------
+
+
+def write_inputs(case: Case, directory: Path) -> None:
+    """A random model, its head far wider than its tokenizer; rows, and each step's rollouts."""
+    from opsd.quickstart import tiny
+
+    tokenizer, draw = tiny.make_tokenizer(), random.Random(0)
+    config = Qwen3Config(
+        vocab_size=case.vocabulary,
+        hidden_size=case.width,
+        intermediate_size=3 * case.width,
+        num_hidden_layers=case.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=case.width // 4,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+
+    def digits(n: int) -> str:
+        return "".join(draw.choice("0123456789") for _ in range(n))
+
+    rows = [
+        {"problem": digits(case.problem), "solution": digits(case.solution), "answer": "0"}
+        for _ in range(case.problems)
+    ]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Ids of digits and signs: none that ends a rollout. Of 3/4 to the whole length.
+    known = sorted(tokenizer.get_vocab().values())[5:]
+    rollouts = [
+        {
+            row["problem"]: [
+                [draw.choice(known) for _ in range(case.length - i * case.length // 32)]
+                for i in range(case.rollouts)
+            ]
+            for row in rows
+        }
+        for _ in range(case.steps)
+    ]
+    (directory / "rollouts.json").write_text(json.dumps(rollouts))
+
+
+class Replay:
+    """The given rollouts: for each context, by the problem in it, one after the other."""
+
+    def __init__(self, directory: Path, tokenizer):
+        self.steps = iter(json.loads((directory / "rollouts.json").read_text()))
+        self.tokenizer = tokenizer
+
+    def __call__(self, contexts) -> list[list[int]]:
+        """A step's rollouts, one a context."""
+        left = {problem: list(ids) for problem, ids in next(self.steps).items()}
+        texts = self.tokenizer.batch_decode(contexts)
+        return [next(ids for p, ids in left.items() if p in text).pop(0) for text in texts]
+
+
+class Meter(TrainerCallback):
+    """Seconds and memory of each step but the first, up to the optimizer's update."""
+
+    def __init__(self):
+        self.seconds, self.processor_seconds, self.peak_bytes = [], [], []
+        self._clear = Path("/proc/self/clear_refs")
+
+    def on_step_begin(self, args, state, control, **_) -> None:
+        ctypes.CDLL(None).malloc_trim(0)
+        self._clear.write_text("5")
+        self._before = _status("VmRSS")
+        self._begun = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        if state.global_step > 1:  # the first warms up
+            self.seconds.append(time.perf_counter() - self._begun[0])
+            self.processor_seconds.append(time.process_time() - self._begun[1])
+            self.peak_bytes.append(_status("VmHWM") - self._before)
+
+    def record(self, losses: list[float]) -> dict:
+        """What the worker prints."""
+        measured = {name: getattr(self, name) for name in ("seconds", "processor_seconds")}
+        return {"losses": losses, "peak_bytes": self.peak_bytes, **measured}
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+# --- the two trainers ---------------------------------------------------------------------------
+
+LEARNING_RATE = 1e-4
+
+
+def by_trl(case: Case, directory: Path) -> dict:
+    """TRL's SDFTTrainer, its rollouts given."""
+    from datasets import Dataset
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
+    model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
+    replay = Replay(directory, tokenizer)
+
+    class Given(SDFTTrainer):
+        def _generate(self, prompt_ids):
+            return prompt_ids, replay(prompt_ids)
+
+    rows = [json.loads(line) for line in (directory / "rows.jsonl").read_text().splitlines()]
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": row["problem"]}],
+                "privileged_context": row["solution"],
+            }
+            for row in rows
+        ]
+    )
+    sequences = case.problems * case.rollouts
+    meter = Meter()
+    trainer = Given(
+        model=model,
+        args=SDFTConfig(
+            output_dir=str(directory / "trl"),
+            max_steps=case.steps,
+            per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=sequences // BATCH,
+            num_generations=case.rollouts,
+            max_completion_length=case.length,
+            max_prompt_length=None,
+            distillation_mode="full_logits",
+            distillation_alpha=0.0,
+            teacher_model_kind="base",
+            teacher_prompt_template="{prompt}\n{privileged_context}",
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[meter],
+    )
+    trainer.train()
+    return meter.record([e["loss"] for e in trainer.state.log_history if "loss" in e])
+
+
+def by_opsd(case: Case, directory: Path) -> dict:
+    """Our trainer, its rollouts given."""
+    from opsd.config import parse_config
+    from opsd.data import load_rows
+    from opsd.models import load_model
+    from opsd.prompts import Prompts
+    from opsd.rollout import Rollout
+    from opsd.runlog import RunLog, read_lines
+    from opsd.teacher import make_teacher
+    from opsd.train import make_objective
+    from opsd.trainer import OPSDTrainer
+
+    run = directory / "opsd"
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").unlink(missing_ok=True)
+    config = parse_config(
+        {
+            "model": {"path": str(directory / "model")},
+            "data": {"source": str(directory / "rows.jsonl")},
+            "prompts": {"student": "{{ problem }}", "teacher": TEMPLATE},
+            "rollout": {"per_problem": case.rollouts, "max_new_tokens": case.length},
+            "loss": {"normalise": "rollout"},
+            "train": {
+                "steps": case.steps,
+                "problems_per_step": case.problems,
+                "learning_rate": LEARNING_RATE,
+                "precision": "fp32",
+            },
+            "eval": {"problems": 0},
+            "output": {"dir": str(run)},
+        }
+    )
+    model, tokenizer = load_model(config.model)
+    prompts, replay, meter = (
+        Prompts(config.prompts, tokenizer),
+        Replay(directory, tokenizer),
+        Meter(),
+    )
+
+    class Given:
+        engine = "given"
+
+        def follow(self, model) -> None:
+            """The rollouts are given, whatever the weights."""
+
+        def sample(self, contexts, sampling, progress=None) -> list[Rollout]:
+            return [Rollout(ids, False) for ids in replay(contexts)]
+
+    teacher, _ = make_teacher(config, model, tokenizer, model)
+    trainer = OPSDTrainer(
+        config,
+        model,
+        load_rows(config.data.source),
+        prompts,
+        make_objective(config, teacher, prompts),
+        Given(),
+        RunLog(run),
+    )
+    trainer.add_callback(meter)
+    trainer.train()
+    return meter.record([line["loss"] for line in read_lines(run / "metrics.jsonl")])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
