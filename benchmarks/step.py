@@ -20,12 +20,12 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from benchmarks import machine
 from benchmarks.measure import Disagreement, interleaved, peak_bytes
 from benchmarks.step_ways import Setting, Step, ways
-from opsd.config import ModelSection
 from opsd.hidden import Scored, stream_tokens
 from opsd.models import copy_model, load_model
 from opsd.objectives import Sample
 from opsd.parts import Parts, measured, part
 from opsd.rollout import GenerateSampler, Sampling
+from opsd.sections import ModelSection
 from opsd.step import token_ratio
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from opsd.config import ALL_LINEAR, LoraSection, ModelSection
 from opsd.errors import UserError
+from opsd.sections import ALL_LINEAR, LoraSection, ModelSection
 
 if TYPE_CHECKING:
     from peft import PeftModel

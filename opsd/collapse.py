@@ -10,7 +10,7 @@ accuracy does.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from opsd.config import CollapseSection
+from opsd.sections import CollapseSection
 
 
 @dataclass

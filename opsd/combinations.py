@@ -1,6 +1,6 @@
 """Options that do not go together, each refused by its name. Needs no torch.
 
-What one field may be is said by its type, in config.py; here is what two of them may be at once.
+What one field may be is said by its type, in sections.py; here is what two of them may be at once.
 """
 
 from __future__ import annotations
@@ -32,18 +32,119 @@ USED_BY = {
     "scale_advantages": ("grpo",),
     "roles": ("sft",),
     "reward": ("opsd", "distill", "grpo"),
+    "importance_bound": ("opsd", "distill", "grpo"),
 }
 """The methods that a field of `loss` says something to; those left out concern all."""
 
 
 def check(config: Config) -> None:
     """Raises ValueError that names the field, its value and what it may be."""
+    _check_teacher(config)
+    _check_engine(config)
+    _check_group(config)
+    _check_adapters(config)
+    _check_teacher_memory(config)
     _check_methods(config)
     _check_divergence(config)
     _check_rewards(config)
     _check_policy_gradient(config)
     _check_templates(config)
     _check_updates(config)
+
+
+def _check_teacher(config: Config) -> None:
+    teacher = config.teacher
+    if teacher.policy == "model" and teacher.path is None:
+        raise ValueError(
+            "teacher.path is missing: teacher.policy 'model' needs the model that teaches"
+        )
+    if teacher.policy != "model" and teacher.path is not None:
+        raise ValueError(
+            f"teacher.path is {teacher.path!r}: it is for teacher.policy 'model', not "
+            f"{teacher.policy!r}"
+        )
+    if config.method == "distill" and teacher.policy != "model":
+        raise ValueError(
+            f"teacher.policy is {teacher.policy!r}: distill shows the teacher what the student "
+            "sees, so it must be 'model', another model, with teacher.path"
+        )
+    if config.rollout.source != "student" and config.method not in ("opsd", "distill"):
+        raise ValueError(
+            f"rollout.source is {config.rollout.source!r}: that is for opsd and distill; "
+            f"{config.method} has its own"
+        )
+
+
+def _check_group(config: Config) -> None:
+    if config.method == "grpo" and config.rollout.per_problem < 2:
+        raise ValueError(
+            f"rollout.per_problem is {config.rollout.per_problem}: grpo compares a problem's "
+            "rollouts with each other and needs at least 2"
+        )
+
+
+def _check_engine(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.engine == "vllm_server" and rollout.server is None:
+        raise ValueError("rollout.server is missing: rollout.engine 'vllm_server' needs it")
+    for name in ("server", "weights_dir"):
+        value = getattr(rollout, name)
+        if value is not None and rollout.engine != "vllm_server":
+            raise ValueError(
+                f"rollout.{name} is {value!r}: it is for rollout.engine 'vllm_server', not "
+                f"{rollout.engine!r}"
+            )
+    if rollout.engine.startswith("vllm") and rollout.source != "student":
+        raise ValueError(
+            f"rollout.engine is {rollout.engine!r}: vLLM samples from the student; with "
+            f"rollout.source {rollout.source!r} it may be 'generate' or 'continuous'"
+        )
+    if rollout.engine.startswith("vllm") and config.model.gguf_file is not None:
+        raise ValueError(
+            f"model.gguf_file is {config.model.gguf_file!r}: vLLM is given weights under the "
+            "names of a transformers directory; save the model as one first"
+        )
+
+
+def _check_adapters(config: Config) -> None:
+    model, output = config.model, config.output
+    if model.lora is None:
+        if output.merge:
+            raise ValueError("output.merge is true: without model.lora there is nothing to merge")
+        return
+    if model.gguf_file is not None:
+        raise ValueError(
+            f"model.gguf_file is {model.gguf_file!r}: an adapter must find its model again as "
+            "a transformers directory or on the hub; save the model as one first"
+        )
+    if model.lora.quantize != "none" and config.rollout.engine.startswith("vllm"):
+        raise ValueError(
+            f"rollout.engine is {config.rollout.engine!r}: weights in 4 bits "
+            "(model.lora.quantize) cannot be given to it (allowed: generate, continuous)"
+        )
+    if model.lora.quantize != "none" and config.train.sharding != "none":
+        raise ValueError(
+            f"train.sharding is {config.train.sharding!r}: weights in 4 bits "
+            "(model.lora.quantize) cannot be split; train with none"
+        )
+
+
+def _check_teacher_memory(config: Config) -> None:
+    teacher = config.teacher
+    for name, off in (("quantize", "none"), ("offload", False)):
+        value = getattr(teacher, name)
+        if value == off:
+            continue
+        if teacher.policy not in ("initial", "model"):
+            raise ValueError(
+                f"teacher.{name} is {value!r}: it is for teacher.policy 'initial' or 'model', "
+                f"not {teacher.policy!r}"
+            )
+        if teacher.policy == "initial" and config.model.lora is not None:
+            raise ValueError(
+                f"teacher.{name} is {value!r}: with model.lora the initial teacher is the "
+                "student's own frozen weights, and there is no other copy of them"
+            )
 
 
 def _check_methods(config: Config) -> None:
@@ -177,6 +278,11 @@ def _check_templates(config: Config) -> None:
 
 def _check_updates(config: Config) -> None:
     train, teacher = config.train, config.teacher
+    if train.warmup_steps > train.steps:
+        raise ValueError(
+            f"train.warmup_steps is {train.warmup_steps}: it may be at most train.steps "
+            f"({train.steps})"
+        )
     if train.mini_batches > train.problems_per_step:
         raise ValueError(
             f"train.mini_batches is {train.mini_batches}: it may be at most "

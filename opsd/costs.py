@@ -83,9 +83,9 @@ def context_lengths(path: Path, run: Run, config: Record) -> tuple[float | None,
         return None, None
     from transformers import AutoTokenizer
 
-    from opsd.config import PromptsSection
     from opsd.data import Row
     from opsd.prompts import Prompts
+    from opsd.sections import PromptsSection
 
     try:
         section = PromptsSection(**(config.get("prompts") or {}))

@@ -26,8 +26,8 @@ from opsd.adapters import (
     merge_adapter,
     without_adapters,
 )
-from opsd.config import ModelSection
 from opsd.errors import UserError
+from opsd.sections import ModelSection
 
 
 def load_model(

@@ -17,9 +17,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from opsd.config import PromptsSection
 from opsd.data import Row
 from opsd.errors import UserError
+from opsd.sections import PromptsSection
 from opsd.templates import ROLLOUT_NAMES, compile_template, names, over_rollouts
 
 

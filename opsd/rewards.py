@@ -17,12 +17,12 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from opsd.config import RewardSection
 from opsd.data import Row
 from opsd.errors import UserError
 from opsd.evaluate.result import Grades
 from opsd.evaluate.run import decode
 from opsd.rollout import Rollout
+from opsd.sections import RewardSection
 
 
 @dataclass(frozen=True)

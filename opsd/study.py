@@ -20,10 +20,11 @@ from typing import Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from opsd.config import Section, explain, load_config
+from opsd.config import explain, load_config
 from opsd.display import Display
 from opsd.doctor import usable_cores
 from opsd.errors import UserError
+from opsd.sections import Section
 
 Voice = Literal["words", "own", "terse", "markdown"]
 

@@ -5,8 +5,9 @@ from training_cases import short_config, write_model, write_rows
 
 from opsd.cli import main
 from opsd.collapse import CollapseWatch
-from opsd.config import CollapseSection, save_config
+from opsd.config import save_config
 from opsd.runlog import read_lines
+from opsd.sections import CollapseSection
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,9 @@
 import pytest
 import yaml
 
-from opsd.config import (
-    CollapseSection,
-    Config,
-    LoraSection,
-    RewardSection,
-    WeightsSection,
-    describe,
-    load_config,
-    parse_config,
-    save_config,
-)
+from opsd.config import Config, describe, load_config, parse_config, save_config
 from opsd.errors import UserError
+from opsd.sections import CollapseSection, LoraSection, RewardSection, WeightsSection
 
 GOOD = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
 

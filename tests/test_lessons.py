@@ -4,7 +4,6 @@ import pytest
 from training_cases import ROWS, quiet, short_config, write_model, write_rows
 
 from opsd import train as training
-from opsd.config import LossSection, PromptsSection
 from opsd.data import Row
 from opsd.errors import UserError
 from opsd.lessons import Lessons
@@ -14,6 +13,7 @@ from opsd.quickstart import tiny
 from opsd.rewards import Outcome
 from opsd.rollout import Rollout
 from opsd.runlog import read_lines
+from opsd.sections import LossSection, PromptsSection
 
 PEER = (
     "{% set right = peers | selectattr('correct') | list %}"

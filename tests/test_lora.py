@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opsd import train as training
 from opsd.adapters import adapter_state, add_adapters, without_adapters
 from opsd.cli import main
-from opsd.config import LossSection, ModelSection, PromptsSection, save_config
+from opsd.config import save_config
 from opsd.costs import multiplying_parameters
 from opsd.evaluate.subject import Subject
 from opsd.hidden import Scored, rollout_hidden_states
@@ -24,6 +24,7 @@ from opsd.quickstart import tiny
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.rollout import Rollout
 from opsd.runlog import read_lines
+from opsd.sections import LossSection, ModelSection, PromptsSection
 from opsd.teacher import FILE, MovingAverage
 
 LORA = {"rank": 4, "alpha": 8}

@@ -8,8 +8,9 @@ import pytest
 from training_cases import write_model
 
 from opsd.cli import main
-from opsd.config import Config, LoraSection, describe, load_config
+from opsd.config import Config, describe, load_config
 from opsd.quickstart.worksheet import worksheet_rows
+from opsd.sections import LoraSection
 
 ROOT = Path(__file__).resolve().parents[1]
 FITS = {

@@ -12,12 +12,13 @@ from training_cases import short_values
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from opsd.cli import main
-from opsd.config import ModelSection, parse_config
+from opsd.config import parse_config
 from opsd.plan.architectures import KNOWN, architecture
 from opsd.plan.memory import RUNTIME, Planner, count_parameters
 from opsd.plan.step import Lengths, count_tokens, samples
 from opsd.quickstart import tiny
 from opsd.quickstart.recipe import merge
+from opsd.sections import ModelSection
 
 PUBLISHED = {
     "Qwen/Qwen3-0.6B": 596_049_920,

@@ -7,10 +7,10 @@ from test_prefix import make
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from opsd.config import LossSection
 from opsd.hidden import Scored
 from opsd.objectives import OPSD, Sample, Totals
 from opsd.prefix import keeping
+from opsd.sections import LossSection
 from opsd.step import OPSDStep
 
 VOCABULARY, PREFIX, ROLLOUT = 8192, 48, 64

@@ -15,13 +15,13 @@ from training_cases import short_values, write_model, write_rows
 
 from opsd import prefix
 from opsd.cli import main
-from opsd.config import LossSection
 from opsd.errors import UserError
 from opsd.hidden import Scored
 from opsd.objectives import OPSD, Sample, Totals
 from opsd.prefix import attention, shared_prefix_hidden_states
 from opsd.quickstart.recipe import merge
 from opsd.runlog import read_lines
+from opsd.sections import LossSection
 from opsd.step import OPSDStep, token_ratio
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from training_cases import ROWS, logits
 from transformers import PreTrainedTokenizerFast
 
-from opsd.config import LossSection, PromptsSection, parse_config
+from opsd.config import parse_config
 from opsd.data import Row
 from opsd.errors import UserError
 from opsd.fitting import different_endings
@@ -16,6 +16,7 @@ from opsd.objectives import OPSD, Problem, Totals
 from opsd.prompts import Prompts
 from opsd.quickstart import tiny
 from opsd.rollout import Rollout
+from opsd.sections import LossSection, PromptsSection
 
 ROW = Row("1+1", "2=1+1", "2", {"problem": "1+1", "solution": "2=1+1", "answer": "2", "extra": "7"})
 

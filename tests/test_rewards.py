@@ -7,7 +7,7 @@ from training_cases import ROWS, graded, quiet, short_config, write_model, write
 
 from opsd import train as training
 from opsd.cli import main
-from opsd.config import RewardSection, save_config
+from opsd.config import save_config
 from opsd.errors import UserError
 from opsd.evaluate.grading import Grader
 from opsd.lessons import informative, outcome_measures
@@ -17,6 +17,7 @@ from opsd.quickstart import tiny
 from opsd.rewards import Judge, Verdict, make_verifier, overlong, own_verifier
 from opsd.rollout import Rollout
 from opsd.runlog import read_lines
+from opsd.sections import RewardSection
 
 
 @pytest.fixture(scope="module")

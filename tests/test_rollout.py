@@ -6,12 +6,12 @@ import pytest
 import torch
 from training_cases import ROWS
 
-from opsd.config import PromptsSection
 from opsd.models import contiguous_head, copy_model, stop_ids, update_copy
 from opsd.prompts import Prompts
 from opsd.quickstart import tiny
 from opsd.rollout import SAMPLERS, ContinuousSampler, GenerateSampler, Rollout, Sampling
 from opsd.rollout.base import cut
+from opsd.sections import PromptsSection
 
 
 @pytest.fixture(scope="module")

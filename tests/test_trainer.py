@@ -21,7 +21,6 @@ from training_cases import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd import train as training
-from opsd.config import LossSection, PromptsSection
 from opsd.evaluate.grading import Grade
 from opsd.hidden import Scored, packed_batches, padded_batches, rollout_hidden_states, stream_tokens
 from opsd.lessons import outcome_measures
@@ -31,6 +30,7 @@ from opsd.prompts import Prompts
 from opsd.quickstart import tiny
 from opsd.rollout import Rollout
 from opsd.runlog import read_lines
+from opsd.sections import LossSection, PromptsSection
 from opsd.trainer import OPSDTrainer
 
 METRICS = {

@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 from training_cases import ROWS, logits, quiet, short_config, write_model, write_rows
 
 from opsd import train as training
-from opsd.config import LossSection, save_config
+from opsd.config import save_config
 from opsd.objectives import GRPO, OPSD, Weighing
 from opsd.objectives.classes import CLASSES, class_of, class_table, classes_of
 from opsd.quickstart import tiny
 from opsd.rollout import Rollout
 from opsd.runlog import read_lines
+from opsd.sections import LossSection
 
 VERIFIER = """
 def grade(completion, row):

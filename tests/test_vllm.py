@@ -24,7 +24,7 @@ from vllm_server import FakeVLLM
 
 from opsd import train as training
 from opsd.cli import main
-from opsd.config import LossSection, PromptsSection, parse_config
+from opsd.config import parse_config
 from opsd.errors import UserError
 from opsd.models import load_model, stop_ids
 from opsd.objectives import GRPO, OPSD, Problem, Totals
@@ -37,6 +37,7 @@ from opsd.rollout.colocated import ColocatedSampler
 from opsd.rollout.server import ServerSampler
 from opsd.rollout.threads import as_done
 from opsd.runlog import read_lines
+from opsd.sections import LossSection, PromptsSection
 
 
 @pytest.fixture(scope="module")

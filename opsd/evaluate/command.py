@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from opsd.config import PromptsSection
 from opsd.display import Display
 from opsd.doctor import usable_cores
 from opsd.environment import machine, versions
@@ -38,6 +37,7 @@ from opsd.evaluate.subject import Subject
 from opsd.models import stop_ids
 from opsd.prompts import Prompts
 from opsd.rollout import SAMPLERS, Sampler, Sampling, check_engine, evaluation_server
+from opsd.sections import PromptsSection
 
 RUNS = Path("runs/eval")
 _SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "precision")

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from opsd.adapters import base_of
-from opsd.config import ModelSection
 from opsd.errors import UserError
 from opsd.models import load_model
+from opsd.sections import ModelSection
 
 # What decides what a model writes; a checkpoint's optimizer and our own files do not.
 _FILES = (

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.config import LossSection
 from opsd.hidden import Scored, rollout_hidden_states, student_and_teacher
 from opsd.models import head
 from opsd.objectives.base import (
@@ -30,6 +29,7 @@ from opsd.objectives.likelihood import log_prob_as, token_log_prob
 from opsd.objectives.policy import k3, surrogate, teacher_credit
 from opsd.objectives.weights import Weighing
 from opsd.parts import part
+from opsd.sections import LossSection
 
 
 class GRPO:

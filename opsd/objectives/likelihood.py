@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.config import LossSection
 from opsd.hidden import rollout_hidden_states
 from opsd.models import as_operands, head, head_arguments
 from opsd.objectives.base import Sample, targets
 from opsd.parts import part
+from opsd.sections import LossSection
 from opsd_kernels import LinearLogProb, linear_log_prob
 
 

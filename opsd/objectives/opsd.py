@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.config import LossSection
 from opsd.hidden import Scored, student_and_teacher
 from opsd.models import as_operands, head, head_arguments
 from opsd.objectives.base import (
@@ -39,6 +38,7 @@ from opsd.objectives.likelihood import token_log_prob
 from opsd.objectives.policy import surrogate
 from opsd.objectives.weights import Weighing
 from opsd.parts import part
+from opsd.sections import LossSection
 from opsd_kernels import Clip, linear_divergence
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.config import LossSection
 from opsd.hidden import Scored, rollout_hidden_states
 from opsd.objectives.base import (
     Problem,
@@ -24,6 +23,7 @@ from opsd.objectives.weights import Weighing
 from opsd.parts import part
 from opsd.prompts import Prompts
 from opsd.rollout import Rollout
+from opsd.sections import LossSection
 
 
 class SFT:

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from opsd.checkpoints import save_model
-from opsd.config import PromptsSection, save_config
+from opsd.config import save_config
 from opsd.data import Row
 from opsd.display import Display
 from opsd.environment import machine, peak_memory, versions
@@ -23,6 +23,7 @@ from opsd.quickstart.recipe import Recipe, merge, method_config
 from opsd.report import write_report
 from opsd.rollout import Sampling
 from opsd.runlog import read_lines
+from opsd.sections import PromptsSection
 from opsd.train import run, write_json
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from opsd.config import Config, ModelSection, save_config
+from opsd.config import Config, save_config
 from opsd.data import Row
 from opsd.display import Display
 from opsd.evaluate.grading import Grader
@@ -23,6 +23,7 @@ from opsd.quickstart.chain_sum import (
 )
 from opsd.quickstart.download import smollm2_gguf
 from opsd.quickstart.recipe import Base, Recipe, merge, repeated
+from opsd.sections import ModelSection
 from opsd.train import run
 
 COLD_STEPS = 14
