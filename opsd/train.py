@@ -24,7 +24,7 @@ from opsd.models import copy_model, head, load_model, stop_ids, window
 from opsd.needs import is_graded, required_columns, scores_by_teacher
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, Weighing
 from opsd.objectives.classes import class_table
-from opsd.prefix import use_kernel
+from opsd.prefix import try_kernel, unpackable, use_kernel
 from opsd.processes import Processes
 from opsd.prompts import Prompts
 from opsd.report import write_report
@@ -177,6 +177,8 @@ def run(
     begun = time.monotonic()
     low_precision = config.train.precision == "bf16"
     dtype = torch.bfloat16 if low_precision else torch.float32
+    if config.train.share_prefixes and unpackable(model) is None:
+        try_kernel(model, dtype, processes.device)  # which may be an error, before an evaluation
     # What decodes: a bf16 copy where training is in bf16, since casting the masters for each new
     # token would cost as much as the token; beside adapters the weights are in bf16 already. And a
     # whole copy where the weights are split over processes.

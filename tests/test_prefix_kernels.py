@@ -8,9 +8,12 @@ import sys
 
 import pytest
 import torch
+import yaml
 from prefix_cases import install_flash_attn, register_torch_flash
 from test_prefix import MODELS, assert_same, make, make_groups
+from training_cases import short_values
 
+from opsd.cli import main
 from opsd.errors import UserError
 from opsd.prefix import flex, kernels, shared_prefix_hidden_states, try_kernel
 from opsd.prefix.kernels import Inputs, choose, kernel_for, missing, obstacle, use_kernel
@@ -85,12 +88,13 @@ def test_models_attend_by_flash_attention(name, torch_flash, monkeypatch):
     install_flash_attn(monkeypatch)
     kernel = "flash_attn" if "caps" in name else "flash"
     monkeypatch.setattr(kernels, "choose", lambda asked, inputs: kernel)
-    kernels.forget()
+    use_kernel("auto")  # forgets what was chosen before
     model = make(*MODELS[name])
     groups = make_groups()
     assert_same(model, shared_prefix_hidden_states(model, groups), groups)
-    assert kernels.given() == [kernel] and try_kernel(model, torch.float32) == kernel
-    kernels.forget()
+    assert try_kernel(model, torch.float32, CPU) == kernel
+    assert set(kernels._given.values()) == {kernel}
+    use_kernel("auto")
 
 
 def brute_force(layout, window):
@@ -179,6 +183,29 @@ def test_what_was_asked_for_and_cannot_is_an_error(gpu, name, more, reason):
         choose(name, on_gpu(**more))
 
 
+def test_a_model_is_tried_for_where_it_will_run(gpu, monkeypatch):
+    """It may still be on the CPU, as before FSDP2 shards it; nothing runs by what was asked for."""
+    model = make(*MODELS["gemma 2, soft caps"])
+    assert try_kernel(model, torch.bfloat16, CUDA) == "flash_attn"
+    assert try_kernel(model, torch.float32, CUDA) == "tiles"
+    use_kernel("flash")
+    with pytest.raises(UserError, match="caps its attention scores"):
+        try_kernel(model, torch.bfloat16, CUDA)
+    assert try_kernel(make("Qwen3", {"head_dim": 16}), torch.bfloat16, CUDA) == "flash"
+    use_kernel("auto")
+
+
+def test_a_run_refuses_a_kernel_before_it_does_anything(tmp_path, capsys):
+    if torch.cuda.is_available():
+        return
+    values = short_values(tmp_path / "no model", tmp_path / "no rows", tmp_path / "run")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert main(["train", str(path), "train.prefix_kernel=flash"]) != 0
+    assert "train.prefix_kernel is 'flash': it needs a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_on_a_cpu_there_are_tiles_and_an_error_for_all_others():
     inputs = on_gpu(device=CPU)
     assert choose("auto", inputs) == "tiles" == choose("tiles", inputs)
@@ -223,6 +250,7 @@ def test_the_choice_is_made_once_for_tensors_alike(monkeypatch):
     query, _, value = tensors(LAYOUTS["plain"])
     for _ in range(3):
         assert kernel_for(query, value, False) is tiled_attention
-    assert len(asked) == 1 and kernels.given() == ["tiles"]
+    assert len(asked) == 1
     use_kernel("auto")
-    assert kernels.given() == []
+    kernel_for(query, value, False)
+    assert len(asked) == 2

@@ -5,8 +5,9 @@ All compute the same, exactly; `tiles` runs everywhere and is what the others ar
 
 import importlib.util
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -48,6 +49,7 @@ class Inputs:
 
 _asked = "auto"
 _given: dict[Inputs, str] = {}
+_probed: list[Inputs] | None = None
 
 
 def use_kernel(name: str) -> None:
@@ -63,22 +65,32 @@ def use_kernel(name: str) -> None:
     if name != "auto" and (reason := missing(name, device)) is not None:
         raise UserError(f"train.prefix_kernel is {name!r}: {reason}")
     _asked = name
-    forget()
-
-
-def given() -> list[str]:
-    """The kernels that calls were given since `forget`."""
-    return list(dict.fromkeys(_given.values()))
-
-
-def forget() -> None:
-    """Choose anew for each call from now on."""
     _given.clear()
+
+
+@contextmanager
+def probing() -> Iterator[list[Inputs]]:
+    """Attend by tiles inside, and list what would decide otherwise."""
+    global _probed
+    before, _probed = _probed, []
+    try:
+        yield _probed
+    finally:
+        _probed = before
+
+
+def kernel_names(inputs: Sequence[Inputs], device: torch.device) -> list[str]:
+    """The kernels that such calls are given on `device`. Raises UserError as `kernel_for`."""
+    names = [choose(_asked, replace(each, device=device)) for each in inputs]
+    return list(dict.fromkeys(names))
 
 
 def kernel_for(query: Tensor, value: Tensor, softcap: bool) -> Kernel:
     """The kernel for a call with these tensors. Raises UserError where the one asked for cannot."""
     inputs = Inputs(query.device, value.dtype, query.shape[-1], value.shape[-1], softcap)
+    if _probed is not None:
+        _probed.append(inputs)
+        return tiled_attention
     if inputs not in _given:
         _given[inputs] = choose(_asked, inputs)
     return KERNELS[_given[inputs]]

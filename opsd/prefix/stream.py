@@ -39,16 +39,25 @@ class Segments:
     past: Kept | None
 
 
-def try_kernel(model: PreTrainedModel, dtype: torch.dtype) -> str:
+def try_kernel(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> str:
     """The name of the kernel (or kernels) that attends when this model's streams run in `dtype`.
 
-    Raises UserError where the one that was asked for cannot serve this model.
+    `device`: where they will; the model may still be elsewhere. Raises UserError where the kernel
+    that was asked for cannot serve this model.
     """
     kind = model.device.type
-    kernels.forget()
     with torch.no_grad(), torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        return " and ".join(kernels.kernel_names(probe(model), device))
+
+
+def probe(model: PreTrainedModel) -> list[kernels.Inputs]:
+    """What attention is given in a stream of two tokens, without gradient.
+
+    Raises UnpackableError where that is more than ours knows.
+    """
+    with torch.no_grad(), kernels.probing() as inputs:
         run(model, Layout([([0], [[0, 0]])], model.device))
-    return " and ".join(kernels.given())
+    return inputs
 
 
 def run(

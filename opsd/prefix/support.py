@@ -4,13 +4,12 @@ import inspect
 from collections.abc import Iterator, Sequence
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-from opsd.prefix.layout import Group, Layout, checked_groups
-from opsd.prefix.stream import UnpackableError, run
+from opsd.prefix.layout import Group, checked_groups
+from opsd.prefix.stream import UnpackableError, probe
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 """Of transformers' names for layer types: those whose tokens meet in ordinary attention alone."""
@@ -85,8 +84,7 @@ def _refusal(model: PreTrainedModel) -> str | None:
     modes = [(module, module.training) for module in model.modules()]
     model.train()  # what drops attention at random does so then
     try:
-        with torch.no_grad():
-            run(model, Layout([([0], [[0, 0]])], model.device))
+        probe(model)
     except UnpackableError as error:
         return str(error)
     finally:
