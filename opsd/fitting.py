@@ -81,3 +81,9 @@ def different_endings(prompts: Prompts, config: Config) -> str | None:
         "teacher judges a rollout's first token as its own beginning (prompts.teacher_prefill can "
         "open what it would open first)"
     )
+
+
+def longest_sequence(rows: Sequence[Row], prompts: Prompts, config: Config) -> int:
+    """Tokens of the longest context that is sampled from, and of the longest answer to it."""
+    context = max((len(prompts.ids(row, "student")) for row in rows), default=0)
+    return context + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)

@@ -18,7 +18,7 @@ from opsd.display import Display
 from opsd.environment import machine, peak_memory, release_memory, share_one_heap, versions
 from opsd.evaluate.grading import Grader
 from opsd.evaluate.run import Evaluation, Grades, HeldOut
-from opsd.fitting import different_endings, fitting_rows
+from opsd.fitting import different_endings, fitting_rows, longest_sequence
 from opsd.hub import push
 from opsd.models import copy_model, head, load_model, stop_ids, window
 from opsd.needs import is_graded, required_columns, scores_by_teacher
@@ -67,7 +67,10 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
     directory = Path(config.output.dir)
     checkpoint = processes.once(lambda: claim_directory(directory, config, resume))
     processes.together(lambda: check_engine(config.rollout.engine))
-    server = processes.together(lambda: training_server(config))
+    server = None
+    if config.rollout.engine == "vllm_server":
+        with display.stage(f"Reach {config.rollout.server}"):  # it may still be starting
+            server = processes.together(lambda: training_server(config))
     if is_graded(config):
         processes.together(lambda: check_verifier(config.loss.reward))
     rows, held_out = processes.together(lambda: load_data(config))
@@ -194,7 +197,10 @@ def run(
     if scores or (held_out and config.eval.samples):
         teacher, average = make_teacher(config, model, tokenizer, decoder)
     stops = stop_ids(model, tokenizer)
-    sampler = make_sampler(config, decoder, stops, dtype, server)
+    longest = None
+    if config.rollout.engine == "vllm":
+        longest = longest_sequence([*rows, *held_out], prompts, config)
+    sampler = make_sampler(config, decoder, stops, dtype, server, longest)
     sampler = SplitSampler(sampler, processes, whole=twin if split else None)
     checkpoint_activations(config, model)
     if processes.first:

@@ -552,6 +552,7 @@ def vllm(monkeypatch):
     module.LLM, module.SamplingParams = FakeLLM, lambda **given: types.SimpleNamespace(**given)
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    return module
 
 
 def test_the_colocated_engine_sleeps_but_while_it_samples(vllm, files, student, contexts):
@@ -572,8 +573,13 @@ def test_the_colocated_engine_sleeps_but_while_it_samples(vllm, files, student, 
 def test_training_by_the_colocated_engine(vllm, files, tmp_path, monkeypatch):
     monkeypatch.setattr("opsd.train.check_engine", lambda engine: None)  # no GPU here
     config = short_config(*files, tmp_path / "run", rollout={"engine": "vllm", "gpu_memory": 0.3})
+    made = []
+    monkeypatch.setattr(vllm, "LLM", lambda *a, **k: made.append(FakeLLM(*a, **k)) or made[0])
     training.train(config, quiet())
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(metrics) == 4
     assert all(abs(line["engine_divergence"]) < 1e-4 for line in metrics)
+    settings, prompt = made[0].settings, max(len(row.problem) for row in ROWS) + len("Q:") + 3
+    assert settings["gpu_memory_utilization"] == 0.3 and settings["enable_sleep_mode"]
+    assert settings["max_model_len"] == prompt + config.rollout.max_new_tokens
     assert read_lines(tmp_path / "run" / "samples.jsonl")[0]["sampling"]["engine"] == "vllm"

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from opsd.config import Config
 from opsd.errors import UserError
-from opsd.models import window
 from opsd.rollout.base import Sampler
 from opsd.rollout.client import VLLMServer
 from opsd.rollout.continuous import ContinuousSampler
@@ -34,15 +33,13 @@ def check_engine(engine: str, field: str = "rollout.engine") -> None:
         )
 
 
-def training_server(config: Config) -> VLLMServer | None:
-    """The server that `rollout` names, able to follow a training run; None for other engines.
+def training_server(config: Config) -> VLLMServer:
+    """The server that `rollout` names, able to follow a training run.
 
     Raises UserError where it serves another model, cannot take weights, or says otherwise than its
     default what log-probabilities it returns.
     """
     section = config.rollout
-    if section.engine != "vllm_server":
-        return None
     server = VLLMServer(
         section.server, timeout=section.server_timeout, patience=section.server_patience
     )
@@ -87,8 +84,14 @@ def make_sampler(
     stops: frozenset[int],
     dtype: torch.dtype,
     server: VLLMServer | None,
+    longest: int | None,
 ) -> Sampler:
-    """The sampler of a training run; `decoder` is what the engines without vLLM sample with."""
+    """The sampler of a training run.
+
+    Args:
+        decoder: what the engines without vLLM sample with.
+        longest: tokens of the longest sequence, for which the cache of vLLM here must have room.
+    """
     section = config.rollout
     if section.engine in SAMPLERS:
         return SAMPLERS[section.engine](decoder, stops)
@@ -104,7 +107,7 @@ def make_sampler(
         trains=True,
         dtype=dtype,
         memory=section.gpu_memory,
-        max_model_len=window(decoder.config),
+        max_model_len=longest,
         max_num_seqs=section.batch_size,
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
