@@ -288,6 +288,17 @@ def test_a_run_whose_server_dies_goes_on_where_it_was(
     assert outcome(tmp_path / "broken") == outcome(straight)
 
 
+@pytest.mark.parametrize("completion", [4 + 3 + 2, 4 + 2 * 3 + 3], ids=["step", "evaluation"])
+def test_a_server_that_starts_anew_is_given_the_weights_again(
+    completion, straight, fake, files, tmp_path
+):
+    """It answers again at once, but by the weights that it starts with."""
+    fake.restarts_at = completion
+    training.train(server_config(files, tmp_path / "run", fake), quiet())
+    assert fake.instance == 1 and len(fake.reloads) == 8  # one more than before each sampling
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
 @pytest.fixture(scope="module")
 def straight(files, tmp_path_factory):
     """A run whose server stays."""

@@ -30,6 +30,7 @@ class FakeVLLM:
         dev: VLLM_SERVER_DEV_MODE. mode: --logprobs-mode. loads: whether new weights are taken.
         failures: statuses (or "drop": hang up) that the next completions get instead.
         dies_after: hang up for good after so many completions. delay: seconds before each answer.
+        restarts_at: hang up at this completion, and be a new server, with the first weights.
     """
 
     def __init__(self, path: Path, port: int = 0):
@@ -38,6 +39,8 @@ class FakeVLLM:
         self.dev, self.mode, self.loads, self.delay = True, "raw_logprobs", True, 0.0
         self.failures: list[int | str] = []
         self.dies_after: int | None = None
+        self.restarts_at: int | None = None
+        self.instance = 0
         self.requests: list[tuple[str, dict | None]] = []
         self.reloads: list[dict[str, torch.Tensor]] = []
         self._first: dict[tuple[int, ...], torch.Tensor] = {}
@@ -72,13 +75,24 @@ class FakeVLLM:
         if not self.dev:
             return 404, {"detail": "Not Found"}
         if route == "/server_info?config_format=json":
-            return 200, {"vllm_config": {"model_config": {"logprobs_mode": self.mode}}}
+            return 200, {
+                "vllm_config": {
+                    "model_config": {"logprobs_mode": self.mode},
+                    "instance_id": f"instance-{self.instance}",
+                }
+            }
         if route == "/reset_prefix_cache":
             self._first.clear()
             return 200, {"success": True}
         if route == "/collective_rpc" and body["method"] == "reload_weights":
             return self._reload(Path(body["kwargs"]["weights_path"]))
         return 404, {"detail": "Not Found"}
+
+    def _restart(self) -> None:
+        first = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+        self.model.load_state_dict(first.state_dict())
+        self._first.clear()
+        self.instance += 1
 
     def _reload(self, directory: Path) -> tuple[int, object]:
         files = sorted(directory.glob("*.safetensors"))
@@ -155,8 +169,11 @@ class _Handler(BaseHTTPRequestHandler):
         with fake._lock:
             fake.requests.append((self.path, body))
             failure = fake.failures.pop(0) if completes and fake.failures else None
+            restarts = completes and len(fake.completions()) == fake.restarts_at
+            if restarts:
+                fake._restart()
             dead = fake.dies_after is not None and len(fake.completions()) > fake.dies_after
-        if dead or failure == "drop":
+        if dead or restarts or failure == "drop":
             self.close_connection = True
             self.connection.close()
             return

@@ -33,6 +33,10 @@ class ServerGoneError(UserError):
     """Nobody has answered for as long as we are told to wait: what was done is worth saving."""
 
 
+class ServerRestartedError(ServerGoneError):
+    """The server is another one than that which was given the weights."""
+
+
 class _PassingError(Exception):
     """Try again."""
 
@@ -60,6 +64,7 @@ class VLLMServer:
     ):
         self.address, self.timeout, self.patience = address.rstrip("/"), timeout, patience
         self.field = field
+        self._instance: str | None = None
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         models = self.ask("/v1/models", timeout=QUICK)["data"]
         if not models:
@@ -120,11 +125,25 @@ class VLLMServer:
 
     def load(self, weights: str | Path) -> None:
         """Serve the weights in the directory (or hub model) `weights` from now on."""
+        self._instance = self._instance_now()
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
         # A worker that cannot read them will say 500 again.
         self.ask("/collective_rpc", call, passing=PASSING - {500})
         # What is cached was computed with the old ones. Not free while requests run.
         self.ask("/reset_prefix_cache", {}, timeout=QUICK, check=_reset)
+
+    def check_restart(self) -> None:
+        """Raises ServerRestartedError where the server has started anew since `load`: what it has
+        answered meanwhile may be by the weights that it starts with."""
+        if self._instance is not None and self._instance_now() != self._instance:
+            raise ServerRestartedError(
+                f"{self.field} is {self.address!r}: the server was started anew in the middle of a "
+                "step, and had forgotten the weights"
+            )
+
+    def _instance_now(self) -> str | None:
+        """vLLM's `instance_id`: a server's own, from its start to its end."""
+        return (self.settings or {}).get("instance_id")
 
     def ask(
         self,

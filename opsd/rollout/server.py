@@ -63,7 +63,8 @@ class ServerSampler:
         sampling: Sampling,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
-        """One rollout a context, in order; see `Sampler.sample`. Raises ServerGoneError."""
+        """One rollout a context, in order; see `Sampler.sample`. Raises ServerGoneError, and of its
+        kind ServerRestartedError where the server has lost the weights meanwhile."""
         before = torch.get_rng_state()
         seeds = draw_seeds(sampling, len(contexts))
         rollouts: list[Rollout | None] = [None] * len(contexts)
@@ -76,6 +77,7 @@ class ServerSampler:
                 rollouts[i] = rollout
                 if progress:
                     progress(1, len(rollout.ids))
+            self.server.check_restart()
         except BaseException:
             torch.set_rng_state(before)
             raise

@@ -8,6 +8,10 @@ from transformers import PreTrainedModel
 from opsd.models import update_copy
 from opsd.processes import Processes
 from opsd.rollout.base import Rollout, Sampler, Sampling
+from opsd.rollout.client import ServerRestartedError
+
+RESTARTS = 3
+"""Of a server, during one sampling."""
 
 
 class SplitSampler:
@@ -23,10 +27,11 @@ class SplitSampler:
         self, sampler: Sampler, processes: Processes, whole: PreTrainedModel | None = None
     ):
         self.sampler, self.processes, self.whole = sampler, processes, whole
-        self.engine = sampler.engine
+        self.engine, self._followed = sampler.engine, None
 
     def follow(self, model: PreTrainedModel) -> None:
         """See `Sampler.follow`."""
+        self._followed = model
         if self.whole is not None:
             update_copy(self.whole, model)
             model = self.whole
@@ -41,7 +46,16 @@ class SplitSampler:
         sampling: Sampling,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
-        """One rollout a context, in order; see `Sampler.sample`."""
+        """One rollout a context, in order; see `Sampler.sample`. A server that was started anew
+        meanwhile is given the weights again, and asked again."""
+        for _ in range(RESTARTS):
+            try:
+                return self._sample(contexts, sampling, progress)
+            except ServerRestartedError:
+                self.follow(self._followed)
+        return self._sample(contexts, sampling, progress)
+
+    def _sample(self, contexts, sampling, progress) -> list[Rollout]:
         index, count = self.processes.index, self.processes.count
         mine, before = contexts[index::count], torch.get_rng_state()
 
