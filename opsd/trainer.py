@@ -114,7 +114,8 @@ class OPSDTrainer(WholeCheckpoints):
         )
         if self.micro_step.share:
             # FSDP2 brings the model to its device later; the copy that decodes is there.
-            self._kernel = try_kernel(getattr(sampler, "whole", None) or model, self._dtype)
+            whole = getattr(sampler, "whole", None) or model
+            self._kernel = try_kernel(whole, self._dtype, self.processes.device)
         self._note, self._sharing_checked, self._engine_checked = note, False, False
         self._split_told = False
         self._step: dict[str, float] = {}
