@@ -2,6 +2,8 @@
 be.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,8 +73,8 @@ def check_targets(targets: Tensor, token_weight: Tensor | None, vocabulary: int 
     """
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets: got {describe(targets)}, must be integers")
-    known = vocabulary is not None and targets.device.type == "cpu" and type(targets) is Tensor
-    if not known or torch.compiler.is_compiling():
+    readable = targets.device.type == "cpu" and type(targets) is Tensor
+    if vocabulary is None or not readable or torch.compiler.is_compiling():
         return
     counted = targets if token_weight is None else targets[token_weight != 0]
     if counted.numel():
@@ -116,8 +118,8 @@ def check_budget(memory_budget: int | None) -> None:
         )
 
 
-def cast_for_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Under autocast, the operands as a matrix product would get them.
+def cast_for_autocast(*tensors: Tensor | None) -> list[Any]:
+    """Under autocast, the operands as a matrix product would get them; None stays None.
 
     On a GPU that is autocast's dtype: the logits still accumulate in fp32, and the product is
     several times faster. On the CPU there is nothing to gain from rounding the operands, so the

@@ -116,7 +116,7 @@ def _bf16_products(dtype: torch.dtype | None) -> Iterator[None]:
     if dtype != torch.bfloat16 or not _multiplies_bf16():
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

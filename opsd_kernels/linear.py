@@ -6,7 +6,7 @@ Here are the operator and what users call; the algorithm is in `divergence_loop.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class Options(NamedTuple):
 
 
 def _run(
-    tensors: Sequence[Tensor | None], row_weight: Tensor, options: Options, gradients: bool
+    tensors: Sequence[Any], row_weight: Tensor, options: Options, gradients: bool
 ) -> tuple[Tensor | None, ...]:
     student, teacher, weight, teacher_weight, bias, teacher_bias = tensors
     dtype = gemm.tile_dtype(student.dtype)

@@ -10,7 +10,7 @@ trainable head backward computes the blocks again: 8 N V D multiply-adds instead
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -92,7 +92,7 @@ class Options(NamedTuple):
 
 
 def _run(
-    tensors: Sequence[Tensor | None], row_weight: Tensor, options: Options, gradients: bool
+    tensors: Sequence[Any], row_weight: Tensor, options: Options, gradients: bool
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, targets = tensors
     split = None

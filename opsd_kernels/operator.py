@@ -15,6 +15,7 @@ want_weight, want_bias and others. Gradients that are not wanted come back as em
 
 import types
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from opsd_kernels import gemm
 from opsd_kernels.sweep import Want
 
-_SCHEMA_TYPES = {
+_SCHEMA_TYPES: dict[object, str] = {
     bool: "bool",
     float: "float",
     str: "str",
@@ -76,7 +77,11 @@ class FusedOperator:
         self.forward.register_autograd(self._backward, setup_context=self._setup_context)
 
     def __call__(
-        self, tensors: Sequence[Tensor | None], row_weight: Tensor, per_token: bool, options
+        self,
+        tensors: Sequence[Tensor | None],
+        row_weight: Tensor,
+        per_token: bool,
+        options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
         """(loss [N] if `per_token` else its sum, differentiable; statistics [statistics, N])."""
         loss, statistics, *_ = self.forward(*tensors, row_weight, per_token, *options)
@@ -153,7 +158,7 @@ class FusedOperator:
         ctx.save_for_backward(*(output[2:] if ctx.computed else (*tensors, row_weight)))
 
     def _backward(self, ctx, grad, *_):
-        returned = [None] * ctx.arguments
+        returned: list[Tensor | None] = [None] * ctx.arguments
         if grad is None:
             return tuple(returned)
         _refuse_double_backward(grad)

@@ -8,6 +8,7 @@ hidden states being smaller than the head they meet, and every rank takes back w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ class Shards:
     rank: int
 
     @classmethod
-    def agree(cls, name: str, vocabulary: int, tokens: int, device: torch.device) -> "Shards":
+    def agree(cls, name: Any, vocabulary: int, tokens: int, device: torch.device) -> "Shards":
         """All ranks of the named group tell each other the size of their shard, so that they plan
         the same blocks: this waits for the device once a call.
 
@@ -124,10 +125,8 @@ class Placement:
         return total
 
 
-def place(
-    process_group: object, weight: Tensor, **others: Tensor | None
-) -> tuple[Placement, list[Tensor | None]]:
-    """(where the call's head is, the local parts of `weight` and the others).
+def place(process_group: object, weight: Any, **others: Any) -> tuple[Placement, list[Any]]:
+    """(where the call's head is, the local parts of `weight` and the others, None where None).
 
     DTensors must be sharded over the vocabulary on one mesh dimension, all of them alike. Without a
     `process_group` their ranks are FSDP's, with tokens of their own: gradients of the local parts
@@ -162,7 +161,7 @@ def place(
     return Placement(group, own_tokens), local
 
 
-def _ranks(group: object) -> list[int] | None:
+def _ranks(group: Any) -> list[int] | None:
     return None if group is None else dist.get_process_group_ranks(group)
 
 
@@ -171,7 +170,7 @@ def _is_dtensor(x: object) -> bool:
     return hasattr(x, "placements") and hasattr(x, "device_mesh")
 
 
-def _check_sharded(name: str, x: Tensor, like: str, other: Tensor) -> None:
+def _check_sharded(name: str, x: Any, like: str, other: Any) -> None:
     if not _is_dtensor(x):
         raise ValueError(
             f"{name}: got a plain tensor, must be a DTensor like {like}: a head is sharded with "

@@ -110,7 +110,8 @@ class Sweep:
         """hidden: [n, D] of each role; buffer: room for every role's [n, columns]."""
         self.rows, self.vocabulary = hidden[0].shape[0], heads[0].weight.shape[0]
         self.columns, self.heads, self.buffer = columns, heads, buffer
-        self.hidden, self.kept = self._operands(hidden), None
+        self.hidden = self._operands(hidden)
+        self.kept: Tile | None = None
 
     def _operands(self, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """As the products take them; one below the other where one product serves both roles, so
@@ -164,7 +165,7 @@ class Gradients:
 
     def __init__(self, hidden: Tensor, head: Head, want: Want, plan: Plan, narrow: Tensor | None):
         """hidden: [N, D] of the call. narrow: room for a tile in the operands' dtype."""
-        self.want, self.head, self.narrow, self.operand = want, head, narrow, hidden.dtype
+        self.head, self.narrow, self.operand = head, narrow, hidden.dtype
         self.dtype = gemm.tile_dtype(hidden.dtype)
         weight = head.weight
         self.once = plan.blocks <= 1  # dW is then complete tile by tile
@@ -180,7 +181,7 @@ class Gradients:
     def start(self, rows: slice, *, parts: bool) -> None:
         """A new block of tokens."""
         self.block = self.part = None
-        if not self.want.hidden:
+        if self.d_hidden is None:
             return
         block = self.d_hidden[rows]
         self.block = (
@@ -193,13 +194,12 @@ class Gradients:
         """`tile` holds gradients by the products (or the two parts), hidden [n, D] their tokens."""
         gradient = self._narrowed(tile.products[0])
         weight = self.head.weight[tile.columns]
-        if self.want.hidden:
+        if self.block is not None:
             gemm.add_input_gradient_(self.block, gradient, weight)
-        if self.want.weight and self.once:
-            gemm.set_weight_gradient_(self.d_weight[tile.columns], gradient, hidden, self.operand)
-        elif self.want.weight:
-            gemm.add_weight_gradient_(self.d_weight[tile.columns], gradient, hidden, self.operand)
-        if self.want.bias:
+        if self.d_weight is not None:
+            product_ = gemm.set_weight_gradient_ if self.once else gemm.add_weight_gradient_
+            product_(self.d_weight[tile.columns], gradient, hidden, self.operand)
+        if self.d_bias is not None:
             self.d_bias[tile.columns] += tile.products[0].sum(0)
         if self.part is not None:
             gemm.add_input_gradient_(self.part, self._narrowed(tile.products[1]), weight)
@@ -212,9 +212,10 @@ class Gradients:
 
     def finish(self, rows: slice, sum_pull: Tensor | None, row_factor: Tensor | None) -> None:
         """The block's dh is complete: join the parts, scale the rows by `row_factor` [n]."""
-        if not self.want.hidden:
+        if self.d_hidden is None or self.block is None:
             return
         if self.part is not None:
+            assert sum_pull is not None
             self.block.addcmul_(self.part, sum_pull[:, None], value=-1.0)
         if row_factor is not None:
             self.block *= row_factor[:, None]

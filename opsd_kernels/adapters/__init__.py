@@ -6,8 +6,10 @@ divergence: TRL and Liger let their `beta` be 0 for forward KL and 1 for reverse
 limits of the generalised JSD there are 0.
 """
 
+from typing import Any
 
-def divergence_of(beta: float) -> dict[str, str | float]:
+
+def divergence_of(beta: float) -> dict[str, Any]:
     """TRL's and Liger's number as `linear_divergence`'s arguments. Between 0 and 1 both mean the
     same by it: the teacher's share of the mixture.
     """

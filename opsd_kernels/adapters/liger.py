@@ -5,6 +5,8 @@ Not here: `compiled` and `chunk_size`, which mean nothing to these kernels (`mem
 and a teacher with a larger vocabulary, for which Liger gives the student logits of 0.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ class FusedLinearJSDLoss(torch.nn.Module):
         self.weight_hard_loss, self.weight_soft_loss = weight_hard_loss, weight_soft_loss
         self.divergence, self.temperature = divergence_of(beta), temperature
         self.ignore_index, self.return_soft_hard_loss = ignore_index, return_soft_hard_loss
-        self.options = {"memory_budget": memory_budget, "backend": backend}
+        self.options: dict[str, Any] = {"memory_budget": memory_budget, "backend": backend}
 
     def forward(
         self,

@@ -112,7 +112,7 @@ def output_head(model: nn.Module) -> nn.Linear:
     return head
 
 
-def logit_transform(model: nn.Module) -> dict[str, float | None]:
+def logit_transform(model: nn.Module) -> dict[str, Any]:
     """The logit scale and soft cap that the model's config names, as arguments of
     `linear_divergence`.
     """

@@ -49,7 +49,8 @@ def _library() -> ctypes.CDLL:
 
 def instruction_set() -> str:
     """Which of the compiled variants serves this processor: avx512, avx2 or baseline."""
-    return _library().opsd_instruction_set().decode()
+    name: bytes = _library().opsd_instruction_set()
+    return name.decode()
 
 
 def _floats(x: Tensor | None) -> int | None:
