@@ -1,0 +1,123 @@
+"""What test_sanitizers.py runs under them: every function of the C++ library, on tensors that end
+where their memory does.
+
+python sanitized.py LIBRARY [overrun]
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+from opsd_kernels import Clip, Divergence, LogitTransform, linear_divergence, linear_log_prob
+from opsd_kernels.divergence import DIVERGENCES
+from opsd_kernels.tiles import cpp
+from opsd_kernels.tiles import state as states
+
+# Around the vectors' lengths (4, 8, 16) and the block's (512).
+WIDTHS = (1, 3, 4, 5, 8, 9, 15, 16, 17, 33, 511, 512, 513, 1043)
+CLIPS = (None, Clip("entry", 0.02), Clip("token", 0.3))
+TRANSFORMS = (LogitTransform(), LogitTransform(0.8, -1.1, 5.0))
+# Nothing; padding; what no logit should be.
+SPECIAL = (None, -torch.inf, torch.inf, torch.nan, 3e38, 1e-42)
+
+
+def tile(n: int, v: int, special: float | None) -> tuple:
+    """Products of both roles, the second with rows further apart than they are long, and biases."""
+    student, teacher = (
+        torch.randn(n, v),
+        torch.randn(n * v + 3 * (n - 1)).as_strided((n, v), (v + 3, 1)),
+    )
+    bias = torch.randn(v)
+    if special is not None:
+        student[:, -1], teacher[0, 0], bias[v // 2] = special, special, special
+    return student, teacher, bias
+
+
+def divergences(n: int, v: int, special: float | None) -> None:
+    for name, clip, transform in itertools.product(DIVERGENCES, CLIPS, TRANSFORMS):
+        divergence, row_weight = Divergence(name, 0.3), torch.rand(n)
+        for weight, biases in ((row_weight, 2), (None, 1), (row_weight, 0)):
+            student, teacher, bias = tile(n, v, special)
+            tensors = (
+                *(student, teacher),
+                *(bias if biases > 0 else None, bias.clone() if biases > 1 else None),
+            )
+            described = (divergence, transform, clip)
+            cpp.rows(*tensors, *described, states.new(n, student, student.dtype), weight)
+            state = states.new(n, student, student.dtype)
+            cpp.normalisers(*tensors, transform, state)
+            if weight is not None and (clip is None or clip.kind == "token"):
+                parts = tuple(x if x is None else x.clone() for x in tensors)
+                cpp.gradient_(*parts, *described, state.clone(), weight, False)
+            cpp.sums(*tensors, *described, state)
+            if weight is not None or (clip is not None and clip.kind == "entry"):
+                cpp.gradient_(*tensors, *described, state, weight)
+
+
+def log_probs(n: int, v: int, special: float | None) -> None:
+    for transform, biased in itertools.product(TRANSFORMS, (True, False)):
+        logits, _, bias = tile(n, v, special)
+        bias = bias if biased else None
+        # Of this tile, of others, of none.
+        for targets in ((0,), (v - 1,), (v // 2, v, -1), (-100, 2**62, -(2**62))):
+            chosen = torch.tensor(targets).repeat(n)[:n]
+            state = states.new_log_prob(n, logits, logits.dtype)
+            cpp.log_prob_normalisers(logits, bias, chosen, transform, state)
+            cpp.log_prob_gradient_(logits.clone(), bias, chosen, transform, state, torch.rand(n))
+
+
+def calls() -> None:
+    """The public functions, in each dtype, in one pass and in tiles."""
+    for dtype, budget in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), (None, 40_000)
+    ):
+        student, teacher, weight, bias = (
+            torch.randn(*shape, dtype=dtype, requires_grad=True)
+            for shape in ((7, 9), (7, 9), (301, 9), (301,))
+        )
+        given = {"bias": bias, "memory_budget": budget, "backend": "cpp"}
+        for name, clip in itertools.product(DIVERGENCES, CLIPS):
+            result = linear_divergence(
+                student, teacher, weight, divergence=name, clip=clip, **given
+            )
+            result.loss.backward()
+        targets = torch.randint(301, (7,))
+        linear_log_prob(student, weight, targets, **given).log_prob.sum().backward()
+
+
+def overrun() -> None:
+    """A bias that is an entry too short: what the sanitizer must stop."""
+    student, teacher, bias = tile(2, 17, None)
+    state = states.new(2, student, student.dtype)
+    cpp.normalisers(student, teacher, bias[:16].clone(), bias, LogitTransform(), state)
+
+
+def main() -> None:
+    cpp.LIBRARY = Path(sys.argv[1])
+    cpp._library.cache_clear()
+    torch.manual_seed(0)
+    if sys.argv[2:] == ["overrun"]:
+        overrun()
+        return
+    assert not cpp._library().opsd_use_instruction_set(b"none")
+    for name in ("baseline", "avx2", "avx512"):
+        if not cpp._library().opsd_use_instruction_set(name.encode()):
+            continue
+        for n, v in itertools.product((1, 3), WIDTHS):
+            divergences(n, v, None)
+            log_probs(n, v, None)
+        for special in SPECIAL[1:]:
+            divergences(2, 21, special)
+            log_probs(2, 21, special)
+        torch.set_num_threads(2)
+        divergences(5, 40, None)
+        log_probs(5, 40, None)
+        torch.set_num_threads(1)
+        calls()
+        print(cpp.instruction_set())
+
+
+if __name__ == "__main__":
+    main()
