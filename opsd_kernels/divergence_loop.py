@@ -63,7 +63,6 @@ def divergence_blocks(
     plan = plan_call(
         (student, teacher),
         heads,
-        want,
         functions,
         parts=direct and not forward and want.hidden,
         vocabulary=heads[0].weight.shape[0] if shards is None else shards.largest,

@@ -42,7 +42,6 @@ def log_prob_blocks(
     plan = plan_call(
         (hidden,),
         (head,),
-        want,
         functions,
         parts=False,
         vocabulary=head.weight.shape[0] if shards is None else shards.largest,

@@ -64,7 +64,6 @@ class Tile:
 def plan_call(
     hidden: tuple[Tensor, ...],
     heads: tuple[Head, ...],
-    want: Want,
     backend,
     *,
     parts: bool,
@@ -80,7 +79,8 @@ def plan_call(
     widths = sum(h.shape[1] for h in hidden)
     widened = widths * item if gemm.widens(first) else 0
     stacked = widths * first.element_size() if _share(heads) and not widened else 0
-    wide_gradient = want.hidden and first.dtype != dtype
+    # Also where only backward will want it, which runs the call again within the same budget.
+    wide_gradient = first.dtype != dtype
     cost = Cost(
         entry=len(heads) * item + (first.element_size() if gemm.narrows(first) else 0),
         temporaries=backend.TEMPORARIES * item,

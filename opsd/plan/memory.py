@@ -26,7 +26,7 @@ from opsd.plan.trace import (
 )
 from opsd.rollout import SAMPLERS
 from opsd_kernels.resolve import load, resolve
-from opsd_kernels.sweep import Head, Want, plan_call
+from opsd_kernels.sweep import Head, plan_call
 
 RUNTIME = 800_000_000
 """On a CPU: Python, torch, transformers and what else a run imports (620 MB), and holes in glibc's
@@ -186,7 +186,6 @@ class Planner:
         plan = plan_call(
             (hidden,) * roles,
             (Head(weight, None), Head(other, None))[:roles],
-            Want(hidden=True, weight=trains_head, bias=False),
             load("cuda" if gpu else resolve(config.loss.backend, device, dtype)),
             parts=False,
             vocabulary=vocabulary,

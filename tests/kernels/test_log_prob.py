@@ -1,5 +1,7 @@
 """linear_log_prob against the fp64 truth."""
 
+import re
+
 import pytest
 import torch
 from kernel_cases import BACKENDS, LIMITS, SHAPES, make, relative_error
@@ -137,3 +139,15 @@ def test_targets_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=f"targets: got .*{text}"):
             linear_log_prob(hidden, weight, targets)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_forward_accepts_as_budget_backward_does_too(backend):
+    """With a trainable head and a loss a token, backward runs the call again, and wants more."""
+    case = make(5, 40, 8).to(torch.bfloat16).require_grad()
+    call = (case.student, case.weight, torch.arange(5))
+    with pytest.raises(ValueError, match="memory_budget") as error:
+        linear_log_prob(*call, memory_budget=1, backend=backend)
+    least = int(re.search(r"at least (\d+)", str(error.value))[1])
+    linear_log_prob(*call, memory_budget=least, backend=backend).log_prob.sum().backward()
+    assert case.student.grad.any() and case.weight.grad.any()
