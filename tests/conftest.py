@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from hypothesis import settings
 
 # `benchmarks` is not installed; at the end of the path, so that the installed packages are tested
 # and not the checkout's, which may have no compiled library.
@@ -17,3 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # imported, and so set before everything.
 if not torch.cuda.device_count():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Few examples by default; `pytest --hypothesis-profile=thorough` for many.
+settings.register_profile("quick", max_examples=60, deadline=None)
+settings.register_profile("thorough", max_examples=10_000, deadline=None)
+settings.load_profile("quick")

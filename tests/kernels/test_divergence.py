@@ -4,8 +4,6 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernel_cases import BACKENDS, DIVERGENCES, SHAPES, check, make, relative_error
 
 from opsd_kernels import Clip, LogitTransform, reference, sweep
@@ -59,47 +57,6 @@ def test_options(backend, divergence, clip, budget):
             token_weight=torch.rand(9) * (torch.arange(9) % 3 != 0) if weighted else None,
         )
         check(case, torch.float32, backend)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 40),
-    st.integers(1, 700),
-    st.integers(1, 40),
-    st.sampled_from(DIVERGENCES),
-    st.sampled_from(sorted(CLIPS)),
-    st.floats(0.05, 0.95),
-    st.floats(0.5, 3.0),
-    st.sampled_from([1.0, -0.5, 2.0]),
-    st.sampled_from([None, 2.0, 30.0]),
-    st.sampled_from(["mean", "sum", "none"]),
-    st.integers(1, 20),
-    st.integers(0, 2**31),
-)
-def test_anything(
-    n, v, d, divergence, clip, beta, temperature, scale, softcap, reduction, rows, seed
-):
-    torch.manual_seed(seed)
-    case = make(
-        n,
-        v,
-        d,
-        divergence=divergence,
-        beta=beta,
-        transform=LogitTransform(temperature, scale, softcap),
-        reduction=reduction,
-        budget=rows * (9 * v * 8 + 64 * d + 96),
-    )
-    # fp64, where torch's backend has no rounding to hide behind; then C++ against torch's fp32.
-    check(case, torch.float64, "torch")
-    if v > 1:  # one entry: everything is 0, and relative errors mean nothing
-        fused, plain = case.require_grad(), case.to(torch.float64).require_grad()
-        loss, truth = fused.fused("cpp").loss.sum(), plain.dense().sum()
-        got = torch.autograd.grad(loss, fused.trainable())
-        want = torch.autograd.grad(truth, plain.trainable())
-        for x, y in zip((loss, *got), (truth, *want), strict=True):
-            # Absolute too: a tiny divergence is a sum of terms that cancel.
-            assert (x.double() - y).norm() <= 2e-4 * y.norm() + 1e-6 * max(n, 1), (x, y)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
