@@ -19,6 +19,8 @@ METHODS = ("opsd", "grpo", "sft")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The directory of a quickstart of two steps a method, and the cache of its base."""
+    import opsd.quickstart.tiny_recipe  # noqa: F401, before BaseTraining is another
+
     directory = tmp_path_factory.mktemp("quickstart") / "out"
     cache = directory.parent / "cache"
     short = replace(tiny.BaseTraining(), steps=3, batch_size=8)
