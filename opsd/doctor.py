@@ -156,7 +156,8 @@ def machine() -> Iterator[Finding]:
 
 def processor() -> tuple[str, frozenset[str]]:
     """(model name, flags) of the CPU, as far as the system tells."""
-    name, flags = platform.processor() or platform.machine(), frozenset()
+    name = platform.processor() or platform.machine()
+    flags: frozenset[str] = frozenset()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux

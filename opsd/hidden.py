@@ -128,9 +128,10 @@ def packed_batches(
     keys, values and their gradients take (None: nothing is kept). The batches are as few as
     first-fit finds. A single item that is longer than `max_tokens` gets a batch of its own.
     """
-    whole, batches = [], []
-    for _, group in groupby(items, lambda item: [role.context for role in roles(item)]):
-        group = list(group)
+    whole: list[tuple[list[Item], list[int]]] = []
+    batches: list[tuple[list[Item], list[int]]] = []
+    for _, neighbours in groupby(items, lambda item: [role.context for role in roles(item)]):
+        group = list(neighbours)
         cost = stream_tokens(group, roles)
         if max(cost) <= max_tokens:
             whole.append((group, cost))

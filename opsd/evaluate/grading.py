@@ -249,7 +249,8 @@ class Grader:
 
     def _judge(self, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[bool, str, bool]]:
         """job → (correct, reason, failed), the workers busy side by side."""
-        waiting, verdicts = deque(jobs), {}
+        waiting = deque(jobs)
+        verdicts: dict[tuple[str, str], tuple[bool, str, bool]] = {}
         try:
             while len(verdicts) < len(jobs):
                 self._assign(waiting, busy_or_waiting=len(jobs) - len(verdicts))

@@ -67,7 +67,7 @@ class GRPO:
             for rollout, advantage, context in zip(p.rollouts, advantages, contexts, strict=True):
                 weight = next(weights)
                 if weight.of_all and (advantage or self.section.kl):
-                    roles = (Scored(p.context.student, rollout.ids),)
+                    roles: tuple[Scored, ...] = (Scored(p.context.student, rollout.ids),)
                     if self.section.credit:
                         # Nothing to be taught: the evidence is 1 where both contexts are one.
                         seen = p.context.student if context is None else context

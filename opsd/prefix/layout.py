@@ -70,18 +70,18 @@ class Layout:
         `past`: for each group, how many tokens before its prefix have run elsewhere. Their keys,
         group by group, stand before the stream's own.
         """
-        groups = checked_groups(groups)
-        past = past or [0] * len(groups)
-        self.groups, self.past = len(groups), sum(past)
+        checked = checked_groups(groups)
+        past = past or [0] * len(checked)
+        self.groups, self.past = len(checked), sum(past)
         self.segments: list[Segment] = []
         start = kept = 0
-        for (prefix, _), length in zip(groups, past, strict=True):
-            before = (Span(kept, length, 0),) if length else ()
-            self.segments.append(Segment(Span(start, len(prefix), length), before))
+        for (prefix, _), length in zip(checked, past, strict=True):
+            ran = (Span(kept, length, 0),) if length else ()
+            self.segments.append(Segment(Span(start, len(prefix), length), ran))
             start += len(prefix)
             kept += length
         predictors = []
-        for parent, (_, rollouts) in zip(list(self.segments), groups, strict=True):
+        for parent, (_, rollouts) in zip(list(self.segments), checked, strict=True):
             before = (*parent.before, self.key_rows(parent.queries))
             for ids in rollouts:
                 last = torch.tensor([parent.queries.start + parent.queries.length - 1])
@@ -90,9 +90,9 @@ class Layout:
                     queries = Span(start, len(ids) - 1, parent.queries.end)
                     self.segments.append(Segment(queries, before))
                     start += len(ids) - 1
-        ids = [prefix for prefix, _ in groups]
-        ids += [ids[:-1] for _, rollouts in groups for ids in rollouts]
-        self.ids = torch.cat(ids).to(device)
+        parts = [prefix for prefix, _ in checked]
+        parts += [ids[:-1] for _, rollouts in checked for ids in rollouts]
+        self.ids = torch.cat(parts).to(device)
         self.positions = positions_of([segment.queries for segment in self.segments]).to(device)
         self.predictors = torch.cat(predictors).to(device)
         self.device = device
@@ -111,10 +111,10 @@ class Layout:
 
 def checked_groups(groups: Sequence[Group]) -> list[tuple[Tensor, list[Tensor]]]:
     """The groups as int64 tensors on the CPU. Raises ValueError for what cannot be a group."""
-    groups = [(_ids(prefix), [_ids(ids) for ids in rollouts]) for prefix, rollouts in groups]
-    if not groups:
+    checked = [(_ids(prefix), [_ids(ids) for ids in rollouts]) for prefix, rollouts in groups]
+    if not checked:
         raise ValueError("groups is empty: it must hold (prefix ids, [rollout ids, …])")
-    for number, (prefix, rollouts) in enumerate(groups):
+    for number, (prefix, rollouts) in enumerate(checked):
         if not len(prefix):
             raise ValueError(f"groups[{number}] has an empty prefix: it must hold a token at least")
         if not len(rollouts) or not all(map(len, rollouts)):
@@ -122,7 +122,7 @@ def checked_groups(groups: Sequence[Group]) -> list[tuple[Tensor, list[Tensor]]]
                 f"groups[{number}] has rollouts of lengths {[len(ids) for ids in rollouts]}: it "
                 "must have a rollout, and each a token at least"
             )
-    return groups
+    return checked
 
 
 def _ids(ids: Tensor | Sequence[int]) -> Tensor:

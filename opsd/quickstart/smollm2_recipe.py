@@ -5,6 +5,7 @@ methods, on new problems whose solutions are in words.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ TRAIN_ROWS = 800
 FEW_PROBLEMS = 100
 TEACHER_STEPS = 60  # of SFT in its own voice, that make distill's teacher of the base
 
-SECTIONS = {
+SECTIONS: dict[str, Any] = {
     # At some hundred tokens a sequence torch's fused CPU attention trains 25 % slower.
     "model": {"attention": "eager"},
     # No system message: SmolLM2's own would be a quarter of the student's tokens.
@@ -51,7 +52,7 @@ SECTIONS = {
     },
     "eval": {"batch_size": 50, "every": 13, "samples": 4},
 }
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     # The token clip keeps the teacher's corrections of a slip (1 to 2 nats) and tames what follows
     # it (up to 15 nats), where the teacher goes on from the solution's numbers instead.
     "opsd": {

@@ -1,6 +1,7 @@
 """`opsd quickstart --tiny`: worksheets, a 0.8M-parameter base trained here, three methods."""
 
 from pathlib import Path
+from typing import Any
 
 from opsd.display import Display
 from opsd.quickstart import tiny
@@ -10,7 +11,7 @@ from opsd.quickstart.worksheet import WorksheetGrader, right_share, worksheet_ro
 HELD_OUT_SEED = 10_000
 """The held-out worksheets are the same for every seed, so that runs can be compared."""
 
-SECTIONS = {
+SECTIONS: dict[str, Any] = {
     "prompts": {"student": tiny.STUDENT_PROMPT, "teacher": tiny.TEACHER_PROMPT},
     "rollout": {"per_problem": 1, "max_new_tokens": 44, "batch_size": 128},
     "train": {
@@ -22,7 +23,7 @@ SECTIONS = {
     },
     "eval": {"batch_size": 400, "every": 25, "samples": 4},
 }
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "opsd": {"train": {"steps": 100, "learning_rate": 2e-3}},
     "grpo": {
         "rollout": {"per_problem": 8},
