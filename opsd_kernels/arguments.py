@@ -2,6 +2,7 @@
 be.
 """
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,6 +16,16 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def describe(x: Tensor) -> str:
     return f"{x.dtype} {list(x.shape)} on {x.device}"
+
+
+def check_tensors(needed: dict[str, Any], **optional: Any) -> None:
+    """All are tensors, of which each entry is in memory; the optional ones may be None."""
+    for name, x in (needed | {k: x for k, x in optional.items() if x is not None}).items():
+        if not isinstance(x, Tensor):
+            may = "" if name in needed else ", or None"
+            raise ValueError(f"{name}: got {type(x).__name__}, must be a tensor{may}")
+        if x.layout != torch.strided:
+            raise ValueError(f"{name}: got a tensor of layout {x.layout}, must be dense (strided)")
 
 
 def check_hidden(name: str, hidden: Tensor) -> None:
@@ -104,6 +115,8 @@ def row_weights(
         share = 1.0 / max(n_tokens, 1) if reduction == "mean" else 1.0
         return hidden.new_full((n_tokens,), share, dtype=dtype)
     check_rows("token_weight", token_weight, hidden_name, hidden)
+    if token_weight.is_complex():
+        raise ValueError(f"token_weight: got {describe(token_weight)}, must be real numbers")
     row_weight = token_weight.detach().reshape(-1).to(dtype)
     if reduction == "mean":
         total = row_weight.sum()
@@ -112,9 +125,13 @@ def row_weights(
 
 
 def check_budget(memory_budget: int | None) -> None:
-    if memory_budget is not None and (isinstance(memory_budget, bool) or not memory_budget > 0):
+    if memory_budget is None:
+        return
+    whole = isinstance(memory_budget, Integral | torch.SymInt)
+    if not whole or isinstance(memory_budget, bool) or not memory_budget > 0:
         raise ValueError(
-            f"memory_budget: got {memory_budget!r}, must be a positive number of bytes, or None"
+            f"memory_budget: got {memory_budget!r}, must be a positive whole number of bytes, "
+            "or None"
         )
 
 

@@ -13,9 +13,17 @@ The limit of jsd at b -> 0 or 1 is 0, not a KL: three names, and no b that means
 """
 
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 CLIPS = ("entry", "token")
+
+
+def _is_number(x: Any) -> bool:
+    """Finite. Not a tensor: whoever trains a temperature would get no gradient for it."""
+    infinity: Any = float("inf")
+    return isinstance(x, Real) and -infinity < x < infinity
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Divergence:
             raise ValueError(
                 f"divergence: got {self.name!r}, may be one of {', '.join(DIVERGENCES)}"
             )
-        if not 0.0 < self.beta < 1.0:
+        if not (_is_number(self.beta) and 0.0 < self.beta < 1.0):
             raise ValueError(
                 f"beta: got {self.beta!r}, must lie strictly between 0 and 1 (for a KL ask for "
                 "divergence='forward_kl' or 'reverse_kl')"
@@ -60,8 +68,10 @@ class Clip:
     def __post_init__(self) -> None:
         if self.kind not in CLIPS:
             raise ValueError(f"clip: got kind {self.kind!r}, may be one of {', '.join(CLIPS)}")
-        if not self.threshold > 0.0:
-            raise ValueError(f"clip: got threshold {self.threshold!r}, must be greater than 0")
+        if not (isinstance(self.threshold, Real) and self.threshold > 0.0):
+            raise ValueError(
+                f"clip: got threshold {self.threshold!r}, must be a number greater than 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,11 +86,14 @@ class LogitTransform:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0.0:
-            raise ValueError(f"temperature: got {self.temperature!r}, must be greater than 0")
-        if not (self.scale != 0.0 and abs(self.scale) < float("inf")):
-            raise ValueError(f"logit_scale: got {self.scale!r}, must be finite and not 0")
-        if self.softcap is not None and not self.softcap > 0.0:
+        if not (_is_number(self.temperature) and self.temperature > 0.0):
             raise ValueError(
-                f"logit_softcap: got {self.softcap!r}, must be greater than 0, or None"
+                f"temperature: got {self.temperature!r}, must be a finite number greater than 0"
+            )
+        if not (_is_number(self.scale) and self.scale != 0.0):
+            raise ValueError(f"logit_scale: got {self.scale!r}, must be a finite number, not 0")
+        if self.softcap is not None and not (_is_number(self.softcap) and self.softcap > 0.0):
+            raise ValueError(
+                f"logit_softcap: got {self.softcap!r}, must be a finite number greater than 0, "
+                "or None"
             )

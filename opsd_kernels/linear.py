@@ -170,7 +170,13 @@ def linear_divergence(
         raise ValueError(f"clip: got {clip!r}, must be None or an opsd_kernels.Clip")
     arguments.check_reduction(reduction)
     arguments.check_budget(memory_budget)
-
+    arguments.check_tensors(
+        {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden, "weight": weight},
+        teacher_weight=teacher_weight,
+        bias=bias,
+        teacher_bias=teacher_bias,
+        token_weight=token_weight,
+    )
     if teacher_weight is None and teacher_bias is None:
         teacher_bias = bias
     placed, (weight, teacher_weight, bias, teacher_bias) = place(

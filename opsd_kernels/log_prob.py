@@ -167,6 +167,11 @@ def linear_log_prob(
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     arguments.check_reduction(reduction)
     arguments.check_budget(memory_budget)
+    arguments.check_tensors(
+        {"hidden": hidden, "weight": weight, "targets": targets},
+        bias=bias,
+        token_weight=token_weight,
+    )
     placed, (weight, bias) = place(process_group, weight, bias=bias)
     hidden, weight, bias = arguments.cast_for_autocast(hidden, weight, bias)
     sharded = placed.group is not None

@@ -34,6 +34,18 @@ MISTAKES = [
     (ValueError, r"temperature: got nan", {"temperature": float("nan")}),
     (ValueError, r"logit_scale: got 0.0", {"logit_scale": 0.0}),
     (ValueError, r"logit_softcap: got -1", {"logit_softcap": -1.0}),
+    (ValueError, r"temperature: got inf, must be a finite", {"temperature": float("inf")}),
+    (ValueError, r"temperature: got '1', must be a finite number", {"temperature": "1"}),
+    (ValueError, r"temperature: got tensor", {"temperature": torch.ones((), requires_grad=True)}),
+    (ValueError, r"logit_softcap: got inf, must be a finite", {"logit_softcap": float("inf")}),
+    (ValueError, r"beta: got None", {"beta": None}),
+    (ValueError, r"student_hidden: got list, must be a tensor$", {"student_hidden": [[1.0]]}),
+    (ValueError, r"weight: got NoneType, must be a tensor$", {"weight": None}),
+    (ValueError, r"weight: got a tensor of layout torch.sparse", {"weight": W.to_sparse()}),
+    (ValueError, r"bias: got list, must be a tensor, or None", {"bias": [0.0] * 7}),
+    (ValueError, r"token_weight: got torch.complex64", {"token_weight": torch.ones(3) * 1j}),
+    (ValueError, r"memory_budget: got 1000000000.0, must be a .* whole", {"memory_budget": 1e9}),
+    (ValueError, r"memory_budget: got '64MB'", {"memory_budget": "64MB"}),
     (ValueError, r"token_weight: got .*\[2\]", {"token_weight": torch.ones(2)}),
     (ValueError, r"clip: got 0.05", {"clip": 0.05}),
     (ValueError, r"reduction: got 'batchmean'", {"reduction": "batchmean"}),
@@ -57,7 +69,9 @@ def test_mistakes(error, message, wrong):
         linear_divergence(**arguments)
 
 
-@pytest.mark.parametrize("wrong", [("entry", 0.0), ("token", -1.0), ("both", 1.0)])
+@pytest.mark.parametrize(
+    "wrong", [("entry", 0.0), ("token", -1.0), ("token", "1"), ("entry", None), ("both", 1.0)]
+)
 def test_clips_that_are_none(wrong):
     with pytest.raises(ValueError, match="clip: got"):
         Clip(*wrong)
@@ -71,5 +85,9 @@ def test_cpp_refuses_double():
 def test_log_prob_names_its_own_arguments():
     with pytest.raises(ValueError, match="hidden: got"):
         linear_log_prob(S.long(), W, torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="targets: got list, must be a tensor"):
+        linear_log_prob(S, W, [0, 1, 2])
+    with pytest.raises(ValueError, match="memory_budget: got 1000000000"):
+        linear_log_prob(S, W, torch.zeros(3, dtype=torch.long), memory_budget=1e9)
     with pytest.raises(ValueError, match="process_group: got"):
         linear_log_prob(S, W, torch.zeros(3, dtype=torch.long), process_group=object())

@@ -47,20 +47,30 @@ def test_accumulated_gradients_are_not_aliased():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compile(reduction):
-    student, teacher, weight = problem()
-    token_weight = torch.rand(10)
+    """As one graph; the second call makes its sizes, temperature and budget symbols."""
 
-    def loss(s, t, w):
-        result = linear_divergence(s, t, w, token_weight=token_weight, reduction=reduction)
+    def loss(s, t, w, token_weight, temperature, budget):
+        result = linear_divergence(
+            s,
+            t,
+            w,
+            token_weight=token_weight,
+            temperature=temperature,
+            reduction=reduction,
+            memory_budget=budget,
+        )
         return result.loss.square().sum() + 0 * result.student_entropy.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for x, y in zip(
-        gradients(compiled(student, teacher, weight), student, weight),
-        gradients(loss(student, teacher, weight), student, weight),
-        strict=True,
-    ):
-        torch.testing.assert_close(x, y)
+    for n, *numbers in ((10, 1.0, 10**6), (13, 1.3, 2 * 10**6)):
+        case = make(n, 60, 8).require_grad()
+        inputs = (case.student, case.teacher, case.weight, torch.rand(n), *numbers)
+        for x, y in zip(
+            gradients(compiled(*inputs), case.student, case.weight),
+            gradients(loss(*inputs), case.student, case.weight),
+            strict=True,
+        ):
+            torch.testing.assert_close(x, y)
 
 
 def test_compile_log_prob():
