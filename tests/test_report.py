@@ -8,9 +8,11 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
+import opsd
 from opsd.errors import UserError
 from opsd.evaluate.metrics import wilson_interval
 from opsd.report import write_report
@@ -19,6 +21,7 @@ from opsd.report.markup import embed_json, tag
 from opsd.report.rollouts import MAX_TOKENS, divergence_scale, sample_pairs, shade
 from opsd.report.runs import Accuracy, read_results
 
+PACKAGE = Path(opsd.__file__).parent
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"'&"
 
 
@@ -230,6 +233,16 @@ def test_the_page_loads_nothing(quickstart):
         assert not {"src", "href", "srcset", "action"} & set(attributes), name
     assert page.all("meta")[1]["content"].startswith("width=device-width")
     assert "prefers-color-scheme: dark" in raw
+
+
+def test_the_style_names_only_what_the_page_has():
+    css = re.sub(r"\{[^{}]*\}", "{}", (PACKAGE / "templates" / "report.css").read_text())
+    sources = [*PACKAGE.glob("report/*.py"), PACKAGE / "templates" / "report.js"]
+    text = " ".join(path.read_text() for path in sources)
+    for name in set(re.findall(r"\.([a-z][\w-]*)", css)):
+        known = re.sub(r"^(series|ref)-\w+$", r"\1-{", name)  # of a method; filled in
+        known = re.sub(r"^d[1-9]$", "d{", known)  # of a shade
+        assert known in text if "{" in known else re.search(rf"\b{known}\b", text), name
 
 
 def test_half_written_last_line_is_quietly_left_out_and_a_bad_one_is_mentioned(single):
