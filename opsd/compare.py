@@ -9,26 +9,26 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from opsd.errors import UserError
-from opsd.evaluate.metrics import student_quantile
+from opsd.ratios import (
+    CONFIDENCE,
+    MEASURES,
+    Interval,
+    Ratio,
+    Target,
+    alike,
+    interpolate,
+    over_seeds,
+    own_targets,
+    ratio,
+)
 from opsd.report.runs import NAMES, ORDER, Record, Run, read_results, value
 
-CONFIDENCE = 0.90
 GRID = 60  # points of a mean curve
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 90 % interval over seeds; None where one seed says nothing of it."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,34 @@ class SeedRun:
             previous = point
         return None
 
+    def spent(self, of: str, tokens: float) -> float:
+        """Tokens, seconds or flops up to `tokens`; never quite 0, for logarithms."""
+        if of == "tokens":
+            return max(1.0, tokens)
+        if of == "seconds":
+            return max(1e-6, interpolate(self.seconds, tokens))
+        return max(1.0, self.flops * tokens / self.budget)
+
+    def knows(self, of: str) -> bool:
+        """Whether `spent` has what it needs."""
+        if of == "seconds":
+            return len(self.seconds) > 1
+        return of == "tokens" or bool(self.flops)
+
 
 @dataclass(frozen=True)
 class Method:
-    """All seeds of one method. `cost`: tokens to the target, None where no or not every seed got
-    there (`reached` of them did); seconds and flops likewise."""
+    """All seeds of one method. `cost`: tokens to the target, None where one of the `asked` seeds
+    (those with a target) did not get there (`reached` of them did); seconds, flops likewise."""
 
     key: str
     runs: list[SeedRun]
     curve: list[tuple[float, float]]
     bands: list[tuple[float, float] | None]
     at_budget: Interval
+    gain: Interval  # of the accuracy at the budget over that at the start, seed by seed
     best: float  # of the mean curve
+    asked: int
     reached: int
     cost: Interval | None
     seconds: float | None
@@ -90,26 +106,12 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """How many times the tokens of `method` the baseline needs; `at_least`: the baseline never got
-    there, so its whole budget is what is known. paired: seeds compared with their like."""
-
-    method: str
-    value: float
-    low: float | None
-    high: float | None
-    at_least: bool
-    paired: bool
-
-
-@dataclass(frozen=True)
 class Comparison:
     """What the page and comparison.json say."""
 
     methods: list[Method]
     budget: float
-    target: float
-    target_from: str
+    target: Target
     baseline: str
     ratios: list[Ratio]
     notes: list[str]
@@ -118,21 +120,25 @@ class Comparison:
         """For comparison.json."""
         return {
             "budget": self.budget,
-            "target": self.target,
-            "target_from": self.target_from,
+            "target": {
+                "says": self.target.says,
+                "shared": self.target.shared,
+                "by_seed": dict(self.target.by_seed),
+                "flat": list(self.target.flat),
+            },
             "baseline": self.baseline,
             "confidence": CONFIDENCE,
             "methods": {
                 method.key: {
-                    "runs": [str(run.path) for run in method.runs],
-                    "seeds": [run.seed for run in method.runs],
+                    "runs": [self._run(run) for run in method.runs],
                     "curve": method.curve,
                     "bands": method.bands,
                     "accuracy_at_budget": vars(method.at_budget),
+                    "gain_at_budget": vars(method.gain),
                     "best": method.best,
+                    "asked": method.asked,
                     "reached": method.reached,
                     "tokens_to_target": vars(method.cost) if method.cost else None,
-                    "tokens_to_target_by_seed": [run.reaches(self.target) for run in method.runs],
                     "seconds_to_target": method.seconds,
                     "flops_to_target": method.flops,
                 }
@@ -142,15 +148,27 @@ class Comparison:
             "notes": self.notes,
         }
 
+    def _run(self, run: SeedRun) -> dict[str, Any]:
+        target = self.target.of(run)
+        return {
+            "path": str(run.path),
+            "seed": run.seed,
+            "curve": run.curve,
+            "tokens_to_target": None if target is None else run.reaches(target),
+            "seconds": run.seconds[-1][1] if run.knows("seconds") else None,
+            "flops": run.flops,
+        }
+
 
 def compare(
     directories: Sequence[Path], target: float | None = None, baseline: str | None = None
 ) -> Comparison:
     """Compares the runs in these directories (of `opsd train` or quickstarts), seeds by method.
 
-    target: an accuracy; by default the best that every seed of the baseline reaches, so that its
-    cost is known for all of them. baseline: the method that the others are compared with; by
-    default grpo, or else the last of opsd, grpo, sft, ... there is. Raises UserError.
+    target: an accuracy; by default each seed's own, the best that its run of the baseline reaches,
+    or, where the methods' seeds differ, the best that all runs of the baseline reach. baseline: the
+    method that the others are compared with; by default grpo, or else the last of opsd, grpo, sft,
+    ... there is. Raises UserError.
     """
     if target is not None and not 0 < target <= 1:
         raise UserError(f"--target is {target}: it must be an accuracy above 0 and at most 1")
@@ -166,25 +184,34 @@ def compare(
     if budget <= 0:
         raise UserError("RUN_DIR: a run has no evaluation after its start, so no curve")
     groups = {method: [run for run in runs if run.method == method] for method in found}
-    target_from = "given"
-    if target is None:
-        target = min(max(y for _, y in run.curve) for run in groups[baseline])
-        every = "every seed" if len(groups[baseline]) > 1 else "the run"
-        target_from = f"the best that {every} of {NAMES.get(baseline, baseline)} reaches"
-    methods = [_method(key, group, budget, target) for key, group in groups.items()]
+    aim = _target(groups, baseline, target)
+    methods = [_method(key, group, budget, aim) for key, group in groups.items()]
     notes, ratios = _notes(runs, groups), []
-    if any(run.reaches(target) == 0 for run in runs):
+    if aim.shared is not None and any(run.reaches(aim.shared) == 0 for run in runs):
         notes.append(
-            f"The target, {100 * target:.1f} %, is reached before any training: no ratio says "
+            f"The target, {100 * aim.shared:.1f} %, is reached before any training: no ratio says "
             "anything (choose a higher --target)."
         )
     else:
         ratios = [
-            ratio(method.key, method.runs, groups[baseline], target)
-            for method in methods
-            if method.key != baseline and method.reached == len(method.runs)
+            ratio(key, group, groups[baseline], aim, of)
+            for key, group in groups.items()
+            for of in MEASURES
+            if key != baseline and all(run.knows(of) for run in (*group, *groups[baseline]))
         ]
-    return Comparison(methods, budget, target, target_from, baseline, ratios, notes)
+    notes += _left_out(aim, ratios, NAMES.get(baseline, baseline))
+    return Comparison(methods, budget, aim, baseline, ratios, notes)
+
+
+def _target(groups: dict[str, list[SeedRun]], baseline: str, given: float | None) -> Target:
+    if given is not None:
+        return Target("given", given)
+    runs, name = groups[baseline], NAMES.get(baseline, baseline)
+    if all(alike(group, runs) for group in groups.values()):
+        return own_targets(groups, baseline, name)
+    every = "every seed" if len(runs) > 1 else "the run"
+    best = min(max(y for _, y in run.curve) for run in runs)
+    return Target(f"the best that {every} of {name} reaches", best)
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -249,69 +276,6 @@ def _config(path: Path) -> Record:
 # --- statistics ---------------------------------------------------------------------------------
 
 
-def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
-    """The piecewise linear curve through `points` (by x) at x; beyond the ends, their values."""
-    if x <= points[0][0]:
-        return points[0][1]
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
-    return points[-1][1]
-
-
-def over_seeds(values: Sequence[float]) -> Interval:
-    """Student's interval for the mean of the seeds' values."""
-    if len(values) < 2:
-        return Interval(values[0])
-    reach = student_quantile((1 + CONFIDENCE) / 2, len(values) - 1) * stdev(values)
-    reach /= math.sqrt(len(values))
-    return Interval(fmean(values), fmean(values) - reach, fmean(values) + reach)
-
-
-def ratio(method: str, runs: Sequence[SeedRun], others: Sequence[SeedRun], target: float) -> Ratio:
-    """Tokens of `others` (the baseline) over tokens of `runs` to `target`, which all `runs` reach.
-
-    The interval is Student's on the logarithms, paired where both have the same seeds, else
-    Welch's. Where a run of the baseline never gets there its budget stands in, and the ratio is a
-    lower bound without an interval.
-    """
-    ours = {run.seed: math.log(max(1.0, run.reaches(target))) for run in runs}
-    logs = [math.log(max(1.0, run.reaches(target))) for run in runs]
-    found = [run.reaches(target) for run in others]
-    their_logs = [
-        math.log(max(1.0, run.budget if tokens is None else tokens))
-        for run, tokens in zip(others, found, strict=True)
-    ]
-    mean = fmean(their_logs) - fmean(logs)
-    if None in found:
-        return Ratio(method, math.exp(mean), None, None, True, False)
-    seeds = [run.seed for run in others]
-    paired = None not in seeds and len(set(seeds)) == len(seeds) and set(seeds) == set(ours)
-    paired = paired and len(ours) == len(runs)
-    if paired and len(seeds) > 1:
-        interval = over_seeds(
-            [theirs - ours[seed] for seed, theirs in zip(seeds, their_logs, strict=True)]
-        )
-    elif min(len(logs), len(their_logs)) > 1:
-        interval = _welch(their_logs, logs)
-    else:
-        return Ratio(method, math.exp(mean), None, None, False, False)
-    low, high = math.exp(interval.low), math.exp(interval.high)
-    return Ratio(method, math.exp(mean), low, high, False, paired)
-
-
-def _welch(ones: Sequence[float], others: Sequence[float]) -> Interval:
-    mean = fmean(ones) - fmean(others)
-    parts = [stdev(side) ** 2 / len(side) for side in (ones, others)]
-    if sum(parts) == 0:
-        return Interval(mean, mean, mean)
-    freedom = sum(parts) ** 2 / sum(
-        part**2 / (len(side) - 1) for part, side in zip(parts, (ones, others), strict=True)
-    )
-    reach = student_quantile((1 + CONFIDENCE) / 2, int(freedom)) * math.sqrt(sum(parts))
-    return Interval(mean, mean - reach, mean + reach)
-
-
 def _mean_curve(
     runs: Sequence[SeedRun],
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float] | None]]:
@@ -329,27 +293,33 @@ def _mean_curve(
     return curve, bands
 
 
-def _method(key: str, runs: list[SeedRun], budget: float, target: float) -> Method:
+def _method(key: str, runs: list[SeedRun], budget: float, target: Target) -> Method:
     curve, bands = _mean_curve(runs)
-    at_budget = over_seeds([interpolate(run.curve, budget) for run in runs])
-    tokens = [run.reaches(target) for run in runs]
-    reached = [(run, x) for run, x in zip(runs, tokens, strict=True) if x is not None]
+    at_budget = [interpolate(run.curve, budget) for run in runs]
+    gains = [end - run.curve[0][1] for run, end in zip(runs, at_budget, strict=True)]
+    asked = [(run, run.reaches(target.of(run))) for run in runs if target.of(run) is not None]
+    reached = [(run, tokens) for run, tokens in asked if tokens is not None]
     cost = seconds = flops = None
-    if len(reached) == len(runs):
-        logs = over_seeds([math.log(max(1.0, x)) for x in tokens])
+    if reached and len(reached) == len(asked):
+        logs = over_seeds([math.log(run.spent("tokens", x)) for run, x in reached])
         ends = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
         cost = Interval(math.exp(logs.value), *ends)
-        if all(len(run.seconds) > 1 for run in runs):
-            seconds = fmean(interpolate(run.seconds, x) for run, x in reached)
-        if all(run.flops for run in runs):
-            flops = fmean(run.flops * x / run.budget for run, x in reached)
+        seconds, flops = (
+            fmean(run.spent(of, x) for run, x in reached)
+            if all(run.knows(of) for run, _ in reached)
+            else None
+            for of in ("seconds", "flops")
+        )
+    best = max(y for _, y in curve)
     return Method(
         key,
         runs,
         curve,
         bands,
-        at_budget,
-        max(y for _, y in curve),
+        over_seeds(at_budget),
+        over_seeds(gains),
+        best,
+        len(asked),
         len(reached),
         cost,
         seconds,
@@ -377,6 +347,27 @@ def _notes(runs: Sequence[SeedRun], groups: dict[str, list[SeedRun]]) -> list[st
     if max(budgets.values()) > 1.05 * min(budgets.values()):
         notes.append("The runs do not end at the same number of tokens; the smallest is compared.")
     return notes
+
+
+def _left_out(target: Target, ratios: Sequence[Ratio], baseline: str) -> list[str]:
+    """A sentence on each reason why a seed is in no ratio."""
+    notes = []
+    if target.flat:
+        notes.append(
+            f"{_seeds(target.flat)}: {baseline} is never better than what was started from, so "
+            "there is nothing to reach and no ratio."
+        )
+    for one in ratios:
+        if one.of == "tokens" and one.unreached:
+            name = NAMES.get(one.method, one.method)
+            flattered = f" Without them the ratio flatters {name}." if one.value else ""
+            notes.append(f"{_seeds(one.unreached)}: {name} does not reach the target.{flattered}")
+    return notes
+
+
+def _seeds(seeds: Sequence[int | None]) -> str:
+    shown = ", ".join("unknown" if seed is None else str(seed) for seed in seeds)
+    return f"Seed {shown}" if len(seeds) == 1 else f"Seeds {shown}"
 
 
 def _rank(method: str) -> int:

@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from importlib import resources
 
-from opsd.compare import CONFIDENCE, Comparison, Interval, Method, Ratio
+from opsd.compare import Comparison, Method
+from opsd.ratios import CONFIDENCE, MEASURES, Interval, Ratio, Target
 from opsd.report.charts import Chart, Series, chart_data, draw, swatch
 from opsd.report.markup import Html, embed_json, tag
 from opsd.units import duration, number, percent
@@ -16,6 +18,7 @@ COLUMNS = (
     "",
     "seeds",
     "accuracy at the budget",
+    "gain",
     "tokens to the target",
     "tokens, ratio",
     "time",
@@ -25,27 +28,39 @@ COLUMNS = (
 
 def title(comparison: Comparison) -> str:
     """What is compared, in a line."""
-    return (
-        f"At {number(round(comparison.budget))} tokens; target {percent(comparison.target)} "
-        f"({comparison.target_from})"
-    )
+    return f"At {number(round(comparison.budget))} tokens; target {_target(comparison.target)}"
 
 
 def rows(comparison: Comparison) -> list[list[str]]:
     """A row a method, as COLUMNS."""
-    ratios = {one.method: one for one in comparison.ratios}
-    return [
-        [
-            method.name,
-            str(len(method.runs)),
-            share(method.at_budget),
-            _cost(method),
-            "1 (baseline)" if method.key == comparison.baseline else _ratio(ratios.get(method.key)),
-            "–" if method.seconds is None else duration(method.seconds),
-            "–" if method.flops is None else f"{method.flops:.2e}",
-        ]
-        for method in comparison.methods
-    ]
+    ratios = {(one.method, one.of): one for one in comparison.ratios}
+    lines = []
+    for method in comparison.methods:
+        tokens, seconds, flops = (ratios.get((method.key, of)) for of in MEASURES)
+        baseline = method.key == comparison.baseline
+        lines.append(
+            [
+                method.name,
+                str(len(method.runs)),
+                share(method.at_budget),
+                points(method.gain),
+                _cost(method),
+                "1 (baseline)" if baseline else _ratio(tokens),
+                _beside(method.seconds, duration, seconds),
+                _beside(method.flops, "{:.2e}".format, flops),
+            ]
+        )
+    return lines
+
+
+def _target(target: Target) -> str:
+    if target.shared is not None:
+        return f"{percent(target.shared)} ({target.says})"
+    if not target.by_seed:
+        return target.says
+    low, high = min(target.by_seed.values()), max(target.by_seed.values())
+    shown = percent(low) if low == high else f"{100 * low:.1f}–{percent(high)}"
+    return f"{shown}: {target.says}"
 
 
 def share(interval: Interval) -> str:
@@ -56,9 +71,16 @@ def share(interval: Interval) -> str:
     return f"{percent(interval.value)} ({100 * low:.1f}–{100 * high:.1f})"
 
 
+def points(gain: Interval) -> str:
+    """A difference of accuracies in points, with its interval where there is one."""
+    if gain.low is None:
+        return f"{100 * gain.value:+.1f}"
+    return f"{100 * gain.value:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+
+
 def _cost(method: Method) -> str:
     if method.cost is None:
-        return f"reached by {method.reached} of {len(method.runs)}"
+        return f"reached by {method.reached} of {method.asked}"
     text = number(round(method.cost.value))
     if method.cost.low is None:
         return text
@@ -66,13 +88,30 @@ def _cost(method: Method) -> str:
 
 
 def _ratio(ratio: Ratio | None) -> str:
-    if ratio is None:
+    if ratio is None or ratio.value is None:
         return "–"
     if ratio.at_least:
-        return f"≥ {ratio.value:.2g} ×"
-    if ratio.low is None:
-        return f"{ratio.value:.2g} ×"
-    return f"{ratio.value:.2g} × ({ratio.low:.2g}–{ratio.high:.2g})"
+        text = f"≥ {ratio.value:.2g} ×"
+    elif ratio.low is None:
+        text = f"{ratio.value:.2g} ×"
+    else:
+        text = f"{ratio.value:.2g} × ({ratio.low:.2g}–{ratio.high:.2g})"
+    if ratio.unreached:
+        text += f", {len(ratio.seeds)} of {len(ratio.seeds) + len(ratio.unreached)} seeds"
+    return text
+
+
+def _beside(value: float | None, shown: Callable[[float], str], ratio: Ratio | None) -> str:
+    """What the target costs in another measure, and the ratio of that."""
+    text = "–" if value is None else shown(value)
+    return text if ratio is None or ratio.value is None else f"{text}; {_ratio(ratio)}"
+
+
+def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A table with its notes, for a README or an issue."""
+    head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([*head, *body, *(f"\n{note}" for note in notes)]) + "\n"
 
 
 def page(comparison: Comparison) -> str:
@@ -123,10 +162,11 @@ def _table(comparison: Comparison) -> Html:
     confidence = f"{100 * CONFIDENCE:.0f} %"
     explained = (
         f"In brackets: {confidence} intervals over seeds (Student's t; of tokens and ratios on "
-        "logarithms). The ratio is the baseline's tokens over the method's, paired by seed where "
-        "both have the same seeds; ≥ where a run of the baseline never got there. Time and FLOPs "
-        "are those to the target; FLOPs count the products with the weights in generation, the "
-        "teacher's pass and the student's, not evaluation or attention."
+        "logarithms). The gain, in points, is over what a run started from. The ratio is the "
+        "baseline's tokens over the method's, paired by seed where both have the same seeds; ≥ "
+        "where a run of the baseline never got there. Time and FLOPs are those to the target, with "
+        "their own ratios; FLOPs count the products with the weights in generation, the teacher's "
+        "pass and the student's, not evaluation or attention."
     )
     return tag(
         "section",
@@ -140,6 +180,7 @@ def _table(comparison: Comparison) -> Html:
 
 def _chart(comparison: Comparison) -> Chart:
     trained = any(run.trained_axis for method in comparison.methods for run in method.runs)
+    target = comparison.target.shared
     series = [
         Series(method.key, method.name, method.curve, method.bands) for method in comparison.methods
     ]
@@ -149,7 +190,7 @@ def _chart(comparison: Comparison) -> Chart:
         "generated tokens (SFT: trained tokens)" if trained else "generated tokens",
         "held-out accuracy",
         series,
-        references=[("base", "target", comparison.target)],
+        references=[] if target is None else [("base", "target", target)],
         y_format=lambda y: f"{100 * y:.3g} %",
         y_limits=(0.0, 1.0),
         markers=True,

@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from opsd.cli import main
-from opsd.compare import compare, interpolate, over_seeds, ratio, read_runs
+from opsd.compare import compare, read_runs
 from opsd.compare_page import page, rows
 from opsd.costs import multiplying_parameters
 from opsd.errors import UserError
+from opsd.ratios import Target, interpolate, over_seeds, ratio
 
 SIZE = {"model.embed_tokens.weight": (50, 8), "model.layers.0.w": (8, 8), "lm_head.weight": (50, 8)}
 WEIGHTS = 8 * 8 + 50 * 8  # the input embedding is looked up, not multiplied
@@ -59,6 +60,12 @@ def straight(end_tokens, end_accuracy, points=5, start=0.2):
     ]
 
 
+def of_tokens(comparison):
+    """The one ratio of tokens."""
+    (found,) = [one for one in comparison.ratios if one.of == "tokens"]
+    return found
+
+
 def test_interpolation_and_crossing(tmp_path):
     (run,) = read_runs(
         write_run(tmp_path / "a", "opsd", [(0, 0.2), (100, 0.4), (300, 0.3), (400, 0.9)])
@@ -78,7 +85,7 @@ def test_seeds_paired_by_name(tmp_path):
         directories.append(write_run(tmp_path / f"o{seed}", "opsd", straight(200 * f, 0.8), seed))
         directories.append(write_run(tmp_path / f"g{seed}", "grpo", straight(800 * f, 0.8), seed))
     comparison = compare(directories, target=0.5)
-    (found,) = comparison.ratios
+    found = of_tokens(comparison)
     assert found.method == "opsd" and found.paired and not found.at_least
     assert (found.value, found.low, found.high) == pytest.approx((4, 4, 4))
     opsd, grpo = comparison.methods
@@ -91,8 +98,53 @@ def test_seeds_paired_by_name(tmp_path):
     for seed, path in enumerate(directories[1::2]):
         config = {"method": "grpo", "train": {"seed": 10 + seed, "problems_per_step": 2}}
         (path / "config.yaml").write_text(yaml.safe_dump(config))
-    (found,) = compare(directories, target=0.5).ratios
+    found = of_tokens(compare(directories, target=0.5))
     assert not found.paired and found.value == pytest.approx(4) and found.low < 2 < 8 < found.high
+
+
+def test_each_seed_has_its_own_target(tmp_path):
+    """GRPO's best, seed by seed: .3, .5, .7, none (it falls), .7; OPSD needs a 4th, a 2nd, an 8th
+    of GRPO's tokens to get there, and in the last seed never does."""
+    bests, parts = [0.3, 0.5, 0.7, None, 0.7], [4, 2, 8, 4, None]
+    directories = []
+    for seed, (best, part) in enumerate(zip(bests, parts, strict=True)):
+        # up from .2 to the best at 800 tokens, then down again
+        grpo = [(0, 0.2), (400, 0.15), (800, best or 0.1), (1600, 0.1)]
+        directories.append(write_run(tmp_path / f"g{seed}", "grpo", grpo, seed))
+        # a straight line from .2 that is at the best after 800 / part tokens
+        slope = ((best or 0.3) - 0.2) / 800 * (part or 1e-3)
+        opsd = [(0, 0.2), (1600, 0.2 + 1600 * slope)]
+        if part is None:
+            opsd = [(0, 0.2), (1600, 0.6)]
+        directories.append(
+            write_run(tmp_path / f"o{seed}", "opsd", opsd, seed, seconds=0.01 * (seed + 1))
+        )
+    comparison = compare(directories)
+    assert comparison.target.by_seed == pytest.approx({0: 0.3, 1: 0.5, 2: 0.7, 4: 0.7})
+    assert comparison.target.flat == [3]
+    found = of_tokens(comparison)
+    assert (found.seeds, found.unreached) == ([0, 1, 2], [4])
+    assert found.value == pytest.approx(4)  # (4 · 2 · 8)^(1/3)
+    # Student's t of 2 degrees at 90 %: 2.9200; the logs are log 4 - log 2, 0, + log 2
+    reach = 2.9200 * math.log(2) / math.sqrt(3)
+    assert found.high == pytest.approx(4 * math.exp(reach), rel=1e-4)
+    assert found.low == pytest.approx(4 / math.exp(reach), rel=1e-4)
+    seconds = next(one for one in comparison.ratios if one.of == "seconds")
+    assert seconds.value == pytest.approx((4 / 1 * 2 / 2 * 8 / 3) ** (1 / 3))
+    opsd, grpo = comparison.methods
+    assert (opsd.asked, opsd.reached, opsd.cost) == (
+        4,
+        3,
+        None,
+    ) and grpo.cost.value == pytest.approx(800)
+    assert rows(comparison)[0][5].endswith(", 3 of 4 seeds")
+    assert comparison.notes[-2].startswith("Seed 3: GRPO is never better")
+    assert comparison.notes[-1] == (
+        "Seed 4: OPSD does not reach the target. Without them the ratio flatters OPSD."
+    )
+    by_seed = [run["tokens_to_target"] for run in comparison.record()["methods"]["opsd"]["runs"]]
+    assert by_seed == [pytest.approx(200), pytest.approx(400), pytest.approx(100), None, None]
+    assert json.dumps(comparison.record()) and "seed by seed" in page(comparison)
 
 
 def test_paired_intervals_cover_the_true_ratio(tmp_path):
@@ -103,6 +155,9 @@ def test_paired_intervals_cover_the_true_ratio(tmp_path):
         def reaches(self, target):
             return self.tokens
 
+        def spent(self, of, tokens):
+            return tokens
+
     draw, hits, trials = random.Random(0), {True: 0, False: 0}, 600
     for _ in range(trials):
         luck = [draw.gauss(0, 0.5) for _ in range(4)]
@@ -112,7 +167,7 @@ def test_paired_intervals_cover_the_true_ratio(tmp_path):
                 Seed(i if paired else 9, 3 * math.exp(8 + z + draw.gauss(0, 0.2)))
                 for i, z in enumerate(luck if paired else [draw.gauss(0, 0.5) for _ in range(4)])
             ]
-            found = ratio("opsd", ours, others, 0.5)
+            found = ratio("opsd", ours, others, Target("given", 0.5))
             hits[paired] += found.low <= 3 <= found.high
     assert 0.87 <= hits[True] / trials <= 0.935 and 0.87 <= hits[False] / trials <= 0.955
 
@@ -123,17 +178,19 @@ def test_a_baseline_that_never_arrives_gives_a_lower_bound(tmp_path):
         write_run(tmp_path / "g", "grpo", straight(1000, 0.4)),
     ]
     comparison = compare(directories, target=0.5)
-    (found,) = comparison.ratios
+    found = of_tokens(comparison)
     assert found.at_least and found.value == pytest.approx(10) and found.low is None
-    assert rows(comparison)[0][4] == "≥ 10 ×" and rows(comparison)[1][3] == "reached by 0 of 1"
+    assert rows(comparison)[0][5] == "≥ 10 ×" and rows(comparison)[1][4] == "reached by 0 of 1"
     # by default the target is the baseline's best, which it reaches at its end
     comparison = compare(directories)
-    assert comparison.target == pytest.approx(0.4)
+    assert comparison.target.by_seed == {0: pytest.approx(0.4)}
     assert comparison.ratios[0].value == pytest.approx(1000 / (200 / 3))
     assert "One seed of OPSD, GRPO" in comparison.notes[0]
     more = write_run(tmp_path / "g1", "grpo", straight(1000, 0.6), 1)
     comparison = compare([*directories, more])
-    assert comparison.target == pytest.approx(0.4)  # what both reach, not .6 nor the mean's .5
+    assert comparison.target.shared == pytest.approx(
+        0.4
+    )  # what both reach, not .6 nor the mean's .5
     assert comparison.methods[1].reached == 2 and not comparison.ratios[0].at_least
 
 
@@ -142,9 +199,13 @@ def test_a_target_that_the_base_has_already_gives_no_ratio(tmp_path):
         write_run(tmp_path / "o", "opsd", straight(200, 0.8)),
         write_run(tmp_path / "g", "grpo", straight(200, 0.1)),  # worse than its start, .2
     ]
-    comparison = compare(directories)
-    assert comparison.target == pytest.approx(0.2) and comparison.ratios == []
+    comparison = compare(directories, target=0.15)
+    assert comparison.ratios == []
     assert any("reached before any training" in note for note in comparison.notes)
+    comparison = compare(directories)
+    assert comparison.target.flat == [0] and of_tokens(comparison).value is None
+    assert rows(comparison)[0][5] == "–" and rows(comparison)[0][4] == "reached by 0 of 0"
+    assert any("Seed 0: GRPO is never better" in note for note in comparison.notes)
 
 
 def test_time_and_flops_beside_tokens(tmp_path):
@@ -212,7 +273,9 @@ def test_the_command_writes_a_table_and_a_page(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "OPSD" in shown and "1 (baseline)" in shown and "2 × (2–2)" in shown
     record = json.loads((output / "comparison.json").read_text())
-    assert record["baseline"] == "grpo" and record["methods"]["opsd"]["seeds"] == [0, 1]
+    assert record["baseline"] == "grpo" and [
+        run["seed"] for run in record["methods"]["opsd"]["runs"]
+    ] == [0, 1]
     text = (output / "comparison.html").read_text()
     assert text.count("<svg") >= 4 and "band series-opsd" in text and "prefers-color-scheme" in text
     assert "https://" not in text and "<script src" not in text
