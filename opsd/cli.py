@@ -57,7 +57,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     top = parser()
     parsed, rest = top.parse_known_args(arguments)
     # argparse takes no more overrides once an option has followed the config.
-    if rest and (parsed.run not in (_train, _plan) or any(word.startswith("-") for word in rest)):
+    if rest and (
+        parsed.run not in (_quickstart, _train, _plan) or any(word.startswith("-") for word in rest)
+    ):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides += rest
@@ -97,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
         default="words",
         help="whose solutions: words, own, terse, markdown (default: words)",
     )
+    sub.add_argument("overrides", nargs="*", metavar="[method.]section.field=value")
 
     sub = command(
         "train",
@@ -197,6 +200,7 @@ def _quickstart(parsed: argparse.Namespace) -> None:
         problems=parsed.problems,
         solutions=parsed.solutions,
         voice=parsed.voice,
+        overrides=parsed.overrides,
     )
 
 

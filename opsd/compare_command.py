@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opsd.compare import Comparison, compare, to_json
-from opsd.compare_page import COLUMNS, page, rows, title
+from opsd.compare_curves import write_comparison
+from opsd.compare_page import COLUMNS, markdown, page, rows, title
 from opsd.display import Display
 from opsd.errors import UserError
 from opsd.evaluate.answers import write_whole
-from opsd.study import Study, load_study, run_jobs, study_jobs, train_jobs
-from opsd.study_page import study_columns, study_page, study_rows
+from opsd.study import Study, load_study, overrides, run_jobs, study_jobs, train_jobs
+from opsd.study_page import study_columns, study_notes, study_page, study_rows
 
-FILES = ("comparison.json", "comparison.html")
+FILES = ("comparison.json", "comparison.html", "comparison.md", "comparison.png")
 
 
 def compare_command(
@@ -67,6 +68,7 @@ def run_study(
     study: Study, target: float | None, baseline: str | None, output: Path, display: Display
 ) -> None:
     """All variants' runs, a comparison of each, and one page over them if there are several."""
+    check_settings(study)
     variants = study_jobs(study, output)
     run_jobs([job for jobs in variants.values() for job in jobs], display, study.threads)
     comparisons = {
@@ -84,16 +86,37 @@ def run_study(
         records = {name: comparison.record() for name, comparison in comparisons.items()}
         write_whole(output / "study.json", json.dumps(records, indent=2) + "\n")
         write_whole(output / "study.html", study_page(study, comparisons))
-        heading = "Held-out accuracy by what there is to learn from"
-        display.table(heading, study_columns(comparisons), study_rows(study, comparisons))
+        columns, lines = study_columns(study, comparisons), study_rows(study, comparisons)
+        write_whole(output / "study.md", markdown(columns, lines, study_notes(comparisons)))
+        display.table("Held-out accuracy", columns, lines)
         written = {"study.html": output / "study.html", **written}
     display.paths("Written", written)
+
+
+def check_settings(study: Study) -> None:
+    """Raises UserError where a cell's settings make no config, before anything runs."""
+    if not any((study.settings, study.variants)):
+        return
+    from opsd.quickstart import smollm2_recipe, tiny_recipe
+    from opsd.quickstart.recipe import check_methods, overridden
+
+    recipe = tiny_recipe if study.quickstart == "tiny" else smollm2_recipe
+    for cell in study.cells:
+        methods = overridden(recipe.METHODS, overrides(study, cell))
+        try:
+            check_methods(recipe.SECTIONS, {name: methods[name] for name in study.methods})
+        except UserError as error:
+            where = f"variants.{cell.name}" if study.variants else "settings"
+            raise UserError(f"{where}: {error}") from None
 
 
 def _write(comparison: Comparison, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / FILES[0], to_json(comparison))
     write_whole(directory / FILES[1], page(comparison))
+    notes = [title(comparison) + ".", *comparison.notes]
+    write_whole(directory / FILES[2], markdown(COLUMNS, rows(comparison), notes))
+    write_comparison(comparison, directory / FILES[3])
 
 
 def _show(comparison: Comparison, display: Display) -> None:

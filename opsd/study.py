@@ -7,15 +7,16 @@ seeds. A finished run is not run again, so an interrupted study goes on where it
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -47,6 +48,12 @@ class Study(Section):
         1, ge=1, description="Of a run. As many runs go side by side as there are cores for."
     )
     baseline: str | None = Field(None, description="What the others' tokens are compared with.")
+    settings: dict[str, Any] = Field(
+        {}, description="Sections of `opsd train`'s config, a method's own below its name."
+    )
+    variants: dict[str, dict[str, Any]] = Field(
+        {}, description="Name → settings of its own, instead of numbers of solutions and voices."
+    )
 
     @field_validator("methods", "seeds", "solutions", "voices")
     @classmethod
@@ -69,10 +76,34 @@ class Study(Section):
             raise ValueError("there must be at least 1 solution")
         return solutions
 
+    @field_validator("variants")
+    @classmethod
+    def _directories(cls, variants: dict) -> dict:
+        if any(name != Path(name).name or name.startswith(".") for name in variants):
+            raise ValueError("names are those of directories")
+        return variants
+
     @property
-    def variants(self) -> list[tuple[int | str, str]]:
-        """(number of solutions, voice), all pairs."""
-        return [(count, voice) for voice in self.voices for count in self.solutions]
+    def cells(self) -> list[Cell]:
+        """What is run with each seed: the variants, or all pairs of solutions and voice."""
+        if self.variants:
+            count, voice = self.solutions[0], self.voices[0]
+            return [Cell(name, count, voice, own) for name, own in self.variants.items()]
+        return [
+            Cell(f"{count}-{voice}", count, voice)
+            for voice in self.voices
+            for count in self.solutions
+        ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of a study's table; `name` is its directory."""
+
+    name: str
+    solutions: int | Literal["endless"]
+    voice: str
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,31 +130,41 @@ def load_study(path: Path) -> Study:
         raise UserError("; ".join(explain(problem, Study) for problem in error.errors())) from None
     if study.quickstart == "tiny" and study.voices != ["words"]:
         raise UserError(f"voices is {study.voices}: the tiny worksheets have only one voice")
+    if study.variants and (len(study.solutions), len(study.voices)) != (1, 1):
+        raise UserError("variants: they go with one number of solutions and one voice")
     return study
 
 
 def study_jobs(study: Study, output: Path) -> dict[str, list[Job]]:
-    """Variant → its runs, one a seed with all the methods, in `output`/variant/seed-n."""
+    """Cell → its runs, one a seed with all the methods, in `output`/cell/seed-n."""
     kind = ["--tiny"] if study.quickstart == "tiny" else []
     jobs: dict[str, list[Job]] = {}
-    for count, voice in study.variants:
-        name = variant_name(count, voice)
-        options = [] if count == "endless" else ["--solutions", str(count)]
-        options += [] if voice == "words" else ["--voice", voice]
+    for cell in study.cells:
+        options = [] if cell.solutions == "endless" else ["--solutions", str(cell.solutions)]
+        options += [] if cell.voice == "words" else ["--voice", cell.voice]
         for option in ("problems", "steps"):
             if getattr(study, option) is not None:
                 options += [f"--{option}", str(getattr(study, option))]
+        options += overrides(study, cell)
         for seed in study.seeds:
-            directory = output / name / f"seed-{seed}"
+            directory = output / cell.name / f"seed-{seed}"
             arguments = ["quickstart", *kind, "--methods", ",".join(study.methods)]
             arguments += ["--seed", str(seed), "--output", str(directory), *options]
-            jobs.setdefault(name, []).append(Job(directory, arguments))
+            jobs.setdefault(cell.name, []).append(Job(directory, arguments))
     return jobs
 
 
-def variant_name(count: int | str, voice: str) -> str:
-    """A directory's name: `endless-words`, `64-own`."""
-    return f"{count}-{voice}"
+def overrides(study: Study, cell: Cell) -> list[str]:
+    """The study's settings, then the cell's, as `[method.]section.field=value`."""
+    return [*_flat(study.settings), *_flat(cell.settings)]
+
+
+def _flat(settings: dict[str, Any], above: str = "") -> Iterator[str]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}={json.dumps(value)}"
 
 
 def train_jobs(

@@ -9,6 +9,7 @@ import yaml
 
 from opsd import study as studies
 from opsd.cli import VOICES, main
+from opsd.compare_command import check_settings, is_study
 from opsd.errors import UserError
 from opsd.quickstart import chain_sum, tiny
 from opsd.quickstart.recipe import repeated
@@ -83,6 +84,28 @@ def test_a_study_runs_each_variant_and_seed_once(tmp_path, in_process, capsys):
     assert len(in_process) == 5 and in_process[-1].name == "seed-1"
 
 
+def test_a_study_of_variants(tmp_path, in_process, capsys):
+    file = write(
+        tmp_path / "study.yaml",
+        quickstart="tiny",
+        methods=["opsd"],
+        seeds=[0],
+        problems=8,
+        steps=1,
+        settings={"eval": {"every": 1}},
+        variants={"forward": {}, "sampled": {"opsd": {"loss": {"divergence": "sampled_token"}}}},
+    )
+    output = tmp_path / "out"
+    assert main(["compare", str(file), "--output", str(output)]) == 0
+    configs = [
+        yaml.safe_load((output / name / "seed-0" / "opsd" / "config.yaml").read_text())
+        for name in ("forward", "sampled")
+    ]
+    assert [config["loss"]["divergence"] for config in configs] == ["forward_kl", "sampled_token"]
+    assert all(config["eval"]["every"] == 1 for config in configs)
+    assert "sampled" in capsys.readouterr().out
+
+
 def test_configs_are_run_with_each_seed(tmp_path, monkeypatch):
     values = {
         "model": {"path": "m"},
@@ -126,12 +149,27 @@ def test_a_failed_run_is_named_with_its_log(tmp_path, capsys):
         ({"quickstart": "tiny", "solutions": [0]}, "solutions is [0]: there must be at least 1"),
         ({"quickstart": "tiny", "voices": ["own"]}, "voices is ['own']: the tiny worksheets"),
         ({"quickstart": "tiny", "methods": ["ppo"]}, "methods.0 is 'ppo'"),
+        ({"quickstart": "tiny", "variants": {"../a": {}}}, "names are those of directories"),
+        (
+            {"quickstart": "tiny", "variants": {"a": {}}, "solutions": [1, 2]},
+            "variants: they go with one number of solutions",
+        ),
     ],
 )
 def test_bad_study_files(tmp_path, values, says):
     with pytest.raises(UserError) as error:
         load_study(write(tmp_path / "study.yaml", **values))
     assert says in str(error.value)
+
+
+def test_settings_are_checked_before_anything_runs(tmp_path, capsys):
+    for values, says in [
+        ({"variants": {"a": {}, "b": {"loss": {"clip": "hard"}}}}, "variants.b: loss.clip is"),
+        ({"settings": {"sft": {"train": {"step": 3}}}}, "settings: unknown key 'step' in section"),
+    ]:
+        file = write(tmp_path / "study.yaml", quickstart="tiny", **values)
+        assert main(["compare", str(file), "--output", str(tmp_path / "out")]) == 1
+        assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -151,12 +189,16 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, says):
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("study-*.yaml")), ids=lambda path: path.stem)
+STUDIES = [path for path in sorted(EXAMPLES.glob("*.yaml")) if is_study(path)]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_examples_are_studies(path, tmp_path):
     study = load_study(path)
+    check_settings(study)
     jobs = study_jobs(study, tmp_path)
-    assert len(jobs) == len(study.variants)
-    assert sum(map(len, jobs.values())) == len(study.variants) * len(study.seeds)
+    assert len(jobs) == len(study.cells)
+    assert sum(map(len, jobs.values())) == len(study.cells) * len(study.seeds)
 
 
 def test_voices():

@@ -19,7 +19,7 @@ from opsd.evaluate.metrics import wilson_interval
 from opsd.evaluate.run import Evaluation, HeldOut
 from opsd.models import copy_model, load_model
 from opsd.prompts import Prompts
-from opsd.quickstart.recipe import Recipe, merge, method_config
+from opsd.quickstart.recipe import Recipe, check_methods, merge, method_config, overridden
 from opsd.report import write_report
 from opsd.rollout import Sampling
 from opsd.runlog import read_lines
@@ -47,6 +47,7 @@ def quickstart(
     problems: int | None = None,
     solutions: int | None = None,
     voice: str = "words",
+    overrides: Sequence[str] = (),
 ) -> dict:
     """Run it all; returns the summary that is written to `directory`/summary.json.
 
@@ -57,6 +58,9 @@ def quickstart(
         problems: held-out problems.
         solutions: how many worked solutions there are; none: as many as a method needs.
         voice: whose solutions they are; for the real model.
+        overrides: `[method.]section.field=value`, of all methods where none is named.
+
+    Raises UserError for an override that a method's config refuses, before anything is trained.
     """
     begun = time.monotonic()
     if tiny:
@@ -78,6 +82,8 @@ def quickstart(
                 for name, own in recipe.methods.items()
             },
         )
+    recipe = replace(recipe, methods=overridden(recipe.methods, overrides))
+    check_methods(recipe.sections, {method: recipe.methods[method] for method in methods})
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     test = _tests(recipe)

@@ -1,13 +1,14 @@
 """What the two quickstarts have in common: a task, a base model, and a config a method."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opsd.config import Config
+from opsd.config import Config, parse_config, with_overrides
 from opsd.data import Row
 from opsd.display import Display
 from opsd.evaluate.run import Evaluation, Grades, HeldOut
@@ -86,6 +87,31 @@ def method_config(
         },
     )
     return Config.model_validate(merged)
+
+
+def overridden(
+    methods: dict[str, dict[str, Any]], overrides: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """The methods' own sections with `[method.]section.field=value` written into them.
+
+    An override that names no method is for all of them. The sections that the methods share are
+    left alone, so the base is made and measured as without overrides. Raises UserError.
+    """
+    changed = deepcopy(methods)
+    for override in overrides:
+        first, _, rest = override.partition(".")
+        for method in [first] if first in methods else methods:
+            with_overrides(changed[method], [rest if first in methods else override])
+    return changed
+
+
+def check_methods(sections: dict[str, Any], methods: dict[str, dict[str, Any]]) -> None:
+    """Raises UserError where a method's sections make no config."""
+    for method, own in methods.items():
+        places = {"model": {"path": "base"}, "data": {"source": "train.jsonl"}}
+        teacher = {"policy": "model", "path": "teacher"} if method == "distill" else {}
+        rest = {"method": method, "output": {"dir": "."}, **places}
+        parse_config(merge(merge(merge(sections, {"teacher": teacher}), own), rest))
 
 
 def repeated(rows: list[Row], solutions: int | None) -> list[Row]:
