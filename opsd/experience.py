@@ -1,6 +1,7 @@
 """A step's problems: rows → contexts → rollouts → grades → what the teacher is shown of them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ class Experience:
         judge: grades rollouts; None: nobody does.
         note: called with a line for the terminal, once.
         processes: sample together; the first one grades and draws.
+
+    `how` says how rollouts are drawn, for the log.
     """
 
     def __init__(
@@ -60,7 +63,10 @@ class Experience:
         self.lessons = Lessons(
             prompts, window(model.config), config.prompts.too_long == "skip", note
         )
-        self.samples = objective.samples_rollouts and config.rollout.source != "reference"
+        source = config.rollout.source
+        self.samples = objective.samples_rollouts and source != "reference"
+        drawn_by = teacher_sampler if source == "teacher" else sampler
+        self.how = {"source": source, "engine": drawn_by.engine, **asdict(self.sampling)}
 
     def __call__(self, rows: Sequence[Row]) -> Experienced:
         """The problems of a step that draws these rows."""

@@ -1,10 +1,10 @@
-"""The files that a run writes as it goes: metrics, evaluations and samples, one JSON line each."""
+"""The files that a run writes as it goes, a line of JSON each: metrics, samples and the like."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
+FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "rollouts.jsonl")
 
 
 @dataclass
@@ -55,6 +55,10 @@ class RunLog:
     def sample(self, line: dict) -> None:
         """A completion with its tokens' divergences."""
         self._append("samples.jsonl", line)
+
+    def rollout(self, line: dict) -> None:
+        """A rollout that was trained on."""
+        self._append("rollouts.jsonl", line)
 
     def _append(self, name: str, line: dict) -> None:
         if not self.writes:

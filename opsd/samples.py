@@ -1,15 +1,19 @@
-"""Sample completions for the report: each token with its divergence, the teacher's choices."""
+"""What readers see of a run's texts: sample completions, each token with its divergence and the
+teacher's choices, and rollouts of training steps."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.data import Row
-from opsd.evaluate.run import Evaluation
+from opsd.evaluate.run import Evaluation, decode
 from opsd.hidden import Scored, rollout_hidden_states
 from opsd.models import head, head_arguments
+from opsd.objectives import Problem
 from opsd.prompts import Prompts
 
 TOP = 3  # teacher's preferences shown a token
@@ -46,6 +50,33 @@ def sample_records(
                 prompts.tokenizer,
             ),
         }
+
+
+def rollout_records(
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: dict[str, Any],
+    count: int,
+) -> Iterator[dict]:
+    """The first `count` rollouts of a step's problems as lines for rollouts.jsonl, without step.
+
+    `sampling`: how all of them were drawn; each adds its seed, where it has one of its own.
+    """
+    each = ((p, i) for p in problems for i in range(len(p.rollouts)))
+    for problem, i in islice(each, count):
+        rollout = problem.rollouts[i]
+        line = {
+            "problem": problem.row.problem,
+            "completion": decode(tokenizer, [rollout])[0],
+            "length": len(rollout.ids),
+            "finished": rollout.finished,
+            "sampling": {**sampling, "seed": rollout.seed},
+        }
+        if problem.outcomes is not None:
+            outcome = problem.outcomes[i]
+            line |= {"reward": outcome.reward, "correct": outcome.correct}
+            line |= {"feedback": outcome.feedback} if outcome.feedback else {}
+        yield line
 
 
 @torch.no_grad()

@@ -444,6 +444,12 @@ class EvalSection(Section):
 
 class OutputSection(Section):
     dir: str = Field("runs/opsd", description="The run's directory.")
+    rollouts: int = Field(
+        4,
+        ge=0,
+        description="Rollouts of each step that rollouts.jsonl keeps, with their text, their "
+        "reward and how they were drawn.",
+    )
     report_to: list[Literal["wandb", "tensorboard"]] = Field(
         [], description="Also log there, through transformers' Trainer."
     )

@@ -37,6 +37,7 @@ from opsd.redirect import called_through
 from opsd.rewards import Judge
 from opsd.rollout import Sampler, ServerGoneError, SplitSampler
 from opsd.runlog import RunLog
+from opsd.samples import rollout_records
 from opsd.step import OPSDStep, idle, token_ratio
 from opsd.teacher import MovingAverage
 from opsd.trainer_setup import Evaluate, MissedEvaluation, training_arguments
@@ -421,6 +422,10 @@ class OPSDTrainer(WholeCheckpoints):
     def _count(self, problems, totals: Totals, measures, seconds) -> None:
         rollouts = [rollout for problem in problems for rollout in problem.rollouts]
         length = sum(len(rollout.ids) for rollout in rollouts)
+        if self.experience.samples:
+            kept, how = self.config.output.rollouts, self.experience.how
+            for line in rollout_records(problems, self.processing_class, how, kept):
+                self.run_log.rollout({"step": self.state.global_step + 1, **line})
         counters = self.run_log.counters
         if self.config.rollout.source != "reference":
             counters.generated_tokens += length

@@ -29,7 +29,7 @@ from opsd.objectives.grpo import group_advantages
 from opsd.prompts import Prompts
 from opsd.quickstart import tiny
 from opsd.rollout import Rollout
-from opsd.runlog import read_lines
+from opsd.runlog import FILES, read_lines
 from opsd.sections import LossSection, PromptsSection
 from opsd.trainer import OPSDTrainer
 
@@ -103,6 +103,38 @@ def test_grpo_trains_on_a_reward(files, tmp_path):
     lines = read_lines(directory / "metrics.jsonl")
     assert all(line["informative_groups"] > 0 and line["reward"] > 0 for line in lines)
     assert all(line["grad_norm"] > 0 for line in lines)
+
+
+def test_rollouts_of_each_step_are_kept_with_how_they_were_drawn(files, tmp_path):
+    sampling = {"max_new_tokens": 6, "temperature": 0.9, "top_p": 0.8, "top_k": 7, "batch_size": 2}
+    config = short_config(
+        *files,
+        tmp_path / "run",
+        method="grpo",
+        rollout={"per_problem": 4, **sampling},
+        output={"rollouts": 5},
+    )
+    lines = read_lines(execute(config) / "rollouts.jsonl")
+    assert [line["step"] for line in lines] == [1] * 5 + [2] * 5 + [3] * 5 + [4] * 5
+    assert [line["problem"] == lines[0]["problem"] for line in lines[:5]] == [True] * 4 + [False]
+    how = {"source": "student", "engine": "generate", **sampling, "seed": None}
+    for line in lines:
+        assert line["sampling"] == how
+        assert line["reward"] == digits(line["completion"], "") and isinstance(
+            line["correct"], bool
+        )
+        assert line["length"] == 6 or line["finished"]
+
+
+def test_rollouts_may_not_be_kept_and_given_text_is_none(files, tmp_path):
+    for name, changed in (
+        ("none", {"output": {"rollouts": 0, "dir": str(tmp_path / "none")}}),
+        ("sft", {"method": "sft"}),
+        ("reference", {"rollout": {"source": "reference"}}),
+    ):
+        few = {"train": {"steps": 1, "save_every": 0}, "eval": {"problems": 0}}
+        execute(short_config(*files, tmp_path / name, **few, **changed))
+        assert not (tmp_path / name / "rollouts.jsonl").exists()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -184,7 +216,7 @@ def test_resuming_changes_nothing(method, files, tmp_path):
     checkpoint = training.claim_directory(directory, config, resume=True)
     assert checkpoint == directory / "checkpoint-2"
     execute(config, checkpoint=checkpoint)
-    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
+    for name in FILES:
         a, b = (timeless(read_lines(place / name)) for place in (whole, directory))
         assert a == b, name
     a, b = (load_file(place / "model" / "model.safetensors") for place in (whole, directory))

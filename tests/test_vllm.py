@@ -249,6 +249,10 @@ def test_training_by_a_server(method, fake, files, tmp_path, monkeypatch):
         how = sample["sampling"]
         assert how["engine"] == "vllm_server" and how["temperature"] == 0
         assert how["max_new_tokens"] == 6 and how["seed"] is None  # greedy
+    rollouts = read_lines(tmp_path / "run" / "rollouts.jsonl")
+    assert {line["sampling"]["engine"] for line in rollouts} == {"vllm_server"}
+    seeds = [line["sampling"]["seed"] for line in rollouts]
+    assert len(set(seeds)) == len(seeds) == 16 and None not in seeds
     assert not (tmp_path / "run" / "weights-for-vllm").exists()
 
 
