@@ -10,6 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 from test_prefix import alone, assert_same, ids, make, make_groups
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from training_cases import short_values, write_model, write_rows
 
@@ -17,12 +20,18 @@ from opsd import prefix
 from opsd.cli import main
 from opsd.errors import UserError
 from opsd.hidden import Scored
+from opsd.models import whole
 from opsd.objectives import OPSD, Sample, Totals
-from opsd.prefix import attention, shared_prefix_hidden_states
+from opsd.prefix import (
+    attention,
+    live_hidden_states,
+    shared_prefix_hidden_states,
+    unpackable,
+)
 from opsd.quickstart.recipe import merge
 from opsd.runlog import read_lines
 from opsd.sections import LossSection
-from opsd.step import OPSDStep, token_ratio
+from opsd.step import OPSDStep, idle, token_ratio
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -49,7 +58,7 @@ def make_step(share=True):
 
 
 def flat_gradient(step):
-    return torch.cat([p.grad.flatten() for p in step.parameters()])
+    return torch.cat([whole(p.grad).flatten() for p in step.parameters()])
 
 
 def one_process(share=True):
@@ -118,28 +127,43 @@ def test_sharing_does_not_change_the_steps_gradient():
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):
-    """DDP averages, so each rank's gradient is half the sum of both."""
+    """DDP and FSDP2 average, so each rank's gradient is half the sum of both."""
     mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
     wanted = one_process()
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        assert (2 * found - wanted).norm() < 1e-5 * wanted.norm()
+    for kind in ("ddp", "fsdp2"):
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{kind}-{rank}.pt")
+            assert (2 * found - wanted).norm() < 1e-5 * wanted.norm(), kind
 
 
 def _rank(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(directory, "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    step = DistributedDataParallel(make_step())
-    samples, totals = make_samples(), Totals()
-    *first, last = step.module.micro_batches(samples[rank::2], 60)
-    assert first, "a step of one micro-batch would not test accumulation"
-    with step.no_sync():
-        for batch in first:
-            step(batch, totals).backward()
-    step(last, totals).backward()
-    torch.save(flat_gradient(step), os.path.join(directory, f"{rank}.pt"))
+    samples = make_samples()
+    for kind in ("ddp", "fsdp2"):
+        plain = make_step()
+        own, other = (plain.micro_batches(samples[n::2], 60) for n in (rank, 1 - rank))
+        own += [idle(samples)] * (len(other) - len(own))  # FSDP2 gathers weights in step
+        *first, last = own
+        assert first, "a step of one micro-batch would not test accumulation"
+        step = DistributedDataParallel(plain) if kind == "ddp" else split(plain)
+        with step.no_sync() if kind == "ddp" else nullcontext():
+            for batch in first:
+                step(batch, Totals()).backward()
+        step(last, Totals()).backward()
+        torch.save(flat_gradient(step), os.path.join(directory, f"{kind}-{rank}.pt"))
     dist.destroy_process_group()
+
+
+def split(step):
+    """Each layer's weights over both processes, and the rest, the head's among them."""
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in step.model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(step, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in step.parameters())
+    return step
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -192,6 +216,20 @@ def test_adapters_are_off_for_the_whole_stream_or_on_for_it(adapted):
         assert (on - off).abs().max() > 0.1
         base = make("Llama")
         assert (off - alone(base, groups)).abs().max() < 2e-5
+
+
+def test_adapters_that_change_between_the_roles_are_refused(adapted):
+    groups = make_groups()
+    others = [(torch.cat([prefix_ids, ids(4)[0]]), rollouts) for prefix_ids, rollouts in groups]
+    unpackable(adapted)  # which runs two tokens the first time
+    with torch.no_grad():
+        _, teacher = live_hidden_states(adapted, groups, others)
+        assert (teacher - alone(adapted, others)).abs().max() < 2e-5
+        adapted.get_decoder().register_forward_hook(
+            lambda *_: adapted.base_model.disable_adapter_layers()
+        )
+        with pytest.raises(ValueError, match=r"6 of 6 adapted layers .* switch adapters"):
+            live_hidden_states(adapted, groups, others)
 
 
 def test_what_is_kept_with_adapters_on_is_not_read_with_them_off(adapted):

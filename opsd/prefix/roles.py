@@ -22,7 +22,8 @@ def live_hidden_states(
 
     `student` and `teacher` hold the same problems' groups. Where two prefixes start with the same
     tokens, the teacher reads the keys and values of the student's pass. The teacher's states, and
-    what it reads, carry no gradient.
+    what it reads, carry no gradient. Raises ValueError where the adapters that apply change between
+    the two passes.
     """
     student, teacher = groups_of(model, student), groups_of(model, teacher)
     common = [_common(s, t) for (s, _), (t, _) in zip(student, teacher, strict=True)]
@@ -40,10 +41,21 @@ def live_hidden_states(
     with part("student"):
         states = run(model, layout, keep=Keep(kept, torch.cat(rows).to(model.device)))
     rest = [(prefix[c:], ids) for (prefix, ids), c in zip(teacher, common, strict=True)]
-    # What is read was computed with the adapters as they were then.
-    assert adapter_state(model) == before
+    _check_adapters(before, adapter_state(model))
     with torch.no_grad(), part("teacher"):
         return states, run(model, Layout(rest, model.device, common), past=kept)
+
+
+def _check_adapters(student: tuple[bool, ...], teacher: tuple[bool, ...]) -> None:
+    """What the teacher reads was computed with the student's adapters: with others its states would
+    be of no model at all."""
+    differ = sum(a != b for a, b in zip(student, teacher, strict=True))
+    if differ:
+        raise ValueError(
+            f"{differ} of {len(student)} adapted layers apply their adapters for one role and not "
+            "for the other, which reads its keys and values: switch adapters on or off for a whole "
+            "step, or take a teacher of its own weights (opsd.adapters.without_adapters)"
+        )
 
 
 def _common(student: Tensor, teacher: Tensor) -> int:
