@@ -99,6 +99,8 @@ def _show_contexts(
     beside = max(0, middle.get("teacher", first) - first)
     if prompts.over_rollouts:
         beside = answer  # such as a peer's rollout
+    if config.method == "sft":
+        beside = max(beside, answer)  # the target, which is what is learnt from
     return Lengths(first, beside, answer)
 
 
