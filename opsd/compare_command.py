@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,12 +51,21 @@ def compare_command(
         return
     if files:
         jobs = train_jobs(files, [0, 1, 2] if seeds is None else seeds, output, tokens)
-        run_jobs(jobs, display)
+        run_jobs(jobs, display, gpus=gpus())
         paths = [job.directory for job in jobs]
     comparison = compare(paths, target, baseline)
     _write(comparison, output)
     _show(comparison, display)
     display.paths("Written", {name: output / name for name in FILES})
+
+
+def gpus() -> list[str]:
+    """The GPUs that runs of `opsd train` are spread over, by CUDA_VISIBLE_DEVICES' names."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(index) for index in range(count)])[:count]
 
 
 def is_study(path: Path) -> bool:

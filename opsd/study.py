@@ -188,8 +188,10 @@ def train_jobs(
     return jobs
 
 
-def run_jobs(jobs: Sequence[Job], display: Display, threads: int = 1) -> None:
-    """Runs those that are not finished, as many at a time as cores // threads.
+def run_jobs(
+    jobs: Sequence[Job], display: Display, threads: int = 1, gpus: Sequence[str] = ()
+) -> None:
+    """Runs those that are not finished: one on each of `gpus`, else as many as cores // threads.
 
     What a run prints goes to <directory>.log. Each has the same number of threads wherever it
     runs, so its results do not depend on how many cores there are. Raises UserError naming the log
@@ -200,18 +202,19 @@ def run_jobs(jobs: Sequence[Job], display: Display, threads: int = 1) -> None:
         job.directory.parent.mkdir(parents=True, exist_ok=True)
         if job.directory.exists() and not job.resumes:
             shutil.rmtree(job.directory)  # an interrupted quickstart, which starts anew
-    beside = max(1, usable_cores() // threads)
-    running: dict[subprocess.Popen, Job] = {}
+    free: list[str | None] = list(gpus) or [None] * max(1, usable_cores() // threads)
+    running: dict[subprocess.Popen, tuple[Job, str | None]] = {}
     failed: Job | None = None
-    with display.stage(f"Run the study, {beside} at a time", total=len(jobs)) as stage:
+    with display.stage(f"Run the study, {len(free)} at a time", total=len(jobs)) as stage:
         stage.update(completed=len(jobs) - len(waiting))
         try:
             while waiting or running:
-                while waiting and len(running) < beside and failed is None:
-                    job = waiting.pop(0)
-                    running[_start(job, threads)] = job
+                while waiting and free and failed is None:
+                    job, gpu = waiting.pop(0), free.pop(0)
+                    running[_start(job, threads, gpu)] = job, gpu
                 for process in [process for process in running if process.poll() is not None]:
-                    job = running.pop(process)
+                    job, gpu = running.pop(process)
+                    free.append(gpu)
                     if process.returncode or not job.finished:
                         failed, waiting = job, []
                     else:
@@ -231,9 +234,11 @@ def log_of(job: Job) -> Path:
     return job.directory.with_name(job.directory.name + ".log")
 
 
-def _start(job: Job, threads: int) -> subprocess.Popen:
+def _start(job: Job, threads: int, gpu: str | None = None) -> subprocess.Popen:
     resume = ["--resume"] if job.resumes and job.directory.exists() else []
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     with log_of(job).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "opsd", *job.arguments, *resume],

@@ -10,8 +10,10 @@ from opsd import train as training
 from opsd.cli import main
 from opsd.config import load_config
 from opsd.runlog import read_lines
+from opsd.templates import compile_template
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+STUDY = (EXAMPLES / "gsm" / "study.sh").read_text()
 NEIGHBOURS = ("sdft", "sdpo", "opcd", "opsdc", "rlsd")
 NAMES = (*NEIGHBOURS, "dapo", "dr-grpo")
 
@@ -71,6 +73,27 @@ def test_an_example_passes_a_dry_run(name, files, tmp_path, capsys):
     assert "The student's context of the first row" in shown and "Nothing was trained" in shown
     assert ("The teacher's context" in shown) == (name in NEIGHBOURS)
     assert not (tmp_path / "run").exists()
+
+
+GSM = ("cold-start", "teacher", "opsd", "grpo", "sft", "distill")
+
+
+@pytest.mark.parametrize("name", GSM)
+def test_the_gpu_studys_runs_pass_a_dry_run(name, files, tmp_path, capsys):
+    path = EXAMPLES / "gsm" / f"{name}.yaml"
+    assert f"examples/gsm/{name}.yaml" in STUDY or f" {name}" in STUDY
+    overrides = [f"model.path={files[0]}", "data.size=40", "train.problems_per_step=8"]
+    overrides += ["train.precision=fp32", "eval.problems=8", f"output.dir={tmp_path / 'run'}"]
+    if name == "distill":
+        overrides.append(f"teacher.path={files[0]}")
+    overrides += ["prompts.too_long=skip", "rollout.max_new_tokens=16"]
+    assert main(["train", str(path), *overrides, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "The student's context of the first row" in shown and "Nothing was trained" in shown
+    if name in ("cold-start", "teacher", "sft"):  # the task's mark is gone, the answer boxed
+        target = compile_template("target", load_config(path).prompts.target)
+        text = target.render(solution="2 + 2 = 4 items\n#### 4", answer="4")
+        assert text == "2 + 2 = 4 items\n\nThe answer is \\boxed{4}."
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -38,7 +38,7 @@ def in_process(monkeypatch, tmp_path):
         def poll(self):
             return self.returncode
 
-    monkeypatch.setattr(studies, "_start", lambda job, threads: Process(job))
+    monkeypatch.setattr(studies, "_start", lambda job, threads, gpu: Process(job))
     return ran
 
 
@@ -124,6 +124,32 @@ def test_configs_are_run_with_each_seed(tmp_path, monkeypatch):
     studies._start(jobs[3], 1)
     studies._start(jobs[0], 1)
     assert started[0][-1] == "--resume" and started[1][-1] != "--resume"
+
+
+def test_runs_are_spread_over_gpus(tmp_path, monkeypatch):
+    """One a GPU at a time, and a GPU that is free again is the next run's."""
+    from opsd.display import Display
+
+    placed, ends = [], iter([None, 0, 0, 0])  # what the first four polls say
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, job, gpu):
+            placed.append((job.directory.name, gpu))
+            job.directory.mkdir(parents=True)
+            (job.directory / "summary.json").touch()
+
+        def poll(self):
+            return next(ends)
+
+        def wait(self):
+            raise AssertionError("all have ended")
+
+    monkeypatch.setattr(studies, "_start", lambda job, threads, gpu: Process(job, gpu))
+    jobs = [Job(tmp_path / name, []) for name in "abc"]
+    run_jobs(jobs, Display(), gpus=["3", "5"])
+    assert placed == [("a", "3"), ("b", "5"), ("c", "5")]
 
 
 def test_a_failed_run_is_named_with_its_log(tmp_path, capsys):
