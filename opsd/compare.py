@@ -199,7 +199,7 @@ def compare(
             for of in MEASURES
             if key != baseline and all(run.knows(of) for run in (*group, *groups[baseline]))
         ]
-    notes += _left_out(aim, ratios, NAMES.get(baseline, baseline))
+    notes += _left_out(aim, groups[baseline], ratios)
     return Comparison(methods, budget, aim, baseline, ratios, notes)
 
 
@@ -349,19 +349,29 @@ def _notes(runs: Sequence[SeedRun], groups: dict[str, list[SeedRun]]) -> list[st
     return notes
 
 
-def _left_out(target: Target, ratios: Sequence[Ratio], baseline: str) -> list[str]:
-    """A sentence on each reason why a seed is in no ratio."""
-    notes = []
+def _left_out(target: Target, baseline: Sequence[SeedRun], ratios: Sequence[Ratio]) -> list[str]:
+    """A sentence on each reason why a seed is in no ratio, or says little there."""
+    notes, name = [], NAMES.get(baseline[0].method, baseline[0].method)
     if target.flat:
         notes.append(
-            f"{_seeds(target.flat)}: {baseline} is never better than what was started from, so "
-            "there is nothing to reach and no ratio."
+            f"{_seeds(target.flat)}: {name} is never better than what was started from, so there "
+            "is nothing to reach and no ratio."
+        )
+    noise = [
+        run.seed
+        for run in baseline
+        if run.bands[0] is not None and target.by_seed.get(run.seed, 2.0) <= run.bands[0][1]
+    ]
+    if noise:
+        notes.append(
+            f"{_seeds(noise)}: the best of {name} is within the 95 % interval (over problems) of "
+            "what was started from, so its target is mostly noise."
         )
     for one in ratios:
         if one.of == "tokens" and one.unreached:
-            name = NAMES.get(one.method, one.method)
-            flattered = f" Without them the ratio flatters {name}." if one.value else ""
-            notes.append(f"{_seeds(one.unreached)}: {name} does not reach the target.{flattered}")
+            other = NAMES.get(one.method, one.method)
+            flattered = f" Without them the ratio flatters {other}." if one.value else ""
+            notes.append(f"{_seeds(one.unreached)}: {other} does not reach the target.{flattered}")
     return notes
 
 
