@@ -83,7 +83,15 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
 
 
 def parse_config(values: dict[str, Any]) -> Config:
-    """Check a dictionary of sections and return the Config. Raises UserError."""
+    """Check a dictionary of sections and return the Config. Raises UserError.
+
+    >>> config = {"model": {"path": "Qwen/Qwen3-1.7B"}, "data": {"source": "rows.jsonl"}}
+    >>> parse_config(config).loss.divergence
+    'forward_kl'
+    >>> parse_config({**config, "trian": {"steps": 10}})
+    Traceback (most recent call last):
+    opsd.errors.UserError: unknown key 'trian' at the top; did you mean 'train'?
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:

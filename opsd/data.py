@@ -61,8 +61,10 @@ def load_rows(
     require: Sequence[str] = COLUMNS,
     section: str = "data",
 ) -> list[Row]:
-    """The rows of a source (see the module), in its order.
+    """The rows of a source, in its order.
 
+    source: a .jsonl, .json or .parquet file, a directory saved by `datasets`, a hub name, or
+        reasoning_gym:<task>.
     columns: our name → theirs, for any of problem, solution, answer; `metadata.answer_cot` reaches
         into nested columns. What it leaves out has its own name, but in reasoning_gym `question`,
         `answer` and `metadata.answer_cot`.
@@ -75,6 +77,12 @@ def load_rows(
         `revision`.
     require: the columns that each row must have, with some text in it. An integer answer will do.
     section: the section of the configuration that error messages name.
+
+    Raises UserError for a source that is not there, rows without a required column, no rows.
+
+    >>> _ = Path("rows.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}')
+    >>> load_rows("rows.jsonl", columns={"problem": "question"}, require=["problem"])[0].answer
+    '4'
     """
     columns, options = dict(columns or {}), dict(options or {})
     _check_names(f"{section}.columns", columns, COLUMNS)

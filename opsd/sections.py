@@ -28,6 +28,8 @@ class Section(BaseModel):
 
 
 class LoraSection(Section):
+    """Low-rank adapters, trained in the place of the weights. Off unless the section is there."""
+
     rank: int = Field(64, ge=1, description="Rank of the adapters.")
     alpha: float = Field(128, gt=0, description="The adapters' output counts alpha ÷ rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
@@ -55,6 +57,8 @@ class LoraSection(Section):
 
 
 class ModelSection(Section):
+    """The model that learns."""
+
     path: str = Field(
         description="A transformers directory, a hub name, or the directory of a GGUF file."
     )
@@ -72,6 +76,8 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
+    """What it learns from: rows with a problem, a solution and an answer."""
+
     source: str = Field(
         description="A .jsonl, .json or .parquet file, a directory saved by `datasets`, a hub "
         "name, or reasoning_gym:<task>."
@@ -86,6 +92,8 @@ class DataSection(Section):
 
 
 class PromptsSection(Section):
+    """What each role is shown. Jinja templates, in a sandbox, over a row's columns."""
+
     student: str = Field(
         STUDENT_TEMPLATE,
         description="The student's user message; a Jinja template over the row's columns.",
@@ -121,6 +129,8 @@ class PromptsSection(Section):
 
 
 class TeacherSection(Section):
+    """Who scores the student's tokens."""
+
     policy: Literal["initial", "live", "ema", "model"] = Field(
         "initial",
         description="Whose weights score the rollouts: the student's at step 0, its current ones, "
@@ -152,6 +162,8 @@ class TeacherSection(Section):
 
 
 class RolloutSection(Section):
+    """How the student's solutions are sampled."""
+
     engine: Literal["generate", "continuous", "vllm", "vllm_server"] = Field(
         "generate",
         description="transformers' generate in length-sorted batches, its continuous batching, "
@@ -204,6 +216,8 @@ class RolloutSection(Section):
 
 
 class WeightsSection(Section):
+    """What a token counts in the loss."""
+
     correct: float = Field(1.0, ge=0, description="Weight of rollouts that are right.")
     incorrect: float = Field(1.0, ge=0, description="Weight of rollouts that are wrong.")
     truncated: float = Field(
@@ -232,6 +246,8 @@ class WeightsSection(Section):
 
 
 class RewardSection(Section):
+    """How a rollout is graded: for grpo, for weights by correctness and for the log."""
+
     verifier: str = Field(
         "math",
         description="What grades a rollout: math (its last \\boxed{}, by math-verify), or "
@@ -266,6 +282,8 @@ class RewardSection(Section):
 
 
 class LossSection(Section):
+    """What is minimised."""
+
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"] = Field(
         "forward_kl",
         description="opsd: D(teacher ‖ student) over the vocabulary; sampled_token: policy "
@@ -334,6 +352,8 @@ class LossSection(Section):
 
 
 class CollapseSection(Section):
+    """When a run counts as collapsed, each measure averaged over `window` steps."""
+
     on: Literal["warn", "stop", "off"] = Field(
         "warn", description="What to do when the run collapses: say so, end it, or nothing."
     )
@@ -353,6 +373,8 @@ class CollapseSection(Section):
 
 
 class TrainSection(Section):
+    """Steps, optimizer, memory and checkpoints."""
+
     steps: int = Field(100, ge=1, description="Steps: rollouts, then one optimizer update or more.")
     token_budget: int | None = Field(
         None, ge=1, description="Stop when so many tokens are generated (sft: trained)."
@@ -420,6 +442,8 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
+    """Held-out accuracy, measured before, after and during training."""
+
     source: str | None = Field(
         None, description="Held-out problems, as data.source; none: taken from data.source."
     )
@@ -443,6 +467,8 @@ class EvalSection(Section):
 
 
 class OutputSection(Section):
+    """Where the results go."""
+
     dir: str = Field("runs/opsd", description="The run's directory.")
     rollouts: int = Field(
         4,

@@ -50,7 +50,11 @@ Reward = Callable[[str, str], float]
 
 
 def train(config: Config, display: Display, *, resume: bool = False) -> Path:
-    """A whole run: data, model, training, evaluation, report. Returns the run's directory."""
+    """A whole run: data, model, training, evaluation, report. Returns the run's directory.
+
+    resume: go on from its last checkpoint. What is shown goes to `display`. Raises UserError for
+    what the user can put right.
+    """
     check_launcher(config)
     use_kernel(config.train.prefix_kernel)
     processes, directory = Processes(), Path(config.output.dir)

@@ -1,6 +1,9 @@
 """Fused linear divergence and log-probability: tensors in, tensors out, no logits in memory.
 
+>>> import torch
 >>> from opsd_kernels import linear_divergence
+>>> student_hidden, teacher_hidden = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8)
+>>> lm_head = torch.nn.Linear(8, 32, bias=False)
 >>> loss = linear_divergence(student_hidden, teacher_hidden, lm_head.weight, divergence="jsd").loss
 >>> loss.backward()
 """

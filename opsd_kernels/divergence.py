@@ -2,14 +2,6 @@
 
 Notation, here and throughout: N tokens, V vocabulary, D hidden width; S and T are the student's and
 the teacher's distribution over the vocabulary at one token, z and t their logits.
-
-    name         D                                       dD/dz
-    forward_kl   KL(T|S) = sum T (log T - log S)         S - T
-    reverse_kl   KL(S|T) = sum S (log S - log T)         S (r - sum S r),  r = log S - log T
-    jsd          b KL(T|M) + (1-b) KL(S|M)               (1-b) S (r - sum S r),  r = log S - log M
-                 M = b T + (1-b) S, 0 < b < 1
-
-The limit of jsd at b -> 0 or 1 is 0, not a KL: three names, and no b that means a KL.
 """
 
 from dataclasses import dataclass
@@ -28,7 +20,19 @@ def _is_number(x: Any) -> bool:
 
 @dataclass(frozen=True)
 class Divergence:
-    """One of the three divergences above. `beta` (b) is the teacher's share of jsd's mixture."""
+    """A divergence of two distributions S (the student's, logits z) and T (the teacher's), in nats.
+
+        name         D                                     dD/dz
+        forward_kl   KL(T|S) = sum T (log T - log S)       S - T
+        reverse_kl   KL(S|T) = sum S (log S - log T)       S (r - sum S r),  r = log S - log T
+        jsd          b KL(T|M) + (1-b) KL(S|M)             (1-b) S (r - sum S r),  r = log S - log M
+                     M = b T + (1-b) S, 0 < b < 1
+
+    `beta` (b) is the teacher's share of jsd's mixture, the generalised JSD of GKD (arXiv
+    2306.13649). Its limit at b -> 0 or 1 is 0, not a KL: three names, and no b that means a KL.
+
+    Raises ValueError for another name, or a beta that is not strictly between 0 and 1.
+    """
 
     name: str = "forward_kl"
     beta: float = 0.5
@@ -60,6 +64,8 @@ class Clip:
           forward_kl   -m T + S sum(m T)
           reverse_kl   S (q - sum S q),  q = m (log S - log T + 1)
           jsd          S (q - sum S q),  q = m (1-b)(log S - log M)
+
+    The threshold is in nats. Raises ValueError for another kind, or a threshold of 0 or less.
     """
 
     kind: str
@@ -79,6 +85,8 @@ class LogitTransform:
     """From a head's product a = h W^T + bias to the logit: scale, then soft cap, then temperature.
 
     z = softcap(scale * a) / temperature, softcap(x) = c tanh(x / c), or x where `softcap` is None.
+
+    Raises ValueError for a temperature or softcap of 0 or less, or a scale of 0 or infinity.
     """
 
     temperature: float = 1.0

@@ -136,26 +136,37 @@ def linear_divergence(
     both roles, and so does `bias` unless `teacher_bias` is given. All in one dtype (fp32, bf16,
     fp16; fp64 by the torch backend) on one device. Logits are accumulated and kept in fp32.
 
-    divergence: forward_kl | reverse_kl | jsd (with `beta`), see `opsd_kernels.Divergence`. Logits
-    are softcap(logit_scale * (h W^T + bias)) / temperature. token_weight [...]: a constant weight
-    w_n for each token; those of weight 0 cost nothing, and what their hidden states hold (NaN) does
-    not leak. clip: see `opsd_kernels.Clip`. reduction: mean = sum w d / sum w, sum = sum w d, none
-    = w d for each token. All weights 0, or no tokens: loss 0 and zero gradients.
+    divergence, beta: forward_kl | reverse_kl | jsd (with `beta`), see `opsd_kernels.Divergence`.
+    temperature, logit_scale, logit_softcap: logits are softcap(logit_scale * (h W^T + bias)) /
+        temperature.
+    token_weight [...]: a constant weight w_n for each token; those of weight 0 cost nothing, and
+        what their hidden states hold (NaN) does not leak.
+    clip: see `opsd_kernels.Clip`.
+    reduction: mean = sum w d / sum w, sum = sum w d, none = w d for each token. All weights 0, or
+        no tokens: loss 0 and zero gradients.
+    memory_budget: bytes of scratch memory, beside the gradients (default: 256 MiB, on a GPU 1 GiB).
+        A small one costs time: see `opsd_kernels/plan.py`.
+    backend: auto | torch | cpp | triton | cuda, see `opsd_kernels.backends()`.
+    gradient: "exact", the only one: docs/filtered.md says why.
+    process_group: the vocabulary is split over its ranks. Each passes its own rows of the heads and
+        biases, in order of rank, and the same hidden states and token weights; loss and dh are then
+        the same on every rank. DTensor heads sharded over the vocabulary need no group: without
+        one, as under FSDP2, every rank has its own hidden states and gets the loss of its own, and
+        the head's gradient is that of the mean over ranks. All ranks must make the call, and run
+        backward.
 
     Gradients reach student_hidden, weight and bias (in the student's role only), never the
-    teacher's side.
+    teacher's side. Raises ValueError, naming the argument, for what does not fit. Source: On-Policy
+    Self-Distillation, arXiv 2601.18734; the algorithm is docs/kernel.md's.
 
-    memory_budget: bytes of scratch memory, beside the gradients (default: 256 MiB, on a GPU 1 GiB).
-    A small one costs time: see `opsd_kernels/plan.py`. backend: auto | torch | cpp | triton | cuda,
-    see `opsd_kernels.backends()`. gradient: "exact", the only one: docs/filtered.md says why.
-
-    process_group: the vocabulary is split over its ranks. Each passes its own rows of the heads and
-    biases, in order of rank, and the same hidden states and token weights; loss and dh are then the
-    same on every rank. DTensor heads sharded over the vocabulary need no group: without one, as
-    under FSDP2, every rank has its own hidden states and gets the loss of its own, and the head's
-    gradient is that of the mean over ranks. All ranks must make the call, and run backward.
-
-    Raises ValueError, naming the argument, for what does not fit.
+    >>> import torch
+    >>> student, teacher = torch.zeros(3, 4, requires_grad=True), torch.ones(3, 4)
+    >>> result = linear_divergence(student, teacher, torch.eye(5, 4))
+    >>> result.per_token
+    tensor([0.0509, 0.0509, 0.0509])
+    >>> result.loss.backward()
+    >>> student.grad[0]
+    tensor([-0.0096, -0.0096, -0.0096, -0.0096])
     """
     if gradient == "filtered":
         raise ValueError(

@@ -163,6 +163,11 @@ def linear_log_prob(
     their targets may be anything (-100). reduction: mean = sum w log p / sum w, sum = sum w log p,
     none = w log p for each token. What is known of the weights here saves a trainable head a
     quarter of the products: cross-entropy is -linear_log_prob(..., reduction="mean").log_prob.
+
+    >>> import torch
+    >>> result = linear_log_prob(torch.zeros(2, 4), torch.eye(5, 4), torch.tensor([0, 3]))
+    >>> result.log_prob, result.entropy
+    (tensor([-1.6094, -1.6094]), tensor([1.6094, 1.6094]))
     """
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
     arguments.check_reduction(reduction)

@@ -27,7 +27,11 @@ _NO_DEVICE = "no CUDA device"
 
 
 def backends() -> dict[str, str | None]:
-    """Backend name -> None where it is usable here, otherwise the reason why it is not."""
+    """Backend name -> None where it is usable here, otherwise the reason why it is not.
+
+    >>> backends()["torch"] is None
+    True
+    """
     reasons = dict(_BACKENDS)
     for name in ("triton", "cuda"):
         if reasons[name] is None and not (torch.cuda.is_available() or _serves_cpu(name)):

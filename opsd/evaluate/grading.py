@@ -51,9 +51,12 @@ class Grade:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{…}` whose braces balance (inner before outer), or None.
+    r"""The content of the last `\boxed{…}` whose braces balance (inner before outer), or None.
 
     One pass, so a megabyte of opening boxes is harmless. Escaped braces do not count.
+
+    >>> last_boxed(r"It was \boxed{3}, no: \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
     """
     open_starts: list[int | None] = []  # None: a brace that opens no box
     last_start, content = -1, None
@@ -184,12 +187,18 @@ def _kill_all(workers: list[_Worker]) -> None:
 
 
 class Grader:
-    """Grades completions against reference answers; a context manager that owns its workers.
+    r"""Grades completions against reference answers; a context manager that owns its workers.
 
     timeout: seconds of CPU time for one answer (on a busy machine it may wait six times as long);
     workers: processes at most; memory_limit: bytes of address space of each. May be called from any
     thread, one call at a time. Workers start when first needed, are replaced when they die, and end
-    with `close()`, with the object, or with this process.
+    with `close()`, with the object, or with this process. Raises UserError for numbers that cannot
+    be. How answers are compared: docs/evaluate.md.
+
+    >>> with Grader() as grader:
+    ...     grades = grader.grade([r"So \boxed{1,024}.", "1024"], ["1024", "1024"])
+    >>> [(grade.correct, grade.reason) for grade in grades]
+    [(True, 'equal integers'), (False, 'no \\boxed answer')]
     """
 
     def __init__(self, *, timeout: float = 5.0, workers: int = 1, memory_limit: int = 2 << 30):

@@ -17,9 +17,8 @@ from opsd.prefix.support import groups_of, unpackable
 def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
     """The hidden states that predict the rollouts' tokens, each prefix run once.
 
-    Args:
-        model: a causal language model of transformers, or a PEFT model around one.
-        groups: (prefix ids [P], [rollout ids [R_1], …]) each, integer tensors or lists.
+    model: a causal language model of transformers, or a PEFT model around one.
+    groups: (prefix ids [P], [rollout ids [R_1], …]) each, integer tensors or lists.
 
     Returns [Σ R, D]: row k is the last hidden state, after the final norm, that predicts the k-th
     rollout token (order: group, rollout, position); differentiable in the parameters. The state at
@@ -29,6 +28,12 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
     A model with layers that cannot be packed (recurrent, linear attention) runs each rollout by
     itself, with one warning that names the layer. Raises ValueError for empty prefixes or rollouts,
     ids without an embedding, and more tokens than the model has positions.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, num_attention_heads=2, **sizes))
+    >>> shared_prefix_hidden_states(model, [([1, 2, 3], [[4, 5], [6]])]).shape
+    torch.Size([3, 8])
     """
     reason = unpackable(model)
     if reason is not None:

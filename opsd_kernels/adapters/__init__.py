@@ -11,7 +11,10 @@ from typing import Any
 
 def divergence_of(beta: float) -> dict[str, Any]:
     """TRL's and Liger's number as `linear_divergence`'s arguments. Between 0 and 1 both mean the
-    same by it: the teacher's share of the mixture.
+    same by it: the teacher's share of the mixture. Raises ValueError for any other number.
+
+    >>> divergence_of(0), divergence_of(0.5)
+    ({'divergence': 'forward_kl'}, {'divergence': 'jsd', 'beta': 0.5})
     """
     if beta == 0.0:
         return {"divergence": "forward_kl"}

@@ -1,0 +1,260 @@
+"""Writes the reference pages from the code: `python docs/generate.py`.
+
+docs/options.md is made of the config classes (`opsd/sections.py`, `opsd/config.py`), docs/api.md of
+signatures and docstrings, docs/kernel-cpu.svg of a benchmark's results. A test compares them with
+what this would write now.
+"""
+
+import importlib
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from figure import kernel_figure
+from pydantic.fields import FieldInfo
+
+from opsd.config import Config
+from opsd.sections import Section
+
+DOCS = Path(__file__).parent
+MADE = "<!-- Written by `python docs/generate.py`: change the code, not this page. -->\n\n"
+
+OPTIONS = """# Options
+
+Every field of a config file. What a run used, defaults filled in, is in its `config.yaml`. On the
+command line a field is `section.field=value`, with the value in YAML:
+
+```sh
+opsd train examples/smollm2.yaml train.learning_rate=5e-5 'model.lora={rank: 16}'
+```
+
+`opsd train --help` prints the same list. A key that is not here is an error that suggests the
+nearest; so is an option that the method has no use for. What the methods do with them:
+[methods.md](methods.md).
+
+"""
+
+API = """# Python interface
+
+Shapes are in brackets: N tokens, V vocabulary entries, D hidden width; `[...]` is any leading
+shape. Divergences, log-probabilities and entropies are in nats. The tests run the examples.
+
+"""
+
+PUBLIC = {
+    "opsd_kernels": (
+        "linear_divergence",
+        "LinearDivergence",
+        "Divergence",
+        "Clip",
+        "LogitTransform",
+        "linear_log_prob",
+        "LinearLogProb",
+        "backends",
+    ),
+    "opsd_kernels.adapters": ("divergence_of",),
+    "opsd_kernels.adapters.liger": ("FusedLinearJSDLoss",),
+    "opsd.config": ("load_config", "parse_config", "save_config"),
+    "opsd.train": ("train",),
+    "opsd.data": ("load_rows", "Row"),
+    "opsd.prompts": ("Prompts", "Context"),
+    "opsd.prefix": ("shared_prefix_hidden_states",),
+    "opsd.evaluate.grading": ("Grader", "Grade", "last_boxed"),
+    "opsd.errors": ("UserError",),
+}
+
+
+def options_page() -> str:
+    """docs/options.md."""
+    top = [(name, field) for name, field in Config.model_fields.items() if not inner(field)]
+    parts = [MADE, OPTIONS, "## method\n\n", *table("", top)]
+    for name, field in Config.model_fields.items():
+        if inner(field):
+            parts += section(name, inner(field), level=2)
+    return "".join(parts)
+
+
+def section(name: str, model: type[Section], level: int) -> Iterator[str]:
+    """A section's heading, what it is, its fields, and the sections within it."""
+    yield f"{'#' * level} {name}\n\n{inspect.getdoc(model)}\n\n"
+    yield from table(f"{name}.", list(model.model_fields.items()))
+    for field_name, field in model.model_fields.items():
+        if inner(field):
+            yield from section(f"{name}.{field_name}", inner(field), level + 1)
+
+
+def table(prefix: str, fields: list[tuple[str, FieldInfo]]) -> Iterator[str]:
+    """The fields as a table, then the defaults that are too long for it."""
+    yield "| field | values | default | |\n| --- | --- | --- | --- |\n"
+    long = []
+    for name, field in fields:
+        default = default_of(field)
+        if len(default) > 40:
+            long.append((prefix + name, field.default))
+            default = "below"
+        cells = (f"`{prefix}{name}`", values(field), default, linked(field.description))
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+    yield "\n"
+    for name, text in long:
+        yield f"`{name}` is by default\n\n```text\n{text}\n```\n\n"
+
+
+def inner(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, or may hold; None if it holds values."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+
+
+def default_of(field: FieldInfo) -> str:
+    """As it is written in YAML."""
+    if field.is_required():
+        return "*required*"
+    value = field.get_default()
+    if isinstance(value, Section):
+        return "its own"
+    words = {None: "null", True: "true", False: "false", "": '""'}
+    plain = isinstance(value, (str, bool, type(None)))
+    text = words.get(value, value) if plain else value
+    return f"`{str(text).replace(chr(39), '')}`"
+
+
+def values(field: FieldInfo) -> str:
+    """What the field may be, in words."""
+    text = kind(field.annotation)
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    bounds = []
+    for item in field.metadata:
+        bounds += [f"{sign} {getattr(item, n)}" for n, sign in signs.items() if hasattr(item, n)]
+        bounds += [f"from {item.min_length}"] if hasattr(item, "min_length") else []
+        bounds += [f"to {item.max_length}"] if hasattr(item, "max_length") else []
+    if text.startswith("list") and bounds:
+        bounds = ["(length " + " ".join(bounds) + ")"]
+    head, *rest = text.split(" or ")
+    return " or ".join([" ".join([head, ", ".join(bounds)]).strip(), *rest])
+
+
+def kind(annotation: Any) -> str:
+    """A type in words."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        words = {True: "true", False: "false"}
+        return ", ".join(f"`{words.get(a, a) if isinstance(a, bool) else a}`" for a in arguments)
+    if type(None) in arguments:
+        rest = [kind(a) for a in arguments if a is not type(None)]
+        return " or ".join([*rest, "`null`"])
+    if get_origin(annotation) is list:
+        return f"list of {kind(arguments[0])}"
+    if get_origin(annotation) is dict:
+        return f"mapping to {kind(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "section, below"
+    names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Any: "anything"}
+    return names[annotation]
+
+
+def linked(text: str) -> str:
+    """A text with the pages that it names as links, and nothing in it read as HTML."""
+    outside = re.split(r"(`[^`]*`)", text)
+    outside[::2] = [part.replace("<", "&lt;") for part in outside[::2]]
+    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", "".join(outside))
+
+
+def api_page() -> str:
+    """docs/api.md."""
+    parts = [MADE, API]
+    for module_name, names in PUBLIC.items():
+        module = importlib.import_module(module_name)
+        parts.append(f"## {module_name}\n\n")
+        for name in names:
+            thing = getattr(module, name)
+            parts += [f"### {name}\n\n", call(name, thing), prose(inspect.getdoc(thing)), "\n"]
+            parts += methods(thing) if inspect.isclass(thing) else []
+    return "".join(parts).rstrip("\n") + "\n"
+
+
+def methods(thing: type) -> Iterator[str]:
+    """The public methods that a class defines itself and describes."""
+    for name, method in vars(thing).items():
+        if inspect.isfunction(method) and not name.startswith("_") and method.__doc__:
+            yield f"#### {thing.__name__}.{name}\n\n"
+            yield call(name, method) + prose(inspect.getdoc(method)) + "\n"
+
+
+def call(name: str, thing: Any) -> str:
+    """The signature, as code; nothing for a class that is called without arguments."""
+    if inspect.isclass(thing) and issubclass(thing, Exception):
+        return ""
+    signature = inspect.signature(thing)
+    own = [p for n, p in signature.parameters.items() if n != "self"]
+    returned = "" if inspect.isclass(thing) else f" -> {annotation(signature.return_annotation)}"
+    line = f"{name}({', '.join(map(parameter, starred(own)))}){returned}"
+    if len(line) > 88:
+        inside = "".join(f"    {parameter(p)},\n" for p in starred(own))
+        line = f"{name}(\n{inside}){returned}"
+    return f"```py\n{line}\n```\n\n"
+
+
+def starred(parameters: list[inspect.Parameter]) -> list[inspect.Parameter | str]:
+    """The parameters with a `*` before the first that has to be named."""
+    found: list[inspect.Parameter | str] = []
+    for p in parameters:
+        if p.kind is p.KEYWORD_ONLY and "*" not in found:
+            found.append("*")
+        found.append(p)
+    return found
+
+
+def parameter(p: inspect.Parameter | str) -> str:
+    if isinstance(p, str):
+        return p
+    default = "" if p.default is p.empty else f" = {p.default!r}"
+    stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+    return f"{stars}{p.name}: {annotation(p.annotation)}{default}"
+
+
+def annotation(kind: Any) -> str:
+    text = kind if isinstance(kind, str) else inspect.formatannotation(kind)
+    return re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", text)
+
+
+ITEM = re.compile(r"  |- |([a-z_]+(?:, [a-z_]+)*(?: \[[^]]*\])?): ")
+
+
+def prose(text: str) -> str:
+    """A docstring as Markdown: paragraphs, `name: what it is` as lists, examples as code."""
+    parts = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        lines = paragraph.split("\n")
+        if lines[0].lstrip().startswith(">>>"):
+            parts.append(f"```pycon\n{textwrap.dedent(paragraph)}\n```")
+        elif all(line.startswith("    ") for line in lines):
+            parts.append(f"```text\n{textwrap.dedent(paragraph)}\n```")
+        elif all(ITEM.match(line) for line in lines):
+            parts.append(items(lines))
+        else:
+            parts.append(linked(" ".join(line.strip() for line in lines)))
+    return "\n\n".join(parts) + "\n"
+
+
+def items(lines: list[str]) -> str:
+    """`name: what it is` lines, their continuations indented, as a list."""
+    found: list[str] = []
+    for line in lines:
+        if line.startswith(" ") and found:
+            found[-1] += " " + line.strip()
+        else:
+            found.append(
+                "- " + re.sub(ITEM, lambda m: f"`{m[1]}`: " if m[1] else "", line, count=1)
+            )
+    return linked("\n".join(found))
+
+
+PAGES = {"options.md": options_page, "api.md": api_page, "kernel-cpu.svg": kernel_figure}
+
+
+if __name__ == "__main__":
+    for page, make in PAGES.items():
+        (DOCS / page).write_text(make())
