@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opsd.compare import Comparison, compare, to_json
 from opsd.compare_curves import write_comparison
-from opsd.compare_page import COLUMNS, markdown, page, rows, title
+from opsd.compare_page import COLUMNS, markdown, page, rows, seed_columns, seed_rows, title
 from opsd.display import Display
 from opsd.errors import UserError
 from opsd.evaluate.answers import write_whole
@@ -125,7 +125,10 @@ def _write(comparison: Comparison, directory: Path) -> None:
     write_whole(directory / FILES[0], to_json(comparison))
     write_whole(directory / FILES[1], page(comparison))
     notes = [title(comparison) + ".", *comparison.notes]
-    write_whole(directory / FILES[2], markdown(COLUMNS, rows(comparison), notes))
+    text = markdown(COLUMNS, rows(comparison), notes)
+    if seeds := seed_rows(comparison):
+        text += "\n" + markdown(seed_columns(comparison), seeds)
+    write_whole(directory / FILES[2], text)
     write_comparison(comparison, directory / FILES[3])
 
 

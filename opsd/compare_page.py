@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 
 from opsd.compare import Comparison, Method
-from opsd.ratios import CONFIDENCE, MEASURES, Interval, Ratio, Target
+from opsd.ratios import CONFIDENCE, MEASURES, Interval, Ratio, Target, alike, interpolate
 from opsd.report.charts import Chart, Series, chart_data, draw, swatch
 from opsd.report.markup import Html, embed_json, tag
 from opsd.units import duration, number, percent
@@ -51,6 +51,38 @@ def rows(comparison: Comparison) -> list[list[str]]:
             ]
         )
     return lines
+
+
+def seed_columns(comparison: Comparison) -> list[str]:
+    """The heads of the table of seeds."""
+    names = (method.name for method in comparison.methods)
+    own = (column for name in names for column in (f"{name}: at the budget", "tokens"))
+    return ["seed", "start", "target", *own]
+
+
+def seed_rows(comparison: Comparison) -> list[list[str]]:
+    """A row a seed: its target, and each method's accuracy at the budget and tokens to the target.
+
+    Only where all methods have the same seeds, each once; otherwise no rows.
+    """
+    first = comparison.methods[0].runs
+    if not all(alike(method.runs, first) for method in comparison.methods):
+        return []
+    lines = []
+    for run in sorted(first, key=lambda run: run.seed):
+        target = comparison.target.of(run)
+        line = [str(run.seed), percent(run.curve[0][1]), _known(target, percent)]
+        for method in comparison.methods:
+            own = next(one for one in method.runs if one.seed == run.seed)
+            reached = None if target is None else own.reaches(target)
+            line.append(percent(interpolate(own.curve, comparison.budget)))
+            line.append(_known(reached, lambda tokens: number(round(tokens))))
+        lines.append(line)
+    return lines
+
+
+def _known(value: float | None, shown: Callable[[float], str]) -> str:
+    return "–" if value is None else shown(value)
 
 
 def _target(target: Target) -> str:
@@ -103,11 +135,13 @@ def _ratio(ratio: Ratio | None) -> str:
 
 def _beside(value: float | None, shown: Callable[[float], str], ratio: Ratio | None) -> str:
     """What the target costs in another measure, and the ratio of that."""
-    text = "–" if value is None else shown(value)
+    text = _known(value, shown)
     return text if ratio is None or ratio.value is None else f"{text}; {_ratio(ratio)}"
 
 
-def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+def markdown(
+    columns: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str] = ()
+) -> str:
     """A table with its notes, for a README or an issue."""
     head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     body = ["| " + " | ".join(line) + " |" for line in lines]
@@ -120,7 +154,12 @@ def page(comparison: Comparison) -> str:
     return document(
         " · ".join(method.name for method in comparison.methods),
         title(comparison),
-        [_table(comparison), _curves(comparison, chart), _ran(comparison)],
+        [
+            _cost_section(comparison),
+            _seeds(comparison),
+            _curves(comparison, chart),
+            _ran(comparison),
+        ],
         embed_json({chart.identifier: chart_data(chart)}, "charts"),
     )
 
@@ -153,12 +192,17 @@ def document(heading: str, below: str, sections: list[Html], data: Html) -> str:
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def _table(comparison: Comparison) -> Html:
-    head = tag("tr", [tag("th", column, scope="col") for column in COLUMNS])
-    lines = [
-        tag("tr", tag("th", row[0], scope="row"), [tag("td", cell) for cell in row[1:]])
-        for row in rows(comparison)
+def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Html:
+    """A table that scrolls where it is too wide; each line's first cell is its heading."""
+    head = tag("tr", [tag("th", column, scope="col") for column in columns])
+    body = [
+        tag("tr", tag("th", line[0], scope="row"), [tag("td", cell) for cell in line[1:]])
+        for line in lines
     ]
+    return tag("div", tag("table", tag("thead", head), tag("tbody", body)), class_="scroll")
+
+
+def _cost_section(comparison: Comparison) -> Html:
     confidence = f"{100 * CONFIDENCE:.0f} %"
     explained = (
         f"In brackets: {confidence} intervals over seeds (Student's t; of tokens and ratios on "
@@ -171,11 +215,19 @@ def _table(comparison: Comparison) -> Html:
     return tag(
         "section",
         tag("h2", "What the target costs"),
-        tag("div", tag("table", tag("thead", head), tag("tbody", lines)), class_="scroll"),
+        table(COLUMNS, rows(comparison)),
         [tag("p", note, class_="warning") for note in comparison.notes],
         tag("p", explained, class_="note"),
         id="cost",
     )
+
+
+def _seeds(comparison: Comparison) -> Html:
+    lines = seed_rows(comparison)
+    if len(lines) < 2:
+        return Html("")
+    columns = seed_columns(comparison)
+    return tag("section", tag("h2", "Seed by seed"), table(columns, lines), id="seeds")
 
 
 def _chart(comparison: Comparison) -> Chart:

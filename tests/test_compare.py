@@ -12,7 +12,7 @@ import yaml
 
 from opsd.cli import main
 from opsd.compare import compare, read_runs
-from opsd.compare_page import page, rows
+from opsd.compare_page import page, rows, seed_rows
 from opsd.costs import multiplying_parameters
 from opsd.errors import UserError
 from opsd.ratios import Target, interpolate, over_seeds, ratio
@@ -146,7 +146,11 @@ def test_each_seed_has_its_own_target(tmp_path):
     )
     by_seed = [run["tokens_to_target"] for run in comparison.record()["methods"]["opsd"]["runs"]]
     assert by_seed == [pytest.approx(200), pytest.approx(400), pytest.approx(100), None, None]
-    assert json.dumps(comparison.record()) and "seed by seed" in page(comparison)
+    assert json.dumps(comparison.record()) and "Seed by seed" in page(comparison)
+    lines = seed_rows(comparison)
+    # by the budget, 1600 tokens, OPSD's line is twice as far as at 800 with a 4th of the tokens
+    assert lines[0] == ["0", "20.0 %", "28.0 %", "84.0 %", "200", "10.0 %", "800"]
+    assert lines[3][2:5] == ["–", "100.0 %", "–"] and lines[4][4] == "–"
 
 
 def test_paired_intervals_cover_the_true_ratio(tmp_path):
@@ -278,6 +282,9 @@ def test_the_command_writes_a_table_and_a_page(tmp_path, capsys):
     assert record["baseline"] == "grpo" and [
         run["seed"] for run in record["methods"]["opsd"]["runs"]
     ] == [0, 1]
+    written = (output / "comparison.md").read_text()
+    assert "\n| 1 | 20.0 % | 50.0 % | 71.4 % | 175 | 45.7 % | 350 |\n" in written
+    assert (output / "comparison.png").stat().st_size > 10_000
     text = (output / "comparison.html").read_text()
     assert text.count("<svg") >= 4 and "band series-opsd" in text and "prefers-color-scheme" in text
     assert "https://" not in text and "<script src" not in text
