@@ -9,6 +9,8 @@ from training_cases import quiet, write_model, write_rows
 from opsd import train as training
 from opsd.cli import main
 from opsd.config import load_config
+from opsd.quickstart.recipe import method_config
+from opsd.quickstart.smollm2_recipe import smollm2_recipe
 from opsd.runlog import read_lines
 from opsd.templates import compile_template
 
@@ -116,6 +118,23 @@ def test_an_example_trains(name, files, tmp_path):
     if name == "dapo":
         assert max(line["ratio_clipped_fraction"] for line in lines) > 0
         assert last["informative_groups"] == 1  # or others were drawn
+
+
+def test_the_quickstarts_example_is_what_the_quickstart_runs():
+    example = load_config(EXAMPLES / "smollm2.yaml").model_dump()
+    base = Path("runs/quickstart/base")
+    recipe = smollm2_recipe(seed=0)
+    ran = method_config(recipe, "opsd", base, Path("runs/smollm2"), 0, quiet()).model_dump()
+    differ = {
+        (section, name): (value, ran[section][name])
+        for section, values in example.items()
+        if section != "method"
+        for name, value in values.items()
+        if value != ran[section][name]
+    }
+    # A run that is trained by itself is saved on its way, and asks its teacher at the start.
+    assert differ == {("train", "save_every"): (13, 0), ("eval", "teacher"): (True, False)}
+    assert example["method"] == ran["method"]
 
 
 @pytest.mark.parametrize(
