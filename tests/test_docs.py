@@ -72,6 +72,12 @@ def test_links_lead_somewhere(page, tracked):
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_site_shows_every_page():
+    shown = (ROOT / "mkdocs.yml").read_text()
+    wrong = [page.name for page in (ROOT / "docs").glob("*.md") if page.name not in shown]
+    assert not wrong, f"mkdocs.yml leaves out {wrong}"
+
+
 def test_blocks_name_their_language():
     wrong = [f"{block}: {block.language!r}" for block in BLOCKS if block.language not in LANGUAGES]
     assert not wrong, f"{wrong} must be of {LANGUAGES}"
