@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from opsd.composite import other_linear_layers
 from opsd.errors import UserError
 from opsd.sections import ALL_LINEAR, LoraSection, ModelSection
 
@@ -52,6 +53,7 @@ def add_adapters(model: PreTrainedModel, section: ModelSection) -> PeftModel:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        exclude_modules=other_linear_layers(model) or None,
         task_type="CAUSAL_LM",
         revision=section.revision,
     )

@@ -26,6 +26,7 @@ from opsd.adapters import (
     merge_adapter,
     without_adapters,
 )
+from opsd.composite import freeze_others
 from opsd.errors import UserError
 from opsd.sections import ModelSection
 
@@ -64,10 +65,11 @@ def load_model(
         )
     except _NOT_THERE as error:
         raise _unreachable(section, name, error) from error
-    if len(tokenizer) > model.config.vocab_size:
+    vocabulary = model.config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
         raise UserError(
             f"{name}.path is {section.path!r}: its tokenizer has {len(tokenizer)} tokens, "
-            f"its model only {model.config.vocab_size}"
+            f"its model only {vocabulary}"
         )
     if section.gguf_file:
         # The weights are plain fp32 now, but transformers 5 keeps the file's quantisation in the
@@ -77,6 +79,7 @@ def load_model(
         model.is_quantized = False
     if not placing:
         model = model.to(device)
+    freeze_others(model)
     return contiguous_head(model.eval()), tokenizer
 
 
