@@ -16,6 +16,7 @@ from opsd.checkpoints import checkpoint_bytes
 from opsd.config import Config
 from opsd.errors import UserError
 from opsd.hub import check_hub
+from opsd_kernels import backends
 
 
 def check_machine(config: Config) -> None:
@@ -37,9 +38,39 @@ def check_machine(config: Config) -> None:
     for name in config.output.report_to:
         if not any(map(_installed, LOGGERS[name])):
             raise UserError(f"output.report_to has {name!r}: it needs pip install {name}")
+    _check_attention(config)
+    _check_backend(config)
     check_optimizer(config)
     if config.output.push_to_hub is not None:
         check_hub(config.output.push_to_hub)
+
+
+def _check_attention(config: Config) -> None:
+    if config.model.attention != "flash_attention_2":
+        return
+    if not torch.cuda.is_available():
+        lacks = "it needs a GPU, and there is none; 'sdpa' runs everywhere"
+    elif not _installed("flash_attn"):
+        lacks = "it needs pip install flash-attn; 'sdpa' needs nothing"
+    else:
+        return
+    raise UserError(f"model.attention is 'flash_attention_2': {lacks}")
+
+
+def _check_backend(config: Config) -> None:
+    name = config.loss.backend
+    if name == "auto":
+        return
+    usable = backends()
+    reason = usable[name]
+    if reason is None and name == "cpp" and torch.cuda.is_available():
+        reason = "it serves the CPU, and this run is on a GPU"
+    if reason is not None:
+        others = ", ".join(other for other, lacks in usable.items() if lacks is None)
+        raise UserError(
+            f"loss.backend is {name!r}: it cannot run here ({reason}); 'auto' takes the fastest "
+            f"that can, of {others}"
+        )
 
 
 LOGGERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from statistics import median
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from opsd.checks import check_launcher, check_machine
 from opsd.config import Config
@@ -26,7 +25,7 @@ from opsd.plan.step import Lengths
 from opsd.prompts import Prompts
 from opsd.rewards import Outcome, check_verifier
 from opsd.rollout import check_engine
-from opsd.teacher import check_vocabulary
+from opsd.teacher import check_teacher
 from opsd.train import load_data
 
 SHOWN = 400  # characters of a context
@@ -45,7 +44,7 @@ def dry_run(config: Config, display: Display) -> None:
     rows, held_out = load_data(config)
     student = architecture(config.model)
     tokenizer = load_tokenizer(config.model)
-    _check_teacher(config, tokenizer)
+    check_teacher(config, tokenizer)
     prompts = Prompts(config.prompts, tokenizer)
     limit = window(student)
     rows = fitting_rows(rows, prompts, config, limit, display.note)
@@ -66,20 +65,6 @@ def _device_memory() -> int | None:
     if not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(0).total_memory
-
-
-def _check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    if config.teacher.policy != "model":
-        return
-    section = config.model.model_copy(
-        update={
-            "path": config.teacher.path,
-            "revision": config.teacher.revision,
-            "gguf_file": config.teacher.gguf_file,
-            "lora": None,
-        }
-    )
-    check_vocabulary(tokenizer, load_tokenizer(section, "teacher"), config.teacher.path)
 
 
 def _show_contexts(

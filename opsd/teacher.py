@@ -15,7 +15,8 @@ from opsd.adapters import is_adapted, shared_copy, without_adapters
 from opsd.config import Config
 from opsd.errors import UserError
 from opsd.frugal import offload, quantize
-from opsd.models import copy_model, head_arguments, load_model, whole
+from opsd.models import copy_model, head_arguments, load_model, load_tokenizer, whole
+from opsd.sections import ModelSection
 
 FILE = "teacher.safetensors"
 
@@ -103,15 +104,7 @@ def make_teacher(
             return without_adapters(decoder), None
         copied = copy_model(model, dtype, _first_place(config, decoder))
         return _in_less_memory(config, copied, decoder.device), None
-    section = config.model.model_copy(
-        update={
-            "path": config.teacher.path,
-            "revision": config.teacher.revision,
-            "gguf_file": config.teacher.gguf_file,
-            "lora": None,
-        }
-    )
-    place = _first_place(config, decoder)
+    section, place = teacher_section(config), _first_place(config, decoder)
     teacher, its_tokenizer = load_model(section, place, dtype=dtype, name="teacher")
     check_vocabulary(tokenizer, its_tokenizer, config.teacher.path)
     ours, its = head_arguments(model), head_arguments(teacher)
@@ -121,6 +114,23 @@ def make_teacher(
             f"student's with {ours}; both must be made alike"
         )
     return _in_less_memory(config, teacher.requires_grad_(False).eval(), decoder.device), None
+
+
+def teacher_section(config: Config) -> ModelSection:
+    """Another model that teaches, as `load_model` is asked for it."""
+    teacher = config.teacher
+    its = {"path": teacher.path, "revision": teacher.revision, "gguf_file": teacher.gguf_file}
+    return config.model.model_copy(update={**its, "lora": None})
+
+
+def check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raises UserError where another model is to teach and has another vocabulary; loads tokenizers
+    alone."""
+    if config.teacher.policy != "model":
+        return
+    ours = load_tokenizer(config.model) if tokenizer is None else tokenizer
+    its = load_tokenizer(teacher_section(config), "teacher")
+    check_vocabulary(ours, its, config.teacher.path)
 
 
 def _first_place(config: Config, decoder: PreTrainedModel) -> torch.device:

@@ -43,7 +43,7 @@ from opsd.rollout.client import VLLMServer
 from opsd.rundir import claim_directory, held
 from opsd.runlog import RunLog, read_lines
 from opsd.samples import sample_records
-from opsd.teacher import make_teacher
+from opsd.teacher import check_teacher, make_teacher
 from opsd.trainer import OPSDTrainer
 
 Reward = Callable[[str, str], float]
@@ -78,6 +78,7 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
     if is_graded(config):
         processes.together(lambda: check_verifier(config.loss.reward))
     rows, held_out = processes.together(lambda: load_data(config))
+    processes.together(lambda: check_teacher(config))
     # FSDP2 brings to a GPU what is to be there.
     device = "cpu" if config.train.sharding == "fsdp2" else processes.device
     dtype = weights_dtype(config)

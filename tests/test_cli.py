@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from training_cases import ROWS, short_values, write_model, write_rows
 
@@ -45,6 +46,24 @@ def refused(capsys, *arguments) -> str:
     assert "Traceback" not in error
     assert len(lines) == 1 and lines[0].startswith("opsd: "), error
     return lines[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU can")
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("loss.backend=cuda", "loss.backend is 'cuda': it cannot run here ("),
+        ("model.attention=flash_attention_2", "model.attention is 'flash_attention_2': it needs"),
+        ("train.prefix_kernel=flash", "train.prefix_kernel is 'flash': it needs a GPU"),
+        ("rollout.engine=vllm", "rollout.engine is 'vllm'"),
+        ("model.lora={quantize: nf4}", "model.lora.quantize is 'nf4'"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_before_the_weights(
+    override, wanted, config, capsys, monkeypatch
+):
+    monkeypatch.setattr("opsd.train.load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert wanted in refused(capsys, "train", config, override)
 
 
 # Config and data, each by an override.

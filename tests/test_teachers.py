@@ -198,7 +198,8 @@ def other_vocabulary(directory: Path) -> Path:
     return directory
 
 
-def test_a_teacher_of_another_vocabulary_is_one_line(files, tmp_path, capsys):
+def test_a_teacher_of_another_vocabulary_is_one_line(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("opsd.train.load_model", lambda *_, **__: pytest.fail("loaded"))
     config = short_config(
         *files,
         tmp_path / "run",
