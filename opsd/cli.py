@@ -162,7 +162,7 @@ class _ConfigHelp(argparse.RawDescriptionHelpFormatter):
             if section != last:
                 lines.append(f"\n  {section or '(top)'}:")
                 last = section
-            default = default if len(default) <= 40 else "see docs"
+            default = default if len(default) <= 40 else "see docs/options.md"
             lines.append(f"    {name}  [{default!s}]\n        {text}")
         return "\n".join(lines) + "\n"
 
