@@ -1,5 +1,5 @@
-"""What mkdocs needs beside the pages: README, CONTRIBUTING and CHANGELOG as pages of the site, and
-each source file that a page links to as a page with its code.
+"""What mkdocs needs beside the pages: README and its neighbours as pages of the site, and each
+source file that a page links to as a page with its code.
 
 The Markdown stays as it is, readable where it lies; links are rewritten for the site only.
 """
@@ -11,8 +11,7 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
-OUTSIDE["CHANGELOG.md"] = "changelog.md"
+OUTSIDE = {path.name: path.name.lower() for path in ROOT.glob("*.md")} | {"README.md": "index.md"}
 LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".cu": "cuda", ".yaml": "yaml"}
 LINK = re.compile(r"(\]\()([^()\s:#]+)((?:#[^()\s]*)?\))")
 
