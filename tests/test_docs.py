@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from markdown import PAGES, ROOT, Block, anchors, blocks, inline_code, links, name
+from markdown_pages import PAGES, ROOT, Block, anchors, blocks, inline_code, links, name
 from pydantic import ValidationError
 from training_cases import write_model
 

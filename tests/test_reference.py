@@ -6,7 +6,7 @@ import doctest
 import importlib
 
 import pytest
-from markdown import ROOT
+from markdown_pages import ROOT
 
 PACKAGES = ("opsd", "opsd_kernels")
 EXAMPLES = [

@@ -4,7 +4,7 @@ import ast
 from functools import cache
 
 import pytest
-from markdown import ROOT, prose
+from markdown_pages import ROOT, prose
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 QUOTED = [line[5:-1] for line in prose(PAGE) if line.startswith("### `")]
