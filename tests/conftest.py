@@ -4,6 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+# As opsd/cli.py has it, and for its reason; read when torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import torch
 from hypothesis import settings
 
