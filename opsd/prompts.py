@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from opsd.data import Row
 from opsd.errors import UserError
 from opsd.sections import PromptsSection
-from opsd.templates import ROLLOUT_NAMES, compile_template, names, over_rollouts
+from opsd.templates import ROLLOUT_NAMES, compile_template, fill_in, names, over_rollouts
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,9 @@ class Prompts:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **arguments
             )
-        except TemplateError as error:  # such as one that takes no system message
+        except (
+            Exception
+        ) as error:  # such as one that takes no system message; it can raise anything
             raise UserError(f"model.path has a chat template that refuses: {error}") from None
         return text + getattr(self.section, f"{role}_prefill")
 
@@ -109,7 +110,7 @@ class Prompts:
             **more,
         }
         try:
-            return self._templates[name].render(values)
+            return fill_in(self._templates[name], values)
         except Exception as error:  # a template's expressions can raise anything, as 1 / 0 does
             raise UserError(
                 f"prompts.{name} cannot be filled in: {error}; columns: {', '.join(sorted(values))}"
