@@ -43,18 +43,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if said_elsewhere(error):
             time.sleep(2)  # launchers end all processes with the first
             return 1
-        print(f"opsd: {error}", file=sys.stderr)
+        _complain(str(error))
         return 1
     except OSError as error:
         if parsed.debug:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"opsd: {error.strerror or error}{where}", file=sys.stderr)
+        _complain(f"{error.strerror or error}{where}")
         return 1
+
+
+def _complain(message: str) -> None:
+    """One line on stderr. What it quotes may come from a stranger's file, and must not move the
+    terminal's cursor."""
+    printable = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    print(f"opsd: {''.join(printable)}", file=sys.stderr)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     top = parser()
+    for word in sys.argv[1:] if arguments is None else arguments:
+        if "\0" in word:
+            top.error(f"{word!r} holds a NUL character")
     parsed, rest = top.parse_known_args(arguments)
     # argparse takes no more overrides once an option has followed the config.
     if rest and (
@@ -177,8 +187,8 @@ def _quickstart(parsed: argparse.Namespace) -> None:
             raise UserError(f"--{name} is {value}: it must be at least 1")
     if parsed.tiny and parsed.model:
         raise UserError("--model and --tiny exclude each other: --tiny makes its own model")
-    if parsed.seed < 0:
-        raise UserError(f"--seed is {parsed.seed}: it must be at least 0")
+    if not 0 <= parsed.seed < 2**32:
+        raise UserError(f"--seed is {parsed.seed}: it must be at least 0 and at most {2**32 - 1}")
     if parsed.voice not in VOICES:
         raise UserError(f"--voice is {parsed.voice!r}: it must be one of {', '.join(VOICES)}")
     if parsed.tiny and parsed.voice != "words":

@@ -266,8 +266,10 @@ def _seed_run(path: Path, run: Run, summary: Record) -> SeedRun:
 def _config(path: Path) -> Record:
     import yaml
 
+    from opsd.safe_yaml import load_yaml
+
     try:
-        found = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        found = load_yaml((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}

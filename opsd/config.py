@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from opsd import combinations
 from opsd.errors import UserError
+from opsd.safe_yaml import load_yaml, read_yaml
 from opsd.sections import (
     DataSection,
     EvalSection,
@@ -27,6 +28,9 @@ from opsd.sections import (
     TeacherSection,
     TrainSection,
 )
+
+SHOWN = 300  # characters of a value in a message
+SHOWN_PROBLEMS = 10  # of one config
 
 
 class Config(Section):
@@ -56,16 +60,11 @@ class Config(Section):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.field=value` overrides, and check the result.
 
-    Raises UserError: file missing, not YAML, unknown keys (with the nearest name), wrong types or
-    values.
+    Raises UserError: file missing, not YAML, a key twice, unknown keys (with the nearest name),
+    wrong types or values.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"CONFIG is {str(path)!r}: no such file")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(
             f"{path} holds {type(values).__name__}: it must hold sections such as model: and data:"
@@ -95,7 +94,7 @@ def parse_config(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(explain(problem, Config) for problem in error.errors())) from None
+        raise UserError(explain_all(error, Config)) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -147,9 +146,18 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"override is {override!r}: {key!r} is not a section")
     try:
-        values[keys[-1]] = yaml.safe_load(text)
+        values[keys[-1]] = load_yaml(text)
     except yaml.YAMLError:
         values[keys[-1]] = text
+
+
+def explain_all(error: ValidationError, model: type[Section]) -> str:
+    """What pydantic has found, as sentences; of many problems the first."""
+    problems = error.errors()
+    said = [explain(problem, model) for problem in problems[:SHOWN_PROBLEMS]]
+    if len(problems) > SHOWN_PROBLEMS:
+        said.append(f"and {len(problems) - SHOWN_PROBLEMS} more")
+    return "; ".join(said)
 
 
 def explain(problem: Any, model: type[Section]) -> str:
@@ -167,7 +175,12 @@ def explain(problem: Any, model: type[Section]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not name:
         return message
-    return f"{name} is {problem['input']!r}: {message[0].lower() + message[1:]}"
+    return f"{name} is {_short(problem['input'])}: {message[0].lower() + message[1:]}"
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 1]}…"
 
 
 def _known(location: Sequence[str], model: Any) -> list[str]:

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
-from opsd.config import Config, parse_config, save_config
+from opsd.config import Config, load_config, save_config
 from opsd.errors import UserError
 
 CONFIG = "config.yaml"
@@ -106,6 +104,6 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 def _same(path: Path, config: Config) -> bool:
     try:
-        return parse_config(yaml.safe_load(path.read_text())) == config
-    except (UserError, yaml.YAMLError):
+        return load_config(path) == config
+    except UserError:
         return False

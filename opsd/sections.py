@@ -23,14 +23,55 @@ TEACHER_TEMPLATE = (
 ALL_LINEAR = "all-linear"
 
 
+SEEDS = 2**32
+"""numpy, which Trainer seeds, takes no larger ones."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _check_plain(cls, value: Any) -> Any:
+        _check_plain(value)
+        return value
+
+
+def _check_plain(value: Any) -> None:
+    """Refuse what no file name, tokenizer or 64-bit machine takes, in lists and mappings too."""
+    if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError("text may hold no NUL character")
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("text may hold no half of a surrogate pair")
+    elif isinstance(value, int):
+        if abs(value) >= 2**63:
+            raise ValueError("whole numbers must be less than 2**63")
+    elif isinstance(value, list):
+        for one in value:
+            _check_plain(one)
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            _check_plain(key)
+            _check_plain(one)
+    elif not isinstance(value, float | BaseModel | None):
+        raise ValueError(
+            f"it holds a {type(value).__name__}; values are text, numbers, lists and mappings"
+        )
+
+
+OURS = frozenset(
+    "tokenize add_generation_prompt continue_final_message conversation messages return_dict "
+    "return_tensors return_assistant_tokens_mask tokenizer_kwargs padding truncation "
+    "max_length".split()
+)
+"""Chat-template arguments that decide what a context is, and are not the template's own."""
 
 
 class LoraSection(Section):
     """Low-rank adapters, trained in the place of the weights. Off unless the section is there."""
 
-    rank: int = Field(64, ge=1, description="Rank of the adapters.")
+    rank: int = Field(64, ge=1, le=1 << 16, description="Rank of the adapters.")
     alpha: float = Field(128, gt=0, description="The adapters' output counts alpha ÷ rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
     targets: list[str] = Field(
@@ -87,7 +128,9 @@ class DataSection(Section):
     )
     split: str = Field("train", description="Split of a dataset that has several.")
     limit: int | None = Field(None, ge=1, description="Use at most this many rows.")
-    size: int | None = Field(None, ge=1, description="reasoning_gym: how many problems to draw.")
+    size: int | None = Field(
+        None, ge=1, le=10_000_000, description="reasoning_gym: how many problems to draw."
+    )
     options: dict[str, Any] = Field({}, description="reasoning_gym: the task's own options.")
 
 
@@ -126,6 +169,13 @@ class PromptsSection(Section):
         description="A row whose context and rollout do not fit the model's window: stop, or "
         "leave it out and count it.",
     )
+
+    @field_validator("student_chat", "teacher_chat")
+    @classmethod
+    def _check_chat(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name in OURS & arguments.keys():
+            raise ValueError(f"{name!r} is set by opsd, and is no argument of a chat template's")
+        return arguments
 
 
 class TeacherSection(Section):
@@ -431,7 +481,7 @@ class TrainSection(Section):
         description="A step whose loss or gradient is not finite: stop, or leave it out and go on; "
         "its batch is kept for `opsd replay`.",
     )
-    seed: int = Field(0, ge=0, description="Seed of data order and sampling.")
+    seed: int = Field(0, ge=0, lt=SEEDS, description="Seed of data order and sampling.")
     save_every: int = Field(
         0, ge=0, description="Checkpoint each so many steps; 0: only at the end."
     )

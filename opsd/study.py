@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from opsd.config import explain, load_config
+from opsd.config import explain_all, load_config
 from opsd.display import Display
 from opsd.doctor import usable_cores
 from opsd.errors import UserError
+from opsd.safe_yaml import read_yaml
 from opsd.sections import Section
 
 Voice = Literal["words", "own", "terse", "markdown"]
@@ -122,12 +122,9 @@ class Job:
 def load_study(path: Path) -> Study:
     """Reads a study file. Raises UserError: not YAML, unknown keys, wrong values."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        study = Study.model_validate(values)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        study = Study.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise UserError("; ".join(explain(problem, Study) for problem in error.errors())) from None
+        raise UserError(explain_all(error, Study)) from None
     if study.quickstart == "tiny" and study.voices != ["words"]:
         raise UserError(f"voices is {study.voices}: the tiny worksheets have only one voice")
     if study.variants and (len(study.solutions), len(study.voices)) != (1, 1):

@@ -267,8 +267,10 @@ def _config_value(config: str | None, *keys: str) -> Any:
     """A value in the resolved config; None where there is none or it is no YAML."""
     import yaml
 
+    from opsd.safe_yaml import load_yaml
+
     try:
-        found = yaml.safe_load(config or "")
+        found = load_yaml(config or "")
     except yaml.YAMLError:
         return None
     for key in keys:
