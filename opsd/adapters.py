@@ -23,13 +23,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opsd.composite import other_linear_layers
-from opsd.errors import UserError
+from opsd.errors import UserError, in_short
 from opsd.sections import ALL_LINEAR, LoraSection, ModelSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -176,20 +177,25 @@ def base_of(path: str | Path) -> tuple[str, str | None] | None:
     if not file.is_file():
         return None
     try:
-        saved = json.loads(file.read_text())
-        return saved["base_model_name_or_path"], saved.get("revision")
-    except (ValueError, KeyError, UnicodeDecodeError):
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        base = saved["base_model_name_or_path"]
+        if not isinstance(base, str):
+            raise TypeError
+        return base, saved.get("revision")
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"{file} does not say which model it adapts") from None
 
 
 def merge_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     """The model with the adapter in `path` added to its weights, in place."""
     peft = import_peft()
+    if not (Path(path) / WEIGHTS).is_file():  # peft would take a pickle, or ask the hub
+        raise UserError(f"the adapter in {str(path)!r} has no weights as safetensors ({WEIGHTS})")
     try:
         return peft.PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    except (ValueError, OSError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"the adapter in {str(path)!r} does not fit its model: {first}") from error
+    except Exception as error:  # whatever damaged files provoke
+        said = in_short(error)
+        raise UserError(f"the adapter in {str(path)!r} does not fit its model: {said}") from error
 
 
 def four_bits(dtype: torch.dtype) -> object:

@@ -89,7 +89,9 @@ def context_lengths(path: Path, run: Run, config: Record) -> tuple[float | None,
 
     try:
         section = PromptsSection(**(config.get("prompts") or {}))
-        prompts = Prompts(section, AutoTokenizer.from_pretrained(path / "model"))
+        prompts = Prompts(
+            section, AutoTokenizer.from_pretrained(path / "model", trust_remote_code=False)
+        )
         rows = {
             sample["problem"]: Row(
                 *(str(sample.get(name) or "") for name in ("problem", "solution", "answer")),

@@ -160,11 +160,20 @@ def _row(
                 raise UserError(_missing_column(name, column, record, number, source, section))
             problem = "empty" if value is None or isinstance(value, str) else _kind(value)
             raise UserError(f"{where} has no text in column {column!r} ({name}): it is {problem}")
+        if text and not value.isascii() and _has_half_pair(value):
+            raise UserError(
+                f"{where}: column {column!r} ({name}) holds half of a surrogate pair, which is no "
+                "character and cannot be tokenised"
+            )
         values[name] = value if text else ""
     values["answer"] = _final_answer(values["answer"])
     if "answer" in must and not values["answer"]:
         raise UserError(f"{where}: column {theirs['answer']!r} (answer) names no final answer")
     return Row(**values, columns=record)
+
+
+def _has_half_pair(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _final_answer(answer: str) -> str:
@@ -261,10 +270,12 @@ def _json_file(path: Path, section: str) -> Iterator[Any]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _json_line(line, number, path, section)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{section}.source: {str(path)!r} is not valid JSON: {error}") from error
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
         raise UserError(f"{section}.source: {str(path)!r} is not UTF-8 text: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{section}.source: {str(path)!r} is not valid JSON: {error}") from error
     except OSError as error:
         raise UserError(f"{section}.source: {str(path)!r} cannot be read: {error}") from error
 
@@ -279,6 +290,10 @@ def _json_line(line: str, number: int, path: Path, section: str) -> Any:
         raise UserError(
             f"{section}.source: line {number} of {str(path)!r} is not valid JSON ({error.msg} at "
             f"column {error.colno}); expected {expected}"
+        ) from error
+    except (ValueError, RecursionError) as error:  # an endless number, or nesting without end
+        raise UserError(
+            f"{section}.source: line {number} of {str(path)!r} cannot be read ({error})"
         ) from error
 
 

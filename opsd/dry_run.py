@@ -16,7 +16,7 @@ from opsd.data import Row
 from opsd.display import Display
 from opsd.errors import UserError
 from opsd.fitting import answer_tokens, different_endings, fitting_rows, trained_roles
-from opsd.models import load_tokenizer, window
+from opsd.models import check_directory, load_tokenizer, window
 from opsd.needs import is_graded, uses_teacher_prompt
 from opsd.plan.architectures import architecture
 from opsd.plan.command import show_plan
@@ -42,6 +42,7 @@ def dry_run(config: Config, display: Display) -> None:
     if is_graded(config):
         check_verifier(config.loss.reward)
     rows, held_out = load_data(config)
+    check_directory(config.model)
     student = architecture(config.model)
     tokenizer = load_tokenizer(config.model)
     check_teacher(config, tokenizer)

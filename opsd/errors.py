@@ -2,9 +2,18 @@
 
 import os
 
+LONGEST = 300  # characters that are quoted of another library's error
+
 
 class UserError(ValueError):
     """What the user can put right: the message names the field, the value, what is allowed."""
+
+
+def in_short(error: BaseException) -> str:
+    """What another library's error is and says, on one line of some length."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= LONGEST else f"{said[: LONGEST - 1]}…"
+    return f"{type(error).__name__}: {said}".rstrip(": ")
 
 
 def said_elsewhere(error: BaseException) -> bool:

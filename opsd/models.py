@@ -1,12 +1,12 @@
 """Loading a causal language model and its tokenizer, and what training must know of it."""
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +27,7 @@ from opsd.adapters import (
     without_adapters,
 )
 from opsd.composite import freeze_others
-from opsd.errors import UserError
+from opsd.errors import UserError, in_short
 from opsd.sections import ModelSection
 
 
@@ -56,15 +56,22 @@ def load_model(
         placing = {"quantization_config": four_bits(dtype), "device_map": {"": device}}
     tokenizer = load_tokenizer(section, name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             section.path,
+            output_loading_info=True,
             dtype=dtype,
             attn_implementation=section.attention,
+            use_safetensors=None if section.gguf_file else True,  # a pickle may run anything
             **_source(section),
             **placing,
         )
-    except _NOT_THERE as error:
+    except Exception as error:  # whatever files that are not there, or damaged, provoke
         raise _unreachable(section, name, error) from error
+    if absent := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
+        raise UserError(  # transformers would draw them at random, and say so in its log
+            f"{name}.path is {section.path!r}: {len(absent)} of the weights that its config.json "
+            f"asks for are not there, or of another shape ({absent[0]})"
+        )
     vocabulary = model.config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         raise UserError(
@@ -83,9 +90,6 @@ def load_model(
     return contiguous_head(model.eval()), tokenizer
 
 
-_NOT_THERE = (OSError, ValueError, ImportError, SafetensorError)
-
-
 def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedTokenizerBase:
     """The model's tokenizer alone. Raises UserError where there is none, or it ends no rollout."""
     if (base := base_of(section.path)) is not None:
@@ -93,7 +97,7 @@ def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedToke
     check_directory(section, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.path, **_source(section))
-    except _NOT_THERE as error:
+    except Exception as error:  # the same
         raise _unreachable(section, name, error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -110,10 +114,14 @@ def _source(section: ModelSection) -> dict[str, Any]:
 
 
 def _unreachable(section: ModelSection, name: str, error: Exception) -> UserError:
-    first = str(error).strip().splitlines()[0]
+    where = f"{name}.path is {section.path!r}"
+    said = in_short(error)
+    if "custom code" in said or "trust_remote_code" in said:
+        return UserError(f"{where}: {name}.trust_remote_code is false, and it has code ({said})")
+    if Path(section.path).exists():
+        return UserError(f"{where}: it cannot be loaded ({said})")
     return UserError(
-        f"{name}.path is {section.path!r}: neither a model directory nor a hub model that can be "
-        f"reached ({first})"
+        f"{where}: neither a model directory nor a hub model that can be reached ({said})"
     )
 
 
@@ -128,6 +136,24 @@ def check_directory(section: ModelSection, name: str = "model") -> None:
         hint = ", ".join(file.name for file in sorted(path.glob("*.gguf")))
         hint = f"; for a GGUF file set {name}.gguf_file ({hint})" if hint else ""
         raise UserError(f"{name}.path is {section.path!r}: a directory without config.json{hint}")
+    check_json(path / "generation_config.json", name)
+    if not section.gguf_file and not any(path.glob("*.safetensors*")):
+        for pickled in path.glob("pytorch_model*.bin"):
+            raise UserError(
+                f"{name}.path is {section.path!r}: its weights are a pickle ({pickled.name}), "
+                "which may run anything when it is read; save them as safetensors"
+            )
+
+
+def check_json(file: Path, name: str) -> None:
+    """Raises UserError for a damaged file; transformers passes over it without a word, and what
+    ends an answer is lost."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}.path: {str(file)!r} is not JSON ({in_short(error)})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{name}.path: {str(file)!r} is not a JSON object")
 
 
 def contiguous_head(model: PreTrainedModel) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from torch import nn
 from opsd.adapters import add_adapters
 from opsd.config import parse_config
 from opsd.display import Display
-from opsd.errors import UserError
+from opsd.errors import UserError, in_short
 from opsd.failures import samples_of
 from opsd.models import load_model
 from opsd.objectives import Sample, Totals
@@ -47,8 +47,9 @@ def replay(path: Path, display: Display) -> list[Replayed]:
     try:
         failed = torch.load(path, map_location="cpu", weights_only=True)
         config, samples = parse_config(failed["config"]), samples_of(failed)
-    except (RuntimeError, KeyError, TypeError, EOFError, OSError) as error:
-        raise UserError(f"FILE is {str(path)!r}: not a failed step's ({error})") from None
+    except Exception as error:  # a pickle that asks for more than tensors, or no such file at all
+        said = in_short(error)
+        raise UserError(f"FILE is {str(path)!r}: not a failed step's ({said})") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with display.stage(f"Load {config.model.path}"):
         model, tokenizer = load_model(config.model, device, dtype=weights_dtype(config))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from opsd.adapters import base_of
-from opsd.errors import UserError
+from opsd.errors import UserError, in_short
 from opsd.models import load_model
 from opsd.sections import ModelSection
 
@@ -40,13 +40,15 @@ class Subject:
         if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
             raise UserError(f"MODEL is {path!r}: {base!r} is a directory without config.json")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.config = AutoConfig.from_pretrained(base, revision=revision)
-        except (OSError, ValueError, ImportError) as error:
-            first = str(error).strip().splitlines()[0]
+            # False: None would ask in the terminal whether to run a repository's code.
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self.config = AutoConfig.from_pretrained(
+                base, revision=revision, trust_remote_code=False
+            )
+        except Exception as error:  # whatever files that are not there, or damaged, provoke
             raise UserError(
                 f"MODEL is {path!r}: neither a model directory nor a hub model that can be reached "
-                f"({first})"
+                f"({in_short(error)})"
             ) from error
         cuda = torch.cuda.is_available()
         self.device = f"cuda:{local_rank % torch.cuda.device_count()}" if cuda else "cpu"

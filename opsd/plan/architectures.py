@@ -8,7 +8,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
-from opsd.errors import UserError
+from opsd.errors import UserError, in_short
 from opsd.sections import ModelSection
 
 _QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
@@ -53,12 +53,11 @@ def architecture(section: ModelSection, name: str = "model") -> PreTrainedConfig
         cached = _cached(section)
         if cached is not None:
             return AutoConfig.from_pretrained(cached, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        first = str(error).strip().splitlines()[0]
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged file provokes
         raise UserError(
-            f"{name}.path is {section.path!r}: not a model's config ({first})"
+            f"{name}.path is {section.path!r}: not a model's config ({in_short(error)})"
         ) from error
     found = _known(section.path)
     if found is None:

@@ -182,7 +182,7 @@ def _with_layers(architecture: PreTrainedConfig, count: int) -> PreTrainedConfig
     text = short.get_text_config()
     text.num_hidden_layers = count
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:count]
+        text.layer_types = (text.layer_types * count)[:count]
     return short
 
 
