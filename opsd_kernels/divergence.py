@@ -66,6 +66,14 @@ class Clip:
           jsd          S (q - sum S q),  q = m (1-b)(log S - log M)
 
     The threshold is in nats. Raises ValueError for another kind, or a threshold of 0 or less.
+
+    >>> import torch
+    >>> from opsd_kernels import linear_divergence
+    >>> student, teacher, head = torch.zeros(2, 4), torch.tensor([1.0, 3.0]), torch.eye(5, 4)
+    >>> teacher = teacher[:, None].expand(2, 4)
+    >>> bounded = linear_divergence(student, teacher, head, clip=Clip("token", 0.1))
+    >>> bounded.per_token, bounded.loss, bounded.clipped_fraction
+    (tensor([0.0509, 0.1739]), tensor(0.0755), tensor(0.5000))
     """
 
     kind: str
