@@ -121,7 +121,8 @@ def _unreachable(section: ModelSection, name: str, error: Exception) -> UserErro
     if Path(section.path).exists():
         return UserError(f"{where}: it cannot be loaded ({said})")
     return UserError(
-        f"{where}: neither a model directory nor a hub model that can be reached ({said})"
+        f"{name}.path is {section.path!r}: neither a model directory nor a hub model that can be "
+        f"reached ({said})"
     )
 
 
