@@ -6,6 +6,9 @@ from pathlib import Path
 
 # As opsd/cli.py has it, and for its reason; read when torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# `pytest -n 2`: a core for each, or all of them start threads for all cores. Read when torch loads.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from hypothesis import settings
