@@ -4,7 +4,9 @@ import pytest
 import torch
 from kernel_cases import BACKENDS, DIVERGENCES, check, make
 
-from opsd_kernels import linear_divergence, linear_log_prob, plan
+from opsd_kernels import Divergence, linear_divergence, linear_log_prob, plan, reference
+
+INFINITE = (("forward_kl", "student"), ("reverse_kl", "teacher"))
 
 
 @pytest.fixture(autouse=True, params=[None, 5000], ids=["default", "tiles"])
@@ -57,6 +59,35 @@ class TestEdges:
             g_padded, torch.autograd.grad(loss, (case.student, case.weight)), strict=True
         ):
             torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
+
+    @pytest.mark.parametrize("role", ["student", "teacher"])
+    def test_entries_that_one_role_rules_out(self, backend, divergence, role):
+        """As in fp64: an infinite divergence where the other role gives them probability, and in
+        the gradient no NaN that is not there."""
+        case = make(4, 300, 8, divergence=divergence).require_grad()
+        exact = case.to(torch.float64).require_grad()
+        bias = torch.zeros(300)
+        bias[200:] = -torch.inf
+        biases = [bias, torch.zeros(300)][:: 1 if role == "student" else -1]
+        loss = linear_divergence(
+            *(case.student, case.teacher, case.weight),
+            **dict(zip(("bias", "teacher_bias"), biases, strict=True)),
+            divergence=divergence,
+            backend=backend,
+        ).loss
+        truth = reference.linear_divergence(
+            *(exact.student, exact.teacher, exact.weight, exact.weight),
+            **{n: b.double() for n, b in zip(("bias", "teacher_bias"), biases, strict=True)},
+            divergence=Divergence(divergence),
+        )
+        assert truth.isinf() == ((divergence, role) in INFINITE)
+        torch.testing.assert_close(loss.double(), truth)
+        for x, y in zip(
+            torch.autograd.grad(loss, (case.student, case.weight)),
+            torch.autograd.grad(truth, (exact.student, exact.weight)),
+            strict=True,
+        ):
+            torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-6, equal_nan=True)
 
     def test_huge_logits(self, backend, divergence):
         """+-1e4, from integers, so that the logits are exact in fp32 and only the statistics can

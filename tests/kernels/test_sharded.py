@@ -124,6 +124,25 @@ def different_tokens(rank: int, ranks: int) -> None:
         linear_divergence(case.student, case.teacher, case.weight, process_group=dist.group.WORLD)
 
 
+def nothing_to_do(rank: int, ranks: int) -> None:
+    """No tokens, none that counts, and one that must not leak: zeros, and no rank waits."""
+    targets, weight = torch.zeros(N, dtype=torch.long), shard(torch.randn(V, D), rank, ranks)
+    for n, token_weight in ((0, None), (N, torch.zeros(N)), (N, (torch.arange(N) != 3).float())):
+        student, teacher = torch.randn(n, D), torch.randn(n, D)
+        student[3:4] = torch.nan
+        student.requires_grad_()
+        for clip in CLIPS:
+            options = {"token_weight": token_weight, "process_group": dist.group.WORLD}
+            result = linear_divergence(student, teacher, weight, clip=clip, **options)
+            log_prob = linear_log_prob(student, weight, targets[:n], **options).log_prob
+            (result.loss + log_prob.sum()).backward()
+        counts = n > 0 and bool(token_weight.any())
+        assert result.loss.isfinite() and bool(result.loss != 0) == counts
+        for x in (student, weight):
+            assert x.grad.isfinite().all() and bool(x.grad.any()) == (counts and x.numel() > 0)
+            x.grad = None
+
+
 # --- DTensor: FSDP2's shards, every rank with tokens of its own ---
 
 
@@ -133,7 +152,7 @@ def fsdp(rank: int, ranks: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (ranks,))
-    tokens = [torch.randn(5 + 3 * r, D) for r in range(ranks)]
+    tokens = [torch.randn((5, 0, 8)[r], D) for r in range(ranks)]  # one has none
     targets = [torch.randint(0, V, (len(x),)) for x in tokens]
     weights = [torch.rand(len(x)) * (torch.arange(len(x)) != 1) for x in tokens]
 
@@ -149,7 +168,7 @@ def fsdp(rank: int, ranks: int) -> None:
         )
         log_prob = linear_log_prob(h, head if trainable else head.detach(), targets[r])
         numbers = (divergence.per_token, divergence.clipped_fraction, log_prob.entropy)
-        return divergence.loss + (r + 1) * log_prob.log_prob.mean(), numbers
+        return divergence.loss + (r + 1) * log_prob.log_prob.sum(), numbers
 
     for trainable in (True, False):
         torch.manual_seed(1)
@@ -207,7 +226,14 @@ def tensor_parallel(rank: int, ranks: int) -> None:
             linear_divergence(student, case.teacher, *wrong)
 
 
-WORK = (divergence_of_shards, log_prob_of_shards, different_tokens, fsdp, tensor_parallel)
+WORK = (
+    divergence_of_shards,
+    log_prob_of_shards,
+    different_tokens,
+    nothing_to_do,
+    fsdp,
+    tensor_parallel,
+)
 
 
 @pytest.mark.parametrize("ranks", SIZES)
