@@ -6,12 +6,42 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from opsd.config import Config, load_config, save_config
 from opsd.errors import UserError
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
+
+MAY_CHANGE = (
+    "train.token_budget",
+    "train.micro_batch_tokens",
+    "train.share_prefixes",
+    "train.prefix_kernel",
+    "train.gradient_checkpointing",
+    "train.not_finite",
+    "train.save_every",
+    "train.save_total_limit",
+    "train.collapse",
+    "loss.backend",
+    "loss.memory_budget",
+    "rollout.batch_size",
+    "rollout.gpu_memory",
+    "rollout.server",
+    "rollout.server_timeout",
+    "rollout.server_patience",
+    "rollout.weights_dir",
+    "eval.every",
+    "eval.batch_size",
+    "eval.samples",
+    "output",
+)
+"""Fields, and sections, that a run that goes on may have otherwise: they say where and in what
+pieces it computes, how long, and what is written, not what is learnt. train.steps is one where the
+learning rate does not depend on it."""
+
+NAMED = 3  # fields in a message
 
 
 @contextmanager
@@ -66,10 +96,11 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
                 f"output.dir is {str(directory)!r}: it holds files that are not a run's; "
                 "choose another"
             )
-        if not _same(mine, config):
+        changed = _changed(mine, config)
+        if changed:
             raise UserError(
                 f"output.dir is {str(directory)!r}: it belongs to a run with another config "
-                "(see its config.yaml); choose another directory"
+                f"({'; '.join(changed)}); choose another directory"
             )
         if not resume:
             raise UserError(
@@ -78,7 +109,6 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
             )
         for left in directory.glob("*.part"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        return last_checkpoint(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_config(config, part(mine))
@@ -87,7 +117,7 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
         raise UserError(
             f"output.dir is {str(directory)!r}: cannot write there ({error.strerror})"
         ) from None
-    return None
+    return last_checkpoint(directory)
 
 
 def part(path: Path) -> Path:
@@ -102,8 +132,28 @@ def last_checkpoint(directory: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 
-def _same(path: Path, config: Config) -> bool:
+def _changed(path: Path, config: Config) -> list[str]:
+    """What this config says otherwise than the one in the file, of what may not change."""
     try:
-        return load_config(path) == config
+        there = _flat(load_config(path).model_dump())
     except UserError:
-        return False
+        return [f"{path.name} there cannot be read"]
+    here = _flat(config.model_dump())
+    free = MAY_CHANGE + (("train.steps",) if config.train.schedule == "constant" else ())
+    found = [
+        f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+        and not any(name == field or name.startswith(f"{field}.") for field in free)
+    ]
+    more = [f"{len(found) - NAMED} more"] if len(found) > NAMED else []
+    return found[:NAMED] + more
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, of dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found

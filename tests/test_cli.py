@@ -17,6 +17,7 @@ from training_cases import ROWS, short_values, write_model, write_rows
 from opsd.cli import main
 from opsd.config import Config
 from opsd.quickstart.recipe import merge
+from opsd.runlog import read_lines
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,7 +86,8 @@ def test_the_output_directory_is_respected(config, tmp_path, capsys):
     assert "0.000 before, 0.000 after" in capsys.readouterr().out
     weights = (run / "model" / "model.safetensors").read_bytes()
     assert "--resume" in refused(capsys, "train", config)
-    assert "another config" in refused(capsys, "train", config, "train.seed=5", "--resume")
+    line = refused(capsys, "train", config, "train.seed=5", "--resume")
+    assert "another config (train.seed is 0 there, 5 here)" in line
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
@@ -107,6 +109,31 @@ def test_a_refused_config_can_be_mended_and_run(config, tmp_path, capsys):
     assert "rws.jsonl" in refused(capsys, "train", config)
     config.write_text(good)
     assert main(["train", str(config)]) == 0
+
+
+def test_fields_that_may_change_exist():
+    from opsd.config import describe
+    from opsd.rundir import MAY_CHANGE
+
+    fields = {f"{section}.{name}" for section, name, *_ in describe()} | {"output"}
+    assert all(any(f"{f}.".startswith(f"{m}.") for f in fields) for m in MAY_CHANGE)
+
+
+def test_a_run_goes_on_with_what_its_own_messages_advise(config, tmp_path, capsys):
+    """Smaller micro-batches, steps left out, another server; and with more steps."""
+    run, base = tmp_path / "run", ["train.save_every=1", "eval.problems=0"]
+    assert main(["train", str(config), *base]) == 0
+    advised = ["train.micro_batch_tokens=64", "train.not_finite=skip", "train.steps=3"]
+    assert "--resume" in refused(capsys, "train", config, *base, *advised)
+    assert main(["train", str(config), *base, *advised, "--resume"]) == 0
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 3]
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["train"]["micro_batch_tokens"] == 64 and saved["train"]["steps"] == 3
+    line = refused(capsys, "train", config, *base, *advised, "--resume", "rollout.top_k=3")
+    assert "another config (rollout.top_k is 0 there, 3 here)" in line
+    linear = ["--resume", "train.schedule=linear", "train.steps=9"]
+    line = refused(capsys, "train", config, *base, *linear)
+    assert "train.steps is 3 there, 9 here" in line and "train.schedule" in line
 
 
 def test_overrides_may_stand_on_both_sides_of_an_option(config, tmp_path):
