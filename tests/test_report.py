@@ -245,6 +245,34 @@ def test_the_style_names_only_what_the_page_has():
         assert known in text if "{" in known else re.search(rf"\b{known}\b", text), name
 
 
+def test_what_a_step_costs_and_what_has_collapsed(single):
+    lines = [
+        {"step": s, "method": "opsd", "loss": 1.0, "pass_at_k": 0.25, "correct_fraction": 0.125,
+         "rollout_seconds": 3.0 * s, "backward_seconds": 1.0 * s, "rollout_peak_bytes": 1e9 * s}
+        for s in (1, 2, 3)
+    ]  # fmt: skip
+    lines[1]["collapse"] = ["entropy", "opposed"]
+    lines[2]["collapse"] = "not a list"
+    write_lines(single / "metrics.jsonl", lines)
+    text = " ".join(report_of(single).text.split())
+    assert "What a step costs" in text and "rollout 6 s 75.0 % 3 GB" in spaced(single)
+    assert "backward 2 s 25.0 %" in spaced(single) and "teacher 0" not in spaced(single)
+    assert "OPSD, step 2: collapse? The student's entropy has fallen away" in text
+    assert "inverts the gradient" in text and "step 3: collapse" not in text
+    assert "Problems with a right rollout (pass@k)" in text and "Rollouts that are right" in text
+
+
+def spaced(run) -> str:
+    """The page's table cells as words."""
+    page = (run / "report.html").read_text()
+    return " ".join(re.sub(r"<[^>]*>", " ", page).split())
+
+
+def test_a_run_that_measured_no_parts_shows_no_costs(single):
+    text = report_of(single).text
+    assert "What a step costs" not in text and "collapse" not in text
+
+
 def test_half_written_last_line_is_quietly_left_out_and_a_bad_one_is_mentioned(single):
     metrics = single / "metrics.jsonl"
     whole = metrics.read_text()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import resources
 
 from opsd.report.charts import Chart, Series, chart_data, draw, interval_bar, swatch
+from opsd.report.costs import collapses, cost_section
 from opsd.report.markup import Html, embed_json, tag
 from opsd.report.rollouts import rollout_section
 from opsd.report.runs import Accuracy, Results, Run, value
@@ -20,12 +21,18 @@ PANELS = [
     ("rollout_length", "Rollout length", "tokens"),
 ]
 MORE_PANELS = [
-    ("rollout_accuracy", "Accuracy of the rollouts", "share"),
+    ("correct_fraction", "Rollouts that are right", "share"),
+    ("pass_at_k", "Problems with a right rollout (pass@k)", "share"),
     ("reward", "Reward", "mean"),
     ("truncated_fraction", "Rollouts cut at the length limit", "share"),
     ("teacher_entropy", "Teacher's entropy", "nats a token"),
     ("clipped_fraction", "Clipped tokens", "share"),
     ("opposed_fraction", "Tokens whose clipped gradient points away", "share"),
+    ("divergence_maths", "Divergence of mathematical tokens", "nats a token"),
+    ("divergence_style", "Divergence of words about thinking", "nats a token"),
+    ("importance_ratio", "Student's probability ÷ the engine's", "mean"),
+    ("engine_divergence", "The engine's difference from the student", "nats a token"),
+    ("token_ratio", "Tokens saved by shared contexts", "times fewer"),
     ("loss", "Loss", "as optimised"),
     ("grad_norm", "Gradient norm", "before clipping"),
     ("learning_rate", "Learning rate", "per step"),
@@ -39,7 +46,7 @@ def page(results: Results) -> str:
     body = [
         _header(results),
         tag("main", _headline(results), _accuracy(results, charts), _training(results, charts),
-            _rollouts(results), _what_ran(results)),
+            _rollouts(results), cost_section(results.methods), _what_ran(results)),
         _footer(results),
         tag("div", id="tip", role="tooltip", hidden=True),
         embed_json({chart.identifier: chart_data(chart) for chart in charts}, "charts"),
@@ -105,7 +112,7 @@ def _header(results: Results) -> Html:
         facts.append(f"{results.problems:,} held-out problems")
     if results.summary.get("seed") is not None:
         facts.append(f"seed {results.summary['seed']}")
-    notes = list(results.troubles)
+    notes = [*collapses(results.methods), *results.troubles]
     if not results.finished:
         steps = max((value(r, "step") or 0 for run in results.runs for r in run.metrics), default=0)
         notes.insert(
