@@ -82,7 +82,7 @@ class WholeCheckpoints(Trainer):
         try:
             if first:
                 what = f"{name} (--resume goes on from the last)"
-                with _written_or_removed(part, model, what):
+                with _written_or_removed(part, model, what, self.is_deepspeed_enabled):
                     super()._save_checkpoint(model, trial)
             else:
                 super()._save_checkpoint(model, trial)
@@ -98,7 +98,7 @@ class WholeCheckpoints(Trainer):
 
 
 @contextmanager
-def _written_or_removed(part: Path, model: nn.Module, what: str) -> Iterator[None]:
+def _written_or_removed(part: Path, model, what: str, zero: bool = False) -> Iterator[None]:
     shutil.rmtree(part, ignore_errors=True)
     try:
         yield
@@ -106,7 +106,7 @@ def _written_or_removed(part: Path, model: nn.Module, what: str) -> Iterator[Non
         # torch's writer and safetensors report a full disk in exceptions of their own.
         free = shutil.disk_usage(part.parent).free
         shutil.rmtree(part, ignore_errors=True)
-        needed = checkpoint_bytes(model)
+        needed = checkpoint_bytes(model, zero)
         if free < needed:
             raise UserError(
                 f"output.dir is {str(part.parent)!r}: the disk is full, {what} could not be "
@@ -115,7 +115,7 @@ def _written_or_removed(part: Path, model: nn.Module, what: str) -> Iterator[Non
         raise
 
 
-def checkpoint_bytes(model: nn.Module) -> int:
-    """What a checkpoint takes: what trains, and two moments of it."""
+def checkpoint_bytes(model: nn.Module, zero: bool = False) -> int:
+    """What a checkpoint takes: what trains, and two moments of it; DeepSpeed's, that twice more."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return 3 * sum(p.numel() * p.element_size() for p in trained)
+    return (5 if zero else 3) * sum(p.numel() * p.element_size() for p in trained)

@@ -16,6 +16,7 @@ from opsd.checkpoints import checkpoint_bytes
 from opsd.config import Config
 from opsd.errors import UserError
 from opsd.hub import check_hub
+from opsd.zero import STAGES
 from opsd_kernels import backends
 
 
@@ -34,6 +35,10 @@ def check_machine(config: Config) -> None:
     if config.teacher.offload and not cuda:
         raise UserError(
             "teacher.offload is true: there is no GPU, the teacher is in the CPU's memory anyway"
+        )
+    if config.train.sharding in STAGES and not _installed("deepspeed"):
+        raise UserError(
+            f"train.sharding is {config.train.sharding!r}: it needs pip install deepspeed"
         )
     for name in config.output.report_to:
         if not any(map(_installed, LOGGERS[name])):
@@ -83,9 +88,10 @@ def _installed(package: str) -> bool:
 def check_launcher(config: Config) -> None:
     """Raises UserError where the run was launched in a way that does not fit its config."""
     told = os.environ.get
-    if config.train.sharding == "fsdp2" and told("WORLD_SIZE", "1") == "1":
+    sharding = config.train.sharding
+    if sharding != "none" and told("WORLD_SIZE", "1") == "1":
         raise UserError(
-            "train.sharding is 'fsdp2': there is one process; launch several, as with "
+            f"train.sharding is {sharding!r}: there is one process; launch several, as with "
             "torchrun --nproc-per-node 2 -m opsd train …"
         )
     if config.rollout.engine == "vllm" and told("WORLD_SIZE", "1") != "1":
@@ -95,12 +101,12 @@ def check_launcher(config: Config) -> None:
         )
     if told("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UserError(
-            "accelerate launch was told to use DeepSpeed: OPSD does not run under it; "
-            "train.sharding=fsdp2 splits the same things (docs/scale.md)"
+            f"accelerate launch was told to use DeepSpeed, train.sharding is {sharding!r}: set "
+            "train.sharding to 'zero1', 'zero2' or 'zero3', and launch with --multi_gpu alone"
         )
-    if told("ACCELERATE_USE_FSDP", "false").lower() == "true" and config.train.sharding == "none":
+    if told("ACCELERATE_USE_FSDP", "false").lower() == "true" and sharding != "fsdp2":
         raise UserError(
-            "accelerate launch was told to use FSDP, train.sharding is 'none': set "
+            f"accelerate launch was told to use FSDP, train.sharding is {sharding!r}: set "
             "train.sharding=fsdp2, and launch with --multi_gpu alone"
         )
 
@@ -139,7 +145,7 @@ def check_disk_space(directory: Path, config: Config, model: PreTrainedModel) ->
     saved = [p for p in model.parameters() if whole or p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in saved)
     checkpoints = config.train.save_total_limit + 1 if config.train.save_every else 0
-    needed = weights + checkpoint_bytes(model) * checkpoints
+    needed = weights + checkpoint_bytes(model, config.train.sharding in STAGES) * checkpoints
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(

@@ -37,6 +37,10 @@ USED_BY = {
 """The methods that a field of `loss` says something to; those left out concern all."""
 
 
+ZERO_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Those that treat each number of a weight by itself."""
+
+
 def check(config: Config) -> None:
     """Raises ValueError that names the field, its value and what it may be."""
     _check_teacher(config)
@@ -50,6 +54,7 @@ def check(config: Config) -> None:
     _check_policy_gradient(config)
     _check_templates(config)
     _check_updates(config)
+    _check_zero(config)
 
 
 def _check_teacher(config: Config) -> None:
@@ -293,6 +298,23 @@ def _check_updates(config: Config) -> None:
             _refuse_changed(
                 teacher, name, "teacher", f"it is for teacher.policy 'ema', not {teacher.policy!r}"
             )
+
+
+def _check_zero(config: Config) -> None:
+    train, model = config.train, config.model
+    if not train.sharding.startswith("zero"):
+        return
+    if model.lora is not None:
+        raise ValueError(
+            f"train.sharding is {train.sharding!r}: with model.lora all that it would split is the "
+            "adapters' gradients and moments, which are small (allowed: none, fsdp2)"
+        )
+    if train.optimizer not in ZERO_OPTIMIZERS:
+        raise ValueError(
+            f"train.optimizer is {train.optimizer!r}: under train.sharding {train.sharding!r} an "
+            "optimizer sees flat pieces of the weights, no matrices (allowed: "
+            f"{', '.join(ZERO_OPTIMIZERS)})"
+        )
 
 
 def _refuse_changed(section, name: str, place: str, why: str) -> None:

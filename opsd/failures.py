@@ -48,7 +48,7 @@ def failed_step(
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach()).cpu()
+    return whole(tensor).detach().cpu()
 
 
 def save_failed_step(directory: Path, failed: dict[str, Any]) -> Path:

@@ -4,7 +4,9 @@ The first process decides and writes; all of them sample and compute. What is pa
 objects, rollouts and losses, is small beside the gradients, which DDP and FSDP2 exchange.
 """
 
+import os
 import pickle
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,6 +16,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 Result = TypeVar("Result")
+
+SPLIT_WEIGHTS = ("fsdp2", "zero3")
+"""Of train.sharding: no process holds all weights of what trains."""
 
 PATIENCE = timedelta(hours=2)
 """How long a process waits for the others, which may sample or grade all that time."""
@@ -61,8 +66,12 @@ class Processes:
     @staticmethod
     def close() -> None:
         """Leave the others."""
-        if dist.is_initialized():
+        deepspeed = sys.modules.get("deepspeed")
+        if deepspeed is not None and deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()  # and forget the group, of which it keeps copies
+        elif dist.is_initialized():
             dist.destroy_process_group()
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate's note to itself
         PartialState._reset_state()
 
 

@@ -471,10 +471,11 @@ class TrainSection(Section):
         description="Recompute activations in backward: less memory, a third more time. reentrant: "
         "by torch's older form of it.",
     )
-    sharding: Literal["none", "fsdp2"] = Field(
+    sharding: Literal["none", "fsdp2", "zero1", "zero2", "zero3"] = Field(
         "none",
         description="Of several processes (torchrun, accelerate launch): none keeps all weights in "
-        "each (DDP), fsdp2 splits weights, gradients and optimizer among them.",
+        "each (DDP), fsdp2 splits weights, gradients and optimizer among them; DeepSpeed's zero1 "
+        "splits the optimizer, zero2 gradients too, zero3 all.",
     )
     not_finite: Literal["stop", "skip"] = Field(
         "stop",

@@ -25,7 +25,7 @@ from opsd.needs import is_graded, required_columns, scores_by_teacher
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, Weighing
 from opsd.objectives.classes import class_table
 from opsd.prefix import try_kernel, unpackable, use_kernel
-from opsd.processes import Processes
+from opsd.processes import SPLIT_WEIGHTS, Processes
 from opsd.prompts import Prompts
 from opsd.report import write_report
 from opsd.rewards import Judge, check_verifier, make_verifier
@@ -45,6 +45,7 @@ from opsd.runlog import RunLog, read_lines
 from opsd.samples import sample_records
 from opsd.teacher import check_teacher, make_teacher
 from opsd.trainer import OPSDTrainer
+from opsd.zero import STAGES, check_same_count
 
 Reward = Callable[[str, str], float]
 
@@ -70,6 +71,8 @@ def train(config: Config, display: Display, *, resume: bool = False) -> Path:
 def _train(config: Config, display: Display, resume: bool, processes: Processes) -> Path:
     directory = Path(config.output.dir)
     checkpoint = processes.once(lambda: claim_directory(directory, config, resume))
+    if checkpoint is not None and config.train.sharding in STAGES:
+        check_same_count(checkpoint, processes.count)
     processes.together(lambda: check_engine(config.rollout.engine))
     server = None
     if config.rollout.engine == "vllm_server":
@@ -191,7 +194,7 @@ def run(
     # token would cost as much as the token; beside adapters the weights are in bf16 already. And a
     # whole copy where the weights are split over processes.
     decodes = config.rollout.engine in SAMPLERS and (config.method != "sft" or bool(held_out))
-    split = config.train.sharding == "fsdp2"
+    split = config.train.sharding in SPLIT_WEIGHTS
     copies = split or (decodes and low_precision and config.model.lora is None)
     twin = copy_model(model, dtype, processes.device) if copies else None
     decoder = twin if twin is not None else model
@@ -278,7 +281,7 @@ def run(
     state = None
     if split and save:
         names = {name for name, _ in [*decoder.named_parameters(), *decoder.named_buffers()]}
-        gathered = trainer.accelerator.get_state_dict(model)
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
         state = {
             name: tensor for name, tensor in gathered.items() if name in names
         }  # tied ones once

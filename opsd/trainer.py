@@ -31,7 +31,7 @@ from opsd.objectives import Objective, Problem, Sample, Totals
 from opsd.objectives.likelihood import log_prob_as
 from opsd.parts import Parts, measured, part
 from opsd.prefix import KeptPrefixes, keeping, try_kernel, unpackable
-from opsd.processes import Processes
+from opsd.processes import SPLIT_WEIGHTS, Processes
 from opsd.prompts import Prompts
 from opsd.redirect import called_through
 from opsd.rewards import Judge
@@ -41,6 +41,7 @@ from opsd.samples import rollout_records
 from opsd.step import OPSDStep, idle, token_ratio
 from opsd.teacher import MovingAverage
 from opsd.trainer_setup import Evaluate, MissedEvaluation, training_arguments
+from opsd.zero import LateSteps
 
 SEED_STRIDE = 1_000_003
 """Between the seeds of two processes, so that neighbouring runs do not share one."""
@@ -134,6 +135,8 @@ class OPSDTrainer(WholeCheckpoints):
         )
         if evaluate is not None:
             self.add_callback(MissedEvaluation(evaluate, log.directory, config.eval.every))
+        if self.is_deepspeed_enabled:
+            self.add_callback(LateSteps(self.accelerator))
         self.remove_callback(PrinterCallback)  # our display and metrics.jsonl say it already
         if self.is_fsdp_enabled and config.train.precision == "bf16":
             # Weights are gathered in bf16; gradients are summed in fp32.
@@ -233,10 +236,9 @@ class OPSDTrainer(WholeCheckpoints):
     def _update(self, model) -> bool:
         """An optimizer update within a step; False where its gradient is not finite."""
         with part("optimizer"):
-            norm = None
-            if self.args.max_grad_norm:
-                norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-            if norm is not None and not math.isfinite(norm):
+            longest = self.args.max_grad_norm or math.inf
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), longest)
+            if not math.isfinite(norm):
                 self._not_finite(f"gradient's norm is {float(norm)}")
                 return False
             self.optimizer.step()
@@ -274,8 +276,10 @@ class OPSDTrainer(WholeCheckpoints):
     def _check_sharing(self, model, samples: list[Sample], ratio: float) -> float:
         with torch.no_grad():  # or DDP would expect a backward
             difference = called_through(
-                model, self.model, lambda: self.micro_step.check_sharing(samples, self._dtype)
-            )
+                model,
+                self.model,
+                lambda: torch.tensor(self.micro_step.check_sharing(samples, self._dtype)),
+            ).item()
         self._sharing_checked = True
         same = f"the same to {difference:.1g}" if difference else "the same bit for bit"
         self._note(
@@ -349,7 +353,7 @@ class OPSDTrainer(WholeCheckpoints):
         own, most = parts[self.processes.index], max(map(len, parts))
         # A process may not run weights that are split more often than the others do.
         kept = KeptPrefixes([], [])
-        if not self.is_fsdp_enabled:
+        if self.config.train.sharding not in SPLIT_WEIGHTS:
             kept = self.micro_step.kept_prefixes(own, self.budget)
         self._tell_of_split(kept, samples)
         # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since
@@ -378,7 +382,9 @@ class OPSDTrainer(WholeCheckpoints):
 
     def _exchange(self, model, last: bool) -> AbstractContextManager:
         """DDP exchanges gradients once, in the last backward. FSDP2 does each time: to wait would
-        take memory for all of them."""
+        take memory for all of them; so does ZeRO, unless each process holds all of them."""
+        if self.is_deepspeed_enabled:
+            model.set_gradient_accumulation_boundary(last)
         if last or not isinstance(model, DistributedDataParallel):
             return nullcontext()
         return model.no_sync()

@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from opsd.config import Config
 from opsd.runlog import read_lines
+from opsd.zero import deepspeed_config, prepare
 
 Evaluate = Callable[[int], dict]
 """step → the evaluation's record; runs the held-out problems and writes them down."""
@@ -64,7 +65,10 @@ def training_arguments(config: Config, evaluates: bool, processes: int = 1) -> T
         ddp_find_unused_parameters=False,
         fsdp=True if sharding else None,
         fsdp_config=sharding,
+        deepspeed=deepspeed_config(config),
     )
+    if arguments.deepspeed:
+        prepare(arguments.device)
     if sharding and arguments.device.type == "cpu":
         # accelerate shards only where it takes the processes' devices for GPUs; gloo does on CPUs.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

@@ -50,6 +50,16 @@ REFUSED = [
     (loss(reward={"correct_at": 0.5}), "loss.reward.correct_at is 0.5", "grades no rollouts"),
     (loss(reward={"format": "x", "log": True}), "loss.reward.format is 'x'", "grpo's reward"),
     # What cannot be.
+    (
+        {"train": {"sharding": "zero2"}, "model": {"path": "m", "lora": {}}},
+        "train.sharding is 'zero2'",
+        "small (allowed: none, fsdp2)",
+    ),
+    (
+        {"train": {"sharding": "zero1", "optimizer": "adafactor"}},
+        "train.optimizer is 'adafactor'",
+        "flat pieces",
+    ),
     (loss(divergence="sampled_token", clip="token"), "loss.clip is 'token'", "sampled_token"),
     (loss(divergence="sampled_token", temperature=0.7), "loss.temperature is 0.7", "as they are"),
     (

@@ -157,6 +157,19 @@ def test_split_weights_are_planned_a_process():
     assert four.always["teacher"] == one.always["teacher"]
 
 
+def test_zero_splits_the_optimizer_and_gradients():
+    """DeepSpeed's optimizer has fp32 weights of its own."""
+    student = architecture(ModelSection(path="Qwen3-0.6B"))
+    one = Planner(student, Lengths(), int(80e9)).memory(config_of())
+    for sharding, gradients, weights in (("zero1", 1, 1), ("zero2", 4, 1), ("zero3", 4, 4)):
+        four = Planner(student, Lengths(), int(80e9), 4)
+        memory = four.memory(config_of(train={"sharding": sharding}))
+        assert memory.always["weights"] == one.always["weights"] // weights
+        optimizer = one.always["optimizer"] + 4 * four.sizes(config_of()).train
+        assert memory.always["optimizer"] == optimizer // 4
+        assert memory.step["gradients"] == one.step["gradients"] // gradients
+
+
 def write_run(shape, sections, directory):
     """A random model of this shape, rows of known lengths and a config of two steps; the config."""
     torch.manual_seed(0)

@@ -4,7 +4,9 @@ Each case is `opsd train` in two processes over gloo, as torchrun would start th
 from the likeliest token alone, so that they do not depend on who draws them.
 """
 
+import itertools
 import json
+import math
 import os
 import shutil
 import socket
@@ -21,10 +23,13 @@ from vllm_server import FakeVLLM
 from opsd import train as training
 from opsd.cli import main
 from opsd.config import parse_config, save_config
+from opsd.errors import UserError
 from opsd.evaluate.grading import Grade
 from opsd.hidden import Scored, shares, stream_tokens
+from opsd.objectives import OPSD
 from opsd.quickstart.recipe import merge
 from opsd.runlog import read_lines
+from opsd.zero import check_same_count
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -42,9 +47,16 @@ CASES = {
         "train": {"sharding": "fsdp2", "gradient_checkpointing": True, "micro_batch_tokens": 60},
     },
     "fsdp2-lora": {**LORA, "train": {"sharding": "fsdp2"}},
+    "zero1": {"train": {"sharding": "zero1", "micro_batch_tokens": 60, "mini_batches": 3}},
+    "zero2": {"train": {"sharding": "zero2", "micro_batch_tokens": 60}},
+    "zero3": {
+        "teacher": {"policy": "live"},
+        "train": {"sharding": "zero3", "gradient_checkpointing": True, "micro_batch_tokens": 60},
+    },
 }
 SERVER = "fsdp2-server"  # whose config is known when there is a server
-RESUMED = ("ema", "fsdp2")
+SPOILT = "zero3-spoilt"
+RESUMED = ("ema", "fsdp2", "zero2", "zero3")
 
 
 class Parity:
@@ -80,6 +92,9 @@ def runs(tmp_path_factory):
     rollout = {"engine": "vllm_server", "server": server.address}
     train = {"sharding": "fsdp2", "precision": "bf16"}
     CASES[SERVER] = {"rollout": rollout, "teacher": {"policy": "ema"}, "train": train}
+    CASES[SPOILT] = {
+        "train": {"sharding": "zero3", "not_finite": "skip", "save_every": 1, "save_total_limit": 4}
+    }
     jobs = [(name, "two", False) for name in CASES] + [(name, "again", True) for name in RESUMED]
     for name, where, *_ in jobs:
         save_config(config_of(name, root, where), root / f"{where}-{name}.yaml")
@@ -110,7 +125,20 @@ def _process(rank: int, root: Path, jobs) -> None:
             _interrupt(root / "two" / name, root / where / name, config_of(name, root, where))
         while resume and not (root / where / name / "config.yaml").exists():
             time.sleep(0.01)
-        assert main(["train", str(path), *(["--resume"] if resume else [])]) == 0, name
+        with pytest.MonkeyPatch.context() as patch:
+            if name == SPOILT and rank == 1:
+                _spoil(patch)
+            assert main(["train", str(path), *(["--resume"] if resume else [])]) == 0, name
+
+
+def _spoil(patch) -> None:
+    """The loss of the second step is not finite, though its gradient is."""
+    plain, calls = OPSD.loss, itertools.count(1)
+
+    def loss(self, *arguments, **more):
+        return plain(self, *arguments, **more) + (math.nan if next(calls) == 2 else 0.0)
+
+    patch.setattr(OPSD, "loss", loss)
 
 
 def _interrupt(finished: Path, other: Path, config) -> None:
@@ -200,6 +228,24 @@ def test_two_processes_resume_bit_for_bit(name, runs):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_deepspeed_refuses_a_step_that_is_not_finite(runs):
+    """In one of the processes, and by its loss alone."""
+    directory = runs / "two" / SPOILT
+    lines = read_lines(directory / "metrics.jsonl")
+    assert [line.get("left_out") for line in lines] == [None, 1, None, None]
+    assert (directory / "failed-step-2.pt").is_file()
+    saved = [load_file(directory / f"checkpoint-{n}" / "model.safetensors") for n in (1, 2, 3)]
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+    assert any(not torch.equal(saved[1][key], saved[2][key]) for key in saved[0])
+
+
+def test_zero_goes_on_with_as_many_processes(runs):
+    checkpoint = runs / "two" / "zero2" / "checkpoint-4"
+    check_same_count(checkpoint, 2)
+    with pytest.raises(UserError, match=r"was written by 2 processes, and there are 3"):
+        check_same_count(checkpoint, 3)
+
+
 def roles(item):
     return item
 
@@ -223,11 +269,14 @@ def test_shares_are_fair_and_keep_contexts_together():
     assert sorted(map(len, shares(items[:1], roles, 2))) == [0, 1]
 
 
-def test_sharding_needs_several_processes(tmp_path, capsys):
+@pytest.mark.parametrize("sharding", ["fsdp2", "zero1"])
+def test_sharding_needs_several_processes(sharding, tmp_path, capsys):
     write_rows(tmp_path / "rows.jsonl", ROWS)
     values = short_values(tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run")
-    config = parse_config(merge(values, {"train": {"sharding": "fsdp2"}}))
+    config = parse_config(merge(values, {"train": {"sharding": sharding}}))
     save_config(config, tmp_path / "config.yaml")
     assert main(["train", str(tmp_path / "config.yaml")]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "train.sharding is 'fsdp2': there is one process" in message and "torchrun" in message
+    assert (
+        f"train.sharding is {sharding!r}: there is one process" in message and "torchrun" in message
+    )

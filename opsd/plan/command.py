@@ -29,8 +29,10 @@ def plan_command(asked: Asked) -> None:
     device = None if gpu is None else int(gpu.memory)
     if config.rollout.engine == "vllm" and device is None:
         raise UserError("rollout.engine is 'vllm': say with --gpu which GPU it is planned for")
-    if config.train.sharding == "fsdp2" and asked.gpus == 1:
-        raise UserError("train.sharding is 'fsdp2': say with --gpus over how many")
+    if config.train.sharding != "none" and asked.gpus == 1:
+        raise UserError(
+            f"train.sharding is {config.train.sharding!r}: say with --gpus over how many"
+        )
 
     _check_window(student, lengths)
     planner = Planner(student, lengths, device, asked.gpus)

@@ -24,6 +24,7 @@ from opsd.plan.trace import (
     sampling_peaks,
     step_peaks,
 )
+from opsd.processes import SPLIT_WEIGHTS
 from opsd.rollout import SAMPLERS
 from opsd_kernels.resolve import load, resolve
 from opsd_kernels.sweep import Head, plan_call
@@ -96,24 +97,29 @@ class Planner:
     def memory(self, config: Config) -> Memory:
         """The memory, on each device, of a run by `config`."""
         dtype, sizes, lora = _dtype(config), self.sizes(config), config.model.lora
-        split = self.processes if config.train.sharding == "fsdp2" else 1
+        sharding = config.train.sharding
+        whole = self.processes if sharding in SPLIT_WEIGHTS else 1  # each has 1 / whole of all
+        split = self.processes if sharding != "none" else 1
         always = {"Python, torch, heap": RUNTIME}
         if self.device_memory is not None:
             always = {"CUDA": GPU_RUNTIME}
         if lora is None:
-            always["weights"] = 4 * sizes.own // split
+            always["weights"] = 4 * sizes.own // whole
         else:
             always["weights, frozen"] = _frozen(sizes, dtype, lora.quantize)
             always["adapters"] = 4 * sizes.train
-        always["optimizer"] = round(_moments(config.train.optimizer) * sizes.train) // split
+        moments = _moments(config.train.optimizer)
+        if sharding.startswith("zero"):
+            moments += 4  # DeepSpeed's optimizer has weights of its own
+        always["optimizer"] = round(moments * sizes.train) // split
         sampler = config.rollout.engine in SAMPLERS
         decodes = sampler and (config.method != "sft" or config.eval.problems > 0)
-        if split > 1 or (decodes and lora is None and dtype != torch.float32):
+        if whole > 1 or (decodes and lora is None and dtype != torch.float32):
             always["weights that decode"] = dtype.itemsize * sizes.own
         if teacher := self._teacher(config, dtype):
             always["teacher"] = teacher
         step = self._step(config, dtype, sizes)
-        step["gradients"] = step["gradients"] // split
+        step["gradients"] = step["gradients"] // (1 if sharding == "zero1" else split)
         return Memory(always, step, self._sampling(config, dtype))
 
     def micro_batch(self, config: Config) -> list[Sample]:

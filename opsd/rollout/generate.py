@@ -72,6 +72,7 @@ class GenerateSampler:
             use_cache=True,
             logits_processor=draw,
             do_sample=False,
+            synced_gpus=False,  # the weights are whole here, however the trained ones are split
             temperature=None,
             top_p=None,
             top_k=None,
