@@ -19,9 +19,15 @@ from benchmarks import candidates, machine, suite
 from benchmarks.measure import measure
 from benchmarks.problem import DTYPES, Case
 
+KNOWN = ("ours", "dense", "compiled", "trl", "liger", "liger chunked", "cce", "cce exact")
+"""Whom --only may name."""
+
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.only is not None and (unknown := set(options.only.split(",")) - {*KNOWN}):
+        parser.error(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join(KNOWN)}")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = "cuda" if options.gpu else "cpu"
@@ -77,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="a few cases, under three minutes")
     which.add_argument("--gpu", action="store_true", help="on the GPU, within ten minutes")
-    which.add_argument("--shape", metavar="N,V,D", help="every task at this shape only")
+    which.add_argument(
+        "--shape", type=_shape, metavar="N,V,D", help="every task at this shape only"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="with --shape")
     parser.add_argument("--only", metavar="NAME,…", help="these candidates only; ours always")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default 5; --quick: 3)")
@@ -90,9 +98,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _shape(text: str) -> tuple[int, ...]:
+    words = text.split(",")
+    if len(words) != 3 or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be three numbers N,V,D above 0")
+    return tuple(map(int, words))
+
+
 def _rows(options: argparse.Namespace) -> list[suite.Row]:
     if options.shape:
-        return suite.one_shape(Case(*map(int, options.shape.split(",")), options.dtype))
+        return suite.one_shape(Case(*options.shape, options.dtype))
     return (suite.quick if options.quick else suite.gpu if options.gpu else suite.cpu)()
 
 

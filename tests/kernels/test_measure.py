@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import candidates, suite
-from benchmarks.__main__ import main
+from benchmarks.__main__ import KNOWN, main
 from benchmarks.measure import Disagreement, check, interleaved, measure
 from benchmarks.page import page
 from benchmarks.problem import TASKS, Case, Problem
@@ -31,6 +31,7 @@ def test_candidates_agree(task, frozen):
         else {"liger", "liger chunked"}
     )
     assert set(found) | set(missing) == everyone and not set(found) & set(missing)
+    assert everyone - {"ours, per token"} <= {*KNOWN}
     for name in set(PLAIN) & set(found):
         errors = check(found[name](problem), problem.truth(), 1e-4)
         assert set(errors) == {"loss", "dh"} | ({"dW"} if not frozen else set())
@@ -137,6 +138,20 @@ def test_a_run_leaves_json_and_a_page(tmp_path, capsys):
     drawn = (tmp_path / "index.html").read_text()
     assert "processor seconds" in drawn and "needs a CUDA device" in drawn
     assert drawn.count("jsd frozen float32 N=8 V=70 D=6") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--shape", "8,70"], "--shape: got '8,70', must be three numbers N,V,D above 0"),
+        (["--shape", "8,0,6"], "--shape: got '8,0,6'"),
+        (["--shape", "8,70,6", "--only", "dense,lgier"], "--only: no lgier; there are ours, dense"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, wanted, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and wanted in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_no_case_is_begun_after_the_time(tmp_path):
