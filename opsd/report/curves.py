@@ -15,22 +15,24 @@ STYLES = {"teacher": "--", "base": "-", "pretrained": ":"}
 
 def write_curves(results: Results, path: Path) -> None:
     """Draw the figure: 2000 by 840 pixels, text legible when shown at half that width."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), dpi=200, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
-    _accuracy(left, results)
-    _dynamics(right, results)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(QUIET)
-        axes.tick_params(colors=QUIET, labelsize=11)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(lambda x, _: short(x))
-    figure.suptitle(results.model, fontsize=14, fontweight="bold", x=0.01, ha="left")
-    figure.savefig(path, format="png", metadata={"Software": "opsd"})
+    with matplotlib.rc_context({"text.parse_math": False}):  # "$" in a name begins no formula
+        figure = Figure(figsize=(10, 4.2), dpi=200, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
+        _accuracy(left, results)
+        _dynamics(right, results)
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.spines[["left", "bottom"]].set_color(QUIET)
+            axes.tick_params(colors=QUIET, labelsize=11)
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_formatter(lambda x, _: short(x))
+        figure.suptitle(results.model, fontsize=14, fontweight="bold", x=0.01, ha="left")
+        figure.savefig(path, format="png", metadata={"Software": "opsd"})
 
 
 def _accuracy(axes, results: Results) -> None:
