@@ -16,6 +16,7 @@ from opsd.config import Config
 from opsd.errors import UserError
 from opsd.models import load_model
 from opsd.processes import Processes
+from opsd.rundir import read_whole
 
 PART = "checkpoint.part"
 
@@ -95,6 +96,18 @@ class WholeCheckpoints(Trainer):
             part.rmdir()
             rotate_checkpoints(str(directory), self.args.save_total_limit)
         self.processes.wait()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with read_whole(resume_from_checkpoint):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        with read_whole(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint) -> None:
+        with read_whole(checkpoint):
+            super()._load_rng_state(checkpoint)
 
 
 @contextmanager

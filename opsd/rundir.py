@@ -1,6 +1,7 @@
 """A run's directory: whose it is, what an interrupted run has left in it, and who trains there."""
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.config import Config, load_config, save_config
-from opsd.errors import UserError
+from opsd.errors import UserError, in_short
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
@@ -126,10 +127,28 @@ def part(path: Path) -> Path:
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that was written to the end, or None."""
+    """The newest checkpoint that was written to the end, or None. Raises UserError where it has
+    been damaged since."""
     # trainer_state.json is the last file that Trainer writes.
     whole = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    last = max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    if last is not None:
+        with read_whole(last):
+            json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    return last
+
+
+@contextmanager
+def read_whole(checkpoint: str | Path | None) -> Iterator[None]:
+    """What is read of a checkpoint is tensors and numbers; a file that holds more, or less, is the
+    user's to look at. Raises UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"output.dir: {str(checkpoint)!r} cannot be read ({in_short(error)}); without that "
+            "directory, --resume goes on from the checkpoint before"
+        ) from error
 
 
 def _changed(path: Path, config: Config) -> list[str]:

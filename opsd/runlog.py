@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from opsd.errors import UserError, in_short
+
 FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "rollouts.jsonl")
 
 
@@ -68,11 +70,19 @@ class RunLog:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The file's whole lines; a last one that a crash cut short is left out. [] if no file."""
+    """The file's whole lines; a last one that a crash cut short is left out. [] if no file.
+
+    Raises UserError where another line is damaged.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            records += [json.loads(line)] if line else []
+        except ValueError as error:
+            raise UserError(f"{path} is damaged in line {number} ({in_short(error)})") from None
+    return records
 
 
 def _write_whole(path: Path, lines: list[dict]) -> None:
