@@ -1,0 +1,281 @@
+"""Files of strangers: what they hold is read, never run. See SECURITY.md."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from training_cases import ROWS, short_values, write_model, write_rows
+
+from opsd.cli import main
+from opsd.compare import compare
+from opsd.compare_page import page as compare_page
+from opsd.evaluate.answers import Completion
+from opsd.evaluate.grading import Grader
+from opsd.evaluate.page import page as evaluation_page
+from opsd.evaluate.result import grade_all, measure
+from opsd.quickstart.recipe import merge
+from opsd.report import write_report
+from opsd.runlog import read_lines
+
+
+class Payload:
+    """Pickled, it makes a file where it is read."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base")
+    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
+
+
+@pytest.fixture
+def marker(tmp_path):
+    return tmp_path / "the payload has run"
+
+
+@pytest.fixture
+def train(files, tmp_path, monkeypatch):
+    """Runs `opsd train` on overrides; returns its exit code."""
+    monkeypatch.setattr("opsd.train.write_report", lambda directory: None)
+    values = short_values(*files, tmp_path / "run")
+    short = {"train": {"steps": 2, "save_every": 1}, "eval": {"problems": 0}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(merge(values, short)))
+    return lambda *words: main(["train", str(tmp_path / "c.yaml"), *map(str, words)])
+
+
+def refused(capsys, *parts) -> None:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("opsd: "), lines
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+def test_the_payload_would_run(marker):
+    pickle.loads(pickle.dumps(Payload(marker)))
+    assert marker.exists()
+
+
+def copied(files, place: Path) -> Path:
+    return shutil.copytree(files[0], place)
+
+
+def test_pickled_weights_are_not_read(files, train, marker, tmp_path, capsys):
+    model = copied(files, tmp_path / "model")
+    torch.save(Payload(marker), model / "pytorch_model.bin")
+    assert main(["eval", str(model), "--benchmark", str(files[1]), "--problems", "1",
+                 "--max-new-tokens", "2", "--output", str(tmp_path / "e")]) == 0  # fmt: skip
+    capsys.readouterr()
+    (model / "model.safetensors").unlink()
+    for words in ([f"model.path={model}"], ["teacher.policy=model", f"teacher.path={model}"]):
+        assert train(*words, f"output.dir={tmp_path / f'of-{words[0][:5]}'}") == 1
+        refused(capsys, "its weights are a pickle (pytorch_model.bin)", "safetensors")
+    assert not marker.exists()
+
+
+def test_a_pickled_adapter_is_not_read(files, train, marker, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"base_model_name_or_path": str(files[0]), "peft_type": "LORA", "r": 2}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    torch.save(Payload(marker), adapter / "adapter_model.bin")
+    assert train(f"model.path={adapter}") == 1
+    refused(capsys, "adapter", "safetensors")
+    assert not marker.exists()
+
+
+PICKLES = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+CUT = ["optimizer.pt", "model.safetensors", "trainer_state.json"]
+
+
+def test_a_checkpoint_to_resume_from_runs_nothing(train, marker, tmp_path, capsys):
+    """Nor does one that a disk has damaged end in a traceback."""
+    assert train() == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    capsys.readouterr()
+    for name in (*PICKLES, *CUT):
+        file = tmp_path / "run" / "checkpoint-1" / name
+        good = file.read_bytes()
+        if name in PICKLES:
+            torch.save(Payload(marker), file)
+            assert train("--resume") == 1
+            refused(capsys, "checkpoint-1' cannot be read", "Weights only load failed")
+        if name in CUT:
+            file.write_bytes(good[:100])
+            assert train("--resume") == 1
+            refused(capsys, "checkpoint-1' cannot be read")
+        file.write_bytes(good)
+    torch.save(Payload(marker), tmp_path / "run" / "checkpoint-1" / "training_args.bin")
+    assert train("--resume") == 0  # nothing reads that one
+    assert not marker.exists()
+
+
+def test_a_failed_steps_file_runs_nothing(marker, tmp_path, capsys):
+    torch.save({"config": Payload(marker)}, tmp_path / "failed-step-1.pt")
+    assert main(["replay", str(tmp_path / "failed-step-1.pt")]) == 1
+    refused(capsys, "not a failed step's", "Weights only load failed")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload(marker)))
+    assert main(["replay", str(tmp_path / "plain.pt")]) == 1
+    refused(capsys, "not a failed step's")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("text", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])
+def test_a_gguf_file_of_nonsense_is_one_line(text, files, train, tmp_path, capsys):
+    (tmp_path / "x.gguf").write_bytes(text)
+    assert train(f"model.path={tmp_path}", "model.gguf_file=x.gguf") == 1
+    refused(capsys, "model.path is")
+
+
+CODE = "import os\nos.mkdir({marker!r})\nraise SystemExit(7)\n"
+AUTO = {
+    "AutoConfig": "evil.Config",
+    "AutoModelForCausalLM": "evil.Model",
+    "AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"],
+}
+
+
+@pytest.fixture
+def with_code(files, marker, tmp_path):
+    """A model directory whose config.json asks for Python code that is beside it."""
+    model = copied(files, tmp_path / "evil")
+    for name in ("config.json", "tokenizer_config.json"):
+        values = json.loads((model / name).read_text())
+        values |= {"auto_map": AUTO}
+        if name == "config.json":
+            values["model_type"] = "evil"
+        (model / name).write_text(json.dumps(values))
+    (model / "evil.py").write_text(CODE.format(marker=str(marker)))
+    return model
+
+
+def test_a_models_code_runs_only_where_the_user_says_so(
+    with_code, files, train, marker, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks in the terminal"))
+    assert train(f"model.path={with_code}") == 1
+    refused(capsys, "model.trust_remote_code is false")
+    assert train(f"model.path={with_code}", "--dry-run") == 1
+    refused(capsys, "model.path is")
+    assert main(["plan", str(with_code)]) == 1
+    refused(capsys, "model.path is")
+    assert main(["eval", str(with_code), "--benchmark", str(files[1])]) == 1
+    refused(capsys, "MODEL is")
+    assert not marker.exists()
+    with pytest.raises(SystemExit, match="7"):
+        train(f"model.path={with_code}", "model.trust_remote_code=true", "--dry-run")
+    assert marker.exists()
+
+
+def test_messages_cannot_move_the_cursor(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text('model: {path: m}\n"da\\x1b[2Jta\\n\\u202e": {}')
+    assert main(["train", str(tmp_path / "c.yaml")]) == 1
+    refused(capsys, "unknown key")
+
+
+# Pages. A browser sets the page's title, and with it its DOM, if it runs any of these.
+
+RUN = "document.title='it has run'"
+HOSTILE = r"$\frac_{$ "  # nor may matplotlib take it for a formula
+HOSTILE += (
+    f'</script><script>{RUN}</script>"><img src=x onerror={RUN}><svg onload={RUN}>'
+    f"</textarea></style></title>'-{RUN}-'<!--<script>\u2028{{{{ {RUN} }}}}"
+)
+
+
+def hostile_pages(directory: Path) -> list[Path]:
+    """The report, the comparison and the evaluation of a run in which every text is HOSTILE."""
+    run = directory / "run"
+    run.mkdir()
+    token = {"text": HOSTILE, "divergence": 0.5, "student_probability": 0.5}
+    shown = {"problem": HOSTILE, "solution": HOSTILE, "answer": HOSTILE, "completion": HOSTILE}
+    place = [{"step": s, "generated_tokens": 9 * s, "trained_tokens": 9 * s} for s in (0, 1)]
+    lines = {
+        "samples": [
+            {**p, **shown, "method": HOSTILE, "correct": True,
+             "tokens": [{**token, "teacher": [[HOSTILE, 0.9]]}]} for p in place
+        ],
+        "evaluations": [
+            {**p, "role": "student", "accuracy": 0.2 + 0.1 * p["step"], "problems": 9}
+            for p in place
+        ],
+        "metrics": [{**place[1], "loss": 1.0, "seconds": 1.0, "method": HOSTILE}],
+    }  # fmt: skip
+    for name, records in lines.items():
+        (run / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    facts = {"model": HOSTILE, "machine": {HOSTILE: HOSTILE}, "versions": {HOSTILE: HOSTILE}}
+    (run / "summary.json").write_text(json.dumps({"method": "opsd", **facts}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"method": HOSTILE, "model": HOSTILE}))
+    pages = [Path(write_report(run)["report"])]
+    (run / "summary.json").write_text(json.dumps({"method": HOSTILE, **facts}))
+    pages.append(directory / "comparison.html")
+    pages[-1].write_text(compare_page(compare([run], target=0.25)))
+    rows = [ROWS[0].__class__(HOSTILE, HOSTILE, "2", {"problem": HOSTILE})]
+    with Grader() as grader:
+        answers = grade_all(rows, [Completion(0, 0, HOSTILE, 5, True)], grader)
+        figures = measure(answers, grader)
+    facts = {"model": HOSTILE, "benchmark": HOSTILE, "max_new_tokens": 9, "thinking": None}
+    pages.append(directory / "evaluation.html")
+    pages[-1].write_text(evaluation_page({**facts, **figures}, rows, answers))
+    return pages
+
+
+class Scripts(HTMLParser):
+    """The scripts and event handlers of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found, self.inside = [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.inside = tag
+        self.found += [f"{key}={value}" for key, value in attributes if key.startswith("on")]
+        self.found += [tag] if tag in ("img", "iframe", "object", "embed", "base") else []
+
+    def handle_data(self, data):
+        if self.inside == "script" and not data.lstrip().startswith(("{", "[")):
+            self.found.append(data)
+
+
+def test_pages_run_nothing_that_they_show(tmp_path):
+    for path in hostile_pages(tmp_path):
+        text = path.read_text(encoding="utf-8")
+        assert "it has run" in text  # it is shown
+        for script in Scripts(text).found:
+            assert "it has run" not in script and not script.startswith("on"), path
+
+
+@pytest.mark.skipif("OPSD_BROWSER" not in os.environ, reason="OPSD_BROWSER names no browser")
+def test_pages_run_nothing_in_a_browser(tmp_path):
+    """OPSD_BROWSER=chromium pytest tests/test_security.py -k browser"""
+
+    def title(path: Path) -> str:
+        command = [os.environ["OPSD_BROWSER"], "--headless", "--no-sandbox", "--disable-gpu"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{path}"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return shown.stdout.partition("<title>")[2].partition("</title>")[0]
+
+    trap = tmp_path / "trap.html"
+    trap.write_text(f"<title>t</title><p>{HOSTILE}")
+    assert title(trap) == "it has run"  # this browser would
+    for path in hostile_pages(tmp_path):
+        assert title(path) != "it has run", path
+
+
+def test_a_torn_log_is_one_line(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\n\x00\x00\n{"step": 3}\n{"st')
+    with pytest.raises(ValueError, match=r"m\.jsonl is damaged in line 2"):
+        read_lines(tmp_path / "m.jsonl")
