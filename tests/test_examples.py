@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
+from test_machines import FITS
 from training_cases import quiet, write_model, write_rows
 
 from opsd import train as training
@@ -64,6 +66,12 @@ def small(name: str, files, directory: Path) -> list[str]:
     if config.method == "grpo" or name == "sdpo":
         overrides["loss.reward.verifier"] = f"{files[0].parent / 'mine.py'}:grade"
     return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+
+
+def test_every_example_has_a_dry_run():
+    """Here or in test_machines.py; files without a model are studies, tested in test_study.py."""
+    values = {path.stem: yaml.safe_load(path.read_text()) for path in EXAMPLES.glob("*.yaml")}
+    assert {name for name, config in values.items() if "model" in config} == {*NAMES, *FITS}
 
 
 @pytest.mark.parametrize("name", NAMES)

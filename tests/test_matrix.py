@@ -36,17 +36,25 @@ def files(tmp_path_factory):
         ("opsd", "ema"),
         ("opsd", "model"),
         ("distill", "model"),
+        ("grpo", "none"),
         ("grpo", "initial"),
-        ("sft", "initial"),
+        ("grpo", "live"),
+        ("grpo", "ema"),
+        ("grpo", "model"),
+        ("sft", "none"),
     ],
 )
 def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, files, wider):  # noqa: F811
-    teacher = {"policy": policy, **({"path": str(wider)} if policy == "model" else {})}
+    own = {"policy": "initial" if policy == "none" else policy}
+    teacher = {**own, **({"path": str(wider)} if policy == "model" else {})}
+    # GRPO has a teacher for what it credits, or as the reference of a KL.
+    asks = {"credit": 0.5} if policy == "live" else {"credit": 0.5, "kl": 0.01}
     config = short_config(
         *files,
         Path("unused"),
         method=method,
         teacher=teacher,
+        loss=asks if method == "grpo" and policy != "none" else {},
         rollout={"per_problem": 2},
         train={"precision": precision},
         model=LORA if adapters else {},
