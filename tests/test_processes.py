@@ -21,6 +21,7 @@ from training_cases import ROWS, short_values, write_model, write_rows
 from vllm_server import FakeVLLM
 
 from opsd import train as training
+from opsd.checks import check_machine
 from opsd.cli import main
 from opsd.config import parse_config, save_config
 from opsd.errors import UserError
@@ -237,6 +238,14 @@ def test_deepspeed_refuses_a_step_that_is_not_finite(runs):
     saved = [load_file(directory / f"checkpoint-{n}" / "model.safetensors") for n in (1, 2, 3)]
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
     assert any(not torch.equal(saved[1][key], saved[2][key]) for key in saved[0])
+
+
+def test_zero_needs_deepspeed(tmp_path, monkeypatch):
+    monkeypatch.setattr("opsd.checks._installed", lambda package: package != "deepspeed")
+    values = short_values(tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run")
+    config = parse_config(merge(values, {"train": {"sharding": "zero2"}}))
+    with pytest.raises(UserError, match=r"train.sharding is 'zero2': it needs pip install"):
+        check_machine(config)
 
 
 def test_zero_goes_on_with_as_many_processes(runs):

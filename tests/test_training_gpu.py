@@ -108,7 +108,7 @@ def test_what_a_gpu_is_for_trains(needs, sections, run):
         assert all(abs(line["engine_divergence"]) < 0.1 for line in lines)
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+@pytest.mark.parametrize("sharding", ["none", "fsdp2", "zero2", "zero3"])
 def test_two_gpus_train_as_one(sharding, run):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
