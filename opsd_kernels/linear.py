@@ -145,7 +145,8 @@ def linear_divergence(
     reduction: mean = sum w d / sum w, sum = sum w d, none = w d for each token. All weights 0, or
         no tokens: loss 0 and zero gradients.
     memory_budget: bytes of scratch memory, beside the gradients (default: 256 MiB, on a GPU 1 GiB).
-        A small one costs time: see `opsd_kernels/plan.py`.
+        A small one costs time: see `opsd_kernels/plan.py`. A head trained in 16 bits has its
+        gradient summed in fp32, 4 V D bytes more during the call, unless all tokens fit one block.
     backend: auto | torch | cpp | triton | cuda, see `opsd_kernels.backends()`.
     gradient: "exact", the only one: docs/filtered.md says why.
     process_group: the vocabulary is split over its ranks. Each passes its own rows of the heads and
