@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback
 
 from opsd.checkpoints import WholeCheckpoints
-from opsd.collapse import CollapseWatch
 from opsd.config import Config
 from opsd.data import Row
 from opsd.environment import release_memory, trim_heap
@@ -39,6 +38,7 @@ from opsd.rollout import Sampler, ServerGoneError, SplitSampler
 from opsd.runlog import RunLog
 from opsd.samples import rollout_records
 from opsd.step import OPSDStep, idle, token_ratio
+from opsd.step_log import StepLog
 from opsd.teacher import MovingAverage
 from opsd.trainer_setup import Evaluate, MissedEvaluation, training_arguments
 from opsd.zero import LateSteps
@@ -100,9 +100,8 @@ class OPSDTrainer(WholeCheckpoints):
             note,
             self.processes,
         )
-        self.collapse = CollapseWatch(config.train.collapse, log.past)
         self.run_log = log
-        self.on_step = on_step
+        self.step_log = StepLog(config, log, on_step, note)
         self._evaluate_model = evaluate
         reason = unpackable(model) if config.train.share_prefixes else None
         if reason is not None:
@@ -120,7 +119,6 @@ class OPSDTrainer(WholeCheckpoints):
             self._kernel = try_kernel(whole, self._dtype, self.processes.device)
         self._note, self._sharing_checked, self._engine_checked = note, False, False
         self._split_told = False
-        self._step: dict[str, float] = {}
         self.budget = config.train.micro_batch_tokens
         self._samples: list[Sample] = []  # the step's
         self._step_is_out, self._left_out = False, 0
@@ -192,7 +190,8 @@ class OPSDTrainer(WholeCheckpoints):
         loss, totals = self._updates(model, batches)
         if self.model.device.type == "cpu":
             trim_heap()
-        self._count(asked, totals, measures, time.monotonic() - start)
+        self._write_rollouts(asked)
+        self.step_log.count(asked, totals, measures, time.monotonic() - start)
         self.parts.begin("optimizer")  # until the step is logged
         return loss
 
@@ -425,70 +424,29 @@ class OPSDTrainer(WholeCheckpoints):
         enabled = self._dtype == torch.bfloat16
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=enabled)
 
-    def _count(self, problems, totals: Totals, measures, seconds) -> None:
-        rollouts = [rollout for problem in problems for rollout in problem.rollouts]
-        length = sum(len(rollout.ids) for rollout in rollouts)
+    def _write_rollouts(self, problems: list[Problem]) -> None:
+        """What was sampled, where the run keeps it."""
         if self.experience.samples:
             kept, how = self.config.output.rollouts, self.experience.how
             for line in rollout_records(problems, self.processing_class, how, kept):
                 self.run_log.rollout({"step": self.state.global_step + 1, **line})
-        counters = self.run_log.counters
-        if self.config.rollout.source != "reference":
-            counters.generated_tokens += length
-        counters.trained_tokens += totals.tokens
-        counters.seconds += seconds
-        self._step = {"divergence": None, "student_entropy": None, **totals.means(), **measures}
-        if rollouts:
-            self._step["rollout_length"] = length / len(rollouts)
-            self._step["truncated_fraction"] = sum(not r.finished for r in rollouts) / len(rollouts)
-        else:
-            self._step["rollout_length"] = totals.tokens / len(problems)
-        self._step["tokens_per_second"] = totals.tokens / seconds
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A step's line for metrics.jsonl, and for Trainer's own loggers (W&B, TensorBoard)."""
-        if "loss" in logs and self._step:
-            if self._step_is_out:
-                logs = {**logs, "loss": None, "grad_norm": None}
-                self._step["left_out"] = 1
-            else:
-                self._left_out = 0
+        if "loss" in logs and self.step_log.waits:
+            parts = self.processes.everywhere(self.parts.take)
+            step, left_out = self.state.global_step, self._step_is_out
             self._step_is_out = False
-            line = {
-                "step": self.state.global_step,
-                "method": self.config.method,
-                **asdict(self.run_log.counters),
-                **logs,
-                **self._step,
-                **most(self.processes.everywhere(self.parts.take)),
-            }
-            self._watch(line)
-            self.run_log.metrics(line)
-            self.on_step(line)
-            self._step = {}
-            logs = {key: value for key, value in line.items() if isinstance(value, int | float)}
-            if self._is_done():
+            if not left_out:
+                self._left_out = 0
+            logs, over = self.step_log.write(step, logs, parts, left_out)
+            if over:
                 self.control.should_training_stop = True
         super().log(logs, start_time)
 
-    def _watch(self, line: dict) -> None:
-        """Say what has collapsed, in the line too, and stop where that is asked for."""
-        for name, said in self.collapse(line).items():
-            line["collapse"] = [*line.get("collapse", []), name]
-            stop = self.config.train.collapse.on == "stop"
-            self._note(f"Step {line['step']}: collapse: {said}" + ("; stopping" if stop else ""))
-            if stop:
-                self.control.should_training_stop = True
-
-    def _is_done(self) -> bool:
-        counters, budget = self.run_log.counters, self.config.train.token_budget
-        spent = counters.generated_tokens or counters.trained_tokens
-        if budget is not None and spent >= budget:
-            return True
-        return self.state.global_step >= self.config.train.steps
-
     def _run_epoch(self, **arguments) -> None:
-        if self._is_done():  # resumed from the last checkpoint, after which Trainer takes a step
+        # Resumed from the last checkpoint, after which Trainer would take a step.
+        if self.step_log.is_done(self.state.global_step):
             self.control.should_training_stop = True
             return
         super()._run_epoch(**arguments)
@@ -512,9 +470,3 @@ class OPSDTrainer(WholeCheckpoints):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-
-def most(dictionaries: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The largest value of each key."""
-    keys = dict.fromkeys(key for values in dictionaries for key in values)
-    return {key: max(v[key] for v in dictionaries if key in v) for key in keys}
