@@ -7,10 +7,8 @@ import pytest
 
 from opsd.evaluate.metrics import (
     Estimate,
-    average_at_k,
     bootstrap,
     majority,
-    mean_pass_at_k,
     pass_at_k,
     student_quantile,
     wilson_interval,
@@ -43,38 +41,12 @@ def test_wilson_matches_published_values():
     assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
-def test_average_at_k_interval_covers_the_true_rate():
-    draw, hits, trials = random.Random(0), 0, 400
-    for _ in range(trials):
-        # Problems differ: half are hard. Counting the 60·4 samples as independent would cover far
-        # below 95 %.
-        rates = [draw.choice([0.1, 0.9]) for _ in range(60)]
-        outcomes = [[draw.random() < rate for _ in range(4)] for rate in rates]
-        _, low, high = average_at_k(outcomes)
-        hits += low <= 0.5 <= high
-    assert hits / trials >= 0.93
-
-
-def test_averages():
-    outcomes = [[True, False], [True, True], [False, False]]
-    accuracy, low, high = average_at_k(outcomes)
-    assert accuracy == pytest.approx(0.5)
-    assert (low, high) == wilson_interval(1.5, 3)
-    assert mean_pass_at_k(outcomes, 1) == pytest.approx(0.5)
-    assert mean_pass_at_k(outcomes, 2) == pytest.approx(2 / 3)
-    # thirds do not add up to a float above n
-    assert average_at_k([[True] * 3] * 10)[0] == 1.0
-
-
 def test_wrong_arguments_are_named():
     for call, name in [
         (lambda: wilson_interval(3, 2), "correct"),
         (lambda: wilson_interval(1, 2, confidence=95), "confidence"),
         (lambda: pass_at_k(4, 1, 5), "k"),
         (lambda: pass_at_k(4, 5, 1), "c"),
-        (lambda: average_at_k([]), "outcomes"),
-        (lambda: average_at_k([[True], []]), "outcomes"),
-        (lambda: mean_pass_at_k([[True]], 2), "k"),
         (lambda: bootstrap([]), "rates"),
         (lambda: bootstrap([0.5, 1.5]), "rates"),
     ]:

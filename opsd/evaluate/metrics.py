@@ -1,7 +1,6 @@
 """Rates of right answers and how sure of them one may be.
 
-`outcomes` everywhere: for each problem, the verdicts on its k samples. Samples of one problem are
-not independent, so intervals count problems, not samples.
+Samples of one problem are not independent, so intervals count problems, not samples.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
-Outcomes = Sequence[Sequence[bool]]
 RESAMPLES = 4000
 
 
@@ -28,7 +26,7 @@ def wilson_interval(correct: float, n: int, confidence: float = 0.95) -> tuple[f
     """Wilson's score interval (low, high) for `correct` of n independent trials; (0, 1) for n = 0.
 
     Unlike p +- 1.96 standard errors it stays within [0, 1] and is honest at 0 and n. `correct` may
-    be fractional (see average_at_k).
+    be fractional: the sum of problems' rates.
     """
     if not 0 <= correct <= n:
         raise ValueError(f"correct: {correct!r} is not between 0 and n = {n!r}")
@@ -57,24 +55,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not 0 <= c <= n:
         raise ValueError(f"c: {c!r} is not between 0 and the number of samples, {n!r}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def average_at_k(outcomes: Outcomes, confidence: float = 0.95) -> tuple[float, float, float]:
-    """(accuracy, low, high): the mean over problems of each one's rate of right samples.
-
-    The interval is Wilson's on the problems' rates. With one sample a problem it is exact in his
-    sense; with more it is somewhat too wide, since a rate varies less than a single verdict of the
-    same mean.
-    """
-    rates = _rates(outcomes)
-    low, high = wilson_interval(min(math.fsum(rates), len(rates)), len(rates), confidence)
-    return fmean(rates), low, high
-
-
-def mean_pass_at_k(outcomes: Outcomes, k: int) -> float:
-    """The mean over problems of pass_at_k."""
-    _rates(outcomes)
-    return fmean(pass_at_k(len(verdicts), sum(verdicts), k) for verdicts in outcomes)
 
 
 def majority(votes: Sequence[int | None], right: int) -> float:
@@ -137,9 +117,3 @@ def student_quantile(probability: float, freedom: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
-
-
-def _rates(outcomes: Outcomes) -> list[float]:
-    if not outcomes or not all(len(verdicts) for verdicts in outcomes):
-        raise ValueError("outcomes: needs at least one problem, and at least one sample of each")
-    return [sum(verdicts) / len(verdicts) for verdicts in outcomes]
