@@ -15,6 +15,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def describe(x: Tensor) -> str:
+    """Dtype, shape and device, as messages have them."""
     return f"{x.dtype} {list(x.shape)} on {x.device}"
 
 
@@ -29,6 +30,7 @@ def check_tensors(needed: dict[str, Any], **optional: Any) -> None:
 
 
 def check_hidden(name: str, hidden: Tensor) -> None:
+    """[..., D] in a dtype that the kernels take."""
     if hidden.dim() < 1 or hidden.dtype not in DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise ValueError(f"{name}: got {describe(hidden)}, must be [..., D] in {allowed}")
@@ -98,10 +100,12 @@ def check_targets(targets: Tensor, token_weight: Tensor | None, vocabulary: int 
 
 
 def wants_gradient(x: Tensor | None) -> bool:
+    """Whether autograd will ask for one here and now."""
     return x is not None and torch.is_grad_enabled() and x.requires_grad
 
 
 def check_reduction(reduction: str) -> None:
+    """One of REDUCTIONS."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, may be one of {', '.join(REDUCTIONS)}")
 
@@ -125,6 +129,7 @@ def row_weights(
 
 
 def check_budget(memory_budget: int | None) -> None:
+    """Bytes, or None. Whether a row fits them, the plan sees."""
     if memory_budget is None:
         return
     whole = isinstance(memory_budget, Integral | torch.SymInt)

@@ -28,6 +28,8 @@ from opsd_kernels.sweep import Head, Want
 
 
 class Options(NamedTuple):
+    """What the operator takes beside tensors, in types that its schema knows."""
+
     drop_zeros: bool
     want_hidden: bool
     want_weight: bool

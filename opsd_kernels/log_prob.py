@@ -78,6 +78,8 @@ def log_prob_blocks(
 
 
 class Options(NamedTuple):
+    """What the operator takes beside tensors, in types that its schema knows."""
+
     drop_zeros: bool
     want_hidden: bool
     want_weight: bool

@@ -177,6 +177,7 @@ class FusedOperator:
 
 
 def wanted(options) -> Want:
+    """The gradients that an operator's options ask for."""
     return Want(options.want_hidden, options.want_weight, options.want_bias)
 
 

@@ -52,12 +52,15 @@ class Want:
 
 @dataclass(frozen=True)
 class Tile:
+    """A block of tokens against some columns of the vocabulary, of every role."""
+
     columns: slice
     products: tuple[Tensor, ...]  # [n, v] of each role, the student's first
     biases: tuple[Tensor | None, ...]
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """The products and the biases, in the order in which backends take them."""
         return (*self.products, *self.biases)
 
 
@@ -239,6 +242,7 @@ class Gradients:
 
 
 def blocks(n_tokens: int, plan: Plan) -> Iterator[slice]:
+    """The tokens of each of the plan's blocks."""
     for start in range(0, n_tokens, max(plan.rows, 1)):
         yield slice(start, min(start + plan.rows, n_tokens))
 
