@@ -2,8 +2,10 @@
 
 Neither torch nor Python headers are needed, so `pip install .` downloads nothing for the build but
 setuptools, and one wheel serves every Python and torch version. csrc/cpu.cpp is compiled once an
-instruction set; csrc/cpu_dispatch.cpp chooses among them at run time. csrc/cuda.cu is compiled
-where nvcc is found: OPSD_CUDA=1 demands it, OPSD_CUDA=0 leaves it out.
+instruction set; csrc/cpu_dispatch.cpp chooses among them at run time. csrc/cuda.cu needs nvcc.
+
+Each library is built where its compiler is found. OPSD_CPP=1 and OPSD_CUDA=1 demand them, 0 leaves
+them out; what is not built, `opsd_kernels.backends()` says, and torch serves in its place.
 """
 
 import os
@@ -20,6 +22,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
+CPP, CUDA = "opsd_kernels.libopsd_cpu", "opsd_kernels.libopsd_cuda"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # No errno and no traps: both would stop the compiler from vectorising. Infinities and NaN keep
 # their meaning, so -ffast-math is out.
@@ -40,32 +43,52 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 # A100 and its kin, Hopper, Blackwell, and PTX for what comes after: those of them that nvcc knows.
 GPUS = ("80", "90a", "100")
 
+NO_COMPILER = (
+    "No C++ compiler was found: opsd is built without the C++ kernels; on the CPU the torch backend"
+    " takes their place, and is slower. For the kernels install a compiler (Debian/Ubuntu: apt-get "
+    "install g++) or name one in the environment variable CXX, and install opsd again."
+)
 
-def find_compiler() -> list[str]:
-    if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
-    for name in ("g++", "clang++", "c++"):
-        if shutil.which(name):
-            return [name]
-    raise SystemExit(
-        "opsd: no C++ compiler found. The kernels are built from csrc/ at install time: install "
-        "one (Debian/Ubuntu: apt-get install g++) or name one in the environment variable CXX."
-    )
+
+def wanted(variable: str) -> bool | None:
+    """Whether the environment demands a library or leaves it out; None: where it can be built."""
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"opsd: {variable}: got {value!r}, may be 0, 1 or unset.")
+    return None if value == "" else value == "1"
+
+
+def find_compiler() -> list[str] | None:
+    """The C++ compiler's command, or None to build without the C++ kernels."""
+    demanded = wanted("OPSD_CPP")
+    if demanded is False:
+        return None
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else (["g++"], ["clang++"], ["c++"]):
+        if shutil.which(command[0]):
+            return command
+    if named:
+        print(f"opsd: the compiler {named[0]!r}, which CXX names, was not found.", flush=True)
+    if demanded:
+        raise SystemExit(
+            "opsd: OPSD_CPP=1 demands the C++ kernels, but no C++ compiler was found. Install one "
+            "(Debian/Ubuntu: apt-get install g++) or name one in the environment variable CXX."
+        )
+    print(f"opsd: {NO_COMPILER}", flush=True)
+    return None
 
 
 def find_nvcc() -> str | None:
-    """nvcc, or None to build without CUDA."""
-    wanted = os.environ.get("OPSD_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"opsd: OPSD_CUDA: got {wanted!r}, may be 0, 1 or unset.")
-    if wanted == "0":
+    """nvcc, or None to build without the CUDA kernels."""
+    demanded = wanted("OPSD_CUDA")
+    if demanded is False:
         return None
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     places = [f"{home}/bin" for home in (*homes, "/usr/local/cuda") if home]
     for path in (None, *places):
         if found := shutil.which("nvcc", path=path):
             return found
-    if wanted == "1":
+    if demanded:
         raise SystemExit(
             "opsd: OPSD_CUDA=1 demands the CUDA kernels, but no nvcc was found on PATH, in "
             "CUDA_HOME or in /usr/local/cuda. Install the CUDA toolkit (12.4 or newer) or set "
@@ -82,13 +105,16 @@ class BuildKernels(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
+    def run(self) -> None:
+        self.compilers = {CPP: find_compiler(), CUDA: find_nvcc()}
+        self.extensions = [ext for ext in self.extensions if self.compilers[ext.name]]
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        if ext.name.endswith("cuda"):
-            self.build_cuda(find_nvcc(), target)
-        else:
-            self.build_cpu(target)
+        build = self.build_cuda if ext.name == CUDA else self.build_cpu
+        build(self.compilers[ext.name], target)
 
     def build_cuda(self, nvcc: str, target: Path) -> None:
         listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
@@ -107,8 +133,7 @@ class BuildKernels(build_ext):
             flags += ["-gencode", code]
         self.compile([nvcc, *flags, str(CSRC / "cuda.cu"), "-o", str(target)])
 
-    def build_cpu(self, target: Path) -> None:
-        compiler = find_compiler()
+    def build_cpu(self, compiler: list[str], target: Path) -> None:
         known = [f"-DOPSD_HAVE_{name.upper()}" for name in INSTRUCTION_SETS]
         with tempfile.TemporaryDirectory() as scratch:
             units = [
@@ -123,21 +148,29 @@ class BuildKernels(build_ext):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(self.compile, commands))
             objects = [out for _, out, _ in units]
-            self.compile([*compiler, "-shared", "-fopenmp", *objects, "-o", str(target)])
+            self.compile([*compiler, "-shared", *openmp(compiler), *objects, "-o", str(target)])
 
     def compile(self, command: list[str]) -> None:
         print(shlex.join(command), flush=True)
         try:
             subprocess.run(command, check=True)
-        except FileNotFoundError:
-            raise SystemExit(
-                f"opsd: the compiler {command[0]!r} (from CXX) was not found."
-            ) from None
         except subprocess.CalledProcessError as error:
-            without = " OPSD_CUDA=0 builds without CUDA." if "cuda.cu" in " ".join(command) else ""
+            library = "CUDA" if "nvcc" in command[0] else "CPP"
             raise SystemExit(
-                f"opsd: {command[0]} failed (exit status {error.returncode}).{without}"
+                f"opsd: {command[0]} failed (exit status {error.returncode}). OPSD_{library}=0 "
+                "builds without it."
             ) from None
+
+
+def openmp(compiler: list[str]) -> list[str]:
+    """What links OpenMP's runtime in: nothing, where it is GNU's.
+
+    opsd_kernels/tiles/cpp.py binds its functions to the runtime that torch brings. A second runtime
+    would have threads of its own, which spin where torch's want to run; and libgomp is no part of
+    manylinux, so that a wheel would have to bring it.
+    """
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    return ["-fopenmp"] if "clang" in version else []
 
 
 class PlatformWheel(bdist_wheel):
@@ -147,23 +180,14 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-extensions = [
-    Extension(
-        "opsd_kernels.libopsd_cpu",
-        sources=["csrc/cpu.cpp", "csrc/cpu_dispatch.cpp"],
-        depends=["csrc/cpu.h", "csrc/divergence.h", "csrc/vector.h"],
-    )
-]
-if find_nvcc():
-    extensions.append(
-        Extension(
-            "opsd_kernels.libopsd_cuda",
-            sources=["csrc/cuda.cu"],
-            depends=["csrc/cpu.h", "csrc/divergence.h"],
-        )
-    )
-
 setup(
-    ext_modules=extensions,
+    ext_modules=[
+        Extension(
+            CPP,
+            sources=["csrc/cpu.cpp", "csrc/cpu_dispatch.cpp"],
+            depends=["csrc/cpu.h", "csrc/divergence.h", "csrc/vector.h"],
+        ),
+        Extension(CUDA, sources=["csrc/cuda.cu"], depends=["csrc/cpu.h", "csrc/divergence.h"]),
+    ],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

@@ -9,6 +9,13 @@
 
 #include "vector.h"
 
+#if defined(__x86_64__) && defined(__GLIBC__)
+// The same functions by their oldest names: the newest are of glibc 2.29, which would keep a wheel
+// from systems that torch's own wheels (manylinux_2_28) run on.
+__asm__(".symver exp, exp@GLIBC_2.2.5");
+__asm__(".symver log, log@GLIBC_2.2.5");
+#endif
+
 OPSD_DECLARE(OPSD_ISA)
 
 namespace opsd {

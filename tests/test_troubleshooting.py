@@ -12,16 +12,16 @@ QUOTED = [line[5:-1] for line in prose(PAGE) if line.startswith("### `")]
 
 @cache
 def literals() -> list[str]:
-    """All strings of both packages, `…` for each value that is filled in."""
+    """All strings of both packages and of the build, `…` for each value that is filled in."""
     found = []
-    for package in ("opsd", "opsd_kernels"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.JoinedStr):
-                    parts = (getattr(part, "value", None) for part in node.values)
-                    found.append("".join(p if isinstance(p, str) else "…" for p in parts))
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    found.append(node.value)
+    modules = (path for name in ("opsd", "opsd_kernels") for path in (ROOT / name).rglob("*.py"))
+    for path in (ROOT / "setup.py", *modules):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (getattr(part, "value", None) for part in node.values)
+                found.append("".join(p if isinstance(p, str) else "…" for p in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
     return found
 
 

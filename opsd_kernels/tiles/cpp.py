@@ -19,7 +19,7 @@ LIBRARY = Path(__file__).parent.parent / "libopsd_cpu.so"
 
 def unusable_because() -> str | None:
     if not LIBRARY.exists():
-        return "the C++ kernels are not built; run: pip install -e ."
+        return "the C++ kernels are not built; install a C++ compiler (g++), then opsd again"
     try:
         _library()
     except OSError as error:
@@ -29,8 +29,10 @@ def unusable_because() -> str | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    # After torch: the library's OpenMP runtime is then the one that torch has already loaded, with
-    # its threads.
+    # The library names no OpenMP runtime (setup.py, `openmp`): it takes the one that torch has made
+    # visible to all, and its threads. A torch that has none, or hides it, leaves the system's.
+    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(LIBRARY))
     shape, described = ctypes.POINTER(Tile), ctypes.POINTER(Options)
     for name, arguments in (
