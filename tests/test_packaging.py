@@ -1,0 +1,100 @@
+"""What is built with and without a compiler, what a wheel holds, and whose threads the library
+runs on.
+"""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+check = runpy.run_path(str(ROOT / "release" / "check.py"))
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy to build in: nothing built, nothing cached."""
+    target = tmp_path_factory.mktemp("checkout") / "opsd"
+    skipped = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "dist")
+    shutil.copytree(ROOT, target, ignore=skipped)
+    return target
+
+
+def setup(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    given = {"OPSD_CUDA": "0", **environment}
+    return subprocess.run(
+        [sys.executable, "setup.py", "--quiet", *arguments],
+        cwd=checkout,
+        env={**os.environ, **given},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "environment", [{"CXX": "/nonexistent/g++"}, {"CXX": "", "PATH": "/nonexistent"}]
+)
+def test_without_a_compiler_the_library_is_left_out_and_said_so(environment, checkout):
+    built = setup(checkout, "build_ext", "--inplace", **environment)
+    assert built.returncode == 0, built.stderr
+    assert built.stdout.count("No C++ compiler was found: opsd is built without") == 1
+    assert ("'/nonexistent/g++', which CXX names" in built.stdout) == bool(environment["CXX"])
+    assert not list(checkout.glob("opsd_kernels/*.so"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({"OPSD_CPP": "1", "CXX": "/nonexistent/g++"}, "OPSD_CPP=1 demands the C++ kernels, but"),
+        ({"OPSD_CPP": "yes"}, "OPSD_CPP: got 'yes', may be 0, 1 or unset"),
+        ({"OPSD_CUDA": "1", "OPSD_CPP": "0", "PATH": "", "CUDA_HOME": ""}, "no nvcc was found"),
+        ({"CXX": "false"}, "false failed (exit status 1). OPSD_CPP=0 builds without it."),
+    ],
+)
+def test_what_cannot_be_built_as_demanded_is_refused(environment, wanted, checkout):
+    if "nvcc" in wanted and Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("nvcc is where it is looked for")
+    built = setup(checkout, "build_ext", "--inplace", **environment)
+    assert built.returncode != 0
+    assert wanted in built.stderr and "Traceback" not in built.stderr
+
+
+def test_a_wheel_holds_the_packages_and_nothing_else(checkout, tmp_path):
+    sources = {str(p.relative_to(checkout)) for p in checkout.rglob("*.*") if p.is_file()}
+    built = setup(checkout, "bdist_wheel", "--dist-dir", str(tmp_path), OPSD_CPP="0")
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
+    assert check["wheel_faults"](wheel, sources) == [f"{wheel.name} lacks the C++ kernels"]
+    with zipfile.ZipFile(wheel, "a") as archive:
+        for name in ("opsd_kernels/libopsd_cpu.so", "opsd.libs/libgomp.so", "tests/conftest.py"):
+            archive.writestr(name, b"")
+    assert check["wheel_faults"](wheel, sources | {"opsd/new.py"}) == [
+        f"{wheel.name} lacks opsd/new.py",
+        f"{wheel.name} holds tests/conftest.py",
+        f"{wheel.name} holds opsd.libs/libgomp.so",
+    ]
+
+
+RUNTIMES = """
+import torch
+from opsd_kernels import linear_divergence
+torch.set_num_threads(2)
+hidden, weight = torch.randn(64, 32), torch.randn(1000, 32)
+linear_divergence(hidden, hidden, weight, backend="cpp")
+lines = open("/proc/self/maps").read().split()
+print(*{part for part in lines if part.startswith("/") and "omp" in part.rsplit("/", 1)[1]})
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_kernels_run_on_torchs_own_openmp():
+    """A second runtime's threads would spin where the first one's want to run."""
+    printed = subprocess.check_output([sys.executable, "-c", RUNTIMES], text=True, cwd=ROOT)
+    (runtime,) = printed.split()
+    assert "/torch" in runtime
