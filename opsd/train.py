@@ -45,7 +45,7 @@ from opsd.runlog import RunLog, read_lines
 from opsd.samples import sample_records
 from opsd.teacher import check_teacher, make_teacher
 from opsd.trainer import OPSDTrainer
-from opsd.zero import STAGES, check_same_count
+from opsd.zero import STAGES, check_pieces
 
 Reward = Callable[[str, str], float]
 
@@ -72,7 +72,7 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
     directory = Path(config.output.dir)
     checkpoint = processes.once(lambda: claim_directory(directory, config, resume))
     if checkpoint is not None and config.train.sharding in STAGES:
-        check_same_count(checkpoint, processes.count)
+        processes.once(lambda: check_pieces(checkpoint, processes.count))
     processes.together(lambda: check_engine(config.rollout.engine))
     server = None
     if config.rollout.engine == "vllm_server":

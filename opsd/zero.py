@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from opsd.config import Config
 from opsd.errors import UserError
+from opsd.rundir import read_whole
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -54,12 +55,26 @@ def prepare(device: torch.device) -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated")
 
 
-def check_same_count(checkpoint: Path, processes: int) -> None:
-    """Raises UserError where another number of processes wrote a checkpoint's pieces."""
-    pieces = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
-    if pieces != processes:
+def check_pieces(checkpoint: Path, processes: int) -> None:
+    """Raises UserError where another number of processes wrote a checkpoint's pieces, or where one
+    would run something when it is read, by DeepSpeed without a look at what it holds: tensors,
+    plain values, and objects of three classes of its own."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with read_whole(checkpoint):
+        name = (checkpoint / "latest").read_text().strip()
+        if Path(name).name != name:
+            raise ValueError(f"latest names {name}")
+        pieces = list((checkpoint / name).glob("*.pt"))
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            for piece in pieces:
+                torch.load(piece, "meta", weights_only=True, mmap=True)
+    written = sum(piece.name.endswith("_optim_states.pt") for piece in pieces)
+    if written != processes:
         raise UserError(
-            f"{str(checkpoint)!r} was written by {pieces} processes, and there are {processes}: "
+            f"{str(checkpoint)!r} was written by {written} processes, and there are {processes}: "
             "under ZeRO each goes on with its own piece; launch as many"
         )
 

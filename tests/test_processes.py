@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from test_security import Payload
 from training_cases import ROWS, short_values, write_model, write_rows
 from vllm_server import FakeVLLM
 
@@ -30,7 +31,7 @@ from opsd.hidden import Scored, shares, stream_tokens
 from opsd.objectives import OPSD
 from opsd.quickstart.recipe import merge
 from opsd.runlog import read_lines
-from opsd.zero import check_same_count
+from opsd.zero import check_pieces
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -250,9 +251,26 @@ def test_zero_needs_deepspeed(tmp_path, monkeypatch):
 
 def test_zero_goes_on_with_as_many_processes(runs):
     checkpoint = runs / "two" / "zero2" / "checkpoint-4"
-    check_same_count(checkpoint, 2)
+    check_pieces(checkpoint, 2)
     with pytest.raises(UserError, match=r"was written by 2 processes, and there are 3"):
-        check_same_count(checkpoint, 3)
+        check_pieces(checkpoint, 3)
+
+
+def test_a_piece_runs_nothing(runs, tmp_path):
+    """DeepSpeed would read any pickle, and from anywhere."""
+    checkpoint, marker = tmp_path / "checkpoint-4", tmp_path / "marker"
+    shutil.copytree(runs / "two" / "zero2" / "checkpoint-4", checkpoint)
+    piece = checkpoint / "global_step4" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    torch.save(Payload(marker), piece)
+    with pytest.raises(UserError, match=r"cannot be read \(\w+: Weights only load"):
+        check_pieces(checkpoint, 2)
+    piece.write_bytes(piece.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be read"):
+        check_pieces(checkpoint, 2)
+    (checkpoint / "latest").write_text(str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match=r"cannot be read \(latest names /"):
+        check_pieces(checkpoint, 2)
+    assert not marker.exists()
 
 
 def roles(item):
