@@ -268,7 +268,7 @@ def test_a_piece_runs_nothing(runs, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         check_pieces(checkpoint, 2)
     (checkpoint / "latest").write_text(str(tmp_path / "elsewhere"))
-    with pytest.raises(UserError, match=r"cannot be read \(latest names /"):
+    with pytest.raises(UserError, match="latest names /"):
         check_pieces(checkpoint, 2)
     assert not marker.exists()
 
