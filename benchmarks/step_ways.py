@@ -22,11 +22,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from opsd.hidden import Scored
+from opsd.loss_sections import LossSection
 from opsd.objectives import OPSD, Sample, Totals
 from opsd.parts import part
 from opsd.prefix import keeping, kernels, stream, use_kernel
 from opsd.prefix.layout import Layout
-from opsd.sections import LossSection
 from opsd.step import OPSDStep
 
 Step = Callable[[list[Sample]], None]

@@ -1,6 +1,6 @@
 """Writes the reference pages from the code: `python docs/generate.py`.
 
-docs/options.md is made of the config classes (`opsd/sections.py`, `opsd/config.py`), docs/api.md of
+docs/options.md is made of the config classes (`opsd/config.py` and its sections), docs/api.md of
 signatures and docstrings, docs/kernel-cpu.svg of a benchmark's results. A test compares them with
 what this would write now.
 """
@@ -17,7 +17,7 @@ from figure import kernel_figure
 from pydantic.fields import FieldInfo
 
 from opsd.config import Config
-from opsd.sections import Section
+from opsd.section import Section
 
 DOCS = Path(__file__).parent
 MADE = "<!-- Written by `python docs/generate.py`: change the code, not this page. -->\n\n"

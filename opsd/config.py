@@ -15,16 +15,16 @@ from pydantic.fields import FieldInfo
 
 from opsd import combinations
 from opsd.errors import UserError
+from opsd.loss_sections import LossSection
 from opsd.safe_yaml import load_yaml, read_yaml
+from opsd.section import Section
 from opsd.sections import (
     DataSection,
     EvalSection,
-    LossSection,
     ModelSection,
     OutputSection,
     PromptsSection,
     RolloutSection,
-    Section,
     TeacherSection,
     TrainSection,
 )

@@ -21,8 +21,8 @@ from opsd.data import Row
 from opsd.errors import UserError
 from opsd.evaluate.result import Grades
 from opsd.evaluate.run import decode
+from opsd.loss_sections import RewardSection
 from opsd.rollout import Rollout
-from opsd.sections import RewardSection
 
 
 @dataclass(frozen=True)

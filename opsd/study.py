@@ -25,7 +25,7 @@ from opsd.display import Display
 from opsd.doctor import usable_cores
 from opsd.errors import UserError
 from opsd.safe_yaml import read_yaml
-from opsd.sections import Section
+from opsd.section import Section
 
 Voice = Literal["words", "own", "terse", "markdown"]
 

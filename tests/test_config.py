@@ -5,7 +5,8 @@ import yaml
 
 from opsd.config import Config, describe, load_config, parse_config, save_config
 from opsd.errors import UserError
-from opsd.sections import CollapseSection, LoraSection, RewardSection, WeightsSection
+from opsd.loss_sections import RewardSection, WeightsSection
+from opsd.sections import CollapseSection, LoraSection
 
 GOOD = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
 

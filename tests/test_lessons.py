@@ -7,13 +7,14 @@ from opsd import train as training
 from opsd.data import Row
 from opsd.errors import UserError
 from opsd.lessons import Lessons
+from opsd.loss_sections import LossSection
 from opsd.objectives import OPSD, Problem
 from opsd.prompts import Context, Prompts
 from opsd.quickstart import tiny
 from opsd.rewards import Outcome
 from opsd.rollout import Rollout
 from opsd.runlog import read_lines
-from opsd.sections import LossSection, PromptsSection
+from opsd.sections import PromptsSection
 
 PEER = (
     "{% set right = peers | selectattr('correct') | list %}"

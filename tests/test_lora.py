@@ -17,6 +17,7 @@ from opsd.config import save_config
 from opsd.costs import multiplying_parameters
 from opsd.evaluate.subject import Subject
 from opsd.hidden import Scored, rollout_hidden_states
+from opsd.loss_sections import LossSection
 from opsd.models import copy_model, load_model, update_copy
 from opsd.objectives import OPSD, Problem, Totals
 from opsd.prompts import Prompts
@@ -24,7 +25,7 @@ from opsd.quickstart import tiny
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.rollout import Rollout
 from opsd.runlog import read_lines
-from opsd.sections import LossSection, ModelSection, PromptsSection
+from opsd.sections import ModelSection, PromptsSection
 from opsd.teacher import FILE, MovingAverage
 
 LORA = {"rank": 4, "alpha": 8}

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opsd.hidden import Scored
+from opsd.loss_sections import LossSection
 from opsd.objectives import OPSD, Sample, Totals
 from opsd.prefix import keeping
-from opsd.sections import LossSection
 from opsd.step import OPSDStep
 
 VOCABULARY, PREFIX, ROLLOUT = 8192, 48, 64

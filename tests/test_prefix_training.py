@@ -20,6 +20,7 @@ from opsd import prefix
 from opsd.cli import main
 from opsd.errors import UserError
 from opsd.hidden import Scored
+from opsd.loss_sections import LossSection
 from opsd.models import whole
 from opsd.objectives import OPSD, Sample, Totals
 from opsd.prefix import (
@@ -30,7 +31,6 @@ from opsd.prefix import (
 )
 from opsd.quickstart.recipe import merge
 from opsd.runlog import read_lines
-from opsd.sections import LossSection
 from opsd.step import OPSDStep, idle, token_ratio
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

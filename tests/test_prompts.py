@@ -12,11 +12,12 @@ from opsd.config import parse_config
 from opsd.data import Row
 from opsd.errors import UserError
 from opsd.fitting import different_endings
+from opsd.loss_sections import LossSection
 from opsd.objectives import OPSD, Problem, Totals
 from opsd.prompts import Prompts
 from opsd.quickstart import tiny
 from opsd.rollout import Rollout
-from opsd.sections import LossSection, PromptsSection
+from opsd.sections import PromptsSection
 
 ROW = Row("1+1", "2=1+1", "2", {"problem": "1+1", "solution": "2=1+1", "answer": "2", "extra": "7"})
 

@@ -11,13 +11,13 @@ from opsd.config import save_config
 from opsd.errors import UserError
 from opsd.evaluate.grading import Grader
 from opsd.lessons import informative, outcome_measures
+from opsd.loss_sections import RewardSection
 from opsd.objectives import Problem
 from opsd.prompts import Context
 from opsd.quickstart import tiny
 from opsd.rewards import Judge, Verdict, make_verifier, overlong, own_verifier
 from opsd.rollout import Rollout
 from opsd.runlog import read_lines
-from opsd.sections import RewardSection
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from opsd import train as training
 from opsd.cli import main
 from opsd.config import save_config
+from opsd.loss_sections import LossSection
 from opsd.models import load_model
 from opsd.objectives import Distill, Problem, Totals
 from opsd.prompts import Prompts
@@ -19,7 +20,7 @@ from opsd.quickstart import tiny
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.rollout import Rollout
 from opsd.runlog import read_lines
-from opsd.sections import LossSection, PromptsSection
+from opsd.sections import PromptsSection
 from opsd.teacher import FILE
 
 

@@ -24,13 +24,14 @@ from opsd import train as training
 from opsd.evaluate.grading import Grade
 from opsd.hidden import Scored, packed_batches, padded_batches, rollout_hidden_states, stream_tokens
 from opsd.lessons import outcome_measures
+from opsd.loss_sections import LossSection
 from opsd.objectives import GRPO, OPSD, SFT, Problem, Totals
 from opsd.objectives.grpo import group_advantages
 from opsd.prompts import Prompts
 from opsd.quickstart import tiny
 from opsd.rollout import Rollout
 from opsd.runlog import FILES, read_lines
-from opsd.sections import LossSection, PromptsSection
+from opsd.sections import PromptsSection
 from opsd.trainer import OPSDTrainer
 
 METRICS = {

@@ -10,12 +10,12 @@ from training_cases import ROWS, logits, quiet, short_config, write_model, write
 
 from opsd import train as training
 from opsd.config import save_config
+from opsd.loss_sections import LossSection
 from opsd.objectives import GRPO, OPSD, Weighing
 from opsd.objectives.classes import CLASSES, class_of, class_table, classes_of
 from opsd.quickstart import tiny
 from opsd.rollout import Rollout
 from opsd.runlog import read_lines
-from opsd.sections import LossSection
 
 VERIFIER = """
 def grade(completion, row):

@@ -26,6 +26,7 @@ from opsd import train as training
 from opsd.cli import main
 from opsd.config import parse_config
 from opsd.errors import UserError
+from opsd.loss_sections import LossSection
 from opsd.models import load_model, stop_ids
 from opsd.objectives import GRPO, OPSD, Problem, Totals
 from opsd.prompts import Prompts
@@ -37,7 +38,7 @@ from opsd.rollout.colocated import ColocatedSampler
 from opsd.rollout.server import ServerSampler
 from opsd.rollout.threads import as_done
 from opsd.runlog import read_lines
-from opsd.sections import LossSection, PromptsSection
+from opsd.sections import PromptsSection
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.hidden import Scored, rollout_hidden_states, student_and_teacher
+from opsd.loss_sections import LossSection
 from opsd.models import head
 from opsd.objectives.base import (
     Problem,
@@ -29,7 +30,6 @@ from opsd.objectives.likelihood import log_prob_as, token_log_prob
 from opsd.objectives.policy import k3, surrogate, teacher_credit
 from opsd.objectives.weights import Weighing
 from opsd.parts import part
-from opsd.sections import LossSection
 
 
 class GRPO:

@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.hidden import rollout_hidden_states
+from opsd.loss_sections import LossSection
 from opsd.models import as_operands, head, head_arguments
 from opsd.objectives.base import Sample, targets
 from opsd.parts import part
-from opsd.sections import LossSection
 from opsd_kernels import LinearLogProb, linear_log_prob
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.hidden import Scored, student_and_teacher
+from opsd.loss_sections import LossSection
 from opsd.models import as_operands, head, head_arguments
 from opsd.objectives.base import (
     Problem,
@@ -38,7 +39,6 @@ from opsd.objectives.likelihood import token_log_prob
 from opsd.objectives.policy import surrogate
 from opsd.objectives.weights import Weighing
 from opsd.parts import part
-from opsd.sections import LossSection
 from opsd_kernels import Clip, linear_divergence
 
 

@@ -12,7 +12,7 @@ Where the rollouts are fresh, r = 1: l_n = -A_n and its gradient is -A_n ∇log 
 import torch
 from torch import Tensor
 
-from opsd.sections import LossSection
+from opsd.loss_sections import LossSection
 
 
 def surrogate(

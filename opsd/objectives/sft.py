@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.hidden import Scored, rollout_hidden_states
+from opsd.loss_sections import LossSection
 from opsd.objectives.base import (
     Problem,
     Sample,
@@ -23,7 +24,6 @@ from opsd.objectives.weights import Weighing
 from opsd.parts import part
 from opsd.prompts import Prompts
 from opsd.rollout import Rollout
-from opsd.sections import LossSection
 
 
 class SFT:

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opsd.loss_sections import LossSection
 from opsd.objectives.classes import CLASSES, classes_of
 from opsd.rewards import Outcome
 from opsd.rollout import Rollout
-from opsd.sections import LossSection
 
 
 class Weight(NamedTuple):

@@ -1,0 +1,40 @@
+"""What every section of a config file refuses."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+
+class Section(BaseModel):
+    """Unknown keys, infinities and NaN are errors; a default is checked as a given value is."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _check_plain(cls, value: Any) -> Any:
+        _check_plain(value)
+        return value
+
+
+def _check_plain(value: Any) -> None:
+    """Refuse what no file name, tokenizer or 64-bit machine takes, in lists and mappings too."""
+    if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError("text may hold no NUL character")
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("text may hold no half of a surrogate pair")
+    elif isinstance(value, int):
+        if abs(value) >= 2**63:
+            raise ValueError("whole numbers must be less than 2**63")
+    elif isinstance(value, list):
+        for one in value:
+            _check_plain(one)
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            _check_plain(key)
+            _check_plain(one)
+    elif not isinstance(value, float | BaseModel | None):
+        raise ValueError(
+            f"it holds a {type(value).__name__}; values are text, numbers, lists and mappings"
+        )
