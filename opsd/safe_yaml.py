@@ -17,7 +17,7 @@ MAX_NODES = 100_000
 class _Loader(yaml.SafeLoader):
     """SafeLoader takes the last of two equal keys, and drops the first without a word."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:

@@ -16,6 +16,7 @@ from jinja2 import StrictUndefined, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import generate_lorem_ipsum
 
 WORK = 20_000_000
 """What filling in one template may cost: a character or digit 1, an item 10, a call 100."""
@@ -42,7 +43,7 @@ class _Generator(CodeGenerator):
         self.visit(_callback("joined", node.nodes), frame)
 
 
-def _callback(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
+def _callback(name: str, arguments: list[Any]) -> nodes.Call:
     return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
 
 
@@ -60,7 +61,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(undefined=StrictUndefined, finalize=self._shown)
         self._spent = threading.local()
         self.filters = {name: self._paid(name, made) for name, made in self.filters.items()}
-        self.globals["lipsum"] = self._paid("lipsum", self.globals["lipsum"])
+        self.globals["lipsum"] = self._paid("lipsum", generate_lorem_ipsum)
 
     def begin(self) -> None:
         """A template is about to be compiled or filled in: it has all of WORK to spend."""
