@@ -6,6 +6,7 @@ import pytest
 import torch
 from training_cases import ROWS
 
+from opsd.errors import UserError
 from opsd.models import contiguous_head, copy_model, stop_ids, update_copy
 from opsd.prompts import Prompts
 from opsd.quickstart import tiny
@@ -129,6 +130,21 @@ def test_continuous_batching_takes_no_more_memory_than_it_needs(model, tokenizer
     assert len(rollouts) == len(contexts)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB on Linux
     assert grown < 500_000
+
+
+def test_a_continuous_engine_that_dies_is_an_error(tokenizer, contexts):
+    """It returns what there was until then as if it were whole."""
+    model, count = tiny.make_model(0, tokenizer), [0]
+
+    def fail(*_):
+        count[0] += 1
+        if count[0] == 3:
+            raise RuntimeError("the worker is gone")
+
+    model.model.register_forward_pre_hook(fail)
+    sampler = ContinuousSampler(model, frozenset([tokenizer.eos_token_id]))
+    with pytest.raises(UserError, match=r"rollout\.engine is 'continuous': .*worker is gone"):
+        sampler.sample(contexts, Sampling(8, temperature=0))
 
 
 def test_stop_ids_are_the_tokenizers_and_the_generation_configs(tokenizer):

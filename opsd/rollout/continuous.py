@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from opsd.errors import UserError
 from opsd.models import update_copy
 from opsd.rollout.base import Rollout, Sampling, cut
 
@@ -65,9 +66,16 @@ class ContinuousSampler:
             self.model.train(was_training)
         # Keyed by request id, numbered in the order they were given.
         ordered = sorted(outputs.items(), key=lambda item: int(item[0].rsplit("_", 1)[-1]))
+        # Where its thread dies it logs that, and returns what there was until then.
+        failed = [output.error for _, output in ordered if output.error is not None]
+        if failed or len(ordered) != len(contexts):
+            said = failed[0] if failed else "its thread has ended"
+            raise UserError(
+                f"rollout.engine is 'continuous': {len(contexts) - len(ordered) + len(failed)} of "
+                f"{len(contexts)} rollouts failed ({said}); what was saved is kept, and "
+                "rollout.engine=generate samples without it"
+            )
         rollouts = [cut(output.generated_tokens, self.stops) for _, output in ordered]
-        if len(rollouts) != len(contexts):
-            raise RuntimeError(f"{len(contexts)} contexts gave {len(rollouts)} rollouts")
         if progress:
             progress(len(rollouts), sum(len(rollout.ids) for rollout in rollouts))
         return rollouts
