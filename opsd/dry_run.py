@@ -15,7 +15,13 @@ from opsd.config import Config
 from opsd.data import Row
 from opsd.display import Display
 from opsd.errors import UserError
-from opsd.fitting import answer_tokens, different_endings, fitting_rows, trained_roles
+from opsd.fitting import (
+    answer_tokens,
+    different_endings,
+    fitting_held_out,
+    fitting_rows,
+    trained_roles,
+)
 from opsd.models import check_directory, load_tokenizer, window
 from opsd.needs import is_graded, uses_teacher_prompt
 from opsd.plan.architectures import architecture
@@ -49,6 +55,7 @@ def dry_run(config: Config, display: Display) -> None:
     prompts = Prompts(config.prompts, tokenizer)
     limit = window(student)
     rows = fitting_rows(rows, prompts, config, limit, display.note)
+    held_out = fitting_held_out(held_out, prompts, config, limit, display.note)
     if (differ := different_endings(prompts, config)) is not None:
         display.note(differ)
     lengths = _show_contexts(rows, prompts, config, limit, display)

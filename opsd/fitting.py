@@ -1,6 +1,6 @@
 """Rows that a run can train on: contexts and rollouts that fit the model's window, never cut."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from opsd.config import Config
 from opsd.data import Row
@@ -39,33 +39,84 @@ def fitting_rows(
     The others are an error, or left out, counted and named by `note`, as `prompts.too_long` says.
     Raises UserError too where fewer are left than a step needs.
     """
-    kept, left = list(rows), []
+    roles, needed = trained_roles(config, prompts), []
     if limit is not None:
-        kept, roles = [], trained_roles(config, prompts)
-        for number, row in enumerate(rows, start=1):
-            context = max(len(prompts.ids(row, role)) for role in roles)
-            needed = context + answer_tokens(row, config, prompts)
-            if needed <= limit:
-                kept.append(row)
-            else:
-                left.append((number, needed))
-    if left:
-        number, needed = left[0]
-        what = f"row {number} needs {needed} tokens with its answer, the model's window is {limit}"
-        if config.prompts.too_long == "error":
-            raise UserError(
-                f"data.source: {what} ({len(left)} of {len(rows)} rows are too long); shorten "
-                "rollout.max_new_tokens, or leave such rows out with prompts.too_long: skip"
-            )
-        named = ", ".join(str(number) for number, _ in left[:NAMED_ROWS])
-        named += ", …" if len(left) > NAMED_ROWS else ""
-        note(f"{len(left)} of {len(rows)} rows are left out ({named}): {what}")
+        needed = [
+            _longest(row, prompts, roles) + answer_tokens(row, config, prompts) for row in rows
+        ]
+    kept = _within(rows, needed, limit, prompts, "data.source", "row", note)
     if len(kept) < config.train.problems_per_step:
         raise UserError(
             f"data.source has {len(kept)} training rows: train.problems_per_step "
             f"({config.train.problems_per_step}) may be at most that"
         )
     return kept
+
+
+def fitting_held_out(
+    rows: Sequence[Row],
+    prompts: Prompts,
+    config: Config,
+    limit: int | None,
+    note: Callable[[str], None],
+) -> list[Row]:
+    """`fitting_rows` of the held-out problems: those whose answers are read beside the teacher's
+    choices must fit after its context too. Raises UserError where none is left."""
+    needed, read = [], 0
+    answer, shown = longest_answer(config), shown_role(config, prompts)
+    for row in rows if limit is not None else ():
+        of_both = config.eval.teacher or read < config.eval.samples
+        roles = {"student", shown} if of_both else {"student"}
+        needed.append(_longest(row, prompts, roles) + answer)
+        read += needed[-1] <= limit
+    source = "data.source" if config.eval.source is None else "eval.source"
+    kept = _within(rows, needed, limit, prompts, source, "held-out problem", note)
+    if rows and not kept:
+        raise UserError(f"{source} has no held-out problem that fits the model's window of {limit}")
+    return kept
+
+
+def longest_answer(config: Config) -> int:
+    """To a held-out problem, in tokens."""
+    return config.eval.max_new_tokens or config.rollout.max_new_tokens
+
+
+def shown_role(config: Config, prompts: Prompts) -> str:
+    """The context in which a teacher sees answers to held-out problems: there are no peers to show
+    it, and another model sees what the student does."""
+    return "student" if prompts.over_rollouts or config.method == "distill" else "teacher"
+
+
+def _longest(row: Row, prompts: Prompts, roles: Collection[str]) -> int:
+    return max(len(prompts.ids(row, role)) for role in roles)
+
+
+def _within(
+    rows: Sequence[Row],
+    needed: Sequence[int],
+    limit: int | None,
+    prompts: Prompts,
+    source: str,
+    what: str,
+    note: Callable[[str], None],
+) -> list[Row]:
+    """The rows that need `limit` tokens at most; the others are an error, or counted and named."""
+    if limit is None:
+        return list(rows)
+    left = [(number, n) for number, n in enumerate(needed, start=1) if n > limit]
+    if left:
+        number, most = left[0]
+        said = f"{what} {number} needs {most} tokens with its answer, the model's window is {limit}"
+        if prompts.section.too_long == "error":
+            shorter = "eval" if what.startswith("held-out") else "rollout"
+            raise UserError(
+                f"{source}: {said} ({len(left)} of {len(rows)} {what}s are too long); shorten "
+                f"{shorter}.max_new_tokens, or leave such {what}s out with prompts.too_long: skip"
+            )
+        named = ", ".join(str(number) for number, _ in left[:NAMED_ROWS])
+        named += ", …" if len(left) > NAMED_ROWS else ""
+        note(f"{len(left)} of {len(rows)} {what}s are left out ({named}): {said}")
+    return [row for row, n in zip(rows, needed, strict=True) if n <= limit]
 
 
 def different_endings(prompts: Prompts, config: Config) -> str | None:
@@ -86,4 +137,4 @@ def different_endings(prompts: Prompts, config: Config) -> str | None:
 def longest_sequence(rows: Sequence[Row], prompts: Prompts, config: Config) -> int:
     """Tokens of the longest context that is sampled from, and of the longest answer to it."""
     context = max((len(prompts.ids(row, "student")) for row in rows), default=0)
-    return context + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+    return context + max(config.rollout.max_new_tokens, longest_answer(config))

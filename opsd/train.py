@@ -18,7 +18,14 @@ from opsd.display import Display
 from opsd.environment import machine, peak_memory, release_memory, share_one_heap, versions
 from opsd.evaluate.grading import Grader
 from opsd.evaluate.run import Evaluation, Grades, HeldOut
-from opsd.fitting import different_endings, fitting_rows, longest_sequence
+from opsd.fitting import (
+    different_endings,
+    fitting_held_out,
+    fitting_rows,
+    longest_answer,
+    longest_sequence,
+    shown_role,
+)
 from opsd.hub import push
 from opsd.models import copy_model, head, load_model, stop_ids, window
 from opsd.needs import is_graded, required_columns, scores_by_teacher
@@ -181,7 +188,9 @@ def run(
     if config.model.lora is not None:
         model = add_adapters(model, config.model)
         display.note(f"Adapters: {trainable(model):.2%} of the parameters train")
-    rows = fitting_rows(rows, prompts, config, window(model.config), display.note)
+    limit = window(model.config)
+    rows = fitting_rows(rows, prompts, config, limit, display.note)
+    held_out = fitting_held_out(held_out, prompts, config, limit, display.note)
     if (differ := different_endings(prompts, config)) is not None:
         display.note(differ)
     check_disk_space(directory, config, model)
@@ -223,8 +232,7 @@ def run(
     if is_graded(config):
         verifier = make_verifier(config.loss.reward, grader, reward)
         judge = Judge(config.loss.reward, tokenizer, verifier, config.rollout.max_new_tokens)
-    # What a report's completions are held against: there are no peers to show a teacher.
-    teacher_role = "student" if prompts.over_rollouts else objective.teacher_role
+    teacher_role = shown_role(config, prompts)  # what a report's completions are held against
     engine = config.rollout.engine if config.rollout.engine in SAMPLERS else "generate"
     test = HeldOut(held_out, prompts, grader, evaluation_sampling(config), engine, processes)
 
@@ -338,8 +346,7 @@ def is_evaluated(directory: Path, step: int) -> bool:
 
 def evaluation_sampling(config: Config) -> Sampling:
     """Greedy answers to the held-out problems."""
-    longest = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    return Sampling(longest, temperature=0, batch_size=config.eval.batch_size)
+    return Sampling(longest_answer(config), temperature=0, batch_size=config.eval.batch_size)
 
 
 def make_objective(config: Config, teacher: PreTrainedModel, prompts: Prompts) -> Objective:

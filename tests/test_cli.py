@@ -80,6 +80,31 @@ def test_rows_that_are_too_long_may_be_left_out(files, config, tmp_path, capsys)
     assert "1 of 16 rows are left out" in shown.out + shown.err
 
 
+def test_held_out_problems_that_are_too_long_are_named(config, tmp_path, capsys):
+    """A problem of which nothing fits, and one that fits without its solution alone."""
+    columns = [dict(row.columns) for row in ROWS[:5]]
+    columns[1]["problem"] = "1+1;" * 80
+    columns[0]["solution"] = "1+1;" * 80
+    data = tmp_path / "held-out.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in columns))
+    asked = [f"eval.source={data}", "eval.split=train", "eval.samples=1"]
+    line = refused(capsys, "train", config, *asked)
+    assert "eval.source: held-out problem 1 needs" in line and "2 of 4 held-out problems" in line
+    assert "eval.max_new_tokens" in line and "too_long: skip" in line
+    skips = [*asked, "prompts.too_long=skip", f"output.dir={tmp_path / 'skips'}"]
+    assert main(["train", str(config), *skips, "--dry-run"]) == 0
+    assert "2 held out" in capsys.readouterr().out
+    assert main(["train", str(config), *skips]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 4 held-out problems are left out (1, 2)" in shown
+    (last,) = read_lines(tmp_path / "skips" / "evaluations.jsonl")[-1:]
+    assert last["problems"] == 2
+    # Nobody reads the teacher's choices beside it: the first one fits.
+    alone = [*skips[:2], "eval.samples=0", "prompts.too_long=skip", "output.dir=unused"]
+    assert main(["train", str(config), *alone, "--dry-run"]) == 0
+    assert "1 of 4 held-out problems are left out (2)" in capsys.readouterr().out
+
+
 def test_the_output_directory_is_respected(config, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["train", str(config)]) == 0
