@@ -82,11 +82,14 @@ def plan_call(
     widths = sum(h.shape[1] for h in hidden)
     widened = widths * item if gemm.widens(first) else 0
     stacked = widths * first.element_size() if _share(heads) and not widened else 0
+    temporaries = backend.TEMPORARIES
+    if len(heads) == 1:
+        temporaries = getattr(backend, "LOG_PROB_TEMPORARIES", temporaries)
     # Also where only backward will want it, which runs the call again within the same budget.
     wide_gradient = first.dtype != dtype
     cost = Cost(
         entry=len(heads) * item + (first.element_size() if gemm.narrows(first) else 0),
-        temporaries=backend.TEMPORARIES * item,
+        temporaries=temporaries * item,
         slice_entries=getattr(backend, "slice_entries", lambda device: 2**62)(first.device),
         token=states.ROWS * item + widened + (width * item if wide_gradient else 0),
         one_pass_token=stacked,

@@ -40,8 +40,9 @@ rows(student, teacher, bias, teacher_bias, divergence, transform, clip, state, r
     normalisers, sums and (row_weight not None, or an entry clip) gradient_ at once, on tiles that
     hold whole rows, with the token clip applied to row_weight. It may overwrite both tiles.
 
-`TEMPORARIES` is how many tensors of n v items they allocate while they work; where there is a
-`slice_entries(device)`, of as many items at most.
+`TEMPORARIES` is how many tensors of n v items they allocate while they work, of the log_prob
+functions `LOG_PROB_TEMPORARIES` where there is one; where there is a `slice_entries(device)`, of as
+many items at most.
 Identical rows give exactly 0, entries of probability 0 count for nothing, NaN stays NaN.
 """
 
@@ -57,6 +58,7 @@ from opsd_kernels.tiles import state as rows_of
 from opsd_kernels.tiles.state import MAX, STUDENT, SUM, TEACHER
 
 TEMPORARIES = 7
+LOG_PROB_TEMPORARIES = 3
 
 
 def slice_entries(device: torch.device) -> int:

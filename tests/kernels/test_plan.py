@@ -77,7 +77,7 @@ def test_the_default_fits_any_vocabulary():
 
 MEASURE = """
 import ctypes, json, os, sys, torch
-from opsd_kernels import linear_divergence, sweep
+from opsd_kernels import linear_divergence, linear_log_prob, sweep
 torch.set_num_threads(1)
 plans, plan = [], sweep.plan
 sweep.plan = lambda *a, **k: plans.append(plan(*a, **k)) or plans[-1]
@@ -88,8 +88,12 @@ def measure(backend, divergence, train, dtype, budget):
     h, t = torch.randn(n, d, dtype=dtype, requires_grad=True), torch.randn(n, d, dtype=dtype)
     w = torch.randn(v, d, dtype=dtype, requires_grad=train)
     def run():
-        options = dict(divergence=divergence, memory_budget=budget, backend=backend)
-        linear_divergence(h, t, w, **options).loss.backward()
+        options = dict(memory_budget=budget, backend=backend)
+        if divergence == "log_prob":
+            targets = torch.arange(n)
+            linear_log_prob(h, w, targets, reduction="mean", **options).log_prob.backward()
+        else:
+            linear_divergence(h, t, w, divergence=divergence, **options).loss.backward()
     run()  # libraries load, and keep buffers of their own
     h.grad = w.grad = None
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps would hide as much of the next call
@@ -120,6 +124,8 @@ MEASURED = [
     ("torch", "jsd", False, "float32", 24 * MIB),
     ("torch", "reverse_kl", False, "float32", 16 * MIB),
     ("torch", "jsd", True, "float32", 16 * MIB),
+    ("cpp", "forward_kl", True, "bfloat16", 32 * MIB),
+    ("torch", "log_prob", False, "float32", 6 * MIB),
 ]
 
 
