@@ -83,6 +83,14 @@ def find_nvcc() -> str | None:
     demanded = wanted("OPSD_CUDA")
     if demanded is False:
         return None
+    host = os.environ.get("NVCC_CCBIN", "g++")
+    if not shutil.which(host):
+        if demanded:
+            raise SystemExit(
+                "opsd: OPSD_CUDA=1 demands the CUDA kernels, and nvcc compiles with the compiler "
+                f"{host!r}, which was not found. Install it, or name another in NVCC_CCBIN."
+            )
+        return None
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     places = [f"{home}/bin" for home in (*homes, "/usr/local/cuda") if home]
     for path in (None, *places):
