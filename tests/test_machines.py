@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from training_cases import write_model
 
 from opsd.cli import main
@@ -84,5 +85,5 @@ def test_lora_keys_that_pages_name():
     for page in ("from-trl.md", "from-official.md"):
         text = (ROOT / "docs" / page).read_text()
         for keys in re.findall(r"`model\.lora: \{(.*?)\}`", text):
-            names = {part.split(":")[0].strip() for part in keys.split(",")}
+            names = set(yaml.safe_load(f"{{{keys}}}"))
             assert names <= set(LoraSection.model_fields), keys
