@@ -29,7 +29,6 @@ from opsd.adapters import (
 from opsd.composite import freeze_others
 from opsd.errors import UserError, in_short
 from opsd.sections import ModelSection
-from opsd.zero import gathered
 
 
 def load_model(
@@ -217,6 +216,8 @@ def named_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[
 def whole(tensor: Tensor) -> Tensor:
     """The tensor; one that is split over processes is gathered, which all of them must ask for."""
     if hasattr(tensor, "ds_id"):
+        from opsd.zero import gathered  # accelerate and peft, which a plan has no use for
+
         return gathered(tensor)
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
