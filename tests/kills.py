@@ -46,6 +46,7 @@ MOMENTS = {
     "an evaluation": "evaluations.jsonl",
     "samples": "samples.jsonl",
     "a step": "metrics.jsonl",
+    "the report": ".report.html.part",
 }
 """What is about to be written, and the file whose change tells."""
 
@@ -94,7 +95,8 @@ def kill(child: int, directory: Path, moment: str, draw: random.Random, duration
         until = begun + draw.uniform(0, duration)
         due = lambda: time.monotonic() >= until  # noqa: E731
     else:
-        file, turn = directory / MOMENTS[moment], draw.randint(1, 3)
+        # The report is written once, and goes to its place.
+        file, turn = directory / MOMENTS[moment], draw.randint(1, 2 if "report" in moment else 3)
         seen = [stamp(file)]
 
         def due() -> bool:
@@ -126,6 +128,8 @@ def outcome(directory: Path) -> dict:
     """All that a run must do alike, however often it was killed."""
     lines = {name: timeless(read_lines(directory / name)) for name in FILES}
     (weights,) = (directory / "model").glob("*.safetensors")
+    for name in ("report.html", "curves.png", "summary.json"):
+        assert (directory / name).stat().st_size > 500, name
     return {**lines, "weights": load_file(weights)}
 
 
