@@ -328,6 +328,9 @@ def _saved_directory(path: Path, split: str, section: str) -> Iterable[Any]:
 
 
 def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
+    from opsd.offline import before_asking_hub
+
+    before_asking_hub(name)
     import datasets
 
     _check_names(f"{section}.options", options, _HUB_OPTIONS)

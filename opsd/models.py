@@ -28,6 +28,7 @@ from opsd.adapters import (
 )
 from opsd.composite import freeze_others
 from opsd.errors import UserError, in_short
+from opsd.offline import before_asking_hub
 from opsd.sections import ModelSection
 
 
@@ -95,6 +96,7 @@ def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedToke
     if (base := base_of(section.path)) is not None:
         section = section.model_copy(update={"path": base[0], "revision": base[1], "lora": None})
     check_directory(section, name)
+    before_asking_hub(section.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.path, **_source(section))
     except Exception as error:  # the same

@@ -134,5 +134,5 @@ def test_a_gguf_file_that_is_not_named_or_not_one(files, tmp_path):
     with pytest.raises(UserError, match=rf"for a GGUF file set model.gguf_file \({NAME}\)"):
         load_model(ModelSection(path=str(directory)))
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(20))
-    with pytest.raises(UserError, match=r"model.path is .*neither a model directory"):
+    with pytest.raises(UserError, match=r"model.path is .*it cannot be loaded"):
         load_model(ModelSection(path=str(tmp_path), gguf_file="broken.gguf"))

@@ -211,6 +211,9 @@ def _current_revision(name: str) -> str | None:
     """The commit that the hub has now, so that what is loaded is what is recorded."""
     from huggingface_hub import HfApi
 
+    from opsd.offline import before_asking_hub
+
+    before_asking_hub(name)
     try:
         return HfApi().dataset_info(name, timeout=10).sha
     except Exception:  # offline (a cached copy may do), or absent: load_dataset says which

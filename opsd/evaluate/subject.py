@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from opsd.adapters import base_of
 from opsd.errors import UserError, in_short
 from opsd.models import load_model
+from opsd.offline import before_asking_hub
 from opsd.sections import ModelSection
 
 # What decides what a model writes; a checkpoint's optimizer and our own files do not.
@@ -39,6 +40,7 @@ class Subject:
         base, revision = base_of(path) or (path, None)
         if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
             raise UserError(f"MODEL is {path!r}: {base!r} is a directory without config.json")
+        before_asking_hub(base)
         try:
             # False: None would ask in the terminal whether to run a repository's code.
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -1,0 +1,52 @@
+"""Whether the Hugging Face hub can be reached, found out once and within seconds. Needs no torch.
+
+Without a connection the hub's client asks six times over half a minute, once for a tokenizer and
+again for its config, and writes a dozen lines. Told that it is offline it looks into its cache at
+once.
+"""
+
+import contextlib
+import socket
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from huggingface_hub import constants
+
+SECONDS = 4.0
+"""For the name to be resolved and the connection to be made."""
+
+
+def before_asking_hub(name: str) -> None:
+    """To be called before a model or a dataset is looked for by this name: where it is no local
+    path, and the hub does not answer, its client is told so."""
+    if Path(name).expanduser().exists() or constants.HF_HUB_OFFLINE or reachable():
+        return
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:  # which has read it already
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+
+
+@cache
+def reachable() -> bool:
+    """Whether a connection to the hub can be made; a proxy is taken to be one."""
+    if getproxies():
+        return True
+    address, answered = urlsplit(constants.ENDPOINT), threading.Event()
+    port = address.port or (80 if address.scheme == "http" else 443)
+
+    def ask() -> None:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((address.hostname, port), SECONDS),
+        ):
+            answered.set()
+
+    # In a thread of its own, since no time limit holds for resolving the name.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    return answered.is_set()
