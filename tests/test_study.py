@@ -13,6 +13,7 @@ from opsd.compare_command import check_settings, is_study
 from opsd.errors import UserError
 from opsd.quickstart import chain_sum, tiny
 from opsd.quickstart.recipe import repeated
+from opsd.report import curves
 from opsd.study import Job, load_study, run_jobs, study_jobs, train_jobs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -20,7 +21,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture
 def in_process(monkeypatch, tmp_path):
-    """Runs a study's jobs in this process, on a base of three steps; returns what was run."""
+    """Runs a study's jobs in this process, on a base of three steps, with few worksheets and short
+    rollouts, and without the plots, which other tests look at; returns what was run.
+    """
     ran = []
     from opsd.quickstart import tiny_recipe  # before BaseTraining is another
 
@@ -29,6 +32,10 @@ def in_process(monkeypatch, tmp_path):
     monkeypatch.setattr(tiny.cached_base, "__defaults__", (short,))
     monkeypatch.setattr(tiny, "BaseTraining", lambda: short)
     monkeypatch.setattr(tiny_recipe, "TEACHER", replace(short, teacher_share=0.0))
+    monkeypatch.setattr(tiny_recipe, "TRAIN_ROWS", 16)
+    monkeypatch.setitem(tiny_recipe.SECTIONS["train"], "problems_per_step", 8)
+    monkeypatch.setitem(tiny_recipe.SECTIONS["rollout"], "max_new_tokens", 8)
+    monkeypatch.setattr(curves, "write_curves", lambda results, path: path.touch())
 
     class Process:
         def __init__(self, job):
@@ -68,7 +75,7 @@ def test_a_study_runs_each_variant_and_seed_once(tmp_path, in_process, capsys):
     ]
     text = (in_process[0] / "base" / "train.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
-    assert len({row["problem"] for row in rows}) == 2 and len(rows) == 8000
+    assert len({row["problem"] for row in rows}) == 2 and len(rows) == 16
     teacher = yaml.safe_load((in_process[0] / "distill" / "config.yaml").read_text())["teacher"]
     assert teacher["policy"] == "model" and (Path(teacher["path"]) / "config.json").is_file()
     record = json.loads((output / "study.json").read_text())

@@ -8,6 +8,9 @@ from opsd.quickstart import tiny
 from opsd.quickstart.recipe import Base, Recipe, repeated
 from opsd.quickstart.worksheet import WorksheetGrader, right_share, worksheet_rows
 
+TRAIN_ROWS = 8000
+"""More than any method needs."""
+
 HELD_OUT_SEED = 10_000
 """The held-out worksheets are the same for every seed, so that runs can be compared."""
 
@@ -41,8 +44,7 @@ def tiny_recipe(seed: int, problems: int | None = None, solutions: int | None = 
 
     Args:
         problems: held-out worksheets, 400 unless told.
-        solutions: how many worked worksheets there are to learn from; none: 8000, of which no
-            method needs all.
+        solutions: how many worked worksheets there are to learn from; none: TRAIN_ROWS.
     """
 
     def make_base(directory: Path, held_out, display: Display) -> Base:
@@ -61,7 +63,7 @@ def tiny_recipe(seed: int, problems: int | None = None, solutions: int | None = 
 
     return Recipe(
         name="tiny Qwen3 (0.8M parameters)",
-        train_rows=repeated(worksheet_rows(8000, seed=seed), solutions),
+        train_rows=repeated(worksheet_rows(TRAIN_ROWS, seed=seed), solutions),
         held_out_rows=worksheet_rows(problems or 400, seed=HELD_OUT_SEED, held_out=True),
         grader=WorksheetGrader(),
         make_base=make_base,
