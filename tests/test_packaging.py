@@ -7,10 +7,12 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 check = runpy.run_path(str(ROOT / "release" / "check.py"))
@@ -79,6 +81,19 @@ def test_a_wheel_holds_the_packages_and_nothing_else(checkout, tmp_path):
         f"{wheel.name} holds tests/conftest.py",
         f"{wheel.name} holds opsd.libs/libgomp.so",
     ]
+
+
+@pytest.mark.skipif(not (ROOT / ".ci").exists(), reason="an sdist has no lock file")
+def test_the_lock_file_has_all_that_is_asked_for():
+    """What .ci/lock writes: .ci/run fetches nothing else."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    lines = (ROOT / ".ci" / "requirements.txt").read_text().splitlines()
+    pinned = (line.split()[0] for line in lines if "==" in line and not line.startswith((" ", "#")))
+    locked = dict(name.split("==") for name in pinned)
+    for requirement in map(Requirement, asked):
+        if requirement.name != "pip" and (not requirement.marker or requirement.marker.evaluate()):
+            assert requirement.specifier.contains(locked[requirement.name]), requirement
 
 
 RUNTIMES = """
