@@ -20,7 +20,8 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         xs, ys = zip(*method.curve, strict=True)
         known = [(x, *band) for x, band in zip(xs, method.bands, strict=True) if band]
         if known:
-            axes.fill_between(*zip(*known, strict=True), color=colour, alpha=0.12, linewidth=0)
+            at, low, high = zip(*known, strict=True)
+            axes.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
         for run in method.runs if len(method.runs) > 1 else ():
             axes.plot(*zip(*run.curve, strict=True), color=colour, linewidth=0.7, alpha=0.5)
         marker = MARKERS.get(method.key, "D")

@@ -123,9 +123,9 @@ def ratio(
         interval = over_seeds([of_seed[run.seed] - x for run, x in ours])
     elif not at_least and min(len(logs), len(their_logs)) > 1:
         interval = _welch(their_logs, logs)
-    ends = (None if end is None else math.exp(end) for end in (interval.low, interval.high))
+    low, high = (None if x is None else math.exp(x) for x in (interval.low, interval.high))
     value = math.exp(interval.value)
-    return Ratio(method, of, value, *ends, at_least, paired, seeds, unreached)
+    return Ratio(method, of, value, low, high, at_least, paired, seeds, unreached)
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
