@@ -258,21 +258,22 @@ def test_pages_run_nothing_that_they_show(tmp_path):
             assert "it has run" not in script and not script.startswith("on"), path
 
 
-@pytest.mark.skipif("OPSD_BROWSER" not in os.environ, reason="OPSD_BROWSER names no browser")
-def test_pages_run_nothing_in_a_browser(tmp_path):
-    """OPSD_BROWSER=chromium pytest tests/test_security.py -k browser"""
+if "OPSD_BROWSER" in os.environ:  # asked for by name, as SECURITY.md says: not everybody has one
 
-    def title(path: Path) -> str:
-        command = [os.environ["OPSD_BROWSER"], "--headless", "--no-sandbox", "--disable-gpu"]
-        command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{path}"]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        return shown.stdout.partition("<title>")[2].partition("</title>")[0]
+    def test_pages_run_nothing_in_a_browser(tmp_path):
+        """OPSD_BROWSER=chromium pytest tests/test_security.py -k browser"""
 
-    trap = tmp_path / "trap.html"
-    trap.write_text(f"<title>t</title><p>{HOSTILE}")
-    assert title(trap) == "it has run"  # this browser would
-    for path in hostile_pages(tmp_path):
-        assert title(path) != "it has run", path
+        def title(path: Path) -> str:
+            command = [os.environ["OPSD_BROWSER"], "--headless", "--no-sandbox", "--disable-gpu"]
+            command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{path}"]
+            shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+            return shown.stdout.partition("<title>")[2].partition("</title>")[0]
+
+        trap = tmp_path / "trap.html"
+        trap.write_text(f"<title>t</title><p>{HOSTILE}")
+        assert title(trap) == "it has run"  # this browser would
+        for path in hostile_pages(tmp_path):
+            assert title(path) != "it has run", path
 
 
 def test_a_torn_log_is_one_line(tmp_path):
