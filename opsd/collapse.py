@@ -3,8 +3,8 @@
 Four measures, each averaged over a window of steps: the student's entropy and the rollouts' length,
 against the first window; pass@k of graded rollouts, against the best window; the share of tokens
 whose clipped gradient points away from the unclipped one, against a bound. On-policy
-self-distillation is known to collapse past some hundred steps at high rates, and these fall before
-accuracy does.
+self-distillation is known to collapse past some hundred steps at high rates. pass@k says so first
+where rollouts are graded, some steps after accuracy has gone (docs/results.md).
 """
 
 from collections.abc import Iterable
