@@ -27,7 +27,7 @@ from opsd.config import Config, parse_config, with_overrides
 from opsd.errors import UserError
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
-# py and pycon: signatures and examples out of docstrings, where tests/test_reference.py runs them.
+# py and pycon: signatures and examples of docstrings, which tests/test_generated_pages.py runs.
 LANGUAGES = {"python", "py", "pycon", "sh", "yaml", "json", "text"}
 OURS = ("opsd", "opsd_kernels", "benchmarks", "tests")
 # In the text: a path of ours, the dotted name of something in Python, a field of the config.

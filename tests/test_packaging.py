@@ -110,6 +110,6 @@ print(*{part for part in lines if part.startswith("/") and "omp" in part.rsplit(
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_kernels_run_on_torchs_own_openmp():
     """A second runtime's threads would spin where the first one's want to run."""
-    printed = subprocess.check_output([sys.executable, "-c", RUNTIMES], text=True, cwd=ROOT)
+    printed = subprocess.check_output([sys.executable, "-P", "-c", RUNTIMES], text=True)
     (runtime,) = printed.split()
     assert "/torch" in runtime

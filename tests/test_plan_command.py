@@ -195,7 +195,7 @@ def write_run(shape, sections, directory):
 
 def peak_of(*arguments: str) -> int:
     """The most memory that `opsd …` held, in bytes."""
-    with subprocess.Popen([sys.executable, "-m", "opsd", *arguments]) as process:
+    with subprocess.Popen([sys.executable, "-P", "-m", "opsd", *arguments]) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0

@@ -19,7 +19,7 @@ LIBRARY = Path(__file__).parent.parent / "libopsd_cpu.so"
 
 def unusable_because() -> str | None:
     if not LIBRARY.exists():
-        return "the C++ kernels are not built; install a C++ compiler (g++), then opsd again"
+        return "the C++ kernels are not built; with a C++ compiler at hand run: pip install -e ."
     try:
         _library()
     except OSError as error:
