@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 PACKAGES = ("opsd", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
@@ -45,6 +46,9 @@ def peak_memory() -> int:
 
     if torch.cuda.is_available():
         return max(_earlier_peak, torch.cuda.max_memory_allocated())
+    if sys.platform == "linux":  # where ru_maxrss begins with what the parent held at the fork
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
