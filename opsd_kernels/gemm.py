@@ -102,7 +102,7 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     wide = one.float()
     try:
         torch.addmm(wide, one, one, out_dtype=torch.float32, out=wide)
-    except RuntimeError:
+    except (RuntimeError, TypeError):  # a TypeError: meta tensors in torch 2.10
         return False
     return True
 

@@ -56,7 +56,11 @@ def probe(model: PreTrainedModel) -> list[kernels.Inputs]:
     Raises UnpackableError where that is more than ours knows.
     """
     with torch.no_grad(), kernels.probing() as inputs:
-        run(model, Layout([([0], [[0, 0]])], model.device))
+        try:
+            run(model, Layout([([0], [[0, 0]])], model.device))
+        finally:
+            # A caller's autocast (torch 2.10) would take what was cast here, without a graph.
+            torch.clear_autocast_cache()
     return inputs
 
 
