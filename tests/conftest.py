@@ -10,6 +10,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -29,3 +30,35 @@ if not torch.cuda.device_count():
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.register_profile("thorough", max_examples=10_000, deadline=None)
 settings.load_profile("quick")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny random model's directory, and a file of worksheets for it."""
+    from training_cases import write_model, write_rows  # not for the kernels' tests
+
+    directory = tmp_path_factory.mktemp("base")
+    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def student(files):
+    """The model of `files` and its tokenizer."""
+    from training_cases import load_student
+
+    return load_student(files)
+
+
+@pytest.fixture(scope="module")
+def contexts(student):
+    """Six problems as the student sees them, in tokens."""
+    from training_cases import ROWS, prompts_of
+
+    prompts = prompts_of(student[1])
+    return [prompts.ids(row, "student") for row in ROWS[:6]]
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Runs without a report, which takes longer than the tests' runs."""
+    monkeypatch.setattr("opsd.train.write_report", lambda directory: None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_cases import ROWS, quiet, short_config, timeless, write_model, write_rows
+from training_cases import ROWS, quiet, short_config, timeless
 from transformers import Trainer
 
 from opsd import train as training
@@ -18,12 +18,6 @@ from opsd.config import save_config
 from opsd.models import load_model
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.runlog import read_lines
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
 
 
 def execute(config, **more):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from training_cases import ROWS, short_values, write_model, write_rows
+from training_cases import ROWS, short_values, write_rows
 
 from opsd.cli import main
 from opsd.config import Config
@@ -20,12 +20,6 @@ from opsd.quickstart.recipe import merge
 from opsd.runlog import read_lines
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
 
 
 @pytest.fixture

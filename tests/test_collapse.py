@@ -1,19 +1,13 @@
 """Collapse detectors: what they see, that they say it once, that a run warns or stops."""
 
 import pytest
-from training_cases import short_config, write_model, write_rows
+from training_cases import short_config
 
 from opsd.cli import main
 from opsd.collapse import CollapseWatch
 from opsd.config import save_config
 from opsd.runlog import read_lines
 from opsd.sections import CollapseSection
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
 
 
 def said(values, **section) -> list[dict]:

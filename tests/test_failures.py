@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_cases import short_config, write_model, write_rows
+from training_cases import short_config
 from transformers import TrainerCallback
 
 from opsd.cli import main
@@ -23,16 +23,7 @@ from opsd.step import OPSDStep
 ONCE = {"train": {"save_every": 1, "save_total_limit": 4}, "eval": {"problems": 0}}
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Which takes longer than these runs."""
-    monkeypatch.setattr("opsd.train.write_report", lambda directory: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from training_cases import short_config, timeless, write_model, write_rows
+from training_cases import short_config, timeless
 
 from opsd.cli import main
 from opsd.config import save_config
@@ -19,16 +19,7 @@ from opsd.runlog import RunLog, read_lines
 SHORT = {"train": {"steps": 3, "save_every": 1}, "eval": {"problems": 0}}
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Which takes longer than these runs."""
-    monkeypatch.setattr("opsd.train.write_report", lambda directory: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def trained(files, directory: Path, *words: str) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_prefix import make
 from torch import nn
-from training_cases import short_config, write_model, write_rows
+from training_cases import short_config, write_model
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from opsd.cli import main
@@ -19,16 +19,7 @@ from opsd.teacher import make_teacher
 SEQUENCES = [Scored([5, 6, 7, 8], [9, 10, 11]), Scored([5, 6, 7, 8], [4, 3])]
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Which takes longer than these runs."""
-    monkeypatch.setattr("opsd.train.write_report", lambda directory: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

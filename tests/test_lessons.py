@@ -1,7 +1,7 @@
 """Teacher contexts made of rollouts: a successful peer, feedback; what is left out and counted."""
 
 import pytest
-from training_cases import ROWS, quiet, short_config, write_model, write_rows
+from training_cases import ROWS, quiet, short_config
 
 from opsd import train as training
 from opsd.data import Row
@@ -20,12 +20,6 @@ PEER = (
     "{% set right = peers | selectattr('correct') | list %}"
     "{% if right %}Q:{{ problem }}\nS:{{ right[0].text }}{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_cases import ROWS, logits, quiet, short_config, write_model, write_rows
+from training_cases import ROWS, logits, quiet, short_config, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd import train as training
@@ -29,12 +29,6 @@ from opsd.sections import ModelSection, PromptsSection
 from opsd.teacher import FILE, MovingAverage
 
 LORA = {"rank": 4, "alpha": 8}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
 
 
 def section(files, **lora):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_teachers import wider  # noqa: F401 - a fixture: another model with the same vocabulary
-from training_cases import ROWS, graded, short_config, with_old, write_model, write_rows
+from training_cases import ROWS, graded, short_config, with_old
 
 from opsd import train as training
 from opsd.adapters import add_adapters
@@ -18,12 +18,6 @@ from opsd.teacher import make_teacher
 
 ROLLOUTS = ([5, 6, 7, 8], [9, 4, 11], [8, 8], [3, 12, 5, 5, 6])
 LORA = {"lora": {"rank": 4, "alpha": 16}}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from training_cases import ROWS, graded, quiet, short_config, write_model, write_rows
+from training_cases import ROWS, graded, quiet, short_config
 
 from opsd import train as training
 from opsd.cli import main
@@ -18,12 +18,6 @@ from opsd.quickstart import tiny
 from opsd.rewards import Judge, Verdict, make_verifier, overlong, own_verifier
 from opsd.rollout import Rollout
 from opsd.runlog import read_lines
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
 
 
 def judge(longest: int = 10, verdicts: list[Verdict] | None = None, **section) -> Judge:

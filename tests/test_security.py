@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from training_cases import ROWS, short_values, write_model, write_rows
+from training_cases import ROWS, short_values
 
 from opsd.cli import main
 from opsd.compare import compare
@@ -33,12 +33,6 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (str(self.marker),)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_cases import ROWS, logits, quiet, short_config, write_model, write_rows
+from training_cases import ROWS, logits, quiet, short_config, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from opsd import train as training
@@ -22,12 +22,6 @@ from opsd.rollout import Rollout
 from opsd.runlog import read_lines
 from opsd.sections import PromptsSection
 from opsd.teacher import FILE
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")

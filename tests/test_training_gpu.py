@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import yaml
-from training_cases import short_values, write_model, write_rows
+from training_cases import short_values
 
 from opsd.quickstart.recipe import merge
 from opsd.runlog import read_lines
@@ -23,12 +23,6 @@ pytestmark = [
 
 LORA = {"model": {"lora": {"rank": 4, "alpha": 8}}}
 GIVEN = {"rollout": {"source": "reference"}}  # no rollouts, which differ with the device's rounding
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
 
 
 @pytest.fixture

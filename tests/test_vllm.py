@@ -1,24 +1,19 @@
-"""Rollouts by vLLM: a server that speaks its API, a stand-in for its `LLM`, the correction."""
+"""Rollouts by a vLLM server: one that speaks its API, as it is and as it fails."""
 
 import json
-import sys
 import threading
 import time
-import types
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn.functional import kl_div
 from training_cases import (
-    ROWS,
-    graded,
+    changed,
     logits,
     quiet,
     short_config,
     short_values,
     write_model,
-    write_rows,
 )
 from vllm_server import FakeVLLM
 
@@ -26,25 +21,14 @@ from opsd import train as training
 from opsd.cli import main
 from opsd.config import parse_config
 from opsd.errors import UserError
-from opsd.loss_sections import LossSection
-from opsd.models import load_model, stop_ids
-from opsd.objectives import GRPO, OPSD, Problem, Totals
-from opsd.prompts import Prompts
+from opsd.models import stop_ids
 from opsd.quickstart import tiny
 from opsd.quickstart.recipe import merge
-from opsd.rollout import GenerateSampler, Rollout, Sampling, ServerGoneError
+from opsd.rollout import GenerateSampler, Sampling, ServerGoneError
 from opsd.rollout.client import VLLMServer
-from opsd.rollout.colocated import ColocatedSampler
 from opsd.rollout.server import ServerSampler
 from opsd.rollout.threads import as_done
 from opsd.runlog import read_lines
-from opsd.sections import PromptsSection
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
 
 
 @pytest.fixture
@@ -54,29 +38,12 @@ def fake(files):
     server.stop()
 
 
-@pytest.fixture(scope="module")
-def student(files):
-    return load_model(short_config(*files, files[0].parent / "none").model)
-
-
-@pytest.fixture(scope="module")
-def contexts(student):
-    section = PromptsSection(student=tiny.STUDENT_PROMPT, teacher=tiny.TEACHER_PROMPT)
-    prompts = Prompts(section, student[1])
-    return [prompts.ids(row, "student") for row in ROWS[:6]]
-
-
 def client(fake, **more) -> VLLMServer:
     return VLLMServer(fake.address, **{"timeout": 5.0, "patience": 0.4, **more})
 
 
 def sampler(fake, student, directory, dtype=torch.float32, **more) -> ServerSampler:
     return ServerSampler(client(fake, **more), stop_ids(*student), directory / "weights", dtype)
-
-
-def changed(files, seed):
-    """A model of the same shape with other weights."""
-    return tiny.make_model(seed, load_model(short_config(*files, files[0]).model)[1]).eval()
 
 
 # The engine: whose tokens, whose log-probabilities.
@@ -339,86 +306,6 @@ def test_a_server_with_other_weights_is_found_out(fake, files, tmp_path):
         training.train(config, quiet())
 
 
-# The correction.
-
-
-def corrected_case(student, bound, divisor):
-    model, tokenizer = student
-    section = PromptsSection(student=tiny.STUDENT_PROMPT, teacher=tiny.TEACHER_PROMPT)
-    prompts = Prompts(section, tokenizer)
-    draw, problems = torch.Generator().manual_seed(1), []
-    for row in ROWS[:2]:
-        context, rollouts = prompts.context(row), []
-        for length in (5, 3):
-            ids = torch.randint(len(tokenizer), (length,), generator=draw).tolist()
-            with torch.no_grad():
-                own = logits(model, context.student, ids).log_softmax(-1)
-            own = own.gather(1, torch.tensor(ids)[:, None])[:, 0]
-            noise = torch.randn(length, generator=draw)
-            rollouts.append(Rollout(ids, True, (own + noise).tolist()))
-        problems.append(Problem(row, context, rollouts))
-    return model, problems
-
-
-def ratios(model, problem, rollout, bound):
-    own = logits(model, problem.context.student, rollout.ids).log_softmax(-1)
-    own = own.gather(1, torch.tensor(rollout.ids)[:, None])[:, 0]
-    return (own - torch.tensor(rollout.log_probs)).exp().clamp(max=bound).detach(), own
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("method", ["opsd", "grpo"])
-@pytest.mark.parametrize("bound", [1.3, None])
-def test_tokens_are_weighted_by_truncated_ratios(method, bound, student, files):
-    """The loss and its gradient against the formula written down with full logits."""
-    model, problems = corrected_case(student, bound, 1)
-    loss_section = LossSection(importance_bound=bound)
-    rewards = [1.0, 0.0, 0.0, 1.0]
-    if method == "opsd":
-        objective = OPSD(loss_section, changed(files, seed=5))
-    else:
-        objective = GRPO(loss_section)
-        problems = graded(problems, rewards)
-    totals, tokens = Totals(), 16
-    samples, _ = objective.samples(problems)
-    loss = objective.loss(model, samples, totals)
-    found = gradients(model, loss)
-    wanted, place, seen = torch.zeros(()), 0, []
-    for problem in problems:
-        for rollout in problem.rollouts:
-            ratio, own = ratios(model, problem, rollout, bound or torch.inf)
-            seen.append(ratio)
-            ratio = ratio if bound else torch.ones_like(ratio)
-            if method == "opsd":
-                s = logits(model, problem.context.student, rollout.ids).log_softmax(-1)
-                with torch.no_grad():
-                    t = logits(objective.teacher, problem.context.teacher, rollout.ids)
-                each = kl_div(s, t.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-            else:
-                each = -(1 + own - own.detach()) * (1.0 if rewards[place] else -1.0)
-            wanted = wanted + (ratio * each).sum() / tokens
-            place += 1
-    assert abs(loss - wanted) < 1e-5
-    expected = gradients(model, wanted)
-    for name, gradient in found.items():
-        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-8, name
-    measures = totals.means()
-    if bound is None:
-        assert "importance_ratio" not in measures
-    else:
-        clipped = torch.cat(seen)
-        assert measures["importance_truncated_fraction"] == pytest.approx(
-            (clipped == bound).float().mean().item()
-        )
-        assert measures["importance_ratio"] > clipped.mean()
-        assert 0 < measures["importance_truncated_fraction"] < 1
-
-
 # Refusals, by name, before a weight is loaded.
 
 
@@ -505,97 +392,3 @@ def test_evaluation_of_what_a_server_does_not_serve(fake, files, tmp_path, capsy
     ]
     assert main(["eval", str(other), "--benchmark", str(files[1]), *arguments]) == 1
     assert f"it serves '{files[0]}', not '{other}'" in capsys.readouterr().err
-
-
-# vLLM in this process, by a stand-in with the documented interface.
-
-
-class FakeLLM:
-    """vLLM's `LLM` on a CPU: it has weights only while it is awake and after they were given."""
-
-    def __init__(self, model, **settings):
-        from transformers import AutoModelForCausalLM
-
-        self.settings = settings
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        self.awake = {"weights", "kv_cache"}
-        if settings["load_format"] == "dummy":
-            self._forget()
-
-    def _forget(self):
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.fill_(torch.nan)
-
-    def sleep(self, level):
-        assert level == 2 and self.settings["enable_sleep_mode"]
-        self.awake = set()
-        self._forget()
-
-    def wake_up(self, tags):
-        self.awake |= set(tags)
-
-    def reset_prefix_cache(self):
-        pass
-
-    def collective_rpc(self, method, kwargs):
-        assert method == "reload_weights" and "weights" in self.awake
-        self.model.load_state_dict(dict(kwargs["weights_iterator"]), strict=False)
-
-    def generate(self, prompts, parameters, use_tqdm):
-        assert self.awake == {"weights", "kv_cache"} and not use_tqdm
-        outputs = []
-        for prompt, parameter in zip(prompts, parameters, strict=True):
-            stops = frozenset(parameter.stop_token_ids)
-            own = GenerateSampler(self.model, stops)
-            (rollout,) = own.sample(
-                [prompt["prompt_token_ids"]], Sampling(parameter.max_tokens, temperature=0)
-            )
-            with torch.no_grad():
-                scores = logits(self.model, prompt["prompt_token_ids"], rollout.ids).log_softmax(-1)
-            places = [
-                {t: types.SimpleNamespace(logprob=float(scores[n, t]))}
-                for n, t in enumerate(rollout.ids)
-            ]
-            output = types.SimpleNamespace(token_ids=rollout.ids, logprobs=places)
-            outputs.append(types.SimpleNamespace(outputs=[output]))
-        return outputs
-
-
-@pytest.fixture
-def vllm(monkeypatch):
-    module = types.ModuleType("vllm")
-    module.LLM, module.SamplingParams = FakeLLM, lambda **given: types.SimpleNamespace(**given)
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    return module
-
-
-def test_the_colocated_engine_sleeps_but_while_it_samples(vllm, files, student, contexts):
-    engine = ColocatedSampler(
-        str(files[0]), stop_ids(*student), trains=True, dtype=torch.float32, memory=0.4
-    )
-    assert engine.llm.awake == set()
-    sampling = Sampling(8, temperature=0)
-    for model in (student[0], changed(files, seed=9)):
-        engine.follow(model)
-        rollouts = engine.sample(contexts, sampling)
-        own = GenerateSampler(model, stop_ids(*student)).sample(contexts, sampling)
-        assert [(r.ids, r.finished) for r in rollouts] == [(r.ids, r.finished) for r in own]
-        assert all(len(r.log_probs) == len(r.ids) and max(r.log_probs) <= 0 for r in rollouts)
-        assert engine.llm.awake == set()
-
-
-def test_training_by_the_colocated_engine(vllm, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("opsd.train.check_engine", lambda engine: None)  # no GPU here
-    config = short_config(*files, tmp_path / "run", rollout={"engine": "vllm", "gpu_memory": 0.3})
-    made = []
-    monkeypatch.setattr(vllm, "LLM", lambda *a, **k: made.append(FakeLLM(*a, **k)) or made[0])
-    training.train(config, quiet())
-    metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert len(metrics) == 4
-    assert all(abs(line["engine_divergence"]) < 1e-4 for line in metrics)
-    settings, prompt = made[0].settings, max(len(row.problem) for row in ROWS) + len("Q:") + 3
-    assert settings["gpu_memory_utilization"] == 0.3 and settings["enable_sleep_mode"]
-    assert settings["max_model_len"] == prompt + config.rollout.max_new_tokens
-    assert read_lines(tmp_path / "run" / "samples.jsonl")[0]["sampling"]["engine"] == "vllm"

@@ -8,10 +8,13 @@ import torch
 
 from opsd.config import Config, parse_config
 from opsd.display import Display
+from opsd.models import load_model
+from opsd.prompts import Prompts
 from opsd.quickstart import tiny
 from opsd.quickstart.recipe import merge
 from opsd.quickstart.worksheet import worksheet_rows
 from opsd.rewards import Outcome
+from opsd.sections import PromptsSection
 
 ROWS = worksheet_rows(16, seed=7)
 
@@ -52,6 +55,22 @@ def short_values(model: Path, data: Path, output: Path) -> dict:
 def short_config(model: Path, data: Path, output: Path, /, **sections) -> Config:
     """`short_values` with some sections changed."""
     return parse_config(merge(short_values(model, data, output), sections))
+
+
+def load_student(files: tuple[Path, Path]):
+    """(model, tokenizer) of the fixture `files`."""
+    return load_model(short_config(*files, files[0].parent / "none").model)
+
+
+def changed(files: tuple[Path, Path], seed: int):
+    """A model of the same shape with other weights."""
+    return tiny.make_model(seed, load_student(files)[1]).eval()
+
+
+def prompts_of(tokenizer, **sections) -> Prompts:
+    """Both roles' prompts for worksheets."""
+    both = {"student": tiny.STUDENT_PROMPT, "teacher": tiny.TEACHER_PROMPT}
+    return Prompts(PromptsSection(**both, **sections), tokenizer)
 
 
 def quiet() -> Display:
