@@ -360,8 +360,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _draw(source: str, size: int, seed: int, options: dict, section: str) -> Iterable[Any]:
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise UserError(
+            f"{section}.source is {source!r}: it needs pip install reasoning-gym ({error})"
+        ) from None
 
     task = source.removeprefix(REASONING_GYM)
     if task not in DATASETS:

@@ -25,11 +25,12 @@ DISK = 4 * GB  # quickstart's model, its saved versions and a run's checkpoints
 
 REQUIRED = (
     *("torch", "transformers", "accelerate", "datasets", "pydantic", "pyyaml", "jinja2", "rich"),
-    *("matplotlib", "math-verify", "reasoning-gym", "gguf", "numpy", "safetensors"),
+    *("matplotlib", "math-verify", "gguf", "numpy", "safetensors"),
 )
 OLDEST = {"torch": (2, 10), "transformers": (5,)}
 OPTIONAL = {
     "peft": "LoRA",
+    "reasoning-gym": "problems without end",
     "triton": "GPU kernels",
     "flash-attn": "attention on GPUs",
     "vllm": "fast rollouts on GPUs",
