@@ -14,6 +14,7 @@ from opsd.quickstart.chain_sum import (
     make_rows,
     number_in_words,
     own_voice,
+    reasoning_gym_expression,
 )
 
 DIGITS = re.compile(r"\d")
@@ -63,6 +64,16 @@ def test_words_differ_from_call_to_call_and_show_no_digit_but_the_answer():
 )
 def test_numbers_in_words(number, text):
     assert number_in_words(number) == text
+
+
+def test_expressions_are_those_that_reasoning_gym_draws():
+    from reasoning_gym import create_dataset
+
+    one_digit = {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1}
+    for seed in (0, 7, 2**40 - 3):
+        theirs = create_dataset("chain_sum", seed=seed, size=300, **one_digit)
+        ours = [reasoning_gym_expression(seed + i) for i in range(300)]
+        assert ours == [item["metadata"]["expression"] for item in theirs]
 
 
 def test_rows_are_right_and_what_reasoning_gym_makes():

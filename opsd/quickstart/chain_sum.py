@@ -16,6 +16,7 @@ voice, learning from them (OPSD) does not.
 Everything here is deterministic by seed, and a held-out expression never occurs among the others.
 """
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -213,23 +214,21 @@ def _spoken(row: Row, voice: str) -> Row:
 
 
 def _expressions(seed: int) -> Iterator[str]:
-    """An endless stream of reasoning-gym's expressions, another one for each seed."""
-    from reasoning_gym import create_dataset  # a second of imports
-
-    size = 1000
-    # reasoning-gym seeds item i with seed + i: neighbouring seeds would share nearly all problems.
+    """An endless stream of expressions, another one for each seed."""
+    # Item i of reasoning-gym is drawn with seed + i: neighbouring seeds would share nearly all.
     start = random.Random(f"chain_sum {seed}").randrange(2**40)
-    while True:
-        yield from (
-            item["metadata"]["expression"]
-            for item in create_dataset(
-                "chain_sum",
-                seed=start,
-                size=size,
-                min_terms=3,
-                max_terms=4,
-                min_digits=1,
-                max_digits=1,
-            )
-        )
-        start += size
+    return map(reasoning_gym_expression, itertools.count(start))
+
+
+def reasoning_gym_expression(seed: int) -> str:
+    """What reasoning-gym's chain_sum draws with this seed from 3 or 4 terms of one digit.
+
+    Drawn here as it is there, since installing that library takes a compiler and Python's headers.
+    """
+    draw = random.Random(seed)
+    terms = draw.randint(3, 4)
+    draw.randint(1, 1)  # of how many digits
+    numbers = [draw.randint(0, 9) for _ in range(terms)]
+    signs = [draw.choice("+-") for _ in range(terms - 1)]
+    first, *others = map(str, numbers)
+    return " ".join([first, *itertools.chain.from_iterable(zip(signs, others, strict=True))])
