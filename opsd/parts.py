@@ -81,13 +81,15 @@ class Watch:
     without spoiling it for others."""
 
     def __init__(self):
+        self._lock = threading.Lock()  # or a look begun before a restart would undo it
         self._most = resident()
         self.thread = threading.Thread(target=_look, args=(weakref.ref(self),), daemon=True)
         self.thread.start()
 
     def restart(self) -> None:
         """Forget what was before."""
-        self._most = resident()
+        with self._lock:
+            self._most = resident()
 
     def peak(self) -> int:
         """The most bytes seen since."""
@@ -96,7 +98,8 @@ class Watch:
 
     def look(self) -> None:
         """Look now."""
-        self._most = max(self._most, resident())
+        with self._lock:
+            self._most = max(self._most, resident())
 
 
 def _look(watch: weakref.ref[Watch]) -> None:

@@ -1,5 +1,6 @@
 """ZeRO by DeepSpeed: optimizer, gradients and weights split over the processes."""
 
+import copyreg
 import math
 import warnings
 from pathlib import Path
@@ -45,7 +46,12 @@ def deepspeed_config(config: Config) -> dict[str, Any] | None:
 
 
 def prepare(device: torch.device) -> None:
-    """Before DeepSpeed exchanges anything."""
+    """Before DeepSpeed exchanges or saves anything."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    # Python 3.11.0 to 3.11.3 pickle an enum's member as a call of getattr, which `check_pieces`
+    # must refuse; by its value any version reads it.
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
     if device.type == "cpu":
         from deepspeed import ops
 
