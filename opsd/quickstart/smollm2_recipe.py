@@ -60,8 +60,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "train": {"steps": 26, "learning_rate": 5e-5},
     },
     "grpo": {
-        "rollout": {"per_problem": 8},
-        "train": {"steps": 26, "learning_rate": 1e-5, "problems_per_step": 4},
+        "rollout": {"per_problem": 4},
+        "train": {"steps": 26, "learning_rate": 1e-5, "problems_per_step": 8},
     },
     # As many trained tokens as the others generate: about 28 000.
     "sft": {"train": {"steps": 25, "learning_rate": 1.5e-4, "problems_per_step": 32}},
