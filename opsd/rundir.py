@@ -1,19 +1,22 @@
 """A run's directory: whose it is, what an interrupted run has left in it, and who trains there."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from opsd.config import Config, load_config, save_config
+from opsd.data import Row
 from opsd.errors import UserError, in_short
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
+PROBLEMS = "problems.json"
 
 MAY_CHANGE = (
     "train.token_budget",
@@ -54,17 +57,14 @@ def held(directory: Path) -> Iterator[None]:
     """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
-    try:
+    with _written_there(directory):
         directory.mkdir(parents=True, exist_ok=True)
         foreign = [path for path in directory.iterdir() if path.name != LOCK]
-        if foreign and not (directory / CONFIG).is_file():
-            yield  # not a run's: `claim_directory` says so
-            return
-        file = (directory / LOCK).open("a+")
-    except OSError as error:
-        raise UserError(
-            f"output.dir is {str(directory)!r}: cannot write there ({error.strerror})"
-        ) from None
+        ours = not foreign or (directory / CONFIG).is_file()
+        file = (directory / LOCK).open("a+") if ours else None
+    if file is None:
+        yield  # not a run's: `claim_directory` says so
+        return
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,7 +90,8 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
     # With a config alone nothing has been run yet: an error in the data or the model came first.
-    nothing = {mine, part(mine), directory / LOCK}
+    problems = directory / PROBLEMS
+    nothing = {mine, part(mine), problems, part(problems), directory / LOCK}
     if directory.exists() and any(path not in nothing for path in directory.iterdir()):
         if not mine.is_file():
             raise UserError(
@@ -110,15 +111,21 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
             )
         for left in directory.glob("*.part"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-    try:
+    with _written_there(directory):
         directory.mkdir(parents=True, exist_ok=True)
         save_config(config, part(mine))
         part(mine).replace(mine)
+    return last_checkpoint(directory)
+
+
+@contextmanager
+def _written_there(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"output.dir is {str(directory)!r}: cannot write there ({error.strerror})"
         ) from None
-    return last_checkpoint(directory)
 
 
 def part(path: Path) -> Path:
@@ -136,6 +143,45 @@ def last_checkpoint(directory: Path) -> Path | None:
         with read_whole(last):
             json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     return last
+
+
+def check_problems(
+    directory: Path, rows: Mapping[str, Sequence[Row]], checkpoint: Path | None
+) -> None:
+    """Keep a digest of the run's problems, or check that a checkpoint has seen these.
+
+    rows: the field that names where they are from → the rows. Raises UserError where a file or a
+    dataset has changed since: the run would go on as another.
+    """
+    file = directory / PROBLEMS
+    here = {field: {"rows": len(of), "sha256": _digest(of)} for field, of in rows.items()}
+    if checkpoint is not None and file.is_file():
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))
+            before = {field: there[field]["rows"] for field in here}
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{str(file)!r} cannot be read; without that file the run goes on with whatever "
+                "problems there are now"
+            ) from None
+        for field, now in here.items():
+            if there[field] != now:
+                raise UserError(
+                    f"{field}: the problems are not those that the run in {str(directory)!r} began "
+                    f"with ({before[field]} rows then, {now['rows']} now); restore them, or "
+                    "begin another run in another output.dir"
+                )
+        return
+    with _written_there(directory):
+        part(file).write_text(json.dumps(here, indent=1), encoding="utf-8")
+        part(file).replace(file)
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.problem, row.solution, row.answer)).encode())
+    return digest.hexdigest()
 
 
 @contextmanager

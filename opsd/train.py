@@ -47,7 +47,7 @@ from opsd.rollout import (
     training_server,
 )
 from opsd.rollout.client import VLLMServer
-from opsd.rundir import claim_directory, held
+from opsd.rundir import check_problems, claim_directory, held
 from opsd.runlog import RunLog, read_lines
 from opsd.samples import sample_records
 from opsd.teacher import check_teacher, make_teacher
@@ -88,6 +88,8 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
     if is_graded(config):
         processes.together(lambda: check_verifier(config.loss.reward))
     rows, held_out = processes.together(lambda: load_data(config))
+    problems = {"data.source": rows, "eval.source": held_out}
+    processes.once(lambda: check_problems(directory, problems, checkpoint))
     processes.together(lambda: check_teacher(config))
     # FSDP2 brings to a GPU what is to be there.
     device = "cpu" if config.train.sharding == "fsdp2" else processes.device

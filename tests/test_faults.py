@@ -126,6 +126,32 @@ def test_a_lost_dataset_is_said_and_can_be_brought_back(files, straight, tmp_pat
     assert outcome(tmp_path / "run") == outcome(straight)
 
 
+def test_a_dataset_that_has_changed_is_said_and_can_be_brought_back(
+    files, straight, tmp_path, capsys
+):
+    rows = shutil.copy(files[1], tmp_path / "rows.jsonl")
+    mine = files[0], rows
+    assert trained(mine, tmp_path / "run") == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    text, lines = rows.read_text(), read_lines(tmp_path / "run" / "metrics.jsonl")
+    for other in (text.replace("1", "2", 1), text + text.splitlines()[0] + "\n"):
+        rows.write_text(other)
+        capsys.readouterr()
+        assert trained(mine, tmp_path / "run", "--resume") == 1
+        wanted = f"({len(text.splitlines())} rows then, {len(other.splitlines())} now); restore"
+        assert (said := one_line(capsys)).startswith("opsd: data.source: the problems are not")
+        assert wanted in said
+        assert read_lines(tmp_path / "run" / "metrics.jsonl") == lines
+    rows.write_text(text)
+    (tmp_path / "run" / "problems.json").write_text("{")
+    capsys.readouterr()
+    assert trained(mine, tmp_path / "run", "--resume") == 1
+    assert "problems.json' cannot be read; without that file" in one_line(capsys)
+    (tmp_path / "run" / "problems.json").unlink()
+    assert trained(mine, tmp_path / "run", "--resume") == 0
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
 @pytest.mark.parametrize("hours", [-48, 48])
 def test_a_clock_that_jumps_changes_nothing(hours, files, straight, tmp_path, monkeypatch):
     plain, shift, metrics = time.time, [0.0], RunLog.metrics
