@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -192,7 +194,7 @@ def run_jobs(
 
     What a run prints goes to <directory>.log. Each has the same number of threads wherever it
     runs, so its results do not depend on how many cores there are. Raises UserError naming the log
-    when a run fails, once those beside it have ended; Ctrl-C ends them all.
+    when a run fails, once those beside it have ended; Ctrl-C or SIGTERM ends them all.
     """
     waiting = [job for job in jobs if not job.finished]
     for job in waiting:
@@ -202,7 +204,8 @@ def run_jobs(
     free: list[str | None] = list(gpus) or [None] * max(1, usable_cores() // threads)
     running: dict[subprocess.Popen, tuple[Job, str | None]] = {}
     failed: Job | None = None
-    with display.stage(f"Run the study, {len(free)} at a time", total=len(jobs)) as stage:
+    title = f"Run the study, {len(free)} at a time"
+    with _ended_by_sigterm(), display.stage(title, total=len(jobs)) as stage:
         stage.update(completed=len(jobs) - len(waiting))
         try:
             while waiting or running:
@@ -224,6 +227,20 @@ def run_jobs(
                 process.wait()
     if failed is not None:
         raise UserError(f"{failed.directory}: the run failed; see {log_of(failed)}")
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM leaves the block as Ctrl-C does, by an exception."""
+
+    def leave(number: int, _) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def log_of(job: Job) -> Path:

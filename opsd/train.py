@@ -223,6 +223,7 @@ def run(
     sampler = SplitSampler(sampler, processes, whole=twin if split else None)
     checkpoint_activations(config, model)
     if processes.first:
+        (directory / "summary.json").unlink(missing_ok=True)  # says that a run is whole
         log = RunLog(directory, checkpoint_step(checkpoint))
     processes.wait()
     if not processes.first:

@@ -1,6 +1,10 @@
 """`opsd compare` of configs and of study files: what it runs, and what it does not run again."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,6 +170,30 @@ def test_a_failed_run_is_named_with_its_log(tmp_path, capsys):
     with pytest.raises(UserError, match=r"run: the run failed; see .*run\.log"):
         run_jobs([job], Display())
     assert "no such file" in studies.log_of(job).read_text()
+
+
+WAITING = """
+import subprocess, sys
+from pathlib import Path
+from opsd import study
+from opsd.display import Display
+
+def sleeper(*_):
+    return subprocess.Popen(["sh", "-c", "sleep 0.5; echo $$; exec sleep 60"])
+
+study._start = sleeper
+study.run_jobs([study.Job(Path(sys.argv[1]), [])], Display(quiet=True))
+"""
+
+
+def test_sigterm_ends_the_runs(tmp_path):
+    command = [sys.executable, "-c", WAITING, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        run = int(process.stdout.readline())
+        process.terminate()
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(run, 0)
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,20 @@ def test_a_finished_run_can_be_resumed_without_harm(train, steps, files, tmp_pat
     assert [e["step"] for e in read_lines(directory / "evaluations.jsonl")] == steps
 
 
+def test_a_run_that_goes_on_is_not_finished(files, tmp_path, monkeypatch):
+    directory = execute(short_config(*files, tmp_path / "run", method="sft"))
+    more = short_config(*files, tmp_path / "run", method="sft", train={"token_budget": 10**6})
+    checkpoint = training.claim_directory(directory, more, resume=True)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OPSDTrainer, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        execute(more, checkpoint=checkpoint)
+    assert not (directory / "summary.json").exists()
+
+
 @pytest.fixture
 def steps_seen(monkeypatch):
     """Each step's gradient, flat, and the trainer that made it."""
