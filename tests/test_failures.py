@@ -230,18 +230,18 @@ def test_the_most_memory_of_a_part_is_seen():
 def test_a_look_that_has_begun_does_not_undo_a_restart(monkeypatch):
     monkeypatch.setattr("opsd.parts.INTERVAL", 60)
     watch = Watch()
-    restarts = [threading.Thread(target=watch.restart)]
+    restart = threading.Thread(target=watch.restart)
 
     def memory() -> int:
         if threading.current_thread() is not threading.main_thread():
             return 1
-        restarts[0].start()  # while the look is under way
-        restarts[0].join(0.1)
+        restart.start()  # while the look is under way
+        restart.join(0.1)
         return 100
 
     monkeypatch.setattr("opsd.parts.resident", memory)
     watch.look()
-    restarts[0].join()
+    restart.join()
     monkeypatch.setattr("opsd.parts.resident", lambda: 2)
     assert watch.peak() == 2
 
