@@ -113,3 +113,22 @@ class LogitTransform:
                 f"logit_softcap: got {self.softcap!r}, must be a finite number greater than 0, "
                 "or None"
             )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is measured between two roles: which divergence, of logits made how, bounded by what."""
+
+    divergence: Divergence = Divergence()
+    transform: LogitTransform = LogitTransform()
+    clip: Clip | None = None
+
+    @property
+    def entry_clip(self) -> Clip | None:
+        """The clip, if it bounds entries."""
+        return self.clip if self.clip is not None and self.clip.kind == "entry" else None
+
+    @property
+    def token_clip(self) -> Clip | None:
+        """The clip, if it bounds tokens."""
+        return self.clip if self.clip is not None and self.clip.kind == "token" else None

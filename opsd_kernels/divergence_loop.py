@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import gemm
-from opsd_kernels.divergence import Clip, Divergence, LogitTransform
+from opsd_kernels.divergence import Clip, Rule
 from opsd_kernels.resolve import load
 from opsd_kernels.sharded import Shards
 from opsd_kernels.sweep import Gradients, Head, Sweep, Want, blocks, buffers, plan_call
@@ -39,9 +39,7 @@ def divergence_blocks(
     heads: tuple[Head, Head],
     row_weight: Tensor,
     *,
-    divergence: Divergence,
-    transform: LogitTransform,
-    clip: Clip | None,
+    rule: Rule,
     want: Want,
     budget: int | None,
     backend: str,
@@ -55,11 +53,10 @@ def divergence_blocks(
     """
     dtype, n_tokens = gemm.tile_dtype(student.dtype), student.shape[0]
     functions = load(backend)
-    forward = divergence.name == "forward_kl"
-    entry_clip = clip is not None and clip.kind == "entry"
-    token_clip = clip is not None and clip.kind == "token"
+    forward = rule.divergence.name == "forward_kl"
+    entry_clip, token_clip = rule.entry_clip, rule.token_clip
     # Whether the gradient can be had without its sums, if that saves a pass.
-    direct = not entry_clip and (not want.head or (forward and not token_clip))
+    direct = entry_clip is None and (not want.head or (forward and token_clip is None))
     plan = plan_call(
         (student, teacher),
         heads,
@@ -79,41 +76,40 @@ def divergence_blocks(
         sweep = Sweep((student[rows], teacher[rows]), heads, plan.columns, buffer)
         state = states.new(sweep.rows, student, dtype)
         factor = row_weight[rows] if want.any else None
-        described = (divergence, transform, clip, state)
         if at_once:
             for tile in sweep:
-                functions.rows(*tile.tensors, *described, factor)
+                functions.rows(*tile.roles, rule, state, factor)
         else:
             for tile in sweep:
-                functions.normalisers(*tile.tensors, transform, state)
+                functions.normalisers(*tile.roles, rule, state)
             if shards is not None:
                 shards.combine_normalisers_(state[states.STUDENT], state[states.TEACHER])
             if not direct:
                 for tile in sweep:
-                    functions.sums(*tile.tensors, *described)
+                    functions.sums(*tile.roles, rule, state)
                 if shards is not None:
                     shards.sum_(state[states.SUMS])
-                if token_clip and want.any:
-                    factor = factor * token_factor(state, clip)
+                if token_clip is not None and want.any:
+                    factor = factor * token_factor(state, token_clip)
         gradients.start(rows, parts=parts)
-        if want.any or entry_clip:
+        if want.any or entry_clip is not None:
             for tile in sweep:
                 if not at_once:
-                    functions.gradient_(*tile.tensors, *described, factor, not direct)
+                    functions.gradient_(*tile.roles, rule, state, factor, not direct)
                 if want.any:
                     gradients.add(tile, sweep.student)
         if shards is not None:
             if direct:
                 shards.sum_(state[states.SUMS])
-            if entry_clip:
+            if entry_clip is not None:
                 shards.sum_(state[states.DOT])
             gradients.combine(shards)
         gradients.finish(
             rows,
             state[states.PULL] if parts else None,
-            token_factor(state, clip) if direct and token_clip else None,
+            token_factor(state, token_clip) if direct and token_clip is not None else None,
         )
-        stats[:, rows] = statistics(state, clip)
+        stats[:, rows] = statistics(state, rule)
     del buffer, narrow
     return stats, *gradients.results()
 
@@ -124,14 +120,14 @@ def token_factor(state: Tensor, clip: Clip) -> Tensor:
     return torch.where(d > clip.threshold, clip.threshold / d, 1.0)
 
 
-def statistics(state: Tensor, clip: Clip | None) -> Tensor:
+def statistics(state: Tensor, rule: Rule) -> Tensor:
     """[6, n] of a complete state."""
     d = state[states.DIVERGENCE]
     loss, clipped, opposed = d, torch.zeros_like(d), torch.zeros_like(d)
-    if clip is not None and clip.kind == "entry":
+    if rule.entry_clip is not None:
         loss, clipped = state[states.CLIPPED], state[states.COUNT]
         opposed = ((state[states.DOT] < 0) & (clipped > 0)).to(d.dtype)
-    elif clip is not None:
+    elif (clip := rule.token_clip) is not None:
         loss, clipped = d * token_factor(state, clip), (d > clip.threshold).to(d.dtype)
     entropies = (states.entropy(state[role]) for role in (states.STUDENT, states.TEACHER))
     return torch.stack((loss, d, *entropies, clipped, opposed))

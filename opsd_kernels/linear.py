@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from opsd_kernels import arguments, gemm
-from opsd_kernels.divergence import Clip, Divergence, LogitTransform
+from opsd_kernels.divergence import Clip, Divergence, LogitTransform, Rule
 from opsd_kernels.divergence_loop import (
     CLIPPED,
     DIVERGENCE,
@@ -62,9 +62,11 @@ def _run(
             Head(weight if teacher_weight is None else teacher_weight, teacher_bias),
         ),
         row_weight,
-        divergence=Divergence(options.divergence, options.beta),
-        transform=LogitTransform(options.temperature, options.logit_scale, options.logit_softcap),
-        clip=None if options.clip is None else Clip(options.clip, options.clip_threshold),
+        rule=Rule(
+            Divergence(options.divergence, options.beta),
+            LogitTransform(options.temperature, options.logit_scale, options.logit_softcap),
+            None if options.clip is None else Clip(options.clip, options.clip_threshold),
+        ),
         want=wanted(options) if gradients else Want(False, False, False),
         budget=options.memory_budget,
         backend=options.backend,

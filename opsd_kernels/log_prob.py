@@ -56,7 +56,7 @@ def log_prob_blocks(
         state = states.new_log_prob(sweep.rows, hidden, dtype)
         for tile in sweep:
             local = targets[rows] - tile.columns.start
-            functions.log_prob_normalisers(*tile.tensors, local, transform, state)
+            functions.log_prob_normalisers(*tile.roles, local, transform, state)
         if shards is not None:
             shards.combine_normalisers_(state[states.STUDENT])
             shards.sum_(state[states.TARGET])
@@ -64,9 +64,7 @@ def log_prob_blocks(
             gradients.start(rows, parts=False)
             for tile in sweep:
                 local = targets[rows] - tile.columns.start
-                functions.log_prob_gradient_(
-                    *tile.tensors, local, transform, state, row_weight[rows]
-                )
+                functions.log_prob_gradient_(*tile.roles, local, transform, state, row_weight[rows])
                 gradients.add(tile, sweep.student)
             if shards is not None:
                 gradients.combine(shards)

@@ -1,7 +1,7 @@
 """A block of tokens against the vocabulary, tile by tile: products in, gradients out.
 
     for tile in sweep:                       # h W^T of every role for [n tokens, v entries]
-        backend.some_function(*tile.tensors, ...)
+        backend.some_function(*tile.roles, ...)
         gradients.add(tile)                  # dh += G W, dW += G^T h
 
 A sweep whose tile is as wide as the vocabulary computes its products once, and later passes find
@@ -21,6 +21,7 @@ from opsd_kernels import gemm
 from opsd_kernels.plan import Cost, Plan, plan
 from opsd_kernels.sharded import Shards
 from opsd_kernels.tiles import state as states
+from opsd_kernels.tiles.logits import Logits
 
 GPU_BUDGET = 2**30
 
@@ -52,16 +53,10 @@ class Want:
 
 @dataclass(frozen=True)
 class Tile:
-    """A block of tokens against some columns of the vocabulary, of every role."""
+    """A block of tokens against some columns of the vocabulary."""
 
     columns: slice
-    products: tuple[Tensor, ...]  # [n, v] of each role, the student's first
-    biases: tuple[Tensor | None, ...]
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The products and the biases, in the order in which backends take them."""
-        return (*self.products, *self.biases)
+    roles: tuple[Logits, ...]  # the student's first
 
 
 def plan_call(
@@ -158,8 +153,8 @@ class Sweep:
         else:
             for out, hidden, head in zip(products, self.hidden, self.heads, strict=True):
                 gemm.logits_(out, hidden, head.weight[columns])
-        biases = tuple(None if head.bias is None else head.bias[columns] for head in self.heads)
-        return Tile(columns, products, biases)
+        biases = (None if head.bias is None else head.bias[columns] for head in self.heads)
+        return Tile(columns, tuple(map(Logits, products, biases)))
 
 
 class Gradients:
@@ -198,7 +193,8 @@ class Gradients:
 
     def add(self, tile: Tile, hidden: Tensor) -> None:
         """`tile` holds gradients by the products (or the two parts), hidden [n, D] their tokens."""
-        gradient = self._narrowed(tile.products[0])
+        products = [logits.product for logits in tile.roles]
+        gradient = self._narrowed(products[0])
         weight = self.head.weight[tile.columns]
         if self.block is not None:
             gemm.add_input_gradient_(self.block, gradient, weight)
@@ -206,9 +202,9 @@ class Gradients:
             product_ = gemm.set_weight_gradient_ if self.once else gemm.add_weight_gradient_
             product_(self.d_weight[tile.columns], gradient, hidden, self.operand)
         if self.d_bias is not None:
-            self.d_bias[tile.columns] += tile.products[0].sum(0)
+            self.d_bias[tile.columns] += products[0].sum(0)
         if self.part is not None:
-            gemm.add_input_gradient_(self.part, self._narrowed(tile.products[1]), weight)
+            gemm.add_input_gradient_(self.part, self._narrowed(products[1]), weight)
 
     def combine(self, shards: Shards) -> None:
         """dh of the block is the sum over all ranks' part of the vocabulary."""

@@ -5,7 +5,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from opsd_kernels.divergence import CLIPS, DIVERGENCES, Clip, Divergence, LogitTransform
+from opsd_kernels.divergence import CLIPS, DIVERGENCES, Rule
+from opsd_kernels.tiles.logits import Logits
 
 
 class Options(ctypes.Structure):
@@ -34,13 +35,12 @@ class Tile(ctypes.Structure):
     )
 
 
-def options(
-    transform: LogitTransform, divergence: Divergence | None = None, clip: Clip | None = None
-) -> Options:
+def options(rule: Rule) -> Options:
+    divergence, transform, clip = rule.divergence, rule.transform, rule.clip
     return Options(
-        divergence=0 if divergence is None else DIVERGENCES.index(divergence.name),
+        divergence=DIVERGENCES.index(divergence.name),
         clip=0 if clip is None else 1 + CLIPS.index(clip.kind),
-        beta=0.5 if divergence is None else divergence.beta,
+        beta=divergence.beta,
         clip_threshold=0.0 if clip is None else clip.threshold,
         temperature=transform.temperature,
         scale=transform.scale,
@@ -57,18 +57,13 @@ def pointer(x: Tensor | None, device: torch.device, dtype: torch.dtype) -> int |
     return x.data_ptr()
 
 
-def tile(
-    student: Tensor,
-    teacher: Tensor | None,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    state: Tensor,
-) -> Tile:
-    tensors = (student, teacher, bias, teacher_bias, state)
+def tile(student: Logits, teacher: Logits | None, state: Tensor) -> Tile:
+    product, bias = (None, None) if teacher is None else teacher
+    tensors = (student.product, product, student.bias, bias, state)
     return Tile(
-        *(pointer(x, student.device, torch.float32) for x in tensors),
-        *student.shape,
-        student.stride(0),
-        0 if teacher is None else teacher.stride(0),
+        *(pointer(x, student.product.device, torch.float32) for x in tensors),
+        *student.product.shape,
+        student.product.stride(0),
+        0 if product is None else product.stride(0),
         state.stride(0),
     )

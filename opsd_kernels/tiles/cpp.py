@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opsd_kernels.divergence import Clip, Divergence, LogitTransform
+from opsd_kernels.divergence import LogitTransform, Rule
 from opsd_kernels.tiles.c_interface import Options, Tile, options, pointer, tile
+from opsd_kernels.tiles.logits import Logits
 
 TEMPORARIES = 0  # works in place
 CPU = torch.device("cpu")
@@ -59,87 +60,44 @@ def _floats(x: Tensor | None) -> int | None:
     return pointer(x, CPU, torch.float32)
 
 
-def normalisers(
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    transform: LogitTransform,
-    state: Tensor,
-) -> None:
-    shape = tile(student, teacher, bias, teacher_bias, state)
-    _library().opsd_normalisers(shape, options(transform))
+def normalisers(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
+    _library().opsd_normalisers(tile(student, teacher, state), options(rule))
 
 
-def sums(
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    divergence: Divergence,
-    transform: LogitTransform,
-    clip: Clip | None,
-    state: Tensor,
-) -> None:
-    shape = tile(student, teacher, bias, teacher_bias, state)
-    _library().opsd_sums(shape, options(transform, divergence, clip))
+def sums(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
+    _library().opsd_sums(tile(student, teacher, state), options(rule))
 
 
 def gradient_(
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    divergence: Divergence,
-    transform: LogitTransform,
-    clip: Clip | None,
+    student: Logits,
+    teacher: Logits,
+    rule: Rule,
     state: Tensor,
     row_weight: Tensor | None,
     sums_known: bool = True,
 ) -> None:
-    assert sums_known or clip is None or clip.kind != "entry"
-    shape = tile(student, teacher, bias, teacher_bias, state)
-    described = options(transform, divergence, clip)
-    _library().opsd_gradient(shape, _floats(row_weight), sums_known, described)
+    assert sums_known or rule.entry_clip is None
+    shape = tile(student, teacher, state)
+    _library().opsd_gradient(shape, _floats(row_weight), sums_known, options(rule))
 
 
 def rows(
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    divergence: Divergence,
-    transform: LogitTransform,
-    clip: Clip | None,
-    state: Tensor,
-    row_weight: Tensor | None,
+    student: Logits, teacher: Logits, rule: Rule, state: Tensor, row_weight: Tensor | None
 ) -> None:
-    shape = tile(student, teacher, bias, teacher_bias, state)
-    _library().opsd_rows(shape, _floats(row_weight), options(transform, divergence, clip))
+    shape = tile(student, teacher, state)
+    _library().opsd_rows(shape, _floats(row_weight), options(rule))
 
 
 def log_prob_normalisers(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    state: Tensor,
+    logits: Logits, targets: Tensor, transform: LogitTransform, state: Tensor
 ) -> None:
-    shape = tile(logits, None, bias, None, state)
-    _library().opsd_log_prob_normalisers(
-        shape, pointer(targets, CPU, torch.int64), options(transform)
-    )
+    shape, chosen = tile(logits, None, state), pointer(targets, CPU, torch.int64)
+    _library().opsd_log_prob_normalisers(shape, chosen, options(Rule(transform=transform)))
 
 
 def log_prob_gradient_(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    state: Tensor,
-    row_weight: Tensor,
+    logits: Logits, targets: Tensor, transform: LogitTransform, state: Tensor, row_weight: Tensor
 ) -> None:
-    shape = tile(logits, None, bias, None, state)
-    _library().opsd_log_prob_gradient(
-        shape, pointer(targets, CPU, torch.int64), _floats(row_weight), options(transform)
-    )
+    shape, chosen = tile(logits, None, state), pointer(targets, CPU, torch.int64)
+    described = options(Rule(transform=transform))
+    _library().opsd_log_prob_gradient(shape, chosen, _floats(row_weight), described)

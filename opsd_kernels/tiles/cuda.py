@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opsd_kernels.divergence import Clip, Divergence, LogitTransform
+from opsd_kernels.divergence import LogitTransform, Rule
 from opsd_kernels.tiles.c_interface import Options, Tile, options, pointer, tile
+from opsd_kernels.tiles.logits import Logits
 
 TEMPORARIES = 6 / 4096  # each chunk's part of six sums
 LIBRARY = Path(__file__).parent.parent / "libopsd_cuda.so"
@@ -54,20 +55,19 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _call(name: str, tensors: tuple, described: Options, *arguments) -> None:
-    """Queue one function; `tensors` as `c_interface.tile` takes them."""
-    library, student = _library(), tensors[0]
-    n, v = student.shape
-    parts = student.new_empty(library.opsd_cuda_parts(n, v))
+def _call(name: str, shape: Tile, rule: Rule, state: Tensor, *arguments) -> None:
+    """Queue one function."""
+    library, device = _library(), state.device
+    parts = state.new_empty(library.opsd_cuda_parts(shape.n, shape.v))
     # The library sets the device too, in its own copy of the CUDA runtime: torch's must agree.
-    with torch.cuda.device(student.device) if student.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device(device) if state.is_cuda else contextlib.nullcontext():
         status = getattr(library, f"opsd_cuda_{name}")(
-            tile(*tensors), *arguments, described, parts.data_ptr(), *_queue(student.device)
+            shape, *arguments, options(rule), parts.data_ptr(), *_queue(device)
         )
     if status != 0:
         reason = library.opsd_cuda_error(status).decode()
         raise RuntimeError(
-            f"opsd_kernels: the CUDA kernel {name} did not start on {student.device}: {reason} "
+            f"opsd_kernels: the CUDA kernel {name} did not start on {device}: {reason} "
             "(it needs compute capability 8.0)"
         )
 
@@ -81,73 +81,37 @@ def _floats(x: Tensor | None) -> int | None:
     return None if x is None else pointer(x, x.device, torch.float32)
 
 
-def normalisers(
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    transform: LogitTransform,
-    state: Tensor,
-) -> None:
-    _call("normalisers", (student, teacher, bias, teacher_bias, state), options(transform))
+def normalisers(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
+    _call("normalisers", tile(student, teacher, state), rule, state)
 
 
-def sums(
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    divergence: Divergence,
-    transform: LogitTransform,
-    clip: Clip | None,
-    state: Tensor,
-) -> None:
-    tensors = (student, teacher, bias, teacher_bias, state)
-    _call("sums", tensors, options(transform, divergence, clip))
+def sums(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
+    _call("sums", tile(student, teacher, state), rule, state)
 
 
 def gradient_(
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    divergence: Divergence,
-    transform: LogitTransform,
-    clip: Clip | None,
+    student: Logits,
+    teacher: Logits,
+    rule: Rule,
     state: Tensor,
     row_weight: Tensor | None,
     sums_known: bool = True,
 ) -> None:
-    assert sums_known or clip is None or clip.kind != "entry"
-    tensors = (student, teacher, bias, teacher_bias, state)
-    described = options(transform, divergence, clip)
-    _call("gradient", tensors, described, _floats(row_weight), sums_known)
+    assert sums_known or rule.entry_clip is None
+    shape = tile(student, teacher, state)
+    _call("gradient", shape, rule, state, _floats(row_weight), sums_known)
 
 
 def log_prob_normalisers(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    state: Tensor,
+    logits: Logits, targets: Tensor, transform: LogitTransform, state: Tensor
 ) -> None:
-    address = pointer(targets, logits.device, torch.int64)
-    _call("log_prob_normalisers", (logits, None, bias, None, state), options(transform), address)
+    shape, chosen = tile(logits, None, state), pointer(targets, state.device, torch.int64)
+    _call("log_prob_normalisers", shape, Rule(transform=transform), state, chosen)
 
 
 def log_prob_gradient_(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    state: Tensor,
-    row_weight: Tensor,
+    logits: Logits, targets: Tensor, transform: LogitTransform, state: Tensor, row_weight: Tensor
 ) -> None:
-    address = pointer(targets, logits.device, torch.int64)
-    _call(
-        "log_prob_gradient",
-        (logits, None, bias, None, state),
-        options(transform),
-        address,
-        _floats(row_weight),
-    )
+    shape, chosen = tile(logits, None, state), pointer(targets, state.device, torch.int64)
+    rule = Rule(transform=transform)
+    _call("log_prob_gradient", shape, rule, state, chosen, _floats(row_weight))

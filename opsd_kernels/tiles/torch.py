@@ -5,38 +5,38 @@ A tile [n, v] holds *products* h W^T of n tokens and v consecutive vocabulary ro
 backend: fp64 too), entries contiguous, rows at any stride; n * stride may exceed 2^31. Nothing but
 `gradient_` and `log_prob_gradient_` writes to tiles: each function goes from the product to the
 logit itself, z = softcap(scale * (product + bias)) / temperature, since a tile may be computed anew
-between them. `bias` and `teacher_bias` [v] are contiguous and of the tiles' dtype, or None.
+between them. A role's product and bias [v] (contiguous, of the tile's dtype, or None) are its
+`Logits`; a `Rule` says what is measured.
 
 `state` [12, n] (see `state.py`) has contiguous rows. All vocabulary tiles must have passed through
 one function before the next one starts:
 
-normalisers(student, teacher, bias, teacher_bias, transform, state)
+normalisers(student, teacher, rule, state)
     adds the tile to both roles' MAX, SUM and MOMENT.
 
-sums(student, teacher, bias, teacher_bias, divergence, transform, clip, state)
+sums(student, teacher, rule, state)
     given both normalisers, adds to DIVERGENCE and PULL, and with an entry clip to CLIPPED, COUNT
     and CLIPPED_PULL. Each term is computed by itself: no difference of large sums.
 
-gradient_(student, teacher, bias, teacher_bias, divergence, transform, clip, state, row_weight,
-          sums_known=True)
-    overwrites `student` with row_weight [n] times the derivative of the clipped (entry) or
-    unclipped divergence by the *product*. The token clip is a matter of row_weight: the caller's.
+gradient_(student, teacher, rule, state, row_weight, sums_known=True)
+    overwrites the student's product with row_weight [n] times the derivative of the clipped (entry)
+    or unclipped divergence by it. The token clip is a matter of row_weight: the caller's.
     With an entry clip it adds to DOT; row_weight may then be None: no gradient is written.
     sums_known=False (never with an entry clip): the first sweep since the normalisers, so it adds
     what `sums` would have added. forward_kl's gradient needs no sum, and is written all the same.
-    For the others, whose gradient p - S sum p waits for the sum, `student` becomes row_weight times
-    p, and `teacher` row_weight times S (both by the product).
+    For the others, whose gradient p - S sum p waits for the sum, the student's product becomes
+    row_weight times p, and the teacher's row_weight times S (both by the product).
 
-log_prob_normalisers(logits, bias, targets, transform, state)
+log_prob_normalisers(logits, targets, transform, state)
     `state` [4, n]: adds to MAX, SUM and MOMENT, and the target's logit to TARGET. `targets` [n]
     (int64) count from the tile's first entry: those outside [0, v) lie in another tile.
 
-log_prob_gradient_(logits, bias, targets, transform, state, row_weight)
-    overwrites the tile with row_weight times the derivative of the target's log-probability.
+log_prob_gradient_(logits, targets, transform, state, row_weight)
+    overwrites the product with row_weight times the derivative of the target's log-probability.
 
 A backend may offer beside these
 
-rows(student, teacher, bias, teacher_bias, divergence, transform, clip, state, row_weight)
+rows(student, teacher, rule, state, row_weight)
     normalisers, sums and (row_weight not None, or an entry clip) gradient_ at once, on tiles that
     hold whole rows, with the token clip applied to row_weight. It may overwrite both tiles.
 
@@ -53,8 +53,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from opsd_kernels.divergence import Clip, Divergence, LogitTransform
+from opsd_kernels.divergence import Clip, Divergence, LogitTransform, Rule
 from opsd_kernels.tiles import state as rows_of
+from opsd_kernels.tiles.logits import Logits
 from opsd_kernels.tiles.state import MAX, STUDENT, SUM, TEACHER
 
 TEMPORARIES = 7
@@ -75,7 +76,7 @@ def _in_slices(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def sliced(*arguments) -> None:
-        tile = arguments[0]
+        tile = arguments[0].product
         n, v = tile.shape
         entries = slice_entries(tile.device)
         for rows in _spans(n, max(1, entries // max(v, 1))):
@@ -93,93 +94,67 @@ def _spans(length: int, step: int) -> Iterator[slice]:
 
 def _part(name: str, x, rows: slice, columns: slice):
     """An argument of a tile function, of some of the tile's rows and columns only."""
+    if isinstance(x, Logits):
+        bias = None if x.bias is None else x.bias[columns]
+        return Logits(x.product[rows, columns], bias)
     if name == "state":
         return x[:, rows]
-    if name in ("student", "teacher", "logits"):
-        return x[rows, columns]
-    if name in ("bias", "teacher_bias"):
-        return None if x is None else x[columns]
     if name == "row_weight":
         return None if x is None else x[rows]
     return x[rows] - columns.start if name == "targets" else x
 
 
 @_in_slices
-def normalisers(
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    transform: LogitTransform,
-    state: Tensor,
-) -> None:
-    rows_of.merge_(state[STUDENT], _normaliser(_logits(student, bias, transform)))
-    rows_of.merge_(state[TEACHER], _normaliser(_logits(teacher, teacher_bias, transform)))
+def normalisers(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
+    rows_of.merge_(state[STUDENT], _normaliser(_z(student, rule.transform)))
+    rows_of.merge_(state[TEACHER], _normaliser(_z(teacher, rule.transform)))
 
 
 @_in_slices
-def sums(
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    divergence: Divergence,
-    transform: LogitTransform,
-    clip: Clip | None,
-    state: Tensor,
-) -> None:
-    z = _logits(student, bias, transform)
-    z_t = _logits(teacher, teacher_bias, transform)
-    s, terms, pull = _entries(z, z_t, divergence, state)
-    _add_sums(s, terms, pull, divergence, clip, state)
+def sums(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
+    z, z_t = _z(student, rule.transform), _z(teacher, rule.transform)
+    s, terms, pull = _entries(z, z_t, rule.divergence, state)
+    _add_sums(s, terms, pull, rule, state)
 
 
 @_in_slices
 def gradient_(
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    divergence: Divergence,
-    transform: LogitTransform,
-    clip: Clip | None,
+    student: Logits,
+    teacher: Logits,
+    rule: Rule,
     state: Tensor,
     row_weight: Tensor | None,
     sums_known: bool = True,
 ) -> None:
-    z = _logits(student, bias, transform)
+    transform, clip = rule.transform, rule.entry_clip
+    z = _z(student, transform)
     slope = None if row_weight is None else _slope(z, transform)
-    z_t = _logits(teacher, teacher_bias, transform)
-    s, terms, pull = _entries(z, z_t, divergence, state)
-    forward = divergence.name == "forward_kl"
-    entry_clip = clip is not None and clip.kind == "entry"
+    z_t = _z(teacher, transform)
+    s, terms, pull = _entries(z, z_t, rule.divergence, state)
+    forward = rule.divergence.name == "forward_kl"
     factor = None if row_weight is None else _factor(row_weight, transform, slope)
     if not sums_known:
-        assert not entry_clip
-        _add_sums(s, terms, pull, divergence, clip, state)
+        assert clip is None
+        _add_sums(s, terms, pull, rule, state)
         if not forward:
-            student.copy_(pull.mul_(factor))
-            teacher.copy_(s.mul_(factor))
+            student.product.copy_(pull.mul_(factor))
+            teacher.product.copy_(s.mul_(factor))
             return
     g = pull + s if forward else pull - s * state[rows_of.PULL][:, None]
-    if entry_clip:
-        clipped = _clipped_pull(s, terms, pull, divergence, clip)
+    if clip is not None:
+        clipped = _clipped_pull(s, terms, pull, rule.divergence, clip)
         clipped -= s.mul_(state[rows_of.CLIPPED_PULL][:, None])
         state[rows_of.DOT] += g.mul_(clipped).sum(-1)
         g = clipped
     if row_weight is not None:
-        student.copy_(g.mul_(factor))
+        student.product.copy_(g.mul_(factor))
 
 
 @_in_slices
 def log_prob_normalisers(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    state: Tensor,
+    logits: Logits, targets: Tensor, transform: LogitTransform, state: Tensor
 ) -> None:
-    z = _logits(logits, bias, transform)
+    z = _z(logits, transform)
     here = (targets >= 0) & (targets < z.shape[1])
     chosen = z.gather(-1, targets.clamp(0, z.shape[1] - 1)[:, None]).squeeze(-1)
     state[rows_of.TARGET] += chosen.masked_fill_(~here, 0.0)
@@ -188,26 +163,21 @@ def log_prob_normalisers(
 
 @_in_slices
 def log_prob_gradient_(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    state: Tensor,
-    row_weight: Tensor,
+    logits: Logits, targets: Tensor, transform: LogitTransform, state: Tensor, row_weight: Tensor
 ) -> None:
-    z = _logits(logits, bias, transform)
+    z = _z(logits, transform)
     slope = _slope(z, transform)
     g = _log_p(z, state[STUDENT]).exp_().neg_()
     here = (targets >= 0) & (targets < z.shape[1])
     index = targets.clamp(0, z.shape[1] - 1)[:, None]
     g.scatter_(-1, index, g.gather(-1, index) + here[:, None])
-    logits.copy_(g.mul_(_factor(row_weight, transform, slope)))
+    logits.product.copy_(g.mul_(_factor(row_weight, transform, slope)))
 
 
-def _logits(products: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    """A new tensor."""
-    cap = transform.softcap
-    z = products.clone() if bias is None else products + bias
+def _z(logits: Logits, transform: LogitTransform) -> Tensor:
+    """Transformed: a new tensor."""
+    cap, (product, bias) = transform.softcap, logits
+    z = product.clone() if bias is None else product + bias
     if cap is None:
         return z.mul_(transform.scale / transform.temperature)
     return z.mul_(transform.scale / cap).tanh_().mul_(cap / transform.temperature)
@@ -264,20 +234,14 @@ def _entries(
     return s, terms, pull
 
 
-def _add_sums(
-    s: Tensor,
-    terms: Tensor,
-    pull: Tensor,
-    divergence: Divergence,
-    clip: Clip | None,
-    state: Tensor,
-) -> None:
+def _add_sums(s: Tensor, terms: Tensor, pull: Tensor, rule: Rule, state: Tensor) -> None:
     state[rows_of.DIVERGENCE] += terms.sum(-1)
     state[rows_of.PULL] += pull.sum(-1)
-    if clip is not None and clip.kind == "entry":
+    clip = rule.entry_clip
+    if clip is not None:
         state[rows_of.CLIPPED] += terms.clamp(max=clip.threshold).sum(-1)
         state[rows_of.COUNT] += (terms > clip.threshold).sum(-1)
-        clipped = _clipped_pull(s, terms, pull, divergence, clip)
+        clipped = _clipped_pull(s, terms, pull, rule.divergence, clip)
         state[rows_of.CLIPPED_PULL] += clipped.sum(-1)
 
 

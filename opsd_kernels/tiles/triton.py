@@ -12,8 +12,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from opsd_kernels.divergence import DIVERGENCES, Clip, Divergence, LogitTransform
+from opsd_kernels.divergence import DIVERGENCES, LogitTransform, Rule
 from opsd_kernels.tiles import state as states
+from opsd_kernels.tiles.logits import Logits
 
 TEMPORARIES = 6 / 2048  # each chunk's part of six sums
 OLDEST = (3, 6)
@@ -55,11 +56,11 @@ def _power_of_two(x: int) -> int:
 class _Launch:
     """What all kernels on a tile [n, v] share."""
 
-    def __init__(self, tile: Tensor, transform: LogitTransform):
-        self.n, self.v = tile.shape
+    def __init__(self, logits: Logits, transform: LogitTransform):
+        self.tile = logits.product
+        self.n, self.v = self.tile.shape
         self.block = chunk_size(self.v)
         self.chunks = -(-self.v // self.block)
-        self.tile = tile
         capped = transform.softcap is not None
         cap = transform.softcap if capped else transform.temperature
         self.softcap = {"SOFTCAP": capped}
@@ -87,109 +88,78 @@ class _Launch:
             kernel[grid](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
 
 
-def _numbers(divergence: Divergence, clip: Clip | None) -> tuple[float, float, bool]:
-    """(beta, threshold, whether it is the entry clip)."""
-    entry_clip = clip is not None and clip.kind == "entry"
-    return divergence.beta, clip.threshold if entry_clip else 0.0, entry_clip
-
-
-def normalisers(
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    transform: LogitTransform,
-    state: Tensor,
-) -> None:
-    launch, kernels = _Launch(student, transform), _kernels()
+def normalisers(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
+    launch, kernels = _Launch(student, rule.transform), _kernels()
     parts = launch.parts(6)
     launch.chunkwise(
         kernels.normalisers,
-        *(student, teacher, bias, teacher_bias, parts, parts.stride(0), launch.v, launch.chunks),
-        *(student.stride(0), teacher.stride(0), *launch.transform),
+        *(*_tensors(student, teacher), parts, parts.stride(0), launch.v, launch.chunks),
+        *(*_strides(student, teacher), *launch.transform),
         **launch.softcap,
     )
     launch.rowwise(kernels.merge, parts, state, 2)
 
 
-def sums(
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    divergence: Divergence,
-    transform: LogitTransform,
-    clip: Clip | None,
-    state: Tensor,
-) -> None:
-    launch, kernels = _Launch(student, transform), _kernels()
-    beta, threshold, entry_clip = _numbers(divergence, clip)
-    parts = launch.parts(5 if entry_clip else 2)
+def sums(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
+    launch, kernels = _Launch(student, rule.transform), _kernels()
+    clips = rule.entry_clip is not None
+    parts = launch.parts(5 if clips else 2)
     launch.chunkwise(
         kernels.sums,
-        *(student, teacher, bias, teacher_bias, state, state.stride(0)),
+        *(*_tensors(student, teacher), state, state.stride(0)),
         *(parts, parts.stride(0), launch.v, launch.chunks),
-        *(student.stride(0), teacher.stride(0), *launch.transform, beta, threshold),
-        KIND=DIVERGENCES.index(divergence.name),
-        CLIP=entry_clip,
+        *(*_strides(student, teacher), *launch.transform, *_numbers(rule)),
+        KIND=DIVERGENCES.index(rule.divergence.name),
+        CLIP=clips,
         **launch.softcap,
     )
     launch.rowwise(kernels.add, parts, state[states.DIVERGENCE :], parts.shape[0])
 
 
 def gradient_(
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    divergence: Divergence,
-    transform: LogitTransform,
-    clip: Clip | None,
+    student: Logits,
+    teacher: Logits,
+    rule: Rule,
     state: Tensor,
     row_weight: Tensor | None,
     sums_known: bool = True,
 ) -> None:
-    launch, kernels = _Launch(student, transform), _kernels()
-    beta, threshold, entry_clip = _numbers(divergence, clip)
-    assert sums_known or not entry_clip
-    parts = launch.parts(1 if entry_clip else 0 if sums_known else 2)
+    launch, kernels = _Launch(student, rule.transform), _kernels()
+    clips = rule.entry_clip is not None
+    assert sums_known or not clips
+    parts = launch.parts(1 if clips else 0 if sums_known else 2)
     launch.chunkwise(
         kernels.gradient,
-        *(student, teacher, bias, teacher_bias, state, state.stride(0), _contiguous(row_weight)),
+        *(*_tensors(student, teacher), state, state.stride(0), _contiguous(row_weight)),
         *(parts, parts.stride(0), launch.v, launch.chunks),
-        *(student.stride(0), teacher.stride(0), *launch.transform, *launch.slope),
-        *(beta, threshold),
-        KIND=DIVERGENCES.index(divergence.name),
-        CLIP=entry_clip,
+        *(*_strides(student, teacher), *launch.transform, *launch.slope, *_numbers(rule)),
+        KIND=DIVERGENCES.index(rule.divergence.name),
+        CLIP=clips,
         SUMS_KNOWN=sums_known,
         **launch.softcap,
     )
     if parts.shape[0]:
-        first = states.DOT if entry_clip else states.DIVERGENCE
+        first = states.DOT if clips else states.DIVERGENCE
         launch.rowwise(kernels.add, parts, state[first:], parts.shape[0])
 
 
 def log_prob_normalisers(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    state: Tensor,
+    logits: Logits, targets: Tensor, transform: LogitTransform, state: Tensor
 ) -> None:
-    launch, kernels = _Launch(logits, transform), _kernels()
+    launch, kernels, (product, bias) = _Launch(logits, transform), _kernels(), logits
     parts = launch.parts(3)
     launch.chunkwise(
         kernels.normalisers,
-        *(logits, None, bias, None, parts, parts.stride(0), launch.v, launch.chunks),
-        *(logits.stride(0), 0, *launch.transform),
+        *(product, None, bias, None, parts, parts.stride(0), launch.v, launch.chunks),
+        *(product.stride(0), 0, *launch.transform),
         **launch.softcap,
     )
     launch.rowwise(kernels.merge, parts, state, 1)
     launch(
         kernels.target,
         (-(-launch.n // 128),),
-        *(logits, bias, _contiguous(targets), state[states.TARGET], launch.n, launch.v),
-        *(logits.stride(0), *launch.transform),
+        *(product, bias, _contiguous(targets), state[states.TARGET], launch.n, launch.v),
+        *(product.stride(0), *launch.transform),
         **launch.softcap,
         BLOCK=128,
         num_warps=4,
@@ -197,20 +167,29 @@ def log_prob_normalisers(
 
 
 def log_prob_gradient_(
-    logits: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    state: Tensor,
-    row_weight: Tensor,
+    logits: Logits, targets: Tensor, transform: LogitTransform, state: Tensor, row_weight: Tensor
 ) -> None:
-    launch = _Launch(logits, transform)
+    launch, stride = _Launch(logits, transform), logits.product.stride(0)
     launch.chunkwise(
         _kernels().log_prob_gradient,
-        *(logits, bias, _contiguous(targets), state, state.stride(0), _contiguous(row_weight)),
-        *(launch.v, launch.chunks, logits.stride(0), *launch.transform, *launch.slope),
+        *(*logits, _contiguous(targets), state, state.stride(0), _contiguous(row_weight)),
+        *(launch.v, launch.chunks, stride, *launch.transform, *launch.slope),
         **launch.softcap,
     )
+
+
+def _tensors(student: Logits, teacher: Logits) -> tuple[Tensor | None, ...]:
+    return student.product, teacher.product, student.bias, teacher.bias
+
+
+def _strides(student: Logits, teacher: Logits) -> tuple[int, int]:
+    return student.product.stride(0), teacher.product.stride(0)
+
+
+def _numbers(rule: Rule) -> tuple[float, float]:
+    """(beta, threshold of the entry clip)."""
+    clip = rule.entry_clip
+    return rule.divergence.beta, 0.0 if clip is None else clip.threshold
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

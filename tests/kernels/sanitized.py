@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from opsd_kernels import Clip, Divergence, LogitTransform, linear_divergence, linear_log_prob
-from opsd_kernels.divergence import DIVERGENCES
+from opsd_kernels.divergence import DIVERGENCES, Rule
 from opsd_kernels.tiles import cpp
 from opsd_kernels.tiles import state as states
+from opsd_kernels.tiles.logits import Logits
 
 # Around the vectors' lengths (4, 8, 16) and the block's (512).
 WIDTHS = (1, 3, 4, 5, 8, 9, 15, 16, 17, 33, 511, 512, 513, 1043)
@@ -24,7 +25,7 @@ SPECIAL = (None, -torch.inf, torch.inf, torch.nan, 3e38, 1e-42)
 
 
 def tile(n: int, v: int, special: float | None) -> tuple:
-    """Products of both roles, the second with rows further apart than they are long, and biases."""
+    """Products of both roles, the second with rows further apart than they are long, and a bias."""
     student, teacher = (
         torch.randn(n, v),
         torch.randn(n * v + 3 * (n - 1)).as_strided((n, v), (v + 3, 1)),
@@ -37,35 +38,35 @@ def tile(n: int, v: int, special: float | None) -> tuple:
 
 def divergences(n: int, v: int, special: float | None) -> None:
     for name, clip, transform in itertools.product(DIVERGENCES, CLIPS, TRANSFORMS):
-        divergence, row_weight = Divergence(name, 0.3), torch.rand(n)
+        rule, row_weight = Rule(Divergence(name, 0.3), transform, clip), torch.rand(n)
         for weight, biases in ((row_weight, 2), (None, 1), (row_weight, 0)):
             student, teacher, bias = tile(n, v, special)
-            tensors = (
-                *(student, teacher),
-                *(bias if biases > 0 else None, bias.clone() if biases > 1 else None),
+            roles = (
+                Logits(student, bias if biases > 0 else None),
+                Logits(teacher, bias.clone() if biases > 1 else None),
             )
-            described = (divergence, transform, clip)
-            cpp.rows(*tensors, *described, states.new(n, student, student.dtype), weight)
+            cpp.rows(*roles, rule, states.new(n, student, student.dtype), weight)
             state = states.new(n, student, student.dtype)
-            cpp.normalisers(*tensors, transform, state)
-            if weight is not None and (clip is None or clip.kind == "token"):
-                parts = tuple(x if x is None else x.clone() for x in tensors)
-                cpp.gradient_(*parts, *described, state.clone(), weight, False)
-            cpp.sums(*tensors, *described, state)
-            if weight is not None or (clip is not None and clip.kind == "entry"):
-                cpp.gradient_(*tensors, *described, state, weight)
+            cpp.normalisers(*roles, rule, state)
+            if weight is not None and rule.entry_clip is None:
+                parts = [Logits(x.product.clone(), x.bias) for x in roles]
+                cpp.gradient_(*parts, rule, state.clone(), weight, False)
+            cpp.sums(*roles, rule, state)
+            if weight is not None or rule.entry_clip is not None:
+                cpp.gradient_(*roles, rule, state, weight)
 
 
 def log_probs(n: int, v: int, special: float | None) -> None:
     for transform, biased in itertools.product(TRANSFORMS, (True, False)):
-        logits, _, bias = tile(n, v, special)
+        product, _, bias = tile(n, v, special)
         bias = bias if biased else None
         # Of this tile, of others, of none.
         for targets in ((0,), (v - 1,), (v // 2, v, -1), (-100, 2**62, -(2**62))):
             chosen = torch.tensor(targets).repeat(n)[:n]
-            state = states.new_log_prob(n, logits, logits.dtype)
-            cpp.log_prob_normalisers(logits, bias, chosen, transform, state)
-            cpp.log_prob_gradient_(logits.clone(), bias, chosen, transform, state, torch.rand(n))
+            state = states.new_log_prob(n, product, product.dtype)
+            cpp.log_prob_normalisers(Logits(product, bias), chosen, transform, state)
+            changed = Logits(product.clone(), bias)
+            cpp.log_prob_gradient_(changed, chosen, transform, state, torch.rand(n))
 
 
 def calls() -> None:
@@ -91,7 +92,7 @@ def overrun() -> None:
     """A bias that is an entry too short: what the sanitizer must stop."""
     student, teacher, bias = tile(2, 17, None)
     state = states.new(2, student, student.dtype)
-    cpp.normalisers(student, teacher, bias[:16].clone(), bias, LogitTransform(), state)
+    cpp.normalisers(Logits(student, bias[:16].clone()), Logits(teacher, bias), Rule(), state)
 
 
 def main() -> None:

@@ -9,8 +9,10 @@ from kernel_cases import DIVERGENCES, check, make
 
 import opsd_kernels
 from opsd_kernels import Clip, LogitTransform, resolve
+from opsd_kernels.divergence import Rule
 from opsd_kernels.tiles import cpp
 from opsd_kernels.tiles import state as states
+from opsd_kernels.tiles.logits import Logits
 
 CPU = torch.device("cpu")
 
@@ -91,17 +93,8 @@ def test_threads_change_nothing(threads):
             torch.set_num_threads(count)
             s, t = tiles.clone()
             state = states.new(9, s, s.dtype)
-            cpp.rows(
-                s,
-                t,
-                None,
-                None,
-                opsd_kernels.Divergence("jsd"),
-                LogitTransform(),
-                None,
-                state,
-                torch.ones(9),
-            )
+            rule = Rule(opsd_kernels.Divergence("jsd"))
+            cpp.rows(Logits(s), Logits(t), rule, state, torch.ones(9))
             results.append((s, state))
     finally:
         torch.set_num_threads(before)

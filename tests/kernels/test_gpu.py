@@ -17,13 +17,14 @@ from kernel_cases import DIVERGENCES, SHAPES, check, make
 from opsd_kernels import (
     Clip,
     Divergence,
-    LogitTransform,
     backends,
     linear_divergence,
     linear_log_prob,
 )
+from opsd_kernels.divergence import Rule
 from opsd_kernels.resolve import load
 from opsd_kernels.tiles import state as states
+from opsd_kernels.tiles.logits import Logits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -184,7 +185,7 @@ def test_offsets_beyond_two_to_the_31(name):
     rows, v, stride = 3, 4099, 2**30 + 5
     if torch.cuda.mem_get_info()[0] < 3 * 4 * stride * (rows - 1):
         pytest.skip("needs 26 GB of free GPU memory")
-    functions, transform = load(name), LogitTransform()
+    functions, rule = load(name), Rule(Divergence("jsd"))
     with torch.device("cuda"):
         apart = [
             torch.empty((rows - 1) * stride + v).as_strided((rows, v), (stride, 1))
@@ -196,10 +197,10 @@ def test_offsets_beyond_two_to_the_31(name):
         found = []
         for tiles in (apart, close):
             state = states.new(rows, tiles[0], torch.float32)
-            functions.normalisers(*tiles, None, None, transform, state)
-            described = (*tiles, None, None, Divergence("jsd"), transform, None, state)
-            functions.sums(*described)
-            functions.gradient_(*described, torch.ones(rows))
+            roles = [Logits(x) for x in tiles]
+            functions.normalisers(*roles, rule, state)
+            functions.sums(*roles, rule, state)
+            functions.gradient_(*roles, rule, state, torch.ones(rows))
             found.append((state, tiles[0]))
     assert equal(found)
 

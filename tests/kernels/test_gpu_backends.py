@@ -21,6 +21,7 @@ from opsd_kernels import (
     reference,
     resolve,
 )
+from opsd_kernels.divergence import Rule
 from opsd_kernels.tiles import cuda, triton
 from opsd_kernels.tiles import state as states
 
@@ -67,11 +68,11 @@ def backend(request, monkeypatch):
 def test_tiles(backend, monkeypatch, transform, clip, divergence):
     """Two tiles of three chunks (Triton's are as small as 256 here), and the whole row at once."""
     tensors, row_weight = problem(biased=transform != "plain"), torch.rand(N)
-    described = TRANSFORMS[transform], Divergence(divergence, 0.3), CLIPS[clip], row_weight
-    truth = sweep("torch", tensors, (), *described, torch.float64, True)
+    rule = Rule(Divergence(divergence, 0.3), TRANSFORMS[transform], CLIPS[clip])
+    truth = sweep("torch", tensors, (), rule, row_weight, torch.float64, True)
     for chunk, cuts, early in ((256, (600,), True), (2048, (), clip == "entry")):
         monkeypatch.setattr(triton, "CHUNK", chunk)
-        state, gradient = sweep(backend, tensors, cuts, *described, torch.float32, early)
+        state, gradient = sweep(backend, tensors, cuts, rule, row_weight, torch.float32, early)
         torch.testing.assert_close(state.double(), truth[0], rtol=2e-5, atol=1e-4)
         torch.testing.assert_close(gradient.double(), truth[1], rtol=2e-5, atol=2e-5)
         assert state[states.DIVERGENCE, 1] == 0 and state[states.COUNT, 1] == 0

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from opsd_kernels import LogitTransform
+from opsd_kernels.divergence import Rule
 from opsd_kernels.tiles import cuda
 from opsd_kernels.tiles import state as states
+from opsd_kernels.tiles.logits import Logits
 
 OFFLINE = Path(__file__).parent / "offline.py"
 
@@ -67,7 +68,7 @@ def test_without_a_driver(monkeypatch):
         return
     assert cuda.unusable_because() is None
     monkeypatch.setattr(cuda, "_queue", lambda device: (0, None))
-    tile = torch.zeros(2, 3)
-    state = states.new(2, tile, torch.float32)
+    tile = Logits(torch.zeros(2, 3))
+    state = states.new(2, tile.product, torch.float32)
     with pytest.raises(RuntimeError, match=r"normalisers did not start on cpu: .*CUDA driver"):
-        cuda.normalisers(tile, tile, None, None, LogitTransform(), state)
+        cuda.normalisers(tile, tile, Rule(), state)

@@ -7,8 +7,10 @@ import torch
 from kernel_cases import BACKENDS, DIVERGENCES
 
 from opsd_kernels import Clip, Divergence, LogitTransform
+from opsd_kernels.divergence import Rule
 from opsd_kernels.resolve import load
 from opsd_kernels.tiles import state as states
+from opsd_kernels.tiles.logits import Logits
 
 TRANSFORMS = {
     "plain": LogitTransform(),
@@ -28,29 +30,30 @@ def problem(biased: bool) -> tuple:
     return student, teacher, bias if biased else None, teacher_bias
 
 
-def sweep(backend, tensors, cuts, transform, divergence, clip, row_weight, dtype, early):
+def sweep(backend, tensors, cuts, rule, row_weight, dtype, early):
     """State and gradient after the three functions have seen the tiles between `cuts`."""
     backend = load(backend)
     # Wider than the tile, so that a row's stride is not its length.
     wide = [torch.full((N, V + 3), torch.nan, dtype=dtype) for _ in range(2)]
     student, teacher = (w[:, 1 : V + 1].copy_(x) for w, x in zip(wide, tensors[:2], strict=True))
     biases = [x if x is None else x.to(dtype) for x in tensors[2:]]
+    roles = list(zip((student, teacher), biases, strict=True))
     tiles = [
-        (student[:, a:b], teacher[:, a:b], *(x if x is None else x[a:b] for x in biases))
+        [Logits(x[:, a:b], bias if bias is None else bias[a:b]) for x, bias in roles]
         for a, b in zip((0, *cuts), (*cuts, V), strict=True)
     ]
     state = states.new(N, student, dtype)
     for tile in tiles:
-        backend.normalisers(*tile, transform, state)
+        backend.normalisers(*tile, rule, state)
     if early:
         for tile in tiles:
-            backend.sums(*tile, divergence, transform, clip, state)
+            backend.sums(*tile, rule, state)
     before = student.clone(), teacher.clone()
     assert torch.equal(student, tensors[0].to(dtype))  # nothing has written so far
     row_weight = row_weight.to(dtype)
     for tile in tiles:
-        backend.gradient_(*tile, divergence, transform, clip, state, row_weight, early)
-    if not early and divergence.name != "forward_kl":
+        backend.gradient_(*tile, rule, state, row_weight, early)
+    if not early and rule.divergence.name != "forward_kl":
         student = student - teacher * state[states.PULL][:, None]
     else:
         assert torch.equal(teacher, before[1])
@@ -64,14 +67,14 @@ def sweep(backend, tensors, cuts, transform, divergence, clip, row_weight, dtype
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tiles_of_any_size(backend, transform, clip, divergence):
     tensors, row_weight = problem(biased=transform != "plain"), torch.rand(N)
-    described = TRANSFORMS[transform], Divergence(divergence, 0.3), CLIPS[clip], row_weight
-    truth = sweep("torch", tensors, (), *described, torch.float64, True)
+    rule = Rule(Divergence(divergence, 0.3), TRANSFORMS[transform], CLIPS[clip])
+    truth = sweep("torch", tensors, (), rule, row_weight, torch.float64, True)
     for dtype, limit in ((torch.float32, 2e-5), (torch.float64, 1e-12)):
         if backend != "torch" and dtype == torch.float64:
             continue
         for cuts in ((), (512,), (1, 17, 18, 700, 1042)):
             for early in (True, False) if clip == "none" else (True,):
-                state, gradient = sweep(backend, tensors, cuts, *described, dtype, early)
+                state, gradient = sweep(backend, tensors, cuts, rule, row_weight, dtype, early)
                 torch.testing.assert_close(state.double(), truth[0], rtol=limit, atol=5 * limit)
                 torch.testing.assert_close(gradient.double(), truth[1], rtol=limit, atol=limit)
                 # A token with equal roles: exactly nothing, unless the clip takes its pulls.
@@ -82,14 +85,13 @@ def test_tiles_of_any_size(backend, transform, clip, divergence):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_gradient(backend):
     """row_weight=None with an entry clip: the dot product, and the tile stays as it is."""
-    tensors, clip = problem(False), Clip("entry", 1e-3)
-    tiles = [x.float() for x in tensors[:2]]
-    functions, state = load(backend), states.new(N, tiles[0], torch.float32)
-    call = (*tiles, None, None, Divergence(), LogitTransform(), clip, state)
-    functions.normalisers(*tiles, None, None, LogitTransform(), state)
-    functions.sums(*call)
-    functions.gradient_(*call, None)
-    assert torch.equal(tiles[0], tensors[0].float()) and state[states.DOT].any()
+    tensors, rule = problem(False), Rule(clip=Clip("entry", 1e-3))
+    tiles = [Logits(x.float()) for x in tensors[:2]]
+    functions, state = load(backend), states.new(N, tiles[0].product, torch.float32)
+    functions.normalisers(*tiles, rule, state)
+    functions.sums(*tiles, rule, state)
+    functions.gradient_(*tiles, rule, state, None)
+    assert torch.equal(tiles[0].product, tensors[0].float()) and state[states.DOT].any()
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -107,20 +109,17 @@ def test_log_prob_tiles(backend, transform):
     for cuts in ((), (512,), (1, 17, 18, 700, 1042)):
         tile, state = products.float(), states.new_log_prob(N, products, torch.float32)
         spans = list(zip((0, *cuts), (*cuts, V), strict=True))
-        for a, b in spans:
-            functions.log_prob_normalisers(
-                tile[:, a:b], bias[a:b].float(), targets - a, described, state
-            )
+        parts = [(Logits(tile[:, a:b], bias[a:b].float()), targets - a) for a, b in spans]
+        for part in parts:
+            functions.log_prob_normalisers(*part, described, state)
         got = state[states.TARGET] - state[states.MAX] - state[states.SUM].log()
         torch.testing.assert_close(got.double(), log_p[range(N), targets], rtol=1e-5, atol=1e-5)
         entropy = states.entropy(state[states.STUDENT])
         torch.testing.assert_close(
             entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5
         )
-        for a, b in spans:
-            functions.log_prob_gradient_(
-                tile[:, a:b], bias[a:b].float(), targets - a, described, state, torch.ones(N)
-            )
+        for part in parts:
+            functions.log_prob_gradient_(*part, described, state, torch.ones(N))
         g = -log_p.exp()
         g[range(N), targets] += 1
         g *= described.scale / described.temperature
@@ -133,12 +132,12 @@ def test_states_of_two_halves_merge():
     """A padded half, in which every entry is -inf, changes nothing and makes no NaN."""
     z, one = 4 * torch.randn(N, 40), states.new_log_prob(N, torch.zeros(1), torch.float32)
     targets, functions = torch.full((N,), -1), load("torch")
-    functions.log_prob_normalisers(z, None, targets, LogitTransform(), one)
+    functions.log_prob_normalisers(Logits(z), targets, LogitTransform(), one)
     for cut in (1, 20, 39):
         halves = [states.new_log_prob(N, z, z.dtype) for _ in range(3)]
         nothing = torch.full((N, 3), -torch.inf)
         for part, half in zip((z[:, :cut], z[:, cut:], nothing), halves, strict=True):
-            functions.log_prob_normalisers(part, None, targets, LogitTransform(), half)
+            functions.log_prob_normalisers(Logits(part), targets, LogitTransform(), half)
         for order in ((0, 1, 2), (2, 1, 0), (2, 0, 1)):
             merged = states.new_log_prob(N, z, z.dtype)
             for k in order:

@@ -7,25 +7,26 @@ import pytest
 import torch
 from kernel_cases import BACKENDS, DIVERGENCES, make, relative_error
 
-from opsd_kernels import Clip, Divergence, LogitTransform, linear, log_prob, reference
+from opsd_kernels import Clip, Divergence, linear, log_prob, reference
+from opsd_kernels.divergence import Rule
 from opsd_kernels.resolve import load
 from opsd_kernels.tiles import state as states
+from opsd_kernels.tiles.logits import Logits
 
 
 def tile_results(backend: str, student: torch.Tensor, teacher: torch.Tensor) -> list[torch.Tensor]:
     """State and gradients of all tile functions; overwrites the tiles."""
-    functions, transform = load(backend), LogitTransform()
+    functions, rule = load(backend), Rule(Divergence("jsd"))
     n = len(student)
     ones, targets = torch.ones(n), torch.arange(n)
-    state = states.new(n, student, torch.float32)
-    functions.normalisers(student, teacher, None, None, transform, state)
-    described = (student, teacher, None, None, Divergence("jsd"), transform, None, state)
-    functions.sums(*described)
-    functions.gradient_(*described, ones)
+    state, roles = states.new(n, student, torch.float32), (Logits(student), Logits(teacher))
+    functions.normalisers(*roles, rule, state)
+    functions.sums(*roles, rule, state)
+    functions.gradient_(*roles, rule, state, ones)
     found = [state, student.clone()]
     state = states.new_log_prob(n, teacher, torch.float32)
-    functions.log_prob_normalisers(teacher, None, targets, transform, state)
-    functions.log_prob_gradient_(teacher, None, targets, transform, state, ones)
+    functions.log_prob_normalisers(roles[1], targets, rule.transform, state)
+    functions.log_prob_gradient_(roles[1], targets, rule.transform, state, ones)
     return [*found, state, teacher.clone()]
 
 
