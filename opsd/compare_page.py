@@ -123,14 +123,20 @@ def _ratio(ratio: Ratio | None) -> str:
     if ratio is None or ratio.value is None:
         return "–"
     if ratio.at_least:
-        text = f"≥ {ratio.value:.2g} ×"
+        text = f"≥ {_two_digits(ratio.value)} ×"
     elif ratio.low is None:
-        text = f"{ratio.value:.2g} ×"
+        text = f"{_two_digits(ratio.value)} ×"
     else:
-        text = f"{ratio.value:.2g} × ({ratio.low:.2g}–{ratio.high:.2g})"
+        low, high = _two_digits(ratio.low), _two_digits(ratio.high)
+        text = f"{_two_digits(ratio.value)} × ({low}–{high})"
     if ratio.unreached:
         text += f", {len(ratio.seeds)} of {len(ratio.seeds) + len(ratio.unreached)} seeds"
     return text
+
+
+def _two_digits(x: float) -> str:
+    """The significant ones, zeros too: 0.70, 2.0, 11; of what is larger, all before the point."""
+    return f"{x:#.2g}".rstrip(".") if abs(x) < 99.5 else f"{x:.0f}"
 
 
 def _beside(value: float | None, shown: Callable[[float], str], ratio: Ratio | None) -> str:

@@ -12,7 +12,7 @@ import yaml
 
 from opsd.cli import main
 from opsd.compare import compare, read_runs
-from opsd.compare_page import page, rows, seed_rows
+from opsd.compare_page import _two_digits, page, rows, seed_rows
 from opsd.costs import multiplying_parameters
 from opsd.errors import UserError
 from opsd.ratios import Target, interpolate, over_seeds, ratio
@@ -277,7 +277,7 @@ def test_the_command_writes_a_table_and_a_page(tmp_path, capsys):
     output = tmp_path / "out"
     assert main(["compare", *map(str, directories), "--output", str(output)]) == 0
     shown = capsys.readouterr().out
-    assert "OPSD" in shown and "1 (baseline)" in shown and "2 × (2–2)" in shown
+    assert "OPSD" in shown and "1 (baseline)" in shown and "2.0 × (2.0–2.0)" in shown
     record = json.loads((output / "comparison.json").read_text())
     assert record["baseline"] == "grpo" and [
         run["seed"] for run in record["methods"]["opsd"]["runs"]
@@ -306,3 +306,8 @@ def test_errors_name_what_is_wrong(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             compare(*arguments)
+
+
+def test_ratios_keep_two_digits():
+    shown = [_two_digits(x) for x in (0.699, 2.0, 11.3, 99.4, 99.6, 123.4)]
+    assert shown == ["0.70", "2.0", "11", "99", "100", "123"]
