@@ -64,7 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "train": {"steps": 26, "learning_rate": 1e-5, "problems_per_step": 8},
     },
     # As many trained tokens as the others generate: about 28 000.
-    "sft": {"train": {"steps": 25, "learning_rate": 1.5e-4, "problems_per_step": 32}},
+    "sft": {"train": {"steps": 25, "learning_rate": 5e-4, "problems_per_step": 32}},
     "distill": {"train": {"steps": 26, "learning_rate": 5e-5}},
 }
 
