@@ -82,6 +82,34 @@ def test_tiles_of_any_size(backend, transform, clip, divergence):
                 assert not gradient[1].any() or clip == "entry"
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("clip", CLIPS)
+def test_slices_of_a_tile(monkeypatch, clip, divergence):
+    """torch's backend works on a part of the tile at a time: of some rows, or of a row."""
+    tensors, row_weight = problem(biased=True), torch.rand(N)
+    call = (tensors, (), Rule(Divergence(divergence, 0.3), TRANSFORMS["capped"], CLIPS[clip]))
+    whole = sweep("torch", *call, row_weight, torch.float64, True)
+    for entries in (2 * V, 97):
+        monkeypatch.setattr(load("torch"), "slice_entries", lambda device, n=entries: n)
+        found = sweep("torch", *call, row_weight, torch.float64, True)
+        torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_slices_of_a_log_prob_tile(monkeypatch):
+    products, _, bias, _ = problem(biased=True)
+    targets, found = torch.tensor([0, 17, 1042, 511, 512]), []
+    for entries in (2**15, 2 * V, 97):
+        monkeypatch.setattr(load("torch"), "slice_entries", lambda device, n=entries: n)
+        logits = Logits(products.clone(), bias)
+        state = states.new_log_prob(N, products, products.dtype)
+        call = (logits, targets, TRANSFORMS["capped"], state)
+        load("torch").log_prob_normalisers(*call)
+        load("torch").log_prob_gradient_(*call, torch.rand(N, generator=torch.manual_seed(0)))
+        found.append((state, logits.product))
+    for sliced in found[1:]:
+        torch.testing.assert_close(sliced, found[0], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_gradient(backend):
     """row_weight=None with an entry clip: the dot product, and the tile stays as it is."""
