@@ -110,6 +110,9 @@ def parser() -> argparse.ArgumentParser:
         default="words",
         help="whose solutions: words, own, terse, markdown (default: words)",
     )
+    sub.add_argument(
+        "--resume", action="store_true", help="go on with what the same command has left"
+    )
     sub.add_argument("overrides", nargs="*", metavar="[method.]section.field=value")
 
     sub = command(
@@ -196,10 +199,9 @@ def _quickstart(parsed: argparse.Namespace) -> None:
         raise UserError("--voice and --tiny exclude each other: the worksheets have one voice")
     output = Path(parsed.output or ("runs/tiny" if parsed.tiny else "runs/quickstart"))
     from opsd.models import quiet_transformers
-    from opsd.quickstart.flow import check_output, quickstart
+    from opsd.quickstart.flow import quickstart
 
     quiet_transformers()
-    check_output(output)
     quickstart(
         Display(),
         output,
@@ -212,6 +214,7 @@ def _quickstart(parsed: argparse.Namespace) -> None:
         solutions=parsed.solutions,
         voice=parsed.voice,
         overrides=parsed.overrides,
+        resume=parsed.resume,
     )
 
 

@@ -49,21 +49,23 @@ NAMED = 3  # fields in a message
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[None]:
+def held(directory: Path, field: str = "output.dir", mark: str = CONFIG) -> Iterator[None]:
     """Nobody else trains in the directory meanwhile. The lock ends with the process, however it
     ends; it is not seen by machines that share a file system without locks.
 
-    Raises UserError where another process holds it.
+    field: what named the directory. mark: the file that a directory of ours holds. Raises UserError
+    where another process holds it.
     """
+    where = f"{field} is {str(directory)!r}"
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
-    with _written_there(directory):
+        raise UserError(f"{where}: a file is in the way")
+    with _written_there(directory, field):
         directory.mkdir(parents=True, exist_ok=True)
         foreign = [path for path in directory.iterdir() if path.name != LOCK]
-        ours = not foreign or (directory / CONFIG).is_file()
+        ours = not foreign or (directory / mark).is_file()
         file = (directory / LOCK).open("a+") if ours else None
     if file is None:
-        yield  # not a run's: `claim_directory` says so
+        yield  # not a run's: whoever claims it says so
         return
     with file:
         try:
@@ -71,8 +73,8 @@ def held(directory: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             raise UserError(
-                f"output.dir is {str(directory)!r}: process {file.read().strip() or '?'} is "
-                "training there; wait for it, or choose another directory"
+                f"{where}: process {file.read().strip() or '?'} is training there; wait for it, "
+                "or choose another directory"
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
@@ -119,12 +121,12 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
 
 
 @contextmanager
-def _written_there(directory: Path) -> Iterator[None]:
+def _written_there(directory: Path, field: str = "output.dir") -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"output.dir is {str(directory)!r}: cannot write there ({error.strerror})"
+            f"{field} is {str(directory)!r}: cannot write there ({error.strerror})"
         ) from None
 
 

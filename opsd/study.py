@@ -2,14 +2,14 @@
 
 Two kinds of run. Of a quickstart's task, by a study file: methods by seeds, and, where the file
 asks for it, by how many worked solutions there are and in whose voice. Of `opsd train`: configs by
-seeds. A finished run is not run again, so an interrupted study goes on where it was.
+seeds. A finished run is not run again and an interrupted one is resumed, so an interrupted study
+goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -114,11 +114,15 @@ class Job:
 
     directory: Path
     arguments: list[str]
-    resumes: bool = False  # whether it can go on in a directory that an interrupted one left
 
     @property
     def finished(self) -> bool:
         return (self.directory / "summary.json").is_file()
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments, to go on with what an interrupted run has left, if there is any."""
+        return [*self.arguments, *(["--resume"] if self.directory.exists() else [])]
 
 
 def load_study(path: Path) -> Study:
@@ -183,7 +187,7 @@ def train_jobs(
             own = [f"train.seed={seed}", f"output.dir={directory}"]
             own += [] if tokens is None else [f"train.token_budget={tokens}"]
             load_config(path, own)
-            jobs.append(Job(directory, ["train", str(path), *own], resumes=True))
+            jobs.append(Job(directory, ["train", str(path), *own]))
     return jobs
 
 
@@ -199,8 +203,6 @@ def run_jobs(
     waiting = [job for job in jobs if not job.finished]
     for job in waiting:
         job.directory.parent.mkdir(parents=True, exist_ok=True)
-        if job.directory.exists() and not job.resumes:
-            shutil.rmtree(job.directory)  # an interrupted quickstart, which starts anew
     free: list[str | None] = list(gpus) or [None] * max(1, usable_cores() // threads)
     running: dict[subprocess.Popen, tuple[Job, str | None]] = {}
     failed: Job | None = None
@@ -249,13 +251,12 @@ def log_of(job: Job) -> Path:
 
 
 def _start(job: Job, threads: int, gpu: str | None = None) -> subprocess.Popen:
-    resume = ["--resume"] if job.resumes and job.directory.exists() else []
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     with log_of(job).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "opsd", *job.arguments, *resume],
+            [sys.executable, "-m", "opsd", *job.command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -130,9 +130,8 @@ def test_an_example_trains(name, files, tmp_path):
 
 def test_the_quickstarts_example_is_what_the_quickstart_runs():
     example = load_config(EXAMPLES / "smollm2.yaml").model_dump()
-    base = Path("runs/quickstart/base")
     recipe = smollm2_recipe(seed=0)
-    ran = method_config(recipe, "opsd", base, Path("runs/smollm2"), 0, quiet()).model_dump()
+    ran = method_config(recipe, "opsd", Path("runs/quickstart"), 0, quiet()).model_dump()
     differ = {
         (section, name): (value, ran[section][name])
         for section, values in example.items()
@@ -141,7 +140,11 @@ def test_the_quickstarts_example_is_what_the_quickstart_runs():
         if value != ran[section][name]
     }
     # A run that is trained by itself is saved on its way, and asks its teacher at the start.
-    assert differ == {("train", "save_every"): (13, 0), ("eval", "teacher"): (True, False)}
+    assert differ == {
+        ("train", "save_every"): (13, 0),
+        ("eval", "teacher"): (True, False),
+        ("output", "dir"): ("runs/smollm2", "runs/quickstart/opsd"),
+    }
     assert example["method"] == ran["method"]
 
 

@@ -1,36 +1,68 @@
-"""`opsd quickstart --tiny`, cut short: what it leaves behind."""
+"""`opsd quickstart --tiny`, cut short: what it leaves behind, and goes on with."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import yaml
+from training_cases import timeless
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opsd import rundir
 from opsd.cli import main
 from opsd.config import load_config, parse_config
-from opsd.quickstart import tiny
-from opsd.runlog import read_lines
+from opsd.evaluate.run import HeldOut
+from opsd.quickstart import flow, tiny
+from opsd.report import curves
+from opsd.runlog import FILES, read_lines
 from opsd.train import load_data
+from opsd.trainer import OPSDTrainer
 
 METHODS = ("opsd", "grpo", "sft")
+
+
+@contextmanager
+def short(cache, plots=False):
+    """A base of three steps, kept in `cache`; without plots, the rest is short as well."""
+    from opsd.quickstart import tiny_recipe  # before BaseTraining is another
+
+    training = replace(tiny.BaseTraining(), steps=3, batch_size=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPSD_CACHE", str(cache))
+        patch.setattr(tiny.cached_base, "__defaults__", (training,))
+        patch.setattr(tiny, "BaseTraining", lambda: training)
+        if not plots:
+            patch.setattr(curves, "write_curves", lambda results, path: path.touch())
+            patch.setattr(tiny_recipe, "TRAIN_ROWS", 32)
+            patch.setitem(tiny_recipe.SECTIONS["train"], "problems_per_step", 8)
+            patch.setitem(tiny_recipe.SECTIONS["rollout"], "max_new_tokens", 8)
+            patch.setitem(tiny_recipe.METHODS["grpo"]["train"], "problems_per_step", 2)
+        yield patch
+
+
+def quickstart(directory, *more):
+    arguments = ["--output", str(directory), "--steps", "2", "--problems", "8"]
+    return main(["quickstart", "--tiny", "--seed", "3", *arguments, *more])
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The directory of a quickstart of two steps a method, and the cache of its base."""
-    import opsd.quickstart.tiny_recipe  # noqa: F401, before BaseTraining is another
-
     directory = tmp_path_factory.mktemp("quickstart") / "out"
     cache = directory.parent / "cache"
-    short = replace(tiny.BaseTraining(), steps=3, batch_size=8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPSD_CACHE", str(cache))
-        patch.setattr(tiny.cached_base, "__defaults__", (short,))
-        patch.setattr(tiny, "BaseTraining", lambda: short)
-        arguments = ["--output", str(directory), "--steps", "2", "--problems", "8"]
-        assert main(["quickstart", "--tiny", "--seed", "3", *arguments]) == 0
+    with short(cache, plots=True):
+        assert quickstart(directory) == 0
     return directory, cache
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished):
+    """The directory of a shorter one, which nobody interrupts."""
+    directory = finished[0].parent / "undisturbed"
+    with short(finished[1]):
+        assert quickstart(directory) == 0
+    return directory
 
 
 def test_the_summary_is_the_designs(finished):
@@ -79,10 +111,134 @@ def test_a_methods_config_is_enough_to_run_it_again(finished):
     assert not {row.problem for row in rows} & {row.problem for row in held_out}
 
 
-def test_an_output_that_is_not_empty_is_left_alone(finished, capsys):
-    directory, _ = finished
+def test_an_output_that_is_not_empty_is_left_alone(finished, tmp_path, capsys):
+    directory, cache = finished
     before = (directory / "summary.json").read_text()
-    assert main(["quickstart", "--tiny", "--output", str(directory)]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("opsd: --output is") and "not empty" in error
-    assert error.count("\n") == 1 and (directory / "summary.json").read_text() == before
+    (tmp_path / "letter").touch()
+    with short(cache):
+        for arguments, says in [
+            ((directory,), "started before; go on with --resume, or choose another"),
+            ((directory, "--resume", "--seed", "4"), "it was begun with seed 3, not 4; --resume"),
+            ((directory, "--resume", "train.steps=1"), "with overrides [], not ['train.steps=1']"),
+            ((tmp_path,), "it is not empty; choose another, or remove it"),
+            ((tmp_path, "--resume"), "it is not empty; choose another, or remove it"),
+        ]:
+            assert quickstart(*arguments) == 1
+            error = capsys.readouterr().err
+            assert error.startswith("opsd: --output is") and says in error
+            assert error.count("\n") == 1 and (directory / "summary.json").read_text() == before
+
+
+def what_was_learnt(directory, method):
+    """A method's weights, and its lines but for what was measured by the clock."""
+    place = directory / method
+    lines = [timeless(read_lines(place / name)) for name in FILES]
+    return (place / "model" / "model.safetensors").read_bytes(), lines
+
+
+def interrupt(patch, owner, name, at):
+    """Ctrl-C before the call of `owner.name` number `at`; returns a list of the calls."""
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*arguments, **more):
+        calls.append(arguments)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return original(*arguments, **more)
+
+    patch.setattr(owner, name, interrupted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "at", "evaluated", "trained"),
+    [
+        (HeldOut, "evaluate", 2, 2, ["opsd", "grpo", "sft"]),  # before the base is measured
+        (flow, "run", 2, 0, ["grpo", "sft"]),  # between two methods
+        (OPSDTrainer, "training_step", 4, 0, ["grpo", "sft"]),  # within the second
+        (flow, "_summary", 1, 0, []),
+    ],
+    ids=["base", "between", "within", "end"],
+)
+def test_an_interrupted_one_goes_on_where_it_was(
+    owner, name, at, evaluated, trained, finished, undisturbed, tmp_path
+):
+    directory = tmp_path / "out"
+    with short(finished[1]) as patch:
+        interrupt(patch, owner, name, at)
+        assert quickstart(directory) == 130
+    with short(finished[1]) as patch:
+        evaluations = interrupt(patch, HeldOut, "evaluate", 0)
+        runs = interrupt(patch, flow, "run", 0)
+        assert quickstart(directory, "--resume") == 0
+    assert [config.method for config, *_ in runs] == trained
+    of_base = [call[-1] for call in evaluations if isinstance(call[-1], str)]
+    assert of_base == ["base", "base as teacher"][:evaluated]
+    for method in METHODS:
+        assert what_was_learnt(directory, method) == what_was_learnt(undisturbed, method)
+    summaries = [json.loads((d / "summary.json").read_text()) for d in (directory, undisturbed)]
+    for same in ("base", "methods", "problems", "seed"):
+        assert summaries[0][same] == summaries[1][same]
+
+
+def test_a_method_goes_on_from_its_checkpoint(finished, undisturbed, tmp_path):
+    directory, override = tmp_path / "out", "train.save_every=1"
+    with short(finished[1]) as patch:
+        interrupt(patch, OPSDTrainer, "training_step", 2)
+        assert quickstart(directory, override) == 130
+    with short(finished[1]) as patch:
+        steps = interrupt(patch, OPSDTrainer, "training_step", 0)
+        assert quickstart(directory, override, "--resume", "--methods", "opsd") == 0
+    assert len(steps) == 1
+    assert what_was_learnt(directory, "opsd") == what_was_learnt(undisturbed, "opsd")
+
+
+def test_methods_can_be_added(finished, tmp_path):
+    directory = tmp_path / "out"
+    with short(finished[1]):
+        assert quickstart(directory, "--methods", "grpo") == 0
+        assert quickstart(directory, "--methods", "sft", "--resume") == 0
+    summary = json.loads((directory / "summary.json").read_text())
+    assert tuple(summary["methods"]) == ("grpo", "sft")
+    assert set(yaml.safe_load((directory / "config.yaml").read_text())) == {"grpo", "sft"}
+
+
+def test_what_stopped_before_anything_was_made_is_no_obstacle(finished, tmp_path, capsys):
+    """A mistake in the command, or no network: the next try needs no other directory."""
+    directory = tmp_path / "out"
+    with short(finished[1]) as patch:
+        interrupt(patch, tiny, "cached_base", 1)
+        assert quickstart(directory) == 130
+        assert quickstart(directory, "--methods", "sft", "--solutions", "5") == 0
+    arguments = json.loads((directory / "quickstart.json").read_text())
+    assert arguments["solutions"] == 5
+
+
+def test_a_quickstart_is_one_process_alone(finished, tmp_path, capsys):
+    with short(finished[1]), rundir.held(tmp_path / "out", "--output", flow.ARGUMENTS):
+        assert quickstart(tmp_path / "out") == 1
+    assert "is training there; wait for it" in capsys.readouterr().err
+
+
+def test_smollm2s_teacher_is_made_once(tmp_path, monkeypatch):
+    """And anew where it was cut off."""
+    from opsd.quickstart import smollm2_recipe as module
+
+    made = []
+
+    def learn(config, *_):
+        made.append(config.output.dir)
+        return original(config, None, None, [], None, None)
+
+    original = module._learn
+    monkeypatch.setattr(module, "load_model", lambda section: (None, None))
+    monkeypatch.setattr(module, "run", lambda *_, **__: None)
+    monkeypatch.setattr(module, "_learn", learn)
+    recipe, place = module.smollm2_recipe(0, problems=1), tmp_path / "teacher"
+    assert recipe.make_teacher(tmp_path, None) == place / "model"
+    (place / "half.part").touch()
+    assert recipe.make_teacher(tmp_path, None) == place / "model"
+    assert made == [str(place)] * 2 and not (place / "half.part").exists()
+    (place / "summary.json").touch()
+    assert recipe.make_teacher(tmp_path, None) == place / "model"
+    assert len(made) == 2

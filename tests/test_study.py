@@ -44,7 +44,7 @@ def in_process(monkeypatch, tmp_path):
     class Process:
         def __init__(self, job):
             ran.append(job.directory)
-            self.returncode = main([*job.arguments])
+            self.returncode = main(job.command)
 
         def poll(self):
             return self.returncode
@@ -90,9 +90,15 @@ def test_a_study_runs_each_variant_and_seed_once(tmp_path, in_process, capsys):
         assert f'href="{name}/comparison.html"' in (output / "study.html").read_text()
     assert "endless" in capsys.readouterr().out
     # Again: only what is missing.
-    (output / "endless-words" / "seed-1" / "summary.json").unlink()
+    cut_off = output / "endless-words" / "seed-1"
+    for path in (cut_off, cut_off / "distill"):
+        (path / "summary.json").unlink()
+    trained = [cut_off / method / "metrics.jsonl" for method in ("opsd", "sft", "distill")]
+    before = [path.stat().st_mtime_ns for path in trained]
     assert main(["compare", str(file), "--output", str(output)]) == 0
     assert len(in_process) == 5 and in_process[-1].name == "seed-1"
+    after = [path.stat().st_mtime_ns for path in trained]
+    assert after[:2] == before[:2] and after[2] > before[2]
 
 
 def test_a_study_of_variants(tmp_path, in_process, capsys):
@@ -128,7 +134,6 @@ def test_configs_are_run_with_each_seed(tmp_path, monkeypatch):
     assert [job.directory.name for job in jobs] == ["a-3", "a-5", "b-3", "b-5"]
     own = [f"output.dir={tmp_path}/out/b-5", "train.token_budget=1000"]
     assert jobs[3].arguments == ["train", str(paths[1]), "train.seed=5", *own]
-    assert all(job.resumes for job in jobs)
     started = []
     monkeypatch.setattr(studies.subprocess, "Popen", lambda args, **more: started.append(args))
     jobs[3].directory.mkdir(parents=True)

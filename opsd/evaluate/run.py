@@ -27,6 +27,13 @@ class Evaluation:
     seconds: float
     sampling: dict  # the engine, and how it drew tokens
 
+    @classmethod
+    def from_json(cls, values: dict) -> "Evaluation":
+        """Of what `dataclasses.asdict` made, by way of JSON."""
+        rollouts = [Rollout(**rollout) for rollout in values["rollouts"]]
+        grades = [Grade(**grade) for grade in values["grades"]]
+        return cls(**{**values, "rollouts": rollouts, "grades": grades})
+
     @property
     def accuracy(self) -> float:
         """The share of correct answers; a cut-off answer counts by what it says so far."""

@@ -1,16 +1,20 @@
-"""The quickstart's course: base model → each method from there → held-out curves → report."""
+"""The quickstart's course: base model → each method from there → held-out curves → report.
+
+An interrupted one goes on where it was: with its base, if that had been measured, with the methods
+that were done, and with the last checkpoint, if there is one, of that which was not.
+"""
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from opsd.checkpoints import save_model
-from opsd.config import save_config
 from opsd.data import Row
 from opsd.display import Display
 from opsd.environment import machine, peak_memory, versions
@@ -22,17 +26,13 @@ from opsd.prompts import Prompts
 from opsd.quickstart.recipe import Recipe, check_methods, merge, method_config, overridden
 from opsd.report import write_report
 from opsd.rollout import Sampling
+from opsd.rundir import LOCK, claim_directory, held, part
 from opsd.runlog import read_lines
 from opsd.sections import PromptsSection
 from opsd.train import run, write_json
 
-
-def check_output(directory: Path) -> None:
-    """Raises UserError unless `directory` is new or empty: a quickstart is made in one go."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(
-            f"--output is {str(directory)!r}: it is not empty; choose another, or remove it"
-        )
+ARGUMENTS = "quickstart.json"
+OUTPUT = "--output"
 
 
 def quickstart(
@@ -48,6 +48,7 @@ def quickstart(
     solutions: int | None = None,
     voice: str = "words",
     overrides: Sequence[str] = (),
+    resume: bool = False,
 ) -> dict:
     """Run it all; returns the summary that is written to `directory`/summary.json.
 
@@ -59,8 +60,11 @@ def quickstart(
         solutions: how many worked solutions there are; none: as many as a method needs.
         voice: whose solutions they are; for the real model.
         overrides: `[method.]section.field=value`, of all methods where none is named.
+        resume: go on with what an interrupted one has left, or with more methods; the summary's
+            seconds and peak memory are then those of the last go.
 
-    Raises UserError for an override that a method's config refuses, before anything is trained.
+    Raises UserError, before anything is trained, for an override that a method's config refuses,
+    and for a directory that holds something else, or is another process's.
     """
     begun = time.monotonic()
     if tiny:
@@ -84,40 +88,98 @@ def quickstart(
         )
     recipe = replace(recipe, methods=overridden(recipe.methods, overrides))
     check_methods(recipe.sections, {method: recipe.methods[method] for method in methods})
-    directory.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
+    arguments = {
+        "tiny": tiny,
+        "seed": seed,
+        "model": model_path,
+        "steps": steps,
+        "problems": problems,
+        "solutions": solutions,
+        "voice": voice,
+        "overrides": list(overrides),
+    }
+    with held(directory, OUTPUT, ARGUMENTS):
+        _claim(directory, arguments, resume)
+        (directory / "summary.json").unlink(missing_ok=True)  # says that all is done
+        torch.manual_seed(seed)
+        pretrained, before = _make_base(recipe, directory, display)
+        for method in methods:
+            _train_method(recipe, method, directory, seed, before, display)
+        there = [name for name in recipe.methods if name in methods or _done(directory / name)]
+        summary = _summary(recipe, directory, there, seed, pretrained, before)
+        summary["seconds"] = time.monotonic() - begun
+        summary["peak_memory_bytes"] = peak_memory()
+        configs = {method: _config(directory / method) for method in there}
+        text = yaml.safe_dump(configs, sort_keys=False, allow_unicode=True)
+        (directory / "config.yaml").write_text(text)
+        write_json(directory / "summary.json", summary)
+        written = write_report(directory)
+    _show(display, summary, written)
+    return summary
+
+
+def _claim(directory: Path, arguments: dict[str, Any], resume: bool) -> None:
+    """Keep what the quickstart was asked for, or check that this one was asked for the same."""
+    file = directory / ARGUMENTS
+    where = f"{OUTPUT} is {str(directory)!r}"
+    # With these alone nothing has been made yet: the download failed, or there is no such model.
+    nothing = {directory / LOCK, file, part(file)}
+    if any(path not in nothing for path in directory.iterdir()):
+        if not file.is_file():
+            raise UserError(f"{where}: it is not empty; choose another, or remove it")
+        if not resume:
+            raise UserError(
+                f"{where}: this quickstart has been started before; go on with --resume, or choose "
+                "another"
+            )
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{where}: {file.name} there cannot be read; choose another") from None
+        changed = [name for name in arguments if there.get(name) != arguments[name]]
+        if changed:
+            name = changed[0]
+            raise UserError(
+                f"{where}: it was begun with {name} {there.get(name)!r}, not {arguments[name]!r}; "
+                "--resume is for the same command, or for other --methods"
+            )
+    write_json(file, arguments)
+
+
+def _make_base(
+    recipe: Recipe, directory: Path, display: Display
+) -> tuple[Evaluation | None, dict[str, Evaluation]]:
+    """Make `directory`/base, unless it is there: the model and the problems of all methods.
+
+    Returns the evaluations of the pretrained model, if there was one, and of the base, by role.
+    """
+    place = directory / "base"
+    measured = place / "evaluations.json"  # written last: the base is whole
+    if measured.is_file():
+        known = {
+            name: Evaluation.from_json(values)
+            for name, values in json.loads(measured.read_text(encoding="utf-8")).items()
+        }
+        return known.pop("pretrained", None), known
     test = _tests(recipe)
     base = recipe.make_base(directory, test, display)
-    base_path = directory / "base"
-    base_path.mkdir(exist_ok=True)
-    save_model(base.model, base.tokenizer, base_path)
+    place.mkdir(exist_ok=True)
+    save_model(base.model, base.tokenizer, place)
     # The problems too: a method's config.yaml then holds all that `opsd train` needs to redo it.
-    save_rows(recipe.train_rows, base_path / "train.jsonl")
-    save_rows(recipe.held_out_rows, base_path / "held_out.jsonl")
+    save_rows(recipe.train_rows, place / "train.jsonl")
+    save_rows(recipe.held_out_rows, place / "held_out.jsonl")
     held_out = test(base.tokenizer)
     precision = recipe.sections["train"].get("precision", "bf16")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    decoder = copy_model(base.model, dtype)
+    decoder = copy_model(base.model, torch.bfloat16 if precision == "bf16" else torch.float32)
     before = {
         "student": held_out.evaluate(decoder, display, "student", "base"),
         "teacher": held_out.first(recipe.teacher_problems).evaluate(
             decoder, display, "teacher", "base as teacher"
         ),
     }
-    pretrained = base.pretrained
-    del base, decoder
-    for method in methods:
-        _train_method(recipe, method, base_path, directory / method, seed, before, display)
-    summary = _summary(recipe, directory, methods, seed, pretrained, before)
-    summary["seconds"] = time.monotonic() - begun
-    summary["peak_memory_bytes"] = peak_memory()
-    configs = {method: _config(directory / method) for method in methods}
-    text = yaml.safe_dump(configs, sort_keys=False, allow_unicode=True)
-    (directory / "config.yaml").write_text(text)
-    write_json(directory / "summary.json", summary)
-    written = write_report(directory)
-    _show(display, summary, written)
-    return summary
+    pretrained = {} if base.pretrained is None else {"pretrained": base.pretrained}
+    write_json(measured, {name: asdict(result) for name, result in (pretrained | before).items()})
+    return base.pretrained, before
 
 
 def save_rows(rows: Sequence[Row], path: Path) -> None:
@@ -141,29 +203,34 @@ def _tests(recipe: Recipe):
 def _train_method(
     recipe: Recipe,
     method: str,
-    base: Path,
     directory: Path,
     seed: int,
     before: dict[str, Evaluation],
     display: Display,
 ) -> None:
-    directory.mkdir()
-    config = method_config(recipe, method, base, directory, seed, display)
-    save_config(config, directory / "config.yaml")
-    model, tokenizer = load_model(config.model)
-    torch.manual_seed(seed)
-    run(
-        config,
-        model,
-        tokenizer,
-        recipe.train_rows,
-        recipe.held_out_rows,
-        recipe.grader,
-        display,
-        before=before,
-        reward=recipe.reward,
-    )
-    write_report(directory)
+    place = directory / method
+    if not _done(place):
+        config = method_config(recipe, method, directory, seed, display)
+        checkpoint = claim_directory(place, config, resume=True)
+        model, tokenizer = load_model(config.model)
+        torch.manual_seed(seed)
+        run(
+            config,
+            model,
+            tokenizer,
+            recipe.train_rows,
+            recipe.held_out_rows,
+            recipe.grader,
+            display,
+            checkpoint=checkpoint,
+            before=before,
+            reward=recipe.reward,
+        )
+    write_report(place)
+
+
+def _done(run_directory: Path) -> bool:
+    return (run_directory / "summary.json").is_file()
 
 
 def _config(directory: Path) -> dict:

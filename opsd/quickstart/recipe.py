@@ -45,7 +45,7 @@ class Recipe:
         sections: the config's sections, common to all methods.
         methods: each method's own sections, merged into the common ones.
         reward: GRPO's, where it is not the grade.
-        make_teacher: makes distill's separate teacher, in its run's directory; returns its path.
+        make_teacher: makes distill's separate teacher, beside the base's model; returns its path.
         teacher_problems: how many of the held-out problems the teacher is put to; None: all.
     """
 
@@ -62,15 +62,16 @@ class Recipe:
 
 
 def method_config(
-    recipe: Recipe, method: str, base: Path, output: Path, seed: int, display: Display
+    recipe: Recipe, method: str, directory: Path, seed: int, display: Display
 ) -> Config:
-    """The config of one method, starting from the model and the problems in `base`.
+    """The config of one method, starting from the model and the problems in `directory`/base.
 
     A separate teacher, which distill needs, is made here.
     """
+    base = directory / "base"
     merged = merge(recipe.sections, recipe.methods[method])
     if method == "distill":
-        path = str(recipe.make_teacher(output, display))
+        path = str(recipe.make_teacher(base, display))
         merged = merge(merged, {"teacher": {"policy": "model", "path": path}})
     merged = merge(
         merged,
@@ -83,7 +84,7 @@ def method_config(
                 "source": str(base / "held_out.jsonl"),
                 "problems": len(recipe.held_out_rows),
             },
-            "output": {"dir": str(output)},
+            "output": {"dir": str(directory / method)},
         },
     )
     return Config.model_validate(merged)

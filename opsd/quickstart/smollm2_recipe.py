@@ -4,6 +4,7 @@ Pretrained model → cold start by SFT, in both roles' prompts and the model's o
 methods, on new problems whose solutions are in words.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +111,18 @@ def smollm2_recipe(
         _learn(cold, model, tokenizer, rows, grader, display, save=False)
         return Base(model, tokenizer, pretrained)
 
-    def make_teacher(directory: Path, display: Display) -> Path:
-        base = ModelSection(path=str(directory.parent / "base" / "model"))
-        config = _own_voice_config(
-            base, directory / "teacher", seed, TEACHER_STEPS, {"loss": {"roles": ["student"]}}
-        )
-        model, tokenizer = load_model(base.model_copy(update=SECTIONS["model"]))
+    def make_teacher(base: Path, display: Display) -> Path:
+        place = base / "teacher"
+        if (place / "summary.json").is_file():  # of an interrupted quickstart
+            return place / "model"
+        start = ModelSection(path=str(base / "model"))
+        roles = {"loss": {"roles": ["student"]}}
+        config = _own_voice_config(start, place, seed, TEACHER_STEPS, roles)
+        model, tokenizer = load_model(start.model_copy(update=SECTIONS["model"]))
         avoid = {row.problem for row in task.held_out}
         rows = make_rows(TEACHER_SEED + seed, TEACHER_STEPS * COLD_ROWS, avoid=avoid)
         _learn(config, model, tokenizer, [_in_own_voice(row) for row in rows], grader, display)
-        return Path(config.output.dir) / "model"
+        return place / "model"
 
     grader = Grader()
     return Recipe(
@@ -142,6 +145,7 @@ def _smollm2(display: Display) -> ModelSection:
 
 def _learn(config: Config, model, tokenizer, rows: list[Row], grader, display, save=True) -> None:
     directory = Path(config.output.dir)
+    shutil.rmtree(directory, ignore_errors=True)  # what an interrupted quickstart has left
     directory.mkdir()
     save_config(config, directory / "config.yaml")
     run(config, model, tokenizer, rows, [], grader, display, save=save)

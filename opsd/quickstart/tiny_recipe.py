@@ -54,7 +54,7 @@ def tiny_recipe(seed: int, problems: int | None = None, solutions: int | None = 
             )
         return Base(*tiny.load_base(path))
 
-    def make_teacher(directory: Path, display: Display) -> Path:
+    def make_teacher(base: Path, display: Display) -> Path:
         with display.stage("Train distill's teacher", total=TEACHER.steps) as stage:
             path = tiny.cached_base(
                 seed, TEACHER, progress=lambda step, loss: stage.update(completed=step, loss=loss)
