@@ -54,6 +54,11 @@ class RunLog:
         """A pass over the held-out problems."""
         self._append("evaluations.jsonl", line)
 
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the student of this step has been measured."""
+        lines = read_lines(self.directory / "evaluations.jsonl")
+        return any(line["role"] == "student" and line["step"] == step for line in lines)
+
     def sample(self, line: dict) -> None:
         """A completion with its tokens' divergences."""
         self._append("samples.jsonl", line)

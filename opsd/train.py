@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.adapters import add_adapters, trainable
@@ -16,6 +17,7 @@ from opsd.config import Config
 from opsd.data import Row, load_rows, split_rows
 from opsd.display import Display
 from opsd.environment import machine, peak_memory, release_memory, share_one_heap, versions
+from opsd.evaluate.curve import LearningCurve
 from opsd.evaluate.grading import Grader
 from opsd.evaluate.run import Evaluation, Grades, HeldOut
 from opsd.fitting import (
@@ -49,7 +51,6 @@ from opsd.rollout import (
 from opsd.rollout.client import VLLMServer
 from opsd.rundir import check_problems, claim_directory, held
 from opsd.runlog import RunLog, read_lines
-from opsd.samples import sample_records
 from opsd.teacher import check_teacher, make_teacher
 from opsd.trainer import OPSDTrainer
 from opsd.zero import STAGES, check_pieces
@@ -197,17 +198,13 @@ def run(
         display.note(differ)
     check_disk_space(directory, config, model)
     begun = time.monotonic()
-    low_precision = config.train.precision == "bf16"
-    dtype = torch.bfloat16 if low_precision else torch.float32
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     if config.train.share_prefixes and unpackable(model) is None:
         try_kernel(model, dtype, processes.device)  # which may be an error, before an evaluation
-    # What decodes: a bf16 copy where training is in bf16, since casting the masters for each new
-    # token would cost as much as the token; beside adapters the weights are in bf16 already. And a
-    # whole copy where the weights are split over processes.
-    decodes = config.rollout.engine in SAMPLERS and (config.method != "sft" or bool(held_out))
-    split = config.train.sharding in SPLIT_WEIGHTS
-    copies = split or (decodes and low_precision and config.model.lora is None)
-    twin = copy_model(model, dtype, processes.device) if copies else None
+    split = config.train.sharding in SPLIT_WEIGHTS  # over processes; a whole copy decodes
+    twin = None
+    if split or decodes_beside(config, bool(held_out)):
+        twin = copy_model(model, dtype, processes.device)
     decoder = twin if twin is not None else model
     # Made before a checkpoint is loaded: the weights of step 0. Without OPSD, a teacher is only
     # asked for its view of the sample completions.
@@ -222,12 +219,7 @@ def run(
     sampler = make_sampler(config, decoder, stops, dtype, server, longest)
     sampler = SplitSampler(sampler, processes, whole=twin if split else None)
     checkpoint_activations(config, model)
-    if processes.first:
-        (directory / "summary.json").unlink(missing_ok=True)  # says that a run is whole
-        log = RunLog(directory, checkpoint_step(checkpoint))
-    processes.wait()
-    if not processes.first:
-        log = RunLog(directory, checkpoint_step(checkpoint), writes=False)
+    log = open_log(directory, checkpoint, processes)
     # A live teacher is the model itself, so that both roles' common start runs once.
     scorer = model if config.teacher.policy == "live" else teacher
     objective = make_objective(config, scorer, prompts)
@@ -238,37 +230,11 @@ def run(
     teacher_role = shown_role(config, prompts)  # what a report's completions are held against
     engine = config.rollout.engine if config.rollout.engine in SAMPLERS else "generate"
     test = HeldOut(held_out, prompts, grader, evaluation_sampling(config), engine, processes)
-
-    def answer() -> Evaluation:
-        sampler.follow(model)
-        return test.evaluate(decoder, display, sampler=sampler)
-
-    def record(step: int, role: str, result: Evaluation) -> dict:
-        counters = log.counters
-        place = {
-            "step": step,
-            "generated_tokens": counters.generated_tokens,
-            "trained_tokens": counters.trained_tokens,
-        }
-        line = {**place, "role": role, **result.record()}
-        if role == "student" and processes.first:
-            for sample in sample_records(
-                decoder, teacher, prompts, held_out, result, config.eval.samples, teacher_role
-            ):
-                log.sample({**place, "method": config.method, **sample})
-        log.evaluation(line)  # the last: samples without it are dropped when a run is resumed
-        return line
-
-    def evaluate(step: int) -> dict:
-        return record(step, "student", answer())
-
+    curve = LearningCurve(
+        config, test, model, sampler, decoder, teacher, teacher_role, log, display
+    )
     if held_out and checkpoint is None:
-        if before is None:
-            before = {"student": answer()}
-            if config.eval.teacher:
-                before["teacher"] = test.evaluate(teacher, display, teacher_role, "teacher")
-        for role, result in before.items():
-            record(0, role, result)
+        curve.begin(before)
 
     with display.stage(f"Train by {config.method.upper()}", total=config.train.steps) as stage:
         trainer = OPSDTrainer(
@@ -279,7 +245,7 @@ def run(
             objective,
             sampler,
             log,
-            evaluate=evaluate if held_out else None,
+            evaluate=curve if held_out else None,
             on_step=lambda line: stage.update(completed=line["step"], **shown(line)),
             note=display.note,
             average=average if scores else None,
@@ -289,21 +255,15 @@ def run(
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
-    state = None
-    if split and save:
-        names = {name for name, _ in [*decoder.named_parameters(), *decoder.named_buffers()]}
-        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
-        state = {
-            name: tensor for name, tensor in gathered.items() if name in names
-        }  # tied ones once
+    state = whole_weights(trainer, decoder) if split and save else None
     del trainer  # and with it the optimizer's moments
     model.zero_grad(set_to_none=True)
     release_memory()
     if save and processes.first:
         save_trained(config, model, tokenizer, directory, state)
-    if held_out and not processes.once(lambda: is_evaluated(directory, step)):
+    if held_out and not processes.once(lambda: log.is_evaluated(step)):
         try:
-            evaluate(step)
+            curve(step)
         except ServerGoneError as error:
             raise ServerGoneError(
                 f"{error}. Training is done and {directory / 'model'} is saved, but its last "
@@ -311,6 +271,33 @@ def run(
             ) from error
     seconds = time.monotonic() - begun
     return processes.once(lambda: write_summary(config, log, directory, seconds))
+
+
+def open_log(directory: Path, checkpoint: Path | None, processes: Processes) -> RunLog:
+    """The log of a run that is no longer, or not yet, whole; the first process writes it."""
+    step = checkpoint_step(checkpoint)
+    if processes.first:
+        (directory / "summary.json").unlink(missing_ok=True)  # says that a run is whole
+        log = RunLog(directory, step)
+    processes.wait()  # for the lines that the first drops
+    return log if processes.first else RunLog(directory, step, writes=False)
+
+
+def decodes_beside(config: Config, evaluates: bool) -> bool:
+    """Whether a bf16 copy of the model decodes, in training in bf16: to cast the masters for each
+    new token would cost as much as the token. Beside adapters the weights are in bf16 already."""
+    decodes = config.rollout.engine in SAMPLERS and (config.method != "sft" or evaluates)
+    return decodes and config.train.precision == "bf16" and config.model.lora is None
+
+
+def whole_weights(trainer: OPSDTrainer, whole: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights that are split over processes, tied ones once; named as in the copy that is not.
+
+    All processes take part; the first alone gets them.
+    """
+    names = {name for name, _ in [*whole.named_parameters(), *whole.named_buffers()]}
+    gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+    return {name: tensor for name, tensor in gathered.items() if name in names}
 
 
 def checkpoint_activations(config: Config, model: PreTrainedModel) -> None:
@@ -339,12 +326,6 @@ def publish(config: Config, directory: Path, display: Display) -> None:
         display.note(f"The upload failed ({error}); all is in {place}: {command}")
         return
     display.note(f"Uploaded: {address}")
-
-
-def is_evaluated(directory: Path, step: int) -> bool:
-    """Whether the student of this step has been evaluated."""
-    lines = read_lines(directory / "evaluations.jsonl")
-    return any(line["role"] == "student" and line["step"] == step for line in lines)
 
 
 def evaluation_sampling(config: Config) -> Sampling:

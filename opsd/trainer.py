@@ -132,7 +132,7 @@ class OPSDTrainer(WholeCheckpoints):
             processing_class=prompts.tokenizer,
         )
         if evaluate is not None:
-            self.add_callback(MissedEvaluation(evaluate, log.directory, config.eval.every))
+            self.add_callback(MissedEvaluation(evaluate, log, config.eval.every))
         if self.is_deepspeed_enabled:
             self.add_callback(LateSteps(self.accelerator))
         self.remove_callback(PrinterCallback)  # our display and metrics.jsonl say it already

@@ -1,14 +1,13 @@
 """What the trainer hands to transformers' Trainer: our sections in its words, and a callback."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
 from transformers import TrainerCallback, TrainingArguments
 
 from opsd.config import Config
-from opsd.runlog import read_lines
+from opsd.runlog import RunLog
 from opsd.zero import deepspeed_config, prepare
 
 Evaluate = Callable[[int], dict]
@@ -18,16 +17,14 @@ Evaluate = Callable[[int], dict]
 class MissedEvaluation(TrainerCallback):
     """Evaluates a checkpoint that was written because its evaluation could not be done."""
 
-    def __init__(self, evaluate: Evaluate, directory: Path, every: int):
-        self.evaluate, self.directory, self.every = evaluate, directory, every
+    def __init__(self, evaluate: Evaluate, log: RunLog, every: int):
+        self.evaluate, self.log, self.every = evaluate, log, every
 
     def on_train_begin(self, args, state, control, **_) -> None:
         """Where training goes on from such a checkpoint, whose weights have been loaded."""
         step = state.global_step
-        if step == 0 or self.every == 0 or step % self.every:
-            return
-        lines = read_lines(self.directory / "evaluations.jsonl")
-        if not any(line["step"] == step and line["role"] == "student" for line in lines):
+        due = step > 0 and self.every > 0 and step % self.every == 0
+        if due and not self.log.is_evaluated(step):
             self.evaluate(step)
 
 
