@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -100,16 +101,23 @@ def runs(tmp_path_factory):
     jobs = [(name, "two", False) for name in CASES] + [(name, "again", True) for name in RESUMED]
     for name, where, *_ in jobs:
         save_config(config_of(name, root, where), root / f"{where}-{name}.yaml")
-    mp.spawn(_process, args=(root, [(*job, _port()) for job in jobs]), nprocs=2)
+    with_ports = [(*job, port) for job, port in zip(jobs, _ports(len(jobs)), strict=True)]
+    mp.spawn(_process, args=(root, with_ports), nprocs=2)
     server.stop()
     (root / "reloads").write_text(str(len(server.reloads)))
     return root
 
 
-def _port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return str(probe.getsockname()[1])
+def _ports(count: int) -> list[str]:
+    """Free ports, no two alike. A run's store may outlive it, kept by what has used it, and torch
+    lets a store of the same process on the same port share it: the next run's second process would
+    be looked for where it listened before, for ever.
+    """
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("localhost", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]
 
 
 def _process(rank: int, root: Path, jobs) -> None:
