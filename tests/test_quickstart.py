@@ -137,7 +137,7 @@ def what_was_learnt(directory, method):
 
 
 def interrupt(patch, owner, name, at):
-    """Ctrl-C before the call of `owner.name` number `at`; returns a list of the calls."""
+    """Ctrl-C before the call number `at` (0: never) of `owner.name`; returns all calls' list."""
     original, calls = getattr(owner, name), []
 
     def interrupted(*arguments, **more):
@@ -215,8 +215,11 @@ def test_what_stopped_before_anything_was_made_is_no_obstacle(finished, tmp_path
 
 
 def test_a_quickstart_is_one_process_alone(finished, tmp_path, capsys):
-    with short(finished[1]), rundir.held(tmp_path / "out", "--output", flow.ARGUMENTS):
-        assert quickstart(tmp_path / "out") == 1
+    """Also before it has a config.yaml, which is written last."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / flow.ARGUMENTS).touch()
+    with short(finished[1]), rundir.held(tmp_path, "--output", flow.ARGUMENTS):
+        assert quickstart(tmp_path, "--resume") == 1
     assert "is training there; wait for it" in capsys.readouterr().err
 
 

@@ -32,7 +32,7 @@ class Evaluation:
         """Of what `dataclasses.asdict` made, by way of JSON."""
         rollouts = [Rollout(**rollout) for rollout in values["rollouts"]]
         grades = [Grade(**grade) for grade in values["grades"]]
-        return cls(**{**values, "rollouts": rollouts, "grades": grades})
+        return cls(**(values | {"rollouts": rollouts, "grades": grades}))
 
     @property
     def accuracy(self) -> float:
