@@ -20,13 +20,15 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from benchmarks import machine
 from benchmarks.measure import Disagreement, interleaved, peak_bytes
 from benchmarks.step_ways import Setting, Step, ways
-from opsd.hidden import Scored, stream_tokens
-from opsd.models import copy_model, load_model
+from opsd.common.step_timer import Parts, measured, part
+from opsd.config.sections import ModelSection
+from opsd.models.copies import copy_model
+from opsd.models.load import load_model
 from opsd.objectives import Sample
-from opsd.parts import Parts, measured, part
+from opsd.prefix.rollout_states import Scored
 from opsd.rollout import GenerateSampler, Sampling
-from opsd.sections import ModelSection
-from opsd.step import token_ratio
+from opsd.training.micro_batches import stream_tokens
+from opsd.training.step import token_ratio
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from opsd.hidden import Scored
-from opsd.loss_sections import LossSection
+from opsd.common.step_timer import part
+from opsd.config.loss import LossSection
 from opsd.objectives import OPSD, Sample, Totals
-from opsd.parts import part
-from opsd.prefix import keeping, kernels, stream, use_kernel
+from opsd.prefix import choose_kernel as kernels
+from opsd.prefix import keeping, use_kernel
+from opsd.prefix import packed_forward as stream
 from opsd.prefix.layout import Layout
-from opsd.step import OPSDStep
+from opsd.prefix.rollout_states import Scored
+from opsd.training.step import OPSDStep
 
 Step = Callable[[list[Sample]], None]
 """One step's forward and backward; gradients are in the model's parameters."""

@@ -156,7 +156,7 @@ def _ratio(runs: dict[str, list[dict]], name: str) -> float:
 
 def write_inputs(case: Case, directory: Path) -> None:
     """A random model, its head far wider than its tokenizer; rows, and each step's rollouts."""
-    from opsd.quickstart import tiny
+    from opsd.quickstart import tiny_model as tiny
 
     tokenizer, draw = tiny.make_tokenizer(), random.Random(0)
     config = Qwen3Config(
@@ -317,15 +317,16 @@ def by_trl(case: Case, directory: Path) -> dict:
 
 def by_opsd(case: Case, directory: Path) -> dict:
     """Our trainer, its rollouts given."""
-    from opsd.config import parse_config
-    from opsd.data import load_rows
-    from opsd.models import load_model
-    from opsd.prompts import Prompts
+    from opsd.common.files import read_lines
+    from opsd.config.load import parse_config
+    from opsd.data.prompts import Prompts
+    from opsd.data.rows import load_rows
+    from opsd.models.load import load_model
+    from opsd.models.teacher import make_teacher
+    from opsd.objectives.make import make_objective
     from opsd.rollout import Rollout
-    from opsd.runlog import RunLog, read_lines
-    from opsd.teacher import make_teacher
-    from opsd.train import make_objective
-    from opsd.trainer import OPSDTrainer
+    from opsd.runs.log import RunLog
+    from opsd.training.trainer import OPSDTrainer
 
     run = directory / "opsd"
     run.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
 """Writes the reference pages from the code: `python docs/generate.py`.
 
-docs/options.md is made of the config classes (`opsd/config.py` and its sections), docs/api.md of
+docs/options.md is made of the config classes (`opsd/config/`), docs/api.md of
 signatures and docstrings, docs/kernel-cpu.svg of a benchmark's results. A test compares them with
 what this would write now.
 """
@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args, get_origin
 from figure import kernel_figure
 from pydantic.fields import FieldInfo
 
-from opsd.config import Config
-from opsd.section import Section
+from opsd.config.base import Section
+from opsd.config.config import Config
 
 DOCS = Path(__file__).parent
 MADE = "<!-- Written by `python docs/generate.py`: change the code, not this page. -->\n\n"
@@ -57,13 +57,13 @@ PUBLIC = {
     ),
     "opsd_kernels.adapters": ("divergence_of",),
     "opsd_kernels.adapters.liger": ("FusedLinearJSDLoss",),
-    "opsd.config": ("load_config", "parse_config", "save_config"),
-    "opsd.train": ("train",),
-    "opsd.data": ("load_rows", "Row"),
-    "opsd.prompts": ("Prompts", "Context"),
+    "opsd.config.load": ("load_config", "parse_config", "save_config"),
+    "opsd.training.run": ("train",),
+    "opsd.data.rows": ("load_rows", "Row"),
+    "opsd.data.prompts": ("Prompts", "Context"),
     "opsd.prefix": ("shared_prefix_hidden_states",),
-    "opsd.evaluate.grading": ("Grader", "Grade", "last_boxed"),
-    "opsd.errors": ("UserError",),
+    "opsd.grading.grader": ("Grader", "Grade", "last_boxed"),
+    "opsd.common.errors": ("UserError",),
 }
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from opsd.cli import main
+from opsd.cli.main import main
 
 sys.exit(main())

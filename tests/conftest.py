@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-# As opsd/cli.py has it, and for its reason; read when torch is first imported.
+# As opsd/cli/main.py has it, and for its reason; read when torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # `pytest -n 2`: a core for each, or all of them start threads for all cores. Read when torch loads.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -35,7 +35,7 @@ settings.load_profile("quick")
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A tiny random model's directory, and a file of worksheets for it."""
-    from training_cases import write_model, write_rows  # not for the kernels' tests
+    from helpers.training_cases import write_model, write_rows  # not for the kernels' tests
 
     directory = tmp_path_factory.mktemp("base")
     return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
@@ -44,7 +44,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def student(files):
     """The model of `files` and its tokenizer."""
-    from training_cases import load_student
+    from helpers.training_cases import load_student
 
     return load_student(files)
 
@@ -52,7 +52,7 @@ def student(files):
 @pytest.fixture(scope="module")
 def contexts(student):
     """Six problems as the student sees them, in tokens."""
-    from training_cases import ROWS, prompts_of
+    from helpers.training_cases import ROWS, prompts_of
 
     prompts = prompts_of(student[1])
     return [prompts.ids(row, "student") for row in ROWS[:6]]
@@ -61,4 +61,4 @@ def contexts(student):
 @pytest.fixture
 def no_report(monkeypatch):
     """Runs without a report, which takes longer than the tests' runs."""
-    monkeypatch.setattr("opsd.train.write_report", lambda directory: None)
+    monkeypatch.setattr("opsd.training.run.write_report", lambda directory: None)

@@ -11,39 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from training_cases import ROWS, short_values
+from helpers.payload import Payload
+from helpers.training_cases import ROWS, short_values
 
-from opsd.cli import main
-from opsd.compare import compare
-from opsd.compare_page import page as compare_page
+from opsd.cli.main import main
+from opsd.common.files import read_lines
+from opsd.compare.comparison import compare
+from opsd.compare.page import page as compare_page
+from opsd.config.load import merge
 from opsd.evaluate.answers import Completion
-from opsd.evaluate.grading import Grader
-from opsd.evaluate.page import page as evaluation_page
 from opsd.evaluate.result import grade_all, measure
-from opsd.quickstart.recipe import merge
+from opsd.grading.grader import Grader
 from opsd.report import write_report
-from opsd.runlog import read_lines
-
-
-class Payload:
-    """Pickled, it makes a file where it is read."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-@pytest.fixture
-def marker(tmp_path):
-    return tmp_path / "the payload has run"
+from opsd.report.evaluation_page import page as evaluation_page
 
 
 @pytest.fixture
 def train(files, tmp_path, monkeypatch):
     """Runs `opsd train` on overrides; returns its exit code."""
-    monkeypatch.setattr("opsd.train.write_report", lambda directory: None)
+    monkeypatch.setattr("opsd.training.run.write_report", lambda directory: None)
     values = short_values(*files, tmp_path / "run")
     short = {"train": {"steps": 2, "save_every": 1}, "eval": {"problems": 0}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(merge(values, short)))

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd.errors import UserError
-from opsd.evaluate.settings import Shard
+from opsd.common.errors import UserError
+from opsd.common.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,13 @@ def _claiming(path: Path) -> bool:
     return path.name.startswith(".evaluation.json.") or path.name == "evaluation.json"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """All of the file or nothing, also with several writers."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.write_text(text, encoding="utf-8", errors="replace")
-    beside.replace(path)
+@dataclass(frozen=True)
+class Shard:
+    """The `index`-th (from 1) of `count` processes that share one evaluation."""
+
+    index: int = 1
+    count: int = 1
+
+    def has(self, problem: int) -> bool:
+        """Whether the problem with this number (from 0) is this shard's."""
+        return problem % self.count == self.index - 1

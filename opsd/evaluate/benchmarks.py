@@ -1,7 +1,7 @@
 """Benchmarks by name: where their problems are, what their columns are called, how they are
 sampled.
 
-A benchmark is a name from `KNOWN`, or any source that `opsd.data.load_rows` reads.
+A benchmark is a name from `KNOWN`, or any source that `opsd.data.rows.load_rows` reads.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opsd.data import REASONING_GYM, Row, load_rows
-from opsd.errors import UserError
+from opsd.common.errors import UserError
+from opsd.data.rows import Row, load_rows
+from opsd.data.sources import REASONING_GYM
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def _current_revision(name: str) -> str | None:
     """The commit that the hub has now, so that what is loaded is what is recorded."""
     from huggingface_hub import HfApi
 
-    from opsd.offline import before_asking_hub
+    from opsd.common.hub_offline import before_asking_hub
 
     before_asking_hub(name)
     try:

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from opsd.data import Row
+from opsd.common.statistics import Estimate, bootstrap, majority, pass_at_k
+from opsd.data.rows import Row
 from opsd.evaluate.answers import Completion
-from opsd.evaluate.grading import Grade
-from opsd.evaluate.metrics import Estimate, bootstrap, majority, pass_at_k
+from opsd.grading.grader import Grade, Grades
 
 END_OF_THOUGHT = "</think>"
-
-
-class Grades(Protocol):
-    """Whoever can grade: `opsd.evaluate.grading.Grader`, or a task's own."""
-
-    def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
-        """One Grade a completion."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from opsd.adapters import base_of
-from opsd.errors import UserError, in_short
-from opsd.models import load_model
-from opsd.offline import before_asking_hub
-from opsd.sections import ModelSection
+from opsd.common.errors import UserError, in_short
+from opsd.common.hub_offline import before_asking_hub
+from opsd.config.sections import ModelSection
+from opsd.models.load import load_model
+from opsd.models.lora import base_of
 
 # What decides what a model writes; a checkpoint's optimizer and our own files do not.
 _FILES = (
@@ -82,7 +82,7 @@ class Subject:
 
     @property
     def stops(self) -> frozenset[int]:
-        """What ends an answer, as `opsd.models.stop_ids` finds it of the loaded model."""
+        """What ends an answer, as `opsd.models.load.stop_ids` finds it of the loaded model."""
         try:
             extra = GenerationConfig.from_pretrained(self.path).eos_token_id
         except OSError:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.data import Row
-from opsd.hidden import Scored
-from opsd.prompts import Context
-from opsd.rewards import Outcome
+from opsd.data.prompts import Context
+from opsd.data.rows import Row
+from opsd.grading.rewards import Outcome
+from opsd.prefix.rollout_states import Scored
 from opsd.rollout import Rollout
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.hidden import Scored, rollout_hidden_states, student_and_teacher
-from opsd.loss_sections import LossSection
-from opsd.models import head
+from opsd.common.step_timer import part
+from opsd.config.loss import LossSection
+from opsd.models.head import head
 from opsd.objectives.base import (
     Problem,
     Sample,
@@ -25,11 +25,11 @@ from opsd.objectives.base import (
     spread,
     token_weights,
 )
-from opsd.objectives.importance import engine_importance
-from opsd.objectives.likelihood import log_prob_as, token_log_prob
-from opsd.objectives.policy import k3, surrogate, teacher_credit
-from opsd.objectives.weights import Weighing
-from opsd.parts import part
+from opsd.objectives.importance_sampling import engine_importance
+from opsd.objectives.log_probs import log_prob_as, token_log_prob
+from opsd.objectives.policy_gradient import k3, surrogate, teacher_credit
+from opsd.objectives.token_weights import Weighing
+from opsd.prefix.rollout_states import Scored, rollout_hidden_states, student_and_teacher
 
 
 class GRPO:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.hidden import Scored, student_and_teacher
-from opsd.loss_sections import LossSection
-from opsd.models import as_operands, head, head_arguments
+from opsd.common.step_timer import part
+from opsd.config.loss import LossSection
+from opsd.models.head import as_operands, head, head_arguments
 from opsd.objectives.base import (
     Problem,
     Sample,
@@ -28,17 +28,17 @@ from opsd.objectives.base import (
     targets,
     token_weights,
 )
-from opsd.objectives.classes import class_parts
-from opsd.objectives.importance import (
+from opsd.objectives.importance_sampling import (
     Importance,
     engine_importance,
     importance,
     were_sampled_otherwise,
 )
-from opsd.objectives.likelihood import token_log_prob
-from opsd.objectives.policy import surrogate
-from opsd.objectives.weights import Weighing
-from opsd.parts import part
+from opsd.objectives.log_probs import token_log_prob
+from opsd.objectives.policy_gradient import surrogate
+from opsd.objectives.token_classes import class_parts
+from opsd.objectives.token_weights import Weighing
+from opsd.prefix.rollout_states import Scored, student_and_teacher
 from opsd_kernels import Clip, linear_divergence
 
 

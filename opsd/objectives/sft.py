@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.hidden import Scored, rollout_hidden_states
-from opsd.loss_sections import LossSection
+from opsd.common.step_timer import part
+from opsd.config.loss import LossSection
+from opsd.data.prompts import Prompts
 from opsd.objectives.base import (
     Problem,
     Sample,
@@ -19,10 +20,9 @@ from opsd.objectives.base import (
     counted_tokens,
     token_weights,
 )
-from opsd.objectives.likelihood import token_log_prob
-from opsd.objectives.weights import Weighing
-from opsd.parts import part
-from opsd.prompts import Prompts
+from opsd.objectives.log_probs import token_log_prob
+from opsd.objectives.token_weights import Weighing
+from opsd.prefix.rollout_states import Scored, rollout_hidden_states
 from opsd.rollout import Rollout
 
 

@@ -8,8 +8,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
-from opsd.errors import UserError, in_short
-from opsd.sections import ModelSection
+from opsd.common.errors import UserError, in_short
+from opsd.config.sections import ModelSection
 
 _QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
 _QWEN3 |= {"max_position_embeddings": 40960, "rope_parameters": {"rope_theta": 1e6}}

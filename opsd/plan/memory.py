@@ -10,21 +10,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from opsd.adapters import add_adapters
-from opsd.config import Config
-from opsd.needs import scores_by_teacher
+from opsd.config.config import Config
+from opsd.config.requirements import scores_by_teacher
+from opsd.distributed.processes import SPLIT_WEIGHTS
+from opsd.models.lora import add_adapters
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, Sample, Totals
 from opsd.plan.architectures import architecture
-from opsd.plan.step import Lengths, micro_batches, samples
-from opsd.plan.trace import (
-    Peaks,
-    meta_model,
-    over_layers,
-    quiet,
-    sampling_peaks,
-    step_peaks,
-)
-from opsd.processes import SPLIT_WEIGHTS
+from opsd.plan.fake_run import Peaks, meta_model, over_layers, quiet, sampling_peaks, step_peaks
+from opsd.plan.workload import Lengths, micro_batches, samples
 from opsd.rollout import SAMPLERS
 from opsd_kernels.resolve import load, resolve
 from opsd_kernels.sweep import Head, plan_call

@@ -1,12 +1,12 @@
 """One stream of tokens per context: each shared prefix runs once, its rollouts continue it."""
 
-from opsd.prefix.kept import KeptPrefixes, held_per_token, keeping
-from opsd.prefix.kernels import use_kernel
+from opsd.prefix.choose_kernel import use_kernel
+from opsd.prefix.hidden_states import separate_hidden_states, shared_prefix_hidden_states
 from opsd.prefix.layout import Group
-from opsd.prefix.roles import live_hidden_states
-from opsd.prefix.states import separate_hidden_states, shared_prefix_hidden_states
-from opsd.prefix.stream import try_kernel
-from opsd.prefix.support import unpackable
+from opsd.prefix.live_teacher import live_hidden_states
+from opsd.prefix.packed_forward import try_kernel
+from opsd.prefix.prefix_cache import KeptPrefixes, held_per_token, keeping
+from opsd.prefix.supported_models import unpackable
 
 __all__ = [
     "Group",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from opsd.prefix.kernels import kernel_for
+from opsd.prefix.choose_kernel import kernel_for
 from opsd.prefix.layout import Layout
 
 

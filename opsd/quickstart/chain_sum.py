@@ -21,7 +21,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from opsd.data import Row
+from opsd.data.rows import Row
 
 STUDENT_TEMPLATE = "Work out {{ problem }} step by step, with the final answer in \\boxed{}."
 TEACHER_TEMPLATE = (

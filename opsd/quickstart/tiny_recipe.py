@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from opsd.display import Display
-from opsd.quickstart import tiny
+from opsd.common.display import Display
+from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.recipe import Base, Recipe, repeated
 from opsd.quickstart.worksheet import WorksheetGrader, right_share, worksheet_rows
 

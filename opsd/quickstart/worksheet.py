@@ -24,8 +24,8 @@ import re
 import zlib
 from collections.abc import Sequence
 
-from opsd.data import Row
-from opsd.evaluate.grading import Grade
+from opsd.data.rows import Row
+from opsd.grading.grader import Grade
 
 ITEMS = 4
 _HELD_OUT_SHARE = 8  # one worksheet in eight is kept for evaluation
@@ -61,7 +61,7 @@ class WorksheetGrader:
     """Grades a completion by the results it states, in either form: all of them, in order.
 
     A worksheet has no \\boxed answer, and a symbolic comparison of `12+7=20` would find a (false)
-    equation rather than a result, so the general `opsd.evaluate.grading.Grader` is not used here.
+    equation rather than a result, so the general `opsd.grading.grader.Grader` is not used here.
     It has the same `grade`.
     """
 

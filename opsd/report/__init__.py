@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from opsd.report.runs import read_results
+from opsd.runs.read import read_results
 
 
 def write_report(run_dir: Path) -> dict[str, Path]:
@@ -12,7 +12,7 @@ def write_report(run_dir: Path) -> dict[str, Path]:
     run_dir: an `opsd train` directory or a quickstart directory; of a run that is going on or was
     cut off, too. Existing files are replaced. UserError where the directory holds no run.
     """
-    from opsd.report.curves import write_curves
+    from opsd.report.curves_png import write_curves
     from opsd.report.page import page
 
     run_dir = Path(run_dir)

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from importlib import resources
 
+from opsd.common.format import duration, number, percent, size
 from opsd.report.charts import Chart, Series, chart_data, draw, interval_bar, swatch
-from opsd.report.costs import collapses, cost_section
 from opsd.report.markup import Html, embed_json, tag
 from opsd.report.rollouts import rollout_section
-from opsd.report.runs import Accuracy, Results, Run, value
-from opsd.units import duration, number, percent, size
+from opsd.report.step_costs import collapses, cost_section
+from opsd.runs.read import Accuracy, Results, Run, value
 
 # (metric, title, unit): the first three are always there, others where the run recorded them
 PANELS = [
@@ -420,4 +420,4 @@ def _final(run: Run) -> Accuracy | None:
 
 
 def _asset(name: str) -> str:
-    return resources.files("opsd").joinpath("templates", name).read_text(encoding="utf-8")
+    return resources.files("opsd.report").joinpath("templates", name).read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from opsd.report.markup import Html, tag
-from opsd.report.runs import Record, Run, value
+from opsd.runs.read import Record, Run, value
 
 MAX_PROBLEMS = 12
 MAX_TOKENS = 1500  # a rollout: more elements than that make a page that no phone scrolls

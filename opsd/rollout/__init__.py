@@ -3,8 +3,8 @@ batching, or vLLM, in this process or as a server.
 """
 
 from opsd.rollout.base import Rollout, Sampler, Sampling
-from opsd.rollout.client import ServerGoneError
 from opsd.rollout.continuous import ContinuousSampler
+from opsd.rollout.distributed import SplitSampler
 from opsd.rollout.engines import (
     SAMPLERS,
     check_engine,
@@ -13,7 +13,7 @@ from opsd.rollout.engines import (
     training_server,
 )
 from opsd.rollout.generate import GenerateSampler
-from opsd.rollout.split import SplitSampler
+from opsd.rollout.vllm_client import ServerGoneError
 
 __all__ = [
     "SAMPLERS",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -74,3 +74,8 @@ def cut(ids: Sequence[int], stops: frozenset[int]) -> Rollout:
         if token in stops:
             return Rollout(list(ids[: position + 1]), True)
     return Rollout(list(ids), False)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout]) -> list[str]:
+    """The rollouts as text, for graders and readers; never tokenised again."""
+    return tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)

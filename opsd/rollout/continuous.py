@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from opsd.errors import UserError
-from opsd.models import update_copy
+from opsd.common.errors import UserError
+from opsd.models.copies import update_copy
 from opsd.rollout.base import Rollout, Sampling, cut
 
 PAGE = 256  # tokens of one sequence that the cache holds in a block

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from opsd.config import Config
-from opsd.errors import UserError
+from opsd.common.errors import UserError
+from opsd.config.config import Config
 from opsd.rollout.base import Sampler
-from opsd.rollout.client import VLLMServer
 from opsd.rollout.continuous import ContinuousSampler
 from opsd.rollout.generate import GenerateSampler
+from opsd.rollout.vllm_client import VLLMServer
 
 SAMPLERS = {"generate": GenerateSampler, "continuous": ContinuousSampler}
 """Those that sample with the model's own module."""
@@ -64,7 +64,7 @@ def evaluation_server(address: str, model: str, stops: frozenset[int]) -> Sample
     A server in development mode is told to load them, since an earlier run may have left others;
     any other must have been started on them. Raises UserError where it was not.
     """
-    from opsd.rollout.server import ServerSampler
+    from opsd.rollout.vllm_server import ServerSampler
 
     server = VLLMServer(address, field="--server")
     place = Path(model)
@@ -96,10 +96,10 @@ def make_sampler(
     if section.engine in SAMPLERS:
         return SAMPLERS[section.engine](decoder, stops)
     if server is not None:
-        from opsd.rollout.server import ServerSampler
+        from opsd.rollout.vllm_server import ServerSampler
 
         return ServerSampler(server, stops, _weights_place(config), dtype)
-    from opsd.rollout.colocated import ColocatedSampler
+    from opsd.rollout.vllm_colocated import ColocatedSampler
 
     return ColocatedSampler(
         config.model.path,

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from opsd.models import update_copy
+from opsd.models.copies import update_copy
 from opsd.rollout.base import Rollout, Sampling, cut
-from opsd.rollout.draw import Draw, Within
+from opsd.rollout.logits_sampling import Draw, Within
 
 
 class GenerateSampler:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import make
+from helpers.kernel_cases import make
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 from torch.testing import assert_close
 from trl.trainer import distillation_trainer

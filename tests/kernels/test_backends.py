@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from kernel_cases import DIVERGENCES, check, make
+from helpers.kernel_cases import DIVERGENCES, check, make
 
 import opsd_kernels
 from opsd_kernels import Clip, LogitTransform, resolve

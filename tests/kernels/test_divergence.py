@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, DIVERGENCES, SHAPES, check, make, relative_error
+from helpers.kernel_cases import BACKENDS, DIVERGENCES, SHAPES, check, make, relative_error
 
 from opsd_kernels import Clip, LogitTransform, reference, sweep
 from opsd_kernels.divergence import Divergence

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, DIVERGENCES, check, make
+from helpers.kernel_cases import BACKENDS, DIVERGENCES, check, make
 
 from opsd_kernels import Divergence, linear_divergence, linear_log_prob, plan, reference
 

@@ -12,7 +12,7 @@ import test_log_prob
 import test_tiles
 import test_torch_features
 import torch
-from kernel_cases import DIVERGENCES, SHAPES, check, make
+from helpers.kernel_cases import DIVERGENCES, SHAPES, check, make
 
 from opsd_kernels import (
     Clip,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import test_traps
 import torch
-from kernel_cases import DIVERGENCES, LIMITS, check, make, relative_error
-from test_tiles import CLIPS, TRANSFORMS, N, problem, sweep
+from helpers.kernel_cases import DIVERGENCES, LIMITS, check, make, relative_error
+from helpers.tile_cases import CLIPS, TRANSFORMS, N, problem, sweep
 
 from opsd_kernels import (
     Clip,

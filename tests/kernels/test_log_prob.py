@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, LIMITS, SHAPES, make, relative_error
+from helpers.kernel_cases import BACKENDS, LIMITS, SHAPES, make, relative_error
 
 from opsd_kernels import LogitTransform, gemm, linear_log_prob, reference
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
+from helpers.kernel_cases import DIVERGENCES, LIMITS
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DIVERGENCES, LIMITS
 from torch import Tensor
 
 from opsd_kernels import (

@@ -4,7 +4,7 @@ KL.
 
 import pytest
 import torch
-from kernel_cases import DIVERGENCES, make
+from helpers.kernel_cases import DIVERGENCES, make
 
 from opsd_kernels import Clip, Divergence, LogitTransform, reference
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from kernel_cases import DIVERGENCES, make
+from helpers.kernel_cases import DIVERGENCES, make
 
 from opsd_kernels import Clip, LogitTransform, linear_divergence, linear_log_prob
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, make
+from helpers.kernel_cases import BACKENDS, make
 from torch.utils.checkpoint import checkpoint
 
 from opsd_kernels import linear, linear_divergence, linear_log_prob, log_prob

@@ -5,7 +5,7 @@ in test_torch_features.
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, DIVERGENCES, make, relative_error
+from helpers.kernel_cases import BACKENDS, DIVERGENCES, make, relative_error
 
 from opsd_kernels import Clip, Divergence, linear, log_prob, reference
 from opsd_kernels.divergence import Rule

@@ -1,0 +1,138 @@
+"""`opsd compare`: of finished runs, of configs by seeds, or of a study file's runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from opsd.common.display import Display
+from opsd.common.errors import UserError
+from opsd.common.files import write_whole
+from opsd.compare.comparison import Comparison, compare, to_json
+from opsd.compare.curves_png import write_comparison
+from opsd.compare.page import COLUMNS, markdown, page, rows, seed_columns, seed_rows, title
+from opsd.compare.study import Study, load_study, overrides, run_jobs, study_jobs, train_jobs
+from opsd.compare.study_page import study_columns, study_notes, study_page, study_rows
+
+FILES = ("comparison.json", "comparison.html", "comparison.md", "comparison.png")
+
+
+def compare_command(
+    paths: Sequence[Path],
+    target: float | None,
+    baseline: str | None,
+    output: Path,
+    seeds: Sequence[int] | None = None,
+    tokens: int | None = None,
+) -> None:
+    """Runs what is not finished, compares, and writes comparison.json and .html into `output`.
+
+    paths: run directories; or configs of `opsd train`, each run with each of `seeds`; or one study
+    file. tokens: each config's budget (train.token_budget). Raises UserError.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output is {str(output)!r}: it is not a directory")
+    display = Display()
+    files = [path for path in paths if path.suffix in (".yaml", ".yml")]
+    if files and len(files) != len(paths):
+        raise UserError("RUN_DIR: give either run directories or configs, not both")
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"CONFIG is {str(path)!r}: no such file")
+    if not files and (seeds, tokens) != (None, None):
+        raise UserError("--seeds and --tokens are for configs; the runs named here are finished")
+    if len(files) == 1 and is_study(files[0]):
+        if (seeds, tokens) != (None, None):
+            raise UserError(f"--seeds, --tokens: {files[0]} has its own seeds and budget")
+        study = load_study(files[0])
+        run_study(study, target, baseline or study.baseline, output, display)
+        return
+    if files:
+        jobs = train_jobs(files, [0, 1, 2] if seeds is None else seeds, output, tokens)
+        run_jobs(jobs, display, gpus=gpus())
+        paths = [job.directory for job in jobs]
+    comparison = compare(paths, target, baseline)
+    _write(comparison, output)
+    _show(comparison, display)
+    display.paths("Written", {name: output / name for name in FILES})
+
+
+def gpus() -> list[str]:
+    """The GPUs that runs of `opsd train` are spread over, by CUDA_VISIBLE_DEVICES' names."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(index) for index in range(count)])[:count]
+
+
+def is_study(path: Path) -> bool:
+    """Whether a YAML file is a study's rather than a run's config."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(line.startswith("quickstart:") for line in lines)
+
+
+def run_study(
+    study: Study, target: float | None, baseline: str | None, output: Path, display: Display
+) -> None:
+    """All variants' runs, a comparison of each, and one page over them if there are several."""
+    check_settings(study)
+    variants = study_jobs(study, output)
+    run_jobs([job for jobs in variants.values() for job in jobs], display, study.threads)
+    comparisons = {
+        name: compare([job.directory for job in jobs], target, baseline)
+        for name, jobs in variants.items()
+    }
+    written = {}
+    for name, comparison in comparisons.items():
+        place = output / name if len(comparisons) > 1 else output
+        _write(comparison, place)
+        written[name] = place / FILES[1]
+        if len(comparisons) == 1:
+            _show(comparison, display)
+    if len(comparisons) > 1:
+        records = {name: comparison.record() for name, comparison in comparisons.items()}
+        write_whole(output / "study.json", json.dumps(records, indent=2) + "\n")
+        write_whole(output / "study.html", study_page(study, comparisons))
+        columns, lines = study_columns(study, comparisons), study_rows(study, comparisons)
+        write_whole(output / "study.md", markdown(columns, lines, study_notes(comparisons)))
+        display.table("Held-out accuracy", columns, lines)
+        written = {"study.html": output / "study.html", **written}
+    display.paths("Written", written)
+
+
+def check_settings(study: Study) -> None:
+    """Raises UserError where a cell's settings make no config, before anything runs."""
+    if not any((study.settings, study.variants)):
+        return
+    from opsd.quickstart import smollm2_recipe, tiny_recipe
+    from opsd.quickstart.recipe import check_methods, overridden
+
+    recipe = tiny_recipe if study.quickstart == "tiny" else smollm2_recipe
+    for cell in study.cells:
+        methods = overridden(recipe.METHODS, overrides(study, cell))
+        try:
+            check_methods(recipe.SECTIONS, {name: methods[name] for name in study.methods})
+        except UserError as error:
+            where = f"variants.{cell.name}" if study.variants else "settings"
+            raise UserError(f"{where}: {error}") from None
+
+
+def _write(comparison: Comparison, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(directory / FILES[0], to_json(comparison))
+    write_whole(directory / FILES[1], page(comparison))
+    notes = [title(comparison) + ".", *comparison.notes]
+    text = markdown(COLUMNS, rows(comparison), notes)
+    if seeds := seed_rows(comparison):
+        text += "\n" + markdown(seed_columns(comparison), seeds)
+    write_whole(directory / FILES[2], text)
+    write_comparison(comparison, directory / FILES[3])
+
+
+def _show(comparison: Comparison, display: Display) -> None:
+    display.table(title(comparison), list(COLUMNS), rows(comparison))
+    for note in comparison.notes:
+        display.note(note)

@@ -1,0 +1,327 @@
+"""What this machine has, what is missing, and what to do about it: `opsd doctor`.
+
+Nothing here needs torch to be importable: that it is not is one of the findings.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from opsd.common.format import size
+from opsd.common.system import cpu_quota, memory, processor, usable_cores
+
+GB = 1_000_000_000
+QUICKSTART_MEMORY = 5 * GB
+TINY_MEMORY = 2 * GB
+DISK = 4 * GB  # quickstart's model, its saved versions and a run's checkpoints
+
+REQUIRED = (
+    *("torch", "transformers", "accelerate", "datasets", "pydantic", "pyyaml", "jinja2", "rich"),
+    *("matplotlib", "math-verify", "gguf", "numpy", "safetensors"),
+)
+OLDEST = {"torch": (2, 10), "transformers": (5,)}
+OPTIONAL = {
+    "peft": "LoRA",
+    "reasoning-gym": "problems without end",
+    "triton": "GPU kernels",
+    "flash-attn": "attention on GPUs",
+    "vllm": "fast rollouts on GPUs",
+}
+# What the compiled kernels can choose from, or what makes matrix products fast.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. A `fatal` problem means that training is impossible here; `absent`
+    is something that need not be there.
+    """
+
+    name: str
+    value: str
+    problem: str | None = None
+    advice: str | None = None
+    fatal: bool = False
+    absent: bool = False
+
+
+def run_doctor(write: Callable[[str], None] = print) -> int:
+    """Examines this machine, writes a line for each finding; 0 if training is possible, else 1."""
+    findings: list[Finding] = []
+    for title, examine in SECTIONS:
+        write(title)
+        for finding in examine():
+            write(_line(finding))
+            findings.append(finding)
+        write("")
+    problems = [finding for finding in findings if finding.problem]
+    fatal = [finding for finding in problems if finding.fatal]
+    for finding in problems:
+        kind = "problem" if finding.fatal else "note"
+        write(f"{kind}: {finding.name}: {finding.problem}")
+        if finding.advice:
+            write(f"  → {finding.advice}")
+    if problems:
+        write("")
+    write(f"Training is not possible here yet: {len(fatal)} to mend." if fatal else _ALL_WELL)
+    return 1 if fatal else 0
+
+
+_ALL_WELL = "Training is possible here. Try: opsd quickstart --tiny"
+
+
+def _line(finding: Finding) -> str:
+    if finding.problem:
+        mark = "NO" if finding.fatal else "!"
+    else:
+        mark = "-" if finding.absent else "ok"
+    return f"  {mark:<2}  {finding.name:<18}  {finding.value}".rstrip()
+
+
+# --- software -----------------------------------------------------------------------------------
+
+
+def software() -> Iterator[Finding]:
+    """Python, this package, what it needs, what it can use."""
+    version = platform.python_version()
+    old = sys.version_info < (3, 11)
+    yield Finding(
+        "Python",
+        f"{version} ({sys.executable})",
+        "3.11 or later is needed" if old else None,
+        "make the virtual environment with a newer Python",
+        fatal=True,
+    )
+    ours = _version("opsd")
+    yield Finding("opsd", ours or f"not installed, used from {Path(__file__).parent.parent}")
+    for name in REQUIRED:
+        yield _requirement(name, _version(name))
+    for name, purpose in OPTIONAL.items():
+        version = _version(name)
+        missing = f"not installed (optional: {purpose})"
+        yield Finding(name, version or missing, absent=version is None)
+
+
+def _requirement(name: str, version: str | None) -> Finding:
+    if version is None:
+        return Finding(
+            name, "not installed", "needed", "pip install -c constraints-cpu.txt .", fatal=True
+        )
+    oldest = OLDEST.get(name)
+    if oldest and _numbers(version)[: len(oldest)] < oldest:
+        wanted = ".".join(map(str, oldest))
+        return Finding(
+            name,
+            version,
+            f"{wanted} or later is needed",
+            f"pip install '{name}>={wanted}'",
+            fatal=True,
+        )
+    return Finding(name, version)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`2.13.0+cpu` → (2, 13, 0)."""
+    parts = version.split("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())
+
+
+# --- machine ------------------------------------------------------------------------------------
+
+
+def machine() -> Iterator[Finding]:
+    """System, processor, cores, memory, disk."""
+    yield Finding("system", f"{platform.platform()}")
+    name, flags = processor()
+    shown = ", ".join(flag for flag in CPU_FLAGS if flag in flags)
+    yield Finding("processor", f"{name} ({shown})" if shown else name)
+    yield _cores(usable_cores(), cpu_quota(), os.environ.get("OMP_NUM_THREADS"))
+    yield _memory(*memory())
+    yield _disk("disk", Path.cwd())
+
+
+def _cores(cores: int, quota: float | None, threads: str | None) -> Finding:
+    value = f"{cores} usable" + (f", OMP_NUM_THREADS={threads}" if threads else "")
+    limit = cores if quota is None else min(cores, quota)
+    if quota is not None and quota < cores:
+        value += f", the container grants {quota:g}"
+    best = max(1, int(limit))
+    used = int(threads) if threads and threads.isdigit() else cores
+    if used > limit and used > best:
+        return Finding(
+            "cores",
+            value,
+            f"{used} threads for {limit:g} cores wait for each other",
+            f"export OMP_NUM_THREADS={best}",
+        )
+    if used < best:
+        return Finding(
+            "cores",
+            value,
+            f"only {used} of {best} cores will be used",
+            f"unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={best}",
+        )
+    return Finding("cores", value)
+
+
+def _memory(total: int | None, available: int | None) -> Finding:
+    if total is None:
+        return Finding("memory", "unknown")
+    value = size(total)
+    if available is not None:
+        value += f", {size(available)} available"
+    least = total if available is None else available
+    if least < TINY_MEMORY:
+        problem = f"even `opsd quickstart --tiny` wants {size(TINY_MEMORY)}"
+    elif least < QUICKSTART_MEMORY:
+        problem = f"`opsd quickstart` wants {size(QUICKSTART_MEMORY)}, --tiny {size(TINY_MEMORY)}"
+    else:
+        return Finding("memory", value)
+    return Finding("memory", value, problem, "end other programs, or use a larger machine")
+
+
+_ELSEWHERE = "--output DIR for runs, OPSD_CACHE for the cache"
+
+
+def _disk(label: str, path: Path) -> Finding:
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    value = f"{size(shutil.disk_usage(existing).free)} free at {path}"
+    if not os.access(existing, os.W_OK):
+        return Finding(
+            label, value, f"{existing} is not writable", f"choose another directory: {_ELSEWHERE}"
+        )
+    if shutil.disk_usage(existing).free < DISK:
+        return Finding(
+            label,
+            value,
+            f"models and checkpoints of a quickstart may need {size(DISK)}",
+            f"make room, or choose another disk: {_ELSEWHERE}",
+        )
+    return Finding(label, value)
+
+
+# --- devices and kernels ------------------------------------------------------------------------
+
+
+def accelerators() -> Iterator[Finding]:
+    """The GPUs that torch sees, and one that it does not."""
+    try:
+        torch = importlib.import_module("torch")
+    except Exception as error:  # a broken installation raises OSError, ImportError, RuntimeError …
+        yield Finding(
+            "torch",
+            "does not import",
+            f"{type(error).__name__}: {error}",
+            "pip install --force-reinstall torch",
+            fatal=True,
+        )
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding(
+            f"GPU {index}",
+            f"{properties.name}, {size(properties.total_memory)}, "
+            f"compute capability {properties.major}.{properties.minor}",
+        )
+    if count == 0:
+        driver = Path("/dev/nvidiactl").exists()
+        built_for = torch.version.cuda
+        yield Finding(
+            "GPU",
+            "none in use: training runs on the CPU",
+            "there is an NVIDIA driver, but torch does not use it" if driver else None,
+            "install a torch built for CUDA: pip install --force-reinstall torch"
+            if built_for is None
+            else f"torch is built for CUDA {built_for}: does the driver support that?",
+            absent=True,
+        )
+
+
+def kernels() -> Iterator[Finding]:
+    """The backends of opsd_kernels, and why one cannot be used."""
+    try:
+        backends = importlib.import_module("opsd_kernels").backends()
+    except Exception as error:
+        yield Finding(
+            "opsd_kernels",
+            "does not import",
+            f"{type(error).__name__}: {error}",
+            "pip install -c constraints-cpu.txt .",
+            fatal=True,
+        )
+        return
+    for name, reason in backends.items():
+        if reason is None:
+            yield Finding(name, "usable")
+        elif name == "cpp":  # built with the package: its absence is an accident
+            yield Finding(
+                name,
+                "unusable",
+                f"{reason} (until then the slower torch backend serves)",
+                "pip install -c constraints-cpu.txt . (needs a C++ compiler)",
+            )
+        else:
+            yield Finding(name, f"unusable: {reason}", absent=True)
+
+
+def prefix_kernels() -> Iterator[Finding]:
+    """What may be asked for as train.prefix_kernel, and why one cannot run here."""
+    try:
+        torch = importlib.import_module("torch")
+        known = importlib.import_module("opsd.prefix.choose_kernel")
+    except Exception:  # whatever it needs and lacks is a finding of its own above
+        return
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    for name in known.KERNELS:
+        reason = known.missing(name, device)
+        yield Finding(name, f"unusable: {reason}" if reason else "usable", absent=bool(reason))
+
+
+def caches() -> Iterator[Finding]:
+    """What quickstart has downloaded or trained already."""
+    try:
+        download = importlib.import_module("opsd.quickstart.download")
+    except Exception as error:  # whatever it needs and lacks is a finding of its own above
+        yield Finding("quickstart", f"cannot be examined ({error})", absent=True)
+        return
+    cache = download.cache_directory()
+    yield _disk("disk", cache)
+    model = next(cache.glob(f"*/{download.GGUF_NAME}"), None)
+    if model is None and importlib.util.find_spec(download.PACKAGE) is None:
+        value = f"not here yet: quickstart downloads it once ({size(download.WHEEL_BYTES)})"
+        yield Finding("SmolLM2-135M", value, absent=True)
+    else:
+        yield Finding("SmolLM2-135M", str(model or f"installed as {download.PACKAGE}"))
+    bases = len(list(cache.glob("tiny-*")))
+    yield Finding(
+        "tiny bases",
+        f"{bases} trained" if bases else "none yet: quickstart --tiny trains one",
+        absent=bases == 0,
+    )
+
+
+SECTIONS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+    ("Software", software),
+    ("Machine", machine),
+    ("Accelerators", accelerators),
+    ("Kernels", kernels),
+    ("Attention over shared prefixes", prefix_kernels),
+    ("Cache", caches),
+)

@@ -1,0 +1,116 @@
+"""`opsd train --dry-run`: everything that is checked before the weights are loaded, and a plan.
+
+Nothing is trained, sampled or written. The model's tokenizer is loaded, its weights are not; a vLLM
+server is not asked.
+"""
+
+import os
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+
+from opsd.cli.plan import show_plan
+from opsd.common.display import Display
+from opsd.common.errors import UserError
+from opsd.config.config import Config
+from opsd.config.requirements import is_graded, uses_teacher_prompt
+from opsd.data.length_filter import (
+    answer_tokens,
+    different_endings,
+    fitting_held_out,
+    fitting_rows,
+    trained_roles,
+)
+from opsd.data.prompts import Prompts
+from opsd.data.rows import Row
+from opsd.grading.rewards import Outcome, check_verifier
+from opsd.models.load import check_directory, load_tokenizer, window
+from opsd.models.teacher import check_teacher
+from opsd.plan.architectures import architecture
+from opsd.plan.memory import Planner
+from opsd.plan.workload import Lengths
+from opsd.rollout import check_engine
+from opsd.training.load_data import load_data
+from opsd.training.preflight import check_launcher, check_machine
+
+SHOWN = 400  # characters of a context
+
+
+def dry_run(config: Config, display: Display) -> None:
+    """Checks config, machine, data, prompts and tokenizers; shows what a run would do.
+
+    Raises UserError for whatever `opsd train` would refuse before it loads weights.
+    """
+    check_launcher(config)
+    check_machine(config)
+    check_engine(config.rollout.engine)
+    if is_graded(config):
+        check_verifier(config.loss.reward)
+    rows, held_out = load_data(config)
+    check_directory(config.model)
+    student = architecture(config.model)
+    tokenizer = load_tokenizer(config.model)
+    check_teacher(config, tokenizer)
+    prompts = Prompts(config.prompts, tokenizer)
+    limit = window(student)
+    rows = fitting_rows(rows, prompts, config, limit, display.note)
+    held_out = fitting_held_out(held_out, prompts, config, limit, display.note)
+    if (differ := different_endings(prompts, config)) is not None:
+        display.note(differ)
+    lengths = _show_contexts(rows, prompts, config, limit, display)
+    _show_examples(rows[0], prompts, config, display)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    show_plan(config, Planner(student, lengths, _device_memory(), processes), display)
+    display.note(
+        f"{config.method}: {config.train.steps} steps of {config.train.problems_per_step} problems "
+        f"from {len(rows)} rows, {len(held_out)} held out. Nothing was trained."
+    )
+
+
+def _device_memory() -> int | None:
+    """Of this machine's GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def _show_contexts(
+    rows: Sequence[Row], prompts: Prompts, config: Config, limit: int | None, display: Display
+) -> Lengths:
+    """Shows how long the contexts are; returns the median lengths, for the plan."""
+    answer = max(answer_tokens(row, config, prompts) for row in rows)
+    table, middle = [], {}
+    for role in trained_roles(config, prompts):
+        tokens = sorted(len(prompts.ids(row, role)) for row in rows)
+        middle[role] = int(median(tokens))
+        table.append((role, f"{tokens[0]:,}", f"{middle[role]:,}", f"{tokens[-1]:,}"))
+    where = "no limit" if limit is None else f"window: {limit:,}"
+    columns = ["context", "shortest", "median", "longest"]
+    display.table(f"Tokens of contexts (answers: up to {answer:,}; {where})", columns, table)
+    first = middle.get("student", middle.get("teacher"))
+    beside = max(0, middle.get("teacher", first) - first)
+    if prompts.over_rollouts:
+        beside = answer  # such as a peer's rollout
+    if config.method == "sft":
+        beside = max(beside, answer)  # the target, which is what is learnt from
+    return Lengths(first, beside, answer)
+
+
+def _show_examples(row: Row, prompts: Prompts, config: Config, display: Display) -> None:
+    contexts = {role: prompts.ids(row, role) for role in trained_roles(config, prompts)}
+    if uses_teacher_prompt(config) and prompts.over_rollouts:
+        wrong = Outcome("(a rollout)", True, 0.0, False, "(feedback)")
+        right = Outcome("(a peer's rollout)", True, 1.0, True)
+        context = prompts.teacher_of(row, wrong, [right])
+        if context is None:
+            raise UserError(
+                "prompts.teacher is empty for a wrong rollout with feedback and a right peer: "
+                "there would never be anything to teach"
+            )
+        contexts["teacher"] = context
+    for role, ids in contexts.items():
+        text = prompts.tokenizer.decode(ids)
+        if len(text) > SHOWN:
+            text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+        display.note(f"The {role}'s context of the first row:\n{text}\n")

@@ -1,0 +1,278 @@
+"""`opsd eval`: a model, a benchmark; completions, a table, a page."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opsd.cli.evaluate_arguments import THINKING, Settings, settings
+from opsd.common.display import Display
+from opsd.common.errors import UserError
+from opsd.common.files import write_whole
+from opsd.common.system import machine, usable_cores, versions
+from opsd.config.sections import PromptsSection
+from opsd.data.prompts import Prompts
+from opsd.evaluate.answers import Completion, CompletionLog, claim, key, read_completions, read_file
+from opsd.evaluate.benchmarks import Benchmark, load_benchmark
+from opsd.evaluate.result import Answer, grade_all, measure, remarks, table
+from opsd.evaluate.subject import Subject
+from opsd.grading.grader import Grader
+from opsd.models.load import stop_ids
+from opsd.report.evaluation_page import page
+from opsd.rollout import SAMPLERS, Sampler, Sampling, check_engine, evaluation_server
+from opsd.rollout.base import decode
+
+RUNS = Path("runs/eval")
+_SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "precision")
+# vLLM's kernels round otherwise: its answers are not, to the bit, the model's own.
+PRECISION = {"vllm": "bf16 by vLLM", "vllm_server": "the vLLM server's"}
+Unit = tuple[int, int]  # (problem, sample)
+
+
+def evaluate_command(parsed: argparse.Namespace) -> None:
+    """Sample K answers a problem, grade them, show avg@K, maj@K and pass@k; see docs/evaluate.md.
+
+    What an earlier call, or another process, has sampled for the same evaluation is not sampled
+    again. The process that finds all answers there grades them and writes the result.
+    """
+    asked = settings(parsed)
+    check_engine(asked.engine, "--engine")
+    display = Display(quiet=asked.ranked and asked.shard.index > 1)
+    benchmark = load_benchmark(
+        asked.benchmark,
+        columns=asked.columns,
+        split=asked.split,
+        limit=asked.problems,
+        seed=asked.seed,
+        revision=asked.revision,
+    )
+    with display.stage(f"Read {asked.model}"):
+        subject = Subject(asked.model, asked.local_rank)
+        thinking = _thinking(asked, benchmark, subject)
+        contexts = _contexts(asked, benchmark, subject, thinking)
+        sampling, samples = _sampling(asked, benchmark, subject, contexts)
+        identity = {
+            "model": subject.digest,
+            "benchmark": benchmark.digest(),
+            "contexts": hashlib.sha256(json.dumps(contexts).encode()).hexdigest()[:16],
+            "samples": samples,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_new_tokens": sampling.max_new_tokens,
+            "seed": asked.seed,
+            "precision": PRECISION.get(asked.engine, subject.precision),
+        }
+    description = {
+        "model": asked.model,
+        "model_digest": subject.digest,
+        "benchmark": benchmark.name,
+        "source": benchmark.source,
+        "revision": benchmark.revision,
+        "benchmark_digest": identity["benchmark"],
+        "left_out": benchmark.left_out,
+        "thinking": thinking,
+        **{name: identity[name] for name in _SAMPLING},
+    }
+    directory = Path(asked.output) if asked.output else RUNS / _name(asked, identity)
+    claim(directory, identity, description)
+    units = [(p, s) for p in range(len(contexts)) for s in range(samples)]
+    _sample(asked, subject, contexts, sampling, units, directory, display)
+    completions = read_completions(directory)
+    missing = len(set(units) - set(completions))
+    if missing:
+        display.note(
+            f"Shard {asked.shard.index} of {asked.shard.count} is done; {missing} answers of other "
+            "shards are missing. Whoever finishes last writes the result."
+        )
+        return
+    _finish(benchmark, description, [completions[unit] for unit in units], directory)
+
+
+def _thinking(asked: Settings, benchmark: Benchmark, subject: Subject) -> bool | None:
+    """What the chat template is told; None where it is told nothing, or would not listen."""
+    wanted = benchmark.convention.thinking if asked.thinking is None else THINKING[asked.thinking]
+    if wanted is None or subject.switches_thinking:
+        return wanted
+    if asked.thinking is not None:
+        raise UserError(
+            f"--thinking is {asked.thinking!r}: the chat template of {asked.model!r} does not look "
+            "at enable_thinking (allowed: template)"
+        )
+    return None
+
+
+def _contexts(
+    asked: Settings, benchmark: Benchmark, subject: Subject, thinking: bool | None
+) -> list[list[int]]:
+    section = PromptsSection(
+        **({"student": asked.prompt} if asked.prompt is not None else {}),
+        system=asked.system,
+        student_chat={} if thinking is None else {"enable_thinking": thinking},
+    )
+    prompts = Prompts(section, subject.tokenizer)
+    return [prompts.ids(row, "student") for row in benchmark.rows]
+
+
+def _sampling(
+    asked: Settings, benchmark: Benchmark, subject: Subject, contexts: Sequence[Sequence[int]]
+) -> tuple[Sampling, int]:
+    """How to sample, and how many samples: the convention, but for what was asked."""
+    convention = benchmark.convention
+
+    def choose(given, usual):
+        return usual if given is None else given
+
+    samples = choose(asked.samples, convention.samples)
+    temperature = choose(asked.temperature, convention.temperature)
+    if temperature == 0 and samples > 1:
+        raise UserError(f"--samples is {samples}: greedy answers are all alike; set --temperature")
+    longest = choose(asked.max_new_tokens, convention.max_new_tokens)
+    if subject.window is not None:
+        room = subject.window - max(map(len, contexts))
+        if room < 1:
+            raise UserError(
+                f"--benchmark is {asked.benchmark!r}: a problem exceeds the model's window of "
+                f"{subject.window} tokens"
+            )
+        if asked.max_new_tokens and longest > room:
+            raise UserError(f"--max-new-tokens is {longest}: the model's window leaves {room}")
+        longest = min(longest, room)
+    # What has no effect must not tell evaluations apart.
+    top_p = choose(asked.top_p, convention.top_p) if temperature else 1.0
+    top_k = asked.top_k if temperature else 0
+    return Sampling(longest, float(temperature), float(top_p), top_k, asked.batch_size), samples
+
+
+def _sample(
+    asked: Settings,
+    subject: Subject,
+    contexts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    units: Sequence[Unit],
+    directory: Path,
+    display: Display,
+) -> None:
+    """Samples what is missing of this shard, batch by batch.
+
+    A batch is seeded by what is in it, and one that is partly there is sampled again whole, to keep
+    what is missing: an interrupted evaluation ends with the answers that it would have had.
+    """
+    with CompletionLog(directory, asked.shard) as log:
+        elsewhere = read_completions(directory, but=log.path)
+        here = {completion.place for completion in read_file(log.path)}
+        mine = [u for u in units if asked.shard.has(u[0]) and u not in elsewhere]
+        todo = [
+            batch
+            for batch in batches(mine, contexts, asked.batch_size)
+            if any(unit not in here for unit in batch)
+        ]
+        if not todo:
+            return
+        with display.stage(f"Load {asked.model}"):
+            sampler = _sampler(asked, subject)
+        with display.stage(f"Answer {asked.benchmark}", total=len(mine), unit="answers") as stage:
+            stage.advance(len(mine) - sum(map(len, todo)))
+            for batch in todo:
+                torch.manual_seed(batch_seed(asked.seed, batch))
+                rollouts = sampler.sample([contexts[problem] for problem, _ in batch], sampling)
+                texts = decode(subject.tokenizer, rollouts)
+                log.append(
+                    Completion(*unit, text, len(rollout.ids), rollout.finished)
+                    for unit, text, rollout in zip(batch, texts, rollouts, strict=True)
+                    if unit not in here
+                )
+                stage.advance(len(batch))
+
+
+def _sampler(asked: Settings, subject: Subject) -> Sampler:
+    if asked.engine in SAMPLERS:
+        model = subject.load()
+        return SAMPLERS[asked.engine](model, stop_ids(model, subject.tokenizer))
+    if asked.engine == "vllm_server":
+        return evaluation_server(asked.server, asked.model, subject.stops)
+    from opsd.rollout.vllm_colocated import ColocatedSampler
+
+    return ColocatedSampler(
+        asked.model,
+        subject.stops,
+        trains=False,
+        dtype=torch.bfloat16,
+        memory=asked.gpu_memory,
+        max_num_seqs=asked.batch_size,
+    )
+
+
+def batches(
+    units: Sequence[Unit], contexts: Sequence[Sequence[int]], size: int
+) -> list[list[Unit]]:
+    """Units in batches of like context length, longest first: memory runs out early or never."""
+    order = sorted(units, key=lambda unit: (-len(contexts[unit[0]]), unit))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def batch_seed(seed: int, batch: Sequence[Unit]) -> int:
+    """63 bits that depend on the seed and on every unit of the batch."""
+    digest = hashlib.sha256(json.dumps([seed, batch]).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def _finish(
+    benchmark: Benchmark,
+    description: dict[str, Any],
+    completions: list[Completion],
+    directory: Path,
+) -> None:
+    """Grades all completions; writes answers.jsonl, result.json and report.html, and the table."""
+    display = Display()
+    grader = Grader(workers=min(4, usable_cores()))
+    with grader, display.stage("Grade", total=len(completions)):
+        answers = grade_all(benchmark.rows, completions, grader)
+        figures = measure(answers, grader, description["seed"])
+    software = {**versions(), "math-verify": version("math-verify")}
+    result = {**description, **figures, "versions": software, "machine": machine()}
+    lines = (
+        _line(benchmark, number, answer)
+        for number, problem in enumerate(answers)
+        for answer in problem
+    )
+    write_whole(directory / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_whole(directory / "result.json", json.dumps(result, indent=2) + "\n")
+    write_whole(directory / "report.html", page(result, benchmark.rows, answers))
+    name = f"{description['model']} on {description['benchmark']}"
+    problems = f"{figures['problems']} problems"
+    display.table(f"{name}, {problems}", ["", "rate", "95 % interval"], table(result))
+    for remark in remarks(result):
+        display.note(remark)
+    names = ("result.json", "answers.jsonl", "report.html")
+    display.paths("Written", {name: directory / name for name in names})
+
+
+def _line(benchmark: Benchmark, number: int, answer: Answer) -> dict[str, Any]:
+    row = benchmark.rows[number]
+    completion, grade = answer.completion, answer.grade
+    return {
+        "problem": number,
+        "sample": completion.sample,
+        "text": row.problem,
+        "answer": row.answer,
+        "completion": completion.text,
+        "tokens": completion.tokens,
+        "finished": completion.finished,
+        **asdict(grade),
+    }
+
+
+def _name(asked: Settings, identity: dict[str, Any]) -> str:
+    model = Path(asked.model).name or Path(asked.model).resolve().name
+    parts = [model, Path(asked.benchmark).name]
+    return "-".join([*(re.sub(r"[^\w.]+", "_", part)[:40] for part in parts), key(identity)])

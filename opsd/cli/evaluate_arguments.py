@@ -1,0 +1,165 @@
+"""The arguments of `opsd eval`, checked before anything is loaded. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from opsd.common.errors import UserError
+from opsd.common.urls import check_address
+from opsd.evaluate.answers import Shard
+
+ENGINES = ("generate", "continuous", "vllm", "vllm_server")
+BATCH = {"generate": 64, "continuous": 64, "vllm": 512, "vllm_server": 512}
+"""Answers sampled together, unless told: vLLM decides by itself how many it decodes at once."""
+THINKING = {"on": True, "off": False, "template": None}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `opsd eval` was asked for; None: as the benchmark's convention has it.
+
+    thinking: "on", "off" or "template" (as the chat template does by itself); ranked: the shard is
+    the rank of a launcher, which shows all processes' output at once.
+    """
+
+    model: str
+    benchmark: str
+    samples: int | None
+    problems: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int
+    max_new_tokens: int | None
+    thinking: str | None
+    prompt: str | None
+    system: str | None
+    columns: Mapping[str, str]
+    split: str | None
+    revision: str | None
+    seed: int
+    shard: Shard
+    ranked: bool
+    local_rank: int
+    batch_size: int
+    engine: str
+    server: str | None
+    gpu_memory: float
+    output: str | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `opsd eval`."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a directory or hub name")
+    add(
+        "--benchmark",
+        required=True,
+        metavar="NAME_OR_FILE",
+        help="aime24, aime25, hmmt25, amo-bench, math-500, gsm8k, a JSON-lines or parquet file, a "
+        "hub name, or reasoning_gym:<task>",
+    )
+    add("--samples", type=int, metavar="K", help="answers a problem")
+    add("--problems", type=int, metavar="N", help="only the first N problems")
+    add("--temperature", type=float, help="0: greedy")
+    add("--top-p", type=float, metavar="P", help="nucleus sampling; 1 is off")
+    add("--top-k", type=int, default=0, metavar="K", help="among the K likeliest; 0 is off")
+    add("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    add("--thinking", metavar="on|off|template", help="the chat template's enable_thinking")
+    add("--prompt", metavar="TEMPLATE", help="the user message, Jinja over the row's columns")
+    add("--system", metavar="TEXT", help="a system message")
+    add("--columns", metavar="OURS=THEIRS,…", help="for example problem=question,answer=target")
+    add("--split", help="of a dataset with several (default: test)")
+    add("--revision", help="branch, tag or commit of a hub dataset")
+    add("--seed", type=int, default=0)
+    add("--shard", metavar="I/N", help="only the I-th of N parts (default: by RANK, WORLD_SIZE)")
+    add("--batch-size", type=int, metavar="N", help="answers sampled together")
+    add("--engine", default="generate", metavar="|".join(ENGINES))
+    add("--server", metavar="URL", help="vllm_server: its address (docs/vllm.md)")
+    add("--gpu-memory", type=float, default=0.9, metavar="SHARE", help="vllm: of the GPU's memory")
+    add("--output", metavar="DIR", help="default: runs/eval/<model>-<benchmark>-<key>")
+
+
+def settings(parsed: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Settings:
+    """The checked arguments. Raises UserError."""
+    for name in ("samples", "problems", "max_new_tokens", "batch_size"):
+        value = getattr(parsed, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if parsed.temperature is not None and not 0 <= parsed.temperature < float("inf"):
+        raise UserError(f"--temperature is {parsed.temperature}: it must be at least 0")
+    if parsed.top_p is not None and not 0 < parsed.top_p <= 1:
+        raise UserError(f"--top-p is {parsed.top_p}: it must be above 0 and at most 1")
+    for name in ("top_k", "seed"):
+        if getattr(parsed, name) < 0:
+            value = getattr(parsed, name)
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 0")
+    if parsed.thinking is not None and parsed.thinking not in THINKING:
+        raise UserError(f"--thinking is {parsed.thinking!r}: it must be on, off or template")
+    if parsed.engine not in ENGINES:
+        raise UserError(f"--engine is {parsed.engine!r}: it must be {' or '.join(ENGINES)}")
+    _check_server(parsed)
+    if not 0 < parsed.gpu_memory < 1:
+        raise UserError(f"--gpu-memory is {parsed.gpu_memory}: it must be between 0 and 1")
+    return Settings(
+        **{
+            name: getattr(parsed, name)
+            for name in Settings.__dataclass_fields__
+            if name not in ("columns", "shard", "ranked", "local_rank", "batch_size")
+        },
+        batch_size=parsed.batch_size or BATCH[parsed.engine],
+        columns=_columns(parsed.columns),
+        shard=_shard(parsed.shard, environment),
+        ranked=parsed.shard is None,
+        local_rank=_number("LOCAL_RANK", environment.get("LOCAL_RANK", "0"), 0),
+    )
+
+
+def _check_server(parsed: argparse.Namespace) -> None:
+    if parsed.engine == "vllm_server" and parsed.server is None:
+        raise UserError("--server is missing: --engine vllm_server needs its address")
+    if parsed.engine != "vllm_server" and parsed.server is not None:
+        raise UserError(
+            f"--server is {parsed.server!r}: it is for --engine vllm_server, not {parsed.engine}"
+        )
+    if parsed.server is not None:
+        try:
+            check_address(parsed.server)
+        except ValueError as error:
+            raise UserError(f"--server is {parsed.server!r}: {error}") from None
+
+
+def _columns(text: str | None) -> dict[str, str]:
+    columns = {}
+    for pair in (text or "").split(","):
+        ours, equals, theirs = pair.partition("=")
+        if text and not (equals and ours.strip() and theirs.strip()):
+            raise UserError(
+                f"--columns is {text!r}: it must list OURS=THEIRS, such as problem=question"
+            )
+        if text:
+            columns[ours.strip()] = theirs.strip()
+    return columns
+
+
+def _shard(text: str | None, environment: Mapping[str, str]) -> Shard:
+    """`--shard`, or what torchrun and its kind say in RANK and WORLD_SIZE."""
+    if text is None:
+        count = _number("WORLD_SIZE", environment.get("WORLD_SIZE", "1"), 1)
+        rank = _number("RANK", environment.get("RANK", "0"), 0)
+        if rank >= count:
+            raise UserError(f"RANK is {rank}: it must be below WORLD_SIZE, {count}")
+        return Shard(rank + 1, count)
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard is {text!r}: it must be I/N with I from 1 to N, such as 1/4")
+    return Shard(int(match[1]), int(match[2]))
+
+
+def _number(name: str, text: str, least: int) -> int:
+    if not re.fullmatch(r"\d{1,6}", text) or int(text) < least:
+        raise UserError(f"{name} is {text!r}: it must be a number from {least}")
+    return int(text)

@@ -1,0 +1,75 @@
+"""The arguments of `opsd plan`. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+
+from opsd.common.errors import UserError
+
+GPU_NAMES = ("b200", "h200", "h100", "a100", "a100-40", "l40s", "5090", "4090", "3090", "l4")
+_UNITS = {"GB": 1e9, "GIB": 2**30, "MB": 1e6, "MIB": 2**20}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `opsd plan` was asked for; gpu None: a CPU."""
+
+    model: str
+    overrides: list[str]
+    gpu: str | None
+    gpus: int
+    memory: float | None
+    prompt: int
+    solution: int
+    as_json: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `opsd plan`."""
+    add = parser.add_argument
+    add("model", metavar="MODEL_OR_CONFIG", help="a directory, config.json, known name, or .yaml")
+    add("overrides", nargs="*", metavar="section.field=value", help="as for opsd train")
+    add("--gpu", metavar="NAME", help=f"{', '.join(GPU_NAMES)}; none: a CPU")
+    add("--gpus", type=int, default=1, metavar="N", help="processes, with a GPU each (default: 1)")
+    add("--memory", metavar="SIZE", help="what to change to fit into 24GB, say")
+    add("--prompt-tokens", type=int, default=200, metavar="N", help="of a problem (default: 200)")
+    add(
+        "--solution-tokens",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="of a solution beside it, in the teacher's prompt (default: 1000)",
+    )
+    add("--json", action="store_true", help="the plan as JSON")
+
+
+def asked(parsed: argparse.Namespace) -> Asked:
+    """The checked arguments. Raises UserError."""
+    gpu = None if parsed.gpu is None else parsed.gpu.lower()
+    if gpu is not None and gpu not in GPU_NAMES:
+        raise UserError(f"--gpu is {parsed.gpu!r}: it must be one of {', '.join(GPU_NAMES)}")
+    for name in ("gpus", "prompt_tokens", "solution_tokens"):
+        value = getattr(parsed, name)
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    return Asked(
+        model=parsed.model,
+        overrides=parsed.overrides,
+        gpu=gpu,
+        gpus=parsed.gpus,
+        memory=_bytes(parsed.memory),
+        prompt=parsed.prompt_tokens,
+        solution=parsed.solution_tokens,
+        as_json=parsed.json,
+    )
+
+
+def _bytes(text: str | None) -> float | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"--memory is {text!r}: it must be a size such as 24GB")
+    return float(match[1]) * _UNITS[match[2].upper()]

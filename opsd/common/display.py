@@ -1,0 +1,289 @@
+"""What the terminal shows: stages with progress bars, notes, tables, paths.
+
+A terminal gets live bars (rich, imported only when a `Display` is built, so that `opsd --help`
+stays fast). Anything else, such as a pipe, a log file or CI, gets plain lines: one when a stage
+starts, one when it ends, and in between at most one every ten seconds.
+
+    display = Display()
+    with display.stage("Train with OPSD", total=24) as stage:
+        for step in range(24):
+            ...
+            stage.advance(divergence=0.21, tokens_per_second=310.0)
+"""
+
+# ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from opsd.common.format import duration, labelled, number, size
+
+PLAIN_INTERVAL = 10.0  # seconds between two progress lines of a stage on a pipe
+MAX_WIDTH = 100  # columns of a progress row; longer bars say no more
+
+
+class Stage:
+    """One piece of work on display; a context manager, made by `Display.stage`."""
+
+    def __init__(self, display: "Display", title: str, total: int | None, unit: str):
+        self.title, self.total, self.unit = title, total, unit
+        self.completed = 0
+        self.fields: dict[str, object] = {}
+        self._display = display
+        self._begun = self._reported = self._spoken = time.monotonic()
+        self._eta_from = self._begun, 0  # the speed counts from here: (when, units done by then)
+        self._counting = False
+
+    def advance(self, n: int = 1, **fields: object) -> None:
+        """`n` more units are done; `fields` (such as `divergence=0.2`) are shown beside the bar."""
+        self._counting = True
+        self.update(completed=self.completed + n, **fields)
+
+    def update(
+        self, completed: int | None = None, total: int | None = None, **fields: object
+    ) -> None:
+        """Set what is done, the total, or fields.
+
+        A first `update(completed=…)` may say where a resumed run starts: the ETA counts from there.
+        """
+        if total is not None:
+            self.total = total
+        if completed is not None:
+            self._reported = time.monotonic()
+            self.completed = completed
+            if not self._counting:
+                self._eta_from = self._reported, completed
+                self._counting = True
+        self.fields.update(fields)
+        self._display._report(self)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the stage was entered."""
+        return time.monotonic() - self._begun
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds to go at the mean speed so far; None while nothing can be said."""
+        since, before = self._eta_from
+        done = self.completed - before
+        if not self.total or done <= 0:
+            return None
+        per_unit = (self._reported - since) / done
+        left = max(self.total - self.completed, 0) * per_unit
+        return max(left - (time.monotonic() - self._reported), 0.0)
+
+    def progress(self) -> str:
+        """What is done of the total: "12/24", "41 MB of 93 MB"; empty when nothing is counted."""
+        if self.unit == "bytes":
+            done = size(self.completed)
+            return f"{done} of {size(self.total)}" if self.total else done
+        unit = f" {self.unit}" if self.unit else ""
+        if self.total:
+            return f"{number(self.completed)}/{number(self.total)}{unit}"
+        return f"{number(self.completed)}{unit}" if self.completed else ""
+
+    def measured(self) -> list[str]:
+        """The fields as text, each with its unit."""
+        return [labelled(name, value) for name, value in self.fields.items()]
+
+    def __enter__(self) -> "Stage":
+        self._begun = self._reported = self._spoken = time.monotonic()
+        self._eta_from = self._begun, 0
+        self._display._enter(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._display._leave(self, kind)
+
+
+class Display:
+    """The terminal. `quiet` shows nothing; `file` is where it writes (default: standard output)."""
+
+    def __init__(self, *, quiet: bool = False, file: IO[str] | None = None):
+        self.quiet = quiet
+        self._file = file or sys.stdout
+        self._stages: list[Stage] = []
+        self._live = self._console = None
+        if not quiet:
+            from rich.console import Console
+            from rich.spinner import Spinner
+
+            console = Console(file=file, highlight=False, markup=False, emoji=False)
+            if console.is_terminal and not console.is_dumb_terminal:
+                self._console = console
+                self._spinner = Spinner("dots", style="cyan")
+
+    def stage(self, title: str, total: int | None = None, unit: str = "") -> Stage:
+        """A stage to enter with `with`; stages may be nested.
+
+        total: how many units there are, if known: then there is a bar and an ETA. unit: what is
+        counted, for display ("problems"); "bytes" is shown as MB.
+        """
+        return Stage(self, title, total, unit)
+
+    def note(self, text: str) -> None:
+        """One line (or several) that stays."""
+        if self._console:
+            from rich.text import Text
+
+            self._console.print(Text(self._indent() + text), soft_wrap=True)
+        else:
+            self._plain(self._indent() + text)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table that stays; columns of numbers are aligned to the right."""
+        right = [bool(rows) and all(_numeric(row[i]) for row in rows) for i in range(len(columns))]
+        if self._console:
+            from rich import box
+            from rich.table import Table
+            from rich.text import Text
+
+            table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+            for column, is_right in zip(columns, right, strict=True):
+                justify = "right" if is_right else "left"
+                table.add_column(Text(column), justify=justify, overflow="fold")
+            for row in rows:
+                table.add_row(*(Text(cell) for cell in row))
+            self._console.print()
+            self._console.print(Text(title, style="bold"))
+            self._console.print(table)
+            return
+        cells = [list(columns), *map(list, rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+        self._plain(title)
+        for row in cells:
+            aligned = (
+                cell.rjust(width) if is_right else cell.ljust(width)
+                for cell, width, is_right in zip(row, widths, right, strict=True)
+            )
+            self._plain("  " + "  ".join(aligned).rstrip())
+
+    def paths(self, title: str, paths: Mapping[str, Path]) -> None:
+        """Where things were written; a terminal that knows links can open them."""
+        width = max(map(len, paths), default=0)
+        if not self._console:
+            self._plain(title)
+            for name, path in paths.items():
+                self._plain(f"  {name.ljust(width)}  {_short(path)}")
+            return
+        from rich.style import Style
+        from rich.text import Text
+
+        self._console.print(Text(title, style="bold"))
+        for name, path in paths.items():
+            link = Style(color="cyan", link=Path(path).resolve().as_uri())
+            line = Text.assemble(f"  {name.ljust(width)}  ", (_short(path), link))
+            self._console.print(line, soft_wrap=True)
+
+    # What stages call
+
+    def _enter(self, stage: Stage) -> None:
+        self._stages.append(stage)
+        if self._console and self._live is None:
+            from rich.live import Live
+
+            # transient: the bar goes when its stage ends, and one line with the result stays
+            self._live = Live(
+                console=self._console,
+                get_renderable=self._bars,
+                refresh_per_second=4,
+                transient=True,
+            )
+            self._live.start()
+        elif not self._console:
+            self._plain(f"{self._indent(1)}{stage.title} …")
+
+    def _report(self, stage: Stage) -> None:
+        if self.quiet or self._console or time.monotonic() - stage._spoken < PLAIN_INTERVAL:
+            return
+        stage._spoken = time.monotonic()
+        left = stage.remaining
+        parts = [stage.progress(), f"{duration(left)} left" if left is not None else ""]
+        self._plain(
+            f"{self._indent(1)}{stage.title}: {', '.join(filter(None, parts + stage.measured()))}"
+        )
+
+    def _leave(self, stage: Stage, kind: type[BaseException] | None) -> None:
+        indent = self._indent(1)
+        self._stages.remove(stage)
+        took = duration(stage.elapsed)
+        if (
+            self._live and not self._stages
+        ):  # before the line below, so that nothing is drawn over it
+            self._live.stop()
+            self._live = None
+        if kind is None:
+            mark, style, end = "✓", "green", took
+        elif issubclass(kind, KeyboardInterrupt):
+            mark, style, end = "■", "yellow", f"interrupted after {took}"
+        else:
+            mark, style, end = "✗", "red", f"failed after {took}"
+        result = [end, *stage.measured()]
+        if not self._console:
+            self._plain(
+                f"{indent}{stage.title}: {'done in ' if kind is None else ''}{', '.join(result)}"
+            )
+            return
+        from rich.text import Text
+
+        line = Text.assemble(
+            indent, (mark, style), " ", (stage.title, "bold"), "  ", " · ".join(result)
+        )
+        self._console.print(line)
+
+    # Drawing
+
+    def _indent(self, inside: int = 0) -> str:
+        return "  " * max(len(self._stages) - inside, 0)
+
+    def _bars(self):
+        """What the live region shows: a row for each open stage, and the innermost one's fields."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        assert self._console is not None
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.width = min(self._console.width, MAX_WIDTH)
+        grid.add_column(no_wrap=True, overflow="ellipsis", width=1)
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+        grid.add_column(ratio=1, min_width=4)
+        grid.add_column(no_wrap=True, justify="right")
+        grid.add_column(no_wrap=True, justify="right")
+        stages = list(self._stages)
+        for stage in stages:
+            left = stage.remaining
+            bar = ProgressBar(stage.total, min(stage.completed, stage.total)) if stage.total else ""
+            time_text = f"{duration(stage.elapsed)}" if left is None else f"{duration(left)} left"
+            spinner = self._spinner if stage is stages[-1] else ""
+            grid.add_row(spinner, Text(stage.title), bar, stage.progress(), Text(time_text, "dim"))
+        lines = [grid]
+        if stages and stages[-1].fields:
+            measured = "  " + " · ".join(stages[-1].measured())
+            lines.append(Text(measured, "dim", no_wrap=True, overflow="ellipsis"))
+        return Group(*lines)
+
+    def _plain(self, text: str) -> None:
+        """A line to a pipe: written at once, and never an encoding error."""
+        if self.quiet:
+            return
+        encoding = getattr(self._file, "encoding", None) or "utf-8"
+        self._file.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        self._file.flush()
+
+
+def _numeric(cell: str) -> bool:
+    """Whether a cell holds a number (or a dash that stands for a missing one)."""
+    text = cell.strip()
+    return text in {"", "-", "–", "—"} or text.lstrip("+-−±~≈.<> ")[:1].isdigit()
+
+
+def _short(path: Path) -> str:
+    """The path relative to the working directory where it lies below it, else absolute."""
+    path = Path(path).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

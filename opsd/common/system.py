@@ -1,0 +1,150 @@
+"""What a result should be read with: versions, machine, peak memory."""
+
+import ctypes
+import gc
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("opsd", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Python's and our main packages' versions; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, str | int]:
+    """The processor, its cores and memory, the system, and the GPU if there is one."""
+    import torch
+
+    pass
+
+    found: dict[str, str | int] = {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": processor()[0],
+        "cores": usable_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes (on a GPU: the device's)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return max(_earlier_peak, torch.cuda.max_memory_allocated())
+    if sys.platform == "linux":  # where ru_maxrss begins with what the parent held at the fork
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+_earlier_peak = 0  # of the GPU's memory, before it was restarted
+
+
+def restart_peak() -> None:
+    """Have the GPU's peak counted from now; `peak_memory` remembers what was before."""
+    import torch
+
+    global _earlier_peak
+    _earlier_peak = max(_earlier_peak, torch.cuda.max_memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
+
+
+def release_memory() -> None:
+    """Collect what nobody refers to any more and give its pages back to the system."""
+    gc.collect()  # Trainer and its callbacks refer to each other
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give the pages of the heap's holes back: after training they are gigabytes, and during it
+    they grow by 50 MB a step. Only glibc keeps them.
+    """
+    trim = _glibc("malloc_trim")
+    if trim:
+        trim(0)
+
+
+def share_one_heap() -> None:
+    """One heap for all threads, before there are any: autograd's backward thread would have its own
+    in glibc, with its own holes.
+    """
+    mallopt = _glibc("mallopt")
+    if mallopt:
+        mallopt(-8, 1)  # M_ARENA_MAX
+
+
+def _glibc(name: str):
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None), name, None)  # musl has neither
+
+
+def processor() -> tuple[str, frozenset[str]]:
+    """(model name, flags) of the CPU, as far as the system tells."""
+    name = platform.processor() or platform.machine()
+    flags: frozenset[str] = frozenset()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return name, flags
+    for line in lines:
+        key, _, value = (part.strip() for part in line.partition(":"))
+        if key == "model name":
+            name = value
+        elif key in ("flags", "Features"):
+            flags = frozenset(value.split())
+    return name, flags
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_quota() -> float | None:
+    """How many cores' worth of time a container grants, None without such a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def memory() -> tuple[int | None, int | None]:
+    """(all, available) bytes of memory for this process, a container's limit included."""
+    total = available = None
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            key, value = line.split(":")
+            if key in ("MemTotal", "MemAvailable"):
+                count = int(value.split()[0]) * 1024
+                total, available = (count, available) if key == "MemTotal" else (total, count)
+    except (OSError, ValueError):
+        if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no container, no limit ("max")
+        return total, available
+    left = max(0, limit - used)
+    return min(total or limit, limit), min(left if available is None else available, left)

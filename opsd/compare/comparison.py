@@ -1,0 +1,341 @@
+"""Finished runs side by side: methods by seeds, at an equal budget, and what an accuracy costs.
+
+Reads run directories as the report does; trains nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from opsd.common.errors import UserError
+from opsd.compare.ratios import (
+    CONFIDENCE,
+    MEASURES,
+    Interval,
+    Ratio,
+    SeedRun,
+    Target,
+    alike,
+    interpolate,
+    over_seeds,
+    own_targets,
+    ratio,
+)
+from opsd.runs.read import NAMES, ORDER, Record, Run, read_results, value
+
+GRID = 60  # points of a mean curve
+
+
+@dataclass(frozen=True)
+class Method:
+    """All seeds of one method. `cost`: tokens to the target, None where one of the `asked` seeds
+    (those with a target) did not get there (`reached` of them did); seconds, flops likewise."""
+
+    key: str
+    runs: list[SeedRun]
+    curve: list[tuple[float, float]]
+    bands: list[tuple[float, float] | None]
+    at_budget: Interval
+    gain: Interval  # of the accuracy at the budget over that at the start, seed by seed
+    best: float  # of the mean curve
+    asked: int
+    reached: int
+    cost: Interval | None
+    seconds: float | None
+    flops: float | None
+
+    @property
+    def name(self) -> str:
+        return NAMES.get(self.key, self.key)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the page and comparison.json say."""
+
+    methods: list[Method]
+    budget: float
+    target: Target
+    baseline: str
+    ratios: list[Ratio]
+    notes: list[str]
+
+    def record(self) -> dict[str, Any]:
+        """For comparison.json."""
+        return {
+            "budget": self.budget,
+            "target": {
+                "says": self.target.says,
+                "shared": self.target.shared,
+                "by_seed": dict(self.target.by_seed),
+                "flat": list(self.target.flat),
+            },
+            "baseline": self.baseline,
+            "confidence": CONFIDENCE,
+            "methods": {
+                method.key: {
+                    "runs": [self._run(run) for run in method.runs],
+                    "curve": method.curve,
+                    "bands": method.bands,
+                    "accuracy_at_budget": vars(method.at_budget),
+                    "gain_at_budget": vars(method.gain),
+                    "best": method.best,
+                    "asked": method.asked,
+                    "reached": method.reached,
+                    "tokens_to_target": vars(method.cost) if method.cost else None,
+                    "seconds_to_target": method.seconds,
+                    "flops_to_target": method.flops,
+                }
+                for method in self.methods
+            },
+            "ratios": [vars(ratio) for ratio in self.ratios],
+            "notes": self.notes,
+        }
+
+    def _run(self, run: SeedRun) -> dict[str, Any]:
+        target = self.target.of(run)
+        return {
+            "path": str(run.path),
+            "seed": run.seed,
+            "curve": run.curve,
+            "tokens_to_target": None if target is None else run.reaches(target),
+            "seconds": run.seconds[-1][1] if run.knows("seconds") else None,
+            "flops": run.flops,
+        }
+
+
+def compare(
+    directories: Sequence[Path], target: float | None = None, baseline: str | None = None
+) -> Comparison:
+    """Compares the runs in these directories (of `opsd train` or quickstarts), seeds by method.
+
+    target: an accuracy; by default each seed's own, the best that its run of the baseline reaches,
+    or, where the methods' seeds differ, the best that all runs of the baseline reach. baseline: the
+    method that the others are compared with; by default grpo, or else the last of opsd, grpo, sft,
+    ... there is. Raises UserError.
+    """
+    if target is not None and not 0 < target <= 1:
+        raise UserError(f"--target is {target}: it must be an accuracy above 0 and at most 1")
+    if len({path.resolve() for path in directories}) != len(directories):
+        raise UserError("RUN_DIR: a directory is named twice; its run would count as two seeds")
+    runs = [run for directory in directories for run in read_runs(directory)]
+    found = sorted({run.method for run in runs}, key=lambda m: (_rank(m), m))
+    if baseline is None:
+        baseline = "grpo" if "grpo" in found else found[-1]
+    if baseline not in found:
+        raise UserError(f"--baseline is {baseline!r}: the runs have {', '.join(found)}")
+    budget = min(run.budget for run in runs)
+    if budget <= 0:
+        raise UserError("RUN_DIR: a run has no evaluation after its start, so no curve")
+    groups = {method: [run for run in runs if run.method == method] for method in found}
+    aim = _target(groups, baseline, target)
+    methods = [_method(key, group, budget, aim) for key, group in groups.items()]
+    notes, ratios = _notes(runs, groups), []
+    if aim.shared is not None and any(run.reaches(aim.shared) == 0 for run in runs):
+        notes.append(
+            f"The target, {100 * aim.shared:.1f} %, is reached before any training: no ratio says "
+            "anything (choose a higher --target)."
+        )
+    else:
+        ratios = [
+            ratio(key, group, groups[baseline], aim, of)
+            for key, group in groups.items()
+            for of in MEASURES
+            if key != baseline and all(run.knows(of) for run in (*group, *groups[baseline]))
+        ]
+    notes += _left_out(aim, groups[baseline], ratios)
+    return Comparison(methods, budget, aim, baseline, ratios, notes)
+
+
+def _target(groups: dict[str, list[SeedRun]], baseline: str, given: float | None) -> Target:
+    if given is not None:
+        return Target("given", given)
+    runs, name = groups[baseline], NAMES.get(baseline, baseline)
+    if all(alike(group, runs) for group in groups.values()):
+        return own_targets(groups, baseline, name)
+    every = "every seed" if len(runs) > 1 else "the run"
+    best = min(max(y for _, y in run.curve) for run in runs)
+    return Target(f"the best that {every} of {name} reaches", best)
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read_runs(directory: Path) -> list[SeedRun]:
+    """The finished runs of a directory; UserError where there is none with a curve."""
+    results = read_results(directory)
+    runs = []
+    for run in results.methods:
+        path = directory / run.method if results.quickstart else directory
+        if len(run.points) < 2:
+            raise UserError(
+                f"RUN_DIR: {path} has {len(run.points)} evaluations of the student; a curve needs "
+                "two or more (eval.every)"
+            )
+        runs.append(_seed_run(path, run, results.summary))
+    return runs
+
+
+def _seed_run(path: Path, run: Run, summary: Record) -> SeedRun:
+    from opsd.compare.flops import run_flops
+
+    config = _config(path)
+    axis = "trained_tokens" if run.trained_axis else "generated_tokens"
+    seed = value(config.get("train"), "seed")
+    seed = value(summary, "seed") if seed is None else seed
+    seconds = [
+        (value(record, axis), value(record, "seconds"))
+        for record in run.metrics
+        if value(record, axis) is not None and value(record, "seconds") is not None
+    ]
+    flops, prompts_counted = run_flops(path, run, config)
+    known = [value(record, "problems") for record in run.evaluations]
+    return SeedRun(
+        path,
+        run.method,
+        None if seed is None else int(seed),
+        [(point.x, point.accuracy.value) for point in run.points],
+        [
+            None if point.accuracy.low is None else (point.accuracy.low, point.accuracy.high)
+            for point in run.points
+        ],
+        [(0.0, 0.0), *sorted(seconds)],
+        flops,
+        prompts_counted,
+        run.trained_axis,
+        int(known[0]) if known and known[0] else None,
+    )
+
+
+def _config(path: Path) -> Record:
+    import yaml
+
+    from opsd.config.yaml import load_yaml
+
+    try:
+        found = load_yaml((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# --- statistics ---------------------------------------------------------------------------------
+
+
+def _mean_curve(
+    runs: Sequence[SeedRun],
+) -> tuple[list[tuple[float, float]], list[tuple[float, float] | None]]:
+    """The seeds' mean as far as all of them go, with its bands; one seed's own curve and bands."""
+    if len(runs) == 1:
+        return runs[0].curve, runs[0].bands
+    end = min(run.budget for run in runs)
+    own = {x for run in runs for x, _ in run.curve if x <= end}
+    xs = sorted(own) if len(own) <= GRID else [end * i / (GRID - 1) for i in range(GRID)]
+    curve, bands = [], []
+    for x in xs:
+        interval = over_seeds([interpolate(run.curve, x) for run in runs])
+        curve.append((x, interval.value))
+        bands.append((max(0.0, interval.low), min(1.0, interval.high)))
+    return curve, bands
+
+
+def _method(key: str, runs: list[SeedRun], budget: float, target: Target) -> Method:
+    curve, bands = _mean_curve(runs)
+    at_budget = [interpolate(run.curve, budget) for run in runs]
+    gains = [end - run.curve[0][1] for run, end in zip(runs, at_budget, strict=True)]
+    asked = [(run, run.reaches(target.of(run))) for run in runs if target.of(run) is not None]
+    reached = [(run, tokens) for run, tokens in asked if tokens is not None]
+    cost = seconds = flops = None
+    if reached and len(reached) == len(asked):
+        logs = over_seeds([math.log(run.spent("tokens", x)) for run, x in reached])
+        ends = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
+        cost = Interval(math.exp(logs.value), *ends)
+        seconds, flops = (
+            fmean(run.spent(of, x) for run, x in reached)
+            if all(run.knows(of) for run, _ in reached)
+            else None
+            for of in ("seconds", "flops")
+        )
+    best = max(y for _, y in curve)
+    return Method(
+        key,
+        runs,
+        curve,
+        bands,
+        over_seeds(at_budget),
+        over_seeds(gains),
+        best,
+        len(asked),
+        len(reached),
+        cost,
+        seconds,
+        flops,
+    )
+
+
+def _notes(runs: Sequence[SeedRun], groups: dict[str, list[SeedRun]]) -> list[str]:
+    notes = []
+    single = [NAMES.get(key, key) for key, group in groups.items() if len(group) == 1]
+    if single:
+        notes.append(
+            f"One seed of {', '.join(single)}: nothing here says how another seed would do. Bands "
+            "of a single run are 95 % Wilson intervals over problems."
+        )
+    counts = {run.problems for run in runs if run.problems}
+    if len(counts) > 1:
+        shown = ", ".join(map(str, sorted(counts)))
+        notes.append(f"The runs were evaluated on different numbers of problems: {shown}.")
+    if any(run.trained_axis for run in runs) and not all(run.trained_axis for run in runs):
+        notes.append("SFT generates nothing: its tokens are those it was trained on.")
+    if any(run.flops is not None and not run.prompts_counted for run in runs):
+        notes.append("FLOPs of some runs leave the prompts out: they could not be read back.")
+    budgets = {key: min(run.budget for run in group) for key, group in groups.items()}
+    if max(budgets.values()) > 1.05 * min(budgets.values()):
+        notes.append("The runs do not end at the same number of tokens; the smallest is compared.")
+    return notes
+
+
+def _left_out(target: Target, baseline: Sequence[SeedRun], ratios: Sequence[Ratio]) -> list[str]:
+    """A sentence on each reason why a seed is in no ratio, or says little there."""
+    notes, name = [], NAMES.get(baseline[0].method, baseline[0].method)
+    if target.flat:
+        notes.append(
+            f"{_seeds(target.flat)}: {name} is never better than what was started from, so there "
+            "is nothing to reach and no ratio."
+        )
+    noise = [
+        run.seed
+        for run in baseline
+        if run.bands[0] is not None and target.by_seed.get(run.seed, 2.0) <= run.bands[0][1]
+    ]
+    if noise:
+        notes.append(
+            f"{_seeds(noise)}: the best of {name} is within the 95 % interval (over problems) of "
+            "what was started from, so its target is mostly noise."
+        )
+    for one in ratios:
+        if one.of == "tokens" and one.unreached:
+            other = NAMES.get(one.method, one.method)
+            flattered = f" Without them the ratio flatters {other}." if one.value else ""
+            notes.append(f"{_seeds(one.unreached)}: {other} does not reach the target.{flattered}")
+    return notes
+
+
+def _seeds(seeds: Sequence[int | None]) -> str:
+    shown = ", ".join("unknown" if seed is None else str(seed) for seed in seeds)
+    return f"Seed {shown}" if len(seeds) == 1 else f"Seeds {shown}"
+
+
+def _rank(method: str) -> int:
+    return ORDER.index(method) if method in ORDER else len(ORDER)
+
+
+def to_json(comparison: Comparison) -> str:
+    """comparison.json's text."""
+    return json.dumps(comparison.record(), indent=2) + "\n"

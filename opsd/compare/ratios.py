@@ -1,0 +1,211 @@
+"""How many times the tokens: what runs need to reach an accuracy, compared seed by seed.
+
+Seeds differ in what they start from by more than methods do (the tiny quickstart's bases reach from
+7 to 69 %). So a target is set for each seed, where it can be: the best that the baseline's run of
+that seed reaches; and runs are compared with the run of their own seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+from opsd.common.statistics import student_quantile
+
+if TYPE_CHECKING:
+    pass
+
+CONFIDENCE = 0.90
+MEASURES = ("tokens", "seconds", "flops")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 90 % interval over seeds; None where one seed says nothing of it."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The accuracy that runs have to reach.
+
+    shared: the same for all; otherwise by_seed: each seed its own. flat: seeds without one, since
+    the baseline's best is no better than what a run of that seed starts from.
+    """
+
+    says: str
+    shared: float | None = None
+    by_seed: Mapping[int | None, float] = field(default_factory=dict)
+    flat: Sequence[int | None] = ()
+
+    def of(self, run: SeedRun) -> float | None:
+        """A run's own; None where its seed has none."""
+        return self.by_seed.get(run.seed) if self.shared is None else self.shared
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times the tokens (seconds, FLOPs: `of`) of `method` the baseline needs.
+
+    at_least: the baseline never got there, so its whole budget is what is known. paired: seeds
+    compared with their like. seeds: those that are in it; unreached: those left out, since the
+    method did not get to their target. value: None where no seed is left.
+    """
+
+    method: str
+    of: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    at_least: bool = False
+    paired: bool = True
+    seeds: Sequence[int | None] = ()
+    unreached: Sequence[int | None] = ()
+
+
+def alike(runs: Sequence[SeedRun], others: Sequence[SeedRun]) -> bool:
+    """Whether each run has its counterpart: the same known seeds, each once."""
+    ours, theirs = ([run.seed for run in side] for side in (runs, others))
+    return None not in ours and len(set(ours)) == len(ours) and sorted(ours) == sorted(theirs)
+
+
+def own_targets(groups: Mapping[str, Sequence[SeedRun]], baseline: str, name: str) -> Target:
+    """Each seed's best of the baseline; all groups must be alike."""
+    starts: dict[int | None, float] = {}
+    for run in (run for group in groups.values() for run in group):
+        starts[run.seed] = max(run.curve[0][1], starts.get(run.seed, 0.0))
+    best = {run.seed: max(y for _, y in run.curve) for run in groups[baseline]}
+    return Target(
+        f"the best that {name} reaches, seed by seed",
+        by_seed={seed: y for seed, y in best.items() if y > starts[seed]},
+        flat=[seed for seed, y in best.items() if y <= starts[seed]],
+    )
+
+
+def ratio(
+    method: str,
+    runs: Sequence[SeedRun],
+    others: Sequence[SeedRun],
+    target: Target,
+    of: str = "tokens",
+) -> Ratio:
+    """What `others` (the baseline) spend over what `runs` spend, to the target.
+
+    The mean is of logarithms and its interval Student's: of the pairs' differences where both have
+    the same seeds, else Welch's. A run of the baseline that never gets there stands in with all it
+    spent, and the ratio is then a lower bound without an interval.
+    """
+    found = [(run, run.reaches(target.of(run))) for run in runs if target.of(run) is not None]
+    unreached = [run.seed for run, tokens in found if tokens is None]
+    ours = [(run, math.log(run.spent(of, x))) for run, x in found if x is not None]
+    seeds = [run.seed for run, _ in ours]
+    paired = alike(runs, others)
+    theirs, at_least = [], False
+    for run in others:
+        if target.of(run) is None or (paired and run.seed not in seeds):
+            continue
+        tokens = run.reaches(target.of(run))
+        at_least = at_least or tokens is None
+        theirs.append((run, math.log(run.spent(of, run.budget if tokens is None else tokens))))
+    if not ours or not theirs or (unreached and not paired):
+        return Ratio(method, of, None, paired=paired, unreached=unreached)
+    logs, their_logs = [x for _, x in ours], [x for _, x in theirs]
+    interval = Interval(fmean(their_logs) - fmean(logs))
+    if paired and not at_least:
+        of_seed = {run.seed: x for run, x in theirs}
+        interval = over_seeds([of_seed[run.seed] - x for run, x in ours])
+    elif not at_least and min(len(logs), len(their_logs)) > 1:
+        interval = _welch(their_logs, logs)
+    low, high = (None if x is None else math.exp(x) for x in (interval.low, interval.high))
+    value = math.exp(interval.value)
+    return Ratio(method, of, value, low, high, at_least, paired, seeds, unreached)
+
+
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The piecewise linear curve through `points` (by x) at x; beyond the ends, their values."""
+    if x <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
+    return points[-1][1]
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """Student's interval for the mean of the seeds' values."""
+    if len(values) < 2:
+        return Interval(values[0])
+    reach = student_quantile((1 + CONFIDENCE) / 2, len(values) - 1) * stdev(values)
+    reach /= math.sqrt(len(values))
+    return Interval(fmean(values), fmean(values) - reach, fmean(values) + reach)
+
+
+def _welch(ones: Sequence[float], others: Sequence[float]) -> Interval:
+    mean = fmean(ones) - fmean(others)
+    parts = [stdev(side) ** 2 / len(side) for side in (ones, others)]
+    if sum(parts) == 0:
+        return Interval(mean, mean, mean)
+    freedom = sum(parts) ** 2 / sum(
+        part**2 / (len(side) - 1) for part, side in zip(parts, (ones, others), strict=True)
+    )
+    reach = student_quantile((1 + CONFIDENCE) / 2, int(freedom)) * math.sqrt(sum(parts))
+    return Interval(mean, mean - reach, mean + reach)
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    """One finished run: its curve (tokens, accuracy), and what its tokens cost.
+
+    seconds: (tokens, cumulative seconds) a training step; flops: of the whole run, None where the
+    model's size is not known; prompts_counted: whether they include the prompts'.
+    """
+
+    path: Path
+    method: str
+    seed: int | None
+    curve: list[tuple[float, float]]
+    bands: list[tuple[float, float] | None]
+    seconds: list[tuple[float, float]]
+    flops: float | None
+    prompts_counted: bool
+    trained_axis: bool
+    problems: int | None
+
+    @property
+    def budget(self) -> float:
+        """The tokens at its last evaluation."""
+        return self.curve[-1][0]
+
+    def reaches(self, target: float) -> float | None:
+        """Tokens at which the curve first is at `target`, None if it never is."""
+        previous = self.curve[0]
+        if previous[1] >= target:
+            return previous[0]
+        for point in self.curve[1:]:
+            if point[1] >= target:
+                share = (target - previous[1]) / (point[1] - previous[1])
+                return previous[0] + share * (point[0] - previous[0])
+            previous = point
+        return None
+
+    def spent(self, of: str, tokens: float) -> float:
+        """Tokens, seconds or flops up to `tokens`; never quite 0, for logarithms."""
+        if of == "tokens":
+            return max(1.0, tokens)
+        if of == "seconds":
+            return max(1e-6, interpolate(self.seconds, tokens))
+        return max(1.0, self.flops * tokens / self.budget)
+
+    def knows(self, of: str) -> bool:
+        """Whether `spent` has what it needs."""
+        if of == "seconds":
+            return len(self.seconds) > 1
+        return of == "tokens" or bool(self.flops)

@@ -1,0 +1,264 @@
+"""A study: the runs that a comparison needs, started side by side, then compared.
+
+Two kinds of run. Of a quickstart's task, by a study file: methods by seeds, and, where the file
+asks for it, by how many worked solutions there are and in whose voice. Of `opsd train`: configs by
+seeds. A finished run is not run again and an interrupted one is resumed, so an interrupted study
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from opsd.common.display import Display
+from opsd.common.errors import UserError
+from opsd.common.system import usable_cores
+from opsd.config.base import Section
+from opsd.config.load import explain_all, load_config
+from opsd.config.yaml import read_yaml
+
+Voice = Literal["words", "own", "terse", "markdown"]
+
+
+class Study(Section):
+    """What a study file says."""
+
+    quickstart: Literal["tiny", "smollm2"] = Field(description="Whose task, model and settings.")
+    methods: list[Literal["opsd", "grpo", "sft", "distill"]] = Field(
+        ["opsd", "grpo", "sft"], min_length=1, description="What is compared."
+    )
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="A run of each method for each.")
+    solutions: list[int | Literal["endless"]] = Field(
+        ["endless"], min_length=1, description="Numbers of worked solutions to learn from."
+    )
+    voices: list[Voice] = Field(["words"], min_length=1, description="smollm2: whose solutions.")
+    problems: int | None = Field(None, ge=1, description="Held-out problems; none: quickstart's.")
+    steps: int | None = Field(None, ge=1, description="Cut each method short, for a try.")
+    threads: int = Field(
+        1, ge=1, description="Of a run. As many runs go side by side as there are cores for."
+    )
+    baseline: str | None = Field(None, description="What the others' tokens are compared with.")
+    settings: dict[str, Any] = Field(
+        {}, description="Sections of `opsd train`'s config, a method's own below its name."
+    )
+    variants: dict[str, dict[str, Any]] = Field(
+        {}, description="Name → settings of its own, instead of numbers of solutions and voices."
+    )
+
+    @field_validator("methods", "seeds", "solutions", "voices")
+    @classmethod
+    def _each_once(cls, values: list) -> list:
+        if len(set(values)) != len(values):
+            raise ValueError("each may be named once")
+        return values
+
+    @field_validator("seeds")
+    @classmethod
+    def _from_zero(cls, seeds: list[int]) -> list[int]:
+        if min(seeds) < 0:
+            raise ValueError("seeds must be at least 0")
+        return seeds
+
+    @field_validator("solutions")
+    @classmethod
+    def _some(cls, solutions: list) -> list:
+        if any(count != "endless" and count < 1 for count in solutions):
+            raise ValueError("there must be at least 1 solution")
+        return solutions
+
+    @field_validator("variants")
+    @classmethod
+    def _directories(cls, variants: dict) -> dict:
+        if any(name != Path(name).name or name.startswith(".") for name in variants):
+            raise ValueError("names are those of directories")
+        return variants
+
+    @property
+    def cells(self) -> list[Cell]:
+        """What is run with each seed: the variants, or all pairs of solutions and voice."""
+        if self.variants:
+            count, voice = self.solutions[0], self.voices[0]
+            return [Cell(name, count, voice, own) for name, own in self.variants.items()]
+        return [
+            Cell(f"{count}-{voice}", count, voice)
+            for voice in self.voices
+            for count in self.solutions
+        ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of a study's table; `name` is its directory."""
+
+    name: str
+    solutions: int | Literal["endless"]
+    voice: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One `opsd` command whose run ends with `directory`/summary.json."""
+
+    directory: Path
+    arguments: list[str]
+
+    @property
+    def finished(self) -> bool:
+        return (self.directory / "summary.json").is_file()
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments, to go on with what an interrupted run has left, if there is any."""
+        return [*self.arguments, *(["--resume"] if self.directory.exists() else [])]
+
+
+def load_study(path: Path) -> Study:
+    """Reads a study file. Raises UserError: not YAML, unknown keys, wrong values."""
+    try:
+        study = Study.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise UserError(explain_all(error, Study)) from None
+    if study.quickstart == "tiny" and study.voices != ["words"]:
+        raise UserError(f"voices is {study.voices}: the tiny worksheets have only one voice")
+    if study.variants and (len(study.solutions), len(study.voices)) != (1, 1):
+        raise UserError("variants: they go with one number of solutions and one voice")
+    return study
+
+
+def study_jobs(study: Study, output: Path) -> dict[str, list[Job]]:
+    """Cell → its runs, one a seed with all the methods, in `output`/cell/seed-n."""
+    kind = ["--tiny"] if study.quickstart == "tiny" else []
+    jobs: dict[str, list[Job]] = {}
+    for cell in study.cells:
+        options = [] if cell.solutions == "endless" else ["--solutions", str(cell.solutions)]
+        options += [] if cell.voice == "words" else ["--voice", cell.voice]
+        for option in ("problems", "steps"):
+            if getattr(study, option) is not None:
+                options += [f"--{option}", str(getattr(study, option))]
+        options += overrides(study, cell)
+        for seed in study.seeds:
+            directory = output / cell.name / f"seed-{seed}"
+            arguments = ["quickstart", *kind, "--methods", ",".join(study.methods)]
+            arguments += ["--seed", str(seed), "--output", str(directory), *options]
+            jobs.setdefault(cell.name, []).append(Job(directory, arguments))
+    return jobs
+
+
+def overrides(study: Study, cell: Cell) -> list[str]:
+    """The study's settings, then the cell's, as `[method.]section.field=value`."""
+    return [*_flat(study.settings), *_flat(cell.settings)]
+
+
+def _flat(settings: dict[str, Any], above: str = "") -> Iterator[str]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}={json.dumps(value)}"
+
+
+def train_jobs(
+    configs: Sequence[Path], seeds: Sequence[int], output: Path, tokens: int | None = None
+) -> list[Job]:
+    """`opsd train` of each config with each seed, in `output`/<config's name>-<seed>.
+
+    All configs are checked here, before any of them runs. `tokens`: each run's token_budget.
+    Raises UserError.
+    """
+    if len({path.stem for path in configs}) != len(configs):
+        raise UserError("CONFIG: two configs have the same name, and would share directories")
+    jobs = []
+    for path in configs:
+        for seed in seeds:
+            directory = output / f"{path.stem}-{seed}"
+            own = [f"train.seed={seed}", f"output.dir={directory}"]
+            own += [] if tokens is None else [f"train.token_budget={tokens}"]
+            load_config(path, own)
+            jobs.append(Job(directory, ["train", str(path), *own]))
+    return jobs
+
+
+def run_jobs(
+    jobs: Sequence[Job], display: Display, threads: int = 1, gpus: Sequence[str] = ()
+) -> None:
+    """Runs those that are not finished: one on each of `gpus`, else as many as cores // threads.
+
+    What a run prints goes to <directory>.log. Each has the same number of threads wherever it
+    runs, so its results do not depend on how many cores there are. Raises UserError naming the log
+    when a run fails, once those beside it have ended; Ctrl-C or SIGTERM ends them all.
+    """
+    waiting = [job for job in jobs if not job.finished]
+    for job in waiting:
+        job.directory.parent.mkdir(parents=True, exist_ok=True)
+    free: list[str | None] = list(gpus) or [None] * max(1, usable_cores() // threads)
+    running: dict[subprocess.Popen, tuple[Job, str | None]] = {}
+    failed: Job | None = None
+    title = f"Run the study, {len(free)} at a time"
+    with _ended_by_sigterm(), display.stage(title, total=len(jobs)) as stage:
+        stage.update(completed=len(jobs) - len(waiting))
+        try:
+            while waiting or running:
+                while waiting and free and failed is None:
+                    job, gpu = waiting.pop(0), free.pop(0)
+                    running[_start(job, threads, gpu)] = job, gpu
+                for process in [process for process in running if process.poll() is not None]:
+                    job, gpu = running.pop(process)
+                    free.append(gpu)
+                    if process.returncode or not job.finished:
+                        failed, waiting = job, []
+                    else:
+                        stage.advance(1)
+                time.sleep(0.1)
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+    if failed is not None:
+        raise UserError(f"{failed.directory}: the run failed; see {log_of(failed)}")
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM leaves the block as Ctrl-C does, by an exception."""
+
+    def leave(number: int, _) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def log_of(job: Job) -> Path:
+    """Where a run's terminal output goes."""
+    return job.directory.with_name(job.directory.name + ".log")
+
+
+def _start(job: Job, threads: int, gpu: str | None = None) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    with log_of(job).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "opsd", *job.command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )

@@ -1,0 +1,164 @@
+"""The configuration of a run: reading a YAML file, checking it, and saying what it may hold.
+
+Unknown keys are errors that suggest the nearest name. Nothing here imports torch, so that a bad
+file is refused within a second.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from opsd.common.errors import UserError
+from opsd.config.base import Section
+from opsd.config.config import Config
+from opsd.config.yaml import load_yaml, read_yaml
+
+SHOWN = 300  # characters of a value in a message
+SHOWN_PROBLEMS = 10  # of one config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.field=value` overrides, and check the result.
+
+    Raises UserError: file missing, not YAML, a key twice, unknown keys (with the nearest name),
+    wrong types or values.
+    """
+    path = Path(path)
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path} holds {type(values).__name__}: it must hold sections such as model: and data:"
+        )
+    # A section whose lines are all commented out reads as null: the same as no section.
+    values = {key: value for key, value in values.items() if value is not None}
+    return parse_config(with_overrides(values, overrides))
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two nested dictionaries; where both say something, `above` wins."""
+    merged = dict(below)
+    for key, value in above.items():
+        known = merged.get(key)
+        both = isinstance(value, dict) and isinstance(known, dict)
+        merged[key] = merge(known, value) if both else value
+    return merged
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The sections with `section.field=value` overrides written into them. Raises UserError."""
+    for override in overrides:
+        _apply(values, override)
+    return values
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """Check a dictionary of sections and return the Config. Raises UserError.
+
+    >>> config = {"model": {"path": "Qwen/Qwen3-1.7B"}, "data": {"source": "rows.jsonl"}}
+    >>> parse_config(config).loss.divergence
+    'forward_kl'
+    >>> parse_config({**config, "trian": {"steps": 10}})
+    Traceback (most recent call last):
+    opsd.common.errors.UserError: unknown key 'trian' at the top; did you mean 'train'?
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain_all(error, Config)) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config (all defaults filled in) as YAML."""
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+    path.write_text(text)
+
+
+def describe() -> Iterator[tuple[str, str, str, str]]:
+    """Every field as (section, name, default, description), for `--help`."""
+    for section, field in Config.model_fields.items():
+        if section == "method":
+            yield "", "method", "opsd", f"{field.description} (opsd | grpo | sft | distill)"
+            continue
+        for name, inner in field.annotation.model_fields.items():
+            yield section, name, *_field(inner)
+            inside = _section(inner.annotation)
+            for deeper, field_inside in (inside.model_fields if inside else {}).items():
+                yield section, f"{name}.{deeper}", *_field(field_inside)
+
+
+def _field(field: FieldInfo) -> tuple[str, str]:
+    """A field's default and description, as text."""
+    default = "required" if field.is_required() else str(field.get_default())
+    return default, field.description + _choices(field.annotation)
+
+
+def _choices(annotation: Any) -> str:
+    if getattr(annotation, "__origin__", None) is Literal:
+        return f" ({' | '.join(map(str, annotation.__args__))})"
+    return ""
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a field of this type holds, or may hold; None if it holds values."""
+    kinds = getattr(annotation, "__args__", None) or (annotation,)
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override is {override!r}: it must look like train.learning_rate=1e-5")
+    for key in keys[:-1]:
+        if values.get(key) is None:  # a section that is not there, or null
+            values[key] = {}
+        values = values[key]
+        if not isinstance(values, dict):
+            raise UserError(f"override is {override!r}: {key!r} is not a section")
+    try:
+        values[keys[-1]] = load_yaml(text)
+    except yaml.YAMLError:
+        values[keys[-1]] = text
+
+
+def explain_all(error: ValidationError, model: type[Section]) -> str:
+    """What pydantic has found, as sentences; of many problems the first."""
+    problems = error.errors()
+    said = [explain(problem, model) for problem in problems[:SHOWN_PROBLEMS]]
+    if len(problems) > SHOWN_PROBLEMS:
+        said.append(f"and {len(problems) - SHOWN_PROBLEMS} more")
+    return "; ".join(said)
+
+
+def explain(problem: Any, model: type[Section]) -> str:
+    """One pydantic error of `model` as a sentence: the field, the value, what is allowed."""
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known(location[:-1], model)
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        where = f"in section {'.'.join(location[:-1])!r}" if len(location) > 1 else "at the top"
+        return f"unknown key {location[-1]!r} {where}; {hint}"
+    if problem["type"] == "missing":
+        return f"{name} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    return f"{name} is {_short(problem['input'])}: {message[0].lower() + message[1:]}"
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 1]}…"
+
+
+def _known(location: Sequence[str], model: Any) -> list[str]:
+    for part in location:
+        model = _section(model.model_fields[part].annotation)
+    return list(model.model_fields)

@@ -1,0 +1,76 @@
+"""Copies of a model: made, and brought up to date."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from opsd.models.lora import additions, is_adapted, without_adapters
+
+
+def contiguous_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Make the head copy its input where that is a slice; returns the same model.
+
+    `generate` prefills with hidden[:, -1:, :]; on a CPU, torch 2.13's matmul of that strided view
+    expands the [V, D] weight once a sequence: 1.8 GB and seconds for 32 of them.
+    """
+    layer = model.get_output_embeddings()
+    layer.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
+    return model
+
+
+def copy_model(
+    model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """A frozen copy in `dtype`, with weights tied as in the original.
+
+    A model with adapters is copied as it is, each weight in its own dtype. `device`: none is the
+    model's.
+    """
+    device = model.device if device is None else device
+    if is_adapted(model):
+        twin = copy.deepcopy(model).to(device)
+        return twin.requires_grad_(False).eval()
+    twin = type(model)._from_config(model.config, dtype=dtype).to(device)
+    update_copy(twin, model)
+    twin.generation_config = model.generation_config
+    return contiguous_head(twin.requires_grad_(False).eval())
+
+
+@torch.no_grad()
+def update_copy(twin: nn.Module, model: nn.Module) -> None:
+    """Copy the current weights and buffers of `model`, whole, into `twin`.
+
+    Of a model with adapters they alone have changed.
+    """
+    source, frozen = dict(model.named_parameters()), is_adapted(model)
+    for name, parameter in twin.named_parameters():
+        if source[name].requires_grad or not frozen:
+            parameter.copy_(whole(source[name]))
+    buffers = dict(model.named_buffers())
+    for name, buffer in twin.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def named_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The current weights under the names that they have in a checkpoint, tied ones once, in
+    `dtype`, adapters added in; each is made when it is asked for."""
+    added = additions(model) if is_adapted(model) else {}
+    plain = without_adapters(model) if added else model
+    named = {name: parameter.detach() for name, parameter in plain.named_parameters()}
+    for name, weight in revert_weight_conversion(plain, named).items():
+        if name in added:
+            weight = weight.float() + added[name]().float()
+        yield name, weight.to(dtype)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; one that is split over processes is gathered, which all of them must ask for."""
+    if hasattr(tensor, "ds_id"):
+        from opsd.distributed.deepspeed import gathered  # accelerate and peft, which a plan has no use for
+
+        return gathered(tensor)
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

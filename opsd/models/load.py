@@ -1,0 +1,171 @@
+"""Loading a causal language model and its tokenizer, and what training must know of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from opsd.common.errors import UserError, in_short
+from opsd.common.hub_offline import before_asking_hub
+from opsd.config.sections import ModelSection
+from opsd.models.copies import contiguous_head
+from opsd.models.lora import (
+    base_of,
+    four_bits,
+    merge_adapter,
+)
+from opsd.models.multimodal import freeze_others
+
+
+def load_model(
+    section: ModelSection,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype = torch.float32,
+    name: str = "model",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in fp32 unless told (the optimizer's master weights), and its tokenizer.
+
+    A directory that holds an adapter gives the model that it adapts, the adapter added in. `name`
+    is the config's section that the model stands in, for error messages.
+
+    Raises UserError when there is no such model, or its tokenizer has no end-of-sequence token.
+    """
+    if (base := base_of(section.path)) is not None:
+        update = {"path": base[0], "revision": base[1], "lora": None}
+        whole_section = section.model_copy(update=update)
+        model, tokenizer = load_model(whole_section, device, dtype=dtype, name=name)
+        return merge_adapter(model, section.path).eval(), tokenizer
+    check_directory(section, name)
+    placing = {}
+    if section.lora is not None and section.lora.quantize == "nf4":
+        placing = {"quantization_config": four_bits(dtype), "device_map": {"": device}}
+    tokenizer = load_tokenizer(section, name)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            section.path,
+            output_loading_info=True,
+            dtype=dtype,
+            attn_implementation=section.attention,
+            use_safetensors=None if section.gguf_file else True,  # a pickle may run anything
+            **_source(section),
+            **placing,
+        )
+    except Exception as error:  # whatever files that are not there, or damaged, provoke
+        raise _unreachable(section, name, error) from error
+    if absent := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
+        raise UserError(  # transformers would draw them at random, and say so in its log
+            f"{name}.path is {section.path!r}: {len(absent)} of the weights that its config.json "
+            f"asks for are not there, or of another shape ({absent[0]})"
+        )
+    vocabulary = model.config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"{name}.path is {section.path!r}: its tokenizer has {len(tokenizer)} tokens, "
+            f"its model only {vocabulary}"
+        )
+    if section.gguf_file:
+        # The weights are plain fp32 now, but transformers 5 keeps the file's quantisation in the
+        # config, and save_pretrained then refuses to write them.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+    if not placing:
+        model = model.to(device)
+    freeze_others(model)
+    return contiguous_head(model.eval()), tokenizer
+
+
+def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedTokenizerBase:
+    """The model's tokenizer alone. Raises UserError where there is none, or it ends no rollout."""
+    if (base := base_of(section.path)) is not None:
+        section = section.model_copy(update={"path": base[0], "revision": base[1], "lora": None})
+    check_directory(section, name)
+    before_asking_hub(section.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(section.path, **_source(section))
+    except Exception as error:  # the same
+        raise _unreachable(section, name, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{name}.path is {section.path!r}: its tokenizer has no eos_token to end a rollout"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # lengths, never ids, decide what is padding
+    return tokenizer
+
+
+def _source(section: ModelSection) -> dict[str, Any]:
+    arguments = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    return arguments | ({"gguf_file": section.gguf_file} if section.gguf_file else {})
+
+
+def _unreachable(section: ModelSection, name: str, error: Exception) -> UserError:
+    where = f"{name}.path is {section.path!r}"
+    said = in_short(error)
+    if "custom code" in said or "trust_remote_code" in said:
+        return UserError(f"{where}: {name}.trust_remote_code is false, and it has code ({said})")
+    if Path(section.path).exists():
+        return UserError(f"{where}: it cannot be loaded ({said})")
+    return UserError(
+        f"{name}.path is {section.path!r}: neither a model directory nor a hub model that can be "
+        f"reached ({said})"
+    )
+
+
+def check_directory(section: ModelSection, name: str = "model") -> None:
+    """Raises UserError for a directory that holds no model, or not the file that is named."""
+    path = Path(section.path)
+    if section.gguf_file and not (path / section.gguf_file).is_file():
+        raise UserError(
+            f"{name}.gguf_file is {section.gguf_file!r}: no such file in {section.path!r}"
+        )
+    if path.is_dir() and not section.gguf_file and not (path / "config.json").is_file():
+        hint = ", ".join(file.name for file in sorted(path.glob("*.gguf")))
+        hint = f"; for a GGUF file set {name}.gguf_file ({hint})" if hint else ""
+        raise UserError(f"{name}.path is {section.path!r}: a directory without config.json{hint}")
+    check_json(path / "generation_config.json", name)
+    if not section.gguf_file and not any(path.glob("*.safetensors*")):
+        for pickled in path.glob("pytorch_model*.bin"):
+            raise UserError(
+                f"{name}.path is {section.path!r}: its weights are a pickle ({pickled.name}), "
+                "which may run anything when it is read; save them as safetensors"
+            )
+
+
+def check_json(file: Path, name: str) -> None:
+    """Raises UserError for a damaged file; transformers passes over it without a word, and what
+    ends an answer is lost."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}.path: {str(file)!r} is not JSON ({in_short(error)})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{name}.path: {str(file)!r} is not a JSON object")
+
+
+def window(config: PreTrainedConfig) -> int | None:
+    """The longest sequence that a model's positions allow, or None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """What ends a rollout: the tokenizer's end of sequence and the generation config's."""
+    extra = model.generation_config.eos_token_id
+    extra = [extra] if isinstance(extra, int) else (extra or [])
+    return frozenset([tokenizer.eos_token_id, *extra])
+
+
+def quiet_transformers() -> None:
+    """No progress bars, load reports or hints of transformers inside our own display."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

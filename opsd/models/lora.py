@@ -1,0 +1,220 @@
+"""LoRA: low-rank adapters beside frozen weights, by peft.
+
+An adapted layer computes W x + (alpha / rank) B A x; only A and B train. The weights of step 0, the
+`initial` teacher, are the same model without its adapters: a second tree of modules over the same
+tensors, so that nothing has to be switched on and off, and no stream can run with both.
+
+(LoRA: Hu et al., arXiv 2106.09685. QLoRA, its frozen weights in 4 bits: Dettmers et al., arXiv
+2305.14314.)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from opsd.common.errors import UserError, in_short
+from opsd.config.sections import ALL_LINEAR, LoraSection, ModelSection
+from opsd.models.multimodal import other_linear_layers
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether this is peft's wrapper around a model with adapters."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def add_adapters(model: PreTrainedModel, section: ModelSection) -> PeftModel:
+    """The model with fresh adapters, in place: B is 0, so that it computes what it did.
+
+    Adapters are fp32, as the optimizer's masters are. Raises UserError when `lora.targets` names no
+    layer of the model, or its embedding or head, whose weight the loss reads by itself.
+    """
+    peft = import_peft()
+    lora = section.lora
+    targets = ALL_LINEAR if lora.targets == [ALL_LINEAR] else lora.targets
+    path = Path(section.path)
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        exclude_modules=other_linear_layers(model) or None,
+        task_type="CAUSAL_LM",
+        revision=section.revision,
+    )
+    _check_targets(model, lora)
+    try:
+        adapted = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"model.lora.targets is {lora.targets!r}: {error}") from None
+    # Found again from anywhere, when the adapter is loaded.
+    adapted.peft_config["default"].base_model_name_or_path = (
+        str(path.resolve()) if path.is_dir() else section.path
+    )
+    return adapted
+
+
+def _check_targets(model: PreTrainedModel, lora: LoraSection) -> None:
+    if lora.targets == [ALL_LINEAR]:
+        return
+    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)}
+    ends = {
+        name.rpartition(".")[2]
+        for name, m in model.named_modules()
+        if m is model.get_output_embeddings() or m is model.get_input_embeddings()
+    }
+    for target in lora.targets:
+        if target in ends:
+            raise UserError(
+                f"model.lora.targets has {target!r}: the embedding and the output head take no "
+                "adapter here"
+            )
+        if target not in linear:
+            known = ", ".join(sorted(linear - ends))
+            raise UserError(f"model.lora.targets has {target!r}: this model has {known}")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit")
+
+
+def without_adapters(model: PeftModel) -> PreTrainedModel:
+    """The same weights as a plain model, without a copy of any."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def base(module: nn.Module) -> nn.Module:
+        return module.base_layer if isinstance(module, BaseTunerLayer) else module
+
+    plain = shared_copy(model.get_base_model(), module=base)
+    vars(plain).pop("peft_config", None)  # peft leaves its notes on the model that it adapts
+    return plain.eval()
+
+
+def additions(model: PeftModel) -> dict[str, Callable[[], torch.Tensor]]:
+    """What the adapters add to the plain model's weights, by their names."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        f"{name}.weight": partial(layer.get_delta_weight, "default")
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def shared_copy(
+    root: nn.Module,
+    *,
+    module: Callable[[nn.Module], nn.Module] = lambda module: module,
+    parameter: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
+) -> nn.Module:
+    """A second tree of modules over the same tensors.
+
+    Args:
+        module: what stands in a module's place.
+        parameter: what stands in a parameter's place; called once for one that is used twice.
+    """
+    modules: dict[nn.Module, nn.Module] = {}
+    parameters: dict[nn.Parameter, nn.Parameter] = {}
+
+    def other(old: nn.Module) -> nn.Module:
+        old = module(old)
+        if old not in modules:
+            new = modules[old] = copy.copy(old)
+            for value in old._parameters.values():
+                if value is not None and value not in parameters:
+                    parameters[value] = parameter(value)
+            new._parameters = {
+                name: None if value is None else parameters[value]
+                for name, value in old._parameters.items()
+            }
+            new._buffers = dict(old._buffers)
+            for name, value in vars(old).items():
+                if "_hooks" in name and isinstance(value, dict):
+                    setattr(new, name, copy.copy(value))
+            new._modules = {
+                name: None if child is None else other(child)
+                for name, child in old._modules.items()
+            }
+        return modules[old]
+
+    return other(root)
+
+
+def trainable(model: PreTrainedModel) -> float:
+    """The share of the parameters that train."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in sizes if trains) / sum(n for n, _ in sizes)
+
+
+def adapter_state(model: nn.Module) -> tuple[bool, ...]:
+    """Which of the model's adapted layers apply their adapters now: () without any."""
+    return tuple(
+        bool(m.active_adapters) and not m.disable_adapters
+        for m in model.modules()
+        if hasattr(m, "lora_A")
+    )
+
+
+def base_of(path: str | Path) -> tuple[str, str | None] | None:
+    """The model, and its revision, that the adapter in this directory belongs to; None if none."""
+    file = Path(path) / CONFIG
+    if not file.is_file():
+        return None
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        base = saved["base_model_name_or_path"]
+        if not isinstance(base, str):
+            raise TypeError
+        return base, saved.get("revision")
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(f"{file} does not say which model it adapts") from None
+
+
+def merge_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
+    """The model with the adapter in `path` added to its weights, in place."""
+    peft = import_peft()
+    if not (Path(path) / WEIGHTS).is_file():  # peft would take a pickle, or ask the hub
+        raise UserError(f"the adapter in {str(path)!r} has no weights as safetensors ({WEIGHTS})")
+    try:
+        return peft.PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    except Exception as error:  # whatever damaged files provoke
+        said = in_short(error)
+        raise UserError(f"the adapter in {str(path)!r} does not fit its model: {said}") from error
+
+
+def four_bits(dtype: torch.dtype) -> object:
+    """transformers' description of QLoRA's 4-bit weights: NF4, its scales quantised as well, with
+    products in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def import_peft():
+    """peft, which is optional. Raises UserError."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError("model.lora needs peft: pip install peft") from None
+    return peft

@@ -1,0 +1,66 @@
+"""The moving average of the trained weights, for teacher.policy ema."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from opsd.common.errors import UserError
+from opsd.models.copies import copy_model, whole
+from opsd.models.lora import is_adapted, shared_copy
+
+FILE = "teacher.safetensors"
+
+
+class MovingAverage:
+    """An `ema` teacher: w ← decay · w + (1 - decay) · student, each `every` steps.
+
+    Kept in fp32, where an update of a thousandth of a small difference does not round to nothing.
+    Of a model with adapters they alone have an average; the weights beside them are the model's.
+    """
+
+    def __init__(self, model: PreTrainedModel, decay: float, device: torch.device, every: int = 1):
+        self.model, self.decay, self.every = frozen_average(model, device), decay, every
+        shared = {id(parameter) for parameter in model.parameters()}
+        self.averages = {n: p for n, p in self.model.named_parameters() if id(p) not in shared}
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module, step: int) -> None:
+        """Move towards the student's weights after `step` steps, if an update is due."""
+        if step % self.every:
+            return
+        weights = dict(student.named_parameters())
+        for name, average in self.averages.items():
+            average.lerp_(whole(weights[name]).to(average), 1 - self.decay)
+
+    def save(self, checkpoint: Path) -> None:
+        """Beside the checkpoint's other files."""
+        named = {name: average.contiguous() for name, average in self.averages.items()}
+        save_file(named, checkpoint / FILE)
+
+    @torch.no_grad()
+    def load(self, checkpoint: Path) -> None:
+        """What `save` wrote. Raises UserError where this checkpoint has none."""
+        if not (checkpoint / FILE).is_file():
+            raise UserError(
+                f"teacher.policy is 'ema': {str(checkpoint)!r} holds no average ({FILE}); it was "
+                "written under another policy"
+            )
+        saved = load_file(checkpoint / FILE)
+        for name, average in self.averages.items():
+            average.copy_(saved[name])
+
+
+def frozen_average(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """A copy in fp32 of what trains; of a model with adapters, over the same frozen weights."""
+    if not is_adapted(model):
+        return copy_model(model, torch.float32, device)
+
+    def own(parameter: nn.Parameter) -> nn.Parameter:
+        if not parameter.requires_grad:
+            return parameter
+        return nn.Parameter(parameter.detach().float().clone(), requires_grad=False)
+
+    return shared_copy(model, parameter=own).eval()

@@ -1,0 +1,88 @@
+"""What a token counts: `loss.weights` and `loss.normalise`.
+
+    w_in = r_i f_in / Z        r_i = [right or wrong] · [cut]      f_in = position · class
+
+for token n of rollout i. With `normalise`
+- token:    Z = Σ_i r_i Σ_n f_in: the step's loss is the weighted mean over its tokens;
+- rollout:  Z_i = (Σ_i r_i) Σ_n f_in: the weighted mean over rollouts of their tokens' mean;
+- constant: Z = (number of rollouts) · max_new_tokens: no rollout's length matters to another's.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opsd.config.loss import LossSection
+from opsd.grading.rewards import Outcome
+from opsd.objectives.token_classes import CLASSES, classes_of
+from opsd.rollout import Rollout
+
+
+class Weight(NamedTuple):
+    """Of a rollout's tokens: the one weight of all, and a factor for each where they differ."""
+
+    of_all: float
+    factors: tuple[float, ...] | None = None
+
+
+class Weighing:
+    """Rollouts → weights.
+
+    Args:
+        section: `loss`.
+        longest: rollout.max_new_tokens, for normalise constant.
+        classes: the classes of the vocabulary's entries, by `class_table`.
+    """
+
+    def __init__(self, section: LossSection, longest: int = 0, classes: Tensor | None = None):
+        self.section, self.longest = section, longest
+        weights = section.weights
+        by_class = [getattr(weights, name) for name in CLASSES]
+        alike = by_class == [1.0] * len(CLASSES)
+        self.by_class, self.classes = torch.tensor(by_class), None if alike else classes
+        self.flat = weights.skip_first == 0 and weights.position[0] == weights.position[1] == 1.0
+
+    def __call__(
+        self, rollouts: Sequence[Rollout], outcomes: Sequence[Outcome | None]
+    ) -> list[Weight]:
+        """Of a step's rollouts; an outcome is needed where right and wrong differ."""
+        factors = [self._factors(rollout.ids) for rollout in rollouts]
+        sizes = [
+            len(rollout.ids) if own is None else sum(own)
+            for rollout, own in zip(rollouts, factors, strict=True)
+        ]
+        of_rollout = [
+            self._of_rollout(rollout, outcome) if size else 0.0
+            for rollout, outcome, size in zip(rollouts, outcomes, sizes, strict=True)
+        ]
+        if self.section.normalise == "rollout":
+            total = sum(of_rollout)
+            norms = [total * size for size in sizes]
+        elif self.section.normalise == "constant":
+            norms = [float(len(rollouts) * self.longest)] * len(rollouts)
+        else:
+            total = sum(r * size for r, size in zip(of_rollout, sizes, strict=True))
+            norms = [total] * len(rollouts)
+        return [
+            Weight(r / norm if r else 0.0, own)
+            for r, norm, own in zip(of_rollout, norms, factors, strict=True)
+        ]
+
+    def _of_rollout(self, rollout: Rollout, outcome: Outcome | None) -> float:
+        weights, weight = self.section.weights, 1.0
+        if weights.correct != 1.0 or weights.incorrect != 1.0:
+            weight = weights.correct if outcome.correct else weights.incorrect
+        return weight if rollout.finished else weight * weights.truncated
+
+    def _factors(self, ids: Sequence[int]) -> tuple[float, ...] | None:
+        """The factor of each token; None where all are 1."""
+        if self.flat and self.classes is None:
+            return None
+        first, last = self.section.weights.position
+        factors = torch.linspace(first, last, len(ids))
+        factors[: self.section.weights.skip_first] = 0.0
+        if self.classes is not None:
+            factors *= self.by_class[classes_of(self.classes, torch.as_tensor(ids)).long()]
+        return tuple(factors.tolist())

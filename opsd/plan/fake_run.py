@@ -1,0 +1,231 @@
+"""What a step and its rollouts hold in memory, found by running them without data.
+
+The training step itself (packed streams, the fused loss, backward under autocast) and a sampler's
+forward passes run on fake tensors, which have shapes and dtypes but no storage, and the bytes alive
+are counted. Every layer adds the same, so that models of one and of two layers tell it for all.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from opsd.prefix import packed_forward as stream
+from opsd.rollout import Sampling
+from opsd.rollout.logits_sampling import Draw
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside and alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.most = self.at_kernel = self.base = 0
+        self._seen: set[int] = set()
+
+    def start(self) -> None:
+        """Count from here on."""
+        self.base = self.most = self.at_kernel = self.live
+
+    @property
+    def peaks(self) -> Peaks:
+        """The most bytes since `start`, beyond those that were alive then."""
+        return Peaks(self.most - self.base, self.at_kernel - self.base)
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result, before = function(*arguments, **(keywords or {})), self.most
+        tree_map_only(Tensor, self._enter, result)
+        if function is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:
+            # The sum of two gradients of one tensor: of real ones backward makes it in place.
+            self.most = before
+        if function.namespace == "opsd":  # its results are there, what it works with is not
+            self.at_kernel = max(self.at_kernel, self.live)
+        return result
+
+    def _enter(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.live += size
+            self.most = max(self.most, self.live)
+            weakref.finalize(storage, self._leave, key, size)
+        return tensor
+
+    def _leave(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes beyond what is counted elsewhere: the most alive, and how many when the fused kernel
+    runs, which holds its own scratch memory then."""
+
+    most: int
+    at_kernel: int
+
+    def with_scratch(self, scratch: int) -> int:
+        """The most alive, for a kernel that needs so much."""
+        return max(self.most, self.at_kernel + scratch)
+
+
+def over_layers(
+    architecture: PreTrainedConfig, measure: Callable[[PreTrainedConfig], Peaks]
+) -> Peaks:
+    """measure(architecture), from what it is for one layer and for two."""
+    one, two = (measure(_with_layers(architecture, count)) for count in (1, 2))
+    more = architecture.get_text_config().num_hidden_layers - 1
+    return Peaks(
+        one.most + more * (two.most - one.most),
+        one.at_kernel + more * (two.at_kernel - one.at_kernel),
+    )
+
+
+def meta_model(architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on torch's meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(architecture), dtype=dtype, attn_implementation="sdpa"
+        )
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Put fake tensors on the CPU in the place of those on the meta device, tied ones tied."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None and old not in made:
+                    made[old] = torch.empty(old.shape, dtype=old.dtype)
+                    if tensors is module._parameters:
+                        made[old] = nn.Parameter(made[old], requires_grad=old.requires_grad)
+                tensors[name] = made.get(old)
+
+
+MakeStep = Callable[[PreTrainedConfig], tuple[Sequence[nn.Module], Callable[[], Tensor]]]
+"""An architecture → models on the meta device, the student first, and what computes its loss."""
+
+
+def step_peaks(
+    architecture: PreTrainedConfig, make_step: MakeStep, *, autocast: bool, flash: bool
+) -> Peaks:
+    """What a micro-batch's forward and backward add to weights and gradients.
+
+    As from a step's second micro-batch on, when a gradient is added to what is there and is gone.
+    autocast: whether products are in bf16. flash: whether flash attention will attend.
+    """
+    models, loss = make_step(architecture)
+    with FakeTensorMode(), quiet(), _bare_attention(flash), LiveBytes() as count:
+        for model in models:
+            _make_fake(model)
+        student = models[0].train()
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        count.start()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            part = loss()
+            with torch.autocast("cpu", enabled=False):
+                part.backward()
+        return count.peaks
+
+
+def _forget_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
+def sampling_peaks(
+    architecture: PreTrainedConfig, dtype: torch.dtype, prompt: int, longest: int
+) -> Peaks:
+    """What `generate` adds for one sequence: while it reads the prompt, or for the last token."""
+    model = meta_model(architecture, dtype).eval()
+    with FakeTensorMode(), quiet(), torch.no_grad(), LiveBytes() as count:
+        _make_fake(model)
+        draw = Draw(Sampling(longest, top_p=0.9, top_k=20))
+        count.start()
+
+        def forward(length: int, past=None):
+            width = length if past is None else length + past.get_seq_length()
+            output = model(
+                input_ids=torch.zeros(1, length, dtype=torch.long),
+                attention_mask=torch.ones(1, width, dtype=torch.long),
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            draw(None, output.logits[:, -1, :].to(torch.float32, copy=True))
+            return output.past_key_values
+
+        cache = forward(prompt)
+        reading = count.peaks.most
+        del cache
+        cache = forward(prompt + longest - 1)  # stands for all tokens but the last
+        count.most = count.live
+        forward(1, cache)
+        return Peaks(max(reading, count.peaks.most), 0)
+
+
+def _with_layers(architecture: PreTrainedConfig, count: int) -> PreTrainedConfig:
+    short = copy.deepcopy(architecture)
+    text = short.get_text_config()
+    text.num_hidden_layers = count
+    if getattr(text, "layer_types", None):
+        text.layer_types = (text.layer_types * count)[:count]
+    return short
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers announces names that it will take away; older releases know only those."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+class _Attention(torch.autograd.Function):
+    """What `packed_attention` keeps and makes, without what its kernels do meanwhile: tiles, which
+    come one after the other and hold some megabytes, would take most of a plan's time.
+
+    flash: its result and log-sum-exps are kept as well.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, flash):
+        out = query.new_empty(*query.shape[:2], value.shape[2])
+        kept = (out, query.new_empty(query.shape[:2], dtype=torch.float32)) if flash else ()
+        ctx.save_for_backward(query, key, value, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, *_ = ctx.saved_tensors
+        wide = [torch.zeros_like(x, dtype=torch.float32) for x in (key, value)]
+        narrow = [x.to(key.dtype) for x in wide]
+        return torch.empty_like(query), *narrow, None
+
+
+@contextmanager
+def _bare_attention(flash: bool) -> Iterator[None]:
+    def stand_in(query, key, value, layout, *, scale, window=None, softcap=None):
+        enabled = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if enabled else value.dtype
+        query, key, value = (query * scale).to(dtype), key.to(dtype), value.to(dtype)
+        return _Attention.apply(query, key, value, flash)
+
+    own, stream.packed_attention = stream.packed_attention, stand_in
+    try:
+        yield
+    finally:
+        stream.packed_attention = own

@@ -1,0 +1,80 @@
+"""What to change so that a run fits a given memory: the changes that cost least come first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from opsd.config.config import Config
+from opsd.config.load import merge, parse_config
+from opsd.plan.memory import Memory, Planner
+
+MIB = 2**20
+Change = tuple[str, str, dict]
+"""(kind, what to tell the user, the config's fields)"""
+
+
+def changes(config: Config, longest: int, on_gpu: bool) -> Iterator[Change]:
+    """What to try one after the other, each in addition to those before; one of a kind replaces
+    what came before of that kind.
+
+    longest: tokens of the longest sequence; smaller micro-batches hold one sequence all the same.
+    """
+    train, rollout, held = config.train, config.rollout, config.eval
+    budget = config.loss.memory_budget
+    if budget is None or budget > 256 * MIB:
+        yield "budget", "logits budget 256 MB", {"loss": {"memory_budget": 256 * MIB}}
+    size = max(rollout.batch_size, held.batch_size)
+    while size > 8:
+        size //= 2
+        sizes = {
+            "rollout": {"batch_size": min(size, rollout.batch_size)},
+            "eval": {"batch_size": min(size, held.batch_size)},
+        }
+        yield "sampling", f"{size} sequences sampled at once", sizes
+    tokens = train.micro_batch_tokens
+    while tokens > max(longest, 1024):
+        tokens = max(tokens // 2, longest, 1024)
+        fields = {"train": {"micro_batch_tokens": tokens}}
+        yield "micro-batch", f"micro-batches of {tokens:,} tokens", fields
+    if not train.gradient_checkpointing:
+        fields = {"train": {"gradient_checkpointing": True}}
+        yield "checkpointing", "gradient checkpointing", fields
+    lora = config.model.lora
+    if lora is None:
+        yield "adapters", "LoRA", {"model": {"lora": {}}}
+    if on_gpu and (lora is None or lora.quantize == "none"):
+        yield "adapters", "QLoRA", {"model": {"lora": {"quantize": "nf4"}}}
+
+
+def fit(
+    config: Config, memory: float, longest: int, planner: Planner
+) -> tuple[list[str], Config, Memory]:
+    """The mildest changes that bring the peak below `memory` bytes and of which none can be left
+    out: what they are, the changed config, and its memory (which may still be too much).
+    """
+    levels: dict[str, list[Change]] = {}
+    for change in changes(config, longest, planner.device_memory is not None):
+        levels.setdefault(change[0], []).append(change)
+        if _peak(planner, config, levels) <= memory:
+            break
+    for kind, tried in list(levels.items()):
+        for count in range(len(tried)):  # the first so many levels: none, the mildest, …
+            milder = {**levels, kind: tried[:count]}
+            if _peak(planner, config, milder) <= memory:
+                levels = milder
+                break
+    after = changed(config, levels)
+    return [tried[-1][1] for tried in levels.values() if tried], after, planner.memory(after)
+
+
+def _peak(planner: Planner, config: Config, levels: dict[str, list[Change]]) -> int:
+    return planner.memory(changed(config, levels)).peak
+
+
+def changed(config: Config, levels: dict[str, list[Change]]) -> Config:
+    """The config with the last change of each kind made."""
+    values = config.model_dump()
+    for tried in levels.values():
+        for _, _, fields in tried[-1:]:
+            values = merge(values, fields)
+    return parse_config(values)

@@ -1,0 +1,139 @@
+"""Attention over a packed stream, tile by tile, exact, with tiles recomputed in backward.
+
+Each tile holds some queries and all the keys that they see, so that its softmax over [prefix ; own]
+is the whole softmax: nothing is left to merge, and no row of scores outlives its tile. On a CPU
+batched matmuls and torch's softmax beat its fused attention, whose backward is slow.
+
+Legend: T tokens, H query heads, K key heads, r = H / K, d head width; B, Lq, Lk as in `tiling`.
+"""
+
+import torch
+from torch import Tensor
+
+from opsd.prefix.layout import Layout
+from opsd.prefix.tile_layout import Tile, tiles
+
+
+def tiled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`opsd.prefix.attention.packed_attention` on any device, in any dtype."""
+    # Scaled before it is rounded; the gradient of both steps is autograd's.
+    query = (query * scale).to(value.dtype)
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    cut = tiles(layout, query.shape[1], window, backward)
+    return _TiledAttention.apply(query, key, value, cut, softcap)
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, tiles, softcap):
+        ctx.save_for_backward(query, key, value)
+        ctx.tiles, ctx.softcap = tiles, softcap
+        out = query.new_empty(*query.shape[:2], value.shape[2])
+        for tile in tiles:
+            q, k, v = _gather(tile, query, key, value)
+            probability, _ = _probabilities(tile, q, k, softcap)
+            _scatter(tile, torch.bmm(probability.to(v.dtype), v), out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out):
+        query, key, value = ctx.saved_tensors
+        d_query = torch.empty_like(query)
+        # A prefix collects from all its rollouts.
+        d_key = torch.zeros_like(key, dtype=_sum_dtype(key))
+        d_value = torch.zeros_like(value, dtype=_sum_dtype(value))
+        d_out = d_out.to(query.dtype)
+        for tile in ctx.tiles:
+            q, k, v = _gather(tile, query, key, value)
+            probability, slope = _probabilities(tile, q, k, ctx.softcap)
+            d_o = _heads(_padded_queries(tile, d_out), key.shape[1])
+            _collect(tile, torch.bmm(probability.to(v.dtype).transpose(1, 2), d_o), d_value)
+            d_probability = torch.bmm(d_o, v.transpose(1, 2)).to(probability.dtype)
+            d_score = torch._softmax_backward_data(
+                d_probability, probability, -1, probability.dtype
+            )
+            if slope is not None:
+                d_score *= slope
+            d_score = d_score.to(q.dtype)
+            _scatter(tile, torch.bmm(d_score, k), d_query)
+            _collect(tile, torch.bmm(d_score.transpose(1, 2), q), d_key)
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _probabilities(tile: Tile, q: Tensor, k: Tensor, softcap) -> tuple[Tensor, Tensor | None]:
+    """softmax of the masked scores, fp32 [B·K, r·Lq, Lk]; and the softcap's slope at each."""
+    count, width, depth = tile.shape
+    scores, slope = torch.bmm(q, k.transpose(1, 2)), None
+    if softcap is not None:
+        squashed = torch.tanh_(scores / softcap)
+        scores, slope = squashed * softcap, 1 - squashed * squashed
+    scores.view(count, k.shape[0] // count, -1, width, depth).add_(tile.mask(scores.dtype))
+    # Into fp32 also for speed: torch's softmax of short bf16 rows takes 2.5 times as long.
+    return torch.softmax(scores, -1, dtype=_sum_dtype(scores)), slope
+
+
+def _gather(tile: Tile, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """The tile's q [B·K, r·Lq, d], k [B·K, Lk, d] and v [B·K, Lk, d_v]."""
+    heads = key.shape[1]
+    q = query.index_select(0, tile.query_rows).view(*tile.shape[:2], *query.shape[1:])
+    k = key.index_select(0, tile.key_rows).view(tile.shape[0], tile.shape[2], *key.shape[1:])
+    v = value.index_select(0, tile.key_rows).view(tile.shape[0], tile.shape[2], *value.shape[1:])
+    return _heads(q, heads), _heads(k, heads), _heads(v, heads)
+
+
+def _heads(rows: Tensor, heads: int) -> Tensor:
+    """[B, L, r·K, d] → [B·K, r·L, d]."""
+    count, length, all_heads, width = rows.shape
+    rows = rows.view(count, length, heads, all_heads // heads, width).permute(0, 2, 3, 1, 4)
+    return rows.reshape(count * heads, -1, width)
+
+
+def _rows(tile: Tile, batched: Tensor, length: int) -> Tensor:
+    """[B·K, r·L, d] → [B, L, K, r, d], a view."""
+    count, width = tile.shape[0], batched.shape[-1]
+    rows = batched.view(count, batched.shape[0] // count, -1, length, width)
+    return rows.permute(0, 3, 1, 2, 4)
+
+
+def _padded_queries(tile: Tile, rows: Tensor) -> Tensor:
+    """The tile's rows [B, Lq, H, d], with zeros where a piece is shorter."""
+    count, width, _ = tile.shape
+    padded = rows.new_zeros(count, width, *rows.shape[1:])
+    for target, piece in zip(padded, tile.pieces, strict=True):
+        span = piece.queries
+        target[: span.length] = rows[span.start : span.start + span.length]
+    return padded
+
+
+def _scatter(tile: Tile, batched: Tensor, out: Tensor) -> None:
+    """Write the tile's queries [B·K, r·Lq, d] to their rows of `out` [T, H, d]."""
+    rows = _rows(tile, batched, tile.shape[1])
+    out = out.unflatten(1, rows.shape[2:4])
+    for source, piece in zip(rows, tile.pieces, strict=True):
+        span = piece.queries
+        out[span.start : span.start + span.length] = source[: span.length]
+
+
+def _collect(tile: Tile, batched: Tensor, total: Tensor) -> None:
+    """Add the tile's keys [B·K, Lk, d] to their rows of `total` [T, K, d]."""
+    rows = _rows(tile, batched, tile.shape[2])
+    total = total.unflatten(1, rows.shape[2:4])
+    for source, piece in zip(rows, tile.pieces, strict=True):
+        begin = 0
+        for span in piece.keys:
+            total[span.start : span.start + span.length] += source[begin : begin + span.length]
+            begin += span.length

@@ -1,0 +1,304 @@
+"""The quickstart's course: base model → each method from there → held-out curves → report.
+
+An interrupted one goes on where it was: with its base, if that had been measured, with the methods
+that were done, and with the last checkpoint, if there is one, of that which was not.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from opsd.common.display import Display
+from opsd.common.errors import UserError
+from opsd.common.files import part, read_lines, write_json
+from opsd.common.statistics import wilson_interval
+from opsd.common.system import machine, peak_memory, versions
+from opsd.config.sections import PromptsSection
+from opsd.data.prompts import Prompts
+from opsd.data.rows import Row
+from opsd.models.copies import copy_model
+from opsd.models.load import load_model
+from opsd.quickstart.recipe import Recipe, check_methods, merge, method_config, overridden
+from opsd.report import write_report
+from opsd.rollout import Sampling
+from opsd.runs.directory import LOCK, claim_directory, held
+from opsd.training.checkpoints import save_model
+from opsd.training.held_out import Evaluation, HeldOut
+from opsd.training.run import run
+
+ARGUMENTS = "quickstart.json"
+OUTPUT = "--output"
+
+
+def quickstart(
+    display: Display,
+    directory: Path,
+    methods: Sequence[str],
+    *,
+    tiny: bool,
+    seed: int = 0,
+    model_path: str | None = None,
+    steps: int | None = None,
+    problems: int | None = None,
+    solutions: int | None = None,
+    voice: str = "words",
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+) -> dict:
+    """Run it all; returns the summary that is written to `directory`/summary.json.
+
+    Args:
+        tiny: the tiny model instead of the real one.
+        model_path: another chat model's directory instead of SmolLM2.
+        steps: stop each method, and the real model's cold start, after so many steps.
+        problems: held-out problems.
+        solutions: how many worked solutions there are; none: as many as a method needs.
+        voice: whose solutions they are; for the real model.
+        overrides: `[method.]section.field=value`, of all methods where none is named.
+        resume: go on with what an interrupted one has left, or with more methods; the summary's
+            seconds and peak memory are then those of the last go.
+
+    Raises UserError, before anything is trained, for an override that a method's config refuses,
+    and for a directory that holds something else, or is another process's.
+    """
+    begun = time.monotonic()
+    if tiny:
+        from opsd.quickstart.tiny_recipe import tiny_recipe
+
+        recipe = tiny_recipe(seed, problems, solutions)
+    else:
+        from opsd.quickstart.smollm2_recipe import COLD_STEPS, smollm2_recipe
+
+        recipe = smollm2_recipe(
+            seed, problems, model_path, steps or COLD_STEPS, solutions=solutions, voice=voice
+        )
+    if steps is not None:
+        recipe = replace(
+            recipe,
+            sections=merge(recipe.sections, {"train": {"warmup_steps": 0}}),
+            methods={
+                name: merge(own, {"train": {"steps": steps, "warmup_steps": 0}})
+                for name, own in recipe.methods.items()
+            },
+        )
+    recipe = replace(recipe, methods=overridden(recipe.methods, overrides))
+    check_methods(recipe.sections, {method: recipe.methods[method] for method in methods})
+    arguments = {
+        "tiny": tiny,
+        "seed": seed,
+        "model": model_path,
+        "steps": steps,
+        "problems": problems,
+        "solutions": solutions,
+        "voice": voice,
+        "overrides": list(overrides),
+    }
+    with held(directory, OUTPUT, ARGUMENTS):
+        _claim(directory, arguments, resume)
+        (directory / "summary.json").unlink(missing_ok=True)  # says that all is done
+        torch.manual_seed(seed)
+        pretrained, before = _make_base(recipe, directory, display)
+        for method in methods:
+            _train_method(recipe, method, directory, seed, before, display)
+        there = [name for name in recipe.methods if name in methods or _done(directory / name)]
+        summary = _summary(recipe, directory, there, seed, pretrained, before)
+        summary["seconds"] = time.monotonic() - begun
+        summary["peak_memory_bytes"] = peak_memory()
+        configs = {method: _config(directory / method) for method in there}
+        text = yaml.safe_dump(configs, sort_keys=False, allow_unicode=True)
+        (directory / "config.yaml").write_text(text)
+        write_json(directory / "summary.json", summary)
+        written = write_report(directory)
+    _show(display, summary, written)
+    return summary
+
+
+def _claim(directory: Path, arguments: dict[str, Any], resume: bool) -> None:
+    """Keep what the quickstart was asked for, or check that this one was asked for the same."""
+    file = directory / ARGUMENTS
+    where = f"{OUTPUT} is {str(directory)!r}"
+    # With these alone nothing has been made yet: the download failed, or there is no such model.
+    nothing = {directory / LOCK, file, part(file)}
+    if any(path not in nothing for path in directory.iterdir()):
+        if not file.is_file():
+            raise UserError(f"{where}: it is not empty; choose another, or remove it")
+        if not resume:
+            raise UserError(
+                f"{where}: this quickstart has been started before; go on with --resume, or choose "
+                "another"
+            )
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{where}: {file.name} there cannot be read; choose another") from None
+        changed = [name for name in arguments if there.get(name) != arguments[name]]
+        if changed:
+            name = changed[0]
+            raise UserError(
+                f"{where}: it was begun with {name} {there.get(name)!r}, not {arguments[name]!r}; "
+                "--resume is for the same command, or for other --methods"
+            )
+    write_json(file, arguments)
+
+
+def _make_base(
+    recipe: Recipe, directory: Path, display: Display
+) -> tuple[Evaluation | None, dict[str, Evaluation]]:
+    """Make `directory`/base, unless it is there: the model and the problems of all methods.
+
+    Returns the evaluations of the pretrained model, if there was one, and of the base, by role.
+    """
+    place = directory / "base"
+    measured = place / "evaluations.json"  # written last: the base is whole
+    if measured.is_file():
+        known = {
+            name: Evaluation.from_json(values)
+            for name, values in json.loads(measured.read_text(encoding="utf-8")).items()
+        }
+        return known.pop("pretrained", None), known
+    test = _tests(recipe)
+    base = recipe.make_base(directory, test, display)
+    place.mkdir(exist_ok=True)
+    save_model(base.model, base.tokenizer, place)
+    # The problems too: a method's config.yaml then holds all that `opsd train` needs to redo it.
+    save_rows(recipe.train_rows, place / "train.jsonl")
+    save_rows(recipe.held_out_rows, place / "held_out.jsonl")
+    held_out = test(base.tokenizer)
+    precision = recipe.sections["train"].get("precision", "bf16")
+    decoder = copy_model(base.model, torch.bfloat16 if precision == "bf16" else torch.float32)
+    before = {
+        "student": held_out.evaluate(decoder, display, "student", "base"),
+        "teacher": held_out.first(recipe.teacher_problems).evaluate(
+            decoder, display, "teacher", "base as teacher"
+        ),
+    }
+    pretrained = {} if base.pretrained is None else {"pretrained": base.pretrained}
+    write_json(measured, {name: asdict(result) for name, result in (pretrained | before).items()})
+    return base.pretrained, before
+
+
+def save_rows(rows: Sequence[Row], path: Path) -> None:
+    """Rows as JSON lines, all their columns."""
+    lines = [json.dumps(dict(row.columns), ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines))
+
+
+def _tests(recipe: Recipe):
+    """tokenizer → the held-out problems in that tokenizer's contexts, answered greedily."""
+    rollout, held = recipe.sections["rollout"], recipe.sections["eval"]
+    sampling = Sampling(
+        rollout["max_new_tokens"], temperature=0, batch_size=held.get("batch_size", 64)
+    )
+    section = PromptsSection(**recipe.sections["prompts"])
+    return lambda tokenizer: HeldOut(
+        recipe.held_out_rows, Prompts(section, tokenizer), recipe.grader, sampling
+    )
+
+
+def _train_method(
+    recipe: Recipe,
+    method: str,
+    directory: Path,
+    seed: int,
+    before: dict[str, Evaluation],
+    display: Display,
+) -> None:
+    place = directory / method
+    if not _done(place):
+        config = method_config(recipe, method, directory, seed, display)
+        checkpoint = claim_directory(place, config, resume=True)
+        model, tokenizer = load_model(config.model)
+        torch.manual_seed(seed)
+        run(
+            config,
+            model,
+            tokenizer,
+            recipe.train_rows,
+            recipe.held_out_rows,
+            recipe.grader,
+            display,
+            checkpoint=checkpoint,
+            before=before,
+            reward=recipe.reward,
+        )
+    write_report(place)
+
+
+def _done(run_directory: Path) -> bool:
+    return (run_directory / "summary.json").is_file()
+
+
+def _config(directory: Path) -> dict:
+    return yaml.safe_load((directory / "config.yaml").read_text())
+
+
+def _summary(
+    recipe: Recipe,
+    directory: Path,
+    methods: Sequence[str],
+    seed: int,
+    pretrained: Evaluation | None,
+    before: dict[str, Evaluation],
+) -> dict:
+    summary: dict = {"model": recipe.name}
+    if pretrained is not None:
+        summary["pretrained"] = {
+            "accuracy": pretrained.accuracy,
+            "problems": len(pretrained.grades),
+        }
+    summary["base"] = {
+        "accuracy": before["student"].accuracy,
+        "teacher_accuracy": before["teacher"].accuracy,
+        "teacher_problems": len(before["teacher"].grades),
+    }
+    summary["methods"] = {method: _curve(directory / method, method) for method in methods}
+    summary["problems"] = len(recipe.held_out_rows)
+    return summary | {"seed": seed, "versions": versions(), "machine": machine()}
+
+
+def _curve(directory: Path, method: str) -> dict:
+    """A method's last accuracy, and its curve over the tokens it is charged for."""
+    axis = "trained_tokens" if method == "sft" else "generated_tokens"
+    lines = [
+        line for line in read_lines(directory / "evaluations.jsonl") if line["role"] == "student"
+    ]
+    last = lines[-1]
+    return {
+        "accuracy": last["accuracy"],
+        "generated_tokens": last["generated_tokens"],
+        "trained_tokens": last["trained_tokens"],
+        "curve": [[line[axis], line["accuracy"]] for line in lines],
+    }
+
+
+def _show(display: Display, summary: dict, written: dict[str, Path]) -> None:
+    n = summary["problems"]
+
+    def row(name: str, accuracy: float, tokens: str, n: int = n) -> list[str]:
+        low, high = wilson_interval(accuracy * n, n)
+        return [name, f"{accuracy:.3f}", f"{low:.3f} to {high:.3f}", tokens]
+
+    rows = []
+    if "pretrained" in summary:
+        before = summary["pretrained"]
+        rows.append(row("pretrained", before["accuracy"], "-", before["problems"]))
+    base = summary["base"]
+    rows.append(row("base", base["accuracy"], "0"))
+    shown = base["teacher_accuracy"], "-", base["teacher_problems"]
+    rows.append(row("base, shown the solution", *shown))
+    for method, result in summary["methods"].items():
+        tokens = result["trained_tokens" if method == "sft" else "generated_tokens"]
+        kind = "trained" if method == "sft" else "generated"
+        rows.append(row(method, result["accuracy"], f"{tokens:,} {kind}"))
+    columns = ["model", "held-out accuracy", "95 % interval", "tokens"]
+    display.table(f"{summary['model']}, {n} held-out problems", columns, rows)
+    display.note(
+        f"{summary['seconds']:.0f} s, peak memory {summary['peak_memory_bytes'] / 1e9:.1f} GB"
+    )
+    display.paths("Written", written)

@@ -1,0 +1,108 @@
+"""Rollouts by vLLM in this process, on the GPU that trains: it sleeps while training runs."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from opsd.models.copies import named_weights
+from opsd.rollout.base import Rollout, Sampling, draw_seeds
+
+
+class ColocatedSampler:
+    """vLLM's `LLM`, awake from `follow` to the end of `sample`, else asleep (level 2: no weights).
+
+    Args:
+        path: the model's directory or hub name.
+        trains: whether the weights will come by `follow`; if not, they are read from `path` and it
+            never sleeps.
+        memory: the share of the GPU's memory that it may hold while it is awake.
+        settings: further arguments of `LLM`.
+    """
+
+    engine = "vllm"
+
+    def __init__(
+        self,
+        path: str,
+        stops: frozenset[int],
+        *,
+        trains: bool,
+        dtype: torch.dtype,
+        memory: float,
+        **settings: Any,
+    ):
+        # In this process: new weights are handed over as tensors, not by way of another process.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        import vllm
+
+        self.stops, self.dtype, self.trains, self._vllm = stops, dtype, trains, vllm
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            settings["distributed_executor_backend"] = "external_launcher"  # an engine a rank
+        self.llm = vllm.LLM(
+            model=path,
+            dtype=str(dtype).removeprefix("torch."),
+            gpu_memory_utilization=memory,
+            enable_sleep_mode=trains,
+            load_format="dummy" if trains else "auto",
+            logprobs_mode="raw_logprobs",
+            **settings,
+        )
+        self._sleep()
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """See `Sampler.follow`."""
+        assert self.trains
+        torch.cuda.empty_cache()  # what torch keeps for itself is not free for vLLM
+        self.llm.wake_up(tags=["weights"])
+        weights = named_weights(model, self.dtype)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+
+    def sample(
+        self,
+        contexts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Rollout]:
+        """One rollout a context, in order; see `Sampler.sample`."""
+        seeds = draw_seeds(sampling, len(contexts))
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(context)} for context in contexts],
+            [self._parameters(sampling, seed) for seed in seeds],
+            use_tqdm=False,
+        )
+        rollouts = [
+            self._rollout(output.outputs[0], seed)
+            for output, seed in zip(outputs, seeds, strict=True)
+        ]
+        if progress:
+            progress(len(rollouts), sum(len(rollout.ids) for rollout in rollouts))
+        self._sleep()
+        return rollouts
+
+    def _sleep(self) -> None:
+        if self.trains:
+            self.llm.sleep(level=2)
+
+    def _parameters(self, sampling: Sampling, seed: int | None):
+        return self._vllm.SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=seed,
+            stop_token_ids=sorted(self.stops),
+            logprobs=0,  # of the drawn token alone
+            detokenize=False,
+        )
+
+    def _rollout(self, output, seed: int | None) -> Rollout:
+        ids = list(output.token_ids)
+        log_probs = [
+            place[token].logprob for place, token in zip(output.logprobs, ids, strict=True)
+        ]
+        return Rollout(ids, ids[-1] in self.stops, log_probs, seed)

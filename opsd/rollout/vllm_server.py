@@ -1,0 +1,84 @@
+"""Rollouts by a vLLM server, which is given the new weights before each sampling."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from opsd.models.copies import named_weights
+from opsd.rollout.base import Rollout, Sampling, draw_seeds
+from opsd.rollout.threads import as_done
+from opsd.rollout.vllm_client import VLLMServer
+
+
+class ServerSampler:
+    """`sampling.batch_size` requests at once, one rollout each.
+
+    Args:
+        directory: where `follow` leaves the weights for the server, which must see it under this
+            path; None: they stay as they are.
+        dtype: of the weights there.
+
+    Each rollout is drawn with a seed of its own, which is taken from torch's generator. Where the
+    server goes away the generator is put back: what samples the same contexts later, in this
+    process or in one that resumes, asks for the same rollouts.
+    """
+
+    engine = "vllm_server"
+
+    def __init__(
+        self,
+        server: VLLMServer,
+        stops: frozenset[int],
+        directory: Path | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        self.server, self.stops = server, stops
+        self.directory, self.dtype = directory, dtype
+        self.versions = 0
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)  # what a run that was killed has left
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """See `Sampler.follow`: writes the weights down and has the server load them."""
+        # A new place each time: some releases of vLLM keep what they have read from a path
+        # (vllm-project/vllm#32718).
+        assert self.directory is not None
+        self.versions += 1
+        place = self.directory / str(self.versions)
+        place.mkdir(parents=True)
+        try:
+            weights = {name: w.cpu().contiguous() for name, w in named_weights(model, self.dtype)}
+            save_file(weights, place / "model.safetensors", {"format": "pt"})
+            self.server.load(place.absolute())
+        finally:
+            shutil.rmtree(self.directory)
+
+    def sample(
+        self,
+        contexts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Rollout]:
+        """One rollout a context, in order; see `Sampler.sample`. Raises ServerGoneError, and of its
+        kind ServerRestartedError where the server has lost the weights meanwhile."""
+        before = torch.get_rng_state()
+        seeds = draw_seeds(sampling, len(contexts))
+        rollouts: list[Rollout | None] = [None] * len(contexts)
+
+        def ask(i: int, stop) -> Rollout:
+            return self.server.complete(contexts[i], sampling, seeds[i], self.stops, stop)
+
+        try:
+            for i, rollout in as_done(ask, len(contexts), sampling.batch_size):
+                rollouts[i] = rollout
+                if progress:
+                    progress(1, len(rollout.ids))
+            self.server.check_restart()
+        except BaseException:
+            torch.set_rng_state(before)
+            raise
+        return rollouts

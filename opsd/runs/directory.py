@@ -1,0 +1,226 @@
+"""A run's directory: whose it is, what an interrupted run has left in it, and who trains there."""
+
+from opsd.common.files import part
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from opsd.config.config import Config
+from opsd.config.load import load_config, save_config
+from opsd.data.rows import Row
+from opsd.common.errors import UserError, in_short
+
+CONFIG = "config.yaml"
+LOCK = "run.lock"
+PROBLEMS = "problems.json"
+
+MAY_CHANGE = (
+    "train.token_budget",
+    "train.micro_batch_tokens",
+    "train.share_prefixes",
+    "train.prefix_kernel",
+    "train.gradient_checkpointing",
+    "train.not_finite",
+    "train.save_every",
+    "train.save_total_limit",
+    "train.collapse",
+    "loss.backend",
+    "loss.memory_budget",
+    "rollout.batch_size",
+    "rollout.gpu_memory",
+    "rollout.server",
+    "rollout.server_timeout",
+    "rollout.server_patience",
+    "rollout.weights_dir",
+    "eval.every",
+    "eval.batch_size",
+    "eval.samples",
+    "output",
+)
+"""Fields, and sections, that a run that goes on may have otherwise: they say where and in what
+pieces it computes, how long, and what is written, not what is learnt. train.steps is one where the
+learning rate does not depend on it."""
+
+NAMED = 3  # fields in a message
+
+
+@contextmanager
+def held(directory: Path, field: str = "output.dir", mark: str = CONFIG) -> Iterator[None]:
+    """Nobody else trains in the directory meanwhile. The lock ends with the process, however it
+    ends; it is not seen by machines that share a file system without locks.
+
+    field: what named the directory. mark: the file that a directory of ours holds. Raises UserError
+    where another process holds it.
+    """
+    where = f"{field} is {str(directory)!r}"
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{where}: a file is in the way")
+    with _written_there(directory, field):
+        directory.mkdir(parents=True, exist_ok=True)
+        foreign = [path for path in directory.iterdir() if path.name != LOCK]
+        ours = not foreign or (directory / mark).is_file()
+        file = (directory / LOCK).open("a+") if ours else None
+    if file is None:
+        yield  # not a run's: whoever claims it says so
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"{where}: process {file.read().strip() or '?'} is training there; wait for it, "
+                "or choose another directory"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def claim_directory(directory: Path, config: Config, resume: bool) -> Path | None:
+    """Make the run's directory, or check that it is this run's; returns its last checkpoint.
+
+    What an interrupted run has half written is removed. Raises UserError when the directory belongs
+    to another run, or to something else.
+    """
+    mine = directory / CONFIG
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
+    # With a config alone nothing has been run yet: an error in the data or the model came first.
+    problems = directory / PROBLEMS
+    nothing = {mine, part(mine), problems, part(problems), directory / LOCK}
+    if directory.exists() and any(path not in nothing for path in directory.iterdir()):
+        if not mine.is_file():
+            raise UserError(
+                f"output.dir is {str(directory)!r}: it holds files that are not a run's; "
+                "choose another"
+            )
+        changed = _changed(mine, config)
+        if changed:
+            raise UserError(
+                f"output.dir is {str(directory)!r}: it belongs to a run with another config "
+                f"({'; '.join(changed)}); choose another directory"
+            )
+        if not resume:
+            raise UserError(
+                f"output.dir is {str(directory)!r}: this run has been started before; go on "
+                "with --resume, or choose another directory"
+            )
+        for left in directory.glob("*.part"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    with _written_there(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        save_config(config, part(mine))
+        part(mine).replace(mine)
+    return last_checkpoint(directory)
+
+
+@contextmanager
+def _written_there(directory: Path, field: str = "output.dir") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{field} is {str(directory)!r}: cannot write there ({error.strerror})"
+        ) from None
+
+
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that was written to the end, or None. Raises UserError where it has
+    been damaged since."""
+    # trainer_state.json is the last file that Trainer writes.
+    whole = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
+    last = max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    if last is not None:
+        with read_whole(last):
+            json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    return last
+
+
+def check_problems(
+    directory: Path, rows: Mapping[str, Sequence[Row]], checkpoint: Path | None
+) -> None:
+    """Keep a digest of the run's problems, or check that a checkpoint has seen these.
+
+    rows: the field that names where they are from → the rows. Raises UserError where a file or a
+    dataset has changed since: the run would go on as another.
+    """
+    file = directory / PROBLEMS
+    here = {field: {"rows": len(of), "sha256": _digest(of)} for field, of in rows.items()}
+    if checkpoint is not None and file.is_file():
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))
+            before = {field: there[field]["rows"] for field in here}
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{str(file)!r} cannot be read; without that file the run goes on with whatever "
+                "problems there are now"
+            ) from None
+        for field, now in here.items():
+            if there[field] != now:
+                raise UserError(
+                    f"{field}: the problems are not those that the run in {str(directory)!r} began "
+                    f"with ({before[field]} rows then, {now['rows']} now); restore them, or "
+                    "begin another run in another output.dir"
+                )
+        return
+    with _written_there(directory):
+        part(file).write_text(json.dumps(here, indent=1), encoding="utf-8")
+        part(file).replace(file)
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.problem, row.solution, row.answer)).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def read_whole(checkpoint: str | Path | None) -> Iterator[None]:
+    """What is read of a checkpoint is tensors and numbers; a file that holds more, or less, is the
+    user's to look at. Raises UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"output.dir: {str(checkpoint)!r} cannot be read ({in_short(error)}); without that "
+            "directory, --resume goes on from the checkpoint before"
+        ) from error
+
+
+def _changed(path: Path, config: Config) -> list[str]:
+    """What this config says otherwise than the one in the file, of what may not change."""
+    try:
+        there = _flat(load_config(path).model_dump())
+    except UserError:
+        return [f"{path.name} there cannot be read"]
+    here = _flat(config.model_dump())
+    free = MAY_CHANGE + (("train.steps",) if config.train.schedule == "constant" else ())
+    found = [
+        f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+        and not any(name == field or name.startswith(f"{field}.") for field in free)
+    ]
+    more = [f"{len(found) - NAMED} more"] if len(found) > NAMED else []
+    return found[:NAMED] + more
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, of dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found

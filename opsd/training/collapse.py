@@ -1,0 +1,83 @@
+"""Signs that a run collapses, and what to do then: `train.collapse`.
+
+Four measures, each averaged over a window of steps: the student's entropy and the rollouts' length,
+against the first window; pass@k of graded rollouts, against the best window; the share of tokens
+whose clipped gradient points away from the unclipped one, against a bound. On-policy
+self-distillation is known to collapse past some hundred steps at high rates. pass@k says so first
+where rollouts are graded, some steps after accuracy has gone (docs/results.md).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from opsd.config.sections import CollapseSection
+
+
+@dataclass
+class Trace:
+    """One measure: its last values, and the mean that they are judged against."""
+
+    window: int
+    values: list[float] = field(default_factory=list)
+    first: float | None = None  # of the first window
+    best: float | None = None
+
+    def add(self, value: float) -> float | None:
+        """The mean of the last window after `value`; None while it is not full."""
+        self.values = [*self.values, value][-self.window :]
+        if len(self.values) < self.window:
+            return None
+        mean = sum(self.values) / self.window
+        self.first = mean if self.first is None else self.first
+        self.best = mean if self.best is None else max(self.best, mean)
+        return mean
+
+
+class CollapseWatch:
+    """Reads each step's metrics; says what has collapsed, each measure once.
+
+    `past`: the metrics of the steps before, where a run is resumed.
+    """
+
+    def __init__(self, section: CollapseSection, past: Iterable[dict] = ()):
+        self.section, self.seen = section, set[str]()
+        self.traces: dict[str, Trace] = {}
+        for line in past:
+            self(line)
+
+    def __call__(self, line: dict) -> dict[str, str]:
+        """A step's metrics line → measures that have collapsed now, with a sentence on each."""
+        if self.section.on == "off":
+            return {}
+        found = {}
+        for name, measure in _MEASURES.items():
+            value = line.get(measure)
+            if value is None:
+                continue
+            trace = self.traces.setdefault(name, Trace(self.section.window))
+            mean = trace.add(value)
+            bound = getattr(self.section, name)
+            said = None if mean is None else _judge(name, measure, mean, bound, trace)
+            if said is not None and name not in self.seen:
+                self.seen.add(name)
+                found[name] = f"{said} (train.collapse.{name} is {bound:g})"
+        return found
+
+
+_MEASURES = {
+    "entropy": "student_entropy",
+    "length": "rollout_length",
+    "pass_at_k": "pass_at_k",
+    "opposed": "opposed_fraction",
+}
+
+
+def _judge(name: str, measure: str, mean: float, bound: float, trace: Trace) -> str | None:
+    """What is wrong with the window's mean, if anything is."""
+    if name == "opposed":
+        wrong = mean > bound
+        return f"{measure} is {mean:.3g} over {trace.window} steps" if wrong else None
+    before, when = (trace.best, "at its best") if name == "pass_at_k" else (trace.first, "at first")
+    if before <= 0 or mean >= bound * before:
+        return None
+    return f"{measure} is {mean:.3g} over {trace.window} steps, it was {before:.3g} {when}"

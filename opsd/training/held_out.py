@@ -1,0 +1,139 @@
+"""Sample answers to held-out problems and grade them."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opsd.common.display import Display
+from opsd.common.statistics import wilson_interval
+from opsd.data.prompts import Prompts
+from opsd.data.rows import Row
+from opsd.distributed.processes import Processes
+from opsd.grading.grader import Grade, Grades
+from opsd.models.load import stop_ids
+from opsd.rollout import SAMPLERS, Rollout, Sampler, Sampling, SplitSampler
+from opsd.rollout.base import decode
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One pass over the held-out problems, one answer each."""
+
+    rollouts: list[Rollout]
+    completions: list[str]
+    grades: list[Grade]
+    seconds: float
+    sampling: dict  # the engine, and how it drew tokens
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Evaluation":
+        """Of what `dataclasses.asdict` made, by way of JSON."""
+        rollouts = [Rollout(**rollout) for rollout in values["rollouts"]]
+        grades = [Grade(**grade) for grade in values["grades"]]
+        return cls(**(values | {"rollouts": rollouts, "grades": grades}))
+
+    @property
+    def accuracy(self) -> float:
+        """The share of correct answers; a cut-off answer counts by what it says so far."""
+        return sum(grade.correct for grade in self.grades) / len(self.grades)
+
+    def record(self) -> dict:
+        """The line for evaluations.jsonl, without step and token counts."""
+        n = len(self.grades)
+        low, high = wilson_interval(self.accuracy * n, n)
+        return {
+            "accuracy": self.accuracy,
+            "low": low,
+            "high": high,
+            "problems": n,
+            "samples": 1,
+            "mean_length": sum(len(r.ids) for r in self.rollouts) / n,
+            "truncated_fraction": sum(not r.finished for r in self.rollouts) / n,
+            "seconds": self.seconds,
+        }
+
+
+class HeldOut:
+    """The held-out problems, ready to be put to any model in either role."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        prompts: Prompts,
+        grader: Grades,
+        sampling: Sampling,
+        engine: str = "generate",
+        processes: Processes | None = None,
+    ):
+        self.rows, self.prompts, self.grader = rows, prompts, grader
+        self.sampling, self.engine, self.processes = sampling, engine, processes
+
+    def first(self, count: int | None) -> "HeldOut":
+        """The first problems only; None: all."""
+        rows = self.rows[:count]
+        return HeldOut(rows, self.prompts, self.grader, self.sampling, self.engine, self.processes)
+
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        display: Display,
+        role: str = "student",
+        name: str = "",
+        sampler: Sampler | None = None,
+    ) -> Evaluation:
+        """One answer a problem from `model`, in `role`'s prompt; `sampler`: who answers for it.
+
+        Of several processes each samples a part (`sampler` has to see to it), the first grades.
+        """
+        contexts = [self.prompts.ids(row, role) for row in self.rows]
+        tokenizer = self.prompts.tokenizer
+        if sampler is None:
+            sampler = SAMPLERS[self.engine](model, stop_ids(model, tokenizer))
+            if self.processes is not None:
+                sampler = SplitSampler(sampler, self.processes)
+        grader = self.grader
+        if self.processes is not None:
+            grader = FirstGrades(grader, self.processes)
+        with display.stage(f"Evaluate the {name or role}", total=len(self.rows)) as stage:
+            result = evaluate(
+                sampler,
+                tokenizer,
+                contexts,
+                self.rows,
+                grader,
+                self.sampling,
+                lambda sequences, tokens: stage.advance(sequences),
+            )
+            stage.update(accuracy=result.accuracy)
+        return result
+
+
+class FirstGrades:
+    """The first process grades for all."""
+
+    def __init__(self, grader: Grades, processes: Processes):
+        self.grader, self.processes = grader, processes
+
+    def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
+        """One Grade a completion."""
+        return self.processes.once(lambda: self.grader.grade(completions, answers))
+
+
+def evaluate(
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Sequence[Sequence[int]],
+    rows: Sequence[Row],
+    grader: Grades,
+    sampling: Sampling,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """One answer a context (greedy if `sampling.temperature` is 0), graded against the rows."""
+    start = time.monotonic()
+    rollouts = sampler.sample(contexts, sampling, progress)
+    completions = decode(tokenizer, rollouts)
+    grades = grader.grade(completions, [row.answer for row in rows])
+    how = {"engine": sampler.engine, **asdict(sampling)}
+    return Evaluation(rollouts, completions, grades, time.monotonic() - start, how)

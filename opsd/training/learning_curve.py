@@ -1,0 +1,75 @@
+"""A run's learning curve: its held-out evaluations, and what a reader is shown of each."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from opsd.common.display import Display
+from opsd.config.config import Config
+from opsd.rollout import Sampler
+from opsd.runs.log import RunLog
+from opsd.training.held_out import Evaluation, HeldOut
+from opsd.training.sample_records import sample_records
+
+
+@dataclass
+class LearningCurve:
+    """The lines of evaluations.jsonl, and of samples.jsonl.
+
+    Attributes:
+        test: the held-out problems.
+        model: what trains, and what is measured.
+        sampler: answers with the model's weights, which it is shown before.
+        decoder: the model as the sampler's weights have it; its view of the samples is shown.
+        teacher: whose view is shown beside it, as it sees `teacher_role`'s context.
+    """
+
+    config: Config
+    test: HeldOut
+    model: PreTrainedModel
+    sampler: Sampler
+    decoder: PreTrainedModel
+    teacher: PreTrainedModel
+    teacher_role: str
+    log: RunLog
+    display: Display
+
+    def begin(self, before: dict[str, Evaluation] | None = None) -> None:
+        """Step 0; `before`: its evaluations by role, where they are known already."""
+        if before is None:
+            before = {"student": self._answer()}
+            if self.config.eval.teacher:
+                role = self.teacher_role
+                before["teacher"] = self.test.evaluate(self.teacher, self.display, role, "teacher")
+        for role, result in before.items():
+            self._record(0, role, result)
+
+    def __call__(self, step: int) -> dict:
+        """Measure the model as it is after this step; returns its line."""
+        return self._record(step, "student", self._answer())
+
+    def _answer(self) -> Evaluation:
+        self.sampler.follow(self.model)
+        return self.test.evaluate(self.decoder, self.display, sampler=self.sampler)
+
+    def _record(self, step: int, role: str, result: Evaluation) -> dict:
+        counters = self.log.counters
+        place = {
+            "step": step,
+            "generated_tokens": counters.generated_tokens,
+            "trained_tokens": counters.trained_tokens,
+        }
+        if role == "student" and self.log.writes:
+            for sample in sample_records(
+                self.decoder,
+                self.teacher,
+                self.test.prompts,
+                self.test.rows,
+                result,
+                self.config.eval.samples,
+                self.teacher_role,
+            ):
+                self.log.sample({**place, "method": self.config.method, **sample})
+        line = {**place, "role": role, **result.record()}
+        self.log.evaluation(line)  # the last: samples without it are dropped when a run is resumed
+        return line

@@ -1,0 +1,116 @@
+"""A step's line in metrics.jsonl: what it spent, what it measured, and whether the run is over."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from opsd.config.config import Config
+from opsd.objectives import Problem, Totals
+from opsd.runs.log import RunLog
+from opsd.training.collapse import CollapseWatch
+
+
+class StepLog:
+    """Keeps a step's measures until Trainer knows its loss and norm, then writes its line.
+
+    Args:
+        run_log: the run's files, and its counters, which go on from them.
+        on_step: called with each line, for the display.
+        note: called with a line for the terminal.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_log: RunLog,
+        on_step: Callable[[dict], None],
+        note: Callable[[str], None],
+    ):
+        self.config, self.run_log, self.on_step, self.note = config, run_log, on_step, note
+        self.collapse = CollapseWatch(config.train.collapse, run_log.past)
+        self._measures: dict[str, Any] = {}
+
+    @property
+    def waits(self) -> bool:
+        """Whether a step has been counted and not been written."""
+        return bool(self._measures)
+
+    def count(
+        self,
+        problems: Sequence[Problem],
+        totals: Totals,
+        measures: dict[str, float],
+        seconds: float,
+    ) -> None:
+        """A step that is done but for its optimizer update. `problems` are those asked, with their
+        rollouts; `totals` are its samples'; `measures` are what else was measured.
+        """
+        rollouts = [rollout for problem in problems for rollout in problem.rollouts]
+        length = sum(len(rollout.ids) for rollout in rollouts)
+        counters = self.run_log.counters
+        if self.config.rollout.source != "reference":
+            counters.generated_tokens += length
+        counters.trained_tokens += totals.tokens
+        counters.seconds += seconds
+        line = {"divergence": None, "student_entropy": None, **totals.means(), **measures}
+        if rollouts:
+            line["rollout_length"] = length / len(rollouts)
+            line["truncated_fraction"] = sum(not r.finished for r in rollouts) / len(rollouts)
+        else:
+            line["rollout_length"] = totals.tokens / len(problems)
+        line["tokens_per_second"] = totals.tokens / seconds
+        self._measures = line
+
+    def write(
+        self, step: int, logs: dict[str, Any], parts: Sequence[dict[str, float]], left_out: bool
+    ) -> tuple[dict[str, float], bool]:
+        """Writes the line of the step counted last.
+
+        Args:
+            logs: Trainer's own: the loss, the gradient's norm, the learning rate, the epoch.
+            parts: each process's seconds in each part; the slowest is what the step takes.
+            left_out: the step made no update, since something in it was not finite.
+
+        Returns its numbers, for Trainer's loggers (W&B, TensorBoard), and whether the run is over:
+        its tokens or steps are spent, or it has collapsed.
+        """
+        if left_out:
+            logs = {**logs, "loss": None, "grad_norm": None}
+            self._measures["left_out"] = 1
+        line = {
+            "step": step,
+            "method": self.config.method,
+            **asdict(self.run_log.counters),
+            **logs,
+            **self._measures,
+            **_most(parts),
+        }
+        self._measures = {}
+        collapsed = self._has_collapsed(line)
+        self.run_log.metrics(line)
+        self.on_step(line)
+        numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+        return numbers, collapsed or self.is_done(step)
+
+    def is_done(self, step: int) -> bool:
+        """Whether the run has spent its tokens or its steps."""
+        counters, budget = self.run_log.counters, self.config.train.token_budget
+        spent = counters.generated_tokens or counters.trained_tokens
+        if budget is not None and spent >= budget:
+            return True
+        return step >= self.config.train.steps
+
+    def _has_collapsed(self, line: dict[str, Any]) -> bool:
+        """Says what has collapsed, in the line too; whether the run is to stop for it."""
+        stop = False
+        for name, said in self.collapse(line).items():
+            line["collapse"] = [*line.get("collapse", []), name]
+            stop = self.config.train.collapse.on == "stop"
+            self.note(f"Step {line['step']}: collapse: {said}" + ("; stopping" if stop else ""))
+        return stop
+
+
+def _most(dictionaries: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The largest value of each key."""
+    keys = dict.fromkeys(key for values in dictionaries for key in values)
+    return {key: max(v[key] for v in dictionaries if key in v) for key in keys}

@@ -1,0 +1,99 @@
+"""From rollouts to lessons: their grades, what is measured of them, and what the teacher is shown.
+
+A problem goes through here once its rollouts are there: `graded`, then `taught` where the teacher's
+context is made of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from opsd.common.errors import UserError
+from opsd.data.prompts import Prompts
+from opsd.grading.rewards import Judge
+from opsd.objectives import Problem
+
+
+def graded(problems: Sequence[Problem], judge: Judge | None) -> list[Problem]:
+    """The problems with the outcome of each rollout; as they are without a judge."""
+    if judge is None:
+        return list(problems)
+    rollouts = [rollout for p in problems for rollout in p.rollouts]
+    outcomes = iter(judge(rollouts, [p.row for p in problems for _ in p.rollouts]))
+    return [replace(p, outcomes=[next(outcomes) for _ in p.rollouts]) for p in problems]
+
+
+def informative(problem: Problem) -> bool:
+    """Whether a problem's rewards differ, so that a group advantage says something."""
+    rewards = [outcome.reward for outcome in problem.outcomes]
+    return min(rewards) != max(rewards)
+
+
+def outcome_measures(problems: Sequence[Problem]) -> dict[str, float]:
+    """What the log says of graded rollouts; nothing of others.
+
+    `pass_at_k`: the share of problems that one rollout at least is right for, k = per_problem.
+    """
+    if not problems or problems[0].outcomes is None:
+        return {}
+    outcomes = [outcome for p in problems for outcome in p.outcomes]
+    return {
+        "reward": sum(outcome.reward for outcome in outcomes) / len(outcomes),
+        "correct_fraction": sum(outcome.correct for outcome in outcomes) / len(outcomes),
+        "pass_at_k": sum(any(o.correct for o in p.outcomes) for p in problems) / len(problems),
+        "format_fraction": sum(outcome.formatted for outcome in outcomes) / len(outcomes),
+    }
+
+
+class Lessons:
+    """Fills in a teacher's template over rollouts.
+
+    Args:
+        window: the longest sequence that the models allow; None: any.
+        skip: leave out a rollout that does not fit after its teacher's context, and count it; or
+            else it is an error.
+        note: called once with a line for the terminal, when one is left out.
+    """
+
+    def __init__(
+        self, prompts: Prompts, window: int | None, skip: bool, note: Callable[[str], None]
+    ):
+        self.prompts, self.window, self.skip, self.note = prompts, window, skip, note
+        self.noted = False
+
+    def __call__(self, problems: Sequence[Problem]) -> tuple[list[Problem], dict[str, float]]:
+        """The problems with the teacher's context of each rollout, and what is measured of them."""
+        if not self.prompts.over_rollouts:
+            return list(problems), {}
+        too_long, taught = 0, []
+        for problem in problems:
+            teachers = []
+            for number, (rollout, outcome) in enumerate(
+                zip(problem.rollouts, problem.outcomes, strict=True)
+            ):
+                peers = [*problem.outcomes[:number], *problem.outcomes[number + 1 :]]
+                context = self.prompts.teacher_of(problem.row, outcome, peers)
+                length = 0 if context is None else len(context) + len(rollout.ids)
+                if self.window is not None and length > self.window:
+                    self._too_long(problem, length)
+                    too_long, context = too_long + 1, None
+                teachers.append(context)
+            taught.append(replace(problem, teachers=teachers))
+        contexts = [context for p in taught for context in p.teachers]
+        return taught, {
+            "taught_fraction": sum(c is not None for c in contexts) / len(contexts),
+            "too_long": too_long,
+        }
+
+    def _too_long(self, problem: Problem, length: int) -> None:
+        what = (
+            f"the teacher's context and a rollout of the problem {problem.row.problem[:60]!r} are "
+            f"{length} tokens long, the model's window is {self.window}"
+        )
+        if not self.skip:
+            raise UserError(
+                f"prompts.teacher: {what}; shorten the template or rollout.max_new_tokens, or "
+                "leave such rollouts out with prompts.too_long: skip"
+            )
+        if not self.noted:
+            self.note(f"Rollouts are left out, and counted as too_long: {what}")
+            self.noted = True

@@ -1,0 +1,209 @@
+"""The terminal display: plain lines on a pipe, live bars on a terminal, and both left in order."""
+
+# ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from opsd.common import display as display_module
+from opsd.common.display import Display
+from opsd.common.format import duration, labelled, number, percent, size
+
+
+class FakeTerminal(io.StringIO):
+    """A file that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+class Clock:
+    """`time.monotonic` that a test moves by hand."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(display_module.time, "monotonic", clock.monotonic)
+    return clock
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    return FakeTerminal()
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    return io.StringIO()
+
+
+def test_pipe_gets_at_most_one_line_every_ten_seconds(pipe, clock):
+    with Display(file=pipe).stage("Train", total=24) as stage:
+        for _ in range(24):
+            clock.now += 3.0
+            stage.advance(divergence=0.2134, tokens_per_second=310.4)
+    lines = pipe.getvalue().splitlines()
+    assert lines[0] == "Train …"
+    assert lines[1] == "Train: 4/24, 1 min 00 s left, divergence 0.213, 310 tokens/s"
+    assert lines[-1] == "Train: done in 1 min 12 s, divergence 0.213, 310 tokens/s"
+    assert len(lines) == 2 + 6  # 72 seconds in steps of 3: one line every 12 seconds
+    assert "\x1b" not in pipe.getvalue()
+
+
+def test_resumed_stage_counts_the_eta_from_where_it_started(pipe, clock):
+    with Display(file=pipe).stage("Train", total=100) as stage:
+        stage.update(completed=80)
+        assert stage.remaining is None
+        clock.now += 10
+        stage.advance(5)
+        assert stage.remaining == pytest.approx(30)
+        clock.now += 4  # the ETA counts down between steps
+        assert stage.remaining == pytest.approx(26)
+        clock.now += 400
+        assert stage.remaining == 0
+
+
+def test_eta_of_a_count_that_is_set_starts_with_the_first_one(pipe, clock):
+    with Display(file=pipe).stage("Train", total=10) as stage:
+        for step in (1, 2):
+            clock.now += 12
+            stage.update(completed=step)
+        assert stage.remaining == pytest.approx(8 * 12)
+
+
+def test_eta_counts_every_advance(pipe, clock):
+    with Display(file=pipe).stage("Train", total=10) as stage:
+        clock.now += 10
+        stage.advance()
+        assert stage.remaining == pytest.approx(90)
+
+
+def test_failed_and_interrupted_stages_say_so_and_pass_the_exception_on(pipe, clock):
+    display = Display(file=pipe)
+    for error, words in ((KeyboardInterrupt, "interrupted after"), (RuntimeError, "failed after")):
+        with pytest.raises(error), display.stage("Outer"), display.stage("Inner") as stage:
+            stage.advance(accuracy=0.5)
+            raise error
+        last = pipe.getvalue().splitlines()[-2:]
+        assert last == [f"  Inner: {words} 0.0 s, accuracy 50.0 %", f"Outer: {words} 0.0 s"]
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
+def test_terminal_cursor_and_streams_are_restored(terminal, error):
+    streams = sys.stdout, sys.stderr
+    display = Display(file=terminal)
+    try:
+        with display.stage("Outer", total=3) as outer, display.stage("Inner") as inner:
+            outer.advance(divergence=0.25)
+            inner.advance(accuracy=0.5)
+            if error:
+                raise error
+    except (KeyboardInterrupt, RuntimeError):
+        pass
+    written = terminal.getvalue()
+    assert written.count("\x1b[?25l") == 1  # one live region, hidden cursor
+    assert written.rfind("\x1b[?25h") > written.rfind("\x1b[?25l")  # and shown again after it
+    assert (sys.stdout, sys.stderr) == streams
+    assert "divergence 0.250" in written and "accuracy 50.0 %" in written
+    assert "━" in written
+
+
+def test_terminal_shows_user_text_literally(terminal):
+    display = Display(file=terminal)
+    display.note("[bold]not markup[/bold] :smile:")
+    display.table("Title [x]", ["[red]name"], [["[/red]"]])
+    with display.stage("[green]stage"):
+        pass
+    written = terminal.getvalue()
+    for text in ("[bold]not markup[/bold] :smile:", "Title [x]", "[red]name", "[/red]"):
+        assert text in written
+    assert "[green]stage" in written
+
+
+def test_table_on_a_pipe_aligns_numbers_right_and_words_left(pipe):
+    Display(file=pipe).table(
+        "Result", ["Method", "Accuracy"], [["base", "41.0 %"], ["OPSD", "100.0 %"], ["x", "–"]]
+    )
+    assert pipe.getvalue() == (
+        "Result\n  Method  Accuracy\n  base      41.0 %\n  OPSD     100.0 %\n  x              –\n"
+    )
+
+
+def test_paths_are_relative_below_the_working_directory(pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = {"report": tmp_path / "run" / "report.html", "model": tmp_path.parent / "elsewhere"}
+    Display(file=pipe).paths("Written", paths)
+    lines = pipe.getvalue().splitlines()
+    assert lines[1] == f"  report  {os.path.join('run', 'report.html')}"
+    assert lines[2] == f"  model   {(tmp_path.parent / 'elsewhere').resolve()}"
+
+
+def test_long_paths_are_not_broken_on_a_terminal(terminal, tmp_path):
+    path = tmp_path / ("a" * 60) / ("b" * 60)
+    Display(file=terminal).paths("Written", {"report": path})
+    assert str(path.resolve()) in terminal.getvalue()
+
+
+def test_quiet_writes_nothing(terminal):
+    display = Display(quiet=True, file=terminal)
+    with display.stage("Train", total=3) as stage:
+        stage.advance(loss=1.0)
+    display.note("note")
+    display.table("t", ["a"], [["b"]])
+    display.paths("p", {})
+    assert terminal.getvalue() == ""
+
+
+def test_a_pipe_that_knows_only_ascii_is_no_error(pipe):
+    raw = io.BytesIO()
+    display = Display(file=io.TextIOWrapper(raw, encoding="ascii"))
+    display.note("≥ 0.10")
+    assert raw.getvalue().strip() == b"? 0.10"
+
+
+def test_importing_the_display_does_not_import_rich():
+    code = "import sys, opsd.common.display; sys.exit('rich' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_bytes_are_counted_as_megabytes(pipe, clock):
+    stage = Display(file=pipe).stage("Download", total=93_100_000, unit="bytes")
+    stage.completed = 41_230_000
+    assert stage.progress() == "41.2 MB of 93.1 MB"
+
+
+def test_units():
+    assert [duration(s) for s in (0.42, 9.96, 59.7, 95, 3599.8, 3725)] == [
+        "0.4 s", "10 s", "1 min 00 s", "1 min 35 s", "1 h 00 min", "1 h 02 min",
+    ]  # fmt: skip
+    assert [size(n) for n in (0, 999, 1000, 93_100_000, 4.2e9, 3e12)] == [
+        "0 B", "999 B", "1 kB", "93.1 MB", "4.2 GB", "3 TB",
+    ]  # fmt: skip
+    assert [number(x) for x in (25_412, 0.1, 0.21349, 3.0, 12_345.6, float("nan"))] == [
+        "25,412", "0.100", "0.213", "3.00", "12,346", "nan",
+    ]  # fmt: skip
+    assert percent(0.4567) == "45.7 %"
+    assert labelled("tokens_per_second", 310.4) == "310 tokens/s"
+    assert labelled("truncated_fraction", 0.25) == "truncated 25.0 %"
+    assert labelled("peak_memory_bytes", 4.2e9) == "peak memory 4.2 GB"
+    assert labelled("divergence", None) == "divergence –"
+    assert labelled("method", "opsd") == "method opsd"

@@ -1,0 +1,72 @@
+"""Options that go together, and what a config asks of its data. Those that do not are refused by
+name: data/bad_inputs.txt."""
+
+import pytest
+from helpers.training_cases import ROWS, write_rows
+
+from opsd.common.errors import UserError
+from opsd.config.load import merge, parse_config
+from opsd.config.requirements import required_columns
+from opsd.training.load_data import load_data
+
+GOOD = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
+GRPO = {"method": "grpo", "rollout": {"per_problem": 4}}
+MODEL = {"teacher": {"policy": "model", "path": "t"}}
+PEERS = {"prompts": {"teacher": "{{ problem }}{% if peers %}{{ peers[0].text }}{% endif %}"}}
+
+
+def loss(**fields) -> dict:
+    return {"loss": fields}
+
+
+ALLOWED = [
+    merge(GRPO, loss(kl=0.1, normalise="rollout")),
+    merge(GRPO, {**loss(credit=0.5, credit_steps=50), "teacher": {"policy": "live"}}),
+    merge(GRPO, {**loss(credit=0.5), **PEERS}),
+    loss(weights={"incorrect": 0.0}, reward={"verifier": "mine.py:grade", "correct_at": 0.5}),
+    {**PEERS, **loss(divergence="sampled_token", epsilon_high=0.3)},
+    {"method": "distill", **MODEL, **loss(divergence="reverse_kl", clip="token")},
+    {"method": "sft", **loss(normalise="rollout", weights={"maths": 2.0})},
+    {"teacher": {"policy": "ema", "ema_decay": 0.0, "update_every": 50}},
+]
+
+
+@pytest.mark.parametrize("values", ALLOWED)
+def test_what_goes_together_is_taken(values):
+    config = parse_config(merge(GOOD, values))
+    assert parse_config(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, ["problem", "solution", "answer"]),
+        ({"eval": {"problems": 0}}, ["problem", "solution"]),
+        ({"prompts": {"teacher": "{{ problem }} Be brief."}, "eval": {"problems": 0}}, ["problem"]),
+        (merge(GRPO, {"eval": {"problems": 0}}), ["problem", "answer"]),
+        (
+            merge(GRPO, {"eval": {"problems": 0}, **loss(reward={"verifier": "v.py:grade"})}),
+            ["problem"],
+        ),
+        (
+            merge(GRPO, {"eval": {"problems": 0}, **loss(credit=0.5)}),
+            ["problem", "solution", "answer"],
+        ),
+        ({"method": "sft", "eval": {"source": "e.jsonl"}}, ["problem", "solution"]),
+        ({"method": "distill", **MODEL, "eval": {"problems": 0}}, ["problem"]),
+    ],
+)
+def test_only_columns_that_are_used_must_be_there(values, wanted):
+    assert required_columns(parse_config(merge(GOOD, values))) == wanted
+
+
+def test_rows_without_a_solution_are_refused_where_one_is_needed(tmp_path):
+    rows = [row.__class__(row.problem, "", row.answer, {"problem": row.problem}) for row in ROWS]
+    data = {"data": {"source": str(write_rows(tmp_path / "rows.jsonl", rows))}}
+    no_test = {"eval": {"problems": 0}}
+    brief = parse_config(
+        merge(GOOD, {**data, **no_test, "prompts": {"teacher": "{{ problem }} Be brief."}})
+    )
+    assert len(load_data(brief)[0]) == len(rows)
+    with pytest.raises(UserError, match="solution"):
+        load_data(parse_config(merge(GOOD, {**data, **no_test})))

@@ -1,0 +1,78 @@
+"""The config: what is refused, in which words, and what is filled in."""
+
+import pytest
+import yaml
+
+from opsd.common.errors import UserError
+from opsd.config.config import Config
+from opsd.config.load import describe, load_config, parse_config, save_config
+from opsd.config.loss import RewardSection, WeightsSection
+from opsd.config.sections import CollapseSection, LoraSection
+
+GOOD = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
+
+
+def write(path, values):
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return path
+
+
+def test_all_errors_are_named_at_once():
+    with pytest.raises(UserError) as raised:
+        parse_config({**GOOD, "train": {"steps": 0, "sed": 1}})
+    assert "train.steps is 0" in str(raised.value) and "did you mean 'seed'" in str(raised.value)
+
+
+def test_overrides_are_yaml_and_win(tmp_path):
+    path = write(tmp_path / "c.yaml", {**GOOD, "train": {"steps": 5, "seed": 1}})
+    overrides = ["train.steps=7", "train.learning_rate=1e-5", "rollout.top_p=0.9"]
+    overrides += [
+        "method=sft",
+        "loss.roles=[student, teacher]",
+        "eval.teacher=true",
+        "data.columns.problem=q",
+    ]
+    overrides += ["prompts.system=Answer a=b"]
+    config = load_config(path, overrides)
+    assert (config.train.steps, config.train.seed, config.train.learning_rate) == (7, 1, 1e-5)
+    assert config.rollout.top_p == 0.9 and config.loss.roles == ["student", "teacher"]
+    assert config.eval.teacher is True and config.data.columns == {"problem": "q"}
+    assert config.prompts.system == "Answer a=b"
+
+
+def test_an_override_may_fill_an_empty_section(tmp_path):
+    path = write(tmp_path / "c.yaml", "model: {path: m}\ndata: {source: d}\ntrain:\n")
+    assert load_config(path, ["train.steps=7"]).train.steps == 7
+
+
+def test_a_saved_config_is_the_same_config(tmp_path):
+    config = parse_config({**GOOD, "prompts": {"system": "Ünïcode: 'yes'\n"}})
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert set(yaml.safe_load((tmp_path / "config.yaml").read_text())) == set(Config.model_fields)
+
+
+def test_every_field_is_described():
+    fields = {
+        f"{section}.{name}"
+        for section, field in Config.model_fields.items()
+        if section != "method"
+        for name in field.annotation.model_fields
+    } | {
+        f"{section}.{name}"
+        for section, name in (
+            [("model", f"lora.{n}") for n in LoraSection.model_fields]
+            + [("loss", f"weights.{n}") for n in WeightsSection.model_fields]
+            + [("loss", f"reward.{n}") for n in RewardSection.model_fields]
+            + [("train", f"collapse.{n}") for n in CollapseSection.model_fields]
+        )
+    }
+    described = {
+        f"{section}.{name}": (default, text)
+        for section, name, default, text in describe()
+        if section
+    }
+    assert set(described) == fields
+    assert all(len(text) > 10 for _, text in described.values())
+    assert described["model.path"][0] == "required"
+    assert "(forward_kl | reverse_kl | jsd | sampled_token)" in described["loss.divergence"][1]

@@ -1,0 +1,182 @@
+"""Rewards: verifiers, the user's own among them; formats, overlong rollouts, errors."""
+
+from pathlib import Path
+
+import pytest
+from helpers.training_cases import ROWS, graded, quiet, short_config
+
+from opsd.cli.main import main
+from opsd.common.errors import UserError
+from opsd.common.files import read_lines
+from opsd.config.load import save_config
+from opsd.config.loss import RewardSection
+from opsd.data.prompts import Context
+from opsd.grading.grader import Grader
+from opsd.grading.rewards import Judge, Verdict, make_verifier, overlong, own_verifier
+from opsd.objectives import Problem
+from opsd.quickstart import tiny_model as tiny
+from opsd.rollout import Rollout
+from opsd.training import run as training
+from opsd.training.teacher_contexts import informative, outcome_measures
+
+
+def judge(longest: int = 10, verdicts: list[Verdict] | None = None, **section) -> Judge:
+    """A judge of the tiny tokenizer's texts, whose verifier says these verdicts."""
+
+    def verifier(completions, rows):
+        return verdicts or [Verdict(float("7" in text)) for text in completions]
+
+    return Judge(RewardSection(**section), tiny.make_tokenizer(), verifier, longest)
+
+
+def outcomes(judge: Judge, *texts: str) -> list:
+    rollouts = [Rollout(judge.tokenizer(text).input_ids, True) for text in texts]
+    return judge(rollouts, ROWS[: len(texts)])
+
+
+def test_an_outcome_is_score_format_and_length():
+    right, wrong, long = outcomes(
+        judge(longest=8, format=r"\d+", format_weight=0.25, overlong_buffer=4), "7", "1+", "1=11=1"
+    )
+    assert (right.reward, right.correct, right.formatted, right.text) == (1.25, True, True, "7")
+    assert (wrong.reward, wrong.correct, wrong.formatted) == (0.0, False, False)
+    assert (long.reward, long.correct) == (-0.5, False)
+
+
+@pytest.mark.parametrize(
+    ("length", "wanted"), [(1, 0.0), (6, 0.0), (7, -0.25), (8, -0.5), (10, -1.0)]
+)
+def test_overlong_falls_to_minus_one(length, wanted):
+    assert overlong(length, longest=10, buffer=4) == wanted
+    assert overlong(length, longest=10, buffer=None) == 0.0
+
+
+def test_a_rollout_is_right_from_a_score_on():
+    said = [Verdict(0.4, "nearly"), Verdict(0.6)]
+    low, high = outcomes(judge(correct_at=0.5, verdicts=said), "1", "2")
+    assert (low.correct, low.feedback, high.correct) == (False, "nearly", True)
+
+
+def test_the_math_verifier_says_why():
+    with Grader() as grader:
+        verify = make_verifier(RewardSection(), grader)
+        right, wrong = verify([r"so \boxed{2}", "so 3"], [ROWS[0].__class__("p", "s", "2", {})] * 2)
+    assert right == Verdict(1.0, "") and wrong.score == 0.0 and "boxed" in wrong.feedback
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return f"{path}:grade"
+
+
+def test_the_users_own_verifier_sees_the_text_and_the_row(tmp_path):
+    name = write(
+        tmp_path / "mine.py",
+        "def grade(completion, row):\n"
+        "    assert row['worked'] and row['problem'] and row['answer']\n"
+        "    return len(completion) / 10, 'too short' if len(completion) < 3 else ''\n",
+    )
+    assert own_verifier(name)(["12", "12345"], ROWS[:2]) == [
+        Verdict(0.2, "too short"),
+        Verdict(0.5, ""),
+    ]
+    bare = write(tmp_path / "bare.py", "def grade(completion, row):\n    return True\n")
+    assert own_verifier(bare)(["1"], ROWS[:1]) == [Verdict(1.0, "")]
+
+
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        ("raise KeyError('x')", "raised KeyError: 'x'"),
+        ("return None", "returned None: it must return a finite number"),
+        ("return 'right'", "returned 'right'"),
+        ("return float('nan')", "returned nan"),
+        ("return 1, 2", "its feedback must be a text"),
+    ],
+)
+def test_a_verifier_that_fails_is_named_with_its_problem(body, wanted, tmp_path):
+    name = write(tmp_path / "mine.py", f"def grade(completion, row):\n    {body}\n")
+    with pytest.raises(UserError) as raised:
+        own_verifier(name)(["1"], ROWS[:1])
+    message = str(raised.value)
+    assert wanted in message and name in message and ROWS[0].problem[:10] in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("maths", None, "may be 'math' or FILE.py:FUNCTION"),
+        ("{dir}/none.py:grade", None, "there is no file"),
+        ("{dir}/mine.py:score", "def grade(c, r): return 1", "has no function 'score'"),
+        ("{dir}/mine.py:grade", "import nowhere", "fails with ModuleNotFoundError"),
+        ("{dir}/mine.py:grade", "def (", "fails with SyntaxError"),
+    ],
+)
+def test_a_verifier_that_cannot_be_loaded_is_refused_before_the_weights(
+    name, text, wanted, files, tmp_path, capsys, monkeypatch
+):
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    monkeypatch.setattr(training, "load_model", lambda *_, **__: pytest.fail("weights loaded"))
+    config = short_config(
+        *files,
+        tmp_path / "run",
+        method="grpo",
+        rollout={"per_problem": 2},
+        loss={"reward": {"verifier": name.format(dir=tmp_path)}},
+    )
+    save_config(config, tmp_path / "c.yaml")
+    assert main(["train", str(tmp_path / "c.yaml")]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "loss.reward.verifier" in message and wanted in message
+
+
+def test_a_run_learns_from_the_users_verifier_and_logs_it(files, tmp_path):
+    name = write(
+        tmp_path / "mine.py",
+        "def grade(completion, row):\n"
+        "    return sum(c.isdigit() for c in completion) / 6, 'more digits'\n",
+    )
+    config = short_config(
+        *files,
+        tmp_path / "run",
+        method="grpo",
+        rollout={"per_problem": 4},
+        loss={"reward": {"verifier": name, "correct_at": 0.5}},
+        train={"steps": 2, "save_every": 0},
+        eval={"problems": 0},
+    )
+    lines = read_lines(training.train(config, quiet()) / "metrics.jsonl")
+    for line in lines:
+        assert 0 < line["reward"] < 1 and 0 <= line["correct_fraction"] <= line["pass_at_k"] <= 1
+        assert line["informative_groups"] > 0 and line["grad_norm"] > 0
+
+
+def test_a_verifier_that_raises_in_a_run_is_one_line(files, tmp_path, capsys):
+    name = write(tmp_path / "mine.py", "def grade(completion, row):\n    return 1 / 0\n")
+    config = short_config(
+        *files, tmp_path / "run", loss={"reward": {"verifier": name, "log": True}}
+    )
+    save_config(config, tmp_path / "c.yaml")
+    assert main(["train", str(tmp_path / "c.yaml")]) == 1
+    assert "raised ZeroDivisionError" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_rollouts_are_graded_for_the_logs_sake(files, tmp_path):
+    config = short_config(
+        *files,
+        tmp_path / "run",
+        loss={"reward": {"log": True}},
+        train={"steps": 1, "save_every": 0},
+        eval={"problems": 0},
+    )
+    (line,) = read_lines(training.train(config, quiet()) / "metrics.jsonl")
+    assert line["pass_at_k"] == line["correct_fraction"] == 0.0 and line["divergence"] > 0
+
+
+def test_measures_of_a_group():
+    problems = [Problem(row, Context([1], [1]), [Rollout([1], True)] * 2) for row in ROWS[:2]]
+    assert outcome_measures(problems) == {}
+    problems = graded(problems, [1.0, 0.0, 0.5, 0.5])
+    assert outcome_measures(problems)["pass_at_k"] == 0.5
+    assert [informative(problem) for problem in problems] == [True, False]

@@ -1,0 +1,1 @@
+"""What several tests share: tiny models, cases, stand-ins and dense references."""

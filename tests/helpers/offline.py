@@ -1,0 +1,111 @@
+"""What each GPU kernel takes of an SM: Triton's are compiled for sm_90 (no GPU needed), CUDA's are
+in the library that setup.py built.
+
+    python tests/helpers/offline.py > docs/kernels-gpu.json
+
+--most-used: of Triton's the variants that a plain call uses, instead of all of them.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from opsd_kernels.divergence import DIVERGENCES
+from opsd_kernels.tiles import cuda
+from opsd_kernels.tiles import triton as tiles
+from opsd_kernels.tiles import triton_kernels as kernels
+
+POINTERS = {"targets": "*i64"} | dict.fromkeys(
+    ("student", "teacher", "bias", "teacher_bias", "logits", "state", "parts", "row_weight"),
+    "*fp32",
+)
+NUMBERS = ("inner", "outer", "inverse", "factor", "beta", "threshold")
+ROWWISE = {"merge": 128, "add": 128}  # chunks of a row: V = 262144
+
+
+def variants(most_used: bool):
+    """(kernel's name, its constants, its absent arguments, warps)."""
+    no_bias = ("bias", "teacher_bias")
+    for name, block in ROWWISE.items():
+        yield name, {"BLOCK": block}, (), 1
+    for softcap, absent in ((False, no_bias),) if most_used else ((False, no_bias), (True, ())):
+        common = {"SOFTCAP": softcap, "BLOCK": tiles.CHUNK}
+        yield "normalisers", common, absent, tiles.WARPS
+        yield "target", common | {"BLOCK": 128}, absent, 4
+        yield "log_prob_gradient", common, absent, tiles.WARPS
+        for kind, clip in itertools.product(range(len(DIVERGENCES)), (False, True)):
+            chosen = common | {"KIND": kind, "CLIP": clip}
+            yield "sums", chosen, absent, tiles.WARPS
+            for known in (True,) if clip else (True, False):
+                yield "gradient", chosen | {"SUMS_KNOWN": known}, absent, tiles.WARPS
+
+
+def compile_kernel(name: str, constants: dict, absent: tuple, warps: int) -> dict:
+    function = getattr(kernels, name)
+    signature, values, attributes = {}, {}, {}
+    for i, argument in enumerate(function.arg_names):
+        if argument in constants or argument in absent:
+            signature[argument], values[(i,)] = "constexpr", constants.get(argument)
+        elif argument in POINTERS:
+            signature[argument] = POINTERS[argument]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = "fp32" if argument in NUMBERS else "i32"
+    kernel = triton.compile(
+        ASTSource(function, signature, values, attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "enable_fp_fusion": False},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        (usage,) = resource_usage(file.name)
+    shared = {"shared_bytes": kernel.metadata.shared}
+    return {**usage, "name": name, "target": "sm_90", **constants, **shared}
+
+
+def resource_usage(binary: str) -> list[dict]:
+    """Of every kernel in a cubin or a library: its architecture, name, registers, and bytes of
+    stack, of spills and of shared memory.
+    """
+    out = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found, target, name = [], "", ""
+    for line in out.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            target = match[1]
+        elif match := re.search(r"Function (\w+):", line):
+            name = re.sub(r".*_cuda_cu_[0-9a-f]{8}\d+", "", match[1])  # the file's own namespace
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, spilled = map(int, match.groups())
+            found.append(
+                {
+                    "name": name,
+                    "target": target,
+                    "registers": registers,
+                    "stack_bytes": stack,
+                    "spilled_bytes": spilled,
+                    "shared_bytes": shared,
+                }
+            )
+    return found
+
+
+if __name__ == "__main__":
+    found = {
+        "triton_version": triton.__version__,
+        "triton": [compile_kernel(*variant) for variant in variants("--most-used" in sys.argv)],
+        "cuda": resource_usage(str(cuda.LIBRARY)) if cuda.LIBRARY.exists() else [],
+    }
+    print(json.dumps(found, indent=1))

@@ -1,0 +1,60 @@
+"""Problems for tile functions."""
+
+import torch
+
+from opsd_kernels import Clip, LogitTransform
+from opsd_kernels.resolve import load
+from opsd_kernels.tiles import state as states
+from opsd_kernels.tiles.logits import Logits
+
+TRANSFORMS = {
+    "plain": LogitTransform(),
+    "scaled": LogitTransform(1.3, -0.7),
+    "capped": LogitTransform(0.9, 1.1, 4.0),
+}
+
+
+CLIPS = {"none": None, "entry": Clip("entry", 0.02)}
+
+
+N, V = 5, 1043  # no multiple of any vector, three blocks of 512
+
+
+def problem(biased: bool) -> tuple:
+    """Products [N, V] and biases; a padded entry, and a token with equal roles."""
+    student, teacher = 3 * torch.randn(2, N, V, dtype=torch.float64)
+    student[1] = teacher[1]
+    bias, teacher_bias = torch.randn(2, V, dtype=torch.float64)
+    teacher_bias = bias if biased else None
+    return student, teacher, bias if biased else None, teacher_bias
+
+
+def sweep(backend, tensors, cuts, rule, row_weight, dtype, early):
+    """State and gradient after the three functions have seen the tiles between `cuts`."""
+    backend = load(backend)
+    # Wider than the tile, so that a row's stride is not its length.
+    wide = [torch.full((N, V + 3), torch.nan, dtype=dtype) for _ in range(2)]
+    student, teacher = (w[:, 1 : V + 1].copy_(x) for w, x in zip(wide, tensors[:2], strict=True))
+    biases = [x if x is None else x.to(dtype) for x in tensors[2:]]
+    roles = list(zip((student, teacher), biases, strict=True))
+    tiles = [
+        [Logits(x[:, a:b], bias if bias is None else bias[a:b]) for x, bias in roles]
+        for a, b in zip((0, *cuts), (*cuts, V), strict=True)
+    ]
+    state = states.new(N, student, dtype)
+    for tile in tiles:
+        backend.normalisers(*tile, rule, state)
+    if early:
+        for tile in tiles:
+            backend.sums(*tile, rule, state)
+    before = student.clone(), teacher.clone()
+    assert torch.equal(student, tensors[0].to(dtype))  # nothing has written so far
+    row_weight = row_weight.to(dtype)
+    for tile in tiles:
+        backend.gradient_(*tile, rule, state, row_weight, early)
+    if not early and rule.divergence.name != "forward_kl":
+        student = student - teacher * state[states.PULL][:, None]
+    else:
+        assert torch.equal(teacher, before[1])
+    assert wide[0][:, 0].isnan().all() and wide[0][:, -1].isnan().all()
+    return state, student

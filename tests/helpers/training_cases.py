@@ -1,0 +1,114 @@
+"""What the tests of training share: a tiny random model on disk, worksheets, a short config."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from opsd.common.display import Display
+from opsd.config.config import Config
+from opsd.config.load import merge, parse_config
+from opsd.config.sections import PromptsSection
+from opsd.data.prompts import Prompts
+from opsd.grading.rewards import Outcome
+from opsd.models.load import load_model
+from opsd.quickstart import tiny_model as tiny
+from opsd.quickstart.worksheet import worksheet_rows
+
+ROWS = worksheet_rows(16, seed=7)
+
+
+def write_model(directory: Path, seed: int = 0) -> Path:
+    """A tiny random Qwen3 and its character tokenizer, as plain transformers files."""
+    tokenizer = tiny.make_tokenizer()
+    tiny.make_model(seed, tokenizer).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def write_rows(path: Path, rows=ROWS) -> Path:
+    """Rows as JSON lines."""
+    path.write_text("".join(json.dumps(dict(row.columns)) + "\n" for row in rows))
+    return path
+
+
+def short_values(model: Path, data: Path, output: Path) -> dict:
+    """The values of a run of seconds, in fp32."""
+    return {
+        "model": {"path": str(model)},
+        "data": {"source": str(data)},
+        "prompts": {"student": tiny.STUDENT_PROMPT, "teacher": tiny.TEACHER_PROMPT},
+        "rollout": {"max_new_tokens": 6},
+        "train": {
+            "steps": 4,
+            "problems_per_step": 3,
+            "learning_rate": 1e-3,
+            "precision": "fp32",
+            "save_every": 2,
+        },
+        "eval": {"problems": 4, "every": 2, "samples": 2},
+        "output": {"dir": str(output)},
+    }
+
+
+def short_config(model: Path, data: Path, output: Path, /, **sections) -> Config:
+    """`short_values` with some sections changed."""
+    return parse_config(merge(short_values(model, data, output), sections))
+
+
+def load_student(files: tuple[Path, Path]):
+    """(model, tokenizer) of the fixture `files`."""
+    return load_model(short_config(*files, files[0].parent / "none").model)
+
+
+def changed(files: tuple[Path, Path], seed: int):
+    """A model of the same shape with other weights."""
+    return tiny.make_model(seed, load_student(files)[1]).eval()
+
+
+def prompts_of(tokenizer, **sections) -> Prompts:
+    """Both roles' prompts for worksheets."""
+    both = {"student": tiny.STUDENT_PROMPT, "teacher": tiny.TEACHER_PROMPT}
+    return Prompts(PromptsSection(**both, **sections), tokenizer)
+
+
+def quiet() -> Display:
+    """A display that shows nothing."""
+    return Display(quiet=True)
+
+
+def graded(problems, rewards):
+    """The problems with these rewards, one for each rollout in order; 1 is right."""
+    each = iter(Outcome("", True, reward, reward == 1.0) for reward in rewards)
+    return [replace(p, outcomes=[next(each) for _ in p.rollouts]) for p in problems]
+
+
+def with_old(samples, model, moved=None):
+    """The samples with the model's own log-probabilities as the old ones, moved by `moved(R)`."""
+    made = []
+    for sample in samples:
+        context, rollout = sample.roles[0].context, list(sample.roles[0].rollout)
+        with torch.no_grad():
+            own = logits(model, context, rollout).log_softmax(-1)
+        old = own[torch.arange(len(rollout)), rollout].float()
+        if moved is not None:
+            old = old + torch.tensor(moved(len(rollout)))
+        made.append(replace(sample, old=old.tolist()))
+    return made
+
+
+def logits(model, context: list[int], rollout: list[int]) -> torch.Tensor:
+    """The full logits that predict each rollout token, from the plain model on one sequence."""
+    ids = torch.tensor([[*context, *rollout]])
+    return model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1]
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    """Log lines without what differs between two runs of the same: clocks, memory, and the check of
+    sharing that each process makes at its own first step."""
+
+    def varies(key: str) -> bool:
+        return "second" in key or key.endswith("_bytes") or key == "sharing_difference"
+
+    return [{k: value for k, value in line.items() if not varies(k)} for line in lines]

@@ -1,0 +1,195 @@
+"""A local HTTP server that speaks what we use of vLLM's API, backed by a tiny real model.
+
+Routes, fields and errors follow vLLM's documentation and its entrypoints' sources (completions,
+dev/rpc, dev/cache, server_info): token ids in and out, log-probabilities before temperature, top-p
+and top-k, new weights from a directory. It remembers each context's first logits until its prefix
+cache is reset, so that a client that forgets to reset it gets old tokens.
+"""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from opsd.rollout import Sampling
+from opsd.rollout.logits_sampling import Draw
+
+MUST_BE_GIVEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What generation_config.json decides where a request does not."""
+
+
+class FakeVLLM:
+    """Serves the model in `path`.
+
+    Attributes that a test may set:
+        dev: VLLM_SERVER_DEV_MODE. mode: --logprobs-mode. loads: whether new weights are taken.
+        failures: statuses (or "drop": hang up) that the next completions get instead.
+        dies_after: hang up for good after so many completions. delay: seconds before each answer.
+        restarts_at: hang up at this completion, and be a new server, with the first weights.
+    """
+
+    def __init__(self, path: Path, port: int = 0):
+        self.path = path
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.dev, self.mode, self.loads, self.delay = True, "raw_logprobs", True, 0.0
+        self.failures: list[int | str] = []
+        self.dies_after: int | None = None
+        self.restarts_at: int | None = None
+        self.instance = 0
+        self.requests: list[tuple[str, dict | None]] = []
+        self.reloads: list[dict[str, torch.Tensor]] = []
+        self._first: dict[tuple[int, ...], torch.Tensor] = {}
+        self._lock = threading.Lock()
+        handler = type("Handler", (_Handler,), {"fake": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        return self.server.server_address[1]
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def completions(self) -> list[dict]:
+        return [body for route, body in self.requests if route == "/v1/completions"]
+
+    def answer(self, route: str, body: dict | None) -> tuple[int, object]:
+        """(status, JSON) of a request."""
+        if route == "/v1/models":
+            model = {"id": "tiny", "root": str(self.path), "max_model_len": 128}
+            return 200, {"object": "list", "data": [model]}
+        if route == "/v1/completions":
+            return self._complete(body)
+        if not self.dev:
+            return 404, {"detail": "Not Found"}
+        if route == "/server_info?config_format=json":
+            return 200, {
+                "vllm_config": {
+                    "model_config": {"logprobs_mode": self.mode},
+                    "instance_id": f"instance-{self.instance}",
+                }
+            }
+        if route == "/reset_prefix_cache":
+            self._first.clear()
+            return 200, {"success": True}
+        if route == "/collective_rpc" and body["method"] == "reload_weights":
+            return self._reload(Path(body["kwargs"]["weights_path"]))
+        return 404, {"detail": "Not Found"}
+
+    def _restart(self) -> None:
+        first = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+        self.model.load_state_dict(first.state_dict())
+        self._first.clear()
+        self.instance += 1
+
+    def _reload(self, directory: Path) -> tuple[int, object]:
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            return 500, {"error": {"message": f"Cannot find any model weights with `{directory}`"}}
+        if self.loads:
+            weights = {name: w for file in files for name, w in load_file(file).items()}
+            self.reloads.append(weights)
+            missing, unknown = self.model.load_state_dict(weights, strict=False)
+            assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)
+        return 200, {"results": [None]}
+
+    @torch.no_grad()
+    def _complete(self, asked: dict) -> tuple[int, object]:
+        if asked["model"] != "tiny":
+            return 404, {"error": {"message": f"The model `{asked['model']}` does not exist."}}
+        prompt, limit = asked["prompt"], asked["max_tokens"]
+        if len(prompt) + limit > 128:
+            return 400, {
+                "error": {"message": f"max_tokens={limit} is too large: the window is 128"}
+            }
+        assert all(name in asked for name in MUST_BE_GIVEN), asked
+        draw = Draw(
+            Sampling(limit, asked["temperature"] or 1.0, asked["top_p"], max(asked["top_k"], 0))
+        )
+        ids, log_probs, numbers = [], [], torch.Generator().manual_seed(asked["seed"] or 0)
+        with self._lock:
+            while len(ids) < limit and not (ids and ids[-1] in asked["stop_token_ids"]):
+                scores = self._scores([*prompt, *ids])
+                if asked["temperature"]:
+                    scores_of = draw.warpers(None, scores[None])[0].softmax(-1, dtype=torch.float64)
+                    cumulative = scores_of.cumsum(-1)
+                    number = torch.rand((), generator=numbers, dtype=torch.float64)
+                    token = int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
+                else:
+                    token = int(scores.argmax())
+                ids.append(token)
+                log_probs.append(float(scores.log_softmax(-1)[token]))
+        stopped = ids[-1] in asked["stop_token_ids"]
+        choice = {
+            "index": 0,
+            "text": "",
+            "logprobs": {
+                "token_logprobs": log_probs,
+                "tokens": [f"token_id:{token}" for token in ids],
+            },
+            "finish_reason": "stop" if stopped else "length",
+        }
+        if asked.get("return_token_ids"):
+            choice |= {"token_ids": ids, "prompt_token_ids": prompt}
+        return 200, {"object": "text_completion", "model": "tiny", "choices": [choice]}
+
+    def _scores(self, ids: list[int]) -> torch.Tensor:
+        key = tuple(ids)
+        if key not in self._first:
+            scores = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            self._first[key] = scores
+        return self._first[key]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    fake: FakeVLLM
+
+    def do_GET(self):
+        self._answer(None)
+
+    def do_POST(self):
+        length = int(self.headers.get("Content-Length", 0))
+        self._answer(json.loads(self.rfile.read(length) or b"null"))
+
+    def _answer(self, body) -> None:
+        fake = self.fake
+        completes = self.path == "/v1/completions"
+        with fake._lock:
+            fake.requests.append((self.path, body))
+            failure = fake.failures.pop(0) if completes and fake.failures else None
+            restarts = completes and len(fake.completions()) == fake.restarts_at
+            if restarts:
+                fake._restart()
+            dead = fake.dies_after is not None and len(fake.completions()) > fake.dies_after
+        if dead or restarts or failure == "drop":
+            self.close_connection = True
+            self.connection.close()
+            return
+        time.sleep(fake.delay)
+        status, answer = (failure, {"error": {"message": "busy"}}) if failure else (None, None)
+        if failure is None:
+            status, answer = fake.answer(self.path, body)
+        text = json.dumps(answer).encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+        except OSError:  # the client did not wait
+            self.close_connection = True
+
+    def log_message(self, *_):
+        pass

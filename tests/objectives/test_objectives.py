@@ -1,0 +1,288 @@
+"""Every method with every teacher, in fp32 and bf16: its gradient against a dense rendering, and
+its loss on a fixed batch, which must fall."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from helpers import dense_rendering as dense
+from helpers.training_cases import ROWS, logits, short_config, with_old, write_model, write_rows
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from opsd.data.prompts import Prompts
+from opsd.grading.rewards import Outcome
+from opsd.models.load import load_model
+from opsd.models.teacher import make_teacher
+from opsd.objectives import Problem, Totals
+from opsd.objectives.grpo import group_advantages
+from opsd.objectives.make import make_objective
+from opsd.objectives.token_classes import CLASSES, class_parts, class_table
+from opsd.quickstart import tiny_model as tiny
+from opsd.rollout import Rollout
+
+LONGEST = 12
+LENGTHS = ((5, 12), (9, 4), (2, 7))
+REWARDS = ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0))
+TEACHERS = ("live", "initial", "ema", "model")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config's `method` and `loss`, and the teachers that it can have; none: it has none."""
+
+    method: str
+    loss: dict = field(default_factory=dict)
+    teachers: tuple[str, ...] = TEACHERS
+    old: bool = False  # with log-probabilities of an older policy
+
+    def __str__(self) -> str:
+        return "-".join([self.method, *(f"{k}={v}" for k, v in self.loss.items())])
+
+
+WEIGHTS = {
+    "correct": 1.0,
+    "incorrect": 0.25,
+    "truncated": 0.5,
+    "skip_first": 1,
+    "position": [2.0, 0.5],
+    "maths": 0.5,
+    "special": 0.0,
+}
+CASES = [
+    Case("opsd"),
+    Case("opsd", {"divergence": "reverse_kl", "temperature": 0.7}),
+    Case("opsd", {"divergence": "jsd", "beta": 0.3}),
+    Case("opsd", {"clip": "entry", "clip_threshold": 0.02}),
+    Case("opsd", {"clip": "token", "clip_threshold": 0.5}),
+    Case("opsd", {"weights": WEIGHTS}),
+    Case("opsd", {"normalise": "rollout"}),
+    Case("opsd", {"divergence": "sampled_token", "normalise": "constant"}),
+    Case("opsd", {"divergence": "sampled_token", "epsilon_high": 0.4}, old=True),
+    Case("distill", teachers=("model",)),
+    Case("distill", {"divergence": "sampled_token"}, teachers=("model",)),
+    Case("grpo", teachers=("none",)),
+    Case("grpo", {"normalise": "constant", "scale_advantages": False}, teachers=("none",)),
+    Case("grpo", {"epsilon": 0.1, "epsilon_high": 0.28}, teachers=("none",), old=True),
+    Case("grpo", {"normalise": "rollout", "kl": 0.3}, teachers=("initial", "ema", "model")),
+    Case("grpo", {"credit": 0.5}),
+    Case("grpo", {"weights": {"truncated": 0.0}}, teachers=("none",)),
+    Case("sft", teachers=("none",)),
+    Case("sft", {"roles": ["student", "teacher"], "normalise": "rollout"}, teachers=("none",)),
+    Case("sft", {"weights": {"maths": 2.0, "special": 0.5}}, teachers=("none",)),
+]
+PAIRS = [(case, teacher) for case in CASES for teacher in case.teachers]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The student, another model of a wider head, and the rows."""
+    directory = tmp_path_factory.mktemp("base")
+    tokenizer = tiny.make_tokenizer()
+    torch.manual_seed(5)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer) + 9,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.2,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(directory / "other")
+    tokenizer.save_pretrained(directory / "other")
+    return write_model(directory / "model"), write_rows(directory / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def make(files, tmp_path_factory):
+    """(case, teacher, precision) → config, model, teacher, objective, problems."""
+
+    def made(case: Case, teacher: str, precision: str):
+        policy = {"policy": "initial" if teacher == "none" else teacher}
+        if teacher == "model":
+            policy["path"] = str(files[0].parent / "other")
+        config = short_config(
+            *files,
+            tmp_path_factory.getbasetemp() / "unused",
+            method=case.method,
+            teacher=policy,
+            rollout={"per_problem": 2, "max_new_tokens": LONGEST},
+            loss=case.loss,
+            train={"precision": precision},
+        )
+        model, tokenizer = load_model(config.model)
+        scorer, average = make_teacher(config, model, tokenizer, model)
+        if teacher != "live":  # or the teacher and the student differ in their contexts alone
+            move(model)
+        if average is not None:
+            average.follow(model, 1)
+        prompts = Prompts(config.prompts, tokenizer)
+        objective = make_objective(config, scorer, prompts)
+        return config, model.train(), scorer, objective, problems_for(prompts)
+
+    return made
+
+
+def move(model) -> None:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+
+
+def problems_for(prompts: Prompts) -> list[Problem]:
+    draw, problems = torch.Generator().manual_seed(0), []
+    for row, lengths, rewards in zip(ROWS, LENGTHS, REWARDS, strict=False):
+        rollouts, outcomes = [], []
+        for length, reward in zip(lengths, rewards, strict=True):
+            ids = torch.randint(len(prompts.tokenizer), (length,), generator=draw).tolist()
+            finished = length < LONGEST
+            rollouts.append(Rollout(ids, finished))
+            outcomes.append(Outcome("", finished, reward, reward == 1.0))
+        problems.append(Problem(row, prompts.context(row), rollouts, outcomes))
+    return problems
+
+
+def moves(length: int) -> list[float]:
+    """Of log-probabilities, to an older policy's: far over the clips or nothing, so that rounding
+    does not decide which ratios are clipped."""
+    draw = torch.Generator().manual_seed(length)
+    return (0.6 * (torch.randint(3, (length,), generator=draw) - 1)).tolist()
+
+
+def rendered(case: Case, config, model, teacher, problems, prompts: Prompts) -> Tensor:
+    """The step's loss, densely."""
+    loss = config.loss
+    token_losses, weights = [], []
+    if case.method == "sft":
+        for p in problems:
+            target = prompts.target(p.row)
+            for role in loss.roles:
+                token_losses.append(
+                    -dense.log_p(
+                        logits(model, getattr(p.context, role), target), torch.tensor(target)
+                    )
+                )
+                weights.append(weight_of(case, prompts, Rollout(target, True), None))
+        return dense.step(token_losses, weights, loss.normalise, LONGEST)
+    for p in problems:
+        group = [outcome.reward for outcome in p.outcomes]
+        advantages = group_advantages(group, loss.scale_advantages)
+        for rollout, outcome, advantage in zip(p.rollouts, p.outcomes, advantages, strict=True):
+            ids = torch.tensor(rollout.ids)
+            student = logits(model, p.context.student, rollout.ids)
+            size = student.shape[-1]
+            seen = p.context.student if case.method == "distill" else p.context.teacher
+            with torch.no_grad():
+                taught = logits(teacher, seen, rollout.ids)[:, :size]
+                reference = logits(teacher, p.context.student, rollout.ids)[:, :size]
+            clip = {
+                "low": loss.epsilon,
+                "high": loss.epsilon if loss.epsilon_high is None else loss.epsilon_high,
+                "old": None,
+            }
+            if case.old:
+                clip["old"] = dense.log_p(student, ids).detach() + torch.tensor(moves(len(ids)))
+            if case.method == "grpo":
+                a = torch.tensor(advantage)
+                if loss.credit:
+                    a = dense.credited(student, taught, ids, a, loss.credit, loss.credit_clip)
+                token_loss = dense.policy_gradient(student, ids, a, **clip)
+                if loss.kl:
+                    token_loss += loss.kl * dense.kl_to_reference(student, reference, ids)
+            elif loss.divergence == "sampled_token":
+                token_loss = dense.sampled_token(student, taught, ids, **clip)
+            else:
+                token_loss = dense.divergence(
+                    student / loss.temperature,
+                    taught / loss.temperature,
+                    loss.divergence,
+                    loss.beta,
+                    None if loss.clip == "none" else (loss.clip, loss.clip_threshold),
+                )
+            token_losses.append(token_loss)
+            weights.append(weight_of(case, prompts, rollout, outcome))
+    return dense.step(token_losses, weights, loss.normalise, LONGEST)
+
+
+def weight_of(case: Case, prompts: Prompts, rollout: Rollout, outcome) -> Tensor:
+    """What each token counts, by the words of the config."""
+    asked, weights = case.loss.get("weights", {}), torch.ones(len(rollout.ids))
+    table = class_table(prompts.tokenizer)
+    for n, token in enumerate(rollout.ids):
+        weights[n] *= asked.get(CLASSES[table[token]], 1.0)
+        first, last = asked.get("position", (1.0, 1.0))
+        weights[n] *= first + (last - first) * n / max(1, len(rollout.ids) - 1)
+        if n < asked.get("skip_first", 0):
+            weights[n] = 0.0
+    if outcome is not None:
+        weights *= asked.get("correct" if outcome.correct else "incorrect", 1.0)
+    return weights if rollout.finished else weights * asked.get("truncated", 1.0)
+
+
+def gradient(loss: Tensor, model) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("case", "teacher"), PAIRS, ids=str)
+def test_a_methods_gradient_is_its_dense_renderings(case, teacher, precision, make):
+    config, model, scorer, objective, problems = make(case, teacher, precision)
+    samples, _ = objective.samples(problems)
+    if case.old:
+        samples = with_old(samples, model, moves)
+    totals = Totals()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        loss = objective.loss(model, samples, totals)
+    ours = gradient(loss, model)
+    wanted = rendered(case, config, model, scorer.float(), problems, objective_prompts(config))
+    theirs = gradient(wanted, model)
+    # bf16 keeps eight bits, and errors of four layers' products add up.
+    tolerance = 1e-5 if precision == "fp32" else 16 * torch.finfo(torch.bfloat16).eps
+    assert theirs.norm() > 1e-3
+    assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    assert loss.item() == pytest.approx(wanted.item(), rel=tolerance, abs=tolerance)
+    assert totals.tokens == sum(sample.counted for sample in samples)
+
+
+def objective_prompts(config) -> Prompts:
+    return Prompts(config.prompts, tiny.make_tokenizer())
+
+
+TRAINED = [
+    Case("opsd", {"divergence": "sampled_token"}, old=True),
+    Case("grpo", {"kl": 0.05}, teachers=("initial", "ema", "model"), old=True),
+    Case("grpo", {"credit": 0.5}, old=True),
+]
+"""Beside what test_matrix trains."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("case", "teacher"), [(case, t) for case in TRAINED for t in case.teachers], ids=str
+)
+def test_the_loss_of_a_fixed_batch_falls(case, teacher, precision, make):
+    _, model, _, objective, problems = make(case, teacher, precision)
+    samples, _ = objective.samples(problems)
+    if case.old:
+        samples = with_old(samples, model)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-4, fused=True), []
+    for _ in range(5):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = objective.loss(model, samples, Totals())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.02 * abs(losses[0])
+
+
+def test_tokens_of_a_padded_head_have_the_class_other():
+    """A head may have more rows than its tokenizer has tokens, and a rollout any of them."""
+    table = class_table(tiny.make_tokenizer())
+    beyond = torch.tensor([len(tiny.make_tokenizer()), 10_000])
+    parts = class_parts(table, beyond, torch.tensor([2.0, 3.0]))
+    assert parts["other"].tolist() == [2.0, 3.0]
+    assert all(not values.any() for name, values in parts.items() if name != "other")

@@ -1,0 +1,312 @@
+"""`opsd plan`: sizes that are published, tokens counted by hand, memory against measured peaks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from helpers.training_cases import short_values
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from opsd.cli.main import main
+from opsd.config.load import merge, parse_config
+from opsd.config.sections import ModelSection
+from opsd.plan.architectures import KNOWN, architecture
+from opsd.plan.memory import RUNTIME, Planner, count_parameters
+from opsd.plan.workload import Lengths, count_tokens, samples
+from opsd.quickstart import tiny_model as tiny
+
+PUBLISHED = {
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
+}
+"""Parameters, as the models' safetensors on the hub have them."""
+
+
+def test_known_models_have_their_published_sizes():
+    assert len(PUBLISHED) == len(KNOWN)
+    for name, parameters in PUBLISHED.items():
+        assert count_parameters(architecture(ModelSection(path=name))) == parameters, name
+
+
+def config_of(**sections):
+    values = {"model": {"path": "Qwen/Qwen3-0.6B"}, "data": {"source": "none"}}
+    return parse_config(merge(values, sections))
+
+
+def test_tokens_of_a_step():
+    lengths = Lengths(prompt=10, solution=100, rollout=20)
+    rollout = {"per_problem": 4, "max_new_tokens": 20}
+    config = config_of(rollout=rollout, train={"problems_per_step": 3})
+    tokens = count_tokens(config, samples(config, lengths), lengths)
+    assert tokens.generated == tokens.trained == 3 * 4 * 20
+    # The last token of a rollout is only a target.
+    assert tokens.alone == 3 * 4 * (10 + 19) + 3 * 4 * (110 + 19)
+    assert tokens.student == 3 * (10 + 4 * 19) and tokens.teacher == 3 * (110 + 4 * 19)
+    assert tokens.shared == tokens.student + tokens.teacher
+    config = config_of(rollout=rollout, train={"problems_per_step": 3}, teacher={"policy": "live"})
+    live = count_tokens(config, samples(config, lengths), lengths)
+    assert live.teacher == 3 * (100 + 4 * 19)
+    config = config_of(method="sft", train={"problems_per_step": 3})
+    sft = count_tokens(config, samples(config, lengths), lengths)
+    assert sft.generated == 0 and sft.trained == 3 * 100 and sft.shared == 3 * (10 + 99)
+    config = config_of(method="grpo", rollout=rollout, train={"problems_per_step": 3})
+    grpo = count_tokens(config, samples(config, lengths), lengths)
+    assert grpo.shared == 3 * (10 + 4 * 19) and grpo.teacher == 0
+
+
+# Peaks, measured on processes of their own.
+
+SHAPES = {
+    "wide": Qwen3Config(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        vocab_size=16384,
+        tie_word_embeddings=True,
+    ),
+    "deep": LlamaConfig(
+        hidden_size=320,
+        intermediate_size=960,
+        num_hidden_layers=24,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        vocab_size=8192,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    ),
+}
+RUNS = {
+    "wide": {
+        "rollout": {"per_problem": 2, "max_new_tokens": 60, "batch_size": 8},
+        "train": {"precision": "bf16", "micro_batch_tokens": 1000, "problems_per_step": 2},
+    },
+    "adapters": {
+        "model": {"lora": {"rank": 32}},
+        "rollout": {"per_problem": 4, "max_new_tokens": 60, "batch_size": 8},
+        "train": {"precision": "fp32", "micro_batch_tokens": 2000, "problems_per_step": 2},
+    },
+    "deep": {
+        "method": "sft",
+        "train": {"precision": "fp32", "micro_batch_tokens": 1500, "problems_per_step": 2},
+    },
+}
+PROBLEM, SOLUTION = 60, 400  # characters, which are tokens here
+
+
+@pytest.mark.parametrize("name", ["wide", "adapters"])
+def test_planned_peaks_are_the_measured_ones(name, tmp_path):
+    config = write_run(SHAPES["wide"], RUNS[name], tmp_path)
+    _, usage = run_opsd("train", str(tmp_path / "config.yaml"))
+    measured = usage["bytes"]
+    # Three special tokens around a message, one that ends a turn.
+    lengths = Lengths(PROBLEM + 3, SOLUTION + 1, config.rollout.max_new_tokens)
+    planned = Planner(architecture(config.model), lengths, None).memory(config)
+    assert planned.peak == pytest.approx(measured, rel=0.15), planned
+    # And without what is the same for all: Python, torch and other libraries.
+    assert planned.peak - RUNTIME == pytest.approx(measured - RUNTIME, rel=0.25), planned
+
+
+def test_adapters_are_planned_as_they_are_trained():
+    """Frozen weights in bf16, no second teacher, and gradients and moments of adapters alone."""
+    student = architecture(ModelSection(path="Qwen/Qwen3-8B"))
+    planner = Planner(student, Lengths(), int(80e9))
+    whole = config_of(model={"path": "Qwen/Qwen3-8B"})
+    lora = config_of(model={"path": "Qwen/Qwen3-8B", "lora": {"rank": 64}})
+    # Seven linear layers a block, each with rank · (in + out).
+    ends = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), *[(4096, 12288)] * 3]
+    adapters = 36 * 64 * sum(a + b for a, b in ends)
+    assert planner.sizes(lora).train == adapters
+    memory = planner.memory(lora)
+    assert memory.always["weights, frozen"] == 2 * 8_190_735_360
+    assert memory.always["adapters"] == memory.step["gradients"] == 4 * adapters
+    assert memory.always["optimizer"] == 8 * adapters
+    assert "teacher" not in memory.always and "weights that decode" not in memory.always
+    assert memory.peak < 0.4 * planner.memory(whole).peak
+    four_bits = config_of(model={"path": "Qwen/Qwen3-8B", "lora": {"quantize": "nf4"}})
+    saved = memory.always["weights, frozen"] - planner.memory(four_bits).always["weights, frozen"]
+    in_blocks = 8_190_735_360 - 2 * 151936 * 4096
+    assert saved == pytest.approx((2 - 0.516) * in_blocks, rel=1e-3)
+
+
+def test_split_weights_are_planned_a_process():
+    student, lengths = architecture(ModelSection(path="Qwen3-0.6B")), Lengths()
+    config = config_of(train={"sharding": "fsdp2"})
+    one = Planner(student, lengths, int(80e9)).memory(config_of())
+    four = Planner(student, lengths, int(80e9), 4).memory(config)
+    for name in ("weights", "optimizer"):
+        assert four.always[name] == one.always[name] // 4
+    assert four.step["gradients"] == one.step["gradients"] // 4
+    assert four.always["teacher"] == one.always["teacher"]
+
+
+def test_zero_splits_the_optimizer_and_gradients():
+    """DeepSpeed's optimizer has fp32 weights of its own."""
+    student = architecture(ModelSection(path="Qwen3-0.6B"))
+    one = Planner(student, Lengths(), int(80e9)).memory(config_of())
+    for sharding, gradients, weights in (("zero1", 1, 1), ("zero2", 4, 1), ("zero3", 4, 4)):
+        four = Planner(student, Lengths(), int(80e9), 4)
+        memory = four.memory(config_of(train={"sharding": sharding}))
+        assert memory.always["weights"] == one.always["weights"] // weights
+        optimizer = one.always["optimizer"] + 4 * four.sizes(config_of()).train
+        assert memory.always["optimizer"] == optimizer // 4
+        assert memory.step["gradients"] == one.step["gradients"] // gradients
+
+
+def write_run(shape, sections, directory):
+    """A random model of this shape, rows of known lengths and a config of two steps; the config."""
+    torch.manual_seed(0)
+    tokenizer = tiny.make_tokenizer()
+    shape.eos_token_id = tokenizer.eos_token_id
+    AutoModelForCausalLM.from_config(shape).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    rows = [
+        {"problem": f"{n:0{PROBLEM}}", "solution": f"{n:0{SOLUTION}}", "answer": str(n)}
+        for n in range(8)
+    ]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "prompts": {"student": "{{ problem }}", "teacher": "{{ problem }}{{ solution }}"},
+        "train": {"steps": 2, "save_every": 0},
+        "eval": {"problems": 0},
+    }
+    values = short_values(directory / "model", directory / "rows.jsonl", directory / "run")
+    values = merge(merge(values, common), sections)
+    (directory / "config.yaml").write_text(yaml.safe_dump(values))
+    return parse_config(values)
+
+
+OPSD = """
+import json, sys, time
+from opsd.cli import main
+assert main(sys.argv[1:]) == 0
+from opsd.common.system import peak_memory
+print(json.dumps({"bytes": peak_memory(), "seconds": time.process_time()}))
+"""
+
+
+def run_opsd(*arguments: str) -> tuple[str, dict[str, float]]:
+    """What `opsd …` prints, and the most memory and the processor time that it took."""
+    command = [sys.executable, "-P", "-c", OPSD, *arguments]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    *lines, usage = printed.splitlines()
+    return "\n".join(lines), json.loads(usage)
+
+
+# The command.
+
+
+def planned(*arguments: str, capsys) -> dict:
+    assert main(["plan", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_paper_8b_model_is_planned_in_seconds_and_without_weights():
+    """Processor time, most of it torch's and transformers' imports: 4.2 s here."""
+    printed, usage = run_opsd("plan", "Qwen/Qwen3-8B", "--json")
+    found = json.loads(printed)
+    assert found["parameters"] == 8_190_735_360
+    assert found["memory"]["always"]["weights"] == 4 * 8_190_735_360
+    assert usage["seconds"] < 10
+    assert usage["bytes"] < 2e9  # of 33 GB of weights
+
+
+def test_changes_that_fit_a_memory(capsys):
+    model = "Qwen/Qwen3-0.6B"
+    whole = planned(model, "--gpu", "h100", capsys=capsys)
+    assert whole["fits"] and "to_fit" not in whole
+    room = 0.75 * whole["memory"]["peak"]
+    small = planned(model, "--memory", f"{room / 1e6:.0f}MB", "--gpu", "h100", capsys=capsys)
+    fitting = small["to_fit"]
+    assert not small["fits"] and fitting["fits"] and fitting["changes"]
+    again = planned(model, *fitting["overrides"], "--gpu", "h100", capsys=capsys)
+    assert again["memory"]["peak"] == fitting["peak"] <= room
+    for left_out in fitting["overrides"]:
+        rest = [o for o in fitting["overrides"] if o != left_out]
+        fewer = planned(model, *rest, "--gpu", "h100", capsys=capsys)
+        # Both batch sizes are one change.
+        assert fewer["memory"]["peak"] > room or "batch_size" in left_out, left_out
+    never = planned(model, "--memory", "2GB", capsys=capsys)
+    assert not never["to_fit"]["fits"] and never["to_fit"]["peak"] > 2e9
+
+
+def test_time_is_arithmetic_on_what_the_gpu_is_said_to_do(capsys):
+    fast, slow = (
+        planned("Qwen3-0.6B", "--gpu", gpu, capsys=capsys)["estimate"] for gpu in ("h100", "3090")
+    )
+    assert fast["student_flops"] == slow["student_flops"]
+    ratio = slow["training_seconds"] / fast["training_seconds"]
+    assert ratio == pytest.approx(989 / 71)
+    # 6 operations a parameter and token, 2 of them forward; attention's come on top.
+    tokens = planned("Qwen3-0.6B", capsys=capsys)["tokens"]
+    body, head = 596_049_920 - 151936 * 1024, 151936 * 1024
+    least = 6 * body * tokens["student"] + 6 * head * tokens["trained"]
+    assert least < fast["student_flops"] < 1.5 * least
+
+
+def test_a_config_and_a_local_model_are_planned(tmp_path, capsys):
+    write_run(SHAPES["deep"], RUNS["deep"], tmp_path)
+    from_config = planned(str(tmp_path / "config.yaml"), capsys=capsys)
+    assert from_config["tokens"]["generated"] == 0  # sft
+    directory = planned(str(tmp_path / "model"), "method=sft", capsys=capsys)
+    file = planned(str(tmp_path / "model" / "config.json"), "method=sft", capsys=capsys)
+    assert directory["parameters"] == file["parameters"] == from_config["parameters"]
+    assert directory["memory"] == file["memory"] != from_config["memory"]
+    assert main(["plan", str(tmp_path / "config.yaml"), "--gpu", "4090"]) == 0
+    shown = capsys.readouterr().out
+    for word in (
+        "Memory",
+        "peak",
+        "Tokens a step",
+        "Time on one 4090",
+        "not a measurement",
+        "fits",
+    ):
+        assert word in shown, word
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["nobody/nothing"], "model.path is 'nobody/nothing': neither a model directory"),
+        (["/tmp"], "model.path is '/tmp': a directory without config.json"),
+        (["no.yaml"], "CONFIG is 'no.yaml': no such file"),
+        (["Qwen3-8B", "--gpu", "tpu"], "--gpu is 'tpu': it must be one of b200, h200"),
+        (["Qwen3-8B", "--memory", "24"], "--memory is '24': it must be a size such as 24GB"),
+        (["Qwen3-8B", "--memory", "0GB"], "--memory is '0GB'"),
+        (["Qwen3-8B", "--prompt-tokens", "0"], "--prompt-tokens is 0"),
+        (["Qwen3-8B", "train.stps=3"], "did you mean 'steps'?"),
+        (["Qwen3-8B", "rollout.engine=vllm"], "rollout.engine is 'vllm': say with --gpu"),
+        (["Qwen3-8B", "train.sharding=fsdp2"], "train.sharding is 'fsdp2': say with --gpus"),
+        (["Qwen3-8B", "--gpus", "0"], "--gpus is 0"),
+        (["Qwen3-8B", "--prompt-tokens", "40000"], "42024 together: the model's window is 40960"),
+    ],
+)
+def test_what_cannot_be_planned(arguments, said, capsys):
+    assert main(["plan", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1
+
+
+def test_a_plan_does_not_touch_the_training_code():
+    """What the trace puts in place of attention is gone after it."""
+    from opsd.prefix import attention
+    from opsd.prefix import packed_forward as stream
+
+    assert stream.packed_attention is attention.packed_attention

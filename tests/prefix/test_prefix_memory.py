@@ -1,0 +1,100 @@
+"""What a step holds: it grows with a micro-batch's tokens, not with the group's or its logits."""
+
+import weakref
+
+import torch
+from helpers.prefix_models import make
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from opsd.config.loss import LossSection
+from opsd.objectives import OPSD, Sample, Totals
+from opsd.prefix import keeping
+from opsd.prefix.rollout_states import Scored
+from opsd.training.step import OPSDStep
+
+VOCABULARY, PREFIX, ROLLOUT = 8192, 48, 64
+LOSS_BUDGET = 1 << 20
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of the tensors that are made inside and alive, and the most of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self._count(x.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        key = storage._cdata
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key, size):
+        self._seen.discard(key)
+        self.live -= size
+
+
+def samples(rollouts):
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(n):
+        return torch.randint(3, VOCABULARY, (n,), generator=draw).tolist()
+
+    student, teacher = ids(PREFIX), ids(2 * PREFIX)
+    return [
+        Sample(tuple(Scored(context, rollout) for context in (student, teacher)), 1e-3)
+        for rollout in (ids(ROLLOUT) for _ in range(rollouts))
+    ]
+
+
+def peak(rollouts, budget):
+    """The most that one step holds beside weights and gradients."""
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "num_hidden_layers": 4}
+    model = make("Llama", sizes)
+    section = LossSection(memory_budget=LOSS_BUDGET, backend="torch")
+    step = OPSDStep(model, OPSD(section, model))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    some = samples(rollouts)
+    batches = step.micro_batches(some, budget)
+    kept = step.kept_prefixes(batches, budget)
+    with LiveBytes() as memory, keeping(kept):
+        for batch in batches:
+            step(batch, Totals()).backward()
+            kept.batch_done()
+    return memory.peak, len(batches)
+
+
+def test_memory_is_of_a_micro_batch():
+    few, parts = peak(rollouts=4, budget=256)
+    many, more = peak(rollouts=16, budget=256)
+    assert more >= 4 * parts - 1
+    assert many < 1.05 * few
+    # All logits of both roles would be ten times what is held.
+    logits = 2 * 16 * ROLLOUT * VOCABULARY * 4
+    assert many < logits / 10
+    wide, parts = peak(rollouts=16, budget=4096)
+    assert parts == 1 and wide > 2 * many
+
+
+def test_the_meter_counts_what_is_alive():
+    with LiveBytes() as memory:
+        a = torch.zeros(1000)
+        b = a.view(10, 100) + 1
+        del b
+        a += 1
+        assert memory.live == 4000
+    assert memory.peak == 8000

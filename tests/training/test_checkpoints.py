@@ -1,0 +1,129 @@
+"""Checkpoints are whole or absent; a resumed run is the undisturbed run; schedules are obeyed."""
+
+import errno
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.training_cases import ROWS, quiet, short_config, timeless
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from opsd.cli.main import main
+from opsd.common.files import read_lines
+from opsd.config.load import save_config
+from opsd.models.load import load_model
+from opsd.quickstart.worksheet import WorksheetGrader
+from opsd.training import run as training
+from opsd.training.checkpoints import PART
+
+
+def execute(config, **more):
+    model, tokenizer = load_model(config.model)
+    torch.manual_seed(config.train.seed)
+    rows, held_out = ROWS[:12], ROWS[12:]
+    return training.run(
+        config, model, tokenizer, rows, held_out, WorksheetGrader(), quiet(), **more
+    )
+
+
+def claimed(config):
+    training.claim_directory(Path(config.output.dir), config, False)
+    return config
+
+
+def test_resuming_in_bf16_changes_nothing(files, tmp_path):
+    whole = claimed(short_config(*files, tmp_path / "whole", train={"precision": "bf16"}))
+    execute(whole)
+    again = claimed(short_config(*files, tmp_path / "again", train={"precision": "bf16"}))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        lines = (tmp_path / "whole" / name).read_text().splitlines(keepends=True)
+        (tmp_path / "again" / name).write_text("".join(lines))
+    execute(again, checkpoint=tmp_path / "again" / "checkpoint-2")
+    lines = [timeless(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("whole", "again")]
+    assert len(lines[0]) == 4
+    assert lines[0] == lines[1]
+    weights = [
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "again")
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shape"),
+    [
+        ("constant", lambda done: 1.0),
+        ("linear", lambda done: 1 - done),
+        ("cosine", lambda done: (1 + math.cos(math.pi * done)) / 2),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(schedule, shape, files, tmp_path):
+    steps, warmup, rate = 6, 2, 1e-3
+    train = {"steps": steps, "warmup_steps": warmup, "schedule": schedule, "save_every": 0}
+    config = short_config(*files, tmp_path / "run", method="sft", train=train, eval={"every": 0})
+    execute(claimed(config))
+    logged = [line["learning_rate"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")]
+    # The rate logged with step n is the one that step was taken with: n - 1 steps were done.
+    wanted = [
+        rate * (n / warmup if n < warmup else shape((n - warmup) / (steps - warmup)))
+        for n in range(steps)
+    ]
+    assert logged == pytest.approx(wanted)
+
+
+def test_a_full_disk_leaves_whole_checkpoints_only(files, tmp_path, monkeypatch, capsys):
+    """The second checkpoint does not fit, as torch.save reports it: one line, the first is kept."""
+    config = short_config(*files, tmp_path / "run")
+    path = tmp_path / "config.yaml"
+    save_config(config, path)
+    save_state = Trainer._save_optimizer_and_scheduler
+
+    def full(self, output_dir):
+        save_state(self, output_dir)
+        if self.state.global_step == 4:
+            free = shutil.disk_usage(tmp_path)._replace(free=1000)
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+    assert main(["train", str(path)]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "output.dir" in message and "the disk is full, checkpoint-4" in message
+    found = sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir())
+    assert found == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert main(["train", str(path), "--resume"]) == 0
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_another_error_of_a_checkpoint_is_not_a_full_disk(files, tmp_path, monkeypatch):
+    def broken(self, output_dir):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        execute(claimed(short_config(*files, tmp_path / "run")))
+    assert not (tmp_path / "run" / PART).exists()
+
+
+def test_a_log_that_cannot_be_written_is_one_line(files, tmp_path, monkeypatch, capsys):
+    config = short_config(*files, tmp_path / "run")
+    path = tmp_path / "config.yaml"
+    save_config(config, path)
+
+    def full(self, line):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("opsd.runs.log.RunLog.metrics", full)
+    assert main(["train", str(path)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "opsd: No space left on device"
+
+
+def test_only_the_newest_checkpoints_are_kept(files, tmp_path):
+    train = {"steps": 4, "save_every": 1, "save_total_limit": 2}
+    execute(claimed(short_config(*files, tmp_path / "run", train=train)))
+    found = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()}
+    assert found == {"checkpoint-3", "checkpoint-4", "model"}

@@ -1,0 +1,196 @@
+"""What the machine may do to a run: disks that are full or read-only, files that are lost, clocks
+that jump, workers that die."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from helpers.training_cases import short_config, timeless
+from safetensors.torch import load_file
+
+from opsd.cli.main import main
+from opsd.common.files import read_lines
+from opsd.config.load import save_config
+from opsd.grading.grader import Grader, _Worker
+from opsd.runs.log import RunLog
+
+SHORT = {"train": {"steps": 3, "save_every": 1}, "eval": {"problems": 0}}
+
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+def trained(files, directory: Path, *words: str) -> int:
+    """The exit code of `opsd train` into `directory`; its config is beside it."""
+    config = directory.with_suffix(".yaml")
+    save_config(short_config(*files, directory, **SHORT), config)
+    return main(["train", str(config), *words])
+
+
+@pytest.fixture(scope="module")
+def straight(files, tmp_path_factory):
+    """A run that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("straight") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opsd.training.run.write_report", lambda directory: None)
+        assert trained(files, directory) == 0
+    return directory
+
+
+def outcome(directory: Path):
+    """Its steps and weights, to the bit."""
+    weights = load_file(directory / "model" / "model.safetensors")
+    lines = timeless(read_lines(directory / "metrics.jsonl"))
+    return lines, {name: weight.tolist() for name, weight in weights.items()}
+
+
+def one_line(capsys) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("opsd: "), lines
+    return lines[0]
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts a small file system in memory, and takes it away afterwards; where we may."""
+    places = []
+
+    def mount(*options: str) -> Path:
+        place = tmp_path / f"mount-{len(places)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(place)]
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no right to mount")
+        places.append(place)
+        return place
+
+    yield mount
+    for place in places:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_costs_no_more_than_a_step(
+    files, straight, mounted, monkeypatch, capsys
+):
+    disk = mounted("size=48m")
+    plain, filler = RunLog.metrics, disk / "somebody else's"
+
+    def metrics(self, line):
+        plain(self, line)
+        if line["step"] == 2:
+            with filler.open("wb") as file:
+                file.write(bytes(shutil.disk_usage(disk).free - (2 << 20)))
+
+    monkeypatch.setattr(RunLog, "metrics", metrics)
+    assert trained(files, disk / "run") == 1
+    message = one_line(capsys)
+    assert "the disk is full, checkpoint-2" in message and "--resume" in message
+    monkeypatch.undo()
+    monkeypatch.setattr("opsd.training.run.write_report", lambda directory: None)
+    assert sorted(path.name for path in (disk / "run").glob("checkpoint*")) == ["checkpoint-1"]
+    filler.unlink()
+    assert trained(files, disk / "run", "--resume") == 0
+    assert outcome(disk / "run") == outcome(straight)
+
+
+def test_a_disk_that_is_too_small_is_said_before_training(files, mounted, capsys):
+    disk = mounted("size=8m")
+    assert trained(files, disk / "run") == 1
+    assert "GB are free there, the run needs" in one_line(capsys)
+    assert not (disk / "run" / "metrics.jsonl").exists()
+
+
+def test_a_read_only_output_is_one_line(files, mounted, tmp_path, capsys):
+    disk = mounted("ro", "size=8m")
+    save_config(short_config(*files, disk / "run", **SHORT), tmp_path / "c.yaml")
+    assert main(["train", str(tmp_path / "c.yaml")]) == 1
+    message = one_line(capsys)
+    assert f"output.dir is '{disk / 'run'}': cannot write there (Read-only" in message
+
+
+def test_a_lost_dataset_is_said_and_can_be_brought_back(files, straight, tmp_path, capsys):
+    rows = shutil.copy(files[1], tmp_path / "rows.jsonl")
+    mine = files[0], rows
+    assert trained(mine, tmp_path / "run") == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")  # as a kill before it would leave
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    capsys.readouterr()
+    rows.rename(tmp_path / "elsewhere")
+    assert trained(mine, tmp_path / "run", "--resume") == 1
+    assert f"data.source: there is no file or directory '{rows}'" in one_line(capsys)
+    assert read_lines(tmp_path / "run" / "metrics.jsonl") == lines
+    (tmp_path / "elsewhere").rename(rows)
+    assert trained(mine, tmp_path / "run", "--resume") == 0
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+def test_a_dataset_that_has_changed_is_said_and_can_be_brought_back(
+    files, straight, tmp_path, capsys
+):
+    rows = shutil.copy(files[1], tmp_path / "rows.jsonl")
+    mine = files[0], rows
+    assert trained(mine, tmp_path / "run") == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    text, lines = rows.read_text(), read_lines(tmp_path / "run" / "metrics.jsonl")
+    for other in (text.replace("1", "2", 1), text + text.splitlines()[0] + "\n"):
+        rows.write_text(other)
+        capsys.readouterr()
+        assert trained(mine, tmp_path / "run", "--resume") == 1
+        wanted = f"({len(text.splitlines())} rows then, {len(other.splitlines())} now); restore"
+        assert (said := one_line(capsys)).startswith("opsd: data.source: the problems are not")
+        assert wanted in said
+        assert read_lines(tmp_path / "run" / "metrics.jsonl") == lines
+    rows.write_text(text)
+    (tmp_path / "run" / "problems.json").write_text("{")
+    capsys.readouterr()
+    assert trained(mine, tmp_path / "run", "--resume") == 1
+    assert "problems.json' cannot be read; without that file" in one_line(capsys)
+    (tmp_path / "run" / "problems.json").unlink()
+    assert trained(mine, tmp_path / "run", "--resume") == 0
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+@pytest.mark.parametrize("hours", [-48, 48])
+def test_a_clock_that_jumps_changes_nothing(hours, files, straight, tmp_path, monkeypatch):
+    plain, shift, metrics = time.time, [0.0], RunLog.metrics
+
+    def jump(self, line):
+        metrics(self, line)
+        shift[0] += 3600.0 * hours
+
+    monkeypatch.setattr(time, "time", lambda: plain() + shift[0])
+    monkeypatch.setattr(RunLog, "metrics", jump)
+    begun = time.monotonic()
+    assert trained(files, tmp_path / "run") == 0
+    taken = time.monotonic() - begun
+    assert outcome(tmp_path / "run") == outcome(straight)
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    seconds = [line["seconds"] for line in lines]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] < taken
+    for line in lines:
+        assert all(value >= 0 for key, value in line.items() if "second" in key)
+
+
+def test_a_grading_worker_that_is_killed_in_its_work_costs_one_answer(monkeypatch):
+    give, count = _Worker.give, [0]
+
+    def killed(self, job, timeout):
+        count[0] += 1
+        if count[0] == 2:
+            os.kill(self.process.pid, signal.SIGSTOP)  # or it might be done before it is killed
+        give(self, job, timeout)
+        if count[0] == 2:
+            self.process.kill()
+
+    monkeypatch.setattr(_Worker, "give", killed)
+    with Grader() as grader:
+        texts = [rf"\boxed{{{number}/2}}" for number in range(4, 12, 2)]
+        answers = [str(number // 2) + ".0 + x - x" for number in range(4, 12, 2)]
+        grades = grader.grade(texts, answers)
+    assert [grade.failed for grade in grades] == [False, True, False, False]
+    assert [grade.correct for grade in grades] == [True, False, True, True]
+    assert "the grading process died" in grades[1].reason
