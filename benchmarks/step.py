@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from benchmarks import machine
 from benchmarks.measure import Disagreement, interleaved, peak_bytes
 from benchmarks.step_ways import Setting, Step, ways
-from opsd.common.step_timer import Parts, measured, part
+from opsd.common.step_timer import StepTimer, measured, phase
 from opsd.config.sections import ModelSection
 from opsd.models.copies import copy_model
 from opsd.models.load import load_model
@@ -147,14 +147,14 @@ def whole_step(case: Case, setting: Setting) -> dict:
     name, step = next(iter(ways(setting).items()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     sampler = GenerateSampler(setting.teacher, frozenset([model.config.vocab_size]))
-    parts, found = Parts(device), {}
+    parts, found = StepTimer(device), {}
     for _ in range(2):  # the first warms up
         with measured(parts):
-            with part("rollout"):
+            with phase("rollout"):
                 contexts = [sample.roles[0].context for sample in samples]
                 sampler.sample(contexts, Sampling(case.length, batch_size=64))
             step(samples)
-            with part("optimizer"):
+            with phase("optimizer"):
                 optimizer.step()
         found = parts.take()
     activities = [torch.profiler.ProfilerActivity.CPU]

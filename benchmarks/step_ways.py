@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from opsd.common.step_timer import part
+from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.objectives import OPSD, Sample, Totals
 from opsd.prefix import choose_kernel as kernels
-from opsd.prefix import keeping, use_kernel
 from opsd.prefix import packed_forward as stream
+from opsd.prefix import use_kernel, using_cache
 from opsd.prefix.layout import Layout
 from opsd.prefix.rollout_states import Scored
 from opsd.training.step import OPSDStep
@@ -53,7 +53,7 @@ class Setting:
         return torch.autocast(kind, torch.bfloat16, enabled=self.bf16)
 
     def backward(self, loss: Tensor) -> None:
-        with part("backward"), torch.autocast(self.model.device.type, enabled=False):
+        with phase("backward"), torch.autocast(self.model.device.type, enabled=False):
             loss.backward()
 
 
@@ -97,8 +97,8 @@ def _packed(setting: Setting, *, share: bool, kernel: str = "auto") -> Step:
         setting.model.zero_grad()
         use_kernel(kernel)
         batches = step.micro_batches(samples, setting.max_tokens)
-        kept = step.kept_prefixes(batches, setting.max_tokens)
-        with setting.autocast(), keeping(kept):
+        kept = step.prefix_cache(batches, setting.max_tokens)
+        with setting.autocast(), using_cache(kept):
             for batch in batches:
                 setting.backward(step(batch, Totals()))
                 kept.batch_done()

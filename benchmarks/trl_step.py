@@ -336,8 +336,8 @@ def by_opsd(case: Case, directory: Path) -> dict:
             "model": {"path": str(directory / "model")},
             "data": {"source": str(directory / "rows.jsonl")},
             "prompts": {"student": "{{ problem }}", "teacher": TEMPLATE},
-            "rollout": {"per_problem": case.rollouts, "max_new_tokens": case.length},
-            "loss": {"normalise": "rollout"},
+            "rollout": {"group_size": case.rollouts, "max_new_tokens": case.length},
+            "loss": {"aggregation": "rollout"},
             "train": {
                 "steps": case.steps,
                 "problems_per_step": case.problems,

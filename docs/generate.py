@@ -62,7 +62,8 @@ PUBLIC = {
     "opsd.data.rows": ("load_rows", "Row"),
     "opsd.data.prompts": ("Prompts", "Context"),
     "opsd.prefix": ("shared_prefix_hidden_states",),
-    "opsd.grading.grader": ("Grader", "Grade", "last_boxed"),
+    "opsd.grading.grader": ("Grader", "Grade"),
+    "opsd.data.boxed": ("last_boxed",),
     "opsd.common.errors": ("UserError",),
 }
 

@@ -99,8 +99,8 @@ class LinearDivergence:
     clipped_fraction: a scalar, how much of what the clip looks at it clipped: the share of tokens
         for Clip("token", ...), of vocabulary entries for Clip("entry", ...), 0 without a clip.
         Tokens of weight 0 do not count, here and below.
-    opposed_fraction: a scalar, the share of tokens whose clipped gradient points away from the
-        unclipped one.
+    inverted_gradient_fraction: a scalar, the share of tokens whose clipped gradient points away
+        from the unclipped one.
     """
 
     loss: Tensor
@@ -108,7 +108,7 @@ class LinearDivergence:
     student_entropy: Tensor
     teacher_entropy: Tensor
     clipped_fraction: Tensor
-    opposed_fraction: Tensor
+    inverted_gradient_fraction: Tensor
 
 
 def linear_divergence(
@@ -273,5 +273,5 @@ def linear_divergence(
         student_entropy=stats[STUDENT_ENTROPY].reshape(leading),
         teacher_entropy=stats[TEACHER_ENTROPY].reshape(leading),
         clipped_fraction=stats[CLIPPED].sum() / looked_at,
-        opposed_fraction=stats[OPPOSED].sum() / counted,
+        inverted_gradient_fraction=stats[OPPOSED].sum() / counted,
     )

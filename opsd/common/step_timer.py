@@ -1,7 +1,7 @@
-"""What the parts of a training step cost: seconds each, and the most memory held meanwhile.
+"""Times the phases of a training step: the seconds and the peak memory of each.
 
-Parts follow each other: rollout, grading, teacher, student, loss, backward, optimizer. Code that
-does one says `with part("teacher"):`, which costs nothing where nobody measures. On a GPU time is
+The phases follow each other: rollout, grading, teacher, student, loss, backward, optimizer. Code
+marks one by `with phase("teacher"):`, which costs nothing where nobody measures. On a GPU time is
 taken between events on its stream, which are read when the step is over: measuring makes nobody
 wait.
 """
@@ -22,7 +22,7 @@ STATM = Path("/proc/self/statm")
 INTERVAL = 0.02  # seconds between two looks at a CPU's memory
 
 
-class Parts:
+class StepTimer:
     """The parts of the step in progress, on one device."""
 
     def __init__(self, device: torch.device):
@@ -115,11 +115,11 @@ def resident() -> int:
     return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-_measured: Parts | None = None
+_measured: StepTimer | None = None
 
 
 @contextmanager
-def measured(parts: Parts | None) -> Iterator[None]:
+def measured(parts: StepTimer | None) -> Iterator[None]:
     """What `part` names inside is counted there."""
     global _measured
     before, _measured = _measured, parts
@@ -130,7 +130,7 @@ def measured(parts: Parts | None) -> Iterator[None]:
 
 
 @contextmanager
-def part(name: str) -> Iterator[None]:
+def phase(name: str) -> Iterator[None]:
     """A part of the step that is measured, if one is."""
     parts = _measured
     if parts is None:

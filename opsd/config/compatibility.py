@@ -77,9 +77,9 @@ def _check_teacher(config: Config) -> None:
 
 
 def _check_group(config: Config) -> None:
-    if config.method == "grpo" and config.rollout.per_problem < 2:
+    if config.method == "grpo" and config.rollout.group_size < 2:
         raise ValueError(
-            f"rollout.per_problem is {config.rollout.per_problem}: grpo compares a problem's "
+            f"rollout.group_size is {config.rollout.group_size}: grpo compares a problem's "
             "rollouts with each other and needs at least 2"
         )
 
@@ -163,7 +163,9 @@ def _check_methods(config: Config) -> None:
                 config.loss.weights, name, "loss.weights", "sft has no rollouts to be weighed"
             )
     if config.method != "grpo":
-        _refuse_changed(config.rollout, "resample", "rollout", f"{config.method} has no use for it")
+        _refuse_changed(
+            config.rollout, "dynamic_sampling", "rollout", f"{config.method} has no use for it"
+        )
 
 
 def _check_divergence(config: Config) -> None:

@@ -20,6 +20,14 @@ from opsd.config.yaml import load_yaml, read_yaml
 
 SHOWN = 300  # characters of a value in a message
 SHOWN_PROBLEMS = 10  # of one config
+RENAMED = {
+    "rollout.per_problem": "rollout.group_size",
+    "rollout.resample": "rollout.dynamic_sampling",
+    "loss.normalise": "loss.aggregation",
+    "loss.reward.correct_at": "loss.reward.success_threshold",
+    "train.collapse.opposed": "train.collapse.inverted_gradient",
+}
+"""Fields that had another name before 0.1.0 was released → their names now."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -139,6 +147,8 @@ def explain(problem: Any, model: type[Section]) -> str:
     """One pydantic error of `model` as a sentence: the field, the value, what is allowed."""
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location)
+    if problem["type"] == "extra_forbidden" and name in RENAMED:
+        return f"{name} is called {RENAMED[name]} now"
     if problem["type"] == "extra_forbidden":
         known = _known(location[:-1], model)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)

@@ -49,7 +49,7 @@ class RewardSection(Section):
         description="What grades a rollout: math (its last \\boxed{}, by math-verify), or "
         "FILE.py:FUNCTION, called with the text and the row (docs/methods.md).",
     )
-    correct_at: float = Field(
+    success_threshold: float = Field(
         1.0, description="The verifier's score from which a rollout is right."
     )
     format: str | None = Field(
@@ -102,7 +102,7 @@ class LossSection(Section):
     weights: WeightsSection = Field(
         WeightsSection(), description="What a token counts; the factors multiply."
     )
-    normalise: Literal["token", "rollout", "constant"] = Field(
+    aggregation: Literal["token", "rollout", "constant"] = Field(
         "token",
         description="The step's loss is the mean over its tokens, the mean over rollouts of their "
         "tokens' mean (TRL's SDFT, the first GRPO), or the sum ÷ (rollouts * max_new_tokens) "

@@ -191,13 +191,13 @@ class RolloutSection(Section):
         description="opsd, distill: who wrote what is learnt from; student is on-policy, reference "
         "is prompts.target.",
     )
-    per_problem: int = Field(1, ge=1, description="Rollouts a problem (G).")
+    group_size: int = Field(1, ge=1, description="Rollouts a problem (G).")
     max_new_tokens: int = Field(1024, ge=1, description="Longest rollout, in tokens.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 is off.")
     top_k: int = Field(0, ge=0, description="Sample among the k likeliest; 0 is off.")
     batch_size: int = Field(64, ge=1, description="Sequences decoded at once.")
-    resample: int = Field(
+    dynamic_sampling: int = Field(
         0,
         ge=0,
         description="grpo: rounds of other problems that may be drawn in a step for those whose "
@@ -248,7 +248,7 @@ class CollapseSection(Section):
     pass_at_k: float = Field(
         0.5, ge=0, lt=1, description="Collapse: pass@k of the rollouts ÷ its best window's."
     )
-    opposed: float = Field(
+    inverted_gradient: float = Field(
         0.5, gt=0, le=1, description="Collapse: more tokens than this with an inverted gradient."
     )
 
@@ -262,7 +262,7 @@ class TrainSection(Section):
     )
     problems_per_step: int = Field(32, ge=1, description="Problems a step.")
     mini_batches: int = Field(
-        1, ge=1, description="Parts of a step's problems, with an optimizer update each."
+        1, ge=1, description="StepTimer of a step's problems, with an optimizer update each."
     )
     inner_epochs: int = Field(
         1, ge=1, description="Times that a step's rollouts are gone through (TRL's num_iterations)."

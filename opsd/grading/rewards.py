@@ -85,7 +85,7 @@ class Judge:
         )
         if self.format is not None and formatted:
             reward += self.section.format_weight
-        correct = verdict.score >= self.section.correct_at
+        correct = verdict.score >= self.section.success_threshold
         return Outcome(text, rollout.finished, reward, correct, verdict.feedback, formatted)
 
 

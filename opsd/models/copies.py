@@ -32,26 +32,26 @@ def copy_model(
     """
     device = model.device if device is None else device
     if is_adapted(model):
-        twin = copy.deepcopy(model).to(device)
-        return twin.requires_grad_(False).eval()
-    twin = type(model)._from_config(model.config, dtype=dtype).to(device)
-    update_copy(twin, model)
-    twin.generation_config = model.generation_config
-    return contiguous_head(twin.requires_grad_(False).eval())
+        inference_copy = copy.deepcopy(model).to(device)
+        return inference_copy.requires_grad_(False).eval()
+    inference_copy = type(model)._from_config(model.config, dtype=dtype).to(device)
+    update_copy(inference_copy, model)
+    inference_copy.generation_config = model.generation_config
+    return contiguous_head(inference_copy.requires_grad_(False).eval())
 
 
 @torch.no_grad()
-def update_copy(twin: nn.Module, model: nn.Module) -> None:
-    """Copy the current weights and buffers of `model`, whole, into `twin`.
+def update_copy(inference_copy: nn.Module, model: nn.Module) -> None:
+    """Copy the current weights and buffers of `model`, whole, into `inference_copy`.
 
     Of a model with adapters they alone have changed.
     """
     source, frozen = dict(model.named_parameters()), is_adapted(model)
-    for name, parameter in twin.named_parameters():
+    for name, parameter in inference_copy.named_parameters():
         if source[name].requires_grad or not frozen:
             parameter.copy_(whole(source[name]))
     buffers = dict(model.named_buffers())
-    for name, buffer in twin.named_buffers():
+    for name, buffer in inference_copy.named_buffers():
         buffer.copy_(buffers[name])
 
 
@@ -70,7 +70,9 @@ def named_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[
 def whole(tensor: Tensor) -> Tensor:
     """The tensor; one that is split over processes is gathered, which all of them must ask for."""
     if hasattr(tensor, "ds_id"):
-        from opsd.distributed.deepspeed import gathered  # accelerate and peft, which a plan has no use for
+        from opsd.distributed.deepspeed import (
+            gathered,  # accelerate and peft, which a plan has no use for
+        )
 
         return gathered(tensor)
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

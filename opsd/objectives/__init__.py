@@ -5,6 +5,16 @@ from opsd.objectives.distill import Distill
 from opsd.objectives.grpo import GRPO
 from opsd.objectives.opsd import OPSD
 from opsd.objectives.sft import SFT
-from opsd.objectives.token_weights import Weighing
+from opsd.objectives.token_weights import TokenWeighting
 
-__all__ = ["GRPO", "OPSD", "SFT", "Distill", "Objective", "Problem", "Sample", "Totals", "Weighing"]
+__all__ = [
+    "GRPO",
+    "OPSD",
+    "SFT",
+    "Distill",
+    "Objective",
+    "Problem",
+    "Sample",
+    "TokenWeighting",
+    "Totals",
+]

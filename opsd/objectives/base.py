@@ -51,8 +51,8 @@ class Sample:
     factors: Sequence[float] | None = None  # of each token, beside `weight`; None: 1
     advantage: float = 0.0  # grpo
     credit: float = 0.0  # grpo: how far the teacher shares the advantage out among the tokens
-    log_probs: Sequence[float] | None = None  # the engine's, of each token; see Rollout
-    old: Sequence[float] | None = None  # the student's, before the step's first update
+    sampling_log_probs: Sequence[float] | None = None  # the engine's, of each token; see Rollout
+    old_log_probs: Sequence[float] | None = None  # the student's, before the step's first update
 
     @property
     def tokens(self) -> int:
@@ -157,6 +157,6 @@ def targets(samples: Sequence[Sample], device: torch.device) -> Tensor:
 
 def old_log_prob(samples: Sequence[Sample], now: Tensor) -> Tensor:
     """log p of each token before the step's first update: [Σ R]; `now`'s where it is the first."""
-    if all(sample.old is None for sample in samples):
+    if all(sample.old_log_probs is None for sample in samples):
         return now.detach()
-    return torch.tensor([value for s in samples for value in s.old], device=now.device)
+    return torch.tensor([value for s in samples for value in s.old_log_probs], device=now.device)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.common.step_timer import part
+from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.models.head import head
 from opsd.objectives.base import (
@@ -28,7 +28,7 @@ from opsd.objectives.base import (
 from opsd.objectives.importance_sampling import engine_importance
 from opsd.objectives.log_probs import log_prob_as, token_log_prob
 from opsd.objectives.policy_gradient import k3, surrogate, teacher_credit
-from opsd.objectives.token_weights import Weighing
+from opsd.objectives.token_weights import TokenWeighting
 from opsd.prefix.rollout_states import Scored, rollout_hidden_states, student_and_teacher
 
 
@@ -45,10 +45,10 @@ class GRPO:
         self,
         section: LossSection,
         teacher: PreTrainedModel | None = None,
-        weighing: Weighing | None = None,
+        weighting: TokenWeighting | None = None,
     ):
         self.section, self.teacher = section, teacher
-        self.weighing = weighing or Weighing(section)
+        self.weighting = weighting or TokenWeighting(section)
 
     def samples(
         self, problems: Sequence[Problem], step: int = 0
@@ -57,7 +57,7 @@ class GRPO:
         credit = credit_share(self.section, step)
         rollouts = [rollout for p in problems for rollout in p.rollouts]
         outcomes = [outcome for p in problems for outcome in p.outcomes]
-        weights = iter(self.weighing(rollouts, outcomes))
+        weights = iter(self.weighting(rollouts, outcomes))
         samples, used = [], 0
         for p in problems:
             group = [outcome.reward for outcome in p.outcomes]
@@ -78,7 +78,7 @@ class GRPO:
                             *weight,
                             advantage=advantage,
                             credit=credit,
-                            log_probs=rollout.log_probs,
+                            sampling_log_probs=rollout.sampling_log_probs,
                         )
                     )
         return samples, {"informative_groups": used / len(problems)}
@@ -99,7 +99,7 @@ class GRPO:
             teachers = [sample.roles[1] for sample in samples]
             hidden, seen = student_and_teacher(model, self.teacher, students, teachers, share)
         else:
-            with part("student"):
+            with phase("student"):
                 hidden = rollout_hidden_states(model, students, share)
         own = token_log_prob(model, hidden, samples, section)
         old, vocabulary = old_log_prob(samples, own.log_prob), len(head(model)[0])

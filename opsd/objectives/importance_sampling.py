@@ -34,8 +34,8 @@ def importance(samples: Sequence[Sample], log_prob: Tensor, bound: float) -> Imp
     The mean of `engine_divergence`, log p_engine - log p_student, is an estimate of
     KL(engine ‖ student) where tokens were drawn at temperature 1.
     """
-    by_engine = samples[0].log_probs is not None
-    before = [v for s in samples for v in (s.log_probs if by_engine else s.old)]
+    by_engine = samples[0].sampling_log_probs is not None
+    before = [v for s in samples for v in (s.sampling_log_probs if by_engine else s.old_log_probs)]
     difference = log_prob.detach() - torch.tensor(before, device=log_prob.device)
     ratio = difference.exp()
     logged = {
@@ -49,13 +49,15 @@ def importance(samples: Sequence[Sample], log_prob: Tensor, bound: float) -> Imp
 
 def were_sampled_otherwise(samples: Sequence[Sample], bound: float | None) -> bool:
     """Whether the samples' weights are to be corrected."""
-    return bound is not None and all(s.log_probs is not None or s.old is not None for s in samples)
+    return bound is not None and all(
+        s.sampling_log_probs is not None or s.old_log_probs is not None for s in samples
+    )
 
 
 def engine_importance(
     samples: Sequence[Sample], old: Tensor, bound: float | None
 ) -> Importance | None:
     """`importance` of the student that the step starts with over the engine; None without one."""
-    if bound is None or any(sample.log_probs is None for sample in samples):
+    if bound is None or any(sample.sampling_log_probs is None for sample in samples):
         return None
     return importance(samples, old, bound)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.common.step_timer import part
+from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.models.head import as_operands, head, head_arguments
 from opsd.objectives.base import Sample, targets
@@ -27,7 +27,7 @@ def token_log_prob(
     """
     weight, bias = (None if t is None else t[:vocabulary] for t in head(model))
     hidden, weight, bias = as_operands((hidden, weight, bias))
-    with part("loss"):
+    with phase("loss"):
         return linear_log_prob(
             hidden,
             weight,
@@ -49,6 +49,6 @@ def log_prob_as(
     vocabulary: int | None = None,
 ) -> Tensor:
     """log p of each rollout token [Σ R] by `model`, in the samples' role of that number."""
-    with part("teacher"):
+    with phase("teacher"):
         hidden = rollout_hidden_states(model, [sample.roles[role] for sample in samples], share)
     return token_log_prob(model, hidden, samples, section, vocabulary).log_prob

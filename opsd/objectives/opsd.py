@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.common.step_timer import part
+from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.models.head import as_operands, head, head_arguments
 from opsd.objectives.base import (
@@ -37,7 +37,7 @@ from opsd.objectives.importance_sampling import (
 from opsd.objectives.log_probs import token_log_prob
 from opsd.objectives.policy_gradient import surrogate
 from opsd.objectives.token_classes import class_parts
-from opsd.objectives.token_weights import Weighing
+from opsd.objectives.token_weights import TokenWeighting
 from opsd.prefix.rollout_states import Scored, student_and_teacher
 from opsd_kernels import Clip, linear_divergence
 
@@ -46,7 +46,7 @@ class OPSD:
     """The divergence between `teacher` (frozen, or the live model) and the model that trains.
 
     Args:
-        weighing: what the tokens count; none: alike, as `section` has them.
+        weighting: what the tokens count; none: alike, as `section` has them.
         classes: `class_table`'s; with it, the divergence is logged by class.
     """
 
@@ -57,11 +57,11 @@ class OPSD:
         self,
         section: LossSection,
         teacher: PreTrainedModel,
-        weighing: Weighing | None = None,
+        weighting: TokenWeighting | None = None,
         classes: Tensor | None = None,
     ):
         self.section, self.teacher, self.classes = section, teacher, classes
-        self.weighing = weighing or Weighing(section)
+        self.weighting = weighting or TokenWeighting(section)
         self.clip = None if section.clip == "none" else Clip(section.clip, section.clip_threshold)
 
     def samples(
@@ -79,12 +79,12 @@ class OPSD:
             )
         ]
         taught = [item for item in seen if item[1] is not None]
-        weights = self.weighing([r for *_, r, _ in taught], [outcome for *_, outcome in taught])
+        weights = self.weighting([r for *_, r, _ in taught], [outcome for *_, outcome in taught])
         samples = [
             Sample(
                 (Scored(student, rollout.ids), Scored(teacher, rollout.ids)),
                 *weight,
-                log_probs=rollout.log_probs,
+                sampling_log_probs=rollout.sampling_log_probs,
             )
             for (student, teacher, rollout, _), weight in zip(taught, weights, strict=True)
             if weight.of_all
@@ -136,7 +136,7 @@ class OPSD:
             teacher_weight = teacher_bias = None  # a live teacher: one product serves both
         tensors = (student, teacher, weight, teacher_weight, bias, teacher_bias)
         student, teacher, weight, teacher_weight, bias, teacher_bias = as_operands(tensors)
-        with part("loss"):
+        with phase("loss"):
             result = linear_divergence(
                 student,
                 teacher,
@@ -164,7 +164,7 @@ class OPSD:
         fractions = {}
         if self.clip is not None:
             fractions["clipped_fraction"] = result.clipped_fraction
-            fractions["opposed_fraction"] = result.opposed_fraction
+            fractions["inverted_gradient_fraction"] = result.inverted_gradient_fraction
         return result.loss, logged, fractions
 
     def _importance(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.common.step_timer import part
+from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.data.prompts import Prompts
 from opsd.objectives.base import (
@@ -21,7 +21,7 @@ from opsd.objectives.base import (
     token_weights,
 )
 from opsd.objectives.log_probs import token_log_prob
-from opsd.objectives.token_weights import Weighing
+from opsd.objectives.token_weights import TokenWeighting
 from opsd.prefix.rollout_states import Scored, rollout_hidden_states
 from opsd.rollout import Rollout
 
@@ -32,9 +32,11 @@ class SFT:
     samples_rollouts = False
     teacher_role = "teacher"  # it scores nothing here, but shades the report's completions
 
-    def __init__(self, section: LossSection, prompts: Prompts, weighing: Weighing | None = None):
+    def __init__(
+        self, section: LossSection, prompts: Prompts, weighting: TokenWeighting | None = None
+    ):
         self.section, self.prompts = section, prompts
-        self.weighing = weighing or Weighing(section)
+        self.weighting = weighting or TokenWeighting(section)
 
     def samples(
         self, problems: Sequence[Problem], step: int = 0
@@ -46,7 +48,7 @@ class SFT:
             for role in self.section.roles
         ]
         texts = [Rollout(list(sequence.rollout), True) for sequence in sequences]
-        weights = self.weighing(texts, [None] * len(texts))
+        weights = self.weighting(texts, [None] * len(texts))
         return [
             Sample((sequence,), *weight)
             for sequence, weight in zip(sequences, weights, strict=True)
@@ -60,7 +62,7 @@ class SFT:
         share: bool = True,
     ) -> Tensor:
         """See `Objective.loss`; adds the student's entropy to `totals`."""
-        with part("student"):
+        with phase("student"):
             hidden = rollout_hidden_states(model, [sample.roles[0] for sample in samples], share)
         result = token_log_prob(model, hidden, samples, self.section)
         weights, count = token_weights(samples, hidden.device), counted_tokens(samples)

@@ -1,8 +1,8 @@
-"""What a token counts: `loss.weights` and `loss.normalise`.
+"""What a token counts: `loss.weights` and `loss.aggregation`.
 
     w_in = r_i f_in / Z        r_i = [right or wrong] · [cut]      f_in = position · class
 
-for token n of rollout i. With `normalise`
+for token n of rollout i. With `aggregation`
 - token:    Z = Σ_i r_i Σ_n f_in: the step's loss is the weighted mean over its tokens;
 - rollout:  Z_i = (Σ_i r_i) Σ_n f_in: the weighted mean over rollouts of their tokens' mean;
 - constant: Z = (number of rollouts) · max_new_tokens: no rollout's length matters to another's.
@@ -27,12 +27,12 @@ class Weight(NamedTuple):
     factors: tuple[float, ...] | None = None
 
 
-class Weighing:
+class TokenWeighting:
     """Rollouts → weights.
 
     Args:
         section: `loss`.
-        longest: rollout.max_new_tokens, for normalise constant.
+        longest: rollout.max_new_tokens, for aggregation constant.
         classes: the classes of the vocabulary's entries, by `class_table`.
     """
 
@@ -57,10 +57,10 @@ class Weighing:
             self._of_rollout(rollout, outcome) if size else 0.0
             for rollout, outcome, size in zip(rollouts, outcomes, sizes, strict=True)
         ]
-        if self.section.normalise == "rollout":
+        if self.section.aggregation == "rollout":
             total = sum(of_rollout)
             norms = [total * size for size in sizes]
-        elif self.section.normalise == "constant":
+        elif self.section.aggregation == "constant":
             norms = [float(len(rollouts) * self.longest)] * len(rollouts)
         else:
             total = sum(r * size for r, size in zip(of_rollout, sizes, strict=True))

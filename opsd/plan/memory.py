@@ -202,7 +202,7 @@ class Planner:
             return {"vLLM": int(rollout.gpu_memory * self.device_memory)}
         found = {}
         if config.method != "sft" and rollout.source == "student":
-            asked = config.train.problems_per_step * rollout.per_problem
+            asked = config.train.problems_per_step * rollout.group_size
             size = min(rollout.batch_size, asked)
             found["rollouts"] = self._generation(size, dtype, self.lengths.rollout)
         if held.problems:
@@ -308,4 +308,4 @@ def _step_key(config: Config) -> str:
     loss = {name: value for name, value in values["loss"].items() if name != "memory_budget"}
     parts = [values["method"], loss, values["model"], values["teacher"], values["train"]]
     rollout = values["rollout"]
-    return json.dumps([parts, rollout["per_problem"], rollout["source"]])
+    return json.dumps([parts, rollout["group_size"], rollout["source"]])

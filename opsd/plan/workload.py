@@ -39,7 +39,7 @@ def samples(config: Config, lengths: Lengths) -> list[Sample]:
     sft = config.method == "sft"
     roles = config.loss.roles if sft else ["student"]
     answer = lengths.solution if sft else lengths.rollout
-    copies = 1 if sft or config.rollout.source == "reference" else config.rollout.per_problem
+    copies = 1 if sft or config.rollout.source == "reference" else config.rollout.group_size
     made = []
     for number in range(config.train.problems_per_step):
         problem = [number % 7 + 1] * (lengths.prompt - 1) + [number]

@@ -5,18 +5,18 @@ from opsd.prefix.hidden_states import separate_hidden_states, shared_prefix_hidd
 from opsd.prefix.layout import Group
 from opsd.prefix.live_teacher import live_hidden_states
 from opsd.prefix.packed_forward import try_kernel
-from opsd.prefix.prefix_cache import KeptPrefixes, held_per_token, keeping
+from opsd.prefix.prefix_cache import PrefixCache, cached_token_cost, using_cache
 from opsd.prefix.supported_models import unpackable
 
 __all__ = [
     "Group",
-    "KeptPrefixes",
-    "held_per_token",
-    "keeping",
+    "PrefixCache",
+    "cached_token_cost",
     "live_hidden_states",
     "separate_hidden_states",
     "shared_prefix_hidden_states",
     "try_kernel",
     "unpackable",
     "use_kernel",
+    "using_cache",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.common.step_timer import part
+from opsd.common.step_timer import phase
 from opsd.models.lora import adapter_state
 from opsd.prefix.hidden_states import shared_prefix_hidden_states
 from opsd.prefix.layout import Group, Layout
@@ -29,20 +29,20 @@ def live_hidden_states(
     common = [_common(s, t) for (s, _), (t, _) in zip(student, teacher, strict=True)]
     if unpackable(model) is not None or not any(common) or keeps_any(student + teacher):
         # The student first: autocast keeps the weights it casts, with their graph.
-        with part("student"):
+        with phase("student"):
             states = shared_prefix_hidden_states(model, student)
-        with torch.no_grad(), part("teacher"):
+        with torch.no_grad(), phase("teacher"):
             return states, shared_prefix_hidden_states(model, teacher)
     layout = Layout(student, model.device)
     starts = [segment.queries.start for segment in layout.segments[: len(student)]]
     rows = [torch.arange(s, s + c) for s, c in zip(starts, common, strict=True)]
     kept: Kept = {}
     before = adapter_state(model)
-    with part("student"):
+    with phase("student"):
         states = run(model, layout, keep=Keep(kept, torch.cat(rows).to(model.device)))
     rest = [(prefix[c:], ids) for (prefix, ids), c in zip(teacher, common, strict=True)]
     _check_adapters(before, adapter_state(model))
-    with torch.no_grad(), part("teacher"):
+    with torch.no_grad(), phase("teacher"):
         return states, run(model, Layout(rest, model.device, common), past=kept)
 
 

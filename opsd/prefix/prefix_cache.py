@@ -43,7 +43,7 @@ class _Prefix:
             torch.autograd.backward(*zip(*pairs, strict=True))
 
 
-class KeptPrefixes:
+class PrefixCache:
     """The prefixes that several of a step's micro-batches have.
 
     `training` are those that are kept where they train.
@@ -89,7 +89,7 @@ class KeptPrefixes:
         return self._run[key].leaves
 
 
-def held_per_token(model: PreTrainedModel) -> float:
+def cached_token_cost(model: PreTrainedModel) -> float:
     """What a kept token holds more than one that runs, in activations of a token that runs.
 
     Of a layer: the gradients of its keys and values, beside some 8 D + 4 I numbers (its norms,
@@ -130,11 +130,11 @@ def _refuse_reentrant(model: PreTrainedModel) -> None:
             )
 
 
-_kept: KeptPrefixes | None = None
+_kept: PrefixCache | None = None
 
 
 @contextmanager
-def keeping(prefixes: KeptPrefixes) -> Iterator[KeptPrefixes]:
+def using_cache(prefixes: PrefixCache) -> Iterator[PrefixCache]:
     """Streams that run inside, of any model, read these prefixes instead of running them again."""
     global _kept
     before, _kept = _kept, prefixes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.common.step_timer import part
+from opsd.common.step_timer import phase
 from opsd.prefix import (
     Group,
     live_hidden_states,
@@ -59,9 +59,9 @@ def both_roles_hidden_states(
         return live_hidden_states(model, _groups(student), _groups(teacher))
     # The student first: autocast keeps the weights that it casts, for both, and must cast them
     # with their graph.
-    with part("student"):
+    with phase("student"):
         states = rollout_hidden_states(model, student, share)
-    with torch.no_grad(), part("teacher"):
+    with torch.no_grad(), phase("teacher"):
         return states, rollout_hidden_states(model, teacher, share)
 
 
@@ -77,9 +77,9 @@ def student_and_teacher(
     """
     if teacher is model:
         return both_roles_hidden_states(model, students, teachers, share)
-    with torch.no_grad(), part("teacher"):
+    with torch.no_grad(), phase("teacher"):
         seen = rollout_hidden_states(teacher, teachers, share)
-    with part("student"):
+    with phase("student"):
         return rollout_hidden_states(model, students, share), seen
 
 

@@ -28,7 +28,7 @@ SAME_ATTENTION = (
 """transformers' names of plain attention, in whose place ours may stand."""
 
 RECURRENT = ("mamba", "ssm", "rwkv", "recurrent", "deltanet", "linearattention", "lightning")
-"""Parts of the names of classes that carry a state from token to token."""
+"""StepTimer of the names of classes that carry a state from token to token."""
 
 UNKNOWN_TO_US = ("sinks", "indexer", "relative_attention_bias")
 """Attributes of attention modules that change its scores in ways that ours does not know."""

@@ -43,7 +43,7 @@ SECTIONS: dict[str, Any] = {
     # No system message: SmolLM2's own would be a quarter of the student's tokens.
     "prompts": {"student": STUDENT_TEMPLATE, "teacher": TEACHER_TEMPLATE, "system": ""},
     # 48: forty would cut the longest answers with four terms.
-    "rollout": {"per_problem": 2, "max_new_tokens": 48, "batch_size": 32},
+    "rollout": {"group_size": 2, "max_new_tokens": 48, "batch_size": 32},
     "loss": {"memory_budget": 64 * 2**20},
     "train": {
         "problems_per_step": 16,
@@ -63,7 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "train": {"steps": 26, "learning_rate": 5e-5},
     },
     "grpo": {
-        "rollout": {"per_problem": 4},
+        "rollout": {"group_size": 4},
         "train": {"steps": 26, "learning_rate": 1e-5, "problems_per_step": 8},
     },
     # As many trained tokens as the others generate: about 28 000.

@@ -16,7 +16,7 @@ HELD_OUT_SEED = 10_000
 
 SECTIONS: dict[str, Any] = {
     "prompts": {"student": tiny.STUDENT_PROMPT, "teacher": tiny.TEACHER_PROMPT},
-    "rollout": {"per_problem": 1, "max_new_tokens": 44, "batch_size": 128},
+    "rollout": {"group_size": 1, "max_new_tokens": 44, "batch_size": 128},
     "train": {
         "problems_per_step": 64,
         "warmup_steps": 5,
@@ -29,7 +29,7 @@ SECTIONS: dict[str, Any] = {
 METHODS: dict[str, dict[str, Any]] = {
     "opsd": {"train": {"steps": 100, "learning_rate": 2e-3}},
     "grpo": {
-        "rollout": {"per_problem": 8},
+        "rollout": {"group_size": 8},
         "train": {"steps": 100, "learning_rate": 1e-4, "problems_per_step": 8},
     },
     "sft": {"train": {"steps": 100, "learning_rate": 3e-3}},

@@ -27,7 +27,7 @@ MORE_PANELS = [
     ("truncated_fraction", "Rollouts cut at the length limit", "share"),
     ("teacher_entropy", "Teacher's entropy", "nats a token"),
     ("clipped_fraction", "Clipped tokens", "share"),
-    ("opposed_fraction", "Tokens whose clipped gradient points away", "share"),
+    ("inverted_gradient_fraction", "Tokens whose clipped gradient points away", "share"),
     ("divergence_maths", "Divergence of mathematical tokens", "nats a token"),
     ("divergence_style", "Divergence of words about thinking", "nats a token"),
     ("importance_ratio", "Student's probability ÷ the engine's", "mean"),

@@ -13,7 +13,7 @@ COLLAPSED = {
     "entropy": "the student's entropy has fallen away",
     "length": "rollouts have become short",
     "pass_at_k": "pass@k of the rollouts has fallen",
-    "opposed": "the clip inverts the gradient of too many tokens",
+    "inverted_gradient": "the clip inverts the gradient of too many tokens",
 }
 """Of train.collapse's measures."""
 

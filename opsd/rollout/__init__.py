@@ -4,7 +4,7 @@ batching, or vLLM, in this process or as a server.
 
 from opsd.rollout.base import Rollout, Sampler, Sampling
 from opsd.rollout.continuous import ContinuousSampler
-from opsd.rollout.distributed import SplitSampler
+from opsd.rollout.distributed import DistributedSampler
 from opsd.rollout.engines import (
     SAMPLERS,
     check_engine,
@@ -18,12 +18,12 @@ from opsd.rollout.vllm_client import ServerGoneError
 __all__ = [
     "SAMPLERS",
     "ContinuousSampler",
+    "DistributedSampler",
     "GenerateSampler",
     "Rollout",
     "Sampler",
     "Sampling",
     "ServerGoneError",
-    "SplitSampler",
     "check_engine",
     "evaluation_server",
     "make_sampler",

@@ -38,7 +38,7 @@ class Rollout:
     finished: bool  # False: cut at max_new_tokens
     # Of each token, by an engine that is not the student itself: at temperature 1, before top-p and
     # top-k. None: the student's own module sampled.
-    log_probs: list[float] | None = None
+    sampling_log_probs: list[float] | None = None
     seed: int | None = None  # which this rollout alone was drawn with, where the engine takes one
 
 
@@ -47,7 +47,7 @@ class Sampler(Protocol):
 
     engine: str  # as rollout.engine names it
 
-    def follow(self, model: PreTrainedModel) -> None:
+    def sync_weights(self, model: PreTrainedModel) -> None:
         """Take over the current weights of `model`, which trains."""
         ...
 

@@ -21,8 +21,8 @@ class ContinuousSampler:
     def __init__(self, model: PreTrainedModel, stops: frozenset[int]):
         self.model, self.stops = model, stops
 
-    def follow(self, model: PreTrainedModel) -> None:
-        """See `Sampler.follow`; nothing to do where it samples from `model` itself."""
+    def sync_weights(self, model: PreTrainedModel) -> None:
+        """See `Sampler.sync_weights`; nothing to do where it samples from `model` itself."""
         if self.model is not model:
             update_copy(self.model, model)
 

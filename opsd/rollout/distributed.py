@@ -14,7 +14,7 @@ RESTARTS = 3
 """Of a server, during one sampling."""
 
 
-class SplitSampler:
+class DistributedSampler:
     """Every process samples each `count`-th context; all of them get all rollouts, in order.
 
     Args:
@@ -27,18 +27,18 @@ class SplitSampler:
         self, sampler: Sampler, processes: Processes, whole: PreTrainedModel | None = None
     ):
         self.sampler, self.processes, self.whole = sampler, processes, whole
-        self.engine, self._followed = sampler.engine, None
+        self.engine, self._synced = sampler.engine, None
 
-    def follow(self, model: PreTrainedModel) -> None:
-        """See `Sampler.follow`."""
-        self._followed = model
+    def sync_weights(self, model: PreTrainedModel) -> None:
+        """See `Sampler.sync_weights`."""
+        self._synced = model
         if self.whole is not None:
             update_copy(self.whole, model)
             model = self.whole
         if self.engine == "vllm_server":
-            self.processes.once(lambda: self.sampler.follow(model))
+            self.processes.once(lambda: self.sampler.sync_weights(model))
         else:
-            self.processes.together(lambda: self.sampler.follow(model))
+            self.processes.together(lambda: self.sampler.sync_weights(model))
 
     def sample(
         self,
@@ -52,7 +52,7 @@ class SplitSampler:
             try:
                 return self._sample(contexts, sampling, progress)
             except ServerRestartedError:
-                self.follow(self._followed)
+                self.sync_weights(self._synced)
         return self._sample(contexts, sampling, progress)
 
     def _sample(self, contexts, sampling, progress) -> list[Rollout]:

@@ -24,8 +24,8 @@ class GenerateSampler:
     ):
         self.model, self.stops, self.vocabulary = model, stops, vocabulary
 
-    def follow(self, model: PreTrainedModel) -> None:
-        """See `Sampler.follow`; nothing to do where it samples from `model` itself."""
+    def sync_weights(self, model: PreTrainedModel) -> None:
+        """See `Sampler.sync_weights`; nothing to do where it samples from `model` itself."""
         if self.model is not model:
             update_copy(self.model, model)
 

@@ -12,12 +12,12 @@ from opsd.rollout.base import Rollout, Sampling, draw_seeds
 
 
 class ColocatedSampler:
-    """vLLM's `LLM`, awake from `follow` to the end of `sample`, else asleep (level 2: no weights).
+    """vLLM's `LLM`: awake from `sync_weights` to the end of `sample`, else asleep (level 2).
 
     Args:
         path: the model's directory or hub name.
-        trains: whether the weights will come by `follow`; if not, they are read from `path` and it
-            never sleeps.
+        trains: whether the weights come by `sync_weights`; if not, they are read from `path`, and
+            it never sleeps.
         memory: the share of the GPU's memory that it may hold while it is awake.
         settings: further arguments of `LLM`.
     """
@@ -52,8 +52,8 @@ class ColocatedSampler:
         )
         self._sleep()
 
-    def follow(self, model: PreTrainedModel) -> None:
-        """See `Sampler.follow`."""
+    def sync_weights(self, model: PreTrainedModel) -> None:
+        """See `Sampler.sync_weights`."""
         assert self.trains
         torch.cuda.empty_cache()  # what torch keeps for itself is not free for vLLM
         self.llm.wake_up(tags=["weights"])

@@ -18,8 +18,8 @@ class ServerSampler:
     """`sampling.batch_size` requests at once, one rollout each.
 
     Args:
-        directory: where `follow` leaves the weights for the server, which must see it under this
-            path; None: they stay as they are.
+        directory: where `sync_weights` leaves the weights for the server, which must see it under
+            this path; None: they stay as they are.
         dtype: of the weights there.
 
     Each rollout is drawn with a seed of its own, which is taken from torch's generator. Where the
@@ -42,8 +42,8 @@ class ServerSampler:
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)  # what a run that was killed has left
 
-    def follow(self, model: PreTrainedModel) -> None:
-        """See `Sampler.follow`: writes the weights down and has the server load them."""
+    def sync_weights(self, model: PreTrainedModel) -> None:
+        """See `Sampler.sync_weights`: writes the weights down and has the server load them."""
         # A new place each time: some releases of vLLM keep what they have read from a path
         # (vllm-project/vllm#32718).
         assert self.directory is not None

@@ -68,13 +68,13 @@ _MEASURES = {
     "entropy": "student_entropy",
     "length": "rollout_length",
     "pass_at_k": "pass_at_k",
-    "opposed": "opposed_fraction",
+    "inverted_gradient": "inverted_gradient_fraction",
 }
 
 
 def _judge(name: str, measure: str, mean: float, bound: float, trace: Trace) -> str | None:
     """What is wrong with the window's mean, if anything is."""
-    if name == "opposed":
+    if name == "inverted_gradient":
         wrong = mean > bound
         return f"{measure} is {mean:.3g} over {trace.window} steps" if wrong else None
     before, when = (trace.best, "at its best") if name == "pass_at_k" else (trace.first, "at first")

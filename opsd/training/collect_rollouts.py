@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from opsd.common.step_timer import part
+from opsd.common.step_timer import phase
 from opsd.config.config import Config
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
@@ -16,12 +16,12 @@ from opsd.grading.rewards import Judge
 from opsd.models.load import window
 from opsd.objectives import Objective, Problem
 from opsd.rollout import Rollout, Sampler, Sampling
-from opsd.training.teacher_contexts import Lessons, graded, informative, outcome_measures
+from opsd.training.teacher_contexts import TeacherContexts, graded, informative, outcome_measures
 
 SAMPLING = {"max_new_tokens", "temperature", "top_p", "top_k", "batch_size"}
 
 
-class Experienced(NamedTuple):
+class CollectedRollouts(NamedTuple):
     """All problems that were put to the student, those to learn from, and what is measured."""
 
     asked: list[Problem]
@@ -29,12 +29,12 @@ class Experienced(NamedTuple):
     measures: dict[str, float]
 
 
-class Experience:
+class RolloutCollector:
     """Makes a step's problems.
 
     Args:
         model: what trains; the sampler takes over its weights before each step.
-        rows: the training rows, from which others are drawn under `rollout.resample`.
+        rows: the training rows, from which others are drawn under `rollout.dynamic_sampling`.
         teacher_sampler: samples from the teacher, for rollout.source teacher.
         judge: grades rollouts; None: nobody does.
         note: called with a line for the terminal, once.
@@ -60,7 +60,7 @@ class Experience:
         self.objective, self.sampler, self.teacher_sampler = objective, sampler, teacher_sampler
         self.judge, self.processes = judge, processes
         self.sampling = Sampling(**config.rollout.model_dump(include=SAMPLING))
-        self.lessons = Lessons(
+        self.teacher_contexts = TeacherContexts(
             prompts, window(model.config), config.prompts.too_long == "skip", note
         )
         source = config.rollout.source
@@ -68,24 +68,24 @@ class Experience:
         drawn_by = teacher_sampler if source == "teacher" else sampler
         self.how = {"source": source, "engine": drawn_by.engine, **asdict(self.sampling)}
 
-    def __call__(self, rows: Sequence[Row]) -> Experienced:
+    def __call__(self, rows: Sequence[Row]) -> CollectedRollouts:
         """The problems of a step that draws these rows."""
         if self.samples:
-            with part("rollout"):
-                self.sampler.follow(self.model)
+            with phase("rollout"):
+                self.sampler.sync_weights(self.model)
         asked = self._asked(rows)
         chosen = asked
-        if self.config.rollout.resample:
+        if self.config.rollout.dynamic_sampling:
             asked, chosen = self._resampled(asked)
         measures = outcome_measures(asked)
-        chosen, of_lessons = self.lessons(chosen)
-        return Experienced(asked, chosen, measures | of_lessons)
+        chosen, of_lessons = self.teacher_contexts(chosen)
+        return CollectedRollouts(asked, chosen, measures | of_lessons)
 
     def _resampled(self, asked: list[Problem]) -> tuple[list[Problem], list[Problem]]:
         """Other problems for those whose rewards are all alike: all asked, and those that say
         something (all, if none does)."""
         chosen = [problem for problem in asked if informative(problem)]
-        for _ in range(self.config.rollout.resample):
+        for _ in range(self.config.rollout.dynamic_sampling):
             missing = self.config.train.problems_per_step - len(chosen)
             if missing <= 0:
                 break
@@ -100,14 +100,14 @@ class Experience:
     def _asked(self, rows: Sequence[Row]) -> list[Problem]:
         """The rows with their rollouts, graded."""
         contexts = [self.prompts.context(row) for row in rows]
-        copies = self.config.rollout.per_problem if self.objective.samples_rollouts else 0
+        copies = self.config.rollout.group_size if self.objective.samples_rollouts else 0
         rollouts: list[Rollout] = []
         if self.samples:
             role, sampler = "student", self.sampler
             if self.config.rollout.source == "teacher":
                 role, sampler = self.objective.teacher_role, self.teacher_sampler
             asked = [getattr(context, role) for context in contexts for _ in range(copies)]
-            with part("rollout"):
+            with phase("rollout"):
                 rollouts = sampler.sample(asked, self.sampling)
         elif copies:
             copies = 1  # they would be alike
@@ -116,5 +116,5 @@ class Experience:
             Problem(row, context, rollouts[i * copies : (i + 1) * copies])
             for i, (row, context) in enumerate(zip(rows, contexts, strict=True))
         ]
-        with part("grading"):
+        with phase("grading"):
             return self.processes.once(lambda: graded(problems, self.judge))

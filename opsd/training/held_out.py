@@ -13,7 +13,7 @@ from opsd.data.rows import Row
 from opsd.distributed.processes import Processes
 from opsd.grading.grader import Grade, Grades
 from opsd.models.load import stop_ids
-from opsd.rollout import SAMPLERS, Rollout, Sampler, Sampling, SplitSampler
+from opsd.rollout import SAMPLERS, DistributedSampler, Rollout, Sampler, Sampling
 from opsd.rollout.base import decode
 
 
@@ -92,7 +92,7 @@ class HeldOut:
         if sampler is None:
             sampler = SAMPLERS[self.engine](model, stop_ids(model, tokenizer))
             if self.processes is not None:
-                sampler = SplitSampler(sampler, self.processes)
+                sampler = DistributedSampler(sampler, self.processes)
         grader = self.grader
         if self.processes is not None:
             grader = FirstGrades(grader, self.processes)

@@ -49,7 +49,7 @@ class LearningCurve:
         return self._record(step, "student", self._answer())
 
     def _answer(self) -> Evaluation:
-        self.sampler.follow(self.model)
+        self.sampler.sync_weights(self.model)
         return self.test.evaluate(self.decoder, self.display, sampler=self.sampler)
 
     def _record(self, step: int, role: str, result: Evaluation) -> dict:

@@ -39,10 +39,10 @@ from opsd.prefix import try_kernel, unpackable, use_kernel
 from opsd.report import write_report
 from opsd.rollout import (
     SAMPLERS,
+    DistributedSampler,
     GenerateSampler,
     Sampling,
     ServerGoneError,
-    SplitSampler,
     check_engine,
     make_sampler,
     training_server,
@@ -173,10 +173,10 @@ def run(
     if config.train.share_prefixes and unpackable(model) is None:
         try_kernel(model, dtype, processes.device)  # which may be an error, before an evaluation
     split = config.train.sharding in SPLIT_WEIGHTS  # over processes; a whole copy decodes
-    twin = None
-    if split or decodes_beside(config, bool(held_out)):
-        twin = copy_model(model, dtype, processes.device)
-    decoder = twin if twin is not None else model
+    inference_copy = None
+    if split or needs_inference_copy(config, bool(held_out)):
+        inference_copy = copy_model(model, dtype, processes.device)
+    decoder = inference_copy if inference_copy is not None else model
     # Made before a checkpoint is loaded: the weights of step 0. Without OPSD, a teacher is only
     # asked for its view of the sample completions.
     scores = scores_by_teacher(config)
@@ -188,7 +188,7 @@ def run(
     if config.rollout.engine == "vllm":
         longest = longest_sequence([*rows, *held_out], prompts, config)
     sampler = make_sampler(config, decoder, stops, dtype, server, longest)
-    sampler = SplitSampler(sampler, processes, whole=twin if split else None)
+    sampler = DistributedSampler(sampler, processes, whole=inference_copy if split else None)
     checkpoint_activations(config, model)
     log = open_log(directory, checkpoint, processes)
     # A live teacher is the model itself, so that both roles' common start runs once.
@@ -254,7 +254,7 @@ def open_log(directory: Path, checkpoint: Path | None, processes: Processes) -> 
     return log if processes.first else RunLog(directory, step, writes=False)
 
 
-def decodes_beside(config: Config, evaluates: bool) -> bool:
+def needs_inference_copy(config: Config, evaluates: bool) -> bool:
     """Whether a bf16 copy of the model decodes, in training in bf16: to cast the masters for each
     new token would cost as much as the token. Beside adapters the weights are in bf16 already."""
     decodes = config.rollout.engine in SAMPLERS and (config.method != "sft" or evaluates)

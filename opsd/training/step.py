@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError
 from opsd.objectives import Objective, Sample, Totals
-from opsd.prefix import KeptPrefixes, held_per_token
+from opsd.prefix import PrefixCache, cached_token_cost
 from opsd.prefix.rollout_states import rollout_hidden_states
 from opsd.training.micro_batches import (
     keepable,
@@ -64,7 +64,7 @@ class OPSDStep(nn.Module):
             return padded_batches(samples, _roles, max_tokens)
         return packed_batches(samples, _roles, max_tokens, self._held())
 
-    def kept_prefixes(self, batches: Sequence[Sequence[Sample]], max_tokens: int) -> KeptPrefixes:
+    def prefix_cache(self, batches: Sequence[Sequence[Sample]], max_tokens: int) -> PrefixCache:
         """The contexts that `micro_batches` split over batches, to be run once for all of them."""
         learners: dict[tuple[int, ...], list[Sample]] = {}
         for sample in (sample for batch in batches for sample in batch):
@@ -78,11 +78,11 @@ class OPSDStep(nn.Module):
         contexts = [
             {tuple(role.context) for sample in batch for role in sample.roles} for batch in batches
         ]
-        return KeptPrefixes(contexts if self.share else [], training)
+        return PrefixCache(contexts if self.share else [], training)
 
     def _held(self) -> float | None:
         """What a kept token of a context that trains holds more; None where none is kept."""
-        return held_per_token(self.model) if self.keep else None
+        return cached_token_cost(self.model) if self.keep else None
 
     @torch.no_grad()
     def check_sharing(self, samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> float:

@@ -31,7 +31,7 @@ def informative(problem: Problem) -> bool:
 def outcome_measures(problems: Sequence[Problem]) -> dict[str, float]:
     """What the log says of graded rollouts; nothing of others.
 
-    `pass_at_k`: the share of problems that one rollout at least is right for, k = per_problem.
+    `pass_at_k`: the share of problems that one rollout at least is right for, k = group_size.
     """
     if not problems or problems[0].outcomes is None:
         return {}
@@ -44,7 +44,7 @@ def outcome_measures(problems: Sequence[Problem]) -> dict[str, float]:
     }
 
 
-class Lessons:
+class TeacherContexts:
     """Fills in a teacher's template over rollouts.
 
     Args:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback
 
 from opsd.common.errors import UserError
-from opsd.common.step_timer import Parts, measured, part
+from opsd.common.step_timer import StepTimer, measured, phase
 from opsd.common.system import release_memory, trim_heap
 from opsd.config.config import Config
 from opsd.data.prompts import Prompts
@@ -32,11 +32,11 @@ from opsd.grading.rewards import Judge
 from opsd.models.moving_average import MovingAverage
 from opsd.objectives import Objective, Problem, Sample, Totals
 from opsd.objectives.log_probs import log_prob_as
-from opsd.prefix import KeptPrefixes, keeping, try_kernel, unpackable
-from opsd.rollout import Sampler, ServerGoneError, SplitSampler
+from opsd.prefix import PrefixCache, try_kernel, unpackable, using_cache
+from opsd.rollout import DistributedSampler, Sampler, ServerGoneError
 from opsd.runs.log import RunLog
 from opsd.training.checkpoints import WholeCheckpoints
-from opsd.training.collect_rollouts import Experience
+from opsd.training.collect_rollouts import RolloutCollector
 from opsd.training.failed_steps import IN_A_ROW, failed_step, out_of_memory, save_failed_step
 from opsd.training.sample_records import rollout_records
 from opsd.training.step import OPSDStep, idle, token_ratio
@@ -87,8 +87,8 @@ class OPSDTrainer(WholeCheckpoints):
         self.average = average
         self.config, self.rows, self.objective = config, rows, objective
         if teacher_sampler is not None:
-            teacher_sampler = SplitSampler(teacher_sampler, self.processes)
-        self.experience = Experience(
+            teacher_sampler = DistributedSampler(teacher_sampler, self.processes)
+        self.collector = RolloutCollector(
             config,
             model,
             rows,
@@ -122,7 +122,7 @@ class OPSDTrainer(WholeCheckpoints):
         self.budget = config.train.micro_batch_tokens
         self._samples: list[Sample] = []  # the step's
         self._step_is_out, self._left_out = False, 0
-        self.parts = Parts(self.processes.device)
+        self.parts = StepTimer(self.processes.device)
         super().__init__(
             model=model,
             args=training_arguments(config, bool(evaluate), self.processes.count),
@@ -177,7 +177,7 @@ class OPSDTrainer(WholeCheckpoints):
         start = time.monotonic()
         if self.average is not None and self.state.global_step:
             self.average.follow(self.model, self.state.global_step)
-        asked, problems, measures = self.experience(rows)
+        asked, problems, measures = self.collector(rows)
         batches = self._mini_batches(problems, measures)
         samples = [sample for batch in batches for sample in batch]
         model.train()
@@ -234,7 +234,7 @@ class OPSDTrainer(WholeCheckpoints):
 
     def _update(self, model) -> bool:
         """An optimizer update within a step; False where its gradient is not finite."""
-        with part("optimizer"):
+        with phase("optimizer"):
             longest = self.args.max_grad_norm or math.inf
             norm = self.accelerator.clip_grad_norm_(model.parameters(), longest)
             if not math.isfinite(norm):
@@ -270,7 +270,7 @@ class OPSDTrainer(WholeCheckpoints):
                     values = values[sample.tokens :]
         everywhere = self.processes.everywhere(lambda: found)
         old = {place: values for part_of in everywhere for place, values in part_of.items()}
-        return [replace(sample, old=old[place]) for place, sample in enumerate(samples)]
+        return [replace(sample, old_log_probs=old[place]) for place, sample in enumerate(samples)]
 
     def _check_sharing(self, model, samples: list[Sample], ratio: float) -> float:
         with torch.no_grad():  # or DDP would expect a backward
@@ -351,13 +351,13 @@ class OPSDTrainer(WholeCheckpoints):
         ]
         own, most = parts[self.processes.index], max(map(len, parts))
         # A process may not run weights that are split more often than the others do.
-        kept = KeptPrefixes([], [])
+        kept = PrefixCache([], [])
         if self.config.train.sharding not in SPLIT_WEIGHTS:
-            kept = self.micro_step.kept_prefixes(own, self.budget)
+            kept = self.micro_step.prefix_cache(own, self.budget)
         self._tell_of_split(kept, samples)
         # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since
         # what runs in fp32 there is meant to.
-        with self._autocast(), keeping(kept):
+        with self._autocast(), using_cache(kept):
             for number in range(most):
                 # All processes exchange weights or gradients as often: one with fewer batches runs
                 # a sample for nothing.
@@ -366,7 +366,7 @@ class OPSDTrainer(WholeCheckpoints):
                     some = called_through(model, self.model, partial(self.micro_step, *work))
                     if loss.device.type == "cpu":
                         trim_heap()  # of holes that forward left and backward has no use for
-                    with part("backward"), torch.autocast(loss.device.type, enabled=False):
+                    with phase("backward"), torch.autocast(loss.device.type, enabled=False):
                         # DDP and FSDP2 take the mean over processes, and it is a sum.
                         self.accelerator.backward(some * count if count > 1 else some)
                         kept.batch_done()
@@ -388,7 +388,7 @@ class OPSDTrainer(WholeCheckpoints):
             return nullcontext()
         return model.no_sync()
 
-    def _tell_of_split(self, kept: KeptPrefixes, samples: list[Sample]) -> None:
+    def _tell_of_split(self, kept: PrefixCache, samples: list[Sample]) -> None:
         """Say once what becomes of a context whose rollouts do not fit a micro-batch together."""
         split = {tuple(s.roles[0].context) for s in samples if tuple(s.roles[0].context) in kept}
         if not split or self._split_told:
@@ -426,8 +426,8 @@ class OPSDTrainer(WholeCheckpoints):
 
     def _write_rollouts(self, problems: list[Problem]) -> None:
         """What was sampled, where the run keeps it."""
-        if self.experience.samples:
-            kept, how = self.config.output.rollouts, self.experience.how
+        if self.collector.samples:
+            kept, how = self.config.output.rollouts, self.collector.how
             for line in rollout_records(problems, self.processing_class, how, kept):
                 self.run_log.rollout({"step": self.state.global_step + 1, **line})
 

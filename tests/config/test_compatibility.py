@@ -10,7 +10,7 @@ from opsd.config.requirements import required_columns
 from opsd.training.load_data import load_data
 
 GOOD = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
-GRPO = {"method": "grpo", "rollout": {"per_problem": 4}}
+GRPO = {"method": "grpo", "rollout": {"group_size": 4}}
 MODEL = {"teacher": {"policy": "model", "path": "t"}}
 PEERS = {"prompts": {"teacher": "{{ problem }}{% if peers %}{{ peers[0].text }}{% endif %}"}}
 
@@ -20,13 +20,15 @@ def loss(**fields) -> dict:
 
 
 ALLOWED = [
-    merge(GRPO, loss(kl=0.1, normalise="rollout")),
+    merge(GRPO, loss(kl=0.1, aggregation="rollout")),
     merge(GRPO, {**loss(credit=0.5, credit_steps=50), "teacher": {"policy": "live"}}),
     merge(GRPO, {**loss(credit=0.5), **PEERS}),
-    loss(weights={"incorrect": 0.0}, reward={"verifier": "mine.py:grade", "correct_at": 0.5}),
+    loss(
+        weights={"incorrect": 0.0}, reward={"verifier": "mine.py:grade", "success_threshold": 0.5}
+    ),
     {**PEERS, **loss(divergence="sampled_token", epsilon_high=0.3)},
     {"method": "distill", **MODEL, **loss(divergence="reverse_kl", clip="token")},
-    {"method": "sft", **loss(normalise="rollout", weights={"maths": 2.0})},
+    {"method": "sft", **loss(aggregation="rollout", weights={"maths": 2.0})},
     {"teacher": {"policy": "ema", "ema_decay": 0.0, "update_every": 50}},
 ]
 

@@ -1,11 +1,21 @@
 """The config: what is refused, in which words, and what is filled in."""
 
+import re
+
 import pytest
 import yaml
 
 from opsd.common.errors import UserError
 from opsd.config.config import Config
-from opsd.config.load import describe, load_config, parse_config, save_config
+from opsd.config.load import (
+    RENAMED,
+    describe,
+    load_config,
+    merge,
+    parse_config,
+    save_config,
+    with_overrides,
+)
 from opsd.config.loss import RewardSection, WeightsSection
 from opsd.config.sections import CollapseSection, LoraSection
 
@@ -76,3 +86,11 @@ def test_every_field_is_described():
     assert all(len(text) > 10 for _, text in described.values())
     assert described["model.path"][0] == "required"
     assert "(forward_kl | reverse_kl | jsd | sampled_token)" in described["loss.divergence"][1]
+
+
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_an_old_name_is_told_the_new_one(old, new):
+    values = with_overrides({}, [f"{old}=1"])
+    with pytest.raises(UserError, match=f"^{re.escape(old)} is called {re.escape(new)} now"):
+        parse_config(merge(GOOD, values))
+    assert new in {f"{section}.{name}" for section, name, *_ in describe()}

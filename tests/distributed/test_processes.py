@@ -36,7 +36,7 @@ from opsd.training.preflight import check_machine
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
-SAME = {"rollout": {"top_k": 1, "per_problem": 2}}
+SAME = {"rollout": {"top_k": 1, "group_size": 2}}
 LORA = {"model": {"lora": {"rank": 4, "alpha": 8}}}
 CASES = {
     "ema": {
@@ -44,7 +44,7 @@ CASES = {
         "train": {"micro_batch_tokens": 60, "gradient_checkpointing": True},
     },
     "lora": {**LORA, "train": {"gradient_checkpointing": "reentrant", "micro_batch_tokens": 60}},
-    "grpo": {"method": "grpo", "rollout": {"top_k": 0, "per_problem": 4}},
+    "grpo": {"method": "grpo", "rollout": {"top_k": 0, "group_size": 4}},
     "fsdp2": {
         "teacher": {"policy": "live"},
         "train": {"sharding": "fsdp2", "gradient_checkpointing": True, "micro_batch_tokens": 60},

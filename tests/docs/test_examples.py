@@ -42,13 +42,13 @@ def files(tmp_path_factory):
 def small(name: str, files, directory: Path) -> list[str]:
     """The overrides that make of an example a run of seconds, its own setting left."""
     config = load_config(EXAMPLES / f"{name}.yaml")
-    group = min(config.rollout.per_problem, 4)
+    group = min(config.rollout.group_size, 4)
     overrides = {
         "model.path": str(files[0]),
         "data.source": str(files[1]),
         "data.columns": {},
         "rollout.engine": "generate",
-        "rollout.per_problem": group,
+        "rollout.group_size": group,
         "rollout.max_new_tokens": 6,
         "train.steps": 3,
         "train.problems_per_step": 4,

@@ -53,7 +53,7 @@ def test_overlong_falls_to_minus_one(length, wanted):
 
 def test_a_rollout_is_right_from_a_score_on():
     said = [Verdict(0.4, "nearly"), Verdict(0.6)]
-    low, high = outcomes(judge(correct_at=0.5, verdicts=said), "1", "2")
+    low, high = outcomes(judge(success_threshold=0.5, verdicts=said), "1", "2")
     assert (low.correct, low.feedback, high.correct) == (False, "nearly", True)
 
 
@@ -122,7 +122,7 @@ def test_a_verifier_that_cannot_be_loaded_is_refused_before_the_weights(
         *files,
         tmp_path / "run",
         method="grpo",
-        rollout={"per_problem": 2},
+        rollout={"group_size": 2},
         loss={"reward": {"verifier": name.format(dir=tmp_path)}},
     )
     save_config(config, tmp_path / "c.yaml")
@@ -141,8 +141,8 @@ def test_a_run_learns_from_the_users_verifier_and_logs_it(files, tmp_path):
         *files,
         tmp_path / "run",
         method="grpo",
-        rollout={"per_problem": 4},
-        loss={"reward": {"verifier": name, "correct_at": 0.5}},
+        rollout={"group_size": 4},
+        loss={"reward": {"verifier": name, "success_threshold": 0.5}},
         train={"steps": 2, "save_every": 0},
         eval={"problems": 0},
     )

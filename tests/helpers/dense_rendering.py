@@ -63,11 +63,11 @@ def kl_to_reference(student: Tensor, reference: Tensor, ids: Tensor) -> Tensor:
     return ratio - 1 - ratio.log()
 
 
-def step(losses: Sequence[Tensor], weights: Sequence[Tensor], normalise: str, longest: int):
+def step(losses: Sequence[Tensor], weights: Sequence[Tensor], aggregation: str, longest: int):
     """The step's loss of the tokens' losses and weights, a tensor a rollout."""
     sums = [(loss * weight).sum() for loss, weight in zip(losses, weights, strict=True)]
-    if normalise == "token":
+    if aggregation == "token":
         return sum(sums) / sum(weight.sum() for weight in weights)
-    if normalise == "rollout":
+    if aggregation == "rollout":
         return sum(s / w.sum() for s, w in zip(sums, weights, strict=True)) / len(sums)
     return sum(sums) / (len(sums) * longest)

@@ -37,7 +37,7 @@ METHODS = {
     "opsd": {},
     "ema": {"method": "opsd", "teacher": {"policy": "ema"}},
     "lora": {"method": "opsd", "model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}},
-    "grpo": {"method": "grpo", "rollout": {"per_problem": 4}},
+    "grpo": {"method": "grpo", "rollout": {"group_size": 4}},
     "sft": {"method": "sft"},
 }
 MOMENTS = {

@@ -94,7 +94,7 @@ def with_old(samples, model, moved=None):
         old = own[torch.arange(len(rollout)), rollout].float()
         if moved is not None:
             old = old + torch.tensor(moved(len(rollout)))
-        made.append(replace(sample, old=old.tolist()))
+        made.append(replace(sample, old_log_probs=old.tolist()))
     return made
 
 

@@ -220,15 +220,15 @@ def test_an_average_of_adapters_follows_them_over_the_same_weights(files, tmp_pa
 
 
 def test_a_copy_follows_the_adapters(files, adapted):
-    twin = copy_model(adapted, torch.float32)
+    inference_copy = copy_model(adapted, torch.float32)
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter += 0.1
-    update_copy(twin, adapted)
+    update_copy(inference_copy, adapted)
     with torch.no_grad():
-        states = [rollout_hidden_states(model, SEQUENCES) for model in (twin, adapted)]
-    assert torch.equal(*states) and not any(p.requires_grad for p in twin.parameters())
+        states = [rollout_hidden_states(model, SEQUENCES) for model in (inference_copy, adapted)]
+    assert torch.equal(*states) and not any(p.requires_grad for p in inference_copy.parameters())
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_gemma_3_with_its_vision_tower_trains_its_text(lora, files, tmp_path):
         *files,
         tmp_path / "run",
         model={"lora": lora},
-        rollout={"per_problem": 2},
+        rollout={"group_size": 2},
         train={"steps": 2, "save_every": 0},
         eval={"problems": 2, "samples": 1},
         output={"merge": lora is not None},

@@ -30,7 +30,7 @@ def corrected_case(student):
 def ratios(model, problem, rollout, bound):
     own = logits(model, problem.context.student, rollout.ids).log_softmax(-1)
     own = own.gather(1, torch.tensor(rollout.ids)[:, None])[:, 0]
-    return (own - torch.tensor(rollout.log_probs)).exp().clamp(max=bound).detach(), own
+    return (own - torch.tensor(rollout.sampling_log_probs)).exp().clamp(max=bound).detach(), own
 
 
 def gradients(model, loss):

@@ -49,7 +49,7 @@ def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, fi
         method=method,
         teacher=teacher,
         loss=asks if method == "grpo" and policy != "none" else {},
-        rollout={"per_problem": 2},
+        rollout={"group_size": 2},
         train={"precision": precision},
         model=LORA if adapters else {},
     )

@@ -56,19 +56,19 @@ CASES = [
     Case("opsd", {"clip": "entry", "clip_threshold": 0.02}),
     Case("opsd", {"clip": "token", "clip_threshold": 0.5}),
     Case("opsd", {"weights": WEIGHTS}),
-    Case("opsd", {"normalise": "rollout"}),
-    Case("opsd", {"divergence": "sampled_token", "normalise": "constant"}),
+    Case("opsd", {"aggregation": "rollout"}),
+    Case("opsd", {"divergence": "sampled_token", "aggregation": "constant"}),
     Case("opsd", {"divergence": "sampled_token", "epsilon_high": 0.4}, old=True),
     Case("distill", teachers=("model",)),
     Case("distill", {"divergence": "sampled_token"}, teachers=("model",)),
     Case("grpo", teachers=("none",)),
-    Case("grpo", {"normalise": "constant", "scale_advantages": False}, teachers=("none",)),
+    Case("grpo", {"aggregation": "constant", "scale_advantages": False}, teachers=("none",)),
     Case("grpo", {"epsilon": 0.1, "epsilon_high": 0.28}, teachers=("none",), old=True),
-    Case("grpo", {"normalise": "rollout", "kl": 0.3}, teachers=("initial", "ema", "model")),
+    Case("grpo", {"aggregation": "rollout", "kl": 0.3}, teachers=("initial", "ema", "model")),
     Case("grpo", {"credit": 0.5}),
     Case("grpo", {"weights": {"truncated": 0.0}}, teachers=("none",)),
     Case("sft", teachers=("none",)),
-    Case("sft", {"roles": ["student", "teacher"], "normalise": "rollout"}, teachers=("none",)),
+    Case("sft", {"roles": ["student", "teacher"], "aggregation": "rollout"}, teachers=("none",)),
     Case("sft", {"weights": {"maths": 2.0, "special": 0.5}}, teachers=("none",)),
 ]
 PAIRS = [(case, teacher) for case in CASES for teacher in case.teachers]
@@ -108,7 +108,7 @@ def make(files, tmp_path_factory):
             tmp_path_factory.getbasetemp() / "unused",
             method=case.method,
             teacher=policy,
-            rollout={"per_problem": 2, "max_new_tokens": LONGEST},
+            rollout={"group_size": 2, "max_new_tokens": LONGEST},
             loss=case.loss,
             train={"precision": precision},
         )
@@ -166,7 +166,7 @@ def rendered(case: Case, config, model, teacher, problems, prompts: Prompts) -> 
                     )
                 )
                 weights.append(weight_of(case, prompts, Rollout(target, True), None))
-        return dense.step(token_losses, weights, loss.normalise, LONGEST)
+        return dense.step(token_losses, weights, loss.aggregation, LONGEST)
     for p in problems:
         group = [outcome.reward for outcome in p.outcomes]
         advantages = group_advantages(group, loss.scale_advantages)
@@ -204,7 +204,7 @@ def rendered(case: Case, config, model, teacher, problems, prompts: Prompts) -> 
                 )
             token_losses.append(token_loss)
             weights.append(weight_of(case, prompts, rollout, outcome))
-    return dense.step(token_losses, weights, loss.normalise, LONGEST)
+    return dense.step(token_losses, weights, loss.aggregation, LONGEST)
 
 
 def weight_of(case: Case, prompts: Prompts, rollout: Rollout, outcome) -> Tensor:

@@ -49,7 +49,7 @@ def config_of(**sections):
 
 def test_tokens_of_a_step():
     lengths = Lengths(prompt=10, solution=100, rollout=20)
-    rollout = {"per_problem": 4, "max_new_tokens": 20}
+    rollout = {"group_size": 4, "max_new_tokens": 20}
     config = config_of(rollout=rollout, train={"problems_per_step": 3})
     tokens = count_tokens(config, samples(config, lengths), lengths)
     assert tokens.generated == tokens.trained == 3 * 4 * 20
@@ -94,12 +94,12 @@ SHAPES = {
 }
 RUNS = {
     "wide": {
-        "rollout": {"per_problem": 2, "max_new_tokens": 60, "batch_size": 8},
+        "rollout": {"group_size": 2, "max_new_tokens": 60, "batch_size": 8},
         "train": {"precision": "bf16", "micro_batch_tokens": 1000, "problems_per_step": 2},
     },
     "adapters": {
         "model": {"lora": {"rank": 32}},
-        "rollout": {"per_problem": 4, "max_new_tokens": 60, "batch_size": 8},
+        "rollout": {"group_size": 4, "max_new_tokens": 60, "batch_size": 8},
         "train": {"precision": "fp32", "micro_batch_tokens": 2000, "problems_per_step": 2},
     },
     "deep": {

@@ -11,11 +11,11 @@ from opsd.cli.main import main
 from opsd.config.load import merge
 from opsd.objectives import Sample, Totals
 from opsd.prefix import (
-    KeptPrefixes,
-    held_per_token,
-    keeping,
+    PrefixCache,
+    cached_token_cost,
     shared_prefix_hidden_states,
     unpackable,
+    using_cache,
 )
 from opsd.prefix.rollout_states import Scored
 from opsd.training.micro_batches import packed_batches
@@ -68,9 +68,9 @@ def test_a_kept_prefix_gives_the_gradients_of_one_piece(name, checkpointing):
     model.zero_grad()
     lengths = counted(model)
     contexts = [{tuple(p.tolist()) for p, _ in batch} for batch in batches]
-    kept = KeptPrefixes(contexts, contexts[0])
+    kept = PrefixCache(contexts, contexts[0])
     found = []
-    with keeping(kept):
+    with using_cache(kept):
         for number, batch in enumerate(batches):
             found.append(shared_prefix_hidden_states(model, batch))
             loss_of(found[-1], number).backward()
@@ -88,7 +88,7 @@ def test_without_gradients_the_keys_are_kept_as_well():
     batches = pieces()
     contexts = [{tuple(p.tolist()) for p, _ in batch} for batch in batches]
     lengths = counted(model)
-    with torch.no_grad(), keeping(KeptPrefixes(contexts, [])):
+    with torch.no_grad(), using_cache(PrefixCache(contexts, [])):
         found = [shared_prefix_hidden_states(model, batch) for batch in batches]
         assert lengths == [29, 5, 9, 35]
         for batch, states in zip(batches, found, strict=True):
@@ -100,8 +100,8 @@ def test_what_may_not_train_from_a_kept_prefix_runs_again():
     batches = pieces()
     contexts = [{tuple(p.tolist()) for p, _ in batch} for batch in batches]
     lengths = counted(model)
-    kept = KeptPrefixes(contexts, [])
-    with keeping(kept):
+    kept = PrefixCache(contexts, [])
+    with using_cache(kept):
         for batch in batches:
             shared_prefix_hidden_states(model, batch).sum().backward()
             kept.batch_done()
@@ -112,8 +112,8 @@ def test_nothing_is_kept_outside_or_after_the_last_batch():
     model = make("Qwen3")
     batches = pieces()
     contexts = [{tuple(p.tolist()) for p, _ in batch} for batch in batches]
-    kept = KeptPrefixes(contexts, contexts[0])
-    with keeping(kept):
+    kept = PrefixCache(contexts, contexts[0])
+    with using_cache(kept):
         for batch in batches:
             shared_prefix_hidden_states(model, batch).sum().backward()
             kept.batch_done()
@@ -125,7 +125,7 @@ def test_nothing_is_kept_outside_or_after_the_last_batch():
 
 def test_prefixes_of_one_token_or_of_batches_apart_are_not_kept():
     a, b, c = (1,), (2, 3), (4, 5)
-    kept = KeptPrefixes([{a, b, c}, {a, c}, {a, b}], [a, b, c])
+    kept = PrefixCache([{a, b, c}, {a, c}, {a, b}], [a, b, c])
     assert c in kept and a not in kept and b not in kept and kept.training == {c}
 
 
@@ -135,7 +135,7 @@ def test_reentrant_checkpoints_are_refused():
     model.enable_input_require_grads()
     batches = pieces()
     contexts = [{tuple(p.tolist()) for p, _ in batch} for batch in batches]
-    with keeping(KeptPrefixes(contexts, contexts[0])):
+    with using_cache(PrefixCache(contexts, contexts[0])):
         with pytest.raises(ValueError, match="use_reentrant=True"):
             shared_prefix_hidden_states(model, batches[0])
 
@@ -148,8 +148,8 @@ def one_step(budget, live=False, keep=True):
         step.objective.teacher = step.model
     tokens = counted(step.model)
     batches = step.micro_batches(make_samples(), budget)
-    kept = step.kept_prefixes(batches, budget)
-    with keeping(kept):
+    kept = step.prefix_cache(batches, budget)
+    with using_cache(kept):
         for batch in batches:
             step(batch, Totals()).backward()
             kept.batch_done()
@@ -193,11 +193,11 @@ def test_split_groups_follow_each_other_and_are_filled_up():
 
 def test_what_a_kept_token_holds():
     model = make("Llama", {"num_key_value_heads": 4})  # keys as wide as the hidden states
-    assert held_per_token(model) == 2 * 32 / (8 * 32 + 4 * 48)
+    assert cached_token_cost(model) == 2 * 32 / (8 * 32 + 4 * 48)
     for heads, wanted in ((4, 4), (2, 2)):
         model = make("Llama", {"num_key_value_heads": heads})
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        assert held_per_token(model) == wanted
+        assert cached_token_cost(model) == wanted
 
 
 @pytest.mark.parametrize(("tokens", "said"), [(60, "is kept"), (8, "runs again"), (9999, None)])
@@ -206,7 +206,7 @@ def test_a_run_says_what_becomes_of_a_context_that_is_split(tokens, said, tmp_pa
         write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     )
     values = merge(values, {"train": {"steps": 2, "save_every": 0}, "eval": {"problems": 0}})
-    values = merge(values, {"rollout": {"per_problem": 6}})
+    values = merge(values, {"rollout": {"group_size": 6}})
     values = merge(values, {"train": {"micro_batch_tokens": tokens}})
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from opsd.config.loss import LossSection
 from opsd.objectives import OPSD, Sample, Totals
-from opsd.prefix import keeping
+from opsd.prefix import using_cache
 from opsd.prefix.rollout_states import Scored
 from opsd.training.step import OPSDStep
 
@@ -70,8 +70,8 @@ def peak(rollouts, budget):
         parameter.grad = torch.zeros_like(parameter)
     some = samples(rollouts)
     batches = step.micro_batches(some, budget)
-    kept = step.kept_prefixes(batches, budget)
-    with LiveBytes() as memory, keeping(kept):
+    kept = step.prefix_cache(batches, budget)
+    with LiveBytes() as memory, using_cache(kept):
         for batch in batches:
             step(batch, Totals()).backward()
             kept.batch_done()

@@ -251,7 +251,7 @@ def test_what_a_step_costs_and_what_has_collapsed(single):
          "rollout_seconds": 3.0 * s, "backward_seconds": 1.0 * s, "rollout_peak_bytes": 1e9 * s}
         for s in (1, 2, 3)
     ]  # fmt: skip
-    lines[1]["collapse"] = ["entropy", "opposed"]
+    lines[1]["collapse"] = ["entropy", "inverted_gradient"]
     lines[2]["collapse"] = "not a list"
     write_lines(single / "metrics.jsonl", lines)
     text = " ".join(report_of(single).text.split())

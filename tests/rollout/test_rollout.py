@@ -158,15 +158,20 @@ def test_stop_ids_are_the_tokenizers_and_the_generation_configs(tokenizer):
 
 def test_a_copy_follows_only_when_told(tokenizer):
     model = tiny.make_model(0, tokenizer)
-    twin = copy_model(model, torch.bfloat16)
-    assert twin.dtype == torch.bfloat16 and not any(p.requires_grad for p in twin.parameters())
-    assert twin.get_output_embeddings().weight is twin.get_input_embeddings().weight
-    before = twin.model.norm.weight.clone()
+    inference_copy = copy_model(model, torch.bfloat16)
+    assert inference_copy.dtype == torch.bfloat16 and not any(
+        p.requires_grad for p in inference_copy.parameters()
+    )
+    assert (
+        inference_copy.get_output_embeddings().weight
+        is inference_copy.get_input_embeddings().weight
+    )
+    before = inference_copy.model.norm.weight.clone()
     with torch.no_grad():
         model.model.norm.weight += 1
-    assert torch.equal(twin.model.norm.weight, before)
-    update_copy(twin, model)
-    assert torch.equal(twin.model.norm.weight, model.model.norm.weight.bfloat16())
+    assert torch.equal(inference_copy.model.norm.weight, before)
+    update_copy(inference_copy, model)
+    assert torch.equal(inference_copy.model.norm.weight, model.model.norm.weight.bfloat16())
 
 
 def test_a_contiguous_head_gives_the_same_logits(tokenizer, contexts):

@@ -69,7 +69,7 @@ def test_log_probabilities_are_the_models_at_temperature_1(fake, student, contex
         with torch.no_grad():
             wanted = logits(student[0], context, rollout.ids).log_softmax(-1)
         wanted = wanted.gather(1, torch.tensor(rollout.ids)[:, None])[:, 0]
-        assert torch.allclose(torch.tensor(rollout.log_probs), wanted, rtol=0, atol=1e-5)
+        assert torch.allclose(torch.tensor(rollout.sampling_log_probs), wanted, rtol=0, atol=1e-5)
 
 
 def test_each_rollout_has_a_seed_from_torchs_generator(fake, student, contexts, tmp_path):
@@ -197,7 +197,7 @@ def server_config(files, directory, fake, **sections):
 def test_training_by_a_server(method, fake, files, tmp_path, monkeypatch):
     monkeypatch.setattr("opsd.training.run.Grader", AlternatelyRight)
     config = server_config(
-        files, tmp_path / "run", fake, method=method, rollout={"per_problem": 2, "top_k": 20}
+        files, tmp_path / "run", fake, method=method, rollout={"group_size": 2, "top_k": 20}
     )
     training.train(config, quiet())
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")

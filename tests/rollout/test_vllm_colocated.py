@@ -86,7 +86,10 @@ def test_the_colocated_engine_sleeps_but_while_it_samples(vllm, files, student, 
         rollouts = engine.sample(contexts, sampling)
         own = GenerateSampler(model, stop_ids(*student)).sample(contexts, sampling)
         assert [(r.ids, r.finished) for r in rollouts] == [(r.ids, r.finished) for r in own]
-        assert all(len(r.log_probs) == len(r.ids) and max(r.log_probs) <= 0 for r in rollouts)
+        assert all(
+            len(r.sampling_log_probs) == len(r.ids) and max(r.sampling_log_probs) <= 0
+            for r in rollouts
+        )
         assert engine.llm.awake == set()
 
 

@@ -22,7 +22,7 @@ def said(values, **section) -> list[dict]:
         ("entropy", "student_entropy", [1.0, 1.0, 0.3, 0.1, 0.05, 0.05], 4),
         ("length", "rollout_length", [100, 100, 50, 10, 8, 8], 4),
         ("pass_at_k", "pass_at_k", [0.1, 0.2, 0.6, 0.8, 0.4, 0.2], 5),
-        ("opposed", "opposed_fraction", [0.1, 0.2, 0.7, 0.6, 0.9, 0.9], 3),
+        ("inverted_gradient", "inverted_gradient_fraction", [0.1, 0.2, 0.7, 0.6, 0.9, 0.9], 3),
     ],
 )
 def test_a_measure_that_falls_is_named_once(name, measure, values, step):
@@ -37,7 +37,7 @@ def test_measures_that_stay_or_grow_are_no_collapse():
             "student_entropy": 1 - 0.1 * n,
             "rollout_length": 50 + 40 * n,
             "pass_at_k": 0.5 - 0.02 * n,
-            "opposed_fraction": 0.3,
+            "inverted_gradient_fraction": 0.3,
         }
         for n in range(8)
     ]
@@ -54,7 +54,7 @@ def test_one_step_is_not_a_window_and_missing_measures_are_no_zero():
 
 
 def test_off_says_nothing():
-    assert said([{"opposed_fraction": 1.0}] * 4, on="off") == [{}] * 4
+    assert said([{"inverted_gradient_fraction": 1.0}] * 4, on="off") == [{}] * 4
 
 
 def test_a_resumed_watch_remembers():
@@ -77,14 +77,14 @@ def test_a_run_warns_or_stops(on, files, tmp_path, capsys):
         train={
             "steps": 4,
             "save_every": 0,
-            "collapse": {"on": on, "window": 2, "opposed": 0.05},
+            "collapse": {"on": on, "window": 2, "inverted_gradient": 0.05},
         },
         eval={"problems": 0},
     )
     save_config(config, tmp_path / "c.yaml")
     assert main(["train", str(tmp_path / "c.yaml")]) == 0
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [line.get("collapse") for line in lines[:2]] == [None, ["opposed"]]
+    assert [line.get("collapse") for line in lines[:2]] == [None, ["inverted_gradient"]]
     assert len(lines) == (4 if on == "warn" else 2)
     assert (tmp_path / "run" / "model").is_dir()
-    assert "Step 2: collapse: opposed_fraction is" in capsys.readouterr().out
+    assert "Step 2: collapse: inverted_gradient_fraction is" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from opsd.cli.main import main
 from opsd.cli.replay import replay
 from opsd.common.display import Display
 from opsd.common.files import read_lines
-from opsd.common.step_timer import Parts, Watch, measured, part, resident
+from opsd.common.step_timer import StepTimer, Watch, measured, phase, resident
 from opsd.config.load import save_config
 from opsd.objectives import OPSD
 from opsd.training.step import OPSDStep
@@ -211,22 +211,22 @@ def test_parts_of_a_step_are_measured(run, tmp_path):
 
 
 def test_the_most_memory_of_a_part_is_seen():
-    parts = Parts(torch.device("cpu"))
+    parts = StepTimer(torch.device("cpu"))
     before = resident()
     with measured(parts):
-        with part("large"):
+        with phase("large"):
             # Not from malloc, which may put it in a hole of the heap, and keeps that when freed.
             block = mmap.mmap(-1, 80 << 20)
             for page in range(0, len(block), mmap.PAGESIZE):
                 block[page] = 1
         block.close()
-        with part("small"):
+        with phase("small"):
             pass
     found = parts.take()
     assert found["large_peak_bytes"] >= before + (75 << 20)
     assert found["small_peak_bytes"] < found["large_peak_bytes"]
     assert parts.take() == {}
-    with part("large"):  # nobody measures
+    with phase("large"):  # nobody measures
         pass
     assert parts.take() == {}
 

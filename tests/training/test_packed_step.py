@@ -147,7 +147,7 @@ def test_a_run_logs_what_sharing_saves_and_can_do_without(share, tmp_path, capsy
     )
     values = merge(values, {"train": {"steps": 2, "save_every": 0}, "eval": {"problems": 0}})
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(merge(values, {"rollout": {"per_problem": 3}})))
+    path.write_text(yaml.safe_dump(merge(values, {"rollout": {"group_size": 3}})))
     assert main(["train", str(path), *([] if share else ["--no-share"])]) == 0
     first, second = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert ("token_ratio" in first) == ("sharing_difference" in first) == share
@@ -210,7 +210,7 @@ def test_what_is_kept_with_adapters_on_is_not_read_with_them_off(adapted):
     prefix_ids, rollouts = ids(20)[0], ids(5, 4, seed=2)
     batches = [[(prefix_ids, [rollout])] for rollout in rollouts]
     contexts = [{tuple(prefix_ids.tolist())}] * 2
-    with torch.no_grad(), prefix.keeping(prefix.KeptPrefixes(contexts, [])):
+    with torch.no_grad(), prefix.using_cache(prefix.PrefixCache(contexts, [])):
         for batch in batches:
             for off in (False, True):
                 with adapted.disable_adapter() if off else nullcontext():

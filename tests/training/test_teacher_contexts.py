@@ -14,7 +14,7 @@ from opsd.objectives import OPSD, Problem
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import Rollout
 from opsd.training import run as training
-from opsd.training.teacher_contexts import Lessons
+from opsd.training.teacher_contexts import TeacherContexts
 
 PEER = (
     "{% set right = peers | selectattr('correct') | list %}"
@@ -42,7 +42,7 @@ def problem(tokenizer, *attempts: tuple[str, bool], row: Row = ROWS[0], feedback
 
 def test_a_successful_peer_is_the_teachers_context(tokenizer):
     made = problem(tokenizer, ("1", False), ("22", True), ("3", True))
-    lessons = Lessons(prompts(tokenizer), None, False, pytest.fail)
+    lessons = TeacherContexts(prompts(tokenizer), None, False, pytest.fail)
     (taught,), measures = lessons([made])
     shown = [tokenizer.decode(context) for context in taught.teachers]
     assert [text.partition("S:")[2].partition("<")[0] for text in shown] == ["22", "3", "22"]
@@ -55,7 +55,7 @@ def test_a_successful_peer_is_the_teachers_context(tokenizer):
 def test_a_rollout_that_has_nothing_to_be_taught_is_left_out_and_counted(tokenizer):
     """The only right one has no right peer."""
     made = problem(tokenizer, ("1", False), ("22", True))
-    (taught,), measures = Lessons(prompts(tokenizer), None, False, pytest.fail)([made])
+    (taught,), measures = TeacherContexts(prompts(tokenizer), None, False, pytest.fail)([made])
     assert [context is None for context in taught.teachers] == [False, True]
     samples, logged = OPSD(LossSection(), teacher=None).samples([taught])
     assert len(samples) == 1 and samples[0].weight == 1.0  # its one token is the step's only one
@@ -65,7 +65,7 @@ def test_a_rollout_that_has_nothing_to_be_taught_is_left_out_and_counted(tokeniz
 def test_feedback_on_the_rollout_itself(tokenizer):
     template = "Q:{{ problem }}\n{{ rollout.feedback }}{{ rollout.text }}"
     made = problem(tokenizer, ("1", False), ("2", True), feedback="0;")
-    (taught,), _ = Lessons(prompts(tokenizer, template), None, False, pytest.fail)([made])
+    (taught,), _ = TeacherContexts(prompts(tokenizer, template), None, False, pytest.fail)([made])
     first, second = (tokenizer.decode(context) for context in taught.teachers)
     assert first.endswith("\n0;1<|end|><|assistant|>") and second.endswith(
         "\n2<|end|><|assistant|>"
@@ -75,26 +75,26 @@ def test_feedback_on_the_rollout_itself(tokenizer):
 def test_contexts_that_do_not_fit_are_counted_and_named(tokenizer):
     made = problem(tokenizer, ("1", False), ("22" * 40, True))
     notes = []
-    lessons = Lessons(prompts(tokenizer), 80, True, notes.append)
+    lessons = TeacherContexts(prompts(tokenizer), 80, True, notes.append)
     (taught,), measures = lessons([made])
     assert taught.teachers == [None, None] and measures["too_long"] == 1
     lessons([made])
     (note,) = notes
     assert ROWS[0].problem[:20] in note and "the model's window is 80" in note
     with pytest.raises(UserError, match=r"prompts.teacher: .*window is 80.*prompts.too_long: skip"):
-        Lessons(prompts(tokenizer), 80, False, notes.append)([made])
+        TeacherContexts(prompts(tokenizer), 80, False, notes.append)([made])
 
 
 def test_a_column_of_the_same_name_is_refused(tokenizer):
     row = Row("1", "2", "3", {"problem": "1", "peers": ["x"]})
     made = problem(tokenizer, ("1", True), ("2", True), row=row)
     with pytest.raises(UserError, match="uses 'peers', which is a column"):
-        Lessons(prompts(tokenizer), None, False, pytest.fail)([made])
+        TeacherContexts(prompts(tokenizer), None, False, pytest.fail)([made])
 
 
 def test_a_template_without_rollouts_is_left_alone(tokenizer):
     made = problem(tokenizer, ("1", True))
-    ordinary = Lessons(prompts(tokenizer, tiny.TEACHER_PROMPT), None, False, pytest.fail)
+    ordinary = TeacherContexts(prompts(tokenizer, tiny.TEACHER_PROMPT), None, False, pytest.fail)
     assert ordinary([made]) == ([made], {})
 
 
@@ -111,7 +111,7 @@ def test_a_run_learns_from_its_peers(policy, files, tmp_path):
         tmp_path / "run",
         prompts={"teacher": PEER},
         teacher={"policy": policy},
-        rollout={"per_problem": 4},
+        rollout={"group_size": 4},
         loss={"divergence": "reverse_kl", "reward": {"verifier": f"{verifier}:grade"}},
         train={"steps": 3, "save_every": 0},
         eval={"problems": 4, "samples": 1},

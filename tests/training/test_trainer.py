@@ -81,7 +81,7 @@ def test_a_run_writes_all_its_files(method, files, tmp_path):
 
 
 def test_grpo_trains_on_a_reward(files, tmp_path):
-    config = short_config(*files, tmp_path / "run", method="grpo", rollout={"per_problem": 4})
+    config = short_config(*files, tmp_path / "run", method="grpo", rollout={"group_size": 4})
     directory = execute(config)
     check_directory(directory, "grpo")
     lines = read_lines(directory / "metrics.jsonl")
@@ -95,7 +95,7 @@ def test_rollouts_of_each_step_are_kept_with_how_they_were_drawn(files, tmp_path
         *files,
         tmp_path / "run",
         method="grpo",
-        rollout={"per_problem": 4, **sampling},
+        rollout={"group_size": 4, **sampling},
         output={"rollouts": 5},
     )
     lines = read_lines(execute(config) / "rollouts.jsonl")
@@ -184,7 +184,7 @@ def check_directory(directory, method):
 @pytest.mark.parametrize("method", ["opsd", "grpo", "sft"])
 def test_resuming_changes_nothing(method, files, tmp_path):
     """Bit for bit, and without duplicate lines, whatever the interrupted run had left."""
-    rollout = {"per_problem": 4 if method == "grpo" else 1}
+    rollout = {"group_size": 4 if method == "grpo" else 1}
     config = short_config(*files, tmp_path / "run", method=method, rollout=rollout)
     directory = execute(config)
     whole = tmp_path / "whole"
@@ -266,7 +266,7 @@ def test_micro_batches_do_not_change_the_step(method, files, tmp_path, steps_see
             *files,
             tmp_path / f"{tokens}-{share}",
             method=method,
-            rollout={"per_problem": 1 if method == "sft" else 4},
+            rollout={"group_size": 1 if method == "sft" else 4},
             train={
                 "steps": 1,
                 "micro_batch_tokens": tokens,
@@ -356,9 +356,9 @@ def test_clips_are_logged(clip, files, tmp_path):
     )
     (line,) = read_lines(execute(config, save=False) / "metrics.jsonl")
     if clip == "none":
-        assert "clipped_fraction" not in line and "opposed_fraction" not in line
+        assert "clipped_fraction" not in line and "inverted_gradient_fraction" not in line
     else:
-        assert 0 < line["clipped_fraction"] <= 1 and 0 <= line["opposed_fraction"] <= 1
+        assert 0 < line["clipped_fraction"] <= 1 and 0 <= line["inverted_gradient_fraction"] <= 1
         assert line["loss"] < line["divergence"]
     if clip == "token":
         assert line["loss"] <= 1e-3 * 1.001
@@ -379,7 +379,7 @@ def test_a_step_without_any_signal_changes_nothing(files, tmp_path):
         *files,
         tmp_path / "run",
         method="grpo",
-        rollout={"per_problem": 2},
+        rollout={"group_size": 2},
         train={"steps": 2, "save_every": 0},
         eval={"problems": 4},
     )

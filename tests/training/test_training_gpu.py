@@ -83,8 +83,8 @@ BF16 = {"train": {"precision": "bf16"}}
     ("needs", "sections"),
     [
         (None, {"rollout": {"engine": "continuous"}}),
-        (None, {"rollout": {"per_problem": 4}, "train": {"micro_batch_tokens": 200}}),
-        (None, {"method": "grpo", "rollout": {"per_problem": 4}, "loss": {"kl": 0.1}}),
+        (None, {"rollout": {"group_size": 4}, "train": {"micro_batch_tokens": 200}}),
+        (None, {"method": "grpo", "rollout": {"group_size": 4}, "loss": {"kl": 0.1}}),
         (None, {"teacher": {"quantize": "int8"}}),
         ("bitsandbytes", {"train": {"optimizer": "adamw_bnb_8bit"}}),
         ("bitsandbytes", {"model": {"lora": {"rank": 4, "alpha": 8, "quantize": "nf4"}}}),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from opsd.common.files import read_lines
 from opsd.config.load import save_config
 from opsd.config.loss import LossSection
-from opsd.objectives import GRPO, OPSD, Weighing
+from opsd.objectives import GRPO, OPSD, TokenWeighting
 from opsd.objectives.token_classes import CLASSES, class_of, class_table, classes_of
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import Rollout
@@ -31,11 +31,11 @@ def files(tmp_path_factory):
 
 
 def config_of(files, directory, method="grpo", **sections):
-    reward = {"verifier": f"{files[0].parent / 'mine.py'}:grade", "correct_at": 0.6}
+    reward = {"verifier": f"{files[0].parent / 'mine.py'}:grade", "success_threshold": 0.6}
     if method != "grpo":
         reward["log"] = True
     loss = {"reward": reward, **sections.pop("loss", {})}
-    rollout = {"per_problem": 4, **sections.pop("rollout", {})}
+    rollout = {"group_size": 4, **sections.pop("rollout", {})}
     train = {"steps": 2, "problems_per_step": 4, **sections.pop("train", {})}
     return short_config(
         *files, directory, method=method, loss=loss, rollout=rollout, train=train, **sections
@@ -57,7 +57,7 @@ def test_updates_of_a_step_know_the_weights_it_began_with(
                 ids = torch.tensor(sample.roles[0].rollout)
                 own = logits(model, sample.roles[0].context, ids.tolist()).log_softmax(-1)
                 own = own[torch.arange(len(ids)), ids]
-                assert torch.allclose(own, torch.tensor(sample.old), atol=1e-4)
+                assert torch.allclose(own, torch.tensor(sample.old_log_probs), atol=1e-4)
         return original(self, model, samples, totals, share)
 
     step = torch.optim.AdamW.step
@@ -100,7 +100,7 @@ def test_mini_batches_are_the_step_where_the_optimizer_does_nothing(files, tmp_p
             files,
             tmp_path / str(parts),
             "opsd",
-            loss={"normalise": "constant"},
+            loss={"aggregation": "constant"},
             train={"steps": 1, "mini_batches": parts, "learning_rate": 1e-12, "save_every": 0},
             eval={"problems": 0},
         )
@@ -111,9 +111,9 @@ def test_mini_batches_are_the_step_where_the_optimizer_does_nothing(files, tmp_p
 
 def test_a_run_of_several_updates_resumes_bit_for_bit(files, tmp_path):
     sections = {"train": {"steps": 4, "mini_batches": 2, "inner_epochs": 2, "save_every": 2}}
-    whole = config_of(files, tmp_path / "whole", rollout={"resample": 1}, **sections)
+    whole = config_of(files, tmp_path / "whole", rollout={"dynamic_sampling": 1}, **sections)
     training.train(whole, quiet())
-    again = config_of(files, tmp_path / "again", rollout={"resample": 1}, **sections)
+    again = config_of(files, tmp_path / "again", rollout={"dynamic_sampling": 1}, **sections)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     for name in ("checkpoint-4", "model"):
         shutil.rmtree(tmp_path / "again" / name)
@@ -135,7 +135,7 @@ def test_other_problems_are_drawn_for_those_that_say_nothing(files, tmp_path):
     config = config_of(
         files,
         tmp_path / "run",
-        rollout={"resample": 2, "top_k": 1},
+        rollout={"dynamic_sampling": 2, "top_k": 1},
         train={"steps": 1, "save_every": 0},
         eval={"problems": 0},
     )
@@ -145,7 +145,7 @@ def test_other_problems_are_drawn_for_those_that_say_nothing(files, tmp_path):
     sampled = config_of(
         files,
         tmp_path / "other",
-        rollout={"resample": 3},
+        rollout={"dynamic_sampling": 3},
         train={"steps": 1, "save_every": 0},
         eval={"problems": 0},
     )
@@ -180,7 +180,7 @@ def test_token_classes():
     ids = torch.tensor([*tokenizer("7<|end|>S").input_ids, len(tokenizer), len(tokenizer) + 40])
     names = [CLASSES[place] for place in classes_of(table, ids)]
     assert names == ["maths", "special", "other", "other", "other"]  # the last two of a padded head
-    weighed = Weighing(LossSection(weights={"maths": 2.0, "special": 0.0}), 0, table)
+    weighed = TokenWeighting(LossSection(weights={"maths": 2.0, "special": 0.0}), 0, table)
     (weight,) = weighed([Rollout(ids.tolist(), True)], [None])
     assert weight.factors == (2.0, 0.0, 1.0, 1.0, 1.0) and weight.of_all == pytest.approx(1 / 5)
 
