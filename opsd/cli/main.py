@@ -148,6 +148,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("directory", metavar="RUN_DIR", type=Path)
 
     sub = command("compare", _compare, "Compare runs: methods by seeds, tokens to a target.")
+    _add_compare_arguments(sub)
+
+    command("doctor", _doctor, "Say what works on this machine and what does not.")
+    return top
+
+
+def _add_compare_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "paths",
         metavar="RUN_DIR|CONFIG.yaml|STUDY.yaml",
@@ -160,9 +167,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--target", type=float, metavar="ACCURACY", help="default: baseline's best")
     sub.add_argument("--baseline", metavar="METHOD", help="default: grpo, or the last there is")
     sub.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/compare"))
-
-    command("doctor", _doctor, "Say what works on this machine and what does not.")
-    return top
 
 
 class _ConfigHelp(argparse.RawDescriptionHelpFormatter):

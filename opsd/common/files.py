@@ -36,6 +36,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
+    """Write JSON lines beside, then rename."""
     beside = path.with_name(path.name + ".part")
     beside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     beside.replace(path)

@@ -1,4 +1,4 @@
-"""Judging: grading of answers, rates and their intervals, benchmarks, `opsd eval`.
+"""How well a model answers a benchmark: its problems, the completions, the rates and intervals.
 
-grading, metrics, benchmarks, settings, answers, result and page need no torch.
+`subject` loads the model that is measured. `benchmarks`, `answers` and `result` need no torch.
 """

@@ -132,6 +132,7 @@ def limit_cpu(seconds: float) -> None:
 
 
 def main(memory_limit: int, timeout: float) -> None:
+    """Grade what stdin asks, a JSON line each, and answer on stdout."""
     # Whatever a library prints must not end up between our lines.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,4 +1,7 @@
-"""The methods, one file each: a step's rollouts → samples → loss and measures."""
+"""The methods, one file each: a step's rollouts → samples → loss and measures.
+
+Import the methods and what they share from here, and `make_objective` from `make`.
+"""
 
 from opsd.objectives.base import Objective, Problem, Sample, Totals
 from opsd.objectives.distill import Distill

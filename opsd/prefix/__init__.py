@@ -1,4 +1,7 @@
-"""One stream of tokens per context: each shared prefix runs once, its rollouts continue it."""
+"""One stream of tokens per context: each shared prefix runs once, its rollouts continue it.
+
+Everything that other rooms need is imported from here.
+"""
 
 from opsd.prefix.choose_kernel import use_kernel
 from opsd.prefix.hidden_states import separate_hidden_states, shared_prefix_hidden_states

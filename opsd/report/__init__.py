@@ -1,4 +1,7 @@
-"""report.html and curves.png of a run, written from the files that the run left on disk."""
+"""report.html and curves.png of a run, written from the files that the run left on disk.
+
+`write_report` writes both. Other pages take their charts and markup from `charts` and `markup`.
+"""
 
 import os
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Who samples the rollouts: the model's own module, by `generate` in sorted batches or `continuous`
 batching, or vLLM, in this process or as a server.
+
+Import the samplers and `make_sampler`, which picks one, from here.
 """
 
 from opsd.rollout.base import Rollout, Sampler, Sampling

@@ -1,7 +1,5 @@
 """A run's directory: whose it is, what an interrupted run has left in it, and who trains there."""
 
-from opsd.common.files import part
-
 import fcntl
 import hashlib
 import json
@@ -12,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from opsd.common.errors import UserError, in_short
+from opsd.common.files import part
 from opsd.config.config import Config
 from opsd.config.load import load_config, save_config
 from opsd.data.rows import Row
-from opsd.common.errors import UserError, in_short
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
@@ -131,8 +130,6 @@ def _written_there(directory: Path, field: str = "output.dir") -> Iterator[None]
         raise UserError(
             f"{field} is {str(directory)!r}: cannot write there ({error.strerror})"
         ) from None
-
-
 
 
 def last_checkpoint(directory: Path) -> Path | None:

@@ -1,13 +1,10 @@
 """The files that a run writes as it goes, a line of JSON each: metrics, samples and the like."""
 
-from opsd.common.files import write_lines
-from opsd.common.files import read_lines
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsd.common.errors import UserError, in_short
+from opsd.common.files import read_lines, write_lines
 
 FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "rollouts.jsonl")
 
@@ -75,7 +72,3 @@ class RunLog:
             return
         with (self.directory / name).open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-
-
