@@ -32,6 +32,12 @@ settings.register_profile("thorough", max_examples=10_000, deadline=None)
 settings.load_profile("quick")
 
 
+def pytest_runtest_setup(item):
+    """A GPU test has the marker `gpu` and no more; without a GPU it is skipped, and counted so."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A tiny random model's directory, and a file of worksheets for it."""

@@ -1,6 +1,8 @@
 """The doctor's judgement of machines better and worse than this one."""
 
 import importlib
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from opsd.cli import doctor
 from opsd.cli.doctor import GB, Finding, run_doctor
+from opsd.common.system import memory, processor, usable_cores
 
 
 def examine(monkeypatch, *findings):
@@ -88,18 +91,18 @@ def test_memory(total, available, problem):
 
 
 def test_this_machine_is_read_plausibly():
-    total, available = doctor.memory()
+    total, available = memory()
     assert total is None or 0 < available <= total
-    assert doctor.usable_cores() >= 1
-    assert doctor.processor()[0]
+    assert usable_cores() >= 1
+    assert processor()[0]
 
 
 def test_disk(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=9 * GB))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9 * GB))
     assert doctor._disk("disk", tmp_path / "not" / "yet").problem is None
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 * GB))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 * GB))
     assert "may need 4 GB" in doctor._disk("disk", tmp_path).problem
-    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     assert "not writable" in doctor._disk("disk", tmp_path).problem
 
 
@@ -109,7 +112,7 @@ def modules(monkeypatch, **loaded):
             raise loaded[name]
         return loaded[name]
 
-    monkeypatch.setattr(doctor.importlib, "import_module", import_module)
+    monkeypatch.setattr(importlib, "import_module", import_module)
 
 
 def test_prefix_kernels(monkeypatch):
@@ -138,7 +141,7 @@ def test_kernels(monkeypatch):
 
 def test_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("OPSD_CACHE", str(tmp_path))
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     disk, model, bases = doctor.caches()
     assert str(tmp_path) in disk.value and model.absent and bases.absent
     from opsd.quickstart.download import GGUF_NAME
@@ -164,7 +167,7 @@ def test_accelerators(monkeypatch):
     assert gpu.value == "NVIDIA H100, 80 GB, compute capability 9.0"
     cuda.is_available = lambda: False
     modules(monkeypatch, torch=SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda=None)))
-    monkeypatch.setattr(doctor.Path, "exists", lambda path: str(path) == "/dev/nvidiactl")
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidiactl")
     (unused,) = doctor.accelerators()
     assert "does not use it" in unused.problem and not unused.fatal
     modules(monkeypatch, torch=OSError("broken"))

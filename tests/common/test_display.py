@@ -6,10 +6,10 @@ import io
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
-from opsd.common import display as display_module
 from opsd.common.display import Display
 from opsd.common.format import duration, labelled, number, percent, size
 
@@ -36,7 +36,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(display_module.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(time, "monotonic", clock.monotonic)
     return clock
 
 

@@ -1,5 +1,6 @@
 """A name that is no path, on a machine without a connection: said within seconds, in one line."""
 
+import socket
 import sys
 import threading
 import time
@@ -54,7 +55,7 @@ def test_a_resolver_that_never_answers_is_not_waited_for(hub):
         release.wait(30)
         raise OSError
 
-    hub.setattr(offline.socket, "create_connection", connect)
+    hub.setattr(socket, "create_connection", connect)
     begun = time.monotonic()
     assert not offline.reachable() and time.monotonic() - begun < 10
     release.set()

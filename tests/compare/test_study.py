@@ -136,7 +136,7 @@ def test_configs_are_run_with_each_seed(tmp_path, monkeypatch):
     own = [f"output.dir={tmp_path}/out/b-5", "train.token_budget=1000"]
     assert jobs[3].arguments == ["train", str(paths[1]), "train.seed=5", *own]
     started = []
-    monkeypatch.setattr(studies.subprocess, "Popen", lambda args, **more: started.append(args))
+    monkeypatch.setattr(subprocess, "Popen", lambda args, **more: started.append(args))
     jobs[3].directory.mkdir(parents=True)
     studies._start(jobs[3], 1)
     studies._start(jobs[0], 1)
@@ -181,7 +181,7 @@ def test_a_failed_run_is_named_with_its_log(tmp_path, capsys):
 WAITING = """
 import subprocess, sys
 from pathlib import Path
-from opsd import study
+from opsd.compare import study
 from opsd.common.display import Display
 
 def sleeper(*_):

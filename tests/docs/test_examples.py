@@ -14,7 +14,7 @@ from opsd.common.templates import compile_template
 from opsd.config.load import load_config
 from opsd.quickstart.recipe import method_config
 from opsd.quickstart.smollm2_recipe import smollm2_recipe
-from opsd.training import run as training
+from opsd.training.run import train
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 STUDY = (EXAMPLES / "gsm" / "study.sh").read_text()
@@ -109,7 +109,7 @@ def test_the_gpu_studys_runs_pass_a_dry_run(name, files, tmp_path, capsys):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_trains(name, files, tmp_path):
     config = load_config(EXAMPLES / f"{name}.yaml", small(name, files, tmp_path / "run"))
-    lines = read_lines(training.train(config, quiet()) / "metrics.jsonl")
+    lines = read_lines(train(config, quiet()) / "metrics.jsonl")
     assert len(lines) == 3 and all(line["grad_norm"] > 0 for line in lines)
     last = lines[-1]
     if config.method == "opsd":

@@ -332,7 +332,7 @@ def test_a_script_without_a_main_guard_and_without_torch(tmp_path):
     script = tmp_path / "grade.py"
     script.write_text(
         "import json, sys\n"
-        "from opsd.evaluate.grading import Grader\n"
+        "from opsd.grading.grader import Grader\n"
         "grader = Grader()\n"
         "grade = grader.grade([r'\\boxed{2/4}'], ['1/2'])[0]\n"
         "worker = grader._pool[0].process.pid\n"

@@ -16,7 +16,7 @@ from opsd.grading.rewards import Judge, Verdict, make_verifier, overlong, own_ve
 from opsd.objectives import Problem
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import Rollout
-from opsd.training import run as training
+from opsd.training.run import train
 from opsd.training.teacher_contexts import informative, outcome_measures
 
 
@@ -117,7 +117,9 @@ def test_a_verifier_that_cannot_be_loaded_is_refused_before_the_weights(
 ):
     if text is not None:
         (tmp_path / "mine.py").write_text(text)
-    monkeypatch.setattr(training, "load_model", lambda *_, **__: pytest.fail("weights loaded"))
+    monkeypatch.setattr(
+        "opsd.training.run.load_model", lambda *_, **__: pytest.fail("weights loaded")
+    )
     config = short_config(
         *files,
         tmp_path / "run",
@@ -146,7 +148,7 @@ def test_a_run_learns_from_the_users_verifier_and_logs_it(files, tmp_path):
         train={"steps": 2, "save_every": 0},
         eval={"problems": 0},
     )
-    lines = read_lines(training.train(config, quiet()) / "metrics.jsonl")
+    lines = read_lines(train(config, quiet()) / "metrics.jsonl")
     for line in lines:
         assert 0 < line["reward"] < 1 and 0 <= line["correct_fraction"] <= line["pass_at_k"] <= 1
         assert line["informative_groups"] > 0 and line["grad_norm"] > 0
@@ -170,7 +172,7 @@ def test_rollouts_are_graded_for_the_logs_sake(files, tmp_path):
         train={"steps": 1, "save_every": 0},
         eval={"problems": 0},
     )
-    (line,) = read_lines(training.train(config, quiet()) / "metrics.jsonl")
+    (line,) = read_lines(train(config, quiet()) / "metrics.jsonl")
     assert line["pass_at_k"] == line["correct_fraction"] == 0.0 and line["divergence"] > 0
 
 

@@ -27,7 +27,9 @@ from opsd.prefix.rollout_states import Scored, rollout_hidden_states
 from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.rollout import Rollout
-from opsd.training import run as training
+from opsd.runs.directory import claim_directory
+from opsd.training.run import checkpoint_activations
+from opsd.training.run import run as run_training
 
 LORA = {"rank": 4, "alpha": 8}
 
@@ -49,11 +51,11 @@ def adapted(files):
 
 
 def execute(config, **more):
-    training.claim_directory(Path(config.output.dir), config, bool(more.get("checkpoint")))
+    claim_directory(Path(config.output.dir), config, bool(more.get("checkpoint")))
     model, tokenizer = load_model(config.model)
     torch.manual_seed(config.train.seed)
     rows, held_out = ROWS[:12], ROWS[12:]
-    training.run(config, model, tokenizer, rows, held_out, WorksheetGrader(), quiet(), **more)
+    run_training(config, model, tokenizer, rows, held_out, WorksheetGrader(), quiet(), **more)
     return Path(config.output.dir)
 
 
@@ -107,7 +109,7 @@ def test_gradients_equal_those_of_a_dense_model(policy, checkpointing, files, ad
     }
     config = short_config(*files, Path("unused"), train={"gradient_checkpointing": checkpointing})
     config = config.model_copy(update={"model": section(files)})
-    training.checkpoint_activations(config, adapted)
+    checkpoint_activations(config, adapted)
     adapted.train()
     objective = OPSD(LossSection(backend="torch"), teachers[policy])
     samples, _ = objective.samples(problems)

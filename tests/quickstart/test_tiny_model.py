@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.worksheet import (
@@ -208,7 +208,7 @@ def test_interrupted_writing_leaves_no_cache(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny.Qwen3ForCausalLM, "save_pretrained", interrupt)
+    monkeypatch.setattr(Qwen3ForCausalLM, "save_pretrained", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tiny.cached_base(0, SHORT, cache=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,7 @@ from opsd.rollout import GenerateSampler, Sampling, ServerGoneError
 from opsd.rollout.threads import as_done
 from opsd.rollout.vllm_client import VLLMServer
 from opsd.rollout.vllm_server import ServerSampler
-from opsd.training import run as training
+from opsd.training.run import train
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_training_by_a_server(method, fake, files, tmp_path, monkeypatch):
     config = server_config(
         files, tmp_path / "run", fake, method=method, rollout={"group_size": 2, "top_k": 20}
     )
-    training.train(config, quiet())
+    train(config, quiet())
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(metrics) == 4
     for line in metrics:
@@ -249,13 +249,13 @@ def test_a_run_whose_server_dies_goes_on_where_it_was(
     broken = server_config(files, tmp_path / "broken", fake)
     fake.dies_after = completions
     with pytest.raises(ServerGoneError) as caught:
-        training.train(broken, quiet())
+        train(broken, quiet())
     if step:
         assert f"step {step} is saved" in str(caught.value) and "--resume" in str(caught.value)
         assert (tmp_path / "broken" / f"checkpoint-{step}").is_dir()
     assert not (tmp_path / "broken" / "weights-for-vllm").exists()
     fake.dies_after = None
-    training.train(broken, quiet(), resume=True)
+    train(broken, quiet(), resume=True)
     assert outcome(tmp_path / "broken") == outcome(straight)
 
 
@@ -265,7 +265,7 @@ def test_a_server_that_starts_anew_is_given_the_weights_again(
 ):
     """It answers again at once, but by the weights that it starts with."""
     fake.restarts_at = completion
-    training.train(server_config(files, tmp_path / "run", fake), quiet())
+    train(server_config(files, tmp_path / "run", fake), quiet())
     assert fake.instance == 1 and len(fake.reloads) == 8  # one more than before each sampling
     assert outcome(tmp_path / "run") == outcome(straight)
 
@@ -275,7 +275,7 @@ def straight(files, tmp_path_factory):
     """A run whose server stays."""
     directory = tmp_path_factory.mktemp("straight") / "run"
     fake = FakeVLLM(files[0])
-    training.train(server_config(files, directory, fake), quiet())
+    train(server_config(files, directory, fake), quiet())
     fake.stop()
     return directory
 
@@ -302,7 +302,7 @@ def test_a_server_with_other_weights_is_found_out(fake, files, tmp_path):
     fake.loads = False
     config = server_config(files, tmp_path / "run", fake, eval={"problems": 0})
     with pytest.raises(UserError, match=r"rollout\.engine is 'vllm_server': its log-prob.* differ"):
-        training.train(config, quiet())
+        train(config, quiet())
 
 
 # Refusals, by name, before a weight is loaded.
@@ -344,13 +344,13 @@ def test_a_server_that_cannot_follow_is_refused(fake, files, tmp_path):
     config = server_config(files, tmp_path / "run", fake)
     fake.dev = False
     with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
-        training.train(config, quiet())
+        train(config, quiet())
     fake.dev, fake.mode = True, "processed_logprobs"
     with pytest.raises(UserError, match="--logprobs-mode is 'processed_logprobs'"):
-        training.train(config, quiet())
+        train(config, quiet())
     fake.stop()
     with pytest.raises(ServerGoneError, match="cannot be reached"):
-        training.train(config, quiet())
+        train(config, quiet())
 
 
 # Evaluation.

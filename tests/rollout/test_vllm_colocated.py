@@ -11,7 +11,7 @@ from opsd.common.files import read_lines
 from opsd.models.load import stop_ids
 from opsd.rollout import GenerateSampler, Sampling
 from opsd.rollout.vllm_colocated import ColocatedSampler
-from opsd.training import run as training
+from opsd.training.run import train
 
 
 class FakeLLM:
@@ -98,7 +98,7 @@ def test_training_by_the_colocated_engine(vllm, files, tmp_path, monkeypatch):
     config = short_config(*files, tmp_path / "run", rollout={"engine": "vllm", "gpu_memory": 0.3})
     made = []
     monkeypatch.setattr(vllm, "LLM", lambda *a, **k: made.append(FakeLLM(*a, **k)) or made[0])
-    training.train(config, quiet())
+    train(config, quiet())
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(metrics) == 4
     assert all(abs(line["engine_divergence"]) < 1e-4 for line in metrics)

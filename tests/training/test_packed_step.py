@@ -17,7 +17,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from opsd import prefix
 from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.common.files import read_lines
@@ -25,7 +24,15 @@ from opsd.config.load import merge
 from opsd.config.loss import LossSection
 from opsd.models.copies import whole
 from opsd.objectives import OPSD, Totals
-from opsd.prefix import attention, live_hidden_states, shared_prefix_hidden_states, unpackable
+from opsd.prefix import (
+    PrefixCache,
+    attention,
+    live_hidden_states,
+    packed_forward,
+    shared_prefix_hidden_states,
+    unpackable,
+    using_cache,
+)
 from opsd.training.step import OPSDStep, idle, token_ratio
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -58,7 +65,7 @@ def test_the_check_passes_and_sharing_is_refused_where_it_differs(monkeypatch):
     def wrong(*arguments, **more):
         return 1.01 * right(*arguments, **more)
 
-    monkeypatch.setattr(prefix.stream, "packed_attention", wrong)
+    monkeypatch.setattr(packed_forward, "packed_attention", wrong)
     with pytest.raises(UserError, match="--no-share"):
         step.check_sharing(make_samples())
 
@@ -78,7 +85,7 @@ def test_the_check_in_bf16_measures_by_what_bf16_costs_alone(monkeypatch):
         step._check_rounding(sequences, alone, torch.bfloat16)
         right = attention.packed_attention
         monkeypatch.setattr(
-            prefix.stream, "packed_attention", lambda *a, **more: 1.2 * right(*a, **more)
+            packed_forward, "packed_attention", lambda *a, **more: 1.2 * right(*a, **more)
         )
         with pytest.raises(UserError, match=r"torch\.bfloat16 alone makes 0\.0"):
             step._check_rounding(sequences, alone, torch.bfloat16)
@@ -210,7 +217,7 @@ def test_what_is_kept_with_adapters_on_is_not_read_with_them_off(adapted):
     prefix_ids, rollouts = ids(20)[0], ids(5, 4, seed=2)
     batches = [[(prefix_ids, [rollout])] for rollout in rollouts]
     contexts = [{tuple(prefix_ids.tolist())}] * 2
-    with torch.no_grad(), prefix.using_cache(prefix.PrefixCache(contexts, [])):
+    with torch.no_grad(), using_cache(PrefixCache(contexts, [])):
         for batch in batches:
             for off in (False, True):
                 with adapted.disable_adapter() if off else nullcontext():

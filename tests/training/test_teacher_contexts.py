@@ -13,7 +13,7 @@ from opsd.grading.rewards import Outcome
 from opsd.objectives import OPSD, Problem
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import Rollout
-from opsd.training import run as training
+from opsd.training.run import train
 from opsd.training.teacher_contexts import TeacherContexts
 
 PEER = (
@@ -116,7 +116,7 @@ def test_a_run_learns_from_its_peers(policy, files, tmp_path):
         train={"steps": 3, "save_every": 0},
         eval={"problems": 4, "samples": 1},
     )
-    lines = read_lines(training.train(config, quiet()) / "metrics.jsonl")
+    lines = read_lines(train(config, quiet()) / "metrics.jsonl")
     assert len(lines) == 3
     for line in lines:
         assert 0 < line["taught_fraction"] <= 1 and line["too_long"] == 0

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd.common.files import read_lines
 from opsd.grading.grader import Grade
+from opsd.models.load import load_model
 from opsd.objectives import OPSD
 from opsd.prefix.rollout_states import Scored
+from opsd.runs.directory import claim_directory
 from opsd.runs.log import FILES
-from opsd.training import run as training
+from opsd.training.load_data import load_data
 from opsd.training.micro_batches import packed_batches, padded_batches, stream_tokens
+from opsd.training.run import run as run_training
+from opsd.training.run import train
 from opsd.training.trainer import OPSDTrainer
 
 METRICS = {
@@ -54,13 +59,13 @@ def digits(completion: str, answer: str) -> float:
 
 def execute(config, **more):
     """`opsd.training.run.run` with a reward of its own, as the quickstart calls it."""
-    directory = training.Path(config.output.dir)
+    directory = Path(config.output.dir)
     if not more.get("checkpoint"):
-        training.claim_directory(directory, config, resume=False)
-    rows, held_out = training.load_data(config)
-    model, tokenizer = training.load_model(config.model)
+        claim_directory(directory, config, resume=False)
+    rows, held_out = load_data(config)
+    model, tokenizer = load_model(config.model)
     torch.manual_seed(config.train.seed)
-    training.run(
+    run_training(
         config, model, tokenizer, rows, held_out, NobodyIsRight(), quiet(), reward=digits, **more
     )
     return directory
@@ -69,7 +74,7 @@ def execute(config, **more):
 @pytest.mark.parametrize("method", ["opsd", "sft"])
 def test_a_run_writes_all_its_files(method, files, tmp_path):
     config = short_config(*files, tmp_path / "run", method=method, eval={"teacher": True})
-    directory = training.train(config, quiet())
+    directory = train(config, quiet())
     check_directory(directory, method)
     roles = [(e["step"], e["role"]) for e in read_lines(directory / "evaluations.jsonl")]
     assert roles == [(0, "student"), (0, "teacher"), (2, "student"), (4, "student")]
@@ -197,7 +202,7 @@ def test_resuming_changes_nothing(method, files, tmp_path):
     half = directory / "checkpoint-3"
     half.mkdir()
     (half / "model.safetensors").touch()  # killed while saving
-    checkpoint = training.claim_directory(directory, config, resume=True)
+    checkpoint = claim_directory(directory, config, resume=True)
     assert checkpoint == directory / "checkpoint-2"
     execute(config, checkpoint=checkpoint)
     for name in FILES:
@@ -222,7 +227,7 @@ def test_a_finished_run_can_be_resumed_without_harm(train, steps, files, tmp_pat
         (directory / "metrics.jsonl").read_text(),
         load_file(directory / "model" / "model.safetensors"),
     )
-    execute(config, checkpoint=training.claim_directory(directory, config, resume=True))
+    execute(config, checkpoint=claim_directory(directory, config, resume=True))
     assert (directory / "metrics.jsonl").read_text() == before[0]
     after = load_file(directory / "model" / "model.safetensors")
     assert all(torch.equal(after[name], before[1][name]) for name in after)
@@ -232,7 +237,7 @@ def test_a_finished_run_can_be_resumed_without_harm(train, steps, files, tmp_pat
 def test_a_run_that_goes_on_is_not_finished(files, tmp_path, monkeypatch):
     directory = execute(short_config(*files, tmp_path / "run", method="sft"))
     more = short_config(*files, tmp_path / "run", method="sft", train={"token_budget": 10**6})
-    checkpoint = training.claim_directory(directory, more, resume=True)
+    checkpoint = claim_directory(directory, more, resume=True)
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -383,7 +388,7 @@ def test_a_step_without_any_signal_changes_nothing(files, tmp_path):
         train={"steps": 2, "save_every": 0},
         eval={"problems": 4},
     )
-    directory = training.train(config, quiet())
+    directory = train(config, quiet())
     lines = read_lines(directory / "metrics.jsonl")
     assert len(lines) == 2 and all(line["loss"] == 0 for line in lines)
     base = load_file(files[0] / "model.safetensors")

@@ -18,7 +18,6 @@ from opsd.config.load import merge
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 LORA = {"model": {"lora": {"rank": 4, "alpha": 8}}}
