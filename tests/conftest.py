@@ -48,6 +48,14 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def wider(tmp_path_factory):
+    """The directory of another model with the same vocabulary, to teach the one of `files`."""
+    from helpers.training_cases import write_wider_model
+
+    return write_wider_model(tmp_path_factory.mktemp("wider"))
+
+
+@pytest.fixture(scope="module")
 def student(files):
     """The model of `files` and its tokenizer."""
     from helpers.training_cases import load_student

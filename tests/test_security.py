@@ -36,6 +36,12 @@ def train(files, tmp_path, monkeypatch):
     return lambda *words: main(["train", str(tmp_path / "c.yaml"), *map(str, words)])
 
 
+@pytest.fixture
+def marker(tmp_path):
+    """The directory that a payload makes where it runs."""
+    return tmp_path / "the payload has run"
+
+
 def refused(capsys, *parts) -> None:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("opsd: "), lines

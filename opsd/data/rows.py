@@ -72,6 +72,7 @@ def load_rows(
 
     Raises UserError for a source that is not there, rows without a required column, no rows.
 
+    >>> from pathlib import Path
     >>> _ = Path("rows.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}')
     >>> load_rows("rows.jsonl", columns={"problem": "question"}, require=["problem"])[0].answer
     '4'

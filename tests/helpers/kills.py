@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `helpers`
 
 from helpers.training_cases import short_config, timeless, write_model, write_rows
 from opsd.cli.main import main

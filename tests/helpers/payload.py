@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-import pytest
-
 
 class Payload:
     """Pickled, it makes a file where it is read."""
@@ -14,8 +12,3 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (str(self.marker),)
-
-
-@pytest.fixture
-def marker(tmp_path):
-    return tmp_path / "the payload has run"

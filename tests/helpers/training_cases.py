@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opsd.common.display import Display
 from opsd.config.config import Config
@@ -23,6 +24,25 @@ def write_model(directory: Path, seed: int = 0) -> Path:
     """A tiny random Qwen3 and its character tokenizer, as plain transformers files."""
     tokenizer = tiny.make_tokenizer()
     tiny.make_model(seed, tokenizer).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def write_wider_model(directory: Path) -> Path:
+    """A model of another width with the same vocabulary, which is padded to a round size."""
+    torch.manual_seed(5)
+    tokenizer = tiny.make_tokenizer()
+    config = Qwen3Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64 + 64,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        tie_word_embeddings=False,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

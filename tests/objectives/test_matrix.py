@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.training_cases import ROWS, graded, short_config, with_old
-from helpers.wider import wider  # noqa: F401 - a fixture: another model with the same vocabulary
 
 from opsd.data.prompts import Prompts
 from opsd.models.load import load_model
@@ -39,7 +38,7 @@ LORA = {"lora": {"rank": 4, "alpha": 16}}
         ("sft", "none"),
     ],
 )
-def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, files, wider):  # noqa: F811
+def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, files, wider):
     own = {"policy": "initial" if policy == "none" else policy}
     teacher = {**own, **({"path": str(wider)} if policy == "model" else {})}
     # GRPO has a teacher for what it credits, or as the reference of a KL.

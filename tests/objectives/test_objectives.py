@@ -241,8 +241,14 @@ def test_a_methods_gradient_is_its_dense_renderings(case, teacher, precision, ma
     theirs = gradient(wanted, model)
     # bf16 keeps eight bits, and errors of four layers' products add up.
     tolerance = 1e-5 if precision == "fp32" else 16 * torch.finfo(torch.bfloat16).eps
+    allowed = tolerance * theirs.norm()
+    if precision == "bf16" and case.loss.get("clip") == "entry":
+        # What rounding carries across the clip loses its gradient, in a dense rendering too.
+        with torch.autocast("cpu", torch.bfloat16):
+            dense_bf16 = rendered(case, config, model, scorer, problems, objective_prompts(config))
+        allowed = 2 * (gradient(dense_bf16, model) - theirs).norm()
     assert theirs.norm() > 1e-3
-    assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    assert (ours - theirs).norm() <= allowed
     assert loss.item() == pytest.approx(wanted.item(), rel=tolerance, abs=tolerance)
     assert totals.tokens == sum(sample.counted for sample in samples)
 

@@ -21,7 +21,7 @@ from opsd.report.markup import embed_json, tag
 from opsd.report.rollouts import MAX_TOKENS, divergence_scale, sample_pairs, shade
 from opsd.runs.read import Accuracy, read_results
 
-PACKAGE = Path(opsd.__file__).parent
+REPORT = Path(opsd.__file__).parent / "report"
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"'&"
 
 
@@ -236,8 +236,8 @@ def test_the_page_loads_nothing(quickstart):
 
 
 def test_the_style_names_only_what_the_page_has():
-    css = re.sub(r"\{[^{}]*\}", "{}", (PACKAGE / "templates" / "report.css").read_text())
-    sources = [*PACKAGE.glob("report/*.py"), PACKAGE / "templates" / "report.js"]
+    css = re.sub(r"\{[^{}]*\}", "{}", (REPORT / "templates" / "report.css").read_text())
+    sources = [*REPORT.glob("*.py"), REPORT / "templates" / "report.js"]
     text = " ".join(path.read_text() for path in sources)
     for name in set(re.findall(r"\.([a-z][\w-]*)", css)):
         known = re.sub(r"^(series|ref)-\w+$", r"\1-{", name)  # of a method; filled in

@@ -89,12 +89,12 @@ def test_the_server_follows_the_student(fake, files, student, contexts, tmp_path
     engine = sampler(fake, student, tmp_path)
     before = engine.sample(contexts, sampling)
     other = changed(files, seed=9)
-    engine.follow(other)
+    engine.sync_weights(other)
     after = engine.sample(contexts, sampling)
     own = GenerateSampler(other, stop_ids(*student)).sample(contexts, sampling)
     assert [r.ids for r in after] == [r.ids for r in own] != [r.ids for r in before]
     assert not (tmp_path / "weights").exists()
-    engine.follow(student[0])
+    engine.sync_weights(student[0])
     again = engine.sample(contexts, sampling)
     assert [r.ids for r in again] == [r.ids for r in before]
     paths = [body["kwargs"]["weights_path"] for route, body in fake.requests if "rpc" in route]
@@ -102,7 +102,7 @@ def test_the_server_follows_the_student(fake, files, student, contexts, tmp_path
 
 
 def test_weights_travel_in_the_dtype_of_rollouts(fake, student, tmp_path):
-    sampler(fake, student, tmp_path, torch.bfloat16).follow(student[0])
+    sampler(fake, student, tmp_path, torch.bfloat16).sync_weights(student[0])
     (weights,) = fake.reloads
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     named = dict(student[0].named_parameters())

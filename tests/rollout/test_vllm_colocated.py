@@ -82,7 +82,7 @@ def test_the_colocated_engine_sleeps_but_while_it_samples(vllm, files, student, 
     assert engine.llm.awake == set()
     sampling = Sampling(8, temperature=0)
     for model in (student[0], changed(files, seed=9)):
-        engine.follow(model)
+        engine.sync_weights(model)
         rollouts = engine.sample(contexts, sampling)
         own = GenerateSampler(model, stop_ids(*student)).sample(contexts, sampling)
         assert [(r.ids, r.finished) for r in rollouts] == [(r.ids, r.finished) for r in own]
