@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
-from markupsafe import Markup
 
 from benchmarks.problem import Case
 from opsd.report.render import render
@@ -88,7 +87,7 @@ def _untimed(row: dict) -> list[tuple[str, str]]:
     return [(name, f"{what}, not timed: {reason}") for what, name, reason in reasons]
 
 
-def figures(rows: list[dict], shared: bool) -> list[tuple[str, Markup]]:
+def figures(rows: list[dict], shared: bool) -> list[tuple[str, str]]:
     """(title, SVG) for each sweep: rows that differ in one of N, V and D only."""
     found = []
     for axis, label in AXES.items():
@@ -111,7 +110,7 @@ def _title(fixed: dict) -> str:
     return f"{fixed['task']}, {head} head, {fixed['dtype']}, {shape}"
 
 
-def _figure(points: list[tuple[int, dict]], label: str, shared: bool) -> Markup:
+def _figure(points: list[tuple[int, dict]], label: str, shared: bool) -> str:
     """Time, x GEMM and memory against what is swept."""
     figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     names = dict.fromkeys(n for _, row in points for n in row["seconds"])
@@ -142,7 +141,7 @@ def _figure(points: list[tuple[int, dict]], label: str, shared: bool) -> Markup:
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg")
     pyplot.close(figure)
-    return Markup(drawn.getvalue()[drawn.getvalue().index("<svg") :])  # our own drawing
+    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
 
 
 def main() -> None:

@@ -13,12 +13,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
 
 from opsd.common.statistics import student_quantile
-
-if TYPE_CHECKING:
-    pass
 
 CONFIDENCE = 0.90
 MEASURES = ("tokens", "seconds", "flops")

@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from opsd.common.format import duration, percent, size
 from opsd.report.charts import short
@@ -73,11 +72,11 @@ def points(change: float) -> str:
     return f"{100 * change:+.1f}".replace("-", "−")  # noqa: RUF001 - a minus sign
 
 
-def _asset(name: str) -> Markup:
+def _asset(name: str) -> str:
     """A file in `templates/` as it is: our own style or script."""
     made = environment()
     assert made.loader is not None
-    return Markup(made.loader.get_source(made, name)[0])
+    return made.loader.get_source(made, name)[0]
 
 
 def _csp_hash(script: str) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from opsd.runs.read import Record, Run, value
@@ -28,11 +29,11 @@ def sample_pairs(samples: Sequence[Record]) -> list[tuple[Record | None, Record 
 
 
 def sampled(run: Run) -> dict[str, Any] | None:
-    """The run's sample rollouts, two for each problem; None where it sampled none."""
+    """The run's sample rollouts, (before, after) of each problem; None where it sampled none."""
     pairs = sample_pairs(run.samples)
     shown = pairs[:MAX_PROBLEMS]
     scale = divergence_scale([sample for pair in shown for sample in pair if sample])
-    problems = [_problem(pair, scale) for pair in shown]
+    problems = [[_rollout(sample, scale) if sample else None for sample in pair] for pair in shown]
     left_out = len(pairs) - len(shown)
     return {"scale": scale, "problems": problems, "left_out": left_out} if pairs else None
 
@@ -49,33 +50,16 @@ def shade(divergence: float, scale: float) -> int:
     return round(SHADES * min(max(divergence, 0.0) / scale, 1.0) ** 0.5)
 
 
-def _problem(pair: tuple[Record | None, Record | None], scale: float | None) -> dict[str, Any]:
-    known = pair[1] or pair[0]
-    assert known is not None
-    rollouts = [
-        _rollout(label, sample, scale)
-        for label, sample in zip(("Before", "After"), pair, strict=True)
-        if sample
-    ]
-    texts = {"text": known.get("problem"), **{k: known.get(k) for k in ("solution", "answer")}}
-    return {**texts, "rollouts": rollouts}
-
-
-def _rollout(label: str, sample: Record, scale: float | None) -> dict[str, Any]:
+def _rollout(sample: Record, scale: float | None) -> dict[str, Any]:
     tokens = _tokens(sample)
     known = _divergences(tokens)
-    about = [f"{len(tokens)} tokens"] if tokens else []
-    if known:
-        about.append(f"mean divergence {sum(known) / len(known):.3f}")
-    if len(tokens) > MAX_TOKENS:
-        about.append(f"the first {MAX_TOKENS} are shown")
+    texts = ("problem", "solution", "answer", "completion", "correct")
     return {
-        "label": label,
+        **{name: sample.get(name) for name in texts},
         "step": value(sample, "step"),
-        "correct": sample.get("correct"),
-        "completion": sample.get("completion"),
-        "shown": [_token(token, scale) for token in tokens[:MAX_TOKENS]],
-        "about": about,
+        "length": len(tokens),
+        "divergence": fmean(known) if known else None,
+        "tokens": [_token(token, scale) for token in tokens[:MAX_TOKENS]],
     }
 
 
