@@ -13,41 +13,29 @@ from opsd.report.charts import Series, accuracy_chart
 from opsd.report.render import interval, render
 
 COLUMNS = (
-    "",
-    "seeds",
-    "accuracy at the budget",
-    "gain",
-    "tokens to the target",
-    "tokens, ratio",
-    "time",
-    "FLOPs",
-)
+    "", "seeds", "accuracy at the budget", "gain", "tokens to the target", "tokens, ratio",
+    "time", "FLOPs",
+)  # fmt: skip
 
 
 def title(comparison: Comparison) -> str:
     """What is compared, in a line."""
-    return f"At {number(round(comparison.budget))} tokens; target {_target(comparison.target)}"
+    return f"At {_count(comparison.budget)} tokens; target {_target(comparison.target)}"
 
 
 def rows(comparison: Comparison) -> list[list[str]]:
-    """A row a method, as COLUMNS."""
+    """A row for each method, with COLUMNS."""
     ratios = {(one.method, one.of): one for one in comparison.ratios}
     lines = []
     for method in comparison.methods:
         tokens, seconds, flops = (ratios.get((method.key, of)) for of in MEASURES)
         baseline = method.key == comparison.baseline
-        lines.append(
-            [
-                method.name,
-                str(len(method.runs)),
-                share(method.at_budget),
-                difference(method.gain),
-                _cost(method),
-                "1 (baseline)" if baseline else _ratio(tokens),
-                _beside(method.seconds, duration, seconds),
-                _beside(method.flops, "{:.2e}".format, flops),
-            ]
-        )
+        line = [method.name, str(len(method.runs)), share(method.at_budget)]
+        line += [difference(method.gain), _cost(method)]
+        line.append("1 (baseline)" if baseline else _ratio(tokens))
+        line.append(_beside(method.seconds, duration, seconds))
+        line.append(_beside(method.flops, "{:.2e}".format, flops))
+        lines.append(line)
     return lines
 
 
@@ -59,9 +47,9 @@ def seed_columns(comparison: Comparison) -> list[str]:
 
 
 def seed_rows(comparison: Comparison) -> list[list[str]]:
-    """A row a seed: its target, and each method's accuracy at the budget and tokens to the target.
+    """A row for each seed: its target, and what each method reaches and needs.
 
-    Only where all methods have the same seeds, each once; otherwise no rows.
+    No rows unless all methods have the same seeds, each once.
     """
     first = comparison.methods[0].runs
     if not all(alike(method.runs, first) for method in comparison.methods):
@@ -74,7 +62,7 @@ def seed_rows(comparison: Comparison) -> list[list[str]]:
             own = next(one for one in method.runs if one.seed == run.seed)
             reached = None if target is None else own.reaches(target)
             line.append(percent(interpolate(own.curve, comparison.budget)))
-            line.append(_known(reached, lambda tokens: number(round(tokens))))
+            line.append(_known(reached, _count))
         lines.append(line)
     return lines
 
@@ -101,37 +89,38 @@ def share(rate: Interval) -> str:
 
 def difference(gain: Interval) -> str:
     """A difference of accuracies in points, with its interval where there is one."""
-    if gain.low is None:
-        return f"{100 * gain.value:+.1f}"
-    return f"{100 * gain.value:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+    return _with_interval(gain, lambda x: f"{100 * x:+.1f}", " to ")
+
+
+def _with_interval(one: Interval, shown: Callable[[float], str], between: str = "–") -> str:
+    if one.low is None or one.high is None:
+        return shown(one.value)
+    return f"{shown(one.value)} ({shown(one.low)}{between}{shown(one.high)})"
+
+
+def _count(tokens: float) -> str:
+    return number(round(tokens))
 
 
 def _cost(method: Method) -> str:
     if method.cost is None:
         return f"reached by {method.reached} of {method.asked}"
-    text = number(round(method.cost.value))
-    if method.cost.low is None:
-        return text
-    return f"{text} ({number(round(method.cost.low))}–{number(round(method.cost.high))})"
+    return _with_interval(method.cost, _count)
 
 
 def _ratio(ratio: Ratio | None) -> str:
     if ratio is None or ratio.value is None:
         return "–"
-    if ratio.at_least:
-        text = f"≥ {_two_digits(ratio.value)} ×"
-    elif ratio.low is None:
-        text = f"{_two_digits(ratio.value)} ×"
-    else:
-        low, high = _two_digits(ratio.low), _two_digits(ratio.high)
-        text = f"{_two_digits(ratio.value)} × ({low}–{high})"
+    text = f"{'≥ ' * ratio.at_least}{_two_digits(ratio.value)} ×"
+    if ratio.low is not None and not ratio.at_least:
+        text += f" ({_two_digits(ratio.low)}–{_two_digits(ratio.high)})"
     if ratio.unreached:
         text += f", {len(ratio.seeds)} of {len(ratio.seeds) + len(ratio.unreached)} seeds"
     return text
 
 
 def _two_digits(x: float) -> str:
-    """The significant ones, zeros too: 0.70, 2.0, 11; of what is larger, all before the point."""
+    """Two significant digits, zeros too (0.70, 2.0, 11); above 99 all digits before the point."""
     return f"{x:#.2g}".rstrip(".") if abs(x) < 99.5 else f"{x:.0f}"
 
 
