@@ -10,16 +10,18 @@ import io
 import json
 import sys
 from collections import defaultdict
-from html import escape
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 
 from benchmarks.problem import Case
+from opsd.report.render import render
 
 matplotlib.use("agg")
 from matplotlib import pyplot
 
+LETTERS = {"tokens": "N", "vocabulary": "V", "width": "D"}
 AXES = {"tokens": "N, tokens", "vocabulary": "V, vocabulary", "width": "D, hidden width"}
 COLOURS = {
     "ours": "#d62728",
@@ -33,15 +35,6 @@ COLOURS = {
     "cce": "#8c564b",
     "cce exact": "#e377c2",
 }
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
-  color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .15em .8em; text-align: right }
-th { border-bottom: 1px solid #999; font-weight: 600 } td.name { text-align: left }
-tr.first td { border-top: 1px solid #ccc } tr.ours td { font-weight: 600 }
-.red { color: #b00020; font-weight: 600 } svg { max-width: 100%; height: auto }
-.note { color: #555 }
-"""
 
 
 def seconds_of(row: dict, shared: bool) -> dict[str, dict]:
@@ -61,80 +54,37 @@ def case_of(row: dict) -> Case:
 
 def page(report: dict) -> str:
     """The page of a report (see `__main__.py`)."""
-    shared = report["shared"]
-    parts = [
-        "<!doctype html><meta charset=utf-8><title>opsd_kernels: benchmarks</title>",
-        f"<style>{STYLE}</style><h1>opsd_kernels beside its peers</h1>",
-        f"<p>{escape(_machine(report))}</p>",
-        "<p>Forward and backward, minimum and median over interleaved rounds; every candidate's "
-        "result was compared before it was timed. Memory: peak beside the gradients returned.</p>",
-    ]
-    if shared:
-        parts.append(
-            "<p class=red>A shared machine: times are processor seconds of all cores, not those "
-            "of the clock.</p>"
-        )
-    parts += ["<p class=red>Uncommitted changes.</p>"] * report["machine"]["uncommitted_changes"]
-    parts += _list("Not here", report["missing"])
-    parts += _list("Not run: the time was over", dict.fromkeys(report["left_out"], ""))
-    parts += [f"<h2>{title}</h2>{figure}" for title, figure in figures(report["rows"], shared)]
-    parts.append(f"<h2>All cases</h2>{_table(report['rows'], shared)}")
-    return "\n".join(parts)
-
-
-def _machine(report: dict) -> str:
-    machine = report["machine"]
-    where = f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores"
-    if machine["gpu"]:
-        where = f"{machine['gpu']['name']}, CUDA {machine['gpu']['cuda']}; {where}"
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
-    return f"{where}. {versions}. Commit {machine['commit']}, {report['started']} UTC."
-
-
-def _list(title: str, items: dict[str, str]) -> list[str]:
-    if not items:
-        return []
-    lines = "".join(
-        f"<li>{escape(name)}{': ' * bool(reason)}{escape(reason)}</li>"
-        for name, reason in items.items()
+    rows, shared = report["rows"], report["shared"]
+    return render(
+        "benchmark.html",
+        report=report,
+        figures=figures(rows, shared),
+        cases=[(case_of(row).label, list(_lines(row, shared)), _untimed(row)) for row in rows],
     )
-    return [f"<h2>{title}</h2><ul>{lines}</ul>"]
 
 
-def _table(rows: list[dict], shared: bool) -> str:
-    lines = [
-        "<table><tr><th>case<th>who<th>min, ms<th>median, ms<th>&times; GEMM<th>&times; ours"
-        "<th>memory, MiB<th>error</tr>"
-    ]
-    for row in rows:
-        times = seconds_of(row, shared)
-        label = escape(case_of(row).label)
-        first = True
-        for name, t in times.items():
-            extra, error = extra_bytes(row, name), row["errors"].get(name)
-            cells = [
-                f"{t['min'] * 1e3:.1f}",
-                f"{t['median'] * 1e3:.1f}",
-                f"{t['min'] / times['gemms']['min']:.2f}",
-                f"{t['min'] / times['ours']['min']:.2f}",
+def _lines(row: dict, shared: bool) -> Iterator[tuple[str, list[str]]]:
+    """(candidate, cells of the table) of those that were timed."""
+    times = seconds_of(row, shared)
+    for name, time in times.items():
+        extra, error = extra_bytes(row, name), row["errors"].get(name)
+        yield (
+            name,
+            [
+                f"{time['min'] * 1e3:.1f}",
+                f"{time['median'] * 1e3:.1f}",
+                f"{time['min'] / times['gemms']['min']:.2f}",
+                f"{time['min'] / times['ours']['min']:.2f}",
                 "" if extra is None else f"{extra / 2**20:.0f}",
                 f"{max(error.values()):.0e}" if error else "",
-            ]
-            kind = " ".join(["first"] * first + ["ours"] * (name == "ours"))
-            lines.append(
-                f"<tr class='{kind}'><td class=name>{label if first else ''}<td class=name>"
-                f"{escape(name)}<td>{'<td>'.join(cells)}</tr>"
-            )
-            first = False
-        for what in ("red", "failed"):
-            for name, reason in row[what].items():
-                lines.append(
-                    f"<tr><td class=name>{label if first else ''}<td class='name red'>"
-                    f"{escape(name)}<td colspan=6 class='name red'>{what}, not timed: "
-                    f"{escape(reason)}</tr>"
-                )
-                first = False
-    return "\n".join([*lines, "</table>"])
+            ],
+        )
+
+
+def _untimed(row: dict) -> list[tuple[str, str]]:
+    """(candidate, why it was not timed)."""
+    reasons = [(what, *pair) for what in ("red", "failed") for pair in row[what].items()]
+    return [(name, f"{what}, not timed: {reason}") for what, name, reason in reasons]
 
 
 def figures(rows: list[dict], shared: bool) -> list[tuple[str, str]]:
@@ -156,8 +106,7 @@ def figures(rows: list[dict], shared: bool) -> list[tuple[str, str]]:
 
 def _title(fixed: dict) -> str:
     head = "frozen" if fixed["frozen"] else "trainable"
-    letters = {"tokens": "N", "vocabulary": "V", "width": "D"}
-    shape = ", ".join(f"{letters[k]} = {v}" for k, v in fixed.items() if k in letters)
+    shape = ", ".join(f"{LETTERS[k]} = {v}" for k, v in fixed.items() if k in LETTERS)
     return f"{fixed['task']}, {head} head, {fixed['dtype']}, {shape}"
 
 

@@ -1,6 +1,6 @@
 """Finished runs side by side: methods by seeds, at an equal budget, and what an accuracy costs.
 
-Reads run directories as the report does; trains nothing and needs no torch.
+Reads run directories as the report does. Needs no torch.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ GRID = 60  # points of a mean curve
 
 @dataclass(frozen=True)
 class Method:
-    """All seeds of one method. `cost`: tokens to the target, None where one of the `asked` seeds
-    (those with a target) did not get there (`reached` of them did); seconds, flops likewise."""
+    """All seeds of one method.
+
+    asked: how many of its runs have a target; reached: how many of these get there. cost, seconds,
+    flops: what the target costs; None unless all that were asked reach it.
+    """
 
     key: str
     runs: list[SeedRun]
@@ -43,7 +46,6 @@ class Method:
     bands: list[tuple[float, float] | None]
     at_budget: Interval
     gain: Interval  # of the accuracy at the budget over that at the start, seed by seed
-    best: float  # of the mean curve
     asked: int
     reached: int
     cost: Interval | None
@@ -53,6 +55,11 @@ class Method:
     @property
     def name(self) -> str:
         return NAMES.get(self.key, self.key)
+
+    @property
+    def best(self) -> float:
+        """The highest point of the mean curve."""
+        return max(y for _, y in self.curve)
 
 
 @dataclass(frozen=True)
@@ -113,12 +120,12 @@ class Comparison:
 def compare(
     directories: Sequence[Path], target: float | None = None, baseline: str | None = None
 ) -> Comparison:
-    """Compares the runs in these directories (of `opsd train` or quickstarts), seeds by method.
+    """Compare the runs in these directories (of `opsd train` or quickstarts), seeds by method.
 
-    target: an accuracy; by default each seed's own, the best that its run of the baseline reaches,
-    or, where the methods' seeds differ, the best that all runs of the baseline reach. baseline: the
-    method that the others are compared with; by default grpo, or else the last of opsd, grpo, sft,
-    ... there is. Raises UserError.
+    target: an accuracy. By default each seed has its own: the best that its run of the baseline
+    reaches. Where the methods' seeds differ, it is the best that all runs of the baseline reach.
+    baseline: the method that the others are compared with. By default it is grpo, or without grpo
+    the last that there is of opsd, grpo, sft, ... Raises UserError.
     """
     if target is not None and not 0 < target <= 1:
         raise UserError(f"--target is {target}: it must be an accuracy above 0 and at most 1")
@@ -189,27 +196,22 @@ def _seed_run(path: Path, run: Run, summary: Record) -> SeedRun:
     axis = "trained_tokens" if run.trained_axis else "generated_tokens"
     seed = value(config.get("train"), "seed")
     seed = value(summary, "seed") if seed is None else seed
-    seconds = [
-        (value(record, axis), value(record, "seconds"))
-        for record in run.metrics
-        if value(record, axis) is not None and value(record, "seconds") is not None
-    ]
+    pairs = [(value(record, axis), value(record, "seconds")) for record in run.metrics]
+    seconds = [(x, y) for x, y in pairs if x is not None and y is not None]
     flops, prompts_counted = run_flops(path, run, config)
-    known = [value(record, "problems") for record in run.evaluations]
+    problems = value(run.evaluations[0], "problems") if run.evaluations else None
+    rates = [point.accuracy for point in run.points]
     return SeedRun(
-        path,
-        run.method,
-        None if seed is None else int(seed),
-        [(point.x, point.accuracy.value) for point in run.points],
-        [
-            None if point.accuracy.low is None else (point.accuracy.low, point.accuracy.high)
-            for point in run.points
-        ],
-        [(0.0, 0.0), *sorted(seconds)],
-        flops,
-        prompts_counted,
-        run.trained_axis,
-        int(known[0]) if known and known[0] else None,
+        path=path,
+        method=run.method,
+        seed=None if seed is None else int(seed),
+        curve=[(point.x, point.accuracy.value) for point in run.points],
+        bands=[None if rate.low is None else (rate.low, rate.high) for rate in rates],
+        seconds=[(0.0, 0.0), *sorted(seconds)],
+        flops=flops,
+        prompts_counted=prompts_counted,
+        trained_axis=run.trained_axis,
+        problems=int(problems) if problems else None,
     )
 
 
@@ -231,7 +233,10 @@ def _config(path: Path) -> Record:
 def _mean_curve(
     runs: Sequence[SeedRun],
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float] | None]]:
-    """The seeds' mean as far as all of them go, with its bands; one seed's own curve and bands."""
+    """The mean over seeds, up to where the shortest run ends, with intervals over seeds.
+
+    A single run's curve is its own, with its intervals over problems.
+    """
     if len(runs) == 1:
         return runs[0].curve, runs[0].bands
     end = min(run.budget for run in runs)
@@ -262,21 +267,8 @@ def _method(key: str, runs: list[SeedRun], budget: float, target: Target) -> Met
             else None
             for of in ("seconds", "flops")
         )
-    best = max(y for _, y in curve)
-    return Method(
-        key,
-        runs,
-        curve,
-        bands,
-        over_seeds(at_budget),
-        over_seeds(gains),
-        best,
-        len(asked),
-        len(reached),
-        cost,
-        seconds,
-        flops,
-    )
+    accuracy, gain, counts = over_seeds(at_budget), over_seeds(gains), (len(asked), len(reached))
+    return Method(key, runs, curve, bands, accuracy, gain, *counts, cost, seconds, flops)
 
 
 def _notes(runs: Sequence[SeedRun], groups: dict[str, list[SeedRun]]) -> list[str]:
@@ -302,7 +294,7 @@ def _notes(runs: Sequence[SeedRun], groups: dict[str, list[SeedRun]]) -> list[st
 
 
 def _left_out(target: Target, baseline: Sequence[SeedRun], ratios: Sequence[Ratio]) -> list[str]:
-    """A sentence on each reason why a seed is in no ratio, or says little there."""
+    """A sentence on each seed that no ratio includes, or that adds mostly noise to one."""
     notes, name = [], NAMES.get(baseline[0].method, baseline[0].method)
     if target.flat:
         notes.append(

@@ -1,23 +1,25 @@
 """Floating-point operations of a finished run, from what it left on disk.
 
-Counted are the matrix products with the weights: 2 N a token forward and 6 N forward and backward,
-for N parameters that multiply. Attention's own products, which grow with the length, are not. A
-prompt is counted once a problem and pass, as a shared prefix is run; a run that repeats it for each
-rollout does more.
+The matrix products with the weights are counted: 2 N for each token forward and 6 N forward and
+backward, for N parameters that multiply. Attention's own products, which grow with the length, are
+not counted. A prompt counts once for each problem and pass, because a shared prefix runs once; a
+run that repeats it for each rollout does more.
 """
 
 from __future__ import annotations
 
-import json
+from math import prod
 from pathlib import Path
 from statistics import fmean
+
+from safetensors import SafetensorError, safe_open
 
 from opsd.runs.read import Record, Run, value
 
 
 def run_flops(path: Path, run: Run, config: Record) -> tuple[float | None, bool]:
-    """(FLOPs of the whole run, whether prompts are in them); None where the model's size is not
-    known or there are no steps. Evaluations are not counted."""
+    """(FLOPs of the whole run, whether they include the prompts'); None where the model's size is
+    not known or there are no steps. Evaluations are not counted."""
     weights = multiplying_parameters(path / "model")
     teacher_weights = weights
     teacher_section = config.get("teacher") or {}
@@ -45,34 +47,26 @@ def run_flops(path: Path, run: Run, config: Record) -> tuple[float | None, bool]
 
 
 def multiplying_parameters(directory: Path) -> int | None:
-    """Parameters of the safetensors in `directory`, but for an input embedding that is not the
-    head as well: it is looked up, not multiplied. Beside an adapter's stand those of the directory
-    of its model. None without such files."""
-    below = 0
+    """How many parameters in the safetensors of `directory` multiply; None without such files.
+
+    An input embedding that is not the head as well does not: its rows are looked up. To those of
+    an adapter, the parameters of its base model are added.
+    """
+    base: int | None = 0
     if (directory / "adapter_config.json").is_file():
         from opsd.models.lora import base_of
 
         base = multiplying_parameters(Path(base_of(directory)[0]))
-        if base is None:
-            return None
-        below = base
     sizes: dict[str, int] = {}
-    for path in directory.glob("*.safetensors"):
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(length, 100_000_000)))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    size = 1
-                    for side in entry["shape"]:
-                        size *= side
-                    sizes[name] = size
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-    has_head = any(name.endswith("lm_head.weight") for name in sizes)
-    kept = [s for n, s in sizes.items() if not (has_head and "embed_tokens" in n)]
-    return below + sum(kept) if kept else None
+    try:
+        for path in directory.glob("*.safetensors"):
+            with safe_open(path, framework="numpy") as file:
+                sizes |= {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (OSError, SafetensorError):
+        return None
+    if any(name.endswith("lm_head.weight") for name in sizes):
+        sizes = {name: size for name, size in sizes.items() if "embed_tokens" not in name}
+    return base + sum(sizes.values()) if sizes and base is not None else None
 
 
 def context_lengths(path: Path, run: Run, config: Record) -> tuple[float | None, float | None]:

@@ -1,8 +1,8 @@
 """How many times the tokens: what runs need to reach an accuracy, compared seed by seed.
 
-Seeds differ in what they start from by more than methods do (the tiny quickstart's bases reach from
-7 to 69 %). So a target is set for each seed, where it can be: the best that the baseline's run of
-that seed reaches; and runs are compared with the run of their own seed.
+Where a run starts differs more between seeds than between methods (the tiny quickstart's bases
+reach from 7 to 69 %). So each seed has its own target where it can: the best that the baseline's
+run of that seed reaches. And each run is compared with the run of its own seed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
 
 from opsd.common.statistics import student_quantile
-
-if TYPE_CHECKING:
-    pass
 
 CONFIDENCE = 0.90
 MEASURES = ("tokens", "seconds", "flops")
@@ -26,7 +22,7 @@ MEASURES = ("tokens", "seconds", "flops")
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 90 % interval over seeds; None where one seed says nothing of it."""
+    """A mean with its 90 % interval over seeds; one seed alone has no interval."""
 
     value: float
     low: float | None = None
@@ -37,8 +33,8 @@ class Interval:
 class Target:
     """The accuracy that runs have to reach.
 
-    shared: the same for all; otherwise by_seed: each seed its own. flat: seeds without one, since
-    the baseline's best is no better than what a run of that seed starts from.
+    shared: the same for all runs. Without it, by_seed has each seed's own, and flat the seeds that
+    have none: the baseline's best is no better than what a run of that seed starts from.
     """
 
     says: str
@@ -47,17 +43,18 @@ class Target:
     flat: Sequence[int | None] = ()
 
     def of(self, run: SeedRun) -> float | None:
-        """A run's own; None where its seed has none."""
+        """The target of this run; None where its seed has none."""
         return self.by_seed.get(run.seed) if self.shared is None else self.shared
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times the tokens (seconds, FLOPs: `of`) of `method` the baseline needs.
+    """How many times the tokens of `method` the baseline needs; `of` may be seconds or flops too.
 
-    at_least: the baseline never got there, so its whole budget is what is known. paired: seeds
-    compared with their like. seeds: those that are in it; unreached: those left out, since the
-    method did not get to their target. value: None where no seed is left.
+    at_least: a run of the baseline never reached the target, so `value` is a lower bound. paired:
+    each run is compared with the run of its own seed. seeds: those that the ratio includes.
+    unreached: those left out because the method did not reach their target. value: None where no
+    seed is left.
     """
 
     method: str
@@ -72,13 +69,13 @@ class Ratio:
 
 
 def alike(runs: Sequence[SeedRun], others: Sequence[SeedRun]) -> bool:
-    """Whether each run has its counterpart: the same known seeds, each once."""
+    """Whether both sides have the same seeds, all of them known and each once."""
     ours, theirs = ([run.seed for run in side] for side in (runs, others))
     return None not in ours and len(set(ours)) == len(ours) and sorted(ours) == sorted(theirs)
 
 
 def own_targets(groups: Mapping[str, Sequence[SeedRun]], baseline: str, name: str) -> Target:
-    """Each seed's best of the baseline; all groups must be alike."""
+    """For each seed the best that the baseline reaches; all groups must have the same seeds."""
     starts: dict[int | None, float] = {}
     for run in (run for group in groups.values() for run in group):
         starts[run.seed] = max(run.curve[0][1], starts.get(run.seed, 0.0))
@@ -97,11 +94,11 @@ def ratio(
     target: Target,
     of: str = "tokens",
 ) -> Ratio:
-    """What `others` (the baseline) spend over what `runs` spend, to the target.
+    """What `others` (the baseline) spend to reach the target, over what `runs` spend.
 
-    The mean is of logarithms and its interval Student's: of the pairs' differences where both have
-    the same seeds, else Welch's. A run of the baseline that never gets there stands in with all it
-    spent, and the ratio is then a lower bound without an interval.
+    The mean is of logarithms. Its interval is Student's of the pairs' differences where both have
+    the same seeds, and Welch's otherwise. For a run of the baseline that never reaches the target,
+    all that it spent counts; the ratio is then a lower bound without an interval.
     """
     found = [(run, run.reaches(target.of(run))) for run in runs if target.of(run) is not None]
     unreached = [run.seed for run, tokens in found if tokens is None]
@@ -164,8 +161,8 @@ def _welch(ones: Sequence[float], others: Sequence[float]) -> Interval:
 class SeedRun:
     """One finished run: its curve (tokens, accuracy), and what its tokens cost.
 
-    seconds: (tokens, cumulative seconds) a training step; flops: of the whole run, None where the
-    model's size is not known; prompts_counted: whether they include the prompts'.
+    seconds: (tokens, seconds since the start) of each training step. flops: of the whole run, None
+    where the model's size is not known. prompts_counted: whether they include the prompts'.
     """
 
     path: Path
@@ -185,7 +182,7 @@ class SeedRun:
         return self.curve[-1][0]
 
     def reaches(self, target: float) -> float | None:
-        """Tokens at which the curve first is at `target`, None if it never is."""
+        """The tokens at which the curve first reaches `target`; None if it never does."""
         previous = self.curve[0]
         if previous[1] >= target:
             return previous[0]
@@ -197,7 +194,7 @@ class SeedRun:
         return None
 
     def spent(self, of: str, tokens: float) -> float:
-        """Tokens, seconds or flops up to `tokens`; never quite 0, for logarithms."""
+        """Tokens, seconds or flops up to `tokens`; above 0, because logarithms are taken."""
         if of == "tokens":
             return max(1.0, tokens)
         if of == "seconds":

@@ -5,10 +5,10 @@
 from __future__ import annotations
 
 from opsd.compare.comparison import Comparison, Method
-from opsd.compare.page import document, points, share
+from opsd.compare.page import difference, share
 from opsd.compare.ratios import interpolate, over_seeds
 from opsd.compare.study import Study
-from opsd.report.markup import Html, tag
+from opsd.report.render import render
 
 VOICES = {
     "words": "somebody else's, in words",
@@ -47,7 +47,7 @@ def study_rows(study: Study, comparisons: dict[str, Comparison]) -> list[list[st
         ):
             pairs = zip(_at(comparison, method), _at(first, other), strict=True)
             same = comparison is first
-            line += [accuracy, "–" if same else points(over_seeds([a - b for a, b in pairs]))]
+            line += [accuracy, "–" if same else difference(over_seeds([a - b for a, b in pairs]))]
         lines.append(line)
     return lines
 
@@ -69,19 +69,13 @@ def study_notes(comparisons: dict[str, Comparison]) -> list[str]:
 
 def study_page(study: Study, comparisons: dict[str, Comparison]) -> str:
     """The page: one HTML document that loads nothing and links each variant's comparison."""
-    head = tag("tr", [tag("th", name, scope="col") for name in study_columns(study, comparisons)])
-    lines = []
-    for name, row in zip(comparisons, study_rows(study, comparisons), strict=True):
-        link = tag("a", row[0], href=f"{name}/comparison.html")
-        lines.append(tag("tr", tag("th", link, scope="row"), [tag("td", cell) for cell in row[1:]]))
     note, *warnings = study_notes(comparisons)
-    table = tag(
-        "section",
-        tag("h2", "Held-out accuracy"),
-        tag("div", tag("table", tag("thead", head), tag("tbody", lines)), class_="scroll"),
-        [tag("p", text, class_="warning") for text in warnings],
-        tag("p", note, class_="note"),
-        id="study",
+    return render(
+        "study.html",
+        study=study,
+        columns=study_columns(study, comparisons),
+        rows=study_rows(study, comparisons),
+        links=[f"{name}/comparison.html" for name in comparisons],
+        warnings=warnings,
+        note=note,
     )
-    seeds = ", ".join(map(str, study.seeds))
-    return document("A study", f"{study.quickstart} quickstart, seeds {seeds}", [table], Html(""))

@@ -1,17 +1,19 @@
-"""Line charts as inline SVG: they show without scripts, and report.js adds read-outs.
+"""Line charts: what is drawn, and where it lies in an SVG.
 
-A chart is drawn at the size at which it is shown (CSS pixels), because text in a
-scaled SVG is unreadable on a phone. Colours come from the style sheet: `series-<name>` classes.
+`templates/charts.html` draws them inline, so they show without scripts; report.js adds read-outs.
+A chart is drawn at the size at which it is shown (CSS pixels), because text in a scaled SVG is
+unreadable on a phone. Colours come from the style sheet: `series-<key>` classes.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from opsd.report.markup import Html, tag
-
-MARKERS = {"opsd": "circle", "grpo": "square", "sft": "triangle"}
 MAX_POINTS = 500  # a series of more points is thinned: no screen shows them
+NOISY = 40  # from so many points on, a running mean is drawn over them
+
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,23 @@ class Series:
 
     key: str  # names the colour class and the marker
     name: str
-    points: list[tuple[float, float]]
-    band: list[tuple[float, float] | None] = field(default_factory=list)
+    points: Points
+    band: Sequence[tuple[float, float] | None] = ()
+
+    @property
+    def known_band(self) -> list[tuple[float, float, float]]:
+        """(x, low, high) of the points whose interval is known."""
+        pairs = zip(self.points, self.band, strict=False)
+        return [(x, *interval) for (x, _), interval in pairs if interval]
+
+    @property
+    def noisy(self) -> bool:
+        return len(self.points) >= NOISY
+
+    @property
+    def trend(self) -> Points:
+        """The points, or their running mean where they are many."""
+        return smooth(self.points) if self.noisy else self.points
 
 
 @dataclass(frozen=True)
@@ -32,13 +49,102 @@ class Chart:
     title: str
     x_label: str
     y_label: str
-    series: list[Series]
-    references: list[tuple[str, str, float]] = field(default_factory=list)  # (key, name, y)
-    y_format: Callable[[float], str] = lambda y: f"{y:g}"
-    y_limits: tuple[float | None, float | None] = (None, None)  # never drawn beyond these
-    markers: bool = False
+    series: Sequence[Series]
+    references: Sequence[tuple[str, str, float]] = ()  # horizontal lines: (key, name, y)
+    share: bool = False  # y is a share, shown in percent and never above 100 %
     from_zero: bool = False
-    y_title: bool = False  # the y label in the chart, where no heading says it
+    large: bool = False  # points have markers, and the y label is in the chart
+
+    def say(self, y: float) -> str:
+        """A value of the y axis for people."""
+        if self.share:
+            return f"{100 * y:.3g} %"
+        return f"{y:,.0f}" if abs(y) >= 1000 else f"{y:.4g}"
+
+    @property
+    def description(self) -> str:
+        """The chart in words, for those who do not see it."""
+        lines = [f"{self.title}: {self.y_label} against {self.x_label}."]
+        for series in self.series:
+            (x0, y0), (x1, y1) = series.points[0], series.points[-1]
+            start = f"{series.name}: {self.say(y0)} at {x0:,.0f}"
+            lines.append(start + (f", {self.say(y1)} at {x1:,.0f}." if x1 != x0 else "."))
+        lines += [f"{name}: {self.say(y)}." for _, name, y in self.references]
+        return " ".join(lines)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What report.js needs for read-outs."""
+        series = []
+        for one in self.series:
+            bands = one.band or [None] * len(one.points)
+            pairs = [[*point, *(band or ())] for point, band in zip(one.points, bands, strict=True)]
+            series.append({"key": one.key, "name": one.name, "points": thin(pairs)})
+        return {"x": self.x_label, "percent": self.share, "series": series}
+
+    def scale(self, width: int, height: int) -> "Scale":
+        """Where the data lie in an SVG of this size."""
+        return Scale(self, width, height)
+
+
+def accuracy_chart(
+    series: Sequence[Series], x_label: str, references: Sequence[tuple[str, str, float]]
+) -> Chart:
+    """Held-out accuracy by tokens, as the report and a comparison draw it."""
+    label = "held-out accuracy"
+    return Chart("accuracy", "Accuracy", x_label, label, series, references, share=True, large=True)
+
+
+class Scale:
+    """A chart's margins and ticks in an SVG, and pixels for its values. x begins at 0."""
+
+    def __init__(self, chart: Chart, width: int, height: int) -> None:
+        self.left, self.right = 46, width - (72 if chart.references else 12)
+        self.top, self.bottom = 26 if chart.large else 10, height - 40
+        self.references = chart.references
+        self.x_end = max(x for one in chart.series for x, _ in one.points) or 1
+        self.x_ticks = [x for x in ticks(0, self.x_end, 4 if width < 480 else 6) if x <= self.x_end]
+        ys = [y for one in chart.series for _, y in one.points]
+        ys += [y for one in chart.series for _, *band in one.known_band for y in band]
+        ys += [y for _, _, y in chart.references] + ([0.0] if chart.from_zero else [])
+        low, high = min(ys), max(ys)
+        pad = (high - low) * 0.06 or abs(high) * 0.1 or 0.1
+        # The margin stops at the axis's limits: a share never shows 105 %.
+        floor = 0.0 if low >= 0 else -math.inf
+        ceiling = max(1.0, high) if chart.share else math.inf
+        low, high = max(low - pad, floor), min(high + pad, ceiling)
+        self.y_ticks = [
+            y
+            for y in ticks(low, high, 5 if chart.references else 4)
+            if (y >= low or floor < 0) and (y <= high or ceiling == math.inf)
+        ]
+        self.y_low, self.y_high = min(self.y_ticks[0], low), max(self.y_ticks[-1], high)
+
+    def x(self, x: float) -> float:
+        return round(self.left + x / self.x_end * (self.right - self.left), 1)
+
+    def y(self, y: float) -> float:
+        part = (y - self.y_low) / (self.y_high - self.y_low)
+        return round(self.bottom - part * (self.bottom - self.top), 1)
+
+    def path(self, points: Points) -> str:
+        """An SVG path along the points."""
+        return "M" + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in thin(points))
+
+    def outline(self, band: Sequence[tuple[float, float, float]]) -> str:
+        """An SVG path around a band: along its upper ends and back along the lower ones."""
+        upper = [f"{self.x(x)} {self.y(high)}" for x, _, high in band]
+        lower = [f"{self.x(x)} {self.y(low)}" for x, low, _ in reversed(band)]
+        return f"M{'L'.join([*upper, *lower])}Z"
+
+    @property
+    def reference_lines(self) -> list[tuple[str, str, float, float]]:
+        """(key, name, y of the line, y of its name): names in the margin cover no other name."""
+        lines, lowest = [], self.top - 10.0
+        for key, name, y in sorted(self.references, key=lambda one: -one[2]):
+            lowest = max(self.y(y) + 4, lowest + 14)
+            lines.append((key, name, self.y(y), lowest))
+        return lines
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -60,15 +166,12 @@ def thin(points: Sequence, most: int = MAX_POINTS) -> list:
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
-def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def smooth(points: Points) -> list[tuple[float, float]]:
     """Centred running mean over about a 15th of the points; the ends average over what is there."""
     half = max(len(points) // 30, 1)
     ys = [y for _, y in points]
-    return [
-        (x, sum(near) / len(near))
-        for i, (x, _) in enumerate(points)
-        for near in [ys[max(i - half, 0) : i + half + 1]]
-    ]
+    near = [ys[max(i - half, 0) : i + half + 1] for i in range(len(ys))]
+    return [(x, sum(some) / len(some)) for (x, _), some in zip(points, near, strict=True)]
 
 
 def short(x: float) -> str:
@@ -77,207 +180,3 @@ def short(x: float) -> str:
         if abs(x) >= limit:
             return f"{x / limit:g}{suffix}"
     return f"{x:g}"
-
-
-def chart_data(chart: Chart) -> dict:
-    """What report.js needs for read-outs."""
-    return {
-        "x": chart.x_label,
-        "percent": chart.y_format(0.5).endswith("%"),
-        "series": [
-            {
-                "key": series.key,
-                "name": series.name,
-                "points": [
-                    [x, y, *(band or ())]
-                    for (x, y), band in thin(list(zip(series.points, _bands(series), strict=True)))
-                ],
-            }
-            for series in chart.series
-        ],
-    }
-
-
-def draw(chart: Chart, width: int, height: int, class_: str = "") -> Html:
-    """The chart as an SVG of `width` by `height` pixels."""
-    left, right, bottom = 46, 72 if chart.references else 12, 40
-    top = 26 if chart.y_title else 10
-    xs = [x for series in chart.series for x, _ in series.points]
-    ys = [y for series in chart.series for _, y in series.points]
-    ys += [y for series in chart.series for band in series.band if band for y in band]
-    ys += [y for _, _, y in chart.references] + ([0.0] if chart.from_zero else [])
-    x0, x1 = 0, max(xs) or 1  # steps and tokens both count from 0
-    x_ticks = [x for x in ticks(x0, x1, 4 if width < 480 else 6) if x <= x1]
-    y0, y1 = _padded(min(ys), max(ys), chart.y_limits)
-    y_ticks = [
-        y
-        for y in ticks(y0, y1, 5 if chart.references else 4)
-        if _within(y, (y0, y1), chart.y_limits)
-    ]
-    y0, y1 = min(y_ticks[0], y0), max(y_ticks[-1], y1)
-
-    def px(x: float) -> float:
-        return round(left + (x - x0) / (x1 - x0) * (width - left - right), 1)
-
-    def py(y: float) -> float:
-        return round(height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom), 1)
-
-    parts: list[Html] = []
-    for y in y_ticks:
-        parts.append(tag("line", class_="grid", x1=left, x2=width - right, y1=py(y), y2=py(y)))
-        label = {"class_": "tick", "x": left - 6, "y": py(y) + 4, "text_anchor": "end"}
-        parts.append(tag("text", chart.y_format(y), **label))
-    for x in x_ticks:
-        anchor = "end" if px(x) > width - 24 else "middle"
-        at = {
-            "class_": "tick",
-            "x": px(x) + (8 if anchor == "end" else 0),
-            "y": height - bottom + 17,
-        }
-        parts.append(tag("text", short(x), text_anchor=anchor, **at))
-    axis = {"class_": "axis", "x1": left, "x2": width - right}
-    parts.append(tag("line", y1=height - bottom, y2=height - bottom, **axis))
-    centre = (left + width - right) / 2
-    parts.append(
-        tag("text", chart.x_label, class_="label", x=centre, y=height - 6, text_anchor="middle")
-    )
-    if chart.y_title:
-        parts.append(tag("text", chart.y_label, class_="label", x=0, y=12))
-    for series in chart.series:
-        parts.extend(_band(series, px, py))
-    lowest = float(top - 10)
-    for key, name, y in sorted(chart.references, key=lambda reference: -reference[2]):
-        line = {"class_": f"reference ref-{key}", "x1": left, "x2": width - right}
-        parts.append(tag("line", y1=py(y), y2=py(y), **line))
-        lowest = max(py(y) + 4, lowest + 14)  # names in the margin do not cover each other
-        parts.append(tag("text", name, class_="refname", x=width - right + 7, y=lowest))
-    for series in chart.series:
-        parts.extend(_line(chart, series, px, py))
-    cursor = {"class_": "cursor", "x1": 0, "x2": 0, "y1": top, "y2": height - bottom}
-    parts.append(tag("line", **cursor))
-    return tag(
-        "svg",
-        parts,
-        class_=f"chart {class_}".strip(),
-        viewBox=f"0 0 {width} {height}",
-        width=width,
-        height=height,
-        role="img",
-        tabindex=0,
-        aria_label=describe(chart),
-        data_chart=chart.identifier,
-        data_x=f"{x0} {x1} {left} {width - right}",
-    )
-
-
-def describe(chart: Chart) -> str:
-    """The chart in words, for those who do not see it."""
-    lines = [f"{chart.title}: {chart.y_label} against {chart.x_label}."]
-    for series in chart.series:
-        (x0, y0), (x1, y1) = series.points[0], series.points[-1]
-        start = f"{series.name}: {chart.y_format(y0)} at {x0:,.0f}"
-        lines.append(start + (f", {chart.y_format(y1)} at {x1:,.0f}." if x1 != x0 else "."))
-    lines += [f"{name}: {chart.y_format(y)}." for _, name, y in chart.references]
-    return " ".join(lines)
-
-
-def interval_bar(
-    key: str, value: float, low: float | None, high: float | None, width: int = 150
-) -> Html:
-    """A rate in 0…1 with its interval on a line from 0 to 100 %, for a table's row."""
-    height, pad = 18, 6
-
-    def px(x: float) -> float:
-        return round(pad + x * (width - 2 * pad), 1)
-
-    middle = height / 2
-    parts = [tag("line", class_="grid", x1=px(0), x2=px(1), y1=middle, y2=middle)]
-    parts += [
-        tag("line", class_="grid", x1=px(x), x2=px(x), y1=5, y2=height - 5) for x in (0, 0.5, 1)
-    ]
-    if low is not None and high is not None:
-        whisker = {"class_": f"whisker series-{key}", "y1": middle, "y2": middle}
-        parts.append(tag("line", x1=px(low), x2=px(high), **whisker))
-    parts.append(tag("circle", class_=f"dot series-{key}", cx=px(value), cy=middle, r=3.5))
-    box = f"0 0 {width} {height}"
-    return tag(
-        "svg", parts, class_="bar", viewBox=box, width=width, height=height, aria_hidden="true"
-    )
-
-
-def marker(shape: str, x: float, y: float, class_: str, r: float = 4) -> Html:
-    """A point; shapes differ too, so that colour is never the only difference."""
-    if shape == "square":
-        side = 1.8 * r
-        return tag("rect", class_=class_, x=x - side / 2, y=y - side / 2, width=side, height=side)
-    if shape == "triangle":
-        a, b = 1.25 * r, 0.75 * r
-        return tag(
-            "path", class_=class_, d=f"M{x} {y - a:.1f}L{x + a:.1f} {y + b:.1f}H{x - a:.1f}Z"
-        )
-    return tag("circle", class_=class_, cx=x, cy=y, r=r)
-
-
-def swatch(key: str) -> Html:
-    """The line and marker of a series, for a legend."""
-    line = tag("line", class_=f"line series-{key}", x1=1, x2=29, y1=7, y2=7)
-    dot = marker(MARKERS.get(key, "circle"), 15, 7, f"dot series-{key}")
-    return tag("svg", line, dot, width=30, height=14, viewBox="0 0 30 14", aria_hidden="true")
-
-
-def _line(chart: Chart, series: Series, px: Callable, py: Callable) -> list[Html]:
-    points = series.points
-    parts = []
-    if (
-        not chart.markers and len(points) >= 40
-    ):  # noisy: the points faint, their running mean strong
-        parts.append(tag("path", class_=f"line raw series-{series.key}", d=_path(points, px, py)))
-        points = smooth(points)
-    parts.append(tag("path", class_=f"line series-{series.key}", d=_path(points, px, py)))
-    if chart.markers or len(points) == 1:
-        shape = MARKERS.get(series.key, "circle")
-        parts += [marker(shape, px(x), py(y), f"dot series-{series.key}") for x, y in points]
-    return parts
-
-
-def _path(points: Sequence[tuple[float, float]], px: Callable, py: Callable) -> str:
-    return "M" + "L".join(f"{px(x)} {py(y)}" for x, y in thin(points))
-
-
-def _band(series: Series, px: Callable, py: Callable) -> list[Html]:
-    known = [(x, band) for (x, _), band in zip(series.points, _bands(series), strict=True) if band]
-    if not known:
-        return []
-    if len(known) == 1:
-        x, (low, high) = known[0]
-        at = {"x1": px(x), "x2": px(x), "y1": py(low), "y2": py(high)}
-        return [tag("line", class_=f"whisker series-{series.key}", **at)]
-    upper = "L".join(f"{px(x)} {py(high)}" for x, (_, high) in known)
-    lower = "L".join(f"{px(x)} {py(low)}" for x, (low, _) in reversed(known))
-    return [tag("path", class_=f"band series-{series.key}", d=f"M{upper}L{lower}Z")]
-
-
-def _bands(series: Series) -> list[tuple[float, float] | None]:
-    return series.band or [None] * len(series.points)
-
-
-def _padded(
-    low: float, high: float, limits: tuple[float | None, float | None]
-) -> tuple[float, float]:
-    """low…high with a margin, which stops at the limits (a share never shows 105 %)."""
-    pad = (high - low) * 0.06 or abs(high) * 0.1 or 0.1
-    padded_low, padded_high = low - pad, high + pad
-    if limits[0] is not None:
-        padded_low = max(padded_low, min(limits[0], low))
-    if limits[1] is not None:
-        padded_high = min(padded_high, max(limits[1], high))
-    return padded_low, padded_high
-
-
-def _within(
-    y: float, drawn: tuple[float, float], limits: tuple[float | None, float | None]
-) -> bool:
-    """Whether a tick is in what is drawn, or may extend it because no limit lies there."""
-    below = y < drawn[0] and limits[0] is not None
-    above = y > drawn[1] and limits[1] is not None
-    return not (below or above)

@@ -348,5 +348,5 @@ def test_the_page_shows_hostile_completions_and_runs_none(grader):
     assert len(reader.folds) == 2 * MAX_SAMPLES and "more answers are in answers.jsonl" in seen
     assert "short but cut" in seen and long[:100] in seen  # all kinds are kept
     assert reader.folds.count(False) == 2  # the long one and the one that was cut off
-    assert "http" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S)
+    assert "://" not in text
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text

@@ -2,6 +2,8 @@
 
 # ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
 
+import base64
+import hashlib
 import json
 import re
 import subprocess
@@ -10,18 +12,19 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import jinja2
 import pytest
 
-import opsd
+from opsd import report
 from opsd.common.errors import UserError
 from opsd.common.statistics import wilson_interval
 from opsd.report import write_report
-from opsd.report.charts import Chart, Series, draw, smooth, thin, ticks
-from opsd.report.markup import embed_json, tag
+from opsd.report.charts import Chart, Series, smooth, thin, ticks
+from opsd.report.render import environment
 from opsd.report.rollouts import MAX_TOKENS, divergence_scale, sample_pairs, shade
 from opsd.runs.read import Accuracy, read_results
 
-REPORT = Path(opsd.__file__).parent / "report"
+ROOM = Path(report.__file__).parent
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"'&"
 
 
@@ -217,11 +220,30 @@ def test_hostile_text_is_shown_and_never_runs(tmp_path):
     assert shown[0]["data-text"] == EVIL
 
 
+def rendered(template, **values):
+    return environment().from_string(template).render(**values)
+
+
 def test_embedded_json_cannot_leave_its_element_and_has_no_nan():
-    text = embed_json({"a": ["</script>", float("nan"), float("inf")]}, "data")
+    text = rendered("<script>{{ data|tojson }}</script>", data=["</script>"])
     assert text.count("</") == 1
-    inside = re.search(r">(.*)</script>", text).group(1)
-    assert json.loads(inside) == {"a": ["</script>", None, None]}
+    assert json.loads(text.removeprefix("<script>").removesuffix("</script>")) == ["</script>"]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        rendered("{{ data|tojson }}", data=[float("nan")])
+
+
+def test_templates_escape_and_clean_what_is_put_in_and_know_all_names():
+    shown = rendered('<p title="{{ x }}">{{ y }}{{ z }}</p>', x='"<', y="\x1b\ud800a\r\nb", z=None)
+    assert shown == '<p title="&#34;&lt;">\ufffd\ufffda\nb</p>'
+    with pytest.raises(jinja2.UndefinedError, match="'x' is undefined"):
+        rendered("{{ x }}")
+
+
+def test_the_page_allows_its_own_script_only(single):
+    page = report_of(single)
+    (policy,) = [m["content"] for m in page.all("meta") if "http-equiv" in m]
+    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'; ") and f"script-src 'sha256-{digest}';" in policy
 
 
 def test_the_page_loads_nothing(quickstart):
@@ -236,12 +258,12 @@ def test_the_page_loads_nothing(quickstart):
 
 
 def test_the_style_names_only_what_the_page_has():
-    css = re.sub(r"\{[^{}]*\}", "{}", (REPORT / "templates" / "report.css").read_text())
-    sources = [*REPORT.glob("*.py"), REPORT / "templates" / "report.js"]
+    css = re.sub(r"\{[^{}]*\}", "{}", (ROOM / "templates" / "report.css").read_text())
+    sources = [path for path in ROOM.rglob("*.*") if path.suffix in (".py", ".html", ".js")]
     text = " ".join(path.read_text() for path in sources)
     for name in set(re.findall(r"\.([a-z][\w-]*)", css)):
-        known = re.sub(r"^(series|ref)-\w+$", r"\1-{", name)  # of a method; filled in
-        known = re.sub(r"^d[1-9]$", "d{", known)  # of a shade
+        known = re.sub(r"^(series|ref)-\w+$", r"\1-{{", name)  # of a method; filled in
+        known = re.sub(r"^d[1-9]$", "d{{", known)  # of a shade
         assert known in text if "{" in known else re.search(rf"\b{known}\b", text), name
 
 
@@ -432,9 +454,9 @@ def test_ticks_are_round_and_cover_the_range(low, high):
     "points", [[(0, 1.0)], [(0, 0.0), (1, 0.0)], [(1, 1e-9), (2, 5e6)], [(3, -1.0), (4, 1.0)]]
 )
 def test_points_are_drawn_inside_the_chart(points):
-    chart = Chart("x", "t", "step", "y", [Series("opsd", "OPSD", points)], markers=True,
-                  y_limits=(0.0, 1.0))  # fmt: skip
-    dots = Reader(draw(chart, 300, 200)).all("circle")
+    chart = Chart("x", "t", "step", "y", [Series("opsd", "OPSD", points)], large=True, share=True)
+    drawn = environment().get_template("charts.html").module.draw(chart, 300, 200)
+    dots = Reader(drawn).all("circle")
     assert len(dots) == len(points)
     for dot in dots:
         assert 0 <= float(dot["cx"]) <= 300 and 0 <= float(dot["cy"]) <= 160.5
@@ -446,9 +468,3 @@ def test_thin_keeps_the_ends_and_smooth_keeps_a_constant():
     assert len(thin(points)) == 500
     assert smooth(points) == points
     assert smooth([(0, 0.0), (1, 3.0), (2, 0.0)])[1] == (1, 1.0)
-
-
-def test_tag_escapes_children_and_attributes():
-    assert tag("p", "<b>", tag("i", "&"), title='"', hidden=True, class_=None) == (
-        '<p title="&quot;" hidden>&lt;b&gt;<i>&amp;</i></p>'
-    )
