@@ -1,13 +1,13 @@
 """comparison.png: the mean learning curves with every seed's own, for a README or a chat."""
 
-from pathlib import Path
+from typing import IO
 
 from opsd.compare.comparison import Comparison
 from opsd.report.charts import short
 from opsd.report.curves_png import COLOURS, MARKERS, OTHER, QUIET
 
 
-def write_comparison(comparison: Comparison, path: Path) -> None:
+def write_comparison(comparison: Comparison, file: IO[bytes]) -> None:
     """Draw the figure: 1400 by 840 pixels, text legible when shown at half that width."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,4 +39,4 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     axes.grid(axis="y", color="#e7e7e2")
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=11, loc="best")
-    figure.savefig(path, format="png", metadata={"Software": "opsd"})
+    figure.savefig(file, format="png", metadata={"Software": "opsd"})

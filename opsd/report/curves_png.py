@@ -1,6 +1,6 @@
 """curves.png: accuracy by tokens, and divergence or entropy by step, for a README or a chat."""
 
-from pathlib import Path
+from typing import IO
 
 from opsd.report.charts import Series, short, smooth
 from opsd.report.page import accuracy_series, metric_series, references, token_axis
@@ -13,7 +13,7 @@ QUIET = "#5f6368"
 STYLES = {"teacher": "--", "base": "-", "pretrained": ":"}
 
 
-def write_curves(results: Results, path: Path) -> None:
+def write_curves(results: Results, file: IO[bytes]) -> None:
     """Draw the figure: 2000 by 840 pixels, text legible when shown at half that width."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,7 +32,7 @@ def write_curves(results: Results, path: Path) -> None:
             axes.set_xlim(left=0)
             axes.xaxis.set_major_formatter(lambda x, _: short(x))
         figure.suptitle(results.model, fontsize=14, fontweight="bold", x=0.01, ha="left")
-        figure.savefig(path, format="png", metadata={"Software": "opsd"})
+        figure.savefig(file, format="png", metadata={"Software": "opsd"})
 
 
 def _accuracy(axes, results: Results) -> None:

@@ -1,6 +1,6 @@
 """A run's directory: whose it is, what an interrupted run has left in it, and who trains there."""
 
-from opsd.common.files import part
+from opsd.common.files import is_unfinished, write_json
 
 import fcntl
 import hashlib
@@ -96,8 +96,9 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
         raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
     # With a config alone nothing has been run yet: an error in the data or the model came first.
     problems = directory / PROBLEMS
-    nothing = {mine, part(mine), problems, part(problems), directory / LOCK}
-    if directory.exists() and any(path not in nothing for path in directory.iterdir()):
+    nothing = {mine, problems, directory / LOCK}
+    there = list(directory.iterdir()) if directory.exists() else []
+    if any(path not in nothing and not is_unfinished(path) for path in there):
         if not mine.is_file():
             raise UserError(
                 f"output.dir is {str(directory)!r}: it holds files that are not a run's; "
@@ -118,8 +119,7 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     with _written_there(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        save_config(config, part(mine))
-        part(mine).replace(mine)
+        save_config(config, mine)
     return last_checkpoint(directory)
 
 
@@ -175,8 +175,7 @@ def check_problems(
                 )
         return
     with _written_there(directory):
-        part(file).write_text(json.dumps(here, indent=1), encoding="utf-8")
-        part(file).replace(file)
+        write_json(file, here)
 
 
 def _digest(rows: Sequence[Row]) -> str:
