@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
-from opsd.common.files import write_whole
+from opsd.common.files import write_file, write_json
 from opsd.compare.comparison import Comparison, compare, to_json
 from opsd.compare.curves_png import write_comparison
 from opsd.compare.page import COLUMNS, markdown, page, rows, seed_columns, seed_rows, title
@@ -94,10 +93,10 @@ def run_study(
             _show(comparison, display)
     if len(comparisons) > 1:
         records = {name: comparison.record() for name, comparison in comparisons.items()}
-        write_whole(output / "study.json", json.dumps(records, indent=2) + "\n")
-        write_whole(output / "study.html", study_page(study, comparisons))
+        write_json(output / "study.json", records)
+        write_file(output / "study.html", study_page(study, comparisons))
         columns, lines = study_columns(study, comparisons), study_rows(study, comparisons)
-        write_whole(output / "study.md", markdown(columns, lines, study_notes(comparisons)))
+        write_file(output / "study.md", markdown(columns, lines, study_notes(comparisons)))
         display.table("Held-out accuracy", columns, lines)
         written = {"study.html": output / "study.html", **written}
     display.paths("Written", written)
@@ -122,14 +121,14 @@ def check_settings(study: Study) -> None:
 
 def _write(comparison: Comparison, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / FILES[0], to_json(comparison))
-    write_whole(directory / FILES[1], page(comparison))
+    write_file(directory / FILES[0], to_json(comparison))
+    write_file(directory / FILES[1], page(comparison))
     notes = [title(comparison) + ".", *comparison.notes]
     text = markdown(COLUMNS, rows(comparison), notes)
     if seeds := seed_rows(comparison):
         text += "\n" + markdown(seed_columns(comparison), seeds)
-    write_whole(directory / FILES[2], text)
-    write_comparison(comparison, directory / FILES[3])
+    write_file(directory / FILES[2], text)
+    write_file(directory / FILES[3], lambda file: write_comparison(comparison, file))
 
 
 def _show(comparison: Comparison, display: Display) -> None:

@@ -24,7 +24,7 @@ from opsd.data.length_filter import (
 )
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
-from opsd.grading.rewards import Outcome, check_verifier
+from opsd.grading.rewards import GradedRollout, check_verifier
 from opsd.models.load import check_directory, load_tokenizer, window
 from opsd.models.teacher import check_teacher
 from opsd.plan.architectures import architecture
@@ -100,8 +100,8 @@ def _show_contexts(
 def _show_examples(row: Row, prompts: Prompts, config: Config, display: Display) -> None:
     contexts = {role: prompts.ids(row, role) for role in trained_roles(config, prompts)}
     if uses_teacher_prompt(config) and prompts.over_rollouts:
-        wrong = Outcome("(a rollout)", True, 0.0, False, "(feedback)")
-        right = Outcome("(a peer's rollout)", True, 1.0, True)
+        wrong = GradedRollout("(a rollout)", True, 0.0, False, "(feedback)")
+        right = GradedRollout("(a peer's rollout)", True, 1.0, True)
         context = prompts.teacher_of(row, wrong, [right])
         if context is None:
             raise UserError(

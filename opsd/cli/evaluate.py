@@ -17,7 +17,7 @@ import torch
 from opsd.cli.evaluate_arguments import THINKING, Settings, settings
 from opsd.common.display import Display
 from opsd.common.errors import UserError
-from opsd.common.files import write_whole
+from opsd.common.files import write_file, write_json, write_lines
 from opsd.common.system import machine, usable_cores, versions
 from opsd.config.sections import PromptsSection
 from opsd.data.prompts import Prompts
@@ -245,9 +245,9 @@ def _finish(
         for number, problem in enumerate(answers)
         for answer in problem
     )
-    write_whole(directory / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    write_whole(directory / "result.json", json.dumps(result, indent=2) + "\n")
-    write_whole(directory / "report.html", page(result, benchmark.rows, answers))
+    write_lines(directory / "answers.jsonl", lines)
+    write_json(directory / "result.json", result)
+    write_file(directory / "report.html", page(result, benchmark.rows, answers))
     name = f"{description['model']} on {description['benchmark']}"
     problems = f"{figures['problems']} problems"
     display.table(f"{name}, {problems}", ["", "rate", "95 % interval"], table(result))

@@ -1,6 +1,7 @@
 """Rates of right answers and how sure of them one may be.
 
-Samples of one problem are not independent, so intervals count problems, not samples.
+Samples of one problem are not independent, so intervals count problems, not samples. scipy is
+imported when it is first needed: it takes half a second.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def wilson_interval(correct: float, n: int, confidence: float = 0.95) -> tuple[f
     """Wilson's score interval (low, high) for `correct` of n independent trials; (0, 1) for n = 0.
 
     Unlike p +- 1.96 standard errors it stays within [0, 1] and is honest at 0 and n. `correct` may
-    be fractional: the sum of problems' rates.
+    be a fraction, the sum of problems' rates; scipy.stats.binomtest takes whole numbers only.
     """
     if not 0 <= correct <= n:
         raise ValueError(f"correct: {correct!r} is not between 0 and n = {n!r}")
@@ -75,45 +76,34 @@ def bootstrap(rates: Sequence[float], seed: int = 0, confidence: float = 0.95) -
     """The mean of the problems' rates, with a bootstrap interval over problems.
 
     rates: one number in [0, 1] a problem. The interval is the expanded percentile bootstrap
-    (Hesterberg 2015): plain percentiles of few problems are too narrow, by sqrt((n-1)/n) and for
-    want of Student's t. Where all rates are 0 or all 1, resampling knows nothing: Wilson's interval
-    then, as with a single problem.
+    (Hesterberg 2015): plain percentiles of few problems are too narrow, by sqrt((n-1)/n) and
+    because they ignore Student's t. Where all rates are 0 or all 1, resampling knows nothing: it is
+    Wilson's interval then, as with a single problem.
     """
-    import numpy
-
     n = len(rates)
     if not n or not all(0 <= rate <= 1 for rate in rates):
         raise ValueError("rates: needs at least one problem, and rates between 0 and 1")
     mean = min(fmean(rates), 1.0)
     if n == 1 or mean in (0.0, 1.0):
         return Estimate(mean, *wilson_interval(mean * n, n, confidence))
-    normal = NormalDist()
-    quantile = student_quantile((1 + confidence) / 2, n - 1) * math.sqrt(n / (n - 1))
-    tail = normal.cdf(-quantile)
-    generator = numpy.random.default_rng(seed)
-    values = numpy.asarray(rates, dtype=numpy.float64)
-    means = numpy.empty(RESAMPLES)
-    block = max(1, 4_000_000 // n)  # 32 MB of indices at a time
-    for start in range(0, RESAMPLES, block):
-        size = min(block, RESAMPLES - start)
-        means[start : start + size] = values[generator.integers(0, n, (size, n))].mean(axis=1)
-    low, high = numpy.quantile(means, [tail, 1 - tail])
-    return Estimate(mean, float(min(low, mean)), float(max(high, mean)))
+    import numpy
+    from scipy import stats
+
+    expanded = student_quantile((1 + confidence) / 2, n - 1) * math.sqrt(n / (n - 1))
+    found = stats.bootstrap(
+        (numpy.asarray(rates, dtype=numpy.float64),),
+        numpy.mean,
+        n_resamples=RESAMPLES,
+        batch=max(1, 4_000_000 // n),  # 32 MB of indices at a time
+        confidence_level=1 - 2 * stats.norm.sf(expanded),
+        method="percentile",
+        rng=numpy.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(mean, float(min(found.low, mean)), float(max(found.high, mean)))
 
 
-def student_quantile(probability: float, freedom: int) -> float:
-    """Student's t: exact for 1 and 2 degrees of freedom, else by Cornish and Fisher's expansion,
-    within 0.5 % of the tables at 3 and 0.1 % from 4 on."""
-    if freedom == 1:
-        return math.tan(math.pi * (probability - 0.5))
-    if freedom == 2:
-        share = 2 * probability - 1
-        return share * math.sqrt(2 / (1 - share * share))
-    z = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+def student_quantile(probability: float, freedom: float) -> float:
+    """The quantile of Student's t with `freedom` degrees of freedom."""
+    from scipy import stats
+
+    return float(stats.t.ppf(probability, freedom))

@@ -1,9 +1,9 @@
-"""Times the phases of a training step: the seconds and the peak memory of each.
+"""The seconds and the peak memory of each phase of a training step.
 
 The phases follow each other: rollout, grading, teacher, student, loss, backward, optimizer. Code
-marks one by `with phase("teacher"):`, which costs nothing where nobody measures. On a GPU time is
-taken between events on its stream, which are read when the step is over: measuring makes nobody
-wait.
+marks one by `with phase("teacher"):`, which costs nothing unless somebody measures. On a GPU the
+time is that between events on its stream, which are read when the step is over, so that measuring
+makes nobody wait.
 """
 
 import os
@@ -12,29 +12,29 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import cache
 
+import psutil
 import torch
 
 from opsd.common.system import restart_peak
 
-STATM = Path("/proc/self/statm")
 INTERVAL = 0.02  # seconds between two looks at a CPU's memory
 
 
 class StepTimer:
-    """The parts of the step in progress, on one device."""
+    """The phases of the step in progress, on one device."""
 
     def __init__(self, device: torch.device):
         self.gpu = device.type == "cuda"
-        self.watch = None if self.gpu or not STATM.exists() else Watch()
+        self.watch = None if self.gpu else Watch()
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self._open: tuple[str, object] | None = None
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     def begin(self, name: str) -> None:
-        """This part begins, and what was before it ends."""
+        """A phase begins, and the one before it ends."""
         self.end()
         if self.gpu:
             restart_peak()
@@ -43,7 +43,7 @@ class StepTimer:
         self._open = name, self._now()
 
     def end(self) -> None:
-        """The part that has begun, if one has, is over."""
+        """End the phase in progress, if there is one."""
         if self._open is None:
             return
         (name, begun), ended = self._open, self._now()
@@ -57,7 +57,7 @@ class StepTimer:
         self.peaks[name] = max(self.peaks.get(name, 0), peak)
 
     def take(self) -> dict[str, float]:
-        """`<part>_seconds` and `<part>_peak_bytes` of the step, which is over; the next begins."""
+        """`<phase>_seconds` and `<phase>_peak_bytes` of the step, which ends here."""
         self.end()
         if self._events:
             self._events[-1][2].synchronize()
@@ -77,22 +77,22 @@ class StepTimer:
 
 
 class Watch:
-    """Looks at this process's memory 50 times a second: the system's own peak cannot be restarted
-    without spoiling it for others."""
+    """Looks at this process's memory 50 times a second, because resetting the system's own peak
+    would spoil it for others."""
 
     def __init__(self):
-        self._lock = threading.Lock()  # or a look begun before a restart would undo it
+        self._lock = threading.Lock()  # a look that began before a restart must not end after it
         self._most = resident()
         self.thread = threading.Thread(target=_look, args=(weakref.ref(self),), daemon=True)
         self.thread.start()
 
     def restart(self) -> None:
-        """Forget what was before."""
+        """Forget the peak so far."""
         with self._lock:
             self._most = resident()
 
     def peak(self) -> int:
-        """The most bytes seen since."""
+        """The most bytes seen since the last restart."""
         self.look()
         return self._most
 
@@ -103,7 +103,7 @@ class Watch:
 
 
 def _look(watch: weakref.ref[Watch]) -> None:
-    """Until nobody needs the watch any more."""
+    """Look again and again until nobody holds the watch."""
     while (alive := watch()) is not None:
         alive.look()
         del alive
@@ -111,18 +111,23 @@ def _look(watch: weakref.ref[Watch]) -> None:
 
 
 def resident() -> int:
-    """The memory that this process holds, in bytes. Linux."""
-    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """The memory that this process holds, in bytes."""
+    return _process(os.getpid()).memory_info().rss
+
+
+@cache  # by the id, since a forked process inherits the cache
+def _process(pid: int) -> psutil.Process:
+    return psutil.Process(pid)
 
 
 _measured: StepTimer | None = None
 
 
 @contextmanager
-def measured(parts: StepTimer | None) -> Iterator[None]:
-    """What `part` names inside is counted there."""
+def measured(timer: StepTimer | None) -> Iterator[None]:
+    """Have `timer` measure the phases that begin inside."""
     global _measured
-    before, _measured = _measured, parts
+    before, _measured = _measured, timer
     try:
         yield
     finally:
@@ -131,13 +136,13 @@ def measured(parts: StepTimer | None) -> Iterator[None]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A part of the step that is measured, if one is."""
-    parts = _measured
-    if parts is None:
+    """Mark a phase of the step, to be measured if somebody measures."""
+    timer = _measured
+    if timer is None:
         yield
         return
-    parts.begin(name)
+    timer.begin(name)
     try:
         yield
     finally:
-        parts.end()
+        timer.end()

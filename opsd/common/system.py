@@ -25,15 +25,14 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, str | int]:
     """The processor, its cores and memory, the system, and the GPU if there is one."""
+    import psutil
     import torch
-
-    pass
 
     found: dict[str, str | int] = {
         "system": f"{platform.system()} {platform.release()}",
         "processor": processor()[0],
         "cores": usable_cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": psutil.virtual_memory().total,
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -128,23 +127,15 @@ def cpu_quota() -> float | None:
     return None if quota == "max" else int(quota) / int(period)
 
 
-def memory() -> tuple[int | None, int | None]:
+def memory() -> tuple[int, int]:
     """(all, available) bytes of memory for this process, a container's limit included."""
-    total = available = None
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            key, value = line.split(":")
-            if key in ("MemTotal", "MemAvailable"):
-                count = int(value.split()[0]) * 1024
-                total, available = (count, available) if key == "MemTotal" else (total, count)
-    except (OSError, ValueError):
-        if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    import psutil  # here, since `opsd doctor` says which packages are missing
+
+    total, available = psutil.virtual_memory()[:2]
     group = Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
     except (OSError, ValueError):  # no container, no limit ("max")
         return total, available
-    left = max(0, limit - used)
-    return min(total or limit, limit), min(left if available is None else available, left)
+    return min(total, limit), min(available, max(0, limit - used))

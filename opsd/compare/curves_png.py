@@ -1,15 +1,15 @@
 """comparison.png: the mean learning curves with every seed's own, for a README or a chat."""
 
-from pathlib import Path
+from typing import IO
 
 from opsd.compare.comparison import Comparison
 from opsd.compare.page import series, token_axis
 from opsd.report.curves_png import colour_of, draw_accuracy, drawing
 
 
-def write_comparison(comparison: Comparison, path: Path) -> None:
+def write_comparison(comparison: Comparison, file: IO[bytes]) -> None:
     """Draw the figure: 1400 by 840 pixels, text legible when shown at half that width."""
-    with drawing(path, (7, 4.2), (1,)) as (axes,):
+    with drawing(file, (7, 4.2), (1,)) as (axes,):
         means = series(comparison)
         draw_accuracy(axes, means, token_axis(comparison))
         for method, mean in zip(comparison.methods, means, strict=True):

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from opsd.common.errors import UserError
+from opsd.common.files import write_file
 from opsd.config.base import Section
 from opsd.config.config import Config
 from opsd.config.yaml import load_yaml, read_yaml
@@ -83,7 +84,7 @@ def parse_config(values: dict[str, Any]) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config (all defaults filled in) as YAML."""
     text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=100)
-    path.write_text(text)
+    write_file(path, text)
 
 
 def describe() -> Iterator[tuple[str, str, str, str]]:

@@ -6,8 +6,9 @@ decoded and tokenised again. The state at a context's last token, be it the end 
 that the chat template or a prefill has written, predicts the rollout's first token in both roles.
 
 The teacher's template may also use `rollout`, the rollout that the teacher is to score, and
-`peers`, the problem's other rollouts (`opsd.grading.rewards.Outcome`). Such a template is filled in
-for each rollout, once all are there. An empty message means that there is nothing to teach.
+`peers`, the problem's other rollouts (`opsd.grading.rewards.GradedRollout`). Such a template is
+filled in for each rollout, once all are there. An empty message means that there is nothing to
+teach.
 """
 
 from collections.abc import Sequence

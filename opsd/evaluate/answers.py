@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd.common.errors import UserError
-from opsd.common.files import write_whole
+from opsd.common.errors import UserError, in_short
+from opsd.common.files import is_unfinished, read_lines, write_json
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,10 @@ def read_completions(directory: Path, but: Path | None = None) -> dict[tuple[int
 
 def read_file(path: Path) -> list[Completion]:
     """The completions of one file."""
-    content = path.read_bytes()[: _whole_lines(path)]
     try:
-        return [Completion(**json.loads(line)) for line in content.splitlines() if line]
+        return [Completion(**record) for record in read_lines(path)]
     except (ValueError, TypeError) as error:
-        raise UserError(f"--output: {path} is damaged ({error}); delete it") from error
+        raise UserError(f"--output: {path} is damaged ({in_short(error)}); delete it") from error
 
 
 def _whole_lines(path: Path) -> int:
@@ -113,12 +112,12 @@ def claim(directory: Path, identity: Mapping[str, Any], description: Mapping[str
             f"--output is {str(directory)!r}: neither an empty directory nor an evaluation's"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps({"identity": dict(identity), **description}, indent=2) + "\n")
+    write_json(path, {"identity": dict(identity), **description})
 
 
 def _claiming(path: Path) -> bool:
     """Whether this is what another process of the same evaluation is just writing."""
-    return path.name.startswith(".evaluation.json.") or path.name == "evaluation.json"
+    return is_unfinished(path) or path.name == "evaluation.json"
 
 
 @dataclass(frozen=True)

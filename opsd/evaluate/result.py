@@ -9,14 +9,14 @@ from typing import Any
 from opsd.common.statistics import Estimate, bootstrap, majority, pass_at_k
 from opsd.data.rows import Row
 from opsd.evaluate.answers import Completion
-from opsd.grading.grader import Grade, Grades
+from opsd.grading.grader import Grade, Grader
 
 END_OF_THOUGHT = "</think>"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A completion with its verdict."""
+    """A completion with its grade."""
 
     completion: Completion
     grade: Grade
@@ -28,7 +28,7 @@ def final_part(text: str) -> str:
 
 
 def grade_all(
-    rows: Sequence[Row], completions: Sequence[Completion], grader: Grades
+    rows: Sequence[Row], completions: Sequence[Completion], grader: Grader
 ) -> list[list[Answer]]:
     """For each problem its samples' answers, in order."""
     ordered = sorted(completions, key=lambda completion: completion.place)
@@ -42,16 +42,16 @@ def grade_all(
     return answers
 
 
-def measure(answers: Sequence[Sequence[Answer]], grader: Grades, seed: int = 0) -> dict[str, Any]:
+def measure(answers: Sequence[Sequence[Answer]], grader: Grader, seed: int = 0) -> dict[str, Any]:
     """All figures of an evaluation, each rate with its bootstrap interval over problems.
 
     Cut-off answers count by what they say so far, as elsewhere, and are counted apart.
     """
     samples = len(answers[0])
-    outcomes = [[answer.grade.correct for answer in problem] for problem in answers]
-    average = bootstrap([sum(verdicts) / samples for verdicts in outcomes], seed)
+    correct = [[answer.grade.correct for answer in problem] for problem in answers]
+    average = bootstrap([sum(right) / samples for right in correct], seed)
     passes = {
-        str(k): asdict(bootstrap([pass_at_k(samples, sum(v), k) for v in outcomes], seed))
+        str(k): asdict(bootstrap([pass_at_k(samples, sum(right), k) for right in correct], seed))
         for k in powers(samples)
     }
     flat = [answer for problem in answers for answer in problem]
@@ -80,8 +80,8 @@ def powers(samples: int) -> list[int]:
     return sorted({samples, *(1 << i for i in range(samples.bit_length()))})
 
 
-def vote(problem: Sequence[Answer], grader: Grades) -> float:
-    """Whether the majority of a problem's answers is right (see metrics.majority).
+def vote(problem: Sequence[Answer], grader: Grader) -> float:
+    """Whether the majority of a problem's answers is right (see statistics.majority).
 
     Right answers are one group whatever their form. Wrong ones are compared with each other, by the
     grader where their texts differ, but only where that can matter.

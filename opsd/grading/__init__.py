@@ -1,5 +1,6 @@
 """Whether an answer is right, and what a rollout earns for it.
 
-`grader.Grader` compares answers in processes that can be killed; `rewards` turns its verdicts into
-the rewards of rollouts.
+`grader.Grader` owns the worker processes that compare answers and gives a `Grade` for each text. A
+`rewards.Verifier` scores completions against their rows, by a grader or by the user's function;
+`rewards.RewardFunction` turns these scores into `GradedRollout`s.
 """

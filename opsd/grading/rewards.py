@@ -1,4 +1,4 @@
-"""Which rollouts are right, and what each is worth: verifiable rewards.
+"""Verifiable rewards: which rollouts are right, and what each earns.
 
     reward = the verifier's score + format_weight [the format matches] + overlong
 
@@ -13,23 +13,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from opsd.common.errors import UserError
+from opsd.common.errors import UserError, in_short
 from opsd.config.loss import RewardSection
 from opsd.data.rows import Row
-from opsd.grading.grader import Grades
+from opsd.grading.grader import Grader
 from opsd.rollout import Rollout
 from opsd.rollout.base import decode
 
+Verifier = Callable[[Sequence[str], Sequence[Row]], list[tuple[float, str]]]
+"""Scores completions against their rows: a score and a feedback ("" for none) each, in order."""
+
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a rollout. `feedback`: why it is wrong, for the teacher; "" if there is none.
+class GradedRollout:
+    """A rollout's text and what it earned. `feedback` says why it is wrong, "" if nothing does.
 
-    A template sees it as `rollout`, and those of the same problem's other rollouts as `peers`.
+    A teacher's template sees it as `rollout`, and the same problem's other rollouts as `peers`.
     """
 
     text: str
@@ -40,22 +43,8 @@ class Outcome:
     formatted: bool = True
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A verifier's score of one completion, and what it has to say of it."""
-
-    score: float
-    feedback: str = ""
-
-
-class Verifier(Protocol):
-    """Grades completions against their rows, in order."""
-
-    def __call__(self, completions: Sequence[str], rows: Sequence[Row]) -> list[Verdict]: ...
-
-
-class Judge:
-    """Rollouts → outcomes. Raises UserError where the verifier fails."""
+class RewardFunction:
+    """Grades rollouts. Raises UserError where the verifier fails."""
 
     def __init__(
         self,
@@ -68,25 +57,23 @@ class Judge:
         self.longest = longest  # rollout.max_new_tokens
         self.format = None if section.format is None else re.compile(section.format, re.DOTALL)
 
-    def __call__(self, rollouts: Sequence[Rollout], rows: Sequence[Row]) -> list[Outcome]:
-        """One outcome a rollout; `rows` are those of the rollouts, one for each."""
+    def __call__(self, rollouts: Sequence[Rollout], rows: Sequence[Row]) -> list[GradedRollout]:
+        """The rollouts, graded in order; `rows` has the row of each."""
         texts = decode(self.tokenizer, rollouts)
-        verdicts = self.verifier(texts, rows)
-        assert len(verdicts) == len(rollouts)
+        scores = self.verifier(texts, rows)
+        assert len(scores) == len(rollouts)
         return [
-            self._outcome(rollout, text, verdict)
-            for rollout, text, verdict in zip(rollouts, texts, verdicts, strict=True)
+            self._graded(rollout, text, *score)
+            for rollout, text, score in zip(rollouts, texts, scores, strict=True)
         ]
 
-    def _outcome(self, rollout: Rollout, text: str, verdict: Verdict) -> Outcome:
+    def _graded(self, rollout: Rollout, text: str, score: float, feedback: str) -> GradedRollout:
         formatted = self.format is None or self.format.fullmatch(text) is not None
-        reward = verdict.score + overlong(
-            len(rollout.ids), self.longest, self.section.overlong_buffer
-        )
+        reward = score + overlong(len(rollout.ids), self.longest, self.section.overlong_buffer)
         if self.format is not None and formatted:
             reward += self.section.format_weight
-        correct = verdict.score >= self.section.success_threshold
-        return Outcome(text, rollout.finished, reward, correct, verdict.feedback, formatted)
+        correct = score >= self.section.success_threshold
+        return GradedRollout(text, rollout.finished, reward, correct, feedback, formatted)
 
 
 def overlong(length: int, longest: int, buffer: int | None) -> float:
@@ -103,21 +90,21 @@ def check_verifier(section: RewardSection) -> None:
 
 
 def make_verifier(
-    section: RewardSection, grader: Grades, score: Callable[[str, str], float] | None = None
+    section: RewardSection, grader: Grader, score: Callable[[str, str], float] | None = None
 ) -> Verifier:
     """The verifier that the config names.
 
-    `score`: (completion, answer) → its score, instead of it. Raises UserError where a file or its
-    function cannot be loaded.
+    `score` replaces it: a function of completion and answer. Raises UserError where the config
+    names a file or a function that cannot be loaded.
     """
     if score is not None:
         return lambda completions, rows: [
-            Verdict(score(completion, row.answer))
+            (score(completion, row.answer), "")
             for completion, row in zip(completions, rows, strict=True)
         ]
     if section.verifier == "math":
         return lambda completions, rows: [
-            Verdict(float(grade.correct), "" if grade.correct else grade.reason)
+            (float(grade.correct), "" if grade.correct else grade.reason)
             for grade in grader.grade(completions, [row.answer for row in rows])
         ]
     return own_verifier(section.verifier)
@@ -127,20 +114,16 @@ def own_verifier(name: str) -> Verifier:
     """The user's `FILE.py:FUNCTION`: function(completion, row) → score, or (score, feedback).
 
     `row` is a dictionary of the row's columns with problem, solution and answer. Raises UserError
-    where it cannot be loaded, and where it raises or returns something else.
+    if it cannot be loaded, and later if it raises or returns something else.
     """
     function = _load(name)
-
-    def verify(completions: Sequence[str], rows: Sequence[Row]) -> list[Verdict]:
-        return [
-            _verdict(name, function, completion, row)
-            for completion, row in zip(completions, rows, strict=True)
-        ]
-
-    return verify
+    return lambda completions, rows: [
+        _score(name, function, completion, row)
+        for completion, row in zip(completions, rows, strict=True)
+    ]
 
 
-@lru_cache  # checked before the weights are loaded, used after
+@lru_cache  # loaded once, though it is checked before the weights are loaded and used after
 def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
     where = f"loss.reward.verifier is {name!r}"
     file, colon, function = name.rpartition(":")
@@ -154,14 +137,14 @@ def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file does
-        raise UserError(f"{where}: {file} fails with {_said(error)}") from error
+        raise UserError(f"{where}: {file} fails with {in_short(error)}") from error
     found = getattr(module, function, None)
     if not callable(found):
         raise UserError(f"{where}: {file} has no function {function!r}")
     return found
 
 
-def _verdict(name: str, function: Callable, completion: str, row: Row) -> Verdict:
+def _score(name: str, function: Callable, completion: str, row: Row) -> tuple[float, str]:
     where = f"loss.reward.verifier {name!r}, on the problem {_short(row.problem)}"
     columns = {
         **row.columns,
@@ -172,7 +155,7 @@ def _verdict(name: str, function: Callable, completion: str, row: Row) -> Verdic
     try:
         result = function(completion, columns)
     except Exception as error:  # whatever the user's function does
-        raise UserError(f"{where}, raised {_said(error)}") from error
+        raise UserError(f"{where}, raised {in_short(error)}") from error
     score, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
     if not isinstance(score, int | float) or not math.isfinite(score):
         raise UserError(
@@ -181,11 +164,7 @@ def _verdict(name: str, function: Callable, completion: str, row: Row) -> Verdic
         )
     if not isinstance(feedback, str):
         raise UserError(f"{where}, returned {result!r}: its feedback must be a text")
-    return Verdict(float(score), feedback)
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    return float(score), feedback
 
 
 def _short(problem: str) -> str:

@@ -1,9 +1,9 @@
-"""The process that judges answers with math-verify; `grading.Grader` starts and kills it.
+"""The process that compares answers with math-verify; `grader.Grader` starts and kills it.
 
-It is run by its path: of this package only `normalise` is loaded here, and no torch. One JSON
-object a line: first `{"ready": true}` or `{"error": text}` on stdout, then for each
-`{"answer": …, "completion": …}` on stdin one `{"correct": bool, "reason": text}`, with `"last":
-true` if the process then ends. It ends with its stdin.
+It is run by its path: of this package only `normalise` is loaded here, and no torch. It writes one
+JSON object a line: first `{"ready": true}` or `{"error": text}`, then for each line
+`[answer, reference]` on stdin one `{"correct": bool, "reason": text}`, with `"last": true` if the
+process then ends. It ends with its stdin.
 """
 
 import json
@@ -14,8 +14,8 @@ import sys
 from normalise import same_logarithm, to_latex
 
 
-def make_judge():
-    """Returns judge(answer, completion) → (correct, reason), with its lazy imports done."""
+def make_compare():
+    """Returns compare(answer, reference) → (correct, reason), with its lazy imports done."""
     import logging
 
     import sympy  # noqa: F401 - here, where its seconds are not an answer's
@@ -30,47 +30,47 @@ def make_judge():
         boxed = "\\boxed{" + to_latex(text) + "}"
         return parse(boxed, extraction_config=forms, parsing_timeout=None)
 
-    def equal(reference: list, given: list, percent: bool) -> bool:
+    def equal(wanted: list, given: list, percent: bool) -> bool:
         try:  # the reference goes first: verify() is not symmetric
             equal = verify(
-                reference,
+                wanted,
                 given,
                 timeout_seconds=None,
                 allow_set_relation_comp=True,
                 raise_on_error=True,
             )
-            return bool(equal) and _close(reference[0], given[0], percent)
+            return bool(equal) and _close(wanted[0], given[0], percent)
         except MemoryError:
             raise
         except Exception:
             # sympy raises nearly anything on nonsense; the last entry is the normalised text
-            return bool(reference) and reference[-1] == given[-1]
+            return bool(wanted) and wanted[-1] == given[-1]
 
-    def judge(answer: str, completion: str) -> tuple[bool, str]:
-        answer, completion = same_logarithm(answer, completion)
-        reference, given = read(answer), read(completion)
+    def compare(answer: str, reference: str) -> tuple[bool, str]:
+        reference, answer = same_logarithm(reference, answer)
+        wanted, given = read(reference), read(answer)
         if not given:
             return False, "the answer cannot be read as mathematics"
-        percent = "%" in answer + completion
-        right = equal(reference, given, percent)
+        percent = "%" in reference + answer
+        right = equal(wanted, given, percent)
         if not right and percent:  # 12.5 for 12.5 %
-            bare = [read(text.replace("\\%", "").replace("%", "")) for text in (answer, completion)]
+            bare = [read(text.replace("\\%", "").replace("%", "")) for text in (reference, answer)]
             right = bool(bare[1]) and equal(*bare, percent=False)
-        if not right and reference and " or" in completion.replace("{or", "{ or"):
-            right = _same_alternatives(reference[0], given[0])
-        if not right and reference:
-            right = _same_complex(reference[0], given[0])
+        if not right and wanted and " or" in answer.replace("{or", "{ or"):
+            right = _same_alternatives(wanted[0], given[0])
+        if not right and wanted:
+            right = _same_complex(wanted[0], given[0])
         return right, "equal" if right else "different"
 
-    judge("\\frac{1}{2}x", "x/2")
-    return judge
+    compare("x/2", "\\frac{1}{2}x")
+    return compare
 
 
 def _close(one, other, percent: bool) -> bool:
-    """Whether two constants that math-verify calls equal are so relative to their size: it rounds
-    to six decimals, so that 1e-20 would equal 2e-20. Anything but constants is close.
+    """Whether two constants are equal relative to their size; True for anything but constants.
 
-    percent: one of them is written with a percent sign, and may mean a hundredth.
+    math-verify rounds to six decimals: to it 1e-20 equals 2e-20. percent: one of them is written
+    with a percent sign, and may mean a hundredth.
     """
     import sympy
 
@@ -88,7 +88,7 @@ def _close(one, other, percent: bool) -> bool:
 
 
 def _same_alternatives(reference, given) -> bool:
-    """`x<1 or x>2`, which math-verify reads as a set of relations, against a set of numbers."""
+    """Whether `x<1 or x>2`, to math-verify a set of relations, is this set of numbers."""
     import sympy
 
     if not isinstance(reference, sympy.Set) or not isinstance(given, sympy.FiniteSet):
@@ -99,7 +99,7 @@ def _same_alternatives(reference, given) -> bool:
 
 
 def _same_complex(reference, given) -> bool:
-    """The comparison with every symbol `i` taken as the imaginary unit."""
+    """Whether both sides are equal if every symbol `i` is the imaginary unit."""
     import sympy
 
     sides = (reference, given)
@@ -113,7 +113,7 @@ def _same_complex(reference, given) -> bool:
 
 
 def limit_memory(bytes_: int) -> None:
-    """Makes allocations beyond `bytes_` of address space fail, where the system supports it."""
+    """Makes allocations beyond `bytes_` of address space fail, if the system supports that."""
     import resource
 
     try:
@@ -123,10 +123,10 @@ def limit_memory(bytes_: int) -> None:
 
 
 def limit_cpu(seconds: float) -> None:
-    """Lets the kernel end this process after so much more CPU time; 0 takes the limit back.
+    """Has the system kill this process after so much more CPU time; 0 removes the limit.
 
-    CPU time, since on a busy machine an honest answer may wait for its turn; and the signal's
-    default action, since a handler of Python's cannot interrupt one long computation in C.
+    It is CPU time because on a busy machine an honest answer may wait for its turn, and the signal
+    keeps its default action because a Python handler cannot interrupt one long computation in C.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
@@ -141,17 +141,17 @@ def main(memory_limit: int, timeout: float) -> None:
         replies.write(json.dumps(fields) + "\n")
 
     try:
-        judge = make_judge()
+        compare = make_compare()
         limit_memory(memory_limit)
     except Exception as error:
         reply(error=f"{type(error).__name__}: {error}")
         return
     reply(ready=True)
     for line in sys.stdin:
-        job = json.loads(line)
+        answer, reference = json.loads(line)
         limit_cpu(timeout)
         try:
-            correct, reason = judge(job["answer"], job["completion"])
+            correct, reason = compare(answer, reference)
         except MemoryError:
             reply(correct=False, reason="comparing the answer takes too much memory", last=True)
             return  # the parent starts a process with a clean memory

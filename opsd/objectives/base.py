@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from opsd.data.prompts import Context
 from opsd.data.rows import Row
-from opsd.grading.rewards import Outcome
+from opsd.grading.rewards import GradedRollout
 from opsd.prefix.rollout_states import Scored
 from opsd.rollout import Rollout
 
@@ -27,7 +27,7 @@ class Problem:
     row: Row
     context: Context
     rollouts: list[Rollout]
-    outcomes: list[Outcome] | None = None
+    outcomes: list[GradedRollout] | None = None
     teachers: list[list[int] | None] | None = None
 
     def teacher_contexts(self, role: str = "teacher") -> list[list[int] | None]:

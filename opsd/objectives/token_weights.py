@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from opsd.config.loss import LossSection
-from opsd.grading.rewards import Outcome
+from opsd.grading.rewards import GradedRollout
 from opsd.objectives.token_classes import CLASSES, classes_of
 from opsd.rollout import Rollout
 
@@ -45,7 +45,7 @@ class TokenWeighting:
         self.flat = weights.skip_first == 0 and weights.position[0] == weights.position[1] == 1.0
 
     def __call__(
-        self, rollouts: Sequence[Rollout], outcomes: Sequence[Outcome | None]
+        self, rollouts: Sequence[Rollout], outcomes: Sequence[GradedRollout | None]
     ) -> list[Weight]:
         """Of a step's rollouts; an outcome is needed where right and wrong differ."""
         factors = [self._factors(rollout.ids) for rollout in rollouts]
@@ -70,7 +70,7 @@ class TokenWeighting:
             for r, norm, own in zip(of_rollout, norms, factors, strict=True)
         ]
 
-    def _of_rollout(self, rollout: Rollout, outcome: Outcome | None) -> float:
+    def _of_rollout(self, rollout: Rollout, outcome: GradedRollout | None) -> float:
         weights, weight = self.section.weights, 1.0
         if weights.correct != 1.0 or weights.incorrect != 1.0:
             weight = weights.correct if outcome.correct else weights.incorrect

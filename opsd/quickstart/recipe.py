@@ -12,7 +12,8 @@ from opsd.common.display import Display
 from opsd.config.config import Config
 from opsd.config.load import merge, parse_config, with_overrides
 from opsd.data.rows import Row
-from opsd.training.held_out import Evaluation, Grades, HeldOut
+from opsd.grading.grader import Grader
+from opsd.training.held_out import Evaluation, HeldOut
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Recipe:
     name: str
     train_rows: list[Row]
     held_out_rows: list[Row]
-    grader: Grades
+    grader: Grader
     make_base: MakeBase
     sections: dict[str, Any]
     methods: dict[str, dict[str, Any]]

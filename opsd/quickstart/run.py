@@ -16,12 +16,11 @@ import yaml
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
-from opsd.common.files import part, read_lines, write_json
+from opsd.common.files import is_unfinished, read_lines, write_file, write_json, write_lines
 from opsd.common.statistics import wilson_interval
 from opsd.common.system import machine, peak_memory, versions
 from opsd.config.sections import PromptsSection
 from opsd.data.prompts import Prompts
-from opsd.data.rows import Row
 from opsd.models.copies import copy_model
 from opsd.models.load import load_model
 from opsd.quickstart.recipe import Recipe, check_methods, merge, method_config, overridden
@@ -112,7 +111,7 @@ def quickstart(
         summary["peak_memory_bytes"] = peak_memory()
         configs = {method: _config(directory / method) for method in there}
         text = yaml.safe_dump(configs, sort_keys=False, allow_unicode=True)
-        (directory / "config.yaml").write_text(text)
+        write_file(directory / "config.yaml", text)
         write_json(directory / "summary.json", summary)
         written = write_report(directory)
     _show(display, summary, written)
@@ -124,8 +123,8 @@ def _claim(directory: Path, arguments: dict[str, Any], resume: bool) -> None:
     file = directory / ARGUMENTS
     where = f"{OUTPUT} is {str(directory)!r}"
     # With these alone nothing has been made yet: the download failed, or there is no such model.
-    nothing = {directory / LOCK, file, part(file)}
-    if any(path not in nothing for path in directory.iterdir()):
+    nothing = {directory / LOCK, file}
+    if any(path not in nothing and not is_unfinished(path) for path in directory.iterdir()):
         if not file.is_file():
             raise UserError(f"{where}: it is not empty; choose another, or remove it")
         if not resume:
@@ -167,8 +166,8 @@ def _make_base(
     place.mkdir(exist_ok=True)
     save_model(base.model, base.tokenizer, place)
     # The problems too: a method's config.yaml then holds all that `opsd train` needs to redo it.
-    save_rows(recipe.train_rows, place / "train.jsonl")
-    save_rows(recipe.held_out_rows, place / "held_out.jsonl")
+    write_lines(place / "train.jsonl", (dict(row.columns) for row in recipe.train_rows))
+    write_lines(place / "held_out.jsonl", (dict(row.columns) for row in recipe.held_out_rows))
     held_out = test(base.tokenizer)
     precision = recipe.sections["train"].get("precision", "bf16")
     decoder = copy_model(base.model, torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -181,12 +180,6 @@ def _make_base(
     pretrained = {} if base.pretrained is None else {"pretrained": base.pretrained}
     write_json(measured, {name: asdict(result) for name, result in (pretrained | before).items()})
     return base.pretrained, before
-
-
-def save_rows(rows: Sequence[Row], path: Path) -> None:
-    """Rows as JSON lines, all their columns."""
-    lines = [json.dumps(dict(row.columns), ensure_ascii=False) + "\n" for row in rows]
-    path.write_text("".join(lines))
 
 
 def _tests(recipe: Recipe):

@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Sequence
 
 from opsd.data.rows import Row
-from opsd.grading.grader import Grade
+from opsd.grading.grader import Grade, Grader
 
 ITEMS = 4
 _HELD_OUT_SHARE = 8  # one worksheet in eight is kept for evaluation
@@ -57,12 +57,11 @@ def is_held_out(problem: str) -> bool:
 _STATEMENT = re.compile(r"\d+[-+*]\d+=(\d+)|(\d+)=\d+[-+*]\d+")
 
 
-class WorksheetGrader:
+class WorksheetGrader(Grader):
     """Grades a completion by the results it states, in either form: all of them, in order.
 
     A worksheet has no \\boxed answer, and a symbolic comparison of `12+7=20` would find a (false)
-    equation rather than a result, so the general `opsd.grading.grader.Grader` is not used here.
-    It has the same `grade`.
+    equation rather than a result. So this grader compares texts and never starts a worker.
     """
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:

@@ -3,9 +3,9 @@
 `write_report` writes both. Other pages take their charts and markup from `charts` and `markup`.
 """
 
-import os
 from pathlib import Path
 
+from opsd.common.files import write_file
 from opsd.runs.read import read_results
 
 
@@ -21,9 +21,6 @@ def write_report(run_dir: Path) -> dict[str, Path]:
     run_dir = Path(run_dir)
     results = read_results(run_dir)
     paths = {"report": run_dir / "report.html", "curves": run_dir / "curves.png"}
-    half = {name: path.with_name(f".{path.name}.part") for name, path in paths.items()}
-    half["report"].write_text(page(results), encoding="utf-8")
-    write_curves(results, half["curves"])
-    for name, path in paths.items():  # whole files only: a reader never sees half a report
-        os.replace(half[name], path)
+    write_file(paths["report"], page(results))
+    write_file(paths["curves"], lambda file: write_curves(results, file))
     return paths

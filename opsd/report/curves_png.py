@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from opsd.report.charts import Series, short
 from opsd.report.page import accuracy_series, metric_series, references, token_axis
@@ -19,18 +18,18 @@ QUIET = "#5f6368"
 STYLES = {"teacher": "--", "base": "-", "pretrained": ":"}
 
 
-def write_curves(results: Results, path: Path) -> None:
+def write_curves(results: Results, file: IO[bytes]) -> None:
     """Draw the figure: 2000 by 840 pixels, text legible when shown at half that width."""
-    with drawing(path, (10, 4.2), (1.35, 1), results.model) as (left, right):
+    with drawing(file, (10, 4.2), (1.35, 1), results.model) as (left, right):
         _accuracy(left, results)
         _dynamics(right, results)
 
 
 @contextmanager
 def drawing(
-    path: Path, size: tuple[float, float], widths: Sequence[float], title: str | None = None
+    file: IO[bytes], size: tuple[float, float], widths: Sequence[float], title: str | None = None
 ) -> Iterator[list["Axes"]]:
-    """Axes side by side to draw into, in the style of our plots; written to `path` at the end."""
+    """Axes side by side to draw into, in the style of our plots; written to `file` at the end."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -53,7 +52,7 @@ def drawing(
                 legend.set_in_layout(False)  # a long name does not squeeze the axes
         if title is not None:
             figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
-        figure.savefig(path, format="png", metadata={"Software": "opsd"})
+        figure.savefig(file, format="png", metadata={"Software": "opsd"})
 
 
 def draw_accuracy(axes: "Axes", series: Sequence[Series], x_label: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError, in_short
-from opsd.common.files import part
+from opsd.common.files import is_unfinished, write_json
 from opsd.config.config import Config
 from opsd.config.load import load_config, save_config
 from opsd.data.rows import Row
@@ -95,8 +95,9 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
         raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
     # With a config alone nothing has been run yet: an error in the data or the model came first.
     problems = directory / PROBLEMS
-    nothing = {mine, part(mine), problems, part(problems), directory / LOCK}
-    if directory.exists() and any(path not in nothing for path in directory.iterdir()):
+    nothing = {mine, problems, directory / LOCK}
+    there = list(directory.iterdir()) if directory.exists() else []
+    if any(path not in nothing and not is_unfinished(path) for path in there):
         if not mine.is_file():
             raise UserError(
                 f"output.dir is {str(directory)!r}: it holds files that are not a run's; "
@@ -117,8 +118,7 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     with _written_there(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        save_config(config, part(mine))
-        part(mine).replace(mine)
+        save_config(config, mine)
     return last_checkpoint(directory)
 
 
@@ -172,8 +172,7 @@ def check_problems(
                 )
         return
     with _written_there(directory):
-        part(file).write_text(json.dumps(here, indent=1), encoding="utf-8")
-        part(file).replace(file)
+        write_json(file, here)
 
 
 def _digest(rows: Sequence[Row]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError
+from opsd.common.files import read_lines
 from opsd.common.statistics import wilson_interval
 
 Record = dict[str, Any]
@@ -304,21 +305,13 @@ def _read_json(path: Path, troubles: list[str]) -> Record:
 
 def _read_lines(path: Path, troubles: list[str]) -> list[Record]:
     """Records of a JSON-lines file. A last line without its end is being written: no trouble."""
-    text = _read_text(path, troubles)
-    records, bad = [], []
-    lines = (text or "").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif number < len(lines):
-            bad.append(str(number))
+    bad: list[int] = []
+    try:
+        records = read_lines(path, bad)
+    except OSError as error:
+        troubles.append(f"{path.name} could not be read ({error.strerror}).")
+        return []
     if bad:
-        where = f"{path.parent.name}/{path.name}"
-        troubles.append(f"{where}: line {', '.join(bad)} could not be read and was left out.")
+        where, numbers = f"{path.parent.name}/{path.name}", ", ".join(map(str, bad))
+        troubles.append(f"{where}: line {numbers} could not be read and was left out.")
     return records

@@ -12,7 +12,7 @@ from opsd.config.config import Config
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
 from opsd.distributed.processes import Processes
-from opsd.grading.rewards import Judge
+from opsd.grading.rewards import RewardFunction
 from opsd.models.load import window
 from opsd.objectives import Objective, Problem
 from opsd.rollout import Rollout, Sampler, Sampling
@@ -36,7 +36,7 @@ class RolloutCollector:
         model: what trains; the sampler takes over its weights before each step.
         rows: the training rows, from which others are drawn under `rollout.dynamic_sampling`.
         teacher_sampler: samples from the teacher, for rollout.source teacher.
-        judge: grades rollouts; None: nobody does.
+        reward_function: grades rollouts; None: nobody does.
         note: called with a line for the terminal, once.
         processes: sample together; the first one grades and draws.
 
@@ -52,13 +52,13 @@ class RolloutCollector:
         objective: Objective,
         sampler: Sampler,
         teacher_sampler: Sampler | None,
-        judge: Judge | None,
+        reward_function: RewardFunction | None,
         note: Callable[[str], None],
         processes: Processes,
     ):
         self.config, self.model, self.rows, self.prompts = config, model, rows, prompts
         self.objective, self.sampler, self.teacher_sampler = objective, sampler, teacher_sampler
-        self.judge, self.processes = judge, processes
+        self.reward_function, self.processes = reward_function, processes
         self.sampling = Sampling(**config.rollout.model_dump(include=SAMPLING))
         self.teacher_contexts = TeacherContexts(
             prompts, window(model.config), config.prompts.too_long == "skip", note
@@ -117,4 +117,4 @@ class RolloutCollector:
             for i, (row, context) in enumerate(zip(rows, contexts, strict=True))
         ]
         with phase("grading"):
-            return self.processes.once(lambda: graded(problems, self.judge))
+            return self.processes.once(lambda: graded(problems, self.reward_function))

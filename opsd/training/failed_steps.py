@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opsd.common.files import part
+from opsd.common.files import write_file
 from opsd.config.config import Config
 from opsd.models.copies import whole
 from opsd.models.moving_average import MovingAverage
@@ -54,8 +54,7 @@ def _kept(tensor: Tensor) -> Tensor:
 def save_failed_step(directory: Path, failed: dict[str, Any]) -> Path:
     """Write the file; returns it."""
     path = directory / f"failed-step-{failed['step']}.pt"
-    torch.save(failed, part(path))
-    part(path).replace(path)
+    write_file(path, lambda file: torch.save(failed, file))
     return path
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,7 +12,7 @@ from opsd.common.statistics import wilson_interval
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
 from opsd.distributed.processes import Processes
-from opsd.grading.grader import Grade, Grades
+from opsd.grading.grader import Grade, Grader
 from opsd.models.load import stop_ids
 from opsd.rollout import SAMPLERS, DistributedSampler, Rollout, Sampler, Sampling
 from opsd.rollout.base import decode
@@ -62,7 +63,7 @@ class HeldOut:
         self,
         rows: Sequence[Row],
         prompts: Prompts,
-        grader: Grades,
+        grader: Grader,
         sampling: Sampling,
         engine: str = "generate",
         processes: Processes | None = None,
@@ -93,16 +94,18 @@ class HeldOut:
             sampler = SAMPLERS[self.engine](model, stop_ids(model, tokenizer))
             if self.processes is not None:
                 sampler = DistributedSampler(sampler, self.processes)
-        grader = self.grader
-        if self.processes is not None:
-            grader = FirstGrades(grader, self.processes)
+
+        def grade(completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
+            work = partial(self.grader.grade, completions, answers)
+            return work() if self.processes is None else self.processes.once(work)
+
         with display.stage(f"Evaluate the {name or role}", total=len(self.rows)) as stage:
             result = evaluate(
                 sampler,
                 tokenizer,
                 contexts,
                 self.rows,
-                grader,
+                grade,
                 self.sampling,
                 lambda sequences, tokens: stage.advance(sequences),
             )
@@ -110,23 +113,12 @@ class HeldOut:
         return result
 
 
-class FirstGrades:
-    """The first process grades for all."""
-
-    def __init__(self, grader: Grades, processes: Processes):
-        self.grader, self.processes = grader, processes
-
-    def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
-        """One Grade a completion."""
-        return self.processes.once(lambda: self.grader.grade(completions, answers))
-
-
 def evaluate(
     sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     contexts: Sequence[Sequence[int]],
     rows: Sequence[Row],
-    grader: Grades,
+    grade: Callable[[Sequence[str], Sequence[str]], list[Grade]],
     sampling: Sampling,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -134,6 +126,6 @@ def evaluate(
     start = time.monotonic()
     rollouts = sampler.sample(contexts, sampling, progress)
     completions = decode(tokenizer, rollouts)
-    grades = grader.grade(completions, [row.answer for row in rows])
+    grades = grade(completions, [row.answer for row in rows])
     how = {"engine": sampler.engine, **asdict(sampling)}
     return Evaluation(rollouts, completions, grades, time.monotonic() - start, how)

@@ -28,7 +28,7 @@ from opsd.data.rows import Row
 from opsd.distributed.deepspeed import STAGES
 from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
 from opsd.grading.grader import Grader
-from opsd.grading.rewards import Judge, check_verifier, make_verifier
+from opsd.grading.rewards import RewardFunction, check_verifier, make_verifier
 from opsd.models.copies import copy_model
 from opsd.models.head import head
 from opsd.models.load import load_model, stop_ids, window
@@ -51,7 +51,7 @@ from opsd.rollout.vllm_client import VLLMServer
 from opsd.runs.directory import check_problems, claim_directory, held
 from opsd.runs.log import RunLog
 from opsd.training.checkpoints import check_pieces, save_trained
-from opsd.training.held_out import Evaluation, Grades, HeldOut
+from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.learning_curve import LearningCurve
 from opsd.training.load_data import load_data
 from opsd.training.preflight import check_disk_space, check_launcher, check_machine
@@ -133,7 +133,7 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     held_out: Sequence[Row],
-    grader: Grades,
+    grader: Grader,
     display: Display,
     *,
     checkpoint: Path | None = None,
@@ -194,10 +194,12 @@ def run(
     # A live teacher is the model itself, so that both roles' common start runs once.
     scorer = model if config.teacher.policy == "live" else teacher
     objective = make_objective(config, scorer, prompts)
-    judge = None
+    reward_function = None
     if is_graded(config):
         verifier = make_verifier(config.loss.reward, grader, reward)
-        judge = Judge(config.loss.reward, tokenizer, verifier, config.rollout.max_new_tokens)
+        reward_function = RewardFunction(
+            config.loss.reward, tokenizer, verifier, config.rollout.max_new_tokens
+        )
     teacher_role = shown_role(config, prompts)  # what a report's completions are held against
     engine = config.rollout.engine if config.rollout.engine in SAMPLERS else "generate"
     test = HeldOut(held_out, prompts, grader, evaluation_sampling(config), engine, processes)
@@ -222,7 +224,7 @@ def run(
             average=average if scores else None,
             teacher_sampler=GenerateSampler(teacher, stops, len(head(model)[0])),
             processes=processes,
-            judge=judge,
+            reward_function=reward_function,
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step

@@ -9,16 +9,16 @@ from dataclasses import replace
 
 from opsd.common.errors import UserError
 from opsd.data.prompts import Prompts
-from opsd.grading.rewards import Judge
+from opsd.grading.rewards import RewardFunction
 from opsd.objectives import Problem
 
 
-def graded(problems: Sequence[Problem], judge: Judge | None) -> list[Problem]:
-    """The problems with the outcome of each rollout; as they are without a judge."""
-    if judge is None:
+def graded(problems: Sequence[Problem], reward_function: RewardFunction | None) -> list[Problem]:
+    """The problems with the outcome of each rollout; as they are without a reward function."""
+    if reward_function is None:
         return list(problems)
     rollouts = [rollout for p in problems for rollout in p.rollouts]
-    outcomes = iter(judge(rollouts, [p.row for p in problems for _ in p.rollouts]))
+    outcomes = iter(reward_function(rollouts, [p.row for p in problems for _ in p.rollouts]))
     return [replace(p, outcomes=[next(outcomes) for _ in p.rollouts]) for p in problems]
 
 

@@ -28,7 +28,7 @@ from opsd.data.rows import Row
 from opsd.distributed.deepspeed import LateSteps
 from opsd.distributed.forward_redirection import called_through
 from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
-from opsd.grading.rewards import Judge
+from opsd.grading.rewards import RewardFunction
 from opsd.models.moving_average import MovingAverage
 from opsd.objectives import Objective, Problem, Sample, Totals
 from opsd.objectives.log_probs import log_prob_as
@@ -63,7 +63,7 @@ class OPSDTrainer(WholeCheckpoints):
         average: an `ema` teacher, which follows the model after each optimizer step.
         teacher_sampler: samples from the teacher, for rollout.source teacher.
         processes: those that train together; none: this one alone.
-        judge: grades rollouts, where the method or the log needs it.
+        reward_function: grades rollouts, where the method or the log needs it.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class OPSDTrainer(WholeCheckpoints):
         average: MovingAverage | None = None,
         teacher_sampler: Sampler | None = None,
         processes: Processes | None = None,
-        judge: Judge | None = None,
+        reward_function: RewardFunction | None = None,
     ):
         self.processes = processes or Processes()
         self.average = average
@@ -96,7 +96,7 @@ class OPSDTrainer(WholeCheckpoints):
             objective,
             sampler,
             teacher_sampler,
-            judge,
+            reward_function,
             note,
             self.processes,
         )

@@ -4,6 +4,7 @@ import itertools
 import random
 
 import pytest
+from scipy import stats
 
 from opsd.common.statistics import (
     Estimate,
@@ -63,12 +64,22 @@ def test_majority_votes():
     assert majority([2, 2, 1], right=0) == 0.0  # nobody gave it
 
 
+def test_wilson_is_scipys_where_scipy_has_it():
+    for correct, n in [(0, 7), (1, 1), (3, 8), (81, 263), (299, 300)]:
+        low, high = stats.binomtest(correct, n).proportion_ci(method="wilson")
+        assert wilson_interval(correct, n) == pytest.approx((low, high), abs=1e-12)
+
+
 def test_students_quantiles_match_the_tables():
-    for freedom, value in [(1, 12.706), (2, 4.3027)]:
-        assert student_quantile(0.975, freedom) == pytest.approx(value, rel=1e-4)
-    assert student_quantile(0.975, 3) == pytest.approx(3.1824, rel=5e-3)
-    for freedom, value in [(4, 2.7764), (9, 2.2622), (29, 2.0452), (99, 1.9842)]:
-        assert student_quantile(0.975, freedom) == pytest.approx(value, rel=1e-3)
+    table = [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (99, 1.9842)]
+    for freedom, value in table:
+        assert student_quantile(0.975, freedom) == pytest.approx(value, abs=5e-5)
+
+
+def test_bootstrap_intervals_are_those_that_were_published():
+    # Computed by the resampling that scipy's has replaced.
+    rates = [0.0, 0.25, 1.0, 0.5, 0.75, 1.0, 0.0, 0.25] * 5
+    assert bootstrap(rates, 3) == Estimate(0.46875, 0.34375, 0.59375)
 
 
 @pytest.mark.parametrize("problems, samples", [(30, 1), (30, 12), (60, 4)])

@@ -96,10 +96,10 @@ CHEAP = [
 ]
 
 
-@pytest.mark.parametrize("given, answer, verdict", CHEAP)
-def test_cheap_cases_decide_without_a_worker(given, answer, verdict):
+@pytest.mark.parametrize("given, answer, correct", CHEAP)
+def test_cheap_cases_decide_without_a_worker(given, answer, correct):
     grade = grading._grade_here(given, answer)
-    assert (None if grade is None else grade.correct) is verdict
+    assert (None if grade is None else grade.correct) is correct
 
 
 def test_easy_answers_start_no_process():
@@ -151,7 +151,7 @@ def test_mathematics(grader):
     assert wrong == []
 
 
-# Where the grader is known to judge otherwise than a person: (given, answer). They and the figures
+# Where the grader is known to decide otherwise than a person: (given, answer). They and the figures
 # below are in docs/evaluate.md as well.
 KNOWN_DISAGREEMENTS = {
     ("10:30 \\text{ AM}", "10:30"),  # half of the day is compared only where both say it
@@ -278,7 +278,7 @@ def test_an_answer_that_needs_too_much_memory_costs_its_worker(tmp_path, monkeyp
         assert grader.grade([boxed("1+huge")], ["2"])[0].correct
 
 
-def test_a_worker_killed_from_outside_while_idle_costs_no_verdict():
+def test_a_worker_killed_from_outside_while_idle_costs_no_answer():
     with Grader(workers=2) as grader:
         pairs = [boxed("2/4"), boxed("3/6"), boxed("4/8")], ["1/2"] * 3
         grader.grade(*pairs)
@@ -289,13 +289,13 @@ def test_a_worker_killed_from_outside_while_idle_costs_no_verdict():
         assert all(grade.correct for grade in grader.grade(*pairs))
 
 
-def test_equal_pairs_are_judged_once(monkeypatch):
+def test_equal_pairs_are_compared_once(monkeypatch):
     with Grader() as grader:
         seen = []
         monkeypatch.setattr(
             grader,
-            "_judge",
-            lambda jobs: seen.extend(jobs) or {job: (True, "equal", False) for job in jobs},
+            "_compare",
+            lambda pairs: seen.extend(pairs) or {pair: Grade(True, "", pair[0]) for pair in pairs},
         )
         grades = grader.grade([boxed("1/2")] * 8 + [boxed("1/3")], ["2/4"] * 9)
         assert seen == [("1/2", "2/4"), ("1/3", "2/4")]

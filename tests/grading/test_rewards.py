@@ -12,7 +12,7 @@ from opsd.config.load import save_config
 from opsd.config.loss import RewardSection
 from opsd.data.prompts import Context
 from opsd.grading.grader import Grader
-from opsd.grading.rewards import Judge, Verdict, make_verifier, overlong, own_verifier
+from opsd.grading.rewards import RewardFunction, make_verifier, overlong, own_verifier
 from opsd.objectives import Problem
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import Rollout
@@ -20,24 +20,23 @@ from opsd.training.run import train
 from opsd.training.teacher_contexts import informative, outcome_measures
 
 
-def judge(longest: int = 10, verdicts: list[Verdict] | None = None, **section) -> Judge:
-    """A judge of the tiny tokenizer's texts, whose verifier says these verdicts."""
+def rewards(longest: int = 10, scores: list | None = None, **section) -> RewardFunction:
+    """For the tiny tokenizer's texts, with a verifier that gives these scores."""
 
     def verifier(completions, rows):
-        return verdicts or [Verdict(float("7" in text)) for text in completions]
+        return scores or [(float("7" in text), "") for text in completions]
 
-    return Judge(RewardSection(**section), tiny.make_tokenizer(), verifier, longest)
-
-
-def outcomes(judge: Judge, *texts: str) -> list:
-    rollouts = [Rollout(judge.tokenizer(text).input_ids, True) for text in texts]
-    return judge(rollouts, ROWS[: len(texts)])
+    return RewardFunction(RewardSection(**section), tiny.make_tokenizer(), verifier, longest)
 
 
-def test_an_outcome_is_score_format_and_length():
-    right, wrong, long = outcomes(
-        judge(longest=8, format=r"\d+", format_weight=0.25, overlong_buffer=4), "7", "1+", "1=11=1"
-    )
+def grade(function: RewardFunction, *texts: str) -> list:
+    rollouts = [Rollout(function.tokenizer(text).input_ids, True) for text in texts]
+    return function(rollouts, ROWS[: len(texts)])
+
+
+def test_a_reward_is_score_format_and_length():
+    function = rewards(longest=8, format=r"\d+", format_weight=0.25, overlong_buffer=4)
+    right, wrong, long = grade(function, "7", "1+", "1=11=1")
     assert (right.reward, right.correct, right.formatted, right.text) == (1.25, True, True, "7")
     assert (wrong.reward, wrong.correct, wrong.formatted) == (0.0, False, False)
     assert (long.reward, long.correct) == (-0.5, False)
@@ -52,8 +51,8 @@ def test_overlong_falls_to_minus_one(length, wanted):
 
 
 def test_a_rollout_is_right_from_a_score_on():
-    said = [Verdict(0.4, "nearly"), Verdict(0.6)]
-    low, high = outcomes(judge(success_threshold=0.5, verdicts=said), "1", "2")
+    said = [(0.4, "nearly"), (0.6, "")]
+    low, high = grade(rewards(success_threshold=0.5, scores=said), "1", "2")
     assert (low.correct, low.feedback, high.correct) == (False, "nearly", True)
 
 
@@ -61,7 +60,7 @@ def test_the_math_verifier_says_why():
     with Grader() as grader:
         verify = make_verifier(RewardSection(), grader)
         right, wrong = verify([r"so \boxed{2}", "so 3"], [ROWS[0].__class__("p", "s", "2", {})] * 2)
-    assert right == Verdict(1.0, "") and wrong.score == 0.0 and "boxed" in wrong.feedback
+    assert right == (1.0, "") and wrong[0] == 0.0 and "boxed" in wrong[1]
 
 
 def write(path: Path, text: str) -> str:
@@ -77,11 +76,11 @@ def test_the_users_own_verifier_sees_the_text_and_the_row(tmp_path):
         "    return len(completion) / 10, 'too short' if len(completion) < 3 else ''\n",
     )
     assert own_verifier(name)(["12", "12345"], ROWS[:2]) == [
-        Verdict(0.2, "too short"),
-        Verdict(0.5, ""),
+        (0.2, "too short"),
+        (0.5, ""),
     ]
     bare = write(tmp_path / "bare.py", "def grade(completion, row):\n    return True\n")
-    assert own_verifier(bare)(["1"], ROWS[:1]) == [Verdict(1.0, "")]
+    assert own_verifier(bare)(["1"], ROWS[:1]) == [(1.0, "")]
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ MOMENTS = {
     "an evaluation": "evaluations.jsonl",
     "samples": "samples.jsonl",
     "a step": "metrics.jsonl",
-    "the report": ".report.html.part",
+    "the report": ".report.html.*.part",
 }
 """What is about to be written, and the file whose change tells."""
 
@@ -96,11 +96,11 @@ def kill(child: int, directory: Path, moment: str, draw: random.Random, duration
         due = lambda: time.monotonic() >= until  # noqa: E731
     else:
         # The report is written once, and goes to its place.
-        file, turn = directory / MOMENTS[moment], draw.randint(1, 2 if "report" in moment else 3)
-        seen = [stamp(file)]
+        pattern, turn = MOMENTS[moment], draw.randint(1, 2 if "report" in moment else 3)
+        seen = [stamp(directory, pattern)]
 
         def due() -> bool:
-            now = stamp(file)
+            now = stamp(directory, pattern)
             if now != seen[-1]:
                 seen.append(now)
             return len(seen) > turn
@@ -115,10 +115,10 @@ def kill(child: int, directory: Path, moment: str, draw: random.Random, duration
     return True
 
 
-def stamp(path: Path) -> tuple[int, int] | None:
-    """Changes when the file does."""
+def stamp(directory: Path, pattern: str) -> tuple[int, int] | None:
+    """Changes when the first file of this pattern does."""
     try:
-        found = path.stat()
+        found = next(directory.glob(pattern), directory / pattern).stat()
     except FileNotFoundError:
         return None
     return found.st_mtime_ns, found.st_size

@@ -12,7 +12,7 @@ from opsd.config.config import Config
 from opsd.config.load import merge, parse_config
 from opsd.config.sections import PromptsSection
 from opsd.data.prompts import Prompts
-from opsd.grading.rewards import Outcome
+from opsd.grading.rewards import GradedRollout
 from opsd.models.load import load_model
 from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.worksheet import worksheet_rows
@@ -100,7 +100,7 @@ def quiet() -> Display:
 
 def graded(problems, rewards):
     """The problems with these rewards, one for each rollout in order; 1 is right."""
-    each = iter(Outcome("", True, reward, reward == 1.0) for reward in rewards)
+    each = iter(GradedRollout("", True, reward, reward == 1.0) for reward in rewards)
     return [replace(p, outcomes=[next(each) for _ in p.rollouts]) for p in problems]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opsd.data.prompts import Prompts
-from opsd.grading.rewards import Outcome
+from opsd.grading.rewards import GradedRollout
 from opsd.models.load import load_model
 from opsd.models.teacher import make_teacher
 from opsd.objectives import Problem, Totals
@@ -140,7 +140,7 @@ def problems_for(prompts: Prompts) -> list[Problem]:
             ids = torch.randint(len(prompts.tokenizer), (length,), generator=draw).tolist()
             finished = length < LONGEST
             rollouts.append(Rollout(ids, finished))
-            outcomes.append(Outcome("", finished, reward, reward == 1.0))
+            outcomes.append(GradedRollout("", finished, reward, reward == 1.0))
         problems.append(Problem(row, prompts.context(row), rollouts, outcomes))
     return problems
 

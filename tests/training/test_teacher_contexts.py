@@ -9,7 +9,7 @@ from opsd.config.loss import LossSection
 from opsd.config.sections import PromptsSection
 from opsd.data.prompts import Context, Prompts
 from opsd.data.rows import Row
-from opsd.grading.rewards import Outcome
+from opsd.grading.rewards import GradedRollout
 from opsd.objectives import OPSD, Problem
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import Rollout
@@ -34,7 +34,7 @@ def prompts(tokenizer, teacher: str = PEER) -> Prompts:
 def problem(tokenizer, *attempts: tuple[str, bool], row: Row = ROWS[0], feedback: str = ""):
     rollouts = [Rollout(tokenizer(text).input_ids, True) for text, _ in attempts]
     outcomes = [
-        Outcome(text, True, float(right), right, "" if right else feedback)
+        GradedRollout(text, True, float(right), right, "" if right else feedback)
         for text, right in attempts
     ]
     return Problem(row, Context([1], None), rollouts, outcomes)
