@@ -14,14 +14,7 @@ from opsd.cli.plan import show_plan
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.config.config import Config
-from opsd.config.requirements import is_graded, uses_teacher_prompt
-from opsd.data.length_filter import (
-    answer_tokens,
-    different_endings,
-    fitting_held_out,
-    fitting_rows,
-    trained_roles,
-)
+from opsd.config.requirements import is_graded, longest_rollout, trained_roles, uses_teacher_prompt
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
 from opsd.grading.rewards import GradedRollout, check_verifier
@@ -31,7 +24,7 @@ from opsd.plan.architectures import architecture
 from opsd.plan.memory import Planner
 from opsd.plan.workload import Lengths
 from opsd.rollout import check_engine
-from opsd.training.load_data import load_data
+from opsd.training.load_data import fitting_data, load_data
 from opsd.training.preflight import check_launcher, check_machine
 
 SHOWN = 400  # characters of a context
@@ -54,10 +47,7 @@ def dry_run(config: Config, display: Display) -> None:
     check_teacher(config, tokenizer)
     prompts = Prompts(config.prompts, tokenizer)
     limit = window(student)
-    rows = fitting_rows(rows, prompts, config, limit, display.note)
-    held_out = fitting_held_out(held_out, prompts, config, limit, display.note)
-    if (differ := different_endings(prompts, config)) is not None:
-        display.note(differ)
+    rows, held_out = fitting_data(config, rows, held_out, prompts, limit, display)
     lengths = _show_contexts(rows, prompts, config, limit, display)
     _show_examples(rows[0], prompts, config, display)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -79,10 +69,12 @@ def _show_contexts(
     rows: Sequence[Row], prompts: Prompts, config: Config, limit: int | None, display: Display
 ) -> Lengths:
     """Shows how long the contexts are; returns the median lengths, for the plan."""
-    answer = max(answer_tokens(row, config, prompts) for row in rows)
+    answer = longest_rollout(config)
+    if answer is None:
+        answer = max(prompts.lengths(rows, "target"))
     table, middle = [], {}
-    for role in trained_roles(config, prompts):
-        tokens = sorted(len(prompts.ids(row, role)) for row in rows)
+    for role in trained_roles(config):
+        tokens = sorted(prompts.lengths(rows, role))
         middle[role] = int(median(tokens))
         table.append((role, f"{tokens[0]:,}", f"{middle[role]:,}", f"{tokens[-1]:,}"))
     where = "no limit" if limit is None else f"window: {limit:,}"
@@ -98,7 +90,7 @@ def _show_contexts(
 
 
 def _show_examples(row: Row, prompts: Prompts, config: Config, display: Display) -> None:
-    contexts = {role: prompts.ids(row, role) for role in trained_roles(config, prompts)}
+    contexts = {role: prompts.ids(row, role) for role in trained_roles(config)}
     if uses_teacher_prompt(config) and prompts.over_rollouts:
         wrong = GradedRollout("(a rollout)", True, 0.0, False, "(feedback)")
         right = GradedRollout("(a peer's rollout)", True, 1.0, True)

@@ -119,8 +119,7 @@ def _contexts(
         system=asked.system,
         student_chat={} if thinking is None else {"enable_thinking": thinking},
     )
-    prompts = Prompts(section, subject.tokenizer)
-    return [prompts.ids(row, "student") for row in benchmark.rows]
+    return Prompts(section, subject.tokenizer).all_ids(benchmark.rows, "student")
 
 
 def _sampling(

@@ -162,6 +162,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _size(self, made: Any) -> int:
         """Characters, digits and items of it and of what it holds; each way to a thing counts."""
+        if isinstance(made, str):
+            return len(made) + ITEM
         total, waiting = 0, [made]
         while waiting:
             one = waiting.pop()

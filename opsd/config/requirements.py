@@ -45,12 +45,43 @@ def scores_by_teacher(config: Config) -> bool:
     return config.method in ("opsd", "distill")
 
 
+def learns_targets(config: Config) -> bool:
+    """Whether the text that is learnt is each row's prompts.target, not a rollout."""
+    return config.method == "sft" or config.rollout.source == "reference"
+
+
+def trained_roles(config: Config) -> list[str]:
+    """The roles whose contexts are trained on and can be made of a row alone."""
+    if config.method == "sft":
+        return list(config.loss.roles)
+    if uses_teacher_prompt(config) and not over_rollouts(config.prompts.teacher):
+        return ["student", "teacher"]
+    return ["student"]
+
+
+def longest_rollout(config: Config) -> int | None:
+    """Tokens of the longest text that is learnt after a context; None: it is the row's target."""
+    return None if learns_targets(config) else config.rollout.max_new_tokens
+
+
+def longest_answer(config: Config) -> int:
+    """Tokens of the longest answer to a held-out problem."""
+    return config.eval.max_new_tokens or config.rollout.max_new_tokens
+
+
+def held_out_teacher_role(config: Config) -> str:
+    """The context in which a teacher sees answers to held-out problems. There are no rollouts to
+    make it of, and under distill the teacher sees what the student does."""
+    alike = config.method == "distill" or over_rollouts(config.prompts.teacher)
+    return "student" if alike else "teacher"
+
+
 def required_columns(config: Config) -> list[str]:
     """Of problem, solution and answer, those that every training row must have."""
     used = names(config.prompts.student)
     if uses_teacher_prompt(config) or config.eval.teacher:
         used |= names(config.prompts.teacher)
-    if config.method == "sft" or config.rollout.source == "reference":
+    if learns_targets(config):
         used |= names(config.prompts.target)
     answers = is_graded(config) and config.loss.reward.verifier == "math"
     own_test = config.eval.problems > 0 and config.eval.source is None

@@ -1,112 +1,113 @@
-"""Rows that a run can train on: contexts and rollouts that fit the model's window, never cut."""
+"""Which rows fit the model's window with their answer. A row is left out or refused, never cut.
 
-from collections.abc import Callable, Collection, Sequence
+A row is tokenised only where its size leaves in doubt whether it fits.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from opsd.common.errors import UserError
-from opsd.config.config import Config
-from opsd.config.requirements import uses_teacher_prompt
-from opsd.data.prompts import Prompts
+from opsd.data.prompts import BATCH, Prompts
 from opsd.data.rows import Row
 
 NAMED_ROWS = 10  # that are too long, in the note that counts them
 
 
-def trained_roles(config: Config, prompts: Prompts) -> list[str]:
-    """The roles whose contexts run in training, and can be made of a row alone."""
-    if config.method == "sft":
-        return list(config.loss.roles)
-    if uses_teacher_prompt(config) and not prompts.over_rollouts:
-        return ["student", "teacher"]
-    return ["student"]
-
-
-def answer_tokens(row: Row, config: Config, prompts: Prompts) -> int:
-    """The longest answer that may follow a row's contexts."""
-    if config.method == "sft" or config.rollout.source == "reference":
-        return len(prompts.target(row))
-    return config.rollout.max_new_tokens
-
-
 def fitting_rows(
     rows: Sequence[Row],
     prompts: Prompts,
-    config: Config,
-    limit: int | None,
+    roles: Collection[str],
+    answer: int | None,
+    window: int | None,
     note: Callable[[str], None],
+    advance: Callable[[int], None] = lambda rows: None,
 ) -> list[Row]:
-    """The rows whose longest context and answer are `limit` tokens at most (None: any).
+    """The training rows whose longest context and answer are `window` tokens at most (None: any).
 
     The others are an error, or left out, counted and named by `note`, as `prompts.too_long` says.
-    Raises UserError too where fewer are left than a step needs.
+
+    Args:
+        roles: those whose contexts are trained on and can be made of a row alone.
+        answer: tokens of the longest answer; None: a row's own target is its answer.
+        advance: called with the number of rows that were checked since the last call.
     """
-    roles, needed = trained_roles(config, prompts), []
-    if limit is not None:
-        needed = [
-            _longest(row, prompts, roles) + answer_tokens(row, config, prompts) for row in rows
-        ]
-    kept = _within(rows, needed, limit, prompts, "data.source", "row", note)
-    if len(kept) < config.train.problems_per_step:
-        raise UserError(
-            f"data.source has {len(kept)} training rows: train.problems_per_step "
-            f"({config.train.problems_per_step}) may be at most that"
-        )
-    return kept
+    if window is None:
+        return list(rows)
+    needed = []
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        doubtful = [row for row in batch if not _surely_fits(row, prompts, roles, answer, window)]
+        counted = iter(tokens_needed(doubtful, prompts, roles, answer))
+        names = set(map(id, doubtful))
+        needed += [next(counted) if id(row) in names else 0 for row in batch]
+        advance(len(batch))
+    return _within(rows, needed, window, prompts, "data.source", "row", note)
 
 
 def fitting_held_out(
     rows: Sequence[Row],
     prompts: Prompts,
-    config: Config,
-    limit: int | None,
+    teacher_role: str,
+    in_both: int | None,
+    answer: int,
+    window: int | None,
+    source: str,
     note: Callable[[str], None],
 ) -> list[Row]:
-    """`fitting_rows` of the held-out problems: those whose answers are read beside the teacher's
-    choices must fit after its context too. Raises UserError where none is left."""
+    """`fitting_rows` of the held-out problems, which stand in the field `source`.
+
+    The first `in_both` that fit (None: all) must fit in `teacher_role`'s context too, since a
+    teacher answers them or scores their answers. Raises UserError where none is left.
+    """
+    if window is None:
+        return list(rows)
     needed, read = [], 0
-    answer, shown = longest_answer(config), shown_role(config, prompts)
-    for row in rows if limit is not None else ():
-        of_both = config.eval.teacher or read < config.eval.samples
-        roles = {"student", shown} if of_both else {"student"}
-        needed.append(_longest(row, prompts, roles) + answer)
-        read += needed[-1] <= limit
-    source = "data.source" if config.eval.source is None else "eval.source"
-    kept = _within(rows, needed, limit, prompts, source, "held-out problem", note)
+    for row, alone in zip(rows, tokens_needed(rows, prompts, ["student"], answer), strict=True):
+        if in_both is None or read < in_both:
+            alone = max(alone, len(prompts.ids(row, teacher_role)) + answer)
+        needed.append(alone)
+        read += alone <= window
+    kept = _within(rows, needed, window, prompts, source, "held-out problem", note)
     if rows and not kept:
-        raise UserError(f"{source} has no held-out problem that fits the model's window of {limit}")
+        raise UserError(
+            f"{source} has no held-out problem that fits the model's window of {window}"
+        )
     return kept
 
 
-def longest_answer(config: Config) -> int:
-    """To a held-out problem, in tokens."""
-    return config.eval.max_new_tokens or config.rollout.max_new_tokens
+def tokens_needed(
+    rows: Sequence[Row], prompts: Prompts, roles: Iterable[str], answer: int | None
+) -> list[int]:
+    """The tokens of each row's longest context and of its answer; see `fitting_rows`."""
+    contexts = zip(*(prompts.lengths(rows, role) for role in roles), strict=True)
+    answers = prompts.lengths(rows, "target") if answer is None else [answer] * len(rows)
+    return [max(lengths) + own for lengths, own in zip(contexts, answers, strict=True)]
 
 
-def shown_role(config: Config, prompts: Prompts) -> str:
-    """The context in which a teacher sees answers to held-out problems: there are no peers to show
-    it, and another model sees what the student does."""
-    return "student" if prompts.over_rollouts or config.method == "distill" else "teacher"
-
-
-def _longest(row: Row, prompts: Prompts, roles: Collection[str]) -> int:
-    return max(len(prompts.ids(row, role)) for role in roles)
+def _surely_fits(
+    row: Row, prompts: Prompts, roles: Iterable[str], answer: int | None, window: int
+) -> bool:
+    """Whether a row fits by the bound on its tokens; roles and answer as for `fitting_rows`."""
+    parts = [prompts.longest(row, role) for role in roles]
+    answers = prompts.longest(row, "target") if answer is None else answer
+    return None not in (*parts, answers) and max(parts) + answers <= window
 
 
 def _within(
     rows: Sequence[Row],
     needed: Sequence[int],
-    limit: int | None,
+    window: int,
     prompts: Prompts,
     source: str,
     what: str,
     note: Callable[[str], None],
 ) -> list[Row]:
-    """The rows that need `limit` tokens at most; the others are an error, or counted and named."""
-    if limit is None:
-        return list(rows)
-    left = [(number, n) for number, n in enumerate(needed, start=1) if n > limit]
+    """The rows that need `window` tokens at most; the others are an error, or counted and named."""
+    left = [(number, n) for number, n in enumerate(needed, start=1) if n > window]
     if left:
         number, most = left[0]
-        said = f"{what} {number} needs {most} tokens with its answer, the model's window is {limit}"
+        said = (
+            f"{what} {number} needs {most} tokens with its answer, the model's window is {window}"
+        )
         if prompts.section.too_long == "error":
             shorter = "eval" if what.startswith("held-out") else "rollout"
             raise UserError(
@@ -116,25 +117,4 @@ def _within(
         named = ", ".join(str(number) for number, _ in left[:NAMED_ROWS])
         named += ", …" if len(left) > NAMED_ROWS else ""
         note(f"{len(left)} of {len(rows)} {what}s are left out ({named}): {said}")
-    return [row for row, n in zip(rows, needed, strict=True) if n <= limit]
-
-
-def different_endings(prompts: Prompts, config: Config) -> str | None:
-    """What to know where the two roles begin their answers differently, as with enable_thinking for
-    one of them; None where they begin alike."""
-    if not uses_teacher_prompt(config) or config.method == "sft":
-        return None
-    student, teacher = prompts.ending("student"), prompts.ending("teacher")
-    if student == teacher:
-        return None
-    return (
-        f"The student's answer begins after {student!r}, the teacher's after {teacher!r}: the "
-        "teacher judges a rollout's first token as its own beginning (prompts.teacher_prefill can "
-        "open what it would open first)"
-    )
-
-
-def longest_sequence(rows: Sequence[Row], prompts: Prompts, config: Config) -> int:
-    """Tokens of the longest context that is sampled from, and of the longest answer to it."""
-    context = max((len(prompts.ids(row, "student")) for row in rows), default=0)
-    return context + max(config.rollout.max_new_tokens, longest_answer(config))
+    return [row for row, n in zip(rows, needed, strict=True) if n <= window]

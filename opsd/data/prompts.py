@@ -11,7 +11,8 @@ filled in for each rollout, once all are there. An empty message means that ther
 teach.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,19 @@ from opsd.common.errors import UserError
 from opsd.common.templates import ROLLOUT_NAMES, compile_template, fill_in, names, over_rollouts
 from opsd.config.sections import PromptsSection
 from opsd.data.rows import Row
+from opsd.data.token_bound import token_bound
+
+BATCH = 256
+"""Texts that are tokenised at once."""
+
+KEPT_TOKENS = 1 << 26
+"""Tokens of rows that are remembered: 256 MiB. What comes later is tokenised at each use."""
+
+MARK = "\u2042the message\u2042"
+"""A message whose place in a chat template's text is looked for."""
+
+ESCAPED_MARK = MARK + "\\\"'<&>\n\tA"
+"""The same, with characters that a template may escape."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,12 @@ class Context:
 
 
 class Prompts:
-    """Renders rows for one tokenizer. Raises UserError for templates that cannot work."""
+    """Renders and tokenises rows for one tokenizer, each row once a role.
+
+    A row's ids are remembered under the row object itself, not under what it says.
+
+    Raises UserError for templates that cannot work.
+    """
 
     def __init__(self, section: PromptsSection, tokenizer: PreTrainedTokenizerBase):
         if not tokenizer.chat_template:
@@ -49,21 +68,117 @@ class Prompts:
             name: compile_template(name, getattr(section, name))
             for name in ("student", "teacher", "target")
         }
+        # By role and the row's id(); the row beside its ids, so that no other row gets its id().
+        self._known: dict[tuple[str, int], tuple[Row, array]] = {}
+        self._known_tokens = 0
+        self._bound = token_bound(tokenizer)
+        self._chat_sizes: dict[str, tuple[int, int] | None] = {}
 
     def context(self, row: Row) -> Context:
         """The ids of both roles' contexts for this row."""
-        teacher = None if self.over_rollouts else self.ids(row, "teacher")
-        return Context(self.ids(row, "student"), teacher)
+        return self.contexts([row])[0]
+
+    def contexts(self, rows: Sequence[Row]) -> list[Context]:
+        """The ids of both roles' contexts for each row."""
+        teachers = [None] * len(rows) if self.over_rollouts else self.all_ids(rows, "teacher")
+        pairs = zip(self.all_ids(rows, "student"), teachers, strict=True)
+        return [Context(student, teacher) for student, teacher in pairs]
 
     def ids(self, row: Row, role: str) -> list[int]:
         """The ids of one role's context."""
-        return self._ids(self.render(row, role), role)
+        return self.all_ids([row], role)[0]
+
+    def all_ids(self, rows: Sequence[Row], role: str) -> list[list[int]]:
+        """The ids of one role's context for each row."""
+        return [ids.tolist() for ids in self._tokenised(rows, role)]
+
+    def target(self, row: Row) -> list[int]:
+        """The ids of the text that SFT learns for this row, with the token that ends a turn."""
+        return self.all_ids([row], "target")[0]
+
+    def lengths(self, rows: Sequence[Row], role: str) -> list[int]:
+        """How many ids each row has in a role ("target": the text that SFT learns)."""
+        return [len(ids) for ids in self._tokenised(rows, role)]
+
+    def longest(self, row: Row, role: str) -> int | None:
+        """No fewer than `ids` has, found without tokenising; None where nothing can be said.
+
+        The chat template is taken to copy the message and to add constants of its own. Raises
+        UserError where the row cannot be rendered.
+        """
+        message = self.render(row, role)
+        if self._bound is None:
+            return None
+        if role == "target":
+            return self._bound(message) + 1
+        if role not in self._chat_sizes:
+            self._chat_sizes[role] = self._chat_size(role)
+        if (chat := self._chat_sizes[role]) is None:
+            return None
+        copies, more = chat
+        return copies * self._bound(message) + more
+
+    def _chat_size(self, role: str) -> tuple[int, int] | None:
+        """How often a role's chat template writes the message, and the most tokens beside it.
+
+        What a template adds for one message and not for another are constants in it, so its own
+        size is added for each message. None where the message is not written as it is.
+        """
+        text = self._text(MARK, role)
+        copies = text.count(MARK)
+        if copies == 0 or self._text(ESCAPED_MARK, role).count(ESCAPED_MARK) != copies:
+            return None
+        more = text.replace(MARK, "") + 2 * str(self.tokenizer.chat_template)
+        return copies, self._bound(more)
+
+    def _tokenised(self, rows: Sequence[Row], role: str) -> Iterator[array]:
+        """Each row's ids, in order; those that are not known yet are tokenised in batches."""
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            new = {id(row): row for row in batch if (role, id(row)) not in self._known}
+            made = dict(zip(new, self._tokenise(list(new.values()), role), strict=True))
+            for row in batch:
+                ids = made.get(id(row))
+                yield self._known[role, id(row)][1] if ids is None else ids
+
+    def _tokenise(self, rows: Sequence[Row], role: str) -> list[array]:
+        if not rows:
+            return []
+        texts = [self.render(row, role) for row in rows]
+        end: list[int] = []
+        if role == "target":
+            end = [self.tokenizer.eos_token_id]
+        else:
+            texts = [self._text(message, role) for message in texts]
+        made = [array("i", [*ids, *end]) for ids in self._ids(texts)]
+        for row, ids in zip(rows, made, strict=True):
+            if self._known_tokens + len(ids) <= KEPT_TOKENS:
+                self._known[role, id(row)] = row, ids
+                self._known_tokens += len(ids)
+        return made
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        # The chat template has written the special tokens already: BOS must not come twice.
+        return self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False
+        ).input_ids
 
     def ending(self, role: str) -> str:
         """What stands between one role's message and its answer: the generation prompt, with what
         it says of thinking, and the prefill."""
-        mark = "\u2042the message\u2042"
-        return self._text(mark, role).rpartition(mark)[2]
+        return self._text(MARK, role).rpartition(MARK)[2]
+
+    def different_endings(self) -> str | None:
+        """What to tell where the two roles begin their answers differently, as with
+        enable_thinking for one of them; None where they begin alike."""
+        student, teacher = self.ending("student"), self.ending("teacher")
+        if student == teacher:
+            return None
+        return (
+            f"The student's answer begins after {student!r}, the teacher's after {teacher!r}: the "
+            "teacher judges a rollout's first token as its own beginning (prompts.teacher_prefill "
+            "can open what it would open first)"
+        )
 
     def teacher_of(self, row: Row, rollout: Any, peers: Sequence[Any]) -> list[int] | None:
         """The ids of the teacher's context for one rollout; None where its message is empty."""
@@ -73,13 +188,10 @@ class Prompts:
                 f"column; in the template {name!r} means rollouts"
             )
         message = self.render(row, "teacher", rollout=rollout, peers=list(peers))
-        return self._ids(message, "teacher") if message.strip() else None
-
-    def _ids(self, message: str, role: str) -> list[int]:
-        # The chat template has written the special tokens already: BOS must not come twice.
-        return self.tokenizer(self._text(message, role), add_special_tokens=False).input_ids
+        return self._ids([self._text(message, "teacher")])[0] if message.strip() else None
 
     def _text(self, message: str, role: str) -> str:
+        """A role's whole context as text: the chat template around the message, and the prefill."""
         messages = [{"role": "user", "content": message}]
         system = getattr(self.section, f"{role}_system")
         system = self.section.system if system is None else system
@@ -90,16 +202,9 @@ class Prompts:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **arguments
             )
-        except (
-            Exception
-        ) as error:  # such as one that takes no system message; it can raise anything
+        except Exception as error:  # anything, such as that it takes no system message
             raise UserError(f"model.path has a chat template that refuses: {error}") from None
         return text + getattr(self.section, f"{role}_prefill")
-
-    def target(self, row: Row) -> list[int]:
-        """The ids of the text that SFT learns for this row, with the token that ends a turn."""
-        ids = self.tokenizer(self.render(row, "target"), add_special_tokens=False).input_ids
-        return [*ids, self.tokenizer.eos_token_id]
 
     def render(self, row: Row, name: str, **more: Any) -> str:
         """The filled-in template `prompts.<name>`; `more`: what it may use beside the columns."""

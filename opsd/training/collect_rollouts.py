@@ -99,7 +99,7 @@ class RolloutCollector:
 
     def _asked(self, rows: Sequence[Row]) -> list[Problem]:
         """The rows with their rollouts, graded."""
-        contexts = [self.prompts.context(row) for row in rows]
+        contexts = self.prompts.contexts(rows)
         copies = self.config.rollout.group_size if self.objective.samples_rollouts else 0
         rollouts: list[Rollout] = []
         if self.samples:

@@ -88,7 +88,7 @@ class HeldOut:
 
         Of several processes each samples a part (`sampler` has to see to it), the first grades.
         """
-        contexts = [self.prompts.ids(row, role) for row in self.rows]
+        contexts = self.prompts.all_ids(self.rows, role)
         tokenizer = self.prompts.tokenizer
         if sampler is None:
             sampler = SAMPLERS[self.engine](model, stop_ids(model, tokenizer))

@@ -14,14 +14,11 @@ from opsd.common.files import read_lines, write_json
 from opsd.common.hub_upload import push
 from opsd.common.system import machine, peak_memory, release_memory, share_one_heap, versions
 from opsd.config.config import Config
-from opsd.config.requirements import is_graded, scores_by_teacher
-from opsd.data.length_filter import (
-    different_endings,
-    fitting_held_out,
-    fitting_rows,
+from opsd.config.requirements import (
+    held_out_teacher_role,
+    is_graded,
     longest_answer,
-    longest_sequence,
-    shown_role,
+    scores_by_teacher,
 )
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
@@ -53,7 +50,7 @@ from opsd.runs.log import RunLog
 from opsd.training.checkpoints import check_pieces, save_trained
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.learning_curve import LearningCurve
-from opsd.training.load_data import load_data
+from opsd.training.load_data import fitting_data, load_data
 from opsd.training.preflight import check_disk_space, check_launcher, check_machine
 from opsd.training.trainer import OPSDTrainer
 
@@ -90,7 +87,8 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
             server = processes.together(lambda: training_server(config))
     if is_graded(config):
         processes.together(lambda: check_verifier(config.loss.reward))
-    rows, held_out = processes.together(lambda: load_data(config))
+    with display.stage(f"Read {config.data.source}"):
+        rows, held_out = processes.together(lambda: load_data(config))
     problems = {"data.source": rows, "eval.source": held_out}
     processes.once(lambda: check_problems(directory, problems, checkpoint))
     processes.together(lambda: check_teacher(config))
@@ -163,10 +161,7 @@ def run(
         model = add_adapters(model, config.model)
         display.note(f"Adapters: {trainable(model):.2%} of the parameters train")
     limit = window(model.config)
-    rows = fitting_rows(rows, prompts, config, limit, display.note)
-    held_out = fitting_held_out(held_out, prompts, config, limit, display.note)
-    if (differ := different_endings(prompts, config)) is not None:
-        display.note(differ)
+    rows, held_out = fitting_data(config, rows, held_out, prompts, limit, display)
     check_disk_space(directory, config, model)
     begun = time.monotonic()
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -186,7 +181,8 @@ def run(
     stops = stop_ids(model, tokenizer)
     longest = None
     if config.rollout.engine == "vllm":
-        longest = longest_sequence([*rows, *held_out], prompts, config)
+        contexts = max(prompts.lengths([*rows, *held_out], "student"), default=0)
+        longest = contexts + max(config.rollout.max_new_tokens, longest_answer(config))
     sampler = make_sampler(config, decoder, stops, dtype, server, longest)
     sampler = DistributedSampler(sampler, processes, whole=inference_copy if split else None)
     checkpoint_activations(config, model)
@@ -200,7 +196,7 @@ def run(
         reward_function = RewardFunction(
             config.loss.reward, tokenizer, verifier, config.rollout.max_new_tokens
         )
-    teacher_role = shown_role(config, prompts)  # what a report's completions are held against
+    teacher_role = held_out_teacher_role(config)  # what a report's completions are held against
     engine = config.rollout.engine if config.rollout.engine in SAMPLERS else "generate"
     test = HeldOut(held_out, prompts, grader, evaluation_sampling(config), engine, processes)
     curve = LearningCurve(

@@ -9,10 +9,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from opsd.common.errors import UserError
-from opsd.config.load import parse_config
 from opsd.config.loss import LossSection
 from opsd.config.sections import PromptsSection
-from opsd.data.length_filter import different_endings
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
 from opsd.objectives import OPSD, Problem, Totals
@@ -215,14 +213,13 @@ def test_the_first_token_after_a_thinking_tag_is_judged_alike_in_both_roles(chat
 
 def test_roles_that_begin_differently_are_told_and_can_be_prefilled(thinking):
     chat = {"student_chat": {"enable_thinking": False}, "teacher_chat": {"enable_thinking": True}}
-    config = parse_config({"model": {"path": "m"}, "data": {"source": "d.jsonl"}})
     made = prompts(thinking, **chat)
-    told = different_endings(made, config)
+    told = made.different_endings()
     assert (
         "'<|end|><|assistant|>\\n<think>\\n\\n</think>\\n\\n'" in told and "teacher_prefill" in told
     )
     filled = prompts(thinking, **chat, teacher_prefill="<think>\n\n</think>\n\n")
-    assert different_endings(filled, config) is None
+    assert filled.different_endings() is None
     context = filled.context(ROW)
     assert context.student[-5:] == context.teacher[-5:] and thinking.decode(
         context.teacher
