@@ -1,10 +1,13 @@
 """Problems with their solutions and answers, from wherever they are kept.
 
 A source is one of
-- a .jsonl, .json or .parquet file,
+- a file of JSON lines, JSON, CSV, TSV or parquet (`files.py`),
 - a directory saved by `datasets` (with or without splits),
 - `reasoning_gym:<task>`, problems drawn without end by that library,
-- the name of a dataset on the Hugging Face hub, `owner/name`.
+- the name of a dataset on the Hugging Face hub, `owner/name`,
+- in Python, a list of dicts or a `datasets.Dataset`.
+
+A row may hold a chat instead of a problem and a solution (`chats.py`).
 
 What is wrong with a source is a UserError that names the field (`data.columns`, say), what it was
 and what it may be. Heavy libraries are imported by the functions that need them.
@@ -13,15 +16,16 @@ and what it may be. Heavy libraries are imported by the functions that need them
 from __future__ import annotations
 
 import difflib
+import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from opsd.common.errors import UserError
 from opsd.data.boxed import last_boxed
-from opsd.data.sources import DEFAULT_DRAW, REASONING_GYM, _check_names, _draw, _kind, _stored
+from opsd.data.chats import CHAT_COLUMNS, Chat, last_answer, read_chat
+from opsd.data.sources import DEFAULT_DRAW, REASONING_GYM, check_names, draw, kind_of, stored
 
 COLUMNS = ("problem", "solution", "answer")
 
@@ -39,10 +43,15 @@ class Row:
     solution: str
     answer: str
     columns: dict[str, Any]
+    history: tuple[dict[str, str], ...] = ()  # messages of its chat before the problem
+
+
+class IncompleteRowError(UserError):
+    """A row lacks the text of a column that is required."""
 
 
 def load_rows(
-    source: str,
+    source: str | Iterable[Mapping[str, Any]],
     *,
     columns: Mapping[str, str] | None = None,
     split: str = "train",
@@ -52,14 +61,18 @@ def load_rows(
     options: Mapping[str, Any] | None = None,
     require: Sequence[str] = COLUMNS,
     section: str = "data",
+    skip_incomplete: bool = False,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """The rows of a source, in its order.
 
-    source: a .jsonl, .json or .parquet file, a directory saved by `datasets`, a hub name, or
-        reasoning_gym:<task>.
+    source: a file, a directory saved by `datasets`, a hub name, reasoning_gym:<task>, or the
+        records themselves.
     columns: our name → theirs, for any of problem, solution, answer; `metadata.answer_cot` reaches
-        into nested columns. What it leaves out has its own name, but in reasoning_gym `question`,
-        `answer` and `metadata.answer_cot`.
+        into nested columns, `messages.0.content` into lists. What it leaves out has its own name,
+        but in reasoning_gym `question`, `answer` and `metadata.answer_cot`. A column that holds a
+        chat gives its last user message as the problem, the assistant's as the solution; without a
+        column `problem`, `messages`, `conversations` and `prompt` are looked at.
     split: of sources that have splits; files and reasoning_gym have none.
     limit: at most so many rows.
     seed, size: for reasoning_gym, which draws `size` problems (default 1000, or `limit`) from
@@ -67,8 +80,11 @@ def load_rows(
         split_rows.
     options: for reasoning_gym the task's own options; for the hub `name` (configuration) and
         `revision`.
-    require: the columns that each row must have, with some text in it. An integer answer will do.
+    require: the columns that each row must have, with some text in it. A number will do for an
+        answer; 8.0 is 8, as in a column of whole numbers that may be null.
     section: the section of the configuration that error messages name.
+    skip_incomplete: leave out rows without a required text, and count them by `note`; or else the
+        first of them is an error.
 
     Raises UserError for a source that is not there, rows without a required column, no rows.
 
@@ -78,13 +94,16 @@ def load_rows(
     '4'
     """
     columns, options = dict(columns or {}), dict(options or {})
-    _check_names(f"{section}.columns", columns, COLUMNS)
+    check_names(f"{section}.columns", columns, COLUMNS)
     for field, value in (("limit", limit), ("size", size)):
         if value is not None and value < 1:
             raise UserError(f"{section}.{field}: {value!r} is not a positive number")
-    if source.startswith(REASONING_GYM):
+    if not isinstance(source, str):
+        theirs = {name: name for name in COLUMNS}
+        raw, source = source, f"the {type(source).__name__} that was given"
+    elif source.startswith(REASONING_GYM):
         theirs = {"problem": "question", "answer": "answer", "solution": "metadata.answer_cot"}
-        raw = _draw(source, size or limit or DEFAULT_DRAW, seed, options, section)
+        raw = draw(source, size or limit or DEFAULT_DRAW, seed, options, section)
     else:
         theirs = {name: name for name in COLUMNS}
         if size is not None:
@@ -92,15 +111,27 @@ def load_rows(
                 f"{section}.size: only reasoning_gym draws a number of problems; for {source!r} "
                 "use `limit`"
             )
-        raw = _stored(source, split, options, section)
+        raw = stored(source, split, options, section)
     theirs |= columns
-    must = {*require, *columns}
-    rows = [
-        _row(record, number, theirs, must, source, section)
-        for number, record in enumerate(islice(raw, limit), start=1)
-    ]
+    reader = _Reader(theirs, frozenset(columns), frozenset(require), source, section)
+    rows: list[Row] = []
+    incomplete: list[IncompleteRowError] = []
+    for number, record in enumerate(raw, start=1):
+        try:
+            rows.append(reader.row(record, number))
+        except IncompleteRowError as error:
+            if not skip_incomplete:
+                raise
+            incomplete.append(error)
+        if limit is not None and len(rows) == limit:
+            break
     if not rows:
-        raise UserError(f"{section}.source: {source!r} has no rows")
+        raise (
+            incomplete[0] if incomplete else UserError(f"{section}.source: {source!r} has no rows")
+        )
+    if incomplete:
+        said = str(incomplete[0]).removeprefix(f"{section}.source: ")
+        note(f"{len(incomplete)} rows are left out as incomplete; the first: {said}")
     return rows
 
 
@@ -112,57 +143,108 @@ def split_rows(rows: Sequence[Row], heldout: int, seed: int) -> tuple[list[Row],
     """
     first: dict[str, int] = {}
     for index, row in enumerate(rows):
-        first.setdefault(_same(row.problem), index)
+        first.setdefault(same_problem(row.problem), index)
     if not 0 <= heldout < len(first):
         raise UserError(
             f"eval.problems: {heldout} held-out problems cannot be taken from data with "
             f"{len(first)} distinct problems (0 to {len(first) - 1} can)"
         )
     chosen = set(random.Random(seed).sample(list(first), heldout))
-    kept = [row for row in rows if _same(row.problem) not in chosen]
+    kept = [row for row in rows if same_problem(row.problem) not in chosen]
     return kept, [rows[index] for problem, index in first.items() if problem in chosen]
 
 
-def _same(problem: str) -> str:
+def same_problem(problem: str) -> str:
+    """The text by which two problems are one: white space and case make no difference."""
     return " ".join(problem.split()).casefold()
 
 
-# --- from a record to a row ---------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Reader:
+    """Makes rows of a source's records.
 
+    theirs: our column → the source's. mapped: those that the user has named; the first row must
+    have them, so that a wrong name is told. required: those that each row must have text in.
+    """
 
-def _row(
-    record: Any,
-    number: int,
-    theirs: Mapping[str, str],
-    must: set[str],
-    source: str,
-    section: str,
-) -> Row:
-    where = f"{section}.source: row {number} of {source!r}"
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is {_kind(record)}, not an object with columns")
-    values = {}
-    for name in COLUMNS:
-        column = theirs[name]
-        found, value = _reach(record, column)
-        if isinstance(value, int) and not isinstance(value, bool) and name == "answer":
-            value = str(value)
+    theirs: Mapping[str, str]
+    mapped: frozenset[str]
+    required: frozenset[str]
+    source: str
+    section: str
+
+    def row(self, record: Any, number: int) -> Row:
+        """The row of a record, the `number`-th. Raises UserError."""
+        where = f"{self.section}.source: row {number} of {self.source!r}"
+        if not isinstance(record, Mapping):
+            raise UserError(f"{where} is {kind_of(record)}, not an object with columns")
+        record = dict(record)
+        history: tuple[dict[str, str], ...] = ()
+        found = {name: _reach(record, column) for name, column in self.theirs.items()}
+        chat = self._chat(record, found["problem"])
+        if chat is not None:
+            history, found["problem"] = chat.history, (True, chat.problem)
+            if not found["solution"][0] and "solution" not in self.mapped:
+                said = chat.solution or last_answer(record.get("completion"))
+                found["solution"] = (said is not None, said)
+        values = {name: self._text(name, *found[name], record, number, where) for name in COLUMNS}
+        values["answer"] = _final_answer(values["answer"])
+        if "answer" in self.required and not values["answer"]:
+            column = self.theirs["answer"]
+            raise IncompleteRowError(f"{where}: column {column!r} (answer) names no final answer")
+        return Row(**values, columns=record, history=history)
+
+    def _chat(self, record: dict[str, Any], problem: tuple[bool, Any]) -> Chat | None:
+        found, value = problem
+        if found:
+            return read_chat(value)
+        if "problem" in self.mapped:
+            return None
+        chats = (read_chat(record.get(name)) for name in (*CHAT_COLUMNS, "prompt"))
+        return next((chat for chat in chats if chat is not None), None)
+
+    def _text(
+        self, name: str, found: bool, value: Any, record: dict, number: int, where: str
+    ) -> str:
+        """A column's text; "" where it has none and needs none."""
+        column, required = self.theirs[name], name in self.required
+        if name == "answer":
+            value = _number_as_text(value)
+        elif name == "solution" and isinstance(value, list):
+            value = last_answer(value) or value
+        if not found and (required or (name in self.mapped and number == 1)):
+            raise IncompleteRowError(self._missing(name, record, number))
         text = isinstance(value, str) and value.strip() != ""
-        if name in must and not text:
-            if not found:
-                raise UserError(_missing_column(name, column, record, number, source, section))
-            problem = "empty" if value is None or isinstance(value, str) else _kind(value)
-            raise UserError(f"{where} has no text in column {column!r} ({name}): it is {problem}")
+        if required and not text:
+            problem = "empty" if value is None or isinstance(value, str) else kind_of(value)
+            raise IncompleteRowError(
+                f"{where} has no text in column {column!r} ({name}): it is {problem}"
+            )
         if text and not value.isascii() and _has_half_pair(value):
             raise UserError(
                 f"{where}: column {column!r} ({name}) holds half of a surrogate pair, which is no "
                 "character and cannot be tokenised"
             )
-        values[name] = value if text else ""
-    values["answer"] = _final_answer(values["answer"])
-    if "answer" in must and not values["answer"]:
-        raise UserError(f"{where}: column {theirs['answer']!r} (answer) names no final answer")
-    return Row(**values, columns=record)
+        return value if text else ""
+
+    def _missing(self, name: str, record: dict, number: int) -> str:
+        column, present = self.theirs[name], list(_paths(record))
+        near = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        named = "" if number == 1 else f"row {number} of "
+        return (
+            f"{self.section}.columns.{name}: {named}{self.source!r} has no column "
+            f"{column!r}{hint}; it has {', '.join(map(repr, present)) or 'none'}"
+        )
+
+
+def _number_as_text(value: Any) -> Any:
+    """A number as its answer is written: 8.0 is 8; other values as they are."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
+    return str(value) if isinstance(value, int) else value
 
 
 def _has_half_pair(text: str) -> bool:
@@ -177,13 +259,18 @@ def _final_answer(answer: str) -> str:
 
 
 def _reach(record: Any, column: str) -> tuple[bool, Any]:
-    """(whether it is there, the value) of a column whose name may reach inside with dots."""
+    """(whether it is there, the value) of a column whose name may reach inside with dots, and by
+    numbers into lists: -1 is a list's last."""
     if isinstance(record, dict) and column in record:
         return True, record[column]
     head, dot, rest = column.partition(".")
-    if not dot:
-        return False, None
-    if isinstance(record, dict) and head in record:
+    if isinstance(record, list):
+        try:
+            inside = record[int(head)]
+        except (ValueError, IndexError):
+            return False, None
+        return _reach(inside, rest) if dot else (True, inside)
+    if dot and isinstance(record, dict) and head in record:
         return _reach(record[head], rest)
     return False, None
 
@@ -193,22 +280,3 @@ def _paths(record: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _paths(value, f"{prefix}{key}.")
-
-
-def _missing_column(
-    name: str, column: str, record: dict, number: int, source: str, section: str
-) -> str:
-    present = list(_paths(record))
-    near = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    named = "" if number == 1 else f"row {number} of "
-    return (
-        f"{section}.columns.{name}: {named}{source!r} has no column {column!r}{hint}; "
-        f"it has {', '.join(map(repr, present)) or 'none'}"
-    )
-
-
-# --- stored data --------------------------------------------------------------------------------
-
-
-# --- reasoning_gym ------------------------------------------------------------------------------

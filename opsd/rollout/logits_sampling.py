@@ -13,6 +13,18 @@ from transformers import (
 from opsd.rollout.base import Sampling
 
 
+def warpers(sampling: Sampling) -> LogitsProcessorList:
+    """transformers' own: temperature, top-k, top-p, in this order. -inf: never drawn."""
+    found = LogitsProcessorList()
+    if sampling.temperature != 1:
+        found.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        found.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        found.append(TopPLogitsWarper(sampling.top_p))
+    return found
+
+
 class Within(LogitsProcessor):
     """No token beyond a vocabulary, for models whose head is padded further than the student's."""
 
@@ -35,13 +47,7 @@ class Draw(LogitsProcessor):
     """
 
     def __init__(self, sampling: Sampling):
-        self.warpers = LogitsProcessorList()
-        if sampling.temperature != 1:
-            self.warpers.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k:
-            self.warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+        self.warpers = warpers(sampling)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores [B, V] → the same shape, 0 at the drawn tokens and -inf elsewhere."""

@@ -107,14 +107,14 @@ def test_bad_files(tmp_path):
     (tmp_path / "a.json").write_text('[{"problem": "p"}, ')
     (tmp_path / "b.json").write_text('{\n"data": []\n}')
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
-    (tmp_path / "a.csv").write_text("problem\np\n")
+    (tmp_path / "a.csv").write_text("problem,\np,q\n")
     (tmp_path / "folder").mkdir()
     for name, message in [
         ("a.jsonl", "not UTF-8"),
         ("a.json", "not valid JSON"),
-        ("b.json", "line 1 of .* or one list of objects"),
+        ("b.json", "holds 'data': expected one JSON object a line"),
         ("a.parquet", "cannot be read as parquet"),
-        ("a.csv", r"not a \.jsonl, \.json, \.parquet file"),
+        ("a.csv", "its first line must name the columns"),
         ("folder", "not saved by `datasets`"),
         ("absent.jsonl", "no file or directory"),
         ("absent/folder", "no file or directory"),

@@ -1,0 +1,217 @@
+"""The model's chat template: what one role's context is, where its turn ends, what a target is.
+
+Nothing here is built by hand. The chat is rendered with and without an answer, and what stands
+between the two is what the assistant's turn adds. A target is cut from the tokens of the whole
+chat, so that it begins with the token that the model would write there.
+"""
+
+import datetime
+import re
+from functools import cached_property
+from typing import Any
+
+from jinja2 import Environment
+from transformers import PreTrainedTokenizerBase
+
+from opsd.common.errors import UserError
+
+Message = dict[str, Any]
+
+PROBE = "\u2042probe\u2042"
+"""A text that no template writes by itself."""
+
+_CLOSED_THOUGHT = re.compile(r"(</[a-z_:]*think[a-z_]*>|\[/THINK\])\s*$", re.IGNORECASE)
+_OPEN_TAG = re.compile(r"<([a-z_:]*think[a-z_]*)>|\[(THINK)\]", re.IGNORECASE)
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, as one role uses it.
+
+    Args:
+        tokenizer: the model's.
+        arguments: the role's own arguments of the template, such as enable_thinking.
+        prefill: text that the role's answer starts with.
+        date: what the template is told when it asks for today's date; None: today.
+
+    Raises UserError where there is no template, or it leaves the message out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: dict[str, Any] | None = None,
+        prefill: str = "",
+        date: datetime.date | None = None,
+    ):
+        if not tokenizer.chat_template:
+            raise UserError(
+                "model.path has a tokenizer without a chat template: use an instruction-tuned "
+                "model, or add a chat_template.jinja to its directory"
+            )
+        self.tokenizer, self.arguments, self.prefill = tokenizer, dict(arguments or {}), prefill
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            self.arguments |= _dated(template, date or datetime.date.today())
+        # Templates of multimodal models walk over a list of parts, and over the characters of a
+        # plain string, which they drop.
+        self.in_parts = False
+        if PROBE not in self._render([self._message("user", PROBE)], True):
+            self.in_parts = True
+            if PROBE not in self._render([self._message("user", PROBE)], True):
+                raise UserError(
+                    "model.path has a chat template that leaves the user's message out: give it "
+                    "one that writes it (chat_template.jinja in the model's directory)"
+                )
+
+    def context(self, message: str, system: str | None = None) -> str:
+        """The text that the role's answer follows, with its prefill."""
+        return self._render(self._messages(message, system), True) + self.prefill
+
+    def context_ids(self, message: str, system: str | None = None) -> list[int]:
+        """The tokens of `context`."""
+        return self.ids(self.context(message, system))
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a rendered chat, which holds its special tokens already."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def target_ids(self, message: str, answer: str, system: str | None = None) -> list[int]:
+        """The tokens that follow `context_ids` where the assistant answers with `answer`.
+
+        They are what the template writes for that turn, up to the token that ends it. Where the
+        context closes an empty thought itself, the answer's own thought is left out.
+        """
+        messages = self._messages(message, system)
+        context = self.context(message, system)
+        if closed := _CLOSED_THOUGHT.search(context):  # such as enable_thinking: false
+            answer = answer.rpartition(closed.group().strip())[2].lstrip("\n")
+        target = self._target(messages, context, answer)
+        token = self.turn_end[1]
+        tail = [] if token is not None else [self.tokenizer.eos_token_id]
+        return [*_continuation(self.tokenizer, context, target), *tail]
+
+    @cached_property
+    def turn_end(self) -> tuple[str, int | None]:
+        """What the template writes after an answer, up to the special token that ends the turn, and
+        that token; ("", None) where it writes none, and the tokenizer's EOS has to do."""
+        chat = self._render([self._message("user", "?"), self._message("assistant", PROBE)], False)
+        after = chat.rpartition(PROBE)[2]
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = [(token.content, i) for i, token in added if token.content.strip()]
+        found = [(after.find(text), -len(text), text, i) for text, i in special if text in after]
+        if not found or PROBE not in chat:
+            return "", None
+        place, _, text, token = min(found)
+        return after[: place + len(text)], token
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """The token that ends the assistant's turn; empty where the template writes none."""
+        token = self.turn_end[1]
+        return frozenset() if token is None else frozenset([token])
+
+    def _target(self, messages: list[Message], context: str, answer: str) -> str:
+        """The text that follows `context`: the answer as the template writes it, and its end."""
+        end = self.turn_end[0]
+        whole = self._render([*messages, self._message("assistant", self.prefill + answer)], False)
+        if whole.startswith(context):
+            written, closed, _ = (
+                whole[len(context) :].rpartition(end)
+                if end
+                else (whole[len(context) :].rstrip(), "", "")
+            )
+            if (closed or not end) and answer.strip() in written:
+                return written + end
+        # The generation prompt is not how the template writes the turn afterwards: it opens a
+        # thought, or the template drops the answer's. The target follows what was opened.
+        answer = answer.strip()
+        tag = open_thought(context)
+        if tag is None:
+            return answer + end
+        opening, closing = tag
+        answer = answer.removeprefix(opening).removeprefix("\n")
+        if closing not in answer:
+            answer = f"\n{closing}\n\n{answer}"
+        return answer + end
+
+    def _messages(self, message: str, system: str | None) -> list[Message]:
+        messages = [] if system is None else [self._message("system", system)]
+        return [*messages, self._message("user", message)]
+
+    def _message(self, role: str, text: str) -> Message:
+        return {
+            "role": role,
+            "content": [{"type": "text", "text": text}] if self.in_parts else text,
+        }
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.arguments,
+            )
+        except (
+            Exception
+        ) as error:  # such as one that takes no system message; it can raise anything
+            raise UserError(f"model.path has a chat template that refuses: {error}") from None
+
+
+def open_thought(text: str) -> tuple[str, str] | None:
+    """The tags of the thought that `text` leaves open, as ("<think>", "</think>"); None: none.
+
+    >>> open_thought("<|im_start|>assistant\\n<think>\\n")
+    ('<think>', '</think>')
+    >>> open_thought("<think>\\n\\n</think>\\n\\n") is None
+    True
+    """
+    tags = list(_OPEN_TAG.finditer(text))
+    if not tags:
+        return None
+    opening = tags[-1].group()
+    closing = f"{opening[0]}/{opening[1:]}"
+    # Only what the text ends with counts: a problem may talk about such tags.
+    rest = text[tags[-1].end() :]
+    return None if rest.strip() else (opening, closing)
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, context: str, target: str) -> list[int]:
+    """The tokens of `target` after those of `context`, as they are in the whole text."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    first, whole = ids(context), ids(context + target)
+    if whole[: len(first)] == first:
+        return whole[len(first) :]
+    # A token of the whole text reaches over the border, which a rollout never has: it follows the
+    # context's own tokens. SentencePiece's puts a space before a text's first word: an anchor
+    # stands there instead.
+    wanted = tokenizer.decode(whole)
+    for anchor in ("\n", ".", "a", ""):
+        start, found = ids(anchor), ids(anchor + target)
+        rest = found[len(start) :]
+        if found[: len(start)] == start and tokenizer.decode([*first, *rest]) == wanted:
+            return rest
+    raise UserError(
+        "model.path has a tokenizer that joins a context's last characters and an answer's first: "
+        f"{(context[-20:] + target[:20])!r} cannot be split there; change the prompt's end"
+    )
+
+
+def _dated(template: str, date: datetime.date) -> dict[str, Any]:
+    """Arguments that make a template write this date.
+
+    transformers hands templates a clock of its own, and lets plain data through only: a macro of
+    the clock's name answers from a table of the formats that stand in the template.
+    """
+    texts = (value for _, kind, value in Environment().lex(template) if kind == "string")
+    formats = {text[1:-1] for text in texts if "%" in text}
+    macro = (
+        "{%- macro strftime_now(format) -%}{{ dates_of_this_run[format] }}{%- endmacro -%}{{ '' }}"
+    )
+    return {
+        "chat_template": macro + template,
+        "dates_of_this_run": {text: date.strftime(text) for text in formats},
+    }

@@ -1,0 +1,168 @@
+"""Records from a file: JSON lines, JSON, CSV, TSV or parquet, plain or gzipped.
+
+What is wrong with a file is a UserError that names the section's `source`, the file and the line.
+"""
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from opsd.common.errors import UserError
+
+LINES = (".jsonl", ".ndjson")
+TABLES = {".csv": ",", ".tsv": "\t"}
+FILE_TYPES = (*LINES, ".json", *TABLES, ".parquet")
+
+
+def file_type(path: Path) -> str | None:
+    """The file's type, ".csv" of rows.csv.gz too; None where it is none that can be read."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+        if suffixes[-1:] == [".parquet"]:
+            return None
+    return suffixes[-1] if suffixes and suffixes[-1] in FILE_TYPES else None
+
+
+def read_file(path: Path, section: str) -> Iterator[Any]:
+    """The records of a file of a known type, in its order."""
+    kind = file_type(path)
+    if kind == ".parquet":
+        yield from _parquet(path, section)
+        return
+    where = f"{section}.source: {str(path)!r}"
+    try:
+        with _open(path) as file:
+            if kind in TABLES:
+                yield from _table(file, TABLES[kind], where)
+            else:
+                yield from _json(file, kind == ".json", where)
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text: {error}") from error
+    except (OSError, EOFError) as error:
+        raise UserError(f"{where} cannot be read: {error}") from error
+
+
+def _open(path: Path) -> TextIO:
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _json(file: TextIO, one_value: bool, where: str) -> Iterator[Any]:
+    """Objects one a line; of a .json file also one list of them, alone or under a key."""
+    if one_value:
+        first = next((line for line in file if line.strip()), "")
+        more = any(line.strip() for line in file)
+        file.seek(0)
+        if not _is_record(first, alone=not more):
+            yield from _list(_value(file.read(), where), where)
+            return
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield _line(line, number, one_value, where)
+
+
+def _is_record(line: str, alone: bool) -> bool:
+    """Whether a file's first line is a record by itself, and not a list, or a part of one value."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    if isinstance(value, list):
+        return False
+    # An object that stands alone may hold the list of records.
+    return not alone or _listed(value) is None
+
+
+def _value(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where} is not valid JSON ({error}); expected one JSON object a line, or one list of "
+            "objects, alone or under a key"
+        ) from error
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    found = _listed(value)
+    if found is None:
+        keys = ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
+        raise UserError(
+            f"{where} holds {keys}: expected one JSON object a line, or one list of objects, alone "
+            "or under a key"
+        )
+    return found
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """The one list of objects that an object holds; None where it holds none, or several."""
+    if not isinstance(value, dict):
+        return None
+    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    # A chat's messages are such a list too, and belong to one row.
+    return lists[0] if len(lists) == 1 and not _is_chat(lists[0][0]) else None
+
+
+def _is_chat(message: dict) -> bool:
+    return {"role", "content"} <= message.keys() or {"from", "value"} <= message.keys()
+
+
+def _line(line: str, number: int, one_value: bool, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        expected = "one JSON object a line"
+        if one_value:
+            expected += ", or one list of objects, alone or under a key"
+        raise UserError(
+            f"{where.replace(': ', f': line {number} of ', 1)} is not valid JSON ({error.msg} at "
+            f"column {error.colno}); expected {expected}"
+        ) from error
+    except (ValueError, RecursionError) as error:  # an endless number, or nesting without end
+        raise UserError(
+            f"{where.replace(': ', f': line {number} of ', 1)} cannot be read ({error})"
+        ) from error
+
+
+def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]:
+    """Rows under the names of the first line. All values are text."""
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    try:
+        names = next(reader, [])
+        if len(set(names)) != len(names) or "" in [name.strip() for name in names]:
+            raise UserError(f"{where}: its first line must name the columns, each once: {names}")
+        for values in reader:
+            if not values:
+                continue
+            if len(values) != len(names):
+                raise UserError(
+                    f"{where}: line {reader.line_num} has {len(values)} fields, and the first line "
+                    f"names {len(names)} columns (text with {delimiter!r} or a line's end must be "
+                    "quoted)"
+                )
+            yield dict(zip(names, values, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{where}: line {reader.line_num} cannot be read ({error})") from error
+
+
+def _parquet(path: Path, section: str) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{section}.source: {str(path)!r} cannot be read as parquet: {error}"
+        ) from error

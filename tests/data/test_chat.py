@@ -1,0 +1,115 @@
+"""The chat template: turns, targets and stops of the families that people train."""
+
+import datetime
+
+import pytest
+from helpers.chat_templates import ANSWER, CHATML, FAMILIES, IM, PARTS, Family, make_tokenizer
+
+from opsd.common.errors import UserError
+from opsd.data.chat import ChatTemplate, open_thought
+
+QUESTION = "What is 1 + 2?"
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+def chat_of(family, **more):
+    return ChatTemplate(make_tokenizer(family), family.arguments, **more)
+
+
+@every_family
+def test_a_target_is_what_the_template_writes(family):
+    chat, tokenizer = chat_of(family), make_tokenizer(family)
+    context, target = chat.context_ids(QUESTION), chat.target_ids(QUESTION, ANSWER)
+    decoded = tokenizer.decode(context)
+    assert QUESTION in decoded and decoded.endswith(family.given)
+    end = family.end or family.eos
+    after = tokenizer.decode([*context, *target]).removeprefix(decoded)
+    assert after == family.before.removeprefix(family.given) + ANSWER + end
+    assert target[-1] == tokenizer.convert_tokens_to_ids(family.stop or family.eos)
+
+
+@every_family
+def test_the_target_has_the_tokens_of_the_whole_chat(family):
+    """Where the template writes the generation prompt into a finished chat as it is."""
+    chat, tokenizer = chat_of(family), make_tokenizer(family)
+    message, answer = chat._message("user", QUESTION), chat._message("assistant", ANSWER)
+    whole = tokenizer.apply_chat_template(
+        [message, answer],
+        tokenize=False,
+        **family.arguments,
+        **({} if "chat_template" not in chat.arguments else chat.arguments),
+    )
+    if not whole.startswith(chat.context(QUESTION)) or family.stop is None:
+        pytest.skip("the generation prompt is not a part of the finished chat")
+    ids = tokenizer(whole, add_special_tokens=False).input_ids
+    ours = [*chat.context_ids(QUESTION), *chat.target_ids(QUESTION, ANSWER)]
+    assert ids[: len(ours)] == ours
+
+
+@every_family
+def test_the_turn_ends_where_the_template_ends_it(family):
+    chat, tokenizer = chat_of(family), make_tokenizer(family)
+    stop = family.stop and tokenizer.convert_tokens_to_ids(family.stop)
+    assert chat.stops == (frozenset() if stop is None else {stop})
+
+
+@every_family
+def test_system_messages_stand_or_are_refused(family):
+    chat = chat_of(family)
+    if family.system:
+        assert "Be brief." in chat.context(QUESTION, "Be brief.")
+    else:
+        with pytest.raises(UserError, match="refuses: System role"):
+            chat.context(QUESTION, "Be brief.")
+
+
+@every_family
+def test_an_answer_with_a_thought_keeps_it(family):
+    chat, tokenizer = chat_of(family), make_tokenizer(family)
+    answer = f"<think>\nWe add.\n</think>\n\n{ANSWER}"
+    context = chat.context_ids(QUESTION)
+    text = tokenizer.decode([*context, *chat.target_ids(QUESTION, answer)])
+    after = text[text.index(QUESTION) :]
+    assert after.count("<think>") == after.count("</think>") == 1
+    if "</think>" in family.given:  # the context has said that there is no thought
+        assert "We add." not in after
+        return
+    assert "We add." in after and after.index("</think>") < after.index(ANSWER)
+
+
+def test_a_prefill_is_no_part_of_the_target():
+    family = FAMILIES[0]
+    tokenizer, chat = make_tokenizer(family), chat_of(family, prefill="So ")
+    context = chat.context_ids(QUESTION)
+    assert tokenizer.decode(context).endswith("assistant\nSo ")
+    target = chat.target_ids(QUESTION, "1 + 2 is 3.")
+    assert tokenizer.decode([*context, *target]).endswith("assistant\nSo 1 + 2 is 3.<|im_end|>")
+
+
+def test_a_template_without_the_message_is_refused():
+    family = Family("empty", "{{ 'Hello' }}", IM, "<|im_end|>", "", "", "", None)
+    with pytest.raises(UserError, match="leaves the user's message out"):
+        chat_of(family)
+
+
+def test_parts_are_given_where_a_template_wants_them():
+    family = next(family for family in FAMILIES if family.template == PARTS)
+    plain = next(family for family in FAMILIES if family.template == CHATML)
+    assert chat_of(family).context(QUESTION) == chat_of(plain).context(QUESTION)
+
+
+def test_the_date_is_the_one_given():
+    family = next(family for family in FAMILIES if family.name == "Llama 3")
+    day = datetime.date(2025, 2, 3)
+    assert "Today Date: 03 Feb 2025" in chat_of(family, date=day).context(QUESTION)
+    today = datetime.date.today().strftime("Today Date: %d %b %Y")
+    assert today in chat_of(family).context(QUESTION)
+    plain = make_tokenizer(family).apply_chat_template(
+        [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat_of(family).context(QUESTION) == plain
+
+
+def test_a_problem_that_talks_of_tags_opens_no_thought():
+    assert open_thought("What does <think> mean?<|im_end|>\n<|im_start|>assistant\n") is None
+    assert open_thought("[THINK]") == ("[THINK]", "[/THINK]")

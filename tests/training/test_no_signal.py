@@ -1,0 +1,76 @@
+"""A run that learns nothing, or blows up, says so in one line with its likely cause."""
+
+import pytest
+
+from opsd.training.no_signal import NoSignalWatch
+
+HEALTHY = {
+    "method": "opsd",
+    "loss": 0.1,
+    "grad_norm": 0.5,
+    "divergence": 0.1,
+    "student_entropy": 1.0,
+    "truncated_fraction": 0.5,
+}
+GRPO = {**HEALTHY, "method": "grpo", "divergence": None, "informative_groups": 0.5}
+SIGNS = {
+    "equal_rewards": ({**GRPO, "informative_groups": 0, "correct_fraction": 0.0}, "no rollout is"),
+    "zero_gradient": ({**HEALTHY, "grad_norm": 0.0}, "loss.weights"),
+    "zero_divergence": ({**HEALTHY, "divergence": 0.0}, "prompts.teacher"),
+    "all_cut": ({**HEALTHY, "truncated_fraction": 1.0}, "rollout.max_new_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_a_sign_is_told_once_after_some_steps(name):
+    line, cause = SIGNS[name]
+    watch = NoSignalWatch(3)
+    told = [watch(line) for _ in range(6)]
+    assert [set(found) for found in told] == [set(), set(), {name}, set(), set(), set()]
+    assert cause in told[2][name] and told[2][name].endswith("for 3 steps")
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_one_good_step_starts_the_count_again(name):
+    line, _ = SIGNS[name]
+    good = GRPO if line["method"] == "grpo" else HEALTHY
+    watch = NoSignalWatch(3)
+    assert not any(watch(step) for step in [line, line, good, line, line])
+
+
+def test_too_easy_is_told_from_too_hard():
+    watch = NoSignalWatch(1)
+    easy = {**GRPO, "informative_groups": 0, "correct_fraction": 1.0}
+    assert "too easy" in watch(easy)["equal_rewards"]
+
+
+def test_a_rate_that_is_too_high_is_seen_in_the_divergence():
+    """The shape of a run at a rate of 5: from 1.9e-4 to 1 124 in six steps."""
+    watch = NoSignalWatch(5)
+    values = [1.9e-4, 0.8, 42.0, 310.0, 700.0, 1124.0]
+    told = [watch({**HEALTHY, "divergence": value}) for value in values]
+    assert [list(found) for found in told] == [[], [], ["rising_divergence"], [], [], []]
+    assert "train.learning_rate" in told[2]["rising_divergence"]
+
+
+def test_sfts_loss_counts_and_a_policy_gradients_does_not():
+    sft = {"method": "sft", "divergence": None, "grad_norm": 1.0}
+    watch = NoSignalWatch(5)
+    watch({**sft, "loss": 1.2})
+    assert "rising_loss" in watch({**sft, "loss": 9.0})
+    watch = NoSignalWatch(5)
+    watch({**GRPO, "loss": 0.0})
+    assert not watch({**GRPO, "loss": 9.0})
+
+
+def test_a_healthy_run_and_one_without_patience_say_nothing():
+    watch = NoSignalWatch(2)
+    assert not any(watch(step) for step in [HEALTHY, GRPO] * 5)
+    silent = NoSignalWatch(0)
+    assert not any(silent(SIGNS["all_cut"][0]) for _ in range(9))
+
+
+def test_a_resumed_run_says_nothing_twice():
+    line, _ = SIGNS["all_cut"]
+    assert not NoSignalWatch(3, [line] * 3)(line)
+    assert NoSignalWatch(3, [line] * 2)(line)
