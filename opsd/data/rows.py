@@ -205,9 +205,3 @@ def _missing_column(
         f"{section}.columns.{name}: {named}{source!r} has no column {column!r}{hint}; "
         f"it has {', '.join(map(repr, present)) or 'none'}"
     )
-
-
-# --- stored data --------------------------------------------------------------------------------
-
-
-# --- reasoning_gym ------------------------------------------------------------------------------
