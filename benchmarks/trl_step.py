@@ -321,7 +321,7 @@ def by_opsd(case: Case, directory: Path) -> dict:
     from opsd.config.load import parse_config
     from opsd.data.prompts import Prompts
     from opsd.data.rows import load_rows
-    from opsd.models.load import load_model
+    from opsd.models.load import dtype_of, load_model
     from opsd.models.teacher import make_teacher
     from opsd.objectives.make import make_objective
     from opsd.rollout import Rollout
@@ -364,7 +364,9 @@ def by_opsd(case: Case, directory: Path) -> dict:
         def sample(self, contexts, sampling, progress=None) -> list[Rollout]:
             return [Rollout(ids, False) for ids in replay(contexts)]
 
-    teacher, _ = make_teacher(config, model, tokenizer, model)
+    teacher, _ = make_teacher(
+        config.teacher, config.model, dtype_of(config.train.precision), model, tokenizer, model
+    )
     trainer = OPSDTrainer(
         config,
         model,

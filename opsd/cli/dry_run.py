@@ -44,7 +44,7 @@ def dry_run(config: Config, display: Display) -> None:
     check_directory(config.model)
     student = architecture(config.model)
     tokenizer = load_tokenizer(config.model)
-    check_teacher(config, tokenizer)
+    check_teacher(config.teacher, config.model, tokenizer)
     prompts = Prompts(config.prompts, tokenizer)
     limit = window(student)
     rows, held_out = fitting_data(config, rows, held_out, prompts, limit, display)

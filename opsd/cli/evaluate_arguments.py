@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from opsd.common.errors import UserError
 from opsd.common.urls import check_address
+from opsd.config.names import ENGINES
 from opsd.evaluate.answers import Shard
 
-ENGINES = ("generate", "continuous", "vllm", "vllm_server")
 BATCH = {"generate": 64, "continuous": 64, "vllm": 512, "vllm_server": 512}
 """Answers sampled together, unless told: vLLM decides by itself how many it decodes at once."""
 THINKING = {"on": True, "off": False, "template": None}

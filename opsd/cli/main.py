@@ -13,8 +13,8 @@ from opsd.cli.evaluate_arguments import add_arguments
 from opsd.cli.plan_arguments import add_arguments as add_plan_arguments
 from opsd.cli.plan_arguments import asked
 from opsd.common.errors import UserError, said_elsewhere
+from opsd.config.names import METHODS
 
-METHODS = ("opsd", "grpo", "sft", "distill")
 VOICES = ("words", "own", "terse", "markdown")  # quickstart.chain_sum's, which imports slowly
 
 

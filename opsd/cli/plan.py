@@ -14,9 +14,10 @@ from opsd.common.format import duration, number, size
 from opsd.config.config import Config
 from opsd.config.load import load_config, parse_config, with_overrides
 from opsd.plan.architectures import architecture
+from opsd.plan.gpus import GPUS
 from opsd.plan.memory import Planner
 from opsd.plan.suggestions import fit
-from opsd.plan.time_estimate import GPUS, READING_SHARE, TRAINING_SHARE, plan_work
+from opsd.plan.time_estimate import READING_SHARE, TRAINING_SHARE, plan_work
 from opsd.plan.workload import Lengths, count_tokens, samples
 from opsd.training.micro_batches import stream_tokens
 
@@ -130,14 +131,14 @@ def _show_parts(config, planner, memory, tokens, display) -> None:
     title = "Memory on each" if planner.processes > 1 else "Memory"
     display.table(title, ["part", "size", "when"], rows)
     ratio = tokens.alone / tokens.shared
-    rows = [
+    counts = [
         ("generated", number(tokens.generated)),
         ("trained on", number(tokens.trained)),
         ("run, each rollout with a context of its own", number(tokens.alone)),
         (f"run, contexts shared ({ratio:.2f} times fewer)", number(tokens.shared)),
         ("largest micro-batch, the student's", number(_largest(config, planner))),
     ]
-    display.table("Tokens a step", ["", "tokens"], rows)
+    display.table("Tokens a step", ["", "tokens"], counts)
 
 
 def _record(config, asked, planner, memory, tokens, work, room, changed) -> dict:

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 
 from opsd.common.errors import UserError
+from opsd.plan.gpus import GPUS
 
-GPU_NAMES = ("b200", "h200", "h100", "a100", "a100-40", "l40s", "5090", "4090", "3090", "l4")
 _UNITS = {"GB": 1e9, "GIB": 2**30, "MB": 1e6, "MIB": 2**20}
 
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL_OR_CONFIG", help="a directory, config.json, known name, or .yaml")
     add("overrides", nargs="*", metavar="section.field=value", help="as for opsd train")
-    add("--gpu", metavar="NAME", help=f"{', '.join(GPU_NAMES)}; none: a CPU")
+    add("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}; none: a CPU")
     add("--gpus", type=int, default=1, metavar="N", help="processes, with a GPU each (default: 1)")
     add("--memory", metavar="SIZE", help="what to change to fit into 24GB, say")
     add("--prompt-tokens", type=int, default=200, metavar="N", help="of a problem (default: 200)")
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def asked(parsed: argparse.Namespace) -> Asked:
     """The checked arguments. Raises UserError."""
     gpu = None if parsed.gpu is None else parsed.gpu.lower()
-    if gpu is not None and gpu not in GPU_NAMES:
-        raise UserError(f"--gpu is {parsed.gpu!r}: it must be one of {', '.join(GPU_NAMES)}")
+    if gpu is not None and gpu not in GPUS:
+        raise UserError(f"--gpu is {parsed.gpu!r}: it must be one of {', '.join(GPUS)}")
     for name in ("gpus", "prompt_tokens", "solution_tokens"):
         value = getattr(parsed, name)
         if value < 1:

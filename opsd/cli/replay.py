@@ -15,7 +15,7 @@ from opsd.common.display import Display
 from opsd.common.errors import UserError, in_short
 from opsd.config.load import parse_config
 from opsd.data.prompts import Prompts
-from opsd.models.load import load_model
+from opsd.models.load import dtype_of, load_model
 from opsd.models.lora import add_adapters
 from opsd.models.teacher import make_teacher
 from opsd.objectives import Sample, Totals
@@ -53,10 +53,13 @@ def replay(path: Path, display: Display) -> list[Replayed]:
         raise UserError(f"FILE is {str(path)!r}: not a failed step's ({said})") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with display.stage(f"Load {config.model.path}"):
+        dtype = dtype_of(config.train.precision)
         model, tokenizer = load_model(config.model, device, dtype=weights_dtype(config))
         if config.model.lora is not None:
             model = add_adapters(model, config.model)
-        teacher, average = make_teacher(config, model, tokenizer, model)
+        teacher, average = make_teacher(
+            config.teacher, config.model, dtype, model, tokenizer, model
+        )
         _load(dict(model.named_parameters()), failed["weights"])
         if average is not None:
             _load(average.averages, failed["average"])
@@ -64,10 +67,9 @@ def replay(path: Path, display: Display) -> list[Replayed]:
     prompts = Prompts(config.prompts, tokenizer)
     objective = make_objective(config, scorer, prompts)
     step = OPSDStep(model.train(), objective, share=config.train.share_prefixes)
-    low = config.train.precision == "bf16"
     found = []
     for number, sample in enumerate(samples):
-        with torch.autocast(device, torch.bfloat16, enabled=low):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             found.append(_replayed(step, number, sample))
     rows = [
         [str(r.number), str(r.tokens), f"{r.loss:.4g}", f"{r.gradient:.4g}", r.module or ""]

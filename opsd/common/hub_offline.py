@@ -21,18 +21,18 @@ SECONDS = 4.0
 
 
 def before_asking_hub(name: str) -> None:
-    """To be called before a model or a dataset is looked for by this name: where it is no local
-    path, and the hub does not answer, its client is told so."""
+    """Call before a model or a dataset is loaded by this name. If it is no local path and the hub
+    does not answer, the hub's client is set to offline."""
     if Path(name).expanduser().exists() or constants.HF_HUB_OFFLINE or reachable():
         return
     constants.HF_HUB_OFFLINE = True
-    if "datasets" in sys.modules:  # which has read it already
+    if "datasets" in sys.modules:  # it has copied the setting
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
 @cache
 def reachable() -> bool:
-    """Whether a connection to the hub can be made; a proxy is taken to be one."""
+    """Whether the hub can be connected to; assumed where there is a proxy."""
     if getproxies():
         return True
     address, answered = urlsplit(constants.ENDPOINT), threading.Event()

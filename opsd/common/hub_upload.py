@@ -10,7 +10,7 @@ from opsd.common.errors import UserError
 
 
 def check_hub(repository: str) -> None:
-    """Raises UserError unless the name can be one, and the hub knows who we are."""
+    """Raises UserError unless the name is a valid one and the user is logged in."""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -23,7 +23,7 @@ def check_hub(repository: str) -> None:
             f"output.push_to_hub is {repository!r}: not logged in (hf auth login, or HF_TOKEN): "
             f"{str(error).strip().splitlines()[0]}"
         ) from None
-    except Exception as error:  # of whatever client it uses
+    except Exception as error:  # the HTTP client's own errors
         raise UserError(
             f"output.push_to_hub is {repository!r}: the hub cannot be reached "
             f"({str(error).strip().splitlines()[0]})"

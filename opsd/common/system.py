@@ -13,7 +13,7 @@ PACKAGES = ("opsd", "torch", "transformers", "accelerate", "datasets", "tokenize
 
 
 def versions() -> dict[str, str]:
-    """Python's and our main packages' versions; packages that are not installed are left out."""
+    """The versions of Python and of the main packages that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -45,18 +45,18 @@ def peak_memory() -> int:
 
     if torch.cuda.is_available():
         return max(_earlier_peak, torch.cuda.max_memory_allocated())
-    if sys.platform == "linux":  # where ru_maxrss begins with what the parent held at the fork
+    if sys.platform == "linux":  # ru_maxrss begins with the parent's memory at the fork
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-_earlier_peak = 0  # of the GPU's memory, before it was restarted
+_earlier_peak = 0  # of the GPU's memory, before `restart_peak`
 
 
 def restart_peak() -> None:
-    """Have the GPU's peak counted from now; `peak_memory` remembers what was before."""
+    """Count the GPU's peak from now on; `peak_memory` remembers the earlier one."""
     import torch
 
     global _earlier_peak
@@ -65,14 +65,14 @@ def restart_peak() -> None:
 
 
 def release_memory() -> None:
-    """Collect what nobody refers to any more and give its pages back to the system."""
-    gc.collect()  # Trainer and its callbacks refer to each other
+    """Free unreachable objects and give their pages back to the system."""
+    gc.collect()  # Trainer and its callbacks are a cycle
     trim_heap()
 
 
 def trim_heap() -> None:
-    """Give the pages of the heap's holes back: after training they are gigabytes, and during it
-    they grow by 50 MB a step. Only glibc keeps them.
+    """Give free pages inside the heap back to the system. glibc keeps them: gigabytes after
+    training, 50 MB more with each step.
     """
     trim = _glibc("malloc_trim")
     if trim:
@@ -80,8 +80,8 @@ def trim_heap() -> None:
 
 
 def share_one_heap() -> None:
-    """One heap for all threads, before there are any: autograd's backward thread would have its own
-    in glibc, with its own holes.
+    """One heap for all threads; to be called before there are any. In glibc autograd's backward
+    thread would have its own, with its own free pages.
     """
     mallopt = _glibc("mallopt")
     if mallopt:
@@ -91,7 +91,7 @@ def share_one_heap() -> None:
 def _glibc(name: str):
     if sys.platform != "linux":
         return None
-    return getattr(ctypes.CDLL(None), name, None)  # musl has neither
+    return getattr(ctypes.CDLL(None), name, None)  # musl has no such function
 
 
 def processor() -> tuple[str, frozenset[str]]:

@@ -2,8 +2,8 @@
 
 Jinja's own sandbox keeps a template away from Python's insides, but not from the machine's time and
 memory: `'a' * 10**9`, `9**9**9`, a loop in a loop in a loop. Here everything that a template makes
-is paid for by its size, out of what one filling in may spend. What could be large before it can be
-measured is estimated first.
+costs its size, and one rendering may spend WORK. What could be too large to be made at all is
+estimated first.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import generate_lorem_ipsum
 
 WORK = 20_000_000
-"""What filling in one template may cost: a character or digit 1, an item 10, a call 100."""
+"""What rendering one template may cost: a character or digit 1, an item 10, a call 100."""
 
 ITEM, CALL = 10, 100
 
@@ -27,7 +27,7 @@ MULTIPLIES = frozenset(
     "ljust rjust center zfill expandtabs indent wordwrap batch slice lipsum tojson replace join "
     "translate format format_map pprint".split()
 )
-"""Methods and filters whose result may be as long as the product of what they are given."""
+"""Methods and filters whose result may be as long as the product of their arguments."""
 
 _NUMBER = re.compile(r"\d+")
 
@@ -50,8 +50,8 @@ def _callback(name: str, arguments: list[Any]) -> nodes.Call:
 class Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's sandbox with a bound on what a template may make.
 
-    Strict too, since a misspelt column must not become "". Raises SecurityError, a TemplateError,
-    where the bound is passed.
+    Undefined names are errors, since a misspelt column must not become "". Raises SecurityError, a
+    TemplateError, beyond the bound.
     """
 
     code_generator_class = _Generator
@@ -64,7 +64,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals["lipsum"] = self._paid("lipsum", generate_lorem_ipsum)
 
     def begin(self) -> None:
-        """A template is about to be compiled or filled in: it has all of WORK to spend."""
+        """Call before a template is compiled or rendered: it may spend all of WORK."""
         self._spent.work = 0
 
     def spend(self, work: int) -> None:
@@ -139,7 +139,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._estimate(sizes[-1] * (1 + sum(sizes[:-1])))
 
     def _estimate_format(self, template: str, given: Any) -> None:
-        """Widths stand in the template, or, where it takes them from its values, among these."""
+        """Widths are numbers in the template; `*` or a nested field takes them from the values."""
         width = max((int(digits[:12]) for digits in _NUMBER.findall(template)), default=0)
         if "*" in template or re.search(r":[^}]*\{", template):
             values = given.values() if isinstance(given, Mapping) else given
@@ -156,12 +156,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.spend(self._size(made))
 
     def _shown(self, made: Any) -> Any:
-        """What `{{ }}` is about to write: short lists that hold each other can be long as text."""
+        """What `{{ }}` is about to write. Short lists that hold each other can be long as text."""
         self._pay_for(made)
         return made
 
     def _size(self, made: Any) -> int:
-        """Characters, digits and items of it and of what it holds; each way to a thing counts."""
+        """Its characters, digits and items, with all that it holds, as often as it holds it."""
         if isinstance(made, str):
             return len(made) + ITEM
         total, waiting = 0, [made]
@@ -182,7 +182,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _product(left: Any, right: Any) -> int:
-    """The size of `left * right`, from above."""
+    """An upper bound on the size of `left * right`."""
     if isinstance(left, int) and isinstance(right, int):
         return left.bit_length() + right.bit_length()
     for times, repeated in ((left, right), (right, left)):

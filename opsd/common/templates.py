@@ -8,13 +8,13 @@ from opsd.common.errors import UserError
 from opsd.common.template_sandbox import Sandbox
 
 ROLLOUT_NAMES = frozenset({"rollout", "peers"})
-"""What a template may use beside the row's columns once there are rollouts."""
+"""What a template over rollouts may use beside the row's columns."""
 
 _ENVIRONMENT = Sandbox()
 
 
 def compile_template(name: str, text: str) -> Template:
-    """The template `prompts.<name>`. Raises UserError where it is none."""
+    """The template `prompts.<name>`. Raises UserError for text that is no template."""
     _ENVIRONMENT.begin()
     try:
         return _ENVIRONMENT.from_string(text)
@@ -31,7 +31,7 @@ def fill_in(template: Template, values: dict[str, Any]) -> str:
 
 
 def names(text: str) -> set[str]:
-    """The variables that a template takes from outside; none where it is not a template."""
+    """The variables that a template uses but does not set; none for text that is no template."""
     try:
         return meta.find_undeclared_variables(_ENVIRONMENT.parse(text))
     except (TemplateError, RecursionError, ValueError):
@@ -39,5 +39,5 @@ def names(text: str) -> set[str]:
 
 
 def over_rollouts(text: str) -> bool:
-    """Whether a template needs a problem's rollouts, and so can only be filled in after them."""
+    """Whether a template uses a problem's rollouts, so that it is rendered once they are there."""
     return bool(names(text) & ROLLOUT_NAMES)

@@ -4,7 +4,7 @@ from urllib.parse import urlsplit
 
 
 def check_address(address: str) -> None:
-    """Raises ValueError unless this is the address of a server over HTTP."""
+    """Raises ValueError unless this is an HTTP server's address."""
     parts = urlsplit(address)
     parts.port  # noqa: B018 - raises ValueError for one beyond 65535
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:

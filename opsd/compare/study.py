@@ -27,6 +27,7 @@ from opsd.common.errors import UserError
 from opsd.common.system import usable_cores
 from opsd.config.base import Section
 from opsd.config.load import explain_all, load_config
+from opsd.config.names import Method
 from opsd.config.yaml import read_yaml
 
 Voice = Literal["words", "own", "terse", "markdown"]
@@ -36,7 +37,7 @@ class Study(Section):
     """What a study file says."""
 
     quickstart: Literal["tiny", "smollm2"] = Field(description="Whose task, model and settings.")
-    methods: list[Literal["opsd", "grpo", "sft", "distill"]] = Field(
+    methods: list[Method] = Field(
         ["opsd", "grpo", "sft"], min_length=1, description="What is compared."
     )
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="A run of each method for each.")

@@ -1,6 +1,6 @@
 """Options that do not go together, each refused by its name. Needs no torch.
 
-What one field may be is said by its type, in sections.py; here is what two of them may be at once.
+The fields' types, in sections.py, say what each may be; here is what goes together.
 """
 
 from __future__ import annotations
@@ -8,33 +8,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opsd.common.templates import over_rollouts
+from opsd.config.names import DIVERGENCE_METHODS
 from opsd.config.requirements import is_graded, needs_grades, teaches_over_rollouts
 
 if TYPE_CHECKING:
     from opsd.config.config import Config
 
 USED_BY = {
-    "divergence": ("opsd", "distill"),
-    "beta": ("opsd", "distill"),
-    "temperature": ("opsd", "distill"),
-    "clip": ("opsd", "distill"),
-    "clip_threshold": ("opsd", "distill"),
-    "epsilon": ("opsd", "distill", "grpo"),
-    "epsilon_high": ("opsd", "distill", "grpo"),
+    "divergence": DIVERGENCE_METHODS,
+    "beta": DIVERGENCE_METHODS,
+    "temperature": DIVERGENCE_METHODS,
+    "clip": DIVERGENCE_METHODS,
+    "clip_threshold": DIVERGENCE_METHODS,
+    "epsilon": (*DIVERGENCE_METHODS, "grpo"),
+    "epsilon_high": (*DIVERGENCE_METHODS, "grpo"),
     "kl": ("grpo",),
     "credit": ("grpo",),
     "credit_clip": ("grpo",),
     "credit_steps": ("grpo",),
     "scale_advantages": ("grpo",),
     "roles": ("sft",),
-    "reward": ("opsd", "distill", "grpo"),
-    "importance_bound": ("opsd", "distill", "grpo"),
+    "reward": (*DIVERGENCE_METHODS, "grpo"),
+    "importance_bound": (*DIVERGENCE_METHODS, "grpo"),
 }
-"""The methods that a field of `loss` says something to; those left out concern all."""
+"""Fields of `loss` → the methods that use them. Fields that are not here are used by all."""
 
 
 ZERO_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
-"""Those that treat each number of a weight by itself."""
+"""Optimizers that update each number of a weight independently of the others."""
 
 
 def check(config: Config) -> None:
@@ -69,7 +70,7 @@ def _check_teacher(config: Config) -> None:
             f"teacher.policy is {teacher.policy!r}: distill shows the teacher what the student "
             "sees, so it must be 'model', another model, with teacher.path"
         )
-    if config.rollout.source != "student" and config.method not in ("opsd", "distill"):
+    if config.rollout.source != "student" and config.method not in DIVERGENCE_METHODS:
         raise ValueError(
             f"rollout.source is {config.rollout.source!r}: that is for opsd and distill; "
             f"{config.method} has its own"

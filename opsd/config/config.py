@@ -1,12 +1,11 @@
 """A run's whole config: its sections together."""
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
 from opsd.config import compatibility
 from opsd.config.base import Section
 from opsd.config.loss import LossSection
+from opsd.config.names import Method
 from opsd.config.sections import (
     DataSection,
     EvalSection,
@@ -22,7 +21,7 @@ from opsd.config.sections import (
 class Config(Section):
     """A training run."""
 
-    method: Literal["opsd", "grpo", "sft", "distill"] = Field(
+    method: Method = Field(
         "opsd",
         description="On-policy self-distillation, GRPO, SFT on the solutions, or distillation from "
         "a separate teacher that sees what the student sees.",

@@ -1,6 +1,6 @@
-"""The config's sections on what is learned: the loss, what a token counts in it, and rewards.
+"""The config's sections on what is learnt: the loss, its token weights, and rewards.
 
-As `sections.py`, whose fields' descriptions `opsd train --help` prints as well.
+`opsd train --help` prints the fields' descriptions, as those of `sections.py`.
 """
 
 import re

@@ -1,10 +1,11 @@
-"""What a config asks of its data, and of whom. Needs no torch."""
+"""What follows from a config: which roles, columns, grades and lengths it needs. Needs no torch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from opsd.common.templates import names, over_rollouts
+from opsd.config.names import DIVERGENCE_METHODS
 
 if TYPE_CHECKING:
     from opsd.config.config import Config
@@ -42,7 +43,7 @@ def scores_by_teacher(config: Config) -> bool:
     """Whether training runs a teacher, or a reference."""
     if config.method == "grpo":
         return config.loss.credit > 0 or config.loss.kl > 0
-    return config.method in ("opsd", "distill")
+    return config.method in DIVERGENCE_METHODS
 
 
 def learns_targets(config: Config) -> bool:

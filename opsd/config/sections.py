@@ -1,7 +1,7 @@
 """The sections of a config file: their fields, defaults and own checks, as pydantic models.
 
 A field's description is what `opsd train --help` prints. What two fields may be at once is checked
-in `combinations.py`. Needs no torch, so that a bad file is refused within a second.
+in `compatibility.py`. Needs no torch, so that a bad file is refused within a second.
 """
 
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from opsd.common.urls import check_address
 from opsd.config.base import Section
+from opsd.config.names import Engine
 
 STUDENT_TEMPLATE = (
     "{{ problem }}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -181,7 +182,7 @@ class TeacherSection(Section):
 class RolloutSection(Section):
     """How the student's solutions are sampled."""
 
-    engine: Literal["generate", "continuous", "vllm", "vllm_server"] = Field(
+    engine: Engine = Field(
         "generate",
         description="transformers' generate in length-sorted batches, its continuous batching, "
         "vLLM on the GPU that trains, or a vLLM server (docs/vllm.md).",
@@ -262,7 +263,7 @@ class TrainSection(Section):
     )
     problems_per_step: int = Field(32, ge=1, description="Problems a step.")
     mini_batches: int = Field(
-        1, ge=1, description="StepTimer of a step's problems, with an optimizer update each."
+        1, ge=1, description="Parts of a step's problems, with an optimizer update each."
     )
     inner_epochs: int = Field(
         1, ge=1, description="Times that a step's rollouts are gone through (TRL's num_iterations)."

@@ -8,14 +8,14 @@ import yaml
 from opsd.common.errors import UserError
 
 MAX_BYTES = 1 << 20
-"""Of a file: a config has a few kilobytes, and reading a large one takes minutes."""
+"""Largest file: a config has some kilobytes, and parsing a large file takes minutes."""
 
 MAX_NODES = 100_000
-"""Values in a file, aliases written out."""
+"""Most values in a file, with each alias replaced by what it repeats."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader takes the last of two equal keys, and drops the first without a word."""
+    """Refuses a key that stands twice; SafeLoader drops the first of them silently."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

@@ -1,4 +1,4 @@
-"""Where rows come from: files, saved directories, a hub, problems drawn without end."""
+"""Where rows come from: files, saved directories, the hub, or a generator of problems."""
 
 import difflib
 import hashlib

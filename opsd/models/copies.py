@@ -1,4 +1,4 @@
-"""Copies of a model: made, and brought up to date."""
+"""Copies of a model for inference: making them and bringing them up to date."""
 
 import copy
 from collections.abc import Iterator
@@ -32,7 +32,8 @@ def copy_model(
     """
     device = model.device if device is None else device
     if is_adapted(model):
-        inference_copy = copy.deepcopy(model).to(device)
+        inference_copy = copy.deepcopy(model)
+        inference_copy.to(device)  # type: ignore[arg-type]  # as in offload
         return inference_copy.requires_grad_(False).eval()
     inference_copy = type(model)._from_config(model.config, dtype=dtype).to(device)
     update_copy(inference_copy, model)
@@ -42,14 +43,13 @@ def copy_model(
 
 @torch.no_grad()
 def update_copy(inference_copy: nn.Module, model: nn.Module) -> None:
-    """Copy the current weights and buffers of `model`, whole, into `inference_copy`.
-
-    Of a model with adapters they alone have changed.
+    """Copy the current weights and buffers of `model` into `inference_copy`, gathered where they
+    are split over processes. Of a model with adapters only these are copied: no other changes.
     """
     source, frozen = dict(model.named_parameters()), is_adapted(model)
     for name, parameter in inference_copy.named_parameters():
         if source[name].requires_grad or not frozen:
-            parameter.copy_(whole(source[name]))
+            parameter.copy_(full_tensor(source[name]))
     buffers = dict(model.named_buffers())
     for name, buffer in inference_copy.named_buffers():
         buffer.copy_(buffers[name])
@@ -57,7 +57,7 @@ def update_copy(inference_copy: nn.Module, model: nn.Module) -> None:
 
 def named_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The current weights under the names that they have in a checkpoint, tied ones once, in
-    `dtype`, adapters added in; each is made when it is asked for."""
+    `dtype`, with adapters added to them. Each is made when the iterator reaches it."""
     added = additions(model) if is_adapted(model) else {}
     plain = without_adapters(model) if added else model
     named = {name: parameter.detach() for name, parameter in plain.named_parameters()}
@@ -67,11 +67,11 @@ def named_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[
         yield name, weight.to(dtype)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor; one that is split over processes is gathered, which all of them must ask for."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor, gathered if it is split over processes. All of them must call this then."""
     if hasattr(tensor, "ds_id"):
         from opsd.distributed.deepspeed import (
-            gathered,  # accelerate and peft, which a plan has no use for
+            gathered,  # imports accelerate, which a plan needs not
         )
 
         return gathered(tensor)

@@ -18,11 +18,7 @@ from opsd.common.errors import UserError, in_short
 from opsd.common.hub_offline import before_asking_hub
 from opsd.config.sections import ModelSection
 from opsd.models.copies import contiguous_head
-from opsd.models.lora import (
-    base_of,
-    four_bits,
-    merge_adapter,
-)
+from opsd.models.lora import base_of, four_bits, merge_adapter
 from opsd.models.multimodal import freeze_others
 
 
@@ -33,17 +29,17 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     name: str = "model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in fp32 unless told (the optimizer's master weights), and its tokenizer.
+    """The model and its tokenizer; in fp32, the dtype of weights that train, unless told otherwise.
 
-    A directory that holds an adapter gives the model that it adapts, the adapter added in. `name`
-    is the config's section that the model stands in, for error messages.
+    For a directory with an adapter: its base model with the adapter added to the weights. `name`
+    is the config's section of the model, for error messages.
 
     Raises UserError when there is no such model, or its tokenizer has no end-of-sequence token.
     """
     if (base := base_of(section.path)) is not None:
         update = {"path": base[0], "revision": base[1], "lora": None}
-        whole_section = section.model_copy(update=update)
-        model, tokenizer = load_model(whole_section, device, dtype=dtype, name=name)
+        base_section = section.model_copy(update=update)
+        model, tokenizer = load_model(base_section, device, dtype=dtype, name=name)
         return merge_adapter(model, section.path).eval(), tokenizer
     check_directory(section, name)
     placing = {}
@@ -60,7 +56,7 @@ def load_model(
             **_source(section),
             **placing,
         )
-    except Exception as error:  # whatever files that are not there, or damaged, provoke
+    except Exception as error:  # missing or damaged files raise errors of any kind
         raise _unreachable(section, name, error) from error
     if absent := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
         raise UserError(  # transformers would draw them at random, and say so in its log
@@ -93,7 +89,7 @@ def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedToke
     before_asking_hub(section.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.path, **_source(section))
-    except Exception as error:  # the same
+    except Exception as error:  # as for the weights
         raise _unreachable(section, name, error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -143,8 +139,8 @@ def check_directory(section: ModelSection, name: str = "model") -> None:
 
 
 def check_json(file: Path, name: str) -> None:
-    """Raises UserError for a damaged file; transformers passes over it without a word, and what
-    ends an answer is lost."""
+    """Raises UserError for a damaged file. transformers would ignore it, and with it the tokens
+    that end an answer."""
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (ValueError, RecursionError) as error:
@@ -153,13 +149,18 @@ def check_json(file: Path, name: str) -> None:
         raise UserError(f"{name}.path: {str(file)!r} is not a JSON object")
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """What `train.precision` computes in."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
 def window(config: PreTrainedConfig) -> int | None:
-    """The longest sequence that a model's positions allow, or None where it does not say."""
+    """The longest sequence that the model's positions allow; None where its config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What ends a rollout: the tokenizer's end of sequence and the generation config's."""
+    """The tokens that end a rollout: the tokenizer's eos and those of the generation config."""
     extra = model.generation_config.eos_token_id
     extra = [extra] if isinstance(extra, int) else (extra or [])
     return frozenset([tokenizer.eos_token_id, *extra])

@@ -1,8 +1,8 @@
-"""LoRA: low-rank adapters beside frozen weights, by peft.
+"""LoRA: low-rank adapters beside frozen weights, made by peft.
 
 An adapted layer computes W x + (alpha / rank) B A x; only A and B train. The weights of step 0, the
 `initial` teacher, are the same model without its adapters: a second tree of modules over the same
-tensors, so that nothing has to be switched on and off, and no stream can run with both.
+tensors, so nothing is switched on and off, and no forward pass can run partly with adapters.
 
 (LoRA: Hu et al., arXiv 2106.09685. QLoRA, its frozen weights in 4 bits: Dettmers et al., arXiv
 2305.14314.)
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -34,16 +34,16 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether this is peft's wrapper around a model with adapters."""
+    """Whether this is a model with adapters, in peft's wrapper."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
-def add_adapters(model: PreTrainedModel, section: ModelSection) -> PeftModel:
+def add_adapters(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
     """The model with fresh adapters, in place: B is 0, so that it computes what it did.
 
-    Adapters are fp32, as the optimizer's masters are. Raises UserError when `lora.targets` names no
-    layer of the model, or its embedding or head, whose weight the loss reads by itself.
+    Adapters are in fp32, as all weights that train. Raises UserError when `lora.targets` names no
+    layer of the model, or its embedding or head: the loss reads the head's weight directly.
     """
     peft = import_peft()
     lora = section.lora
@@ -63,11 +63,11 @@ def add_adapters(model: PreTrainedModel, section: ModelSection) -> PeftModel:
         adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"model.lora.targets is {lora.targets!r}: {error}") from None
-    # Found again from anywhere, when the adapter is loaded.
+    # An absolute path, so that the saved adapter finds its model from any directory.
     adapted.peft_config["default"].base_model_name_or_path = (
         str(path.resolve()) if path.is_dir() else section.path
     )
-    return adapted
+    return cast(PreTrainedModel, adapted)  # it hands on all that it has not itself
 
 
 def _check_targets(model: PreTrainedModel, lora: LoraSection) -> None:
@@ -94,40 +94,48 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit")
 
 
-def without_adapters(model: PeftModel) -> PreTrainedModel:
+def _inside(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, with its adapters, inside of peft's wrapper."""
+    return cast(PreTrainedModel, cast("PeftModel", model).get_base_model())
+
+
+def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights as a plain model, without a copy of any."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     def base(module: nn.Module) -> nn.Module:
-        return module.base_layer if isinstance(module, BaseTunerLayer) else module
+        return cast(nn.Module, module.base_layer) if isinstance(module, BaseTunerLayer) else module
 
-    plain = shared_copy(model.get_base_model(), module=base)
-    vars(plain).pop("peft_config", None)  # peft leaves its notes on the model that it adapts
+    plain = shared_copy(_inside(model), module=base)
+    vars(plain).pop("peft_config", None)  # peft sets it on the model that it adapts
     return plain.eval()
 
 
-def additions(model: PeftModel) -> dict[str, Callable[[], torch.Tensor]]:
-    """What the adapters add to the plain model's weights, by their names."""
+def additions(model: PreTrainedModel) -> dict[str, Callable[[], torch.Tensor]]:
+    """For each adapted weight, by its name in the plain model: what computes B A · alpha / rank."""
     from peft.tuners.lora import LoraLayer
 
     return {
-        f"{name}.weight": partial(layer.get_delta_weight, "default")
-        for name, layer in model.get_base_model().named_modules()
+        f"{name}.weight": partial(cast(Any, layer).get_delta_weight, "default")
+        for name, layer in _inside(model).named_modules()
         if isinstance(layer, LoraLayer)
     }
 
 
+Module = TypeVar("Module", bound=nn.Module)
+
+
 def shared_copy(
-    root: nn.Module,
+    root: Module,
     *,
     module: Callable[[nn.Module], nn.Module] = lambda module: module,
     parameter: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
-) -> nn.Module:
+) -> Module:
     """A second tree of modules over the same tensors.
 
     Args:
-        module: what stands in a module's place.
-        parameter: what stands in a parameter's place; called once for one that is used twice.
+        module: gives the replacement of a module.
+        parameter: gives the replacement of a parameter; called once for one that is used twice.
     """
     modules: dict[nn.Module, nn.Module] = {}
     parameters: dict[nn.Parameter, nn.Parameter] = {}
@@ -153,7 +161,7 @@ def shared_copy(
             }
         return modules[old]
 
-    return other(root)
+    return cast(Module, other(root))
 
 
 def trainable(model: PreTrainedModel) -> float:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError
-from opsd.models.copies import copy_model, whole
+from opsd.models.copies import copy_model, full_tensor
 from opsd.models.lora import is_adapted, shared_copy
 
 FILE = "teacher.safetensors"
@@ -17,8 +17,8 @@ FILE = "teacher.safetensors"
 class MovingAverage:
     """An `ema` teacher: w ← decay · w + (1 - decay) · student, each `every` steps.
 
-    Kept in fp32, where an update of a thousandth of a small difference does not round to nothing.
-    Of a model with adapters they alone have an average; the weights beside them are the model's.
+    It is in fp32, since in bf16 a thousandth of a small difference would round to nothing. Of a
+    model with adapters only these are averaged; other weights are the model's own tensors.
     """
 
     def __init__(self, model: PreTrainedModel, decay: float, device: torch.device, every: int = 1):
@@ -33,16 +33,16 @@ class MovingAverage:
             return
         weights = dict(student.named_parameters())
         for name, average in self.averages.items():
-            average.lerp_(whole(weights[name]).to(average), 1 - self.decay)
+            average.lerp_(full_tensor(weights[name]).to(average), 1 - self.decay)
 
     def save(self, checkpoint: Path) -> None:
-        """Beside the checkpoint's other files."""
+        """Write the average beside the checkpoint's other files."""
         named = {name: average.contiguous() for name, average in self.averages.items()}
         save_file(named, checkpoint / FILE)
 
     @torch.no_grad()
     def load(self, checkpoint: Path) -> None:
-        """What `save` wrote. Raises UserError where this checkpoint has none."""
+        """Read what `save` wrote. Raises UserError where this checkpoint has none."""
         if not (checkpoint / FILE).is_file():
             raise UserError(
                 f"teacher.policy is 'ema': {str(checkpoint)!r} holds no average ({FILE}); it was "

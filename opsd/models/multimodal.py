@@ -1,8 +1,7 @@
-"""Models of more than text, such as Gemma 3 with its vision tower: only what text runs through
-trains.
+"""Models of more than text, such as Gemma 3 with its vision tower: only the text model trains.
 
-`AutoModelForCausalLM` gives such a model whole where its checkpoint is (Gemma 3 4B and larger,
-Mistral Small 3). Here its decoder and its head run; the rest stays as it is and is saved with it.
+`AutoModelForCausalLM` loads such a checkpoint with all its parts (Gemma 3 4B and larger, Mistral
+Small 3). Training runs the decoder and the head; the other parts do not change and are saved too.
 """
 
 from torch import nn
@@ -10,8 +9,8 @@ from transformers import PreTrainedModel
 
 
 def freeze_others(model: PreTrainedModel) -> None:
-    """Let no gradient be wanted of what text does not run through: DistributedDataParallel would
-    wait for it."""
+    """Freeze the parts that text does not run through. DistributedDataParallel would wait for their
+    gradients."""
     text = {parameter for part in _parts(model) for parameter in part.parameters()}
     for parameter in model.parameters():
         if parameter not in text:

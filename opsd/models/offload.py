@@ -1,4 +1,6 @@
-"""A teacher whose weights wait on the CPU and come to the GPU layer by layer."""
+"""A frozen teacher in the CPU's memory, whose layers are copied to the GPU one by one to run."""
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -6,45 +8,46 @@ from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError
 
-Home = tuple[dict[str, Tensor], str, Tensor]
-"""A module's dictionary of tensors, a name in it, and the tensor where it is kept."""
+CPUTensor = tuple[dict, str, Tensor]
+"""A module's dictionary of tensors, a name in it, and that tensor in the CPU's memory."""
 
 
 def offload(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
     """Keep the decoder's layers in the CPU's memory; each is on `device` only while it runs.
 
-    The rest of the model is moved to `device`. The model must be frozen: what a layer would change
-    of its tensors is lost. Returns the model.
+    The rest of the model is moved to `device`. The model must be frozen: a change that a
+    layer makes to its tensors is lost. Returns the model.
     """
     stack = decoder_layers(model)
     layers = dict(stack._modules)
     stack._modules.clear()
-    model.to(device)
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its types
     stack._modules.update(layers)
     for layer in layers.values():
-        home = _homes(layer)
-        _place(home)
-        layer.register_forward_pre_hook(lambda module, inputs, home=home: _place(home, device))
-        layer.register_forward_hook(lambda module, inputs, output, home=home: _place(home))
+        kept = _on_cpu(layer)
+        _move(kept)
+        layer.register_forward_pre_hook(lambda module, inputs, kept=kept: _move(kept, device))
+        layer.register_forward_hook(lambda module, inputs, output, kept=kept: _move(kept))
     return model
 
 
-def _homes(layer: nn.Module) -> list[Home]:
-    """Where a layer's tensors are kept: in page-locked memory, which a GPU reads faster."""
+def _on_cpu(layer: nn.Module) -> list[CPUTensor]:
+    """A layer's tensors in the CPU's memory, page-locked for a GPU, which reads that faster."""
     return [
         (named, name, tensor.cpu().pin_memory() if torch.cuda.is_available() else tensor.cpu())
         for module in layer.modules()
-        for named in (module._parameters, module._buffers)
+        for named in cast(tuple[dict, ...], (module._parameters, module._buffers))
         for name, tensor in named.items()
         if tensor is not None
     ]
 
 
-def _place(homes: list[Home], device: torch.device | str = "cpu") -> None:
-    for named, name, home in homes:
-        tensor = home.detach().to(device, non_blocking=True)
-        kind = isinstance(named[name], nn.Parameter)
-        named[name] = nn.Parameter(tensor, requires_grad=False) if kind else tensor
+def _move(kept: list[CPUTensor], device: torch.device | str = "cpu") -> None:
+    """Have the layer use its tensors on this device."""
+    for named, name, on_cpu in kept:
+        tensor = on_cpu.detach().to(device, non_blocking=True)
+        is_parameter = isinstance(named[name], nn.Parameter)
+        named[name] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -1,7 +1,7 @@
-"""A frozen model in less memory: its linear layers in 8 bits, or its layers kept by the CPU.
+"""A frozen model in less memory: its linear layers in 8 bits.
 
 For teachers, which only run forward. The embedding and the head stay as they are: the loss reads
-the head's weight by itself, and a lookup costs nothing.
+the head's weight directly, and an embedding is no matrix product.
 """
 
 import torch
@@ -18,9 +18,13 @@ LEVELS = 127
 class Int8Linear(nn.Module):
     """A linear layer whose weight is w ≈ q · s, q in int8 and s one number a row of w.
 
-    The weight is made again for each product, in the input's dtype: one layer's at a time. The
-    rounding is half a step, s / 2 = max |w| / 254 of its row, at most.
+    For each product the weight is computed in the input's dtype, one layer's at a time. Rounding
+    changes an entry by half a step at most: s / 2 = max |w| / 254 over its row.
     """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -39,9 +43,10 @@ class Int8Linear(nn.Module):
 
 @torch.no_grad()
 def quantize(model: PreTrainedModel) -> PreTrainedModel:
-    """Put the decoder's linear layers in 8 bits, in place; returns the model.
+    """Replace the decoder's linear layers by ones in 8 bits, in place; returns the model.
 
-    Raises UserError where most of its layers' weights are elsewhere, as in mixtures of experts.
+    Raises UserError where linear layers hold less than half of the weights, as in many mixtures of
+    experts.
     """
     linear = [
         (parent, name, child)
@@ -50,11 +55,11 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
         if type(child) is nn.Linear
     ]
     size = sum(child.weight.numel() for _, _, child in linear)
-    whole = sum(parameter.numel() for parameter in decoder_layers(model).parameters())
-    if size < whole / 2:
+    total = sum(parameter.numel() for parameter in decoder_layers(model).parameters())
+    if size < total / 2:
         raise UserError(
             f"teacher.quantize is 'int8': of {type(model).__name__}'s layers only "
-            f"{size / whole:.0%} are plain linear layers, which it is for"
+            f"{size / total:.0%} are plain linear layers, which it is for"
         )
     for parent, name, child in linear:
         setattr(parent, name, Int8Linear(child))

@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.common.errors import UserError
-from opsd.config.config import Config
-from opsd.config.sections import ModelSection
+from opsd.config.sections import ModelSection, TeacherSection
 from opsd.models.copies import copy_model
 from opsd.models.head import head_arguments
 from opsd.models.load import load_model, load_tokenizer
@@ -20,80 +19,86 @@ from opsd.models.quantize import quantize
 
 
 def make_teacher(
-    config: Config,
+    teacher: TeacherSection,
+    student: ModelSection,
+    dtype: torch.dtype,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     decoder: PreTrainedModel,
 ) -> tuple[PreTrainedModel, MovingAverage | None]:
-    """The teacher's model, and its average where it has one to keep up to date.
+    """The teacher's model in `dtype`, and its moving average where it has one to keep up to date.
 
     Args:
+        student: the config's section of the model that trains.
         model: the student at step 0; copied where the teacher's weights are its own.
-        decoder: what holds the current weights, whole, for decoding; the `live` teacher. The
-            teacher runs where it is.
+        decoder: what holds all current weights, for sampling; the `live` teacher. The teacher runs
+            on its device.
 
     Raises UserError when teacher.path names a model with another vocabulary or another kind of
     output head.
     """
-    policy = config.teacher.policy
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    if policy == "live":
+    device = decoder.device
+    if teacher.policy == "live":
         return decoder, None
-    if policy == "ema":
-        # Over the decoder's frozen weights, which stay whole where the model's are split.
+    if teacher.policy == "ema":
+        # The average of adapters stands beside the decoder's frozen weights: the model's own may
+        # be split over processes.
         start = decoder if is_adapted(model) else model
-        section = config.teacher
-        average = MovingAverage(start, section.ema_decay, decoder.device, section.update_every)
+        average = MovingAverage(start, teacher.ema_decay, device, teacher.update_every)
         return average.model, average
-    if policy == "initial":
-        if is_adapted(model):
-            return without_adapters(decoder), None
-        copied = copy_model(model, dtype, _first_place(config, decoder))
-        return _in_less_memory(config, copied, decoder.device), None
-    section, place = teacher_section(config), _first_place(config, decoder)
-    teacher, its_tokenizer = load_model(section, place, dtype=dtype, name="teacher")
-    check_vocabulary(tokenizer, its_tokenizer, config.teacher.path)
-    ours, its = head_arguments(model), head_arguments(teacher)
+    if teacher.policy == "initial" and is_adapted(model):
+        return without_adapters(decoder), None
+    # A teacher that is to take less memory may not fit the GPU before it does.
+    smaller = teacher.offload or teacher.quantize != "none"
+    load_device = torch.device("cpu") if smaller else device
+    if teacher.policy == "initial":
+        made = copy_model(model, dtype, load_device)
+    else:
+        made = _load_teacher(teacher, student, dtype, load_device, model, tokenizer)
+    if teacher.quantize == "int8":
+        quantize(made)
+    return offload(made, device) if teacher.offload else made.to(device), None
+
+
+def _load_teacher(
+    teacher: TeacherSection,
+    student: ModelSection,
+    dtype: torch.dtype,
+    device: torch.device,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> PreTrainedModel:
+    """The model at teacher.path, frozen; see `make_teacher`."""
+    section = teacher_section(teacher, student)
+    made, its_tokenizer = load_model(section, device, dtype=dtype, name="teacher")
+    check_vocabulary(tokenizer, its_tokenizer, teacher.path)
+    ours, its = head_arguments(model), head_arguments(made)
     if ours != its:
         raise UserError(
-            f"teacher.path is {config.teacher.path!r}: its logits are made with {its}, the "
+            f"teacher.path is {teacher.path!r}: its logits are made with {its}, the "
             f"student's with {ours}; both must be made alike"
         )
-    return _in_less_memory(config, teacher.requires_grad_(False).eval(), decoder.device), None
+    return made.requires_grad_(False).eval()
 
 
-def teacher_section(config: Config) -> ModelSection:
-    """Another model that teaches, as `load_model` is asked for it."""
-    teacher = config.teacher
+def teacher_section(teacher: TeacherSection, student: ModelSection) -> ModelSection:
+    """The section `model` for teacher.path: the student's, with the teacher's files."""
     its = {"path": teacher.path, "revision": teacher.revision, "gguf_file": teacher.gguf_file}
-    return config.model.model_copy(update={**its, "lora": None})
+    return student.model_copy(update={**its, "lora": None})
 
 
-def check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Raises UserError where another model is to teach and has another vocabulary; loads tokenizers
-    alone."""
-    if config.teacher.policy != "model":
+def check_teacher(
+    teacher: TeacherSection,
+    student: ModelSection,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Raises UserError where another model is to teach and has another vocabulary. Loads only the
+    tokenizers; `tokenizer`: the student's, where it is loaded already."""
+    if teacher.policy != "model":
         return
-    ours = load_tokenizer(config.model) if tokenizer is None else tokenizer
-    its = load_tokenizer(teacher_section(config), "teacher")
-    check_vocabulary(ours, its, config.teacher.path)
-
-
-def _first_place(config: Config, decoder: PreTrainedModel) -> torch.device:
-    """Where a teacher is made: by the CPU if it may not fit the GPU as it is."""
-    frugal = config.teacher.offload or config.teacher.quantize != "none"
-    return torch.device("cpu") if frugal else decoder.device
-
-
-def _in_less_memory(
-    config: Config, teacher: PreTrainedModel, device: torch.device
-) -> PreTrainedModel:
-    """The teacher as teacher.quantize and teacher.offload have it, ready to run on `device`."""
-    if config.teacher.quantize == "int8":
-        quantize(teacher)
-    if config.teacher.offload:
-        return offload(teacher, device)
-    return teacher.to(device)
+    ours = load_tokenizer(student) if tokenizer is None else tokenizer
+    its = load_tokenizer(teacher_section(teacher, student), "teacher")
+    check_vocabulary(ours, its, teacher.path)
 
 
 def check_vocabulary(

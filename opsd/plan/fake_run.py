@@ -1,8 +1,8 @@
-"""What a step and its rollouts hold in memory, found by running them without data.
+"""The memory of a step and its rollouts, found by running them on tensors without data.
 
 The training step itself (packed streams, the fused loss, backward under autocast) and a sampler's
-forward passes run on fake tensors, which have shapes and dtypes but no storage, and the bytes alive
-are counted. Every layer adds the same, so that models of one and of two layers tell it for all.
+forward passes run on fake tensors, which have shapes and dtypes but no storage; the bytes of live
+tensors are counted. Every layer adds the same, so models of one and of two layers tell it for all.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from opsd.rollout.logits_sampling import Draw
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside and alive."""
+    """Counts the bytes of live tensors that were made inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,9 +48,9 @@ class LiveBytes(TorchDispatchMode):
         result, before = function(*arguments, **(keywords or {})), self.most
         tree_map_only(Tensor, self._enter, result)
         if function is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:
-            # The sum of two gradients of one tensor: of real ones backward makes it in place.
+            # The sum of two gradients of one tensor. With real tensors backward adds in place.
             self.most = before
-        if function.namespace == "opsd":  # its results are there, what it works with is not
+        if function.namespace == "opsd":  # the kernel: its scratch memory is counted elsewhere
             self.at_kernel = max(self.at_kernel, self.live)
         return result
 
@@ -105,7 +106,7 @@ def _make_fake(model: nn.Module) -> None:
     """Put fake tensors on the CPU in the place of those on the meta device, tied ones tied."""
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in cast(tuple[dict, ...], (module._parameters, module._buffers)):
             for name, old in tensors.items():
                 if old is not None and old not in made:
                     made[old] = torch.empty(old.shape, dtype=old.dtype)
@@ -123,8 +124,8 @@ def step_peaks(
 ) -> Peaks:
     """What a micro-batch's forward and backward add to weights and gradients.
 
-    As from a step's second micro-batch on, when a gradient is added to what is there and is gone.
-    autocast: whether products are in bf16. flash: whether flash attention will attend.
+    From a step's second micro-batch on: each gradient is added to the one there and then freed.
+    autocast: whether products are in bf16. flash: whether attention is by a flash kernel.
     """
     models, loss = make_step(architecture)
     with FakeTensorMode(), quiet(), _bare_attention(flash), LiveBytes() as count:
@@ -188,24 +189,24 @@ def _with_layers(architecture: PreTrainedConfig, count: int) -> PreTrainedConfig
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers announces names that it will take away; older releases know only those."""
+    """Ignores transformers' warnings of deprecated names; older releases know no others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
 class _Attention(torch.autograd.Function):
-    """What `packed_attention` keeps and makes, without what its kernels do meanwhile: tiles, which
-    come one after the other and hold some megabytes, would take most of a plan's time.
+    """The tensors that `packed_attention` makes and saves for backward, without its kernels' tiles:
+    those take some megabytes, and running them would take most of a plan's time.
 
-    flash: its result and log-sum-exps are kept as well.
+    flash: saves the result and the log-sum-exps as well.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, flash):
         out = query.new_empty(*query.shape[:2], value.shape[2])
-        kept = (out, query.new_empty(query.shape[:2], dtype=torch.float32)) if flash else ()
-        ctx.save_for_backward(query, key, value, *kept)
+        saved = (out, query.new_empty(query.shape[:2], dtype=torch.float32)) if flash else ()
+        ctx.save_for_backward(query, key, value, *saved)
         return out
 
     @staticmethod
@@ -218,13 +219,13 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def _bare_attention(flash: bool) -> Iterator[None]:
-    def stand_in(query, key, value, layout, *, scale, window=None, softcap=None):
+    def without_kernels(query, key, value, layout, *, scale, window=None, softcap=None):
         enabled = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if enabled else value.dtype
         query, key, value = (query * scale).to(dtype), key.to(dtype), value.to(dtype)
         return _Attention.apply(query, key, value, flash)
 
-    own, stream.packed_attention = stream.packed_attention, stand_in
+    own, stream.packed_attention = stream.packed_attention, without_kernels
     try:
         yield
     finally:

@@ -1,19 +1,24 @@
-"""A run's memory by part: what is always there, what a step adds, what sampling adds."""
+"""A run's memory: what is always there, what a step adds, and what sampling adds."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from opsd.config.config import Config
+from opsd.config.names import DIVERGENCE_METHODS
 from opsd.config.requirements import scores_by_teacher
+from opsd.config.sections import ModelSection
 from opsd.distributed.processes import SPLIT_WEIGHTS
+from opsd.models.load import dtype_of
 from opsd.models.lora import add_adapters
+from opsd.models.teacher import teacher_section
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, Sample, Totals
 from opsd.plan.architectures import architecture
 from opsd.plan.fake_run import Peaks, meta_model, over_layers, quiet, sampling_peaks, step_peaks
@@ -32,8 +37,7 @@ GPU_RUNTIME = 700_000_000
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. `peak`: what is always there and the larger of what a step and what
-    sampling add."""
+    """Bytes on one device. `peak` is what is always there, and the larger of the other two."""
 
     always: dict[str, int]
     step: dict[str, int]
@@ -84,20 +88,20 @@ class Planner:
         """The student's."""
         key = config.model.model_dump_json()
         if key not in self._sizes:
-            self._sizes[key] = _sizes(self.student, config)
+            self._sizes[key] = _sizes(self.student, config.model)
         return self._sizes[key]
 
     def memory(self, config: Config) -> Memory:
         """The memory, on each device, of a run by `config`."""
-        dtype, sizes, lora = _dtype(config), self.sizes(config), config.model.lora
+        dtype, sizes, lora = dtype_of(config.train.precision), self.sizes(config), config.model.lora
         sharding = config.train.sharding
-        whole = self.processes if sharding in SPLIT_WEIGHTS else 1  # each has 1 / whole of all
+        weights_split = self.processes if sharding in SPLIT_WEIGHTS else 1
         split = self.processes if sharding != "none" else 1
         always = {"Python, torch, heap": RUNTIME}
         if self.device_memory is not None:
             always = {"CUDA": GPU_RUNTIME}
         if lora is None:
-            always["weights"] = 4 * sizes.own // whole
+            always["weights"] = 4 * sizes.own // weights_split
         else:
             always["weights, frozen"] = _frozen(sizes, dtype, lora.quantize)
             always["adapters"] = 4 * sizes.train
@@ -107,7 +111,7 @@ class Planner:
         always["optimizer"] = round(moments * sizes.train) // split
         sampler = config.rollout.engine in SAMPLERS
         decodes = sampler and (config.method != "sft" or config.eval.problems > 0)
-        if whole > 1 or (decodes and lora is None and dtype != torch.float32):
+        if weights_split > 1 or (decodes and lora is None and dtype != torch.float32):
             always["weights that decode"] = dtype.itemsize * sizes.own
         if teacher := self._teacher(config, dtype):
             always["teacher"] = teacher
@@ -118,11 +122,13 @@ class Planner:
     def micro_batch(self, config: Config) -> list[Sample]:
         """The largest micro-batch of a step."""
         share = config.train.share_prefixes
-        batches = micro_batches(config, samples(config, self.lengths), share)
+        batches = micro_batches(
+            samples(config, self.lengths), config.train.micro_batch_tokens, share
+        )
         return max(batches, key=_tokens)
 
     def _teacher(self, config: Config, dtype: torch.dtype) -> int:
-        """Of its weights; without a method that asks it, it shades the report's completions."""
+        """Of the teacher's weights. Where no method uses it, the report's completions do."""
         scores = scores_by_teacher(config)
         if not scores and not (config.eval.problems and config.eval.samples):
             return 0
@@ -134,11 +140,8 @@ class Planner:
         if teacher.policy == "initial" and config.model.lora is not None:
             return 0  # the same weights, without adapters
         if teacher.policy == "model":
-            section = config.model.model_copy(
-                update={"path": teacher.path, "gguf_file": teacher.gguf_file, "lora": None}
-            )
-            own = config.model_copy(update={"model": section})
-            sizes = _sizes(architecture(section, "teacher"), own)
+            section = teacher_section(teacher, config.model)
+            sizes = _sizes(architecture(section, "teacher"), section)
         linear = dtype.itemsize * sizes.linear
         if teacher.quantize == "int8":
             linear = sizes.linear
@@ -152,7 +155,9 @@ class Planner:
 
         def make_step(short: PreTrainedConfig):
             with quiet():
-                model = _student(short, config, dtype)
+                model = _student(
+                    short, config.model, bool(config.train.gradient_checkpointing), dtype
+                )
             objective, teacher = _objective(config, short, dtype)
             share = config.train.share_prefixes
             return [model, *teacher], lambda: objective.loss(model, batch, Totals(), share=share)
@@ -164,12 +169,12 @@ class Planner:
                 lambda short: step_peaks(short, make_step, autocast=autocast, flash=flash),
             )
 
-        whole = self._once(_step_key(config), trace).with_scratch(kernel)
+        total = self._once(_step_key(config), trace).with_scratch(kernel)
         parts = {"gradients": 4 * sizes.train}
         if autocast:
             parts["weights in bf16, for the products"] = dtype.itemsize * sizes.train
-            whole -= dtype.itemsize * sizes.train
-        return parts | {"logits (kernel)": kernel, "activations": max(whole - kernel, 0)}
+            total -= dtype.itemsize * sizes.train
+        return parts | {"logits (kernel)": kernel, "activations": max(total - kernel, 0)}
 
     def _kernel(self, config: Config, tokens: int, dtype: torch.dtype) -> int:
         """The fused loss's scratch memory, by its own plan: tiles of logits, and dW where it is
@@ -177,7 +182,7 @@ class Planner:
         text, gpu = self.student.get_text_config(), self.device_memory is not None
         vocabulary, width = text.vocab_size, text.hidden_size
         device = torch.device("meta" if gpu else "cpu")
-        roles = 2 if config.method in ("opsd", "distill") else 1
+        roles = 2 if config.method in DIVERGENCE_METHODS else 1
         trains_head = config.model.lora is None
         hidden = torch.empty(1, dtype=dtype, device=device).expand(tokens, width)
         weight = torch.empty(1, dtype=dtype, device=device).expand(vocabulary, width)
@@ -194,7 +199,7 @@ class Planner:
         return plan.bytes + (4 * vocabulary * width if summed else 0)
 
     def _sampling(self, config: Config, dtype: torch.dtype) -> dict[str, int]:
-        rollout, held = config.rollout, config.eval
+        rollout, test = config.rollout, config.eval
         if rollout.engine == "vllm_server":
             return {}
         if rollout.engine == "vllm":
@@ -205,14 +210,14 @@ class Planner:
             asked = config.train.problems_per_step * rollout.group_size
             size = min(rollout.batch_size, asked)
             found["rollouts"] = self._generation(size, dtype, self.lengths.rollout)
-        if held.problems:
-            longest = held.max_new_tokens or self.lengths.rollout
-            size = min(held.batch_size, held.problems)
+        if test.problems:
+            longest = test.max_new_tokens or self.lengths.rollout
+            size = min(test.batch_size, test.problems)
             found["evaluation"] = self._generation(size, dtype, longest)
         return found
 
     def _generation(self, size: int, dtype: torch.dtype, longest: int) -> int:
-        """Of `size` sequences at once; greedy ones need no more than drawn ones."""
+        """Of `size` sequences sampled at once; greedy ones need no more memory."""
         prompt = self.lengths.prompt
 
         def trace() -> Peaks:
@@ -222,7 +227,7 @@ class Planner:
 
         return size * self._once(f"{dtype} {longest}", trace).most
 
-    def _once(self, key: str, trace) -> Peaks:
+    def _once(self, key: str, trace: Callable[[], Peaks]) -> Peaks:
         if key not in self._traces:
             self._traces[key] = trace()
         return self._traces[key]
@@ -231,32 +236,33 @@ class Planner:
 def count_parameters(model: PreTrainedConfig) -> int:
     """Parameters of the model, tied ones once; nothing is allocated."""
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(model)
-    return sum(parameter.numel() for parameter in whole.parameters())
+        made = AutoModelForCausalLM.from_config(model)
+    return sum(parameter.numel() for parameter in made.parameters())
 
 
-def _sizes(model: PreTrainedConfig, config: Config) -> Sizes:
-    """Of a model with the adapters that `config` adds."""
+def _sizes(model: PreTrainedConfig, section: ModelSection) -> Sizes:
+    """Of a model with the adapters that `section` adds."""
     with torch.device("meta"), quiet():
-        whole = AutoModelForCausalLM.from_config(model)
-        own = sum(parameter.numel() for parameter in whole.parameters())
-        layers = whole.get_decoder().modules()
+        made = AutoModelForCausalLM.from_config(model)
+        own = sum(parameter.numel() for parameter in made.parameters())
+        layers = made.get_decoder().modules()
         linear = sum(layer.weight.numel() for layer in layers if type(layer) is nn.Linear)
-        if config.model.lora is None:
+        if section.lora is None:
             return Sizes(own, linear, own)
-        adapted = add_adapters(whole, config.model)
+        adapted = add_adapters(made, section)
     train = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     return Sizes(own, linear, train)
 
 
-def _student(short: PreTrainedConfig, config: Config, dtype: torch.dtype) -> nn.Module:
+def _student(
+    short: PreTrainedConfig, section: ModelSection, checkpointing: bool, dtype: torch.dtype
+) -> PreTrainedModel:
     """What trains: the model in fp32, or adapters beside a model in `dtype`."""
-    lora = config.model.lora
-    model = meta_model(short, torch.float32 if lora is None else dtype)
-    if lora is not None:
-        model = add_adapters(model, config.model)
-    if config.train.gradient_checkpointing:
-        # Random numbers are not for fake tensors.
+    model = meta_model(short, torch.float32 if section.lora is None else dtype)
+    if section.lora is not None:
+        model = add_adapters(model, section)
+    if checkpointing:
+        # Fake tensors have no random state to preserve.
         options = {"use_reentrant": False, "preserve_rng_state": False}
         model.gradient_checkpointing_enable(options)
     return model
@@ -281,10 +287,6 @@ def _moments(optimizer: str) -> float:
     return each * (1 if one else 2)
 
 
-def _dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-
-
 def _tokens(batch: list[Sample]) -> int:
     return sum(len(sample.roles[0]) for sample in batch)
 
@@ -303,7 +305,7 @@ def _objective(
 
 
 def _step_key(config: Config) -> str:
-    """What decides a step's memory, but for the kernel's budget."""
+    """All of the config that a step's memory depends on, except the kernel's budget."""
     values = config.model_dump()
     loss = {name: value for name, value in values["loss"].items() if name != "memory_budget"}
     parts = [values["method"], loss, values["model"], values["teacher"], values["train"]]

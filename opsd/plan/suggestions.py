@@ -1,4 +1,4 @@
-"""What to change so that a run fits a given memory: the changes that cost least come first."""
+"""What to change so that a run fits a given memory, the changes that cost least first."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ Change = tuple[str, str, dict]
 
 
 def changes(config: Config, longest: int, on_gpu: bool) -> Iterator[Change]:
-    """What to try one after the other, each in addition to those before; one of a kind replaces
-    what came before of that kind.
+    """Changes to try in this order, each in addition to those before; one replaces an earlier one
+    of the same kind.
 
-    longest: tokens of the longest sequence; smaller micro-batches hold one sequence all the same.
+    longest: tokens of the longest sequence. A micro-batch always holds at least one sequence.
     """
-    train, rollout, held = config.train, config.rollout, config.eval
+    train, rollout, test = config.train, config.rollout, config.eval
     budget = config.loss.memory_budget
     if budget is None or budget > 256 * MIB:
         yield "budget", "logits budget 256 MB", {"loss": {"memory_budget": 256 * MIB}}
-    size = max(rollout.batch_size, held.batch_size)
+    size = max(rollout.batch_size, test.batch_size)
     while size > 8:
         size //= 2
         sizes = {
             "rollout": {"batch_size": min(size, rollout.batch_size)},
-            "eval": {"batch_size": min(size, held.batch_size)},
+            "eval": {"batch_size": min(size, test.batch_size)},
         }
         yield "sampling", f"{size} sequences sampled at once", sizes
     tokens = train.micro_batch_tokens
@@ -49,8 +49,9 @@ def changes(config: Config, longest: int, on_gpu: bool) -> Iterator[Change]:
 def fit(
     config: Config, memory: float, longest: int, planner: Planner
 ) -> tuple[list[str], Config, Memory]:
-    """The mildest changes that bring the peak below `memory` bytes and of which none can be left
-    out: what they are, the changed config, and its memory (which may still be too much).
+    """The mildest changes that bring the peak below `memory` bytes, none of which can be left out.
+
+    Returns the changes in words, the changed config, and its memory (which may still be too much).
     """
     levels: dict[str, list[Change]] = {}
     for change in changes(config, longest, planner.device_memory is not None):

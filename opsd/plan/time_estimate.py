@@ -1,8 +1,8 @@
-"""Floating-point operations of a step, and how long a named GPU would take: arithmetic, no measure.
+"""Floating-point operations of a step, and how long a GPU would take: arithmetic, not measured.
 
-Counted are the products with the weights (2 a weight and token forward, 4 backward) and attention's
-own. Time is operations ÷ TRAINING_SHARE of the peak for training and for reading prompts; a sampled
-token takes at least the time in which its weights and caches are read from memory.
+It counts the products with the weights (2 operations a weight and token forward, 4 backward) and
+those of attention. Training and reading prompts take operations ÷ TRAINING_SHARE of the peak; a
+sampled token takes at least the time in which its weights and caches are read from memory.
 """
 
 from __future__ import annotations
@@ -12,40 +12,19 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from opsd.config.config import Config
+from opsd.config.sections import RolloutSection
+from opsd.plan.gpus import GPU
 from opsd.plan.workload import Lengths, Tokens
 from opsd.rollout import SAMPLERS
 
-
-@dataclass(frozen=True)
-class GPU:
-    """By the maker: bytes of memory, bytes a second, dense bf16 operations a second."""
-
-    memory: float
-    bandwidth: float
-    operations: float
-
-
-GPUS = {
-    "b200": GPU(180e9, 8.0e12, 2250e12),
-    "h200": GPU(141e9, 4.8e12, 989e12),
-    "h100": GPU(80e9, 3.35e12, 989e12),
-    "a100": GPU(80e9, 2.04e12, 312e12),
-    "a100-40": GPU(40e9, 1.56e12, 312e12),
-    "l40s": GPU(48e9, 0.864e12, 362e12),
-    "5090": GPU(32e9, 1.79e12, 209e12),
-    "4090": GPU(24e9, 1.01e12, 165e12),
-    "3090": GPU(24e9, 0.936e12, 71e12),
-    "l4": GPU(24e9, 0.3e12, 121e12),
-}
-
 TRAINING_SHARE = 0.35
-"""Of the peak operations that training is taken to reach."""
+"""The share of the peak operations that training reaches: assumed."""
 
 READING_SHARE = 0.6
-"""Of the bandwidth that decoding is taken to reach."""
+"""The share of the bandwidth that decoding reaches: assumed."""
 
 LAUNCHES = 0.4e-3
-"""Seconds a layer and token that transformers' Python and kernel launches are taken to need."""
+"""Seconds a layer and token for transformers' Python and kernel launches: assumed."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +65,7 @@ def plan_work(
     def forward(ran: int, context: int) -> float:
         return ran * (2 * body + per_pair * (context + rollout / 2))
 
-    # Of frozen weights there is no gradient: a product less in backward.
+    # Frozen weights have no gradient, so backward has one product fewer.
     passes = 3 if config.model.lora is None else 2
     student_flops = passes * forward(tokens.student, lengths.prompt)
     student_flops += 2 * passes * head * tokens.trained
@@ -99,20 +78,31 @@ def plan_work(
     prompts = rollouts * lengths.prompt
     sampling_flops = forward(prompts + tokens.generated, lengths.prompt)
     sampling_flops += 2 * head * tokens.generated
+    sampling_seconds = _sampling_seconds(
+        config.rollout, text, body + head, rollouts, lengths, sampling_flops, gpu
+    )
     return Work(
         sampling_flops,
         student_flops,
         teacher_flops,
-        _sampling_seconds(config, text, body + head, rollouts, lengths, sampling_flops, gpu),
+        sampling_seconds,
         (student_flops + teacher_flops) / (gpu.operations * TRAINING_SHARE),
     )
 
 
-def _sampling_seconds(config, text, weights, rollouts, lengths, flops, gpu) -> float:
+def _sampling_seconds(
+    section: RolloutSection,
+    text: PreTrainedConfig,
+    weights: int,
+    rollouts: int,
+    lengths: Lengths,
+    flops: float,
+    gpu: GPU,
+) -> float:
     if not rollouts:
         return 0.0
-    own = config.rollout.engine in SAMPLERS
-    at_once = min(config.rollout.batch_size, rollouts)
+    own = section.engine in SAMPLERS
+    at_once = min(section.batch_size, rollouts)
     rounds = -(-rollouts // at_once)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 4 * text.num_hidden_layers * text.num_key_value_heads * width  # K and V in bf16

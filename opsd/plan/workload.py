@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opsd.config.config import Config
+from opsd.config.names import DIVERGENCE_METHODS
+from opsd.config.requirements import learns_targets
 from opsd.objectives import Sample
 from opsd.prefix.rollout_states import Scored
 from opsd.training.micro_batches import packed_batches, padded_batches, stream_tokens
@@ -35,17 +37,17 @@ class Tokens:
 
 
 def samples(config: Config, lengths: Lengths) -> list[Sample]:
-    """The step's samples: ids are stand-ins, alike in one problem's contexts only."""
+    """The step's samples. Their ids mean nothing; only contexts of one problem share their ids."""
     sft = config.method == "sft"
     roles = config.loss.roles if sft else ["student"]
     answer = lengths.solution if sft else lengths.rollout
-    copies = 1 if sft or config.rollout.source == "reference" else config.rollout.group_size
+    copies = 1 if learns_targets(config) else config.rollout.group_size
     made = []
     for number in range(config.train.problems_per_step):
         problem = [number % 7 + 1] * (lengths.prompt - 1) + [number]
         contexts = {"student": problem, "teacher": problem + [1] * lengths.solution}
         rollout = [0] * answer
-        if config.method in ("opsd", "distill") or config.loss.credit:
+        if config.method in DIVERGENCE_METHODS or config.loss.credit:
             seen = "student" if config.method == "distill" else "teacher"
             scored = (Scored(problem, rollout), Scored(contexts[seen], rollout))
             made += [Sample(scored, 1.0)] * copies
@@ -54,21 +56,19 @@ def samples(config: Config, lengths: Lengths) -> list[Sample]:
     return made
 
 
-def micro_batches(config: Config, step: list[Sample], share: bool) -> list[list[Sample]]:
-    """As `OPSDStep` makes them."""
+def micro_batches(step: list[Sample], tokens: int, share: bool) -> list[list[Sample]]:
+    """Packs samples as `OPSDStep` does."""
     batches = packed_batches if share else padded_batches
-    return batches(step, _roles, config.train.micro_batch_tokens)
+    return batches(step, _roles, tokens)
 
 
 def count_tokens(config: Config, step: list[Sample], lengths: Lengths) -> Tokens:
-    """The step's tokens. A live teacher reads the start that both contexts share from the student's
-    pass."""
+    """The step's tokens. A live teacher does not run the prefix that both contexts share."""
     shared = stream_tokens(step, _roles)
     if len(shared) == 2 and config.teacher.policy == "live":
         shared[1] -= config.train.problems_per_step * lengths.prompt
-    own = config.method == "sft" or config.rollout.source == "reference"
     return Tokens(
-        generated=0 if own else sum(sample.tokens for sample in step),
+        generated=0 if learns_targets(config) else sum(sample.tokens for sample in step),
         trained=sum(sample.tokens for sample in step),
         alone=sum(len(role) - 1 for sample in step for role in sample.roles),
         shared=sum(shared),

@@ -22,7 +22,7 @@ from opsd.common.system import machine, peak_memory, versions
 from opsd.config.sections import PromptsSection
 from opsd.data.prompts import Prompts
 from opsd.models.copies import copy_model
-from opsd.models.load import load_model
+from opsd.models.load import dtype_of, load_model
 from opsd.quickstart.recipe import Recipe, check_methods, merge, method_config, overridden
 from opsd.report import write_report
 from opsd.rollout import Sampling
@@ -170,7 +170,7 @@ def _make_base(
     write_lines(place / "held_out.jsonl", (dict(row.columns) for row in recipe.held_out_rows))
     held_out = test(base.tokenizer)
     precision = recipe.sections["train"].get("precision", "bf16")
-    decoder = copy_model(base.model, torch.bfloat16 if precision == "bf16" else torch.float32)
+    decoder = copy_model(base.model, dtype_of(precision))
     before = {
         "student": held_out.evaluate(decoder, display, "student", "base"),
         "teacher": held_out.first(recipe.teacher_problems).evaluate(

@@ -19,7 +19,7 @@ class Sampling:
     batch_size: int = 64
 
     def generation_arguments(self) -> dict:
-        """The same, in transformers' words."""
+        """The same as arguments of transformers' GenerationConfig."""
         if self.temperature == 0:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return {
@@ -32,14 +32,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What the model wrote after a context: token ids, the stop token included if it came."""
+    """What the model wrote after a context: token ids, with the stop token if there was one."""
 
     ids: list[int]
     finished: bool  # False: cut at max_new_tokens
-    # Of each token, by an engine that is not the student itself: at temperature 1, before top-p and
-    # top-k. None: the student's own module sampled.
+    # log p of each token by the engine, at temperature 1, before top-p and top-k. None: the
+    # student's own module sampled.
     sampling_log_probs: list[float] | None = None
-    seed: int | None = None  # which this rollout alone was drawn with, where the engine takes one
+    seed: int | None = None  # of this rollout, where the engine takes one for each
 
 
 class Sampler(Protocol):
@@ -48,7 +48,7 @@ class Sampler(Protocol):
     engine: str  # as rollout.engine names it
 
     def sync_weights(self, model: PreTrainedModel) -> None:
-        """Take over the current weights of `model`, which trains."""
+        """Sample by the current weights of `model`, which trains, from now on."""
         ...
 
     def sample(
@@ -69,7 +69,7 @@ def draw_seeds(sampling: Sampling, count: int) -> list[int | None]:
 
 
 def cut(ids: Sequence[int], stops: frozenset[int]) -> Rollout:
-    """The rollout up to and with its first stop token."""
+    """The rollout up to its first stop token, which is included."""
     for position, token in enumerate(ids):
         if token in stops:
             return Rollout(list(ids[: position + 1]), True)

@@ -1,4 +1,4 @@
-"""Rollouts by transformers' continuous batching: finished sequences make room for waiting ones."""
+"""Rollouts by transformers' continuous batching: a finished sequence makes room for the next."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ MIN_BATCH_TOKENS = 256  # tokens that one forward may hold, for prefill
 
 
 class ContinuousSampler:
-    """`generate_batch`, which pays where lengths differ much: nobody waits for the longest."""
+    """`generate_batch`, for rollouts whose lengths differ much: none waits for the longest."""
 
     engine = "continuous"
 
@@ -42,7 +42,7 @@ class ContinuousSampler:
             pad_token_id=min(self.stops),
             **sampling.generation_arguments(),
         )
-        # Left to itself, it takes most of the machine's free memory for the cache.
+        # By default the cache takes most of the machine's free memory.
         longest = max(map(len, contexts)) + sampling.max_new_tokens
         at_once = min(sampling.batch_size, len(contexts))
         cache = ContinuousBatchingConfig(
@@ -64,9 +64,9 @@ class ContinuousSampler:
             if self.model.config._attn_implementation != attention:
                 self.model.set_attn_implementation(attention)
             self.model.train(was_training)
-        # Keyed by request id, numbered in the order they were given.
+        # The keys are request ids, numbered in the order of the contexts.
         ordered = sorted(outputs.items(), key=lambda item: int(item[0].rsplit("_", 1)[-1]))
-        # Where its thread dies it logs that, and returns what there was until then.
+        # If its thread dies, it logs that and returns what is done by then.
         failed = [output.error for _, output in ordered if output.error is not None]
         if failed or len(ordered) != len(contexts):
             said = failed[0] if failed else "its thread has ended"

@@ -1,4 +1,4 @@
-"""Rollouts by several processes, each with a part of the contexts and random numbers of its own."""
+"""Rollouts by several processes: each has its share of the contexts and its own random numbers."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,26 +15,28 @@ RESTARTS = 3
 
 
 class DistributedSampler:
-    """Every process samples each `count`-th context; all of them get all rollouts, in order.
+    """Of n processes each samples every n-th context; all get all rollouts, in order.
 
     Args:
-        sampler: each process's own. One by a server is the same for all of them: the first process
+        sampler: each process has one. A server is the same for all of them, so the first process
             gives it the weights.
-        whole: a whole copy of a model whose weights are split over the processes.
+        inference_copy: holds all weights, where the model's are split over the processes.
     """
 
     def __init__(
-        self, sampler: Sampler, processes: Processes, whole: PreTrainedModel | None = None
+        self, sampler: Sampler, processes: Processes, inference_copy: PreTrainedModel | None = None
     ):
-        self.sampler, self.processes, self.whole = sampler, processes, whole
-        self.engine, self._synced = sampler.engine, None
+        self.sampler, self.processes = sampler, processes
+        self.inference_copy = inference_copy
+        self.engine = sampler.engine
+        self._synced: PreTrainedModel | None = None
 
     def sync_weights(self, model: PreTrainedModel) -> None:
         """See `Sampler.sync_weights`."""
         self._synced = model
-        if self.whole is not None:
-            update_copy(self.whole, model)
-            model = self.whole
+        if self.inference_copy is not None:
+            update_copy(self.inference_copy, model)
+            model = self.inference_copy
         if self.engine == "vllm_server":
             self.processes.once(lambda: self.sampler.sync_weights(model))
         else:
@@ -55,7 +57,12 @@ class DistributedSampler:
                 self.sync_weights(self._synced)
         return self._sample(contexts, sampling, progress)
 
-    def _sample(self, contexts, sampling, progress) -> list[Rollout]:
+    def _sample(
+        self,
+        contexts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        progress: Callable[[int, int], None] | None,
+    ) -> list[Rollout]:
         index, count = self.processes.index, self.processes.count
         mine, before = contexts[index::count], torch.get_rng_state()
 
@@ -63,13 +70,13 @@ class DistributedSampler:
             return self.sampler.sample(mine, sampling, progress) if mine else []
 
         try:
-            parts = self.processes.everywhere(own)
+            by_process = self.processes.everywhere(own)
         except Exception:
-            torch.set_rng_state(before)  # as the process whose sampler has failed does
+            torch.set_rng_state(before)  # so does the process whose sampler has failed
             raise
         rollouts: list[Rollout | None] = [None] * len(contexts)
-        for other, part in enumerate(parts):
-            rollouts[other::count] = part
+        for other, sampled in enumerate(by_process):
+            rollouts[other::count] = sampled
         if progress and count > 1:
             others = [r for i, r in enumerate(rollouts) if i % count != index]
             progress(len(others), sum(len(rollout.ids) for rollout in others))

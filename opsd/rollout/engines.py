@@ -1,4 +1,4 @@
-"""Which sampler `rollout.engine` names, and whether it can work here."""
+"""The sampler that `rollout.engine` names, and whether it works on this machine."""
 
 from hashlib import sha256
 from importlib.util import find_spec
@@ -8,14 +8,14 @@ import torch
 from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError
-from opsd.config.config import Config
+from opsd.config.sections import ModelSection, RolloutSection
 from opsd.rollout.base import Sampler
 from opsd.rollout.continuous import ContinuousSampler
 from opsd.rollout.generate import GenerateSampler
 from opsd.rollout.vllm_client import VLLMServer
 
 SAMPLERS = {"generate": GenerateSampler, "continuous": ContinuousSampler}
-"""Those that sample with the model's own module."""
+"""The engines that sample with the model's own module."""
 
 
 def check_engine(engine: str, field: str = "rollout.engine") -> None:
@@ -33,13 +33,12 @@ def check_engine(engine: str, field: str = "rollout.engine") -> None:
         )
 
 
-def training_server(config: Config) -> VLLMServer:
-    """The server that `rollout` names, able to follow a training run.
+def training_server(section: RolloutSection) -> VLLMServer:
+    """The server that `rollout.server` names, which must be able to take new weights.
 
-    Raises UserError where it serves another model, cannot take weights, or says otherwise than its
-    default what log-probabilities it returns.
+    Raises UserError where it cannot, or where it returns other log-probabilities than vLLM's
+    default.
     """
-    section = config.rollout
     server = VLLMServer(
         section.server, timeout=section.server_timeout, patience=section.server_patience
     )
@@ -67,10 +66,10 @@ def evaluation_server(address: str, model: str, stops: frozenset[int]) -> Sample
     from opsd.rollout.vllm_server import ServerSampler
 
     server = VLLMServer(address, field="--server")
-    place = Path(model)
+    path = Path(model)
     if server.settings is not None:
-        server.load(place.absolute() if place.is_dir() else model)
-    elif model not in (server.model, server.root) and place.absolute() != Path(server.root):
+        server.load(path.absolute() if path.is_dir() else model)
+    elif model not in (server.model, server.root) and path.absolute() != Path(server.root):
         raise UserError(
             f"--server is {address!r}: it serves {server.root!r}, not {model!r}; start it on that, "
             "or with VLLM_SERVER_DEV_MODE=1, so that it can be told to load it"
@@ -79,44 +78,46 @@ def evaluation_server(address: str, model: str, stops: frozenset[int]) -> Sample
 
 
 def make_sampler(
-    config: Config,
+    section: RolloutSection,
+    student: ModelSection,
     decoder: PreTrainedModel,
     stops: frozenset[int],
     dtype: torch.dtype,
     server: VLLMServer | None,
+    run: Path,
     longest: int | None,
 ) -> Sampler:
     """The sampler of a training run.
 
     Args:
+        student: the section of the model that trains, which vLLM in this process loads.
         decoder: what the engines without vLLM sample with.
-        longest: tokens of the longest sequence, for which the cache of vLLM here must have room.
+        run: the run's directory.
+        longest: tokens of the longest sequence, which vLLM's cache in this process must hold.
     """
-    section = config.rollout
     if section.engine in SAMPLERS:
         return SAMPLERS[section.engine](decoder, stops)
     if server is not None:
         from opsd.rollout.vllm_server import ServerSampler
 
-        return ServerSampler(server, stops, _weights_place(config), dtype)
+        return ServerSampler(server, stops, _weights_directory(section, run.absolute()), dtype)
     from opsd.rollout.vllm_colocated import ColocatedSampler
 
     return ColocatedSampler(
-        config.model.path,
+        student.path,
         stops,
         trains=True,
         dtype=dtype,
         memory=section.gpu_memory,
         max_model_len=longest,
         max_num_seqs=section.batch_size,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
+        revision=student.revision,
+        trust_remote_code=student.trust_remote_code,
     )
 
 
-def _weights_place(config: Config) -> Path:
-    """This run's own directory for the weights that its server reads."""
-    run = Path(config.output.dir).absolute()
-    if config.rollout.weights_dir is None:
+def _weights_directory(section: RolloutSection, run: Path) -> Path:
+    """Where this run alone leaves the weights that its server reads."""
+    if section.weights_dir is None:
         return run / "weights-for-vllm"
-    return Path(config.rollout.weights_dir) / f"opsd-{sha256(str(run).encode()).hexdigest()[:12]}"
+    return Path(section.weights_dir) / f"opsd-{sha256(str(run).encode()).hexdigest()[:12]}"

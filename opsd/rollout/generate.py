@@ -13,8 +13,8 @@ from opsd.rollout.logits_sampling import Draw, Within
 class GenerateSampler:
     """Left-padded batches, longest contexts first.
 
-    On two CPU cores this beats continuous batching for short rollouts of one small model; the
-    figure is in benchmarks/rollout.py. `vocabulary`: draw no token from there on.
+    On two CPU cores this is faster than continuous batching for short rollouts of a small model.
+    `vocabulary`: draw no token whose id is this or larger.
     """
 
     engine = "generate"

@@ -1,7 +1,7 @@
 """Drawing a token from logits."""
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -26,12 +26,13 @@ def warpers(sampling: Sampling) -> LogitsProcessorList:
 
 
 class Within(LogitsProcessor):
-    """No token beyond a vocabulary, for models whose head is padded further than the student's."""
+    """Allows no token beyond a vocabulary: a teacher's head may be padded to more than the
+    student's."""
 
     def __init__(self, vocabulary: int):
         self.vocabulary = vocabulary
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
         """scores [B, V] → the same, -inf from the vocabulary's size on."""
         scores = scores.clone()
         scores[:, self.vocabulary :] = -torch.inf
@@ -42,14 +43,14 @@ class Draw(LogitsProcessor):
     """Draws a token a row, and makes it the only one that greedy `generate` can take.
 
     By the inverse of the cumulative distribution, in fp64: one random number a row. `generate`'s
-    own torch.multinomial draws one for each entry of the vocabulary, which on a CPU takes as long
-    as the model: 56 ms against 1.3 for 32 rows of 49 152.
+    torch.multinomial draws one for each entry of the vocabulary, which on a CPU takes as long as
+    the model: 56 ms, against 1.3 ms here, for 32 rows of 49 152.
     """
 
     def __init__(self, sampling: Sampling):
         self.warpers = warpers(sampling)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
         """scores [B, V] → the same shape, 0 at the drawn tokens and -inf elsewhere."""
         probability = self.warpers(input_ids, scores).softmax(-1, dtype=torch.float64)
         cumulative = probability.cumsum_(-1)

@@ -1,4 +1,4 @@
-"""Work that waits for somebody else, in threads that nobody has to wait for."""
+"""Requests in threads that end with the process, whether they are answered or not."""
 
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
@@ -13,8 +13,8 @@ def as_done(
 ) -> Iterator[tuple[int, Result]]:
     """(i, work(i, stopped)) for i < count, in the order in which they are done.
 
-    The first exception is raised here, and no further work is begun then; `stopped` is set, for
-    what is under way. The threads are daemons, unlike those of concurrent.futures, so that neither
+    The first exception is raised here. No further work begins then, and `stopped` is set for what
+    is under way. The threads are daemons, unlike those of concurrent.futures, so that neither
     Ctrl-C nor an error waits for an answer that takes half an hour.
     """
     todo, lock, stopped = iter(range(count)), Lock(), Event()

@@ -1,8 +1,8 @@
 """A vLLM server over HTTP: token ids in and out, its log-probabilities, and new weights.
 
-Used are, of the server's documented routes, /v1/models and /v1/completions, and those that it has
-under VLLM_SERVER_DEV_MODE=1: /server_info, /collective_rpc and /reset_prefix_cache. Weights are
-handed over as a directory of safetensors that the server reads (`reload_weights` with
+Of the server's documented routes it uses /v1/models and /v1/completions, and of those that exist
+under VLLM_SERVER_DEV_MODE=1 /server_info, /collective_rpc and /reset_prefix_cache. Weights are
+given as a directory of safetensors that the server reads (`reload_weights` with
 `weights_path`, vLLM's docs/training/layerwise.md): nothing of vLLM is needed on this side, and the
 server may spread its model over GPUs as it likes.
 """
@@ -23,26 +23,26 @@ from opsd.common.errors import UserError
 from opsd.rollout.base import Rollout, Sampling
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP statuses that may be another one the next time."""
+"""HTTP statuses after which a request is sent again."""
 
 LONGEST_WAIT = 30.0  # seconds between two attempts
 QUICK = 60.0  # seconds that a question about the server may take
 
 
 class ServerGoneError(UserError):
-    """Nobody has answered for as long as we are told to wait: what was done is worth saving."""
+    """The server has not answered within `patience`; the run should save what it has."""
 
 
 class ServerRestartedError(ServerGoneError):
-    """The server is another one than that which was given the weights."""
+    """The server has restarted since it was given the weights."""
 
 
 class _PassingError(Exception):
-    """Try again."""
+    """A failure that may pass: send the request again."""
 
 
 class VLLMServer:
-    """The server at `address`, which is asked again while it fails in ways that pass.
+    """The server at `address`. Requests are sent again after failures that may pass.
 
     Args:
         address: http://host:port.
@@ -50,8 +50,8 @@ class VLLMServer:
         patience: seconds of failures after which ServerGoneError is raised.
         field: what the user set the address by, for error messages.
 
-    The key of a server that wants one is read from VLLM_API_KEY. Proxies are not used: the server
-    is one's own. Raises UserError for answers that will not change.
+    A server's key is read from VLLM_API_KEY. Proxies are not used, since the server is the user's
+    own. Raises UserError for answers that would be the same the next time.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class VLLMServer:
             "stop_token_ids": sorted(stops),
             "logprobs": 0,  # of the drawn token alone
             "return_token_ids": True,
-            # Or the model's generation_config.json would decide.
+            # Without these the model's generation_config.json would decide.
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
@@ -127,14 +127,14 @@ class VLLMServer:
         """Serve the weights in the directory (or hub model) `weights` from now on."""
         self._instance = self._instance_now()
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
-        # A worker that cannot read them will say 500 again.
+        # A worker that cannot read them answers 500, and would do so again.
         self.ask("/collective_rpc", call, passing=PASSING - {500})
-        # What is cached was computed with the old ones. Not free while requests run.
+        # What is cached was computed with the old weights. It cannot be reset while requests run.
         self.ask("/reset_prefix_cache", {}, timeout=QUICK, check=_reset)
 
     def check_restart(self) -> None:
-        """Raises ServerRestartedError where the server has started anew since `load`: what it has
-        answered meanwhile may be by the weights that it starts with."""
+        """Raises ServerRestartedError where the server has restarted since `load`: its answers may
+        be by the weights that it starts with."""
         if self._instance is not None and self._instance_now() != self._instance:
             raise ServerRestartedError(
                 f"{self.field} is {self.address!r}: the server was started anew in the middle of a "
@@ -142,7 +142,7 @@ class VLLMServer:
             )
 
     def _instance_now(self) -> str | None:
-        """vLLM's `instance_id`: a server's own, from its start to its end."""
+        """vLLM's `instance_id`, which is new at each start of a server."""
         return (self.settings or {}).get("instance_id")
 
     def ask(
@@ -178,11 +178,18 @@ class VLLMServer:
                         f"{self.field} is {self.address!r}: {error}, for "
                         f"{now - failing_since:.0f} s now"
                     ) from error
-            # Not all waiting requests at once, when the server is back.
+            # A random wait, so that not all requests arrive at once when the server is back.
             stop.wait(wait * random.uniform(0.75, 1.25))
             wait = min(2 * wait, LONGEST_WAIT)
 
-    def _once(self, route, body, timeout, passing, missing) -> Any:
+    def _once(
+        self,
+        route: str,
+        body: dict | None,
+        timeout: float,
+        passing: frozenset[int],
+        missing: dict | None,
+    ) -> Any:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -225,7 +232,7 @@ def _reset(answer: dict | None) -> None:
 
 
 def _said(error: urllib.error.HTTPError) -> str:
-    """The server's own words, in a line."""
+    """What the server says of the error, on one line."""
     try:
         text = error.read(10_000).decode(errors="replace")
     except (OSError, http.client.HTTPException):

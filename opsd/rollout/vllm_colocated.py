@@ -1,4 +1,4 @@
-"""Rollouts by vLLM in this process, on the GPU that trains: it sleeps while training runs."""
+"""Rollouts by vLLM in this process and on the GPU that trains. It sleeps during training."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ from opsd.rollout.base import Rollout, Sampling, draw_seeds
 
 
 class ColocatedSampler:
-    """vLLM's `LLM`: awake from `sync_weights` to the end of `sample`, else asleep (level 2).
+    """vLLM's `LLM`, awake from `sync_weights` to the end of `sample`, else asleep (level 2).
 
     Args:
         path: the model's directory or hub name.
-        trains: whether the weights come by `sync_weights`; if not, they are read from `path`, and
-            it never sleeps.
-        memory: the share of the GPU's memory that it may hold while it is awake.
+        trains: whether `sync_weights` brings the weights. If not, they are read from `path`, and
+            the engine never sleeps.
+        memory: the share of the GPU's memory that it may use while it is awake.
         settings: further arguments of `LLM`.
     """
 
@@ -34,7 +34,7 @@ class ColocatedSampler:
         memory: float,
         **settings: Any,
     ):
-        # In this process: new weights are handed over as tensors, not by way of another process.
+        # In this process, so that new weights are given as tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         import vllm
 
@@ -55,7 +55,7 @@ class ColocatedSampler:
     def sync_weights(self, model: PreTrainedModel) -> None:
         """See `Sampler.sync_weights`."""
         assert self.trains
-        torch.cuda.empty_cache()  # what torch keeps for itself is not free for vLLM
+        torch.cuda.empty_cache()  # or vLLM could not have what torch's allocator keeps
         self.llm.wake_up(tags=["weights"])
         weights = named_weights(model, self.dtype)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -103,6 +103,6 @@ class ColocatedSampler:
     def _rollout(self, output, seed: int | None) -> Rollout:
         ids = list(output.token_ids)
         log_probs = [
-            place[token].logprob for place, token in zip(output.logprobs, ids, strict=True)
+            of_token[token].logprob for of_token, token in zip(output.logprobs, ids, strict=True)
         ]
         return Rollout(ids, ids[-1] in self.stops, log_probs, seed)

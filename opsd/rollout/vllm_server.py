@@ -1,4 +1,4 @@
-"""Rollouts by a vLLM server, which is given the new weights before each sampling."""
+"""Rollouts by a vLLM server, which loads the new weights before each sampling."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ class ServerSampler:
     """`sampling.batch_size` requests at once, one rollout each.
 
     Args:
-        directory: where `sync_weights` leaves the weights for the server, which must see it under
-            this path; None: they stay as they are.
+        directory: where `sync_weights` writes the weights; the server must see it under the same
+            path. None: the server's weights stay as they are.
         dtype: of the weights there.
 
-    Each rollout is drawn with a seed of its own, which is taken from torch's generator. Where the
-    server goes away the generator is put back: what samples the same contexts later, in this
-    process or in one that resumes, asks for the same rollouts.
+    Each rollout has its own seed, from torch's generator. If the server fails, the generator is put
+    back, so that whoever samples the same contexts later, in this process or in one that resumes,
+    asks for the same rollouts.
     """
 
     engine = "vllm_server"
@@ -43,17 +43,17 @@ class ServerSampler:
             shutil.rmtree(directory, ignore_errors=True)  # what a run that was killed has left
 
     def sync_weights(self, model: PreTrainedModel) -> None:
-        """See `Sampler.sync_weights`: writes the weights down and has the server load them."""
-        # A new place each time: some releases of vLLM keep what they have read from a path
+        """See `Sampler.sync_weights`: writes the weights and has the server load them."""
+        # A new directory each time: some releases of vLLM keep what they have read from a path
         # (vllm-project/vllm#32718).
         assert self.directory is not None
         self.versions += 1
-        place = self.directory / str(self.versions)
-        place.mkdir(parents=True)
+        new = self.directory / str(self.versions)
+        new.mkdir(parents=True)
         try:
             weights = {name: w.cpu().contiguous() for name, w in named_weights(model, self.dtype)}
-            save_file(weights, place / "model.safetensors", {"format": "pt"})
-            self.server.load(place.absolute())
+            save_file(weights, new / "model.safetensors", {"format": "pt"})
+            self.server.load(new.absolute())
         finally:
             shutil.rmtree(self.directory)
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from opsd.common.errors import UserError
 from opsd.config.config import Config
 from opsd.distributed.processes import Processes
-from opsd.models.load import load_model
+from opsd.models.load import dtype_of, load_model
 from opsd.models.lora import is_adapted
 from opsd.runs.directory import read_whole
 
@@ -54,7 +54,7 @@ def save_trained(
         save_model(model, tokenizer, directory, state=state)
         return
     save_model(model, tokenizer, directory, "adapter", state)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = dtype_of(config.train.precision)
     section = config.model.model_copy(update={"path": str(directory / "adapter"), "lora": None})
     merged, _ = load_model(section, "cpu", dtype=dtype)
     save_model(merged, tokenizer, directory)

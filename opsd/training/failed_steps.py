@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from opsd.common.files import write_file
 from opsd.config.config import Config
-from opsd.models.copies import whole
+from opsd.models.copies import full_tensor
 from opsd.models.moving_average import MovingAverage
 from opsd.objectives import Sample
 from opsd.prefix.rollout_states import Scored
@@ -48,7 +48,7 @@ def failed_step(
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    return whole(tensor).detach().cpu()
+    return full_tensor(tensor).detach().cpu()
 
 
 def save_failed_step(directory: Path, failed: dict[str, Any]) -> Path:

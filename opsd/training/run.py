@@ -28,7 +28,7 @@ from opsd.grading.grader import Grader
 from opsd.grading.rewards import RewardFunction, check_verifier, make_verifier
 from opsd.models.copies import copy_model
 from opsd.models.head import head
-from opsd.models.load import load_model, stop_ids, window
+from opsd.models.load import dtype_of, load_model, stop_ids, window
 from opsd.models.lora import add_adapters, trainable
 from opsd.models.teacher import check_teacher, make_teacher
 from opsd.objectives.make import make_objective
@@ -84,14 +84,14 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
     server = None
     if config.rollout.engine == "vllm_server":
         with display.stage(f"Reach {config.rollout.server}"):  # it may still be starting
-            server = processes.together(lambda: training_server(config))
+            server = processes.together(lambda: training_server(config.rollout))
     if is_graded(config):
         processes.together(lambda: check_verifier(config.loss.reward))
     with display.stage(f"Read {config.data.source}"):
         rows, held_out = processes.together(lambda: load_data(config))
     problems = {"data.source": rows, "eval.source": held_out}
     processes.once(lambda: check_problems(directory, problems, checkpoint))
-    processes.together(lambda: check_teacher(config))
+    processes.together(lambda: check_teacher(config.teacher, config.model))
     # FSDP2 brings to a GPU what is to be there.
     device = "cpu" if config.train.sharding == "fsdp2" else processes.device
     dtype = weights_dtype(config)
@@ -121,8 +121,7 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
 def weights_dtype(config: Config) -> torch.dtype:
     """What the model is loaded in: fp32 where it trains, what the step computes in where adapters
     do."""
-    low = config.model.lora is not None and config.train.precision == "bf16"
-    return torch.bfloat16 if low else torch.float32
+    return torch.float32 if config.model.lora is None else dtype_of(config.train.precision)
 
 
 def run(
@@ -164,7 +163,7 @@ def run(
     rows, held_out = fitting_data(config, rows, held_out, prompts, limit, display)
     check_disk_space(directory, config, model)
     begun = time.monotonic()
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = dtype_of(config.train.precision)
     if config.train.share_prefixes and unpackable(model) is None:
         try_kernel(model, dtype, processes.device)  # which may be an error, before an evaluation
     split = config.train.sharding in SPLIT_WEIGHTS  # over processes; a whole copy decodes
@@ -177,14 +176,18 @@ def run(
     scores = scores_by_teacher(config)
     teacher, average = decoder, None
     if scores or (held_out and config.eval.samples):
-        teacher, average = make_teacher(config, model, tokenizer, decoder)
+        teacher, average = make_teacher(
+            config.teacher, config.model, dtype, model, tokenizer, decoder
+        )
     stops = stop_ids(model, tokenizer)
     longest = None
     if config.rollout.engine == "vllm":
         contexts = max(prompts.lengths([*rows, *held_out], "student"), default=0)
         longest = contexts + max(config.rollout.max_new_tokens, longest_answer(config))
-    sampler = make_sampler(config, decoder, stops, dtype, server, longest)
-    sampler = DistributedSampler(sampler, processes, whole=inference_copy if split else None)
+    sampler = make_sampler(
+        config.rollout, config.model, decoder, stops, dtype, server, directory, longest
+    )
+    sampler = DistributedSampler(sampler, processes, inference_copy if split else None)
     checkpoint_activations(config, model)
     log = open_log(directory, checkpoint, processes)
     # A live teacher is the model itself, so that both roles' common start runs once.

@@ -63,14 +63,13 @@ THOUGHT = (
 )
 QWEN3 = (
     "{%- for m in messages -%}{%- if m['role'] != 'assistant' -%}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- else -%}" + THOUGHT +
-    "{%- if loop.last -%}{{ '<|im_start|>assistant\n<think>\n' + r + '\n</think>\n\n' + a }}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- else -%}"
+    + THOUGHT
+    + "{%- if loop.last -%}{{ '<|im_start|>assistant\n<think>\n' + r + '\n</think>\n\n' + a }}"
     "{%- else -%}{{ '<|im_start|>assistant\n' + a }}{%- endif -%}{{ '<|im_end|>\n' }}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"
 )
-QWEN3_END = (
-    "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}{%- endif -%}"
-)
+QWEN3_END = "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}{%- endif -%}"
 LLAMA3 = (
     "{%- if strftime_now is defined -%}{%- set d = strftime_now('%d %b %Y') -%}{%- else -%}{%- set d = '26 Jul 2024' -%}{%- endif -%}"
     "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + d + '\n\n<|eot_id|>' }}"
@@ -112,73 +111,311 @@ S2 = ("<unk>", "<s>", "</s>")
 
 FAMILIES = [
     Family("ChatML", CHATML, IM, "<|im_end|>", "", "", "<|im_end|>", "<|im_end|>"),
-    Family("ChatML, eos elsewhere", CHATML, IM, "<|endoftext|>", "", "", "<|im_end|>", "<|im_end|>"),
-    Family("Qwen 3, thinking", QWEN3 + QWEN3_END, IM, "<|im_end|>", "<think>\n\n</think>\n\n", "", "<|im_end|>", "<|im_end|>"),
-    Family("Qwen 3, not thinking", QWEN3 + QWEN3_END, IM, "<|im_end|>", "<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n", "<|im_end|>", "<|im_end|>",
-           arguments={"enable_thinking": False}),
-    Family("Qwen 3 2507, thinking alone", QWEN3 + "{{ '<think>\n' }}{%- endif -%}", IM, "<|im_end|>", "<think>\n\n</think>\n\n", "<think>\n", "<|im_end|>", "<|im_end|>"),
+    Family(
+        "ChatML, eos elsewhere", CHATML, IM, "<|endoftext|>", "", "", "<|im_end|>", "<|im_end|>"
+    ),
+    Family(
+        "Qwen 3, thinking",
+        QWEN3 + QWEN3_END,
+        IM,
+        "<|im_end|>",
+        "<think>\n\n</think>\n\n",
+        "",
+        "<|im_end|>",
+        "<|im_end|>",
+    ),
+    Family(
+        "Qwen 3, not thinking",
+        QWEN3 + QWEN3_END,
+        IM,
+        "<|im_end|>",
+        "<think>\n\n</think>\n\n",
+        "<think>\n\n</think>\n\n",
+        "<|im_end|>",
+        "<|im_end|>",
+        arguments={"enable_thinking": False},
+    ),
+    Family(
+        "Qwen 3 2507, thinking alone",
+        QWEN3 + "{{ '<think>\n' }}{%- endif -%}",
+        IM,
+        "<|im_end|>",
+        "<think>\n\n</think>\n\n",
+        "<think>\n",
+        "<|im_end|>",
+        "<|im_end|>",
+    ),
     Family("Llama 2", INST, S2, "</s>", " ", "", "</s>", "</s>", bos="<s>", metaspace=True),
-    Family("Llama 3", LLAMA3, ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"), "<|end_of_text|>", "", "", "<|eot_id|>",
-           "<|eot_id|>", bos="<|begin_of_text|>"),
-    Family("Gemma 1 to 3", GEMMA, ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"), "<eos>", "", "", "<end_of_turn>", "<end_of_turn>", bos="<bos>", system=False),
-    Family("Gemma 4", GEMMA4, ("<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"), "<eos>", "<|channel>thought\n<channel|>", "<|channel>thought\n<channel|>",
-           "<turn|>", "<turn|>", bos="<bos>"),
-    Family("Mistral v1", turns("[INST] § [/INST]", "§\n\n", "§</s>", "", "<s>"), S2, "</s>", "", "", "</s>", "</s>", bos="<s>", metaspace=True),
-    Family("Mistral v3", turns("[INST] §[/INST]", "§\n\n", " §</s>", "", "<s>"), (*S2, "[INST]", "[/INST]"), "</s>", " ", "", "</s>", "</s>", bos="<s>", metaspace=True),
-    Family("Mistral v7 and later", turns("[INST]§[/INST]", "[SYSTEM_PROMPT]§[/SYSTEM_PROMPT]", "§</s>", "", "<s>"),
-           (*S2, "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), "</s>", "", "", "</s>", "</s>", bos="<s>"),
-    Family("Phi-3", turns("<|user|>\n§<|end|>\n", "<|system|>\n§<|end|>\n", "<|assistant|>\n§<|end|>\n", "<|assistant|>\n"),
-           ("<|user|>", "<|system|>", "<|assistant|>", "<|end|>", "<|endoftext|>"), "<|endoftext|>", "", "", "<|end|>", "<|end|>", metaspace=True),
-    Family("Phi-4", turns("<|im_start|>user<|im_sep|>§<|im_end|>", "<|im_start|>system<|im_sep|>§<|im_end|>", "<|im_start|>assistant<|im_sep|>§<|im_end|>", "<|im_start|>assistant<|im_sep|>"),
-           (*IM, "<|im_sep|>"), "<|im_end|>", "", "", "<|im_end|>", "<|im_end|>"),
-    Family("DeepSeek R1", R1, ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"), "<｜end▁of▁sentence｜>", "<think>\n\n</think>\n\n", "<think>\n",
-           "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>", bos="<｜begin▁of▁sentence｜>"),
-    Family("DeepSeek V3", turns("<｜User｜>§", "§", "<｜Assistant｜>§<｜end▁of▁sentence｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>"),
-           ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"), "<｜end▁of▁sentence｜>", "", "", "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>",
-           bos="<｜begin▁of▁sentence｜>"),
-    Family("gpt-oss", HARMONY, ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|endoftext|>"), "<|return|>", "<|channel|>final<|message|>", "", "<|return|>",
-           "<|return|>"),
-    Family("Granite", turns("<|start_of_role|>user<|end_of_role|>§<|end_of_text|>\n", "<|start_of_role|>system<|end_of_role|>§<|end_of_text|>\n",
-                            "<|start_of_role|>assistant<|end_of_role|>§<|end_of_text|>\n", "<|start_of_role|>assistant<|end_of_role|>"),
-           ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"), "<|end_of_text|>", "", "", "<|end_of_text|>", "<|end_of_text|>"),
-    Family("Zephyr", turns("<|user|>\n§</s>\n", "<|system|>\n§</s>\n", "<|assistant|>\n§</s>\n", "<|assistant|>\n"), S2, "</s>", "", "", "</s>", "</s>", bos="<s>", metaspace=True),
-    Family("Command-R", turns("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>§<|END_OF_TURN_TOKEN|>", "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>§<|END_OF_TURN_TOKEN|>",
-                              "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>§<|END_OF_TURN_TOKEN|>", "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", "<BOS_TOKEN>"),
-           ("<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|CHATBOT_TOKEN|>"), "<|END_OF_TURN_TOKEN|>", "", "",
-           "<|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", bos="<BOS_TOKEN>"),
+    Family(
+        "Llama 3",
+        LLAMA3,
+        (
+            "<|begin_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+            "<|end_of_text|>",
+        ),
+        "<|end_of_text|>",
+        "",
+        "",
+        "<|eot_id|>",
+        "<|eot_id|>",
+        bos="<|begin_of_text|>",
+    ),
+    Family(
+        "Gemma 1 to 3",
+        GEMMA,
+        ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
+        "<eos>",
+        "",
+        "",
+        "<end_of_turn>",
+        "<end_of_turn>",
+        bos="<bos>",
+        system=False,
+    ),
+    Family(
+        "Gemma 4",
+        GEMMA4,
+        ("<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"),
+        "<eos>",
+        "<|channel>thought\n<channel|>",
+        "<|channel>thought\n<channel|>",
+        "<turn|>",
+        "<turn|>",
+        bos="<bos>",
+    ),
+    Family(
+        "Mistral v1",
+        turns("[INST] § [/INST]", "§\n\n", "§</s>", "", "<s>"),
+        S2,
+        "</s>",
+        "",
+        "",
+        "</s>",
+        "</s>",
+        bos="<s>",
+        metaspace=True,
+    ),
+    Family(
+        "Mistral v3",
+        turns("[INST] §[/INST]", "§\n\n", " §</s>", "", "<s>"),
+        (*S2, "[INST]", "[/INST]"),
+        "</s>",
+        " ",
+        "",
+        "</s>",
+        "</s>",
+        bos="<s>",
+        metaspace=True,
+    ),
+    Family(
+        "Mistral v7 and later",
+        turns("[INST]§[/INST]", "[SYSTEM_PROMPT]§[/SYSTEM_PROMPT]", "§</s>", "", "<s>"),
+        (*S2, "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+        "</s>",
+        "",
+        "",
+        "</s>",
+        "</s>",
+        bos="<s>",
+    ),
+    Family(
+        "Phi-3",
+        turns(
+            "<|user|>\n§<|end|>\n",
+            "<|system|>\n§<|end|>\n",
+            "<|assistant|>\n§<|end|>\n",
+            "<|assistant|>\n",
+        ),
+        ("<|user|>", "<|system|>", "<|assistant|>", "<|end|>", "<|endoftext|>"),
+        "<|endoftext|>",
+        "",
+        "",
+        "<|end|>",
+        "<|end|>",
+        metaspace=True,
+    ),
+    Family(
+        "Phi-4",
+        turns(
+            "<|im_start|>user<|im_sep|>§<|im_end|>",
+            "<|im_start|>system<|im_sep|>§<|im_end|>",
+            "<|im_start|>assistant<|im_sep|>§<|im_end|>",
+            "<|im_start|>assistant<|im_sep|>",
+        ),
+        (*IM, "<|im_sep|>"),
+        "<|im_end|>",
+        "",
+        "",
+        "<|im_end|>",
+        "<|im_end|>",
+    ),
+    Family(
+        "DeepSeek R1",
+        R1,
+        ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
+        "<｜end▁of▁sentence｜>",
+        "<think>\n\n</think>\n\n",
+        "<think>\n",
+        "<｜end▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        bos="<｜begin▁of▁sentence｜>",
+    ),
+    Family(
+        "DeepSeek V3",
+        turns(
+            "<｜User｜>§",
+            "§",
+            "<｜Assistant｜>§<｜end▁of▁sentence｜>",
+            "<｜Assistant｜>",
+            "<｜begin▁of▁sentence｜>",
+        ),
+        ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
+        "<｜end▁of▁sentence｜>",
+        "",
+        "",
+        "<｜end▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        bos="<｜begin▁of▁sentence｜>",
+    ),
+    Family(
+        "gpt-oss",
+        HARMONY,
+        ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|endoftext|>"),
+        "<|return|>",
+        "<|channel|>final<|message|>",
+        "",
+        "<|return|>",
+        "<|return|>",
+    ),
+    Family(
+        "Granite",
+        turns(
+            "<|start_of_role|>user<|end_of_role|>§<|end_of_text|>\n",
+            "<|start_of_role|>system<|end_of_role|>§<|end_of_text|>\n",
+            "<|start_of_role|>assistant<|end_of_role|>§<|end_of_text|>\n",
+            "<|start_of_role|>assistant<|end_of_role|>",
+        ),
+        ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),
+        "<|end_of_text|>",
+        "",
+        "",
+        "<|end_of_text|>",
+        "<|end_of_text|>",
+    ),
+    Family(
+        "Zephyr",
+        turns(
+            "<|user|>\n§</s>\n", "<|system|>\n§</s>\n", "<|assistant|>\n§</s>\n", "<|assistant|>\n"
+        ),
+        S2,
+        "</s>",
+        "",
+        "",
+        "</s>",
+        "</s>",
+        bos="<s>",
+        metaspace=True,
+    ),
+    Family(
+        "Command-R",
+        turns(
+            "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>§<|END_OF_TURN_TOKEN|>",
+            "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>§<|END_OF_TURN_TOKEN|>",
+            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>§<|END_OF_TURN_TOKEN|>",
+            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+            "<BOS_TOKEN>",
+        ),
+        (
+            "<BOS_TOKEN>",
+            "<|START_OF_TURN_TOKEN|>",
+            "<|END_OF_TURN_TOKEN|>",
+            "<|USER_TOKEN|>",
+            "<|SYSTEM_TOKEN|>",
+            "<|CHATBOT_TOKEN|>",
+        ),
+        "<|END_OF_TURN_TOKEN|>",
+        "",
+        "",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|END_OF_TURN_TOKEN|>",
+        bos="<BOS_TOKEN>",
+    ),
     Family("lists of parts", PARTS, IM, "<|im_end|>", "", "", "<|im_end|>", "<|im_end|>"),
-    Family("no turn end", turns("User: §\n", "§\n", "Assistant: §\n", "Assistant:"), ("<|endoftext|>",), "<|endoftext|>", " ", "", "", None),
-    Family("no turn end, prompt with a space", turns("### Q:\n§\n\n", "§\n", "### A:\n§\n\n", "### A:\n"), ("<|endoftext|>",), "<|endoftext|>", "", "", "", None),
+    Family(
+        "no turn end",
+        turns("User: §\n", "§\n", "Assistant: §\n", "Assistant:"),
+        ("<|endoftext|>",),
+        "<|endoftext|>",
+        " ",
+        "",
+        "",
+        None,
+    ),
+    Family(
+        "no turn end, prompt with a space",
+        turns("### Q:\n§\n\n", "§\n", "### A:\n§\n\n", "### A:\n"),
+        ("<|endoftext|>",),
+        "<|endoftext|>",
+        "",
+        "",
+        "",
+        None,
+    ),
 ]
 
 
 def corpus() -> list[str]:
     """Text enough for a vocabulary of words and numbers."""
-    sums = [f"What is {a} + {b}? So {a} + {b} is \\boxed{{{a + b}}}. " for a in range(9) for b in range(40)]
-    return [*sums, "Please reason step by step, and put your final answer within the box.", "user assistant system model think"]
+    sums = [
+        f"What is {a} + {b}? So {a} + {b} is \\boxed{{{a + b}}}. "
+        for a in range(9)
+        for b in range(40)
+    ]
+    return [
+        *sums,
+        "Please reason step by step, and put your final answer within the box.",
+        "user assistant system model think",
+    ]
 
 
 @cache
 def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     """A small tokenizer with the family's special tokens and template."""
     if family.metaspace:
-        tokenizer = Tokenizer(models.BPE(unk_token=family.special[0], byte_fallback=True, fuse_unk=True))
+        tokenizer = Tokenizer(
+            models.BPE(unk_token=family.special[0], byte_fallback=True, fuse_unk=True)
+        )
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
         )
         special = [*family.special, *(f"<0x{i:02X}>" for i in range(256))]
-        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False, max_token_length=8)
+        trainer = trainers.BpeTrainer(
+            vocab_size=500, special_tokens=special, show_progress=False, max_token_length=8
+        )
     else:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=400, special_tokens=list(family.special), initial_alphabet=alphabet, show_progress=False
+            vocab_size=400,
+            special_tokens=list(family.special),
+            initial_alphabet=alphabet,
+            show_progress=False,
         )
     tokenizer.train_from_iterator(corpus(), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=family.eos, bos_token=family.bos)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=family.eos, bos_token=family.bos
+    )
     fast.add_special_tokens({"additional_special_tokens": list(family.special)})
     fast.chat_template = family.template
     return fast

@@ -11,7 +11,7 @@ from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.common.files import read_lines
 from opsd.config.load import save_config
-from opsd.models.load import load_model
+from opsd.models.load import dtype_of, load_model
 from opsd.models.offload import decoder_layers, offload
 from opsd.models.quantize import Int8Linear, quantize
 from opsd.models.teacher import make_teacher
@@ -96,7 +96,9 @@ def test_a_teacher_in_eight_bits_teaches(policy, files, tmp_path):
         eval={"problems": 1, "every": 0, "samples": 1},
     )
     model, tokenizer = load_model(config.model)
-    made, _ = make_teacher(config, model, tokenizer, model)
+    made, _ = make_teacher(
+        config.teacher, config.model, dtype_of(config.train.precision), model, tokenizer, model
+    )
     assert any(isinstance(m, Int8Linear) for m in made.modules())
     assert not any(isinstance(m, Int8Linear) for m in model.modules())
     save_config(config, tmp_path / "config.yaml")

@@ -7,7 +7,7 @@ import torch
 from helpers.training_cases import ROWS, graded, short_config, with_old
 
 from opsd.data.prompts import Prompts
-from opsd.models.load import load_model
+from opsd.models.load import dtype_of, load_model
 from opsd.models.lora import add_adapters
 from opsd.models.teacher import make_teacher
 from opsd.objectives import Problem, Totals
@@ -57,7 +57,9 @@ def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, fi
     model, tokenizer = load_model(config.model, dtype=weights_dtype(config))
     if adapters:
         model = add_adapters(model, config.model)
-    made, average = make_teacher(config, model, tokenizer, model)
+    made, average = make_teacher(
+        config.teacher, config.model, dtype_of(config.train.precision), model, tokenizer, model
+    )
     prompts = Prompts(config.prompts, tokenizer)
     problems = [
         Problem(row, prompts.context(row), [Rollout(ids, True) for ids in pair])

@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opsd.data.prompts import Prompts
 from opsd.grading.rewards import GradedRollout
-from opsd.models.load import load_model
+from opsd.models.load import dtype_of, load_model
 from opsd.models.teacher import make_teacher
 from opsd.objectives import Problem, Totals
 from opsd.objectives.grpo import group_advantages
@@ -113,7 +113,9 @@ def make(files, tmp_path_factory):
             train={"precision": precision},
         )
         model, tokenizer = load_model(config.model)
-        scorer, average = make_teacher(config, model, tokenizer, model)
+        scorer, average = make_teacher(
+            config.teacher, config.model, dtype_of(config.train.precision), model, tokenizer, model
+        )
         if teacher != "live":  # or the teacher and the student differ in their contexts alone
             move(model)
         if average is not None:

@@ -1,0 +1,13 @@
+"""The names that a config chooses among and that other commands list too. Imports almost nothing,
+so that `opsd --help` stays fast."""
+
+from typing import Literal, get_args
+
+Method = Literal["opsd", "grpo", "sft", "distill"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+DIVERGENCE_METHODS = ("opsd", "distill")
+"""Those that learn from a divergence between a teacher and the student."""
+
+Engine = Literal["generate", "continuous", "vllm", "vllm_server"]
+ENGINES: tuple[str, ...] = get_args(Engine)
