@@ -181,7 +181,7 @@ def test_a_failed_run_is_named_with_its_log(tmp_path, capsys):
 WAITING = """
 import subprocess, sys
 from pathlib import Path
-from opsd import study
+from opsd.compare import study
 from opsd.common.display import Display
 
 def sleeper(*_):
