@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,21 +36,21 @@ GRID = 60  # points of a mean curve
 class Method:
     """All seeds of one method.
 
-    asked: how many of its runs have a target; reached: how many of these get there. cost, seconds,
-    flops: what the target costs; None unless all that were asked reach it.
+    asked: how many of its runs have a target; reached: how many of these get there. What the target
+    costs (tokens_to_target and so on) is None unless all of them do.
     """
 
     key: str
     runs: list[SeedRun]
     curve: list[tuple[float, float]]
     bands: list[tuple[float, float] | None]
-    at_budget: Interval
-    gain: Interval  # of the accuracy at the budget over that at the start, seed by seed
+    accuracy_at_budget: Interval
+    gain_at_budget: Interval  # of the accuracy at the budget over that at the start, seed by seed
     asked: int
     reached: int
-    cost: Interval | None
-    seconds: float | None
-    flops: float | None
+    tokens_to_target: Interval | None
+    seconds_to_target: float | None
+    flops_to_target: float | None
 
     @property
     def name(self) -> str:
@@ -75,35 +75,15 @@ class Comparison:
 
     def record(self) -> dict[str, Any]:
         """For comparison.json."""
-        return {
-            "budget": self.budget,
-            "target": {
-                "says": self.target.says,
-                "shared": self.target.shared,
-                "by_seed": dict(self.target.by_seed),
-                "flat": list(self.target.flat),
-            },
-            "baseline": self.baseline,
-            "confidence": CONFIDENCE,
-            "methods": {
-                method.key: {
-                    "runs": [self._run(run) for run in method.runs],
-                    "curve": method.curve,
-                    "bands": method.bands,
-                    "accuracy_at_budget": vars(method.at_budget),
-                    "gain_at_budget": vars(method.gain),
-                    "best": method.best,
-                    "asked": method.asked,
-                    "reached": method.reached,
-                    "tokens_to_target": vars(method.cost) if method.cost else None,
-                    "seconds_to_target": method.seconds,
-                    "flops_to_target": method.flops,
-                }
-                for method in self.methods
-            },
-            "ratios": [vars(ratio) for ratio in self.ratios],
-            "notes": self.notes,
+        methods = {
+            method.key: {
+                **asdict(method),
+                "best": method.best,
+                "runs": [self._run(run) for run in method.runs],
+            }
+            for method in self.methods
         }
+        return {**asdict(self), "confidence": CONFIDENCE, "methods": methods}
 
     def _run(self, run: SeedRun) -> dict[str, Any]:
         target = self.target.of(run)

@@ -30,11 +30,11 @@ def rows(comparison: Comparison) -> list[list[str]]:
     for method in comparison.methods:
         tokens, seconds, flops = (ratios.get((method.key, of)) for of in MEASURES)
         baseline = method.key == comparison.baseline
-        line = [method.name, str(len(method.runs)), share(method.at_budget)]
-        line += [difference(method.gain), _cost(method)]
+        line = [method.name, str(len(method.runs)), share(method.accuracy_at_budget)]
+        line += [difference(method.gain_at_budget), _cost(method)]
         line.append("1 (baseline)" if baseline else _ratio(tokens))
-        line.append(_beside(method.seconds, duration, seconds))
-        line.append(_beside(method.flops, "{:.2e}".format, flops))
+        line.append(_beside(method.seconds_to_target, duration, seconds))
+        line.append(_beside(method.flops_to_target, "{:.2e}".format, flops))
         lines.append(line)
     return lines
 
@@ -103,9 +103,9 @@ def _count(tokens: float) -> str:
 
 
 def _cost(method: Method) -> str:
-    if method.cost is None:
+    if method.tokens_to_target is None:
         return f"reached by {method.reached} of {method.asked}"
-    return _with_interval(method.cost, _count)
+    return _with_interval(method.tokens_to_target, _count)
 
 
 def _ratio(ratio: Ratio | None) -> str:

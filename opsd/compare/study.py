@@ -1,9 +1,9 @@
-"""A study: the runs that a comparison needs, started side by side, then compared.
+"""A study: the runs that a comparison needs, started side by side.
 
-Two kinds of run. Of a quickstart's task, by a study file: methods by seeds, and, where the file
-asks for it, by how many worked solutions there are and in whose voice. Of `opsd train`: configs by
-seeds. A finished run is not run again and an interrupted one is resumed, so an interrupted study
-goes on where it was.
+They are of one of two kinds. A study file asks for quickstarts: methods by seeds, and by how many
+worked solutions there are and in whose voice. Configs ask for `opsd train`: configs by seeds. A
+finished run is not run again and an interrupted one is resumed, so an interrupted study goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
@@ -40,15 +40,15 @@ class Study(Section):
     methods: list[Method] = Field(
         ["opsd", "grpo", "sft"], min_length=1, description="What is compared."
     )
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="A run of each method for each.")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="A run of every method each.")
     solutions: list[int | Literal["endless"]] = Field(
         ["endless"], min_length=1, description="Numbers of worked solutions to learn from."
     )
     voices: list[Voice] = Field(["words"], min_length=1, description="smollm2: whose solutions.")
-    problems: int | None = Field(None, ge=1, description="Held-out problems; none: quickstart's.")
-    steps: int | None = Field(None, ge=1, description="Cut each method short, for a try.")
+    problems: int | None = Field(None, ge=1, description="Held-out; null: the quickstart's.")
+    steps: int | None = Field(None, ge=1, description="Of each method, for a try.")
     threads: int = Field(
-        1, ge=1, description="Of a run. As many runs go side by side as there are cores for."
+        1, ge=1, description="Threads of a run; as many runs go side by side as the cores allow."
     )
     baseline: str | None = Field(None, description="What the others' tokens are compared with.")
     settings: dict[str, Any] = Field(
@@ -60,24 +60,14 @@ class Study(Section):
 
     @field_validator("methods", "seeds", "solutions", "voices")
     @classmethod
-    def _each_once(cls, values: list) -> list:
+    def _sensible(cls, values: list, info: ValidationInfo) -> list:
         if len(set(values)) != len(values):
             raise ValueError("each may be named once")
-        return values
-
-    @field_validator("seeds")
-    @classmethod
-    def _from_zero(cls, seeds: list[int]) -> list[int]:
-        if min(seeds) < 0:
+        if info.field_name == "seeds" and min(values) < 0:
             raise ValueError("seeds must be at least 0")
-        return seeds
-
-    @field_validator("solutions")
-    @classmethod
-    def _some(cls, solutions: list) -> list:
-        if any(count != "endless" and count < 1 for count in solutions):
+        if info.field_name == "solutions" and any(n != "endless" and n < 1 for n in values):
             raise ValueError("there must be at least 1 solution")
-        return solutions
+        return values
 
     @field_validator("variants")
     @classmethod
@@ -88,7 +78,7 @@ class Study(Section):
 
     @property
     def cells(self) -> list[Cell]:
-        """What is run with each seed: the variants, or all pairs of solutions and voice."""
+        """What runs with each seed: the variants, or all pairs of solutions and voice."""
         if self.variants:
             count, voice = self.solutions[0], self.voices[0]
             return [Cell(name, count, voice, own) for name, own in self.variants.items()]
@@ -101,7 +91,7 @@ class Study(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """A row of a study's table; `name` is its directory."""
+    """What shares a row of the study's table; `name` is also its directory."""
 
     name: str
     solutions: int | Literal["endless"]
@@ -122,12 +112,12 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """The arguments, to go on with what an interrupted run has left, if there is any."""
+        """The arguments; they resume the run where an interrupted one left a directory."""
         return [*self.arguments, *(["--resume"] if self.directory.exists() else [])]
 
 
 def load_study(path: Path) -> Study:
-    """Reads a study file. Raises UserError: not YAML, unknown keys, wrong values."""
+    """Read a study file. Raises UserError: not YAML, unknown keys, wrong values."""
     try:
         study = Study.model_validate(read_yaml(path))
     except ValidationError as error:
@@ -140,7 +130,8 @@ def load_study(path: Path) -> Study:
 
 
 def study_jobs(study: Study, output: Path) -> dict[str, list[Job]]:
-    """Cell → its runs, one a seed with all the methods, in `output`/cell/seed-n."""
+    """The runs of each cell by its name: one for each seed, with all methods, in
+    `output`/cell/seed-n."""
     kind = ["--tiny"] if study.quickstart == "tiny" else []
     jobs: dict[str, list[Job]] = {}
     for cell in study.cells:
@@ -159,7 +150,7 @@ def study_jobs(study: Study, output: Path) -> dict[str, list[Job]]:
 
 
 def overrides(study: Study, cell: Cell) -> list[str]:
-    """The study's settings, then the cell's, as `[method.]section.field=value`."""
+    """The study's settings, then the cell's own, as `[method.]section.field=value`."""
     return [*_flat(study.settings), *_flat(cell.settings)]
 
 
@@ -176,7 +167,7 @@ def train_jobs(
 ) -> list[Job]:
     """`opsd train` of each config with each seed, in `output`/<config's name>-<seed>.
 
-    All configs are checked here, before any of them runs. `tokens`: each run's token_budget.
+    All configs are checked before any of them runs. `tokens`: each run's token_budget.
     Raises UserError.
     """
     if len({path.stem for path in configs}) != len(configs):
@@ -195,11 +186,11 @@ def train_jobs(
 def run_jobs(
     jobs: Sequence[Job], display: Display, threads: int = 1, gpus: Sequence[str] = ()
 ) -> None:
-    """Runs those that are not finished: one on each of `gpus`, else as many as cores // threads.
+    """Run those that are not finished: one on each of `gpus`, or else cores // threads at a time.
 
     What a run prints goes to <directory>.log. Each has the same number of threads wherever it
-    runs, so its results do not depend on how many cores there are. Raises UserError naming the log
-    when a run fails, once those beside it have ended; Ctrl-C or SIGTERM ends them all.
+    runs, so its results do not depend on how many cores there are. When a run fails, those beside
+    it may end, then a UserError names the log. Ctrl-C or SIGTERM ends them all.
     """
     waiting = [job for job in jobs if not job.finished]
     for job in waiting:

@@ -19,7 +19,7 @@ VOICES = {
 
 
 def study_columns(study: Study, comparisons: dict[str, Comparison]) -> list[str]:
-    """The table's heads: what a row is, then the methods."""
+    """The heads of the table: what a row is, then the methods."""
     first = next(iter(comparisons.values()))
     names = [method.name for method in first.methods]
     if study.variants:
@@ -29,27 +29,23 @@ def study_columns(study: Study, comparisons: dict[str, Comparison]) -> list[str]
 
 
 def study_rows(study: Study, comparisons: dict[str, Comparison]) -> list[list[str]]:
-    """A row a cell: each method's accuracy at the budget, with its interval over seeds; of a
-    variant also the difference, seed by seed, from the first one's."""
+    """A row for each cell: each method's accuracy at the budget, with its interval over seeds; for
+    a variant also the difference, seed by seed, from the first variant's."""
     first = comparisons[study.cells[0].name]
-    lines = []
+    rows = []
     for cell in study.cells:
         comparison = comparisons[cell.name]
-        tokens = f"{comparison.budget:,.0f}"
-        accuracies = [share(method.at_budget) for method in comparison.methods]
-        if not study.variants:
-            voice = "the result first" if study.quickstart == "tiny" else VOICES[cell.voice]
-            lines.append([str(cell.solutions), voice, tokens, *accuracies])
-            continue
-        line = [cell.name, tokens]
-        for accuracy, method, other in zip(
-            accuracies, comparison.methods, first.methods, strict=True
-        ):
-            pairs = zip(_at(comparison, method), _at(first, other), strict=True)
-            same = comparison is first
-            line += [accuracy, "–" if same else difference(over_seeds([a - b for a, b in pairs]))]
-        lines.append(line)
-    return lines
+        voice = "the result first" if study.quickstart == "tiny" else VOICES[cell.voice]
+        row = [cell.name] if study.variants else [str(cell.solutions), voice]
+        row.append(f"{comparison.budget:,.0f}")
+        for method, other in zip(comparison.methods, first.methods, strict=True):
+            row.append(share(method.accuracy_at_budget))
+            if study.variants:
+                pairs = zip(_at(comparison, method), _at(first, other), strict=True)
+                gain = difference(over_seeds([a - b for a, b in pairs]))
+                row.append("–" if comparison is first else gain)
+        rows.append(row)
+    return rows
 
 
 def _at(comparison: Comparison, method: Method) -> list[float]:
@@ -58,7 +54,7 @@ def _at(comparison: Comparison, method: Method) -> list[float]:
 
 
 def study_notes(comparisons: dict[str, Comparison]) -> list[str]:
-    """What is said once, of all cells."""
+    """What holds for all cells, then the comparisons' own notes, each once."""
     seeds = (
         "Held-out accuracy, in percent, at the largest budget that all runs of the row have; in "
         "brackets 90 % intervals over seeds (Student's t), where there are several. Differences "

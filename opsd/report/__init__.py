@@ -12,8 +12,8 @@ from opsd.runs.read import read_results
 def write_report(run_dir: Path) -> dict[str, Path]:
     """Write `report.html` and `curves.png` into `run_dir` and return their paths by name.
 
-    run_dir: an `opsd train` directory or a quickstart directory; of a run that is going on or was
-    cut off, too. Existing files are replaced. UserError where the directory holds no run.
+    run_dir: an `opsd train` directory or a quickstart directory; the run may still be going on, or
+    have been cut off. Existing files are replaced. UserError where the directory holds no run.
     """
     from opsd.report.curves_png import write_curves
     from opsd.report.page import page

@@ -89,10 +89,12 @@ def test_seeds_paired_by_name(tmp_path):
     assert found.method == "opsd" and found.paired and not found.at_least
     assert (found.value, found.low, found.high) == pytest.approx((4, 4, 4))
     opsd, grpo = comparison.methods
-    assert opsd.cost.value == pytest.approx(100 * 2) and grpo.cost.value == pytest.approx(400 * 2)
+    assert opsd.tokens_to_target.value == pytest.approx(
+        100 * 2
+    ) and grpo.tokens_to_target.value == pytest.approx(400 * 2)
     # Student's t of 2 degrees at 90 %: 2.9200; the logs' deviation is log 2
     reach = 2.9200 * math.log(2) / math.sqrt(3)
-    assert opsd.cost.high == pytest.approx(200 * math.exp(reach), rel=1e-4)
+    assert opsd.tokens_to_target.high == pytest.approx(200 * math.exp(reach), rel=1e-4)
     assert comparison.budget == 200 and opsd.reached == 3
     # by other seeds: no pairs, a wide interval around the same ratio
     for seed, path in enumerate(directories[1::2]):
@@ -132,11 +134,11 @@ def test_each_seed_has_its_own_target(tmp_path):
     seconds = next(one for one in comparison.ratios if one.of == "seconds")
     assert seconds.value == pytest.approx((4 / 1 * 2 / 2 * 8 / 3) ** (1 / 3))
     opsd, grpo = comparison.methods
-    assert (opsd.asked, opsd.reached, opsd.cost) == (
+    assert (opsd.asked, opsd.reached, opsd.tokens_to_target) == (
         4,
         3,
         None,
-    ) and grpo.cost.value == pytest.approx(800)
+    ) and grpo.tokens_to_target.value == pytest.approx(800)
     assert rows(comparison)[0][5].endswith(", 3 of 4 seeds")
     assert comparison.notes[-3].startswith("Seed 3: GRPO is never better")
     # Wilson's interval of 20 right of 100 ends at .289
@@ -219,10 +221,12 @@ def test_time_and_flops_beside_tokens(tmp_path):
     assert multiplying_parameters(run / "model") == WEIGHTS
     comparison = compare([run, write_run(tmp_path / "s", "sft", straight(200, 0.8))], target=0.5)
     opsd, sft = comparison.methods
-    assert opsd.seconds == sft.seconds == pytest.approx(1.0)  # 100 tokens at .01 s
+    assert (
+        opsd.seconds_to_target == sft.seconds_to_target == pytest.approx(1.0)
+    )  # 100 tokens at .01 s
     # a token generated 2 N, scored by the teacher 2 N, learned from 6 N
-    assert opsd.flops == pytest.approx(100 * 10 * WEIGHTS)
-    assert sft.flops == pytest.approx(100 * 6 * WEIGHTS)
+    assert opsd.flops_to_target == pytest.approx(100 * 10 * WEIGHTS)
+    assert sft.flops_to_target == pytest.approx(100 * 6 * WEIGHTS)
     assert any("leave the prompts out" in note for note in comparison.notes)
     tied = {name: shape for name, shape in SIZE.items() if name != "lm_head.weight"}
     write_weights(tmp_path / "tied", tied)
@@ -265,7 +269,9 @@ def test_mean_curves_and_bands(tmp_path):
     assert method.bands[0] == pytest.approx((0.2, 0.2))
     assert over_seeds([0.5]).low is None
     single = compare([directories[0]], target=0.3).methods[0]
-    assert single.bands[0] is not None and single.at_budget.low is None  # Wilson's of the problems
+    assert (
+        single.bands[0] is not None and single.accuracy_at_budget.low is None
+    )  # Wilson's of the problems
 
 
 def test_the_command_writes_a_table_and_a_page(tmp_path, capsys):
