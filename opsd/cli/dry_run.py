@@ -71,7 +71,11 @@ def _show_contexts(
     """Shows how long the contexts are; returns the median lengths, for the plan."""
     answer = longest_rollout(config)
     if answer is None:
-        answer = max(prompts.lengths(rows, "target"))
+        answer = max(
+            length
+            for role in trained_roles(config)
+            for length in prompts.lengths(rows, f"{role} target")
+        )
     table, middle = [], {}
     for role in trained_roles(config):
         tokens = sorted(prompts.lengths(rows, role))

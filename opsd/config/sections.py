@@ -4,6 +4,7 @@ A field's description is what `opsd train --help` prints. What two fields may be
 in `compatibility.py`. Needs no torch, so that a bad file is refused within a second.
 """
 
+import datetime
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -132,11 +133,31 @@ class PromptsSection(Section):
         "", description="Text that the student's answer starts with, such as an opening tag."
     )
     teacher_prefill: str = Field("", description="The same for the teacher's context.")
+    date: str | None = Field(
+        None,
+        description="The date (2026-11-28) that a chat template writes where it asks for today's; "
+        "none: the day on which the run began, which it keeps.",
+    )
     too_long: Literal["error", "skip"] = Field(
         "error",
         description="A row whose context and rollout do not fit the model's window: stop, or "
         "leave it out and count it.",
     )
+
+    @field_validator("date")
+    @classmethod
+    def _check_date(cls, date: str | None) -> str | None:
+        if date is not None:
+            try:
+                datetime.date.fromisoformat(date)
+            except ValueError:
+                raise ValueError("it must be a date such as 2026-11-28") from None
+        return date
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _date_as_text(cls, date: Any) -> Any:
+        return date.isoformat() if isinstance(date, datetime.date) else date
 
     @field_validator("student_chat", "teacher_chat")
     @classmethod

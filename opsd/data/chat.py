@@ -7,6 +7,7 @@ chat, so that it begins with the token that the model would write there.
 
 import datetime
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +18,8 @@ from opsd.common.errors import UserError
 
 Message = dict[str, Any]
 
-PROBE = "\u2042probe\u2042"
-"""A text that no template writes by itself."""
+PROBE = "4172635180927"
+"""A text that no template writes by itself, and none changes by its case or its escapes."""
 
 _CLOSED_THOUGHT = re.compile(r"(</[a-z_:]*think[a-z_]*>|\[/THINK\])\s*$", re.IGNORECASE)
 _OPEN_TAG = re.compile(r"<([a-z_:]*think[a-z_]*)>|\[(THINK)\]", re.IGNORECASE)
@@ -63,26 +64,39 @@ class ChatTemplate:
                     "one that writes it (chat_template.jinja in the model's directory)"
                 )
 
-    def context(self, message: str, system: str | None = None) -> str:
-        """The text that the role's answer follows, with its prefill."""
-        return self._render(self._messages(message, system), True) + self.prefill
+    def context(
+        self, message: str, system: str | None = None, history: Sequence[Message] = ()
+    ) -> str:
+        """The text that the role's answer follows, with its prefill.
 
-    def context_ids(self, message: str, system: str | None = None) -> list[int]:
+        history: messages before this one; its system message stands where `system` is None.
+        """
+        return self._render(self._messages(message, system, history), True) + self.prefill
+
+    def context_ids(
+        self, message: str, system: str | None = None, history: Sequence[Message] = ()
+    ) -> list[int]:
         """The tokens of `context`."""
-        return self.ids(self.context(message, system))
+        return self.ids(self.context(message, system, history))
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a rendered chat, which holds its special tokens already."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def target_ids(self, message: str, answer: str, system: str | None = None) -> list[int]:
+    def target_ids(
+        self,
+        message: str,
+        answer: str,
+        system: str | None = None,
+        history: Sequence[Message] = (),
+    ) -> list[int]:
         """The tokens that follow `context_ids` where the assistant answers with `answer`.
 
         They are what the template writes for that turn, up to the token that ends it. Where the
         context closes an empty thought itself, the answer's own thought is left out.
         """
-        messages = self._messages(message, system)
-        context = self.context(message, system)
+        messages = self._messages(message, system, history)
+        context = self.context(message, system, history)
         if closed := _CLOSED_THOUGHT.search(context):  # such as enable_thinking: false
             answer = answer.rpartition(closed.group().strip())[2].lstrip("\n")
         target = self._target(messages, context, answer)
@@ -134,9 +148,13 @@ class ChatTemplate:
             answer = f"\n{closing}\n\n{answer}"
         return answer + end
 
-    def _messages(self, message: str, system: str | None) -> list[Message]:
-        messages = [] if system is None else [self._message("system", system)]
-        return [*messages, self._message("user", message)]
+    def _messages(
+        self, message: str, system: str | None, history: Sequence[Message]
+    ) -> list[Message]:
+        if system is not None:
+            history = [{"role": "system", "content": system}, *without_system(history)]
+        before = [self._message(one["role"], one["content"]) for one in history]
+        return [*before, self._message("user", message)]
 
     def _message(self, role: str, text: str) -> Message:
         return {
@@ -156,6 +174,11 @@ class ChatTemplate:
             Exception
         ) as error:  # such as one that takes no system message; it can raise anything
             raise UserError(f"model.path has a chat template that refuses: {error}") from None
+
+
+def without_system(history: Sequence[Message]) -> list[Message]:
+    """The messages that no system wrote."""
+    return [message for message in history if message["role"] not in ("system", "developer")]
 
 
 def open_thought(text: str) -> tuple[str, str] | None:

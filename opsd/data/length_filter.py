@@ -78,18 +78,25 @@ def tokens_needed(
     rows: Sequence[Row], prompts: Prompts, roles: Iterable[str], answer: int | None
 ) -> list[int]:
     """The tokens of each row's longest context and of its answer; see `fitting_rows`."""
-    contexts = zip(*(prompts.lengths(rows, role) for role in roles), strict=True)
-    answers = prompts.lengths(rows, "target") if answer is None else [answer] * len(rows)
-    return [max(lengths) + own for lengths, own in zip(contexts, answers, strict=True)]
+    needed = [0] * len(rows)
+    for role in roles:
+        contexts = prompts.lengths(rows, role)
+        answers = prompts.lengths(rows, f"{role} target") if answer is None else None
+        for i, context in enumerate(contexts):
+            needed[i] = max(needed[i], context + (answers[i] if answers else answer))
+    return needed
 
 
 def _surely_fits(
     row: Row, prompts: Prompts, roles: Iterable[str], answer: int | None, window: int
 ) -> bool:
     """Whether a row fits by the bound on its tokens; roles and answer as for `fitting_rows`."""
-    parts = [prompts.longest(row, role) for role in roles]
-    answers = prompts.longest(row, "target") if answer is None else answer
-    return None not in (*parts, answers) and max(parts) + answers <= window
+    for role in roles:
+        context = prompts.longest(row, role)
+        own = prompts.longest(row, f"{role} target") if answer is None else answer
+        if context is None or own is None or context + own > window:
+            return False
+    return True
 
 
 def _within(

@@ -11,6 +11,7 @@ filled in for each rollout, once all are there. An empty message means that ther
 teach.
 """
 
+import datetime
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from opsd.common.errors import UserError
 from opsd.common.templates import ROLLOUT_NAMES, compile_template, fill_in, names, over_rollouts
 from opsd.config.sections import PromptsSection
+from opsd.data.chat import ChatTemplate
 from opsd.data.rows import Row
 from opsd.data.token_bound import token_bound
 
@@ -57,12 +59,17 @@ class Prompts:
     """
 
     def __init__(self, section: PromptsSection, tokenizer: PreTrainedTokenizerBase):
-        if not tokenizer.chat_template:
-            raise UserError(
-                "model.path has a tokenizer without a chat template: use an instruction-tuned "
-                "model, or add a chat_template.jinja to its directory"
-            )
         self.section, self.tokenizer = section, tokenizer
+        date = None if section.date is None else datetime.date.fromisoformat(section.date)
+        self.chats = {
+            role: ChatTemplate(
+                tokenizer,
+                getattr(section, f"{role}_chat"),
+                getattr(section, f"{role}_prefill"),
+                date,
+            )
+            for role in ("student", "teacher")
+        }
         self.over_rollouts = over_rollouts(section.teacher)
         self._templates = {
             name: compile_template(name, getattr(section, name))
@@ -92,12 +99,12 @@ class Prompts:
         """The ids of one role's context for each row."""
         return [ids.tolist() for ids in self._tokenised(rows, role)]
 
-    def target(self, row: Row) -> list[int]:
-        """The ids of the text that SFT learns for this row, with the token that ends a turn."""
-        return self.all_ids([row], "target")[0]
+    def target(self, row: Row, role: str = "student") -> list[int]:
+        """The ids of `prompts.target` as the assistant's turn after a role's context."""
+        return self.all_ids([row], f"{role} target")[0]
 
     def lengths(self, rows: Sequence[Row], role: str) -> list[int]:
-        """How many ids each row has in a role ("target": the text that SFT learns)."""
+        """How many ids each row has in a role; "student target": of what follows its context."""
         return [len(ids) for ids in self._tokenised(rows, role)]
 
     def longest(self, row: Row, role: str) -> int | None:
@@ -106,11 +113,10 @@ class Prompts:
         The chat template is taken to copy the message and to add constants of its own. Raises
         UserError where the row cannot be rendered.
         """
-        message = self.render(row, role)
-        if self._bound is None:
+        role, target = _role_of(role)
+        message = self.render(row, "target" if target else role)
+        if self._bound is None or row.history:
             return None
-        if role == "target":
-            return self._bound(message) + 1
         if role not in self._chat_sizes:
             self._chat_sizes[role] = self._chat_size(role)
         if (chat := self._chat_sizes[role]) is None:
@@ -144,18 +150,22 @@ class Prompts:
     def _tokenise(self, rows: Sequence[Row], role: str) -> list[array]:
         if not rows:
             return []
-        texts = [self.render(row, role) for row in rows]
-        end: list[int] = []
-        if role == "target":
-            end = [self.tokenizer.eos_token_id]
-        else:
-            texts = [self._text(message, role) for message in texts]
-        made = [array("i", [*ids, *end]) for ids in self._ids(texts)]
+        made = [array("i", ids) for ids in self._made(rows, *_role_of(role))]
         for row, ids in zip(rows, made, strict=True):
             if self._known_tokens + len(ids) <= KEPT_TOKENS:
                 self._known[role, id(row)] = row, ids
                 self._known_tokens += len(ids)
         return made
+
+    def _made(self, rows: Sequence[Row], role: str, target: bool) -> list[list[int]]:
+        if not target:
+            return self._ids([self._text(self.render(row, role), role, row) for row in rows])
+        return [
+            self.chats[role].target_ids(
+                self.render(row, role), self.render(row, "target"), self._system(role), row.history
+            )
+            for row in rows
+        ]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # The chat template has written the special tokens already: BOS must not come twice.
@@ -188,23 +198,16 @@ class Prompts:
                 f"column; in the template {name!r} means rollouts"
             )
         message = self.render(row, "teacher", rollout=rollout, peers=list(peers))
-        return self._ids([self._text(message, "teacher")])[0] if message.strip() else None
+        return self._ids([self._text(message, "teacher", row)])[0] if message.strip() else None
 
-    def _text(self, message: str, role: str) -> str:
+    def _text(self, message: str, role: str, row: Row | None = None) -> str:
         """A role's whole context as text: the chat template around the message, and the prefill."""
-        messages = [{"role": "user", "content": message}]
-        system = getattr(self.section, f"{role}_system")
-        system = self.section.system if system is None else system
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        arguments: dict[str, Any] = getattr(self.section, f"{role}_chat")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **arguments
-            )
-        except Exception as error:  # anything, such as that it takes no system message
-            raise UserError(f"model.path has a chat template that refuses: {error}") from None
-        return text + getattr(self.section, f"{role}_prefill")
+        history = () if row is None else row.history
+        return self.chats[role].context(message, self._system(role), history)
+
+    def _system(self, role: str) -> str | None:
+        own = getattr(self.section, f"{role}_system")
+        return self.section.system if own is None else own
 
     def render(self, row: Row, name: str, **more: Any) -> str:
         """The filled-in template `prompts.<name>`; `more`: what it may use beside the columns."""
@@ -221,3 +224,9 @@ class Prompts:
             raise UserError(
                 f"prompts.{name} cannot be filled in: {error}; columns: {', '.join(sorted(values))}"
             ) from None
+
+
+def _role_of(name: str) -> tuple[str, bool]:
+    """("student", True) of "student target"; ("student", False) of "student"."""
+    role, _, target = name.partition(" ")
+    return role, bool(target)

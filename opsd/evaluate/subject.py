@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from opsd.common.errors import UserError, in_short
 from opsd.common.hub_offline import before_asking_hub
 from opsd.config.sections import ModelSection
-from opsd.models.load import load_model
+from opsd.models.load import load_model, stops_of
 from opsd.models.lora import base_of
 
 # What decides what a model writes; a checkpoint's optimizer and our own files do not.
@@ -87,8 +87,7 @@ class Subject:
             extra = GenerationConfig.from_pretrained(self.path).eos_token_id
         except OSError:
             extra = GenerationConfig.from_model_config(self.config).eos_token_id
-        extra = [extra] if isinstance(extra, int) else (extra or [])
-        return frozenset([self.tokenizer.eos_token_id, *extra])
+        return stops_of(self.tokenizer, extra)
 
     def load(self) -> PreTrainedModel:
         """The weights, on the device and in the precision above."""

@@ -7,23 +7,50 @@ the trained model, and mended where transformers would refuse to write it.
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from transformers import GenerationConfig, PreTrainedModel
 
 TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
-NO_WAY_OF_DRAWING = {*TOKENS, "use_cache", "transformers_version", "_from_model_config"}
+OTHERS = {*TOKENS, "use_cache", "transformers_version", "_from_model_config"}
+"""Fields that say nothing of how tokens are drawn."""
 
 
-def keep_stop_tokens(model: PreTrainedModel) -> list[str]:
-    """Leave the stop tokens alone in `model.generation_config`; returns the fields left out.
+def keep_stop_tokens(model: PreTrainedModel) -> None:
+    """Leave the stop tokens alone in `model.generation_config`.
 
-    What the model shipped is kept, mended, as `model.shipped_generation_config`.
+    What the model shipped is kept as `model.shipped_generation_config`, mended.
     """
     shipped = model.generation_config
     tokens = {name: getattr(shipped, name, None) for name in TOKENS}
     model.shipped_generation_config = mended(shipped)
     model.generation_config = GenerationConfig(**tokens)
-    return sorted(shipped.to_diff_dict().keys() - NO_WAY_OF_DRAWING)
+
+
+def left_out(model: PreTrainedModel) -> str | None:
+    """What to tell of the ways of drawing that a model ships and nobody uses; None without any."""
+    shipped = getattr(model, "shipped_generation_config", None)
+    fields = shipped.to_diff_dict() if shipped is not None else {}
+    told = [f"{name} {value}" for name, value in sorted(fields.items()) if name not in OTHERS]
+    if not told:
+        return None
+    return (
+        f"The model's generation_config.json says {', '.join(told)}: rollouts and evaluations do "
+        "not use it, the run's config alone says how they are drawn"
+    )
+
+
+@contextmanager
+def as_shipped(model: PreTrainedModel) -> Iterator[None]:
+    """The model with the generation config that it shipped, to be written; or its own."""
+    own = model.generation_config
+    shipped = getattr(model, "shipped_generation_config", None)
+    model.generation_config = mended(own) if shipped is None else shipped
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def mended(config: GenerationConfig) -> GenerationConfig:

@@ -17,7 +17,9 @@ from transformers.utils import logging
 from opsd.common.errors import UserError, in_short
 from opsd.common.hub_offline import before_asking_hub
 from opsd.config.sections import ModelSection
+from opsd.data.chat import ChatTemplate
 from opsd.models.copies import contiguous_head
+from opsd.models.generation_config import keep_stop_tokens
 from opsd.models.lora import base_of, four_bits, merge_adapter
 from opsd.models.multimodal import freeze_others
 
@@ -78,6 +80,7 @@ def load_model(
     if not placing:
         model = model.to(device)
     freeze_others(model)
+    keep_stop_tokens(model)
     return contiguous_head(model.eval()), tokenizer
 
 
@@ -160,10 +163,22 @@ def window(config: PreTrainedConfig) -> int | None:
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a rollout: the tokenizer's eos and those of the generation config."""
-    extra = model.generation_config.eos_token_id
-    extra = [extra] if isinstance(extra, int) else (extra or [])
-    return frozenset([tokenizer.eos_token_id, *extra])
+    """The tokens that end a rollout: the end of a turn in the chat template, the tokenizer's eos,
+    and those of the generation config."""
+    return stops_of(tokenizer, model.generation_config.eos_token_id)
+
+
+def stops_of(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> frozenset[int]:
+    """`stop_ids` for a generation config's `eos_token_id`."""
+    extra = [eos] if isinstance(eos, int) else (eos or [])
+    turn = ChatTemplate(tokenizer).stops if tokenizer.chat_template else frozenset()
+    return frozenset([tokenizer.eos_token_id, *extra, *turn])
+
+
+def told_stops(tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> str:
+    """A line on what ends a rollout."""
+    names = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(sorted(stops)))
+    return f"Rollouts end at {names}"
 
 
 def quiet_transformers() -> None:

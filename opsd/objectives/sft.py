@@ -43,7 +43,7 @@ class SFT:
     ) -> tuple[list[Sample], dict[str, float]]:
         """The target text of each row, after the context of each of `loss.roles`."""
         sequences = [
-            Scored(getattr(p.context, role), self.prompts.target(p.row))
+            Scored(getattr(p.context, role), self.prompts.target(p.row, role))
             for p in problems
             for role in self.section.roles
         ]

@@ -1,5 +1,6 @@
 """A run's directory: whose it is, what an interrupted run has left in it, and who trains there."""
 
+import datetime
 import fcntl
 import hashlib
 import json
@@ -14,6 +15,7 @@ from opsd.common.errors import UserError, in_short
 from opsd.common.files import is_unfinished, write_json
 from opsd.config.config import Config
 from opsd.config.load import load_config, save_config
+from opsd.config.yaml import read_yaml
 from opsd.data.rows import Row
 
 CONFIG = "config.yaml"
@@ -82,6 +84,21 @@ def held(directory: Path, field: str = "output.dir", mark: str = CONFIG) -> Iter
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def keep_date(config: Config, directory: Path) -> Config:
+    """The config with the date on which this run began, where it names none itself: what a chat
+    template writes for today must be the same when a run goes on tomorrow."""
+    if config.prompts.date is not None:
+        return config
+    date = datetime.date.today().isoformat()
+    try:
+        saved = read_yaml(directory / CONFIG)
+        date = saved["prompts"]["date"] or date
+    except (UserError, OSError, LookupError, TypeError):
+        pass  # no run yet, or of before dates were kept
+    prompts = config.prompts.model_copy(update={"date": date})
+    return config.model_copy(update={"prompts": prompts})
 
 
 def claim_directory(directory: Path, config: Config, resume: bool) -> Path | None:

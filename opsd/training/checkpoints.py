@@ -14,6 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from opsd.common.errors import UserError
 from opsd.config.config import Config
 from opsd.distributed.processes import Processes
+from opsd.models.generation_config import as_shipped
 from opsd.models.load import dtype_of, load_model
 from opsd.models.lora import is_adapted
 from opsd.runs.directory import read_whole
@@ -34,7 +35,7 @@ def save_model(
     """
     part = directory / f"{name}.part"
     more = {"save_embedding_layers": False} if is_adapted(model) else {}
-    with _written_or_removed(part, model, "the model"):
+    with _written_or_removed(part, model, "the model"), as_shipped(model):
         model.save_pretrained(part, state_dict=state, **more)
         tokenizer.save_pretrained(part)
     shutil.rmtree(directory / name, ignore_errors=True)

@@ -27,8 +27,9 @@ from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
 from opsd.grading.grader import Grader
 from opsd.grading.rewards import RewardFunction, check_verifier, make_verifier
 from opsd.models.copies import copy_model
+from opsd.models.generation_config import left_out
 from opsd.models.head import head
-from opsd.models.load import dtype_of, load_model, stop_ids, window
+from opsd.models.load import dtype_of, load_model, stop_ids, told_stops, window
 from opsd.models.lora import add_adapters, trainable
 from opsd.models.teacher import check_teacher, make_teacher
 from opsd.objectives.make import make_objective
@@ -45,7 +46,7 @@ from opsd.rollout import (
     training_server,
 )
 from opsd.rollout.vllm_client import VLLMServer
-from opsd.runs.directory import check_problems, claim_directory, held
+from opsd.runs.directory import check_problems, claim_directory, held, keep_date
 from opsd.runs.log import RunLog
 from opsd.training.checkpoints import check_pieces, save_trained
 from opsd.training.held_out import Evaluation, HeldOut
@@ -66,6 +67,7 @@ def train(config: Config, display: Display, *, resume: bool = False) -> Path:
     check_launcher(config)
     use_kernel(config.train.prefix_kernel)
     processes, directory = Processes(), Path(config.output.dir)
+    config = processes.once(lambda: keep_date(config, directory))
     try:
         with ExitStack() as stack:
             processes.together(lambda: check_machine(config))
@@ -180,6 +182,9 @@ def run(
             config.teacher, config.model, dtype, model, tokenizer, decoder
         )
     stops = stop_ids(model, tokenizer)
+    display.note(told_stops(tokenizer, stops))
+    if (unused := left_out(model)) is not None:
+        display.note(unused)
     longest = None
     if config.rollout.engine == "vllm":
         contexts = max(prompts.lengths([*rows, *held_out], "student"), default=0)
