@@ -14,10 +14,10 @@ from opsd.config.config import Config
 from opsd.config.requirements import scores_by_teacher
 from opsd.distributed.processes import SPLIT_WEIGHTS
 from opsd.models.lora import add_adapters
-from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, Sample, Totals
+from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, SampleGroup, Totals, samples_of
 from opsd.plan.architectures import architecture
 from opsd.plan.fake_run import Peaks, meta_model, over_layers, quiet, sampling_peaks, step_peaks
-from opsd.plan.workload import Lengths, micro_batches, samples
+from opsd.plan.workload import Lengths, micro_batches, sample_groups
 from opsd.rollout import SAMPLERS
 from opsd_kernels.resolve import load, resolve
 from opsd_kernels.sweep import Head, plan_call
@@ -115,10 +115,10 @@ class Planner:
         step["gradients"] = step["gradients"] // (1 if sharding == "zero1" else split)
         return Memory(always, step, self._sampling(config, dtype))
 
-    def micro_batch(self, config: Config) -> list[Sample]:
+    def micro_batch(self, config: Config) -> list[SampleGroup]:
         """The largest micro-batch of a step."""
         share = config.train.share_prefixes
-        batches = micro_batches(config, samples(config, self.lengths), share)
+        batches = micro_batches(config, sample_groups(config, self.lengths), share)
         return max(batches, key=_tokens)
 
     def _teacher(self, config: Config, dtype: torch.dtype) -> int:
@@ -148,7 +148,7 @@ class Planner:
 
     def _step(self, config: Config, dtype: torch.dtype, sizes: Sizes) -> dict[str, int]:
         batch, autocast = self.micro_batch(config), dtype == torch.bfloat16
-        kernel = self._kernel(config, sum(sample.tokens for sample in batch), dtype)
+        kernel = self._kernel(config, sum(sample.tokens for sample in samples_of(batch)), dtype)
 
         def make_step(short: PreTrainedConfig):
             with quiet():
@@ -285,8 +285,8 @@ def _dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
-def _tokens(batch: list[Sample]) -> int:
-    return sum(len(sample.roles[0]) for sample in batch)
+def _tokens(batch: list[SampleGroup]) -> int:
+    return sum(len(group.student) + s.tokens for group in batch for s in group.samples)
 
 
 def _objective(

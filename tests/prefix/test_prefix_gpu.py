@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers.prefix_models import MODELS, make, make_groups
 
-from opsd.prefix import choose_kernel as kernels
+from opsd.prefix import attention as kernels
 from opsd.prefix import shared_prefix_hidden_states, try_kernel, use_kernel
-from opsd.prefix.choose_kernel import Inputs, obstacle
+from opsd.prefix.attention import Inputs, obstacle
 from opsd.prefix.layout import Layout
 
 pytestmark = [

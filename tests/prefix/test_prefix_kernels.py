@@ -15,9 +15,9 @@ from helpers.training_cases import short_values
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
-from opsd.prefix import choose_kernel as kernels
+from opsd.prefix import attention as kernels
 from opsd.prefix import flex, shared_prefix_hidden_states, try_kernel
-from opsd.prefix.choose_kernel import Inputs, choose, kernel_for, missing, obstacle, use_kernel
+from opsd.prefix.attention import Inputs, choose, kernel_for, missing, obstacle, use_kernel
 from opsd.prefix.layout import Layout
 from opsd.prefix.tiled import tiled_attention
 
@@ -94,7 +94,7 @@ def test_models_attend_by_flash_attention(name, torch_flash, monkeypatch):
     groups = make_groups()
     assert_same(model, shared_prefix_hidden_states(model, groups), groups)
     assert try_kernel(model, torch.float32, CPU) == kernel
-    assert set(kernels._given.values()) == {kernel}
+    assert set(kernels._chosen.values()) == {kernel}
     use_kernel("auto")
 
 
