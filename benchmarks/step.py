@@ -24,10 +24,9 @@ from opsd.common.step_timer import StepTimer, measured, phase
 from opsd.config.sections import ModelSection
 from opsd.models.copies import copy_model
 from opsd.models.load import load_model
-from opsd.objectives import Sample
-from opsd.prefix.rollout_states import Scored
+from opsd.objectives import Sample, SampleGroup, samples_of
 from opsd.rollout import GenerateSampler, Sampling
-from opsd.training.micro_batches import stream_tokens
+from opsd.training.micro_batches import separate_tokens, stream_tokens
 from opsd.training.step import token_ratio
 
 
@@ -44,20 +43,22 @@ class Case:
     def __str__(self) -> str:
         return ",".join(map(str, asdict(self).values()))
 
-    def samples(self, vocabulary: int) -> list[Sample]:
+    def groups(self, vocabulary: int) -> list[SampleGroup]:
         """Random tokens; rollouts of 3/4 R to R tokens."""
         draw = torch.Generator().manual_seed(0)
 
         def ids(n: int) -> list[int]:
             return torch.randint(vocabulary, (n,), generator=draw).tolist()
 
-        samples = []
+        groups = []
         for _ in range(self.problems):
-            contexts = ids(self.student), ids(self.teacher)
-            for index in range(self.rollouts):
-                rollout = ids(self.length - index * self.length // (4 * self.rollouts))
-                samples.append(Sample(tuple(Scored(c, rollout) for c in contexts), 1e-3))
-        return samples
+            student, teacher = ids(self.student), ids(self.teacher)
+            lengths = [
+                self.length - index * self.length // (4 * self.rollouts)
+                for index in range(self.rollouts)
+            ]
+            groups.append(SampleGroup(student, [Sample(ids(n), 1e-3) for n in lengths], [teacher]))
+        return groups
 
 
 EXAMPLE = Case(1, 8, 200, 1000, 256)  # the design's
@@ -93,15 +94,11 @@ def some_gradient(model: PreTrainedModel) -> Tensor:
     return torch.cat([g.float().cpu() for g in gradients])
 
 
-def work_ratio(samples: list[Sample]) -> float:
+def work_ratio(groups: list[SampleGroup]) -> float:
     """Products of each rollout run alone ÷ with contexts shared; attention's own and the head's are
     not in it.
     """
-    shared = stream_tokens(samples, lambda sample: sample.roles)
-    alone = [
-        sum(len(role) - 1 for role in roles)
-        for roles in zip(*(s.roles for s in samples), strict=True)
-    ]
+    shared, alone = stream_tokens(groups), separate_tokens(groups)
     return sum(w * n for w, n in zip(WORK, alone, strict=True)) / sum(
         w * n for w, n in zip(WORK, shared, strict=True)
     )
@@ -109,16 +106,16 @@ def work_ratio(samples: list[Sample]) -> float:
 
 def measure(case: Case, setting: Setting, rounds: int, seconds: float) -> dict:
     """One row of the report, JSON-ready."""
-    samples = case.samples(setting.model.config.vocab_size)
-    row = {"case": asdict(case), "token_ratio": token_ratio(samples)}
-    row |= {"work_ratio": work_ratio(samples), "errors": {}, "failed": {}}
-    row["tokens"] = sum(sample.tokens for sample in samples)
+    groups = case.groups(setting.model.config.vocab_size)
+    row = {"case": asdict(case), "token_ratio": token_ratio(groups)}
+    row |= {"work_ratio": work_ratio(groups), "errors": {}, "failed": {}}
+    row["tokens"] = sum(sample.tokens for sample in samples_of(groups))
     kept: dict[str, Step] = {}
     gradients: dict[str, Tensor] = {}
     device = setting.model.device.type
     for name, step in ways(setting).items():  # a warm-up as well
         try:
-            step(samples)
+            step(groups)
         except torch.OutOfMemoryError as error:
             row["failed"][name] = str(error).splitlines()[0]
             torch.cuda.empty_cache()
@@ -129,7 +126,7 @@ def measure(case: Case, setting: Setting, rounds: int, seconds: float) -> dict:
         error = row["errors"][name] = float((found - wanted).norm() / wanted.norm())
         if not error < (5e-2 if setting.bf16 else 1e-4):
             raise Disagreement(f"{name} and naive differ by {error:.1e} in the gradient")
-    calls = {name: (lambda step=step: step(samples)) for name, step in kept.items()}
+    calls = {name: (lambda step=step: step(groups)) for name, step in kept.items()}
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     row |= interleaved(calls, rounds, synchronize, seconds)
     row["peak_bytes"] = {name: peak_bytes(call, device) for name, call in calls.items()}
@@ -143,7 +140,7 @@ def whole_step(case: Case, setting: Setting) -> dict:
     long as they may be; what is learnt are the case's own.
     """
     model, device = setting.model, setting.model.device
-    samples = case.samples(model.config.vocab_size)
+    groups = case.groups(model.config.vocab_size)
     name, step = next(iter(ways(setting).items()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     sampler = GenerateSampler(setting.teacher, frozenset([model.config.vocab_size]))
@@ -151,9 +148,9 @@ def whole_step(case: Case, setting: Setting) -> dict:
     for _ in range(2):  # the first warms up
         with measured(parts):
             with phase("rollout"):
-                contexts = [sample.roles[0].context for sample in samples]
+                contexts = [group.student for group in groups for _ in group.samples]
                 sampler.sample(contexts, Sampling(case.length, batch_size=64))
-            step(samples)
+            step(groups)
             with phase("optimizer"):
                 optimizer.step()
         found = parts.take()
@@ -161,7 +158,7 @@ def whole_step(case: Case, setting: Setting) -> dict:
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
-        step(samples)
+        step(groups)
     return {"case": asdict(case), "way": name, "parts": found, "operators": operators(profile)}
 
 

@@ -23,15 +23,14 @@ from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
-from opsd.objectives import OPSD, Sample, Totals
-from opsd.prefix import choose_kernel as kernels
+from opsd.objectives import OPSD, SampleGroup, Totals
+from opsd.prefix import Ids, use_kernel
+from opsd.prefix import attention as kernels
 from opsd.prefix import packed_forward as stream
-from opsd.prefix import use_kernel, using_cache
 from opsd.prefix.layout import Layout
-from opsd.prefix.rollout_states import Scored
 from opsd.training.step import OPSDStep
 
-Step = Callable[[list[Sample]], None]
+Step = Callable[[list[SampleGroup]], None]
 """One step's forward and backward; gradients are in the model's parameters."""
 
 TRL_BATCH = 8
@@ -68,9 +67,9 @@ def ways(setting: Setting) -> dict[str, Step]:
     found["naive"] = _packed(setting, share=False)
     grouper = _packed(setting, share=True)
 
-    def by_grouper(samples: list[Sample]) -> None:
+    def by_grouper(groups: list[SampleGroup]) -> None:
         with _attending(grouper_attention):
-            grouper(samples)
+            grouper(groups)
 
     found["grouper"] = by_grouper
     if importlib.util.find_spec("trl"):
@@ -93,15 +92,15 @@ def shared_kernels(setting: Setting) -> list[str]:
 def _packed(setting: Setting, *, share: bool, kernel: str = "auto") -> Step:
     step = OPSDStep(setting.model, OPSD(LossSection(), setting.teacher), share=share)
 
-    def run(samples: list[Sample]) -> None:
+    def run(groups: list[SampleGroup]) -> None:
         setting.model.zero_grad()
         use_kernel(kernel)
-        batches = step.micro_batches(samples, setting.max_tokens)
-        kept = step.prefix_cache(batches, setting.max_tokens)
-        with setting.autocast(), using_cache(kept):
+        batches = step.micro_batches(groups, setting.max_tokens)
+        batches, cache = step.cache_prefixes(batches, setting.max_tokens)
+        with setting.autocast():
             for batch in batches:
                 setting.backward(step(batch, Totals()))
-                kept.batch_done()
+                cache.batch_done()
 
     return run
 
@@ -115,11 +114,11 @@ def _compiled(setting: Setting, step: Step) -> Step:
     ]
     calls = [torch.compile(module._call_impl, dynamic=True) for module in modules]
 
-    def run(samples: list[Sample]) -> None:
+    def run(groups: list[SampleGroup]) -> None:
         for module, call in zip(modules, calls, strict=True):
             module._compiled_call_impl = call
         try:
-            step(samples)
+            step(groups)
         finally:
             for module in modules:
                 module._compiled_call_impl = None
@@ -169,35 +168,38 @@ def _trl(setting: Setting) -> Step:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
 
-    def run(samples: list[Sample]) -> None:
+    def run(groups: list[SampleGroup]) -> None:
         setting.model.zero_grad()
+        samples = [(group, sample) for group in groups for sample in group.samples]
         with setting.autocast():
             for start in range(0, len(samples), TRL_BATCH):
                 some = samples[start : start + TRL_BATCH]
-                student = _rollout_logits(setting.model, [s.roles[0] for s in some])
+                student = _rollout_logits(setting.model, [(g.student, s.rollout) for g, s in some])
                 with torch.no_grad():
-                    teacher = _rollout_logits(setting.teacher, [s.roles[1] for s in some])
+                    teacher = _rollout_logits(
+                        setting.teacher, [(g.teachers[s.teacher], s.rollout) for g, s in some]
+                    )
                 # 0: forward KL
                 per_token = compute_full_logit_self_distillation_loss(
                     student, teacher, distillation_alpha=0.0
                 )
                 weights = torch.zeros_like(per_token)
-                for row, sample in zip(weights, some, strict=True):
+                for row, (_, sample) in zip(weights, some, strict=True):
                     row[: sample.tokens] = sample.weight
                 setting.backward((per_token * weights).sum())
 
     return run
 
 
-def _rollout_logits(model: PreTrainedModel, sequences: Sequence[Scored]) -> Tensor:
+def _rollout_logits(model: PreTrainedModel, sequences: Sequence[tuple[Ids, Ids]]) -> Tensor:
     """[B, R, V]: contexts padded on the left, rollouts on the right, as TRL's trainer has them."""
-    before = max(len(s.context) for s in sequences)
-    after = max(len(s.rollout) for s in sequences)
+    before = max(len(context) for context, _ in sequences)
+    after = max(len(rollout) for _, rollout in sequences)
     ids = torch.zeros(len(sequences), before + after, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        begin, end = before - len(sequence.context), before + len(sequence.rollout)
-        ids[row, begin:end] = torch.tensor([*sequence.context, *sequence.rollout])
+    for row, (context, rollout) in enumerate(sequences):
+        begin, end = before - len(context), before + len(rollout)
+        ids[row, begin:end] = torch.tensor([*context, *rollout])
         mask[row, begin:end] = 1
     device = model.device
     output = model(

@@ -323,7 +323,7 @@ def by_opsd(case: Case, directory: Path) -> dict:
     from opsd.data.rows import load_rows
     from opsd.models.load import dtype_of, load_model
     from opsd.models.teacher import make_teacher
-    from opsd.objectives.make import make_objective
+    from opsd.objectives import make_objective
     from opsd.rollout import Rollout
     from opsd.runs.log import RunLog
     from opsd.training.trainer import OPSDTrainer
@@ -372,7 +372,7 @@ def by_opsd(case: Case, directory: Path) -> dict:
         model,
         load_rows(config.data.source),
         prompts,
-        make_objective(config, teacher, prompts),
+        make_objective(config.method, config.loss, teacher, prompts, config.rollout.max_new_tokens),
         Given(),
         RunLog(run),
     )

@@ -285,7 +285,7 @@ def prefix_kernels() -> Iterator[Finding]:
     """What may be asked for as train.prefix_kernel, and why one cannot run here."""
     try:
         torch = importlib.import_module("torch")
-        known = importlib.import_module("opsd.prefix.choose_kernel")
+        known = importlib.import_module("opsd.prefix.attention")
     except Exception:  # whatever it needs and lacks is a finding of its own above
         return
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -176,7 +176,7 @@ def _record(config, asked, planner, memory, tokens, work, room, changed) -> dict
 
 def _largest(config: Config, planner: Planner) -> int:
     batch = planner.micro_batch(config)
-    return stream_tokens(batch, lambda sample: sample.roles)[0]
+    return stream_tokens(batch).student
 
 
 def _differences(before: Config, after: Config) -> list[str]:

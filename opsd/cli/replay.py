@@ -18,16 +18,15 @@ from opsd.data.prompts import Prompts
 from opsd.models.load import dtype_of, load_model
 from opsd.models.lora import add_adapters
 from opsd.models.teacher import make_teacher
-from opsd.objectives import Sample, Totals
-from opsd.objectives.make import make_objective
-from opsd.training.failed_steps import samples_of
+from opsd.objectives import SampleGroup, Totals, make_objective
+from opsd.training.failed_steps import groups_of
 from opsd.training.run import weights_dtype
 from opsd.training.step import OPSDStep
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """A sample by itself: its loss, its gradient's norm, the first module with a bad output."""
+    """A sample run alone: its loss, its gradient's norm, the first module with a bad output."""
 
     number: int
     tokens: int
@@ -42,12 +41,12 @@ class Replayed:
 
 
 def replay(path: Path, display: Display) -> list[Replayed]:
-    """Run the samples of a failed-step-N.pt again; shows a line each. Raises UserError."""
+    """Run each sample of a failed-step-N.pt again and show a line for each. Raises UserError."""
     if not path.is_file():
         raise UserError(f"FILE is {str(path)!r}: no such file")
     try:
         failed = torch.load(path, map_location="cpu", weights_only=True)
-        config, samples = parse_config(failed["config"]), samples_of(failed)
+        config, groups = parse_config(failed["config"]), groups_of(failed)
     except Exception as error:  # a pickle that asks for more than tensors, or no such file at all
         said = in_short(error)
         raise UserError(f"FILE is {str(path)!r}: not a failed step's ({said})") from None
@@ -65,12 +64,15 @@ def replay(path: Path, display: Display) -> list[Replayed]:
             _load(average.averages, failed["average"])
     scorer = model if config.teacher.policy == "live" else teacher
     prompts = Prompts(config.prompts, tokenizer)
-    objective = make_objective(config, scorer, prompts)
+    objective = make_objective(
+        config.method, config.loss, scorer, prompts, config.rollout.max_new_tokens
+    )
     step = OPSDStep(model.train(), objective, share=config.train.share_prefixes)
     found = []
-    for number, sample in enumerate(samples):
+    alone = [group.of([sample]) for group in groups for sample in group.samples]
+    for number, group in enumerate(alone):
         with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            found.append(_replayed(step, number, sample))
+            found.append(_replayed(step, number, group))
     rows = [
         [str(r.number), str(r.tokens), f"{r.loss:.4g}", f"{r.gradient:.4g}", r.module or ""]
         for r in found
@@ -92,21 +94,21 @@ def _load(parameters: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]) -
             parameters[name].copy_(value)
 
 
-def _replayed(step: OPSDStep, number: int, sample: Sample) -> Replayed:
+def _replayed(step: OPSDStep, number: int, group: SampleGroup) -> Replayed:
     step.zero_grad(set_to_none=True)
     with _first_not_finite(step.model) as places:
-        loss = step([sample], Totals())
+        loss = step([group], Totals())
     with torch.autocast(loss.device.type, enabled=False):
         loss.backward()
     squares = [p.grad.float().square().sum() for p in step.parameters() if p.grad is not None]
     gradient = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
     module = places[0] if places else None
-    return Replayed(number, sample.tokens, float(loss.detach()), float(gradient), module)
+    return Replayed(number, group.samples[0].tokens, float(loss.detach()), float(gradient), module)
 
 
 @contextmanager
 def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Names of modules whose output holds what is not finite, in the order that they ran."""
+    """Names of modules whose output is not finite, in the order that they ran."""
     places: list[str] = []
 
     def watch(name: str):

@@ -1,13 +1,18 @@
-"""The methods, one file each: a step's rollouts → samples → loss and measures.
+"""The methods, one file each: a step's problems → groups of samples → loss and measures.
 
-Import the methods and what they share from here, and `make_objective` from `make`.
+Other rooms import the methods, what they share, and `make_objective` from here.
 """
 
-from opsd.objectives.base import Objective, Problem, Sample, Totals
+from transformers import PreTrainedModel
+
+from opsd.config.loss import LossSection
+from opsd.data.prompts import Prompts
 from opsd.objectives.distill import Distill
+from opsd.objectives.groups import Objective, Problem, Sample, SampleGroup, Totals, samples_of
 from opsd.objectives.grpo import GRPO
 from opsd.objectives.opsd import OPSD
 from opsd.objectives.sft import SFT
+from opsd.objectives.token_classes import class_table
 from opsd.objectives.token_weights import TokenWeighting
 
 __all__ = [
@@ -18,6 +23,27 @@ __all__ = [
     "Objective",
     "Problem",
     "Sample",
+    "SampleGroup",
     "TokenWeighting",
     "Totals",
+    "make_objective",
+    "samples_of",
 ]
+
+
+def make_objective(
+    method: str,
+    loss: LossSection,
+    teacher: PreTrainedModel,
+    prompts: Prompts,
+    max_new_tokens: int,
+) -> Objective:
+    """The objective of a method's name. `max_new_tokens`: of a rollout."""
+    classes = class_table(prompts.tokenizer)
+    weighting = TokenWeighting(loss, max_new_tokens, classes)
+    if method == "sft":
+        return SFT(loss, prompts, weighting)
+    if method == "grpo":
+        return GRPO(loss, teacher, weighting)
+    kind = OPSD if method == "opsd" else Distill
+    return kind(loss, teacher, weighting, classes)

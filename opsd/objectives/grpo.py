@@ -1,9 +1,9 @@
 """GRPO: a rollout's advantage is its reward against its group's mean.
 
-The loss is the clipped surrogate of `policy.py`, plus `loss.kl` times an estimate of the KL to a
-reference that sees what the student sees. Groups whose rewards are all alike carry no signal and,
-without a KL, cost no forward pass. By configuration (docs/methods.md) this is the first GRPO
-(arXiv 2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), and with `loss.credit` RLSD
+The loss is the clipped surrogate of `policy_gradient.py`, plus `loss.kl` times an estimate of the
+KL to a reference that sees what the student sees. Groups whose rewards are all equal carry no
+signal and, without a KL, cost no forward pass. By configuration (docs/methods.md) this is the first
+GRPO (arXiv 2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), and with `loss.credit` RLSD
 (2604.03128).
 """
 
@@ -15,27 +15,32 @@ from transformers import PreTrainedModel
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.models.head import head
-from opsd.objectives.base import (
+from opsd.objectives.groups import (
     Problem,
     Sample,
+    SampleGroup,
     Totals,
+    as_student,
+    as_teacher,
     counted_mean,
     counted_tokens,
     old_log_prob,
+    sample_group,
+    samples_of,
     spread,
     token_weights,
 )
 from opsd.objectives.importance_sampling import engine_importance
-from opsd.objectives.log_probs import log_prob_as, token_log_prob
+from opsd.objectives.log_probs import rollout_log_prob, token_log_prob
 from opsd.objectives.policy_gradient import k3, surrogate, teacher_credit
 from opsd.objectives.token_weights import TokenWeighting
-from opsd.prefix.rollout_states import Scored, rollout_hidden_states, student_and_teacher
+from opsd.prefix import rollout_hidden_states, student_and_teacher_states
 
 
 class GRPO:
     """Policy gradient with the group's rewards.
 
-    `teacher`: the reference of `loss.kl` and the teacher of `loss.credit`; None without either.
+    `teacher`: the reference of `loss.kl` and the teacher of `loss.credit`; not used without either.
     """
 
     samples_rollouts = True
@@ -50,74 +55,79 @@ class GRPO:
         self.section, self.teacher = section, teacher
         self.weighting = weighting or TokenWeighting(section)
 
-    def samples(
+    def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
-    ) -> tuple[list[Sample], dict[str, float]]:
+    ) -> tuple[list[SampleGroup], dict[str, float]]:
         """Every rollout of a group whose rewards differ; with `loss.kl`, every rollout."""
         credit = credit_share(self.section, step)
         rollouts = [rollout for p in problems for rollout in p.rollouts]
         outcomes = [outcome for p in problems for outcome in p.outcomes]
         weights = iter(self.weighting(rollouts, outcomes))
-        samples, used = [], 0
+        groups, informative = [], 0
         for p in problems:
-            group = [outcome.reward for outcome in p.outcomes]
-            advantages = group_advantages(group, self.section.scale_advantages)
-            used += any(advantages)
-            contexts = p.teacher_contexts()
-            for rollout, advantage, context in zip(p.rollouts, advantages, contexts, strict=True):
+            rewards = [outcome.reward for outcome in p.outcomes]
+            advantages = group_advantages(rewards, self.section.scale_advantages)
+            informative += any(advantages)
+            pairs = []
+            for rollout, advantage, context in zip(
+                p.rollouts, advantages, p.teacher_contexts(), strict=True
+            ):
                 weight = next(weights)
                 if weight.of_all and (advantage or self.section.kl):
-                    roles: tuple[Scored, ...] = (Scored(p.context.student, rollout.ids),)
-                    if self.section.credit:
-                        # Nothing to be taught: the evidence is 1 where both contexts are one.
-                        seen = p.context.student if context is None else context
-                        roles = (*roles, Scored(seen, rollout.ids))
-                    samples.append(
-                        Sample(
-                            roles,
-                            *weight,
-                            advantage=advantage,
-                            credit=credit,
-                            sampling_log_probs=rollout.sampling_log_probs,
-                        )
+                    sample = Sample(
+                        rollout.ids,
+                        *weight,
+                        advantage=advantage,
+                        credit=credit,
+                        sampling_log_probs=rollout.sampling_log_probs,
                     )
-        return samples, {"informative_groups": used / len(problems)}
+                    # Without a teacher context the teacher sees the student's: the evidence is 1
+                    # where both have the same weights.
+                    pairs.append((sample, p.context.student if context is None else context))
+            if pairs and self.section.credit:
+                groups.append(sample_group(p.context.student, pairs))
+            elif pairs:
+                groups.append(SampleGroup(p.context.student, [sample for sample, _ in pairs]))
+        return groups, {"informative_groups": informative / len(problems)}
 
     def loss(
         self,
         model: PreTrainedModel,
-        samples: Sequence[Sample],
+        groups: Sequence[SampleGroup],
         totals: Totals,
         share: bool = True,
     ) -> Tensor:
         """See `Objective.loss`."""
         section, device = self.section, model.device
-        students = [sample.roles[0] for sample in samples]
+        students, samples = as_student(groups), samples_of(groups)
         advantage = spread([sample.advantage for sample in samples], samples, device)
         logged: dict[str, Tensor] = {}
         if section.credit:
-            teachers = [sample.roles[1] for sample in samples]
-            hidden, seen = student_and_teacher(model, self.teacher, students, teachers, share)
+            hidden, teacher_hidden = student_and_teacher_states(
+                model, self.teacher, students, as_teacher(groups), share
+            )
         else:
             with phase("student"):
                 hidden = rollout_hidden_states(model, students, share)
         own = token_log_prob(model, hidden, samples, section)
         old, vocabulary = old_log_prob(samples, own.log_prob), len(head(model)[0])
         if section.credit:
-            taught = token_log_prob(self.teacher, seen, samples, section, vocabulary).log_prob
-            whole = advantage
+            by_teacher = token_log_prob(
+                self.teacher, teacher_hidden, samples, section, vocabulary
+            ).log_prob
+            of_rollout = advantage
             advantage = teacher_credit(
-                whole,
+                of_rollout,
                 old,
-                taught.detach(),
+                by_teacher.detach(),
                 spread([sample.credit for sample in samples], samples, device),
                 section.credit_clip,
             )
-            logged["credit_moved"] = (advantage - whole).abs()
+            logged["credit_moved"] = (advantage - of_rollout).abs()
         per_token, clipped = surrogate(own.log_prob, old, advantage, section)
         logged |= {"student_entropy": own.entropy, "ratio_clipped_fraction": clipped.float()}
         if section.kl:
-            reference = log_prob_as(0, self.teacher, samples, section, share, vocabulary)
+            reference = rollout_log_prob(self.teacher, groups, section, share, vocabulary)
             logged["reference_divergence"] = divergence = k3(own.log_prob, reference)
             per_token = per_token + section.kl * divergence
         weights, count = token_weights(samples, device), counted_tokens(samples)

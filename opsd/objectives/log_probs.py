@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.models.head import as_operands, head, head_arguments
-from opsd.objectives.base import Sample, targets
-from opsd.prefix.rollout_states import rollout_hidden_states
+from opsd.objectives.groups import Sample, SampleGroup, as_student, samples_of, targets
+from opsd.prefix import rollout_hidden_states
 from opsd_kernels import LinearLogProb, linear_log_prob
 
 
@@ -21,9 +21,9 @@ def token_log_prob(
     section: LossSection,
     vocabulary: int | None = None,
 ) -> LinearLogProb:
-    """log p and entropy of each rollout token [Σ R], of the states [Σ R, D] that predict them.
+    """log p and entropy of each rollout token [Σ R], from the states [Σ R, D] that predict them.
 
-    `vocabulary`: how many rows of the head count; a teacher's may be padded further.
+    `vocabulary`: how many rows of the head count, since a teacher's head may be padded further.
     """
     weight, bias = (None if t is None else t[:vocabulary] for t in head(model))
     hidden, weight, bias = as_operands((hidden, weight, bias))
@@ -40,15 +40,14 @@ def token_log_prob(
 
 
 @torch.no_grad()
-def log_prob_as(
-    role: int,
+def rollout_log_prob(
     model: PreTrainedModel,
-    samples: Sequence[Sample],
+    groups: Sequence[SampleGroup],
     section: LossSection,
     share: bool,
     vocabulary: int | None = None,
 ) -> Tensor:
-    """log p of each rollout token [Σ R] by `model`, in the samples' role of that number."""
+    """log p of each rollout token [Σ R] by `model`, in the student's contexts."""
     with phase("teacher"):
-        hidden = rollout_hidden_states(model, [sample.roles[role] for sample in samples], share)
-    return token_log_prob(model, hidden, samples, section, vocabulary).log_prob
+        hidden = rollout_hidden_states(model, as_student(groups), share)
+    return token_log_prob(model, hidden, samples_of(groups), section, vocabulary).log_prob

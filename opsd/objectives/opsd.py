@@ -1,12 +1,13 @@
 """On-policy self-distillation: the student's rollout, scored token by token by the teacher.
 
-The student sees the problem, the teacher the problem and a solution. At each rollout token n the
-loss is D(p_T(·|n) ‖ p_S(·|n)) over the whole vocabulary; its gradient flows through the student
+The student sees the problem, the teacher sees the problem and a solution. At each rollout token n
+the loss is D(p_T(·|n) ‖ p_S(·|n)) over the whole vocabulary. Its gradient flows through the student
 only. The step's loss is the mean over all its rollout tokens.
 
-With `loss.divergence: sampled_token` it is a policy gradient of the tokens that were sampled, with
-the advantage A_n = log p_T(y_n) - log p_S(y_n), p_S before the step's first update: its expectation
-there is the gradient of KL(p_S ‖ p_T), from one token instead of the whole vocabulary.
+With `loss.divergence: sampled_token` the loss is a policy gradient of the tokens that were sampled,
+with the advantage A_n = log p_T(y_n) - log p_S(y_n), where p_S is the student before the step's
+first update. In that update its expectation is the gradient of KL(p_S ‖ p_T), estimated from one
+token instead of the whole vocabulary.
 """
 
 from collections.abc import Sequence
@@ -18,13 +19,18 @@ from transformers import PreTrainedModel
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.models.head import as_operands, head, head_arguments
-from opsd.objectives.base import (
+from opsd.objectives.groups import (
     Problem,
     Sample,
+    SampleGroup,
     Totals,
+    as_student,
+    as_teacher,
     counted_mean,
     counted_tokens,
     old_log_prob,
+    sample_group,
+    samples_of,
     targets,
     token_weights,
 )
@@ -36,9 +42,9 @@ from opsd.objectives.importance_sampling import (
 )
 from opsd.objectives.log_probs import token_log_prob
 from opsd.objectives.policy_gradient import surrogate
-from opsd.objectives.token_classes import class_parts
+from opsd.objectives.token_classes import split_by_class
 from opsd.objectives.token_weights import TokenWeighting
-from opsd.prefix.rollout_states import Scored, student_and_teacher
+from opsd.prefix import student_and_teacher_states
 from opsd_kernels import Clip, linear_divergence
 
 
@@ -46,8 +52,9 @@ class OPSD:
     """The divergence between `teacher` (frozen, or the live model) and the model that trains.
 
     Args:
-        weighting: what the tokens count; none: alike, as `section` has them.
-        classes: `class_table`'s; with it, the divergence is logged by class.
+        weighting: what the tokens count; None: as `section` says.
+        classes: of the vocabulary's entries, by `class_table`; with it, the divergence is logged by
+            class.
     """
 
     samples_rollouts = True
@@ -64,51 +71,57 @@ class OPSD:
         self.weighting = weighting or TokenWeighting(section)
         self.clip = None if section.clip == "none" else Clip(section.clip, section.clip_threshold)
 
-    def samples(
+    def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
-    ) -> tuple[list[Sample], dict[str, float]]:
-        """Each rollout after both contexts; those that a teacher says nothing to are left out."""
-        seen = [
-            (p.context.student, context, rollout, outcome)
+    ) -> tuple[list[SampleGroup], dict[str, float]]:
+        """Each rollout in both contexts, without those that have no teacher context."""
+        taught = [
+            [
+                (rollout, outcome, context)
+                for rollout, outcome, context in zip(
+                    p.rollouts,
+                    p.outcomes or [None] * len(p.rollouts),
+                    p.teacher_contexts(self.teacher_role),
+                    strict=True,
+                )
+                if context is not None
+            ]
             for p in problems
-            for context, rollout, outcome in zip(
-                p.teacher_contexts(self.teacher_role),
-                p.rollouts,
-                p.outcomes or [None] * len(p.rollouts),
-                strict=True,
-            )
         ]
-        taught = [item for item in seen if item[1] is not None]
-        weights = self.weighting([r for *_, r, _ in taught], [outcome for *_, outcome in taught])
-        samples = [
-            Sample(
-                (Scored(student, rollout.ids), Scored(teacher, rollout.ids)),
-                *weight,
-                sampling_log_probs=rollout.sampling_log_probs,
-            )
-            for (student, teacher, rollout, _), weight in zip(taught, weights, strict=True)
-            if weight.of_all
-        ]
-        used = len(samples) / len(seen)
-        return samples, {} if used == 1 else {"trained_fraction": used}
+        each = [item for items in taught for item in items]
+        weights = iter(self.weighting([r for r, _, _ in each], [o for _, o, _ in each]))
+        groups = []
+        for p, items in zip(problems, taught, strict=True):
+            pairs = [
+                (Sample(r.ids, *weight, sampling_log_probs=r.sampling_log_probs), context)
+                for (r, _, context), weight in zip(items, weights, strict=False)
+            ]
+            if pairs := [pair for pair in pairs if pair[0].weight]:
+                groups.append(sample_group(p.context.student, pairs))
+        used = len(samples_of(groups)) / sum(len(p.rollouts) for p in problems)
+        return groups, {} if used == 1 else {"trained_fraction": used}
 
     def loss(
         self,
         model: PreTrainedModel,
-        samples: Sequence[Sample],
+        groups: Sequence[SampleGroup],
         totals: Totals,
         share: bool = True,
     ) -> Tensor:
         """See `Objective.loss`."""
-        students, teachers = ([sample.roles[role] for sample in samples] for role in (0, 1))
-        hidden = student_and_teacher(model, self.teacher, students, teachers, share)
+        hidden = student_and_teacher_states(
+            model, self.teacher, as_student(groups), as_teacher(groups), share
+        )
+        samples = samples_of(groups)
         weights, count = token_weights(samples, model.device), counted_tokens(samples)
         by_token = self.section.divergence == "sampled_token"
-        part = self._sampled_token if by_token else self._whole_vocabulary
-        loss, logged, fractions = part(model, samples, weights, *hidden)
+        loss_of = self._sampled_token if by_token else self._whole_vocabulary
+        loss, logged, fractions = loss_of(model, samples, weights, *hidden)
         if self.classes is not None:
-            parts = class_parts(self.classes, targets(samples, model.device), logged["divergence"])
-            logged |= {f"divergence_{name}": values for name, values in parts.items()}
+            by_class = split_by_class(
+                self.classes, targets(samples, model.device), logged["divergence"]
+            )
+            logged |= {f"divergence_{name}": values for name, values in by_class.items()}
         means = {name: counted_mean(values, weights, count) for name, values in logged.items()}
         totals.add(count, **means, **fractions)
         return loss
@@ -121,19 +134,19 @@ class OPSD:
         student: Tensor,
         teacher: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """The loss; what is logged of each token [Σ R], and of all of them."""
+        """The loss, what is logged of each token [Σ R], and what is logged of all tokens."""
         ratios = self._importance(model, samples, student)
         if ratios is not None:
             weights = weights * ratios.factors
         (weight, bias), (teacher_weight, teacher_bias) = head(model), head(self.teacher)
         if len(weight) != len(teacher_weight):
-            # Padded to different sizes: the rows that both have, which hold all tokens.
+            # Padded to different sizes. The rows that both have hold all tokens.
             size = min(len(weight), len(teacher_weight))
             weight, teacher_weight = weight[:size], teacher_weight[:size]
             bias = None if bias is None else bias[:size]
             teacher_bias = None if teacher_bias is None else teacher_bias[:size]
         if teacher_weight is weight:
-            teacher_weight = teacher_bias = None  # a live teacher: one product serves both
+            teacher_weight = teacher_bias = None  # a live teacher: one product for both
         tensors = (student, teacher, weight, teacher_weight, bias, teacher_bias)
         student, teacher, weight, teacher_weight, bias, teacher_bias = as_operands(tensors)
         with phase("loss"):
@@ -170,7 +183,7 @@ class OPSD:
     def _importance(
         self, model: PreTrainedModel, samples: Sequence[Sample], student: Tensor
     ) -> Importance | None:
-        """How much likelier the student makes each token than whoever sampled it did."""
+        """The correction for rollouts of another distribution; None where there is none."""
         if not were_sampled_otherwise(samples, self.section.importance_bound):
             return None
         with torch.no_grad():
@@ -185,17 +198,17 @@ class OPSD:
         student: Tensor,
         teacher: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """As `_whole_vocabulary`; a token's divergence is its estimate log p_S - log p_T."""
+        """As `_whole_vocabulary`. A token's divergence is estimated as log p_S - log p_T."""
         own = token_log_prob(model, student, samples, self.section)
         with torch.no_grad():
-            seen = token_log_prob(self.teacher, teacher, samples, self.section, len(head(model)[0]))
+            its = token_log_prob(self.teacher, teacher, samples, self.section, len(head(model)[0]))
         old = old_log_prob(samples, own.log_prob)
-        advantage = seen.log_prob - old
+        advantage = its.log_prob - old
         per_token, clipped = surrogate(own.log_prob, old, advantage, self.section)
         logged = {
             "divergence": -advantage,
             "student_entropy": own.entropy,
-            "teacher_entropy": seen.entropy,
+            "teacher_entropy": its.entropy,
             "ratio_clipped_fraction": clipped.float(),
         }
         ratios = engine_importance(samples, old, self.section.importance_bound)

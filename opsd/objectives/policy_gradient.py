@@ -5,7 +5,7 @@ advantage A_n that no gradient flows through,
 
     l_n = -min(r A, clip(r, 1 - ε_low, 1 + ε_high) A).
 
-Where the rollouts are fresh, r = 1: l_n = -A_n and its gradient is -A_n ∇log p(y_n). ε_high above
+In a step's first update r = 1, so l_n = -A_n with the gradient -A_n ∇log p(y_n). ε_high above
 ε_low is DAPO's clip-higher (arXiv 2503.14476).
 """
 
@@ -27,7 +27,7 @@ def surrogate(
 
 
 def k3(log_prob: Tensor, reference: Tensor) -> Tensor:
-    """Unbiased, never negative estimate of KL(p ‖ reference) from tokens of p: [N].
+    """An unbiased estimate of KL(p ‖ reference) from tokens sampled from p, never negative: [N].
 
     exp(d) - d - 1 with d = log p_ref - log p (Schulman, "Approximating KL divergence", 2020).
     """
@@ -38,8 +38,8 @@ def k3(log_prob: Tensor, reference: Tensor) -> Tensor:
 def teacher_credit(
     advantage: Tensor, old: Tensor, teacher: Tensor, share: Tensor, clip: float
 ) -> Tensor:
-    """RLSD (arXiv 2604.03128, eq. 13 to 15): the reward gives a token's direction, the teacher how
-    far.
+    """RLSD (arXiv 2604.03128, eq. 13 to 15): the reward says in which direction a token is pushed,
+    the teacher says how far.
 
     A_n = A ((1 - λ) + λ clip(w_n, 1 - ε_w, 1 + ε_w)),  w_n = (p_T(y_n) / p_S(y_n))^sign(A): [N],
     with λ = `share` [N]. The factor is positive: no token is pushed against its rollout's

@@ -1,7 +1,7 @@
 """SFT on solutions: the mean of -log p(y_n) over the tokens of the target text.
 
-With `loss.roles: [student, teacher]` the same target follows both contexts: the cold start, which
-teaches a model the two prompts before OPSD begins.
+With `loss.roles: [student, teacher]` the same target follows both contexts. This is the cold start:
+it teaches a model both prompts before OPSD begins.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,20 @@ from transformers import PreTrainedModel
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.data.prompts import Prompts
-from opsd.objectives.base import (
+from opsd.objectives.groups import (
     Problem,
     Sample,
+    SampleGroup,
     Totals,
+    as_student,
     counted_mean,
     counted_tokens,
+    samples_of,
     token_weights,
 )
 from opsd.objectives.log_probs import token_log_prob
 from opsd.objectives.token_weights import TokenWeighting
-from opsd.prefix.rollout_states import Scored, rollout_hidden_states
+from opsd.prefix import rollout_hidden_states
 from opsd.rollout import Rollout
 
 
@@ -30,7 +33,7 @@ class SFT:
     """Cross-entropy; the weight of each token is 1 ÷ the step's tokens."""
 
     samples_rollouts = False
-    teacher_role = "teacher"  # it scores nothing here, but shades the report's completions
+    teacher_role = "teacher"  # it scores nothing here, but it colours the report's completions
 
     def __init__(
         self, section: LossSection, prompts: Prompts, weighting: TokenWeighting | None = None
@@ -38,32 +41,33 @@ class SFT:
         self.section, self.prompts = section, prompts
         self.weighting = weighting or TokenWeighting(section)
 
-    def samples(
+    def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
-    ) -> tuple[list[Sample], dict[str, float]]:
+    ) -> tuple[list[SampleGroup], dict[str, float]]:
         """The target text of each row, after the context of each of `loss.roles`."""
         sequences = [
-            Scored(getattr(p.context, role), self.prompts.target(p.row, role))
+            (getattr(p.context, role), self.prompts.target(p.row, role))
             for p in problems
             for role in self.section.roles
         ]
-        texts = [Rollout(list(sequence.rollout), True) for sequence in sequences]
+        texts = [Rollout(target, True) for _, target in sequences]
         weights = self.weighting(texts, [None] * len(texts))
         return [
-            Sample((sequence,), *weight)
-            for sequence, weight in zip(sequences, weights, strict=True)
+            SampleGroup(context, [Sample(target, *weight)])
+            for (context, target), weight in zip(sequences, weights, strict=True)
         ], {}
 
     def loss(
         self,
         model: PreTrainedModel,
-        samples: Sequence[Sample],
+        groups: Sequence[SampleGroup],
         totals: Totals,
         share: bool = True,
     ) -> Tensor:
         """See `Objective.loss`; adds the student's entropy to `totals`."""
+        samples = samples_of(groups)
         with phase("student"):
-            hidden = rollout_hidden_states(model, [sample.roles[0] for sample in samples], share)
+            hidden = rollout_hidden_states(model, as_student(groups), share)
         result = token_log_prob(model, hidden, samples, self.section)
         weights, count = token_weights(samples, hidden.device), counted_tokens(samples)
         totals.add(count, student_entropy=counted_mean(result.entropy, weights, count))

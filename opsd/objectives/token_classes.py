@@ -1,7 +1,7 @@
 """Token classes: maths, style, special, other.
 
-The paper's ablation [method.md, 2nd] finds that words about thinking ("wait", "so") carry several
-times the divergence of mathematical tokens. A vocabulary entry belongs to one class, by its text:
+The OPSD paper's ablation finds that words about thinking ("wait", "so") have several times the
+divergence of mathematical tokens. A vocabulary entry belongs to one class, by its text:
 - special: the tokenizer's special and added tokens;
 - maths: text with a digit or one of the symbols below, or a LaTeX command;
 - style: one of the words below, alone;
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 CLASSES = ("maths", "style", "special", "other")
 
 _SYMBOLS = "=+*/^<>_{}|&\\$-" + "".join(map(chr, range(0x2200, 0x2300))) + "\xb1\xd7\xf7"
-"""With the block of mathematical operators, plus-minus, times and division."""
+"""Among them the Unicode block of mathematical operators, plus-minus, times and division."""
 
 _MATHS = re.compile(rf"[\d{re.escape(_SYMBOLS)}]")
 _STYLE = frozenset(
@@ -30,8 +30,9 @@ _STYLE = frozenset(
 
 
 def class_table(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The class of each vocabulary entry, as its place in CLASSES, and once more `other`: [V + 1],
-    uint8. The last is that of ids beyond the tokenizer, which a padded head has.
+    """The class of each vocabulary entry, as its place in CLASSES: [V + 1], uint8.
+
+    The last entry, `other`, is for ids beyond the tokenizer, which a padded head has.
     """
     size = len(tokenizer)
     texts = tokenizer.batch_decode([[entry] for entry in range(size)])
@@ -58,7 +59,7 @@ def classes_of(table: Tensor, tokens: Tensor) -> Tensor:
     return table[tokens.clamp(max=len(table) - 1)]
 
 
-def class_parts(table: Tensor, tokens: Tensor, values: Tensor) -> dict[str, Tensor]:
-    """`values` [N] split by the class of `tokens` [N], with 0 elsewhere: they add up to it."""
+def split_by_class(table: Tensor, tokens: Tensor, values: Tensor) -> dict[str, Tensor]:
+    """For each class, `values` [N] where `tokens` [N] are of the class and 0 elsewhere."""
     kinds = classes_of(table.to(values.device), tokens)
     return {name: values * (kinds == index) for index, name in enumerate(CLASSES)}

@@ -1,11 +1,11 @@
-"""What a token counts: `loss.weights` and `loss.aggregation`.
+"""How much each token counts in the loss: `loss.weights` and `loss.aggregation`.
 
     w_in = r_i f_in / Z        r_i = [right or wrong] · [cut]      f_in = position · class
 
 for token n of rollout i. With `aggregation`
 - token:    Z = Σ_i r_i Σ_n f_in: the step's loss is the weighted mean over its tokens;
 - rollout:  Z_i = (Σ_i r_i) Σ_n f_in: the weighted mean over rollouts of their tokens' mean;
-- constant: Z = (number of rollouts) · max_new_tokens: no rollout's length matters to another's.
+- constant: Z = (number of rollouts) · max_new_tokens: no rollout's length counts for others.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from opsd.rollout import Rollout
 
 
 class Weight(NamedTuple):
-    """Of a rollout's tokens: the one weight of all, and a factor for each where they differ."""
+    """What a rollout's tokens count: a weight for all, and a factor for each where they differ."""
 
     of_all: float
     factors: tuple[float, ...] | None = None
@@ -32,22 +32,24 @@ class TokenWeighting:
 
     Args:
         section: `loss`.
-        longest: rollout.max_new_tokens, for aggregation constant.
+        max_new_tokens: rollout.max_new_tokens, for aggregation `constant`.
         classes: the classes of the vocabulary's entries, by `class_table`.
     """
 
-    def __init__(self, section: LossSection, longest: int = 0, classes: Tensor | None = None):
-        self.section, self.longest = section, longest
+    def __init__(
+        self, section: LossSection, max_new_tokens: int = 0, classes: Tensor | None = None
+    ):
+        self.section, self.max_new_tokens = section, max_new_tokens
         weights = section.weights
         by_class = [getattr(weights, name) for name in CLASSES]
-        alike = by_class == [1.0] * len(CLASSES)
-        self.by_class, self.classes = torch.tensor(by_class), None if alike else classes
+        equal = by_class == [1.0] * len(CLASSES)
+        self.by_class, self.classes = torch.tensor(by_class), None if equal else classes
         self.flat = weights.skip_first == 0 and weights.position[0] == weights.position[1] == 1.0
 
     def __call__(
         self, rollouts: Sequence[Rollout], outcomes: Sequence[GradedRollout | None]
     ) -> list[Weight]:
-        """Of a step's rollouts; an outcome is needed where right and wrong differ."""
+        """The weights of a step's rollouts. Outcomes are needed where right and wrong differ."""
         factors = [self._factors(rollout.ids) for rollout in rollouts]
         sizes = [
             len(rollout.ids) if own is None else sum(own)
@@ -61,7 +63,7 @@ class TokenWeighting:
             total = sum(of_rollout)
             norms = [total * size for size in sizes]
         elif self.section.aggregation == "constant":
-            norms = [float(len(rollouts) * self.longest)] * len(rollouts)
+            norms = [float(len(rollouts) * self.max_new_tokens)] * len(rollouts)
         else:
             total = sum(r * size for r, size in zip(of_rollout, sizes, strict=True))
             norms = [total] * len(rollouts)

@@ -19,10 +19,10 @@ from opsd.distributed.processes import SPLIT_WEIGHTS
 from opsd.models.load import dtype_of
 from opsd.models.lora import add_adapters
 from opsd.models.teacher import teacher_section
-from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, Sample, Totals
+from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, SampleGroup, Totals, samples_of
 from opsd.plan.architectures import architecture
 from opsd.plan.fake_run import Peaks, meta_model, over_layers, quiet, sampling_peaks, step_peaks
-from opsd.plan.workload import Lengths, micro_batches, samples
+from opsd.plan.workload import Lengths, micro_batches, sample_groups
 from opsd.rollout import SAMPLERS
 from opsd_kernels.resolve import load, resolve
 from opsd_kernels.sweep import Head, plan_call
@@ -119,12 +119,11 @@ class Planner:
         step["gradients"] = step["gradients"] // (1 if sharding == "zero1" else split)
         return Memory(always, step, self._sampling(config, dtype))
 
-    def micro_batch(self, config: Config) -> list[Sample]:
+    def micro_batch(self, config: Config) -> list[SampleGroup]:
         """The largest micro-batch of a step."""
         share = config.train.share_prefixes
-        batches = micro_batches(
-            samples(config, self.lengths), config.train.micro_batch_tokens, share
-        )
+        step = sample_groups(config, self.lengths)
+        batches = micro_batches(step, config.train.micro_batch_tokens, share)
         return max(batches, key=_tokens)
 
     def _teacher(self, config: Config, dtype: torch.dtype) -> int:
@@ -151,7 +150,7 @@ class Planner:
 
     def _step(self, config: Config, dtype: torch.dtype, sizes: Sizes) -> dict[str, int]:
         batch, autocast = self.micro_batch(config), dtype == torch.bfloat16
-        kernel = self._kernel(config, sum(sample.tokens for sample in batch), dtype)
+        kernel = self._kernel(config, sum(sample.tokens for sample in samples_of(batch)), dtype)
 
         def make_step(short: PreTrainedConfig):
             with quiet():
@@ -287,8 +286,8 @@ def _moments(optimizer: str) -> float:
     return each * (1 if one else 2)
 
 
-def _tokens(batch: list[Sample]) -> int:
-    return sum(len(sample.roles[0]) for sample in batch)
+def _tokens(batch: list[SampleGroup]) -> int:
+    return sum(len(group.student) + s.tokens for group in batch for s in group.samples)
 
 
 def _objective(

@@ -1,4 +1,4 @@
-"""A training step without data: samples of the planned lengths, and their micro-batches."""
+"""A training step without data: groups of the planned lengths, and their micro-batches."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from opsd.config.config import Config
 from opsd.config.names import DIVERGENCE_METHODS
 from opsd.config.requirements import learns_targets
-from opsd.objectives import Sample
-from opsd.prefix.rollout_states import Scored
-from opsd.training.micro_batches import packed_batches, padded_batches, stream_tokens
+from opsd.objectives import Sample, SampleGroup, samples_of
+from opsd.training.micro_batches import (
+    packed_batches,
+    padded_batches,
+    separate_tokens,
+    stream_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -36,46 +40,42 @@ class Tokens:
     teacher: int
 
 
-def samples(config: Config, lengths: Lengths) -> list[Sample]:
-    """The step's samples. Their ids mean nothing; only contexts of one problem share their ids."""
+def sample_groups(config: Config, lengths: Lengths) -> list[SampleGroup]:
+    """The step's groups: ids are stand-ins, alike in one problem's contexts only."""
     sft = config.method == "sft"
-    roles = config.loss.roles if sft else ["student"]
     answer = lengths.solution if sft else lengths.rollout
     copies = 1 if learns_targets(config) else config.rollout.group_size
-    made = []
+    samples, groups = [Sample([0] * answer, 1.0)] * copies, []
     for number in range(config.train.problems_per_step):
         problem = [number % 7 + 1] * (lengths.prompt - 1) + [number]
         contexts = {"student": problem, "teacher": problem + [1] * lengths.solution}
-        rollout = [0] * answer
         if config.method in DIVERGENCE_METHODS or config.loss.credit:
-            seen = "student" if config.method == "distill" else "teacher"
-            scored = (Scored(problem, rollout), Scored(contexts[seen], rollout))
-            made += [Sample(scored, 1.0)] * copies
+            role = "student" if config.method == "distill" else "teacher"
+            groups.append(SampleGroup(problem, samples, [contexts[role]]))
         else:
-            made += [Sample((Scored(contexts[r], rollout),), 1.0) for r in roles] * copies
-    return made
+            roles = config.loss.roles if sft else ["student"]
+            groups += [SampleGroup(contexts[role], samples) for role in roles]
+    return groups
 
 
-def micro_batches(step: list[Sample], tokens: int, share: bool) -> list[list[Sample]]:
-    """Packs samples as `OPSDStep` does."""
+def micro_batches(step: list[SampleGroup], tokens: int, share: bool) -> list[list[SampleGroup]]:
+    """Packs groups as `OPSDStep` does."""
     batches = packed_batches if share else padded_batches
-    return batches(step, _roles, tokens)
+    return batches(step, tokens)
 
 
-def count_tokens(config: Config, step: list[Sample], lengths: Lengths) -> Tokens:
-    """The step's tokens. A live teacher does not run the prefix that both contexts share."""
-    shared = stream_tokens(step, _roles)
-    if len(shared) == 2 and config.teacher.policy == "live":
-        shared[1] -= config.train.problems_per_step * lengths.prompt
+def count_tokens(config: Config, step: list[SampleGroup], lengths: Lengths) -> Tokens:
+    """The step's tokens. A live teacher reads the start that both contexts share from the student's
+    pass."""
+    student, teacher = stream_tokens(step)
+    if teacher and config.teacher.policy == "live":
+        teacher -= config.train.problems_per_step * lengths.prompt
+    trained = sum(sample.tokens for sample in samples_of(step))
     return Tokens(
-        generated=0 if learns_targets(config) else sum(sample.tokens for sample in step),
-        trained=sum(sample.tokens for sample in step),
-        alone=sum(len(role) - 1 for sample in step for role in sample.roles),
-        shared=sum(shared),
-        student=shared[0],
-        teacher=shared[1] if len(shared) == 2 else 0,
+        generated=0 if learns_targets(config) else trained,
+        trained=trained,
+        alone=sum(separate_tokens(step)),
+        shared=student + teacher,
+        student=student,
+        teacher=teacher,
     )
-
-
-def _roles(sample: Sample):
-    return sample.roles

@@ -1,10 +1,53 @@
-"""Attention over a packed stream, by the kernel that suits the tensors or that was asked for."""
+"""Attention over a packed stream, and which kernel computes it.
+
+All kernels compute the same attention, without approximation. `tiles` runs everywhere, and the
+others are tested against it.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from opsd.prefix.choose_kernel import kernel_for
+from opsd.common.errors import UserError
+from opsd.prefix import flash as varlen
+from opsd.prefix import flex
 from opsd.prefix.layout import Layout
+from opsd.prefix.tiled import tiled_attention
+
+Kernel = Callable[..., Tensor]
+"""As `packed_attention`; key and value are of the dtype to compute in."""
+
+KERNELS: dict[str, Kernel] = {
+    "tiles": tiled_attention,
+    "flash": partial(varlen.flash_attention, calls=varlen.TORCH),
+    "flash_3": partial(varlen.flash_attention, calls=varlen.TORCH),
+    "flash_attn": partial(varlen.flash_attention, calls=varlen.FLASH_ATTN),
+    "flex": flex.flex_packed_attention,
+}
+"""tiles: batched products, here. flash: torch's own flash attention; flash_3: the same call with
+FlashAttention 3's kernels behind it; flash_attn: the flash-attn package. flex: FlexAttention."""
+
+PREFERENCE = ("flash", "flash_attn", "flex", "tiles")
+"""What `auto` tries on a GPU, in bf16 and fp16. flash_3 is for those who measured it faster."""
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The properties of a call that decide which kernels can serve it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_width: int
+    value_width: int
+    softcap: bool
 
 
 def packed_attention(
@@ -20,13 +63,13 @@ def packed_attention(
     """Attention of the stream's tokens to what each may see.
 
     Args:
-        query: [T, H, d]; key: [N, K, d]; value: [N, K, d_v]; N is T and the layout's past, which
-            comes first. Under autocast they are cast.
+        query: [T, H, d]; key: [N, K, d]; value: [N, K, d_v]. The N rows are those of the layout's
+            past, then the stream's T. Under autocast they are cast.
         scale: scores are scale · q · k.
         window: positions that a query sees, itself included; None: all before it.
         softcap: scores become softcap · tanh(score / softcap).
 
-    Returns [T, H, d_v] in the dtype that was computed in.
+    Returns [T, H, d_v] in the dtype of the computation.
     """
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
@@ -34,3 +77,141 @@ def packed_attention(
     kernel = kernel_for(query, value, softcap is not None)
     with torch.autocast(kind, enabled=False):
         return kernel(query, key, value, layout, scale=scale, window=window, softcap=softcap)
+
+
+_asked = "auto"
+_chosen: dict[Inputs, str] = {}
+_probed: list[Inputs] | None = None
+
+
+def use_kernel(name: str) -> None:
+    """Use the named kernel from now on, in this process; "auto": what suits each call.
+
+    Raises UserError where it cannot run on this machine. What depends on the model is checked at
+    the first call.
+    """
+    global _asked
+    if name not in ("auto", *KERNELS):
+        raise UserError(f"train.prefix_kernel is {name!r}: it may be auto, {', '.join(KERNELS)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "auto" and (reason := missing(name, device)) is not None:
+        raise UserError(f"train.prefix_kernel is {name!r}: {reason}")
+    _asked = name
+    _chosen.clear()
+
+
+@contextmanager
+def probing() -> Iterator[list[Inputs]]:
+    """Inside, `tiles` serves all calls, and the list collects what they were given."""
+    global _probed
+    before, _probed = _probed, []
+    try:
+        yield _probed
+    finally:
+        _probed = before
+
+
+def kernel_names(inputs: Sequence[Inputs], device: torch.device) -> list[str]:
+    """The kernels for such calls on `device`. Raises UserError as `kernel_for` does."""
+    names = [choose(_asked, replace(each, device=device)) for each in inputs]
+    return list(dict.fromkeys(names))
+
+
+def kernel_for(query: Tensor, value: Tensor, softcap: bool) -> Kernel:
+    """The kernel for a call with these tensors.
+
+    Raises UserError where the kernel that was asked for cannot serve it.
+    """
+    inputs = Inputs(query.device, value.dtype, query.shape[-1], value.shape[-1], softcap)
+    if _probed is not None:
+        _probed.append(inputs)
+        return tiled_attention
+    if inputs not in _chosen:
+        _chosen[inputs] = choose(_asked, inputs)
+    return KERNELS[_chosen[inputs]]
+
+
+def choose(asked: str, inputs: Inputs) -> str:
+    """The name of the kernel for such inputs."""
+    if asked == "auto":
+        on_gpu = inputs.device.type == "cuda" and inputs.dtype in HALF
+        candidates = PREFERENCE if on_gpu else ("tiles",)
+        return next(name for name in candidates if obstacle(name, inputs) is None)
+    reason = obstacle(asked, inputs)
+    if reason is not None:
+        raise UserError(f"train.prefix_kernel is {asked!r}: {reason}; 'auto' finds one that can")
+    if asked == "flash_3":
+        _activate_flash_3()
+    return asked
+
+
+def obstacle(name: str, inputs: Inputs) -> str | None:
+    """Why the named kernel cannot serve such inputs; None where it can."""
+    reason = missing(name, inputs.device)
+    if reason is not None or name == "tiles":
+        return reason
+    if name == "flex":
+        return None
+    if inputs.dtype not in HALF:
+        return f"flash attention computes in bf16 or fp16, not in {_plain(inputs.dtype)}"
+    if inputs.head_width != inputs.value_width:
+        return (
+            f"this model's keys are {inputs.head_width} wide and its values "
+            f"{inputs.value_width}; flash attention needs them alike"
+        )
+    if inputs.head_width % 8 or inputs.head_width > 256:
+        return f"heads are {inputs.head_width} wide: they must be a multiple of 8, at most 256"
+    if inputs.softcap and name != "flash_attn":
+        return "this model caps its attention scores, which torch's flash attention cannot"
+    return None
+
+
+@cache
+def missing(name: str, device: torch.device) -> str | None:
+    """Why the named kernel cannot run on this machine's `device`; None where it can."""
+    if name == "tiles":
+        return None
+    if device.type != "cuda":
+        return "it needs a GPU"
+    if name == "flex":
+        return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if name == "flash_attn":
+        return _unsuitable_flash_attn()
+    if name == "flash_3":
+        return _unsuitable_flash_3(device)
+    return None
+
+
+def _unsuitable_flash_attn() -> str | None:
+    try:
+        from flash_attn import flash_attn_interface
+    except ImportError as error:
+        return f"flash-attn is not installed, or not for this torch ({error})"
+    for call, needs in varlen.FLASH_ATTN_ARGUMENTS.items():
+        function = getattr(flash_attn_interface, call, None)
+        if function is None or not needs <= set(inspect.signature(function).parameters):
+            return "this version of flash-attn is not known here: 2.7 to 2.8 are"
+    return None
+
+
+def _unsuitable_flash_3(device: torch.device) -> str | None:
+    attention = torch.nn.attention
+    if "FA3" not in getattr(attention, "list_flash_attention_impls", list)():
+        return f"torch {torch.__version__} cannot call FlashAttention 3"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return f"FlashAttention 3 is for Hopper, not for {torch.cuda.get_device_name(device)}"
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return "flash_attn_interface (FlashAttention 3) is not installed"
+    return None
+
+
+@cache
+def _activate_flash_3() -> None:
+    """Put FlashAttention 3 behind torch's own operator, for this whole process."""
+    torch.nn.attention.activate_flash_attention_impl("FA3")
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

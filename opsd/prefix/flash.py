@@ -1,18 +1,18 @@
 """Attention over a packed stream by flash attention's calls for sequences of any lengths.
 
-With full attention nothing is copied. A segment attends causally to itself in one call for all
-segments, and a group's rollouts, which are neighbours, attend to all of their prefix in one call
-for all groups, whose "sequences" are the groups. The parts of a softmax are merged by their
-log-sum-exps: with l = log(e^l₁ + e^l₂), out = e^(l₁-l) out₁ + e^(l₂-l) out₂. Each part's backward
-is then given the merged out and l: its probabilities e^(score - l) are those of the whole softmax,
-and Σ out · d_out is the whole row's, so the parts' gradients only have to be added.
+With full attention nothing is copied. One call lets each segment attend causally to itself. Another
+call lets each group's rollouts, which are neighbours in the stream, attend to their whole prefix:
+its "sequences" are the groups. The results are merged by their log-sum-exps: with
+l = log(e^l₁ + e^l₂), out = e^(l₁-l) out₁ + e^(l₂-l) out₂. Each call's backward is given the merged
+out and l. Its probabilities e^(score - l) are then those of the whole softmax, and Σ out · d_out is
+the whole row's, so that the gradients only have to be added.
 
-With a sliding window a rollout sees no more than the window's last keys of its prefix: these are
-put before its own (a copy), and one causal call with that window does it all.
+With a sliding window a rollout sees only the window's last keys of its prefix. These are copied in
+front of its own keys, and one causal call with the window does everything.
 
-Conventions of flash attention that this relies on: query i of n sees, causally, the keys up to
-i + m - n of its m (the last query sees the last key); a query without any key has out 0 and a
-log-sum-exp of +inf (version 2) or -inf (version 3); sequences may be empty.
+This relies on conventions of flash attention. A causal query i of n sees the keys up to i + m - n
+of its m: the last query sees the last key. A query without any key has out 0 and a log-sum-exp of
++inf (version 2) or -inf (version 3). Sequences may be empty.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +27,9 @@ from opsd.prefix.layout import Layout, Segment, Span
 
 @dataclass(frozen=True)
 class Part:
-    """One call: sequence i's queries see sequence i's keys, all of them or causally.
+    """One call, in which sequence i's queries see sequence i's keys, all of them or causally.
 
-    rows: of the stream, the queries. keys: the rows of keys, or the index of those to copy.
+    rows: the queries' rows of the stream. keys: the rows of keys, or the index of rows to copy.
     query_starts, key_starts: where each sequence starts, and the end: [sequences + 1], int32.
     """
 
@@ -53,7 +53,7 @@ def parts(layout: Layout, window: int | None) -> list[Part]:
     found = [_part(layout, segments, own, causal=True)]
     for some in (prefixes, rollouts):
         for past in (True, False):
-            # A past's rows come before the stream's.
+            # Keys of a past and of the stream are not adjacent: a call each.
             seen = [
                 next((span for span in s.before if (span.start < layout.past) == past), None)
                 for s in some
@@ -66,7 +66,7 @@ def parts(layout: Layout, window: int | None) -> list[Part]:
 def _joined(
     segments: Sequence[Segment], spans: Sequence[Span | None]
 ) -> tuple[list[Segment], list[Span]]:
-    """Neighbours that see the same span, as one; what none of them sees, between, with no query."""
+    """Neighbours that see the same span become one. Keys in between that none sees get no query."""
     joined: list[Segment] = []
     seen: list[Span] = []
     end = next(span.start for span in spans if span)
@@ -88,7 +88,7 @@ def _joined(
 def _part(
     layout: Layout, segments: Sequence[Segment], keys: Sequence[Span], *, causal: bool
 ) -> Part:
-    """Segments and spans that follow each other without gaps."""
+    """The call for segments and spans that follow each other without gaps."""
     queries = [segment.queries for segment in segments]
     first, last = queries[0], queries[-1]
     return Part(
@@ -100,7 +100,7 @@ def _part(
 
 
 def _windowed(layout: Layout, window: int) -> Part:
-    """Each segment after the keys before it that its first query still sees."""
+    """Each segment, with the earlier keys that its first query still sees."""
     rows, lengths = [], []
     for segment in layout.segments:
         oldest = segment.queries.position - window + 1
@@ -126,7 +126,7 @@ def _starts(layout: Layout, queries: list[int], keys: list[int]) -> tuple[Tensor
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(layout.device)
         for lengths in (queries, keys)
     )
-    # 2 at least: flash attention takes one query a sequence for decoding, and then no empty ones.
+    # At least 2: with one query a sequence flash attention decodes, and allows no empty sequence.
     return (*starts, max(2, *queries), max(keys))
 
 
@@ -209,8 +209,8 @@ class _Merged(torch.autograd.Function):
 
 
 def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """Merge a part's out [rows, H, d] and log-sum-exp [H, rows] into those of other keys."""
-    # Rows that see none of the part's keys.
+    """Merge a call's out [rows, H, d] and log-sum-exp [H, rows] into those of earlier calls."""
+    # Rows that see none of this call's keys.
     part_lse = part_lse.masked_fill(part_lse == torch.inf, -torch.inf)
     merged = torch.logaddexp(lse, part_lse)
     for_out = (torch.exp(lse - merged).T[..., None], torch.exp(part_lse - merged).T[..., None])
@@ -219,7 +219,7 @@ def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
 
 
 def _left(part: Part) -> int:
-    """How far back a query sees, itself not counted; -1: as far as there are keys."""
+    """How many keys before its own a query sees; -1: all."""
     return -1 if part.window is None else part.window - 1
 
 
@@ -259,7 +259,7 @@ def _torch_backward(d_out, query, key, value, out, lse, part: Part, scale, softc
         part.longest_key,
         0.0,
         part.causal,
-        torch.zeros(2, dtype=torch.uint64, device=query.device),  # of a dropout, of which is none
+        torch.zeros(2, dtype=torch.uint64, device=query.device),  # a dropout's seed, unused
         unused,
         scale=scale,
         window_size_left=_left(part),
@@ -322,4 +322,4 @@ FLASH_ATTN_ARGUMENTS = {
     "_flash_attn_varlen_forward": _SHARED,
     "_flash_attn_varlen_backward": _SHARED | {"dq", "dk", "dv", "deterministic"},
 }
-"""What is called there, and arguments that tell a version known here."""
+"""The functions that are called, and the arguments that a known version has."""

@@ -1,4 +1,10 @@
-"""The hidden states that predict rollouts' tokens: with shared prefixes, and without."""
+"""The hidden states that predict rollouts' tokens: of one model, and of a student and its teacher.
+
+All take groups, (prefix ids [P], [rollout ids [R_1], …]) each, and return [Σ R, D]: the last hidden
+state, after the final norm, that predicts each rollout token, in the order group, rollout,
+position. The state at position P - 1 predicts the first token of all of a prefix's rollouts. The
+last token of a rollout is only a target and is not run.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -8,10 +14,80 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opsd.prefix import prefix_cache as kept
+from opsd.common.step_timer import phase
+from opsd.models.lora import adapter_state
 from opsd.prefix.layout import Group, Layout
-from opsd.prefix.packed_forward import run
+from opsd.prefix.packed_forward import Capture, KeysAndValues, packed_forward
+from opsd.prefix.prefix_cache import CachedPrefix, plain_groups, uncached
 from opsd.prefix.supported_models import groups_of, unpackable
+
+
+def student_and_teacher_states(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    student_groups: Sequence[Group],
+    teacher_groups: Sequence[Group],
+    share: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The states of both roles. The teacher, which may be `model` itself, gets no gradient."""
+    if teacher is not model:
+        with torch.no_grad(), phase("teacher"):
+            teacher_states = rollout_hidden_states(teacher, teacher_groups, share)
+        with phase("student"):
+            return rollout_hidden_states(model, student_groups, share), teacher_states
+    if share and len(student_groups) == len(teacher_groups):  # a teacher's context for each problem
+        return live_hidden_states(model, student_groups, teacher_groups)
+    return _one_after_the_other(model, student_groups, teacher_groups, share)
+
+
+def live_hidden_states(
+    model: PreTrainedModel, student: Sequence[Group], teacher: Sequence[Group]
+) -> tuple[Tensor, Tensor]:
+    """The states of a student and a `live` teacher, which are one model.
+
+    `student` and `teacher` are groups of the same problems. Where two prefixes start with the same
+    tokens, these run once: the teacher reads their keys and values from the student's pass. The
+    teacher's states carry no gradient. Raises ValueError where the adapters that apply change
+    between the two passes.
+    """
+    cached = any(isinstance(prefix, CachedPrefix) for prefix, _ in [*student, *teacher])
+    if unpackable(model) is not None or cached:
+        return _one_after_the_other(model, student, teacher)
+    students, teachers = groups_of(model, student), groups_of(model, teacher)
+    common = [_common(s, t) for (s, _), (t, _) in zip(students, teachers, strict=True)]
+    if not any(common):
+        return _one_after_the_other(model, student, teacher)
+    layout = Layout(students, model.device)
+    starts = [segment.queries.start for segment in layout.segments[: len(students)]]
+    rows = [torch.arange(s, s + c) for s, c in zip(starts, common, strict=True)]
+    captured: KeysAndValues = {}
+    before = adapter_state(model)
+    with phase("student"):
+        capture = Capture(captured, torch.cat(rows).to(model.device))
+        states = packed_forward(model, layout, capture=capture)
+    rest = [(prefix[c:], ids) for (prefix, ids), c in zip(teachers, common, strict=True)]
+    _check_adapters(before, adapter_state(model))
+    with torch.no_grad(), phase("teacher"):
+        return states, packed_forward(model, Layout(rest, model.device, common), past=captured)
+
+
+def _one_after_the_other(
+    model: PreTrainedModel, student: Sequence[Group], teacher: Sequence[Group], share: bool = True
+) -> tuple[Tensor, Tensor]:
+    # The student first: autocast caches the weights that it casts, for both passes, and must cast
+    # them with their graph.
+    with phase("student"):
+        states = rollout_hidden_states(model, student, share)
+    with torch.no_grad(), phase("teacher"):
+        return states, rollout_hidden_states(model, teacher, share)
+
+
+def rollout_hidden_states(
+    model: PreTrainedModel, groups: Sequence[Group], share: bool = True
+) -> Tensor:
+    """The states of one model. `share`: each prefix runs once, and nothing is padded."""
+    run = shared_prefix_hidden_states if share else separate_hidden_states
+    return run(model, groups)
 
 
 def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
@@ -39,25 +115,44 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
     if reason is not None:
         _warn_once(reason)
         return separate_hidden_states(model, groups)
-    groups, lengths, past = kept.without_kept(model, groups_of(model, groups))
-    return run(model, Layout(groups, model.device, lengths), past=past)
+    checked = groups_of(model, plain_groups(groups))
+    rest, lengths, past = uncached(model, groups, checked)
+    return packed_forward(model, Layout(rest, model.device, lengths), past=past)
 
 
 def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
-    """`shared_prefix_hidden_states`, each rollout in a padded row of its own with its prefix."""
-    checked = groups_of(model, groups)
+    """The same, each rollout in a padded row of its own with its prefix."""
+    checked = groups_of(model, plain_groups(groups))
     rows = [(prefix, ids) for prefix, rollouts in checked for ids in rollouts]
     tokens = [torch.cat([prefix, ids[:-1]]) for prefix, ids in rows]
-    # Padding stands at the right end, where a causal model cannot see it: no mask, and the fast
-    # causal attention.
+    # Padding stands at the right end, where a causal model cannot see it: this needs no mask and
+    # keeps the fast causal attention.
     ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device)
     output = model.get_decoder()(input_ids=ids, use_cache=False)
     places = [
         row * ids.shape[1] + torch.arange(len(prefix) - 1, len(tokens[row]))
         for row, (prefix, _) in enumerate(rows)
     ]
-    rows = torch.cat(places).to(model.device)
-    return output.last_hidden_state.flatten(0, 1).index_select(0, rows)
+    return output.last_hidden_state.flatten(0, 1).index_select(0, torch.cat(places).to(ids.device))
+
+
+def _check_adapters(student: tuple[bool, ...], teacher: tuple[bool, ...]) -> None:
+    """The teacher reads keys that were computed with the student's adapters: with other adapters
+    its states would be those of no model at all."""
+    differ = sum(a != b for a, b in zip(student, teacher, strict=True))
+    if differ:
+        raise ValueError(
+            f"{differ} of {len(student)} adapted layers apply their adapters for one role and not "
+            "for the other, which reads its keys and values: switch adapters on or off for a whole "
+            "step, or take a teacher of its own weights (opsd.models.lora.without_adapters)"
+        )
+
+
+def _common(student: Tensor, teacher: Tensor) -> int:
+    """How many tokens both start with. At least the teacher's last token is left to run."""
+    length = min(len(student), len(teacher) - 1)
+    differs = (student[:length] != teacher[:length]).nonzero()
+    return int(differs[0]) if len(differs) else length
 
 
 @cache

@@ -1,9 +1,9 @@
-"""Where each token of a packed stream stands, and which of them it may attend to.
+"""Where each token of a packed stream stands, and which tokens it may attend to.
 
 A stream holds all prefixes, then all rollouts: [prefix 1 | prefix 2 | … | rollout 1.1 | …]. A
-rollout's tokens attend to its prefix and causally to themselves; positions continue after the
-prefix. Nothing is padded. The rows of keys are the stream's, after those of a past that ran in
-another stream, if there is one. How attention is computed over it is for the kernels to say.
+rollout's tokens attend to its prefix and causally to themselves, and their positions continue
+after the prefix. Nothing is padded. Keys that ran in another stream, a past, stand before the
+stream's own. How attention is computed is up to the kernels.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -13,8 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Group = tuple[Tensor | Sequence[int], Sequence[Tensor | Sequence[int]]]
+Ids = Sequence[int]
+
+Group = tuple[Tensor | Ids, Sequence[Tensor | Ids]]
 """(prefix ids [P], [rollout ids [R_1], …])"""
+
+CheckedGroup = tuple[Tensor, list[Tensor]]
+"""The same as int64 tensors on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,11 @@ class Layout:
     """The packed stream of some groups.
 
     Attributes:
-        ids: [T], the prefixes and then the rollouts, each without its last token, which is only a
-            target.
+        ids: [T], the prefixes, then the rollouts without their last tokens, which are only targets.
         positions: [T], of each token in its own sequence.
         predictors: [Σ R], the row whose hidden state predicts each rollout token.
-        segments: the prefixes, and then the rollouts that have a token to run.
-        groups: how many there are, and how many of the segments are prefixes.
+        segments: the prefixes, then the rollouts that have a token to run.
+        groups: how many groups there are, which is how many segments are prefixes.
         past: rows of keys before the stream's own.
     """
 
@@ -67,19 +71,19 @@ class Layout:
     ):
         """The layout of `groups` on `device`.
 
-        `past`: for each group, how many tokens before its prefix have run elsewhere. Their keys,
-        group by group, stand before the stream's own.
+        `past`: for each group, how many tokens before its prefix ran in another stream. Their keys
+        stand before the stream's own, group by group.
         """
         checked = checked_groups(groups)
         past = past or [0] * len(checked)
         self.groups, self.past = len(checked), sum(past)
         self.segments: list[Segment] = []
-        start = kept = 0
+        start = past_start = 0
         for (prefix, _), length in zip(checked, past, strict=True):
-            ran = (Span(kept, length, 0),) if length else ()
-            self.segments.append(Segment(Span(start, len(prefix), length), ran))
+            before = (Span(past_start, length, 0),) if length else ()
+            self.segments.append(Segment(Span(start, len(prefix), length), before))
             start += len(prefix)
-            kept += length
+            past_start += length
         predictors = []
         for parent, (_, rollouts) in zip(list(self.segments), checked, strict=True):
             before = (*parent.before, self.key_rows(parent.queries))
@@ -90,26 +94,26 @@ class Layout:
                     queries = Span(start, len(ids) - 1, parent.queries.end)
                     self.segments.append(Segment(queries, before))
                     start += len(ids) - 1
-        parts = [prefix for prefix, _ in checked]
-        parts += [ids[:-1] for _, rollouts in checked for ids in rollouts]
-        self.ids = torch.cat(parts).to(device)
+        prefixes = [prefix for prefix, _ in checked]
+        rollouts = [ids[:-1] for _, own in checked for ids in own]
+        self.ids = torch.cat([*prefixes, *rollouts]).to(device)
         self.positions = positions_of([segment.queries for segment in self.segments]).to(device)
         self.predictors = torch.cat(predictors).to(device)
         self.device = device
         self._made: dict[Hashable, Any] = {}
 
     def key_rows(self, span: Span) -> Span:
-        """Rows of the stream, as rows of keys."""
+        """Rows of the stream as rows of keys, which a past precedes."""
         return Span(span.start + self.past, span.length, span.position)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made the first time: all layers of a model ask for the same."""
+        """What `make` returns, made once: all layers of a model ask for the same."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
 
-def checked_groups(groups: Sequence[Group]) -> list[tuple[Tensor, list[Tensor]]]:
+def checked_groups(groups: Sequence[Group]) -> list[CheckedGroup]:
     """The groups as int64 tensors on the CPU. Raises ValueError for what cannot be a group."""
     checked = [(_ids(prefix), [_ids(ids) for ids in rollouts]) for prefix, rollouts in groups]
     if not checked:
@@ -125,7 +129,7 @@ def checked_groups(groups: Sequence[Group]) -> list[tuple[Tensor, list[Tensor]]]
     return checked
 
 
-def _ids(ids: Tensor | Sequence[int]) -> Tensor:
+def _ids(ids: Tensor | Ids) -> Tensor:
     ids = ids if isinstance(ids, Tensor) else torch.tensor(ids, dtype=torch.long)
     if ids.ndim != 1 or (len(ids) and (ids.is_floating_point() or ids.is_complex())):
         raise ValueError(

@@ -1,16 +1,15 @@
-"""Prefixes that serve several micro-batches, run once for all of them, exactly.
+"""A prefix that several micro-batches share runs once for all of them, exactly.
 
-Where a group's rollouts do not fit a micro-batch together, its prefix would run again in each. It
-need not: the keys and values of all its tokens but the last are kept as leaves of autograd. Each
-micro-batch runs [last token | some rollouts], which read them as a past, and its backward adds to
-the leaves' gradients. When the last has been, one backward through the prefix's own graph starts
-from these. What is held meanwhile, beside the prefix's activations, are the leaves' gradients.
+Where a group's rollouts do not fit one micro-batch, its prefix would run again in each. Instead the
+keys and values of its tokens, all but the last, are kept as leaves of autograd. Each micro-batch
+runs [last token | some rollouts], which attend to them, and its backward adds to the leaves'
+gradients. After the last micro-batch, one backward through the prefix's own graph starts from those
+gradients. In the meantime the prefix's activations and the leaves' gradients take memory.
 
-Where nothing trains, as with most teachers, keys and values are all there is to keep.
+Without gradients, as with most teachers, only the keys and values are kept.
 """
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,83 +17,90 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd.models.lora import adapter_state
-from opsd.prefix.layout import Layout
-from opsd.prefix.packed_forward import Keep, Kept, run
-
-Ids = tuple[int, ...]
+from opsd.prefix.layout import CheckedGroup, Group, Ids, Layout
+from opsd.prefix.packed_forward import Capture, KeysAndValues, packed_forward
 
 
 @dataclass(frozen=True)
-class _Prefix:
-    """A prefix that has run: what its micro-batches read, and where their gradients go on."""
+class _PrefixRun:
+    """What one forward of a prefix left: the leaves that micro-batches read, and the same tensors
+    in the prefix's own graph."""
 
-    leaves: Kept
-    roots: Kept
+    leaves: KeysAndValues
+    in_graph: KeysAndValues
 
     def backward(self) -> None:
         """From the leaves' gradients through the prefix's own graph."""
         pairs = [
-            (root, leaf.grad)
+            (tensor, leaf.grad)
             for module, leaves in self.leaves.items()
-            for root, leaf in zip(self.roots[module], leaves, strict=True)
+            for tensor, leaf in zip(self.in_graph[module], leaves, strict=True)
             if leaf.grad is not None
         ]
         if pairs:
             torch.autograd.backward(*zip(*pairs, strict=True))
 
 
-class PrefixCache:
-    """The prefixes that several of a step's micro-batches have.
+class CachedPrefix(Sequence[int]):
+    """The ids of a prefix that several micro-batches share. It stands in a group for plain ids.
 
-    `training` are those that are kept where they train.
-
-    Args:
-        batches: the prefixes of each micro-batch, in the order in which they will run. Kept are
-            those that several have which follow each other.
-        training: those that may be kept where they train; others run again in each.
+    `trains`: may be read where gradients are computed; otherwise it runs again there.
     """
 
-    def __init__(self, batches: Sequence[Collection[Ids]], training: Collection[Ids]):
-        numbers: dict[Ids, list[int]] = {}
-        for number, batch in enumerate(batches):
-            for ids in batch:
-                numbers.setdefault(ids, []).append(number)
-        # The number of the last batch that has each.
-        self._last = {
-            ids: found[-1]
-            for ids, found in numbers.items()
-            if len(found) > 1 and found[-1] - found[0] == len(found) - 1 and len(ids) > 1
-        }
-        self.training = self._last.keys() & set(training)
-        self._done = -1
-        self._run: dict[tuple[nn.Module, Ids, bool, Hashable], _Prefix] = {}
+    def __init__(self, ids: Ids, trains: bool):
+        self.ids, self.trains = list(ids), trains
+        self._runs: dict[tuple[nn.Module, bool, Hashable], _PrefixRun] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return self.ids[index]
+
+    def keys_and_values(self, model: PreTrainedModel) -> KeysAndValues | None:
+        """Those of all tokens but the last, from a run at the first call; None where it may not."""
+        with_gradient = torch.is_grad_enabled()
+        if with_gradient and not self.trains:
+            return None
+        key = model.get_decoder(), with_gradient, adapter_state(model)
+        if key not in self._runs:
+            self._runs[key] = _run_prefix(model, self.ids)
+        return self._runs[key].leaves
+
+    def finish(self) -> None:
+        """The last micro-batch's backward has been: the prefix's own follows, and all is freed."""
+        while self._runs:
+            self._runs.pop(next(iter(self._runs))).backward()
+
+
+class PrefixCache:
+    """The cached prefixes of one update, each with the last micro-batch that reads it."""
+
+    def __init__(self) -> None:
+        self.prefixes: list[CachedPrefix] = []
+        self._last_batches: list[int] = []
+        self._done = 0  # micro-batches
+
+    def add(self, ids: Ids, trains: bool, last_batch: int) -> CachedPrefix:
+        """A prefix for the micro-batches up to number `last_batch`."""
+        self.prefixes.append(CachedPrefix(ids, trains))
+        self._last_batches.append(last_batch)
+        return self.prefixes[-1]
 
     def batch_done(self) -> None:
-        """A micro-batch's backward has been: that of the prefixes whose last it was follows."""
+        """A micro-batch's backward has been: prefixes that no later one reads get theirs."""
+        for prefix, last in zip(self.prefixes, self._last_batches, strict=True):
+            if last == self._done:
+                prefix.finish()
         self._done += 1
-        for key in [key for key in self._run if self._last[key[1]] <= self._done]:
-            self._run.pop(key).backward()
-
-    def __contains__(self, ids: Ids) -> bool:
-        return ids in self._last
-
-    def past(self, model: PreTrainedModel, ids: Ids) -> Kept | None:
-        """Keys and values of all tokens but the last; None where this prefix is not kept."""
-        trains = torch.is_grad_enabled()
-        if ids not in self or (trains and ids not in self.training):
-            return None
-        key = model.get_decoder(), ids, trains, adapter_state(model)
-        if key not in self._run:
-            self._run[key] = _run_prefix(model, ids)
-        return self._run[key].leaves
 
 
 def cached_token_cost(model: PreTrainedModel) -> float:
-    """What a kept token holds more than one that runs, in activations of a token that runs.
+    """Memory that a cached token takes beside its activations, in activations of one token.
 
-    Of a layer: the gradients of its keys and values, beside some 8 D + 4 I numbers (its norms,
-    queries, attention and products with a feed-forward of width I); where it is checkpointed, its
-    keys and values as well, beside its input D alone.
+    In each layer these are the gradients of its keys and values, against some 8 D + 4 I numbers
+    (norms, queries, attention, and the products with a feed-forward layer of width I). A
+    checkpointed layer has activations of D numbers only, and keeps the keys and values as well.
     """
     config = model.get_decoder().config
     width, heads = config.hidden_size, config.num_attention_heads
@@ -105,18 +111,47 @@ def cached_token_cost(model: PreTrainedModel) -> float:
     return pair / (8 * width + 4 * config.intermediate_size)
 
 
-def _run_prefix(model: PreTrainedModel, ids: Ids) -> _Prefix:
+def plain_groups(groups: Sequence[Group]) -> list[Group]:
+    """The groups with ids in place of cached prefixes."""
+    return [(p.ids if isinstance(p, CachedPrefix) else p, rollouts) for p, rollouts in groups]
+
+
+def uncached(
+    model: PreTrainedModel, groups: Sequence[Group], checked: Sequence[CheckedGroup]
+) -> tuple[list[CheckedGroup], list[int], KeysAndValues | None]:
+    """What is left to run of `checked`, the tensors of `groups`, where some prefixes are cached.
+
+    Also how many tokens of each prefix are cached, and the keys and values of all of these, in the
+    groups' order; None where nothing is cached.
+    """
+    cached = [p.keys_and_values(model) if isinstance(p, CachedPrefix) else None for p, _ in groups]
+    found = [each for each in cached if each is not None]
+    if not found:
+        return list(checked), [0] * len(checked), None
+    lengths = [
+        0 if each is None else len(prefix) - 1
+        for (prefix, _), each in zip(checked, cached, strict=True)
+    ]
+    rest = [(prefix[n:], rollouts) for (prefix, rollouts), n in zip(checked, lengths, strict=True)]
+    joined = {
+        module: tuple(map(torch.cat, zip(*(each[module] for each in found), strict=True)))
+        for module in found[0]
+    }
+    return rest, lengths, joined
+
+
+def _run_prefix(model: PreTrainedModel, ids: list[int]) -> _PrefixRun:
     if torch.is_grad_enabled():
         _refuse_reentrant(model)
-    roots: Kept = {}
-    # As a group of its own, with a rollout of one token, which is only a target.
+    in_graph: KeysAndValues = {}
+    # As a group of its own whose rollout is one token, which is only a target and is not run.
     layout = Layout([(ids[:-1], [ids[-1:]])], model.device)
-    run(model, layout, keep=Keep(roots, graph=True))
-    leaves = {
+    packed_forward(model, layout, capture=Capture(in_graph, graph=True))
+    leaves: dict[nn.Module, tuple[Tensor, Tensor]] = {
         module: tuple(x.detach().requires_grad_(x.requires_grad) for x in pair)
-        for module, pair in roots.items()
+        for module, pair in in_graph.items()
     }
-    return _Prefix(leaves, roots)
+    return _PrefixRun(leaves, in_graph)
 
 
 def _refuse_reentrant(model: PreTrainedModel) -> None:
@@ -126,46 +161,5 @@ def _refuse_reentrant(model: PreTrainedModel) -> None:
         if active and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "gradient checkpointing has use_reentrant=True: keys and values inside it have no "
-                "graph, so a prefix cannot be kept for several micro-batches; use False"
+                "graph, so a prefix cannot be cached for several micro-batches; use False"
             )
-
-
-_kept: PrefixCache | None = None
-
-
-@contextmanager
-def using_cache(prefixes: PrefixCache) -> Iterator[PrefixCache]:
-    """Streams that run inside, of any model, read these prefixes instead of running them again."""
-    global _kept
-    before, _kept = _kept, prefixes
-    try:
-        yield prefixes
-    finally:
-        _kept = before
-
-
-def without_kept(
-    model: PreTrainedModel, groups: list[tuple[Tensor, list[Tensor]]]
-) -> tuple[list[tuple[Tensor, list[Tensor]]], list[int], Kept | None]:
-    """What is left of the groups' prefixes to run; of each, how many tokens are kept; their past.
-
-    The past of all groups stands in their order.
-    """
-    pasts = [_kept and _kept.past(model, tuple(prefix.tolist())) for prefix, _ in groups]
-    found = [past for past in pasts if past]
-    if not found:
-        return groups, [0] * len(groups), None
-    lengths = [
-        len(prefix) - 1 if past else 0 for (prefix, _), past in zip(groups, pasts, strict=True)
-    ]
-    rest = [(prefix[n:], rollouts) for (prefix, rollouts), n in zip(groups, lengths, strict=True)]
-    joined = {
-        module: tuple(map(torch.cat, zip(*(past[module] for past in found), strict=True)))
-        for module in found[0]
-    }
-    return rest, lengths, joined
-
-
-def keeps_any(groups: list[tuple[Tensor, list[Tensor]]]) -> bool:
-    """Whether a prefix of these is one to keep."""
-    return _kept is not None and any(tuple(p.tolist()) in _kept for p, _ in groups)

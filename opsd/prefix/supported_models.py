@@ -1,21 +1,21 @@
 """Which models can run packed streams, and which of their layers cannot."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-from opsd.prefix.layout import Group, checked_groups
+from opsd.prefix.layout import CheckedGroup, Group, checked_groups
 from opsd.prefix.packed_forward import UnpackableError, probe
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
-"""Of transformers' names for layer types: those whose tokens meet in ordinary attention alone."""
+"""transformers' names of layer types whose tokens meet in ordinary attention only."""
 
 SCALED_BY_LENGTH = ("dynamic", "longrope")
-"""Kinds of rotary positions that a longer sequence beside it changes."""
+"""Kinds of rotary positions that depend on the longest sequence of the batch."""
 
 SAME_ATTENTION = (
     "sdpa",
@@ -25,17 +25,17 @@ SAME_ATTENTION = (
     "flash_attention_4",
     "flex_attention",
 )
-"""transformers' names of plain attention, in whose place ours may stand."""
+"""transformers' names of plain attention, which ours may replace."""
 
 RECURRENT = ("mamba", "ssm", "rwkv", "recurrent", "deltanet", "linearattention", "lightning")
-"""StepTimer of the names of classes that carry a state from token to token."""
+"""Parts of names of classes that carry a state from token to token."""
 
 UNKNOWN_TO_US = ("sinks", "indexer", "relative_attention_bias")
-"""Attributes of attention modules that change its scores in ways that ours does not know."""
+"""Attributes of attention modules that change the scores in ways that ours does not know."""
 
 
 def unpackable(model: PreTrainedModel) -> str | None:
-    """Why the model cannot run packed streams, naming the layer; None where it can."""
+    """Why the model cannot run packed streams, with the layer's name; None where it can."""
     decoder = model.get_decoder()
     attention = decoder.config._attn_implementation
     if attention not in SAME_ATTENTION:
@@ -51,10 +51,10 @@ def unpackable(model: PreTrainedModel) -> str | None:
 _known: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
-def groups_of(model: PreTrainedModel, groups: Sequence[Group]) -> list[tuple[Tensor, list[Tensor]]]:
-    """`checked_groups`, which this model can run.
+def groups_of(model: PreTrainedModel, groups: Sequence[Group]) -> list[CheckedGroup]:
+    """`checked_groups`; also checks that this model can run them.
 
-    Raises ValueError for ids that it has no embedding of, and more tokens than it has positions.
+    Raises ValueError for ids without an embedding, and for more tokens than there are positions.
     """
     checked = checked_groups(groups)
     decoder = model.get_decoder()
@@ -70,7 +70,7 @@ def groups_of(model: PreTrainedModel, groups: Sequence[Group]) -> list[tuple[Ten
             )
         for ids in (prefix, *rollouts):
             if isinstance(ids, FakeTensor):
-                continue  # a plan's, which has no values
+                continue  # of `opsd plan`, without values
             if int(ids.min()) < 0 or int(ids.max()) >= rows:
                 raise ValueError(
                     f"groups[{number}] holds ids from {int(ids.min())} to {int(ids.max())}: "
@@ -80,9 +80,9 @@ def groups_of(model: PreTrainedModel, groups: Sequence[Group]) -> list[tuple[Ten
 
 
 def _refusal(model: PreTrainedModel) -> str | None:
-    """What our attention says when it is given what it does not know, in a stream of two tokens."""
+    """What our attention refuses in a stream of two tokens; None where it refuses nothing."""
     modes = [(module, module.training) for module in model.modules()]
-    model.train()  # what drops attention at random does so then
+    model.train()  # attention dropout, if any, is on then
     try:
         probe(model)
     except UnpackableError as error:
@@ -107,8 +107,9 @@ def _reason(decoder: PreTrainedModel) -> str | None:
         return f"{type(decoder).__name__} scales its positions ({scaled}) by a batch's longest"
     window = getattr(config, "sliding_window", None)
     inside = window and window < (getattr(config, "max_position_embeddings", None) or window + 1)
-    told = getattr(config, "layer_types", None)  # then each layer has the window or has none
-    for name, module in _parts(decoder):
+    told = getattr(config, "layer_types", None)  # then each layer knows whether it has the window
+    inner = ((name, module) for name, module in decoder.named_modules() if "." in name)
+    for name, module in inner:
         kind = type(module).__name__
         if isinstance(module, nn.Conv1d) or any(word in kind.lower() for word in RECURRENT):
             return f"{name} of {type(decoder).__name__} is a {kind}"
@@ -122,13 +123,8 @@ def _reason(decoder: PreTrainedModel) -> str | None:
     return None
 
 
-def _parts(decoder: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """The decoder's modules inside its layers, with their names."""
-    return ((name, module) for name, module in decoder.named_modules() if "." in name)
-
-
 def _scaled_by_length(config) -> str | None:
-    """The kind of positions whose scale depends on the longest sequence of a batch."""
+    """The kind of rotary positions, where it is one of SCALED_BY_LENGTH."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     kinds = [each.get("rope_type") for each in nested or [parameters]]
@@ -136,6 +132,6 @@ def _scaled_by_length(config) -> str | None:
 
 
 def _knows_window(attention: nn.Module) -> bool:
-    """Whether its code names the window, which it must to hand it to our attention."""
+    """Whether its code names the window: if not, it cannot hand it to our attention."""
     code = inspect.unwrap(type(attention).forward).__code__
     return "sliding_window" in (*code.co_names, *code.co_consts)

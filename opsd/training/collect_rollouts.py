@@ -1,4 +1,4 @@
-"""A step's problems: rows → contexts → rollouts → grades → what the teacher is shown of them."""
+"""A step's problems: rows → contexts → rollouts → grades → teacher contexts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
-from opsd.config.config import Config
+from opsd.config.sections import RolloutSection
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
 from opsd.distributed.processes import Processes
@@ -22,9 +22,9 @@ SAMPLING = {"max_new_tokens", "temperature", "top_p", "top_k", "batch_size"}
 
 
 class CollectedRollouts(NamedTuple):
-    """All problems that were put to the student, those to learn from, and what is measured."""
+    """All problems that were sampled, those of them to learn from, and measures for the log."""
 
-    asked: list[Problem]
+    sampled: list[Problem]
     chosen: list[Problem]
     measures: dict[str, float]
 
@@ -33,11 +33,13 @@ class RolloutCollector:
     """Makes a step's problems.
 
     Args:
+        section: `rollout`.
+        problems_per_step: that are to be learnt from.
         model: what trains; the sampler takes over its weights before each step.
-        rows: the training rows, from which others are drawn under `rollout.dynamic_sampling`.
+        rows: the training rows, from which `rollout.dynamic_sampling` draws more.
         teacher_sampler: samples from the teacher, for rollout.source teacher.
-        reward_function: grades rollouts; None: nobody does.
-        note: called with a line for the terminal, once.
+        reward_function: grades rollouts; None: they are not graded.
+        note: called once with a line for the terminal.
         processes: sample together; the first one grades and draws.
 
     `how` says how rollouts are drawn, for the log.
@@ -45,7 +47,8 @@ class RolloutCollector:
 
     def __init__(
         self,
-        config: Config,
+        section: RolloutSection,
+        problems_per_step: int,
         model: PreTrainedModel,
         rows: Sequence[Row],
         prompts: Prompts,
@@ -56,61 +59,63 @@ class RolloutCollector:
         note: Callable[[str], None],
         processes: Processes,
     ):
-        self.config, self.model, self.rows, self.prompts = config, model, rows, prompts
+        self.section, self.problems_per_step = section, problems_per_step
+        self.model, self.rows, self.prompts = model, rows, prompts
         self.objective, self.sampler, self.teacher_sampler = objective, sampler, teacher_sampler
         self.reward_function, self.processes = reward_function, processes
-        self.sampling = Sampling(**config.rollout.model_dump(include=SAMPLING))
+        self.sampling = Sampling(**section.model_dump(include=SAMPLING))
         self.teacher_contexts = TeacherContexts(
-            prompts, window(model.config), config.prompts.too_long == "skip", note
+            prompts, window(model.config), prompts.section.too_long == "skip", note
         )
-        source = config.rollout.source
-        self.samples = objective.samples_rollouts and source != "reference"
-        drawn_by = teacher_sampler if source == "teacher" else sampler
-        self.how = {"source": source, "engine": drawn_by.engine, **asdict(self.sampling)}
+        self.samples = objective.samples_rollouts and section.source != "reference"
+        drawn_by = teacher_sampler if section.source == "teacher" else sampler
+        self.how = {"source": section.source, "engine": drawn_by.engine, **asdict(self.sampling)}
 
     def __call__(self, rows: Sequence[Row]) -> CollectedRollouts:
         """The problems of a step that draws these rows."""
         if self.samples:
             with phase("rollout"):
                 self.sampler.sync_weights(self.model)
-        asked = self._asked(rows)
-        chosen = asked
-        if self.config.rollout.dynamic_sampling:
-            asked, chosen = self._resampled(asked)
-        measures = outcome_measures(asked)
-        chosen, of_lessons = self.teacher_contexts(chosen)
-        return CollectedRollouts(asked, chosen, measures | of_lessons)
+        sampled = self._sample(rows)
+        chosen = sampled
+        if self.section.dynamic_sampling:
+            sampled, chosen = self._sample_more(sampled)
+        measures = outcome_measures(sampled)
+        chosen, measured = self.teacher_contexts(chosen)
+        return CollectedRollouts(sampled, chosen, measures | measured)
 
-    def _resampled(self, asked: list[Problem]) -> tuple[list[Problem], list[Problem]]:
-        """Other problems for those whose rewards are all alike: all asked, and those that say
-        something (all, if none does)."""
-        chosen = [problem for problem in asked if informative(problem)]
-        for _ in range(self.config.rollout.dynamic_sampling):
-            missing = self.config.train.problems_per_step - len(chosen)
+    def _sample_more(self, sampled: list[Problem]) -> tuple[list[Problem], list[Problem]]:
+        """Draws other problems for those whose rewards are all equal.
+
+        Returns all that were sampled, and those with differing rewards (or all, if there are none).
+        """
+        chosen = [problem for problem in sampled if informative(problem)]
+        for _ in range(self.section.dynamic_sampling):
+            missing = self.problems_per_step - len(chosen)
             if missing <= 0:
                 break
             drawn = self.processes.once(
                 lambda n=missing: torch.randint(len(self.rows), (n,)).tolist()
             )
-            more = self._asked([self.rows[i] for i in drawn])
-            asked = asked + more
+            more = self._sample([self.rows[i] for i in drawn])
+            sampled = sampled + more
             chosen += [problem for problem in more if informative(problem)]
-        return asked, chosen or asked
+        return sampled, chosen or sampled
 
-    def _asked(self, rows: Sequence[Row]) -> list[Problem]:
+    def _sample(self, rows: Sequence[Row]) -> list[Problem]:
         """The rows with their rollouts, graded."""
         contexts = self.prompts.contexts(rows)
-        copies = self.config.rollout.group_size if self.objective.samples_rollouts else 0
+        copies = self.section.group_size if self.objective.samples_rollouts else 0
         rollouts: list[Rollout] = []
         if self.samples:
             role, sampler = "student", self.sampler
-            if self.config.rollout.source == "teacher":
+            if self.section.source == "teacher":
                 role, sampler = self.objective.teacher_role, self.teacher_sampler
-            asked = [getattr(context, role) for context in contexts for _ in range(copies)]
+            prefixes = [getattr(context, role) for context in contexts for _ in range(copies)]
             with phase("rollout"):
-                rollouts = sampler.sample(asked, self.sampling)
+                rollouts = sampler.sample(prefixes, self.sampling)
         elif copies:
-            copies = 1  # they would be alike
+            copies = 1  # more would be equal
             rollouts = [Rollout(self.prompts.target(row), True) for row in rows]
         problems = [
             Problem(row, context, rollouts[i * copies : (i + 1) * copies])

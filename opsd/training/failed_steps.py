@@ -1,7 +1,7 @@
 """Steps that go wrong: memory that runs out, and numbers that are not finite.
 
-A step whose loss or gradient is not finite leaves a file with its samples and the weights it was
-taken with; `opsd replay FILE` finds the sample and the layer.
+A step whose loss or gradient is not finite leaves a file with its groups of samples and the weights
+that it began with. `opsd replay FILE` finds the sample and the layer.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,10 @@ from opsd.common.files import write_file
 from opsd.config.config import Config
 from opsd.models.copies import full_tensor
 from opsd.models.moving_average import MovingAverage
-from opsd.objectives import Sample
-from opsd.prefix.rollout_states import Scored
+from opsd.objectives import Sample, SampleGroup
 
 IN_A_ROW = 3
-"""Steps that train.not_finite 'skip' leaves out before the run stops all the same."""
+"""Consecutive steps that train.not_finite 'skip' leaves out; then the run stops all the same."""
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -33,21 +32,21 @@ def out_of_memory(error: BaseException) -> bool:
 def failed_step(
     config: Config,
     step: int,
-    samples: Sequence[Sample],
+    groups: Sequence[SampleGroup],
     model: nn.Module,
     average: MovingAverage | None,
 ) -> dict[str, Any]:
-    """What a replay needs. Of weights that are split, all processes must ask for it."""
+    """What a replay needs. Where weights are split, all processes must call this together."""
     return {
         "config": config.model_dump(),
         "step": step,
-        "samples": [asdict(sample) for sample in samples],
-        "weights": {n: _kept(p) for n, p in model.named_parameters() if p.requires_grad},
-        "average": {n: _kept(p) for n, p in average.averages.items()} if average else None,
+        "groups": [asdict(group) for group in groups],
+        "weights": {n: _on_cpu(p) for n, p in model.named_parameters() if p.requires_grad},
+        "average": {n: _on_cpu(p) for n, p in average.averages.items()} if average else None,
     }
 
 
-def _kept(tensor: Tensor) -> Tensor:
+def _on_cpu(tensor: Tensor) -> Tensor:
     return full_tensor(tensor).detach().cpu()
 
 
@@ -58,9 +57,9 @@ def save_failed_step(directory: Path, failed: dict[str, Any]) -> Path:
     return path
 
 
-def samples_of(failed: dict[str, Any]) -> list[Sample]:
-    """The step's samples."""
+def groups_of(failed: dict[str, Any]) -> list[SampleGroup]:
+    """The step's groups."""
     return [
-        Sample(**{**saved, "roles": tuple(Scored(**role) for role in saved["roles"])})
-        for saved in failed["samples"]
+        SampleGroup(**{**saved, "samples": [Sample(**sample) for sample in saved["samples"]]})
+        for saved in failed["groups"]
     ]

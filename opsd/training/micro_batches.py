@@ -1,120 +1,176 @@
-"""Samples into micro-batches, padded or packed, and into shares for several processes."""
+"""Groups into micro-batches, packed or padded, and into equal shares for several processes."""
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import ceil
+from typing import NamedTuple
 
-from opsd.prefix.rollout_states import Item, Roles, _context
+from opsd.objectives import SampleGroup, samples_of
+from opsd.objectives.groups import as_student, as_teacher
+from opsd.prefix import CachedPrefix, Group, Ids, PrefixCache
 
 
-def padded_batches(items: Sequence[Item], roles: Roles, max_tokens: int) -> list[list[Item]]:
-    """Group items so that no padded batch exceeds `max_tokens`; like lengths together.
+class StreamTokens(NamedTuple):
+    """Tokens that run in each role's stream."""
 
-    `roles(item)` is what is run for it, one sequence a role, each role in a forward of its own. A
-    single item longer than `max_tokens` gets a batch of its own.
+    student: int
+    teacher: int
+
+    def plus(self, other: "StreamTokens") -> "StreamTokens":
+        """Those of both."""
+        return StreamTokens(self.student + other.student, self.teacher + other.teacher)
+
+
+def stream_tokens(groups: Sequence[SampleGroup]) -> StreamTokens:
+    """The tokens of shared streams: each context once, and no rollout's last token."""
+    return StreamTokens(_stream(as_student(groups)), _stream(as_teacher(groups)))
+
+
+def separate_tokens(groups: Sequence[SampleGroup]) -> StreamTokens:
+    """The same where each rollout runs with a context of its own."""
+    roles = (as_student(groups), as_teacher(groups))
+    alone = [[(p, [r]) for p, rollouts in role for r in rollouts] for role in roles]
+    return StreamTokens(_stream(alone[0]), _stream(alone[1]))
+
+
+def _stream(groups: Iterable[Group]) -> int:
+    return sum(len(prefix) + sum(len(r) - 1 for r in rollouts) for prefix, rollouts in groups)
+
+
+def padded_batches(groups: Sequence[SampleGroup], max_tokens: int) -> list[list[SampleGroup]]:
+    """Batches of single samples, of which no padded role exceeds `max_tokens`.
+
+    Samples of similar length stand together. A sample that is longer than `max_tokens` gets a batch
+    of its own.
     """
-
-    def longest(item: Item) -> int:
-        return max(map(len, roles(item)))
-
-    batches: list[list[Item]] = []
-    for item in sorted(items, key=longest):
-        if batches and longest(item) * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(item)
+    pieces = [group.of([sample]) for group in groups for sample in group.samples]
+    batches: list[list[SampleGroup]] = []
+    for piece in sorted(pieces, key=SampleGroup.longest):
+        if batches and piece.longest() * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(piece)
         else:
-            batches.append([item])
+            batches.append([piece])
     return batches
 
 
 def packed_batches(
-    items: Sequence[Item], roles: Roles, max_tokens: int, held: float | None = None
-) -> list[list[Item]]:
-    """Group items so that no role's stream, shared contexts once, exceeds `max_tokens`.
+    groups: Sequence[SampleGroup], max_tokens: int, cached_cost: float | None = None
+) -> list[list[SampleGroup]]:
+    """Batches of which no role's stream exceeds `max_tokens`, as few as first-fit finds.
 
-    Neighbours with the same contexts stay together where they fit; else they are split, into
-    batches that follow each other, and each part runs the contexts again, or reads what is kept of
-    them: then each token of the first role's context counts `held` tokens more, which is what its
-    keys, values and their gradients take (None: nothing is kept). The batches are as few as
-    first-fit finds. A single item that is longer than `max_tokens` gets a batch of its own.
+    A group stays whole where it fits; otherwise it is split over consecutive batches. Each of them
+    runs its contexts again, or reads them from a prefix cache. With a cache, each token of the
+    student's context counts `cached_cost` tokens more (None: no cache). A sample that is longer
+    than `max_tokens` gets a batch of its own.
+
+    Samples in different teacher contexts are packed independently of each other.
     """
-    whole: list[tuple[list[Item], list[int]]] = []
-    batches: list[tuple[list[Item], list[int]]] = []
-    for _, neighbours in groupby(items, lambda item: [role.context for role in roles(item)]):
-        group = list(neighbours)
-        cost = stream_tokens(group, roles)
-        if max(cost) <= max_tokens:
-            whole.append((group, cost))
+    fitting: list[tuple[SampleGroup, StreamTokens]] = []
+    batches: list[tuple[list[SampleGroup], StreamTokens]] = []
+    for piece in (piece for group in groups for piece in group.by_teacher()):
+        tokens = stream_tokens([piece])
+        if max(tokens) <= max_tokens:
+            fitting.append((piece, tokens))
         else:
-            batches += _split(group, roles, max_tokens, held)
-    for group, cost in sorted(whole, key=lambda entry: -max(entry[1])):
-        for batch, used in batches:
-            if all(u + c <= max_tokens for u, c in zip(used, cost, strict=True)):
-                batch += group
-                used[:] = [u + c for u, c in zip(used, cost, strict=True)]
+            for part, part_tokens in _split(piece, max_tokens, cached_cost):
+                batches.append(([part], part_tokens))
+    for piece, tokens in sorted(fitting, key=lambda entry: -max(entry[1])):
+        for number, (batch, used) in enumerate(batches):
+            if max(used.plus(tokens)) <= max_tokens:
+                batches[number] = ([*batch, piece], used.plus(tokens))
                 break
         else:
-            batches.append((group, cost))
-    return [batch for batch, _ in batches]
+            batches.append(([piece], tokens))
+    return [_joined(batch) for batch, _ in batches]
 
 
-def shares(items: Sequence[Item], roles: Roles, count: int) -> list[list[Item]]:
-    """The items in `count` shares of about as many tokens, for as many processes.
+def shares(groups: Sequence[SampleGroup], count: int) -> list[list[SampleGroup]]:
+    """The groups in `count` shares of about as many tokens, one for each process.
 
-    Neighbours with the same contexts stay together, unless they are more than a fair share.
+    A group stays whole, unless it is more than a fair share.
     """
-    if count == 1 or not items:
-        return [list(items), *([] for _ in range(count - 1))]
-    groups = [
-        list(group) for _, group in groupby(items, lambda i: [role.context for role in roles(i)])
-    ]
-    fair = sum(max(stream_tokens(group, roles)) for group in groups) // count
-    pieces = [piece for group in groups for piece in _split(group, roles, fair, None)]
-    shared: list[list[Item]] = [[] for _ in range(count)]
+    if count == 1 or not groups:
+        return [list(groups), *([] for _ in range(count - 1))]
+    pieces = [piece for group in groups for piece in group.by_teacher()]
+    fair = sum(max(stream_tokens([piece])) for piece in pieces) // count
+    parts = [part for piece in pieces for part in _split(piece, fair, None)]
+    shared: list[list[SampleGroup]] = [[] for _ in range(count)]
     loads = [0] * count
-    for piece, cost in sorted(pieces, key=lambda entry: -max(entry[1])):
+    for part, tokens in sorted(parts, key=lambda entry: -max(entry[1])):
         least = loads.index(min(loads))
-        shared[least] += piece
-        loads[least] += max(cost)
-    return shared
+        shared[least].append(part)
+        loads[least] += max(tokens)
+    return [_joined(share) for share in shared]
+
+
+def cache_prefixes(
+    batches: Sequence[Sequence[SampleGroup]], max_tokens: int, cached_cost: float | None
+) -> tuple[list[list[SampleGroup]], PrefixCache]:
+    """The batches with a cached prefix in place of each context that they split, and the cache.
+
+    A prefix is cached only if consecutive batches share it. The student's is cached for training
+    only if there is room for it: see `packed_batches`.
+    """
+    contexts: dict[int, Ids] = {}
+    numbers: dict[int, list[int]] = {}  # of a context, the batches that it is in
+    pieces: dict[int, list[SampleGroup]] = {}  # of a student's context
+    for number, batch in enumerate(batches):
+        for group in batch:
+            pieces.setdefault(id(group.student), []).append(group)
+            for context in (group.student, *group.teachers_of(group.samples)):
+                contexts[id(context)] = context
+                if number not in numbers.setdefault(id(context), []):
+                    numbers[id(context)].append(number)
+    cache, cached = PrefixCache(), {}
+    for key, found in numbers.items():
+        consecutive = found[-1] - found[0] == len(found) - 1
+        if len(found) > 1 and consecutive and len(contexts[key]) > 1:
+            trains = cached_cost is not None and key in pieces
+            trains = trains and has_room(pieces[key], max_tokens, cached_cost)
+            cached[key] = cache.add(contexts[key], trains, found[-1])
+    return [[_with_cached(group, cached) for group in batch] for batch in batches], cache
+
+
+def has_room(pieces: Sequence[SampleGroup], max_tokens: int, cached_cost: float) -> bool:
+    """Whether the cached context of these pieces of one group leaves room for each rollout."""
+    longest = max(sample.tokens for sample in samples_of(pieces))
+    return len(pieces[0].student) * (1 + cached_cost) + longest - 1 <= max_tokens
+
+
+def _with_cached(group: SampleGroup, cached: dict[int, CachedPrefix]) -> SampleGroup:
+    def prefix(context: Ids) -> Ids:
+        return cached.get(id(context), context)
+
+    teachers = [prefix(context) for context in group.teachers]
+    return replace(group, student=prefix(group.student), teachers=teachers)
 
 
 def _split(
-    group: list[Item], roles: Roles, max_tokens: int, held: float | None
-) -> list[tuple[list[Item], list[int]]]:
-    """Items of one context in parts that fit, each an item at least, with their streams' tokens."""
-    extra = 0
-    if held is not None and keepable(group, roles, max_tokens, held):
-        extra = ceil(held * len(roles(group[0])[0].context))
-    parts: list[tuple[list[Item], list[int]]] = []
-    for item in group:
-        if parts:
-            cost = _held_tokens([*parts[-1][0], item], roles, extra)
-            if max(cost) <= max_tokens:
-                parts[-1] = [*parts[-1][0], item], cost
+    group: SampleGroup, max_tokens: int, cached_cost: float | None
+) -> list[tuple[SampleGroup, StreamTokens]]:
+    """Pieces that fit, of at least one sample each, with their streams' tokens."""
+    cached = StreamTokens(0, 0)
+    if cached_cost is not None and has_room([group], max_tokens, cached_cost):
+        cached = StreamTokens(ceil(cached_cost * len(group.student)), 0)
+    pieces: list[tuple[SampleGroup, StreamTokens]] = []
+    for sample in group.samples:
+        if pieces:
+            longer = group.of([*pieces[-1][0].samples, sample])
+            tokens = stream_tokens([longer]).plus(cached)
+            if max(tokens) <= max_tokens:
+                pieces[-1] = longer, tokens
                 continue
-        parts.append(([item], _held_tokens([item], roles, extra)))
-    return parts
+        piece = group.of([sample])
+        pieces.append((piece, stream_tokens([piece]).plus(cached)))
+    return pieces
 
 
-def keepable(group: Sequence[Item], roles: Roles, max_tokens: int, held: float) -> bool:
-    """Whether what is kept of the first role's context leaves room for each rollout."""
-    context = len(roles(group[0])[0].context)
-    longest = max(len(roles(item)[0].rollout) for item in group)
-    return context * (1 + held) + longest - 1 <= max_tokens
-
-
-def _held_tokens(items: Sequence[Item], roles: Roles, extra: int) -> list[int]:
-    first, *others = stream_tokens(items, roles)
-    return [first + extra, *others]
-
-
-def stream_tokens(items: Sequence[Item], roles: Roles) -> list[int]:
-    """Tokens that run for each role: neighbours' common context once, and no last tokens."""
-    streams = zip(*(roles(item) for item in items), strict=True)
-    return [
-        sum(
-            len(context) + sum(len(sequence.rollout) - 1 for sequence in rest)
-            for context, rest in groupby(stream, _context)
-        )
-        for stream in streams
-    ]
+def _joined(pieces: Sequence[SampleGroup]) -> list[SampleGroup]:
+    """Neighbouring pieces of one group as one."""
+    joined: list[SampleGroup] = []
+    for piece in pieces:
+        if joined and piece.is_piece_with(joined[-1]):
+            joined[-1] = piece.of([*joined[-1].samples, *piece.samples])
+        else:
+            joined.append(piece)
+    return joined

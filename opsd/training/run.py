@@ -32,7 +32,7 @@ from opsd.models.head import head
 from opsd.models.load import dtype_of, load_model, stop_ids, told_stops, window
 from opsd.models.lora import add_adapters, trainable
 from opsd.models.teacher import check_teacher, make_teacher
-from opsd.objectives.make import make_objective
+from opsd.objectives import make_objective
 from opsd.prefix import try_kernel, unpackable, use_kernel
 from opsd.report import write_report
 from opsd.rollout import (
@@ -197,7 +197,9 @@ def run(
     log = open_log(directory, checkpoint, processes)
     # A live teacher is the model itself, so that both roles' common start runs once.
     scorer = model if config.teacher.policy == "live" else teacher
-    objective = make_objective(config, scorer, prompts)
+    objective = make_objective(
+        config.method, config.loss, scorer, prompts, config.rollout.max_new_tokens
+    )
     reward_function = None
     if is_graded(config):
         verifier = make_verifier(config.loss.reward, grader, reward)

@@ -1,5 +1,5 @@
-"""What readers see of a run's texts: sample completions, each token with its divergence and the
-teacher's choices, and rollouts of training steps."""
+"""Texts of a run for its readers: rollouts of training steps, and sample completions, each token
+with its divergence and the teacher's choices."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -13,12 +13,12 @@ from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
 from opsd.models.head import head, head_arguments
 from opsd.objectives import Problem
-from opsd.prefix.rollout_states import Scored, rollout_hidden_states
+from opsd.prefix import Ids, rollout_hidden_states
 from opsd.rollout.base import decode
 from opsd.training.held_out import Evaluation
 
-TOP = 3  # teacher's preferences shown a token
-CHUNK = 256  # rollout tokens whose dense logits are held at once
+TOP = 3  # the teacher's likeliest tokens that are shown
+CHUNK = 256  # rollout tokens whose dense logits are in memory at once
 
 
 def sample_records(
@@ -30,7 +30,7 @@ def sample_records(
     count: int,
     teacher_role: str = "teacher",
 ) -> Iterator[dict]:
-    """The first `count` held-out completions as lines for samples.jsonl, without the step.
+    """The first `count` held-out completions as lines for samples.jsonl, which lack the step.
 
     `teacher_role`: the context that the teacher sees; "student" where it is another model.
     """
@@ -46,8 +46,9 @@ def sample_records(
             "tokens": token_records(
                 student,
                 teacher,
-                Scored(prompts.ids(row, "student"), rollout.ids),
-                Scored(prompts.ids(row, teacher_role), rollout.ids),
+                prompts.ids(row, "student"),
+                prompts.ids(row, teacher_role),
+                rollout.ids,
                 prompts.tokenizer,
             ),
         }
@@ -59,9 +60,9 @@ def rollout_records(
     sampling: dict[str, Any],
     count: int,
 ) -> Iterator[dict]:
-    """The first `count` rollouts of a step's problems as lines for rollouts.jsonl, without step.
+    """The first `count` rollouts of a step as lines for rollouts.jsonl, which lack the step.
 
-    `sampling`: how all of them were drawn; each adds its seed, where it has one of its own.
+    `sampling`: how all were drawn. Each line adds the rollout's own seed, where it has one.
     """
     each = ((p, i) for p in problems for i in range(len(p.rollouts)))
     for problem, i in islice(each, count):
@@ -84,17 +85,18 @@ def rollout_records(
 def token_records(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    as_student: Scored,
-    as_teacher: Scored,
+    student_context: Ids,
+    teacher_context: Ids,
+    rollout: Ids,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict]:
     """Each rollout token: its text, KL(T‖S), the student's probability, the teacher's top three."""
-    student_states = rollout_hidden_states(student, [as_student])
-    teacher_states = rollout_hidden_states(teacher, [as_teacher])
-    size = min(len(head(student)[0]), len(head(teacher)[0]))  # padded differently
+    student_states = rollout_hidden_states(student, [(student_context, [rollout])])
+    teacher_states = rollout_hidden_states(teacher, [(teacher_context, [rollout])])
+    size = min(len(head(student)[0]), len(head(teacher)[0]))  # heads may be padded differently
     records = []
-    for start in range(0, len(as_student.rollout), CHUNK):
-        ids = as_student.rollout[start : start + CHUNK]
+    for start in range(0, len(rollout), CHUNK):
+        ids = rollout[start : start + CHUNK]
         log_s = _log_probs(student, student_states[start : start + CHUNK], size)
         log_t = _log_probs(teacher, teacher_states[start : start + CHUNK], size)
         divergence = torch.nn.functional.kl_div(log_s, log_t, reduction="none", log_target=True)

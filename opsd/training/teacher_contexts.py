@@ -1,7 +1,7 @@
-"""From rollouts to lessons: their grades, what is measured of them, and what the teacher is shown.
+"""Rollouts' grades, what the log says of them, and teacher contexts that are made of rollouts.
 
-A problem goes through here once its rollouts are there: `graded`, then `taught` where the teacher's
-context is made of them.
+A problem comes here once it has rollouts: they are graded, and `TeacherContexts` fills in the
+teacher's template where it is over rollouts.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from opsd.objectives import Problem
 
 
 def graded(problems: Sequence[Problem], reward_function: RewardFunction | None) -> list[Problem]:
-    """The problems with the outcome of each rollout; as they are without a reward function."""
+    """The problems with the outcome of each rollout; without a reward function as they are."""
     if reward_function is None:
         return list(problems)
     rollouts = [rollout for p in problems for rollout in p.rollouts]
@@ -23,15 +23,15 @@ def graded(problems: Sequence[Problem], reward_function: RewardFunction | None) 
 
 
 def informative(problem: Problem) -> bool:
-    """Whether a problem's rewards differ, so that a group advantage says something."""
+    """Whether a problem's rewards differ: otherwise all its advantages are 0."""
     rewards = [outcome.reward for outcome in problem.outcomes]
     return min(rewards) != max(rewards)
 
 
 def outcome_measures(problems: Sequence[Problem]) -> dict[str, float]:
-    """What the log says of graded rollouts; nothing of others.
+    """What the log says of graded rollouts.
 
-    `pass_at_k`: the share of problems that one rollout at least is right for, k = group_size.
+    `pass_at_k`: the share of problems with at least one right rollout, k = group_size.
     """
     if not problems or problems[0].outcomes is None:
         return {}
@@ -49,9 +49,9 @@ class TeacherContexts:
 
     Args:
         window: the longest sequence that the models allow; None: any.
-        skip: leave out a rollout that does not fit after its teacher's context, and count it; or
-            else it is an error.
-        note: called once with a line for the terminal, when one is left out.
+        skip: leave out, and count, rollouts that do not fit after their teacher's context; False:
+            they are an error.
+        note: called with a line for the terminal when the first one is left out.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class TeacherContexts:
         self.noted = False
 
     def __call__(self, problems: Sequence[Problem]) -> tuple[list[Problem], dict[str, float]]:
-        """The problems with the teacher's context of each rollout, and what is measured of them."""
+        """The problems with the teacher's context for each rollout, and measures for the log."""
         if not self.prompts.over_rollouts:
             return list(problems), {}
-        too_long, taught = 0, []
+        too_long, filled_in = 0, []
         for problem in problems:
             teachers = []
             for number, (rollout, outcome) in enumerate(
@@ -77,9 +77,9 @@ class TeacherContexts:
                     self._too_long(problem, length)
                     too_long, context = too_long + 1, None
                 teachers.append(context)
-            taught.append(replace(problem, teachers=teachers))
-        contexts = [context for p in taught for context in p.teachers]
-        return taught, {
+            filled_in.append(replace(problem, teachers=teachers))
+        contexts = [context for p in filled_in for context in p.teachers]
+        return filled_in, {
             "taught_fraction": sum(c is not None for c in contexts) / len(contexts),
             "too_long": too_long,
         }

@@ -30,9 +30,9 @@ from opsd.distributed.forward_redirection import called_through
 from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
 from opsd.grading.rewards import RewardFunction
 from opsd.models.moving_average import MovingAverage
-from opsd.objectives import Objective, Problem, Sample, Totals
-from opsd.objectives.log_probs import log_prob_as
-from opsd.prefix import PrefixCache, try_kernel, unpackable, using_cache
+from opsd.objectives import Objective, Problem, SampleGroup, Totals, samples_of
+from opsd.objectives.log_probs import rollout_log_prob
+from opsd.prefix import CachedPrefix, PrefixCache, try_kernel, unpackable
 from opsd.rollout import DistributedSampler, Sampler, ServerGoneError
 from opsd.runs.log import RunLog
 from opsd.training.checkpoints import WholeCheckpoints
@@ -89,7 +89,8 @@ class OPSDTrainer(WholeCheckpoints):
         if teacher_sampler is not None:
             teacher_sampler = DistributedSampler(teacher_sampler, self.processes)
         self.collector = RolloutCollector(
-            config,
+            config.rollout,
+            config.train.problems_per_step,
             model,
             rows,
             prompts,
@@ -111,7 +112,8 @@ class OPSDTrainer(WholeCheckpoints):
             model,
             objective,
             share=config.train.share_prefixes and reason is None,
-            keep=self.processes.count == 1 and config.train.gradient_checkpointing != "reentrant",
+            cache_trains=self.processes.count == 1
+            and config.train.gradient_checkpointing != "reentrant",
         )
         if self.micro_step.share:
             # FSDP2 brings the model to its device later; the copy that decodes is there.
@@ -120,7 +122,7 @@ class OPSDTrainer(WholeCheckpoints):
         self._note, self._sharing_checked, self._engine_checked = note, False, False
         self._split_told = False
         self.budget = config.train.micro_batch_tokens
-        self._samples: list[Sample] = []  # the step's
+        self._groups: list[SampleGroup] = []  # the step's
         self._step_is_out, self._left_out = False, 0
         self.parts = StepTimer(self.processes.device)
         super().__init__(
@@ -179,13 +181,13 @@ class OPSDTrainer(WholeCheckpoints):
             self.average.follow(self.model, self.state.global_step)
         asked, problems, measures = self.collector(rows)
         batches = self._mini_batches(problems, measures)
-        samples = [sample for batch in batches for sample in batch]
+        groups = [group for batch in batches for group in batch]
         model.train()
-        if self.micro_step.share and samples:
-            measures["token_ratio"] = token_ratio(samples)
+        if self.micro_step.share and groups:
+            measures["token_ratio"] = token_ratio(groups)
             if not self._sharing_checked:
                 measures["sharing_difference"] = self._check_sharing(
-                    model, samples, measures["token_ratio"]
+                    model, groups, measures["token_ratio"]
                 )
         loss, totals = self._updates(model, batches)
         if self.model.device.type == "cpu":
@@ -197,18 +199,18 @@ class OPSDTrainer(WholeCheckpoints):
 
     def _mini_batches(
         self, problems: list[Problem], measures: dict[str, float]
-    ) -> list[list[Sample]]:
-        """The samples of each of the step's updates; adds the mean of their measures."""
+    ) -> list[list[SampleGroup]]:
+        """The groups of each of the step's updates; adds the mean of their measures."""
         count = min(self.config.train.mini_batches, len(problems))
         batches = []
         for some in (problems[number::count] for number in range(count)):
-            samples, own = self.objective.samples(some, self.state.global_step)
-            batches.append(samples)
+            groups, own = self.objective.sample_groups(some, self.state.global_step)
+            batches.append(groups)
             for name, value in own.items():
                 measures[name] = measures.get(name, 0.0) + value / count
         return batches
 
-    def _updates(self, model, batches: list[list[Sample]]) -> tuple[Tensor, Totals]:
+    def _updates(self, model, batches: list[list[SampleGroup]]) -> tuple[Tensor, Totals]:
         """The step's optimizer updates but the last, which Trainer makes: its gradients are left.
 
         Returns the mean of the updates' losses, and their measures.
@@ -220,7 +222,7 @@ class OPSDTrainer(WholeCheckpoints):
         mean = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(updates, start=1):
             loss, own = self._gradients(model, batch)
-            self._samples = batch
+            self._groups = batch
             totals.include(own)
             if not math.isfinite(loss):
                 self._not_finite(f"loss is {float(loss)}")
@@ -249,35 +251,38 @@ class OPSDTrainer(WholeCheckpoints):
         return self.objective.samples_rollouts and self.config.rollout.source == "student"
 
     @torch.no_grad()
-    def _with_old(self, model, samples: list[Sample]) -> list[Sample]:
-        """The samples with log p of each token under the weights that the step starts with."""
-        places = {id(sample): place for place, sample in enumerate(samples)}
+    def _with_old(self, model, groups: list[SampleGroup]) -> list[SampleGroup]:
+        """The groups with log p of each token under the weights that the step starts with."""
+        places = {id(sample): place for place, sample in enumerate(samples_of(groups))}
         parts = [
             self.micro_step.micro_batches(share, self.budget)
-            for share in self.micro_step.shares(samples, self.processes.count)
+            for share in self.micro_step.shares(groups, self.processes.count)
         ]
         own, most = parts[self.processes.index], max(map(len, parts))
         found: dict[int, list[float]] = {}
         with self._autocast():
             for number in range(most):
-                batch = own[number] if number < len(own) else idle(samples)
+                batch = own[number] if number < len(own) else idle(groups)
                 run = partial(
-                    log_prob_as, 0, self.model, batch, self.config.loss, self.micro_step.share
+                    rollout_log_prob, self.model, batch, self.config.loss, self.micro_step.share
                 )
                 values = called_through(model, self.model, run).tolist()
-                for sample in batch if number < len(own) else ():
+                for sample in samples_of(batch) if number < len(own) else ():
                     found[places[id(sample)]] = values[: sample.tokens]
                     values = values[sample.tokens :]
         everywhere = self.processes.everywhere(lambda: found)
         old = {place: values for part_of in everywhere for place, values in part_of.items()}
-        return [replace(sample, old_log_probs=old[place]) for place, sample in enumerate(samples)]
+        return [
+            group.of([replace(s, old_log_probs=old[places[id(s)]]) for s in group.samples])
+            for group in groups
+        ]
 
-    def _check_sharing(self, model, samples: list[Sample], ratio: float) -> float:
+    def _check_sharing(self, model, groups: list[SampleGroup], ratio: float) -> float:
         with torch.no_grad():  # or DDP would expect a backward
             difference = called_through(
                 model,
                 self.model,
-                lambda: torch.tensor(self.micro_step.check_sharing(samples, self._dtype)),
+                lambda: torch.tensor(self.micro_step.check_sharing(groups, self._dtype)),
             ).item()
         self._sharing_checked = True
         same = f"the same to {difference:.1g}" if difference else "the same bit for bit"
@@ -287,15 +292,15 @@ class OPSDTrainer(WholeCheckpoints):
         )
         return difference
 
-    def _gradients(self, model, samples: list[Sample]) -> tuple[Tensor, Totals]:
+    def _gradients(self, model, groups: list[SampleGroup]) -> tuple[Tensor, Totals]:
         """`_accumulate`, in smaller micro-batches where memory runs out."""
         while True:
             try:
-                return self._accumulate(model, samples)
+                return self._accumulate(model, groups)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                smaller = self._smaller(samples)
+                smaller = self._smaller(groups)
                 if smaller is None:
                     raise UserError(
                         f"train.micro_batch_tokens is {self.budget}: memory has run out "
@@ -310,9 +315,9 @@ class OPSDTrainer(WholeCheckpoints):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _smaller(self, samples: list[Sample]) -> int | None:
+    def _smaller(self, groups: list[SampleGroup]) -> int | None:
         """Half of the micro-batch; None where that does not split one, or others wait for it."""
-        longest = max(max(map(len, sample.roles)) for sample in samples)
+        longest = max(group.longest() for group in groups)
         if self.processes.count > 1 or self.budget <= longest:
             return None
         return max(self.budget // 2, longest)
@@ -320,7 +325,7 @@ class OPSDTrainer(WholeCheckpoints):
     def _not_finite(self, what: str) -> None:
         """Keep the step's batch; then stop, or leave the step out."""
         step = self.state.global_step + 1
-        failed = failed_step(self.config, step, self._samples, self.model, self.average)
+        failed = failed_step(self.config, step, self._groups, self.model, self.average)
         place = Path(self.args.output_dir)
         path = self.processes.once(lambda: save_failed_step(place, failed))
         self._left_out += 1
@@ -341,27 +346,27 @@ class OPSDTrainer(WholeCheckpoints):
             self._not_finite(f"gradient's norm is {float(norm)}")
         return norm
 
-    def _accumulate(self, model, samples: list[Sample]) -> tuple[Tensor, Totals]:
-        """The gradients of all the step's samples; their loss and measures, of all processes."""
+    def _accumulate(self, model, groups: list[SampleGroup]) -> tuple[Tensor, Totals]:
+        """The gradients of all the step's groups; their loss and measures, of all processes."""
         totals, count = Totals(), self.processes.count
         loss = torch.zeros((), device=self.args.device)
         parts = [
             self.micro_step.micro_batches(share, self.budget)
-            for share in self.micro_step.shares(samples, count)
+            for share in self.micro_step.shares(groups, count)
         ]
         own, most = parts[self.processes.index], max(map(len, parts))
         # A process may not run weights that are split more often than the others do.
-        kept = PrefixCache([], [])
+        cache = PrefixCache()
         if self.config.train.sharding not in SPLIT_WEIGHTS:
-            kept = self.micro_step.prefix_cache(own, self.budget)
-        self._tell_of_split(kept, samples)
+            own, cache = self.micro_step.cache_prefixes(own, self.budget)
+        self._tell_of_split(own)
         # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since
         # what runs in fp32 there is meant to.
-        with self._autocast(), using_cache(kept):
+        with self._autocast():
             for number in range(most):
                 # All processes exchange weights or gradients as often: one with fewer batches runs
                 # a sample for nothing.
-                work = (own[number], totals) if number < len(own) else (idle(samples), Totals())
+                work = (own[number], totals) if number < len(own) else (idle(groups), Totals())
                 with self._exchange(model, number + 1 == most):
                     some = called_through(model, self.model, partial(self.micro_step, *work))
                     if loss.device.type == "cpu":
@@ -369,7 +374,7 @@ class OPSDTrainer(WholeCheckpoints):
                     with phase("backward"), torch.autocast(loss.device.type, enabled=False):
                         # DDP and FSDP2 take the mean over processes, and it is a sum.
                         self.accelerator.backward(some * count if count > 1 else some)
-                        kept.batch_done()
+                        cache.batch_done()
                 loss += some.detach()
         if count > 1:
             parts = self.processes.everywhere(lambda: (loss.cpu(), totals.numbers()))
@@ -388,15 +393,16 @@ class OPSDTrainer(WholeCheckpoints):
             return nullcontext()
         return model.no_sync()
 
-    def _tell_of_split(self, kept: PrefixCache, samples: list[Sample]) -> None:
+    def _tell_of_split(self, batches: list[list[SampleGroup]]) -> None:
         """Say once what becomes of a context whose rollouts do not fit a micro-batch together."""
-        split = {tuple(s.roles[0].context) for s in samples if tuple(s.roles[0].context) in kept}
+        contexts = [group.student for batch in batches for group in batch]
+        split = {id(context): context for context in contexts if isinstance(context, CachedPrefix)}
         if not split or self._split_told:
             return
         self._split_told = True
         what = (
             "each runs once, and what it ran is kept"
-            if kept.training
+            if any(context.trains for context in split.values())
             else "each runs again in every one, as there is no room to keep it"
         )
         self._note(

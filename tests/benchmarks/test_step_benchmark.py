@@ -28,11 +28,11 @@ def test_all_ways_have_the_same_gradient(setting):
 
 
 def test_the_ratio_of_products_counts_the_students_thrice():
-    samples = Case(1, 2, 10, 100, 5).samples(9)  # rollouts of 5 and 5 tokens
-    assert [s.tokens for s in samples] == [5, 5]
+    groups = Case(1, 2, 10, 100, 5).groups(9)  # rollouts of 5 and 5 tokens
+    assert [s.tokens for s in groups[0].samples] == [5, 5]
     alone = 2 * (3 * (10 + 4) + (100 + 4))
     shared = 3 * (10 + 8) + (100 + 8)
-    assert step.work_ratio(samples) == alone / shared
+    assert step.work_ratio(groups) == alone / shared
 
 
 def test_a_way_with_another_gradient_is_refused(setting, monkeypatch):

@@ -119,12 +119,12 @@ def test_prefix_kernels(monkeypatch):
     reasons = {"tiles": None, "flash": "it needs a GPU"}
     stand_in = SimpleNamespace(KERNELS=reasons, missing=lambda name, device: reasons[name])
     torch = importlib.import_module("torch")
-    modules(monkeypatch, **{"torch": torch, "opsd.prefix.choose_kernel": stand_in})
+    modules(monkeypatch, **{"torch": torch, "opsd.prefix.attention": stand_in})
     tiles, flash = doctor.prefix_kernels()
     assert (tiles.value, tiles.absent) == ("usable", False)
     assert (flash.value, flash.absent) == ("unusable: it needs a GPU", True)
     missing = ImportError("no transformers")
-    modules(monkeypatch, **{"torch": torch, "opsd.prefix.choose_kernel": missing})
+    modules(monkeypatch, **{"torch": torch, "opsd.prefix.attention": missing})
     assert list(doctor.prefix_kernels()) == []
 
 

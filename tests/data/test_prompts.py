@@ -97,9 +97,9 @@ def test_rollouts_are_appended_as_ids():
     context = made.context(ROW)
     assert (context.student, context.teacher) == ([2], [1, 0, 2])
     problem = Problem(ROW, context, [Rollout(written, True)])
-    (sample,), _ = OPSD(LossSection(), teacher=None).samples([problem])
-    assert [list(role.rollout) for role in sample.roles] == [written, written]
-    assert [list(role.context) for role in sample.roles] == [[2], [1, 0, 2]]
+    (group,), _ = OPSD(LossSection(), teacher=None).sample_groups([problem])
+    assert [sample.rollout for sample in group.samples] == [written]
+    assert (group.student, group.teachers) == ([2], [[1, 0, 2]])
 
 
 @pytest.mark.parametrize(
@@ -198,11 +198,13 @@ def test_the_first_token_after_a_thinking_tag_is_judged_alike_in_both_roles(chat
     problem = Problem(ROW, context, [Rollout(written, True)])
     model, teacher = (tiny.make_model(seed, thinking) for seed in (1, 2))
     objective = OPSD(LossSection(), teacher)
-    (sample,), _ = objective.samples([problem])
-    for role, ids in zip(sample.roles, (context.student, context.teacher), strict=True):
-        assert role.context == ids and ids[-len(tail) :] == tail and role.rollout == written
+    groups, _ = objective.sample_groups([problem])
+    (group,) = groups
+    assert (group.student, group.teachers) == (context.student, [context.teacher])
+    assert all(ids[-len(tail) :] == tail for ids in (context.student, context.teacher))
+    assert [sample.rollout for sample in group.samples] == [written]
     totals = Totals()
-    loss = objective.loss(model, [sample], totals)
+    loss = objective.loss(model, groups, totals)
     assert totals.tokens == 3
     log_s = logits(model, context.student, written).log_softmax(-1)
     log_t = logits(teacher, context.teacher, written).log_softmax(-1)
@@ -237,11 +239,10 @@ def test_a_prefill_and_a_rollout_are_not_merged():
     context = made.context(ROW)
     assert (context.student, context.teacher) == ([1, 0], [1, 1, 0])
     problem = Problem(ROW, context, [Rollout([1, 3], True)])
-    (sample,), _ = OPSD(LossSection(), teacher=None).samples([problem])
-    assert [[*role.context, *role.rollout] for role in sample.roles] == [
-        [1, 0, 1, 3],
-        [1, 1, 0, 1, 3],
-    ]
+    (group,), _ = OPSD(LossSection(), teacher=None).sample_groups([problem])
+    (sample,) = group.samples
+    assert [*group.student, *sample.rollout] == [1, 0, 1, 3]
+    assert [*group.teachers[0], *sample.rollout] == [1, 1, 0, 1, 3]
 
 
 def test_each_role_may_have_a_system_message_of_its_own(tokenizer):

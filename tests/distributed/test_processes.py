@@ -27,8 +27,7 @@ from opsd.common.errors import UserError
 from opsd.common.files import read_lines
 from opsd.config.load import merge, parse_config, save_config
 from opsd.grading.grader import Grade
-from opsd.objectives import OPSD
-from opsd.prefix.rollout_states import Scored
+from opsd.objectives import OPSD, Sample, SampleGroup, samples_of
 from opsd.training import run as training
 from opsd.training.checkpoints import check_pieces
 from opsd.training.micro_batches import shares, stream_tokens
@@ -283,27 +282,24 @@ def test_a_piece_runs_nothing(runs, tmp_path):
     assert not marker.exists()
 
 
-def roles(item):
-    return item
-
-
 def test_shares_are_fair_and_keep_contexts_together():
     lengths = ((9, 9), (4,), (5, 3, 2), (8,), (30, 30, 30, 30))
     groups = [
-        [(Scored([n] * 5, [1] * length),) for length in group] for n, group in enumerate(lengths)
+        SampleGroup([n] * 5, [Sample([1] * length, 1.0) for length in group])
+        for n, group in enumerate(lengths)
     ]
-    items = [item for group in groups for item in group]
     for count in (1, 2, 3):
-        parts = shares(items, roles, count)
+        parts = shares(groups, count)
         assert len(parts) == count
-        assert sorted(map(id, items)) == sorted(id(item) for part in parts for item in part)
-        loads = [stream_tokens(part, roles)[0] for part in parts]
+        samples = [id(s) for part in parts for s in samples_of(part)]
+        assert sorted(samples) == sorted(map(id, samples_of(groups)))
+        loads = [stream_tokens(part).student for part in parts]
         assert max(loads) - min(loads) <= 35
         for group in groups[:-1]:
-            assert sum(any(item in part for item in group) for part in parts) == 1
-    assert shares([], roles, 2) == [[], []]
-    # Fewer items than processes: one has none, and runs an idle batch.
-    assert sorted(map(len, shares(items[:1], roles, 2))) == [0, 1]
+            assert sum(own.student is group.student for part in parts for own in part) == 1
+    assert shares([], 2) == [[], []]
+    # Fewer samples than processes: one has none, and runs an idle batch.
+    assert sorted(map(len, shares(groups[1:2], 2))) == [0, 1]
 
 
 @pytest.mark.parametrize("sharding", ["fsdp2", "zero1"])

@@ -1,23 +1,21 @@
-"""Samples and a training step for the tests of packing."""
+"""Groups of samples and a training step for the tests of packing."""
 
 import torch
 
 from helpers.prefix_models import ids, make
 from opsd.config.loss import LossSection
-from opsd.objectives import OPSD, Sample
-from opsd.prefix.rollout_states import Scored
+from opsd.objectives import OPSD, Sample, SampleGroup
 from opsd.training.step import OPSDStep
 
 
-def make_samples():
+def make_sample_groups():
     """Four problems' rollouts in both roles."""
-    samples = []
+    groups = []
     for number, lengths in enumerate(((5, 9), (3, 1, 7), (8,), (6, 6))):
-        student, teacher = ids(7, 19, seed=number)
-        for rollout in ids(*lengths, seed=10 + number):
-            roles = tuple(Scored(c.tolist(), rollout.tolist()) for c in (student, teacher))
-            samples.append(Sample(roles, 1 / 45))
-    return samples
+        student, teacher = (context.tolist() for context in ids(7, 19, seed=number))
+        samples = [Sample(r.tolist(), 1 / 45) for r in ids(*lengths, seed=10 + number)]
+        groups.append(SampleGroup(student, samples, [teacher]))
+    return groups
 
 
 def make_step(share=True):

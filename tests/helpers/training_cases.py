@@ -104,18 +104,21 @@ def graded(problems, rewards):
     return [replace(p, outcomes=[next(each) for _ in p.rollouts]) for p in problems]
 
 
-def with_old(samples, model, moved=None):
-    """The samples with the model's own log-probabilities as the old ones, moved by `moved(R)`."""
-    made = []
-    for sample in samples:
-        context, rollout = sample.roles[0].context, list(sample.roles[0].rollout)
-        with torch.no_grad():
-            own = logits(model, context, rollout).log_softmax(-1)
-        old = own[torch.arange(len(rollout)), rollout].float()
-        if moved is not None:
-            old = old + torch.tensor(moved(len(rollout)))
-        made.append(replace(sample, old_log_probs=old.tolist()))
-    return made
+def with_old(groups, model, moved=None):
+    """The groups with the model's own log-probabilities as the old ones, moved by `moved(R)`."""
+    return [
+        group.of([_with_old(group.student, sample, model, moved) for sample in group.samples])
+        for group in groups
+    ]
+
+
+def _with_old(context, sample, model, moved):
+    with torch.no_grad():
+        own = logits(model, context, sample.rollout).log_softmax(-1)
+    old = own[torch.arange(sample.tokens), sample.rollout].float()
+    if moved is not None:
+        old = old + torch.tensor(moved(sample.tokens))
+    return replace(sample, old_log_probs=old.tolist())
 
 
 def logits(model, context: list[int], rollout: list[int]) -> torch.Tensor:

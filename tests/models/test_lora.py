@@ -23,7 +23,7 @@ from opsd.models.load import load_model
 from opsd.models.lora import adapter_state, add_adapters, without_adapters
 from opsd.models.moving_average import FILE, MovingAverage
 from opsd.objectives import OPSD, Problem, Totals
-from opsd.prefix.rollout_states import Scored, rollout_hidden_states
+from opsd.prefix import rollout_hidden_states
 from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.rollout import Rollout
@@ -59,15 +59,15 @@ def execute(config, **more):
     return Path(config.output.dir)
 
 
-SEQUENCES = [Scored([5, 6, 7, 8], [9, 10, 11]), Scored([5, 6, 7, 8], [4, 3])]
+GROUPS = [([5, 6, 7, 8], [[9, 10, 11], [4, 3]])]
 
 
 def test_new_adapters_change_nothing_and_train_alone(files):
     base, _ = load_model(section(files))
     model = add_adapters(copy.deepcopy(base), section(files))
     with torch.no_grad():
-        states = rollout_hidden_states(model, SEQUENCES)
-        assert torch.equal(states, rollout_hidden_states(base, SEQUENCES))
+        states = rollout_hidden_states(model, GROUPS)
+        assert torch.equal(states, rollout_hidden_states(base, GROUPS))
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trains and all("lora_" in name for name in trains)
     # All linear layers of both blocks, each with A and B; not the head.
@@ -78,9 +78,9 @@ def test_the_weights_of_step_0_are_the_model_without_adapters(files, adapted):
     base, _ = load_model(section(files))
     plain = without_adapters(adapted)
     with torch.no_grad():
-        wanted = rollout_hidden_states(base, SEQUENCES)
-        assert torch.equal(rollout_hidden_states(plain, SEQUENCES), wanted)
-        assert (rollout_hidden_states(adapted, SEQUENCES) - wanted).abs().max() > 0.01
+        wanted = rollout_hidden_states(base, GROUPS)
+        assert torch.equal(rollout_hidden_states(plain, GROUPS), wanted)
+        assert (rollout_hidden_states(adapted, GROUPS) - wanted).abs().max() > 0.01
     shared = {parameter.data_ptr() for parameter in adapted.parameters()}
     assert all(parameter.data_ptr() in shared for parameter in plain.parameters())
     assert adapter_state(plain) == () and all(adapter_state(adapted))
@@ -112,8 +112,8 @@ def test_gradients_equal_those_of_a_dense_model(policy, checkpointing, files, ad
     checkpoint_activations(config, adapted)
     adapted.train()
     objective = OPSD(LossSection(backend="torch"), teachers[policy])
-    samples, _ = objective.samples(problems)
-    objective.loss(adapted, samples, Totals()).backward()
+    groups, _ = objective.sample_groups(problems)
+    objective.loss(adapted, groups, Totals()).backward()
     ours = {n: p.grad for n, p in adapted.named_parameters() if p.requires_grad}
 
     weights, leaves = {}, {}
@@ -229,7 +229,7 @@ def test_a_copy_follows_the_adapters(files, adapted):
                 parameter += 0.1
     update_copy(inference_copy, adapted)
     with torch.no_grad():
-        states = [rollout_hidden_states(model, SEQUENCES) for model in (inference_copy, adapted)]
+        states = [rollout_hidden_states(model, GROUPS) for model in (inference_copy, adapted)]
     assert torch.equal(*states) and not any(p.requires_grad for p in inference_copy.parameters())
 
 

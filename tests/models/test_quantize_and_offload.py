@@ -15,9 +15,9 @@ from opsd.models.load import dtype_of, load_model
 from opsd.models.offload import decoder_layers, offload
 from opsd.models.quantize import Int8Linear, quantize
 from opsd.models.teacher import make_teacher
-from opsd.prefix.rollout_states import Scored, rollout_hidden_states
+from opsd.prefix import rollout_hidden_states
 
-SEQUENCES = [Scored([5, 6, 7, 8], [9, 10, 11]), Scored([5, 6, 7, 8], [4, 3])]
+GROUPS = [([5, 6, 7, 8], [[9, 10, 11], [4, 3]])]
 
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -48,7 +48,7 @@ def test_a_model_in_eight_bits_is_close_and_small():
     after = sum(t.numel() * t.element_size() for t in [*layers.parameters(), *layers.buffers()])
     assert after < 0.35 * before
     with torch.no_grad():
-        states = [rollout_hidden_states(m, SEQUENCES) for m in (model, plain)]
+        states = [rollout_hidden_states(m, GROUPS) for m in (model, plain)]
     difference = (states[0] - states[1]).abs().max() / states[1].abs().max()
     assert 0 < difference < 0.05
 

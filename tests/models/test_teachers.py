@@ -95,8 +95,8 @@ def test_distill_is_the_divergence_to_the_other_models_distribution(files, wider
         for row, ids in zip(ROWS, rollouts, strict=False)
     ]
     objective = Distill(LossSection(), teacher)
-    samples, _ = objective.samples(problems)
-    loss = objective.loss(model, samples, Totals())
+    groups, _ = objective.sample_groups(problems)
+    loss = objective.loss(model, groups, Totals())
     size, total = model.config.vocab_size, 0.0
     assert teacher.config.vocab_size > size
     for problem, ids in zip(problems, rollouts, strict=True):
@@ -138,13 +138,13 @@ def test_a_student_comes_closer_to_another_model(source, files, wider, tmp_path)
 def test_rollouts_of_the_teacher_are_the_teachers(files, wider, tmp_path, monkeypatch):
     """Greedy ones, after the context that the teacher sees."""
     seen = []
-    original = Distill.samples
+    original = Distill.sample_groups
 
     def spy(self, problems, step):
         seen.extend(problems)
         return original(self, problems, step)
 
-    monkeypatch.setattr(Distill, "samples", spy)
+    monkeypatch.setattr(Distill, "sample_groups", spy)
     config = short_config(
         *files,
         tmp_path / "run",

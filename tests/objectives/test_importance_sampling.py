@@ -52,8 +52,8 @@ def test_tokens_are_weighted_by_truncated_ratios(method, bound, student, files):
         objective = GRPO(loss_section)
         problems = graded(problems, rewards)
     totals, tokens = Totals(), 16
-    samples, _ = objective.samples(problems)
-    loss = objective.loss(model, samples, totals)
+    groups, _ = objective.sample_groups(problems)
+    loss = objective.loss(model, groups, totals)
     found = gradients(model, loss)
     wanted, place, seen = torch.zeros(()), 0, []
     for problem in problems:

@@ -8,9 +8,9 @@ from helpers.training_cases import ROWS, graded, logits, prompts_of
 from torch.nn.functional import cross_entropy, kl_div
 
 from opsd.config.loss import LossSection
-from opsd.objectives import GRPO, OPSD, SFT, Problem, Totals
+from opsd.objectives import GRPO, OPSD, SFT, Problem, Totals, samples_of
 from opsd.objectives.grpo import group_advantages
-from opsd.prefix.rollout_states import Scored, rollout_hidden_states
+from opsd.prefix import rollout_hidden_states
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import Rollout
 from opsd.training.teacher_contexts import outcome_measures
@@ -47,9 +47,9 @@ def problems(prompts, tokenizer):
 
 def whole_loss(objective, model, problems):
     """The objective's loss of one batch, and its gradient."""
-    samples, _ = objective.samples(problems)
+    groups, _ = objective.sample_groups(problems)
     totals = Totals()
-    loss = objective.loss(model, samples, totals)
+    loss = objective.loss(model, groups, totals)
     return loss, torch.autograd.grad(loss, list(model.parameters())), totals
 
 
@@ -62,9 +62,9 @@ def assert_same(model, ours, by_hand, gradient):
 
 @pytest.mark.parametrize("share", [False, True])
 def test_neither_padding_nor_sharing_changes_a_hidden_state(share, model, problems):
-    sequences = [Scored(p.context.student, r.ids) for p in problems for r in p.rollouts]
-    together = rollout_hidden_states(model, sequences, share)
-    plain = torch.cat([logits(model, s.context, s.rollout) for s in sequences])
+    groups = [(p.context.student, [r.ids for r in p.rollouts]) for p in problems]
+    together = rollout_hidden_states(model, groups, share)
+    plain = torch.cat([logits(model, context, r) for context, rollouts in groups for r in rollouts])
     assert torch.allclose(model.lm_head(together), plain, atol=2e-4)
 
 
@@ -121,8 +121,8 @@ def test_grpo_is_the_policy_gradient(model, problems):
     rewards = [1.0, 0.0, 0.5, 0.5, 0.0, 1.0]  # the second problem's are alike: no signal
     problems = graded(problems, rewards)
     objective = GRPO(LossSection())
-    samples, measures = objective.samples(problems)
-    assert len(samples) == 4 and measures == {"informative_groups": 2 / 3}
+    groups, measures = objective.sample_groups(problems)
+    assert len(samples_of(groups)) == 4 and measures == {"informative_groups": 2 / 3}
     assert outcome_measures(problems) == {
         "reward": 0.5,
         "correct_fraction": 1 / 3,

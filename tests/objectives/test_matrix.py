@@ -10,8 +10,7 @@ from opsd.data.prompts import Prompts
 from opsd.models.load import dtype_of, load_model
 from opsd.models.lora import add_adapters
 from opsd.models.teacher import make_teacher
-from opsd.objectives import Problem, Totals
-from opsd.objectives.make import make_objective
+from opsd.objectives import Problem, Totals, make_objective
 from opsd.rollout import Rollout
 from opsd.training.run import weights_dtype
 from opsd.training.step import OPSDStep
@@ -66,10 +65,10 @@ def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, fi
         for row, pair in zip(ROWS, (ROLLOUTS[:2], ROLLOUTS[2:]), strict=False)
     ]
     scorer = model if policy == "live" else made
-    objective = make_objective(config, scorer, prompts)
-    samples, _ = objective.samples(graded(problems, [1.0, 0.0, 0.0, 1.0]))
+    objective = make_objective(method, config.loss, scorer, prompts, 6)
+    groups, _ = objective.sample_groups(graded(problems, [1.0, 0.0, 0.0, 1.0]))
     if method == "grpo":  # or the surrogate's value is that of the advantages, whatever is learnt
-        samples = with_old(samples, model)
+        groups = with_old(groups, model)
     step = OPSDStep(model.train(), objective)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rate = 1e-2 if adapters else 1e-3
@@ -79,7 +78,7 @@ def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, fi
         if average is not None:
             average.follow(model, 1)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = step(samples, Totals())
+            loss = step(groups, Totals())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -14,10 +14,9 @@ from opsd.data.prompts import Prompts
 from opsd.grading.rewards import GradedRollout
 from opsd.models.load import dtype_of, load_model
 from opsd.models.teacher import make_teacher
-from opsd.objectives import Problem, Totals
+from opsd.objectives import Problem, Totals, make_objective, samples_of
 from opsd.objectives.grpo import group_advantages
-from opsd.objectives.make import make_objective
-from opsd.objectives.token_classes import CLASSES, class_parts, class_table
+from opsd.objectives.token_classes import CLASSES, class_table, split_by_class
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import Rollout
 
@@ -121,7 +120,7 @@ def make(files, tmp_path_factory):
         if average is not None:
             average.follow(model, 1)
         prompts = Prompts(config.prompts, tokenizer)
-        objective = make_objective(config, scorer, prompts)
+        objective = make_objective(case.method, config.loss, scorer, prompts, LONGEST)
         return config, model.train(), scorer, objective, problems_for(prompts)
 
     return made
@@ -232,12 +231,12 @@ def gradient(loss: Tensor, model) -> Tensor:
 @pytest.mark.parametrize(("case", "teacher"), PAIRS, ids=str)
 def test_a_methods_gradient_is_its_dense_renderings(case, teacher, precision, make):
     config, model, scorer, objective, problems = make(case, teacher, precision)
-    samples, _ = objective.samples(problems)
+    groups, _ = objective.sample_groups(problems)
     if case.old:
-        samples = with_old(samples, model, moves)
+        groups = with_old(groups, model, moves)
     totals = Totals()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        loss = objective.loss(model, samples, totals)
+        loss = objective.loss(model, groups, totals)
     ours = gradient(loss, model)
     wanted = rendered(case, config, model, scorer.float(), problems, objective_prompts(config))
     theirs = gradient(wanted, model)
@@ -252,7 +251,7 @@ def test_a_methods_gradient_is_its_dense_renderings(case, teacher, precision, ma
     assert theirs.norm() > 1e-3
     assert (ours - theirs).norm() <= allowed
     assert loss.item() == pytest.approx(wanted.item(), rel=tolerance, abs=tolerance)
-    assert totals.tokens == sum(sample.counted for sample in samples)
+    assert totals.tokens == sum(sample.counted for sample in samples_of(groups))
 
 
 def objective_prompts(config) -> Prompts:
@@ -273,13 +272,13 @@ TRAINED = [
 )
 def test_the_loss_of_a_fixed_batch_falls(case, teacher, precision, make):
     _, model, _, objective, problems = make(case, teacher, precision)
-    samples, _ = objective.samples(problems)
+    groups, _ = objective.sample_groups(problems)
     if case.old:
-        samples = with_old(samples, model)
+        groups = with_old(groups, model)
     optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-4, fused=True), []
     for _ in range(5):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = objective.loss(model, samples, Totals())
+            loss = objective.loss(model, groups, Totals())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -291,6 +290,6 @@ def test_tokens_of_a_padded_head_have_the_class_other():
     """A head may have more rows than its tokenizer has tokens, and a rollout any of them."""
     table = class_table(tiny.make_tokenizer())
     beyond = torch.tensor([len(tiny.make_tokenizer()), 10_000])
-    parts = class_parts(table, beyond, torch.tensor([2.0, 3.0]))
+    parts = split_by_class(table, beyond, torch.tensor([2.0, 3.0]))
     assert parts["other"].tolist() == [2.0, 3.0]
     assert all(not values.any() for name, values in parts.items() if name != "other")

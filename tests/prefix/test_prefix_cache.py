@@ -4,21 +4,19 @@ import pytest
 import torch
 import yaml
 from helpers.prefix_models import MODELS, alone, ids, make
-from helpers.step_cases import make_samples, make_step
+from helpers.step_cases import make_sample_groups, make_step
 from helpers.training_cases import short_values, write_model, write_rows
 
 from opsd.cli.main import main
 from opsd.config.load import merge
-from opsd.objectives import Sample, Totals
+from opsd.objectives import Sample, SampleGroup, Totals
 from opsd.prefix import (
     PrefixCache,
     cached_token_cost,
     shared_prefix_hidden_states,
     unpackable,
-    using_cache,
 )
-from opsd.prefix.rollout_states import Scored
-from opsd.training.micro_batches import packed_batches
+from opsd.training.micro_batches import cache_prefixes, packed_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -40,6 +38,13 @@ def pieces():
     return [[(first, batch)] for batch in batches[:2]] + [[(first, batches[2]), (other, others)]]
 
 
+def cached(batches, trains):
+    """The batches with their first prefix, which all have, cached; and the cache."""
+    cache = PrefixCache()
+    prefix = cache.add(batches[0][0][0].tolist(), trains, len(batches) - 1)
+    return [[(prefix, batch[0][1]), *batch[1:]] for batch in batches], cache
+
+
 def counted(model):
     """The lengths of the streams that run through the model from now on."""
     lengths = []
@@ -53,7 +58,7 @@ def counted(model):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["qwen3", "mistral, window", "gemma 3", "mixtral"])
-def test_a_kept_prefix_gives_the_gradients_of_one_piece(name, checkpointing):
+def test_a_cached_prefix_gives_the_gradients_of_one_piece(name, checkpointing):
     model = make(*MODELS[name]).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -67,14 +72,11 @@ def test_a_kept_prefix_gives_the_gradients_of_one_piece(name, checkpointing):
 
     model.zero_grad()
     lengths = counted(model)
-    contexts = [{tuple(p.tolist()) for p, _ in batch} for batch in batches]
-    kept = PrefixCache(contexts, contexts[0])
-    found = []
-    with using_cache(kept):
-        for number, batch in enumerate(batches):
-            found.append(shared_prefix_hidden_states(model, batch))
-            loss_of(found[-1], number).backward()
-            kept.batch_done()
+    found, (batches, cache) = [], cached(batches, trains=True)
+    for number, batch in enumerate(batches):
+        found.append(shared_prefix_hidden_states(model, batch))
+        loss_of(found[-1], number).backward()
+        cache.batch_done()
     assert (torch.cat(found) - states).abs().max() < 2e-5
     # The prefix once, and then its last token with each batch's rollouts.
     assert lengths == [29, 1 + 4, 1 + 8, 1 + 2 + 11 + 3 + 9 + 2 + 7]
@@ -83,115 +85,100 @@ def test_a_kept_prefix_gives_the_gradients_of_one_piece(name, checkpointing):
     assert gradients(model).keys() == wanted.keys()
 
 
-def test_without_gradients_the_keys_are_kept_as_well():
+def test_without_gradients_the_keys_are_cached_as_well():
     model = make("Qwen3")
     batches = pieces()
-    contexts = [{tuple(p.tolist()) for p, _ in batch} for batch in batches]
     lengths = counted(model)
-    with torch.no_grad(), using_cache(PrefixCache(contexts, [])):
-        found = [shared_prefix_hidden_states(model, batch) for batch in batches]
+    with torch.no_grad():
+        found = [shared_prefix_hidden_states(model, batch) for batch in cached(batches, False)[0]]
         assert lengths == [29, 5, 9, 35]
         for batch, states in zip(batches, found, strict=True):
             assert (states - alone(model, batch)).abs().max() < 2e-5
 
 
-def test_what_may_not_train_from_a_kept_prefix_runs_again():
+def test_what_may_not_train_from_a_cached_prefix_runs_again():
     model = make("Qwen3")
-    batches = pieces()
-    contexts = [{tuple(p.tolist()) for p, _ in batch} for batch in batches]
+    batches, cache = cached(pieces(), trains=False)
     lengths = counted(model)
-    kept = PrefixCache(contexts, [])
-    with using_cache(kept):
-        for batch in batches:
-            shared_prefix_hidden_states(model, batch).sum().backward()
-            kept.batch_done()
+    for batch in batches:
+        shared_prefix_hidden_states(model, batch).sum().backward()
+        cache.batch_done()
     assert lengths == [30 + 4, 30 + 8, 30 + 2 + 11 + 3 + 9 + 2 + 7]
 
 
-def test_nothing_is_kept_outside_or_after_the_last_batch():
+def test_nothing_is_held_after_the_last_batch():
     model = make("Qwen3")
-    batches = pieces()
-    contexts = [{tuple(p.tolist()) for p, _ in batch} for batch in batches]
-    kept = PrefixCache(contexts, contexts[0])
-    with using_cache(kept):
-        for batch in batches:
-            shared_prefix_hidden_states(model, batch).sum().backward()
-            kept.batch_done()
-        assert not kept._run
-    lengths = counted(model)
-    shared_prefix_hidden_states(model, batches[0])
-    assert lengths == [34]
-
-
-def test_prefixes_of_one_token_or_of_batches_apart_are_not_kept():
-    a, b, c = (1,), (2, 3), (4, 5)
-    kept = PrefixCache([{a, b, c}, {a, c}, {a, b}], [a, b, c])
-    assert c in kept and a not in kept and b not in kept and kept.training == {c}
+    batches, cache = cached(pieces(), trains=True)
+    for number, batch in enumerate(batches):
+        shared_prefix_hidden_states(model, batch).sum().backward()
+        cache.batch_done()
+        assert bool(cache.prefixes[0]._runs) == (number < len(batches) - 1)
 
 
 def test_reentrant_checkpoints_are_refused():
     model = make("Qwen3").train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
-    batches = pieces()
-    contexts = [{tuple(p.tolist()) for p, _ in batch} for batch in batches]
-    with using_cache(PrefixCache(contexts, contexts[0])):
-        with pytest.raises(ValueError, match="use_reentrant=True"):
-            shared_prefix_hidden_states(model, batches[0])
+    with pytest.raises(ValueError, match="use_reentrant=True"):
+        shared_prefix_hidden_states(model, cached(pieces(), trains=True)[0][0])
 
 
-def one_step(budget, live=False, keep=True):
-    """A step's gradient, and the tokens that ran through the student in it."""
+def one_step(budget, live=False, trains=True):
+    """A step's gradient, the tokens that ran through the student in it, and its cached prefixes."""
     step = make_step()
-    step.keep = keep
+    step.cache_trains = trains
     if live:
         step.objective.teacher = step.model
     tokens = counted(step.model)
-    batches = step.micro_batches(make_samples(), budget)
-    kept = step.prefix_cache(batches, budget)
-    with using_cache(kept):
-        for batch in batches:
-            step(batch, Totals()).backward()
-            kept.batch_done()
-    return torch.cat([p.grad.flatten() for p in step.parameters()]), sum(tokens), kept
+    batches, cache = step.cache_prefixes(step.micro_batches(make_sample_groups(), budget), budget)
+    for batch in batches:
+        step(batch, Totals()).backward()
+        cache.batch_done()
+    gradient = torch.cat([p.grad.flatten() for p in step.parameters()])
+    return gradient, sum(tokens), [prefix.trains for prefix in cache.prefixes]
 
 
 @pytest.mark.parametrize("live", [False, True])
 def test_a_step_of_split_groups_is_the_step_of_whole_ones(live):
     wanted, _, _ = one_step(1000, live)
-    found, tokens, kept = one_step(28, live)
-    assert kept.training
+    found, tokens, trains = one_step(28, live)
+    assert any(trains)
     assert (found - wanted).norm() < 1e-5 * wanted.norm()
-    again, more, none = one_step(28, live, keep=False)
-    assert not none.training and more > tokens
+    again, more, trains = one_step(28, live, trains=False)
+    assert trains and not any(trains) and more > tokens
     assert (again - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def of_lengths(context, *rollouts):
-    return [Sample((Scored([1] * context, [2] * n),), 1.0) for n in rollouts]
+    return SampleGroup([1] * context, [Sample([2] * n, 1.0) for n in rollouts])
 
 
-def roles(sample):
-    return sample.roles
+def sizes(batches):
+    return [sum(len(group.samples) for group in batch) for batch in batches]
 
 
-def test_what_is_held_counts_against_the_budget():
-    items = of_lengths(100, 50, 50, 50, 50)
-    assert [len(b) for b in packed_batches(items, roles, 250, None)] == [3, 1]
-    assert [len(b) for b in packed_batches(items, roles, 250, 0.5)] == [2, 2]
-    # Too much to keep: it runs again in each, and is not counted.
-    assert [len(b) for b in packed_batches(items, roles, 250, 1.5)] == [3, 1]
+def test_what_is_cached_counts_against_the_budget():
+    groups = [of_lengths(100, 50, 50, 50, 50)]
+    assert sizes(packed_batches(groups, 250, None)) == [3, 1]
+    assert sizes(packed_batches(groups, 250, 0.5)) == [2, 2]
+    # No room for a cache: the context runs again in each, and is not counted.
+    assert sizes(packed_batches(groups, 250, 1.5)) == [3, 1]
 
 
 def test_split_groups_follow_each_other_and_are_filled_up():
-    items = of_lengths(20, 30, 30, 30) + of_lengths(10, 5) + of_lengths(9, 60)
-    batches = packed_batches(items, roles, 80, None)
-    assert [[len(s.roles[0].context) for s in b] for b in batches] == [[20, 20], [20, 10], [9]]
-    for batch in batches:
-        assert sum({len(s.roles[0].context) for s in batch}) <= 80
+    groups = [of_lengths(20, 30, 30, 30), of_lengths(10, 5), of_lengths(9, 60)]
+    batches = packed_batches(groups, 80, None)
+    found = [[(len(g.student), len(g.samples)) for g in batch] for batch in batches]
+    assert found == [[(20, 2)], [(20, 1), (10, 1)], [(9, 1)]]
 
 
-def test_what_a_kept_token_holds():
+def test_a_prefix_of_one_token_is_not_cached():
+    for length, cached in ((1, 0), (2, 1)):
+        batches = packed_batches([of_lengths(length, 30, 30, 30)], 40, 0.0)
+        assert len(batches) == 3 and len(cache_prefixes(batches, 40, 0.0)[1].prefixes) == cached
+
+
+def test_what_a_cached_token_costs():
     model = make("Llama", {"num_key_value_heads": 4})  # keys as wide as the hidden states
     assert cached_token_cost(model) == 2 * 32 / (8 * 32 + 4 * 48)
     for heads, wanted in ((4, 4), (2, 2)):

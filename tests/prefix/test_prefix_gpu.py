@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers.prefix_models import MODELS, make, make_groups
 
-from opsd.prefix import choose_kernel, shared_prefix_hidden_states, try_kernel, use_kernel
-from opsd.prefix.choose_kernel import Inputs, obstacle
+from opsd.prefix import shared_prefix_hidden_states, try_kernel, use_kernel
+from opsd.prefix.attention import Inputs, obstacle
 from opsd.prefix.layout import Layout
 
 pytestmark = [
@@ -50,7 +50,7 @@ def results(name, layout, window, softcap, width, dtype):
     for x in inputs:
         x.requires_grad_()
     arguments = {"scale": width**-0.5, "window": window, "softcap": softcap}
-    out = choose_kernel.KERNELS[name](*inputs, layout, **arguments)
+    out = attention.KERNELS[name](*inputs, layout, **arguments)
     return [x.double() for x in (out, *torch.autograd.grad(out, inputs, d_out))]
 
 
@@ -64,7 +64,7 @@ def test_kernels_are_as_near_to_the_truth_as_tiles_are(name, past, window, softc
     reason = obstacle(name, Inputs(device, torch.bfloat16, width, width, softcap is not None))
     if reason:
         pytest.skip(reason)
-    choose_kernel.choose(name, Inputs(device, torch.bfloat16, width, width, softcap is not None))
+    attention.choose(name, Inputs(device, torch.bfloat16, width, width, softcap is not None))
     layout = Layout(GROUPS, device, PASTS[past])
     arguments = (layout, window, softcap, width)
     truth = results("tiles", *arguments, torch.float64)
@@ -119,7 +119,7 @@ def test_nothing_is_copied_for_each_rollout():
         )
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        out = choose_kernel.KERNELS["flash"](q, k, v, layout, scale=0.125)
+        out = attention.KERNELS["flash"](q, k, v, layout, scale=0.125)
         out.sum().backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < 1.25 * peaks[0]  # 13 % more tokens; copies would be 14 times the keys

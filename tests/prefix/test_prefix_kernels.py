@@ -15,8 +15,8 @@ from helpers.training_cases import short_values
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
-from opsd.prefix import choose_kernel, flex, shared_prefix_hidden_states, try_kernel
-from opsd.prefix.choose_kernel import Inputs, choose, kernel_for, missing, obstacle, use_kernel
+from opsd.prefix import attention, flex, shared_prefix_hidden_states, try_kernel
+from opsd.prefix.attention import Inputs, choose, kernel_for, missing, obstacle, use_kernel
 from opsd.prefix.layout import Layout
 from opsd.prefix.tiled import tiled_attention
 
@@ -66,7 +66,7 @@ def torch_flash():
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_merged_parts_are_the_whole_softmax(name, window, torch_flash):
     layout = LAYOUTS[name]
-    found = results(choose_kernel.KERNELS["flash"], layout, window, None)
+    found = results(attention.KERNELS["flash"], layout, window, None)
     wanted = results(tiled_attention, layout, window, None)
     for x, y in zip(found, wanted, strict=True):
         # The log-sum-exp is fp32, as flash attention's is.
@@ -77,7 +77,7 @@ def test_the_merged_parts_are_the_whole_softmax(name, window, torch_flash):
 def test_the_package_caps_scores(window, monkeypatch):
     install_flash_attn(monkeypatch)
     for layout in (LAYOUTS["plain"], LAYOUTS["past of some"]):
-        found = results(choose_kernel.KERNELS["flash_attn"], layout, window, 1.5)
+        found = results(attention.KERNELS["flash_attn"], layout, window, 1.5)
         wanted = results(tiled_attention, layout, window, 1.5)
         for x, y in zip(found, wanted, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
@@ -87,13 +87,13 @@ def test_the_package_caps_scores(window, monkeypatch):
 def test_models_attend_by_flash_attention(name, torch_flash, monkeypatch):
     install_flash_attn(monkeypatch)
     kernel = "flash_attn" if "caps" in name else "flash"
-    monkeypatch.setattr(choose_kernel, "choose", lambda asked, inputs: kernel)
+    monkeypatch.setattr(attention, "choose", lambda asked, inputs: kernel)
     use_kernel("auto")  # forgets what was chosen before
     model = make(*MODELS[name])
     groups = make_groups()
     assert_same(model, shared_prefix_hidden_states(model, groups), groups)
     assert try_kernel(model, torch.float32, CPU) == kernel
-    assert set(choose_kernel._given.values()) == {kernel}
+    assert set(attention._chosen.values()) == {kernel}
     use_kernel("auto")
 
 
@@ -152,7 +152,7 @@ def on_gpu(**more):
 def gpu(monkeypatch):
     """A machine with a GPU, as far as the choice asks; `absent` holds what is not installed."""
     absent = {"flash_3": "not here"}
-    monkeypatch.setattr(choose_kernel, "missing", lambda name, device: absent.get(name))
+    monkeypatch.setattr(attention, "missing", lambda name, device: absent.get(name))
     return absent
 
 
@@ -209,7 +209,7 @@ def test_a_run_refuses_a_kernel_before_it_does_anything(tmp_path, capsys):
 def test_on_a_cpu_there_are_tiles_and_an_error_for_all_others():
     inputs = on_gpu(device=CPU)
     assert choose("auto", inputs) == "tiles" == choose("tiles", inputs)
-    for name in choose_kernel.KERNELS.keys() - {"tiles"}:
+    for name in attention.KERNELS.keys() - {"tiles"}:
         assert "needs a GPU" in obstacle(name, inputs)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"train\.prefix_kernel is 'flex': it needs a GPU"):
@@ -236,16 +236,16 @@ def test_what_a_machine_lacks_is_named(monkeypatch):
 
 def test_a_package_of_another_version_is_refused(monkeypatch):
     install_flash_attn(monkeypatch)
-    assert choose_kernel._unsuitable_flash_attn() is None
+    assert attention._unsuitable_flash_attn() is None
     interface = sys.modules["flash_attn.flash_attn_interface"]
     interface._flash_attn_varlen_backward = lambda dout, q, k, v: None
-    assert "2.7 to 2.8" in choose_kernel._unsuitable_flash_attn()
+    assert "2.7 to 2.8" in attention._unsuitable_flash_attn()
 
 
 def test_the_choice_is_made_once_for_tensors_alike(monkeypatch):
     asked = []
-    real = choose_kernel.choose
-    monkeypatch.setattr(choose_kernel, "choose", lambda *a: asked.append(a) or real(*a))
+    real = attention.choose
+    monkeypatch.setattr(attention, "choose", lambda *a: asked.append(a) or real(*a))
     use_kernel("tiles")
     query, _, value = tensors(LAYOUTS["plain"])
     for _ in range(3):

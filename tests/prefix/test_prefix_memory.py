@@ -8,9 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from opsd.config.loss import LossSection
-from opsd.objectives import OPSD, Sample, Totals
-from opsd.prefix import using_cache
-from opsd.prefix.rollout_states import Scored
+from opsd.objectives import OPSD, Sample, SampleGroup, Totals
 from opsd.training.step import OPSDStep
 
 VOCABULARY, PREFIX, ROLLOUT = 8192, 48, 64
@@ -47,17 +45,14 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def samples(rollouts):
+def sample_groups(rollouts):
     draw = torch.Generator().manual_seed(0)
 
     def ids(n):
         return torch.randint(3, VOCABULARY, (n,), generator=draw).tolist()
 
     student, teacher = ids(PREFIX), ids(2 * PREFIX)
-    return [
-        Sample(tuple(Scored(context, rollout) for context in (student, teacher)), 1e-3)
-        for rollout in (ids(ROLLOUT) for _ in range(rollouts))
-    ]
+    return [SampleGroup(student, [Sample(ids(ROLLOUT), 1e-3) for _ in range(rollouts)], [teacher])]
 
 
 def peak(rollouts, budget):
@@ -68,13 +63,12 @@ def peak(rollouts, budget):
     step = OPSDStep(model, OPSD(section, model))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    some = samples(rollouts)
-    batches = step.micro_batches(some, budget)
-    kept = step.prefix_cache(batches, budget)
-    with LiveBytes() as memory, using_cache(kept):
+    batches = step.micro_batches(sample_groups(rollouts), budget)
+    batches, cache = step.cache_prefixes(batches, budget)
+    with LiveBytes() as memory:
         for batch in batches:
             step(batch, Totals()).backward()
-            kept.batch_done()
+            cache.batch_done()
     return memory.peak, len(batches)
 
 

@@ -1,16 +1,17 @@
 """Packing loses nothing, doubles nothing and keeps to its budget, whatever it is given."""
 
-from dataclasses import dataclass
 from math import ceil
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opsd.objectives import Sample, SampleGroup, samples_of
+from opsd.prefix import CachedPrefix
 from opsd.prefix.layout import Layout
-from opsd.prefix.rollout_states import Scored
 from opsd.training.micro_batches import (
-    keepable,
+    cache_prefixes,
+    has_room,
     packed_batches,
     padded_batches,
     shares,
@@ -18,79 +19,85 @@ from opsd.training.micro_batches import (
 )
 
 
-@dataclass(frozen=True)
-class Item:
-    """A rollout in one or two roles, told apart from its equals by its number."""
-
-    number: int
-    roles: tuple[Scored, ...]
-
-
-def roles(item: Item) -> tuple[Scored, ...]:
-    return item.roles
-
-
 @st.composite
-def items(draw) -> list[Item]:
-    """Rollouts of few contexts, so that neighbours share them; sometimes apart from each other."""
-    count = draw(st.integers(1, 2))
+def sample_groups(draw) -> list[SampleGroup]:
+    """Groups with no teacher, one teacher context, or several."""
     ids = st.lists(st.integers(0, 3), min_size=1, max_size=5)
-    contexts = draw(st.lists(st.tuples(*[ids] * count), min_size=2, max_size=6))
-    order = draw(st.lists(st.sampled_from(contexts), max_size=14))
-    if draw(st.booleans()):
-        order.sort()
-    rollouts = [draw(ids) for _ in order]
-    return [
-        Item(number, tuple(Scored(context, rollout) for context in chosen))
-        for number, (chosen, rollout) in enumerate(zip(order, rollouts, strict=True))
-    ]
+    teachers = draw(st.integers(0, 3))
+    groups = []
+    for _ in range(draw(st.integers(0, 6))):
+        rollouts = draw(st.lists(ids, min_size=1, max_size=5))
+        contexts = [draw(ids) for _ in range(teachers)]
+        numbers = st.integers(0, max(teachers - 1, 0))
+        samples = [Sample(rollout, 1.0, teacher=draw(numbers)) for rollout in rollouts]
+        groups.append(SampleGroup(draw(ids), samples, contexts))
+    return groups
 
 
-def numbers(batches: list[list[Item]]) -> list[int]:
-    return sorted(item.number for batch in batches for item in batch)
+def assert_all(groups, batches):
+    """The batches hold every sample once, in its own contexts."""
+    wanted = {id(s): (id(g.student), g.teachers) for g in groups for s in g.samples}
+    found = [(id(s), g) for batch in batches for g in batch for s in g.samples]
+    assert sorted(key for key, _ in found) == sorted(wanted)
+    assert all(wanted[key] == (id(g.student), g.teachers) for key, g in found)
 
 
-@given(items(), st.integers(1, 40), st.none() | st.floats(0.0, 2.0))
-def test_packed_batches(given, budget, held):
-    batches = packed_batches(given, roles, budget, held)
-    assert numbers(batches) == list(range(len(given)))
-    contexts = [[role.context for role in item.roles] for item in given]
-    whole = {}  # number -> those of all its neighbours with the same contexts
-    for number, context in enumerate(contexts):
-        if number and contexts[number - 1] == context:
-            whole[number] = whole[number - 1]
-        else:
-            whole[number] = []
-        whole[number].append(number)
+@given(sample_groups(), st.integers(1, 40), st.none() | st.floats(0.0, 2.0))
+def test_packed_batches(groups, budget, cached_cost):
+    batches = packed_batches(groups, budget, cached_cost)
+    assert_all(groups, batches)
+    pieces = {id(s): piece for g in groups for piece in g.by_teacher() for s in piece.samples}
     for batch in batches:
         assert batch
-        tokens, split, extra = stream_tokens(batch, roles), set(), 0
-        for item in batch:
-            group = [given[k] for k in whole[item.number]]
-            if max(stream_tokens(group, roles)) <= budget:
-                assert all(other in batch for other in group)
-            else:  # a part of it; what is kept of its context counts
-                split.add(group[0].number)
-                if held is not None and keepable(group, roles, budget, held):
-                    extra = ceil(held * len(item.roles[0].context))
+        (student, teacher), split = stream_tokens(batch), {}
+        samples = samples_of(batch)
+        for sample in samples:
+            piece = pieces[id(sample)]
+            if max(stream_tokens([piece])) <= budget:
+                assert all(any(other is s for s in samples) for other in piece.samples)
+            else:  # a part of it; what is cached of its context counts
+                split[id(piece)] = piece
         assert len(split) <= 1
-        tokens[0] += extra
-        assert max(tokens) <= budget or len(batch) == 1
+        for piece in split.values():
+            if cached_cost is not None and has_room([piece], budget, cached_cost):
+                student += ceil(cached_cost * len(piece.student))
+        assert max(student, teacher) <= budget or len(samples) == 1
 
 
-@given(items(), st.integers(1, 40))
-def test_padded_batches(given, budget):
-    batches = padded_batches(given, roles, budget)
-    assert numbers(batches) == list(range(len(given)))
+@given(sample_groups(), st.integers(1, 40))
+def test_padded_batches(groups, budget):
+    batches = padded_batches(groups, budget)
+    assert_all(groups, batches)
     for batch in batches:
-        longest = max(len(role) for item in batch for role in item.roles)
+        longest = max(group.longest() for group in batch)
         assert len(batch) == 1 or longest * len(batch) <= budget
 
 
-@given(items(), st.integers(1, 5))
-def test_shares(given, count):
-    parts = shares(given, roles, count)
-    assert len(parts) == count and numbers(parts) == list(range(len(given)))
+@given(sample_groups(), st.integers(1, 5))
+def test_shares(groups, count):
+    parts = shares(groups, count)
+    assert len(parts) == count
+    assert_all(groups, parts)
+
+
+@given(sample_groups(), st.integers(1, 40), st.none() | st.floats(0.0, 2.0))
+def test_a_prefix_is_cached_only_if_consecutive_batches_share_it(groups, budget, cached_cost):
+    before = packed_batches(groups, budget, cached_cost)
+    after, cache = cache_prefixes(before, budget, cached_cost)
+    numbers = {}  # of each context, the batches that have it
+    for number, batch in enumerate(before):
+        for group in batch:
+            for context in (group.student, *group.teachers_of(group.samples)):
+                numbers.setdefault(id(context), set()).add(number)
+    for old, new in zip(before, after, strict=True):
+        for a, b in zip(old, new, strict=True):
+            contexts = zip((a.student, *a.teachers), (b.student, *b.teachers), strict=True)
+            for plain, context in contexts:
+                found = sorted(numbers.get(id(plain), ()))
+                wanted = len(found) > 1 and len(found) == found[-1] - found[0] + 1
+                assert isinstance(context, CachedPrefix) == (wanted and len(plain) > 1)
+                assert list(context) == plain
+    assert cached_cost is not None or not any(prefix.trains for prefix in cache.prefixes)
 
 
 GROUPS = st.lists(

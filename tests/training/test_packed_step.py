@@ -2,7 +2,6 @@
 
 import os
 from contextlib import nullcontext
-from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 from helpers.prefix_models import alone, assert_same, ids, make, make_groups
-from helpers.step_cases import make_samples, make_step
+from helpers.step_cases import make_sample_groups, make_step
 from helpers.training_cases import short_values, write_model, write_rows
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,8 +21,7 @@ from opsd.common.errors import UserError
 from opsd.common.files import read_lines
 from opsd.config.load import merge
 from opsd.config.loss import LossSection
-from opsd.models.copies import whole
-from opsd.objectives import OPSD, Totals
+from opsd.objectives import OPSD, Totals, samples_of
 from opsd.prefix import (
     PrefixCache,
     attention,
@@ -31,7 +29,6 @@ from opsd.prefix import (
     packed_forward,
     shared_prefix_hidden_states,
     unpackable,
-    using_cache,
 )
 from opsd.training.step import OPSDStep, idle, token_ratio
 
@@ -39,27 +36,26 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureW
 
 
 def flat_gradient(step):
-    return torch.cat([whole(p.grad).flatten() for p in step.parameters()])
+    return torch.cat([full_tensor(p.grad).flatten() for p in step.parameters()])
 
 
 def one_process(share=True):
     step = make_step(share)
-    step(make_samples(), Totals()).backward()
+    step(make_sample_groups(), Totals()).backward()
     return flat_gradient(step)
 
 
 def test_the_ratio_counts_the_tokens_that_are_not_run():
-    samples = make_samples()
-    student, teacher = 7, 19
-    rollouts = 45 - len(samples)
-    naive = len(samples) * (student + teacher) + 2 * rollouts
-    shared = 4 * (student + teacher) + 2 * rollouts
-    assert token_ratio(samples) == naive / shared
+    groups = make_sample_groups()
+    student, teacher, rollouts = 7, 19, len(samples_of(groups))
+    run = 2 * (45 - rollouts)
+    naive = rollouts * (student + teacher) + run
+    assert token_ratio(groups) == naive / (4 * (student + teacher) + run)
 
 
 def test_the_check_passes_and_sharing_is_refused_where_it_differs(monkeypatch):
     step = make_step()
-    assert step.check_sharing(make_samples()) < 1e-5
+    assert step.check_sharing(make_sample_groups()) < 1e-5
     right = attention.packed_attention
 
     def wrong(*arguments, **more):
@@ -67,39 +63,37 @@ def test_the_check_passes_and_sharing_is_refused_where_it_differs(monkeypatch):
 
     monkeypatch.setattr(packed_forward, "packed_attention", wrong)
     with pytest.raises(UserError, match="--no-share"):
-        step.check_sharing(make_samples())
+        step.check_sharing(make_sample_groups())
 
 
 def test_the_check_is_made_without_dropout():
     model = make("OPT", {"dropout": 0.3})
     step = OPSDStep(model.train(), OPSD(LossSection(backend="torch"), model))
-    assert step.check_sharing(make_samples()) < 1e-5
+    assert step.check_sharing(make_sample_groups()) < 1e-5
     assert model.training
 
 
 def test_the_check_in_bf16_measures_by_what_bf16_costs_alone(monkeypatch):
-    step, samples = make_step(), make_samples()
-    sequences = [sample.roles[0] for sample in samples[:2]]
+    step, group = make_step(), make_sample_groups()[0].as_student()
     with torch.no_grad():
-        alone = step._states(sequences, False, torch.float32)
-        step._check_rounding(sequences, alone, torch.bfloat16)
+        alone = step._states(group, False, torch.float32)
+        step._check_rounding(group, alone, torch.bfloat16)
         right = attention.packed_attention
         monkeypatch.setattr(
             packed_forward, "packed_attention", lambda *a, **more: 1.2 * right(*a, **more)
         )
         with pytest.raises(UserError, match=r"torch\.bfloat16 alone makes 0\.0"):
-            step._check_rounding(sequences, alone, torch.bfloat16)
+            step._check_rounding(group, alone, torch.bfloat16)
 
 
 def test_the_check_looks_at_a_context_with_several_rollouts(monkeypatch):
-    samples = make_samples()
-    seen = []
+    groups, seen = make_sample_groups(), []
     monkeypatch.setattr(
         "opsd.training.step.rollout_hidden_states",
-        lambda model, sequences, share: seen.append(sequences) or torch.ones(1),
+        lambda model, groups, share: seen.append(groups) or torch.ones(1),
     )
-    make_step().check_sharing([samples[5], *samples])
-    assert all(len(s) > 1 and len({tuple(x.context) for x in s}) == 1 for s in seen)
+    make_step().check_sharing([groups[2], *groups])
+    assert seen and all(found == [groups[0].as_student()] for found in seen)
 
 
 def test_sharing_does_not_change_the_steps_gradient():
@@ -121,11 +115,11 @@ def _rank(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(directory, "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    samples = make_samples()
+    groups = make_sample_groups()
     for kind in ("ddp", "fsdp2"):
         plain = make_step()
-        own, other = (plain.micro_batches(samples[n::2], 60) for n in (rank, 1 - rank))
-        own += [idle(samples)] * (len(other) - len(own))  # FSDP2 gathers weights in step
+        own, other = (plain.micro_batches(groups[n::2], 40) for n in (rank, 1 - rank))
+        own += [idle(groups)] * (len(other) - len(own))  # FSDP2 gathers weights in step
         *first, last = own
         assert first, "a step of one micro-batch would not test accumulation"
         step = DistributedDataParallel(plain) if kind == "ddp" else split(plain)
@@ -213,22 +207,20 @@ def test_adapters_that_change_between_the_roles_are_refused(adapted):
             live_hidden_states(adapted, groups, others)
 
 
-def test_what_is_kept_with_adapters_on_is_not_read_with_them_off(adapted):
+def test_what_is_cached_with_adapters_on_is_not_read_with_them_off(adapted):
     prefix_ids, rollouts = ids(20)[0], ids(5, 4, seed=2)
-    batches = [[(prefix_ids, [rollout])] for rollout in rollouts]
-    contexts = [{tuple(prefix_ids.tolist())}] * 2
-    with torch.no_grad(), using_cache(PrefixCache(contexts, [])):
-        for batch in batches:
+    cached = PrefixCache().add(prefix_ids.tolist(), trains=False, last_batch=1)
+    with torch.no_grad():
+        for rollout in rollouts:
             for off in (False, True):
                 with adapted.disable_adapter() if off else nullcontext():
-                    states = shared_prefix_hidden_states(adapted, batch)
-                    assert (states - alone(adapted, batch)).abs().max() < 2e-5
+                    states = shared_prefix_hidden_states(adapted, [(cached, [rollout])])
+                    wanted = alone(adapted, [(prefix_ids, [rollout])])
+                    assert (states - wanted).abs().max() < 2e-5
 
 
 def test_batches_of_a_step_are_groups_in_order():
-    step, samples = make_step(), make_samples()
-    for batch in step.micro_batches(samples, 1000):
-        places = [samples.index(sample) for sample in batch]
-        contexts = [tuple(sample.roles[0].context) for sample in batch]
-        changes = sum(a != b for a, b in pairwise(contexts))
-        assert changes == len(set(contexts)) - 1 and len(places) == len(set(places))
+    step, groups = make_step(), make_sample_groups()
+    for batch in step.micro_batches(groups, 1000):
+        assert all(group in groups for group in batch)
+        assert len({id(group.student) for group in batch}) == len(batch)

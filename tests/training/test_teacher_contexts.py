@@ -47,9 +47,9 @@ def test_a_successful_peer_is_the_teachers_context(tokenizer):
     shown = [tokenizer.decode(context) for context in taught.teachers]
     assert [text.partition("S:")[2].partition("<")[0] for text in shown] == ["22", "3", "22"]
     assert measures == {"taught_fraction": 1.0, "too_long": 0}
-    samples, _ = OPSD(LossSection(), teacher=None).samples([taught])
-    assert [list(s.roles[1].context) for s in samples] == taught.teachers
-    assert [list(s.roles[0].context) for s in samples] == [[1]] * 3
+    (group,), _ = OPSD(LossSection(), teacher=None).sample_groups([taught])
+    assert [group.teachers[s.teacher] for s in group.samples] == taught.teachers
+    assert group.student == [1] and len(group.teachers) == 2  # which both sees "22" is there once
 
 
 def test_a_rollout_that_has_nothing_to_be_taught_is_left_out_and_counted(tokenizer):
@@ -57,8 +57,9 @@ def test_a_rollout_that_has_nothing_to_be_taught_is_left_out_and_counted(tokeniz
     made = problem(tokenizer, ("1", False), ("22", True))
     (taught,), measures = TeacherContexts(prompts(tokenizer), None, False, pytest.fail)([made])
     assert [context is None for context in taught.teachers] == [False, True]
-    samples, logged = OPSD(LossSection(), teacher=None).samples([taught])
-    assert len(samples) == 1 and samples[0].weight == 1.0  # its one token is the step's only one
+    (group,), logged = OPSD(LossSection(), teacher=None).sample_groups([taught])
+    (sample,) = group.samples
+    assert sample.weight == 1.0  # its one token is the step's only one
     assert measures["taught_fraction"] == 0.5 and logged == {"trained_fraction": 0.5}
 
 

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opsd.common.files import read_lines
 from opsd.grading.grader import Grade
 from opsd.models.load import load_model
-from opsd.objectives import OPSD
-from opsd.prefix.rollout_states import Scored
+from opsd.objectives import OPSD, Sample, SampleGroup, samples_of
 from opsd.runs.directory import claim_directory
 from opsd.runs.log import FILES
 from opsd.training.load_data import load_data
@@ -288,30 +287,28 @@ def test_micro_batches_do_not_change_the_step(method, files, tmp_path, steps_see
         assert (gradient - other).norm() < 1e-5 * gradient.norm()
 
 
-def roles(*lengths):
-    """Items for the packers: one rollout of each length, in two roles."""
-    return [(Scored([1], [2] * (n - 1)), Scored([1, 1, 1], [2] * (n - 3))) for n in lengths]
-
-
 def test_padded_batches_stay_within_the_budget_and_lose_nothing():
-    items = roles(5, 4, 9, 6, 6, 14, 7)
-    batches = padded_batches(items, lambda item: item, 20)
-    assert sorted(len(i[0]) for batch in batches for i in batch) == [4, 5, 6, 6, 7, 9, 14]
+    lengths = (5, 4, 9, 6, 6, 14, 7)
+    groups = [SampleGroup([1], [Sample([2] * (n - 3), 1.0)], [[1, 1, 1]]) for n in lengths]
+    batches = padded_batches(groups, 20)
+    assert sorted(g.longest() for batch in batches for g in batch) == [4, 5, 6, 6, 7, 9, 14]
     for batch in batches:
-        assert max(len(item[0]) for item in batch) * len(batch) <= 20
-    assert len(batches) < len(items)
+        assert max(group.longest() for group in batch) * len(batch) <= 20
+    assert len(batches) < len(lengths)
 
 
 def test_packed_batches_stay_within_the_budget_and_keep_contexts_together():
-    groups = [[Scored([n] * 5, [2] * r) for r in lengths] for n, lengths in enumerate(GROUPS)]
-    items = [(sequence,) for group in groups for sequence in group]
-    batches = packed_batches(items, lambda item: item, 20)
-    assert sorted(map(id, items)) == sorted(id(item) for batch in batches for item in batch)
+    groups = [
+        SampleGroup([n] * 5, [Sample([2] * r, 1.0) for r in lengths])
+        for n, lengths in enumerate(GROUPS)
+    ]
+    batches = packed_batches(groups, 20)
+    samples = [id(s) for batch in batches for s in samples_of(batch)]
+    assert sorted(samples) == sorted(map(id, samples_of(groups)))
     for batch in batches:
-        (tokens,) = stream_tokens(batch, lambda item: item)
-        assert tokens <= 20 or len(batch) == 1
-    homes = [{i for i, batch in enumerate(batches) for (s,) in batch if s in g} for g in groups]
-    assert [len(home) for home in homes] == [1, 1, 2, 1]
+        assert max(stream_tokens(batch)) <= 20 or len(samples_of(batch)) == 1
+    homes = [sum(g.student is own.student for b in batches for own in b) for g in groups]
+    assert homes == [1, 1, 2, 1]
     assert len(batches) == 4
 
 
@@ -333,11 +330,11 @@ def test_the_teachers_weights(policy, precision, files, tmp_path, steps_seen):
     steps = []
 
     def spy_on_loss(original):
-        def loss(self, model, samples, totals, share):
+        def loss(self, model, groups, totals, share):
             wanted = dict(model.named_parameters()) if policy == "live" else before
             pairs = [(p, wanted[name]) for name, p in self.teacher.named_parameters()]
             steps.append(all(torch.equal(p, w.to(p.dtype)) for p, w in pairs))
-            return original(self, model, samples, totals, share)
+            return original(self, model, groups, totals, share)
 
         return loss
 

@@ -50,15 +50,15 @@ def test_updates_of_a_step_know_the_weights_it_began_with(
     seen, updates = [], []
     original = kind.loss
 
-    def spy(self, model, samples, totals, share):
-        seen.append((samples, next(model.parameters()).detach().clone()))
+    def spy(self, model, groups, totals, share):
+        seen.append((groups, next(model.parameters()).detach().clone()))
         if len(seen) == 1:
-            for sample in samples:
-                ids = torch.tensor(sample.roles[0].rollout)
-                own = logits(model, sample.roles[0].context, ids.tolist()).log_softmax(-1)
+            for group, sample in ((g, s) for g in groups for s in g.samples):
+                ids = torch.tensor(sample.rollout)
+                own = logits(model, group.student, ids.tolist()).log_softmax(-1)
                 own = own[torch.arange(len(ids)), ids]
                 assert torch.allclose(own, torch.tensor(sample.old_log_probs), atol=1e-4)
-        return original(self, model, samples, totals, share)
+        return original(self, model, groups, totals, share)
 
     step = torch.optim.AdamW.step
     monkeypatch.setattr(
@@ -86,7 +86,7 @@ def test_updates_of_a_step_know_the_weights_it_began_with(
 
 def test_one_update_needs_no_old_values(files, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "opsd.training.trainer.log_prob_as", lambda *_: pytest.fail("was asked for")
+        "opsd.training.trainer.rollout_log_prob", lambda *_: pytest.fail("was asked for")
     )
     config = config_of(files, tmp_path / "run", train={"steps": 1, "save_every": 0})
     train(config, quiet())

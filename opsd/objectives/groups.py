@@ -1,0 +1,238 @@
+"""What the methods share: problems with rollouts, the groups to learn from, and a step's means."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opsd.data.prompts import Context
+from opsd.data.rows import Row
+from opsd.grading.rewards import GradedRollout
+from opsd.prefix import Group, Ids
+from opsd.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row, its contexts, and the rollouts that the student wrote for it (none under SFT).
+
+    outcomes: of each rollout, where they are graded. teachers: the teacher's context for each
+    rollout, where the template is over rollouts; None for a rollout that it says nothing about.
+    """
+
+    row: Row
+    context: Context
+    rollouts: list[Rollout]
+    outcomes: list[GradedRollout] | None = None
+    teachers: list[list[int] | None] | None = None
+
+    def teacher_contexts(self, role: str = "teacher") -> list[list[int] | None]:
+        """The context in which a teacher of this role sees each rollout."""
+        if role == "teacher" and self.teachers is not None:
+            return self.teachers
+        return [getattr(self.context, role)] * len(self.rollouts)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout to learn from, and what its tokens count.
+
+    Weights are divided by the step's tokens already, so that the step's loss is the plain sum over
+    micro-batches, however the groups are split.
+    """
+
+    rollout: Ids
+    weight: float  # of each token
+    factors: Sequence[float] | None = None  # of each token, beside `weight`; None: 1
+    teacher: int = 0  # which of the group's teacher contexts it is scored in
+    advantage: float = 0.0  # grpo
+    credit: float = 0.0  # grpo: how far the teacher shares the advantage out among the tokens
+    sampling_log_probs: Sequence[float] | None = None  # the engine's, of each token; see Rollout
+    old_log_probs: Sequence[float] | None = None  # the student's, before the step's first update
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are scored."""
+        return len(self.rollout)
+
+    @property
+    def counted(self) -> int:
+        """Tokens that are trained on: those with a weight."""
+        if self.factors is None:
+            return self.tokens
+        return sum(factor != 0 for factor in self.factors)
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """A problem's samples and the contexts that they share.
+
+    student: the context that the student continues. teachers: the teacher's contexts: none for a
+    method without a teacher, one for all samples, or several where the template is over rollouts.
+    A piece of a group has the same context objects: `is_piece_with` compares no tokens.
+    """
+
+    student: Ids
+    samples: Sequence[Sample]
+    teachers: Sequence[Ids] = ()
+
+    def of(self, samples: Sequence[Sample]) -> "SampleGroup":
+        """A piece of this group: some of its samples."""
+        return replace(self, samples=samples)
+
+    def is_piece_with(self, other: "SampleGroup") -> bool:
+        """Whether both are pieces of one group."""
+        mine, its = (self.student, *self.teachers), (other.student, *other.teachers)
+        return len(mine) == len(its) and all(a is b for a, b in zip(mine, its, strict=True))
+
+    def by_teacher(self) -> list["SampleGroup"]:
+        """Pieces of neighbouring samples that are scored in one teacher context."""
+        return [self.of(list(some)) for _, some in groupby(self.samples, lambda s: s.teacher)]
+
+    def longest(self) -> int:
+        """Tokens of the longest sequence, a context and a rollout."""
+        return max(
+            sample.tokens + max(map(len, [self.student, *self.teachers_of([sample])]))
+            for sample in self.samples
+        )
+
+    def teachers_of(self, samples: Iterable[Sample]) -> list[Ids]:
+        """The teacher contexts of some of the samples, each once."""
+        numbers = dict.fromkeys(sample.teacher for sample in samples)
+        return [self.teachers[number] for number in numbers] if self.teachers else []
+
+    def as_student(self) -> Group:
+        """The student's context and the rollouts that continue it."""
+        return self.student, [sample.rollout for sample in self.samples]
+
+    def as_teacher(self) -> list[Group]:
+        """The teacher's contexts with the rollouts that continue them, in the samples' order."""
+        return [
+            (self.teachers[piece.samples[0].teacher], [s.rollout for s in piece.samples])
+            for piece in (self.by_teacher() if self.teachers else [])
+        ]
+
+
+def sample_group(student: Ids, pairs: Iterable[tuple[Sample, Ids]]) -> SampleGroup:
+    """A group of samples, each with the teacher's context that it is scored in."""
+    teachers: list[Ids] = []
+    samples = []
+    for sample, context in pairs:
+        if context not in teachers:
+            teachers.append(context)
+        samples.append(replace(sample, teacher=teachers.index(context)))
+    return SampleGroup(student, samples, teachers)
+
+
+def samples_of(groups: Iterable[SampleGroup]) -> list[Sample]:
+    """All samples, in the groups' order."""
+    return [sample for group in groups for sample in group.samples]
+
+
+def as_student(groups: Iterable[SampleGroup]) -> list[Group]:
+    """The student's contexts, each with its rollouts."""
+    return [group.as_student() for group in groups]
+
+
+def as_teacher(groups: Iterable[SampleGroup]) -> list[Group]:
+    """The teacher's contexts, each with its rollouts."""
+    return [each for group in groups for each in group.as_teacher()]
+
+
+@dataclass
+class Totals:
+    """Sums over a step's tokens, from which the step's means are taken."""
+
+    tokens: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, tokens: int, **means: Tensor) -> None:
+        """Add a micro-batch of `tokens` tokens with these means, scalars on any device.
+
+        They stay there: to read each would make the CPU wait for a GPU in every micro-batch.
+        """
+        self.tokens += tokens
+        for name, mean in means.items():
+            self.sums[name] = self.sums.get(name, 0.0) + mean.detach().double() * tokens
+
+    def numbers(self) -> "Totals":
+        """The same on the CPU, to be sent elsewhere."""
+        return Totals(self.tokens, {name: total.cpu() for name, total in self.sums.items()})
+
+    def include(self, other: "Totals") -> None:
+        """Add another process's."""
+        self.tokens += other.tokens
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+
+    def means(self) -> dict[str, float]:
+        """The means over all tokens added."""
+        return {name: total.item() / self.tokens for name, total in self.sums.items()}
+
+
+class Objective(Protocol):
+    """A method."""
+
+    samples_rollouts: bool  # False: the method learns from given text
+    teacher_role: str  # the context that a teacher sees, "student" or "teacher"
+
+    def sample_groups(
+        self, problems: Sequence[Problem], step: int = 0
+    ) -> tuple[list[SampleGroup], dict[str, float]]:
+        """A step's problems → what to learn from, and measures of the rollouts for the log."""
+        ...
+
+    def loss(
+        self,
+        model: PreTrainedModel,
+        groups: Sequence[SampleGroup],
+        totals: Totals,
+        share: bool = True,
+    ) -> Tensor:
+        """A micro-batch's share of the step's loss (scalar); adds its measures to `totals`.
+
+        `share`: run each context once for all its samples.
+        """
+        ...
+
+
+def token_weights(samples: Sequence[Sample], device: torch.device) -> Tensor:
+    """The weight of each rollout token, in the samples' order: [Σ R], fp32."""
+    weights = spread([sample.weight for sample in samples], samples, device)
+    if any(sample.factors is not None for sample in samples):
+        factors = (s.factors if s.factors is not None else [1.0] * s.tokens for s in samples)
+        weights *= torch.tensor([f for own in factors for f in own], device=device)
+    return weights
+
+
+def spread(values: Sequence[float], samples: Sequence[Sample], device: torch.device) -> Tensor:
+    """One value a sample, repeated for each of its tokens: [Σ R], fp32."""
+    each = [value for value, s in zip(values, samples, strict=True) for _ in range(s.tokens)]
+    return torch.tensor(each, dtype=torch.float32, device=device)
+
+
+def counted_tokens(samples: Sequence[Sample]) -> int:
+    """Tokens with a weight in all samples, and at least 1, since means are divided by it."""
+    return max(1, sum(sample.counted for sample in samples))
+
+
+def counted_mean(values: Tensor, weights: Tensor, count: int) -> Tensor:
+    """The mean of `values` [N] over the `count` tokens with a weight."""
+    return torch.where(weights != 0, values.detach(), 0.0).sum() / count
+
+
+def targets(samples: Sequence[Sample], device: torch.device) -> Tensor:
+    """The rollouts' tokens, in the samples' order: [Σ R], int64."""
+    return torch.tensor([token for s in samples for token in s.rollout], device=device)
+
+
+def old_log_prob(samples: Sequence[Sample], current: Tensor) -> Tensor:
+    """log p of each token before the step's first update: [Σ R]. In that update it is `current`."""
+    if all(sample.old_log_probs is None for sample in samples):
+        return current.detach()
+    old = [value for s in samples for value in s.old_log_probs]
+    return torch.tensor(old, device=current.device)
