@@ -358,7 +358,7 @@ def by_opsd(case: Case, directory: Path) -> dict:
     class Given:
         engine = "given"
 
-        def follow(self, model) -> None:
+        def sync_weights(self, model) -> None:
             """The rollouts are given, whatever the weights."""
 
         def sample(self, contexts, sampling, progress=None) -> list[Rollout]:

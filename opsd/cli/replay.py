@@ -13,6 +13,7 @@ from torch import nn
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError, in_short
+from opsd.common.precision import autocast, compute_dtype, weights_dtype
 from opsd.config.load import parse_config
 from opsd.data.prompts import Prompts
 from opsd.models.load import load_model
@@ -21,7 +22,6 @@ from opsd.models.teacher import make_teacher
 from opsd.objectives import Sample, Totals
 from opsd.objectives.make import make_objective
 from opsd.training.failed_steps import samples_of
-from opsd.training.run import weights_dtype
 from opsd.training.step import OPSDStep
 
 
@@ -53,7 +53,8 @@ def replay(path: Path, display: Display) -> list[Replayed]:
         raise UserError(f"FILE is {str(path)!r}: not a failed step's ({said})") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with display.stage(f"Load {config.model.path}"):
-        model, tokenizer = load_model(config.model, device, dtype=weights_dtype(config))
+        dtype = weights_dtype(config.train.precision, adapted=config.model.lora is not None)
+        model, tokenizer = load_model(config.model, device, dtype=dtype)
         if config.model.lora is not None:
             model = add_adapters(model, config.model)
         teacher, average = make_teacher(config, model, tokenizer, model)
@@ -64,10 +65,10 @@ def replay(path: Path, display: Display) -> list[Replayed]:
     prompts = Prompts(config.prompts, tokenizer)
     objective = make_objective(config, scorer, prompts)
     step = OPSDStep(model.train(), objective, share=config.train.share_prefixes)
-    low = config.train.precision == "bf16"
+    dtype = compute_dtype(config.train.precision)
     found = []
     for number, sample in enumerate(samples):
-        with torch.autocast(device, torch.bfloat16, enabled=low):
+        with autocast(torch.device(device), dtype):
             found.append(_replayed(step, number, sample))
     rows = [
         [str(r.number), str(r.tokens), f"{r.loss:.4g}", f"{r.gradient:.4g}", r.module or ""]

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.common.errors import UserError
+from opsd.common.precision import compute_dtype
 from opsd.config.config import Config
 from opsd.config.sections import ModelSection
 from opsd.models.copies import copy_model
@@ -36,7 +37,7 @@ def make_teacher(
     output head.
     """
     policy = config.teacher.policy
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = compute_dtype(config.train.precision)
     if policy == "live":
         return decoder, None
     if policy == "ema":

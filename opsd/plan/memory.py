@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from opsd.common.precision import compute_dtype
 from opsd.config.config import Config
 from opsd.config.requirements import scores_by_teacher
 from opsd.distributed.processes import SPLIT_WEIGHTS
@@ -89,7 +90,11 @@ class Planner:
 
     def memory(self, config: Config) -> Memory:
         """The memory, on each device, of a run by `config`."""
-        dtype, sizes, lora = _dtype(config), self.sizes(config), config.model.lora
+        dtype, sizes, lora = (
+            compute_dtype(config.train.precision),
+            self.sizes(config),
+            config.model.lora,
+        )
         sharding = config.train.sharding
         whole = self.processes if sharding in SPLIT_WEIGHTS else 1  # each has 1 / whole of all
         split = self.processes if sharding != "none" else 1
@@ -279,10 +284,6 @@ def _moments(optimizer: str) -> float:
     one = "lion" in optimizer or "rmsprop" in optimizer or "adagrad" in optimizer
     each = 1 if "8bit" in optimizer else 4
     return each * (1 if one else 2)
-
-
-def _dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
 def _tokens(batch: list[Sample]) -> int:

@@ -17,6 +17,7 @@ import yaml
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import part, read_lines, write_json
+from opsd.common.precision import compute_dtype
 from opsd.common.statistics import wilson_interval
 from opsd.common.system import machine, peak_memory, versions
 from opsd.config.sections import PromptsSection
@@ -171,7 +172,7 @@ def _make_base(
     save_rows(recipe.held_out_rows, place / "held_out.jsonl")
     held_out = test(base.tokenizer)
     precision = recipe.sections["train"].get("precision", "bf16")
-    decoder = copy_model(base.model, torch.bfloat16 if precision == "bf16" else torch.float32)
+    decoder = copy_model(base.model, compute_dtype(precision))
     before = {
         "student": held_out.evaluate(decoder, display, "student", "base"),
         "teacher": held_out.first(recipe.teacher_problems).evaluate(

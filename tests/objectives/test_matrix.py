@@ -7,6 +7,7 @@ import torch
 from helpers.training_cases import ROWS, graded, short_config, with_old
 from helpers.wider import wider  # noqa: F401 - a fixture: another model with the same vocabulary
 
+from opsd.common.precision import weights_dtype
 from opsd.data.prompts import Prompts
 from opsd.models.load import load_model
 from opsd.models.lora import add_adapters
@@ -54,7 +55,9 @@ def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, fi
         model=LORA if adapters else {},
     )
     torch.manual_seed(0)
-    model, tokenizer = load_model(config.model, dtype=training.weights_dtype(config))
+    model, tokenizer = load_model(
+        config.model, dtype=weights_dtype(config.train.precision, config.model.lora is not None)
+    )
     if adapters:
         model = add_adapters(model, config.model)
     made, average = make_teacher(config, model, tokenizer, model)
