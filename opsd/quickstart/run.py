@@ -28,7 +28,7 @@ from opsd.models.load import load_model
 from opsd.quickstart.recipe import Recipe, check_methods, merge, method_config, overridden
 from opsd.report import write_report
 from opsd.rollout import Sampling
-from opsd.runs.directory import LOCK, claim_directory, held
+from opsd.runs.directory import LOCK, claim_directory, locked
 from opsd.training.checkpoints import save_model
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.run import run
@@ -100,7 +100,7 @@ def quickstart(
         "voice": voice,
         "overrides": list(overrides),
     }
-    with held(directory, OUTPUT, ARGUMENTS):
+    with locked(directory, OUTPUT, ARGUMENTS):
         _claim(directory, arguments, resume)
         (directory / "summary.json").unlink(missing_ok=True)  # says that all is done
         torch.manual_seed(seed)

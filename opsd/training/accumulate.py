@@ -29,21 +29,20 @@ class GradientAccumulator:
 
     Args:
         step: a micro-batch's forward.
+        model: what trains.
+        wrapped: the model as accelerate has prepared it.
         dtype: what forward and backward run in.
         budget: tokens of a micro-batch; it is halved where memory runs out.
         split_weights: no process holds all weights, so that all must run them equally often.
         note: called with a line for the terminal, once.
-
-    `model` and `wrapped`, the model as accelerate has prepared it, are set before the first call.
     """
-
-    model: PreTrainedModel
-    wrapped: nn.Module
-    accelerator: Accelerator
 
     def __init__(
         self,
         step: OPSDStep,
+        model: PreTrainedModel,
+        wrapped: nn.Module,
+        accelerator: Accelerator,
         loss: LossSection,
         dtype: torch.dtype,
         budget: int,
@@ -51,7 +50,8 @@ class GradientAccumulator:
         processes: Processes,
         note: Callable[[str], None],
     ):
-        self.step, self.loss, self.dtype, self.budget = step, loss, dtype, budget
+        self.step, self.model, self.wrapped = step, model, wrapped
+        self.accelerator, self.loss, self.dtype, self.budget = accelerator, loss, dtype, budget
         self.split_weights, self.processes, self.note = split_weights, processes, note
         self._split_told = False
 

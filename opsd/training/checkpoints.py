@@ -29,7 +29,7 @@ from opsd.distributed.processes import Processes
 from opsd.models.load import load_model
 from opsd.models.lora import is_adapted
 from opsd.models.moving_average import MovingAverage
-from opsd.runs.directory import read_whole
+from opsd.runs.directory import checkpoints_in, or_unreadable
 
 PART = "checkpoint.part"
 
@@ -152,7 +152,7 @@ class Checkpoints:
 
     def read(self, place: Path) -> TrainerState:
         """Everything but the random states as `write` left it; returns the run's state."""
-        with read_whole(place):
+        with or_unreadable(place):
             if self._fsdp:
                 load_fsdp_model(
                     self._fsdp, self.accelerator, self.wrapped, str(place), adapter_only=True
@@ -179,7 +179,7 @@ class Checkpoints:
 
     def read_random_states(self, place: Path) -> None:
         """Of this process."""
-        with read_whole(place):
+        with or_unreadable(place):
             set_random_states(_read(place / self._random_file))
 
     @property
@@ -236,17 +236,6 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def checkpoints_in(directory: Path) -> list[Path]:
-    """A run's checkpoints, oldest first."""
-    found = directory.glob("checkpoint-*/trainer_state.json")
-    return sorted((file.parent for file in found), key=step_of)
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """The step a checkpoint was written at; 0 without one."""
-    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
-
-
 @contextmanager
 def _written_or_removed(beside: Path, model, what: str, zero: bool = False) -> Iterator[None]:
     try:
@@ -277,7 +266,7 @@ def check_pieces(checkpoint: Path, processes: int) -> None:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    with read_whole(checkpoint):
+    with or_unreadable(checkpoint):
         name = (checkpoint / "latest").read_text().strip()
         if Path(name).name != name:
             raise ValueError(f"latest names {name}")

@@ -51,9 +51,9 @@ from opsd.rollout import (
     training_server,
 )
 from opsd.rollout.vllm_client import VLLMServer
-from opsd.runs.directory import check_problems, claim_directory, held
+from opsd.runs.directory import check_problems, claim_directory, locked, step_of
 from opsd.runs.log import RunLog
-from opsd.training.checkpoints import check_pieces, save_trained, step_of
+from opsd.training.checkpoints import check_pieces, save_trained
 from opsd.training.held_out import Evaluation, Grades, HeldOut
 from opsd.training.learning_curve import LearningCurve
 from opsd.training.load_data import load_data
@@ -63,19 +63,22 @@ from opsd.training.trainer import OPSDTrainer
 Reward = Callable[[str, str], float]
 
 
-def train(config: Config, display: Display, *, resume: bool = False) -> Path:
+def train(config: Config, display: Display | None = None, *, resume: bool = False) -> Path:
     """A whole run: data, model, training, evaluation, report. Returns the run's directory.
 
-    resume: go on from its last checkpoint. What is shown goes to `display`. Raises UserError for
-    what the user can put right.
+    display: where progress is shown; none: the terminal.
+    resume: go on from its last checkpoint.
+
+    Raises UserError for what the user can put right.
     """
-    check_launcher(config)
+    display = display or Display()
+    check_launcher(config.train.sharding, config.rollout.engine)
     use_kernel(config.train.prefix_kernel)
     processes, directory = Processes(), Path(config.output.dir)
     try:
         with ExitStack() as stack:
             processes.together(lambda: check_machine(config))
-            processes.once(lambda: stack.enter_context(held(directory)))
+            processes.once(lambda: stack.enter_context(locked(directory)))
             return _train(config, display, resume, processes)
     finally:
         processes.close()
@@ -160,7 +163,7 @@ def run(
         model = add_adapters(model, config.model)
         display.note(f"Adapters: {trainable(model):.2%} of the parameters train")
     rows, held_out = _fitting(config, model, prompts, rows, held_out, display)
-    check_disk_space(directory, config, model)
+    check_disk_space(directory, model, config.train, config.output.merge)
     models = _make_models(config, model, tokenizer, bool(held_out), processes)
     sampler = _make_sampler(config, models, prompts, [*rows, *held_out], server, processes)
     checkpoint_activations(model, config.train.gradient_checkpointing)

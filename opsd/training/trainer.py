@@ -87,8 +87,8 @@ class OPSDTrainer:
         sampler: Sampler,
         log: RunLog,
         evaluate: Evaluate | None = None,
-        on_step: Callable[[dict], None] = lambda line: None,
-        note: Callable[[str], None] = lambda text: None,
+        on_step: Callable[[dict], None] | None = None,
+        note: Callable[[str], None] | None = None,
         average: MovingAverage | None = None,
         teacher_sampler: Sampler | None = None,
         processes: Processes | None = None,
@@ -97,6 +97,7 @@ class OPSDTrainer:
     ):
         self.config, self.model, self.rows, self.objective = config, model, rows, objective
         self.processing_class = prompts.tokenizer
+        note = note or (lambda text: None)
         self.processes = processes or Processes()
         self.average, self.run_log, self._note = average, log, note
         self._evaluate_model = evaluate
@@ -114,9 +115,15 @@ class OPSDTrainer:
             note,
             self.processes,
         )
-        self.step_log = StepLog(config, log, on_step, note)
+        self.step_log = StepLog(
+            config.method,
+            config.train,
+            config.rollout.source != "reference",
+            log,
+            on_step or (lambda line: None),
+            note,
+        )
         self.timer = StepTimer(self.processes.device)
-        dtype = compute_dtype(config.train.precision)
         reason = unpackable(model) if config.train.share_prefixes else None
         if reason is not None:
             note(f"{reason}: prefixes are not shared, each rollout runs with its own")
@@ -130,16 +137,8 @@ class OPSDTrainer:
         if self.micro_step.share:
             # FSDP2 brings the model to its device later; the copy that samples is there.
             unsplit = getattr(sampler, "whole", None) or model
+            dtype = compute_dtype(config.train.precision)
             self._kernel = try_kernel(unsplit, dtype, self.processes.device)
-        self.accumulate = GradientAccumulator(
-            self.micro_step,
-            config.loss,
-            dtype,
-            config.train.micro_batch_tokens,
-            config.train.sharding in SPLIT_WEIGHTS,
-            self.processes,
-            note,
-        )
         self._sharing_checked = self._engine_checked = False
         self._samples: list[Sample] = []  # the step's
         self._left_out = False  # the step, since something in it is not finite
@@ -171,11 +170,11 @@ class OPSDTrainer:
         begun, losses = time.monotonic(), 0.0
         self._prepare(checkpoint)
         self._call("on_train_begin")
-        if checkpoint is not None:
-            self._evaluate_if_missed()
-            self.checkpoints.read_random_states(checkpoint)
         first = self.state.global_step
         try:
+            if checkpoint is not None:
+                self._evaluate_if_missed()
+                self.checkpoints.read_random_states(checkpoint)
             while not self.step_log.is_done(self.state.global_step):
                 losses += self._step()
                 if self.control.should_evaluate:
@@ -233,8 +232,18 @@ class OPSDTrainer:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.schedule = make_schedule(self.optimizer, self.args)
         self.wrapped.zero_grad()
-        self.accumulate.model, self.accumulate.wrapped = self.model, self.wrapped
-        self.accumulate.accelerator = self.accelerator
+        self.accumulate = GradientAccumulator(
+            self.micro_step,
+            self.model,
+            self.wrapped,
+            self.accelerator,
+            self.config.loss,
+            compute_dtype(self.config.train.precision),
+            self.config.train.micro_batch_tokens,
+            self.config.train.sharding in SPLIT_WEIGHTS,
+            self.processes,
+            self._note,
+        )
         self.callback_handler.optimizer = self.optimizer
         self.callback_handler.lr_scheduler = self.schedule
         self.checkpoints = Checkpoints(
@@ -407,6 +416,8 @@ class OPSDTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Measure the model as it is, on the held-out problems."""
+        if self._evaluate_model is None:
+            raise ValueError("evaluate: the trainer was made without it, and cannot evaluate")
         record = self._evaluate_model(self.state.global_step)
         metrics = {f"eval_{key}": value for key, value in record.items()}
         self._call("on_evaluate", metrics=metrics)

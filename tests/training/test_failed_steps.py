@@ -169,8 +169,8 @@ def test_memory_that_never_suffices_is_one_line(run, monkeypatch, capsys):
 HOLD = """
 import sys, time
 from pathlib import Path
-from opsd.runs.directory import held
-with held(Path(sys.argv[1])):
+from opsd.runs.directory import locked
+with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
