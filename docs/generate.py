@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 from figure import kernel_figure
 from pydantic.fields import FieldInfo
 
+import opsd
 from opsd.config.base import Section
 from opsd.config.config import Config
 
@@ -39,6 +40,9 @@ nearest; so is an option that the method has no use for. What the methods do wit
 
 API = """# Python interface
 
+What a training script needs comes `from opsd import …`: `examples/minimal_loop.py` is a whole run
+written with it. The losses alone are in `opsd_kernels`.
+
 Shapes are in brackets: N tokens, V vocabulary entries, D hidden width; `[...]` is any leading
 shape. Divergences, log-probabilities and entropies are in nats. The tests run the examples.
 
@@ -57,14 +61,9 @@ PUBLIC = {
     ),
     "opsd_kernels.adapters": ("divergence_of",),
     "opsd_kernels.adapters.liger": ("FusedLinearJSDLoss",),
-    "opsd.config.load": ("load_config", "parse_config", "save_config"),
-    "opsd.training.run": ("train",),
-    "opsd.data.rows": ("load_rows", "Row"),
-    "opsd.data.prompts": ("Prompts", "Context"),
-    "opsd.prefix": ("shared_prefix_hidden_states",),
-    "opsd.grading.grader": ("Grader", "Grade"),
+    "opsd": tuple(name for name in opsd.__all__ if name not in opsd.HOMES["opsd_kernels"]),
+    "opsd.config.load": ("save_config",),
     "opsd.data.boxed": ("last_boxed",),
-    "opsd.common.errors": ("UserError",),
 }
 
 
@@ -211,7 +210,8 @@ def starred(parameters: list[inspect.Parameter]) -> list[inspect.Parameter | str
 def parameter(p: inspect.Parameter | str) -> str:
     if isinstance(p, str):
         return p
-    default = "" if p.default is p.empty else f" = {p.default!r}"
+    its_own = f"{type(p.default).__name__}()" if isinstance(p.default, Section) else repr(p.default)
+    default = "" if p.default is p.empty else f" = {its_own}"
     stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
     return f"{stars}{p.name}: {annotation(p.annotation)}{default}"
 
@@ -229,6 +229,8 @@ def prose(text: str) -> str:
     parts = []
     for paragraph in re.split(r"\n\s*\n", text):
         lines = paragraph.split("\n")
+        if lines[0] in ("Args:", "Attributes:"):
+            lines = textwrap.dedent("\n".join(lines[1:])).split("\n")
         if lines[0].lstrip().startswith(">>>"):
             parts.append(f"```pycon\n{textwrap.dedent(paragraph)}\n```")
         elif all(line.startswith("    ") for line in lines):

@@ -35,7 +35,7 @@ def dry_run(config: Config, display: Display) -> None:
 
     Raises UserError for whatever `opsd train` would refuse before it loads weights.
     """
-    check_launcher(config)
+    check_launcher(config.train.sharding, config.rollout.engine)
     check_machine(config)
     check_engine(config.rollout.engine)
     if is_graded(config):

@@ -13,14 +13,14 @@ from torch import nn
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError, in_short
+from opsd.common.precision import autocast, compute_dtype, weights_dtype
 from opsd.config.load import parse_config
 from opsd.data.prompts import Prompts
-from opsd.models.load import dtype_of, load_model
+from opsd.models.load import load_model
 from opsd.models.lora import add_adapters
 from opsd.models.teacher import make_teacher
 from opsd.objectives import SampleGroup, Totals, make_objective
 from opsd.training.failed_steps import groups_of
-from opsd.training.run import weights_dtype
 from opsd.training.step import OPSDStep
 
 
@@ -52,8 +52,8 @@ def replay(path: Path, display: Display) -> list[Replayed]:
         raise UserError(f"FILE is {str(path)!r}: not a failed step's ({said})") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with display.stage(f"Load {config.model.path}"):
-        dtype = dtype_of(config.train.precision)
-        model, tokenizer = load_model(config.model, device, dtype=weights_dtype(config))
+        dtype = weights_dtype(config.train.precision, adapted=config.model.lora is not None)
+        model, tokenizer = load_model(config.model, device, dtype=dtype)
         if config.model.lora is not None:
             model = add_adapters(model, config.model)
         teacher, average = make_teacher(
@@ -68,10 +68,11 @@ def replay(path: Path, display: Display) -> list[Replayed]:
         config.method, config.loss, scorer, prompts, config.rollout.max_new_tokens
     )
     step = OPSDStep(model.train(), objective, share=config.train.share_prefixes)
+    compute = compute_dtype(config.train.precision)
     found = []
     alone = [group.of([sample]) for group in groups for sample in group.samples]
     for number, group in enumerate(alone):
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast(torch.device(device), compute):
             found.append(_replayed(step, number, group))
     rows = [
         [str(r.number), str(r.tokens), f"{r.loss:.4g}", f"{r.gradient:.4g}", r.module or ""]

@@ -6,25 +6,26 @@ import warnings
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor
-from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from opsd.config.config import Config
+from opsd.config.sections import TrainSection
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
-def deepspeed_config(config: Config) -> dict[str, Any] | None:
-    """What Trainer hands to DeepSpeed; None where the run does without it. Precision stays ours:
-    fp32 weights and gradients, which are exchanged as such."""
-    train = config.train
-    if train.sharding not in STAGES:
-        return None
+def make_plugin(train: TrainSection) -> DeepSpeedPlugin:
+    """What accelerate hands to DeepSpeed. Precision stays ours: fp32 weights and gradients, which
+    are exchanged as such."""
+    _prepare()
+    return DeepSpeedPlugin(hf_ds_config=deepspeed_config(train))
+
+
+def deepspeed_config(train: TrainSection) -> dict[str, Any]:
+    """DeepSpeed's own config."""
     return {
-        "train_micro_batch_size_per_gpu": "auto",  # for its own display only
+        "train_micro_batch_size_per_gpu": 1,  # for its own display only
         "gradient_accumulation_steps": 1,  # micro-batches' losses are summed already
         "gradient_clipping": train.max_grad_norm,
         "zero_optimization": {
@@ -42,14 +43,14 @@ def deepspeed_config(config: Config) -> dict[str, Any] | None:
     }
 
 
-def prepare(device: torch.device) -> None:
+def _prepare() -> None:
     """Before DeepSpeed exchanges or saves anything."""
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     # Python 3.11.0 to 3.11.3 pickle an enum's member as a call of getattr, which `check_pieces`
     # must refuse; by its value any version reads it.
     copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
-    if device.type == "cpu":
+    if not torch.cuda.is_available():
         from deepspeed import ops
 
         # For CPUs it would first compile an exchange of its own; gloo does.
@@ -66,41 +67,19 @@ def gathered(parameter: Tensor) -> Tensor:
         return parameter.detach().clone()
 
 
-class LateSteps(TrainerCallback):
-    """Has DeepSpeed step where other optimizers do: once the step's loss and gradients are known.
-
-    accelerate has it step in the last backward, before Trainer asks for the gradients' norm.
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-
-    def on_train_begin(self, args, state, control, **_) -> None:
-        """When Trainer has made the engine."""
-        wrapper = self.accelerator.deepspeed_engine_wrapped
-        self.accelerator.deepspeed_engine_wrapped = LateStep(wrapper.engine)
-
-    def on_train_end(self, args, state, control, **_) -> None:
-        """The model is saved and evaluated without it."""
-        self.accelerator.deepspeed_engine_wrapped.engine.destroy()
-        unset_hf_deepspeed_config()  # or transformers would split what is loaded from here on
+def backward(engine, loss: Tensor) -> None:
+    """Add up gradients. A loss that is not finite spoils them all, so that the step is refused
+    whatever its gradient is."""
+    engine.backward(loss if loss.detach().isfinite() else loss * math.nan)
 
 
-class LateStep(DeepSpeedEngineWrapper):
-    """accelerate's access to the engine. It clips and steps when its gradients' norm is asked for;
-    where that is not finite it leaves the weights as they are, and returns inf."""
+def step(engine) -> float:
+    """Clip the gradient, and update the weights unless its norm is not finite; returns the norm."""
+    engine.step()
+    return math.inf if engine.optimizer.overflow else float(engine.get_global_grad_norm())
 
-    _waiting = False  # gradients that no step has used
 
-    def backward(self, loss: Tensor, sync_gradients: bool = True, **_) -> None:
-        """Adds up gradients; a loss that is not finite spoils them all, so that the step is refused
-        whatever its gradient is."""
-        self._waiting = True
-        self.engine.backward(loss if loss.detach().isfinite() else loss * math.nan)
-
-    def get_global_grad_norm(self) -> float:
-        """Of the gradients of the step, which it takes, or of the last one."""
-        if self._waiting:
-            self.engine.step()
-            self._waiting = False
-        return math.inf if self.engine.optimizer.overflow else float(super().get_global_grad_norm())
+def close(engine) -> None:
+    """Let go of the engine: the model is saved and evaluated without it."""
+    engine.destroy()
+    unset_hf_deepspeed_config()  # or transformers would split what is loaded from here on

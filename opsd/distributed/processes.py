@@ -71,7 +71,8 @@ class Processes:
             deepspeed.comm.destroy_process_group()  # and forget the group, of which it keeps copies
         elif dist.is_initialized():
             dist.destroy_process_group()
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate's note to itself
+        for note in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # accelerate's, to itself
+            os.environ.pop(note, None)
         PartialState._reset_state()
 
 

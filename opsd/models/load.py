@@ -152,11 +152,6 @@ def check_json(file: Path, name: str) -> None:
         raise UserError(f"{name}.path: {str(file)!r} is not a JSON object")
 
 
-def dtype_of(precision: str) -> torch.dtype:
-    """What `train.precision` computes in."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-
-
 def window(config: PreTrainedConfig) -> int | None:
     """The longest sequence that the model's positions allow; None where its config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

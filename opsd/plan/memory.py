@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from opsd.common.precision import compute_dtype
 from opsd.config.config import Config
 from opsd.config.names import DIVERGENCE_METHODS
 from opsd.config.requirements import scores_by_teacher
 from opsd.config.sections import ModelSection
 from opsd.distributed.processes import SPLIT_WEIGHTS
-from opsd.models.load import dtype_of
 from opsd.models.lora import add_adapters
 from opsd.models.teacher import teacher_section
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, SampleGroup, Totals, samples_of
@@ -93,7 +93,11 @@ class Planner:
 
     def memory(self, config: Config) -> Memory:
         """The memory, on each device, of a run by `config`."""
-        dtype, sizes, lora = dtype_of(config.train.precision), self.sizes(config), config.model.lora
+        dtype, sizes, lora = (
+            compute_dtype(config.train.precision),
+            self.sizes(config),
+            config.model.lora,
+        )
         sharding = config.train.sharding
         weights_split = self.processes if sharding in SPLIT_WEIGHTS else 1
         split = self.processes if sharding != "none" else 1

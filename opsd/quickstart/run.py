@@ -17,16 +17,17 @@ import yaml
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import is_unfinished, read_lines, write_file, write_json, write_lines
+from opsd.common.precision import compute_dtype
 from opsd.common.statistics import wilson_interval
 from opsd.common.system import machine, peak_memory, versions
 from opsd.config.sections import PromptsSection
 from opsd.data.prompts import Prompts
 from opsd.models.copies import copy_model
-from opsd.models.load import dtype_of, load_model
+from opsd.models.load import load_model
 from opsd.quickstart.recipe import Recipe, check_methods, merge, method_config, overridden
 from opsd.report import write_report
 from opsd.rollout import Sampling
-from opsd.runs.directory import LOCK, claim_directory, held
+from opsd.runs.directory import LOCK, claim_directory, locked
 from opsd.training.checkpoints import save_model
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.run import run
@@ -98,7 +99,7 @@ def quickstart(
         "voice": voice,
         "overrides": list(overrides),
     }
-    with held(directory, OUTPUT, ARGUMENTS):
+    with locked(directory, OUTPUT, ARGUMENTS):
         _claim(directory, arguments, resume)
         (directory / "summary.json").unlink(missing_ok=True)  # says that all is done
         torch.manual_seed(seed)
@@ -170,7 +171,7 @@ def _make_base(
     write_lines(place / "held_out.jsonl", (dict(row.columns) for row in recipe.held_out_rows))
     held_out = test(base.tokenizer)
     precision = recipe.sections["train"].get("precision", "bf16")
-    decoder = copy_model(base.model, dtype_of(precision))
+    decoder = copy_model(base.model, compute_dtype(precision))
     before = {
         "student": held_out.evaluate(decoder, display, "student", "base"),
         "teacher": held_out.first(recipe.teacher_problems).evaluate(

@@ -45,31 +45,34 @@ MAY_CHANGE = (
     "eval.samples",
     "output",
 )
-"""Fields, and sections, that a run that goes on may have otherwise: they say where and in what
-pieces it computes, how long, and what is written, not what is learnt. train.steps is one where the
-learning rate does not depend on it."""
+"""Config fields, and whole sections, that may change on resume: they say where and in what pieces
+the run computes, how long, and what it writes, not what it learns. train.steps may change too, if
+the learning rate does not depend on it."""
 
-NAMED = 3  # fields in a message
+NAMED = 3
+"""Fields that a message names at most."""
 
 
 @contextmanager
-def held(directory: Path, field: str = "output.dir", mark: str = CONFIG) -> Iterator[None]:
-    """Nobody else trains in the directory meanwhile. The lock ends with the process, however it
-    ends; it is not seen by machines that share a file system without locks.
+def locked(directory: Path, field: str = "output.dir", mark: str = CONFIG) -> Iterator[None]:
+    """A context in which nobody else trains in the directory. The lock ends with the process,
+    however that ends. Machines that share a file system without locks do not see it.
 
-    field: what named the directory. mark: the file that a directory of ours holds. Raises UserError
-    where another process holds it.
+    field: the option that named the directory, for messages.
+    mark: a directory that holds files but not this one belongs to something else.
+
+    Raises UserError where another process has the lock.
     """
     where = f"{field} is {str(directory)!r}"
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{where}: a file is in the way")
-    with _written_there(directory, field):
+    with _or_cannot_write(directory, field):
         directory.mkdir(parents=True, exist_ok=True)
         foreign = [path for path in directory.iterdir() if path.name != LOCK]
         ours = not foreign or (directory / mark).is_file()
         file = (directory / LOCK).open("a+") if ours else None
     if file is None:
-        yield  # not a run's: whoever claims it says so
+        yield  # not a run's: `claim_directory` says so
         return
     with file:
         try:
@@ -104,13 +107,13 @@ def keep_date(config: Config, directory: Path) -> Config:
 def claim_directory(directory: Path, config: Config, resume: bool) -> Path | None:
     """Make the run's directory, or check that it is this run's; returns its last checkpoint.
 
-    What an interrupted run has half written is removed. Raises UserError when the directory belongs
-    to another run, or to something else.
+    Removes what an interrupted run has half written. Raises UserError when the directory belongs to
+    another run, or to something else.
     """
     mine = directory / CONFIG
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
-    # With a config alone nothing has been run yet: an error in the data or the model came first.
+    # With a config alone nothing has run yet: an error in the data or the model came first.
     problems = directory / PROBLEMS
     nothing = {mine, problems, directory / LOCK}
     there = list(directory.iterdir()) if directory.exists() else []
@@ -133,14 +136,14 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
             )
         for left in directory.glob("*.part"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-    with _written_there(directory):
+    with _or_cannot_write(directory):
         directory.mkdir(parents=True, exist_ok=True)
         save_config(config, mine)
     return last_checkpoint(directory)
 
 
 @contextmanager
-def _written_there(directory: Path, field: str = "output.dir") -> Iterator[None]:
+def _or_cannot_write(directory: Path, field: str = "output.dir") -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -149,14 +152,23 @@ def _written_there(directory: Path, field: str = "output.dir") -> Iterator[None]
         ) from None
 
 
+def checkpoints_in(directory: Path) -> list[Path]:
+    """A run's checkpoints, oldest first. Their last file is trainer_state.json."""
+    found = directory.glob("checkpoint-*/trainer_state.json")
+    return sorted((file.parent for file in found), key=step_of)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step a checkpoint was written at; 0 without one."""
+    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+
+
 def last_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint that was written to the end, or None. Raises UserError where it has
     been damaged since."""
-    # trainer_state.json is the last file that Trainer writes.
-    whole = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
-    last = max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    last = max(checkpoints_in(directory), key=step_of, default=None)
     if last is not None:
-        with read_whole(last):
+        with or_unreadable(last):
             json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     return last
 
@@ -164,10 +176,11 @@ def last_checkpoint(directory: Path) -> Path | None:
 def check_problems(
     directory: Path, rows: Mapping[str, Sequence[Row]], checkpoint: Path | None
 ) -> None:
-    """Keep a digest of the run's problems, or check that a checkpoint has seen these.
+    """Write down a digest of the run's problems; on resume, compare with it.
 
-    rows: the field that names where they are from → the rows. Raises UserError where a file or a
-    dataset has changed since: the run would go on as another.
+    rows: the config field that names their source → the rows.
+
+    Raises UserError where a file or a dataset has changed since: the run would go on as another.
     """
     file = directory / PROBLEMS
     here = {field: {"rows": len(of), "sha256": _digest(of)} for field, of in rows.items()}
@@ -188,7 +201,7 @@ def check_problems(
                     "begin another run in another output.dir"
                 )
         return
-    with _written_there(directory):
+    with _or_cannot_write(directory):
         write_json(file, here)
 
 
@@ -200,9 +213,9 @@ def _digest(rows: Sequence[Row]) -> str:
 
 
 @contextmanager
-def read_whole(checkpoint: str | Path | None) -> Iterator[None]:
-    """What is read of a checkpoint is tensors and numbers; a file that holds more, or less, is the
-    user's to look at. Raises UserError."""
+def or_unreadable(checkpoint: Path) -> Iterator[None]:
+    """A context that reads a checkpoint, which holds tensors and numbers only. Raises UserError
+    where a file holds anything else, or is cut off."""
     try:
         yield
     except Exception as error:
@@ -213,7 +226,7 @@ def read_whole(checkpoint: str | Path | None) -> Iterator[None]:
 
 
 def _changed(path: Path, config: Config) -> list[str]:
-    """What this config says otherwise than the one in the file, of what may not change."""
+    """The fields that may not change on resume but differ from the file's, with both values."""
     try:
         there = _flat(load_config(path).model_dump())
     except UserError:

@@ -21,10 +21,10 @@ class Counters:
 class RunLog:
     """Appends lines to a run directory's files.
 
-    `step` is where the run starts: 0, or the checkpoint's step when it is resumed. Lines of later
-    steps, which an interrupted run may have left, are dropped, so that there are no duplicates; so
-    are samples whose evaluation is not there, which is written after them. The counters go on from
-    the last line kept. Of several processes one `writes`; the others count.
+    `step` is where the run starts: 0, or the checkpoint's step on resume. Lines of later steps,
+    which an interrupted run may have left, are dropped: each step has one line. So are samples without
+    their evaluation, which is written after them. The counters go on from the last line. Of several
+    processes one `writes`; the others count.
     """
 
     def __init__(self, directory: Path, step: int = 0, writes: bool = True):

@@ -1,23 +1,36 @@
 """What a run saves is whole or not there: written beside its place, then renamed."""
 
-import os
+import random
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import (
+    load_fsdp_model,
+    load_fsdp_optimizer,
+    save_fsdp_model,
+    save_fsdp_optimizer,
+)
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from opsd.common.errors import UserError
-from opsd.config.config import Config
+from opsd.config.sections import ModelSection
 from opsd.distributed.processes import Processes
 from opsd.models.generation_config import as_shipped
-from opsd.models.load import dtype_of, load_model
+from opsd.models.load import load_model
 from opsd.models.lora import is_adapted
-from opsd.runs.directory import read_whole
+from opsd.models.moving_average import MovingAverage
+from opsd.runs.directory import checkpoints_in, or_unreadable
 
 PART = "checkpoint.part"
 
@@ -33,97 +46,208 @@ def save_model(
 
     `state`: the weights, where those of the model are split over processes.
     """
-    part = directory / f"{name}.part"
+    beside = directory / f"{name}.part"
     more = {"save_embedding_layers": False} if is_adapted(model) else {}
-    with _written_or_removed(part, model, "the model"), as_shipped(model):
-        model.save_pretrained(part, state_dict=state, **more)
-        tokenizer.save_pretrained(part)
+    shutil.rmtree(beside, ignore_errors=True)
+    with _written_or_removed(beside, model, "the model"), as_shipped(model):
+        model.save_pretrained(beside, state_dict=state, **more)
+        tokenizer.save_pretrained(beside)
     shutil.rmtree(directory / name, ignore_errors=True)
-    part.rename(directory / name)
+    beside.rename(directory / name)
 
 
 def save_trained(
-    config: Config,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     state: dict[str, Tensor] | None = None,
+    merge: tuple[ModelSection, torch.dtype] | None = None,
 ) -> None:
-    """Write model/; of a model with adapters these alone, or under output.merge the whole model,
-    and the adapters in adapter/. `state`: the weights, where the model's are split."""
-    if not config.output.merge:
+    """Write model/. Of a model with adapters it holds these alone.
+
+    `merge`: write them to adapter/ and the merged model, in this dtype, to model/. `state`: the
+    weights, where the model's are split.
+    """
+    if merge is None:
         save_model(model, tokenizer, directory, state=state)
         return
     save_model(model, tokenizer, directory, "adapter", state)
-    dtype = dtype_of(config.train.precision)
-    section = config.model.model_copy(update={"path": str(directory / "adapter"), "lora": None})
+    section, dtype = merge
+    section = section.model_copy(update={"path": str(directory / "adapter"), "lora": None})
     merged, _ = load_model(section, "cpu", dtype=dtype)
     save_model(merged, tokenizer, directory)
 
 
-class WholeCheckpoints(Trainer):
-    """Trainer writes a checkpoint's files one by one into its final directory, where a crash or a
-    full disk leaves some of them: here a checkpoint appears with all of them.
+@dataclass
+class Checkpoints:
+    """The directories checkpoint-<step>/: all that a run needs to go on bit for bit.
+
+    Attributes:
+        directory: the run's.
+        limit: how many are kept.
+        wrapped: the model in DDP, FSDP2 or DeepSpeed; alone, the model itself.
+        average: an `ema` teacher.
     """
 
+    directory: Path
+    limit: int
     processes: Processes
-    _writing = False
+    accelerator: Accelerator
+    model: PreTrainedModel
+    wrapped: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: Optimizer
+    schedule: LRScheduler
+    average: MovingAverage | None
 
-    def _get_output_dir(self, trial) -> str:
-        directory = super()._get_output_dir(trial)
-        return os.path.join(directory, PART) if self._writing else directory
-
-    def _save_checkpoint(self, model, trial) -> None:
-        directory = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        part, first = directory / PART, self.processes.first
-        if first:
-            shutil.rmtree(part, ignore_errors=True)
+    def write(self, state: TrainerState) -> None:
+        """The checkpoint of `state`'s step; older ones than the last `limit` go."""
+        name, beside = f"checkpoint-{state.global_step}", self.directory / PART
+        if self.processes.first:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
         self.processes.wait()
-        self._writing = True
-        try:
-            if first:
-                what = f"{name} (--resume goes on from the last)"
-                with _written_or_removed(part, model, what, self.is_deepspeed_enabled):
-                    super()._save_checkpoint(model, trial)
+        if self.processes.first:
+            what = f"{name} (--resume goes on from the last)"
+            with _written_or_removed(beside, self.model, what, self._zero):
+                self._write_files(beside, state)
+        else:
+            self._write_files(beside, state)
+        self.processes.wait()
+        if self.processes.first:
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+            beside.rename(self.directory / name)
+            for old in checkpoints_in(self.directory)[: -self.limit]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.processes.wait()
+
+    def _write_files(self, place: Path, state: TrainerState) -> None:
+        if self._fsdp:
+            save_fsdp_model(
+                self._fsdp, self.accelerator, self.wrapped, str(place), adapter_only=True
+            )
+            save_fsdp_optimizer(
+                self._fsdp, self.accelerator, self.optimizer, self.wrapped, str(place)
+            )
+        else:
+            weights = self.accelerator.get_state_dict(self.wrapped) if self._zero else None
+            if self.processes.first:
+                # Under the names that the model itself has, so that `load_weights` finds each.
+                own = {} if is_adapted(self.model) else {"save_original_format": False}
+                self.model.save_pretrained(place, state_dict=weights, **own)
+                self.tokenizer.save_pretrained(place)
+            if self._zero:
+                self.wrapped.save_checkpoint(
+                    str(place), exclude_frozen_parameters=is_adapted(self.model)
+                )
+            elif self.processes.first:
+                torch.save(self.optimizer.state_dict(), place / "optimizer.pt")
+        torch.save(random_states(), place / self._random_file)
+        if self.processes.first:
+            torch.save(self.schedule.state_dict(), place / "scheduler.pt")
+            if self.average is not None:
+                self.average.save(place)
+        self.processes.wait()
+        if self.processes.first:
+            state.save_to_json(str(place / "trainer_state.json"))  # the last: now it is complete
+
+    def read(self, place: Path) -> TrainerState:
+        """Everything but the random states as `write` left it; returns the run's state."""
+        with or_unreadable(place):
+            if self._fsdp:
+                load_fsdp_model(
+                    self._fsdp, self.accelerator, self.wrapped, str(place), adapter_only=True
+                )
+                load_fsdp_optimizer(
+                    self._fsdp,
+                    self.accelerator,
+                    self.optimizer,
+                    self.wrapped,
+                    str(place),
+                    adapter_only=True,
+                )
+            elif self._zero:
+                strict = not is_adapted(self.model)
+                self.wrapped.load_checkpoint(str(place), load_module_strict=strict)
             else:
-                super()._save_checkpoint(model, trial)
-        finally:
-            self._writing = False
-        self.processes.wait()
-        if first:
-            shutil.rmtree(directory / name, ignore_errors=True)
-            (part / name).rename(directory / name)
-            part.rmdir()
-            rotate_checkpoints(str(directory), self.args.save_total_limit)
-        self.processes.wait()
+                load_weights(self.model, place)
+                self.optimizer.load_state_dict(_read(place / "optimizer.pt"))
+            self.schedule.load_state_dict(_read(place / "scheduler.pt"))
+            state = TrainerState.load_from_json(str(place / "trainer_state.json"))
+        if self.average is not None:
+            self.average.load(place)
+        return state
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with read_whole(resume_from_checkpoint):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def read_random_states(self, place: Path) -> None:
+        """Of this process."""
+        with or_unreadable(place):
+            set_random_states(_read(place / self._random_file))
 
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        with read_whole(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+    @property
+    def _random_file(self) -> str:
+        alone = self.processes.count == 1
+        return "rng_state.pth" if alone else f"rng_state_{self.processes.index}.pth"
 
-    def _load_rng_state(self, checkpoint) -> None:
-        with read_whole(checkpoint):
-            super()._load_rng_state(checkpoint)
+    @property
+    def _zero(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
+    def _fsdp(self):
+        return getattr(self.accelerator.state, "fsdp_plugin", None)
+
+
+def _read(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def load_weights(model: PreTrainedModel, place: Path) -> None:
+    """The weights that `save_pretrained` wrote there, into the model's own tensors."""
+    state = {n: t for file in place.glob("*model*.safetensors") for n, t in load_file(file).items()}
+    if is_adapted(model):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, state)
+        return
+    model.load_state_dict(state, strict=False)  # tied weights are saved once
+    loaded = {p.data_ptr() for name, p in model.state_dict().items() if name in state}
+    missing = [name for name, p in model.named_parameters() if p.data_ptr() not in loaded]
+    if missing:
+        raise ValueError(f"it lacks {missing[0]}")
+
+
+def random_states() -> dict[str, Any]:
+    """Of all generators that a step may draw from."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """What `random_states` returned."""
+    kind, keys, *rest = states["numpy"]
+    random.setstate(states["python"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 @contextmanager
-def _written_or_removed(part: Path, model, what: str, zero: bool = False) -> Iterator[None]:
-    shutil.rmtree(part, ignore_errors=True)
+def _written_or_removed(beside: Path, model, what: str, zero: bool = False) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         # torch's writer and safetensors report a full disk in exceptions of their own.
-        free = shutil.disk_usage(part.parent).free
-        shutil.rmtree(part, ignore_errors=True)
-        needed = checkpoint_bytes(model, zero)
-        if free < needed:
+        free = shutil.disk_usage(beside.parent).free
+        shutil.rmtree(beside, ignore_errors=True)
+        if free < checkpoint_bytes(model, zero):
             raise UserError(
-                f"output.dir is {str(part.parent)!r}: the disk is full, {what} could not be "
+                f"output.dir is {str(beside.parent)!r}: the disk is full, {what} could not be "
                 "written; what was saved before is whole, and `opsd train --resume` goes on from it"
             ) from error
         raise
@@ -143,7 +267,7 @@ def check_pieces(checkpoint: Path, processes: int) -> None:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    with read_whole(checkpoint):
+    with or_unreadable(checkpoint):
         name = (checkpoint / "latest").read_text().strip()
         if Path(name).name != name:
             raise ValueError(f"latest names {name}")

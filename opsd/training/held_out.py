@@ -84,9 +84,11 @@ class HeldOut:
         name: str = "",
         sampler: Sampler | None = None,
     ) -> Evaluation:
-        """One answer a problem from `model`, in `role`'s prompt; `sampler`: who answers for it.
+        """One answer a problem from `model`, in `role`'s prompt.
 
-        Of several processes each samples a part (`sampler` has to see to it), the first grades.
+        name: of the model, for the display.
+        sampler: who answers for the model; it must share the problems out among processes. None:
+            one is made, which does. The first process grades.
         """
         contexts = self.prompts.all_ids(self.rows, role)
         tokenizer = self.prompts.tokenizer

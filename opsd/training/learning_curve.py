@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from opsd.common.display import Display
-from opsd.config.config import Config
+from opsd.config.sections import EvalSection
 from opsd.rollout import Sampler
 from opsd.runs.log import RunLog
 from opsd.training.held_out import Evaluation, HeldOut
@@ -17,18 +17,21 @@ class LearningCurve:
     """The lines of evaluations.jsonl, and of samples.jsonl.
 
     Attributes:
+        method: the run's.
+        section: the run's `eval`.
         test: the held-out problems.
         model: what trains, and what is measured.
         sampler: answers with the model's weights, which it is shown before.
-        decoder: the model as the sampler's weights have it; its view of the samples is shown.
+        inference: the weights that the sampler reads; their view of the samples is shown.
         teacher: whose view is shown beside it, as it sees `teacher_role`'s context.
     """
 
-    config: Config
+    method: str
+    section: EvalSection
     test: HeldOut
     model: PreTrainedModel
     sampler: Sampler
-    decoder: PreTrainedModel
+    inference: PreTrainedModel
     teacher: PreTrainedModel
     teacher_role: str
     log: RunLog
@@ -38,7 +41,7 @@ class LearningCurve:
         """Step 0; `before`: its evaluations by role, where they are known already."""
         if before is None:
             before = {"student": self._answer()}
-            if self.config.eval.teacher:
+            if self.section.teacher:
                 role = self.teacher_role
                 before["teacher"] = self.test.evaluate(self.teacher, self.display, role, "teacher")
         for role, result in before.items():
@@ -50,7 +53,7 @@ class LearningCurve:
 
     def _answer(self) -> Evaluation:
         self.sampler.sync_weights(self.model)
-        return self.test.evaluate(self.decoder, self.display, sampler=self.sampler)
+        return self.test.evaluate(self.inference, self.display, sampler=self.sampler)
 
     def _record(self, step: int, role: str, result: Evaluation) -> dict:
         counters = self.log.counters
@@ -61,15 +64,15 @@ class LearningCurve:
         }
         if role == "student" and self.log.writes:
             for sample in sample_records(
-                self.decoder,
+                self.inference,
                 self.teacher,
                 self.test.prompts,
                 self.test.rows,
                 result,
-                self.config.eval.samples,
+                self.section.samples,
                 self.teacher_role,
             ):
-                self.log.sample({**place, "method": self.config.method, **sample})
+                self.log.sample({**place, "method": self.method, **sample})
         line = {**place, "role": role, **result.record()}
         self.log.evaluation(line)  # the last: samples without it are dropped when a run is resumed
         return line

@@ -14,25 +14,18 @@ from transformers.training_args import OptimizerNames, ParallelMode
 from opsd.common.errors import UserError
 from opsd.common.hub_upload import check_hub
 from opsd.config.config import Config
+from opsd.config.sections import LoraSection, TrainSection
 from opsd.distributed.deepspeed import STAGES
-from opsd.models.lora import import_peft
+from opsd.models.lora import import_peft, is_adapted
 from opsd.training.checkpoints import checkpoint_bytes
 from opsd_kernels import backends
 
 
 def check_machine(config: Config) -> None:
     """Raises UserError where this machine cannot do what the run asks."""
-    lora, cuda = config.model.lora, torch.cuda.is_available()
-    if lora is not None:
-        import_peft()
-        if lora.quantize == "nf4" and not cuda:
-            raise UserError(
-                "model.lora.quantize is 'nf4': weights in 4 bits (QLoRA) need a GPU, and there is "
-                "none; train with 'none'"
-            )
-        if lora.quantize == "nf4" and not _installed("bitsandbytes"):
-            raise UserError("model.lora.quantize is 'nf4': it needs pip install bitsandbytes")
-    if config.teacher.offload and not cuda:
+    if config.model.lora is not None:
+        _check_lora(config.model.lora)
+    if config.teacher.offload and not torch.cuda.is_available():
         raise UserError(
             "teacher.offload is true: there is no GPU, the teacher is in the CPU's memory anyway"
         )
@@ -43,15 +36,28 @@ def check_machine(config: Config) -> None:
     for name in config.output.report_to:
         if not any(map(_installed, LOGGERS[name])):
             raise UserError(f"output.report_to has {name!r}: it needs pip install {name}")
-    _check_attention(config)
-    _check_backend(config)
-    check_optimizer(config)
+    _check_attention(config.model.attention)
+    _check_backend(config.loss.backend)
+    check_optimizer(config.train)
     if config.output.push_to_hub is not None:
         check_hub(config.output.push_to_hub)
 
 
-def _check_attention(config: Config) -> None:
-    if config.model.attention != "flash_attention_2":
+def _check_lora(lora: LoraSection) -> None:
+    import_peft()
+    if lora.quantize != "nf4":
+        return
+    if not torch.cuda.is_available():
+        raise UserError(
+            "model.lora.quantize is 'nf4': weights in 4 bits (QLoRA) need a GPU, and there is "
+            "none; train with 'none'"
+        )
+    if not _installed("bitsandbytes"):
+        raise UserError("model.lora.quantize is 'nf4': it needs pip install bitsandbytes")
+
+
+def _check_attention(attention: str) -> None:
+    if attention != "flash_attention_2":
         return
     if not torch.cuda.is_available():
         lacks = "it needs a GPU, and there is none; 'sdpa' runs everywhere"
@@ -62,8 +68,7 @@ def _check_attention(config: Config) -> None:
     raise UserError(f"model.attention is 'flash_attention_2': {lacks}")
 
 
-def _check_backend(config: Config) -> None:
-    name = config.loss.backend
+def _check_backend(name: str) -> None:
     if name == "auto":
         return
     usable = backends()
@@ -79,22 +84,22 @@ def _check_backend(config: Config) -> None:
 
 
 LOGGERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
+"""Each of output.report_to, and the packages of which one must be installed."""
 
 
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def check_launcher(config: Config) -> None:
+def check_launcher(sharding: str, engine: str) -> None:
     """Raises UserError where the run was launched in a way that does not fit its config."""
     told = os.environ.get
-    sharding = config.train.sharding
     if sharding != "none" and told("WORLD_SIZE", "1") == "1":
         raise UserError(
             f"train.sharding is {sharding!r}: there is one process; launch several, as with "
             "torchrun --nproc-per-node 2 -m opsd train …"
         )
-    if config.rollout.engine == "vllm" and told("WORLD_SIZE", "1") != "1":
+    if engine == "vllm" and told("WORLD_SIZE", "1") != "1":
         raise UserError(
             f"rollout.engine is 'vllm': it shares the GPU of one process, and there are "
             f"{told('WORLD_SIZE')}; several use 'vllm_server'"
@@ -111,25 +116,26 @@ def check_launcher(config: Config) -> None:
         )
 
 
-def check_optimizer(config: Config) -> None:
-    """Raises UserError unless train.optimizer is one that Trainer can make here, by name alone."""
-    name, known = config.train.optimizer, [kind.value for kind in OptimizerNames]
+def check_optimizer(train: TrainSection) -> None:
+    """Raises UserError unless train.optimizer is one that transformers can make here, by name
+    alone."""
+    name, known = train.optimizer, [kind.value for kind in OptimizerNames]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         raise UserError(f"train.optimizer is {name!r}: no optimizer of transformers; {hint}")
-    # What Trainer's makers of optimizers look at.
+    # What transformers' makers of optimizers look at.
     asked = SimpleNamespace(
         optim=name,
         optim_args=None,
         optim_target_modules=None,
-        learning_rate=config.train.learning_rate,
-        weight_decay=config.train.weight_decay,
-        adam_beta1=config.train.beta1,
-        adam_beta2=config.train.beta2,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.beta1,
+        adam_beta2=train.beta2,
         adam_epsilon=1e-8,
         gradient_accumulation_steps=1,
-        warmup_steps=config.train.warmup_steps,
+        warmup_steps=train.warmup_steps,
         parallel_mode=ParallelMode.NOT_DISTRIBUTED,
     )
     try:
@@ -139,13 +145,18 @@ def check_optimizer(config: Config) -> None:
         raise UserError(f"train.optimizer is {name!r}: {first}") from None
 
 
-def check_disk_space(directory: Path, config: Config, model: PreTrainedModel) -> None:
-    """Raises UserError if the model and the checkpoints (weights and two moments) will not fit."""
-    whole = config.model.lora is None or config.output.merge
-    saved = [p for p in model.parameters() if whole or p.requires_grad]
+def check_disk_space(
+    directory: Path, model: PreTrainedModel, train: TrainSection, merge: bool
+) -> None:
+    """Raises UserError if the model and the checkpoints (weights and two moments) will not fit.
+
+    merge: adapters are saved within all of the model's weights, too.
+    """
+    everything = merge or not is_adapted(model)
+    saved = [p for p in model.parameters() if everything or p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in saved)
-    checkpoints = config.train.save_total_limit + 1 if config.train.save_every else 0
-    needed = weights + checkpoint_bytes(model, config.train.sharding in STAGES) * checkpoints
+    checkpoints = train.save_total_limit + 1 if train.save_every else 0
+    needed = weights + checkpoint_bytes(model, train.sharding in STAGES) * checkpoints
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(

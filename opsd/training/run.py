@@ -3,15 +3,17 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.common.display import Display
 from opsd.common.files import read_lines, write_json
 from opsd.common.hub_upload import push
+from opsd.common.precision import compute_dtype, weights_dtype
 from opsd.common.system import machine, peak_memory, release_memory, share_one_heap, versions
 from opsd.config.config import Config
 from opsd.config.requirements import (
@@ -29,8 +31,9 @@ from opsd.grading.rewards import RewardFunction, check_verifier, make_verifier
 from opsd.models.copies import copy_model
 from opsd.models.generation_config import left_out
 from opsd.models.head import head
-from opsd.models.load import dtype_of, load_model, stop_ids, told_stops, window
-from opsd.models.lora import add_adapters, trainable
+from opsd.models.load import load_model, stop_ids, told_stops, window
+from opsd.models.lora import add_adapters, is_adapted, trainable
+from opsd.models.moving_average import MovingAverage
 from opsd.models.teacher import check_teacher, make_teacher
 from opsd.objectives import make_objective
 from opsd.prefix import try_kernel, unpackable, use_kernel
@@ -46,7 +49,7 @@ from opsd.rollout import (
     training_server,
 )
 from opsd.rollout.vllm_client import VLLMServer
-from opsd.runs.directory import check_problems, claim_directory, held, keep_date
+from opsd.runs.directory import check_problems, claim_directory, keep_date, locked, step_of
 from opsd.runs.log import RunLog
 from opsd.training.checkpoints import check_pieces, save_trained
 from opsd.training.held_out import Evaluation, HeldOut
@@ -58,20 +61,23 @@ from opsd.training.trainer import OPSDTrainer
 Reward = Callable[[str, str], float]
 
 
-def train(config: Config, display: Display, *, resume: bool = False) -> Path:
+def train(config: Config, display: Display | None = None, *, resume: bool = False) -> Path:
     """A whole run: data, model, training, evaluation, report. Returns the run's directory.
 
-    resume: go on from its last checkpoint. What is shown goes to `display`. Raises UserError for
-    what the user can put right.
+    display: where progress is shown; none: the terminal.
+    resume: go on from its last checkpoint.
+
+    Raises UserError for what the user can put right.
     """
-    check_launcher(config)
+    display = display or Display()
+    check_launcher(config.train.sharding, config.rollout.engine)
     use_kernel(config.train.prefix_kernel)
     processes, directory = Processes(), Path(config.output.dir)
     config = processes.once(lambda: keep_date(config, directory))
     try:
         with ExitStack() as stack:
             processes.together(lambda: check_machine(config))
-            processes.once(lambda: stack.enter_context(held(directory)))
+            processes.once(lambda: stack.enter_context(locked(directory)))
             return _train(config, display, resume, processes)
     finally:
         processes.close()
@@ -96,7 +102,7 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
     processes.together(lambda: check_teacher(config.teacher, config.model))
     # FSDP2 brings to a GPU what is to be there.
     device = "cpu" if config.train.sharding == "fsdp2" else processes.device
-    dtype = weights_dtype(config)
+    dtype = weights_dtype(config.train.precision, adapted=config.model.lora is not None)
     with display.stage(f"Load {config.model.path}"):
         model, tokenizer = processes.together(lambda: load_model(config.model, device, dtype=dtype))
     torch.manual_seed(config.train.seed)
@@ -118,12 +124,6 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
         publish(config, directory, display)
     processes.wait()
     return directory
-
-
-def weights_dtype(config: Config) -> torch.dtype:
-    """What the model is loaded in: fp32 where it trains, what the step computes in where adapters
-    do."""
-    return torch.float32 if config.model.lora is None else dtype_of(config.train.precision)
 
 
 def run(
@@ -155,66 +155,31 @@ def run(
     Returns the run's summary, which is also written to summary.json.
     """
     share_one_heap()
+    begun = time.monotonic()
     processes = processes or Processes()
     directory = Path(config.output.dir)
     prompts = Prompts(config.prompts, tokenizer)
     if config.model.lora is not None:
         model = add_adapters(model, config.model)
         display.note(f"Adapters: {trainable(model):.2%} of the parameters train")
-    limit = window(model.config)
-    rows, held_out = fitting_data(config, rows, held_out, prompts, limit, display)
-    check_disk_space(directory, config, model)
-    begun = time.monotonic()
-    dtype = dtype_of(config.train.precision)
-    if config.train.share_prefixes and unpackable(model) is None:
-        try_kernel(model, dtype, processes.device)  # which may be an error, before an evaluation
-    split = config.train.sharding in SPLIT_WEIGHTS  # over processes; a whole copy decodes
-    inference_copy = None
-    if split or needs_inference_copy(config, bool(held_out)):
-        inference_copy = copy_model(model, dtype, processes.device)
-    decoder = inference_copy if inference_copy is not None else model
-    # Made before a checkpoint is loaded: the weights of step 0. Without OPSD, a teacher is only
-    # asked for its view of the sample completions.
-    scores = scores_by_teacher(config)
-    teacher, average = decoder, None
-    if scores or (held_out and config.eval.samples):
-        teacher, average = make_teacher(
-            config.teacher, config.model, dtype, model, tokenizer, decoder
-        )
-    stops = stop_ids(model, tokenizer)
-    display.note(told_stops(tokenizer, stops))
-    if (unused := left_out(model)) is not None:
-        display.note(unused)
-    longest = None
-    if config.rollout.engine == "vllm":
-        contexts = max(prompts.lengths([*rows, *held_out], "student"), default=0)
-        longest = contexts + max(config.rollout.max_new_tokens, longest_answer(config))
-    sampler = make_sampler(
-        config.rollout, config.model, decoder, stops, dtype, server, directory, longest
-    )
-    sampler = DistributedSampler(sampler, processes, inference_copy if split else None)
-    checkpoint_activations(config, model)
+    rows, held_out = fitting_data(config, rows, held_out, prompts, window(model.config), display)
+    check_disk_space(directory, model, config.train, config.output.merge)
+    models = _make_models(config, model, tokenizer, bool(held_out), processes)
+    sampler = _make_sampler(config, models, prompts, [*rows, *held_out], server, processes)
+    _say_what_is_shipped(model, tokenizer, display)
+    checkpoint_activations(model, config.train.gradient_checkpointing)
     log = open_log(directory, checkpoint, processes)
-    # A live teacher is the model itself, so that both roles' common start runs once.
-    scorer = model if config.teacher.policy == "live" else teacher
-    objective = make_objective(
-        config.method, config.loss, scorer, prompts, config.rollout.max_new_tokens
-    )
-    reward_function = None
-    if is_graded(config):
-        verifier = make_verifier(config.loss.reward, grader, reward)
-        reward_function = RewardFunction(
-            config.loss.reward, tokenizer, verifier, config.rollout.max_new_tokens
+    curve = None
+    if held_out:
+        curve = _learning_curve(
+            config, models, prompts, held_out, grader, sampler, log, display, processes
         )
-    teacher_role = held_out_teacher_role(config)  # what a report's completions are held against
-    engine = config.rollout.engine if config.rollout.engine in SAMPLERS else "generate"
-    test = HeldOut(held_out, prompts, grader, evaluation_sampling(config), engine, processes)
-    curve = LearningCurve(
-        config, test, model, sampler, decoder, teacher, teacher_role, log, display
-    )
-    if held_out and checkpoint is None:
-        curve.begin(before)
+        if checkpoint is None:
+            curve.begin(before)
 
+    objective = make_objective(
+        config.method, config.loss, models.scorer, prompts, config.rollout.max_new_tokens
+    )
     with display.stage(f"Train by {config.method.upper()}", total=config.train.steps) as stage:
         trainer = OPSDTrainer(
             config,
@@ -224,68 +189,193 @@ def run(
             objective,
             sampler,
             log,
-            evaluate=curve if held_out else None,
+            evaluate=curve,
             on_step=lambda line: stage.update(completed=line["step"], **shown(line)),
             note=display.note,
-            average=average if scores else None,
-            teacher_sampler=GenerateSampler(teacher, stops, len(head(model)[0])),
+            average=models.average,
+            teacher_sampler=_teacher_sampler(models, tokenizer),
             processes=processes,
-            reward_function=reward_function,
+            reward_function=_make_reward_function(config, tokenizer, grader, reward),
         )
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=checkpoint)
     step = trainer.state.global_step
-    state = whole_weights(trainer, decoder) if split and save else None
+    weights = trainer.gathered_weights(models.inference) if models.split and save else None
     del trainer  # and with it the optimizer's moments
     model.zero_grad(set_to_none=True)
     release_memory()
     if save and processes.first:
-        save_trained(config, model, tokenizer, directory, state)
-    if held_out and not processes.once(lambda: log.is_evaluated(step)):
-        try:
-            curve(step)
-        except ServerGoneError as error:
-            raise ServerGoneError(
-                f"{error}. Training is done and {directory / 'model'} is saved, but its last "
-                "evaluation is missing: measure it with `opsd eval`"
-            ) from error
+        dtype = compute_dtype(config.train.precision)
+        merge = (config.model, dtype) if config.output.merge else None
+        save_trained(model, tokenizer, directory, weights, merge)
+    if curve is not None and not processes.once(lambda: log.is_evaluated(step)):
+        _evaluate_last(curve, step, directory)
     seconds = time.monotonic() - begun
     return processes.once(lambda: write_summary(config, log, directory, seconds))
 
 
+@dataclass(frozen=True)
+class Models:
+    """A run's models.
+
+    Attributes:
+        student: what trains.
+        inference: the student's weights as sampling and evaluation read them: a copy, or itself.
+        teacher: whose view of sample completions is shown.
+        scorer: what the objective asks.
+        average: an `ema` teacher that training moves.
+        split: the student's weights are split over processes, the inference copy's are not.
+    """
+
+    student: PreTrainedModel
+    inference: PreTrainedModel
+    teacher: PreTrainedModel
+    scorer: PreTrainedModel
+    average: MovingAverage | None
+    split: bool
+
+
+def _make_models(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluates: bool,
+    processes: Processes,
+) -> Models:
+    """Copies and teacher. They are made before a checkpoint is loaded: of the weights of step 0."""
+    dtype = compute_dtype(config.train.precision)
+    if config.train.share_prefixes and unpackable(model) is None:
+        try_kernel(model, dtype, processes.device)  # which may be an error, before an evaluation
+    split = config.train.sharding in SPLIT_WEIGHTS
+    inference = model
+    if split or needs_inference_copy(config, evaluates):
+        inference = copy_model(model, dtype, processes.device)
+    # Without OPSD, a teacher is only asked for its view of the sample completions.
+    scores = scores_by_teacher(config)
+    teacher, average = inference, None
+    if scores or (evaluates and config.eval.samples):
+        teacher, average = make_teacher(
+            config.teacher, config.model, dtype, model, tokenizer, inference
+        )
+    # A live teacher is the model itself, so that both roles' common start runs once.
+    scorer = model if config.teacher.policy == "live" else teacher
+    return Models(model, inference, teacher, scorer, average if scores else None, split)
+
+
+def _make_sampler(
+    config: Config,
+    models: Models,
+    prompts: Prompts,
+    rows: Sequence[Row],
+    server: VLLMServer | None,
+    processes: Processes,
+) -> DistributedSampler:
+    """Who samples rollouts and held-out answers with the student's weights."""
+    longest = None
+    if config.rollout.engine == "vllm":
+        contexts = max(prompts.lengths(rows, "student"), default=0)
+        longest = contexts + max(config.rollout.max_new_tokens, longest_answer(config))
+    stops = stop_ids(models.student, prompts.tokenizer)
+    dtype = compute_dtype(config.train.precision)
+    sampler = make_sampler(
+        config.rollout,
+        config.model,
+        models.inference,
+        stops,
+        dtype,
+        server,
+        Path(config.output.dir),
+        longest,
+    )
+    return DistributedSampler(sampler, processes, models.inference if models.split else None)
+
+
+def _say_what_is_shipped(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, display: Display
+) -> None:
+    """What ends a rollout, and what the model's generation config says in vain."""
+    display.note(told_stops(tokenizer, stop_ids(model, tokenizer)))
+    if (unused := left_out(model)) is not None:
+        display.note(unused)
+
+
+def _teacher_sampler(models: Models, tokenizer: PreTrainedTokenizerBase) -> GenerateSampler:
+    """Who samples from the teacher, for rollout.source teacher."""
+    stops = stop_ids(models.student, tokenizer)
+    return GenerateSampler(models.teacher, stops, len(head(models.student)[0]))
+
+
+def _make_reward_function(
+    config: Config, tokenizer: PreTrainedTokenizerBase, grader: Grader, reward: Reward | None
+) -> RewardFunction | None:
+    """Who grades rollouts, where the method or the log needs it."""
+    if not is_graded(config):
+        return None
+    verifier = make_verifier(config.loss.reward, grader, reward)
+    return RewardFunction(config.loss.reward, tokenizer, verifier, config.rollout.max_new_tokens)
+
+
+def _learning_curve(
+    config: Config,
+    models: Models,
+    prompts: Prompts,
+    held_out: Sequence[Row],
+    grader: Grader,
+    sampler: DistributedSampler,
+    log: RunLog,
+    display: Display,
+    processes: Processes,
+) -> LearningCurve:
+    """The held-out evaluations of a run."""
+    greedy = Sampling(longest_answer(config), temperature=0, batch_size=config.eval.batch_size)
+    engine = config.rollout.engine if config.rollout.engine in SAMPLERS else "generate"
+    return LearningCurve(
+        config.method,
+        config.eval,
+        HeldOut(held_out, prompts, grader, greedy, engine, processes),
+        models.student,
+        sampler,
+        models.inference,
+        models.teacher,
+        held_out_teacher_role(config),
+        log,
+        display,
+    )
+
+
+def _evaluate_last(curve: LearningCurve, step: int, directory: Path) -> None:
+    """The trained model, which is saved already."""
+    try:
+        curve(step)
+    except ServerGoneError as error:
+        raise ServerGoneError(
+            f"{error}. Training is done and {directory / 'model'} is saved, but its last "
+            "evaluation is missing: measure it with `opsd eval`"
+        ) from error
+
+
 def open_log(directory: Path, checkpoint: Path | None, processes: Processes) -> RunLog:
-    """The log of a run that is no longer, or not yet, whole; the first process writes it."""
-    step = checkpoint_step(checkpoint)
+    """The log of a run that begins or goes on; the first process writes it."""
+    step = step_of(checkpoint)
     if processes.first:
-        (directory / "summary.json").unlink(missing_ok=True)  # says that a run is whole
+        (directory / "summary.json").unlink(missing_ok=True)  # which says that a run has ended
         log = RunLog(directory, step)
     processes.wait()  # for the lines that the first drops
     return log if processes.first else RunLog(directory, step, writes=False)
 
 
 def needs_inference_copy(config: Config, evaluates: bool) -> bool:
-    """Whether a bf16 copy of the model decodes, in training in bf16: to cast the masters for each
+    """Whether a bf16 copy of the model samples, in training in bf16: to cast the masters for each
     new token would cost as much as the token. Beside adapters the weights are in bf16 already."""
-    decodes = config.rollout.engine in SAMPLERS and (config.method != "sft" or evaluates)
-    return decodes and config.train.precision == "bf16" and config.model.lora is None
+    samples = config.rollout.engine in SAMPLERS and (config.method != "sft" or evaluates)
+    return samples and config.train.precision == "bf16" and config.model.lora is None
 
 
-def whole_weights(trainer: OPSDTrainer, whole: PreTrainedModel) -> dict[str, Tensor]:
-    """The weights that are split over processes, tied ones once; named as in the copy that is not.
-
-    All processes take part; the first alone gets them.
-    """
-    names = {name for name, _ in [*whole.named_parameters(), *whole.named_buffers()]}
-    gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
-    return {name: tensor for name, tensor in gathered.items() if name in names}
-
-
-def checkpoint_activations(config: Config, model: PreTrainedModel) -> None:
-    """Switch gradient checkpointing on, as the config has it."""
-    kind = config.train.gradient_checkpointing
+def checkpoint_activations(model: PreTrainedModel, kind: bool | Literal["reentrant"]) -> None:
+    """Switch gradient checkpointing on, as train.gradient_checkpointing has it."""
     if not kind:
         return
     model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
-    if kind == "reentrant" and config.model.lora is not None:
+    if kind == "reentrant" and is_adapted(model):
         # This form finds no gradient to compute where its inputs need none, as beside a frozen
         # embedding.
         model.enable_input_require_grads()
@@ -305,16 +395,6 @@ def publish(config: Config, directory: Path, display: Display) -> None:
         display.note(f"The upload failed ({error}); all is in {place}: {command}")
         return
     display.note(f"Uploaded: {address}")
-
-
-def evaluation_sampling(config: Config) -> Sampling:
-    """Greedy answers to the held-out problems."""
-    return Sampling(longest_answer(config), temperature=0, batch_size=config.eval.batch_size)
-
-
-def checkpoint_step(checkpoint: Path | None) -> int:
-    """The step a checkpoint was written at; 0 without one."""
-    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
 
 
 def shown(line: dict) -> dict:

@@ -4,16 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from opsd.config.config import Config
+from opsd.config.sections import TrainSection
 from opsd.objectives import Problem, Totals
 from opsd.runs.log import RunLog
 from opsd.training.collapse import CollapseWatch
 
 
 class StepLog:
-    """Keeps a step's measures until Trainer knows its loss and norm, then writes its line.
+    """Keeps a step's measures until its loss and norm are known, then writes its line.
 
     Args:
+        generates: whether a model writes the rollouts, so that their tokens count as generated.
         run_log: the run's files, and its counters, which go on from them.
         on_step: called with each line, for the display.
         note: called with a line for the terminal.
@@ -21,19 +22,17 @@ class StepLog:
 
     def __init__(
         self,
-        config: Config,
+        method: str,
+        train: TrainSection,
+        generates: bool,
         run_log: RunLog,
         on_step: Callable[[dict], None],
         note: Callable[[str], None],
     ):
-        self.config, self.run_log, self.on_step, self.note = config, run_log, on_step, note
-        self.collapse = CollapseWatch(config.train.collapse, run_log.past)
+        self.method, self.train, self.generates = method, train, generates
+        self.run_log, self.on_step, self.note = run_log, on_step, note
+        self.collapse = CollapseWatch(train.collapse, run_log.past)
         self._measures: dict[str, Any] = {}
-
-    @property
-    def waits(self) -> bool:
-        """Whether a step has been counted and not been written."""
-        return bool(self._measures)
 
     def count(
         self,
@@ -48,7 +47,7 @@ class StepLog:
         rollouts = [rollout for problem in problems for rollout in problem.rollouts]
         length = sum(len(rollout.ids) for rollout in rollouts)
         counters = self.run_log.counters
-        if self.config.rollout.source != "reference":
+        if self.generates:
             counters.generated_tokens += length
         counters.trained_tokens += totals.tokens
         counters.seconds += seconds
@@ -62,16 +61,16 @@ class StepLog:
         self._measures = line
 
     def write(
-        self, step: int, logs: dict[str, Any], parts: Sequence[dict[str, float]], left_out: bool
+        self, step: int, logs: dict[str, Any], seconds: Sequence[dict[str, float]], left_out: bool
     ) -> tuple[dict[str, float], bool]:
         """Writes the line of the step counted last.
 
         Args:
-            logs: Trainer's own: the loss, the gradient's norm, the learning rate, the epoch.
-            parts: each process's seconds in each part; the slowest is what the step takes.
+            logs: the loss, the gradient's norm, the learning rate.
+            seconds: of each process, in each phase; the slowest is what the step takes.
             left_out: the step made no update, since something in it was not finite.
 
-        Returns its numbers, for Trainer's loggers (W&B, TensorBoard), and whether the run is over:
+        Returns its numbers, for loggers (W&B, TensorBoard), and whether the run is over:
         its tokens or steps are spent, or it has collapsed.
         """
         if left_out:
@@ -79,11 +78,11 @@ class StepLog:
             self._measures["left_out"] = 1
         line = {
             "step": step,
-            "method": self.config.method,
+            "method": self.method,
             **asdict(self.run_log.counters),
             **logs,
             **self._measures,
-            **_most(parts),
+            **_most(seconds),
         }
         self._measures = {}
         collapsed = self._has_collapsed(line)
@@ -94,18 +93,18 @@ class StepLog:
 
     def is_done(self, step: int) -> bool:
         """Whether the run has spent its tokens or its steps."""
-        counters, budget = self.run_log.counters, self.config.train.token_budget
+        counters, budget = self.run_log.counters, self.train.token_budget
         spent = counters.generated_tokens or counters.trained_tokens
         if budget is not None and spent >= budget:
             return True
-        return step >= self.config.train.steps
+        return step >= self.train.steps
 
     def _has_collapsed(self, line: dict[str, Any]) -> bool:
         """Says what has collapsed, in the line too; whether the run is to stop for it."""
         stop = False
         for name, said in self.collapse(line).items():
             line["collapse"] = [*line.get("collapse", []), name]
-            stop = self.config.train.collapse.on == "stop"
+            stop = self.train.collapse.on == "stop"
             self.note(f"Step {line['step']}: collapse: {said}" + ("; stopping" if stop else ""))
         return stop
 

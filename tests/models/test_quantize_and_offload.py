@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.common.files import read_lines
+from opsd.common.precision import compute_dtype
 from opsd.config.load import save_config
-from opsd.models.load import dtype_of, load_model
+from opsd.models.load import load_model
 from opsd.models.offload import decoder_layers, offload
 from opsd.models.quantize import Int8Linear, quantize
 from opsd.models.teacher import make_teacher
@@ -97,7 +98,7 @@ def test_a_teacher_in_eight_bits_teaches(policy, files, tmp_path):
     )
     model, tokenizer = load_model(config.model)
     made, _ = make_teacher(
-        config.teacher, config.model, dtype_of(config.train.precision), model, tokenizer, model
+        config.teacher, config.model, compute_dtype(config.train.precision), model, tokenizer, model
     )
     assert any(isinstance(m, Int8Linear) for m in made.modules())
     assert not any(isinstance(m, Int8Linear) for m in model.modules())

@@ -6,13 +6,13 @@ import pytest
 import torch
 from helpers.training_cases import ROWS, graded, short_config, with_old
 
+from opsd.common.precision import compute_dtype, weights_dtype
 from opsd.data.prompts import Prompts
-from opsd.models.load import dtype_of, load_model
+from opsd.models.load import load_model
 from opsd.models.lora import add_adapters
 from opsd.models.teacher import make_teacher
 from opsd.objectives import Problem, Totals, make_objective
 from opsd.rollout import Rollout
-from opsd.training.run import weights_dtype
 from opsd.training.step import OPSDStep
 
 ROLLOUTS = ([5, 6, 7, 8], [9, 4, 11], [8, 8], [3, 12, 5, 5, 6])
@@ -53,11 +53,13 @@ def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, fi
         model=LORA if adapters else {},
     )
     torch.manual_seed(0)
-    model, tokenizer = load_model(config.model, dtype=weights_dtype(config))
+    model, tokenizer = load_model(
+        config.model, dtype=weights_dtype(config.train.precision, config.model.lora is not None)
+    )
     if adapters:
         model = add_adapters(model, config.model)
     made, average = make_teacher(
-        config.teacher, config.model, dtype_of(config.train.precision), model, tokenizer, model
+        config.teacher, config.model, compute_dtype(config.train.precision), model, tokenizer, model
     )
     prompts = Prompts(config.prompts, tokenizer)
     problems = [

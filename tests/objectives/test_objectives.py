@@ -10,9 +10,10 @@ from helpers.training_cases import ROWS, logits, short_config, with_old, write_m
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from opsd.common.precision import compute_dtype
 from opsd.data.prompts import Prompts
 from opsd.grading.rewards import GradedRollout
-from opsd.models.load import dtype_of, load_model
+from opsd.models.load import load_model
 from opsd.models.teacher import make_teacher
 from opsd.objectives import Problem, Totals, make_objective, samples_of
 from opsd.objectives.grpo import group_advantages
@@ -113,7 +114,12 @@ def make(files, tmp_path_factory):
         )
         model, tokenizer = load_model(config.model)
         scorer, average = make_teacher(
-            config.teacher, config.model, dtype_of(config.train.precision), model, tokenizer, model
+            config.teacher,
+            config.model,
+            compute_dtype(config.train.precision),
+            model,
+            tokenizer,
+            model,
         )
         if teacher != "live":  # or the teacher and the student differ in their contexts alone
             move(model)

@@ -8,7 +8,13 @@ from helpers.prefix_models import MODELS, VOCABULARY, alone, assert_same, ids, m
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from opsd.prefix import layout, live_hidden_states, shared_prefix_hidden_states, unpackable
+from opsd.prefix import (
+    hidden_states,
+    layout,
+    live_hidden_states,
+    shared_prefix_hidden_states,
+    unpackable,
+)
 from opsd.prefix import tiled as tiling
 
 # transformers 5.24 renames gradient_checkpointing_enable; 5.0 has only this name.

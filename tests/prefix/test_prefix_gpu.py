@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.prefix_models import MODELS, make, make_groups
 
-from opsd.prefix import shared_prefix_hidden_states, try_kernel, use_kernel
+from opsd.prefix import attention, shared_prefix_hidden_states, try_kernel, use_kernel
 from opsd.prefix.attention import Inputs, obstacle
 from opsd.prefix.layout import Layout
 

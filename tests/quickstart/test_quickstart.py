@@ -220,7 +220,7 @@ def test_a_quickstart_is_one_process_alone(finished, tmp_path, capsys):
     """Also before it has a config.yaml, which is written last."""
     (tmp_path / "base").mkdir()
     (tmp_path / flow.ARGUMENTS).touch()
-    with short(finished[1]), rundir.held(tmp_path, "--output", flow.ARGUMENTS):
+    with short(finished[1]), rundir.locked(tmp_path, "--output", flow.ARGUMENTS):
         assert quickstart(tmp_path, "--resume") == 1
     assert "is training there; wait for it" in capsys.readouterr().err
 

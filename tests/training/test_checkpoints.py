@@ -9,29 +9,27 @@ import pytest
 import torch
 from helpers.training_cases import ROWS, quiet, short_config, timeless
 from safetensors.torch import load_file
-from transformers import Trainer
 
 from opsd.cli.main import main
 from opsd.common.files import read_lines
 from opsd.config.load import save_config
 from opsd.models.load import load_model
 from opsd.quickstart.worksheet import WorksheetGrader
-from opsd.runs.directory import claim_directory
-from opsd.training.checkpoints import PART
-from opsd.training.run import run as run_training
+from opsd.training import run as training
+from opsd.training.checkpoints import PART, Checkpoints
 
 
 def execute(config, **more):
     model, tokenizer = load_model(config.model)
     torch.manual_seed(config.train.seed)
     rows, held_out = ROWS[:12], ROWS[12:]
-    return run_training(
+    return training.run(
         config, model, tokenizer, rows, held_out, WorksheetGrader(), quiet(), **more
     )
 
 
 def claimed(config):
-    claim_directory(Path(config.output.dir), config, False)
+    training.claim_directory(Path(config.output.dir), config, False)
     return config
 
 
@@ -80,16 +78,16 @@ def test_a_full_disk_leaves_whole_checkpoints_only(files, tmp_path, monkeypatch,
     config = short_config(*files, tmp_path / "run")
     path = tmp_path / "config.yaml"
     save_config(config, path)
-    save_state = Trainer._save_optimizer_and_scheduler
+    write_files = Checkpoints._write_files
 
-    def full(self, output_dir):
-        save_state(self, output_dir)
-        if self.state.global_step == 4:
+    def full(self, place, state):
+        write_files(self, place, state)
+        if state.global_step == 4:
             free = shutil.disk_usage(tmp_path)._replace(free=1000)
             monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
 
-    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+    monkeypatch.setattr(Checkpoints, "_write_files", full)
     assert main(["train", str(path)]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert "output.dir" in message and "the disk is full, checkpoint-4" in message
@@ -101,10 +99,10 @@ def test_a_full_disk_leaves_whole_checkpoints_only(files, tmp_path, monkeypatch,
 
 
 def test_another_error_of_a_checkpoint_is_not_a_full_disk(files, tmp_path, monkeypatch):
-    def broken(self, output_dir):
+    def broken(self, place, state):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", broken)
+    monkeypatch.setattr(Checkpoints, "_write_files", broken)
     with pytest.raises(RuntimeError, match="something else"):
         execute(claimed(short_config(*files, tmp_path / "run")))
     assert not (tmp_path / "run" / PART).exists()

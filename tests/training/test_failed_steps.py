@@ -169,8 +169,8 @@ def test_memory_that_never_suffices_is_one_line(run, monkeypatch, capsys):
 HOLD = """
 import sys, time
 from pathlib import Path
-from opsd.runs.directory import held
-with held(Path(sys.argv[1])):
+from opsd.runs.directory import locked
+with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -337,8 +337,8 @@ def test_a_logger_that_is_not_installed_is_one_line(run, monkeypatch, capsys):
     assert "output.report_to has 'wandb': it needs pip install wandb" in message
 
 
-def test_steps_reach_trainers_loggers(run, tmp_path, monkeypatch):
-    """W&B and TensorBoard are callbacks of Trainer; this one notes what they are given."""
+def test_steps_reach_transformers_loggers(run, tmp_path, monkeypatch):
+    """W&B and TensorBoard are callbacks of transformers; this one notes what they are given."""
     seen = []
 
     class Logger(TrainerCallback):
@@ -347,7 +347,7 @@ def test_steps_reach_trainers_loggers(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("opsd.training.preflight._installed", lambda package: True)
     monkeypatch.setattr(
-        "transformers.trainer.get_reporting_integration_callbacks", lambda names: [Logger]
+        "opsd.training.trainer.get_reporting_integration_callbacks", lambda names: [Logger]
     )
     assert run(output={"report_to": ["tensorboard"], "dir": str(tmp_path / "run")}) == 0
     steps = [logs for _, _, logs in seen if "divergence" in logs]

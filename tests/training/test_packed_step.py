@@ -21,6 +21,7 @@ from opsd.common.errors import UserError
 from opsd.common.files import read_lines
 from opsd.config.load import merge
 from opsd.config.loss import LossSection
+from opsd.models.copies import full_tensor
 from opsd.objectives import OPSD, Totals, samples_of
 from opsd.prefix import (
     PrefixCache,

@@ -1,0 +1,65 @@
+"""accelerate, set up for a run: DDP, FSDP2 or DeepSpeed around the model that trains."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+from opsd.config.sections import TrainSection
+from opsd.distributed import deepspeed
+
+
+def make_accelerator(train: TrainSection) -> Accelerator:
+    """An Accelerator that splits as train.sharding says. Precision stays ours: fp32 weights,
+    autocast in the step."""
+    if train.sharding in deepspeed.STAGES:
+        return Accelerator(mixed_precision="no", deepspeed_plugin=deepspeed.make_plugin(train))
+    if train.sharding != "fsdp2":
+        return Accelerator(mixed_precision="no")
+    if not torch.cuda.is_available():
+        # accelerate shards only where it takes the processes' devices for GPUs; gloo does on CPUs.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    policy = None
+    if train.precision == "bf16":  # weights are gathered in bf16; gradients are summed in fp32
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="SHARDED_STATE_DICT",
+        mixed_precision_policy=policy,
+    )
+    return Accelerator(mixed_precision="no", fsdp_plugin=plugin)
+
+
+def backward(accelerator: Accelerator, wrapped: nn.Module, loss: Tensor) -> None:
+    """Add the gradient of a micro-batch's loss, the sum over all processes."""
+    loss = loss * accelerator.num_processes  # the wrappers take the mean over processes
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        deepspeed.backward(wrapped, loss)
+    else:
+        loss.backward()
+
+
+def exchange(wrapped: nn.Module, last: bool) -> AbstractContextManager:
+    """Around a micro-batch's backward. DDP exchanges gradients once, in the last one. FSDP2 does
+    each time: to wait would take memory for all of them. So does ZeRO, unless each process holds
+    all gradients."""
+    if hasattr(wrapped, "set_gradient_accumulation_boundary"):
+        wrapped.set_gradient_accumulation_boundary(last)
+    if last or not isinstance(wrapped, DistributedDataParallel):
+        return nullcontext()
+    return wrapped.no_sync()
+
+
+def clip_gradient(accelerator: Accelerator, wrapped: nn.Module, longest: float) -> float:
+    """Clip the gradient's norm; returns what it was. DeepSpeed clips within its step, which it
+    takes now, unless the norm is not finite."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return deepspeed.step(wrapped)
+    return float(accelerator.clip_grad_norm_(wrapped.parameters(), longest))
