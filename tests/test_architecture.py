@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.rooms import ROOT, House, Module
+from helpers.rooms import ORDER, ROOT, House, Module
 
 MOST_ROOMS = 25
 MOST_ARROWS = 110
@@ -53,6 +53,11 @@ def test_a_room_says_what_it_is_for(room):
     sentences = [part for part in " ".join(text.split()).split(". ") if part]
     if room not in ("opsd", "opsd_kernels"):
         assert len(sentences) >= 2, text
+
+
+def test_contributors_read_of_every_room():
+    table = re.findall(r"^\| `opsd/(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert table == [room for room in ORDER if room in HOUSE.rooms and not room.startswith("opsd")]
 
 
 # ----------------------------------------------------------------------------------- the kernels

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from opsd.common.format import duration, labelled, number, size
 
@@ -37,7 +37,7 @@ class Stage:
         self._eta_from = self._begun, 0  # the speed counts from here: (when, units done by then)
         self._counting = False
 
-    def advance(self, n: int = 1, **fields: object) -> None:
+    def advance(self, n: int = 1, **fields: Any) -> None:
         """`n` more units are done; `fields` (such as `divergence=0.2`) are shown beside the bar."""
         self._counting = True
         self.update(completed=self.completed + n, **fields)
@@ -107,7 +107,8 @@ class Display:
         self.quiet = quiet
         self._file = file or sys.stdout
         self._stages: list[Stage] = []
-        self._live = self._console = None
+        self._live: Any = None
+        self._console: Any = None  # rich's, imported only where something is drawn
         if not quiet:
             from rich.console import Console
             from rich.spinner import Spinner
@@ -144,8 +145,9 @@ class Display:
 
             table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
             for column, is_right in zip(columns, right, strict=True):
-                justify = "right" if is_right else "left"
-                table.add_column(Text(column), justify=justify, overflow="fold")
+                table.add_column(
+                    Text(column), justify="right" if is_right else "left", overflow="fold"
+                )
             for row in rows:
                 table.add_row(*(Text(cell) for cell in row))
             self._console.print()

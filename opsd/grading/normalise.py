@@ -91,8 +91,8 @@ def same_form(given: str, wanted: str) -> bool | None:
     """The verdict on lists with dots, on ratios and times of day, on numbers with their base: all
     of which math-verify would misread. None: neither of these."""
     if _DOTS_IN_LIST.search(given) or _DOTS_IN_LIST.search(wanted):
-        one, other = ("".join(_DOTS.sub("…", text).split()) for text in (given, wanted))
-        return one == other
+        plain = ["".join(_DOTS.sub("…", text).split()) for text in (given, wanted)]
+        return plain[0] == plain[1]
     one, other = _COLONS.fullmatch(given), _COLONS.fullmatch(wanted)
     if one and other:
         halves = {match[2].lower() for match in (one, other) if match[2]}

@@ -122,12 +122,12 @@ def _own(layout: Layout, segment: Segment) -> Span:
 
 
 def _starts(layout: Layout, queries: list[int], keys: list[int]) -> tuple[Tensor, Tensor, int, int]:
-    starts = (
+    first, second = (
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(layout.device)
         for lengths in (queries, keys)
     )
     # At least 2: with one query a sequence flash attention decodes, and allows no empty sequence.
-    return (*starts, max(2, *queries), max(keys))
+    return first, second, max(2, *queries), max(keys)
 
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
