@@ -1,4 +1,4 @@
-"""A study with several variants for people to read: accuracy by solutions and voice."""
+"""A study with several variants for people to read: accuracy by solutions and style."""
 
 # ruff: noqa: RUF001 - dashes for people to read are meant as such
 
@@ -8,14 +8,8 @@ from opsd.compare.comparison import Comparison, Method
 from opsd.compare.page import document, points, share
 from opsd.compare.ratios import interpolate, over_seeds
 from opsd.compare.study import Study
+from opsd.data.solution_styles import SOLUTION_STYLES
 from opsd.report.markup import Html, tag
-
-VOICES = {
-    "words": "somebody else's, in words",
-    "own": "the model's own",
-    "terse": "terse: the result alone",
-    "markdown": "another model's, in Markdown",
-}
 
 
 def study_columns(study: Study, comparisons: dict[str, Comparison]) -> list[str]:
@@ -25,7 +19,7 @@ def study_columns(study: Study, comparisons: dict[str, Comparison]) -> list[str]
     if study.variants:
         own = (column for name in names for column in (name, f"{name}, against the first"))
         return ["variant", "tokens", *own]
-    return ["solutions", "their voice", "tokens", *names]
+    return ["solutions", "their style", "tokens", *names]
 
 
 def study_rows(study: Study, comparisons: dict[str, Comparison]) -> list[list[str]]:
@@ -38,8 +32,12 @@ def study_rows(study: Study, comparisons: dict[str, Comparison]) -> list[list[st
         tokens = f"{comparison.budget:,.0f}"
         accuracies = [share(method.at_budget) for method in comparison.methods]
         if not study.variants:
-            voice = "the result first" if study.quickstart == "tiny" else VOICES[cell.voice]
-            lines.append([str(cell.solutions), voice, tokens, *accuracies])
+            style = (
+                "the result first"
+                if study.quickstart == "tiny"
+                else SOLUTION_STYLES[cell.solution_style]
+            )
+            lines.append([str(cell.solutions), style, tokens, *accuracies])
             continue
         line = [cell.name, tokens]
         for accuracy, method, other in zip(

@@ -231,7 +231,7 @@ def test_a_pipe_that_closes_is_no_crash():
 def test_help_is_fast_and_imports_no_torch():
     code = (
         "import sys\n"
-        "from opsd.cli import main\n"
+        "from opsd.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "except SystemExit as stop:\n    assert stop.code == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
@@ -253,7 +253,7 @@ def test_help_is_fast_and_imports_no_torch():
 def test_a_bad_config_is_refused_before_torch_is_imported(tmp_path):
     (tmp_path / "c.yaml").write_text("model: {pth: x}")
     code = (
-        "import sys\nfrom opsd.cli import main\n"
+        "import sys\nfrom opsd.cli.main import main\n"
         "assert main(['train', sys.argv[1]]) == 1\nassert 'torch' not in sys.modules\n"
     )
     subprocess.run(
