@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,40 @@ from opsd.compare.study import Study, load_study, overrides, run_jobs, study_job
 from opsd.compare.study_page import study_columns, study_notes, study_page, study_rows
 
 FILES = ("comparison.json", "comparison.html", "comparison.md", "comparison.png")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `opsd compare`."""
+    add = parser.add_argument
+    add(
+        "paths",
+        metavar="RUN_DIR|CONFIG.yaml|STUDY.yaml",
+        nargs="+",
+        type=Path,
+        help="finished runs; or configs, each to be run with each seed; or one study file",
+    )
+    add("--seeds", metavar="LIST", help="of configs (default: 0,1,2)")
+    add("--tokens", type=int, metavar="N", help="of configs: train.token_budget")
+    add("--target", type=float, metavar="ACCURACY", help="default: baseline's best")
+    add("--baseline", metavar="METHOD", help="default: grpo, or the last there is")
+    add("--output", metavar="DIR", type=Path, default=Path("runs/compare"))
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Runs, compares and writes. Raises UserError."""
+    seeds = _seeds(parsed.seeds)
+    compare_command(
+        parsed.paths, parsed.target, parsed.baseline, parsed.output, seeds, parsed.tokens
+    )
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(words)) != len(words):
+        raise UserError(f"--seeds is {text!r}: it must list numbers such as 0,1,2, each once")
+    return [int(word) for word in words]
 
 
 def compare_command(

@@ -5,30 +5,25 @@ Nothing here needs torch to be importable: that it is not is one of the findings
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from opsd.common.format import size
 from opsd.common.system import cpu_quota, memory, processor, usable_cores
+from opsd.quickstart import DISK, MEMORY, TINY_MEMORY
+from opsd.quickstart.cache import cache_directory, tiny_bases
 
-GB = 1_000_000_000
-QUICKSTART_MEMORY = 5 * GB
-TINY_MEMORY = 2 * GB
-DISK = 4 * GB  # quickstart's model, its saved versions and a run's checkpoints
-
-REQUIRED = (
-    *("torch", "transformers", "accelerate", "datasets", "pydantic", "pyyaml", "jinja2", "rich"),
-    *("matplotlib", "math-verify", "gguf", "numpy", "safetensors"),
-)
-OLDEST = {"torch": (2, 10), "transformers": (5,)}
 OPTIONAL = {
     "peft": "LoRA",
     "reasoning-gym": "problems without end",
@@ -52,6 +47,15 @@ class Finding:
     advice: str | None = None
     fatal: bool = False
     absent: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`opsd doctor` has none of its own."""
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Writes the report; the exit code is 0 if training is possible."""
+    return run_doctor()
 
 
 def run_doctor(write: Callable[[str], None] = print) -> int:
@@ -103,29 +107,33 @@ def software() -> Iterator[Finding]:
     )
     ours = _version("opsd")
     yield Finding("opsd", ours or f"not installed, used from {Path(__file__).parent.parent}")
-    for name in REQUIRED:
-        yield _requirement(name, _version(name))
+    for name, oldest in required().items():
+        yield _requirement(name, oldest, _version(name))
     for name, purpose in OPTIONAL.items():
         version = _version(name)
         missing = f"not installed (optional: {purpose})"
         yield Finding(name, version or missing, absent=version is None)
 
 
-def _requirement(name: str, version: str | None) -> Finding:
+def required() -> dict[str, str | None]:
+    """Each package that this one depends on → the oldest version that will do, None for any."""
+    try:
+        lines = importlib.metadata.requires("opsd") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        project = Path(__file__).parents[2] / "pyproject.toml"
+        lines = tomllib.loads(project.read_text())["project"]["dependencies"]
+    found = (re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?", line) for line in lines)  # not the extras'
+    return {match[1]: match[2] for match in found if match}
+
+
+def _requirement(name: str, oldest: str | None, version: str | None) -> Finding:
     if version is None:
-        return Finding(
-            name, "not installed", "needed", "pip install -c constraints-cpu.txt .", fatal=True
-        )
-    oldest = OLDEST.get(name)
-    if oldest and _numbers(version)[: len(oldest)] < oldest:
-        wanted = ".".join(map(str, oldest))
-        return Finding(
-            name,
-            version,
-            f"{wanted} or later is needed",
-            f"pip install '{name}>={wanted}'",
-            fatal=True,
-        )
+        advice = "pip install -c constraints-cpu.txt ."
+        return Finding(name, "not installed", "needed", advice, fatal=True)
+    wanted = _numbers(oldest or "")
+    if _numbers(version)[: len(wanted)] < wanted:
+        advice = f"pip install '{name}>={oldest}'"
+        return Finding(name, version, f"{oldest} or later is needed", advice, fatal=True)
     return Finding(name, version)
 
 
@@ -152,7 +160,10 @@ def machine() -> Iterator[Finding]:
     shown = ", ".join(flag for flag in CPU_FLAGS if flag in flags)
     yield Finding("processor", f"{name} ({shown})" if shown else name)
     yield _cores(usable_cores(), cpu_quota(), os.environ.get("OMP_NUM_THREADS"))
-    yield _memory(*memory())
+    try:
+        yield _memory(*memory())
+    except ImportError:  # of psutil, which is a finding of its own above
+        yield Finding("memory", "unknown")
     yield _disk("disk", Path.cwd())
 
 
@@ -180,17 +191,12 @@ def _cores(cores: int, quota: float | None, threads: str | None) -> Finding:
     return Finding("cores", value)
 
 
-def _memory(total: int | None, available: int | None) -> Finding:
-    if total is None:
-        return Finding("memory", "unknown")
-    value = size(total)
-    if available is not None:
-        value += f", {size(available)} available"
-    least = total if available is None else available
-    if least < TINY_MEMORY:
+def _memory(total: int, available: int) -> Finding:
+    value = f"{size(total)}, {size(available)} available"
+    if available < TINY_MEMORY:
         problem = f"even `opsd quickstart --tiny` wants {size(TINY_MEMORY)}"
-    elif least < QUICKSTART_MEMORY:
-        problem = f"`opsd quickstart` wants {size(QUICKSTART_MEMORY)}, --tiny {size(TINY_MEMORY)}"
+    elif available < MEMORY:
+        problem = f"`opsd quickstart` wants {size(MEMORY)}, --tiny {size(TINY_MEMORY)}"
     else:
         return Finding("memory", value)
     return Finding("memory", value, problem, "end other programs, or use a larger machine")
@@ -301,15 +307,11 @@ def caches() -> Iterator[Finding]:
     except Exception as error:  # whatever it needs and lacks is a finding of its own above
         yield Finding("quickstart", f"cannot be examined ({error})", absent=True)
         return
-    cache = download.cache_directory()
-    yield _disk("disk", cache)
-    model = next(cache.glob(f"*/{download.GGUF_NAME}"), None)
-    if model is None and importlib.util.find_spec(download.PACKAGE) is None:
-        value = f"not here yet: quickstart downloads it once ({size(download.WHEEL_BYTES)})"
-        yield Finding("SmolLM2-135M", value, absent=True)
-    else:
-        yield Finding("SmolLM2-135M", str(model or f"installed as {download.PACKAGE}"))
-    bases = len(list(cache.glob("tiny-*")))
+    yield _disk("disk", cache_directory())
+    model = download.present()
+    missing = f"not here yet: quickstart downloads it once ({size(download.GGUF_BYTES)})"
+    yield Finding("SmolLM2-135M", str(model or missing), absent=model is None)
+    bases = len(tiny_bases())
     yield Finding(
         "tiny bases",
         f"{bases} trained" if bases else "none yet: quickstart --tiny trains one",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from opsd.cli.evaluate_arguments import THINKING, Settings, settings
+from opsd.cli.evaluate_arguments import THINKING, Settings
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import write_file, write_json, write_lines
@@ -38,13 +37,12 @@ PRECISION = {"vllm": "bf16 by vLLM", "vllm_server": "the vLLM server's"}
 Unit = tuple[int, int]  # (problem, sample)
 
 
-def evaluate_command(parsed: argparse.Namespace) -> None:
+def evaluate_command(asked: Settings) -> None:
     """Sample K answers a problem, grade them, show avg@K, maj@K and pass@k; see docs/evaluate.md.
 
     What an earlier call, or another process, has sampled for the same evaluation is not sampled
     again. The process that finds all answers there grades them and writes the result.
     """
-    asked = settings(parsed)
     check_engine(asked.engine, "--engine")
     display = Display(quiet=asked.ranked and asked.shard.index > 1)
     benchmark = load_benchmark(

@@ -1,4 +1,4 @@
-"""The arguments of `opsd eval`, checked before anything is loaded. Needs no torch."""
+"""The arguments of `opsd eval`. They are checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -81,6 +81,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--server", metavar="URL", help="vllm_server: its address (docs/vllm.md)")
     add("--gpu-memory", type=float, default=0.9, metavar="SHARE", help="vllm: of the GPU's memory")
     add("--output", metavar="DIR", help="default: runs/eval/<model>-<benchmark>-<key>")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Evaluates. Raises UserError."""
+    asked = settings(parsed)
+    from opsd.cli.evaluate import evaluate_command
+    from opsd.models.load import quiet_transformers
+
+    quiet_transformers()
+    evaluate_command(asked)
 
 
 def settings(parsed: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Settings:

@@ -1,128 +1,19 @@
-"""`opsd replay`: run a failed step's samples again, one by one, and say where numbers go wrong."""
+"""`opsd replay`: runs a failed step's samples again."""
 
-from __future__ import annotations
-
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import argparse
 from pathlib import Path
 
-import torch
-from torch import nn
 
-from opsd.common.display import Display
-from opsd.common.errors import UserError, in_short
-from opsd.common.precision import autocast, compute_dtype, weights_dtype
-from opsd.config.load import parse_config
-from opsd.data.prompts import Prompts
-from opsd.models.load import load_model
-from opsd.models.lora import add_adapters
-from opsd.models.teacher import make_teacher
-from opsd.objectives import SampleGroup, Totals, make_objective
-from opsd.training.failed_steps import groups_of
-from opsd.training.step import OPSDStep
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `opsd replay`."""
+    parser.add_argument("file", metavar="FILE", type=Path, help="a run's failed-step-N.pt")
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """A sample run alone: its loss, its gradient's norm, the first module with a bad output."""
+def run(parsed: argparse.Namespace) -> None:
+    """Shows what each sample's numbers are. Raises UserError."""
+    from opsd.common.display import Display
+    from opsd.models.load import quiet_transformers
+    from opsd.training.replay import replay
 
-    number: int
-    tokens: int
-    loss: float
-    gradient: float
-    module: str | None
-
-    @property
-    def finite(self) -> bool:
-        """Whether its numbers are."""
-        return math.isfinite(self.loss) and math.isfinite(self.gradient)
-
-
-def replay(path: Path, display: Display) -> list[Replayed]:
-    """Run each sample of a failed-step-N.pt again and show a line for each. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"FILE is {str(path)!r}: no such file")
-    try:
-        failed = torch.load(path, map_location="cpu", weights_only=True)
-        config, groups = parse_config(failed["config"]), groups_of(failed)
-    except Exception as error:  # a pickle that asks for more than tensors, or no such file at all
-        said = in_short(error)
-        raise UserError(f"FILE is {str(path)!r}: not a failed step's ({said})") from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with display.stage(f"Load {config.model.path}"):
-        dtype = weights_dtype(config.train.precision, adapted=config.model.lora is not None)
-        model, tokenizer = load_model(config.model, device, dtype=dtype)
-        if config.model.lora is not None:
-            model = add_adapters(model, config.model)
-        teacher, average = make_teacher(
-            config.teacher, config.model, dtype, model, tokenizer, model
-        )
-        _load(dict(model.named_parameters()), failed["weights"])
-        if average is not None:
-            _load(average.averages, failed["average"])
-    scorer = model if config.teacher.policy == "live" else teacher
-    prompts = Prompts(config.prompts, tokenizer)
-    objective = make_objective(
-        config.method, config.loss, scorer, prompts, config.rollout.max_new_tokens
-    )
-    step = OPSDStep(model.train(), objective, share=config.train.share_prefixes)
-    compute = compute_dtype(config.train.precision)
-    found = []
-    alone = [group.of([sample]) for group in groups for sample in group.samples]
-    for number, group in enumerate(alone):
-        with autocast(torch.device(device), compute):
-            found.append(_replayed(step, number, group))
-    rows = [
-        [str(r.number), str(r.tokens), f"{r.loss:.4g}", f"{r.gradient:.4g}", r.module or ""]
-        for r in found
-    ]
-    columns = ["sample", "tokens", "loss", "gradient", "first module that is not finite"]
-    display.table(f"Step {failed['step']} of {config.output.dir}", columns, rows)
-    bad = [r.number for r in found if not r.finite]
-    display.note(
-        f"Not finite: samples {', '.join(map(str, bad))}"
-        if bad
-        else "All samples are finite by themselves here: the sum, the batch or the device did it"
-    )
-    return found
-
-
-def _load(parameters: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in saved.items():
-            parameters[name].copy_(value)
-
-
-def _replayed(step: OPSDStep, number: int, group: SampleGroup) -> Replayed:
-    step.zero_grad(set_to_none=True)
-    with _first_not_finite(step.model) as places:
-        loss = step([group], Totals())
-    with torch.autocast(loss.device.type, enabled=False):
-        loss.backward()
-    squares = [p.grad.float().square().sum() for p in step.parameters() if p.grad is not None]
-    gradient = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
-    module = places[0] if places else None
-    return Replayed(number, group.samples[0].tokens, float(loss.detach()), float(gradient), module)
-
-
-@contextmanager
-def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Names of modules whose output is not finite, in the order that they ran."""
-    places: list[str] = []
-
-    def watch(name: str):
-        def hook(module, inputs, output):
-            tensors = output if isinstance(output, tuple) else (output,)
-            if any(isinstance(t, torch.Tensor) and not t.isfinite().all() for t in tensors):
-                places.append(name)
-
-        return hook
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
-    try:
-        yield places
-    finally:
-        for hook in hooks:
-            hook.remove()
+    quiet_transformers()
+    replay(parsed.file, Display())

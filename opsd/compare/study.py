@@ -1,7 +1,7 @@
 """A study: the runs that a comparison needs, started side by side.
 
 They are of one of two kinds. A study file asks for quickstarts: methods by seeds, and by how many
-worked solutions there are and in whose voice. Configs ask for `opsd train`: configs by seeds. A
+worked solutions there are and in which style. Configs ask for `opsd train`: configs by seeds. A
 finished run is not run again and an interrupted one is resumed, so an interrupted study goes on
 where it was.
 """
@@ -29,8 +29,7 @@ from opsd.config.base import Section
 from opsd.config.load import explain_all, load_config
 from opsd.config.names import Method
 from opsd.config.yaml import read_yaml
-
-Voice = Literal["words", "own", "terse", "markdown"]
+from opsd.data.solution_styles import SolutionStyle
 
 
 class Study(Section):
@@ -44,9 +43,11 @@ class Study(Section):
     solutions: list[int | Literal["endless"]] = Field(
         ["endless"], min_length=1, description="Numbers of worked solutions to learn from."
     )
-    voices: list[Voice] = Field(["words"], min_length=1, description="smollm2: whose solutions.")
-    problems: int | None = Field(None, ge=1, description="Held-out; null: the quickstart's.")
-    steps: int | None = Field(None, ge=1, description="Of each method, for a try.")
+    solution_styles: list[SolutionStyle] = Field(
+        ["words"], min_length=1, description="smollm2: how they are written."
+    )
+    problems: int | None = Field(None, ge=1, description="Held-out problems; none: quickstart's.")
+    steps: int | None = Field(None, ge=1, description="Cut each method short, for a try.")
     threads: int = Field(
         1, ge=1, description="Threads of a run; as many runs go side by side as the cores allow."
     )
@@ -55,10 +56,10 @@ class Study(Section):
         {}, description="Sections of `opsd train`'s config, a method's own below its name."
     )
     variants: dict[str, dict[str, Any]] = Field(
-        {}, description="Name → settings of its own, instead of numbers of solutions and voices."
+        {}, description="Name → settings of its own, instead of numbers of solutions and styles."
     )
 
-    @field_validator("methods", "seeds", "solutions", "voices")
+    @field_validator("methods", "seeds", "solutions", "solution_styles")
     @classmethod
     def _sensible(cls, values: list, info: ValidationInfo) -> list:
         if len(set(values)) != len(values):
@@ -78,13 +79,13 @@ class Study(Section):
 
     @property
     def cells(self) -> list[Cell]:
-        """What runs with each seed: the variants, or all pairs of solutions and voice."""
+        """What runs with each seed: the variants, or all pairs of number and style."""
         if self.variants:
-            count, voice = self.solutions[0], self.voices[0]
-            return [Cell(name, count, voice, own) for name, own in self.variants.items()]
+            count, style = self.solutions[0], self.solution_styles[0]
+            return [Cell(name, count, style, own) for name, own in self.variants.items()]
         return [
-            Cell(f"{count}-{voice}", count, voice)
-            for voice in self.voices
+            Cell(f"{count}-{style}", count, style)
+            for style in self.solution_styles
             for count in self.solutions
         ]
 
@@ -95,7 +96,7 @@ class Cell:
 
     name: str
     solutions: int | Literal["endless"]
-    voice: str
+    solution_style: str
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -122,10 +123,12 @@ def load_study(path: Path) -> Study:
         study = Study.model_validate(read_yaml(path))
     except ValidationError as error:
         raise UserError(explain_all(error, Study)) from None
-    if study.quickstart == "tiny" and study.voices != ["words"]:
-        raise UserError(f"voices is {study.voices}: the tiny worksheets have only one voice")
-    if study.variants and (len(study.solutions), len(study.voices)) != (1, 1):
-        raise UserError("variants: they go with one number of solutions and one voice")
+    if study.quickstart == "tiny" and study.solution_styles != ["words"]:
+        raise UserError(
+            f"solution_styles is {study.solution_styles}: the tiny worksheets have only one style"
+        )
+    if study.variants and (len(study.solutions), len(study.solution_styles)) != (1, 1):
+        raise UserError("variants: they go with one number of solutions and one style")
     return study
 
 
@@ -136,7 +139,9 @@ def study_jobs(study: Study, output: Path) -> dict[str, list[Job]]:
     jobs: dict[str, list[Job]] = {}
     for cell in study.cells:
         options = [] if cell.solutions == "endless" else ["--solutions", str(cell.solutions)]
-        options += [] if cell.voice == "words" else ["--voice", cell.voice]
+        options += (
+            [] if cell.solution_style == "words" else ["--solution-style", cell.solution_style]
+        )
         for option in ("problems", "steps"):
             if getattr(study, option) is not None:
                 options += [f"--{option}", str(getattr(study, option))]

@@ -1,4 +1,4 @@
-"""A study with several variants for people to read: accuracy by solutions and voice."""
+"""A study with several variants for people to read: accuracy by solutions and style."""
 
 # ruff: noqa: RUF001 - dashes for people to read are meant as such
 
@@ -8,14 +8,8 @@ from opsd.compare.comparison import Comparison, Method
 from opsd.compare.page import difference, share
 from opsd.compare.ratios import interpolate, over_seeds
 from opsd.compare.study import Study
+from opsd.data.solution_styles import SOLUTION_STYLES
 from opsd.report.render import render
-
-VOICES = {
-    "words": "somebody else's, in words",
-    "own": "the model's own",
-    "terse": "terse: the result alone",
-    "markdown": "another model's, in Markdown",
-}
 
 
 def study_columns(study: Study, comparisons: dict[str, Comparison]) -> list[str]:
@@ -25,7 +19,7 @@ def study_columns(study: Study, comparisons: dict[str, Comparison]) -> list[str]
     if study.variants:
         own = (column for name in names for column in (name, f"{name}, against the first"))
         return ["variant", "tokens", *own]
-    return ["solutions", "their voice", "tokens", *names]
+    return ["solutions", "their style", "tokens", *names]
 
 
 def study_rows(study: Study, comparisons: dict[str, Comparison]) -> list[list[str]]:
@@ -35,8 +29,10 @@ def study_rows(study: Study, comparisons: dict[str, Comparison]) -> list[list[st
     rows = []
     for cell in study.cells:
         comparison = comparisons[cell.name]
-        voice = "the result first" if study.quickstart == "tiny" else VOICES[cell.voice]
-        row = [cell.name] if study.variants else [str(cell.solutions), voice]
+        style = SOLUTION_STYLES[cell.solution_style]
+        if study.quickstart == "tiny":
+            style = "the result first"
+        row = [cell.name] if study.variants else [str(cell.solutions), style]
         row.append(f"{comparison.budget:,.0f}")
         for method, other in zip(comparison.methods, first.methods, strict=True):
             row.append(share(method.accuracy_at_budget))

@@ -27,6 +27,7 @@ RENAMED = {
     "loss.normalise": "loss.aggregation",
     "loss.reward.correct_at": "loss.reward.success_threshold",
     "train.collapse.opposed": "train.collapse.inverted_gradient",
+    "voices": "solution_styles",
 }
 """Fields that had another name before 0.1.0 was released → their names now."""
 

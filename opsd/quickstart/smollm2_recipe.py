@@ -1,6 +1,6 @@
 """`opsd quickstart`: SmolLM2-135M-Instruct learns short sums from somebody else's solutions.
 
-Pretrained model → cold start by SFT, in both roles' prompts and the model's own voice → the
+Pretrained model → cold start by SFT, in both roles' prompts and the model's own style → the
 methods, on new problems whose solutions are in words.
 """
 
@@ -24,7 +24,7 @@ from opsd.quickstart.chain_sum import (
     TEACHER_TEMPLATE,
     make_chain_sum,
     make_rows,
-    own_voice,
+    own_style,
 )
 from opsd.quickstart.download import smollm2_gguf
 from opsd.quickstart.recipe import Base, Recipe, merge, repeated
@@ -35,7 +35,7 @@ COLD_ROWS = 16  # a step; each in both roles
 TRAIN_ROWS = 800
 # Enough for what is near 0 (the pretrained model, in this form) and near 1 (the teacher).
 FEW_PROBLEMS = 100
-TEACHER_STEPS = 60  # of SFT in its own voice, that make distill's teacher of the base
+TEACHER_STEPS = 60  # of SFT in its own style, that make distill's teacher of the base
 
 SECTIONS: dict[str, Any] = {
     # At some hundred tokens a sequence torch's fused CPU attention trains 25 % slower.
@@ -78,7 +78,7 @@ def smollm2_recipe(
     model_path: str | None = None,
     cold_steps: int = COLD_STEPS,
     solutions: int | None = None,
-    voice: str = "words",
+    solution_style: str = "words",
 ) -> Recipe:
     """The recipe.
 
@@ -88,14 +88,14 @@ def smollm2_recipe(
         cold_steps: of SFT in both prompts, before the methods start.
         solutions: how many worked solutions there are to learn from; none: 800, of which no method
             needs all.
-        voice: whose solutions they are, one of chain_sum.VOICES.
+        solution_style: how they are written, one of SOLUTION_STYLES.
     """
     task = make_chain_sum(
         seed,
         cold_start=cold_steps * COLD_ROWS,
         train=TRAIN_ROWS,
         held_out=problems or 300,
-        voice=voice,
+        solution_style=solution_style,
     )
 
     def make_base(directory: Path, held_out, display: Display) -> Base:
@@ -108,8 +108,8 @@ def smollm2_recipe(
         pretrained = first.evaluate(decoder, display, "student", "pretrained model")
         del decoder
         roles = {"loss": {"roles": ["student", "teacher"]}}
-        cold = _own_voice_config(section, directory / "cold_start", seed, cold_steps, roles)
-        rows = [_in_own_voice(example.row) for example in task.cold_start]
+        cold = _own_style_config(section, directory / "cold_start", seed, cold_steps, roles)
+        rows = [_in_own_style(example.row) for example in task.cold_start]
         _learn(cold, model, tokenizer, rows, grader, display, save=False)
         return Base(model, tokenizer, pretrained)
 
@@ -119,11 +119,11 @@ def smollm2_recipe(
             return place / "model"
         start = ModelSection(path=str(base / "model"))
         roles = {"loss": {"roles": ["student"]}}
-        config = _own_voice_config(start, place, seed, TEACHER_STEPS, roles)
+        config = _own_style_config(start, place, seed, TEACHER_STEPS, roles)
         model, tokenizer = load_model(start.model_copy(update=SECTIONS["model"]))
         avoid = {row.problem for row in task.held_out}
         rows = make_rows(TEACHER_SEED + seed, TEACHER_STEPS * COLD_ROWS, avoid=avoid)
-        _learn(config, model, tokenizer, [_in_own_voice(row) for row in rows], grader, display)
+        _learn(config, model, tokenizer, [_in_own_style(row) for row in rows], grader, display)
         return place / "model"
 
     grader = Grader()
@@ -153,14 +153,14 @@ def _learn(config: Config, model, tokenizer, rows: list[Row], grader, display, s
     run(config, model, tokenizer, rows, [], grader, display, save=save)
 
 
-def _own_voice_config(
+def _own_style_config(
     model: ModelSection, directory: Path, seed: int, steps: int, roles: dict
 ) -> Config:
     own = {
         "method": "sft",
         "model": model.model_dump(),
         "data": {"source": "reasoning_gym:chain_sum"},
-        "prompts": {"target": "{{ own_voice }}"},
+        "prompts": {"target": "{{ own_style }}"},
         "train": {
             "steps": steps,
             "problems_per_step": COLD_ROWS,
@@ -174,6 +174,6 @@ def _own_voice_config(
     return Config.model_validate(merge(SECTIONS, merge(own, roles)))
 
 
-def _in_own_voice(row: Row) -> Row:
-    columns = {**row.columns, "own_voice": own_voice(row.columns["expression"])}
+def _in_own_style(row: Row) -> Row:
+    columns = {**row.columns, "own_style": own_style(row.columns["expression"])}
     return Row(row.problem, row.solution, row.answer, columns)

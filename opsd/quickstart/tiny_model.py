@@ -9,7 +9,6 @@ what a teacher has to do on a student's rollout.
 
 import hashlib
 import math
-import os
 import random
 import shutil
 import tempfile
@@ -36,6 +35,7 @@ from transformers import (
 
 from opsd.data.rows import Row
 from opsd.quickstart import worksheet
+from opsd.quickstart.cache import tiny_base
 
 STUDENT_PROMPT = "Q:{{ problem }}"
 TEACHER_PROMPT = "Q:{{ problem }}\nS:{{ solution }}"
@@ -176,13 +176,12 @@ def cached_base(
     transformers. It is written beside its place and moved there whole, so an interrupted run leaves
     no half of one.
     """
-    cache = cache or Path(os.environ.get("OPSD_CACHE") or Path.home() / ".cache" / "opsd")
-    directory = cache / f"tiny-{seed}-{_digest(recipe)}"
+    directory = tiny_base(seed, _digest(recipe), cache)
     if directory.is_dir():
         return directory
     model, tokenizer = train_base(seed, recipe, progress=progress)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=cache))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -23,8 +23,8 @@ class RunLog:
 
     `step` is where the run starts: 0, or the checkpoint's step on resume. Lines of later steps,
     which an interrupted run may have left, are dropped: each step has one line. So are samples
-    without their evaluation, which is written after them. The counters go on from the last line. Of several
-    processes one `writes`; the others count.
+    without their evaluation, which is written after them. The counters go on from the last line.
+    Of several processes one `writes`; the others count.
     """
 
     def __init__(self, directory: Path, step: int = 0, writes: bool = True):

@@ -1,18 +1,20 @@
 """The doctor's judgement of machines better and worse than this one."""
 
-import importlib
+import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from opsd.cli import doctor
-from opsd.cli.doctor import GB, Finding, run_doctor
-from opsd.common.system import memory, processor, usable_cores
+from opsd.cli.doctor import Finding, run_doctor
+from opsd.quickstart import GB
 
 
 def examine(monkeypatch, *findings):
@@ -43,7 +45,7 @@ def test_only_fatal_problems_fail(monkeypatch):
 
 
 def test_missing_and_old_packages_are_fatal(monkeypatch):
-    versions = {name: "9.0" for name in doctor.REQUIRED} | {"torch": "2.9.1+cu128", "vllm": "1.0"}
+    versions = {name: "9.0" for name in doctor.required()} | {"torch": "2.9.1+cu128", "vllm": "1.0"}
     del versions["math-verify"]
     monkeypatch.setattr(doctor, "_version", versions.get)
     found = {finding.name: finding for finding in doctor.software()}
@@ -54,6 +56,18 @@ def test_missing_and_old_packages_are_fatal(monkeypatch):
     versions["torch"] = "2.10.0"
     found = {finding.name: finding for finding in doctor.software()}
     assert found["torch"].problem is None
+
+
+def test_what_is_required_is_what_pyproject_says(monkeypatch):
+    def none(_):
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "requires", none)
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert len(doctor.required()) == len(project["dependencies"])
+    extra = "torch>=2.10", "numpy", "peft; extra == 'gpu'", "trl>=1.16; extra == 'test'"
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: list(extra))
+    assert doctor.required() == {"torch": "2.10", "numpy": None}
 
 
 @pytest.mark.parametrize(
@@ -79,8 +93,7 @@ def test_threads_should_be_as_many_as_cores(cores, quota, threads, advice):
     [
         (16 * GB, 8 * GB, None),
         (16 * GB, 3 * GB, "`opsd quickstart` wants"),
-        (1 * GB, None, "even `opsd quickstart --tiny`"),
-        (None, None, None),
+        (1 * GB, 1 * GB, "even `opsd quickstart --tiny`"),
     ],
 )
 def test_memory(total, available, problem):
@@ -91,10 +104,10 @@ def test_memory(total, available, problem):
 
 
 def test_this_machine_is_read_plausibly():
-    total, available = memory()
-    assert total is None or 0 < available <= total
-    assert usable_cores() >= 1
-    assert processor()[0]
+    total, available = doctor.memory()
+    assert 0 < available <= total
+    assert doctor.usable_cores() >= 1
+    assert doctor.processor()[0]
 
 
 def test_disk(monkeypatch, tmp_path):
@@ -144,13 +157,14 @@ def test_caches(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     disk, model, bases = doctor.caches()
     assert str(tmp_path) in disk.value and model.absent and bases.absent
-    from opsd.quickstart.download import GGUF_NAME
+    from opsd.quickstart import download
 
-    (tmp_path / "smollm2").mkdir()
-    (tmp_path / "smollm2" / GGUF_NAME).touch()
+    monkeypatch.setattr(download, "GGUF_BYTES", 0)
+    download._cached().parent.mkdir()
+    download._cached().touch()
     (tmp_path / "tiny-0-abc").mkdir()
     _, model, bases = doctor.caches()
-    assert model.value == str(tmp_path / "smollm2" / GGUF_NAME) and not model.absent
+    assert model.value == str(download._cached()) and not model.absent
     assert bases.value == "1 trained"
     modules(monkeypatch, **{"opsd.quickstart.download": ImportError("No module named 'rich'")})
     (unknown,) = doctor.caches()

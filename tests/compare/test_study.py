@@ -7,15 +7,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from opsd.cli.compare import check_settings, is_study
-from opsd.cli.main import VOICES, main
+from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.compare import study as studies
 from opsd.compare.study import Job, load_study, run_jobs, study_jobs, train_jobs
+from opsd.data.solution_styles import SOLUTION_STYLES, SolutionStyle
 from opsd.quickstart import chain_sum
 from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.recipe import repeated
@@ -40,7 +42,7 @@ def in_process(monkeypatch, tmp_path):
     monkeypatch.setattr(tiny_recipe, "TRAIN_ROWS", 16)
     monkeypatch.setitem(tiny_recipe.SECTIONS["train"], "problems_per_step", 8)
     monkeypatch.setitem(tiny_recipe.SECTIONS["rollout"], "max_new_tokens", 8)
-    monkeypatch.setattr(curves, "write_curves", lambda results, path: path.touch())
+    monkeypatch.setattr(curves, "write_curves", lambda results, file: file.write(b""))
 
     class Process:
         def __init__(self, job):
@@ -214,7 +216,11 @@ def test_sigterm_ends_the_runs(tmp_path):
         ({"quickstart": "tiny", "seeds": [0, 0]}, "seeds is [0, 0]: each may be named once"),
         ({"quickstart": "tiny", "seeds": [-1]}, "seeds is [-1]: seeds must be at least 0"),
         ({"quickstart": "tiny", "solutions": [0]}, "solutions is [0]: there must be at least 1"),
-        ({"quickstart": "tiny", "voices": ["own"]}, "voices is ['own']: the tiny worksheets"),
+        ({"quickstart": "smollm2", "voices": ["own"]}, "voices is called solution_styles now"),
+        (
+            {"quickstart": "tiny", "solution_styles": ["own"]},
+            "solution_styles is ['own']: the tiny worksheets",
+        ),
         ({"quickstart": "tiny", "methods": ["ppo"]}, "methods.0 is 'ppo'"),
         ({"quickstart": "tiny", "variants": {"../a": {}}}, "names are those of directories"),
         (
@@ -268,21 +274,23 @@ def test_the_examples_are_studies(path, tmp_path):
     assert sum(map(len, jobs.values())) == len(study.cells) * len(study.seeds)
 
 
-def test_voices():
-    assert chain_sum.VOICES == VOICES
+def test_solution_styles():
+    assert tuple(SOLUTION_STYLES) == get_args(SolutionStyle)
     spoken = {
-        voice: chain_sum.make_chain_sum(1, cold_start=0, train=3, held_out=1, voice=voice).train
-        for voice in VOICES
+        style: chain_sum.make_chain_sum(
+            1, cold_start=0, train=3, held_out=1, solution_style=style
+        ).train
+        for style in SOLUTION_STYLES
     }
     for rows in zip(*spoken.values(), strict=True):
         assert len({row.problem for row in rows}) == 1
-        assert len({row.solution for row in rows}) == len(VOICES)
+        assert len({row.solution for row in rows}) == len(SOLUTION_STYLES)
         for row in rows:
             assert row.solution.count(f"\\boxed{{{row.answer}}}") == 1
             assert row.columns["solution"] == row.solution
     assert spoken["terse"][0].solution.startswith("\\boxed")
-    with pytest.raises(ValueError, match="voice is 'loud': it must be one of words"):
-        chain_sum.make_chain_sum(1, cold_start=0, train=1, held_out=1, voice="loud")
+    with pytest.raises(ValueError, match="solution_style is 'loud': it must be one of words"):
+        chain_sum.make_chain_sum(1, cold_start=0, train=1, held_out=1, solution_style="loud")
 
 
 def test_few_solutions_are_repeated():

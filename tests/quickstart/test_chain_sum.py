@@ -13,7 +13,7 @@ from opsd.quickstart.chain_sum import (
     make_chain_sum,
     make_rows,
     number_in_words,
-    own_voice,
+    own_style,
     reasoning_gym_expression,
 )
 
@@ -24,8 +24,8 @@ def expressions(rows):
     return [row.columns["expression"] for row in rows]
 
 
-def test_own_voice_shows_each_step_and_boxes_the_answer():
-    assert own_voice("4 - 1 - 7") == r"4 - 1 = 3, 3 - 7 = -4. The answer is \boxed{-4}."
+def test_own_style_shows_each_step_and_boxes_the_answer():
+    assert own_style("4 - 1 - 7") == r"4 - 1 = 3, 3 - 7 = -4. The answer is \boxed{-4}."
 
 
 def test_words_say_the_same_steps(monkeypatch):
@@ -94,14 +94,14 @@ def test_no_expression_is_in_two_sets_or_twice_in_one():
     assert len(set(everything)) == len(everything)
 
 
-def test_the_cold_start_has_both_roles_and_one_voice():
+def test_the_cold_start_has_both_roles_and_one_style():
     sets = make_chain_sum(5, cold_start=100, train=0, held_out=0, teacher_share=0.4)
     roles = [example.role for example in sets.cold_start]
     assert roles.count("teacher") == 40
     assert roles.count("student") == 60
     assert roles[:40] != ["teacher"] * 40  # mixed, so that a batch has both
     for example in sets.cold_start:
-        assert example.target == own_voice(example.row.columns["expression"])
+        assert example.target == own_style(example.row.columns["expression"])
 
 
 def test_a_seed_decides_everything_but_the_held_out_problems():

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from opsd.cli.main import main
-from opsd.cli.replay import replay
 from opsd.common.display import Display
 from opsd.common.files import read_lines
 from opsd.common.step_timer import StepTimer, Watch, measured, phase, resident
 from opsd.config.load import save_config
 from opsd.objectives import OPSD
+from opsd.training.replay import replay
 from opsd.training.step import OPSDStep
 
 ONCE = {"train": {"save_every": 1, "save_total_limit": 4}, "eval": {"problems": 0}}

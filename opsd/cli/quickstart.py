@@ -1,0 +1,84 @@
+"""`opsd quickstart`: checks what it is asked for, then makes a model that learns."""
+
+import argparse
+from pathlib import Path
+
+from opsd.common.errors import UserError
+from opsd.config.names import METHODS
+from opsd.data.solution_styles import SOLUTION_STYLES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `opsd quickstart`."""
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="a tiny model made here, in minutes")
+    add("--output", metavar="DIR", help="default: runs/quickstart or runs/tiny")
+    add(
+        "--methods",
+        metavar="LIST",
+        help="of opsd,grpo,sft,distill (default: opsd; --tiny: the first three)",
+    )
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--model", metavar="DIR", help="another chat model instead of SmolLM2-135M")
+    add("--steps", type=int, help="stop each method after so many steps, for a try")
+    add("--problems", type=int, help="held-out problems (default: 300)")
+    add("--solutions", type=int, help="how many there are to learn from (default: endless)")
+    add(
+        "--solution-style",
+        default="words",
+        help="of the solutions: words, own, terse, markdown (default: words)",
+    )
+    add("--resume", action="store_true", help="go on with what the same command has left")
+    add("overrides", nargs="*", metavar="[method.]section.field=value")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Runs the quickstart. Raises UserError."""
+    methods = _methods(parsed.methods, parsed.tiny)
+    for name in ("steps", "problems", "solutions"):
+        value = getattr(parsed, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}: it must be at least 1")
+    if parsed.tiny and parsed.model:
+        raise UserError("--model and --tiny exclude each other: --tiny makes its own model")
+    if not 0 <= parsed.seed < 2**32:
+        raise UserError(f"--seed is {parsed.seed}: it must be at least 0 and at most {2**32 - 1}")
+    if parsed.solution_style not in SOLUTION_STYLES:
+        known = ", ".join(SOLUTION_STYLES)
+        raise UserError(f"--solution-style is {parsed.solution_style!r}: it must be one of {known}")
+    if parsed.tiny and parsed.solution_style != "words":
+        raise UserError(
+            "--solution-style and --tiny exclude each other: the worksheets have one style"
+        )
+    output = Path(parsed.output or ("runs/tiny" if parsed.tiny else "runs/quickstart"))
+    from opsd.common.display import Display
+    from opsd.models.load import quiet_transformers
+    from opsd.quickstart.run import quickstart
+
+    quiet_transformers()
+    quickstart(
+        Display(),
+        output,
+        methods,
+        tiny=parsed.tiny,
+        seed=parsed.seed,
+        model_path=parsed.model,
+        steps=parsed.steps,
+        problems=parsed.problems,
+        solutions=parsed.solutions,
+        solution_style=parsed.solution_style,
+        overrides=parsed.overrides,
+        resume=parsed.resume,
+    )
+
+
+def _methods(text: str | None, tiny: bool) -> list[str]:
+    if text is None:
+        return ["opsd", "grpo", "sft"] if tiny else ["opsd"]
+    methods = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods or len(set(methods)) != len(methods):
+        raise UserError(
+            f"--methods is {text!r}: it must list some of {', '.join(METHODS)}, each once"
+        )
+    return methods
