@@ -20,7 +20,7 @@ from itertools import islice
 from typing import Any
 
 from opsd.common.errors import UserError
-from opsd.data.boxed import last_boxed
+from opsd.data.references import Unreadable, final_answer
 from opsd.data.sources import DEFAULT_DRAW, REASONING_GYM, _check_names, _draw, _kind, _stored
 
 COLUMNS = ("problem", "solution", "answer")
@@ -30,9 +30,9 @@ COLUMNS = ("problem", "solution", "answer")
 class Row:
     """One problem. `columns` is the row as its source has it, for templates.
 
-    `answer` is the bare final answer: what follows `####` in an answer written as GSM8K's, or what
-    the last `\\boxed{}` holds, where the source's answer has either. A column that the caller does
-    not require and the source does not have is "".
+    `answer` is the bare final answer (`opsd.data.references`): what follows `####` in an answer
+    written as GSM8K's, or what the last `\\boxed{}` holds, where the source's answer has either. A
+    column that the caller does not require and the source does not have is "".
     """
 
     problem: str
@@ -52,6 +52,7 @@ def load_rows(
     options: Mapping[str, Any] | None = None,
     require: Sequence[str] = COLUMNS,
     section: str = "data",
+    graded: bool = True,
 ) -> list[Row]:
     """The rows of a source, in its order.
 
@@ -69,6 +70,7 @@ def load_rows(
         `revision`.
     require: the columns that each row must have, with some text in it. An integer answer will do.
     section: the section of the configuration that error messages name.
+    graded: required answers are compared with a model's, so each must name a final answer.
 
     Raises UserError for a source that is not there, rows without a required column, no rows.
 
@@ -94,8 +96,10 @@ def load_rows(
         raw = _stored(source, split, options, section)
     theirs |= columns
     must = {*require, *columns}
+    # reasoning_gym's answers are whatever its task says they are.
+    graded = graded and "answer" in must and not source.startswith(REASONING_GYM)
     rows = [
-        _row(record, number, theirs, must, source, section)
+        _row(record, number, theirs, must, source, section, graded)
         for number, record in enumerate(islice(raw, limit), start=1)
     ]
     if not rows:
@@ -136,6 +140,7 @@ def _row(
     must: set[str],
     source: str,
     section: str,
+    graded: bool,
 ) -> Row:
     where = f"{section}.source: row {number} of {source!r}"
     if not isinstance(record, dict):
@@ -158,21 +163,19 @@ def _row(
                 "character and cannot be tokenised"
             )
         values[name] = value if text else ""
-    values["answer"] = _final_answer(values["answer"])
-    if "answer" in must and not values["answer"]:
-        raise UserError(f"{where}: column {theirs['answer']!r} (answer) names no final answer")
+    if values["answer"]:
+        try:
+            values["answer"] = final_answer(values["answer"])
+        except Unreadable as problem:
+            if graded:
+                raise UserError(
+                    f"{where}: column {theirs['answer']!r} (answer) {problem}"
+                ) from None
     return Row(**values, columns=record)
 
 
 def _has_half_pair(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _final_answer(answer: str) -> str:
-    if "####" in answer:
-        return answer.rpartition("####")[2].strip()
-    boxed = last_boxed(answer)
-    return answer.strip() if boxed is None else boxed
 
 
 def _reach(record: Any, column: str) -> tuple[bool, Any]:

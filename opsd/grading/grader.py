@@ -1,7 +1,7 @@
 """Is a completion's answer right?
 
-The answer is the content of the completion's last `\\boxed{…}`. Equal strings, integers and words
-decide at once, here; everything else goes to math-verify in a worker process. math-verify's own
+The answer is what the completion's last `\\boxed{…}` holds. Equal strings, plain numbers and words
+decide at once, here; everything else is compared (`answers`) in a worker process. math-verify's own
 time limit needs the main thread, fails silently elsewhere and cannot interrupt one long computation
 (`9^{9^{9^9}}`), so the limit here is a kill: a hostile answer costs one worker and scores 0 with a
 reason. Imports no torch, starts nothing until it must.
@@ -27,16 +27,17 @@ from typing import Protocol
 
 from opsd.common.errors import UserError
 from opsd.data.boxed import last_boxed
-from opsd.grading.normalise import same_form, too_large
+from opsd.data.references import unreadable
+from opsd.grading.answers.bounds import MOST_CHARACTERS as MAX_ANSWER_CHARACTERS
+from opsd.grading.answers.bounds import too_large
+from opsd.grading.answers.numbers import number, same_number
+from opsd.grading.answers.words import canonical, is_phrase
 
-MAX_ANSWER_CHARACTERS = 4000
 _WORKER = Path(__file__).with_name("worker.py")
 _START_SECONDS = 120.0  # importing sympy from a cold disk on a busy machine
 
 _PATIENCE = 6.0  # wall-clock seconds for one of CPU time, before a worker is killed from here
 
-_INTEGER = re.compile(r"([+-]?)(\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)(?:\.0*)?")
-_WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 
@@ -53,7 +54,7 @@ class Grade:
 
 def _plain(answer: str) -> str:
     """Without what is no part of an answer: dollars, spacing commands, `\\text{}`, a final stop."""
-    answer = answer.replace("\\,", "").replace("\\!", "").replace("{,}", ",").replace("\\$", "")
+    answer = answer.replace("\\,", " ").replace("\\!", "").replace("{,}", ",").replace("\\$", "")
     answer = answer.replace("\N{MINUS SIGN}", "-")
     answer = _TEXT_COMMAND.sub(r"\1", answer)
     return " ".join(answer.strip("$ \n\t").rstrip("\\.").split())
@@ -69,21 +70,6 @@ def _squeezed(answer: str) -> str:
     return _SPACE.sub("", _SIZE.sub("", answer))
 
 
-def _integer(answer: str) -> str | None:
-    """Canonical digits of an answer that is a plain integer; text, so that any length will do."""
-    match = _INTEGER.fullmatch(answer)
-    if match is None:
-        return None
-    digits = match[2].replace(",", "").replace(" ", "").lstrip("0") or "0"
-    return "-" + digits if match[1] == "-" and digits != "0" else digits
-
-
-def _is_words(answer: str) -> bool:
-    # Two letters may well be a product; three or more are taken as a word.
-    letters = sum(character.isalpha() for character in answer)
-    return bool(_WORDS.fullmatch(answer)) and (letters > 2 or answer.casefold() == "no")
-
-
 def _grade_here(extracted: str, answer: str) -> Grade | None:
     """The cheap cases; None where math-verify has to decide."""
     given, wanted = _plain(extracted), _plain(answer)
@@ -91,39 +77,36 @@ def _grade_here(extracted: str, answer: str) -> Grade | None:
         return Grade(True, "the same text", extracted)
     if given == "":
         return Grade(False, "the box is empty", extracted)
-    if len(extracted) > MAX_ANSWER_CHARACTERS:
-        return Grade(
-            False,
-            f"the answer is longer than {MAX_ANSWER_CHARACTERS} characters",
-            extracted,
-            failed=True,
-        )
-    given_integer, wanted_integer = _integer(given), _integer(wanted)
+    for text, whose in ((extracted, "answer"), (answer, "reference")):
+        if len(text) > MAX_ANSWER_CHARACTERS:
+            reason = f"the {whose} is longer than {MAX_ANSWER_CHARACTERS} characters"
+            return Grade(False, reason, extracted, failed=True)
     if _squeezed(given) == _squeezed(wanted):
         return Grade(True, "the same text", extracted)
-    if given_integer is not None and wanted_integer is not None:
-        equal = given_integer == wanted_integer
-        return Grade(equal, "equal integers" if equal else "different integers", extracted)
-    equal = same_form(given, wanted)
-    if equal is not None:
-        return Grade(equal, "the same form" if equal else "different", extracted)
+    if problem := unreadable(answer):
+        return Grade(False, f"the reference {problem}", extracted, failed=True)
+    numbers = number(given), number(wanted)
+    if numbers[0] is not None and numbers[1] is not None:
+        equal = same_number(*numbers)
+        return Grade(equal, "equal numbers" if equal else "different numbers", extracted)
     if too_large(given) or too_large(wanted):
         return Grade(False, "a number too large to compare", extracted, failed=True)
-    if _is_words(given) and _is_words(wanted):
+    if is_phrase(given) and is_phrase(wanted) and len(given) > 1 and len(wanted) > 1:
         # math-verify reads words as products of letters: to it `listen` equals `silent`.
-        equal = given.casefold() == wanted.casefold()
-        return Grade(equal, "the same words" if equal else "different words", extracted)
+        equal = canonical(given) == canonical(wanted)
+        if equal or not {"and", "or"} & {*given.casefold().split(), *wanted.casefold().split()}:
+            return Grade(equal, "the same words" if equal else "different words", extracted)
     return None
 
 
 class _Worker:
     """One process and its job: None while it starts or waits. `deadline`: monotonic seconds."""
 
-    def __init__(self, memory_limit: int, timeout: float):
+    def __init__(self, memory_limit: int, timeout: float, strict: bool):
         # A session of its own: Ctrl-C in the terminal is for the parent, which then kills its
         # workers in order.
         self.process = subprocess.Popen(
-            [sys.executable, str(_WORKER), str(memory_limit), str(timeout)],
+            [sys.executable, str(_WORKER), str(memory_limit), str(timeout)] + ["strict"] * strict,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -170,7 +153,8 @@ class Grader:
     r"""Grades completions against reference answers; a context manager that owns its workers.
 
     timeout: seconds of CPU time for one answer (on a busy machine it may wait six times as long);
-    workers: processes at most; memory_limit: bytes of address space of each. May be called from any
+    workers: processes at most; memory_limit: bytes of address space of each; strict: as
+    `loss.reward.strict` (opsd.grading.answers.strict). May be called from any
     thread, one call at a time. Workers start when first needed, are replaced when they die, and end
     with `close()`, with the object, or with this process. Raises UserError for numbers that cannot
     be. How answers are compared: docs/evaluate.md.
@@ -178,10 +162,17 @@ class Grader:
     >>> with Grader() as grader:
     ...     grades = grader.grade([r"So \boxed{1,024}.", "1024"], ["1024", "1024"])
     >>> [(grade.correct, grade.reason) for grade in grades]
-    [(True, 'equal integers'), (False, 'no \\boxed answer')]
+    [(True, 'equal numbers'), (False, 'no \\boxed answer')]
     """
 
-    def __init__(self, *, timeout: float = 5.0, workers: int = 1, memory_limit: int = 2 << 30):
+    def __init__(
+        self,
+        *,
+        timeout: float = 5.0,
+        workers: int = 1,
+        memory_limit: int = 2 << 30,
+        strict: bool = True,
+    ):
         if not 0 < timeout < math.inf:
             raise UserError(f"timeout: {timeout!r} is not a positive, finite number of seconds")
         if workers < 1:
@@ -191,6 +182,7 @@ class Grader:
                 f"memory_limit: {memory_limit!r} is below 256 MiB, which a worker needs"
             )
         self.timeout, self.workers, self.memory_limit = timeout, workers, memory_limit
+        self.strict = strict
         self._pool: list[_Worker] = []
         self._failed_starts = 0  # in a row
         self._lock = threading.Lock()
@@ -258,7 +250,7 @@ class Grader:
         ]:
             self._discard(worker)  # died while idle: nobody's fault
         while len(self._pool) < min(self.workers, busy_or_waiting):
-            self._pool.append(_Worker(self.memory_limit, self.timeout))
+            self._pool.append(_Worker(self.memory_limit, self.timeout, self.strict))
         for worker in self._pool:
             if waiting and worker.ready and worker.job is None:
                 try:

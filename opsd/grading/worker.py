@@ -1,6 +1,6 @@
 """The process that judges answers with math-verify; `grading.Grader` starts and kills it.
 
-It is run by its path: of this package only `normalise` is loaded here, and no torch. One JSON
+It is run by its path: of this package only `answers` is loaded here, and no torch. One JSON
 object a line: first `{"ready": true}` or `{"error": text}` on stdout, then for each
 `{"answer": …, "completion": …}` on stdin one `{"correct": bool, "reason": text}`, with `"last":
 true` if the process then ends. It ends with its stdin.
@@ -11,105 +11,26 @@ import os
 import signal
 import sys
 
-from normalise import same_logarithm, to_latex
+from answers.compare import compare
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this file's folder, whose modules must not shadow others
 
 
-def make_judge():
+def make_judge(strict: bool):
     """Returns judge(answer, completion) → (correct, reason), with its lazy imports done."""
-    import logging
+    from answers.symbolic import Algebra
 
-    import sympy  # noqa: F401 - here, where its seconds are not an answer's
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-    logging.disable(logging.CRITICAL)
-    forms = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-
-    def read(text: str) -> list:
-        # math-verify's own time limits use SIGALRM, which cannot interrupt one long C call; the
-        # parent's kill can.
-        boxed = "\\boxed{" + to_latex(text) + "}"
-        return parse(boxed, extraction_config=forms, parsing_timeout=None)
-
-    def equal(reference: list, given: list, percent: bool) -> bool:
-        try:  # the reference goes first: verify() is not symmetric
-            equal = verify(
-                reference,
-                given,
-                timeout_seconds=None,
-                allow_set_relation_comp=True,
-                raise_on_error=True,
-            )
-            return bool(equal) and _close(reference[0], given[0], percent)
-        except MemoryError:
-            raise
-        except Exception:
-            # sympy raises nearly anything on nonsense; the last entry is the normalised text
-            return bool(reference) and reference[-1] == given[-1]
+    algebra = Algebra()
 
     def judge(answer: str, completion: str) -> tuple[bool, str]:
-        answer, completion = same_logarithm(answer, completion)
-        reference, given = read(answer), read(completion)
-        if not given:
-            return False, "the answer cannot be read as mathematics"
-        percent = "%" in answer + completion
-        right = equal(reference, given, percent)
-        if not right and percent:  # 12.5 for 12.5 %
-            bare = [read(text.replace("\\%", "").replace("%", "")) for text in (answer, completion)]
-            right = bool(bare[1]) and equal(*bare, percent=False)
-        if not right and reference and " or" in completion.replace("{or", "{ or"):
-            right = _same_alternatives(reference[0], given[0])
-        if not right and reference:
-            right = _same_complex(reference[0], given[0])
-        return right, "equal" if right else "different"
+        try:
+            return compare(answer, completion, algebra, strict)
+        except RecursionError:
+            return False, "not understood: nested too deeply"
 
     judge("\\frac{1}{2}x", "x/2")
     return judge
-
-
-def _close(one, other, percent: bool) -> bool:
-    """Whether two constants that math-verify calls equal are so relative to their size: it rounds
-    to six decimals, so that 1e-20 would equal 2e-20. Anything but constants is close.
-
-    percent: one of them is written with a percent sign, and may mean a hundredth.
-    """
-    import sympy
-
-    constants = all(isinstance(side, sympy.Expr) and side.is_number for side in (one, other))
-    if not constants or one == other:
-        return True
-    one, other = sympy.N(one), sympy.N(other)
-    if not all(side.is_finite for side in (one, other)):
-        return True
-    scales = (1, 100, sympy.Rational(1, 100)) if percent else (1,)
-    return any(
-        bool(abs(one - scale * other) <= 1e-5 * max(abs(one), abs(scale * other)))
-        for scale in scales
-    )
-
-
-def _same_alternatives(reference, given) -> bool:
-    """`x<1 or x>2`, which math-verify reads as a set of relations, against a set of numbers."""
-    import sympy
-
-    if not isinstance(reference, sympy.Set) or not isinstance(given, sympy.FiniteSet):
-        return False
-    if not all(isinstance(one, sympy.core.relational.Relational) for one in given):
-        return False
-    return sympy.Union(*(one.as_set() for one in given)) == reference
-
-
-def _same_complex(reference, given) -> bool:
-    """The comparison with every symbol `i` taken as the imaginary unit."""
-    import sympy
-
-    sides = (reference, given)
-    if not all(isinstance(side, sympy.Expr) for side in sides):
-        return False
-    units = {s: sympy.I for side in sides for s in side.free_symbols if s.name == "i"}
-    if not units:
-        return False
-    difference = reference.subs(units) - given.subs(units)
-    return sympy.simplify(difference) == 0
 
 
 def limit_memory(bytes_: int) -> None:
@@ -131,7 +52,7 @@ def limit_cpu(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def main(memory_limit: int, timeout: float) -> None:
+def main(memory_limit: int, timeout: float, strict: bool) -> None:
     # Whatever a library prints must not end up between our lines.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -140,7 +61,7 @@ def main(memory_limit: int, timeout: float) -> None:
         replies.write(json.dumps(fields) + "\n")
 
     try:
-        judge = make_judge()
+        judge = make_judge(strict)
         limit_memory(memory_limit)
     except Exception as error:
         reply(error=f"{type(error).__name__}: {error}")
@@ -159,5 +80,4 @@ def main(memory_limit: int, timeout: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this file's folder, whose modules must not shadow others
-    main(int(sys.argv[1]), float(sys.argv[2]))
+    main(int(sys.argv[1]), float(sys.argv[2]), "strict" in sys.argv[3:])

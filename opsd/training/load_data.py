@@ -1,7 +1,7 @@
 """A run's training rows and held-out rows, with no problem in both."""
 
 from opsd.config.config import Config
-from opsd.config.requirements import required_columns
+from opsd.config.requirements import compares_answers, required_columns
 from opsd.data.rows import Row, load_rows, split_rows
 
 
@@ -17,6 +17,7 @@ def load_data(config: Config) -> tuple[list[Row], list[Row]]:
         seed=config.train.seed,
         options=data.options,
         require=required_columns(config),
+        graded=compares_answers(config),
     )
     if held.problems == 0:
         return rows, []

@@ -100,7 +100,7 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
     with display.stage(f"Load {config.model.path}"):
         model, tokenizer = processes.together(lambda: load_model(config.model, device, dtype=dtype))
     torch.manual_seed(config.train.seed)
-    with Grader() as grader:
+    with Grader(strict=config.loss.reward.strict) as grader:
         run(
             config,
             model,
