@@ -57,7 +57,10 @@ def _plain(answer: str) -> str:
     answer = answer.replace("\\,", " ").replace("\\!", "").replace("{,}", ",").replace("\\$", "")
     answer = answer.replace("\N{MINUS SIGN}", "-")
     answer = _TEXT_COMMAND.sub(r"\1", answer)
-    return " ".join(answer.strip("$ \n\t").rstrip("\\.").split())
+    answer = answer.strip("$ \n\t").rstrip("\\")
+    if answer.endswith(".") and not answer.endswith(".."):
+        answer = answer[:-1]
+    return " ".join(answer.split())
 
 
 _SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
@@ -94,7 +97,8 @@ def _grade_here(extracted: str, answer: str) -> Grade | None:
     if is_phrase(given) and is_phrase(wanted) and len(given) > 1 and len(wanted) > 1:
         # math-verify reads words as products of letters: to it `listen` equals `silent`.
         equal = canonical(given) == canonical(wanted)
-        if equal or not {"and", "or"} & {*given.casefold().split(), *wanted.casefold().split()}:
+        several = {"and", "or"} & {*given.casefold().split(), *wanted.casefold().split()}
+        if equal or (not several and "," not in given + wanted):
             return Grade(equal, "the same words" if equal else "different words", extracted)
     return None
 

@@ -176,19 +176,18 @@ def _environment(text: str, depth: int) -> Node | None:
         return Grid(tuple(tuple(read(cell, depth + 1) for cell in row) for row in rows))
     if name not in _SYSTEMS:
         return None
-    if name.endswith("cases") and any(
-        len(row) > 1 and row[1] and not row[1].startswith("=") for row in rows
-    ):
-        if not all(_RELATIONS.search("".join(row)) or "text" in "".join(row) for row in rows):
-            return _lines([" ".join(row) for row in rows], found["open"] == "[", depth)
-        if all(len(row) == 2 for row in rows):
-            return Grid(
-                tuple(
-                    (read(row[0], depth + 1), read(_condition(row[1]), depth + 1)) for row in rows
-                ),
-                True,
-            )
+    if name.endswith("cases") and all(len(row) == 2 and _is_condition(row[1]) for row in rows):
+        pairs = (
+            (read(value, depth + 1), read(_condition(when), depth + 1)) for value, when in rows
+        )
+        return Grid(tuple(pairs), cases=True)
     return _lines([" ".join(row) for row in rows], found["open"] == "[", depth)
+
+
+def _is_condition(text: str) -> bool:
+    """Whether the second column of `cases` says when; not so in an aligned equation."""
+    says = "=" in text or _RELATIONS.search(text) or re.search(r"[^\W\d_]{3}", text)
+    return bool(says) and not text.startswith(("=", "+", "-"))
 
 
 def _condition(text: str) -> str:
@@ -418,6 +417,7 @@ def _single(text: str) -> Node:
 
 
 _NO_MATHEMATICS = re.compile(
-    r"(?<![A-Za-z)}])'|[?@\"`~;:#]|\\(?:ldots|to|rightarrow|leftrightarrow|mapsto)(?![A-Za-z])|"
+    r"(?<![A-Za-z)}])'|[?@\"`~;:#]|\\(?:ldots|to|rightarrow|leftrightarrow|mapsto|not|sout|[bx]?cancel)"
+    r"(?![A-Za-z])|"
     r"\.\.\.|(?<![_\d.])\d[\d.]*\s+\d|[+\-*/^=]$"
 )
