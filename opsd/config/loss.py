@@ -49,6 +49,11 @@ class RewardSection(Section):
         description="What grades a rollout: math (its last \\boxed{}, by math-verify), or "
         "FILE.py:FUNCTION, called with the text and the row (docs/methods.md).",
     )
+    strict: bool = Field(
+        True,
+        description="math: sums left to be worked out (17 + 25 for 42) and answers in another base "
+        "than the reference's earn nothing (docs/evaluate.md).",
+    )
     success_threshold: float = Field(
         1.0, description="The verifier's score from which a rollout is right."
     )

@@ -39,6 +39,13 @@ def is_graded(config: Config) -> bool:
     return needs_grades(config) or config.loss.reward.log
 
 
+def compares_answers(config: Config) -> bool:
+    """Whether the training data's answers are compared with the model's."""
+    answers = is_graded(config) and config.loss.reward.verifier == "math"
+    own_test = config.eval.problems > 0 and config.eval.source is None
+    return answers or own_test
+
+
 def scores_by_teacher(config: Config) -> bool:
     """Whether training runs a teacher, or a reference."""
     if config.method == "grpo":
@@ -84,8 +91,6 @@ def required_columns(config: Config) -> list[str]:
         used |= names(config.prompts.teacher)
     if learns_targets(config):
         used |= names(config.prompts.target)
-    answers = is_graded(config) and config.loss.reward.verifier == "math"
-    own_test = config.eval.problems > 0 and config.eval.source is None
-    if answers or own_test:
+    if compares_answers(config):
         used.add("answer")
     return ["problem", *(name for name in ("solution", "answer") if name in used)]

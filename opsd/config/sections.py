@@ -85,12 +85,31 @@ class ModelSection(Section):
     )
 
 
+class SourceSection(Section):
+    """One source of several; what it does not say, data says."""
+
+    source: str = Field(description="As data.source.")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="How often each of its rows stands in the training data."
+    )
+    columns: dict[str, str] = Field({}, description="As data.columns.")
+    split: str = Field("train", description="As data.split.")
+    limit: int | None = Field(None, ge=1, description="As data.limit.")
+    options: dict[str, Any] = Field({}, description="As data.options.")
+
+
 class DataSection(Section):
     """What it learns from: rows with a problem, a solution and an answer."""
 
-    source: str = Field(
-        description="A .jsonl, .json or .parquet file, a directory saved by `datasets`, a hub "
-        "name, or reasoning_gym:<task>."
+    source: str | list[str | SourceSection] = Field(
+        description="A file (JSON lines, JSON, CSV, TSV, parquet; also gzipped), a directory saved "
+        "by `datasets`, a hub name, or reasoning_gym:<task>. Or a list of these, each a name or a "
+        "mapping with source, weight, columns, split, limit and options."
+    )
+    incomplete: Literal["error", "skip"] = Field(
+        "error",
+        description="A row without the text of a column that the run needs: stop, or leave it out "
+        "and count it.",
     )
     columns: dict[str, str] = Field(
         {}, description="Our column → theirs, for problem, solution, answer; dots reach inside."

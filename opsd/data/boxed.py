@@ -1,26 +1,113 @@
-"""The last \\boxed{} of a text."""
+r"""The answer that a text puts into boxes: `\boxed{…}`."""
+
+from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-_BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_TOKENS = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(\{?)|\\.|[{}]", re.DOTALL)
+# What `\boxed 7` holds: up to the dollar that ends the formula, else one number or command.
+_TO_DOLLAR = re.compile(r"([^${}\n]{0,80}(?:\{[^${}\n]{0,40}\}[^${}\n]{0,40}){0,6})\$")
+_BARE = re.compile(
+    r"[-+]?\s*\d[\d.,]*(?<![.,])(?:\s*\\?%)?|[-+]?\\[A-Za-z]+\s*(?:\{[^{}\n]{0,60}\}\s*){1,3}|"
+    r"[-+]?\\[A-Za-z]+\d{0,2}|[A-Za-z](?![A-Za-z])|\([^()\n]{1,60}\)"
+)
+_PLACEHOLDER = re.compile(
+    r"(?:\s|\\[ ,;:!]|\\q?quad|\\[lc]?dots|\\square|\\Box|\\cdots?|\\_|\.\.\.|[?_.…{}\[\]<>$~-]|"
+    r"\\(?:text|phantom|mathrm|textbf)\s*(?=\{))*"
+    r"(?:(?:your |the |my )?(?:final )?(?:answer|result|solution)(?: goes)?(?: here)?)?"
+    r"[\s}\]>.?$]*",
+    re.IGNORECASE,
+)
+_LABEL = r"(?:\(?[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?"
+# Between boxes that hold parts of one answer: `and`, commas, what opens the next part.
+_JOINT = re.compile(
+    r"(?P<blank>\s*)|"
+    r"(?:[\s$,;&]|\\[ ,;]|\\\\|\\q?quad|\\\)|\\\(|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|"
+    r"\b(?:and|or)\b|(?:part\s*)?\([a-h1-9]\)\s*:?|:)*" + _LABEL + r"[\s$]*",
+    re.IGNORECASE,
+)
+_NAMED = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w\}?)?)\s*=\s*$")
+_LONGEST_JOINT = 60
+
+
+@dataclass(frozen=True)
+class Box:
+    """A closed box: `start` of the command, `end` after the brace."""
+
+    start: int
+    end: int
+    content: str
+
+
+def boxes(text: str) -> tuple[list[Box], bool]:
+    """(the innermost boxes in order, whether the last one is cut off). One pass, so a megabyte of
+    opening boxes is harmless. Escaped braces do not count."""
+    open_starts: list[tuple[int, int] | None] = []  # None: a brace that opens no box
+    found: list[Box] = []
+    latest = -1  # where the last box began that is closed
+    last_command = -1
+    for token in _TOKENS.finditer(text):
+        symbol = token.group()
+        if symbol.startswith(("\\b", "\\f")) and len(symbol) > 2:
+            last_command = token.start()
+            if token[1]:
+                open_starts.append((token.start(), token.end()))
+            elif bare := _TO_DOLLAR.match(text, token.end()) or _BARE.match(text, token.end()):
+                content = bare[1] if bare.re is _TO_DOLLAR else bare[0]
+                if content.strip() and "\\boxed" not in content:
+                    found.append(Box(token.start(), token.end() + len(content), content.strip()))
+                    latest = token.start()
+        elif symbol == "{":
+            open_starts.append(None)
+        elif symbol == "}" and open_starts:
+            start = open_starts.pop()
+            if start is not None and start[0] > latest:
+                content = text[start[1] : token.start()].strip()
+                found.append(Box(start[0], token.end(), content))
+                latest = start[0]
+    return found, last_command > latest
+
+
+def is_placeholder(content: str) -> bool:
+    r"""Whether a box holds nothing: `\boxed{}`, `\boxed{\ldots}`, `\boxed{\text{your answer}}`."""
+    return len(content) < 80 and bool(_PLACEHOLDER.fullmatch(content))
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{…}` whose braces balance (inner before outer), or None.
+    r"""What the last `\boxed{…}` holds, or None without one.
 
-    One pass, so a megabyte of opening boxes is harmless. Escaped braces do not count.
+    Inner boxes go before outer ones. Boxes that only "and", "or" or a comma separates are parts of
+    one answer, and an empty box after a real one does not count.
 
     >>> last_boxed(r"It was \boxed{3}, no: \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
+    >>> last_boxed(r"$x=\boxed{3}$ or $x=\boxed{5}$")
+    '3, 5'
     """
-    open_starts: list[int | None] = []  # None: a brace that opens no box
-    last_start, content = -1, None
-    for token in _BOX_TOKENS.finditer(text):
-        symbol = token.group()
-        if symbol.endswith("{") and symbol != "\\{":
-            open_starts.append(token.end() if len(symbol) > 1 else None)
-        elif symbol == "}" and open_starts:
-            start = open_starts.pop()
-            if start is not None and start > last_start:
-                last_start, content = start, text[start : token.start()]
-    return None if content is None else content.strip()
+    found, _ = boxes(text)
+    real = [box for box in found if not is_placeholder(box.content)] or found[-1:]
+    return joined(text, real)[0] if real else None
+
+
+def joined(text: str, real: list[Box]) -> tuple[str, int]:
+    """(the answer that the last boxes hold together, how many boxes that is)."""
+    parts = [real[-1]]  # the last one first
+    for box in real[-2::-1]:
+        between = text[box.end : parts[-1].start]
+        joint = _JOINT.fullmatch(between) if len(between) <= _LONGEST_JOINT else None
+        if joint is None or between.count("\n") > 1:
+            break
+        if joint["blank"] is not None and box.content == parts[-1].content:
+            parts[-1] = box  # said twice
+        else:
+            parts.append(box)
+    parts.reverse()
+    if len(parts) == 1:
+        return parts[0].content, 1
+    names = [_NAMED.search(text, max(0, box.start - 20), box.start) for box in parts]
+    if all(names) and len({name[1] for name in names}) == len(names):
+        return ", ".join(f"{n[1]}={b.content}" for n, b in zip(names, parts, strict=True)), len(
+            parts
+        )
+    return ", ".join(box.content for box in parts), len(parts)

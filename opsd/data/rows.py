@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from opsd.common.errors import UserError
-from opsd.data.boxed import last_boxed
 from opsd.data.chats import CHAT_COLUMNS, Chat, last_answer, read_chat
+from opsd.data.references import Unreadable, final_answer
 from opsd.data.sources import DEFAULT_DRAW, REASONING_GYM, check_names, draw, kind_of, stored
 
 COLUMNS = ("problem", "solution", "answer")
@@ -34,9 +34,9 @@ COLUMNS = ("problem", "solution", "answer")
 class Row:
     """One problem. `columns` is the row as its source has it, for templates.
 
-    `answer` is the bare final answer: what follows `####` in an answer written as GSM8K's, or what
-    the last `\\boxed{}` holds, where the source's answer has either. A column that the caller does
-    not require and the source does not have is "".
+    `answer` is the bare final answer (`opsd.data.references`): what follows `####` in an answer
+    written as GSM8K's, or what the last `\\boxed{}` holds, where the source's answer has either. A
+    column that the caller does not require and the source does not have is "".
     """
 
     problem: str
@@ -61,6 +61,7 @@ def load_rows(
     options: Mapping[str, Any] | None = None,
     require: Sequence[str] = COLUMNS,
     section: str = "data",
+    graded: bool = True,
     skip_incomplete: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
@@ -83,6 +84,7 @@ def load_rows(
     require: the columns that each row must have, with some text in it. A number will do for an
         answer; 8.0 is 8, as in a column of whole numbers that may be null.
     section: the section of the configuration that error messages name.
+    graded: required answers are compared with a model's, so each must name a final answer.
     skip_incomplete: leave out rows without a required text, and count them by `note`; or else the
         first of them is an error.
 
@@ -113,7 +115,9 @@ def load_rows(
             )
         raw = stored(source, split, options, section)
     theirs |= columns
-    reader = _Reader(theirs, frozenset(columns), frozenset(require), source, section)
+    # reasoning_gym's answers are whatever its task says they are.
+    graded = graded and "answer" in require and not source.startswith(REASONING_GYM)
+    reader = _Reader(theirs, frozenset(columns), frozenset(require), source, section, graded)
     rows: list[Row] = []
     incomplete: list[IncompleteRowError] = []
     for number, record in enumerate(raw, start=1):
@@ -165,6 +169,7 @@ class _Reader:
 
     theirs: our column → the source's. mapped: those that the user has named; the first row must
     have them, so that a wrong name is told. required: those that each row must have text in.
+    graded: the answers are compared with a model's.
     """
 
     theirs: Mapping[str, str]
@@ -172,6 +177,7 @@ class _Reader:
     required: frozenset[str]
     source: str
     section: str
+    graded: bool
 
     def row(self, record: Any, number: int) -> Row:
         """The row of a record, the `number`-th. Raises UserError."""
@@ -188,10 +194,15 @@ class _Reader:
                 said = chat.solution or last_answer(record.get("completion"))
                 found["solution"] = (said is not None, said)
         values = {name: self._text(name, *found[name], record, number, where) for name in COLUMNS}
-        values["answer"] = _final_answer(values["answer"])
-        if "answer" in self.required and not values["answer"]:
-            column = self.theirs["answer"]
-            raise IncompleteRowError(f"{where}: column {column!r} (answer) names no final answer")
+        if values["answer"]:
+            try:
+                values["answer"] = final_answer(values["answer"])
+            except Unreadable as problem:
+                if self.graded:
+                    column = self.theirs["answer"]
+                    raise IncompleteRowError(
+                        f"{where}: column {column!r} (answer) {problem}"
+                    ) from None
         return Row(**values, columns=record, history=history)
 
     def _chat(self, record: dict[str, Any], problem: tuple[bool, Any]) -> Chat | None:
@@ -249,13 +260,6 @@ def _number_as_text(value: Any) -> Any:
 
 def _has_half_pair(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _final_answer(answer: str) -> str:
-    if "####" in answer:
-        return answer.rpartition("####")[2].strip()
-    boxed = last_boxed(answer)
-    return answer.strip() if boxed is None else boxed
 
 
 def _reach(record: Any, column: str) -> tuple[bool, Any]:

@@ -1,16 +1,15 @@
 """Is a completion's answer right?
 
-The answer is the content of the completion's last `\\boxed{…}`. Equal texts, integers and words are
-decided here; everything else goes to math-verify in a worker process. math-verify's own time limit
-needs the main thread, fails silently elsewhere and cannot interrupt one long computation
+The answer is what the completion's last `\\boxed{…}` holds. Equal strings, plain numbers and words
+decide at once, here; everything else is compared (`answers`) in a worker process. math-verify's own
+time limit needs the main thread, fails silently elsewhere and cannot interrupt one long computation
 (`9^{9^{9^9}}`), so the limit here is a kill: a hostile answer costs one worker and scores 0 with a
-reason. Imports no torch and starts no process before it has to.
+reason. Imports no torch, starts nothing until it must.
 
 The pool is our own because those of concurrent.futures, multiprocessing and pebble start their
 workers by importing the caller's main module again: a script without a main guard then fails, and a
 worker that holds the caller's torch exceeds its memory limit. Their time limits count wall-clock
-time, by which honest answers fail on a busy machine. Speed does not decide: all of them pass on
-more than 1000 answers a second, and math-verify compares some hundred.
+time, by which honest answers fail on a busy machine.
 """
 
 from __future__ import annotations
@@ -32,26 +31,24 @@ from pathlib import Path
 
 from opsd.common.errors import UserError
 from opsd.data.boxed import last_boxed
-from opsd.grading.normalise import same_form, too_large
+from opsd.data.references import unreadable
+from opsd.grading.answers.bounds import MOST_CHARACTERS as MAX_ANSWER_CHARACTERS
+from opsd.grading.answers.bounds import too_large
+from opsd.grading.answers.numbers import number, same_number
+from opsd.grading.answers.words import canonical, is_phrase
 
-MAX_ANSWER_CHARACTERS = 4000
 _WORKER = Path(__file__).with_name("worker.py")
 _START_SECONDS = 120.0  # importing sympy from a cold disk on a busy machine
 
-_PATIENCE = 6.0  # wall-clock seconds that a worker may take for each second of its CPU limit
+_PATIENCE = 6.0  # wall-clock seconds for one of CPU time, before a worker is killed from here
 
-_INTEGER = re.compile(r"([+-]?)(\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)(?:\.0*)?")
-_WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
 class Grade:
-    """Whether one completion's answer is right.
-
-    reason: why, for people. extracted: the content of the last box, None without one. failed: the
-    comparison was given up for want of time or memory, which counts as wrong.
-    """
+    """`extracted`: the content of the last box, None without one; `reason`: why, for people;
+    `failed`: there was no verdict (time, memory, size), which scores 0."""
 
     correct: bool
     reason: str
@@ -60,11 +57,14 @@ class Grade:
 
 
 def _plain(answer: str) -> str:
-    """The answer without dollars, spacing commands, `\\text{}` and a final stop."""
-    answer = answer.replace("\\,", "").replace("\\!", "").replace("{,}", ",").replace("\\$", "")
+    """Without what is no part of an answer: dollars, spacing commands, `\\text{}`, a final stop."""
+    answer = answer.replace("\\,", " ").replace("\\!", "").replace("{,}", ",").replace("\\$", "")
     answer = answer.replace("\N{MINUS SIGN}", "-")
     answer = _TEXT_COMMAND.sub(r"\1", answer)
-    return " ".join(answer.strip("$ \n\t").rstrip("\\.").split())
+    answer = answer.strip("$ \n\t").rstrip("\\")
+    if answer.endswith(".") and not answer.endswith(".."):
+        answer = answer[:-1]
+    return " ".join(answer.split())
 
 
 _SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
@@ -72,67 +72,49 @@ _SIZE = re.compile(r"\\(?:left|right)(?![A-Za-z])|(?<=\\)[dt](?=frac(?![A-Za-z])
 
 
 def _squeezed(answer: str) -> str:
-    """The answer without spaces and sizes: `\\left( 1, \\dfrac12 \\right)` → `(1,\\frac12)`.
-
-    Spaces between letters or digits stay: `1 1/2` is not `11/2`.
-    """
+    """Without what changes only the looks: `\\left( 1, \\dfrac12 \\right)` → `(1,\\frac12)`. Spaces
+    between letters or digits stay: `1 1/2` is not `11/2`."""
     return _SPACE.sub("", _SIZE.sub("", answer))
 
 
-def _integer(answer: str) -> str | None:
-    """The digits of an answer that is a plain integer, in one form for each number; else None."""
-    match = _INTEGER.fullmatch(answer)
-    if match is None:
-        return None
-    digits = match[2].replace(",", "").replace(" ", "").lstrip("0") or "0"
-    return "-" + digits if match[1] == "-" and digits != "0" else digits
-
-
-def _is_words(answer: str) -> bool:
-    # Two letters may well be a product; three or more are taken as a word.
-    letters = sum(character.isalpha() for character in answer)
-    return bool(_WORDS.fullmatch(answer)) and (letters > 2 or answer.casefold() == "no")
-
-
 def _grade_here(extracted: str, answer: str) -> Grade | None:
-    """The grade where text alone decides; None where math-verify has to."""
+    """The cheap cases; None where math-verify has to decide."""
     given, wanted = _plain(extracted), _plain(answer)
     if extracted == answer.strip() or given == wanted != "":
         return Grade(True, "the same text", extracted)
     if given == "":
         return Grade(False, "the box is empty", extracted)
-    if len(extracted) > MAX_ANSWER_CHARACTERS:
-        reason = f"the answer is longer than {MAX_ANSWER_CHARACTERS} characters"
-        return Grade(False, reason, extracted, failed=True)
-    given_integer, wanted_integer = _integer(given), _integer(wanted)
+    for text, whose in ((extracted, "answer"), (answer, "reference")):
+        if len(text) > MAX_ANSWER_CHARACTERS:
+            reason = f"the {whose} is longer than {MAX_ANSWER_CHARACTERS} characters"
+            return Grade(False, reason, extracted, failed=True)
     if _squeezed(given) == _squeezed(wanted):
         return Grade(True, "the same text", extracted)
-    if given_integer is not None and wanted_integer is not None:
-        equal = given_integer == wanted_integer
-        return Grade(equal, "equal integers" if equal else "different integers", extracted)
-    equal = same_form(given, wanted)
-    if equal is not None:
-        return Grade(equal, "the same form" if equal else "different", extracted)
+    if problem := unreadable(answer):
+        return Grade(False, f"the reference {problem}", extracted, failed=True)
+    numbers = number(given), number(wanted)
+    if numbers[0] is not None and numbers[1] is not None:
+        equal = same_number(*numbers)
+        return Grade(equal, "equal numbers" if equal else "different numbers", extracted)
     if too_large(given) or too_large(wanted):
         return Grade(False, "a number too large to compare", extracted, failed=True)
-    if _is_words(given) and _is_words(wanted):
+    if is_phrase(given) and is_phrase(wanted) and len(given) > 1 and len(wanted) > 1:
         # math-verify reads words as products of letters: to it `listen` equals `silent`.
-        equal = given.casefold() == wanted.casefold()
-        return Grade(equal, "the same words" if equal else "different words", extracted)
+        equal = canonical(given) == canonical(wanted)
+        several = {"and", "or"} & {*given.casefold().split(), *wanted.casefold().split()}
+        if equal or (not several and "," not in given + wanted):
+            return Grade(equal, "the same words" if equal else "different words", extracted)
     return None
 
 
 class _Worker:
-    """One process and the (answer, reference) that it compares: None while it starts or waits.
+    """One process and its job: None while it starts or waits. `deadline`: monotonic seconds."""
 
-    `deadline`: by time.monotonic().
-    """
-
-    def __init__(self, memory_limit: int, timeout: float):
-        # A session of its own: Ctrl-C in the terminal reaches only the parent, which then ends its
-        # workers.
+    def __init__(self, memory_limit: int, timeout: float, strict: bool):
+        # A session of its own: Ctrl-C in the terminal is for the parent, which then kills its
+        # workers in order.
         self.process = subprocess.Popen(
-            [sys.executable, str(_WORKER), str(memory_limit), str(timeout)],
+            [sys.executable, str(_WORKER), str(memory_limit), str(timeout)] + ["strict"] * strict,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -140,16 +122,17 @@ class _Worker:
             start_new_session=True,
         )
         self.ready = False
-        self.pair: tuple[str, str] | None = None
+        self.job: tuple[str, str] | None = None
         self.deadline = time.monotonic() + _START_SECONDS
         self._received = b""
 
-    def give(self, pair: tuple[str, str], timeout: float) -> None:
+    def give(self, job: tuple[str, str], timeout: float) -> None:
         """Raises BrokenPipeError if the process is gone."""
-        line = memoryview(json.dumps(pair).encode() + b"\n")
+        completion, answer = job
+        line = memoryview(json.dumps({"answer": answer, "completion": completion}).encode() + b"\n")
         while line:
             line = line[self.process.stdin.write(line) :]
-        self.pair, self.deadline = pair, time.monotonic() + _PATIENCE * timeout
+        self.job, self.deadline = job, time.monotonic() + _PATIENCE * timeout
 
     def receive(self) -> dict | None:
         """The next reply, None while it is incomplete. Raises EOFError if the process ended."""
@@ -178,18 +161,26 @@ class Grader:
     r"""Grades completions against reference answers; a context manager that owns its workers.
 
     timeout: seconds of CPU time for one answer (on a busy machine it may wait six times as long);
-    workers: processes at most; memory_limit: bytes of address space of each. May be called from any
+    workers: processes at most; memory_limit: bytes of address space of each; strict: as
+    `loss.reward.strict` (opsd.grading.answers.strict). May be called from any
     thread, one call at a time. Workers start when first needed, are replaced when they die, and end
-    with `close()`, with the object, or with this process. Raises UserError for numbers out of
-    range. docs/evaluate.md says how answers are compared.
+    with `close()`, with the object, or with this process. Raises UserError for numbers that cannot
+    be. How answers are compared: docs/evaluate.md.
 
     >>> with Grader() as grader:
     ...     grades = grader.grade([r"So \boxed{1,024}.", "1024"], ["1024", "1024"])
     >>> [(grade.correct, grade.reason) for grade in grades]
-    [(True, 'equal integers'), (False, 'no \\boxed answer')]
+    [(True, 'equal numbers'), (False, 'no \\boxed answer')]
     """
 
-    def __init__(self, *, timeout: float = 5.0, workers: int = 1, memory_limit: int = 2 << 30):
+    def __init__(
+        self,
+        *,
+        timeout: float = 5.0,
+        workers: int = 1,
+        memory_limit: int = 2 << 30,
+        strict: bool = True,
+    ):
         if not 0 < timeout < math.inf:
             raise UserError(f"timeout: {timeout!r} is not a positive, finite number of seconds")
         if workers < 1:
@@ -199,6 +190,7 @@ class Grader:
                 f"memory_limit: {memory_limit!r} is below 256 MiB, which a worker needs"
             )
         self.timeout, self.workers, self.memory_limit = timeout, workers, memory_limit
+        self.strict = strict
         self._pool: list[_Worker] = []
         self._failed_starts = 0  # in a row
         self._lock = threading.Lock()
@@ -215,7 +207,7 @@ class Grader:
         _kill_all(self._pool)
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
-        """One Grade for each completion, in order. Equal pairs are compared once.
+        """One Grade for each completion, in order. Equal pairs are judged once.
 
         Raises ValueError if the lengths differ or an answer is empty, UserError if math-verify
         cannot be started.
@@ -223,7 +215,7 @@ class Grader:
         if len(completions) != len(answers):
             raise ValueError(f"{len(completions)} completions for {len(answers)} answers")
         grades: list[Grade | None] = []
-        hard: dict[tuple[str, str], list[int]] = {}  # (answer, reference) → where it occurs
+        hard: dict[tuple[str, str], list[int]] = {}  # (extracted, answer) → where it occurs
         for index, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
             if not answer.strip():
                 raise ValueError(f"answers[{index}] is empty")
@@ -237,44 +229,47 @@ class Grader:
             grades.append(grade)
         if hard:
             with self._lock:
-                compared = self._compare(list(hard))
-            for pair, indices in hard.items():
+                verdicts = self._judge(list(hard))
+            for job, indices in hard.items():
                 for index in indices:
-                    grades[index] = compared[pair]
+                    correct, reason, failed = verdicts[job]
+                    grades[index] = Grade(correct, reason, job[0], failed)
         return grades
 
-    def _compare(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Grade]:
-        """The grade of each (answer, reference), by workers side by side."""
-        waiting = deque(pairs)
-        grades: dict[tuple[str, str], Grade] = {}
+    def _judge(self, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[bool, str, bool]]:
+        """job → (correct, reason, failed), the workers busy side by side."""
+        waiting = deque(jobs)
+        verdicts: dict[tuple[str, str], tuple[bool, str, bool]] = {}
         try:
-            while len(grades) < len(pairs):
-                self._assign(waiting, open_pairs=len(pairs) - len(grades))
+            while len(verdicts) < len(jobs):
+                self._assign(waiting, busy_or_waiting=len(jobs) - len(verdicts))
                 for worker, readable in self._wait():
-                    self._collect(worker, readable, grades)
-        except BaseException:
-            # Also on Ctrl-C: a worker with an unread reply would answer the next question with it.
+                    self._collect(worker, readable, verdicts)
+        except (
+            BaseException
+        ):  # Ctrl-C too: a worker with an unread reply would answer the next question with it
             self.close()
             raise
-        return grades
+        return verdicts
 
-    def _assign(self, waiting: deque, open_pairs: int) -> None:
-        for worker in list(self._pool):
-            if worker.ready and worker.pair is None and worker.process.poll() is not None:
-                self._discard(worker)  # killed from outside while idle: costs no answer
-        while len(self._pool) < min(self.workers, open_pairs):
-            self._pool.append(_Worker(self.memory_limit, self.timeout))
+    def _assign(self, waiting: deque, busy_or_waiting: int) -> None:
+        for worker in [
+            w for w in self._pool if w.process.poll() is not None and w.job is None and w.ready
+        ]:
+            self._discard(worker)  # died while idle: nobody's fault
+        while len(self._pool) < min(self.workers, busy_or_waiting):
+            self._pool.append(_Worker(self.memory_limit, self.timeout, self.strict))
         for worker in self._pool:
-            if waiting and worker.ready and worker.pair is None:
+            if waiting and worker.ready and worker.job is None:
                 try:
                     worker.give(waiting[0], self.timeout)
                 except BrokenPipeError:
-                    continue  # it died just now: replaced in the next round
+                    continue  # died just now: replaced in the next round
                 waiting.popleft()
 
     def _wait(self) -> list[tuple[_Worker, bool]]:
-        """Waits until workers have written or ended (True), or are past their deadline (False)."""
-        active = [worker for worker in self._pool if worker.pair is not None or not worker.ready]
+        """Waits for news: workers that wrote or ended (True) or are past their deadline (False)."""
+        active = [worker for worker in self._pool if worker.job is not None or not worker.ready]
         if not active:
             return []
         with selectors.DefaultSelector() as selector:
@@ -286,7 +281,7 @@ class Grader:
         late = [worker for worker in active if worker not in readable and worker.deadline <= now]
         return [(worker, True) for worker in readable] + [(worker, False) for worker in late]
 
-    def _collect(self, worker: _Worker, readable: bool, grades: dict) -> None:
+    def _collect(self, worker: _Worker, readable: bool, verdicts: dict) -> None:
         limit = self.timeout if worker.ready else _START_SECONDS
         reply, failure = None, f"no verdict within {limit:g} s"
         if readable:
@@ -295,17 +290,19 @@ class Grader:
                 if reply is None:
                     return
             except EOFError:
-                if worker.process.wait() != -signal.SIGPROF:  # the signal of its own CPU limit
+                if worker.process.wait() != -signal.SIGPROF:  # its own limit of CPU time
                     failure = "the grading process died (out of memory?)"
         if not worker.ready:
             self._started(worker, failure if reply is None else reply.get("error"))
-            return
-        ended = reply is None or bool(reply.get("last"))
-        correct, reason = (False, failure) if reply is None else (reply["correct"], reply["reason"])
-        grades[worker.pair] = Grade(correct, reason, worker.pair[0], failed=ended)
-        worker.pair = None
-        if ended:
+        elif reply is None:
+            verdicts[worker.job] = (False, failure, True)
             self._discard(worker)
+        else:
+            ended = bool(reply.get("last"))
+            verdicts[worker.job] = (reply["correct"], reply["reason"], ended)
+            worker.job = None
+            if ended:
+                self._discard(worker)
 
     def _started(self, worker: _Worker, problem: str | None) -> None:
         if problem is None:

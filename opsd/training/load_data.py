@@ -1,11 +1,12 @@
 """A run's training rows and held-out rows: no problem in both, and all fit the model's window."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.config.config import Config
 from opsd.config.requirements import (
+    compares_answers,
     held_out_teacher_role,
     longest_answer,
     longest_rollout,
@@ -13,40 +14,72 @@ from opsd.config.requirements import (
     trained_roles,
     uses_teacher_prompt,
 )
+from opsd.config.sections import DataSection, SourceSection
 from opsd.data.length_filter import fitting_held_out, fitting_rows
+from opsd.data.mixture import mixture
 from opsd.data.prompts import Prompts
-from opsd.data.rows import Row, load_rows, split_rows
+from opsd.data.rows import Row, load_rows, same_problem, split_rows
 
 
-def load_data(config: Config) -> tuple[list[Row], list[Row]]:
-    """The training rows and the held-out ones, with no problem in both."""
-    data, test = config.data, config.eval
-    rows = load_rows(
-        data.source,
-        columns=data.columns,
-        split=data.split,
-        limit=data.limit,
-        size=data.size,
-        seed=config.train.seed,
-        options=data.options,
-        require=required_columns(config),
-    )
+def load_data(
+    config: Config, note: Callable[[str], None] = lambda text: None
+) -> tuple[list[Row], list[Row]]:
+    """The training rows and the held-out ones, with no problem in both; tells what was left out."""
+    data, test, seed = config.data, config.eval, config.train.seed
+    rows = mixture([(_read(source, config, note), source.weight) for source in sources(data)], seed)
     if test.problems == 0:
         return rows, []
     if test.source is None:
-        return split_rows(rows, test.problems, config.train.seed)
+        return split_rows(rows, test.problems, seed)
     held_out = load_rows(
         test.source,
         columns=data.columns if test.columns is None else test.columns,
         split=test.split,
         limit=test.problems,
-        seed=config.train.seed + 1,
+        seed=seed + 1,
         options=data.options if test.options is None else test.options,
         require=("problem", "answer"),
         section="eval",
     )
-    known = {row.problem for row in held_out}
-    return [row for row in rows if row.problem not in known], held_out
+    known = {same_problem(row.problem) for row in held_out}
+    kept = [row for row in rows if same_problem(row.problem) not in known]
+    if len(kept) < len(rows):
+        note(
+            f"{len(rows) - len(kept)} training rows are left out: their problems are held out by "
+            "eval.source (but for case and white space)"
+        )
+    return kept, held_out
+
+
+def sources(data: DataSection) -> list[SourceSection]:
+    """The sources of `data`; what one does not say, `data` says for all."""
+    given = data.source if isinstance(data.source, list) else [data.source]
+    found = []
+    for source in given:
+        own = SourceSection(source=source) if isinstance(source, str) else source
+        shared = {
+            name: getattr(data, name)
+            for name in ("columns", "split", "limit", "options")
+            if name not in own.model_fields_set
+        }
+        found.append(own.model_copy(update=shared))
+    return found
+
+
+def _read(source: SourceSection, config: Config, note: Callable[[str], None]) -> list[Row]:
+    return load_rows(
+        source.source,
+        columns=source.columns,
+        split=source.split,
+        limit=source.limit,
+        size=config.data.size,
+        seed=config.train.seed,
+        options=source.options,
+        require=required_columns(config),
+        graded=compares_answers(config),
+        skip_incomplete=config.data.incomplete == "skip",
+        note=note,
+    )
 
 
 def fitting_data(

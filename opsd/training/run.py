@@ -54,7 +54,7 @@ from opsd.runs.log import RunLog
 from opsd.training.checkpoints import check_pieces, save_trained
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.learning_curve import LearningCurve
-from opsd.training.load_data import fitting_data, load_data
+from opsd.training.load_data import fitting_data, load_data, sources
 from opsd.training.preflight import check_disk_space, check_launcher, check_machine
 from opsd.training.trainer import OPSDTrainer
 
@@ -95,8 +95,8 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
             server = processes.together(lambda: training_server(config.rollout))
     if is_graded(config):
         processes.together(lambda: check_verifier(config.loss.reward))
-    with display.stage(f"Read {config.data.source}"):
-        rows, held_out = processes.together(lambda: load_data(config))
+    with display.stage(f"Read {', '.join(source.source for source in sources(config.data))}"):
+        rows, held_out = processes.together(lambda: load_data(config, display.note))
     problems = {"data.source": rows, "eval.source": held_out}
     processes.once(lambda: check_problems(directory, problems, checkpoint))
     processes.together(lambda: check_teacher(config.teacher, config.model))
@@ -106,7 +106,7 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
     with display.stage(f"Load {config.model.path}"):
         model, tokenizer = processes.together(lambda: load_model(config.model, device, dtype=dtype))
     torch.manual_seed(config.train.seed)
-    with Grader() as grader:
+    with Grader(strict=config.loss.reward.strict) as grader:
         run(
             config,
             model,

@@ -43,7 +43,9 @@ def grader():
         (r"\boxed{8} and \boxed{12", "8"),  # the cut-off box is none
         (r"\boxed{12", None),
         (r"x \\boxed{3}", None),  # TeX: a line break and a word
-        (r"\boxed 5", None),
+        (r"\boxed 5", "5"),
+        (r"\boxed{3} or \boxed{5}", "3, 5"),
+        (r"\boxed{7} \boxed{\ldots}", "7"),
         ("", None),
         (r"\boxed{}", ""),
     ],
@@ -74,21 +76,21 @@ CHEAP = [
     ("\\$5", "5", True),
     ("5.", "5", True),
     ("5.0", "5", True),
-    ("5.5", "5", None),
+    ("5.5", "5", False),
     ("9" * 3000, "9" * 3000 + ".0", True),  # beyond Python's limit of int(str)
     ("\\text{Monday}", "Monday", True),
     ("monday", "Monday", True),
     ("Tuesday", "Monday", False),
     ("\\left( 1, \\dfrac{1}{2} \\right)", "(1,\\frac{1}{2})", True),
-    ("1 1/2", "11/2", None),  # no space that means something is dropped
+    ("1 1/2", "11/2", False),  # no space that means something is dropped
     ("1 000 000", "1000000", True),
-    ("1:2:3", "1:3:2", False),
-    ("101_2", "5_{10}", True),
+    ("1:2:3", "1:3:2", None),
+    ("101_2", "5_{10}", None),
     ("x_1", "x_2", None),
-    ("1, 2, \\ldots, n", "1,2,\\dots,n", True),
-    ("9:05", "9:5", True),
+    ("1, 2, \\ldots, n", "1,2,\\dots,n", None),
+    ("9:05", "9:5", None),
     ("silent", "listen", False),  # to math-verify the same product of letters
-    ("on", "no", None),
+    ("on", "no", False),
     ("No", "no", True),
     ("a  b", "a b", True),
     ("", "5", False),
@@ -96,10 +98,10 @@ CHEAP = [
 ]
 
 
-@pytest.mark.parametrize("given, answer, correct", CHEAP)
-def test_cheap_cases_decide_without_a_worker(given, answer, correct):
+@pytest.mark.parametrize("given, answer, verdict", CHEAP)
+def test_cheap_cases_decide_without_a_worker(given, answer, verdict):
     grade = grading._grade_here(given, answer)
-    assert (None if grade is None else grade.correct) is correct
+    assert (None if grade is None else grade.correct) is verdict
 
 
 def test_easy_answers_start_no_process():
@@ -151,41 +153,12 @@ def test_mathematics(grader):
     assert wrong == []
 
 
-# Where the grader is known to decide otherwise than a person: (given, answer). They and the figures
-# below are in docs/evaluate.md as well.
-KNOWN_DISAGREEMENTS = {
-    ("10:30 \\text{ AM}", "10:30"),  # half of the day is compared only where both say it
-    ("--3", "3"),  # right as mathematics, careless as an answer
-}
-
-
-def test_agreement_with_pairs_judged_by_hand(grader):
-    lines = (Path(__file__).parents[1] / "data" / "answer_pairs.jsonl").read_text().splitlines()
-    pairs = [json.loads(line) for line in lines]
-    grades = grader.grade(
-        [boxed(pair["given"]) for pair in pairs], [pair["answer"] for pair in pairs]
-    )
-    disagreements = {
-        (pair["given"], pair["answer"])
-        for pair, grade in zip(pairs, grades, strict=True)
-        if grade.correct is not pair["correct"]
-    }
-    assert disagreements == KNOWN_DISAGREEMENTS
-    right = sum(pair["correct"] for pair in pairs)
-    agreement = 100 * (1 - len(disagreements) / len(pairs))
-    assert len({(pair["given"], pair["answer"]) for pair in pairs}) == len(pairs)
-    assert len(pairs) - right >= 100 and agreement >= 99.5
-    document = (ROOT / "docs" / "evaluate.md").read_text()
-    assert f"{len(pairs)} pairs" in document and f"{agreement:.2f} %" in document
-    assert all(f"`{given}` for `{answer}`" in document for given, answer in disagreements)
-
-
 def test_works_off_the_main_thread_and_from_several(grader):
     results = {}
 
     def work(name):
         results[name] = [
-            g.correct for g in grader.grade([boxed("2/4"), boxed(f"{name}/3")], ["1/2", "1/3"])
+            g.correct for g in grader.grade([boxed("2x/4"), boxed(f"{name}x/3")], ["1x/2", "1x/3"])
         ]
 
     threads = [threading.Thread(target=work, args=(name,)) for name in range(1, 5)]
@@ -198,11 +171,11 @@ def test_works_off_the_main_thread_and_from_several(grader):
 
 def test_an_endless_answer_costs_its_worker_and_nothing_else():
     with Grader(timeout=1.5) as grader:
-        assert grader.grade([boxed("2/4")], ["1/2"])[0].correct
+        assert grader.grade([boxed("2x/4")], ["1x/2"])[0].correct
         first = grader._pool[0].process
         hostile = boxed("(x+y+z+w)^{200}")
         grades = grader.grade(
-            [hostile, boxed("3/6"), hostile, boxed("1/4")], ["5/7", "1/2", "5/7", "1/2"]
+            [hostile, boxed("3x/6"), hostile, boxed("1x/4")], ["5x/7", "1x/2", "5x/7", "1x/2"]
         )
         assert [grade.correct for grade in grades] == [False, True, False, False]
         assert grades[0].reason == grades[2].reason == "no verdict within 1.5 s"
@@ -226,7 +199,7 @@ HOSTILE = {
     "\\frac{1}{" * 200 + "1" + "}" * 200: "",
     "|" * 2001: "",
     "-" * 3900 + "1": "",
-    "1" + " " * 3900 + "2": "different",  # what a quadratic pattern would choke on
+    "1" + " " * 3900 + "2": "not understood",  # what a quadratic pattern would choke on
     "\\text{" * 500 + "}" * 500: "",
     "1," * 1900 + "1": "",
     "\x00" * 100 + "5": "",
@@ -237,10 +210,10 @@ HOSTILE = {
 
 def test_hostile_answers_score_zero_promptly_with_a_reason():
     with Grader(timeout=0.4) as grader:
-        assert grader.grade([boxed("2/4")], ["1/2"])[0].correct  # the worker is up
+        assert grader.grade([boxed("2x/4")], ["1x/2"])[0].correct  # the worker is up
         for answer, reason in HOSTILE.items():
             start = time.monotonic()
-            hostile, honest = grader.grade([boxed(answer), boxed("3/6")], ["5/7", "1/2"])
+            hostile, honest = grader.grade([boxed(answer), boxed("3x/6")], ["5x/7", "1x/2"])
             name = answer[:40]
             assert not hostile.correct and hostile.reason and reason in hostile.reason, name
             assert honest.correct and not honest.failed, name
@@ -249,7 +222,7 @@ def test_hostile_answers_score_zero_promptly_with_a_reason():
 
 
 def test_what_is_too_large_and_what_is_not():
-    from opsd.grading.normalise import too_large
+    from opsd.grading.answers.bounds import too_large
 
     for answer in ("2^{2024}", "2^{2^{2^2}}", "10^{-30}", "2023!", "\\binom{2024}{12}", "9^9"):
         assert not too_large(answer), answer
@@ -267,20 +240,20 @@ def test_an_answer_that_needs_too_much_memory_costs_its_worker(tmp_path, monkeyp
         "ExprExtractionConfig = LatexExtractionConfig = lambda **_: None\n"
         "parse = lambda text, **_: [text]\n"
         "def verify(gold, given, **_):\n"
-        "    return bool(bytearray(1 << 30)) if 'huge' in given[0] else True\n"
+        "    return bool(bytearray(1 << 30)) if '777' in given[0] else True\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Grader(memory_limit=256 << 20) as grader:
-        grades = grader.grade([boxed("1+huge"), boxed("1+1")], ["2", "3"])
+        grades = grader.grade([boxed("x+777"), boxed("x+1")], ["2x", "3x"])
         assert [grade.correct for grade in grades] == [False, True]
         assert "memory" in grades[0].reason
     with Grader(memory_limit=3 << 30) as grader:  # and it is the limit that decides
-        assert grader.grade([boxed("1+huge")], ["2"])[0].correct
+        assert grader.grade([boxed("x+777")], ["2x"])[0].correct
 
 
-def test_a_worker_killed_from_outside_while_idle_costs_no_answer():
+def test_a_worker_killed_from_outside_while_idle_costs_no_verdict():
     with Grader(workers=2) as grader:
-        pairs = [boxed("2/4"), boxed("3/6"), boxed("4/8")], ["1/2"] * 3
+        pairs = [boxed("2x/4"), boxed("3x/6"), boxed("4x/8")], ["1x/2"] * 3
         grader.grade(*pairs)
         assert len(grader._pool) == 2
         for worker in grader._pool:
@@ -289,17 +262,17 @@ def test_a_worker_killed_from_outside_while_idle_costs_no_answer():
         assert all(grade.correct for grade in grader.grade(*pairs))
 
 
-def test_equal_pairs_are_compared_once(monkeypatch):
+def test_equal_pairs_are_judged_once(monkeypatch):
     with Grader() as grader:
         seen = []
         monkeypatch.setattr(
             grader,
-            "_compare",
-            lambda pairs: seen.extend(pairs) or {pair: Grade(True, "", pair[0]) for pair in pairs},
+            "_judge",
+            lambda jobs: seen.extend(jobs) or {job: (True, "equal", False) for job in jobs},
         )
-        grades = grader.grade([boxed("1/2")] * 8 + [boxed("1/3")], ["2/4"] * 9)
-        assert seen == [("1/2", "2/4"), ("1/3", "2/4")]
-        assert [grade.extracted for grade in grades] == ["1/2"] * 8 + ["1/3"]
+        grades = grader.grade([boxed("1x/2")] * 8 + [boxed("1x/3")], ["2x/4"] * 9)
+        assert seen == [("1x/2", "2x/4"), ("1x/3", "2x/4")]
+        assert [grade.extracted for grade in grades] == ["1x/2"] * 8 + ["1x/3"]
 
 
 def test_an_interrupted_call_leaves_no_stale_reply(monkeypatch):
@@ -311,18 +284,18 @@ def test_an_interrupted_call_leaves_no_stale_reply(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(grader, "_collect", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                grader.grade([boxed("2/4")], ["1/2"])
+                grader.grade([boxed("2x/4")], ["1x/2"])
         assert grader._pool == []
-        assert not grader.grade([boxed("1/3")], ["1/2"])[0].correct
+        assert not grader.grade([boxed("1x/3")], ["1x/2"])[0].correct
 
 
 def test_close_and_collection_end_the_workers():
     grader = Grader()
-    grader.grade([boxed("2/4")], ["1/2"])
+    grader.grade([boxed("2x/4")], ["1x/2"])
     process = grader._pool[0].process
     grader.close()
     assert process.poll() is not None
-    assert grader.grade([boxed("2/4")], ["1/2"])[0].correct  # and it can start again
+    assert grader.grade([boxed("2x/4")], ["1x/2"])[0].correct  # and it can start again
     process = grader._pool[0].process
     del grader
     assert process.poll() is not None
@@ -334,7 +307,7 @@ def test_a_script_without_a_main_guard_and_without_torch(tmp_path):
         "import json, sys\n"
         "from opsd.grading.grader import Grader\n"
         "grader = Grader()\n"
-        "grade = grader.grade([r'\\boxed{2/4}'], ['1/2'])[0]\n"
+        "grade = grader.grade([r'\\boxed{2x/4}'], ['x/2'])[0]\n"
         "worker = grader._pool[0].process.pid\n"
         "loaded = [name in sys.modules for name in ('torch', 'sympy')]\n"
         "print(json.dumps([grade.correct, worker, *loaded]))\n"
@@ -357,7 +330,7 @@ def test_a_worker_that_cannot_start_is_an_error_with_advice(tmp_path, monkeypatc
     (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Grader() as grader, pytest.raises(UserError, match=r"broken.*pip install"):
-        grader.grade([boxed("2/4")], ["1/2"])
+        grader.grade([boxed("2x/4")], ["1x/2"])
 
 
 def test_wrong_arguments_are_named():

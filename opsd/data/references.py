@@ -1,0 +1,125 @@
+r"""What a dataset's answer column says: the bare final answer, or why it cannot be told.
+
+A reference that is misread pays for wrong answers in every step of a run, so what is not
+understood is refused before the run begins, by row and column.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from opsd.data.boxed import boxes, is_placeholder, joined
+
+MOST_CHARACTERS = 4000
+
+_STATED = re.compile(
+    r"(?:^|[\n.:!]\s*)(?:so |thus |hence |therefore )?,?\s*"
+    r"(?:the )?(?:final )?answer(?: is|:|=)\s*:?\s*"
+    r"([^\n]{1,200}?)\.?\s*$",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_SENTENCES = re.compile(r"[a-z\d$)}][.!?]\s+[A-Z]|[^\s,\\]\s*\n\s*\S")
+_TELLING = frozenset(
+    "we so since then let get gets have has had thus therefore because hence gives find finds left "
+    "she he they which implies obtain spends adds add subtract multiply divide was were".split()
+)
+_UNFINISHED = re.compile(
+    r"(?:[=+*/^_<(\[,]|\\(?:frac|sqrt|text|boxed|cdot|times|left)?|(?<![\d}])-)\s*\$?$"
+)
+
+
+class Unreadable(ValueError):
+    """The reference names no final answer; the message completes "the reference …"."""
+
+
+def final_answer(text: str) -> str:
+    """The bare final answer. Raises Unreadable where there is none, or more than one reading.
+
+    >>> final_answer("2 + 3 = 5\\n#### 5"), final_answer("['3', '5']")
+    ('5', '3, 5')
+    """
+    answer = _found(text.strip())
+    if not answer:
+        raise Unreadable("names no final answer")
+    if len(answer) > MOST_CHARACTERS:
+        raise Unreadable(f"is longer than {MOST_CHARACTERS} characters")
+    if problem := unreadable(answer):
+        raise Unreadable(problem)
+    return answer
+
+
+def _found(text: str) -> str:
+    if "####" in text:
+        return _after_hashes(text)
+    found, cut = boxes(text)
+    real = [box for box in found if not is_placeholder(box.content)]
+    if cut:
+        raise Unreadable("is cut off inside its last box")
+    if found and not real:
+        raise Unreadable("has only an empty box")
+    if real:
+        answer, together = joined(text, real)
+        others = {box.content for box in real[:-together]} - {answer}
+        if others and together == 1:
+            shown = ", ".join(sorted(others)[:3])
+            raise Unreadable(f"has several boxes with different answers: {shown}, {answer}")
+        return answer
+    if "<answer>" in text and text.endswith("</answer>"):
+        return text.removesuffix("</answer>").rpartition("<answer>")[2].strip()
+    if (several := _list_in_a_string(text)) is not None:
+        return several
+    if len(text) <= 50 * MOST_CHARACTERS and (stated := _STATED.search(text[-300:])):
+        return stated[1].strip()
+    return text
+
+
+def _after_hashes(text: str) -> str:
+    """GSM8K's `#### 5`. Where several lines have the mark, one has to name a number."""
+    said = [part.strip().split("\n")[0].strip() for part in text.split("####")[1:]]
+    said = [part for part in said if part]
+    if len(set(said)) > 1:
+        numbers = [part for part in said if any(character.isdecimal() for character in part)]
+        if len(set(numbers)) != 1:
+            raise Unreadable(f"has several final answers after ####: {', '.join(said[:4])}")
+        said = numbers
+    return said[-1] if said else ""
+
+
+def _list_in_a_string(text: str) -> str | None:
+    """`['3', '5']` and `["A"]`: what str() makes of a list. `[3, 5]` may be an interval."""
+    if text[:1] not in "[(" or text[-1:] not in "])" or not ("'" in text or '"' in text):
+        return None
+    if len(text) > MOST_CHARACTERS:
+        return None
+    try:
+        parts = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    if not isinstance(parts, (list, tuple)) or not all(
+        isinstance(p, (str, int, float)) for p in parts
+    ):
+        return None
+    said = [str(part).strip().strip("$").strip() for part in parts]
+    return ", ".join(part for part in said if part)
+
+
+def unreadable(answer: str) -> str | None:
+    """Why a bare answer is none: it is prose, or cut off. None for an answer."""
+    if _is_prose(answer):
+        return "is prose that names no final answer by itself"
+    stripped = re.sub(r"\\[{}]", "", answer)
+    opened = sum(map(stripped.count, "([")) - sum(map(stripped.count, ")]"))
+    if stripped.count("{") != stripped.count("}") or opened > 0 or _UNFINISHED.search(answer[-20:]):
+        return "is cut off"
+    return None
+
+
+def _is_prose(text: str) -> bool:
+    """Whether it tells how the answer is found: sentences, lines, numbers in between."""
+    words = _WORD.findall(text)
+    if len(words) < 4 or not re.search(r"[\d=]|five|three|two|four", text):
+        return False
+    outside = re.sub(r"\\begin\s*\{.*\\end\s*\{", "", text, flags=re.DOTALL)
+    return bool(_SENTENCES.search(outside)) or any(word.lower() in _TELLING for word in words)

@@ -1,0 +1,443 @@
+"""The rules by which an answer says the same as its reference.
+
+The reference goes first everywhere: what it does not say need not be said, and what it says must
+not be contradicted. `algebra(reference, given)` decides between two expressions.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Protocol
+
+from . import strict as strictness
+from .clean import clean
+from .nodes import (
+    Based,
+    Choice,
+    Equal,
+    Grid,
+    Items,
+    Node,
+    Phrase,
+    Ratio,
+    Relation,
+    Unclear,
+    Value,
+)  # fmt: skip
+from .numbers import Number, as_latex, decimal_comma, same_number
+from .read import has_symbol, read
+from .units import DEGREES
+
+
+class Algebra(Protocol):
+    """Decides what needs algebra: `symbolic.Algebra`."""
+
+    def __call__(self, wanted: str, given: str) -> bool:
+        """Whether two expressions, equations or sets are equal."""
+        ...
+
+    def between(self, text: str, low: str, high: str) -> bool:
+        """Whether a constant lies between two."""
+        ...
+
+
+_INTERVALS = ("()", "[]", "[)", "(]")
+
+
+def compare(reference: str, given: str, algebra: Algebra, strict: bool = True) -> tuple[bool, str]:
+    """(whether they say the same, why)."""
+    one, other = clean(reference), clean(given)
+    if squeezed(one) == squeezed(other) != "":
+        return True, "the same text"
+    wanted, answer = read(one), read(other)
+    if isinstance(answer, Unclear) and not isinstance(wanted, Unclear):
+        return False, f"not understood: {answer.why}"
+    comparison = _Comparison(algebra, strict)
+    if comparison.same(wanted, answer):
+        return True, "equal"
+    return False, comparison.reason or "different"
+
+
+def squeezed(text: str) -> str:
+    """Without spaces, but those between letters or digits: `1 1/2` is not `11/2`."""
+    pieces = text.split()
+    out = pieces[:1]
+    for piece in pieces[1:]:
+        if out[-1][-1].isalnum() and piece[0].isalnum():
+            out.append(" ")
+        out.append(piece)
+    return "".join(out)
+
+
+class _Comparison:
+    """`reason`: why something is not the same, where a rule has more to say than that."""
+
+    def __init__(self, algebra: Algebra, strict: bool):
+        self.algebra, self.strict = algebra, strict
+        self.reason = ""
+
+    def _no(self, reason: str) -> bool:
+        self.reason = self.reason or reason
+        return False
+
+    def same(self, wanted: Node, given: Node) -> bool:
+        """Whether `given` says what `wanted` says."""
+        if isinstance(wanted, Unclear) or isinstance(given, Unclear):
+            both = isinstance(wanted, Unclear) and isinstance(given, Unclear)
+            return both and squeezed(wanted.text).casefold() == squeezed(given.text).casefold()
+        if isinstance(wanted, Choice) or isinstance(given, Choice):
+            return self._choices(wanted, given)
+        if isinstance(wanted, Equal) or isinstance(given, Equal):
+            if not (isinstance(wanted, Items) or isinstance(given, Items)):
+                return self._equations(wanted, given)
+        if isinstance(wanted, Items) or isinstance(given, Items):
+            return self._several(wanted, given)
+        if isinstance(wanted, Grid) and isinstance(given, Grid):
+            return self._grids(wanted, given)
+        if isinstance(wanted, Ratio) or isinstance(given, Ratio):
+            return self._ratios(wanted, given)
+        if isinstance(wanted, Based) or isinstance(given, Based):
+            return self._based(wanted, given)
+        if isinstance(wanted, Phrase) or isinstance(given, Phrase):
+            return wanted == given
+        if isinstance(wanted, Relation) or isinstance(given, Relation):
+            return self._relations(wanted, given)
+        if isinstance(wanted, Value) and isinstance(given, Value):
+            return self._values(wanted, given)
+        return False
+
+    # --- choices and names ----------------------------------------------------------------------
+
+    def _choices(self, wanted: Node, given: Node) -> bool:
+        if isinstance(wanted, Choice) and isinstance(given, Choice):
+            if wanted.letter != given.letter:
+                return False
+            rests = wanted.rest is not None and given.rest is not None
+            return not rests or self.same(wanted.rest, given.rest)
+        if isinstance(wanted, Choice):
+            if isinstance(given, Value) and given.text.upper() == wanted.letter:
+                return True
+            if isinstance(given, Equal) and given.simple and isinstance(given.values[-1], Choice):
+                return self.same(wanted, given.values[-1])
+            return wanted.rest is not None and self.same(wanted.rest, given)
+        if isinstance(wanted, Equal):
+            return wanted.simple and self.same(wanted.values[-1], given)
+        return given.rest is not None and self.same(wanted, given.rest)
+
+    def _equations(self, wanted: Node, given: Node) -> bool:
+        if isinstance(given, Equal) and self._contradicts_itself(given):
+            return self._no("an equation that contradicts itself")
+        if isinstance(wanted, Equal) and isinstance(given, Equal):
+            return self._both_equal(wanted, given)
+        if isinstance(wanted, Equal):
+            if isinstance(given, Relation):
+                return given.equation and self.algebra(wanted.text, given.text)
+            return wanted.simple and self._any(wanted.values, (given,))
+        if isinstance(wanted, Relation) and wanted.equation:
+            return self.algebra(wanted.text, given.text)
+        if not given.simple and _is_to_be_solved(given.name or ""):
+            return self._no("an equation that is left to be solved")
+        return self._any((wanted,), given.values)
+
+    def _both_equal(self, wanted: Equal, given: Equal) -> bool:
+        if not wanted.simple or not given.simple:
+            return self.algebra(wanted.text, given.text)
+        unnamed = (
+            wanted.name is None or given.name is None or _describes(wanted) or _describes(given)
+        )
+        if wanted.name == given.name or unnamed:
+            if self._any(wanted.values, given.values):
+                return True
+        symbolic = any(_symbolic(side.values[-1]) for side in (wanted, given))
+        return symbolic and wanted.name != given.name and self.algebra(wanted.text, given.text)
+
+    def _any(self, wanted: tuple[Node, ...], given: tuple[Node, ...]) -> bool:
+        """The last value first; any of a chain that is true throughout will do."""
+        return any(self.same(one, other) for one in wanted[::-1] for other in given[::-1])
+
+    def _contradicts_itself(self, chain: Equal) -> bool:
+        lenient = _Comparison(self.algebra, strict=False)
+        for index in range(1, len(chain.values)):
+            one, other = chain.values[index - 1 : index + 1]
+            if chain.approximate[index]:
+                if not _near(one, other, self.algebra):
+                    return True
+            elif _letters(one) == _letters(other) and not lenient.same(one, other):
+                return True
+        return False
+
+    # --- several --------------------------------------------------------------------------------
+
+    def _several(self, wanted: Node, given: Node) -> bool:
+        if isinstance(wanted, Items) and isinstance(given, Items):
+            return self._items(wanted, given)
+        if isinstance(wanted, Items):
+            return self._items_and_one(wanted, given)
+        return self._one_and_items(wanted, given)
+
+    def _items_and_one(self, wanted: Items, given: Node) -> bool:
+        if isinstance(given, Relation) and wanted.text:
+            return _is_set_of(wanted, given) and self._related(wanted.text, given.text)
+        if isinstance(given, Grid) and wanted.kind == "()":
+            cells = _vector(given)
+            return cells is not None and self._in_order(wanted.parts, cells)
+        if isinstance(given, Equal):
+            if self._contradicts_itself(given):
+                return self._no("an equation that contradicts itself")
+            return self._any((wanted,), given.values)
+        if isinstance(given, Value) and "," in given.text and wanted.kind == "list":
+            return squeezed(wanted.text) == given.text  # `123,456` for 123 and 456
+        return wanted.kind == "set" and len(wanted.parts) == 1 and self.same(wanted.parts[0], given)
+
+    def _one_and_items(self, wanted: Node, given: Items) -> bool:
+        if isinstance(wanted, Relation) and given.text:
+            return _is_set_of(given, wanted) and self._related(wanted.text, given.text)
+        if isinstance(wanted, Grid) and given.kind == "()":
+            cells = _vector(wanted)
+            return cells is not None and self._in_order(cells, given.parts)
+        if isinstance(wanted, Equal):
+            return wanted.simple and self._any(wanted.values, (given,))
+        if given.kind == "set" and len(given.parts) == 1:
+            return self.same(wanted, given.parts[0])
+        if isinstance(wanted, Value) and given.kind == "list" and wanted.number is not None:
+            if "," in wanted.text:
+                return squeezed(given.text) == wanted.text
+            if wanted.number.value.denominator != 1 and (point := decimal_comma(given.text)):
+                return self.same(wanted, read(point))
+        return self._no("more answers than the reference has")
+
+    def _items(self, wanted: Items, given: Items) -> bool:
+        one, other = wanted.kind, given.kind
+        unordered = ("list", "set")
+        if one == "set" and other == "set":
+            return self._matched(self._distinct(wanted.parts), self._distinct(given.parts))
+        if one in unordered and other in unordered:
+            if len(wanted.parts) != len(given.parts):
+                return self._no("another number of answers than the reference has")
+            return self._lists(wanted.parts, given.parts)
+        if one == "list" and other == "()" and (names := _names(wanted.parts)):
+            by_name = [part for _, part in sorted(zip(names, wanted.parts, strict=True))]
+            return self._in_order(by_name, given.parts)
+        if one == "()" and other == "list":
+            parts = given.parts
+            if names := _names(parts):
+                parts = [
+                    part for _, part in sorted(zip(names, parts, strict=True), key=lambda p: p[0])
+                ]
+            return self._in_order(wanted.parts, parts)
+        if one != other:
+            return self._no("other brackets than the reference has")
+        return self._in_order(wanted.parts, given.parts)
+
+    def _lists(self, wanted: tuple[Node, ...], given: tuple[Node, ...]) -> bool:
+        names, others = _names(wanted), _names(given)
+        if names and others:
+            known = dict(zip(others, given, strict=True))
+            return set(names) == set(others) and all(
+                self.same(part, known[name]) for name, part in zip(names, wanted, strict=True)
+            )
+        if names:  # whoever leaves the names out keeps their order
+            return self._in_order(wanted, given)
+        return self._matched(wanted, given)
+
+    def _in_order(self, wanted, given) -> bool:
+        return len(wanted) == len(given) and all(map(self.same, wanted, given))
+
+    def _matched(self, wanted, given) -> bool:
+        if len(wanted) != len(given):
+            return False
+        left = list(given)
+        for part in wanted:
+            index = next((i for i, other in enumerate(left) if self.same(part, other)), None)
+            if index is None:
+                return False
+            del left[index]
+        return True
+
+    def _distinct(self, parts: tuple[Node, ...]) -> list[Node]:
+        kept: list[Node] = []
+        for part in parts:
+            if not any(self.same(other, part) for other in kept):
+                kept.append(part)
+        return kept
+
+    def _grids(self, wanted: Grid, given: Grid) -> bool:
+        if wanted.cases or given.cases:
+            if wanted.cases != given.cases or len(wanted.rows) != len(given.rows):
+                return False
+            left = list(given.rows)
+            for row in wanted.rows:
+                match = next((other for other in left if self._in_order(row, other)), None)
+                if match is None:
+                    return False
+                left.remove(match)
+            return True
+        return len(wanted.rows) == len(given.rows) and all(
+            map(self._in_order, wanted.rows, given.rows)
+        )
+
+    # --- single ---------------------------------------------------------------------------------
+
+    def _ratios(self, wanted: Node, given: Node) -> bool:
+        if not (isinstance(wanted, Ratio) and isinstance(given, Ratio)):
+            ratio, other = (wanted, given) if isinstance(wanted, Ratio) else (given, wanted)
+            if ratio.clock or len(ratio.parts) != 2 or ratio.parts[1].value == 0:
+                return False
+            if not isinstance(other, Value) or other.number is None or other.unit or other.percent:
+                return False
+            return ratio.parts[0].value / ratio.parts[1].value == other.number.value
+        one, other = [part.value for part in wanted.parts], [part.value for part in given.parts]
+        if wanted.half != given.half:
+            return self._no("another half of the day")
+        if one == other:
+            return True
+        if (wanted.clock and given.clock) or len(one) != len(other) or 0 in one or 0 in other:
+            return False
+        return all(a * other[0] == b * one[0] for a, b in zip(one, other, strict=True))
+
+    def _based(self, wanted: Node, given: Node) -> bool:
+        if isinstance(wanted, Based) and isinstance(given, Based):
+            if wanted.base == given.base:
+                return wanted.digits == given.digits
+            return not self.strict and wanted.value == given.value
+        if isinstance(wanted, Based):
+            worth = isinstance(given, Value) and given.number and given.number.value == wanted.value
+            return bool(worth) and (not self.strict or self._no(strictness.BASE))
+        return (
+            isinstance(wanted, Value) and bool(wanted.number) and wanted.number.value == given.value
+        )
+
+    def _relations(self, wanted: Node, given: Node) -> bool:
+        if not isinstance(given, Relation) or not isinstance(wanted, Relation):
+            return False
+        if wanted.equation != given.equation:
+            return False
+        return self._related(wanted.text, given.text)
+
+    def _related(self, wanted: str, given: str) -> bool:
+        sums = strictness.has_sum_of_numbers(given) and not strictness.has_sum_of_numbers(wanted)
+        if self.strict and sums and "=" not in given:
+            return self._no(strictness.SUM)
+        return squeezed(wanted) == squeezed(given) or self.algebra(wanted, given)
+
+    def _values(self, wanted: Value, given: Value) -> bool:
+        if wanted.unit and given.unit and wanted.unit.kind != given.unit.kind:
+            return self._no("another unit than the reference has")
+        moduli = {side.noun for side in (wanted, given) if side.noun.startswith("mod ")}
+        if len(moduli) > 1:
+            return self._no("another modulus than the reference has")
+        if wanted.unit and given.unit and wanted.unit.factor != given.unit.factor:
+            given = _times(given, given.unit.factor / wanted.unit.factor)
+        if (wanted.unit == DEGREES) != (given.unit == DEGREES) and not (wanted.unit and given.unit):
+            bare = given if wanted.unit else wanted
+            if "\\pi" in bare.text:  # in radians
+                wanted, given = (
+                    Value(f"({side.text})\\cdot\\frac{{\\pi}}{{180}}") if side.unit else side
+                    for side in (wanted, given)
+                )
+        if wanted.percent != given.percent and self._as_hundredths(wanted, given):
+            return True
+        if wanted.number is not None and given.number is not None:
+            return same_number(wanted.number, given.number)
+        if self.strict:
+            if wanted.number is not None and strictness.has_sum(given.text):
+                return self._no(strictness.SUM)
+            sums = strictness.has_sum_of_numbers(given.text)
+            if (
+                sums
+                and not strictness.has_sum_of_numbers(wanted.text)
+                and not has_symbol(wanted.text)
+            ):
+                return self._no(strictness.SUM)
+        if squeezed(wanted.text) == squeezed(given.text):
+            return True
+        return self.algebra(_expression(wanted), _expression(given)) or self._rounded(wanted, given)
+
+    def _rounded(self, wanted: Value, given: Value) -> bool:
+        """`3.14159265` for pi: a decimal with enough decimals, all of them right."""
+        decimal, other = (wanted, given) if wanted.number is not None else (given, wanted)
+        plain = decimal.number
+        if plain is None or not plain.enough or other.number is not None:
+            return False
+        ends = (as_latex(plain.value - plain.ulp), as_latex(plain.value + plain.ulp))
+        return self.algebra.between(other.text, *ends)
+
+    def _as_hundredths(self, wanted: Value, given: Value) -> bool:
+        """`35\\%` is 0.35 as well as 35, but `3500\\%` is no way to write 35."""
+        percent, bare = (wanted, given) if wanted.percent else (given, wanted)
+        if percent.number is None or bare.number is None:
+            return False
+        usual = bare.number.value <= 1 or bare.number.value.denominator != 1
+        plain = percent.number
+        ulp = None if plain.ulp is None else plain.ulp / 100
+        hundredths = Number(plain.value / 100, ulp, plain.enough)
+        return usual and same_number(hundredths, bare.number)
+
+
+def _expression(value: Value) -> str:
+    return value.text if value.number is None else as_latex(value.number.value)
+
+
+def _times(value: Value, factor: Fraction) -> Value:
+    if value.number is not None:
+        exact = value.number.value * factor
+        return Value(as_latex(exact), Number(exact), value.unit, value.noun)
+    return Value(f"{as_latex(factor)} \\cdot ({value.text})", None, value.unit, value.noun)
+
+
+def _is_set_of(items: Items, relation: Relation) -> bool:
+    """Whether a list can be what a relation says: an interval, or a set by its parts."""
+    by_parts = re.search(r"\\(?:cup|cap|setminus)(?![A-Za-z])", relation.text)
+    return items.kind in _INTERVALS or (items.kind == "set" and by_parts is not None)
+
+
+def _vector(grid: Grid) -> list[Node] | None:
+    if all(len(row) == 1 for row in grid.rows):
+        return [row[0] for row in grid.rows]
+    return list(grid.rows[0]) if len(grid.rows) == 1 else None
+
+
+def _names(parts) -> list[str] | None:
+    """What the parts are called, where each has a name of its own."""
+    names = [
+        part.name if isinstance(part, Equal) and part.simple else getattr(part, "noun", "")
+        for part in parts
+    ]
+    return names if all(names) and len(set(names)) == len(names) else None
+
+
+def _describes(side: Equal) -> bool:
+    """Whether the name only describes the value: `\\text{Area}`, `\\angle ABC`, `#`."""
+    name = side.name or ""
+    letters = [character for character in name.replace("\\angle", "aaa") if character.isalpha()]
+    return (
+        len(letters) > 2 and "(" not in name and "_" not in name and "\\" not in name[1:]
+    ) or name in "#N"
+
+
+def _is_to_be_solved(lhs: str) -> bool:
+    """Whether `lhs = number` is an equation for one unknown: `2x`, `x+1`; not `m+n`, `x^2`."""
+    bare = re.sub(r"[_^]\s*(?:\{[^{}]*\}|\w)", "", lhs)
+    unknown = set(re.findall(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", bare))
+    return bool(re.search(r"\d", bare)) and len(unknown) <= 1
+
+
+def _letters(node: Node) -> frozenset[str]:
+    text = re.sub(r"\\[A-Za-z]+", " ", getattr(node, "text", ""))
+    return frozenset(re.findall(r"[A-Za-z]", text)) - {"e", "i"}
+
+
+def _symbolic(node: Node) -> bool:
+    return isinstance(node, Value) and node.number is None and has_symbol(node.text)
+
+
+def _near(one: Node, other: Node, algebra: Algebra) -> bool:
+    """Whether the second is the first one rounded to the digits that it has."""
+    if not (isinstance(one, Value) and isinstance(other, Value) and other.number is not None):
+        return False
+    ulp = other.number.ulp or Fraction(1)
+    if one.number is not None:
+        return abs(one.number.value - other.number.value) < ulp
+    low, high = as_latex(other.number.value - ulp), as_latex(other.number.value + ulp)
+    return algebra.between(one.text, low, high)

@@ -1,0 +1,101 @@
+"""What an answer can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .numbers import Number
+from .units import Unit
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number or an expression. `noun`: of what, where that is no unit of measurement."""
+
+    text: str
+    number: Number | None = None
+    unit: Unit | None = None
+    noun: str = ""
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Words alone, in canonical form."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several given answers by its letter, perhaps with the answer itself."""
+
+    letter: str
+    rest: Node | None = None
+
+
+@dataclass(frozen=True)
+class Items:
+    """Several answers. `kind`: "list" and "set", where order does not matter, or the brackets of a
+    tuple or an interval, such as "()" and "[)"."""
+
+    kind: str
+    parts: tuple[Node, ...]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Equal:
+    """`name = value`, or a chain of values; `approximate` says of each that `\\approx` precedes it.
+    `simple`: the name is a name, not an expression."""
+
+    text: str
+    name: str | None
+    values: tuple[Node, ...]
+    approximate: tuple[bool, ...]
+    simple: bool = True
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What only algebra compares: an equation, inequalities, a union of intervals."""
+
+    text: str
+    equation: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A matrix, or the rows of a function by cases (`cases`)."""
+
+    rows: tuple[tuple[Node, ...], ...]
+    cases: bool = False
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """`2:3`, `1:2:3`, or a time of day. `half`: am or pm."""
+
+    parts: tuple[Number, ...]
+    clock: bool = False
+    half: str = ""
+
+
+@dataclass(frozen=True)
+class Based:
+    """Digits in a base other than ten."""
+
+    digits: str
+    base: int
+    value: int = field(default=0)
+
+
+@dataclass(frozen=True)
+class Unclear:
+    """Not understood. It equals the same text only; `why`: for people."""
+
+    text: str
+    why: str
+
+
+Node = Value | Phrase | Choice | Items | Equal | Relation | Grid | Ratio | Based | Unclear

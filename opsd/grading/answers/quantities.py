@@ -1,0 +1,123 @@
+"""A value with what belongs to it: unit, money, per cent, degrees, the thing that is counted."""
+
+from __future__ import annotations
+
+import re
+
+from .clean import plain_text, trim
+from .nodes import Value
+from .numbers import Number, as_latex, number
+from .structure import balanced
+from .units import DEGREES, Unit, unit
+from .words import MULTIPLES, names_a_thing
+
+_MONEY_FIRST = re.compile(r"([+-]?)\s*(\\\$|[$€£¥₹]|USD|Rs\.?)\s*(.+)", re.DOTALL)
+_PERCENT = re.compile(
+    r"(.*?)\s*(?:\\%|%|\\text\{\s*per ?cent(?:age points?)?\.?\s*\}|"
+    r"(?<![A-Za-z])per ?cent(?:age points?)?)",
+    re.DOTALL,
+)
+_DEGREES = re.compile(
+    r"(.*?)\s*\^\\circ\s*(?:(\d+(?:\.\d+)?)\s*(?:'|\^\\prime|\^\{\\prime\})\s*(?:(\d+(?:\.\d+)?)\s*(?:''|\"))?)?",
+    re.DOTALL,
+)
+_TAIL = re.compile(
+    r"(?P<core>.*?(?:[\d})!]|\\pi|\\sqrt ?\d))\s*"
+    r"(?P<tail>\\text\s*\{.*|\^\\circ\s*\\text.*|\^\\circ ?[CF]|[$€£¥₹¢]|\\\$|"
+    r"(?P<plain>[^\W\d_]+.*)"
+    r"|\((?:approx|rounded|exact|about)[^()]*\))",
+    re.DOTALL,
+)
+_MODULUS = re.compile(
+    r"(.*?[^(\s])\s*(?:\\pmod|\(\s*(?:\\text\{\s*mod\s*\}|mod))\s*\{?\s*(\w+)\s*\}?\s*\)?",
+    re.DOTALL,
+)
+_OHM = re.compile(r"(?<=\d)\s*\\Omega\s*$")
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+_FUNCTION = re.compile(
+    r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|arc|sqrt|pi|mod|choose|over|[ei])(?![a-z])"
+)
+
+
+def quantity(text: str) -> Value | None:
+    """The value with its unit, None where the text is not of that form."""
+    if (found := _MONEY_FIRST.fullmatch(text)) is not None:
+        inner = quantity(found[3]) or Value(trim(found[3]), number(trim(found[3])))
+        if inner.unit is None and not inner.percent:
+            signed = Value(found[1] + inner.text, number(found[1] + inner.text), noun=inner.noun)
+            return _with_unit(signed, unit(found[2]))
+    if text.endswith(("\\%", "%", "t}", "t", "s}", "s")) and (found := _PERCENT.fullmatch(text)):
+        core = trim(found[1])
+        return Value(core, number(core), percent=True) if core else None
+    if "mod" in text and (found := _MODULUS.fullmatch(text)):
+        core = trim(found[1])
+        return Value(core, number(core), noun=f"mod {found[2]}")
+    if "^\\circ" in text and (found := _DEGREES.fullmatch(text)):
+        return _degrees(found)
+    return _with_tail(_OHM.sub(r"\\text{Ω}", text))
+
+
+def _with_unit(value: Value, of: Unit | None) -> Value:
+    return Value(value.text, value.number, of, value.noun)
+
+
+def _degrees(found: re.Match) -> Value | None:
+    core = trim(found[1])
+    if not core or _TRIGONOMETRY.search(core) or not balanced(core) or "^\\circ" in core:
+        return None
+    value = number(core)
+    if found[2] is not None:
+        parts = [number(part or "0") for part in found.groups()[1:]]
+        if value is None or None in parts:
+            return None
+        exact = value.value + parts[0].value / 60 + parts[1].value / 3600
+        value, core = Number(exact), as_latex(exact)
+    return Value(core, value, DEGREES)
+
+
+def _with_tail(text: str) -> Value | None:
+    for found in (_TAIL.fullmatch(text),):
+        if found is None:
+            return None
+        core, tail = trim(found["core"]), found["tail"]
+        if not core or not balanced(core) or "\\text" in core:
+            return None
+        said = trim(plain_text(tail))
+        said = re.sub(r"\\text\s*", "", said)
+        return _said(
+            core, said, bare=found["plain"] is not None, apart=text[len(found["core"]) :][:1] == " "
+        )
+    return None
+
+
+def _said(core: str, said: str, bare: bool, apart: bool) -> Value | None:
+    """The value `core` with the words or signs `said` after it. `bare`: outside of `\\text{}`."""
+    first, _, others = said.partition(" ")
+    if first.lower() in MULTIPLES or first[:1] in MULTIPLES:
+        factor = MULTIPLES.get(first.lower()) or MULTIPLES.get(first[:1])
+        plain = number(core)
+        if factor is None or plain is None:
+            return None
+        exact = Number(plain.value * factor)
+        rest = others if first.lower() in MULTIPLES else said[1:]
+        rest = re.sub(r"^of\s+", "", rest.strip())
+        if rest and unit(rest) is None and not names_a_thing(rest):
+            return None
+        return Value(as_latex(exact.value), exact, unit(rest) if rest else None)
+    of = unit(said)
+    if of is not None and (not bare or len(first) > 1 or "^{-" in said or not first.isascii()):
+        return Value(core, number(core), of)
+    if bare:
+        if _FUNCTION.match(said) or (first.isascii() and (len(first) < 3 or not apart)):
+            return None
+    if not names_a_thing(said):
+        return None
+    noun = re.sub(r"\(.*?\)", "", said).strip().casefold()
+    return Value(core, number(core), noun=_stem(noun))
+
+
+def _stem(noun: str) -> str:
+    noun = " ".join(
+        word for word in noun.split() if word not in ("different", "total", "the", "of", "in")
+    )
+    return noun[:-1] if noun.endswith("s") and len(noun) > 3 else noun

@@ -1,0 +1,423 @@
+"""What an answer says: from cleaned text to a node."""
+
+from __future__ import annotations
+
+import re
+
+from . import words
+from .clean import plain_text, trim
+from .nodes import (
+    Based,
+    Choice,
+    Equal,
+    Grid,
+    Items,
+    Node,
+    Phrase,
+    Ratio,
+    Relation,
+    Unclear,
+    Value,
+)  # fmt: skip
+from .numbers import number
+from .quantities import quantity
+from .structure import balanced, enclosed, split, split_list
+
+_DEEPEST = 12
+_FIRST_NAME = re.compile(r"(?:[=,:]|\\approx|\\sim|\\to)\s*")
+_QUANTIFIER = re.compile(r"(?:\\forall|\\text\{\s*for all\s*\})[^,]*,\s*(?=\S)")
+_PARAMETER = re.compile(
+    r"(?:,|\\text\{[^{}]*\}|\bwhere\b|\bfor\b|\()?\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?[ZN]\}?(?:\^\+|_\+)?|"
+    r"\\text\{\s*(?:is )?(?:an? )?(?:any )?integer\s*\}|(?:is )an? (?:any )?integer)\s*\)?$"
+)
+_DOTS_IN_LIST = re.compile(r"[,:;+]\s*(?:\\ldots(?![A-Za-z])|\.\.\.)")
+_CLOCK = re.compile(r"(\d{1,2})\s*:\s*([0-5]\d)\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
+_RATIO = re.compile(r"\{?[\d./ ,]+\}?(?:\s*(?::|\\text\{ ?to ?\}|\bto\b)\s*\{?[\d./]+\}?)+")
+_BASED = re.compile(
+    r"\(?([0-9A-F]+)\)?\s*_\s*(?:\{\s*(?:\\text\{)?\s*(\d+|[a-z]+)\s*\}?\s*\}|(\d+))"
+    r"|([0-9A-F]+) (?:\()?(?:in )?base[ -](\d+|[a-z]+)\)?"
+)
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+          "ten": 10, "twelve": 12, "sixteen": 16}  # fmt: skip
+_BARE_CHOICE = re.compile(r"[A-J]")
+_CHOICE = re.compile(r"\(([A-J])\)[.:]?\s*(.*)|([A-J])\s*(?:[:.)]|\\quad)\s*(.*)", re.DOTALL)
+_LABEL = re.compile(r"\([A-J]\)|\b[A-J][).:]")
+_ENVIRONMENT = re.compile(
+    r"(?P<open>\\\{|\[|\()?\s*\\begin\s*\{(?P<name>\w+\*?)\}(?:\s*\[\w\]|\s*\{[lcr| @]*\})?"
+    r"(?P<body>.*)\\end\s*\{(?P=name)\}\s*(?P<close>\\\}|\]|\))?",
+    re.DOTALL,
+)
+_SYSTEMS = frozenset("cases aligned align align* alignat gathered gather gather* split array "
+                     "dcases rcases eqnarray equation equation*".split())  # fmt: skip
+_MATRICES = frozenset(
+    "pmatrix bmatrix Bmatrix matrix smallmatrix psmallmatrix bsmallmatrix".split()
+)
+_RELATIONS = re.compile(
+    r"<|>|\\(?:le|ge|neq|in|notin|cup|cap|setminus|subset|subseteq|parallel|perp|leq|geq)(?![A-Za-z])"
+)
+_MEMBER = re.compile(r"(?:\(?[A-Za-z](?:_\w)?(?:\s*,\s*[A-Za-z])*\)?)\s*\\in(?![A-Za-z])\s*")
+_SET_OF = re.compile(r"\(?[^|:]{1,40}?\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\||:)\s*(?=.*[<>=\\])")
+_NAME = re.compile(
+    r"(?:\\(?:angle|triangle|text|hat|vec|mathbb|operatorname)\b\s*)*(?:\{?[^\W\d_]+\}?|\\[A-Za-z]+|\#|"
+    r"\|[^|]{1,20}\|)(?:\s+[^\W\d_]+)*(?:_\s*(?:\{[^{}]*\}|\w))?(?:\^\s*\{?-1\}?)?'*\s*(?:\([^()=]{1,40}\))?"
+    r"(?:\^\s*\{?\\circ\}?)?"
+)
+_UNIT_VECTOR = re.compile(r"\\hat\{([ijk])\}")
+_FRENCH = re.compile(r"([\[\]])(.*)([\[\]])", re.DOTALL)
+
+
+def read(text: str, depth: int = 0) -> Node:
+    """The node that a cleaned text says."""
+    text = trim(text)
+    if depth > _DEEPEST:
+        return Unclear(text, "nested too deeply")
+    text = trim(_QUANTIFIER.sub("", text[:200]) + text[200:])
+    text = _FIRST_NAME.sub("", text, count=1) if _FIRST_NAME.match(text) else text
+    text = trim(
+        _PARAMETER.sub("", text[-100:]).join((text[:-100], "")) if "n" in text[-40:] else text
+    )
+    text = trim(_without_lead_in(text))
+    if not text:
+        return Unclear(text, "nothing is said")
+    if (plain := number(text)) is not None:
+        return Value(text, plain)
+    for reader in (_clock_or_ratio, _based, _dots, _choice, _environment):
+        if (node := reader(text, depth)) is not None:
+            return node
+    if not balanced(text):
+        return Unclear(text, "brackets do not match")
+    if (french := _FRENCH.fullmatch(text)) and (french[1] == "]" or french[3] == "["):
+        text = {"]": "("}.get(french[1], "[") + french[2] + {"[": ")"}.get(french[3], "]")
+    for reader in (_several, _labelled, _signs, _enclosed, _chain, _relation, _vector):
+        if (node := reader(text, depth)) is not None:
+            return node
+    return _single(text)
+
+
+def _without_lead_in(text: str) -> str:
+    if text.startswith("\\text{") and "}" in text:
+        opened = text[6:].replace("}", "", 1)
+        bare = words.without_lead_in(opened)
+        return bare if bare != opened and len(bare) <= len(text) - text.index("}") else text
+    return words.without_lead_in(text)
+
+
+def _clock_or_ratio(text: str, depth: int) -> Node | None:
+    if ":" not in text and "to" not in text:
+        return None
+    plain = trim(plain_text(text)).replace("  ", " ")
+    if found := _CLOCK.fullmatch(plain):
+        parts = (number(found[1]), number(found[2]))
+        return Ratio(parts, True, (found[3] or "").lower())
+    if _RATIO.fullmatch(text):
+        parts = [number(part.strip(" {}")) for part in re.split(r":|\\text\{ ?to ?\}|\bto\b", text)]
+        return None if None in parts else Ratio(tuple(parts))
+    return None
+
+
+def _based(text: str, depth: int) -> Node | None:
+    if "_" not in text and "base" not in text:
+        return None
+    found = _BASED.fullmatch(trim(plain_text(text))) or _BASED.fullmatch(text)
+    if found is None:
+        return None
+    digits, base = found[1] or found[4], found[2] or found[3] or found[5]
+    base = _BASES.get(base) or (int(base) if base.isdecimal() and len(base) < 3 else 0)
+    try:
+        value = int(digits, base) if 2 <= base <= 36 else None
+    except ValueError:  # digits that the base does not have
+        value = None
+    if value is None or (not digits[0].isdecimal() and base <= 10):
+        return None
+    if base == 10:
+        return Value(digits, number(digits))
+    return Based(digits.lstrip("0") or "0", base, value)
+
+
+def _dots(text: str, depth: int) -> Node | None:
+    return (
+        Unclear("".join(text.split()), "a list with dots") if _DOTS_IN_LIST.search(text) else None
+    )
+
+
+def _choice(text: str, depth: int) -> Node | None:
+    if _BARE_CHOICE.fullmatch(text):
+        return Choice(text)
+    plain = trim(_TEXT_START.sub(r"\1", text))
+    found = _CHOICE.fullmatch(plain)
+    if found is None:
+        return None
+    letter, rest = found[1] or found[3], trim(found[2] or found[4] or "")
+    if not rest:
+        return Choice(letter)
+    if words.takes_back(plain_text(rest)) or _LABEL.search(rest) or _BARE_CHOICE.fullmatch(rest):
+        return Unclear(text, "more than one choice, or one that is taken back")
+    if rest[0] in "(+-*/^=_,":
+        return None  # an expression that begins with a capital in brackets
+    return Choice(letter, read(rest, depth + 1))
+
+
+_TEXT_START = re.compile(r"^\\text\s*\{([^{}]*)\}")
+
+
+def _environment(text: str, depth: int) -> Node | None:
+    if not text.startswith(("\\begin", "\\{", "[", "(")) or "\\begin" not in text[:20]:
+        return None
+    found = _ENVIRONMENT.fullmatch(text)
+    if found is None or "\\begin{" + found["name"] in found["body"]:
+        return None
+    name = found["name"]
+    rows = [[trim(cell) for cell in split(row, "&")] for row in split(found["body"], "\\\\")]
+    rows = [row for row in rows if any(row)]
+    if not rows:
+        return Unclear(text, "nothing is said")
+    brackets = found["open"] in ("[", "(") and found["close"]
+    if name in _MATRICES or (name == "array" and brackets):
+        return Grid(tuple(tuple(read(cell, depth + 1) for cell in row) for row in rows))
+    if name not in _SYSTEMS:
+        return None
+    if name.endswith("cases") and all(len(row) == 2 and _is_condition(row[1]) for row in rows):
+        pairs = (
+            (read(value, depth + 1), read(_condition(when), depth + 1)) for value, when in rows
+        )
+        return Grid(tuple(pairs), cases=True)
+    return _lines([" ".join(row) for row in rows], found["open"] == "[", depth)
+
+
+def _is_condition(text: str) -> bool:
+    """Whether the second column of `cases` says when; not so in an aligned equation."""
+    says = "=" in text or _RELATIONS.search(text) or re.search(r"[^\W\d_]{3}", text)
+    return bool(says) and not text.startswith(("=", "+", "-"))
+
+
+def _condition(text: str) -> str:
+    return trim(
+        re.sub(
+            r"^\s*(?:\\text\s*\{\s*(?:if|for|when|where)?\s*\}|\b(?:if|for|when)\b)\s*", "", text
+        )
+    )
+
+
+def _lines(lines: list[str], alternatives: bool, depth: int) -> Node:
+    """The rows of a system; a row that begins with `=` goes on with the one before it."""
+    joined: list[str] = []
+    for line in lines:
+        line = line.strip(" ,;")
+        if joined and re.match(r"=|\\approx|\\le|\\ge|<|>|[+\-]", line):
+            joined[-1] += " " + line
+        elif line:
+            joined.append(line)
+    if len(joined) == 1:
+        return read(joined[0], depth + 1)
+    parts = [read(line, depth + 1) for line in joined]
+    if any(isinstance(part, Relation) and not part.equation for part in parts):
+        return Relation((" \\text{ or } " if alternatives else " \\text{ and } ").join(joined))
+    return Items("list", tuple(parts))
+
+
+def _several(text: str, depth: int) -> Node | None:
+    parts, by_words = split_list(text)
+    if len(parts) < 2:
+        return None
+    if _RELATIONS.search(" ".join(split(text, "(")[:1])) and not _MEMBER.match(text):
+        inequality = [part for part in parts if _top_relation(part)]
+        if inequality:
+            return Relation(text)
+    with_digits = [bool(re.search(r"\d|\\pi|\\sqrt", part)) for part in parts]
+    if by_words and any(with_digits) and not all(with_digits):
+        phrases = [words.names_a_thing(plain_text(p)) and len(p) > 2 for p in parts[1:]]
+        if with_digits[0] and all(phrases):
+            return None  # `5 apples and pears`
+    nodes = []
+    for part in parts:
+        node = read(part, depth + 1)
+        if not isinstance(node, Items) or node.kind != "list":
+            nodes.append(node)
+        elif part.startswith("\\begin") and all(isinstance(one, Equal) for one in node.parts):
+            by_name = sorted(node.parts, key=lambda one: one.name or "")  # one solution of several
+            nodes.append(Items("()", tuple(one.values[-1] for one in by_name)))
+        else:
+            nodes += node.parts
+    return Items("list", tuple(_shared_name(nodes)), text)
+
+
+_PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+_LABELLED = re.compile(r"([^\W\d_][^\W\d_]+(?: [^\W\d_]+){0,3})\s*:\s*(?=\S)")
+
+
+def _labelled(text: str, depth: int) -> Node | None:
+    """`Alice: 5` is a named answer."""
+    plain = trim(_TEXT_START.sub(r"\1", text))
+    found = _LABELLED.match(plain)
+    if found is None or words.takes_back(found[1]):
+        return None
+    return Equal(text, found[1].casefold(), (read(plain[found.end() :], depth + 1),), (False,))
+
+
+def _shared_name(nodes: list[Node]) -> list[Node]:
+    """`n = 1, 4, 5`: three values of n; only the first has the name."""
+    first = nodes[0]
+    if isinstance(first, Equal) and not any(isinstance(node, Equal) for node in nodes[1:]):
+        return [first.values[-1], *nodes[1:]]
+    return nodes
+
+
+def _top_relation(text: str) -> bool:
+    return len(split(text, _RELATIONS)) > 1
+
+
+def _signs(text: str, depth: int) -> Node | None:
+    """`2 \\pm \\sqrt{3}` is two answers."""
+    if not _PLUS_MINUS.search(text):
+        return None
+    both = []
+    for upper, lower in (("+", "-"), ("-", "+")):
+        one = re.sub(r"\\pm(?![A-Za-z])", upper, text)
+        one = re.sub(r"\\mp(?![A-Za-z])", lower, one)
+        both.append(read(re.sub(r"(^|[=({,])\s*\+\s*", r"\1", one), depth + 1))
+    return Items("list", tuple(both))
+
+
+def _enclosed(text: str, depth: int) -> Node | None:
+    found = enclosed(text)
+    if found is None:
+        return None
+    opening, inside, closing = found
+    if opening == "\\{" and closing == "\\}":
+        if not inside.strip():
+            return Relation("\\emptyset")
+        if condition := _SET_OF.match(inside):
+            return read(inside[condition.end() :], depth + 1)
+    parts, _ = split_list(inside, words_too=opening == "\\{")
+    nodes = tuple(read(part, depth + 1) for part in parts)
+    if opening == "\\{":
+        flat = []
+        for node in nodes:
+            flat += node.parts if isinstance(node, Items) and node.kind == "list" else [node]
+        return Items("set", tuple(flat), text)
+    if len(nodes) == 1:
+        return (
+            nodes[0]
+            if opening + closing in ("()", "[]")
+            else Unclear(text, "brackets do not match")
+        )
+    if not nodes:
+        return Unclear(text, "nothing is said")
+    return Items(opening[-1] + closing[-1], nodes, opening + inside + closing)
+
+
+def _chain(text: str, depth: int) -> Node | None:
+    pieces = split(
+        text, re.compile(r"=|\\approx(?![A-Za-z])|\\equiv(?![A-Za-z])|\\sim(?![A-Za-z])"), keep=True
+    )
+    if len(pieces) < 2:
+        return None
+    parts, signs = [trim(piece) for piece in pieces[::2]], pieces[1::2]
+    if not all(parts):
+        return Unclear(text, "an equation without one of its sides")
+    if any(_top_relation(part) for part in parts):
+        return Relation(text)
+    approximate = (False, *(sign.startswith("\\approx") for sign in signs))
+    symbolic = [has_symbol(part) for part in parts]
+    if len(parts) == 2 and symbolic[1] and not symbolic[0]:
+        parts, symbolic = parts[::-1], symbolic[::-1]
+    if not symbolic[0]:
+        if any(symbolic):
+            return Relation(text, equation=True)
+        return Equal(text, None, tuple(read(part, depth + 1) for part in parts), approximate)
+    names = [part for part in parts[:-1] if is_name(part)]
+    if len(names) == len(parts) - 1 > 1 and not symbolic[-1]:
+        value = read(parts[-1], depth + 1)
+        return Items("list", tuple(Equal(text, _name(n), (value,), (False,)) for n in names))
+    values = tuple(read(part, depth + 1) for part in parts[1:])
+    lhs = enclosed(parts[0])
+    if lhs and lhs[0] == "(" and len(parts) == 2 and isinstance(values[0], Items):
+        inside, _ = split_list(lhs[1])
+        if len(inside) == len(values[0].parts) > 1 and all(map(is_name, inside)):
+            pairs = zip(inside, values[0].parts, strict=True)
+            return Items("list", tuple(Equal(text, _name(n), (v,), (False,)) for n, v in pairs))
+    if (
+        isinstance(values[-1], Items)
+        and values[-1].kind == "list"
+        and _PLUS_MINUS.search(parts[-1])
+    ):
+        return values[-1]
+    simple = is_name(parts[0])
+    if not simple and symbolic[-1]:
+        return Relation(text, equation=True)
+    return Equal(text, _name(parts[0]), values, approximate[1:], simple)
+
+
+def _name(text: str) -> str:
+    name = re.sub(r"[\s{}]", "", plain_text(text))
+    return name.casefold() if name.isalpha() and len(name) > 2 else name
+
+
+def is_name(text: str) -> bool:
+    """Whether the left side of an equation only names something: `x`, `f(x)`, `P(A)`, `a_n`."""
+    return bool(_NAME.fullmatch(plain_text(text)))
+
+
+_SYMBOL = re.compile(r"(?<!\\)(?<![A-Za-z\\])[A-Za-z]+(?![A-Za-z])")
+_GREEK_NAME = re.compile(
+    r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega|xi|eta|zeta|kappa|"
+    r"angle|triangle|epsilon|vec|hat|Delta|Omega|Phi|Gamma|Lambda)(?![A-Za-z])"
+)
+
+
+def has_symbol(text: str) -> bool:
+    """Whether a side of an equation has a name in it, so that it is not a plain value."""
+    if _GREEK_NAME.search(text) or text in ("e", "i", "\\#"):
+        return True
+    node = _single(text) if balanced(text) else None
+    if isinstance(node, Value) and (node.unit or node.noun or node.percent):
+        text = node.text
+    text = re.sub(r"\\[A-Za-z]+", " ", text)
+    return any(word not in ("e", "i") for word in re.findall(r"[^\W\d_]+", text)) or "|" in text
+
+
+def _relation(text: str, depth: int) -> Node | None:
+    if member := _MEMBER.match(text):
+        return read(text[member.end() :], depth + 1)
+    if text in ("\\emptyset", "\\infty", "-\\infty", "+\\infty") or "\\mathbb" in text:
+        return Relation(text.lstrip("+"))
+    return Relation(text) if _top_relation(text) else None
+
+
+def _vector(text: str, depth: int) -> Node | None:
+    """`3\\hat{i}+4\\hat{j}` is (3, 4)."""
+    if "\\hat{" not in text:
+        return None
+    terms = split(re.sub(r"(?<=[^(\s])\s*([+-])", r" \1", text), re.compile(r"\s(?=[+-])"))
+    found: dict[str, Node] = {}
+    for term in terms:
+        axis = _UNIT_VECTOR.findall(term)
+        if len(axis) != 1 or axis[0] in found:
+            return None
+        factor = trim(_UNIT_VECTOR.sub("", term).replace(" ", "")).lstrip("+") or "1"
+        found[axis[0]] = read("-1" if factor == "-" else factor, depth + 1)
+    size = "ijk".index(max(found)) + 1
+    zero = Value("0", number("0"))
+    return Items("()", tuple(found.get(axis, zero) for axis in "ijk"[: max(size, 2)]))
+
+
+def _single(text: str) -> Node:
+    """One value with what belongs to it, or words."""
+    bare = plain_text(text)
+    if words.is_phrase(bare):
+        phrase = words.canonical(bare)
+        return Relation(phrase) if phrase.startswith("\\") else Phrase(phrase)
+    if (value := quantity(text)) is not None:
+        return value
+    if _NO_MATHEMATICS.search(text) or text.count("|") % 2:
+        return Unclear(text, "no mathematics")
+    if "\\text" in text or words.in_mathematics(bare):
+        return Unclear(words.canonical(bare), "words beside the mathematics")
+    return Value(text, number(text))
+
+
+_NO_MATHEMATICS = re.compile(
+    r"(?<![A-Za-z)}])'|[?@\"`~;:#]|\\(?:ldots|to|rightarrow|leftrightarrow|mapsto|not|sout|[bx]?cancel)"
+    r"(?![A-Za-z])|"
+    r"\.\.\.|(?<![_\d.])\d[\d.]*\s+\d|[+\-*/^=]$"
+)

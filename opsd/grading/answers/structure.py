@@ -1,0 +1,110 @@
+"""Brackets and separators: where a text falls into parts. One pass each."""
+
+from __future__ import annotations
+
+import re
+
+_TOKEN = re.compile(
+    r"\\begin\s*\{\w+\*?\}|\\end\s*\{\w+\*?\}|\\text\s*\{[^{}]*\}|\\[{}]|\\[A-Za-z]+|\\.|[()\[\]{}]",
+    re.DOTALL,
+)
+_OPENING = {"(": 1, "[": 1, "{": 1, "\\{": 1}
+_CLOSING = {")": 1, "]": 1, "}": 1, "\\}": 1}
+
+
+def _step(token: str) -> int:
+    if token in _OPENING or token.startswith("\\begin"):
+        return 1
+    if token in _CLOSING or token.startswith("\\end"):
+        return -1
+    return 0
+
+
+def balanced(text: str) -> bool:
+    """Whether as many brackets open as close; `[0, 1)` is balanced, and `]0, 1[`."""
+    if (text[:1] == "]" and text[-1:] in "[]") or (text[:1] in "[]" and text[-1:] == "["):
+        text = text[1:-1]
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        depth += _step(token[0])
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def enclosed(text: str) -> tuple[str, str, str] | None:
+    """(opening, inside, closing) where one pair of brackets holds the whole text."""
+    opening = "\\{" if text.startswith("\\{") else text[:1]
+    if opening not in ("(", "[", "\\{"):
+        return None
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        depth += _step(token[0])
+        if depth == 0:
+            if token.end() != len(text):
+                return None
+            return opening, text[len(opening) : token.start()], token[0]
+    return None
+
+
+def split(text: str, at: str | re.Pattern, keep: bool = False) -> list[str]:
+    """The parts between separators that stand outside all brackets; `keep`: with the separators."""
+    pattern = re.compile(re.escape(at)) if isinstance(at, str) else at
+    inside = _inside(text)
+    parts, start = [], 0
+    for found in pattern.finditer(text):
+        if inside[found.start()]:
+            continue
+        parts.append(text[start : found.start()])
+        if keep:
+            parts.append(found[0])
+        start = found.end()
+    parts.append(text[start:])
+    return parts
+
+
+def _inside(text: str) -> bytearray:
+    """For each character, and the end, whether it stands inside brackets or a command's name."""
+    inside = bytearray(len(text) + 1)
+    depth, last = 0, 0
+    for token in _TOKEN.finditer(text):
+        if depth > 0:
+            inside[last : token.start()] = b"\1" * (token.start() - last)
+        step = _step(token[0])
+        if token[0].startswith("\\text") or (depth > 0 and step >= 0):
+            inside[token.start() : token.end()] = b"\1" * (token.end() - token.start())
+        depth += step
+        last = token.end()
+    if depth > 0:
+        inside[last:] = b"\1" * (len(inside) - last)
+    return inside
+
+
+_JOINING_TEXT = re.compile(
+    r"\\text\s*\{\s*,?\s*(?:and|or|und|et|y|和|或)\s*\}|\\text\s*\{\s*[,;]\s*\}"
+)
+_JOINING = re.compile(
+    r"(?:,\s*)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\&|(?<=\d)\s*[和或]\s*(?=[-\d\\])"
+)
+_AND_AFTER = re.compile(r"\\text\{([^{}]*[^{}\s,])\s*,?\s+(?:and|or)\s*\}")
+_AND_BEFORE = re.compile(r"\\text\{\s*,?\s*(?:and|or)\s+([^{}]+)\}")
+_NEXT_NAME = re.compile(r"(?<=[\w)}])\s+(?=[A-Za-z](?:_\w)?\s?=)")
+_SEPARATOR = re.compile(r"[,;]|&")
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+
+
+def split_list(text: str, words_too: bool = True) -> tuple[list[str], bool]:
+    """(the parts of a list, whether only words separate them). `1,234` is one number."""
+    text = _THOUSANDS.sub(lambda found: found[0].replace(",", "\0"), text)
+    by_words = False
+    if words_too:
+        text = _AND_AFTER.sub(r"\\text{\1}\\text{ and }", text)
+        text = _AND_BEFORE.sub(r"\\text{ and }\\text{\1}", text)
+        replaced = _JOINING_TEXT.sub("\1", text)
+        pieces = split(replaced, _JOINING)
+        replaced = "\1".join(pieces)
+        by_words = "\1" in replaced and len(split(replaced, _SEPARATOR)) == 1
+        text = replaced
+    text = _NEXT_NAME.sub("\1", text) if text.count("=") > 1 else text
+    parts = split(text, re.compile(r"[,;&\1]|\\\\"))
+    return [part.strip().replace("\0", ",") for part in parts if part.strip()], by_words

@@ -1,0 +1,176 @@
+"""Whether two expressions are equal: math-verify, and what it gets wrong put right.
+
+It is imported by the grading process only: its first call takes seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from functools import lru_cache
+
+import sympy
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+from .clean import plain_text
+from .numbers import as_latex, number
+
+_COMMANDS = "pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty|theta|alpha|beta"
+_PLAIN_COMMAND = re.compile(rf"(?<![\\A-Za-z])({_COMMANDS})(?![A-Za-z])")
+_PLAIN_SQRT = re.compile(r"(?<![\\A-Za-z])sqrt\s?\(([^()]*)\)")
+_BARE_SQRT = re.compile(r"\\sqrt\s*(\[\d+\])?\s*(\d+|[A-Za-z])")
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+_DEGREES = re.compile(r"([\d.]+)\s*\^\\circ")
+_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
+_REPEATING = re.compile(r"(?<![\d.])\d{0,30}\.\d{0,30}\\overline\s*\{\d{1,30}\}")
+_BARE_LOGARITHM = re.compile(r"\\log(?![A-Za-z]|\s*_)")
+_PARAMETERS = ("k", "n", "m", "l", "j", "t")
+_POINTS = 12
+
+
+class Algebra:
+    """Compares two expressions, equations or sets, each a text."""
+
+    def __init__(self) -> None:
+        logging.disable(logging.CRITICAL)
+        self._read = lru_cache(maxsize=256)(self._read)  # a reference has many answers
+        self._forms = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+
+    def __call__(self, wanted: str, given: str) -> bool:
+        """Whether they are equal; the reference goes first, since math-verify is not symmetric."""
+        wanted, given = _same_logarithm(wanted, given)
+        one, other = self._read(wanted), self._read(given)
+        if not one or not other:
+            return False
+        exact = "." not in wanted + given
+        if self._equal(one, other, exact):
+            return True
+        return _same_alternatives(one[0], other[0]) or _same_elsewhere(one[0], other[0], exact)
+
+    def between(self, text: str, low: str, high: str) -> bool:
+        """Whether a constant lies between two."""
+        value = self._read(text)
+        if not value or not isinstance(value[0], sympy.Expr) or not value[0].is_number:
+            return False
+        ends = [sympy.N(self._read(end)[0]) for end in (low, high)]
+        return bool(ends[0] <= sympy.N(value[0]) <= ends[1])
+
+    def _read(self, text: str) -> list:
+        # math-verify's own time limits use SIGALRM, which cannot interrupt one long C call; the
+        # parent's kill can.
+        boxed = "\\boxed{" + _to_latex(text) + "}"
+        return parse(boxed, extraction_config=self._forms, parsing_timeout=None)
+
+    def _equal(self, wanted: list, given: list, exact: bool) -> bool:
+        try:
+            equal = verify(
+                wanted,
+                given,
+                timeout_seconds=None,
+                allow_set_relation_comp=True,
+                raise_on_error=True,
+            )
+            return bool(equal) and _close(wanted[0], given[0], exact)
+        except MemoryError:
+            raise
+        except Exception:
+            # sympy raises nearly anything on nonsense; the last entry is the normalised text
+            return bool(wanted) and wanted[-1] == given[-1]
+
+
+def _to_latex(text: str) -> str:
+    """`sqrt(2)*pi` -> `\\sqrt{2}*\\pi`; math-verify reads plain words as products of letters."""
+    text = " ".join(text.split())  # thousands of spaces cost latex2sympy seconds
+    text = re.sub(r"\\text\{ (or|and) \}", "\0\\1\0", text)
+    text = plain_text(text).replace("\0or\0", "\\text{ or }").replace("\0and\0", "\\text{ and }")
+    text = _PLAIN_SQRT.sub(r"\\sqrt{\1}", text)
+    text = _BARE_SQRT.sub(lambda found: f"\\sqrt{found[1] or ''}{{{found[2]}}}", text)
+    if _TRIGONOMETRY.search(text):
+        text = _DEGREES.sub(r"{(\\frac{\1\\pi}{180})}", text)
+    text = text.replace("^\\circ", "")
+    text = _SCIENTIFIC.sub(r"\1\\times10^{\2}", text)
+    text = _REPEATING.sub(lambda found: as_latex(number(found[0]).value), text)
+    return _PLAIN_COMMAND.sub(r"\\\1", text)
+
+
+def _same_logarithm(one: str, other: str) -> tuple[str, str]:
+    """Both with `\\ln` where one has it and the other a `\\log` without a base, which math-verify
+    takes as the decimal one."""
+    if "\\ln" in one + other and _BARE_LOGARITHM.search(one + other):
+        return _BARE_LOGARITHM.sub(r"\\ln", one), _BARE_LOGARITHM.sub(r"\\ln", other)
+    return one, other
+
+
+def _close(one, other, exact: bool) -> bool:
+    """Whether two constants that math-verify calls equal are so relative to their size: it rounds
+    to six decimals, so that 1e-20 would equal 2e-20. Anything but constants is close.
+
+    exact: neither has decimals.
+    """
+    constants = all(isinstance(side, sympy.Expr) and side.is_number for side in (one, other))
+    if not constants or one == other:
+        return True
+    one, other = sympy.N(one, 30), sympy.N(other, 30)
+    if not all(side.is_finite for side in (one, other)):
+        return True
+    tolerance = 1e-15 if exact else 1e-5
+    return bool(abs(one - other) <= tolerance * max(abs(one), abs(other)))
+
+
+def _same_alternatives(wanted, given) -> bool:
+    """`x<1 or x>2`, which math-verify reads as a set of relations, against a set of numbers."""
+    if not isinstance(wanted, sympy.Set) or not isinstance(given, sympy.FiniteSet):
+        return False
+    if not all(isinstance(one, sympy.core.relational.Relational) for one in given):
+        return False
+    return sympy.Union(*(one.as_set() for one in given)) == wanted
+
+
+def _same_elsewhere(wanted, given, exact: bool) -> bool:
+    """Equal wherever both are real, at points that nobody can know; with `i` as the imaginary unit,
+    and with one name for the integer of a periodic solution."""
+    sides = [wanted, given]
+    if not all(isinstance(side, sympy.Expr) for side in sides):
+        return False
+    units = {s: sympy.I for side in sides for s in side.free_symbols if s.name == "i"}
+    if units:
+        sides = [side.subs(units) for side in sides]
+    symbols = [sorted(side.free_symbols, key=str) for side in sides]
+    if symbols[0] != symbols[1]:
+        names = [[s.name for s in some] for some in symbols]
+        periodic = all(len(some) == 1 and some[0] in _PARAMETERS for some in names)
+        if not periodic or not all(side.has(sympy.pi) for side in sides):
+            return False
+        sides[1] = sides[1].subs(symbols[1][0], symbols[0][0])
+        symbols[1] = symbols[0]
+    if not symbols[0]:
+        return bool(units) and sympy.simplify(sides[0] - sides[1]) == 0
+    return exact and _same_at_points(sides, symbols[0])
+
+
+def _roots(side) -> list:
+    """The parts of an expression that may be imaginary: roots and logarithms."""
+    return [
+        part
+        for part in sympy.preorder_traversal(side)
+        if (part.is_Pow and not part.exp.is_integer) or isinstance(part, sympy.log)
+    ]
+
+
+def _same_at_points(sides: list, symbols: list) -> bool:
+    draw = random.Random(len(str(sides)))
+    seen = 0
+    for index in range(_POINTS):
+        point = {s: sympy.Rational(draw.randint(-4000, 4000), 997) for s in symbols}
+        if index % 2:  # where roots and logarithms are real
+            point = {s: abs(value) for s, value in point.items()}
+        values = [sympy.N(side.subs(point), 30) for side in sides]
+        if not all(value.is_real and value.is_finite for value in values):
+            continue
+        if not all(sympy.N(root.subs(point)).is_real for side in sides for root in _roots(side)):
+            continue
+        seen += 1
+        if abs(values[0] - values[1]) > 1e-18 * max(1, abs(values[0])):
+            return False
+    return seen > 2

@@ -1,0 +1,130 @@
+"""Phrases: what means the same, what takes an answer back, what is prose and no answer."""
+
+# ruff: noqa: RUF001 - characters that look alike are what this is about
+from __future__ import annotations
+
+import re
+
+_LEAD_IN = re.compile(
+    r"(?:(?:so|thus|hence|therefore|and|then|we (?:get|have|find|obtain)|its?|is|are|there|the|my|"
+    r"our|final|correct|answers?|solutions?|result|value|total|sum|area|number|is|are|equals?|exactly|"
+    r"about|approximately|approx|around|roughly|only|option|choice|of|答案|是|为|答)\b[\s:,.]*)+",
+    re.IGNORECASE,
+)
+# What follows a number and is more than its name: it takes the number back, changes it, or names
+# another one.
+_MORE_THAN_A_NAME = frozenset(
+    "is isn't isnt am are aren't was wasn't were be been being not no never nor neither either "
+    "or maybe perhaps possibly probably likely unlikely might may could would should can can't "
+    "cannot if unless but except instead rather than versus vs until else otherwise without "
+    "wrong incorrect false right correct true guess guessing think unsure hopefully doubt don't "
+    "dont does doesn't did do plus minus multiplied doubled tripled halved ppm ppb promille "
+    "divided more less fewer greater least most between squared cubed half halves quarter "
+    "quarters third thirds fourth fourths fifth fifths sixth sixths eighth tenth tenths "
+    "hundredth hundredths thousandth thousandths hundred hundreds thousand thousands million "
+    "millions billion billions trillion dozen dozens score percent double twice triple one two "
+    "three four five six seven eight nine ten eleven twelve thirteen twenty thirty forty fifty "
+    "zero k base mod modulo to through we i you he she they which that since because so "
+    "therefore hence thus when where after before while oder ou nicht falsch pas faux ni ili "
+    "или не нет неверно e.g eg i.e ie etc equals equal becomes gives makes actually wait sorry "
+    "hmm error trick joke ignore any all none st nd rd th".split()
+)
+_CHANGES_IN_CHINESE = frozenset("或不非错錯十百千万萬亿億和与減减加乘除约至到半倍")
+_FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc log ln exp lim max min gcd lcm det arcsin arccos arctan sinh cosh "
+    "tanh mod arg deg dim ker sqrt frac binom infty theta alpha beta gamma delta lambda sigma "
+    "omega phi psi cdot times circ".split()
+)
+_WORD = re.compile(r"(?<!\\)(?<![A-Za-z])[^\W\d_]+(?:['’][^\W\d_]+)?")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{\w+\*?\}")
+_PHRASE = re.compile(r"[^\W\d_]+(?:[ '.,/&-]+[^\W\d_]+)*[.']?")
+_ARTICLES = re.compile(r"\b(?:a|an|the)\s+", re.IGNORECASE)
+
+_NO_SOLUTION = re.compile(
+    r"(?:there (?:is|are|exists?) )?(?:no|zero)(?: such)?(?: \w+)?(?: \w+)? "
+    r"(?:solutions?|roots?|answers?|values?|integers?|numbers?|triples?|pairs?|x|n)"
+    r"(?: (?:exists?|possible|satisf\w+|in reals?))?|none|(?:the )?empty set|"
+    r"(?:there is )?no solution.{0,20}",
+    re.IGNORECASE,
+)
+_INFINITY = re.compile(
+    r"(?:there are )?infinite(?:ly many)?(?: (?:solutions?|values?|many))*|(?:plus |positive )?"
+    r"infinity",
+    re.IGNORECASE,
+)
+_ALL_REAL = re.compile(r"(?:all |any |the set of (?:all )?)real(?:s| numbers?)(?: x)?", re.I)
+_DOES_NOT_EXIST = re.compile(r"(?:the limit |it )?(?:does not exist|doesn't exist|dne)", re.I)
+
+
+def canonical(phrase: str) -> str:
+    """A phrase in one form: `No real solutions` and `\\emptyset`, `DNE` and `does not exist`."""
+    phrase = " ".join(phrase.replace("-", " ").split()).strip(" .!")
+    if len(phrase) < 80:
+        if _NO_SOLUTION.fullmatch(phrase):
+            return "\\emptyset"
+        if _INFINITY.fullmatch(phrase):
+            return "\\infty"
+        if _ALL_REAL.fullmatch(phrase):
+            return "\\mathbb{R}"
+        if _DOES_NOT_EXIST.fullmatch(phrase):
+            return "does not exist"
+    return _ARTICLES.sub("", phrase.casefold())
+
+
+def is_phrase(text: str) -> bool:
+    """Whether it is words alone. Two letters may well be a product; three are taken as a word."""
+    letters = sum(character.isalpha() for character in text)
+    if not _PHRASE.fullmatch(text) or text in _FUNCTIONS:
+        return False
+    return letters > 2 or text.casefold() in ("no", "he", "up", "on") or not text.isascii()
+
+
+def in_mathematics(text: str) -> bool:
+    """Whether a text with mathematics in it has words as well: `7 is wrong`, `7 (or so)`."""
+    for found in _WORD.finditer(_ENVIRONMENT.sub(" ", text)):
+        word = found[0]
+        if word.lower() in _FUNCTIONS:
+            continue
+        if len(word) > 3 or (word.lower() in _MORE_THAN_A_NAME and len(word) > 1):
+            return True
+    return False
+
+
+def names_a_thing(text: str) -> bool:
+    """Whether what follows a number only says of what: `apples and pears`, `ways`, `个`."""
+    text = re.sub(
+        r"\(\s*(?:approx\w*|rounded|exact(?:ly)?|to the nearest|to \w+ decimal)[^()]*\)", "", text
+    ).strip(" .()")
+    if len(text) > 60 or re.search(r"[\d=<>+*?!:;^\\]", text):
+        return False
+    if set(text) & _CHANGES_IN_CHINESE:
+        return False
+    words = re.findall(r"[^\W\d_]+(?:['’.][^\W\d_]+)?", text.lower())
+    return len(words) <= 6 and not any(word in _MORE_THAN_A_NAME for word in words)
+
+
+_TAKES_BACK = frozenset(
+    "not wrong incorrect false isn't maybe perhaps possibly probably unless or either nor neither "
+    "guess unsure".split()
+)
+
+
+def takes_back(text: str) -> bool:
+    """Whether the words beside an answer take it back: `D is wrong`, `C (or D)`."""
+    return any(word in _TAKES_BACK for word in re.findall(r"[a-z']+", text.lower()))
+
+
+MULTIPLES = {
+    "dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
+    "trillion": 10**12, "lakh": 10**5, "crore": 10**7,
+    "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8, "percent": None,
+}  # fmt: skip
+
+
+def without_lead_in(text: str) -> str:
+    """`The answer is 12` -> `12`; a text that is only such words stays."""
+    found = _LEAD_IN.match(text)
+    if found is None or found.end() == len(text):
+        return text
+    rest = text[found.end() :]
+    return rest if re.match(r"[-+\d\\$(.\[{|A-Za-z]", rest) else text

@@ -1,0 +1,67 @@
+"""How far verdicts agree with people's, by kind, on pairs judged one by one."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from opsd.grading.grader import Grader
+
+ROOT = Path(__file__).parents[2]
+PAIRS = [
+    json.loads(line)
+    for line in (ROOT / "tests" / "data" / "answer_pairs.jsonl").read_text("utf-8").splitlines()
+]
+
+# Where the grader is known to judge otherwise than a person: (given, answer). docs/evaluate.md
+# lists them as well.
+KNOWN_DISAGREEMENTS: set[tuple[str, str]] = set()
+
+
+def completion(pair):
+    """`given` is what a box holds, or a whole completion."""
+    return pair["given"] if pair.get("whole") else f"So the answer is \\boxed{{{pair['given']}}}."
+
+
+@pytest.fixture(scope="module")
+def grades():
+    with Grader(timeout=20) as grader:
+        return grader.grade(list(map(completion, PAIRS)), [pair["answer"] for pair in PAIRS])
+
+
+def test_the_table_is_what_it_should_be():
+    assert len(PAIRS) >= 800
+    assert sum(not pair["correct"] for pair in PAIRS) >= 150
+    assert len({(pair["given"], pair["answer"]) for pair in PAIRS}) == len(PAIRS)
+    assert all(pair["kind"] and pair["source"] for pair in PAIRS)
+
+
+def test_nothing_is_accepted_that_must_earn_nothing(grades):
+    accepted = [
+        (pair["given"], pair["answer"], grade.reason)
+        for pair, grade in zip(PAIRS, grades, strict=True)
+        if grade.correct and not pair["correct"]
+    ]
+    assert accepted == []
+
+
+def test_agreement(grades):
+    differ = {
+        (pair["given"], pair["answer"]): grade.reason
+        for pair, grade in zip(PAIRS, grades, strict=True)
+        if grade.correct is not pair["correct"]
+    }
+    assert set(differ) == KNOWN_DISAGREEMENTS, differ
+    assert all(grade.reason for grade in grades)
+    agreement = 100 * (1 - len(differ) / len(PAIRS))
+    assert agreement >= 99.5
+    document = (ROOT / "docs" / "evaluate.md").read_text("utf-8")
+    assert f"{len(PAIRS)} pairs" in document and f"{agreement:.2f} %" in document
+
+
+def test_the_document_has_the_table():
+    document = (ROOT / "docs" / "evaluate.md").read_text("utf-8")
+    for kind, pairs in Counter(pair["kind"] for pair in PAIRS).items():
+        wrong = sum(pair["kind"] == kind and not pair["correct"] for pair in PAIRS)
+        assert f"| {kind} | {pairs} | {wrong} |" in document, kind

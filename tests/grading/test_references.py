@@ -1,0 +1,125 @@
+"""What a dataset's answers say, and that what cannot be told is refused by row and column."""
+
+import json
+import time
+
+import pytest
+
+from opsd.common.errors import UserError
+from opsd.data.boxed import last_boxed
+from opsd.data.references import MOST_CHARACTERS, Unreadable, final_answer
+from opsd.data.rows import load_rows
+from opsd.grading.grader import Grader
+
+UNDERSTOOD = [
+    ("5", "5"),
+    ("2+3=5\n#### 5", "5"),
+    ("2+3=5\n#### 5\n#### end", "5"),
+    ("#### 1,024 ", "1,024"),
+    ("So it is \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+    ("We add: $2+3=5$. So the sum is $\\boxed 5$.", "5"),
+    ("\\boxed{3} or \\boxed{5}", "3, 5"),
+    ("The roots are $x=\\boxed{3}$ and $x=\\boxed{5}$.", "3, 5"),
+    ("$x=\\boxed{3}$, $y=\\boxed{5}$", "x=3, y=5"),
+    ("\\boxed{5}. Checking: \\boxed{5}", "5"),
+    ("\\boxed{5} \\boxed{}", "5"),
+    ("['3', '5']", "3, 5"),
+    ('["A"]', "A"),
+    ("('3', '5')", "3, 5"),
+    ("[0, 1)", "[0, 1)"),
+    ("[3, 5]", "[3, 5]"),  # an interval, perhaps
+    ("\\textbf{(B)}\\ 5", "\\textbf{(B)}\\ 5"),
+    ("We get 4+5. The answer is 9.", "9"),
+    ("Final answer: 9", "9"),
+    ("<think>4</think><answer>9</answer>", "9"),
+    ("Alice and Bob", "Alice and Bob"),
+    ("no real solutions exist", "no real solutions exist"),
+    ("20 minutes and 5 seconds", "20 minutes and 5 seconds"),
+    ("\\begin{cases}x=1\\\\y=2\\end{cases}", "\\begin{cases}x=1\\\\y=2\\end{cases}"),
+]
+REFUSED = [
+    ("We add 20 and 25 to get 45, then halve it to get 22.5 litres.", "prose"),
+    ("First x = 4. Then y = 9. So x + y = 13, which is the answer we want.", "prose"),
+    ("Let n be the number of apples. Since 3n = 12 we have n = 4.", "prose"),
+    ("She has $12 and spends $5, so $7 are left.", "prose"),
+    ("Two and three are added.\nThe total is five, that is 5 apples.", "prose"),
+    ("\\boxed{4} apples. Later the total becomes \\boxed{9}.", "several boxes"),
+    ("#### 5\n#### 6", "several final answers"),
+    ("The total is \\boxed{12", "cut off"),
+    ("\\boxed{8} and \\boxed{12", "cut off"),
+    ("\\frac{1}{", "cut off"),
+    ("x = ", "cut off"),
+    ("2 + 3 +", "cut off"),
+    ("(1, 2", "cut off"),
+    ("so ####", "no final answer"),
+    ("\\boxed{}", "empty box"),
+    ("['']", "no final answer"),
+    ("7" * (MOST_CHARACTERS + 1), "longer than"),
+]
+
+
+@pytest.mark.parametrize("text, answer", UNDERSTOOD)
+def test_understood(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("text, problem", REFUSED)
+def test_refused_by_row_and_column(text, problem, tmp_path):
+    with pytest.raises(Unreadable, match=problem):
+        final_answer(text)
+    source = tmp_path / "rows.jsonl"
+    rows = [{"problem": "p", "a": "4"}, {"problem": "q", "a": text}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"answer": "a"}
+    with pytest.raises(UserError, match=rf"row 2 of .*column 'a' \(answer\).*{problem}"):
+        load_rows(str(source), columns=columns, require=("problem", "answer"))
+    # A template may show what nobody grades.
+    rows = load_rows(str(source), columns=columns, require=("problem", "answer"), graded=False)
+    assert rows[1].answer == text
+
+
+def test_a_grader_accepts_nothing_for_prose():
+    with Grader() as grader:
+        for reference, problem in REFUSED[:5]:
+            for answer in ("4", "5", "7", "9", "12", "13", "20", "22.5", "45"):
+                (grade,) = grader.grade([f"\\boxed{{{answer}}}"], [reference])
+                assert not grade.correct and grade.failed and problem in grade.reason
+
+
+SHAPES = [
+    *("7", "1+", "(", "{", "\\frac{1}{", "2^{", " ", "\\text{a} ", "apple ", "1,", "\\boxed{1} "),
+    *(
+        "\\boxed{",
+        "\\boxed 1 ",
+        "#### 1 ",
+        "a\n",
+        " \n",
+        "\N{FULLWIDTH DIGIT ONE}",
+        "eq=",
+        "$",
+        "1:",
+    ),
+    *("answer is ", "<answer>", "1e", "1 !", "A b. ", "['", "**a", "C_", "\\overline{", "|"),
+    *("\\hat{\\mathbf{", "\\begin{a}"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reading_takes_linear_time(shape):
+    """In the parent process: of a reference, of a completion, and of a pair before any worker."""
+
+    def seconds(length):
+        text = shape * (length // len(shape))
+        start = time.process_time()
+        try:
+            final_answer(text)
+        except Unreadable:
+            pass
+        last_boxed(text)
+        with Grader() as grader:
+            grades = grader.grade([f"\\boxed{{{text}}}", "\\boxed{x+1}"], ["x", "y" + text])
+            assert not any(grade.correct for grade in grades)
+        return time.process_time() - start
+
+    assert seconds(20_000) < 0.5
+    assert seconds(400_000) < 40 * max(0.05, seconds(20_000))
