@@ -164,7 +164,7 @@ class OPSD:
         fractions = {}
         if self.clip is not None:
             fractions["clipped_fraction"] = result.clipped_fraction
-            fractions["opposed_fraction"] = result.opposed_fraction
+            fractions["inverted_gradient_fraction"] = result.inverted_gradient_fraction
         return result.loss, logged, fractions
 
     def _importance(

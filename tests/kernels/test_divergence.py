@@ -136,11 +136,11 @@ def test_statistics(backend, clip, divergence):
         "token": (unclipped > 0.3)[keep].double().mean(),
     }[clip]
     torch.testing.assert_close(result.clipped_fraction.double(), fraction.double())
-    torch.testing.assert_close(result.opposed_fraction.double(), opposed)
+    torch.testing.assert_close(result.inverted_gradient_fraction.double(), opposed)
 
 
 def test_a_small_entry_clip_opposes():
     """The trap of method.md, seen: with a tiny threshold most tokens' gradients turn around."""
     case = make(64, 200, 16, clip=Clip("entry", 1e-6))
     for backend in BACKENDS:
-        assert case.fused(backend).opposed_fraction > 0.5
+        assert case.fused(backend).inverted_gradient_fraction > 0.5

@@ -133,7 +133,7 @@ def test_targets_that_do_not_fit():
     hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
     for targets, text in (
         (torch.tensor([0, 1, 5]), "from 0 to 5"),
-        (torch.tensor([0, -100, 2]), "-100"),
+        (torch.tensor([0, -1, 2]), "from -1"),
         (torch.tensor([0.0, 1, 2]), "integers"),
         (torch.tensor([0, 1]), "one for each token"),
     ):
