@@ -181,7 +181,8 @@ def linear_log_prob(
     Face's labels. Other targets outside [0, V) raise a ValueError where their values can be read
     without waiting, and otherwise (GPU, torch.compile, process groups) give NaN.
     reduction: mean = sum w log p / sum w, sum = sum w log p, none = w log p for each token. What is
-    known of the weights here saves a trainable head a quarter of the products: cross-entropy is -linear_log_prob(..., reduction="mean").log_prob.
+    known of the weights here saves a trainable head a quarter of the products: cross-entropy is
+    -linear_log_prob(..., reduction="mean").log_prob.
 
     >>> import torch
     >>> result = linear_log_prob(torch.zeros(2, 4), torch.eye(5, 4), torch.tensor([0, 3]))

@@ -1,5 +1,5 @@
-"""Where rounding is felt: fp16 with a loss scale, small divergences, peaked distributions, NaN. Right
-values come from torch autograd and dense fp64.
+"""Where rounding is felt: fp16 with a loss scale, small divergences, peaked distributions, NaN.
+Right values come from torch autograd and dense fp64.
 """
 
 import itertools
@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from helpers.gpu_rounding import emulate_gpu_products
 from helpers.kernel_cases import BACKENDS, DIVERGENCES, make, relative_error
 
 from opsd_kernels import (
@@ -126,6 +127,47 @@ def test_grad_scaler_finds_a_scale(reduction):
         trained[dtype] = hidden.detach()
     moved = trained[torch.float32] - start.student.half().float()
     assert relative_error(trained[torch.float16] - start.student.half().float(), moved) < 2e-2
+
+
+@pytest.mark.parametrize("budget", [None, 2**17], ids=["rows", "tiles"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_as_a_gpu_rounds_it(monkeypatch, divergence, dtype, budget):
+    """There a gradient is an operand of 16 bits: 1/N of N = 8192 must not take it out of fp16's
+    range, nor a weight that is far from the others'.
+    """
+    emulate_gpu_products(monkeypatch)
+    n, v, d = 8192, 131, 8
+    for frozen in (False, True):
+        case = make(n, v, d, divergence=divergence, frozen=frozen, budget=budget).to(dtype)
+        token_weight = torch.ones(n)
+        token_weight[:3] = torch.tensor([1e-3, 0.0, 30.0])
+        case = case.__class__(**{**vars(case), "token_weight": token_weight})
+        fused, exact = case.require_grad(), case.to(torch.float64).require_grad()
+        scale = 2.0**16 if dtype == torch.float16 else 1.0
+        (fused.fused("torch").loss * scale).backward()
+        exact.dense().backward()
+        for got, want in zip(fused.trainable(), exact.trainable(), strict=True):
+            error = relative_error(got.grad.double() / scale, want.grad)
+            assert error < (1e-3 if dtype == torch.float16 else 1e-2)
+
+
+def test_a_gpus_log_probs(monkeypatch):
+    emulate_gpu_products(monkeypatch)
+    n, v, d, scale = 8192, 131, 8, 2.0**16
+    case = make(n, v, d).to(torch.float16)
+    targets = torch.randint(0, v, (n,))
+    fused, exact = case.require_grad(), case.to(torch.float64).require_grad()
+    for reduction, factor in (("mean", 1.0), ("none", 1.0 / n)):
+        fused = case.require_grad()
+        found = linear_log_prob(
+            fused.student, fused.weight, targets, reduction=reduction, backend="torch"
+        ).log_prob
+        (found.sum() * factor * scale).backward()
+        if exact.student.grad is None:
+            reference.linear_log_prob(exact.student, exact.weight, targets)[0].mean().backward()
+        for got, want in zip(fused.trainable(), exact.trainable(), strict=True):
+            assert relative_error(got.grad.double() / scale, want.grad) < 1e-3
 
 
 # --- Small divergences and entropies ---
