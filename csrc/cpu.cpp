@@ -57,19 +57,24 @@ template <bool SOFTCAP>
 struct Role {
   float* x;
   const float* bias;
+  bool capped;  // SOFTCAP: whether any role is
   float inner, outer, inverse;  // logit = outer tanh(inner (product + bias)), or inner (...)
   float max = 0.f, log_sum = 0.f;
+  double log_normaliser = 0.0;  // both
 
-  Role(float* products, const float* role_bias, const opsd_options& o)
+  Role(float* products, const float* role_bias, const opsd_transform& o)
       : x(products),
         bias(role_bias),
-        inner(SOFTCAP ? o.scale / o.softcap : o.scale / o.temperature),
+        capped(SOFTCAP && o.softcap > 0.f),
+        inner(capped ? o.scale / o.softcap : o.scale / o.temperature),
         outer(o.softcap / o.temperature),
-        inverse(SOFTCAP ? o.temperature / o.softcap : 0.f) {}
+        inverse(capped ? o.temperature / o.softcap : 0.f) {}
 
   void normalise_by(const float* state, int64_t stride) {
     max = state[MAX * stride];
-    log_sum = static_cast<float>(log(static_cast<double>(state[SUM * stride])));
+    const double log_of_sum = log1p(static_cast<double>(state[REST * stride]));
+    log_sum = static_cast<float>(log_of_sum);
+    log_normaliser = max + log_of_sum;
   }
 
   template <class Part>
@@ -77,7 +82,7 @@ struct Role {
     Vector z = part.get(x + j);
     if (bias) z += part.get(bias + j);
     z *= inner;
-    if (SOFTCAP) z = outer * tanh_(z);
+    if (SOFTCAP && capped) z = outer * tanh_(z);
     return part.padded(rounded(z));
   }
 
@@ -97,11 +102,11 @@ struct Role {
 template <bool SOFTCAP>
 void normalise(const Role<SOFTCAP>& role, int64_t v, float* state, int64_t stride) {
   float most = state[MAX * stride];
-  double total = state[SUM * stride], moment = state[MOMENT * stride];
+  double rest = state[REST * stride], moment = state[MOMENT * stride];
   float logits[BLOCK + LANES];
   for (int64_t start = 0; start < v; start += BLOCK) {
     const int64_t end = end_of_block(start, v);
-    Vector block_max = L::all(-INFINITY), block_sum = L::all(0.f), block_moment = L::all(0.f);
+    Vector block_max = L::all(-INFINITY), block_rest = L::all(0.f), block_moment = L::all(0.f);
     each(start, end, [&](int64_t j, auto part) INLINE {
       const Vector z = role.logit(j, part);
       store(logits + (j - start), z);
@@ -109,72 +114,86 @@ void normalise(const Role<SOFTCAP>& role, int64_t v, float* state, int64_t strid
     });
     const float highest = opsd::OPSD_ISA::max(block_max);
     if (highest > most) {
-      const double shift = static_cast<double>(highest) - most;
+      const double shift = static_cast<double>(highest) - most, total = 1.0 + rest;
       moment = total == 0.0 ? 0.0 : exp(-shift) * (moment + shift * total);
-      total = total == 0.0 ? 0.0 : exp(-shift) * total;
+      rest = total == 0.0 ? -1.0 : exp(-shift) * total - 1.0;
       most = highest;
     }
     // All -inf so far: any finite offset will do, exp(-inf) = 0.
     const float offset = most == -INFINITY ? 0.f : most;
+    IntVector largest = {};  // entries equal to the maximum, counted by themselves
     for (int64_t j = 0; j < end - start; j += LANES) {
       const Vector below = load(logits + j) - offset, p = exp_(below);
-      block_sum += p;
+      largest -= below == 0.f;
+      block_rest += L::select(below == 0.f, L::all(0.f), p);
       block_moment -= product(p, below);
     }
-    total += sum(block_sum);
+    rest += sum(L::convert(largest)) + sum(block_rest);
     moment += sum(block_moment);
   }
   state[MAX * stride] = most;
-  state[SUM * stride] = static_cast<float>(total);
+  state[REST * stride] = static_cast<float>(rest);
   state[MOMENT * stride] = static_cast<float>(moment);
+}
+
+// The difference of the normalisers' logarithms: log T - log S = (z_t - z_s) - shift.
+template <bool SOFTCAP>
+float shift_of(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher) {
+  return static_cast<float>(teacher.log_normaliser - student.log_normaliser);
+}
+
+template <int KIND, bool SOFTCAP>
+inline INLINE Entry<Vector> at(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher, Vector z,
+                               Vector z_t, float shift, float beta) {
+  return entry<KIND>(student.log_p(z), teacher.log_p(z_t), (z_t - z) - shift, beta);
 }
 
 // What the first sweep after the normalisers leaves in the tiles.
 enum Leave {
   NOTHING,
   GRADIENT,  // forward_kl: it needs no sum
-  PULLS,     // the pull where the teacher's products were: `gradient_of_pulls` reads it
-  PARTS,     // row_weight * pull for the student's products, row_weight * S for the teacher's
+  FOR_LATER,  // the unnormalised gradient in the teacher's products, for `gradient_of_unnormalised`
+  TWO_TERMS,  // row_weight * unnormalised gradient in the student's products, row_weight * S in the
+              // teacher's
 };
 
 struct Sums {
-  double divergence = 0, pull = 0, clipped = 0, count = 0, clipped_pull = 0;
+  double divergence = 0, unnormalised = 0, clipped = 0, count = 0, clipped_unnormalised = 0;
 };
 
 template <int KIND, bool CLIP, int LEAVE, bool SOFTCAP>
 Sums sums_of(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher, int64_t v, float factor,
              const opsd_options& o) {
   Sums total;
-  const float beta = o.beta, threshold = o.clip_threshold;
+  const float beta = o.beta, threshold = o.clip_threshold, shift = shift_of(student, teacher);
   const Vector zero = L::all(0.f), one = L::all(1.f);
   for (int64_t start = 0; start < v; start += BLOCK) {
-    Vector divergence = zero, pull = zero, clipped = zero, count = zero, clipped_sum = zero;
+    Vector divergence = zero, unnormalised = zero, clipped = zero, count = zero, clipped_sum = zero;
     each(start, end_of_block(start, v), [&](int64_t j, auto part) INLINE {
       const Vector z = student.logit(j, part);
-      const Entry<Vector> e =
-          entry<KIND>(student.log_p(z), teacher.log_p(teacher.logit(j, part)), beta);
+      const Entry<Vector> e = at<KIND>(student, teacher, z, teacher.logit(j, part), shift, beta);
       divergence += e.term;
-      pull += e.pull;
+      unnormalised += e.unnormalised;
       if (CLIP) {
-        clipped += L::select(e.term > threshold, L::all(threshold), e.term);
-        count += L::select(e.term > threshold, one, zero);
-        clipped_sum += clipped_pull<KIND>(e, threshold);
+        clipped += clipped_term<KIND>(e, threshold);
+        count += L::select(e.plain > threshold, one, zero);
+        clipped_sum += clipped_unnormalised<KIND>(e, threshold);
       }
       if (LEAVE == GRADIENT) {
-        part.put(student.x + j, student.through_softcap(factor * (e.s + e.pull), z));
-      } else if (LEAVE == PULLS) {
-        part.put(teacher.x + j, e.pull);
-      } else if (LEAVE == PARTS) {
-        part.put(student.x + j, student.through_softcap(factor * e.pull, z));
+        part.put(student.x + j, student.through_softcap(factor * (e.s + e.unnormalised), z));
+      } else if (LEAVE == FOR_LATER) {
+        part.put(teacher.x + j, e.unnormalised);
+      } else if (LEAVE == TWO_TERMS) {
+        part.put(student.x + j, student.through_softcap(factor * e.unnormalised, z));
         part.put(teacher.x + j, student.through_softcap(factor * e.s, z));
       }
     });
     total.divergence += sum(divergence);
-    total.pull += sum(pull);
+    total.unnormalised += sum(unnormalised);
     if (CLIP) {
       total.clipped += sum(clipped);
       total.count += sum(count);
-      total.clipped_pull += sum(clipped_sum);
+      total.clipped_unnormalised += sum(clipped_sum);
     }
   }
   return total;
@@ -182,29 +201,30 @@ Sums sums_of(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher, int64_t
 
 void add(const Sums& sums, bool clip, float* state, int64_t stride) {
   state[DIVERGENCE * stride] += static_cast<float>(sums.divergence);
-  state[PULL * stride] += static_cast<float>(sums.pull);
+  state[UNNORMALISED * stride] += static_cast<float>(sums.unnormalised);
   if (clip) {
     state[CLIPPED * stride] += static_cast<float>(sums.clipped);
     state[COUNT * stride] += static_cast<float>(sums.count);
-    state[CLIPPED_PULL * stride] += static_cast<float>(sums.clipped_pull);
+    state[CLIPPED_UNNORMALISED * stride] += static_cast<float>(sums.clipped_unnormalised);
   }
 }
 
-// pull - S sum pull, and with the entry clip its dot product with the unclipped gradient.
+// p - S sum p of the unnormalised gradient p, and with the entry clip the dot product of the clipped
+// and the unclipped gradient.
 template <int KIND, bool CLIP, bool WRITE, bool SOFTCAP>
 double gradient_of(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher, int64_t v,
-                   float factor, float sum_pull, float sum_clipped, const opsd_options& o) {
-  const float beta = o.beta, threshold = o.clip_threshold;
+                   float factor, float sum_unnormalised, float sum_clipped, const opsd_options& o) {
+  const float beta = o.beta, threshold = o.clip_threshold, shift = shift_of(student, teacher);
   double dot = 0.0;
   for (int64_t start = 0; start < v; start += BLOCK) {
     Vector block_dot = L::all(0.f);
     each(start, end_of_block(start, v), [&](int64_t j, auto part) INLINE {
       const Vector z = student.logit(j, part);
-      const Entry<Vector> e =
-          entry<KIND>(student.log_p(z), teacher.log_p(teacher.logit(j, part)), beta);
-      Vector g = KIND == FORWARD_KL ? e.pull + e.s : e.pull - e.s * sum_pull;
+      const Entry<Vector> e = at<KIND>(student, teacher, z, teacher.logit(j, part), shift, beta);
+      Vector g =
+          KIND == FORWARD_KL ? e.unnormalised + e.s : e.unnormalised - e.s * sum_unnormalised;
       if (CLIP) {
-        const Vector clipped = clipped_pull<KIND>(e, threshold) - e.s * sum_clipped;
+        const Vector clipped = clipped_unnormalised<KIND>(e, threshold) - e.s * sum_clipped;
         block_dot += clipped * g;
         g = clipped;
       }
@@ -216,11 +236,12 @@ double gradient_of(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher, i
 }
 
 template <bool SOFTCAP>
-void gradient_of_pulls(const Role<SOFTCAP>& student, const float* pulls, int64_t v, float factor,
-                       float sum_pull) {
+void gradient_of_unnormalised(const Role<SOFTCAP>& student, const float* unnormalised, int64_t v,
+                              float factor, float sum_unnormalised) {
   each(0, v, [&](int64_t j, auto part) INLINE {
     const Vector z = student.logit(j, part);
-    const Vector g = factor * (part.get(pulls + j) - exp_(student.log_p(z)) * sum_pull);
+    const Vector s = exp_(student.log_p(z));
+    const Vector g = factor * (part.get(unnormalised + j) - s * sum_unnormalised);
     part.put(student.x + j, student.through_softcap(g, z));
   });
 }
@@ -234,8 +255,8 @@ struct Token {
   int64_t stride;
 
   Token(const opsd_tile& tile, int64_t i, const opsd_options& o)
-      : student(tile.student + i * tile.student_stride, tile.bias, o),
-        teacher(tile.teacher + i * tile.teacher_stride, tile.teacher_bias, o),
+      : student(tile.student + i * tile.student_stride, tile.bias, o.student),
+        teacher(tile.teacher + i * tile.teacher_stride, tile.teacher_bias, o.teacher),
         state(tile.state + i),
         stride(tile.state_stride) {}
 
@@ -272,9 +293,9 @@ void gradient_row(const opsd_tile& tile, int64_t i, const float* row_weight, boo
                   const opsd_options& o) {
   Token<SOFTCAP> token(tile, i, o);
   token.use_normalisers();
-  const float factor = row_weight ? row_weight[i] * o.scale / o.temperature : 0.f;
+  const float factor = row_weight ? row_weight[i] * o.student.scale / o.student.temperature : 0.f;
   if (!sums_known) {
-    constexpr int LEAVE = KIND == FORWARD_KL ? GRADIENT : PARTS;
+    constexpr int LEAVE = KIND == FORWARD_KL ? GRADIENT : TWO_TERMS;
     add(sums_of<KIND, false, LEAVE>(token.student, token.teacher, tile.v, factor, o), false,
         token.state, token.stride);
     return;
@@ -282,8 +303,8 @@ void gradient_row(const opsd_tile& tile, int64_t i, const float* row_weight, boo
   const auto gradient = o.clip != CLIP_ENTRY ? gradient_of<KIND, false, true, SOFTCAP>
                         : row_weight         ? gradient_of<KIND, true, true, SOFTCAP>
                                              : gradient_of<KIND, true, false, SOFTCAP>;
-  const double dot = gradient(token.student, token.teacher, tile.v, factor, token.at(PULL),
-                              token.at(CLIPPED_PULL), o);
+  const double dot = gradient(token.student, token.teacher, tile.v, factor, token.at(UNNORMALISED),
+                              token.at(CLIPPED_UNNORMALISED), o);
   if (o.clip == CLIP_ENTRY) token.at(DOT) += static_cast<float>(dot);
 }
 
@@ -303,15 +324,16 @@ void whole_row(const opsd_tile& tile, int64_t i, const float* row_weight, const 
     return;
   }
   token.use_normalisers();
-  constexpr int LEAVE = KIND == FORWARD_KL ? GRADIENT : PULLS;
-  float factor = row_weight[i] * o.scale / o.temperature;
+  constexpr int LEAVE = KIND == FORWARD_KL ? GRADIENT : FOR_LATER;
+  float factor = row_weight[i] * o.student.scale / o.student.temperature;
   add(sums_of<KIND, false, LEAVE>(token.student, token.teacher, tile.v, factor, o), false,
       token.state, token.stride);
   const float divergence = token.at(DIVERGENCE);
   float shrink = 1.f;
   if (o.clip == CLIP_TOKEN && divergence > o.clip_threshold) shrink = o.clip_threshold / divergence;
   if (KIND != FORWARD_KL) {
-    gradient_of_pulls(token.student, token.teacher.x, tile.v, factor * shrink, token.at(PULL));
+    gradient_of_unnormalised(token.student, token.teacher.x, tile.v, factor * shrink,
+                             token.at(UNNORMALISED));
   } else if (shrink != 1.f) {
     for (int64_t j = 0; j < tile.v; ++j) token.student.x[j] *= shrink;
   }
@@ -325,9 +347,13 @@ void for_each_row(const opsd_tile& tile, const opsd_options& o, const Row& row) 
   for (int64_t i = 0; i < tile.n; ++i) row(i);
 }
 
+inline bool capped(const opsd_options& o) {
+  return o.student.softcap > 0.f || o.teacher.softcap > 0.f;
+}
+
 // FUNCTION<KIND, SOFTCAP> for what the options ask.
 #define OPSD_CHOOSE(FUNCTION, o)                                                              \
-  ((o).softcap > 0.f ? ((o).divergence == FORWARD_KL   ? FUNCTION<FORWARD_KL, true>           \
+  (capped(o) ? ((o).divergence == FORWARD_KL   ? FUNCTION<FORWARD_KL, true>           \
                         : (o).divergence == REVERSE_KL ? FUNCTION<REVERSE_KL, true>           \
                                                        : FUNCTION<JSD, true>)                 \
                      : ((o).divergence == FORWARD_KL   ? FUNCTION<FORWARD_KL, false>          \
@@ -337,7 +363,7 @@ void for_each_row(const opsd_tile& tile, const opsd_options& o, const Row& row) 
 template <bool SOFTCAP>
 void log_prob_normalisers_row(const opsd_tile& tile, int64_t i, int64_t target,
                               const opsd_options& o) {
-  const Role<SOFTCAP> role(tile.student + i * tile.student_stride, tile.bias, o);
+  const Role<SOFTCAP> role(tile.student + i * tile.student_stride, tile.bias, o.student);
   normalise(role, tile.v, tile.state + i, tile.state_stride);
   if (target < 0 || target >= tile.v) return;
   // The first vector from the target on, whose first lane is the target's logit.
@@ -349,9 +375,9 @@ void log_prob_normalisers_row(const opsd_tile& tile, int64_t i, int64_t target,
 template <bool SOFTCAP>
 void log_prob_gradient_row(const opsd_tile& tile, int64_t i, int64_t target, float weight,
                            const opsd_options& o) {
-  Role<SOFTCAP> role(tile.student + i * tile.student_stride, tile.bias, o);
+  Role<SOFTCAP> role(tile.student + i * tile.student_stride, tile.bias, o.student);
   role.normalise_by(tile.state + i, tile.state_stride);
-  const float factor = weight * o.scale / o.temperature;
+  const float factor = weight * o.student.scale / o.student.temperature;
   const bool here = target >= 0 && target < tile.v;
   float one = 0.f;  // what the target's own logit adds
   if (here) {
@@ -370,7 +396,7 @@ void log_prob_gradient_row(const opsd_tile& tile, int64_t i, int64_t target, flo
 }  // namespace
 
 void normalisers(const opsd_tile* tile, const opsd_options* o) {
-  const auto row = o->softcap > 0.f ? normalisers_row<true> : normalisers_row<false>;
+  const auto row = capped(*o) ? normalisers_row<true> : normalisers_row<false>;
   for_each_row(*tile, *o, [&](int64_t i) { row(*tile, i, *o); });
 }
 
@@ -391,14 +417,14 @@ void rows(const opsd_tile* tile, const float* row_weight, const opsd_options* o)
 }
 
 void log_prob_normalisers(const opsd_tile* tile, const int64_t* targets, const opsd_options* o) {
-  const auto row = o->softcap > 0.f ? log_prob_normalisers_row<true>
+  const auto row = capped(*o) ? log_prob_normalisers_row<true>
                                     : log_prob_normalisers_row<false>;
   for_each_row(*tile, *o, [&](int64_t i) { row(*tile, i, targets[i], *o); });
 }
 
 void log_prob_gradient(const opsd_tile* tile, const int64_t* targets, const float* row_weight,
                        const opsd_options* o) {
-  const auto row = o->softcap > 0.f ? log_prob_gradient_row<true> : log_prob_gradient_row<false>;
+  const auto row = capped(*o) ? log_prob_gradient_row<true> : log_prob_gradient_row<false>;
   for_each_row(*tile, *o, [&](int64_t i) { row(*tile, i, targets[i], row_weight[i], *o); });
 }
 

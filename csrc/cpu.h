@@ -6,11 +6,16 @@
 
 extern "C" {
 
+// From a product h W^T + bias to the logit; softcap 0: none.
+struct opsd_transform {
+  float temperature, scale, softcap;
+};
+
 struct opsd_options {
   int32_t divergence;  // opsd::Kind
   int32_t clip;        // opsd::ClipKind
   float beta, clip_threshold;
-  float temperature, scale, softcap;  // softcap 0: none
+  opsd_transform student, teacher;
   int32_t threads;
 };
 

@@ -1,13 +1,13 @@
 // The tile functions on a GPU, with a plain C interface for opsd_kernels/tiles/cuda.py;
 // opsd_kernels/tiles/torch.py says what each function does.
 //
-// A thread block works on one chunk of CHUNK consecutive entries of one row and leaves its part of
-// each sum in parts[sum, row, chunk]; a second kernel adds a row's parts to the state. No atomics,
-// and chunks of a fixed size: the result is the same bit for bit, on any device. Loads of 4 bytes a
-// lane, 128 a warp, fill whole lines at any stride and alignment.
+// A thread block works on one chunk of CHUNK consecutive entries of one row and leaves the chunk's
+// sums in partials[sum, row, chunk]; a second kernel adds them to the row's state. No atomics, and
+// chunks of a fixed size: the result is the same bit for bit, on any device. A thread's entries are
+// four neighbours at a time, which are one load of 16 bytes where a row is aligned to it.
 //
-// The tiles' pointers and strides are those of csrc/cpu.h, in device memory. `parts` has room for
-// opsd_cuda_parts(n, v) floats. Work is only queued, on `stream`; nothing is allocated and nothing
+// The tiles' pointers and strides are those of csrc/cpu.h, in device memory. `partials` has room for
+// opsd_cuda_partials(n, v) floats. Work is only queued, on `stream`; nothing is allocated and nothing
 // waits, so that calls can be captured in a CUDA graph. Returns 0 or a CUDA error.
 #include <cuda_runtime.h>
 
@@ -20,88 +20,135 @@ namespace opsd {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, ITEMS = 16, CHUNK = THREADS * ITEMS;
-constexpr int MOST_PARTS = 6;  // both roles' normalisers
+// A chunk's normaliser: MAX, REST, MOMENT, and how many entries equal the maximum; in REST are the
+// others only.
+constexpr int LARGEST = 3, PARTIAL_NORMALISER = 4;
+constexpr int MOST_PARTIALS = 2 * PARTIAL_NORMALISER;
 
 inline int64_t chunks_of(int64_t v) { return (v + CHUNK - 1) / CHUNK; }
 
-// What a kernel needs beside the tile.
-struct Numbers {
-  float inner, outer;  // logit = outer tanh(inner (product + bias)), or inner (product + bias)
-  float inverse;       // 1 / outer: back to the soft cap's argument
-  float factor;        // from the derivative by the logit to that by the product
-  float beta, threshold;
-  uint32_t chunks;  // of a row
-  int64_t part_stride;
-  float* parts;
+// From x, the product + bias of an entry, to its logit: scale * x, or scale * tanh(inner * x).
+struct Transform {
+  float scale, inner;
+  bool capped;  // whether there is a soft cap
+
+  Transform(const opsd_transform& t)
+      : scale(t.softcap > 0.f ? t.softcap / t.temperature : t.scale / t.temperature),
+        inner(t.softcap > 0.f ? t.scale / t.softcap : 0.f),
+        capped(t.softcap > 0.f) {}
 };
 
-Numbers numbers(const opsd_tile& tile, const opsd_options& o, float* parts) {
-  const bool capped = o.softcap > 0.f;
-  Numbers x;
-  x.inner = capped ? o.scale / o.softcap : o.scale / o.temperature;
-  x.outer = capped ? o.softcap / o.temperature : 1.f;
-  x.inverse = capped ? o.temperature / o.softcap : 0.f;
-  x.factor = o.scale / o.temperature;
-  x.beta = o.beta;
-  x.threshold = o.clip_threshold;
-  x.chunks = static_cast<uint32_t>(chunks_of(tile.v));
-  x.part_stride = tile.n * static_cast<int64_t>(x.chunks);
-  x.parts = parts;
-  return x;
+// What a kernel needs beside the tile.
+struct Numbers {
+  Transform student, teacher;
+  float factor;  // from the derivative by the student's logit to that by its product
+  float beta, threshold;
+  uint32_t chunks;  // of a row
+  int64_t partial_stride;
+  float* partials;
+};
+
+Numbers numbers(const opsd_tile& tile, const opsd_options& o, float* partials) {
+  const uint32_t chunks = static_cast<uint32_t>(chunks_of(tile.v));
+  return {o.student, o.teacher, o.student.scale / o.student.temperature, o.beta, o.clip_threshold,
+          chunks, tile.n * static_cast<int64_t>(chunks), partials};
 }
 
-// Rounded products, never fused with what follows: both roles' logits come from the same roundings,
-// and S = T gives exactly 0.
-template <bool SOFTCAP>
-__device__ __forceinline__ float logit(const float* x, const float* bias, int64_t j,
-                                       const Numbers& o) {
-  float z = x[j];
-  if (bias) z += bias[j];
-  z = __fmul_rn(z, o.inner);
-  return SOFTCAP ? __fmul_rn(tanh_(z), o.outer) : z;
+__device__ __forceinline__ bool aligned(const void* x) {
+  return (reinterpret_cast<uintptr_t>(x) & 15) == 0;
 }
 
+// All that is known of an entry before its scale: the logit is Transform::scale times it. Rounded
+// products, never fused with what follows: both roles' come from the same roundings, and S = T
+// gives exactly 0. SOFTCAP: whether any role has one.
 template <bool SOFTCAP>
-__device__ __forceinline__ float slope(float z, const Numbers& o) {
-  if (!SOFTCAP) return 1.f;
-  const float t = z * o.inverse;
-  return 1.f - t * t;
+__device__ __forceinline__ float unscaled(float x, const Transform& t) {
+  return SOFTCAP && t.capped ? tanh_(__fmul_rn(x, t.inner)) : x;
+}
+
+// The soft cap's, at an unscaled entry.
+template <bool SOFTCAP>
+__device__ __forceinline__ float slope(float x, const Transform& t) {
+  return SOFTCAP && t.capped ? 1.f - x * x : 1.f;
 }
 
 struct Normaliser {
-  float max, log_sum;
+  float max, log_sum, scale;
 
-  __device__ Normaliser(const float* state, int64_t stride, int64_t row)
-      : max(state[MAX * stride + row]), log_sum(logf(state[SUM * stride + row])) {}
+  __device__ Normaliser(const float* state, int64_t stride, int64_t row, const Transform& t)
+      : max(state[MAX * stride + row]),
+        log_sum(log1pf(state[REST * stride + row])),
+        scale(t.scale) {}
 
-  // The maximum is subtracted by itself, exactly: z may be 1e4.
-  __device__ __forceinline__ float log_p(float z) const { return (z - max) - log_sum; }
+  // Of an unscaled entry. The maximum is subtracted with one rounding: a logit may be 1e4.
+  __device__ __forceinline__ float log_p(float x) const { return fmaf(x, scale, -max) - log_sum; }
 };
 
 // A thread's place: its row, its first entry of the row's chunk, and how many entries are left from
-// there. Its other entries follow THREADS apart.
+// there. Item i is `at(i)` entries further on.
 struct Place {
   int64_t row, first;
   int left;
 
   __device__ Place(int64_t v, const Numbers& o)
       : row(blockIdx.x / o.chunks),
-        first(static_cast<int64_t>(blockIdx.x % o.chunks) * CHUNK + threadIdx.x),
+        first(static_cast<int64_t>(blockIdx.x % o.chunks) * CHUNK + 4 * threadIdx.x),
         left(v - first < CHUNK ? static_cast<int>(v - first) : CHUNK) {}
 
-  __device__ __forceinline__ bool has(int item) const { return item * THREADS < left; }
+  static __device__ __forceinline__ int at(int i) { return i / 4 * 4 * THREADS + i % 4; }
+  __device__ __forceinline__ bool has(int i) const { return at(i) < left; }
+  __device__ __forceinline__ bool has_all() const { return has(ITEMS - 1); }
 };
 
-// The logits of a thread's entries, all loads before any arithmetic. Entries beyond the row's end
-// are of probability 0 and add nothing to any sum.
-template <bool SOFTCAP>
-__device__ __forceinline__ void load_logits(float (&z)[ITEMS], const float* x, const float* bias,
-                                            const Place& place, const Numbers& o) {
-  x += place.first;
-  if (bias) bias += place.first;
+// A thread's entries of a row; `fill` beyond the row's end.
+__device__ __forceinline__ void load(float (&z)[ITEMS], const float* row, float fill,
+                                     const Place& place) {
+  row += place.first;
+  if (place.has_all() && aligned(row)) {
 #pragma unroll
-  for (int i = 0; i < ITEMS; ++i) {
-    z[i] = place.has(i) ? logit<SOFTCAP>(x, bias, i * THREADS, o) : -INFINITY;
+    for (int i = 0; i < ITEMS; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(row + Place::at(i));
+      z[i] = four.x, z[i + 1] = four.y, z[i + 2] = four.z, z[i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) z[i] = place.has(i) ? row[Place::at(i)] : fill;
+  }
+}
+
+__device__ __forceinline__ void store(float* row, const float (&z)[ITEMS], const Place& place) {
+  row += place.first;
+  if (place.has_all() && aligned(row)) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; i += 4) {
+      *reinterpret_cast<float4*>(row + Place::at(i)) =
+          make_float4(z[i], z[i + 1], z[i + 2], z[i + 3]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+      if (place.has(i)) row[Place::at(i)] = z[i];
+    }
+  }
+}
+
+// A thread's entries, unscaled. Beyond the row's end is what makes a logit of -inf, of probability
+// 0, which adds nothing to any sum.
+template <bool SOFTCAP>
+__device__ __forceinline__ void load_unscaled(float (&z)[ITEMS], const float* row,
+                                              const float* bias, const Place& place,
+                                              const Transform& t) {
+  const float nothing = t.scale < 0.f ? INFINITY : -INFINITY;
+  load(z, row, nothing, place);
+  if (bias) {
+    float b[ITEMS];
+    load(b, bias, 0.f, place);
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) z[i] += b[i];
+  }
+  if (SOFTCAP && t.capped) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) z[i] = place.has(i) ? unscaled<SOFTCAP>(z[i], t) : nothing;
   }
 }
 
@@ -111,7 +158,18 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-__device__ __forceinline__ float larger(float a, float b) { return b > a ? b : a; }
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+
+// The larger of both; NaN where either is.
+__device__ __forceinline__ float at_least(float x, float least) {
+#ifdef __CUDACC__
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(least));
+  return y;
+#else
+  return x < least ? least : x;
+#endif
+}
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
@@ -119,9 +177,9 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Each of the block's `COUNT` sums, stored at part[k * stride].
+// Each of the block's `COUNT` sums, stored at partial[k * stride].
 template <int COUNT>
-__device__ __forceinline__ void store_sums(const float (&sums)[COUNT], float* part,
+__device__ __forceinline__ void store_sums(const float (&sums)[COUNT], float* partial,
                                            int64_t stride) {
   __shared__ float warps[COUNT][WARPS];
 #pragma unroll
@@ -134,22 +192,22 @@ __device__ __forceinline__ void store_sums(const float (&sums)[COUNT], float* pa
     float total = 0.f;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) total += warps[threadIdx.x][w];
-    part[threadIdx.x * stride] = total;
+    partial[threadIdx.x * stride] = total;
   }
 }
 
-// Grid: (rows * chunks, roles). parts: MAX, SUM, MOMENT of each role.
+// Grid: (rows * chunks, roles). partials: each role's normaliser.
 template <bool SOFTCAP>
 __global__ void __launch_bounds__(THREADS) normalisers(opsd_tile tile, Numbers o) {
   const bool teacher = blockIdx.y == 1;
+  const Transform& t = teacher ? o.teacher : o.student;
   const Place place(tile.v, o);
-  const float* x = teacher ? tile.teacher + place.row * tile.teacher_stride
-                           : tile.student + place.row * tile.student_stride;
-  const float* bias = teacher ? tile.teacher_bias : tile.bias;
+  const float* row = teacher ? tile.teacher + place.row * tile.teacher_stride
+                             : tile.student + place.row * tile.student_stride;
   float z[ITEMS], most = -INFINITY;
-  load_logits<SOFTCAP>(z, x, bias, place, o);
+  load_unscaled<SOFTCAP>(z, row, teacher ? tile.teacher_bias : tile.bias, place, t);
 #pragma unroll
-  for (int i = 0; i < ITEMS; ++i) most = larger(most, z[i]);
+  for (int i = 0; i < ITEMS; ++i) most = larger(most, __fmul_rn(z[i], t.scale));
   __shared__ float warps[WARPS];
   most = warp_max(most);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = most;
@@ -158,108 +216,137 @@ __global__ void __launch_bounds__(THREADS) normalisers(opsd_tile tile, Numbers o
   for (int w = 0; w < WARPS; ++w) most = larger(most, warps[w]);
   // Nothing but -inf: any finite offset will do, exp(-inf) = 0.
   const float offset = most == -INFINITY ? 0.f : most;
-  float sums[2] = {0.f, 0.f};
+  float sums[3] = {};
+  int largest = 0;  // entries equal to the maximum, counted by themselves
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i) {
-    const float below = z[i] - offset, p = exp_(below);
-    sums[0] += p;
-    sums[1] -= product(p, below);
+    // exp(-120) is 0 in fp32: what lies below counts for nothing, and 0 * inf is avoided.
+    const float below = at_least(fmaf(z[i], t.scale, -offset), -120.f), p = exp_(below);
+    const bool is_largest = __fmul_rn(z[i], t.scale) == most;
+    largest += is_largest;
+    z[i] = is_largest ? below : p;  // below is the maximum's own rounding then: exp(below) - 1
+    sums[1] = fmaf(-p, below, sums[1]);
   }
-  float* part = o.parts + 3 * blockIdx.y * o.part_stride + blockIdx.x;
-  if (threadIdx.x == 0) part[MAX] = most;
-  store_sums(sums, part + SUM * o.part_stride, o.part_stride);
+#pragma unroll
+  for (int i = 0; i < ITEMS; ++i) sums[0] += z[i];
+  sums[2] = static_cast<float>(largest);
+  float* partial = o.partials + PARTIAL_NORMALISER * blockIdx.y * o.partial_stride + blockIdx.x;
+  if (threadIdx.x == 0) partial[MAX] = most;
+  store_sums(sums, partial + REST * o.partial_stride, o.partial_stride);
 }
 
-// Sums that refer to the maximum `from`, referred to the larger maximum `to`. Nothing seen, or
-// nothing but -inf: both are 0, and the difference of the maxima is no number.
-__device__ __forceinline__ void refer(float from, float to, float& sum, float& moment) {
-  if (sum == 0.f) {
-    moment = 0.f;
-    return;
-  }
+// A normaliser whose sums refer to the maximum `from`, `largest` entries equal to it and the others,
+// `rest`, referred to the larger maximum `to`. Nothing seen, or nothing but -inf: all are 0, and the
+// difference of the maxima is no number.
+__device__ __forceinline__ void refer(float from, float to, float& rest, float& moment,
+                                      float& largest) {
+  const float sum = largest + rest;
+  if (from == to || sum == 0.f) return;
   const float shift = to - from, factor = expf(-shift);
   moment = (moment + sum * shift) * factor;
-  sum *= factor;
+  rest = sum * factor;
+  largest = 0.f;
 }
 
-// A row's parts of a normaliser into the state. Grid: (rows, roles), a warp each.
+// A row's partial normalisers into the state. Grid: (rows, roles), a warp each.
 __global__ void merge(float* state, int64_t state_stride, Numbers o) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * o.chunks;
-  const float* parts = o.parts + 3 * blockIdx.y * o.part_stride + first;
+  const float* partials = o.partials + PARTIAL_NORMALISER * blockIdx.y * o.partial_stride + first;
   state += 3 * blockIdx.y * state_stride + blockIdx.x;
   float most = -INFINITY;
-  for (uint32_t c = threadIdx.x; c < o.chunks; c += 32) most = larger(most, parts[c]);
+  for (uint32_t c = threadIdx.x; c < o.chunks; c += 32) most = larger(most, partials[c]);
   const float old = state[0];
   most = larger(warp_max(most), old);
-  float total = 0.f, total_moment = 0.f;
-  for (uint32_t c = threadIdx.x; c < o.chunks; c += 32) {
-    float sum = parts[SUM * o.part_stride + c], moment = parts[MOMENT * o.part_stride + c];
-    refer(parts[c], most, sum, moment);
-    total += sum;
+  float total = 0.f, total_moment = 0.f, total_largest = 0.f;
+  const auto add = [&](float from, float rest, float moment, float largest) {
+    refer(from, most, rest, moment, largest);
+    total += rest;
     total_moment += moment;
+    total_largest += largest;
+  };
+  for (uint32_t c = threadIdx.x; c < o.chunks; c += 32) {
+    const float* partial = partials + c;
+    add(partial[MAX], partial[REST * o.partial_stride], partial[MOMENT * o.partial_stride],
+        partial[LARGEST * o.partial_stride]);
+  }
+  if (threadIdx.x == 0) {
+    const float rest = state[REST * state_stride], seen = rest == -1.f ? 0.f : 1.f;
+    add(old, seen * rest, state[MOMENT * state_stride], seen);
   }
   total = warp_sum(total);
   total_moment = warp_sum(total_moment);
+  total_largest = warp_sum(total_largest);
   if (threadIdx.x == 0) {
-    float sum = state[SUM * state_stride], moment = state[MOMENT * state_stride];
-    refer(old, most, sum, moment);
     state[MAX] = most;
-    state[SUM * state_stride] = sum + total;
-    state[MOMENT * state_stride] = moment + total_moment;
+    state[REST * state_stride] = (total_largest - 1.f) + total;
+    state[MOMENT * state_stride] = total_moment;
   }
 }
 
-// A row's parts of plain sums onto the state's. Grid: (rows, sums), a warp each.
+// A row's partial sums onto the state's. Grid: (rows, sums), a warp each.
 __global__ void add(float* state, int64_t state_stride, Numbers o) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * o.chunks;
-  const float* parts = o.parts + blockIdx.y * o.part_stride + first;
+  const float* partials = o.partials + blockIdx.y * o.partial_stride + first;
   float total = 0.f;
-  for (uint32_t c = threadIdx.x; c < o.chunks; c += 32) total += parts[c];
+  for (uint32_t c = threadIdx.x; c < o.chunks; c += 32) total += partials[c];
   total = warp_sum(total);
   if (threadIdx.x == 0) state[blockIdx.y * state_stride + blockIdx.x] += total;
 }
 
+// Both roles' entries, and what turns them into log-probabilities.
 template <bool SOFTCAP>
-struct Logits {
+struct Roles {
   float student[ITEMS], teacher[ITEMS];
+  Normaliser by_student, by_teacher;
+  float shift;  // log T - log S = (z_t - z_s) - shift
+  bool same_scale;
 
-  __device__ __forceinline__ Logits(const opsd_tile& tile, const Place& place, const Numbers& o) {
-    const float* s = tile.student + place.row * tile.student_stride;
-    const float* t = tile.teacher + place.row * tile.teacher_stride;
-    load_logits<SOFTCAP>(student, s, tile.bias, place, o);
-    load_logits<SOFTCAP>(teacher, t, tile.teacher_bias, place, o);
+  __device__ __forceinline__ Roles(const opsd_tile& tile, const Place& place, const Numbers& o)
+      : by_student(tile.state + STUDENT * tile.state_stride, tile.state_stride, place.row,
+                   o.student),
+        by_teacher(tile.state + TEACHER * tile.state_stride, tile.state_stride, place.row,
+                   o.teacher),
+        shift((by_teacher.max - by_student.max) + (by_teacher.log_sum - by_student.log_sum)),
+        same_scale(o.student.scale == o.teacher.scale) {
+    load_unscaled<SOFTCAP>(student, tile.student + place.row * tile.student_stride, tile.bias,
+                           place, o.student);
+    load_unscaled<SOFTCAP>(teacher, tile.teacher + place.row * tile.teacher_stride,
+                           tile.teacher_bias, place, o.teacher);
+  }
+
+  template <int KIND>
+  __device__ __forceinline__ Entry<float> at(int i, float beta) const {
+    const float log_s = by_student.log_p(student[i]), log_t = by_teacher.log_p(teacher[i]);
+    const float exact = fmaf(teacher[i] - student[i], by_student.scale, -shift);
+    return entry<KIND>(log_s, log_t, same_scale ? exact : log_t - log_s, beta);
   }
 };
 
-// parts: DIVERGENCE, PULL, and with the entry clip CLIPPED, COUNT, CLIPPED_PULL.
+// partials: DIVERGENCE, UNNORMALISED, and with the entry clip CLIPPED, COUNT, CLIPPED_UNNORMALISED.
 template <int KIND, bool CLIP, bool SOFTCAP>
 __global__ void __launch_bounds__(THREADS) sums(opsd_tile tile, Numbers o) {
   const Place place(tile.v, o);
-  const Logits<SOFTCAP> z(tile, place, o);
-  const Normaliser student(tile.state + STUDENT * tile.state_stride, tile.state_stride, place.row);
-  const Normaliser teacher(tile.state + TEACHER * tile.state_stride, tile.state_stride, place.row);
+  const Roles<SOFTCAP> roles(tile, place, o);
   float total[CLIP ? 5 : 2] = {};
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i) {
-    const Entry<float> e =
-        entry<KIND>(student.log_p(z.student[i]), teacher.log_p(z.teacher[i]), o.beta);
+    const Entry<float> e = roles.template at<KIND>(i, o.beta);
     total[0] += e.term;
-    total[1] += e.pull;
+    total[1] += e.unnormalised;
     if (CLIP) {
-      const bool over = e.term > o.threshold;
-      total[CLIP ? 2 : 0] += over ? o.threshold : e.term;
-      total[CLIP ? 3 : 0] += over ? 1.f : 0.f;
-      total[CLIP ? 4 : 0] += clipped_pull<KIND>(e, o.threshold);
+      total[CLIP ? 2 : 0] += clipped_term<KIND>(e, o.threshold);
+      total[CLIP ? 3 : 0] += e.plain > o.threshold ? 1.f : 0.f;
+      total[CLIP ? 4 : 0] += clipped_unnormalised<KIND>(e, o.threshold);
     }
   }
-  store_sums(total, o.parts + blockIdx.x, o.part_stride);
+  store_sums(total, o.partials + blockIdx.x, o.partial_stride);
 }
 
 // What `gradient` knows of the sums.
 enum Known {
   UNCLIPPED,  // their values; no entry clip
-  CLIPPED_TOO,  // with the entry clip; parts: DOT
-  NOTHING,  // no entry clip; parts: DIVERGENCE, PULL
+  CLIPPED_TOO,  // with the entry clip; partials: DOT
+  NOTHING,  // no entry clip; partials: DIVERGENCE, UNNORMALISED
 };
 
 // In place: a thread reads its entries before it writes them.
@@ -267,42 +354,42 @@ template <int KIND, Known KNOWN, bool SOFTCAP>
 __global__ void __launch_bounds__(THREADS)
     gradient(opsd_tile tile, const float* row_weight, Numbers o) {
   const Place place(tile.v, o);
-  const Logits<SOFTCAP> z(tile, place, o);
+  const Roles<SOFTCAP> roles(tile, place, o);
   const int64_t stride = tile.state_stride;
   const float* state = tile.state + place.row;
-  const Normaliser student(tile.state + STUDENT * stride, stride, place.row);
-  const Normaliser teacher(tile.state + TEACHER * stride, stride, place.row);
-  const float sum_pull = KNOWN == NOTHING ? 0.f : state[PULL * stride];
-  const float sum_clipped = KNOWN == CLIPPED_TOO ? state[CLIPPED_PULL * stride] : 0.f;
-  const float scale = row_weight ? row_weight[place.row] * o.factor : 0.f;
-  float* to = tile.student + place.row * tile.student_stride + place.first;
-  float* to_teacher = tile.teacher + place.row * tile.teacher_stride + place.first;
-  float total[KNOWN == NOTHING ? 2 : 1] = {};
+  const float sum = KNOWN == NOTHING ? 0.f : state[UNNORMALISED * stride];
+  const float sum_clipped = KNOWN == CLIPPED_TOO ? state[CLIPPED_UNNORMALISED * stride] : 0.f;
+  const float weight = row_weight ? row_weight[place.row] * o.factor : 0.f;
+  // first: the gradient, or the unnormalised one; then `second` is S.
+  float total[KNOWN == NOTHING ? 2 : 1] = {}, first[ITEMS], second[ITEMS];
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i) {
-    const Entry<float> e =
-        entry<KIND>(student.log_p(z.student[i]), teacher.log_p(z.teacher[i]), o.beta);
-    const float by_product = scale * slope<SOFTCAP>(z.student[i], o);
-    float g = e.pull;
+    const Entry<float> e = roles.template at<KIND>(i, o.beta);
+    const float by_product = weight * slope<SOFTCAP>(roles.student[i], o.student);
+    float g = e.unnormalised;
     if (KIND == FORWARD_KL) {
       g += e.s;
     } else if (KNOWN != NOTHING) {
-      g -= e.s * sum_pull;
-    } else if (place.has(i)) {
-      to_teacher[i * THREADS] = by_product * e.s;
+      g -= e.s * sum;
+    } else {
+      second[i] = by_product * e.s;
     }
     if (KNOWN == CLIPPED_TOO) {
-      const float clipped = clipped_pull<KIND>(e, o.threshold) - e.s * sum_clipped;
+      const float clipped = clipped_unnormalised<KIND>(e, o.threshold) - e.s * sum_clipped;
       total[0] += clipped * g;
       g = clipped;
     }
     if (KNOWN == NOTHING) {
       total[0] += e.term;
-      total[KNOWN == NOTHING ? 1 : 0] += e.pull;
+      total[KNOWN == NOTHING ? 1 : 0] += e.unnormalised;
     }
-    if (row_weight && place.has(i)) to[i * THREADS] = by_product * g;
+    first[i] = by_product * g;
   }
-  if (KNOWN != UNCLIPPED) store_sums(total, o.parts + blockIdx.x, o.part_stride);
+  if (row_weight) store(tile.student + place.row * tile.student_stride, first, place);
+  if (KNOWN == NOTHING && KIND != FORWARD_KL) {
+    store(tile.teacher + place.row * tile.teacher_stride, second, place);
+  }
+  if (KNOWN != UNCLIPPED) store_sums(total, o.partials + blockIdx.x, o.partial_stride);
 }
 
 // Adds to TARGET the logit of each target that lies in this tile. A thread a row.
@@ -310,27 +397,28 @@ template <bool SOFTCAP>
 __global__ void target(opsd_tile tile, const int64_t* targets, Numbers o) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= tile.n || targets[row] < 0 || targets[row] >= tile.v) return;
-  const float* x = tile.student + row * tile.student_stride;
+  float x = tile.student[row * tile.student_stride + targets[row]];
+  if (tile.bias) x += tile.bias[targets[row]];
   tile.state[TARGET * tile.state_stride + row] +=
-      logit<SOFTCAP>(x, tile.bias, targets[row], o);
+      __fmul_rn(unscaled<SOFTCAP>(x, o.student), o.student.scale);
 }
 
 template <bool SOFTCAP>
 __global__ void __launch_bounds__(THREADS)
     log_prob_gradient(opsd_tile tile, const int64_t* targets, const float* row_weight, Numbers o) {
   const Place place(tile.v, o);
-  const Normaliser normaliser(tile.state, tile.state_stride, place.row);
-  const float scale = row_weight[place.row] * o.factor;
+  const Normaliser normaliser(tile.state, tile.state_stride, place.row, o.student);
+  const float weight = row_weight[place.row] * o.factor;
   const int64_t chosen = targets[place.row] - place.first;
-  float* x = tile.student + place.row * tile.student_stride;
+  float* row = tile.student + place.row * tile.student_stride;
   float z[ITEMS];
-  load_logits<SOFTCAP>(z, x, tile.bias, place, o);
-  x += place.first;
+  load_unscaled<SOFTCAP>(z, row, tile.bias, place, o.student);
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i) {
-    const float g = (i * THREADS == chosen ? 1.f : 0.f) - exp_(normaliser.log_p(z[i]));
-    if (place.has(i)) x[i * THREADS] = scale * slope<SOFTCAP>(z[i], o) * g;
+    const float g = (Place::at(i) == chosen ? 1.f : 0.f) - exp_(normaliser.log_p(z[i]));
+    z[i] = weight * slope<SOFTCAP>(z[i], o.student) * g;
   }
+  store(row, z, place);
 }
 
 // --- The launches ---
@@ -341,13 +429,13 @@ struct Launch {
   Numbers o;
   cudaStream_t stream;
 
-  Launch(const opsd_tile* t, const opsd_options* chosen, float* parts, void* queue)
+  Launch(const opsd_tile* t, const opsd_options* chosen, float* partials, void* queue)
       : tile(*t),
         options(*chosen),
-        o(numbers(*t, *chosen, parts)),
+        o(numbers(*t, *chosen, partials)),
         stream(static_cast<cudaStream_t>(queue)) {}
 
-  bool capped() const { return options.softcap > 0.f; }
+  bool capped() const { return options.student.softcap > 0.f || options.teacher.softcap > 0.f; }
 
   template <class... Parameters, class... Arguments>
   void run(void (*kernel)(Parameters...), int64_t blocks, unsigned by, unsigned threads,
@@ -371,7 +459,7 @@ struct Launch {
     run(merge, tile.n, roles, 32, tile.state, tile.state_stride, o);
   }
 
-  void add_parts(State first, unsigned count) const {
+  void add_partials(State first, unsigned count) const {
     run(add, tile.n, count, 32, tile.state + first * tile.state_stride, tile.state_stride, o);
   }
 };
@@ -407,52 +495,54 @@ using namespace opsd;
   if ((tile)->n == 0 || (tile)->v == 0) return 0;              \
   if (cudaError_t error = cudaSetDevice(device)) return error;
 
-OPSD_EXPORT int64_t opsd_cuda_parts(int64_t n, int64_t v) { return MOST_PARTS * n * chunks_of(v); }
+OPSD_EXPORT int64_t opsd_cuda_partials(int64_t n, int64_t v) {
+  return MOST_PARTIALS * n * chunks_of(v);
+}
 
 OPSD_EXPORT const char* opsd_cuda_error(int32_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
 OPSD_EXPORT int32_t opsd_cuda_normalisers(const opsd_tile* tile, const opsd_options* options,
-                                          float* parts, int32_t device, void* stream) {
+                                          float* partials, int32_t device, void* stream) {
   OPSD_BEGIN(tile, device)
-  Launch(tile, options, parts, stream).normalise(2);
+  Launch(tile, options, partials, stream).normalise(2);
   return cudaGetLastError();
 }
 
 OPSD_EXPORT int32_t opsd_cuda_sums(const opsd_tile* tile, const opsd_options* options,
-                                   float* parts, int32_t device, void* stream) {
+                                   float* partials, int32_t device, void* stream) {
   OPSD_BEGIN(tile, device)
-  const Launch launch(tile, options, parts, stream);
+  const Launch launch(tile, options, partials, stream);
   const bool clip = options->clip == CLIP_ENTRY;
   auto* choose = options->divergence == FORWARD_KL   ? choose_sums<FORWARD_KL>
                  : options->divergence == REVERSE_KL ? choose_sums<REVERSE_KL>
                                                      : choose_sums<JSD>;
   launch.chunkwise(choose(clip, launch.capped()), 1, *tile);
-  launch.add_parts(DIVERGENCE, clip ? 5 : 2);
+  launch.add_partials(DIVERGENCE, clip ? 5 : 2);
   return cudaGetLastError();
 }
 
 OPSD_EXPORT int32_t opsd_cuda_gradient(const opsd_tile* tile, const float* row_weight,
                                        int32_t sums_known, const opsd_options* options,
-                                       float* parts, int32_t device, void* stream) {
+                                       float* partials, int32_t device, void* stream) {
   OPSD_BEGIN(tile, device)
-  const Launch launch(tile, options, parts, stream);
+  const Launch launch(tile, options, partials, stream);
   const Known known = options->clip == CLIP_ENTRY ? CLIPPED_TOO : sums_known ? UNCLIPPED : NOTHING;
   auto* choose = options->divergence == FORWARD_KL   ? choose_gradient<FORWARD_KL>
                  : options->divergence == REVERSE_KL ? choose_gradient<REVERSE_KL>
                                                      : choose_gradient<JSD>;
   launch.chunkwise(choose(known, launch.capped()), 1, *tile, row_weight);
-  if (known == CLIPPED_TOO) launch.add_parts(DOT, 1);
-  if (known == NOTHING) launch.add_parts(DIVERGENCE, 2);
+  if (known == CLIPPED_TOO) launch.add_partials(DOT, 1);
+  if (known == NOTHING) launch.add_partials(DIVERGENCE, 2);
   return cudaGetLastError();
 }
 
 OPSD_EXPORT int32_t opsd_cuda_log_prob_normalisers(const opsd_tile* tile, const int64_t* targets,
-                                                   const opsd_options* options, float* parts,
+                                                   const opsd_options* options, float* partials,
                                                    int32_t device, void* stream) {
   OPSD_BEGIN(tile, device)
-  const Launch launch(tile, options, parts, stream);
+  const Launch launch(tile, options, partials, stream);
   launch.normalise(1);
   launch.run(launch.capped() ? target<true> : target<false>, (tile->n + 127) / 128, 1, 128, *tile,
              targets, launch.o);
@@ -461,10 +551,10 @@ OPSD_EXPORT int32_t opsd_cuda_log_prob_normalisers(const opsd_tile* tile, const 
 
 OPSD_EXPORT int32_t opsd_cuda_log_prob_gradient(const opsd_tile* tile, const int64_t* targets,
                                                 const float* row_weight,
-                                                const opsd_options* options, float* parts,
+                                                const opsd_options* options, float* partials,
                                                 int32_t device, void* stream) {
   OPSD_BEGIN(tile, device)
-  const Launch launch(tile, options, parts, stream);
+  const Launch launch(tile, options, partials, stream);
   launch.chunkwise(launch.capped() ? log_prob_gradient<true> : log_prob_gradient<false>, 1, *tile,
                    targets, row_weight);
   return cudaGetLastError();

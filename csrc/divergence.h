@@ -25,13 +25,13 @@ enum State : int32_t {
   STUDENT = 0,
   TEACHER = 3,  // each role's first row; its normaliser has three:
   MAX = 0,
-  SUM = 1,
+  REST = 1,
   MOMENT = 2,
   DIVERGENCE = 6,
-  PULL = 7,
+  UNNORMALISED = 7,
   CLIPPED = 8,
   COUNT = 9,
-  CLIPPED_PULL = 10,
+  CLIPPED_UNNORMALISED = 10,
   DOT = 11,
   TARGET = 3,  // of a log-probability's
 };
@@ -60,15 +60,20 @@ struct Lanes<float> {
   }
 };
 
-// exp(r) - 1 for |r| <= ln 2 / 2.
+// (exp(r) - 1 - r) / r^2 for |r| <= ln 2 / 2: the series from its second-order term on.
 template <class F>
-OPSD_ENTRY F small_expm1(F r) {
+OPSD_ENTRY F second_order(F r) {
   F p = r * 1.98412698e-4f + 1.38888889e-3f;
   p = p * r + 8.33333333e-3f;
   p = p * r + 4.16666667e-2f;
   p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
-  return r + r * r * p;
+  return p * r + 0.5f;
+}
+
+// exp(r) - 1 for |r| <= ln 2 / 2.
+template <class F>
+OPSD_ENTRY F small_expm1(F r) {
+  return r + r * r * second_order(r);
 }
 
 // log((1 + s) / (1 - s)) for |s| <= 0.18.
@@ -137,8 +142,9 @@ template <class F>
 OPSD_ENTRY F exp_(F x) {
   typedef Lanes<F> L;
   const Exponential<F> e = exponential(L::select(x < -87.3f, L::all(-87.3f), x));
-  const F y = L::as_float(L::as_int(1.f + e.tail) + e.shift);
-  return L::select(x < -87.3f, L::all(0.f), y);
+  // A product, not an addition to the exponent's bits: that would turn a NaN into any number.
+  const F power = L::as_float(e.shift + 0x3f800000);
+  return L::select(x < -87.3f, L::all(0.f), power * e.tail + power);
 }
 
 template <class F>
@@ -164,7 +170,8 @@ OPSD_ENTRY F log1p_(F y) {
   const Int k = (L::as_int(u) - 0x3f3504f3) >> 23;  // u = m 2^k, m in [sqrt(1/2), sqrt(2))
   const F m = L::as_float(L::as_int(u) - L::shift_left(k, 23));
   const F f = L::select(k == 0, y, m - 1.f);
-  return L::convert(k) * 0.693147181f + small_log(f / (2.f + f));
+  const F log = L::convert(k) * 0.693147181f + small_log(f / (2.f + f));
+  return L::select(y == y, log, y);  // a NaN's bits make any number
 }
 
 #endif
@@ -182,45 +189,80 @@ OPSD_ENTRY F product(F p, F log_ratio) {
   return Lanes<F>::select(p == 0.f, Lanes<F>::all(0.f), p * log_ratio);
 }
 
-// One entry of the divergence. `term` is its part of the sum, `pull` what the gradient by the logit
-// is made of: pull - S sum pull. (forward_kl's pull is -T, whose sum is -1.)
+// One entry of the divergence.
+//
+// `plain` is its part of the sum as the definition has it, which the entry clip looks at. `term` is
+// the same plus a part that adds up to 0 over the vocabulary, which makes it a Bregman divergence:
+// for forward_kl T (d + exp(-d) - 1) = T d + S - T with d = log T - log S. It is never negative, and
+// an error of the normalisers, the same for all d, cancels in its sum: where S and T are close, the
+// sum of `plain` would be such errors and little else.
+//
+// `unnormalised` p is the gradient by log S, from which that by the logit follows: p - S sum p.
+// (forward_kl's is -T, whose sum is -1.)
 template <class F>
 struct Entry {
-  F s, t, term, pull;
+  F s, t, plain, term, unnormalised;
 };
 
+// Where the series serves: d^2 of less.
+constexpr float NEAR = 0.12f;
+
+// p (r + exp(-r) - 1) with r = log p - log q.
+template <class F>
+OPSD_ENTRY F bregman(F p, F q, F r, F plain) {
+  const F square = r * r;
+  return Lanes<F>::select(square < NEAR, p * (square * second_order(-r)), plain + (q - p));
+}
+
+// d = log T - log S is an argument of its own: the difference of the logits less that of their
+// normalisers has the digits of d, where log T - log S has only those of log T.
 template <int KIND, class F>
-OPSD_ENTRY Entry<F> entry(F log_s, F log_t, float beta) {
+OPSD_ENTRY Entry<F> entry(F log_s, F log_t, F d, float beta) {
   typedef Lanes<F> L;
   Entry<F> e;
   e.s = exp_(log_s);
   e.t = exp_(log_t);
   if (KIND == FORWARD_KL) {
-    e.term = product(e.t, log_t - log_s);
-    e.pull = -e.t;
+    e.plain = product(e.t, d);
+    e.term = bregman(e.t, e.s, d, e.plain);
+    e.unnormalised = -e.t;
   } else if (KIND == REVERSE_KL) {
-    e.term = e.pull = product(e.s, log_s - log_t);
+    e.plain = e.unnormalised = product(e.s, -d);
+    e.term = bregman(e.s, e.t, -d, e.plain);
   } else {
-    // With d = log T - log S: log S - log M = -log(1 + b (e^d - 1)), exactly 0 where S = T. For d >
-    // 0 the roles swap, so that the exponential never overflows.
-    const F d = log_t - log_s;
+    // log S - log M = -log(1 + b (e^d - 1)), exactly 0 where S = T. For d > 0 the roles swap, so that
+    // the exponential never overflows.
     const F share = L::select(d > 0.f, L::all(1.f - beta), L::all(beta));
     const F larger = -log1p_(share * expm1_(L::select(d > 0.f, -d, d)));
     const F ratio_s = L::select(d > 0.f, larger - d, larger);
     const F ratio_t = L::select(d > 0.f, larger, larger + d);
-    e.pull = (1.f - beta) * product(e.s, ratio_s);
-    e.term = beta * product(e.t, ratio_t) + e.pull;
+    e.unnormalised = (1.f - beta) * product(e.s, ratio_s);
+    e.plain = beta * product(e.t, ratio_t) + e.unnormalised;
+    // The parts that add up to 0, b (M - T) + (1-b) (M - S), do so in each entry.
+    const F near = beta * (e.t * (ratio_t * ratio_t * second_order(-ratio_t))) +
+                   (1.f - beta) * (e.s * (ratio_s * ratio_s * second_order(-ratio_s)));
+    e.term = L::select(d * d < NEAR, near, e.plain);
   }
   return e;
 }
 
-// What the entry clip leaves of an entry's pull: nothing of a clipped one's. The sum that the
-// gradient takes then is that of these.
+// What the entry clip leaves of an entry's term: the sum is that of min(plain, threshold).
 template <int KIND, class F>
-OPSD_ENTRY F clipped_pull(const Entry<F>& e, float threshold) {
+OPSD_ENTRY F clipped_term(const Entry<F>& e, float threshold) {
+  typedef Lanes<F> L;
+  const F zero_sum = KIND == FORWARD_KL   ? e.s - e.t
+                     : KIND == REVERSE_KL ? e.t - e.s
+                                          : L::all(0.f);
+  return L::select(e.plain > threshold, threshold + zero_sum, e.term);
+}
+
+// What the entry clip leaves of an entry's unnormalised gradient: nothing of a clipped one's. The sum
+// that the gradient takes then is that of these.
+template <int KIND, class F>
+OPSD_ENTRY F clipped_unnormalised(const Entry<F>& e, float threshold) {
   // d(s log s/t) = log s/t + 1: only the unclipped sum makes the constant vanish.
-  const F pull = KIND == REVERSE_KL ? e.pull + e.s : e.pull;
-  return Lanes<F>::select(e.term > threshold, Lanes<F>::all(0.f), pull);
+  const F unnormalised = KIND == REVERSE_KL ? e.unnormalised + e.s : e.unnormalised;
+  return Lanes<F>::select(e.plain > threshold, Lanes<F>::all(0.f), unnormalised);
 }
 
 }  // namespace opsd

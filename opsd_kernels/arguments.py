@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from opsd_kernels import gemm
+from opsd_kernels.divergence import Divergence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+LEAST_SHARE = 1e-4  # of a role in jsd's mixture, below fp64
+IGNORED = -100  # the target of a token that does not count, as Hugging Face's labels have it
 
 
 def describe(x: Tensor) -> str:
@@ -27,6 +31,31 @@ def check_tensors(needed: dict[str, Any], **optional: Any) -> None:
             raise ValueError(f"{name}: got {type(x).__name__}, must be a tensor{may}")
         if x.layout != torch.strided:
             raise ValueError(f"{name}: got a tensor of layout {x.layout}, must be dense (strided)")
+        _refuse_forward_mode(name, x)
+
+
+def _refuse_forward_mode(name: str, x: Tensor) -> None:
+    """The derivative forwards is not implemented; unchecked, it would silently be 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(
+            f"{name}: has a forward-mode tangent (torch.func.jvp, jacfwd, forward_ad), which "
+            "opsd_kernels does not support: use backward"
+        )
+
+
+def check_beta(divergence: Divergence, dtype: torch.dtype) -> None:
+    """Whether jsd's mixture can be told from one of its parts."""
+    least = LEAST_SHARE
+    if divergence.name == "jsd" and dtype != torch.float64:
+        if not least <= divergence.beta <= 1 - least:
+            raise ValueError(
+                f"beta: got {divergence.beta!r}, must lie between {least:g} and 1 - {least:g} for "
+                f"{str(dtype).removeprefix('torch.')} tensors: beyond them the divergence is below "
+                "fp32's rounding (float64 tensors may have any; for a KL ask for "
+                "divergence='forward_kl' or 'reverse_kl')"
+            )
 
 
 def check_hidden(name: str, hidden: Tensor) -> None:
@@ -80,22 +109,23 @@ def check_rows(name: str, x: Tensor, hidden_name: str, hidden: Tensor) -> None:
 
 
 def check_targets(targets: Tensor, token_weight: Tensor | None, vocabulary: int | None) -> None:
-    """Integers in [0, V), where their weight is not 0. The range is checked on the CPU only,
-    elsewhere it would wait for the device, not where V is split over ranks (None), and not of fake
-    tensors, which have no values.
+    """Integers in [0, V), where they count: whose weight is not 0, or without weights those that
+    are not IGNORED. The range is checked on the CPU only, elsewhere it would wait for the device,
+    not where V is split over ranks (None), and not of fake tensors, which have no values: there a
+    token whose target is outside gets NaN.
     """
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets: got {describe(targets)}, must be integers")
     readable = targets.device.type == "cpu" and type(targets) is Tensor
     if vocabulary is None or not readable or torch.compiler.is_compiling():
         return
-    counted = targets if token_weight is None else targets[token_weight != 0]
+    counted = targets[targets != IGNORED if token_weight is None else token_weight != 0]
     if counted.numel():
         low, high = int(counted.min()), int(counted.max())
         if low < 0 or high >= vocabulary:
             raise ValueError(
                 f"targets: got values from {low} to {high}, must lie in [0, {vocabulary - 1}]; "
-                "give ignored tokens a token_weight of 0"
+                f"give ignored tokens a token_weight of 0 (or {IGNORED} and no token_weight at all)"
             )
 
 

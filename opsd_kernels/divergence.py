@@ -54,12 +54,12 @@ class Clip:
     """An upper bound on the divergence.
 
     - `Clip("token", threshold)` scales a token's loss and gradient by min(1, threshold / D_n), the
-      factor detached: no token pulls harder than one of divergence `threshold`. The recommended
+      factor detached: no token weighs more than one of divergence `threshold`. The recommended
       one.
     - `Clip("entry", threshold)` bounds each vocabulary entry's term l_nv of the sum from above.
       What OPSD's official code does, here for reproduction. The loss can become negative, and a
-      clipped entry loses its pull towards the teacher while the others keep their push away: a
-      small threshold inverts the gradient. With m = [l <= threshold]:
+      clipped entry no longer draws the student to the teacher while the others still push it away:
+      a small threshold inverts the gradient. With m = [l <= threshold]:
 
           forward_kl   -m T + S sum(m T)
           reverse_kl   S (q - sum S q),  q = m (log S - log T + 1)
@@ -101,6 +101,11 @@ class LogitTransform:
     scale: float = 1.0
     softcap: float | None = None
 
+    @property
+    def slope(self) -> float:
+        """The logit's derivative by the product, where the soft cap does not bend it."""
+        return self.scale / self.temperature
+
     def __post_init__(self) -> None:
         if not (_is_number(self.temperature) and self.temperature > 0.0):
             raise ValueError(
@@ -117,11 +122,20 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is measured between two roles: which divergence, of logits made how, bounded by what."""
+    """What is measured between two roles: which divergence, of logits made how, bounded by what.
+
+    teacher_transform: how the teacher's logits are made; None: as the student's.
+    """
 
     divergence: Divergence = Divergence()
     transform: LogitTransform = LogitTransform()
     clip: Clip | None = None
+    teacher_transform: LogitTransform | None = None
+
+    @property
+    def of_teacher(self) -> LogitTransform:
+        """The teacher's transform."""
+        return self.transform if self.teacher_transform is None else self.teacher_transform
 
     @property
     def entry_clip(self) -> Clip | None:

@@ -30,7 +30,7 @@ from opsd_kernels.sweep import Gradients, Head, Sweep, Want, blocks, buffers, pl
 from opsd_kernels.tiles import state as states
 
 # Rows of the per-token numbers that come out.
-LOSS, DIVERGENCE, STUDENT_ENTROPY, TEACHER_ENTROPY, CLIPPED, OPPOSED = range(6)
+LOSS, DIVERGENCE, STUDENT_ENTROPY, TEACHER_ENTROPY, CLIPPED, INVERTED = range(6)
 
 
 def divergence_blocks(
@@ -57,6 +57,8 @@ def divergence_blocks(
     entry_clip, token_clip = rule.entry_clip, rule.token_clip
     # Whether the gradient can be had without its sums, if that saves a pass.
     direct = entry_clip is None and (not want.head or (forward and token_clip is None))
+    # dh = A - (sum p) B is a small difference: operands of 16 bits would round it away.
+    direct = direct and (forward or gemm.exact_operands(student))
     plan = plan_call(
         (student, teacher),
         heads,
@@ -71,7 +73,10 @@ def divergence_blocks(
 
     stats = student.new_empty((6, n_tokens), dtype=dtype)
     buffer, narrow = buffers(student, plan, roles=2)
-    gradients = Gradients(student, heads[0], want, plan, narrow)
+    unit = gemm.gradient_unit(student, row_weight, rule.transform.slope)
+    gradients = Gradients(student, heads[0], want, plan, narrow, unit)
+    if unit is not None:
+        row_weight = row_weight * unit
     for rows in blocks(n_tokens, plan):
         sweep = Sweep((student[rows], teacher[rows]), heads, plan.columns, buffer)
         state = states.new(sweep.rows, student, dtype)
@@ -106,7 +111,7 @@ def divergence_blocks(
             gradients.combine(shards)
         gradients.finish(
             rows,
-            state[states.PULL] if parts else None,
+            state[states.UNNORMALISED] if parts else None,
             token_factor(state, token_clip) if direct and token_clip is not None else None,
         )
         stats[:, rows] = statistics(state, rule)
@@ -123,11 +128,11 @@ def token_factor(state: Tensor, clip: Clip) -> Tensor:
 def statistics(state: Tensor, rule: Rule) -> Tensor:
     """[6, n] of a complete state."""
     d = state[states.DIVERGENCE]
-    loss, clipped, opposed = d, torch.zeros_like(d), torch.zeros_like(d)
+    loss, clipped, inverted = d, torch.zeros_like(d), torch.zeros_like(d)
     if rule.entry_clip is not None:
         loss, clipped = state[states.CLIPPED], state[states.COUNT]
-        opposed = ((state[states.DOT] < 0) & (clipped > 0)).to(d.dtype)
+        inverted = ((state[states.DOT] < 0) & (clipped > 0)).to(d.dtype)
     elif (clip := rule.token_clip) is not None:
         loss, clipped = d * token_factor(state, clip), (d > clip.threshold).to(d.dtype)
     entropies = (states.entropy(state[role]) for role in (states.STUDENT, states.TEACHER))
-    return torch.stack((loss, d, *entropies, clipped, opposed))
+    return torch.stack((loss, d, *entropies, clipped, inverted))

@@ -9,6 +9,8 @@ exact for the widened ones, and rounds the gradient as any bf16 product would.
 
 import contextlib
 import functools
+import os
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -23,6 +25,34 @@ def tile_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a gradient of `dtype` is kept in until backward has scaled it: fp32 for fp16, which has
+    no room for a mean's 1/N (small ones vanish) nor for a sum (large ones overflow).
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def gradient_unit(like: Tensor, row_weight: Tensor, by_product: float) -> Tensor | None:
+    """A power of two that brings gradients of the logits' products into fp16's range before they
+    are rounded to it as operands; None where no product rounds them to fp16.
+
+    row_weight [N] and `by_product`, the derivative of the logit by its product, are what they are
+    multiplied by; what else they are made of is some 1e-8 to 1e3.
+    """
+    if like.dtype != torch.float16 or not narrows(like) or not row_weight.numel():
+        return None
+    largest = torch.where(row_weight.isfinite(), row_weight, 0.0).abs().max() * abs(by_product)
+    _, exponent = torch.frexp(largest)
+    # The largest becomes 8 to 16, what a loss scale of 65 536 makes of 1/N at N = 4096 to 8192.
+    unit = torch.exp2((4 - exponent).clamp(-100, 100).to(row_weight.dtype))
+    return torch.where(largest == 0, 1.0, unit)
+
+
+def exact_operands(x: Tensor) -> bool:
+    """Whether a product with a gradient reads the gradient in fp32 or fp64."""
+    return x.dtype in (torch.float32, torch.float64)
+
+
 def widens(x: Tensor) -> bool:
     """Whether operands of x's dtype and device are widened for a product."""
     return x.device.type == "cpu" and x.dtype != tile_dtype(x.dtype)
@@ -35,24 +65,22 @@ def narrows(x: Tensor) -> bool:
 
 def logits_(out_nv: Tensor, hidden_nd: Tensor, weight_vd: Tensor) -> None:
     """out = hidden W^T; `hidden` in fp32 where `widens(weight)`."""
-    if widens(weight_vd):
-        with _bf16_products(weight_vd.dtype):
+    with _products(weight_vd, weight_vd.dtype):
+        if widens(weight_vd):
             for rows, wide in _widened(weight_vd):
                 torch.mm(hidden_nd, wide.t(), out=out_nv[:, rows])
-    elif narrows(weight_vd):
-        torch.mm(hidden_nd, weight_vd.t(), out_dtype=out_nv.dtype, out=out_nv)
-    else:
-        torch.mm(hidden_nd, weight_vd.t(), out=out_nv)
+        else:
+            _set_product_(out_nv, hidden_nd, weight_vd.t())
 
 
 def add_input_gradient_(out_nd: Tensor, gradient_nv: Tensor, weight_vd: Tensor) -> None:
     """out += G W; `out` in fp32, G in the weight's dtype where `narrows(weight)`."""
-    if widens(weight_vd):
-        with _bf16_products(weight_vd.dtype):
+    with _products(weight_vd, weight_vd.dtype):
+        if widens(weight_vd):
             for rows, wide in _widened(weight_vd):
                 out_nd.addmm_(gradient_nv[:, rows], wide)
-    else:
-        _add_product_(out_nd, gradient_nv, weight_vd)
+        else:
+            _add_product_(out_nd, gradient_nv, weight_vd)
 
 
 def add_weight_gradient_(
@@ -61,7 +89,7 @@ def add_weight_gradient_(
     """out += G^T hidden; `out` is fp32, since small gradients would vanish in a bf16 sum over
     blocks. `dtype`: the operands' own.
     """
-    with _bf16_products(dtype if out_vd.device.type == "cpu" else None):
+    with _products(out_vd, dtype):
         _add_product_(out_vd, gradient_nv.t(), hidden_nd)
 
 
@@ -69,10 +97,10 @@ def set_weight_gradient_(
     out_vd: Tensor, gradient_nv: Tensor, hidden_nd: Tensor, dtype: torch.dtype
 ) -> None:
     """out = G^T hidden, rounded once to out's dtype: where there is but one block."""
-    if out_vd.dtype == hidden_nd.dtype:
-        torch.mm(gradient_nv.t(), hidden_nd, out=out_vd)
-        return
-    with _bf16_products(dtype):
+    with _products(out_vd, dtype):
+        if out_vd.dtype in (hidden_nd.dtype, torch.float32):
+            _set_product_(out_vd, gradient_nv.t(), hidden_nd)
+            return
         for v in range(0, out_vd.shape[0], SLICE):
             out_vd[v : v + SLICE] = torch.mm(gradient_nv[:, v : v + SLICE].t(), hidden_nd)
 
@@ -84,6 +112,13 @@ def _widened(weight_vd: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for v in range(0, vocabulary, SLICE):
         rows = slice(v, min(v + SLICE, vocabulary))
         yield rows, buffer[: rows.stop - v].copy_(weight_vd[rows])
+
+
+def _set_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def _add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -107,22 +142,61 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _bf16_products(dtype: torch.dtype | None) -> Iterator[None]:
-    """Within it, oneDNN's fp32 products may read their operands as bf16; only for `dtype` bf16, and
-    on processors that multiply bf16. The setting is the process's: it is changed for the length of
-    a product and put back.
+class _ProductPrecision:
+    """oneDNN's precision of fp32 products, a setting of the whole process, held for the length of
+    our products and put back after the last one. Threads whose products want another precision
+    wait: otherwise an fp32 product could read its operands as bf16, and the setting would stay
+    where two threads put back what they found.
     """
-    if dtype != torch.bfloat16 or not _multiplies_bf16():
-        yield
-        return
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+
+    def __init__(self) -> None:
+        self.free, self.users = threading.Condition(), 0
+        self.current: str | None = None
+        self.before = ""
+
+    @contextlib.contextmanager
+    def use(self, precision: str | None) -> Iterator[None]:
+        """None: whatever is set."""
+        settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        with self.free:
+            self.free.wait_for(lambda: self.users == 0 or self.current == precision)
+            if self.users == 0:
+                self.current, self.before = precision, settings.fp32_precision
+                if precision is not None:
+                    settings.fp32_precision = precision
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self.free:
+                self.users -= 1
+                if self.users == 0:
+                    if precision is not None:
+                        settings.fp32_precision = self.before
+                    self.free.notify_all()
+
+
+_precision = _ProductPrecision()
+
+
+def _after_fork() -> None:
+    """The threads that held the setting are not in the child."""
+    global _precision
+    if _precision.users and _precision.current is not None:
+        torch.backends.mkldnn.matmul.fp32_precision = _precision.before  # type: ignore[attr-defined]
+    _precision = _ProductPrecision()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _products(where: Tensor, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Within it, oneDNN's fp32 products on the CPU may read their operands as bf16 where `dtype` is
+    bf16 and the processor multiplies bf16; in fp32 they do as the process's setting says.
+    """
+    if where.device.type != "cpu" or dtype == torch.float64 or not _multiplies_bf16():
+        return contextlib.nullcontext()
+    return _precision.use("bf16" if dtype == torch.bfloat16 else None)
 
 
 @functools.cache

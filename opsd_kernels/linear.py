@@ -15,8 +15,8 @@ from opsd_kernels.divergence import Clip, Divergence, LogitTransform, Rule
 from opsd_kernels.divergence_loop import (
     CLIPPED,
     DIVERGENCE,
+    INVERTED,
     LOSS,
-    OPPOSED,
     STUDENT_ENTROPY,
     TEACHER_ENTROPY,
     divergence_blocks,
@@ -39,6 +39,9 @@ class Options(NamedTuple):
     temperature: float
     logit_scale: float
     logit_softcap: float | None
+    teacher_temperature: float
+    teacher_logit_scale: float
+    teacher_logit_softcap: float | None
     clip: str | None
     clip_threshold: float
     memory_budget: int | None
@@ -66,6 +69,11 @@ def _run(
             Divergence(options.divergence, options.beta),
             LogitTransform(options.temperature, options.logit_scale, options.logit_softcap),
             None if options.clip is None else Clip(options.clip, options.clip_threshold),
+            LogitTransform(
+                options.teacher_temperature,
+                options.teacher_logit_scale,
+                options.teacher_logit_softcap,
+            ),
         ),
         want=wanted(options) if gradients else Want(False, False, False),
         budget=options.memory_budget,
@@ -86,6 +94,10 @@ _operator = FusedOperator(
     options=Options,
     statistics=6,
 )
+
+
+def _float_or_none(x: float | None) -> float | None:
+    return None if x is None else float(x)
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,7 @@ def linear_divergence(
     backend: str = "auto",
     gradient: str = "exact",
     process_group: object = None,
+    teacher_transform: LogitTransform | None = None,
 ) -> LinearDivergence:
     """Divergence of the teacher's from the student's distribution, without the logits ever in
     memory at once.
@@ -142,7 +155,8 @@ def linear_divergence(
 
     divergence, beta: forward_kl | reverse_kl | jsd (with `beta`), see `opsd_kernels.Divergence`.
     temperature, logit_scale, logit_softcap: logits are softcap(logit_scale * (h W^T + bias)) /
-        temperature.
+        temperature. Those of both roles, or with a `teacher_transform` the student's only.
+    teacher_transform: temperature, scale and soft cap of the teacher's logits, where they differ.
     token_weight [...]: a constant weight w_n for each token; those of weight 0 cost nothing, and
         what their hidden states hold (NaN) does not leak.
     clip: see `opsd_kernels.Clip`.
@@ -181,7 +195,13 @@ def linear_divergence(
     if gradient != "exact":
         raise ValueError(f"gradient: got {gradient!r}, must be 'exact'")
     described = Divergence(divergence, beta)
-    LogitTransform(temperature, logit_scale, logit_softcap)  # checks its fields
+    transform = LogitTransform(temperature, logit_scale, logit_softcap)
+    if teacher_transform is not None and not isinstance(teacher_transform, LogitTransform):
+        raise ValueError(
+            f"teacher_transform: got {teacher_transform!r}, must be None or an "
+            "opsd_kernels.LogitTransform"
+        )
+    of_teacher = transform if teacher_transform is None else teacher_transform
     if clip is not None and not isinstance(clip, Clip):
         raise ValueError(f"clip: got {clip!r}, must be None or an opsd_kernels.Clip")
     arguments.check_reduction(reduction)
@@ -215,6 +235,7 @@ def linear_divergence(
             f"leading shape {list(student_hidden.shape[:-1])} of student_hidden"
         )
     arguments.check_alike("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+    arguments.check_beta(described, student_hidden.dtype)
     sharded = placed.group is not None
     arguments.check_head("student_hidden", student_hidden, "weight", weight, "bias", bias, sharded)
     teacher_head = weight if teacher_weight is None else teacher_weight
@@ -250,9 +271,12 @@ def linear_divergence(
             want_bias=arguments.wants_gradient(bias),
             divergence=described.name,
             beta=float(described.beta),
-            temperature=float(temperature),
-            logit_scale=float(logit_scale),
-            logit_softcap=None if logit_softcap is None else float(logit_softcap),
+            temperature=float(transform.temperature),
+            logit_scale=float(transform.scale),
+            logit_softcap=_float_or_none(transform.softcap),
+            teacher_temperature=float(of_teacher.temperature),
+            teacher_logit_scale=float(of_teacher.scale),
+            teacher_logit_softcap=_float_or_none(of_teacher.softcap),
             clip=None if clip is None else clip.kind,
             clip_threshold=1.0 if clip is None else float(clip.threshold),
             memory_budget=memory_budget,
@@ -273,5 +297,5 @@ def linear_divergence(
         student_entropy=stats[STUDENT_ENTROPY].reshape(leading),
         teacher_entropy=stats[TEACHER_ENTROPY].reshape(leading),
         clipped_fraction=stats[CLIPPED].sum() / looked_at,
-        inverted_gradient_fraction=stats[OPPOSED].sum() / counted,
+        inverted_gradient_fraction=stats[INVERTED].sum() / counted,
     )

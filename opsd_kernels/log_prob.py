@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from opsd_kernels import arguments, gemm
+from opsd_kernels.arguments import IGNORED
 from opsd_kernels.divergence import LogitTransform
 from opsd_kernels.operator import FusedOperator, wanted
 from opsd_kernels.resolve import load, resolve
@@ -50,7 +52,10 @@ def log_prob_blocks(
     dtype = gemm.tile_dtype(hidden.dtype)
     stats = hidden.new_empty((2, hidden.shape[0]), dtype=dtype)
     buffer, narrow = buffers(hidden, plan, roles=1)
-    gradients = Gradients(hidden, head, want, plan, narrow)
+    unit = gemm.gradient_unit(hidden, row_weight, transform.slope)
+    gradients = Gradients(hidden, head, want, plan, narrow, unit)
+    if unit is not None:
+        row_weight = row_weight * unit
     for rows in blocks(hidden.shape[0], plan):
         sweep = Sweep((hidden[rows],), (head,), plan.columns, buffer)
         state = states.new_log_prob(sweep.rows, hidden, dtype)
@@ -69,7 +74,7 @@ def log_prob_blocks(
             if shards is not None:
                 gradients.combine(shards)
             gradients.finish(rows, None, None)
-        stats[0, rows] = (state[states.TARGET] - state[states.MAX]) - state[states.SUM].log()
+        stats[0, rows] = (state[states.TARGET] - state[states.MAX]) - states.log_sum(state)
         stats[1, rows] = states.entropy(state[states.STUDENT])
     del buffer, narrow
     return stats, *gradients.results()
@@ -94,9 +99,18 @@ def _run(
     tensors: Sequence[Any], row_weight: Tensor, options: Options, gradients: bool
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, targets = tensors
-    split = None
+    split, vocabulary = None, weight.shape[0]
+    ignored = None if options.drop_zeros else targets == IGNORED
+    if ignored is not None:  # what their hidden states hold (NaN) must not leak
+        hidden = hidden.masked_fill(ignored[:, None], 0.0)
+        targets = targets.masked_fill(ignored, 0)
     if options.group is not None:
         split = Shards.agree(options.group, weight.shape[0], hidden.shape[0], hidden.device)
+        vocabulary = sum(split.sizes)
+    # What the sums leave of a target outside the vocabulary would look like a log-probability.
+    outside = (targets < 0) | (targets >= vocabulary)
+    row_weight = row_weight.masked_fill(outside, torch.nan)
+    if split is not None:
         targets = targets - split.offset
     stats, *found = log_prob_blocks(
         hidden,
@@ -109,6 +123,9 @@ def _run(
         backend=options.backend,
         shards=split,
     )
+    stats[0].masked_fill_(outside, torch.nan)
+    if ignored is not None:
+        stats.masked_fill_(ignored, 0.0)
     return row_weight * stats[0], stats, *found
 
 
@@ -160,9 +177,12 @@ def linear_log_prob(
     in `linear_divergence`; where the vocabulary is split, targets are entries of all of it.
 
     token_weight [...]: a constant weight w_n for each token; those of weight 0 cost nothing, and
-    their targets may be anything (-100). reduction: mean = sum w log p / sum w, sum = sum w log p,
-    none = w log p for each token. What is known of the weights here saves a trainable head a
-    quarter of the products: cross-entropy is -linear_log_prob(..., reduction="mean").log_prob.
+    their targets may be anything. Without it tokens of target -100 have weight 0, as in Hugging
+    Face's labels. Other targets outside [0, V) raise a ValueError where their values can be read
+    without waiting, and otherwise (GPU, torch.compile, process groups) give NaN.
+    reduction: mean = sum w log p / sum w, sum = sum w log p, none = w log p for each token. What is
+    known of the weights here saves a trainable head a quarter of the products: cross-entropy is
+    -linear_log_prob(..., reduction="mean").log_prob.
 
     >>> import torch
     >>> result = linear_log_prob(torch.zeros(2, 4), torch.eye(5, 4), torch.tensor([0, 3]))
@@ -183,7 +203,8 @@ def linear_log_prob(
     arguments.check_hidden("hidden", hidden)
     arguments.check_head("hidden", hidden, "weight", weight, "bias", bias, sharded)
     arguments.check_rows("targets", targets, "hidden", hidden)
-    row_weight = arguments.row_weights(token_weight, reduction, "hidden", hidden)
+    counts = (targets != IGNORED).float() if token_weight is None else token_weight
+    row_weight = arguments.row_weights(counts, reduction, "hidden", hidden)
     arguments.check_targets(targets, token_weight, None if sharded else weight.shape[0])
     leading = hidden.shape[:-1]
     n_tokens = leading.numel()
@@ -198,7 +219,9 @@ def linear_log_prob(
         placed.gather(row_weight),
         reduction == "none" or placed.own_tokens,
         Options(
-            drop_zeros=token_weight is not None,
+            # Dropping waits for a GPU. Without weights, which say that it is worth it, tokens of
+            # target -100 are masked there.
+            drop_zeros=token_weight is not None or hidden.device.type == "cpu",
             want_hidden=arguments.wants_gradient(hidden),
             want_weight=arguments.wants_gradient(weight),
             want_bias=arguments.wants_gradient(bias),

@@ -4,9 +4,11 @@ A fused function `run` maps (tensors, row_weight [N], options, whether to comput
 
     loss [N] = row_weight_n * value_n, statistics, dh, dW, dbias   (None where not wanted)
 
-where the gradients are those of sum_n loss_n. So forward already holds the gradients, and backward
-only scales them: by one scalar for the sum, row by row (dh) for the per-token losses. Only where
-rows add up (dW, dbias) while their share is known in backward alone, backward runs it again.
+where the gradients are those of sum_n loss_n, in `gemm.gradient_dtype`: those of fp16 are rounded
+to it by backward only, when a loss scale has been applied. So forward already holds the gradients,
+and backward only scales them: by one scalar for the sum, row by row (dh) for the per-token losses.
+Only where rows add up (dW, dbias) while their share is known in backward alone, backward runs it
+again.
 
 An operator's schema has tensors and scalars only: the small descriptions travel as their fields, in
 a NamedTuple with the fields drop_zeros (whether tokens of weight 0 are left out), want_hidden,
@@ -104,6 +106,8 @@ class FusedOperator:
         products would be wasted.
         """
         n_tokens, keep = row_weight.shape[0], row_weight.nonzero().squeeze(-1)
+        if keep.shape[0] == n_tokens:
+            return self.run(tensors, row_weight, options, gradients)
         kept = [x[keep] if k in self.by_token else x for k, x in enumerate(tensors)]
         loss, stats, d_hidden, *others = self.run(kept, row_weight[keep], options, gradients)
         loss = loss.new_zeros(n_tokens).index_copy_(0, keep, loss)
@@ -123,15 +127,18 @@ class FusedOperator:
     def _recompute(self, *arguments):
         tensors, row_weight, fields = self._split(arguments)
         _, _, *gradients = self._call(tensors, row_weight, self.options(*fields), True)
-        return tuple(gradients)
+        dtype = tensors[0].dtype
+        return tuple(x.to(dtype) if x.numel() else x for x in gradients)
 
-    def _empty_gradients(self, tensors, row_weight, want: Want | None):
+    def _empty_gradients(self, tensors, row_weight, want: Want | None, dtype: torch.dtype):
         hidden, weight, _ = (tensors[k] for k in self.places)
         nothing = row_weight.new_empty(0)
         return (
-            torch.empty_like(hidden) if want and want.hidden else nothing,
-            torch.empty_like(weight) if want and want.weight else nothing.clone(),
-            weight.new_empty(weight.shape[0]) if want and want.bias else nothing.clone(),
+            torch.empty_like(hidden, dtype=dtype) if want and want.hidden else nothing,
+            torch.empty_like(weight, dtype=dtype) if want and want.weight else nothing.clone(),
+            weight.new_empty(weight.shape[0], dtype=dtype)
+            if want and want.bias
+            else nothing.clone(),
         )
 
     def _fake_forward(self, *arguments):
@@ -142,19 +149,20 @@ class FusedOperator:
         return (
             row_weight.new_empty((n_tokens,) if per_token else (), dtype=dtype),
             row_weight.new_empty((self.statistics, n_tokens), dtype=dtype),
-            *self._empty_gradients(tensors, row_weight, now),
+            *self._empty_gradients(tensors, row_weight, now, gemm.gradient_dtype(tensors[0].dtype)),
         )
 
     def _fake_recompute(self, *arguments):
         tensors, row_weight, fields = self._split(arguments)
-        return self._empty_gradients(tensors, row_weight, wanted(self.options(*fields)))
+        want = wanted(self.options(*fields))
+        return self._empty_gradients(tensors, row_weight, want, tensors[0].dtype)
 
     def _setup_context(self, ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
         tensors, row_weight, (ctx.per_token, *fields) = self._split(inputs)
         ctx.arguments, ctx.options = len(inputs), self.options(*fields)
-        ctx.computed = _in_forward(ctx.per_token, ctx.options)
+        ctx.computed, ctx.dtype = _in_forward(ctx.per_token, ctx.options), tensors[0].dtype
         ctx.save_for_backward(*(output[2:] if ctx.computed else (*tensors, row_weight)))
 
     def _backward(self, ctx, grad, *_):
@@ -164,7 +172,8 @@ class FusedOperator:
         _refuse_double_backward(grad)
         want = wanted(ctx.options)
         if ctx.computed:
-            gradients = _scaled(ctx.saved_tensors, grad[:, None] if ctx.per_token else grad)
+            by = grad[:, None] if ctx.per_token else grad
+            gradients = _scaled(ctx.saved_tensors, by, ctx.dtype)
         else:
             *tensors, row_weight = ctx.saved_tensors
             gradients = self.recompute(*tensors, row_weight * grad, *ctx.options)
@@ -193,18 +202,20 @@ def _schema_type(annotation: type | types.UnionType) -> str:
     return _SCHEMA_TYPES[annotation]
 
 
-def _scaled(saved: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    """Each of `saved` times `grad`, in its own dtype; empty ones stand for gradients nobody wants.
+def _scaled(saved: Sequence[Tensor], grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Each of `saved` times `grad`, in `dtype`; empty ones stand for gradients nobody wants.
 
     In place where this graph will not be walked again: a copy of a [V, D] gradient would double the
     memory of the call. (A second walk, retain_graph=True, needs them as they are.)
     """
     once = type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
     if once and grad.device.type == "cpu" and grad.numel() == 1 and grad.item() == 1.0:
-        return list(saved)
-    if once:
-        return [x if x.numel() == 0 else x.mul_(grad) for x in saved]
-    return [x if x.numel() == 0 else (x * grad).to(x.dtype) for x in saved]
+        scaled = list(saved)
+    elif once:
+        scaled = [x if x.numel() == 0 else x.mul_(grad) for x in saved]
+    else:
+        scaled = [x if x.numel() == 0 else x * grad for x in saved]
+    return [x.to(dtype) for x in scaled]
 
 
 def _refuse_double_backward(grad: Tensor) -> None:

@@ -19,8 +19,11 @@ def logits(
 ) -> Tensor:
     """[N, D], [V, D] -> [N, V]."""
     z = hidden @ weight.T
-    if bias is not None:
-        z = z + bias
+    return transformed(z if bias is None else z + bias, transform)
+
+
+def transformed(z: Tensor, transform: LogitTransform) -> Tensor:
+    """A head's product as the logit."""
     z = z * transform.scale
     if transform.softcap is not None:
         z = transform.softcap * torch.tanh(z / transform.softcap)
@@ -79,6 +82,7 @@ def linear_divergence(
     token_weight: Tensor | None = None,
     clip: Clip | None = None,
     reduction: str = "mean",
+    teacher_transform: LogitTransform | None = None,
 ) -> Tensor:
     """The loss of `opsd_kernels.linear_divergence`, densely; hidden [N, D], weight [V, D]."""
     student = logits(student_hidden, weight, bias, transform)
@@ -87,7 +91,7 @@ def linear_divergence(
             teacher_hidden,
             weight if teacher_weight is None else teacher_weight,
             bias if teacher_weight is None and teacher_bias is None else teacher_bias,
-            transform,
+            transform if teacher_transform is None else teacher_transform,
         )
     if token_weight is None:
         token_weight = student.new_ones(student.shape[0])

@@ -60,8 +60,10 @@ class Shards:
         for normaliser in normalisers:
             most = normaliser[states.MAX].clone()
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
-            states.rescale_(normaliser, most)
-            self.sum_(normaliser[states.SUM :])
+            sums = states.referred(normaliser, most)
+            self.sum_(sums)
+            normaliser[states.MAX] = most
+            states.set_sums_(normaliser, sums)
 
 
 def _exchange(

@@ -81,7 +81,7 @@ def plan_call(
     if len(heads) == 1:
         temporaries = getattr(backend, "LOG_PROB_TEMPORARIES", temporaries)
     # Also where only backward will want it, which runs the call again within the same budget.
-    wide_gradient = first.dtype != dtype
+    wide_gradient = gemm.gradient_dtype(first.dtype) != dtype
     cost = Cost(
         entry=len(heads) * item + (first.element_size() if gemm.narrows(first) else 0),
         temporaries=temporaries * item,
@@ -164,16 +164,28 @@ class Gradients:
     dh = A - (sum p) B, where the sum is known only after the last tile.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, want: Want, plan: Plan, narrow: Tensor | None):
-        """hidden: [N, D] of the call. narrow: room for a tile in the operands' dtype."""
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        want: Want,
+        plan: Plan,
+        narrow: Tensor | None,
+        unit: Tensor | None,
+    ) -> None:
+        """hidden: [N, D] of the call. narrow: room for a tile in the operands' dtype. unit: what
+        the tiles' gradients are multiplied by, see `gemm.gradient_unit`.
+        """
         self.head, self.narrow, self.operand = head, narrow, hidden.dtype
         self.dtype = gemm.tile_dtype(hidden.dtype)
         weight = head.weight
         self.once = plan.blocks <= 1  # dW is then complete tile by tile
-        self.d_hidden = torch.zeros_like(hidden) if want.hidden else None
+        self.unit = unit
+        kept_in = gemm.gradient_dtype(hidden.dtype)
+        self.d_hidden = torch.zeros_like(hidden, dtype=kept_in) if want.hidden else None
         self.d_weight = self.d_bias = None
         if want.weight:
-            kept = weight.dtype if self.once else self.dtype
+            kept = gemm.gradient_dtype(weight.dtype) if self.once else self.dtype
             new = torch.empty_like if plan.blocks == 1 else torch.zeros_like
             self.d_weight = new(weight, dtype=kept)
         if want.bias:
@@ -221,18 +233,20 @@ class Gradients:
             self.block.addcmul_(self.part, sum_pull[:, None], value=-1.0)
         if row_factor is not None:
             self.block *= row_factor[:, None]
+        if self.unit is not None:
+            self.block /= self.unit
         if self.block.dtype != self.d_hidden.dtype:
             self.d_hidden[rows] = self.block
         self.block = self.part = None
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dh [N, D], dW [V, D], dbias [V]) in the dtypes of hidden states and head."""
-        dtype = self.head.weight.dtype
-        return (
-            self.d_hidden,
-            None if self.d_weight is None else self.d_weight.to(dtype),
-            None if self.d_bias is None else self.d_bias.to(dtype),
-        )
+        """(dh [N, D], dW [V, D], dbias [V]) in `gemm.gradient_dtype` of hidden states and head."""
+        dtype, head = gemm.gradient_dtype(self.head.weight.dtype), (self.d_weight, self.d_bias)
+        if self.unit is not None:
+            for gradient in head:
+                if gradient is not None:
+                    gradient /= self.unit
+        return self.d_hidden, *(None if x is None else x.to(dtype) for x in head)
 
     def _narrowed(self, gradient: Tensor) -> Tensor:
         if self.narrow is None:

@@ -40,7 +40,7 @@ def dry_run(config: Config, display: Display) -> None:
     check_engine(config.rollout.engine)
     if is_graded(config):
         check_verifier(config.loss.reward)
-    rows, held_out = load_data(config)
+    rows, held_out = load_data(config, display.note)
     check_directory(config.model)
     student = architecture(config.model)
     tokenizer = load_tokenizer(config.model)

@@ -52,18 +52,8 @@ def chunked_divergence_loss(
     the sum over tokens of mask 1, divided by `num_items_in_batch` or else by their number. The
     heads take the hidden states' dtype; DTensor heads are not gathered.
     """
-    if student_final_logit_softcapping != teacher_final_logit_softcapping:
-        raise ValueError(
-            f"teacher_final_logit_softcapping: got {teacher_final_logit_softcapping}, must be the "
-            f"student's, {student_final_logit_softcapping}"
-        )
     shared = teacher_lm_head_weight is student_lm_head_weight
     shared = shared and teacher_lm_head_bias is student_lm_head_bias
-    scale = teacher_logit_scale / student_logit_scale
-    if scale != 1.0:  # one scale serves both: the teacher's product brings the rest
-        teacher_hidden_states = teacher_hidden_states * scale
-        if teacher_lm_head_bias is not None:
-            teacher_lm_head_bias, shared = teacher_lm_head_bias * scale, False
     dtype = torch.promote_types(student_hidden_states.dtype, teacher_hidden_states.dtype)
     student, teacher, weight, teacher_weight, bias, teacher_bias = (
         None if x is None else x.to(dtype)
@@ -87,6 +77,9 @@ def chunked_divergence_loss(
         temperature=temperature,
         logit_scale=student_logit_scale,
         logit_softcap=student_final_logit_softcapping,
+        teacher_transform=LogitTransform(
+            temperature, teacher_logit_scale, teacher_final_logit_softcapping
+        ),
         token_weight=counts,
         reduction="sum",
         **divergence_of(beta),
@@ -102,12 +95,19 @@ def chunked_divergence_loss(
 
 
 def output_head(model: nn.Module) -> nn.Linear:
-    """The model's head, which must be a plain linear layer: not one with an adapter of its own."""
+    """The head that the model uses now, which must be a plain linear layer: not one with an adapter
+    of its own. Of one in PEFT's `modules_to_save` it is the active adapter's copy, or the original
+    where adapters are off.
+    """
     head = model.get_output_embeddings()
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        active = [] if head.disable_adapters else head.active_adapters
+        head = next((copies[name] for name in active if name in copies), head.original_module)
     if not isinstance(head, nn.Linear):
         raise ValueError(
-            f"model: its head is a {type(head).__name__}, must be a torch.nn.Linear; without an "
-            "adapter on it, if that is PEFT's"
+            f"model: its head is a {type(head).__name__}, must be a torch.nn.Linear. With PEFT "
+            "name the head in modules_to_save, which trains a copy of it, not in target_modules"
         )
     return head
 
@@ -129,6 +129,12 @@ def logit_transform(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def transform_of(model: nn.Module, temperature: float = 1.0) -> LogitTransform:
+    """The same as a transform."""
+    named = logit_transform(model)
+    return LogitTransform(temperature, named["logit_scale"], named["logit_softcap"])
+
+
 def head_inputs(model: nn.Module, head: nn.Linear, **inputs: Any) -> Tensor:
     """[B, L, D]: what `model`, called with `inputs`, hands its `head`. No logits are made."""
     return _run(model, head, lambda hidden: hidden[:, :0], inputs)[0]
@@ -139,12 +145,20 @@ def check_head(model: nn.Module, bare: nn.Module, input_ids: Tensor) -> None:
     """Raise ValueError where the logits of `model`, which may wrap the `bare` one, are not those
     that its head and config make.
     """
-    head, scale = output_head(bare), logit_transform(bare)
+    head, transform = output_head(bare), transform_of(bare)
     few = {"input_ids": input_ids[:1, :16], "use_cache": False}
     hidden, logits = _run(model, head, lambda hidden: hidden, few)
-    transform = LogitTransform(scale=scale["logit_scale"], softcap=scale["logit_softcap"])
     weight, bias = (_as(hidden, _whole(x)) for x in (head.weight, head.bias))
     made = reference.logits(hidden, weight, bias, transform).float()
+    if not made.any():  # initialised with zeros, it tells nothing of scale and cap: noise does
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(logits.shape[-1], generator=generator).to(hidden)
+        hook = head.register_forward_hook(lambda module, inputs, output: output + noise)
+        try:
+            _, logits = _run(model, head, lambda hidden: hidden, few)
+        finally:
+            hook.remove()
+        made = reference.transformed(noise, transform).float().expand(logits.shape)
     error = float((made - logits.float()).norm() / made.norm())
     if not error < 0.02:  # bf16 rounds
         raise ValueError(
@@ -261,9 +275,12 @@ class FusedSDFT(_Fused):
         super().__init__(*arguments, **options)
         mode = self.args.distillation_mode
         if mode not in ("full_logits", "sampled_token"):
+            default = ", SDFTConfig's default" if mode == "topk_logits" else ""
             raise ValueError(
-                f"distillation_mode: got {mode!r}, must be 'full_logits' or 'sampled_token' for "
-                "FusedSDFT; SDFTTrainer itself has the others"
+                f"distillation_mode: got {mode!r}{default}, must be 'full_logits' or "
+                "'sampled_token' for FusedSDFT, which never has the logits that it needs. Write "
+                'SDFTConfig(distillation_mode="full_logits", ...): the divergence over the whole '
+                "vocabulary, which the top k approximate"
             )
         if self.use_teacher_server:
             raise ValueError("use_teacher_server: got True, must be False for FusedSDFT")
@@ -286,12 +303,14 @@ class FusedSDFT(_Fused):
         with torch.no_grad(), self._get_teacher_context_for_self_distillation():
             teacher_tokens = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
             teacher_hidden = self._completion_states(self.teacher_model, *teacher_tokens, targets)
+            # Inside: without its adapters a model may have another head.
+            teacher_model = self.accelerator.unwrap_model(self.teacher_model)
+            teacher_head = output_head(teacher_model)
         head = output_head(student)
-        teacher_head = output_head(self.accelerator.unwrap_model(self.teacher_model))
         if self.args.distillation_mode == "sampled_token":
             log_prob = self._log_prob(student, head, hidden, targets)
             with torch.no_grad():
-                teacher = self._log_prob(student, teacher_head, teacher_hidden, targets)
+                teacher = self._log_prob(teacher_model, teacher_head, teacher_hidden, targets)
             ratio = self._importance(log_prob.detach(), inputs)
             per_token = (log_prob.detach() - teacher) * log_prob * ratio
             loss = (per_token * _shares(mask)).sum()
@@ -310,6 +329,7 @@ class FusedSDFT(_Fused):
             bias=bias,
             teacher_bias=None if shared else _as(hidden, teacher_head.bias),
             temperature=self.temperature,
+            teacher_transform=transform_of(teacher_model, self.temperature),
             token_weight=_shares(mask) * ratio,
             reduction="sum",
             **divergence_of(self.args.distillation_alpha),
@@ -335,7 +355,7 @@ class FusedSDFT(_Fused):
             inputs["logits_to_keep"] = length + 1
         return self._head_inputs(model, inputs)[:, -length - 1 : -1]
 
-    def _log_prob(self, student, head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _log_prob(self, model, head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
         """[B, K] at the trainer's temperature."""
         return linear_log_prob(
             hidden,
@@ -343,7 +363,7 @@ class FusedSDFT(_Fused):
             targets,
             bias=_as(hidden, head.bias),
             temperature=self.temperature,
-            **logit_transform(student),
+            **logit_transform(model),
             **self.kernel_options,
         ).log_prob
 

@@ -5,8 +5,18 @@ import ctypes
 import torch
 from torch import Tensor
 
-from opsd_kernels.divergence import CLIPS, DIVERGENCES, Rule
+from opsd_kernels.divergence import CLIPS, DIVERGENCES, LogitTransform, Rule
 from opsd_kernels.tiles.logits import Logits
+
+
+class Transform(ctypes.Structure):
+    """`struct opsd_transform`."""
+
+    _fields_ = (
+        ("temperature", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    )
 
 
 class Options(ctypes.Structure):
@@ -17,9 +27,8 @@ class Options(ctypes.Structure):
         ("clip", ctypes.c_int32),
         ("beta", ctypes.c_float),
         ("clip_threshold", ctypes.c_float),
-        ("temperature", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
+        ("student", Transform),
+        ("teacher", Transform),
         ("threads", ctypes.c_int32),
     )
 
@@ -36,17 +45,21 @@ class Tile(ctypes.Structure):
 
 
 def options(rule: Rule) -> Options:
-    divergence, transform, clip = rule.divergence, rule.transform, rule.clip
+    divergence, clip = rule.divergence, rule.clip
     return Options(
         divergence=DIVERGENCES.index(divergence.name),
         clip=0 if clip is None else 1 + CLIPS.index(clip.kind),
         beta=divergence.beta,
         clip_threshold=0.0 if clip is None else clip.threshold,
-        temperature=transform.temperature,
-        scale=transform.scale,
-        softcap=0.0 if transform.softcap is None else transform.softcap,
+        student=_transform(rule.transform),
+        teacher=_transform(rule.of_teacher),
         threads=torch.get_num_threads(),
     )
+
+
+def _transform(transform: LogitTransform) -> Transform:
+    softcap = 0.0 if transform.softcap is None else transform.softcap
+    return Transform(transform.temperature, transform.scale, softcap)
 
 
 def pointer(x: Tensor | None, device: torch.device, dtype: torch.dtype) -> int | None:

@@ -16,7 +16,7 @@ from opsd_kernels.divergence import LogitTransform, Rule
 from opsd_kernels.tiles.c_interface import Options, Tile, options, pointer, tile
 from opsd_kernels.tiles.logits import Logits
 
-TEMPORARIES = 6 / 4096  # each chunk's part of six sums
+TEMPORARIES = 8 / 4096  # each chunk's eight sums
 LIBRARY = Path(__file__).parent.parent / "libopsd_cuda.so"
 
 
@@ -45,11 +45,11 @@ def _library() -> ctypes.CDLL:
         function = getattr(library, f"opsd_cuda_{name}")
         function.argtypes = [
             *(ctypes.POINTER(Tile), *arguments, described),
-            *(address, ctypes.c_int32, address),  # parts, device, stream
+            *(address, ctypes.c_int32, address),  # partials, device, stream
         ]
         function.restype = ctypes.c_int32
-    library.opsd_cuda_parts.argtypes = [ctypes.c_int64, ctypes.c_int64]
-    library.opsd_cuda_parts.restype = ctypes.c_int64
+    library.opsd_cuda_partials.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    library.opsd_cuda_partials.restype = ctypes.c_int64
     library.opsd_cuda_error.argtypes = [ctypes.c_int32]
     library.opsd_cuda_error.restype = ctypes.c_char_p
     return library
@@ -58,11 +58,11 @@ def _library() -> ctypes.CDLL:
 def _call(name: str, shape: Tile, rule: Rule, state: Tensor, *arguments) -> None:
     """Queue one function."""
     library, device = _library(), state.device
-    parts = state.new_empty(library.opsd_cuda_parts(shape.n, shape.v))
+    partials = state.new_empty(library.opsd_cuda_partials(shape.n, shape.v))
     # The library sets the device too, in its own copy of the CUDA runtime: torch's must agree.
     with torch.cuda.device(device) if state.is_cuda else contextlib.nullcontext():
         status = getattr(library, f"opsd_cuda_{name}")(
-            shape, *arguments, options(rule), parts.data_ptr(), *_queue(device)
+            shape, *arguments, options(rule), partials.data_ptr(), *_queue(device)
         )
     if status != 0:
         reason = library.opsd_cuda_error(status).decode()

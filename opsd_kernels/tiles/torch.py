@@ -4,19 +4,20 @@ every backend's.
 A tile [n, v] holds *products* h W^T of n tokens and v consecutive vocabulary rows, in fp32 (this
 backend: fp64 too), entries contiguous, rows at any stride; n * stride may exceed 2^31. Nothing but
 `gradient_` and `log_prob_gradient_` writes to tiles: each function goes from the product to the
-logit itself, z = softcap(scale * (product + bias)) / temperature, since a tile may be computed anew
-between them. A role's product and bias [v] (contiguous, of the tile's dtype, or None) are its
-`Logits`; a `Rule` says what is measured.
+logit itself, z = softcap(scale * (product + bias)) / temperature (the teacher's by
+`rule.of_teacher`), since a tile may be computed anew between them. A role's product and bias [v]
+(contiguous, of the tile's dtype, or None) are its `Logits`; a `Rule` says what is measured.
 
 `state` [12, n] (see `state.py`) has contiguous rows. All vocabulary tiles must have passed through
 one function before the next one starts:
 
 normalisers(student, teacher, rule, state)
-    adds the tile to both roles' MAX, SUM and MOMENT.
+    adds the tile to both roles' MAX, REST and MOMENT.
 
 sums(student, teacher, rule, state)
-    given both normalisers, adds to DIVERGENCE and PULL, and with an entry clip to CLIPPED, COUNT
-    and CLIPPED_PULL. Each term is computed by itself: no difference of large sums.
+    given both normalisers, adds to DIVERGENCE and UNNORMALISED, and with an entry clip to CLIPPED,
+    COUNT and CLIPPED_UNNORMALISED. Each term is computed by itself and is not negative: no
+    difference of large sums.
 
 gradient_(student, teacher, rule, state, row_weight, sums_known=True)
     overwrites the student's product with row_weight [n] times the derivative of the clipped (entry)
@@ -28,7 +29,7 @@ gradient_(student, teacher, rule, state, row_weight, sums_known=True)
     row_weight times p, and the teacher's row_weight times S (both by the product).
 
 log_prob_normalisers(logits, targets, transform, state)
-    `state` [4, n]: adds to MAX, SUM and MOMENT, and the target's logit to TARGET. `targets` [n]
+    `state` [4, n]: adds to MAX, REST and MOMENT, and the target's logit to TARGET. `targets` [n]
     (int64) count from the tile's first entry: those outside [0, v) lie in another tile.
 
 log_prob_gradient_(logits, targets, transform, state, row_weight)
@@ -49,6 +50,7 @@ Identical rows give exactly 0, entries of probability 0 count for nothing, NaN s
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,7 +58,7 @@ from torch import Tensor
 from opsd_kernels.divergence import Clip, Divergence, LogitTransform, Rule
 from opsd_kernels.tiles import state as rows_of
 from opsd_kernels.tiles.logits import Logits
-from opsd_kernels.tiles.state import MAX, STUDENT, SUM, TEACHER
+from opsd_kernels.tiles.state import MAX, STUDENT, TEACHER
 
 TEMPORARIES = 7
 LOG_PROB_TEMPORARIES = 3
@@ -107,14 +109,13 @@ def _part(name: str, x, rows: slice, columns: slice):
 @_in_slices
 def normalisers(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
     rows_of.merge_(state[STUDENT], _normaliser(_z(student, rule.transform)))
-    rows_of.merge_(state[TEACHER], _normaliser(_z(teacher, rule.transform)))
+    rows_of.merge_(state[TEACHER], _normaliser(_z(teacher, rule.of_teacher)))
 
 
 @_in_slices
 def sums(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
-    z, z_t = _z(student, rule.transform), _z(teacher, rule.transform)
-    s, terms, pull = _entries(z, z_t, rule.divergence, state)
-    _add_sums(s, terms, pull, rule, state)
+    z, z_t = _z(student, rule.transform), _z(teacher, rule.of_teacher)
+    _add_sums(_entries(z, z_t, rule.divergence, state), rule, state)
 
 
 @_in_slices
@@ -129,21 +130,22 @@ def gradient_(
     transform, clip = rule.transform, rule.entry_clip
     z = _z(student, transform)
     slope = None if row_weight is None else _slope(z, transform)
-    z_t = _z(teacher, transform)
-    s, terms, pull = _entries(z, z_t, rule.divergence, state)
+    z_t = _z(teacher, rule.of_teacher)
+    entries = _entries(z, z_t, rule.divergence, state)
+    s, p = entries.s, entries.unnormalised
     forward = rule.divergence.name == "forward_kl"
     factor = None if row_weight is None else _factor(row_weight, transform, slope)
     if not sums_known:
         assert clip is None
-        _add_sums(s, terms, pull, rule, state)
+        _add_sums(entries, rule, state)
         if not forward:
-            student.product.copy_(pull.mul_(factor))
+            student.product.copy_(p.mul_(factor))
             teacher.product.copy_(s.mul_(factor))
             return
-    g = pull + s if forward else pull - s * state[rows_of.PULL][:, None]
+    g = p + s if forward else p - s * state[rows_of.UNNORMALISED][:, None]
     if clip is not None:
-        clipped = _clipped_pull(s, terms, pull, rule.divergence, clip)
-        clipped -= s.mul_(state[rows_of.CLIPPED_PULL][:, None])
+        clipped = _clipped_unnormalised(entries, rule.divergence, clip)
+        clipped -= s.mul_(state[rows_of.CLIPPED_UNNORMALISED][:, None])
         state[rows_of.DOT] += g.mul_(clipped).sum(-1)
         g = clipped
     if row_weight is not None:
@@ -200,59 +202,93 @@ def _normaliser(z: Tensor) -> Tensor:
     most = z.amax(-1)
     below = z.sub_(most.masked_fill(most == -torch.inf, 0.0)[:, None])
     p = below.exp()
+    largest = below == 0
+    count = largest.sum(-1)
     moment = below.mul_(p).masked_fill_(p == 0, 0.0).sum(-1).neg_()
-    return torch.stack((most, p.sum(-1), moment))
+    rest = p.masked_fill_(largest, 0.0).sum(-1)
+    return torch.stack((most, (count - 1) + rest, moment))
 
 
 def _log_p(z: Tensor, normaliser: Tensor) -> Tensor:
     """In place. The maximum is subtracted by itself, exactly: z may be 1e4."""
-    return z.sub_(normaliser[MAX][:, None]).sub_(normaliser[SUM].log()[:, None])
+    return z.sub_(normaliser[MAX][:, None]).sub_(rows_of.log_sum(normaliser)[:, None])
 
 
-def _entries(
-    z: Tensor, z_t: Tensor, divergence: Divergence, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(S, terms of the divergence's sum, pull) of each entry; overwrites the logits."""
-    log_s, log_t = _log_p(z, state[STUDENT]), _log_p(z_t, state[TEACHER])
+def _shift(state: Tensor) -> Tensor:
+    """[n]: the difference of the normalisers' logarithms, the teacher's less the student's."""
+    student, teacher = state[STUDENT], state[TEACHER]
+    logs = rows_of.log_sum(teacher) - rows_of.log_sum(student)
+    return (teacher[MAX] - student[MAX]) + logs
+
+
+class _Entries(NamedTuple):
+    """Of each entry [n, v]: S and T, log_ratio (log T - log S, for reverse_kl log S - log T),
+    `plain`, the term of the divergence's sum as it is defined, and the unnormalised gradient.
+    """
+
+    s: Tensor
+    t: Tensor
+    log_ratio: Tensor
+    plain: Tensor
+    unnormalised: Tensor
+
+
+def _entries(z: Tensor, z_t: Tensor, divergence: Divergence, state: Tensor) -> _Entries:
+    """Overwrites the logits."""
+    # d = log T - log S: the difference of the logits less that of their normalisers has the digits
+    # of d, where log T - log S has only those of log T.
+    d = (z_t - z).sub_(_shift(state)[:, None])
+    s, t = _log_p(z, state[STUDENT]).exp_(), _log_p(z_t, state[TEACHER]).exp_()
     if divergence.name == "forward_kl":
-        t = log_t.exp()
-        terms = _product_(log_t.sub_(log_s), t)
-        return log_s.exp_(), terms, t.neg_()
-    s = log_s.exp()
+        return _Entries(s, t, d, _product(d, t), -t)
     if divergence.name == "reverse_kl":
-        pull = _product_(log_s.sub_(log_t), s)
-        return s, pull, pull
-    # log S - log M = -log(1 + b (e^d - 1)) with d = log T - log S: exactly 0 where S = T. For d > 0
-    # the roles swap, so that the exponential never overflows.
+        r = d.neg_()
+        plain = _product(r, s)
+        return _Entries(s, t, r, plain, plain)
+    # log S - log M = -log(1 + b (e^d - 1)), exactly 0 where S = T. For d > 0 the roles swap, so
+    # that the exponential never overflows.
     b = divergence.beta
-    t = log_t.exp()
-    d = log_t.sub_(log_s)
     share = (d > 0).to(d.dtype).mul_(1 - 2 * b).add_(b)
     larger = share.mul_(d.abs().neg_().expm1_()).log1p_().neg_()
-    pull = _product_(d.clamp(min=0).neg_().add_(larger), s).mul_(1 - b)
-    terms = _product_(larger.add_(d.clamp_(max=0)), t).mul_(b).add_(pull)
-    return s, terms, pull
+    unnormalised = _product(larger - d.clamp(min=0), s).mul_(1 - b)
+    plain = _product(larger.add_(d.clamp(max=0)), t).mul_(b).add_(unnormalised)
+    return _Entries(s, t, d, plain, unnormalised)
 
 
-def _add_sums(s: Tensor, terms: Tensor, pull: Tensor, rule: Rule, state: Tensor) -> None:
-    state[rows_of.DIVERGENCE] += terms.sum(-1)
-    state[rows_of.PULL] += pull.sum(-1)
+def _terms(entries: _Entries, divergence: Divergence) -> tuple[Tensor, Tensor | float]:
+    """(the terms of the divergence's sum, made non-negative by something that adds up to 0;
+    that): csrc/divergence.h says how.
+    """
+    s, t, log_ratio, plain, _ = entries
+    if divergence.name == "jsd":
+        return plain, 0.0
+    p, q = (s, t) if divergence.name == "reverse_kl" else (t, s)
+    near = log_ratio.neg().expm1_().add_(log_ratio).mul_(p)
+    zero_sum = q - p
+    return torch.where(log_ratio.abs() < 0.35, near, plain + zero_sum), zero_sum
+
+
+def _add_sums(entries: _Entries, rule: Rule, state: Tensor) -> None:
+    terms, zero_sum = _terms(entries, rule.divergence)
+    state[rows_of.DIVERGENCE] += terms.sum(-1).clamp_(min=0.0)
+    state[rows_of.UNNORMALISED] += entries.unnormalised.sum(-1)
     clip = rule.entry_clip
     if clip is not None:
-        state[rows_of.CLIPPED] += terms.clamp(max=clip.threshold).sum(-1)
-        state[rows_of.COUNT] += (terms > clip.threshold).sum(-1)
-        clipped = _clipped_pull(s, terms, pull, rule.divergence, clip)
-        state[rows_of.CLIPPED_PULL] += clipped.sum(-1)
+        over = entries.plain > clip.threshold
+        bounded = torch.where(over, zero_sum + clip.threshold, terms)
+        state[rows_of.CLIPPED] += bounded.sum(-1)
+        state[rows_of.COUNT] += over.sum(-1)
+        clipped = _clipped_unnormalised(entries, rule.divergence, clip)
+        state[rows_of.CLIPPED_UNNORMALISED] += clipped.sum(-1)
 
 
-def _clipped_pull(
-    s: Tensor, terms: Tensor, pull: Tensor, divergence: Divergence, clip: Clip
-) -> Tensor:
+def _clipped_unnormalised(entries: _Entries, divergence: Divergence, clip: Clip) -> Tensor:
     # d(s log s/t) = log s/t + 1: the constant vanishes from the unclipped gradient only.
-    whole = pull + s if divergence.name == "reverse_kl" else pull
-    return whole.masked_fill(terms > clip.threshold, 0.0)
+    p = entries.unnormalised
+    everything = p + entries.s if divergence.name == "reverse_kl" else p
+    return everything.masked_fill(entries.plain > clip.threshold, 0.0)
 
 
-def _product_(log_ratio: Tensor, p: Tensor) -> Tensor:
-    """p * log_ratio in place of log_ratio, with 0 * anything = 0. A NaN in p stays one."""
-    return log_ratio.mul_(p).masked_fill_(p == 0, 0.0)
+def _product(log_ratio: Tensor, p: Tensor) -> Tensor:
+    """p * log_ratio with 0 * anything = 0. A NaN in p stays one."""
+    return (log_ratio * p).masked_fill_(p == 0, 0.0)

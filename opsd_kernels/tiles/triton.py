@@ -16,7 +16,7 @@ from opsd_kernels.divergence import DIVERGENCES, LogitTransform, Rule
 from opsd_kernels.tiles import state as states
 from opsd_kernels.tiles.logits import Logits
 
-TEMPORARIES = 6 / 2048  # each chunk's part of six sums
+TEMPORARIES = 6 / 2048  # each chunk's six sums
 OLDEST = (3, 6)
 # Entries of a chunk, the work of one program: 16 of each role a thread. Fixed, so that a row's sum
 # does not depend on the device.
@@ -56,28 +56,33 @@ def _power_of_two(x: int) -> int:
 class _Launch:
     """What all kernels on a tile [n, v] share."""
 
-    def __init__(self, logits: Logits, transform: LogitTransform):
+    def __init__(
+        self, logits: Logits, transform: LogitTransform, teacher: LogitTransform | None = None
+    ):
+        """teacher: the teacher's transform, for kernels of both roles."""
         self.tile = logits.product
         self.n, self.v = self.tile.shape
         self.block = chunk_size(self.v)
         self.chunks = -(-self.v // self.block)
-        capped = transform.softcap is not None
-        cap = transform.softcap if capped else transform.temperature
-        self.softcap = {"SOFTCAP": capped}
-        self.transform = (transform.scale / cap, cap / transform.temperature)
+        self.transform = _inner_outer(transform)
+        self.softcap = {"SOFTCAP": transform.softcap is not None}
+        if teacher is not None:
+            self.transform += _inner_outer(teacher)
+            self.softcap["TEACHER_SOFTCAP"] = teacher.softcap is not None
         # From the gradient by the logit to that by the product.
-        self.slope = (transform.temperature / cap, transform.scale / transform.temperature)
+        inverse = 1.0 / self.transform[1]
+        self.slope = (inverse, transform.scale / transform.temperature)
 
-    def parts(self, count: int) -> Tensor:
+    def partials(self, count: int) -> Tensor:
         return self.tile.new_empty((count, self.n, self.chunks))
 
     def chunkwise(self, kernel, *arguments, **constants) -> None:
         """A program a chunk."""
         self(kernel, (self.n * self.chunks,), *arguments, **constants, BLOCK=self.block)
 
-    def rowwise(self, kernel, parts: Tensor, state: Tensor, count: int) -> None:
-        """A program a row and each of `count` sums or roles: their parts go into `state`."""
-        arguments = (parts, parts.stride(0), self.chunks, state, state.stride(0))
+    def rowwise(self, kernel, partials: Tensor, state: Tensor, count: int) -> None:
+        """A program a row and each of `count` sums or roles: their partials go into `state`."""
+        arguments = (partials, partials.stride(0), self.chunks, state, state.stride(0))
         self(kernel, (self.n, count), *arguments, BLOCK=_power_of_two(self.chunks), num_warps=1)
 
     def __call__(self, kernel, grid, *arguments, num_warps: int = WARPS, **constants) -> None:
@@ -88,32 +93,38 @@ class _Launch:
             kernel[grid](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
 
 
+def _inner_outer(transform: LogitTransform) -> tuple[float, float]:
+    """logit = outer tanh(inner (product + bias)), or inner (product + bias) and outer 1."""
+    cap = transform.temperature if transform.softcap is None else transform.softcap
+    return transform.scale / cap, cap / transform.temperature
+
+
 def normalisers(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
-    launch, kernels = _Launch(student, rule.transform), _kernels()
-    parts = launch.parts(6)
+    launch, kernels = _Launch(student, rule.transform, rule.of_teacher), _kernels()
+    partials = launch.partials(6)
     launch.chunkwise(
         kernels.normalisers,
-        *(*_tensors(student, teacher), parts, parts.stride(0), launch.v, launch.chunks),
+        *(*_tensors(student, teacher), partials, partials.stride(0), launch.v, launch.chunks),
         *(*_strides(student, teacher), *launch.transform),
         **launch.softcap,
     )
-    launch.rowwise(kernels.merge, parts, state, 2)
+    launch.rowwise(kernels.merge, partials, state, 2)
 
 
 def sums(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
-    launch, kernels = _Launch(student, rule.transform), _kernels()
+    launch, kernels = _Launch(student, rule.transform, rule.of_teacher), _kernels()
     clips = rule.entry_clip is not None
-    parts = launch.parts(5 if clips else 2)
+    partials = launch.partials(5 if clips else 2)
     launch.chunkwise(
         kernels.sums,
         *(*_tensors(student, teacher), state, state.stride(0)),
-        *(parts, parts.stride(0), launch.v, launch.chunks),
+        *(partials, partials.stride(0), launch.v, launch.chunks),
         *(*_strides(student, teacher), *launch.transform, *_numbers(rule)),
         KIND=DIVERGENCES.index(rule.divergence.name),
         CLIP=clips,
         **launch.softcap,
     )
-    launch.rowwise(kernels.add, parts, state[states.DIVERGENCE :], parts.shape[0])
+    launch.rowwise(kernels.add, partials, state[states.DIVERGENCE :], partials.shape[0])
 
 
 def gradient_(
@@ -124,37 +135,38 @@ def gradient_(
     row_weight: Tensor | None,
     sums_known: bool = True,
 ) -> None:
-    launch, kernels = _Launch(student, rule.transform), _kernels()
+    launch, kernels = _Launch(student, rule.transform, rule.of_teacher), _kernels()
     clips = rule.entry_clip is not None
     assert sums_known or not clips
-    parts = launch.parts(1 if clips else 0 if sums_known else 2)
+    partials = launch.partials(1 if clips else 0 if sums_known else 2)
     launch.chunkwise(
         kernels.gradient,
         *(*_tensors(student, teacher), state, state.stride(0), _contiguous(row_weight)),
-        *(parts, parts.stride(0), launch.v, launch.chunks),
+        *(partials, partials.stride(0), launch.v, launch.chunks),
         *(*_strides(student, teacher), *launch.transform, *launch.slope, *_numbers(rule)),
         KIND=DIVERGENCES.index(rule.divergence.name),
         CLIP=clips,
         SUMS_KNOWN=sums_known,
         **launch.softcap,
     )
-    if parts.shape[0]:
+    if partials.shape[0]:
         first = states.DOT if clips else states.DIVERGENCE
-        launch.rowwise(kernels.add, parts, state[first:], parts.shape[0])
+        launch.rowwise(kernels.add, partials, state[first:], partials.shape[0])
 
 
 def log_prob_normalisers(
     logits: Logits, targets: Tensor, transform: LogitTransform, state: Tensor
 ) -> None:
     launch, kernels, (product, bias) = _Launch(logits, transform), _kernels(), logits
-    parts = launch.parts(3)
+    partials = launch.partials(3)
     launch.chunkwise(
         kernels.normalisers,
-        *(product, None, bias, None, parts, parts.stride(0), launch.v, launch.chunks),
-        *(product.stride(0), 0, *launch.transform),
+        *(product, None, bias, None, partials, partials.stride(0), launch.v, launch.chunks),
+        *(product.stride(0), 0, *launch.transform, *launch.transform),
         **launch.softcap,
+        TEACHER_SOFTCAP=False,
     )
-    launch.rowwise(kernels.merge, parts, state, 1)
+    launch.rowwise(kernels.merge, partials, state, 1)
     launch(
         kernels.target,
         (-(-launch.n // 128),),

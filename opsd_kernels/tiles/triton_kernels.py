@@ -1,8 +1,8 @@
 """The Triton kernels behind `tiles/triton.py`. Imports triton.
 
 A program works on one chunk of `BLOCK` consecutive entries of one row, for both roles, and leaves
-its part of each sum in `parts` [sum, row, chunk]; a second kernel adds a row's parts to the state.
-No atomics, and chunks of a fixed size: the result is the same bit for bit, on any device.
+the chunk's sums in `partials` [sum, row, chunk]; a second kernel adds them to the row's state. No
+atomics, and chunks of a fixed size: the result is the same bit for bit, on any device.
 
 Every kernel is compiled with floating-point fusion off, so that S = T gives exactly 0: both roles'
 logits then come from the same roundings. Where a fused multiply-add is wanted it is written out.
@@ -18,9 +18,21 @@ from opsd_kernels.tiles import state as states
 
 FORWARD_KL = tl.constexpr(DIVERGENCES.index("forward_kl"))
 REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
-# Rows of the state that kernels read; a normaliser has MAX, SUM and MOMENT, in this order.
+# Rows of the state that kernels read; a normaliser has MAX, REST and MOMENT, in this order.
 TEACHER = tl.constexpr(states.TEACHER.start)
-PULL, CLIPPED_PULL = tl.constexpr(states.PULL), tl.constexpr(states.CLIPPED_PULL)
+UNNORMALISED = tl.constexpr(states.UNNORMALISED)
+CLIPPED_UNNORMALISED = tl.constexpr(states.CLIPPED_UNNORMALISED)
+NEAR = tl.constexpr(0.12)  # as in csrc/divergence.h
+
+
+@triton.jit
+def _second_order(r):
+    """(exp(r) - 1 - r) / r^2 for |r| <= ln 2 / 2."""
+    p = tl.fma(r, 1.98412698e-4, 1.38888889e-3)
+    p = tl.fma(p, r, 8.33333333e-3)
+    p = tl.fma(p, r, 4.16666667e-2)
+    p = tl.fma(p, r, 1.66666667e-1)
+    return tl.fma(p, r, 0.5)
 
 
 @triton.jit
@@ -30,12 +42,7 @@ def _exponential(x):
     n = shifted - 12582912.0
     r = tl.fma(n, -0.693359375, x)
     r = tl.fma(n, 2.12194440e-4, r)
-    p = tl.fma(r, 1.98412698e-4, 1.38888889e-3)
-    p = tl.fma(p, r, 8.33333333e-3)
-    p = tl.fma(p, r, 4.16666667e-2)
-    p = tl.fma(p, r, 1.66666667e-1)
-    p = tl.fma(p, r, 0.5)
-    return shifted.to(tl.int32, bitcast=True) << 23, tl.fma(r * r, p, r)
+    return shifted.to(tl.int32, bitcast=True) << 23, tl.fma(r * r, _second_order(r), r)
 
 
 @triton.jit
@@ -63,14 +70,9 @@ def _log_of(u, y):
 
 @triton.jit
 def log1p(y):
-    """log(1 + y) for -1 < y <= 0, accurate near 0."""
-    return _log_of(1.0 + y, y)
-
-
-@triton.jit
-def log(x):
-    """The hardware's own is off by 2e-7 near 1, which a small divergence would show."""
-    return tl.where((x > 0.0) & (x < float("inf")), _log_of(x, x - 1.0), tl.log(x))
+    """log(1 + y), accurate near 0: the hardware's own is off by 2e-7 there."""
+    u = 1.0 + y
+    return tl.where((u > 0.0) & (u < float("inf")), _log_of(u, y), tl.log(u))
 
 
 @triton.jit
@@ -108,50 +110,76 @@ def _through(z, inverse, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _normaliser(z, parts, part, stride):
-    """MAX, SUM, MOMENT of one chunk."""
+def _normaliser(z, partials, place, stride):
+    """MAX, REST, MOMENT of one chunk."""
     most = tl.max(z, 0)
     below = z - tl.where(most == float("-inf"), 0.0, most)
     p = tl.exp(below)
-    tl.store(parts + part, most)
-    tl.store(parts + stride + part, tl.sum(p, 0))
-    tl.store(parts + 2 * stride + part, -tl.sum(_product(p, below), 0))
+    largest = below == 0.0  # counted by themselves
+    rest = tl.sum(tl.where(largest, 0.0, p), 0)
+    tl.store(partials + place, most)
+    tl.store(partials + stride + place, (tl.sum(tl.where(largest, 1.0, 0.0), 0) - 1.0) + rest)
+    tl.store(partials + 2 * stride + place, -tl.sum(_product(p, below), 0))
 
 
 @triton.jit
 def _log_p(z, state, row, stride):
     """The maximum is subtracted by itself, exactly: z may be 1e4."""
-    return (z - tl.load(state + row)) - log(tl.load(state + stride + row))
+    return (z - tl.load(state + row)) - log1p(tl.load(state + stride + row))
 
 
 @triton.jit
-def _entries(log_s, log_t, beta, KIND: tl.constexpr):
-    """(S, term of the divergence's sum, pull); see `state.py`."""
-    s = tl.exp(log_s)
+def _bregman(p, q, r, plain):
+    """p (r + exp(-r) - 1) with r = log p - log q."""
+    square = r * r
+    return tl.where(square < NEAR, p * (square * _second_order(-r)), plain + (q - p))
+
+
+@triton.jit
+def _entries(z, z_t, state, state_stride, row, beta, KIND: tl.constexpr):
+    """(S, plain, term, unnormalised gradient; see `Entry` in csrc/divergence.h; what makes `term`
+    of `plain` and adds up to 0).
+    """
+    teacher = state + TEACHER * state_stride
+    largest, largest_t = tl.load(state + row), tl.load(teacher + row)
+    log_sum = log1p(tl.load(state + state_stride + row))
+    log_sum_t = log1p(tl.load(teacher + state_stride + row))
+    # The maximum is subtracted by itself, exactly: z may be 1e4.
+    s = tl.exp((z - largest) - log_sum)
+    t = tl.exp((z_t - largest_t) - log_sum_t)
+    d = (z_t - z) - ((largest_t - largest) + (log_sum_t - log_sum))
     if KIND == FORWARD_KL:
-        t = tl.exp(log_t)
-        term = _product(t, log_t - log_s)
-        pull = -t
+        plain = _product(t, d)
+        term = _bregman(t, s, d, plain)
+        zero_sum = s - t
+        unnormalised = -t
     elif KIND == REVERSE_KL:
-        term = _product(s, log_s - log_t)
-        pull = term
+        plain = _product(s, -d)
+        term = _bregman(s, t, -d, plain)
+        zero_sum = t - s
+        unnormalised = plain
     else:
-        # log S - log M = -log(1 + b (e^d - 1)) with d = log T - log S: exactly 0 where S = T. For
-        # d > 0 the roles swap, so that the exponential never overflows.
-        t = tl.exp(log_t)
-        d = log_t - log_s
+        # log S - log M = -log(1 + b (e^d - 1)), exactly 0 where S = T. For d > 0 the roles swap, so
+        # that the exponential never overflows.
         share = tl.where(d > 0.0, 1.0 - beta, beta)
         larger = -log1p(share * expm1(tl.where(d > 0.0, -d, d)))
-        pull = (1.0 - beta) * _product(s, tl.where(d > 0.0, larger - d, larger))
-        term = beta * _product(t, tl.where(d > 0.0, larger, larger + d)) + pull
-    return s, term, pull
+        ratio_s = tl.where(d > 0.0, larger - d, larger)
+        ratio_t = tl.where(d > 0.0, larger, larger + d)
+        unnormalised = (1.0 - beta) * _product(s, ratio_s)
+        plain = beta * _product(t, ratio_t) + unnormalised
+        near = beta * (t * (ratio_t * ratio_t * _second_order(-ratio_t)))
+        near += (1.0 - beta) * (s * (ratio_s * ratio_s * _second_order(-ratio_s)))
+        term = tl.where(d * d < NEAR, near, plain)
+        zero_sum = s - s
+    return s, plain, term, unnormalised, zero_sum
 
 
 @triton.jit
-def _clipped_pull(s, term, pull, threshold, KIND: tl.constexpr):
+def _clipped_unnormalised(s, plain, unnormalised, threshold, KIND: tl.constexpr):
     if KIND == REVERSE_KL:
-        pull += s  # d(s log s/t) = log s/t + 1: the constant vanishes from the unclipped sum only
-    return tl.where(term > threshold, 0.0, pull)
+        # d(s log s/t) = log s/t + 1: the constant vanishes from the unclipped sum only
+        unnormalised += s
+    return tl.where(plain > threshold, 0.0, unnormalised)
 
 
 @triton.jit
@@ -168,67 +196,82 @@ def normalisers(
     teacher,
     bias,
     teacher_bias,
-    parts,
-    part_stride,
+    partials,
+    partial_stride,
     v,
     chunks,
     student_stride,
     teacher_stride,
     inner,
     outer,
+    teacher_inner,
+    teacher_outer,
     SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """parts [6, n, chunks]: of the student, then of the teacher where there is one."""
+    """partials [6, n, chunks]: of the student, then of the teacher where there is one."""
     row, _, entries = _place(chunks, BLOCK)
-    mask, part = entries < v, tl.program_id(0)
+    mask, partial = entries < v, tl.program_id(0)
     offset = row * student_stride + entries
     z = _logits(student, bias, offset, entries, mask, inner, outer, SOFTCAP)
-    _normaliser(z, parts, part, part_stride)
+    _normaliser(z, partials, partial, partial_stride)
     if teacher is not None:
         offset = row * teacher_stride + entries
-        z_t = _logits(teacher, teacher_bias, offset, entries, mask, inner, outer, SOFTCAP)
-        _normaliser(z_t, parts + 3 * part_stride, part, part_stride)
+        z_t = _logits(
+            teacher,
+            teacher_bias,
+            offset,
+            entries,
+            mask,
+            teacher_inner,
+            teacher_outer,
+            TEACHER_SOFTCAP,
+        )
+        _normaliser(z_t, partials + 3 * partial_stride, partial, partial_stride)
 
 
 @triton.jit
-def merge(parts, part_stride, chunks, state, state_stride, BLOCK: tl.constexpr):
-    """A row's parts of a normaliser into the state. Grid: (rows, roles)."""
+def merge(partials, partial_stride, chunks, state, state_stride, BLOCK: tl.constexpr):
+    """A row's partial normalisers into the state. Grid: (rows, roles)."""
     row = tl.program_id(0)
-    parts += 3 * tl.program_id(1) * part_stride + row * chunks
+    partials += 3 * tl.program_id(1) * partial_stride + row * chunks
     state += 3 * tl.program_id(1) * state_stride + row
     chunk = tl.arange(0, BLOCK)
     mask = chunk < chunks
-    old, most = tl.load(state), tl.load(parts + chunk, mask=mask, other=float("-inf"))
+    old, most = tl.load(state), tl.load(partials + chunk, mask=mask, other=float("-inf"))
     new = tl.maximum(old, tl.max(most, 0))
-    total = tl.load(parts + part_stride + chunk, mask=mask, other=0.0)
-    moment = tl.load(parts + 2 * part_stride + chunk, mask=mask, other=0.0)
-    old_total = tl.load(state + state_stride)
+    rest = tl.load(partials + partial_stride + chunk, mask=mask, other=-1.0)
+    moment = tl.load(partials + 2 * partial_stride + chunk, mask=mask, other=0.0)
+    largest, rest, moment = _referred(most, rest, moment, new)
+    old_rest = tl.load(state + state_stride)
     old_moment = tl.load(state + 2 * state_stride)
-    total, moment = _refer(most, total, moment, new)
-    old_total, old_moment = _refer(old, old_total, old_moment, new)
+    old_largest, old_rest, old_moment = _referred(old, old_rest, old_moment, new)
     tl.store(state, new)
-    tl.store(state + state_stride, old_total + tl.sum(total, 0))
+    count = (old_largest - 1.0) + tl.sum(largest, 0)
+    tl.store(state + state_stride, count + (old_rest + tl.sum(rest, 0)))
     tl.store(state + 2 * state_stride, old_moment + tl.sum(moment, 0))
 
 
 @triton.jit
-def _refer(most, total, moment, new):
-    """SUM and MOMENT under a larger maximum. Nothing seen, or only -inf: both are 0, and the
-    difference of the maxima is no number.
+def _referred(most, rest, moment, new):
+    """What a normaliser brings to one of a larger maximum: (entries equal to it, sum of the others,
+    moment). Nothing seen, or only -inf: all 0, and the difference of the maxima is no number.
     """
-    shift = new - most
-    factor = tl.exp(-shift)
-    moment = tl.where(total == 0.0, 0.0, (moment + total * shift) * factor)
-    return tl.where(total == 0.0, 0.0, total * factor), moment
+    shift, total, nothing = new - most, 1.0 + rest, rest == -1.0
+    factor, same = tl.exp(-shift), most == new
+    moment = tl.where(same, moment, (moment + total * shift) * factor)
+    rest = tl.where(same, rest, total * factor)
+    largest = tl.where(same & ~nothing, 1.0, 0.0)
+    return largest, tl.where(nothing, 0.0, rest), tl.where(nothing, 0.0, moment)
 
 
 @triton.jit
-def add(parts, part_stride, chunks, state, state_stride, BLOCK: tl.constexpr):
-    """A row's parts of plain sums onto the state's. Grid: (rows, sums)."""
+def add(partials, partial_stride, chunks, state, state_stride, BLOCK: tl.constexpr):
+    """A row's partial sums onto the state's. Grid: (rows, sums)."""
     row = tl.program_id(0)
     chunk = tl.arange(0, BLOCK)
-    place = parts + tl.program_id(1) * part_stride + row * chunks + chunk
+    place = partials + tl.program_id(1) * partial_stride + row * chunks + chunk
     total = tl.sum(tl.load(place, mask=chunk < chunks, other=0.0), 0)
     state += tl.program_id(1) * state_stride + row
     tl.store(state, tl.load(state) + total)
@@ -242,40 +285,51 @@ def sums(
     teacher_bias,
     state,
     state_stride,
-    parts,
-    part_stride,
+    partials,
+    partial_stride,
     v,
     chunks,
     student_stride,
     teacher_stride,
     inner,
     outer,
+    teacher_inner,
+    teacher_outer,
     beta,
     threshold,
     KIND: tl.constexpr,
     CLIP: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """parts [2 or, with the entry clip, 5, n, chunks] of DIVERGENCE, PULL, CLIPPED, COUNT and
-    CLIPPED_PULL.
+    """partials [2 or, with the entry clip, 5, n, chunks] of DIVERGENCE, UNNORMALISED, CLIPPED,
+    COUNT and CLIPPED_UNNORMALISED.
     """
     row, _, entries = _place(chunks, BLOCK)
-    mask, part = entries < v, parts + tl.program_id(0)
+    mask, partial = entries < v, partials + tl.program_id(0)
     offset, offset_t = row * student_stride + entries, row * teacher_stride + entries
     z = _logits(student, bias, offset, entries, mask, inner, outer, SOFTCAP)
-    z_t = _logits(teacher, teacher_bias, offset_t, entries, mask, inner, outer, SOFTCAP)
-    log_s = _log_p(z, state, row, state_stride)
-    log_t = _log_p(z_t, state + TEACHER * state_stride, row, state_stride)
-    s, term, pull = _entries(log_s, log_t, beta, KIND)
-    tl.store(part, tl.sum(term, 0))
-    tl.store(part + part_stride, tl.sum(pull, 0))
+    z_t = _logits(
+        teacher,
+        teacher_bias,
+        offset_t,
+        entries,
+        mask,
+        teacher_inner,
+        teacher_outer,
+        TEACHER_SOFTCAP,
+    )
+    s, plain, term, unnormalised, zero_sum = _entries(z, z_t, state, state_stride, row, beta, KIND)
+    tl.store(partial, tl.sum(term, 0))
+    tl.store(partial + partial_stride, tl.sum(unnormalised, 0))
     if CLIP:
-        over = term > threshold
-        clipped = _clipped_pull(s, term, pull, threshold, KIND)
-        tl.store(part + 2 * part_stride, tl.sum(tl.where(over, threshold, term), 0))
-        tl.store(part + 3 * part_stride, tl.sum(tl.where(over, 1.0, 0.0), 0))
-        tl.store(part + 4 * part_stride, tl.sum(clipped, 0))
+        over = plain > threshold
+        clipped = _clipped_unnormalised(s, plain, unnormalised, threshold, KIND)
+        bounded = tl.where(over, threshold + zero_sum, term)
+        tl.store(partial + 2 * partial_stride, tl.sum(bounded, 0))
+        tl.store(partial + 3 * partial_stride, tl.sum(tl.where(over, 1.0, 0.0), 0))
+        tl.store(partial + 4 * partial_stride, tl.sum(clipped, 0))
 
 
 @triton.jit
@@ -287,14 +341,16 @@ def gradient(
     state,
     state_stride,
     row_weight,
-    parts,
-    part_stride,
+    partials,
+    partial_stride,
     v,
     chunks,
     student_stride,
     teacher_stride,
     inner,
     outer,
+    teacher_inner,
+    teacher_outer,
     inverse,
     factor,
     beta,
@@ -303,35 +359,43 @@ def gradient(
     CLIP: tl.constexpr,
     SUMS_KNOWN: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """In place; parts [1, n, chunks] of DOT with the entry clip, or [2, n, chunks] of DIVERGENCE
-    and PULL where the sums are unknown.
+    """In place; partials [1, n, chunks] of DOT with the entry clip, or [2, n, chunks] of
+    DIVERGENCE and UNNORMALISED where the sums are unknown.
     """
     row, _, entries = _place(chunks, BLOCK)
-    mask, part = entries < v, parts + tl.program_id(0)
+    mask, partial = entries < v, partials + tl.program_id(0)
     offset, offset_t = row * student_stride + entries, row * teacher_stride + entries
     z = _logits(student, bias, offset, entries, mask, inner, outer, SOFTCAP)
-    z_t = _logits(teacher, teacher_bias, offset_t, entries, mask, inner, outer, SOFTCAP)
-    log_s = _log_p(z, state, row, state_stride)
-    log_t = _log_p(z_t, state + TEACHER * state_stride, row, state_stride)
-    s, term, pull = _entries(log_s, log_t, beta, KIND)
+    z_t = _logits(
+        teacher,
+        teacher_bias,
+        offset_t,
+        entries,
+        mask,
+        teacher_inner,
+        teacher_outer,
+        TEACHER_SOFTCAP,
+    )
+    s, plain, term, unnormalised, _ = _entries(z, z_t, state, state_stride, row, beta, KIND)
     if not SUMS_KNOWN:
-        tl.store(part, tl.sum(term, 0))
-        tl.store(part + part_stride, tl.sum(pull, 0))
+        tl.store(partial, tl.sum(term, 0))
+        tl.store(partial + partial_stride, tl.sum(unnormalised, 0))
     if row_weight is not None:
         scale = tl.load(row_weight + row) * factor * _through(z, inverse, SOFTCAP)
     if KIND == FORWARD_KL:
-        g = s + pull
+        g = s + unnormalised
     elif SUMS_KNOWN:
-        g = pull - s * tl.load(state + PULL * state_stride + row)
+        g = unnormalised - s * tl.load(state + UNNORMALISED * state_stride + row)
     else:
-        g = pull
+        g = unnormalised
         tl.store(teacher + offset_t, s * scale, mask=mask)
     if CLIP:
-        clipped = _clipped_pull(s, term, pull, threshold, KIND)
-        clipped -= s * tl.load(state + CLIPPED_PULL * state_stride + row)
-        tl.store(part, tl.sum(g * clipped, 0))
+        clipped = _clipped_unnormalised(s, plain, unnormalised, threshold, KIND)
+        clipped -= s * tl.load(state + CLIPPED_UNNORMALISED * state_stride + row)
+        tl.store(partial, tl.sum(g * clipped, 0))
         g = clipped
     if row_weight is not None:
         tl.store(student + offset, g * scale, mask=mask)

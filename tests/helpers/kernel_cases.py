@@ -36,6 +36,7 @@ class Case:
     divergence: str = "forward_kl"
     beta: float = 0.3
     transform: LogitTransform = field(default_factory=LogitTransform)
+    teacher_transform: LogitTransform | None = None
     clip: Clip | None = None
     reduction: str = "mean"
     budget: int | None = None
@@ -75,6 +76,7 @@ class Case:
             reduction=self.reduction,
             memory_budget=self.budget,
             backend=backend,
+            teacher_transform=self.teacher_transform,
         )
 
     def dense(self) -> Tensor:
@@ -89,6 +91,7 @@ class Case:
             token_weight=self.token_weight,
             clip=self.clip,
             reduction=self.reduction,
+            teacher_transform=self.teacher_transform,
         )
 
 

@@ -53,7 +53,7 @@ def sweep(backend, tensors, cuts, rule, row_weight, dtype, early):
     for tile in tiles:
         backend.gradient_(*tile, rule, state, row_weight, early)
     if not early and rule.divergence.name != "forward_kl":
-        student = student - teacher * state[states.PULL][:, None]
+        student = student - teacher * state[states.UNNORMALISED][:, None]
     else:
         assert torch.equal(teacher, before[1])
     assert wide[0][:, 0].isnan().all() and wide[0][:, -1].isnan().all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.kernel_cases import BACKENDS, DIVERGENCES, SHAPES, check, make, relative_error
 
-from opsd_kernels import Clip, LogitTransform, reference, sweep
+from opsd_kernels import Clip, LogitTransform, linear_divergence, reference, sweep
 from opsd_kernels.divergence import Divergence
 
 DTYPES = {
@@ -94,6 +94,40 @@ def test_every_subset_of_gradients(backend, reduction):
             assert (got is not None) == wanted
             if wanted:
                 torch.testing.assert_close(got, gradient)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_transform_of_each_role(backend, divergence):
+    """Temperature, scale and soft cap of the teacher alone; one role capped and the other not."""
+    for student, teacher in (
+        (LogitTransform(1.3, 0.7), LogitTransform(0.8, -1.2)),
+        (LogitTransform(1.0, 1.0, 4.0), LogitTransform(1.0, 1.0)),
+        (LogitTransform(), LogitTransform(0.9, 2.0, 3.0)),
+        (LogitTransform(1.1, 1.0, 4.0), LogitTransform(0.9, 2.0, 3.0)),
+    ):
+        for budget in (None, 9000):
+            case = make(
+                6, 301, 8, bias=True, divergence=divergence, transform=student,
+                teacher_transform=teacher, budget=budget,
+            )  # fmt: skip
+            check(case, torch.float32, backend)
+
+
+def test_mixtures_next_to_a_role_are_refused_below_fp64():
+    case = make(3, 20, 4)
+    for beta in (9e-5, 1 - 9e-5):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            low = case.to(dtype)
+            with pytest.raises(ValueError, match=r"beta: got .*between 0\.0001 and 1 - 0\.0001"):
+                linear_divergence(low.student, low.teacher, low.weight, divergence="jsd", beta=beta)
+        exact = case.__class__(**{**vars(case.to(torch.float64)), "divergence": "jsd"})
+        exact = exact.__class__(**{**vars(exact), "beta": beta})
+        torch.testing.assert_close(exact.fused("torch").loss, exact.dense(), rtol=1e-7, atol=0)
+        linear_divergence(case.student, case.teacher, case.weight, beta=beta)  # of no jsd
+    for beta in (1e-4, 1 - 1e-4):
+        check(make(6, 301, 8, divergence="jsd", beta=beta), torch.float32, "torch")
+        check(make(6, 301, 8, divergence="jsd", beta=beta), torch.float32, "cpp")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.kernel_cases import BACKENDS, LIMITS, SHAPES, make, relative_error
 
-from opsd_kernels import LogitTransform, gemm, linear_log_prob, reference
+from opsd_kernels import LogitTransform, gemm, linear_log_prob, log_prob, reference
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable head", "frozen head"])
@@ -129,11 +129,63 @@ def test_known_weights_save_products(monkeypatch):
         assert calls.count("logits_") == logits and len(calls) == logits + 2
 
 
+def _without_dropping(drop_zeros: bool, *, make=log_prob.Options, **options):
+    return make(drop_zeros=False, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_targets_of_minus_100_are_ignored(backend, reduction):
+    """As torch's cross-entropy has it; what their hidden states hold does not leak."""
+    n, v = 12, 50
+    targets = torch.randint(0, v, (n,))
+    targets[[2, 7, 11]] = -100
+    for masked in (False, True):  # as on a GPU, which is not made to wait
+        case = make(n, v, 8).require_grad()
+        with torch.no_grad():
+            case.student[7] = torch.nan
+        call = (case.student, case.weight, targets)
+        with pytest.MonkeyPatch.context() as patch:
+            if masked:
+                patch.setattr(log_prob, "Options", _without_dropping)
+            result = linear_log_prob(*call, reduction=reduction, backend=backend)
+        truth = case.to(torch.float64).require_grad()
+        with torch.no_grad():
+            truth.student.nan_to_num_(0.0)
+        z = truth.student @ truth.weight.T
+        want = -torch.nn.functional.cross_entropy(z, targets, reduction=reduction)
+        torch.testing.assert_close(result.log_prob.double(), want, rtol=1e-5, atol=1e-6)
+        result.log_prob.sum().backward()
+        want.sum().backward()
+        for x, y in (
+            (case.student.grad, truth.student.grad),
+            (case.weight.grad, truth.weight.grad),
+        ):
+            torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
+        assert not result.entropy[[2, 7, 11]].any() and not result.per_token[[2, 7, 11]].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_targets_outside_under_compile(backend):
+    """Nobody looks at their values there: NaN, for their tokens only."""
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8)
+    targets = torch.tensor([3, 30, -100, -7, 29])
+
+    def log_probs(hidden, targets):
+        return linear_log_prob(hidden, weight, targets, backend=backend).log_prob
+
+    found = torch.compile(log_probs, fullgraph=True, backend="aot_eager")(hidden, targets)
+    assert found[[1, 3]].isnan().all() and found[2] == 0 and found[[0, 4]].isfinite().all()
+    found[0].backward()
+    log_p = (hidden @ weight.T).log_softmax(-1)
+    torch.testing.assert_close(found[[0, 4]], log_p[[0, 4], targets[[0, 4]]])
+
+
 def test_targets_that_do_not_fit():
     hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
     for targets, text in (
         (torch.tensor([0, 1, 5]), "from 0 to 5"),
-        (torch.tensor([0, -100, 2]), "-100"),
+        (torch.tensor([0, -1, 2]), "from -1"),
         (torch.tensor([0.0, 1, 2]), "integers"),
         (torch.tensor([0, 1]), "one for each token"),
     ):

@@ -118,6 +118,21 @@ def log_prob_of_shards(rank: int, ranks: int) -> None:
                 close(got_head, want_head.split(SIZES[ranks])[rank])
 
 
+def targets_outside(rank: int, ranks: int) -> None:
+    """NaN for them alone, on every rank; -100 is ignored."""
+    targets = torch.tensor([0, 49, V, 76, -1, 70, -100, 2**40, 60])
+    case = make(N, V, D)
+    weight = shard(case.weight, rank, ranks)
+    student = case.student.clone().requires_grad_()
+    result = linear_log_prob(student, weight, targets, process_group=dist.group.WORLD)
+    outside, ignored = torch.tensor([2, 4, 7]), 6
+    inside = torch.tensor([0, 1, 3, 5, 8])
+    assert result.log_prob[outside].isnan().all() and result.log_prob[ignored] == 0
+    log_p = (case.student @ case.weight.T).log_softmax(-1)
+    close(result.log_prob[inside], log_p[inside, targets[inside]])
+    close(result.per_token[inside], log_p[inside, targets[inside]])
+
+
 def different_tokens(rank: int, ranks: int) -> None:
     case = make(N + rank, V, D)
     with pytest.raises(ValueError, match=r"process_group: its ranks came with \[9, 10"):
@@ -229,6 +244,7 @@ def tensor_parallel(rank: int, ranks: int) -> None:
 WORK = (
     divergence_of_shards,
     log_prob_of_shards,
+    targets_outside,
     different_tokens,
     nothing_to_do,
     fsdp,

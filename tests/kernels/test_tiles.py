@@ -30,7 +30,7 @@ def test_tiles_of_any_size(backend, transform, clip, divergence):
                 state, gradient = sweep(backend, tensors, cuts, rule, row_weight, dtype, early)
                 torch.testing.assert_close(state.double(), truth[0], rtol=limit, atol=5 * limit)
                 torch.testing.assert_close(gradient.double(), truth[1], rtol=limit, atol=limit)
-                # A token with equal roles: exactly nothing, unless the clip takes its pulls.
+                # A token with equal roles: exactly nothing, unless the clip takes some entries.
                 assert state[states.DIVERGENCE, 1] == 0 and state[states.COUNT, 1] == 0
                 assert not gradient[1].any() or clip == "entry"
 
@@ -93,7 +93,7 @@ def test_log_prob_tiles(backend, transform):
         parts = [(Logits(tile[:, a:b], bias[a:b].float()), targets - a) for a, b in spans]
         for part in parts:
             functions.log_prob_normalisers(*part, described, state)
-        got = state[states.TARGET] - state[states.MAX] - state[states.SUM].log()
+        got = state[states.TARGET] - state[states.MAX] - states.log_sum(state)
         torch.testing.assert_close(got.double(), log_p[range(N), targets], rtol=1e-5, atol=1e-5)
         entropy = states.entropy(state[states.STUDENT])
         torch.testing.assert_close(

@@ -117,6 +117,25 @@ def test_double_backward_is_refused():
         torch.autograd.grad(loss, student, create_graph=True)
 
 
+def test_forward_mode_is_refused():
+    """Its derivative would silently be 0."""
+    student, teacher, weight = (x.detach() for x in problem())
+    targets, tangent = torch.arange(10), torch.ones_like(student)
+    for function in (
+        lambda x: linear_divergence(x, teacher, weight).loss,
+        lambda x: linear_divergence(student, x, weight).loss,
+        lambda x: linear_log_prob(x, weight, targets).log_prob.sum(),
+    ):
+        with pytest.raises(RuntimeError, match=r"hidden: has a forward-mode tangent.*jvp"):
+            torch.func.jvp(function, (student,), (tangent,))
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            torch.func.jacfwd(function)(student)
+        with torch.autograd.forward_ad.dual_level():
+            function(student)  # of which nobody wants one
+            with pytest.raises(RuntimeError, match="forward-mode"):
+                function(torch.autograd.forward_ad.make_dual(student, tangent))
+
+
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, per_token):
@@ -131,6 +150,9 @@ def test_opcheck(backend, per_token):
         temperature=1.0,
         logit_scale=1.0,
         logit_softcap=None,
+        teacher_temperature=1.0,
+        teacher_logit_scale=1.0,
+        teacher_logit_softcap=None,
         clip="token",
         clip_threshold=0.1,
         memory_budget=None,

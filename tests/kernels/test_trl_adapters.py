@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers.training_cases import ROWS, write_model
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -24,12 +24,14 @@ from transformers import (
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+from trl.trainer import distillation_trainer
 
 from opsd_kernels.adapters.trl import (
     FusedDistillation,
     FusedGKD,
     FusedSDFT,
     check_head,
+    chunked_divergence_loss,
     head_inputs,
     logit_transform,
     output_head,
@@ -112,15 +114,17 @@ def assert_same(trainers, metrics=("loss", "grad_norm")):
 @pytest.mark.parametrize(
     "mode, alpha, iterations, lora",
     [
-        ("full_logits", 0.5, 1, False),
-        ("full_logits", 0.0, 2, False),
-        ("full_logits", 1.0, 1, True),
-        ("sampled_token", 1.0, 2, False),
+        ("full_logits", 0.5, 1, None),
+        ("full_logits", 0.0, 2, None),
+        ("full_logits", 1.0, 1, {}),
+        ("full_logits", 0.5, 1, {"modules_to_save": ["lm_head"]}),
+        ("sampled_token", 1.0, 2, None),
+        ("sampled_token", 1.0, 1, {"modules_to_save": ["lm_head"]}),
     ],
 )
 def test_sdft(model_path, tokenizer, tmp_path, mode, alpha, iterations, lora):
     """With 2 iterations a batch is used twice: the second time with importance ratios. With LoRA
-    the teacher is the model without it.
+    the teacher is the model without it, and without the copy of the head that it trains.
     """
     rows = [
         {"prompt": r.problem, "privileged_context": f"{r.problem} {r.solution}"} for r in ROWS[:4]
@@ -134,10 +138,12 @@ def test_sdft(model_path, tokenizer, tmp_path, mode, alpha, iterations, lora):
         max_completion_length=6,
         max_prompt_length=None,
         temperature=0.8,
-        teacher_model_kind="base" if lora else "live",
+        teacher_model_kind="live" if lora is None else "base",
         num_loss_tokens_to_skip=1,
     )
-    adapter = LoraConfig(r=4, target_modules=["q_proj", "up_proj"]) if lora else None
+    adapter = None
+    if lora is not None:
+        adapter = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], **lora)
 
     def build(kind):
         return lambda: kind(
@@ -155,7 +161,9 @@ def test_sdft(model_path, tokenizer, tmp_path, mode, alpha, iterations, lora):
 def test_sdft_has_no_top_k(model_path, tokenizer, tmp_path):
     config = SDFTConfig(**common(tmp_path), teacher_model_kind="live", num_generations=1)
     rows = [{"prompt": "Q:1", "privileged_context": "Q:1"}]
-    with pytest.raises(ValueError, match="distillation_mode: got 'topk_logits', must be 'full_"):
+    with pytest.raises(
+        ValueError, match=r"'topk_logits', SDFTConfig's.*distillation_mode=\"full_logits\""
+    ):
         SDFT(
             model=load(model_path),
             args=config,
@@ -263,6 +271,64 @@ def test_scales_and_soft_caps_are_the_models():
         model.config.final_logit_softcapping, model.config.logits_scaling = None, 1.0
         logits = model(input_ids=ids).logits
         torch.testing.assert_close(hidden @ output_head(model).weight.T, logits)
+
+
+def test_a_head_of_zeros():
+    """Its logits tell nothing of scale and cap, which are checked all the same."""
+    ids = torch.randint(60, (2, 9))
+    model = GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0))
+    with torch.no_grad():
+        output_head(model).weight.zero_()
+    check_head(model, model, ids)
+    assert not output_head(model)._forward_hooks
+    model.config.final_logit_softcapping = 0.01  # which Granite does not read
+    with pytest.raises(ValueError, match="makes its logits otherwise"):
+        check_head(model, model, ids)
+
+
+def test_a_head_in_modules_to_save():
+    """The adapter's copy of it, and without the adapter the original."""
+    base = GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0))
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        output_head(model).weight.mul_(-2.0)
+    ids = torch.randint(60, (2, 9))
+    check_head(model, model, ids)
+    trained = output_head(model)
+    assert trained.weight.requires_grad
+    with model.disable_adapter():
+        check_head(model, model, ids)
+        original = output_head(model)
+    torch.testing.assert_close(trained.weight, -2.0 * original.weight)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_scales_and_caps_of_each_role(beta):
+    """TRL's own function with scales and soft caps that differ, and with one role's missing."""
+    student, teacher, head, teacher_head = (torch.randn(n, 5, 8) for n in (2, 2, 4, 4))
+    student.requires_grad_()
+    head, teacher_head = (x.reshape(20, 8) for x in (head, teacher_head))
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+    for caps in ((None, 3.0), (2.0, None), (2.0, 3.0), (2.0, 2.0)):
+        found = []
+        for function in (distillation_trainer._chunked_divergence_loss, chunked_divergence_loss):
+            loss, *_ = function(
+                student,
+                teacher,
+                head,
+                teacher_head,
+                mask,
+                beta,
+                student_logit_scale=0.7,
+                teacher_logit_scale=1.3,
+                student_final_logit_softcapping=caps[0],
+                teacher_final_logit_softcapping=caps[1],
+                temperature=0.9,
+            )
+            found.append((loss, *torch.autograd.grad(loss, student)))
+        for theirs, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_logits_made_otherwise_are_refused(model_path):
