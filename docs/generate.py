@@ -11,6 +11,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from figure import kernel_figure
@@ -145,6 +146,8 @@ def kind(annotation: Any) -> str:
     if type(None) in arguments:
         rest = [kind(a) for a in arguments if a is not type(None)]
         return " or ".join([*rest, "`null`"])
+    if get_origin(annotation) is UnionType:
+        return " or ".join(map(kind, arguments))
     if get_origin(annotation) is list:
         return f"list of {kind(arguments[0])}"
     if get_origin(annotation) is dict:
