@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import re
@@ -24,13 +25,14 @@ from opsd.evaluate.answers import Completion, CompletionLog, claim, key, read_co
 from opsd.evaluate.benchmarks import Benchmark, load_benchmark
 from opsd.evaluate.result import Answer, grade_all, measure, remarks, table
 from opsd.evaluate.subject import Subject
+from opsd.grading.completions import completions as as_text
 from opsd.grading.grader import Grader
 from opsd.models.load import stop_ids
 from opsd.report.evaluation_page import page
 from opsd.rollout import SAMPLERS, Sampler, Sampling, check_engine, evaluation_server
-from opsd.rollout.base import decode
 
 RUNS = Path("runs/eval")
+NO_DATE = "2000-01-01"
 _SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "precision")
 # vLLM's kernels round otherwise: its answers are not, to the bit, the model's own.
 PRECISION = {"vllm": "bf16 by vLLM", "vllm_server": "the vLLM server's"}
@@ -56,7 +58,8 @@ def evaluate_command(asked: Settings) -> None:
     with display.stage(f"Read {asked.model}"):
         subject = Subject(asked.model, asked.local_rank)
         thinking = _thinking(asked, benchmark, subject)
-        contexts = _contexts(asked, benchmark, subject, thinking)
+        # Under a fixed date: what a template writes for today is no part of what is measured.
+        contexts = _prompts(asked, subject, thinking, NO_DATE).all_ids(benchmark.rows, "student")
         sampling, samples = _sampling(asked, benchmark, subject, contexts)
         identity = {
             "model": subject.digest,
@@ -79,10 +82,13 @@ def evaluate_command(asked: Settings) -> None:
         "benchmark_digest": identity["benchmark"],
         "left_out": benchmark.left_out,
         "thinking": thinking,
+        "date": datetime.date.today().isoformat(),
         **{name: identity[name] for name in _SAMPLING},
     }
     directory = Path(asked.output) if asked.output else RUNS / _name(asked, identity)
-    claim(directory, identity, description)
+    description["date"] = claim(directory, identity, description).get("date", description["date"])
+    prompts = _prompts(asked, subject, thinking, description["date"])
+    contexts = prompts.all_ids(benchmark.rows, "student")
     units = [(p, s) for p in range(len(contexts)) for s in range(samples)]
     _sample(asked, subject, contexts, sampling, units, directory, display)
     completions = read_completions(directory)
@@ -93,7 +99,9 @@ def evaluate_command(asked: Settings) -> None:
             "shards are missing. Whoever finishes last writes the result."
         )
         return
-    _finish(benchmark, description, [completions[unit] for unit in units], directory)
+    in_thought = prompts.chats["student"].opens_thought
+    found = [completions[unit] for unit in units]
+    _finish(benchmark, description, found, directory, in_thought)
 
 
 def _thinking(asked: Settings, benchmark: Benchmark, subject: Subject) -> bool | None:
@@ -109,15 +117,14 @@ def _thinking(asked: Settings, benchmark: Benchmark, subject: Subject) -> bool |
     return None
 
 
-def _contexts(
-    asked: Settings, benchmark: Benchmark, subject: Subject, thinking: bool | None
-) -> list[list[int]]:
+def _prompts(asked: Settings, subject: Subject, thinking: bool | None, date: str) -> Prompts:
     section = PromptsSection(
         **({"student": asked.prompt} if asked.prompt is not None else {}),
         system=asked.system,
         student_chat={} if thinking is None else {"enable_thinking": thinking},
+        date=date,
     )
-    return Prompts(section, subject.tokenizer).all_ids(benchmark.rows, "student")
+    return Prompts(section, subject.tokenizer)
 
 
 def _sampling(
@@ -182,7 +189,7 @@ def _sample(
             for batch in todo:
                 torch.manual_seed(batch_seed(asked.seed, batch))
                 rollouts = sampler.sample([contexts[problem] for problem, _ in batch], sampling)
-                texts = decode(subject.tokenizer, rollouts)
+                texts = as_text(subject.tokenizer, rollouts)
                 log.append(
                     Completion(*unit, text, len(rollout.ids), rollout.finished)
                     for unit, text, rollout in zip(batch, texts, rollouts, strict=True)
@@ -228,12 +235,13 @@ def _finish(
     description: dict[str, Any],
     completions: list[Completion],
     directory: Path,
+    in_thought: bool,
 ) -> None:
     """Grades all completions; writes answers.jsonl, result.json and report.html, and the table."""
     display = Display()
     grader = Grader(workers=min(4, usable_cores()))
     with grader, display.stage("Grade", total=len(completions)):
-        answers = grade_all(benchmark.rows, completions, grader)
+        answers = grade_all(benchmark.rows, completions, grader, in_thought)
         figures = measure(answers, grader, description["seed"])
     software = {**versions(), "math-verify": version("math-verify")}
     result = {**description, **figures, "versions": software, "machine": machine()}

@@ -119,6 +119,12 @@ def _check_adapters(config: Config) -> None:
             f"model.gguf_file is {model.gguf_file!r}: an adapter must find its model again as "
             "a transformers directory or on the hub; save the model as one first"
         )
+    if model.lora.dropout and config.method != "sft":
+        raise ValueError(
+            f"model.lora.dropout is {model.lora.dropout:g}: method {config.method!r} scores what "
+            "was sampled, and rollouts are sampled without dropout; set it to 0 (dropout is for "
+            "method sft)"
+        )
     if model.lora.quantize != "none" and config.rollout.engine.startswith("vllm"):
         raise ValueError(
             f"rollout.engine is {config.rollout.engine!r}: weights in 4 bits "

@@ -54,6 +54,11 @@ class RewardSection(Section):
         description="math: sums left to be worked out (17 + 25 for 42) and answers in another base "
         "than the reference's earn nothing (docs/evaluate.md).",
     )
+    keep_special_tokens: bool = Field(
+        False,
+        description="Hand the verifier the whole text with its special tokens; by default it gets "
+        "what follows the thought, and nothing where a thought was never closed.",
+    )
     success_threshold: float = Field(
         1.0, description="The verifier's score from which a rollout is right."
     )

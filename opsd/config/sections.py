@@ -280,6 +280,12 @@ class CollapseSection(Section):
         "warn", description="What to do when the run collapses: say so, end it, or nothing."
     )
     window: int = Field(10, ge=1, description="Steps that are averaged before they are judged.")
+    no_signal: int = Field(
+        5,
+        ge=0,
+        description="Steps in a row without anything to learn (equal rewards, a gradient or "
+        "divergence of 0, every rollout cut) until the run says so; 0: never.",
+    )
     entropy: float = Field(
         0.1, ge=0, lt=1, description="Collapse: the student's entropy ÷ its first window's."
     )

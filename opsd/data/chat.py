@@ -119,6 +119,11 @@ class ChatTemplate:
         return after[: place + len(text)], token
 
     @property
+    def opens_thought(self) -> bool:
+        """Whether a context ends inside a thought, which the answer is to close."""
+        return open_thought(self.context(PROBE)) is not None
+
+    @property
     def stops(self) -> frozenset[int]:
         """The token that ends the assistant's turn; empty where the template writes none."""
         token = self.turn_end[1]

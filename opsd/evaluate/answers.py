@@ -93,26 +93,32 @@ def key(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def claim(directory: Path, identity: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Makes `directory` this evaluation's. UserError where it is another one's, naming what
-    differs: answers of two evaluations must not mix."""
+def claim(
+    directory: Path, identity: Mapping[str, Any], description: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Makes `directory` this evaluation's; returns the description that it began with.
+
+    UserError where it is another one's, naming what differs: answers of two evaluations must not
+    mix."""
     path = directory / "evaluation.json"
     if path.exists():
         try:
-            there = json.loads(path.read_text())["identity"]
+            saved = json.loads(path.read_text())
+            there = saved["identity"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--output: {path} is damaged ({error})") from error
         differing = [name for name in identity if identity[name] != there.get(name)]
         if differing:
             what = ", ".join(f"{n} {there.get(n)!r}, now {identity[n]!r}" for n in differing)
             raise UserError(f"--output is {str(directory)!r}: it holds another evaluation ({what})")
-        return
+        return saved
     if directory.exists() and not (directory.is_dir() and all(map(_claiming, directory.iterdir()))):
         raise UserError(
             f"--output is {str(directory)!r}: neither an empty directory nor an evaluation's"
         )
     directory.mkdir(parents=True, exist_ok=True)
     write_json(path, {"identity": dict(identity), **description})
+    return dict(description)
 
 
 def _claiming(path: Path) -> bool:

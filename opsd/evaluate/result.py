@@ -10,8 +10,7 @@ from opsd.common.statistics import Estimate, bootstrap, majority, pass_at_k
 from opsd.data.rows import Row
 from opsd.evaluate.answers import Completion
 from opsd.grading.grader import Grade, Grader
-
-END_OF_THOUGHT = "</think>"
+from opsd.grading.thoughts import final_part
 
 
 @dataclass(frozen=True)
@@ -22,18 +21,19 @@ class Answer:
     grade: Grade
 
 
-def final_part(text: str) -> str:
-    """What follows the last `</think>`: a box in a thought is no answer. All of it without one."""
-    return text.rpartition(END_OF_THOUGHT)[2]
-
-
 def grade_all(
-    rows: Sequence[Row], completions: Sequence[Completion], grader: Grader
+    rows: Sequence[Row],
+    completions: Sequence[Completion],
+    grader: Grader,
+    in_thought: bool = False,
 ) -> list[list[Answer]]:
-    """For each problem its samples' answers, in order."""
+    """For each problem its samples' answers, in order.
+
+    in_thought: the contexts have begun the thought.
+    """
     ordered = sorted(completions, key=lambda completion: completion.place)
     grades = grader.grade(
-        [final_part(completion.text) for completion in ordered],
+        [final_part(completion.text, in_thought) for completion in ordered],
         [rows[completion.problem].answer for completion in ordered],
     )
     answers: list[list[Answer]] = [[] for _ in rows]

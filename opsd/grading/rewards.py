@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from opsd.common.errors import UserError, in_short
 from opsd.config.loss import RewardSection
 from opsd.data.rows import Row
+from opsd.grading.completions import completions
 from opsd.grading.grader import Grader
+from opsd.grading.thoughts import final_part
 from opsd.rollout import Rollout
-from opsd.rollout.base import decode
 
 Verifier = Callable[[Sequence[str], Sequence[Row]], list[tuple[float, str]]]
 """Scores completions against their rows: a score and a feedback ("" for none) each, in order."""
@@ -52,15 +53,19 @@ class RewardFunction:
         tokenizer: PreTrainedTokenizerBase,
         verifier: Verifier,
         longest: int,
+        in_thought: bool = False,
     ):
         self.section, self.tokenizer, self.verifier = section, tokenizer, verifier
+        self.in_thought = in_thought  # the context has begun the thought
         self.longest = longest  # rollout.max_new_tokens
         self.format = None if section.format is None else re.compile(section.format, re.DOTALL)
 
     def __call__(self, rollouts: Sequence[Rollout], rows: Sequence[Row]) -> list[GradedRollout]:
         """The rollouts, graded in order; `rows` has the row of each."""
-        texts = decode(self.tokenizer, rollouts)
-        scores = self.verifier(texts, rows)
+        keep = self.section.keep_special_tokens
+        texts = completions(self.tokenizer, rollouts, keep)
+        graded = texts if keep else [final_part(text, self.in_thought) for text in texts]
+        scores = self.verifier(graded, rows)
         assert len(scores) == len(rollouts)
         return [
             self._graded(rollout, text, *score)

@@ -14,6 +14,7 @@ from opsd.objectives.opsd import OPSD
 from opsd.objectives.sft import SFT
 from opsd.objectives.token_classes import class_table
 from opsd.objectives.token_weights import TokenWeighting
+from opsd.rollout import Sampling
 
 __all__ = [
     "GRPO",
@@ -36,14 +37,14 @@ def make_objective(
     loss: LossSection,
     teacher: PreTrainedModel,
     prompts: Prompts,
-    max_new_tokens: int,
+    sampling: Sampling,
 ) -> Objective:
-    """The objective of a method's name. `max_new_tokens`: of a rollout."""
+    """The objective of a method's name. `sampling`: how its rollouts are drawn."""
     classes = class_table(prompts.tokenizer)
-    weighting = TokenWeighting(loss, max_new_tokens, classes)
+    weighting = TokenWeighting(loss, sampling.max_new_tokens, classes)
     if method == "sft":
         return SFT(loss, prompts, weighting)
     if method == "grpo":
-        return GRPO(loss, teacher, weighting)
+        return GRPO(loss, teacher, weighting, sampling)
     kind = OPSD if method == "opsd" else Distill
-    return kind(loss, teacher, weighting, classes)
+    return kind(loss, teacher, weighting, classes, sampling)

@@ -13,7 +13,7 @@ from opsd.data.prompts import Context
 from opsd.data.rows import Row
 from opsd.grading.rewards import GradedRollout
 from opsd.prefix import Group, Ids
-from opsd.rollout import Rollout
+from opsd.rollout import Rollout, Sampling
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,7 @@ class Totals:
 class Objective(Protocol):
     """A method."""
 
+    sampling: Sampling | None  # of the distribution that log-probabilities are of; None: plain
     samples_rollouts: bool  # False: the method learns from given text
     teacher_role: str  # the context that a teacher sees, "student" or "teacher"
 

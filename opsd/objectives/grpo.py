@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
+from opsd.models.dropout import switch_off_dropout
 from opsd.models.head import head
 from opsd.objectives.groups import (
     Problem,
@@ -31,16 +32,20 @@ from opsd.objectives.groups import (
     token_weights,
 )
 from opsd.objectives.importance_sampling import engine_importance
-from opsd.objectives.log_probs import rollout_log_prob, token_log_prob
+from opsd.objectives.log_probs import engine_log_prob, rollout_log_prob, token_log_prob
 from opsd.objectives.policy_gradient import k3, surrogate, teacher_credit
 from opsd.objectives.token_weights import TokenWeighting
 from opsd.prefix import rollout_hidden_states, student_and_teacher_states
+from opsd.rollout import Sampling
 
 
 class GRPO:
     """Policy gradient with the group's rewards.
 
-    `teacher`: the reference of `loss.kl` and the teacher of `loss.credit`; not used without either.
+    Args:
+        teacher: the reference of `loss.kl` and the teacher of `loss.credit`; not used without
+            either.
+        sampling: how rollouts are drawn; all probabilities are of that distribution.
     """
 
     samples_rollouts = True
@@ -51,8 +56,9 @@ class GRPO:
         section: LossSection,
         teacher: PreTrainedModel | None = None,
         weighting: TokenWeighting | None = None,
+        sampling: Sampling | None = None,
     ):
-        self.section, self.teacher = section, teacher
+        self.section, self.teacher, self.sampling = section, teacher, sampling
         self.weighting = weighting or TokenWeighting(section)
 
     def sample_groups(
@@ -98,7 +104,8 @@ class GRPO:
         share: bool = True,
     ) -> Tensor:
         """See `Objective.loss`."""
-        section, device = self.section, model.device
+        section, device, sampling = self.section, model.device, self.sampling
+        switch_off_dropout(model)
         students, samples = as_student(groups), samples_of(groups)
         advantage = spread([sample.advantage for sample in samples], samples, device)
         logged: dict[str, Tensor] = {}
@@ -109,11 +116,11 @@ class GRPO:
         else:
             with phase("student"):
                 hidden = rollout_hidden_states(model, students, share)
-        own = token_log_prob(model, hidden, samples, section)
+        own = token_log_prob(model, hidden, samples, section, sampling=sampling)
         old, vocabulary = old_log_prob(samples, own.log_prob), len(head(model)[0])
         if section.credit:
             by_teacher = token_log_prob(
-                self.teacher, teacher_hidden, samples, section, vocabulary
+                self.teacher, teacher_hidden, samples, section, vocabulary, sampling
             ).log_prob
             of_rollout = advantage
             advantage = teacher_credit(
@@ -127,11 +134,12 @@ class GRPO:
         per_token, clipped = surrogate(own.log_prob, old, advantage, section)
         logged |= {"student_entropy": own.entropy, "ratio_clipped_fraction": clipped.float()}
         if section.kl:
-            reference = rollout_log_prob(self.teacher, groups, section, share, vocabulary)
+            reference = rollout_log_prob(self.teacher, groups, section, share, vocabulary, sampling)
             logged["reference_divergence"] = divergence = k3(own.log_prob, reference)
             per_token = per_token + section.kl * divergence
         weights, count = token_weights(samples, device), counted_tokens(samples)
-        ratios = engine_importance(samples, old, section.importance_bound)
+        ours = engine_log_prob(model, hidden, samples, section, sampling, old)
+        ratios = engine_importance(samples, ours, section.importance_bound)
         if ratios is not None:
             logged |= ratios.logged
             weights = weights * ratios.factors

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
+from opsd.models.dropout import switch_off_dropout
 from opsd.models.head import as_operands, head, head_arguments
 from opsd.objectives.groups import (
     Problem,
@@ -40,11 +41,12 @@ from opsd.objectives.importance_sampling import (
     importance,
     were_sampled_otherwise,
 )
-from opsd.objectives.log_probs import token_log_prob
+from opsd.objectives.log_probs import engine_log_prob, token_log_prob
 from opsd.objectives.policy_gradient import surrogate
 from opsd.objectives.token_classes import split_by_class
 from opsd.objectives.token_weights import TokenWeighting
 from opsd.prefix import student_and_teacher_states
+from opsd.rollout import Sampling
 from opsd_kernels import Clip, linear_divergence
 
 
@@ -66,8 +68,11 @@ class OPSD:
         teacher: PreTrainedModel,
         weighting: TokenWeighting | None = None,
         classes: Tensor | None = None,
+        sampling: Sampling | None = None,
     ):
         self.section, self.teacher, self.classes = section, teacher, classes
+        # Only a policy gradient is one of the policy that sampled.
+        self.sampling = sampling if section.divergence == "sampled_token" else None
         self.weighting = weighting or TokenWeighting(section)
         self.clip = None if section.clip == "none" else Clip(section.clip, section.clip_threshold)
 
@@ -109,6 +114,7 @@ class OPSD:
         share: bool = True,
     ) -> Tensor:
         """See `Objective.loss`."""
+        switch_off_dropout(model)
         hidden = student_and_teacher_states(
             model, self.teacher, as_student(groups), as_teacher(groups), share
         )
@@ -199,9 +205,11 @@ class OPSD:
         teacher: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """As `_whole_vocabulary`. A token's divergence is estimated as log p_S - log p_T."""
-        own = token_log_prob(model, student, samples, self.section)
+        section, sampling = self.section, self.sampling
+        own = token_log_prob(model, student, samples, section, sampling=sampling)
         with torch.no_grad():
-            its = token_log_prob(self.teacher, teacher, samples, self.section, len(head(model)[0]))
+            size = len(head(model)[0])
+            its = token_log_prob(self.teacher, teacher, samples, section, size, sampling)
         old = old_log_prob(samples, own.log_prob)
         advantage = its.log_prob - old
         per_token, clipped = surrogate(own.log_prob, old, advantage, self.section)
@@ -211,7 +219,8 @@ class OPSD:
             "teacher_entropy": its.entropy,
             "ratio_clipped_fraction": clipped.float(),
         }
-        ratios = engine_importance(samples, old, self.section.importance_bound)
+        ours = engine_log_prob(model, student, samples, section, sampling, old)
+        ratios = engine_importance(samples, ours, section.importance_bound)
         if ratios is not None:
             logged |= ratios.logged
             weights = weights * ratios.factors

@@ -34,7 +34,7 @@ def sampled_log_prob(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    sampling: Sampling,
+    sampling: Sampling | None,
     *,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
@@ -48,11 +48,13 @@ def sampled_log_prob(
     that these leave out, as after an update of the weights, counts as one that they leave.
 
     Args:
+        sampling: None: the model's own distribution.
         weight, bias: the head's, [V, D] and [V].
         memory_budget: bytes of logits; None: the kernel's own choice.
     """
-    temperature = sampling.temperature or 1.0  # greedy: the model's own distribution
-    if sampling.temperature == 0 or (sampling.top_p == 1 and sampling.top_k == 0):
+    greedy = sampling is None or sampling.temperature == 0  # the model's own distribution
+    temperature = 1.0 if greedy else sampling.temperature
+    if greedy or (sampling.top_p == 1 and sampling.top_k == 0):
         found = linear_log_prob(
             hidden,
             weight,

@@ -33,6 +33,7 @@ class SFT:
     """Cross-entropy; the weight of each token is 1 ÷ the step's tokens."""
 
     samples_rollouts = False
+    sampling = None
     teacher_role = "teacher"  # it scores nothing here, but it colours the report's completions
 
     def __init__(

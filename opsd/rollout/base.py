@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opsd.config.sections import RolloutSection
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -17,6 +19,24 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     batch_size: int = 64
+
+    @classmethod
+    def of(cls, section: RolloutSection) -> "Sampling":
+        """How the config has rollouts drawn."""
+        return cls(
+            section.max_new_tokens,
+            section.temperature,
+            section.top_p,
+            section.top_k,
+            section.batch_size,
+        )
+
+    @property
+    def draws_from_the_model(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution, or its likeliest taken."""
+        return self.temperature == 0 or (
+            self.temperature == 1 and self.top_p == 1 and self.top_k == 0
+        )
 
     def generation_arguments(self) -> dict:
         """The same as arguments of transformers' GenerationConfig."""

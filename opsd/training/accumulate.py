@@ -134,7 +134,14 @@ class GradientAccumulator:
         with autocast(self.model.device, self.dtype):
             for number in range(most):
                 batch = own[number] if number < len(own) else idle(groups)
-                run = partial(rollout_log_prob, self.model, batch, self.loss, self.step.share)
+                run = partial(
+                    rollout_log_prob,
+                    self.model,
+                    batch,
+                    self.loss,
+                    self.step.share,
+                    sampling=self.step.objective.sampling,
+                )
                 values = called_through(self.wrapped, self.model, run).tolist()
                 for sample in samples_of(batch) if number < len(own) else ():
                     found[places[id(sample)]] = values[: sample.tokens]

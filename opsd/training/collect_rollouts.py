@@ -18,8 +18,6 @@ from opsd.objectives import Objective, Problem
 from opsd.rollout import Rollout, Sampler, Sampling
 from opsd.training.teacher_contexts import TeacherContexts, graded, informative, outcome_measures
 
-SAMPLING = {"max_new_tokens", "temperature", "top_p", "top_k", "batch_size"}
-
 
 class CollectedRollouts(NamedTuple):
     """All problems that were sampled, those of them to learn from, and measures for the log."""
@@ -63,7 +61,7 @@ class RolloutCollector:
         self.model, self.rows, self.prompts = model, rows, prompts
         self.objective, self.sampler, self.teacher_sampler = objective, sampler, teacher_sampler
         self.reward_function, self.processes = reward_function, processes
-        self.sampling = Sampling(**section.model_dump(include=SAMPLING))
+        self.sampling = Sampling.of(section)
         self.teacher_contexts = TeacherContexts(
             prompts, window(model.config), prompts.section.too_long == "skip", note
         )

@@ -12,10 +12,11 @@ from opsd.common.statistics import wilson_interval
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
 from opsd.distributed.processes import Processes
+from opsd.grading.completions import completions
 from opsd.grading.grader import Grade, Grader
+from opsd.grading.thoughts import final_part
 from opsd.models.load import stop_ids
 from opsd.rollout import SAMPLERS, DistributedSampler, Rollout, Sampler, Sampling
-from opsd.rollout.base import decode
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class HeldOut:
                 grade,
                 self.sampling,
                 lambda sequences, tokens: stage.advance(sequences),
+                self.prompts.chats[role].opens_thought,
             )
             stage.update(accuracy=result.accuracy)
         return result
@@ -123,11 +125,15 @@ def evaluate(
     grade: Callable[[Sequence[str], Sequence[str]], list[Grade]],
     sampling: Sampling,
     progress: Callable[[int, int], None] | None = None,
+    in_thought: bool = False,
 ) -> Evaluation:
-    """One answer a context (greedy if `sampling.temperature` is 0), graded against the rows."""
+    """One answer a context (greedy if `sampling.temperature` is 0), graded against the rows.
+
+    in_thought: the contexts have begun the thought.
+    """
     start = time.monotonic()
     rollouts = sampler.sample(contexts, sampling, progress)
-    completions = decode(tokenizer, rollouts)
-    grades = grade(completions, [row.answer for row in rows])
+    texts = completions(tokenizer, rollouts)
+    grades = grade([final_part(text, in_thought) for text in texts], [row.answer for row in rows])
     how = {"engine": sampler.engine, **asdict(sampling)}
-    return Evaluation(rollouts, completions, grades, time.monotonic() - start, how)
+    return Evaluation(rollouts, texts, grades, time.monotonic() - start, how)

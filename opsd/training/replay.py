@@ -20,6 +20,7 @@ from opsd.models.load import load_model
 from opsd.models.lora import add_adapters
 from opsd.models.teacher import make_teacher
 from opsd.objectives import SampleGroup, Totals, make_objective
+from opsd.rollout import Sampling
 from opsd.training.failed_steps import groups_of
 from opsd.training.step import OPSDStep
 
@@ -65,7 +66,7 @@ def replay(path: Path, display: Display) -> list[Replayed]:
     scorer = model if config.teacher.policy == "live" else teacher
     prompts = Prompts(config.prompts, tokenizer)
     objective = make_objective(
-        config.method, config.loss, scorer, prompts, config.rollout.max_new_tokens
+        config.method, config.loss, scorer, prompts, Sampling.of(config.rollout)
     )
     step = OPSDStep(model.train(), objective, share=config.train.share_prefixes)
     compute = compute_dtype(config.train.precision)

@@ -29,6 +29,7 @@ from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
 from opsd.grading.grader import Grader
 from opsd.grading.rewards import RewardFunction, check_verifier, make_verifier
 from opsd.models.copies import copy_model
+from opsd.models.dropout import switch_off_dropout
 from opsd.models.generation_config import left_out
 from opsd.models.head import head
 from opsd.models.load import load_model, stop_ids, told_stops, window
@@ -178,7 +179,7 @@ def run(
             curve.begin(before)
 
     objective = make_objective(
-        config.method, config.loss, models.scorer, prompts, config.rollout.max_new_tokens
+        config.method, config.loss, models.scorer, prompts, Sampling.of(config.rollout)
     )
     with display.stage(f"Train by {config.method.upper()}", total=config.train.steps) as stage:
         trainer = OPSDTrainer(
@@ -195,7 +196,7 @@ def run(
             average=models.average,
             teacher_sampler=_teacher_sampler(models, tokenizer),
             processes=processes,
-            reward_function=_make_reward_function(config, tokenizer, grader, reward),
+            reward_function=_make_reward_function(config, prompts, grader, reward),
         )
         trainer.train(resume_from_checkpoint=checkpoint)
     step = trainer.state.global_step
@@ -243,6 +244,8 @@ def _make_models(
 ) -> Models:
     """Copies and teacher. They are made before a checkpoint is loaded: of the weights of step 0."""
     dtype = compute_dtype(config.train.precision)
+    if config.method != "sft":
+        switch_off_dropout(model)
     if config.train.share_prefixes and unpackable(model) is None:
         try_kernel(model, dtype, processes.device)  # which may be an error, before an evaluation
     split = config.train.sharding in SPLIT_WEIGHTS
@@ -305,13 +308,19 @@ def _teacher_sampler(models: Models, tokenizer: PreTrainedTokenizerBase) -> Gene
 
 
 def _make_reward_function(
-    config: Config, tokenizer: PreTrainedTokenizerBase, grader: Grader, reward: Reward | None
+    config: Config, prompts: Prompts, grader: Grader, reward: Reward | None
 ) -> RewardFunction | None:
     """Who grades rollouts, where the method or the log needs it."""
     if not is_graded(config):
         return None
     verifier = make_verifier(config.loss.reward, grader, reward)
-    return RewardFunction(config.loss.reward, tokenizer, verifier, config.rollout.max_new_tokens)
+    return RewardFunction(
+        config.loss.reward,
+        prompts.tokenizer,
+        verifier,
+        config.rollout.max_new_tokens,
+        prompts.chats["student"].opens_thought,
+    )
 
 
 def _learning_curve(

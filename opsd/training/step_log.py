@@ -8,6 +8,7 @@ from opsd.config.sections import TrainSection
 from opsd.objectives import Problem, Totals
 from opsd.runs.log import RunLog
 from opsd.training.collapse import CollapseWatch
+from opsd.training.no_signal import NoSignalWatch
 
 
 class StepLog:
@@ -32,6 +33,8 @@ class StepLog:
         self.method, self.train, self.generates = method, train, generates
         self.run_log, self.on_step, self.note = run_log, on_step, note
         self.collapse = CollapseWatch(train.collapse, run_log.past)
+        watched = 0 if train.collapse.on == "off" else train.collapse.no_signal
+        self.no_signal = NoSignalWatch(watched, run_log.past)
         self._measures: dict[str, Any] = {}
 
     def count(
@@ -101,12 +104,16 @@ class StepLog:
 
     def _has_collapsed(self, line: dict[str, Any]) -> bool:
         """Says what has collapsed, in the line too; whether the run is to stop for it."""
-        stop = False
-        for name, said in self.collapse(line).items():
+        stops = self.train.collapse.on == "stop"
+        end = "; stopping" if stops else ""
+        collapsed, without_signal = self.collapse(line), self.no_signal(line)
+        for name in (*collapsed, *without_signal):
             line["collapse"] = [*line.get("collapse", []), name]
-            stop = self.train.collapse.on == "stop"
-            self.note(f"Step {line['step']}: collapse: {said}" + ("; stopping" if stop else ""))
-        return stop
+        for said in collapsed.values():
+            self.note(f"Step {line['step']}: collapse: {said}{end}")
+        for said in without_signal.values():
+            self.note(f"Step {line['step']}: {said}{end}")
+        return stops and bool(collapsed or without_signal)
 
 
 def _most(dictionaries: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -4,7 +4,8 @@ import pytest
 from helpers.chat_templates import FAMILIES, make_tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from opsd.grading.completions import completions, final_part
+from opsd.grading.completions import completions
+from opsd.grading.thoughts import final_part
 from opsd.rollout.base import Rollout
 
 TEXTS = {

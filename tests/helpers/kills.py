@@ -36,7 +36,7 @@ from opsd.training import run as _imported  # noqa: F401 - what a run needs, bef
 METHODS = {
     "opsd": {},
     "ema": {"method": "opsd", "teacher": {"policy": "ema"}},
-    "lora": {"method": "opsd", "model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}},
+    "lora": {"method": "opsd", "model": {"lora": {"rank": 4, "alpha": 8}}},
     "grpo": {"method": "grpo", "rollout": {"group_size": 4}},
     "sft": {"method": "sft"},
 }

@@ -12,7 +12,7 @@ from opsd.models.load import load_model
 from opsd.models.lora import add_adapters
 from opsd.models.teacher import make_teacher
 from opsd.objectives import Problem, Totals, make_objective
-from opsd.rollout import Rollout
+from opsd.rollout import Rollout, Sampling
 from opsd.training.step import OPSDStep
 
 ROLLOUTS = ([5, 6, 7, 8], [9, 4, 11], [8, 8], [3, 12, 5, 5, 6])
@@ -67,7 +67,7 @@ def test_the_loss_of_a_fixed_batch_falls(method, policy, adapters, precision, fi
         for row, pair in zip(ROWS, (ROLLOUTS[:2], ROLLOUTS[2:]), strict=False)
     ]
     scorer = model if policy == "live" else made
-    objective = make_objective(method, config.loss, scorer, prompts, 6)
+    objective = make_objective(method, config.loss, scorer, prompts, Sampling(6))
     groups, _ = objective.sample_groups(graded(problems, [1.0, 0.0, 0.0, 1.0]))
     if method == "grpo":  # or the surrogate's value is that of the advantages, whatever is learnt
         groups = with_old(groups, model)

@@ -19,7 +19,7 @@ from opsd.objectives import Problem, Totals, make_objective, samples_of
 from opsd.objectives.grpo import group_advantages
 from opsd.objectives.token_classes import CLASSES, class_table, split_by_class
 from opsd.quickstart import tiny_model as tiny
-from opsd.rollout import Rollout
+from opsd.rollout import Rollout, Sampling
 
 LONGEST = 12
 LENGTHS = ((5, 12), (9, 4), (2, 7))
@@ -126,7 +126,7 @@ def make(files, tmp_path_factory):
         if average is not None:
             average.follow(model, 1)
         prompts = Prompts(config.prompts, tokenizer)
-        objective = make_objective(case.method, config.loss, scorer, prompts, LONGEST)
+        objective = make_objective(case.method, config.loss, scorer, prompts, Sampling(LONGEST))
         return config, model.train(), scorer, objective, problems_for(prompts)
 
     return made
