@@ -1,6 +1,7 @@
 """accelerate, set up for a run: DDP, FSDP2 or DeepSpeed around the model that trains."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -50,8 +51,9 @@ def exchange(wrapped: nn.Module, last: bool) -> AbstractContextManager:
     """Around a micro-batch's backward. DDP exchanges gradients once, in the last one. FSDP2 does
     each time: to wait would take memory for all of them. So does ZeRO, unless each process holds
     all gradients."""
-    if hasattr(wrapped, "set_gradient_accumulation_boundary"):
-        wrapped.set_gradient_accumulation_boundary(last)
+    at_boundary: Any = getattr(wrapped, "set_gradient_accumulation_boundary", None)  # DeepSpeed's
+    if at_boundary is not None:
+        at_boundary(last)
     if last or not isinstance(wrapped, DistributedDataParallel):
         return nullcontext()
     return wrapped.no_sync()

@@ -111,7 +111,7 @@ class GradientAccumulator:
                 loss += some.detach()
         if self.processes.count > 1:
             shares = self.processes.everywhere(lambda: (loss.cpu(), totals.numbers()))
-            loss = sum(each for each, _ in shares).to(loss.device)
+            loss = sum((each for each, _ in shares), torch.zeros(())).to(loss.device)
             totals = Totals()
             for _, other in shares:
                 totals.include(other)

@@ -3,14 +3,14 @@
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 """Names of weights that Trainer does not decay either."""
 
 
-def make_optimizer(model: nn.Module, arguments: TrainingArguments) -> Optimizer:
+def make_optimizer(model: PreTrainedModel, arguments: TrainingArguments) -> Optimizer:
     """train.optimizer, over what trains. Biases and norms do not decay."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     decaying = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY))
