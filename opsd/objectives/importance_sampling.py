@@ -46,13 +46,6 @@ def importance(samples: Sequence[Sample], log_prob: Tensor, bound: float) -> Imp
     return Importance(ratio.clamp(max=bound), logged)
 
 
-def were_sampled_otherwise(samples: Sequence[Sample], bound: float | None) -> bool:
-    """Whether the samples' weights need the correction."""
-    return bound is not None and all(
-        s.sampling_log_probs is not None or s.old_log_probs is not None for s in samples
-    )
-
-
 def engine_importance(
     samples: Sequence[Sample], old: Tensor, bound: float | None
 ) -> Importance | None:

@@ -39,7 +39,6 @@ from opsd.objectives.importance_sampling import (
     Importance,
     engine_importance,
     importance,
-    were_sampled_otherwise,
 )
 from opsd.objectives.log_probs import engine_log_prob, token_log_prob
 from opsd.objectives.policy_gradient import surrogate
@@ -190,11 +189,13 @@ class OPSD:
         self, model: PreTrainedModel, samples: Sequence[Sample], student: Tensor
     ) -> Importance | None:
         """The correction for rollouts of another distribution; None where there is none."""
-        if not were_sampled_otherwise(samples, self.section.importance_bound):
+        bound = self.section.importance_bound
+        logged = (s.sampling_log_probs is not None or s.old_log_probs is not None for s in samples)
+        if bound is None or not all(logged):
             return None
         with torch.no_grad():
             own = token_log_prob(model, student, samples, self.section)
-        return importance(samples, own.log_prob, self.section.importance_bound)
+        return importance(samples, own.log_prob, bound)
 
     def _sampled_token(
         self,

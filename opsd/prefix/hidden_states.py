@@ -12,14 +12,15 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
 from opsd.models.lora import adapter_state
-from opsd.prefix.layout import Group, Layout
+from opsd.prefix.layout import CheckedGroup, Group, Layout, checked_groups
 from opsd.prefix.packed_forward import Capture, KeysAndValues, packed_forward
 from opsd.prefix.prefix_cache import CachedPrefix, plain_groups, uncached
-from opsd.prefix.supported_models import groups_of, unpackable
+from opsd.prefix.supported_models import unpackable
 
 
 def student_and_teacher_states(
@@ -53,7 +54,7 @@ def live_hidden_states(
     cached = any(isinstance(prefix, CachedPrefix) for prefix, _ in [*student, *teacher])
     if unpackable(model) is not None or cached:
         return _one_after_the_other(model, student, teacher)
-    students, teachers = groups_of(model, student), groups_of(model, teacher)
+    students, teachers = _checked(model, student), _checked(model, teacher)
     common = [_common(s, t) for (s, _), (t, _) in zip(students, teachers, strict=True)]
     if not any(common):
         return _one_after_the_other(model, student, teacher)
@@ -115,14 +116,14 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
     if reason is not None:
         _warn_once(reason)
         return separate_hidden_states(model, groups)
-    checked = groups_of(model, plain_groups(groups))
+    checked = _checked(model, plain_groups(groups))
     rest, lengths, past = uncached(model, groups, checked)
     return packed_forward(model, Layout(rest, model.device, lengths), past=past)
 
 
 def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
     """The same, each rollout in a padded row of its own with its prefix."""
-    checked = groups_of(model, plain_groups(groups))
+    checked = _checked(model, plain_groups(groups))
     rows = [(prefix, ids) for prefix, rollouts in checked for ids in rollouts]
     tokens = [torch.cat([prefix, ids[:-1]]) for prefix, ids in rows]
     # Padding stands at the right end, where a causal model cannot see it: this needs no mask and
@@ -134,6 +135,34 @@ def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> T
         for row, (prefix, _) in enumerate(rows)
     ]
     return output.last_hidden_state.flatten(0, 1).index_select(0, torch.cat(places).to(ids.device))
+
+
+def _checked(model: PreTrainedModel, groups: Sequence[Group]) -> list[CheckedGroup]:
+    """`checked_groups`; also checks that this model can run them.
+
+    Raises ValueError for ids without an embedding, and for more tokens than there are positions.
+    """
+    checked = checked_groups(groups)
+    decoder = model.get_decoder()
+    positions = getattr(decoder.config, "max_position_embeddings", None)
+    rows = len(decoder.get_input_embeddings().weight)
+    for number, (prefix, rollouts) in enumerate(checked):
+        longest = len(prefix) + max(map(len, rollouts)) - 1
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"groups[{number}] has a prefix of {len(prefix)} tokens and a rollout of "
+                f"{longest + 1 - len(prefix)}: {type(decoder).__name__} has {positions} positions "
+                "(max_position_embeddings), and a rollout's last token needs none"
+            )
+        for ids in (prefix, *rollouts):
+            if isinstance(ids, FakeTensor):
+                continue  # of `opsd plan`, without values
+            if int(ids.min()) < 0 or int(ids.max()) >= rows:
+                raise ValueError(
+                    f"groups[{number}] holds ids from {int(ids.min())} to {int(ids.max())}: "
+                    f"{type(decoder).__name__} has embeddings of 0 to {rows - 1}"
+                )
+    return checked
 
 
 def _check_adapters(student: tuple[bool, ...], teacher: tuple[bool, ...]) -> None:

@@ -1,14 +1,11 @@
 """Which models can run packed streams, and which of their layers cannot."""
 
 import inspect
-from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-from opsd.prefix.layout import CheckedGroup, Group, checked_groups
 from opsd.prefix.packed_forward import UnpackableError, probe
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
@@ -49,34 +46,6 @@ def unpackable(model: PreTrainedModel) -> str | None:
 
 
 _known: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-
-
-def groups_of(model: PreTrainedModel, groups: Sequence[Group]) -> list[CheckedGroup]:
-    """`checked_groups`; also checks that this model can run them.
-
-    Raises ValueError for ids without an embedding, and for more tokens than there are positions.
-    """
-    checked = checked_groups(groups)
-    decoder = model.get_decoder()
-    positions = getattr(decoder.config, "max_position_embeddings", None)
-    rows = len(decoder.get_input_embeddings().weight)
-    for number, (prefix, rollouts) in enumerate(checked):
-        longest = len(prefix) + max(map(len, rollouts)) - 1
-        if positions is not None and longest > positions:
-            raise ValueError(
-                f"groups[{number}] has a prefix of {len(prefix)} tokens and a rollout of "
-                f"{longest + 1 - len(prefix)}: {type(decoder).__name__} has {positions} positions "
-                "(max_position_embeddings), and a rollout's last token needs none"
-            )
-        for ids in (prefix, *rollouts):
-            if isinstance(ids, FakeTensor):
-                continue  # of `opsd plan`, without values
-            if int(ids.min()) < 0 or int(ids.max()) >= rows:
-                raise ValueError(
-                    f"groups[{number}] holds ids from {int(ids.min())} to {int(ids.max())}: "
-                    f"{type(decoder).__name__} has embeddings of 0 to {rows - 1}"
-                )
-    return checked
 
 
 def _refusal(model: PreTrainedModel) -> str | None:
