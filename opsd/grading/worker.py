@@ -26,8 +26,10 @@ def make_judge(strict: bool):
     def judge(answer: str, completion: str) -> tuple[bool, str]:
         try:
             return compare(answer, completion, algebra, strict)
-        except RecursionError:
-            return False, "not understood: nested too deeply"
+        except MemoryError:
+            raise
+        except Exception as error:  # sympy raises nearly anything on nonsense
+            return False, f"cannot be compared: {type(error).__name__}"
 
     judge("\\frac{1}{2}x", "x/2")
     return judge
