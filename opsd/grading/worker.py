@@ -10,16 +10,20 @@ import json
 import os
 import signal
 import sys
-
-from answers.compare import compare
+from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this file's folder, whose modules must not shadow others
+    sys.path[0] = str(Path(__file__).parents[2])  # the same opsd as its parent's
+
+from opsd.grading.answers.compare import compare
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # whatever else lies there must not shadow other modules
 
 
 def make_judge(strict: bool):
     """Returns judge(answer, completion) → (correct, reason), with its lazy imports done."""
-    from answers.symbolic import Algebra
+    from opsd.grading.answers.symbolic import Algebra
 
     algebra = Algebra()
 
@@ -55,6 +59,7 @@ def limit_cpu(seconds: float) -> None:
 
 
 def main(memory_limit: int, timeout: float, strict: bool) -> None:
+    """Answers jobs until stdin ends."""
     # Whatever a library prints must not end up between our lines.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Protocol
 
-from . import strict as strictness
-from .clean import clean
-from .nodes import (
+from opsd.grading.answers import strict as strictness
+from opsd.grading.answers.clean import clean
+from opsd.grading.answers.nodes import (
     Based,
     Choice,
     Equal,
@@ -26,9 +26,9 @@ from .nodes import (
     Unclear,
     Value,
 )  # fmt: skip
-from .numbers import Number, as_latex, decimal_comma, same_number
-from .read import has_symbol, read
-from .units import DEGREES
+from opsd.grading.answers.numbers import Number, as_latex, decimal_comma, same_number
+from opsd.grading.answers.read import has_symbol, read
+from opsd.grading.answers.units import DEGREES
 
 
 class Algebra(Protocol):

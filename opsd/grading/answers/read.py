@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from . import words
-from .clean import plain_text, trim
-from .nodes import (
+from opsd.grading.answers import words
+from opsd.grading.answers.clean import plain_text, trim
+from opsd.grading.answers.nodes import (
     Based,
     Choice,
     Equal,
@@ -20,9 +20,9 @@ from .nodes import (
     Unclear,
     Value,
 )  # fmt: skip
-from .numbers import Number, number
-from .quantities import quantity
-from .structure import balanced, enclosed, split, split_list
+from opsd.grading.answers.numbers import Number, number
+from opsd.grading.answers.quantities import quantity
+from opsd.grading.answers.structure import balanced, enclosed, split, split_list
 
 _DEEPEST = 12
 _FIRST_NAME = re.compile(r"(?:[=,:]|\\approx|\\sim|\\to)\s*")

@@ -13,8 +13,8 @@ from functools import lru_cache
 import sympy
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-from .clean import plain_text
-from .numbers import as_latex, number
+from opsd.grading.answers.clean import plain_text
+from opsd.grading.answers.numbers import as_latex, number
 
 _COMMANDS = "pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty|theta|alpha|beta"
 _PLAIN_COMMAND = re.compile(rf"(?<![\\A-Za-z])({_COMMANDS})(?![A-Za-z])")
