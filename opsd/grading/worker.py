@@ -10,24 +10,30 @@ import json
 import os
 import signal
 import sys
-
-from answers.compare import compare
+from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this file's folder, whose modules must not shadow others
+    sys.path[0] = str(Path(__file__).parents[2])  # the same opsd as its parent's
+
+from opsd.grading.answers.compare import compare
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # whatever else lies there must not shadow other modules
 
 
 def make_judge(strict: bool):
     """Returns judge(answer, completion) → (correct, reason), with its lazy imports done."""
-    from answers.symbolic import Algebra
+    from opsd.grading.answers.symbolic import Algebra
 
     algebra = Algebra()
 
     def judge(answer: str, completion: str) -> tuple[bool, str]:
         try:
             return compare(answer, completion, algebra, strict)
-        except RecursionError:
-            return False, "not understood: nested too deeply"
+        except MemoryError:
+            raise
+        except Exception as error:  # sympy raises nearly anything on nonsense
+            return False, f"cannot be compared: {type(error).__name__}"
 
     judge("\\frac{1}{2}x", "x/2")
     return judge
@@ -53,6 +59,7 @@ def limit_cpu(seconds: float) -> None:
 
 
 def main(memory_limit: int, timeout: float, strict: bool) -> None:
+    """Answers jobs until stdin ends."""
     # Whatever a library prints must not end up between our lines.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -10,6 +10,5 @@
     compare    the rules by which two nodes are the same
     symbolic   values that need algebra, by math-verify
 
-The grading process imports this folder by its path, so that it loads neither torch nor the rest of
-`opsd`: modules here import each other and nothing else of `opsd`.
+The grading process loads this package and neither torch nor transformers.
 """

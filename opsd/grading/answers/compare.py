@@ -7,12 +7,13 @@ not be contradicted. `algebra(reference, given)` decides between two expressions
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Protocol
 
-from . import strict as strictness
-from .clean import clean
-from .nodes import (
+from opsd.grading.answers import strict as strictness
+from opsd.grading.answers.clean import clean
+from opsd.grading.answers.nodes import (
     Based,
     Choice,
     Equal,
@@ -25,9 +26,9 @@ from .nodes import (
     Unclear,
     Value,
 )  # fmt: skip
-from .numbers import Number, as_latex, decimal_comma, same_number
-from .read import has_symbol, read
-from .units import DEGREES
+from opsd.grading.answers.numbers import Number, as_latex, decimal_comma, same_number
+from opsd.grading.answers.read import has_symbol, read
+from opsd.grading.answers.units import DEGREES
 
 
 class Algebra(Protocol):
@@ -84,8 +85,9 @@ class _Comparison:
     def same(self, wanted: Node, given: Node) -> bool:
         """Whether `given` says what `wanted` says."""
         if isinstance(wanted, Unclear) or isinstance(given, Unclear):
-            both = isinstance(wanted, Unclear) and isinstance(given, Unclear)
-            return both and squeezed(wanted.text).casefold() == squeezed(given.text).casefold()
+            if not (isinstance(wanted, Unclear) and isinstance(given, Unclear)):
+                return False
+            return squeezed(wanted.text).casefold() == squeezed(given.text).casefold()
         if isinstance(wanted, Choice) or isinstance(given, Choice):
             return self._choices(wanted, given)
         if isinstance(wanted, Equal) or isinstance(given, Equal):
@@ -111,10 +113,9 @@ class _Comparison:
 
     def _choices(self, wanted: Node, given: Node) -> bool:
         if isinstance(wanted, Choice) and isinstance(given, Choice):
-            if wanted.letter != given.letter:
-                return False
-            rests = wanted.rest is not None and given.rest is not None
-            return not rests or self.same(wanted.rest, given.rest)
+            if wanted.rest is None or given.rest is None:
+                return wanted.letter == given.letter
+            return wanted.letter == given.letter and self.same(wanted.rest, given.rest)
         if isinstance(wanted, Choice):
             if isinstance(given, Value) and given.text.upper() == wanted.letter:
                 return True
@@ -123,7 +124,8 @@ class _Comparison:
             return wanted.rest is not None and self.same(wanted.rest, given)
         if isinstance(wanted, Equal):
             return wanted.simple and self.same(wanted.values[-1], given)
-        return given.rest is not None and self.same(wanted, given.rest)
+        rest = given.rest if isinstance(given, Choice) else None
+        return rest is not None and self.same(wanted, rest)
 
     def _equations(self, wanted: Node, given: Node) -> bool:
         if isinstance(given, Equal) and self._contradicts_itself(given):
@@ -134,6 +136,7 @@ class _Comparison:
             if isinstance(given, Relation):
                 return given.equation and self.algebra(wanted.text, given.text)
             return wanted.simple and self._any(wanted.values, (given,))
+        assert isinstance(given, Equal)
         if isinstance(wanted, Relation) and wanted.equation:
             return self.algebra(wanted.text, given.text)
         if not given.simple and _is_to_be_solved(given.name or ""):
@@ -174,6 +177,7 @@ class _Comparison:
             return self._items(wanted, given)
         if isinstance(wanted, Items):
             return self._items_and_one(wanted, given)
+        assert isinstance(given, Items)
         return self._one_and_items(wanted, given)
 
     def _items_and_one(self, wanted: Items, given: Node) -> bool:
@@ -216,16 +220,10 @@ class _Comparison:
             if len(wanted.parts) != len(given.parts):
                 return self._no("another number of answers than the reference has")
             return self._lists(wanted.parts, given.parts)
-        if one == "list" and other == "()" and (names := _names(wanted.parts)):
-            by_name = [part for _, part in sorted(zip(names, wanted.parts, strict=True))]
-            return self._in_order(by_name, given.parts)
+        if one == "list" and other == "()" and _names(wanted.parts):
+            return self._in_order(_by_name(wanted.parts), given.parts)
         if one == "()" and other == "list":
-            parts = given.parts
-            if names := _names(parts):
-                parts = [
-                    part for _, part in sorted(zip(names, parts, strict=True), key=lambda p: p[0])
-                ]
-            return self._in_order(wanted.parts, parts)
+            return self._in_order(wanted.parts, _by_name(given.parts))
         if one != other:
             return self._no("other brackets than the reference has")
         return self._in_order(wanted.parts, given.parts)
@@ -241,10 +239,10 @@ class _Comparison:
             return self._in_order(wanted, given)
         return self._matched(wanted, given)
 
-    def _in_order(self, wanted, given) -> bool:
+    def _in_order(self, wanted: Sequence[Node], given: Sequence[Node]) -> bool:
         return len(wanted) == len(given) and all(map(self.same, wanted, given))
 
-    def _matched(self, wanted, given) -> bool:
+    def _matched(self, wanted: Sequence[Node], given: Sequence[Node]) -> bool:
         if len(wanted) != len(given):
             return False
         left = list(given)
@@ -281,12 +279,13 @@ class _Comparison:
 
     def _ratios(self, wanted: Node, given: Node) -> bool:
         if not (isinstance(wanted, Ratio) and isinstance(given, Ratio)):
-            ratio, other = (wanted, given) if isinstance(wanted, Ratio) else (given, wanted)
+            ratio, value = (wanted, given) if isinstance(wanted, Ratio) else (given, wanted)
+            assert isinstance(ratio, Ratio)
             if ratio.clock or len(ratio.parts) != 2 or ratio.parts[1].value == 0:
                 return False
-            if not isinstance(other, Value) or other.number is None or other.unit or other.percent:
+            if not isinstance(value, Value) or value.number is None or value.unit or value.percent:
                 return False
-            return ratio.parts[0].value / ratio.parts[1].value == other.number.value
+            return ratio.parts[0].value / ratio.parts[1].value == value.number.value
         one, other = [part.value for part in wanted.parts], [part.value for part in given.parts]
         if wanted.half != given.half:
             return self._no("another half of the day")
@@ -302,11 +301,10 @@ class _Comparison:
                 return wanted.digits == given.digits
             return not self.strict and wanted.value == given.value
         if isinstance(wanted, Based):
-            worth = isinstance(given, Value) and given.number and given.number.value == wanted.value
-            return bool(worth) and (not self.strict or self._no(strictness.BASE))
-        return (
-            isinstance(wanted, Value) and bool(wanted.number) and wanted.number.value == given.value
-        )
+            if _worth(given) != wanted.value:
+                return False
+            return not self.strict or self._no(strictness.BASE)
+        return isinstance(given, Based) and _worth(wanted) == given.value
 
     def _relations(self, wanted: Node, given: Node) -> bool:
         if not isinstance(given, Relation) or not isinstance(wanted, Relation):
@@ -375,6 +373,10 @@ class _Comparison:
         return usual and same_number(hundredths, bare.number)
 
 
+def _worth(node: Node) -> Fraction | None:
+    return node.number.value if isinstance(node, Value) and node.number is not None else None
+
+
 def _expression(value: Value) -> str:
     return value.text if value.number is None else as_latex(value.number.value)
 
@@ -398,13 +400,21 @@ def _vector(grid: Grid) -> list[Node] | None:
     return list(grid.rows[0]) if len(grid.rows) == 1 else None
 
 
-def _names(parts) -> list[str] | None:
+def _names(parts: Sequence[Node]) -> list[str] | None:
     """What the parts are called, where each has a name of its own."""
     names = [
         part.name if isinstance(part, Equal) and part.simple else getattr(part, "noun", "")
         for part in parts
     ]
     return names if all(names) and len(set(names)) == len(names) else None
+
+
+def _by_name(parts: Sequence[Node]) -> Sequence[Node]:
+    """In the alphabet's order, where each part has a name: (x, y) of `y = 5, x = 3`."""
+    names = _names(parts)
+    if names is None:
+        return parts
+    return [part for _, part in sorted(zip(names, parts, strict=True), key=lambda pair: pair[0])]
 
 
 def _describes(side: Equal) -> bool:

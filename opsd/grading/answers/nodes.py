@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .numbers import Number
-from .units import Unit
+from opsd.grading.answers.numbers import Number
+from opsd.grading.answers.units import Unit
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from .clean import plain_text, trim
-from .nodes import Value
-from .numbers import Number, as_latex, number
-from .structure import balanced
-from .units import DEGREES, Unit, unit
-from .words import MULTIPLES, names_a_thing
+from opsd.grading.answers.clean import plain_text, trim
+from opsd.grading.answers.nodes import Value
+from opsd.grading.answers.numbers import Number, as_latex, number
+from opsd.grading.answers.structure import balanced
+from opsd.grading.answers.units import DEGREES, Unit, unit
+from opsd.grading.answers.words import MULTIPLES, names_a_thing
 
 _MONEY_FIRST = re.compile(r"([+-]?)\s*(\\\$|[$€£¥₹]|USD|Rs\.?)\s*(.+)", re.DOTALL)
 _PERCENT = re.compile(

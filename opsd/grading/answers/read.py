@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
-from . import words
-from .clean import plain_text, trim
-from .nodes import (
+from opsd.grading.answers import words
+from opsd.grading.answers.clean import plain_text, trim
+from opsd.grading.answers.nodes import (
     Based,
     Choice,
     Equal,
@@ -19,9 +20,9 @@ from .nodes import (
     Unclear,
     Value,
 )  # fmt: skip
-from .numbers import number
-from .quantities import quantity
-from .structure import balanced, enclosed, split, split_list
+from opsd.grading.answers.numbers import Number, number
+from opsd.grading.answers.quantities import quantity
+from opsd.grading.answers.structure import balanced, enclosed, split, split_list
 
 _DEEPEST = 12
 _FIRST_NAME = re.compile(r"(?:[=,:]|\\approx|\\sim|\\to)\s*")
@@ -107,11 +108,12 @@ def _clock_or_ratio(text: str, depth: int) -> Node | None:
         return None
     plain = trim(plain_text(text)).replace("  ", " ")
     if found := _CLOCK.fullmatch(plain):
-        parts = (number(found[1]), number(found[2]))
-        return Ratio(parts, True, (found[3] or "").lower())
+        clock = (Number(Fraction(found[1])), Number(Fraction(found[2])))
+        return Ratio(clock, True, (found[3] or "").lower())
     if _RATIO.fullmatch(text):
-        parts = [number(part.strip(" {}")) for part in re.split(r":|\\text\{ ?to ?\}|\bto\b", text)]
-        return None if None in parts else Ratio(tuple(parts))
+        said = re.split(r":|\\text\{ ?to ?\}|\bto\b", text)
+        parts = [part for one in said if (part := number(one.strip(" {}"))) is not None]
+        return Ratio(tuple(parts)) if len(parts) == len(said) else None
     return None
 
 
@@ -228,14 +230,16 @@ def _several(text: str, depth: int) -> Node | None:
         phrases = [words.names_a_thing(plain_text(p)) and len(p) > 2 for p in parts[1:]]
         if with_digits[0] and all(phrases):
             return None  # `5 apples and pears`
-    nodes = []
+    nodes: list[Node] = []
     for part in parts:
         node = read(part, depth + 1)
         if not isinstance(node, Items) or node.kind != "list":
             nodes.append(node)
-        elif part.startswith("\\begin") and all(isinstance(one, Equal) for one in node.parts):
-            by_name = sorted(node.parts, key=lambda one: one.name or "")  # one solution of several
-            nodes.append(Items("()", tuple(one.values[-1] for one in by_name)))
+            continue
+        named = [one for one in node.parts if isinstance(one, Equal)]
+        if part.startswith("\\begin") and len(named) == len(node.parts):
+            named.sort(key=lambda one: one.name or "")  # one solution of several
+            nodes.append(Items("()", tuple(one.values[-1] for one in named)))
         else:
             nodes += node.parts
     return Items("list", tuple(_shared_name(nodes)), text)
@@ -291,7 +295,7 @@ def _enclosed(text: str, depth: int) -> Node | None:
     parts, _ = split_list(inside, words_too=opening == "\\{")
     nodes = tuple(read(part, depth + 1) for part in parts)
     if opening == "\\{":
-        flat = []
+        flat: list[Node] = []
         for node in nodes:
             flat += node.parts if isinstance(node, Items) and node.kind == "list" else [node]
         return Items("set", tuple(flat), text)

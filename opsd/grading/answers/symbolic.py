@@ -13,8 +13,8 @@ from functools import lru_cache
 import sympy
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-from .clean import plain_text
-from .numbers import as_latex, number
+from opsd.grading.answers.clean import plain_text
+from opsd.grading.answers.numbers import as_latex, number
 
 _COMMANDS = "pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty|theta|alpha|beta"
 _PLAIN_COMMAND = re.compile(rf"(?<![\\A-Za-z])({_COMMANDS})(?![A-Za-z])")
@@ -34,7 +34,7 @@ class Algebra:
 
     def __init__(self) -> None:
         logging.disable(logging.CRITICAL)
-        self._read = lru_cache(maxsize=256)(self._read)  # a reference has many answers
+        self._read = lru_cache(maxsize=256)(self._parsed)  # a reference has many answers
         self._forms = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
     def __call__(self, wanted: str, given: str) -> bool:
@@ -56,7 +56,7 @@ class Algebra:
         ends = [sympy.N(self._read(end)[0]) for end in (low, high)]
         return bool(ends[0] <= sympy.N(value[0]) <= ends[1])
 
-    def _read(self, text: str) -> list:
+    def _parsed(self, text: str) -> list:
         # math-verify's own time limits use SIGALRM, which cannot interrupt one long C call; the
         # parent's kill can.
         boxed = "\\boxed{" + _to_latex(text) + "}"
