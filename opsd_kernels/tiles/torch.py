@@ -201,12 +201,10 @@ def _normaliser(z: Tensor) -> Tensor:
     """[n, v] -> [3, n] of these entries alone. Overwrites `z`."""
     most = z.amax(-1)
     below = z.sub_(most.masked_fill(most == -torch.inf, 0.0)[:, None])
-    p = below.exp()
-    largest = below == 0
-    count = largest.sum(-1)
-    moment = below.mul_(p).masked_fill_(p == 0, 0.0).sum(-1).neg_()
-    rest = p.masked_fill_(largest, 0.0).sum(-1)
-    return torch.stack((most, (count - 1) + rest, moment))
+    # exp is 0 from there on, and 0 times it is no NaN.
+    p = below.clamp_(min=-104.0 if z.dtype == torch.float32 else -746.0).exp()
+    rest = p.sum(-1, dtype=torch.float64) - 1.0
+    return torch.stack((most, rest.to(z.dtype), below.mul_(p).sum(-1).neg_()))
 
 
 def _log_p(z: Tensor, normaliser: Tensor) -> Tensor:
@@ -222,61 +220,68 @@ def _shift(state: Tensor) -> Tensor:
 
 
 class _Entries(NamedTuple):
-    """Of each entry [n, v]: S and T, log_ratio (log T - log S, for reverse_kl log S - log T),
-    `plain`, the term of the divergence's sum as it is defined, and the unnormalised gradient.
+    """Of each entry [n, v]: S and T; their log ratio, log T - log S, or of forward_kl
+    log S - log T; the unnormalised gradient; the terms of the divergence's sum as they are defined,
+    where they cost nothing more.
     """
 
     s: Tensor
     t: Tensor
     log_ratio: Tensor
-    plain: Tensor
     unnormalised: Tensor
+    plain: Tensor | None
 
 
 def _entries(z: Tensor, z_t: Tensor, divergence: Divergence, state: Tensor) -> _Entries:
     """Overwrites the logits."""
-    # d = log T - log S: the difference of the logits less that of their normalisers has the digits
-    # of d, where log T - log S has only those of log T.
-    d = (z_t - z).sub_(_shift(state)[:, None])
+    # The difference of the logits less that of their normalisers has the digits of a small log
+    # ratio, where log T - log S has only those of log T.
+    if divergence.name == "forward_kl":
+        log_ratio = (z - z_t).add_(_shift(state)[:, None])
+    else:
+        log_ratio = (z_t - z).sub_(_shift(state)[:, None])
     s, t = _log_p(z, state[STUDENT]).exp_(), _log_p(z_t, state[TEACHER]).exp_()
     if divergence.name == "forward_kl":
-        return _Entries(s, t, d, _product(d, t), -t)
+        return _Entries(s, t, log_ratio, -t, None)
     if divergence.name == "reverse_kl":
-        r = d.neg_()
-        plain = _product(r, s)
-        return _Entries(s, t, r, plain, plain)
-    # log S - log M = -log(1 + b (e^d - 1)), exactly 0 where S = T. For d > 0 the roles swap, so
-    # that the exponential never overflows.
-    b = divergence.beta
+        unnormalised = _product(log_ratio, s).neg_()
+        return _Entries(s, t, log_ratio, unnormalised, unnormalised)
+    # With d = log T - log S: log S - log M = -log(1 + b (e^d - 1)), exactly 0 where S = T. For
+    # d > 0 the roles swap, so that the exponential never overflows.
+    b, d = divergence.beta, log_ratio
     share = (d > 0).to(d.dtype).mul_(1 - 2 * b).add_(b)
     larger = share.mul_(d.abs().neg_().expm1_()).log1p_().neg_()
     unnormalised = _product(larger - d.clamp(min=0), s).mul_(1 - b)
-    plain = _product(larger.add_(d.clamp(max=0)), t).mul_(b).add_(unnormalised)
-    return _Entries(s, t, d, plain, unnormalised)
+    plain = _product(larger.add_(d.clamp_(max=0)), t).mul_(b).add_(unnormalised)
+    return _Entries(s, t, d, unnormalised, plain)
 
 
-def _terms(entries: _Entries, divergence: Divergence) -> tuple[Tensor, Tensor | float]:
-    """(the terms of the divergence's sum, made non-negative by something that adds up to 0;
-    that): csrc/divergence.h says how.
-    """
-    s, t, log_ratio, plain, _ = entries
+def _plain(entries: _Entries) -> Tensor:
+    if entries.plain is not None:
+        return entries.plain
+    return _product(entries.log_ratio, entries.t).neg_()  # forward_kl
+
+
+def _terms(entries: _Entries, divergence: Divergence) -> Tensor:
+    """The same plus what adds up to 0, so that none is negative: csrc/divergence.h says how."""
     if divergence.name == "jsd":
-        return plain, 0.0
-    p, q = (s, t) if divergence.name == "reverse_kl" else (t, s)
-    near = log_ratio.neg().expm1_().add_(log_ratio).mul_(p)
-    zero_sum = q - p
-    return torch.where(log_ratio.abs() < 0.35, near, plain + zero_sum), zero_sum
+        return _plain(entries)
+    p, q = (entries.t, entries.s)[:: 1 if divergence.name == "forward_kl" else -1]
+    # p (exp(l) - 1 - l), l = log q - log p: exp(l) overflows only where p is no normal number.
+    terms = entries.log_ratio.expm1().sub_(entries.log_ratio).mul_(p)
+    return torch.where(p < torch.finfo(p.dtype).tiny, q, terms)
 
 
 def _add_sums(entries: _Entries, rule: Rule, state: Tensor) -> None:
-    terms, zero_sum = _terms(entries, rule.divergence)
+    terms = _terms(entries, rule.divergence)
     state[rows_of.DIVERGENCE] += terms.sum(-1).clamp_(min=0.0)
     state[rows_of.UNNORMALISED] += entries.unnormalised.sum(-1)
     clip = rule.entry_clip
     if clip is not None:
-        over = entries.plain > clip.threshold
-        bounded = torch.where(over, zero_sum + clip.threshold, terms)
-        state[rows_of.CLIPPED] += bounded.sum(-1)
+        s, t = entries.s, entries.t
+        zero_sum = {"forward_kl": s - t, "reverse_kl": t - s, "jsd": 0.0 * s}[rule.divergence.name]
+        over = _plain(entries) > clip.threshold
+        state[rows_of.CLIPPED] += torch.where(over, zero_sum + clip.threshold, terms).sum(-1)
         state[rows_of.COUNT] += over.sum(-1)
         clipped = _clipped_unnormalised(entries, rule.divergence, clip)
         state[rows_of.CLIPPED_UNNORMALISED] += clipped.sum(-1)
@@ -286,7 +291,7 @@ def _clipped_unnormalised(entries: _Entries, divergence: Divergence, clip: Clip)
     # d(s log s/t) = log s/t + 1: the constant vanishes from the unclipped gradient only.
     p = entries.unnormalised
     everything = p + entries.s if divergence.name == "reverse_kl" else p
-    return everything.masked_fill(entries.plain > clip.threshold, 0.0)
+    return everything.masked_fill(_plain(entries) > clip.threshold, 0.0)
 
 
 def _product(log_ratio: Tensor, p: Tensor) -> Tensor:
