@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opsd.cli.evaluate_arguments import THINKING, Settings
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import write_file, write_json, write_lines
@@ -30,6 +29,9 @@ from opsd.grading.grader import Grader
 from opsd.models.load import stop_ids
 from opsd.report.evaluation_page import page
 from opsd.rollout import SAMPLERS, Sampler, Sampling, check_engine, evaluation_server
+
+if TYPE_CHECKING:
+    from opsd.cli.evaluate_arguments import Settings
 
 RUNS = Path("runs/eval")
 NO_DATE = "2000-01-01"
@@ -106,7 +108,7 @@ def evaluate_command(asked: Settings) -> None:
 
 def _thinking(asked: Settings, benchmark: Benchmark, subject: Subject) -> bool | None:
     """What the chat template is told; None where it is told nothing, or would not listen."""
-    wanted = benchmark.convention.thinking if asked.thinking is None else THINKING[asked.thinking]
+    wanted = benchmark.convention.thinking if asked.thinking is None else asked.enable_thinking
     if wanted is None or subject.switches_thinking:
         return wanted
     if asked.thinking is not None:

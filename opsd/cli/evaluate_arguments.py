@@ -50,6 +50,11 @@ class Settings:
     gpu_memory: float
     output: str | None
 
+    @property
+    def enable_thinking(self) -> bool | None:
+        """What the chat template is told of `thinking`; None: nothing."""
+        return THINKING.get(self.thinking)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `opsd eval`."""

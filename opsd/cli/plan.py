@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig
 
-from opsd.cli.plan_arguments import Asked
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.format import duration, number, size
@@ -20,6 +20,9 @@ from opsd.plan.suggestions import fit
 from opsd.plan.time_estimate import READING_SHARE, TRAINING_SHARE, plan_work
 from opsd.plan.workload import Lengths, count_tokens, sample_groups
 from opsd.training.micro_batches import stream_tokens
+
+if TYPE_CHECKING:
+    from opsd.cli.plan_arguments import Asked
 
 
 def plan_command(asked: Asked) -> None:

@@ -33,13 +33,14 @@ def read_file(path: Path, section: str) -> Iterator[Any]:
     if kind == ".parquet":
         yield from _parquet(path, section)
         return
-    where = f"{section}.source: {str(path)!r}"
+    name = repr(str(path))
+    where = f"{section}.source: {name}"
     try:
         with _open(path) as file:
             if kind in TABLES:
                 yield from _table(file, TABLES[kind], where)
             else:
-                yield from _json(file, kind == ".json", where)
+                yield from _json(file, kind == ".json", section, name)
     except UserError:
         raise
     except UnicodeDecodeError as error:
@@ -53,8 +54,9 @@ def _open(path: Path) -> TextIO:
     return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
-def _json(file: TextIO, one_value: bool, where: str) -> Iterator[Any]:
+def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[Any]:
     """Objects one a line; of a .json file also one list of them, alone or under a key."""
+    where = f"{section}.source: {name}"
     if one_value:
         first = next((line for line in file if line.strip()), "")
         more = any(line.strip() for line in file)
@@ -64,7 +66,7 @@ def _json(file: TextIO, one_value: bool, where: str) -> Iterator[Any]:
             return
     for number, line in enumerate(file, start=1):
         if line.strip():
-            yield _line(line, number, one_value, where)
+            yield _line(line, number, one_value, section, name)
 
 
 def _is_record(line: str, alone: bool) -> bool:
@@ -115,7 +117,7 @@ def _is_chat(message: dict) -> bool:
     return {"role", "content"} <= message.keys() or {"from", "value"} <= message.keys()
 
 
-def _line(line: str, number: int, one_value: bool, where: str) -> Any:
+def _line(line: str, number: int, one_value: bool, section: str, name: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
@@ -123,12 +125,12 @@ def _line(line: str, number: int, one_value: bool, where: str) -> Any:
         if one_value:
             expected += ", or one list of objects, alone or under a key"
         raise UserError(
-            f"{where.replace(': ', f': line {number} of ', 1)} is not valid JSON ({error.msg} at "
-            f"column {error.colno}); expected {expected}"
+            f"{section}.source: line {number} of {name} is not valid JSON ({error.msg} at column "
+            f"{error.colno}); expected {expected}"
         ) from error
     except (ValueError, RecursionError) as error:  # an endless number, or nesting without end
         raise UserError(
-            f"{where.replace(': ', f': line {number} of ', 1)} cannot be read ({error})"
+            f"{section}.source: line {number} of {name} cannot be read ({error})"
         ) from error
 
 

@@ -21,6 +21,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def kind_of(value: Any) -> str:
+    """A value's kind in words, for a message."""
     kinds = {list: "a list", dict: "an object", float: "a fraction", bool: "true or false"}
     return kinds.get(type(value), f"of type {type(value).__name__}") + (
         f" ({value!r})" if isinstance(value, int | float) else ""
@@ -28,6 +29,7 @@ def kind_of(value: Any) -> str:
 
 
 def check_names(field: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises UserError for a name that is not known, with the nearest that is."""
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
@@ -37,6 +39,7 @@ def check_names(field: str, given: Iterable[str], known: Sequence[str]) -> None:
 
 
 def stored(source: str, split: str, options: dict, section: str) -> Iterable[Any]:
+    """The records of a file, a saved directory or a dataset on the hub."""
     path = Path(source).expanduser()
     if path.exists():
         check_names(f"{section}.options", options, ())
@@ -103,6 +106,7 @@ def _first_line(error: Exception) -> str:
 
 
 def draw(source: str, size: int, seed: int, options: dict, section: str) -> Iterable[Any]:
+    """Problems of a reasoning_gym task."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS

@@ -72,6 +72,7 @@ def draw_accuracy(axes: "Axes", series: Sequence[Series], x_label: str) -> None:
 
 
 def colour_of(series: Series) -> str:
+    """A method's colour, the same in every plot."""
     return COLOURS.get(series.key, OTHER)
 
 

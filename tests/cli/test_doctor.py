@@ -14,6 +14,7 @@ import pytest
 
 from opsd.cli import doctor
 from opsd.cli.doctor import Finding, run_doctor
+from opsd.common.system import memory, processor, usable_cores
 from opsd.quickstart import GB
 
 
@@ -104,10 +105,10 @@ def test_memory(total, available, problem):
 
 
 def test_this_machine_is_read_plausibly():
-    total, available = doctor.memory()
+    total, available = memory()
     assert 0 < available <= total
-    assert doctor.usable_cores() >= 1
-    assert doctor.processor()[0]
+    assert usable_cores() >= 1
+    assert processor()[0]
 
 
 def test_disk(monkeypatch, tmp_path):

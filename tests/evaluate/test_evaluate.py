@@ -19,8 +19,9 @@ from opsd.cli.main import main, parser
 from opsd.common.errors import UserError
 from opsd.data.rows import Row
 from opsd.evaluate.answers import Completion, CompletionLog, Shard, claim, read_completions
-from opsd.evaluate.result import final_part, grade_all, measure, powers, remarks, table
+from opsd.evaluate.result import grade_all, measure, powers, remarks, table
 from opsd.grading.grader import Grader
+from opsd.grading.thoughts import final_part
 from opsd.report.evaluation_page import MAX_CHARACTERS, MAX_SAMPLES, page
 
 ROOT = Path(__file__).parents[2]

@@ -15,21 +15,20 @@ from opsd.common.files import read_lines
 from opsd.config.load import save_config
 from opsd.models.load import load_model
 from opsd.quickstart.worksheet import WorksheetGrader
-from opsd.training import run as training
+from opsd.runs.directory import claim_directory
 from opsd.training.checkpoints import PART, Checkpoints
+from opsd.training.run import run
 
 
 def execute(config, **more):
     model, tokenizer = load_model(config.model)
     torch.manual_seed(config.train.seed)
     rows, held_out = ROWS[:12], ROWS[12:]
-    return training.run(
-        config, model, tokenizer, rows, held_out, WorksheetGrader(), quiet(), **more
-    )
+    return run(config, model, tokenizer, rows, held_out, WorksheetGrader(), quiet(), **more)
 
 
 def claimed(config):
-    training.claim_directory(Path(config.output.dir), config, False)
+    claim_directory(Path(config.output.dir), config, False)
     return config
 
 
