@@ -1,12 +1,26 @@
 """What the compiled backends' functions take: the structures of csrc/cpu.h, built from tensors."""
 
 import ctypes
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from opsd_kernels.divergence import CLIPS, DIVERGENCES, LogitTransform, Rule
 from opsd_kernels.tiles.logits import Logits
+
+INTERFACE = 2  # OPSD_INTERFACE of csrc/cpu.h
+
+
+def load_library(path: Path, interface: str) -> ctypes.CDLL:
+    """OSError where it does not load, or was built from sources of another interface; its function
+    `interface` says of which.
+    """
+    library = ctypes.CDLL(str(path))
+    found = getattr(library, interface)() if hasattr(library, interface) else None
+    if found != INTERFACE:
+        raise OSError("it was built from other sources than this Python code's: build it again")
+    return library
 
 
 class Transform(ctypes.Structure):

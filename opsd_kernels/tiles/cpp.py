@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.divergence import LogitTransform, Rule
-from opsd_kernels.tiles.c_interface import Options, Tile, options, pointer, tile
+from opsd_kernels.tiles.c_interface import Options, Tile, load_library, options, pointer, tile
 from opsd_kernels.tiles.logits import Logits
 
 TEMPORARIES = 0  # works in place
@@ -34,7 +34,7 @@ def _library() -> ctypes.CDLL:
     # visible to all, and its threads. A torch that has none, or hides it, leaves the system's.
     if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(str(LIBRARY))
+    library = load_library(LIBRARY, "opsd_interface")
     shape, described = ctypes.POINTER(Tile), ctypes.POINTER(Options)
     for name, arguments in (
         ("normalisers", ()),

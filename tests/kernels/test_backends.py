@@ -10,7 +10,7 @@ from helpers.kernel_cases import DIVERGENCES, check, make
 import opsd_kernels
 from opsd_kernels import Clip, LogitTransform, resolve
 from opsd_kernels.divergence import Rule
-from opsd_kernels.tiles import cpp
+from opsd_kernels.tiles import c_interface, cpp
 from opsd_kernels.tiles import state as states
 from opsd_kernels.tiles.logits import Logits
 
@@ -52,6 +52,17 @@ def test_a_broken_library(monkeypatch, tmp_path):
     cpp._library.cache_clear()
     try:
         assert "does not load" in cpp.unusable_because()
+    finally:
+        monkeypatch.undo()
+        cpp._library.cache_clear()
+
+
+def test_a_library_of_other_sources(monkeypatch):
+    """One that an earlier checkout built would read our structures as others."""
+    monkeypatch.setattr(c_interface, "INTERFACE", c_interface.INTERFACE + 1)
+    cpp._library.cache_clear()
+    try:
+        assert "was built from other sources" in cpp.unusable_because()
     finally:
         monkeypatch.undo()
         cpp._library.cache_clear()
