@@ -7,18 +7,25 @@ The library holds the CUDA runtime but not torch, and loads on a machine without
 import contextlib
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from opsd_kernels.divergence import LogitTransform, Rule
-from opsd_kernels.tiles.c_interface import Options, Tile, load_library, options, pointer, tile
+from opsd_kernels.tiles.c_interface import (
+    Options,
+    Tile,
+    find_library,
+    load_library,
+    options,
+    pointer,
+    tile,
+)
 from opsd_kernels.tiles.logits import Logits
 
 OLDEST_DEVICE = (8, 0)  # compute capability
 TEMPORARIES = 8 / 4096  # each chunk's eight sums
-LIBRARY = Path(__file__).parent.parent / "libopsd_cuda.so"
+LIBRARY = find_library("libopsd_cuda.so")
 
 
 def unusable_because() -> str | None:
