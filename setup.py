@@ -41,7 +41,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 # A100 and its kin, Hopper, Blackwell, and PTX for what comes after: those of them that nvcc knows.
-GPUS = ("80", "90a", "100")
+GPUS = ("80", "90a", "100", "120")
 
 NO_COMPILER = (
     "No C++ compiler was found: opsd is built without the C++ kernels; on the CPU the torch backend"

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+from opsd_kernels import backends
+from opsd_kernels.resolve import resolve
+
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers", "opsd")
 
 
@@ -19,12 +22,26 @@ def describe() -> dict:
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "gpu": _gpu(),
+        "backend": backend("cuda" if torch.cuda.is_available() else "cpu"),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "opsd_kernels", "csrc")),
     }
+
+
+def backend(device: str) -> str:
+    """The backend that serves our calls there. Exits rather than measure the plain torch one where
+    the compiled one is meant.
+    """
+    name = resolve("auto", torch.device(device, 0 if device == "cuda" else None), torch.float32)
+    if name == "torch":
+        raise SystemExit(
+            f"benchmarks: no compiled backend serves {device}, and nothing is measured with "
+            f"another in its place: {backends()}"
+        )
+    return name
 
 
 def version(distribution: str) -> str | None:

@@ -4,6 +4,9 @@
 
 #include <stdint.h>
 
+// Changes with every structure and signature below; opsd_kernels/tiles/c_interface.py has the same.
+#define OPSD_INTERFACE 2
+
 extern "C" {
 
 // From a product h W^T + bias to the logit; softcap 0: none.

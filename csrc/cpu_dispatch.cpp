@@ -64,6 +64,8 @@ opsd_options with_threads(const opsd_options* options) {
 
 #define OPSD_EXPORT extern "C" __attribute__((visibility("default")))
 
+OPSD_EXPORT int32_t opsd_interface() { return OPSD_INTERFACE; }
+
 OPSD_EXPORT const char* opsd_instruction_set() { return chosen->name; }
 
 // Tests run every variant that works here. Returns 0 if `name` is none.

@@ -200,7 +200,7 @@ __device__ __forceinline__ void store_sums(const float (&sums)[COUNT], float* pa
 template <bool SOFTCAP>
 __global__ void __launch_bounds__(THREADS) normalisers(opsd_tile tile, Numbers o) {
   const bool teacher = blockIdx.y == 1;
-  const Transform& t = teacher ? o.teacher : o.student;
+  const Transform t = teacher ? o.teacher : o.student;
   const Place place(tile.v, o);
   const float* row = teacher ? tile.teacher + place.row * tile.teacher_stride
                              : tile.student + place.row * tile.student_stride;
@@ -501,6 +501,16 @@ OPSD_EXPORT int64_t opsd_cuda_partials(int64_t n, int64_t v) {
 
 OPSD_EXPORT const char* opsd_cuda_error(int32_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+OPSD_EXPORT int32_t opsd_cuda_interface() { return OPSD_INTERFACE; }
+
+// The CUDA version of the driver (0: there is none) and of the runtime in this library, as 1000 *
+// major + 10 * minor. Needs no device.
+OPSD_EXPORT void opsd_cuda_versions(int32_t* driver, int32_t* runtime) {
+  *driver = *runtime = 0;
+  cudaDriverGetVersion(driver);
+  cudaRuntimeGetVersion(runtime);
 }
 
 OPSD_EXPORT int32_t opsd_cuda_normalisers(const opsd_tile* tile, const opsd_options* options,

@@ -8,10 +8,17 @@
 >>> loss.backward()
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from opsd_kernels.divergence import Clip, Divergence, LogitTransform
 from opsd_kernels.linear import LinearDivergence, linear_divergence
 from opsd_kernels.log_prob import LinearLogProb, linear_log_prob
 from opsd_kernels.resolve import backends
+
+try:
+    __version__ = version("opsd")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+source"
 
 __all__ = [
     "Clip",
@@ -19,6 +26,7 @@ __all__ = [
     "LinearDivergence",
     "LinearLogProb",
     "LogitTransform",
+    "__version__",
     "backends",
     "linear_divergence",
     "linear_log_prob",

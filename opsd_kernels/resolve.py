@@ -1,9 +1,11 @@
 """Which backend serves a call: decided here and nowhere else.
 
 `auto` takes, of the usable ones: for fp64 torch; on the CPU cpp, then torch; on a CUDA device
-cuda, then triton, then torch; elsewhere torch. On the CPU that order is measured (benchmarks/). On
-CUDA it is not: no GPU has run either yet. Both go over memory equally often (docs/gpu.md); cuda
-comes first since its launches cost the host less and it compiles nothing at run time.
+triton, then cuda, then torch; elsewhere torch. On the CPU that order is measured (benchmarks/). On
+CUDA it is not: until a benchmark has shown cuda to be faster there, triton comes first.
+
+The compute capability of the call's device is looked at too: cuda has code for 8.0 and later, so
+that a T4 or V100 gets triton.
 """
 
 import importlib
@@ -22,7 +24,7 @@ _BACKENDS = {
     "triton": triton.unusable_because(),
     "cuda": cuda.unusable_because(),
 }
-_FASTEST_FIRST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+_FASTEST_FIRST = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 _NO_DEVICE = "no CUDA device"
 
 
@@ -58,6 +60,8 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if device.type != own and not (device.type == "cpu" and _serves_cpu(name)):
         served = "the CPU" if name == "cpp" else "CUDA devices"
         raise ValueError(f"backend: got {name!r} for tensors on {device}, it serves {served} only")
+    if reason := _device_lacks(name, device):
+        raise ValueError(f"backend: got {name!r}, which is unusable here: {reason}")
     return name
 
 
@@ -65,16 +69,30 @@ def _fastest(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float64 or device.type not in _FASTEST_FIRST:
         return "torch"
     candidates = _FASTEST_FIRST[device.type]
+    reasons = ""
     for name in candidates:
-        if _BACKENDS[name] is None:
+        reason = _BACKENDS[name] or _device_lacks(name, device)
+        if reason is None:
             return name
-    reasons = "; ".join(f"{name!r}: {_BACKENDS[name]}" for name in candidates)
+        reasons += f"{'; ' if reasons else ''}{name!r}: {reason}"
     warnings.warn(
         f"opsd_kernels: using the slower torch backend, because of {reasons}",
         RuntimeWarning,
         stacklevel=4,
     )
     return "torch"
+
+
+def _device_lacks(name: str, device: torch.device) -> str | None:
+    """Why the device cannot run a GPU backend, if so."""
+    if device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    least: tuple[int, int] = load(name).OLDEST_DEVICE
+    if capability >= least:
+        return None
+    had, needed = (".".join(map(str, x)) for x in (capability, least))
+    return f"{device} has compute capability {had}, and {name} needs {needed}"
 
 
 def _serves_cpu(name: str) -> bool:

@@ -1,12 +1,41 @@
 """What the compiled backends' functions take: the structures of csrc/cpu.h, built from tensors."""
 
 import ctypes
+from importlib.metadata import distributions
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from opsd_kernels.divergence import CLIPS, DIVERGENCES, LogitTransform, Rule
 from opsd_kernels.tiles.logits import Logits
+
+INTERFACE = 2  # OPSD_INTERFACE of csrc/cpu.h
+
+
+def find_library(name: str) -> Path:
+    """Beside this package; for a checkout in which nothing was built, that of the installed package
+    (`load_library` refuses one of other sources).
+    """
+    own = Path(__file__).parents[1] / name
+    if own.exists():
+        return own
+    for installed in distributions(name="opsd"):
+        place = Path(str(installed.locate_file(f"opsd_kernels/{name}")))
+        if place.exists():
+            return place
+    return own
+
+
+def load_library(path: Path, interface: str) -> ctypes.CDLL:
+    """OSError where it does not load, or was built from sources of another interface; its function
+    `interface` says of which.
+    """
+    library = ctypes.CDLL(str(path))
+    found = getattr(library, interface)() if hasattr(library, interface) else None
+    if found != INTERFACE:
+        raise OSError("it was built from other sources than this Python code's: build it again")
+    return library
 
 
 class Transform(ctypes.Structure):

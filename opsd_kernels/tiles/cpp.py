@@ -4,18 +4,25 @@
 
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from opsd_kernels.divergence import LogitTransform, Rule
-from opsd_kernels.tiles.c_interface import Options, Tile, options, pointer, tile
+from opsd_kernels.tiles.c_interface import (
+    Options,
+    Tile,
+    find_library,
+    load_library,
+    options,
+    pointer,
+    tile,
+)
 from opsd_kernels.tiles.logits import Logits
 
 TEMPORARIES = 0  # works in place
 CPU = torch.device("cpu")
-LIBRARY = Path(__file__).parent.parent / "libopsd_cpu.so"
+LIBRARY = find_library("libopsd_cpu.so")
 
 
 def unusable_because() -> str | None:
@@ -34,7 +41,7 @@ def _library() -> ctypes.CDLL:
     # visible to all, and its threads. A torch that has none, or hides it, leaves the system's.
     if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(str(LIBRARY))
+    library = load_library(LIBRARY, "opsd_interface")
     shape, described = ctypes.POINTER(Tile), ctypes.POINTER(Options)
     for name, arguments in (
         ("normalisers", ()),

@@ -7,17 +7,25 @@ The library holds the CUDA runtime but not torch, and loads on a machine without
 import contextlib
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from opsd_kernels.divergence import LogitTransform, Rule
-from opsd_kernels.tiles.c_interface import Options, Tile, options, pointer, tile
+from opsd_kernels.tiles.c_interface import (
+    Options,
+    Tile,
+    find_library,
+    load_library,
+    options,
+    pointer,
+    tile,
+)
 from opsd_kernels.tiles.logits import Logits
 
+OLDEST_DEVICE = (8, 0)  # compute capability
 TEMPORARIES = 8 / 4096  # each chunk's eight sums
-LIBRARY = Path(__file__).parent.parent / "libopsd_cuda.so"
+LIBRARY = find_library("libopsd_cuda.so")
 
 
 def unusable_because() -> str | None:
@@ -25,15 +33,33 @@ def unusable_because() -> str | None:
     if not LIBRARY.exists():
         return "the CUDA kernels are not built; with nvcc at hand run: OPSD_CUDA=1 pip install -e ."
     try:
-        _library()
+        return too_old(*versions())
     except OSError as error:
         return f"{LIBRARY} does not load: {error}"
-    return None
+
+
+def versions() -> tuple[int, int]:
+    """CUDA's of the driver (0: there is none) and of the library: 1000 * major + 10 * minor."""
+    driver, runtime = ctypes.c_int32(), ctypes.c_int32()
+    _library().opsd_cuda_versions(ctypes.byref(driver), ctypes.byref(runtime))
+    return driver.value, runtime.value
+
+
+def too_old(driver: int, runtime: int) -> str | None:
+    """What is wrong with a driver for the library, if there is one: within a major version of CUDA
+    any will do.
+    """
+    if driver == 0 or driver // 1000 >= runtime // 1000:
+        return None
+    return (
+        f"the driver is of CUDA {driver // 1000}.{driver % 1000 // 10}, and the kernels were built "
+        f"with CUDA {runtime // 1000}: update the driver, or build them with an older nvcc"
+    )
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(LIBRARY))
+    library = load_library(LIBRARY, "opsd_cuda_interface")
     address, described = ctypes.c_void_p, ctypes.POINTER(Options)
     for name, arguments in (
         ("normalisers", ()),
@@ -68,7 +94,7 @@ def _call(name: str, shape: Tile, rule: Rule, state: Tensor, *arguments) -> None
         reason = library.opsd_cuda_error(status).decode()
         raise RuntimeError(
             f"opsd_kernels: the CUDA kernel {name} did not start on {device}: {reason} "
-            "(it needs compute capability 8.0)"
+            f"(it needs compute capability {'.'.join(map(str, OLDEST_DEVICE))})"
         )
 
 

@@ -18,6 +18,7 @@ from opsd_kernels.tiles.logits import Logits
 
 TEMPORARIES = 6 / 2048  # each chunk's six sums
 OLDEST = (3, 6)
+OLDEST_DEVICE = (7, 0)  # compute capability
 # Entries of a chunk, the work of one program: 16 of each role a thread. Fixed, so that a row's sum
 # does not depend on the device.
 CHUNK, WARPS = 2048, 4

@@ -4,12 +4,30 @@ dtype, and the dense reference in fp64, which is the truth.
 
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 from torch import Tensor
 
 from opsd_kernels import Clip, Divergence, LogitTransform, linear_divergence, reference
 
-BACKENDS = ("torch", "cpp")
+CPU_BACKENDS = ("torch", "cpp")
+
+
+class OnGpu(str):
+    """A backend's name, in tests whose tensors are made on a GPU (tests/kernels/conftest.py)."""
+
+
+on_gpu = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.device_count(), reason="no CUDA device"),
+)
+GPU_BACKENDS = tuple(
+    pytest.param(OnGpu(name), id=f"{name} on a GPU", marks=on_gpu)
+    for name in ("torch", "triton", "cuda")
+)
+# Every backend where it serves: the same cases on every device.
+BACKENDS = (*CPU_BACKENDS, *GPU_BACKENDS)
+DEVICES = ("cpu", pytest.param("cuda", marks=on_gpu))
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 # Each for its reason: one token and a vocabulary no vector length divides; just over one vector;
 # more tokens than a block and a vocabulary one over a power of two; several blocks of 512 entries.

@@ -23,10 +23,19 @@ from opsd_kernels.tiles import triton as tiles
 from opsd_kernels.tiles import triton_kernels as kernels
 
 POINTERS = {"targets": "*i64"} | dict.fromkeys(
-    ("student", "teacher", "bias", "teacher_bias", "logits", "state", "parts", "row_weight"),
+    ("student", "teacher", "bias", "teacher_bias", "logits", "state", "partials", "row_weight"),
     "*fp32",
 )
-NUMBERS = ("inner", "outer", "inverse", "factor", "beta", "threshold")
+NUMBERS = (
+    "inner",
+    "outer",
+    "teacher_inner",
+    "teacher_outer",
+    "inverse",
+    "factor",
+    "beta",
+    "threshold",
+)
 ROWWISE = {"merge": 128, "add": 128}  # chunks of a row: V = 262144
 
 
@@ -37,11 +46,12 @@ def variants(most_used: bool):
         yield name, {"BLOCK": block}, (), 1
     for softcap, absent in ((False, no_bias),) if most_used else ((False, no_bias), (True, ())):
         common = {"SOFTCAP": softcap, "BLOCK": tiles.CHUNK}
-        yield "normalisers", common, absent, tiles.WARPS
+        both = common | {"TEACHER_SOFTCAP": softcap}
+        yield "normalisers", both, absent, tiles.WARPS
         yield "target", common | {"BLOCK": 128}, absent, 4
         yield "log_prob_gradient", common, absent, tiles.WARPS
         for kind, clip in itertools.product(range(len(DIVERGENCES)), (False, True)):
-            chosen = common | {"KIND": kind, "CLIP": clip}
+            chosen = both | {"KIND": kind, "CLIP": clip}
             yield "sums", chosen, absent, tiles.WARPS
             for known in (True,) if clip else (True, False):
                 yield "gradient", chosen | {"SUMS_KNOWN": known}, absent, tiles.WARPS
@@ -102,10 +112,36 @@ def resource_usage(binary: str) -> list[dict]:
     return found
 
 
+def instructions(library: str) -> list[dict]:
+    """Of every kernel in a library: how many instructions, branches and loads of each width its
+    code (SASS) has. Straight code: what an entry costs is their number by a thread's entries.
+    """
+    path = triton.knobs.nvidia.cuobjdump.path
+    out = subprocess.run(
+        [path, "--dump-sass", library], capture_output=True, text=True, check=True
+    ).stdout
+    found, target = [], ""
+    for line in out.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            target = match[1]
+        elif match := re.search(r"Function : (\w+)", line):
+            name = re.sub(r".*_cuda_cu_[0-9a-f]{8}\d+", "", match[1])
+            counts = dict.fromkeys(("instructions", "branches", "loads_128", "loads_32"), 0)
+            found.append({"name": name, "target": target, **counts})
+        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line):
+            code, kernel = match[1], found[-1]
+            kernel["instructions"] += code != "NOP"
+            kernel["branches"] += code.split(".")[0] in ("BRA", "BRX")
+            if code.startswith("LDG"):
+                kernel["loads_128" if ".128" in code else "loads_32"] += 1
+    return found
+
+
 if __name__ == "__main__":
     found = {
         "triton_version": triton.__version__,
         "triton": [compile_kernel(*variant) for variant in variants("--most-used" in sys.argv)],
         "cuda": resource_usage(str(cuda.LIBRARY)) if cuda.LIBRARY.exists() else [],
+        "cuda_code": instructions(str(cuda.LIBRARY)) if cuda.LIBRARY.exists() else [],
     }
     print(json.dumps(found, indent=1))

@@ -2,7 +2,8 @@
 
 import torch
 
-from opsd_kernels import Clip, LogitTransform
+from opsd_kernels import Clip, Divergence, LogitTransform
+from opsd_kernels.divergence import Rule
 from opsd_kernels.resolve import load
 from opsd_kernels.tiles import state as states
 from opsd_kernels.tiles.logits import Logits
@@ -58,3 +59,35 @@ def sweep(backend, tensors, cuts, rule, row_weight, dtype, early):
         assert torch.equal(teacher, before[1])
     assert wide[0][:, 0].isnan().all() and wide[0][:, -1].isnan().all()
     return state, student
+
+
+def tile_results(backend: str, student: torch.Tensor, teacher: torch.Tensor) -> list[torch.Tensor]:
+    """State and gradients of all tile functions; overwrites the tiles."""
+    functions, rule = load(backend), Rule(Divergence("jsd"))
+    n = len(student)
+    ones, targets = torch.ones(n), torch.arange(n)
+    state, roles = states.new(n, student, torch.float32), (Logits(student), Logits(teacher))
+    functions.normalisers(*roles, rule, state)
+    functions.sums(*roles, rule, state)
+    functions.gradient_(*roles, rule, state, ones)
+    found = [state, student.clone()]
+    state = states.new_log_prob(n, teacher, torch.float32)
+    functions.log_prob_normalisers(roles[1], targets, rule.transform, state)
+    functions.log_prob_gradient_(roles[1], targets, rule.transform, state, ones)
+    return [*found, state, teacher.clone()]
+
+
+def far_apart(backend: str, path) -> None:
+    """Rows whose offsets exceed 2^31 entries, in files that are empty but for the rows: N V is
+    2.1e9 at 8192 tokens of 262144 entries, and a 32-bit offset would wrap.
+    """
+    n, v, stride = 3, 611, 2**30 + 5
+    close = [3 * torch.randn(n, v) for _ in range(2)]
+    apart = []
+    for k, x in enumerate(close):
+        size = (n - 1) * stride + v
+        memory = torch.from_file(str(path / f"tile{k}"), shared=True, size=size)
+        apart.append(memory.as_strided((n, v), (stride, 1)).copy_(x))
+    assert (n - 1) * stride > 2**31
+    got, want = tile_results(backend, *apart), tile_results(backend, *close)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))

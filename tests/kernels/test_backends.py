@@ -8,9 +8,10 @@ import torch
 from helpers.kernel_cases import DIVERGENCES, check, make
 
 import opsd_kernels
+from benchmarks import machine
 from opsd_kernels import Clip, LogitTransform, resolve
 from opsd_kernels.divergence import Rule
-from opsd_kernels.tiles import cpp
+from opsd_kernels.tiles import c_interface, cpp
 from opsd_kernels.tiles import state as states
 from opsd_kernels.tiles.logits import Logits
 
@@ -52,6 +53,39 @@ def test_a_broken_library(monkeypatch, tmp_path):
     cpp._library.cache_clear()
     try:
         assert "does not load" in cpp.unusable_because()
+    finally:
+        monkeypatch.undo()
+        cpp._library.cache_clear()
+
+
+def test_a_checkout_takes_the_installed_library(monkeypatch, tmp_path):
+    """In a source tree in which nothing was built; what is built beside the package comes first."""
+    assert c_interface.find_library(cpp.LIBRARY.name) == cpp.LIBRARY
+    name = "libof_no_package.so"
+    assert not c_interface.find_library(name).exists()
+    installed = tmp_path / "site-packages"
+    (installed / "opsd_kernels").mkdir(parents=True)
+    (installed / "opsd_kernels" / name).write_bytes(b"")
+    information = installed / "opsd-0.1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Name: opsd\nVersion: 0.1.0\n")
+    monkeypatch.syspath_prepend(installed)
+    assert c_interface.find_library(name) == installed / "opsd_kernels" / name
+
+
+def test_benchmarks_measure_no_other_backend(monkeypatch):
+    assert machine.describe()["backend"] == ("triton" if torch.cuda.device_count() else "cpp")
+    monkeypatch.setitem(resolve._BACKENDS, "cpp", "not built")
+    with pytest.warns(RuntimeWarning), pytest.raises(SystemExit, match=r"benchmarks: .*not built"):
+        machine.backend("cpu")
+
+
+def test_a_library_of_other_sources(monkeypatch):
+    """One that an earlier checkout built would read our structures as others."""
+    monkeypatch.setattr(c_interface, "INTERFACE", c_interface.INTERFACE + 1)
+    cpp._library.cache_clear()
+    try:
+        assert "was built from other sources" in cpp.unusable_because()
     finally:
         monkeypatch.undo()
         cpp._library.cache_clear()

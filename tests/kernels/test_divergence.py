@@ -4,7 +4,15 @@ import itertools
 
 import pytest
 import torch
-from helpers.kernel_cases import BACKENDS, DIVERGENCES, SHAPES, check, make, relative_error
+from helpers.kernel_cases import (
+    BACKENDS,
+    CPU_BACKENDS,
+    DIVERGENCES,
+    SHAPES,
+    check,
+    make,
+    relative_error,
+)
 
 from opsd_kernels import Clip, LogitTransform, linear_divergence, reference, sweep
 from opsd_kernels.divergence import Divergence
@@ -126,7 +134,7 @@ def test_mixtures_next_to_a_role_are_refused_below_fp64():
         torch.testing.assert_close(exact.fused("torch").loss, exact.dense(), rtol=1e-7, atol=0)
         linear_divergence(case.student, case.teacher, case.weight, beta=beta)  # of no jsd
     for beta in (1e-4, 1 - 1e-4):
-        for backend in BACKENDS:
+        for backend in CPU_BACKENDS:
             near = make(6, 301, 8, divergence="jsd", beta=beta)
             exact = near.to(torch.float64).dense()
             assert relative_error(near.fused(backend).loss, exact) < 2e-3
@@ -178,5 +186,5 @@ def test_statistics(backend, clip, divergence):
 def test_a_small_entry_clip_opposes():
     """The trap of method.md, seen: with a tiny threshold most tokens' gradients turn around."""
     case = make(64, 200, 16, clip=Clip("entry", 1e-6))
-    for backend in BACKENDS:
+    for backend in CPU_BACKENDS:
         assert case.fused(backend).inverted_gradient_fraction > 0.5

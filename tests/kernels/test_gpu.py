@@ -1,18 +1,12 @@
-"""On a GPU: the same cases as on the CPU for every GPU backend, and what only a GPU can show.
+"""What only a GPU can show. The cases that every device has are those of the other modules, whose
+`BACKENDS` name the GPU's too.
 
 python -m pytest tests/kernels -m gpu
 """
 
-import itertools
-
 import pytest
-import test_divergence
-import test_edges
-import test_log_prob
-import test_tiles
-import test_torch_features
 import torch
-from helpers.kernel_cases import DIVERGENCES, SHAPES, check, make
+from helpers.kernel_cases import DIVERGENCES, GPU_BACKENDS, make, on_gpu
 
 from opsd_kernels import (
     Clip,
@@ -26,86 +20,15 @@ from opsd_kernels.resolve import load
 from opsd_kernels.tiles import state as states
 from opsd_kernels.tiles.logits import Logits
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.device_count(), reason="no CUDA device"),
-]
+pytestmark = list(on_gpu)
 
 
-@pytest.fixture(params=["torch", "triton", "cuda"])
+@pytest.fixture(params=GPU_BACKENDS)
 def backend(request):
     """Its name; tensors are made on the GPU."""
-    if reason := backends()[request.param]:
-        pytest.skip(reason)
+    assert (reason := backends()[str(request.param)]) is None, reason
     with torch.device("cuda"):
         yield request.param
-
-
-# --- The same cases as on the CPU ---
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_shapes_and_dtypes(backend, divergence, shape):
-    case = make(*shape, divergence=divergence, budget=max(2**20, 60 * shape[1] * 8))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        check(case, dtype, backend)
-
-
-@pytest.mark.parametrize("clip", test_divergence.CLIPS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_options(backend, divergence, clip):
-    test_divergence.test_options(backend, divergence, clip)
-    test_divergence.test_statistics(backend, clip, divergence)
-
-
-def test_gradients(backend):
-    for reduction in ("mean", "none"):
-        test_divergence.test_every_subset_of_gradients(backend, reduction)
-    test_divergence.test_teacher_gets_no_gradient(backend)
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_edge_cases(backend, divergence):
-    edges = test_edges.TestEdges()
-    edges.test_identical_rows_are_exactly_zero(backend, divergence)
-    edges.test_padded_vocabulary(backend, divergence)
-    edges.test_huge_logits(backend, divergence)
-    edges.test_weightless_tokens_leak_nothing(backend, divergence)
-    edges.test_nan_in_a_token_that_counts_is_seen(backend, divergence)
-    for reduction in ("mean", "sum", "none"):
-        edges.test_nothing_to_do(backend, divergence, reduction)
-
-
-def test_strides(backend):
-    test_edges.test_leading_shape_and_strides(backend)
-    test_edges.test_log_prob_of_nothing(backend)
-
-
-@pytest.mark.parametrize("transform", test_tiles.TRANSFORMS)
-def test_tile_functions(backend, transform):
-    for clip, divergence in itertools.product(test_tiles.CLIPS, DIVERGENCES):
-        test_tiles.test_tiles_of_any_size(backend, transform, clip, divergence)
-    test_tiles.test_log_prob_tiles(backend, transform)
-    test_tiles.test_without_a_gradient(backend)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_log_probs(backend, shape):
-    for frozen in (False, True):
-        test_log_prob.test_log_prob(backend, shape, frozen)
-
-
-def test_torch(backend):
-    for reduction in ("mean", "none"):
-        test_torch_features.test_checkpoint_and_repeated_backward(backend, reduction)
-        test_torch_features.test_compile(reduction)
-    test_torch_features.test_compile_log_prob()
-    for per_token in (False, True):
-        test_torch_features.test_opcheck(backend, per_token)
-
-
-# --- What only a GPU can show ---
 
 
 def gradients(case, backend):

@@ -7,10 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import test_traps
 import torch
 from helpers.kernel_cases import DIVERGENCES, LIMITS, check, make, relative_error
-from helpers.tile_cases import CLIPS, TRANSFORMS, N, problem, sweep
+from helpers.tile_cases import CLIPS, TRANSFORMS, N, far_apart, problem, sweep
 
 from opsd_kernels import (
     Clip,
@@ -225,4 +224,4 @@ def test_runs_are_equal_bit_for_bit(backend):
 def test_offsets_beyond_two_to_the_31(backend, tmp_path):
     """On a GPU: test_gpu.py."""
     if DEVICE == "cpu":
-        test_traps.far_apart(backend, tmp_path)
+        far_apart(backend, tmp_path)

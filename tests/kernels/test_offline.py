@@ -15,7 +15,12 @@ from opsd_kernels.tiles import cuda
 from opsd_kernels.tiles import state as states
 from opsd_kernels.tiles.logits import Logits
 
-OFFLINE = Path(__file__).parent / "offline.py"
+TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")
+# A thread's code, the tail of a row included, of which most threads run none: instructions for its
+# 16 entries, and branches (without a soft cap, whose tanh has some).
+MOST_INSTRUCTIONS = {"normalisers": 600, "log_prob_gradient": 480, "sums": 2000, "gradient": 2000}
+MOST_BRANCHES = 30
+OFFLINE = Path(__file__).parents[1] / "helpers" / "offline.py"
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +57,30 @@ def test_cuda_compiled_without_spills(report):
         assert "OPSD_CUDA=1 pip install" in cuda.unusable_because()
         return
     targets = [kernel["target"] for kernel in report["cuda"]]
-    assert set(targets) == {"sm_80", "sm_90a", "sm_100"}
+    assert set(targets) == set(TARGETS)
     assert len({targets.count(target) for target in targets}) == 1  # the same kernels in each
     for kernel in report["cuda"]:
         assert kernel["spilled_bytes"] == kernel["stack_bytes"] == 0, kernel
         # Two blocks of 256 threads on an SM's 65536 registers, at the least.
         assert 0 < kernel["registers"] <= 128 and kernel["shared_bytes"] <= 2048, kernel
+
+
+def test_cuda_loads_16_bytes_at_a_time(report):
+    """A thread's 16 entries of a role are four loads where the row is aligned, and its bias too."""
+    if not cuda.LIBRARY.exists():
+        return
+    seen = set()
+    for kernel in report["cuda_code"]:
+        name = next((n for n in MOST_INSTRUCTIONS if kernel["name"].startswith(n)), None)
+        if name is None:
+            continue
+        seen.add((name, kernel["target"]))
+        roles = 2 if name in ("sums", "gradient") else 1
+        assert kernel["loads_128"] == 8 * roles, kernel
+        if "Lb1EEEv" not in kernel["name"]:  # SOFTCAP, the last parameter
+            assert kernel["branches"] <= MOST_BRANCHES, kernel
+            assert kernel["instructions"] <= MOST_INSTRUCTIONS[name], kernel
+    assert seen == {(name, target) for name in MOST_INSTRUCTIONS for target in TARGETS}
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 0, reason="has a CUDA device")

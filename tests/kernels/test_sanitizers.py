@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
 # After setup.py's own flags, of which -O3 would take a minute.
 COMPILER = """#!/bin/sh
 exec g++ "$@" -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -38,7 +37,7 @@ def run(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "LD_PRELOAD": asan,  # Python itself is built without
         "ASAN_OPTIONS": "detect_leaks=0",
     }
-    command = [sys.executable, HERE / "sanitized.py", library, *arguments]
+    command = [sys.executable, ROOT / "tests" / "helpers" / "sanitized.py", library, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 

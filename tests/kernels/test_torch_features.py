@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.kernel_cases import BACKENDS, make
+from helpers.kernel_cases import BACKENDS, DEVICES, make
 from torch.utils.checkpoint import checkpoint
 
 from opsd_kernels import linear, linear_divergence, linear_log_prob, log_prob
@@ -45,8 +45,9 @@ def test_accumulated_gradients_are_not_aliased():
     torch.testing.assert_close(weight.grad, 2 * first)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compile(reduction):
+def test_compile(reduction, device):
     """As one graph; the second call makes its sizes, temperature and budget symbols."""
 
     def loss(s, t, w, token_weight, temperature, budget):
@@ -73,7 +74,8 @@ def test_compile(reduction):
             torch.testing.assert_close(x, y)
 
 
-def test_compile_log_prob():
+@pytest.mark.parametrize("device", DEVICES)
+def test_compile_log_prob(device):
     student, _, weight = problem()
     targets = torch.randint(0, 60, (10,))
 
@@ -156,7 +158,7 @@ def test_opcheck(backend, per_token):
         clip="token",
         clip_threshold=0.1,
         memory_budget=None,
-        backend=backend,
+        backend=str(backend),
         group=None,
     )
     tensors = (student, teacher, weight, None, None, None, torch.rand(10))
@@ -165,7 +167,7 @@ def test_opcheck(backend, per_token):
         linear._operator.recompute,
         (*(x if x is None else x.detach() for x in tensors), *options),
     )
-    chosen = log_prob.Options(True, True, True, False, 1.0, 1.0, None, None, backend, None)
+    chosen = log_prob.Options(True, True, True, False, 1.0, 1.0, None, None, str(backend), None)
     targets = torch.randint(0, 60, (10,))
     torch.library.opcheck(
         log_prob._operator.forward,

@@ -5,48 +5,13 @@ in test_torch_features.
 
 import pytest
 import torch
-from helpers.kernel_cases import BACKENDS, DIVERGENCES, make, relative_error
+from helpers.kernel_cases import CPU_BACKENDS, DIVERGENCES, make, relative_error
+from helpers.tile_cases import far_apart
 
 from opsd_kernels import Clip, Divergence, linear, log_prob, reference
-from opsd_kernels.divergence import Rule
-from opsd_kernels.resolve import load
-from opsd_kernels.tiles import state as states
-from opsd_kernels.tiles.logits import Logits
 
 
-def tile_results(backend: str, student: torch.Tensor, teacher: torch.Tensor) -> list[torch.Tensor]:
-    """State and gradients of all tile functions; overwrites the tiles."""
-    functions, rule = load(backend), Rule(Divergence("jsd"))
-    n = len(student)
-    ones, targets = torch.ones(n), torch.arange(n)
-    state, roles = states.new(n, student, torch.float32), (Logits(student), Logits(teacher))
-    functions.normalisers(*roles, rule, state)
-    functions.sums(*roles, rule, state)
-    functions.gradient_(*roles, rule, state, ones)
-    found = [state, student.clone()]
-    state = states.new_log_prob(n, teacher, torch.float32)
-    functions.log_prob_normalisers(roles[1], targets, rule.transform, state)
-    functions.log_prob_gradient_(roles[1], targets, rule.transform, state, ones)
-    return [*found, state, teacher.clone()]
-
-
-def far_apart(backend: str, path) -> None:
-    """Rows whose offsets exceed 2^31 entries, in files that are empty but for the rows: N V is
-    2.1e9 at 8192 tokens of 262144 entries, and a 32-bit offset would wrap.
-    """
-    n, v, stride = 3, 611, 2**30 + 5
-    close = [3 * torch.randn(n, v) for _ in range(2)]
-    apart = []
-    for k, x in enumerate(close):
-        size = (n - 1) * stride + v
-        memory = torch.from_file(str(path / f"tile{k}"), shared=True, size=size)
-        apart.append(memory.as_strided((n, v), (stride, 1)).copy_(x))
-    assert (n - 1) * stride > 2**31
-    got, want = tile_results(backend, *apart), tile_results(backend, *close)
-    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_offsets_beyond_two_to_the_31(backend, tmp_path):
     far_apart(backend, tmp_path)
 
@@ -54,7 +19,7 @@ def test_offsets_beyond_two_to_the_31(backend, tmp_path):
 # --- A small divergence is no difference of large sums ---
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_small_divergence_keeps_its_digits(backend, divergence):
     """Nats of 1e-4 from sums of 10: an error of fp32's 1e-7 times 10 would be 1 %."""
@@ -75,7 +40,7 @@ def test_a_small_divergence_keeps_its_digits(backend, divergence):
 # --- dW accumulates in fp32 ---
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_small_gradients_do_not_vanish_in_a_sum_of_blocks(backend):
     """600 equal tokens in blocks of a few: a bf16 sum stands still once it is 256 times what is
     added, and would end below half.
@@ -93,7 +58,7 @@ def test_small_gradients_do_not_vanish_in_a_sum_of_blocks(backend):
 # --- Any upstream gradient ---
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_upstream_gradients_that_are_not_contiguous(backend, frozen):
     """Transposed, every second of a longer one, and expanded from one number."""

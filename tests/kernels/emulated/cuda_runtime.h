@@ -133,6 +133,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return 0;
 }
 
+inline cudaError_t cudaDriverGetVersion(int*) { return 0; }
+inline cudaError_t cudaRuntimeGetVersion(int*) { return 0; }
 inline cudaError_t cudaSetDevice(int) { return 0; }
 inline cudaError_t cudaGetLastError() { return 0; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
