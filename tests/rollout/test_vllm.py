@@ -195,7 +195,7 @@ def server_config(files, directory, fake, **sections):
 
 @pytest.mark.parametrize("method", ["opsd", "grpo"])
 def test_training_by_a_server(method, fake, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("opsd.training.run.Grader", AlternatelyRight)
+    monkeypatch.setattr("opsd.training.run.Grader", lambda strict: AlternatelyRight())
     config = server_config(
         files, tmp_path / "run", fake, method=method, rollout={"group_size": 2, "top_k": 20}
     )
