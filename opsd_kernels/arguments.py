@@ -38,7 +38,7 @@ def _refuse_forward_mode(name: str, x: Tensor) -> None:
     """The derivative forwards is not implemented; unchecked, it would silently be 0."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
-    if forward_ad.unpack_dual(x).tangent is not None:
+    if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise RuntimeError(
             f"{name}: has a forward-mode tangent (torch.func.jvp, jacfwd, forward_ad), which "
             "opsd_kernels does not support: use backward"

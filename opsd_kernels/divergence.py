@@ -31,7 +31,9 @@ class Divergence:
     `beta` (b) is the teacher's share of jsd's mixture, the generalised JSD of GKD (arXiv
     2306.13649). Its limit at b -> 0 or 1 is 0, not a KL: three names, and no b that means a KL.
 
-    Raises ValueError for another name, or a beta that is not strictly between 0 and 1.
+    Raises ValueError for another name, or a beta that is not strictly between 0 and 1. Tensors
+    below fp64 take a beta between 1e-4 and 1 - 1e-4: beyond, the divergence is below their
+    rounding.
     """
 
     name: str = "forward_kl"

@@ -246,7 +246,8 @@ class Gradients:
             for gradient in head:
                 if gradient is not None:
                     gradient /= self.unit
-        return self.d_hidden, *(None if x is None else x.to(dtype) for x in head)
+        d_weight, d_bias = (None if x is None else x.to(dtype) for x in head)
+        return self.d_hidden, d_weight, d_bias
 
     def _narrowed(self, gradient: Tensor) -> Tensor:
         if self.narrow is None:

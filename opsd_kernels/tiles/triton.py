@@ -65,7 +65,7 @@ class _Launch:
         self.n, self.v = self.tile.shape
         self.block = chunk_size(self.v)
         self.chunks = -(-self.v // self.block)
-        self.transform = _inner_outer(transform)
+        self.transform: tuple[float, ...] = _inner_outer(transform)
         self.softcap = {"SOFTCAP": transform.softcap is not None}
         if teacher is not None:
             self.transform += _inner_outer(teacher)
