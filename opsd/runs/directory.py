@@ -237,6 +237,7 @@ def _changed(path: Path, config: Config) -> list[str]:
         f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
         for name in dict.fromkeys([*there, *here])
         if there.get(name) != here.get(name)
+        and (name, there.get(name)) != ("prompts.date", None)  # a run that began without one
         and not any(name == field or name.startswith(f"{field}.") for field in free)
     ]
     more = [f"{len(found) - NAMED} more"] if len(found) > NAMED else []
