@@ -17,7 +17,7 @@ from opsd.plan.architectures import architecture
 from opsd.plan.memory import Planner
 from opsd.plan.suggestions import fit
 from opsd.plan.time_estimate import GPUS, READING_SHARE, TRAINING_SHARE, plan_work
-from opsd.plan.workload import Lengths, count_tokens, samples
+from opsd.plan.workload import Lengths, count_tokens, sample_groups
 from opsd.training.micro_batches import stream_tokens
 
 
@@ -38,7 +38,7 @@ def plan_command(asked: Asked) -> None:
     _check_window(student, lengths)
     planner = Planner(student, lengths, device, asked.gpus)
     memory = planner.memory(config)
-    tokens = count_tokens(config, samples(config, lengths), lengths)
+    tokens = count_tokens(config, sample_groups(config, lengths), lengths)
     work = None
     if gpu is not None:
         work = plan_work(config, student, planner.parameters, tokens, lengths, gpu)
@@ -118,7 +118,7 @@ def _show(config, asked, planner, memory, tokens, work, room, changed) -> None:
 
 def show_plan(config: Config, planner: Planner, display: Display) -> None:
     """Shows the memory and the tokens of a run's steps."""
-    tokens = count_tokens(config, samples(config, planner.lengths), planner.lengths)
+    tokens = count_tokens(config, sample_groups(config, planner.lengths), planner.lengths)
     _show_parts(config, planner, planner.memory(config), tokens, display)
 
 
