@@ -1,7 +1,7 @@
 """Attention over a packed stream by FlexAttention: any width, dtype and soft cap, on a GPU.
 
-The mask is a function of rows: a query sees its own segment and its group's shared keys, unless they
-lie after it or outside the window. FlexAttention skips blocks of which no query sees any key.
+The mask is a function of rows: a query sees its own segment and its group's shared keys, unless
+they lie after it or outside the window. FlexAttention skips blocks of which no query sees any key.
 """
 
 from collections.abc import Callable
