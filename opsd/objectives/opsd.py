@@ -79,7 +79,7 @@ class OPSD:
         self, problems: Sequence[Problem], step: int = 0
     ) -> tuple[list[SampleGroup], dict[str, float]]:
         """Each rollout in both contexts, without those that have no teacher context."""
-        taught = [
+        with_context = [
             [
                 (rollout, outcome, context)
                 for rollout, outcome, context in zip(
@@ -92,10 +92,10 @@ class OPSD:
             ]
             for p in problems
         ]
-        each = [item for items in taught for item in items]
+        each = [item for items in with_context for item in items]
         weights = iter(self.weighting([r for r, _, _ in each], [o for _, o, _ in each]))
         groups = []
-        for p, items in zip(problems, taught, strict=True):
+        for p, items in zip(problems, with_context, strict=True):
             pairs = [
                 (Sample(r.ids, *weight, sampling_log_probs=r.sampling_log_probs), context)
                 for (r, _, context), weight in zip(items, weights, strict=False)

@@ -1,7 +1,7 @@
 """Attention over a packed stream by FlexAttention: any width, dtype and soft cap, on a GPU.
 
-The mask is a function of rows: a query sees its own segment and what its group shares, as far as
-neither lies after it or out of the window. FlexAttention skips blocks that no query of theirs sees.
+The mask is a function of rows: a query sees its own segment and its group's shared keys, unless
+they lie after it or outside the window. FlexAttention skips blocks of which no query sees any key.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def flex_packed_attention(
 ) -> Tensor:
     """`opsd.prefix.attention.packed_attention` by FlexAttention; a CPU has no backward."""
     heads_first = (x.transpose(0, 1)[None] for x in (query.to(value.dtype), key, value))
-    # Run as it is on a CPU, where compiling takes longer than these tests' whole attention.
+    # Not compiled on a CPU, where compiling takes longer than the tests' attention.
     attend = _compiled() if query.is_cuda else flex_attention
     out = attend(
         *heads_first,

@@ -80,7 +80,7 @@ class Layout:
         self.segments: list[Segment] = []
         start = past_start = 0
         for (prefix, _), length in zip(checked, past, strict=True):
-            before = (Span(past_start, length, 0),) if length else ()
+            before: tuple[Span, ...] = (Span(past_start, length, 0),) if length else ()
             self.segments.append(Segment(Span(start, len(prefix), length), before))
             start += len(prefix)
             past_start += length

@@ -112,14 +112,16 @@ def _tiles(layout: Layout, heads: int, window: int | None, backward: bool) -> li
 
 def _pieces(layout: Layout, segment: Segment, scores: int, window: int | None) -> list[Piece]:
     """The segment's queries, cut so that a piece has about `scores` scores a head at most."""
-    whole = segment.queries
-    visible = whole.end if window is None else min(whole.end, whole.length + window)
-    rows = min(whole.length, max(16, scores // visible))
+    row_span = segment.queries
+    visible = row_span.end
+    if window is not None:
+        visible = min(visible, row_span.length + window)
+    rows = min(row_span.length, max(16, scores // visible))
     pieces = []
-    for begin in range(0, whole.length, rows):
-        length = min(rows, whole.length - begin)
-        queries = Span(whole.start + begin, length, whole.position + begin)
-        own = layout.key_rows(Span(whole.start, begin + length, whole.position))
+    for begin in range(0, row_span.length, rows):
+        length = min(rows, row_span.length - begin)
+        queries = Span(row_span.start + begin, length, row_span.position + begin)
+        own = layout.key_rows(Span(row_span.start, begin + length, row_span.position))
         first = 0 if window is None else max(0, queries.position - window + 1)
         spans = [span.since(first) for span in (*segment.before, own) if span.end > first]
         pieces.append(Piece(queries, tuple(spans)))

@@ -15,7 +15,7 @@ from opsd.config.load import merge, parse_config
 from opsd.config.sections import ModelSection
 from opsd.plan.architectures import KNOWN, architecture
 from opsd.plan.memory import RUNTIME, Planner, count_parameters
-from opsd.plan.workload import Lengths, count_tokens, samples
+from opsd.plan.workload import Lengths, count_tokens, sample_groups
 from opsd.quickstart import tiny_model as tiny
 
 PUBLISHED = {
@@ -51,20 +51,20 @@ def test_tokens_of_a_step():
     lengths = Lengths(prompt=10, solution=100, rollout=20)
     rollout = {"group_size": 4, "max_new_tokens": 20}
     config = config_of(rollout=rollout, train={"problems_per_step": 3})
-    tokens = count_tokens(config, samples(config, lengths), lengths)
+    tokens = count_tokens(config, sample_groups(config, lengths), lengths)
     assert tokens.generated == tokens.trained == 3 * 4 * 20
     # The last token of a rollout is only a target.
     assert tokens.alone == 3 * 4 * (10 + 19) + 3 * 4 * (110 + 19)
     assert tokens.student == 3 * (10 + 4 * 19) and tokens.teacher == 3 * (110 + 4 * 19)
     assert tokens.shared == tokens.student + tokens.teacher
     config = config_of(rollout=rollout, train={"problems_per_step": 3}, teacher={"policy": "live"})
-    live = count_tokens(config, samples(config, lengths), lengths)
+    live = count_tokens(config, sample_groups(config, lengths), lengths)
     assert live.teacher == 3 * (100 + 4 * 19)
     config = config_of(method="sft", train={"problems_per_step": 3})
-    sft = count_tokens(config, samples(config, lengths), lengths)
+    sft = count_tokens(config, sample_groups(config, lengths), lengths)
     assert sft.generated == 0 and sft.trained == 3 * 100 and sft.shared == 3 * (10 + 99)
     config = config_of(method="grpo", rollout=rollout, train={"problems_per_step": 3})
-    grpo = count_tokens(config, samples(config, lengths), lengths)
+    grpo = count_tokens(config, sample_groups(config, lengths), lengths)
     assert grpo.shared == 3 * (10 + 4 * 19) and grpo.teacher == 0
 
 
