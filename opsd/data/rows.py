@@ -63,7 +63,7 @@ def load_rows(
     section: str = "data",
     graded: bool = True,
     skip_incomplete: bool = False,
-    note: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """The rows of a source, in its order.
 
@@ -133,7 +133,7 @@ def load_rows(
         raise (
             incomplete[0] if incomplete else UserError(f"{section}.source: {source!r} has no rows")
         )
-    if incomplete:
+    if incomplete and note is not None:
         said = str(incomplete[0]).removeprefix(f"{section}.source: ")
         note(f"{len(incomplete)} rows are left out as incomplete; the first: {said}")
     return rows

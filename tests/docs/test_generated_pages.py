@@ -41,4 +41,5 @@ def test_every_public_name_of_the_kernels_is_on_the_page(pages):
     import opsd_kernels
 
     text = pages["api.md"]()
-    assert all(f"### {name}\n" in text for name in opsd_kernels.__all__)
+    names = [name for name in opsd_kernels.__all__ if name != "__version__"]
+    assert all(f"### {name}\n" in text for name in names)

@@ -109,7 +109,7 @@ def test_gradients_equal_those_of_a_dense_model(policy, checkpointing, files, ad
     }
     config = short_config(*files, Path("unused"), train={"gradient_checkpointing": checkpointing})
     config = config.model_copy(update={"model": section(files)})
-    checkpoint_activations(config, adapted)
+    checkpoint_activations(adapted, config.train.gradient_checkpointing)
     adapted.train()
     objective = OPSD(LossSection(backend="torch"), teachers[policy])
     groups, _ = objective.sample_groups(problems)
@@ -157,7 +157,7 @@ def test_gradients_equal_those_of_a_dense_model(policy, checkpointing, files, ad
 def test_a_run_saves_its_adapter_and_resumes_bit_for_bit(merge, files, tmp_path, capsys):
     precision = "bf16" if merge else "fp32"
     values = {
-        "model": {"lora": {**LORA, "dropout": 0.1}},
+        "model": {"lora": LORA},
         "train": {"precision": precision, "learning_rate": 1e-2},
         "output": {"merge": merge},
     }
