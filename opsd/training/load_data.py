@@ -22,10 +22,11 @@ from opsd.data.rows import Row, load_rows, same_problem, split_rows
 
 
 def load_data(
-    config: Config, note: Callable[[str], None] = lambda text: None
+    config: Config, note: Callable[[str], None] | None = None
 ) -> tuple[list[Row], list[Row]]:
     """The training rows and the held-out ones, with no problem in both; tells what was left out."""
     data, test, seed = config.data, config.eval, config.train.seed
+    note = note or (lambda text: None)
     rows = mixture([(_read(source, config, note), source.weight) for source in sources(data)], seed)
     if test.problems == 0:
         return rows, []

@@ -88,7 +88,7 @@ def test_every_field_is_described():
     assert "(forward_kl | reverse_kl | jsd | sampled_token)" in described["loss.divergence"][1]
 
 
-@pytest.mark.parametrize("old, new", RENAMED.items())
+@pytest.mark.parametrize("old, new", [pair for pair in RENAMED.items() if "." in pair[0]])
 def test_an_old_name_is_told_the_new_one(old, new):
     values = with_overrides({}, [f"{old}=1"])
     with pytest.raises(UserError, match=f"^{re.escape(old)} is called {re.escape(new)} now"):

@@ -15,7 +15,7 @@ from opsd.objectives import GRPO, OPSD, TokenWeighting
 from opsd.objectives.token_classes import CLASSES, class_of, class_table, classes_of
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import Rollout
-from opsd.training import run as training
+from opsd.training.run import train
 
 VERIFIER = """
 def grade(completion, row):
@@ -50,15 +50,15 @@ def test_updates_of_a_step_know_the_weights_it_began_with(
     seen, updates = [], []
     original = kind.loss
 
-    def spy(self, model, samples, totals, share):
-        seen.append((samples, next(model.parameters()).detach().clone()))
+    def spy(self, model, groups, totals, share):
+        seen.append((groups, next(model.parameters()).detach().clone()))
         if len(seen) == 1:
-            for sample in samples:
-                ids = torch.tensor(sample.roles[0].rollout)
-                own = logits(model, sample.roles[0].context, ids.tolist()).log_softmax(-1)
+            for group, sample in ((g, s) for g in groups for s in g.samples):
+                ids = torch.tensor(sample.rollout)
+                own = logits(model, group.student, ids.tolist()).log_softmax(-1)
                 own = own[torch.arange(len(ids)), ids]
                 assert torch.allclose(own, torch.tensor(sample.old_log_probs), atol=1e-4)
-        return original(self, model, samples, totals, share)
+        return original(self, model, groups, totals, share)
 
     step = torch.optim.AdamW.step
     monkeypatch.setattr(
@@ -72,7 +72,7 @@ def test_updates_of_a_step_know_the_weights_it_began_with(
         train={"steps": 1, "mini_batches": 2, "inner_epochs": 2, "save_every": 0},
         eval={"problems": 0},
     )
-    (line,) = read_lines(training.train(config, quiet()) / "metrics.jsonl")
+    (line,) = read_lines(train(config, quiet()) / "metrics.jsonl")
     assert len(updates) == 4 and len(seen) == 4
     assert [s for s, _ in seen[:2]] == [s for s, _ in seen[2:]]  # the same old values, too
     weights = [parameter for _, parameter in seen]
@@ -86,10 +86,10 @@ def test_updates_of_a_step_know_the_weights_it_began_with(
 
 def test_one_update_needs_no_old_values(files, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "opsd.training.accumulate.log_prob_as", lambda *_: pytest.fail("was asked for")
+        "opsd.training.accumulate.rollout_log_prob", lambda *_, **__: pytest.fail("was asked for")
     )
     config = config_of(files, tmp_path / "run", train={"steps": 1, "save_every": 0})
-    training.train(config, quiet())
+    train(config, quiet())
 
 
 def test_mini_batches_are_the_step_where_the_optimizer_does_nothing(files, tmp_path):
@@ -104,7 +104,7 @@ def test_mini_batches_are_the_step_where_the_optimizer_does_nothing(files, tmp_p
             train={"steps": 1, "mini_batches": parts, "learning_rate": 1e-12, "save_every": 0},
             eval={"problems": 0},
         )
-        (line,) = read_lines(training.train(config, quiet()) / "metrics.jsonl")
+        (line,) = read_lines(train(config, quiet()) / "metrics.jsonl")
         losses.append(line["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] > 0
 
@@ -112,13 +112,13 @@ def test_mini_batches_are_the_step_where_the_optimizer_does_nothing(files, tmp_p
 def test_a_run_of_several_updates_resumes_bit_for_bit(files, tmp_path):
     sections = {"train": {"steps": 4, "mini_batches": 2, "inner_epochs": 2, "save_every": 2}}
     whole = config_of(files, tmp_path / "whole", rollout={"dynamic_sampling": 1}, **sections)
-    training.train(whole, quiet())
+    train(whole, quiet())
     again = config_of(files, tmp_path / "again", rollout={"dynamic_sampling": 1}, **sections)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     for name in ("checkpoint-4", "model"):
         shutil.rmtree(tmp_path / "again" / name)
     save_config(again, tmp_path / "again" / "config.yaml")
-    training.train(again, quiet(), resume=True)
+    train(again, quiet(), resume=True)
     weights = [
         load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "again")
     ]
@@ -139,7 +139,7 @@ def test_other_problems_are_drawn_for_those_that_say_nothing(files, tmp_path):
         train={"steps": 1, "save_every": 0},
         eval={"problems": 0},
     )
-    (line,) = read_lines(training.train(config, quiet()) / "metrics.jsonl")
+    (line,) = read_lines(train(config, quiet()) / "metrics.jsonl")
     assert line["generated_tokens"] > 2 * 4 * 4 and line["loss"] == 0
     assert line["informative_groups"] == 0
     sampled = config_of(
@@ -149,7 +149,7 @@ def test_other_problems_are_drawn_for_those_that_say_nothing(files, tmp_path):
         train={"steps": 1, "save_every": 0},
         eval={"problems": 0},
     )
-    (line,) = read_lines(training.train(sampled, quiet()) / "metrics.jsonl")
+    (line,) = read_lines(train(sampled, quiet()) / "metrics.jsonl")
     assert line["informative_groups"] == 1 and line["grad_norm"] > 0
 
 
@@ -162,7 +162,7 @@ def test_only_right_rollouts_are_learnt_from(files, tmp_path):
         train={"steps": 3, "save_every": 0},
         eval={"problems": 0},
     )
-    lines = read_lines(training.train(config, quiet()) / "metrics.jsonl")
+    lines = read_lines(train(config, quiet()) / "metrics.jsonl")
     for line in lines:
         assert line.get("trained_fraction", 1.0) == pytest.approx(line["correct_fraction"])
     assert any(0 < line["correct_fraction"] < 1 for line in lines)
@@ -193,7 +193,7 @@ def test_the_divergence_is_logged_by_token_class(files, tmp_path):
         train={"steps": 1, "save_every": 0},
         eval={"problems": 0},
     )
-    (line,) = read_lines(training.train(config, quiet()) / "metrics.jsonl")
+    (line,) = read_lines(train(config, quiet()) / "metrics.jsonl")
     parts = [line[f"divergence_{name}"] for name in ("maths", "style", "special", "other")]
     assert sum(parts) == pytest.approx(line["divergence"], rel=1e-5)
     assert parts[0] > 0 and parts[2] > 0 and len(ROWS) > 4
