@@ -318,13 +318,14 @@ def by_trl(case: Case, directory: Path) -> dict:
 def by_opsd(case: Case, directory: Path) -> dict:
     """Our trainer, its rollouts given."""
     from opsd.common.files import read_lines
+    from opsd.common.precision import compute_dtype
     from opsd.config.load import parse_config
     from opsd.data.prompts import Prompts
     from opsd.data.rows import load_rows
-    from opsd.models.load import dtype_of, load_model
+    from opsd.models.load import load_model
     from opsd.models.teacher import make_teacher
     from opsd.objectives import make_objective
-    from opsd.rollout import Rollout
+    from opsd.rollout import Rollout, Sampling
     from opsd.runs.log import RunLog
     from opsd.training.trainer import OPSDTrainer
 
@@ -365,14 +366,14 @@ def by_opsd(case: Case, directory: Path) -> dict:
             return [Rollout(ids, False) for ids in replay(contexts)]
 
     teacher, _ = make_teacher(
-        config.teacher, config.model, dtype_of(config.train.precision), model, tokenizer, model
+        config.teacher, config.model, compute_dtype(config.train.precision), model, tokenizer, model
     )
     trainer = OPSDTrainer(
         config,
         model,
         load_rows(config.data.source),
         prompts,
-        make_objective(config.method, config.loss, teacher, prompts, config.rollout.max_new_tokens),
+        make_objective(config.method, config.loss, teacher, prompts, Sampling.of(config.rollout)),
         Given(),
         RunLog(run),
     )
