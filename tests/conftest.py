@@ -32,6 +32,13 @@ settings.register_profile("thorough", max_examples=10_000, deadline=None)
 settings.load_profile("quick")
 
 
+def pytest_addoption(parser):
+    """How long tests/attacks goes on; see its conftest.py."""
+    group = parser.getgroup("attacks")
+    group.addoption("--attacks", type=int, default=5, help="seeds of each kind of attack")
+    group.addoption("--first-seed", type=int, default=0, help="the first of those seeds")
+
+
 def pytest_runtest_setup(item):
     """A GPU test has the marker `gpu` and no more; without a GPU it is skipped, and counted so."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -1,0 +1,46 @@
+"""Text from outside that a terminal would obey: colours, titles, the clipboard, another order."""
+
+import unicodedata
+
+import pytest
+import yaml
+
+from opsd.cli.main import main
+
+SEQUENCES = [
+    "\x1b[2J", "\x1b[31m", "\x1b]0;title\x07", "\x1b]52;c;aGk=\x07", "\x1b]8;;http://x\x1b\\",
+    "\x1bP1$r0m\x1b\\", "\x1b_x\x1b\\", "\x1b^x\x1b\\", "\x1bc", "\x9b2J", "\x9d0;t\x9c", "\r",
+    "\b", "\n", "\v", "\f", "\t", "\x7f", "\u2028", "\u2029", "\u202e", "\u2066", "\u200b",
+    "\u200d", "\ufeff", "[bold]", "[link=http://x]", "[/]",
+]  # fmt: skip
+
+
+def hostile_text(draw) -> str:
+    """Words with sequences and control characters in between."""
+    pieces = [
+        *SEQUENCES,
+        "a",
+        "word ",
+        "é",
+        "数",
+        chr(draw.randrange(32)),
+        chr(draw.randrange(160)),
+    ]
+    return "".join(draw.choice(pieces) for _ in range(draw.randrange(1, 12)))
+
+
+def obeyed(text: str) -> list[str]:
+    """The characters that a terminal acts upon, or that change how the others look."""
+    return [c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Cs")]
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tmp_path / "c.yaml"
+
+
+def test_an_error_line_holds_no_control_character(draw, config, capsys):
+    config.write_text(yaml.safe_dump({"model": {"path": "m"}, hostile_text(draw): 1}))
+    assert main(["train", str(config)]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("opsd: ") and obeyed(line) == ["\n"]
