@@ -413,6 +413,11 @@ class OutputSection(Section):
         description="model.lora: make model/ the whole model, adapters added in; they are in "
         "adapter/.",
     )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Of the weights in model/. auto: of a whole model, what the base model's files "
+        "have; of adapters, fp32. Checkpoints are always as it trains.",
+    )
     push_to_hub: str | None = Field(
         None, description="Upload model/ to this hub repository (owner/name) at the end."
     )

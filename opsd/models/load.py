@@ -22,6 +22,7 @@ from opsd.models.copies import contiguous_head
 from opsd.models.generation_config import keep_stop_tokens
 from opsd.models.lora import base_of, four_bits, merge_adapter
 from opsd.models.multimodal import freeze_others
+from opsd.models.weight_files import stored_tensors, usual_dtype
 
 
 def load_model(
@@ -34,7 +35,8 @@ def load_model(
     """The model and its tokenizer; in fp32, the dtype of weights that train, unless told otherwise.
 
     For a directory with an adapter: its base model with the adapter added to the weights. `name`
-    is the config's section of the model, for error messages.
+    is the config's section of the model, for error messages. `model.stored_dtype` is what the
+    weights have in their files.
 
     Raises UserError when there is no such model, or its tokenizer has no end-of-sequence token.
     """
@@ -77,6 +79,8 @@ def load_model(
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
+    tensors = {} if section.gguf_file else stored_tensors(section.path, section.revision)
+    model.stored_dtype = usual_dtype(tensors) or torch.float32
     if not placing:
         model = model.to(device)
     freeze_others(model)

@@ -1,5 +1,6 @@
 """What a run saves is whole or not there: written beside its place, then renamed."""
 
+import copy
 import random
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,10 +22,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerState,
+)
 
 from opsd.common.errors import UserError
-from opsd.config.sections import ModelSection
+from opsd.config.sections import ModelSection, OutputSection
 from opsd.distributed.processes import Processes
 from opsd.models.generation_config import as_shipped
 from opsd.models.load import load_model
@@ -41,41 +47,88 @@ def save_model(
     directory: Path,
     name: str = "model",
     state: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write `directory`/`name` (safetensors). Raises UserError when the disk is full.
 
-    `state`: the weights, where those of the model are split over processes.
+    `state`: the weights, where those of the model are split over processes. `dtype`: of what is
+    written; none: the weights' own.
     """
     beside = directory / f"{name}.part"
-    more = {"save_embedding_layers": False} if is_adapted(model) else {}
+    adapted = is_adapted(model)
+    more = {"save_embedding_layers": False} if adapted else {}
     shutil.rmtree(beside, ignore_errors=True)
     with _written_or_removed(beside, model, "the model"), as_shipped(model):
+        if dtype is not None:
+            state = _in_dtype(model.state_dict() if state is None else state, model, dtype)
         model.save_pretrained(beside, state_dict=state, **more)
+        if dtype is not None and not adapted:
+            config_in(model.config, dtype).save_pretrained(beside)
         tokenizer.save_pretrained(beside)
     shutil.rmtree(directory / name, ignore_errors=True)
     beside.rename(directory / name)
+
+
+def _in_dtype(
+    state: Mapping[str, Tensor], model: PreTrainedModel, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The weights in `dtype`, tied ones tied, buffers as they are; beside adapters nothing else."""
+    left = {name for name, _ in model.named_buffers()}
+    if is_adapted(model):
+        left |= {name for name, p in model.named_parameters() if not p.requires_grad}
+        state = {name: tensor for name, tensor in state.items() if name not in left}
+    made = {
+        (t.data_ptr(), t.shape): t.to(dtype) if t.is_floating_point() else t
+        for name, t in state.items()
+        if name not in left
+    }
+    return {name: made.get((t.data_ptr(), t.shape), t) for name, t in state.items()}
+
+
+def config_in(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedConfig:
+    """A copy of the config, and of those inside it, that names this dtype of the weights."""
+    config = copy.deepcopy(config)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
+    return config
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def save_trained(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
+    output: OutputSection,
     state: dict[str, Tensor] | None = None,
-    merge: tuple[ModelSection, torch.dtype] | None = None,
+    section: ModelSection | None = None,
 ) -> None:
-    """Write model/. Of a model with adapters it holds these alone.
+    """Write model/ as `output` says. Of a model with adapters it holds these alone.
 
-    `merge`: write them to adapter/ and the merged model, in this dtype, to model/. `state`: the
-    weights, where the model's are split.
+    Unless output.dtype says otherwise the weights are rounded from fp32 to the dtype that the
+    model's files had. Adapters stay as they trained, in fp32: they are small, and so is what they
+    add, which rounding them would lose a part of.
+
+    Args:
+        state: the weights, where the model's are split.
+        section: the model's, to write adapters to adapter/ and the merged model to model/.
     """
-    if merge is None:
-        save_model(model, tokenizer, directory, state=state)
+    asked = DTYPES.get(output.dtype)
+    stored = asked or getattr(model, "stored_dtype", model.dtype)
+    weights = model.parameters() if state is None else state.values()
+    if stored == torch.float16 and any(weight.abs().max() > 65504 for weight in weights):
+        stored = torch.float32  # fp16 would make inf of it
+    if not is_adapted(model):
+        save_model(model, tokenizer, directory, state=state, dtype=stored)
         return
-    save_model(model, tokenizer, directory, "adapter", state)
-    section, dtype = merge
-    section = section.model_copy(update={"path": str(directory / "adapter"), "lora": None})
-    merged, _ = load_model(section, "cpu", dtype=dtype)
-    save_model(merged, tokenizer, directory)
+    name = "adapter" if output.merge else "model"
+    save_model(model, tokenizer, directory, name, state, asked)
+    if output.merge:
+        section = section.model_copy(update={"path": str(directory / "adapter"), "lora": None})
+        merged, _ = load_model(section, "cpu", dtype=stored)
+        save_model(merged, tokenizer, directory, dtype=stored)
 
 
 @dataclass

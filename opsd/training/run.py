@@ -205,9 +205,7 @@ def run(
     model.zero_grad(set_to_none=True)
     release_memory()
     if save and processes.first:
-        dtype = compute_dtype(config.train.precision)
-        merge = (config.model, dtype) if config.output.merge else None
-        save_trained(model, tokenizer, directory, weights, merge)
+        save_trained(model, tokenizer, directory, config.output, weights, config.model)
     if curve is not None and not processes.once(lambda: log.is_evaluated(step)):
         _evaluate_last(curve, step, directory)
     seconds = time.monotonic() - begun
