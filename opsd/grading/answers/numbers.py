@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -11,25 +12,15 @@ ENOUGH_DECIMALS = 6
 
 _D = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _SIGNED = rf"[+-]?\s*{_D}"
-_PLAIN = re.compile(rf"({_D})")
-_POWER_OF_TEN = re.compile(
-    rf"({_D})\s*(?:[eE]\s*([+-]?\d+)|(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{{\s*([+-]?\s*\d+)\s*\}}|(\d)))"
-)
-_TEN_POWER = re.compile(r"10\s*\^\s*(?:\{\s*([+-]?\s*\d+)\s*\}|(\d))")
-_FRACTION = re.compile(
-    rf"\\frac\s*(?:\{{\s*({_SIGNED})\s*\}}|(\d))\s*(?:\{{\s*({_SIGNED})\s*\}}|(\d))"
-)
-_SLASH = re.compile(rf"\{{?\s*({_D})\s*\}}?\s*/\s*(?:\{{\s*({_SIGNED})\s*\}}|({_D}))")
-_OVER = re.compile(rf"({_D})\s*\\over\s*({_D})")
-_MIXED = re.compile(
-    r"(\d+)\s*(?:\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d)))|(\d+)\s+(\d+)\s*/\s*(\d+)"
-)
-_REPEATING = re.compile(
-    r"(\d{0,30})\.(\d{0,30})(?:\\overline\s*\{\s*(\d{1,30})\s*\}|\((\d{1,30})\)|\\dot\s*\{?(\d)\}?)"
-)
-_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d*)?")
-_SPACED = re.compile(r"\d{1,3}(?: \d{3})+(?:\.\d*)?")
-_SWISS = re.compile(r"\d{1,3}(?:'\d{3})+(?:\.\d*)?")
+_INTEGER = r"\s*[+-]?\s*\d+\s*"
+_SEPARATED = [
+    (re.compile(rf"(?:{digits})(?:\.\d*)?"), mark)
+    for digits, mark in (
+        (r"\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}", ","),
+        (r"\d{1,3}(?: \d{3})+", " "),
+        (r"\d{1,3}(?:'\d{3})+", "'"),
+    )
+]
 _CONTINENTAL = re.compile(
     r"(\d{1,3}(?:\.\d{3})+),(\d+)|(\d{1,3}(?:\.\d{3}){2,})|(\d{1,3}(?: \d{3})+),(\d+)"
 )
@@ -49,77 +40,53 @@ class Number:
         return Number(-self.value, self.ulp, self.enough)
 
 
+def said(found: re.Match) -> list[str]:
+    """The groups of that alternative of a pattern which was found."""
+    return [group for group in found.groups() if group is not None]
+
+
 def separators(text: str) -> str:
     """Digits without separators, with a point for decimals; `1,23` keeps its comma."""
-    if _THOUSANDS.fullmatch(text):
-        return text.replace(",", "")
-    if _SPACED.fullmatch(text):
-        return text.replace(" ", "")
-    if _SWISS.fullmatch(text):
-        return text.replace("'", "")
+    for pattern, mark in _SEPARATED:
+        if pattern.fullmatch(text):
+            return text.replace(mark, "")
     if found := _CONTINENTAL.fullmatch(text):
-        whole = (found[1] or found[3] or found[4]).replace(".", "").replace(" ", "")
-        decimals = found[2] or found[5]
-        return f"{whole}.{decimals}" if decimals else whole
+        whole, *decimals = said(found)
+        return ".".join([whole.replace(".", "").replace(" ", ""), *decimals])
     return text
 
 
 def decimal_comma(text: str) -> str | None:
     """`3,5` as 3.5, where a comma can be a decimal one; three digits after it are thousands."""
     found = _COMMA.fullmatch(text)
-    if found is None:
-        return None
-    sign, whole, decimals, zero, after_zero, rest = found.groups()
-    return f"{sign}{whole or zero}.{decimals or after_zero}{rest}"
+    return "{}{}.{}{}".format(*said(found)) if found else None
 
 
 def number(text: str) -> Number | None:
     """The plain number that a text is, None for anything else."""
-    text = text.strip()
-    sign = 1
-    if text[:1] in ("+", "-"):
-        sign = -1 if text[0] == "-" else 1
-        text = text[1:].lstrip()
+    sign, text = _signed(text.strip())
     while (
         len(text) > 2 and text[0] + text[-1] in ("{}", "()") and not set("{}()") & set(text[1:-1])
     ):
-        text = text[1:-1].strip()
-        if text[:1] in ("+", "-"):
-            sign *= -1 if text[0] == "-" else 1
-            text = text[1:].lstrip()
+        own, text = _signed(text[1:-1].strip())
+        sign *= own
     if not text or not (text[0].isdecimal() or text[0] in ".\\{"):
         return None
-    found = _read(separators(text))
-    return found if found is None or sign == 1 else -found
-
-
-def _read(text: str) -> Number | None:
-    try:
-        if _PLAIN.fullmatch(text):
-            return _decimal(text, 0)
-        if found := _POWER_OF_TEN.fullmatch(text):
-            return _decimal(found[1], _exponent(found[2] or found[3] or found[4]))
-        if found := _TEN_POWER.fullmatch(text):
-            return Number(Fraction(10) ** _exponent(found[1] or found[2]))
-        if found := _FRACTION.fullmatch(text):
-            return _quotient(found[1] or found[2], found[3] or found[4])
-        if found := _SLASH.fullmatch(text):
-            return _quotient(found[1], found[2] or found[3])
-        if found := _OVER.fullmatch(text):
-            return _quotient(found[1], found[2])
-        if found := _MIXED.fullmatch(text):
-            whole, above, below = (
-                (found[1], found[2] or found[3], found[4] or found[5])
-                if found[1]
-                else found.groups()[5:]
-            )
-            part = Fraction(int(above), int(below))
-            return Number(int(whole) + part)
-        if found := _REPEATING.fullmatch(text):
-            return _repeating(found[1] + found[2], len(found[2]), found[3] or found[4] or found[5])
-    except (ValueError, ZeroDivisionError, OverflowError):
-        pass
+    text = separators(text)
+    for pattern, reader in _FORMS:
+        if found := pattern.fullmatch(text):
+            try:
+                value = reader(*said(found))
+            except (ValueError, ZeroDivisionError, OverflowError):
+                return None
+            return value if sign == 1 else -value
     return None
+
+
+def _signed(text: str) -> tuple[int, str]:
+    if text[:1] in ("+", "-"):
+        return -1 if text[0] == "-" else 1, text[1:].lstrip()
+    return 1, text
 
 
 def _exponent(text: str) -> int:
@@ -147,10 +114,42 @@ def _quotient(above: str, below: str) -> Number:
     return Number(one.value / other.value)
 
 
-def _repeating(start: str, places: int, period: str) -> Number:
+def _repeating(whole: str, decimals: str, period: str) -> Number:
     """0.1\\overline{6} = (16 - 1) / 90."""
+    start = whole + decimals
     above = int(start + period) - int(start or "0")
-    return Number(Fraction(above, int("9" * len(period) + "0" * places)))
+    return Number(Fraction(above, int("9" * len(period) + "0" * len(decimals))))
+
+
+_FORMS: list[tuple[re.Pattern, Callable[..., Number]]] = [
+    (re.compile(pattern), reader)
+    for pattern, reader in (
+        (rf"({_D})", lambda text: _decimal(text, 0)),
+        (
+            rf"({_D})\s*(?:[eE]\s*([+-]?\d+)|(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{{({_INTEGER})\}}|(\d)))",
+            lambda text, exponent: _decimal(text, _exponent(exponent)),
+        ),
+        (
+            rf"10\s*\^\s*(?:\{{({_INTEGER})\}}|(\d))",
+            lambda exponent: Number(Fraction(10) ** _exponent(exponent)),
+        ),
+        (
+            rf"\\frac\s*(?:\{{\s*({_SIGNED})\s*\}}|(\d))\s*(?:\{{\s*({_SIGNED})\s*\}}|(\d))",
+            _quotient,
+        ),
+        (rf"\{{?\s*({_D})\s*\}}?\s*/\s*(?:\{{\s*({_SIGNED})\s*\}}|({_D}))", _quotient),
+        (rf"({_D})\s*\\over\s*({_D})", _quotient),
+        (
+            r"(\d+)\s*\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))"
+            r"|(\d+)\s+(\d+)\s*/\s*(\d+)",
+            lambda whole, above, below: Number(int(whole) + Fraction(int(above), int(below))),
+        ),
+        (
+            r"(\d{0,30})\.(\d{0,30})(?:\\overline\s*\{\s*(\d{1,30})\s*\}|\((\d{1,30})\)|\\dot\s*\{?(\d)\}?)",
+            _repeating,
+        ),
+    )
+]
 
 
 def same_number(one: Number, other: Number) -> bool:

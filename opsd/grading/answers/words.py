@@ -1,9 +1,10 @@
 """Phrases: what means the same, what takes an answer back, what is prose and no answer."""
 
-# ruff: noqa: RUF001 - characters that look alike are what this is about
 from __future__ import annotations
 
 import re
+
+from opsd.grading.answers.notation import NOTATION
 
 _LEAD_IN = re.compile(
     r"(?:(?:so|thus|hence|therefore|and|then|we (?:get|have|find|obtain)|its?|is|are|there|the|my|"
@@ -11,31 +12,11 @@ _LEAD_IN = re.compile(
     r"about|approximately|approx|around|roughly|only|option|choice|of|答案|是|为|答)\b[\s:,.]*)+",
     re.IGNORECASE,
 )
-# What follows a number and is more than its name: it takes the number back, changes it, or names
-# another one.
-_MORE_THAN_A_NAME = frozenset(
-    "is isn't isnt am are aren't was wasn't were be been being not no never nor neither either "
-    "or maybe perhaps possibly probably likely unlikely might may could would should can can't "
-    "cannot if unless but except instead rather than versus vs until else otherwise without "
-    "wrong incorrect false right correct true guess guessing think unsure hopefully doubt don't "
-    "dont does doesn't did do plus minus multiplied doubled tripled halved ppm ppb promille "
-    "divided more less fewer greater least most between squared cubed half halves quarter "
-    "quarters third thirds fourth fourths fifth fifths sixth sixths eighth tenth tenths "
-    "hundredth hundredths thousandth thousandths hundred hundreds thousand thousands million "
-    "millions billion billions trillion dozen dozens score percent double twice triple one two "
-    "three four five six seven eight nine ten eleven twelve thirteen twenty thirty forty fifty "
-    "zero k base mod modulo to through we i you he she they which that since because so "
-    "therefore hence thus when where after before while oder ou nicht falsch pas faux ni ili "
-    "или не нет неверно e.g eg i.e ie etc equals equal becomes gives makes actually wait sorry "
-    "hmm error trick joke ignore any all none st nd rd th".split()
-)
-_CHANGES_IN_CHINESE = frozenset("或不非错錯十百千万萬亿億和与減减加乘除约至到半倍")
-_FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc log ln exp lim max min gcd lcm det arcsin arccos arctan sinh cosh "
-    "tanh mod arg deg dim ker sqrt frac binom infty theta alpha beta gamma delta lambda sigma "
-    "omega phi psi cdot times circ".split()
-)
-_WORD = re.compile(r"(?<!\\)(?<![A-Za-z])[^\W\d_]+(?:['’][^\W\d_]+)?")
+_WORDS = NOTATION["words"]
+_MORE_THAN_A_NAME = frozenset(_WORDS["more_than_a_name"].split())
+_TAKES_BACK = frozenset(_WORDS["takes_back"].split())
+_FUNCTIONS = frozenset(_WORDS["functions"].split())
+_WORD = re.compile(r"(?<!\\)(?<![A-Za-z])[^\W\d_]+(?:'[^\W\d_]+)?")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{\w+\*?\}")
 _PHRASE = re.compile(r"[^\W\d_]+(?:[ '.,/&-]+[^\W\d_]+)*[.']?")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\s+", re.IGNORECASE)
@@ -97,16 +78,10 @@ def names_a_thing(text: str) -> bool:
     ).strip(" .()")
     if len(text) > 60 or re.search(r"[\d=<>+*?!:;^\\]", text):
         return False
-    if set(text) & _CHANGES_IN_CHINESE:
+    if set(text) & set(_WORDS["changes_in_chinese"]):
         return False
-    words = re.findall(r"[^\W\d_]+(?:['’.][^\W\d_]+)?", text.lower())
+    words = re.findall(r"[^\W\d_]+(?:['.][^\W\d_]+)?", text.lower())
     return len(words) <= 6 and not any(word in _MORE_THAN_A_NAME for word in words)
-
-
-_TAKES_BACK = frozenset(
-    "not wrong incorrect false isn't maybe perhaps possibly probably unless or either nor neither "
-    "guess unsure".split()
-)
 
 
 def takes_back(text: str) -> bool:
@@ -114,11 +89,8 @@ def takes_back(text: str) -> bool:
     return any(word in _TAKES_BACK for word in re.findall(r"[a-z']+", text.lower()))
 
 
-MULTIPLES = {
-    "dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
-    "trillion": 10**12, "lakh": 10**5, "crore": 10**7,
-    "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8, "percent": None,
-}  # fmt: skip
+# None: not as a factor.
+MULTIPLES: dict[str, int | None] = {**NOTATION["multiples"], "percent": None}
 
 
 def without_lead_in(text: str) -> str:

@@ -1,0 +1,6 @@
+"""How answers are written, from notation.toml: characters, TeX commands, units and words."""
+
+import tomllib
+from pathlib import Path
+
+NOTATION = tomllib.loads(Path(__file__).with_name("notation.toml").read_text(encoding="utf-8"))
