@@ -1,6 +1,7 @@
 """`opsd quickstart`: checks what it is asked for, then makes a model that learns."""
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 from opsd.common.errors import UserError
@@ -28,12 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="words",
         help="of the solutions: words, own, terse, markdown (default: words)",
     )
+    add("--voice", help=argparse.SUPPRESS)  # its name before 0.1.0 was released
     add("--resume", action="store_true", help="go on with what the same command has left")
     add("overrides", nargs="*", metavar="[method.]section.field=value")
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Runs the quickstart. Raises UserError."""
+    if parsed.voice is not None:
+        raise UserError("--voice is called --solution-style now")
     methods = _methods(parsed.methods, parsed.tiny)
     for name in ("steps", "problems", "solutions"):
         value = getattr(parsed, name)
@@ -54,22 +58,11 @@ def run(parsed: argparse.Namespace) -> None:
     from opsd.common.display import Display
     from opsd.models.load import quiet_transformers
     from opsd.quickstart.run import quickstart
+    from opsd.quickstart.settings import Asked
 
     quiet_transformers()
-    quickstart(
-        Display(),
-        output,
-        methods,
-        tiny=parsed.tiny,
-        seed=parsed.seed,
-        model_path=parsed.model,
-        steps=parsed.steps,
-        problems=parsed.problems,
-        solutions=parsed.solutions,
-        solution_style=parsed.solution_style,
-        overrides=parsed.overrides,
-        resume=parsed.resume,
-    )
+    asked = Asked(**{field.name: getattr(parsed, field.name) for field in fields(Asked)})
+    quickstart(Display(), output, methods, asked, resume=parsed.resume)
 
 
 def _methods(text: str | None, tiny: bool) -> list[str]:

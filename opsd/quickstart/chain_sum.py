@@ -24,14 +24,6 @@ from dataclasses import dataclass
 from opsd.data.rows import Row
 from opsd.data.solution_styles import SOLUTION_STYLES
 
-STUDENT_TEMPLATE = "Work out {{ problem }} step by step, with the final answer in \\boxed{}."
-TEACHER_TEMPLATE = (
-    STUDENT_TEMPLATE
-    + "\n\nSomebody else's solution: {{ solution }}"
-    + "\n\nUnderstand it, then write the solution in your own way."
-)
-"""Both prompts start with the same tokens: the problem comes first, the solution after it."""
-
 HELD_OUT_SEED = 20_000_000
 TEACHER_SEED = 30_000_000  # and up: the problems that distill's teacher learns from
 """One set of held-out problems for every run, so that runs can be compared problem by problem."""
@@ -58,58 +50,30 @@ _CLOSE = (
 
 
 @dataclass(frozen=True)
-class ColdStartExample:
-    """One SFT example: `target` is the wanted answer to the `role`'s prompt for `row`."""
-
-    role: str  # "student" or "teacher"
-    row: Row
-    target: str
-
-
-@dataclass(frozen=True)
 class ChainSum:
     """The quickstart's three sets. No expression is in two of them."""
 
-    cold_start: list[ColdStartExample]
+    cold_start: list[Row]
     train: list[Row]
     held_out: list[Row]
 
 
 def make_chain_sum(
-    seed: int,
-    *,
-    cold_start: int,
-    train: int,
-    held_out: int,
-    teacher_share: float = 0.5,
-    solution_style: str = "words",
+    seed: int, *, cold_start: int, train: int, held_out: int, solution_style: str = "words"
 ) -> ChainSum:
-    """Draw the cold start's examples, the training problems and the held-out problems.
+    """Draw the cold start's problems, the training problems and the held-out problems.
 
-    `teacher_share` of the cold start's examples are in the teacher's prompt, the others in the
-    student's; the target of both is the model's own style. The held-out problems are the same for
-    every seed. `solution_style`, one of SOLUTION_STYLES, is that of the training problems.
-
-    Raises ValueError for a share outside [0, 1] and an unknown style.
+    The held-out problems are the same for every seed. `solution_style`, one of SOLUTION_STYLES, is
+    that of the training problems. Raises ValueError for an unknown style.
     """
     if solution_style not in SOLUTION_STYLES:
         raise ValueError(
             f"solution_style is {solution_style!r}: it must be one of {', '.join(SOLUTION_STYLES)}"
         )
-    if not 0 <= teacher_share <= 1:
-        raise ValueError(f"teacher_share is {teacher_share}: it must be between 0 and 1")
     held_out_rows = make_rows(HELD_OUT_SEED, held_out)
-    avoid = {row.columns["expression"] for row in held_out_rows}
-    rows = make_rows(seed, cold_start + train, avoid=avoid)
-    teachers = round(cold_start * teacher_share)
-    roles = ["teacher"] * teachers + ["student"] * (cold_start - teachers)
-    random.Random(seed).shuffle(roles)
-    examples = [
-        ColdStartExample(role, row, own_style(row.columns["expression"]))
-        for role, row in zip(roles, rows[:cold_start], strict=True)
-    ]
+    rows = make_rows(seed, cold_start + train, avoid={row.problem for row in held_out_rows})
     learnt = [_in_style(row, solution_style) for row in rows[cold_start:]]
-    return ChainSum(examples, learnt, held_out_rows)
+    return ChainSum(rows[:cold_start], learnt, held_out_rows)
 
 
 def make_rows(
@@ -119,27 +83,23 @@ def make_rows(
 
     Columns: `problem`, `solution` (in words), `answer`, `expression` (the same text as `problem`).
     """
-    seen = set(avoid)
-    rows: list[Row] = []
-    if count == 0:
-        return rows
-    words = random.Random(f"words {seed}")
-    for expression in _expressions(seed):
-        if expression in seen:
-            continue
-        seen.add(expression)
-        columns = {
-            "problem": expression,
-            "solution": in_words(expression, words),
-            "answer": str(evaluate(expression)),
-            "expression": expression,
-        }
-        rows.append(
-            Row(columns["problem"], columns["solution"], columns["answer"], columns=columns)
-        )
-        if len(rows) == count:
-            return rows
-    raise AssertionError("the stream of expressions does not end")
+    words, expressions = random.Random(f"words {seed}"), _expressions(seed)
+    rows: dict[str, Row] = {}
+    while len(rows) < count:
+        expression = next(expressions)
+        if expression not in rows and expression not in avoid:
+            rows[expression] = _row(expression, in_words(expression, words))
+    return list(rows.values())
+
+
+def _row(expression: str, solution: str) -> Row:
+    columns = {
+        "problem": expression,
+        "solution": solution,
+        "answer": str(evaluate(expression)),
+        "expression": expression,
+    }
+    return Row(expression, solution, columns["answer"], columns)
 
 
 def steps(expression: str) -> list[tuple[int, str, int, int]]:
@@ -209,10 +169,7 @@ _WRITERS = {"own": own_style, "terse": terse, "markdown": in_markdown}
 
 
 def _in_style(row: Row, style: str) -> Row:
-    if style == "words":
-        return row
-    solution = _WRITERS[style](row.columns["expression"])
-    return Row(row.problem, solution, row.answer, {**row.columns, "solution": solution})
+    return row if style == "words" else _row(row.problem, _WRITERS[style](row.problem))
 
 
 def _expressions(seed: int) -> Iterator[str]:

@@ -25,6 +25,7 @@ from opsd.data.prompts import Prompts
 from opsd.models.copies import copy_model
 from opsd.models.load import load_model
 from opsd.quickstart.recipe import Recipe, check_methods, merge, method_config, overridden
+from opsd.quickstart.settings import Asked
 from opsd.report import write_report
 from opsd.rollout import Sampling
 from opsd.runs.directory import LOCK, claim_directory, locked
@@ -40,79 +41,43 @@ def quickstart(
     display: Display,
     directory: Path,
     methods: Sequence[str],
-    *,
-    tiny: bool,
-    seed: int = 0,
-    model_path: str | None = None,
-    steps: int | None = None,
-    problems: int | None = None,
-    solutions: int | None = None,
-    solution_style: str = "words",
-    overrides: Sequence[str] = (),
+    asked: Asked,
     resume: bool = False,
 ) -> dict:
     """Run it all; returns the summary that is written to `directory`/summary.json.
 
-    Args:
-        tiny: the tiny model instead of the real one.
-        model_path: another chat model's directory instead of SmolLM2.
-        steps: stop each method, and the real model's cold start, after so many steps.
-        problems: held-out problems.
-        solutions: how many worked solutions there are; none: as many as a method needs.
-        solution_style: how they are written; for the real model.
-        overrides: `[method.]section.field=value`, of all methods where none is named.
-        resume: go on with what an interrupted one has left, or with more methods; the summary's
-            seconds and peak memory are then those of the last go.
+    resume: go on with what an interrupted one has left, or with more methods; the summary's
+    seconds and peak memory are then those of the last go.
 
     Raises UserError, before anything is trained, for an override that a method's config refuses,
     and for a directory that holds something else, or is another process's.
     """
     begun = time.monotonic()
-    if tiny:
-        from opsd.quickstart.tiny_recipe import tiny_recipe
-
-        recipe = tiny_recipe(seed, problems, solutions)
+    if asked.tiny:
+        from opsd.quickstart.tiny_recipe import tiny_recipe as make_recipe
     else:
-        from opsd.quickstart.smollm2_recipe import COLD_STEPS, smollm2_recipe
-
-        recipe = smollm2_recipe(
-            seed,
-            problems,
-            model_path,
-            steps or COLD_STEPS,
-            solutions=solutions,
-            solution_style=solution_style,
-        )
-    if steps is not None:
+        from opsd.quickstart.smollm2_recipe import smollm2_recipe as make_recipe
+    recipe = make_recipe(asked)
+    if asked.steps is not None:
         recipe = replace(
             recipe,
             sections=merge(recipe.sections, {"train": {"warmup_steps": 0}}),
             methods={
-                name: merge(own, {"train": {"steps": steps, "warmup_steps": 0}})
+                name: merge(own, {"train": {"steps": asked.steps, "warmup_steps": 0}})
                 for name, own in recipe.methods.items()
             },
         )
-    recipe = replace(recipe, methods=overridden(recipe.methods, overrides))
+    recipe = replace(recipe, methods=overridden(recipe.methods, asked.overrides))
     check_methods(recipe.sections, {method: recipe.methods[method] for method in methods})
-    arguments = {
-        "tiny": tiny,
-        "seed": seed,
-        "model": model_path,
-        "steps": steps,
-        "problems": problems,
-        "solutions": solutions,
-        "solution_style": solution_style,
-        "overrides": list(overrides),
-    }
     with locked(directory, OUTPUT, ARGUMENTS):
-        _claim(directory, arguments, resume)
+        _claim(directory, asdict(asked), resume)
         (directory / "summary.json").unlink(missing_ok=True)  # says that all is done
-        torch.manual_seed(seed)
+        torch.manual_seed(asked.seed)
         pretrained, before = _make_base(recipe, directory, display)
         for method in methods:
-            _train_method(recipe, method, directory, seed, before, display)
+            _train_method(recipe, method, directory, asked.seed, before, display)
         there = [name for name in recipe.methods if name in methods or _done(directory / name)]
-        summary = _summary(recipe, directory, there, seed, pretrained, before)
+        summary = _summary(recipe, directory, there, asked.seed, pretrained, before)
         summary["seconds"] = time.monotonic() - begun
         summary["peak_memory_bytes"] = peak_memory()
         configs = {method: _config(directory / method) for method in there}

@@ -6,7 +6,6 @@ methods, on new problems whose solutions are in words.
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,16 +17,10 @@ from opsd.data.rows import Row
 from opsd.grading.grader import Grader
 from opsd.models.copies import copy_model
 from opsd.models.load import load_model
-from opsd.quickstart.chain_sum import (
-    STUDENT_TEMPLATE,
-    TEACHER_SEED,
-    TEACHER_TEMPLATE,
-    make_chain_sum,
-    make_rows,
-    own_style,
-)
+from opsd.quickstart.chain_sum import TEACHER_SEED, make_chain_sum, make_rows, own_style
 from opsd.quickstart.download import smollm2_gguf
 from opsd.quickstart.recipe import Base, Recipe, merge, repeated
+from opsd.quickstart.settings import Asked, settings
 from opsd.training.run import run
 
 COLD_STEPS = 14
@@ -37,69 +30,22 @@ TRAIN_ROWS = 800
 FEW_PROBLEMS = 100
 TEACHER_STEPS = 60  # of SFT in its own style, that make distill's teacher of the base
 
-SECTIONS: dict[str, Any] = {
-    # At some hundred tokens a sequence torch's fused CPU attention trains 25 % slower.
-    "model": {"attention": "eager"},
-    # No system message: SmolLM2's own would be a quarter of the student's tokens.
-    "prompts": {"student": STUDENT_TEMPLATE, "teacher": TEACHER_TEMPLATE, "system": ""},
-    # 48: forty would cut the longest answers with four terms.
-    "rollout": {"group_size": 2, "max_new_tokens": 48, "batch_size": 32},
-    "loss": {"memory_budget": 64 * 2**20},
-    "train": {
-        "problems_per_step": 16,
-        "schedule": "linear",
-        "warmup_steps": 5,
-        "beta2": 0.99,
-        "micro_batch_tokens": 320,
-        "token_budget": 39_000,
-    },
-    "eval": {"batch_size": 50, "every": 13, "samples": 4},
-}
-METHODS: dict[str, dict[str, Any]] = {
-    # The token clip keeps the teacher's corrections of a slip (1 to 2 nats) and tames what follows
-    # it (up to 15 nats), where the teacher goes on from the solution's numbers instead.
-    "opsd": {
-        "loss": {"clip": "token", "clip_threshold": 0.3},
-        "train": {"steps": 26, "learning_rate": 5e-5},
-    },
-    "grpo": {
-        "rollout": {"group_size": 4},
-        "train": {"steps": 26, "learning_rate": 1e-5, "problems_per_step": 8},
-    },
-    # As many trained tokens as the others generate: about 28 000.
-    "sft": {"train": {"steps": 25, "learning_rate": 5e-4, "problems_per_step": 32}},
-    "distill": {"train": {"steps": 26, "learning_rate": 5e-5}},
-}
+SECTIONS, METHODS = settings("smollm2")
 
 
-def smollm2_recipe(
-    seed: int,
-    problems: int | None = None,
-    model_path: str | None = None,
-    cold_steps: int = COLD_STEPS,
-    solutions: int | None = None,
-    solution_style: str = "words",
-) -> Recipe:
-    """The recipe.
-
-    Args:
-        problems: held-out problems, 300 unless told.
-        model_path: another chat model's directory or hub name instead of SmolLM2.
-        cold_steps: of SFT in both prompts, before the methods start.
-        solutions: how many worked solutions there are to learn from; none: 800, of which no method
-            needs all.
-        solution_style: how they are written, one of SOLUTION_STYLES.
-    """
+def smollm2_recipe(asked: Asked) -> Recipe:
+    """The recipe. There are 800 solutions unless told, of which no method needs all."""
+    cold_steps = asked.steps or COLD_STEPS
     task = make_chain_sum(
-        seed,
+        asked.seed,
         cold_start=cold_steps * COLD_ROWS,
         train=TRAIN_ROWS,
-        held_out=problems or 300,
-        solution_style=solution_style,
+        held_out=asked.problems or 300,
+        solution_style=asked.solution_style,
     )
 
     def make_base(directory: Path, held_out, display: Display) -> Base:
-        section = _smollm2(display) if model_path is None else ModelSection(path=model_path)
+        section = ModelSection(path=asked.model) if asked.model else _smollm2(display)
         section = section.model_copy(update=SECTIONS["model"])
         with display.stage("Load the pretrained model"):
             model, tokenizer = load_model(section)
@@ -108,8 +54,8 @@ def smollm2_recipe(
         pretrained = first.evaluate(decoder, display, "student", "pretrained model")
         del decoder
         roles = {"loss": {"roles": ["student", "teacher"]}}
-        cold = _own_style_config(section, directory / "cold_start", seed, cold_steps, roles)
-        rows = [_in_own_style(example.row) for example in task.cold_start]
+        cold = _own_style_config(section, directory / "cold_start", asked.seed, cold_steps, roles)
+        rows = [_in_own_style(row) for row in task.cold_start]
         _learn(cold, model, tokenizer, rows, grader, display, save=False)
         return Base(model, tokenizer, pretrained)
 
@@ -119,17 +65,17 @@ def smollm2_recipe(
             return place / "model"
         start = ModelSection(path=str(base / "model"))
         roles = {"loss": {"roles": ["student"]}}
-        config = _own_style_config(start, place, seed, TEACHER_STEPS, roles)
+        config = _own_style_config(start, place, asked.seed, TEACHER_STEPS, roles)
         model, tokenizer = load_model(start.model_copy(update=SECTIONS["model"]))
         avoid = {row.problem for row in task.held_out}
-        rows = make_rows(TEACHER_SEED + seed, TEACHER_STEPS * COLD_ROWS, avoid=avoid)
+        rows = make_rows(TEACHER_SEED + asked.seed, TEACHER_STEPS * COLD_ROWS, avoid=avoid)
         _learn(config, model, tokenizer, [_in_own_style(row) for row in rows], grader, display)
         return place / "model"
 
     grader = Grader()
     return Recipe(
-        name=model_path or "SmolLM2-135M-Instruct",
-        train_rows=repeated(task.train, solutions),
+        name=asked.model or "SmolLM2-135M-Instruct",
+        train_rows=repeated(task.train, asked.solutions),
         held_out_rows=task.held_out,
         grader=grader,
         make_base=make_base,

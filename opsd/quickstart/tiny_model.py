@@ -36,9 +36,10 @@ from transformers import (
 from opsd.data.rows import Row
 from opsd.quickstart import worksheet
 from opsd.quickstart.cache import tiny_base
+from opsd.quickstart.settings import settings
 
-STUDENT_PROMPT = "Q:{{ problem }}"
-TEACHER_PROMPT = "Q:{{ problem }}\nS:{{ solution }}"
+_PROMPTS = settings("tiny")[0]["prompts"]
+STUDENT_PROMPT, TEACHER_PROMPT = _PROMPTS["student"], _PROMPTS["teacher"]
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
@@ -268,5 +269,7 @@ def _rate(step: int, steps: int) -> float:
 
 def _digest(recipe: BaseTraining) -> str:
     parts = [Path(module).read_bytes() for module in (__file__, worksheet.__file__)]
-    parts.append(repr((astuple(recipe), torch.__version__, transformers.__version__)).encode())
+    parts.append(
+        repr((astuple(recipe), _PROMPTS, torch.__version__, transformers.__version__)).encode()
+    )
     return hashlib.sha256(b"".join(parts)).hexdigest()[:12]

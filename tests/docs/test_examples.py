@@ -13,6 +13,7 @@ from opsd.common.files import read_lines
 from opsd.common.templates import compile_template
 from opsd.config.load import load_config
 from opsd.quickstart.recipe import method_config
+from opsd.quickstart.settings import Asked
 from opsd.quickstart.smollm2_recipe import smollm2_recipe
 from opsd.training.run import train
 
@@ -130,7 +131,7 @@ def test_an_example_trains(name, files, tmp_path):
 
 def test_the_quickstarts_example_is_what_the_quickstart_runs():
     example = load_config(EXAMPLES / "smollm2.yaml").model_dump()
-    recipe = smollm2_recipe(seed=0)
+    recipe = smollm2_recipe(Asked())
     ran = method_config(recipe, "opsd", Path("runs/quickstart"), 0, quiet()).model_dump()
     differ = {
         (section, name): (value, ran[section][name])

@@ -6,8 +6,6 @@ import pytest
 from opsd.quickstart import chain_sum
 from opsd.quickstart.chain_sum import (
     HELD_OUT_SEED,
-    STUDENT_TEMPLATE,
-    TEACHER_TEMPLATE,
     evaluate,
     in_words,
     make_chain_sum,
@@ -16,6 +14,7 @@ from opsd.quickstart.chain_sum import (
     own_style,
     reasoning_gym_expression,
 )
+from opsd.quickstart.settings import settings
 
 DIGITS = re.compile(r"\d")
 
@@ -88,20 +87,10 @@ def test_rows_are_right_and_what_reasoning_gym_makes():
 
 def test_no_expression_is_in_two_sets_or_twice_in_one():
     sets = make_chain_sum(5, cold_start=448, train=1300, held_out=500)
-    cold = expressions(example.row for example in sets.cold_start)
+    cold = expressions(sets.cold_start)
     everything = cold + expressions(sets.train) + expressions(sets.held_out)
     assert len(everything) == 448 + 1300 + 500
     assert len(set(everything)) == len(everything)
-
-
-def test_the_cold_start_has_both_roles_and_one_style():
-    sets = make_chain_sum(5, cold_start=100, train=0, held_out=0, teacher_share=0.4)
-    roles = [example.role for example in sets.cold_start]
-    assert roles.count("teacher") == 40
-    assert roles.count("student") == 60
-    assert roles[:40] != ["teacher"] * 40  # mixed, so that a batch has both
-    for example in sets.cold_start:
-        assert example.target == own_style(example.row.columns["expression"])
 
 
 def test_a_seed_decides_everything_but_the_held_out_problems():
@@ -120,12 +109,8 @@ def test_neighbouring_seeds_have_different_problems():
 
 
 def test_prompts_start_alike_and_only_the_teachers_shows_the_solution():
-    assert TEACHER_TEMPLATE.startswith(STUDENT_TEMPLATE)
-    assert "{{ problem }}" in STUDENT_TEMPLATE
-    assert "{{ solution }}" not in STUDENT_TEMPLATE
-    assert "{{ solution }}" in TEACHER_TEMPLATE
-
-
-def test_a_share_outside_its_range_is_refused():
-    with pytest.raises(ValueError, match="teacher_share"):
-        make_chain_sum(0, cold_start=1, train=1, held_out=1, teacher_share=1.5)
+    prompts = settings("smollm2")[0]["prompts"]
+    assert prompts["teacher"].startswith(prompts["student"])
+    assert "{{ problem }}" in prompts["student"]
+    assert "{{ solution }}" not in prompts["student"]
+    assert "{{ solution }}" in prompts["teacher"]

@@ -14,6 +14,7 @@ from opsd.common.files import read_lines
 from opsd.config.load import load_config, parse_config
 from opsd.quickstart import run as flow
 from opsd.quickstart import tiny_model as tiny
+from opsd.quickstart.settings import Asked
 from opsd.report import curves_png as curves
 from opsd.runs import directory as rundir
 from opsd.runs.log import FILES
@@ -239,7 +240,7 @@ def test_smollm2s_teacher_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_model", lambda section: (None, None))
     monkeypatch.setattr(module, "run", lambda *_, **__: None)
     monkeypatch.setattr(module, "_learn", learn)
-    recipe, place = module.smollm2_recipe(0, problems=1), tmp_path / "teacher"
+    recipe, place = module.smollm2_recipe(Asked(problems=1)), tmp_path / "teacher"
     assert recipe.make_teacher(tmp_path, None) == place / "model"
     (place / "half.part").touch()
     assert recipe.make_teacher(tmp_path, None) == place / "model"
