@@ -30,3 +30,19 @@ def as_operands(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     kind = first.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype
     return [None if x is None else x.to(dtype) for x in tensors]
+
+
+def logits_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Tensor:
+    """The logits [N, V] of some states, in fp32: for a few rows at a time."""
+    logits = hidden.float() @ weight.float().T
+    if bias is not None:
+        logits = logits + bias.float()
+    logits = logits * logit_scale
+    return logit_softcap * torch.tanh(logits / logit_softcap) if logit_softcap else logits

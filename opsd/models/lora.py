@@ -170,15 +170,6 @@ def trainable(model: PreTrainedModel) -> float:
     return sum(n for n, trains in sizes if trains) / sum(n for n, _ in sizes)
 
 
-def adapter_state(model: nn.Module) -> tuple[bool, ...]:
-    """Which of the model's adapted layers apply their adapters now: () without any."""
-    return tuple(
-        bool(m.active_adapters) and not m.disable_adapters
-        for m in model.modules()
-        if hasattr(m, "lora_A")
-    )
-
-
 def base_of(path: str | Path) -> tuple[str, str | None] | None:
     """The model, and its revision, that the adapter in this directory belongs to; None if none."""
     file = Path(path) / CONFIG

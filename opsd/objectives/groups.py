@@ -3,15 +3,17 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opsd.config.loss import LossSection
 from opsd.data.prompts import Context
 from opsd.data.rows import Row
 from opsd.grading.rewards import GradedRollout
+from opsd.objectives.token_weights import TokenWeighting
 from opsd.prefix import Group, Ids
 from opsd.rollout import Rollout, Sampling
 
@@ -174,18 +176,94 @@ class Totals:
         return {name: total.item() / self.tokens for name, total in self.sums.items()}
 
 
-class Objective(Protocol):
-    """A method."""
+class MicroBatch:
+    """Groups that run in one forward. Its tensors [Σ R] have an entry for each rollout token, in
+    the samples' order.
 
-    sampling: Sampling | None  # of the distribution that log-probabilities are of; None: plain
-    samples_rollouts: bool  # False: the method learns from given text
-    teacher_role: str  # the context that a teacher sees, "student" or "teacher"
+    Attributes:
+        share: run each context once for all its samples.
+        weights: of the tokens, fp32.
+        counted: how many tokens have a weight, and at least 1, since means are divided by it.
+    """
+
+    def __init__(self, groups: Sequence[SampleGroup], device: torch.device, share: bool = True):
+        self.groups, self.device, self.share = groups, device, share
+        self.samples = samples_of(groups)
+        self.counted = max(1, sum(sample.counted for sample in self.samples))
+        self.weights = self.spread([sample.weight for sample in self.samples])
+        if any(s.factors is not None for s in self.samples):
+            each = (s.factors or [1.0] * s.tokens for s in self.samples)
+            self.weights *= torch.tensor([f for own in each for f in own], device=device)
+
+    @property
+    def sampled_by_others(self) -> bool:
+        """Whether an engine, or the student before the step's first update, sampled them."""
+        given = (s.sampling_log_probs or s.old_log_probs for s in self.samples)
+        return all(log_probs is not None for log_probs in given)
+
+    def targets(self) -> Tensor:
+        """The rollouts' tokens, int64."""
+        return torch.tensor(
+            [token for s in self.samples for token in s.rollout], device=self.device
+        )
+
+    def spread(self, values: Sequence[float]) -> Tensor:
+        """One value a sample, repeated for each of its tokens, fp32."""
+        pairs = zip(values, self.samples, strict=True)
+        each = [value for value, sample in pairs for _ in range(sample.tokens)]
+        return torch.tensor(each, dtype=torch.float32, device=self.device)
+
+    def old_log_prob(self, current: Tensor) -> Tensor:
+        """log p before the step's first update. In that update it is `current`."""
+        if all(sample.old_log_probs is None for sample in self.samples):
+            return current.detach()
+        old = [value for s in self.samples for value in s.old_log_probs]
+        return torch.tensor(old, device=current.device)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of `values` over the tokens with a weight."""
+        return torch.where(self.weights != 0, values.detach(), 0.0).sum() / self.counted
+
+
+class TokenLosses(NamedTuple):
+    """A micro-batch's loss (scalar); what is logged of each token [Σ R]; and of all together."""
+
+    loss: Tensor
+    logged: dict[str, Tensor]
+    of_all: dict[str, Tensor]
+
+
+class Objective:
+    """A method: a step's problems → groups of samples → loss.
+
+    Args:
+        section: `loss`.
+        weighting: what the tokens count; None: as `section` says.
+        sampling: the distribution that log-probabilities are of, which rollouts are drawn from;
+            None: the model's own.
+    """
+
+    samples_rollouts = True  # False: the method learns from given text
+    teacher_role = "teacher"  # the context that a teacher sees, "student" or "teacher"
+
+    def __init__(
+        self,
+        section: LossSection,
+        weighting: TokenWeighting | None = None,
+        sampling: Sampling | None = None,
+    ):
+        self.section, self.sampling = section, sampling
+        self.weighting = weighting or TokenWeighting(section)
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
     ) -> tuple[list[SampleGroup], dict[str, float]]:
         """A step's problems → what to learn from, and measures of the rollouts for the log."""
-        ...
+        raise NotImplementedError
+
+    def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
+        """The micro-batch's share of the step's loss, and its measures."""
+        raise NotImplementedError
 
     def loss(
         self,
@@ -198,42 +276,8 @@ class Objective(Protocol):
 
         `share`: run each context once for all its samples.
         """
-        ...
-
-
-def token_weights(samples: Sequence[Sample], device: torch.device) -> Tensor:
-    """The weight of each rollout token, in the samples' order: [Σ R], fp32."""
-    weights = spread([sample.weight for sample in samples], samples, device)
-    if any(sample.factors is not None for sample in samples):
-        factors = (s.factors if s.factors is not None else [1.0] * s.tokens for s in samples)
-        weights *= torch.tensor([f for own in factors for f in own], device=device)
-    return weights
-
-
-def spread(values: Sequence[float], samples: Sequence[Sample], device: torch.device) -> Tensor:
-    """One value a sample, repeated for each of its tokens: [Σ R], fp32."""
-    each = [value for value, s in zip(values, samples, strict=True) for _ in range(s.tokens)]
-    return torch.tensor(each, dtype=torch.float32, device=device)
-
-
-def counted_tokens(samples: Sequence[Sample]) -> int:
-    """Tokens with a weight in all samples, and at least 1, since means are divided by it."""
-    return max(1, sum(sample.counted for sample in samples))
-
-
-def counted_mean(values: Tensor, weights: Tensor, count: int) -> Tensor:
-    """The mean of `values` [N] over the `count` tokens with a weight."""
-    return torch.where(weights != 0, values.detach(), 0.0).sum() / count
-
-
-def targets(samples: Sequence[Sample], device: torch.device) -> Tensor:
-    """The rollouts' tokens, in the samples' order: [Σ R], int64."""
-    return torch.tensor([token for s in samples for token in s.rollout], device=device)
-
-
-def old_log_prob(samples: Sequence[Sample], current: Tensor) -> Tensor:
-    """log p of each token before the step's first update: [Σ R]. In that update it is `current`."""
-    if all(sample.old_log_probs is None for sample in samples):
-        return current.detach()
-    old = [value for s in samples for value in s.old_log_probs]
-    return torch.tensor(old, device=current.device)
+        batch = MicroBatch(groups, model.device, share)
+        loss, logged, of_all = self.token_losses(model, batch)
+        means = {name: batch.mean(values) for name, values in logged.items()}
+        totals.add(batch.counted, **means, **of_all)
+        return loss

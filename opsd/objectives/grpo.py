@@ -9,47 +9,35 @@ GRPO (arXiv 2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), and with `los
 
 from collections.abc import Sequence
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
-from opsd.models.dropout import switch_off_dropout
 from opsd.models.head import head
 from opsd.objectives.groups import (
+    MicroBatch,
+    Objective,
     Problem,
     Sample,
     SampleGroup,
-    Totals,
+    TokenLosses,
     as_student,
     as_teacher,
-    counted_mean,
-    counted_tokens,
-    old_log_prob,
     sample_group,
-    samples_of,
-    spread,
-    token_weights,
 )
-from opsd.objectives.importance_sampling import engine_importance
-from opsd.objectives.log_probs import engine_log_prob, rollout_log_prob, token_log_prob
+from opsd.objectives.importance_sampling import corrected_for_engine
+from opsd.objectives.log_probs import rollout_log_prob, token_log_prob
 from opsd.objectives.policy_gradient import k3, surrogate, teacher_credit
 from opsd.objectives.token_weights import TokenWeighting
 from opsd.prefix import rollout_hidden_states, student_and_teacher_states
 from opsd.rollout import Sampling
 
 
-class GRPO:
+class GRPO(Objective):
     """Policy gradient with the group's rewards.
 
-    Args:
-        teacher: the reference of `loss.kl` and the teacher of `loss.credit`; not used without
-            either.
-        sampling: how rollouts are drawn; all probabilities are of that distribution.
+    `teacher`: the reference of `loss.kl` and the teacher of `loss.credit`; not used without either.
     """
-
-    samples_rollouts = True
-    teacher_role = "teacher"
 
     def __init__(
         self,
@@ -58,8 +46,8 @@ class GRPO:
         weighting: TokenWeighting | None = None,
         sampling: Sampling | None = None,
     ):
-        self.section, self.teacher, self.sampling = section, teacher, sampling
-        self.weighting = weighting or TokenWeighting(section)
+        super().__init__(section, weighting, sampling)
+        self.teacher = teacher
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
@@ -96,56 +84,37 @@ class GRPO:
                 groups.append(SampleGroup(p.context.student, [sample for sample, _ in pairs]))
         return groups, {"informative_groups": informative / len(problems)}
 
-    def loss(
-        self,
-        model: PreTrainedModel,
-        groups: Sequence[SampleGroup],
-        totals: Totals,
-        share: bool = True,
-    ) -> Tensor:
-        """See `Objective.loss`."""
-        section, device, sampling = self.section, model.device, self.sampling
-        switch_off_dropout(model)
-        students, samples = as_student(groups), samples_of(groups)
-        advantage = spread([sample.advantage for sample in samples], samples, device)
-        logged: dict[str, Tensor] = {}
+    def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
+        """See `Objective`."""
+        section, sampling, groups = self.section, self.sampling, batch.groups
+        students = as_student(groups)
         if section.credit:
             hidden, teacher_hidden = student_and_teacher_states(
-                model, self.teacher, students, as_teacher(groups), share
+                model, self.teacher, students, as_teacher(groups), batch.share
             )
         else:
             with phase("student"):
-                hidden = rollout_hidden_states(model, students, share)
-        own = token_log_prob(model, hidden, samples, section, sampling=sampling)
-        old, vocabulary = old_log_prob(samples, own.log_prob), len(head(model)[0])
+                hidden = rollout_hidden_states(model, students, batch.share)
+        own = token_log_prob(model, hidden, batch, section, sampling)
+        old, vocabulary = batch.old_log_prob(own.log_prob), len(head(model)[0])
+        advantage = of_rollout = batch.spread([sample.advantage for sample in batch.samples])
+        logged = {"student_entropy": own.entropy}
         if section.credit:
-            by_teacher = token_log_prob(
-                self.teacher, teacher_hidden, samples, section, vocabulary, sampling
-            ).log_prob
-            of_rollout = advantage
-            advantage = teacher_credit(
-                of_rollout,
-                old,
-                by_teacher.detach(),
-                spread([sample.credit for sample in samples], samples, device),
-                section.credit_clip,
-            )
+            its = token_log_prob(self.teacher, teacher_hidden, batch, section, sampling, vocabulary)
+            credit = batch.spread([sample.credit for sample in batch.samples])
+            by_teacher = its.log_prob.detach()
+            advantage = teacher_credit(of_rollout, old, by_teacher, credit, section.credit_clip)
             logged["credit_moved"] = (advantage - of_rollout).abs()
         per_token, clipped = surrogate(own.log_prob, old, advantage, section)
-        logged |= {"student_entropy": own.entropy, "ratio_clipped_fraction": clipped.float()}
+        logged["ratio_clipped_fraction"] = clipped.float()
         if section.kl:
-            reference = rollout_log_prob(self.teacher, groups, section, share, vocabulary, sampling)
+            reference = rollout_log_prob(
+                self.teacher, groups, section, batch.share, sampling, vocabulary
+            )
             logged["reference_divergence"] = divergence = k3(own.log_prob, reference)
             per_token = per_token + section.kl * divergence
-        weights, count = token_weights(samples, device), counted_tokens(samples)
-        ours = engine_log_prob(model, hidden, samples, section, sampling, old)
-        ratios = engine_importance(samples, ours, section.importance_bound)
-        if ratios is not None:
-            logged |= ratios.logged
-            weights = weights * ratios.factors
-        means = {name: counted_mean(values, weights, count) for name, values in logged.items()}
-        totals.add(count, **means)
-        return (weights * per_token).sum()
+        weights, corrections = corrected_for_engine(model, hidden, batch, section, sampling, old)
+        return TokenLosses((weights * per_token).sum(), logged | corrections, {})
 
 
 def group_advantages(rewards: Sequence[float], scale: bool) -> list[float]:

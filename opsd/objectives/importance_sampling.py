@@ -11,28 +11,56 @@ temperature, top-p and top-k do on purpose. A policy gradient has a ratio of its
 updates, so there the correction is for the engine only.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from opsd.objectives.groups import Sample
+from opsd.config.loss import LossSection
+from opsd.objectives.groups import MicroBatch
+from opsd.objectives.log_probs import token_log_prob
+from opsd.rollout import Sampling
+
+Corrected = tuple[Tensor, dict[str, Tensor]]
+"""The tokens' weights times their ratios, and what is logged of each token: [Σ R]."""
 
 
-class Importance(NamedTuple):
-    """The factor of each rollout token [Σ R], and what is logged of each token, [Σ R]."""
+def corrected_for_sampling(
+    model: PreTrainedModel, hidden: Tensor, batch: MicroBatch, section: LossSection
+) -> Corrected:
+    """Corrected for what sampled, where `batch.sampled_by_others`."""
+    with torch.no_grad():
+        own = token_log_prob(model, hidden, batch, section).log_prob
+    return _corrected(batch, own, section.importance_bound)
 
-    factors: Tensor
-    logged: dict[str, Tensor]
+
+def corrected_for_engine(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    batch: MicroBatch,
+    section: LossSection,
+    sampling: Sampling | None,
+    old: Tensor,
+) -> Corrected:
+    """Corrected for the engine alone.
+
+    old: log p of the student before the step, under `sampling`. Where that is another distribution
+    than engines' (temperature 1, the whole vocabulary), the student as it is now stands in: the two
+    differ after a step's first update alone.
+    """
+    by_engine = all(sample.sampling_log_probs is not None for sample in batch.samples)
+    if section.importance_bound is None or not by_engine:
+        return batch.weights, {}
+    if sampling is not None and not sampling.draws_from_the_model:
+        with torch.no_grad():
+            old = token_log_prob(model, hidden, batch, section).log_prob
+    return _corrected(batch, old, section.importance_bound)
 
 
-def importance(samples: Sequence[Sample], log_prob: Tensor, bound: float) -> Importance:
-    """Ratios of the student's probabilities to the engine's, or to those of the old student.
-
-    `log_prob`: the student's, at temperature 1, [Σ R]. Where tokens were drawn at temperature 1,
+def _corrected(batch: MicroBatch, log_prob: Tensor, bound: float) -> Corrected:
+    """`log_prob`: the student's, at temperature 1, [Σ R]. Where tokens were drawn at temperature 1,
     the mean of `engine_divergence`, log p_engine - log p_student, estimates KL(engine ‖ student).
     """
+    samples = batch.samples
     by_engine = samples[0].sampling_log_probs is not None
     before = [v for s in samples for v in (s.sampling_log_probs if by_engine else s.old_log_probs)]
     difference = log_prob.detach() - torch.tensor(before, device=log_prob.device)
@@ -43,13 +71,4 @@ def importance(samples: Sequence[Sample], log_prob: Tensor, bound: float) -> Imp
     }
     if by_engine:
         logged["engine_divergence"] = -difference
-    return Importance(ratio.clamp(max=bound), logged)
-
-
-def engine_importance(
-    samples: Sequence[Sample], old: Tensor, bound: float | None
-) -> Importance | None:
-    """`importance` of the student before the step over the engine; None without an engine."""
-    if bound is None or any(sample.sampling_log_probs is None for sample in samples):
-        return None
-    return importance(samples, old, bound)
+    return batch.weights * ratio.clamp(max=bound), logged

@@ -1,48 +1,111 @@
-"""Log-probabilities of the samples' tokens."""
+"""Log-probabilities of rollouts' tokens, under the distribution that the rollouts are drawn from.
+
+A policy gradient is that of the policy that sampled: softmax(z / τ), and with top-k or top-p the
+same over the tokens that these leave, renormalised. At temperature τ alone the fused kernel serves.
+Which tokens top-k and top-p leave is known from a whole row of logits only, so that these take
+blocks of rows, whose logits backward computes again.
+
+Legend: N tokens, V vocabulary, D hidden width.
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.models.dropout import switch_off_dropout
-from opsd.models.head import as_operands, head, head_arguments
-from opsd.objectives.groups import Sample, SampleGroup, as_student, samples_of, targets
-from opsd.objectives.sampling_distribution import SampledLogProb, sampled_log_prob
+from opsd.models.head import as_operands, head, head_arguments, logits_of
+from opsd.objectives.groups import MicroBatch, SampleGroup, as_student
 from opsd.prefix import rollout_hidden_states
 from opsd.rollout import Sampling
+from opsd.rollout.logits_sampling import warpers
+from opsd_kernels import linear_log_prob
+
+DEFAULT_BUDGET = 1 << 28
+COPIES = 6
+"""fp32 tensors of a block's logits that forward and backward hold at once."""
+
+
+class SampledLogProb(NamedTuple):
+    """Of each token [N], fp32: log q(y), and the entropy of q (detached)."""
+
+    log_prob: Tensor
+    entropy: Tensor
+
+
+def sampled_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    sampling: Sampling | None,
+    *,
+    bias: Tensor | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+    **how_logits_are_made: float | None,
+) -> SampledLogProb:
+    """log q of the tokens `targets` [N], of the states [N, D] that predict them.
+
+    q is what `sampling` draws from: temperature, then top-k, then top-p, renormalised. A target
+    that these leave out, as after an update of the weights, counts as one that they leave.
+
+    Args:
+        sampling: None: the model's own distribution.
+        weight, bias: the head's, [V, D] and [V].
+        memory_budget: bytes of logits; None: the kernel's own choice.
+        how_logits_are_made: see `head_arguments`.
+    """
+    greedy = sampling is None or sampling.temperature == 0  # the model's own distribution
+    temperature = 1.0 if greedy else sampling.temperature
+    if greedy or (sampling.top_p == 1 and sampling.top_k == 0):
+        options = {"memory_budget": memory_budget, "backend": backend, **how_logits_are_made}
+        found = linear_log_prob(
+            hidden, weight, targets, bias=bias, temperature=temperature, **options
+        )
+        return SampledLogProb(found.log_prob, found.entropy)
+
+    def block(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits_of(hidden, weight, bias, **how_logits_are_made)
+        left = warpers(sampling)(targets[:, None], logits.detach()).isfinite()
+        left = left.scatter(1, targets[:, None], True)
+        log_q = (logits / temperature).masked_fill(~left, -torch.inf).log_softmax(-1)
+        drawn = log_q.detach()
+        entropy = -(drawn.exp() * drawn.masked_fill(~left, 0.0)).sum(-1)
+        return log_q.gather(1, targets[:, None])[:, 0], entropy
+
+    rows = max(1, (memory_budget or DEFAULT_BUDGET) // (4 * COPIES * len(weight)))
+    pieces = [
+        checkpoint(block, h, y, use_reentrant=False)
+        for h, y in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return SampledLogProb(*map(torch.cat, zip(*pieces, strict=True)))
 
 
 def token_log_prob(
     model: PreTrainedModel,
     hidden: Tensor,
-    samples: Sequence[Sample],
+    batch: MicroBatch,
     section: LossSection,
-    vocabulary: int | None = None,
     sampling: Sampling | None = None,
+    vocabulary: int | None = None,
 ) -> SampledLogProb:
     """log p and entropy of each rollout token [Σ R], from the states [Σ R, D] that predict them.
 
-    vocabulary: how many rows of the head count, since a teacher's head may be padded further.
     sampling: how tokens were drawn, so that p is the distribution that they were drawn from; None:
         the model's own, at temperature 1.
+    vocabulary: how many rows of the head count, since a teacher's head may be padded further.
     """
     weight, bias = (None if t is None else t[:vocabulary] for t in head(model))
     hidden, weight, bias = as_operands((hidden, weight, bias))
+    options = {"memory_budget": section.memory_budget, "backend": section.backend}
+    options |= head_arguments(model)
     with phase("loss"):
-        return sampled_log_prob(
-            hidden,
-            weight,
-            targets(samples, hidden.device),
-            sampling,
-            bias=bias,
-            memory_budget=section.memory_budget,
-            backend=section.backend,
-            **head_arguments(model),
-        )
+        return sampled_log_prob(hidden, weight, batch.targets(), sampling, bias=bias, **options)
 
 
 @torch.no_grad()
@@ -51,32 +114,12 @@ def rollout_log_prob(
     groups: Sequence[SampleGroup],
     section: LossSection,
     share: bool,
-    vocabulary: int | None = None,
     sampling: Sampling | None = None,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """log p of each rollout token [Σ R] by `model`, in the student's contexts, without dropout."""
     switch_off_dropout(model)
+    batch = MicroBatch(groups, model.device, share)
     with phase("teacher"):
         hidden = rollout_hidden_states(model, as_student(groups), share)
-    samples = samples_of(groups)
-    return token_log_prob(model, hidden, samples, section, vocabulary, sampling).log_prob
-
-
-@torch.no_grad()
-def engine_log_prob(
-    model: PreTrainedModel,
-    hidden: Tensor,
-    samples: Sequence[Sample],
-    section: LossSection,
-    sampling: Sampling | None,
-    old: Tensor,
-) -> Tensor:
-    """log p [Σ R] as engines give theirs: at temperature 1, over the whole vocabulary.
-
-    old: log p of the student before the step, under `sampling`. Where that is another distribution,
-    the student as it is now stands in: the two differ after a step's first update alone.
-    """
-    plain = sampling is None or sampling.draws_from_the_model
-    if plain or any(sample.sampling_log_probs is None for sample in samples):
-        return old
-    return token_log_prob(model, hidden, samples, section).log_prob
+    return token_log_prob(model, hidden, batch, section, sampling, vocabulary).log_prob

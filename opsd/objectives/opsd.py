@@ -18,29 +18,21 @@ from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
-from opsd.models.dropout import switch_off_dropout
 from opsd.models.head import as_operands, head, head_arguments
 from opsd.objectives.groups import (
+    MicroBatch,
+    Objective,
     Problem,
     Sample,
     SampleGroup,
-    Totals,
+    TokenLosses,
     as_student,
     as_teacher,
-    counted_mean,
-    counted_tokens,
-    old_log_prob,
     sample_group,
     samples_of,
-    targets,
-    token_weights,
 )
-from opsd.objectives.importance_sampling import (
-    Importance,
-    engine_importance,
-    importance,
-)
-from opsd.objectives.log_probs import engine_log_prob, token_log_prob
+from opsd.objectives.importance_sampling import corrected_for_engine, corrected_for_sampling
+from opsd.objectives.log_probs import token_log_prob
 from opsd.objectives.policy_gradient import surrogate
 from opsd.objectives.token_classes import split_by_class
 from opsd.objectives.token_weights import TokenWeighting
@@ -49,17 +41,12 @@ from opsd.rollout import Sampling
 from opsd_kernels import Clip, linear_divergence
 
 
-class OPSD:
+class OPSD(Objective):
     """The divergence between `teacher` (frozen, or the live model) and the model that trains.
 
-    Args:
-        weighting: what the tokens count; None: as `section` says.
-        classes: of the vocabulary's entries, by `class_table`; with it, the divergence is logged by
-            class.
+    `classes`: of the vocabulary's entries, by `class_table`; with it, the divergence is logged by
+    class.
     """
-
-    samples_rollouts = True
-    teacher_role = "teacher"  # the context that the teacher sees
 
     def __init__(
         self,
@@ -69,10 +56,10 @@ class OPSD:
         classes: Tensor | None = None,
         sampling: Sampling | None = None,
     ):
-        self.section, self.teacher, self.classes = section, teacher, classes
         # Only a policy gradient is one of the policy that sampled.
-        self.sampling = sampling if section.divergence == "sampled_token" else None
-        self.weighting = weighting or TokenWeighting(section)
+        self.by_token = section.divergence == "sampled_token"
+        super().__init__(section, weighting, sampling if self.by_token else None)
+        self.teacher, self.classes = teacher, classes
         self.clip = None if section.clip == "none" else Clip(section.clip, section.clip_threshold)
 
     def sample_groups(
@@ -105,44 +92,25 @@ class OPSD:
         used = len(samples_of(groups)) / sum(len(p.rollouts) for p in problems)
         return groups, {} if used == 1 else {"trained_fraction": used}
 
-    def loss(
-        self,
-        model: PreTrainedModel,
-        groups: Sequence[SampleGroup],
-        totals: Totals,
-        share: bool = True,
-    ) -> Tensor:
-        """See `Objective.loss`."""
-        switch_off_dropout(model)
-        hidden = student_and_teacher_states(
-            model, self.teacher, as_student(groups), as_teacher(groups), share
+    def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
+        """See `Objective`."""
+        students, teachers = as_student(batch.groups), as_teacher(batch.groups)
+        hidden = student_and_teacher_states(model, self.teacher, students, teachers, batch.share)
+        found = (self._sampled_token if self.by_token else self._whole_vocabulary)(
+            model, batch, *hidden
         )
-        samples = samples_of(groups)
-        weights, count = token_weights(samples, model.device), counted_tokens(samples)
-        by_token = self.section.divergence == "sampled_token"
-        loss_of = self._sampled_token if by_token else self._whole_vocabulary
-        loss, logged, fractions = loss_of(model, samples, weights, *hidden)
         if self.classes is not None:
-            by_class = split_by_class(
-                self.classes, targets(samples, model.device), logged["divergence"]
-            )
-            logged |= {f"divergence_{name}": values for name, values in by_class.items()}
-        means = {name: counted_mean(values, weights, count) for name, values in logged.items()}
-        totals.add(count, **means, **fractions)
-        return loss
+            by_class = split_by_class(self.classes, batch.targets(), found.logged["divergence"])
+            found.logged.update({f"divergence_{name}": each for name, each in by_class.items()})
+        return found
 
     def _whole_vocabulary(
-        self,
-        model: PreTrainedModel,
-        samples: Sequence[Sample],
-        weights: Tensor,
-        student: Tensor,
-        teacher: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """The loss, what is logged of each token [Σ R], and what is logged of all tokens."""
-        ratios = self._importance(model, samples, student)
-        if ratios is not None:
-            weights = weights * ratios.factors
+        self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Tensor
+    ) -> TokenLosses:
+        section = self.section
+        weights, corrections = batch.weights, {}
+        if section.importance_bound is not None and batch.sampled_by_others:
+            weights, corrections = corrected_for_sampling(model, student, batch, section)
         (weight, bias), (teacher_weight, teacher_bias) = head(model), head(self.teacher)
         if len(weight) != len(teacher_weight):
             # Padded to different sizes. The rows that both have hold all tokens.
@@ -153,76 +121,45 @@ class OPSD:
         if teacher_weight is weight:
             teacher_weight = teacher_bias = None  # a live teacher: one product for both
         tensors = (student, teacher, weight, teacher_weight, bias, teacher_bias)
-        student, teacher, weight, teacher_weight, bias, teacher_bias = as_operands(tensors)
+        *operands, bias, teacher_bias = as_operands(tensors)
         with phase("loss"):
             result = linear_divergence(
-                student,
-                teacher,
-                weight,
-                teacher_weight,
+                *operands,
                 bias=bias,
                 teacher_bias=teacher_bias,
-                divergence=self.section.divergence,
-                beta=self.section.beta,
-                temperature=self.section.temperature,
+                divergence=section.divergence,
+                beta=section.beta,
+                temperature=section.temperature,
                 token_weight=weights,
                 clip=self.clip,
                 reduction="sum",
-                memory_budget=self.section.memory_budget,
-                backend=self.section.backend,
+                memory_budget=section.memory_budget,
+                backend=section.backend,
                 **head_arguments(model),
             )
-        logged = {
-            "divergence": result.per_token,
-            "student_entropy": result.student_entropy,
-            "teacher_entropy": result.teacher_entropy,
-        }
-        if ratios is not None:
-            logged |= ratios.logged
-        fractions = {}
-        if self.clip is not None:
-            fractions["clipped_fraction"] = result.clipped_fraction
-            fractions["inverted_gradient_fraction"] = result.inverted_gradient_fraction
-        return result.loss, logged, fractions
-
-    def _importance(
-        self, model: PreTrainedModel, samples: Sequence[Sample], student: Tensor
-    ) -> Importance | None:
-        """The correction for rollouts of another distribution; None where there is none."""
-        bound = self.section.importance_bound
-        logged = (s.sampling_log_probs is not None or s.old_log_probs is not None for s in samples)
-        if bound is None or not all(logged):
-            return None
-        with torch.no_grad():
-            own = token_log_prob(model, student, samples, self.section)
-        return importance(samples, own.log_prob, bound)
+        names = ("student_entropy", "teacher_entropy")
+        logged = {"divergence": result.per_token, **{name: getattr(result, name) for name in names}}
+        fractions = ("clipped_fraction", "inverted_gradient_fraction") if self.clip else ()
+        of_all = {name: getattr(result, name) for name in fractions}
+        return TokenLosses(result.loss, logged | corrections, of_all)
 
     def _sampled_token(
-        self,
-        model: PreTrainedModel,
-        samples: Sequence[Sample],
-        weights: Tensor,
-        student: Tensor,
-        teacher: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """As `_whole_vocabulary`. A token's divergence is estimated as log p_S - log p_T."""
+        self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Tensor
+    ) -> TokenLosses:
+        """A token's divergence is estimated as log p_S - log p_T."""
         section, sampling = self.section, self.sampling
-        own = token_log_prob(model, student, samples, section, sampling=sampling)
+        own = token_log_prob(model, student, batch, section, sampling)
         with torch.no_grad():
             size = len(head(model)[0])
-            its = token_log_prob(self.teacher, teacher, samples, section, size, sampling)
-        old = old_log_prob(samples, own.log_prob)
+            its = token_log_prob(self.teacher, teacher, batch, section, sampling, size)
+        old = batch.old_log_prob(own.log_prob)
         advantage = its.log_prob - old
-        per_token, clipped = surrogate(own.log_prob, old, advantage, self.section)
+        per_token, clipped = surrogate(own.log_prob, old, advantage, section)
+        weights, corrections = corrected_for_engine(model, student, batch, section, sampling, old)
         logged = {
             "divergence": -advantage,
             "student_entropy": own.entropy,
             "teacher_entropy": its.entropy,
             "ratio_clipped_fraction": clipped.float(),
         }
-        ours = engine_log_prob(model, student, samples, section, sampling, old)
-        ratios = engine_importance(samples, ours, section.importance_bound)
-        if ratios is not None:
-            logged |= ratios.logged
-            weights = weights * ratios.factors
-        return (weights * per_token).sum(), logged, {}
+        return TokenLosses((weights * per_token).sum(), logged | corrections, {})

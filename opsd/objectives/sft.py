@@ -6,22 +6,19 @@ it teaches a model both prompts before OPSD begins.
 
 from collections.abc import Sequence
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.data.prompts import Prompts
 from opsd.objectives.groups import (
+    MicroBatch,
+    Objective,
     Problem,
     Sample,
     SampleGroup,
-    Totals,
+    TokenLosses,
     as_student,
-    counted_mean,
-    counted_tokens,
-    samples_of,
-    token_weights,
 )
 from opsd.objectives.log_probs import token_log_prob
 from opsd.objectives.token_weights import TokenWeighting
@@ -29,18 +26,16 @@ from opsd.prefix import rollout_hidden_states
 from opsd.rollout import Rollout
 
 
-class SFT:
+class SFT(Objective):
     """Cross-entropy; the weight of each token is 1 ÷ the step's tokens."""
 
     samples_rollouts = False
-    sampling = None
-    teacher_role = "teacher"  # it scores nothing here, but it colours the report's completions
 
     def __init__(
         self, section: LossSection, prompts: Prompts, weighting: TokenWeighting | None = None
     ):
-        self.section, self.prompts = section, prompts
-        self.weighting = weighting or TokenWeighting(section)
+        super().__init__(section, weighting)
+        self.prompts = prompts
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
@@ -58,18 +53,10 @@ class SFT:
             for (context, target), weight in zip(sequences, weights, strict=True)
         ], {}
 
-    def loss(
-        self,
-        model: PreTrainedModel,
-        groups: Sequence[SampleGroup],
-        totals: Totals,
-        share: bool = True,
-    ) -> Tensor:
-        """See `Objective.loss`; adds the student's entropy to `totals`."""
-        samples = samples_of(groups)
+    def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
+        """See `Objective`."""
         with phase("student"):
-            hidden = rollout_hidden_states(model, as_student(groups), share)
-        result = token_log_prob(model, hidden, samples, self.section)
-        weights, count = token_weights(samples, hidden.device), counted_tokens(samples)
-        totals.add(count, student_entropy=counted_mean(result.entropy, weights, count))
-        return -(weights * result.log_prob).sum()
+            hidden = rollout_hidden_states(model, as_student(batch.groups), batch.share)
+        result = token_log_prob(model, hidden, batch, self.section)
+        loss = -(batch.weights * result.log_prob).sum()
+        return TokenLosses(loss, {"student_entropy": result.entropy}, {})

@@ -24,6 +24,7 @@ from opsd.plan.architectures import architecture
 from opsd.plan.fake_run import Peaks, meta_model, over_layers, quiet, sampling_peaks, step_peaks
 from opsd.plan.workload import Lengths, micro_batches, sample_groups
 from opsd.rollout import SAMPLERS
+from opsd.training.step import OPSDStep
 from opsd_kernels.resolve import load, resolve
 from opsd_kernels.sweep import Head, plan_call
 
@@ -162,8 +163,8 @@ class Planner:
                     short, config.model, bool(config.train.gradient_checkpointing), dtype
                 )
             objective, teacher = _objective(config, short, dtype)
-            share = config.train.share_prefixes
-            return [model, *teacher], lambda: objective.loss(model, batch, Totals(), share=share)
+            step = OPSDStep(model, objective, config.train.share_prefixes)
+            return [model, *teacher], lambda: step(batch, Totals())
 
         def trace() -> Peaks:
             flash = autocast and self.device_memory is not None

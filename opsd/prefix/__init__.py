@@ -11,9 +11,8 @@ from opsd.prefix.hidden_states import (
     student_and_teacher_states,
 )
 from opsd.prefix.layout import Group, Ids
-from opsd.prefix.packed_forward import try_kernel
+from opsd.prefix.packed_forward import try_kernel, unpackable
 from opsd.prefix.prefix_cache import CachedPrefix, PrefixCache, cached_token_cost
-from opsd.prefix.supported_models import unpackable
 
 __all__ = [
     "CachedPrefix",

@@ -16,11 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
-from opsd.models.lora import adapter_state
 from opsd.prefix.layout import CheckedGroup, Group, Layout, checked_groups
-from opsd.prefix.packed_forward import Capture, KeysAndValues, packed_forward
+from opsd.prefix.packed_forward import (
+    Capture,
+    KeysAndValues,
+    adapter_state,
+    packed_forward,
+    unpackable,
+)
 from opsd.prefix.prefix_cache import CachedPrefix, plain_groups, uncached
-from opsd.prefix.supported_models import unpackable
 
 
 def student_and_teacher_states(

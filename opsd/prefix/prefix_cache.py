@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opsd.models.lora import adapter_state
 from opsd.prefix.layout import CheckedGroup, Group, Ids, Layout
-from opsd.prefix.packed_forward import Capture, KeysAndValues, packed_forward
+from opsd.prefix.packed_forward import Capture, KeysAndValues, adapter_state, packed_forward
 
 
 @dataclass(frozen=True)

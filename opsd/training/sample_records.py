@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
-from opsd.models.head import head, head_arguments
+from opsd.models.head import head, head_arguments, logits_of
 from opsd.objectives import Problem
 from opsd.prefix import Ids, rollout_hidden_states
 from opsd.rollout.base import decode
@@ -116,12 +116,5 @@ def token_records(
 
 
 def _log_probs(model: PreTrainedModel, hidden: Tensor, size: int) -> Tensor:
-    weight, bias = head(model)
-    logits = hidden.float() @ weight[:size].float().T
-    if bias is not None:
-        logits += bias[:size].float()
-    options = head_arguments(model)
-    logits *= options["logit_scale"]
-    if cap := options["logit_softcap"]:
-        logits = cap * torch.tanh(logits / cap)
-    return logits.log_softmax(-1)
+    weight, bias = (None if t is None else t[:size] for t in head(model))
+    return logits_of(hidden, weight, bias, **head_arguments(model)).log_softmax(-1)

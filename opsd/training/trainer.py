@@ -40,13 +40,12 @@ from opsd.objectives import Objective, Problem, SampleGroup, Totals
 from opsd.prefix import try_kernel, unpackable
 from opsd.rollout import DistributedSampler, Sampler, ServerGoneError
 from opsd.runs.log import RunLog
-from opsd.training.accumulate import GradientAccumulator
 from opsd.training.checkpoints import Checkpoints
 from opsd.training.collect_rollouts import RolloutCollector
 from opsd.training.failed_steps import IN_A_ROW, failed_step, save_failed_step
 from opsd.training.optimizer import make_optimizer, make_schedule
 from opsd.training.sample_records import rollout_records
-from opsd.training.step import OPSDStep, token_ratio
+from opsd.training.step import GradientAccumulator, OPSDStep, token_ratio
 from opsd.training.step_log import StepLog
 from opsd.training.trainer_arguments import training_arguments
 
@@ -236,10 +235,8 @@ class OPSDTrainer:
         self.wrapped.zero_grad()
         self.accumulate = GradientAccumulator(
             self.micro_step,
-            self.model,
             self.wrapped,
             self.accelerator,
-            self.config.loss,
             compute_dtype(self.config.train.precision),
             self.config.train.micro_batch_tokens,
             self.config.train.sharding in SPLIT_WEIGHTS,

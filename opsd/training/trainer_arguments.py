@@ -9,7 +9,7 @@ from opsd.config.sections import OutputSection, TrainSection
 def training_arguments(
     train: TrainSection, output: OutputSection, evaluate_every: int
 ) -> TrainingArguments:
-    """Without precision and sharding, which are ours: see distributed.wrap and accumulate."""
+    """Without precision and sharding, which are ours: see distributed.wrap and step."""
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     return TrainingArguments(
         output_dir=output.dir,

@@ -20,10 +20,11 @@ from opsd.data.prompts import Prompts
 from opsd.evaluate.subject import Subject
 from opsd.models.copies import copy_model, update_copy
 from opsd.models.load import load_model
-from opsd.models.lora import adapter_state, add_adapters, without_adapters
+from opsd.models.lora import add_adapters, without_adapters
 from opsd.models.moving_average import FILE, MovingAverage
 from opsd.objectives import OPSD, Problem, Totals
 from opsd.prefix import rollout_hidden_states
+from opsd.prefix.packed_forward import adapter_state
 from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.rollout import Rollout

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opsd.objectives.sampling_distribution import sampled_log_prob
+from opsd.objectives.log_probs import sampled_log_prob
 from opsd.rollout.base import Sampling
 from opsd.rollout.logits_sampling import Draw
 

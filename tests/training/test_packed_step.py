@@ -22,7 +22,7 @@ from opsd.common.files import read_lines
 from opsd.config.load import merge
 from opsd.config.loss import LossSection
 from opsd.models.copies import full_tensor
-from opsd.objectives import OPSD, Totals, samples_of
+from opsd.objectives import OPSD, SFT, Totals, samples_of
 from opsd.prefix import (
     PrefixCache,
     attention,
@@ -69,9 +69,19 @@ def test_the_check_passes_and_sharing_is_refused_where_it_differs(monkeypatch):
 
 def test_the_check_is_made_without_dropout():
     model = make("OPT", {"dropout": 0.3})
-    step = OPSDStep(model.train(), OPSD(LossSection(backend="torch"), model))
+    step = OPSDStep(model.train(), SFT(LossSection(backend="torch"), None))
     assert step.check_sharing(make_sample_groups()) < 1e-5
     assert model.training
+
+
+def test_what_is_scored_is_what_sampled_without_dropout():
+    model = make("OPT", {"dropout": 0.3})
+    first, second = (
+        OPSDStep(model.train(), OPSD(LossSection(backend="torch"), model), share)
+        for share in (True, False)
+    )
+    values = [step(make_sample_groups(), Totals()).item() for step in (first, first, second)]
+    assert values[0] == values[1] == pytest.approx(values[2], rel=1e-4)
 
 
 def test_the_check_in_bf16_measures_by_what_bf16_costs_alone(monkeypatch):

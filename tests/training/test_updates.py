@@ -86,7 +86,7 @@ def test_updates_of_a_step_know_the_weights_it_began_with(
 
 def test_one_update_needs_no_old_values(files, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "opsd.training.accumulate.rollout_log_prob", lambda *_, **__: pytest.fail("was asked for")
+        "opsd.training.step.rollout_log_prob", lambda *_, **__: pytest.fail("was asked for")
     )
     config = config_of(files, tmp_path / "run", train={"steps": 1, "save_every": 0})
     train(config, quiet())
