@@ -19,6 +19,7 @@ from opsd.common.errors import UserError
 from opsd.common.files import write_file, write_json, write_lines
 from opsd.common.system import machine, usable_cores, versions
 from opsd.config.sections import PromptsSection
+from opsd.data.context_check import ContextCheck
 from opsd.data.prompts import Prompts
 from opsd.evaluate.answers import Completion, CompletionLog, claim, key, read_completions, read_file
 from opsd.evaluate.benchmarks import Benchmark, load_benchmark
@@ -61,7 +62,11 @@ def evaluate_command(asked: Settings) -> None:
         subject = Subject(asked.model, asked.local_rank)
         thinking = _thinking(asked, benchmark, subject)
         # Under a fixed date: what a template writes for today is no part of what is measured.
-        contexts = _prompts(asked, subject, thinking, NO_DATE).all_ids(benchmark.rows, "student")
+        prompts = _prompts(asked, subject, thinking, NO_DATE)
+        check = ContextCheck(prompts, ["student"])
+        for number, row in enumerate(benchmark.rows, start=1):
+            check(number, row)
+        contexts = prompts.all_ids(benchmark.rows, "student")
         sampling, samples = _sampling(asked, benchmark, subject, contexts)
         identity = {
             "model": subject.digest,

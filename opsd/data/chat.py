@@ -71,7 +71,11 @@ class ChatTemplate:
 
         history: messages before this one; its system message stands where `system` is None.
         """
-        return self._render(self._messages(message, system, history), True) + self.prefill
+        messages = self._messages(message, system, history)
+        text = self._render(messages, True)
+        for number in range(len(messages)):
+            self._check_written(messages, number, text)
+        return text + self.prefill
 
     def context_ids(
         self, message: str, system: str | None = None, history: Sequence[Message] = ()
@@ -152,6 +156,22 @@ class ChatTemplate:
         if closing not in answer:
             answer = f"\n{closing}\n\n{answer}"
         return answer + end
+
+    def _check_written(self, messages: list[Message], number: int, text: str) -> None:
+        """Raises UserError where a chat's text lacks a message, or a part of it. Templates may
+        trim and escape it, and leave the thought of an earlier answer out."""
+        role, said = messages[number]["role"], messages[number]["content"]
+        said = said if isinstance(said, str) else said[0]["text"]
+        if not said.strip() or said.strip() in text or role == "assistant":
+            return
+        marked = self._message(role, f"{PROBE}{said}{PROBE}")
+        again = self._render([*messages[:number], marked, *messages[number + 1 :]], True)
+        if again.count(PROBE) < 2:
+            raise UserError(
+                f"model.path has a chat template that leaves the {role} message out, or cuts it "
+                f"({said.strip()[:40]!r}): give it one that writes it (chat_template.jinja in the "
+                "model's directory)"
+            )
 
     def _messages(
         self, message: str, system: str | None, history: Sequence[Message]

@@ -54,54 +54,43 @@ def _open(path: Path) -> TextIO:
     return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
+ONE_A_LINE = "expected one JSON object a line"
+OR_A_LIST = f"{ONE_A_LINE}, or one list of objects, alone or under a key"
+
+
 def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[Any]:
     """Objects one a line; of a .json file also one list of them, alone or under a key."""
     where = f"{section}.source: {name}"
     if one_value:
-        first = next((line for line in file if line.strip()), "")
-        more = any(line.strip() for line in file)
-        file.seek(0)
-        if not _is_record(first, alone=not more):
-            yield from _list(_value(file.read(), where), where)
+        text = file.read()
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            first = text.lstrip().partition("\n")[0]
+            if not _is_object(first):
+                raise UserError(f"{where} is not valid JSON ({error}); {OR_A_LIST}") from error
+            file.seek(0)  # one object a line
+        else:
+            found = value if isinstance(value, list) else _listed(value)
+            if found is None and isinstance(value, dict) and "\n" not in text.strip():
+                found = [value]
+            if found is None:
+                keys = (
+                    ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
+                )
+                raise UserError(f"{where} holds {keys}: {OR_A_LIST}")
+            yield from found
             return
     for number, line in enumerate(file, start=1):
         if line.strip():
-            yield _line(line, number, one_value, section, name)
+            yield _line(line, number, OR_A_LIST if one_value else ONE_A_LINE, section, name)
 
 
-def _is_record(line: str, alone: bool) -> bool:
-    """Whether a file's first line is a record by itself, and not a list, or a part of one value."""
+def _is_object(line: str) -> bool:
     try:
-        value = json.loads(line)
+        return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
-    if isinstance(value, list):
-        return False
-    # An object that stands alone may hold the list of records.
-    return not alone or _listed(value) is None
-
-
-def _value(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where} is not valid JSON ({error}); expected one JSON object a line, or one list of "
-            "objects, alone or under a key"
-        ) from error
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if isinstance(value, list):
-        return value
-    found = _listed(value)
-    if found is None:
-        keys = ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
-        raise UserError(
-            f"{where} holds {keys}: expected one JSON object a line, or one list of objects, alone "
-            "or under a key"
-        )
-    return found
 
 
 def _listed(value: Any) -> list[Any] | None:
@@ -117,21 +106,16 @@ def _is_chat(message: dict) -> bool:
     return {"role", "content"} <= message.keys() or {"from", "value"} <= message.keys()
 
 
-def _line(line: str, number: int, one_value: bool, section: str, name: str) -> Any:
+def _line(line: str, number: int, expected: str, section: str, name: str) -> Any:
+    where = f"{section}.source: line {number} of {name}"
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        expected = "one JSON object a line"
-        if one_value:
-            expected += ", or one list of objects, alone or under a key"
         raise UserError(
-            f"{section}.source: line {number} of {name} is not valid JSON ({error.msg} at column "
-            f"{error.colno}); expected {expected}"
+            f"{where} is not valid JSON ({error.msg} at column {error.colno}); {expected}"
         ) from error
     except (ValueError, RecursionError) as error:  # an endless number, or nesting without end
-        raise UserError(
-            f"{section}.source: line {number} of {name} cannot be read ({error})"
-        ) from error
+        raise UserError(f"{where} cannot be read ({error})") from error
 
 
 def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]:

@@ -20,6 +20,7 @@ def fitting_rows(
     window: int | None,
     note: Callable[[str], None],
     advance: Callable[[int], None] = lambda rows: None,
+    check: Callable[[int, Row], None] = lambda number, row: None,
 ) -> list[Row]:
     """The training rows whose longest context and answer are `window` tokens at most (None: any).
 
@@ -29,17 +30,21 @@ def fitting_rows(
         roles: those whose contexts are trained on and can be made of a row alone.
         answer: tokens of the longest answer; None: a row's own target is its answer.
         advance: called with the number of rows that were checked since the last call.
+        check: called with each row's number, from 1, and the row.
     """
-    if window is None:
-        return list(rows)
     needed = []
     for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        doubtful = [row for row in batch if not _surely_fits(row, prompts, roles, answer, window)]
+        batch, doubtful = rows[start : start + BATCH], []
+        for number, row in enumerate(batch, start=start + 1):
+            check(number, row)  # beside the next line, for which the row is then filled in already
+            if window is not None and not _surely_fits(row, prompts, roles, answer, window):
+                doubtful.append(row)
         counted = iter(tokens_needed(doubtful, prompts, roles, answer))
         names = set(map(id, doubtful))
         needed += [next(counted) if id(row) in names else 0 for row in batch]
         advance(len(batch))
+    if window is None:
+        return list(rows)
     return _within(rows, needed, window, prompts, "data.source", "row", note)
 
 

@@ -78,6 +78,7 @@ class Prompts:
         # By role and the row's id(); the row beside its ids, so that no other row gets its id().
         self._known: dict[tuple[str, int], tuple[Row, array]] = {}
         self._known_tokens = 0
+        self._filled_in: dict[str, tuple[Row, str]] = {}  # each template's last row and its text
         self._bound = token_bound(tokenizer)
         self._chat_sizes: dict[str, tuple[int, int] | None] = {}
 
@@ -211,19 +212,19 @@ class Prompts:
 
     def render(self, row: Row, name: str, **more: Any) -> str:
         """The filled-in template `prompts.<name>`; `more`: what it may use beside the columns."""
-        values = {
-            **row.columns,
-            "problem": row.problem,
-            "solution": row.solution,
-            "answer": row.answer,
-            **more,
-        }
+        known = self._filled_in.get(name)
+        if known is not None and known[0] is row and not more:
+            return known[1]
+        values = {**row.columns, **row.texts, **more}
         try:
-            return fill_in(self._templates[name], values)
+            text = fill_in(self._templates[name], values)
         except Exception as error:  # a template's expressions can raise anything, as 1 / 0 does
             raise UserError(
                 f"prompts.{name} cannot be filled in: {error}; columns: {', '.join(sorted(values))}"
             ) from None
+        if not more:
+            self._filled_in[name] = row, text
+        return text
 
 
 def _role_of(name: str) -> tuple[str, bool]:

@@ -45,6 +45,11 @@ class Row:
     columns: dict[str, Any]
     history: tuple[dict[str, str], ...] = ()  # messages of its chat before the problem
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """Its three texts by name."""
+        return {"problem": self.problem, "solution": self.solution, "answer": self.answer}
+
 
 class IncompleteRowError(UserError):
     """A row lacks the text of a column that is required."""

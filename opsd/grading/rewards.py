@@ -151,14 +151,8 @@ def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
 
 def _score(name: str, function: Callable, completion: str, row: Row) -> tuple[float, str]:
     where = f"loss.reward.verifier {name!r}, on the problem {_short(row.problem)}"
-    columns = {
-        **row.columns,
-        "problem": row.problem,
-        "solution": row.solution,
-        "answer": row.answer,
-    }
     try:
-        result = function(completion, columns)
+        result = function(completion, {**row.columns, **row.texts})
     except Exception as error:  # whatever the user's function does
         raise UserError(f"{where}, raised {in_short(error)}") from error
     score, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, "")

@@ -8,6 +8,7 @@ from opsd.config.config import Config
 from opsd.config.requirements import (
     compares_answers,
     held_out_teacher_role,
+    learns_targets,
     longest_answer,
     longest_rollout,
     required_columns,
@@ -15,6 +16,7 @@ from opsd.config.requirements import (
     uses_teacher_prompt,
 )
 from opsd.config.sections import DataSection, SourceSection
+from opsd.data.context_check import ContextCheck
 from opsd.data.length_filter import fitting_held_out, fitting_rows
 from opsd.data.mixture import mixture
 from opsd.data.prompts import Prompts
@@ -94,23 +96,32 @@ def fitting_data(
     """The training rows and held-out ones that fit the window; tells what the user should know.
 
     Raises UserError for rows that do not fit, unless `prompts.too_long` has them left out, and
-    where fewer are left than a step needs.
+    where fewer are left than a step needs; and for those that do not reach the contexts.
     """
+    roles, teaches = trained_roles(config), uses_teacher_prompt(config) and config.method != "sft"
+    own_weights = config.teacher.policy != "model"
+    check = ContextCheck(prompts, roles, teaches and own_weights, learns_targets(config))
+    check_held_out = ContextCheck(prompts, ["student"])
+    for number, row in enumerate(held_out, start=1):
+        check_held_out(number, row)
     with display.stage("Check the rows' lengths", total=len(rows)) as stage:
         rows = fitting_rows(
             rows,
             prompts,
-            trained_roles(config),
+            roles,
             longest_rollout(config),
             window,
             display.note,
             stage.advance,
+            check,
         )
         if len(rows) < config.train.problems_per_step:
             raise UserError(
                 f"data.source has {len(rows)} training rows: train.problems_per_step "
                 f"({config.train.problems_per_step}) may be at most that"
             )
+        # Of which a chat template would cut the longest first.
+        prompts.contexts([max(rows, key=lambda row: len(row.problem) + len(row.solution))])
         held_out = fitting_held_out(
             held_out,
             prompts,
@@ -121,7 +132,6 @@ def fitting_data(
             "data.source" if config.eval.source is None else "eval.source",
             display.note,
         )
-    both = uses_teacher_prompt(config) and config.method != "sft"
-    if both and (differ := prompts.different_endings()) is not None:
+    if teaches and (differ := prompts.different_endings()) is not None:
         display.note(differ)
     return rows, held_out

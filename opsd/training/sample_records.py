@@ -37,9 +37,7 @@ def sample_records(
     for i in range(min(count, len(rows))):
         row, rollout = rows[i], evaluation.rollouts[i]
         yield {
-            "problem": row.problem,
-            "solution": row.solution,
-            "answer": row.answer,
+            **row.texts,
             "completion": evaluation.completions[i],
             "correct": evaluation.grades[i].correct,
             "sampling": {**evaluation.sampling, "seed": rollout.seed},

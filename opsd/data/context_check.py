@@ -1,0 +1,121 @@
+"""Whether what a row says reaches the contexts: the problem both, the solution the teacher's.
+
+A text is looked for in the filled-in template as it is. A template may trim, escape or shorten it:
+where it is not found, the template is filled in once more with a mark at both of the text's ends,
+and one of them has to come out.
+"""
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+from opsd.common.errors import UserError
+from opsd.common.templates import names
+from opsd.data.chat import PROBE
+from opsd.data.prompts import Prompts
+from opsd.data.rows import Row
+
+SHORT = 16  # characters of a text that may stand in a message by chance
+
+
+class ContextCheck:
+    """Called with each row before training. Raises UserError for the first that does not arrive.
+
+    Args:
+        roles: whose contexts are made of a row alone.
+        differ: the teacher has the student's own weights, so that it teaches by its context alone.
+        targets: prompts.target is what is learnt.
+    """
+
+    def __init__(
+        self, prompts: Prompts, roles: Collection[str], differ: bool = False, targets: bool = False
+    ):
+        self.prompts, self.roles = prompts, roles
+        self.differ, self.targets = differ and "teacher" in roles, targets
+        self.apart = False  # whether equal messages make different contexts
+        self.named = {
+            name: names(getattr(prompts.section, name)) for name in ("student", "teacher", "target")
+        }
+        for name in [*({"teacher"} & {*roles}), *(["target"] if targets else [])]:
+            template = getattr(prompts.section, name)
+            if "solution" not in self.named[name] and _single(template, ["solution"]):
+                raise UserError(
+                    f"prompts.{name} has {{solution}} in single braces, which is plain text: "
+                    "write {{ solution }}"
+                )
+
+    def __call__(self, number: int, row: Row) -> None:
+        """Check the `number`-th row, from 1."""
+        messages = {role: self.prompts.render(row, role) for role in self.roles}
+        is_problem = _is(row.problem)
+        for role, message in messages.items():
+            if not _stands(row.problem, message) and not self._arrives(row, role, is_problem):
+                self._refuse(role, number, row, "problem")
+        if (
+            "solution" in self.named["teacher"] - self.named["student"]
+            and not _stands(row.solution, messages.get("teacher", row.solution))
+            and "teacher" in messages
+            and not self._arrives(row, "teacher", lambda text: not is_problem(text))
+        ):
+            self._refuse("teacher", number, row, "solution")
+        if self.targets and number == 1:
+            target = self.prompts.render(row, "target")
+            if not self.named["target"]:
+                raise UserError(
+                    f"prompts.target is {target!r}: it names no column, so that every row would "
+                    "teach the same text; write {{ solution }}"
+                )
+        alike = messages.get("student") == messages.get("teacher")
+        if self.differ and (number == 1 or (alike and not self.apart)):
+            context = self.prompts.context(row)
+            if context.student == context.teacher:
+                raise UserError(
+                    f"prompts.teacher: both roles' contexts are equal in row {number} "
+                    f"({row.problem[:40]!r}), so that there is nothing to teach: write "
+                    "{{ solution }} or another column there, or tell the teacher more in "
+                    "prompts.teacher_system"
+                )
+            self.apart = alike  # by a system message, say
+
+    def _arrives(self, row: Row, role: str, chosen: Callable[[str], bool]) -> bool:
+        """Whether one of the chosen texts comes out, however the template changes it."""
+        marked = {name: _marked(getattr(row, name), chosen) for name in (*row.texts, "columns")}
+        try:
+            return PROBE in self.prompts.render(replace(row, **marked), role)
+        except UserError:  # the template reckons with the text
+            return True
+
+    def _refuse(self, role: str, number: int, row: Row, what: str) -> None:
+        single = _single(getattr(self.prompts.section, role), [what, *row.columns])
+        said = f"; {single} in single braces is plain text" if single else ""
+        name = single.strip("{} ") if single else what
+        raise UserError(
+            f"prompts.{role} leaves the {what} out of the {role}'s context in row {number} "
+            f"({row.problem[:40]!r}){said}: write {{{{ {name} }}}}"
+        )
+
+
+def _stands(text: str, message: str) -> bool:
+    text = text.strip()
+    return len(text) >= SHORT and text in message
+
+
+def _is(wanted: str) -> Callable[[str], bool]:
+    return lambda text: text.strip() == wanted.strip()
+
+
+def _marked(value: Any, chosen: Callable[[str], bool]) -> Any:
+    """A column with marks around the chosen texts, wherever they stand inside."""
+    if isinstance(value, str):
+        return f"{PROBE}{value}{PROBE}" if value.strip() and chosen(value) else value
+    if isinstance(value, dict):
+        return {key: _marked(inside, chosen) for key, inside in value.items()}
+    return [_marked(inside, chosen) for inside in value] if isinstance(value, list) else value
+
+
+def _single(template: str, columns: Collection[str]) -> str | None:
+    r"""The first `{column}` of a template: neither `{{ column }}` nor LaTeX's `\boxed{answer}`."""
+    wanted = "|".join(map(re.escape, columns))
+    found = re.search(rf"(?<![\w\\{{}}%]){{\s*(?:{wanted})\s*}}(?!}})", template)
+    return found.group() if found else None

@@ -1,0 +1,246 @@
+"""What a row says reaches the contexts, or the run is refused before its first step."""
+
+import pytest
+from helpers.chat_templates import CHATML, FAMILIES, IM, PARTS, Family, make_tokenizer, turns
+
+from opsd.common.display import Display
+from opsd.common.errors import UserError
+from opsd.config.config import Config
+from opsd.config.load import parse_config
+from opsd.data.context_check import ContextCheck
+from opsd.data.prompts import Prompts
+from opsd.data.rows import Row, load_rows
+from opsd.training.load_data import fitting_data
+
+PROBLEM, SOLUTION = (
+    "  What is 1 + 2,\nplease?\n",
+    'We add \'em: 1 + 2 = 3 < 4 & "so" it is \\boxed{3}.',
+)
+RECORD = {"problem": PROBLEM, "solution": SOLUTION, "answer": "3", "hint": "add", "level": 2}
+RECORDS = [RECORD, {**RECORD, "problem": "2 + 2?", "solution": "4", "level": 5}]
+BOTH = "{{ problem }}\n{{ solution }}"
+
+
+def check(student="{{ problem }}", teacher=BOTH, chat=CHATML, records=RECORDS, **more):
+    """Both roles' rows, as before a run of `method`."""
+    method = more.pop("method", "opsd")
+    values = {
+        "method": method,
+        "model": {"path": "none"},
+        "data": {"source": "none"},
+        "prompts": {"student": student, "teacher": teacher, **more.pop("prompts", {})},
+        "train": {"problems_per_step": 1},
+        "eval": {"problems": 0},
+        "rollout": {} if method == "sft" else {"max_new_tokens": 8, "group_size": 2},
+        **more,
+    }
+    config: Config = parse_config({name: section for name, section in values.items() if section})
+    tokenizer = make_tokenizer(Family("", chat, IM, "<|im_end|>", "", "", "", None))
+    rows = load_rows(records, require=["problem"], columns=config.data.columns)
+    return fitting_data(
+        config, rows, [], Prompts(config.prompts, tokenizer), None, Display(quiet=True)
+    )
+
+
+REFUSED = {
+    "single braces": (
+        {"student": "{problem}"},
+        r"problem .* row 1 \('  What.*{problem} in single braces.*write {{ problem }}",
+    ),
+    "another column in single braces": ({"student": "Q: {hint}"}, "write {{ hint }}"),
+    "no problem": (
+        {"student": "Solve it."},
+        "prompts.student leaves the problem out .*write {{ problem }}",
+    ),
+    "no problem for the teacher": (
+        {"teacher": "{{ solution }}"},
+        "prompts.teacher leaves the problem out",
+    ),
+    "no problem in one row": ({"student": "{% if level < 3 %}{{ problem }}{% endif %}"}, "row 2 "),
+    "sft": ({"student": "{problem}", "method": "sft"}, "prompts.student leaves the problem"),
+    "grpo": ({"student": "{problem}", "method": "grpo"}, "prompts.student leaves the problem"),
+    "a target in single braces": (
+        {"method": "sft", "prompts": {"target": "{{ problem }} {solution}"}},
+        "prompts.target has {solution} in single",
+    ),
+    "a constant target": (
+        {"method": "sft", "prompts": {"target": "Solved."}},
+        "names no column",
+    ),
+    "a solution in single braces": (
+        {"teacher": "{{ problem }} {solution}"},
+        "prompts.teacher has {solution} in single",
+    ),
+    "no solution in one row": (
+        {"teacher": "{{ problem }}{% if level < 3 %}{{ solution }}{% endif %}!"},
+        "leaves the solution out .*row 2 ",
+    ),
+    "equal contexts": (
+        {"teacher": "{{ problem }}"},
+        "prompts.teacher: both roles' contexts are equal.*write {{ solution }}",
+    ),
+    "equal in one row": (
+        {"teacher": "{{ problem }}{% if level < 3 %} {{ hint }}{% endif %}"},
+        "contexts are equal.* row 2 ",
+    ),
+    "equal but for what a template ignores": (
+        {"teacher": "{{ problem }}", "prompts": {"teacher_chat": {"enable_thinking": True}}},
+        "contexts are equal",
+    ),
+    "an average of its own": (
+        {"teacher": "{{ problem }}", "teacher_section": "ema"},
+        "contexts are equal",
+    ),
+    "credit": (
+        {"teacher": "{{ problem }}", "method": "grpo", "loss": {"credit": 0.5}},
+        "contexts are equal",
+    ),
+    "a chat template that cuts": (
+        {"chat": CHATML.replace("m['content']", "m['content'][:20]")},
+        "chat template that leaves the user message out, or cuts it",
+    ),
+    "a chat template that cuts long ones": (
+        {"chat": CHATML.replace("m['content']", "m['content'][:60]")},
+        "chat template .*cuts it",
+    ),
+    "a chat template that takes the first line": (
+        {"chat": CHATML.replace("m['content']", "m['content'].split('\\n')[0]")},
+        "chat template .*cuts it",
+    ),
+    "a chat template without a system message": (
+        {
+            "chat": turns("U: §", "", "A: §", "A: ").replace("system", "nobody"),
+            "prompts": {"system": "Be brief."},
+        },
+        "leaves the system message out",
+    ),
+    "a chat template that knows one message": (
+        {"chat": "{{ 'user: hello' }}"},
+        "leaves the user's message out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_arrive_is_refused_in_one_line(name):
+    asked, message = REFUSED[name]
+    asked = dict(asked)
+    if asked.pop("teacher_section", None):
+        asked["teacher_policy"] = {"policy": "ema"}
+    with pytest.raises(UserError, match=message) as raised:
+        policy = asked.pop("teacher_policy", None)
+        run = check(**asked) if policy is None else check_policy(policy, **asked)
+        assert run is None
+    assert "\n" not in str(raised.value)
+
+
+def check_policy(policy, teacher):
+    """As `check`, with a section `teacher` beside the template of that name."""
+    tokenizer = make_tokenizer(FAMILIES[0])
+    config = parse_config(
+        {
+            "model": {"path": "none"},
+            "data": {"source": "none"},
+            "prompts": {"student": "{{ problem }}", "teacher": teacher},
+            "teacher": policy,
+            "train": {"problems_per_step": 1},
+            "eval": {"problems": 0},
+        }
+    )
+    rows = load_rows(RECORDS)
+    return fitting_data(
+        config, rows, [], Prompts(config.prompts, tokenizer), None, Display(quiet=True)
+    )
+
+
+FINE = {
+    "as they are": {},
+    "trimmed": {
+        "student": "{{ problem | trim }}",
+        "teacher": "{{ problem | trim }} {{ solution[:20] }}",
+    },
+    "escaped": {
+        "student": "{{ problem | tojson }}",
+        "teacher": "{{ [problem, solution] | tojson }}",
+    },
+    "of other case": {
+        "student": "{{ problem | upper }}",
+        "teacher": "{{ problem | lower }}{{ solution | e }}",
+    },
+    "spaces made one": {
+        "student": "{{ problem.split() | join(' ') }}",
+        "teacher": "{{ problem.split() | join(' ') }} {{ solution.split() | join }}",
+    },
+    "the answer alone": {"teacher": "{{ problem }} It is {{ answer }}."},
+    "the answer reckoned with": {"teacher": "{{ problem }} It is {{ answer | int }}, {{ level }}."},
+    "a hint": {"teacher": "{{ problem }}{{ hint }}"},
+    "a hint or the solution": {
+        "teacher": "{{ problem }}{% if level < 3 %}{{ hint }}{% else %}{{ solution }}{% endif %}"
+    },
+    "other words": {"teacher": "Be brief. {{ problem }}"},
+    "a system message": {"teacher": "{{ problem }}", "prompts": {"teacher_system": "Be brief."}},
+    "boxes": {
+        "student": "{{ problem }} \\boxed{answer} \\text{solution}",
+        "teacher": BOTH + " \\boxed{answer}",
+    },
+    "grpo has no teacher": {"teacher": "{{ problem }}", "method": "grpo"},
+    "sft has none": {"teacher": "{solution}", "method": "sft"},
+    "over rollouts": {
+        "teacher": "{{ problem }}{% if rollout.feedback %}{{ rollout.feedback }}{% endif %}"
+    },
+    "escaped by the chat template": {
+        "chat": CHATML.replace("m['content']", "m['content'] | tojson")
+    },
+    "trimmed by the chat template": {
+        "chat": CHATML.replace("m['content']", "m['content'] | trim | upper")
+    },
+    "in parts": {"chat": PARTS, "prompts": {"system": "Be brief."}},
+}
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_what_arrives_changed_is_let_pass(name):
+    assert len(check(**FINE[name])[0]) == len(RECORDS)
+
+
+def test_another_models_contexts_may_be_equal():
+    policy = {"policy": "model", "path": "other"}
+    assert len(check_policy(policy, "{{ problem }}")[0]) == len(RECORDS)
+
+
+@pytest.mark.parametrize("columns", [{"problem": "question"}, {"problem": "chat.0.content"}])
+def test_the_problem_may_come_by_another_columns_name(columns):
+    records = [
+        {"question": PROBLEM, "chat": [{"content": PROBLEM}], "solution": SOLUTION, "answer": "3"}
+    ]
+    name = "question" if "question" in columns.values() else "chat[0].content"
+    both = {
+        "student": f"{{{{ {name} | upper }}}}",
+        "teacher": f"{{{{ {name} | e }}}} {{{{ answer }}}}",
+    }
+    assert check(**both, records=records, data={"source": "none", "columns": columns})
+
+
+def test_an_earlier_answer_may_lose_its_thought():
+    template = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    answer = {"role": "assistant", "content": "<think>Hm.</think>Hello."}
+    chat = [{"role": "user", "content": "Hi"}, answer, {"role": "user", "content": "1 + 2?"}]
+    (row,) = load_rows([{"messages": chat, "solution": "So 3.", "answer": "3"}])
+    tokenizer = make_tokenizer(Family("", template, IM, "<|im_end|>", "", "", "", None))
+    section = parse_config({"model": {"path": "none"}, "data": {"source": "none"}}).prompts
+    prompts = Prompts(section, tokenizer)
+    ContextCheck(prompts, ["student", "teacher"], differ=True)(1, row)
+    assert "Hm." not in tokenizer.decode(prompts.ids(row, "student"))
+
+
+def test_a_check_costs_no_second_filling_in():
+    """50 000 rows are filled in once a role before training, as they were without a check."""
+    tokenizer = make_tokenizer(FAMILIES[0])
+    prompts = Prompts(
+        parse_config({"model": {"path": "-"}, "data": {"source": "-"}}).prompts, tokenizer
+    )
+    row = Row(PROBLEM, SOLUTION * 3, "3", {})
+    ContextCheck(prompts, ["student", "teacher"], differ=True)(2, row)
+    filled_in = []
+    prompts._templates = {name: filled_in.append for name in prompts._templates}
+    assert prompts.longest(row, "student") > prompts.longest(row, "teacher") - 300 and not filled_in
