@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from helpers.payload import Payload
-from helpers.training_cases import ROWS, short_values
+from helpers.training_cases import ROWS, short_config, short_values
 
 from opsd.cli.main import main
 from opsd.common.files import read_lines
@@ -162,6 +162,107 @@ def test_a_models_code_runs_only_where_the_user_says_so(
     with pytest.raises(SystemExit, match="7"):
         train(f"model.path={with_code}", "model.trust_remote_code=true", "--dry-run")
     assert marker.exists()
+
+
+@pytest.mark.parametrize("of", ["model", "teacher"])
+def test_a_failed_steps_file_cannot_ask_for_its_models_code(
+    of, with_code, files, marker, tmp_path, capsys
+):
+    teacher = {"policy": "model", "path": str(with_code)} if of == "teacher" else {}
+    model = {"path": str(with_code if of == "model" else files[0]), "trust_remote_code": True}
+    verifier = tmp_path / "verifier.py"
+    verifier.write_text(CODE.format(marker=str(marker)))
+    loss = {"reward": {"verifier": f"{verifier}:grade", "log": True}}
+    config = short_config(*files, tmp_path / "run", model=model, teacher=teacher, loss=loss)
+    file = tmp_path / "failed-step-1.pt"
+    failed = {"step": 1, "groups": [], "weights": {}, "average": None}
+    torch.save({"config": config.model_dump(), **failed}, file)
+    assert main(["replay", str(file)]) == 1
+    refused(capsys, f"{of}.trust_remote_code is false", "--trust-remote-code allows it")
+    assert not marker.exists()
+    with pytest.raises(SystemExit, match="7"):
+        main(["replay", str(file), "--trust-remote-code"])
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"weights": {"model.nothing": torch.zeros(2)}},
+        {"weights": {"model.norm.weight": torch.zeros(3)}},
+        {"groups": [{"student": [10**6], "teachers": [[1]], "samples": [{"rollout": [4]}]}]},
+        {"groups": [{"student": 3}]},
+        {"weights": None},
+    ],
+)
+def test_a_failed_steps_file_that_fits_nothing_is_one_line(damage, files, tmp_path, capsys):
+    config = short_config(*files, tmp_path / "run").model_dump()
+    failed = {"config": config, "step": 1, "groups": [], "weights": {}, "average": None}
+    torch.save(failed | damage, tmp_path / "failed-step-1.pt")
+    assert main(["replay", str(tmp_path / "failed-step-1.pt")]) == 1
+    refused(capsys, "FILE is")
+
+
+def test_a_dry_run_runs_no_verifier(train, marker, tmp_path, capsys):
+    verifier = tmp_path / "mine.py"
+    verifier.write_text(CODE.format(marker=str(marker)) + "def grade(text, row): return 1.0\n")
+    words = ["--dry-run", "loss.reward.log=true"]
+    assert train(*words, f"loss.reward.verifier={verifier}:grade") == 0
+    capsys.readouterr()
+    assert train(*words, f"loss.reward.verifier={verifier}:other") == 1
+    refused(capsys, "has no function 'other'")
+    verifier.write_text("def grade(:")
+    assert train(*words, f"loss.reward.verifier={verifier}:grade") == 1
+    refused(capsys, "is not Python")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"grpo": {"loss": {"reward": {"verifier": "{file}:grade"}}}},
+        {"grpo.loss.reward.verifier": "{file}:grade"},
+        {'grpo.loss.reward.verifier="{file}:grade" #': 1},
+        {"model": {"trust_remote_code": True}},
+        {"opsd.model.trust_remote_code": True},
+    ],
+)
+def test_a_study_runs_no_code(settings, marker, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("opsd.cli.compare.run_jobs", lambda *_: pytest.fail("it runs"))
+    verifier = tmp_path / "mine.py"
+    verifier.write_text(CODE.format(marker=str(marker)))
+    text = json.dumps(settings).replace("{file}", str(verifier))
+    (tmp_path / "s.yaml").write_text(f"quickstart: tiny\nsettings: {text}\n")
+    assert main(["compare", str(tmp_path / "s.yaml"), "--output", str(tmp_path / "o")]) == 1
+    refused(capsys, "a study runs no code")
+    assert not marker.exists()
+
+
+def test_a_directory_decides_nothing_but_its_date(train, files, tmp_path, capsys):
+    """A run's own config and an evaluation's identity are compared with what the user asks for."""
+    assert train() == 0
+    config = tmp_path / "run" / "config.yaml"
+    good = yaml.safe_load(config.read_text())
+    for section, values in (
+        ("model", {"trust_remote_code": True}),
+        ("rollout", {"temperature": 0.5}),
+        ("prompts", {"date": "{{ 9**9 }}"}),
+    ):
+        config.write_text(yaml.safe_dump(merge(good, {section: values})))
+        capsys.readouterr()
+        assert train("--resume") == 1
+        refused(capsys, *(f"{section}.{name}" for name in values))
+    config.write_text(yaml.safe_dump(good))
+    asked = ["eval", str(files[0]), "--benchmark", str(files[1]), "--problems", "1"]
+    asked += ["--max-new-tokens", "2", "--output", str(tmp_path / "e")]
+    assert main(asked) == 0
+    identity = tmp_path / "e" / "evaluation.json"
+    saved = json.loads(identity.read_text())
+    for damage in ({"date": "tomorrow"}, {"date": 3}, {"identity": 7}, {"identity": {}}):
+        identity.write_text(json.dumps(saved | damage))
+        capsys.readouterr()
+        assert main(asked) == 1
+        refused(capsys, "--output")
 
 
 def test_messages_cannot_move_the_cursor(tmp_path, capsys):

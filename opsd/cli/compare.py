@@ -149,6 +149,14 @@ def check_settings(study: Study) -> None:
         methods = overridden(recipe.METHODS, overrides(study, cell))
         try:
             check_methods(recipe.SECTIONS, {name: methods[name] for name in study.methods})
+            for own in methods.values():
+                reward = own.get("loss", {}).get("reward", {})
+                trusts = own.get("model", {}).get("trust_remote_code")
+                if trusts or reward.get("verifier", "math") != "math":
+                    raise UserError(
+                        "a study runs no code: neither loss.reward.verifier nor "
+                        "model.trust_remote_code is for it; compare configs of `opsd train` instead"
+                    )
         except UserError as error:
             where = f"variants.{cell.name}" if study.variants else "settings"
             raise UserError(f"{where}: {error}") from None

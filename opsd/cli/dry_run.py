@@ -1,7 +1,7 @@
 """`opsd train --dry-run`: everything that is checked before the weights are loaded, and a plan.
 
 Nothing is trained, sampled or written. The model's tokenizer is loaded, its weights are not; a vLLM
-server is not asked.
+server is not asked. A verifier's file is read, and not run.
 """
 
 import os
@@ -39,7 +39,7 @@ def dry_run(config: Config, display: Display) -> None:
     check_machine(config)
     check_engine(config.rollout.engine)
     if is_graded(config):
-        check_verifier(config.loss.reward)
+        check_verifier(config.loss.reward, run=False)
     rows, held_out = load_data(config, display.note)
     check_directory(config.model)
     student = architecture(config.model)

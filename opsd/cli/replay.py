@@ -7,6 +7,11 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `opsd replay`."""
     parser.add_argument("file", metavar="FILE", type=Path, help="a run's failed-step-N.pt")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that its model's and teacher's repositories ship",
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -16,4 +21,4 @@ def run(parsed: argparse.Namespace) -> None:
     from opsd.training.replay import replay
 
     quiet_transformers()
-    replay(parsed.file, Display())
+    replay(parsed.file, Display(), parsed.trust_remote_code)

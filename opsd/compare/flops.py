@@ -56,7 +56,9 @@ def multiplying_parameters(directory: Path) -> int | None:
     if (directory / "adapter_config.json").is_file():
         from opsd.models.lora import base_of
 
-        base = multiplying_parameters(Path(base_of(directory)[0]))
+        under = Path(base_of(directory)[0])
+        # Of adapters on adapters: a file may name itself.
+        base = None if (under / "adapter_config.json").is_file() else multiplying_parameters(under)
     sizes: dict[str, int] = {}
     try:
         for path in directory.glob("*.safetensors"):

@@ -7,6 +7,7 @@ an evaluation may be continued by more or fewer processes than began it. Needs n
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import hashlib
 import json
@@ -104,7 +105,8 @@ def claim(
     if path.exists():
         try:
             saved = json.loads(path.read_text())
-            there = saved["identity"]
+            there = dict(saved["identity"])
+            datetime.date.fromisoformat(saved.get("date", "2000-01-01"))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--output: {path} is damaged ({error})") from error
         differing = [name for name in identity if identity[name] != there.get(name)]

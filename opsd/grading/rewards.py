@@ -6,6 +6,7 @@
 linearly to -1 at max_new_tokens.
 """
 
+import ast
 import importlib.util
 import math
 import re
@@ -88,10 +89,25 @@ def overlong(length: int, longest: int, buffer: int | None) -> float:
     return min(0.0, (longest - buffer - length) / buffer)
 
 
-def check_verifier(section: RewardSection) -> None:
-    """Raises UserError where the verifier that the config names cannot be loaded."""
-    if section.verifier != "math":
+def check_verifier(section: RewardSection, run: bool = True) -> None:
+    """Raises UserError where the verifier that the config names cannot be loaded.
+
+    run: load it, which runs its file; or else look into the file alone.
+    """
+    if section.verifier == "math":
+        return
+    if run:
         own_verifier(section.verifier)
+        return
+    where, path, function = _place(section.verifier)
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except Exception as error:  # no Python, or too deep
+        raise UserError(f"{where}: {path} is not Python ({in_short(error)})") from None
+    made = {getattr(node, "name", None) or getattr(node, "id", None) for node in nodes}
+    made |= {getattr(node, "asname", None) for node in nodes}
+    if not {function, "*"} & made:
+        raise UserError(f"{where}: {path} has no function {function!r}")
 
 
 def make_verifier(
@@ -128,8 +144,8 @@ def own_verifier(name: str) -> Verifier:
     ]
 
 
-@lru_cache  # loaded once, though it is checked before the weights are loaded and used after
-def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
+def _place(name: str) -> tuple[str, Path, str]:
+    """How messages name a verifier, its file and its function."""
     where = f"loss.reward.verifier is {name!r}"
     file, colon, function = name.rpartition(":")
     if not colon or not file.endswith(".py") or not function.isidentifier():
@@ -137,15 +153,21 @@ def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"{where}: there is no file {file!r}")
+    return where, path, function
+
+
+@lru_cache  # loaded once, though it is checked before the weights are loaded and used after
+def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
+    where, path, function = _place(name)
     spec = importlib.util.spec_from_file_location(f"opsd_verifier_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file does
-        raise UserError(f"{where}: {file} fails with {in_short(error)}") from error
+        raise UserError(f"{where}: {path} fails with {in_short(error)}") from error
     found = getattr(module, function, None)
     if not callable(found):
-        raise UserError(f"{where}: {file} has no function {function!r}")
+        raise UserError(f"{where}: {path} has no function {function!r}")
     return found
 
 

@@ -98,8 +98,12 @@ def keep_date(config: Config, directory: Path) -> Config:
     try:
         saved = read_yaml(directory / CONFIG)
         date = saved["prompts"]["date"] or date
+        datetime.date.fromisoformat(date)
     except (UserError, OSError, LookupError, TypeError):
         pass  # no run yet, or of before dates were kept
+    except ValueError:
+        file = directory / CONFIG
+        raise UserError(f"{str(file)!r} has prompts.date {date!r}, which is no date") from None
     prompts = config.prompts.model_copy(update={"date": date})
     return config.model_copy(update={"prompts": prompts})
 

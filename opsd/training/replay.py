@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from opsd.common.display import Display
 from opsd.common.errors import UserError, in_short
 from opsd.common.precision import autocast, compute_dtype, weights_dtype
+from opsd.config.config import Config
 from opsd.config.load import parse_config
 from opsd.data.prompts import Prompts
 from opsd.models.load import load_model
@@ -41,8 +43,12 @@ class Replayed:
         return math.isfinite(self.loss) and math.isfinite(self.gradient)
 
 
-def replay(path: Path, display: Display) -> list[Replayed]:
-    """Run each sample of a failed-step-N.pt again and show a line for each. Raises UserError."""
+def replay(path: Path, display: Display, trust_remote_code: bool = False) -> list[Replayed]:
+    """Run each sample of a failed-step-N.pt again and show a line for each. Raises UserError.
+
+    The file may be a stranger's: whether the code of its model and teacher may run is for the
+    caller to say, whatever the file's own config does.
+    """
     if not path.is_file():
         raise UserError(f"FILE is {str(path)!r}: no such file")
     try:
@@ -51,6 +57,34 @@ def replay(path: Path, display: Display) -> list[Replayed]:
     except Exception as error:  # a pickle that asks for more than tensors, or no such file at all
         said = in_short(error)
         raise UserError(f"FILE is {str(path)!r}: not a failed step's ({said})") from None
+    config.model.trust_remote_code = trust_remote_code  # the teacher's too
+    try:
+        found = _replay(failed, config, groups, display)
+    except UserError as error:
+        if "trust_remote_code is false" not in str(error):
+            raise
+        raise UserError(f"{error}; whatever the file says, --trust-remote-code allows it") from None
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        said = in_short(error)
+        raise UserError(f"FILE is {str(path)!r}: it does not fit its model ({said})") from error
+    rows = [
+        [str(r.number), str(r.tokens), f"{r.loss:.4g}", f"{r.gradient:.4g}", r.module or ""]
+        for r in found
+    ]
+    columns = ["sample", "tokens", "loss", "gradient", "first module that is not finite"]
+    display.table(f"Step {failed['step']} of {config.output.dir}", columns, rows)
+    bad = [r.number for r in found if not r.finite]
+    display.note(
+        f"Not finite: samples {', '.join(map(str, bad))}"
+        if bad
+        else "All samples are finite by themselves here: the sum, the batch or the device did it"
+    )
+    return found
+
+
+def _replay(
+    failed: dict[str, Any], config: Config, groups: Sequence[SampleGroup], display: Display
+) -> list[Replayed]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with display.stage(f"Load {config.model.path}"):
         dtype = weights_dtype(config.train.precision, adapted=config.model.lora is not None)
@@ -70,23 +104,11 @@ def replay(path: Path, display: Display) -> list[Replayed]:
     )
     step = OPSDStep(model.train(), objective, share=config.train.share_prefixes)
     compute = compute_dtype(config.train.precision)
-    found = []
     alone = [group.of([sample]) for group in groups for sample in group.samples]
+    found = []
     for number, group in enumerate(alone):
         with autocast(torch.device(device), compute):
             found.append(_replayed(step, number, group))
-    rows = [
-        [str(r.number), str(r.tokens), f"{r.loss:.4g}", f"{r.gradient:.4g}", r.module or ""]
-        for r in found
-    ]
-    columns = ["sample", "tokens", "loss", "gradient", "first module that is not finite"]
-    display.table(f"Step {failed['step']} of {config.output.dir}", columns, rows)
-    bad = [r.number for r in found if not r.finite]
-    display.note(
-        f"Not finite: samples {', '.join(map(str, bad))}"
-        if bad
-        else "All samples are finite by themselves here: the sum, the batch or the device did it"
-    )
     return found
 
 
