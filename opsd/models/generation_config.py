@@ -42,6 +42,17 @@ def left_out(model: PreTrainedModel) -> str | None:
 
 
 @contextmanager
+def not_obeyed(model: PreTrainedModel) -> Iterator[None]:
+    """The model without any generation config: what a caller of `generate` leaves open is not
+    filled in from one, whoever made the model."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
 def as_shipped(model: PreTrainedModel) -> Iterator[None]:
     """The model with the generation config that it shipped, to be written; or its own."""
     own = model.generation_config

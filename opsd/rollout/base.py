@@ -9,6 +9,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.config.sections import RolloutSection
 
+NEUTRAL = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""What vLLM is told beside `Sampling`; the model's generation_config.json would decide else."""
+
 
 @dataclass(frozen=True)
 class Sampling:

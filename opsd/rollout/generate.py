@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from opsd.models.copies import update_copy
+from opsd.models.generation_config import not_obeyed
 from opsd.rollout.base import Rollout, Sampling, cut
 from opsd.rollout.logits_sampling import Draw, Within
 
@@ -61,21 +62,22 @@ class GenerateSampler:
             draw.append(Within(self.vocabulary))
         if sampling.temperature:
             draw.append(Draw(sampling))
-        was_training = self.model.training
-        self.model.eval()
-        output = self.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+        config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(self.stops),
             pad_token_id=min(self.stops),
+            do_sample=False,  # `draw` does
             use_cache=True,
-            logits_processor=draw,
-            do_sample=False,
-            synced_gpus=False,  # the weights are whole here, however the trained ones are split
-            temperature=None,
-            top_p=None,
-            top_k=None,
         )
+        was_training = self.model.training
+        self.model.eval()
+        with not_obeyed(self.model):
+            output = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                logits_processor=draw,
+                synced_gpus=False,  # the weights are whole here, however the trained ones are split
+            )
         self.model.train(was_training)
         return [cut(row, self.stops) for row in output[:, width:].tolist()]

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from opsd.models.copies import named_weights
-from opsd.rollout.base import Rollout, Sampling, draw_seeds
+from opsd.rollout.base import NEUTRAL, Rollout, Sampling, draw_seeds
 
 
 class ColocatedSampler:
@@ -48,6 +48,7 @@ class ColocatedSampler:
             enable_sleep_mode=trains,
             load_format="dummy" if trains else "auto",
             logprobs_mode="raw_logprobs",
+            generation_config="vllm",  # none of the model's
             **settings,
         )
         self._sleep()
@@ -96,6 +97,7 @@ class ColocatedSampler:
             top_k=sampling.top_k,
             seed=seed,
             stop_token_ids=sorted(self.stops),
+            **NEUTRAL,
             logprobs=0,  # of the drawn token alone
             detokenize=False,
         )

@@ -93,6 +93,18 @@ def test_the_colocated_engine_sleeps_but_while_it_samples(vllm, files, student, 
         assert engine.llm.awake == set()
 
 
+def test_nothing_is_left_to_the_models_generation_config(vllm, files, student):
+    """All that vLLM would take from it: get_diff_sampling_param's names, and the two penalties."""
+    engine = ColocatedSampler(
+        str(files[0]), stop_ids(*student), trains=False, dtype=torch.float32, memory=0.4
+    )
+    asked = vars(engine._parameters(Sampling(8, temperature=0.7, top_p=0.9, top_k=5), seed=3))
+    assert (asked["temperature"], asked["top_p"], asked["top_k"]) == (0.7, 0.9, 5)
+    assert asked["repetition_penalty"] == 1 and asked["min_p"] == 0 and asked["max_tokens"] == 8
+    assert asked["presence_penalty"] == asked["frequency_penalty"] == 0
+    assert engine.llm.settings["generation_config"] == "vllm"
+
+
 def test_training_by_the_colocated_engine(vllm, files, tmp_path, monkeypatch):
     monkeypatch.setattr("opsd.training.run.check_engine", lambda engine: None)  # no GPU here
     config = short_config(*files, tmp_path / "run", rollout={"engine": "vllm", "gpu_memory": 0.3})
