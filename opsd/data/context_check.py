@@ -32,40 +32,33 @@ class ContextCheck:
         self, prompts: Prompts, roles: Collection[str], differ: bool = False, targets: bool = False
     ):
         self.prompts, self.roles = prompts, roles
-        self.differ, self.targets = differ and "teacher" in roles, targets
+        self.differ = differ and "teacher" in roles
         self.apart = False  # whether equal messages make different contexts
         self.named = {
             name: names(getattr(prompts.section, name)) for name in ("student", "teacher", "target")
         }
         for name in [*({"teacher"} & {*roles}), *(["target"] if targets else [])]:
             template = getattr(prompts.section, name)
-            if "solution" not in self.named[name] and _single(template, ["solution"]):
+            plain = _single(template, ["solution"]) or ("{{" not in template and repr(template))
+            if plain and "solution" not in self.named[name]:
                 raise UserError(
-                    f"prompts.{name} has {{solution}} in single braces, which is plain text: "
-                    "write {{ solution }}"
+                    f"prompts.{name} leaves the solution out, {plain} is plain text: write "
+                    "{{ solution }}"
                 )
 
     def __call__(self, number: int, row: Row) -> None:
         """Check the `number`-th row, from 1."""
         messages = {role: self.prompts.render(row, role) for role in self.roles}
-        is_problem = _is(row.problem)
         for role, message in messages.items():
-            if not _stands(row.problem, message) and not self._arrives(row, role, is_problem):
+            if not _stands(row.problem, message) and not self._arrives(row, role, problem=True):
                 self._refuse(role, number, row, "problem")
         if (
             "solution" in self.named["teacher"] - self.named["student"]
-            and not _stands(row.solution, messages.get("teacher", row.solution))
             and "teacher" in messages
-            and not self._arrives(row, "teacher", lambda text: not is_problem(text))
+            and not _stands(row.solution, messages["teacher"])
+            and not self._arrives(row, "teacher", problem=False)
         ):
             self._refuse("teacher", number, row, "solution")
-        if self.targets and number == 1:
-            target = self.prompts.render(row, "target")
-            if not self.named["target"]:
-                raise UserError(
-                    f"prompts.target is {target!r}: it names no column, so that every row would "
-                    "teach the same text; write {{ solution }}"
-                )
         alike = messages.get("student") == messages.get("teacher")
         if self.differ and (number == 1 or (alike and not self.apart)):
             context = self.prompts.context(row)
@@ -78,8 +71,12 @@ class ContextCheck:
                 )
             self.apart = alike  # by a system message, say
 
-    def _arrives(self, row: Row, role: str, chosen: Callable[[str], bool]) -> bool:
-        """Whether one of the chosen texts comes out, however the template changes it."""
+    def _arrives(self, row: Row, role: str, problem: bool) -> bool:
+        """Whether the problem, or any other text, comes out, however the template changes it."""
+
+        def chosen(text: str) -> bool:
+            return text.strip() != "" and (text.strip() == row.problem.strip()) == problem
+
         marked = {name: _marked(getattr(row, name), chosen) for name in (*row.texts, "columns")}
         try:
             return PROBE in self.prompts.render(replace(row, **marked), role)
@@ -101,14 +98,10 @@ def _stands(text: str, message: str) -> bool:
     return len(text) >= SHORT and text in message
 
 
-def _is(wanted: str) -> Callable[[str], bool]:
-    return lambda text: text.strip() == wanted.strip()
-
-
 def _marked(value: Any, chosen: Callable[[str], bool]) -> Any:
     """A column with marks around the chosen texts, wherever they stand inside."""
     if isinstance(value, str):
-        return f"{PROBE}{value}{PROBE}" if value.strip() and chosen(value) else value
+        return f"{PROBE}{value}{PROBE}" if chosen(value) else value
     if isinstance(value, dict):
         return {key: _marked(inside, chosen) for key, inside in value.items()}
     return [_marked(inside, chosen) for inside in value] if isinstance(value, list) else value

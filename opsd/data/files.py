@@ -36,7 +36,8 @@ def read_file(path: Path, section: str) -> Iterator[Any]:
     name = repr(str(path))
     where = f"{section}.source: {name}"
     try:
-        with _open(path) as file:
+        opener = gzip.open if path.suffix.lower() == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             if kind in TABLES:
                 yield from _table(file, TABLES[kind], where)
             else:
@@ -47,11 +48,6 @@ def read_file(path: Path, section: str) -> Iterator[Any]:
         raise UserError(f"{where} is not UTF-8 text: {error}") from error
     except (OSError, EOFError) as error:
         raise UserError(f"{where} cannot be read: {error}") from error
-
-
-def _open(path: Path) -> TextIO:
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
 ONE_A_LINE = "expected one JSON object a line"

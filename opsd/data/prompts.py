@@ -114,7 +114,7 @@ class Prompts:
         The chat template is taken to copy the message and to add constants of its own. Raises
         UserError where the row cannot be rendered.
         """
-        role, target = _role_of(role)
+        role, _, target = role.partition(" ")
         message = self.render(row, "target" if target else role)
         if self._bound is None or row.history:
             return None
@@ -151,14 +151,14 @@ class Prompts:
     def _tokenise(self, rows: Sequence[Row], role: str) -> list[array]:
         if not rows:
             return []
-        made = [array("i", ids) for ids in self._made(rows, *_role_of(role))]
+        made = [array("i", ids) for ids in self._made(rows, *role.partition(" ")[::2])]
         for row, ids in zip(rows, made, strict=True):
             if self._known_tokens + len(ids) <= KEPT_TOKENS:
                 self._known[role, id(row)] = row, ids
                 self._known_tokens += len(ids)
         return made
 
-    def _made(self, rows: Sequence[Row], role: str, target: bool) -> list[list[int]]:
+    def _made(self, rows: Sequence[Row], role: str, target: str) -> list[list[int]]:
         if not target:
             return self._ids([self._text(self.render(row, role), role, row) for row in rows])
         return [
@@ -225,9 +225,3 @@ class Prompts:
         if not more:
             self._filled_in[name] = row, text
         return text
-
-
-def _role_of(name: str) -> tuple[str, bool]:
-    """("student", True) of "student target"; ("student", False) of "student"."""
-    role, _, target = name.partition(" ")
-    return role, bool(target)

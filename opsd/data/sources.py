@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from opsd.common.errors import UserError
+from opsd.common.errors import UserError, in_short
 from opsd.data.files import FILE_TYPES, file_type, read_file
 
 REASONING_GYM = "reasoning_gym:"
@@ -68,7 +68,7 @@ def _saved_directory(path: Path, split: str, section: str) -> Iterable[Any]:
     except Exception as error:  # whatever a damaged directory provokes
         raise UserError(
             f"{section}.source: the directory {str(path)!r} was not saved by `datasets` "
-            f"(Dataset.save_to_disk), or is damaged: {_first_line(error)}"
+            f"(Dataset.save_to_disk), or is damaged: {in_short(error)}"
         ) from error
     if isinstance(data, datasets.DatasetDict):
         check_names(f"{section}.split", [split], list(data))
@@ -96,13 +96,8 @@ def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
         )
         raise UserError(
             f"{section}.source: {name!r} (split {split!r}) is no local path and cannot be loaded "
-            f"from the hub: {_first_line(error)}; {advice}"
+            f"from the hub: {in_short(error)}; {advice}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def draw(source: str, size: int, seed: int, options: dict, section: str) -> Iterable[Any]:
@@ -135,7 +130,7 @@ def draw(source: str, size: int, seed: int, options: dict, section: str) -> Iter
     except Exception as error:  # tasks check their options by assert, or not at all
         raise UserError(
             f"{section}.options: reasoning_gym's {task!r} does not work with {options!r}: "
-            f"{_first_line(error)}"
+            f"{in_short(error)}"
         ) from error
 
 

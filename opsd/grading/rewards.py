@@ -101,11 +101,10 @@ def check_verifier(section: RewardSection, run: bool = True) -> None:
         return
     where, path, function = _place(section.verifier)
     try:
-        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+        made = {getattr(node, name, None) for node in nodes for name in ("asname", "name", "id")}
     except Exception as error:  # no Python, or too deep
         raise UserError(f"{where}: {path} is not Python ({in_short(error)})") from None
-    made = {getattr(node, "name", None) or getattr(node, "id", None) for node in nodes}
-    made |= {getattr(node, "asname", None) for node in nodes}
     if not {function, "*"} & made:
         raise UserError(f"{where}: {path} has no function {function!r}")
 

@@ -1,7 +1,7 @@
 """What every sampler takes and gives."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -31,13 +31,7 @@ class Sampling:
     @classmethod
     def of(cls, section: RolloutSection) -> "Sampling":
         """How the config has rollouts drawn."""
-        return cls(
-            section.max_new_tokens,
-            section.temperature,
-            section.top_p,
-            section.top_k,
-            section.batch_size,
-        )
+        return cls(**{field.name: getattr(section, field.name) for field in fields(cls)})
 
     @property
     def draws_from_the_model(self) -> bool:
@@ -45,17 +39,6 @@ class Sampling:
         return self.temperature == 0 or (
             self.temperature == 1 and self.top_p == 1 and self.top_k == 0
         )
-
-    def generation_arguments(self) -> dict:
-        """The same as arguments of transformers' GenerationConfig."""
-        if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,13 @@ class ContinuousSampler:
         """One rollout a context, in order; see `Sampler.sample`."""
         from transformers import ContinuousBatchingConfig  # not in the first releases of 5
 
+        drawn = ("temperature", "top_p", "top_k")
         config = GenerationConfig(
+            do_sample=sampling.temperature > 0,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(self.stops),
             pad_token_id=min(self.stops),
-            **sampling.generation_arguments(),
+            **({name: getattr(sampling, name) for name in drawn} if sampling.temperature else {}),
         )
         # By default the cache takes most of the machine's free memory.
         longest = max(map(len, contexts)) + sampling.max_new_tokens

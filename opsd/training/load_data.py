@@ -18,9 +18,8 @@ from opsd.config.requirements import (
 from opsd.config.sections import DataSection, SourceSection
 from opsd.data.context_check import ContextCheck
 from opsd.data.length_filter import fitting_held_out, fitting_rows
-from opsd.data.mixture import mixture
 from opsd.data.prompts import Prompts
-from opsd.data.rows import Row, load_rows, same_problem, split_rows
+from opsd.data.rows import Row, load_rows, mixture, same_problem, split_rows
 
 
 def load_data(
@@ -57,16 +56,9 @@ def load_data(
 def sources(data: DataSection) -> list[SourceSection]:
     """The sources of `data`; what one does not say, `data` says for all."""
     given = data.source if isinstance(data.source, list) else [data.source]
-    found = []
-    for source in given:
-        own = SourceSection(source=source) if isinstance(source, str) else source
-        shared = {
-            name: getattr(data, name)
-            for name in ("columns", "split", "limit", "options")
-            if name not in own.model_fields_set
-        }
-        found.append(own.model_copy(update=shared))
-    return found
+    own = [SourceSection(source=one) if isinstance(one, str) else one for one in given]
+    shared = {name: getattr(data, name) for name in ("columns", "split", "limit", "options")}
+    return [one.model_copy(update=shared | one.model_dump(exclude_unset=True)) for one in own]
 
 
 def _read(source: SourceSection, config: Config, note: Callable[[str], None]) -> list[Row]:

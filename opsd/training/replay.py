@@ -60,13 +60,11 @@ def replay(path: Path, display: Display, trust_remote_code: bool = False) -> lis
     config.model.trust_remote_code = trust_remote_code  # the teacher's too
     try:
         found = _replay(failed, config, groups, display)
-    except UserError as error:
-        if "trust_remote_code is false" not in str(error):
-            raise
-        raise UserError(f"{error}; whatever the file says, --trust-remote-code allows it") from None
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        said = in_short(error)
-        raise UserError(f"FILE is {str(path)!r}: it does not fit its model ({said})") from error
+        said = str(error) if isinstance(error, UserError) else in_short(error)
+        if "trust_remote_code is false" in said:
+            said += "; whatever the file says, --trust-remote-code allows it"
+        raise UserError(f"FILE is {str(path)!r}: it does not run ({said})") from error
     rows = [
         [str(r.number), str(r.tokens), f"{r.loss:.4g}", f"{r.gradient:.4g}", r.module or ""]
         for r in found
@@ -98,18 +96,12 @@ def _replay(
         if average is not None:
             _load(average.averages, failed["average"])
     scorer = model if config.teacher.policy == "live" else teacher
-    prompts = Prompts(config.prompts, tokenizer)
-    objective = make_objective(
-        config.method, config.loss, scorer, prompts, Sampling.of(config.rollout)
-    )
+    prompts, sampling = Prompts(config.prompts, tokenizer), Sampling.of(config.rollout)
+    objective = make_objective(config.method, config.loss, scorer, prompts, sampling)
     step = OPSDStep(model.train(), objective, share=config.train.share_prefixes)
-    compute = compute_dtype(config.train.precision)
-    alone = [group.of([sample]) for group in groups for sample in group.samples]
-    found = []
-    for number, group in enumerate(alone):
-        with autocast(torch.device(device), compute):
-            found.append(_replayed(step, number, group))
-    return found
+    with autocast(torch.device(device), compute_dtype(config.train.precision)):
+        alone = [group.of([sample]) for group in groups for sample in group.samples]
+        return [_replayed(step, number, group) for number, group in enumerate(alone)]
 
 
 def _load(parameters: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]) -> None:

@@ -61,15 +61,15 @@ REFUSED = {
     "grpo": ({"student": "{problem}", "method": "grpo"}, "prompts.student leaves the problem"),
     "a target in single braces": (
         {"method": "sft", "prompts": {"target": "{{ problem }} {solution}"}},
-        "prompts.target has {solution} in single",
+        "prompts.target leaves the solution out, {solution} is plain",
     ),
     "a constant target": (
         {"method": "sft", "prompts": {"target": "Solved."}},
-        "names no column",
+        "leaves the solution out, 'Solved.' is plain",
     ),
     "a solution in single braces": (
         {"teacher": "{{ problem }} {solution}"},
-        "prompts.teacher has {solution} in single",
+        "prompts.teacher leaves the solution out, {solution} is plain",
     ),
     "no solution in one row": (
         {"teacher": "{{ problem }}{% if level < 3 %}{{ solution }}{% endif %}!"},

@@ -9,8 +9,7 @@ import pytest
 
 from opsd.common.errors import UserError
 from opsd.data.chats import read_chat
-from opsd.data.mixture import mixture
-from opsd.data.rows import Row, load_rows
+from opsd.data.rows import Row, load_rows, mixture
 
 RECORDS = [
     {"problem": f"{n} + 1?", "solution": f"So, {n} + 1\n= {n + 1}", "answer": str(n + 1)}
