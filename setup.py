@@ -195,7 +195,11 @@ setup(
             sources=["csrc/cpu.cpp", "csrc/cpu_dispatch.cpp"],
             depends=["csrc/cpu.h", "csrc/divergence.h", "csrc/vector.h"],
         ),
-        Extension(CUDA, sources=["csrc/cuda.cu"], depends=["csrc/cpu.h", "csrc/divergence.h"]),
+        Extension(
+            CUDA,
+            sources=["csrc/cuda.cu"],
+            depends=["csrc/cpu.h", "csrc/cuda_chunk.h", "csrc/divergence.h"],
+        ),
     ],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

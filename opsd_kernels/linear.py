@@ -48,6 +48,34 @@ class Options(NamedTuple):
     backend: str
     group: str | None
 
+    @property
+    def rule(self) -> Rule:
+        """What is measured."""
+        return Rule(
+            Divergence(self.divergence, self.beta),
+            LogitTransform(self.temperature, self.logit_scale, self.logit_softcap),
+            None if self.clip is None else Clip(self.clip, self.clip_threshold),
+            LogitTransform(
+                self.teacher_temperature, self.teacher_logit_scale, self.teacher_logit_softcap
+            ),
+        )
+
+
+def _fields_of(rule: Rule) -> dict[str, Any]:
+    """The fields of `Options` that say what is measured."""
+    fields: dict[str, Any] = {
+        "divergence": rule.divergence.name,
+        "beta": float(rule.divergence.beta),
+        "clip": None if rule.clip is None else rule.clip.kind,
+        "clip_threshold": 1.0 if rule.clip is None else float(rule.clip.threshold),
+    }
+    for role, transform in (("", rule.transform), ("teacher_", rule.of_teacher)):
+        softcap = transform.softcap
+        fields[f"{role}temperature"] = float(transform.temperature)
+        fields[f"{role}logit_scale"] = float(transform.scale)
+        fields[f"{role}logit_softcap"] = None if softcap is None else float(softcap)
+    return fields
+
 
 def _run(
     tensors: Sequence[Any], row_weight: Tensor, options: Options, gradients: bool
@@ -65,16 +93,7 @@ def _run(
             Head(weight if teacher_weight is None else teacher_weight, teacher_bias),
         ),
         row_weight,
-        rule=Rule(
-            Divergence(options.divergence, options.beta),
-            LogitTransform(options.temperature, options.logit_scale, options.logit_softcap),
-            None if options.clip is None else Clip(options.clip, options.clip_threshold),
-            LogitTransform(
-                options.teacher_temperature,
-                options.teacher_logit_scale,
-                options.teacher_logit_softcap,
-            ),
-        ),
+        rule=options.rule,
         want=wanted(options) if gradients else Want(False, False, False),
         budget=options.memory_budget,
         backend=options.backend,
@@ -94,10 +113,6 @@ _operator = FusedOperator(
     options=Options,
     statistics=6,
 )
-
-
-def _float_or_none(x: float | None) -> float | None:
-    return None if x is None else float(x)
 
 
 @dataclass(frozen=True)
@@ -187,23 +202,9 @@ def linear_divergence(
     >>> student.grad[0]
     tensor([-0.0096, -0.0096, -0.0096, -0.0096])
     """
-    if gradient == "filtered":
-        raise ValueError(
-            "gradient: got 'filtered', must be 'exact': leaving out small entries gained less than "
-            "it cost in exactness (docs/filtered.md)"
-        )
-    if gradient != "exact":
-        raise ValueError(f"gradient: got {gradient!r}, must be 'exact'")
-    described = Divergence(divergence, beta)
+    _check_described(gradient, teacher_transform, clip)
     transform = LogitTransform(temperature, logit_scale, logit_softcap)
-    if teacher_transform is not None and not isinstance(teacher_transform, LogitTransform):
-        raise ValueError(
-            f"teacher_transform: got {teacher_transform!r}, must be None or an "
-            "opsd_kernels.LogitTransform"
-        )
-    of_teacher = transform if teacher_transform is None else teacher_transform
-    if clip is not None and not isinstance(clip, Clip):
-        raise ValueError(f"clip: got {clip!r}, must be None or an opsd_kernels.Clip")
+    rule = Rule(Divergence(divergence, beta), transform, clip, teacher_transform)
     arguments.check_reduction(reduction)
     arguments.check_budget(memory_budget)
     arguments.check_tensors(
@@ -227,27 +228,11 @@ def linear_divergence(
             student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias
         )
     )
-    arguments.check_hidden("student_hidden", student_hidden)
-    arguments.check_hidden("teacher_hidden", teacher_hidden)
-    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
-        raise ValueError(
-            f"teacher_hidden: got {arguments.describe(teacher_hidden)}, must have the "
-            f"leading shape {list(student_hidden.shape[:-1])} of student_hidden"
-        )
-    arguments.check_alike("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
-    arguments.check_beta(described, student_hidden.dtype)
     sharded = placed.group is not None
-    arguments.check_head("student_hidden", student_hidden, "weight", weight, "bias", bias, sharded)
-    teacher_head = weight if teacher_weight is None else teacher_weight
-    name = "weight" if teacher_weight is None else "teacher_weight"
-    arguments.check_head(
-        "teacher_hidden", teacher_hidden, name, teacher_head, "teacher_bias", teacher_bias, sharded
+    _check_roles(
+        student_hidden, teacher_hidden, Head(weight, bias), teacher_weight, teacher_bias, sharded
     )
-    if teacher_head.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"teacher_weight: got {arguments.describe(teacher_head)}, must be "
-            f"[{weight.shape[0]}, D_t]: one vocabulary"
-        )
+    arguments.check_beta(rule.divergence, student_hidden.dtype)
 
     leading = student_hidden.shape[:-1]
     n_tokens = leading.numel()
@@ -269,16 +254,7 @@ def linear_divergence(
             want_hidden=arguments.wants_gradient(student_hidden),
             want_weight=arguments.wants_gradient(weight),
             want_bias=arguments.wants_gradient(bias),
-            divergence=described.name,
-            beta=float(described.beta),
-            temperature=float(transform.temperature),
-            logit_scale=float(transform.scale),
-            logit_softcap=_float_or_none(transform.softcap),
-            teacher_temperature=float(of_teacher.temperature),
-            teacher_logit_scale=float(of_teacher.scale),
-            teacher_logit_softcap=_float_or_none(of_teacher.softcap),
-            clip=None if clip is None else clip.kind,
-            clip_threshold=1.0 if clip is None else float(clip.threshold),
+            **_fields_of(rule),
             memory_budget=memory_budget,
             backend=resolve(backend, student_hidden.device, student_hidden.dtype),
             group=placed.name,
@@ -299,3 +275,53 @@ def linear_divergence(
         clipped_fraction=stats[CLIPPED].sum() / looked_at,
         inverted_gradient_fraction=stats[INVERTED].sum() / counted,
     )
+
+
+def _check_described(
+    gradient: str, teacher_transform: LogitTransform | None, clip: Clip | None
+) -> None:
+    if gradient == "filtered":
+        raise ValueError(
+            "gradient: got 'filtered', must be 'exact': leaving out small entries gained less than "
+            "it cost in exactness (docs/filtered.md)"
+        )
+    if gradient != "exact":
+        raise ValueError(f"gradient: got {gradient!r}, must be 'exact'")
+    if teacher_transform is not None and not isinstance(teacher_transform, LogitTransform):
+        raise ValueError(
+            f"teacher_transform: got {teacher_transform!r}, must be None or an "
+            "opsd_kernels.LogitTransform"
+        )
+    if clip is not None and not isinstance(clip, Clip):
+        raise ValueError(f"clip: got {clip!r}, must be None or an opsd_kernels.Clip")
+
+
+def _check_roles(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    head: Head,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    sharded: bool,
+) -> None:
+    """Raises ValueError where shapes, dtypes or devices of the two roles do not fit each other."""
+    arguments.check_hidden("student_hidden", student_hidden)
+    arguments.check_hidden("teacher_hidden", teacher_hidden)
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden: got {arguments.describe(teacher_hidden)}, must have the "
+            f"leading shape {list(student_hidden.shape[:-1])} of student_hidden"
+        )
+    arguments.check_alike("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+    weight, bias = head.weight, head.bias
+    arguments.check_head("student_hidden", student_hidden, "weight", weight, "bias", bias, sharded)
+    teacher_head = weight if teacher_weight is None else teacher_weight
+    name = "weight" if teacher_weight is None else "teacher_weight"
+    arguments.check_head(
+        "teacher_hidden", teacher_hidden, name, teacher_head, "teacher_bias", teacher_bias, sharded
+    )
+    if teacher_head.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"teacher_weight: got {arguments.describe(teacher_head)}, must be "
+            f"[{weight.shape[0]}, D_t]: one vocabulary"
+        )

@@ -16,6 +16,7 @@ from helpers.kernel_cases import (
 
 from opsd_kernels import Clip, LogitTransform, linear_divergence, reference, sweep
 from opsd_kernels.divergence import Divergence
+from opsd_kernels.plan import plan
 
 DTYPES = {
     "cpp": (torch.float32, torch.bfloat16, torch.float16),
@@ -29,7 +30,7 @@ CLIPS = {"none": None, "entry": Clip("entry", 0.02), "token": Clip("token", 0.3)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes_and_dtypes(backend, divergence, shape, frozen, monkeypatch):
-    plans, plan = [], sweep.plan
+    plans = []
     monkeypatch.setattr(sweep, "plan", lambda *a, **k: plans.append(plan(*a, **k)) or plans[-1])
     n, v, d = shape
     # All logits at once; several blocks of whole rows; narrow tiles. (bf16 is widened, which takes

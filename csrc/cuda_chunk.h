@@ -1,0 +1,194 @@
+// What a thread of a GPU does with its entries of a row: read, transform, write, add up over the
+// block. Kernels and launches are in csrc/cuda.cu.
+//
+// A thread block works on one chunk of CHUNK consecutive entries of one row and leaves the chunk's
+// sums in partials[sum, row, chunk]. A thread's entries are four neighbours at a time, which are one
+// load of 16 bytes where a row is aligned to it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cpu.h"
+#include "divergence.h"
+
+namespace opsd {
+namespace {
+constexpr int THREADS = 256, WARPS = THREADS / 32, ITEMS = 16, CHUNK = THREADS * ITEMS;
+// A chunk's normaliser: MAX, REST, MOMENT, and how many entries equal the maximum; in REST are the
+// others only.
+constexpr int LARGEST = 3, PARTIAL_NORMALISER = 4;
+constexpr int MOST_PARTIALS = 2 * PARTIAL_NORMALISER;
+
+inline int64_t chunks_of(int64_t v) { return (v + CHUNK - 1) / CHUNK; }
+
+// From x, the product + bias of an entry, to its logit: scale * x, or scale * tanh(inner * x).
+struct Transform {
+  float scale, inner;
+  bool capped;  // whether there is a soft cap
+
+  Transform(const opsd_transform& t)
+      : scale(t.softcap > 0.f ? t.softcap / t.temperature : t.scale / t.temperature),
+        inner(t.softcap > 0.f ? t.scale / t.softcap : 0.f),
+        capped(t.softcap > 0.f) {}
+};
+
+// What a kernel needs beside the tile.
+struct Numbers {
+  Transform student, teacher;
+  float factor;  // from the derivative by the student's logit to that by its product
+  float beta, threshold;
+  uint32_t chunks;  // of a row
+  int64_t partial_stride;
+  float* partials;
+};
+
+Numbers numbers(const opsd_tile& tile, const opsd_options& o, float* partials) {
+  const uint32_t chunks = static_cast<uint32_t>(chunks_of(tile.v));
+  return {o.student, o.teacher, o.student.scale / o.student.temperature, o.beta, o.clip_threshold,
+          chunks, tile.n * static_cast<int64_t>(chunks), partials};
+}
+
+__device__ __forceinline__ bool aligned(const void* x) {
+  return (reinterpret_cast<uintptr_t>(x) & 15) == 0;
+}
+
+// All that is known of an entry before its scale: the logit is Transform::scale times it. Rounded
+// products, never fused with what follows: both roles' come from the same roundings, and S = T
+// gives exactly 0. SOFTCAP: whether any role has one.
+template <bool SOFTCAP>
+__device__ __forceinline__ float unscaled(float x, const Transform& t) {
+  return SOFTCAP && t.capped ? tanh_(__fmul_rn(x, t.inner)) : x;
+}
+
+// The soft cap's, at an unscaled entry.
+template <bool SOFTCAP>
+__device__ __forceinline__ float slope(float x, const Transform& t) {
+  return SOFTCAP && t.capped ? 1.f - x * x : 1.f;
+}
+
+struct Normaliser {
+  float max, log_sum, scale;
+
+  __device__ Normaliser(const float* state, int64_t stride, int64_t row, const Transform& t)
+      : max(state[MAX * stride + row]),
+        log_sum(log1pf(state[REST * stride + row])),
+        scale(t.scale) {}
+
+  // Of an unscaled entry. The maximum is subtracted with one rounding: a logit may be 1e4.
+  __device__ __forceinline__ float log_p(float x) const { return fmaf(x, scale, -max) - log_sum; }
+};
+
+// A thread's place: its row, its first entry of the row's chunk, and how many entries are left from
+// there. Item i is `at(i)` entries further on.
+struct Place {
+  int64_t row, first;
+  int left;
+
+  __device__ Place(int64_t v, const Numbers& o)
+      : row(blockIdx.x / o.chunks),
+        first(static_cast<int64_t>(blockIdx.x % o.chunks) * CHUNK + 4 * threadIdx.x),
+        left(v - first < CHUNK ? static_cast<int>(v - first) : CHUNK) {}
+
+  static __device__ __forceinline__ int at(int i) { return i / 4 * 4 * THREADS + i % 4; }
+  __device__ __forceinline__ bool has(int i) const { return at(i) < left; }
+  __device__ __forceinline__ bool has_all() const { return has(ITEMS - 1); }
+};
+
+// A thread's entries of a row; `fill` beyond the row's end.
+__device__ __forceinline__ void load(float (&z)[ITEMS], const float* row, float fill,
+                                     const Place& place) {
+  row += place.first;
+  if (place.has_all() && aligned(row)) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(row + Place::at(i));
+      z[i] = four.x, z[i + 1] = four.y, z[i + 2] = four.z, z[i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) z[i] = place.has(i) ? row[Place::at(i)] : fill;
+  }
+}
+
+__device__ __forceinline__ void store(float* row, const float (&z)[ITEMS], const Place& place) {
+  row += place.first;
+  if (place.has_all() && aligned(row)) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; i += 4) {
+      *reinterpret_cast<float4*>(row + Place::at(i)) =
+          make_float4(z[i], z[i + 1], z[i + 2], z[i + 3]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+      if (place.has(i)) row[Place::at(i)] = z[i];
+    }
+  }
+}
+
+// A thread's entries, unscaled. Beyond the row's end is what makes a logit of -inf, of probability
+// 0, which adds nothing to any sum.
+template <bool SOFTCAP>
+__device__ __forceinline__ void load_unscaled(float (&z)[ITEMS], const float* row,
+                                              const float* bias, const Place& place,
+                                              const Transform& t) {
+  const float nothing = t.scale < 0.f ? INFINITY : -INFINITY;
+  load(z, row, nothing, place);
+  if (bias) {
+    float b[ITEMS];
+    load(b, bias, 0.f, place);
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) z[i] += b[i];
+  }
+  if (SOFTCAP && t.capped) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) z[i] = place.has(i) ? unscaled<SOFTCAP>(z[i], t) : nothing;
+  }
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int k = 16; k > 0; k /= 2) x += __shfl_xor_sync(~0u, x, k);
+  return x;
+}
+
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+
+// The larger of both; NaN where either is.
+__device__ __forceinline__ float at_least(float x, float least) {
+#ifdef __CUDACC__
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(least));
+  return y;
+#else
+  return x < least ? least : x;
+#endif
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int k = 16; k > 0; k /= 2) x = larger(x, __shfl_xor_sync(~0u, x, k));
+  return x;
+}
+
+// Each of the block's `COUNT` sums, stored at partial[k * stride].
+template <int COUNT>
+__device__ __forceinline__ void store_sums(const float (&sums)[COUNT], float* partial,
+                                           int64_t stride) {
+  __shared__ float warps[COUNT][WARPS];
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) {
+    const float total = warp_sum(sums[k]);
+    if (threadIdx.x % 32 == 0) warps[k][threadIdx.x / 32] = total;
+  }
+  __syncthreads();
+  if (threadIdx.x < COUNT) {
+    float total = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) total += warps[threadIdx.x][w];
+    partial[threadIdx.x * stride] = total;
+  }
+}
+
+}  // namespace
+}  // namespace opsd
