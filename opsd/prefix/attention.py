@@ -17,7 +17,7 @@ from torch import Tensor
 from opsd.common.errors import UserError
 from opsd.prefix import flash as varlen
 from opsd.prefix import flex
-from opsd.prefix.layout import Layout
+from opsd.prefix.layout import Layout, Scores
 from opsd.prefix.tiled import tiled_attention
 
 Kernel = Callable[..., Tensor]
@@ -51,32 +51,22 @@ class Inputs:
 
 
 def packed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """Attention of the stream's tokens to what each may see.
 
     Args:
         query: [T, H, d]; key: [N, K, d]; value: [N, K, d_v]. The N rows are those of the layout's
             past, then the stream's T. Under autocast they are cast.
-        scale: scores are scale · q · k.
-        window: positions that a query sees, itself included; None: all before it.
-        softcap: scores become softcap · tanh(score / softcap).
 
     Returns [T, H, d_v] in the dtype of the computation.
     """
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     key, value = key.to(dtype), value.to(dtype)
-    kernel = kernel_for(query, value, softcap is not None)
+    kernel = kernel_for(query, value, scores.softcap is not None)
     with torch.autocast(kind, enabled=False):
-        return kernel(query, key, value, layout, scale=scale, window=window, softcap=softcap)
+        return kernel(query, key, value, layout, scores)
 
 
 _asked = "auto"

@@ -22,7 +22,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from opsd.prefix.layout import Layout, Segment, Span
+from opsd.prefix.layout import Layout, Scores, Segment, Span
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ def _starts(layout: Layout, queries: list[int], keys: list[int]) -> tuple[Tensor
 
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
-"""(query, key, value, part, scale, softcap) → out, log-sum-exp [H, rows]"""
+"""(query, key, value, part, scores) → out, log-sum-exp [H, rows]"""
 
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
-"""(d_out, query, key, value, out, lse, part, scale, softcap) → d_query, d_key, d_value"""
+"""(d_out, query, key, value, out, lse, part, scores) → d_query, d_key, d_value"""
 
 
 @dataclass(frozen=True)
@@ -146,35 +146,28 @@ class Calls:
 
 
 def flash_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    calls: Calls,
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores, *, calls: Calls
 ) -> Tensor:
     """`opsd.prefix.attention.packed_attention` by flash attention, on a GPU, in bf16 or fp16."""
+    window = scores.window
     some = layout.once(("parts", window), lambda: parts(layout, window))
-    return _Merged.apply(query.to(value.dtype), key, value, some, scale, softcap, calls)
+    return _Merged.apply(query.to(value.dtype), key, value, some, scores, calls)
 
 
 class _Merged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, parts, scale, softcap, calls):
+    def forward(ctx, query, key, value, parts, scores, calls):
         out = lse = None
         for part in parts:
             part_out, part_lse = calls.forward(
-                query[part.rows], key[part.keys], value[part.keys], part, scale, softcap
+                query[part.rows], key[part.keys], value[part.keys], part, scores
             )
             if out is None:  # the first part has all rows
                 out, lse = part_out, part_lse
             else:
                 _merge(out[part.rows], lse[:, part.rows], part_out, part_lse)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.parts, ctx.scale, ctx.softcap, ctx.calls = parts, scale, softcap, calls
+        ctx.parts, ctx.scores, ctx.calls = parts, scores, calls
         return out
 
     @staticmethod
@@ -188,24 +181,16 @@ class _Merged(torch.autograd.Function):
         d_value = torch.zeros_like(value, dtype=torch.float32)
         for part in ctx.parts:
             rows, keys = part.rows, part.keys
-            dq, dk, dv = ctx.calls.backward(
-                d_out[rows],
-                query[rows],
-                key[keys],
-                value[keys],
-                out[rows],
-                lse[:, rows].contiguous(),
-                part,
-                ctx.scale,
-                ctx.softcap,
-            )
+            own = d_out[rows], query[rows], key[keys], value[keys], out[rows]
+            row_lse = lse[:, rows].contiguous()
+            dq, dk, dv = ctx.calls.backward(*own, row_lse, part, ctx.scores)
             d_query[rows] += dq
             for total, found in ((d_key, dk), (d_value, dv)):
                 if isinstance(keys, slice):
                     total[keys] += found
                 else:
                     total.index_add_(0, keys, found.to(total.dtype))
-        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
 
 
 def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
@@ -223,47 +208,29 @@ def _left(part: Part) -> int:
     return -1 if part.window is None else part.window - 1
 
 
-def _torch_forward(query, key, value, part: Part, scale, softcap):
-    assert softcap is None
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        part.query_starts,
-        part.key_starts,
-        part.longest_query,
-        part.longest_key,
-        0.0,
-        part.causal,
-        False,
-        scale=scale,
-        window_size_left=_left(part),
-        window_size_right=0 if part.causal else -1,
-    )
-    return out, lse
+def _torch_arguments(part: Part, scores: Scores) -> tuple[tuple, dict]:
+    """Those that forward and backward share, by place and by name."""
+    assert scores.softcap is None
+    places = part.query_starts, part.key_starts, part.longest_query, part.longest_key
+    dropout = 0.0
+    right = 0 if part.causal else -1
+    names = {"window_size_left": _left(part), "window_size_right": right, "scale": scores.scale}
+    return (*places, dropout, part.causal), names
 
 
-def _torch_backward(d_out, query, key, value, out, lse, part: Part, scale, softcap):
-    assert softcap is None
+def _torch_forward(query, key, value, part: Part, scores: Scores):
+    places, names = _torch_arguments(part, scores)
+    debug = False
+    found = torch.ops.aten._flash_attention_forward(query, key, value, *places, debug, **names)
+    return found[:2]
+
+
+def _torch_backward(d_out, query, key, value, out, lse, part: Part, scores: Scores):
+    places, names = _torch_arguments(part, scores)
+    seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # a dropout's, unused
     unused = torch.empty(0, device=query.device)
     return torch.ops.aten._flash_attention_backward(
-        d_out,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        part.query_starts,
-        part.key_starts,
-        part.longest_query,
-        part.longest_key,
-        0.0,
-        part.causal,
-        torch.zeros(2, dtype=torch.uint64, device=query.device),  # a dropout's seed, unused
-        unused,
-        scale=scale,
-        window_size_left=_left(part),
-        window_size_right=0 if part.causal else -1,
+        d_out, query, key, value, out, lse, *places, seed, unused, **names
     )
 
 
@@ -271,45 +238,35 @@ TORCH = Calls(_torch_forward, _torch_backward)
 """torch's own flash attention."""
 
 
-def _package_arguments(part: Part, scale, softcap) -> dict:
+def _package_arguments(part: Part, scores: Scores) -> dict:
     return {
         "cu_seqlens_q": part.query_starts,
         "cu_seqlens_k": part.key_starts,
         "max_seqlen_q": part.longest_query,
         "max_seqlen_k": part.longest_key,
         "dropout_p": 0.0,
-        "softmax_scale": scale,
+        "softmax_scale": scores.scale,
         "causal": part.causal,
         "window_size_left": _left(part),
         "window_size_right": 0 if part.causal else -1,
-        "softcap": softcap or 0.0,
+        "softcap": scores.softcap or 0.0,
         "alibi_slopes": None,
     }
 
 
-def _package_forward(query, key, value, part: Part, scale, softcap):
+def _package_forward(query, key, value, part: Part, scores: Scores):
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-    out, lse, *_ = _flash_attn_varlen_forward(
-        query, key, value, **_package_arguments(part, scale, softcap)
-    )
-    return out, lse
+    return _flash_attn_varlen_forward(query, key, value, **_package_arguments(part, scores))[:2]
 
 
-def _package_backward(d_out, query, key, value, out, lse, part: Part, scale, softcap):
+def _package_backward(d_out, query, key, value, out, lse, part: Part, scores: Scores):
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
     found = tuple(map(torch.empty_like, (query, key, value)))
+    options = _package_arguments(part, scores)
     _flash_attn_varlen_backward(
-        d_out,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        *found,
-        **_package_arguments(part, scale, softcap),
-        deterministic=False,
+        d_out, query, key, value, out, lse, *found, **options, deterministic=False
     )
     return found
 

@@ -11,31 +11,25 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from opsd.prefix.layout import Layout, positions_of
+from opsd.prefix.layout import Layout, Scores, positions_of
 
 SHARED = -1
 """The segment number of keys that all of a group may see."""
 
 
 def flex_packed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """`opsd.prefix.attention.packed_attention` by FlexAttention; a CPU has no backward."""
+    window = scores.window
     heads_first = (x.transpose(0, 1)[None] for x in (query.to(value.dtype), key, value))
     # Not compiled on a CPU, where compiling takes longer than the tests' attention.
     attend = _compiled() if query.is_cuda else flex_attention
     out = attend(
         *heads_first,
-        score_mod=None if softcap is None else _capped(softcap),
+        score_mod=None if scores.softcap is None else _capped(scores.softcap),
         block_mask=layout.once(("flex", window), lambda: block_mask(layout, window)),
-        scale=scale,
+        scale=scores.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out[0].transpose(0, 1)

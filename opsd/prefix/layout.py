@@ -8,7 +8,7 @@ stream's own. How attention is computed is up to the kernels.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,17 @@ class Segment:
 def positions_of(spans: Sequence[Span]) -> Tensor:
     """The spans' positions, one after the other."""
     return torch.cat([torch.arange(s.position, s.end) for s in spans])
+
+
+class Scores(NamedTuple):
+    """How a query and a key meet: scale · q · k, then softcap · tanh(score / softcap).
+
+    window: positions that a query sees, itself included; None: all before it.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
 
 
 class Layout:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from opsd.prefix.attention import Inputs, kernel_names, packed_attention, probing
-from opsd.prefix.layout import Layout
+from opsd.prefix.layout import Layout, Scores
 
 IMPLEMENTATION = "opsd_shared_prefix"
 
@@ -209,16 +209,8 @@ def _attention(
         capture.into[module] = pair
     if stream.past is not None:
         key, value = map(torch.cat, zip(stream.past[module], (key, value), strict=True))
-    out = packed_attention(
-        query,
-        key,
-        value,
-        stream.layout,
-        scale=scaling,
-        window=sliding_window,
-        softcap=softcap,
-    )
-    return out[None], None
+    scores = Scores(scaling, sliding_window, softcap)
+    return packed_attention(query, key, value, stream.layout, scores)[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

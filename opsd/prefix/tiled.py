@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from opsd.prefix.layout import Layout, Segment, Span, positions_of
+from opsd.prefix.layout import Layout, Scores, Segment, Span, positions_of
 
 TILE_SCORES = 1 << 20
 """Attention scores, over all heads, that a tile may hold: a few MB, so that they stay in cache.
@@ -149,21 +149,14 @@ def _merge(pieces: list[Piece], scores: int, spare: int) -> list[list[Piece]]:
 
 
 def tiled_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """`opsd.prefix.attention.packed_attention` on any device, in any dtype."""
     # Scaled before it is rounded; the gradient of both steps is autograd's.
-    query = (query * scale).to(value.dtype)
+    query = (query * scores.scale).to(value.dtype)
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    cut = tiles(layout, query.shape[1], window, backward)
-    return _TiledAttention.apply(query, key, value, cut, softcap)
+    cut = tiles(layout, query.shape[1], scores.window, backward)
+    return _TiledAttention.apply(query, key, value, cut, scores.softcap)
 
 
 class _TiledAttention(torch.autograd.Function):

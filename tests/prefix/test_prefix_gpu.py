@@ -9,7 +9,7 @@ from helpers.prefix_models import MODELS, make, make_groups
 
 from opsd.prefix import attention, shared_prefix_hidden_states, try_kernel, use_kernel
 from opsd.prefix.attention import Inputs, obstacle
-from opsd.prefix.layout import Layout
+from opsd.prefix.layout import Layout, Scores
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,8 +49,7 @@ def results(name, layout, window, softcap, width, dtype):
     )
     for x in inputs:
         x.requires_grad_()
-    arguments = {"scale": width**-0.5, "window": window, "softcap": softcap}
-    out = attention.KERNELS[name](*inputs, layout, **arguments)
+    out = attention.KERNELS[name](*inputs, layout, Scores(width**-0.5, window, softcap))
     return [x.double() for x in (out, *torch.autograd.grad(out, inputs, d_out))]
 
 
@@ -119,7 +118,7 @@ def test_nothing_is_copied_for_each_rollout():
         )
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        out = attention.KERNELS["flash"](q, k, v, layout, scale=0.125)
+        out = attention.KERNELS["flash"](q, k, v, layout, Scores(0.125))
         out.sum().backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < 1.25 * peaks[0]  # 13 % more tokens; copies would be 14 times the keys

@@ -17,7 +17,7 @@ from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.prefix import attention, flex, shared_prefix_hidden_states, try_kernel
 from opsd.prefix.attention import Inputs, choose, kernel_for, missing, obstacle, use_kernel
-from opsd.prefix.layout import Layout
+from opsd.prefix.layout import Layout, Scores
 from opsd.prefix.tiled import tiled_attention
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -49,7 +49,7 @@ def tensors(layout, heads=4, key_heads=2, width=8, dtype=torch.float64):
 
 def results(attend, layout, window, softcap):
     query, key, value = tensors(layout)
-    out = attend(query, key, value, layout, scale=0.4, window=window, softcap=softcap)
+    out = attend(query, key, value, layout, Scores(0.4, window, softcap))
     seed = torch.Generator().manual_seed(4)
     d_out = torch.randn(out.shape, generator=seed, dtype=out.dtype)
     return out, *torch.autograd.grad(out, (query, key, value), d_out)
@@ -129,9 +129,9 @@ def test_the_mask_of_flex_attention(name, window):
 def test_flex_attention_forward(window, softcap):
     layout = LAYOUTS["past of some"]
     query, key, value = (x.detach() for x in tensors(layout, width=16))
-    arguments = {"scale": 0.4, "window": window, "softcap": softcap}
-    wanted = tiled_attention(query, key, value[..., :12].contiguous(), layout, **arguments)
-    found = flex.flex_packed_attention(query, key, value[..., :12], layout, **arguments)
+    scores = Scores(0.4, window, softcap)
+    wanted = tiled_attention(query, key, value[..., :12].contiguous(), layout, scores)
+    found = flex.flex_packed_attention(query, key, value[..., :12], layout, scores)
     torch.testing.assert_close(found, wanted)
 
 
