@@ -6,12 +6,12 @@ chat, so that it begins with the token that the model would write there.
 """
 
 import datetime
+import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
 from opsd.common.errors import UserError
@@ -21,7 +21,7 @@ Message = dict[str, Any]
 PROBE = "4172635180927"
 """A text that no template writes by itself, and none changes by its case or its escapes."""
 
-_CLOSED_THOUGHT = re.compile(r"(</[a-z_:]*think[a-z_]*>|\[/THINK\])\s*$", re.IGNORECASE)
+_CLOSED_THOUGHT = re.compile(r"(</[a-z_:]*think[a-z_]*>|\[/THINK\]|<channel\|>)\s*$", re.IGNORECASE)
 _OPEN_TAG = re.compile(r"<([a-z_:]*think[a-z_]*)>|\[(THINK)\]", re.IGNORECASE)
 
 
@@ -54,15 +54,18 @@ class ChatTemplate:
         if "strftime_now" in template:
             self.arguments |= _dated(template, date or datetime.date.today())
         # Templates of multimodal models walk over a list of parts, and over the characters of a
-        # plain string, which they drop.
-        self.in_parts = False
-        if PROBE not in self._render([self._message("user", PROBE)], True):
-            self.in_parts = True
-            if PROBE not in self._render([self._message("user", PROBE)], True):
-                raise UserError(
-                    "model.path has a chat template that leaves the user's message out: give it "
-                    "one that writes it (chat_template.jinja in the model's directory)"
-                )
+        # plain string, which they drop, or of which they ask what a string has not.
+        self.in_parts, refused = False, None
+        for self.in_parts in (False, True):
+            try:
+                if PROBE in self._render([self._message("user", PROBE)], True):
+                    return
+            except UserError as error:
+                refused = refused or error
+        raise refused or UserError(
+            "model.path has a chat template that leaves the user's message out: give it one that "
+            "writes it (chat_template.jinja in the model's directory)"
+        )
 
     def context(
         self, message: str, system: str | None = None, history: Sequence[Message] = ()
@@ -111,16 +114,25 @@ class ChatTemplate:
     @cached_property
     def turn_end(self) -> tuple[str, int | None]:
         """What the template writes after an answer, up to the special token that ends the turn, and
-        that token; ("", None) where it writes none, and the tokenizer's EOS has to do."""
-        chat = self._render([self._message("user", "?"), self._message("assistant", PROBE)], False)
-        after = chat.rpartition(PROBE)[2]
-        added = self.tokenizer.added_tokens_decoder.items()
-        special = [(token.content, i) for i, token in added if token.content.strip()]
-        found = [(after.find(text), -len(text), text, i) for text, i in special if text in after]
-        if not found or PROBE not in chat:
+        that token; ("", None) where it writes none, and the tokenizer's EOS has to do.
+
+        A turn may end with several tokens in a row. Those belong to it that the template writes
+        before another turn too: some write EOS after a chat's last turn alone.
+        """
+        chat = [self._message("user", "?"), self._message("assistant", PROBE)]
+        after = self._render(chat, False).rpartition(PROBE)[2]
+        try:
+            followed = self._render([*chat, self._message("user", "?")], False).rpartition(PROBE)[2]
+        except UserError:
+            followed = ""
+        both = os.path.commonprefix([after, followed])  # noqa: RUF071 (of characters)
+        ids = {t.content: i for i, t in self.tokenizer.added_tokens_decoder.items() if t.content}
+        special = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+        found = re.compile(rf"(.*?)((?:{special})+)", re.DOTALL)
+        run = found.match(both) or re.match(rf"(.*?)({special})", after, re.DOTALL)
+        if not ids or run is None:
             return "", None
-        place, _, text, token = min(found)
-        return after[: place + len(text)], token
+        return run[0], ids[re.findall(special, run[2])[-1]]
 
     @property
     def opens_thought(self) -> bool:
@@ -249,17 +261,25 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, context: str, target: str)
 
 
 def _dated(template: str, date: datetime.date) -> dict[str, Any]:
-    """Arguments that make a template write this date.
+    """Arguments that make a template write this date, at midnight.
 
     transformers hands templates a clock of its own, and lets plain data through only: a macro of
-    the clock's name answers from a table of the formats that stand in the template.
+    the clock's name puts this date's texts in the places of a format's directives.
     """
-    texts = (value for _, kind, value in Environment().lex(template) if kind == "string")
-    formats = {text[1:-1] for text in texts if "%" in text}
     macro = (
-        "{%- macro strftime_now(format) -%}{{ dates_of_this_run[format] }}{%- endmacro -%}{{ '' }}"
+        "{%- macro strftime_now(format) -%}{%- set made = namespace(text=format) -%}"
+        "{%- for directive, text in date_of_this_run -%}"
+        "{%- set made.text = made.text | replace(directive, text) -%}{%- endfor -%}"
+        "{{ made.text }}{%- endmacro -%}{{ '' }}"
     )
+    directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in _DIRECTIVES]
+    texts = [(directive, date.strftime(directive)) for directive in directives]
+    mark = "\u2042"  # a percent sign that begins no directive
     return {
         "chat_template": macro + template,
-        "dates_of_this_run": {text: date.strftime(text) for text in formats},
+        "date_of_this_run": [("%%", mark), *texts, (mark, "%")],
     }
+
+
+_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
+"""Of strftime, on Linux; %s, a number of seconds, and %Z and %z are empty or of this machine."""

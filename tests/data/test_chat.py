@@ -33,12 +33,7 @@ def test_the_target_has_the_tokens_of_the_whole_chat(family):
     """Where the template writes the generation prompt into a finished chat as it is."""
     chat, tokenizer = chat_of(family), make_tokenizer(family)
     message, answer = chat._message("user", QUESTION), chat._message("assistant", ANSWER)
-    whole = tokenizer.apply_chat_template(
-        [message, answer],
-        tokenize=False,
-        **family.arguments,
-        **({} if "chat_template" not in chat.arguments else chat.arguments),
-    )
+    whole = tokenizer.apply_chat_template([message, answer], tokenize=False, **family.arguments)
     if not whole.startswith(chat.context(QUESTION)) or family.stop is None:
         pytest.skip("the generation prompt is not a part of the finished chat")
     ids = tokenizer(whole, add_special_tokens=False).input_ids
@@ -108,6 +103,31 @@ def test_the_date_is_the_one_given():
         [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
     )
     assert chat_of(family).context(QUESTION) == plain
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["'%d %b %Y'", "'%A, %B %-d, %Y'", "'%d' ~ ' ' ~ '%B'", "'100%% %y %%d'", "'%c'", "'%H:%M %p'"],
+)
+def test_a_date_of_any_format_is_the_one_given(written):
+    template = f"{{%- set format = {written} -%}}{{{{ strftime_now(format) + '!' }}}}{CHATML}"
+    day = datetime.date(2025, 2, 3)
+    context = chat_of(Family("", template, IM, "<|im_end|>", "", "", "", None), date=day).context(
+        "?"
+    )
+    assert context.split("!<|im_start|>")[0] == day.strftime(eval(written.replace("~", "+")))
+
+
+def test_a_template_that_refuses_plain_strings_is_given_parts():
+    template = PARTS.replace("part['type'] == 'text'", "part.type.upper() == 'TEXT'")
+    chat = chat_of(Family("", template, IM, "<|im_end|>", "", "", "", None))
+    assert chat.in_parts and QUESTION in chat.context(QUESTION)
+
+
+def test_a_thought_in_a_channel_that_is_closed_already_is_left_out():
+    family = next(family for family in FAMILIES if family.name == "Gemma 4")
+    target = chat_of(family).target_ids(QUESTION, f"<|channel>thought\nWe add.<channel|>{ANSWER}")
+    assert make_tokenizer(family).decode(target) == ANSWER + "<turn|>"
 
 
 def test_a_problem_that_talks_of_tags_opens_no_thought():

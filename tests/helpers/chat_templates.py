@@ -106,6 +106,45 @@ PARTS = (
     "{%- if part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}{{ '<|im_end|>\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
+GEMMA3 = (
+    "{{ bos_token }}{%- set first = '' -%}{%- set rest = messages -%}"
+    "{%- if messages[0]['role'] == 'system' -%}{%- set first = messages[0]['content'] + '\n\n' -%}{%- set rest = messages[1:] -%}{%- endif -%}"
+    "{%- for m in rest -%}{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('roles must alternate') }}{%- endif -%}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + (first if loop.first else '') + m['content'] | trim + '<end_of_turn>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+QWEN35 = (
+    "{%- for m in messages -%}{%- if m['role'] == 'system' and not loop.first -%}{{ raise_exception('System message must be at the beginning.') }}{%- endif -%}{%- endfor -%}"
+    "{%- if not messages | selectattr('role', 'equalto', 'user') | list -%}{{ raise_exception('No user query found in messages.') }}{%- endif -%}"
+    + QWEN3.replace("m['content']", "(m['content'] | trim)")
+    + "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\n\n</think>\n\n' }}{%- else -%}{{ '<think>\n' }}{%- endif -%}{%- endif -%}"
+)
+SMOLLM3 = (
+    "{%- set mode = '/no_think' if enable_thinking is defined and not enable_thinking else '/think' -%}"
+    "{%- set own = '' -%}{%- set rest = messages -%}{%- if messages[0].role == 'system' -%}{%- set own = messages[0].content -%}{%- set rest = messages[1:] -%}{%- endif -%}"
+    "{{ '<|im_start|>system\n## Metadata\n\nToday Date: ' + strftime_now('%d %B %Y') + '\nReasoning Mode: ' + mode + '\n\n' + own + '<|im_end|>\n' }}"
+    "{%- for m in rest -%}{%- if m.role == 'user' -%}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{%- elif m.role == 'assistant' -%}"
+    "{{ '<|im_start|>assistant\n' + ('<think>\n\n</think>\n' if mode == '/no_think' else '') + m.content.lstrip('\n') + '<|im_end|>\n' }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' + ('<think>\n\n</think>\n' if mode == '/no_think' else '') }}{%- endif -%}"
+)
+NEMOTRON = (
+    "{%- for m in messages -%}{%- if m['role'] != 'assistant' -%}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- else -%}"
+    "{{ '<|im_start|>assistant\n' + ('' if '<think>' in m['content'] else '<think></think>') + m['content'] + '<|im_end|>\n' }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' + ('<think></think>' if enable_thinking is defined and not enable_thinking else '<think>\n') }}{%- endif -%}"
+)
+GLM = (
+    "[gMASK]<sop>{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
+    "{{ '<|assistant|>\n' + ('' if '<think>' in m.content else '<think></think>\n') + m.content | trim }}"
+    "{%- else -%}{{ '<|' + m.role + '|>\n' + m.content }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+)
+MISTRAL_DATED = (
+    "{%- set own = 'You are Mistral. The current date is ' + strftime_now('%Y-%m-%d') + '.' -%}{%- set rest = messages -%}"
+    "{%- if messages[0]['role'] == 'system' -%}{%- set own = messages[0]['content'] -%}{%- set rest = messages[1:] -%}{%- endif -%}"
+    "{{ bos_token + '[SYSTEM_PROMPT]' + own + '[/SYSTEM_PROMPT]' }}{%- for m in rest -%}"
+    "{%- if m['role'] == 'user' -%}{{ '[INST]' + m['content'] + '[/INST]' }}{%- else -%}{{ m['content'] + eos_token }}{%- endif -%}{%- endfor -%}"
+)
+EOS_LAST = "{%- if add_generation_prompt -%}{{ §§ }}{%- else -%}{{ eos_token }}{%- endif -%}"
 INST = turns("[INST] § [/INST]", "§\n\n", " §</s>", "", "<s>")
 S2 = ("<unk>", "<s>", "</s>")
 
@@ -342,6 +381,141 @@ FAMILIES = [
         "<|END_OF_TURN_TOKEN|>",
         "<|END_OF_TURN_TOKEN|>",
         bos="<BOS_TOKEN>",
+    ),
+    Family(
+        "Command-R 7B",  # the turn ends with two tokens
+        turns(
+            "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>§<|END_OF_TURN_TOKEN|>",
+            "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>§<|END_OF_TURN_TOKEN|>",
+            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>§<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>",
+            "<BOS_TOKEN>",
+        ),
+        (
+            "<BOS_TOKEN>",
+            "<|START_OF_TURN_TOKEN|>",
+            "<|END_OF_TURN_TOKEN|>",
+            "<|USER_TOKEN|>",
+            "<|SYSTEM_TOKEN|>",
+            "<|CHATBOT_TOKEN|>",
+            "<|START_RESPONSE|>",
+            "<|END_RESPONSE|>",
+        ),
+        "<|END_OF_TURN_TOKEN|>",
+        "",
+        "",
+        "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+        "<|END_OF_TURN_TOKEN|>",
+        bos="<BOS_TOKEN>",
+    ),
+    Family(
+        "Phi-4 mini",  # EOS behind the last turn, which is no part of it
+        turns("<|user|>§<|end|>", "<|system|>§<|end|>", "<|assistant|>§<|end|>", "")
+        + EOS_LAST.replace("§§", "'<|assistant|>'"),
+        ("<|user|>", "<|system|>", "<|assistant|>", "<|end|>", "<|endoftext|>"),
+        "<|endoftext|>",
+        "",
+        "",
+        "<|end|>",
+        "<|end|>",
+    ),
+    Family(
+        "Phi-3, EOS last",
+        turns("<|user|>\n§<|end|>\n", "<|system|>\n§<|end|>\n", "<|assistant|>\n§<|end|>\n", "")
+        + EOS_LAST.replace("§§", "'<|assistant|>\n'"),
+        ("<|user|>", "<|system|>", "<|assistant|>", "<|end|>", "<|endoftext|>"),
+        "<|endoftext|>",
+        "",
+        "",
+        "<|end|>",
+        "<|end|>",
+        metaspace=True,
+    ),
+    Family(
+        "Gemma 3",
+        GEMMA3,
+        ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
+        "<eos>",
+        "",
+        "",
+        "<end_of_turn>",
+        "<end_of_turn>",
+        bos="<bos>",
+    ),
+    Family(
+        "Qwen 3.5, thinking",
+        QWEN35,
+        IM,
+        "<|im_end|>",
+        "<think>\n\n</think>\n\n",
+        "<think>\n",
+        "<|im_end|>",
+        "<|im_end|>",
+    ),
+    Family(
+        "Qwen 3.5, not thinking",
+        QWEN35,
+        IM,
+        "<|im_end|>",
+        "<think>\n\n</think>\n\n",
+        "<think>\n\n</think>\n\n",
+        "<|im_end|>",
+        "<|im_end|>",
+        arguments={"enable_thinking": False},
+    ),
+    Family("SmolLM3, thinking", SMOLLM3, IM, "<|im_end|>", "", "", "<|im_end|>", "<|im_end|>"),
+    Family(
+        "SmolLM3, not thinking",
+        SMOLLM3,
+        IM,
+        "<|im_end|>",
+        "<think>\n\n</think>\n",
+        "<think>\n\n</think>\n",
+        "<|im_end|>",
+        "<|im_end|>",
+        arguments={"enable_thinking": False},
+    ),
+    Family(
+        "Nemotron 3",
+        NEMOTRON,
+        IM,
+        "<|im_end|>",
+        "<think>\n\n</think>\n\n",
+        "<think>\n",
+        "<|im_end|>",
+        "<|im_end|>",
+    ),
+    Family(
+        "Nemotron 3, not thinking",
+        NEMOTRON,
+        IM,
+        "<|im_end|>",
+        "<think></think>",
+        "<think></think>",
+        "<|im_end|>",
+        "<|im_end|>",
+        arguments={"enable_thinking": False},
+    ),
+    Family(
+        "GLM 4.5",  # a turn ends where the next one begins
+        GLM,
+        ("[gMASK]", "<sop>", "<|user|>", "<|system|>", "<|assistant|>", "<|endoftext|>"),
+        "<|endoftext|>",
+        "\n<think></think>\n",
+        "",
+        "",
+        None,
+    ),
+    Family(
+        "Mistral Small 3.1",
+        MISTRAL_DATED,
+        (*S2, "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+        "</s>",
+        "",
+        "",
+        "</s>",
+        "</s>",
+        bos="<s>",
     ),
     Family("lists of parts", PARTS, IM, "<|im_end|>", "", "", "<|im_end|>", "<|im_end|>"),
     Family(
