@@ -93,7 +93,7 @@ class SourceSection(Section):
         1.0, gt=0, le=1000, description="How often each of its rows stands in the training data."
     )
     columns: dict[str, str] = Field({}, description="As data.columns.")
-    split: str = Field("train", description="As data.split.")
+    split: str | None = Field(None, description="As data.split.")
     limit: int | None = Field(None, ge=1, description="As data.limit.")
     options: dict[str, Any] = Field({}, description="As data.options.")
 
@@ -114,7 +114,9 @@ class DataSection(Section):
     columns: dict[str, str] = Field(
         {}, description="Our column → theirs, for problem, solution, answer; dots reach inside."
     )
-    split: str = Field("train", description="Split of a dataset that has several.")
+    split: str | None = Field(
+        None, description="Split of a dataset that has several; none: train. Files have none."
+    )
     limit: int | None = Field(None, ge=1, description="Use at most this many rows.")
     size: int | None = Field(
         None, ge=1, le=10_000_000, description="reasoning_gym: how many problems to draw."
@@ -377,7 +379,9 @@ class EvalSection(Section):
         None, description="Held-out problems, as data.source; none: taken from data.source."
     )
     columns: dict[str, str] | None = Field(None, description="As data.columns, for eval.source.")
-    split: str = Field("test", description="As data.split, for eval.source.")
+    split: str | None = Field(
+        None, description="As data.split, for eval.source; none: test, where it has splits."
+    )
     options: dict[str, Any] | None = Field(None, description="As data.options, for eval.source.")
     problems: int = Field(200, ge=0, description="Held-out problems; 0: no evaluation.")
     every: int = Field(

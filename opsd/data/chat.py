@@ -120,17 +120,18 @@ class ChatTemplate:
         before another turn too: some write EOS after a chat's last turn alone.
         """
         chat = [self._message("user", "?"), self._message("assistant", PROBE)]
-        after = self._render(chat, False).rpartition(PROBE)[2]
+        _, written, after = self._render(chat, False).rpartition(PROBE)
         try:
             followed = self._render([*chat, self._message("user", "?")], False).rpartition(PROBE)[2]
         except UserError:
             followed = ""
         both = os.path.commonprefix([after, followed])  # noqa: RUF071 (of characters)
-        ids = {t.content: i for i, t in self.tokenizer.added_tokens_decoder.items() if t.content}
+        added = self.tokenizer.added_tokens_decoder.items()
+        ids = {token.content: i for i, token in added if token.content.strip()}
         special = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
         found = re.compile(rf"(.*?)((?:{special})+)", re.DOTALL)
         run = found.match(both) or re.match(rf"(.*?)({special})", after, re.DOTALL)
-        if not ids or run is None:
+        if not (ids and written and run):
             return "", None
         return run[0], ids[re.findall(special, run[2])[-1]]
 

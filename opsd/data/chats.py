@@ -4,6 +4,8 @@ The last user message is the problem, and the assistant's last message is the so
 before that problem, a system message or earlier turns, is the row's history.
 """
 
+import ast
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +16,13 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 """Columns that hold a whole chat; `prompt` and `completion` hold its two halves."""
 
 
+TOOLS = frozenset({"tool", "function", "function_call", "observation", "ipython"})
+
+
+class NotTextError(ValueError):
+    """A chat holds what is no text to learn from; the message completes "its chat …"."""
+
+
 class Chat(NamedTuple):
     """A chat's problem, its solution ("" without one), and the messages before the problem."""
 
@@ -22,11 +31,25 @@ class Chat(NamedTuple):
     history: tuple[dict[str, str], ...]
 
 
+def parsed(value: Any) -> Any:
+    """What a text holds that is a list or an object: JSON, or Python's as pandas writes CSV; any
+    other value as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return value
+
+
 def as_messages(value: Any) -> list[dict[str, str]] | None:
     """A list of messages with `role` and `content`; None where the value is no such list.
 
-    Contents may be lists of parts, of which the texts count.
+    Contents may be lists of parts. Raises NotTextError for images and tools.
     """
+    value = parsed(value)
     if not isinstance(value, list) or not value:
         return None
     messages = []
@@ -35,10 +58,17 @@ def as_messages(value: Any) -> list[dict[str, str]] | None:
             return None
         role = entry.get("role", entry.get("from"))
         content = entry.get("content", entry.get("value"))
+        if not isinstance(role, str):
+            return None
+        if role in TOOLS or entry.get("tool_calls"):
+            raise NotTextError("calls tools, whose results the model would be taught to make up")
         if isinstance(content, list):
-            texts = [part.get("text") for part in content if isinstance(part, Mapping)]
-            content = "".join(text for text in texts if isinstance(text, str))
-        if not isinstance(role, str) or not isinstance(content, str):
+            parts = [part for part in content if isinstance(part, Mapping)]
+            kinds = {part.get("type", "text") for part in parts} - {"text"}
+            if kinds:
+                raise NotTextError(f"holds parts that are no text: {', '.join(map(str, kinds))}")
+            content = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+        if not isinstance(content, str):
             return None
         messages.append({"role": ROLES.get(role, role), "content": content})
     return messages

@@ -120,7 +120,8 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
     reader = csv.reader(file, delimiter=delimiter, strict=True)
     try:
         names = next(reader, [])
-        if len(set(names)) != len(names) or "" in [name.strip() for name in names]:
+        named = [name for i, name in enumerate(names) if name or i]  # pandas' index has no name
+        if len(set(named)) != len(named) or "" in [name.strip() for name in named]:
             raise UserError(f"{where}: its first line must name the columns, each once: {names}")
         for values in reader:
             if not values:
@@ -131,7 +132,8 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
                     f"names {len(names)} columns (text with {delimiter!r} or a line's end must be "
                     "quoted)"
                 )
-            yield dict(zip(names, values, strict=True))
+            row = dict(zip(names, values, strict=True))
+            yield {name: row[name] for name in named}
     except csv.Error as error:
         raise UserError(f"{where}: line {reader.line_num} cannot be read ({error})") from error
 

@@ -18,14 +18,33 @@ from __future__ import annotations
 import difflib
 import math
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError
-from opsd.data.chats import CHAT_COLUMNS, Chat, last_answer, read_chat
+from opsd.data.chats import (
+    CHAT_COLUMNS,
+    Chat,
+    NotTextError,
+    last_answer,
+    parsed,
+    read_chat,
+)
+from opsd.data.files import TABLES, file_type
 from opsd.data.references import Unreadable, final_answer
-from opsd.data.sources import DEFAULT_DRAW, REASONING_GYM, check_names, draw, kind_of, stored
+from opsd.data.sources import (
+    DEFAULT_DRAW,
+    REASONING_GYM,
+    check_names,
+    check_no_split,
+    draw,
+    kind_of,
+    stored,
+)
 
 COLUMNS = ("problem", "solution", "answer")
 
@@ -59,7 +78,8 @@ def load_rows(
     source: str | Iterable[Mapping[str, Any]],
     *,
     columns: Mapping[str, str] | None = None,
-    split: str = "train",
+    split: str | None = None,
+    default_split: str = "train",
     limit: int | None = None,
     seed: int = 0,
     size: int | None = None,
@@ -79,7 +99,7 @@ def load_rows(
         but in reasoning_gym `question`, `answer` and `metadata.answer_cot`. A column that holds a
         chat gives its last user message as the problem, the assistant's as the solution; without a
         column `problem`, `messages`, `conversations` and `prompt` are looked at.
-    split: of sources that have splits; files and reasoning_gym have none.
+    split: of sources that have splits, `default_split` if none is named; files have none.
     limit: at most so many rows.
     seed, size: for reasoning_gym, which draws `size` problems (default 1000, or `limit`) from
         `seed`. Different seeds give different draws, which may still share problems: see
@@ -108,6 +128,11 @@ def load_rows(
     if not isinstance(source, str):
         theirs = {name: name for name in COLUMNS}
         raw, source = source, f"the {type(source).__name__} that was given"
+        if isinstance(raw, Mapping):  # a DatasetDict
+            check_names(f"{section}.split", [split or default_split], list(raw))
+            raw, split = raw[split or default_split], None
+        elif hasattr(raw, "iterrows"):  # a DataFrame
+            raw = raw.to_dict("records")
     elif source.startswith(REASONING_GYM):
         theirs = {"problem": "question", "answer": "answer", "solution": "metadata.answer_cot"}
         raw = draw(source, size or limit or DEFAULT_DRAW, seed, options, section)
@@ -118,11 +143,13 @@ def load_rows(
                 f"{section}.size: only reasoning_gym draws a number of problems; for {source!r} "
                 "use `limit`"
             )
-        raw = stored(source, split, options, section)
+        raw, split = stored(source, split, default_split, options, section), None
+    check_no_split(source, split, section)
     theirs |= columns
     # reasoning_gym's answers are whatever its task says they are.
     graded = graded and "answer" in require and not source.startswith(REASONING_GYM)
-    reader = _Reader(theirs, frozenset(columns), frozenset(require), source, section, graded)
+    table = file_type(Path(source)) in TABLES
+    reader = _Reader(theirs, frozenset(columns), frozenset(require), source, section, graded, table)
     rows: list[Row] = []
     incomplete: list[IncompleteRowError] = []
     for number, record in enumerate(raw, start=1):
@@ -192,7 +219,7 @@ class _Reader:
 
     theirs: our column → the source's. mapped: those that the user has named; the first row must
     have them, so that a wrong name is told. required: those that each row must have text in.
-    graded: the answers are compared with a model's.
+    graded: the answers are compared with a model's. table: all values are texts.
     """
 
     theirs: Mapping[str, str]
@@ -201,16 +228,22 @@ class _Reader:
     source: str
     section: str
     graded: bool
+    table: bool
 
     def row(self, record: Any, number: int) -> Row:
         """The row of a record, the `number`-th. Raises UserError."""
         where = f"{self.section}.source: row {number} of {self.source!r}"
         if not isinstance(record, Mapping):
             raise UserError(f"{where} is {kind_of(record)}, not an object with columns")
-        record = dict(record)
+        record = {
+            k: v.tolist() if hasattr(v, "tolist") else v for k, v in record.items()
+        }  # numpy's
         history: tuple[dict[str, str], ...] = ()
         found = {name: _reach(record, column) for name, column in self.theirs.items()}
-        chat = self._chat(record, found["problem"])
+        try:
+            chat = self._chat(record, found["problem"])
+        except NotTextError as error:
+            raise IncompleteRowError(f"{where}: its chat {error}") from None
         if chat is not None:
             history, found["problem"] = chat.history, (True, chat.problem)
             if not found["solution"][0] and "solution" not in self.mapped:
@@ -231,11 +264,18 @@ class _Reader:
     def _chat(self, record: dict[str, Any], problem: tuple[bool, Any]) -> Chat | None:
         found, value = problem
         if found:
-            return read_chat(value)
-        if "problem" in self.mapped:
+            chats = [read_chat(value)]
+        elif "problem" in self.mapped:
             return None
-        chats = (read_chat(record.get(name)) for name in (*CHAT_COLUMNS, "prompt"))
-        return next((chat for chat in chats if chat is not None), None)
+        else:
+            chats = (read_chat(record.get(name)) for name in (*CHAT_COLUMNS, "prompt"))
+        chat = next((chat for chat in chats if chat is not None), None)
+        system = record.get("system")  # as ShareGPT's rows have it beside the chat
+        if chat is None or not isinstance(system, str) or not system.strip():
+            return chat
+        if any(message["role"] in ("system", "developer") for message in chat.history):
+            return chat
+        return chat._replace(history=({"role": "system", "content": system}, *chat.history))
 
     def _text(
         self, name: str, found: bool, value: Any, record: dict, number: int, where: str
@@ -243,7 +283,7 @@ class _Reader:
         """A column's text; "" where it has none and needs none."""
         column, required = self.theirs[name], name in self.required
         if name == "answer":
-            value = _number_as_text(value)
+            value = _answer_as_text(value, self.table)
         elif name == "solution" and isinstance(value, list):
             value = last_answer(value) or value
         if not found and (required or (name in self.mapped and number == 1)):
@@ -251,6 +291,10 @@ class _Reader:
         text = isinstance(value, str) and value.strip() != ""
         if required and not text:
             problem = "empty" if value is None or isinstance(value, str) else kind_of(value)
+            if isinstance(value, dict) and value:
+                keys = ", ".join(map(repr, value))
+                problem += f" with {keys}: {self.section}.columns.{name} can name one of these, as "
+                problem += repr(f"{column}.{next(iter(value))}")
             raise IncompleteRowError(
                 f"{where} has no text in column {column!r} ({name}): it is {problem}"
             )
@@ -272,13 +316,21 @@ class _Reader:
         )
 
 
-def _number_as_text(value: Any) -> Any:
-    """A number as its answer is written: 8.0 is 8; other values as they are."""
-    if isinstance(value, bool):
-        return value
+def _answer_as_text(value: Any, table: bool) -> Any:
+    """An answer as it is written: 8.0 is 8 (in a table, which holds texts alone, too), a list of
+    answers is each of them, and what pandas writes for none is None; other values as they are."""
+    if isinstance(value, list) and value and all(isinstance(v, str | int | float) for v in value):
+        texts = [_answer_as_text(one, table) for one in value]
+        return ", ".join(texts) if all(isinstance(text, str) for text in texts) else value
+    if isinstance(value, str):
+        if value.strip().casefold() in ("nan", "<na>", "null"):
+            return None
+        return value[:-2] if table and re.fullmatch(r"[-+]?\d+\.0", value) else value
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
-    return str(value) if isinstance(value, int) else value
+    if isinstance(value, Decimal) and value.is_finite():
+        return f"{value.normalize():f}"
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _has_half_pair(text: str) -> bool:
@@ -287,7 +339,8 @@ def _has_half_pair(text: str) -> bool:
 
 def _reach(record: Any, column: str) -> tuple[bool, Any]:
     """(whether it is there, the value) of a column whose name may reach inside with dots, and by
-    numbers into lists: -1 is a list's last."""
+    numbers into lists: -1 is a list's last. A text in JSON is what it says."""
+    record = parsed(record)
     if isinstance(record, dict) and column in record:
         return True, record[column]
     head, dot, rest = column.partition(".")

@@ -38,18 +38,22 @@ def check_names(field: str, given: Iterable[str], known: Sequence[str]) -> None:
             raise UserError(f"{field}: {name!r} is not known{hint} (allowed: {allowed})")
 
 
-def stored(source: str, split: str, options: dict, section: str) -> Iterable[Any]:
-    """The records of a file, a saved directory or a dataset on the hub."""
+def stored(
+    source: str, split: str | None, default: str, options: dict, section: str
+) -> Iterable[Any]:
+    """The records of a file, a saved directory or a dataset on the hub. `default`: the split of a
+    source that has several, if none is named. Raises UserError for a split where there is none."""
     path = Path(source).expanduser()
     if path.exists():
         check_names(f"{section}.options", options, ())
         if path.is_dir():
-            return _saved_directory(path, split, section)
+            return _saved_directory(path, split, default, section)
         if file_type(path) is None:
             raise UserError(
                 f"{section}.source: {source!r} is not a {', '.join(FILE_TYPES)} file (or one of "
                 "these but .parquet with .gz), nor a directory saved by `datasets`"
             )
+        check_no_split(source, split, section)
         return read_file(path, section)
     looks_local = path.suffix in (*FILE_TYPES, ".txt", ".arrow", ".gz")
     if looks_local or source[:1] in "./~" or not _HUB_NAME.fullmatch(source):
@@ -57,10 +61,19 @@ def stored(source: str, split: str, options: dict, section: str) -> Iterable[Any
             f"{section}.source: there is no file or directory {source!r} (it may be a path, "
             "a hub name `owner/name`, or `reasoning_gym:<task>`)"
         )
-    return _hub(source, split, options, section)
+    return _hub(source, split or default, options, section)
 
 
-def _saved_directory(path: Path, split: str, section: str) -> Iterable[Any]:
+def check_no_split(source: str, split: str | None, section: str) -> None:
+    """Raises UserError for a split of a source that has none."""
+    if split is not None:
+        raise UserError(
+            f"{section}.split is {split!r}: {source!r} has no splits; leave it out, or name the "
+            "file of that split"
+        )
+
+
+def _saved_directory(path: Path, split: str | None, default: str, section: str) -> Iterable[Any]:
     import datasets
 
     try:
@@ -71,8 +84,9 @@ def _saved_directory(path: Path, split: str, section: str) -> Iterable[Any]:
             f"(Dataset.save_to_disk), or is damaged: {in_short(error)}"
         ) from error
     if isinstance(data, datasets.DatasetDict):
-        check_names(f"{section}.split", [split], list(data))
-        data = data[split]
+        check_names(f"{section}.split", [split or default], list(data))
+        return data[split or default]
+    check_no_split(str(path), split, section)
     return data
 
 

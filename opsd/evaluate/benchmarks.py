@@ -174,7 +174,8 @@ def load_benchmark(
     rows = load_rows(
         where,
         columns={**entry.columns, **(columns or {})},
-        split=split or entry.split,
+        split=split,
+        default_split=entry.split,
         limit=None if entry.keep else limit,
         seed=seed,
         size=size,

@@ -37,6 +37,7 @@ def load_data(
         test.source,
         columns=data.columns if test.columns is None else test.columns,
         split=test.split,
+        default_split="test",
         limit=test.problems,
         seed=seed + 1,
         options=data.options if test.options is None else test.options,

@@ -48,6 +48,14 @@ def test_the_turn_ends_where_the_template_ends_it(family):
     assert chat.stops == (frozenset() if stop is None else {stop})
 
 
+def test_an_added_token_of_white_space_ends_no_turn():
+    """Gemma's tokenizers have them."""
+    family = next(family for family in FAMILIES if family.name == "Gemma 3")
+    tokenizer = make_tokenizer(Family(**{**vars(family), "name": "with white space"}))
+    tokenizer.add_tokens(["\n", "\n\n"])
+    assert ChatTemplate(tokenizer).turn_end[0] == "<end_of_turn>"
+
+
 @every_family
 def test_system_messages_stand_or_are_refused(family):
     chat = chat_of(family)

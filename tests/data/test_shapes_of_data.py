@@ -3,8 +3,11 @@
 import csv
 import gzip
 import json
+from decimal import Decimal
 
 import datasets
+import numpy as np
+import pandas as pd
 import pytest
 
 from opsd.common.errors import UserError
@@ -139,18 +142,124 @@ def test_columns_reach_into_chats_and_lists():
         load_rows([record], columns={**columns, "problem": "chat.9.content"})
 
 
+TEXTS = {
+    "JSON": json.dumps([SYSTEM, USER, ANSWER]),
+    "pandas, to CSV": str([SYSTEM, USER, ANSWER]),
+    "an array": np.array([SYSTEM, USER, ANSWER], dtype=object),
+}
+
+
+@pytest.mark.parametrize("column", ["messages", "prompt", "problem"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_chat_may_be_written_as_text(name, column):
+    (row,) = load_rows([{column: TEXTS[name], "answer": "2"}])
+    assert (row.problem, row.solution, row.history) == ("1 + 1?", "So 2.", (SYSTEM,))
+
+
+def test_a_list_that_is_no_chat_stays_a_text():
+    for text in (
+        "[1, 2] sorted?",
+        "[asy] draw(); [/asy]",
+        "{1, 2} has how many?",
+        '["a"]',
+        "[" * 9,
+    ):
+        assert load_rows([{**RECORDS[0], "problem": text}])[0].problem == text
+
+
+def test_a_system_message_may_stand_beside_the_chat():
+    shared = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "So 2."}]
+    record = {"system": "Be brief.", "conversations": shared, "answer": "2"}
+    assert load_rows([record])[0].history == (SYSTEM,)
+    own = {"from": "system", "value": "Be long."}
+    record["conversations"] = [own, *shared]
+    assert load_rows([record])[0].history[0]["content"] == "Be long."
+    assert load_rows([{**RECORDS[0], "system": "metric"}])[0].history == ()
+
+
+@pytest.mark.parametrize(
+    "messages, said",
+    [
+        ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}, ANSWER],
+         "parts that are no text: image"),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]},
+          {"role": "tool", "content": "2"}, ANSWER], "calls tools"),
+        ([{"from": "human", "value": "?"}, {"from": "function_call", "value": ""}], "calls tools"),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_is_refused_by_row_or_left_out(messages, said):
+    chats = [{"messages": [USER, ANSWER], "answer": "2"}, {"messages": messages, "answer": "2"}]
+    with pytest.raises(UserError, match=f"row 2 of .*: its chat .*{said}"):
+        load_rows(chats)
+    told = []
+    assert len(load_rows(chats, skip_incomplete=True, note=told.append)) == 1
+    assert told[0].startswith("1 rows are left out")
+
+
+def test_an_answer_inside_an_object_is_named():
+    with pytest.raises(UserError, match=r"data\.columns\.answer can .* 'answer\.value'"):
+        load_rows([{**RECORDS[0], "answer": {"value": "2", "type": "int"}}])
+    verl = {"prompt": [USER], "reward_model": json.dumps({"ground_truth": "2"}), "solution": "So."}
+    for record in (verl, {**verl, "reward_model": {"ground_truth": "2"}}):
+        assert load_rows([record], columns={"answer": "reward_model.ground_truth"})[0].answer == "2"
+
+
+def test_a_table_as_pandas_writes_it(tmp_path):
+    """With its index, and whole numbers as fractions because one of them is not there."""
+    frame = pd.DataFrame([*RECORDS, {**RECORDS[0], "answer": None}])
+    frame["answer"] = frame["answer"].astype(float)
+    frame.to_csv(tmp_path / "rows.csv")
+    rows = load_rows(str(tmp_path / "rows.csv"), skip_incomplete=True)
+    assert [row.answer for row in rows] == [record["answer"] for record in RECORDS]
+    assert load_rows(frame, skip_incomplete=True)[3].answer == "4"
+    (tmp_path / "two.csv").write_text(",,a\n1,2,3\n")
+    with pytest.raises(UserError, match="must name the columns"):
+        load_rows(str(tmp_path / "two.csv"))
+
+
+def test_splits_are_for_sources_that_have_them(tmp_path):
+    data = datasets.Dataset.from_list(RECORDS)
+    both = datasets.DatasetDict({"train": data, "test": data.select([2])})
+    both.save_to_disk(tmp_path / "both")
+    data.save_to_disk(tmp_path / "one")
+    for source in (both, str(tmp_path / "both")):
+        assert load_rows(source) == ROWS
+        assert load_rows(source, default_split="test") == load_rows(source, split="test")
+        assert load_rows(source, split="test") == ROWS[2:3]
+        with pytest.raises(UserError, match=r"data\.split: 'dev' is not known"):
+            load_rows(source, split="dev")
+    for source in (RECORDS, data, save("rows.jsonl", tmp_path), str(tmp_path / "one")):
+        assert load_rows(source, default_split="test") == ROWS
+        with pytest.raises(UserError, match=r"data\.split is 'test': .* has no splits"):
+            load_rows(source, split="test")
+
+
 def test_a_chat_without_a_user_is_none():
     assert read_chat([SYSTEM]) is None and read_chat([]) is None and read_chat(["a"]) is None
 
 
 @pytest.mark.parametrize(
-    "value, text", [(8.0, "8"), (8, "8"), (0.5, "0.5"), (-3.0, "-3"), (1e300, "1e+300")]
+    "value, text",
+    [
+        (8.0, "8"),
+        (8, "8"),
+        (0.5, "0.5"),
+        (-3.0, "-3"),
+        (1e300, "1e+300"),
+        (Decimal("2.50"), "2.5"),
+        (np.int64(8), "8"),
+        (np.float64(8), "8"),
+        (["$3$"], "$3$"),
+        (["3", "5"], "3, 5"),
+        ([3.0, 5], "3, 5"),
+        (np.array([3, 5]), "3, 5"),
+    ],
 )
 def test_numbers_are_answers(value, text):
     assert load_rows([{"problem": "?", "answer": value}], require=["answer"])[0].answer == text
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), True, " ", [8]])
+@pytest.mark.parametrize("value", [None, float("nan"), True, " ", [], [None], "nan", "<NA>", {}])
 def test_what_is_no_number_is_no_answer(value):
     with pytest.raises(UserError, match="no text in column 'answer'"):
         load_rows([{"problem": "?", "answer": value}], require=["answer"])
