@@ -64,6 +64,8 @@ class OPSDStep(nn.Module):
         self.share, self.cache_trains = share, cache_trains
         if objective.samples_rollouts:
             switch_off_dropout(model)  # what is scored is what sampled
+        if (teacher := getattr(objective, "teacher", None)) is not None:
+            switch_off_dropout(teacher)
 
     def forward(self, groups: Sequence[SampleGroup], totals: Totals) -> Tensor:
         """The loss (scalar) of some of the step's groups; adds their measures to `totals`."""

@@ -4,18 +4,25 @@ The model ships a generation_config.json that would draw otherwise in every way.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers.training_cases import write_model
+from helpers import dense_rendering as dense
+from helpers.training_cases import graded, logits, write_model
 from helpers.vllm_server import FakeVLLM
 
-from opsd.config.sections import ModelSection
-from opsd.models.load import load_model, stop_ids
+from opsd.config.load import parse_config
+from opsd.config.sections import ModelSection, PromptsSection
+from opsd.data.prompts import Context, Prompts
+from opsd.data.rows import Row
+from opsd.models.load import load_model, load_tokenizer, stop_ids
+from opsd.objectives import Problem, Totals, make_objective
 from opsd.rollout import SAMPLERS, Sampling
 from opsd.rollout.base import cut
 from opsd.rollout.vllm_client import VLLMServer
 from opsd.rollout.vllm_server import ServerSampler
+from opsd.training.step import OPSDStep
 
 SHIPPED = {
     "do_sample": True,
@@ -64,7 +71,11 @@ def next_token(model, ids, sampling):
     """The dense distribution, in fp64."""
     with torch.no_grad():
         z = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double()
-    z = z / sampling.temperature
+    return left(z / sampling.temperature, sampling).softmax(-1)
+
+
+def left(z, sampling):
+    """The logits that top-k and top-p leave, -inf elsewhere."""
     order = z.argsort(descending=True)
     kept = torch.ones_like(z, dtype=torch.bool)
     if sampling.top_k:
@@ -72,7 +83,7 @@ def next_token(model, ids, sampling):
     if sampling.top_p < 1:
         p = z.masked_fill(~kept, -torch.inf).softmax(-1)[order]
         kept[order[p.cumsum(-1) - p >= sampling.top_p]] = False
-    return z.masked_fill(~kept, -torch.inf).softmax(-1)
+    return z.masked_fill(~kept, -torch.inf)
 
 
 def deviation(rollouts, model, stops, sampling):
@@ -117,6 +128,62 @@ def test_pairs_of_tokens_are_drawn_as_the_model_says(engine, way, path, monkeypa
         rollouts = sampler.sample([CONTEXT] * count, sampling)
         server.stop()
     assert len(rollouts) == count and deviation(rollouts, model, stops, sampling) < 4
+
+
+def drawn_logits(model, ids, sampling):
+    """[R, V]: of what each token of a rollout was drawn from; a token that another model's cut
+    leaves out counts as left."""
+    z = logits(model, CONTEXT, ids) / sampling.temperature
+    rows = [left(row.detach().double(), sampling).isfinite() for row in z]
+    kept = torch.stack(rows).scatter(1, torch.tensor(ids)[:, None], True)
+    return z.masked_fill(~kept, -torch.inf)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", [*SAMPLERS, "vllm_server"])
+@pytest.mark.parametrize("method", ["grpo", "opsd", "distill"])
+def test_what_is_scored_is_what_was_drawn(method, engine, way, path, monkeypatch):
+    """The policy gradient is that of the distribution above, to which the draws are held."""
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+    model, stops = loaded(path)
+    other = loaded(path)[0]
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(0.7)
+    torch.manual_seed(1)
+    sampling = replace(WAYS[way], max_new_tokens=5)
+    if engine in SAMPLERS:
+        sampler = SAMPLERS[engine](model, stops)
+    else:
+        server = FakeVLLM(path)
+        server.model.load_state_dict(model.state_dict())
+        sampler = ServerSampler(VLLMServer(server.address, timeout=20.0, patience=5.0), stops)
+    rollouts = sampler.sample([CONTEXT] * 4, sampling)
+    values = {"method": method, "model": {"path": "-"}, "data": {"source": "-"}}
+    values["loss"] = {} if method == "grpo" else {"divergence": "sampled_token"}
+    if method == "distill":
+        values["teacher"] = {"policy": "model", "path": "-"}
+    loss = parse_config({**values, "rollout": {"group_size": 4, "max_new_tokens": 5}}).loss
+    prompts = Prompts(PromptsSection(), load_tokenizer(ModelSection(path=str(path))))
+    objective = make_objective(method, loss, other, prompts, sampling)
+    problem = Problem(Row("?", "", "", {}), Context(CONTEXT, CONTEXT), rollouts)
+    (problem,) = graded([problem], [1.0, 0.0, 0.0, 1.0])
+    groups, _ = objective.sample_groups([problem])
+    OPSDStep(model.train(), objective)(groups, Totals()).backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    losses = []
+    for rollout, advantage in zip(rollouts, [1.0, -1.0, -1.0, 1.0], strict=True):
+        ids, own = torch.tensor(rollout.ids), drawn_logits(model, rollout.ids, sampling)
+        if method == "grpo":
+            losses.append(-advantage * dense.log_p(own, ids))
+        else:
+            with torch.no_grad():
+                its = drawn_logits(other, rollout.ids, sampling)
+            losses.append(dense.sampled_token(own, its, ids, low=9.0, high=9.0))
+    dense.step(losses, [torch.ones(len(each)) for each in losses], loss.aggregation, 5).backward()
+    wanted = [p.grad for p in model.parameters() if p.grad is not None]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("engine", SAMPLERS)
