@@ -27,7 +27,7 @@ from opsd.objectives import OPSD, SampleGroup, Totals
 from opsd.prefix import Ids, use_kernel
 from opsd.prefix import attention as kernels
 from opsd.prefix import packed_forward as stream
-from opsd.prefix.layout import Layout
+from opsd.prefix.layout import Layout, Scores
 from opsd.training.step import OPSDStep
 
 Step = Callable[[list[SampleGroup]], None]
@@ -136,7 +136,7 @@ def _attending(attention: Callable[..., Tensor]) -> Iterator[None]:
 
 
 def grouper_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float, **_
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """PrefixGrouper's form for full attention: [T, H, d], [T, K, d] twice → [T, H, d]."""
     kind = query.device.type
@@ -158,7 +158,7 @@ def grouper_attention(
             mask = mask.tril(k.shape[2] - q.shape[2])
         parts.append(
             scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+                q, k, v, mask, is_causal=mask is None, scale=scores.scale, enable_gqa=True
             )
         )
     return torch.cat(parts, 2)[0].transpose(0, 1)

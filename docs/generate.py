@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from figure import kernel_figure
 from pydantic.fields import FieldInfo
@@ -124,22 +124,29 @@ def default_of(field: FieldInfo) -> str:
 
 def values(field: FieldInfo) -> str:
     """What the field may be, in words."""
-    text = kind(field.annotation)
-    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    bounds = []
-    for item in field.metadata:
-        bounds += [f"{sign} {getattr(item, n)}" for n, sign in signs.items() if hasattr(item, n)]
-        bounds += [f"from {item.min_length}"] if hasattr(item, "min_length") else []
-        bounds += [f"to {item.max_length}"] if hasattr(item, "max_length") else []
+    text, bounds = kind(field.annotation), bounds_of(field)
     if text.startswith("list") and bounds:
         bounds = ["(length " + " ".join(bounds) + ")"]
     head, *rest = text.split(" or ")
     return " or ".join([" ".join([head, ", ".join(bounds)]).strip(), *rest])
 
 
+def bounds_of(field: FieldInfo) -> list[str]:
+    """Its limits, in signs."""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    bounds = []
+    for item in field.metadata:
+        bounds += [f"{sign} {getattr(item, n)}" for n, sign in signs.items() if hasattr(item, n)]
+        bounds += [f"from {item.min_length}"] if hasattr(item, "min_length") else []
+        bounds += [f"to {item.max_length}"] if hasattr(item, "max_length") else []
+    return bounds
+
+
 def kind(annotation: Any) -> str:
     """A type in words."""
     arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return f"{kind(arguments[0])} {', '.join(bounds_of(arguments[1]))}"
     if get_origin(annotation) is Literal:
         words = {True: "true", False: "false"}
         return ", ".join(f"`{words.get(a, a) if isinstance(a, bool) else a}`" for a in arguments)

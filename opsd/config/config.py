@@ -1,6 +1,6 @@
 """A run's whole config: its sections together."""
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from opsd.config import compatibility
 from opsd.config.base import Section
@@ -21,11 +21,9 @@ from opsd.config.sections import (
 class Config(Section):
     """A training run."""
 
-    method: Method = Field(
-        "opsd",
-        description="On-policy self-distillation, GRPO, SFT on the solutions, or distillation from "
-        "a separate teacher that sees what the student sees.",
-    )
+    method: Method = "opsd"
+    """On-policy self-distillation, GRPO, SFT on the solutions, or distillation from a separate
+    teacher that sees what the student sees."""
     model: ModelSection
     data: DataSection
     prompts: PromptsSection = PromptsSection()

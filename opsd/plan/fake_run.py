@@ -219,10 +219,10 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def _bare_attention(flash: bool) -> Iterator[None]:
-    def without_kernels(query, key, value, layout, *, scale, window=None, softcap=None):
+    def without_kernels(query, key, value, layout, scores):
         enabled = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if enabled else value.dtype
-        query, key, value = (query * scale).to(dtype), key.to(dtype), value.to(dtype)
+        query, key, value = (query * scores.scale).to(dtype), key.to(dtype), value.to(dtype)
         return _Attention.apply(query, key, value, flash)
 
     own, stream.packed_attention = stream.packed_attention, without_kernels
