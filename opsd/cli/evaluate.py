@@ -27,6 +27,7 @@ from opsd.evaluate.result import Answer, grade_all, measure, remarks, table
 from opsd.evaluate.subject import Subject
 from opsd.grading.completions import completions as as_text
 from opsd.grading.grader import Grader
+from opsd.models.generation_config import left_out
 from opsd.models.load import stop_ids
 from opsd.report.evaluation_page import page
 from opsd.rollout import SAMPLERS, Sampler, Sampling, check_engine, evaluation_server
@@ -190,7 +191,7 @@ def _sample(
         if not todo:
             return
         with display.stage(f"Load {asked.model}"):
-            sampler = _sampler(asked, subject)
+            sampler = _sampler(asked, subject, display)
         with display.stage(f"Answer {asked.benchmark}", total=len(mine), unit="answers") as stage:
             stage.advance(len(mine) - sum(map(len, todo)))
             for batch in todo:
@@ -205,9 +206,11 @@ def _sample(
                 stage.advance(len(batch))
 
 
-def _sampler(asked: Settings, subject: Subject) -> Sampler:
+def _sampler(asked: Settings, subject: Subject, display: Display) -> Sampler:
     if asked.engine in SAMPLERS:
         model = subject.load()
+        if (unused := left_out(model)) is not None:
+            display.note(unused)
         return SAMPLERS[asked.engine](model, stop_ids(model, subject.tokenizer))
     if asked.engine == "vllm_server":
         return evaluation_server(asked.server, asked.model, subject.stops)

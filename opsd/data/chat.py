@@ -163,6 +163,14 @@ class ChatTemplate:
         answer = answer.strip()
         tag = open_thought(context)
         if tag is None:
+            bare = context.removesuffix(self.prefill)
+            more = bare[len(os.path.commonprefix([bare, whole])) :]  # noqa: RUF071
+            if more.strip() and not _CLOSED_THOUGHT.search(bare):
+                raise UserError(
+                    f"model.path has a chat template that begins an answer with {more[-60:]!r}, "
+                    "and writes no finished answer so: what is to follow it cannot be told; give "
+                    "it another (chat_template.jinja in the model's directory)"
+                )
             return answer + end
         opening, closing = tag
         answer = answer.removeprefix(opening).removeprefix("\n")

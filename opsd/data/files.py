@@ -50,7 +50,7 @@ def read_file(path: Path, section: str) -> Iterator[Any]:
         raise UserError(f"{where} cannot be read: {error}") from error
 
 
-ONE_A_LINE = "expected one JSON object a line"
+ONE_A_LINE = "one JSON object a line"
 OR_A_LIST = f"{ONE_A_LINE}, or one list of objects, alone or under a key"
 
 
@@ -64,7 +64,9 @@ def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[An
         except (ValueError, RecursionError) as error:
             first = text.lstrip().partition("\n")[0]
             if not _is_object(first):
-                raise UserError(f"{where} is not valid JSON ({error}); {OR_A_LIST}") from error
+                raise UserError(
+                    f"{where} is not valid JSON ({error}); expected {OR_A_LIST}"
+                ) from error
             file.seek(0)  # one object a line
         else:
             found = value if isinstance(value, list) else _listed(value)
@@ -74,7 +76,7 @@ def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[An
                 keys = (
                     ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
                 )
-                raise UserError(f"{where} holds {keys}: {OR_A_LIST}")
+                raise UserError(f"{where} holds {keys}: expected {OR_A_LIST}")
             yield from found
             return
     for number, line in enumerate(file, start=1):
@@ -103,15 +105,17 @@ def _is_chat(message: dict) -> bool:
 
 
 def _line(line: str, number: int, expected: str, section: str, name: str) -> Any:
-    where = f"{section}.source: line {number} of {name}"
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{where} is not valid JSON ({error.msg} at column {error.colno}); {expected}"
+            f"{section}.source: line {number} of {name} is not valid JSON ({error.msg} at column "
+            f"{error.colno}); expected {expected}"
         ) from error
     except (ValueError, RecursionError) as error:  # an endless number, or nesting without end
-        raise UserError(f"{where} cannot be read ({error})") from error
+        raise UserError(
+            f"{section}.source: line {number} of {name} cannot be read ({error})"
+        ) from error
 
 
 def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]:

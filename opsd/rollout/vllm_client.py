@@ -20,7 +20,7 @@ from threading import Event
 from typing import Any
 
 from opsd.common.errors import UserError
-from opsd.rollout.base import Rollout, Sampling
+from opsd.rollout.base import NEUTRAL, Rollout, Sampling
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which a request is sent again."""
@@ -100,11 +100,7 @@ class VLLMServer:
             "stop_token_ids": sorted(stops),
             "logprobs": 0,  # of the drawn token alone
             "return_token_ids": True,
-            # Without these the model's generation_config.json would decide.
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
+            **NEUTRAL,
         }
         choice = self.ask("/v1/completions", asked, stop=stop, check=_complete)["choices"][0]
         ids = choice.get("token_ids")

@@ -3,7 +3,16 @@
 import datetime
 
 import pytest
-from helpers.chat_templates import ANSWER, CHATML, FAMILIES, IM, PARTS, Family, make_tokenizer
+from helpers.chat_templates import (
+    ANSWER,
+    CHATML,
+    FAMILIES,
+    IM,
+    PARTS,
+    Family,
+    make_tokenizer,
+    turns,
+)
 
 from opsd.common.errors import UserError
 from opsd.data.chat import ChatTemplate, open_thought
@@ -130,6 +139,17 @@ def test_a_template_that_refuses_plain_strings_is_given_parts():
     template = PARTS.replace("part['type'] == 'text'", "part.type.upper() == 'TEXT'")
     chat = chat_of(Family("", template, IM, "<|im_end|>", "", "", "", None))
     assert chat.in_parts and QUESTION in chat.context(QUESTION)
+
+
+@pytest.mark.parametrize("opening", ["Here are my reasoning steps:\n", "<reasoning>\n"])
+def test_a_beginning_that_no_answer_has_is_refused_as_a_target(opening):
+    """Its context is fine for what the model writes itself."""
+    roles = [f"<|im_start|>{role}\n§<|im_end|>\n" for role in ("user", "system", "assistant")]
+    template = turns(*roles, f"<|im_start|>assistant\n{opening}")
+    family = Family("", template, IM, "<|im_end|>", "", "", "", None)
+    assert chat_of(family).context(QUESTION).endswith(opening)
+    with pytest.raises(UserError, match=r"begins an answer with .*cannot be told"):
+        chat_of(family).target_ids(QUESTION, ANSWER)
 
 
 def test_a_thought_in_a_channel_that_is_closed_already_is_left_out():
