@@ -1,8 +1,8 @@
 """Whether what a row says reaches the contexts: the problem both, the solution the teacher's.
 
 A text is looked for in the filled-in template as it is. A template may trim, escape or shorten it:
-where it is not found, the template is filled in once more with a mark at both of the text's ends,
-and one of them has to come out.
+where it is not found, the template is filled in once more with a mark before each of its words, and
+one of them has to come out.
 """
 
 import re
@@ -37,13 +37,16 @@ class ContextCheck:
         self.named = {
             name: names(getattr(prompts.section, name)) for name in ("student", "teacher", "target")
         }
-        for name in [*({"teacher"} & {*roles}), *(["target"] if targets else [])]:
+        asked = [("teacher", "solution")] if "teacher" in roles else []
+        asked += [("target", "solution")] if targets else []
+        asked += [("teacher", "problem")] if prompts.over_rollouts else []
+        for name, what in asked:
             template = getattr(prompts.section, name)
-            plain = _single(template, ["solution"]) or ("{{" not in template and repr(template))
-            if plain and "solution" not in self.named[name]:
+            plain = _single(template, [what]) or ("{{" not in template and repr(template))
+            if plain and what not in self.named[name]:
                 raise UserError(
-                    f"prompts.{name} leaves the solution out, {plain} is plain text: write "
-                    "{{ solution }}"
+                    f"prompts.{name} leaves the {what} out, {plain} is plain text: write "
+                    f"{{{{ {what} }}}}"
                 )
 
     def __call__(self, number: int, row: Row) -> None:
@@ -99,9 +102,9 @@ def _stands(text: str, message: str) -> bool:
 
 
 def _marked(value: Any, chosen: Callable[[str], bool]) -> Any:
-    """A column with marks around the chosen texts, wherever they stand inside."""
+    """A column with marks before each word of the chosen texts, wherever they stand inside."""
     if isinstance(value, str):
-        return f"{PROBE}{value}{PROBE}" if chosen(value) else value
+        return re.sub(r"^|\s+|$", rf"\g<0>{PROBE}", value) if chosen(value) else value
     if isinstance(value, dict):
         return {key: _marked(inside, chosen) for key, inside in value.items()}
     return [_marked(inside, chosen) for inside in value] if isinstance(value, list) else value

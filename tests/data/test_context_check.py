@@ -75,6 +75,10 @@ REFUSED = {
         {"teacher": "{{ problem }}{% if level < 3 %}{{ solution }}{% endif %}!"},
         "leaves the solution out .*row 2 ",
     ),
+    "a problem in single braces, over rollouts": (
+        {"teacher": "{problem} {{ rollout.feedback }}"},
+        "prompts.teacher leaves the problem out, {problem} is plain",
+    ),
     "equal contexts": (
         {"teacher": "{{ problem }}"},
         "prompts.teacher: both roles' contexts are equal.*write {{ solution }}",
@@ -170,6 +174,10 @@ FINE = {
     "spaces made one": {
         "student": "{{ problem.split() | join(' ') }}",
         "teacher": "{{ problem.split() | join(' ') }} {{ solution.split() | join }}",
+    },
+    "a piece of it": {
+        "student": "{{ problem.splitlines()[-1] }}",
+        "teacher": "{{ problem.split('?')[0] }} {{ solution.split()[:2] | join(' ') }}",
     },
     "the answer alone": {"teacher": "{{ problem }} It is {{ answer }}."},
     "the answer reckoned with": {"teacher": "{{ problem }} It is {{ answer | int }}, {{ level }}."},
