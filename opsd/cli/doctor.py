@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from opsd.common.display import Display
 from opsd.common.format import size
 from opsd.common.system import cpu_quota, memory, processor, usable_cores
 from opsd.quickstart import DISK, MEMORY, TINY_MEMORY
@@ -55,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Writes the report; the exit code is 0 if training is possible."""
-    return run_doctor()
+    return run_doctor(Display().note)
 
 
-def run_doctor(write: Callable[[str], None] = print) -> int:
+def run_doctor(write: Callable[[str], None]) -> int:
     """Examines this machine, writes a line for each finding; 0 if training is possible, else 1."""
     findings: list[Finding] = []
     for title, examine in SECTIONS:

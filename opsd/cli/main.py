@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from opsd.common.errors import UserError, said_elsewhere
+from opsd.common.format import shown
 
 # Command → its module, which has add_arguments(parser) and run(parsed) → exit code or None; help.
 COMMANDS = {
@@ -51,21 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if said_elsewhere(error):
             time.sleep(2)  # launchers end all processes with the first
             return 1
-        _complain(str(error))
+        print(f"opsd: {shown(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:
         if parsed.debug:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _complain(f"{error.strerror or error}{where}")
+        print(f"opsd: {shown(f'{error.strerror or error}{where}')}", file=sys.stderr)
         return 1
-
-
-def _complain(message: str) -> None:
-    """One line on stderr. What it quotes may come from a stranger's file, and must not move the
-    terminal's cursor."""
-    printable = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    print(f"opsd: {''.join(printable)}", file=sys.stderr)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

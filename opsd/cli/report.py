@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from opsd.common.display import Display
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `opsd report`."""
@@ -13,5 +15,6 @@ def run(parsed: argparse.Namespace) -> None:
     """Writes both files and says where. Raises UserError."""
     from opsd.report import write_report
 
+    display = Display()
     for name, path in write_report(parsed.directory).items():
-        print(f"{name}: {path}")
+        display.note(f"{name}: {path}")

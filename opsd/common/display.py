@@ -3,12 +3,6 @@
 A terminal gets live bars (rich, imported only when a `Display` is built, so that `opsd --help`
 stays fast). Anything else, such as a pipe, a log file or CI, gets plain lines: one when a stage
 starts, one when it ends, and in between at most one every ten seconds.
-
-    display = Display()
-    with display.stage("Train with OPSD", total=24) as stage:
-        for step in range(24):
-            ...
-            stage.advance(divergence=0.21, tokens_per_second=310.0)
 """
 
 # ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
@@ -19,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from opsd.common.format import duration, labelled, number, size
+from opsd.common.format import duration, labelled, number, shown, size
 
 PLAIN_INTERVAL = 10.0  # seconds between two progress lines of a stage on a pipe
 MAX_WIDTH = 100  # columns of a progress row; longer bars say no more
@@ -29,7 +23,7 @@ class Stage:
     """One piece of work on display; a context manager, made by `Display.stage`."""
 
     def __init__(self, display: "Display", title: str, total: int | None, unit: str):
-        self.title, self.total, self.unit = title, total, unit
+        self.title, self.total, self.unit = shown(title), total, unit
         self.completed = 0
         self.fields: dict[str, object] = {}
         self._display = display
@@ -88,7 +82,7 @@ class Stage:
 
     def measured(self) -> list[str]:
         """The fields as text, each with its unit."""
-        return [labelled(name, value) for name, value in self.fields.items()]
+        return [shown(labelled(name, value)) for name, value in self.fields.items()]
 
     def __enter__(self) -> "Stage":
         self._begun = self._reported = self._spoken = time.monotonic()
@@ -128,16 +122,15 @@ class Display:
 
     def note(self, text: str) -> None:
         """One line (or several) that stays."""
-        if self._console:
-            from rich.text import Text
-
-            self._console.print(Text(self._indent() + text), soft_wrap=True)
-        else:
-            self._plain(self._indent() + text)
+        self._line(self._indent() + text)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table that stays; columns of numbers are aligned to the right."""
+        columns, *rows = ([shown(cell) for cell in row] for row in (columns, *rows))
         right = [bool(rows) and all(_numeric(row[i]) for row in rows) for i in range(len(columns))]
+        if self._console:
+            self._console.print()
+        self._line((title, "bold"))
         if self._console:
             from rich import box
             from rich.table import Table
@@ -150,36 +143,28 @@ class Display:
                 )
             for row in rows:
                 table.add_row(*(Text(cell) for cell in row))
-            self._console.print()
-            self._console.print(Text(title, style="bold"))
             self._console.print(table)
             return
         cells = [list(columns), *map(list, rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-        self._plain(title)
         for row in cells:
             aligned = (
                 cell.rjust(width) if is_right else cell.ljust(width)
                 for cell, width, is_right in zip(row, widths, right, strict=True)
             )
-            self._plain("  " + "  ".join(aligned).rstrip())
+            self._line("  " + "  ".join(aligned).rstrip())
 
     def paths(self, title: str, paths: Mapping[str, Path]) -> None:
         """Where things were written; a terminal that knows links can open them."""
         width = max(map(len, paths), default=0)
-        if not self._console:
-            self._plain(title)
-            for name, path in paths.items():
-                self._plain(f"  {name.ljust(width)}  {_short(path)}")
-            return
-        from rich.style import Style
-        from rich.text import Text
-
-        self._console.print(Text(title, style="bold"))
+        self._line((title, "bold"))
         for name, path in paths.items():
-            link = Style(color="cyan", link=Path(path).resolve().as_uri())
-            line = Text.assemble(f"  {name.ljust(width)}  ", (_short(path), link))
-            self._console.print(line, soft_wrap=True)
+            link: Any = ""
+            if self._console:
+                from rich.style import Style
+
+                link = Style(color="cyan", link=Path(path).resolve().as_uri())
+            self._line(f"  {name.ljust(width)}  ", (_short(path), link))
 
     # What stages call
 
@@ -197,7 +182,7 @@ class Display:
             )
             self._live.start()
         elif not self._console:
-            self._plain(f"{self._indent(1)}{stage.title} …")
+            self._line(f"{self._indent(1)}{stage.title} …")
 
     def _report(self, stage: Stage) -> None:
         if self.quiet or self._console or time.monotonic() - stage._spoken < PLAIN_INTERVAL:
@@ -205,7 +190,7 @@ class Display:
         stage._spoken = time.monotonic()
         left = stage.remaining
         parts = [stage.progress(), f"{duration(left)} left" if left is not None else ""]
-        self._plain(
+        self._line(
             f"{self._indent(1)}{stage.title}: {', '.join(filter(None, parts + stage.measured()))}"
         )
 
@@ -225,17 +210,12 @@ class Display:
         else:
             mark, style, end = "✗", "red", f"failed after {took}"
         result = [end, *stage.measured()]
-        if not self._console:
-            self._plain(
-                f"{indent}{stage.title}: {'done in ' if kind is None else ''}{', '.join(result)}"
-            )
-            return
-        from rich.text import Text
-
-        line = Text.assemble(
-            indent, (mark, style), " ", (stage.title, "bold"), "  ", " · ".join(result)
-        )
-        self._console.print(line)
+        if self._console:
+            bold = stage.title, "bold"
+            self._line(indent, (mark, style), " ", bold, "  ", " · ".join(result))
+        else:
+            done = "done in " if kind is None else ""
+            self._line(f"{indent}{stage.title}: {done}{', '.join(result)}")
 
     # Drawing
 
@@ -270,13 +250,20 @@ class Display:
             lines.append(Text(measured, "dim", no_wrap=True, overflow="ellipsis"))
         return Group(*lines)
 
-    def _plain(self, text: str) -> None:
-        """A line to a pipe: written at once, and never an encoding error."""
-        if self.quiet:
-            return
-        encoding = getattr(self._file, "encoding", None) or "utf-8"
-        self._file.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-        self._file.flush()
+    def _line(self, *parts: str | tuple[str, Any]) -> None:
+        """A line (or several) that stays, of text and (text, style). Text from outside can do
+        nothing to the terminal; a pipe gets it at once, and never an encoding error."""
+        styled = [(part, "") if isinstance(part, str) else part for part in parts]
+        styled = [(shown(text, keep="\n"), style) for text, style in styled]
+        if self._console:
+            from rich.text import Text
+
+            self._console.print(Text.assemble(*styled), soft_wrap=True)
+        elif not self.quiet:
+            text = "".join(text for text, _ in styled)
+            encoding = getattr(self._file, "encoding", None) or "utf-8"
+            self._file.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+            self._file.flush()
 
 
 def _numeric(cell: str) -> bool:

@@ -3,6 +3,16 @@
 # ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
 
 import math
+from unicodedata import category
+
+
+def shown(text: str, keep: str = "") -> str:
+    """Text from outside as a terminal may have it: what it would act upon (escape sequences, other
+    controls), what turns a line round and what cannot be seen are written as escapes."""
+    if text.isprintable():
+        return text
+    acts = {c for c in set(text) - set(keep) if category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
+    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in acts})
 
 
 def duration(seconds: float) -> str:

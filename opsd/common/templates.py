@@ -1,43 +1,126 @@
-"""Jinja templates for the roles' messages, sandboxed. Needs no torch."""
+"""Jinja templates for the roles' messages and for chats. Needs no torch.
 
+A template may come from a stranger: with a config, with a model, with a run to compare. Jinja's own
+sandbox keeps it away from Python's insides, but not from the machine's time and memory. So it is
+parsed, compiled and filled in by a worker process (`workers`), many rows at a time. Only
+templates that this package ships are filled in here.
+"""
+
+import dataclasses
+import datetime
+import io
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
-from jinja2 import Template, TemplateError, meta
-
 from opsd.common.errors import UserError
-from opsd.common.template_sandbox import Sandbox
+from opsd.common.template_worker import END, MADE, REFUSED, answer
+from opsd.common.workers import Ended, Workers
 
 ROLLOUT_NAMES = frozenset({"rollout", "peers"})
 """What a template over rollouts may use beside the row's columns."""
 
-_ENVIRONMENT = Sandbox()
+BATCH_ROWS, BATCH_BYTES = 64, 1 << 20
+SECONDS = 1.0  # of processor time for a batch: a hundred times as much as honest ones take
+MEMORY = 150 << 20  # bytes beside the 43 MB that a worker starts with
+
+Chats = Iterable[tuple[Sequence[Mapping[str, Any]], bool]]
+
+_WORKERS = Workers("opsd.common.template_worker", seconds=SECONDS, memory=MEMORY)
+_SHIPPED: set[str] = set()
+_PLAIN = frozenset({"builtins", "collections", "datetime", "decimal", "types", "uuid"})
 
 
-def compile_template(name: str, text: str) -> Template:
-    """The template `prompts.<name>`. Raises UserError for text that is no template."""
-    _ENVIRONMENT.begin()
-    try:
-        return _ENVIRONMENT.from_string(text)
-    except (TemplateError, RecursionError, ValueError) as error:  # ValueError: an endless number
-        raise UserError(f"prompts.{name} is not a Jinja template: {error}") from None
+class TemplateFailure(ValueError):
+    """The template cannot be compiled or filled in; the message says why."""
 
 
-def fill_in(template: Template, values: dict[str, Any]) -> str:
-    """The template's text for these values. Raises whatever its expressions do."""
-    _ENVIRONMENT.begin()
-    text = template.render(values)
-    text.encode()  # half a surrogate pair is no text that a tokenizer could take
+def shipped(text: str) -> str:
+    """The same text, which is trusted from now on. For texts in this package's code only."""
+    _SHIPPED.add(text)
     return text
 
 
-def names(text: str) -> set[str]:
-    """The variables that a template uses but does not set; none for text that is no template."""
+def check_template(field: str, text: str) -> None:
+    """Raises UserError where the field's text is no template."""
     try:
-        return meta.find_undeclared_variables(_ENVIRONMENT.parse(text))
-    except (TemplateError, RecursionError, ValueError):
-        return set()
+        fill_in(text, [])
+    except TemplateFailure as error:
+        raise UserError(f"{field} is not a Jinja template: {error}") from None
+
+
+def fill_in(text: str, values: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The template's text for each of the values. Raises TemplateFailure."""
+    return _answers(text, "prompts", (text,), values)
+
+
+def fill_in_chat(text: str, arguments: dict, date: datetime.date, chats: Chats) -> list[str]:
+    """A chat template's text for each (messages, add_generation_prompt), as transformers renders it
+    with these arguments, special tokens too, on this date. Raises TemplateFailure."""
+    return _answers(text, "chats", (text, arguments, date), chats)
 
 
 def over_rollouts(text: str) -> bool:
     """Whether a template uses a problem's rollouts, so that it is rendered once they are there."""
     return bool(names(text) & ROLLOUT_NAMES)
+
+
+@cache
+def names(text: str) -> frozenset[str]:
+    """The variables that a template uses but does not set; none for text that is no template."""
+    try:
+        return frozenset(_answers(text, "names", (text,), ()))
+    except TemplateFailure:
+        return frozenset()
+
+
+def _answers(text: str, name: str, arguments: tuple, values: Iterable[Any]) -> list[str]:
+    ask = answer if text in _SHIPPED else _ask
+    made = []
+    for job in _jobs(name, arguments, list(values)):
+        reply = ask(job)  # one at a time: the first that fails is the last
+        if reply[:1] != MADE:
+            raise TemplateFailure(reply[1:].decode())
+        made += [part.decode() for part in reply[1:].split(END)[:-1]]
+    return made
+
+
+def _jobs(name: str, arguments: tuple, values: Sequence[Any]) -> Iterator[bytes]:
+    """Messages to the worker, each of some rows; one at least."""
+    start, rows = 0, BATCH_ROWS
+    while start < max(1, len(values)):
+        stream = io.BytesIO()
+        _Pickler(stream, 5).dump((name, arguments, values[start : start + rows]))
+        if stream.tell() > BATCH_BYTES and rows > 1:
+            rows //= 2
+            continue
+        yield stream.getvalue()
+        start += rows
+
+
+def _ask(job: bytes) -> bytes:
+    (reply,) = _WORKERS.answers([job])
+    if reply == Ended("killed"):  # by the system perhaps: once more
+        (reply,) = _WORKERS.answers([job])
+    return REFUSED + _WHY[reply.why].encode() if isinstance(reply, Ended) else reply
+
+
+_WHY = {
+    "time": f"it takes too much: more than {SECONDS:g} s of processor time",
+    "memory": f"it takes too much: more than {MEMORY >> 20} MB of memory",
+    "killed": "the process that fills it in was killed twice",
+}
+
+
+class _Pickler(pickle.Pickler):
+    """Plain data as they are, dataclasses as records, of anything else what `{{ }}` writes."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return SimpleNamespace, (), fields
+        if getattr(value, "__module__", type(value).__module__) in _PLAIN:
+            return NotImplemented
+        return str, (str(value),)

@@ -86,7 +86,7 @@ def held_out_teacher_role(config: Config) -> str:
 
 def required_columns(config: Config) -> list[str]:
     """Of problem, solution and answer, those that every training row must have."""
-    used = names(config.prompts.student)
+    used = set(names(config.prompts.student))
     if uses_teacher_prompt(config) or config.eval.teacher:
         used |= names(config.prompts.teacher)
     if learns_targets(config):

@@ -9,14 +9,15 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from opsd.common.templates import shipped
 from opsd.common.urls import check_address
 from opsd.config.base import Count, Fraction, Natural, NonNegative, Positive, Section, Share
 from opsd.config.names import Engine
 
-STUDENT_TEMPLATE = (
+STUDENT_TEMPLATE = shipped(
     "{{ problem }}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 )
-TEACHER_TEMPLATE = (
+TEACHER_TEMPLATE = shipped(
     "{{ problem }}\n\nHere is a reference solution:\n{{ solution }}\n\nUnderstand it, then "
     "solve the problem in your own words. Please reason step by step, and put your final "
     "answer within \\boxed{}."
@@ -32,7 +33,7 @@ SEEDS = 2**32
 OURS = frozenset(
     "tokenize add_generation_prompt continue_final_message conversation messages return_dict "
     "return_tensors return_assistant_tokens_mask tokenizer_kwargs padding truncation "
-    "max_length".split()
+    "max_length sanitize_control_tokens".split()
 )
 """Chat-template arguments that decide what a context is, and are not the template's own."""
 
@@ -134,7 +135,7 @@ class PromptsSection(Section):
     """The student's own system message, instead of prompts.system."""
     teacher_system: str | None = None
     """The teacher's own system message, instead of prompts.system."""
-    target: str = "{{ solution }}"
+    target: str = shipped("{{ solution }}")
     """method sft: the text to learn, over the row's columns."""
     student_chat: dict[str, Any] = Field({})
     """The student's chat-template arguments, such as enable_thinking: false."""

@@ -12,9 +12,10 @@ _BARE = re.compile(
     r"[-+]?\s*\d[\d.,]*(?<![.,])(?:\s*\\?%)?|[-+]?\\[A-Za-z]+\s*(?:\{[^{}\n]{0,60}\}\s*){1,3}|"
     r"[-+]?\\[A-Za-z]+\d{0,2}|[A-Za-z](?![A-Za-z])|\([^()\n]{1,60}\)"
 )
+# `*+` gives nothing back: what can be read in two ways would be read in all combinations.
 _PLACEHOLDER = re.compile(
     r"(?:\s|\\[ ,;:!]|\\q?quad|\\[lc]?dots|\\square|\\Box|\\cdots?|\\_|\.\.\.|[?_.…{}\[\]<>$~-]|"
-    r"\\(?:text|phantom|mathrm|textbf)\s*(?=\{))*"
+    r"\\(?:text|phantom|mathrm|textbf)\s*(?=\{))*+"
     r"(?:(?:your |the |my )?(?:final )?(?:answer|result|solution)(?: goes)?(?: here)?)?"
     r"[\s}\]>.?$]*",
     re.IGNORECASE,
@@ -24,7 +25,7 @@ _LABEL = r"(?:\(?[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?"
 _JOINT = re.compile(
     r"(?P<blank>\s*)|"
     r"(?:[\s$,;&]|\\[ ,;]|\\\\|\\q?quad|\\\)|\\\(|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|"
-    r"\b(?:and|or)\b|(?:part\s*)?\([a-h1-9]\)\s*:?|:)*" + _LABEL + r"[\s$]*",
+    r"\b(?:and|or)\b|(?:part\s*)?\([a-h1-9]\)\s*:?|:)*+" + _LABEL + r"[\s$]*",
     re.IGNORECASE,
 )
 _NAMED = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w\}?)?)\s*=\s*$")

@@ -15,14 +15,20 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opsd.common.errors import UserError
+from opsd.common.templates import TemplateFailure, fill_in_chat
 
 Message = dict[str, Any]
+
+Turn = tuple[str, str | None, Sequence[Message]]
+"""The arguments of `ChatTemplate.context`: a message, the system's, the messages before."""
 
 PROBE = "4172635180927"
 """A text that no template writes by itself, and none changes by its case or its escapes."""
 
-_CLOSED_THOUGHT = re.compile(r"(</[a-z_:]*think[a-z_]*>|\[/THINK\]|<channel\|>)\s*$", re.IGNORECASE)
-_OPEN_TAG = re.compile(r"<([a-z_:]*think[a-z_]*)>|\[(THINK)\]", re.IGNORECASE)
+_CLOSED_THOUGHT = re.compile(
+    r"(</[a-z_:]{0,30}think[a-z_]{0,30}>|\[/THINK\]|<channel\|>)\s*$", re.IGNORECASE
+)
+_OPEN_TAG = re.compile(r"<([a-z_:]{0,30}think[a-z_]{0,30})>|\[(THINK)\]", re.IGNORECASE)
 
 
 class ChatTemplate:
@@ -49,10 +55,10 @@ class ChatTemplate:
                 "model.path has a tokenizer without a chat template: use an instruction-tuned "
                 "model, or add a chat_template.jinja to its directory"
             )
-        self.tokenizer, self.arguments, self.prefill = tokenizer, dict(arguments or {}), prefill
-        template = tokenizer.get_chat_template()
-        if "strftime_now" in template:
-            self.arguments |= _dated(template, date or datetime.date.today())
+        self.tokenizer, self.prefill, self.date = tokenizer, prefill, date or datetime.date.today()
+        self.arguments = {**tokenizer.special_tokens_map, "tools": None, **(arguments or {})}
+        other = self.arguments.pop("chat_template", None)
+        self.template = tokenizer.get_chat_template(other, self.arguments["tools"])
         # Templates of multimodal models walk over a list of parts, and over the characters of a
         # plain string, which they drop, or of which they ask what a string has not.
         self.in_parts, refused = False, None
@@ -74,11 +80,16 @@ class ChatTemplate:
 
         history: messages before this one; its system message stands where `system` is None.
         """
-        messages = self._messages(message, system, history)
-        text = self._render(messages, True)
-        for number in range(len(messages)):
-            self._check_written(messages, number, text)
-        return text + self.prefill
+        return self.contexts([(message, system, history)])[0]
+
+    def contexts(self, turns: Sequence[Turn]) -> list[str]:
+        """The `context` of each turn."""
+        chats = [self._messages(*turn) for turn in turns]
+        texts = self._rendered([(messages, True) for messages in chats])
+        for messages, text in zip(chats, texts, strict=True):
+            for number in range(len(messages)):
+                self._check_written(messages, number, text)
+        return [text + self.prefill for text in texts]
 
     def context_ids(
         self, message: str, system: str | None = None, history: Sequence[Message] = ()
@@ -102,14 +113,28 @@ class ChatTemplate:
         They are what the template writes for that turn, up to the token that ends it. Where the
         context closes an empty thought itself, the answer's own thought is left out.
         """
-        messages = self._messages(message, system, history)
-        context = self.context(message, system, history)
-        if closed := _CLOSED_THOUGHT.search(context):  # such as enable_thinking: false
-            answer = answer.rpartition(closed.group().strip())[2].lstrip("\n")
-        target = self._target(messages, context, answer)
-        token = self.turn_end[1]
-        tail = [] if token is not None else [self.tokenizer.eos_token_id]
-        return [*_continuation(self.tokenizer, context, target), *tail]
+        return self.targets([(message, system, history)], [answer])[0]
+
+    def targets(self, turns: Sequence[Turn], answers: Sequence[str]) -> list[list[int]]:
+        """The `target_ids` of each turn and its answer."""
+        contexts = self.contexts(turns)
+        said = [
+            answer.rpartition(closed.group().strip())[2].lstrip("\n")
+            if (closed := _CLOSED_THOUGHT.search(context))  # such as enable_thinking: false
+            else answer
+            for context, answer in zip(contexts, answers, strict=True)
+        ]
+        wholes = self._rendered(
+            [
+                ([*self._messages(*turn), self._message("assistant", self.prefill + answer)], False)
+                for turn, answer in zip(turns, said, strict=True)
+            ]
+        )
+        tail = [self.tokenizer.eos_token_id] if self.turn_end[1] is None else []
+        return [
+            [*_continuation(self.tokenizer, context, self._target(whole, context, answer)), *tail]
+            for whole, context, answer in zip(wholes, contexts, said, strict=True)
+        ]
 
     @cached_property
     def turn_end(self) -> tuple[str, int | None]:
@@ -146,10 +171,10 @@ class ChatTemplate:
         token = self.turn_end[1]
         return frozenset() if token is None else frozenset([token])
 
-    def _target(self, messages: list[Message], context: str, answer: str) -> str:
-        """The text that follows `context`: the answer as the template writes it, and its end."""
+    def _target(self, whole: str, context: str, answer: str) -> str:
+        """What follows `context` in the whole chat: the answer as the template writes it, and its
+        end."""
         end = self.turn_end[0]
-        whole = self._render([*messages, self._message("assistant", self.prefill + answer)], False)
         if whole.startswith(context):
             written, closed, _ = (
                 whole[len(context) :].rpartition(end)
@@ -209,16 +234,13 @@ class ChatTemplate:
         }
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        return self._rendered([(messages, add_generation_prompt)])[0]
+
+    def _rendered(self, chats: Sequence[tuple[list[Message], bool]]) -> list[str]:
+        """The text of each (messages, add_generation_prompt)."""
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self.arguments,
-            )
-        except (
-            Exception
-        ) as error:  # such as one that takes no system message; it can raise anything
+            return fill_in_chat(self.template, self.arguments, self.date, chats)
+        except TemplateFailure as error:  # such as one that takes no system message
             raise UserError(f"model.path has a chat template that refuses: {error}") from None
 
 
@@ -267,28 +289,3 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, context: str, target: str)
         "model.path has a tokenizer that joins a context's last characters and an answer's first: "
         f"{(context[-20:] + target[:20])!r} cannot be split there; change the prompt's end"
     )
-
-
-def _dated(template: str, date: datetime.date) -> dict[str, Any]:
-    """Arguments that make a template write this date, at midnight.
-
-    transformers hands templates a clock of its own, and lets plain data through only: a macro of
-    the clock's name puts this date's texts in the places of a format's directives.
-    """
-    macro = (
-        "{%- macro strftime_now(format) -%}{%- set made = namespace(text=format) -%}"
-        "{%- for directive, text in date_of_this_run -%}"
-        "{%- set made.text = made.text | replace(directive, text) -%}{%- endfor -%}"
-        "{{ made.text }}{%- endmacro -%}{{ '' }}"
-    )
-    directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in _DIRECTIVES]
-    texts = [(directive, date.strftime(directive)) for directive in directives]
-    mark = "\u2042"  # a percent sign that begins no directive
-    return {
-        "chat_template": macro + template,
-        "date_of_this_run": [("%%", mark), *texts, (mark, "%")],
-    }
-
-
-_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
-"""Of strftime, on Linux; %s, a number of seconds, and %Z and %z are empty or of this machine."""

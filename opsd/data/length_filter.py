@@ -34,11 +34,12 @@ def fitting_rows(
     """
     needed = []
     for start in range(0, len(rows), BATCH):
-        batch, doubtful = rows[start : start + BATCH], []
+        batch = rows[start : start + BATCH]
+        for role in roles:
+            prompts.rendered(batch, role)  # which the next lines ask for
         for number, row in enumerate(batch, start=start + 1):
-            check(number, row)  # beside the next line, for which the row is then filled in already
-            if window is not None and not _surely_fits(row, prompts, roles, answer, window):
-                doubtful.append(row)
+            check(number, row)
+        doubtful = [] if window is None else _doubtful(batch, prompts, roles, answer, window)
         counted = iter(tokens_needed(doubtful, prompts, roles, answer))
         names = set(map(id, doubtful))
         needed += [next(counted) if id(row) in names else 0 for row in batch]
@@ -92,16 +93,17 @@ def tokens_needed(
     return needed
 
 
-def _surely_fits(
-    row: Row, prompts: Prompts, roles: Iterable[str], answer: int | None, window: int
-) -> bool:
-    """Whether a row fits by the bound on its tokens; roles and answer as for `fitting_rows`."""
+def _doubtful(
+    rows: Sequence[Row], prompts: Prompts, roles: Iterable[str], answer: int | None, window: int
+) -> list[Row]:
+    """The rows that may not fit by the bound on their tokens; as for `fitting_rows`."""
+    fits = dict.fromkeys(map(id, rows), True)
     for role in roles:
-        context = prompts.longest(row, role)
-        own = prompts.longest(row, f"{role} target") if answer is None else answer
-        if context is None or own is None or context + own > window:
-            return False
-    return True
+        contexts = prompts.longest(rows, role)
+        own = prompts.longest(rows, f"{role} target") if answer is None else [answer] * len(rows)
+        for row, context, most in zip(rows, contexts, own, strict=True):
+            fits[id(row)] &= context is not None and most is not None and context + most <= window
+    return [row for row in rows if not fits[id(row)]]
 
 
 def _within(

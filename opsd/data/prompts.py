@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opsd.common.errors import UserError
-from opsd.common.templates import ROLLOUT_NAMES, compile_template, fill_in, names, over_rollouts
+from opsd.common.templates import ROLLOUT_NAMES, TemplateFailure, check_template, fill_in, names
 from opsd.config.sections import PromptsSection
 from opsd.data.chat import ChatTemplate
 from opsd.data.rows import Row
@@ -70,15 +70,14 @@ class Prompts:
             )
             for role in ("student", "teacher")
         }
-        self.over_rollouts = over_rollouts(section.teacher)
-        self._templates = {
-            name: compile_template(name, getattr(section, name))
-            for name in ("student", "teacher", "target")
-        }
+        self.over_rollouts = bool(names(section.teacher) & ROLLOUT_NAMES)
+        for name in ("student", "teacher", "target"):
+            check_template(f"prompts.{name}", getattr(section, name))
         # By role and the row's id(); the row beside its ids, so that no other row gets its id().
         self._known: dict[tuple[str, int], tuple[Row, array]] = {}
         self._known_tokens = 0
-        self._filled_in: dict[str, tuple[Row, str]] = {}  # each template's last row and its text
+        # By template and id(), the last call's rows beside their texts.
+        self._rendered: dict[str, dict[int, tuple[Row, str]]] = {}
         self._bound = token_bound(tokenizer)
         self._chat_sizes: dict[str, tuple[int, int] | None] = {}
 
@@ -108,22 +107,21 @@ class Prompts:
         """How many ids each row has in a role; "student target": of what follows its context."""
         return [len(ids) for ids in self._tokenised(rows, role)]
 
-    def longest(self, row: Row, role: str) -> int | None:
-        """No fewer than `ids` has, found without tokenising; None where nothing can be said.
+    def longest(self, rows: Sequence[Row], role: str) -> list[int | None]:
+        """No fewer than `ids` of each row has, found without tokenising; None where nothing can be
+        said.
 
         The chat template is taken to copy the message and to add constants of its own. Raises
-        UserError where the row cannot be rendered.
+        UserError where a row cannot be rendered.
         """
         role, _, target = role.partition(" ")
-        message = self.render(row, "target" if target else role)
-        if self._bound is None or row.history:
-            return None
-        if role not in self._chat_sizes:
+        messages = self.rendered(rows, "target" if target else role)
+        if self._bound is not None and role not in self._chat_sizes:
             self._chat_sizes[role] = self._chat_size(role)
-        if (chat := self._chat_sizes[role]) is None:
-            return None
-        copies, more = chat
-        return copies * self._bound(message) + more
+        if (chat := self._chat_sizes.get(role)) is None:
+            return [None] * len(rows)
+        sizes = [chat[0] * self._bound(message) + chat[1] for message in messages]
+        return [None if row.history else n for row, n in zip(rows, sizes, strict=True)]
 
     def _chat_size(self, role: str) -> tuple[int, int] | None:
         """How often a role's chat template writes the message, and the most tokens beside it.
@@ -159,14 +157,11 @@ class Prompts:
         return made
 
     def _made(self, rows: Sequence[Row], role: str, target: str) -> list[list[int]]:
+        system, messages = self._system(role), self.rendered(rows, role)
+        turns = [(text, system, row.history) for text, row in zip(messages, rows, strict=True)]
         if not target:
-            return self._ids([self._text(self.render(row, role), role, row) for row in rows])
-        return [
-            self.chats[role].target_ids(
-                self.render(row, role), self.render(row, "target"), self._system(role), row.history
-            )
-            for row in rows
-        ]
+            return self._ids(self.chats[role].contexts(turns))
+        return self.chats[role].targets(turns, self.rendered(rows, "target"))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # The chat template has written the special tokens already: BOS must not come twice.
@@ -212,16 +207,20 @@ class Prompts:
 
     def render(self, row: Row, name: str, **more: Any) -> str:
         """The filled-in template `prompts.<name>`; `more`: what it may use beside the columns."""
-        known = self._filled_in.get(name)
-        if known is not None and known[0] is row and not more:
-            return known[1]
-        values = {**row.columns, **row.texts, **more}
+        return self.rendered([row], name, **more)[0]
+
+    def rendered(self, rows: Sequence[Row], name: str, **more: Any) -> list[str]:
+        """`render` of each row. Those of the last call for several are remembered."""
+        known = {} if more else self._rendered.get(name, {})
+        template = getattr(self.section, name)
+        used, new = names(template), [row for row in rows if id(row) not in known]
+        values = [{**row.columns, **row.texts, **more} for row in new]
         try:
-            text = fill_in(self._templates[name], values)
-        except Exception as error:  # a template's expressions can raise anything, as 1 / 0 does
-            raise UserError(
-                f"prompts.{name} cannot be filled in: {error}; columns: {', '.join(sorted(values))}"
-            ) from None
-        if not more:
-            self._filled_in[name] = row, text
-        return text
+            made = fill_in(template, [{k: one[k] for k in used & one.keys()} for one in values])
+        except TemplateFailure as error:
+            said = f"cannot be filled in: {error}; columns: {', '.join(sorted(values[0]))}"
+            raise UserError(f"prompts.{name} {said}") from None
+        texts = known | {id(row): (row, text) for row, text in zip(new, made, strict=True)}
+        if not more and len(rows) > 1:
+            self._rendered[name] = {id(row): texts[id(row)] for row in rows}
+        return [texts[id(row)][1] for row in rows]

@@ -4,12 +4,7 @@ The answer is what the completion's last `\\boxed{…}` holds. Equal strings, pl
 decide at once, here; everything else is compared (`answers`) in a worker process. math-verify's own
 time limit needs the main thread, fails silently elsewhere and cannot interrupt one long computation
 (`9^{9^{9^9}}`), so the limit here is a kill: a hostile answer costs one worker and scores 0 with a
-reason. Imports no torch, starts nothing until it must.
-
-The pool is our own because those of concurrent.futures, multiprocessing and pebble start their
-workers by importing the caller's main module again: a script without a main guard then fails, and a
-worker that holds the caller's torch exceeds its memory limit. Their time limits count wall-clock
-time, by which honest answers fail on a busy machine.
+reason (`opsd.common.workers`). Imports no torch, starts nothing until it must.
 """
 
 from __future__ import annotations
@@ -17,30 +12,17 @@ from __future__ import annotations
 import json
 import math
 import re
-import selectors
-import signal
-import subprocess
-import sys
-import threading
-import time
-import weakref
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from opsd.common.errors import UserError
+from opsd.common.workers import Ended, Workers
 from opsd.data.boxed import last_boxed
 from opsd.data.references import unreadable
 from opsd.grading.answers.bounds import MOST_CHARACTERS as MAX_ANSWER_CHARACTERS
 from opsd.grading.answers.bounds import too_large
 from opsd.grading.answers.numbers import number, same_number
 from opsd.grading.answers.words import canonical, is_phrase
-
-_WORKER = Path(__file__).with_name("worker.py")
-_START_SECONDS = 120.0  # importing sympy from a cold disk on a busy machine
-
-_PATIENCE = 6.0  # wall-clock seconds for one of CPU time, before a worker is killed from here
 
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
 
@@ -107,61 +89,11 @@ def _grade_here(extracted: str, answer: str) -> Grade | None:
     return None
 
 
-class _Worker:
-    """One process and its job: None while it starts or waits. `deadline`: monotonic seconds."""
-
-    def __init__(self, memory_limit: int, timeout: float, strict: bool):
-        # A session of its own: Ctrl-C in the terminal is for the parent, which then kills its
-        # workers in order.
-        self.process = subprocess.Popen(
-            [sys.executable, str(_WORKER), str(memory_limit), str(timeout)] + ["strict"] * strict,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            start_new_session=True,
-        )
-        self.ready = False
-        self.job: tuple[str, str] | None = None
-        self.deadline = time.monotonic() + _START_SECONDS
-        self._received = b""
-
-    def give(self, job: tuple[str, str], timeout: float) -> None:
-        """Raises BrokenPipeError if the process is gone."""
-        completion, answer = job
-        line = memoryview(json.dumps({"answer": answer, "completion": completion}).encode() + b"\n")
-        while line:
-            line = line[self.process.stdin.write(line) :]
-        self.job, self.deadline = job, time.monotonic() + _PATIENCE * timeout
-
-    def receive(self) -> dict | None:
-        """The next reply, None while it is incomplete. Raises EOFError if the process ended."""
-        chunk = self.process.stdout.read(65536)
-        if not chunk:
-            raise EOFError
-        self._received += chunk
-        if not self._received.endswith(b"\n"):
-            return None
-        reply, self._received = json.loads(self._received), b""
-        return reply
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-
-
-def _kill_all(workers: list[_Worker]) -> None:
-    while workers:
-        workers.pop().kill()
-
-
 class Grader:
     r"""Grades completions against reference answers; a context manager that owns its workers.
 
-    timeout: seconds of CPU time for one answer (on a busy machine it may wait six times as long);
-    workers: processes at most; memory_limit: bytes of address space of each; strict: as
+    timeout: seconds of CPU time for one answer (a busy machine takes longer);
+    workers: processes at most; memory_limit: bytes that each may take; strict: as
     `loss.reward.strict` (opsd.grading.answers.strict). May be called from any
     thread, one call at a time. Workers start when first needed, are replaced when they die, and end
     with `close()`, with the object, or with this process. Raises UserError for numbers that cannot
@@ -191,10 +123,8 @@ class Grader:
             )
         self.timeout, self.workers, self.memory_limit = timeout, workers, memory_limit
         self.strict = strict
-        self._pool: list[_Worker] = []
-        self._failed_starts = 0  # in a row
-        self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _kill_all, self._pool)  # also runs at exit
+        made_by = "opsd.grading.worker", *(["strict"] * strict)
+        self._workers = Workers(*made_by, seconds=timeout, memory=memory_limit, most=workers)
 
     def __enter__(self) -> Grader:
         return self
@@ -204,7 +134,7 @@ class Grader:
 
     def close(self) -> None:
         """Ends the workers. The grader can be used again; it then starts new ones."""
-        _kill_all(self._pool)
+        self._workers.close()
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
         """One Grade for each completion, in order. Equal pairs are judged once.
@@ -228,8 +158,7 @@ class Grader:
                 hard.setdefault((extracted, answer), []).append(index)
             grades.append(grade)
         if hard:
-            with self._lock:
-                verdicts = self._judge(list(hard))
+            verdicts = self._judge(list(hard))
             for job, indices in hard.items():
                 for index in indices:
                     correct, reason, failed = verdicts[job]
@@ -238,85 +167,14 @@ class Grader:
 
     def _judge(self, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[bool, str, bool]]:
         """job → (correct, reason, failed), the workers busy side by side."""
-        waiting = deque(jobs)
-        verdicts: dict[tuple[str, str], tuple[bool, str, bool]] = {}
-        try:
-            while len(verdicts) < len(jobs):
-                self._assign(waiting, busy_or_waiting=len(jobs) - len(verdicts))
-                for worker, readable in self._wait():
-                    self._collect(worker, readable, verdicts)
-        except (
-            BaseException
-        ):  # Ctrl-C too: a worker with an unread reply would answer the next question with it
-            self.close()
-            raise
-        return verdicts
-
-    def _assign(self, waiting: deque, busy_or_waiting: int) -> None:
-        for worker in [
-            w for w in self._pool if w.process.poll() is not None and w.job is None and w.ready
-        ]:
-            self._discard(worker)  # died while idle: nobody's fault
-        while len(self._pool) < min(self.workers, busy_or_waiting):
-            self._pool.append(_Worker(self.memory_limit, self.timeout, self.strict))
-        for worker in self._pool:
-            if waiting and worker.ready and worker.job is None:
-                try:
-                    worker.give(waiting[0], self.timeout)
-                except BrokenPipeError:
-                    continue  # died just now: replaced in the next round
-                waiting.popleft()
-
-    def _wait(self) -> list[tuple[_Worker, bool]]:
-        """Waits for news: workers that wrote or ended (True) or are past their deadline (False)."""
-        active = [worker for worker in self._pool if worker.job is not None or not worker.ready]
-        if not active:
-            return []
-        with selectors.DefaultSelector() as selector:
-            for worker in active:
-                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-            patience = min(worker.deadline for worker in active) - time.monotonic()
-            readable = [key.data for key, _ in selector.select(max(0.0, patience))]
-        now = time.monotonic()
-        late = [worker for worker in active if worker not in readable and worker.deadline <= now]
-        return [(worker, True) for worker in readable] + [(worker, False) for worker in late]
-
-    def _collect(self, worker: _Worker, readable: bool, verdicts: dict) -> None:
-        limit = self.timeout if worker.ready else _START_SECONDS
-        reply, failure = None, f"no verdict within {limit:g} s"
-        if readable:
-            try:
-                reply = worker.receive()
-                if reply is None:
-                    return
-            except EOFError:
-                if worker.process.wait() != -signal.SIGPROF:  # its own limit of CPU time
-                    failure = "the grading process died (out of memory?)"
-        if not worker.ready:
-            self._started(worker, failure if reply is None else reply.get("error"))
-        elif reply is None:
-            verdicts[worker.job] = (False, failure, True)
-            self._discard(worker)
-        else:
-            ended = bool(reply.get("last"))
-            verdicts[worker.job] = (reply["correct"], reply["reason"], ended)
-            worker.job = None
-            if ended:
-                self._discard(worker)
-
-    def _started(self, worker: _Worker, problem: str | None) -> None:
-        if problem is None:
-            worker.ready, self._failed_starts = True, 0
-            return
-        self._discard(worker)
-        self._failed_starts += 1
-        if self._failed_starts == 3:  # one or two may have been killed by somebody else
-            self._failed_starts = 0
-            raise UserError(
-                f"grading: math-verify does not start ({problem}); "
-                "try `pip install --force-reinstall math-verify`"
-            )
-
-    def _discard(self, worker: _Worker) -> None:
-        self._pool.remove(worker)
-        worker.kill()
+        replies = self._workers.answers([json.dumps(job).encode() for job in jobs])
+        why = {
+            "time": f"no verdict within {self.timeout:g} s",
+            "memory": "comparing the answer takes too much memory",
+            "killed": "the grading process died (out of memory?)",
+        }
+        verdicts = [
+            (False, why[r.why], True) if isinstance(r, Ended) else (*json.loads(r), False)
+            for r in replies
+        ]
+        return dict(zip(jobs, verdicts, strict=True))

@@ -6,8 +6,8 @@ graded; nothing is where a thought was begun and never ended; all of a text with
 
 import re
 
-BEGIN = r"<[a-z_:]*think[a-z_]*>|\[THINK\]|<\|channel>|<\|channel\|>(?!final)"
-END = r"</[a-z_:]*think[a-z_]*>|\[/THINK\]|<channel\|>|<\|channel\|>final<\|message\|>"
+BEGIN = r"<[a-z_:]{0,30}think[a-z_]{0,30}>|\[THINK\]|<\|channel>|<\|channel\|>(?!final)"
+END = r"</[a-z_:]{0,30}think[a-z_]{0,30}>|\[/THINK\]|<channel\|>|<\|channel\|>final<\|message\|>"
 _STARTS_WITH_A_THOUGHT = re.compile(rf"\s*(?:{BEGIN})", re.IGNORECASE)
 _END_OF_A_THOUGHT = re.compile(END, re.IGNORECASE)
 

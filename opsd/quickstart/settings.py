@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opsd.common.templates import shipped
 from opsd.config.yaml import load_yaml
 
 
@@ -11,6 +12,8 @@ def settings(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """(the config's sections that all methods share, each method's own) of `name`.yaml."""
     text = Path(__file__).with_name(f"{name}.yaml").read_text(encoding="utf-8")
     found = load_yaml(text)
+    for text in found["shared"]["prompts"].values():
+        shipped(text)
     return found["shared"], found["methods"]
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from jinja2 import Template
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -33,6 +32,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from opsd.common.templates import fill_in, shipped
 from opsd.data.rows import Row
 from opsd.quickstart import worksheet
 from opsd.quickstart.cache import tiny_base
@@ -41,7 +41,7 @@ from opsd.quickstart.settings import settings
 _PROMPTS = settings("tiny")[0]["prompts"]
 STUDENT_PROMPT, TEACHER_PROMPT = _PROMPTS["student"], _PROMPTS["teacher"]
 
-_CHAT_TEMPLATE = (
+_CHAT_TEMPLATE = shipped(
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
@@ -214,9 +214,9 @@ def encode(
         inputs [B, T] int64, padded on the right (causal attention needs no mask then), and labels
         [B, T] int64: the next token where it belongs to the response, -100 elsewhere.
     """
-    template = Template(prompt)
+    prompts = fill_in(prompt, [row.columns for row in rows])
     contexts = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": template.render(row.columns)}] for row in rows],
+        [[{"role": "user", "content": message}] for message in prompts],
         add_generation_prompt=True,
         return_dict=True,
     )["input_ids"]

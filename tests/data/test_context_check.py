@@ -3,11 +3,13 @@
 import pytest
 from helpers.chat_templates import CHATML, FAMILIES, IM, PARTS, Family, make_tokenizer, turns
 
+from opsd.common import templates
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.config.config import Config
 from opsd.config.load import parse_config
 from opsd.data.context_check import ContextCheck
+from opsd.data.length_filter import fitting_rows
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row, load_rows
 from opsd.training.load_data import fitting_data
@@ -241,14 +243,20 @@ def test_an_earlier_answer_may_lose_its_thought():
     assert "Hm." not in tokenizer.decode(prompts.ids(row, "student"))
 
 
-def test_a_check_costs_no_second_filling_in():
+def test_a_check_costs_no_second_filling_in(monkeypatch):
     """50 000 rows are filled in once a role before training, as they were without a check."""
     tokenizer = make_tokenizer(FAMILIES[0])
     prompts = Prompts(
         parse_config({"model": {"path": "-"}, "data": {"source": "-"}}).prompts, tokenizer
     )
-    row = Row(PROBLEM, SOLUTION * 3, "3", {})
-    ContextCheck(prompts, ["student", "teacher"], differ=True)(2, row)
-    filled_in = []
-    prompts._templates = {name: filled_in.append for name in prompts._templates}
-    assert prompts.longest(row, "student") > prompts.longest(row, "teacher") - 300 and not filled_in
+    rows = [Row(f"{PROBLEM} {number}", SOLUTION * 3, "3", {}) for number in range(300)]
+    roles, filled_in = ["student", "teacher"], []
+
+    def fill_in(text, values):
+        filled_in.extend(values)
+        return templates.fill_in(text, values)
+
+    monkeypatch.setattr("opsd.data.prompts.fill_in", fill_in)
+    check = ContextCheck(prompts, roles)
+    assert fitting_rows(rows, prompts, roles, 10, 10**6, print, check=check) == rows
+    assert len(filled_in) == 600

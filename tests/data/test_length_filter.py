@@ -142,6 +142,6 @@ def test_chat_templates_that_rewrite_a_message_have_no_bound(template, bounded):
     tokenizer.chat_template = template
     prompts = prompts_of(tokenizer)
     for row in rows_of([1, 30]):
-        most = prompts.longest(row, "student")
+        (most,) = prompts.longest([row], "student")
         assert (most is not None) == bounded
         assert most is None or len(prompts.ids(row, "student")) <= most

@@ -10,7 +10,7 @@ from helpers.training_cases import quiet, write_model, write_rows
 
 from opsd.cli.main import main
 from opsd.common.files import read_lines
-from opsd.common.templates import compile_template
+from opsd.common.templates import fill_in
 from opsd.config.load import load_config
 from opsd.quickstart.recipe import method_config
 from opsd.quickstart.settings import Asked
@@ -102,8 +102,8 @@ def test_the_gpu_studys_runs_pass_a_dry_run(name, files, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "The student's context of the first row" in shown and "Nothing was trained" in shown
     if name in ("cold-start", "teacher", "sft"):  # the task's mark is gone, the answer boxed
-        target = compile_template("target", load_config(path).prompts.target)
-        text = target.render(solution="2 + 2 = 4 items\n#### 4", answer="4")
+        row = {"solution": "2 + 2 = 4 items\n#### 4", "answer": "4"}
+        (text,) = fill_in(load_config(path).prompts.target, [row])
         assert text == "2 + 2 = 4 items\n\nThe answer is \\boxed{4}."
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from opsd.common.errors import UserError
+from opsd.common.workers import _Worker
 from opsd.data.boxed import last_boxed
 from opsd.grading import grader as grading
 from opsd.grading.grader import Grade, Grader
@@ -109,7 +110,7 @@ def test_easy_answers_start_no_process():
         grades = grader.grade([boxed("4"), boxed("5"), "four"], ["4", "4", "4"])
         assert [grade.correct for grade in grades] == [True, False, False]
         assert grades[2] == Grade(False, "no \\boxed answer", None)
-        assert grader._pool == []
+        assert grader._workers.pool == []
 
 
 MATHEMATICS = [
@@ -172,7 +173,7 @@ def test_works_off_the_main_thread_and_from_several(grader):
 def test_an_endless_answer_costs_its_worker_and_nothing_else():
     with Grader(timeout=1.5) as grader:
         assert grader.grade([boxed("2x/4")], ["1x/2"])[0].correct
-        first = grader._pool[0].process
+        first = grader._workers.pool[0].process
         hostile = boxed("(x+y+z+w)^{200}")
         grades = grader.grade(
             [hostile, boxed("3x/6"), hostile, boxed("1x/4")], ["5x/7", "1x/2", "5x/7", "1x/2"]
@@ -231,7 +232,7 @@ def test_what_is_too_large_and_what_is_not():
     with Grader() as grader:  # the same text needs no computing
         assert grader.grade([boxed("2^{3^{2024}}")], ["2^{3^{2024}}"])[0].correct
         grade = grader.grade([boxed("2^{3^{2025}}")], ["2^{3^{2024}}"])[0]
-        assert not grade.correct and grade.failed and grader._pool == []
+        assert not grade.correct and grade.failed and grader._workers.pool == []
 
 
 def test_an_answer_that_needs_too_much_memory_costs_its_worker(tmp_path, monkeypatch):
@@ -255,8 +256,8 @@ def test_a_worker_killed_from_outside_while_idle_costs_no_verdict():
     with Grader(workers=2) as grader:
         pairs = [boxed("2x/4"), boxed("3x/6"), boxed("4x/8")], ["1x/2"] * 3
         grader.grade(*pairs)
-        assert len(grader._pool) == 2
-        for worker in grader._pool:
+        assert len(grader._workers.pool) == 2
+        for worker in grader._workers.pool:
             worker.process.kill()
             worker.process.wait()
         assert all(grade.correct for grade in grader.grade(*pairs))
@@ -282,21 +283,21 @@ def test_an_interrupted_call_leaves_no_stale_reply(monkeypatch):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(grader, "_collect", interrupt)
+            patch.setattr(_Worker, "receive", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 grader.grade([boxed("2x/4")], ["1x/2"])
-        assert grader._pool == []
+        assert grader._workers.pool == []
         assert not grader.grade([boxed("1x/3")], ["1x/2"])[0].correct
 
 
 def test_close_and_collection_end_the_workers():
     grader = Grader()
     grader.grade([boxed("2x/4")], ["1x/2"])
-    process = grader._pool[0].process
+    process = grader._workers.pool[0].process
     grader.close()
     assert process.poll() is not None
     assert grader.grade([boxed("2x/4")], ["1x/2"])[0].correct  # and it can start again
-    process = grader._pool[0].process
+    process = grader._workers.pool[0].process
     del grader
     assert process.poll() is not None
 
@@ -308,7 +309,7 @@ def test_a_script_without_a_main_guard_and_without_torch(tmp_path):
         "from opsd.grading.grader import Grader\n"
         "grader = Grader()\n"
         "grade = grader.grade([r'\\boxed{2x/4}'], ['x/2'])[0]\n"
-        "worker = grader._pool[0].process.pid\n"
+        "worker = grader._workers.pool[0].process.pid\n"
         "loaded = [name in sys.modules for name in ('torch', 'sympy')]\n"
         "print(json.dumps([grade.correct, worker, *loaded]))\n"
     )

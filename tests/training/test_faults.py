@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from opsd.cli.main import main
 from opsd.common.files import read_lines
+from opsd.common.workers import _Worker
 from opsd.config.load import save_config
-from opsd.grading.grader import Grader, _Worker
+from opsd.grading.grader import Grader
 from opsd.runs.log import RunLog
 
 SHORT = {"train": {"steps": 3, "save_every": 1}, "eval": {"problems": 0}}
@@ -178,11 +179,11 @@ def test_a_clock_that_jumps_changes_nothing(hours, files, straight, tmp_path, mo
 def test_a_grading_worker_that_is_killed_in_its_work_costs_one_answer(monkeypatch):
     give, count = _Worker.give, [0]
 
-    def killed(self, job, timeout):
+    def killed(self, job):
         count[0] += 1
         if count[0] == 2:
             os.kill(self.process.pid, signal.SIGSTOP)  # or it might be done before it is killed
-        give(self, job, timeout)
+        give(self, job)
         if count[0] == 2:
             self.process.kill()
 

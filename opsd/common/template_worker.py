@@ -1,0 +1,93 @@
+"""What a worker process (`workers`) of templates does: parse, compile, fill in. Needs no torch."""
+
+import datetime
+import pickle
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, meta
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MOST = 20_000_000  # bytes that one filling in may make
+MADE, REFUSED = b"+", b"-"
+END = b"\xff"  # of a text; no byte of UTF-8
+
+# Undefined names are errors, since a misspelt column must not become "".
+_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+
+
+def make() -> Callable[[bytes], bytes]:
+    """What answers jobs in a worker; before its memory is limited, all that it needs is loaded."""
+    if "transformers" not in sys.modules:
+        # `import transformers` takes ten times as long, and does not help to fill in templates.
+        for name in ("transformers", "transformers.utils"):
+            package = ModuleType(name)
+            package.__path__ = find_spec(name).submodule_search_locations or []
+            sys.modules[name] = package
+    _of_chats()
+    return answer
+
+
+def answer(job: bytes) -> bytes:
+    """Answers the pickle of a function's name, its arguments, and the values."""
+    calls: dict[str, Callable] = {"names": names, "prompts": prompts, "chats": chats}
+    try:
+        name, arguments, values = pickle.loads(job)
+        # Half a surrogate pair is no text that a tokenizer could take: an error.
+        texts = [text.encode() + END for text in calls[name](*arguments, values)]
+        if max(map(len, texts), default=0) > MOST:
+            raise SecurityError(f"it makes too much: more than {MOST:,} bytes")
+        return b"".join((MADE, *texts))
+    except MemoryError:
+        raise
+    except Exception as error:  # a template's expressions can raise anything, as 1 / 0 does
+        return REFUSED + str(error)[:2000].encode(errors="backslashreplace")
+
+
+def names(text: str, values: Sequence[Any]) -> list[str]:
+    """The variables that a template uses but does not set."""
+    return sorted(meta.find_undeclared_variables(_ENVIRONMENT.parse(text)))
+
+
+def prompts(text: str, values: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The template's text for each of the values; for none it is compiled all the same."""
+    render = _compiled(text).render
+    for one in values:
+        _fix_chance(text, one)
+        yield render(one)
+
+
+def chats(text: str, arguments: dict, date: datetime.date, values: Sequence) -> Iterator[str]:
+    """A chat template's text for each (messages, add_generation_prompt).
+
+    arguments: special tokens, tools, documents and the role's own; date: what it takes for today.
+    """
+    of_chats = _of_chats()
+    of_chats._compile_jinja_template(text).globals["strftime_now"] = date.strftime
+    for messages, prompt in values:
+        _fix_chance(text, messages)
+        said = [{key: v for key, v in one.items() if v is not None} for one in messages]
+        more = {"chat_template": text, "add_generation_prompt": prompt, **arguments}
+        yield of_chats.render_jinja_template([said], **more)[0][0]
+
+
+def _of_chats() -> ModuleType:
+    return import_module("transformers.utils.chat_template_utils")
+
+
+def _fix_chance(text: str, values: Any) -> None:
+    """Makes `random` and `lipsum` the same each time, in whatever order and process."""
+    if "random" in text or "lipsum" in text:
+        random.seed(repr(values))
+
+
+@cache
+def _compiled(text: str) -> Template:
+    return _ENVIRONMENT.from_string(text)

@@ -1,0 +1,68 @@
+"""The worker's side of `workers`: it answers jobs within limits, and ends with its parent.
+
+A message is its length in eight bytes, then a status byte and a body. No torch is loaded here.
+"""
+
+import contextlib
+import fcntl
+import os
+import resource
+import select
+import signal
+import sys
+from importlib import import_module
+from pathlib import Path
+
+LENGTH = 8  # bytes of a message's length
+DONE, NO_MEMORY, NO_START = b"+", b"m", b"!"
+
+
+def main() -> None:
+    """Answers jobs until stdin ends. What answers them is made by the module named first.
+
+    The kernel ends a job beyond `seconds`: CPU time, since on a busy machine an honest job may wait
+    for its turn; by the signal's default action, since a handler of Python's cannot interrupt one
+    long computation in C. A job beyond the memory is the last: the next needs a clean process.
+    """
+    module, seconds, memory, watched, *arguments = sys.argv[1:]
+    end_with_parent(int(watched))
+    # Whatever a library prints must not end up between our messages.
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def send(status: bytes, body: bytes = b"") -> None:
+        replies.write((1 + len(body)).to_bytes(LENGTH) + status + body)
+        replies.flush()
+
+    try:
+        answer = import_module(module).make(*arguments)
+        with contextlib.suppress(ValueError, OSError):  # macOS has no limit of memory
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + int(memory)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    except Exception as error:
+        send(NO_START, f"{type(error).__name__}: {error}".encode())
+        return
+    send(DONE)
+    while header := sys.stdin.buffer.read(LENGTH):
+        try:
+            job = sys.stdin.buffer.read(int.from_bytes(header))
+            signal.setitimer(signal.ITIMER_PROF, float(seconds))
+            made = answer(job)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            send(DONE, made)
+        except MemoryError:
+            send(NO_MEMORY)
+            return
+
+
+def end_with_parent(watched: int) -> None:
+    """Lets the kernel end this process when the other end of the pipe `watched` closes.
+
+    An idle worker would end with its stdin, a busy one only with its limit of time. Not
+    PR_SET_PDEATHSIG: that follows the thread that started the worker, which may end before.
+    """
+    fcntl.fcntl(watched, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(watched, fcntl.F_SETFL, fcntl.fcntl(watched, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([watched], [], [], 0)[0]:  # closed before we looked
+        os._exit(1)

@@ -1,0 +1,183 @@
+"""Processes for work on what strangers wrote, with limits of processor time and memory.
+
+The kernel counts, and a job that is too much costs its worker, which is replaced. Counting inside
+of a process cannot hold. Starts nothing until it must, and imports no torch.
+
+The pool is our own because those of concurrent.futures, multiprocessing and pebble start their
+workers by importing the caller's main module again: a script without a main guard then fails, and a
+worker that holds the caller's torch exceeds its memory limit. Their time limits count wall-clock
+time, by which honest jobs fail on a busy machine.
+
+What holds on macOS and Windows: SECURITY.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from opsd.common.errors import UserError
+from opsd.common.worker_process import DONE, LENGTH, NO_MEMORY
+
+_START_SECONDS = 120.0  # importing sympy from a cold disk on a busy machine
+_PATIENCE = 30.0, 6.0  # wall-clock seconds until a worker is killed from here: for any, per CPU's
+_PIPE = 1 << 20  # bytes that wait in a pipe, so that a message is few of its turns
+
+# The same opsd as its parent's; whatever else lies beside it must not shadow other modules.
+_MAIN = (
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); "
+    "from opsd.common.worker_process import main; sys.path.pop(0); main()"
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job without an answer: "time" or "memory" ran out, or its worker was "killed"."""
+
+    why: str
+
+
+class _Worker:
+    """One process, which answers one job at a time."""
+
+    def __init__(self, module: str, seconds: float, memory: int, arguments: Sequence[str]):
+        watched, self._watch = os.pipe()
+        # -P: nothing of the working directory is imported. A session of its own: Ctrl-C in the
+        # terminal is for the parent, which then kills its workers in order.
+        limits = [str(seconds), str(memory), str(watched)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _MAIN, module, *limits, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,
+            pass_fds=[watched],
+        )
+        os.close(watched)
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(AttributeError, OSError):  # Linux only, and only up to a limit
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE)
+
+    def give(self, job: bytes) -> None:
+        """Raises BrokenPipeError if the process is gone."""
+        for part in (len(job).to_bytes(LENGTH), job):
+            rest = memoryview(part)
+            while rest:
+                rest = rest[self.process.stdin.write(rest) :]
+
+    def receive(self, patience: float) -> tuple[bytes, bytes] | Ended:
+        """The next reply's status and body, if it comes within so many seconds."""
+        deadline, received, end = time.monotonic() + patience, bytearray(), LENGTH
+        news = select.poll()
+        news.register(self.process.stdout, select.POLLIN)
+        while len(received) < end:
+            if not news.poll(1000 * max(0.0, deadline - time.monotonic())):
+                return Ended("time")
+            chunk = self.process.stdout.read(_PIPE)
+            if not chunk:  # it ended: by its own limit of CPU time?
+                return Ended("time" if self.process.wait() == -signal.SIGPROF else "killed")
+            received += chunk
+            end = LENGTH + max(1, int.from_bytes(received[:LENGTH]))
+        status, body = received[LENGTH : LENGTH + 1], received[LENGTH + 1 :]
+        return Ended("memory") if status == NO_MEMORY else (bytes(status), bytes(body))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        os.close(self._watch)
+
+
+def _kill_all(pool: list[_Worker]) -> None:
+    while pool:
+        pool.pop().kill()
+
+
+class Workers:
+    """A pool that answers jobs, each in one of its processes.
+
+    module: has `make(*arguments)`, which returns what answers a job: bytes → bytes; seconds: of
+    CPU time for a job; memory: bytes that each may take beside what it starts with; most: processes
+    at most. May be called from any thread. Workers start when first needed, are replaced when they
+    die, and end with `close()`, with the object, or with this process, however it ends.
+    """
+
+    def __init__(
+        self, module: str, *arguments: str, seconds: float, memory: int, most: int = 1
+    ) -> None:
+        self._made_by = module, seconds, memory, arguments
+        self.most = most
+        self.patience = _PATIENCE[0] + _PATIENCE[1] * seconds
+        self.pool: list[_Worker] = []
+        self._idle: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _kill_all, self.pool)  # also runs at exit
+        os.register_at_fork(after_in_child=self.pool.clear)  # they are the parent's
+
+    def close(self) -> None:
+        """Ends the workers. The pool can be used again; it then starts new ones."""
+        _kill_all(self.pool)
+
+    def answers(self, jobs: Sequence[bytes]) -> list[bytes | Ended]:
+        """The answer to each job, the workers busy side by side. Raises UserError
+        where they do not start."""
+        with self._lock:
+            self._idle = [one for one in self.pool if one.process.poll() is None]
+            for died in set(self.pool) - set(self._idle):  # while idle: nobody's fault
+                self._discard(died)
+            threads = None if len(jobs) == 1 else ThreadPoolExecutor(self.most)
+            try:
+                return list((threads.map if threads else map)(self._answer, jobs))
+            except BaseException:  # Ctrl-C: no waiting, and no reply left for the next job
+                for worker in list(self.pool):
+                    worker.process.kill()
+                if threads:
+                    threads.shutdown(cancel_futures=True)
+                self.close()
+                raise
+            finally:
+                if threads:
+                    threads.shutdown()
+
+    def _answer(self, job: bytes) -> bytes | Ended:
+        worker = self._idle.pop() if self._idle else self._started()
+        try:
+            worker.give(job)
+            reply = worker.receive(self.patience)
+        except BrokenPipeError:
+            reply = Ended("killed")
+        if isinstance(reply, Ended):
+            self._discard(worker)
+            return reply
+        self._idle.append(worker)
+        return reply[1]
+
+    def _started(self) -> _Worker:
+        for _ in range(3):  # one or two may be killed by somebody else
+            worker = _Worker(*self._made_by)
+            self.pool.append(worker)
+            reply = worker.receive(_START_SECONDS)
+            if not isinstance(reply, Ended) and reply[0] == DONE:
+                return worker
+            self._discard(worker)
+        said = reply.why if isinstance(reply, Ended) else reply[1].decode(errors="replace")
+        raise UserError(f"{self._made_by[0]} does not start in a process of its own ({said})")
+
+    def _discard(self, worker: _Worker) -> None:
+        self.pool.remove(worker)
+        worker.kill()

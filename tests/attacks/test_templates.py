@@ -1,0 +1,77 @@
+"""Templates that take time or memory, or reach for Python's insides: made up, and all bounded."""
+
+import time
+
+import pytest
+
+from opsd.common import templates
+from opsd.common.templates import TemplateFailure, fill_in, names
+from opsd.common.workers import Workers
+
+ATOMS = ["x", "9", "'ab'", "[1, 'a']", "(x, x)", "{'a': x}", "range(999)|list", "1.5", "n.t", "y"]
+FILTERS = (
+    "string list sum join length sort reverse unique upper title int float abs first last random "
+    "tojson pprint urlize striptags wordcount wordwrap forceescape dictsort items batch(9) "
+    "slice(9) round(9) center(99999) indent(99999) replace('','ab') truncate(9) format(x) xmlattr "
+    "groupby('a') map('string') attr('__class__') default(x) filesizeformat"
+).split()
+BINARY = ["+", "-", "*", "**", "%", "//", "/", "~", "==", "<", "in", "and", "or"]
+STATEMENTS = [
+    "{{ § }}",
+    "{% set y = § %}",
+    "{% for i in § %}{{ i }}{% endfor %}",
+    "{% if § %}a{% endif %}",
+    "{% for i in range(60) %}{% set n.t = § %}{% endfor %}",
+    "{% macro f(a) %}{{ f(§) }}{% endmacro %}{{ f(x) }}",
+]
+METHODS = ["format(x)", "ljust(10**9)", "split('a')", "__class__", "__init__.__globals__", "mro()"]
+
+
+def expression(draw, depth: int) -> str:
+    """An expression of operators, filters and methods in each other."""
+    if depth == 0:
+        return draw.choice(ATOMS)
+    kind = draw.randrange(5)
+    inside = expression(draw, depth - 1)
+    if kind == 0:
+        return f"({inside} {draw.choice(BINARY)} {expression(draw, depth - 1)})"
+    if kind == 1:
+        return f"({inside})|{draw.choice(FILTERS)}"
+    if kind == 2:
+        return f"({inside}).{draw.choice(METHODS)}"
+    if kind == 3:
+        return f"({inside} * {10 ** draw.randrange(10)})"
+    return f"(({inside})" + f"|{draw.choice(FILTERS)}" * draw.randrange(60) + ")"
+
+
+def hostile_template(draw) -> str:
+    """Loops, macros and sets around expressions, some of them broken off."""
+    text = ""
+    for _ in range(draw.randrange(1, 4)):
+        made = expression(draw, draw.randrange(1, 5))
+        text += draw.choice(STATEMENTS).replace("§", made)
+    text = "{% set n = namespace(t='a') %}{% set y = 1 %}" + text
+    return text[: draw.randrange(len(text))] if draw.random() < 0.1 else text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Workers with a fifth of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        workers = Workers("opsd.common.template_worker", seconds=0.2, memory=templates.MEMORY)
+        patch.setattr(templates, "_WORKERS", workers)
+        yield
+        workers.close()
+
+
+def test_a_template_makes_text_or_one_line(draw):
+    for _ in range(4):
+        text = hostile_template(draw)
+        before = time.process_time()
+        names(text)
+        try:
+            (made,) = fill_in(text, [{"x": 9}])
+            assert len(made) <= 20_000_000 and "object at 0x" not in made[:1000]
+        except TemplateFailure as failure:
+            assert len(str(failure)) <= 2000
+        assert time.process_time() - before < 1  # here; the worker has limits of its own

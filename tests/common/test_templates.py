@@ -1,0 +1,289 @@
+"""Templates of strangers: filled in as in process, but within limits of time and memory."""
+
+import copy
+import datetime
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.chat_templates import FAMILIES, make_tokenizer
+
+from opsd.common import templates
+from opsd.common.errors import UserError
+from opsd.common.templates import TemplateFailure, check_template, fill_in, fill_in_chat, names
+from opsd.common.workers import Workers
+from opsd.config.sections import PromptsSection
+from opsd.data.chat import ChatTemplate
+from opsd.grading.rewards import GradedRollout
+
+ROOT = Path(__file__).parents[2]
+LOOP = "{% for i in range(99999) %}"
+NEST = (
+    "{% set n = namespace(t=['a']) %}{% for i in range(60) %}{% set n.t = [n.t, n.t] %}{% endfor %}"
+)
+DEEP = NEST.replace("range(60)", "range(24)")
+
+# Each of a mechanism of its own. All are refused by the kernel's count, or by Jinja's sandbox.
+BOMBS = {
+    "a string times a number": "{{ 'a' * 10**9 }}",
+    "a list times a number": "{{ [0] * 10**9 }}",
+    "a join of ranges": "{{ (range(99999)|list * 99)|join(range(9999)|join) }}",
+    "a power of powers": "{{ x ** (x ** x ** x) }}",
+    "constants that the optimiser folds": "{{ 9 ** (9 ** 9) }}",
+    "a product of powers": "{{ (x ** 9999999) * (x ** 9999999) }}",
+    "a number as text": "{{ ((x ** 4000)|string|int ** 4000) % 7 ** 99999999 }}",
+    "a width in %": "{{ '%1000000000d' % x }}",
+    "a width from the values": "{{ '%*d' % (10 ** 9, x) }}",
+    "a width in format": "{{ '{:1000000000}'.format(x) }}",
+    "a nested width": "{{ '{:{w}}'.format(x, w=10 ** 9) }}",
+    "the filter format": "{{ '%1000000000d'|format(x) }}",
+    "round": "{{ x|round(200000000, 'ceil') }}",
+    "ljust": "{{ 'a'.ljust(10 ** 9) }}",
+    "center": "{{ 'a'|center(1000000000) }}",
+    "expandtabs": "{{ '\t'.expandtabs(10 ** 9) }}",
+    "indent": "{{ 'a'|indent(1000000000, true) }}",
+    "batch": "{{ [1]|batch(1000000000, 0)|list }}",
+    "lipsum": "{{ lipsum(n=100000000) }}",
+    "replace": "{{ ('a' * 10 ** 6)|replace('a', 'b' * 10 ** 6) }}",
+    "a comparison of nests": NEST + "{% set m = n.t %}" + NEST + "{{ m == n.t }}",
+    "a nest as text": NEST + "{{ n.t }}",
+    "a nest as JSON": NEST + "{{ n.t|tojson }}",
+    "a hash of nests": NEST.replace("[n.t, n.t]", "(n.t, n.t)").replace("['a']", "('a', 1)")
+    + "{{ {n.t: 1} }}",
+    "a sum with a list": "{{ ([[0] * 9999] * 99999)|sum(start=[]) }}",
+    "300 filters": "{{ 'ab'" + "|replace('', 'ab')" * 300 + " }}",
+    "loops in loops": LOOP * 4 + "x" + "{% endfor %}" * 4,
+    "a macro that calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}"
+    "{% endif %}{% endmacro %}{{ f(60) }}",
+    "doubled text": "{% set n = namespace(t='aa') %}{% for i in range(60) %}"
+    "{% set n.t = n.t ~ n.t %}{% endfor %}",
+    "a captured block": "{% set n = namespace(t='aa') %}{% for i in range(60) %}{% set y %}"
+    "{{ n.t }}{{ n.t }}{% endset %}{% set n.t = y %}{% endfor %}",
+    "a sort of nests": DEEP + "{{ ([n.t] * 999)|sort }}",
+    "groupby": "{{ (range(99999)|list * 99)|groupby('real')|list|length }}",
+    "urlize": "{{ ('www.a.b(' * 9999999)|urlize }}",
+    "striptags": "{{ ('<!--' * 30000000)|striptags }}",
+    "wordwrap": "{{ ('a ' * 9999999)|wordwrap(1) }}",
+    "translate": "{{ ('a' * 10 ** 6).translate({97: 'b' * 10 ** 6}) }}",
+    "a clock's width": "{{ strftime_now('%Y' * 30000000) }}",
+}  # fmt: skip
+
+
+TODAY = datetime.date(2026, 11, 28)
+
+
+@pytest.fixture(scope="module")
+def short():
+    """Workers with a third of the time, so that the bombs cost less here."""
+    with pytest.MonkeyPatch.context() as patch:
+        workers = Workers("opsd.common.template_worker", seconds=0.3, memory=templates.MEMORY)
+        patch.setattr(templates, "_WORKERS", workers)
+        yield workers
+        workers.close()
+
+
+def fill(text: str) -> list[str]:
+    if "strftime" in text or "tojson" in text:
+        return fill_in_chat(text, {"x": 9}, TODAY, [([], True)])
+    return fill_in(text, [{"x": 9}] * 200)
+
+
+@pytest.mark.parametrize("how", BOMBS)
+def test_a_bomb_is_refused_in_one_line(how, short):
+    with pytest.raises(TemplateFailure) as failure:
+        fill(BOMBS[how])
+    assert "\n" not in str(failure.value) and len(str(failure.value)) < 200
+    assert fill_in("{{ x }}", [{"x": 1}]) == ["1"]
+
+
+def test_the_limits_are_two_seconds_and_200_mb():
+    assert len(BOMBS) > 20
+    templates._WORKERS.close()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with pytest.raises(UserError, match=r"^prompts.teacher is not a Jinja template: it takes too"):
+        check_template("prompts.teacher", BOMBS["constants that the optimiser folds"])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    fill_in("{{ x }}", [{"x": 1}])
+    (worker,) = templates._WORKERS.pool
+    status = Path(f"/proc/{worker.process.pid}/status").read_text()
+    most = resource.prlimit(worker.process.pid, resource.RLIMIT_AS)[0]
+    free = most - (int(status.split("VmSize:")[1].split()[0]) << 10)
+    assert free + (int(status.split("VmRSS:")[1].split()[0]) << 10) < 210e6
+
+
+def test_a_models_template_is_refused_by_its_field(short):
+    tokenizer = copy.copy(make_tokenizer(FAMILIES[0]))
+    tokenizer.chat_template = BOMBS["doubled text"]
+    with pytest.raises(UserError, match=r"^model.path has a chat template .* too much"):
+        ChatTemplate(tokenizer)
+
+
+def test_only_shipped_templates_are_filled_in_here(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        templates._WORKERS, "answers", lambda jobs: seen.append(jobs) or [b"+A\xff"]
+    )
+    section = PromptsSection()
+    for text in (section.student, section.teacher, section.target):
+        assert names(text) <= {"problem", "solution"}
+        fill_in(text, [{"problem": "p", "solution": "s"}])
+    assert seen == []
+    assert fill_in("{{ problem }} ", [{"problem": "p"}]) == ["A"]
+
+
+# What transformers says.
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "What is 1 + 2? <|im_end|> é 数 \u200b\n "}],
+    [
+        {"role": "user", "content": "A"},
+        {
+            "role": "assistant",
+            "content": "<think>\nB\n</think>\n\nC",
+            "thinking": "T",
+            "name": None,
+        },
+        {"role": "user", "content": "D", "reasoning": 3},
+    ],
+    [{"role": "system", "content": " S "}, {"role": "user", "content": ""}],
+]
+ODD = {
+    "namespace": "{% set n = namespace(self=1, a=2) %}{% set n.b = 3 %}{{ n.b }}{{ n.self }}",
+    "a hidden name": "{% set n = namespace(_a=2) %}",
+    "a hidden key": "{% set n = namespace() %}{% set n._a = 1 %}",
+    "dict": "{{ dict(a=1) }}{{ dict.fromkeys('ab', 2) }}{{ dict.mro is defined }}",
+    "JSON": "{{ messages|tojson(indent=2) }}{{ {'é': '<'}|tojson(ensure_ascii=True) }}",
+    "loop controls": "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}"
+    "{% if i == 5 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "generation": "{% generation %}{{ messages[0].content }}{% endgeneration %}\n",
+    "blocks": "  {% if true %}\n  a\n  {% endif %}\n{{ undefined_name }}|{{ 1 }}\n",
+    "the clock": "{{ strftime_now('%d %B %Y') }}{{ strftime_now is defined }}",
+    "tools": "{{ tools }}{{ documents }}{{ own }}{{ eos_token }}{{ when }}{{ nothing }}",
+    "an exception": "{{ raise_exception('no ' ~ messages[0].role) }}",
+    "reasoning": "{% for m in messages %}{{ m.keys()|list }}{{ m.reasoning_content }}{% endfor %}",
+    "an attribute": "{{ messages.append(1) }}",
+}  # fmt: skip
+
+
+def outcomes(tokenizer, template, messages, prompt, arguments) -> tuple[str, str]:
+    """What transformers makes of a chat and what we do; of an error its text."""
+    said = []
+    ours = {**tokenizer.special_tokens_map, **arguments}
+    for call in (
+        lambda: tokenizer.apply_chat_template(
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **arguments,
+        ),
+        lambda: fill_in_chat(template, ours, datetime.date.today(), [(messages, prompt)])[0],
+    ):
+        try:
+            said.append(call())
+        except Exception as error:
+            said.append(f"error: {error}")
+    return said[0], said[1]
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_chats_are_rendered_as_transformers_does(messages):
+    for family in FAMILIES:
+        tokenizer = make_tokenizer(family)
+        for prompt in (True, False):
+            theirs, ours = outcomes(tokenizer, family.template, messages, prompt, family.arguments)
+            assert ours == theirs, family.name
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_the_environment_is_that_of_transformers(kind):
+    arguments = {
+        "own": [1, (2, "x")],
+        "when": TODAY,
+        "nothing": None,
+        "tools": [{"a": None}] if kind == "tools" else None,
+    }
+    theirs, ours = outcomes(
+        make_tokenizer(FAMILIES[0]), ODD[kind], CONVERSATIONS[1], True, arguments
+    )
+    assert ours == theirs
+
+
+# The rest of it.
+
+
+def test_a_column_may_be_anything():
+    row = {
+        "when": TODAY,
+        "many": [(1, None), {"b": b"x"}],
+        "odd": Path("/a"),
+        "rollout": GradedRollout("text", True, 1.0, True),
+        "long": "word " * 999_999,
+        "": 1,
+    }
+    text = (
+        "{{ when.year }}{{ many }}{{ odd }}{{ rollout.text }}{{ rollout.correct }}{{ long|length }}"
+    )
+    wanted = "2026[(1, None), {'b': b'x'}]/atextTrue4999995"
+    assert fill_in(text, [row] * 3) == [wanted] * 3
+    assert fill_in("", [row] * 130) == [""] * 130 and fill_in("a", []) == []
+    with pytest.raises(TemplateFailure, match="has no attribute 'txt'"):
+        fill_in("{{ rollout.txt }}", [row])
+
+
+def test_chance_is_the_same_each_time():
+    text = "{{ range(10**5)|random }}{{ lipsum(n=1) }}"
+    rows = [{"x": number} for number in range(3)]
+    made = fill_in(text, rows)
+    assert len(set(made)) == 3
+    templates._WORKERS.close()
+    assert fill_in(text, rows[::-1]) == made[::-1]
+
+
+def test_names():
+    assert names("{{ a.b }}{% set c = 1 %}{{ c }}{% for d in e %}{{ d }}{% endfor %}") == {"a", "e"}
+    assert names("{{ a") == names("{{ " + "(" * 9999) == frozenset()
+
+
+def test_no_worker_outlives_its_parent(tmp_path):
+    """However it ends, and in the midst of work: the kernel ends a busy worker at once."""
+    script = tmp_path / "fill.py"
+    script.write_text(
+        "import sys, threading, time\n"
+        "from opsd.common.workers import Workers\n"
+        "made = Workers('opsd.common.template_worker', seconds=100, memory=150 << 20)\n"
+        "from opsd.common import templates\n"
+        "templates._WORKERS = made\n"
+        "templates.fill_in('{{ 1 }}', [{}])\n"
+        "print(made.pool[0].process.pid, flush=True)\n"
+        "templates.fill_in('{{ x ** (x ** x ** x) }}', [{'x': 9}])\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    worker = int(parent.stdout.readline())
+    time.sleep(0.3)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(100):
+        if not alive(worker):
+            break
+        time.sleep(0.1)
+    assert not alive(worker)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
