@@ -35,7 +35,7 @@ def load_model(
     """The model and its tokenizer; in fp32, the dtype of weights that train, unless told otherwise.
 
     For a directory with an adapter: its base model with the adapter added to the weights. `name`
-    is the config's section of the model, for error messages. `model.stored_dtype` is what the
+    is the config's section of the model, for error messages. The model's `stored_dtype` is what the
     weights have in their files.
 
     Raises UserError when there is no such model, or its tokenizer has no end-of-sequence token.
