@@ -23,7 +23,7 @@ class Stage:
     """One piece of work on display; a context manager, made by `Display.stage`."""
 
     def __init__(self, display: "Display", title: str, total: int | None, unit: str):
-        self.title, self.total, self.unit = shown(title), total, unit
+        self.title, self.total, self.unit = shown(title), total, shown(unit)
         self.completed = 0
         self.fields: dict[str, object] = {}
         self._display = display
@@ -122,7 +122,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """One line (or several) that stays."""
-        self._line(self._indent() + text)
+        self._line(self._indent() + text, keep="\n")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table that stays; columns of numbers are aligned to the right."""
@@ -250,11 +250,11 @@ class Display:
             lines.append(Text(measured, "dim", no_wrap=True, overflow="ellipsis"))
         return Group(*lines)
 
-    def _line(self, *parts: str | tuple[str, Any]) -> None:
-        """A line (or several) that stays, of text and (text, style). Text from outside can do
+    def _line(self, *parts: str | tuple[str, Any], keep: str = "") -> None:
+        """A line that stays, of text and (text, style). Text from outside can do
         nothing to the terminal; a pipe gets it at once, and never an encoding error."""
         styled = [(part, "") if isinstance(part, str) else part for part in parts]
-        styled = [(shown(text, keep="\n"), style) for text, style in styled]
+        styled = [(shown(text, keep), style) for text, style in styled]
         if self._console:
             from rich.text import Text
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from opsd.cli.main import main
+from opsd.common.display import Display
 
 SEQUENCES = [
     "\x1b[2J", "\x1b[31m", "\x1b]0;title\x07", "\x1b]52;c;aGk=\x07", "\x1b]8;;http://x\x1b\\",
@@ -44,3 +45,13 @@ def test_an_error_line_holds_no_control_character(draw, config, capsys):
     assert main(["train", str(config)]) == 1
     line = capsys.readouterr().err
     assert line.startswith("opsd: ") and obeyed(line) == ["\n"]
+
+
+def test_a_display_shows_what_it_does_not_obey(draw, capsys):
+    text = hostile_text(draw)
+    display = Display()
+    display.note(text)
+    display.table(text, [text], [[text], [""]])
+    with display.stage(text) as stage:
+        stage.advance(**{text: text})
+    assert set(obeyed(capsys.readouterr().out)) == {"\n"}

@@ -4,6 +4,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import time
 import pytest
 
 from opsd.common.display import Display
-from opsd.common.format import duration, labelled, number, percent, size
+from opsd.common.format import duration, labelled, number, percent, shown, size
 
 
 class FakeTerminal(io.StringIO):
@@ -207,3 +208,50 @@ def test_units():
     assert labelled("peak_memory_bytes", 4.2e9) == "peak memory 4.2 GB"
     assert labelled("divergence", None) == "divergence –"
     assert labelled("method", "opsd") == "method opsd"
+
+
+# Text from outside.
+
+ACTED_UPON = {
+    *map(chr, (*range(32), *range(127, 160), *range(0x200B, 0x2010), *range(0x2028, 0x202F))),
+    *map(chr, (*range(0x2060, 0x2065), *range(0x2066, 0x2070), *range(0xE0020, 0xE0080))),
+    *"\xad\u061c\u180e\ufeff\udc80",
+}
+SEQUENCES = [
+    "\x1b]0;title\x07", "\x1b]52;c;aGk=\x07", "\x1b]8;;http://x\x1b\\text\x1b]8;;\x1b\\", "\x1b[2J",
+    "\x9b31m", "\x1bP$q\x1b\\", "\x9d0;t\x9c", "[bold]b[/bold]", "[link=http://x]l[/link]", "[/]",
+    ":smile:", "a\r\nopsd: all is well",
+]  # fmt: skip
+
+
+def everything(display: Display, text: str, directory) -> None:
+    """Shows a text in every place that a display has, but a note, which may have several lines."""
+    display.table(f"{text}0", [f"{text}1", "b"], [[f"{text}2", "1"], ["c", f"{text}3"]])
+    display.paths(f"{text}4", {f"{text}5": directory / text.replace("\0", "").replace("/", "")})
+    with display.stage(f"{text}6", total=2, unit=text) as stage:
+        stage.advance(**{text: f"{text}7"})
+
+
+@pytest.mark.parametrize("text", ["".join(sorted(ACTED_UPON)), *SEQUENCES])
+@pytest.mark.parametrize("place", ["terminal", "pipe"])
+def test_text_from_outside_does_nothing(text, place, request, tmp_path, monkeypatch):
+    file = request.getfixturevalue(place)
+    monkeypatch.setenv("COLUMNS", "9000")
+    display = Display(file=file)
+    display.note(f"{text}8")
+    noted = file.getvalue()
+    everything(display, text, tmp_path)
+    written = noted.replace("\n", "") + file.getvalue()[len(noted) :]
+    assert not any(line.startswith("opsd:") for line in file.getvalue()[len(noted) :].splitlines())
+    if place == "terminal":  # what rich writes itself: styles, the bars' place, the paths' links
+        rich = r"\x1b\]8;(id=\d+;file://[!-~]*|;)\x1b\\|\x1b\[[\d;]*[mKA]|\x1b\[\?25[lh]|\r"
+        written = re.sub(rich, "", written)
+    assert set(written) & ACTED_UPON == {"\n"}
+    escaped = "".join(c.encode("unicode_escape").decode() if c in ACTED_UPON else c for c in text)
+    for place in "01234567" + "8" * ("\n" not in text):
+        assert f"{escaped}{place}" in written
+
+
+def test_what_is_printable_stays():
+    text = "Ünïcödé 数学 שלום \N{NO-BREAK SPACE}\N{THIN SPACE}½ 👍 e\N{COMBINING ACUTE ACCENT}"
+    assert shown(text) == text
