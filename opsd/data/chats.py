@@ -9,7 +9,13 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+}
 """Names that roles have elsewhere (ShareGPT), → ours."""
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
@@ -60,17 +66,19 @@ def as_messages(value: Any) -> list[dict[str, str]] | None:
         content = entry.get("content", entry.get("value"))
         if not isinstance(role, str):
             return None
+        role = ROLES.get(role.casefold(), role.casefold())
         if role in TOOLS or entry.get("tool_calls"):
             raise NotTextError("calls tools, whose results the model would be taught to make up")
         if isinstance(content, list):
-            parts = [part for part in content if isinstance(part, Mapping)]
+            parts = [{"text": part} if isinstance(part, str) else part for part in content]
+            parts = [part for part in parts if isinstance(part, Mapping)]
             kinds = {part.get("type", "text") for part in parts} - {"text"}
             if kinds:
                 raise NotTextError(f"holds parts that are no text: {', '.join(map(str, kinds))}")
             content = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
         if not isinstance(content, str):
             return None
-        messages.append({"role": ROLES.get(role, role), "content": content})
+        messages.append({"role": role, "content": content})
     return messages
 
 

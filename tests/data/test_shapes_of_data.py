@@ -119,6 +119,20 @@ CHATS = {
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "1 + 1?"}]}, ANSWER]},
         (),
     ),
+    "parts that are texts": ({"messages": [{**USER, "content": ["1 + ", "1?"]}, ANSWER]}, ()),
+    "roles in capitals": (
+        {"messages": [{**USER, "role": "User"}, {**ANSWER, "role": "ASSISTANT"}]},
+        (),
+    ),
+    "OASST": (
+        {
+            "conversations": [
+                {"from": "prompter", "value": "1 + 1?"},
+                {"from": "assistant", "value": "So 2."},
+            ]
+        },
+        (),
+    ),
     "a prompt and a solution": ({"prompt": [SYSTEM, USER], "solution": "So 2."}, (SYSTEM,)),
 }
 
