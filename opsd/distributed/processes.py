@@ -93,5 +93,5 @@ def _result(outcome: tuple[Any, Exception | None]) -> Any:
     value, error = outcome
     if error is None:
         return value
-    error.shared = True  # see `said_elsewhere`
+    error.shared = True  # type: ignore[attr-defined]  # see `said_elsewhere`
     raise error

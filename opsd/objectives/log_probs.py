@@ -9,7 +9,7 @@ Legend: N tokens, V vocabulary, D hidden width.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def sampled_log_prob(
     bias: Tensor | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
-    **how_logits_are_made: float | None,
+    **how_logits_are_made: Any,
 ) -> SampledLogProb:
     """log q of the tokens `targets` [N], of the states [N, D] that predict them.
 
@@ -63,15 +63,21 @@ def sampled_log_prob(
     greedy = sampling is None or sampling.temperature == 0  # the model's own distribution
     temperature = 1.0 if greedy else sampling.temperature
     if greedy or (sampling.top_p == 1 and sampling.top_k == 0):
-        options = {"memory_budget": memory_budget, "backend": backend, **how_logits_are_made}
         found = linear_log_prob(
-            hidden, weight, targets, bias=bias, temperature=temperature, **options
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            memory_budget=memory_budget,
+            backend=backend,
+            **how_logits_are_made,
         )
         return SampledLogProb(found.log_prob, found.entropy)
 
     def block(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits_of(hidden, weight, bias, **how_logits_are_made)
-        left = warpers(sampling)(targets[:, None], logits.detach()).isfinite()
+        left = warpers(sampling)(cast(Any, targets[:, None]), logits.detach()).isfinite()
         left = left.scatter(1, targets[:, None], True)
         log_q = (logits / temperature).masked_fill(~left, -torch.inf).log_softmax(-1)
         drawn = log_q.detach()
@@ -102,7 +108,7 @@ def token_log_prob(
     """
     weight, bias = (None if t is None else t[:vocabulary] for t in head(model))
     hidden, weight, bias = as_operands((hidden, weight, bias))
-    options = {"memory_budget": section.memory_budget, "backend": section.backend}
+    options: dict[str, Any] = {"memory_budget": section.memory_budget, "backend": section.backend}
     options |= head_arguments(model)
     with phase("loss"):
         return sampled_log_prob(hidden, weight, batch.targets(), sampling, bias=bias, **options)

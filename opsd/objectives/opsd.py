@@ -108,7 +108,8 @@ class OPSD(Objective):
         self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Tensor
     ) -> TokenLosses:
         section = self.section
-        weights, corrections = batch.weights, {}
+        weights = batch.weights
+        corrections: dict[str, Tensor] = {}
         if section.importance_bound is not None and batch.sampled_by_others:
             weights, corrections = corrected_for_sampling(model, student, batch, section)
         (weight, bias), (teacher_weight, teacher_bias) = head(model), head(self.teacher)

@@ -6,12 +6,16 @@ they lie after it or outside the window. FlexAttention skips blocks of which no 
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from opsd.prefix.layout import Layout, Scores, positions_of
+
+Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(batch, head, query row, key row) → whether that query sees that key."""
 
 SHARED = -1
 """The segment number of keys that all of a group may see."""
@@ -24,7 +28,7 @@ def flex_packed_attention(
     window = scores.window
     heads_first = (x.transpose(0, 1)[None] for x in (query.to(value.dtype), key, value))
     # Not compiled on a CPU, where compiling takes longer than the tests' attention.
-    attend = _compiled() if query.is_cuda else flex_attention
+    attend: Any = _compiled() if query.is_cuda else flex_attention
     out = attend(
         *heads_first,
         score_mod=None if scores.softcap is None else _capped(scores.softcap),
@@ -47,8 +51,8 @@ def block_mask(layout: Layout, window: int | None) -> BlockMask:
     )
 
 
-def visible(layout: Layout, window: int | None) -> Callable[[Tensor, ...], Tensor]:
-    """(batch, head, query row, key row) → whether that query sees that key."""
+def visible(layout: Layout, window: int | None) -> Mask:
+    """The mask of the layout's stream."""
     groups, segments, positions = (x.to(layout.device) for x in key_places(layout))
     past = layout.past
 
@@ -69,9 +73,10 @@ def key_places(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     places += [(s.queries, group, SHARED) for group, s in enumerate(prefixes)]
     parents = {layout.key_rows(s.queries): group for group, s in enumerate(prefixes)}
     places += [(s.queries, parents[s.before[-1]], number) for number, s in enumerate(rollouts)]
-    spans, groups, numbers = zip(*places, strict=True)
+    spans = [span for span, _, _ in places]
     lengths = torch.tensor([span.length for span in spans])
-    groups, numbers = (torch.tensor(x).repeat_interleave(lengths) for x in (groups, numbers))
+    groups = torch.tensor([group for _, group, _ in places]).repeat_interleave(lengths)
+    numbers = torch.tensor([number for _, _, number in places]).repeat_interleave(lengths)
     return groups, numbers, positions_of(spans)
 
 

@@ -18,6 +18,9 @@ from opsd.prefix.layout import Layout, Scores
 
 IMPLEMENTATION = "opsd_shared_prefix"
 
+CHECKPOINT = "_gradient_checkpointing_func"
+"""What transformers' layers are called through where they are checkpointed."""
+
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 """transformers' names of layer types whose tokens meet in ordinary attention only."""
 
@@ -116,16 +119,16 @@ def packed(decoder: PreTrainedModel, stream: Stream) -> Iterator[None]:
     checkpointed = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
     plain = {}
     for module in checkpointed:
-        function = getattr(module, "_gradient_checkpointing_func", None)
+        function = getattr(module, CHECKPOINT, None)
         if function is not None:
             plain[module] = function
-            module._gradient_checkpointing_func = _recomputing(function, decoder, stream)
+            setattr(module, CHECKPOINT, _recomputing(function, decoder, stream))
     try:
         with _attending(decoder, stream):
             yield
     finally:
         for module, function in plain.items():
-            module._gradient_checkpointing_func = function
+            setattr(module, CHECKPOINT, function)
 
 
 _stream: Stream | None = None
@@ -205,7 +208,7 @@ def _attention(
     if capture is not None and module not in capture.into:  # not again in a checkpoint's recompute
         pair = (key, value) if capture.graph else (key.detach(), value.detach())
         if capture.rows is not None:
-            pair = tuple(x[capture.rows] for x in pair)
+            pair = pair[0][capture.rows], pair[1][capture.rows]
         capture.into[module] = pair
     if stream.past is not None:
         key, value = map(torch.cat, zip(stream.past[module], (key, value), strict=True))

@@ -37,7 +37,8 @@ class _PrefixRun:
             if leaf.grad is not None
         ]
         if pairs:
-            torch.autograd.backward(*zip(*pairs, strict=True))
+            tensors, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(tensors, gradients)
 
 
 class CachedPrefix(Sequence[int]):
@@ -132,10 +133,10 @@ def uncached(
         for (prefix, _), each in zip(checked, cached, strict=True)
     ]
     rest = [(prefix[n:], rollouts) for (prefix, rollouts), n in zip(checked, lengths, strict=True)]
-    joined = {
-        module: tuple(map(torch.cat, zip(*(each[module] for each in found), strict=True)))
-        for module in found[0]
-    }
+    joined: KeysAndValues = {}
+    for module in found[0]:
+        keys, values = zip(*(each[module] for each in found), strict=True)
+        joined[module] = torch.cat(keys), torch.cat(values)
     return rest, lengths, joined
 
 
@@ -146,10 +147,11 @@ def _run_prefix(model: PreTrainedModel, ids: list[int]) -> _PrefixRun:
     # As a group of its own whose rollout is one token, which is only a target and is not run.
     layout = Layout([(ids[:-1], [ids[-1:]])], model.device)
     packed_forward(model, layout, capture=Capture(in_graph, graph=True))
-    leaves: dict[nn.Module, tuple[Tensor, Tensor]] = {
-        module: tuple(x.detach().requires_grad_(x.requires_grad) for x in pair)
-        for module, pair in in_graph.items()
-    }
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_(tensor.requires_grad)
+
+    leaves = {module: (leaf(keys), leaf(values)) for module, (keys, values) in in_graph.items()}
     return _PrefixRun(leaves, in_graph)
 
 

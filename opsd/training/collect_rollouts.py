@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -92,10 +93,8 @@ class RolloutCollector:
             missing = self.problems_per_step - len(chosen)
             if missing <= 0:
                 break
-            drawn = self.processes.once(
-                lambda n=missing: torch.randint(len(self.rows), (n,)).tolist()
-            )
-            more = self._sample([self.rows[i] for i in drawn])
+            draw = partial(torch.randint, len(self.rows), (missing,))
+            more = self._sample([self.rows[i] for i in self.processes.once(draw).tolist()])
             sampled = sampled + more
             chosen += [problem for problem in more if informative(problem)]
         return sampled, chosen or sampled

@@ -6,9 +6,10 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from opsd.common.errors import UserError
@@ -139,7 +140,7 @@ def check_optimizer(train: TrainSection) -> None:
         parallel_mode=ParallelMode.NOT_DISTRIBUTED,
     )
     try:
-        Trainer.get_optimizer_cls_and_kwargs(asked)
+        Trainer.get_optimizer_cls_and_kwargs(cast(TrainingArguments, asked))
     except (ImportError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"train.optimizer is {name!r}: {first}") from None

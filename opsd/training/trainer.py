@@ -152,7 +152,7 @@ class OPSDTrainer:
             max_steps=self.args.max_steps,
             logging_steps=1,
             eval_steps=every or self.args.max_steps,
-            save_steps=self.args.save_steps,
+            save_steps=int(self.args.save_steps),
             is_local_process_zero=self.accelerator.is_local_main_process,
             is_world_process_zero=self.processes.first,
         )
@@ -199,7 +199,7 @@ class OPSDTrainer:
         self._call("on_step_begin")
         loss = self.training_step(rows).item()
         norm = self._update()
-        rate = self.schedule.get_last_lr()[0]  # with which the step was taken
+        rate = float(self.schedule.get_last_lr()[0])  # with which the step was taken
         self.schedule.step()
         self.state.global_step += 1
         self.state.epoch = self.state.global_step / self._steps_an_epoch

@@ -31,7 +31,7 @@ def training_arguments(
         save_strategy="steps" if train.save_every else "no",
         save_steps=train.save_every or train.steps,
         save_total_limit=train.save_total_limit,
-        report_to=output.report_to or "none",
+        report_to=[*map(str, output.report_to)] or "none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
