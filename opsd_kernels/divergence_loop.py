@@ -7,12 +7,12 @@
 In one pass (`plan.one_pass`) the tile holds all logits of a block and is there for all three:
 8 N V D multiply-adds for a trainable head and 6 for a frozen one, as many as the dense form. With
 smaller tiles every pass computes the products again, and the second is left out where it can be:
-forward_kl's gradient S - T needs no sum, and with a frozen head that of the others comes in two
-parts, dh = A - (sum p) B. What remains: 12 for a trainable head and forward_kl, 16 for the others,
+forward_kl's gradient S - T needs no sum, and with a frozen head that of the others comes as two
+sums, dh = A - (sum p) B. What remains: 12 for a trainable head and forward_kl, 16 for the others,
 10 and 12 for a frozen one. Clip("token") scales a token's gradient by what only the sums tell: dh
 afterwards, but dW not. Clip("entry") always needs the sums first.
 
-Over ranks that each hold a part of the vocabulary, the per-token numbers are combined after passes
+Over ranks that each hold a piece of the vocabulary, the per-token numbers are combined after passes
 1 and 2, and dh at the end.
 
 Gradients are computed in forward, with each token's share of the loss: so that backward only scales
@@ -63,13 +63,13 @@ def divergence_blocks(
         (student, teacher),
         heads,
         functions,
-        parts=direct and not forward and want.hidden,
+        two_sums=direct and not forward and want.hidden,
         vocabulary=heads[0].weight.shape[0] if shards is None else shards.largest,
         budget=budget,
     )
     at_once = plan.one_pass and shards is None and hasattr(functions, "rows")
     direct = direct and want.any and not at_once and (forward or not plan.one_pass)
-    parts = direct and not forward
+    two_sums = direct and not forward
 
     stats = student.new_empty((6, n_tokens), dtype=dtype)
     buffer, narrow = buffers(student, plan, roles=2)
@@ -96,7 +96,7 @@ def divergence_blocks(
                     shards.sum_(state[states.SUMS])
                 if token_clip is not None and want.any:
                     factor = factor * token_factor(state, token_clip)
-        gradients.start(rows, parts=parts)
+        gradients.start(rows, two_sums=two_sums)
         if want.any or entry_clip is not None:
             for tile in sweep:
                 if not at_once:
@@ -111,7 +111,7 @@ def divergence_blocks(
             gradients.combine(shards)
         gradients.finish(
             rows,
-            state[states.UNNORMALISED] if parts else None,
+            state[states.UNNORMALISED] if two_sums else None,
             token_factor(state, token_clip) if direct and token_clip is not None else None,
         )
         stats[:, rows] = statistics(state, rule)

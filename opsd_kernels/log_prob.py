@@ -45,7 +45,7 @@ def log_prob_blocks(
         (hidden,),
         (head,),
         functions,
-        parts=False,
+        two_sums=False,
         vocabulary=head.weight.shape[0] if shards is None else shards.largest,
         budget=budget,
     )
@@ -66,7 +66,7 @@ def log_prob_blocks(
             shards.combine_normalisers_(state[states.STUDENT])
             shards.sum_(state[states.TARGET])
         if want.any:
-            gradients.start(rows, parts=False)
+            gradients.start(rows, two_sums=False)
             for tile in sweep:
                 local = targets[rows] - tile.columns.start
                 functions.log_prob_gradient_(*tile.roles, local, transform, state, row_weight[rows])

@@ -64,11 +64,11 @@ def plan_call(
     heads: tuple[Head, ...],
     backend,
     *,
-    parts: bool,
+    two_sums: bool,
     vocabulary: int,
     budget: int | None,
 ) -> Plan:
-    """The plan of a call. `parts`: whether two passes take dh in two parts (see `Gradients`);
+    """The plan of a call. `two_sums`: whether two passes take dh as two sums (see `Gradients`);
     `vocabulary`: V, or the largest shard's.
     """
     first, dtype = hidden[0], gemm.tile_dtype(hidden[0].dtype)
@@ -88,7 +88,7 @@ def plan_call(
         slice_entries=getattr(backend, "slice_entries", lambda device: 2**62)(first.device),
         token=states.ROWS * item + widened + (width * item if wide_gradient else 0),
         one_pass_token=stacked,
-        tiles_token=width * item if parts else 0,
+        tiles_token=width * item if two_sums else 0,
         column=max(h.weight.shape[1] for h in heads) * item if widened else 0,
         slice_columns=gemm.SLICE,
     )
@@ -112,7 +112,7 @@ class Sweep:
         self.rows, self.vocabulary = hidden[0].shape[0], heads[0].weight.shape[0]
         self.columns, self.heads, self.buffer = columns, heads, buffer
         self.hidden = self._operands(hidden)
-        self.kept: Tile | None = None
+        self.whole_tile: Tile | None = None
 
     def _operands(self, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """As the products take them; one below the other where one product serves both roles, so
@@ -123,10 +123,10 @@ class Sweep:
         if not (_share(self.heads) and self.columns >= self.vocabulary):
             return tuple(h.to(dtype) for h in hidden)
         self.stacked = hidden[0].new_empty((2 * self.rows, hidden[0].shape[1]), dtype=dtype)
-        parts = self.stacked.tensor_split(2)
-        for part, h in zip(parts, hidden, strict=True):
-            part.copy_(h)
-        return parts
+        halves = self.stacked.tensor_split(2)
+        for half, h in zip(halves, hidden, strict=True):
+            half.copy_(h)
+        return halves
 
     @property
     def student(self) -> Tensor:
@@ -134,13 +134,13 @@ class Sweep:
         return self.hidden[0]
 
     def __iter__(self) -> Iterator[Tile]:
-        if self.kept is not None:
-            yield self.kept
+        if self.whole_tile is not None:
+            yield self.whole_tile
             return
         for start in range(0, self.vocabulary, self.columns):
             tile = self._products(slice(start, min(start + self.columns, self.vocabulary)))
             if self.columns >= self.vocabulary:
-                self.kept = tile
+                self.whole_tile = tile
             yield tile
 
     def _products(self, columns: slice) -> Tile:
@@ -160,7 +160,7 @@ class Sweep:
 class Gradients:
     """Those of the student's hidden states and head, summed over tiles and blocks in fp32.
 
-    dh of a block may come in two parts: A = sum_v p W_v and B = sum_v S W_v, and then
+    dh of a block may come as two sums, A = sum_v p W_v and B = sum_v S W_v, and then
     dh = A - (sum p) B, where the sum is known only after the last tile.
     """
 
@@ -185,26 +185,28 @@ class Gradients:
         self.d_hidden = torch.zeros_like(hidden, dtype=kept_in) if want.hidden else None
         self.d_weight = self.d_bias = None
         if want.weight:
-            kept = gemm.gradient_dtype(weight.dtype) if self.once else self.dtype
+            summed_in = gemm.gradient_dtype(weight.dtype) if self.once else self.dtype
             new = torch.empty_like if plan.blocks == 1 else torch.zeros_like
-            self.d_weight = new(weight, dtype=kept)
+            self.d_weight = new(weight, dtype=summed_in)
         if want.bias:
             self.d_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype)
 
-    def start(self, rows: slice, *, parts: bool) -> None:
+    def start(self, rows: slice, *, two_sums: bool) -> None:
         """A new block of tokens."""
-        self.block = self.part = None
+        self.block = self.by_student = None
         if self.d_hidden is None:
             return
         block = self.d_hidden[rows]
         self.block = (
             block if block.dtype == self.dtype else torch.zeros_like(block, dtype=self.dtype)
         )
-        if parts:
-            self.part = torch.zeros_like(block, dtype=self.dtype)
+        if two_sums:
+            self.by_student = torch.zeros_like(block, dtype=self.dtype)
 
     def add(self, tile: Tile, hidden: Tensor) -> None:
-        """`tile` holds gradients by the products (or the two parts), hidden [n, D] their tokens."""
+        """`tile` holds gradients by the products (for two sums: p and S); hidden [n, D] their
+        tokens.
+        """
         products = [logits.product for logits in tile.roles]
         gradient = self._narrowed(products[0])
         weight = self.head.weight[tile.columns]
@@ -215,29 +217,29 @@ class Gradients:
             product_(self.d_weight[tile.columns], gradient, hidden, self.operand)
         if self.d_bias is not None:
             self.d_bias[tile.columns] += products[0].sum(0)
-        if self.part is not None:
-            gemm.add_input_gradient_(self.part, self._narrowed(products[1]), weight)
+        if self.by_student is not None:
+            gemm.add_input_gradient_(self.by_student, self._narrowed(products[1]), weight)
 
     def combine(self, shards: Shards) -> None:
-        """dh of the block is the sum over all ranks' part of the vocabulary."""
-        for part in (self.block, self.part):
-            if part is not None:
-                shards.sum_(part)
+        """dh of the block is the sum over all ranks, which have a piece of the vocabulary each."""
+        for own in (self.block, self.by_student):
+            if own is not None:
+                shards.sum_(own)
 
-    def finish(self, rows: slice, sum_pull: Tensor | None, row_factor: Tensor | None) -> None:
-        """The block's dh is complete: join the parts, scale the rows by `row_factor` [n]."""
+    def finish(self, rows: slice, sum_p: Tensor | None, row_factor: Tensor | None) -> None:
+        """The block's dh is complete: join the two sums, scale the rows by `row_factor` [n]."""
         if self.d_hidden is None or self.block is None:
             return
-        if self.part is not None:
-            assert sum_pull is not None
-            self.block.addcmul_(self.part, sum_pull[:, None], value=-1.0)
+        if self.by_student is not None:
+            assert sum_p is not None
+            self.block.addcmul_(self.by_student, sum_p[:, None], value=-1.0)
         if row_factor is not None:
             self.block *= row_factor[:, None]
         if self.unit is not None:
             self.block /= self.unit
         if self.block.dtype != self.d_hidden.dtype:
             self.d_hidden[rows] = self.block
-        self.block = self.part = None
+        self.block = self.by_student = None
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dh [N, D], dW [V, D], dbias [V]) in `gemm.gradient_dtype` of hidden states and head."""

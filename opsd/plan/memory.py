@@ -195,7 +195,7 @@ class Planner:
             (hidden,) * roles,
             (Head(weight, None), Head(other, None))[:roles],
             load("cuda" if gpu else resolve(config.loss.backend, device, dtype)),
-            parts=False,
+            two_sums=False,
             vocabulary=vocabulary,
             budget=config.loss.memory_budget,
         )
