@@ -27,32 +27,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Clip",
-    "Context",
-    "GenerateSampler",
-    "Grade",
-    "Grader",
-    "OPSDConfig",
-    "OPSDTrainer",
-    "Prompts",
-    "Rollout",
-    "Row",
-    "Sampling",
-    "UserError",
-    "decode",
-    "head_arguments",
-    "linear_divergence",
-    "linear_log_prob",
-    "load_config",
-    "load_data",
-    "load_model",
-    "load_rows",
-    "parse_config",
-    "shared_prefix_hidden_states",
-    "split_rows",
-    "stop_ids",
-    "train",
-]
+    "Clip", "Context", "GenerateSampler", "Grade", "Grader", "OPSDConfig", "OPSDTrainer",
+    "Prompts", "Rollout", "Row", "Sampling", "UserError", "decode", "head_arguments",
+    "linear_divergence", "linear_log_prob", "load_config", "load_data", "load_model", "load_rows",
+    "parse_config", "shared_prefix_hidden_states", "split_rows", "stop_ids", "train",
+]  # fmt: skip
 
 HOMES = {
     "opsd.common.errors": ("UserError",),

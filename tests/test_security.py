@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 from helpers.payload import Payload
+from helpers.saved import sealed
 from helpers.training_cases import ROWS, short_config, short_values
 
 from opsd.cli.main import main
+from opsd.common.errors import UserError
 from opsd.common.files import read_lines
 from opsd.compare.comparison import compare
 from opsd.compare.page import page as compare_page
@@ -24,6 +26,7 @@ from opsd.evaluate.result import grade_all, measure
 from opsd.grading.grader import Grader
 from opsd.report import write_report
 from opsd.report.evaluation_page import page as evaluation_page
+from opsd.runs.log import RunLog
 
 
 @pytest.fixture
@@ -83,28 +86,59 @@ def test_a_pickled_adapter_is_not_read(files, train, marker, tmp_path, capsys):
 
 
 PICKLES = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
-CUT = ["optimizer.pt", "model.safetensors", "trainer_state.json"]
 
 
 def test_a_checkpoint_to_resume_from_runs_nothing(train, marker, tmp_path, capsys):
-    """Nor does one that a disk has damaged end in a traceback."""
+    """Also where its manifest is made to agree."""
     assert train() == 0
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
     capsys.readouterr()
-    for name in (*PICKLES, *CUT):
-        file = tmp_path / "run" / "checkpoint-1" / name
-        good = file.read_bytes()
-        if name in PICKLES:
-            torch.save(Payload(marker), file)
-            assert train("--resume") == 1
-            refused(capsys, "checkpoint-1' cannot be read", "Weights only load failed")
-        if name in CUT:
-            file.write_bytes(good[:100])
-            assert train("--resume") == 1
-            refused(capsys, "checkpoint-1' cannot be read")
-        file.write_bytes(good)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    for name in PICKLES:
+        good = (checkpoint / name).read_bytes()
+        torch.save(Payload(marker), checkpoint / name)
+        assert train("--resume") == 1
+        refused(capsys, f"checkpoint-1/{name}' is not what was saved", "no whole checkpoint before")
+        sealed(checkpoint)
+        assert train("--resume") == 1
+        refused(capsys, "checkpoint-1' cannot be read", "Weights only load failed")
+        (checkpoint / name).write_bytes(good)
+        sealed(checkpoint)
     assert train("--resume") == 0
     assert not marker.exists()
+
+
+def test_nothing_is_written_through_links(train, tmp_path, capsys):
+    """Of a run directory that came from elsewhere, with links to files of the user."""
+    assert train() == 0
+    run, own = tmp_path / "run", tmp_path / "the user's own"
+    own.mkdir()
+    capsys.readouterr()
+    lock = run / "run.lock"
+    lock.unlink()
+    lock.symlink_to(own / "lock")
+    assert train("--resume") == 1
+    refused(capsys, "run.lock' is a link")
+    lock.unlink()
+    shutil.rmtree(run / "checkpoint-2")
+    names = ("metrics.jsonl", "rollouts.jsonl", "config.yaml", "problems.json", "model")
+    for name in names:
+        shutil.move(run / name, own / name)
+        (run / name).symlink_to(own / name)
+    pages = {"report.html": b"old", "curves.png": None}
+    for name, content in pages.items():
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(own / name)
+        if content is not None:
+            (own / name).write_bytes(content)
+    before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+    assert train("--resume") == 0
+    assert main(["report", str(run)]) == 0
+    assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == before
+    assert [name for name in (*names, *pages) if (run / name).is_symlink()] == ["problems.json"]
+    with pytest.raises(UserError, match=r"samples\.jsonl' is a link"):
+        (run / "samples.jsonl").symlink_to(own / "not there yet")
+        RunLog(run, 2).sample({"step": 2})
 
 
 def test_a_failed_steps_file_runs_nothing(marker, tmp_path, capsys):

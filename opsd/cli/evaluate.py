@@ -179,7 +179,7 @@ def _sample(
     A batch is seeded by what is in it, and one that is partly there is sampled again whole, to keep
     what is missing: an interrupted evaluation ends with the answers that it would have had.
     """
-    with CompletionLog(directory, asked.shard) as log:
+    with CompletionLog(directory, asked.shard, display.note) as log:
         elsewhere = read_completions(directory, but=log.path)
         here = {completion.place for completion in read_file(log.path)}
         mine = [u for u in units if asked.shard.has(u[0]) and u not in elsewhere]

@@ -1,13 +1,18 @@
-"""Writing files whole or not at all, and reading JSON lines.
+"""Writing files and directories whole or not at all, and reading JSON lines.
 
-A file is written under a random name beside its place and then renamed: a reader never sees half of
+Each is written under a random name beside its place and then renamed: a reader never sees half of
 one, several writers do not disturb each other, and a link that somebody has put in place of a file
-of ours is replaced, not followed. The content reaches the disk before the name does.
+of ours is replaced, not followed. The content reaches the disk before the name does. No other
+module writes files, a short list in tests/common/test_files.py apart.
 """
 
+import errno
+import fcntl
 import json
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +25,7 @@ def write_file(path: Path, content: str | bytes | Callable[[IO[bytes]], object])
 
     content: text is written as UTF-8; a function writes into the file that it is given.
     """
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    beside = unfinished(path)
     new = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         with open(new, "w+b") as file:
@@ -36,7 +41,7 @@ def write_file(path: Path, content: str | bytes | Callable[[IO[bytes]], object])
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -47,6 +52,54 @@ def write_json(path: Path, value: Any) -> None:
 def write_lines(path: Path, records: Iterable[dict]) -> None:
     """Write records as JSON lines."""
     write_file(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def append_to(path: Path) -> IO[bytes]:
+    """The file, open to be read and to be written at its end. Raises UserError for a link, which
+    may lead to a file that is not ours."""
+    try:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        return open(os.open(path, flags, 0o666), "a+b")
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{str(path)!r} is a link, which is not written through") from None
+        raise
+
+
+def try_lock(file: IO[bytes]) -> bool | None:
+    """Lock an open file until it is closed, or the process ends. False: another process has the
+    lock. None: the file system knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        return None
+    return True
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename within a directory's file system, and have the disk keep the new name."""
+    os.replace(source, target)
+    sync(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a directory with all that is in it. Who looks for it under its name
+    finds all of it or nothing, also after a crash."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    if not is_unfinished(path):
+        path = path.rename(unfinished(path))
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def unfinished(path: Path) -> Path:
+    """A random name beside `path`, for what is to be there."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
 
 
 def is_unfinished(path: Path) -> bool:
@@ -83,12 +136,33 @@ def read_lines(path: Path, bad: list[int] | None = None) -> list[dict]:
     return records
 
 
-def _sync_directory(directory: Path) -> None:
-    """Have the disk keep the names in a directory."""
-    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Have the disk keep a file's content, or the names in a directory."""
+    opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
-    except OSError:  # some file systems cannot; the rename itself has succeeded
-        pass
+    except OSError as error:  # some file systems cannot; what was written is there
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(opened)
+
+
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file of that size is not allowed there, see `ulimit -f`",
+}
+
+
+def why_not_written(error: BaseException | None) -> str | None:
+    """The system's reason where something could not be written, also inside of an error of torch's
+    or safetensors'; None for an error of another kind."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):
+            number = int(said[1])
+        if number is not None:
+            return REASONS.get(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    return None

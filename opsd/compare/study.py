@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
+from opsd.common.files import append_to
 from opsd.common.system import usable_cores
 from opsd.config.base import Section
 from opsd.config.load import explain_all, load_config
@@ -251,7 +252,7 @@ def _start(job: Job, threads: int, gpu: str | None = None) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    with log_of(job).open("ab") as log:
+    with append_to(log_of(job)) as log:
         return subprocess.Popen(
             [sys.executable, "-m", "opsd", *job.command],
             stdin=subprocess.DEVNULL,

@@ -34,20 +34,16 @@ _OPEN_TAG = re.compile(r"<([a-z_:]{0,30}think[a-z_]{0,30})>|\[(THINK)\]", re.IGN
 class ChatTemplate:
     """A tokenizer's chat template, as one role uses it.
 
-    Args:
-        tokenizer: the model's.
-        arguments: the role's own arguments of the template, such as enable_thinking.
-        prefill: text that the role's answer starts with.
-        date: what the template is told when it asks for today's date; None: today.
-
     Raises UserError where there is no template, or it leaves the message out.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase,  # the model's
+        # The role's own arguments of the template, such as enable_thinking
         arguments: dict[str, Any] | None = None,
-        prefill: str = "",
+        prefill: str = "",  # text that the role's answer starts with
+        # What the template is told when it asks for today's date; None: today
         date: datetime.date | None = None,
     ):
         if not tokenizer.chat_template:

@@ -15,22 +15,18 @@ NAMED_ROWS = 10  # that are too long, in the note that counts them
 def fitting_rows(
     rows: Sequence[Row],
     prompts: Prompts,
-    roles: Collection[str],
-    answer: int | None,
+    roles: Collection[str],  # those whose contexts are trained on and can be made of a row alone
+    answer: int | None,  # tokens of the longest answer; None: a row's own target is its answer
     window: int | None,
     note: Callable[[str], None],
+    # Called with the number of rows that were checked since the last call
     advance: Callable[[int], None] = lambda rows: None,
+    # Called with each row's number, from 1, and the row
     check: Callable[[int, Row], None] = lambda number, row: None,
 ) -> list[Row]:
     """The training rows whose longest context and answer are `window` tokens at most (None: any).
 
     The others are an error, or left out, counted and named by `note`, as `prompts.too_long` says.
-
-    Args:
-        roles: those whose contexts are trained on and can be made of a row alone.
-        answer: tokens of the longest answer; None: a row's own target is its answer.
-        advance: called with the number of rows that were checked since the last call.
-        check: called with each row's number, from 1, and the row.
     """
     needed = []
     for start in range(0, len(rows), BATCH):

@@ -8,17 +8,16 @@ an evaluation may be continued by more or fewer processes than began it. Needs n
 from __future__ import annotations
 
 import datetime
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError, in_short
-from opsd.common.files import is_unfinished, read_lines, write_json
+from opsd.common.files import append_to, is_unfinished, read_lines, try_lock, write_json
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,17 @@ class Completion:
 class CompletionLog:
     """One shard's file, open for appending. A second process on the same file is refused."""
 
-    def __init__(self, directory: Path, shard: Shard):
+    def __init__(self, directory: Path, shard: Shard, note: Callable[[str], None] = print):
         self.path = directory / f"completions-{shard.index}-of-{shard.count}.jsonl"
-        self._file = self.path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        self._file = append_to(self.path)
+        locked = try_lock(self._file)
+        if locked is None:
+            note(f"--output: {directory} has no locks; give each process its own --shard")
+        if locked is False:
             self._file.close()
             raise UserError(
                 f"--output: another process is writing {self.path}; give each its own --shard"
-            ) from None
+            )
         self._file.truncate(_whole_lines(self.path))  # a kill may have torn the last line
 
     def __enter__(self) -> CompletionLog:

@@ -16,20 +16,11 @@ from opsd.models.load import load_model, stops_of
 from opsd.models.lora import base_of
 
 # What decides what a model writes; a checkpoint's optimizer and our own files do not.
-_FILES = (
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*.bin",
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "adapter_config.json",
-    "*.jinja",
-)
+_FILES = """
+    config.json generation_config.json *.safetensors *.safetensors.index.json
+    pytorch_model*.bin tokenizer* vocab.* merges.txt special_tokens_map.json added_tokens.json
+    adapter_config.json *.jinja
+""".split()
 
 
 class Subject:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.hub_offline import before_asking_hub
+from opsd.common.saved_directory import check_saved
 from opsd.config.sections import ModelSection
 from opsd.data.chat import ChatTemplate
 from opsd.models.copies import contiguous_head
@@ -40,6 +41,7 @@ def load_model(
 
     Raises UserError when there is no such model, or its tokenizer has no end-of-sequence token.
     """
+    check_saved(Path(section.path), f"{name}.path")
     if (base := base_of(section.path)) is not None:
         update = {"path": base[0], "revision": base[1], "lora": None}
         base_section = section.model_copy(update=update)

@@ -20,19 +20,15 @@ from opsd.models.quantize import quantize
 
 def make_teacher(
     teacher: TeacherSection,
-    student: ModelSection,
+    student: ModelSection,  # the config's section of the model that trains
     dtype: torch.dtype,
-    model: PreTrainedModel,
+    model: PreTrainedModel,  # the student at step 0; copied where the teacher's weights are its own
     tokenizer: PreTrainedTokenizerBase,
+    # What holds all current weights, for sampling; the `live` teacher. The teacher runs on its
+    # device
     decoder: PreTrainedModel,
 ) -> tuple[PreTrainedModel, MovingAverage | None]:
     """The teacher's model in `dtype`, and its moving average where it has one to keep up to date.
-
-    Args:
-        student: the config's section of the model that trains.
-        model: the student at step 0; copied where the teacher's weights are its own.
-        decoder: what holds all current weights, for sampling; the `live` teacher. The teacher runs
-            on its device.
 
     Raises UserError when teacher.path names a model with another vocabulary or another kind of
     output head.

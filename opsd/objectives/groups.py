@@ -234,22 +234,17 @@ class TokenLosses(NamedTuple):
 
 
 class Objective:
-    """A method: a step's problems → groups of samples → loss.
-
-    Args:
-        section: `loss`.
-        weighting: what the tokens count; None: as `section` says.
-        sampling: the distribution that log-probabilities are of, which rollouts are drawn from;
-            None: the model's own.
-    """
+    """A method: a step's problems → groups of samples → loss."""
 
     samples_rollouts = True  # False: the method learns from given text
     teacher_role = "teacher"  # the context that a teacher sees, "student" or "teacher"
 
     def __init__(
         self,
-        section: LossSection,
-        weighting: TokenWeighting | None = None,
+        section: LossSection,  # `loss`
+        weighting: TokenWeighting | None = None,  # what the tokens count; None: as `section` says
+        # The distribution that log-probabilities are of, which rollouts are drawn from; None: the
+        # model's own
         sampling: Sampling | None = None,
     ):
         self.section, self.sampling = section, sampling

@@ -61,19 +61,14 @@ class Sizes:
 
 
 class Planner:
-    """The memory of runs that train one model with sequences of given lengths.
-
-    Args:
-        device_memory: of the GPU that they are for; None: a CPU.
-        processes: that train together, on a device each.
-    """
+    """The memory of runs that train one model with sequences of given lengths."""
 
     def __init__(
         self,
         student: PreTrainedConfig,
         lengths: Lengths,
-        device_memory: int | None,
-        processes: int = 1,
+        device_memory: int | None,  # of the GPU that they are for; None: a CPU
+        processes: int = 1,  # that train together, on a device each
     ):
         self.student, self.lengths = student, lengths
         self.device_memory, self.processes = device_memory, processes

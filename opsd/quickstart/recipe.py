@@ -38,28 +38,20 @@ class MakeBase(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A quickstart.
+    """A quickstart."""
 
-    Attributes:
-        name: of the model, for the report.
-        train_rows: problems to learn from, with the solutions that the teacher is shown.
-        held_out_rows: problems to be measured on.
-        sections: the config's sections, common to all methods.
-        methods: each method's own sections, merged into the common ones.
-        reward: GRPO's, where it is not the grade.
-        make_teacher: makes distill's separate teacher, beside the base's model; returns its path.
-        teacher_problems: how many of the held-out problems the teacher is put to; None: all.
-    """
-
-    name: str
-    train_rows: list[Row]
-    held_out_rows: list[Row]
+    name: str  # of the model, for the report
+    train_rows: list[Row]  # problems to learn from, with the solutions that the teacher is shown
+    held_out_rows: list[Row]  # problems to be measured on
     grader: Grader
     make_base: MakeBase
-    sections: dict[str, Any]
-    methods: dict[str, dict[str, Any]]
+    sections: dict[str, Any]  # the config's sections, common to all methods
+    methods: dict[str, dict[str, Any]]  # each method's own sections, merged into the common ones
+    # Makes distill's separate teacher, beside the base's model; returns its path.
     make_teacher: Callable[[Path, Display], Path]
+    # GRPO's, where it is not the grade.
     reward: Callable[[str, str], float] | None = field(default=None)
+    # How many of the held-out problems the teacher is put to; None: all.
     teacher_problems: int | None = None
 
 

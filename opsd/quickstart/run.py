@@ -69,7 +69,7 @@ def quickstart(
         )
     recipe = replace(recipe, methods=overridden(recipe.methods, asked.overrides))
     check_methods(recipe.sections, {method: recipe.methods[method] for method in methods})
-    with locked(directory, OUTPUT, ARGUMENTS):
+    with locked(directory, OUTPUT, ARGUMENTS, display.note):
         _claim(directory, asdict(asked), resume)
         (directory / "summary.json").unlink(missing_ok=True)  # says that all is done
         torch.manual_seed(asked.seed)

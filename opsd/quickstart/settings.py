@@ -19,23 +19,17 @@ def settings(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Asked:
-    """What decides a quickstart's figures, except its methods.
+    """What decides a quickstart's figures, except its methods."""
 
-    Attributes:
-        tiny: the tiny model instead of the real one.
-        model: another chat model's directory or hub name instead of SmolLM2.
-        steps: stop each method, and the real model's cold start, after so many steps.
-        problems: held-out problems; None: 400 worksheets or 300 sums.
-        solutions: how many worked solutions there are; None: as many as a method needs.
-        solution_style: how they are written, one of SOLUTION_STYLES; for the real model.
-        overrides: `[method.]section.field=value`, of all methods where none is named.
-    """
-
-    tiny: bool = False
+    tiny: bool = False  # the tiny model instead of the real one
     seed: int = 0
-    model: str | None = None
+    model: str | None = None  # another chat model's directory or hub name instead of SmolLM2
+    # Stop each method, and the real model's cold start, after so many steps.
     steps: int | None = None
-    problems: int | None = None
+    problems: int | None = None  # held-out problems; None: 400 worksheets or 300 sums
+    # How many worked solutions there are; None: as many as a method needs.
     solutions: int | None = None
+    # How they are written, one of SOLUTION_STYLES; for the real model.
     solution_style: str = "words"
+    # `[method.]section.field=value`, of all methods where none is named.
     overrides: list[str] = field(default_factory=list)

@@ -10,9 +10,8 @@ what a teacher has to do on a student's rollout.
 import hashlib
 import math
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -32,6 +31,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from opsd.common.errors import UserError
+from opsd.common.saved_directory import check_saved, new_directory
 from opsd.common.templates import fill_in, shipped
 from opsd.data.rows import Row
 from opsd.quickstart import worksheet
@@ -53,25 +54,18 @@ _ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class BaseTraining:
-    """How the base is trained; part of the cache's key.
+    """How the base is trained; part of the cache's key."""
 
-    Attributes:
-        steps: optimizer steps.
-        batch_size: rows a step, all of them in the same role's prompt.
-        teacher_share: share of the steps that are in the teacher's prompt.
-        corruption: in those steps, the share of the response's input digits replaced by random
-            ones.
-        learning_rate: the highest; a linear warm-up over a twentieth of the steps, then a cosine
-            down to a tenth of it. AdamW with betas .9 and .99, no weight decay.
-        initial_deviation: of all weight matrices. Near 1/sqrt(width); with transformers' usual .02
-            a model this small learns to copy only after twice as many steps.
-    """
-
-    steps: int = 450
-    batch_size: int = 32
-    teacher_share: float = 0.4
+    steps: int = 450  # optimizer steps
+    batch_size: int = 32  # rows a step, all of them in the same role's prompt
+    teacher_share: float = 0.4  # share of the steps that are in the teacher's prompt
+    # In those steps, the share of the response's input digits replaced by random ones.
     corruption: float = 0.15
+    # The highest; a linear warm-up over a twentieth of the steps, then a cosine down to a tenth
+    # of it. AdamW with betas .9 and .99, no weight decay.
     learning_rate: float = 6e-3
+    # Of all weight matrices. Near 1/sqrt(width); with transformers' usual .02 a model this small
+    # learns to copy only after twice as many steps.
     initial_deviation: float = 0.12
 
 
@@ -119,19 +113,13 @@ def make_model(
 
 
 def train_base(
-    seed: int,
-    recipe: BaseTraining = BaseTraining(),
+    seed: int,  # of the weights, the worksheets (none of them held out) and the corruption
+    recipe: BaseTraining = BaseTraining(),  # how
     *,
+    # Called after each step with the number of steps done and the loss, in nats a token
     progress: Callable[[int, float], None] | None = None,
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """Train the base from scratch on the CPU; the same model for the same arguments and threads.
-
-    Args:
-        seed: of the weights, the worksheets (none of them held out) and the corruption.
-        recipe: how.
-        progress: called after each step with the number of steps done and the loss, in nats a
-            token.
-    """
+    """Train the base from scratch on the CPU; the same model for the same arguments and threads."""
     tokenizer = make_tokenizer()
     model = make_model(seed, tokenizer, recipe.initial_deviation).train()
     optimizer = torch.optim.AdamW(
@@ -165,37 +153,22 @@ def cached_base(
     seed: int,
     recipe: BaseTraining = BaseTraining(),
     *,
-    cache: Path | None = None,
+    cache: Path | None = None,  # where bases are kept; by default `$OPSD_CACHE`, or `~/.cache/opsd`
     progress: Callable[[int, float], None] | None = None,
 ) -> Path:
     """The directory of the trained base, for plain `from_pretrained`; trained only if not cached.
 
-    Args:
-        cache: where bases are kept; by default `$OPSD_CACHE`, or `~/.cache/opsd`.
-
     A base is found again by its seed, its recipe, this code and the versions of torch and
-    transformers. It is written beside its place and moved there whole, so an interrupted run leaves
-    no half of one.
+    transformers. One that is damaged is trained anew.
     """
     directory = tiny_base(seed, _digest(recipe), cache)
-    if directory.is_dir():
-        return directory
+    with suppress(UserError):
+        if check_saved(directory, "the cache") is not None:
+            return directory
     model, tokenizer = train_base(seed, recipe, progress=progress)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.chmod(0o755)
-        partial.rename(directory)
-    except OSError:
-        # Another process may have put the same base there first; anything else is a real failure.
-        shutil.rmtree(partial, ignore_errors=True)
-        if not directory.is_dir():
-            raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_directory(directory) as place:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
     return directory
 
 

@@ -18,16 +18,7 @@ from opsd.rollout.generate import GenerateSampler
 from opsd.rollout.vllm_client import ServerGoneError
 
 __all__ = [
-    "SAMPLERS",
-    "ContinuousSampler",
-    "DistributedSampler",
-    "GenerateSampler",
-    "Rollout",
-    "Sampler",
-    "Sampling",
-    "ServerGoneError",
-    "check_engine",
-    "evaluation_server",
-    "make_sampler",
+    "SAMPLERS", "ContinuousSampler", "DistributedSampler", "GenerateSampler", "Rollout", "Sampler",
+    "Sampling", "ServerGoneError", "check_engine", "evaluation_server", "make_sampler",
     "training_server",
-]
+]  # fmt: skip

@@ -79,22 +79,16 @@ def evaluation_server(address: str, model: str, stops: frozenset[int]) -> Sample
 
 def make_sampler(
     section: RolloutSection,
-    student: ModelSection,
-    decoder: PreTrainedModel,
+    student: ModelSection,  # the section of the model that trains, which vLLM in this process loads
+    decoder: PreTrainedModel,  # what the engines without vLLM sample with
     stops: frozenset[int],
     dtype: torch.dtype,
     server: VLLMServer | None,
-    run: Path,
+    run: Path,  # the run's directory
+    # Tokens of the longest sequence, which vLLM's cache in this process must hold
     longest: int | None,
 ) -> Sampler:
-    """The sampler of a training run.
-
-    Args:
-        student: the section of the model that trains, which vLLM in this process loads.
-        decoder: what the engines without vLLM sample with.
-        run: the run's directory.
-        longest: tokens of the longest sequence, which vLLM's cache in this process must hold.
-    """
+    """The sampler of a training run."""
     if section.engine in SAMPLERS:
         return SAMPLERS[section.engine](decoder, stops)
     if server is not None:

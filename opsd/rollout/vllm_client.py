@@ -44,23 +44,17 @@ class _PassingError(Exception):
 class VLLMServer:
     """The server at `address`. Requests are sent again after failures that may pass.
 
-    Args:
-        address: http://host:port.
-        timeout: seconds that one rollout, or one loading of weights, may take.
-        patience: seconds of failures after which ServerGoneError is raised.
-        field: what the user set the address by, for error messages.
-
     A server's key is read from VLLM_API_KEY. Proxies are not used, since the server is the user's
     own. Raises UserError for answers that would be the same the next time.
     """
 
     def __init__(
         self,
-        address: str,
+        address: str,  # http://host:port
         *,
-        timeout: float = 1800.0,
-        patience: float = 300.0,
-        field: str = "rollout.server",
+        timeout: float = 1800.0,  # seconds that one rollout, or one loading of weights, may take
+        patience: float = 300.0,  # seconds of failures after which ServerGoneError is raised
+        field: str = "rollout.server",  # what the user set the address by, for error messages
     ):
         self.address, self.timeout, self.patience = address.rstrip("/"), timeout, patience
         self.field = field

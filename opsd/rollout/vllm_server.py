@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from opsd.common.saved_directory import readable
 from opsd.models.copies import named_weights
 from opsd.rollout.base import Rollout, Sampling, draw_seeds
 from opsd.rollout.threads import as_done
@@ -16,11 +17,6 @@ from opsd.rollout.vllm_client import VLLMServer
 
 class ServerSampler:
     """`sampling.batch_size` requests at once, one rollout each.
-
-    Args:
-        directory: where `sync_weights` writes the weights; the server must see it under the same
-            path. None: the server's weights stay as they are.
-        dtype: of the weights there.
 
     Each rollout has its own seed, from torch's generator. If the server fails, the generator is put
     back, so that whoever samples the same contexts later, in this process or in one that resumes,
@@ -33,8 +29,10 @@ class ServerSampler:
         self,
         server: VLLMServer,
         stops: frozenset[int],
+        # Where `sync_weights` writes the weights; the server must see it under the same path.
+        # None: the server's weights stay as they are
         directory: Path | None = None,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.bfloat16,  # of the weights there
     ):
         self.server, self.stops = server, stops
         self.directory, self.dtype = directory, dtype
@@ -53,6 +51,7 @@ class ServerSampler:
         try:
             weights = {name: w.cpu().contiguous() for name, w in named_weights(model, self.dtype)}
             save_file(weights, new / "model.safetensors", {"format": "pt"})
+            readable(new)  # the server may be somebody else's
             self.server.load(new.absolute())
         finally:
             shutil.rmtree(self.directory)

@@ -1,18 +1,31 @@
 """A run's directory: whose it is, what an interrupted run has left in it, and who trains there."""
 
 import datetime
-import fcntl
+import errno
 import hashlib
 import json
 import os
+import platform
+import re
+import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError, in_short
-from opsd.common.files import is_unfinished, write_json
+from opsd.common.files import (
+    REASONS,
+    append_to,
+    is_unfinished,
+    remove,
+    sync,
+    try_lock,
+    why_not_written,
+    write_json,
+)
+from opsd.common.saved_directory import MANIFEST, check_saved
 from opsd.config.config import Config
 from opsd.config.load import load_config, save_config
 from opsd.config.yaml import read_yaml
@@ -22,28 +35,14 @@ CONFIG = "config.yaml"
 LOCK = "run.lock"
 PROBLEMS = "problems.json"
 
-MAY_CHANGE = (
-    "train.token_budget",
-    "train.micro_batch_tokens",
-    "train.share_prefixes",
-    "train.prefix_kernel",
-    "train.gradient_checkpointing",
-    "train.not_finite",
-    "train.save_every",
-    "train.save_total_limit",
-    "train.collapse",
-    "loss.backend",
-    "loss.memory_budget",
-    "rollout.batch_size",
-    "rollout.gpu_memory",
-    "rollout.server",
-    "rollout.server_timeout",
-    "rollout.server_patience",
-    "rollout.weights_dir",
-    "eval.every",
-    "eval.batch_size",
-    "eval.samples",
-    "output",
+MAY_CHANGE = tuple(
+    """
+    train.token_budget train.micro_batch_tokens train.share_prefixes train.prefix_kernel
+    train.gradient_checkpointing train.not_finite train.save_every train.save_total_limit
+    train.collapse loss.backend loss.memory_budget rollout.batch_size rollout.gpu_memory
+    rollout.server rollout.server_timeout rollout.server_patience rollout.weights_dir eval.every
+    eval.batch_size eval.samples output
+    """.split()
 )
 """Config fields, and whole sections, that may change on resume: they say where and in what pieces
 the run computes, how long, and what it writes, not what it learns. train.steps may change too, if
@@ -54,9 +53,15 @@ NAMED = 3
 
 
 @contextmanager
-def locked(directory: Path, field: str = "output.dir", mark: str = CONFIG) -> Iterator[None]:
+def locked(
+    directory: Path,
+    field: str = "output.dir",
+    mark: str = CONFIG,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[None]:
     """A context in which nobody else trains in the directory. The lock ends with the process,
-    however that ends. Machines that share a file system without locks do not see it.
+    however that ends. Where the file system has no locks, the process that wrote its name there
+    last has the directory while it lives; one on another machine is not seen, as `note` is told.
 
     field: the option that named the directory, for messages.
     mark: a directory that holds files but not this one belongs to something else.
@@ -70,23 +75,42 @@ def locked(directory: Path, field: str = "output.dir", mark: str = CONFIG) -> It
         directory.mkdir(parents=True, exist_ok=True)
         foreign = [path for path in directory.iterdir() if path.name != LOCK]
         ours = not foreign or (directory / mark).is_file()
-        file = (directory / LOCK).open("a+") if ours else None
+        file = append_to(directory / LOCK) if ours else None
     if file is None:
         yield  # not a run's: `claim_directory` says so
         return
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
+        got = try_lock(file)
+        file.seek(0)
+        holder = file.read(100).decode(errors="replace").strip()
+        if got is None:
+            note(f"{where}: no locks there; a run on another machine would not be noticed")
+        number = holder.split(" ")[0]
+        living = number.isdecimal() and int(number) != os.getpid() and _mark(int(number)) == holder
+        if got is False or (got is None and living):
             raise UserError(
-                f"{where}: process {file.read().strip() or '?'} is training there; wait for it, "
-                "or choose another directory"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
+                f"{where}: process {number or '?'} is training there; wait for it, or choose "
+                "another directory"
+            )
+        with _or_cannot_write(directory, field):
+            file.truncate(0)
+            file.write(f"{_mark(os.getpid())}\n".encode())
+            file.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                file.truncate(0)
+
+
+def _mark(process: int) -> str:
+    """A living process of this machine; with when it began, since ids come again."""
+    import psutil
+
+    try:
+        return f"{process} {psutil.Process(process).create_time():.2f} {platform.node()}"
+    except (psutil.Error, OverflowError, ValueError):
+        return ""
 
 
 def keep_date(config: Config, directory: Path) -> Config:
@@ -139,9 +163,10 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
                 "with --resume, or choose another directory"
             )
         for left in directory.glob("*.part"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            remove(left)
     with _or_cannot_write(directory):
         directory.mkdir(parents=True, exist_ok=True)
+        sync(directory.parent)
         save_config(config, mine)
     return last_checkpoint(directory)
 
@@ -152,14 +177,38 @@ def _or_cannot_write(directory: Path, field: str = "output.dir") -> Iterator[Non
         yield
     except OSError as error:
         raise UserError(
-            f"{field} is {str(directory)!r}: cannot write there ({error.strerror})"
+            f"{field} is {str(directory)!r}: cannot write there ({why_not_written(error)})"
         ) from None
 
 
+def command_to_go_on(directory: Path) -> str:
+    """What to type to resume the run in a directory."""
+    return f"opsd train {shlex.quote(str(directory / CONFIG))} --resume"
+
+
+@contextmanager
+def written(directory: Path, what: str, needed: int = 0) -> Iterator[None]:
+    """A context that writes so many bytes. Raises UserError where the disk does not take them."""
+    try:
+        yield
+    except Exception as error:
+        why = None if isinstance(error, UserError) else why_not_written(error)
+        if why is None:  # writers in C++ do not always say
+            if shutil.disk_usage(directory).free >= needed:
+                raise
+            why = REASONS[errno.ENOSPC]
+        raise UserError(
+            f"output.dir is {str(directory)!r}: {why}, {what} could not be written; what was saved "
+            f"before is whole, and `{command_to_go_on(directory)}` goes on from it"
+        ) from error
+
+
 def checkpoints_in(directory: Path) -> list[Path]:
-    """A run's checkpoints, oldest first. Their last file is trainer_state.json."""
-    found = directory.glob("checkpoint-*/trainer_state.json")
-    return sorted((file.parent for file in found), key=step_of)
+    """What bears a checkpoint's name, oldest first. Other names, such as checkpoint-best, are not a
+    run's."""
+    found = directory.glob("checkpoint-*")
+    named = [p for p in found if re.fullmatch("checkpoint-[1-9][0-9]{0,17}", p.name) and p.is_dir()]
+    return sorted(named, key=step_of)
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -168,13 +217,33 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that was written to the end, or None. Raises UserError where it has
-    been damaged since."""
-    last = max(checkpoints_in(directory), key=step_of, default=None)
-    if last is not None:
-        with or_unreadable(last):
-            json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    return last
+    """The newest checkpoint, or None. Raises UserError where it is not as it was written, with
+    what to type to go on from the one before."""
+    found, said = checkpoints_in(directory), None
+    for place in reversed(found):
+        try:
+            _check(place)
+        except UserError as error:
+            said = said or str(error)
+            continue
+        if said is None:
+            return place
+        later = shlex.join(["rm", "-r", *map(str, found[found.index(place) + 1 :])])
+        go_on = f"`{later} && {command_to_go_on(directory)}` goes on from {place.name}"
+        raise UserError(f"{said}; {go_on}")
+    if said is not None:
+        raise UserError(f"{said}; there is no whole checkpoint before, begin in another output.dir")
+    return None
+
+
+def _check(checkpoint: Path) -> None:
+    if check_saved(checkpoint, "output.dir") is None:
+        missing = str(checkpoint / MANIFEST)
+        raise UserError(f"output.dir: {missing!r} is missing, without which no run leaves one")
+    with or_unreadable(checkpoint):
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if state["global_step"] != step_of(checkpoint):
+            raise ValueError(f"trainer_state.json is of step {state['global_step']}")
 
 
 def check_problems(
@@ -224,8 +293,7 @@ def or_unreadable(checkpoint: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(
-            f"output.dir: {str(checkpoint)!r} cannot be read ({in_short(error)}); without that "
-            "directory, --resume goes on from the checkpoint before"
+            f"output.dir: {str(checkpoint)!r} cannot be read ({in_short(error)})"
         ) from error
 
 

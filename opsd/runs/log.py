@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 
-from opsd.common.files import read_lines, write_lines
+from opsd.common.files import append_to, read_lines, sync, write_lines
+from opsd.runs.directory import written
 
 FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "rollouts.jsonl")
 
@@ -46,29 +48,24 @@ class RunLog:
             if writes and (directory / name).exists():
                 write_lines(directory / name, lines)
 
-    def metrics(self, line: dict) -> None:
-        """A training step."""
-        self._append("metrics.jsonl", line)
-
-    def evaluation(self, line: dict) -> None:
-        """A pass over the held-out problems."""
-        self._append("evaluations.jsonl", line)
-
     def is_evaluated(self, step: int) -> bool:
         """Whether the student of this step has been measured."""
         lines = read_lines(self.directory / "evaluations.jsonl")
         return any(line["role"] == "student" and line["step"] == step for line in lines)
 
-    def sample(self, line: dict) -> None:
-        """A completion with its tokens' divergences."""
-        self._append("samples.jsonl", line)
-
-    def rollout(self, line: dict) -> None:
-        """A rollout that was trained on."""
-        self._append("rollouts.jsonl", line)
+    def sync(self) -> None:
+        """Have the disk keep what has been written."""
+        for path in map(self.directory.joinpath, FILES if self.writes else ()):
+            if path.exists():
+                sync(path)
 
     def _append(self, name: str, line: dict) -> None:
         if not self.writes:
             return
-        with (self.directory / name).open("a") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with written(self.directory, name), append_to(self.directory / name) as file:
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode(errors="replace"))
+
+    metrics = partialmethod(_append, "metrics.jsonl")  # a training step
+    evaluation = partialmethod(_append, "evaluations.jsonl")  # a pass over the held-out problems
+    sample = partialmethod(_append, "samples.jsonl")  # a completion, its tokens' divergences
+    rollout = partialmethod(_append, "rollouts.jsonl")  # one that was trained on

@@ -1,23 +1,21 @@
-"""What a run saves is whole or not there: written beside its place, then renamed."""
+"""What a run saves is whole or not there, and known again: see common/saved_directory.py."""
 
 import copy
+import json
+import math
 import random
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import (
-    load_fsdp_model,
-    load_fsdp_optimizer,
-    save_fsdp_model,
-    save_fsdp_optimizer,
-)
+from accelerate import utils as fsdp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,15 +28,15 @@ from transformers import (
 )
 
 from opsd.common.errors import UserError
+from opsd.common.files import remove, write_file, write_json
+from opsd.common.saved_directory import MANIFEST, new_directory, read_manifest
 from opsd.config.sections import ModelSection, OutputSection
 from opsd.distributed.processes import Processes
 from opsd.models.generation_config import as_shipped
 from opsd.models.load import load_model
 from opsd.models.lora import is_adapted
 from opsd.models.moving_average import MovingAverage
-from opsd.runs.directory import checkpoints_in, or_unreadable
-
-PART = "checkpoint.part"
+from opsd.runs.directory import checkpoints_in, or_unreadable, written
 
 
 def save_model(
@@ -49,24 +47,24 @@ def save_model(
     state: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `directory`/`name` (safetensors). Raises UserError when the disk is full.
+    """Write `directory`/`name` (safetensors). Raises UserError.
 
     `state`: the weights, where those of the model are split over processes. `dtype`: of what is
     written; none: the weights' own.
     """
-    beside = directory / f"{name}.part"
     adapted = is_adapted(model)
     more = {"save_embedding_layers": False} if adapted else {}
-    shutil.rmtree(beside, ignore_errors=True)
-    with _written_or_removed(beside, model, "the model"), as_shipped(model):
+    with (
+        written(directory, f"{name}/", checkpoint_bytes(model)),
+        new_directory(directory / name) as place,
+        as_shipped(model),
+    ):
         if dtype is not None:
             state = _in_dtype(model.state_dict() if state is None else state, model, dtype)
-        model.save_pretrained(beside, state_dict=state, **more)
+        model.save_pretrained(place, state_dict=state, **more)
         if dtype is not None and not adapted:
-            config_in(model.config, dtype).save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-    shutil.rmtree(directory / name, ignore_errors=True)
-    beside.rename(directory / name)
+            config_in(model.config, dtype).save_pretrained(place)
+        tokenizer.save_pretrained(place)
 
 
 def _in_dtype(
@@ -102,7 +100,8 @@ def save_trained(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     output: OutputSection,
-    state: dict[str, Tensor] | None = None,
+    state: dict[str, Tensor] | None = None,  # the weights, where the model's are split
+    # The model's, to write adapters to adapter/ and the merged model to model/
     section: ModelSection | None = None,
 ) -> None:
     """Write model/ as `output` says. Of a model with adapters it holds these alone.
@@ -110,10 +109,6 @@ def save_trained(
     Unless output.dtype says otherwise the weights are rounded from fp32 to the dtype that the
     model's files had. Adapters stay as they trained, in fp32: they are small, and so is what they
     add, which rounding them would lose a part of.
-
-    Args:
-        state: the weights, where the model's are split.
-        section: the model's, to write adapters to adapter/ and the merged model to model/.
     """
     asked = DTYPES.get(output.dtype)
     stored = asked or getattr(model, "stored_dtype", model.dtype)
@@ -133,55 +128,39 @@ def save_trained(
 
 @dataclass
 class Checkpoints:
-    """The directories checkpoint-<step>/: all that a run needs to go on bit for bit.
+    """The directories checkpoint-<step>/: all that a run needs to go on bit for bit."""
 
-    Attributes:
-        directory: the run's.
-        limit: how many are kept.
-        wrapped: the model in DDP, FSDP2 or DeepSpeed; alone, the model itself.
-        average: an `ema` teacher.
-    """
-
-    directory: Path
-    limit: int
+    directory: Path  # the run's
+    limit: int  # how many are kept
     processes: Processes
     accelerator: Accelerator
     model: PreTrainedModel
-    wrapped: nn.Module
+    wrapped: nn.Module  # the model in DDP, FSDP2 or DeepSpeed; alone, the model itself
     tokenizer: PreTrainedTokenizerBase
     optimizer: Optimizer
     schedule: LRScheduler
-    average: MovingAverage | None
+    average: MovingAverage | None  # an `ema` teacher
+    base: list[float]  # `some_weights` of the model that the run began with
 
     def write(self, state: TrainerState) -> None:
-        """The checkpoint of `state`'s step; older ones than the last `limit` go."""
-        name, beside = f"checkpoint-{state.global_step}", self.directory / PART
+        """The checkpoint of `state`'s step; older ones than the last `limit` go once it is on disk.
+        Raises UserError."""
+        place = self.directory / f"checkpoint-{state.global_step}"
+        needed = checkpoint_bytes(self.model, self._zero)
+        with written(self.directory, place.name, needed), ExitStack() as stack:
+            new = partial(new_directory, place, {"base": self.base})
+            self._write_files(self.processes.once(lambda: stack.enter_context(new())), state)
         if self.processes.first:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        self.processes.wait()
-        if self.processes.first:
-            what = f"{name} (--resume goes on from the last)"
-            with _written_or_removed(beside, self.model, what, self._zero):
-                self._write_files(beside, state)
-        else:
-            self._write_files(beside, state)
-        self.processes.wait()
-        if self.processes.first:
-            shutil.rmtree(self.directory / name, ignore_errors=True)
-            beside.rename(self.directory / name)
-            for old in checkpoints_in(self.directory)[: -self.limit]:
-                shutil.rmtree(old, ignore_errors=True)
+            whole = [c for c in checkpoints_in(self.directory) if (c / MANIFEST).is_file()]
+            for old in whole[: -self.limit]:
+                remove(old)
         self.processes.wait()
 
     def _write_files(self, place: Path, state: TrainerState) -> None:
         if self._fsdp:
-            save_fsdp_model(
-                self._fsdp, self.accelerator, self.wrapped, str(place), adapter_only=True
-            )
-            save_fsdp_optimizer(
-                self._fsdp, self.accelerator, self.optimizer, self.wrapped, str(place)
-            )
+            plugin, accelerator, where = self._fsdp, self.accelerator, str(place)
+            fsdp.save_fsdp_model(plugin, accelerator, self.wrapped, where, adapter_only=True)
+            fsdp.save_fsdp_optimizer(plugin, accelerator, self.optimizer, self.wrapped, where)
         else:
             weights = self.accelerator.get_state_dict(self.wrapped) if self._zero else None
             if self.processes.first:
@@ -194,42 +173,39 @@ class Checkpoints:
                     str(place), exclude_frozen_parameters=is_adapted(self.model)
                 )
             elif self.processes.first:
-                torch.save(self.optimizer.state_dict(), place / "optimizer.pt")
-        torch.save(random_states(), place / self._random_file)
+                _save(self.optimizer.state_dict(), place / "optimizer.pt")
+        _save(random_states(), place / self._random_file)
         if self.processes.first:
-            torch.save(self.schedule.state_dict(), place / "scheduler.pt")
+            _save(self.schedule.state_dict(), place / "scheduler.pt")
             if self.average is not None:
                 self.average.save(place)
+            write_json(place / "trainer_state.json", asdict(state))
         self.processes.wait()
-        if self.processes.first:
-            state.save_to_json(str(place / "trainer_state.json"))  # the last: now it is complete
 
-    def read(self, place: Path) -> TrainerState:
-        """Everything but the random states as `write` left it; returns the run's state."""
+    def read(self, place: Path, state: TrainerState) -> None:
+        """Everything but the random states as `write` left it, that of the run into `state`."""
         with or_unreadable(place):
+            manifest = read_manifest(place) or {}
+            if not _alike(manifest["base"], self.base):
+                raise ValueError("its run began with other weights than those in model.path now")
             if self._fsdp:
-                load_fsdp_model(
-                    self._fsdp, self.accelerator, self.wrapped, str(place), adapter_only=True
-                )
-                load_fsdp_optimizer(
-                    self._fsdp,
-                    self.accelerator,
-                    self.optimizer,
-                    self.wrapped,
-                    str(place),
-                    adapter_only=True,
+                plugin, accelerator, where = self._fsdp, self.accelerator, str(place)
+                fsdp.load_fsdp_model(plugin, accelerator, self.wrapped, where, adapter_only=True)
+                fsdp.load_fsdp_optimizer(
+                    plugin, accelerator, self.optimizer, self.wrapped, where, adapter_only=True
                 )
             elif self._zero:
                 strict = not is_adapted(self.model)
                 self.wrapped.load_checkpoint(str(place), load_module_strict=strict)
             else:
-                load_weights(self.model, place)
+                load_weights(self.model, place, manifest["files"])
                 self.optimizer.load_state_dict(_read(place / "optimizer.pt"))
             self.schedule.load_state_dict(_read(place / "scheduler.pt"))
-            state = TrainerState.load_from_json(str(place / "trainer_state.json"))
+            saved = json.loads((place / "trainer_state.json").read_text(encoding="utf-8"))
+            for name in ("global_step", "epoch", "log_history"):
+                setattr(state, name, saved[name])
         if self.average is not None:
             self.average.load(place)
-        return state
 
     def read_random_states(self, place: Path) -> None:
         """Of this process."""
@@ -250,13 +226,34 @@ class Checkpoints:
         return getattr(self.accelerator.state, "fsdp_plugin", None)
 
 
+def _save(value: Any, file: Path) -> None:
+    write_file(file, partial(torch.save, value))
+
+
 def _read(file: Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def load_weights(model: PreTrainedModel, place: Path) -> None:
-    """The weights that `save_pretrained` wrote there, into the model's own tensors."""
-    state = {n: t for file in place.glob("*model*.safetensors") for n, t in load_file(file).items()}
+def some_weights(model: nn.Module) -> list[float]:
+    """An entry of each weight that adapters leave as it is: enough to know a model again."""
+    adapted = is_adapted(model)
+    fixed = [p.detach() for p in model.parameters() if not (adapted and p.requires_grad)]
+    return [float(weight.reshape(-1)[weight.numel() // 2]) for weight in fixed if weight.numel()]
+
+
+def _alike(one: list[float], other: list[float]) -> bool:
+    """But for how adapters that are merged into the weights are rounded on another machine."""
+    close = partial(math.isclose, rel_tol=0.02, abs_tol=1e-6)
+    return len(one) == len(other) and all(map(close, one, other))
+
+
+def load_weights(model: PreTrainedModel, place: Path, names: Iterable[str]) -> None:
+    """The weights that `save_pretrained` wrote there, into the model's own tensors.
+
+    names: the files that were written; others may be a stranger's.
+    """
+    ours = [place / n for n in names if fnmatch(n, "*model*.safetensors")]
+    state = {name: tensor for file in ours for name, tensor in load_file(file).items()}
     if is_adapted(model):
         from peft import set_peft_model_state_dict
 
@@ -288,22 +285,6 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["cpu"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-@contextmanager
-def _written_or_removed(beside: Path, model, what: str, zero: bool = False) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # torch's writer and safetensors report a full disk in exceptions of their own.
-        free = shutil.disk_usage(beside.parent).free
-        shutil.rmtree(beside, ignore_errors=True)
-        if free < checkpoint_bytes(model, zero):
-            raise UserError(
-                f"output.dir is {str(beside.parent)!r}: the disk is full, {what} could not be "
-                "written; what was saved before is whole, and `opsd train --resume` goes on from it"
-            ) from error
-        raise
 
 
 def checkpoint_bytes(model: nn.Module, zero: bool = False) -> int:

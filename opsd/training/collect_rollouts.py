@@ -1,7 +1,7 @@
 """A step's problems: rows → contexts → rollouts → grades → teacher contexts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -28,47 +28,33 @@ class CollectedRollouts(NamedTuple):
     measures: dict[str, float]
 
 
+@dataclass
 class RolloutCollector:
     """Makes a step's problems.
-
-    Args:
-        section: `rollout`.
-        problems_per_step: that are to be learnt from.
-        model: what trains; the sampler takes over its weights before each step.
-        rows: the training rows, from which `rollout.dynamic_sampling` draws more.
-        teacher_sampler: samples from the teacher, for rollout.source teacher.
-        reward_function: grades rollouts; None: they are not graded.
-        note: called once with a line for the terminal.
-        processes: sample together; the first one grades and draws.
 
     `how` says how rollouts are drawn, for the log.
     """
 
-    def __init__(
-        self,
-        section: RolloutSection,
-        problems_per_step: int,
-        model: PreTrainedModel,
-        rows: Sequence[Row],
-        prompts: Prompts,
-        objective: Objective,
-        sampler: Sampler,
-        teacher_sampler: Sampler | None,
-        reward_function: RewardFunction | None,
-        note: Callable[[str], None],
-        processes: Processes,
-    ):
-        self.section, self.problems_per_step = section, problems_per_step
-        self.model, self.rows, self.prompts = model, rows, prompts
-        self.objective, self.sampler, self.teacher_sampler = objective, sampler, teacher_sampler
-        self.reward_function, self.processes = reward_function, processes
-        self.sampling = Sampling.of(section)
-        self.teacher_contexts = TeacherContexts(
-            prompts, window(model.config), prompts.section.too_long == "skip", note
-        )
-        self.samples = objective.samples_rollouts and section.source != "reference"
-        drawn_by = teacher_sampler if section.source == "teacher" else sampler
-        self.how = {"source": section.source, "engine": drawn_by.engine, **asdict(self.sampling)}
+    section: RolloutSection  # `rollout`
+    problems_per_step: int  # that are to be learnt from
+    model: PreTrainedModel  # what trains; the sampler takes over its weights before each step
+    rows: Sequence[Row]  # the training rows, from which `rollout.dynamic_sampling` draws more
+    prompts: Prompts
+    objective: Objective
+    sampler: Sampler
+    teacher_sampler: Sampler | None  # samples from the teacher, for rollout.source teacher
+    reward_function: RewardFunction | None  # grades rollouts; None: they are not graded
+    note: Callable[[str], None]  # called once with a line for the terminal
+    processes: Processes  # sample together; the first one grades and draws
+
+    def __post_init__(self):
+        self.sampling, source = Sampling.of(self.section), self.section.source
+        skips = self.prompts.section.too_long == "skip"
+        longest = window(self.model.config)
+        self.teacher_contexts = TeacherContexts(self.prompts, longest, skips, self.note)
+        self.samples = self.objective.samples_rollouts and source != "reference"
+        drawn_by = self.teacher_sampler if source == "teacher" else self.sampler
+        self.how = {"source": source, "engine": drawn_by.engine, **asdict(self.sampling)}
 
     def __call__(self, rows: Sequence[Row]) -> CollectedRollouts:
         """The problems of a step that draws these rows."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,25 +57,20 @@ class Evaluation:
         }
 
 
+@dataclass(frozen=True)
 class HeldOut:
     """The held-out problems, ready to be put to any model in either role."""
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        prompts: Prompts,
-        grader: Grader,
-        sampling: Sampling,
-        engine: str = "generate",
-        processes: Processes | None = None,
-    ):
-        self.rows, self.prompts, self.grader = rows, prompts, grader
-        self.sampling, self.engine, self.processes = sampling, engine, processes
+    rows: Sequence[Row]
+    prompts: Prompts
+    grader: Grader
+    sampling: Sampling
+    engine: str = "generate"
+    processes: Processes | None = None
 
     def first(self, count: int | None) -> "HeldOut":
         """The first problems only; None: all."""
-        rows = self.rows[:count]
-        return HeldOut(rows, self.prompts, self.grader, self.sampling, self.engine, self.processes)
+        return replace(self, rows=self.rows[:count])
 
     def evaluate(
         self,

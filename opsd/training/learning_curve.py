@@ -14,25 +14,16 @@ from opsd.training.sample_records import sample_records
 
 @dataclass
 class LearningCurve:
-    """The lines of evaluations.jsonl, and of samples.jsonl.
+    """The lines of evaluations.jsonl, and of samples.jsonl."""
 
-    Attributes:
-        method: the run's.
-        section: the run's `eval`.
-        test: the held-out problems.
-        model: what trains, and what is measured.
-        sampler: answers with the model's weights, which it is shown before.
-        inference: the weights that the sampler reads; their view of the samples is shown.
-        teacher: whose view is shown beside it, as it sees `teacher_role`'s context.
-    """
-
-    method: str
-    section: EvalSection
-    test: HeldOut
-    model: PreTrainedModel
-    sampler: Sampler
+    method: str  # the run's
+    section: EvalSection  # the run's `eval`
+    test: HeldOut  # the held-out problems
+    model: PreTrainedModel  # what trains, and what is measured
+    sampler: Sampler  # answers with the model's weights, which it is shown before
+    # The weights that the sampler reads; their view of the samples is shown.
     inference: PreTrainedModel
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel  # whose view is shown beside it, as it sees `teacher_role`'s context
     teacher_role: str
     log: RunLog
     display: Display

@@ -65,12 +65,9 @@ def sources(data: DataSection) -> list[SourceSection]:
 def _read(source: SourceSection, config: Config, note: Callable[[str], None]) -> list[Row]:
     return load_rows(
         source.source,
-        columns=source.columns,
-        split=source.split,
-        limit=source.limit,
+        **{name: getattr(source, name) for name in ("columns", "split", "limit", "options")},
         size=config.data.size,
         seed=config.train.seed,
-        options=source.options,
         require=required_columns(config),
         graded=compares_answers(config),
         skip_incomplete=config.data.incomplete == "skip",

@@ -18,15 +18,10 @@ FIRST = 3
 
 
 class NoSignalWatch:
-    """Reads each step's metrics; says what is wrong, each sign once.
-
-    Args:
-        patience: steps in a row that a sign must be there; 0: nothing is ever said.
-        past: the metrics of the steps before, where a run is resumed.
-    """
+    """Reads each step's metrics, and those `past`; says what is wrong, each sign once."""
 
     def __init__(self, patience: int, past: Iterable[Line] = ()):
-        self.patience = patience
+        self.patience = patience  # steps in a row that a sign must be there; 0: nothing is said
         self.counts = dict.fromkeys(SIGNS, 0)
         self.first: dict[str, list[float]] = {}
         self.said: set[str] = set()

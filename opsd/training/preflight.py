@@ -5,20 +5,19 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.training_args import OptimizerNames, ParallelMode
+from transformers import PreTrainedModel, Trainer
+from transformers.training_args import OptimizerNames
 
 from opsd.common.errors import UserError
 from opsd.common.hub_upload import check_hub
 from opsd.config.config import Config
-from opsd.config.sections import LoraSection, TrainSection
+from opsd.config.sections import LoraSection, OutputSection, TrainSection
 from opsd.distributed.deepspeed import STAGES
 from opsd.models.lora import import_peft, is_adapted
 from opsd.training.checkpoints import checkpoint_bytes
+from opsd.training.trainer_arguments import training_arguments
 from opsd_kernels import backends
 
 
@@ -125,22 +124,8 @@ def check_optimizer(train: TrainSection) -> None:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         raise UserError(f"train.optimizer is {name!r}: no optimizer of transformers; {hint}")
-    # What transformers' makers of optimizers look at.
-    asked = SimpleNamespace(
-        optim=name,
-        optim_args=None,
-        optim_target_modules=None,
-        learning_rate=train.learning_rate,
-        weight_decay=train.weight_decay,
-        adam_beta1=train.beta1,
-        adam_beta2=train.beta2,
-        adam_epsilon=1e-8,
-        gradient_accumulation_steps=1,
-        warmup_steps=train.warmup_steps,
-        parallel_mode=ParallelMode.NOT_DISTRIBUTED,
-    )
     try:
-        Trainer.get_optimizer_cls_and_kwargs(cast(TrainingArguments, asked))
+        Trainer.get_optimizer_cls_and_kwargs(training_arguments(train, OutputSection(), 0))
     except (ImportError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"train.optimizer is {name!r}: {first}") from None

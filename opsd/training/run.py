@@ -78,7 +78,7 @@ def train(config: Config, display: Display | None = None, *, resume: bool = Fals
     try:
         with ExitStack() as stack:
             processes.together(lambda: check_machine(config))
-            processes.once(lambda: stack.enter_context(locked(directory)))
+            processes.once(lambda: stack.enter_context(locked(directory, note=display.note)))
             return _train(config, display, resume, processes)
     finally:
         processes.close()
@@ -133,25 +133,19 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     held_out: Sequence[Row],
-    grader: Grader,
+    grader: Grader,  # decides which held-out answers, and GRPO's rollouts, are right
     display: Display,
     *,
     checkpoint: Path | None = None,
+    # The evaluations of step 0, by role, where they are known already
     before: dict[str, Evaluation] | None = None,
+    # (completion, answer) → score of a rollout, instead of loss.reward's verifier
     reward: Reward | None = None,
-    save: bool = True,
-    server: VLLMServer | None = None,
-    processes: Processes | None = None,
+    save: bool = True,  # whether to write the trained model to model/
+    server: VLLMServer | None = None,  # who samples under rollout.engine vllm_server
+    processes: Processes | None = None,  # those that train together; none: this one alone
 ) -> dict:
     """Train `model` in place by `config.method`, in the claimed directory `config.output.dir`.
-
-    Args:
-        grader: decides which held-out answers, and GRPO's rollouts, are right.
-        before: the evaluations of step 0, by role, where they are known already.
-        reward: (completion, answer) → score of a rollout, instead of loss.reward's verifier.
-        save: whether to write the trained model to model/.
-        server: who samples under rollout.engine vllm_server.
-        processes: those that train together; none: this one alone.
 
     Returns the run's summary, which is also written to summary.json.
     """
@@ -214,23 +208,15 @@ def run(
 
 @dataclass(frozen=True)
 class Models:
-    """A run's models.
+    """A run's models."""
 
-    Attributes:
-        student: what trains.
-        inference: the student's weights as sampling and evaluation read them: a copy, or itself.
-        teacher: whose view of sample completions is shown.
-        scorer: what the objective asks.
-        average: an `ema` teacher that training moves.
-        split: the student's weights are split over processes, the inference copy's are not.
-    """
-
-    student: PreTrainedModel
+    student: PreTrainedModel  # what trains
+    # The student's weights as sampling and evaluation read them: a copy, or itself.
     inference: PreTrainedModel
-    teacher: PreTrainedModel
-    scorer: PreTrainedModel
-    average: MovingAverage | None
-    split: bool
+    teacher: PreTrainedModel  # whose view of sample completions is shown
+    scorer: PreTrainedModel  # what the objective asks
+    average: MovingAverage | None  # an `ema` teacher that training moves
+    split: bool  # the student's weights are split over processes, the inference copy's are not
 
 
 def _make_models(

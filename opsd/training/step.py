@@ -41,22 +41,17 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 class OPSDStep(nn.Module):
-    """A micro-batch's share of the step's loss.
-
-    Args:
-        model: what trains.
-        objective: the method; its teacher, if it has one, is not a part of this module.
-        share: run each context once for all its rollouts.
-        cache_trains: where a context's rollouts fill several micro-batches, run it once for all of
-            them in training, too. Not for wrappers such as DistributedDataParallel, which see a
-            gradient in one backward only. Passes without gradient share it in any case.
-    """
+    """A micro-batch's share of the step's loss."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel,  # what trains
+        # The method; its teacher, if it has one, is not a part of this module
         objective: Objective,
-        share: bool = True,
+        share: bool = True,  # run each context once for all its rollouts
+        # Where a context's rollouts fill several micro-batches, run it once for all of them in
+        # training, too. Not for wrappers such as DistributedDataParallel, which see a gradient in
+        # one backward only. Passes without gradient share it in any case
         cache_trains: bool = True,
     ):
         super().__init__()
@@ -153,25 +148,16 @@ def token_ratio(groups: Sequence[SampleGroup]) -> float:
 
 @dataclass
 class GradientAccumulator:
-    """Runs samples through the step in micro-batches, and adds up their gradients.
+    """Runs samples through the step in micro-batches, and adds up their gradients."""
 
-    Attributes:
-        step: a micro-batch's forward.
-        wrapped: the model as accelerate has prepared it.
-        dtype: what forward and backward run in.
-        budget: tokens of a micro-batch; it is halved where memory runs out.
-        split_weights: no process holds all weights, so that all must run them equally often.
-        note: called with a line for the terminal, once.
-    """
-
-    step: OPSDStep
-    wrapped: nn.Module
+    step: OPSDStep  # a micro-batch's forward
+    wrapped: nn.Module  # the model as accelerate has prepared it
     accelerator: Accelerator
-    dtype: torch.dtype
-    budget: int
-    split_weights: bool
+    dtype: torch.dtype  # what forward and backward run in
+    budget: int  # tokens of a micro-batch; it is halved where memory runs out
+    split_weights: bool  # no process holds all weights, so that all must run them equally often
     processes: Processes
-    note: Callable[[str], None]
+    note: Callable[[str], None]  # called with a line for the terminal, once
     _split_told: bool = False
 
     def __call__(self, groups: list[SampleGroup]) -> tuple[Tensor, Totals]:

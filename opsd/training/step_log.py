@@ -1,7 +1,7 @@
 """A step's line in metrics.jsonl: what it spent, what it measured, and whether the run is over."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from opsd.config.sections import TrainSection
@@ -11,30 +11,21 @@ from opsd.training.collapse import CollapseWatch
 from opsd.training.no_signal import NoSignalWatch
 
 
+@dataclass
 class StepLog:
-    """Keeps a step's measures until its loss and norm are known, then writes its line.
+    """Keeps a step's measures until its loss and norm are known, then writes its line."""
 
-    Args:
-        generates: whether a model writes the rollouts, so that their tokens count as generated.
-        run_log: the run's files, and its counters, which go on from them.
-        on_step: called with each line, for the display.
-        note: called with a line for the terminal.
-    """
+    method: str
+    train: TrainSection
+    generates: bool  # whether a model writes the rollouts, so that their tokens count as generated
+    run_log: RunLog  # the run's files, and its counters, which go on from them
+    on_step: Callable[[dict], None]  # called with each line, for the display
+    note: Callable[[str], None]  # called with a line for the terminal
 
-    def __init__(
-        self,
-        method: str,
-        train: TrainSection,
-        generates: bool,
-        run_log: RunLog,
-        on_step: Callable[[dict], None],
-        note: Callable[[str], None],
-    ):
-        self.method, self.train, self.generates = method, train, generates
-        self.run_log, self.on_step, self.note = run_log, on_step, note
-        self.collapse = CollapseWatch(train.collapse, run_log.past)
-        watched = 0 if train.collapse.on == "off" else train.collapse.no_signal
-        self.no_signal = NoSignalWatch(watched, run_log.past)
+    def __post_init__(self):
+        section, past = self.train.collapse, self.run_log.past
+        self.collapse = CollapseWatch(section, past)
+        self.no_signal = NoSignalWatch(0 if section.on == "off" else section.no_signal, past)
         self._measures: dict[str, Any] = {}
 
     def count(

@@ -5,7 +5,7 @@ teacher's template where it is over rollouts.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from opsd.common.errors import UserError
 from opsd.data.prompts import Prompts
@@ -44,21 +44,15 @@ def outcome_measures(problems: Sequence[Problem]) -> dict[str, float]:
     }
 
 
+@dataclass
 class TeacherContexts:
-    """Fills in a teacher's template over rollouts.
+    """Fills in a teacher's template over rollouts."""
 
-    Args:
-        window: the longest sequence that the models allow; None: any.
-        skip: leave out, and count, rollouts that do not fit after their teacher's context; False:
-            they are an error.
-        note: called with a line for the terminal when the first one is left out.
-    """
-
-    def __init__(
-        self, prompts: Prompts, window: int | None, skip: bool, note: Callable[[str], None]
-    ):
-        self.prompts, self.window, self.skip, self.note = prompts, window, skip, note
-        self.noted = False
+    prompts: Prompts
+    window: int | None  # the longest sequence that the models allow; None: any
+    skip: bool  # rollouts that do not fit after their teacher's context; False: they are an error
+    note: Callable[[str], None]  # called with a line for the terminal at the first that is skipped
+    noted: bool = False
 
     def __call__(self, problems: Sequence[Problem]) -> tuple[list[Problem], dict[str, float]]:
         """The problems with the teacher's context for each rollout, and measures for the log."""

@@ -40,7 +40,7 @@ from opsd.objectives import Objective, Problem, SampleGroup, Totals
 from opsd.prefix import try_kernel, unpackable
 from opsd.rollout import DistributedSampler, Sampler, ServerGoneError
 from opsd.runs.log import RunLog
-from opsd.training.checkpoints import Checkpoints
+from opsd.training.checkpoints import Checkpoints, some_weights
 from opsd.training.collect_rollouts import RolloutCollector
 from opsd.training.failed_steps import IN_A_ROW, failed_step, save_failed_step
 from opsd.training.optimizer import make_optimizer, make_schedule
@@ -95,6 +95,7 @@ class OPSDTrainer:
         callbacks: Sequence[TrainerCallback] = (),
     ):
         self.config, self.model, self.rows, self.objective = config, model, rows, objective
+        self._base = some_weights(model)
         self.processing_class = prompts.tokenizer
         note = note or (lambda text: None)
         self.processes = processes or Processes()
@@ -256,11 +257,10 @@ class OPSDTrainer:
             self.optimizer,
             self.schedule,
             self.average,
+            self._base,
         )
         if checkpoint is not None:
-            saved = self.checkpoints.read(checkpoint)
-            self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
-            self.state.log_history = saved.log_history
+            self.checkpoints.read(checkpoint, self.state)
 
     def _without_server(self, error: ServerGoneError) -> ServerGoneError:
         """Save the steps that are done; what to tell the user."""
@@ -431,6 +431,7 @@ class OPSDTrainer:
 
     def save_checkpoint(self) -> None:
         """All that a run needs to go on from here, in checkpoint-<step>/."""
+        self.run_log.sync()
         self.checkpoints.write(self.state)
         self._call("on_save")
 

@@ -41,8 +41,8 @@ METHODS = {
     "sft": {"method": "sft"},
 }
 MOMENTS = {
-    "a checkpoint": "checkpoint.part",
-    "a checkpoint's end": "checkpoint-2/trainer_state.json",
+    "a checkpoint": ".checkpoint-*.part",
+    "a checkpoint's end": "checkpoint-2/manifest.json",
     "an evaluation": "evaluations.jsonl",
     "samples": "samples.jsonl",
     "a step": "metrics.jsonl",

@@ -1,7 +1,9 @@
 """Steps that fail: numbers that are not finite, memory that runs out, two runs in one directory."""
 
+import errno
 import math
 import mmap
+import os
 import subprocess
 import sys
 import threading
@@ -15,10 +17,12 @@ from transformers import TrainerCallback
 
 from opsd.cli.main import main
 from opsd.common.display import Display
+from opsd.common.errors import UserError
 from opsd.common.files import read_lines
 from opsd.common.step_timer import StepTimer, Watch, measured, phase, resident
 from opsd.config.load import save_config
 from opsd.objectives import OPSD
+from opsd.runs.directory import _mark, locked
 from opsd.training.replay import replay
 from opsd.training.step import OPSDStep
 
@@ -190,6 +194,33 @@ def test_two_runs_in_one_directory_are_refused(run, tmp_path, capsys):
         other.kill()
         other.wait()
     assert run("train.steps=1") == 0  # the lock has ended with its process
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_there_are_no_locks_the_living_process_has_the_directory(
+    number, tmp_path, monkeypatch
+):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    directory, notes = tmp_path / "run", []
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(directory, note=notes.append):
+        assert len(notes) == 1 and "no locks there" in notes[0]
+        assert (directory / "run.lock").read_text().startswith(f"{os.getpid()} ")
+    try:
+        (directory / "run.lock").write_text(_mark(other.pid) + "\n")
+        with pytest.raises(UserError, match=f"process {other.pid} is training there"):
+            with locked(directory):
+                pass
+    finally:
+        other.kill()
+        other.wait()
+    for stale in (f"{other.pid} 1.00 elsewhere", "1 1.00 x", "nonsense", "-1", "", "9" * 99):
+        (directory / "run.lock").write_text(stale + "\n")
+        with locked(directory):
+            pass
 
 
 def test_what_a_killed_run_left_is_cleared(run, tmp_path):
