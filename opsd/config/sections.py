@@ -298,8 +298,9 @@ class TrainSection(Section):
     prefix_kernel: Literal["auto", "tiles", "flash", "flash_3", "flash_attn", "flex"] = "auto"
     """Kernel of that attention: batched products (any machine), torch's flash attention, that with
     FlashAttention 3, the flash-attn package, FlexAttention."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Weights and optimizer are fp32; bf16: forward, backward and rollouts in bf16."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Weights and optimizer are fp32; bf16: forward, backward and rollouts in bf16; auto: bf16
+    where the processor multiplies it (GPUs, CPUs with AVX-512), else fp32, kept with the run."""
     optimizer: str = "adamw_torch_fused"
     """An optimizer of transformers' Trainer, such as adafactor or adamw_bnb_8bit."""
     gradient_checkpointing: Literal[False, True, "reentrant"] = False

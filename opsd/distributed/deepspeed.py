@@ -10,6 +10,7 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from opsd.common.precision import compute_dtype
 from opsd.config.sections import TrainSection
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -36,7 +37,7 @@ def deepspeed_config(train: TrainSection) -> dict[str, Any]:
             "stage3_gather_16bit_weights_on_model_save": True,  # in the dtype that they have
         },
         "torch_autocast": {
-            "enabled": train.precision == "bf16",
+            "enabled": compute_dtype(train.precision) == torch.bfloat16,
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],  # whose gradients it would exchange in bf16
         },

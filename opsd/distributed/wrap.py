@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
+from opsd.common.precision import compute_dtype
 from opsd.config.sections import TrainSection
 from opsd.distributed import deepspeed
 
@@ -25,7 +26,8 @@ def make_accelerator(train: TrainSection) -> Accelerator:
         # accelerate shards only where it takes the processes' devices for GPUs; gloo does on CPUs.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     policy = None
-    if train.precision == "bf16":  # weights are gathered in bf16; gradients are summed in fp32
+    if compute_dtype(train.precision) == torch.bfloat16:
+        # Weights are gathered in bf16; gradients are summed in fp32.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,

@@ -90,7 +90,7 @@ class Planner:
     def memory(self, config: Config) -> Memory:
         """The memory, on each device, of a run by `config`."""
         dtype, sizes, lora = (
-            compute_dtype(config.train.precision),
+            compute_dtype(config.train.precision, "cpu" if self.device_memory is None else "cuda"),
             self.sizes(config),
             config.model.lora,
         )

@@ -140,7 +140,7 @@ def _make_base(
     write_lines(place / "train.jsonl", (dict(row.columns) for row in recipe.train_rows))
     write_lines(place / "held_out.jsonl", (dict(row.columns) for row in recipe.held_out_rows))
     held_out = test(base.tokenizer)
-    precision = recipe.sections["train"].get("precision", "bf16")
+    precision = recipe.sections["train"].get("precision", "auto")
     decoder = copy_model(base.model, compute_dtype(precision))
     before = {
         "student": held_out.evaluate(decoder, display, "student", "base"),

@@ -113,23 +113,23 @@ def _mark(process: int) -> str:
         return ""
 
 
-def keep_date(config: Config, directory: Path) -> Config:
-    """The config with the date on which this run began, where it names none itself: what a chat
-    template writes for today must be the same when a run goes on tomorrow."""
-    if config.prompts.date is not None:
-        return config
-    date = datetime.date.today().isoformat()
+def settle(config: Config, directory: Path, best_precision: str) -> Config:
+    """The config with what its run decided when it began where the config leaves it open, so that
+    the run is the same tomorrow and on another machine: the date that a chat template writes for
+    today, and the precision, `best_precision` where a new run has `auto`."""
     try:
         saved = read_yaml(directory / CONFIG)
-        date = saved["prompts"]["date"] or date
-        datetime.date.fromisoformat(date)
+        date, precision = saved["prompts"]["date"], saved["train"]["precision"]
     except (UserError, OSError, LookupError, TypeError):
-        pass  # no run yet, or of before dates were kept
-    except ValueError:
-        file = directory / CONFIG
-        raise UserError(f"{str(file)!r} has prompts.date {date!r}, which is no date") from None
+        date = precision = None  # no run yet
+    date = config.prompts.date or date or datetime.date.today().isoformat()
+    if config.train.precision != "auto":
+        precision = config.train.precision
+    elif precision not in ("bf16", "fp32"):
+        precision = best_precision
     prompts = config.prompts.model_copy(update={"date": date})
-    return config.model_copy(update={"prompts": prompts})
+    train = config.train.model_copy(update={"precision": precision})
+    return config.model_copy(update={"prompts": prompts, "train": train})
 
 
 def claim_directory(directory: Path, config: Config, resume: bool) -> Path | None:

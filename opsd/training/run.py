@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opsd.common.display import Display
 from opsd.common.files import read_lines, write_json
 from opsd.common.hub_upload import push
-from opsd.common.precision import compute_dtype, weights_dtype
+from opsd.common.precision import best_precision, compute_dtype, weights_dtype
 from opsd.common.system import machine, peak_memory, release_memory, share_one_heap, versions
 from opsd.config.config import Config
 from opsd.config.requirements import (
@@ -50,7 +50,7 @@ from opsd.rollout import (
     training_server,
 )
 from opsd.rollout.vllm_client import VLLMServer
-from opsd.runs.directory import check_problems, claim_directory, keep_date, locked, step_of
+from opsd.runs.directory import check_problems, claim_directory, locked, settle, step_of
 from opsd.runs.log import RunLog
 from opsd.training.checkpoints import check_pieces, save_trained
 from opsd.training.held_out import Evaluation, HeldOut
@@ -74,7 +74,7 @@ def train(config: Config, display: Display | None = None, *, resume: bool = Fals
     check_launcher(config.train.sharding, config.rollout.engine)
     use_kernel(config.train.prefix_kernel)
     processes, directory = Processes(), Path(config.output.dir)
-    config = processes.once(lambda: keep_date(config, directory))
+    config = processes.once(lambda: settle(config, directory, best_precision()))
     try:
         with ExitStack() as stack:
             processes.together(lambda: check_machine(config))
@@ -360,7 +360,8 @@ def needs_inference_copy(config: Config, evaluates: bool) -> bool:
     """Whether a bf16 copy of the model samples, in training in bf16: to cast the masters for each
     new token would cost as much as the token. Beside adapters the weights are in bf16 already."""
     samples = config.rollout.engine in SAMPLERS and (config.method != "sft" or evaluates)
-    return samples and config.train.precision == "bf16" and config.model.lora is None
+    bf16 = compute_dtype(config.train.precision) == torch.bfloat16
+    return samples and bf16 and config.model.lora is None
 
 
 def checkpoint_activations(model: PreTrainedModel, kind: bool | Literal["reentrant"]) -> None:

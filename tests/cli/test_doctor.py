@@ -64,7 +64,10 @@ def test_what_is_required_is_what_pyproject_says(monkeypatch):
         raise importlib.metadata.PackageNotFoundError
 
     monkeypatch.setattr(importlib.metadata, "requires", none)
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    # In a checkout; an installed package has no pyproject.toml beside it.
+    checkout = Path(__file__).parents[2]
+    monkeypatch.setattr(doctor, "__file__", str(checkout / "opsd" / "cli" / "doctor.py"))
+    project = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]
     assert len(doctor.required()) == len(project["dependencies"])
     extra = "torch>=2.10", "numpy", "peft; extra == 'gpu'", "trl>=1.16; extra == 'test'"
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: list(extra))

@@ -105,6 +105,8 @@ def measure(backend, divergence, train, dtype, budget):
         gradients += 4 * w.numel()  # the sum over blocks
     took = resident("VmHWM") - before - gradients
     print(plans[-1].one_pass, took / plans[-1].bytes, flush=True)
+# What torch imports at its first call, seconds a time, is the same for all.
+linear_divergence(torch.ones(1, 8, requires_grad=True), *torch.ones(2, 1, 8)).loss.backward()
 for case in json.loads(sys.argv[1]):
     if os.fork() == 0:  # a process for each: none finds what another has left
         measure(*case)
@@ -137,4 +139,5 @@ def test_planned_bytes_are_what_it_takes():
     for case, line in zip(MEASURED, lines, strict=True):
         one_pass, ratio = line.split()
         assert (one_pass == "True") == (case[-1] >= 24 * MIB), (case, line)
-        assert abs(float(ratio) - 1) < 0.1, (case, line)
+        # A MiB: products have buffers of their own, and more of them on CPUs without AVX-512.
+        assert abs(float(ratio) - 1) * case[-1] < 0.1 * case[-1] + MIB, (case, line)

@@ -195,14 +195,16 @@ def write_run(shape, sections, directory):
 OPSD = """
 import json, sys, time
 from opsd.cli.main import main
+from transformers import PreTrainedModel  # takes most of a short command's time
+start = time.process_time()
 assert main(sys.argv[1:]) == 0
 from opsd.common.system import peak_memory
-print(json.dumps({"bytes": peak_memory(), "seconds": time.process_time()}))
+print(json.dumps({"bytes": peak_memory(), "seconds": time.process_time() - start}))
 """
 
 
 def run_opsd(*arguments: str) -> tuple[str, dict[str, float]]:
-    """What `opsd …` prints, and the most memory and the processor time that it took."""
+    """What `opsd …` prints, the most memory and, imports apart, the processor time that it took."""
     command = [sys.executable, "-P", "-c", OPSD, *arguments]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     *lines, usage = printed.splitlines()
@@ -218,12 +220,12 @@ def planned(*arguments: str, capsys) -> dict:
 
 
 def test_the_paper_8b_model_is_planned_in_seconds_and_without_weights():
-    """Processor time, most of it torch's and transformers' imports: 4.2 s here."""
+    """Processor time beside the imports of torch and transformers, which take 3 to 9 s."""
     printed, usage = run_opsd("plan", "Qwen/Qwen3-8B", "--json")
     found = json.loads(printed)
     assert found["parameters"] == 8_190_735_360
     assert found["memory"]["always"]["weights"] == 4 * 8_190_735_360
-    assert usage["seconds"] < 10
+    assert usage["seconds"] < 6
     assert usage["bytes"] < 2e9  # of 33 GB of weights
 
 

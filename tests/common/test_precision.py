@@ -1,0 +1,49 @@
+"""What `train.precision: auto` stands for, and that a run keeps it."""
+
+import pytest
+import torch
+from helpers.training_cases import short_config
+
+from opsd.common import precision
+from opsd.config.load import save_config
+from opsd.runs.directory import settle
+
+
+@pytest.mark.parametrize("multiplies, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bf16_where_the_processor_multiplies_it(multiplies, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: multiplies)
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies, raising=False
+    )
+    assert precision.compute_dtype("auto") == dtype
+    assert precision.compute_dtype("auto", "cuda") == torch.bfloat16  # a GPU that is planned for
+    assert precision.compute_dtype("bf16") == torch.bfloat16
+    assert precision.compute_dtype("fp32") == torch.float32
+
+
+def test_auto_is_fp32_on_a_gpu_that_only_emulates_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
+    )
+    assert precision.compute_dtype("auto") == torch.float32
+
+
+@pytest.mark.parametrize("field", ["date", "precision"])
+def test_a_run_keeps_what_it_began_with(field, files, tmp_path):
+    """On another day, and on another machine."""
+    left_open = short_config(*files, tmp_path / "run", train={"precision": "auto"})
+    section = {"date": "prompts", "precision": "train"}[field]
+    before = {"date": "2026-02-03", "precision": "bf16"}[field]
+    began = settle(left_open, tmp_path / "run", "fp32")
+    assert began.train.precision == "fp32" and began.prompts.date is not None
+    kept = getattr(began, section).model_copy(update={field: before})
+    (tmp_path / "run").mkdir()
+    save_config(began.model_copy(update={section: kept}), tmp_path / "run" / "config.yaml")
+    again = settle(left_open, tmp_path / "run", "fp32")
+    assert getattr(getattr(again, section), field) == before
+    asked = {"date": "2026-05-06", "precision": "fp32"}[field]
+    named = getattr(left_open, section).model_copy(update={field: asked})
+    again = settle(left_open.model_copy(update={section: named}), tmp_path / "run", "bf16")
+    assert getattr(getattr(again, section), field) == asked
