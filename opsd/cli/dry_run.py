@@ -44,7 +44,8 @@ def dry_run(config: Config, display: Display) -> None:
     check_directory(config.model)
     student = architecture(config.model)
     tokenizer = load_tokenizer(config.model)
-    check_teacher(config.teacher, config.model, tokenizer)
+    tokenizer.teachers_tokens = check_teacher(config.teacher, config.model, tokenizer)
+    tokenizer.embedding_rows = student.get_text_config().vocab_size
     prompts = Prompts(config.prompts, tokenizer)
     limit = window(student)
     rows, held_out = fitting_data(config, rows, held_out, prompts, limit, display)

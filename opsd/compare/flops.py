@@ -54,11 +54,12 @@ def multiplying_parameters(directory: Path) -> int | None:
     """
     base: int | None = 0
     if (directory / "adapter_config.json").is_file():
-        from opsd.models.lora import base_of
+        from opsd.config.sections import ModelSection
+        from opsd.models.adapter_files import model_files
 
-        under = Path(base_of(directory)[0])
-        # Of adapters on adapters: a file may name itself.
-        base = None if (under / "adapter_config.json").is_file() else multiplying_parameters(under)
+        files = model_files(ModelSection(path=str(directory)), offline=True)
+        below = [files.base, *(adapter.section for adapter in files.adapters[:-1])]
+        base = multiplying_parameters(Path(below[-1].path))
     sizes: dict[str, int] = {}
     try:
         for path in directory.glob("*.safetensors"):

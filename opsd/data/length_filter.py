@@ -3,10 +3,12 @@
 A row is tokenised only where its size leaves in doubt whether it fits.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from sys import maxsize
 
 from opsd.common.errors import UserError
-from opsd.data.prompts import BATCH, Prompts
+from opsd.data.prompts import BATCH, Prompts, UnreadableRowError
 from opsd.data.rows import Row
 
 NAMED_ROWS = 10  # that are too long, in the note that counts them
@@ -29,17 +31,20 @@ def fitting_rows(
     The others are an error, or left out, counted and named by `note`, as `prompts.too_long` says.
     """
     needed = []
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        for role in roles:
-            prompts.rendered(batch, role)  # which the next lines ask for
-        for number, row in enumerate(batch, start=start + 1):
-            check(number, row)
-        doubtful = [] if window is None else _doubtful(batch, prompts, roles, answer, window)
-        counted = iter(tokens_needed(doubtful, prompts, roles, answer))
-        names = set(map(id, doubtful))
-        needed += [next(counted) if id(row) in names else 0 for row in batch]
-        advance(len(batch))
+    with _numbered(rows, "data.source: row"):
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            for role in roles:
+                prompts.rendered(batch, role)  # which the next lines ask for
+            for number, row in enumerate(batch, start=start + 1):
+                check(number, row)
+            doubtful = []
+            if window is not None or prompts.may_be_unreadable:
+                doubtful = _doubtful(batch, prompts, roles, answer, window or maxsize)
+            counted = iter(tokens_needed(doubtful, prompts, roles, answer))
+            names = set(map(id, doubtful))
+            needed += [next(counted) if id(row) in names else 0 for row in batch]
+            advance(len(batch))
     if window is None:
         return list(rows)
     return _within(rows, needed, window, prompts, "data.source", "row", note)
@@ -60,20 +65,33 @@ def fitting_held_out(
     The first `in_both` that fit (None: all) must fit in `teacher_role`'s context too, since a
     teacher answers them or scores their answers. Raises UserError where none is left.
     """
-    if window is None:
+    if window is None and not prompts.may_be_unreadable:
         return list(rows)
+    window = maxsize if window is None else window
     needed, read = [], 0
-    for row, alone in zip(rows, tokens_needed(rows, prompts, ["student"], answer), strict=True):
-        if in_both is None or read < in_both:
-            alone = max(alone, len(prompts.ids(row, teacher_role)) + answer)
-        needed.append(alone)
-        read += alone <= window
+    with _numbered(rows, f"{source}: held-out problem"):
+        for row, alone in zip(rows, tokens_needed(rows, prompts, ["student"], answer), strict=True):
+            if in_both is None or read < in_both:
+                alone = max(alone, len(prompts.ids(row, teacher_role)) + answer)
+            needed.append(alone)
+            read += alone <= window
     kept = _within(rows, needed, window, prompts, source, "held-out problem", note)
     if rows and not kept:
         raise UserError(
             f"{source} has no held-out problem that fits the model's window of {window}"
         )
     return kept
+
+
+@contextmanager
+def _numbered(rows: Sequence[Row], what: str) -> Iterator[None]:
+    """Says which of the rows it is that cannot be read."""
+    try:
+        yield
+    except UnreadableRowError as error:
+        number = next(n for n, row in enumerate(rows, start=1) if row is error.row)
+        problem = error.row.problem[:60]
+        raise UserError(f"{what} {number} ({problem!r}): {error}") from None
 
 
 def tokens_needed(

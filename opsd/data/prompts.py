@@ -39,6 +39,14 @@ ESCAPED_MARK = MARK + "\\\"'<&>\n\tA"
 """The same, with characters that a template may escape."""
 
 
+class UnreadableRowError(UserError):
+    """A row's text has a token that the model, or its teacher, cannot be given."""
+
+    def __init__(self, row: Row, message: str):
+        super().__init__(message)
+        self.row = row
+
+
 @dataclass(frozen=True)
 class Context:
     """One problem as both roles see it: token ids that end where the solution is to begin.
@@ -79,11 +87,18 @@ class Prompts:
         # By template and id(), the last call's rows beside their texts.
         self._rendered: dict[str, dict[int, tuple[Row, str]]] = {}
         self._bound = token_bound(tokenizer)
+        self._without_row = tokens_without_row(tokenizer)
+        self._teachers_alone = getattr(tokenizer, "teachers_tokens", ())
         self._chat_sizes: dict[str, tuple[int, int] | None] = {}
 
     def context(self, row: Row) -> Context:
         """The ids of both roles' contexts for this row."""
         return self.contexts([row])[0]
+
+    @property
+    def may_be_unreadable(self) -> bool:
+        """Whether there are tokens that no text may have."""
+        return bool(self._without_row or self._teachers_alone)
 
     def contexts(self, rows: Sequence[Row]) -> list[Context]:
         """The ids of both roles' contexts for each row."""
@@ -121,7 +136,10 @@ class Prompts:
         if (chat := self._chat_sizes.get(role)) is None:
             return [None] * len(rows)
         sizes = [chat[0] * self._bound(message) + chat[1] for message in messages]
-        return [None if row.history else n for row, n in zip(rows, sizes, strict=True)]
+        return [
+            None if row.history or any(map(message.__contains__, self._without_row)) else size
+            for row, message, size in zip(rows, messages, sizes, strict=True)
+        ]
 
     def _chat_size(self, role: str) -> tuple[int, int] | None:
         """How often a role's chat template writes the message, and the most tokens beside it.
@@ -131,6 +149,8 @@ class Prompts:
         """
         text = self._text(MARK, role)
         copies = text.count(MARK)
+        if any(map(text.__contains__, self._without_row)):
+            return None
         if copies == 0 or self._text(ESCAPED_MARK, role).count(ESCAPED_MARK) != copies:
             return None
         more = text.replace(MARK, "") + 2 * str(self.tokenizer.chat_template)
@@ -151,6 +171,7 @@ class Prompts:
             return []
         made = [array("i", ids) for ids in self._made(rows, *role.partition(" ")[::2])]
         for row, ids in zip(rows, made, strict=True):
+            self._check_ids(row, ids)
             if self._known_tokens + len(ids) <= KEPT_TOKENS:
                 self._known[role, id(row)] = row, ids
                 self._known_tokens += len(ids)
@@ -194,7 +215,20 @@ class Prompts:
                 f"column; in the template {name!r} means rollouts"
             )
         message = self.render(row, "teacher", rollout=rollout, peers=list(peers))
-        return self._ids([self._text(message, "teacher", row)])[0] if message.strip() else None
+        if not message.strip():
+            return None
+        ids = self._ids([self._text(message, "teacher", row)])[0]
+        self._check_ids(row, ids)
+        return ids
+
+    def _check_ids(self, row: Row, ids: Sequence[int]) -> None:
+        if self._without_row and (bad := set(self._without_row.values()).intersection(ids)):
+            token = self.tokenizer.convert_ids_to_tokens(min(bad))
+            raise UnreadableRowError(
+                row,
+                f"its text has {token!r}, token {min(bad)}, for which the model has no embedding "
+                f"({self.tokenizer.embedding_rows} rows)",
+            )
 
     def _text(self, message: str, role: str, row: Row | None = None) -> str:
         """A role's whole context as text: the chat template around the message, and the prefill."""
@@ -220,7 +254,21 @@ class Prompts:
         except TemplateFailure as error:
             said = f"cannot be filled in: {error}; columns: {', '.join(sorted(values[0]))}"
             raise UserError(f"prompts.{name} {said}") from None
+        for token in self._teachers_alone:
+            for row, text in zip(new, made, strict=True):
+                if token in text:
+                    raise UnreadableRowError(
+                        row, f"its text has {token!r}, which is a token of the teacher's alone"
+                    )
         texts = known | {id(row): (row, text) for row, text in zip(new, made, strict=True)}
         if not more and len(rows) > 1:
             self._rendered[name] = {id(row): texts[id(row)] for row in rows}
         return [texts[id(row)][1] for row in rows]
+
+
+def tokens_without_row(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokens for which the model's embedding has no row, as the image token of Gemma 3 1B."""
+    rows = getattr(tokenizer, "embedding_rows", None)
+    if rows is None or max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder]) < rows:
+        return {}
+    return {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}

@@ -10,10 +10,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from opsd.common.errors import UserError, in_short
-from opsd.common.hub_offline import before_asking_hub
 from opsd.config.sections import ModelSection
+from opsd.models.adapter_files import TOKENIZER, model_files
 from opsd.models.load import load_model, stops_of
-from opsd.models.lora import base_of
 
 # What decides what a model writes; a checkpoint's optimizer and our own files do not.
 _FILES = """
@@ -28,21 +27,26 @@ class Subject:
 
     def __init__(self, path: str, local_rank: int = 0):
         self.path = path
-        base, revision = base_of(path) or (path, None)
-        if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
-            raise UserError(f"MODEL is {path!r}: {base!r} is a directory without config.json")
-        before_asking_hub(base)
+        self.files = files = model_files(ModelSection(path=path), "MODEL")
+        base, owner = files.base, files.owner(*TOKENIZER)
+        if Path(base.path).is_dir() and not (Path(base.path) / "config.json").is_file():
+            raise UserError(f"MODEL is {path!r}: {base.path!r} is a directory without config.json")
         try:
             # False: None would ask in the terminal whether to run a repository's code.
-            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                owner.path, revision=owner.revision, trust_remote_code=False
+            )
             self.config = AutoConfig.from_pretrained(
-                base, revision=revision, trust_remote_code=False
+                base.path, revision=base.revision, trust_remote_code=False
             )
         except Exception as error:  # whatever files that are not there, or damaged, provoke
             raise UserError(
                 f"MODEL is {path!r}: neither a model directory nor a hub model that can be reached "
                 f"({in_short(error)})"
             ) from error
+        for adapter in files.adapters:
+            adapter.reshape(self.config)
+        self.tokenizer.embedding_rows = self.config.get_text_config().vocab_size
         cuda = torch.cuda.is_available()
         self.device = f"cuda:{local_rank % torch.cuda.device_count()}" if cuda else "cpu"
         self.precision = "bf16" if cuda else "fp32"
@@ -51,15 +55,20 @@ class Subject:
     def digest(self) -> str:
         """A hash of the model's files, or the commit of a hub model: a model that was trained on
         under the same name is another model."""
-        directory = Path(self.path)
+        parts = [part.section for part in reversed(self.files.adapters)] + [self.files.base]
+        hashes = [self._hash(Path(part.path), part.revision) for part in parts]
+        return hashes[0] if len(hashes) == 1 else _sha256("\n".join(hashes).encode())[:16]
+
+    def _hash(self, directory: Path, revision: str | None) -> str:
         if not directory.is_dir():
-            return f"{self.path}@{getattr(self.config, '_commit_hash', None)}"
-        total = hashlib.sha256()
+            commit = getattr(self.config, "_commit_hash", None) or revision
+            return f"{directory}@{commit}"
+        lines = []
         for path in sorted({path for pattern in _FILES for path in directory.glob(pattern)}):
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
-            total.update(f"{path.name} {content}\n".encode())
-        return total.hexdigest()[:16]
+            lines.append(f"{path.name} {content}\n")
+        return _sha256("".join(lines).encode())[:16]
 
     @property
     def window(self) -> int | None:
@@ -74,13 +83,18 @@ class Subject:
     @property
     def stops(self) -> frozenset[int]:
         """What ends an answer, as `opsd.models.load.stop_ids` finds it of the loaded model."""
+        owner = self.files.owner("generation_config.json")
         try:
-            extra = GenerationConfig.from_pretrained(self.path).eos_token_id
+            extra = GenerationConfig.from_pretrained(owner.path, revision=owner.revision)
         except OSError:
-            extra = GenerationConfig.from_model_config(self.config).eos_token_id
-        return stops_of(self.tokenizer, extra)
+            extra = GenerationConfig.from_model_config(self.config)
+        return stops_of(self.tokenizer, extra.eos_token_id)
 
     def load(self) -> PreTrainedModel:
         """The weights, on the device and in the precision above."""
         model, _ = load_model(ModelSection(path=self.path), self.device)
         return model.to(torch.bfloat16) if self.precision == "bf16" else model
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

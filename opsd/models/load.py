@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,11 +20,13 @@ from opsd.common.hub_offline import before_asking_hub
 from opsd.common.saved_directory import check_saved
 from opsd.config.sections import ModelSection
 from opsd.data.chat import ChatTemplate
+from opsd.models.adapter_files import TOKENIZER, ModelFiles, model_files
 from opsd.models.copies import contiguous_head
 from opsd.models.generation_config import keep_stop_tokens
-from opsd.models.lora import base_of, four_bits, merge_adapter
+from opsd.models.lora import four_bits
+from opsd.models.merge import merge_adapter
 from opsd.models.multimodal import freeze_others
-from opsd.models.weight_files import stored_tensors, usual_dtype
+from opsd.models.weight_files import check_numbers, stored_tensors, usual_dtype
 
 
 def load_model(
@@ -37,21 +40,24 @@ def load_model(
 
     For a directory with an adapter: its base model with the adapter added to the weights. `name`
     is the config's section of the model, for error messages. The model's `stored_dtype` is what the
-    weights have in their files.
+    weights have in their files; the tokenizer's `embedding_rows` may be fewer than its tokens, as
+    Gemma's are, and then a text with one of the others is an error (`opsd.data.prompts`).
 
     Raises UserError when there is no such model, or its tokenizer has no end-of-sequence token.
     """
-    check_saved(Path(section.path), f"{name}.path")
-    if (base := base_of(section.path)) is not None:
-        update = {"path": base[0], "revision": base[1], "lora": None}
-        base_section = section.model_copy(update=update)
-        model, tokenizer = load_model(base_section, device, dtype=dtype, name=name)
-        return merge_adapter(model, section.path).eval(), tokenizer
-    check_directory(section, name)
+    whole, files = section, check_directory(section, name)
+    section = files.base
+    for part in (section, *(adapter.section for adapter in files.adapters)):
+        check_saved(Path(part.path), f"{name}.path")
     placing = {}
-    if section.lora is not None and section.lora.quantize == "nf4":
+    if whole.lora is not None and whole.lora.quantize == "nf4":
+        if files.adapters:
+            raise UserError(
+                f"{name}.lora.quantize is 'nf4': {name}.path is {whole.path!r}, an adapter, and "
+                "weights in 4 bits would round away what it adds; merge it, and train on that"
+            )
         placing = {"quantization_config": four_bits(dtype), "device_map": {"": device}}
-    tokenizer = load_tokenizer(section, name)
+    tokenizer = load_tokenizer(whole, name)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             section.path,
@@ -63,17 +69,11 @@ def load_model(
             **placing,
         )
     except Exception as error:  # missing or damaged files raise errors of any kind
-        raise _unreachable(section, name, error) from error
+        raise _unreachable(files, section, error) from error
     if absent := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
         raise UserError(  # transformers would draw them at random, and say so in its log
-            f"{name}.path is {section.path!r}: {len(absent)} of the weights that its config.json "
-            f"asks for are not there, or of another shape ({absent[0]})"
-        )
-    vocabulary = model.config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"{name}.path is {section.path!r}: its tokenizer has {len(tokenizer)} tokens, "
-            f"its model only {vocabulary}"
+            f"{files.where}: {len(absent)} of the weights that its config.json asks for are not "
+            f"there, or of another shape ({absent[0]})"
         )
     if section.gguf_file:
         # The weights are plain fp32 now, but transformers 5 keeps the file's quantisation in the
@@ -83,8 +83,18 @@ def load_model(
         model.is_quantized = False
     tensors = {} if section.gguf_file else stored_tensors(section.path, section.revision)
     model.stored_dtype = usual_dtype(tensors) or torch.float32
+    path = str(Path(section.path) / (section.gguf_file or ""))
+    check_numbers(model.named_parameters(), tensors, files.where, path)
     if not placing:
         model = model.to(device)
+    for adapter in files.adapters:
+        model = merge_adapter(model, adapter, name)
+    model.has_merged_adapters = bool(files.adapters)
+    tokenizer.embedding_rows = len(model.get_input_embeddings().weight)
+    if (owner := files.owner("generation_config.json")) is not files.base:
+        model.generation_config = GenerationConfig.from_pretrained(
+            owner.path, revision=owner.revision
+        )
     freeze_others(model)
     keep_stop_tokens(model)
     return contiguous_head(model.eval()), tokenizer
@@ -92,14 +102,13 @@ def load_model(
 
 def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedTokenizerBase:
     """The model's tokenizer alone. Raises UserError where there is none, or it ends no rollout."""
-    if (base := base_of(section.path)) is not None:
-        section = section.model_copy(update={"path": base[0], "revision": base[1], "lora": None})
-    check_directory(section, name)
-    before_asking_hub(section.path)
+    files = check_directory(section, name)
+    owner = files.owner(*TOKENIZER)
+    before_asking_hub(owner.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(section.path, **_source(section))
+        tokenizer = AutoTokenizer.from_pretrained(owner.path, **_source(owner))
     except Exception as error:  # as for the weights
-        raise _unreachable(section, name, error) from error
+        raise _unreachable(files, owner, error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{name}.path is {section.path!r}: its tokenizer has no eos_token to end a rollout"
@@ -114,21 +123,22 @@ def _source(section: ModelSection) -> dict[str, Any]:
     return arguments | ({"gguf_file": section.gguf_file} if section.gguf_file else {})
 
 
-def _unreachable(section: ModelSection, name: str, error: Exception) -> UserError:
-    where = f"{name}.path is {section.path!r}"
-    said = in_short(error)
+def _unreachable(files: ModelFiles, section: ModelSection, error: Exception) -> UserError:
+    where, name, said = files.where, files.name, in_short(error)
     if "custom code" in said or "trust_remote_code" in said:
         return UserError(f"{where}: {name}.trust_remote_code is false, and it has code ({said})")
     if Path(section.path).exists():
         return UserError(f"{where}: it cannot be loaded ({said})")
     return UserError(
-        f"{name}.path is {section.path!r}: neither a model directory nor a hub model that can be "
-        f"reached ({said})"
+        f"{where}: neither a model directory nor a hub model that can be reached ({said})"
     )
 
 
-def check_directory(section: ModelSection, name: str = "model") -> None:
-    """Raises UserError for a directory that holds no model, or not the file that is named."""
+def check_directory(section: ModelSection, name: str = "model") -> ModelFiles:
+    """The model's files. Raises UserError for a directory that holds no model, or not the file that
+    is named."""
+    files = model_files(section, name)
+    section, where = files.base, files.where
     path = Path(section.path)
     if section.gguf_file and not (path / section.gguf_file).is_file():
         raise UserError(
@@ -137,14 +147,16 @@ def check_directory(section: ModelSection, name: str = "model") -> None:
     if path.is_dir() and not section.gguf_file and not (path / "config.json").is_file():
         hint = ", ".join(file.name for file in sorted(path.glob("*.gguf")))
         hint = f"; for a GGUF file set {name}.gguf_file ({hint})" if hint else ""
-        raise UserError(f"{name}.path is {section.path!r}: a directory without config.json{hint}")
-    check_json(path / "generation_config.json", name)
+        raise UserError(f"{where}: a directory without config.json{hint}")
+    for part in (section, *(adapter.section for adapter in files.adapters)):
+        check_json(Path(part.path) / "generation_config.json", name)
     if not section.gguf_file and not any(path.glob("*.safetensors*")):
         for pickled in path.glob("pytorch_model*.bin"):
             raise UserError(
-                f"{name}.path is {section.path!r}: its weights are a pickle ({pickled.name}), "
-                "which may run anything when it is read; save them as safetensors"
+                f"{where}: its weights are a pickle ({pickled.name}), which may run anything when "
+                "it is read; save them as safetensors"
             )
+    return files
 
 
 def check_json(file: Path, name: str) -> None:

@@ -11,7 +11,6 @@ tensors, so nothing is switched on and off, and no forward pass can run partly w
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,15 +21,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from opsd.common.errors import UserError, in_short
+from opsd.common.errors import UserError
 from opsd.config.sections import ALL_LINEAR, LoraSection, ModelSection
+from opsd.models.adapter_files import import_peft
 from opsd.models.multimodal import other_linear_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -39,8 +36,12 @@ def is_adapted(model: nn.Module) -> bool:
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
-def add_adapters(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
+def add_adapters(
+    model: PreTrainedModel, section: ModelSection, base: Path | None = None
+) -> PreTrainedModel:
     """The model with fresh adapters, in place: B is 0, so that it computes what it did.
+
+    `base`: where the model without them will be, if that is not `section.path`.
 
     Adapters are in fp32, as all weights that train. Raises UserError when `lora.targets` names no
     layer of the model, or its embedding or head: the loss reads the head's weight directly.
@@ -48,7 +49,7 @@ def add_adapters(model: PreTrainedModel, section: ModelSection) -> PreTrainedMod
     peft = import_peft()
     lora = section.lora
     targets = ALL_LINEAR if lora.targets == [ALL_LINEAR] else lora.targets
-    path = Path(section.path)
+    path = Path(section.path) if base is None else base
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -56,7 +57,7 @@ def add_adapters(model: PreTrainedModel, section: ModelSection) -> PreTrainedMod
         target_modules=targets,
         exclude_modules=other_linear_layers(model) or None,
         task_type="CAUSAL_LM",
-        revision=section.revision,
+        revision=section.revision if base is None else None,
     )
     _check_targets(model, lora)
     try:
@@ -65,7 +66,7 @@ def add_adapters(model: PreTrainedModel, section: ModelSection) -> PreTrainedMod
         raise UserError(f"model.lora.targets is {lora.targets!r}: {error}") from None
     # An absolute path, so that the saved adapter finds its model from any directory.
     adapted.peft_config["default"].base_model_name_or_path = (
-        str(path.resolve()) if path.is_dir() else section.path
+        str(path.resolve()) if base or path.is_dir() else section.path
     )
     return cast(PreTrainedModel, adapted)  # it hands on all that it has not itself
 
@@ -170,33 +171,6 @@ def trainable(model: PreTrainedModel) -> float:
     return sum(n for n, trains in sizes if trains) / sum(n for n, _ in sizes)
 
 
-def base_of(path: str | Path) -> tuple[str, str | None] | None:
-    """The model, and its revision, that the adapter in this directory belongs to; None if none."""
-    file = Path(path) / CONFIG
-    if not file.is_file():
-        return None
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        base = saved["base_model_name_or_path"]
-        if not isinstance(base, str):
-            raise TypeError
-        return base, saved.get("revision")
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise UserError(f"{file} does not say which model it adapts") from None
-
-
-def merge_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
-    """The model with the adapter in `path` added to its weights, in place."""
-    peft = import_peft()
-    if not (Path(path) / WEIGHTS).is_file():  # peft would take a pickle, or ask the hub
-        raise UserError(f"the adapter in {str(path)!r} has no weights as safetensors ({WEIGHTS})")
-    try:
-        return peft.PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    except Exception as error:  # whatever damaged files provoke
-        said = in_short(error)
-        raise UserError(f"the adapter in {str(path)!r} does not fit its model: {said}") from error
-
-
 def four_bits(dtype: torch.dtype) -> object:
     """transformers' description of QLoRA's 4-bit weights: NF4, its scales quantised as well, with
     products in `dtype`."""
@@ -208,12 +182,3 @@ def four_bits(dtype: torch.dtype) -> object:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-def import_peft():
-    """peft, which is optional. Raises UserError."""
-    try:
-        import peft
-    except ImportError:
-        raise UserError("model.lora needs peft: pip install peft") from None
-    return peft

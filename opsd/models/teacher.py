@@ -5,6 +5,7 @@ weights it has is decided here.
 """
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.common.errors import UserError
@@ -74,7 +75,17 @@ def _load_teacher(
             f"teacher.path is {teacher.path!r}: its logits are made with {its}, the "
             f"student's with {ours}; both must be made alike"
         )
+    _lengthen(made.get_input_embeddings(), len(model.get_input_embeddings().weight))
     return made.requires_grad_(False).eval()
+
+
+def _lengthen(embedding: nn.Module, rows: int) -> None:
+    """Give an embedding rows of zeros up to `rows`: the student can draw an id of its padding that
+    a teacher which is padded less has no row for."""
+    weight = embedding.weight.detach()
+    if len(weight) < rows:
+        zeros = weight.new_zeros(rows - len(weight), weight.shape[1])
+        embedding.weight, embedding.num_embeddings = nn.Parameter(torch.cat([weight, zeros])), rows
 
 
 def teacher_section(teacher: TeacherSection, student: ModelSection) -> ModelSection:
@@ -87,23 +98,29 @@ def check_teacher(
     teacher: TeacherSection,
     student: ModelSection,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> None:
-    """Raises UserError where another model is to teach and has another vocabulary. Loads only the
-    tokenizers; `tokenizer`: the student's, where it is loaded already."""
+) -> list[str]:
+    """Raises UserError where another model is to teach and has another vocabulary; see
+    `check_vocabulary`. Loads only the tokenizers; `tokenizer`: the student's, where it is loaded
+    already."""
     if teacher.policy != "model":
-        return
+        return []
     ours = load_tokenizer(student) if tokenizer is None else tokenizer
     its = load_tokenizer(teacher_section(teacher, student), "teacher")
-    check_vocabulary(ours, its, teacher.path)
+    return check_vocabulary(ours, its, teacher.path)
 
 
 def check_vocabulary(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, path: str
-) -> None:
-    """Raises UserError unless both tokenizers give every token the same id."""
-    ours, its = student.get_vocab(), teacher.get_vocab()
+) -> list[str]:
+    """The tokens that were added to the teacher's vocabulary alone: it never sees them, and a text
+    with one is an error (`opsd.data.prompts`).
+
+    Raises UserError unless both tokenizers give every other token the same id.
+    """
+    ours, its, added = student.get_vocab(), teacher.get_vocab(), teacher.get_added_vocab()
+    more = sorted(added.keys() - ours.keys())
     different = sorted(
-        (token for token in ours.keys() | its.keys() if ours.get(token) != its.get(token)),
+        (t for t in ours.keys() | its.keys() if ours.get(t) != its.get(t) and t not in more),
         key=lambda token: ours.get(token, its.get(token)),
     )
     if different:
@@ -113,3 +130,4 @@ def check_vocabulary(
             f"{len(different):,} tokens differ (the first, {token!r}, is {ours.get(token)} for "
             f"the student and {its.get(token)} for the teacher)"
         )
+    return more

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
 from opsd.common.errors import UserError, in_short
 from opsd.config.sections import ModelSection
+from opsd.models.adapter_files import model_files
+from opsd.models.weight_files import find_file
 
 _QWEN3: dict[str, Any] = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
 _QWEN3 |= {"max_position_embeddings": 40960, "rope_parameters": {"rope_theta": 1e6}}
@@ -51,8 +51,17 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
 
 def architecture(section: ModelSection, name: str = "model") -> PreTrainedConfig:
     """The configuration of a model directory, a config.json, a hub name in the local cache, or one
-    of the KNOWN names. Raises UserError for anything else; nothing is ever downloaded.
+    of the KNOWN names; of an adapter, what it makes of its base. Raises UserError for anything
+    else; nothing is ever downloaded.
     """
+    files = model_files(section, name, offline=True)
+    config = _base(files.base, files.where)
+    for adapter in files.adapters:
+        adapter.reshape(config)
+    return config
+
+
+def _base(section: ModelSection, where: str) -> PreTrainedConfig:
     path = Path(section.path)
     try:
         if section.gguf_file:
@@ -60,32 +69,22 @@ def architecture(section: ModelSection, name: str = "model") -> PreTrainedConfig
         if path.is_file() or (path / "config.json").is_file():
             return AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
         if path.is_dir():
-            raise UserError(f"{name}.path is {section.path!r}: a directory without config.json")
-        cached = _cached(section)
+            raise UserError(f"{where}: a directory without config.json")
+        cached = find_file(section.path, "config.json", section.revision, offline=True)
         if cached is not None:
             return AutoConfig.from_pretrained(cached, trust_remote_code=section.trust_remote_code)
     except UserError:
         raise
     except Exception as error:  # a damaged file raises errors of any kind
-        raise UserError(
-            f"{name}.path is {section.path!r}: not a model's config ({in_short(error)})"
-        ) from error
+        raise UserError(f"{where}: not a model's config ({in_short(error)})") from error
     found = _known(section.path)
     if found is None:
         raise UserError(
-            f"{name}.path is {section.path!r}: neither a model directory nor a config.json nor in "
+            f"{where}: neither a model directory nor a config.json nor in "
             f"the hub's local cache, and not one of those known here ({', '.join(KNOWN)})"
         )
     kind, facts = found
     return AutoConfig.for_model(kind, **facts)
-
-
-def _cached(section: ModelSection) -> str | None:
-    try:
-        found = try_to_load_from_cache(section.path, "config.json", revision=section.revision)
-    except HFValidationError:
-        return None
-    return found if isinstance(found, str) else None
 
 
 def _known(path: str) -> tuple[str, dict] | None:

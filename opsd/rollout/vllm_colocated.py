@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from opsd.common.errors import UserError
+from opsd.config.sections import ModelSection
+from opsd.models.adapter_files import model_files
 from opsd.models.copies import named_weights
 from opsd.rollout.base import NEUTRAL, Rollout, Sampling, draw_seeds
 
@@ -34,6 +37,8 @@ class ColocatedSampler:
         memory: float,
         **settings: Any,
     ):
+        if model_files(ModelSection(path=path, revision=settings.get("revision"))).adapters:
+            raise UserError(f"vllm: {path!r} is an adapter, which it cannot load here; merge it")
         # In this process, so that new weights are given as tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         import vllm

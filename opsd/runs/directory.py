@@ -143,7 +143,7 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
         raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
     # With a config alone nothing has run yet: an error in the data or the model came first.
     problems = directory / PROBLEMS
-    nothing = {mine, problems, directory / LOCK}
+    nothing = {mine, problems, directory / LOCK, directory / "base"}
     there = list(directory.iterdir()) if directory.exists() else []
     if any(path not in nothing and not is_unfinished(path) for path in there):
         if not mine.is_file():

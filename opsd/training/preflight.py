@@ -15,7 +15,8 @@ from opsd.common.hub_upload import check_hub
 from opsd.config.config import Config
 from opsd.config.sections import LoraSection, OutputSection, TrainSection
 from opsd.distributed.deepspeed import STAGES
-from opsd.models.lora import import_peft, is_adapted
+from opsd.models.adapter_files import import_peft
+from opsd.models.lora import is_adapted
 from opsd.training.checkpoints import checkpoint_bytes
 from opsd.training.trainer_arguments import training_arguments
 from opsd_kernels import backends

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.common.display import Display
+from opsd.common.errors import UserError
 from opsd.common.files import read_lines, write_json
 from opsd.common.hub_upload import push
 from opsd.common.precision import best_precision, compute_dtype, weights_dtype
@@ -33,7 +34,7 @@ from opsd.models.dropout import switch_off_dropout
 from opsd.models.generation_config import left_out
 from opsd.models.head import head
 from opsd.models.load import load_model, stop_ids, told_stops, window
-from opsd.models.lora import add_adapters, is_adapted, trainable
+from opsd.models.lora import add_adapters, is_adapted, trainable, without_adapters
 from opsd.models.moving_average import MovingAverage
 from opsd.models.teacher import check_teacher, make_teacher
 from opsd.objectives import make_objective
@@ -52,7 +53,7 @@ from opsd.rollout import (
 from opsd.rollout.vllm_client import VLLMServer
 from opsd.runs.directory import check_problems, claim_directory, locked, settle, step_of
 from opsd.runs.log import RunLog
-from opsd.training.checkpoints import check_pieces, save_trained
+from opsd.training.checkpoints import check_pieces, save_model, save_trained
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.learning_curve import LearningCurve
 from opsd.training.load_data import fitting_data, load_data, sources
@@ -100,12 +101,13 @@ def _train(config: Config, display: Display, resume: bool, processes: Processes)
         rows, held_out = processes.together(lambda: load_data(config, display.note))
     problems = {"data.source": rows, "eval.source": held_out}
     processes.once(lambda: check_problems(directory, problems, checkpoint))
-    processes.together(lambda: check_teacher(config.teacher, config.model))
+    teachers_tokens = processes.together(lambda: check_teacher(config.teacher, config.model))
     # FSDP2 brings to a GPU what is to be there.
     device = "cpu" if config.train.sharding == "fsdp2" else processes.device
     dtype = weights_dtype(config.train.precision, adapted=config.model.lora is not None)
     with display.stage(f"Load {config.model.path}"):
         model, tokenizer = processes.together(lambda: load_model(config.model, device, dtype=dtype))
+    tokenizer.teachers_tokens = teachers_tokens
     torch.manual_seed(config.train.seed)
     with Grader(strict=config.loss.reward.strict) as grader:
         run(
@@ -154,11 +156,14 @@ def run(
     processes = processes or Processes()
     directory = Path(config.output.dir)
     prompts = Prompts(config.prompts, tokenizer)
+    base = _own_base(config, model, directory)
     if config.model.lora is not None:
-        model = add_adapters(model, config.model)
+        model = add_adapters(model, config.model, base)
         display.note(f"Adapters: {trainable(model):.2%} of the parameters train")
     rows, held_out = fitting_data(config, rows, held_out, prompts, window(model.config), display)
-    check_disk_space(directory, model, config.train, config.output.merge)
+    check_disk_space(directory, model, config.train, config.output.merge or base is not None)
+    if base is not None and processes.first and (checkpoint is None or not base.exists()):
+        save_model(without_adapters(model), tokenizer, directory, base.name)
     models = _make_models(config, model, tokenizer, bool(held_out), processes)
     sampler = _make_sampler(config, models, prompts, [*rows, *held_out], server, processes)
     _say_what_is_shipped(model, tokenizer, display)
@@ -204,6 +209,20 @@ def run(
         _evaluate_last(curve, step, directory)
     seconds = time.monotonic() - begun
     return processes.once(lambda: write_summary(config, log, directory, seconds))
+
+
+def _own_base(config: Config, model: PreTrainedModel, directory: Path) -> Path | None:
+    """Where the run keeps the model that its adapters stand on: None, unless model.path is itself
+    an adapter. peft and transformers load no adapter on an adapter: of two they drop one."""
+    if config.model.lora is None or not getattr(model, "has_merged_adapters", False):
+        return None
+    if config.output.push_to_hub is not None and not config.output.merge:
+        raise UserError(
+            f"output.push_to_hub is {config.output.push_to_hub!r}: model.path is "
+            f"{config.model.path!r}, an adapter, so that the new one stands on a model which the "
+            "hub has not; set output.merge: true"
+        )
+    return directory / "base"
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,11 @@ def token_records(
     records = []
     for start in range(0, len(rollout), CHUNK):
         ids = rollout[start : start + CHUNK]
-        log_s = _log_probs(student, student_states[start : start + CHUNK], size)
+        whole = _log_probs(student, student_states[start : start + CHUNK], None)
+        log_s = whole[:, :size].log_softmax(-1)
         log_t = _log_probs(teacher, teacher_states[start : start + CHUNK], size)
         divergence = torch.nn.functional.kl_div(log_s, log_t, reduction="none", log_target=True)
-        own = log_s.gather(1, torch.tensor(ids, device=log_s.device)[:, None]).exp()[:, 0]
+        own = whole.gather(1, torch.tensor(ids, device=log_s.device)[:, None]).exp()[:, 0]
         best = log_t.topk(TOP)
         for n, token in enumerate(ids):
             preferred = zip(best.indices[n].tolist(), best.values[n].exp().tolist(), strict=True)
@@ -113,6 +114,6 @@ def token_records(
     return records
 
 
-def _log_probs(model: PreTrainedModel, hidden: Tensor, size: int) -> Tensor:
+def _log_probs(model: PreTrainedModel, hidden: Tensor, size: int | None) -> Tensor:
     weight, bias = (None if t is None else t[:size] for t in head(model))
     return logits_of(hidden, weight, bias, **head_arguments(model)).log_softmax(-1)

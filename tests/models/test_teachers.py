@@ -1,11 +1,12 @@
 """Teachers: a moving average, another model, its vocabulary; distillation and given rollouts."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.training_cases import ROWS, logits, quiet, short_config, write_model
+from helpers.training_cases import ROWS, logits, quiet, short_config, write_model, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,9 +15,10 @@ from opsd.common.files import read_lines
 from opsd.config.load import save_config
 from opsd.config.loss import LossSection
 from opsd.config.sections import PromptsSection
-from opsd.data.prompts import Prompts
+from opsd.data.prompts import Context, Prompts
 from opsd.models.load import load_model
 from opsd.models.moving_average import FILE
+from opsd.models.teacher import make_teacher
 from opsd.objectives import Distill, Problem, Totals
 from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.worksheet import WorksheetGrader
@@ -176,14 +178,54 @@ def other_vocabulary(directory: Path) -> Path:
 def test_a_teacher_of_another_vocabulary_is_one_line(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("opsd.training.run.load_model", lambda *_, **__: pytest.fail("loaded"))
     config = short_config(
-        *files,
+        other_vocabulary(tmp_path / "other"),
+        files[1],
         tmp_path / "run",
-        teacher={"policy": "model", "path": str(other_vocabulary(tmp_path / "other"))},
+        teacher={"policy": "model", "path": str(files[0])},
     )
     save_config(config, tmp_path / "config.yaml")
     assert main(["train", str(tmp_path / "config.yaml")]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert "teacher.path" in message and "'<extra>'" in message and "vocabulary" in message
+
+
+@pytest.mark.parametrize("command", [["--dry-run"], []])
+def test_a_teacher_may_have_tokens_of_its_own(command, files, tmp_path, capsys):
+    """A row whose text has one is an error; else they take no part."""
+    other = str(other_vocabulary(tmp_path / "other"))
+    teacher = {"policy": "model", "path": other}
+    train = {"steps": 1, "save_every": 0}
+    config = short_config(*files, tmp_path / "run", teacher=teacher, train=train)
+    save_config(config, tmp_path / "config.yaml")
+    said = [replace(ROWS[3], problem="1 <extra> 2", columns={**ROWS[3].columns})]
+    said[0].columns["problem"] = "1 <extra> 2"
+    bad = write_rows(tmp_path / "bad.jsonl", [*ROWS[:12], *said])
+    arguments = ["train", str(tmp_path / "config.yaml"), *command]
+    asked = [f"data.source={bad}", "eval.problems=0", f"output.dir={tmp_path / 'bad'}"]
+    assert main([*arguments, *asked]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "data.source: row 13 ('1 <extra> 2')" in message and "the teacher's alone" in message
+    assert main(arguments) == 0
+
+
+def test_a_teacher_with_fewer_rows_is_asked_about_ids_of_the_padding(files, wider, tmp_path):
+    """The student draws ids of its padding; both are compared over the rows that both have."""
+    config = short_config(
+        wider, files[1], tmp_path / "run", teacher={"policy": "model", "path": str(files[0])}
+    )
+    student, tokenizer = load_model(config.model)
+    teacher = make_teacher(
+        config.teacher, config.model, torch.float32, student, tokenizer, student
+    )[0]
+    context, rollout = [5, 6, 7], [8, len(tokenizer) + 2, 9]
+    groups, _ = Distill(LossSection(), teacher).sample_groups(
+        [Problem(ROWS[0], Context(context, context), [Rollout(rollout, True)])]
+    )
+    loss = Distill(LossSection(), teacher).loss(student, groups, Totals())
+    log_s = logits(student, context, rollout)[:, : len(tokenizer)].log_softmax(-1)
+    log_t = logits(teacher, context, rollout).log_softmax(-1)
+    wanted = (log_t.exp() * (log_t - log_s)).sum() / 3
+    assert torch.isfinite(loss) and torch.allclose(loss, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,191 @@
+"""Which files a model is made of: a base, and the adapters of peft's that stand on it, one on
+another. A path is an adapter where it has an adapter_config.json, in a directory or on the hub.
+"""
+
+import dataclasses
+import inspect
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from opsd.common.errors import UserError, in_short
+from opsd.common.hub_offline import before_asking_hub
+from opsd.config.sections import ModelSection
+from opsd.models.weight_files import Stored, find_file, header
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+TOKENIZER = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's files: the section that names them, where they are, and their config."""
+
+    section: ModelSection
+    directory: Path
+    config: dict[str, Any]
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        """What its weights' file holds."""
+        return header(self.directory / WEIGHTS)
+
+    @cached_property
+    def _ends(self) -> dict[str, Stored]:
+        """Its tensors that belong to no block, such as the embedding's and the head's."""
+        return {name: t for name, t in self.tensors.items() if not in_block(name)}
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the embedding that it brings along; None where it brings none."""
+        rows = [
+            tensor.shape[0]
+            for name, tensor in self._ends.items()
+            if name.endswith(".weight") and ".lora_" not in name and len(tensor.shape) == 2
+        ]
+        return rows[0] if rows else None
+
+    def reshape(self, config: PreTrainedConfig) -> None:
+        """Give a base's config the vocabulary and the layers of this adapter, and a head of its own
+        where it changes one end of a tied pair."""
+        text = config.get_text_config()
+        if repeated := self.config.get("layer_replication"):
+            text.num_hidden_layers = sum(end - start for start, end in repeated)
+        text.vocab_size = self.rows or text.vocab_size
+        lists = [self.config.get(name) for name in ("modules_to_save", "target_modules")]
+        named = {name for names in lists if isinstance(names, list) for name in names}
+        changed = [
+            n for n, t in self._ends.items() if len(t.shape) == 2 and named & {*n.split(".")}
+        ]
+        if changed and not self.config.get("ensure_weight_tying"):
+            text.tie_word_embeddings = config.tie_word_embeddings = False
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A base model, and its adapters: the first stands on the base, each on the one before it."""
+
+    base: ModelSection
+    adapters: tuple[Adapter, ...]
+    name: str
+
+    @property
+    def where(self) -> str:
+        """How a message about the base begins."""
+        if not self.adapters:
+            return f"{self.name}.path is {self.base.path!r}"
+        path = self.adapters[-1].section.path
+        return f"{self.name}.path is {path!r}, an adapter of {self.base.path!r}"
+
+    def owner(self, *names: str) -> ModelSection:
+        """Whose file of one of these names counts: the last adapter's that has one, or the base.
+
+        An adapter's files are brought to its directory, since by a name on the hub its tokenizer
+        would be looked for beside a config.json that it has not.
+        """
+        for adapter in reversed(self.adapters):
+            section = adapter.section
+            found = [find_file(section.path, name, section.revision) for name in names]
+            if any(found):
+                return section.model_copy(update={"path": str(adapter.directory), "revision": None})
+        return self.base
+
+
+def model_files(section: ModelSection, name: str = "model", offline: bool = False) -> ModelFiles:
+    """Follows `path` to its base. Raises UserError for an adapter that cannot be added to it.
+
+    offline: look no further than this machine. `name` is the config's section, for messages.
+    """
+    adapters: list[Adapter] = []
+    seen = set()
+    where = f"{name}.path is {section.path!r}"
+    while (config := _adapter_config(section, where, offline)) is not None:
+        if adapters:
+            where = f"{name}.path is {adapters[0].section.path!r}: {section.path!r}"
+        _check(config, where)
+        directory = Path(section.path).resolve()
+        key = str(directory) if directory.is_dir() else (section.path, section.revision)
+        if key in seen:
+            raise UserError(f"{where} is an adapter of itself, and there is no model under it")
+        seen.add(key)
+        weights = find_file(section.path, WEIGHTS, section.revision, offline)
+        if weights is None:  # peft would take a pickle
+            raise UserError(f"{where}: the adapter has no weights as safetensors ({WEIGHTS})")
+        adapters.insert(0, Adapter(section, weights.parent, config))
+        base = {"path": config["base_model_name_or_path"], "revision": config.get("revision")}
+        section = section.model_copy(update=base)
+    return ModelFiles(section, tuple(adapters), name)
+
+
+def in_block(name: str) -> bool:
+    """Whether a tensor of this name belongs to one of the model's blocks, which have numbers."""
+    return any(map(str.isdigit, name.split(".")))
+
+
+def _adapter_config(section: ModelSection, where: str, offline: bool) -> dict[str, Any] | None:
+    if section.gguf_file:
+        return None
+    if not offline:
+        before_asking_hub(section.path)
+    file = find_file(section.path, CONFIG, section.revision, offline)
+    if file is None:
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{where}: its {CONFIG} cannot be read ({in_short(error)})") from None
+    return config
+
+
+def _check(config: dict[str, Any], where: str) -> None:
+    """Raises UserError unless this is an adapter that can be added to the weights."""
+    base, kind, task = (
+        config.get(key) for key in ("base_model_name_or_path", "peft_type", "task_type")
+    )
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{where}: its {CONFIG} does not say which model it adapts")
+    peft = import_peft("an adapter")
+    known = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) else None
+    if known is None:
+        raise UserError(f"{where}: its peft_type is {kind!r}, which peft {peft.__version__} lacks")
+    if task not in (None, "CAUSAL_LM"):
+        raise UserError(f"{where}: its task_type is {task!r}, and must be 'CAUSAL_LM'")
+    if issubclass(known, peft.PromptLearningConfig) or config.get("alora_invocation_tokens"):
+        kind = "activated LoRA" if kind == "LORA" else kind
+        raise UserError(
+            f"{where}: an adapter of type {kind} works on what the model reads, and cannot be "
+            "added to its weights, as is done here"
+        )
+    fields = {field.name for field in dataclasses.fields(known)}
+    fields |= set(inspect.signature(known).parameters)
+    for key in sorted(config.keys() - fields):
+        if config[key]:
+            raise UserError(
+                f"{where}: its {CONFIG} has {key!r}, which peft {peft.__version__} does not know "
+                "and would ignore; install the peft that wrote it"
+            )
+
+
+def import_peft(what: str = "model.lora"):
+    """peft, which is optional. Raises UserError."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError(f"{what} needs peft: pip install peft") from None
+    return peft

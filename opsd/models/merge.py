@@ -1,0 +1,56 @@
+"""Adding an adapter of peft's to the weights of its model."""
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from opsd.common.errors import UserError, in_short
+from opsd.models.adapter_files import WEIGHTS, Adapter, import_peft
+from opsd.models.weight_files import check_numbers
+
+
+def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> PreTrainedModel:
+    """The model with the adapter added to its weights, in place. Raises UserError, which calls the
+    config's section `name`."""
+    peft = import_peft("an adapter")
+    where = f"{name}.path: the adapter in {adapter.section.path!r}"
+    directory, file = str(adapter.directory), adapter.directory / WEIGHTS
+    try:
+        weights = {name: tensor.float() for name, tensor in load_file(file).items()}
+        check_numbers(weights.items(), adapter.tensors, where, str(file))
+        if adapter.rows is not None and adapter.rows != len(model.get_input_embeddings().weight):
+            model.resize_token_embeddings(adapter.rows, mean_resizing=False)  # it brings the rows
+        tied = model.config.tie_word_embeddings
+        config = peft.PeftConfig.from_pretrained(directory)
+        config.inference_mode = True
+        adapted = peft.PeftModelForCausalLM(model, config)
+        found = adapted.load_adapter(directory, "default")
+        unshare(adapted)
+        merged = adapted.merge_and_unload()
+    except UserError:
+        raise
+    except Exception as error:  # whatever damaged files provoke, and what peft cannot merge
+        raise UserError(f"{where} cannot be added to its model: {in_short(error)}") from error
+    # Beside a resized embedding peft writes more than it reads.
+    left = [
+        n for n in found.unexpected_keys if ".lora_" in n or any(map(str.isdigit, n.split(".")))
+    ]
+    if lost := [*found.missing_keys, *left]:
+        raise UserError(f"{where} does not fit its model: {lost[0]} is in one of the two alone")
+    ends = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if tied and torch.equal(ends[0].weight, ends[1].weight):
+        merged.config.tie_word_embeddings = True
+        merged.tie_weights()
+    return merged.requires_grad_(True)  # peft has frozen it
+
+
+def unshare(model: nn.Module) -> None:
+    """Give each module parameters of its own, or what is added to a tied head would be added to
+    the embedding as well."""
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter in seen:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone(), False)
+            seen.add(parameter)
