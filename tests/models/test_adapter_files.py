@@ -4,6 +4,7 @@ The families are made by peft (helpers/adapters.py), and what they compute is pe
 """
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from helpers.adapters import (
     make_adapter,
     make_base,
 )
-from helpers.training_cases import ROWS, quiet, short_config
+from helpers.training_cases import ROWS, prompts_of, quiet, short_config
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,6 +27,7 @@ from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.config.load import save_config
 from opsd.config.sections import ModelSection
+from opsd.data.length_filter import fitting_rows
 from opsd.evaluate.subject import Subject
 from opsd.models.load import load_model, stop_ids
 from opsd.models.teacher import check_teacher, make_teacher
@@ -218,3 +220,21 @@ def test_no_new_adapter_on_the_hub_without_its_base(files, tmp_path):
     config = short_config("", files[1], tmp_path / "run", model=model, output=output)
     with pytest.raises(UserError, match=r"set output\.merge: true"):
         run.run(config, *load_model(config.model), ROWS, [], None, quiet())
+
+
+@pytest.mark.parametrize("window", [256, None])
+def test_a_tokenizer_with_more_tokens_than_rows(window, tmp_path):
+    """Gemma 3 1B's shape: an image token without a row. Only a text that has it is an error."""
+    model = make_base(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    rows = len(model.get_input_embeddings().weight)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "base")
+    _, tokenizer = load_model(ModelSection(path=str(tmp_path / "base")))
+    assert len(tokenizer) == rows + 1 == tokenizer.embedding_rows + 1
+    prompts, said = prompts_of(tokenizer), []
+    asked = (prompts, ["student", "teacher"], 4, window, said.append)
+    assert fitting_rows(ROWS, *asked) == ROWS
+    bad = replace(ROWS[2], problem="1 <image> 2")
+    with pytest.raises(UserError, match=r"data.source: row 3 \('1 <image> 2'\): its text has '<im"):
+        fitting_rows([*ROWS[:2], bad, *ROWS[3:]], *asked)
