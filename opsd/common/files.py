@@ -6,6 +6,7 @@ of ours is replaced, not followed. The content reaches the disk before the name 
 module writes files, a short list in tests/common/test_files.py apart.
 """
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -64,6 +65,19 @@ def append_to(path: Path) -> IO[bytes]:
         if error.errno == errno.ELOOP:
             raise UserError(f"{str(path)!r} is a link, which is not written through") from None
         raise
+
+
+def reserve(path: Path, size: int) -> None:
+    """Take so many bytes of the disk for a file, where the file system can do that at once. Raises
+    OSError where the disk, a quota or a limit of files' sizes has not so many."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not size or not hasattr(libc, "fallocate"):
+        return
+    with append_to(path) as file:
+        if libc.fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+            number = ctypes.get_errno()
+            if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise OSError(number, os.strerror(number))
 
 
 def try_lock(file: IO[bytes]) -> bool | None:

@@ -186,9 +186,15 @@ def command_to_go_on(directory: Path) -> str:
     return f"opsd train {shlex.quote(str(directory / CONFIG))} --resume"
 
 
+class NotWritten(UserError):
+    """The disk did not take what a run had to save; `what` says so without what is to be done."""
+
+    what = ""
+
+
 @contextmanager
 def written(directory: Path, what: str, needed: int = 0) -> Iterator[None]:
-    """A context that writes so many bytes. Raises UserError where the disk does not take them."""
+    """A context that writes so many bytes. Raises NotWritten where the disk does not take them."""
     try:
         yield
     except Exception as error:
@@ -197,10 +203,11 @@ def written(directory: Path, what: str, needed: int = 0) -> Iterator[None]:
             if shutil.disk_usage(directory).free >= needed:
                 raise
             why = REASONS[errno.ENOSPC]
-        raise UserError(
-            f"output.dir is {str(directory)!r}: {why}, {what} could not be written; what was saved "
-            f"before is whole, and `{command_to_go_on(directory)}` goes on from it"
-        ) from error
+        said = f"output.dir is {str(directory)!r}: {why}, {what} could not be written"
+        go_on = f"`{command_to_go_on(directory)}` goes on from it"
+        told = NotWritten(f"{said}; what was saved before is whole, and {go_on}")
+        told.what = said
+        raise told from error
 
 
 def checkpoints_in(directory: Path) -> list[Path]:

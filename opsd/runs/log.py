@@ -6,7 +6,7 @@ from functools import partialmethod
 from pathlib import Path
 
 from opsd.common.files import append_to, read_lines, sync, write_lines
-from opsd.runs.directory import written
+from opsd.runs.directory import NotWritten, written
 
 FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "rollouts.jsonl")
 
@@ -32,6 +32,8 @@ class RunLog:
     def __init__(self, directory: Path, step: int = 0, writes: bool = True):
         self.directory, self.writes = directory, writes
         self.counters = Counters()
+        self.failure: NotWritten | None = None
+        self.unwritten: dict[str, list[dict]] = {name: [] for name in FILES}
         kept = {
             name: [line for line in read_lines(directory / name) if step and line["step"] <= step]
             for name in FILES
@@ -62,8 +64,27 @@ class RunLog:
     def _append(self, name: str, line: dict) -> None:
         if not self.writes:
             return
-        with written(self.directory, name), append_to(self.directory / name) as file:
-            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode(errors="replace"))
+        try:
+            if self.failure is not None:
+                raise self.failure
+            with (
+                written(self.directory, name),
+                append_to(self.directory / name) as file,
+            ):
+                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode(errors="replace"))
+        except NotWritten as failure:
+            self.failure = failure
+            self.unwritten[name].append(line)
+
+    def check(self) -> None:
+        """Raises NotWritten where a line could not be written; the step that it is of is done."""
+        if self.failure is not None:
+            raise self.failure
+
+    def copy_to(self, directory: Path) -> None:
+        """All lines, also those that could not be written."""
+        for name in FILES:
+            write_lines(directory / name, read_lines(self.directory / name) + self.unwritten[name])
 
     metrics = partialmethod(_append, "metrics.jsonl")  # a training step
     evaluation = partialmethod(_append, "evaluations.jsonl")  # a pass over the held-out problems

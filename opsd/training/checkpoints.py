@@ -46,14 +46,18 @@ def save_model(
     name: str = "model",
     state: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    trial: bool = False,
 ) -> None:
     """Write `directory`/`name` (safetensors). Raises UserError.
 
     `state`: the weights, where those of the model are split over processes. `dtype`: of what is
-    written; none: the weights' own.
+    written; none: the weights' own. `trial`: one entry of each weight is enough.
     """
     adapted = is_adapted(model)
-    more = {"save_embedding_layers": False} if adapted else {}
+    more: dict[str, Any] = {"save_embedding_layers": False} if adapted else {}
+    if trial and not adapted:
+        state = {name: _one_entry(tensor) for name, tensor in model.state_dict().items()}
+        more["save_original_format"] = False  # which may split a weight
     with (
         written(directory, f"{name}/", checkpoint_bytes(model)),
         new_directory(directory / name) as place,
@@ -65,6 +69,11 @@ def save_model(
         if dtype is not None and not adapted:
             config_in(model.config, dtype).save_pretrained(place)
         tokenizer.save_pretrained(place)
+
+
+def _one_entry(tensor: Tensor) -> Tensor:
+    """In the same storage, so that tied weights stay tied."""
+    return tensor.as_strided([1] * tensor.dim(), tensor.stride()) if tensor.numel() else tensor
 
 
 def _in_dtype(

@@ -5,19 +5,29 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
 from transformers.training_args import OptimizerNames
 
-from opsd.common.errors import UserError
+from opsd.common.errors import UserError, in_short
+from opsd.common.files import reserve, why_not_written
 from opsd.common.hub_upload import check_hub
 from opsd.config.config import Config
 from opsd.config.sections import LoraSection, OutputSection, TrainSection
 from opsd.distributed.deepspeed import STAGES
+from opsd.models.adapter_files import CONFIG as ADAPTER
 from opsd.models.adapter_files import import_peft
 from opsd.models.lora import is_adapted
-from opsd.training.checkpoints import checkpoint_bytes
+from opsd.training.checkpoints import checkpoint_bytes, save_model
 from opsd.training.trainer_arguments import training_arguments
 from opsd_kernels import backends
 
@@ -84,6 +94,9 @@ def _check_backend(name: str) -> None:
         )
 
 
+PROBE = "Is 17 + 25 = 42?\nYes: é, 数, <|end|>."
+LARGEST_SHARD = 50_000_000_000  # of transformers' save_pretrained
+
 LOGGERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
 """Each of output.report_to, and the packages of which one must be installed."""
 
@@ -132,21 +145,48 @@ def check_optimizer(train: TrainSection) -> None:
         raise UserError(f"train.optimizer is {name!r}: {first}") from None
 
 
-def check_disk_space(
-    directory: Path, model: PreTrainedModel, train: TrainSection, merge: bool
+def try_saving(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keeps_base: bool
 ) -> None:
-    """Raises UserError if the model and the checkpoints (weights and two moments) will not fit.
+    """Write all that the run will save, of full weights an entry each, and read it back with plain
+    transformers and peft; take the disk space of the rest, and give it back.
 
-    merge: adapters are saved within all of the model's weights, too.
-    """
-    everything = merge or not is_adapted(model)
+    keeps_base: the run saves the model under its adapters, too.
+
+    Raises UserError where the run could train but not save."""
+    train, directory = config.train, Path(config.output.dir)
+    everything = config.output.merge or keeps_base or not is_adapted(model)
     saved = [p for p in model.parameters() if everything or p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in saved)
     checkpoints = train.save_total_limit + 1 if train.save_every else 0
-    needed = weights + checkpoint_bytes(model, train.sharding in STAGES) * checkpoints
-    free = shutil.disk_usage(directory).free
+    each = checkpoint_bytes(model, train.sharding in STAGES)
+    free, needed = shutil.disk_usage(directory).free, weights + each * checkpoints
     if free < needed:
         raise UserError(
             f"output.dir is {str(directory)!r}: {free / 1e9:.1f} GB are free there, "
             f"the run needs {needed / 1e9:.1f} GB"
         )
+    try:
+        with TemporaryDirectory(prefix=".trial-", suffix=".part", dir=directory) as place:
+            save_model(model, tokenizer, Path(place), trial=True)
+            _read_back(Path(place) / "model", config.model.trust_remote_code, tokenizer)
+            sizes = [weights, *(each * part // 3 for part in (1, 2) * checkpoints)]
+            for number, size in enumerate(sizes):  # a checkpoint's weights, and its moments
+                reserve(Path(place) / str(number), min(size, LARGEST_SHARD if not number else size))
+    except Exception as error:
+        if why := why_not_written(error):
+            said = f"{why}, the run needs {needed / 1e9:.1f} GB there"
+            raise UserError(f"output.dir is {str(directory)!r}: {said}") from error
+        said = f"it could be trained but not saved ({in_short(error)})"
+        raise UserError(f"model.path is {config.model.path!r}: {said}") from error
+
+
+def _read_back(saved: Path, trust: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+    again = AutoTokenizer.from_pretrained(saved, trust_remote_code=trust)
+    if again.chat_template != tokenizer.chat_template or again(PROBE) != tokenizer(PROBE):
+        raise ValueError("its tokenizer is another one when it is read again")
+    if (saved / ADAPTER).is_file():
+        import_peft().PeftConfig.from_pretrained(saved)
+        return
+    AutoConfig.from_pretrained(saved, trust_remote_code=trust)
+    GenerationConfig.from_pretrained(saved)

@@ -1,5 +1,6 @@
 """`opsd train`: from a checked config to a trained model in a run directory."""
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -51,13 +52,26 @@ from opsd.rollout import (
     training_server,
 )
 from opsd.rollout.vllm_client import VLLMServer
-from opsd.runs.directory import check_problems, claim_directory, locked, settle, step_of
+from opsd.runs.directory import (
+    NotWritten,
+    check_problems,
+    claim_directory,
+    locked,
+    settle,
+    step_of,
+)
 from opsd.runs.log import RunLog
-from opsd.training.checkpoints import check_pieces, save_model, save_trained
+from opsd.training.checkpoints import (
+    check_pieces,
+    checkpoint_bytes,
+    save_model,
+    save_trained,
+)
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.learning_curve import LearningCurve
 from opsd.training.load_data import fitting_data, load_data, sources
-from opsd.training.preflight import check_disk_space, check_launcher, check_machine
+from opsd.training.preflight import check_launcher, check_machine, try_saving
+from opsd.training.rescue import keep_elsewhere
 from opsd.training.trainer import OPSDTrainer
 
 Reward = Callable[[str, str], float]
@@ -161,7 +175,8 @@ def run(
         model = add_adapters(model, config.model, base)
         display.note(f"Adapters: {trainable(model):.2%} of the parameters train")
     rows, held_out = fitting_data(config, rows, held_out, prompts, window(model.config), display)
-    check_disk_space(directory, model, config.train, config.output.merge or base is not None)
+    if save or config.train.save_every:
+        processes.once(lambda: try_saving(config, model, tokenizer, base is not None))
     if base is not None and processes.first and (checkpoint is None or not base.exists()):
         save_model(without_adapters(model), tokenizer, directory, base.name)
     models = _make_models(config, model, tokenizer, bool(held_out), processes)
@@ -204,7 +219,7 @@ def run(
     model.zero_grad(set_to_none=True)
     release_memory()
     if save and processes.first:
-        save_trained(model, tokenizer, directory, config.output, weights, config.model)
+        _save(config, model, tokenizer, weights, log)
     if curve is not None and not processes.once(lambda: log.is_evaluated(step)):
         _evaluate_last(curve, step, directory)
     seconds = time.monotonic() - begun
@@ -223,6 +238,22 @@ def _own_base(config: Config, model: PreTrainedModel, directory: Path) -> Path |
             "hub has not; set output.merge: true"
         )
     return directory / "base"
+
+
+def _save(config: Config, model, tokenizer, weights: dict | None, log: RunLog) -> None:
+    """The trained model, in the run's directory or, where that cannot be written, elsewhere."""
+
+    def write(directory: Path) -> None:
+        save_trained(model, tokenizer, directory, config.output, weights, config.model)
+
+    try:
+        write(Path(config.output.dir))
+    except NotWritten as error:
+        place = keep_elsewhere(config, log, checkpoint_bytes(model), write)
+        if place is None:
+            raise
+        move = shlex.join(["mv", str(place / "model"), config.output.dir])
+        raise UserError(f"{error.what}. It is kept in {place}; when it fits, `{move}`") from error
 
 
 @dataclass(frozen=True)

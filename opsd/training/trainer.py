@@ -7,6 +7,7 @@ It calls transformers' callbacks at Trainer's events, and takes optimizers, sche
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ from opsd.models.moving_average import MovingAverage
 from opsd.objectives import Objective, Problem, SampleGroup, Totals
 from opsd.prefix import try_kernel, unpackable
 from opsd.rollout import DistributedSampler, Sampler, ServerGoneError
+from opsd.runs.directory import NotWritten, command_to_go_on
 from opsd.runs.log import RunLog
-from opsd.training.checkpoints import Checkpoints, some_weights
+from opsd.training.checkpoints import Checkpoints, checkpoint_bytes, some_weights
 from opsd.training.collect_rollouts import RolloutCollector
 from opsd.training.failed_steps import IN_A_ROW, failed_step, save_failed_step
 from opsd.training.optimizer import make_optimizer, make_schedule
+from opsd.training.rescue import keep_elsewhere
 from opsd.training.sample_records import rollout_records
 from opsd.training.step import GradientAccumulator, OPSDStep, token_ratio
 from opsd.training.step_log import StepLog
@@ -179,12 +182,15 @@ class OPSDTrainer:
                 self.checkpoints.read_random_states(checkpoint)
             while not self.step_log.is_done(self.state.global_step):
                 losses += self._step()
+                self.run_log.check()
                 if self.control.should_evaluate:
                     self.evaluate()
                 if self.control.should_save:
                     self.save_checkpoint()
                 if self.control.should_training_stop:
                     break
+        except NotWritten as error:
+            raise self._kept_elsewhere(error) from error
         except ServerGoneError as error:
             raise self._without_server(error) from error
         self._call("on_train_end")
@@ -261,6 +267,21 @@ class OPSDTrainer:
         )
         if checkpoint is not None:
             self.checkpoints.read(checkpoint, self.state)
+
+    def _kept_elsewhere(self, error: NotWritten) -> UserError:
+        """Keep the steps that are done where there is room; what to tell the user."""
+
+        def write(place: Path) -> None:
+            replace(self.checkpoints, directory=place).write(self.state)
+
+        place = None
+        if self.processes.count == 1:
+            needed = checkpoint_bytes(self.model)
+            place = keep_elsewhere(self.config, self.run_log, needed, write)
+        if place is None:
+            return error
+        command = command_to_go_on(place)
+        return UserError(f"{error.what}. The run is kept in {place}: `{command}` goes on there")
 
     def _without_server(self, error: ServerGoneError) -> ServerGoneError:
         """Save the steps that are done; what to tell the user."""

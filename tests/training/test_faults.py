@@ -1,6 +1,7 @@
 """What the machine may do to a run: disks that are full or read-only, files that are lost, clocks
 that jump, workers that die."""
 
+import errno
 import os
 import shutil
 import signal
@@ -75,9 +76,11 @@ def mounted(tmp_path):
 
 
 def test_a_disk_that_fills_up_costs_no_more_than_a_step(
-    files, straight, mounted, monkeypatch, capsys
+    files, straight, mounted, monkeypatch, capsys, tmp_path
 ):
     disk = mounted("size=48m")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
     plain, filler = RunLog.metrics, disk / "somebody else's"
 
     def metrics(self, line):
@@ -89,13 +92,86 @@ def test_a_disk_that_fills_up_costs_no_more_than_a_step(
     monkeypatch.setattr(RunLog, "metrics", metrics)
     assert trained(files, disk / "run") == 1
     message = one_line(capsys)
-    assert "the disk is full, checkpoint-2" in message and "--resume" in message
+    assert "the disk is full, checkpoint-2 could not be written. The run is kept in" in message
     monkeypatch.undo()
     monkeypatch.setattr("opsd.training.run.write_report", lambda directory: None)
+    # It goes on there, by the command that is given, and here, from the step before.
+    kept = Path(message.split("kept in ")[1].split(":")[0])
+    assert kept.parent == tmp_path / "elsewhere"
+    assert sorted(path.name for path in kept.glob("checkpoint*")) == ["checkpoint-2"]
+    command = message.split("`")[1].split()
+    assert command == ["opsd", "train", f"{kept}/config.yaml", "--resume"]
+    assert main(command[1:]) == 0
+    assert outcome(kept) == outcome(straight)
     assert sorted(path.name for path in (disk / "run").glob("checkpoint*")) == ["checkpoint-1"]
     filler.unlink()
     assert trained(files, disk / "run", "--resume") == 0
     assert outcome(disk / "run") == outcome(straight)
+
+
+def fails_in(directory, error):
+    """Each file that is opened for writing there raises this error."""
+    real = os.open
+
+    def opened(path, flags, *more, **named):
+        writes = flags & (os.O_WRONLY | os.O_RDWR)
+        if writes and str(path).startswith(str(directory) + "/"):
+            raise error
+        return real(path, flags, *more, **named)
+
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [("a line", errno.EDQUOT), ("a line", errno.EROFS), ("the model", errno.EACCES)],
+)
+def test_what_can_no_longer_be_written_is_kept_elsewhere(
+    when, number, files, straight, tmp_path, monkeypatch, capsys
+):
+    """The line of a step that is done is kept too; the trained model alone where all is done."""
+    directory, place = tmp_path / "run", tmp_path / "elsewhere"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    error, plain = OSError(number, os.strerror(number)), RunLog.metrics
+
+    def metrics(self, line):
+        if line["step"] == (2 if when == "a line" else 3):
+            monkeypatch.setattr(os, "open", fails_in(directory, error))
+        if when == "a line" or line["step"] < 3:
+            plain(self, line)
+
+    monkeypatch.setattr(RunLog, "metrics", metrics)
+    assert trained(files, directory, "train.save_every=0", "train.not_finite=stop") == 1
+    message = one_line(capsys)
+    assert os.strerror(number) in message or "quota" in message
+    monkeypatch.undo()
+    monkeypatch.setattr("opsd.training.run.write_report", lambda directory: None)
+    if when == "the model":
+        moved = message.split("`")[1].split()
+        assert moved[0] == "mv" and moved[2] == str(directory)
+        weights = load_file(Path(moved[1]) / "model.safetensors")
+        assert {n: w.tolist() for n, w in weights.items()} == outcome(straight)[1]
+        return
+    assert "metrics.jsonl could not be written" in message
+    assert main(message.split("`")[1].split()[1:]) == 0
+    assert outcome(Path(message.split("kept in ")[1].split(":")[0])) == outcome(straight)
+
+
+def test_where_nothing_can_be_kept_that_is_said(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "opsd.training.rescue.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0)
+    )
+    plain = RunLog.metrics
+
+    def metrics(self, line):
+        monkeypatch.setattr(os, "open", fails_in(tmp_path / "run", OSError(errno.ENOSPC, "")))
+        plain(self, line)
+
+    monkeypatch.setattr("opsd.training.run.try_saving", lambda *_: None)
+    monkeypatch.setattr(RunLog, "metrics", metrics)
+    assert trained(files, tmp_path / "run") == 1
+    assert "what was saved before is whole" in one_line(capsys)
 
 
 def test_a_disk_that_is_too_small_is_said_before_training(files, mounted, capsys):

@@ -1,0 +1,39 @@
+"""Where a run that can no longer write keeps what it has learnt."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from opsd.common.errors import UserError
+from opsd.common.files import remove, write_file
+from opsd.config.config import Config
+from opsd.config.load import save_config
+from opsd.runs.directory import CONFIG, PROBLEMS
+from opsd.runs.log import RunLog
+
+
+def keep_elsewhere(
+    config: Config, log: RunLog, needed: int, write: Callable[[Path], object]
+) -> Path | None:
+    """A new directory with the run's config and log, and what `write` puts there, in the first of
+    the temporary directory and the user's cache that takes it. None: neither does."""
+    for parent in (Path(tempfile.gettempdir()), Path.home() / ".cache"):
+        with suppress(OSError, UserError):
+            if shutil.disk_usage(parent).free < needed:
+                continue
+            place = Path(tempfile.mkdtemp(prefix="opsd-run-", dir=parent))
+            try:
+                log.copy_to(place)
+                problems = Path(config.output.dir) / PROBLEMS
+                if problems.is_file():
+                    write_file(place / PROBLEMS, problems.read_bytes())
+                output = config.output.model_copy(update={"dir": str(place)})
+                save_config(config.model_copy(update={"output": output}), place / CONFIG)
+                write(place)
+            except BaseException:
+                remove(place)
+                raise
+            return place
+    return None
