@@ -31,7 +31,7 @@ def asked(files, tmp_path):
             lora = short_config(*files, tmp_path / "run", model={"lora": {"rank": 2}}).model
             model = add_adapters(model, lora)
         try:
-            try_saving(config, model, tokenizer)
+            try_saving(config, model, tokenizer, keeps_base=False)
         except UserError as error:
             assert not list((tmp_path / "run").iterdir())
             return str(error)
