@@ -213,7 +213,8 @@ def _sampler(asked: Settings, subject: Subject, display: Display) -> Sampler:
             display.note(unused)
         return SAMPLERS[asked.engine](model, stop_ids(model, subject.tokenizer))
     if asked.engine == "vllm_server":
-        return evaluation_server(asked.server, asked.model, subject.stops)
+        vocabulary = subject.config.get_text_config().vocab_size
+        return evaluation_server(asked.server, asked.model, subject.stops, vocabulary)
     from opsd.rollout.vllm_colocated import ColocatedSampler
 
     return ColocatedSampler(

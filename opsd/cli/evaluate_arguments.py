@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from opsd.common.errors import UserError
-from opsd.common.urls import check_address
+from opsd.common.urls import check_address, without_password
 from opsd.config.names import ENGINES
 from opsd.evaluate.answers import Shard
 
@@ -144,7 +144,8 @@ def _check_server(parsed: argparse.Namespace) -> None:
         try:
             check_address(parsed.server)
         except ValueError as error:
-            raise UserError(f"--server is {parsed.server!r}: {error}") from None
+            shown = without_password(repr(parsed.server))
+            raise UserError(f"--server is {shown}: {error}") from None
 
 
 def _columns(text: str | None) -> dict[str, str]:

@@ -1,8 +1,13 @@
 """Errors that a user can mend. The command line prints them as one line, without a traceback."""
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 LONGEST = 300  # characters that are quoted of another library's error
+SHOWN = 80  # characters of a value
 
 
 class UserError(ValueError):
@@ -14,6 +19,16 @@ def in_short(error: BaseException) -> str:
     said = " ".join(str(error).split())
     said = said if len(said) <= LONGEST else f"{said[: LONGEST - 1]}…"
     return f"{type(error).__name__}: {said}".rstrip(": ")
+
+
+def first_problem(error: "ValidationError") -> str:
+    """Where pydantic's first error lies, what stands there, and what is wrong with it."""
+    problem = error.errors(include_url=False)[0]
+    where, message = ".".join(map(str, problem["loc"])), problem["msg"]
+    message = message[0].lower() + message[1:]
+    shown = repr(problem["input"])
+    shown = shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 1]}…"
+    return f"{where} is {shown}: {message}" if where else message
 
 
 def said_elsewhere(error: BaseException) -> bool:

@@ -1,13 +1,32 @@
 """Addresses of servers, as a user writes them."""
 
+import re
 from urllib.parse import urlsplit
 
 
 def check_address(address: str) -> None:
-    """Raises ValueError unless this is an HTTP server's address."""
+    """Raises ValueError unless this is an HTTP server's address, without a password: it is written
+    into a run's config.yaml."""
+    if re.search(r"[\s\\\x00-\x1f\x7f]", address):
+        raise ValueError("it holds a blank or another character that no address has")
     parts = urlsplit(address)
     parts.port  # noqa: B018 - raises ValueError for one beyond 65535
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+    if "@" in parts.netloc:
+        raise ValueError(
+            "it holds a user's name or password, which would be written into files; give the "
+            "server's key by the environment variable VLLM_API_KEY"
+        )
+    plain = not parts.query and not parts.fragment and parts.path.isascii()
+    if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
         raise ValueError("it must look like http://localhost:8000")
+    try:
+        parts.hostname.encode("idna")
+    except UnicodeError:
+        raise ValueError(f"{parts.hostname[:80]!r} is no host's name") from None
     if parts.path.rstrip("/").endswith("/v1"):
         raise ValueError("it must be the server's own address, without /v1")
+
+
+def without_password(text: str) -> str:
+    """The text, with three dots for the user and the password of each address in it."""
+    return re.sub(r"(//)[^/\s'\"]+@", r"\1…@", text)

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from opsd.common.errors import UserError
 from opsd.common.files import write_file
+from opsd.common.urls import without_password
 from opsd.config.base import Section
 from opsd.config.config import Config
 from opsd.config.yaml import load_yaml, read_yaml
@@ -166,7 +167,7 @@ def explain(problem: Any, model: type[Section]) -> str:
 
 
 def _short(value: Any) -> str:
-    shown = repr(value)
+    shown = without_password(repr(value))
     return shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 1]}…"
 
 

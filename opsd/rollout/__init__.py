@@ -15,10 +15,10 @@ from opsd.rollout.engines import (
     training_server,
 )
 from opsd.rollout.generate import GenerateSampler
-from opsd.rollout.vllm_client import ServerGoneError
+from opsd.rollout.vllm_client import ServerError, ServerGoneError
 
 __all__ = [
     "SAMPLERS", "ContinuousSampler", "DistributedSampler", "GenerateSampler", "Rollout", "Sampler",
-    "Sampling", "ServerGoneError", "check_engine", "evaluation_server", "make_sampler",
+    "Sampling", "ServerError", "ServerGoneError", "check_engine", "evaluation_server", "make_sampler",
     "training_server",
 ]  # fmt: skip

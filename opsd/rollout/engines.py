@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError
 from opsd.config.sections import ModelSection, RolloutSection
+from opsd.models.head import head
 from opsd.rollout.base import Sampler
 from opsd.rollout.continuous import ContinuousSampler
 from opsd.rollout.generate import GenerateSampler
@@ -48,8 +49,8 @@ def training_server(section: RolloutSection) -> VLLMServer:
             f"rollout.server is {section.server!r}: its weights cannot be changed; start it with "
             "VLLM_SERVER_DEV_MODE=1 (docs/vllm.md)"
         )
-    mode = (settings.get("model_config") or {}).get("logprobs_mode", "raw_logprobs")
-    if mode != "raw_logprobs":
+    mode = settings.model_config_.logprobs_mode if settings.model_config_ else None
+    if mode not in (None, "raw_logprobs"):
         raise UserError(
             f"rollout.server is {section.server!r}: its --logprobs-mode is {mode!r}; "
             "loss.importance_bound needs 'raw_logprobs', vLLM's default"
@@ -57,7 +58,7 @@ def training_server(section: RolloutSection) -> VLLMServer:
     return server
 
 
-def evaluation_server(address: str, model: str, stops: frozenset[int]) -> Sampler:
+def evaluation_server(address: str, model: str, stops: frozenset[int], vocabulary: int) -> Sampler:
     """A sampler by the server at `address`, which answers with the weights of `model`.
 
     A server in development mode is told to load them, since an earlier run may have left others;
@@ -74,7 +75,7 @@ def evaluation_server(address: str, model: str, stops: frozenset[int]) -> Sample
             f"--server is {address!r}: it serves {server.root!r}, not {model!r}; start it on that, "
             "or with VLLM_SERVER_DEV_MODE=1, so that it can be told to load it"
         )
-    return ServerSampler(server, stops)
+    return ServerSampler(server, stops, vocabulary=vocabulary)
 
 
 def make_sampler(
@@ -94,7 +95,8 @@ def make_sampler(
     if server is not None:
         from opsd.rollout.vllm_server import ServerSampler
 
-        return ServerSampler(server, stops, _weights_directory(section, run.absolute()), dtype)
+        weights, vocabulary = _weights_directory(section, run.absolute()), len(head(decoder)[0])
+        return ServerSampler(server, stops, weights, dtype, vocabulary)
     from opsd.rollout.vllm_colocated import ColocatedSampler
 
     return ColocatedSampler(

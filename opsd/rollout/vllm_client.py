@@ -5,47 +5,66 @@ under VLLM_SERVER_DEV_MODE=1 /server_info, /collective_rpc and /reset_prefix_cac
 given as a directory of safetensors that the server reads (`reload_weights` with
 `weights_path`, vLLM's docs/training/layerwise.md): nothing of vLLM is needed on this side, and the
 server may spread its model over GPUs as it likes.
+
+Nothing that a server says is taken as it is: `vllm_answers` says what an answer may hold,
+`vllm_http` bounds its time and its size, and what does not fit is a ServerAnswerError.
 """
 
-import http.client
 import json
-import os
 import random
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TypeVar
 
-from opsd.common.errors import UserError
+from pydantic import ValidationError
+
+from opsd.common.errors import UserError, first_problem
 from opsd.rollout.base import NEUTRAL, Rollout, Sampling
+from opsd.rollout.vllm_answers import (
+    Completions,
+    Known,
+    Models,
+    Reset,
+    Results,
+    ServerInfo,
+    Settings,
+)
+from opsd.rollout.vllm_http import Answer, NoAnswerError, TooLongError, exchange
+
+Kind = TypeVar("Kind", bound=Known)
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which a request is sent again."""
 
 LONGEST_WAIT = 30.0  # seconds between two attempts
 QUICK = 60.0  # seconds that a question about the server may take
+LONGEST = 16_000_000  # bytes of an answer about the server: its settings have some 100 kB
+LONGEST_TOKEN = 2_000  # bytes of an answer a token: its id, its text twice, its log-probability
 
 
-class ServerGoneError(UserError):
-    """The server has not answered within `patience`; the run should save what it has."""
+class ServerError(UserError):
+    """The server failed; the run should save what it has."""
+
+
+class ServerGoneError(ServerError):
+    """The server has not answered within `patience`."""
 
 
 class ServerRestartedError(ServerGoneError):
     """The server has restarted since it was given the weights."""
 
 
-class _PassingError(Exception):
-    """A failure that may pass: send the request again."""
+class ServerAnswerError(ServerError):
+    """The server refuses, or answers what cannot be: it would do so again."""
 
 
 class VLLMServer:
     """The server at `address`. Requests are sent again after failures that may pass.
 
-    A server's key is read from VLLM_API_KEY. Proxies are not used, since the server is the user's
-    own. Raises UserError for answers that would be the same the next time.
+    A server's key is read from VLLM_API_KEY. Raises ServerAnswerError for answers that would be the
+    same the next time.
     """
 
     def __init__(
@@ -59,20 +78,18 @@ class VLLMServer:
         self.address, self.timeout, self.patience = address.rstrip("/"), timeout, patience
         self.field = field
         self._instance: str | None = None
-        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-        models = self.ask("/v1/models", timeout=QUICK)["data"]
+        models = self.ask("/v1/models", Models, timeout=QUICK).data
         if not models:
             raise self._error("serves no model")
-        self.model: str = models[0]["id"]
-        self.root: str = models[0].get("root") or self.model
-        self.window: int | None = models[0].get("max_model_len")
+        self.model: str = models[0].id
+        self.root: str = models[0].root or self.model
 
     @property
-    def settings(self) -> dict[str, Any] | None:
+    def settings(self) -> Settings | None:
         """The server's own configuration; None where it is not in development mode, in which case
         its weights cannot have been changed since it started."""
-        found = self.ask("/server_info?config_format=json", timeout=QUICK, missing={})
-        return found.get("vllm_config")
+        route = "/server_info?config_format=json"
+        return self.ask(route, ServerInfo, timeout=QUICK, missing=ServerInfo()).vllm_config
 
     def complete(
         self,
@@ -81,8 +98,12 @@ class VLLMServer:
         seed: int | None,
         stops: frozenset[int],
         stop: Event | None = None,
+        vocabulary: int | None = None,
     ) -> Rollout:
-        """One rollout after `context`, with its log-probabilities; see `Rollout`."""
+        """One rollout after `context`, with its log-probabilities; see `Rollout`.
+
+        vocabulary: how many logits the model has, where that is known.
+        """
         asked = {
             "model": self.model,
             "prompt": list(context),
@@ -96,31 +117,50 @@ class VLLMServer:
             "return_token_ids": True,
             **NEUTRAL,
         }
-        choice = self.ask("/v1/completions", asked, stop=stop, check=_complete)["choices"][0]
-        ids = choice.get("token_ids")
+        longest = LONGEST + LONGEST_TOKEN * (sampling.max_new_tokens + len(context))
+        answer = self.ask(
+            "/v1/completions", Completions, asked, stop=stop, check=_complete, longest=longest
+        )
+        if answer.model != self.model:
+            raise self._error(f"answers by the model {answer.model!r}, asked for {self.model!r}")
+        choice = answer.choices[0]
+        ids, reason = choice.token_ids, choice.finish_reason
         if not ids:
             raise self._error("returns no token ids: it needs a vLLM that knows return_token_ids")
-        if choice.get("prompt_token_ids", asked["prompt"]) != asked["prompt"]:
+        if choice.prompt_token_ids not in (None, asked["prompt"]):
             raise self._error("has changed the context's token ids")
-        log_probs = (choice.get("logprobs") or {}).get("token_logprobs") or []
-        if len(log_probs) != len(ids) or None in log_probs:
+        log_probs = choice.logprobs.token_logprobs if choice.logprobs else []
+        if len(log_probs) != len(ids):
             raise self._error(f"returns {len(log_probs)} log-probabilities for {len(ids)} tokens")
+        if vocabulary is not None and max(ids) >= vocabulary:
+            raise self._error(f"returns token {max(ids)} of a model with {vocabulary} tokens")
+        self._check_length(len(ids), sampling.max_new_tokens, reason)
         finished = ids[-1] in stops
-        if finished != (choice["finish_reason"] == "stop"):
+        if finished != (reason == "stop") or not stops.isdisjoint(ids[:-1]):
             raise self._error(
-                f"ended a rollout with token {ids[-1]} for the reason {choice['finish_reason']!r}; "
+                f"ended a rollout with token {ids[-1]} for the reason {reason!r}; "
                 f"the model's stops are {sorted(stops)}"
             )
-        return Rollout(ids, finished, log_probs, seed)
+        return Rollout(ids, finished, [min(value, 0.0) for value in log_probs], seed)
+
+    def _check_length(self, length: int, longest: int, reason: str) -> None:
+        """A rollout that is cut is cut where we asked."""
+        if length > longest:
+            raise self._error(f"returns {length} tokens where at most {longest} were asked for")
+        if reason == "length" and length < longest:
+            raise self._error(
+                f"cut a rollout at {length} tokens, asked for {longest}: start it with a larger "
+                "--max-model-len, and with --generation-config vllm"
+            )
 
     def load(self, weights: str | Path) -> None:
         """Serve the weights in the directory (or hub model) `weights` from now on."""
         self._instance = self._instance_now()
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
         # A worker that cannot read them answers 500, and would do so again.
-        self.ask("/collective_rpc", call, passing=PASSING - {500})
+        self.ask("/collective_rpc", Results, call, passing=PASSING - {500}, empty=True)
         # What is cached was computed with the old weights. It cannot be reset while requests run.
-        self.ask("/reset_prefix_cache", {}, timeout=QUICK, check=_reset)
+        self.ask("/reset_prefix_cache", Reset, {}, timeout=QUICK, check=_reset, empty=True)
 
     def check_restart(self) -> None:
         """Raises ServerRestartedError where the server has restarted since `load`: its answers may
@@ -133,34 +173,47 @@ class VLLMServer:
 
     def _instance_now(self) -> str | None:
         """vLLM's `instance_id`, which is new at each start of a server."""
-        return (self.settings or {}).get("instance_id")
+        settings = self.settings
+        return settings.instance_id if settings else None
 
     def ask(
         self,
         route: str,
+        kind: type[Kind],
         body: dict | None = None,
         *,
         timeout: float | None = None,
+        longest: int = LONGEST,
         passing: frozenset[int] = PASSING,
         check=lambda answer: None,
-        missing: dict | None = None,
+        missing: Kind | None = None,
+        empty: bool = False,
         stop: Event | None = None,
-    ) -> Any:
-        """The JSON answer to a GET, or with `body` to a POST.
+    ) -> Kind:
+        """The answer to a GET, or with `body` to a POST.
 
         Args:
-            check: raises _PassingError for an answer that is to be asked for again.
+            kind: what the answer must be.
+            longest: bytes that it may have.
+            check: raises NoAnswerError for an answer that is to be asked for again.
             missing: the answer where there is no such route.
+            empty: whether nothing, which some releases of vLLM answer, is as good.
             stop: when set, failures are final.
         """
-        stop = stop or Event()
+        stop, within = stop or Event(), timeout or self.timeout
         failing_since, wait = None, min(1.0, self.patience / 8)
         while True:
             try:
-                answer = self._once(route, body, timeout or self.timeout, passing, missing)
+                found = exchange(self.address, route, body, within, longest)
+                if found.status == 404 and missing is not None:
+                    return missing
+                self._check_status(route, found, passing)
+                answer = kind() if empty and not found.content else self._read(route, kind, found)
                 check(answer)
                 return answer
-            except _PassingError as error:
+            except TooLongError:
+                raise self._error(f"answers {route} with more than {longest:,} bytes") from None
+            except NoAnswerError as error:
                 now = time.monotonic()
                 failing_since = now if failing_since is None else failing_since
                 if now - failing_since + wait > self.patience or stop.is_set():
@@ -172,65 +225,49 @@ class VLLMServer:
             stop.wait(wait * random.uniform(0.75, 1.25))
             wait = min(2 * wait, LONGEST_WAIT)
 
-    def _once(
-        self,
-        route: str,
-        body: dict | None,
-        timeout: float,
-        passing: frozenset[int],
-        missing: dict | None,
-    ) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address + route, data, headers)
+    def _check_status(self, route: str, found: Answer, passing: frozenset[int]) -> None:
+        if found.status == 200:
+            return
+        if 300 <= found.status < 400:
+            raise self._error(
+                f"redirects {route} to {(found.location or '?')[:200]!r}: redirects are not "
+                "followed, for they would take the key along; give the address itself"
+            )
+        said = f"{route} answers {found.status}: {_said(found.content)}".rstrip(": ")
+        if found.status in passing:
+            raise NoAnswerError(said)
+        hint = ""
+        if found.status == 404 and not route.startswith("/v1/"):
+            hint = " (start it with VLLM_SERVER_DEV_MODE=1, see docs/vllm.md)"
+        raise self._error(said + hint)
+
+    def _read(self, route: str, kind: type[Kind], found: Answer) -> Kind:
         try:
-            with self._open(request, timeout=timeout) as response:
-                text = response.read()
-                return json.loads(text) if text else None
-        except urllib.error.HTTPError as error:
-            if error.code == 404 and missing is not None:
-                return missing
-            said = f"{route} answers {error.code}: {_said(error)}"
-            if error.code in passing:
-                raise _PassingError(said) from error
-            hint = ""
-            if error.code == 404 and not route.startswith("/v1/"):
-                hint = " (start it with VLLM_SERVER_DEV_MODE=1, see docs/vllm.md)"
-            raise self._error(said + hint) from error
-        except TimeoutError as error:
-            raise _PassingError(f"{route} has not answered within {timeout:.0f} s") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            # Refused, reset, cut short; urllib wraps some of them.
-            reason = getattr(error, "reason", None) or error
-            raise _PassingError(f"{route} cannot be reached ({reason})") from error
+            return kind.model_validate_json(found.content)
+        except ValidationError as error:
+            raise self._error(f"answers {route} as no vLLM does: {first_problem(error)}") from None
 
-    def _error(self, what: str) -> UserError:
-        return UserError(f"{self.field} is {self.address!r}: the server {what}")
+    def _error(self, what: str) -> ServerAnswerError:
+        return ServerAnswerError(f"{self.field} is {self.address!r}: the server {what}")
 
 
-def _complete(answer: dict) -> None:
-    reason = answer["choices"][0]["finish_reason"]
-    if reason not in ("stop", "length"):  # "abort": it was told to pause, or to sleep
-        raise _PassingError(f"a rollout ended with {reason!r}")
+def _complete(answer: Completions) -> None:
+    if answer.choices[0].finish_reason == "abort":  # it was told to pause, or to sleep
+        raise NoAnswerError("a rollout ended with 'abort'")
 
 
-def _reset(answer: dict | None) -> None:
-    if answer and not answer.get("success", True):  # an empty answer before vLLM 0.26
-        raise _PassingError("the prefix cache is in use")
+def _reset(answer: Reset) -> None:
+    if not answer.success:
+        raise NoAnswerError("the prefix cache is in use")
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """What the server says of the error, on one line."""
-    try:
-        text = error.read(10_000).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return error.reason
+def _said(content: bytes) -> str:
+    """What the server says of an error, on one line."""
+    text = content[:10_000].decode(errors="replace")
     try:
         answer = json.loads(text)
         inner = answer.get("error") or answer.get("detail") or answer
-        text = inner.get("message", text) if isinstance(inner, dict) else str(inner)
-    except (ValueError, AttributeError):
+        text = inner.get("message", text) if isinstance(inner, dict) else inner
+    except (ValueError, AttributeError, RecursionError):
         pass
-    return " ".join(text.split())[:300]
+    return " ".join(str(text).split())[:300]

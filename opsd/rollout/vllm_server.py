@@ -33,8 +33,9 @@ class ServerSampler:
         # None: the server's weights stay as they are
         directory: Path | None = None,
         dtype: torch.dtype = torch.bfloat16,  # of the weights there
+        vocabulary: int | None = None,  # how many logits the model has
     ):
-        self.server, self.stops = server, stops
+        self.server, self.stops, self.vocabulary = server, stops, vocabulary
         self.directory, self.dtype = directory, dtype
         self.versions = 0
         if directory is not None:
@@ -69,7 +70,9 @@ class ServerSampler:
         rollouts: list[Rollout | None] = [None] * len(contexts)
 
         def ask(i: int, stop) -> Rollout:
-            return self.server.complete(contexts[i], sampling, seeds[i], self.stops, stop)
+            return self.server.complete(
+                contexts[i], sampling, seeds[i], self.stops, stop, self.vocabulary
+            )
 
         try:
             for i, rollout in as_done(ask, len(contexts), sampling.batch_size):

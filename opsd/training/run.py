@@ -46,7 +46,7 @@ from opsd.rollout import (
     DistributedSampler,
     GenerateSampler,
     Sampling,
-    ServerGoneError,
+    ServerError,
     check_engine,
     make_sampler,
     training_server,
@@ -389,8 +389,8 @@ def _evaluate_last(curve: LearningCurve, step: int, directory: Path) -> None:
     """The trained model, which is saved already."""
     try:
         curve(step)
-    except ServerGoneError as error:
-        raise ServerGoneError(
+    except ServerError as error:
+        raise type(error)(
             f"{error}. Training is done and {directory / 'model'} is saved, but its last "
             "evaluation is missing: measure it with `opsd eval`"
         ) from error

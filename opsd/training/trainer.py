@@ -39,7 +39,7 @@ from opsd.grading.rewards import RewardFunction
 from opsd.models.moving_average import MovingAverage
 from opsd.objectives import Objective, Problem, SampleGroup, Totals
 from opsd.prefix import try_kernel, unpackable
-from opsd.rollout import DistributedSampler, Sampler, ServerGoneError
+from opsd.rollout import DistributedSampler, Sampler, ServerError
 from opsd.runs.directory import NotWritten, command_to_go_on
 from opsd.runs.log import RunLog
 from opsd.training.checkpoints import Checkpoints, checkpoint_bytes, some_weights
@@ -191,7 +191,7 @@ class OPSDTrainer:
                     break
         except NotWritten as error:
             raise self._kept_elsewhere(error) from error
-        except ServerGoneError as error:
+        except ServerError as error:
             raise self._without_server(error) from error
         self._call("on_train_end")
         if self.config.train.sharding in deepspeed.STAGES:
@@ -283,13 +283,13 @@ class OPSDTrainer:
         command = command_to_go_on(place)
         return UserError(f"{error.what}. The run is kept in {place}: `{command}` goes on there")
 
-    def _without_server(self, error: ServerGoneError) -> ServerGoneError:
+    def _without_server(self, error: ServerError) -> ServerError:
         """Save the steps that are done; what to tell the user."""
         step = self.state.global_step
         if step and not (Path(self.args.output_dir) / f"checkpoint-{step}").exists():
             self.save_checkpoint()
         done = f"step {step} is saved" if step else "no step was done"
-        return ServerGoneError(
+        return type(error)(
             f"{error}. Training has stopped, {done}: when the server is back, go on with "
             "`opsd train … --resume`"
         )
