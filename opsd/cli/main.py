@@ -4,14 +4,19 @@ Only that module is imported, and most import what they need when they run: `--h
 """
 
 import argparse
+import locale
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from opsd.common.errors import UserError, said_elsewhere
+from opsd.common.errors import UserError, in_short, said_elsewhere
 from opsd.common.format import shown
+from opsd.common.system import end_with_parent
+
+INTERNAL = 70  # the exit code of our own faults: EX_SOFTWARE of sysexits.h
 
 # Command → its module, which has add_arguments(parser) and run(parsed) → exit code or None; help.
 COMMANDS = {
@@ -27,7 +32,11 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for a user's error, 130 for Ctrl-C."""
+    """Run one command; returns the exit code: 0, 1 for a user's error, 70 for a fault of ours, 130
+    for Ctrl-C."""
+    if arguments is None:
+        _as_utf8()
+        end_with_parent()
     parsed = _parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns after a fork otherwise
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' GGUF loader draws over our display
@@ -46,20 +55,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("opsd: interrupted; what was saved is kept", file=sys.stderr)
         return 130
-    except UserError as error:
+    except Exception as error:
         if parsed.debug:
             raise
         if said_elsewhere(error):
             time.sleep(2)  # launchers end all processes with the first
             return 1
-        print(f"opsd: {shown(str(error))}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if parsed.debug:
-            raise
+        code, message = _explained(error)
+        print(f"opsd: {shown(message)}", file=sys.stderr)
+        return code
+
+
+def _explained(error: Exception) -> tuple[int, str]:
+    """The exit code for an error, and the line that says it."""
+    if isinstance(error, UserError):
+        return 1, str(error)
+    if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        print(f"opsd: {shown(f'{error.strerror or error}{where}')}", file=sys.stderr)
-        return 1
+        return 1, f"{error.strerror or error}{where}"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if f"{os.sep}opsd" in frame.filename] or frames
+    place = f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}"
+    return INTERNAL, (
+        f"internal error at {place}: {in_short(error)}; please report it, with what `--debug` shows"
+    )
+
+
+def _as_utf8() -> None:
+    """Begin anew in Python's UTF-8 mode where the locale has another encoding: no file that we or
+    our libraries read or write is meant in it."""
+    encoding = locale.getpreferredencoding(False).lower().replace("-", "")
+    if encoding != "utf8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -60,7 +60,7 @@ def run(parsed: argparse.Namespace) -> None:
     quiet_transformers()
     display = Display(quiet=os.environ.get("RANK", "0") != "0")
     directory = train(config, display, resume=parsed.resume)
-    summary = json.loads((directory / "summary.json").read_text())
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     before, after = summary["accuracy"]["before"], summary["accuracy"]["after"]
     if before is not None:
         display.note(f"Held-out accuracy: {before:.3f} before, {after:.3f} after")

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +23,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import append_to
-from opsd.common.system import usable_cores
+from opsd.common.system import PARENT, ended_by_sigterm, usable_cores
 from opsd.config.base import Section
 from opsd.config.load import explain_all, load_config
 from opsd.config.names import Method
@@ -196,7 +194,7 @@ def run_jobs(
 
     What a run prints goes to <directory>.log. Each has the same number of threads wherever it
     runs, so its results do not depend on how many cores there are. When a run fails, those beside
-    it may end, then a UserError names the log. Ctrl-C or SIGTERM ends them all.
+    it may end, then a UserError names the log. They end with this process, however that ends.
     """
     waiting = [job for job in jobs if not job.finished]
     for job in waiting:
@@ -205,7 +203,7 @@ def run_jobs(
     running: dict[subprocess.Popen, tuple[Job, str | None]] = {}
     failed: Job | None = None
     title = f"Run the study, {len(free)} at a time"
-    with _ended_by_sigterm(), display.stage(title, total=len(jobs)) as stage:
+    with ended_by_sigterm(), display.stage(title, total=len(jobs)) as stage:
         stage.update(completed=len(jobs) - len(waiting))
         try:
             while waiting or running:
@@ -229,27 +227,13 @@ def run_jobs(
         raise UserError(f"{failed.directory}: the run failed; see {log_of(failed)}")
 
 
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM leaves the block as Ctrl-C does, by an exception."""
-
-    def leave(number: int, _) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def log_of(job: Job) -> Path:
     """Where a run's terminal output goes."""
     return job.directory.with_name(job.directory.name + ".log")
 
 
 def _start(job: Job, threads: int, gpu: str | None = None) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     with append_to(log_of(job)) as log:

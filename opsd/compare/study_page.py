@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 from opsd.compare.comparison import Comparison, Method
 from opsd.compare.page import difference, share
 from opsd.compare.ratios import interpolate, over_seeds
@@ -67,7 +69,7 @@ def study_page(study: Study, comparisons: dict[str, Comparison]) -> str:
         study=study,
         columns=study_columns(study, comparisons),
         rows=study_rows(study, comparisons),
-        links=[f"{name}/comparison.html" for name in comparisons],
+        links=[quote(f"{name}/comparison.html") for name in comparisons],  # a name is no address
         warnings=warnings,
         note=note,
     )

@@ -172,6 +172,14 @@ class PromptsSection(Section):
     def _check_chat(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         for name in OURS & arguments.keys():
             raise ValueError(f"{name!r} is set by opsd, and is no argument of a chat template's")
+        for name, value in arguments.items():
+            if str(value).lower() in (
+                "yes",
+                "no",
+                "on",
+                "off",
+            ):  # text, which a template takes as true
+                raise ValueError(f"{name} is {value!r}: write true or false")
         return arguments
 
 

