@@ -49,7 +49,7 @@ def training_server(section: RolloutSection) -> VLLMServer:
             f"rollout.server is {section.server!r}: its weights cannot be changed; start it with "
             "VLLM_SERVER_DEV_MODE=1 (docs/vllm.md)"
         )
-    mode = settings.model_config_.logprobs_mode if settings.model_config_ else None
+    mode = settings.logprobs.logprobs_mode if settings.logprobs else None
     if mode not in (None, "raw_logprobs"):
         raise UserError(
             f"rollout.server is {section.server!r}: its --logprobs-mode is {mode!r}; "

@@ -16,24 +16,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
-from typing import TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
 from opsd.common.errors import UserError, first_problem
 from opsd.rollout.base import NEUTRAL, Rollout, Sampling
-from opsd.rollout.vllm_answers import (
-    Completions,
-    Known,
-    Models,
-    Reset,
-    Results,
-    ServerInfo,
-    Settings,
-)
+from opsd.rollout.vllm_answers import COMPLETIONS, MODELS, RESET, RESULTS, SERVER_INFO
 from opsd.rollout.vllm_http import Answer, NoAnswerError, TooLongError, exchange
-
-Kind = TypeVar("Kind", bound=Known)
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which a request is sent again."""
@@ -78,18 +68,18 @@ class VLLMServer:
         self.address, self.timeout, self.patience = address.rstrip("/"), timeout, patience
         self.field = field
         self._instance: str | None = None
-        models = self.ask("/v1/models", Models, timeout=QUICK).data
+        models = self.ask("/v1/models", MODELS, timeout=QUICK).data
         if not models:
             raise self._error("serves no model")
         self.model: str = models[0].id
         self.root: str = models[0].root or self.model
 
     @property
-    def settings(self) -> Settings | None:
+    def settings(self) -> Any:
         """The server's own configuration; None where it is not in development mode, in which case
         its weights cannot have been changed since it started."""
         route = "/server_info?config_format=json"
-        return self.ask(route, ServerInfo, timeout=QUICK, missing=ServerInfo()).vllm_config
+        return self.ask(route, SERVER_INFO, timeout=QUICK, missing=SERVER_INFO()).vllm_config
 
     def complete(
         self,
@@ -119,7 +109,7 @@ class VLLMServer:
         }
         longest = LONGEST + LONGEST_TOKEN * (sampling.max_new_tokens + len(context))
         answer = self.ask(
-            "/v1/completions", Completions, asked, stop=stop, check=_complete, longest=longest
+            "/v1/completions", COMPLETIONS, asked, stop=stop, check=_complete, longest=longest
         )
         if answer.model != self.model:
             raise self._error(f"answers by the model {answer.model!r}, asked for {self.model!r}")
@@ -158,9 +148,9 @@ class VLLMServer:
         self._instance = self._instance_now()
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
         # A worker that cannot read them answers 500, and would do so again.
-        self.ask("/collective_rpc", Results, call, passing=PASSING - {500}, empty=True)
+        self.ask("/collective_rpc", RESULTS, call, passing=PASSING - {500}, empty=True)
         # What is cached was computed with the old weights. It cannot be reset while requests run.
-        self.ask("/reset_prefix_cache", Reset, {}, timeout=QUICK, check=_reset, empty=True)
+        self.ask("/reset_prefix_cache", RESET, {}, timeout=QUICK, check=_reset, empty=True)
 
     def check_restart(self) -> None:
         """Raises ServerRestartedError where the server has restarted since `load`: its answers may
@@ -179,17 +169,17 @@ class VLLMServer:
     def ask(
         self,
         route: str,
-        kind: type[Kind],
+        kind: Any,
         body: dict | None = None,
         *,
         timeout: float | None = None,
         longest: int = LONGEST,
         passing: frozenset[int] = PASSING,
         check=lambda answer: None,
-        missing: Kind | None = None,
+        missing: Any = None,
         empty: bool = False,
         stop: Event | None = None,
-    ) -> Kind:
+    ) -> Any:
         """The answer to a GET, or with `body` to a POST.
 
         Args:
@@ -241,7 +231,7 @@ class VLLMServer:
             hint = " (start it with VLLM_SERVER_DEV_MODE=1, see docs/vllm.md)"
         raise self._error(said + hint)
 
-    def _read(self, route: str, kind: type[Kind], found: Answer) -> Kind:
+    def _read(self, route: str, kind: Any, found: Answer) -> Any:
         try:
             return kind.model_validate_json(found.content)
         except ValidationError as error:
@@ -251,12 +241,12 @@ class VLLMServer:
         return ServerAnswerError(f"{self.field} is {self.address!r}: the server {what}")
 
 
-def _complete(answer: Completions) -> None:
+def _complete(answer: Any) -> None:
     if answer.choices[0].finish_reason == "abort":  # it was told to pause, or to sleep
         raise NoAnswerError("a rollout ended with 'abort'")
 
 
-def _reset(answer: Reset) -> None:
+def _reset(answer: Any) -> None:
     if not answer.success:
         raise NoAnswerError("the prefix cache is in use")
 

@@ -7,8 +7,8 @@ take the server's key to another host.
 import io
 import json
 import os
-import ssl
 import time
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -45,7 +45,8 @@ def exchange(address: str, route: str, body: Any, timeout: float, longest: int) 
     parts, until = urlsplit(address), time.monotonic() + timeout
     connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     connection = connect(parts.hostname, parts.port, timeout=timeout)
-    connection.response_class = lambda sock, **how: _Response(sock, until, longest, **how)
+    bounded: Any = partial(_Response, until=until, room=longest)
+    connection.response_class = bounded
     data = None if body is None else json.dumps(body).encode()
     try:
         path = parts.path.rstrip("/") + route
@@ -58,8 +59,7 @@ def exchange(address: str, route: str, body: Any, timeout: float, longest: int) 
     except TimeoutError as error:
         raise NoAnswerError(f"{route} has not answered within {timeout:.0f} s") from error
     except (OSError, HTTPException, ValueError) as error:  # refused, reset, no HTTP, cut short
-        tls = isinstance(error, ssl.SSLCertVerificationError)
-        said = error.verify_message if tls else str(error) or type(error).__name__
+        said = getattr(error, "verify_message", "") or str(error) or type(error).__name__
         raise NoAnswerError(f"{route} cannot be reached ({said[:200]})") from error
     finally:
         connection.close()

@@ -236,7 +236,6 @@ OTHERS = [
     ("/v1/models", {"data": [{"id": ""}]}),
     ("/v1/models", {"data": [{"id": "tiny", "root": ["/m"]}]}),
     ("/v1/models", {"data": [{"id": "a" * 1_000_000}]}),
-    ("/v1/models", {"data": [{"id": "tiny", "max_model_len": -1}]}),
     ("/server_info", []),
     ("/server_info", {"vllm_config": "VllmConfig(...)"}),
     ("/server_info", {"vllm_config": {"model_config": {"logprobs_mode": 1}}}),
