@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from opsd.common.errors import UserError
-from opsd.common.urls import check_address, without_password
+from opsd.common.errors import UserError, problem_said
+from opsd.common.urls import check_address
 from opsd.config.names import ENGINES
 from opsd.evaluate.answers import Shard
 
@@ -144,8 +144,8 @@ def _check_server(parsed: argparse.Namespace) -> None:
         try:
             check_address(parsed.server)
         except ValueError as error:
-            shown = without_password(repr(parsed.server))
-            raise UserError(f"--server is {shown}: {error}") from None
+            problem = {"loc": ["--server"], "input": parsed.server, "msg": str(error)}
+            raise UserError(problem_said(problem)) from None
 
 
 def _columns(text: str | None) -> dict[str, str]:

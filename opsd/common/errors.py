@@ -1,13 +1,10 @@
 """Errors that a user can mend. The command line prints them as one line, without a traceback."""
 
 import os
-from typing import TYPE_CHECKING
+import re
+from typing import Any
 
-if TYPE_CHECKING:
-    from pydantic import ValidationError
-
-LONGEST = 300  # characters that are quoted of another library's error
-SHOWN = 80  # characters of a value
+LONGEST = 300  # characters that are quoted of another library's error, or of a value
 
 
 class UserError(ValueError):
@@ -21,14 +18,15 @@ def in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}".rstrip(": ")
 
 
-def first_problem(error: "ValidationError") -> str:
-    """Where pydantic's first error lies, what stands there, and what is wrong with it."""
-    problem = error.errors(include_url=False)[0]
-    where, message = ".".join(map(str, problem["loc"])), problem["msg"]
-    message = message[0].lower() + message[1:]
-    shown = repr(problem["input"])
-    shown = shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 1]}…"
-    return f"{where} is {shown}: {message}" if where else message
+def problem_said(problem: Any) -> str:
+    """One of pydantic's errors: where it lies, what stands there, and what is wrong with it."""
+    where = ".".join(map(str, problem["loc"]))
+    message = problem["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    shown = re.sub(r"(//)[^/\s'\"]+@", r"\1…@", repr(problem["input"]))  # a password in an address
+    shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
+    return f"{where} is {shown}: {message[0].lower()}{message[1:]}"
 
 
 def said_elsewhere(error: BaseException) -> bool:

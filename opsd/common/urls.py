@@ -25,8 +25,3 @@ def check_address(address: str) -> None:
         raise ValueError(f"{parts.hostname[:80]!r} is no host's name") from None
     if parts.path.rstrip("/").endswith("/v1"):
         raise ValueError("it must be the server's own address, without /v1")
-
-
-def without_password(text: str) -> str:
-    """The text, with three dots for the user and the password of each address in it."""
-    return re.sub(r"(//)[^/\s'\"]+@", r"\1…@", text)

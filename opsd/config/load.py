@@ -13,14 +13,12 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from opsd.common.errors import UserError
+from opsd.common.errors import UserError, problem_said
 from opsd.common.files import write_file
-from opsd.common.urls import without_password
 from opsd.config.base import Section
 from opsd.config.config import Config
 from opsd.config.yaml import load_yaml, read_yaml
 
-SHOWN = 300  # characters of a value in a message
 SHOWN_PROBLEMS = 10  # of one config
 RENAMED = {
     "rollout.per_problem": "rollout.group_size",
@@ -160,15 +158,7 @@ def explain(problem: Any, model: type[Section]) -> str:
         return f"unknown key {location[-1]!r} {where}; {hint}"
     if problem["type"] == "missing":
         return f"{name} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not name:
-        return message
-    return f"{name} is {_short(problem['input'])}: {message[0].lower() + message[1:]}"
-
-
-def _short(value: Any) -> str:
-    shown = without_password(repr(value))
-    return shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 1]}…"
+    return problem_said(problem)
 
 
 def _known(location: Sequence[str], model: Any) -> list[str]:

@@ -19,6 +19,6 @@ from opsd.rollout.vllm_client import ServerError, ServerGoneError
 
 __all__ = [
     "SAMPLERS", "ContinuousSampler", "DistributedSampler", "GenerateSampler", "Rollout", "Sampler",
-    "Sampling", "ServerError", "ServerGoneError", "check_engine", "evaluation_server", "make_sampler",
-    "training_server",
+    "Sampling", "ServerError", "ServerGoneError", "check_engine", "evaluation_server",
+    "make_sampler", "training_server",
 ]  # fmt: skip

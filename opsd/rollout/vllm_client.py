@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from opsd.common.errors import UserError, first_problem
+from opsd.common.errors import UserError, problem_said
 from opsd.rollout.base import NEUTRAL, Rollout, Sampling
 from opsd.rollout.vllm_answers import COMPLETIONS, MODELS, RESET, RESULTS, SERVER_INFO
 from opsd.rollout.vllm_http import Answer, NoAnswerError, TooLongError, exchange
@@ -235,7 +235,8 @@ class VLLMServer:
         try:
             return kind.model_validate_json(found.content)
         except ValidationError as error:
-            raise self._error(f"answers {route} as no vLLM does: {first_problem(error)}") from None
+            said = problem_said(error.errors()[0])
+            raise self._error(f"answers {route} as no vLLM does: {said}") from None
 
     def _error(self, what: str) -> ServerAnswerError:
         return ServerAnswerError(f"{self.field} is {self.address!r}: the server {what}")
