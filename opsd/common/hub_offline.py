@@ -12,7 +12,7 @@ import threading
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.request import getproxies
 
 from huggingface_hub import constants
 
@@ -33,9 +33,9 @@ def before_asking_hub(name: str) -> None:
 @cache
 def reachable() -> bool:
     """Whether the hub can be connected to; assumed where there is a proxy."""
+    if getproxies().keys() - {"no"}:  # NO_PROXY alone names no proxy
+        return True
     address, answered = urlsplit(constants.ENDPOINT), threading.Event()
-    if {address.scheme, "all"} & getproxies().keys() and not proxy_bypass(address.netloc):
-        return True  # "no" alone (NO_PROXY) names no proxy
     port = address.port or (80 if address.scheme == "http" else 443)
 
     def ask() -> None:
