@@ -81,7 +81,7 @@ def test_held_out_problems_that_are_too_long_are_named(config, tmp_path, capsys)
     columns[0]["solution"] = "1+1;" * 80
     data = tmp_path / "held-out.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in columns))
-    asked = [f"eval.source={data}", "eval.split=train", "eval.samples=1"]
+    asked = [f"eval.source={data}", "eval.samples=1"]
     line = refused(capsys, "train", config, *asked)
     assert "eval.source: held-out problem 1 needs" in line and "2 of 4 held-out problems" in line
     assert "eval.max_new_tokens" in line and "too_long: skip" in line

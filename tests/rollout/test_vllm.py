@@ -318,6 +318,7 @@ def test_vllm_without_a_gpu_is_refused(files, tmp_path, capsys, monkeypatch):
     message = capsys.readouterr().err
     assert message.startswith("opsd: rollout.engine is 'vllm'") and "GPU" in message
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert main(["train", str(config)]) == 1
     assert "not installed" in capsys.readouterr().err
 
