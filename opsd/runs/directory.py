@@ -120,8 +120,12 @@ def settle(config: Config, directory: Path, best_precision: str) -> Config:
     try:
         saved = read_yaml(directory / CONFIG)
         date, precision = saved["prompts"]["date"], saved["train"]["precision"]
+        datetime.date.fromisoformat(date)
     except (UserError, OSError, LookupError, TypeError):
         date = precision = None  # no run yet
+    except ValueError:
+        file = directory / CONFIG
+        raise UserError(f"{str(file)!r} has prompts.date {date!r}, which is no date") from None
     date = config.prompts.date or date or datetime.date.today().isoformat()
     if config.train.precision != "auto":
         precision = config.train.precision
