@@ -23,7 +23,7 @@ from opsd.common.files import read_lines
 from opsd.config.load import merge, parse_config
 from opsd.models.load import stop_ids
 from opsd.quickstart import tiny_model as tiny
-from opsd.rollout import GenerateSampler, Sampling, ServerGoneError
+from opsd.rollout import GenerateSampler, Sampling, ServerGoneError, check_engine
 from opsd.rollout.threads import as_done
 from opsd.rollout.vllm_client import VLLMServer
 from opsd.rollout.vllm_server import ServerSampler
@@ -318,9 +318,8 @@ def test_vllm_without_a_gpu_is_refused(files, tmp_path, capsys, monkeypatch):
     message = capsys.readouterr().err
     assert message.startswith("opsd: rollout.engine is 'vllm'") and "GPU" in message
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    assert main(["train", str(config)]) == 1
-    assert "not installed" in capsys.readouterr().err
+    with pytest.raises(UserError, match="not installed"):
+        check_engine("vllm")
 
 
 @pytest.mark.parametrize(
