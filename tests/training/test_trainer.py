@@ -198,7 +198,7 @@ def test_resuming_changes_nothing(method, files, tmp_path):
     (directory / "summary.json").unlink()
     with (directory / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "gener')  # killed while writing
-    half = directory / "checkpoint-3"
+    half = directory / ".checkpoint-3-killed.part"
     half.mkdir()
     (half / "model.safetensors").touch()  # killed while saving
     checkpoint = claim_directory(directory, config, resume=True)
