@@ -1,5 +1,6 @@
 """The doctor's judgement of machines better and worse than this one."""
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -164,6 +165,7 @@ def test_caches(monkeypatch, tmp_path):
     from opsd.quickstart import download
 
     monkeypatch.setattr(download, "GGUF_BYTES", 0)
+    monkeypatch.setattr(download, "GGUF_SHA256", hashlib.sha256().hexdigest())
     download._cached().parent.mkdir()
     download._cached().touch()
     (tmp_path / "tiny-0-abc").mkdir()
