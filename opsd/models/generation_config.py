@@ -32,7 +32,8 @@ def left_out(model: PreTrainedModel) -> str | None:
     """What to tell of the ways of drawing that a model ships and nobody uses; None without any."""
     shipped = getattr(model, "shipped_generation_config", None)
     fields = shipped.to_diff_dict() if shipped is not None else {}
-    told = [f"{name} {value}" for name, value in sorted(fields.items()) if name not in OTHERS]
+    on = {name: value for name, value in fields.items() if value is not False}
+    told = [f"{name} {value}" for name, value in sorted(on.items()) if name not in OTHERS]
     if not told:
         return None
     return (

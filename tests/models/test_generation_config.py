@@ -57,3 +57,13 @@ def test_what_a_model_ships_can_be_written_and_is_not_obeyed(name, tmp_path):
 def test_a_valid_config_stays_as_it_is():
     config = GenerationConfig(do_sample=True, temperature=0.7)
     assert mended(config) is config
+
+
+def test_what_is_off_is_not_told(tmp_path):
+    """SmolLM2's says output_attentions false, which draws nothing."""
+    write_model(tmp_path)
+    shipped = {"eos_token_id": 1, "output_attentions": False, "do_sample": False}
+    (tmp_path / "generation_config.json").write_text(json.dumps(shipped))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    keep_stop_tokens(model)
+    assert left_out(model) is None
