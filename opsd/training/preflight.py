@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers import (
@@ -16,19 +18,18 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
 )
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, ParallelMode
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.files import reserve, why_not_written
 from opsd.common.hub_upload import check_hub
 from opsd.config.config import Config
-from opsd.config.sections import LoraSection, OutputSection, TrainSection
+from opsd.config.sections import LoraSection, TrainSection
 from opsd.distributed.deepspeed import STAGES
 from opsd.models.adapter_files import CONFIG as ADAPTER
 from opsd.models.adapter_files import import_peft
 from opsd.models.lora import is_adapted
 from opsd.training.checkpoints import checkpoint_bytes, save_model
-from opsd.training.trainer_arguments import training_arguments
 from opsd_kernels import backends
 
 
@@ -138,8 +139,23 @@ def check_optimizer(train: TrainSection) -> None:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         raise UserError(f"train.optimizer is {name!r}: no optimizer of transformers; {hint}")
+    # What transformers' makers of optimizers look at; its own TrainingArguments would start the
+    # communication between processes.
+    asked: Any = SimpleNamespace(
+        optim=name,
+        optim_args=None,
+        optim_target_modules=None,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.beta1,
+        adam_beta2=train.beta2,
+        adam_epsilon=1e-8,
+        gradient_accumulation_steps=1,
+        warmup_steps=train.warmup_steps,
+        parallel_mode=ParallelMode.NOT_DISTRIBUTED,
+    )
     try:
-        Trainer.get_optimizer_cls_and_kwargs(training_arguments(train, OutputSection(), 0))
+        Trainer.get_optimizer_cls_and_kwargs(asked)
     except (ImportError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"train.optimizer is {name!r}: {first}") from None
