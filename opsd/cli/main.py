@@ -12,9 +12,9 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
+from opsd.common.ending import PARENT, end_with_parent
 from opsd.common.errors import UserError, in_short, said_elsewhere
 from opsd.common.format import shown
-from opsd.common.system import end_with_parent
 
 INTERNAL = 70  # the exit code of our own faults: EX_SOFTWARE of sysexits.h
 
@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for Ctrl-C."""
     if arguments is None:
         _as_utf8()
-        end_with_parent()
+        if watched := os.environ.pop(PARENT, None):
+            end_with_parent(int(watched))
     parsed = _parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns after a fork otherwise
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' GGUF loader draws over our display

@@ -69,7 +69,9 @@ def append_to(path: Path) -> IO[bytes]:
 
 def reserve(path: Path, size: int) -> None:
     """Take so many bytes of the disk for a file, where the file system can do that at once. Raises
-    OSError where the disk, a quota or a limit of files' sizes has not so many."""
+    OSError where the disk, a quota or a limit of files' sizes has not so many.
+
+    Not os.posix_fallocate: where a file system cannot, the C library writes all the blocks."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not size or not hasattr(libc, "fallocate"):
         return

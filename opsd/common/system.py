@@ -5,46 +5,11 @@ import gc
 import os
 import platform
 import resource
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 PACKAGES = ("opsd", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
-
-
-PARENT = "OPSD_PARENT"
-"""Environment variable: the process whose end, however it comes, ends this one as well."""
-
-
-def end_with_parent() -> None:
-    """Have the system end this process with the one that OPSD_PARENT names, as by SIGTERM."""
-    parent = os.environ.pop(PARENT, None)
-    if parent is not None and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != int(parent):  # it has ended already
-            raise SystemExit(128 + signal.SIGTERM)
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM leaves the block as Ctrl-C does, by an exception: what it has begun is put away."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
-        return
-
-    def leave(number: int, _) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def versions() -> dict[str, str]:

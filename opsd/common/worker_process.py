@@ -4,14 +4,14 @@ A message is its length in eight bytes, then a status byte and a body. No torch 
 """
 
 import contextlib
-import fcntl
 import os
 import resource
-import select
 import signal
 import sys
 from importlib import import_module
 from pathlib import Path
+
+from opsd.common.ending import end_with_parent
 
 LENGTH = 8  # bytes of a message's length
 DONE, NO_MEMORY, NO_START = b"+", b"m", b"!"
@@ -54,15 +54,3 @@ def main() -> None:
         except MemoryError:
             send(NO_MEMORY)
             return
-
-
-def end_with_parent(watched: int) -> None:
-    """Lets the kernel end this process when the other end of the pipe `watched` closes.
-
-    An idle worker would end with its stdin, a busy one only with its limit of time. Not
-    PR_SET_PDEATHSIG: that follows the thread that started the worker, which may end before.
-    """
-    fcntl.fcntl(watched, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(watched, fcntl.F_SETFL, fcntl.fcntl(watched, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([watched], [], [], 0)[0]:  # closed before we looked
-        os._exit(1)

@@ -21,9 +21,10 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from opsd.common.display import Display
+from opsd.common.ending import PARENT, ended_by_sigterm
 from opsd.common.errors import UserError
 from opsd.common.files import append_to
-from opsd.common.system import PARENT, ended_by_sigterm, usable_cores
+from opsd.common.system import usable_cores
 from opsd.config.base import Section
 from opsd.config.load import explain_all, load_config
 from opsd.config.names import Method
@@ -203,13 +204,14 @@ def run_jobs(
     running: dict[subprocess.Popen, tuple[Job, str | None]] = {}
     failed: Job | None = None
     title = f"Run the study, {len(free)} at a time"
+    watched, ours = os.pipe()  # the runs end when `ours` closes
     with ended_by_sigterm(), display.stage(title, total=len(jobs)) as stage:
         stage.update(completed=len(jobs) - len(waiting))
         try:
             while waiting or running:
                 while waiting and free and failed is None:
                     job, gpu = waiting.pop(0), free.pop(0)
-                    running[_start(job, threads, gpu)] = job, gpu
+                    running[_start(job, threads, watched, gpu)] = job, gpu
                 for process in [process for process in running if process.poll() is not None]:
                     job, gpu = running.pop(process)
                     free.append(gpu)
@@ -223,6 +225,8 @@ def run_jobs(
                 process.terminate()
             for process in running:
                 process.wait()
+            os.close(watched)
+            os.close(ours)
     if failed is not None:
         raise UserError(f"{failed.directory}: the run failed; see {log_of(failed)}")
 
@@ -232,8 +236,8 @@ def log_of(job: Job) -> Path:
     return job.directory.with_name(job.directory.name + ".log")
 
 
-def _start(job: Job, threads: int, gpu: str | None = None) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
+def _start(job: Job, threads: int, watched: int, gpu: str | None = None) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(watched)}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     with append_to(log_of(job)) as log:
@@ -243,4 +247,5 @@ def _start(job: Job, threads: int, gpu: str | None = None) -> subprocess.Popen:
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
+            pass_fds=[watched],
         )

@@ -30,10 +30,10 @@ import psutil
 from huggingface_hub import constants, hf_hub_url
 
 from opsd.common.display import Display, Stage
+from opsd.common.ending import ended_by_sigterm
 from opsd.common.errors import UserError, in_short
 from opsd.common.files import move, write_file
 from opsd.common.hub_offline import reachable
-from opsd.common.system import ended_by_sigterm
 from opsd.quickstart.cache import cache_directory
 
 NAME = "SmolLM2-135M-Instruct"

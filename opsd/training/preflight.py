@@ -186,9 +186,10 @@ def try_saving(
         with TemporaryDirectory(prefix=".trial-", suffix=".part", dir=directory) as place:
             save_model(model, tokenizer, Path(place), trial=True)
             _read_back(Path(place) / "model", config.model.trust_remote_code, tokenizer)
-            sizes = [weights, *(each * part // 3 for part in (1, 2) * checkpoints)]
-            for number, size in enumerate(sizes):  # a checkpoint's weights, and its moments
-                reserve(Path(place) / str(number), min(size, LARGEST_SHARD if not number else size))
+            # The model, and of each checkpoint the weights and the optimizer's two moments.
+            sizes = [min(weights, LARGEST_SHARD), *[each // 3, each * 2 // 3] * checkpoints]
+            for number, size in enumerate(sizes):
+                reserve(Path(place) / str(number), size)
     except Exception as error:
         if why := why_not_written(error):
             said = f"{why}, the run needs {needed / 1e9:.1f} GB there"

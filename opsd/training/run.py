@@ -221,7 +221,7 @@ def run(
     if save and processes.first:
         _save(config, model, tokenizer, weights, log)
     if curve is not None and not processes.once(lambda: log.is_evaluated(step)):
-        _evaluate_last(curve, step, directory)
+        _evaluate_last(curve, step, directory, log)
     seconds = time.monotonic() - begun
     return processes.once(lambda: write_summary(config, log, directory, seconds))
 
@@ -385,11 +385,12 @@ def _learning_curve(
     )
 
 
-def _evaluate_last(curve: LearningCurve, step: int, directory: Path) -> None:
+def _evaluate_last(curve: LearningCurve, step: int, directory: Path, log: RunLog) -> None:
     """The trained model, which is saved already."""
     try:
         curve(step)
-    except ServerError as error:
+        log.check()
+    except (ServerError, NotWritten) as error:
         raise type(error)(
             f"{error}. Training is done and {directory / 'model'} is saved, but its last "
             "evaluation is missing: measure it with `opsd eval`"

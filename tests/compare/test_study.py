@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import psutil
 import pytest
 import yaml
 
@@ -140,8 +142,8 @@ def test_configs_are_run_with_each_seed(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(subprocess, "Popen", lambda args, **more: started.append(args))
     jobs[3].directory.mkdir(parents=True)
-    studies._start(jobs[3], 1)
-    studies._start(jobs[0], 1)
+    studies._start(jobs[3], 1, 0)
+    studies._start(jobs[0], 1, 0)
     assert started[0][-1] == "--resume" and started[1][-1] != "--resume"
 
 
@@ -165,7 +167,7 @@ def test_runs_are_spread_over_gpus(tmp_path, monkeypatch):
         def wait(self):
             raise AssertionError("all have ended")
 
-    monkeypatch.setattr(studies, "_start", lambda job, threads, gpu: Process(job, gpu))
+    monkeypatch.setattr(studies, "_start", lambda job, threads, watched, gpu: Process(job, gpu))
     jobs = [Job(tmp_path / name, []) for name in "abc"]
     run_jobs(jobs, Display(), gpus=["3", "5"])
     assert placed == [("a", "3"), ("b", "5"), ("c", "5")]
@@ -202,6 +204,37 @@ def test_sigterm_ends_the_runs(tmp_path):
         assert process.wait(timeout=30) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(run, 0)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from opsd.compare import study
+from opsd.common.display import Display
+
+os.environ["PYTHONPATH"] = os.pathsep.join([sys.argv[1], os.environ.get("PYTHONPATH", "")])
+started = study._start
+def tell(*arguments):
+    process = started(*arguments)
+    print(process.pid, flush=True)
+    return process
+
+study._start = tell
+study.run_jobs([study.Job(Path(sys.argv[1], "run"), ["doctor"])], Display(quiet=True))
+"""
+
+
+def test_a_killed_study_leaves_no_run_behind(tmp_path):
+    """Its run is busy with a torch that takes a minute to import."""
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(60)\n")
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        run = psutil.Process(int(process.stdout.readline()))
+        time.sleep(2)
+        assert run.is_running()
+        process.kill()
+    psutil.wait_procs([run], timeout=20)
+    assert not run.is_running()
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,22 @@ def test_what_can_no_longer_be_written_is_kept_elsewhere(
     assert outcome(Path(message.split("kept in ")[1].split(":")[0])) == outcome(straight)
 
 
+def test_a_last_evaluation_that_cannot_be_written_is_said(files, tmp_path, monkeypatch, capsys):
+    directory, plain = tmp_path / "run", RunLog.evaluation
+
+    def evaluation(self, line):
+        if line["step"] == 3:
+            monkeypatch.setattr(os, "open", fails_in(directory, OSError(errno.EDQUOT, "")))
+        plain(self, line)
+
+    monkeypatch.setattr(RunLog, "evaluation", evaluation)
+    assert trained(files, directory, "eval.problems=2", "eval.every=0") == 1
+    message = one_line(capsys)
+    assert "evaluations.jsonl could not be written" in message
+    assert "its last evaluation is missing" in message
+    assert (directory / "model" / "model.safetensors").is_file()
+
+
 def test_where_nothing_can_be_kept_that_is_said(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "opsd.training.rescue.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0)
