@@ -16,14 +16,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from opsd.common.errors import UserError, problem_said
 from opsd.rollout.base import NEUTRAL, Rollout, Sampling
-from opsd.rollout.vllm_answers import COMPLETIONS, MODELS, RESET, RESULTS, SERVER_INFO
+from opsd.rollout.vllm_answers import Completions, Models, Reset, Results, ServerInfo, Settings
 from opsd.rollout.vllm_http import Answer, NoAnswerError, TooLongError, exchange
+
+Said = TypeVar("Said", bound=BaseModel)
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which a request is sent again."""
@@ -68,18 +70,18 @@ class VLLMServer:
         self.address, self.timeout, self.patience = address.rstrip("/"), timeout, patience
         self.field = field
         self._instance: str | None = None
-        models = self.ask("/v1/models", MODELS, timeout=QUICK).data
+        models = self.ask("/v1/models", Models, timeout=QUICK).data
         if not models:
             raise self._error("serves no model")
         self.model: str = models[0].id
         self.root: str = models[0].root or self.model
 
     @property
-    def settings(self) -> Any:
+    def settings(self) -> Settings | None:
         """The server's own configuration; None where it is not in development mode, in which case
         its weights cannot have been changed since it started."""
         route = "/server_info?config_format=json"
-        return self.ask(route, SERVER_INFO, timeout=QUICK, missing=SERVER_INFO()).vllm_config
+        return self.ask(route, ServerInfo, timeout=QUICK, missing=ServerInfo()).vllm_config
 
     def complete(
         self,
@@ -109,7 +111,7 @@ class VLLMServer:
         }
         longest = LONGEST + LONGEST_TOKEN * (sampling.max_new_tokens + len(context))
         answer = self.ask(
-            "/v1/completions", COMPLETIONS, asked, stop=stop, check=_complete, longest=longest
+            "/v1/completions", Completions, asked, stop=stop, check=_complete, longest=longest
         )
         if answer.model != self.model:
             raise self._error(f"answers by the model {answer.model!r}, asked for {self.model!r}")
@@ -148,9 +150,11 @@ class VLLMServer:
         self._instance = self._instance_now()
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
         # A worker that cannot read them answers 500, and would do so again.
-        self.ask("/collective_rpc", RESULTS, call, passing=PASSING - {500}, empty=True)
+        self.ask(
+            "/collective_rpc", Results, call, passing=PASSING - {500}, empty=Results(results=[])
+        )
         # What is cached was computed with the old weights. It cannot be reset while requests run.
-        self.ask("/reset_prefix_cache", RESET, {}, timeout=QUICK, check=_reset, empty=True)
+        self.ask("/reset_prefix_cache", Reset, {}, timeout=QUICK, check=_reset, empty=Reset())
 
     def check_restart(self) -> None:
         """Raises ServerRestartedError where the server has restarted since `load`: its answers may
@@ -169,17 +173,17 @@ class VLLMServer:
     def ask(
         self,
         route: str,
-        kind: Any,
+        kind: type[Said],
         body: dict | None = None,
         *,
         timeout: float | None = None,
         longest: int = LONGEST,
         passing: frozenset[int] = PASSING,
         check=lambda answer: None,
-        missing: Any = None,
-        empty: bool = False,
+        missing: Said | None = None,
+        empty: Said | None = None,
         stop: Event | None = None,
-    ) -> Any:
+    ) -> Said:
         """The answer to a GET, or with `body` to a POST.
 
         Args:
@@ -187,7 +191,7 @@ class VLLMServer:
             longest: bytes that it may have.
             check: raises NoAnswerError for an answer that is to be asked for again.
             missing: the answer where there is no such route.
-            empty: whether nothing, which some releases of vLLM answer, is as good.
+            empty: what an answer without content says; some releases of vLLM send such.
             stop: when set, failures are final.
         """
         stop, within = stop or Event(), timeout or self.timeout
@@ -198,7 +202,8 @@ class VLLMServer:
                 if found.status == 404 and missing is not None:
                     return missing
                 self._check_status(route, found, passing)
-                answer = kind() if empty and not found.content else self._read(route, kind, found)
+                bare = not found.content and empty is not None
+                answer = empty if bare else self._read(route, kind, found)
                 check(answer)
                 return answer
             except TooLongError:
@@ -231,7 +236,7 @@ class VLLMServer:
             hint = " (start it with VLLM_SERVER_DEV_MODE=1, see docs/vllm.md)"
         raise self._error(said + hint)
 
-    def _read(self, route: str, kind: Any, found: Answer) -> Any:
+    def _read(self, route: str, kind: type[Said], found: Answer) -> Said:
         try:
             return kind.model_validate_json(found.content)
         except ValidationError as error:
@@ -242,12 +247,12 @@ class VLLMServer:
         return ServerAnswerError(f"{self.field} is {self.address!r}: the server {what}")
 
 
-def _complete(answer: Any) -> None:
+def _complete(answer: Completions) -> None:
     if answer.choices[0].finish_reason == "abort":  # it was told to pause, or to sleep
         raise NoAnswerError("a rollout ended with 'abort'")
 
 
-def _reset(answer: Any) -> None:
+def _reset(answer: Reset) -> None:
     if not answer.success:
         raise NoAnswerError("the prefix cache is in use")
 

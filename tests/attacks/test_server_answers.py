@@ -260,6 +260,13 @@ def test_a_hostile_answer_about_the_server_is_one_line(case, hostile):
     refused(load)
 
 
+def test_releases_that_answer_nothing_are_understood(hostile):
+    """vLLM's /collective_rpc and /reset_prefix_cache have had answers without content."""
+    hostile.replies |= {"/server_info": response(SETTINGS)}
+    hostile.replies |= dict.fromkeys(("/collective_rpc", "/reset_prefix_cache"), response(b""))
+    VLLMServer(hostile.address, timeout=1, patience=0.2).load("/w")
+
+
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 T", "308 P"])
 def test_no_redirect_is_followed(status, hostile):
     """Neither to another host nor to this one: the key goes where the user has sent it."""
