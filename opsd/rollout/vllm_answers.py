@@ -16,40 +16,58 @@ class _Answer(BaseModel):
 
 
 class ServedModel(_Answer):
+    """One of those that the server has."""
+
     id: Name
     root: Name | None = None
 
 
 class Models(_Answer):
+    """/v1/models."""
+
     data: list[ServedModel]
 
 
 class LogProbSettings(_Answer):
+    """What the server's log-probabilities are of."""
+
     logprobs_mode: Name = "raw_logprobs"
 
 
 class Settings(_Answer):
+    """The server's own configuration, as far as it is read."""
+
     logprobs: LogProbSettings | None = Field(None, alias="model_config")
     instance_id: Name | None = None  # new at each start of a server
 
 
 class ServerInfo(_Answer):
+    """/server_info."""
+
     vllm_config: Settings | None = None
 
 
 class Reset(_Answer):
+    """/reset_prefix_cache."""
+
     success: bool = True
 
 
 class Results(_Answer):
+    """/collective_rpc."""
+
     results: list[Any]  # what each worker returns
 
 
 class LogProbs(_Answer):
+    """A rollout's, one a token."""
+
     token_logprobs: list[LogProb]
 
 
 class Choice(_Answer):
+    """A rollout."""
+
     index: Literal[0]
     finish_reason: Literal["stop", "length", "abort"]
     token_ids: list[TokenId] | None = None
@@ -58,5 +76,7 @@ class Choice(_Answer):
 
 
 class Completions(_Answer):
+    """/v1/completions, asked for one rollout."""
+
     model: Name
     choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]

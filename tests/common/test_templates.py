@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.chat_templates import FAMILIES, make_tokenizer
+from helpers.chat_templates import FAMILIES
+from helpers.chat_tokenizers import make_tokenizer
 
 from opsd.common import templates
 from opsd.common.errors import UserError

@@ -3,16 +3,8 @@
 import datetime
 
 import pytest
-from helpers.chat_templates import (
-    ANSWER,
-    CHATML,
-    FAMILIES,
-    IM,
-    PARTS,
-    Family,
-    make_tokenizer,
-    turns,
-)
+from helpers.chat_templates import ANSWER, CHATML, FAMILIES, IM, PARTS, Family, turns
+from helpers.chat_tokenizers import make_tokenizer
 
 from opsd.common.errors import UserError
 from opsd.data.chat import ChatTemplate, open_thought

@@ -1,7 +1,8 @@
 """What a row says reaches the contexts, or the run is refused before its first step."""
 
 import pytest
-from helpers.chat_templates import CHATML, FAMILIES, IM, PARTS, Family, make_tokenizer, turns
+from helpers.chat_templates import CHATML, FAMILIES, IM, PARTS, Family, turns
+from helpers.chat_tokenizers import make_tokenizer
 
 from opsd.common import templates
 from opsd.common.display import Display

@@ -1,7 +1,8 @@
 """The part of a completion that is graded, with tags as text and as special tokens."""
 
 import pytest
-from helpers.chat_templates import FAMILIES, make_tokenizer
+from helpers.chat_templates import FAMILIES
+from helpers.chat_tokenizers import make_tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from opsd.grading.completions import completions

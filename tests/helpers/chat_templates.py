@@ -1,21 +1,13 @@
-"""The shapes of the chat templates that people's models have, written anew, with small tokenizers.
-
-A `Family` says what its model writes for an answer, as its model card shows it: the text between
-the user's message and the answer (`before`), and that which ends the turn (`end`).
-"""
+"""The shapes of the chat templates that people's models have, after their model cards."""
 
 from dataclasses import dataclass, field
-from functools import cache
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 ANSWER = "So 1 + 2 is \\boxed{3}."
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A model family's template and tokens.
+    """A model family's template and tokens, and what it writes for an answer.
 
     before: what follows the user's message and precedes the answer in training, where the template
     itself writes it. given: the part of it that the generation prompt has written already.
@@ -147,6 +139,19 @@ MISTRAL_DATED = (
 EOS_LAST = "{%- if add_generation_prompt -%}{{ §§ }}{%- else -%}{{ eos_token }}{%- endif -%}"
 INST = turns("[INST] § [/INST]", "§\n\n", " §</s>", "", "<s>")
 S2 = ("<unk>", "<s>", "</s>")
+
+
+def command_r(name: str, opening: str, closing: str) -> Family:
+    """Cohere's. The 7B puts its answer between two tokens, so that a turn ends with two."""
+    bos, start, end = "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"
+    roles = user, system, own = "<|USER_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|CHATBOT_TOKEN|>"
+    before = f"{start}{own}{opening}"
+    template = turns(
+        f"{start}{user}§{end}", f"{start}{system}§{end}", f"{before}§{closing}{end}", before, bos
+    )
+    special = (bos, start, end, *roles, *filter(None, (opening, closing)))
+    return Family(name, template, special, end, "", "", closing + end, end, bos=bos)
+
 
 FAMILIES = [
     Family("ChatML", CHATML, IM, "<|im_end|>", "", "", "<|im_end|>", "<|im_end|>"),
@@ -358,56 +363,8 @@ FAMILIES = [
         bos="<s>",
         metaspace=True,
     ),
-    Family(
-        "Command-R",
-        turns(
-            "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>§<|END_OF_TURN_TOKEN|>",
-            "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>§<|END_OF_TURN_TOKEN|>",
-            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>§<|END_OF_TURN_TOKEN|>",
-            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
-            "<BOS_TOKEN>",
-        ),
-        (
-            "<BOS_TOKEN>",
-            "<|START_OF_TURN_TOKEN|>",
-            "<|END_OF_TURN_TOKEN|>",
-            "<|USER_TOKEN|>",
-            "<|SYSTEM_TOKEN|>",
-            "<|CHATBOT_TOKEN|>",
-        ),
-        "<|END_OF_TURN_TOKEN|>",
-        "",
-        "",
-        "<|END_OF_TURN_TOKEN|>",
-        "<|END_OF_TURN_TOKEN|>",
-        bos="<BOS_TOKEN>",
-    ),
-    Family(
-        "Command-R 7B",  # the turn ends with two tokens
-        turns(
-            "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>§<|END_OF_TURN_TOKEN|>",
-            "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>§<|END_OF_TURN_TOKEN|>",
-            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>§<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
-            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>",
-            "<BOS_TOKEN>",
-        ),
-        (
-            "<BOS_TOKEN>",
-            "<|START_OF_TURN_TOKEN|>",
-            "<|END_OF_TURN_TOKEN|>",
-            "<|USER_TOKEN|>",
-            "<|SYSTEM_TOKEN|>",
-            "<|CHATBOT_TOKEN|>",
-            "<|START_RESPONSE|>",
-            "<|END_RESPONSE|>",
-        ),
-        "<|END_OF_TURN_TOKEN|>",
-        "",
-        "",
-        "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
-        "<|END_OF_TURN_TOKEN|>",
-        bos="<BOS_TOKEN>",
-    ),
+    command_r("Command-R", "", ""),
+    command_r("Command-R 7B", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
     Family(
         "Phi-4 mini",  # EOS behind the last turn, which is no part of it
         turns("<|user|>§<|end|>", "<|system|>§<|end|>", "<|assistant|>§<|end|>", "")
@@ -539,57 +496,3 @@ FAMILIES = [
         None,
     ),
 ]
-
-
-def corpus() -> list[str]:
-    """Text enough for a vocabulary of words and numbers."""
-    sums = [
-        f"What is {a} + {b}? So {a} + {b} is \\boxed{{{a + b}}}. "
-        for a in range(9)
-        for b in range(40)
-    ]
-    return [
-        *sums,
-        "Please reason step by step, and put your final answer within the box.",
-        "user assistant system model think",
-    ]
-
-
-@cache
-def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
-    """A small tokenizer with the family's special tokens and template."""
-    if family.metaspace:
-        tokenizer = Tokenizer(
-            models.BPE(unk_token=family.special[0], byte_fallback=True, fuse_unk=True)
-        )
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        tokenizer.decoder = decoders.Sequence(
-            [
-                decoders.Replace("▁", " "),
-                decoders.ByteFallback(),
-                decoders.Fuse(),
-                decoders.Strip(" ", 1, 0),
-            ]
-        )
-        special = [*family.special, *(f"<0x{i:02X}>" for i in range(256))]
-        trainer = trainers.BpeTrainer(
-            vocab_size=500, special_tokens=special, show_progress=False, max_token_length=8
-        )
-    else:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=list(family.special),
-            initial_alphabet=alphabet,
-            show_progress=False,
-        )
-    tokenizer.train_from_iterator(corpus(), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=family.eos, bos_token=family.bos
-    )
-    fast.add_special_tokens({"additional_special_tokens": list(family.special)})
-    fast.chat_template = family.template
-    return fast

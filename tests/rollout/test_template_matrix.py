@@ -10,8 +10,10 @@ import types
 import pytest
 import torch
 from helpers import dense_rendering as dense
-from helpers.chat_templates import ANSWER, FAMILIES, make_tokenizer
+from helpers.chat_templates import ANSWER, FAMILIES
+from helpers.chat_tokenizers import make_tokenizer
 from helpers.training_cases import graded, logits
+from helpers.vllm_outputs import outputs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from opsd.config.load import parse_config
@@ -55,20 +57,7 @@ class LLM:
         self.model, self.own = own, []
 
     def generate(self, prompts, parameters, use_tqdm):
-        outputs = []
-        for prompt, asked in zip(prompts, parameters, strict=True):
-            stops, context = frozenset(asked.stop_token_ids), prompt["prompt_token_ids"]
-            (rollout,) = GenerateSampler(self.model, stops).sample(
-                [context], Sampling(asked.max_tokens)
-            )
-            own = logits(self.model, context, rollout.ids).detach().log_softmax(-1)
-            log_probs = [
-                {t: types.SimpleNamespace(logprob=float(own[n, t]))}
-                for n, t in enumerate(rollout.ids)
-            ]
-            output = types.SimpleNamespace(token_ids=rollout.ids, logprobs=log_probs)
-            outputs.append(types.SimpleNamespace(outputs=[output]))
-        return outputs
+        return outputs(self.model, prompts, parameters, temperature=1.0)
 
 
 def sampler_of(engine, model, stops):

@@ -5,7 +5,8 @@ import types
 
 import pytest
 import torch
-from helpers.training_cases import ROWS, changed, logits, quiet, short_config
+from helpers.training_cases import ROWS, changed, quiet, short_config
+from helpers.vllm_outputs import outputs
 
 from opsd.common.files import read_lines
 from opsd.models.load import stop_ids
@@ -48,22 +49,7 @@ class FakeLLM:
 
     def generate(self, prompts, parameters, use_tqdm):
         assert self.awake == {"weights", "kv_cache"} and not use_tqdm
-        outputs = []
-        for prompt, parameter in zip(prompts, parameters, strict=True):
-            stops = frozenset(parameter.stop_token_ids)
-            own = GenerateSampler(self.model, stops)
-            (rollout,) = own.sample(
-                [prompt["prompt_token_ids"]], Sampling(parameter.max_tokens, temperature=0)
-            )
-            with torch.no_grad():
-                scores = logits(self.model, prompt["prompt_token_ids"], rollout.ids).log_softmax(-1)
-            places = [
-                {t: types.SimpleNamespace(logprob=float(scores[n, t]))}
-                for n, t in enumerate(rollout.ids)
-            ]
-            output = types.SimpleNamespace(token_ids=rollout.ids, logprobs=places)
-            outputs.append(types.SimpleNamespace(outputs=[output]))
-        return outputs
+        return outputs(self.model, prompts, parameters, temperature=0.0)
 
 
 @pytest.fixture
