@@ -89,11 +89,9 @@ class Planner:
 
     def memory(self, config: Config) -> Memory:
         """The memory, on each device, of a run by `config`."""
-        dtype, sizes, lora = (
-            compute_dtype(config.train.precision, "cpu" if self.device_memory is None else "cuda"),
-            self.sizes(config),
-            config.model.lora,
-        )
+        device = "cpu" if self.device_memory is None else "cuda"
+        dtype = compute_dtype(config.train.precision, device)
+        sizes, lora = self.sizes(config), config.model.lora
         sharding = config.train.sharding
         weights_split = self.processes if sharding in SPLIT_WEIGHTS else 1
         split = self.processes if sharding != "none" else 1

@@ -67,10 +67,7 @@ class RunLog:
         try:
             if self.failure is not None:
                 raise self.failure
-            with (
-                written(self.directory, name),
-                append_to(self.directory / name) as file,
-            ):
+            with written(self.directory, name), append_to(self.directory / name) as file:
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode(errors="replace"))
         except NotWritten as failure:
             self.failure = failure

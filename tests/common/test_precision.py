@@ -7,19 +7,20 @@ from helpers.training_cases import short_config
 from opsd.common import precision
 from opsd.config.load import save_config
 from opsd.runs.directory import settle
+from opsd_kernels.gemm import _multiplies_bf16
 
 
 @pytest.mark.parametrize("multiplies, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_is_bf16_where_the_processor_multiplies_it(multiplies, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: multiplies)
-    monkeypatch.setattr(
-        torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies, raising=False
-    )
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, check, lambda: multiplies, raising=False)
     assert precision.compute_dtype("auto") == dtype
     assert precision.compute_dtype("auto", "cuda") == torch.bfloat16  # a GPU that is planned for
     assert precision.compute_dtype("bf16") == torch.bfloat16
     assert precision.compute_dtype("fp32") == torch.float32
+    assert _multiplies_bf16.__wrapped__() == multiplies  # as the kernels see it
 
 
 def test_auto_is_fp32_on_a_gpu_that_only_emulates_bf16(monkeypatch):
