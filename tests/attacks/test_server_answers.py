@@ -260,6 +260,13 @@ def test_a_hostile_answer_about_the_server_is_one_line(case, hostile):
     refused(load)
 
 
+def test_an_answer_longer_than_any_is_not_read_to_its_end(hostile):
+    """Blanks are valid JSON, and the server sends them fast enough."""
+    hostile.replies["/v1/models"] = response(json.dumps(MODELS) + " " * 17_000_000)
+    said = refused(lambda: VLLMServer(hostile.address, timeout=9, patience=0.2))
+    assert "with more than 16,000,000 bytes" in said
+
+
 def test_releases_that_answer_nothing_are_understood(hostile):
     """vLLM's /collective_rpc and /reset_prefix_cache have had answers without content."""
     hostile.replies |= {"/server_info": response(SETTINGS)}

@@ -66,17 +66,30 @@ def with_a_set_in_the_tokenizer(model, tokenizer):
     tokenizer.init_kwargs["custom"] = {1, 2}
 
 
+def of_another_class(model, tokenizer):
+    """A byte-level tokenizer that says it is Llama's: AutoTokenizer then builds that."""
+    tokenizer.__class__ = type("LlamaTokenizer", (type(tokenizer),), {})
+
+
+def of_a_kind_that_nobody_knows(model, tokenizer):
+    """As of a repository's own code, which is not saved with the model."""
+    kind = type("Config", (type(model.config),), {"model_type": "nobody"})
+    model.config.__class__ = kind
+
+
 CANNOT = {
     shared: "shared tensors",
     with_a_set: "not JSON serializable",
     with_a_path: "Invalid chat template name: '../../evil'",
     with_a_surrogate: "UnicodeEncodeError",
     with_a_set_in_the_tokenizer: "not JSON serializable",
+    of_another_class: "its tokenizer is another one when it is read again",
+    of_a_kind_that_nobody_knows: "nobody",
 }
 
 
 @pytest.mark.parametrize("change", CANNOT, ids=lambda change: change.__name__)
-def test_what_transformers_would_refuse_to_write_is_said(change, asked):
+def test_what_transformers_would_refuse_to_write_or_read_is_said(change, asked):
     said = asked(change)
     assert "could be trained but not saved" in said and CANNOT[change] in said
     assert "\n" not in said
