@@ -94,8 +94,9 @@ def evaluate_command(asked: Settings) -> None:
         **{name: identity[name] for name in _SAMPLING},
     }
     directory = Path(asked.output) if asked.output else RUNS / _name(asked, identity)
-    description["date"] = claim(directory, identity, description).get("date", description["date"])
-    prompts = _prompts(asked, subject, thinking, description["date"])
+    date = claim(directory, identity, description).get("date", description["date"])
+    description["date"] = date
+    prompts = _prompts(asked, subject, thinking, date)
     contexts = prompts.all_ids(benchmark.rows, "student")
     units = [(p, s) for p in range(len(contexts)) for s in range(samples)]
     _sample(asked, subject, contexts, sampling, units, directory, display)

@@ -96,7 +96,7 @@ class Cell:
 
     name: str
     solutions: int | Literal["endless"]
-    solution_style: str
+    solution_style: SolutionStyle
     settings: dict[str, Any] = field(default_factory=dict)
 
 

@@ -125,9 +125,10 @@ def load_rows(
     for field, value in (("limit", limit), ("size", size)):
         if value is not None and value < 1:
             raise UserError(f"{section}.{field}: {value!r} is not a positive number")
+    raw: Any = source
     if not isinstance(source, str):
         theirs = {name: name for name in COLUMNS}
-        raw, source = source, f"the {type(source).__name__} that was given"
+        source = f"the {type(source).__name__} that was given"
         if isinstance(raw, Mapping):  # a DatasetDict
             check_names(f"{section}.split", [split or default_split], list(raw))
             raw, split = raw[split or default_split], None
@@ -263,8 +264,9 @@ class _Reader:
 
     def _chat(self, record: dict[str, Any], problem: tuple[bool, Any]) -> Chat | None:
         found, value = problem
+        chats: Iterator[Chat | None]
         if found:
-            chats = [read_chat(value)]
+            chats = iter([read_chat(value)])
         elif "problem" in self.mapped:
             return None
         else:

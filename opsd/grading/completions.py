@@ -30,6 +30,5 @@ def completions(
         ids = rollout.ids[:-1] if rollout.finished else rollout.ids
         if rollout.finished and rollout.ids[-1] not in special:
             ids = rollout.ids  # ended by a token that is text
-        kept = [token for token in ids if token not in left_out]
-        texts.append(tokenizer.decode(kept, skip_special_tokens=False))
-    return texts
+        texts.append([token for token in ids if token not in left_out])
+    return tokenizer.batch_decode(texts, skip_special_tokens=False)

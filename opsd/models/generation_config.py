@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -22,10 +23,11 @@ def keep_stop_tokens(model: PreTrainedModel) -> None:
 
     What the model shipped is kept as `model.shipped_generation_config`, mended.
     """
-    shipped = model.generation_config
+    holder: Any = model  # torch's types say that a module holds tensors and modules alone
+    shipped = holder.generation_config
     tokens = {name: getattr(shipped, name, None) for name in TOKENS}
-    model.shipped_generation_config = mended(shipped)
-    model.generation_config = GenerationConfig(**tokens)
+    holder.shipped_generation_config = mended(shipped)
+    holder.generation_config = GenerationConfig(**tokens)
 
 
 def left_out(model: PreTrainedModel) -> str | None:

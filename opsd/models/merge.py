@@ -19,7 +19,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> PreTra
     try:
         weights = {name: tensor.float() for name, tensor in load_file(file).items()}
         check_numbers(weights.items(), adapter.tensors, where, str(file))
-        if adapter.rows is not None and adapter.rows != len(model.get_input_embeddings().weight):
+        if adapter.rows is not None and adapter.rows != model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(adapter.rows, mean_resizing=False)  # it brings the rows
         tied = model.config.tie_word_embeddings
         config = peft.PeftConfig.from_pretrained(directory)

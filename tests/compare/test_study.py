@@ -54,7 +54,7 @@ def in_process(monkeypatch, tmp_path):
         def poll(self):
             return self.returncode
 
-    monkeypatch.setattr(studies, "_start", lambda job, threads, gpu: Process(job))
+    monkeypatch.setattr(studies, "_start", lambda job, *_: Process(job))
     return ran
 
 
