@@ -151,7 +151,8 @@ def row_weights(
     check_rows("token_weight", token_weight, hidden_name, hidden)
     if token_weight.is_complex():
         raise ValueError(f"token_weight: got {describe(token_weight)}, must be real numbers")
-    row_weight = token_weight.detach().reshape(-1).to(dtype)
+    # A column of a matrix keeps its stride in both; kernels read one weight after the other.
+    row_weight = token_weight.detach().reshape(-1).to(dtype).contiguous()
     if reduction == "mean":
         total = row_weight.sum()
         row_weight = row_weight / torch.where(total == 0, 1.0, total)

@@ -155,6 +155,31 @@ def test_leading_shape_and_strides(backend):
     torch.testing.assert_close(weight.grad, flat.weight.grad)
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_column_of_weights(backend, reduction):
+    """Token weights with a stride, none of them 0."""
+    case, weights = make(7, 130, 8), torch.rand(7, 2) + 0.5
+    options = {"backend": backend, "reduction": reduction}
+
+    def divergence(hidden, column):
+        made = linear_divergence(hidden, case.teacher, case.weight, token_weight=column, **options)
+        return made.loss
+
+    def log_prob(hidden, column):
+        targets = torch.arange(7)
+        made = linear_log_prob(hidden, case.weight, targets, token_weight=column, **options)
+        return made.log_prob
+
+    for fused in (divergence, log_prob):
+        made = []
+        for column in (weights[:, 1], weights[:, 1].contiguous()):
+            hidden = case.student.clone().requires_grad_()
+            loss = fused(hidden, column)
+            made.append((loss, *torch.autograd.grad(loss.sum(), hidden)))
+        assert all(map(torch.equal, *made))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_log_prob_of_nothing(backend):
     hidden = torch.zeros(0, 8, requires_grad=True)
