@@ -11,7 +11,15 @@ import torch
 from opsd_kernels import backends
 from opsd_kernels.resolve import resolve
 
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers", "opsd")
+PACKAGES = (
+    "torch",
+    "triton",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "transformers",
+    "opsd-train",
+)
 
 
 def describe() -> dict:

@@ -16,7 +16,7 @@ from opsd_kernels.log_prob import LinearLogProb, linear_log_prob
 from opsd_kernels.resolve import backends
 
 try:
-    __version__ = version("opsd")
+    __version__ = version("opsd-train")
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+source"
 

@@ -51,7 +51,10 @@ def sdist_faults(path: Path, sources: set[str]) -> list[str]:
     with tarfile.open(path) as archive:
         members = [member.name for member in archive.getmembers() if member.isfile()]
     names = {name.split("/", 1)[1] for name in members}
-    made = {name for name in names if name.startswith("opsd.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    made = {name for name in names if name.startswith("opsd_train.egg-info/")} | {
+        "PKG-INFO",
+        "setup.cfg",
+    }
     expected = {name for name in sources if not name.startswith(NOT_IN_SDIST)}
     return compare(path.name, names - made, expected)
 

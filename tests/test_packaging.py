@@ -3,6 +3,7 @@ runs on.
 """
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -74,13 +75,28 @@ def test_a_wheel_holds_the_packages_and_nothing_else(checkout, tmp_path):
     assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
     assert check["wheel_faults"](wheel, sources) == [f"{wheel.name} lacks the C++ kernels"]
     with zipfile.ZipFile(wheel, "a") as archive:
-        for name in ("opsd_kernels/libopsd_cpu.so", "opsd.libs/libgomp.so", "tests/conftest.py"):
+        for name in (
+            "opsd_kernels/libopsd_cpu.so",
+            "opsd_train.libs/libgomp.so",
+            "tests/conftest.py",
+        ):
             archive.writestr(name, b"")
     assert check["wheel_faults"](wheel, sources | {"opsd/new.py"}) == [
         f"{wheel.name} lacks opsd/new.py",
         f"{wheel.name} holds tests/conftest.py",
-        f"{wheel.name} holds opsd.libs/libgomp.so",
+        f"{wheel.name} holds opsd_train.libs/libgomp.so",
     ]
+
+
+def test_the_distribution_has_a_name_of_its_own():
+    """`opsd` on PyPI is another project's: nothing here may tell anyone to install that."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "opsd-train"
+    places = ("*.md", "docs/*.md", "opsd/**/*.py", "opsd_kernels/**/*.py", "examples/**/*")
+    wrong = re.compile(r"pip install [^\n`&|;#]*(?<![\w./-])opsd(?![\w/.-])|['\"]opsd\[")
+    for path in (path for place in places for path in ROOT.glob(place) if path.is_file()):
+        found = wrong.search(path.read_text())
+        assert found is None, f"{path}: {found[0]}"
 
 
 @pytest.mark.skipif(not (ROOT / ".ci").exists(), reason="an sdist has no lock file")

@@ -25,6 +25,7 @@ from opsd.common.system import cpu_quota, memory, processor, usable_cores
 from opsd.quickstart import DISK, MEMORY, TINY_MEMORY
 from opsd.quickstart.cache import cache_directory, tiny_bases
 
+DISTRIBUTION = "opsd-train"  # `opsd` on PyPI is another project's
 OPTIONAL = {
     "peft": "LoRA",
     "reasoning-gym": "problems without end",
@@ -106,8 +107,9 @@ def software() -> Iterator[Finding]:
         "make the virtual environment with a newer Python",
         fatal=True,
     )
-    ours = _version("opsd")
-    yield Finding("opsd", ours or f"not installed, used from {Path(__file__).parent.parent}")
+    ours = _version(DISTRIBUTION)
+    yield Finding(DISTRIBUTION, ours or f"not installed, used from {Path(__file__).parent.parent}")
+    yield from _foreign()
     for name, oldest in required().items():
         yield _requirement(name, oldest, _version(name))
     for name, purpose in OPTIONAL.items():
@@ -116,10 +118,24 @@ def software() -> Iterator[Finding]:
         yield Finding(name, version or missing, absent=version is None)
 
 
+def _foreign() -> Iterator[Finding]:
+    """Another project's package `opsd`, of the same name on PyPI, whose files lie over ours."""
+    for other in importlib.metadata.distributions(name="opsd"):
+        if any(str(file) == "opsd/__init__.py" for file in other.files or ()):
+            yield Finding(
+                "opsd",
+                f"{other.version}: {other.metadata['Summary'] or 'another package'}",
+                f"another project's package, whose `import opsd` takes the place of {DISTRIBUTION}",
+                f"pip uninstall opsd, then pip install --force-reinstall --no-deps {DISTRIBUTION} "
+                "(or . in a checkout)",
+                fatal=True,
+            )
+
+
 def required() -> dict[str, str | None]:
     """Each package that this one depends on → the oldest version that will do, None for any."""
     try:
-        lines = importlib.metadata.requires("opsd") or []
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:  # run from a checkout
         project = Path(__file__).parents[2] / "pyproject.toml"
         lines = tomllib.loads(project.read_text())["project"]["dependencies"]

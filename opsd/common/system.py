@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("opsd", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+PACKAGES = ("opsd-train", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
 def versions() -> dict[str, str]:

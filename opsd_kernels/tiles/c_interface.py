@@ -20,7 +20,7 @@ def find_library(name: str) -> Path:
     own = Path(__file__).parents[1] / name
     if own.exists():
         return own
-    for installed in distributions(name="opsd"):
+    for installed in distributions(name="opsd-train"):
         place = Path(str(installed.locate_file(f"opsd_kernels/{name}")))
         if place.exists():
             return place

@@ -31,7 +31,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def unusable_because() -> str | None:
     """Of the installation: whether there is a device is seen elsewhere."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; run: pip install 'opsd[gpu]'"
+        return "triton is not installed; run: pip install 'opsd-train[gpu]'"
     version = importlib.metadata.version("triton")
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
         return f"triton {version} is too old: must be at least {'.'.join(map(str, OLDEST))}"

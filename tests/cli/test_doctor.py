@@ -60,6 +60,24 @@ def test_missing_and_old_packages_are_fatal(monkeypatch):
     assert found["torch"].problem is None
 
 
+def test_anothers_opsd_is_named(monkeypatch, tmp_path):
+    """PyPI's `opsd` is a client library: installed later, its `opsd/__init__.py` replaces ours."""
+    information = tmp_path / "opsd-0.1.0.dist-info"
+    information.mkdir()
+    summary = "Python client library for the Opsd API"
+    (information / "METADATA").write_text(f"Name: opsd\nVersion: 0.1.0\nSummary: {summary}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    # An editable install under our own old name holds no file of the package.
+    (information / "RECORD").write_text("__editable__.opsd-0.1.0.pth,,\n")
+    assert not [finding for finding in doctor.software() if finding.name == "opsd"]
+    (information / "RECORD").write_text("opsd/__init__.py,,\nopsd/_client.py,,\n")
+    (found,) = [finding for finding in doctor.software() if finding.name == "opsd"]
+    assert found.fatal and summary in found.value and "another project's" in found.problem
+    assert found.advice.startswith("pip uninstall opsd, then pip install")
+    (ours,) = [finding for finding in doctor.software() if finding.name == "opsd-train"]
+    assert ours.problem is None
+
+
 def test_what_is_required_is_what_pyproject_says(monkeypatch):
     def none(_):
         raise importlib.metadata.PackageNotFoundError

@@ -66,9 +66,9 @@ def test_a_checkout_takes_the_installed_library(monkeypatch, tmp_path):
     installed = tmp_path / "site-packages"
     (installed / "opsd_kernels").mkdir(parents=True)
     (installed / "opsd_kernels" / name).write_bytes(b"")
-    information = installed / "opsd-0.1.0.dist-info"
+    information = installed / "opsd_train-0.1.0.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text("Name: opsd\nVersion: 0.1.0\n")
+    (information / "METADATA").write_text("Name: opsd-train\nVersion: 0.1.0\n")
     monkeypatch.syspath_prepend(installed)
     assert c_interface.find_library(name) == installed / "opsd_kernels" / name
 

@@ -111,4 +111,4 @@ def test_what_triton_needs(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1")
     assert "3.5.1 is too old: must be at least 3.6" in triton.unusable_because()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'opsd[gpu]'" in triton.unusable_because()
+    assert "pip install 'opsd-train[gpu]'" in triton.unusable_because()
