@@ -128,10 +128,11 @@ def test_yaml_is_a_config(block: Block):
         check_config(values)
 
 
-def test_the_first_config_of_ones_own_passes_a_dry_run(tmp_path, monkeypatch, capsys):
-    """docs/first-ten-minutes.md: its row 60 times over, its config on a tiny model."""
+@pytest.mark.parametrize("page", ["README.md", "docs/first-ten-minutes.md"])
+def test_the_first_config_of_ones_own_passes_a_dry_run(page, tmp_path, monkeypatch, capsys):
+    """The page's row 60 times over, its config on a tiny model."""
     monkeypatch.chdir(tmp_path)
-    page = blocks(ROOT / "docs" / "first-ten-minutes.md")
+    page = blocks(ROOT / page)
     row, config = ([b.text for b in page if b.language == kind] for kind in ("json", "yaml"))
     rows = [row[0].replace("17", str(number)) for number in range(100, 160)]
     Path("rows.jsonl").write_text("".join(rows))
