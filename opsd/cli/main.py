@@ -6,13 +6,14 @@ Only that module is imported, and most import what they need when they run: `--h
 import argparse
 import locale
 import os
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from opsd.common.ending import PARENT, end_with_parent
+from opsd.common.ending import PARENT, Interruption, Stopped, end_with_parent
 from opsd.common.errors import UserError, in_short, said_elsewhere
 from opsd.common.format import shown
 
@@ -33,7 +34,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a user's error, 70 for a fault of ours, 130
-    for Ctrl-C."""
+    for Ctrl-C, 143 for SIGTERM."""
     if arguments is None:
         _as_utf8()
         if watched := os.environ.pop(PARENT, None):
@@ -50,12 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # 1024 of them, 50 MB a step.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
     try:
-        return parsed.run(parsed) or 0
-    except KeyboardInterrupt:
+        with Interruption():
+            return parsed.run(parsed) or 0
+    except Stopped as stopped:
         if parsed.debug:
             raise
-        print("opsd: interrupted; what was saved is kept", file=sys.stderr)
-        return 130
+        print(f"opsd: interrupted; {_kept(stopped, arguments)}", file=sys.stderr)
+        return 128 + stopped.number
     except Exception as error:
         if parsed.debug:
             raise
@@ -65,6 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, message = _explained(error)
         print(f"opsd: {shown(message)}", file=sys.stderr)
         return code
+
+
+def _kept(stopped: Stopped, arguments: Sequence[str] | None) -> str:
+    """What an interrupted command leaves, and how to go on from it."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    kept = str(stopped) or "what was saved is kept"
+    if words[0] in ("train", "quickstart"):
+        words += [] if "--resume" in words else ["--resume"]
+    elif words[0] not in ("eval", "compare"):
+        return kept
+    return f"{kept}: `{shlex.join(['opsd', *words])}` goes on"
 
 
 def _explained(error: Exception) -> tuple[int, str]:

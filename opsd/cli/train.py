@@ -3,13 +3,14 @@
 import argparse
 import json
 import os
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `opsd train`."""
     parser.formatter_class = _ConfigHelp
     add = parser.add_argument
-    add("config", metavar="CONFIG.yaml")
+    add("config", metavar="CONFIG.yaml", help="or, with --resume, the directory of a run")
     add("overrides", nargs="*", metavar="section.field=value")
     add(
         "--dry-run",
@@ -17,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="check config, data, prompts and tokenizer, show the plan, train nothing",
     )
     add("--resume", action="store_true", help="go on from the last checkpoint")
+    add(
+        "--start-over",
+        action="store_true",
+        help="with --resume: begin again where there is no checkpoint",
+    )
     add(
         "--no-share",
         action="store_true",
@@ -43,9 +49,14 @@ class _ConfigHelp(argparse.RawDescriptionHelpFormatter):
 def run(parsed: argparse.Namespace) -> None:
     """Trains by the config. Raises UserError before torch is imported where the config is wrong."""
     from opsd.config.load import load_config
+    from opsd.runs.directory import CONFIG
 
     overrides = [*parsed.overrides, *(["train.share_prefixes=false"] if parsed.no_share else [])]
-    config = load_config(parsed.config, overrides)
+    file = Path(parsed.config)
+    if parsed.resume and file.is_dir():
+        overrides.append(f"output.dir={json.dumps(str(file))}")
+        file /= CONFIG
+    config = load_config(file, overrides)
     from opsd.common.display import Display
     from opsd.models.load import quiet_transformers
 
@@ -59,7 +70,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     quiet_transformers()
     display = Display(quiet=os.environ.get("RANK", "0") != "0")
-    directory = train(config, display, resume=parsed.resume)
+    directory = train(config, display, resume=parsed.resume, start_over=parsed.start_over)
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     before, after = summary["accuracy"]["before"], summary["accuracy"]["after"]
     if before is not None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from opsd.common.display import Display
-from opsd.common.ending import PARENT, ended_by_sigterm
+from opsd.common.ending import PARENT
 from opsd.common.errors import UserError
 from opsd.common.files import append_to
 from opsd.common.system import usable_cores
@@ -114,7 +114,10 @@ class Job:
     @property
     def command(self) -> list[str]:
         """The arguments; they resume the run where an interrupted one left a directory."""
-        return [*self.arguments, *(["--resume"] if self.directory.exists() else [])]
+        if not self.directory.exists():
+            return self.arguments
+        anew = ["--start-over"] if self.arguments[0] == "train" else []
+        return [*self.arguments, "--resume", *anew]
 
 
 def load_study(path: Path) -> Study:
@@ -205,7 +208,7 @@ def run_jobs(
     failed: Job | None = None
     title = f"Run the study, {len(free)} at a time"
     watched, ours = os.pipe()  # the runs end when `ours` closes
-    with ended_by_sigterm(), display.stage(title, total=len(jobs)) as stage:
+    with display.stage(title, total=len(jobs)) as stage:
         stage.update(completed=len(jobs) - len(waiting))
         try:
             while waiting or running:

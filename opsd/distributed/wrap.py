@@ -67,3 +67,15 @@ def clip_gradient(accelerator: Accelerator, wrapped: nn.Module, longest: float) 
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return deepspeed.step(wrapped)
     return float(accelerator.clip_grad_norm_(wrapped.parameters(), longest))
+
+
+def gathered_weights(
+    accelerator: Accelerator, wrapped: nn.Module, unsplit: nn.Module
+) -> dict[str, Tensor]:
+    """The weights that are split over processes, tied ones once, under the names of `unsplit`.
+
+    All processes take part; the first alone gets them.
+    """
+    names = {name for name, _ in [*unsplit.named_parameters(), *unsplit.named_buffers()]}
+    gathered = accelerator.get_state_dict(wrapped) or {}
+    return {name: tensor for name, tensor in gathered.items() if name in names}

@@ -30,7 +30,6 @@ import psutil
 from huggingface_hub import constants, hf_hub_url
 
 from opsd.common.display import Display, Stage
-from opsd.common.ending import ended_by_sigterm
 from opsd.common.errors import UserError, in_short
 from opsd.common.files import move, write_file
 from opsd.common.hub_offline import reachable
@@ -74,10 +73,7 @@ def smollm2_gguf(display: Display | None = None) -> Path:
         _check_space(cached.parent)
         # Beside its destination, so that the last step is a rename within one file system.
         prefix = f"{SCRATCH}{os.getpid()}@{platform.node()}-"
-        with (
-            ended_by_sigterm(),
-            tempfile.TemporaryDirectory(prefix=prefix, dir=cached.parent) as scratch,
-        ):
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=cached.parent) as scratch:
             move(_download(Path(scratch), display), cached)
     except OSError as error:
         raise UserError(

@@ -19,6 +19,7 @@ from opsd.common.files import (
     REASONS,
     append_to,
     is_unfinished,
+    read_lines,
     remove,
     sync,
     try_lock,
@@ -34,6 +35,7 @@ from opsd.data.rows import Row
 CONFIG = "config.yaml"
 LOCK = "run.lock"
 PROBLEMS = "problems.json"
+METRICS = "metrics.jsonl"
 
 MAY_CHANGE = tuple(
     """
@@ -136,11 +138,14 @@ def settle(config: Config, directory: Path, best_precision: str) -> Config:
     return config.model_copy(update={"prompts": prompts, "train": train})
 
 
-def claim_directory(directory: Path, config: Config, resume: bool) -> Path | None:
+def claim_directory(
+    directory: Path, config: Config, resume: bool, start_over: bool = True
+) -> Path | None:
     """Make the run's directory, or check that it is this run's; returns its last checkpoint.
 
     Removes what an interrupted run has half written. Raises UserError when the directory belongs to
-    another run, or to something else.
+    another run, or to something else, and, unless it may `start_over`, when no checkpoint was
+    written of the steps that were done.
     """
     mine = directory / CONFIG
     if directory.exists() and not directory.is_dir():
@@ -172,7 +177,13 @@ def claim_directory(directory: Path, config: Config, resume: bool) -> Path | Non
         directory.mkdir(parents=True, exist_ok=True)
         sync(directory.parent)
         save_config(config, mine)
-    return last_checkpoint(directory)
+    checkpoint = last_checkpoint(directory)
+    if checkpoint is None and not start_over and (done := len(read_lines(directory / METRICS))):
+        raise UserError(
+            f"output.dir is {str(directory)!r}: of its {done} steps there is no checkpoint to go "
+            f"on from; `{command_to_go_on(directory)} --start-over` begins again"
+        )
+    return checkpoint
 
 
 @contextmanager
@@ -187,7 +198,7 @@ def _or_cannot_write(directory: Path, field: str = "output.dir") -> Iterator[Non
 
 def command_to_go_on(directory: Path) -> str:
     """What to type to resume the run in a directory."""
-    return f"opsd train {shlex.quote(str(directory / CONFIG))} --resume"
+    return f"opsd train {shlex.quote(str(directory))} --resume"
 
 
 class NotWritten(UserError):

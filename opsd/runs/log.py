@@ -34,10 +34,12 @@ class RunLog:
         self.counters = Counters()
         self.failure: NotWritten | None = None
         self.unwritten: dict[str, list[dict]] = {name: [] for name in FILES}
+        there = {name: read_lines(directory / name) for name in FILES}
         kept = {
-            name: [line for line in read_lines(directory / name) if step and line["step"] <= step]
-            for name in FILES
+            name: [line for line in lines if step and line["step"] <= step]
+            for name, lines in there.items()
         }
+        self.dropped = len(there["metrics.jsonl"]) - len(kept["metrics.jsonl"])  # steps not saved
         self.past = kept["metrics.jsonl"]  # the lines of the steps before
         done = {e["step"] for e in kept["evaluations.jsonl"] if e["role"] == "student"}
         kept["samples.jsonl"] = [s for s in kept["samples.jsonl"] if s["step"] in done]

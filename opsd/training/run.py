@@ -28,6 +28,7 @@ from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
 from opsd.distributed.deepspeed import STAGES
 from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
+from opsd.distributed.wrap import gathered_weights
 from opsd.grading.grader import Grader
 from opsd.grading.rewards import RewardFunction, check_verifier, make_verifier
 from opsd.models.copies import copy_model
@@ -77,11 +78,18 @@ from opsd.training.trainer import OPSDTrainer
 Reward = Callable[[str, str], float]
 
 
-def train(config: Config, display: Display | None = None, *, resume: bool = False) -> Path:
+def train(
+    config: Config,
+    display: Display | None = None,
+    *,
+    resume: bool = False,
+    start_over: bool = False,
+) -> Path:
     """A whole run: data, model, training, evaluation, report. Returns the run's directory.
 
     display: where progress is shown; none: the terminal.
     resume: go on from its last checkpoint.
+    start_over: with `resume`, begin again where there is no checkpoint.
 
     Raises UserError for what the user can put right.
     """
@@ -94,14 +102,16 @@ def train(config: Config, display: Display | None = None, *, resume: bool = Fals
         with ExitStack() as stack:
             processes.together(lambda: check_machine(config))
             processes.once(lambda: stack.enter_context(locked(directory, note=display.note)))
-            return _train(config, display, resume, processes)
+            return _train(config, display, resume, start_over, processes)
     finally:
         processes.close()
 
 
-def _train(config: Config, display: Display, resume: bool, processes: Processes) -> Path:
+def _train(
+    config: Config, display: Display, resume: bool, start_over: bool, processes: Processes
+) -> Path:
     directory = Path(config.output.dir)
-    checkpoint = processes.once(lambda: claim_directory(directory, config, resume))
+    checkpoint = processes.once(lambda: claim_directory(directory, config, resume, start_over))
     if checkpoint is not None and config.train.sharding in STAGES:
         processes.once(lambda: check_pieces(checkpoint, processes.count))
     processes.together(lambda: check_engine(config.rollout.engine))
@@ -184,6 +194,8 @@ def run(
     _say_what_is_shipped(model, tokenizer, display)
     checkpoint_activations(model, config.train.gradient_checkpointing)
     log = open_log(directory, checkpoint, processes)
+    if log.dropped:
+        display.note(f"{log.dropped} steps were not saved: they, and their lines, are made again")
     curve = None
     if held_out:
         curve = _learning_curve(
@@ -214,7 +226,9 @@ def run(
         )
         trainer.train(resume_from_checkpoint=checkpoint)
     step = trainer.state.global_step
-    weights = trainer.gathered_weights(models.inference) if models.split and save else None
+    weights = None
+    if models.split and save:
+        weights = gathered_weights(trainer.accelerator, trainer.wrapped, models.inference)
     del trainer  # and with it the optimizer's moments
     model.zero_grad(set_to_none=True)
     release_memory()

@@ -25,6 +25,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
+from opsd.common.ending import Interruption, Stopped
 from opsd.common.errors import UserError
 from opsd.common.precision import compute_dtype
 from opsd.common.step_timer import StepTimer, measured, phase
@@ -42,7 +43,13 @@ from opsd.prefix import try_kernel, unpackable
 from opsd.rollout import DistributedSampler, Sampler, ServerError
 from opsd.runs.directory import NotWritten, command_to_go_on
 from opsd.runs.log import RunLog
-from opsd.training.checkpoints import Checkpoints, checkpoint_bytes, some_weights
+from opsd.training.checkpoints import (
+    Checkpoints,
+    checkpoint_bytes,
+    random_states,
+    set_random_states,
+    some_weights,
+)
 from opsd.training.collect_rollouts import RolloutCollector
 from opsd.training.failed_steps import IN_A_ROW, failed_step, save_failed_step
 from opsd.training.optimizer import make_optimizer, make_schedule
@@ -148,6 +155,9 @@ class OPSDTrainer:
         self._groups: list[SampleGroup] = []  # the step's
         self._left_out = False  # the step, since something in it is not finite
         self._left_out_in_a_row = 0
+        self._interruption = Interruption()
+        self._updating = False  # whether the weights are between two steps'
+        self._random_states: dict[str, Any] = {}  # as the last whole step left them
 
         every = config.eval.every if evaluate is not None else 0
         self.args = training_arguments(config.train, config.output, every)
@@ -169,26 +179,33 @@ class OPSDTrainer:
         self._call("on_init_end")
 
     def train(self, resume_from_checkpoint: str | Path | None = None) -> TrainOutput:
-        """Train, from a checkpoint on if one is given. Where the rollouts' server goes away, a
-        checkpoint is written first."""
+        """Train, from a checkpoint on if one is given. Where the rollouts' server goes away, or by
+        Ctrl-C or SIGTERM, the steps that are done are saved first."""
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         begun, losses = time.monotonic(), 0.0
         self._prepare(checkpoint)
         self._call("on_train_begin")
         first = self.state.global_step
         try:
-            if checkpoint is not None:
-                self._evaluate_if_missed()
-                self.checkpoints.read_random_states(checkpoint)
-            while not self.step_log.is_done(self.state.global_step):
-                losses += self._step()
-                self.run_log.check()
-                if self.control.should_evaluate:
-                    self.evaluate()
-                if self.control.should_save:
-                    self.save_checkpoint()
-                if self.control.should_training_stop:
-                    break
+            with Interruption() as self._interruption:
+                if checkpoint is not None:
+                    self._evaluate_if_missed()
+                    self.checkpoints.read_random_states(checkpoint)
+                while not self.step_log.is_done(self.state.global_step):
+                    if self.processes.count > 1:
+                        self._interruption.hold()  # all of them must stop after the same step
+                    losses += self._step()
+                    self._random_states, self._updating = random_states(), False
+                    self._stop_if_interrupted()
+                    self.run_log.check()
+                    if self.control.should_evaluate:
+                        self.evaluate()
+                    if self.control.should_save:
+                        self.save_checkpoint()
+                    if self.control.should_training_stop:
+                        break
+        except Stopped as stopped:
+            raise Stopped(stopped.number, self._save_steps_done()) from None
         except NotWritten as error:
             raise self._kept_elsewhere(error) from error
         except ServerError as error:
@@ -209,6 +226,8 @@ class OPSDTrainer:
         rate = float(self.schedule.get_last_lr()[0])  # with which the step was taken
         self.schedule.step()
         self.state.global_step += 1
+        if self.average is not None:
+            self.average.follow(self.model, self.state.global_step)
         self.state.epoch = self.state.global_step / self._steps_an_epoch
         self._call("on_step_end")  # where transformers decides what is due
         self.log({"loss": loss, "grad_norm": norm, "learning_rate": rate})
@@ -285,14 +304,29 @@ class OPSDTrainer:
 
     def _without_server(self, error: ServerError) -> ServerError:
         """Save the steps that are done; what to tell the user."""
-        step = self.state.global_step
-        if step and not (Path(self.args.output_dir) / f"checkpoint-{step}").exists():
-            self.save_checkpoint()
-        done = f"step {step} is saved" if step else "no step was done"
         return type(error)(
-            f"{error}. Training has stopped, {done}: when the server is back, go on with "
-            "`opsd train … --resume`"
+            f"{error}. Training has stopped, {self._save_steps_done()}: when the server is back, "
+            "go on with `opsd train … --resume`"
         )
+
+    def _save_steps_done(self) -> str:
+        """Save the run as the last whole step left it; returns what to tell the user."""
+        step = self.state.global_step
+        if not step:
+            return "no step was done"
+        if self._updating:  # a second Ctrl-C cut the update in two
+            return "what was saved before is kept"
+        place = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if not place.exists():
+            set_random_states(self._random_states)
+            self.save_checkpoint()
+        return f"step {step} is saved in {place}"
+
+    def _stop_if_interrupted(self) -> None:
+        """Between two steps: raises Stopped where a signal came to one of the processes."""
+        signals = self.processes.everywhere(lambda: self._interruption.signal)
+        self._interruption.signal = next((number for number in signals if number), None)
+        self._interruption.release()
 
     def training_step(self, rows: Sequence[Row]) -> Tensor:
         """One step on these rows but its last optimizer update, whose gradient is left; returns
@@ -300,8 +334,6 @@ class OPSDTrainer:
         with measured(self.timer):
             start = time.monotonic()
             self._left_out = False
-            if self.average is not None and self.state.global_step:
-                self.average.follow(self.model, self.state.global_step)
             asked, problems, measures = self.collector(rows)
             batches = self._mini_batches(problems, measures)
             self.wrapped.train()
@@ -358,6 +390,8 @@ class OPSDTrainer:
     def _update(self) -> float:
         """An optimizer update by the gradient that has been added up; returns its norm. One that is
         not finite changes no weights."""
+        self._updating = True
+        self._interruption.hold()  # until the step is done and logged
         norm = clip_gradient(
             self.accelerator, self.wrapped, self.config.train.max_grad_norm or math.inf
         )
@@ -455,15 +489,6 @@ class OPSDTrainer:
         self.run_log.sync()
         self.checkpoints.write(self.state)
         self._call("on_save")
-
-    def gathered_weights(self, unsplit: PreTrainedModel) -> dict[str, Tensor]:
-        """The weights that are split over processes, tied ones once, under the names of `unsplit`.
-
-        All processes take part; the first alone gets them.
-        """
-        names = {name for name, _ in [*unsplit.named_parameters(), *unsplit.named_buffers()]}
-        gathered = self.accelerator.get_state_dict(self.wrapped) or {}
-        return {name: tensor for name, tensor in gathered.items() if name in names}
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Call one of transformers' callbacks, too."""

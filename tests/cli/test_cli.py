@@ -116,8 +116,9 @@ def test_the_output_directory_is_respected(config, tmp_path, capsys):
     line = refused(capsys, "train", config, f"output.dir={foreign / 'thesis.txt'}")
     assert "a file is in the way" in line
     assert (run / "model" / "model.safetensors").read_bytes() == weights
-    # A finished run without checkpoints starts again when told to go on.
-    assert main(["train", str(config), "--resume"]) == 0
+    # A finished run without checkpoints starts again when told so by name.
+    assert "--start-over" in refused(capsys, "train", config, "--resume")
+    assert main(["train", str(config), "--resume", "--start-over"]) == 0
     assert (run / "model" / "model.safetensors").read_bytes() == weights
 
 
@@ -211,7 +212,7 @@ def test_ctrl_c_ends_a_run_cleanly(config, tmp_path, capsys):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "Traceback" not in error and "interrupted; what was saved is kept" in error
+    assert "Traceback" not in error and "interrupted; step " in error and "is saved in" in error
 
 
 def test_a_pipe_that_closes_is_no_crash():

@@ -61,7 +61,7 @@ def run(config: Path, resume: bool) -> int:
         torch.set_num_threads(1)
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
-        code = main(["train", str(config), *(["--resume"] if resume else [])])
+        code = main(["train", str(config), *(["--resume", "--start-over"] if resume else [])])
     finally:
         os._exit(code)
 

@@ -85,7 +85,7 @@ def test_each_damage_to_each_file_is_noticed(name, kind, damaged):
         last_checkpoint(damaged)
     said = str(caught.value)
     assert "checkpoint-2" in said and "goes on from checkpoint-1" in said
-    assert f"`rm -r {damaged}/checkpoint-2 && opsd train {damaged}/config.yaml --resume`" in said
+    assert f"`rm -r {damaged}/checkpoint-2 && opsd train {damaged} --resume`" in said
     if name != MANIFEST:
         assert repr(str(file)) in said
     shutil.rmtree(damaged / "checkpoint-2")

@@ -100,7 +100,7 @@ def test_a_disk_that_fills_up_costs_no_more_than_a_step(
     assert kept.parent == tmp_path / "elsewhere"
     assert sorted(path.name for path in kept.glob("checkpoint*")) == ["checkpoint-2"]
     command = message.split("`")[1].split()
-    assert command == ["opsd", "train", f"{kept}/config.yaml", "--resume"]
+    assert command == ["opsd", "train", str(kept), "--resume"]
     assert main(command[1:]) == 0
     assert outcome(kept) == outcome(straight)
     assert sorted(path.name for path in (disk / "run").glob("checkpoint*")) == ["checkpoint-1"]
