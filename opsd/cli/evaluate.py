@@ -1,16 +1,15 @@
 """`opsd eval`: a model, a benchmark; completions, a table, a page."""
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json
 import re
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -32,9 +31,6 @@ from opsd.models.load import stop_ids
 from opsd.report.evaluation_page import page
 from opsd.rollout import SAMPLERS, Sampler, Sampling, check_engine, evaluation_server
 
-if TYPE_CHECKING:
-    from opsd.cli.evaluate_arguments import Settings
-
 RUNS = Path("runs/eval")
 NO_DATE = "2000-01-01"
 _SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "precision")
@@ -43,7 +39,7 @@ PRECISION = {"vllm": "bf16 by vLLM", "vllm_server": "the vLLM server's"}
 Unit = tuple[int, int]  # (problem, sample)
 
 
-def evaluate_command(asked: Settings) -> None:
+def evaluate_command(asked: Namespace) -> None:
     """Sample K answers a problem, grade them, show avg@K, maj@K and pass@k; see docs/evaluate.md.
 
     What an earlier call, or another process, has sampled for the same evaluation is not sampled
@@ -113,7 +109,7 @@ def evaluate_command(asked: Settings) -> None:
     _finish(benchmark, description, found, directory, in_thought)
 
 
-def _thinking(asked: Settings, benchmark: Benchmark, subject: Subject) -> bool | None:
+def _thinking(asked: Namespace, benchmark: Benchmark, subject: Subject) -> bool | None:
     """What the chat template is told; None where it is told nothing, or would not listen."""
     wanted = benchmark.convention.thinking if asked.thinking is None else asked.enable_thinking
     if wanted is None or subject.switches_thinking:
@@ -126,7 +122,7 @@ def _thinking(asked: Settings, benchmark: Benchmark, subject: Subject) -> bool |
     return None
 
 
-def _prompts(asked: Settings, subject: Subject, thinking: bool | None, date: str) -> Prompts:
+def _prompts(asked: Namespace, subject: Subject, thinking: bool | None, date: str) -> Prompts:
     section = PromptsSection(
         **({"student": asked.prompt} if asked.prompt is not None else {}),
         system=asked.system,
@@ -137,7 +133,7 @@ def _prompts(asked: Settings, subject: Subject, thinking: bool | None, date: str
 
 
 def _sampling(
-    asked: Settings, benchmark: Benchmark, subject: Subject, contexts: Sequence[Sequence[int]]
+    asked: Namespace, benchmark: Benchmark, subject: Subject, contexts: Sequence[Sequence[int]]
 ) -> tuple[Sampling, int]:
     """How to sample, and how many samples: the convention, but for what was asked."""
     convention = benchmark.convention
@@ -167,7 +163,7 @@ def _sampling(
 
 
 def _sample(
-    asked: Settings,
+    asked: Namespace,
     subject: Subject,
     contexts: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -207,7 +203,7 @@ def _sample(
                 stage.advance(len(batch))
 
 
-def _sampler(asked: Settings, subject: Subject, display: Display) -> Sampler:
+def _sampler(asked: Namespace, subject: Subject, display: Display) -> Sampler:
     if asked.engine in SAMPLERS:
         model = subject.load()
         if (unused := left_out(model)) is not None:
@@ -289,7 +285,7 @@ def _line(benchmark: Benchmark, number: int, answer: Answer) -> dict[str, Any]:
     }
 
 
-def _name(asked: Settings, identity: dict[str, Any]) -> str:
+def _name(asked: Namespace, identity: dict[str, Any]) -> str:
     model = Path(asked.model).name or Path(asked.model).resolve().name
     parts = [model, Path(asked.benchmark).name]
     return "-".join([*(re.sub(r"[^\w.]+", "_", part)[:40] for part in parts), key(identity)])

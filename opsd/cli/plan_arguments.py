@@ -1,30 +1,14 @@
 """The arguments of `opsd plan`. They are checked before torch is imported."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import re
-from dataclasses import dataclass
 
+from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 from opsd.plan.gpus import GPUS
 
 _UNITS = {"GB": 1e9, "GIB": 2**30, "MB": 1e6, "MIB": 2**20}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What `opsd plan` was asked for; gpu None: a CPU."""
-
-    model: str
-    overrides: list[str]
-    gpu: str | None
-    gpus: int
-    memory: float | None
-    prompt: int
-    solution: int
-    as_json: bool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,43 +32,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Shows the plan. Raises UserError."""
-    wanted = asked(parsed)
+    check(parsed)
     gc.disable()  # a sixth of its time, most of it imports, went to collections that find little
     try:
         from opsd.cli.plan import plan_command
         from opsd.models.load import quiet_transformers
 
         quiet_transformers()
-        plan_command(wanted)
+        plan_command(parsed)
     finally:
         gc.enable()
 
 
-def asked(parsed: argparse.Namespace) -> Asked:
-    """The checked arguments. Raises UserError."""
-    gpu = None if parsed.gpu is None else parsed.gpu.lower()
-    if gpu is not None and gpu not in GPUS:
+def check(parsed: argparse.Namespace) -> None:
+    """Checks the arguments; `memory` becomes bytes, `gpu` a name in GPUS. Raises UserError."""
+    if parsed.gpu is not None and parsed.gpu.lower() not in GPUS:
         raise UserError(f"--gpu is {parsed.gpu!r}: it must be one of {', '.join(GPUS)}")
-    for name in ("gpus", "prompt_tokens", "solution_tokens"):
-        value = getattr(parsed, name)
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-    return Asked(
-        model=parsed.model,
-        overrides=parsed.overrides,
-        gpu=gpu,
-        gpus=parsed.gpus,
-        memory=_bytes(parsed.memory),
-        prompt=parsed.prompt_tokens,
-        solution=parsed.solution_tokens,
-        as_json=parsed.json,
-    )
-
-
-def _bytes(text: str | None) -> float | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise UserError(f"--memory is {text!r}: it must be a size such as 24GB")
-    return float(match[1]) * _UNITS[match[2].upper()]
+    check_at_least(1, parsed, "gpus", "prompt_tokens", "solution_tokens")
+    parsed.gpu = parsed.gpu and parsed.gpu.lower()
+    if (text := parsed.memory) is not None:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)\s*", text, re.IGNORECASE)
+        if match is None or float(match[1]) == 0:
+            raise UserError(f"--memory is {text!r}: it must be a size such as 24GB")
+        parsed.memory = float(match[1]) * _UNITS[match[2].upper()]
