@@ -32,9 +32,6 @@ def make_objective(
     """The objective of a method's name. `sampling`: how its rollouts are drawn."""
     classes = class_table(prompts.tokenizer)
     weighting = TokenWeighting(loss, sampling.max_new_tokens, classes)
-    if method == "sft":
-        return SFT(loss, prompts, weighting)
-    if method == "grpo":
-        return GRPO(loss, teacher, weighting, sampling)
-    kind = OPSD if method == "opsd" else Distill
-    return kind(loss, teacher, weighting, classes, sampling)
+    scorer = None if method == "sft" else teacher
+    kind = {"opsd": OPSD, "distill": Distill, "grpo": GRPO, "sft": SFT}[method]
+    return kind(loss, scorer, weighting, classes, sampling, prompts)
