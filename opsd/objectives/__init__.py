@@ -16,11 +16,6 @@ from opsd.objectives.token_classes import class_table
 from opsd.objectives.token_weights import TokenWeighting
 from opsd.rollout import Sampling
 
-__all__ = [
-    "GRPO", "OPSD", "SFT", "Distill", "Objective", "Problem", "Sample", "SampleGroup",
-    "TokenWeighting", "Totals", "make_objective", "samples_of",
-]  # fmt: skip
-
 
 def make_objective(
     method: str,
