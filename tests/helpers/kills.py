@@ -1,15 +1,18 @@
-"""Kill a training run at random moments, resume it, and compare it with one that nobody disturbed.
+"""Interrupt a command at random moments, let it go on, compare it with one that nobody disturbed.
 
-    python -m tests.helpers.kills --kills 20 --method opsd
+    python -m tests.helpers.kills --kills 20 --command train --method opsd --signal any
+    python -m tests.helpers.kills --kills 40 --damage
 
-Each trial starts the same run anew, kills it (SIGKILL) once or more, resumes it to its end, and
-compares losses, tokens, evaluations, samples and weights bit for bit. Half of the kills come at a
-random time; the others a few milliseconds after a file begins to change, so that checkpoints,
-evaluations and the log are hit while they are written. Processes are forked from one that has
-imported everything, since importing takes longer than the run.
+Each trial starts the same command anew, sends it a signal once or more, lets it go on to its end,
+and compares all that it wrote bit for bit: losses, tokens, evaluations, samples, weights. Half of
+the signals come at a random time; the others a few milliseconds after a file begins to change, so
+that checkpoints, evaluations and the log are hit while they are written. With `--damage` a random
+file of the checkpoint is changed in between: going on must refuse it by name. Processes are forked
+from one that has imported everything, since importing takes longer than the run.
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -18,20 +21,29 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `helpers`
 
 from helpers.training_cases import short_config, timeless, write_model, write_rows
 from opsd.cli.main import main
+from opsd.common.ending import end_with_parent
 from opsd.common.files import read_lines
+from opsd.compare import study as studies
 from opsd.config.load import save_config
+from opsd.evaluate import answers as _imported_too  # noqa: F401 - what a command needs, before the
+from opsd.quickstart import tiny_model, tiny_recipe
+from opsd.runs.directory import checkpoints_in
 from opsd.runs.log import FILES
-from opsd.training import run as _imported  # noqa: F401 - what a run needs, before the forks
+from opsd.training import run as _imported  # noqa: F401 - forks
 
 METHODS = {
     "opsd": {},
@@ -40,67 +52,201 @@ METHODS = {
     "grpo": {"method": "grpo", "rollout": {"group_size": 4}},
     "sft": {"method": "sft"},
 }
-MOMENTS = {
-    "a checkpoint": ".checkpoint-*.part",
-    "a checkpoint's end": "checkpoint-2/manifest.json",
-    "an evaluation": "evaluations.jsonl",
-    "samples": "samples.jsonl",
-    "a step": "metrics.jsonl",
-    "the report": ".report.html.*.part",
+SIGNALS = {
+    "kill": [signal.SIGKILL],
+    "term": [signal.SIGTERM],
+    "int": [signal.SIGINT],
+    "stop": [signal.SIGSTOP, signal.SIGCONT],  # which the process lives through
 }
-"""What is about to be written, and the file whose change tells."""
+PAUSE = 0.2  # seconds for which a stopped process stands still
+SOME_TIME = "some time"
 
 
-def run(config: Path, resume: bool) -> int:
-    """Start `opsd train` in a process of its own; returns its id."""
+@dataclass(frozen=True)
+class Command:
+    """What is interrupted.
+
+    start: its arguments; again: those that let it go on.
+    moments: what is about to be written → the file in `place` whose change tells.
+    outcome: all that it must do alike, however often it was interrupted.
+    """
+
+    start: list[str]
+    again: list[str]
+    place: Path
+    outcome: Callable[[Path], Any]
+    moments: dict[str, str] = field(default_factory=dict)
+
+
+def training(root: Path, name: str, method: str) -> Command:
+    """`opsd train`, six steps and two evaluations."""
+    place, file = root / name, root / f"{name}.yaml"
+    more = {"train": {"steps": 6}, **METHODS[method]}
+    save_config(short_config(root / "model", root / "rows.jsonl", place, **more), file)
+    moments = {
+        "a checkpoint": ".checkpoint-*.part",
+        "a checkpoint's end": "checkpoint-2/manifest.json",
+        "an evaluation": "evaluations.jsonl",
+        "samples": "samples.jsonl",
+        "a step": "metrics.jsonl",
+        "the report": ".report.html.*.part",
+    }
+    start = ["train", str(file)]
+    return Command(start, [*start, "--resume", "--start-over"], place, trained, moments)
+
+
+def trained(place: Path) -> dict[str, Any]:
+    """Log and weights of a run."""
+    for name in ("report.html", "curves.png", "summary.json"):
+        assert (place / name).stat().st_size > 500, name
+    (file,) = (place / "model").glob("*.safetensors")
+    weights = {name: tensor.tolist() for name, tensor in load_file(file).items()}
+    return {name: timeless(read_lines(place / name)) for name in FILES} | {"weights": weights}
+
+
+def quickstart(root: Path, name: str, method: str) -> Command:
+    """`opsd quickstart --tiny`, a base of some steps and two methods."""
+    place = root / name
+    words = ["--tiny", "--steps", "2", "--problems", "8", "--methods", "opsd,sft"]
+    start = ["quickstart", *words, "--output", str(place)]
+    moments = {"the base": "base/*", "a step": "opsd/metrics.jsonl", "a model": "opsd/.model.*"}
+
+    def outcome(place: Path) -> dict[str, Any]:
+        return {name: trained(place / name) for name in ("opsd", "sft")}
+
+    return Command(start, [*start, "--resume"], place, outcome, moments)
+
+
+def evaluation(root: Path, name: str, method: str) -> Command:
+    """`opsd eval`, a question at a time."""
+    place = root / name
+    where = [str(root / "model"), "--benchmark", str(root / "rows.jsonl"), "--output", str(place)]
+    how = ["--samples", "4", "--temperature", "1", "--max-new-tokens", "12", "--batch-size", "2"]
+    start = ["eval", *where, *how]
+    moments = {"answers": "completions-1-of-1.jsonl", "the result": ".result.json.*.part"}
+
+    def outcome(place: Path) -> dict[str, Any]:
+        result = json.loads((place / "result.json").read_text())
+        answers = timeless(read_lines(place / "answers.jsonl"))
+        return {"answers": answers, "pass_at_k": result["pass_at_k"]}
+
+    return Command(start, start, place, outcome, moments)
+
+
+def comparison(root: Path, name: str, method: str) -> Command:
+    """`opsd compare` of a study of two seeds, side by side."""
+    file, place = root / f"{name}.yaml", root / name
+    study = {"quickstart": "tiny", "methods": ["opsd", "sft"], "seeds": [0, 1], "steps": 2}
+    file.write_text(yaml.safe_dump({**study, "problems": 8, "baseline": "sft"}))
+    start = ["compare", str(file), "--output", str(place)]
+    moments = {"a step": "*/seed-0/opsd/metrics.jsonl", "the end": "study.json"}
+
+    def outcome(place: Path) -> dict[str, Any]:
+        runs = sorted(path.parent for path in place.glob("*/seed-*/*/metrics.jsonl"))
+        assert len(runs) == 4 and (place / "study.html").stat().st_size > 500
+        return {str(run.relative_to(place)): trained(run) for run in runs}
+
+    return Command(start, start, place, outcome, moments)
+
+
+COMMANDS = {
+    "train": training,
+    "quickstart": quickstart,
+    "eval": evaluation,
+    "compare": comparison,
+}
+
+
+def in_short() -> None:
+    """A tiny base of three steps and few worksheets; a study's runs are forks of its process."""
+    short = replace(tiny_model.BaseTraining(), steps=3, batch_size=8)
+    tiny_model.cached_base.__defaults__ = (short,)
+    tiny_model.BaseTraining = lambda: short
+    tiny_recipe.TRAIN_ROWS = 16
+    tiny_recipe.SECTIONS["train"]["problems_per_step"] = 8
+    tiny_recipe.SECTIONS["rollout"]["max_new_tokens"] = 8
+
+    class Forked:
+        returncode = None
+
+        def __init__(self, job, threads, watched, gpu=None):
+            def watch() -> None:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, signal.default_int_handler)
+                end_with_parent(watched)
+
+            self.child = run(job.command, watch)
+
+        def poll(self):
+            if self.returncode is None:
+                done, status = os.waitpid(self.child, os.WNOHANG)
+                self.returncode = os.waitstatus_to_exitcode(status) if done else None
+            return self.returncode
+
+        def terminate(self):
+            if self.poll() is None:
+                os.kill(self.child, signal.SIGTERM)
+
+        def wait(self):
+            while self.poll() is None:
+                time.sleep(0.005)
+
+    studies._start = Forked
+
+
+def run(arguments: list[str], first: Callable[[], object] = lambda: None) -> int:
+    """Start `opsd` in a process of its own; returns its id."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
+        first()
         torch.set_num_threads(1)
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
-        code = main(["train", str(config), *(["--resume", "--start-over"] if resume else [])])
+        code = main(arguments)
     finally:
         os._exit(code)
 
 
-def ended(child: int) -> bool:
+def ended(child: int, fine: tuple[int, ...] = (0,)) -> bool:
     """Whether the process is over, without waiting. Raises when it has failed."""
     done, status = os.waitpid(child, os.WNOHANG)
-    if done and status:
+    if done and os.waitstatus_to_exitcode(status) not in fine:
         raise SystemExit(f"the run failed: wait status {status}")
     return bool(done)
 
 
-def finish(child: int) -> None:
+def finish(child: int, fine: tuple[int, ...] = (0,)) -> None:
     """Wait for the end of the process."""
-    while not ended(child):
+    while not ended(child, fine):
         time.sleep(0.005)
 
 
-def moments(draw: random.Random) -> Iterator[str]:
-    """When to kill: half of the times any time, else each of MOMENTS as often as the others."""
+def moments(command: Command, draw: random.Random) -> Iterator[str]:
+    """When to interrupt: half of the times at some time, else each of the moments as often."""
     while True:
-        deck = [*MOMENTS, *["any time"] * len(MOMENTS)]
+        deck = [*command.moments, *[SOME_TIME] * len(command.moments)]
         draw.shuffle(deck)
         yield from deck
 
 
-def kill(child: int, directory: Path, moment: str, draw: random.Random, duration: float) -> bool:
-    """Kill the process at this moment; returns whether it was not over before."""
+def interrupt(
+    child: int, command: Command, moment: str, name: str, draw: random.Random, duration: float
+) -> bool:
+    """Send the signal at this moment; returns whether the process was not over before."""
     begun = time.monotonic()
-    if moment == "any time":
+    if moment == SOME_TIME:
         until = begun + draw.uniform(0, duration)
         due = lambda: time.monotonic() >= until  # noqa: E731
     else:
         # The report is written once, and goes to its place.
-        pattern, turn = MOMENTS[moment], draw.randint(1, 2 if "report" in moment else 3)
-        seen = [stamp(directory, pattern)]
+        pattern, turn = command.moments[moment], draw.randint(1, 2 if ".part" in moment else 3)
+        seen = [stamp(command.place, pattern)]
 
         def due() -> bool:
-            now = stamp(directory, pattern)
+            now = stamp(command.place, pattern)
             if now != seen[-1]:
                 seen.append(now)
             return len(seen) > turn
@@ -108,10 +254,12 @@ def kill(child: int, directory: Path, moment: str, draw: random.Random, duration
     while not due():
         if ended(child):
             return False
-    if moment != "any time":
+    if moment != SOME_TIME:
         time.sleep(draw.uniform(0, 0.02))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    for number in SIGNALS[name]:
+        os.kill(child, number)
+        time.sleep(PAUSE if number == signal.SIGSTOP else 0)
+    finish(child, (0, -signal.SIGKILL, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM))
     return True
 
 
@@ -124,65 +272,83 @@ def stamp(directory: Path, pattern: str) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
-def outcome(directory: Path) -> dict:
-    """All that a run must do alike, however often it was killed."""
-    lines = {name: timeless(read_lines(directory / name)) for name in FILES}
-    (weights,) = (directory / "model").glob("*.safetensors")
-    for name in ("report.html", "curves.png", "summary.json"):
-        assert (directory / name).stat().st_size > 500, name
-    return {**lines, "weights": load_file(weights)}
+def damage(place: Path, draw: random.Random) -> str | None:
+    """Change a random file of the newest checkpoint; returns what, or None where there is none."""
+    found = checkpoints_in(place)
+    if not found:
+        return None
+    file = draw.choice(sorted(path for path in found[-1].rglob("*") if path.stat().st_size > 4))
+    content = bytearray(file.read_bytes())
+    kind = draw.choice(["a bit", "cut", "zeros", "gone"])
+    if kind == "a bit":
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    elif kind == "cut":
+        content = content[: draw.randrange(len(content))]
+    elif kind == "zeros":
+        content = bytearray(len(content))
+    file.write_bytes(content)
+    if kind == "gone":
+        file.unlink()
+    return f"{file.relative_to(place)} ({kind})"
 
 
-def differences(one: dict, other: dict) -> list[str]:
-    """What differs between two outcomes."""
-    found = [name for name in FILES if one[name] != other[name]]
-    first, second = one["weights"], other["weights"]
-    if first.keys() != second.keys() or not all(torch.equal(first[k], second[k]) for k in first):
-        found.append("weights")
-    return found
+def is_refused(command: Command) -> bool:
+    """Whether going on ends with one line that names the checkpoint."""
+    with tempfile.TemporaryFile("w+") as said, redirect_stderr(said):
+        code = main(command.again)
+        said.seek(0)
+        told = said.read()
+    return code == 1 and "checkpoint-" in told and told.count("\n") == 1
 
 
-def trials(kills: int, method: str, seed: int, root: Path) -> int:
+def trials(asked: argparse.Namespace, root: Path) -> int:
     """Run them; prints a line each; returns how many ended otherwise than undisturbed."""
     torch.set_num_threads(1)  # a fork has no other threads
+    os.environ["OPSD_CACHE"] = str(root / "cache")
+    in_short()
     write_model(root / "model")
     write_rows(root / "rows.jsonl")
-    more = {"train": {"steps": 6}, **METHODS[method]}
-
-    def configured(name: str) -> tuple[Path, Path]:
-        config = short_config(root / "model", root / "rows.jsonl", root / name, **more)
-        save_config(config, root / f"{name}.yaml")
-        return root / f"{name}.yaml", root / name
-
+    make, draw = COMMANDS[asked.command], random.Random(asked.seed)
+    command = make(root, "undisturbed", asked.method)
+    finish(run(command.start))  # which also fills the caches
+    shutil.rmtree(command.place)
     begun = time.monotonic()
-    config, directory = configured("undisturbed")
-    finish(run(config, False))
-    duration, wanted = time.monotonic() - begun, outcome(directory)
-    steps = [line["step"] for line in wanted["metrics.jsonl"]]
-    assert steps == [1, 2, 3, 4, 5, 6], steps
-    draw, done, failed, counts = random.Random(seed), 0, 0, Counter()
-    deck = moments(draw)
-    while done < kills:
-        config, directory = configured("disturbed")
-        shutil.rmtree(directory, ignore_errors=True)
-        hits, resume = [], False
-        # Now and then a run is killed again after it was resumed.
+    finish(run(command.start))
+    duration, wanted = time.monotonic() - begun, command.outcome(command.place)
+    command = make(root, "disturbed", asked.method)
+    deck, done, failed, counts = moments(command, draw), 0, 0, Counter()
+    while done < asked.kills:
+        shutil.rmtree(command.place, ignore_errors=True)
+        hits, arguments = [], command.start
+        # Now and then a run is interrupted again after it went on.
         for _ in range(draw.choice([1, 1, 2])):
-            child, moment = run(config, resume), next(deck)
-            if not kill(child, directory, moment, draw, duration):
+            name = draw.choice(list(SIGNALS)) if asked.signal == "any" else asked.signal
+            child, moment = run(arguments), next(deck)
+            if not interrupt(child, command, moment, name, draw, duration):
                 break
-            resume = directory.exists()
-            hits.append(moment)
+            arguments = command.again if command.place.exists() else command.start
+            hits.append(f"{name} at {moment}")
         if not hits:
             continue
-        finish(run(config, True))
-        found = differences(wanted, outcome(directory))
+        if asked.damage:
+            what = damage(command.place, draw)
+            if what is None:
+                continue
+            noticed = is_refused(command)
+            done, failed = done + 1, failed + (not noticed)
+            print(f"{done:3d}  {what}: {'refused' if noticed else 'NOT NOTICED'}", flush=True)
+            continue
+        finish(run(arguments))
+        got = command.outcome(command.place)
+        found = [name for name in wanted if wanted[name] != got[name]]
         done, failed = done + len(hits), failed + bool(found)
         counts.update(hits)
         state = f"differs in {', '.join(found)}" if found else "bit for bit the same"
-        print(f"{done:3d}  killed at {', '.join(hits)}: {state}", flush=True)
-    where = ", ".join(f"{count} at {moment}" for moment, count in counts.items())
-    print(f"{method}: {done} kills ({where}); {failed} runs ended differently")
+        print(f"{done:3d}  {', '.join(hits)}: {state}", flush=True)
+    for hit, count in sorted(counts.items()):
+        print(f"     {count:3d} {hit}")
+    end = "damages went unnoticed" if asked.damage else "runs ended differently"
+    print(f"{asked.command} {asked.method}, seed {asked.seed}: {done} kills; {failed} {end}")
     return failed
 
 
@@ -190,7 +356,10 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--method", choices=METHODS, default="opsd")
+    parser.add_argument("--command", choices=COMMANDS, default="train")
+    parser.add_argument("--method", choices=METHODS, default="opsd", help="of `train`")
+    parser.add_argument("--signal", choices=[*SIGNALS, "any"], default="kill")
+    parser.add_argument("--damage", action="store_true", help="of `train`: change a file between")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -198,4 +367,4 @@ def parse() -> argparse.Namespace:
 if __name__ == "__main__":
     asked = parse()
     with tempfile.TemporaryDirectory() as place:
-        sys.exit(min(trials(asked.kills, asked.method, asked.seed, Path(place)), 1))
+        sys.exit(min(trials(asked, Path(place)), 1))
