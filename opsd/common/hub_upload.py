@@ -9,29 +9,42 @@ from huggingface_hub.utils import validate_repo_id
 from opsd.common.errors import UserError
 
 
-def check_hub(repository: str) -> None:
-    """Raises UserError unless the name is a valid one and the user is logged in."""
+def check_hub(repository: str, private: bool, create: bool) -> None:
+    """Raises UserError unless the name is a valid one and the user is logged in.
+
+    create: make the repository, if it is new, and unless this user may write to it, raise too.
+    """
+
+    def refused(why: str, error: Exception) -> UserError:
+        first = str(error).strip().splitlines()[0]
+        return UserError(f"output.push_to_hub is {repository!r}: {why} ({first})")
+
+    api = HfApi()
     try:
         validate_repo_id(repository)
+        api.whoami()
     except HFValidationError as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"output.push_to_hub is {repository!r}: {first}") from None
-    try:
-        HfApi().whoami()
+        raise refused("not a repository's name", error) from None
     except (LocalTokenNotFoundError, HfHubHTTPError) as error:  # the hub has answered
-        raise UserError(
-            f"output.push_to_hub is {repository!r}: not logged in (hf auth login, or HF_TOKEN): "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from None
+        raise refused("not logged in: hf auth login, or HF_TOKEN", error) from None
     except Exception as error:  # the HTTP client's own errors
-        raise UserError(
-            f"output.push_to_hub is {repository!r}: the hub cannot be reached "
-            f"({str(error).strip().splitlines()[0]})"
-        ) from None
+        raise refused("the hub cannot be reached", error) from None
+    if not create:
+        return
+    try:
+        api.auth_check(_made(api, repository, private), write=True)
+    except Exception as error:  # of the hub or of the HTTP client
+        raise refused("it cannot be written to", error) from None
+
+
+def _made(api: HfApi, repository: str, private: bool) -> str:
+    """The repository's whole name, with the user's where it has no other; it is made if it is
+    new."""
+    return api.create_repo(repository, private=private, exist_ok=True).repo_id
 
 
 def push(repository: str, directory: Path, private: bool) -> str:
     """Upload the files of `directory`; returns their address. Makes the repository if it is new."""
     api = HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repository, folder_path=directory))
+    name = _made(api, repository, private)
+    return str(api.upload_folder(repo_id=name, folder_path=directory))

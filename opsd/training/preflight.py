@@ -33,8 +33,9 @@ from opsd.training.checkpoints import checkpoint_bytes, save_model
 from opsd_kernels import backends
 
 
-def check_machine(config: Config) -> None:
-    """Raises UserError where this machine cannot do what the run asks."""
+def check_machine(config: Config, makes: bool) -> None:
+    """Raises UserError where this machine cannot do what the run asks. makes: this process makes
+    the hub's repository."""
     if config.model.lora is not None:
         _check_lora(config.model.lora)
     if config.teacher.offload and not torch.cuda.is_available():
@@ -52,7 +53,7 @@ def check_machine(config: Config) -> None:
     _check_backend(config.loss.backend)
     check_optimizer(config.train)
     if config.output.push_to_hub is not None:
-        check_hub(config.output.push_to_hub)
+        check_hub(config.output.push_to_hub, config.output.hub_private, makes)
 
 
 def _check_lora(lora: LoraSection) -> None:

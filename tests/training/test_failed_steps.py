@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -323,6 +324,10 @@ class Hub:
 
     def create_repo(self, repository, private, exist_ok):
         self.calls.append(("create", repository, private, exist_ok))
+        return SimpleNamespace(repo_id=repository)
+
+    def auth_check(self, repository, write):
+        self.calls.append(("check", repository, write))
 
     def upload_folder(self, repo_id, folder_path):
         if self.broken:
@@ -345,7 +350,7 @@ def test_a_model_is_uploaded_and_kept_if_that_fails(broken, run, tmp_path, monke
     if broken:
         assert "The upload failed (gone)" in shown and "hf upload me/mine" in shown
     else:
-        assert "model.safetensors" in Hub.calls[1][2] and "https://hub/me/mine" in shown
+        assert "model.safetensors" in Hub.calls[-1][2] and "https://hub/me/mine" in shown
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
