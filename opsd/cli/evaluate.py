@@ -1,5 +1,7 @@
 """`opsd eval`: a model, a benchmark; completions, a table, a page."""
 
+from __future__ import annotations
+
 import datetime
 import hashlib
 import json
@@ -27,7 +29,7 @@ from opsd.evaluate.subject import Subject
 from opsd.grading.completions import completions as as_text
 from opsd.grading.grader import Grader
 from opsd.models.generation_config import left_out
-from opsd.models.load import stop_ids
+from opsd.models.load import stop_ids, window
 from opsd.report.evaluation_page import page
 from opsd.rollout import SAMPLERS, Sampler, Sampling, check_engine, evaluation_server
 
@@ -146,12 +148,12 @@ def _sampling(
     if temperature == 0 and samples > 1:
         raise UserError(f"--samples is {samples}: greedy answers are all alike; set --temperature")
     longest = choose(asked.max_new_tokens, convention.max_new_tokens)
-    if subject.window is not None:
-        room = subject.window - max(map(len, contexts))
+    if (limit := window(subject.config)) is not None:
+        room = limit - max(map(len, contexts))
         if room < 1:
             raise UserError(
                 f"--benchmark is {asked.benchmark!r}: a problem exceeds the model's window of "
-                f"{subject.window} tokens"
+                f"{limit} tokens"
             )
         if asked.max_new_tokens and longest > room:
             raise UserError(f"--max-new-tokens is {longest}: the model's window leaves {room}")

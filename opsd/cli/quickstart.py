@@ -4,7 +4,6 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 from opsd.config.names import METHODS
 from opsd.data.solution_styles import SOLUTION_STYLES
@@ -40,7 +39,10 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.voice is not None:
         raise UserError("--voice is called --solution-style now")
     methods = _methods(parsed.methods, parsed.tiny)
-    check_at_least(1, parsed, "steps", "problems", "solutions")
+    for name in ("steps", "problems", "solutions"):
+        value = getattr(parsed, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}: it must be at least 1")
     if parsed.tiny and parsed.model:
         raise UserError("--model and --tiny exclude each other: --tiny makes its own model")
     if not 0 <= parsed.seed < 2**32:

@@ -71,11 +71,6 @@ class Subject:
         return _sha256("".join(lines).encode())[:16]
 
     @property
-    def window(self) -> int | None:
-        """The longest sequence that the model's positions allow, None where it does not say."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
-
-    @property
     def switches_thinking(self) -> bool:
         """Whether the chat template looks at `enable_thinking`."""
         return "enable_thinking" in str(self.tokenizer.chat_template)

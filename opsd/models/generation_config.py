@@ -45,26 +45,20 @@ def left_out(model: PreTrainedModel) -> str | None:
 
 
 @contextmanager
-def not_obeyed(model: PreTrainedModel) -> Iterator[None]:
-    """The model without any generation config: what a caller of `generate` leaves open is not
-    filled in from one, whoever made the model."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
+def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """The model with this generation config; an empty one fills in nothing that a caller of
+    `generate` leaves open."""
+    own, model.generation_config = model.generation_config, config
     try:
         yield
     finally:
         model.generation_config = own
 
 
-@contextmanager
-def as_shipped(model: PreTrainedModel) -> Iterator[None]:
+def as_shipped(model: PreTrainedModel):
     """The model with the generation config that it shipped, to be written; or its own."""
-    own = model.generation_config
     shipped = getattr(model, "shipped_generation_config", None)
-    model.generation_config = mended(own) if shipped is None else shipped
-    try:
-        yield
-    finally:
-        model.generation_config = own
+    return generating_by(model, mended(model.generation_config) if shipped is None else shipped)
 
 
 def mended(config: GenerationConfig) -> GenerationConfig:

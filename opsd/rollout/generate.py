@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from opsd.models.copies import update_copy
-from opsd.models.generation_config import not_obeyed
+from opsd.models.generation_config import generating_by
 from opsd.rollout.base import Rollout, Sampling, cut
 from opsd.rollout.logits_sampling import Draw, Within
 
@@ -71,7 +71,7 @@ class GenerateSampler:
         )
         was_training = self.model.training
         self.model.eval()
-        with not_obeyed(self.model):
+        with generating_by(self.model, GenerationConfig()):
             output = self.model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
