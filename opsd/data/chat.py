@@ -16,6 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd.common.errors import UserError
 from opsd.common.templates import TemplateFailure, fill_in_chat
+from opsd.data.thoughts import (
+    final_part,
+    open_thought,
+    split_thought,
+    without_closed_thought,
+    without_empty_thought,
+)
 
 Message = dict[str, Any]
 
@@ -25,10 +32,8 @@ Turn = tuple[str, str | None, Sequence[Message]]
 PROBE = "4172635180927"
 """A text that no template writes by itself, and none changes by its case or its escapes."""
 
-_CLOSED_THOUGHT = re.compile(
-    r"(</[a-z_:]{0,30}think[a-z_]{0,30}>|\[/THINK\]|<channel\|>)\s*$", re.IGNORECASE
-)
-_OPEN_TAG = re.compile(r"<([a-z_:]{0,30}think[a-z_]{0,30})>|\[(THINK)\]", re.IGNORECASE)
+FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Where templates look for the thought of an answer, beside its content."""
 
 
 class ChatTemplate:
@@ -87,49 +92,22 @@ class ChatTemplate:
                 self._check_written(messages, number, text)
         return [text + self.prefill for text in texts]
 
-    def context_ids(
-        self, message: str, system: str | None = None, history: Sequence[Message] = ()
-    ) -> list[int]:
-        """The tokens of `context`."""
-        return self.ids(self.context(message, system, history))
-
-    def ids(self, text: str) -> list[int]:
-        """The tokens of a rendered chat, which holds its special tokens already."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def target_ids(
-        self,
-        message: str,
-        answer: str,
-        system: str | None = None,
-        history: Sequence[Message] = (),
-    ) -> list[int]:
-        """The tokens that follow `context_ids` where the assistant answers with `answer`.
+    def targets(self, turns: Sequence[Turn], answers: Sequence[str]) -> list[list[int]]:
+        """The tokens that follow each turn's context where the assistant answers so.
 
         They are what the template writes for that turn, up to the token that ends it. Where the
         context closes an empty thought itself, the answer's own thought is left out.
         """
-        return self.targets([(message, system, history)], [answer])[0]
-
-    def targets(self, turns: Sequence[Turn], answers: Sequence[str]) -> list[list[int]]:
-        """The `target_ids` of each turn and its answer."""
         contexts = self.contexts(turns)
-        said = [
-            answer.rpartition(closed.group().strip())[2].lstrip("\n")
-            if (closed := _CLOSED_THOUGHT.search(context))  # such as enable_thinking: false
-            else answer
-            for context, answer in zip(contexts, answers, strict=True)
-        ]
+        texts = list(map(self._said, contexts, answers))
+        chats = [self._messages(*turn) for turn in turns]
         wholes = self._rendered(
-            [
-                ([*self._messages(*turn), self._message("assistant", self.prefill + answer)], False)
-                for turn, answer in zip(turns, said, strict=True)
-            ]
+            [([*chat, self._answer(text)], False) for chat, text in zip(chats, texts, strict=True)]
         )
         tail = [self.tokenizer.eos_token_id] if self.turn_end[1] is None else []
         return [
-            [*_continuation(self.tokenizer, context, self._target(whole, context, answer)), *tail]
-            for whole, context, answer in zip(wholes, contexts, said, strict=True)
+            [*_continuation(self.tokenizer, context, self._target(whole, context, text)), *tail]
+            for whole, context, text in zip(wholes, contexts, texts, strict=True)
         ]
 
     @cached_property
@@ -140,10 +118,10 @@ class ChatTemplate:
         A turn may end with several tokens in a row. Those belong to it that the template writes
         before another turn too: some write EOS after a chat's last turn alone.
         """
-        chat = [self._message("user", "?"), self._message("assistant", PROBE)]
+        chat = [self._question, self._message("assistant", PROBE)]
         _, written, after = self._render(chat, False).rpartition(PROBE)
         try:
-            followed = self._render([*chat, self._message("user", "?")], False).rpartition(PROBE)[2]
+            followed = self._render([*chat, self._question], False).rpartition(PROBE)[2]
         except UserError:
             followed = ""
         both = os.path.commonprefix([after, followed])  # noqa: RUF071 (of characters)
@@ -152,9 +130,17 @@ class ChatTemplate:
         special = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
         found = re.compile(rf"(.*?)((?:{special})+)", re.DOTALL)
         run = found.match(both) or re.match(rf"(.*?)({special})", after, re.DOTALL)
-        if not (ids and written and run):
+        if not (ids and written):
             return "", None
-        return run[0], ids[re.findall(special, run[2])[-1]]
+        if run is None:
+            run = re.match(rf"()({special})", followed)  # written before a further turn alone
+            opening = self._render([self._message("user", PROBE)], False).partition(PROBE)[0]
+            if after.strip() or run is None or run[2] in opening:
+                return "", None
+        tokens = re.findall(special, run[2])
+        if self.tokenizer.eos_token in tokens:  # some begin another turn at once
+            tokens = tokens[: tokens.index(self.tokenizer.eos_token) + 1]
+        return run[1] + "".join(tokens), ids[tokens[-1]]
 
     @property
     def opens_thought(self) -> bool:
@@ -167,37 +153,87 @@ class ChatTemplate:
         token = self.turn_end[1]
         return frozenset() if token is None else frozenset([token])
 
-    def _target(self, whole: str, context: str, answer: str) -> str:
+    def _said(self, context: str, answer: str) -> str:
+        """The whole text of the assistant's turn, as it is given to the template."""
+        if without_closed_thought(context) is not None:  # such as enable_thinking: false
+            return self.prefill + (final_part(answer).lstrip() or answer)
+        opened = open_thought(self.prefill)
+        if opened:  # it is not opened twice
+            answer = answer.lstrip().removeprefix(self.prefill).removeprefix(opened[0])
+        return self.prefill + answer
+
+    def _answer(self, text: str) -> Message:
+        """The assistant's message; its thought is where the template looks for one."""
+        thought, rest = split_thought(text)
+        if not (thought.strip() and self._thought_form):
+            return self._message("assistant", text)
+        return self._thoughtful(thought.strip(), rest, self._thought_form)
+
+    def _thoughtful(self, thought: str, rest: str, form: str) -> Message:
+        message = self._message("assistant", rest)
+        if form == "fields":
+            return {**message, **dict.fromkeys(FIELDS, thought)}
+        text = {"type": "text", "text": rest}
+        return {**message, "content": [{"type": "thinking", "thinking": thought}, text]}
+
+    @cached_property
+    def _thought_form(self) -> str:
+        """Where the template wants an answer's thought: in "fields" of the message, in "parts" of
+        its content, or "" in the content's text."""
+        plain = self._message("assistant", f"<think>{PROBE}</think>{PROBE[::-1]}")
+        as_text = "".join(self._render([self._question, plain], False).split())
+        for form in ("fields", "parts"):
+            answer = self._thoughtful(PROBE, PROBE[::-1], form)
+            try:
+                text = "".join(self._render([self._question, answer], False).split())
+            except UserError:
+                continue
+            # Once, and not as a list of Python's that is printed as it is
+            if re.search(rf"{PROBE}((?!{PROBE}|.type.:).)*{PROBE[::-1]}", text):
+                return "" if text == as_text else form
+        return ""
+
+    @cached_property
+    def _closing(self) -> str:
+        """What the template writes between a thought and the rest of an answer; "": neither."""
+        text = f"<think>\n{PROBE}\n</think>\n\n{PROBE[::-1]}"
+        whole = self._render([self._question, self._answer(text)], False)
+        return whole.partition(PROBE)[2].partition(PROBE[::-1])[0]
+
+    def _target(self, whole: str, context: str, text: str) -> str:
         """What follows `context` in the whole chat: the answer as the template writes it, and its
         end."""
         end = self.turn_end[0]
-        if whole.startswith(context):
-            written, closed, _ = (
-                whole[len(context) :].rpartition(end)
-                if end
-                else (whole[len(context) :].rstrip(), "", "")
-            )
-            if (closed or not end) and answer.strip() in written:
-                return written + end
+        thought, rest = map(str.strip, split_thought(text))
+        before = without_closed_thought(context)
+        for start in (context, before):
+            if start is None or not whole.startswith(start):
+                continue
+            more = whole[len(start) :]
+            # Without an end where the template writes it before a further turn alone
+            written = more.rpartition(end)[0] if end and end in more else more.rstrip()
+            if thought in written and rest in written:
+                written = split_thought(written)[1] if start == before else written
+                return without_empty_thought(written) + end
         # The generation prompt is not how the template writes the turn afterwards: it opens a
         # thought, or the template drops the answer's. The target follows what was opened.
-        answer = answer.strip()
         tag = open_thought(context)
+        text = text.removeprefix(self.prefill).strip()
         if tag is None:
             bare = context.removesuffix(self.prefill)
             more = bare[len(os.path.commonprefix([bare, whole])) :]  # noqa: RUF071
-            if more.strip() and not _CLOSED_THOUGHT.search(bare):
+            if more.strip() and before is None:
                 raise UserError(
                     f"model.path has a chat template that begins an answer with {more[-60:]!r}, "
                     "and writes no finished answer so: what is to follow it cannot be told; give "
                     "it another (chat_template.jinja in the model's directory)"
                 )
-            return answer + end
+            return text + end
         opening, closing = tag
-        answer = answer.removeprefix(opening).removeprefix("\n")
-        if closing not in answer:
-            answer = f"\n{closing}\n\n{answer}"
-        return answer + end
+        if closing in text:
+            return text.removeprefix(opening).removeprefix("\n") + end
+        between = self._closing if closing in self._closing else f"\n{closing}\n\n"
+        return thought + between + rest + end
 
     def _check_written(self, messages: list[Message], number: int, text: str) -> None:
         """Raises UserError where a chat's text lacks a message, or a part of it. Templates may
@@ -214,6 +250,10 @@ class ChatTemplate:
                 f"({said.strip()[:40]!r}): give it one that writes it (chat_template.jinja in the "
                 "model's directory)"
             )
+
+    @property
+    def _question(self) -> Message:
+        return self._message("user", "?")
 
     def _messages(
         self, message: str, system: str | None, history: Sequence[Message]
@@ -245,28 +285,10 @@ def without_system(history: Sequence[Message]) -> list[Message]:
     return [message for message in history if message["role"] not in ("system", "developer")]
 
 
-def open_thought(text: str) -> tuple[str, str] | None:
-    """The tags of the thought that `text` leaves open, as ("<think>", "</think>"); None: none.
-
-    >>> open_thought("<|im_start|>assistant\\n<think>\\n")
-    ('<think>', '</think>')
-    >>> open_thought("<think>\\n\\n</think>\\n\\n") is None
-    True
-    """
-    tags = list(_OPEN_TAG.finditer(text))
-    if not tags:
-        return None
-    opening = tags[-1].group()
-    closing = f"{opening[0]}/{opening[1:]}"
-    # Only what the text ends with counts: a problem may talk about such tags.
-    rest = text[tags[-1].end() :]
-    return None if rest.strip() else (opening, closing)
-
-
 def _continuation(tokenizer: PreTrainedTokenizerBase, context: str, target: str) -> list[int]:
     """The tokens of `target` after those of `context`, as they are in the whole text."""
 
-    def ids(text: str) -> list[int]:
+    def ids(text: str) -> list[int]:  # a rendered chat holds its special tokens already
         return tokenizer(text, add_special_tokens=False).input_ids
 
     first, whole = ids(context), ids(context + target)

@@ -8,9 +8,9 @@ from typing import Any
 
 from opsd.common.statistics import Estimate, bootstrap, majority, pass_at_k
 from opsd.data.rows import Row
+from opsd.data.thoughts import final_part
 from opsd.evaluate.answers import Completion
 from opsd.grading.grader import Grade, Grader
-from opsd.grading.thoughts import final_part
 
 
 @dataclass(frozen=True)

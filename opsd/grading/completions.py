@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from opsd.grading.thoughts import BEGIN, END
+from opsd.data.thoughts import BEGIN, END
 from opsd.rollout.base import Rollout
 
-_TAG_TOKEN = re.compile(rf"{BEGIN}|{END}|<\|(?:channel|message|start|end)\|>", re.IGNORECASE)
+_TAG_TOKEN = re.compile(rf"{BEGIN}|{END}|<\|(?:channel\|?|(?:message|start|end)\|)>", re.IGNORECASE)
 """Special tokens that belong to a thought: `<think>` and its kin, and the channels of harmony."""
 
 

@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from opsd.common.errors import UserError, in_short
 from opsd.config.loss import RewardSection
 from opsd.data.rows import Row
+from opsd.data.thoughts import final_part
 from opsd.grading.completions import completions
 from opsd.grading.grader import Grader
-from opsd.grading.thoughts import final_part
 from opsd.rollout import Rollout
 
 Verifier = Callable[[Sequence[str], Sequence[Row]], list[tuple[float, str]]]

@@ -292,9 +292,11 @@ def _objective(
     config: Config, short: PreTrainedConfig, dtype: torch.dtype
 ) -> tuple[Objective, list[nn.Module]]:
     """The method, and its teacher if it has one."""
-    kind = {"opsd": OPSD, "distill": Distill, "grpo": GRPO, "sft": SFT}[config.method]
+    if config.method == "sft":
+        return SFT(config.loss, None), []
+    kind = {"opsd": OPSD, "distill": Distill, "grpo": GRPO}[config.method]
     if not scores_by_teacher(config):
-        return kind(config.loss), []
+        return kind(config.loss, None), []
     teacher = meta_model(short, dtype).requires_grad_(False).eval()
     return kind(config.loss, teacher), [teacher]
 

@@ -3,11 +3,23 @@
 import datetime
 
 import pytest
-from helpers.chat_templates import ANSWER, CHATML, FAMILIES, IM, PARTS, Family, turns
-from helpers.chat_tokenizers import make_tokenizer
+from helpers.chat_templates import (
+    ANSWER,
+    CHATML,
+    END,
+    ENDS,
+    FAMILIES,
+    FORMS,
+    IM,
+    PARTS,
+    Family,
+    turns,
+)
+from helpers.chat_tokenizers import context_ids, make_tokenizer, target_ids
 
 from opsd.common.errors import UserError
-from opsd.data.chat import ChatTemplate, open_thought
+from opsd.data.chat import ChatTemplate
+from opsd.data.thoughts import open_thought
 
 QUESTION = "What is 1 + 2?"
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -20,7 +32,7 @@ def chat_of(family, **more):
 @every_family
 def test_a_target_is_what_the_template_writes(family):
     chat, tokenizer = chat_of(family), make_tokenizer(family)
-    context, target = chat.context_ids(QUESTION), chat.target_ids(QUESTION, ANSWER)
+    context, target = context_ids(chat, QUESTION), target_ids(chat, QUESTION, ANSWER)
     decoded = tokenizer.decode(context)
     assert QUESTION in decoded and decoded.endswith(family.given)
     end = family.end or family.eos
@@ -46,7 +58,7 @@ def test_the_target_has_the_tokens_of_the_whole_chat(family):
     if not as_it_is:
         return
     ids = tokenizer(whole, add_special_tokens=False).input_ids
-    ours = [*chat.context_ids(QUESTION), *chat.target_ids(QUESTION, ANSWER)]
+    ours = [*context_ids(chat, QUESTION), *target_ids(chat, QUESTION, ANSWER)]
     assert ids[: len(ours)] == ours
 
 
@@ -79,9 +91,12 @@ def test_system_messages_stand_or_are_refused(family):
 def test_an_answer_with_a_thought_keeps_it(family):
     chat, tokenizer = chat_of(family), make_tokenizer(family)
     answer = f"<think>\nWe add.\n</think>\n\n{ANSWER}"
-    context = chat.context_ids(QUESTION)
-    text = tokenizer.decode([*context, *chat.target_ids(QUESTION, answer)])
+    context = context_ids(chat, QUESTION)
+    text = tokenizer.decode([*context, *target_ids(chat, QUESTION, answer)])
     after = text[text.index(QUESTION) :]
+    if "<channel|>" in family.given:
+        assert "We add." not in after
+        return
     assert after.count("<think>") == after.count("</think>") == 1
     if "</think>" in family.given:  # the context has said that there is no thought
         assert "We add." not in after
@@ -92,9 +107,9 @@ def test_an_answer_with_a_thought_keeps_it(family):
 def test_a_prefill_is_no_part_of_the_target():
     family = FAMILIES[0]
     tokenizer, chat = make_tokenizer(family), chat_of(family, prefill="So ")
-    context = chat.context_ids(QUESTION)
+    context = context_ids(chat, QUESTION)
     assert tokenizer.decode(context).endswith("assistant\nSo ")
-    target = chat.target_ids(QUESTION, "1 + 2 is 3.")
+    target = target_ids(chat, QUESTION, "1 + 2 is 3.")
     assert tokenizer.decode([*context, *target]).endswith("assistant\nSo 1 + 2 is 3.<|im_end|>")
 
 
@@ -141,7 +156,7 @@ def test_a_template_that_refuses_plain_strings_is_given_parts():
     assert chat.in_parts and QUESTION in chat.context(QUESTION)
 
 
-@pytest.mark.parametrize("opening", ["Here are my reasoning steps:\n", "<reasoning>\n"])
+@pytest.mark.parametrize("opening", ["Here are my reasoning steps:\n", "<scratchpad>\n"])
 def test_a_beginning_that_no_answer_has_is_refused_as_a_target(opening):
     """Its context is fine for what the model writes itself."""
     roles = [f"<|im_start|>{role}\n§<|im_end|>\n" for role in ("user", "system", "assistant")]
@@ -149,12 +164,39 @@ def test_a_beginning_that_no_answer_has_is_refused_as_a_target(opening):
     family = Family("", template, IM, "<|im_end|>", "", "", "", None)
     assert chat_of(family).context(QUESTION).endswith(opening)
     with pytest.raises(UserError, match=r"begins an answer with .*cannot be told"):
-        chat_of(family).target_ids(QUESTION, ANSWER)
+        target_ids(chat_of(family), QUESTION, ANSWER)
+
+
+@pytest.mark.parametrize("template", FORMS, ids=range(len(FORMS)))
+def test_a_thought_is_written_as_the_template_writes_it(template):
+    tokens = (*IM, "<|START_THINKING|>", "<|END_THINKING|>", "<|START_TEXT|>")
+    family = Family("", template, tokens, END, "", "", END, END)
+    chat, tokenizer = chat_of(family), make_tokenizer(family)
+    found = [
+        tokenizer.decode(target_ids(chat, QUESTION, answer))
+        for answer in (f"<think>\nWe add.\n</think>\n\n{ANSWER}", ANSWER)
+    ]
+    assert found == list(FORMS[template])
+
+
+@pytest.mark.parametrize("template", ENDS, ids=range(len(ENDS)))
+def test_a_turn_ends_before_the_next_begins(template):
+    family = Family("", template, (*IM, "<|stop|>"), END, "", "", "", None)
+    chat, tokenizer = chat_of(family), make_tokenizer(family)
+    target = tokenizer.decode(target_ids(chat, QUESTION, ANSWER))
+    assert (chat.turn_end[0], target) == ENDS[template]
+
+
+def test_a_prefill_that_opens_a_thought_is_not_opened_twice():
+    chat = chat_of(FAMILIES[0], prefill="<think>\n")
+    target = target_ids(chat, QUESTION, f"<think>\nWe add.\n</think>\n\n{ANSWER}")
+    written = make_tokenizer(FAMILIES[0]).decode(target)
+    assert written == f"We add.\n</think>\n\n{ANSWER}<|im_end|>"
 
 
 def test_a_thought_in_a_channel_that_is_closed_already_is_left_out():
     family = next(family for family in FAMILIES if family.name == "Gemma 4")
-    target = chat_of(family).target_ids(QUESTION, f"<|channel>thought\nWe add.<channel|>{ANSWER}")
+    target = target_ids(chat_of(family), QUESTION, f"<|channel>thought\nWe add.<channel|>{ANSWER}")
     assert make_tokenizer(family).decode(target) == ANSWER + "<turn|>"
 
 

@@ -269,15 +269,15 @@ def check_opsd(words: list[str], tracked: set[str]) -> None:
         path = word.startswith("examples/")
         assert not path or word in tracked, f"there is no {word}"
     if words[0] == "eval":
-        from opsd.cli.evaluate_arguments import check
+        from opsd.cli.evaluate_arguments import settings
         from opsd.evaluate.benchmarks import KNOWN
 
-        check(parsed, {})
+        settings(parsed, {})
         assert parsed.benchmark in KNOWN or re.search("[./:]", parsed.benchmark), "no benchmark"
     if words[0] == "plan":
-        from opsd.cli.plan_arguments import check
+        from opsd.cli.plan_arguments import asked
 
-        check(parsed)
+        asked(parsed)
     if words[0] in ("train", "plan") and "--help" not in words:
         config = ROOT / getattr(parsed, "config", parsed.__dict__.get("model"))
         values = yaml.safe_load(config.read_text()) if config.is_file() else {}

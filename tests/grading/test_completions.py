@@ -5,8 +5,8 @@ from helpers.chat_templates import FAMILIES
 from helpers.chat_tokenizers import make_tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
+from opsd.data.thoughts import final_part
 from opsd.grading.completions import completions
-from opsd.grading.thoughts import final_part
 from opsd.rollout.base import Rollout
 
 TEXTS = {

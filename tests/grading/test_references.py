@@ -12,8 +12,8 @@ from opsd.common.errors import UserError
 from opsd.data.boxed import is_placeholder, last_boxed
 from opsd.data.references import MOST_CHARACTERS, Unreadable, final_answer, unreadable
 from opsd.data.rows import load_rows
+from opsd.data.thoughts import final_part
 from opsd.grading.grader import Grader, _grade_here
-from opsd.grading.thoughts import final_part
 
 UNDERSTOOD = [
     ("5", "5"),

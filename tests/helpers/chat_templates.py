@@ -496,3 +496,73 @@ FAMILIES = [
         None,
     ),
 ]
+
+
+IM_ROLES = ("<|im_start|>user\n§<|im_end|>", "<|im_start|>system\n§<|im_end|>")
+
+
+def of_fields(prompt, thought, answer, start="<|im_start|>assistant\n"):
+    """A template whose assistant's thought is a field of the message. Both hold § for a text."""
+    return (
+        "{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
+        f"{{{{ {start!r} }}}}"
+        f"{{%- if m.reasoning_content -%}}{{{{ {thought!r}.replace('§', m.reasoning_content) }}}}{{%- endif -%}}"
+        f"{{{{ {answer!r}.replace('§', m.content) }}}}{{%- else -%}}"
+        "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{%- endif -%}{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{ {prompt!r} }}}}{{%- endif -%}}"
+    )
+
+
+A, END = "<|im_start|>assistant\n", "<|im_end|>"
+PARTS_OF_THOUGHT = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}{%- if m.content is string -%}{{ m.content }}{%- else -%}"
+    "{%- for p in m.content -%}{{ '[THINK]' + p.thinking + '[/THINK]' if p.type == 'thinking' else p.text }}{%- endfor -%}{%- endif -%}"
+    "{{ '<|im_end|>' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+CLOSED = turns(*IM_ROLES, f"{A}<|START_TEXT|>§{END}", f"{A}<|START_THINKING|><|END_THINKING|>")
+FORMS = {  # template: the targets of an answer with a thought and without
+    # gpt-oss
+    of_fields(A, "<|channel|>analysis<|message|>§<|end|>", f"<|channel|>final<|message|>§{END}"): (
+        f"<|channel|>analysis<|message|>We add.<|end|><|channel|>final<|message|>{ANSWER}{END}",
+        f"<|channel|>final<|message|>{ANSWER}{END}",
+    ),
+    # Seed-OSS
+    of_fields(A, "<seed:think>§</seed:think>", f"§{END}"): (
+        f"<seed:think>We add.</seed:think>{ANSWER}{END}",
+        f"{ANSWER}{END}",
+    ),
+    # Ministral 3
+    PARTS_OF_THOUGHT: (f"[THINK]We add.[/THINK]{ANSWER}{END}", f"{ANSWER}{END}"),
+    # Command A Reasoning, which opens the thought in words of its own
+    of_fields(
+        f"{A}<|START_THINKING|>", "<|START_THINKING|>§<|END_THINKING|>", f"<|START_TEXT|>§{END}"
+    ): (
+        f"We add.<|END_THINKING|><|START_TEXT|>{ANSWER}{END}",
+        f"<|END_THINKING|><|START_TEXT|>{ANSWER}{END}",
+    ),
+    # Command R7B
+    CLOSED: (f"<|START_TEXT|>{ANSWER}{END}", f"<|START_TEXT|>{ANSWER}{END}"),
+    # Kimi K2 Thinking, whose finished answers have an empty thought
+    turns(*IM_ROLES, f"{A}<think></think>§{END}", A): (
+        f"<think>\nWe add.\n</think>\n\n{ANSWER}{END}",
+        f"<think></think>{ANSWER}{END}",
+    ),
+    # Bielik, which writes the thought in another way
+    CHATML.replace("m['content']", "m['content'].replace('</think>\n\n', '</think>\n')"): (
+        f"<think>\nWe add.\n</think>\n{ANSWER}{END}",
+        f"{ANSWER}{END}",
+    ),
+}
+"""Templates that write an answer's thought in a way of their own."""
+
+ENDS = {  # template: what ends the turn, and what its target is
+    # Command A's begins the next turn, asked for or not
+    turns(*IM_ROLES, f"{A}§{END}", "") + "{{ '<|im_start|>assistant\n' }}": (END, f"{ANSWER}{END}"),
+    # Apertus writes the end before another turn alone
+    turns(*IM_ROLES, f"{A}§", A).replace(
+        "{{ '<|im_start|>user", "{{ ('' if loop.first else '<|stop|>') + '<|im_start|>user"
+    ): ("<|stop|>", f"{ANSWER}<|stop|>"),
+    # GLM's next turn begins with a token that ends none
+    turns(*IM_ROLES, f"{A}§", A): ("", f"{ANSWER}{END}"),
+}
+"""Templates whose turn's end is not the last special token they write."""

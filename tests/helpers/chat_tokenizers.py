@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from helpers.chat_templates import Family
+from opsd.data.chat import ChatTemplate
 
 
 def corpus() -> list[str]:
@@ -60,3 +61,13 @@ def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     fast.add_special_tokens({"additional_special_tokens": list(family.special)})
     fast.chat_template = family.template
     return fast
+
+
+def context_ids(chat: ChatTemplate, *turn) -> list[int]:
+    """The tokens of a context."""
+    return chat.tokenizer(chat.context(*turn), add_special_tokens=False).input_ids
+
+
+def target_ids(chat: ChatTemplate, message: str, answer: str) -> list[int]:
+    """The tokens of an answer to a message."""
+    return chat.targets([(message, None, ())], [answer])[0]

@@ -1,0 +1,107 @@
+"""A completion's thought: its tags, where it ends, and so which part is graded. Needs no torch.
+
+One rule for training's reward, the held-out evaluation and `opsd eval`: what follows the thought is
+graded; nothing is where a thought was begun and never ended; all of a text without a thought.
+"""
+
+import re
+from collections.abc import Iterable
+
+_NAME = "(?:[a-z_:]{0,30}think[a-z_]{0,30}|thought|reasoning)"  # NAME in the tags
+TAGS = {
+    "<NAME>": "</NAME>",
+    "[THINK]": "[/THINK]",  # Mistral
+    "◁think▷": "◁/think▷",  # Kimi-VL
+    "<|START_THINKING|>": "<|END_THINKING|>",  # Command A, Command R7B
+    "<|begin_of_thought|>": "<|end_of_thought|>",  # Sky-T1, OpenThoughts
+    "<|inner_prefix|>": "<|inner_suffix|>",  # Apertus
+    "<|open|>think<|sep|>": "<|close|>think<|sep|>",  # Kimi K3
+    "<|channel>thought": "<channel|>",  # Gemma 4
+    "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",  # gpt-oss
+    "<|channel|>commentary": "<|channel|>final<|message|>",
+}
+"""What begins a thought, and what ends it."""
+
+
+def _pattern(tags: Iterable[str]) -> str:
+    return "|".join(re.escape(tag).replace("NAME", _NAME) for tag in tags)
+
+
+BEGIN, END = _pattern(TAGS), _pattern(TAGS.values())
+_BEGIN = re.compile(BEGIN, re.IGNORECASE)
+_END = re.compile(END, re.IGNORECASE)
+_EMPTY = re.compile(rf"(?:{BEGIN})\s*(?:{END})\s*(?={BEGIN})", re.IGNORECASE)
+_CLOSED = re.compile(rf"(?:(?:{BEGIN})\s*)?(?:{END})\s*$", re.IGNORECASE)
+
+
+def final_part(text: str, in_thought: bool = False) -> str:
+    """What is graded of a completion.
+
+    in_thought: the context has begun the thought, as some chat templates do.
+
+    >>> final_part("<think>Perhaps \\\\boxed{6}? No.</think>It is \\\\boxed{7}.")
+    'It is \\\\boxed{7}.'
+    >>> final_part("<think>Perhaps \\\\boxed{6}?")
+    ''
+    """
+    ends = list(_END.finditer(text))
+    if ends:
+        return text[ends[-1].end() :]
+    return "" if in_thought or _BEGIN.match(text.lstrip()) else text
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """The thought that an answer begins with, without its tags, and the rest; ("", text): none.
+
+    >>> split_thought("<think>\\nWe add.\\n</think>\\n\\nIt is 7.")
+    ('\\nWe add.\\n', 'It is 7.')
+    """
+    start = text.lstrip()
+    if alone := _END.match(start):
+        return "", start[alone.end() :].lstrip()
+    begun = _BEGIN.match(start)
+    ended = begun and re.compile(re.escape(_closing(begun)), re.I).search(start, begun.end())
+    if not (begun and ended):
+        return "", text
+    return start[begun.end() : ended.start()], start[ended.end() :].lstrip()
+
+
+def without_empty_thought(text: str) -> str:
+    """The text without an empty thought that a template writes before the answer's own.
+
+    >>> without_empty_thought("<think></think><think>We add.</think>It is 7.")
+    '<think>We add.</think>It is 7.'
+    """
+    return _EMPTY.sub("", text)
+
+
+def open_thought(text: str) -> tuple[str, str] | None:
+    """The tags of the thought that `text` leaves open, as ("<think>", "</think>"); None: none.
+
+    >>> open_thought("<|im_start|>assistant\\n<think>\\n")
+    ('<think>', '</think>')
+    >>> open_thought("<think>\\n\\n</think>\\n\\n") is None
+    True
+    """
+    tags = list(_BEGIN.finditer(text))
+    # Only what the text ends with counts: a problem may talk about such tags.
+    if not tags or text[tags[-1].end() :].strip():
+        return None
+    return tags[-1].group(), _closing(tags[-1])
+
+
+def without_closed_thought(context: str) -> str | None:
+    """The context up to the thought that it closes at once, empty; None: it closes none.
+
+    >>> without_closed_thought("<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n")
+    '<|im_start|>assistant\\n'
+    """
+    closed = _CLOSED.search(context)
+    return context[: closed.start()] if closed else None
+
+
+def _closing(begun: re.Match) -> str:
+    """What ends the thought that this tag begins."""
+    tag = begun.group()
+    known = {opening.lower(): closing for opening, closing in TAGS.items()}
+    return known.get(tag.lower(), f"</{tag[1:]}")
