@@ -1,5 +1,6 @@
 """Shared by all tests: what they need of the installation, said once."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -37,6 +38,22 @@ def pytest_addoption(parser):
     group = parser.getgroup("attacks")
     group.addoption("--attacks", type=int, default=5, help="seeds of each kind of attack")
     group.addoption("--first-seed", type=int, default=0, help="the first of those seeds")
+
+
+# With torch and transformers imported there are more than a million objects, and Python looks
+# through all of them for cycles, time and again: a quarter of a short run's time. What collection
+# has imported stays to the end, so no search looks at it.
+def pytest_configure():
+    gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or libraries say at the end what was never freed
 
 
 def pytest_runtest_setup(item):

@@ -11,8 +11,16 @@ from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import write_file, write_json
 from opsd.compare.comparison import Comparison, compare, to_json
-from opsd.compare.curves_png import write_comparison
-from opsd.compare.page import COLUMNS, markdown, page, rows, seed_columns, seed_rows, title
+from opsd.compare.page import (
+    COLUMNS,
+    markdown,
+    page,
+    rows,
+    seed_columns,
+    seed_rows,
+    title,
+    write_comparison,
+)
 from opsd.compare.study import Study, load_study, overrides, run_jobs, study_jobs, train_jobs
 from opsd.compare.study_page import study_columns, study_notes, study_page, study_rows
 

@@ -98,15 +98,10 @@ def _line(finding: Finding) -> str:
 
 def software() -> Iterator[Finding]:
     """Python, this package, what it needs, what it can use."""
-    version = platform.python_version()
-    old = sys.version_info < (3, 11)
-    yield Finding(
-        "Python",
-        f"{version} ({sys.executable})",
-        "3.11 or later is needed" if old else None,
-        "make the virtual environment with a newer Python",
-        fatal=True,
-    )
+    python = f"{platform.python_version()} ({sys.executable})"
+    problem = "3.11 or later is needed" if sys.version_info < (3, 11) else None
+    advice = "make the virtual environment with a newer Python"
+    yield Finding("Python", python, problem, advice, fatal=True)
     ours = _version(DISTRIBUTION)
     yield Finding(DISTRIBUTION, ours or f"not installed, used from {Path(__file__).parent.parent}")
     yield from _foreign()
@@ -191,31 +186,22 @@ def _cores(cores: int, quota: float | None, threads: str | None) -> Finding:
         value += f", the container grants {quota:g}"
     best = max(1, int(limit))
     used = int(threads) if threads and threads.isdigit() else cores
+    problem, advice = None, f"export OMP_NUM_THREADS={best}"
     if used > limit and used > best:
-        return Finding(
-            "cores",
-            value,
-            f"{used} threads for {limit:g} cores wait for each other",
-            f"export OMP_NUM_THREADS={best}",
-        )
-    if used < best:
-        return Finding(
-            "cores",
-            value,
-            f"only {used} of {best} cores will be used",
-            f"unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={best}",
-        )
-    return Finding("cores", value)
+        problem = f"{used} threads for {limit:g} cores wait for each other"
+    elif used < best:
+        problem = f"only {used} of {best} cores will be used"
+        advice = f"unset OMP_NUM_THREADS, or {advice}"
+    return Finding("cores", value, problem, problem and advice)
 
 
 def _memory(total: int, available: int) -> Finding:
     value = f"{size(total)}, {size(available)} available"
+    problem = None
     if available < TINY_MEMORY:
         problem = f"even `opsd quickstart --tiny` wants {size(TINY_MEMORY)}"
     elif available < MEMORY:
         problem = f"`opsd quickstart` wants {size(MEMORY)}, --tiny {size(TINY_MEMORY)}"
-    else:
-        return Finding("memory", value)
     return Finding("memory", value, problem, "end other programs, or use a larger machine")
 
 
@@ -224,19 +210,14 @@ _ELSEWHERE = "--output DIR for runs, OPSD_CACHE for the cache"
 
 def _disk(label: str, path: Path) -> Finding:
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    value = f"{size(shutil.disk_usage(existing).free)} free at {path}"
+    free, problem = shutil.disk_usage(existing).free, None
     if not os.access(existing, os.W_OK):
-        return Finding(
-            label, value, f"{existing} is not writable", f"choose another directory: {_ELSEWHERE}"
-        )
-    if shutil.disk_usage(existing).free < DISK:
-        return Finding(
-            label,
-            value,
-            f"models and checkpoints of a quickstart may need {size(DISK)}",
-            f"make room, or choose another disk: {_ELSEWHERE}",
-        )
-    return Finding(label, value)
+        problem, advice = f"{existing} is not writable", "choose another directory"
+    elif free < DISK:
+        problem = f"models and checkpoints of a quickstart may need {size(DISK)}"
+        advice = "make room, or choose another disk"
+    value = f"{size(free)} free at {path}"
+    return Finding(label, value, problem, problem and f"{advice}: {_ELSEWHERE}")
 
 
 # --- devices and kernels ------------------------------------------------------------------------
@@ -247,34 +228,27 @@ def accelerators() -> Iterator[Finding]:
     try:
         torch = importlib.import_module("torch")
     except Exception as error:  # a broken installation raises OSError, ImportError, RuntimeError …
-        yield Finding(
-            "torch",
-            "does not import",
-            f"{type(error).__name__}: {error}",
-            "pip install --force-reinstall torch",
-            fatal=True,
-        )
+        yield _does_not_import("torch", error, "pip install --force-reinstall torch")
         return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(count):
-        properties = torch.cuda.get_device_properties(index)
-        yield Finding(
-            f"GPU {index}",
-            f"{properties.name}, {size(properties.total_memory)}, "
-            f"compute capability {properties.major}.{properties.minor}",
-        )
+        gpu = torch.cuda.get_device_properties(index)
+        capability = f"compute capability {gpu.major}.{gpu.minor}"
+        yield Finding(f"GPU {index}", f"{gpu.name}, {size(gpu.total_memory)}, {capability}")
     if count == 0:
-        driver = Path("/dev/nvidiactl").exists()
-        built_for = torch.version.cuda
-        yield Finding(
-            "GPU",
-            "none in use: training runs on the CPU",
-            "there is an NVIDIA driver, but torch does not use it" if driver else None,
-            "install a torch built for CUDA: pip install --force-reinstall torch"
-            if built_for is None
-            else f"torch is built for CUDA {built_for}: does the driver support that?",
-            absent=True,
-        )
+        problem = advice = None
+        if Path("/dev/nvidiactl").exists():
+            problem = "there is an NVIDIA driver, but torch does not use it"
+            advice = f"torch is built for CUDA {torch.version.cuda}: does the driver support that?"
+            if torch.version.cuda is None:
+                advice = "install a torch built for CUDA: pip install --force-reinstall torch"
+        where = "none in use: training runs on the CPU"
+        yield Finding("GPU", where, problem, advice, absent=True)
+
+
+def _does_not_import(name: str, error: Exception, advice: str) -> Finding:
+    said = f"{type(error).__name__}: {error}"
+    return Finding(name, "does not import", said, advice, fatal=True)
 
 
 def kernels() -> Iterator[Finding]:
@@ -282,24 +256,15 @@ def kernels() -> Iterator[Finding]:
     try:
         backends = importlib.import_module("opsd_kernels").backends()
     except Exception as error:
-        yield Finding(
-            "opsd_kernels",
-            "does not import",
-            f"{type(error).__name__}: {error}",
-            "pip install -c constraints-cpu.txt .",
-            fatal=True,
-        )
+        yield _does_not_import("opsd_kernels", error, "pip install -c constraints-cpu.txt .")
         return
     for name, reason in backends.items():
         if reason is None:
             yield Finding(name, "usable")
         elif name == "cpp":  # built with the package: its absence is an accident
-            yield Finding(
-                name,
-                "unusable",
-                f"{reason} (until then the slower torch backend serves)",
-                "pip install -c constraints-cpu.txt . (needs a C++ compiler)",
-            )
+            problem = f"{reason} (until then the slower torch backend serves)"
+            advice = "pip install -c constraints-cpu.txt . (needs a C++ compiler)"
+            yield Finding(name, "unusable", problem, advice)
         else:
             yield Finding(name, f"unusable: {reason}", absent=True)
 

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from opsd.cli.plan import show_plan
+from opsd.cli.plan import Plan
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.config.config import Config
@@ -52,18 +52,13 @@ def dry_run(config: Config, display: Display) -> None:
     lengths = _show_contexts(rows, prompts, config, limit, display)
     _show_examples(rows[0], prompts, config, display)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    show_plan(config, Planner(student, lengths, _device_memory(), processes), display)
+    gpu = torch.cuda.is_available()
+    memory = torch.cuda.get_device_properties(0).total_memory if gpu else None
+    Plan(config, Planner(student, lengths, memory, processes)).show(display)
     display.note(
         f"{config.method}: {config.train.steps} steps of {config.train.problems_per_step} problems "
         f"from {len(rows)} rows, {len(held_out)} held out. Nothing was trained."
     )
-
-
-def _device_memory() -> int | None:
-    """Of this machine's GPU; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    return torch.cuda.get_device_properties(0).total_memory
 
 
 def _show_contexts(

@@ -1,7 +1,5 @@
 """`opsd eval`: a model, a benchmark; completions, a table, a page."""
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json

@@ -1,10 +1,11 @@
 """The arguments of `opsd eval`. They are checked before torch is imported."""
 
+import argparse
 import os
 import re
-from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 
+from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError, problem_said
 from opsd.common.urls import check_address
 from opsd.config.names import ENGINES
@@ -13,9 +14,10 @@ from opsd.evaluate.answers import Shard
 BATCH = {"generate": 64, "continuous": 64, "vllm": 512, "vllm_server": 512}
 """Answers sampled together, unless told: vLLM decides by itself how many it decodes at once."""
 THINKING = {"on": True, "off": False, "template": None}
+"""What the chat template is told as enable_thinking; None: nothing."""
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `opsd eval`."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="a directory or hub name")
@@ -47,31 +49,29 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--output", metavar="DIR", help="default: runs/eval/<model>-<benchmark>-<key>")
 
 
-def run(parsed: Namespace) -> None:
+def run(parsed: argparse.Namespace) -> None:
     """Evaluates. Raises UserError."""
-    asked = settings(parsed)
+    check(parsed)
     from opsd.cli.evaluate import evaluate_command
     from opsd.models.load import quiet_transformers
 
     quiet_transformers()
-    evaluate_command(asked)
+    evaluate_command(parsed)
 
 
-def settings(parsed: Namespace, environment: Mapping[str, str] = os.environ) -> Namespace:
-    """The arguments, checked. None: as the benchmark's convention has it; `ranked`: the shard is
-    the rank of a launcher, which shows all processes' output at once. Raises UserError."""
-    for name in ("samples", "problems", "max_new_tokens", "batch_size"):
-        value = getattr(parsed, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+def check(parsed: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> None:
+    """Checks the arguments; what is None is left to the benchmark's convention. Raises UserError.
+
+    `columns` becomes a dictionary, `shard` a Shard. Adds `enable_thinking`, what the chat template
+    is told; `local_rank`; and `ranked`, whether the shard is the rank of a launcher, which shows
+    the output of all processes.
+    """
+    check_at_least(1, parsed, "samples", "problems", "max_new_tokens", "batch_size")
+    check_at_least(0, parsed, "top_k", "seed")
     if parsed.temperature is not None and not 0 <= parsed.temperature < float("inf"):
         raise UserError(f"--temperature is {parsed.temperature}: it must be at least 0")
     if parsed.top_p is not None and not 0 < parsed.top_p <= 1:
         raise UserError(f"--top-p is {parsed.top_p}: it must be above 0 and at most 1")
-    for name in ("top_k", "seed"):
-        if getattr(parsed, name) < 0:
-            value = getattr(parsed, name)
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 0")
     if parsed.thinking is not None and parsed.thinking not in THINKING:
         raise UserError(f"--thinking is {parsed.thinking!r}: it must be on, off or template")
     if parsed.engine not in ENGINES:
@@ -79,20 +79,15 @@ def settings(parsed: Namespace, environment: Mapping[str, str] = os.environ) -> 
     _check_server(parsed)
     if not 0 < parsed.gpu_memory < 1:
         raise UserError(f"--gpu-memory is {parsed.gpu_memory}: it must be between 0 and 1")
-    return Namespace(
-        **vars(parsed)
-        | {
-            "enable_thinking": THINKING.get(parsed.thinking),
-            "batch_size": parsed.batch_size or BATCH[parsed.engine],
-            "columns": _columns(parsed.columns),
-            "shard": _shard(parsed.shard, environment),
-            "ranked": parsed.shard is None,
-            "local_rank": _number("LOCAL_RANK", environment.get("LOCAL_RANK", "0"), 0),
-        }
-    )
+    parsed.batch_size = parsed.batch_size or BATCH[parsed.engine]
+    parsed.columns = _columns(parsed.columns)
+    parsed.enable_thinking = THINKING.get(parsed.thinking)
+    parsed.ranked = parsed.shard is None
+    parsed.shard = _shard(parsed.shard, environment)
+    parsed.local_rank = _number("LOCAL_RANK", environment.get("LOCAL_RANK", "0"), 0)
 
 
-def _check_server(parsed: Namespace) -> None:
+def _check_server(parsed: argparse.Namespace) -> None:
     if parsed.engine == "vllm_server" and parsed.server is None:
         raise UserError("--server is missing: --engine vllm_server needs its address")
     if parsed.engine != "vllm_server" and parsed.server is not None:

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
+from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 from opsd.config.names import METHODS
 from opsd.data.solution_styles import SOLUTION_STYLES
@@ -39,10 +40,7 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.voice is not None:
         raise UserError("--voice is called --solution-style now")
     methods = _methods(parsed.methods, parsed.tiny)
-    for name in ("steps", "problems", "solutions"):
-        value = getattr(parsed, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}: it must be at least 1")
+    check_at_least(1, parsed, "steps", "problems", "solutions")
     if parsed.tiny and parsed.model:
         raise UserError("--model and --tiny exclude each other: --tiny makes its own model")
     if not 0 <= parsed.seed < 2**32:

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -150,6 +151,11 @@ def read_lines(path: Path, bad: list[int] | None = None) -> list[dict]:
                 raise UserError(f"{path} is damaged in line {number} ({said})") from None
             bad.append(number)
     return records
+
+
+def read_toml(module: str, name: str) -> dict[str, Any]:
+    """The table `name`.toml that we ship beside a module; `module`: its __file__."""
+    return tomllib.loads(Path(module).with_name(f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def sync(path: Path) -> None:

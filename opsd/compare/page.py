@@ -1,10 +1,11 @@
-"""A comparison for people to read: a table for the terminal, and one page."""
+"""A comparison for people to read: a table for the terminal, one page, and a figure."""
 
 # ruff: noqa: RUF001 - dashes and signs for people to read are meant as such
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import IO
 
 from opsd.common.format import duration, number, percent
 from opsd.compare.comparison import Comparison, Method
@@ -13,9 +14,15 @@ from opsd.report.charts import Series, accuracy_chart
 from opsd.report.render import interval, render
 
 COLUMNS = (
-    "", "seeds", "accuracy at the budget", "gain", "tokens to the target", "tokens, ratio",
-    "time", "FLOPs",
-)  # fmt: skip
+    "",
+    "seeds",
+    "accuracy at the budget",
+    "gain",
+    "tokens to the target",
+    "tokens, ratio",
+    "time",
+    "FLOPs",
+)
 
 
 def title(comparison: Comparison) -> str:
@@ -166,3 +173,20 @@ def page(comparison: Comparison) -> str:
         chart=chart,
         charts={chart.identifier: chart.data},
     )
+
+
+def write_comparison(comparison: Comparison, file: IO[bytes]) -> None:
+    """comparison.png: mean curves and every seed's own, for a README or a chat. It has 1400 by 840
+    pixels; its text is legible at half that width."""
+    from opsd.report.curves_png import colour_of, draw_accuracy, drawing
+
+    with drawing(file, (7, 4.2), (1,)) as (axes,):
+        means = series(comparison)
+        draw_accuracy(axes, means, token_axis(comparison))
+        for method, mean in zip(comparison.methods, means, strict=True):
+            for run in method.runs if len(method.runs) > 1 else ():
+                xs, ys = zip(*run.curve, strict=True)
+                axes.plot(xs, ys, color=colour_of(mean), linewidth=0.7, alpha=0.5)
+        title = "Held-out accuracy: means, 90 % intervals, and seeds"
+        axes.set_title(title, fontsize=12, loc="left")
+        axes.set_ylim(-0.02, 1.03)

@@ -5,7 +5,11 @@ The fields' types, in sections.py, say what each may be; here is what goes toget
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from opsd.common.templates import over_rollouts
 from opsd.config.names import DIVERGENCE_METHODS
@@ -39,235 +43,159 @@ ZERO_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmspro
 
 
 def check(config: Config) -> None:
-    """Raises ValueError that names the field, its value and what it may be."""
-    _check_teacher(config)
-    _check_engine(config)
-    _check_group(config)
-    _check_adapters(config)
-    _check_teacher_memory(config)
-    _check_methods(config)
-    _check_divergence(config)
-    _check_rewards(config)
-    _check_policy_gradient(config)
-    _check_templates(config)
-    _check_updates(config)
-    _check_zero(config)
+    """Raises ValueError that names the field, its value and what it may be.
+
+    A rule yields `field: why`; the field's value is put between the two. An unused field is
+    refused where it is not at its default: it would be accepted and ignored.
+    """
+    for rule in RULES:
+        for broken in rule(config):
+            field, _, why = broken.partition(": ")
+            raise ValueError(f"{field} is {_shown(_value(config, field))}: {why}")
+    for fields, why in _unused(config):
+        for field in fields.split():
+            section, _, name = field.rpartition(".")
+            default = type(_value(config, section)).model_fields[name].get_default()
+            if (value := _value(config, field)) != default:
+                raise ValueError(f"{field} is {_shown(value)}: {why}")
 
 
-def _check_teacher(config: Config) -> None:
-    teacher = config.teacher
-    if teacher.policy == "model" and teacher.path is None:
-        raise ValueError(
-            "teacher.path is missing: teacher.policy 'model' needs the model that teaches"
-        )
-    if teacher.policy != "model" and teacher.path is not None:
-        raise ValueError(
-            f"teacher.path is {teacher.path!r}: it is for teacher.policy 'model', not "
-            f"{teacher.policy!r}"
-        )
-    if config.method == "distill" and teacher.policy != "model":
-        raise ValueError(
-            f"teacher.policy is {teacher.policy!r}: distill shows the teacher what the student "
-            "sees, so it must be 'model', another model, with teacher.path"
+def _value(config: Config, field: str) -> Any:
+    return reduce(getattr, field.split("."), config)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_defaults=True)
+    return "missing" if value is None else "true" if value is True else repr(value)
+
+
+def _teacher(config: Config) -> Iterator[str]:
+    teacher, policy = config.teacher, config.teacher.policy
+    if policy == "model" and teacher.path is None:
+        yield "teacher.path: teacher.policy 'model' needs the model that teaches"
+    if policy != "model" and teacher.path is not None:
+        yield f"teacher.path: it is for teacher.policy 'model', not {policy!r}"
+    if config.method == "distill" and policy != "model":
+        yield (
+            "teacher.policy: distill shows the teacher what the student sees, so it must be "
+            "'model', another model, with teacher.path"
         )
     if config.rollout.source != "student" and config.method not in DIVERGENCE_METHODS:
-        raise ValueError(
-            f"rollout.source is {config.rollout.source!r}: that is for opsd and distill; "
-            f"{config.method} has its own"
-        )
+        yield f"rollout.source: that is for opsd and distill; {config.method} has its own"
 
 
-def _check_group(config: Config) -> None:
-    if config.method == "grpo" and config.rollout.group_size < 2:
-        raise ValueError(
-            f"rollout.group_size is {config.rollout.group_size}: grpo compares a problem's "
-            "rollouts with each other and needs at least 2"
-        )
-
-
-def _check_engine(config: Config) -> None:
-    rollout = config.rollout
+def _rollouts(config: Config) -> Iterator[str]:
+    rollout, vllm = config.rollout, config.rollout.engine.startswith("vllm")
     if rollout.engine == "vllm_server" and rollout.server is None:
-        raise ValueError("rollout.server is missing: rollout.engine 'vllm_server' needs it")
+        yield "rollout.server: rollout.engine 'vllm_server' needs it"
     for name in ("server", "weights_dir"):
-        value = getattr(rollout, name)
-        if value is not None and rollout.engine != "vllm_server":
-            raise ValueError(
-                f"rollout.{name} is {value!r}: it is for rollout.engine 'vllm_server', not "
-                f"{rollout.engine!r}"
-            )
-    if rollout.engine.startswith("vllm") and rollout.source != "student":
-        raise ValueError(
-            f"rollout.engine is {rollout.engine!r}: vLLM samples from the student; with "
-            f"rollout.source {rollout.source!r} it may be 'generate' or 'continuous'"
+        if getattr(rollout, name) is not None and rollout.engine != "vllm_server":
+            yield f"rollout.{name}: it is for rollout.engine 'vllm_server', not {rollout.engine!r}"
+    if vllm and rollout.source != "student":
+        yield (
+            "rollout.engine: vLLM samples from the student; with rollout.source "
+            f"{rollout.source!r} it may be 'generate' or 'continuous'"
         )
-    if rollout.engine.startswith("vllm") and config.model.gguf_file is not None:
-        raise ValueError(
-            f"model.gguf_file is {config.model.gguf_file!r}: vLLM is given weights under the "
-            "names of a transformers directory; save the model as one first"
+    if vllm and config.model.gguf_file is not None:
+        yield (
+            "model.gguf_file: vLLM is given weights under the names of a transformers directory; "
+            "save the model as one first"
+        )
+    if config.method == "grpo" and rollout.group_size < 2:
+        yield (
+            "rollout.group_size: grpo compares a problem's rollouts with each other and needs at "
+            "least 2"
         )
 
 
-def _check_adapters(config: Config) -> None:
-    model, output = config.model, config.output
-    if model.lora is None:
-        if output.merge:
-            raise ValueError("output.merge is true: without model.lora there is nothing to merge")
+def _adapters(config: Config) -> Iterator[str]:
+    model, lora = config.model, config.model.lora
+    if lora is None:
+        if config.output.merge:
+            yield "output.merge: without model.lora there is nothing to merge"
         return
     if model.gguf_file is not None:
-        raise ValueError(
-            f"model.gguf_file is {model.gguf_file!r}: an adapter must find its model again as "
-            "a transformers directory or on the hub; save the model as one first"
+        yield (
+            "model.gguf_file: an adapter must find its model again as a transformers directory or "
+            "on the hub; save the model as one first"
         )
-    if model.lora.dropout and config.method != "sft":
-        raise ValueError(
-            f"model.lora.dropout is {model.lora.dropout:g}: method {config.method!r} scores what "
-            "was sampled, and rollouts are sampled without dropout; set it to 0 (dropout is for "
-            "method sft)"
+    if lora.dropout and config.method != "sft":
+        yield (
+            f"model.lora.dropout: method {config.method!r} scores what was sampled, and rollouts "
+            "are sampled without dropout; set it to 0 (dropout is for method sft)"
         )
-    if model.lora.quantize != "none" and config.rollout.engine.startswith("vllm"):
-        raise ValueError(
-            f"rollout.engine is {config.rollout.engine!r}: weights in 4 bits "
-            "(model.lora.quantize) cannot be given to it (allowed: generate, continuous)"
+    if lora.quantize != "none" and config.rollout.engine.startswith("vllm"):
+        yield (
+            "rollout.engine: weights in 4 bits (model.lora.quantize) cannot be given to it "
+            "(allowed: generate, continuous)"
         )
-    if model.lora.quantize != "none" and config.train.sharding != "none":
-        raise ValueError(
-            f"train.sharding is {config.train.sharding!r}: weights in 4 bits "
-            "(model.lora.quantize) cannot be split; train with none"
+    if lora.quantize != "none" and config.train.sharding != "none":
+        yield (
+            "train.sharding: weights in 4 bits (model.lora.quantize) cannot be split; train with "
+            "none"
         )
 
 
-def _check_teacher_memory(config: Config) -> None:
+def _teacher_memory(config: Config) -> Iterator[str]:
     teacher = config.teacher
     for name, off in (("quantize", "none"), ("offload", False)):
-        value = getattr(teacher, name)
-        if value == off:
+        if getattr(teacher, name) == off:
             continue
         if teacher.policy not in ("initial", "model"):
-            raise ValueError(
-                f"teacher.{name} is {value!r}: it is for teacher.policy 'initial' or 'model', "
-                f"not {teacher.policy!r}"
+            yield (
+                f"teacher.{name}: it is for teacher.policy 'initial' or 'model', not "
+                f"{teacher.policy!r}"
             )
         if teacher.policy == "initial" and config.model.lora is not None:
-            raise ValueError(
-                f"teacher.{name} is {value!r}: with model.lora the initial teacher is the "
-                "student's own frozen weights, and there is no other copy of them"
+            yield (
+                f"teacher.{name}: with model.lora the initial teacher is the student's own frozen "
+                "weights, and there is no other copy of them"
             )
 
 
-def _check_methods(config: Config) -> None:
-    for name, methods in USED_BY.items():
-        if config.method not in methods:
-            _refuse_changed(
-                config.loss,
-                name,
-                "loss",
-                f"that is for {' and '.join(methods)}, not for {config.method}",
-            )
-    if config.method == "sft":
-        for name in ("correct", "incorrect", "truncated"):
-            _refuse_changed(
-                config.loss.weights, name, "loss.weights", "sft has no rollouts to be weighed"
-            )
-    if config.method != "grpo":
-        _refuse_changed(
-            config.rollout, "dynamic_sampling", "rollout", f"{config.method} has no use for it"
-        )
-
-
-def _check_divergence(config: Config) -> None:
-    loss = config.loss
-    if loss.divergence != "jsd":
-        why = f"it is for loss.divergence 'jsd', not {loss.divergence!r}"
-        _refuse_changed(loss, "beta", "loss", why)
-    if loss.clip == "none":
-        _refuse_changed(loss, "clip_threshold", "loss", "loss.clip is 'none'")
-    if config.method == "grpo":
-        return
-    if loss.divergence != "sampled_token":
-        for name in ("epsilon", "epsilon_high"):
-            _refuse_changed(
-                loss,
-                name,
-                "loss",
-                "over the whole vocabulary no ratio is clipped; that is for "
-                "loss.divergence 'sampled_token', and for grpo",
-            )
-        return
-    for name in ("clip", "temperature"):
-        _refuse_changed(
-            loss,
-            name,
-            "loss",
-            "loss.divergence 'sampled_token' takes log-probabilities of "
-            "the rollout's tokens as they are",
-        )
-    if config.rollout.source != "student":
-        raise ValueError(
-            f"rollout.source is {config.rollout.source!r}: loss.divergence 'sampled_token' is a "
-            "policy gradient, which is right for the student's own rollouts only"
-        )
-
-
-def _check_rewards(config: Config) -> None:
+def _rewards(config: Config) -> Iterator[str]:
     reward, weights = config.loss.reward, config.loss.weights
     if config.method == "sft":
         return
     if weights.correct == weights.incorrect == 0:
-        raise ValueError(
-            "loss.weights.correct is 0.0 and loss.weights.incorrect too: nothing would be learnt"
-        )
+        yield ("loss.weights.correct: loss.weights.incorrect is 0 too, so nothing would be learnt")
     if config.rollout.source == "reference" and needs_grades(config):
-        raise ValueError(
-            "rollout.source is 'reference': weights by correctness and a teacher template over "
-            "rollouts need rollouts"
+        yield (
+            "rollout.source: weights by correctness and a teacher template over rollouts need "
+            "rollouts"
         )
-    if not is_graded(config):
-        for name in type(reward).model_fields:
-            _refuse_changed(
-                reward,
-                name,
-                "loss.reward",
-                f"{config.method} grades no rollouts, unless "
-                "loss.weights.correct or .incorrect, a teacher template over `rollout` or `peers`, "
-                "or loss.reward.log asks for it",
-            )
-    if config.method != "grpo":
-        for name in ("format", "overlong_buffer"):
-            _refuse_changed(reward, name, "loss.reward", "that is a part of grpo's reward")
     longest = config.rollout.max_new_tokens
     if reward.overlong_buffer is not None and reward.overlong_buffer > longest:
-        raise ValueError(
-            f"loss.reward.overlong_buffer is {reward.overlong_buffer}: it may be at most "
-            f"rollout.max_new_tokens ({longest})"
+        yield f"loss.reward.overlong_buffer: it may be at most rollout.max_new_tokens ({longest})"
+
+
+def _policy_gradient(config: Config) -> Iterator[str]:
+    loss = config.loss
+    sampled_token = config.method != "grpo" and loss.divergence == "sampled_token"
+    if sampled_token and config.rollout.source != "student":
+        yield (
+            "rollout.source: loss.divergence 'sampled_token' is a policy gradient, which is right "
+            "for the student's own rollouts only"
         )
-
-
-def _check_policy_gradient(config: Config) -> None:
-    loss, policy = config.loss, config.teacher.policy
-    if loss.kl and policy == "live":
-        raise ValueError(
-            f"loss.kl is {loss.kl}: with teacher.policy 'live' the reference is the student "
-            "itself; it may be 'initial', 'ema' or 'model'"
+    if loss.kl and config.teacher.policy == "live":
+        yield (
+            "loss.kl: with teacher.policy 'live' the reference is the student itself; it may be "
+            "'initial', 'ema' or 'model'"
         )
-    for name in ("credit_clip", "credit_steps"):
-        if not loss.credit:
-            _refuse_changed(loss, name, "loss", "without loss.credit it does nothing")
-    high = loss.epsilon if loss.epsilon_high is None else loss.epsilon_high
-    if high < loss.epsilon:
-        raise ValueError(
-            f"loss.epsilon_high is {high}: it must be at least loss.epsilon ({loss.epsilon})"
-        )
+    if loss.epsilon_high is not None and loss.epsilon_high < loss.epsilon:
+        yield f"loss.epsilon_high: it must be at least loss.epsilon ({loss.epsilon})"
 
 
-def _check_templates(config: Config) -> None:
+def _templates(config: Config) -> Iterator[str]:
+    prompts = config.prompts
     for name in ("student", "target"):
-        if over_rollouts(getattr(config.prompts, name)):
+        if over_rollouts(getattr(prompts, name)):
             raise ValueError(
                 f"prompts.{name} uses `rollout` or `peers`: it is filled in before there are "
                 "rollouts; only prompts.teacher may"
             )
-    if not over_rollouts(config.prompts.teacher):
+    if not over_rollouts(prompts.teacher):
         return
     if not teaches_over_rollouts(config) or config.method == "sft":
         raise ValueError(
@@ -275,56 +203,82 @@ def _check_templates(config: Config) -> None:
             "are rollouts, or not at all"
         )
     if config.eval.teacher:
-        raise ValueError(
-            "eval.teacher is true: prompts.teacher uses `rollout` or `peers`, and held-out "
-            "problems have none"
+        yield (
+            "eval.teacher: prompts.teacher uses `rollout` or `peers`, and held-out problems have "
+            "none"
         )
     if config.rollout.source != "student":
-        raise ValueError(
-            f"rollout.source is {config.rollout.source!r}: prompts.teacher uses `rollout` or "
-            "`peers`, so the student must have written them"
+        yield (
+            "rollout.source: prompts.teacher uses `rollout` or `peers`, so the student must have "
+            "written them"
         )
 
 
-def _check_updates(config: Config) -> None:
-    train, teacher = config.train, config.teacher
+def _updates(config: Config) -> Iterator[str]:
+    train = config.train
     if train.warmup_steps > train.steps:
-        raise ValueError(
-            f"train.warmup_steps is {train.warmup_steps}: it may be at most train.steps "
-            f"({train.steps})"
-        )
-    if train.mini_batches > train.problems_per_step:
-        raise ValueError(
-            f"train.mini_batches is {train.mini_batches}: it may be at most "
-            f"train.problems_per_step ({train.problems_per_step})"
-        )
-    if teacher.policy != "ema":
-        for name in ("ema_decay", "update_every"):
-            _refuse_changed(
-                teacher, name, "teacher", f"it is for teacher.policy 'ema', not {teacher.policy!r}"
-            )
-
-
-def _check_zero(config: Config) -> None:
-    train, model = config.train, config.model
+        yield f"train.warmup_steps: it may be at most train.steps ({train.steps})"
+    if train.mini_batches > (most := train.problems_per_step):
+        yield f"train.mini_batches: it may be at most train.problems_per_step ({most})"
     if not train.sharding.startswith("zero"):
         return
-    if model.lora is not None:
-        raise ValueError(
-            f"train.sharding is {train.sharding!r}: with model.lora all that it would split is the "
-            "adapters' gradients and moments, which are small (allowed: none, fsdp2)"
+    if config.model.lora is not None:
+        yield (
+            "train.sharding: with model.lora all that it would split is the adapters' gradients "
+            "and moments, which are small (allowed: none, fsdp2)"
         )
     if train.optimizer not in ZERO_OPTIMIZERS:
-        raise ValueError(
-            f"train.optimizer is {train.optimizer!r}: under train.sharding {train.sharding!r} an "
-            "optimizer sees flat pieces of the weights, no matrices (allowed: "
-            f"{', '.join(ZERO_OPTIMIZERS)})"
+        yield (
+            f"train.optimizer: under train.sharding {train.sharding!r} an optimizer sees flat "
+            f"pieces of the weights, no matrices (allowed: {', '.join(ZERO_OPTIMIZERS)})"
         )
 
 
-def _refuse_changed(section, name: str, place: str, why: str) -> None:
-    """Refuse a field that is not at its default: it would be accepted and ignored."""
-    value = getattr(section, name)
-    if value != type(section).model_fields[name].get_default():
-        shown = value.model_dump(exclude_defaults=True) if hasattr(value, "model_dump") else value
-        raise ValueError(f"{place}.{name} is {shown!r}: {why}")
+RULES = (
+    _teacher,
+    _rollouts,
+    _adapters,
+    _teacher_memory,
+    _rewards,
+    _policy_gradient,
+    _templates,
+    _updates,
+)
+
+
+def _unused(config: Config) -> Iterator[tuple[str, str]]:
+    """Fields that this run does not read, and why not."""
+    method, loss, policy = config.method, config.loss, config.teacher.policy
+    for name, methods in USED_BY.items():
+        if method not in methods:
+            yield f"loss.{name}", f"that is for {' and '.join(methods)}, not for {method}"
+    if method == "sft":
+        weights = "loss.weights.correct loss.weights.incorrect loss.weights.truncated"
+        yield weights, "sft has no rollouts to be weighed"
+    if method != "grpo":
+        yield "rollout.dynamic_sampling", f"{method} has no use for it"
+        grpo_alone = "loss.reward.format loss.reward.overlong_buffer"
+        if is_graded(config):
+            yield grpo_alone, "that is a part of grpo's reward"
+    if loss.divergence != "jsd":
+        yield "loss.beta", f"it is for loss.divergence 'jsd', not {loss.divergence!r}"
+    if loss.clip == "none":
+        yield "loss.clip_threshold", "loss.clip is 'none'"
+    ratio, whole = "loss.epsilon loss.epsilon_high", "over the whole vocabulary no ratio is clipped"
+    if method != "grpo" and loss.divergence != "sampled_token":
+        yield ratio, f"{whole}; that is for loss.divergence 'sampled_token', and for grpo"
+    elif method != "grpo":
+        as_they_are = "takes log-probabilities of the rollout's tokens as they are"
+        yield "loss.clip loss.temperature", f"loss.divergence 'sampled_token' {as_they_are}"
+    if not is_graded(config) and method != "sft":
+        fields = " ".join(f"loss.reward.{name}" for name in type(loss.reward).model_fields)
+        yield (
+            fields,
+            f"{method} grades no rollouts, unless loss.weights.correct or .incorrect, a teacher "
+            "template over `rollout` or `peers`, or loss.reward.log asks for it",
+        )
+    if not loss.credit:
+        yield "loss.credit_clip loss.credit_steps", "without loss.credit it does nothing"
+    if policy != "ema":
+        fields = "teacher.ema_decay teacher.update_every"
+        yield fields, f"it is for teacher.policy 'ema', not {policy!r}"

@@ -1,7 +1,8 @@
 """accelerate, set up for a run: DDP, FSDP2 or DeepSpeed around the model that trains."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -13,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from opsd.common.precision import compute_dtype
 from opsd.config.sections import TrainSection
 from opsd.distributed import deepspeed
+
+Result = TypeVar("Result")
 
 
 def make_accelerator(train: TrainSection) -> Accelerator:
@@ -79,3 +82,29 @@ def gathered_weights(
     names = {name for name, _ in [*unsplit.named_parameters(), *unsplit.named_buffers()]}
     gathered = accelerator.get_state_dict(wrapped) or {}
     return {name: tensor for name, tensor in gathered.items() if name in names}
+
+
+def called_through(wrapper: nn.Module, model: nn.Module, function: Callable[[], Result]) -> Result:
+    """`function()`, as the forward of `model` in `wrapper`.
+
+    DistributedDataParallel and FSDP2 do their work around the forward of what they wrap: they
+    gather its weights and prepare to reduce its gradients. A function that uses the model's parts
+    must run there. `wrapper` is `model` itself under FSDP2.
+    """
+    own = vars(model).get("forward")
+
+    def restore() -> None:
+        if own is None:
+            vars(model).pop("forward", None)
+        else:
+            model.forward = own
+
+    def forward() -> Result:
+        restore()  # inside, the model is itself again
+        return function()
+
+    model.forward = forward
+    try:
+        return wrapper()
+    finally:
+        restore()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError
+from opsd.common.files import read_toml
 from opsd.data.rows import Row, load_rows
 from opsd.data.sources import REASONING_GYM
 
@@ -54,76 +55,24 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class _Known:
-    """`keep`: column → the values of the rows that count; None: all."""
+    """An entry of benchmarks.toml, which says what its fields are."""
 
     source: str
     split: str
     columns: Mapping[str, str] = field(default_factory=dict)
-    name: str | None = None  # the hub's configuration
+    name: str | None = None
     revision: str | None = None
-    keep: tuple[str, tuple[str, ...]] | None = None
+    keep: tuple[str, Sequence[str]] | None = None
+    also: Sequence[str] = ()
     convention: Convention = Convention()
 
 
-# The OPSD paper's avg@12 at temperature 1 and up to 38 912 tokens, thinking; top-p .95 is what its
-# evaluation script sets with thinking on.
-_COMPETITION = Convention(12, 1.0, 0.95, 38_912, thinking=True)
-
-# A hub dataset may change under its name: a revision is pinned wherever one was known when this
-# table was written, and the one that was read is recorded in every case.
 KNOWN: Mapping[str, _Known] = {
-    "aime24": _Known(
-        "HuggingFaceH4/aime_2024",
-        "train",
-        revision="2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
-        convention=_COMPETITION,
-    ),
-    "aime25": _Known(
-        "math-ai/aime25",
-        "test",
-        revision="563bb8404243c5f09de6ec262f2db674fe5bce9b",
-        convention=_COMPETITION,
-    ),
-    "hmmt25": _Known(
-        "MathArena/hmmt_feb_2025",
-        "train",
-        revision="6fdc4277120810ff75aa22d2d5489b91f7a262a1",
-        convention=_COMPETITION,
-    ),
-    # Its authors have the 11 answers of type "description" graded by a language model and call the
-    # other 39 problems AMO-Bench-P; 32 samples are theirs as well.
-    "amo-bench": _Known(
-        "meituan-longcat/AMO-Bench",
-        "test",
-        columns={"problem": "prompt"},
-        keep=("answer_type", ("number", "set", "variable")),
-        convention=Convention(32, 1.0, 0.95, 38_912, thinking=True),
-    ),
-    "math-500": _Known(
-        "HuggingFaceH4/MATH-500",
-        "test",
-        revision="6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
-        convention=Convention(max_new_tokens=4096, thinking=False),
-    ),
-    # The answer is the last line of the worked solution, after `####`: load_rows takes it out.
-    "gsm8k": _Known(
-        "openai/gsm8k",
-        "test",
-        columns={"problem": "question", "solution": "answer", "answer": "answer"},
-        name="main",
-        revision="740312add88f781978c0658806c59bc2815b9866",
-        convention=Convention(max_new_tokens=1024, thinking=False),
-    ),
+    name: _Known(**entry | {"convention": Convention(**entry["convention"])})
+    for name, entry in read_toml(__file__, "benchmarks").items()
 }
-_OTHER_NAMES = {
-    "math500": "math-500",
-    "aime2024": "aime24",
-    "aime2025": "aime25",
-    "hmmt": "hmmt25",
-    "hmmtfeb25": "hmmt25",
-    "hmmtfeb2025": "hmmt25",
-    "amobench": "amo-bench",
-    "amo": "amo-bench",
+_NAMES = {
+    other: key for key, entry in KNOWN.items() for other in (key.replace("-", ""), *entry.also)
 }
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -149,9 +98,8 @@ def load_benchmark(
     split is "test" and reasoning_gym draws 200 problems. Raises UserError.
     """
     compact = name.lower().replace("-", "").replace("_", "")
-    known = {key.replace("-", ""): key for key in KNOWN} | _OTHER_NAMES
-    if compact in known:
-        key = known[compact]
+    if compact in _NAMES:
+        key = _NAMES[compact]
         entry = KNOWN[key]
     else:
         key, entry = name, _Known(name, "test")

@@ -16,11 +16,6 @@ from opsd.objectives.token_classes import class_table
 from opsd.objectives.token_weights import TokenWeighting
 from opsd.rollout import Sampling
 
-__all__ = [
-    "GRPO", "OPSD", "SFT", "Distill", "Objective", "Problem", "Sample", "SampleGroup",
-    "TokenWeighting", "Totals", "make_objective", "samples_of",
-]  # fmt: skip
-
 
 def make_objective(
     method: str,
@@ -32,9 +27,6 @@ def make_objective(
     """The objective of a method's name. `sampling`: how its rollouts are drawn."""
     classes = class_table(prompts.tokenizer)
     weighting = TokenWeighting(loss, sampling.max_new_tokens, classes)
-    if method == "sft":
-        return SFT(loss, prompts, weighting)
-    if method == "grpo":
-        return GRPO(loss, teacher, weighting, sampling)
-    kind = OPSD if method == "opsd" else Distill
-    return kind(loss, teacher, weighting, classes, sampling)
+    scorer = None if method == "sft" else teacher
+    kind = {"opsd": OPSD, "distill": Distill, "grpo": GRPO, "sft": SFT}[method]
+    return kind(loss, scorer, weighting, classes, sampling, prompts)

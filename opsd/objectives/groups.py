@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.config.loss import LossSection
-from opsd.data.prompts import Context
+from opsd.data.prompts import Context, Prompts
 from opsd.data.rows import Row
 from opsd.grading.rewards import GradedRollout
 from opsd.objectives.token_weights import TokenWeighting
@@ -242,12 +242,18 @@ class Objective:
     def __init__(
         self,
         section: LossSection,  # `loss`
+        # Frozen, or the live model; of grpo the reference of `loss.kl` and who gives `loss.credit`
+        teacher: PreTrainedModel | None = None,
         weighting: TokenWeighting | None = None,  # what the tokens count; None: as `section` says
+        # Of the vocabulary's entries, by `class_table`: the divergence is logged by class
+        classes: Tensor | None = None,
         # The distribution that log-probabilities are of, which rollouts are drawn from; None: the
         # model's own
         sampling: Sampling | None = None,
+        prompts: Prompts | None = None,  # sft: makes the target texts
     ):
-        self.section, self.sampling = section, sampling
+        self.section, self.teacher, self.sampling = section, teacher, sampling
+        self.classes, self.prompts = classes, prompts
         self.weighting = weighting or TokenWeighting(section)
 
     def sample_groups(

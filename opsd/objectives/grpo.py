@@ -28,26 +28,11 @@ from opsd.objectives.groups import (
 from opsd.objectives.importance_sampling import corrected_for_engine
 from opsd.objectives.log_probs import rollout_log_prob, token_log_prob
 from opsd.objectives.policy_gradient import k3, surrogate, teacher_credit
-from opsd.objectives.token_weights import TokenWeighting
 from opsd.prefix import rollout_hidden_states, student_and_teacher_states
-from opsd.rollout import Sampling
 
 
 class GRPO(Objective):
-    """Policy gradient with the group's rewards.
-
-    `teacher`: the reference of `loss.kl` and the teacher of `loss.credit`; not used without either.
-    """
-
-    def __init__(
-        self,
-        section: LossSection,
-        teacher: PreTrainedModel | None = None,
-        weighting: TokenWeighting | None = None,
-        sampling: Sampling | None = None,
-    ):
-        super().__init__(section, weighting, sampling)
-        self.teacher = teacher
+    """Policy gradient with the group's rewards."""
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0

@@ -11,6 +11,7 @@ token instead of the whole vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,60 +36,43 @@ from opsd.objectives.importance_sampling import corrected_for_engine, corrected_
 from opsd.objectives.log_probs import token_log_prob
 from opsd.objectives.policy_gradient import surrogate
 from opsd.objectives.token_classes import split_by_class
-from opsd.objectives.token_weights import TokenWeighting
-from opsd.prefix import student_and_teacher_states
-from opsd.rollout import Sampling
+from opsd.prefix import Ids, student_and_teacher_states
 from opsd_kernels import Clip, linear_divergence
 
 
 class OPSD(Objective):
-    """The divergence between `teacher` (frozen, or the live model) and the model that trains.
+    """The divergence between the teacher and the model that trains."""
 
-    `classes`: of the vocabulary's entries, by `class_table`; with it, the divergence is logged by
-    class.
-    """
-
-    def __init__(
-        self,
-        section: LossSection,
-        teacher: PreTrainedModel,
-        weighting: TokenWeighting | None = None,
-        classes: Tensor | None = None,
-        sampling: Sampling | None = None,
-    ):
-        # Only a policy gradient is one of the policy that sampled.
+    def __init__(self, section: LossSection, *what: Any, **more: Any):
+        super().__init__(section, *what, **more)
         self.by_token = section.divergence == "sampled_token"
-        super().__init__(section, weighting, sampling if self.by_token else None)
-        self.teacher, self.classes = teacher, classes
+        if not self.by_token:  # only a policy gradient is one of the policy that sampled
+            self.sampling = None
         self.clip = None if section.clip == "none" else Clip(section.clip, section.clip_threshold)
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
     ) -> tuple[list[SampleGroup], dict[str, float]]:
         """Each rollout in both contexts, without those that have no teacher context."""
-        with_context = [
-            [
-                (rollout, outcome, context)
-                for rollout, outcome, context in zip(
-                    p.rollouts,
-                    p.outcomes or [None] * len(p.rollouts),
-                    p.teacher_contexts(self.teacher_role),
-                    strict=True,
-                )
-                if context is not None
-            ]
-            for p in problems
+        taught = [
+            (number, rollout, outcome, context)
+            for number, p in enumerate(problems)
+            for rollout, outcome, context in zip(
+                p.rollouts,
+                p.outcomes or [None] * len(p.rollouts),
+                p.teacher_contexts(self.teacher_role),
+                strict=True,
+            )
+            if context is not None
         ]
-        each = [item for items in with_context for item in items]
-        weights = iter(self.weighting([r for r, _, _ in each], [o for _, o, _ in each]))
-        groups = []
-        for p, items in zip(problems, with_context, strict=True):
-            pairs = [
-                (Sample(r.ids, *weight, sampling_log_probs=r.sampling_log_probs), context)
-                for (r, _, context), weight in zip(items, weights, strict=False)
-            ]
-            if pairs := [pair for pair in pairs if pair[0].weight]:
-                groups.append(sample_group(p.context.student, pairs))
+        weights = self.weighting([r for _, r, _, _ in taught], [o for _, _, o, _ in taught])
+        pairs: list[list[tuple[Sample, Ids]]] = [[] for _ in problems]
+        for (number, rollout, _, context), weight in zip(taught, weights, strict=True):
+            sample = Sample(rollout.ids, *weight, sampling_log_probs=rollout.sampling_log_probs)
+            if sample.weight:
+                pairs[number].append((sample, context))
+        each = zip(problems, pairs, strict=True)
+        groups = [sample_group(p.context.student, own) for p, own in each if own]
         used = len(samples_of(groups)) / sum(len(p.rollouts) for p in problems)
         return groups, {} if used == 1 else {"trained_fraction": used}
 

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
-from opsd.config.loss import LossSection
-from opsd.data.prompts import Prompts
 from opsd.objectives.groups import (
     MicroBatch,
     Objective,
@@ -21,7 +19,6 @@ from opsd.objectives.groups import (
     as_student,
 )
 from opsd.objectives.log_probs import token_log_prob
-from opsd.objectives.token_weights import TokenWeighting
 from opsd.prefix import rollout_hidden_states
 from opsd.rollout import Rollout
 
@@ -30,12 +27,6 @@ class SFT(Objective):
     """Cross-entropy; the weight of each token is 1 ÷ the step's tokens."""
 
     samples_rollouts = False
-
-    def __init__(
-        self, section: LossSection, prompts: Prompts, weighting: TokenWeighting | None = None
-    ):
-        super().__init__(section, weighting)
-        self.prompts = prompts
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0

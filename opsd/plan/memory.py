@@ -292,11 +292,9 @@ def _objective(
     config: Config, short: PreTrainedConfig, dtype: torch.dtype
 ) -> tuple[Objective, list[nn.Module]]:
     """The method, and its teacher if it has one."""
-    if config.method == "sft":
-        return SFT(config.loss, None), []
-    kind = {"opsd": OPSD, "distill": Distill, "grpo": GRPO}[config.method]
+    kind = {"opsd": OPSD, "distill": Distill, "grpo": GRPO, "sft": SFT}[config.method]
     if not scores_by_teacher(config):
-        return kind(config.loss, None), []
+        return kind(config.loss), []
     teacher = meta_model(short, dtype).requires_grad_(False).eval()
     return kind(config.loss, teacher), [teacher]
 

@@ -13,9 +13,3 @@ from opsd.prefix.hidden_states import (
 from opsd.prefix.layout import Group, Ids
 from opsd.prefix.packed_forward import try_kernel, unpackable
 from opsd.prefix.prefix_cache import CachedPrefix, PrefixCache, cached_token_cost
-
-__all__ = [
-    "CachedPrefix", "Group", "Ids", "PrefixCache", "cached_token_cost", "live_hidden_states",
-    "rollout_hidden_states", "shared_prefix_hidden_states", "student_and_teacher_states",
-    "try_kernel", "unpackable", "use_kernel",
-]  # fmt: skip

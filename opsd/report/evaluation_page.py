@@ -19,9 +19,9 @@ MAX_CHARACTERS = 12_000  # of one completion, the middle left out; a page must o
 OPEN_CHARACTERS = 1_200  # longer completions, and cut-off ones, are folded
 
 ASKED = (
-    "model", "model_digest", "benchmark", "source", "revision", "benchmark_digest", "samples",
-    "temperature", "top_p", "top_k", "max_new_tokens", "thinking", "seed", "precision",
-)  # fmt: skip
+    "model model_digest benchmark source revision benchmark_digest samples temperature top_p top_k "
+    "max_new_tokens thinking seed precision"
+).split()
 
 
 def page(result: dict[str, Any], rows: Sequence[Row], answers: Sequence[Sequence[Answer]]) -> str:

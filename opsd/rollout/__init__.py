@@ -16,9 +16,3 @@ from opsd.rollout.engines import (
 )
 from opsd.rollout.generate import GenerateSampler
 from opsd.rollout.vllm_client import ServerError, ServerGoneError
-
-__all__ = [
-    "SAMPLERS", "ContinuousSampler", "DistributedSampler", "GenerateSampler", "Rollout", "Sampler",
-    "Sampling", "ServerError", "ServerGoneError", "check_engine", "evaluation_server",
-    "make_sampler", "training_server",
-]  # fmt: skip

@@ -1,11 +1,11 @@
 """Sample answers to held-out problems and grade them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from opsd.common.display import Display
 from opsd.common.statistics import wilson_interval
@@ -86,49 +86,20 @@ class HeldOut:
         sampler: who answers for the model; it must share the problems out among processes. None:
             one is made, which does. The first process grades.
         """
+        start, chat = time.monotonic(), self.prompts.chats[role]
         contexts = self.prompts.all_ids(self.rows, role)
         tokenizer = self.prompts.tokenizer
         if sampler is None:
             sampler = SAMPLERS[self.engine](model, stop_ids(model, tokenizer))
             if self.processes is not None:
                 sampler = DistributedSampler(sampler, self.processes)
-
-        def grade(completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
-            work = partial(self.grader.grade, completions, answers)
-            return work() if self.processes is None else self.processes.once(work)
-
         with display.stage(f"Evaluate the {name or role}", total=len(self.rows)) as stage:
-            result = evaluate(
-                sampler,
-                tokenizer,
-                contexts,
-                self.rows,
-                grade,
-                self.sampling,
-                lambda sequences, tokens: stage.advance(sequences),
-                self.prompts.chats[role].opens_thought,
-            )
+            rollouts = sampler.sample(contexts, self.sampling, lambda done, _: stage.advance(done))
+            texts = completions(tokenizer, rollouts)
+            parts = [final_part(text, chat.opens_thought) for text in texts]
+            grade = partial(self.grader.grade, parts, [row.answer for row in self.rows])
+            grades = grade() if self.processes is None else self.processes.once(grade)
+            how = {"engine": sampler.engine, **asdict(self.sampling)}
+            result = Evaluation(rollouts, texts, grades, time.monotonic() - start, how)
             stage.update(accuracy=result.accuracy)
         return result
-
-
-def evaluate(
-    sampler: Sampler,
-    tokenizer: PreTrainedTokenizerBase,
-    contexts: Sequence[Sequence[int]],
-    rows: Sequence[Row],
-    grade: Callable[[Sequence[str], Sequence[str]], list[Grade]],
-    sampling: Sampling,
-    progress: Callable[[int, int], None] | None = None,
-    in_thought: bool = False,
-) -> Evaluation:
-    """One answer a context (greedy if `sampling.temperature` is 0), graded against the rows.
-
-    in_thought: the contexts have begun the thought.
-    """
-    start = time.monotonic()
-    rollouts = sampler.sample(contexts, sampling, progress)
-    texts = completions(tokenizer, rollouts)
-    grades = grade([final_part(text, in_thought) for text in texts], [row.answer for row in rows])
-    how = {"engine": sampler.engine, **asdict(sampling)}
-    return Evaluation(rollouts, texts, grades, time.monotonic() - start, how)

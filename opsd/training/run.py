@@ -4,9 +4,9 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +37,6 @@ from opsd.models.generation_config import left_out
 from opsd.models.head import head
 from opsd.models.load import load_model, stop_ids, told_stops, window
 from opsd.models.lora import add_adapters, is_adapted, trainable, without_adapters
-from opsd.models.moving_average import MovingAverage
 from opsd.models.teacher import check_teacher, make_teacher
 from opsd.objectives import make_objective
 from opsd.prefix import try_kernel, unpackable, use_kernel
@@ -153,280 +152,273 @@ def _train(
     return directory
 
 
-def run(
-    config: Config,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    held_out: Sequence[Row],
-    grader: Grader,  # decides which held-out answers, and GRPO's rollouts, are right
-    display: Display,
-    *,
-    checkpoint: Path | None = None,
+def run(*what: Any, **more: Any) -> dict:
+    """`Run(...).train()`."""
+    return Run(*what, **more).train()
+
+
+@dataclass
+class Run:
+    """Trains `model` in place by `config.method`, in the claimed directory `config.output.dir`."""
+
+    config: Config
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Row]
+    held_out: Sequence[Row]
+    grader: Grader  # decides which held-out answers, and GRPO's rollouts, are right
+    display: Display
+    _: KW_ONLY
+    checkpoint: Path | None = None
     # The evaluations of step 0, by role, where they are known already
-    before: dict[str, Evaluation] | None = None,
+    before: dict[str, Evaluation] | None = None
     # (completion, answer) → score of a rollout, instead of loss.reward's verifier
-    reward: Reward | None = None,
-    save: bool = True,  # whether to write the trained model to model/
-    server: VLLMServer | None = None,  # who samples under rollout.engine vllm_server
-    processes: Processes | None = None,  # those that train together; none: this one alone
-) -> dict:
-    """Train `model` in place by `config.method`, in the claimed directory `config.output.dir`.
+    reward: Reward | None = None
+    save: bool = True  # whether to write the trained model to model/
+    server: VLLMServer | None = None  # who samples under rollout.engine vllm_server
+    processes: Processes = field(default_factory=Processes)  # those that train together
 
-    Returns the run's summary, which is also written to summary.json.
-    """
-    share_one_heap()
-    begun = time.monotonic()
-    processes = processes or Processes()
-    directory = Path(config.output.dir)
-    prompts = Prompts(config.prompts, tokenizer)
-    base = _own_base(config, model, directory)
-    if config.model.lora is not None:
-        model = add_adapters(model, config.model, base)
-        display.note(f"Adapters: {trainable(model):.2%} of the parameters train")
-    rows, held_out = fitting_data(config, rows, held_out, prompts, window(model.config), display)
-    if save or config.train.save_every:
-        processes.once(lambda: try_saving(config, model, tokenizer, base is not None))
-    if base is not None and processes.first and (checkpoint is None or not base.exists()):
-        save_model(without_adapters(model), tokenizer, directory, base.name)
-    models = _make_models(config, model, tokenizer, bool(held_out), processes)
-    sampler = _make_sampler(config, models, prompts, [*rows, *held_out], server, processes)
-    _say_what_is_shipped(model, tokenizer, display)
-    checkpoint_activations(model, config.train.gradient_checkpointing)
-    log = open_log(directory, checkpoint, processes)
-    if log.dropped:
-        display.note(f"{log.dropped} steps were not saved: they, and their lines, are made again")
-    curve = None
-    if held_out:
-        curve = _learning_curve(
-            config, models, prompts, held_out, grader, sampler, log, display, processes
+    def train(self) -> dict:
+        """Returns the run's summary, which is also written to summary.json."""
+        share_one_heap()
+        begun = time.monotonic()
+        self.directory = Path(self.config.output.dir)
+        self.prompts = Prompts(self.config.prompts, self.tokenizer)
+        self._prepare_model()
+        self._make_teacher()
+        self.sampler = self._make_sampler()
+        self.display.note(told_stops(self.tokenizer, self.stops))
+        if (unused := left_out(self.model)) is not None:
+            self.display.note(unused)
+        checkpoint_activations(self.model, self.config.train.gradient_checkpointing)
+        self._open_log()
+        if lost := self.log.dropped:
+            self.display.note(f"{lost} steps were not saved: they, and their lines, are made again")
+        curve = self._learning_curve() if self.held_out else None
+        if curve is not None and self.checkpoint is None:
+            curve.begin(self.before)
+        step, weights = self._train(curve)
+        self.model.zero_grad(set_to_none=True)
+        release_memory()
+        if self.save and self.processes.first:
+            self._save(weights)
+        if curve is not None and not self.processes.once(lambda: self.log.is_evaluated(step)):
+            self._evaluate_last(curve, step)
+        seconds = time.monotonic() - begun
+        return self.processes.once(lambda: self._write_summary(seconds))
+
+    def _prepare_model(self) -> None:
+        """Adapters, where they are asked for; the rows that fit; whether all can be saved."""
+        config, model = self.config, self.model
+        base = self._own_base()
+        if config.model.lora is not None:
+            self.model = model = add_adapters(model, config.model, base)
+            self.display.note(f"Adapters: {trainable(model):.2%} of the parameters train")
+        self.rows, self.held_out = fitting_data(
+            config, self.rows, self.held_out, self.prompts, window(model.config), self.display
         )
-        if checkpoint is None:
-            curve.begin(before)
+        if self.save or config.train.save_every:
+            self.processes.once(lambda: try_saving(config, model, self.tokenizer, base is not None))
+        missing = base is not None and (self.checkpoint is None or not base.exists())
+        if missing and self.processes.first:
+            save_model(without_adapters(model), self.tokenizer, self.directory, base.name)
+        self.stops = stop_ids(model, self.tokenizer)
 
-    objective = make_objective(
-        config.method, config.loss, models.scorer, prompts, Sampling.of(config.rollout)
-    )
-    with display.stage(f"Train by {config.method.upper()}", total=config.train.steps) as stage:
-        trainer = OPSDTrainer(
-            config,
-            model,
-            rows,
-            prompts,
-            objective,
-            sampler,
-            log,
-            evaluate=curve,
-            on_step=lambda line: stage.update(completed=line["step"], **shown(line)),
-            note=display.note,
-            average=models.average,
-            teacher_sampler=_teacher_sampler(models, tokenizer),
-            processes=processes,
-            reward_function=_make_reward_function(config, prompts, grader, reward),
+    def _own_base(self) -> Path | None:
+        """Where the run keeps the model that its adapters stand on. None, unless model.path is
+        itself an adapter: peft and transformers load no adapter on an adapter, but drop one."""
+        config = self.config
+        if config.model.lora is None or not getattr(self.model, "has_merged_adapters", False):
+            return None
+        if config.output.push_to_hub is not None and not config.output.merge:
+            raise UserError(
+                f"output.push_to_hub is {config.output.push_to_hub!r}: model.path is "
+                f"{config.model.path!r}, an adapter, so that the new one stands on a model which "
+                "the hub has not; set output.merge: true"
+            )
+        return self.directory / "base"
+
+    def _make_teacher(self) -> None:
+        """The teacher and the inference copy. They are made before a checkpoint is loaded: of the
+        weights of step 0.
+
+        Sets `inference`, what sampling and evaluation read: the student, or a copy of its weights;
+        `teacher`, whose view of sample completions is shown; `scorer`, what the objective asks;
+        `average`, an `ema` teacher that training moves; and `split`, whether the student's weights
+        are split over processes.
+        """
+        config, model, dtype = self.config, self.model, self.dtype
+        if config.method != "sft":
+            switch_off_dropout(model)
+        if config.train.share_prefixes and unpackable(model) is None:
+            try_kernel(model, dtype, self.processes.device)  # may be an error: before an evaluation
+        self.split = config.train.sharding in SPLIT_WEIGHTS
+        self.inference = model
+        if self.split or self._needs_inference_copy():
+            self.inference = copy_model(model, dtype, self.processes.device)
+        # Without OPSD, a teacher is only asked for its view of the sample completions.
+        scores = scores_by_teacher(config)
+        self.teacher, average = self.inference, None
+        if scores or (self.held_out and config.eval.samples):
+            self.teacher, average = make_teacher(
+                config.teacher, config.model, dtype, model, self.tokenizer, self.inference
+            )
+        # A live teacher is the model itself, so that both roles' common start runs once.
+        self.scorer = model if config.teacher.policy == "live" else self.teacher
+        self.average = average if scores else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What forward and backward run in."""
+        return compute_dtype(self.config.train.precision)
+
+    def _needs_inference_copy(self) -> bool:
+        """Whether a bf16 copy of the model samples, in training in bf16: to cast the fp32 weights
+        for each new token would cost as much as the token. Beside adapters they are in bf16."""
+        config = self.config
+        own_engine = config.rollout.engine in SAMPLERS
+        samples = own_engine and (config.method != "sft" or bool(self.held_out))
+        return samples and self.dtype == torch.bfloat16 and config.model.lora is None
+
+    def _make_sampler(self) -> DistributedSampler:
+        """Who samples rollouts and held-out answers with the student's weights."""
+        config, longest = self.config, None
+        if config.rollout.engine == "vllm":
+            contexts = self.prompts.lengths([*self.rows, *self.held_out], "student")
+            answer = max(config.rollout.max_new_tokens, longest_answer(config))
+            longest = max(contexts, default=0) + answer
+        sampler = make_sampler(
+            config.rollout,
+            config.model,
+            self.inference,
+            self.stops,
+            self.dtype,
+            self.server,
+            self.directory,
+            longest,
         )
-        trainer.train(resume_from_checkpoint=checkpoint)
-    step = trainer.state.global_step
-    weights = None
-    if models.split and save:
-        weights = gathered_weights(trainer.accelerator, trainer.wrapped, models.inference)
-    del trainer  # and with it the optimizer's moments
-    model.zero_grad(set_to_none=True)
-    release_memory()
-    if save and processes.first:
-        _save(config, model, tokenizer, weights, log)
-    if curve is not None and not processes.once(lambda: log.is_evaluated(step)):
-        _evaluate_last(curve, step, directory, log)
-    seconds = time.monotonic() - begun
-    return processes.once(lambda: write_summary(config, log, directory, seconds))
+        return DistributedSampler(sampler, self.processes, self.inference if self.split else None)
 
+    def _open_log(self) -> None:
+        """The log of a run that begins or goes on; the first process writes it."""
+        step = step_of(self.checkpoint)
+        if self.processes.first:
+            # It says that a run has ended.
+            (self.directory / "summary.json").unlink(missing_ok=True)
+            self.log = RunLog(self.directory, step)
+        self.processes.wait()  # for the lines that the first drops
+        if not self.processes.first:
+            self.log = RunLog(self.directory, step, writes=False)
 
-def _own_base(config: Config, model: PreTrainedModel, directory: Path) -> Path | None:
-    """Where the run keeps the model that its adapters stand on: None, unless model.path is itself
-    an adapter. peft and transformers load no adapter on an adapter: of two they drop one."""
-    if config.model.lora is None or not getattr(model, "has_merged_adapters", False):
-        return None
-    if config.output.push_to_hub is not None and not config.output.merge:
-        raise UserError(
-            f"output.push_to_hub is {config.output.push_to_hub!r}: model.path is "
-            f"{config.model.path!r}, an adapter, so that the new one stands on a model which the "
-            "hub has not; set output.merge: true"
+    def _learning_curve(self) -> LearningCurve:
+        """The held-out evaluations of the run."""
+        config, engine = self.config, self.config.rollout.engine
+        greedy = Sampling(longest_answer(config), temperature=0, batch_size=config.eval.batch_size)
+        own = engine if engine in SAMPLERS else "generate"
+        return LearningCurve(
+            config.method,
+            config.eval,
+            HeldOut(self.held_out, self.prompts, self.grader, greedy, own, self.processes),
+            self.model,
+            self.sampler,
+            self.inference,
+            self.teacher,
+            held_out_teacher_role(config),
+            self.log,
+            self.display,
         )
-    return directory / "base"
 
+    def _train(self, curve: LearningCurve | None) -> tuple[int, dict | None]:
+        """The loop. Returns the last step and, where they are split over processes, the weights."""
+        config, sampling = self.config, Sampling.of(self.config.rollout)
+        title = f"Train by {config.method.upper()}"
+        with self.display.stage(title, total=config.train.steps) as stage:
 
-def _save(config: Config, model, tokenizer, weights: dict | None, log: RunLog) -> None:
-    """The trained model, in the run's directory or, where that cannot be written, elsewhere."""
+            def show(line: dict) -> None:
+                names = ("loss", "divergence", "reward", "tokens_per_second")
+                fields = {name: line[name] for name in names if line.get(name) is not None}
+                stage.update(completed=line["step"], **fields)
 
-    def write(directory: Path) -> None:
-        save_trained(model, tokenizer, directory, config.output, weights, config.model)
+            trainer = OPSDTrainer(
+                config,
+                self.model,
+                self.rows,
+                self.prompts,
+                make_objective(config.method, config.loss, self.scorer, self.prompts, sampling),
+                self.sampler,
+                self.log,
+                evaluate=curve,
+                on_step=show,
+                note=self.display.note,
+                average=self.average,
+                teacher_sampler=GenerateSampler(self.teacher, self.stops, len(head(self.model)[0])),
+                processes=self.processes,
+                reward_function=self._reward_function(),
+            )
+            trainer.train(resume_from_checkpoint=self.checkpoint)
+        weights = None
+        if self.split and self.save:
+            weights = gathered_weights(trainer.accelerator, trainer.wrapped, self.inference)
+        return trainer.state.global_step, weights
 
-    try:
-        write(Path(config.output.dir))
-    except NotWritten as error:
-        place = keep_elsewhere(config, log, checkpoint_bytes(model), write)
-        if place is None:
-            raise
-        move = shlex.join(["mv", str(place / "model"), config.output.dir])
-        raise UserError(f"{error.what}. It is kept in {place}; when it fits, `{move}`") from error
-
-
-@dataclass(frozen=True)
-class Models:
-    """A run's models."""
-
-    student: PreTrainedModel  # what trains
-    # The student's weights as sampling and evaluation read them: a copy, or itself.
-    inference: PreTrainedModel
-    teacher: PreTrainedModel  # whose view of sample completions is shown
-    scorer: PreTrainedModel  # what the objective asks
-    average: MovingAverage | None  # an `ema` teacher that training moves
-    split: bool  # the student's weights are split over processes, the inference copy's are not
-
-
-def _make_models(
-    config: Config,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    evaluates: bool,
-    processes: Processes,
-) -> Models:
-    """Copies and teacher. They are made before a checkpoint is loaded: of the weights of step 0."""
-    dtype = compute_dtype(config.train.precision)
-    if config.method != "sft":
-        switch_off_dropout(model)
-    if config.train.share_prefixes and unpackable(model) is None:
-        try_kernel(model, dtype, processes.device)  # which may be an error, before an evaluation
-    split = config.train.sharding in SPLIT_WEIGHTS
-    inference = model
-    if split or needs_inference_copy(config, evaluates):
-        inference = copy_model(model, dtype, processes.device)
-    # Without OPSD, a teacher is only asked for its view of the sample completions.
-    scores = scores_by_teacher(config)
-    teacher, average = inference, None
-    if scores or (evaluates and config.eval.samples):
-        teacher, average = make_teacher(
-            config.teacher, config.model, dtype, model, tokenizer, inference
+    def _reward_function(self) -> RewardFunction | None:
+        """Who grades rollouts, where the method or the log needs it."""
+        section = self.config.loss.reward
+        if not is_graded(self.config):
+            return None
+        return RewardFunction(
+            section,
+            self.tokenizer,
+            make_verifier(section, self.grader, self.reward),
+            self.config.rollout.max_new_tokens,
+            self.prompts.chats["student"].opens_thought,
         )
-    # A live teacher is the model itself, so that both roles' common start runs once.
-    scorer = model if config.teacher.policy == "live" else teacher
-    return Models(model, inference, teacher, scorer, average if scores else None, split)
 
+    def _save(self, weights: dict | None) -> None:
+        """The trained model, in the run's directory or, where that cannot be written, elsewhere."""
+        config, model = self.config, self.model
 
-def _make_sampler(
-    config: Config,
-    models: Models,
-    prompts: Prompts,
-    rows: Sequence[Row],
-    server: VLLMServer | None,
-    processes: Processes,
-) -> DistributedSampler:
-    """Who samples rollouts and held-out answers with the student's weights."""
-    longest = None
-    if config.rollout.engine == "vllm":
-        contexts = max(prompts.lengths(rows, "student"), default=0)
-        longest = contexts + max(config.rollout.max_new_tokens, longest_answer(config))
-    stops = stop_ids(models.student, prompts.tokenizer)
-    dtype = compute_dtype(config.train.precision)
-    sampler = make_sampler(
-        config.rollout,
-        config.model,
-        models.inference,
-        stops,
-        dtype,
-        server,
-        Path(config.output.dir),
-        longest,
-    )
-    return DistributedSampler(sampler, processes, models.inference if models.split else None)
+        def write(directory: Path) -> None:
+            save_trained(model, self.tokenizer, directory, config.output, weights, config.model)
 
+        try:
+            write(self.directory)
+        except NotWritten as error:
+            place = keep_elsewhere(config, self.log, checkpoint_bytes(model), write)
+            if place is None:
+                raise
+            move = shlex.join(["mv", str(place / "model"), config.output.dir])
+            raise UserError(
+                f"{error.what}. It is kept in {place}; when it fits, `{move}`"
+            ) from error
 
-def _say_what_is_shipped(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, display: Display
-) -> None:
-    """What ends a rollout, and what the model's generation config says in vain."""
-    display.note(told_stops(tokenizer, stop_ids(model, tokenizer)))
-    if (unused := left_out(model)) is not None:
-        display.note(unused)
+    def _evaluate_last(self, curve: LearningCurve, step: int) -> None:
+        """The trained model, which is saved already."""
+        try:
+            curve(step)
+            self.log.check()
+        except (ServerError, NotWritten) as error:
+            raise type(error)(
+                f"{error}. Training is done and {self.directory / 'model'} is saved, but its last "
+                "evaluation is missing: measure it with `opsd eval`"
+            ) from error
 
-
-def _teacher_sampler(models: Models, tokenizer: PreTrainedTokenizerBase) -> GenerateSampler:
-    """Who samples from the teacher, for rollout.source teacher."""
-    stops = stop_ids(models.student, tokenizer)
-    return GenerateSampler(models.teacher, stops, len(head(models.student)[0]))
-
-
-def _make_reward_function(
-    config: Config, prompts: Prompts, grader: Grader, reward: Reward | None
-) -> RewardFunction | None:
-    """Who grades rollouts, where the method or the log needs it."""
-    if not is_graded(config):
-        return None
-    verifier = make_verifier(config.loss.reward, grader, reward)
-    return RewardFunction(
-        config.loss.reward,
-        prompts.tokenizer,
-        verifier,
-        config.rollout.max_new_tokens,
-        prompts.chats["student"].opens_thought,
-    )
-
-
-def _learning_curve(
-    config: Config,
-    models: Models,
-    prompts: Prompts,
-    held_out: Sequence[Row],
-    grader: Grader,
-    sampler: DistributedSampler,
-    log: RunLog,
-    display: Display,
-    processes: Processes,
-) -> LearningCurve:
-    """The held-out evaluations of a run."""
-    greedy = Sampling(longest_answer(config), temperature=0, batch_size=config.eval.batch_size)
-    engine = config.rollout.engine if config.rollout.engine in SAMPLERS else "generate"
-    return LearningCurve(
-        config.method,
-        config.eval,
-        HeldOut(held_out, prompts, grader, greedy, engine, processes),
-        models.student,
-        sampler,
-        models.inference,
-        models.teacher,
-        held_out_teacher_role(config),
-        log,
-        display,
-    )
-
-
-def _evaluate_last(curve: LearningCurve, step: int, directory: Path, log: RunLog) -> None:
-    """The trained model, which is saved already."""
-    try:
-        curve(step)
-        log.check()
-    except (ServerError, NotWritten) as error:
-        raise type(error)(
-            f"{error}. Training is done and {directory / 'model'} is saved, but its last "
-            "evaluation is missing: measure it with `opsd eval`"
-        ) from error
-
-
-def open_log(directory: Path, checkpoint: Path | None, processes: Processes) -> RunLog:
-    """The log of a run that begins or goes on; the first process writes it."""
-    step = step_of(checkpoint)
-    if processes.first:
-        (directory / "summary.json").unlink(missing_ok=True)  # which says that a run has ended
-        log = RunLog(directory, step)
-    processes.wait()  # for the lines that the first drops
-    return log if processes.first else RunLog(directory, step, writes=False)
-
-
-def needs_inference_copy(config: Config, evaluates: bool) -> bool:
-    """Whether a bf16 copy of the model samples, in training in bf16: to cast the masters for each
-    new token would cost as much as the token. Beside adapters the weights are in bf16 already."""
-    samples = config.rollout.engine in SAMPLERS and (config.method != "sft" or evaluates)
-    bf16 = compute_dtype(config.train.precision) == torch.bfloat16
-    return samples and bf16 and config.model.lora is None
+    def _write_summary(self, seconds: float) -> dict:
+        lines = read_lines(self.directory / "evaluations.jsonl")
+        accuracies = [line["accuracy"] for line in lines if line["role"] == "student"] or [None]
+        summary = {
+            "method": self.config.method,
+            "model": self.config.model.path,
+            "accuracy": {"before": accuracies[0], "after": accuracies[-1]},
+            "generated_tokens": self.log.counters.generated_tokens,
+            "trained_tokens": self.log.counters.trained_tokens,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory(),
+            "versions": versions(),
+            "machine": machine(),
+        }
+        write_json(self.directory / "summary.json", summary)
+        return summary
 
 
 def checkpoint_activations(model: PreTrainedModel, kind: bool | Literal["reentrant"]) -> None:
@@ -454,32 +446,3 @@ def publish(config: Config, directory: Path, display: Display) -> None:
         display.note(f"The upload failed ({error}); all is in {place}: {command}")
         return
     display.note(f"Uploaded: {address}")
-
-
-def shown(line: dict) -> dict:
-    """What the progress bar shows of a step."""
-    names = ("loss", "divergence", "reward", "tokens_per_second")
-    return {name: line[name] for name in names if line.get(name) is not None}
-
-
-def write_summary(config: Config, log: RunLog, directory: Path, seconds: float) -> dict:
-    """summary.json of a run."""
-    evaluations = [
-        line for line in read_lines(directory / "evaluations.jsonl") if line["role"] == "student"
-    ]
-    summary = {
-        "method": config.method,
-        "model": config.model.path,
-        "accuracy": {
-            "before": evaluations[0]["accuracy"] if evaluations else None,
-            "after": evaluations[-1]["accuracy"] if evaluations else None,
-        },
-        "generated_tokens": log.counters.generated_tokens,
-        "trained_tokens": log.counters.trained_tokens,
-        "seconds": seconds,
-        "peak_memory_bytes": peak_memory(),
-        "versions": versions(),
-        "machine": machine(),
-    }
-    write_json(directory / "summary.json", summary)
-    return summary

@@ -19,9 +19,8 @@ from opsd.common.errors import UserError
 from opsd.common.precision import autocast
 from opsd.common.step_timer import phase
 from opsd.common.system import release_memory, trim_heap
-from opsd.distributed.forward_redirection import called_through
 from opsd.distributed.processes import Processes
-from opsd.distributed.wrap import backward, exchange
+from opsd.distributed.wrap import backward, called_through, exchange
 from opsd.models.dropout import switch_off_dropout
 from opsd.objectives import Objective, SampleGroup, Totals, samples_of
 from opsd.objectives.log_probs import rollout_log_prob

@@ -52,12 +52,11 @@ from opsd.training.checkpoints import (
 )
 from opsd.training.collect_rollouts import RolloutCollector
 from opsd.training.failed_steps import IN_A_ROW, failed_step, save_failed_step
-from opsd.training.optimizer import make_optimizer, make_schedule
+from opsd.training.optimizer import make_optimizer, make_schedule, training_arguments
 from opsd.training.rescue import keep_elsewhere
 from opsd.training.sample_records import rollout_records
 from opsd.training.step import GradientAccumulator, OPSDStep, token_ratio
 from opsd.training.step_log import StepLog
-from opsd.training.trainer_arguments import training_arguments
 
 Evaluate = Callable[[int], dict]
 """step → the evaluation's record; runs the held-out problems and writes them down."""

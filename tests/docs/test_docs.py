@@ -269,15 +269,15 @@ def check_opsd(words: list[str], tracked: set[str]) -> None:
         path = word.startswith("examples/")
         assert not path or word in tracked, f"there is no {word}"
     if words[0] == "eval":
-        from opsd.cli.evaluate_arguments import settings
+        from opsd.cli.evaluate_arguments import check
         from opsd.evaluate.benchmarks import KNOWN
 
-        settings(parsed, {})
+        check(parsed, {})
         assert parsed.benchmark in KNOWN or re.search("[./:]", parsed.benchmark), "no benchmark"
     if words[0] == "plan":
-        from opsd.cli.plan_arguments import asked
+        from opsd.cli.plan_arguments import check
 
-        asked(parsed)
+        check(parsed)
     if words[0] in ("train", "plan") and "--help" not in words:
         config = ROOT / getattr(parsed, "config", parsed.__dict__.get("model"))
         values = yaml.safe_load(config.read_text()) if config.is_file() else {}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from helpers.training_cases import ROWS, write_model, write_rows
 
-from opsd.cli.evaluate_arguments import settings
+from opsd.cli.evaluate_arguments import check
 from opsd.cli.main import main, parser
 from opsd.common.errors import UserError
 from opsd.data.rows import Row
@@ -229,13 +229,13 @@ def test_bad_arguments_stop_before_a_model_is_loaded(files, more, wanted, monkey
 
 def test_what_is_not_asked_is_left_to_the_convention():
     parse = parser().parse_args
-    asked = settings(parse(["eval", "m", "--benchmark", "aime25", "--columns", "problem = q"]), {})
+    check(asked := parse(["eval", "m", "--benchmark", "aime25", "--columns", "problem = q"]), {})
     assert asked.samples is None and asked.columns == {"problem": "q"} and asked.shard == Shard()
     launched = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
-    asked = settings(parse(["eval", "m", "--benchmark", "aime25"]), launched)
+    check(asked := parse(["eval", "m", "--benchmark", "aime25"]), launched)
     assert (asked.shard, asked.ranked, asked.local_rank) == (Shard(4, 8), True, 1)
     with pytest.raises(UserError, match="RANK is 8"):
-        settings(parse(["eval", "m", "--benchmark", "x"]), {"RANK": "8", "WORLD_SIZE": "8"})
+        check(parse(["eval", "m", "--benchmark", "x"]), {"RANK": "8", "WORLD_SIZE": "8"})
 
 
 # --- figures ------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ from opsd.models.teacher import check_teacher, make_teacher
 from opsd.plan.architectures import architecture
 from opsd.training import checkpoints, run
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 def logits_of(model):
     with torch.no_grad():

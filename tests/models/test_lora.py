@@ -32,6 +32,8 @@ from opsd.runs.directory import claim_directory
 from opsd.training.run import checkpoint_activations
 from opsd.training.run import run as run_training
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 LORA = {"rank": 4, "alpha": 8}
 
 

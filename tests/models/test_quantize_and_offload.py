@@ -141,7 +141,7 @@ def test_a_teacher_with_a_larger_padded_vocabulary_teaches_alike(files, tmp_path
     ("overrides", "wanted"),
     [
         (["teacher.policy=live", "teacher.quantize=int8"], "teacher.quantize is 'int8': it is for"),
-        (["teacher.policy=ema", "teacher.offload=true"], "teacher.offload is True: it is for"),
+        (["teacher.policy=ema", "teacher.offload=true"], "teacher.offload is true: it is for"),
         (["teacher.offload=true"], "teacher.offload is true: there is no GPU"),
     ],
 )

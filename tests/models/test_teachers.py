@@ -26,6 +26,8 @@ from opsd.rollout import Rollout
 from opsd.runs.directory import claim_directory
 from opsd.training.run import run as run_training
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 def execute(config, **more):
     claim_directory(Path(config.output.dir), config, False)

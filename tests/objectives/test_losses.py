@@ -105,7 +105,7 @@ def _kl(p, q):
 
 @pytest.mark.parametrize("roles", [["student"], ["student", "teacher"]])
 def test_sft_is_cross_entropy(roles, model, problems, prompts, tokenizer):
-    loss, gradient, _ = whole_loss(SFT(LossSection(roles=roles), prompts), model, problems)
+    loss, gradient, _ = whole_loss(SFT(LossSection(roles=roles), prompts=prompts), model, problems)
     scores, labels = [], []
     for p in problems:
         target = tokenizer(p.row.columns["worked"], add_special_tokens=False).input_ids

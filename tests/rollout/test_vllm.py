@@ -29,6 +29,8 @@ from opsd.rollout.vllm_client import VLLMServer
 from opsd.rollout.vllm_server import ServerSampler
 from opsd.training.run import train
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 @pytest.fixture
 def fake(files):

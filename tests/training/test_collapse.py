@@ -9,6 +9,8 @@ from opsd.config.load import save_config
 from opsd.config.sections import CollapseSection
 from opsd.training.collapse import CollapseWatch
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 def said(values, **section) -> list[dict]:
     """What a watch with a window of 2 says of each step's measures."""

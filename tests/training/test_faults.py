@@ -87,7 +87,7 @@ def test_a_disk_that_fills_up_costs_no_more_than_a_step(
         plain(self, line)
         if line["step"] == 2:
             with filler.open("wb") as file:
-                file.write(bytes(shutil.disk_usage(disk).free - (2 << 20)))
+                file.write(bytes(shutil.disk_usage(disk).free - (1 << 18)))
 
     monkeypatch.setattr(RunLog, "metrics", metrics)
     assert trained(files, disk / "run") == 1
@@ -191,7 +191,7 @@ def test_where_nothing_can_be_kept_that_is_said(files, tmp_path, monkeypatch, ca
 
 
 def test_a_disk_that_is_too_small_is_said_before_training(files, mounted, capsys):
-    disk = mounted("size=8m")
+    disk = mounted("size=512k")
     assert trained(files, disk / "run") == 1
     assert "GB are free there, the run needs" in one_line(capsys)
     assert not (disk / "run" / "metrics.jsonl").exists()

@@ -4,6 +4,8 @@ import pytest
 
 from opsd.training.no_signal import NoSignalWatch
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 HEALTHY = {
     "method": "opsd",
     "loss": 0.1,

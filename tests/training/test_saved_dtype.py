@@ -13,6 +13,8 @@ from opsd.models.load import load_model
 from opsd.models.lora import add_adapters
 from opsd.training.checkpoints import save_trained
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

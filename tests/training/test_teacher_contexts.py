@@ -16,6 +16,8 @@ from opsd.rollout import Rollout
 from opsd.training.run import train
 from opsd.training.teacher_contexts import TeacherContexts
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 PEER = (
     "{% set right = peers | selectattr('correct') | list %}"
     "{% if right %}Q:{{ problem }}\nS:{{ right[0].text }}{% endif %}"

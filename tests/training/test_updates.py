@@ -17,6 +17,8 @@ from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import Rollout
 from opsd.training.run import train
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 VERIFIER = """
 def grade(completion, row):
     return sum(character.isdigit() for character in completion) / 6

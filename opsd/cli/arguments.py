@@ -1,0 +1,14 @@
+"""Checks of numbers that several commands take."""
+
+import argparse
+
+from opsd.common.errors import UserError
+
+
+def check_at_least(least: int, parsed: argparse.Namespace, *names: str) -> None:
+    """Raises UserError where one of these arguments is given and is less."""
+    for name in names:
+        value = getattr(parsed, name)
+        if value is not None and value < least:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {value}: it must be at least {least}")
