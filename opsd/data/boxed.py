@@ -29,6 +29,10 @@ _JOINT = re.compile(
     re.IGNORECASE,
 )
 _NAMED = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w\}?)?)\s*=\s*$")
+_DENIED_BEFORE = re.compile(r"(?:\bnot|n't|\bnever)(?: be)?[\s$:*(\\\[]*$")
+_DENIED_AFTER = re.compile(
+    r"[\s$*)\\\]]*(?:is|was|looks|seems)(?: \w+)? (?:not|wrong|incorrect|false)\b"
+)
 _LONGEST_JOINT = 60
 
 
@@ -88,7 +92,11 @@ def last_boxed(text: str) -> str | None:
     """
     found, _ = boxes(text)
     real = [box for box in found if not is_placeholder(box.content)] or found[-1:]
-    return joined(text, real)[0] if real else None
+    if not real:
+        return None
+    before, after = text[max(0, real[-1].start - 20) : real[-1].start], text[real[-1].end :][:40]
+    denied = _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after)
+    return f"\\text{{not }}{real[-1].content}" if denied else joined(text, real)[0]
 
 
 def joined(text: str, real: list[Box]) -> tuple[str, int]:

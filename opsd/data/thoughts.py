@@ -46,7 +46,7 @@ def final_part(text: str, in_thought: bool = False) -> str:
     """
     ends = list(_END.finditer(text))
     if ends:
-        return text[ends[-1].end() :]
+        text, in_thought = text[ends[-1].end() :], False
     return "" if in_thought or _BEGIN.match(text.lstrip()) else text
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,10 +20,9 @@ from opsd.data.boxed import last_boxed
 from opsd.data.references import unreadable
 from opsd.grading.answers.bounds import MOST_CHARACTERS as MAX_ANSWER_CHARACTERS
 from opsd.grading.answers.bounds import too_large
+from opsd.grading.answers.clean import clean, squeezed
 from opsd.grading.answers.numbers import number, same_number
 from opsd.grading.answers.words import canonical, is_phrase
-
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -38,39 +36,18 @@ class Grade:
     failed: bool = False
 
 
-def _plain(answer: str) -> str:
-    """Without what is no part of an answer: dollars, spacing commands, `\\text{}`, a final stop."""
-    answer = answer.replace("\\,", " ").replace("\\!", "").replace("{,}", ",").replace("\\$", "")
-    answer = answer.replace("\N{MINUS SIGN}", "-")
-    answer = _TEXT_COMMAND.sub(r"\1", answer)
-    answer = answer.strip("$ \n\t").rstrip("\\")
-    if answer.endswith(".") and not answer.endswith(".."):
-        answer = answer[:-1]
-    return " ".join(answer.split())
-
-
-_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
-_SIZE = re.compile(r"\\(?:left|right)(?![A-Za-z])|(?<=\\)[dt](?=frac(?![A-Za-z]))")
-
-
-def _squeezed(answer: str) -> str:
-    """Without what changes only the looks: `\\left( 1, \\dfrac12 \\right)` → `(1,\\frac12)`. Spaces
-    between letters or digits stay: `1 1/2` is not `11/2`."""
-    return _SPACE.sub("", _SIZE.sub("", answer))
-
-
 def _grade_here(extracted: str, answer: str) -> Grade | None:
     """The cheap cases; None where math-verify has to decide."""
-    given, wanted = _plain(extracted), _plain(answer)
-    if extracted == answer.strip() or given == wanted != "":
+    if extracted == answer.strip():
         return Grade(True, "the same text", extracted)
-    if given == "":
-        return Grade(False, "the box is empty", extracted)
     for text, whose in ((extracted, "answer"), (answer, "reference")):
         if len(text) > MAX_ANSWER_CHARACTERS:
             reason = f"the {whose} is longer than {MAX_ANSWER_CHARACTERS} characters"
             return Grade(False, reason, extracted, failed=True)
-    if _squeezed(given) == _squeezed(wanted):
+    given, wanted = clean(extracted), clean(answer)
+    if given == "":
+        return Grade(False, "the box is empty", extracted)
+    if squeezed(given) == squeezed(wanted):
         return Grade(True, "the same text", extracted)
     if problem := unreadable(answer):
         return Grade(False, f"the reference {problem}", extracted, failed=True)

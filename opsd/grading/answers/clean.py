@@ -134,6 +134,7 @@ _REWRITTEN = [
             rf"C\s*_{_N}\s*\^{_N}|C\s*\^{_N}\s*_{_N}|C\s*\({_M},{_M}\))",
             r"\\binom{\1\3\5\8\9}{\2\4\6\7\10}",
         ),
+        (r"\{\s*([^{}]+?)\s*\\choose(?![A-Za-z])\s*([^{}]+?)\s*\}", r"\\binom{\1}{\2}"),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\(?:overline|vec)\s*\{\s*([A-Z]{2,3})\s*\}", r"\1"),  # a line between points
         (r"(?<=\d)\s*[xX*]\s*(?=10\s*\^)", r"\\times "),
@@ -200,3 +201,14 @@ def _closes_at_end(text: str) -> bool:
 def plain_text(text: str) -> str:
     r"""Without `\text{…}` around words."""
     return _TEXT_GROUP.sub(r"\1", text)
+
+
+def squeezed(text: str) -> str:
+    """Without spaces, but those between letters or digits: `1 1/2` is not `11/2`."""
+    pieces = text.split()
+    out = pieces[:1]
+    for piece in pieces[1:]:
+        if out[-1][-1].isalnum() and piece[0].isalnum():
+            out.append(" ")
+        out.append(piece)
+    return "".join(out)

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Protocol
 
 from opsd.grading.answers import strict as strictness
-from opsd.grading.answers.clean import clean
+from opsd.grading.answers.clean import clean, squeezed
 from opsd.grading.answers.nodes import (
     Based,
     Choice,
@@ -27,8 +27,10 @@ from opsd.grading.answers.nodes import (
     Value,
 )  # fmt: skip
 from opsd.grading.answers.numbers import Number, as_latex, decimal_comma, same_number
+from opsd.grading.answers.quantities import short, times
 from opsd.grading.answers.read import has_symbol, read
-from opsd.grading.answers.units import DEGREES
+from opsd.grading.answers.units import DEGREES, RADIANS
+from opsd.grading.answers.words import opposite
 
 
 class Algebra(Protocol):
@@ -43,6 +45,7 @@ class Algebra(Protocol):
         ...
 
 
+_DECIMAL_COMMA = re.compile(r"(?<=\d),(?=\d)")
 _INTERVALS = ("()", "[]", "[)", "(]")
 
 
@@ -57,18 +60,10 @@ def compare(reference: str, given: str, algebra: Algebra, strict: bool = True) -
     comparison = _Comparison(algebra, strict)
     if comparison.same(wanted, answer):
         return True, "equal"
+    if ";" in one + other and _DECIMAL_COMMA.search(one + other):  # `(0,5; 1,5)`
+        points = [_DECIMAL_COMMA.sub(".", text) if ";" in text else text for text in (one, other)]
+        return compare(*points, algebra, strict)
     return False, comparison.reason or "different"
-
-
-def squeezed(text: str) -> str:
-    """Without spaces, but those between letters or digits: `1 1/2` is not `11/2`."""
-    pieces = text.split()
-    out = pieces[:1]
-    for piece in pieces[1:]:
-        if out[-1][-1].isalnum() and piece[0].isalnum():
-            out.append(" ")
-        out.append(piece)
-    return "".join(out)
 
 
 class _Comparison:
@@ -183,9 +178,8 @@ class _Comparison:
     def _items_and_one(self, wanted: Items, given: Node) -> bool:
         if isinstance(given, Relation) and wanted.text:
             return _is_set_of(wanted, given) and self._related(wanted.text, given.text)
-        if isinstance(given, Grid) and wanted.kind == "()":
-            cells = _vector(given)
-            return cells is not None and self._in_order(wanted.parts, cells)
+        if isinstance(given, Grid) and wanted.kind in ("()", "[]"):
+            return self._in_order(wanted.parts, _vector(given))
         if isinstance(given, Equal):
             if self._contradicts_itself(given):
                 return self._no("an equation that contradicts itself")
@@ -197,9 +191,8 @@ class _Comparison:
     def _one_and_items(self, wanted: Node, given: Items) -> bool:
         if isinstance(wanted, Relation) and given.text:
             return _is_set_of(given, wanted) and self._related(wanted.text, given.text)
-        if isinstance(wanted, Grid) and given.kind == "()":
-            cells = _vector(wanted)
-            return cells is not None and self._in_order(cells, given.parts)
+        if isinstance(wanted, Grid) and given.kind in ("()", "[]"):
+            return self._in_order(_vector(wanted), given.parts)
         if isinstance(wanted, Equal):
             return wanted.simple and self._any(wanted.values, (given,))
         if given.kind == "set" and len(given.parts) == 1:
@@ -287,7 +280,7 @@ class _Comparison:
                 return False
             return ratio.parts[0].value / ratio.parts[1].value == value.number.value
         one, other = [part.value for part in wanted.parts], [part.value for part in given.parts]
-        if wanted.half != given.half:
+        if wanted.sure != given.sure:
             return self._no("another half of the day")
         if one == other:
             return True
@@ -320,20 +313,26 @@ class _Comparison:
         return squeezed(wanted) == squeezed(given) or self.algebra(wanted, given)
 
     def _values(self, wanted: Value, given: Value) -> bool:
+        wanted = short(wanted) if given.unit else wanted
+        given = given if wanted.number is None else short(given)
+        if opposite(wanted.noun, given.noun):
+            return self._no("the opposite of what the reference says")
+        if (wanted.unit == DEGREES) != (given.unit == DEGREES):
+            bare = given if wanted.unit == DEGREES else wanted
+            if bare.unit == RADIANS or (bare.unit is None and "\\pi" in bare.text):
+                wanted, given = (
+                    Value(f"({side.text})\\cdot\\frac{{\\pi}}{{180}}")
+                    if side.unit == DEGREES
+                    else Value(side.text, side.number)
+                    for side in (wanted, given)
+                )
         if wanted.unit and given.unit and wanted.unit.kind != given.unit.kind:
             return self._no("another unit than the reference has")
         moduli = {side.noun for side in (wanted, given) if side.noun.startswith("mod ")}
         if len(moduli) > 1:
             return self._no("another modulus than the reference has")
         if wanted.unit and given.unit and wanted.unit.factor != given.unit.factor:
-            given = _times(given, given.unit.factor / wanted.unit.factor)
-        if (wanted.unit == DEGREES) != (given.unit == DEGREES) and not (wanted.unit and given.unit):
-            bare = given if wanted.unit else wanted
-            if "\\pi" in bare.text:  # in radians
-                wanted, given = (
-                    Value(f"({side.text})\\cdot\\frac{{\\pi}}{{180}}") if side.unit else side
-                    for side in (wanted, given)
-                )
+            given = times(given, given.unit.factor / wanted.unit.factor)
         if wanted.percent != given.percent and self._as_hundredths(wanted, given):
             return True
         if wanted.number is not None and given.number is not None:
@@ -381,23 +380,17 @@ def _expression(value: Value) -> str:
     return value.text if value.number is None else as_latex(value.number.value)
 
 
-def _times(value: Value, factor: Fraction) -> Value:
-    if value.number is not None:
-        exact = value.number.value * factor
-        return Value(as_latex(exact), Number(exact), value.unit, value.noun)
-    return Value(f"{as_latex(factor)} \\cdot ({value.text})", None, value.unit, value.noun)
-
-
 def _is_set_of(items: Items, relation: Relation) -> bool:
     """Whether a list can be what a relation says: an interval, or a set by its parts."""
     by_parts = re.search(r"\\(?:cup|cap|setminus)(?![A-Za-z])", relation.text)
     return items.kind in _INTERVALS or (items.kind == "set" and by_parts is not None)
 
 
-def _vector(grid: Grid) -> list[Node] | None:
-    if all(len(row) == 1 for row in grid.rows):
-        return [row[0] for row in grid.rows]
-    return list(grid.rows[0]) if len(grid.rows) == 1 else None
+def _vector(grid: Grid) -> list[Node]:
+    """The entries of a row or column; the rows of another matrix, each as a list in brackets."""
+    if len(grid.rows) == 1 or all(len(row) == 1 for row in grid.rows):
+        return [cell for row in grid.rows for cell in row]
+    return [Items("[]", row) for row in grid.rows]
 
 
 def _names(parts: Sequence[Node]) -> list[str] | None:

@@ -74,11 +74,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class Ratio:
-    """`2:3`, `1:2:3`, or a time of day. `half`: am or pm."""
+    """`2:3`, `1:2:3`, or a time of day. `sure`: by am or pm, or by its hour."""
 
     parts: tuple[Number, ...]
     clock: bool = False
-    half: str = ""
+    sure: bool = False
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,10 @@ _FORMS: list[tuple[re.Pattern, Callable[..., Number]]] = [
             r"(\d{0,30})\.(\d{0,30})(?:\\overline\s*\{\s*(\d{1,30})\s*\}|\((\d{1,30})\)|\\dot\s*\{?(\d)\}?)",
             _repeating,
         ),
+        (
+            r"(\d{0,30})\.(\d{0,10}?)(?:(\d)\3{2,30}|(\d{2,9}?)\4{1,9})(?:\\ldots|\.\.\.)",
+            _repeating,
+        ),
     )
 ]
 

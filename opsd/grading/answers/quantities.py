@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
+from itertools import pairwise
 
 from opsd.grading.answers.clean import plain_text, trim
 from opsd.grading.answers.nodes import Value
@@ -17,6 +19,7 @@ _PERCENT = re.compile(
     r"(?<![A-Za-z])per ?cent(?:age points?)?)",
     re.DOTALL,
 )
+_PERCENT_OF = re.compile(r"([^%]*%)\s*(\\text\s*\{[^{}]*\}|[^\W\d_]{3}[^{}]*)")
 _DEGREES = re.compile(
     r"(.*?)\s*\^\\circ\s*(?:(\d+(?:\.\d+)?)\s*(?:'|\^\\prime|\^\{\\prime\})\s*(?:(\d+(?:\.\d+)?)\s*(?:''|\"))?)?",
     re.DOTALL,
@@ -28,10 +31,12 @@ _TAIL = re.compile(
     r"|\((?:approx|rounded|exact|about)[^()]*\))",
     re.DOTALL,
 )
+_COUNTED = re.compile(r"(\d+(?:\.\d+)?)\s*([^\W\d_.]+|''|'|\")\.?(?:,| and)?\s*")
 _MODULUS = re.compile(
     r"(.*?[^(\s])\s*(?:\\pmod|\(\s*(?:\\text\{\s*mod\s*\}|mod))\s*\{?\s*(\w+)\s*\}?\s*\)?",
     re.DOTALL,
 )
+_SHORT = re.compile(r"(\d[\d.,]*)\s?([A-JL-Za-z])")  # K is a thousand
 _OHM = re.compile(r"(?<=\d)\s*\\Omega\s*$")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _FUNCTION = re.compile(
@@ -49,12 +54,46 @@ def quantity(text: str) -> Value | None:
     if text.endswith(("\\%", "%", "t}", "t", "s}", "s")) and (found := _PERCENT.fullmatch(text)):
         core = trim(found[1])
         return Value(core, number(core), percent=True) if core else None
+    if (found := _PERCENT_OF.fullmatch(text)) and names_a_thing(said := plain_text(found[2])):
+        value = quantity(found[1])
+        return value and Value(value.text, value.number, None, _stem(said.casefold()), True)
     if "mod" in text and (found := _MODULUS.fullmatch(text)):
         core = trim(found[1])
         return Value(core, number(core), noun=f"mod {found[2]}")
     if "^\\circ" in text and (found := _DEGREES.fullmatch(text)):
         return _degrees(found)
     return _with_tail(_OHM.sub(r"\\text{Ω}", text))
+
+
+def compound(text: str) -> Value | None:
+    """`3 hours 30 minutes`, `5'10''`: one quantity in several units, the larger ones first."""
+    text = trim(plain_text(text))
+    parts = _COUNTED.findall(text)
+    if len(parts) < 2 or _COUNTED.sub("", text):
+        return None
+    units = [unit({"'": "ft", "''": "in", '"': "in"}.get(name, name)) for _, name in parts]
+    if None in units or any(
+        one.kind != other.kind or one.factor <= other.factor for one, other in pairwise(units)
+    ):
+        return None
+    counts = [number(count).value for count, _ in parts]
+    total = sum(n * of.factor for n, of in zip(counts, units, strict=True)) / units[0].factor
+    return Value(as_latex(total), Number(total), units[0])
+
+
+def short(value: Value) -> Value:
+    """`30s`, which may be a product as well, as 30 seconds."""
+    if value.number is None and (found := _SHORT.fullmatch(value.text)) and unit(found[2]):
+        return Value(found[1], number(found[1]), unit(found[2]))
+    return value
+
+
+def times(value: Value, factor: Fraction) -> Value:
+    """A multiple of it."""
+    if value.number is not None:
+        exact = value.number.value * factor
+        return Value(as_latex(exact), Number(exact), value.unit, value.noun)
+    return Value(f"{as_latex(factor)} \\cdot ({value.text})", None, value.unit, value.noun)
 
 
 def _with_unit(value: Value, of: Unit | None) -> Value:

@@ -20,22 +20,37 @@ from opsd.grading.answers.nodes import (
     Unclear,
     Value,
 )  # fmt: skip
-from opsd.grading.answers.numbers import Number, number
-from opsd.grading.answers.quantities import quantity
+from opsd.grading.answers.numbers import Number, as_latex, number
+from opsd.grading.answers.quantities import compound, quantity, times
 from opsd.grading.answers.structure import balanced, enclosed, split, split_list
 
 _DEEPEST = 12
 _FIRST_NAME = re.compile(r"(?:[=,:]|\\approx|\\sim|\\to)\s*")
 _QUANTIFIER = re.compile(r"(?:\\forall|\\text\{\s*for all\s*\})[^,]*,\s*(?=\S)")
+_FOR_ALL = re.compile(
+    r"(?<=[^\s,(])[\s,(]*(?:\\text\s*\{\s*)?(?:\\forall|"
+    r"\b(?:for (?:all|any|every|each|some|arbitrary)|"
+    r"where[ }]+\S{1,9}\s*(?:\\text\s*\{|\})?\s*(?:is an?|are)"
+    r"(?: \w+)* (?:constants?|reals?|numbers?|integers?))\b)[^=]*$"
+)
 _PARAMETER = re.compile(
     r"(?:,|\\text\{[^{}]*\}|\bwhere\b|\bfor\b|\()?\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?[ZN]\}?(?:\^\+|_\+)?|"
     r"\\text\{\s*(?:is )?(?:an? )?(?:any )?integer\s*\}|(?:is )an? (?:any )?integer)\s*\)?$"
 )
+_ALL_BUT = re.compile(
+    r"(?:all |any )?real(?: number)?s?(?: x)? except(?: for)? *(?:x ?= ?)?(.+)", re.IGNORECASE
+)
+_MAGNITUDE = re.compile(r"^\|\s?([A-Za-z])\s?\|\s?(<|\\le )\s?(\d[\d.]*)$")
+_POINT = re.compile(r"[A-Z]\s?\([^A-Za-z]*\d")
+_SCALED = re.compile(r"(-|[^&=,A-Za-z]*(?:\\frac[^&=,A-Za-z]+)?)\s*(\\begin.*)", re.DOTALL)
 _DOTS_IN_LIST = re.compile(r"[,:;+]\s*(?:\\ldots(?![A-Za-z])|\.\.\.)")
-_CLOCK = re.compile(r"(\d{1,2})\s*:\s*([0-5]\d)\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
-_RATIO = re.compile(r"\{?[\d./ ,]+\}?(?:\s*(?::|\\text\{ ?to ?\}|\bto\b)\s*\{?[\d./]+\}?)+")
+_CLOCK = re.compile(
+    r"(\d{1,2})(?:\s*:\s*([0-5]\d))?\s*(?:([ap])\.?\s?m\.?|(noon|midnight))?", re.IGNORECASE
+)
+_OF_A_RATIO = re.compile(r":|\\text\{ ?to ?\}|\bto\b")
+_IN_A_RATIO = re.compile(r"(?:[\d\s./,+\-^{}()]|\\(?:sqrt|frac|pi|cdot)(?![A-Za-z]))+")
 _BASED = re.compile(
-    r"\(?([0-9A-F]+)\)?\s*_\s*(?:\{\s*(?:\\text\{)?\s*(\d+|[a-z]+)\s*\}?\s*\}|(\d+))"
+    r"\(?([0-9A-F]+|(?=[a-f]*\d)[0-9a-f]+)\)?\s*_\s*(?:\{\s*(?:\\text\{)?\s*(\d+|[a-z]+)\s*\}?\s*\}|(\d+))"
     r"|([0-9A-F]+) (?:\()?(?:in )?base[ -](\d+|[a-z]+)\)?"
 )
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
@@ -73,6 +88,8 @@ def read(text: str, depth: int = 0) -> Node:
     if depth > _DEEPEST:
         return Unclear(text, "nested too deeply")
     text = trim(_QUANTIFIER.sub("", text[:200]) + text[200:])
+    if ("for" in text or "where" in text) and not words.takes_back(text):
+        text = trim(_FOR_ALL.sub("", text))
     text = _FIRST_NAME.sub("", text, count=1) if _FIRST_NAME.match(text) else text
     text = trim(
         _PARAMETER.sub("", text[-100:]).join((text[:-100], "")) if "n" in text[-40:] else text
@@ -82,6 +99,8 @@ def read(text: str, depth: int = 0) -> Node:
         return Unclear(text, "nothing is said")
     if (plain := number(text)) is not None:
         return Value(text, plain)
+    if (spelled := words.spelled_out(text) if text[0].isalpha() else None) is not None:
+        return Value(as_latex(spelled), Number(spelled))
     for reader in (_clock_or_ratio, _based, _dots, _choice, _environment):
         if (node := reader(text, depth)) is not None:
             return node
@@ -89,7 +108,7 @@ def read(text: str, depth: int = 0) -> Node:
         return Unclear(text, "brackets do not match")
     if (french := _FRENCH.fullmatch(text)) and (french[1] == "]" or french[3] == "["):
         text = {"]": "("}.get(french[1], "[") + french[2] + {"[": ")"}.get(french[3], "]")
-    for reader in (_several, _labelled, _signs, _enclosed, _chain, _relation, _vector):
+    for reader in (_compound, _several, _labelled, _signs, _enclosed, _chain, _relation, _vector):
         if (node := reader(text, depth)) is not None:
             return node
     return _single(text)
@@ -104,17 +123,22 @@ def _without_lead_in(text: str) -> str:
 
 
 def _clock_or_ratio(text: str, depth: int) -> Node | None:
-    if ":" not in text and "to" not in text:
-        return None
     plain = trim(plain_text(text)).replace("  ", " ")
-    if found := _CLOCK.fullmatch(plain):
-        clock = (Number(Fraction(found[1])), Number(Fraction(found[2])))
-        return Ratio(clock, True, (found[3] or "").lower())
-    if _RATIO.fullmatch(text):
-        said = re.split(r":|\\text\{ ?to ?\}|\bto\b", text)
-        parts = [part for one in said if (part := number(one.strip(" {}"))) is not None]
-        return Ratio(tuple(parts)) if len(parts) == len(said) else None
-    return None
+    if (found := _CLOCK.fullmatch(plain)) and any(found.groups()[1:]):
+        hour, half = int(found[1]), (found[3] or found[4] or "").lower()
+        if half:
+            hour = hour % 12 + 12 * (half in ("p", "noon"))
+        clock = (Number(Fraction(hour)), Number(Fraction(found[2] or 0)))
+        return Ratio(clock, True, bool(half) or not 0 < hour < 13)
+    parts = [trim(part) for part in _OF_A_RATIO.split(text)]
+    if len(parts) < 2 or not all(_IN_A_RATIO.fullmatch(p) and balanced(p) for p in parts):
+        return None
+    numbers = tuple(part for one in parts if (part := number(one)) is not None)
+    if len(numbers) == len(parts):
+        return Ratio(numbers)
+    if len(parts) == 2:
+        return Value(f"\\frac{{{parts[0]}}}{{{parts[1]}}}")
+    return Items(":", tuple(read(part, depth + 1) for part in parts))
 
 
 def _based(text: str, depth: int) -> Node | None:
@@ -123,7 +147,7 @@ def _based(text: str, depth: int) -> Node | None:
     found = _BASED.fullmatch(trim(plain_text(text))) or _BASED.fullmatch(text)
     if found is None:
         return None
-    digits, base = found[1] or found[4], found[2] or found[3] or found[5]
+    digits, base = (found[1] or found[4]).upper(), found[2] or found[3] or found[5]
     base = _BASES.get(base) or (int(base) if base.isdecimal() and len(base) < 3 else 0)
     try:
         value = int(digits, base) if 2 <= base <= 36 else None
@@ -134,6 +158,19 @@ def _based(text: str, depth: int) -> Node | None:
     if base == 10:
         return Value(digits, number(digits))
     return Based(digits.lstrip("0") or "0", base, value)
+
+
+def _compound(text: str, depth: int) -> Node | None:
+    """What would fall apart as a list: `3 hours and 30 minutes`, `March 14, 2020`, a point's name,
+    `all real numbers except 1 and 2`."""
+    bare = " ".join(plain_text(text).split())
+    if "except" in bare and (found := _ALL_BUT.fullmatch(bare)):
+        return Relation(f"\\mathbb{{R}}\\setminus\\{{{re.sub(' and | or ', ',', found[1])}\\}}")
+    if day := words.date(bare):
+        return Phrase(day)
+    if _POINT.match(text) and isinstance(point := _enclosed(text[1:].lstrip(), depth), Items):
+        return Equal(text, text[0], (point,), (False,))
+    return compound(text) if text[0].isdecimal() else None
 
 
 def _dots(text: str, depth: int) -> Node | None:
@@ -163,8 +200,14 @@ _TEXT_START = re.compile(r"^\\text\s*\{([^{}]*)\}")
 
 
 def _environment(text: str, depth: int) -> Node | None:
-    if not text.startswith(("\\begin", "\\{", "[", "(")) or "\\begin" not in text[:20]:
+    if "\\begin" not in text[:30]:
         return None
+    if (scaled := _SCALED.fullmatch(text)) and (
+        by := number(scaled[1].replace("-", "-1", text[1] == "\\"))
+    ):
+        if isinstance(grid := _environment(scaled[2], depth), Grid):
+            cells = ([times(cell, by.value) for cell in row] for row in grid.rows)
+            return Grid(tuple(map(tuple, cells)))
     found = _ENVIRONMENT.fullmatch(text)
     if found is None or "\\begin{" + found["name"] in found["body"]:
         return None
@@ -381,6 +424,7 @@ def has_symbol(text: str) -> bool:
 
 
 def _relation(text: str, depth: int) -> Node | None:
+    text = _MAGNITUDE.sub(r"-\3\2\1\2\3", text)
     if member := _MEMBER.match(text):
         return read(text[member.end() :], depth + 1)
     if text in ("\\emptyset", "\\infty", "-\\infty", "+\\infty") or "\\mathbb" in text:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import random
 import re
+from dataclasses import replace
 from functools import lru_cache
 
 import sympy
@@ -20,6 +21,7 @@ _COMMANDS = "pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty|theta|alpha|beta"
 _PLAIN_COMMAND = re.compile(rf"(?<![\\A-Za-z])({_COMMANDS})(?![A-Za-z])")
 _PLAIN_SQRT = re.compile(r"(?<![\\A-Za-z])sqrt\s?\(([^()]*)\)")
 _BARE_SQRT = re.compile(r"\\sqrt\s*(\[\d+\])?\s*(\d+|[A-Za-z])")
+_PRIME = re.compile(r"(?<=[A-Za-z)}])'+")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _DEGREES = re.compile(r"([\d.]+)\s*\^\\circ")
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
@@ -41,7 +43,10 @@ class Algebra:
     def __init__(self) -> None:
         logging.disable(logging.CRITICAL)
         self._read = lru_cache(maxsize=256)(self._parsed)  # a reference has many answers
-        self._forms = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+        # Without its `units`, which takes the c off `\frac{a}{b}c` and the bc off `3bc`.
+        rules = replace(LatexExtractionConfig().normalization_config, units=False)
+        latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)
+        self._forms = [latex, ExprExtractionConfig()]
 
     def __call__(self, wanted: str, given: str) -> bool:
         """Whether they are equal; the reference goes first, since math-verify is not symmetric."""
@@ -90,6 +95,7 @@ def _to_latex(text: str) -> str:
     text = " ".join(text.split())  # thousands of spaces cost latex2sympy seconds
     text = re.sub(r"\\text\{ (or|and) \}", "\0\\1\0", text)
     text = plain_text(text).replace("\0or\0", "\\text{ or }").replace("\0and\0", "\\text{ and }")
+    text = _PRIME.sub(lambda found: f"_{{{len(found[0])}}}", text)
     text = _PLAIN_SQRT.sub(r"\\sqrt{\1}", text)
     text = _BARE_SQRT.sub(lambda found: f"\\sqrt{found[1] or ''}{{{found[2]}}}", text)
     if _TRIGONOMETRY.search(text):
@@ -151,7 +157,8 @@ def _same_elsewhere(wanted, given, exact: bool) -> bool:
         sides[1] = sides[1].subs(symbols[1][0], symbols[0][0])
         symbols[1] = symbols[0]
     if not symbols[0]:
-        return bool(units) and sympy.simplify(sides[0] - sides[1]) == 0
+        difference = sympy.N(sides[0] - sides[1], 30)
+        return bool(units and difference.is_number and abs(difference) < 1e-25)
     return exact and _same_at_points(sides, symbols[0])
 
 

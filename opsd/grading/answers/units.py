@@ -73,3 +73,4 @@ def unit(text: str) -> Unit | None:
 
 
 DEGREES = Unit((("angle", 1),), Fraction(1))
+RADIANS = Unit((("radian", 1),), Fraction(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from opsd.grading.answers.notation import NOTATION
 
@@ -34,6 +35,9 @@ _INFINITY = re.compile(
     re.IGNORECASE,
 )
 _ALL_REAL = re.compile(r"(?:all |any |the set of (?:all )?)real(?:s| numbers?)(?: x)?", re.I)
+_WINS = re.compile(
+    r"(?!.*(?:\bnot|n't|never|\bno) )(.+?)(?: (?:always|will|can))* (?:wins?|has winning strategy)"
+)
 _DOES_NOT_EXIST = re.compile(r"(?:the limit |it )?(?:does not exist|doesn't exist|dne)", re.I)
 
 
@@ -49,7 +53,51 @@ def canonical(phrase: str) -> str:
             return "\\mathbb{R}"
         if _DOES_NOT_EXIST.fullmatch(phrase):
             return "does not exist"
-    return _ARTICLES.sub("", phrase.casefold())
+    phrase = _ARTICLES.sub("", phrase.casefold())
+    return winner[1] if (winner := _WINS.fullmatch(phrase)) else phrase
+
+
+_MONTH = f"({'|'.join(_WORDS['months'].split())})"
+_DAY = r"(\d{1,2})(?:st|nd|rd|th)?"
+_DATE = re.compile(rf"(?:{_MONTH} {_DAY}|{_DAY} (?:of )?{_MONTH})(?:,? (\d{{4}}))?")
+_OPPOSITES = dict(pair.split() for pair in _WORDS["opposites"].split("|"))
+_OPPOSITES |= {other: one for one, other in _OPPOSITES.items()}
+_NUMERALS = {name: Fraction(size) for name, size in NOTATION["numerals"].items()}
+
+
+def date(text: str) -> str:
+    """Month, day and year of `March 14th, 2020` or `14 March 2020`; nothing of anything else."""
+    found = _DATE.fullmatch(text.casefold())
+    return f"{found[1] or found[4]} {found[2] or found[3]} {found[5]}" if found else ""
+
+
+def opposite(one: str, other: str) -> bool:
+    """Whether two things that are counted are opposites: `increase`, `decrease`."""
+    return any(_OPPOSITES.get(word) in other.split() for word in one.split())
+
+
+def spelled_out(text: str) -> Fraction | None:
+    """The number that words are: `twenty-five`, `one hundred and five`, `two and a half`."""
+    words = text.casefold().replace("-", " ").split()
+    value = term = last = Fraction(0)
+    for word in words:
+        size = _NUMERALS.get(word, _NUMERALS.get(word.removesuffix("s")))
+        if word == "and" and last:
+            if last < 100:
+                value, term, last = value + term, Fraction(0), Fraction(0)
+        elif size is None or (size < 1 and (last or 1) > 19) or (size == 0 and len(words) > 1):
+            return None
+        elif size < 1 or size >= 100 or word == "dozen":
+            term = (term or 1) * size
+            if size >= 1000:
+                value, term = value + term, Fraction(0)
+            last = size
+        elif not last or last >= 100 or (last > 19 and size < 10):
+            term, last = term + size, size
+        else:
+            return None
+    several = value and value < 100 and not 0 < term < 1  # `one and two`
+    return None if several or words[-1:] in ([], ["a"], ["and"]) else value + term
 
 
 def is_phrase(text: str) -> bool:
