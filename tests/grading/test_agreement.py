@@ -25,7 +25,9 @@ KNOWN_DISAGREEMENTS = {
 
 def completion(pair):
     """`given` is what a box holds, or a whole completion, which is graded after its thought."""
-    return final_part(pair["given"]) if pair.get("whole") else f"So the answer is \\boxed{{{pair['given']}}}."
+    if pair.get("whole"):
+        return final_part(pair["given"])
+    return f"So the answer is \\boxed{{{pair['given']}}}."
 
 
 @pytest.fixture(scope="module")
