@@ -6,7 +6,7 @@ from opsd.common.errors import UserError
 
 
 def check_at_least(least: int, parsed: argparse.Namespace, *names: str) -> None:
-    """Raises UserError where one of these arguments is given and is less."""
+    """Raises UserError if one of these arguments is given and too small."""
     for name in names:
         value = getattr(parsed, name)
         if value is not None and value < least:

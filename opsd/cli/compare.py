@@ -119,7 +119,7 @@ def is_study(path: Path) -> bool:
 def run_study(
     study: Study, target: float | None, baseline: str | None, output: Path, display: Display
 ) -> None:
-    """All variants' runs, a comparison of each, and one page over them if there are several."""
+    """Runs all variants, compares each, and writes one page over them if there are several."""
     check_settings(study)
     variants = study_jobs(study, output)
     run_jobs([job for jobs in variants.values() for job in jobs], display, study.threads)
@@ -146,7 +146,7 @@ def run_study(
 
 
 def check_settings(study: Study) -> None:
-    """Raises UserError where a cell's settings make no config, before anything runs."""
+    """Raises UserError, before anything runs, if a cell's settings make no valid config."""
     if not any((study.settings, study.variants)):
         return
     from opsd.quickstart import smollm2_recipe, tiny_recipe

@@ -1,6 +1,6 @@
 """What this machine has, what is missing, and what to do about it: `opsd doctor`.
 
-Nothing here needs torch to be importable: that it is not is one of the findings.
+Nothing here needs torch: a torch that cannot be imported is one of the findings.
 """
 
 from __future__ import annotations

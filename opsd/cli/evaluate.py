@@ -110,7 +110,7 @@ def evaluate_command(asked: Namespace) -> None:
 
 
 def _thinking(asked: Namespace, benchmark: Benchmark, subject: Subject) -> bool | None:
-    """What the chat template is told; None where it is told nothing, or would not listen."""
+    """The chat template's enable_thinking; None if it is not set, or the template ignores it."""
     wanted = benchmark.convention.thinking if asked.thinking is None else asked.enable_thinking
     if wanted is None or subject.switches_thinking:
         return wanted
@@ -135,7 +135,7 @@ def _prompts(asked: Namespace, subject: Subject, thinking: bool | None, date: st
 def _sampling(
     asked: Namespace, benchmark: Benchmark, subject: Subject, contexts: Sequence[Sequence[int]]
 ) -> tuple[Sampling, int]:
-    """How to sample, and how many samples: the convention, but for what was asked."""
+    """How to sample, and how many samples: as asked, and otherwise by the convention."""
     convention = benchmark.convention
 
     def choose(given, usual):

@@ -37,7 +37,7 @@ class Plan:
         self.micro_batch_tokens: int = largest.student
 
     def show(self, display: Display) -> None:
-        """Two tables."""
+        """Shows both as tables."""
         memory, tokens = self.memory, self.tokens
         parts = ((memory.always, "always"), (memory.step, "a step"), (memory.sampling, "sampling"))
         rows = [(name, size(value), when) for part, when in parts for name, value in part.items()]

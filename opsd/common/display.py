@@ -155,7 +155,7 @@ class Display:
             self._line("  " + "  ".join(aligned).rstrip())
 
     def paths(self, title: str, paths: Mapping[str, Path]) -> None:
-        """Where things were written; a terminal that knows links can open them."""
+        """Show where files were written, as links if the terminal can open links."""
         width = max(map(len, paths), default=0)
         self._line((title, "bold"))
         for name, path in paths.items():
@@ -223,7 +223,7 @@ class Display:
         return "  " * max(len(self._stages) - inside, 0)
 
     def _bars(self):
-        """What the live region shows: a row for each open stage, and the innermost one's fields."""
+        """The live region: a row for each open stage, and the fields of the innermost one."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table

@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 def in_short(error: BaseException) -> str:
-    """What another library's error is and says, on one line of some length."""
+    """Another library's error, its type and its message, on one line that is not too long."""
     said = " ".join(str(error).split())
     said = said if len(said) <= LONGEST else f"{said[: LONGEST - 1]}…"
     return f"{type(error).__name__}: {said}".rstrip(": ")

@@ -17,7 +17,7 @@ from urllib.request import getproxies
 from huggingface_hub import constants
 
 SECONDS = 4.0
-"""For the name to be resolved and the connection to be made."""
+"""The time limit for resolving the hub's name and connecting to it."""
 
 
 def before_asking_hub(name: str) -> None:

@@ -1,4 +1,4 @@
-"""What a result should be read with: versions, machine, peak memory."""
+"""Facts that belong to a result: versions, machine, peak memory."""
 
 import ctypes
 import gc
@@ -119,7 +119,7 @@ def usable_cores() -> int:
 
 
 def cpu_quota() -> float | None:
-    """How many cores' worth of time a container grants, None without such a limit."""
+    """How many cores' worth of time the container grants; None if there is no limit."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     except (OSError, ValueError):

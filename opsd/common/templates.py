@@ -20,7 +20,7 @@ from opsd.common.template_worker import END, MADE, REFUSED, answer
 from opsd.common.workers import Ended, Workers
 
 ROLLOUT_NAMES = frozenset({"rollout", "peers"})
-"""What a template over rollouts may use beside the row's columns."""
+"""Names that a template over rollouts may use beside the row's columns."""
 
 BATCH_ROWS, BATCH_BYTES = 64, 1 << 20
 SECONDS = 1.0  # of processor time for a batch: a hundred times as much as honest ones take

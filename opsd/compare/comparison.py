@@ -36,8 +36,8 @@ GRID = 60  # points of a mean curve
 class Method:
     """All seeds of one method.
 
-    asked: how many of its runs have a target; reached: how many of these get there. What the target
-    costs (tokens_to_target and so on) is None unless all of them do.
+    asked: how many of its runs have a target. reached: how many of these reach it. Unless all do,
+    tokens_to_target, seconds_to_target and flops_to_target are None.
     """
 
     key: str
@@ -64,7 +64,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the page and comparison.json say."""
+    """The content of the page and of comparison.json."""
 
     methods: list[Method]
     budget: float
@@ -74,7 +74,7 @@ class Comparison:
     notes: list[str]
 
     def record(self) -> dict[str, Any]:
-        """For comparison.json."""
+        """The content of comparison.json."""
         methods = {
             method.key: {
                 **asdict(method),

@@ -26,7 +26,7 @@ COLUMNS = (
 
 
 def title(comparison: Comparison) -> str:
-    """What is compared, in a line."""
+    """One line: the budget and the target."""
     return f"At {_count(comparison.budget)} tokens; target {_target(comparison.target)}"
 
 
@@ -132,7 +132,7 @@ def _two_digits(x: float) -> str:
 
 
 def _beside(value: float | None, shown: Callable[[float], str], ratio: Ratio | None) -> str:
-    """What the target costs in another measure, and the ratio of that."""
+    """The cost of the target in another measure, with its ratio."""
     text = _known(value, shown)
     return text if ratio is None or ratio.value is None else f"{text}; {_ratio(ratio)}"
 

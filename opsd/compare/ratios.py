@@ -1,4 +1,4 @@
-"""How many times the tokens: what runs need to reach an accuracy, compared seed by seed.
+"""How many times the tokens one method needs of another's, to reach an accuracy, seed by seed.
 
 Where a run starts differs more between seeds than between methods (the tiny quickstart's bases
 reach from 7 to 69 %). So each seed has its own target where it can: the best that the baseline's

@@ -1,4 +1,4 @@
-"""What every section of a config file refuses."""
+"""The base class of a config's sections: the checks that all of them make."""
 
 from typing import Annotated, Any
 

@@ -136,7 +136,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def explain_all(error: ValidationError, model: type[Section]) -> str:
-    """All of pydantic's errors as sentences; of many the first."""
+    """pydantic's errors as sentences; if there are many, the first ones."""
     problems = error.errors()
     said = [explain(problem, model) for problem in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:

@@ -7,7 +7,7 @@ Method = Literal["opsd", "grpo", "sft", "distill"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 DIVERGENCE_METHODS = ("opsd", "distill")
-"""Those that learn from a divergence between a teacher and the student."""
+"""Methods that learn from a divergence between a teacher and the student."""
 
 Engine = Literal["generate", "continuous", "vllm", "vllm_server"]
 ENGINES: tuple[str, ...] = get_args(Engine)

@@ -17,8 +17,8 @@ STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 def make_plugin(train: TrainSection) -> DeepSpeedPlugin:
-    """What accelerate hands to DeepSpeed. Precision stays ours: fp32 weights and gradients, which
-    are exchanged as such."""
+    """accelerate's settings for DeepSpeed. Precision is left to us: weights and gradients are in
+    fp32 and are exchanged in fp32."""
     _prepare()
     return DeepSpeedPlugin(hf_ds_config=deepspeed_config(train))
 
@@ -45,7 +45,7 @@ def deepspeed_config(train: TrainSection) -> dict[str, Any]:
 
 
 def _prepare() -> None:
-    """Before DeepSpeed exchanges or saves anything."""
+    """Settings that must be made before DeepSpeed exchanges or saves anything."""
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     # Python 3.11.0 to 3.11.3 pickle an enum's member as a call of getattr, which `check_pieces`

@@ -18,7 +18,7 @@ from accelerate import PartialState
 Result = TypeVar("Result")
 
 SPLIT_WEIGHTS = ("fsdp2", "zero3")
-"""Of train.sharding: no process holds all weights of what trains."""
+"""Values of train.sharding under which no process holds all of the trained weights."""
 
 PATIENCE = timedelta(hours=2)
 """How long a process waits for the others, which may sample or grade all that time."""
@@ -59,13 +59,13 @@ class Processes:
         return _result(box[0])
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.count > 1:
             dist.barrier()
 
     @staticmethod
     def close() -> None:
-        """Leave the others."""
+        """Leave the group of processes."""
         deepspeed = sys.modules.get("deepspeed")
         if deepspeed is not None and deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()  # and forget the group, of which it keeps copies

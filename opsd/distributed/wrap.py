@@ -53,9 +53,9 @@ def backward(accelerator: Accelerator, wrapped: nn.Module, loss: Tensor) -> None
 
 
 def exchange(wrapped: nn.Module, last: bool) -> AbstractContextManager:
-    """Around a micro-batch's backward. DDP exchanges gradients once, in the last one. FSDP2 does
-    each time: to wait would take memory for all of them. So does ZeRO, unless each process holds
-    all gradients."""
+    """The context of a micro-batch's backward. DDP exchanges gradients once, in the last
+    micro-batch. FSDP2 exchanges them in each: to wait would take memory for all of them. So does
+    ZeRO, unless each process holds all gradients."""
     at_boundary: Any = getattr(wrapped, "set_gradient_accumulation_boundary", None)  # DeepSpeed's
     if at_boundary is not None:
         at_boundary(last)

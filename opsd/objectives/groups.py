@@ -162,11 +162,11 @@ class Totals:
             self.sums[name] = self.sums.get(name, 0.0) + mean.detach().double() * tokens
 
     def numbers(self) -> "Totals":
-        """The same on the CPU, to be sent elsewhere."""
+        """A copy on the CPU, to be sent to other processes."""
         return Totals(self.tokens, {name: total.cpu() for name, total in self.sums.items()})
 
     def include(self, other: "Totals") -> None:
-        """Add another process's."""
+        """Add the totals of another update or process."""
         self.tokens += other.tokens
         for name, total in other.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + total
@@ -197,7 +197,8 @@ class MicroBatch:
 
     @property
     def sampled_by_others(self) -> bool:
-        """Whether an engine, or the student before the step's first update, sampled them."""
+        """Whether every sample has log-probabilities of what sampled it: an engine, or the student
+        before the step's first update."""
         given = (s.sampling_log_probs or s.old_log_probs for s in self.samples)
         return all(log_probs is not None for log_probs in given)
 

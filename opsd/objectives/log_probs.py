@@ -32,7 +32,7 @@ COPIES = 6
 
 
 class SampledLogProb(NamedTuple):
-    """Of each token [N], fp32: log q(y), and the entropy of q (detached)."""
+    """log q(y) of each token, and the entropy of q (detached): [N] each, fp32."""
 
     log_prob: Tensor
     entropy: Tensor

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 CLASSES = ("maths", "style", "special", "other")
 
 _SYMBOLS = "=+*/^<>_{}|&\\$-" + "".join(map(chr, range(0x2200, 0x2300))) + "\xb1\xd7\xf7"
-"""Among them the Unicode block of mathematical operators, plus-minus, times and division."""
+"""They include the Unicode block of mathematical operators, plus-minus, times and division."""
 
 _MATHS = re.compile(rf"[\d{re.escape(_SYMBOLS)}]")
 _STYLE = frozenset(

@@ -21,7 +21,7 @@ from opsd.rollout import Rollout
 
 
 class Weight(NamedTuple):
-    """What a rollout's tokens count: a weight for all, and a factor for each where they differ."""
+    """A rollout's weight for all its tokens, and a factor for each token where these differ."""
 
     of_all: float
     factors: tuple[float, ...] | None = None

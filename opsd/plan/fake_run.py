@@ -124,7 +124,7 @@ def step_peaks(
 ) -> Peaks:
     """What a micro-batch's forward and backward add to weights and gradients.
 
-    From a step's second micro-batch on: each gradient is added to the one there and then freed.
+    From the second micro-batch on, each gradient is added to an earlier one and freed.
     autocast: whether products are in bf16. flash: whether attention is by a flash kernel.
     """
     models, loss = make_step(architecture)
@@ -150,7 +150,7 @@ def _forget_gradient(parameter: nn.Parameter) -> None:
 def sampling_peaks(
     architecture: PreTrainedConfig, dtype: torch.dtype, prompt: int, longest: int
 ) -> Peaks:
-    """What `generate` adds for one sequence: while it reads the prompt, or for the last token."""
+    """The most memory that `generate` adds for one sequence: for its prompt, or its last token."""
     model = meta_model(architecture, dtype).eval()
     with FakeTensorMode(), quiet(), torch.no_grad(), LiveBytes() as count:
         _make_fake(model)

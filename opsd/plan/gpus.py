@@ -7,7 +7,7 @@ from opsd.common.files import read_toml
 
 @dataclass(frozen=True)
 class GPU:
-    """By the maker: bytes of memory, bytes a second, dense bf16 operations a second."""
+    """What the maker states: bytes of memory, bytes a second, dense bf16 operations a second."""
 
     memory: float
     bandwidth: float

@@ -77,11 +77,11 @@ class Planner:
 
     @cached_property
     def parameters(self) -> int:
-        """Of the student, without adapters."""
+        """The student's, without adapters."""
         return count_parameters(self.student)
 
     def sizes(self, config: Config) -> Sizes:
-        """The student's."""
+        """The student's sizes, counted once for each `model` section."""
         key = config.model.model_dump_json()
         if key not in self._sizes:
             self._sizes[key] = _sizes(self.student, config.model)
@@ -125,7 +125,8 @@ class Planner:
         return max(batches, key=_tokens)
 
     def _teacher(self, config: Config, dtype: torch.dtype) -> int:
-        """Of the teacher's weights. Where no method uses it, the report's completions do."""
+        """Bytes of the teacher's weights. A method that needs no teacher still has one for the
+        report's completions."""
         scores = scores_by_teacher(config)
         if not scores and not (config.eval.problems and config.eval.samples):
             return 0
@@ -214,7 +215,7 @@ class Planner:
         return found
 
     def _generation(self, size: int, dtype: torch.dtype, longest: int) -> int:
-        """Of `size` sequences sampled at once; greedy ones need no more memory."""
+        """Bytes to sample `size` sequences at once; greedy sampling takes no more."""
         prompt = self.lengths.prompt
 
         def trace() -> Peaks:
@@ -238,7 +239,7 @@ def count_parameters(model: PreTrainedConfig) -> int:
 
 
 def _sizes(model: PreTrainedConfig, section: ModelSection) -> Sizes:
-    """Of a model with the adapters that `section` adds."""
+    """The parameters of a model with the adapters that `section` adds."""
     with torch.device("meta"), quiet():
         made = AutoModelForCausalLM.from_config(model)
         own = sum(parameter.numel() for parameter in made.parameters())
@@ -254,7 +255,7 @@ def _sizes(model: PreTrainedConfig, section: ModelSection) -> Sizes:
 def _student(
     short: PreTrainedConfig, section: ModelSection, checkpointing: bool, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """What trains: the model in fp32, or adapters beside a model in `dtype`."""
+    """The model that trains, in fp32; or with adapters, whose base is in `dtype`."""
     model = meta_model(short, torch.float32 if section.lora is None else dtype)
     if section.lora is not None:
         model = add_adapters(model, section)
@@ -300,7 +301,7 @@ def _objective(
 
 
 def _step_key(config: Config) -> str:
-    """All of the config that a step's memory depends on, except the kernel's budget."""
+    """The fields on which a step's memory depends, except the kernel's budget."""
     values = config.model_dump()
     loss = {name: value for name, value in values["loss"].items() if name != "memory_budget"}
     parts = [values["method"], loss, values["model"], values["teacher"], values["train"]]

@@ -39,7 +39,7 @@ class Work:
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
+        """Seconds of the whole step."""
         return self.sampling_seconds + self.training_seconds
 
 

@@ -21,7 +21,7 @@ from opsd.prefix.layout import Layout, Scores
 from opsd.prefix.tiled import tiled_attention
 
 Kernel = Callable[..., Tensor]
-"""As `packed_attention`; key and value are of the dtype to compute in."""
+"""Called as `packed_attention`, with key and value in the dtype to compute in."""
 
 KERNELS: dict[str, Kernel] = {
     "tiles": tiled_attention,
@@ -34,7 +34,8 @@ KERNELS: dict[str, Kernel] = {
 FlashAttention 3's kernels behind it; flash_attn: the flash-attn package. flex: FlexAttention."""
 
 PREFERENCE = ("flash", "flash_attn", "flex", "tiles")
-"""What `auto` tries on a GPU, in bf16 and fp16. flash_3 is for those who measured it faster."""
+"""The kernels that `auto` tries on a GPU in bf16 and fp16, in this order. flash_3 is used only when
+it is asked for."""
 
 HALF = (torch.bfloat16, torch.float16)
 

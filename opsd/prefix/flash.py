@@ -204,12 +204,12 @@ def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
 
 
 def _left(part: Part) -> int:
-    """How many keys before its own a query sees; -1: all."""
+    """How many earlier keys a query sees; -1: all."""
     return -1 if part.window is None else part.window - 1
 
 
 def _torch_arguments(part: Part, scores: Scores) -> tuple[tuple, dict]:
-    """Those that forward and backward share, by place and by name."""
+    """The arguments that forward and backward share, by place and by name."""
     assert scores.softcap is None
     places = part.query_starts, part.key_starts, part.longest_query, part.longest_key
     dropout = 0.0

@@ -126,7 +126,7 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
 
 
 def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
-    """The same, each rollout in a padded row of its own with its prefix."""
+    """The same states, with each rollout in a padded row of its own after its prefix."""
     checked = _checked(model, plain_groups(groups))
     rows = [(prefix, ids) for prefix, rollouts in checked for ids in rollouts]
     tokens = [torch.cat([prefix, ids[:-1]]) for prefix, ids in rows]
@@ -182,7 +182,7 @@ def _check_adapters(student: tuple[bool, ...], teacher: tuple[bool, ...]) -> Non
 
 
 def _common(student: Tensor, teacher: Tensor) -> int:
-    """How many tokens both start with. At least the teacher's last token is left to run."""
+    """The length of the common start, which leaves at least the teacher's last token to run."""
     length = min(len(student), len(teacher) - 1)
     differs = (student[:length] != teacher[:length]).nonzero()
     return int(differs[0]) if len(differs) else length

@@ -19,7 +19,7 @@ Group = tuple[Tensor | Ids, Sequence[Tensor | Ids]]
 """(prefix ids [P], [rollout ids [R_1], …])"""
 
 CheckedGroup = tuple[Tensor, list[Tensor]]
-"""The same as int64 tensors on the CPU."""
+"""A group as int64 tensors on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Span:
         return self.position + self.length
 
     def since(self, position: int) -> "Span":
-        """Without what comes before `position`."""
+        """The part of the span from `position` on."""
         cut = max(0, position - self.position)
         return Span(self.start + cut, self.length - cut, self.position + cut)
 
@@ -118,7 +118,7 @@ class Layout:
         return Span(span.start + self.past, span.length, span.position)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made once: all layers of a model ask for the same."""
+        """The result of `make`, computed once, since all layers of a model ask for the same."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]

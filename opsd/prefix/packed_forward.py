@@ -19,7 +19,7 @@ from opsd.prefix.layout import Layout, Scores
 IMPLEMENTATION = "opsd_shared_prefix"
 
 CHECKPOINT = "_gradient_checkpointing_func"
-"""What transformers' layers are called through where they are checkpointed."""
+"""The attribute through which transformers calls a layer that is checkpointed."""
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 """transformers' names of layer types whose tokens meet in ordinary attention only."""
@@ -51,7 +51,7 @@ KeysAndValues = dict[nn.Module, tuple[Tensor, Tensor]]
 class Capture:
     """Where a forward puts its keys and values.
 
-    rows: of the stream; None: all. graph: whether they stay in autograd's graph.
+    rows: the stream's rows to capture; None: all. graph: whether they stay in autograd's graph.
     """
 
     into: KeysAndValues
@@ -61,7 +61,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class Stream:
-    """What the attention layers are told of a stream."""
+    """What the attention layers need to know of a stream."""
 
     layout: Layout
     capture: Capture | None
@@ -166,7 +166,7 @@ def _recomputing(checkpoint: Callable, decoder: PreTrainedModel, stream: Stream)
 
 
 def adapter_state(model: nn.Module) -> tuple[bool, ...]:
-    """Which of the model's adapted layers apply their adapters now: () without any."""
+    """For each adapted layer of the model, whether it applies its adapters now."""
     return tuple(
         bool(m.active_adapters) and not m.disable_adapters
         for m in model.modules()

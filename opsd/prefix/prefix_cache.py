@@ -29,7 +29,7 @@ class _PrefixRun:
     in_graph: KeysAndValues
 
     def backward(self) -> None:
-        """From the leaves' gradients through the prefix's own graph."""
+        """Backward through the prefix's own graph, from the gradients of the leaves."""
         pairs = [
             (tensor, leaf.grad)
             for module, leaves in self.leaves.items()
@@ -58,7 +58,8 @@ class CachedPrefix(Sequence[int]):
         return self.ids[index]
 
     def keys_and_values(self, model: PreTrainedModel) -> KeysAndValues | None:
-        """Those of all tokens but the last, from a run at the first call; None where it may not."""
+        """The keys and values of all tokens but the last; the first call runs them. None if a gradient
+        is wanted and this prefix does not train."""
         with_gradient = torch.is_grad_enabled()
         if with_gradient and not self.trains:
             return None

@@ -101,7 +101,7 @@ def overridden(
 
 
 def check_methods(sections: dict[str, Any], methods: dict[str, dict[str, Any]]) -> None:
-    """Raises UserError where a method's sections make no config."""
+    """Raises UserError if a method's sections make no valid config."""
     for method, own in methods.items():
         places = {"model": {"path": "base"}, "data": {"source": "train.jsonl"}}
         teacher = {"policy": "model", "path": "teacher"} if method == "distill" else {}
@@ -110,7 +110,7 @@ def check_methods(sections: dict[str, Any], methods: dict[str, dict[str, Any]]) 
 
 
 def repeated(rows: list[Row], solutions: int | None) -> list[Row]:
-    """As many rows, of which only the first `solutions` are different ones; None: all."""
+    """Repeats the first `solutions` rows until there are as many as before; None: no repeats."""
     if solutions is None or solutions >= len(rows):
         return rows
     return [rows[i % solutions] for i in range(len(rows))]

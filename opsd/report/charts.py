@@ -43,7 +43,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """What to draw, in data units, without a size."""
+    """A chart's content, in data units. It has no size yet: see `scale`."""
 
     identifier: str
     title: str
@@ -74,7 +74,7 @@ class Chart:
 
     @property
     def data(self) -> dict[str, Any]:
-        """What report.js needs for read-outs."""
+        """The values that report.js shows under the pointer."""
         series = []
         for one in self.series:
             bands = one.band or [None] * len(one.points)
@@ -83,7 +83,7 @@ class Chart:
         return {"x": self.x_label, "percent": self.share, "series": series}
 
     def scale(self, width: int, height: int) -> "Scale":
-        """Where the data lie in an SVG of this size."""
+        """Positions of the data in an SVG of this size."""
         return Scale(self, width, height)
 
 

@@ -14,7 +14,7 @@ COLLAPSED = {
     "pass_at_k": "pass@k of the rollouts has fallen",
     "inverted_gradient": "the clip inverts the gradient of too many tokens",
 }
-"""Of train.collapse's measures."""
+"""Measures of train.collapse → what it means that one has collapsed."""
 
 
 def cost_rows(run: Run) -> list[list[str]]:

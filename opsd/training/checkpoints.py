@@ -1,4 +1,4 @@
-"""What a run saves is whole or not there, and known again: see common/saved_directory.py."""
+"""Saving models and checkpoints, each whole or not at all: see common/saved_directory.py."""
 
 import copy
 import json
@@ -72,7 +72,7 @@ def save_model(
 
 
 def _one_entry(tensor: Tensor) -> Tensor:
-    """In the same storage, so that tied weights stay tied."""
+    """A view of one entry, in the same storage, so that tied weights stay tied."""
     return tensor.as_strided([1] * tensor.dim(), tensor.stride()) if tensor.numel() else tensor
 
 
@@ -217,7 +217,7 @@ class Checkpoints:
             self.average.load(place)
 
     def read_random_states(self, place: Path) -> None:
-        """Of this process."""
+        """Restore the random states of this process."""
         with or_unreadable(place):
             set_random_states(_read(place / self._random_file))
 
@@ -251,7 +251,7 @@ def some_weights(model: nn.Module) -> list[float]:
 
 
 def _alike(one: list[float], other: list[float]) -> bool:
-    """But for how adapters that are merged into the weights are rounded on another machine."""
+    """Whether both are the same weights, up to how a machine rounds when it merges adapters."""
     close = partial(math.isclose, rel_tol=0.02, abs_tol=1e-6)
     return len(one) == len(other) and all(map(close, one, other))
 
@@ -276,7 +276,7 @@ def load_weights(model: PreTrainedModel, place: Path, names: Iterable[str]) -> N
 
 
 def random_states() -> dict[str, Any]:
-    """Of all generators that a step may draw from."""
+    """The states of all generators that a step may draw from."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -287,7 +287,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """What `random_states` returned."""
+    """Restore what `random_states` returned."""
     kind, keys, *rest = states["numpy"]
     random.setstate(states["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

@@ -73,7 +73,7 @@ _MEASURES = {
 
 
 def _judge(name: str, measure: str, mean: float, bound: float, trace: Trace) -> str | None:
-    """What is wrong with the window's mean, if anything is."""
+    """A sentence if the window's mean is beyond its bound."""
     if name == "inverted_gradient":
         wrong = mean > bound
         return f"{measure} is {mean:.3g} over {trace.window} steps" if wrong else None

@@ -36,7 +36,7 @@ def failed_step(
     model: nn.Module,
     average: MovingAverage | None,
 ) -> dict[str, Any]:
-    """What a replay needs. Where weights are split, all processes must call this together."""
+    """The content of a failed step's file. If weights are split, all processes must call this."""
     return {
         "config": config.model_dump(),
         "step": step,

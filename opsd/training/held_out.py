@@ -31,7 +31,7 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, values: dict) -> "Evaluation":
-        """Of what `dataclasses.asdict` made, by way of JSON."""
+        """Read back an evaluation that was written as JSON by `dataclasses.asdict`."""
         rollouts = [Rollout(**rollout) for rollout in values["rollouts"]]
         grades = [Grade(**grade) for grade in values["grades"]]
         return cls(**(values | {"rollouts": rollouts, "grades": grades}))

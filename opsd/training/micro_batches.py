@@ -17,7 +17,7 @@ class StreamTokens(NamedTuple):
     teacher: int
 
     def plus(self, other: "StreamTokens") -> "StreamTokens":
-        """Those of both."""
+        """The sums of both, role by role."""
         return StreamTokens(self.student + other.student, self.teacher + other.teacher)
 
 
@@ -27,7 +27,7 @@ def stream_tokens(groups: Sequence[SampleGroup]) -> StreamTokens:
 
 
 def separate_tokens(groups: Sequence[SampleGroup]) -> StreamTokens:
-    """The same where each rollout runs with a context of its own."""
+    """The tokens if each rollout runs with a context of its own."""
     roles = (as_student(groups), as_teacher(groups))
     alone = [[(p, [r]) for p, rollouts in role for r in rollouts] for role in roles]
     return StreamTokens(_stream(alone[0]), _stream(alone[1]))

@@ -108,11 +108,12 @@ SIGNS: dict[str, Callable[[Line], str | None]] = {
     "zero_divergence": _same,
     "all_cut": _cut,
 }
-"""By name, as metrics.jsonl has it under `collapse`."""
+"""Signs by the names that metrics.jsonl gives them under `collapse`."""
 
 RISING = {
     "rising_divergence": "divergence",
     "rising_entropy": "student_entropy",
     "rising_loss": "loss",
 }
-"""What must not rise by RISE, → its measure. The loss is one of SFT alone: others' has no scale."""
+"""Signs → the measures that must not rise by RISE. The loss counts under SFT alone: that of other
+methods has no scale."""

@@ -108,7 +108,7 @@ def _installed(package: str) -> bool:
 
 
 def check_launcher(sharding: str, engine: str) -> None:
-    """Raises UserError where the run was launched in a way that does not fit its config."""
+    """Raises UserError if the way in which the run was launched does not fit its config."""
     told = os.environ.get
     if sharding != "none" and told("WORLD_SIZE", "1") == "1":
         raise UserError(

@@ -269,7 +269,7 @@ class Run:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What forward and backward run in."""
+        """The dtype of forward and backward."""
         return compute_dtype(self.config.train.precision)
 
     def _needs_inference_copy(self) -> bool:
@@ -281,7 +281,7 @@ class Run:
         return samples and self.dtype == torch.bfloat16 and config.model.lora is None
 
     def _make_sampler(self) -> DistributedSampler:
-        """Who samples rollouts and held-out answers with the student's weights."""
+        """The sampler of rollouts and held-out answers, by the student's weights."""
         config, longest = self.config, None
         if config.rollout.engine == "vllm":
             contexts = self.prompts.lengths([*self.rows, *self.held_out], "student")
@@ -362,7 +362,7 @@ class Run:
         return trainer.state.global_step, weights
 
     def _reward_function(self) -> RewardFunction | None:
-        """Who grades rollouts, where the method or the log needs it."""
+        """Grades rollouts; None if neither the method nor the log needs grades."""
         section = self.config.loss.reward
         if not is_graded(self.config):
             return None

@@ -254,7 +254,8 @@ class GradientAccumulator:
 
     @torch.no_grad()  # or DDP would expect a backward
     def check_sharing(self, groups: list[SampleGroup]) -> float:
-        """How far shared prefixes change the hidden states. Raises UserError beyond rounding."""
+        """How far shared prefixes change the hidden states. Raises UserError if it is more than
+        rounding."""
         return called_through(
             self.wrapped,
             self.step.model,

@@ -29,7 +29,7 @@ def informative(problem: Problem) -> bool:
 
 
 def outcome_measures(problems: Sequence[Problem]) -> dict[str, float]:
-    """What the log says of graded rollouts.
+    """Measures of graded rollouts for the log.
 
     `pass_at_k`: the share of problems with at least one right rollout, k = group_size.
     """

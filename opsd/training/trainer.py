@@ -62,7 +62,7 @@ Evaluate = Callable[[int], dict]
 """step → the evaluation's record; runs the held-out problems and writes them down."""
 
 SEED_STRIDE = 1_000_003
-"""Between the seeds of two processes, so that neighbouring runs do not share one."""
+"""The distance between two processes' seeds: runs with neighbouring seeds share none."""
 
 ENGINES_DIFFER = 0.2
 """Nats a token, in the mean over a step, that no rounding of an engine's explains."""
@@ -322,14 +322,14 @@ class OPSDTrainer:
         return f"step {step} is saved in {place}"
 
     def _stop_if_interrupted(self) -> None:
-        """Between two steps: raises Stopped where a signal came to one of the processes."""
+        """Called between two steps. Raises Stopped if a signal has come to one of the processes."""
         signals = self.processes.everywhere(lambda: self._interruption.signal)
         self._interruption.signal = next((number for number in signals if number), None)
         self._interruption.release()
 
     def training_step(self, rows: Sequence[Row]) -> Tensor:
-        """One step on these rows but its last optimizer update, whose gradient is left; returns
-        the step's loss."""
+        """One step on these rows, up to its last optimizer update, whose gradient is left on the
+        model. Returns the step's loss."""
         with measured(self.timer):
             start = time.monotonic()
             self._left_out = False
@@ -359,7 +359,7 @@ class OPSDTrainer:
         return batches
 
     def _updates(self, batches: list[list[SampleGroup]]) -> tuple[Tensor, Totals]:
-        """The step's optimizer updates but the last; of that one the gradient alone.
+        """Makes the step's optimizer updates except the last, of which it leaves the gradient.
 
         Returns the mean of the updates' losses, and their measures.
         """
@@ -387,8 +387,8 @@ class OPSDTrainer:
         return mean, totals
 
     def _update(self) -> float:
-        """An optimizer update by the gradient that has been added up; returns its norm. One that is
-        not finite changes no weights."""
+        """An optimizer update by the accumulated gradient; returns its norm. A gradient that is not
+        finite changes no weights."""
         self._updating = True
         self._interruption.hold()  # until the step is done and logged
         norm = clip_gradient(
@@ -437,7 +437,7 @@ class OPSDTrainer:
         )
 
     def _check_engine(self, totals: Totals) -> None:
-        """After a run's first rollouts by another engine: are the weights there the student's?"""
+        """Raises UserError if the first rollouts show that the engine has other weights."""
         difference = totals.means().get("engine_divergence", 0.0)
         if not self._engine_checked and abs(difference) > ENGINES_DIFFER:
             raise UserError(
@@ -448,7 +448,7 @@ class OPSDTrainer:
         self._engine_checked = True
 
     def _write_rollouts(self, problems: list[Problem]) -> None:
-        """What was sampled, where the run keeps it."""
+        """Write the step's first rollouts to rollouts.jsonl."""
         if self.collector.samples:
             kept, how = self.config.output.rollouts, self.collector.how
             for line in rollout_records(problems, self.processing_class, how, kept):
@@ -484,7 +484,7 @@ class OPSDTrainer:
             self._evaluate_model(step)
 
     def save_checkpoint(self) -> None:
-        """All that a run needs to go on from here, in checkpoint-<step>/."""
+        """Write checkpoint-<step>/, from which a run goes on bit for bit."""
         self.run_log.sync()
         self.checkpoints.write(self.state)
         self._call("on_save")
