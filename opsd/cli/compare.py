@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from opsd.common.display import Display
@@ -44,12 +43,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="DIR", type=Path, default=Path("runs/compare"))
 
 
-def run(parsed: argparse.Namespace) -> None:
-    """Runs, compares and writes. Raises UserError."""
-    seeds = _seeds(parsed.seeds)
-    compare_command(
-        parsed.paths, parsed.target, parsed.baseline, parsed.output, seeds, parsed.tokens
-    )
+def run(asked: argparse.Namespace) -> None:
+    """Runs what is not finished, compares, and writes comparison.json and its pages into --output.
+
+    The paths are run directories; or configs of `opsd train`, each run with each seed; or one study
+    file. Raises UserError.
+    """
+    output, seeds, display = asked.output, _seeds(asked.seeds), Display()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output is {str(output)!r}: it is not a directory")
+    files = [path for path in asked.paths if path.suffix in (".yaml", ".yml")]
+    if files and len(files) != len(asked.paths):
+        raise UserError("RUN_DIR: give either run directories or configs, not both")
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"CONFIG is {str(path)!r}: no such file")
+    if not files and (seeds, asked.tokens) != (None, None):
+        raise UserError("--seeds and --tokens are for configs; the runs named here are finished")
+    if len(files) == 1 and is_study(files[0]):
+        if (seeds, asked.tokens) != (None, None):
+            raise UserError(f"--seeds, --tokens: {files[0]} has its own seeds and budget")
+        study = load_study(files[0])
+        run_study(study, asked.target, asked.baseline or study.baseline, output, display)
+        return
+    paths = asked.paths
+    if files:
+        jobs = train_jobs(files, [0, 1, 2] if seeds is None else seeds, output, asked.tokens)
+        run_jobs(jobs, display, gpus=gpus())
+        paths = [job.directory for job in jobs]
+    comparison = compare(paths, asked.target, asked.baseline)
+    _write(comparison, output)
+    _show(comparison, display)
+    display.paths("Written", {name: output / name for name in FILES})
 
 
 def _seeds(text: str | None) -> list[int] | None:
@@ -59,46 +84,6 @@ def _seeds(text: str | None) -> list[int] | None:
     if not all(word.isdecimal() for word in words) or len(set(words)) != len(words):
         raise UserError(f"--seeds is {text!r}: it must list numbers such as 0,1,2, each once")
     return [int(word) for word in words]
-
-
-def compare_command(
-    paths: Sequence[Path],
-    target: float | None,
-    baseline: str | None,
-    output: Path,
-    seeds: Sequence[int] | None = None,
-    tokens: int | None = None,
-) -> None:
-    """Runs what is not finished, compares, and writes comparison.json and .html into `output`.
-
-    paths: run directories; or configs of `opsd train`, each run with each of `seeds`; or one study
-    file. tokens: each config's budget (train.token_budget). Raises UserError.
-    """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output is {str(output)!r}: it is not a directory")
-    display = Display()
-    files = [path for path in paths if path.suffix in (".yaml", ".yml")]
-    if files and len(files) != len(paths):
-        raise UserError("RUN_DIR: give either run directories or configs, not both")
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"CONFIG is {str(path)!r}: no such file")
-    if not files and (seeds, tokens) != (None, None):
-        raise UserError("--seeds and --tokens are for configs; the runs named here are finished")
-    if len(files) == 1 and is_study(files[0]):
-        if (seeds, tokens) != (None, None):
-            raise UserError(f"--seeds, --tokens: {files[0]} has its own seeds and budget")
-        study = load_study(files[0])
-        run_study(study, target, baseline or study.baseline, output, display)
-        return
-    if files:
-        jobs = train_jobs(files, [0, 1, 2] if seeds is None else seeds, output, tokens)
-        run_jobs(jobs, display, gpus=gpus())
-        paths = [job.directory for job in jobs]
-    comparison = compare(paths, target, baseline)
-    _write(comparison, output)
-    _show(comparison, display)
-    display.paths("Written", {name: output / name for name in FILES})
 
 
 def gpus() -> list[str]:

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.format import duration, number, size
+from opsd.config.compatibility import refused
 from opsd.config.config import Config
 from opsd.config.load import load_config, parse_config, with_overrides
 from opsd.plan.architectures import architecture
@@ -75,11 +76,9 @@ def plan_command(asked: argparse.Namespace) -> None:
     lengths = Lengths(asked.prompt_tokens, asked.solution_tokens, config.rollout.max_new_tokens)
     device = None if gpu is None else int(gpu.memory)
     if config.rollout.engine == "vllm" and device is None:
-        raise UserError("rollout.engine is 'vllm': say with --gpu which GPU it is planned for")
+        raise refused(config, "rollout.engine: say with --gpu which GPU it is planned for")
     if config.train.sharding != "none" and asked.gpus == 1:
-        raise UserError(
-            f"train.sharding is {config.train.sharding!r}: say with --gpus over how many"
-        )
+        raise refused(config, "train.sharding: say with --gpus over how many")
     longest = _check_window(student, lengths)
     plan = Plan(config, planner := Planner(student, lengths, device, asked.gpus))
     work = gpu and plan_work(config, student, planner.parameters, plan.tokens, lengths, gpu)

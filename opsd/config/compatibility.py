@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from opsd.common.errors import UserError
 from opsd.common.templates import over_rollouts
 from opsd.config.names import DIVERGENCE_METHODS
 from opsd.config.requirements import is_graded, needs_grades, teaches_over_rollouts
@@ -45,19 +46,24 @@ ZERO_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmspro
 def check(config: Config) -> None:
     """Raises ValueError that names the field, its value and what it may be.
 
-    A rule yields `field: why`; the field's value is put between the two. An unused field is
-    refused where it is not at its default: it would be accepted and ignored.
+    A rule yields what `refused` takes. An unused field is refused if it is not at its default: it
+    would be accepted and ignored.
     """
     for rule in RULES:
         for broken in rule(config):
-            field, _, why = broken.partition(": ")
-            raise ValueError(f"{field} is {_shown(_value(config, field))}: {why}")
+            raise refused(config, broken)
     for fields, why in _unused(config):
         for field in fields.split():
             section, _, name = field.rpartition(".")
             default = type(_value(config, section)).model_fields[name].get_default()
-            if (value := _value(config, field)) != default:
-                raise ValueError(f"{field} is {_shown(value)}: {why}")
+            if _value(config, field) != default:
+                raise refused(config, f"{field}: {why}")
+
+
+def refused(config: Config, broken: str) -> UserError:
+    """The error for `field: why`, with the field's value put between the two."""
+    field, _, why = broken.partition(": ")
+    return UserError(f"{field} is {_shown(_value(config, field))}: {why}")
 
 
 def _value(config: Config, field: str) -> Any:

@@ -58,8 +58,8 @@ class CachedPrefix(Sequence[int]):
         return self.ids[index]
 
     def keys_and_values(self, model: PreTrainedModel) -> KeysAndValues | None:
-        """The keys and values of all tokens but the last; the first call runs them. None if a gradient
-        is wanted and this prefix does not train."""
+        """The keys and values of all tokens but the last; the first call runs them. None if a
+        gradient is wanted and this prefix does not train."""
         with_gradient = torch.is_grad_enabled()
         if with_gradient and not self.trains:
             return None

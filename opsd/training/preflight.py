@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -23,8 +24,9 @@ from transformers.training_args import OptimizerNames, ParallelMode
 from opsd.common.errors import UserError, in_short
 from opsd.common.files import reserve, why_not_written
 from opsd.common.hub_upload import check_hub
+from opsd.config.compatibility import refused
 from opsd.config.config import Config
-from opsd.config.sections import LoraSection, TrainSection
+from opsd.config.sections import TrainSection
 from opsd.distributed.deepspeed import STAGES
 from opsd.models.adapter_files import CONFIG as ADAPTER
 from opsd.models.adapter_files import import_peft
@@ -34,66 +36,51 @@ from opsd_kernels import backends
 
 
 def check_machine(config: Config, makes: bool) -> None:
-    """Raises UserError where this machine cannot do what the run asks. makes: this process makes
-    the hub's repository."""
-    if config.model.lora is not None:
-        _check_lora(config.model.lora)
-    if config.teacher.offload and not torch.cuda.is_available():
-        raise UserError(
-            "teacher.offload is true: there is no GPU, the teacher is in the CPU's memory anyway"
-        )
-    if config.train.sharding in STAGES and not _installed("deepspeed"):
-        raise UserError(
-            f"train.sharding is {config.train.sharding!r}: it needs pip install deepspeed"
-        )
-    for name in config.output.report_to:
-        if not any(map(_installed, LOGGERS[name])):
-            raise UserError(f"output.report_to has {name!r}: it needs pip install {name}")
-    _check_attention(config.model.attention)
-    _check_backend(config.loss.backend)
+    """Raises UserError if this machine cannot do what the run asks. makes: this process makes the
+    hub's repository."""
+    for broken in _obstacles(config):
+        raise refused(config, broken)
     check_optimizer(config.train)
     if config.output.push_to_hub is not None:
         check_hub(config.output.push_to_hub, config.output.hub_private, makes)
 
 
-def _check_lora(lora: LoraSection) -> None:
-    import_peft()
-    if lora.quantize != "nf4":
-        return
-    if not torch.cuda.is_available():
-        raise UserError(
-            "model.lora.quantize is 'nf4': weights in 4 bits (QLoRA) need a GPU, and there is "
-            "none; train with 'none'"
-        )
-    if not _installed("bitsandbytes"):
-        raise UserError("model.lora.quantize is 'nf4': it needs pip install bitsandbytes")
-
-
-def _check_attention(attention: str) -> None:
-    if attention != "flash_attention_2":
-        return
-    if not torch.cuda.is_available():
-        lacks = "it needs a GPU, and there is none; 'sdpa' runs everywhere"
-    elif not _installed("flash_attn"):
-        lacks = "it needs pip install flash-attn; 'sdpa' needs nothing"
-    else:
-        return
-    raise UserError(f"model.attention is 'flash_attention_2': {lacks}")
-
-
-def _check_backend(name: str) -> None:
-    if name == "auto":
-        return
-    usable = backends()
-    reason = usable[name]
-    if reason is None and name == "cpp" and torch.cuda.is_available():
-        reason = "it serves the CPU, and this run is on a GPU"
-    if reason is not None:
-        others = ", ".join(other for other, lacks in usable.items() if lacks is None)
-        raise UserError(
-            f"loss.backend is {name!r}: it cannot run here ({reason}); 'auto' takes the fastest "
-            f"that can, of {others}"
-        )
+def _obstacles(config: Config) -> Iterator[str]:
+    """What this machine lacks for the run, each as `refused` takes it."""
+    lora, gpu = config.model.lora, torch.cuda.is_available()
+    if lora is not None:
+        import_peft()
+    if lora is not None and lora.quantize == "nf4":
+        if not gpu:
+            yield (
+                "model.lora.quantize: weights in 4 bits (QLoRA) need a GPU, and there is none; "
+                "train with 'none'"
+            )
+        if not _installed("bitsandbytes"):
+            yield "model.lora.quantize: it needs pip install bitsandbytes"
+    if config.teacher.offload and not gpu:
+        yield "teacher.offload: there is no GPU, the teacher is in the CPU's memory anyway"
+    if config.train.sharding in STAGES and not _installed("deepspeed"):
+        yield "train.sharding: it needs pip install deepspeed"
+    for name in config.output.report_to:
+        if not any(map(_installed, LOGGERS[name])):
+            raise UserError(f"output.report_to has {name!r}: it needs pip install {name}")
+    if config.model.attention == "flash_attention_2":
+        if not gpu:
+            yield "model.attention: it needs a GPU, and there is none; 'sdpa' runs everywhere"
+        if not _installed("flash_attn"):
+            yield "model.attention: it needs pip install flash-attn; 'sdpa' needs nothing"
+    if (name := config.loss.backend) != "auto":
+        usable = backends()
+        reason = usable[name]
+        if reason is None and name == "cpp" and gpu:
+            reason = "it serves the CPU, and this run is on a GPU"
+        if reason is not None:
+            others = ", ".join(other for other, lacks in usable.items() if lacks is None)
+            yield (
+                f"loss.backend: it cannot run here ({reason}); 'auto' takes the fastest that can, "
+                f"of {others}"
+            )
 
 
 PROBE = "Is 17 + 25 = 42?\nYes: é, 数, <|end|>."

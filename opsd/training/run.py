@@ -17,6 +17,7 @@ from opsd.common.files import read_lines, write_json
 from opsd.common.hub_upload import push
 from opsd.common.precision import best_precision, compute_dtype, weights_dtype
 from opsd.common.system import machine, peak_memory, release_memory, share_one_heap, versions
+from opsd.config.compatibility import refused
 from opsd.config.config import Config
 from opsd.config.requirements import (
     held_out_teacher_role,
@@ -231,10 +232,10 @@ class Run:
         if config.model.lora is None or not getattr(self.model, "has_merged_adapters", False):
             return None
         if config.output.push_to_hub is not None and not config.output.merge:
-            raise UserError(
-                f"output.push_to_hub is {config.output.push_to_hub!r}: model.path is "
-                f"{config.model.path!r}, an adapter, so that the new one stands on a model which "
-                "the hub has not; set output.merge: true"
+            raise refused(
+                config,
+                f"output.push_to_hub: model.path is {config.model.path!r}, an adapter, so that the "
+                "new one stands on a model which the hub has not; set output.merge: true",
             )
         return self.directory / "base"
 

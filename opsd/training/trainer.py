@@ -30,6 +30,7 @@ from opsd.common.errors import UserError
 from opsd.common.precision import compute_dtype
 from opsd.common.step_timer import StepTimer, measured, phase
 from opsd.common.system import trim_heap
+from opsd.config.compatibility import refused
 from opsd.config.config import Config
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
@@ -440,10 +441,11 @@ class OPSDTrainer:
         """Raises UserError if the first rollouts show that the engine has other weights."""
         difference = totals.means().get("engine_divergence", 0.0)
         if not self._engine_checked and abs(difference) > ENGINES_DIFFER:
-            raise UserError(
-                f"rollout.engine is {self.config.rollout.engine!r}: its log-probabilities differ "
-                f"from the student's by {difference:.3g} a token in the mean (at most "
-                f"{ENGINES_DIFFER} is rounding): it serves other weights than those it was given"
+            raise refused(
+                self.config,
+                "rollout.engine: its log-probabilities differ from the student's by "
+                f"{difference:.3g} a token in the mean (at most {ENGINES_DIFFER} is rounding): it "
+                "serves other weights than those it was given",
             )
         self._engine_checked = True
 
