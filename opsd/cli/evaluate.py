@@ -33,7 +33,7 @@ from opsd.rollout import SAMPLERS, Sampler, Sampling, check_engine, evaluation_s
 
 RUNS = Path("runs/eval")
 NO_DATE = "2000-01-01"
-_SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "precision")
+_DRAWN_BY = ("temperature", "top_p", "top_k", "max_new_tokens")
 # vLLM's kernels round otherwise: its answers are not, to the bit, the model's own.
 PRECISION = {"vllm": "bf16 by vLLM", "vllm_server": "the vLLM server's"}
 Unit = tuple[int, int]  # (problem, sample)
@@ -70,10 +70,7 @@ def evaluate_command(asked: Namespace) -> None:
             "benchmark": benchmark.digest(),
             "contexts": hashlib.sha256(json.dumps(contexts).encode()).hexdigest()[:16],
             "samples": samples,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "max_new_tokens": sampling.max_new_tokens,
+            **{name: getattr(sampling, name) for name in _DRAWN_BY},
             "seed": asked.seed,
             "precision": PRECISION.get(asked.engine, subject.precision),
         }
@@ -87,7 +84,7 @@ def evaluate_command(asked: Namespace) -> None:
         "left_out": benchmark.left_out,
         "thinking": thinking,
         "date": datetime.date.today().isoformat(),
-        **{name: identity[name] for name in _SAMPLING},
+        **{name: identity[name] for name in ("samples", *_DRAWN_BY, "seed", "precision")},
     }
     directory = Path(asked.output) if asked.output else RUNS / _name(asked, identity)
     date = claim(directory, identity, description).get("date", description["date"])

@@ -198,10 +198,8 @@ class Display:
         indent = self._indent(1)
         self._stages.remove(stage)
         took = duration(stage.elapsed)
-        if (
-            self._live and not self._stages
-        ):  # before the line below, so that nothing is drawn over it
-            self._live.stop()
+        if self._live and not self._stages:
+            self._live.stop()  # first, so that nothing is drawn over the line below
             self._live = None
         if kind is None:
             mark, style, end = "✓", "green", took

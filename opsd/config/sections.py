@@ -173,12 +173,7 @@ class PromptsSection(Section):
         for name in OURS & arguments.keys():
             raise ValueError(f"{name!r} is set by opsd, and is no argument of a chat template's")
         for name, value in arguments.items():
-            if str(value).lower() in (
-                "yes",
-                "no",
-                "on",
-                "off",
-            ):  # text, which a template takes as true
+            if str(value).lower() in ("yes", "no", "on", "off"):  # texts, to a template all true
                 raise ValueError(f"{name} is {value!r}: write true or false")
         return arguments
 

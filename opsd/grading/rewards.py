@@ -45,21 +45,15 @@ class GradedRollout:
     formatted: bool = True
 
 
+@dataclass(frozen=True)
 class RewardFunction:
     """Grades rollouts. Raises UserError where the verifier fails."""
 
-    def __init__(
-        self,
-        section: RewardSection,
-        tokenizer: PreTrainedTokenizerBase,
-        verifier: Verifier,
-        longest: int,
-        in_thought: bool = False,
-    ):
-        self.section, self.tokenizer, self.verifier = section, tokenizer, verifier
-        self.in_thought = in_thought  # the context has begun the thought
-        self.longest = longest  # rollout.max_new_tokens
-        self.format = None if section.format is None else re.compile(section.format, re.DOTALL)
+    section: RewardSection
+    tokenizer: PreTrainedTokenizerBase
+    verifier: Verifier
+    longest: int  # rollout.max_new_tokens
+    in_thought: bool = False  # the context has begun the thought
 
     def __call__(self, rollouts: Sequence[Rollout], rows: Sequence[Row]) -> list[GradedRollout]:
         """The rollouts, graded in order; `rows` has the row of each."""
@@ -74,9 +68,10 @@ class RewardFunction:
         ]
 
     def _graded(self, rollout: Rollout, text: str, score: float, feedback: str) -> GradedRollout:
-        formatted = self.format is None or self.format.fullmatch(text) is not None
+        form = self.section.format
+        formatted = form is None or re.fullmatch(form, text, re.DOTALL) is not None
         reward = score + overlong(len(rollout.ids), self.longest, self.section.overlong_buffer)
-        if self.format is not None and formatted:
+        if form is not None and formatted:
             reward += self.section.format_weight
         correct = score >= self.section.success_threshold
         return GradedRollout(text, rollout.finished, reward, correct, feedback, formatted)

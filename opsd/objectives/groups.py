@@ -235,23 +235,26 @@ class TokenLosses(NamedTuple):
 
 
 class Objective:
-    """A method: a step's problems → groups of samples → loss."""
+    """A method: a step's problems → groups of samples → loss.
+
+    section: `loss`. teacher: frozen, or the live model; of grpo the reference of `loss.kl` and who
+    gives `loss.credit`. weighting: what tokens count; None: as `section` says. classes: of the
+    vocabulary's entries, by `class_table`, so that the divergence is logged by class. sampling: the
+    distribution from which rollouts are drawn, of which log-probabilities are; None: the model's
+    own. prompts: of sft, makes the target texts.
+    """
 
     samples_rollouts = True  # False: the method learns from given text
     teacher_role = "teacher"  # the context that a teacher sees, "student" or "teacher"
 
     def __init__(
         self,
-        section: LossSection,  # `loss`
-        # Frozen, or the live model; of grpo the reference of `loss.kl` and who gives `loss.credit`
+        section: LossSection,
         teacher: PreTrainedModel | None = None,
-        weighting: TokenWeighting | None = None,  # what the tokens count; None: as `section` says
-        # Of the vocabulary's entries, by `class_table`: the divergence is logged by class
+        weighting: TokenWeighting | None = None,
         classes: Tensor | None = None,
-        # The distribution that log-probabilities are of, which rollouts are drawn from; None: the
-        # model's own
         sampling: Sampling | None = None,
-        prompts: Prompts | None = None,  # sft: makes the target texts
+        prompts: Prompts | None = None,
     ):
         self.section, self.teacher, self.sampling = section, teacher, sampling
         self.classes, self.prompts = classes, prompts

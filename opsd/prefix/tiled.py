@@ -98,16 +98,15 @@ class Tile:
 
 def tiles(layout: Layout, heads: int, window: int | None, backward: bool = False) -> list[Tile]:
     """The stream's tiles for `heads` query heads and a sliding window (in positions)."""
-    key = "tiles", heads, window, backward
-    return layout.once(key, lambda: _tiles(layout, heads, window, backward))
 
+    def make() -> list[Tile]:
+        scores = GPU_TILE_SCORES if layout.device.type == "cuda" else TILE_SCORES
+        scores = scores // (2 * heads if backward else heads)
+        pieces = [p for s in layout.segments for p in _pieces(layout, s, scores, window)]
+        merged = _merge(pieces, scores, TILE_COST // heads)
+        return [Tile(tile, window, layout.device) for tile in merged]
 
-def _tiles(layout: Layout, heads: int, window: int | None, backward: bool) -> list[Tile]:
-    scores = GPU_TILE_SCORES if layout.device.type == "cuda" else TILE_SCORES
-    scores = scores // (2 * heads if backward else heads)
-    pieces = [p for s in layout.segments for p in _pieces(layout, s, scores, window)]
-    merged = _merge(pieces, scores, TILE_COST // heads)
-    return [Tile(tile, window, layout.device) for tile in merged]
+    return layout.once(("tiles", heads, window, backward), make)
 
 
 def _pieces(layout: Layout, segment: Segment, scores: int, window: int | None) -> list[Piece]:

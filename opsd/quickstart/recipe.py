@@ -63,25 +63,24 @@ def method_config(
     A separate teacher, which distill needs, is made here.
     """
     base = directory / "base"
-    merged = merge(recipe.sections, recipe.methods[method])
+    places: dict[str, Any] = {
+        "model": {"path": str(base / "model")},
+        "data": {"source": str(base / "train.jsonl")},
+        "train": {"seed": seed},
+        "eval": {"source": str(base / "held_out.jsonl"), "problems": len(recipe.held_out_rows)},
+        "output": {"dir": str(directory / method)},
+    }
     if method == "distill":
-        path = str(recipe.make_teacher(base, display))
-        merged = merge(merged, {"teacher": {"policy": "model", "path": path}})
-    merged = merge(
-        merged,
-        {
-            "method": method,
-            "model": {"path": str(base / "model")},
-            "data": {"source": str(base / "train.jsonl")},
-            "train": {"seed": seed},
-            "eval": {
-                "source": str(base / "held_out.jsonl"),
-                "problems": len(recipe.held_out_rows),
-            },
-            "output": {"dir": str(directory / method)},
-        },
-    )
-    return Config.model_validate(merged)
+        places["teacher"] = {"path": str(recipe.make_teacher(base, display))}
+    return _parsed(method, recipe.sections, recipe.methods[method], places)
+
+
+def _parsed(
+    method: str, shared: dict[str, Any], own: dict[str, Any], places: dict[str, Any]
+) -> Config:
+    teacher = {"teacher": {"policy": "model"}} if method == "distill" else {}
+    merged = merge(merge(merge(shared, teacher), own), places)
+    return parse_config({**merged, "method": method})
 
 
 def overridden(
@@ -104,9 +103,8 @@ def check_methods(sections: dict[str, Any], methods: dict[str, dict[str, Any]]) 
     """Raises UserError if a method's sections make no valid config."""
     for method, own in methods.items():
         places = {"model": {"path": "base"}, "data": {"source": "train.jsonl"}}
-        teacher = {"policy": "model", "path": "teacher"} if method == "distill" else {}
-        rest = {"method": method, "output": {"dir": "."}, **places}
-        parse_config(merge(merge(merge(sections, {"teacher": teacher}), own), rest))
+        places |= {"teacher": {"path": "teacher"}} if method == "distill" else {}
+        _parsed(method, sections, own, {**places, "output": {"dir": "."}})
 
 
 def repeated(rows: list[Row], solutions: int | None) -> list[Row]:

@@ -110,8 +110,7 @@ def save_trained(
     directory: Path,
     output: OutputSection,
     state: dict[str, Tensor] | None = None,  # the weights, where the model's are split
-    # The model's, to write adapters to adapter/ and the merged model to model/
-    section: ModelSection | None = None,
+    section: ModelSection | None = None,  # the model's, which says how to load it for merging
 ) -> None:
     """Write model/ as `output` says. Of a model with adapters it holds these alone.
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError
-from opsd.common.precision import autocast
+from opsd.common.precision import autocast, compute_dtype
 from opsd.common.step_timer import phase
 from opsd.common.system import release_memory, trim_heap
-from opsd.distributed.processes import Processes
+from opsd.config.sections import TrainSection
+from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
 from opsd.distributed.wrap import backward, called_through, exchange
 from opsd.models.dropout import switch_off_dropout
 from opsd.objectives import Objective, SampleGroup, Totals, samples_of
@@ -40,17 +41,20 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 class OPSDStep(nn.Module):
-    """A micro-batch's share of the step's loss."""
+    """A micro-batch's share of the step's loss.
+
+    model: what trains. objective: the method; its teacher is not a part of this module. share: run
+    each context once for all its rollouts. cache_trains: a context whose rollouts fill several
+    micro-batches also trains only once for all of them. This is not for wrappers such as
+    DistributedDataParallel, which see a gradient in one backward only. Passes without gradient
+    share a context in any case.
+    """
 
     def __init__(
         self,
-        model: PreTrainedModel,  # what trains
-        # The method; its teacher, if it has one, is not a part of this module
+        model: PreTrainedModel,
         objective: Objective,
-        share: bool = True,  # run each context once for all its rollouts
-        # Where a context's rollouts fill several micro-batches, run it once for all of them in
-        # training, too. Not for wrappers such as DistributedDataParallel, which see a gradient in
-        # one backward only. Passes without gradient share it in any case
+        share: bool = True,
         cache_trains: bool = True,
     ):
         super().__init__()
@@ -152,12 +156,15 @@ class GradientAccumulator:
     step: OPSDStep  # a micro-batch's forward
     wrapped: nn.Module  # the model as accelerate has prepared it
     accelerator: Accelerator
-    dtype: torch.dtype  # what forward and backward run in
-    budget: int  # tokens of a micro-batch; it is halved where memory runs out
-    split_weights: bool  # no process holds all weights, so that all must run them equally often
+    train: TrainSection  # the run's `train`
     processes: Processes
     note: Callable[[str], None]  # called with a line for the terminal, once
     _split_told: bool = False
+
+    def __post_init__(self):
+        self.dtype = compute_dtype(self.train.precision)  # what forward and backward run in
+        # Tokens of a micro-batch. They are halved where memory runs out.
+        self.budget = self.train.micro_batch_tokens
 
     def __call__(self, groups: list[SampleGroup]) -> tuple[Tensor, Totals]:
         """Add the groups' gradient to the model's; returns their loss and measures, of all
@@ -195,7 +202,7 @@ class GradientAccumulator:
         loss = torch.zeros((), device=self.accelerator.device)
         own, most = self._own_batches(groups)
         cache = PrefixCache()
-        if not self.split_weights:
+        if self.train.sharding not in SPLIT_WEIGHTS:  # or all must run the weights equally often
             own, cache = self.step.cache_prefixes(own, self.budget)
         self._tell_of_split(own)
         # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since

@@ -35,7 +35,7 @@ from opsd.config.config import Config
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
 from opsd.distributed import deepspeed
-from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
+from opsd.distributed.processes import Processes
 from opsd.distributed.wrap import clip_gradient, make_accelerator
 from opsd.grading.rewards import RewardFunction
 from opsd.models.moving_average import MovingAverage
@@ -263,9 +263,7 @@ class OPSDTrainer:
             self.micro_step,
             self.wrapped,
             self.accelerator,
-            compute_dtype(self.config.train.precision),
-            self.config.train.micro_batch_tokens,
-            self.config.train.sharding in SPLIT_WEIGHTS,
+            self.config.train,
             self.processes,
             self._note,
         )
