@@ -85,9 +85,10 @@ class GRPO(Objective):
         advantage = of_rollout = batch.spread([sample.advantage for sample in batch.samples])
         logged = {"student_entropy": own.entropy}
         if section.credit:
-            its = token_log_prob(self.teacher, teacher_hidden, batch, section, sampling, vocabulary)
+            by_teacher = token_log_prob(
+                self.teacher, teacher_hidden, batch, section, sampling, vocabulary
+            ).log_prob.detach()
             credit = batch.spread([sample.credit for sample in batch.samples])
-            by_teacher = its.log_prob.detach()
             advantage = teacher_credit(of_rollout, old, by_teacher, credit, section.credit_clip)
             logged["credit_moved"] = (advantage - of_rollout).abs()
         per_token, clipped = surrogate(own.log_prob, old, advantage, section)

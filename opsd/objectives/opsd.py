@@ -136,15 +136,15 @@ class OPSD(Objective):
         own = token_log_prob(model, student, batch, section, sampling)
         with torch.no_grad():
             size = len(head(model)[0])
-            its = token_log_prob(self.teacher, teacher, batch, section, sampling, size)
+            scored = token_log_prob(self.teacher, teacher, batch, section, sampling, size)
         old = batch.old_log_prob(own.log_prob)
-        advantage = its.log_prob - old
+        advantage = scored.log_prob - old
         per_token, clipped = surrogate(own.log_prob, old, advantage, section)
         weights, corrections = corrected_for_engine(model, student, batch, section, sampling, old)
         logged = {
             "divergence": -advantage,
             "student_entropy": own.entropy,
-            "teacher_entropy": its.entropy,
+            "teacher_entropy": scored.entropy,
             "ratio_clipped_fraction": clipped.float(),
         }
         return TokenLosses((weights * per_token).sum(), logged | corrections, {})

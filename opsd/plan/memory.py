@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,8 +73,7 @@ class Planner:
     ):
         self.student, self.lengths = student, lengths
         self.device_memory, self.processes = device_memory, processes
-        self._traces: dict[str, Peaks] = {}
-        self._sizes: dict[str, Sizes] = {}
+        self._known: dict[str, Any] = {}  # what was found for other configs alike
 
     @cached_property
     def parameters(self) -> int:
@@ -83,9 +83,7 @@ class Planner:
     def sizes(self, config: Config) -> Sizes:
         """The student's sizes, counted once for each `model` section."""
         key = config.model.model_dump_json()
-        if key not in self._sizes:
-            self._sizes[key] = _sizes(self.student, config.model)
-        return self._sizes[key]
+        return self._once(key, lambda: _sizes(self.student, config.model))
 
     def memory(self, config: Config) -> Memory:
         """The memory, on each device, of a run by `config`."""
@@ -225,10 +223,10 @@ class Planner:
 
         return size * self._once(f"{dtype} {longest}", trace).most
 
-    def _once(self, key: str, trace: Callable[[], Peaks]) -> Peaks:
-        if key not in self._traces:
-            self._traces[key] = trace()
-        return self._traces[key]
+    def _once(self, key: str, find: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = find()
+        return self._known[key]
 
 
 def count_parameters(model: PreTrainedConfig) -> int:

@@ -86,14 +86,14 @@ class HeldOut:
         sampler: who answers for the model; it must share the problems out among processes. None:
             one is made, which does. The first process grades.
         """
-        start, chat = time.monotonic(), self.prompts.chats[role]
         contexts = self.prompts.all_ids(self.rows, role)
-        tokenizer = self.prompts.tokenizer
+        tokenizer, chat = self.prompts.tokenizer, self.prompts.chats[role]
         if sampler is None:
             sampler = SAMPLERS[self.engine](model, stop_ids(model, tokenizer))
             if self.processes is not None:
                 sampler = DistributedSampler(sampler, self.processes)
         with display.stage(f"Evaluate the {name or role}", total=len(self.rows)) as stage:
+            start = time.monotonic()
             rollouts = sampler.sample(contexts, self.sampling, lambda done, _: stage.advance(done))
             texts = completions(tokenizer, rollouts)
             parts = [final_part(text, chat.opens_thought) for text in texts]
