@@ -50,11 +50,11 @@ def test_an_ema_teacher_averages_the_students_weights(files, tmp_path):
     execute(config)
     average = load_file(files[0] / "model.safetensors")
     for step in (1, 2, 3):
+        after = load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")
+        average = {n: decay * a + (1 - decay) * after[n] for n, a in average.items()}
         saved = load_file(tmp_path / "run" / f"checkpoint-{step}" / FILE)
         for name, value in saved.items():
             assert torch.allclose(value, average[name], rtol=0, atol=1e-6), (step, name)
-        after = load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")
-        average = {n: decay * a + (1 - decay) * after[n] for n, a in average.items()}
     moved = load_file(tmp_path / "run" / "checkpoint-3" / FILE)
     first = load_file(files[0] / "model.safetensors")
     assert any(not torch.equal(moved[name], first[name]) for name in moved)
