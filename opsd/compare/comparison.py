@@ -45,7 +45,7 @@ class Method:
     curve: list[tuple[float, float]]
     bands: list[tuple[float, float] | None]
     accuracy_at_budget: Interval
-    gain_at_budget: Interval  # of the accuracy at the budget over that at the start, seed by seed
+    gain_at_budget: Interval  # accuracy at the budget minus accuracy at the start, seed by seed
     asked: int
     reached: int
     tokens_to_target: Interval | None

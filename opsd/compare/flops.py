@@ -100,6 +100,6 @@ def context_lengths(path: Path, run: Run, config: Record) -> tuple[float | None,
             fmean(len(prompts.ids(row, role)) for row in rows.values())
             for role in ("student", "teacher")
         ]
-    except (ValueError, OSError, TypeError):  # UserError too: a template over other columns
+    except (ValueError, OSError, TypeError):  # also UserError, for a template over other columns
         return None, None
     return lengths[0], lengths[1]

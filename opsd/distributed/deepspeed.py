@@ -54,7 +54,7 @@ def _prepare() -> None:
     if not torch.cuda.is_available():
         from deepspeed import ops
 
-        # For CPUs it would first compile an exchange of its own; gloo does.
+        # On CPUs it would first compile its own communication; gloo is good enough.
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed 0.19 has torch 2.13 warn of these in every exchange.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated")
@@ -83,4 +83,4 @@ def step(engine) -> float:
 def close(engine) -> None:
     """Let go of the engine: the model is saved and evaluated without it."""
     engine.destroy()
-    unset_hf_deepspeed_config()  # or transformers would split what is loaded from here on
+    unset_hf_deepspeed_config()  # or transformers would split every model loaded later

@@ -68,7 +68,7 @@ class Processes:
         """Leave the group of processes."""
         deepspeed = sys.modules.get("deepspeed")
         if deepspeed is not None and deepspeed.comm.is_initialized():
-            deepspeed.comm.destroy_process_group()  # and forget the group, of which it keeps copies
+            deepspeed.comm.destroy_process_group()  # DeepSpeed keeps copies of the group
         elif dist.is_initialized():
             dist.destroy_process_group()
         for note in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # accelerate's, to itself

@@ -26,7 +26,7 @@ def make_accelerator(train: TrainSection) -> Accelerator:
     if train.sharding != "fsdp2":
         return Accelerator(mixed_precision="no")
     if not torch.cuda.is_available():
-        # accelerate shards only where it takes the processes' devices for GPUs; gloo does on CPUs.
+        # accelerate shards only processes that it believes to be on GPUs; gloo works on CPUs too.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     policy = None
     if compute_dtype(train.precision) == torch.bfloat16:

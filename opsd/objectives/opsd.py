@@ -98,7 +98,7 @@ class OPSD(Objective):
             weights, corrections = corrected_for_sampling(model, student, batch, section)
         (weight, bias), (teacher_weight, teacher_bias) = head(model), head(self.teacher)
         if len(weight) != len(teacher_weight):
-            # Padded to different sizes. The rows that both have hold all tokens.
+            # The heads are padded to different sizes. The rows that both have hold all tokens.
             size = min(len(weight), len(teacher_weight))
             weight, teacher_weight = weight[:size], teacher_weight[:size]
             bias = None if bias is None else bias[:size]

@@ -277,7 +277,7 @@ def _frozen(sizes: Sizes, dtype: torch.dtype, quantize: str) -> int:
 def _moments(optimizer: str) -> float:
     """Bytes of the optimizer's state a parameter that trains."""
     if "adafactor" in optimizer or optimizer == "sgd":
-        return 0.0  # of adafactor a row and a column of each matrix
+        return 0.0  # adafactor keeps a row and a column of each matrix
     one = "lion" in optimizer or "rmsprop" in optimizer or "adagrad" in optimizer
     each = 1 if "8bit" in optimizer else 4
     return each * (1 if one else 2)

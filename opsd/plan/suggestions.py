@@ -59,7 +59,7 @@ def fit(
         if _peak(planner, config, levels) <= memory:
             break
     for kind, tried in list(levels.items()):
-        for count in range(len(tried)):  # the first so many levels: none, the mildest, …
+        for count in range(len(tried)):  # tries the first `count` levels: none, the mildest, …
             milder = {**levels, kind: tried[:count]}
             if _peak(planner, config, milder) <= memory:
                 levels = milder

@@ -57,7 +57,7 @@ def plan_work(
     body = parameters - head * (1 if student.tie_word_embeddings else 2)
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    # Scores and their product with the values: 4 a head's width and visible token.
+    # Scores and their product with the values: 4 operations a head's width and visible token.
     per_pair = 4 * text.num_hidden_layers * heads * width
     rollout, seen = lengths.rollout, {"opsd": lengths.prompt + lengths.solution}
     teacher_context = seen.get(config.method, lengths.prompt)

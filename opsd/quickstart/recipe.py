@@ -51,7 +51,7 @@ class Recipe:
     make_teacher: Callable[[Path, Display], Path]
     # GRPO's, where it is not the grade.
     reward: Callable[[str, str], float] | None = field(default=None)
-    # How many of the held-out problems the teacher is put to; None: all.
+    # How many held-out problems the teacher answers; None: all.
     teacher_problems: int | None = None
 
 

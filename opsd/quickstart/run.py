@@ -93,7 +93,7 @@ def _claim(directory: Path, arguments: dict[str, Any], resume: bool) -> None:
     """Keep what the quickstart was asked for, or check that this one was asked for the same."""
     file = directory / ARGUMENTS
     where = f"{OUTPUT} is {str(directory)!r}"
-    # With these alone nothing has been made yet: the download failed, or there is no such model.
+    # If only these are there, nothing was made yet: the download failed, or the model is missing.
     nothing = {directory / LOCK, file}
     if any(path not in nothing and not is_unfinished(path) for path in directory.iterdir()):
         if not file.is_file():

@@ -26,9 +26,9 @@ from opsd.training.run import run
 COLD_STEPS = 14
 COLD_ROWS = 16  # a step; each in both roles
 TRAIN_ROWS = 800
-# Enough for what is near 0 (the pretrained model, in this form) and near 1 (the teacher).
+# Enough for accuracies near 0 (the pretrained model, in this form) and near 1 (the teacher).
 FEW_PROBLEMS = 100
-TEACHER_STEPS = 60  # of SFT in its own style, that make distill's teacher of the base
+TEACHER_STEPS = 60  # of SFT in the base's own style, which make distill's teacher
 
 SECTIONS, METHODS = settings("smollm2")
 

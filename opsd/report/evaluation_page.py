@@ -14,8 +14,8 @@ from opsd.report.page import readable
 from opsd.report.render import render
 
 MAX_PROBLEMS = 300
-MAX_SAMPLES = 8  # of one problem: right, wrong and cut-off ones are all kept
-MAX_CHARACTERS = 12_000  # of one completion, the middle left out; a page must open on a phone
+MAX_SAMPLES = 8  # shown of one problem, among them right, wrong and cut-off ones
+MAX_CHARACTERS = 12_000  # shown of one completion, without its middle: a page must open on a phone
 OPEN_CHARACTERS = 1_200  # longer completions, and cut-off ones, are folded
 
 ASKED = (

@@ -8,7 +8,7 @@ from typing import Any
 from opsd.runs.read import Record, Run, value
 
 MAX_PROBLEMS = 12
-MAX_TOKENS = 1500  # a rollout: more elements than that make a page that no phone scrolls
+MAX_TOKENS = 1500  # shown of a rollout: no phone scrolls a page with more elements
 SHADES = 9
 
 

@@ -172,7 +172,7 @@ class Checkpoints:
         else:
             weights = self.accelerator.get_state_dict(self.wrapped) if self._zero else None
             if self.processes.first:
-                # Under the names that the model itself has, so that `load_weights` finds each.
+                # Under the model's own names, by which `load_weights` finds them.
                 own = {} if is_adapted(self.model) else {"save_original_format": False}
                 self.model.save_pretrained(place, state_dict=weights, **own)
                 self.tokenizer.save_pretrained(place)

@@ -37,7 +37,7 @@ class RolloutCollector:
 
     section: RolloutSection  # `rollout`
     problems_per_step: int  # that are to be learnt from
-    model: PreTrainedModel  # what trains; the sampler takes over its weights before each step
+    model: PreTrainedModel  # what trains; the sampler gets its weights before each step
     rows: Sequence[Row]  # the training rows, from which `rollout.dynamic_sampling` draws more
     prompts: Prompts
     objective: Objective

@@ -20,10 +20,10 @@ class LearningCurve:
     section: EvalSection  # the run's `eval`
     test: HeldOut  # the held-out problems
     model: PreTrainedModel  # what trains, and what is measured
-    sampler: Sampler  # answers with the model's weights, which it is shown before
-    # The weights that the sampler reads; their view of the samples is shown.
+    sampler: Sampler  # answers by the model's weights, which it is given first
+    # The model whose weights the sampler reads. The page shows its view of the samples.
     inference: PreTrainedModel
-    teacher: PreTrainedModel  # whose view is shown beside it, as it sees `teacher_role`'s context
+    teacher: PreTrainedModel  # the page shows its view too, from the context of `teacher_role`
     teacher_role: str
     log: RunLog
     display: Display
@@ -65,5 +65,5 @@ class LearningCurve:
             ):
                 self.log.sample({**place, "method": self.method, **sample})
         line = {**place, "role": role, **result.record()}
-        self.log.evaluation(line)  # the last: samples without it are dropped when a run is resumed
+        self.log.evaluation(line)  # written last: on resume, samples without this line are dropped
         return line

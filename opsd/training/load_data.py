@@ -110,7 +110,7 @@ def fitting_data(
                 f"data.source has {len(rows)} training rows: train.problems_per_step "
                 f"({config.train.problems_per_step}) may be at most that"
             )
-        # Of which a chat template would cut the longest first.
+        # Renders the longest row, to find out whether the chat template cuts long texts.
         prompts.contexts([max(rows, key=lambda row: len(row.problem) + len(row.solution))])
         held_out = fitting_held_out(
             held_out,

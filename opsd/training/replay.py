@@ -54,7 +54,7 @@ def replay(path: Path, display: Display, trust_remote_code: bool = False) -> lis
     try:
         failed = torch.load(path, map_location="cpu", weights_only=True)
         config, groups = parse_config(failed["config"]), groups_of(failed)
-    except Exception as error:  # a pickle that asks for more than tensors, or no such file at all
+    except Exception as error:  # a pickle that holds more than tensors, or another kind of file
         said = in_short(error)
         raise UserError(f"FILE is {str(path)!r}: not a failed step's ({said})") from None
     config.model.trust_remote_code = trust_remote_code  # the teacher's too

@@ -126,7 +126,7 @@ def _train(
     problems = {"data.source": rows, "eval.source": held_out}
     processes.once(lambda: check_problems(directory, problems, checkpoint))
     teachers_tokens = processes.together(lambda: check_teacher(config.teacher, config.model))
-    # FSDP2 brings to a GPU what is to be there.
+    # Under FSDP2 the model is loaded on the CPU; FSDP2 moves it to the GPU.
     device = "cpu" if config.train.sharding == "fsdp2" else processes.device
     dtype = weights_dtype(config.train.precision, adapted=config.model.lora is not None)
     with display.stage(f"Load {config.model.path}"):
@@ -257,14 +257,14 @@ class Run:
         self.inference = model
         if self.split or self._needs_inference_copy():
             self.inference = copy_model(model, dtype, self.processes.device)
-        # Without OPSD, a teacher is only asked for its view of the sample completions.
+        # A method without a teacher needs one only to show its view of sample completions.
         scores = scores_by_teacher(config)
         self.teacher, average = self.inference, None
         if scores or (self.held_out and config.eval.samples):
             self.teacher, average = make_teacher(
                 config.teacher, config.model, dtype, model, self.tokenizer, self.inference
             )
-        # A live teacher is the model itself, so that both roles' common start runs once.
+        # A live teacher is the model itself: the start that both contexts share runs once.
         self.scorer = model if config.teacher.policy == "live" else self.teacher
         self.average = average if scores else None
 

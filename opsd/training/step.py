@@ -182,10 +182,10 @@ class GradientAccumulator:
                         f"({str(error).splitlines()[0]}); lower it or loss.memory_budget, or see "
                         "docs/scale.md for what else saves memory"
                     ) from error
-            # Outside, where the error and what its frames refer to are gone.
+            # Outside of `except`, where the error and its frames no longer hold memory.
             self.note(f"Memory has run out: micro-batches of {smaller} tokens, not {self.budget}")
             self.budget = smaller
-            self.wrapped.zero_grad()  # of micro-batches that were done, or half done
+            self.wrapped.zero_grad()  # of the micro-batches so far, one of them half done
             release_memory()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -202,7 +202,8 @@ class GradientAccumulator:
         loss = torch.zeros((), device=self.accelerator.device)
         own, most = self._own_batches(groups)
         cache = PrefixCache()
-        if self.train.sharding not in SPLIT_WEIGHTS:  # or all must run the weights equally often
+        # Where weights are split, all processes must run them equally often.
+        if self.train.sharding not in SPLIT_WEIGHTS:
             own, cache = self.step.cache_prefixes(own, self.budget)
         self._tell_of_split(own)
         # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since
@@ -215,7 +216,7 @@ class GradientAccumulator:
                 with exchange(self.wrapped, last=number + 1 == most):
                     some = called_through(self.wrapped, self.step.model, partial(self.step, *work))
                     if loss.device.type == "cpu":
-                        trim_heap()  # of holes that forward left and backward has no use for
+                        trim_heap()  # gives back holes that forward left and backward cannot use
                     with phase("backward"), torch.autocast(loss.device.type, enabled=False):
                         backward(self.accelerator, self.wrapped, some)
                         cache.batch_done()

@@ -138,7 +138,7 @@ class OPSDTrainer:
         reason = unpackable(model) if config.train.share_prefixes else None
         if reason is not None:
             note(f"{reason}: prefixes are not shared, each rollout runs with its own")
-        # What several micro-batches read has a backward of its own, which DDP and FSDP2 do not see.
+        # A prefix of several micro-batches has its own backward, which DDP and FSDP2 do not see.
         self.micro_step = OPSDStep(
             model,
             objective,
@@ -147,7 +147,7 @@ class OPSDTrainer:
             and config.train.gradient_checkpointing != "reentrant",
         )
         if self.micro_step.share:
-            # FSDP2 brings the model to its device later; the copy that samples is there.
+            # FSDP2 moves the model to its device later; the copy that samples is there already.
             unsplit = getattr(sampler, "inference_copy", None) or model
             dtype = compute_dtype(config.train.precision)
             self._kernel = try_kernel(unsplit, dtype, self.processes.device)
@@ -244,7 +244,7 @@ class OPSDTrainer:
         epoch, place = divmod(self.state.global_step, self._steps_an_epoch)
         if place == 0:
             self._call("on_epoch_begin")
-            # As a DataLoader does when an epoch begins: a seed has the rollouts that it always had.
+            # A DataLoader draws this when an epoch begins. Without it a seed has other rollouts.
             torch.empty((), dtype=torch.int64).random_()
         generator = torch.Generator().manual_seed(self.config.train.seed + epoch)
         order = torch.randperm(len(self.rows), generator=generator).tolist()
@@ -374,7 +374,7 @@ class OPSDTrainer:
             totals.include(own)
             if not math.isfinite(loss):
                 self._not_finite(f"loss is {float(loss)}")
-                break  # nothing is added: the mean is what is logged
+                break  # its loss is not added to the mean, which is logged
             mean += loss / len(updates)
             if number == 1:
                 self._check_engine(own)
@@ -396,7 +396,7 @@ class OPSDTrainer:
         if not self._left_out and not math.isfinite(norm):
             self._not_finite(f"gradient's norm is {norm}")
         self._call("on_pre_optimizer_step")
-        self.optimizer.step()  # which finds no gradient where the step is left out
+        self.optimizer.step()  # does nothing if the step is left out: there is no gradient
         self._call("on_optimizer_step")
         self.wrapped.zero_grad()
         return norm
