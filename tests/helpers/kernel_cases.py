@@ -31,7 +31,7 @@ DEVICES = ("cpu", pytest.param("cuda", marks=on_gpu))
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 # Each for its reason: one token and a vocabulary no vector length divides; just over one vector;
 # more tokens than a block and a vocabulary one over a power of two; several blocks of 512 entries.
-SHAPES = ((1, 17, 8), (5, 33, 16), (130, 4099, 64), (7, 1025, 24))
+SHAPES = ((1, 17, 8), (5, 33, 16), (130, 2051, 32), (7, 1025, 24))
 # Relative error against fp64 (values, gradients), whatever plain torch does.
 LIMITS = {
     torch.float64: (1e-9, 1e-8),

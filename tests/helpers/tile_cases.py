@@ -18,7 +18,7 @@ TRANSFORMS = {
 CLIPS = {"none": None, "entry": Clip("entry", 0.02)}
 
 
-N, V = 5, 1043  # no multiple of any vector, three blocks of 512
+N, V = 3, 1043  # no multiple of any vector, three blocks of 512
 
 
 def problem(biased: bool) -> tuple:
