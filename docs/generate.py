@@ -1,14 +1,17 @@
 """Writes the reference pages from the code: `python docs/generate.py`.
 
 docs/options.md is made of the config classes (`opsd/config/`), docs/api.md of
-signatures and docstrings, docs/kernel-cpu.svg of a benchmark's results. A test compares them with
+signatures and docstrings, docs/agreement.md of the grader's judged pairs, docs/kernel-cpu.svg of a
+benchmark's results. A test compares them with
 what this would write now.
 """
 
 import importlib
 import inspect
+import json
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
@@ -47,6 +50,15 @@ written with it. The losses alone are in `opsd_kernels`.
 Shapes are in brackets: N tokens, V vocabulary entries, D hidden width; `[...]` is any leading
 shape. Divergences, log-probabilities and entropies are in nats. The tests run the examples.
 
+"""
+
+AGREEMENT = """# Appendix: the grader's agreement with judged pairs
+
+The pairs of `tests/data/answer_pairs.jsonl` by kind, and how many of them must earn nothing. Here
+is [how the grader reads answers](evaluate.md#grading), and how often it agrees.
+
+| kind | pairs | must earn nothing |
+| --- | --- | --- |
 """
 
 PUBLIC = {
@@ -265,7 +277,22 @@ def items(lines: list[str]) -> str:
     return linked("\n".join(found))
 
 
-PAGES = {"options.md": options_page, "api.md": api_page, "kernel-cpu.svg": kernel_figure}
+def agreement_page() -> str:
+    """docs/agreement.md: the kinds of the grader's judged pairs."""
+    lines = (DOCS.parent / "tests" / "data" / "answer_pairs.jsonl").read_text("utf-8").splitlines()
+    pairs = [json.loads(line) for line in lines]
+    kinds = Counter(pair["kind"] for pair in pairs)
+    wrong = Counter(pair["kind"] for pair in pairs if not pair["correct"])
+    rows = [f"| {kind} | {count} | {wrong[kind]} |\n" for kind, count in sorted(kinds.items())]
+    return "".join([MADE, AGREEMENT, *rows])
+
+
+PAGES = {
+    "options.md": options_page,
+    "api.md": api_page,
+    "agreement.md": agreement_page,
+    "kernel-cpu.svg": kernel_figure,
+}
 
 
 if __name__ == "__main__":

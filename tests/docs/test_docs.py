@@ -30,6 +30,7 @@ from opsd.config.load import parse_config, with_overrides
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 # py and pycon: signatures and examples of docstrings, which test_generated_pages.py runs.
 LANGUAGES = {"python", "py", "pycon", "sh", "yaml", "json", "text"}
+MADE = "<!-- Written by `"  # by a program, that is
 OURS = ("opsd", "opsd_kernels", "benchmarks", "tests")
 # In the text: a path of ours, the dotted name of something in Python, a field of the config.
 A_PATH = re.compile(r"(?:opsd|opsd_kernels|benchmarks|csrc|docs|examples|tests)/[\w./-]+")
@@ -78,6 +79,20 @@ def test_the_site_shows_every_page():
     pages = {page.name if page.parent != ROOT else page.name.lower() for page in PAGES}
     wrong = {page for page in pages - {"readme.md"} if f" {page}\n" not in shown}
     assert not wrong, f"mkdocs.yml leaves out {wrong}"
+
+
+@each_page
+def test_lines_are_short(page):
+    if name(page) in ("CHANGELOG.md", "SECURITY.md"):
+        return  # a list of changes and a table of tests
+    long = [n for n, line in enumerate(page.read_text().splitlines(), 1) if len(line) > 120]
+    assert not long or MADE in page.read_text(), f"{name(page)}: lines {long} are longer than 120"
+
+
+def test_the_pages_are_short():
+    words = {name(p): len(p.read_text().split()) for p in PAGES if MADE not in p.read_text()}
+    assert words["README.md"] <= 700
+    assert sum(n for page, n in words.items() if page.startswith("docs/")) <= 16_000, words
 
 
 def test_blocks_name_their_language():

@@ -1,6 +1,7 @@
 """docs/troubleshooting.md quotes messages that the code has; `…` stands for what differs."""
 
 import ast
+import re
 from functools import cache
 
 import pytest
@@ -22,7 +23,8 @@ def literals() -> list[str]:
                 found.append("".join(p if isinstance(p, str) else "…" for p in parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
-    return found
+    # `refused` adds the value to a field's name.
+    return found + [re.sub(r"^([a-z_]+(?:\.[a-z_]+)+): ", r"\1 is …: ", text) for text in found]
 
 
 def says(literal: str, message: str) -> bool:

@@ -67,7 +67,7 @@ def test_agreement(grades):
 
 
 def test_the_document_has_the_table():
-    document = (ROOT / "docs" / "evaluate.md").read_text("utf-8")
+    document = (ROOT / "docs" / "agreement.md").read_text("utf-8")
     for kind, pairs in Counter(pair["kind"] for pair in PAIRS).items():
         wrong = sum(pair["kind"] == kind and not pair["correct"] for pair in PAIRS)
         assert f"| {kind} | {pairs} | {wrong} |" in document, kind

@@ -1,4 +1,4 @@
-"""Write the table of exactness by architecture into docs/prefix.md.
+"""Write the table of exactness by architecture into docs/exactness.md.
 
 python tests/helpers/exactness.py
 """
@@ -13,7 +13,7 @@ import transformers
 from helpers.prefix_models import MODELS, alone, gradient, make, make_groups
 from opsd.prefix import shared_prefix_hidden_states, unpackable
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "prefix.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "exactness.md"
 
 FURTHER = {
     name.lower(): (name, {"head_dim": 8, "dropout": 0.0})
