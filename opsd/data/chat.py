@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd.common.errors import UserError
 from opsd.common.templates import TemplateFailure, fill_in_chat
+from opsd.data.chats import THOUGHTS
 from opsd.data.thoughts import (
     final_part,
     open_thought,
@@ -31,9 +32,6 @@ Turn = tuple[str, str | None, Sequence[Message]]
 
 PROBE = "4172635180927"
 """A text that no template writes by itself, and none changes by its case or its escapes."""
-
-FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Where templates look for the thought of an answer, beside its content."""
 
 
 class ChatTemplate:
@@ -59,7 +57,14 @@ class ChatTemplate:
         self.tokenizer, self.prefill, self.date = tokenizer, prefill, date or datetime.date.today()
         self.arguments = {**tokenizer.special_tokens_map, "tools": None, **(arguments or {})}
         other = self.arguments.pop("chat_template", None)
-        self.template = tokenizer.get_chat_template(other, self.arguments["tools"])
+        try:
+            self.template = tokenizer.get_chat_template(other, self.arguments["tools"])
+        except ValueError:  # such as "rag" and "tool_use" alone
+            names = ", ".join(sorted(tokenizer.chat_template))
+            raise UserError(
+                f"model.path has several chat templates ({names}) and none by the name of default: "
+                "add the one to use as chat_template.jinja to its directory"
+            ) from None
         # Templates of multimodal models walk over a list of parts, and over the characters of a
         # plain string, which they drop, or of which they ask what a string has not.
         self.in_parts, refused = False, None
@@ -172,7 +177,7 @@ class ChatTemplate:
     def _thoughtful(self, thought: str, rest: str, form: str) -> Message:
         message = self._message("assistant", rest)
         if form == "fields":
-            return {**message, **dict.fromkeys(FIELDS, thought)}
+            return {**message, **dict.fromkeys(THOUGHTS, thought)}
         text = {"type": "text", "text": rest}
         return {**message, "content": [{"type": "thinking", "thinking": thought}, text]}
 

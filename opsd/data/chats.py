@@ -22,6 +22,9 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 """Columns that hold a whole chat; `prompt` and `completion` hold its two halves."""
 
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Fields in which a message keeps its thought apart from its content."""
+
 TOOLS = frozenset({"tool", "function", "function_call", "observation", "ipython"})
 
 
@@ -72,12 +75,17 @@ def as_messages(value: Any) -> list[dict[str, str]] | None:
         if isinstance(content, list):
             parts = [{"text": part} if isinstance(part, str) else part for part in content]
             parts = [part for part in parts if isinstance(part, Mapping)]
-            kinds = {part.get("type", "text") for part in parts} - {"text"}
+            kinds = {part.get("type", "text") for part in parts} - {"text", "thinking"}
             if kinds:
                 raise NotTextError(f"holds parts that are no text: {', '.join(map(str, kinds))}")
+            thoughts = [part["thinking"] for part in parts if part.get("thinking")]
+            entry = {**entry, "thinking": thoughts[0]} if thoughts else entry
             content = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
         if not isinstance(content, str):
             return None
+        thought = next(filter(None, map(entry.get, THOUGHTS)), None)
+        if role == "assistant" and isinstance(thought, str):
+            content = f"<think>\n{thought.strip()}\n</think>\n\n{content.lstrip()}"
         messages.append({"role": role, "content": content})
     return messages
 

@@ -67,11 +67,7 @@ def split_thought(text: str) -> tuple[str, str]:
 
 
 def without_empty_thought(text: str) -> str:
-    """The text without an empty thought that a template writes before the answer's own.
-
-    >>> without_empty_thought("<think></think><think>We add.</think>It is 7.")
-    '<think>We add.</think>It is 7.'
-    """
+    """The text without an empty thought that a template writes before the answer's own."""
     return _EMPTY.sub("", text)
 
 
@@ -91,11 +87,7 @@ def open_thought(text: str) -> tuple[str, str] | None:
 
 
 def without_closed_thought(context: str) -> str | None:
-    """The context up to the thought that it closes at once, empty; None: it closes none.
-
-    >>> without_closed_thought("<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n")
-    '<|im_start|>assistant\\n'
-    """
+    """The context up to the thought that it closes at once, empty; None: it closes none."""
     closed = _CLOSED.search(context)
     return context[: closed.start()] if closed else None
 

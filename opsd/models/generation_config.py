@@ -24,9 +24,8 @@ def keep_stop_tokens(model: PreTrainedModel) -> None:
     What the model shipped is kept as `model.shipped_generation_config`, mended.
     """
     holder: Any = model  # torch's types say that a module holds tensors and modules alone
-    shipped = holder.generation_config
+    holder.shipped_generation_config = shipped = mended(holder.generation_config)
     tokens = {name: getattr(shipped, name, None) for name in TOKENS}
-    holder.shipped_generation_config = mended(shipped)
     holder.generation_config = GenerationConfig(**tokens)
 
 

@@ -81,6 +81,12 @@ def load_model(
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
+    whole_weights = name == "model" and (whole.lora is None or files.adapters)
+    if getattr(model, "is_quantized", False) and whole_weights:
+        raise UserError(
+            f"{files.where}: its weights are quantised, and whole weights cannot train or be "
+            "added to then: set model.lora on it, or take a base that is not quantised"
+        )
     tensors = {} if section.gguf_file else stored_tensors(section.path, section.revision)
     model.stored_dtype = usual_dtype(tensors) or torch.float32
     path = str(Path(section.path) / (section.gguf_file or ""))
@@ -95,6 +101,9 @@ def load_model(
         model.generation_config = GenerationConfig.from_pretrained(
             owner.path, revision=owner.revision
         )
+    # No router's loss is trained here, and transformers cannot make one of single tokens.
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        model.config.get_text_config().output_router_logits = False
     freeze_others(model)
     keep_stop_tokens(model)
     return contiguous_head(model.eval()), tokenizer
@@ -127,6 +136,8 @@ def _unreachable(files: ModelFiles, section: ModelSection, error: Exception) -> 
     where, name, said = files.where, files.name, in_short(error)
     if "custom code" in said or "trust_remote_code" in said:
         return UserError(f"{where}: {name}.trust_remote_code is false, and it has code ({said})")
+    if "attention implementation" in said:  # such as Gemma 2 and gpt-oss have it
+        return UserError(f"{where}: set {name}.attention to 'eager' for it ({said})")
     if Path(section.path).exists():
         return UserError(f"{where}: it cannot be loaded ({said})")
     return UserError(

@@ -105,7 +105,8 @@ def _sampling_seconds(
     at_once = min(section.batch_size, rollouts)
     rounds = -(-rollouts // at_once)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = 4 * text.num_hidden_layers * text.num_key_value_heads * width  # K and V in bf16
+    shared = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    token = 4 * text.num_hidden_layers * shared * width  # K and V in bf16
     read = 2 * weights + at_once * token * (lengths.prompt + lengths.rollout / 2)
     each = read / (gpu.bandwidth * READING_SHARE)
     if own:

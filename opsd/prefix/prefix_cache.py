@@ -109,7 +109,8 @@ def cached_token_cost(model: PreTrainedModel) -> float:
     pair = 2 * head * (getattr(config, "num_key_value_heads", None) or heads)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return 2 * pair / width
-    return pair / (8 * width + 4 * config.intermediate_size)
+    inner = getattr(config, "intermediate_size", None) or 4 * width  # GPT-2 has no name for it
+    return pair / (8 * width + 4 * inner)
 
 
 def plain_groups(groups: Sequence[Group]) -> list[Group]:

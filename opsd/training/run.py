@@ -201,8 +201,8 @@ class Run:
         step, weights = self._train(curve)
         self.model.zero_grad(set_to_none=True)
         release_memory()
-        if self.save and self.processes.first:
-            self._save(weights)
+        if self.save:
+            self.processes.once(lambda: self._save(weights))
         if curve is not None and not self.processes.once(lambda: self.log.is_evaluated(step)):
             self._evaluate_last(curve, step)
         seconds = time.monotonic() - begun
@@ -220,10 +220,13 @@ class Run:
         )
         if self.save or config.train.save_every:
             self.processes.once(lambda: try_saving(config, model, self.tokenizer, base is not None))
-        missing = base is not None and (self.checkpoint is None or not base.exists())
-        if missing and self.processes.first:
-            save_model(without_adapters(model), self.tokenizer, self.directory, base.name)
+        if base is not None:
+            self.processes.once(lambda: self._save_base(base))
         self.stops = stop_ids(model, self.tokenizer)
+
+    def _save_base(self, base: Path) -> None:
+        if self.checkpoint is None or not base.exists():
+            save_model(without_adapters(self.model), self.tokenizer, base.parent, base.name)
 
     def _own_base(self) -> Path | None:
         """Where the run keeps the model that its adapters stand on. None, unless model.path is
@@ -303,11 +306,13 @@ class Run:
     def _open_log(self) -> None:
         """The log of a run that begins or goes on; the first process writes it."""
         step = step_of(self.checkpoint)
-        if self.processes.first:
+
+        def begin() -> None:
             # It says that a run has ended.
             (self.directory / "summary.json").unlink(missing_ok=True)
             self.log = RunLog(self.directory, step)
-        self.processes.wait()  # for the lines that the first drops
+
+        self.processes.once(begin)  # which drops lines that the others read
         if not self.processes.first:
             self.log = RunLog(self.directory, step, writes=False)
 

@@ -119,6 +119,13 @@ def test_a_template_without_the_message_is_refused():
         chat_of(family)
 
 
+def test_several_templates_without_a_default_are_refused():
+    tokenizer = make_tokenizer(Family("several", CHATML, IM, "<|im_end|>", "", "", "", None))
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    with pytest.raises(UserError, match=r"several chat templates \(rag, tool_use\)"):
+        ChatTemplate(tokenizer)
+
+
 def test_parts_are_given_where_a_template_wants_them():
     family = next(family for family in FAMILIES if family.template == PARTS)
     plain = next(family for family in FAMILIES if family.template == CHATML)

@@ -309,3 +309,21 @@ def test_a_mixture_has_each_source_as_often_as_its_weight_says():
     assert mixture([(a, 2), (b, 0)], 0) == a + a
     assert len(mixture([(a, 1.5), (b, 0.5)], 0)) == 4
     assert mixture([(a, 0.5)], 0) == mixture([(a, 0.5)], 0) and len(mixture([(a, 0.01)], 0)) == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": "So 3.", "reasoning_content": "\nWe add.\n"},
+        {"content": "So 3.", "thinking": "We add."},
+        {
+            "content": [
+                {"type": "thinking", "thinking": "We add."},
+                {"type": "text", "text": "So 3."},
+            ]
+        },
+    ],
+)
+def test_a_thought_apart_from_the_content_is_kept(said):
+    chat = read_chat([{"role": "user", "content": "1 + 2?"}, {"role": "assistant", **said}])
+    assert chat.solution == "<think>\nWe add.\n</think>\n\nSo 3."

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from helpers.payload import Payload
 from helpers.training_cases import ROWS, short_values, write_model, write_rows
 from helpers.vllm_server import FakeVLLM
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
@@ -58,6 +59,7 @@ CASES = {
 }
 SERVER = "fsdp2-server"  # whose config is known when there is a server
 SPOILT = "zero3-spoilt"
+UNSAVABLE = "unsavable"  # its tokenizer has a template that cannot be written
 RESUMED = ("ema", "fsdp2", "zero2", "zero3")
 
 
@@ -97,6 +99,13 @@ def runs(tmp_path_factory):
     CASES[SPOILT] = {
         "train": {"sharding": "zero3", "not_finite": "skip", "save_every": 1, "save_total_limit": 4}
     }
+    shutil.copytree(root / "model", root / "unsavable")
+    file = root / "unsavable" / "tokenizer_config.json"
+    (root / "unsavable" / "chat_template.jinja").unlink(missing_ok=True)
+    template = AutoTokenizer.from_pretrained(root / "model").chat_template
+    named = [{"name": "default", "template": template}, {"name": "a/b", "template": "x"}]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": named}))
+    CASES[UNSAVABLE] = {"model": {"path": str(root / "unsavable")}}
     jobs = [(name, "two", False) for name in CASES] + [(name, "again", True) for name in RESUMED]
     for name, where, *_ in jobs:
         save_config(config_of(name, root, where), root / f"{where}-{name}.yaml")
@@ -137,7 +146,12 @@ def _process(rank: int, root: Path, jobs) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if name == SPOILT and rank == 1:
                 _spoil(patch)
-            assert main(["train", str(path), *(["--resume"] if resume else [])]) == 0, name
+            with ExitStack() as stack:
+                if name == UNSAVABLE:
+                    said = stack.enter_context((root / f"said-{rank}").open("w"))
+                    stack.enter_context(redirect_stderr(said))
+                code = main(["train", str(path), *(["--resume"] if resume else [])])
+                assert code == (name == UNSAVABLE), name
 
 
 def _spoil(patch) -> None:
@@ -246,6 +260,12 @@ def test_deepspeed_refuses_a_step_that_is_not_finite(runs):
     saved = [load_file(directory / f"checkpoint-{n}" / "model.safetensors") for n in (1, 2, 3)]
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
     assert any(not torch.equal(saved[1][key], saved[2][key]) for key in saved[0])
+
+
+def test_what_cannot_be_saved_ends_all_processes_with_one_line(runs):
+    first, second = ((runs / f"said-{rank}").read_text() for rank in (0, 1))
+    assert "could be trained but not saved" in first.splitlines()[-1] and second == ""
+    assert not (runs / "two" / UNSAVABLE / "metrics.jsonl").exists()
 
 
 def test_zero_needs_deepspeed(tmp_path, monkeypatch):

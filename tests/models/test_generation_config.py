@@ -45,6 +45,7 @@ def test_what_a_model_ships_can_be_written_and_is_not_obeyed(name, tmp_path):
     assert model.generation_config.eos_token_id == eos
     drawing = model.generation_config.to_diff_dict().keys()
     assert drawing <= {"eos_token_id", "pad_token_id", "bos_token_id", "transformers_version"}
+    model.save_pretrained(tmp_path / "checkpoint")
     with as_shipped(model):
         model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

@@ -149,3 +149,13 @@ def test_what_saves_nothing_is_one_line(overrides, wanted, files, tmp_path, caps
     save_config(short_config(*files, tmp_path / "run"), tmp_path / "config.yaml")
     assert main(["train", str(tmp_path / "config.yaml"), *overrides]) == 1
     assert wanted in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_quantised_base_does_not_train_whole(tmp_path, monkeypatch):
+    write_model(tmp_path)
+    monkeypatch.setattr(Qwen3ForCausalLM, "is_quantized", True, raising=False)
+    config = short_config(tmp_path, tmp_path, tmp_path)
+    with pytest.raises(UserError, match=r"its weights are quantised.*set model\.lora"):
+        load_model(config.model)
+    load_model(config.model, name="teacher")
+    load_model(short_config(tmp_path, tmp_path, tmp_path, model={"lora": {"rank": 2}}).model)

@@ -6,6 +6,7 @@ import yaml
 from helpers.prefix_models import MODELS, alone, ids, make
 from helpers.step_cases import make_sample_groups, make_step
 from helpers.training_cases import short_values, write_model, write_rows
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from opsd.cli.main import main
 from opsd.config.load import merge
@@ -176,6 +177,11 @@ def test_a_prefix_of_one_token_is_not_cached():
     for length, cached in ((1, 0), (2, 1)):
         batches = packed_batches([of_lengths(length, 30, 30, 30)], 40, 0.0)
         assert len(batches) == 3 and len(cache_prefixes(batches, 40, 0.0)[1].prefixes) == cached
+
+
+def test_what_a_cached_token_costs_where_the_feed_forward_width_has_no_name():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=4, n_layer=1, vocab_size=16))
+    assert cached_token_cost(model) == 2 * 32 / (8 * 32 + 4 * 128)
 
 
 def test_what_a_cached_token_costs():
