@@ -180,7 +180,11 @@ def cast_for_autocast(*tensors: Tensor | None) -> list[Any]:
     """
     present = [x for x in tensors if x is not None]
     device = present[0].device.type
-    if not torch.is_autocast_enabled(device) or any(x.dtype == torch.float64 for x in present):
+    if (
+        device == "meta"
+        or not torch.is_autocast_enabled(device)
+        or any(x.dtype == torch.float64 for x in present)
+    ):
         return list(tensors)
     if device == "cpu":
         dtype = torch.promote_types(present[0].dtype, present[-1].dtype)

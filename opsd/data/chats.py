@@ -25,6 +25,7 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Fields in which a message keeps its thought apart from its content."""
 
+TEXTS = frozenset({"text", "input_text", "output_text"})
 TOOLS = frozenset({"tool", "function", "function_call", "observation", "ipython"})
 
 
@@ -75,7 +76,7 @@ def as_messages(value: Any) -> list[dict[str, str]] | None:
         if isinstance(content, list):
             parts = [{"text": part} if isinstance(part, str) else part for part in content]
             parts = [part for part in parts if isinstance(part, Mapping)]
-            kinds = {part.get("type", "text") for part in parts} - {"text", "thinking"}
+            kinds = {part.get("type", "text") for part in parts} - TEXTS - {"thinking"}
             if kinds:
                 raise NotTextError(f"holds parts that are no text: {', '.join(map(str, kinds))}")
             thoughts = [part["thinking"] for part in parts if part.get("thinking")]
@@ -100,6 +101,19 @@ def read_chat(value: Any) -> Chat | None:
     answers = [m["content"] for m in messages[last + 1 :] if m["role"] == "assistant"]
     solution = answers[-1] if answers else ""
     return Chat(messages[last]["content"], solution, tuple(messages[:last]))
+
+
+def read_pair(record: Mapping[str, Any]) -> Chat | None:
+    """A problem and its solution without turns: Alpaca's columns `instruction`, `input` and
+    `output`, or the texts `prompt` and `completion` (or `chosen`)."""
+    asked, said, more = (record.get(name) for name in ("instruction", "output", "input"))
+    if not isinstance(asked, str):
+        asked, said = record.get("prompt"), record.get("completion", record.get("chosen"))
+        return Chat(asked, said, ()) if isinstance(asked, str) and isinstance(said, str) else None
+    if record.get("history") or not isinstance(more, str | None):
+        raise NotTextError("has `history`, or an `input` that is no text: write it as `messages`")
+    asked = f"{asked}\n\n{more}" if more and more.strip() else asked
+    return Chat(asked, said if isinstance(said, str) else "", ())
 
 
 def last_answer(value: Any) -> str | None:

@@ -36,8 +36,9 @@ def read_file(path: Path, section: str) -> Iterator[Any]:
     name = repr(str(path))
     where = f"{section}.source: {name}"
     try:
-        opener = gzip.open if path.suffix.lower() == ".gz" else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with path.open("rb") as file:
+            zipped = path.suffix.lower() == ".gz" or file.read(2) == b"\x1f\x8b"
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             if kind in TABLES:
                 yield from _table(file, TABLES[kind], where)
             else:
@@ -62,14 +63,14 @@ def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[An
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            first = text.lstrip().partition("\n")[0]
-            if not _is_object(first):
+            first = text.lstrip().partition("\n")[0].strip()
+            if not (first.startswith("{") and first.endswith("}")):
                 raise UserError(
                     f"{where} is not valid JSON ({error}); expected {OR_A_LIST}"
                 ) from error
             file.seek(0)  # one object a line
         else:
-            found = value if isinstance(value, list) else _listed(value)
+            found = value if isinstance(value, list) else _listed(value) or _transposed(value)
             if found is None and isinstance(value, dict) and "\n" not in text.strip():
                 found = [value]
             if found is None:
@@ -84,13 +85,6 @@ def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[An
             yield _line(line, number, OR_A_LIST if one_value else ONE_A_LINE, section, name)
 
 
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
 def _listed(value: Any) -> list[Any] | None:
     """The one list of objects that an object holds; None where it holds none, or several."""
     if not isinstance(value, dict):
@@ -98,6 +92,21 @@ def _listed(value: Any) -> list[Any] | None:
     lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
     # A chat's messages are such a list too, and belong to one row.
     return lists[0] if len(lists) == 1 and not _is_chat(lists[0][0]) else None
+
+
+def _transposed(value: Any) -> list[dict] | None:
+    """The rows of an object of equally long columns, as pandas and `to_dict` write them:
+    `{"problem": ["…"]}`, `{"problem": {"0": "…"}}`, or `{"0": {"problem": "…"}}`."""
+    columns = list(value.values()) if isinstance(value, dict) else []
+    if columns and all(isinstance(c, dict) and c.keys() == columns[0].keys() for c in columns):
+        if all(map(str.isdecimal, value)):
+            return columns
+        columns = [list(column.values()) for column in columns]
+    if not all(isinstance(c, list) and c and len(c) == len(columns[0]) for c in columns):
+        return None
+    if not any(isinstance(column[0], str) for column in columns):
+        return None  # a chat of one row, or several lists of objects
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _is_chat(message: dict) -> bool:
@@ -124,6 +133,9 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
     reader = csv.reader(file, delimiter=delimiter, strict=True)
     try:
         names = next(reader, [])
+        if len(names) == 1 and ";" in names[0]:  # a table of a country whose decimals have commas
+            reader = csv.reader(file, delimiter=";", strict=True)
+            names = names[0].split(";")
         named = [name for i, name in enumerate(names) if name or i]  # pandas' index has no name
         if len(set(named)) != len(named) or "" in [name.strip() for name in named]:
             raise UserError(f"{where}: its first line must name the columns, each once: {names}")

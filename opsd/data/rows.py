@@ -33,6 +33,7 @@ from opsd.data.chats import (
     last_answer,
     parsed,
     read_chat,
+    read_pair,
 )
 from opsd.data.files import TABLES, file_type
 from opsd.data.references import Unreadable, final_answer
@@ -98,7 +99,7 @@ def load_rows(
         into nested columns, `messages.0.content` into lists. What it leaves out has its own name,
         but in reasoning_gym `question`, `answer` and `metadata.answer_cot`. A column that holds a
         chat gives its last user message as the problem, the assistant's as the solution; without a
-        column `problem`, `messages`, `conversations` and `prompt` are looked at.
+        column `problem`, `messages`, `conversations`, `prompt` and Alpaca's columns are looked at.
     split: of sources that have splits, `default_split` if none is named; files have none.
     limit: at most so many rows.
     seed, size: for reasoning_gym, which draws `size` problems (default 1000, or `limit`) from
@@ -248,7 +249,7 @@ class _Reader:
         if chat is not None:
             history, found["problem"] = chat.history, (True, chat.problem)
             if not found["solution"][0] and "solution" not in self.mapped:
-                said = chat.solution or last_answer(record.get("completion"))
+                said = chat.solution or last_answer(record.get("completion", record.get("chosen")))
                 found["solution"] = (said is not None, said)
         values = {name: self._text(name, *found[name], record, number, where) for name in COLUMNS}
         if values["answer"]:
@@ -270,8 +271,8 @@ class _Reader:
         elif "problem" in self.mapped:
             return None
         else:
-            chats = (read_chat(record.get(name)) for name in (*CHAT_COLUMNS, "prompt"))
-        chat = next((chat for chat in chats if chat is not None), None)
+            chats = (read_chat(record.get(name)) for name in (*CHAT_COLUMNS, "prompt", "chosen"))
+        chat = next(filter(None, chats), None) or (None if found else read_pair(record))
         system = record.get("system")  # as ShareGPT's rows have it beside the chat
         if chat is None or not isinstance(system, str) or not system.strip():
             return chat

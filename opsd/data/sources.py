@@ -76,12 +76,18 @@ def check_no_split(source: str, split: str | None, section: str) -> None:
 def _saved_directory(path: Path, split: str | None, default: str, section: str) -> Iterable[Any]:
     import datasets
 
+    marks = ("dataset_dict.json", "dataset_info.json", "state.json")
+    shards = not any((path / mark).exists() for mark in marks) and any(
+        map(file_type, path.rglob("*"))
+    )
     try:
+        if shards:  # which of its files are of which split, datasets knows
+            return datasets.load_dataset(str(path), split=split or default)
         data = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever a damaged directory provokes
         raise UserError(
             f"{section}.source: the directory {str(path)!r} was not saved by `datasets` "
-            f"(Dataset.save_to_disk), or is damaged: {in_short(error)}"
+            f"(Dataset.save_to_disk), has no files that it reads, or is damaged: {in_short(error)}"
         ) from error
     if isinstance(data, datasets.DatasetDict):
         check_names(f"{section}.split", [split or default], list(data))

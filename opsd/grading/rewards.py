@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -166,7 +167,8 @@ def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
 
 
 def _score(name: str, function: Callable, completion: str, row: Row) -> tuple[float, str]:
-    where = f"loss.reward.verifier {name!r}, on the problem {_short(row.problem)}"
+    problem = shorten(row.problem, 60, placeholder="…")
+    where = f"loss.reward.verifier {name!r}, on the problem {problem!r}"
     try:
         result = function(completion, {**row.columns, **row.texts})
     except Exception as error:  # whatever the user's function does
@@ -180,8 +182,3 @@ def _score(name: str, function: Callable, completion: str, row: Row) -> tuple[fl
     if not isinstance(feedback, str):
         raise UserError(f"{where}, returned {result!r}: its feedback must be a text")
     return float(score), feedback
-
-
-def _short(problem: str) -> str:
-    line = " ".join(problem.split())
-    return repr(line if len(line) <= 60 else line[:57] + "…")

@@ -42,6 +42,16 @@ def save(name, folder):
         path.write_text(json.dumps({"data": RECORDS}, indent=2))
     elif name == "list.json":
         path.write_text(json.dumps(RECORDS, indent=2))
+    elif name == "columns.json":
+        path.write_text(pd.DataFrame(RECORDS).to_json())
+    elif name == "lists.json":
+        path.write_text(json.dumps({name: [r[name] for r in RECORDS] for name in RECORDS[0]}))
+    elif name == "index.json":
+        path.write_text(pd.DataFrame(RECORDS).to_json(orient="index", indent=1))
+    elif name == "semicolons.csv":
+        table(path, ";")
+    elif name == "zipped without the name.jsonl":
+        path.write_bytes(gzip.compress(lines(RECORDS).encode()))
     elif name == "mark.jsonl":
         path.write_text(lines(RECORDS), encoding="utf-8-sig")
     elif name.endswith(".gz"):
@@ -63,6 +73,11 @@ NAMES = [
     "list.json.gz",
     "under a key.json",
     "indented.json",
+    "columns.json",
+    "lists.json",
+    "index.json",
+    "semicolons.csv",
+    "zipped without the name.jsonl",
     "rows.csv",
     "rows.csv.gz",
     "rows.tsv",
@@ -327,3 +342,51 @@ def test_a_mixture_has_each_source_as_often_as_its_weight_says():
 def test_a_thought_apart_from_the_content_is_kept(said):
     chat = read_chat([{"role": "user", "content": "1 + 2?"}, {"role": "assistant", **said}])
     assert chat.solution == "<think>\nWe add.\n</think>\n\nSo 3."
+
+
+@pytest.mark.parametrize("type", ["jsonl", "parquet"])
+def test_a_directory_of_shards_is_a_source(type, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, records in (("train", RECORDS), ("test", RECORDS[:1])):
+        for number in range(0, len(records), 2):
+            data = datasets.Dataset.from_list(records[number : number + 2])
+            name = folder / f"{split}-0000{number // 2}-of-0000{len(records) // 2}.{type}"
+            data.to_parquet(name) if type == "parquet" else data.to_json(name)
+    assert [row.texts for row in load_rows(str(folder))] == RECORDS
+    assert [row.texts for row in load_rows(str(folder), split="test")] == RECORDS[:1]
+    with pytest.raises(UserError, match=r'data.source: the directory .* Unknown split "dev"'):
+        load_rows(str(folder), split="dev")
+
+
+PAIRS = [
+    ({"instruction": "1 + 1?", "input": "", "output": "So 2."}, "1 + 1?"),
+    ({"instruction": "Add.", "input": "1 + 1", "output": "So 2."}, "Add.\n\n1 + 1"),
+    ({"instruction": "1 + 1?", "input": None, "output": "So 2.", "system": "Be brief"}, "1 + 1?"),
+    ({"prompt": "1 + 1?", "completion": "So 2."}, "1 + 1?"),
+    ({"prompt": "1 + 1?", "chosen": "So 2.", "rejected": "So 3."}, "1 + 1?"),
+    ({"prompt": [{"role": "user", "content": "1 + 1?"}],
+      "chosen": [{"role": "assistant", "content": "So 2."}]}, "1 + 1?"),
+    ({"chosen": [{"role": "user", "content": "1 + 1?"},
+                 {"role": "assistant", "content": "So 2."}], "rejected": []}, "1 + 1?"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_text", "text": "1 + 1?"}]},
+                   {"role": "assistant", "content": [{"type": "output_text", "text": "So 2."}]}]},
+     "1 + 1?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record, problem", PAIRS)
+def test_instruction_data_needs_no_columns(record, problem):
+    (row,) = load_rows([record], require=["problem", "solution"])
+    assert row.texts == {"problem": problem, "solution": "So 2.", "answer": ""}
+    system = [{"role": "system", "content": record["system"]}] if "system" in record else []
+    assert list(row.history) == system
+
+
+def test_what_instruction_data_cannot_say_is_refused_by_row():
+    earlier = {"instruction": "1 + 1?", "output": "2", "history": [["Hello", "Hi"]]}
+    with pytest.raises(UserError, match=r"row 1 .* has `history`, or an `input` that is no text"):
+        load_rows([earlier], require=["problem"])
+    with pytest.raises(UserError, match=r"data.columns.solution: .* has no column 'solution'"):
+        load_rows([{"instruction": "1 + 1?", "output": None}], require=["problem", "solution"])

@@ -187,3 +187,11 @@ def test_log_prob_of_nothing(backend):
     result = linear_log_prob(hidden, weight, torch.zeros(0, dtype=torch.long), backend=backend)
     result.log_prob.sum().backward()
     assert result.log_prob.shape == (0,) and not weight.grad.any()
+
+
+def test_meta_tensors_give_shapes():
+    """A model's loss may be traced before it has weights; a meta device has no autocast to ask."""
+    hidden, weight = (torch.randn(n, 3, device="meta").requires_grad_() for n in (5, 7))
+    linear_divergence(hidden, hidden.detach(), weight, weight.detach()).loss.backward()
+    linear_log_prob(hidden, weight, torch.zeros(5, dtype=torch.long, device="meta"))
+    assert hidden.grad.shape == (5, 3) and weight.grad.device.type == "meta"

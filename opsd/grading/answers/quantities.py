@@ -115,18 +115,14 @@ def _degrees(found: re.Match) -> Value | None:
 
 
 def _with_tail(text: str) -> Value | None:
-    for found in (_TAIL.fullmatch(text),):
-        if found is None:
-            return None
-        core, tail = trim(found["core"]), found["tail"]
-        if not core or not balanced(core) or "\\text" in core:
-            return None
-        said = trim(plain_text(tail))
-        said = re.sub(r"\\text\s*", "", said)
-        return _said(
-            core, said, bare=found["plain"] is not None, apart=text[len(found["core"]) :][:1] == " "
-        )
-    return None
+    if (found := _TAIL.fullmatch(text)) is None:
+        return None
+    core, tail = trim(found["core"]), found["tail"]
+    if not core or not balanced(core) or "\\text" in core:
+        return None
+    said = re.sub(r"\\text\s*", "", trim(plain_text(tail)))
+    apart = text[len(found["core"]) :][:1] == " "
+    return _said(core, said, bare=found["plain"] is not None, apart=apart)
 
 
 def _said(core: str, said: str, bare: bool, apart: bool) -> Value | None:

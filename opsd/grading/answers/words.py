@@ -60,8 +60,8 @@ def canonical(phrase: str) -> str:
 _MONTH = f"({'|'.join(_WORDS['months'].split())})"
 _DAY = r"(\d{1,2})(?:st|nd|rd|th)?"
 _DATE = re.compile(rf"(?:{_MONTH} {_DAY}|{_DAY} (?:of )?{_MONTH})(?:,? (\d{{4}}))?")
-_OPPOSITES = dict(pair.split() for pair in _WORDS["opposites"].split("|"))
-_OPPOSITES |= {other: one for one, other in _OPPOSITES.items()}
+_PAIRS = [pair.split() for pair in _WORDS["opposites"].split("|")]
+_OPPOSITES = dict(_PAIRS) | {other: one for one, other in _PAIRS}
 _NUMERALS = {name: Fraction(size) for name, size in NOTATION["numerals"].items()}
 
 
