@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.version import Version
+
 from opsd.common.display import Display
 from opsd.common.format import size
 from opsd.common.system import cpu_quota, memory, processor, usable_cores
@@ -78,11 +80,9 @@ def run_doctor(write: Callable[[str], None]) -> int:
             write(f"  → {finding.advice}")
     if problems:
         write("")
-    write(f"Training is not possible here yet: {len(fatal)} to mend." if fatal else _ALL_WELL)
+    well = "Training is possible here. Try: opsd quickstart --tiny"
+    write(f"Training is not possible here yet: {len(fatal)} to mend." if fatal else well)
     return 1 if fatal else 0
-
-
-_ALL_WELL = "Training is possible here. Try: opsd quickstart --tiny"
 
 
 def _line(finding: Finding) -> str:
@@ -91,9 +91,6 @@ def _line(finding: Finding) -> str:
     else:
         mark = "-" if finding.absent else "ok"
     return f"  {mark:<2}  {finding.name:<18}  {finding.value}".rstrip()
-
-
-# --- software -----------------------------------------------------------------------------------
 
 
 def software() -> Iterator[Finding]:
@@ -119,10 +116,9 @@ def _foreign() -> Iterator[Finding]:
         if any(str(file) == "opsd/__init__.py" for file in other.files or ()):
             yield Finding(
                 "opsd",
-                f"{other.version}: {other.metadata['Summary'] or 'another package'}",
-                f"another project's package, whose `import opsd` takes the place of {DISTRIBUTION}",
-                f"pip uninstall opsd, then pip install --force-reinstall --no-deps {DISTRIBUTION} "
-                "(or . in a checkout)",
+                f"{other.version}: {other.metadata['Summary']}",
+                f"another project's package takes the place of {DISTRIBUTION} in `import opsd`",
+                f"pip uninstall opsd, then pip install --force-reinstall --no-deps {DISTRIBUTION}",
                 fatal=True,
             )
 
@@ -142,8 +138,7 @@ def _requirement(name: str, oldest: str | None, version: str | None) -> Finding:
     if version is None:
         advice = "pip install -c constraints-cpu.txt ."
         return Finding(name, "not installed", "needed", advice, fatal=True)
-    wanted = _numbers(oldest or "")
-    if _numbers(version)[: len(wanted)] < wanted:
+    if oldest and Version(version) < Version(oldest):
         advice = f"pip install '{name}>={oldest}'"
         return Finding(name, version, f"{oldest} or later is needed", advice, fatal=True)
     return Finding(name, version)
@@ -154,15 +149,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """`2.13.0+cpu` → (2, 13, 0)."""
-    parts = version.split("+")[0].split(".")
-    return tuple(int(part) for part in parts if part.isdigit())
-
-
-# --- machine ------------------------------------------------------------------------------------
 
 
 def machine() -> Iterator[Finding]:
@@ -205,9 +191,6 @@ def _memory(total: int, available: int) -> Finding:
     return Finding("memory", value, problem, "end other programs, or use a larger machine")
 
 
-_ELSEWHERE = "--output DIR for runs, OPSD_CACHE for the cache"
-
-
 def _disk(label: str, path: Path) -> Finding:
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     free, problem = shutil.disk_usage(existing).free, None
@@ -217,10 +200,9 @@ def _disk(label: str, path: Path) -> Finding:
         problem = f"models and checkpoints of a quickstart may need {size(DISK)}"
         advice = "make room, or choose another disk"
     value = f"{size(free)} free at {path}"
-    return Finding(label, value, problem, problem and f"{advice}: {_ELSEWHERE}")
-
-
-# --- devices and kernels ------------------------------------------------------------------------
+    if problem:
+        advice += ": --output DIR for runs, OPSD_CACHE for the cache"
+    return Finding(label, value, problem, problem and advice)
 
 
 def accelerators() -> Iterator[Finding]:
@@ -294,11 +276,8 @@ def caches() -> Iterator[Finding]:
     missing = f"not here yet: quickstart downloads it once ({size(download.GGUF_BYTES)})"
     yield Finding("SmolLM2-135M", str(model or missing), absent=model is None)
     bases = len(tiny_bases())
-    yield Finding(
-        "tiny bases",
-        f"{bases} trained" if bases else "none yet: quickstart --tiny trains one",
-        absent=bases == 0,
-    )
+    value = f"{bases} trained" if bases else "none yet: quickstart --tiny trains one"
+    yield Finding("tiny bases", value, absent=bases == 0)
 
 
 SECTIONS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (

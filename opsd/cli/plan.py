@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedConfig
@@ -13,7 +14,6 @@ from opsd.config.compatibility import refused
 from opsd.config.config import Config
 from opsd.config.load import load_config, parse_config, with_overrides
 from opsd.plan.architectures import architecture
-from opsd.plan.gpus import GPUS
 from opsd.plan.memory import Memory, Planner
 from opsd.plan.suggestions import fit
 from opsd.plan.time_estimate import READING_SHARE, TRAINING_SHARE, Work, plan_work
@@ -31,9 +31,8 @@ class Plan:
     def __post_init__(self):
         lengths = self.planner.lengths
         self.memory: Memory = self.planner.memory(self.config)
-        self.tokens: Tokens = count_tokens(
-            self.config, sample_groups(self.config, lengths), lengths
-        )
+        groups = sample_groups(self.config, lengths)
+        self.tokens: Tokens = count_tokens(self.config, groups, lengths)
         largest = stream_tokens(self.planner.micro_batch(self.config))
         self.micro_batch_tokens: int = largest.student
 
@@ -53,26 +52,15 @@ class Plan:
             f"run, contexts shared ({ratio:.2f} times fewer)": tokens.shared,
             "largest micro-batch, the student's": self.micro_batch_tokens,
         }
-        display.table(
-            "Tokens a step", ["", "tokens"], [(name, number(n)) for name, n in counts.items()]
-        )
-
-    def record(self) -> dict:
-        """The plan for `--json`."""
-        return {
-            "model": self.config.model.path,
-            "parameters": self.planner.parameters,
-            "memory": {**asdict(self.memory), "peak": self.memory.peak},
-            "tokens": asdict(self.tokens),
-            "micro_batch_tokens": self.micro_batch_tokens,
-        }
+        rows = [(name, number(count)) for name, count in counts.items()]
+        display.table("Tokens a step", ["", "tokens"], rows)
 
 
 def plan_command(asked: argparse.Namespace) -> None:
     """Shows the plan of a run: what is asked for is a config, or a model under the defaults."""
     config = _config(asked)
     student = architecture(config.model)
-    gpu = GPUS.get(asked.gpu)
+    gpu = asked.gpu
     lengths = Lengths(asked.prompt_tokens, asked.solution_tokens, config.rollout.max_new_tokens)
     device = None if gpu is None else int(gpu.memory)
     if config.rollout.engine == "vllm" and device is None:
@@ -81,17 +69,10 @@ def plan_command(asked: argparse.Namespace) -> None:
         raise refused(config, "train.sharding: say with --gpus over how many")
     longest = _check_window(student, lengths)
     plan = Plan(config, planner := Planner(student, lengths, device, asked.gpus))
-    work = gpu and plan_work(config, student, planner.parameters, plan.tokens, lengths, gpu)
-    room = device if asked.memory is None else asked.memory
-    changed = None
-    if room is not None and plan.memory.peak > room:
-        changed = fit(config, room, longest, planner)
-    if asked.json:
-        print(json.dumps(_record(asked, plan, work, room, changed), indent=2))
-        return
-    display = Display()
+    work = plan_work(config, planner, plan.tokens, gpu)
+    display = Display(quiet=asked.json)
     many = "one" if asked.gpus == 1 else asked.gpus
-    where = "a CPU" if gpu is None else f"{many} {asked.gpu.upper()}"
+    where = "a CPU" if gpu is None else f"{many} {gpu.name}"
     display.note(
         f"{config.model.path}: {planner.parameters:,} parameters; {config.method} on {where}, "
         f"prompts of {lengths.prompt} tokens, solutions of {lengths.solution}, rollouts of "
@@ -100,8 +81,24 @@ def plan_command(asked: argparse.Namespace) -> None:
     plan.show(display)
     if work is not None:
         _show_time(work, where, asked.gpus, config.train.steps, display)
-    if room is not None:
-        display.note(_fits(room, changed))
+    room = device if asked.memory is None else asked.memory
+    found = None
+    if room is not None and plan.memory.peak > room:
+        with display.stage(f"Search for what fits into {size(room)}", unit="trials") as stage:
+            changes, overrides, config = fit(config, room, longest, planner, stage.advance)
+        then = Plan(config, planner)
+        faster = plan_work(config, planner, then.tokens, gpu)
+        found = {
+            "changes": changes,
+            "overrides": overrides,
+            "peak": then.memory.peak,
+            "fits": then.memory.peak <= room,
+            "seconds": faster and faster.seconds / asked.gpus,
+        }
+    if asked.json:
+        print(json.dumps(_record(asked, plan, work, room, found), indent=2))
+    elif room is not None:
+        display.note(_advice(room, found, config.train.steps))
 
 
 def _config(asked: argparse.Namespace) -> Config:
@@ -137,49 +134,31 @@ def _show_time(work: Work, where: str, gpus: int, steps: int, display: Display) 
     )
 
 
-def _fits(room: float, changed: tuple[list[str], Config, Memory] | None) -> str:
-    """What has to change, if anything, for the run to fit."""
-    if changed is None:
+def _advice(room: float, found: dict | None, steps: int) -> str:
+    """Whether it fits; if not, the overrides of a config that does, and its time."""
+    if found is None:
         return f"It fits into {size(room)}."
-    what, _, after = changed
-    if after.peak <= room:
-        return f"To fit into {size(room)}: {', '.join(what)} (peak {size(after.peak)})."
-    tried = f"even with {', '.join(what)} " if what else ""
-    return (
-        f"It does not fit into {size(room)}: {tried}the peak is {size(after.peak)}. A smaller "
-        "model, or more GPUs."
-    )
+    words, peak, each = ", ".join(found["changes"]), size(found["peak"]), found["seconds"]
+    if not found["fits"]:
+        tried = f"even with {words} " if words else ""
+        return f"It does not fit into {size(room)}: {tried}it takes {peak}. Take more GPUs."
+    time = f", {steps} steps in {duration(each * steps)}" if each else ""
+    pasted = shlex.join(found["overrides"])
+    return f"To fit into {size(room)} (peak {peak}{time}): {words}. Add\n{pasted}"
 
 
-def _record(asked: argparse.Namespace, plan: Plan, work, room, changed) -> dict:
-    record = plan.record()
+def _record(asked: argparse.Namespace, plan: Plan, work, room, found) -> dict:
+    record = {
+        "model": plan.config.model.path,
+        "parameters": plan.planner.parameters,
+        "memory": {**asdict(plan.memory), "peak": plan.memory.peak},
+        "tokens": asdict(plan.tokens),
+        "micro_batch_tokens": plan.micro_batch_tokens,
+    }
     if work is not None:
         seconds = work.seconds / asked.gpus
-        record["estimate"] = {
-            "gpu": asked.gpu,
-            "gpus": asked.gpus,
-            **asdict(work),
-            "seconds": seconds,
-        }
+        facts = {"gpu": asked.gpu.name, "gpus": asked.gpus, **asdict(work), "seconds": seconds}
+        record["estimate"] = facts
     if room is not None:
-        record["fits"] = changed is None
-    if changed is not None:
-        what, fitting, after = changed
-        record["to_fit"] = {
-            "changes": what,
-            "overrides": _differences(plan.config, fitting),
-            "peak": after.peak,
-            "fits": after.peak <= room,
-        }
-    return record
-
-
-def _differences(before: Config, after: Config) -> list[str]:
-    old, new = before.model_dump(), after.model_dump()
-    return [
-        f"{section}.{name}={json.dumps(value)}"
-        for section, fields in new.items()
-        if isinstance(fields, dict)
-        for name, value in fields.items()
-        if value != old[section][name]
-    ]
+        record["fits"] = found is None
+    return record if found is None else record | {"to_fit": found}

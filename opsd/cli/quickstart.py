@@ -30,15 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="words",
         help="of the solutions: words, own, terse, markdown (default: words)",
     )
-    add("--voice", help=argparse.SUPPRESS)  # its name before 0.1.0 was released
     add("--resume", action="store_true", help="go on with what the same command has left")
     add("overrides", nargs="*", metavar="[method.]section.field=value")
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Runs the quickstart. Raises UserError."""
-    if parsed.voice is not None:
-        raise UserError("--voice is called --solution-style now")
     methods = _methods(parsed.methods, parsed.tiny)
     check_at_least(1, parsed, "steps", "problems", "solutions")
     if parsed.tiny and parsed.model:

@@ -14,21 +14,14 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from opsd.common.errors import UserError, problem_said
-from opsd.common.files import write_file
+from opsd.common.files import read_toml, write_file
 from opsd.config.base import Section
 from opsd.config.config import Config
 from opsd.config.yaml import load_yaml, read_yaml
 
 SHOWN_PROBLEMS = 10  # of one config
-RENAMED = {
-    "rollout.per_problem": "rollout.group_size",
-    "rollout.resample": "rollout.dynamic_sampling",
-    "loss.normalise": "loss.aggregation",
-    "loss.reward.correct_at": "loss.reward.success_threshold",
-    "train.collapse.opposed": "train.collapse.inverted_gradient",
-    "voices": "solution_styles",
-}
-"""Fields that had another name before 0.1.0 was released → their names now."""
+ELSEWHERE: dict[str, str] = read_toml(__file__, "elsewhere")
+"""Names that TRL and others have for a field, or that it had here once → its name."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -103,13 +96,9 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
 def _field(field: FieldInfo) -> tuple[str, str]:
     """A field's default and description, as text."""
     default = "required" if field.is_required() else str(field.get_default())
-    return default, field.description + _choices(field.annotation)
-
-
-def _choices(annotation: Any) -> str:
-    if getattr(annotation, "__origin__", None) is Literal:
-        return f" ({' | '.join(map(str, annotation.__args__))})"
-    return ""
+    if getattr(kind := field.annotation, "__origin__", None) is Literal:
+        return default, f"{field.description} ({' | '.join(map(str, kind.__args__))})"
+    return default, field.description
 
 
 def _section(annotation: Any) -> type[Section] | None:
@@ -148,9 +137,9 @@ def explain(problem: Any, model: type[Section]) -> str:
     """One pydantic error of `model` as a sentence: the field, the value, what is allowed."""
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location)
-    if problem["type"] == "extra_forbidden" and name in RENAMED:
-        return f"{name} is called {RENAMED[name]} now"
     if problem["type"] == "extra_forbidden":
+        if here := ELSEWHERE.get(location[-1]):
+            return f"unknown key {name!r}: here it is {here}"
         known = _known(location[:-1], model)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

@@ -59,7 +59,7 @@ def add_adapters(
         task_type="CAUSAL_LM",
         revision=section.revision if base is None else None,
     )
-    _check_targets(model, lora)
+    check_targets(model, lora)
     try:
         adapted = peft.get_peft_model(model, config)
     except ValueError as error:
@@ -71,10 +71,11 @@ def add_adapters(
     return cast(PreTrainedModel, adapted)  # it hands on all that it has not itself
 
 
-def _check_targets(model: PreTrainedModel, lora: LoraSection) -> None:
+def check_targets(model: PreTrainedModel, lora: LoraSection) -> None:
+    """Raises UserError where `lora.targets` names what cannot be adapted."""
     if lora.targets == [ALL_LINEAR]:
         return
-    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)}
+    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)}
     ends = {
         name.rpartition(".")[2]
         for name, m in model.named_modules()
@@ -91,7 +92,8 @@ def _check_targets(model: PreTrainedModel, lora: LoraSection) -> None:
             raise UserError(f"model.lora.targets has {target!r}: this model has {known}")
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether an adapter can stand beside it."""
     return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit")
 
 

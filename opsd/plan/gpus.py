@@ -1,17 +1,30 @@
 """The GPUs that a run can be planned for, from gpus.toml. Needs no torch."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from opsd.common.files import read_toml
 
 
 @dataclass(frozen=True)
 class GPU:
-    """What the maker states: bytes of memory, bytes a second, dense bf16 operations a second."""
+    """The maker's bytes of memory, bytes and dense bf16 operations a second. 0: unknown."""
 
     memory: float
     bandwidth: float
     operations: float
+    name: str = ""
 
 
 GPUS = {name: GPU(**facts) for name, facts in read_toml(__file__, "gpus").items()}
+
+
+def find_gpu(text: str) -> GPU | None:
+    """The GPU that people mean by `4090`, `RTX 4090`, `rtx4090` or `h100-sxm5-80gb`."""
+    name = re.sub(r"[\s_-]+", "-", text.strip().lower())
+    name = re.sub(r"^((nvidia|geforce|tesla|rtx)-?)+|-(sxm|pcie|nvl)\d?|(?<=\d)gi?b?$", "", name)
+    if name not in GPUS:  # its memory may be said, where one size was made
+        name, _, memory = name.rpartition("-")
+        if name not in GPUS or f"{GPUS[name].memory / 1e9:.0f}" != memory:
+            return None
+    return replace(GPUS[name], name=name.upper())

@@ -16,9 +16,10 @@ from opsd.common.precision import compute_dtype
 from opsd.config.config import Config
 from opsd.config.names import DIVERGENCE_METHODS
 from opsd.config.requirements import scores_by_teacher
-from opsd.config.sections import ModelSection
+from opsd.config.sections import ALL_LINEAR, LoraSection, ModelSection
 from opsd.distributed.processes import SPLIT_WEIGHTS
-from opsd.models.lora import add_adapters
+from opsd.models.lora import check_targets, is_linear
+from opsd.models.multimodal import other_linear_layers
 from opsd.models.teacher import teacher_section
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, SampleGroup, Totals, samples_of
 from opsd.plan.architectures import architecture
@@ -245,7 +246,7 @@ def _sizes(model: PreTrainedConfig, section: ModelSection) -> Sizes:
         linear = sum(layer.weight.numel() for layer in layers if type(layer) is nn.Linear)
         if section.lora is None:
             return Sizes(own, linear, own)
-        adapted = add_adapters(made, section)
+        adapted = _add_adapters(made, section.lora)
     train = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     return Sizes(own, linear, train)
 
@@ -256,12 +257,34 @@ def _student(
     """The model that trains, in fp32; or with adapters, whose base is in `dtype`."""
     model = meta_model(short, torch.float32 if section.lora is None else dtype)
     if section.lora is not None:
-        model = add_adapters(model, section)
+        model = _add_adapters(model, section.lora)
     if checkpointing:
         # Fake tensors have no random state to preserve.
         options = {"use_reentrant": False, "preserve_rng_state": False}
         model.gradient_checkpointing_enable(options)
     return model
+
+
+def _add_adapters(model: PreTrainedModel, lora: LoraSection) -> PreTrainedModel:
+    """The model, frozen, with what LoRA adds to it: peft's tensors, without peft. In place."""
+    check_targets(model, lora)
+    head, others = model.get_output_embeddings(), other_linear_layers(model)
+    model.requires_grad_(False)
+    for name, layer in list(model.named_modules()):
+        named = lora.targets == [ALL_LINEAR] or name.rpartition(".")[2] in lora.targets
+        if named and is_linear(layer) and layer is not head and name not in others:
+            ends = layer.weight.shape  # [out, in]; a Conv1D's the other way round
+            into, out = ends[::-1] if isinstance(layer, nn.Linear) else ends
+            like = {"bias": False, "device": layer.weight.device, "dtype": torch.float32}
+            down, up = nn.Linear(into, lora.rank, **like), nn.Linear(lora.rank, out, **like)
+            dropout = [nn.Dropout(lora.dropout)] if lora.dropout else []
+            layer.adapter = nn.Sequential(*dropout, down, up)
+            layer.register_forward_hook(_adapted)
+    return model
+
+
+def _adapted(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    return output + layer.adapter(inputs[0].to(torch.float32)) * 2.0
 
 
 def _frozen(sizes: Sizes, dtype: torch.dtype, quantize: str) -> int:

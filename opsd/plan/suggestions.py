@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Callable, Iterator
 
+from opsd.common.errors import UserError
 from opsd.config.config import Config
 from opsd.config.load import merge, parse_config
-from opsd.plan.memory import Memory, Planner
+from opsd.plan.memory import Planner
 
 MIB = 2**20
 Change = tuple[str, str, dict]
@@ -37,8 +40,7 @@ def changes(config: Config, longest: int, on_gpu: bool) -> Iterator[Change]:
         fields = {"train": {"micro_batch_tokens": tokens}}
         yield "micro-batch", f"micro-batches of {tokens:,} tokens", fields
     if not train.gradient_checkpointing:
-        fields = {"train": {"gradient_checkpointing": True}}
-        yield "checkpointing", "gradient checkpointing", fields
+        yield "checkpoints", "gradient checkpointing", {"train": {"gradient_checkpointing": True}}
     lora = config.model.lora
     if lora is None:
         yield "adapters", "LoRA", {"model": {"lora": {}}}
@@ -47,29 +49,43 @@ def changes(config: Config, longest: int, on_gpu: bool) -> Iterator[Change]:
 
 
 def fit(
-    config: Config, memory: float, longest: int, planner: Planner
-) -> tuple[list[str], Config, Memory]:
+    config: Config, memory: float, longest: int, planner: Planner, tried_one: Callable[[], None]
+) -> tuple[list[str], list[str], Config]:
     """The mildest changes that bring the peak below `memory` bytes, none of which can be left out.
 
-    Returns the changes in words, the changed config, and its memory (which may still be too much).
+    A change that does not go with what the user has set is no choice. `tried_one` is called for
+    each trial. Returns the changes in words, as overrides, and made (which may not suffice).
     """
+
+    def peak(levels: dict[str, list[Change]]) -> float:
+        tried_one()
+        try:
+            return planner.memory(changed(config, levels)).peak
+        except UserError:
+            return math.inf
+
     levels: dict[str, list[Change]] = {}
     for change in changes(config, longest, planner.device_memory is not None):
-        levels.setdefault(change[0], []).append(change)
-        if _peak(planner, config, levels) <= memory:
+        more = {**levels, change[0]: [*levels.get(change[0], []), change]}
+        needed = peak(more)
+        if needed < math.inf:
+            levels = more
+        if needed <= memory:
             break
     for kind, tried in list(levels.items()):
         for count in range(len(tried)):  # tries the first `count` levels: none, the mildest, …
             milder = {**levels, kind: tried[:count]}
-            if _peak(planner, config, milder) <= memory:
+            if peak(milder) <= memory:
                 levels = milder
                 break
-    after = changed(config, levels)
-    return [tried[-1][1] for tried in levels.values() if tried], after, planner.memory(after)
-
-
-def _peak(planner: Planner, config: Config, levels: dict[str, list[Change]]) -> int:
-    return planner.memory(changed(config, levels)).peak
+    made = [tried[-1] for tried in levels.values() if tried]
+    overrides = [
+        f"{section}.{name}={json.dumps(value)}"
+        for _, _, fields in made
+        for section, values in fields.items()
+        for name, value in values.items()
+    ]
+    return [words for _, words, _ in made], overrides, changed(config, levels)
 
 
 def changed(config: Config, levels: dict[str, list[Change]]) -> Config:

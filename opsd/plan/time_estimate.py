@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from opsd.config.config import Config
 from opsd.config.sections import RolloutSection
 from opsd.plan.gpus import GPU
+from opsd.plan.memory import Planner
 from opsd.plan.workload import Lengths, Tokens
 from opsd.rollout import SAMPLERS
 
@@ -43,18 +44,14 @@ class Work:
         return self.sampling_seconds + self.training_seconds
 
 
-def plan_work(
-    config: Config,
-    student: PreTrainedConfig,
-    parameters: int,
-    tokens: Tokens,
-    lengths: Lengths,
-    gpu: GPU,
-) -> Work:
-    """The work of one step of a dense model."""
+def plan_work(config: Config, planner: Planner, tokens: Tokens, gpu: GPU | None) -> Work | None:
+    """The work of one step of a dense model; None for a CPU, and where only a memory is known."""
+    if gpu is None or not gpu.operations:
+        return None
+    student, lengths = planner.student, planner.lengths
     text = student.get_text_config()
     head = text.vocab_size * text.hidden_size
-    body = parameters - head * (1 if student.tie_word_embeddings else 2)
+    body = planner.parameters - head * (1 if student.tie_word_embeddings else 2)
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     # Scores and their product with the values: 4 operations a head's width and visible token.

@@ -254,7 +254,10 @@ def test_a_killed_study_leaves_no_run_behind(tmp_path):
         ({"quickstart": "tiny", "seeds": [0, 0]}, "seeds is [0, 0]: each may be named once"),
         ({"quickstart": "tiny", "seeds": [-1]}, "seeds is [-1]: seeds must be at least 0"),
         ({"quickstart": "tiny", "solutions": [0]}, "solutions is [0]: there must be at least 1"),
-        ({"quickstart": "smollm2", "voices": ["own"]}, "voices is called solution_styles now"),
+        (
+            {"quickstart": "smollm2", "voices": ["own"]},
+            "'voices': here it is solution_styles",
+        ),
         (
             {"quickstart": "tiny", "solution_styles": ["own"]},
             "solution_styles is ['own']: the tiny worksheets",

@@ -8,7 +8,7 @@ import yaml
 from opsd.common.errors import UserError
 from opsd.config.config import Config
 from opsd.config.load import (
-    RENAMED,
+    ELSEWHERE,
     describe,
     load_config,
     merge,
@@ -88,9 +88,11 @@ def test_every_field_is_described():
     assert "(forward_kl | reverse_kl | jsd | sampled_token)" in described["loss.divergence"][1]
 
 
-@pytest.mark.parametrize("old, new", [pair for pair in RENAMED.items() if "." in pair[0]])
-def test_an_old_name_is_told_the_new_one(old, new):
-    values = with_overrides({}, [f"{old}=1"])
-    with pytest.raises(UserError, match=f"^{re.escape(old)} is called {re.escape(new)} now"):
-        parse_config(merge(GOOD, values))
-    assert new in {f"{section}.{name}" for section, name, *_ in describe()}
+@pytest.mark.parametrize("theirs, ours", [p for p in ELSEWHERE.items() if "." in p[1]])
+def test_a_name_from_elsewhere_is_told_ours(theirs, ours):
+    known = {f"{section}.{name}" for section, name, *_ in describe()}
+    assert re.match(r"[a-z0-9_.]+", ours)[0] in known
+    section = ours.partition(".")[0]
+    for place in {theirs, f"{section}.{theirs}"} - known:
+        with pytest.raises(UserError, match=f"'{place}': here it is {re.escape(ours)}"):
+            parse_config(merge(GOOD, with_overrides({}, [f"{place}=1"])))

@@ -1,6 +1,7 @@
 """`opsd plan`: sizes that are published, tokens counted by hand, memory against measured peaks."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from helpers.training_cases import short_values
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from opsd.cli.main import main
+from opsd.cli.plan_arguments import _bytes, _gpu
+from opsd.common.errors import UserError
 from opsd.config.load import merge, parse_config
 from opsd.config.sections import ModelSection
 from opsd.plan.architectures import KNOWN, architecture
@@ -195,6 +198,8 @@ def write_run(shape, sections, directory):
 OPSD = """
 import json, sys, time
 from opsd.cli.main import main
+from opsd.cli.plan_arguments import _bytes, _gpu
+from opsd.common.errors import UserError
 from transformers import PreTrainedModel  # takes most of a short command's time
 start = time.process_time()
 assert main(sys.argv[1:]) == 0
@@ -248,6 +253,56 @@ def test_changes_that_fit_a_memory(capsys):
     assert not never["to_fit"]["fits"] and never["to_fit"]["peak"] > 2e9
 
 
+@pytest.mark.parametrize(
+    "text, name, memory",
+    [
+        *[(text, "4090", 24e9) for text in ("4090", "rtx4090", "RTX 4090", "GeForce RTX-4090")],
+        *[(text, "A100", 80e9) for text in ("a100", "A100-80GB", "a100-sxm4-80gb", "A100 80G")],
+        *[(text, "A100-40", 40e9) for text in ("a100-40", "A100-40GB", "a100 pcie 40gb")],
+        *[(text, "GPU of 24 GB", 24e9) for text in ("24", "24G", "24GB", "24 gb", "24.0G")],
+        ("NVIDIA H100-SXM5-80GB", "H100", 80e9),
+        ("H200", "H200", 141e9),
+        ("4090-48GB", None, None),
+        ("tpu", None, None),
+        ("0", None, None),
+    ],
+)
+def test_gpus_by_the_names_that_people_type(text, name, memory):
+    if name is None:
+        with pytest.raises(UserError, match=f"--gpu is '{text}': it must be one of b200"):
+            _gpu(text)
+    else:
+        found = _gpu(text)
+        assert (found.name, found.memory) == (name, memory)
+        assert bool(found.operations) == (not name.startswith("GPU"))
+    if name and name.startswith("GPU"):
+        assert _bytes(text) == memory
+
+
+def test_the_readmes_model_on_a_small_gpu_without_peft(monkeypatch, capsys):
+    """What a plan needs is in the documented install; what it advises can be pasted."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    command = ["plan", "Qwen/Qwen3-8B", "--gpu", "rtx4090"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "Memory" in shown and "Tokens a step" in shown and "Time on one 4090" in shown
+    assert "Search for what fits into 24 GB" in shown and "trials" in shown
+    advice, pasted = shown.rstrip().splitlines()[-2:]
+    assert advice.startswith("To fit into 24 GB (peak ") and "steps in" in advice
+    assert main([*command, *shlex.split(pasted)]) == 0
+    assert "It fits into 24 GB." in capsys.readouterr().out
+
+
+def test_trials_that_are_refused_are_left_out(capsys):
+    """vLLM takes no weights in 4 bits: QLoRA is no advice there."""
+    vllm = ("rollout.engine=vllm", "rollout.gpu_memory=0.2")
+    found = planned("Qwen/Qwen3-8B", *vllm, "--gpu", "24G", capsys=capsys)
+    assert "LoRA" in found["to_fit"]["changes"] and "estimate" not in found
+    assert main(["plan", "Qwen/Qwen3-32B", *vllm, "--gpu", "4090"]) == 0
+    shown = capsys.readouterr().out
+    assert "Memory" in shown and "It does not fit into 24 GB: even with" in shown
+
+
 def test_time_is_arithmetic_on_what_the_gpu_is_said_to_do(capsys):
     fast, slow = (
         planned("Qwen3-0.6B", "--gpu", gpu, capsys=capsys)["estimate"] for gpu in ("h100", "3090")
@@ -290,7 +345,10 @@ def test_a_config_and_a_local_model_are_planned(tmp_path, capsys):
         (["/tmp"], "model.path is '/tmp': a directory without config.json"),
         (["no.yaml"], "CONFIG is 'no.yaml': no such file"),
         (["Qwen3-8B", "--gpu", "tpu"], "--gpu is 'tpu': it must be one of b200, h200"),
-        (["Qwen3-8B", "--memory", "24"], "--memory is '24': it must be a size such as 24GB"),
+        (
+            ["Qwen3-8B", "--memory", "24 cows"],
+            "--memory is '24 cows': it must be a size such as 24GB",
+        ),
         (["Qwen3-8B", "--memory", "0GB"], "--memory is '0GB'"),
         (["Qwen3-8B", "--prompt-tokens", "0"], "--prompt-tokens is 0"),
         (["Qwen3-8B", "train.stps=3"], "did you mean 'steps'?"),
