@@ -87,7 +87,6 @@ class Watch:
         self.thread.start()
 
     def restart(self) -> None:
-        """Forget the peak so far."""
         with self._lock:
             self._most = resident()
 
@@ -97,7 +96,6 @@ class Watch:
         return self._most
 
     def look(self) -> None:
-        """Look now."""
         with self._lock:
             self._most = max(self._most, resident())
 

@@ -70,7 +70,6 @@ class GRPO(Objective):
         return groups, {"informative_groups": informative / len(problems)}
 
     def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
-        """See `Objective`."""
         section, sampling, groups = self.section, self.sampling, batch.groups
         students = as_student(groups)
         if section.credit:

@@ -77,7 +77,6 @@ class OPSD(Objective):
         return groups, {} if used == 1 else {"trained_fraction": used}
 
     def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
-        """See `Objective`."""
         students, teachers = as_student(batch.groups), as_teacher(batch.groups)
         hidden = student_and_teacher_states(model, self.teacher, students, teachers, batch.share)
         found = (self._sampled_token if self.by_token else self._whole_vocabulary)(

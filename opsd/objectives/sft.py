@@ -45,7 +45,6 @@ class SFT(Objective):
         ], {}
 
     def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
-        """See `Objective`."""
         with phase("student"):
             hidden = rollout_hidden_states(model, as_student(batch.groups), batch.share)
         result = token_log_prob(model, hidden, batch, self.section)

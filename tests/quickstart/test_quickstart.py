@@ -1,6 +1,7 @@
 """`opsd quickstart --tiny`, cut short: what it leaves behind, and goes on with."""
 
 import json
+import signal
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -146,7 +147,7 @@ def interrupt(patch, owner, name, at):
     def interrupted(*arguments, **more):
         calls.append(arguments)
         if len(calls) == at:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return original(*arguments, **more)
 
     patch.setattr(owner, name, interrupted)
