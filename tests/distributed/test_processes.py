@@ -4,6 +4,7 @@ Each case is `opsd train` in two processes over gloo, as torchrun would start th
 from the likeliest token alone, so that they do not depend on who draws them.
 """
 
+import gc
 import itertools
 import json
 import math
@@ -130,6 +131,7 @@ def _ports(count: int) -> list[str]:
 
 def _process(rank: int, root: Path, jobs) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # see tests/conftest.py
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="localhost", LOCAL_WORLD_SIZE="2")
     training.Grader, training.write_report = lambda strict: Parity(), lambda directory: None
