@@ -125,15 +125,14 @@ def is_unfinished(path: Path) -> bool:
 
 
 def read_lines(path: Path, bad: list[int] | None = None) -> list[dict]:
-    """The records of a JSON-lines file; [] if there is none.
+    """The records of a JSON-lines file; [] if there is no plain file.
 
     A last line that a crash cut short is left out. Where another line holds no JSON object, its
     number is added to `bad` and it is left out, or without `bad` a UserError is raised.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+    if not path.is_file():  # nor a pipe, which waits for a writer, or a device without an end
         return []
+    lines = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

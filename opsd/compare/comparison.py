@@ -27,6 +27,7 @@ from opsd.compare.ratios import (
     own_targets,
     ratio,
 )
+from opsd.config.yaml import read_yaml
 from opsd.runs.read import NAMES, ORDER, Record, Run, read_results, value
 
 GRID = 60  # points of a mean curve
@@ -196,13 +197,9 @@ def _seed_run(path: Path, run: Run, summary: Record) -> SeedRun:
 
 
 def _config(path: Path) -> Record:
-    import yaml
-
-    from opsd.config.yaml import load_yaml
-
     try:
-        found = load_yaml((path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        found = read_yaml(path / "config.yaml")
+    except UserError:
         return {}
     return found if isinstance(found, dict) else {}
 

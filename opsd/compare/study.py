@@ -30,6 +30,7 @@ from opsd.config.load import explain_all, load_config
 from opsd.config.names import Method
 from opsd.config.yaml import read_yaml
 from opsd.data.solution_styles import SolutionStyle
+from opsd.runs.directory import LOCK, locked
 
 
 class Study(Section):
@@ -202,6 +203,9 @@ def run_jobs(
     """
     waiting = [job for job in jobs if not job.finished]
     for job in waiting:
+        if (job.directory / LOCK).exists():  # a killed study's run may still be saving its step
+            with locked(job.directory, "--output", LOCK):
+                pass
         job.directory.parent.mkdir(parents=True, exist_ok=True)
     free: list[str | None] = list(gpus) or [None] * max(1, usable_cores() // threads)
     running: dict[subprocess.Popen, tuple[Job, str | None]] = {}

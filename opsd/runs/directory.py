@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -84,19 +85,23 @@ def locked(
     with file:
         got = try_lock(file)
         file.seek(0)
-        holder = file.read(100).decode(errors="replace").strip()
+        text = file.read(1000).decode(errors="replace") + "\n\n"  # anybody may have written it
+        holder, told = text.split("\n")[:2]
         if got is None:
             note(f"{where}: no locks there; a run on another machine would not be noticed")
         number = holder.split(" ")[0]
         living = number.isdecimal() and int(number) != os.getpid() and _mark(int(number)) == holder
         if got is False or (got is None and living):
             raise UserError(
-                f"{where}: process {number or '?'} is training there; wait for it, or choose "
-                "another directory"
+                f"{where}: process {number or '?'} is training there{told and f', {told}'}; wait "
+                "for it, or choose another directory"
             )
         with _or_cannot_write(directory, field):
             file.truncate(0)
-            file.write(f"{_mark(os.getpid())}\n".encode())
+            program = [Path(sys.argv[0]).name.replace("__main__.py", "opsd"), *sys.argv[1:]]
+            since = datetime.datetime.now().isoformat(" ", "minutes")
+            told = f"on {platform.node()} since {since} by `{shlex.join(program)[:300]}`"
+            file.write(f"{_mark(os.getpid())}\n{told}\n".encode(errors="replace"))
             file.flush()
         try:
             yield

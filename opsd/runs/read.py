@@ -10,9 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from opsd.common.errors import UserError
 from opsd.common.files import read_lines
 from opsd.common.statistics import wilson_interval
+from opsd.config.yaml import load_yaml
 
 Record = dict[str, Any]
 MARKS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "summary.json")  # any: it is a run
@@ -139,7 +142,8 @@ def read_results(run_dir: Path) -> Results:
     if quickstart:
         runs = _quickstart_runs(children, summary, troubles)
     else:
-        runs = [_read_run(run_dir, _method(summary, config), troubles)]
+        method = str(summary.get("method") or _config_value(config, "method") or "run")
+        runs = [_read_run(run_dir, method, troubles)]
     problems = value(summary, "problems") or _latest("problems", *(run.evaluations for run in runs))
     base, teacher = _starting_point(summary, runs, problems)
     before = summary.get("pretrained")
@@ -260,16 +264,8 @@ def _latest(key: str, *lists: list[Record]) -> float | None:
     return None
 
 
-def _method(summary: Record, config: str | None) -> str:
-    return str(summary.get("method") or _config_value(config, "method") or "run")
-
-
 def _config_value(config: str | None, *keys: str) -> Any:
     """A value in the resolved config; None where there is none or it is no YAML."""
-    import yaml
-
-    from opsd.config.yaml import load_yaml
-
     try:
         found = load_yaml(config or "")
     except yaml.YAMLError:
@@ -280,10 +276,10 @@ def _config_value(config: str | None, *keys: str) -> Any:
 
 
 def _read_text(path: Path, troubles: list[str]) -> str | None:
+    if not path.is_file():  # nor a pipe, which waits for a writer, or a device without an end
+        return None
     try:
         return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
     except OSError as error:
         troubles.append(f"{path.name} could not be read ({error.strerror}).")
         return None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -240,6 +241,40 @@ def test_a_killed_study_leaves_no_run_behind(tmp_path):
         process.kill()
     psutil.wait_procs([run], timeout=20)
     assert not run.is_running()
+
+
+HELD = """
+import sys, time
+from pathlib import Path
+from opsd.runs.directory import locked
+
+sys.argv = ["opsd", "quickstart", "--tiny", "\x1b[2J"]
+with locked(Path(sys.orig_argv[-1]), "--output", "quickstart.json"):
+    print(flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_study_says_who_has_a_directory_of_its_runs(tmp_path, monkeypatch, capsys):
+    """As a killed study's run, which saves its last step before it ends."""
+    monkeypatch.setattr("opsd.compare.study._start", None)
+    (tmp_path / "s.yaml").write_text("quickstart: tiny\nseeds: [0]\nmethods: [opsd]\n")
+    directory = tmp_path / "out" / "endless-words" / "seed-0"
+    directory.mkdir(parents=True)
+    command = [sys.executable, "-c", HELD, str(directory)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "\n"
+            assert (
+                main(["compare", str(tmp_path / "s.yaml"), "--output", str(tmp_path / "out")]) == 1
+            )
+            said = capsys.readouterr().err
+            assert f"seed-0': process {other.pid} is training there, on {platform.node()} " in said
+            assert (
+                "by `opsd quickstart --tiny '\\x1b[2J'`; wait for it" in said and "\x1b" not in said
+            )
+        finally:
+            other.kill()
 
 
 @pytest.mark.parametrize(

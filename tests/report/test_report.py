@@ -5,6 +5,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -349,6 +350,17 @@ def test_strange_values_are_no_crash(single):
         file.write('{"step": 10, "problem": null, "tokens": [null, {"teacher": [["a"]]}]}\n')
     page = report_of(single)
     assert "NaN" not in page.scripts[0] and "nan" not in page.text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.yaml"])
+def test_a_pipe_or_a_device_is_not_waited_for(single, name):
+    """Of a directory that somebody has sent."""
+    (single / name).unlink()
+    os.mkfifo(single / name)
+    assert "50.0 %" in report_of(single).text
+    (single / name).unlink()
+    (single / name).symlink_to("/dev/zero")
+    assert "50.0 %" in report_of(single).text
 
 
 def test_a_run_evaluated_once_has_no_after(single):

@@ -4,6 +4,7 @@ import errno
 import math
 import mmap
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -190,7 +191,8 @@ def test_two_runs_in_one_directory_are_refused(run, tmp_path, capsys):
         assert other.stdout.readline() == "held\n"
         assert run() == 1
         message = capsys.readouterr().err.splitlines()[-1]
-        assert f"process {other.pid} is training there" in message
+        assert f"process {other.pid} is training there, on {platform.node()} since 2" in message
+        assert f" by `-c {directory}`; wait for it" in message
     finally:
         other.kill()
         other.wait()
