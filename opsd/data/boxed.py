@@ -29,9 +29,9 @@ _JOINT = re.compile(
     re.IGNORECASE,
 )
 _NAMED = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w\}?)?)\s*=\s*$")
-_DENIED_BEFORE = re.compile(r"(?:\bnot|n't|\bnever)(?: be)?[\s$:*(\\\[]*$")
+_DENIED_BEFORE = re.compile(r"(?:\b(?:is|are|be|equals?) not|n't|cannot)(?: be)?[\s$:*(\\\[]*$")
 _DENIED_AFTER = re.compile(
-    r"[\s$*)\\\]]*(?:is|was|looks|seems)(?: \w+)? (?:not|wrong|incorrect|false)\b"
+    r"[\s$*)\\\]]*(?:is|was|seems) (?:\w+ )?(?:(?:wrong|incorrect|false)\b|not (?:right|correct))"
 )
 _LONGEST_JOINT = 60
 
