@@ -97,7 +97,7 @@ SHAPES = {
 }
 RUNS = {
     "wide": {
-        "rollout": {"group_size": 2, "max_new_tokens": 60, "batch_size": 8},
+        "rollout": {"group_size": 2, "max_new_tokens": 30, "batch_size": 8},
         "train": {"precision": "bf16", "micro_batch_tokens": 1000, "problems_per_step": 2},
     },
     "adapters": {
