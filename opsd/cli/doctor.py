@@ -268,10 +268,11 @@ def caches() -> Iterator[Finding]:
     """What quickstart has downloaded or trained already."""
     try:
         download = importlib.import_module("opsd.quickstart.download")
+        place = cache_directory()
     except Exception as error:  # whatever it needs and lacks is a finding of its own above
         yield Finding("quickstart", f"cannot be examined ({error})", absent=True)
         return
-    yield _disk("disk", cache_directory())
+    yield _disk("disk", place)
     model = download.present()
     missing = f"not here yet: quickstart downloads it once ({size(download.GGUF_BYTES)})"
     yield Finding("SmolLM2-135M", str(model or missing), absent=model is None)

@@ -21,7 +21,7 @@ def in_short(error: BaseException) -> str:
 def problem_said(problem: Any) -> str:
     """One of pydantic's errors: where it lies, what stands there, and what is wrong with it."""
     where = ".".join(map(str, problem["loc"]))
-    message = problem["msg"].removeprefix("Value error, ")
+    message = re.sub(r" or instance of \w+", "", problem["msg"].removeprefix("Value error, "))
     if not where:
         return message
     shown = re.sub(r"(//)[^/\s'\"]+@", r"\1…@", repr(problem["input"]))  # a password in an address

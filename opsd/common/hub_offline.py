@@ -6,11 +6,11 @@ once.
 """
 
 import contextlib
+import os
 import socket
 import sys
 import threading
 from functools import cache
-from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -23,7 +23,7 @@ SECONDS = 4.0
 def before_asking_hub(name: str) -> None:
     """Call before a model or a dataset is loaded by this name. If it is no local path and the hub
     does not answer, the hub's client is set to offline."""
-    if Path(name).expanduser().exists() or constants.HF_HUB_OFFLINE or reachable():
+    if os.path.exists(os.path.expanduser(name)) or constants.HF_HUB_OFFLINE or reachable():
         return
     constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:  # it has copied the setting

@@ -19,10 +19,7 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid",
-        validate_default=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     @classmethod

@@ -25,11 +25,7 @@ ELSEWHERE: dict[str, str] = read_toml(__file__, "elsewhere")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.field=value` overrides, and check the result.
-
-    Raises UserError: file missing, not YAML, a key twice, unknown keys (with the nearest name),
-    wrong types or values.
-    """
+    """Read a YAML file, apply `section.field=value` overrides, and check all. Raises UserError."""
     path = Path(path)
     values = read_yaml(path)
     if not isinstance(values, dict):
@@ -137,7 +133,7 @@ def explain(problem: Any, model: type[Section]) -> str:
     """One pydantic error of `model` as a sentence: the field, the value, what is allowed."""
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location)
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
         if here := ELSEWHERE.get(location[-1]):
             return f"unknown key {name!r}: here it is {here}"
         known = _known(location[:-1], model)
@@ -146,7 +142,7 @@ def explain(problem: Any, model: type[Section]) -> str:
         where = f"in section {'.'.join(location[:-1])!r}" if len(location) > 1 else "at the top"
         return f"unknown key {location[-1]!r} {where}; {hint}"
     if problem["type"] == "missing":
-        return f"{name} is missing"
+        return f"{'.'.join(location)} is missing"
     return problem_said(problem)
 
 

@@ -152,20 +152,14 @@ class PromptsSection(Section):
     """A row whose context and rollout do not fit the model's window: stop, or leave it out and
     count it."""
 
-    @field_validator("date")
-    @classmethod
-    def _check_date(cls, date: str | None) -> str | None:
-        if date is not None:
-            try:
-                datetime.date.fromisoformat(date)
-            except ValueError:
-                raise ValueError("it must be a date such as 2026-11-28") from None
-        return date
-
     @field_validator("date", mode="before")
     @classmethod
-    def _date_as_text(cls, date: Any) -> Any:
-        return date.isoformat() if isinstance(date, datetime.date) else date
+    def _check_date(cls, date: Any) -> Any:
+        date = date.isoformat() if isinstance(date, datetime.date) else date
+        try:
+            return date if date is None else datetime.date.fromisoformat(date).isoformat()
+        except (TypeError, ValueError):
+            raise ValueError("it must be a date such as 2026-11-28") from None
 
     @field_validator("student_chat", "teacher_chat")
     @classmethod

@@ -6,11 +6,13 @@ What is wrong with a file is a UserError that names the section's `source`, the 
 import csv
 import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from opsd.common.errors import UserError
+from opsd.common.errors import UserError, in_short
+from opsd.common.strict_json import each_once
 
 LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -47,7 +49,7 @@ def read_file(path: Path, section: str) -> Iterator[Any]:
         raise
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text: {error}") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{where} cannot be read: {error}") from error
 
 
@@ -61,7 +63,7 @@ def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[An
     if one_value:
         text = file.read()
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=each_once)
         except (ValueError, RecursionError) as error:
             first = text.lstrip().partition("\n")[0].strip()
             if not (first.startswith("{") and first.endswith("}")):
@@ -114,17 +116,14 @@ def _is_chat(message: dict) -> bool:
 
 
 def _line(line: str, number: int, expected: str, section: str, name: str) -> Any:
+    where = f"{section}.source: line {number} of {name}"
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=each_once)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{section}.source: line {number} of {name} is not valid JSON ({error.msg} at column "
-            f"{error.colno}); expected {expected}"
-        ) from error
+        said = f"is not valid JSON ({error.msg} at column {error.colno}); expected {expected}"
     except (ValueError, RecursionError) as error:  # an endless number, or nesting without end
-        raise UserError(
-            f"{section}.source: line {number} of {name} cannot be read ({error})"
-        ) from error
+        said = f"cannot be read ({error})"
+    raise UserError(f"{where} {said}")
 
 
 def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]:
@@ -155,14 +154,19 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
 
 
 def _parquet(path: Path, section: str) -> Iterator[Any]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    def batches() -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(1024):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{section}.source: {str(path)!r} cannot be read as parquet: {error}"
-        ) from error
+
+    return guarded(batches(), f"{section}.source: {str(path)!r} cannot be read as parquet")
+
+
+def guarded(records: Iterable[Any], said: str) -> Iterator[Any]:
+    """The records. Raises UserError where the library that reads them fails, with whatever."""
+    try:
+        yield from records
+    except Exception as error:
+        raise UserError(f"{said}: {in_short(error)}") from error

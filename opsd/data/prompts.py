@@ -2,13 +2,10 @@
 
 Both roles see a user message made from a Jinja template over the row's columns, put through the
 model's own chat template. A rollout's tokens are appended to both contexts as ids: nothing is ever
-decoded and tokenised again. The state at a context's last token, be it the end of a thinking tag
-that the chat template or a prefill has written, predicts the rollout's first token in both roles.
+decoded and tokenised again.
 
-The teacher's template may also use `rollout`, the rollout that the teacher is to score, and
-`peers`, the problem's other rollouts (`opsd.grading.rewards.GradedRollout`). Such a template is
-filled in for each rollout, once all are there. An empty message means that there is nothing to
-teach.
+The teacher's template may also use `rollout`, which the teacher is to score, and `peers`, the
+problem's other rollouts. It is then filled in for each rollout; if empty, nothing is taught.
 """
 
 import datetime

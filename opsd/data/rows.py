@@ -1,13 +1,5 @@
-"""Problems with their solutions and answers, from wherever they are kept.
-
-A source is one of
-- a file of JSON lines, JSON, CSV, TSV or parquet (`files.py`),
-- a directory saved by `datasets` (with or without splits),
-- `reasoning_gym:<task>`, problems drawn without end by that library,
-- the name of a dataset on the Hugging Face hub, `owner/name`,
-- in Python, a list of dicts or a `datasets.Dataset`.
-
-A row may hold a chat instead of a problem and a solution (`chats.py`).
+"""Problems with their solutions and answers, from wherever they are kept (`sources.py`), or from
+Python: a list of dicts, a `datasets.Dataset`. A row may hold a chat instead (`chats.py`).
 
 What is wrong with a source is a UserError that names the field (`data.columns`, say), what it was
 and what it may be. Heavy libraries are imported by the functions that need them.
@@ -93,26 +85,15 @@ def load_rows(
 ) -> list[Row]:
     """The rows of a source, in its order.
 
-    source: a file, a directory saved by `datasets`, a hub name, reasoning_gym:<task>, or the
-        records themselves.
-    columns: our name → theirs, for any of problem, solution, answer; `metadata.answer_cot` reaches
-        into nested columns, `messages.0.content` into lists. What it leaves out has its own name,
-        but in reasoning_gym `question`, `answer` and `metadata.answer_cot`. A column that holds a
-        chat gives its last user message as the problem, the assistant's as the solution; without a
-        column `problem`, `messages`, `conversations`, `prompt` and Alpaca's columns are looked at.
-    split: of sources that have splits, `default_split` if none is named; files have none.
-    limit: at most so many rows.
-    seed, size: for reasoning_gym, which draws `size` problems (default 1000, or `limit`) from
-        `seed`. Different seeds give different draws, which may still share problems: see
-        split_rows.
-    options: for reasoning_gym the task's own options; for the hub `name` (configuration) and
-        `revision`.
-    require: the columns that each row must have, with some text in it. A number will do for an
-        answer; 8.0 is 8, as in a column of whole numbers that may be null.
-    section: the section of the configuration that error messages name.
-    graded: required answers are compared with a model's, so each must name a final answer.
-    skip_incomplete: leave out rows without a required text, and count them by `note`; or else the
-        first of them is an error.
+    source: a file, a directory saved by `datasets`, a hub name, reasoning_gym:<task>, or records.
+    columns: our name → theirs, for any of problem, solution, answer; dots reach inside. A column
+        that holds a chat gives its last user message as the problem, the assistant's as the
+        solution; without a column `problem`, chats' and Alpaca's are tried.
+    split: or else `default_split`. seed, size: for reasoning_gym (default 1000, or `limit`).
+    options: for reasoning_gym the task's own; for the hub `name` (configuration) and `revision`.
+    require: the columns that each row must have, with some text in it; a number is an answer.
+    section: the config's, for messages. graded: each required answer must name a final answer.
+    skip_incomplete: leave out rows without a required text, and count them by `note`.
 
     Raises UserError for a source that is not there, rows without a required column, no rows.
 
@@ -220,8 +201,7 @@ class _Reader:
     """Makes rows of a source's records.
 
     theirs: our column → the source's. mapped: those that the user has named; the first row must
-    have them, so that a wrong name is told. required: those that each row must have text in.
-    graded: the answers are compared with a model's. table: all values are texts.
+    have them. required: those with text in each row. table: all values are texts.
     """
 
     theirs: Mapping[str, str]

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError, in_short
-from opsd.data.files import FILE_TYPES, file_type, read_file
+from opsd.data.files import FILE_TYPES, file_type, guarded, read_file
 
 REASONING_GYM = "reasoning_gym:"
 
@@ -41,9 +42,8 @@ def check_names(field: str, given: Iterable[str], known: Sequence[str]) -> None:
 def stored(
     source: str, split: str | None, default: str, options: dict, section: str
 ) -> Iterable[Any]:
-    """The records of a file, a saved directory or a dataset on the hub. `default`: the split of a
-    source that has several, if none is named. Raises UserError for a split where there is none."""
-    path = Path(source).expanduser()
+    """The records of a file, a saved directory or a hub dataset; of splits the `default`."""
+    path = Path(os.path.expanduser(source))
     if path.exists():
         check_names(f"{section}.options", options, ())
         if path.is_dir():
@@ -91,9 +91,10 @@ def _saved_directory(path: Path, split: str | None, default: str, section: str) 
         ) from error
     if isinstance(data, datasets.DatasetDict):
         check_names(f"{section}.split", [split or default], list(data))
-        return data[split or default]
-    check_no_split(str(path), split, section)
-    return data
+        data = data[split or default]
+    else:
+        check_no_split(str(path), split, section)
+    return guarded(data, f"{section}.source: {str(path)!r} is damaged")
 
 
 def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
@@ -104,7 +105,7 @@ def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
 
     check_names(f"{section}.options", options, _HUB_OPTIONS)
     try:
-        return datasets.load_dataset(
+        data = datasets.load_dataset(
             name, options.get("name"), split=split, revision=options.get("revision")
         )
     except Exception as error:  # offline, absent, gated, no such split or configuration
@@ -118,6 +119,7 @@ def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
             f"{section}.source: {name!r} (split {split!r}) is no local path and cannot be loaded "
             f"from the hub: {in_short(error)}; {advice}"
         ) from error
+    return guarded(data, f"{section}.source: {name!r} (split {split!r}) is damaged")
 
 
 def draw(source: str, size: int, seed: int, options: dict, section: str) -> Iterable[Any]:

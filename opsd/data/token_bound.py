@@ -1,8 +1,7 @@
 """How many tokens a text has at most, by its size alone: a hundred times faster than tokenising it.
 
-Each token of a tokenizer's model stands for at least one byte of the text that reaches the model.
-So a text has no more tokens than bytes, unless a step before the model makes it longer. The factors
-here say by how much each step can do so; a step that is not listed has no bound.
+Each token stands for at least one byte of the text that reaches a tokenizer's model. The factors
+here say by how much each step before it can make a text longer; one not listed has no bound.
 """
 
 import json
@@ -29,11 +28,8 @@ def token_bound(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int] | No
     if backend is None or type(backend.model).__name__ not in _MODELS:
         return None
     try:
-        steps = [
-            json.loads(step.__getstate__())
-            for step in (backend.normalizer, backend.pre_tokenizer)
-            if step is not None
-        ]
+        parts = filter(None, (backend.normalizer, backend.pre_tokenizer))
+        steps = [json.loads(step.__getstate__()) for step in parts]
     except Exception:  # a step that is written in Python
         return None
     growth = _growth({"type": "Sequence", "normalizers": steps}, backend.token_to_id)
@@ -51,10 +47,8 @@ def _growth(step: dict[str, Any], token_to_id: Callable) -> tuple[int, int] | No
     """By how much a normaliser or pre-tokenizer makes (ASCII, any text) longer, at most."""
     kind = step["type"]
     if kind == "Sequence":
-        inner = [
-            _growth(one, token_to_id)
-            for one in step.get("normalizers") or step.get("pretokenizers") or ()
-        ]
+        parts = step.get("normalizers") or step.get("pretokenizers") or ()
+        inner = [_growth(one, token_to_id) for one in parts]
         if None in inner:
             return None
         return prod(ascii_growth for ascii_growth, _ in inner), prod(growth for _, growth in inner)

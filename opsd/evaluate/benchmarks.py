@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,10 +93,8 @@ def load_benchmark(
 ) -> Benchmark:
     """The benchmark `name`: one of KNOWN (in any spelling of case, `-` and `_`), or a source.
 
-    source: a local copy of a known benchmark, with the same columns.
-    revision: of a hub dataset, instead of the pinned one.
-    The rest is as for load_rows; what is given replaces the known benchmark's own. Elsewhere the
-    split is "test" and reasoning_gym draws 200 problems. Raises UserError.
+    source: a local copy of a known one. revision: of a hub dataset, instead of the pinned one. The
+    rest is as for load_rows, but that the split is "test" and reasoning_gym draws 200 problems.
     """
     compact = name.lower().replace("-", "").replace("_", "")
     if compact in _NAMES:
@@ -107,7 +106,7 @@ def load_benchmark(
             raise UserError(f"benchmark: {name!r} is none of {', '.join(KNOWN)}, so it has no copy")
         _refuse_misspelling(name)
     where = source or entry.source
-    on_hub = not Path(where).expanduser().exists() and bool(_HUB_NAME.fullmatch(where))
+    on_hub = not os.path.exists(os.path.expanduser(where)) and bool(_HUB_NAME.fullmatch(where))
     if revision is not None and not on_hub:
         raise UserError(f"benchmark.revision: only a hub dataset has revisions, not {where!r}")
     if size is None and limit is None and where.startswith(REASONING_GYM):

@@ -22,10 +22,7 @@ class Answer:
 
 
 def grade_all(
-    rows: Sequence[Row],
-    completions: Sequence[Completion],
-    grader: Grader,
-    in_thought: bool = False,
+    rows: Sequence[Row], completions: Sequence[Completion], grader: Grader, in_thought: bool = False
 ) -> list[list[Answer]]:
     """For each problem its samples' answers, in order.
 

@@ -7,12 +7,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from opsd.common.errors import UserError, in_short
 from opsd.config.sections import ModelSection
-from opsd.models.adapter_files import TOKENIZER, model_files
-from opsd.models.load import load_model, stops_of
+from opsd.models.load import check_directory, load_config, load_model, load_tokenizer, stops_of
 
 # What decides what a model writes; a checkpoint's optimizer and our own files do not.
 _FILES = """
@@ -27,23 +25,10 @@ class Subject:
 
     def __init__(self, path: str, local_rank: int = 0):
         self.path = path
-        self.files = files = model_files(ModelSection(path=path), "MODEL")
-        base, owner = files.base, files.owner(*TOKENIZER)
-        if Path(base.path).is_dir() and not (Path(base.path) / "config.json").is_file():
-            raise UserError(f"MODEL is {path!r}: {base.path!r} is a directory without config.json")
-        try:
-            # False: None would ask in the terminal whether to run a repository's code.
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                owner.path, revision=owner.revision, trust_remote_code=False
-            )
-            self.config = AutoConfig.from_pretrained(
-                base.path, revision=base.revision, trust_remote_code=False
-            )
-        except Exception as error:  # whatever files that are not there, or damaged, provoke
-            raise UserError(
-                f"MODEL is {path!r}: neither a model directory nor a hub model that can be reached "
-                f"({in_short(error)})"
-            ) from error
+        section = ModelSection(path=path)
+        self.files = files = check_directory(section, "MODEL")
+        self.tokenizer = load_tokenizer(section, "MODEL")
+        self.config = load_config(files)
         for adapter in files.adapters:
             adapter.reshape(self.config)
         self.tokenizer.embedding_rows = self.config.get_text_config().vocab_size
@@ -57,7 +42,7 @@ class Subject:
         under the same name is another model."""
         parts = [part.section for part in reversed(self.files.adapters)] + [self.files.base]
         hashes = [self._hash(Path(part.path), part.revision) for part in parts]
-        return hashes[0] if len(hashes) == 1 else _sha256("\n".join(hashes).encode())[:16]
+        return hashes[0] if len(hashes) == 1 else _digest("\n".join(hashes))
 
     def _hash(self, directory: Path, revision: str | None) -> str:
         if not directory.is_dir():
@@ -68,7 +53,7 @@ class Subject:
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             lines.append(f"{path.name} {content}\n")
-        return _sha256("".join(lines).encode())[:16]
+        return _digest("".join(lines))
 
     @property
     def switches_thinking(self) -> bool:
@@ -91,5 +76,5 @@ class Subject:
         return model.to(torch.bfloat16) if self.precision == "bf16" else model
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

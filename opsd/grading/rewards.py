@@ -9,6 +9,7 @@ linearly to -1 at max_new_tokens.
 import ast
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def _place(name: str) -> tuple[str, Path, str]:
     file, colon, function = name.rpartition(":")
     if not colon or not file.endswith(".py") or not function.isidentifier():
         raise UserError(f"{where}: it may be 'math' or FILE.py:FUNCTION")
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     if not path.is_file():
         raise UserError(f"{where}: there is no file {file!r}")
     return where, path, function

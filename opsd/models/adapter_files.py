@@ -4,7 +4,6 @@ another. A path is an adapter where it has an adapter_config.json, in a director
 
 import dataclasses
 import inspect
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,23 +11,19 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from opsd.common.errors import UserError, in_short
+from opsd.common.errors import UserError
 from opsd.common.hub_offline import before_asking_hub
+from opsd.common.strict_json import read_object
 from opsd.config.sections import ModelSection
+from opsd.models.directory_check import check_files
 from opsd.models.weight_files import Stored, find_file, header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-TOKENIZER = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+TOKENIZER = """
+    tokenizer_config.json tokenizer.json tokenizer.model vocab.json merges.txt
+    special_tokens_map.json added_tokens.json chat_template.jinja
+""".split()
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Adapter:
     @cached_property
     def tensors(self) -> dict[str, Stored]:
         """What its weights' file holds."""
-        return header(self.directory / WEIGHTS)
+        return header(self.directory / WEIGHTS, f"the adapter in {self.section.path!r}")
 
     @cached_property
     def _ends(self) -> dict[str, Stored]:
@@ -64,10 +59,14 @@ class Adapter:
         where it changes one end of a tied pair."""
         text = config.get_text_config()
         if repeated := self.config.get("layer_replication"):
-            text.num_hidden_layers = sum(end - start for start, end in repeated)
+            try:
+                text.num_hidden_layers = sum(end - start for start, end in repeated)
+            except (TypeError, ValueError):
+                said = f"{str(self.directory / CONFIG)!r} has layer_replication {repeated!r}"
+                raise UserError(f"{said}: it must list pairs of layers' numbers") from None
         text.vocab_size = self.rows or text.vocab_size
         lists = [self.config.get(name) for name in ("modules_to_save", "target_modules")]
-        named = {name for names in lists if isinstance(names, list) for name in names}
+        named = {name for names in lists if isinstance(names, list) for name in map(str, names)}
         changed = [
             n for n, t in self._ends.items() if len(t.shape) == 2 and named & {*n.split(".")}
         ]
@@ -92,11 +91,8 @@ class ModelFiles:
         return f"{self.name}.path is {path!r}, an adapter of {self.base.path!r}"
 
     def owner(self, *names: str) -> ModelSection:
-        """Whose file of one of these names counts: the last adapter's that has one, or the base.
-
-        An adapter's files are brought to its directory, since by a name on the hub its tokenizer
-        would be looked for beside a config.json that it has not.
-        """
+        """Whose file of one of these names counts: the last adapter's that has one, or the base. An
+        adapter's are in its directory: by a hub's name they would be looked for by config.json."""
         for adapter in reversed(self.adapters):
             section = adapter.section
             found = [find_file(section.path, name, section.revision) for name in names]
@@ -106,10 +102,8 @@ class ModelFiles:
 
 
 def model_files(section: ModelSection, name: str = "model", offline: bool = False) -> ModelFiles:
-    """Follows `path` to its base. Raises UserError for an adapter that cannot be added to it.
-
-    offline: look no further than this machine. `name` is the config's section, for messages.
-    """
+    """Follows `path` to its base, offline: on this machine. Raises UserError, which calls the
+    config's section `name`, for an adapter that cannot be added to it."""
     adapters: list[Adapter] = []
     seen = set()
     where = f"{name}.path is {section.path!r}"
@@ -128,7 +122,10 @@ def model_files(section: ModelSection, name: str = "model", offline: bool = Fals
         adapters.insert(0, Adapter(section, weights.parent, config))
         base = {"path": config["base_model_name_or_path"], "revision": config.get("revision")}
         section = section.model_copy(update=base)
-    return ModelFiles(section, tuple(adapters), name)
+    files = ModelFiles(section, tuple(adapters), name)
+    for part in (section, *(adapter.section for adapter in adapters)):
+        check_files(Path(part.path), files.where)
+    return files
 
 
 def in_block(name: str) -> bool:
@@ -144,13 +141,7 @@ def _adapter_config(section: ModelSection, where: str, offline: bool) -> dict[st
     file = find_file(section.path, CONFIG, section.revision, offline)
     if file is None:
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("no JSON object")
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{where}: its {CONFIG} cannot be read ({in_short(error)})") from None
-    return config
+    return read_object(file, where)
 
 
 def _check(config: dict[str, Any], where: str) -> None:

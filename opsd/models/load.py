@@ -1,11 +1,11 @@
 """Loading a causal language model and its tokenizer, and what training must know of it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -26,7 +26,13 @@ from opsd.models.generation_config import keep_stop_tokens
 from opsd.models.lora import four_bits
 from opsd.models.merge import merge_adapter
 from opsd.models.multimodal import freeze_others
-from opsd.models.weight_files import check_numbers, stored_tensors, usual_dtype
+from opsd.models.weight_files import (
+    check_all_used,
+    check_numbers,
+    check_size,
+    stored_tensors,
+    usual_dtype,
+)
 
 
 def load_model(
@@ -38,12 +44,9 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer; in fp32, the dtype of weights that train, unless told otherwise.
 
-    For a directory with an adapter: its base model with the adapter added to the weights. `name`
-    is the config's section of the model, for error messages. The model's `stored_dtype` is what the
-    weights have in their files; the tokenizer's `embedding_rows` may be fewer than its tokens, as
-    Gemma's are, and then a text with one of the others is an error (`opsd.data.prompts`).
-
-    Raises UserError when there is no such model, or its tokenizer has no end-of-sequence token.
+    An adapter is added to the weights of its base. `name` is the config's section, for messages.
+    `stored_dtype` is that of the files; the tokenizer's `embedding_rows` may be fewer than its
+    tokens, as Gemma's are. Raises UserError for what is not there, damaged, or does not fit.
     """
     whole, files = section, check_directory(section, name)
     section = files.base
@@ -58,7 +61,11 @@ def load_model(
             )
         placing = {"quantization_config": four_bits(dtype), "device_map": {"": device}}
     tokenizer = load_tokenizer(whole, name)
+    stored = section.path, section.revision, files.where
+    tensors = {} if section.gguf_file else stored_tensors(*stored)
     try:
+        if tensors:
+            check_size(load_config(files), tensors, section.trust_remote_code)
         model, found = AutoModelForCausalLM.from_pretrained(
             section.path,
             output_loading_info=True,
@@ -68,6 +75,8 @@ def load_model(
             **_source(section),
             **placing,
         )
+    except UserError:
+        raise
     except Exception as error:  # missing or damaged files raise errors of any kind
         raise _unreachable(files, section, error) from error
     if absent := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
@@ -75,7 +84,9 @@ def load_model(
             f"{files.where}: {len(absent)} of the weights that its config.json asks for are not "
             f"there, or of another shape ({absent[0]})"
         )
-    if section.gguf_file:
+    if not section.gguf_file:
+        check_all_used(model, found["unexpected_keys"], files.where)
+    else:
         # The weights are plain fp32 now, but transformers 5 keeps the file's quantisation in the
         # config, and save_pretrained then refuses to write them.
         del model.config.quantization_config
@@ -87,7 +98,6 @@ def load_model(
             f"{files.where}: its weights are quantised, and whole weights cannot train or be "
             "added to then: set model.lora on it, or take a base that is not quantised"
         )
-    tensors = {} if section.gguf_file else stored_tensors(section.path, section.revision)
     model.stored_dtype = usual_dtype(tensors) or torch.float32
     path = str(Path(section.path) / (section.gguf_file or ""))
     check_numbers(model.named_parameters(), tensors, files.where, path)
@@ -107,6 +117,14 @@ def load_model(
     freeze_others(model)
     keep_stop_tokens(model)
     return contiguous_head(model.eval()), tokenizer
+
+
+def load_config(files: ModelFiles) -> PreTrainedConfig:
+    """The config of the model under its adapters. Raises UserError."""
+    try:
+        return AutoConfig.from_pretrained(files.base.path, **_source(files.base))
+    except Exception as error:  # as for the weights
+        raise _unreachable(files, files.base, error) from error
 
 
 def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedTokenizerBase:
@@ -159,8 +177,6 @@ def check_directory(section: ModelSection, name: str = "model") -> ModelFiles:
         hint = ", ".join(file.name for file in sorted(path.glob("*.gguf")))
         hint = f"; for a GGUF file set {name}.gguf_file ({hint})" if hint else ""
         raise UserError(f"{where}: a directory without config.json{hint}")
-    for part in (section, *(adapter.section for adapter in files.adapters)):
-        check_json(Path(part.path) / "generation_config.json", name)
     if not section.gguf_file and not any(path.glob("*.safetensors*")):
         for pickled in path.glob("pytorch_model*.bin"):
             raise UserError(
@@ -168,17 +184,6 @@ def check_directory(section: ModelSection, name: str = "model") -> ModelFiles:
                 "it is read; save them as safetensors"
             )
     return files
-
-
-def check_json(file: Path, name: str) -> None:
-    """Raises UserError for a damaged file. transformers would ignore it, and with it the tokens
-    that end an answer."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}.path: {str(file)!r} is not JSON ({in_short(error)})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{name}.path: {str(file)!r} is not a JSON object")
 
 
 def window(config: PreTrainedConfig) -> int | None:
@@ -192,9 +197,14 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     return stops_of(tokenizer, model.generation_config.eos_token_id)
 
 
-def stops_of(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> frozenset[int]:
-    """`stop_ids` for a generation config's `eos_token_id`."""
-    extra = [eos] if isinstance(eos, int) else (eos or [])
+def stops_of(tokenizer: PreTrainedTokenizerBase, eos: Any) -> frozenset[int]:
+    """`stop_ids` for a generation config's `eos_token_id`. Raises UserError where that is none."""
+    extra = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(token) is not int or token < -1 for token in extra):
+        raise UserError(
+            f"eos_token_id of the model's generation_config.json (or config.json) is {eos!r}: it "
+            "must be a token's number, or list such numbers"
+        )
     turn = ChatTemplate(tokenizer).stops if tokenizer.chat_template else frozenset()
     return frozenset([tokenizer.eos_token_id, *extra, *turn])
 

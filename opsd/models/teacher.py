@@ -95,13 +95,9 @@ def teacher_section(teacher: TeacherSection, student: ModelSection) -> ModelSect
 
 
 def check_teacher(
-    teacher: TeacherSection,
-    student: ModelSection,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher: TeacherSection, student: ModelSection, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[str]:
-    """Raises UserError where another model is to teach and has another vocabulary; see
-    `check_vocabulary`. Loads only the tokenizers; `tokenizer`: the student's, where it is loaded
-    already."""
+    """`check_vocabulary` where another model is to teach; `tokenizer`: the student's, if loaded."""
     if teacher.policy != "model":
         return []
     ours = load_tokenizer(student) if tokenizer is None else tokenizer

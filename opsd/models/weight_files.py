@@ -1,6 +1,6 @@
 """What a model's safetensors files say of their tensors in their headers, before any is read."""
 
-import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,20 +10,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    cached_file,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from opsd.common.errors import UserError
+from opsd.common.errors import UserError, in_short
+from opsd.common.strict_json import read_object
 
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
+MOST_PACKED = 16  # numbers of a model for each of its files, where they are quantised
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -38,48 +33,54 @@ class Stored:
 def find_file(
     path: str, name: str, revision: str | None = None, offline: bool = False
 ) -> Path | None:
-    """The file of a model's directory, or of a hub repository; None where it has none.
-
-    offline: of what is in the hub's cache alone.
-    """
+    """A file of a model's directory or hub repository (offline: of its cache), or None."""
     if Path(path).exists():
         file = Path(path) / name
         return file if file.is_file() else None
     try:
-        found = cached_file(
-            path,
-            name,
-            revision=revision,
-            local_files_only=offline,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except (OSError, ValueError):  # no such repository, or no name of one
+        found = cached_file(path, name, revision=revision, local_files_only=offline)
+        return Path(found) if found else None
+    except (OSError, ValueError):  # no such file or repository, or no name of one
         return None
-    return None if found is None else Path(found)
 
 
-def stored_tensors(path: str, revision: str | None = None) -> dict[str, Stored]:
-    """The tensors of a model's weights by their names there; {} where they are no safetensors."""
-    if (index := find_file(path, SAFE_WEIGHTS_INDEX_NAME, revision)) is not None:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = [SAFE_WEIGHTS_NAME]
-    files = [find_file(path, name, revision) for name in names]
-    return {name: t for file in files if file is not None for name, t in header(file).items()}
+def stored_tensors(path: str, revision: str | None = None, where: str = "") -> dict[str, Stored]:
+    """The tensors of a model's weights by their names there; {} where they are no safetensors.
+    Raises UserError, which begins with `where`, for what is damaged, missing or there twice."""
+    index = find_file(path, SAFE_WEIGHTS_INDEX_NAME, revision)
+    if index is None:
+        file = find_file(path, SAFE_WEIGHTS_NAME, revision)
+        return {} if file is None else header(file, where)
+    places = read_object(index, where).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{where}: {str(index)!r} has no weight_map from tensors to files")
+    if SAFE_WEIGHTS_NAME not in places.values() and (Path(path) / SAFE_WEIGHTS_NAME).exists():
+        raise UserError(
+            f"{where}: its weights are there twice, in {SAFE_WEIGHTS_NAME} and in the files of "
+            f"{index.name}, and each program takes its own choice; remove one of the two"
+        )
+    found: dict[str, Stored] = {}
+    for name in sorted(set(places.values())):
+        if (file := find_file(path, name, revision)) is None:
+            raise UserError(
+                f"{where}: {name!r} is missing, which {index.name} names; download the model again"
+            )
+        found |= header(file, where)
+    return found
 
 
-def header(file: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file."""
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        told = json.loads(opened.read(min(size, 100_000_000)))  # safetensors' own limit
-    return {
-        name: Stored(file, one["dtype"], tuple(one["shape"]))
-        for name, one in told.items()
-        if name != "__metadata__"
-    }
+def header(file: Path, where: str = "") -> dict[str, Stored]:
+    """The tensors of one safetensors file. Raises UserError, which begins with `where`."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}
+            return {n: Stored(file, s.get_dtype(), tuple(s.get_shape())) for n, s in parts.items()}
+    except Exception as error:  # safetensors' own, of several kinds
+        with file.open("rb") as opened:
+            pointer = opened.read(40).startswith(b"version https://git-lfs")
+        advice = "a pointer of Git LFS: run git lfs pull" if pointer else in_short(error)
+        said = f"{str(file)!r} is no safetensors file: {advice}"
+        raise UserError(f"{where}: it cannot be loaded ({said})") from None
 
 
 def usual_dtype(tensors: dict[str, Stored]) -> torch.dtype | None:
@@ -90,18 +91,45 @@ def usual_dtype(tensors: dict[str, Stored]) -> torch.dtype | None:
     return FLOATS.get(sizes.most_common(1)[0][0]) if sizes else None
 
 
+def check_size(config: PreTrainedConfig, stored: Mapping[str, Stored], trust: bool) -> None:
+    """Raises ValueError for a config of a far larger model than the files hold, which would be made
+    all the same, and filled with random numbers."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    asked, held = model.num_parameters(), sum(prod(tensor.shape) for tensor in stored.values())
+    if asked > MOST_PACKED * held:
+        raise ValueError(f"its config.json asks for {asked:,} numbers, its files hold {held:,}")
+
+
+def check_all_used(model: PreTrainedModel, unused: Iterable[str], where: str) -> None:
+    """Raises UserError for a tensor that the model leaves out, and that belongs to a part which it
+    has: its blocks, or a module. Others, such as an image tower, are another model's."""
+
+    def parts(name: str) -> set[str]:
+        """Its module, and the list of blocks that it is in."""
+        return {name.rpartition(".")[0], re.split(r"\.\d+\.", name)[0]}
+
+    known = set().union(*map(parts, model.state_dict()))
+    for name in sorted(unused):
+        if parts(name) & known and not name.endswith("inv_freq"):  # which old Llamas have
+            raise UserError(
+                f"{where}: the model of its config.json has no place for {name} of its weights"
+            )
+
+
 def check_numbers(
     weights: Iterable[tuple[str, Tensor]], stored: Mapping[str, Stored], where: str, path: str
 ) -> None:
-    """Raises UserError for weights that are not finite in the dtype that they were loaded in, or
-    were so small in fp64 that nothing is left of them. One pass over them: .1 s a GB on one core.
-
-    stored: the same weights in their files. path: what to name where a weight is not found there.
+    """Raises UserError for weights that are whole numbers in their files (`stored`), not finite in
+    their dtype, or too small for it. One pass: .1 s a GB. path: named where a weight is not found.
     """
     for name, weight in weights:
         if not weight.is_floating_point() or not weight.numel():
             continue
-        file = stored[name].file if name in stored else path
+        file, kind = (stored[name].file, stored[name].dtype) if name in stored else (path, "")
+        if kind[:1] in ("I", "U") or kind == "BOOL":
+            said = f"{name} in {str(file)!r} has whole numbers ({kind}) for its weights"
+            raise UserError(f"{where}: {said}")
         low, high = (x.item() for x in torch.aminmax(weight.detach()))
         if not (isfinite(low) and isfinite(high)):
             raise UserError(

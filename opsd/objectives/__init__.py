@@ -18,11 +18,7 @@ from opsd.rollout import Sampling
 
 
 def make_objective(
-    method: str,
-    loss: LossSection,
-    teacher: PreTrainedModel,
-    prompts: Prompts,
-    sampling: Sampling,
+    method: str, loss: LossSection, teacher: PreTrainedModel, prompts: Prompts, sampling: Sampling
 ) -> Objective:
     """The objective of a method's name. `sampling`: how its rollouts are drawn."""
     classes = class_table(prompts.tokenizer)

@@ -65,10 +65,7 @@ def _corrected(batch: MicroBatch, log_prob: Tensor, bound: float) -> Corrected:
     before = [v for s in samples for v in (s.sampling_log_probs if by_engine else s.old_log_probs)]
     difference = log_prob.detach() - torch.tensor(before, device=log_prob.device)
     ratio = difference.exp()
-    logged = {
-        "importance_ratio": ratio,
-        "importance_truncated_fraction": (ratio > bound).float(),
-    }
+    logged = {"importance_ratio": ratio, "importance_truncated_fraction": (ratio > bound).float()}
     if by_engine:
         logged["engine_divergence"] = -difference
     return batch.weights * ratio.clamp(max=bound), logged

@@ -3,10 +3,15 @@
 import os
 from pathlib import Path
 
+from opsd.common.errors import UserError
+
 
 def cache_directory() -> Path:
-    """`$OPSD_CACHE`, or `~/.cache/opsd`."""
-    return Path(os.environ.get("OPSD_CACHE") or Path.home() / ".cache" / "opsd").expanduser()
+    """`$OPSD_CACHE`, or `~/.cache/opsd`. Raises UserError where that names no directory."""
+    place = os.path.expanduser(os.environ.get("OPSD_CACHE") or "~/.cache/opsd")
+    if place.startswith("~"):
+        raise UserError(f"OPSD_CACHE: there is no home for {place!r}; set it to a directory")
+    return Path(place)
 
 
 def tiny_base(seed: int, digest: str, cache: Path | None = None) -> Path:

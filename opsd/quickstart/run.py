@@ -38,11 +38,7 @@ OUTPUT = "--output"
 
 
 def quickstart(
-    display: Display,
-    directory: Path,
-    methods: Sequence[str],
-    asked: Asked,
-    resume: bool = False,
+    display: Display, directory: Path, methods: Sequence[str], asked: Asked, resume: bool = False
 ) -> dict:
     """Run it all; returns the summary that is written to `directory`/summary.json.
 

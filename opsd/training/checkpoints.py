@@ -20,12 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerState,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from opsd.common.errors import UserError
 from opsd.common.files import remove, write_file, write_json

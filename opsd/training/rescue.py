@@ -1,5 +1,6 @@
 """Where a run that can no longer write keeps what it has learnt."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,7 @@ def keep_elsewhere(
 ) -> Path | None:
     """A new directory with the run's config and log, and what `write` puts there, in the first of
     the temporary directory and the user's cache that takes it. None: neither does."""
-    for parent in (Path(tempfile.gettempdir()), Path.home() / ".cache"):
+    for parent in (Path(tempfile.gettempdir()), Path(os.path.expanduser("~/.cache"))):
         with suppress(OSError, UserError):
             if shutil.disk_usage(parent).free < needed:
                 continue

@@ -53,21 +53,9 @@ from opsd.rollout import (
     training_server,
 )
 from opsd.rollout.vllm_client import VLLMServer
-from opsd.runs.directory import (
-    NotWritten,
-    check_problems,
-    claim_directory,
-    locked,
-    settle,
-    step_of,
-)
+from opsd.runs.directory import NotWritten, check_problems, claim_directory, locked, settle, step_of
 from opsd.runs.log import RunLog
-from opsd.training.checkpoints import (
-    check_pieces,
-    checkpoint_bytes,
-    save_model,
-    save_trained,
-)
+from opsd.training.checkpoints import check_pieces, checkpoint_bytes, save_model, save_trained
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.learning_curve import LearningCurve
 from opsd.training.load_data import fitting_data, load_data, sources

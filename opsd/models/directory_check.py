@@ -1,0 +1,31 @@
+"""What is wrong with a model's directory before any library reads it, and perhaps reads past it."""
+
+from pathlib import Path
+
+from opsd.common.errors import UserError
+from opsd.common.strict_json import read_object
+
+READ = (".json", ".jinja", ".model", ".safetensors", ".txt")
+OBJECTS = "generation_config tokenizer_config special_tokens_map added_tokens".split()
+MOST_LAYERS = 10_000
+
+
+def check_files(directory: Path, where: str) -> None:
+    """Raises UserError, which begins with `where`, for what would be passed over (links that lead
+    nowhere, directories, a key twice), and for layers whose making takes hours."""
+    if not directory.is_dir():
+        return
+    for file in sorted(directory.iterdir()):
+        if file.suffix in READ and not file.is_file():
+            what = "a directory" if file.is_dir() else "a link that leads nowhere"
+            raise UserError(f"{where}: {str(file)!r} is {what}, and must be a file")
+    for file in (directory / f"{name}.json" for name in OBJECTS):
+        if file.is_file():
+            read_object(file, where)
+    if (directory / "config.json").is_file():
+        config = read_object(directory / "config.json", f"{where}: not a model's config")
+        for part in (config, *(inside for inside in config.values() if isinstance(inside, dict))):
+            for name, value in part.items():
+                if "layers" in name and isinstance(value, int) and value > MOST_LAYERS:
+                    said = f"{name} is {value}, and may be {MOST_LAYERS:,} at most"
+                    raise UserError(f"{where}: not a model's config: {said}")

@@ -1,0 +1,226 @@
+"""Datasets as they come: each kind of file, damaged, mixed, in another encoding. The rows that are
+taken are those that the file holds, by json, csv and pyarrow; all else is refused in one line."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from helpers.mutations import Clock, as_json, changed, damaged, misplace, odd_value, one_line
+from helpers.training_cases import ROWS
+
+from opsd.common.errors import UserError
+from opsd.data.rows import load_rows
+
+RECORDS = [{**row.columns, "source": {"name": "a", "page": 1}, "level": 3} for row in ROWS[:6]]
+CHATS = [
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": record["problem"]},
+            {"role": "assistant", "content": record["solution"]},
+        ],
+        "answer": record["answer"],
+    }
+    for record in RECORDS
+]
+KINDS = ["jsonl", "json", "jsonl.gz", "csv", "tsv", "csv.gz", "parquet", "saved", "splits"]
+
+
+def odd_records(draw) -> list:
+    """Records of which some are changed: types mixed, columns gone, lists instead of objects."""
+    records: list = [dict(one) for one in draw.choice([RECORDS, CHATS])]
+    for _ in range(draw.randrange(3)):
+        number = draw.randrange(len(records))
+        if draw.random() < 0.1:
+            records[number] = odd_value(draw, records[number])
+        elif isinstance(records[number], dict) and records[number]:
+            records[number] = changed(draw, records[number])
+    return records
+
+
+def text_of(draw, records: list, kind: str) -> bytes:
+    """Records as JSON, one a line, in one list, or in a list under a key."""
+    if kind == "json" and draw.random() < 0.6:
+        return as_json(draw, draw.choice([records, {"data": records}, {"data": records, "n": [1]}]))
+    return b"".join(as_json(draw, one).replace(b"\n", b"") + b"\n" for one in records)
+
+
+def table(draw, delimiter: str) -> bytes:
+    file = io.StringIO()
+    writer = csv.writer(file, delimiter=delimiter, quoting=draw.choice([0, 1]))
+    names = ["problem", "solution", "answer", *draw.choice([[], ["", "note"], ["answer"], [" "]])]
+    names = draw.choice([names, names, names[::-1], ["\ufeffproblem", *names[1:]]])
+    writer.writerow(names)
+    for record in RECORDS:
+        row = [record.get(name, "x\ny") for name in names]
+        if draw.random() < 0.05:
+            row = draw.choice([row[:-1], [*row, "more"], [], ['a"b', *row[1:]]])
+        writer.writerow(row)
+    return file.getvalue().encode()
+
+
+def columns(draw) -> pyarrow.Table:
+    """A table with types that a file of its own may have, and texts that are none."""
+    records = [{k: str(v) for k, v in record.items()} for record in RECORDS]
+    made = {
+        name: [record[name] for record in records] for name in ("problem", "solution", "answer")
+    }
+    arrays = {name: pyarrow.array(values) for name, values in made.items()}
+    name = draw.choice(list(arrays))
+    texts = [text.encode() for text in made[name]]
+    broken = [text + b"\xff\xc3(" for text in texts]
+    kind = draw.randrange(13)
+    if kind == 0:
+        data = pyarrow.array(broken, pyarrow.binary())
+        arrays[name] = pyarrow.Array.from_buffers(pyarrow.string(), len(data), data.buffers())
+    elif kind == 1:
+        arrays[name] = pyarrow.array(texts, draw.choice([pyarrow.binary(), pyarrow.large_binary()]))
+    elif kind == 2:
+        arrays[name] = arrays[name].dictionary_encode()
+    elif kind == 3:
+        arrays["answer"] = pyarrow.array(
+            range(6), draw.choice([pyarrow.int8(), pyarrow.float64(), pyarrow.decimal128(9, 2)])
+        )
+    elif kind == 4:
+        types = [pyarrow.timestamp("ns"), pyarrow.timestamp("us"), pyarrow.duration("ns")]
+        types.append(pyarrow.timestamp("s", "Mars/Crater"))
+        arrays["when"] = pyarrow.array([10**18, None, -(10**18), 0, 1, 2], draw.choice(types))
+    elif kind == 5:
+        arrays["when"] = pyarrow.array([2**45, 0, 1, 2, 3, 4], pyarrow.timestamp("s"))
+    elif kind == 6:
+        arrays["map"] = pyarrow.array([[("a", 1), ("a", 2)]] * 6, pyarrow.map_("string", "int64"))
+    elif kind == 7:
+        arrays[name] = pyarrow.array([None, *made[name][1:]])
+    elif kind == 8:
+        arrays["answer"] = pyarrow.array([float("nan"), 1.0, float("inf"), 1e300, -0.0, 2.5])
+    elif kind == 9:
+        arrays[name] = pyarrow.array([[text] for text in made[name]])
+    elif kind == 10:
+        arrays["day"] = pyarrow.array([0, 1, 2, 3, 4, 2**30], pyarrow.date32())
+    elif kind == 11:
+        arrays[name] = arrays[name].cast(pyarrow.large_string())
+    return pyarrow.table(
+        list(arrays.values()), names=draw.choice([list(arrays)] * 9 + [["a"] * len(arrays)])
+    )
+
+
+def write(draw, kind: str, folder: Path) -> Path:
+    """A dataset of this kind; damaged or of odd records in most cases."""
+    path = folder / f"rows.{kind}"
+    if kind in ("saved", "splits"):
+        path = folder / "rows"
+        data = datasets.Dataset.from_list([{k: str(v) for k, v in r.items()} for r in RECORDS])
+        if kind == "splits":
+            data = datasets.DatasetDict(train=data, test=data.select([0]))
+        data.save_to_disk(path, **({"num_shards": 2} if kind == "saved" else {}))
+        attack_directory(draw, path)
+        return path
+    if kind == "parquet":
+        pyarrow.parquet.write_table(columns(draw), path, row_group_size=draw.choice([2, 100]))
+        data = path.read_bytes()
+    elif kind.startswith(("csv", "tsv")):
+        data = table(draw, "," if kind.startswith("csv") else "\t")
+    else:
+        records = odd_records(draw) if draw.random() < 0.8 else RECORDS
+        data = text_of(draw, records, kind)
+    if draw.random() < 0.35:
+        data = damaged(draw, data)
+    if kind.endswith(".gz"):
+        data = gzip.compress(data)
+        if draw.random() < 0.3:
+            data = damaged(draw, data)
+    path.write_bytes(data)
+    if draw.random() < 0.03:
+        misplace(draw, path)
+    return path
+
+
+def attack_directory(draw, path: Path) -> None:
+    """Damage to a directory of `datasets`."""
+    file = draw.choice(sorted(file for file in path.rglob("*") if file.is_file()))
+    kind = draw.randrange(4)
+    if kind == 0:
+        misplace(draw, file)
+    elif kind == 1 or file.suffix != ".json":
+        file.write_bytes(damaged(draw, file.read_bytes()))
+    else:
+        file.write_bytes(as_json(draw, changed(draw, json.loads(file.read_text()))))
+
+
+def held(path: Path) -> list:
+    """The records of a dataset, read directly."""
+    if path.is_dir():
+        folder = path if (path / "state.json").is_file() else path / "train"
+        state = json.loads((folder / "state.json").read_text())
+        tables = []
+        for one in state["_data_files"]:
+            with pyarrow.memory_map(str(folder / one["filename"])) as file:
+                tables.append(pyarrow.ipc.open_stream(file).read_all())
+        return pyarrow.concat_tables(tables).to_pylist()
+    if path.name.endswith("parquet"):
+        return pyarrow.parquet.read_table(path).to_pylist()
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    if ".csv" in path.name or ".tsv" in path.name:
+        lines = csv.reader(
+            io.StringIO(text, newline=""), delimiter="," if ".csv" in path.name else "\t"
+        )
+        names, *rows = [line for line in lines if line]
+        return [{n: v for n, v in zip(names, row, strict=True) if n} for row in rows]
+    if path.suffix == ".json":
+        try:
+            value = json.loads(text, object_pairs_hook=each_once)
+        except json.JSONDecodeError:
+            pass
+        else:
+            if isinstance(value, dict):
+                value = next((v for v in value.values() if isinstance(v, list) and v and
+                              isinstance(v[0], dict) and "role" not in v[0]), [value])  # fmt: skip
+            return value
+    lines = [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    return [json.loads(line, object_pairs_hook=each_once) for line in lines if line.strip()]
+
+
+def each_once(pairs: list) -> dict:
+    assert len(dict(pairs)) == len(pairs), "a key stands there twice, and one of its values is lost"
+    return dict(pairs)
+
+
+def test_a_dataset_is_taken_as_it_is_or_refused(draw, tmp_path):
+    path = write(draw, draw.choice(KINDS), tmp_path)
+    skip = draw.random() < 0.3
+    said: list[str] = []
+    require = draw.choice([("problem", "solution", "answer"), ("problem",), ("problem", "answer")])
+    try:
+        with Clock():
+            rows = load_rows(str(path), skip_incomplete=skip, note=said.append, require=require)
+    except UserError as error:
+        one_line(str(error), str(path), "data.")
+        return
+    records = held(path)
+    left_out = int(said[0].split()[0]) if said else 0
+    assert len(rows) + left_out == len(records)
+    if not left_out:
+        for row, record in zip(rows, records, strict=True):
+            # NaN is not equal to itself.
+            assert repr(row.columns) == repr(record)
+            for name in ("problem", "solution"):
+                given = record.get(name)
+                if isinstance(given, str) and given.strip() and given.lstrip()[0] not in "[{":
+                    assert getattr(row, name) == given
+            for text in row.texts.values():
+                text.encode()
+
+
+def test_text_of_parquet_that_is_not_utf_8_is_refused(tmp_path):
+    data = pyarrow.array([b"1 + 1?\xff"], pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 1, data.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"problem": text}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet' cannot be read as parquet: Unicode"):
+        load_rows(str(tmp_path / "a.parquet"), require=["problem"])

@@ -1,0 +1,336 @@
+"""Model directories as they come: damaged, of parts that do not fit, of another's files. What is
+loaded is what the files hold, by safetensors and by peft; all else is refused in one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from helpers.mutations import LFS, Clock, as_json, changed, damaged, misplace, one_line
+from safetensors.torch import load_file, save, save_file
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from opsd.common.errors import UserError
+from opsd.config.sections import ModelSection, PromptsSection
+from opsd.data.prompts import Prompts
+from opsd.data.rows import Row
+from opsd.evaluate.subject import Subject
+from opsd.models.load import load_model, load_tokenizer, stop_ids, window
+from opsd.plan.architectures import architecture
+from opsd.quickstart.tiny_model import STUDENT_PROMPT, TEACHER_PROMPT, make_tokenizer
+from opsd.rollout import GenerateSampler, Sampling
+
+ROW = Row("12+7;5*8", "19=12+7,40=5*8", "19;40", {})
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+TEMPLATES = [
+    "{{ 1 / 0 }}", "{% if %}", "{{ x.y }}", "{% for", "{{ raise_exception('no') }}", "}}", "{#",
+    "{{ messages }}", "{{ '' * 9**99 }}", "{% break %}", "\u202e", "{{ bos_token }}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Directories by name: a tied model, an untied one in shards, an adapter of the first."""
+    place, tokenizer = tmp_path_factory.mktemp("good"), make_tokenizer()
+    torch.manual_seed(0)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {**SIZES, **ids, "vocab_size": len(tokenizer), "bos_token_id": None}
+    tied = Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=True))
+    tied.save_pretrained(place / "tied")
+    untied = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
+    untied.to(torch.bfloat16).save_pretrained(place / "sharded", max_shard_size="4KB")
+    for name in ("tied", "sharded"):
+        tokenizer.save_pretrained(place / name)
+    lora = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "up_proj"])
+    adapted = peft.get_peft_model(tied, lora)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(place / "adapter")
+    config = place / "adapter" / "adapter_config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "base_model_name_or_path": str(place / "tied")}))
+    return {path.name: path for path in place.iterdir()}
+
+
+def other_weights(draw, file: Path) -> None:
+    """Tensors that are missing, renamed, of another shape or dtype, not finite, or too many."""
+    tensors = load_file(file)
+    name = draw.choice(sorted(tensors))
+    tensor = tensors[name].clone()
+    kind = draw.randrange(11)
+    if kind == 0:
+        del tensors[name]
+    elif kind == 1:
+        tensors[draw.choice([name + "s", "module." + name, "base_model.model." + name])] = tensor
+        del tensors[name]
+    elif kind == 2:
+        tensors[name] = draw.choice([tensor[:-1], tensor.T, tensor[None], tensor.flatten()])
+    elif kind == 3:
+        tensors[name] = tensor.to(
+            draw.choice([torch.int8, torch.float64, torch.float16, torch.bool, torch.float8_e4m3fn])
+        )
+    elif kind == 4:
+        tensor.view(-1)[0] = draw.choice([torch.nan, torch.inf, 3e38])
+        tensors[name] = tensor
+    elif kind == 5:
+        tensors[name] = draw.choice([tensor[:0], torch.tensor(1.0), torch.zeros_like(tensor)])
+    elif kind == 6:
+        other = name.replace(".0.", ".7.")
+        tensors[other if other != name else "model.layers.9.mlp.up_proj.weight"] = tensor
+    elif kind == 7:
+        extra = ["lm_head.weight", "v_head.weight", "model.layers.0.self_attn.q_proj.bias"]
+        extra += ["model.layers.0.self_attn.q_norm.weight", "model.embed_tokens.weight"]
+        tensors[draw.choice(extra)] = tensor + 1
+    elif kind == 8:
+        other = draw.choice(sorted(tensors))
+        tensors[name], tensors[other] = tensors[other].clone(), tensor
+    elif kind == 9:
+        tensors = {name: tensors[name].double() * 10.0 ** draw.choice([200, 40, -50, -300])
+                   for name in tensors}  # fmt: skip
+    else:
+        rows = torch.cat([tensor, tensor[:1]]) if tensor.dim() else tensor
+        tensors[name] = rows
+    save_file({name: t.contiguous() for name, t in tensors.items()}, file, {"format": "pt"})
+
+
+def other_header(draw, file: Path) -> None:
+    """A safetensors file whose header says something else."""
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, rest = json.loads(data[8 : 8 + size]), data[8 + size :]
+    text = as_json(draw, changed(draw, header))
+    length = draw.choice([len(text)] * 6 + [0, len(text) - 1, len(text) + 9, 2**40, 2**63])
+    file.write_bytes(length.to_bytes(8, "little") + text + rest)
+
+
+def beside(draw, directory: Path) -> None:
+    """Files that a directory has too many: of another model, of another format, in pieces."""
+    kind = draw.randrange(5)
+    if kind == 0:  # the whole beside shards, or shards beside the whole
+        one = {"model.embed_tokens.weight": torch.ones(27, 16)}
+        (directory / "model-00001-of-00009.safetensors").write_bytes(save(one))
+        index = {
+            "metadata": {},
+            "weight_map": dict.fromkeys(one, "model-00001-of-00009.safetensors"),
+        }
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif kind == 1:
+        (directory / "model.safetensors").write_bytes(save({"a": torch.ones(2)}))
+    elif kind == 2:
+        (directory / "pytorch_model.bin").write_bytes(b"\x80\x02c")
+    elif kind == 3:
+        (directory / "config.json").write_text('{"model_type": "llama"}')
+    else:
+        name = draw.choice(["added_tokens.json", "special_tokens_map.json", "vocab.json"])
+        odd = [
+            '{"<x>": 9}',
+            '{"<x>": "a"}',
+            "[]",
+            '{"eos_token": null}',
+            '{"eos_token": "<|user|>"}',
+        ]
+        (directory / name).write_text(draw.choice(odd))
+
+
+def attack(draw, directory: Path) -> str:
+    """Change the directory; returns what was done."""
+    files = sorted(file for file in directory.iterdir() if file.is_file())
+    file = draw.choice(files)
+    if draw.random() < 0.12:
+        beside(draw, directory)
+        return "beside"
+    if draw.random() < 0.15:
+        misplace(draw, file)
+        return f"misplace {file.name}"
+    if file.suffix == ".safetensors":
+        how = draw.choice([other_weights, other_weights, other_header])
+        if draw.random() < 0.8:
+            how(draw, file)
+            return f"{how.__name__} {file.name}"
+    elif file.suffix == ".json" and draw.random() < 0.8:
+        file.write_bytes(as_json(draw, changed(draw, json.loads(file.read_text()))))
+        return f"changed {file.name}"
+    elif file.suffix == ".jinja" and draw.random() < 0.6:
+        text = file.read_text()
+        at = draw.randrange(len(text))
+        odd = [
+            "{{ 1 / 0 }}",
+            "{% if %}",
+            "{{ x.y }}",
+            "{% for",
+            "{{ raise_exception('no') }}",
+            "}}",
+        ]
+        odd += [
+            "{{ messages }}",
+            "{#",
+            "{{ '' * 9**99 }}",
+            "{% break %}",
+            "\u202e",
+            "{{ bos_token }}",
+        ]
+        file.write_text(
+            draw.choice([text[:at] + draw.choice(odd) + text[at:], text[:at], "{{ 1 }}"])
+        )
+        return "template"
+    file.write_bytes(damaged(draw, file.read_bytes()))
+    return f"damaged {file.name}"
+
+
+def used(directory: Path) -> ModelSection:
+    """The model as `opsd train` and `opsd eval` take it in. Raises UserError."""
+    section = ModelSection(path=str(directory))
+    config = architecture(section)
+    tokenizer = load_tokenizer(section)
+    subject = Subject(str(directory))
+    assert subject.digest
+    model, tokenizer = load_model(section)
+    prompts = Prompts(PromptsSection(student=STUDENT_PROMPT, teacher=TEACHER_PROMPT), tokenizer)
+    context = prompts.context(ROW)
+    longest = window(config)
+    if longest is not None and longest < 200:
+        raise UserError(f"{directory}: the window")
+    written = directory / "tokenizer.json"
+    if written.is_file():
+        theirs = Tokenizer.from_file(str(written))
+        # The config's special tokens are made where they are not there.
+        theirs.add_special_tokens([*tokenizer.all_special_tokens])
+        text = prompts.chats["student"].context(prompts.render(ROW, "student"))
+        assert theirs.encode(text, add_special_tokens=False).ids == context.student
+    stops = stop_ids(model, tokenizer)
+    assert subject.stops == stops
+    torch.manual_seed(0)
+    sampler = GenerateSampler(model, stops)
+    (rollout,) = sampler.sample([context.student], Sampling(3))
+    assert rollout.ids and max(rollout.ids) < model.get_output_embeddings().weight.shape[0]
+    return model
+
+
+def held(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model's one file, or of those that its index names."""
+    index, files = directory / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        files = {*json.loads(index.read_text())["weight_map"].values()}
+    return {name: t for file in sorted(files) for name, t in load_file(directory / file).items()}
+
+
+def same_weights(model, directory: Path) -> None:
+    """Asserts that the model has the tensors of the files, all of them and none other."""
+    has, stored = model.state_dict(), held(directory)
+    for name, tensor in has.items():
+        if name == "lm_head.weight" and name not in stored:
+            name = "model.embed_tokens.weight"
+        assert torch.equal(tensor, stored[name].to(tensor.dtype)), name
+    for name in stored:
+        assert name in has or name.split(".")[0] not in ("model", "lm_head"), name
+
+
+def test_a_model_directory_is_taken_as_it_is_or_refused(draw, good, tmp_path):
+    name = draw.choice(sorted(good))
+    directory = shutil.copytree(good[name], tmp_path / "model")
+    what = attack(draw, directory)
+    print(name, what)  # shown where it fails
+    try:
+        with Clock():
+            model = used(directory)
+    except UserError as error:
+        one_line(
+            str(error), str(directory), "MODEL", "model.path", "model.", "eos_token_id", "embedding"
+        )
+        return
+    if name != "adapter":
+        same_weights(model, directory)
+        return
+    plain = AutoModelForCausalLM.from_pretrained(good["tied"], dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(plain, directory).merge_and_unload()
+    for (key, ours), tensor in zip(
+        model.state_dict().items(), theirs.state_dict().values(), strict=True
+    ):
+        assert torch.allclose(ours, tensor, atol=1e-5), key
+
+
+WRONG = {
+    "the pointers of Git LFS": (
+        lambda place: (place / "model.safetensors").write_bytes(LFS),
+        "git lfs pull",
+    ),
+    "fewer layers than the weights have": (
+        lambda place: edit(place / "config.json", num_hidden_layers=1, layer_types=None),
+        "no place for model.layers.1.",
+    ),
+    "a far larger model": (
+        lambda place: edit(place / "config.json", vocab_size=10**8),
+        "asks for 1,6",
+    ),
+    "endless layers": (
+        lambda place: edit(place / "config.json", num_hidden_layers=10**9, layer_types=None),
+        "num_hidden_layers is 1000000000",
+    ),
+    "weights twice": (lambda place: shards_too(place), "there twice"),
+    "whole numbers": (
+        lambda place: save_file(
+            {k: t.char() for k, t in load_file(place / "model.safetensors").items()},
+            place / "model.safetensors",
+            {"format": "pt"},
+        ),
+        "whole numbers (I8)",
+    ),
+    "a key twice": (
+        lambda place: (place / "generation_config.json").write_text(
+            '{"eos_token_id": 1, "eos_token_id": 2}'
+        ),
+        "'eos_token_id' stands in it twice",
+    ),
+    "a stop that is none": (
+        lambda place: edit(place / "generation_config.json", eos_token_id="</s>"),
+        "eos_token_id",
+    ),
+    "links of a cache without its blobs": (
+        lambda place: misdirect(place / "chat_template.jinja"),
+        "a link that leads nowhere",
+    ),
+}
+"""Faults that people have reported of others' loaders, which went on with them."""
+
+
+def edit(file: Path, **changes) -> None:
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: v for key, v in values.items() if v is not None}))
+
+
+def misdirect(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("../../blobs/0a1b")
+
+
+def shards_too(place: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "other.safetensors"}}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_others_load_in_silence_is_refused(name, good, tmp_path):
+    damage, said = WRONG[name]
+    directory = shutil.copytree(good["tied"], tmp_path / "model")
+    damage(directory)
+    with pytest.raises(UserError) as raised:
+        used(directory)
+    assert said in str(raised.value), raised.value

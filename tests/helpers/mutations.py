@@ -1,0 +1,174 @@
+"""A good input changed by chance, as files are on their way to us: values of another kind, text in
+another encoding, bytes lost or changed, files that are not there or are something else."""
+
+import copy
+import gzip
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+SECONDS = 20  # of processor time
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 9123456\n"
+PAGE = b"<!DOCTYPE html><html><body>Sign in to see this file</body></html>"
+
+ODD = [
+    None, True, False, 0, -1, 1, 2, 7, 0.5, -0.0, 1.0, 1e-300, 1e308, -1e308, 2**31, 2**63, 10**30,
+    float("nan"), float("inf"), "", " ", "a", "0", "3", "1e-5", "nan", "no", "None", "true", "1:30",
+    "../..", "/", "~", "{{ x }}", "\u00e9\u6570\U0001f600", "a\0b", "\ud800", "\x1b[2J", "x" * 5000,
+    [], {}, [[]], [None], ["a", 1], {"": None}, {"a": {"b": []}}, [0] * 300,
+]  # fmt: skip
+
+
+def odd_value(draw: Random, good: Any) -> Any:
+    """A value in the place of a good one: of another kind, or near it."""
+    near: list[Any] = [str(good), [good], {"a": good}, [good, good]]
+    if isinstance(good, int | float):
+        near += [good + 1, good - 1, -good, good * 2, good // 2, float(good), good + 10**9]
+    if isinstance(good, str):
+        near += [good.upper(), good + " ", good[: len(good) // 2], good + "\0", good * 2]
+    if isinstance(good, list):
+        near += [good[1:], good[::-1], good * 2, [*good, None], dict(enumerate(map(str, good)))]
+    if isinstance(good, dict):
+        near += [list(good), list(good.items()), {k: None for k in good}]
+    return copy.deepcopy(draw.choice(near if draw.random() < 0.5 else ODD))
+
+
+def places(tree: Any, depth: int = 4) -> Iterator[tuple]:
+    """The paths to all values inside, down to a depth."""
+    inside = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in inside:
+        yield (key,)
+        if depth > 1 and isinstance(value, dict | list):
+            yield from ((key, *rest) for rest in places(value, depth - 1))
+
+
+def changed(draw: Random, tree: Any) -> Any:
+    """The tree with a value or two replaced, renamed, gone, or put elsewhere."""
+    tree = copy.deepcopy(tree)
+    for _ in range(draw.choice([1, 1, 1, 2])):
+        paths = list(places(tree))
+        if not paths:
+            break
+        # Not a long list's entries alone: a key at the top as often as anything below.
+        top = draw.choice(paths)[:1] if draw.random() < 0.4 else draw.choice(paths)
+        *above, key = top
+        holder = tree
+        for step in above:
+            holder = holder[step]
+        what = draw.randrange(6)
+        if what == 0:
+            del holder[key]
+        elif what == 1 and isinstance(key, str):
+            other = draw.choice([key.upper(), key + "s", key[:-1], f" {key}", f"_{key}", ""])
+            holder[other] = holder.pop(key)
+        elif what == 2:
+            holder[key] = copy.deepcopy(value_at(tree, draw.choice(paths)))
+        else:
+            holder[key] = odd_value(draw, holder[key])
+    return tree
+
+
+def value_at(tree: Any, path: tuple) -> Any:
+    try:
+        for step in path:
+            tree = tree[step]
+    except (LookupError, TypeError):
+        return None
+    return tree
+
+
+def as_json(draw: Random, tree: Any) -> bytes:
+    """JSON's text, which may hold a key twice, NaN, endless numbers, or nest without end."""
+    text = json.dumps(tree, indent=draw.choice([None, 2]), ensure_ascii=draw.random() < 0.7)
+    kind = draw.randrange(12)
+    keys = [m for m in re.finditer(r'"(\w+)": ', text)]
+    if kind == 0 and keys:
+        found = draw.choice(keys)
+        value = json.dumps(draw.choice(ODD))
+        text = f"{text[: found.start()]}{found[0]}{value}, {text[found.start() :]}"
+    elif kind == 1 and keys:
+        found = draw.choice(keys)
+        odd = ["9" * 5000, "1e999", "-NaN", "01", "0x1", "[" * 99_999, '{"a":' * 9999, "'a'", "nul"]
+        text = f"{text[: found.end()]}{draw.choice(odd)}{text[found.end() :]}"
+    elif kind == 2:
+        text = draw.choice(['"', "[", "{", "//x\n", "", "null ", "\x0c"]) + text
+    return text.encode("utf-8", "surrogatepass")
+
+
+def damaged(draw: Random, data: bytes) -> bytes:
+    """Bytes cut, changed, doubled, in another encoding, or those of something else."""
+    at = draw.randrange(len(data) + 1)
+    kind = draw.randrange(15)
+    if kind < 3:
+        return data[:at]
+    if kind < 6:
+        found = bytearray(data)
+        for _ in range(draw.choice([1, 1, 4, 64])):
+            if found:
+                found[draw.randrange(len(found))] ^= 1 << draw.randrange(8)
+        return bytes(found)
+    if kind == 6:
+        return (
+            data[:at] + draw.choice([b"\0", b"\xff", b"\xc3", b"\x80", b"\r", b"\x1a"]) + data[at:]
+        )
+    if kind == 7:
+        return data[:at] + data[at + draw.choice([1, 8, 100]) :]
+    if kind == 8:
+        return draw.choice([b"\xef\xbb\xbf", b"\xff\xfe", b"\0", b" ", b"\n\n"]) + data
+    if kind == 9:
+        encoding = draw.choice(["utf-16", "utf-32", "latin-1", "utf-7", "utf-16-be"])
+        return data.decode("utf-8", "replace").encode(encoding, "replace")
+    if kind == 10:
+        return data + draw.choice([data, b"\0" * 4096, b"}", b"garbage", data[:at]])
+    if kind == 11:
+        return draw.choice([b"", b"\0" * len(data), b"\n", b"null", b"[]", b"{}", b"0"])
+    if kind == 12:
+        return draw.choice([LFS, PAGE, gzip.compress(data), b"PK\x03\x04" + data])
+    if kind == 13:
+        return data.replace(b"\n", draw.choice([b"\r\n", b"\r", b"", b"\n\n"]))
+    return data[:at] + data[at:][::-1]
+
+
+def misplace(draw: Random, file: Path) -> None:
+    """Take a file away, or put something else in its place."""
+    kind = draw.randrange(6)
+    other = draw.choice(sorted(file.parent.iterdir()))
+    if kind == 5 and other.is_file() and other != file:
+        shutil.copy(other, file)
+        return
+    shutil.move(file, file.with_name(file.name + ".old"))
+    if kind == 1:
+        file.mkdir()
+    elif kind == 2:
+        file.symlink_to(file)
+    elif kind == 3:
+        file.symlink_to("nowhere")
+    elif kind == 4:
+        file.symlink_to(file.name + ".old")
+
+
+ATTRIBUTES = re.compile(r"Traceback|object at 0x|pydantic|\[type=|errors\.pydantic|internal error")
+"""What no message may show a user."""
+
+
+class Clock:
+    """Holds what runs inside to `SECONDS` of processor time."""
+
+    def __enter__(self) -> "Clock":
+        self.begun = time.process_time()
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        assert kind is not None or time.process_time() - self.begun < SECONDS
+
+
+def one_line(text: str, *parts: str) -> None:
+    """Asserts that a refusal is one clear line that names one of the parts."""
+    assert "\n" not in text.strip() and len(text) < 2000, text
+    assert not ATTRIBUTES.search(text), text
+    assert any(part in text for part in parts), text
