@@ -1,5 +1,6 @@
 """A checkpoint that is not as it was written is refused by file, and the one before is offered."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -146,3 +147,14 @@ def test_what_agrees_with_its_manifest_but_not_with_the_run_is_refused(files, da
             weight.add_(0.01)
     with pytest.raises(UserError, match=r"began with other weights than those in model\.path"):
         go_on(config, place, model)
+
+
+@pytest.mark.parametrize(
+    "more", [{"best_global_step": 2, "stateful_callbacks": {"A": {}}}, {"is_hyper": True, "x": [1]}]
+)
+def test_a_state_of_another_transformers_goes_on(more, damaged):
+    """Its releases have added keys to trainer_state.json, and will again."""
+    file = damaged / "checkpoint-2" / "trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    sealed(file.parent)
+    assert last_checkpoint(damaged).name == "checkpoint-2"
