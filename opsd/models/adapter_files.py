@@ -86,7 +86,7 @@ class ModelFiles:
     def where(self) -> str:
         """How a message about the base begins."""
         if not self.adapters:
-            return f"{self.name}.path is {self.base.path!r}"
+            return f"{self.name}.path is {self.base.path!r}".replace("MODEL.path", "MODEL")
         path = self.adapters[-1].section.path
         return f"{self.name}.path is {path!r}, an adapter of {self.base.path!r}"
 
