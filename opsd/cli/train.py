@@ -75,5 +75,8 @@ def run(parsed: argparse.Namespace) -> None:
     before, after = summary["accuracy"]["before"], summary["accuracy"]["after"]
     if before is not None:
         display.note(f"Held-out accuracy: {before:.3f} before, {after:.3f} after")
+        best, place = summary["best"], "model" if config.output.keep == "best" else "best/model"
+        if config.output.keep != "last":
+            display.note(f"{place}: of step {best['step']}, {best['accuracy']:.3f}")
     names = ("model", "report.html", "curves.png", "summary.json")
     display.paths("Written", {name: directory / name for name in names})

@@ -255,6 +255,8 @@ RULES = (
 def _unused(config: Config) -> Iterator[tuple[str, str]]:
     """Fields that this run does not read, and why not."""
     method, loss, policy = config.method, config.loss, config.teacher.policy
+    if not (config.eval.every and config.eval.problems):
+        yield "output.keep train.early_stop", "that needs eval.every, and eval.problems"
     for name, methods in USED_BY.items():
         if method not in methods:
             yield f"loss.{name}", f"that is for {' and '.join(methods)}, not for {method}"

@@ -267,6 +267,8 @@ class TrainSection(Section):
     """Steps: rollouts, then one optimizer update or more."""
     token_budget: Count | None = None
     """Stop when so many tokens are generated (sft: trained)."""
+    early_stop: Count | None = None
+    """Stop after so many held-out evaluations in a row that are no better than the best before."""
     problems_per_step: Count = 32
     """Problems a step."""
     mini_batches: Count = 1
@@ -355,6 +357,9 @@ class OutputSection(Section):
     were drawn."""
     report_to: list[Literal["wandb", "tensorboard"]] = Field([])
     """Also log there, through transformers' Trainer."""
+    keep: Literal["last", "best", "both"] = "last"
+    """The weights of the last step, in model/; of the best held-out evaluation, in model/ (step 0
+    takes part); or of both, the best in best/model/."""
     merge: bool = False
     """model.lora: make model/ the whole model, adapters added in; they are in adapter/."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

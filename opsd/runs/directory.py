@@ -42,9 +42,9 @@ MAY_CHANGE = tuple(
     """
     train.token_budget train.micro_batch_tokens train.share_prefixes train.prefix_kernel
     train.gradient_checkpointing train.not_finite train.save_every train.save_total_limit
-    train.collapse loss.backend loss.memory_budget rollout.batch_size rollout.gpu_memory
-    rollout.server rollout.server_timeout rollout.server_patience rollout.weights_dir eval.every
-    eval.batch_size eval.samples output
+    train.collapse train.early_stop loss.backend loss.memory_budget rollout.batch_size
+    rollout.gpu_memory rollout.server rollout.server_timeout rollout.server_patience
+    rollout.weights_dir eval.every eval.batch_size eval.samples output
     """.split()
 )
 """Config fields, and whole sections, that may change on resume: they say where and in what pieces

@@ -57,6 +57,17 @@ class RunLog:
         lines = read_lines(self.directory / "evaluations.jsonl")
         return any(line["role"] == "student" and line["step"] == step for line in lines)
 
+    def best(self) -> tuple[int, float, int] | None:
+        """The best evaluation of the student, the first of equal ones: its step and accuracy, and
+        how many came after it. None: there is no evaluation yet."""
+        name = "evaluations.jsonl"
+        lines = read_lines(self.directory / name) + self.unwritten[name]
+        lines = [line for line in lines if line["role"] == "student"]
+        if not lines:
+            return None
+        place = max(range(len(lines)), key=lambda i: lines[i]["accuracy"])
+        return lines[place]["step"], lines[place]["accuracy"], len(lines) - 1 - place
+
     def sync(self) -> None:
         """Have the disk keep what has been written."""
         for path in map(self.directory.joinpath, FILES if self.writes else ()):

@@ -69,6 +69,11 @@ class Run:
         return self.method == "sft"
 
     @property
+    def best(self) -> Point:
+        """The best evaluation, the first of equal ones."""
+        return max(self.points, key=lambda point: point.accuracy.value)
+
+    @property
     def seconds(self) -> float | None:
         return _latest("seconds", [self.summary], self.metrics)
 

@@ -1,5 +1,6 @@
 """A run's learning curve: its held-out evaluations, and what a reader is shown of each."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ class LearningCurve:
     teacher_role: str
     log: RunLog
     display: Display
+    keep_if_best: Callable[[float], None]  # told each accuracy of the student
 
     def begin(self, before: dict[str, Evaluation] | None = None) -> None:
         """Step 0; `before`: its evaluations by role, where they are known already."""
@@ -64,6 +66,8 @@ class LearningCurve:
                 self.teacher_role,
             ):
                 self.log.sample({**place, "method": self.method, **sample})
+        if role == "student":
+            self.keep_if_best(result.accuracy)
         line = {**place, "role": role, **result.record()}
         self.log.evaluation(line)  # written last: on resume, samples without this line are dropped
         return line

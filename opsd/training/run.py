@@ -166,6 +166,9 @@ class Run:
     save: bool = True  # whether to write the trained model to model/
     server: VLLMServer | None = None  # who samples under rollout.engine vllm_server
     processes: Processes = field(default_factory=Processes)  # those that train together
+    # While it trains; and the weights, where they are split over processes, when they were gathered
+    trainer: OPSDTrainer | None = field(default=None, init=False)
+    weights: dict | None = field(default=None, init=False)
 
     def train(self) -> dict:
         """Returns the run's summary, which is also written to summary.json."""
@@ -186,11 +189,11 @@ class Run:
         curve = self._learning_curve() if self.held_out else None
         if curve is not None and self.checkpoint is None:
             curve.begin(self.before)
-        step, weights = self._train(curve)
+        step = self._train(curve)
         self.model.zero_grad(set_to_none=True)
         release_memory()
-        if self.save:
-            self.processes.once(lambda: self._save(weights))
+        if self.save and self.config.output.keep != "best":
+            self.processes.once(lambda: self._save(self.directory))
         if curve is not None and not self.processes.once(lambda: self.log.is_evaluated(step)):
             self._evaluate_last(curve, step)
         seconds = time.monotonic() - begun
@@ -320,10 +323,11 @@ class Run:
             held_out_teacher_role(config),
             self.log,
             self.display,
+            self._keep_if_best,
         )
 
-    def _train(self, curve: LearningCurve | None) -> tuple[int, dict | None]:
-        """The loop. Returns the last step and, where they are split over processes, the weights."""
+    def _train(self, curve: LearningCurve | None) -> int:
+        """The loop. Returns the last step."""
         config, sampling = self.config, Sampling.of(self.config.rollout)
         title = f"Train by {config.method.upper()}"
         with self.display.stage(title, total=config.train.steps) as stage:
@@ -333,7 +337,7 @@ class Run:
                 fields = {name: line[name] for name in names if line.get(name) is not None}
                 stage.update(completed=line["step"], **fields)
 
-            trainer = OPSDTrainer(
+            self.trainer = trainer = OPSDTrainer(
                 config,
                 self.model,
                 self.rows,
@@ -350,10 +354,27 @@ class Run:
                 reward_function=self._reward_function(),
             )
             trainer.train(resume_from_checkpoint=self.checkpoint)
-        weights = None
-        if self.split and self.save:
-            weights = gathered_weights(trainer.accelerator, trainer.wrapped, self.inference)
-        return trainer.state.global_step, weights
+        self.weights = self._split_weights() if self.save else None
+        self.trainer = None  # and with it the optimizer's moments
+        return trainer.state.global_step
+
+    def _split_weights(self) -> dict | None:
+        """The weights, where they are split over processes, all of which take part."""
+        if not self.split or self.trainer is None:
+            return self.weights
+        trainer = self.trainer
+        return gathered_weights(trainer.accelerator, trainer.wrapped, self.inference)
+
+    def _keep_if_best(self, accuracy: float) -> None:
+        """Write the model that was just measured, where output.keep asks for the best. The line of
+        its evaluation comes after it, so that a run that is killed between measures it again."""
+        keep = self.config.output.keep
+        if not self.save or keep == "last":
+            return
+        best = self.processes.once(self.log.best)
+        if best is None or accuracy > best[1]:
+            self.weights, place = self._split_weights(), "" if keep == "best" else "best"
+            self.processes.once(lambda: self._save(self.directory / place))
 
     def _reward_function(self) -> RewardFunction | None:
         """Grades rollouts; None if neither the method nor the log needs grades."""
@@ -368,22 +389,24 @@ class Run:
             self.prompts.chats["student"].opens_thought,
         )
 
-    def _save(self, weights: dict | None) -> None:
-        """The trained model, in the run's directory or, where that cannot be written, elsewhere."""
+    def _save(self, place: Path) -> None:
+        """The trained model, there or, where that cannot be written, elsewhere."""
         config, model = self.config, self.model
 
         def write(directory: Path) -> None:
-            save_trained(model, self.tokenizer, directory, config.output, weights, config.model)
+            save_trained(
+                model, self.tokenizer, directory, config.output, self.weights, config.model
+            )
 
         try:
-            write(self.directory)
+            write(place)
         except NotWritten as error:
-            place = keep_elsewhere(config, self.log, checkpoint_bytes(model), write)
-            if place is None:
+            kept = keep_elsewhere(config, self.log, checkpoint_bytes(model), write)
+            if kept is None:
                 raise
-            move = shlex.join(["mv", str(place / "model"), config.output.dir])
+            move = shlex.join(["mv", str(kept / "model"), str(place)])
             raise UserError(
-                f"{error.what}. It is kept in {place}; when it fits, `{move}`"
+                f"{error.what}. It is kept in {kept}; when it fits, `{move}`"
             ) from error
 
     def _evaluate_last(self, curve: LearningCurve, step: int) -> None:
@@ -399,11 +422,13 @@ class Run:
 
     def _write_summary(self, seconds: float) -> dict:
         lines = read_lines(self.directory / "evaluations.jsonl")
+        best = self.log.best()
         accuracies = [line["accuracy"] for line in lines if line["role"] == "student"] or [None]
         summary = {
             "method": self.config.method,
             "model": self.config.model.path,
             "accuracy": {"before": accuracies[0], "after": accuracies[-1]},
+            "best": {"step": best[0], "accuracy": best[1]} if best else None,
             "generated_tokens": self.log.counters.generated_tokens,
             "trained_tokens": self.log.counters.trained_tokens,
             "seconds": seconds,

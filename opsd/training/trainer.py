@@ -213,9 +213,8 @@ class OPSDTrainer:
         self._call("on_train_end")
         if self.config.train.sharding in deepspeed.STAGES:
             deepspeed.close(self.wrapped)
-        mean = losses / max(self.state.global_step - first, 1)
-        seconds = {"train_runtime": time.monotonic() - begun}
-        return TrainOutput(self.state.global_step, mean, seconds)
+        step, seconds = self.state.global_step, {"train_runtime": time.monotonic() - begun}
+        return TrainOutput(step, losses / max(step - first, 1), seconds)
 
     def _step(self) -> float:
         """Rows → rollouts → samples → gradient → optimizer → log; returns the loss."""
@@ -291,10 +290,8 @@ class OPSDTrainer:
         def write(place: Path) -> None:
             replace(self.checkpoints, directory=place).write(self.state)
 
-        place = None
-        if self.processes.count == 1:
-            needed = checkpoint_bytes(self.model)
-            place = keep_elsewhere(self.config, self.run_log, needed, write)
+        alone, needed = self.processes.count == 1, checkpoint_bytes(self.model)
+        place = keep_elsewhere(self.config, self.run_log, needed, write) if alone else None
         if place is None:
             return error
         command = command_to_go_on(place)
@@ -474,6 +471,10 @@ class OPSDTrainer:
         record = self._evaluate_model(self.state.global_step)
         metrics = {f"eval_{key}": value for key, value in record.items()}
         self._call("on_evaluate", metrics=metrics)
+        best = self.processes.once(self.run_log.best)
+        if best is not None and best[2] >= (self.config.train.early_stop or math.inf):
+            self._note(f"Early stop: {best[2]} evaluations were no better than step {best[0]}'s")
+            self.control.should_training_stop = True
         return metrics
 
     def _evaluate_if_missed(self) -> None:

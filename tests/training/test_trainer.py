@@ -162,6 +162,7 @@ def check_directory(directory, method):
     assert len(token["teacher"]) == 3
     summary = json.loads((directory / "summary.json").read_text())
     assert set(summary) == {"method", "model", "accuracy", "generated_tokens", "trained_tokens"} | {
+        "best",
         "seconds",
         "peak_memory_bytes",
         "versions",
