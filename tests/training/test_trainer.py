@@ -368,10 +368,10 @@ def test_clips_are_logged(clip, files, tmp_path):
 
 
 def test_the_token_budget_ends_a_run(files, tmp_path):
-    config = short_config(*files, tmp_path / "run", train={"save_every": 0, "token_budget": 20})
+    config = short_config(*files, tmp_path / "run", train={"save_every": 0, "token_budget": 12})
     directory = execute(config)
     generated = [line["generated_tokens"] for line in read_lines(directory / "metrics.jsonl")]
-    assert len(generated) < 4 and generated[-1] >= 20 and all(n < 20 for n in generated[:-1])
+    assert len(generated) < 4 and generated[-1] >= 12 and all(n < 12 for n in generated[:-1])
     evaluations = read_lines(directory / "evaluations.jsonl")
     assert evaluations[-1]["generated_tokens"] == generated[-1]
 
