@@ -93,8 +93,8 @@ def locked(
         living = number.isdecimal() and int(number) != os.getpid() and _mark(int(number)) == holder
         if got is False or (got is None and living):
             raise UserError(
-                f"{where}: process {number or '?'} is training there{told and f', {told}'}; wait "
-                "for it, or choose another directory"
+                f"{where}: process {number or '?'} is training there{told and f', {told}'}; "
+                "wait for it, or choose another directory"
             )
         with _or_cannot_write(directory, field):
             file.truncate(0)

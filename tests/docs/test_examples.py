@@ -62,6 +62,8 @@ def small(name: str, files, directory: Path) -> list[str]:
         "eval.problems": min(config.eval.problems, 4),
         "output.dir": str(directory),
     }
+    if config.loss.credit_steps:
+        overrides["loss.credit_steps"] = 4
     if config.loss.reward.overlong_buffer:
         overrides["loss.reward.overlong_buffer"] = 4
     if config.method == "grpo" or name == "sdpo":
