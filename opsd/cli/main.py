@@ -4,6 +4,7 @@ Only that module is imported, and most import what they need when they run: `--h
 """
 
 import argparse
+import difflib
 import locale
 import os
 import shlex
@@ -107,16 +108,28 @@ def _as_utf8() -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     words = sys.argv[1:] if arguments is None else list(arguments)
     top = parser(next((word for word in words if word in COMMANDS), ""))
+    near = difflib.get_close_matches(words[0], COMMANDS, 1) if words else []
+    if near and near[0] != words[0]:
+        top.error(f"there is no command {words[0]!r}; did you mean {near[0]!r}?")
     for word in words:
         if "\0" in word:
             top.error(f"{word!r} holds a NUL character")
     parsed, rest = top.parse_known_args(words)
     # argparse takes no more overrides once an option has followed the config.
     if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") for word in rest)):
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
+        top.error(f"unrecognized arguments: {' '.join(rest)}{_as_field(rest[0])}")
     if rest:
         parsed.overrides += rest
     return parsed
+
+
+def _as_field(option: str) -> str:
+    """`--learning_rate` → what to write instead, if it is a field of the config."""
+    from opsd.config.load import ELSEWHERE, describe
+
+    name = option.partition("=")[0].strip("-").replace("-", "_")
+    here = ELSEWHERE.get(name) or next((f"{s}.{n}" for s, n, *_ in describe() if n == name), None)
+    return f"; a field of the config is set as in {here}=…" if here else ""
 
 
 def parser(only: str | None = None) -> argparse.ArgumentParser:
@@ -124,6 +137,8 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="opsd", description="On-policy self-distillation for language models."
     )
+    version = f"%(prog)s {sys.modules['opsd'].__version__}"
+    top.add_argument("--version", action="version", version=version)
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (module, help) in COMMANDS.items():
         sub = commands.add_parser(name, help=help, description=help)

@@ -16,7 +16,7 @@ from opsd.config.load import load_config, parse_config, with_overrides
 from opsd.plan.architectures import architecture
 from opsd.plan.memory import Memory, Planner
 from opsd.plan.suggestions import fit
-from opsd.plan.time_estimate import READING_SHARE, TRAINING_SHARE, Work, plan_work
+from opsd.plan.time_estimate import READING_SHARE, TRAINING_SHARE, plan_work
 from opsd.plan.workload import Lengths, Tokens, count_tokens, sample_groups
 from opsd.training.micro_batches import stream_tokens
 
@@ -60,7 +60,7 @@ def plan_command(asked: argparse.Namespace) -> None:
     """Shows the plan of a run: what is asked for is a config, or a model under the defaults."""
     config = _config(asked)
     student = architecture(config.model)
-    gpu = asked.gpu
+    gpu, gpus = asked.gpu, asked.gpus
     lengths = Lengths(asked.prompt_tokens, asked.solution_tokens, config.rollout.max_new_tokens)
     device = None if gpu is None else int(gpu.memory)
     if config.rollout.engine == "vllm" and device is None:
@@ -71,8 +71,7 @@ def plan_command(asked: argparse.Namespace) -> None:
     plan = Plan(config, planner := Planner(student, lengths, device, asked.gpus))
     work = plan_work(config, planner, plan.tokens, gpu)
     display = Display(quiet=asked.json)
-    many = "one" if asked.gpus == 1 else asked.gpus
-    where = "a CPU" if gpu is None else f"{many} {gpu.name}"
+    where = "a CPU" if gpu is None else f"{'one' if gpus == 1 else gpus} {gpu.name}"
     display.note(
         f"{config.model.path}: {planner.parameters:,} parameters; {config.method} on {where}, "
         f"prompts of {lengths.prompt} tokens, solutions of {lengths.solution}, rollouts of "
@@ -80,7 +79,21 @@ def plan_command(asked: argparse.Namespace) -> None:
     )
     plan.show(display)
     if work is not None:
-        _show_time(work, where, asked.gpus, config.train.steps, display)
+        steps, training = config.train.steps, f"{work.student_flops + work.teacher_flops:.2e}"
+        rows = [
+            (
+                "sampling",
+                f"{work.sampling_flops:.2e}",
+                duration(work.sampling_seconds / gpus),
+            ),
+            ("training", training, duration(work.training_seconds / gpus)),
+            (f"{steps} steps", "", duration(work.seconds * steps / gpus)),
+        ]
+        display.table(f"Time on {where}", ["", "operations", "time"], rows)
+        display.note(
+            f"Time is arithmetic, not a measurement: {TRAINING_SHARE:.0%} of the GPU's peak "
+            f"operations, {READING_SHARE:.0%} of its bandwidth."
+        )
     room = device if asked.memory is None else asked.memory
     found = None
     if room is not None and plan.memory.peak > room:
@@ -93,7 +106,7 @@ def plan_command(asked: argparse.Namespace) -> None:
             "overrides": overrides,
             "peak": then.memory.peak,
             "fits": then.memory.peak <= room,
-            "seconds": faster and faster.seconds / asked.gpus,
+            "seconds": faster and faster.seconds / gpus,
         }
     if asked.json:
         print(json.dumps(_record(asked, plan, work, room, found), indent=2))
@@ -120,20 +133,6 @@ def _check_window(student: PreTrainedConfig, lengths: Lengths) -> int:
     return longest
 
 
-def _show_time(work: Work, where: str, gpus: int, steps: int, display: Display) -> None:
-    training = f"{work.student_flops + work.teacher_flops:.2e}"
-    rows = [
-        ("sampling", f"{work.sampling_flops:.2e}", duration(work.sampling_seconds / gpus)),
-        ("training", training, duration(work.training_seconds / gpus)),
-        (f"{steps} steps", "", duration(work.seconds * steps / gpus)),
-    ]
-    display.table(f"Time on {where}", ["", "operations", "time"], rows)
-    display.note(
-        f"Time is arithmetic, not a measurement: {TRAINING_SHARE:.0%} of the GPU's peak "
-        f"operations, {READING_SHARE:.0%} of its bandwidth."
-    )
-
-
 def _advice(room: float, found: dict | None, steps: int) -> str:
     """Whether it fits; if not, the overrides of a config that does, and its time."""
     if found is None:
@@ -156,9 +155,8 @@ def _record(asked: argparse.Namespace, plan: Plan, work, room, found) -> dict:
         "micro_batch_tokens": plan.micro_batch_tokens,
     }
     if work is not None:
-        seconds = work.seconds / asked.gpus
-        facts = {"gpu": asked.gpu.name, "gpus": asked.gpus, **asdict(work), "seconds": seconds}
-        record["estimate"] = facts
+        facts = {"gpu": asked.gpu.name, "gpus": asked.gpus, **asdict(work)}
+        record["estimate"] = facts | {"seconds": work.seconds / asked.gpus}
     if room is not None:
         record["fits"] = found is None
     return record if found is None else record | {"to_fit": found}

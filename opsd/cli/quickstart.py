@@ -46,9 +46,7 @@ def run(parsed: argparse.Namespace) -> None:
         known = ", ".join(SOLUTION_STYLES)
         raise UserError(f"--solution-style is {parsed.solution_style!r}: it must be one of {known}")
     if parsed.tiny and parsed.solution_style != "words":
-        raise UserError(
-            "--solution-style and --tiny exclude each other: the worksheets have one style"
-        )
+        raise UserError("--solution-style and --tiny exclude each other: worksheets have one")
     output = Path(parsed.output or ("runs/tiny" if parsed.tiny else "runs/quickstart"))
     from opsd.common.display import Display
     from opsd.models.load import quiet_transformers

@@ -23,7 +23,7 @@ def find_gpu(text: str) -> GPU | None:
     """The GPU that people mean by `4090`, `RTX 4090`, `rtx4090` or `h100-sxm5-80gb`."""
     name = re.sub(r"[\s_-]+", "-", text.strip().lower())
     name = re.sub(r"^((nvidia|geforce|tesla|rtx)-?)+|-(sxm|pcie|nvl)\d?|(?<=\d)gi?b?$", "", name)
-    if name not in GPUS:  # its memory may be said, where one size was made
+    if name not in GPUS:  # the memory may be said
         name, _, memory = name.rpartition("-")
         if name not in GPUS or f"{GPUS[name].memory / 1e9:.0f}" != memory:
             return None

@@ -279,12 +279,8 @@ def _add_adapters(model: PreTrainedModel, lora: LoraSection) -> PreTrainedModel:
             down, up = nn.Linear(into, lora.rank, **like), nn.Linear(lora.rank, out, **like)
             dropout = [nn.Dropout(lora.dropout)] if lora.dropout else []
             layer.adapter = nn.Sequential(*dropout, down, up)
-            layer.register_forward_hook(_adapted)
+            layer.register_forward_hook(lambda m, x, y: y + m.adapter(x[0].float()) * 2.0)
     return model
-
-
-def _adapted(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-    return output + layer.adapter(inputs[0].to(torch.float32)) * 2.0
 
 
 def _frozen(sizes: Sizes, dtype: torch.dtype, quantize: str) -> int:

@@ -29,10 +29,8 @@ def changes(config: Config, longest: int, on_gpu: bool) -> Iterator[Change]:
     size = max(rollout.batch_size, test.batch_size)
     while size > 8:
         size //= 2
-        sizes = {
-            "rollout": {"batch_size": min(size, rollout.batch_size)},
-            "eval": {"batch_size": min(size, test.batch_size)},
-        }
+        parts = (("rollout", rollout), ("eval", test))
+        sizes = {name: {"batch_size": min(size, part.batch_size)} for name, part in parts}
         yield "sampling", f"{size} sequences sampled at once", sizes
     tokens = train.micro_batch_tokens
     while tokens > max(longest, 1024):
@@ -73,11 +71,9 @@ def fit(
         if needed <= memory:
             break
     for kind, tried in list(levels.items()):
-        for count in range(len(tried)):  # tries the first `count` levels: none, the mildest, …
-            milder = {**levels, kind: tried[:count]}
-            if peak(milder) <= memory:
-                levels = milder
-                break
+        # The first so many levels: none, the mildest, …
+        milder = ({**levels, kind: tried[:count]} for count in range(len(tried)))
+        levels = next((fewer for fewer in milder if peak(fewer) <= memory), levels)
     made = [tried[-1] for tried in levels.values() if tried]
     overrides = [
         f"{section}.{name}={json.dumps(value)}"

@@ -279,6 +279,31 @@ def test_train_help_documents_every_field(capsys):
             assert f"    {name}  [" in part and inner.description in part
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["trian", "c.yaml"], "did you mean 'train'?"),
+        (["evel", "model"], "did you mean 'eval'?"),
+        (["quickstrat", "--tiny"], "did you mean 'quickstart'?"),
+        (["train", "c.yaml", "--learning_rate", "1e-5"], "set as in train.learning_rate=…"),
+        (["train", "c.yaml", "--learning-rate=1e-5"], "set as in train.learning_rate=…"),
+        (["train", "c.yaml", "--num_generations", "8"], "set as in rollout.group_size=…"),
+        (["train", "c.yaml", "--output_dir", "runs/x"], "set as in output.dir=…"),
+    ],
+)
+def test_a_slip_on_the_command_line_is_told_what_was_meant(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    *usage, error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and said in error and len(usage) == 1
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("opsd 0.")
+
+
 def test_no_command_is_a_usage_error(capsys):
     for arguments in ([], ["fly"], ["train"], ["train", "c.yaml", "--fast"]):
         with pytest.raises(SystemExit) as stop:
