@@ -1,8 +1,8 @@
 """The base class of a config's sections: the checks that all of them make."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -27,11 +27,30 @@ class Section(BaseModel):
         for field in cls.model_fields.values():
             field.description = " ".join((field.description or "").split())  # of several lines
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1."""
+        types = _types(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and bool not in types and {int, float} & types:
+            raise ValueError("it must be a number")
+        return value
+
     @field_validator("*")
     @classmethod
     def _check_plain(cls, value: Any) -> Any:
         _check_plain(value)
         return value
+
+
+def _types(annotation: Any) -> set[Any]:
+    """The classes that an annotation names, those of a union and of its `Annotated` parts too."""
+    if get_origin(annotation) is Literal:
+        return set()
+    if get_origin(annotation) is Annotated:
+        return _types(get_args(annotation)[0])
+    inner = get_args(annotation)
+    return {annotation} if not inner else set().union(*map(_types, inner))
 
 
 def _check_plain(value: Any) -> None:

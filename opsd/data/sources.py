@@ -76,6 +76,7 @@ def check_no_split(source: str, split: str | None, section: str) -> None:
 def _saved_directory(path: Path, split: str | None, default: str, section: str) -> Iterable[Any]:
     import datasets
 
+    datasets.disable_progress_bars()
     marks = ("dataset_dict.json", "dataset_info.json", "state.json")
     shards = not any((path / mark).exists() for mark in marks) and any(
         map(file_type, path.rglob("*"))

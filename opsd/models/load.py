@@ -134,6 +134,7 @@ def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedToke
     before_asking_hub(owner.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(owner.path, **_source(owner))
+        tokenizer("1 + 1")  # which a setting of the wrong type fails only now
     except Exception as error:  # as for the weights
         raise _unreachable(files, owner, error) from error
     if tokenizer.eos_token_id is None:
