@@ -238,7 +238,12 @@ def test_what_is_too_large_and_what_is_not():
 def test_an_answer_that_needs_too_much_memory_costs_its_worker(tmp_path, monkeypatch):
     # A stand-in, since what in sympy allocates fast differs from version to version.
     (tmp_path / "math_verify.py").write_text(
-        "ExprExtractionConfig = LatexExtractionConfig = lambda **_: None\n"
+        "from dataclasses import make_dataclass\n"
+        "class LatexExtractionConfig:\n"
+        "    normalization_config = make_dataclass('Rules', [('units', bool, True)])()\n"
+        "    def __init__(self, **_):\n"
+        "        pass\n"
+        "ExprExtractionConfig = LatexExtractionConfig\n"
         "parse = lambda text, **_: [text]\n"
         "def verify(gold, given, **_):\n"
         "    return bool(bytearray(1 << 30)) if '777' in given[0] else True\n"

@@ -50,7 +50,7 @@ def test_slices_of_a_tile(monkeypatch, clip, divergence):
 
 def test_slices_of_a_log_prob_tile(monkeypatch):
     products, _, bias, _ = problem(biased=True)
-    targets, found = torch.tensor([0, 17, 1042, 511, 512]), []
+    targets, found = torch.tensor([511, 512, 1042]), []
     for entries in (2**15, 2 * V, 97):
         monkeypatch.setattr(load("torch"), "slice_entries", lambda device, n=entries: n)
         logits = Logits(products.clone(), bias)
@@ -79,7 +79,7 @@ def test_without_a_gradient(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_log_prob_tiles(backend, transform):
     products, _, bias, _ = problem(biased=True)
-    targets = torch.tensor([0, 17, 1042, 511, 512])
+    targets = torch.tensor([511, 512, 1042])
     z = products + bias
     described = TRANSFORMS[transform]
     z = z * described.scale

@@ -60,8 +60,6 @@ def path(tmp_path_factory):
 def loaded(path, obeys=False):
     """obeys: as transformers loads it, its generation config in place."""
     model, tokenizer = load_model(ModelSection(path=str(path)))
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(4)  # peaked, so that penalties would be seen
     if obeys:
         model.generation_config = model.shipped_generation_config
     return model, stop_ids(model, tokenizer)
