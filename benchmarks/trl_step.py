@@ -317,7 +317,6 @@ def by_trl(case: Case, directory: Path) -> dict:
 
 def by_opsd(case: Case, directory: Path) -> dict:
     """Our trainer, its rollouts given."""
-    from opsd.common.files import read_lines
     from opsd.common.precision import compute_dtype
     from opsd.config.load import parse_config
     from opsd.data.prompts import Prompts
@@ -379,7 +378,8 @@ def by_opsd(case: Case, directory: Path) -> dict:
     )
     trainer.add_callback(meter)
     trainer.train()
-    return meter.record([line["loss"] for line in read_lines(run / "metrics.jsonl")])
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return meter.record([json.loads(line)["loss"] for line in lines])
 
 
 if __name__ == "__main__":

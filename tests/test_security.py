@@ -17,7 +17,6 @@ from helpers.training_cases import ROWS, short_config, short_values
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
-from opsd.common.files import read_lines
 from opsd.compare.comparison import compare
 from opsd.compare.page import page as compare_page
 from opsd.config.load import merge
@@ -27,6 +26,7 @@ from opsd.grading.grader import Grader
 from opsd.report import write_report
 from opsd.report.evaluation_page import page as evaluation_page
 from opsd.runs.log import RunLog
+from opsd.runs.records import Line, checked_lines
 
 
 @pytest.fixture
@@ -132,10 +132,15 @@ def test_nothing_is_written_through_links(train, tmp_path, capsys):
         if content is not None:
             (own / name).write_bytes(content)
     before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+    for name in ("problems.json", "metrics.jsonl", "rollouts.jsonl"):
+        assert train("--resume") == 1
+        refused(capsys, f"{name}' is a link, which is not followed")
+        (run / name).unlink()
+        shutil.copy(own / name, run / name)
     assert train("--resume") == 0
     assert main(["report", str(run)]) == 0
     assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == before
-    assert [name for name in (*names, *pages) if (run / name).is_symlink()] == ["problems.json"]
+    assert [name for name in (*names, *pages) if (run / name).is_symlink()] == []
     with pytest.raises(UserError, match=r"samples\.jsonl' is a link"):
         (run / "samples.jsonl").symlink_to(own / "not there yet")
         RunLog(run, 2).sample({"step": 2})
@@ -398,5 +403,5 @@ if "OPSD_BROWSER" in os.environ:  # asked for by name, as SECURITY.md says: not 
 
 def test_a_torn_log_is_one_line(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"step": 1}\n\x00\x00\n{"step": 3}\n{"st')
-    with pytest.raises(ValueError, match=r"m\.jsonl is damaged in line 2"):
-        read_lines(tmp_path / "m.jsonl")
+    with pytest.raises(UserError, match=r"m\.jsonl' is damaged in line 2"):
+        list(checked_lines(tmp_path / "m.jsonl", Line))

@@ -87,8 +87,7 @@ def evaluate_command(asked: Namespace) -> None:
         **{name: identity[name] for name in ("samples", *_DRAWN_BY, "seed", "precision")},
     }
     directory = Path(asked.output) if asked.output else RUNS / _name(asked, identity)
-    date = claim(directory, identity, description).get("date", description["date"])
-    description["date"] = date
+    description["date"] = date = claim(directory, identity, description)
     prompts = _prompts(asked, subject, thinking, date)
     contexts = prompts.all_ids(benchmark.rows, "student")
     units = [(p, s) for p in range(len(contexts)) for s in range(samples)]
@@ -174,8 +173,11 @@ def _sample(
     what is missing: an interrupted evaluation ends with the answers that it would have had.
     """
     with CompletionLog(directory, asked.shard, display.note) as log:
-        elsewhere = read_completions(directory, but=log.path)
-        here = {completion.place for completion in read_file(log.path)}
+        bad: list[str] = []
+        elsewhere = read_completions(directory, but=log.path, bad=bad)
+        here = {completion.place for completion in read_file(log.path, bad)}
+        if bad:
+            display.note(f"{len(bad)} damaged lines are left out, their answers missing: {bad[0]}")
         mine = [u for u in units if asked.shard.has(u[0]) and u not in elsewhere]
         todo = [
             batch

@@ -66,17 +66,18 @@ def run(parsed: argparse.Namespace) -> None:
         quiet_transformers()
         dry_run(config, Display())
         return
+    from opsd.runs.records import Summary, read_record
     from opsd.training.run import train
 
     quiet_transformers()
     display = Display(quiet=os.environ.get("RANK", "0") != "0")
     directory = train(config, display, resume=parsed.resume, start_over=parsed.start_over)
-    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    before, after = summary["accuracy"]["before"], summary["accuracy"]["after"]
+    summary = read_record(directory / "summary.json", Summary)
+    before, after = summary.accuracy.before, summary.accuracy.after
     if before is not None:
         display.note(f"Held-out accuracy: {before:.3f} before, {after:.3f} after")
-        best, place = summary["best"], "model" if config.output.keep == "best" else "best/model"
+        best, place = summary.best, "model" if config.output.keep == "best" else "best/model"
         if config.output.keep != "last":
-            display.note(f"{place}: of step {best['step']}, {best['accuracy']:.3f}")
+            display.note(f"{place}: of step {best.step}, {best.accuracy:.3f}")
     names = ("model", "report.html", "curves.png", "summary.json")
     display.paths("Written", {name: directory / name for name in names})

@@ -1,4 +1,4 @@
-"""Writing files and directories whole or not at all, and reading JSON lines.
+"""Writing files and directories whole or not at all, and reading plain ones only.
 
 Each is written under a random name beside its place and then renamed: a reader never sees half of
 one, several writers do not disturb each other, and a link that somebody has put in place of a file
@@ -14,12 +14,14 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from opsd.common.errors import UserError, in_short
+from opsd.common.errors import UserError
 
 
 def write_file(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
@@ -57,15 +59,8 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
 
 
 def append_to(path: Path) -> IO[bytes]:
-    """The file, open to be read and to be written at its end. Raises UserError for a link, which
-    may lead to a file that is not ours."""
-    try:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        return open(os.open(path, flags, 0o666), "a+b")
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise UserError(f"{str(path)!r} is a link, which is not written through") from None
-        raise
+    """The file, open to be read and to be written at its end. Raises UserError as `open_plain`."""
+    return open(_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+b")
 
 
 def reserve(path: Path, size: int) -> None:
@@ -124,32 +119,38 @@ def is_unfinished(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".part")
 
 
-def read_lines(path: Path, bad: list[int] | None = None) -> list[dict]:
-    """The records of a JSON-lines file; [] if there is no plain file.
+def open_plain(path: Path) -> IO[bytes]:
+    """The file, open to be read. Raises UserError for a link, which may lead to a file that is not
+    ours, and for a directory, a pipe, whose writer may never come, and a device."""
+    return open(_plain(path, os.O_RDONLY), "rb")
 
-    A last line that a crash cut short is left out. Where another line holds no JSON object, its
-    number is added to `bad` and it is left out, or without `bad` a UserError is raised.
-    """
-    if not path.is_file():  # nor a pipe, which waits for a writer, or a device without an end
-        return []
-    lines = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode(errors="replace" if bad is not None else "strict"))
-            if not isinstance(record, dict):
-                raise ValueError("not a JSON object")
-            records.append(record)
-        except ValueError as error:
-            if number == len(lines):
-                continue
-            if bad is None:
-                said = in_short(error)
-                raise UserError(f"{path} is damaged in line {number} ({said})") from None
-            bad.append(number)
-    return records
+
+def _plain(path: Path, flags: int) -> int:
+    try:
+        opened = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+        said = "a link, which is not followed" if path.is_symlink() else "no plain file"
+        raise UserError(f"{str(path)!r} is {said}") from None
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise UserError(f"{str(path)!r} is no plain file")
+    return opened
+
+
+def lines_of(path: Path, longest: int) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, with their numbers and their ends; none if there is no file. Raises
+    UserError for one of more than `longest` bytes."""
+    try:
+        file = open_plain(path)
+    except FileNotFoundError:
+        return
+    with file:
+        for number, line in enumerate(iter(partial(file.readline, longest + 1), b""), 1):
+            if len(line) > longest:
+                raise UserError(f"{str(path)!r} has more than {longest:,} bytes in line {number}")
+            yield number, line
 
 
 def read_toml(module: str, name: str) -> dict[str, Any]:

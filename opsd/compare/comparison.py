@@ -27,8 +27,7 @@ from opsd.compare.ratios import (
     own_targets,
     ratio,
 )
-from opsd.config.yaml import read_yaml
-from opsd.runs.read import NAMES, ORDER, Record, Run, read_results, value
+from opsd.runs.read import NAMES, ORDER, Results, Run, read_results
 
 GRID = 60  # points of a mean curve
 
@@ -162,46 +161,37 @@ def read_runs(directory: Path) -> list[SeedRun]:
     for run in results.methods:
         path = directory / run.method if results.quickstart else directory
         if len(run.points) < 2:
+            trouble = f"; {results.troubles[0]}" if results.troubles else ""
             raise UserError(
                 f"RUN_DIR: {path} has {len(run.points)} evaluations of the student; a curve needs "
-                "two or more (eval.every)"
+                f"two or more (eval.every){trouble}"
             )
-        runs.append(_seed_run(path, run, results.summary))
+        runs.append(_seed_run(path, run, results))
     return runs
 
 
-def _seed_run(path: Path, run: Run, summary: Record) -> SeedRun:
+def _seed_run(path: Path, run: Run, results: Results) -> SeedRun:
     from opsd.compare.flops import run_flops
 
-    config = _config(path)
     axis = "trained_tokens" if run.trained_axis else "generated_tokens"
-    seed = value(config.get("train"), "seed")
-    seed = value(summary, "seed") if seed is None else seed
-    pairs = [(value(record, axis), value(record, "seconds")) for record in run.metrics]
+    seed = (run.config.get("train") or {}).get("seed", results.summary.get("seed"))
+    pairs = [(record.get(axis), record.get("seconds")) for record in run.metrics]
     seconds = [(x, y) for x, y in pairs if x is not None and y is not None]
-    flops, prompts_counted = run_flops(path, run, config)
-    problems = value(run.evaluations[0], "problems") if run.evaluations else None
+    flops, prompts_counted = run_flops(path, run)
     rates = [point.accuracy for point in run.points]
     return SeedRun(
         path=path,
         method=run.method,
-        seed=None if seed is None else int(seed),
+        seed=seed,
         curve=[(point.x, point.accuracy.value) for point in run.points],
         bands=[None if rate.low is None else (rate.low, rate.high) for rate in rates],
         seconds=[(0.0, 0.0), *sorted(seconds)],
         flops=flops,
         prompts_counted=prompts_counted,
         trained_axis=run.trained_axis,
-        problems=int(problems) if problems else None,
+        troubles=results.troubles,
+        problems=run.evaluations[0].get("problems") if run.evaluations else None,
     )
-
-
-def _config(path: Path) -> Record:
-    try:
-        found = read_yaml(path / "config.yaml")
-    except UserError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 # --- statistics ---------------------------------------------------------------------------------
@@ -249,7 +239,7 @@ def _method(key: str, runs: list[SeedRun], budget: float, target: Target) -> Met
 
 
 def _notes(runs: Sequence[SeedRun], groups: dict[str, list[SeedRun]]) -> list[str]:
-    notes = []
+    notes = list(dict.fromkeys(said for run in runs for said in run.troubles))
     single = [NAMES.get(key, key) for key, group in groups.items() if len(group) == 1]
     if single:
         notes.append(

@@ -14,25 +14,24 @@ from statistics import fmean
 
 from safetensors import SafetensorError, safe_open
 
-from opsd.runs.read import Record, Run, value
+from opsd.runs.read import Run
 
 
-def run_flops(path: Path, run: Run, config: Record) -> tuple[float | None, bool]:
+def run_flops(path: Path, run: Run) -> tuple[float | None, bool]:
     """(FLOPs of the whole run, whether they include the prompts'); None where the model's size is
     not known or there are no steps. Evaluations are not counted."""
     weights = multiplying_parameters(path / "model")
     teacher_weights = weights
-    teacher_section = config.get("teacher") or {}
-    if teacher_section.get("policy") == "model":
-        teacher_weights = multiplying_parameters(Path(str(teacher_section.get("path"))))
+    other = run.config.get("teacher") or {}
+    if other.get("policy") == "model":
+        teacher_weights = multiplying_parameters(Path(other.get("path") or ""))
     if weights is None or teacher_weights is None or not run.metrics:
         return None, False
     last = run.metrics[-1]
-    generated = value(last, "generated_tokens") or 0.0
-    trained = value(last, "trained_tokens") or 0.0
-    steps = value(last, "step") or len(run.metrics)
-    problems = steps * (value(config.get("train"), "problems_per_step") or 0.0)
-    student, teacher = context_lengths(path, run, config)
+    generated, trained = last.get("generated_tokens") or 0, last.get("trained_tokens") or 0
+    asked = (run.config.get("train") or {}).get("problems_per_step") or 0
+    problems = (last["step"] or len(run.metrics)) * asked
+    student, teacher = context_lengths(path, run)
     teaches = run.method in ("opsd", "distill")
     counted = student is not None and problems > 0 and (teacher is not None or not teaches)
     prompt = problems * student if counted else 0.0
@@ -62,7 +61,7 @@ def multiplying_parameters(directory: Path) -> int | None:
         base = multiplying_parameters(Path(below[-1].path))
     sizes: dict[str, int] = {}
     try:
-        for path in directory.glob("*.safetensors"):
+        for path in filter(Path.is_file, directory.glob("*.safetensors")):  # no pipe
             with safe_open(path, framework="numpy") as file:
                 sizes |= {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}
     except (OSError, SafetensorError):
@@ -72,11 +71,15 @@ def multiplying_parameters(directory: Path) -> int | None:
     return base + sum(sizes.values()) if sizes and base is not None else None
 
 
-def context_lengths(path: Path, run: Run, config: Record) -> tuple[float | None, float | None]:
+def context_lengths(path: Path, run: Run) -> tuple[float | None, float | None]:
     """Mean tokens of the student's and the teacher's prompts, from the sampled problems that the
     run kept; None where they cannot be made again."""
     samples = [sample for sample in run.samples if sample.get("problem")]
-    if not samples or not (path / "model" / "tokenizer_config.json").is_file():
+    model = path / "model"
+    there = list(model.iterdir()) if model.is_dir() and not model.is_symlink() else []
+    small = [file for file in there if not file.name.endswith(".safetensors")]
+    plain = all(file.is_file() and file.stat().st_size < 1 << 28 for file in small)
+    if not samples or not plain or model / "tokenizer_config.json" not in there:
         return None, None
     from transformers import AutoTokenizer
 
@@ -85,10 +88,8 @@ def context_lengths(path: Path, run: Run, config: Record) -> tuple[float | None,
     from opsd.data.rows import Row
 
     try:
-        section = PromptsSection(**(config.get("prompts") or {}))
-        prompts = Prompts(
-            section, AutoTokenizer.from_pretrained(path / "model", trust_remote_code=False)
-        )
+        section = PromptsSection(**(run.config.get("prompts") or {}))
+        prompts = Prompts(section, AutoTokenizer.from_pretrained(model, trust_remote_code=False))
         rows = {
             sample["problem"]: Row(
                 *(str(sample.get(name) or "") for name in ("problem", "solution", "answer")),
@@ -100,6 +101,6 @@ def context_lengths(path: Path, run: Run, config: Record) -> tuple[float | None,
             fmean(len(prompts.ids(row, role)) for row in rows.values())
             for role in ("student", "teacher")
         ]
-    except (ValueError, OSError, TypeError):  # also UserError, for a template over other columns
+    except Exception:  # a template over other columns, a tokenizer that is none
         return None, None
     return lengths[0], lengths[1]

@@ -175,6 +175,7 @@ class SeedRun:
     prompts_counted: bool
     trained_axis: bool
     problems: int | None
+    troubles: Sequence[str] = ()  # what of it could not be read
 
     @property
     def budget(self) -> float:

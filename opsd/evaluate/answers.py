@@ -7,7 +7,6 @@ an evaluation may be continued by more or fewer processes than began it. Needs n
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
@@ -16,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd.common.errors import UserError, in_short
-from opsd.common.files import append_to, is_unfinished, read_lines, try_lock, write_json
+from opsd.common.errors import UserError
+from opsd.common.files import append_to, is_unfinished, try_lock, write_json
+from opsd.runs.records import CompletionLine, EvaluationFile, checked_lines, read_record
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class CompletionLog:
             raise UserError(
                 f"--output: another process is writing {self.path}; give each its own --shard"
             )
-        self._file.truncate(_whole_lines(self.path))  # a kill may have torn the last line
+        end = self._file.seek(0, os.SEEK_END)
+        start = self._file.seek(max(0, end - CompletionLine.longest))
+        whole = self._file.read().rfind(b"\n") + 1  # a kill may have torn the last line
+        self._file.truncate(start + whole if whole or not start else end)
 
     def __enter__(self) -> CompletionLog:
         return self
@@ -65,28 +68,24 @@ class CompletionLog:
         os.fsync(self._file.fileno())
 
 
-def read_completions(directory: Path, but: Path | None = None) -> dict[tuple[int, int], Completion]:
-    """(problem, sample) → completion, of all files `but` one. A torn last line is left out; of two
-    completions for one place the first file's counts."""
+def read_completions(
+    directory: Path, but: Path | None = None, bad: list[str] | None = None
+) -> dict[tuple[int, int], Completion]:
+    """(problem, sample) → completion, of all files `but` one. Lines that are damaged are left out
+    and go to `bad`: their answers are sampled again. Of two completions for one place the first
+    file's counts."""
     found: dict[tuple[int, int], Completion] = {}
     for path in sorted(directory.glob("completions-*-of-*.jsonl")):
         if path != but:
-            for completion in read_file(path):
+            for completion in read_file(path, bad):
                 found.setdefault(completion.place, completion)
     return found
 
 
-def read_file(path: Path) -> list[Completion]:
+def read_file(path: Path, bad: list[str] | None = None) -> list[Completion]:
     """The completions of one file."""
-    try:
-        return [Completion(**record) for record in read_lines(path)]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--output: {path} is damaged ({in_short(error)}); delete it") from error
-
-
-def _whole_lines(path: Path) -> int:
-    """The bytes up to and with the last newline."""
-    return path.read_bytes().rfind(b"\n") + 1
+    lines = checked_lines(path, CompletionLine, [] if bad is None else bad)
+    return [Completion(**line.record) for line, _ in lines]
 
 
 def key(identity: Mapping[str, Any]) -> str:
@@ -94,33 +93,31 @@ def key(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def claim(
-    directory: Path, identity: Mapping[str, Any], description: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Makes `directory` this evaluation's; returns the description that it began with.
+def claim(directory: Path, identity: Mapping[str, Any], description: Mapping[str, Any]) -> str:
+    """Makes `directory` this evaluation's; returns the date that it began on.
 
     UserError where it is another one's, naming what differs: answers of two evaluations must not
     mix."""
     path = directory / "evaluation.json"
-    if path.exists():
+    if os.path.lexists(path):
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            there = dict(saved["identity"])
-            datetime.date.fromisoformat(saved.get("date", "2000-01-01"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--output: {path} is damaged ({error})") from error
+            saved = read_record(path, EvaluationFile)
+        except UserError as error:
+            raise UserError(f"--output: {error}; choose another directory") from None
+        there = saved.identity
         differing = [name for name in identity if identity[name] != there.get(name)]
         if differing:
-            what = ", ".join(f"{n} {there.get(n)!r}, now {identity[n]!r}" for n in differing)
+            shown = {n: repr(there.get(n))[:100] for n in differing}
+            what = ", ".join(f"{n} {said}, now {identity[n]!r}" for n, said in shown.items())
             raise UserError(f"--output is {str(directory)!r}: it holds another evaluation ({what})")
-        return saved
+        return saved.date or description.get("date", "")
     if directory.exists() and not (directory.is_dir() and all(map(_claiming, directory.iterdir()))):
         raise UserError(
             f"--output is {str(directory)!r}: neither an empty directory nor an evaluation's"
         )
     directory.mkdir(parents=True, exist_ok=True)
     write_json(path, {"identity": dict(identity), **description})
-    return dict(description)
+    return description.get("date", "")
 
 
 def _claiming(path: Path) -> bool:

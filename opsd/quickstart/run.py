@@ -4,7 +4,6 @@ An interrupted one goes on where it was: with its base, if that had been measure
 that were done, and with the last checkpoint, if there is one, of that which was not.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -13,10 +12,11 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import TypeAdapter
 
 from opsd.common.display import Display
-from opsd.common.errors import UserError
-from opsd.common.files import is_unfinished, read_lines, write_file, write_json, write_lines
+from opsd.common.errors import UserError, in_short
+from opsd.common.files import is_unfinished, write_file, write_json, write_lines
 from opsd.common.precision import compute_dtype
 from opsd.common.statistics import wilson_interval
 from opsd.common.system import machine, peak_memory, versions
@@ -29,12 +29,15 @@ from opsd.quickstart.settings import Asked
 from opsd.report import write_report
 from opsd.rollout import Sampling
 from opsd.runs.directory import LOCK, claim_directory, locked
+from opsd.runs.log import student_curve
+from opsd.runs.records import Anything, read_record
 from opsd.training.checkpoints import save_model
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.run import run
 
 ARGUMENTS = "quickstart.json"
 OUTPUT = "--output"
+_EVALUATIONS = TypeAdapter(dict[str, Evaluation])
 
 
 def quickstart(
@@ -100,9 +103,9 @@ def _claim(directory: Path, arguments: dict[str, Any], resume: bool) -> None:
                 "another"
             )
         try:
-            there = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{where}: {file.name} there cannot be read; choose another") from None
+            there = read_record(file, Anything).record
+        except UserError as error:
+            raise UserError(f"{where}: {error}; choose another") from None
         changed = [name for name in arguments if there.get(name) != arguments[name]]
         if changed:
             name = changed[0]
@@ -123,10 +126,10 @@ def _make_base(
     place = directory / "base"
     measured = place / "evaluations.json"  # written last: the base is whole
     if measured.is_file():
-        known = {
-            name: Evaluation.from_json(values)
-            for name, values in json.loads(measured.read_text(encoding="utf-8")).items()
-        }
+        try:
+            known = _EVALUATIONS.validate_json(measured.read_bytes(), strict=True)
+        except ValueError as error:
+            raise UserError(f"{str(measured)!r} is damaged ({in_short(error)})") from None
         return known.pop("pretrained", None), known
     test = _tests(recipe)
     base = recipe.make_base(directory, test, display)
@@ -225,15 +228,15 @@ def _summary(
 def _curve(directory: Path, method: str) -> dict:
     """A method's last accuracy, and its curve over the tokens it is charged for."""
     axis = "trained_tokens" if method == "sft" else "generated_tokens"
-    lines = [
-        line for line in read_lines(directory / "evaluations.jsonl") if line["role"] == "student"
-    ]
+    lines = student_curve(directory)
+    if not lines or any(getattr(line, axis) is None for line in lines):
+        raise UserError(f"{str(directory)!r} has no whole evaluations.jsonl: remove the directory")
     last = lines[-1]
     return {
-        "accuracy": last["accuracy"],
-        "generated_tokens": last["generated_tokens"],
-        "trained_tokens": last["trained_tokens"],
-        "curve": [[line[axis], line["accuracy"]] for line in lines],
+        "accuracy": last.accuracy,
+        "generated_tokens": last.generated_tokens,
+        "trained_tokens": last.trained_tokens,
+        "curve": [[getattr(line, axis), line.accuracy] for line in lines],
     }
 
 

@@ -8,7 +8,7 @@ from opsd.report.charts import NOISY, Chart, Series, accuracy_chart
 from opsd.report.render import render
 from opsd.report.rollouts import sampled
 from opsd.report.step_costs import collapses, cost_rows
-from opsd.runs.read import Accuracy, Results, Run, value
+from opsd.runs.read import Accuracy, Results, Run
 
 # (metric, title, unit): the first three are always there, others where the run recorded them
 PANELS = [
@@ -96,8 +96,7 @@ def metric_series(runs: Sequence[Run], key: str) -> list[Series]:
     """A metric over steps, one series for each run that has it."""
     found = []
     for run in runs:
-        pairs = [(value(record, "step"), value(record, key)) for record in run.metrics]
-        points = sorted((x, y) for x, y in pairs if x is not None and y is not None)
+        points = sorted((r["step"], r[key]) for r in run.metrics if r.get(key) is not None)
         found += [Series(run.method, run.name, points)] if points else []
     return found
 
@@ -105,7 +104,7 @@ def metric_series(runs: Sequence[Run], key: str) -> list[Series]:
 def _warnings(results: Results) -> list[str]:
     notes = [*collapses(results.methods), *results.troubles]
     if not results.finished:
-        steps = max((value(r, "step") or 0 for run in results.runs for r in run.metrics), default=0)
+        steps = max((r["step"] for run in results.runs for r in run.metrics), default=0)
         notes.insert(
             0,
             "There is no summary.json yet: the run is still going on, or was cut off. What follows "
@@ -175,7 +174,7 @@ def readable(content: object) -> list[tuple[str, str]]:
         return [("", str(content))] if content else []
     pairs = []
     for key, entry in content.items():
-        if str(key).endswith("bytes") and value(content, key) is not None:
+        if str(key).endswith("bytes") and isinstance(entry, int | float):
             entry = size(entry)
         elif not isinstance(entry, str):
             entry = json.dumps(entry, ensure_ascii=False)

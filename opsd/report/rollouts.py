@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from opsd.runs.read import Record, Run, value
+from opsd.runs.read import Run
+from opsd.runs.records import Record
 
 MAX_PROBLEMS = 12
 MAX_TOKENS = 1500  # shown of a rollout: no phone scrolls a page with more elements
@@ -18,7 +19,7 @@ def sample_pairs(samples: Sequence[Record]) -> list[tuple[Record | None, Record 
     A problem that was sampled at one of the two only is a pair with None. If there is only one
     sampled step, every pair is (before, None).
     """
-    steps = [value(sample, "step") or 0 for sample in samples]
+    steps = [sample["step"] for sample in samples]
     first, last = min(steps, default=0), max(steps, default=0)
     pairs: dict[str, list[Record | None]] = {}
     for sample, step in zip(samples, steps, strict=True):
@@ -41,7 +42,7 @@ def sampled(run: Run) -> dict[str, Any] | None:
 def divergence_scale(samples: Sequence[Record]) -> float | None:
     """The divergence of the darkest shade: the 95th percentile, so that one outlier does not pale
     all others. None where no token has a divergence."""
-    found = sorted(d for sample in samples for d in _divergences(_tokens(sample)))
+    found = sorted(d for sample in samples for d in _divergences(sample.get("tokens", [])))
     return max(found[int(0.95 * (len(found) - 1))], 1e-3) if found else None
 
 
@@ -51,12 +52,12 @@ def shade(divergence: float, scale: float) -> int:
 
 
 def _rollout(sample: Record, scale: float | None) -> dict[str, Any]:
-    tokens = _tokens(sample)
+    tokens = sample.get("tokens", [])
     known = _divergences(tokens)
     texts = ("problem", "solution", "answer", "completion", "correct")
     return {
         **{name: sample.get(name) for name in texts},
-        "step": value(sample, "step"),
+        "step": sample["step"],
         "length": len(tokens),
         "divergence": fmean(known) if known else None,
         "tokens": [_token(token, scale) for token in tokens[:MAX_TOKENS]],
@@ -64,12 +65,8 @@ def _rollout(sample: Record, scale: float | None) -> dict[str, Any]:
 
 
 def _token(token: Record, scale: float | None) -> dict[str, Any]:
-    text, divergence = str(token.get("text", "")), value(token, "divergence")
-    teacher = [
-        [str(choice[0]), round(float(choice[1]), 4)]
-        for choice in token.get("teacher") or []
-        if isinstance(choice, list) and len(choice) == 2 and isinstance(choice[1], (int, float))
-    ]
+    text, divergence = token.get("text", ""), token.get("divergence")
+    teacher = [[choice, round(p, 4)] for choice, p in token.get("teacher") or [] if p is not None]
     classes = ["t"]
     if divergence is not None and scale:
         classes.append(f"d{shade(divergence, scale)}")
@@ -80,15 +77,10 @@ def _token(token: Record, scale: float | None) -> dict[str, Any]:
         "pieces": [piece for piece in re.split(r"([\n\r\t])", text) if piece],
         "classes": " ".join(classes),
         "divergence": divergence,
-        "probability": value(token, "student_probability"),
+        "probability": token.get("student_probability"),
         "teacher": teacher,
     }
 
 
-def _tokens(sample: Record) -> list[Record]:
-    found = sample.get("tokens")
-    return [t for t in found if isinstance(t, dict)] if isinstance(found, list) else []
-
-
 def _divergences(tokens: Sequence[Record]) -> list[float]:
-    return [d for token in tokens if (d := value(token, "divergence")) is not None]
+    return [d for token in tokens if (d := token.get("divergence")) is not None]

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from opsd.common.format import duration, percent, size
-from opsd.runs.read import Record, Run, value
+from opsd.runs.read import Run
+from opsd.runs.records import Record
 
 PARTS = ("rollout", "grading", "teacher", "student", "loss", "backward", "optimizer")
 
@@ -33,15 +34,13 @@ def cost_rows(run: Run) -> list[list[str]]:
 def collapses(runs: Sequence[Run]) -> list[str]:
     """A sentence on each measure that a run flagged."""
     return [
-        f"{run.name}, step {value(record, 'step') or 0:g}: collapse? "
+        f"{run.name}, step {record['step']}: collapse? "
         f"{COLLAPSED.get(name, name).capitalize()} (train.collapse.{name})."
         for run in runs
         for record in run.metrics
-        if isinstance(record.get("collapse"), list)
-        for name in record["collapse"]
-        if isinstance(name, str)
+        for name in record.get("collapse", [])
     ]
 
 
 def _known(metrics: Sequence[Record], key: str) -> list[float]:
-    return [y for record in metrics if (y := value(record, key)) is not None]
+    return [y for record in metrics if (y := record.get(key)) is not None]

@@ -3,7 +3,6 @@
 import datetime
 import errno
 import hashlib
-import json
 import os
 import platform
 import re
@@ -20,7 +19,6 @@ from opsd.common.files import (
     REASONS,
     append_to,
     is_unfinished,
-    read_lines,
     remove,
     sync,
     try_lock,
@@ -32,6 +30,7 @@ from opsd.config.config import Config
 from opsd.config.load import load_config, save_config
 from opsd.config.yaml import read_yaml
 from opsd.data.rows import Row
+from opsd.runs.records import Anything, StepLine, TrainerState, checked_lines, read_record
 
 CONFIG = "config.yaml"
 LOCK = "run.lock"
@@ -183,7 +182,8 @@ def claim_directory(
         sync(directory.parent)
         save_config(config, mine)
     checkpoint = last_checkpoint(directory)
-    if checkpoint is None and not start_over and (done := len(read_lines(directory / METRICS))):
+    again = checkpoint is None and not start_over
+    if again and (done := sum(1 for _ in checked_lines(directory / METRICS, StepLine))):
         raise UserError(
             f"output.dir is {str(directory)!r}: of its {done} steps there is no checkpoint to go "
             f"on from; `{command_to_go_on(directory)} --start-over` begins again"
@@ -268,9 +268,9 @@ def _check(checkpoint: Path) -> None:
         missing = str(checkpoint / MANIFEST)
         raise UserError(f"output.dir: {missing!r} is missing, without which no run leaves one")
     with or_unreadable(checkpoint):
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        if state["global_step"] != step_of(checkpoint):
-            raise ValueError(f"trainer_state.json is of step {state['global_step']}")
+        step = read_record(checkpoint / "trainer_state.json", TrainerState).global_step
+        if step != step_of(checkpoint):
+            raise ValueError(f"trainer_state.json is of step {step}")
 
 
 def check_problems(
@@ -284,20 +284,20 @@ def check_problems(
     """
     file = directory / PROBLEMS
     here = {field: {"rows": len(of), "sha256": _digest(of)} for field, of in rows.items()}
-    if checkpoint is not None and file.is_file():
+    if checkpoint is not None and os.path.lexists(file):
         try:
-            there = json.loads(file.read_text(encoding="utf-8"))
-            before = {field: there[field]["rows"] for field in here}
-        except (ValueError, KeyError, TypeError):
+            there = read_record(file, Anything).record
+        except UserError as error:
             raise UserError(
-                f"{str(file)!r} cannot be read; without that file the run goes on with whatever "
-                "problems there are now"
+                f"{error}; without that file the run goes on with whatever problems there are now"
             ) from None
         for field, now in here.items():
-            if there[field] != now:
+            before = there.get(field)
+            if before != now:
+                rows_then = before.get("rows") if isinstance(before, dict) else "no"
                 raise UserError(
                     f"{field}: the problems are not those that the run in {str(directory)!r} began "
-                    f"with ({before[field]} rows then, {now['rows']} now); restore them, or "
+                    f"with ({rows_then} rows then, {now['rows']} now); restore them, or "
                     "begin another run in another output.dir"
                 )
         return
@@ -328,7 +328,7 @@ def _changed(path: Path, config: Config) -> list[str]:
     """The fields that may not change on resume but differ from the file's, with both values."""
     try:
         there = _flat(load_config(path).model_dump())
-    except UserError:
+    except (UserError, OSError):
         return [f"{path.name} there cannot be read"]
     here = _flat(config.model_dump())
     free = MAY_CHANGE + (("train.steps",) if config.train.schedule == "constant" else ())

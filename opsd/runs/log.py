@@ -1,14 +1,22 @@
 """The files that a run writes as it goes, a line of JSON each: metrics, samples and the like."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
-from opsd.common.files import append_to, read_lines, sync, write_lines
+from opsd.common.files import append_to, sync, write_file
 from opsd.runs.directory import NotWritten, written
+from opsd.runs.records import CountedStep, EvaluationLine, Line, Sample, checked_lines
 
-FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "rollouts.jsonl")
+FILES: dict[str, type[Any]] = {
+    "metrics.jsonl": CountedStep,
+    "evaluations.jsonl": EvaluationLine,
+    "samples.jsonl": Sample,
+    "rollouts.jsonl": Line,
+}
 
 
 @dataclass
@@ -23,50 +31,51 @@ class Counters:
 class RunLog:
     """Appends lines to a run directory's files.
 
-    `step` is where the run starts: 0, or the checkpoint's step on resume. Lines of later steps,
+    `start` is where the run starts: 0, or the checkpoint's step on resume. Lines of later steps,
     which an interrupted run may have left, are dropped: each step has one line. So are samples
     without their evaluation, which is written after them. The counters go on from the last line.
     Of several processes one `writes`; the others count.
     """
 
-    def __init__(self, directory: Path, step: int = 0, writes: bool = True):
+    def __init__(self, directory: Path, start: int = 0, writes: bool = True):
         self.directory, self.writes = directory, writes
         self.counters = Counters()
         self.failure: NotWritten | None = None
         self.unwritten: dict[str, list[dict]] = {name: [] for name in FILES}
-        there = {name: read_lines(directory / name) for name in FILES}
+        there = {
+            name: [(one.step, line) for one, line in checked_lines(directory / name, kind)]
+            for name, kind in FILES.items()
+        }
+        done = {line.step for line in student_curve(directory)}
         kept = {
-            name: [line for line in lines if step and line["step"] <= step]
+            name: [
+                line
+                for step, line in lines
+                if start and step <= start and (name != "samples.jsonl" or step in done)
+            ]
             for name, lines in there.items()
         }
         self.dropped = len(there["metrics.jsonl"]) - len(kept["metrics.jsonl"])  # steps not saved
-        self.past = kept["metrics.jsonl"]  # the lines of the steps before
-        done = {e["step"] for e in kept["evaluations.jsonl"] if e["role"] == "student"}
-        kept["samples.jsonl"] = [s for s in kept["samples.jsonl"] if s["step"] in done]
-        if kept["metrics.jsonl"]:
-            last = kept["metrics.jsonl"][-1]
-            self.counters = Counters(
-                last["generated_tokens"], last["trained_tokens"], last["seconds"]
-            )
+        self.past = list(map(json.loads, kept["metrics.jsonl"]))  # the lines of the steps before
+        if self.past:
+            self.counters = Counters(*(self.past[-1][name] for name in asdict(self.counters)))
         for name, lines in kept.items():
             if writes and (directory / name).exists():
-                write_lines(directory / name, lines)
+                write_file(directory / name, b"".join(lines))
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the student of this step has been measured."""
-        lines = read_lines(self.directory / "evaluations.jsonl")
-        return any(line["role"] == "student" and line["step"] == step for line in lines)
+        return any(line.step == step for line in student_curve(self.directory))
 
     def best(self) -> tuple[int, float, int] | None:
         """The best evaluation of the student, the first of equal ones: its step and accuracy, and
         how many came after it. None: there is no evaluation yet."""
-        name = "evaluations.jsonl"
-        lines = read_lines(self.directory / name) + self.unwritten[name]
-        lines = [line for line in lines if line["role"] == "student"]
+        unwritten = map(EvaluationLine.model_validate, self.unwritten["evaluations.jsonl"])
+        lines = student_curve(self.directory) + [one for one in unwritten if one.role == "student"]
         if not lines:
             return None
-        place = max(range(len(lines)), key=lambda i: lines[i]["accuracy"])
-        return lines[place]["step"], lines[place]["accuracy"], len(lines) - 1 - place
+        place = max(range(len(lines)), key=lambda i: lines[i].accuracy)
+        return lines[place].step, lines[place].accuracy, len(lines) - 1 - place
 
     def sync(self) -> None:
         """Have the disk keep what has been written."""
@@ -81,7 +90,7 @@ class RunLog:
             if self.failure is not None:
                 raise self.failure
             with written(self.directory, name), append_to(self.directory / name) as file:
-                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode(errors="replace"))
+                file.write(_as_line(line))
         except NotWritten as failure:
             self.failure = failure
             self.unwritten[name].append(line)
@@ -93,10 +102,22 @@ class RunLog:
 
     def copy_to(self, directory: Path) -> None:
         """All lines, also those that could not be written."""
-        for name in FILES:
-            write_lines(directory / name, read_lines(self.directory / name) + self.unwritten[name])
+        for name, kind in FILES.items():
+            lines = [line for _, line in checked_lines(self.directory / name, kind)]
+            lines += map(_as_line, self.unwritten[name])
+            write_file(directory / name, b"".join(lines))
 
     metrics = partialmethod(_append, "metrics.jsonl")  # a training step
     evaluation = partialmethod(_append, "evaluations.jsonl")  # a pass over the held-out problems
     sample = partialmethod(_append, "samples.jsonl")  # a completion, its tokens' divergences
     rollout = partialmethod(_append, "rollouts.jsonl")  # one that was trained on
+
+
+def student_curve(directory: Path) -> list[EvaluationLine]:
+    """The student's evaluations in a run's directory."""
+    lines: Iterator[Any] = checked_lines(directory / "evaluations.jsonl", EvaluationLine)
+    return [line for line, _ in lines if line.role == "student"]
+
+
+def _as_line(record: dict) -> bytes:
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="replace")

@@ -1,7 +1,6 @@
 """Saving models and checkpoints, each whole or not at all: see common/saved_directory.py."""
 
 import copy
-import json
 import math
 import random
 from collections.abc import Iterable, Mapping
@@ -32,6 +31,8 @@ from opsd.models.load import load_model
 from opsd.models.lora import is_adapted
 from opsd.models.moving_average import MovingAverage
 from opsd.runs.directory import checkpoints_in, or_unreadable, written
+from opsd.runs.records import TrainerState as SavedState
+from opsd.runs.records import read_record
 
 
 def save_model(
@@ -204,9 +205,9 @@ class Checkpoints:
                 load_weights(self.model, place, manifest["files"])
                 self.optimizer.load_state_dict(_read(place / "optimizer.pt"))
             self.schedule.load_state_dict(_read(place / "scheduler.pt"))
-            saved = json.loads((place / "trainer_state.json").read_text(encoding="utf-8"))
-            for name in ("global_step", "epoch", "log_history"):
-                setattr(state, name, saved[name])
+            saved = read_record(place / "trainer_state.json", SavedState)
+            state.global_step, state.epoch = saved.global_step, saved.epoch
+            state.log_history = saved.log_history
         if self.average is not None:
             self.average.load(place)
 

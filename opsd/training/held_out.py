@@ -29,13 +29,6 @@ class Evaluation:
     seconds: float
     sampling: dict  # the engine, and how it drew tokens
 
-    @classmethod
-    def from_json(cls, values: dict) -> "Evaluation":
-        """Read back an evaluation that was written as JSON by `dataclasses.asdict`."""
-        rollouts = [Rollout(**rollout) for rollout in values["rollouts"]]
-        grades = [Grade(**grade) for grade in values["grades"]]
-        return cls(**(values | {"rollouts": rollouts, "grades": grades}))
-
     @property
     def accuracy(self) -> float:
         """The share of correct answers; a cut-off answer counts by what it says so far."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
-from opsd.common.files import read_lines, write_json
+from opsd.common.files import write_json
 from opsd.common.hub_upload import push
 from opsd.common.precision import best_precision, compute_dtype, weights_dtype
 from opsd.common.system import machine, peak_memory, release_memory, share_one_heap, versions
@@ -54,7 +54,7 @@ from opsd.rollout import (
 )
 from opsd.rollout.vllm_client import VLLMServer
 from opsd.runs.directory import NotWritten, check_problems, claim_directory, locked, settle, step_of
-from opsd.runs.log import RunLog
+from opsd.runs.log import RunLog, student_curve
 from opsd.training.checkpoints import check_pieces, checkpoint_bytes, save_model, save_trained
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.learning_curve import LearningCurve
@@ -421,9 +421,8 @@ class Run:
             ) from error
 
     def _write_summary(self, seconds: float) -> dict:
-        lines = read_lines(self.directory / "evaluations.jsonl")
+        accuracies = [line.accuracy for line in student_curve(self.directory)] or [None]
         best = self.log.best()
-        accuracies = [line["accuracy"] for line in lines if line["role"] == "student"] or [None]
         summary = {
             "method": self.config.method,
             "model": self.config.model.path,

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.lines import read_lines
 from helpers.training_cases import ROWS, short_values, write_rows
 
 from opsd.cli.main import main
-from opsd.common.files import read_lines
 from opsd.config.config import Config
 from opsd.config.load import merge
 

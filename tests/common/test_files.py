@@ -19,13 +19,11 @@ from opsd.common.errors import UserError
 from opsd.common.files import (
     append_to,
     is_unfinished,
-    read_lines,
     remove,
     try_lock,
     why_not_written,
     write_file,
     write_json,
-    write_lines,
 )
 
 PACKAGE = Path(opsd.__file__).parent
@@ -101,19 +99,6 @@ def test_the_content_is_on_disk_before_the_name(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *a, n=name, r=real: (calls.append(n), r(*a))[1])
     write_file(tmp_path / "file", "text")
     assert calls == ["fsync", "replace", "fsync"]  # the last one is the directory's
-
-
-def test_lines_are_read_whole_or_named(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    assert read_lines(path) == []
-    write_lines(path, [{"a": 1}, {"b": "é"}])
-    path.write_text(path.read_text() + '{"c": 1')
-    assert read_lines(path) == [{"a": 1}, {"b": "é"}]  # the last one is cut short
-    path.write_text('{"a": 1}\n7\n\nnonsense\n{"b": 2}')
-    with pytest.raises(UserError, match=r"lines\.jsonl is damaged in line 2"):
-        read_lines(path)
-    bad = []
-    assert read_lines(path, bad) == [{"a": 1}, {"b": 2}] and bad == [2, 4]
 
 
 def test_what_an_interrupted_write_leaves_is_known(tmp_path, monkeypatch):

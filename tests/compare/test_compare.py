@@ -113,11 +113,10 @@ def test_each_seed_has_its_own_target(tmp_path):
         # up from .2 to the best at 800 tokens, then down again
         grpo = [(0, 0.2), (400, 0.15), (800, best or 0.1), (1600, 0.1)]
         directories.append(write_run(tmp_path / f"g{seed}", "grpo", grpo, seed))
-        # a straight line from .2 that is at the best after 800 / part tokens
-        slope = ((best or 0.3) - 0.2) / 800 * (part or 1e-3)
-        opsd = [(0, 0.2), (1600, 0.2 + 1600 * slope)]
-        if part is None:
-            opsd = [(0, 0.2), (1600, 0.6)]
+        # a straight line from .2 that is at the best after 800 / part tokens, and stays there
+        opsd = [(0, 0.2), (1600, 0.6)]
+        if part is not None:
+            opsd[1:] = [(800 / part, best or 0.3), (1600, best or 0.3)]
         directories.append(
             write_run(tmp_path / f"o{seed}", "opsd", opsd, seed, seconds=0.01 * (seed + 1))
         )
@@ -150,9 +149,9 @@ def test_each_seed_has_its_own_target(tmp_path):
     assert by_seed == [pytest.approx(200), pytest.approx(400), pytest.approx(100), None, None]
     assert json.dumps(comparison.record()) and "Seed by seed" in page(comparison)
     lines = seed_rows(comparison)
-    # by the budget, 1600 tokens, OPSD's line is twice as far as at 800 with a 4th of the tokens
-    assert lines[0] == ["0", "20.0 %", "28.0 %", "84.0 %", "200", "10.0 %", "800"]
-    assert lines[3][2:5] == ["–", "100.0 %", "–"] and lines[4][4] == "–"
+    # best of GRPO, OPSD at the budget
+    assert lines[0] == ["0", "20.0 %", "28.0 %", "28.0 %", "200", "10.0 %", "800"]
+    assert lines[3][2:5] == ["–", "30.0 %", "–"] and lines[4][4] == "–"
 
 
 def test_paired_intervals_cover_the_true_ratio(tmp_path):

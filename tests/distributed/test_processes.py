@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers.lines import read_lines
 from helpers.payload import Payload
 from helpers.training_cases import ROWS, short_values, write_model, write_rows
 from helpers.vllm_server import FakeVLLM
@@ -26,7 +27,6 @@ from transformers import AutoTokenizer
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
-from opsd.common.files import read_lines
 from opsd.config.load import merge, parse_config, save_config
 from opsd.grading.grader import Grade
 from opsd.objectives import OPSD, Sample, SampleGroup, samples_of

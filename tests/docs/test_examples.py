@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.lines import read_lines
 from helpers.machines import FITS
 from helpers.training_cases import quiet, write_model, write_rows
 
 from opsd.cli.main import main
-from opsd.common.files import read_lines
 from opsd.common.templates import fill_in
 from opsd.config.load import load_config
 from opsd.quickstart.recipe import method_config

@@ -189,11 +189,22 @@ def test_processes_that_start_together_share_the_directory(tmp_path):
 def test_damaged_files_are_named(tmp_path):
     claim(tmp_path / "a", {"seed": 0}, {})
     (tmp_path / "a" / "completions-1-of-1.jsonl").write_text("nonsense\n")
-    with pytest.raises(UserError, match=r"completions-1-of-1\.jsonl is damaged"):
-        read_completions(tmp_path / "a")
+    bad = []
+    assert read_completions(tmp_path / "a", bad=bad) == {} and len(bad) == 1
+    assert bad[0].startswith("a/completions-1-of-1.jsonl:1 (")
     (tmp_path / "a" / "evaluation.json").write_text("{")
-    with pytest.raises(UserError, match=r"evaluation\.json is damaged"):
+    with pytest.raises(UserError, match=r"evaluation\.json' is damaged"):
         claim(tmp_path / "a", {"seed": 0}, {})
+
+
+def test_the_answer_of_a_damaged_line_is_sampled_again(files, whole, tmp_path, capsys):
+    output = shutil.copytree(whole, tmp_path / "out")
+    path = output / "completions-1-of-1.jsonl"
+    first, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text(first.replace('"finished": ', '"finished": "no", "x": ') + "".join(rest))
+    assert evaluate(files, output) == 0
+    assert "out/completions-1-of-1.jsonl:1 (finished is 'no'" in capsys.readouterr().out
+    assert completions(output) == completions(whole)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from helpers.lines import read_lines
 from helpers.training_cases import ROWS, graded, quiet, short_config
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
-from opsd.common.files import read_lines
 from opsd.config.load import save_config
 from opsd.config.loss import RewardSection
 from opsd.data.prompts import Context

@@ -33,10 +33,10 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `helpers`
 
+from helpers.lines import read_lines
 from helpers.training_cases import short_config, timeless, write_model, write_rows
 from opsd.cli.main import main
 from opsd.common.ending import end_with_parent
-from opsd.common.files import read_lines
 from opsd.compare import study as studies
 from opsd.config.load import save_config
 from opsd.evaluate import answers as _imported_too  # noqa: F401 - what a command needs, before the

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.lines import read_lines
 from helpers.training_cases import ROWS, logits, quiet, short_config, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd.cli.main import main
-from opsd.common.files import read_lines
 from opsd.compare.flops import multiplying_parameters
 from opsd.config.load import save_config
 from opsd.config.loss import LossSection

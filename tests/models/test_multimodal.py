@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from helpers.lines import read_lines
 from helpers.training_cases import quiet, short_config, write_rows
 from safetensors.torch import load_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from opsd.common.files import read_lines
 from opsd.models.load import load_model
 from opsd.quickstart import tiny_model as tiny
 from opsd.training.run import train

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.lines import read_lines
 from helpers.prefix_models import make
 from helpers.training_cases import short_config, write_model
 from torch import nn
@@ -9,7 +10,6 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
-from opsd.common.files import read_lines
 from opsd.common.precision import compute_dtype
 from opsd.config.load import save_config
 from opsd.models.load import load_model

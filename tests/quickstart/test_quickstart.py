@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from helpers.lines import read_lines
 from helpers.training_cases import timeless
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd.cli.main import main
-from opsd.common.files import read_lines
 from opsd.config.load import load_config, parse_config
 from opsd.quickstart import run as flow
 from opsd.quickstart import tiny_model as tiny

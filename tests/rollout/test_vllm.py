@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from helpers.lines import read_lines
 from helpers.training_cases import (
     changed,
     logits,
@@ -19,7 +20,6 @@ from safetensors.torch import load_file
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
-from opsd.common.files import read_lines
 from opsd.config.load import merge, parse_config
 from opsd.models.load import stop_ids
 from opsd.quickstart import tiny_model as tiny

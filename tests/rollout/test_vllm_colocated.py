@@ -5,10 +5,10 @@ import types
 
 import pytest
 import torch
+from helpers.lines import read_lines
 from helpers.training_cases import ROWS, changed, quiet, short_config
 from helpers.vllm_outputs import outputs
 
-from opsd.common.files import read_lines
 from opsd.models.load import stop_ids
 from opsd.rollout import GenerateSampler, Sampling
 from opsd.rollout.vllm_colocated import ColocatedSampler

@@ -1,10 +1,10 @@
 """Collapse detectors: what they see, that they say it once, that a run warns or stops."""
 
 import pytest
+from helpers.lines import read_lines
 from helpers.training_cases import short_config
 
 from opsd.cli.main import main
-from opsd.common.files import read_lines
 from opsd.config.load import save_config
 from opsd.config.sections import CollapseSection
 from opsd.training.collapse import CollapseWatch

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.lines import read_lines
 from helpers.training_cases import short_config
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -20,7 +21,6 @@ from transformers import TrainerCallback
 from opsd.cli.main import main
 from opsd.common.display import Display
 from opsd.common.errors import UserError
-from opsd.common.files import read_lines
 from opsd.common.step_timer import StepTimer, Watch, measured, phase, resident
 from opsd.config.load import save_config
 from opsd.objectives import OPSD

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.lines import read_lines
 from helpers.training_cases import short_config, timeless
 from safetensors.torch import load_file
 
 from opsd.cli.main import main
-from opsd.common.files import read_lines
 from opsd.common.workers import _Worker
 from opsd.config.load import save_config
 from opsd.grading.grader import Grader
@@ -241,7 +241,8 @@ def test_a_dataset_that_has_changed_is_said_and_can_be_brought_back(
     (tmp_path / "run" / "problems.json").write_text("{")
     capsys.readouterr()
     assert trained(mine, tmp_path / "run", "--resume") == 1
-    assert "problems.json' cannot be read; without that file" in one_line(capsys)
+    said = one_line(capsys)
+    assert "problems.json' is damaged (" in said and "; without that file" in said
     (tmp_path / "run" / "problems.json").unlink()
     assert trained(mine, tmp_path / "run", "--resume") == 0
     assert outcome(tmp_path / "run") == outcome(straight)

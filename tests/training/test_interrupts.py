@@ -6,11 +6,11 @@ import signal
 
 import pytest
 import torch
+from helpers.lines import read_lines
 from helpers.training_cases import short_config, timeless
 from safetensors.torch import load_file
 
 from opsd.cli.main import main
-from opsd.common.files import read_lines
 from opsd.config.load import save_config
 from opsd.rollout import GenerateSampler
 from opsd.runs.log import FILES, RunLog

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.lines import read_lines
 from helpers.training_cases import short_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opsd.cli.main import main
-from opsd.common.files import read_lines
 from opsd.config.load import save_config
 from opsd.training.held_out import HeldOut
 from opsd.training.run import Run

@@ -4,9 +4,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+from helpers.lines import read_lines
 from helpers.training_cases import quiet, short_config
 
-from opsd.common.files import read_lines
 from opsd.training.run import train
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minimal_loop.py"

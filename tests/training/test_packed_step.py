@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
+from helpers.lines import read_lines
 from helpers.prefix_models import alone, assert_same, ids, make, make_groups
 from helpers.step_cases import make_sample_groups, make_step
 from helpers.training_cases import short_values, write_model, write_rows
@@ -18,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
-from opsd.common.files import read_lines
 from opsd.config.load import merge
 from opsd.config.loss import LossSection
 from opsd.models.copies import full_tensor

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.lines import read_lines
 from helpers.training_cases import ROWS, quiet, short_config, timeless
 from safetensors.torch import load_file
 
-from opsd.common.files import read_lines
 from opsd.models.load import load_model
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.runs.directory import claim_directory, last_checkpoint, step_of

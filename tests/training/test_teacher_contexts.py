@@ -1,10 +1,10 @@
 """Teacher contexts made of rollouts: a successful peer, feedback; what is left out and counted."""
 
 import pytest
+from helpers.lines import read_lines
 from helpers.training_cases import ROWS, quiet, short_config
 
 from opsd.common.errors import UserError
-from opsd.common.files import read_lines
 from opsd.config.loss import LossSection
 from opsd.config.sections import PromptsSection
 from opsd.data.prompts import Context, Prompts

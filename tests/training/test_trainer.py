@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.lines import read_lines
 from helpers.training_cases import (
     quiet,
     short_config,
@@ -15,7 +16,6 @@ from helpers.training_cases import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opsd.common.files import read_lines
 from opsd.grading.grader import Grade
 from opsd.models.load import load_model
 from opsd.objectives import OPSD, Sample, SampleGroup, samples_of

@@ -11,9 +11,9 @@ import sys
 import pytest
 import torch
 import yaml
+from helpers.lines import read_lines
 from helpers.training_cases import short_values
 
-from opsd.common.files import read_lines
 from opsd.config.load import merge
 
 pytestmark = [

@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.lines import read_lines
 from helpers.training_cases import ROWS, logits, quiet, short_config, write_model, write_rows
 from safetensors.torch import load_file
 
-from opsd.common.files import read_lines
 from opsd.config.load import save_config
 from opsd.config.loss import LossSection
 from opsd.objectives import GRPO, OPSD, TokenWeighting
