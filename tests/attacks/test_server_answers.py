@@ -1,7 +1,6 @@
 """What a server may answer instead of a completion, its models, its settings: refused in one line,
 within the time and the memory that were asked for."""
 
-import copy
 import gzip
 import itertools
 import json
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 from helpers.hostile_server import HostileServer, response
+from helpers.run_attacks import mutated
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
@@ -285,36 +285,6 @@ def test_no_redirect_is_followed(status, hostile):
         assert "redirects /v1/models to" in said and to.address in said
     assert other.seen == [] and len(hostile.seen) == 2
     other.stop()
-
-
-VALUES = [
-    None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 0.5, 1e308, -1e308, math.nan, math.inf, "",
-    "4", "stop", "tiny", "a" * 5000, "\ud800", [], [[]], {}, [4, 5, 6, 7], {"0": 4},
-]  # fmt: skip
-
-
-def mutated(value, draw):
-    """A copy of the value with one to three places changed, taken away or doubled."""
-    value = copy.deepcopy(value)
-    for _ in range(draw.randint(1, 3)):
-        place = value
-        while True:
-            inside = list(place if isinstance(place, dict) else range(len(place)))
-            if not inside:
-                break
-            key = draw.choice(inside)
-            if isinstance(place[key], dict | list) and draw.random() < 0.8:
-                place = place[key]
-                continue
-            how = draw.randrange(4)
-            if how == 0:
-                del place[key]
-            elif how == 1 and isinstance(place, list):
-                place.append(copy.deepcopy(place[key]))
-            else:
-                place[key] = draw.choice(VALUES)
-            break
-    return value
 
 
 def taken_rightly(answer: dict, rollout) -> bool:

@@ -1,9 +1,8 @@
 """Text from outside that a terminal would obey: colours, titles, the clipboard, another order."""
 
-import unicodedata
-
 import pytest
 import yaml
+from helpers.terminal import obeyed
 
 from opsd.cli.main import main
 from opsd.common.display import Display
@@ -28,11 +27,6 @@ def hostile_text(draw) -> str:
         chr(draw.randrange(160)),
     ]
     return "".join(draw.choice(pieces) for _ in range(draw.randrange(1, 12)))
-
-
-def obeyed(text: str) -> list[str]:
-    """The characters that a terminal acts upon, or that change how the others look."""
-    return [c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Cs")]
 
 
 @pytest.fixture
