@@ -3,7 +3,7 @@
 Everything that other rooms need is imported from here.
 """
 
-from opsd.prefix.attention import use_kernel
+from opsd.prefix.attention import by_tiles, use_kernel
 from opsd.prefix.hidden_states import (
     live_hidden_states,
     rollout_hidden_states,

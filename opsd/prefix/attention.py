@@ -72,7 +72,7 @@ def packed_attention(
 
 _asked = "auto"
 _chosen: dict[Inputs, str] = {}
-_probed: list[Inputs] | None = None
+_by_tiles: list[Inputs] | None = None
 
 
 def use_kernel(name: str) -> None:
@@ -92,14 +92,14 @@ def use_kernel(name: str) -> None:
 
 
 @contextmanager
-def probing() -> Iterator[list[Inputs]]:
+def by_tiles() -> Iterator[list[Inputs]]:
     """Inside, `tiles` serves all calls, and the list collects what they were given."""
-    global _probed
-    before, _probed = _probed, []
+    global _by_tiles
+    before, _by_tiles = _by_tiles, []
     try:
-        yield _probed
+        yield _by_tiles
     finally:
-        _probed = before
+        _by_tiles = before
 
 
 def kernel_names(inputs: Sequence[Inputs], device: torch.device) -> list[str]:
@@ -114,8 +114,8 @@ def kernel_for(query: Tensor, value: Tensor, softcap: bool) -> Kernel:
     Raises UserError where the kernel that was asked for cannot serve it.
     """
     inputs = Inputs(query.device, value.dtype, query.shape[-1], value.shape[-1], softcap)
-    if _probed is not None:
-        _probed.append(inputs)
+    if _by_tiles is not None:
+        _by_tiles.append(inputs)
         return tiled_attention
     if inputs not in _chosen:
         _chosen[inputs] = choose(_asked, inputs)
@@ -182,9 +182,18 @@ def _unsuitable_flash_attn() -> str | None:
         return f"flash-attn is not installed, or not for this torch ({error})"
     for call, needs in varlen.FLASH_ATTN_ARGUMENTS.items():
         function = getattr(flash_attn_interface, call, None)
-        if function is None or not needs <= set(inspect.signature(function).parameters):
+        if function is None or not needs <= _argument_names(function):
             return "this version of flash-attn is not known here: 2.7 to 2.8 are"
     return None
+
+
+def _argument_names(function: Callable) -> set[str]:
+    """What a function takes. An operator by torch.library.custom_op, as flash-attn's are, shows
+    Python `(*args, **kwargs)` and has its arguments in a schema."""
+    operator = getattr(function, "_opoverload", None)
+    if operator is None:
+        return set(inspect.signature(function).parameters)
+    return {argument.name for argument in operator._schema.arguments}
 
 
 def _unsuitable_flash_3(device: torch.device) -> str | None:

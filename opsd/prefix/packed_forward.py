@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from opsd.prefix.attention import Inputs, kernel_names, packed_attention, probing
+from opsd.prefix.attention import Inputs, by_tiles, kernel_names, packed_attention
 from opsd.prefix.layout import Layout, Scores
 
 IMPLEMENTATION = "opsd_shared_prefix"
@@ -84,7 +84,7 @@ def probe(model: PreTrainedModel) -> list[Inputs]:
 
     Raises UnpackableError where that is more than our attention knows.
     """
-    with torch.no_grad(), probing() as inputs:
+    with torch.no_grad(), by_tiles() as inputs:
         try:
             packed_forward(model, Layout([([0], [[0, 0]])], model.device))
         finally:

@@ -6,6 +6,7 @@ weights.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NoReturn
@@ -25,7 +26,14 @@ from opsd.distributed.wrap import backward, called_through, exchange
 from opsd.models.dropout import switch_off_dropout
 from opsd.objectives import Objective, SampleGroup, Totals, samples_of
 from opsd.objectives.log_probs import rollout_log_prob
-from opsd.prefix import CachedPrefix, Group, PrefixCache, cached_token_cost, rollout_hidden_states
+from opsd.prefix import (
+    CachedPrefix,
+    Group,
+    PrefixCache,
+    by_tiles,
+    cached_token_cost,
+    rollout_hidden_states,
+)
 from opsd.training.failed_steps import out_of_memory
 from opsd.training.micro_batches import (
     cache_prefixes,
@@ -106,7 +114,9 @@ class OPSDStep(nn.Module):
         training = self.model.training
         self.model.eval()  # no dropout
         alone = self._states(group, False, torch.float32)
-        difference = float(_distance(self._states(group, True, torch.float32), alone))
+        # A kernel that computes in 16 bits alone is compared below.
+        with by_tiles() if dtype != torch.float32 else nullcontext():
+            difference = float(_distance(self._states(group, True, torch.float32), alone))
         tolerance = TOLERANCE.get(alone.dtype, TOLERANCE[torch.bfloat16])
         if not difference <= tolerance:
             self._refuse(difference, f"at most {tolerance:g} is rounding")

@@ -2,8 +2,10 @@
 
 import sys
 import types
+from functools import cache
 
 import torch
+from torch import Tensor
 
 
 def _sequences(starts_q, starts_k):
@@ -113,11 +115,29 @@ def register_torch_flash():
 def install_flash_attn(monkeypatch):
     """A package flash_attn with the two functions that 2.7 and later have."""
 
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_interface = types.ModuleType("flash_attn.flash_attn_interface")
+    for operator in flash_attn_operators():
+        setattr(package.flash_attn_interface, operator._name, operator)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(
+        sys.modules, "flash_attn.flash_attn_interface", package.flash_attn_interface
+    )
+
+
+@cache
+def flash_attn_operators():
+    """The package's functions are operators of torch, whose Python signature says nothing."""
+
+    @torch.library.custom_op("opsd_tests::_flash_attn_varlen_forward", mutates_args=("q", "k", "v"))
     def _flash_attn_varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-        causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
-        return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
-    ):  # fmt: skip
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+        max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool,
+        window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None, return_softmax: bool = False,
+        block_table: Tensor | None = None, leftpad_k: Tensor | None = None,
+        seqused_k: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         assert dropout_p == 0
         out, lse = forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale,
@@ -125,11 +145,17 @@ def install_flash_attn(monkeypatch):
         )  # fmt: skip
         return out, lse, torch.empty(0), torch.zeros(2)
 
+    @torch.library.custom_op(
+        "opsd_tests::_flash_attn_varlen_backward", mutates_args=("dq", "dk", "dv")
+    )
     def _flash_attn_varlen_backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
-        softcap, alibi_slopes, deterministic, rng_state=None, zero_tensors=False,
-    ):  # fmt: skip
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
+        dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float,
+        softmax_scale: float, causal: bool, window_size_left: int, window_size_right: int,
+        softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
+        rng_state: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         found = backward(
             dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
             max_seqlen_k, causal, softmax_scale, window_size_left, window_size_right, softcap,
@@ -138,11 +164,4 @@ def install_flash_attn(monkeypatch):
             target.copy_(x)
         return torch.empty(0)
 
-    package = types.ModuleType("flash_attn")
-    package.flash_attn_interface = types.ModuleType("flash_attn.flash_attn_interface")
-    for function in (_flash_attn_varlen_forward, _flash_attn_varlen_backward):
-        setattr(package.flash_attn_interface, function.__name__, function)
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setitem(
-        sys.modules, "flash_attn.flash_attn_interface", package.flash_attn_interface
-    )
+    return _flash_attn_varlen_forward, _flash_attn_varlen_backward

@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 import yaml
-from helpers.prefix_cases import install_flash_attn, register_torch_flash
+from helpers.prefix_cases import flash_attn_operators, install_flash_attn, register_torch_flash
 from helpers.prefix_models import MODELS, assert_same, make, make_groups
 from helpers.training_cases import short_values
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
@@ -120,6 +122,37 @@ def test_the_mask_of_flex_attention(name, window):
     keys = torch.arange(layout.past + len(layout.ids))[None]
     found = flex.visible(layout, window)(None, None, rows, keys)
     assert found.equal(brute_force(layout, window))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of any tensor that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        if isinstance(made, torch.Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_the_blocks_of_flex_attention(window):
+    """They are torch's own, which makes them from a mask of all rows and keys."""
+    ids = list(range(300))
+    layout = Layout([(ids, [ids, ids[:70]]), (ids[:10], [ids[:5]])], CPU, [140, 20])
+    tokens, keys = len(layout.ids), layout.past + len(layout.ids)
+    sees = flex.visible(layout, window)
+    wanted = create_block_mask(sees, None, None, tokens, keys, device="cpu")
+    with Largest() as largest:
+        found = flex.block_mask(layout, window)
+    assert largest.elements <= 128 * (keys + 128) < tokens * keys / 4
+    assert found.shape == wanted.shape and found.BLOCK_SIZE == wanted.BLOCK_SIZE
+    assert found.to_dense().equal(wanted.to_dense())
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        for name in (f"{kind}_num_blocks", f"{kind}_indices"):
+            x, y = getattr(found, name), getattr(wanted, name)
+            assert x.dtype == y.dtype and x.equal(y), name
 
 
 # Uncompiled, as a CPU runs it here, it says that it is slow.
@@ -238,8 +271,10 @@ def test_a_package_of_another_version_is_refused(monkeypatch):
     install_flash_attn(monkeypatch)
     assert attention._unsuitable_flash_attn() is None
     interface = sys.modules["flash_attn.flash_attn_interface"]
-    interface._flash_attn_varlen_backward = lambda dout, q, k, v: None
-    assert "2.7 to 2.8" in attention._unsuitable_flash_attn()
+    forward, _ = flash_attn_operators()
+    for other in (lambda dout, q, k, v: None, forward):
+        interface._flash_attn_varlen_backward = other
+        assert "2.7 to 2.8" in attention._unsuitable_flash_attn()
 
 
 def test_the_choice_is_made_once_for_tensors_alike(monkeypatch):

@@ -30,6 +30,7 @@ from opsd.prefix import (
     packed_forward,
     shared_prefix_hidden_states,
     unpackable,
+    use_kernel,
 )
 from opsd.training.step import OPSDStep, idle, token_ratio
 
@@ -95,6 +96,17 @@ def test_the_check_in_bf16_measures_by_what_bf16_costs_alone(monkeypatch):
         )
         with pytest.raises(UserError, match=r"torch\.bfloat16 alone makes 0\.0"):
             step._check_rounding(group, alone, torch.bfloat16)
+
+
+def test_the_check_lets_a_kernel_be_that_knows_16_bits_alone(monkeypatch):
+    monkeypatch.setattr(attention, "missing", lambda name, device: None)
+    use_kernel("flash")
+    try:
+        assert make_step().check_sharing(make_sample_groups(), torch.bfloat16) < 1e-5
+        with pytest.raises(UserError, match="bf16 or fp16, not in float32"):  # a run in fp32
+            make_step().check_sharing(make_sample_groups())
+    finally:
+        use_kernel("auto")
 
 
 def test_the_check_looks_at_a_context_with_several_rollouts(monkeypatch):
