@@ -78,15 +78,20 @@ def _in_slices(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def sliced(*arguments) -> None:
-        tile = arguments[0].product
-        n, v = tile.shape
-        entries = slice_entries(tile.device)
-        for rows in _spans(n, max(1, entries // max(v, 1))):
-            for columns in _spans(v, entries):
+        for columns, spans in _slices(arguments[0]):
+            for rows in spans:
                 parts = zip(names, arguments, strict=False)
                 function(*(_part(name, x, rows, columns) for name, x in parts))
 
     return sliced
+
+
+def _slices(logits: Logits) -> Iterator[tuple[slice, Iterator[slice]]]:
+    """Some columns of the tile, and the spans of rows to be taken of them."""
+    n, v = logits.product.shape
+    entries = slice_entries(logits.product.device)
+    for columns in _spans(v, entries):
+        yield columns, _spans(n, max(1, entries // max(v, 1)))
 
 
 def _spans(length: int, step: int) -> Iterator[slice]:
@@ -106,16 +111,15 @@ def _part(name: str, x, rows: slice, columns: slice):
     return x[rows] - columns.start if name == "targets" else x
 
 
-@_in_slices
 def normalisers(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
-    rows_of.merge_(state[STUDENT], _normaliser(_z(student, rule.transform)))
-    rows_of.merge_(state[TEACHER], _normaliser(_z(teacher, rule.of_teacher)))
+    _add_normaliser(student, rule.transform, state[STUDENT])
+    _add_normaliser(teacher, rule.of_teacher, state[TEACHER])
 
 
 @_in_slices
 def sums(student: Logits, teacher: Logits, rule: Rule, state: Tensor) -> None:
     z, z_t = _z(student, rule.transform), _z(teacher, rule.of_teacher)
-    _add_sums(_entries(z, z_t, rule.divergence, state), rule, state)
+    _add_sums(_entries(z, z_t, rule, state, gradient=False), rule, state)
 
 
 @_in_slices
@@ -131,7 +135,7 @@ def gradient_(
     z = _z(student, transform)
     slope = None if row_weight is None else _slope(z, transform)
     z_t = _z(teacher, rule.of_teacher)
-    entries = _entries(z, z_t, rule.divergence, state)
+    entries = _entries(z, z_t, rule, state, gradient=True)
     s, p = entries.s, entries.unnormalised
     forward = rule.divergence.name == "forward_kl"
     factor = None if row_weight is None else _factor(row_weight, transform, slope)
@@ -197,6 +201,16 @@ def _factor(row_weight: Tensor, transform: LogitTransform, slope: Tensor | None)
     return factor if slope is None else slope.mul_(factor)
 
 
+def _add_normaliser(logits: Logits, transform: LogitTransform, normaliser: Tensor) -> None:
+    """To `normaliser` [3, n]. All rows are merged at once: a merge is thirty small operations."""
+    for columns, spans in _slices(logits):
+        seen = torch.empty_like(normaliser)
+        for rows in spans:
+            part = _part("logits", logits, rows, columns)
+            seen[:, rows] = _normaliser(_z(part, transform))
+        rows_of.merge_(normaliser, seen)
+
+
 def _normaliser(z: Tensor) -> Tensor:
     """[n, v] -> [3, n] of these entries alone. Overwrites `z`."""
     most = z.amax(-1)
@@ -220,56 +234,65 @@ def _shift(state: Tensor) -> Tensor:
 
 
 class _Entries(NamedTuple):
-    """Of each entry [n, v]: S and T; their log ratio, log T - log S, or of forward_kl
-    log S - log T; the unnormalised gradient; the terms of the divergence's sum as they are defined,
-    where they cost nothing more.
+    """Of each entry [n, v]: S and T (None where a KL needs one of them alone); of the KLs
+    log q - log p and whether some p is no normal number; the unnormalised gradient; the terms of
+    the divergence's sum as they are defined.
     """
 
-    s: Tensor
-    t: Tensor
-    log_ratio: Tensor
+    s: Tensor | None
+    t: Tensor | None
+    log_ratio: Tensor | None
+    rare: bool
     unnormalised: Tensor
-    plain: Tensor | None
+    plain: Tensor
 
 
-def _entries(z: Tensor, z_t: Tensor, divergence: Divergence, state: Tensor) -> _Entries:
-    """Overwrites the logits."""
+def _entries(z: Tensor, z_t: Tensor, rule: Rule, state: Tensor, *, gradient: bool) -> _Entries:
+    """Overwrites the logits. `gradient`: for more than the sums."""
     # The difference of the logits less that of their normalisers has the digits of a small log
     # ratio, where log T - log S has only those of log T.
+    divergence, student, teacher = rule.divergence, state[STUDENT], state[TEACHER]
+    clips = rule.entry_clip is not None
+    shift = _shift(state)[:, None]
     if divergence.name == "forward_kl":
-        log_ratio = (z - z_t).add_(_shift(state)[:, None])
-    else:
-        log_ratio = (z_t - z).sub_(_shift(state)[:, None])
-    s, t = _log_p(z, state[STUDENT]).exp_(), _log_p(z_t, state[TEACHER]).exp_()
-    if divergence.name == "forward_kl":
-        return _Entries(s, t, log_ratio, -t, None)
+        log_ratio = (z - z_t).add_(shift)
+        t = _log_p(z_t, teacher).exp_()
+        rare = _rare(t)
+        s = _log_p(z, student).exp_() if rare or clips or gradient else None
+        return _Entries(s, t, log_ratio, rare, -t, _product(log_ratio, t, rare).neg_())
+    log_ratio = (z_t - z).sub_(shift)
+    s = _log_p(z, student).exp_()
     if divergence.name == "reverse_kl":
-        unnormalised = _product(log_ratio, s).neg_()
-        return _Entries(s, t, log_ratio, unnormalised, unnormalised)
+        rare = _rare(s)
+        t = _log_p(z_t, teacher).exp_() if rare or clips else None
+        unnormalised = _product(log_ratio, s, rare).neg_()
+        return _Entries(s, t, log_ratio, rare, unnormalised, unnormalised)
+    t = _log_p(z_t, teacher).exp_()
     # With d = log T - log S: log S - log M = -log(1 + b (e^d - 1)), exactly 0 where S = T. For
     # d > 0 the roles swap, so that the exponential never overflows.
     b, d = divergence.beta, log_ratio
     share = (d > 0).to(d.dtype).mul_(1 - 2 * b).add_(b)
     larger = share.mul_(d.abs().neg_().expm1_()).log1p_().neg_()
-    unnormalised = _product(larger - d.clamp(min=0), s).mul_(1 - b)
-    plain = _product(larger.add_(d.clamp_(max=0)), t).mul_(b).add_(unnormalised)
-    return _Entries(s, t, d, unnormalised, plain)
+    unnormalised = _product(larger - d.clamp(min=0), s, _rare(s)).mul_(1 - b)
+    plain = _product(larger.add_(d.clamp_(max=0)), t, _rare(t)).mul_(b).add_(unnormalised)
+    return _Entries(s, t, None, False, unnormalised, plain)
 
 
-def _plain(entries: _Entries) -> Tensor:
-    if entries.plain is not None:
-        return entries.plain
-    return _product(entries.log_ratio, entries.t).neg_()  # forward_kl
+def _rare(p: Tensor) -> bool:
+    """Whether some p may be 0, NaN or no normal number: on a GPU an answer would be waited for."""
+    return p.device.type != "cpu" or not bool(p.amin() >= torch.finfo(p.dtype).tiny)
 
 
 def _terms(entries: _Entries, divergence: Divergence) -> Tensor:
-    """The same plus what adds up to 0, so that none is negative: csrc/divergence.h says how."""
-    if divergence.name == "jsd":
-        return _plain(entries)
+    """The same plus what adds up to 0, so that none is negative: csrc/divergence.h says how.
+    Overwrites the log ratio.
+    """
+    if entries.log_ratio is None:
+        return entries.plain
     p, q = (entries.t, entries.s)[:: 1 if divergence.name == "forward_kl" else -1]
     # p (exp(l) - 1 - l), l = log q - log p: exp(l) overflows only where p is no normal number.
-    terms = entries.log_ratio.expm1().sub_(entries.log_ratio).mul_(p)
-    return torch.where(p < torch.finfo(p.dtype).tiny, q, terms)
+    terms = torch.addcmul(entries.plain, p, entries.log_ratio.expm1_())
+    return torch.where(p < torch.finfo(p.dtype).tiny, q, terms) if entries.rare else terms
 
 
 def _add_sums(entries: _Entries, rule: Rule, state: Tensor) -> None:
@@ -280,7 +303,7 @@ def _add_sums(entries: _Entries, rule: Rule, state: Tensor) -> None:
     if clip is not None:
         s, t = entries.s, entries.t
         zero_sum = {"forward_kl": s - t, "reverse_kl": t - s, "jsd": 0.0 * s}[rule.divergence.name]
-        over = _plain(entries) > clip.threshold
+        over = entries.plain > clip.threshold
         state[rows_of.CLIPPED] += torch.where(over, zero_sum + clip.threshold, terms).sum(-1)
         state[rows_of.COUNT] += over.sum(-1)
         clipped = _clipped_unnormalised(entries, rule.divergence, clip)
@@ -291,9 +314,10 @@ def _clipped_unnormalised(entries: _Entries, divergence: Divergence, clip: Clip)
     # d(s log s/t) = log s/t + 1: the constant vanishes from the unclipped gradient only.
     p = entries.unnormalised
     everything = p + entries.s if divergence.name == "reverse_kl" else p
-    return everything.masked_fill(_plain(entries) > clip.threshold, 0.0)
+    return everything.masked_fill(entries.plain > clip.threshold, 0.0)
 
 
-def _product(log_ratio: Tensor, p: Tensor) -> Tensor:
+def _product(log_ratio: Tensor, p: Tensor, rare: bool) -> Tensor:
     """p * log_ratio with 0 * anything = 0. A NaN in p stays one."""
-    return (log_ratio * p).masked_fill_(p == 0, 0.0)
+    product = log_ratio * p
+    return product.masked_fill_(p == 0, 0.0) if rare else product
