@@ -205,6 +205,18 @@ class ChatTemplate:
         whole = self._render([self._question, self._answer(text)], False)
         return whole.partition(PROBE)[2].partition(PROBE[::-1])[0]
 
+    @cached_property
+    def _between(self) -> str | None:
+        """What the template writes between the generation prompt and an answer; None where it
+        begins a finished answer otherwise, by more than white space."""
+        question, answer = self._message("user", PROBE), self._message("assistant", PROBE[::-1])
+        prompt = self._render([question], True).rpartition(PROBE)[2]
+        written = self._render([question, answer], False).partition(PROBE[::-1])[0]
+        begun = written.rpartition(PROBE)[2]
+        if "".join(prompt.split()) != "".join(begun.split()):
+            return None
+        return begun.removeprefix(prompt) if begun.startswith(prompt) else ""
+
     def _target(self, whole: str, context: str, text: str) -> str:
         """What follows `context` in the whole chat: the answer as the template writes it, and its
         end."""
@@ -227,13 +239,13 @@ class ChatTemplate:
         if tag is None:
             bare = context.removesuffix(self.prefill)
             more = bare[len(os.path.commonprefix([bare, whole])) :]  # noqa: RUF071
-            if more.strip() and before is None:
+            if more.strip() and before is None and self._between is None:
                 raise UserError(
                     f"model.path has a chat template that begins an answer with {more[-60:]!r}, "
                     "and writes no finished answer so: what is to follow it cannot be told; give "
                     "it another (chat_template.jinja in the model's directory)"
                 )
-            return text + end
+            return (self._between or "") + text + end
         opening, closing = tag
         if closing in text:
             return text.removeprefix(opening).removeprefix("\n") + end

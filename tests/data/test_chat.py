@@ -174,6 +174,24 @@ def test_a_beginning_that_no_answer_has_is_refused_as_a_target(opening):
         target_ids(chat_of(family), QUESTION, ANSWER)
 
 
+@pytest.mark.parametrize(
+    ("written", "between"),
+    [("<|im_start|>assistant\n\n", "\n"), ("\n<|im_start|>assistant\n ", "")],
+)
+@pytest.mark.parametrize("last", ["", "Add the numbers.\n\n"])
+def test_a_prompt_may_differ_in_space_and_before_the_question(written, between, last):
+    """As in vLLM's templates for Alpaca, Llama 4, and Mistral with its system message last."""
+    template = (
+        "{%- for m in messages -%}{%- if m.role == 'user' -%}{{ '<|im_start|>user\n' }}"
+        f"{{{{ {last!r} if loop.last else '' }}}}{{{{ m.content + '<|im_end|>' }}}}"
+        f"{{%- else -%}}{{{{ {written!r} + m.content + '<|im_end|>' }}}}{{%- endif -%}}"
+        "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+    )
+    chat = chat_of(Family("", template, IM, "<|im_end|>", "", "", "", None))
+    target = chat.tokenizer.decode(target_ids(chat, QUESTION, ANSWER))
+    assert target == between + ANSWER + "<|im_end|>"
+
+
 @pytest.mark.parametrize("template", FORMS, ids=range(len(FORMS)))
 def test_a_thought_is_written_as_the_template_writes_it(template):
     tokens = (*IM, "<|START_THINKING|>", "<|END_THINKING|>", "<|START_TEXT|>")
