@@ -7,15 +7,28 @@ import torch
 
 from helpers.training_cases import logits
 from opsd.rollout import GenerateSampler, Sampling
+from opsd.rollout.vllm_colocated import ColocatedSampler
 
 
-def outputs(model, prompts: Sequence, parameters: Sequence, temperature: float) -> list:
-    """An output for each prompt: tokens, and the log-probability of each under the model."""
+def colocated(model, stops) -> ColocatedSampler:
+    """The sampler of vLLM in this process, without a GPU and without vLLM."""
+    sampler = ColocatedSampler.__new__(ColocatedSampler)
+    sampler.stops, sampler.trains = stops, False
+    sampler.llm = SimpleNamespace(generate=lambda *asked, use_tqdm: outputs(model, *asked))
+    sampler._vllm = SimpleNamespace(SamplingParams=lambda **asked: SimpleNamespace(**asked))
+    return sampler
+
+
+def outputs(model, prompts: Sequence, parameters: Sequence, temperature=None) -> list:
+    """An output for each prompt: tokens, drawn as asked or at this temperature, and the
+    log-probability of each under the model."""
     made = []
     for prompt, asked in zip(prompts, parameters, strict=True):
         context = prompt["prompt_token_ids"]
         sampler = GenerateSampler(model, frozenset(asked.stop_token_ids))
-        (rollout,) = sampler.sample([context], Sampling(asked.max_tokens, temperature=temperature))
+        drawn = asked.temperature if temperature is None else temperature
+        sampling = Sampling(asked.max_tokens, drawn, top_p=asked.top_p, top_k=asked.top_k)
+        (rollout,) = sampler.sample([context], sampling)
         with torch.no_grad():
             own = logits(model, context, rollout.ids).log_softmax(-1)
         log_probs = [

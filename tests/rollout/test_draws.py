@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import dense_rendering as dense
 from helpers.training_cases import graded, logits, write_model
+from helpers.vllm_outputs import colocated
 from helpers.vllm_server import FakeVLLM
 
 from opsd.config.load import parse_config
@@ -18,6 +19,7 @@ from opsd.data.prompts import Context, Prompts
 from opsd.data.rows import Row
 from opsd.models.load import load_model, load_tokenizer, stop_ids
 from opsd.objectives import Problem, Totals, make_objective
+from opsd.objectives.log_probs import rollout_log_prob
 from opsd.rollout import SAMPLERS, Sampling
 from opsd.rollout.base import cut
 from opsd.rollout.vllm_client import VLLMServer
@@ -44,6 +46,7 @@ SHIPPED = {
     "renormalize_logits": True,
 }
 CONTEXT = [5, 9, 11, 6]
+ENGINES = [*SAMPLERS, "vllm", "vllm_server"]
 WAYS = {
     "plain": Sampling(2, batch_size=500),
     "cut": Sampling(2, temperature=1.4, top_p=0.95, top_k=12, batch_size=500),
@@ -138,10 +141,11 @@ def drawn_logits(model, ids, sampling):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("engine", [*SAMPLERS, "vllm_server"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("method", ["grpo", "opsd", "distill"])
 def test_what_is_scored_is_what_was_drawn(method, engine, way, path, monkeypatch):
-    """The policy gradient is that of the distribution above, to which the draws are held."""
+    """The policy gradient is that of the distribution above, to which the draws are held, and the
+    old log-probabilities are of it, though student and teacher have dropout in training."""
     monkeypatch.setattr("gc.collect", lambda *_: 0)
     model, stops = loaded(path)
     other = loaded(path)[0]
@@ -151,11 +155,16 @@ def test_what_is_scored_is_what_was_drawn(method, engine, way, path, monkeypatch
     sampling = replace(WAYS[way], max_new_tokens=5)
     if engine in SAMPLERS:
         sampler = SAMPLERS[engine](model, stops)
+    elif engine == "vllm":
+        sampler = colocated(model, stops)
     else:
         server = FakeVLLM(path)
         server.model.load_state_dict(model.state_dict())
         sampler = ServerSampler(VLLMServer(server.address, timeout=20.0, patience=5.0), stops)
     rollouts = sampler.sample([CONTEXT] * 4, sampling)
+    for module in (*model.modules(), *other.train().modules()):
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
     values = {"method": method, "model": {"path": "-"}, "data": {"source": "-"}}
     values["loss"] = {} if method == "grpo" else {"divergence": "sampled_token"}
     if method == "distill":
@@ -166,6 +175,11 @@ def test_what_is_scored_is_what_was_drawn(method, engine, way, path, monkeypatch
     problem = Problem(Row("?", "", "", {}), Context(CONTEXT, CONTEXT), rollouts)
     (problem,) = graded([problem], [1.0, 0.0, 0.0, 1.0])
     groups, _ = objective.sample_groups([problem])
+    if method == "grpo":
+        old = rollout_log_prob(model.train(), groups, loss, True, sampling)
+        wanted = [dense.log_p(drawn_logits(model.eval(), r.ids, sampling), torch.tensor(r.ids))
+                  for r in rollouts]  # fmt: skip
+        torch.testing.assert_close(old, torch.cat(wanted).float(), rtol=1e-4, atol=1e-5)
     OPSDStep(model.train(), objective)(groups, Totals()).backward()
     found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()

@@ -5,15 +5,13 @@ of it. The ids of both contexts, of targets, the stops and the loss are held aga
 transformers' apply_chat_template renders and against dense logits of these ids.
 """
 
-import types
-
 import pytest
 import torch
 from helpers import dense_rendering as dense
 from helpers.chat_templates import ANSWER, FAMILIES
 from helpers.chat_tokenizers import make_tokenizer
 from helpers.training_cases import graded, logits
-from helpers.vllm_outputs import outputs
+from helpers.vllm_outputs import colocated
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from opsd.config.load import parse_config
@@ -23,7 +21,6 @@ from opsd.models.load import stop_ids
 from opsd.objectives import Problem, Totals, make_objective
 from opsd.objectives.grpo import group_advantages
 from opsd.rollout import ContinuousSampler, GenerateSampler, Sampling
-from opsd.rollout.vllm_colocated import ColocatedSampler
 from opsd.training.step import OPSDStep
 
 ENGINES = ["generate", "continuous", "vllm"]
@@ -50,27 +47,12 @@ def make_model(tokenizer, seed):
     return model.eval()
 
 
-class LLM:
-    """vLLM's, as far as it is asked: token ids and stops in, tokens out."""
-
-    def __init__(self, model, own):
-        self.model, self.own = own, []
-
-    def generate(self, prompts, parameters, use_tqdm):
-        return outputs(self.model, prompts, parameters, temperature=1.0)
-
-
 def sampler_of(engine, model, stops):
     if engine == "generate":
         return GenerateSampler(model, stops)
     if engine == "continuous":
         return ContinuousSampler(model, stops)
-    sampler = ColocatedSampler.__new__(ColocatedSampler)  # without a GPU and without vLLM
-    sampler.stops, sampler.trains, sampler.llm = stops, False, LLM(None, model)
-    sampler._vllm = types.SimpleNamespace(
-        SamplingParams=lambda **asked: types.SimpleNamespace(**asked)
-    )
-    return sampler
+    return colocated(model, stops)
 
 
 def direct(tokenizer, family, message, answer=None):
