@@ -91,7 +91,7 @@ def _show_contexts(
 
 def _show_examples(row: Row, prompts: Prompts, config: Config, display: Display) -> None:
     contexts = {role: prompts.ids(row, role) for role in trained_roles(config)}
-    if uses_teacher_prompt(config) and prompts.over_rollouts:
+    if uses_teacher_prompt(config) and "teacher" in prompts.over_rollouts:
         wrong = GradedRollout("(a rollout)", True, 0.0, False, "(feedback)")
         right = GradedRollout("(a peer's rollout)", True, 1.0, True)
         context = prompts.teacher_of(row, wrong, [right])

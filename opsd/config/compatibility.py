@@ -14,7 +14,12 @@ from pydantic import BaseModel
 from opsd.common.errors import UserError
 from opsd.common.templates import over_rollouts
 from opsd.config.names import DIVERGENCE_METHODS
-from opsd.config.requirements import is_graded, needs_grades, teaches_over_rollouts
+from opsd.config.requirements import (
+    is_graded,
+    needs_grades,
+    teaches_over_rollouts,
+    uses_teacher_prompt,
+)
 
 if TYPE_CHECKING:
     from opsd.config.config import Config
@@ -78,7 +83,7 @@ def _shown(value: Any) -> str:
 
 def _teacher(config: Config) -> Iterator[str]:
     teacher, policy = config.teacher, config.teacher.policy
-    if policy == "model" and teacher.path is None:
+    if policy == "model" and teacher.path is None and not teacher.mix:
         yield "teacher.path: teacher.policy 'model' needs the model that teaches"
     if policy != "model" and teacher.path is not None:
         yield f"teacher.path: it is for teacher.policy 'model', not {policy!r}"
@@ -89,6 +94,44 @@ def _teacher(config: Config) -> Iterator[str]:
         )
     if config.rollout.source != "student" and config.method not in DIVERGENCE_METHODS:
         yield f"rollout.source: that is for opsd and distill; {config.method} has its own"
+
+
+def _mixture(config: Config) -> Iterator[str]:
+    mix, teacher, known = config.teacher.mix, config.teacher, config.prompts.contexts
+    if not mix:
+        if known:
+            yield "prompts.contexts: they are for teacher.mix, which has no members"
+        return
+    if config.method != "opsd":
+        yield f"teacher.mix: it is for method opsd, not {config.method}"
+    if config.rollout.source == "teacher":
+        yield "rollout.source: a mixture (teacher.mix) scores, and does not sample"
+    if unused := [name for name in known if name not in (m.context for m in mix)]:
+        yield f"prompts.contexts: no member of teacher.mix has the context {unused[0]!r}"
+    for number, (member, weights) in enumerate(zip(mix, teacher.members(), strict=True)):
+        place = f"teacher.mix: member {number}"
+        allowed = ["teacher", "student", *known]
+        if member.context not in allowed:
+            yield f"{place} has the context {member.context!r} (allowed: {', '.join(allowed)})"
+        if weights.policy == "model" and weights.path is None:
+            yield f"{place} has policy 'model' and no path"
+        if weights.policy != "model" and member.path is not None:
+            yield f"{place} has a path, which is for policy 'model', not {weights.policy!r}"
+        if isinstance(member.coefficient, list) != (member.steps is not None):
+            yield f"{place}: a coefficient of two numbers needs steps, and only such a one"
+    for end in (0, 1):
+        if (total := sum(member.ends[end] for member in mix)) <= 0:
+            yield (
+                f"teacher.mix: the coefficients add up to {total:g}, so that no token would be "
+                "likelier for being so; they should add up to 1"
+            )
+    kinds = {weights.policy for weights in teacher.members()}
+    split = config.train.sharding in ("fsdp2", "zero3") and config.model.lora is None
+    if split and "live" in kinds and len(kinds) > 1:
+        yield (
+            f"train.sharding: teacher.mix needs the live member's whole head beside the others', "
+            f"and {config.train.sharding} splits it; use none, zero1 or zero2, or model.lora"
+        )
 
 
 def _rollouts(config: Config) -> Iterator[str]:
@@ -145,15 +188,16 @@ def _adapters(config: Config) -> Iterator[str]:
 
 def _teacher_memory(config: Config) -> Iterator[str]:
     teacher = config.teacher
+    policies = {member.policy for member in teacher.members()}
     for name, off in (("quantize", "none"), ("offload", False)):
         if getattr(teacher, name) == off:
             continue
-        if teacher.policy not in ("initial", "model"):
+        if not policies & {"initial", "model"}:
             yield (
                 f"teacher.{name}: it is for teacher.policy 'initial' or 'model', not "
                 f"{teacher.policy!r}"
             )
-        if teacher.policy == "initial" and config.model.lora is not None:
+        elif "model" not in policies and config.model.lora is not None:
             yield (
                 f"teacher.{name}: with model.lora the initial teacher is the student's own frozen "
                 "weights, and there is no other copy of them"
@@ -201,18 +245,19 @@ def _templates(config: Config) -> Iterator[str]:
                 f"prompts.{name} uses `rollout` or `peers`: it is filled in before there are "
                 "rollouts; only prompts.teacher may"
             )
-    if not over_rollouts(prompts.teacher):
-        return
-    if not teaches_over_rollouts(config) or config.method == "sft":
+    over = over_rollouts(prompts.teacher)
+    if over and (not uses_teacher_prompt(config) or config.method == "sft"):
         raise ValueError(
             f"prompts.teacher uses `rollout` or `peers`: {config.method} fills it in before there "
             "are rollouts, or not at all"
         )
-    if config.eval.teacher:
+    if over and config.eval.teacher:
         yield (
             "eval.teacher: prompts.teacher uses `rollout` or `peers`, and held-out problems have "
             "none"
         )
+    if not teaches_over_rollouts(config) or config.method == "sft":
+        return
     if config.rollout.source != "student":
         yield (
             "rollout.source: prompts.teacher uses `rollout` or `peers`, so the student must have "
@@ -242,6 +287,7 @@ def _updates(config: Config) -> Iterator[str]:
 
 RULES = (
     _teacher,
+    _mixture,
     _rollouts,
     _adapters,
     _teacher_memory,
@@ -287,6 +333,6 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
         )
     if not loss.credit:
         yield "loss.credit_clip loss.credit_steps", "without loss.credit it does nothing"
-    if policy != "ema":
+    if "ema" not in {member.policy for member in config.teacher.members()}:
         fields = "teacher.ema_decay teacher.update_every"
         yield fields, f"it is for teacher.policy 'ema', not {policy!r}"

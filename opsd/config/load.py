@@ -148,5 +148,7 @@ def explain(problem: Any, model: type[Section]) -> str:
 
 def _known(location: Sequence[str], model: Any) -> list[str]:
     for part in location:
+        if part.isdigit():  # a place in a list
+            continue
         model = _section(model.model_fields[part].annotation)
     return list(model.model_fields)

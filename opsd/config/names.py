@@ -9,5 +9,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 DIVERGENCE_METHODS = ("opsd", "distill")
 """Methods that learn from a divergence between a teacher and the student."""
 
+Policy = Literal["initial", "live", "ema", "model"]
+"""Whose weights a teacher has."""
+
 Engine = Literal["generate", "continuous", "vllm", "vllm_server"]
 ENGINES: tuple[str, ...] = get_args(Engine)

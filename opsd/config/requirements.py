@@ -17,12 +17,26 @@ def uses_teacher_prompt(config: Config) -> bool:
         return "teacher" in config.loss.roles
     if config.method == "grpo":
         return config.loss.credit > 0
-    return config.method == "opsd"
+    return config.method == "opsd" and "teacher" in teacher_roles(config)
+
+
+def teacher_roles(config: Config) -> list[str]:
+    """The contexts in which the members of a teacher see rollouts."""
+    if config.method == "distill":
+        return ["student"]
+    return [member.context for member in config.teacher.mix] or ["teacher"]
+
+
+def teaching_templates(config: Config) -> dict[str, str]:
+    """The templates that training fills in for teachers, beside the student's: by role."""
+    others = config.prompts.contexts if config.method == "opsd" else {}
+    own = {"teacher": config.prompts.teacher} if uses_teacher_prompt(config) else {}
+    return own | others
 
 
 def teaches_over_rollouts(config: Config) -> bool:
-    """Whether the teacher's context is made of rollouts, its own or its peers'."""
-    return uses_teacher_prompt(config) and over_rollouts(config.prompts.teacher)
+    """Whether a teacher's context is made of rollouts, its own or its peers'."""
+    return any(map(over_rollouts, teaching_templates(config).values()))
 
 
 def needs_grades(config: Config) -> bool:
@@ -62,9 +76,8 @@ def trained_roles(config: Config) -> list[str]:
     """The roles whose contexts are trained on and can be made of a row alone."""
     if config.method == "sft":
         return list(config.loss.roles)
-    if uses_teacher_prompt(config) and not over_rollouts(config.prompts.teacher):
-        return ["student", "teacher"]
-    return ["student"]
+    taught = teaching_templates(config).items()
+    return ["student", *(role for role, template in taught if not over_rollouts(template))]
 
 
 def longest_rollout(config: Config) -> int | None:
@@ -80,14 +93,18 @@ def longest_answer(config: Config) -> int:
 def held_out_teacher_role(config: Config) -> str:
     """The context in which a teacher sees answers to held-out problems. There are no rollouts to
     make it of, and under distill the teacher sees what the student does."""
-    alike = config.method == "distill" or over_rollouts(config.prompts.teacher)
-    return "student" if alike else "teacher"
+    role = teacher_roles(config)[0]
+    template = config.prompts.contexts.get(role, config.prompts.teacher)
+    alike = role == "student" or over_rollouts(template)
+    return "student" if alike else role
 
 
 def required_columns(config: Config) -> list[str]:
     """Of problem, solution and answer, those that every training row must have."""
     used = set(names(config.prompts.student))
-    if uses_teacher_prompt(config) or config.eval.teacher:
+    for template in teaching_templates(config).values():
+        used |= names(template)
+    if config.eval.teacher:
         used |= names(config.prompts.teacher)
     if learns_targets(config):
         used |= names(config.prompts.target)

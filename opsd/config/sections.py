@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from opsd.common.templates import shipped
 from opsd.common.urls import check_address
 from opsd.config.base import Count, Fraction, Natural, NonNegative, Positive, Section, Share
-from opsd.config.names import Engine
+from opsd.config.names import Engine, Policy
 
 STUDENT_TEMPLATE = shipped(
     "{{ problem }}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -129,6 +129,9 @@ class PromptsSection(Section):
     teacher: str = TEACHER_TEMPLATE
     """The teacher's user message. Problem first, solution after it. May use `rollout` and `peers`
     too (docs/methods.md); where it comes out empty, nothing is learnt."""
+    contexts: dict[str, str] = Field({})
+    """Other messages for teacher.mix: name → template, as prompts.teacher; the chat template's
+    arguments, system message and prefill are the teacher's."""
     system: str | None = None
     """A system message for both roles."""
     student_system: str | None = None
@@ -161,6 +164,14 @@ class PromptsSection(Section):
         except (TypeError, ValueError):
             raise ValueError("it must be a date such as 2026-11-28") from None
 
+    @field_validator("contexts")
+    @classmethod
+    def _check_contexts(cls, contexts: dict[str, str]) -> dict[str, str]:
+        for name in contexts:
+            if not name.isidentifier() or name in ("student", "teacher", "target"):
+                raise ValueError(f"{name!r} must be a plain name, not student, teacher or target")
+        return contexts
+
     @field_validator("student_chat", "teacher_chat")
     @classmethod
     def _check_chat(cls, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -172,10 +183,44 @@ class PromptsSection(Section):
         return arguments
 
 
+class MemberSection(Section):
+    """A member of teacher.mix; what it does not say of its weights, `teacher` says."""
+
+    coefficient: float | list[float] = 1.0
+    """The exponent of its distribution; [first, last]: linear over `steps`. May be negative, or
+    more than 1."""
+    steps: Count | None = None
+    """Steps after which a coefficient of two numbers stays at its last."""
+    context: str = "teacher"
+    """What it is shown: teacher, student, or a name in prompts.contexts."""
+    policy: Policy | None = None
+    """Whose weights it has."""
+    path: str | None = None
+    """policy model: a model directory or hub name, of the same vocabulary; none: teacher.path."""
+
+    @field_validator("coefficient")
+    @classmethod
+    def _check_coefficient(cls, value: float | list[float]) -> float | list[float]:
+        if isinstance(value, list) and len(value) != 2:
+            raise ValueError("it must be a number, or the first and the last of a schedule")
+        return value
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The first coefficient and the last."""
+        value = self.coefficient
+        return (value[0], value[1]) if isinstance(value, list) else (value, value)
+
+    def coefficient_at(self, step: int) -> float:
+        """The coefficient after `step` steps."""
+        first, last = self.ends
+        return first + (last - first) * min(1.0, step / (self.steps or 1))
+
+
 class TeacherSection(Section):
     """Who scores the student's tokens."""
 
-    policy: Literal["initial", "live", "ema", "model"] = "initial"
+    policy: Policy = "initial"
     """Whose weights score the rollouts: the student's at step 0, its current ones, their moving
     average, or another model's."""
     ema_decay: Share = 0.999
@@ -193,6 +238,20 @@ class TeacherSection(Section):
     offload: bool = False
     """policies initial and model: keep the layers in the CPU's memory, and bring each to the GPU
     when it runs."""
+    mix: list[MemberSection] = Field([])
+    """opsd: the teacher is the product of these members' distributions, each to the power of its
+    coefficient, normalised (docs/methods.md). The first is what evaluations and samples show."""
+
+    def members(self) -> list["TeacherSection"]:
+        """Whose weights each member of the mixture has; without one, this section's own."""
+        nothing = {"path": None, "revision": None, "gguf_file": None}
+        made = []
+        for member in self.mix:
+            policy = member.policy or self.policy
+            its = {"path": member.path} if member.path else {}
+            other = nothing | its if policy != "model" or its else {}
+            made.append(self.model_copy(update={"policy": policy, "mix": [], **other}))
+        return made or [self]
 
 
 class RolloutSection(Section):

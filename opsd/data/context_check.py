@@ -34,14 +34,12 @@ class ContextCheck:
         self.prompts, self.roles = prompts, roles
         self.differ = differ and "teacher" in roles
         self.apart = False  # whether equal messages make different contexts
-        self.named = {
-            name: names(getattr(prompts.section, name)) for name in ("student", "teacher", "target")
-        }
+        self.named = {name: names(template) for name, template in prompts.templates.items()}
         asked = [("teacher", "solution")] if "teacher" in roles else []
         asked += [("target", "solution")] if targets else []
-        asked += [("teacher", "problem")] if prompts.over_rollouts else []
+        asked += [("teacher", "problem")] if "teacher" in prompts.over_rollouts else []
         for name, what in asked:
-            template = getattr(prompts.section, name)
+            template = prompts.templates[name]
             plain = _single(template, [what]) or ("{{" not in template and repr(template))
             if plain and what not in self.named[name]:
                 raise UserError(
@@ -87,12 +85,12 @@ class ContextCheck:
             return True
 
     def _refuse(self, role: str, number: int, row: Row, what: str) -> None:
-        single = _single(getattr(self.prompts.section, role), [what, *row.columns])
+        single = _single(self.prompts.templates[role], [what, *row.columns])
         said = f"; {single} in single braces is plain text" if single else ""
         name = single.strip("{} ") if single else what
         raise UserError(
-            f"prompts.{role} leaves the {what} out of the {role}'s context in row {number} "
-            f"({row.problem[:40]!r}){said}: write {{{{ {name} }}}}"
+            f"{self.prompts.field(role)} leaves the {what} out of the {role}'s context in row "
+            f"{number} ({row.problem[:40]!r}){said}: write {{{{ {name} }}}}"
         )
 
 

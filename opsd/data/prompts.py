@@ -10,8 +10,8 @@ problem's other rollouts. It is then filled in for each rollout; if empty, nothi
 
 import datetime
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -46,13 +46,18 @@ class UnreadableRowError(UserError):
 
 @dataclass(frozen=True)
 class Context:
-    """One problem as both roles see it: token ids that end where the solution is to begin.
+    """One problem as each role sees it: token ids that end where the solution is to begin.
 
-    The teacher's is None where it is made of rollouts.
+    A teacher's is None where it is made of rollouts. others: by their names in prompts.contexts.
     """
 
     student: list[int]
     teacher: list[int] | None
+    others: Mapping[str, list[int] | None] = field(default_factory=dict)
+
+    def of(self, role: str) -> list[int] | None:
+        """The context of one role."""
+        return self.others[role] if role in self.others else getattr(self, role)
 
 
 class Prompts:
@@ -75,9 +80,13 @@ class Prompts:
             )
             for role in ("student", "teacher")
         }
-        self.over_rollouts = bool(names(section.teacher) & ROLLOUT_NAMES)
-        for name in ("student", "teacher", "target"):
-            check_template(f"prompts.{name}", getattr(section, name))
+        self.chats |= dict.fromkeys(section.contexts, self.chats["teacher"])
+        own = {name: getattr(section, name) for name in ("student", "teacher", "target")}
+        self.templates = own | section.contexts
+        teachers = ("teacher", *section.contexts)
+        self.over_rollouts = [r for r in teachers if names(self.templates[r]) & ROLLOUT_NAMES]
+        for name, template in self.templates.items():
+            check_template(self.field(name), template)
         # By role and the row's id(); the row beside its ids, so that no other row gets its id().
         self._known: dict[tuple[str, int], tuple[Row, array]] = {}
         self._known_tokens = 0
@@ -97,11 +106,22 @@ class Prompts:
         """Whether there are tokens that no text may have."""
         return bool(self._without_row or self._teachers_alone)
 
+    def field(self, name: str) -> str:
+        """How a config names a template."""
+        return f"prompts.contexts.{name}" if name in self.section.contexts else f"prompts.{name}"
+
     def contexts(self, rows: Sequence[Row]) -> list[Context]:
-        """The ids of both roles' contexts for each row."""
-        teachers = [None] * len(rows) if self.over_rollouts else self.all_ids(rows, "teacher")
-        pairs = zip(self.all_ids(rows, "student"), teachers, strict=True)
-        return [Context(student, teacher) for student, teacher in pairs]
+        """The ids of all roles' contexts for each row."""
+        none = [None] * len(rows)
+        ids = {
+            role: none if role in self.over_rollouts else self.all_ids(rows, role)
+            for role in self.chats
+        }
+        students, teachers = ids.pop("student"), ids.pop("teacher")
+        return [
+            Context(student, teachers[n], {role: each[n] for role, each in ids.items()})
+            for n, student in enumerate(students)
+        ]
 
     def ids(self, row: Row, role: str) -> list[int]:
         """The ids of one role's context."""
@@ -204,17 +224,19 @@ class Prompts:
             "can open what it would open first)"
         )
 
-    def teacher_of(self, row: Row, rollout: Any, peers: Sequence[Any]) -> list[int] | None:
-        """The ids of the teacher's context for one rollout; None where its message is empty."""
-        for name in ROLLOUT_NAMES & row.columns.keys() & names(self.section.teacher):
+    def teacher_of(
+        self, row: Row, rollout: Any, peers: Sequence[Any], role: str = "teacher"
+    ) -> list[int] | None:
+        """The ids of a teacher's context for one rollout; None where its message is empty."""
+        for name in ROLLOUT_NAMES & row.columns.keys() & names(self.templates[role]):
             raise UserError(
-                f"prompts.teacher uses {name!r}, which is a column of the data too: rename the "
+                f"{self.field(role)} uses {name!r}, which is a column of the data too: rename the "
                 f"column; in the template {name!r} means rollouts"
             )
-        message = self.render(row, "teacher", rollout=rollout, peers=list(peers))
+        message = self.render(row, role, rollout=rollout, peers=list(peers))
         if not message.strip():
             return None
-        ids = self._ids([self._text(message, "teacher", row)])[0]
+        ids = self._ids([self._text(message, role, row)])[0]
         self._check_ids(row, ids)
         return ids
 
@@ -233,24 +255,24 @@ class Prompts:
         return self.chats[role].context(message, self._system(role), history)
 
     def _system(self, role: str) -> str | None:
-        own = getattr(self.section, f"{role}_system")
+        own = getattr(self.section, f"{'student' if role == 'student' else 'teacher'}_system")
         return self.section.system if own is None else own
 
     def render(self, row: Row, name: str, **more: Any) -> str:
-        """The filled-in template `prompts.<name>`; `more`: what it may use beside the columns."""
+        """The filled-in template of that name; `more`: what it may use beside the columns."""
         return self.rendered([row], name, **more)[0]
 
     def rendered(self, rows: Sequence[Row], name: str, **more: Any) -> list[str]:
         """`render` of each row. Those of the last call for several are remembered."""
         known = {} if more else self._rendered.get(name, {})
-        template = getattr(self.section, name)
+        template = self.templates[name]
         used, new = names(template), [row for row in rows if id(row) not in known]
         values = [{**row.columns, **row.texts, **more} for row in new]
         try:
             made = fill_in(template, [{k: one[k] for k in used & one.keys()} for one in values])
         except TemplateFailure as error:
             said = f"cannot be filled in: {error}; columns: {', '.join(sorted(values[0]))}"
-            raise UserError(f"prompts.{name} {said}") from None
+            raise UserError(f"{self.field(name)} {said}") from None
         for token in self._teachers_alone:
             for row, text in zip(new, made, strict=True):
                 if token in text:

@@ -4,19 +4,76 @@ A teacher is a model of transformers and is never trained. It sees what the prom
 weights it has is decided here.
 """
 
+from dataclasses import dataclass, field
+from typing import cast
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.common.errors import UserError
-from opsd.config.sections import ModelSection, TeacherSection
+from opsd.config.sections import MemberSection, ModelSection, TeacherSection
 from opsd.models.copies import copy_model
 from opsd.models.head import head_arguments
-from opsd.models.load import load_model, load_tokenizer
+from opsd.models.load import check_directory, load_config, load_model, load_tokenizer
 from opsd.models.lora import is_adapted, without_adapters
 from opsd.models.moving_average import MovingAverage
 from opsd.models.offload import offload
 from opsd.models.quantize import quantize
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model whose distribution makes a part of the teacher's: `opsd.objectives.mixture`.
+
+    context: what it is shown: student, teacher, or a name in prompts.contexts. section: its part of
+    teacher.mix, with its coefficient; none: it is the whole teacher.
+    """
+
+    model: PreTrainedModel | None  # none: of a method without a teacher
+    context: str
+    section: MemberSection = field(default_factory=MemberSection)
+
+    def coefficient(self, step: int) -> float:
+        """The exponent of its distribution after `step` steps."""
+        return self.section.coefficient_at(step)
+
+
+def make_members(
+    teacher: TeacherSection,
+    student: ModelSection,
+    dtype: torch.dtype,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    decoder: PreTrainedModel,
+) -> tuple[PreTrainedModel, MovingAverage | None, list[Member]]:
+    """`make_teacher` of the first member of teacher.mix, which is what is shown, the average of any
+    that follows the student, and all members; of a teacher that is no mixture none."""
+    check_mixture(teacher, model.config)
+    made: dict[tuple, tuple[PreTrainedModel, MovingAverage | None]] = {}
+    members, first = [], None
+    for number, own in enumerate(teacher.members()):
+        key = own.policy, own.path, own.revision, own.gguf_file
+        if key not in made:
+            made[key] = make_teacher(own, student, dtype, model, tokenizer, decoder)
+        first = first or made[key][0]
+        if teacher.mix:
+            # The model that trains itself, so that what it runs serves this member too.
+            its = model if own.policy == "live" else made[key][0]
+            members.append(Member(its, teacher.mix[number].context, teacher.mix[number]))
+    average = next((average for _, average in made.values() if average is not None), None)
+    return cast(PreTrainedModel, first), average, members
+
+
+def check_mixture(teacher: TeacherSection, config: PreTrainedConfig) -> None:
+    """Raises UserError where no mixture of hidden states is one of distributions."""
+    cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+    if teacher.mix and cap is not None:
+        raise UserError(
+            f"teacher.mix has {len(teacher.mix)} members: {config.model_type} has a soft cap on "
+            f"its logits (final_logit_softcapping {cap:g}), under which a mixture of hidden states "
+            "is none of distributions; use a teacher of one member (teacher.policy)"
+        )
 
 
 def make_teacher(
@@ -97,12 +154,17 @@ def teacher_section(teacher: TeacherSection, student: ModelSection) -> ModelSect
 def check_teacher(
     teacher: TeacherSection, student: ModelSection, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[str]:
-    """`check_vocabulary` where another model is to teach; `tokenizer`: the student's, if loaded."""
-    if teacher.policy != "model":
-        return []
-    ours = load_tokenizer(student) if tokenizer is None else tokenizer
-    its = load_tokenizer(teacher_section(teacher, student), "teacher")
-    return check_vocabulary(ours, its, teacher.path)
+    """`check_vocabulary` of each other model that is to teach, and `check_mixture`; `tokenizer`:
+    the student's, if loaded."""
+    if teacher.mix:
+        check_mixture(teacher, load_config(check_directory(student)))
+    more: list[str] = []
+    for own in teacher.members():
+        if own.policy == "model":
+            tokenizer = tokenizer or load_tokenizer(student)
+            its = load_tokenizer(teacher_section(own, student), "teacher")
+            more += check_vocabulary(tokenizer, its, own.path)
+    return more
 
 
 def check_vocabulary(

@@ -1,6 +1,6 @@
 """What the methods share: problems with rollouts, the groups to learn from, and a step's means."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from opsd.config.loss import LossSection
 from opsd.data.prompts import Context, Prompts
 from opsd.data.rows import Row
 from opsd.grading.rewards import GradedRollout
+from opsd.models.teacher import Member
 from opsd.objectives.token_weights import TokenWeighting
 from opsd.prefix import Group, Ids
 from opsd.rollout import Rollout, Sampling
@@ -22,21 +23,21 @@ from opsd.rollout import Rollout, Sampling
 class Problem:
     """A row, its contexts, and the rollouts that the student wrote for it (none under SFT).
 
-    outcomes: of each rollout, where they are graded. teachers: the teacher's context for each
-    rollout, where the template is over rollouts; None for a rollout that it says nothing about.
+    outcomes: of each rollout, where they are graded. teachers: by role, its context for each
+    rollout, where its template is over rollouts; None for a rollout that it says nothing about.
     """
 
     row: Row
     context: Context
     rollouts: list[Rollout]
     outcomes: list[GradedRollout] | None = None
-    teachers: list[list[int] | None] | None = None
+    teachers: Mapping[str, list[list[int] | None]] = field(default_factory=dict)
 
     def teacher_contexts(self, role: str = "teacher") -> list[list[int] | None]:
         """The context in which a teacher of this role sees each rollout."""
-        if role == "teacher" and self.teachers is not None:
-            return self.teachers
-        return [getattr(self.context, role)] * len(self.rollouts)
+        if role in self.teachers:
+            return self.teachers[role]
+        return [self.context.of(role)] * len(self.rollouts)
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,14 @@ class SampleGroup:
 
     student: the context that the student continues. teachers: the teacher's contexts: none for a
     method without a teacher, one for all samples, or several where the template is over rollouts.
-    A piece of a group has the same context objects: `is_piece_with` compares no tokens.
+    With teacher.mix each is one context for each member, next to each other; coefficients: of the
+    members. A piece of a group has the same context objects: `is_piece_with` compares no tokens.
     """
 
     student: Ids
     samples: Sequence[Sample]
     teachers: Sequence[Ids] = ()
+    coefficients: Sequence[float] = (1.0,)
 
     def of(self, samples: Sequence[Sample]) -> "SampleGroup":
         """A piece of this group: some of its samples."""
@@ -104,30 +107,36 @@ class SampleGroup:
 
     def teachers_of(self, samples: Iterable[Sample]) -> list[Ids]:
         """The teacher contexts of some of the samples, each once."""
-        numbers = dict.fromkeys(sample.teacher for sample in samples)
-        return [self.teachers[number] for number in numbers] if self.teachers else []
+        if not self.teachers:
+            return []
+        numbers, size = dict.fromkeys(s.teacher for s in samples), len(self.coefficients)
+        return [each for n in numbers for each in self.teachers[n * size : (n + 1) * size]]
 
     def as_student(self) -> Group:
         """The student's context and the rollouts that continue it."""
         return self.student, [sample.rollout for sample in self.samples]
 
-    def as_teacher(self) -> list[Group]:
-        """The teacher's contexts with the rollouts that continue them, in the samples' order."""
+    def as_teacher(self, member: int = 0) -> list[Group]:
+        """A member's contexts with the rollouts that continue them, in the samples' order."""
         return [
-            (self.teachers[piece.samples[0].teacher], [s.rollout for s in piece.samples])
+            (self.teachers_of(piece.samples)[member], [s.rollout for s in piece.samples])
             for piece in (self.by_teacher() if self.teachers else [])
         ]
 
 
-def sample_group(student: Ids, pairs: Iterable[tuple[Sample, Ids]]) -> SampleGroup:
-    """A group of samples, each with the teacher's context that it is scored in."""
-    teachers: list[Ids] = []
+def sample_group(
+    student: Ids,
+    pairs: Iterable[tuple[Sample, Sequence[Ids]]],
+    coefficients: Sequence[float] = (1.0,),
+) -> SampleGroup:
+    """A group of samples, each with the contexts that the teacher's members see it in."""
+    teachers: list[Sequence[Ids]] = []
     samples = []
-    for sample, context in pairs:
-        if context not in teachers:
-            teachers.append(context)
-        samples.append(replace(sample, teacher=teachers.index(context)))
-    return SampleGroup(student, samples, teachers)
+    for sample, contexts in pairs:
+        if contexts not in teachers:
+            teachers.append(contexts)
+        samples.append(replace(sample, teacher=teachers.index(contexts)))
+    return SampleGroup(student, samples, [each for own in teachers for each in own], coefficients)
 
 
 def samples_of(groups: Iterable[SampleGroup]) -> list[Sample]:
@@ -140,9 +149,9 @@ def as_student(groups: Iterable[SampleGroup]) -> list[Group]:
     return [group.as_student() for group in groups]
 
 
-def as_teacher(groups: Iterable[SampleGroup]) -> list[Group]:
-    """The teacher's contexts, each with its rollouts."""
-    return [each for group in groups for each in group.as_teacher()]
+def as_teacher(groups: Iterable[SampleGroup], member: int = 0) -> list[Group]:
+    """The contexts of a teacher's member, each with its rollouts."""
+    return [each for group in groups for each in group.as_teacher(member)]
 
 
 @dataclass
@@ -241,7 +250,8 @@ class Objective:
     gives `loss.credit`. weighting: what tokens count; None: as `section` says. classes: of the
     vocabulary's entries, by `class_table`, so that the divergence is logged by class. sampling: the
     distribution from which rollouts are drawn, of which log-probabilities are; None: the model's
-    own. prompts: of sft, makes the target texts.
+    own. prompts: of sft, makes the target texts. mix: of opsd, the members of teacher.mix, which
+    stand for the teacher.
     """
 
     samples_rollouts = True  # False: the method learns from given text
@@ -255,10 +265,12 @@ class Objective:
         classes: Tensor | None = None,
         sampling: Sampling | None = None,
         prompts: Prompts | None = None,
+        mix: Sequence[Member] = (),
     ):
         self.section, self.teacher, self.sampling = section, teacher, sampling
         self.classes, self.prompts = classes, prompts
         self.weighting = weighting or TokenWeighting(section)
+        self.members = list(mix) or [Member(teacher, self.teacher_role)]
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0

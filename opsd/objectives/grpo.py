@@ -27,6 +27,7 @@ from opsd.objectives.groups import (
 )
 from opsd.objectives.importance_sampling import corrected_for_engine
 from opsd.objectives.log_probs import rollout_log_prob, token_log_prob
+from opsd.objectives.mixture import mixed
 from opsd.objectives.policy_gradient import k3, surrogate, teacher_credit
 from opsd.prefix import rollout_hidden_states, student_and_teacher_states
 
@@ -62,7 +63,7 @@ class GRPO(Objective):
                     )
                     # Without a teacher context the teacher sees the student's: the evidence is 1
                     # where both have the same weights.
-                    pairs.append((sample, p.context.student if context is None else context))
+                    pairs.append((sample, [p.context.student if context is None else context]))
             if pairs and self.section.credit:
                 groups.append(sample_group(p.context.student, pairs))
             elif pairs:
@@ -73,9 +74,8 @@ class GRPO(Objective):
         section, sampling, groups = self.section, self.sampling, batch.groups
         students = as_student(groups)
         if section.credit:
-            hidden, teacher_hidden = student_and_teacher_states(
-                model, self.teacher, students, as_teacher(groups), batch.share
-            )
+            teachers = [(self.teacher, as_teacher(groups))]
+            hidden, states = student_and_teacher_states(model, students, teachers, batch.share)
         else:
             with phase("student"):
                 hidden = rollout_hidden_states(model, students, batch.share)
@@ -84,8 +84,9 @@ class GRPO(Objective):
         advantage = of_rollout = batch.spread([sample.advantage for sample in batch.samples])
         logged = {"student_entropy": own.entropy}
         if section.credit:
+            _, *own_head = mixed([self.teacher], states, [1.0], vocabulary)
             by_teacher = token_log_prob(
-                self.teacher, teacher_hidden, batch, section, sampling, vocabulary
+                self.teacher, states[0], batch, section, sampling, own_head
             ).log_prob.detach()
             credit = batch.spread([sample.credit for sample in batch.samples])
             advantage = teacher_credit(of_rollout, old, by_teacher, credit, section.credit_clip)

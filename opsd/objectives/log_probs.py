@@ -21,6 +21,7 @@ from opsd.config.loss import LossSection
 from opsd.models.dropout import switch_off_dropout
 from opsd.models.head import as_operands, head, head_arguments, logits_of
 from opsd.objectives.groups import MicroBatch, SampleGroup, as_student
+from opsd.objectives.mixture import mixed
 from opsd.prefix import rollout_hidden_states
 from opsd.rollout import Sampling
 from opsd.rollout.logits_sampling import warpers
@@ -98,15 +99,15 @@ def token_log_prob(
     batch: MicroBatch,
     section: LossSection,
     sampling: Sampling | None = None,
-    vocabulary: int | None = None,
+    scored_by: tuple[Tensor, Tensor | None] | None = None,
 ) -> SampledLogProb:
     """log p and entropy of each rollout token [Σ R], from the states [Σ R, D] that predict them.
 
     sampling: how tokens were drawn, so that p is the distribution that they were drawn from; None:
         the model's own, at temperature 1.
-    vocabulary: how many rows of the head count, since a teacher's head may be padded further.
+    scored_by: the head's weight and bias; None: the model's.
     """
-    weight, bias = (None if t is None else t[:vocabulary] for t in head(model))
+    weight, bias = scored_by or head(model)
     hidden, weight, bias = as_operands((hidden, weight, bias))
     options: dict[str, Any] = {"memory_budget": section.memory_budget, "backend": section.backend}
     options |= head_arguments(model)
@@ -128,4 +129,5 @@ def rollout_log_prob(
     batch = MicroBatch(groups, model.device, share)
     with phase("teacher"):
         hidden = rollout_hidden_states(model, as_student(groups), share)
-    return token_log_prob(model, hidden, batch, section, sampling, vocabulary).log_prob
+    own = None if vocabulary is None else mixed([model], [hidden], [1.0], vocabulary)[1:]
+    return token_log_prob(model, hidden, batch, section, sampling, own).log_prob

@@ -34,6 +34,7 @@ from opsd.objectives.groups import (
 )
 from opsd.objectives.importance_sampling import corrected_for_engine, corrected_for_sampling
 from opsd.objectives.log_probs import token_log_prob
+from opsd.objectives.mixture import Scorer, mixed
 from opsd.objectives.policy_gradient import surrogate
 from opsd.objectives.token_classes import split_by_class
 from opsd.prefix import Ids, student_and_teacher_states
@@ -53,58 +54,59 @@ class OPSD(Objective):
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
     ) -> tuple[list[SampleGroup], dict[str, float]]:
-        """Each rollout in both contexts, without those that have no teacher context."""
+        """Each rollout in all its contexts, without those that lack a teacher's."""
+        coefficients = [member.coefficient(step) for member in self.members]
         taught = [
-            (number, rollout, outcome, context)
+            (number, rollout, outcome, contexts)
             for number, p in enumerate(problems)
-            for rollout, outcome, context in zip(
+            for rollout, outcome, *contexts in zip(
                 p.rollouts,
                 p.outcomes or [None] * len(p.rollouts),
-                p.teacher_contexts(self.teacher_role),
+                *(p.teacher_contexts(member.context) for member in self.members),
                 strict=True,
             )
-            if context is not None
+            if None not in contexts
         ]
         weights = self.weighting([r for _, r, _, _ in taught], [o for _, _, o, _ in taught])
-        pairs: list[list[tuple[Sample, Ids]]] = [[] for _ in problems]
-        for (number, rollout, _, context), weight in zip(taught, weights, strict=True):
+        pairs: list[list[tuple[Sample, list[Ids]]]] = [[] for _ in problems]
+        for (number, rollout, _, contexts), weight in zip(taught, weights, strict=True):
             sample = Sample(rollout.ids, *weight, sampling_log_probs=rollout.sampling_log_probs)
             if sample.weight:
-                pairs[number].append((sample, context))
+                pairs[number].append((sample, contexts))
         each = zip(problems, pairs, strict=True)
-        groups = [sample_group(p.context.student, own) for p, own in each if own]
+        groups = [sample_group(p.context.student, own, coefficients) for p, own in each if own]
         used = len(samples_of(groups)) / sum(len(p.rollouts) for p in problems)
         return groups, {} if used == 1 else {"trained_fraction": used}
 
     def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
-        students, teachers = as_student(batch.groups), as_teacher(batch.groups)
-        hidden = student_and_teacher_states(model, self.teacher, students, teachers, batch.share)
-        found = (self._sampled_token if self.by_token else self._whole_vocabulary)(
-            model, batch, *hidden
-        )
+        models = [member.model for member in self.members]
+        teachers = [(each, as_teacher(batch.groups, n)) for n, each in enumerate(models)]
+        students = as_student(batch.groups)
+        student, states = student_and_teacher_states(model, students, teachers, batch.share)
+        teacher = mixed(models, states, batch.groups[0].coefficients, len(head(model)[0]))
+        score = self._sampled_token if self.by_token else self._whole_vocabulary
+        found = score(model, batch, student, teacher)
         if self.classes is not None:
             by_class = split_by_class(self.classes, batch.targets(), found.logged["divergence"])
             found.logged.update({f"divergence_{name}": each for name, each in by_class.items()})
         return found
 
     def _whole_vocabulary(
-        self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Tensor
+        self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Scorer
     ) -> TokenLosses:
         section = self.section
         weights = batch.weights
         corrections: dict[str, Tensor] = {}
         if section.importance_bound is not None and batch.sampled_by_others:
             weights, corrections = corrected_for_sampling(model, student, batch, section)
-        (weight, bias), (teacher_weight, teacher_bias) = head(model), head(self.teacher)
+        (weight, bias), teacher_weight = head(model), teacher.weight
         if len(weight) != len(teacher_weight):
             # The heads are padded to different sizes. The rows that both have hold all tokens.
-            size = min(len(weight), len(teacher_weight))
-            weight, teacher_weight = weight[:size], teacher_weight[:size]
-            bias = None if bias is None else bias[:size]
-            teacher_bias = None if teacher_bias is None else teacher_bias[:size]
+            weight = weight[: len(teacher_weight)]
+            bias = None if bias is None else bias[: len(teacher_weight)]
         if teacher_weight is weight:
-            teacher_weight = teacher_bias = None  # a live teacher: one product for both
-        tensors = (student, teacher, weight, teacher_weight, bias, teacher_bias)
+            teacher_weight = None  # a head that both have: one product for both
+        tensors = (student, teacher.hidden, weight, teacher_weight, bias, teacher.bias)
         *operands, bias, teacher_bias = as_operands(tensors)
         with phase("loss"):
             result = linear_divergence(
@@ -128,14 +130,14 @@ class OPSD(Objective):
         return TokenLosses(result.loss, logged | corrections, of_all)
 
     def _sampled_token(
-        self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Tensor
+        self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Scorer
     ) -> TokenLosses:
         """A token's divergence is estimated as log p_S - log p_T."""
         section, sampling = self.section, self.sampling
         own = token_log_prob(model, student, batch, section, sampling)
         with torch.no_grad():
-            size = len(head(model)[0])
-            scored = token_log_prob(self.teacher, teacher, batch, section, sampling, size)
+            weights = teacher.weight, teacher.bias
+            scored = token_log_prob(model, teacher.hidden, batch, section, sampling, weights)
         old = batch.old_log_prob(own.log_prob)
         advantage = scored.log_prob - old
         per_token, clipped = surrogate(own.log_prob, old, advantage, section)

@@ -16,11 +16,11 @@ from opsd.common.precision import compute_dtype
 from opsd.config.config import Config
 from opsd.config.names import DIVERGENCE_METHODS
 from opsd.config.requirements import scores_by_teacher
-from opsd.config.sections import ALL_LINEAR, LoraSection, ModelSection
+from opsd.config.sections import ALL_LINEAR, LoraSection, ModelSection, TeacherSection
 from opsd.distributed.processes import SPLIT_WEIGHTS
 from opsd.models.lora import check_targets, is_linear
 from opsd.models.multimodal import other_linear_layers
-from opsd.models.teacher import teacher_section
+from opsd.models.teacher import Member, teacher_section
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, SampleGroup, Totals, samples_of
 from opsd.plan.architectures import architecture
 from opsd.plan.fake_run import Peaks, meta_model, over_layers, quiet, sampling_peaks, step_peaks
@@ -129,7 +129,13 @@ class Planner:
         scores = scores_by_teacher(config)
         if not scores and not (config.eval.problems and config.eval.samples):
             return 0
-        teacher, sizes = config.teacher, self.sizes(config)
+        distinct: list[TeacherSection] = []
+        for member in config.teacher.members():
+            distinct += [] if member in distinct else [member]
+        return sum(self._teacher_weights(config, member, dtype) for member in distinct)
+
+    def _teacher_weights(self, config: Config, teacher: TeacherSection, dtype: torch.dtype) -> int:
+        sizes = self.sizes(config)
         if teacher.policy == "live":
             return 0
         if teacher.policy == "ema":
@@ -183,9 +189,12 @@ class Planner:
         trains_head = config.model.lora is None
         hidden = torch.empty(1, dtype=dtype, device=device).expand(tokens, width)
         weight = torch.empty(1, dtype=dtype, device=device).expand(vocabulary, width)
-        other = weight if config.teacher.policy == "live" else weight.view_as(weight)
+        # A mixture's heads stand side by side.
+        heads = 1 if config.model.lora else len({m.policy for m in config.teacher.members()})
+        wide = torch.empty(1, dtype=dtype, device=device).expand(vocabulary, heads * width)
+        other = weight if {m.policy for m in config.teacher.members()} == {"live"} else wide
         plan = plan_call(
-            (hidden,) * roles,
+            (hidden, hidden.new_empty(1).expand(tokens, other.shape[1]))[:roles],
             (Head(weight, None), Head(other, None))[:roles],
             load("cuda" if gpu else resolve(config.loss.backend, device, dtype)),
             two_sums=False,
@@ -313,8 +322,16 @@ def _objective(
     kind = {"opsd": OPSD, "distill": Distill, "grpo": GRPO, "sft": SFT}[config.method]
     if not scores_by_teacher(config):
         return kind(config.loss), []
-    teacher = meta_model(short, dtype).requires_grad_(False).eval()
-    return kind(config.loss, teacher), [teacher]
+    # Adapters leave the weights, and the head, to all that have them.
+    owners = [
+        "own" if config.model.lora is not None and own.policy != "model" else own.model_dump_json()
+        for own in config.teacher.members()
+    ]
+    made = {owner: meta_model(short, dtype).requires_grad_(False).eval() for owner in owners}
+    sections = config.teacher.mix
+    pairs = zip(owners, sections, strict=False)  # of no mixture none
+    mix = [Member(made[owner], section.context, section) for owner, section in pairs]
+    return kind(config.loss, made[owners[0]], mix=mix), list(made.values())
 
 
 def _step_key(config: Config) -> str:

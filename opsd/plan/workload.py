@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from opsd.config.config import Config
 from opsd.config.names import DIVERGENCE_METHODS
-from opsd.config.requirements import learns_targets
+from opsd.config.requirements import learns_targets, teacher_roles
 from opsd.objectives import Sample, SampleGroup, samples_of
 from opsd.training.micro_batches import (
     packed_batches,
@@ -48,10 +49,11 @@ def sample_groups(config: Config, lengths: Lengths) -> list[SampleGroup]:
     samples, groups = [Sample([0] * answer, 1.0)] * copies, []
     for number in range(config.train.problems_per_step):
         problem = [number % 7 + 1] * (lengths.prompt - 1) + [number]
-        contexts = {"student": problem, "teacher": problem + [1] * lengths.solution}
+        shown = problem + [1] * lengths.solution
+        contexts = defaultdict(lambda shown=shown: shown, student=problem)
         if config.method in DIVERGENCE_METHODS or config.loss.credit:
-            role = "student" if config.method == "distill" else "teacher"
-            groups.append(SampleGroup(problem, samples, [contexts[role]]))
+            teachers = [contexts[role] for role in teacher_roles(config)]
+            groups.append(SampleGroup(problem, samples, teachers, [1.0] * len(teachers)))
         else:
             roles = config.loss.roles if sft else ["student"]
             groups += [SampleGroup(contexts[role], samples) for role in roles]
@@ -66,10 +68,12 @@ def micro_batches(step: list[SampleGroup], tokens: int, share: bool) -> list[lis
 
 def count_tokens(config: Config, step: list[SampleGroup], lengths: Lengths) -> Tokens:
     """The step's tokens. A live teacher reads the start that both contexts share from the student's
-    pass."""
-    student, teacher = stream_tokens(step)
-    if teacher and config.teacher.policy == "live":
-        teacher -= config.train.problems_per_step * lengths.prompt
+    pass, and so does each member of a mixture from an earlier one of the same weights."""
+    student, teacher = (tokens := stream_tokens(step)).student, tokens.teacher
+    weights = [(own.policy, own.path, own.revision) for own in config.teacher.members()]
+    read = sum(own[0] == "live" or own in weights[:n] for n, own in enumerate(weights))
+    if teacher:
+        teacher -= read * config.train.problems_per_step * lengths.prompt
     trained = sum(sample.tokens for sample in samples_of(step))
     return Tokens(
         generated=0 if learns_targets(config) else trained,

@@ -5,9 +5,9 @@ Everything that other rooms need is imported from here.
 
 from opsd.prefix.attention import by_tiles, use_kernel
 from opsd.prefix.hidden_states import (
-    live_hidden_states,
     rollout_hidden_states,
     shared_prefix_hidden_states,
+    states_by_role,
     student_and_teacher_states,
 )
 from opsd.prefix.layout import Group, Ids

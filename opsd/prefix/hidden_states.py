@@ -29,62 +29,90 @@ from opsd.prefix.prefix_cache import CachedPrefix, plain_groups, uncached
 
 def student_and_teacher_states(
     model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    student_groups: Sequence[Group],
-    teacher_groups: Sequence[Group],
+    student: Sequence[Group],
+    teachers: Sequence[tuple[PreTrainedModel, Sequence[Group]]],
     share: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """The states of both roles. The teacher, which may be `model` itself, gets no gradient."""
-    if teacher is not model:
-        with torch.no_grad(), phase("teacher"):
-            teacher_states = rollout_hidden_states(teacher, teacher_groups, share)
-        with phase("student"):
-            return rollout_hidden_states(model, student_groups, share), teacher_states
-    if share and len(student_groups) == len(teacher_groups):  # a teacher's context for each problem
-        return live_hidden_states(model, student_groups, teacher_groups)
-    return _one_after_the_other(model, student_groups, teacher_groups, share)
+) -> tuple[Tensor, list[Tensor]]:
+    """The student's states, and those of each teacher in its own contexts.
 
-
-def live_hidden_states(
-    model: PreTrainedModel, student: Sequence[Group], teacher: Sequence[Group]
-) -> tuple[Tensor, Tensor]:
-    """The states of a student and a `live` teacher, which are one model.
-
-    `student` and `teacher` are groups of the same problems. Where two prefixes start with the same
-    tokens, these run once: the teacher reads their keys and values from the student's pass. The
-    teacher's states carry no gradient. Raises ValueError where the adapters that apply change
-    between the two passes.
+    A teacher may be `model` itself; none gets a gradient. Where roles have one model, and their
+    contexts start with the same tokens, these run once.
     """
-    cached = any(isinstance(prefix, CachedPrefix) for prefix, _ in [*student, *teacher])
-    if unpackable(model) is not None or cached:
-        return _one_after_the_other(model, student, teacher)
-    students, teachers = _checked(model, student), _checked(model, teacher)
-    common = [_common(s, t) for (s, _), (t, _) in zip(students, teachers, strict=True)]
-    if not any(common):
-        return _one_after_the_other(model, student, teacher)
-    layout = Layout(students, model.device)
-    starts = [segment.queries.start for segment in layout.segments[: len(students)]]
-    rows = [torch.arange(s, s + c) for s, c in zip(starts, common, strict=True)]
+    found: dict[int, Tensor] = {}
+    by_model: dict[PreTrainedModel, list[int]] = {}
+    for number, (teacher, _) in enumerate(teachers):
+        by_model.setdefault(teacher, []).append(number)
+    live = by_model.pop(model, [])
+    for teacher, numbers in by_model.items():
+        roles = [teachers[number][1] for number in numbers]
+        with torch.no_grad():
+            found.update(zip(numbers, states_by_role(teacher, roles, share), strict=True))
+    own, *rest = states_by_role(model, [student, *(teachers[n][1] for n in live)], share)
+    found.update(zip(live, rest, strict=True))
+    return own, [found[number] for number in range(len(teachers))]
+
+
+def states_by_role(
+    model: PreTrainedModel, roles: Sequence[Sequence[Group]], share: bool = True
+) -> list[Tensor]:
+    """The states of several roles that one model has, the first's alone with a gradient.
+
+    Where a role has a group for each of the first's, and the prefixes of the two start with the
+    same tokens, these run once: it reads their keys and values from the first's pass. Raises
+    ValueError where the adapters that apply change between the passes.
+    """
+    first, *others = roles
+    checked = _checked(model, plain_groups(first))
+    common = [_common_starts(model, first, checked, other) if share else None for other in others]
+    most = [max(each, default=0) for each in zip(*filter(None, common), strict=True)]
     captured: KeysAndValues = {}
-    before = adapter_state(model)
-    with phase("student"):
-        capture = Capture(captured, torch.cat(rows).to(model.device))
-        states = packed_forward(model, layout, capture=capture)
-    rest = [(prefix[c:], ids) for (prefix, ids), c in zip(teachers, common, strict=True)]
-    _check_adapters(before, adapter_state(model))
-    with torch.no_grad(), phase("teacher"):
-        return states, packed_forward(model, Layout(rest, model.device, common), past=captured)
-
-
-def _one_after_the_other(
-    model: PreTrainedModel, student: Sequence[Group], teacher: Sequence[Group], share: bool = True
-) -> tuple[Tensor, Tensor]:
-    # The student first: autocast caches the weights that it casts, for both passes, and must cast
+    capture = None
+    # The first role first: autocast caches the weights that it casts, for all passes, and must cast
     # them with their graph.
-    with phase("student"):
-        states = rollout_hidden_states(model, student, share)
+    with phase("student" if torch.is_grad_enabled() else "teacher"):
+        before = adapter_state(model)
+        if any(most):
+            layout = Layout(checked, model.device)
+            rows = _rows([s.queries.start for s in layout.segments], most)
+            capture = Capture(captured, rows.to(model.device))
+            found = [packed_forward(model, layout, capture=capture)]
+        else:
+            found = [rollout_hidden_states(model, first, share)]
     with torch.no_grad(), phase("teacher"):
-        return states, rollout_hidden_states(model, teacher, share)
+        for other, lengths in zip(others, common, strict=True):
+            if not any(lengths or ()):
+                found.append(rollout_hidden_states(model, other, share))
+                continue
+            rest = [
+                (p[c:], ids) for (p, ids), c in zip(_checked(model, other), lengths, strict=True)
+            ]
+            starts = [sum(most[:number]) for number in range(len(most))]
+            taken = _rows(starts, lengths).to(model.device)
+            past = {m: (k[taken], v[taken]) for m, (k, v) in captured.items()}
+            _check_adapters(before, adapter_state(model))
+            found.append(packed_forward(model, Layout(rest, model.device, lengths), past=past))
+    return found
+
+
+def _common_starts(
+    model: PreTrainedModel,
+    first: Sequence[Group],
+    checked: Sequence[CheckedGroup],
+    other: Sequence[Group],
+) -> list[int] | None:
+    """How many tokens the prefixes of two roles start with alike; None where they share none."""
+    unknown = CachedPrefix, FakeTensor  # of `opsd plan`, without values
+    apart = any(isinstance(prefix, unknown) for prefix, _ in [*checked, *first, *other])
+    if len(first) != len(other) or apart or unpackable(model) is not None:
+        return None
+    pairs = zip(checked, _checked(model, other), strict=True)
+    return [_common(one, another) for (one, _), (another, _) in pairs]
+
+
+def _rows(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """The numbers from each start on."""
+    pairs = zip(starts, lengths, strict=False)
+    return torch.cat([torch.arange(start, start + length) for start, length in pairs])
 
 
 def rollout_hidden_states(

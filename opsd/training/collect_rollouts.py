@@ -94,7 +94,7 @@ class RolloutCollector:
             role, sampler = "student", self.sampler
             if self.section.source == "teacher":
                 role, sampler = self.objective.teacher_role, self.teacher_sampler
-            prefixes = [getattr(context, role) for context in contexts for _ in range(copies)]
+            prefixes = [context.of(role) for context in contexts for _ in range(copies)]
             with phase("rollout"):
                 rollouts = sampler.sample(prefixes, self.sampling)
         elif copies:

@@ -2,35 +2,46 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from math import ceil
-from typing import NamedTuple
 
 from opsd.objectives import SampleGroup, samples_of
 from opsd.objectives.groups import as_student, as_teacher
 from opsd.prefix import CachedPrefix, Group, Ids, PrefixCache
 
 
-class StreamTokens(NamedTuple):
-    """Tokens that run in each role's stream."""
+class StreamTokens(tuple[int, ...]):
+    """Tokens that run in each role's stream: the student's, then each teacher's."""
 
-    student: int
-    teacher: int
+    @property
+    def student(self) -> int:
+        """The student's."""
+        return self[0]
+
+    @property
+    def teacher(self) -> int:
+        """All teachers'."""
+        return sum(self[1:])
 
     def plus(self, other: "StreamTokens") -> "StreamTokens":
         """The sums of both, role by role."""
-        return StreamTokens(self.student + other.student, self.teacher + other.teacher)
+        return StreamTokens(map(sum, zip_longest(self, other, fillvalue=0)))
 
 
 def stream_tokens(groups: Sequence[SampleGroup]) -> StreamTokens:
     """The tokens of shared streams: each context once, and no rollout's last token."""
-    return StreamTokens(_stream(as_student(groups)), _stream(as_teacher(groups)))
+    return StreamTokens(map(_stream, _roles(groups)))
 
 
 def separate_tokens(groups: Sequence[SampleGroup]) -> StreamTokens:
     """The tokens if each rollout runs with a context of its own."""
-    roles = (as_student(groups), as_teacher(groups))
-    alone = [[(p, [r]) for p, rollouts in role for r in rollouts] for role in roles]
-    return StreamTokens(_stream(alone[0]), _stream(alone[1]))
+    alone = ([(p, [r]) for p, rollouts in role for r in rollouts] for role in _roles(groups))
+    return StreamTokens(map(_stream, alone))
+
+
+def _roles(groups: Sequence[SampleGroup]) -> list[list[Group]]:
+    members = max((len(group.coefficients) for group in groups), default=1)
+    return [as_student(groups), *(as_teacher(groups, number) for number in range(members))]
 
 
 def _stream(groups: Iterable[Group]) -> int:
@@ -149,9 +160,9 @@ def _split(
     group: SampleGroup, max_tokens: int, cached_cost: float | None
 ) -> list[tuple[SampleGroup, StreamTokens]]:
     """Pieces that fit, of at least one sample each, with their streams' tokens."""
-    cached = StreamTokens(0, 0)
+    cached = StreamTokens()
     if cached_cost is not None and has_room([group], max_tokens, cached_cost):
-        cached = StreamTokens(ceil(cached_cost * len(group.student)), 0)
+        cached = StreamTokens([ceil(cached_cost * len(group.student))])
     pieces: list[tuple[SampleGroup, StreamTokens]] = []
     for sample in group.samples:
         if pieces:

@@ -20,7 +20,7 @@ from opsd.config.load import parse_config
 from opsd.data.prompts import Prompts
 from opsd.models.load import load_model
 from opsd.models.lora import add_adapters
-from opsd.models.teacher import make_teacher
+from opsd.models.teacher import make_members
 from opsd.objectives import SampleGroup, Totals, make_objective
 from opsd.rollout import Sampling
 from opsd.training.failed_steps import groups_of
@@ -89,15 +89,14 @@ def _replay(
         model, tokenizer = load_model(config.model, device, dtype=dtype)
         if config.model.lora is not None:
             model = add_adapters(model, config.model)
-        teacher, average = make_teacher(
+        teacher, average, members = make_members(
             config.teacher, config.model, dtype, model, tokenizer, model
         )
         _load(dict(model.named_parameters()), failed["weights"])
         if average is not None:
             _load(average.averages, failed["average"])
-    scorer = model if config.teacher.policy == "live" else teacher
     prompts, sampling = Prompts(config.prompts, tokenizer), Sampling.of(config.rollout)
-    objective = make_objective(config.method, config.loss, scorer, prompts, sampling)
+    objective = make_objective(config.method, config.loss, teacher, prompts, sampling, members)
     step = OPSDStep(model.train(), objective, share=config.train.share_prefixes)
     with autocast(torch.device(device), compute_dtype(config.train.precision)):
         alone = [group.of([sample]) for group in groups for sample in group.samples]

@@ -38,7 +38,7 @@ from opsd.models.generation_config import left_out
 from opsd.models.head import head
 from opsd.models.load import load_model, stop_ids, told_stops, window
 from opsd.models.lora import add_adapters, is_adapted, trainable, without_adapters
-from opsd.models.teacher import check_teacher, make_teacher
+from opsd.models.teacher import check_teacher, make_members
 from opsd.objectives import make_objective
 from opsd.prefix import try_kernel, unpackable, use_kernel
 from opsd.report import write_report
@@ -238,9 +238,9 @@ class Run:
         weights of step 0.
 
         Sets `inference`, what sampling and evaluation read: the student, or a copy of its weights;
-        `teacher`, whose view of sample completions is shown; `scorer`, what the objective asks;
-        `average`, an `ema` teacher that training moves; and `split`, whether the student's weights
-        are split over processes.
+        `teacher`, whose view of sample completions is shown; `scorer`, what the objective asks, or
+        `members`, those of teacher.mix; `average`, an `ema` teacher that training moves; and
+        `split`, whether the student's weights are split over processes.
         """
         config, model, dtype = self.config, self.model, self.dtype
         if config.method != "sft":
@@ -253,13 +253,13 @@ class Run:
             self.inference = copy_model(model, dtype, self.processes.device)
         # A method without a teacher needs one only to show its view of sample completions.
         scores = scores_by_teacher(config)
-        self.teacher, average = self.inference, None
+        self.teacher, average, self.members = self.inference, None, []
         if scores or (self.held_out and config.eval.samples):
-            self.teacher, average = make_teacher(
+            self.teacher, average, self.members = make_members(
                 config.teacher, config.model, dtype, model, self.tokenizer, self.inference
             )
         # A live teacher is the model itself: the start that both contexts share runs once.
-        self.scorer = model if config.teacher.policy == "live" else self.teacher
+        self.scorer = model if self.teacher is self.inference else self.teacher
         self.average = average if scores else None
 
     @property
@@ -342,7 +342,9 @@ class Run:
                 self.model,
                 self.rows,
                 self.prompts,
-                make_objective(config.method, config.loss, self.scorer, self.prompts, sampling),
+                make_objective(
+                    config.method, config.loss, self.scorer, self.prompts, sampling, self.members
+                ),
                 self.sampler,
                 self.log,
                 evaluate=curve,

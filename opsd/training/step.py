@@ -70,8 +70,9 @@ class OPSDStep(nn.Module):
         self.share, self.cache_trains = share, cache_trains
         if objective.samples_rollouts:
             switch_off_dropout(model)  # what is scored is what sampled
-        if (teacher := getattr(objective, "teacher", None)) is not None:
-            switch_off_dropout(teacher)
+        for member in objective.members:
+            if member.model is not None:
+                switch_off_dropout(member.model)
 
     def forward(self, groups: Sequence[SampleGroup], totals: Totals) -> Tensor:
         """The loss (scalar) of some of the step's groups; adds their measures to `totals`."""

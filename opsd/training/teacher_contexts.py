@@ -60,33 +60,34 @@ class TeacherContexts:
             return list(problems), {}
         too_long, filled_in = 0, []
         for problem in problems:
-            teachers = []
+            teachers: dict[str, list] = {role: [] for role in self.prompts.over_rollouts}
             for number, (rollout, outcome) in enumerate(
                 zip(problem.rollouts, problem.outcomes, strict=True)
             ):
                 peers = [*problem.outcomes[:number], *problem.outcomes[number + 1 :]]
-                context = self.prompts.teacher_of(problem.row, outcome, peers)
-                length = 0 if context is None else len(context) + len(rollout.ids)
-                if self.window is not None and length > self.window:
-                    self._too_long(problem, length)
-                    too_long, context = too_long + 1, None
-                teachers.append(context)
+                for role, its in teachers.items():
+                    context = self.prompts.teacher_of(problem.row, outcome, peers, role)
+                    length = 0 if context is None else len(context) + len(rollout.ids)
+                    if self.window is not None and length > self.window:
+                        self._too_long(problem, length, role)
+                        too_long, context = too_long + 1, None
+                    its.append(context)
             filled_in.append(replace(problem, teachers=teachers))
-        contexts = [context for p in filled_in for context in p.teachers]
+        contexts = [context for p in filled_in for its in p.teachers.values() for context in its]
         return filled_in, {
             "taught_fraction": sum(c is not None for c in contexts) / len(contexts),
             "too_long": too_long,
         }
 
-    def _too_long(self, problem: Problem, length: int) -> None:
+    def _too_long(self, problem: Problem, length: int, role: str) -> None:
         what = (
             f"the teacher's context and a rollout of the problem {problem.row.problem[:60]!r} are "
             f"{length} tokens long, the model's window is {self.window}"
         )
         if not self.skip:
             raise UserError(
-                f"prompts.teacher: {what}; shorten the template or rollout.max_new_tokens, or "
-                "leave such rollouts out with prompts.too_long: skip"
+                f"{self.prompts.field(role)}: {what}; shorten the template or "
+                "rollout.max_new_tokens, or leave such rollouts out with prompts.too_long: skip"
             )
         if not self.noted:
             self.note(f"Rollouts are left out, and counted as too_long: {what}")

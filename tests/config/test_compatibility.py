@@ -14,6 +14,11 @@ GRPO = {"method": "grpo", "rollout": {"group_size": 4}}
 MODEL = {"teacher": {"policy": "model", "path": "t"}}
 PEERS = {"prompts": {"teacher": "{{ problem }}{% if peers %}{{ peers[0].text }}{% endif %}"}}
 
+MIX = {
+    "teacher": {"mix": [{"context": "student"}, {"context": "c"}]},
+    "eval": {"problems": 0},
+}
+
 
 def loss(**fields) -> dict:
     return {"loss": fields}
@@ -30,6 +35,8 @@ ALLOWED = [
     {"method": "distill", **MODEL, **loss(divergence="reverse_kl", clip="token")},
     {"method": "sft", **loss(aggregation="rollout", weights={"maths": 2.0})},
     {"teacher": {"policy": "ema", "ema_decay": 0.0, "update_every": 50}},
+    {"teacher": {"mix": [{"coefficient": [1, 0.3], "steps": 9}, {"context": "student"}]}},
+    {"teacher": {"ema_decay": 0.9, "mix": [{"policy": "ema"}, {"policy": "model", "path": "t"}]}},
 ]
 
 
@@ -46,6 +53,8 @@ def test_what_goes_together_is_taken(values):
         ({"eval": {"problems": 0}}, ["problem", "solution"]),
         ({"prompts": {"teacher": "{{ problem }} Be brief."}, "eval": {"problems": 0}}, ["problem"]),
         (merge(GRPO, {"eval": {"problems": 0}}), ["problem", "answer"]),
+        (merge(MIX, {"prompts": {"contexts": {"c": "{{ answer }}"}}}), ["problem", "answer"]),
+        (merge(MIX, {"prompts": {"contexts": {"c": "{{ peers }}"}}}), ["problem", "answer"]),
         (
             merge(GRPO, {"eval": {"problems": 0}, **loss(reward={"verifier": "v.py:grade"})}),
             ["problem"],

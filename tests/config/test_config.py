@@ -17,7 +17,7 @@ from opsd.config.load import (
     with_overrides,
 )
 from opsd.config.loss import RewardSection, WeightsSection
-from opsd.config.sections import CollapseSection, LoraSection
+from opsd.config.sections import CollapseSection, LoraSection, MemberSection
 
 GOOD = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
 
@@ -74,6 +74,7 @@ def test_every_field_is_described():
             [("model", f"lora.{n}") for n in LoraSection.model_fields]
             + [("loss", f"weights.{n}") for n in WeightsSection.model_fields]
             + [("loss", f"reward.{n}") for n in RewardSection.model_fields]
+            + [("teacher", f"mix.{n}") for n in MemberSection.model_fields]
             + [("train", f"collapse.{n}") for n in CollapseSection.model_fields]
         )
     }

@@ -72,6 +72,24 @@ def test_tokens_of_a_step():
     assert grpo.shared == 3 * (10 + 4 * 19) and grpo.teacher == 0
 
 
+def test_a_mixture_is_planned_by_its_members():
+    """A copy of each member's weights, the same ones once; contexts that start alike run once."""
+    lengths, own = Lengths(prompt=10, solution=100, rollout=20), {"context": "student"}
+    one, two, three = (
+        config_of(train={"problems_per_step": 3}, teacher={"mix": mix})
+        for mix in ([{}], [{}, own], [{}, own, {"policy": "ema"}])
+    )
+    configs = one, two, three
+    plans = [Planner(SHAPES["wide"], lengths, None).memory(config) for config in configs]
+    first, second, third = (plan.always["teacher"] for plan in plans)
+    assert first == second and third == first + plans[0].always["weights"]
+    # The kernel sweeps heads that differ as one of their widths together.
+    kernel = [plan.step["logits (kernel)"] for plan in plans]
+    assert kernel[0] == kernel[1] <= kernel[2]
+    tokens = [count_tokens(c, sample_groups(c, lengths), lengths).teacher for c in configs]
+    assert tokens == [3 * (110 + 19), 3 * (110 + 19 + 19), 3 * (110 + 19 + 19 + 110 + 19)]
+
+
 # Peaks, measured on processes of their own.
 
 SHAPES = {

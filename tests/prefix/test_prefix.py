@@ -11,8 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from opsd.prefix import (
     hidden_states,
     layout,
-    live_hidden_states,
     shared_prefix_hidden_states,
+    states_by_role,
     unpackable,
 )
 from opsd.prefix import tiled as tiling
@@ -101,7 +101,7 @@ def test_a_live_teacher_reads_the_students_start(name, checkpointing):
         lambda module, inputs, arguments: tokens.append(arguments["input_ids"].shape[1]),
         with_kwargs=True,
     )
-    student, teacher = live_hidden_states(model, groups, others)
+    student, teacher = states_by_role(model, [groups, others])
     whole = [len(layout.Layout(g, torch.device("cpu")).ids) for g in (groups, others)]
     assert tokens == [whole[0], whole[1] - sum(common)]
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_one_autocast_for_several_batches_loses_no_gradient(checkpointing):
         with torch.autocast("cpu", torch.bfloat16, enabled=once):
             for part in (groups[:2], groups[2:]):
                 with torch.autocast("cpu", torch.bfloat16):
-                    states, _ = live_hidden_states(model, part, as_teacher(part, (1, 0)))
+                    states, _ = states_by_role(model, [part, as_teacher(part, (1, 0))])
                 with torch.autocast("cpu", enabled=False):
                     states.square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.model.parameters()]))

@@ -31,10 +31,22 @@ def claimed(config):
     return config
 
 
-def test_resuming_in_bf16_changes_nothing(files, tmp_path):
-    whole = claimed(short_config(*files, tmp_path / "whole", train={"precision": "bf16"}))
+MIX = [
+    {"coefficient": [1.5, 0.25], "steps": 4},
+    {"coefficient": 0.5, "context": "student", "policy": "ema"},
+    {"coefficient": 0.25, "context": "student", "policy": "live"},
+]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{"train": {"precision": "bf16"}}, {"teacher": {"ema_decay": 0.5, "mix": MIX}}],
+    ids=["bf16", "a mixture"],
+)
+def test_resuming_changes_nothing(sections, files, tmp_path):
+    whole = claimed(short_config(*files, tmp_path / "whole", **sections))
     execute(whole)
-    again = claimed(short_config(*files, tmp_path / "again", train={"precision": "bf16"}))
+    again = claimed(short_config(*files, tmp_path / "again", **sections))
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
     for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
         lines = (tmp_path / "whole" / name).read_text().splitlines(keepends=True)

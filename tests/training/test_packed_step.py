@@ -26,9 +26,9 @@ from opsd.objectives import OPSD, SFT, Totals, samples_of
 from opsd.prefix import (
     PrefixCache,
     attention,
-    live_hidden_states,
     packed_forward,
     shared_prefix_hidden_states,
+    states_by_role,
     unpackable,
     use_kernel,
 )
@@ -221,13 +221,13 @@ def test_adapters_that_change_between_the_roles_are_refused(adapted):
     others = [(torch.cat([prefix_ids, ids(4)[0]]), rollouts) for prefix_ids, rollouts in groups]
     unpackable(adapted)  # which runs two tokens the first time
     with torch.no_grad():
-        _, teacher = live_hidden_states(adapted, groups, others)
+        _, teacher = states_by_role(adapted, [groups, others])
         assert (teacher - alone(adapted, others)).abs().max() < 2e-5
         adapted.get_decoder().register_forward_hook(
             lambda *_: adapted.base_model.disable_adapter_layers()
         )
         with pytest.raises(ValueError, match=r"6 of 6 adapted layers .* switch adapters"):
-            live_hidden_states(adapted, groups, others)
+            states_by_role(adapted, [groups, others])
 
 
 def test_what_is_cached_with_adapters_on_is_not_read_with_them_off(adapted):

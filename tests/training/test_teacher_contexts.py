@@ -46,11 +46,11 @@ def test_a_successful_peer_is_the_teachers_context(tokenizer):
     made = problem(tokenizer, ("1", False), ("22", True), ("3", True))
     lessons = TeacherContexts(prompts(tokenizer), None, False, pytest.fail)
     (taught,), measures = lessons([made])
-    shown = [tokenizer.decode(context) for context in taught.teachers]
+    shown = [tokenizer.decode(context) for context in taught.teachers["teacher"]]
     assert [text.partition("S:")[2].partition("<")[0] for text in shown] == ["22", "3", "22"]
     assert measures == {"taught_fraction": 1.0, "too_long": 0}
     (group,), _ = OPSD(LossSection(), teacher=None).sample_groups([taught])
-    assert [group.teachers[s.teacher] for s in group.samples] == taught.teachers
+    assert [group.teachers[s.teacher] for s in group.samples] == taught.teachers["teacher"]
     assert group.student == [1] and len(group.teachers) == 2  # which both sees "22" is there once
 
 
@@ -58,7 +58,7 @@ def test_a_rollout_that_has_nothing_to_be_taught_is_left_out_and_counted(tokeniz
     """The only right one has no right peer."""
     made = problem(tokenizer, ("1", False), ("22", True))
     (taught,), measures = TeacherContexts(prompts(tokenizer), None, False, pytest.fail)([made])
-    assert [context is None for context in taught.teachers] == [False, True]
+    assert [context is None for context in taught.teachers["teacher"]] == [False, True]
     (group,), logged = OPSD(LossSection(), teacher=None).sample_groups([taught])
     (sample,) = group.samples
     assert sample.weight == 1.0  # its one token is the step's only one
@@ -69,7 +69,7 @@ def test_feedback_on_the_rollout_itself(tokenizer):
     template = "Q:{{ problem }}\n{{ rollout.feedback }}{{ rollout.text }}"
     made = problem(tokenizer, ("1", False), ("2", True), feedback="0;")
     (taught,), _ = TeacherContexts(prompts(tokenizer, template), None, False, pytest.fail)([made])
-    first, second = (tokenizer.decode(context) for context in taught.teachers)
+    first, second = (tokenizer.decode(context) for context in taught.teachers["teacher"])
     assert first.endswith("\n0;1<|end|><|assistant|>") and second.endswith(
         "\n2<|end|><|assistant|>"
     )
@@ -80,7 +80,7 @@ def test_contexts_that_do_not_fit_are_counted_and_named(tokenizer):
     notes = []
     lessons = TeacherContexts(prompts(tokenizer), 80, True, notes.append)
     (taught,), measures = lessons([made])
-    assert taught.teachers == [None, None] and measures["too_long"] == 1
+    assert taught.teachers["teacher"] == [None, None] and measures["too_long"] == 1
     lessons([made])
     (note,) = notes
     assert ROWS[0].problem[:20] in note and "the model's window is 80" in note
