@@ -108,6 +108,13 @@ class LogitTransform:
         """The logit's derivative by the product, where the soft cap does not bend it."""
         return self.scale / self.temperature
 
+    def __call__(self, product: Any) -> Any:
+        """z of a few products, a new tensor."""
+        if self.softcap is None:
+            return product * (self.scale / self.temperature)
+        squashed = (product * (self.scale / self.softcap)).tanh()
+        return squashed * (self.softcap / self.temperature)
+
     def __post_init__(self) -> None:
         if not (_is_number(self.temperature) and self.temperature > 0.0):
             raise ValueError(

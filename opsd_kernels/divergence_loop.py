@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import gemm
-from opsd_kernels.divergence import Clip, Rule
+from opsd_kernels.divergence import Clip, LogitTransform, Rule
 from opsd_kernels.resolve import load
 from opsd_kernels.sharded import Shards
 from opsd_kernels.sweep import Gradients, Head, Sweep, Want, blocks, buffers, plan_call
@@ -31,6 +31,8 @@ from opsd_kernels.tiles import state as states
 
 # Rows of the per-token numbers that come out.
 LOSS, DIVERGENCE, STUDENT_ENTROPY, TEACHER_ENTROPY, CLIPPED, INVERTED = range(6)
+STUDENT_LOG_PROB, TEACHER_LOG_PROB = 6, 7  # of the targets, where there are any
+STATISTICS = 8
 
 
 def divergence_blocks(
@@ -44,12 +46,14 @@ def divergence_blocks(
     budget: int | None,
     backend: str,
     shards: Shards | None,
+    targets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(stats [6, N], dh [N, D], dW [V, D], dbias [V]); the last three where `want`ed, for the loss
+    """(stats [8, N], dh [N, D], dW [V, D], dbias [V]); the last three where `want`ed, for the loss
     sum_n row_weight_n loss_n.
 
-    student [N, D], teacher [N, D_t]; `heads` of both. dh is rounded to the hidden states' dtype, dW
-    and dbias to the weight's.
+    student [N, D], teacher [N, D_t]; `heads` of both; targets [N]: entries of the whole vocabulary,
+    whose log-probabilities are then the last two statistics. dh is rounded to the hidden states'
+    dtype, dW and dbias to the weight's.
     """
     dtype, n_tokens = gemm.tile_dtype(student.dtype), student.shape[0]
     functions = load(backend)
@@ -71,7 +75,7 @@ def divergence_blocks(
     direct = direct and want.any and not at_once and (forward or not plan.one_pass)
     two_sums = direct and not forward
 
-    stats = student.new_empty((6, n_tokens), dtype=dtype)
+    stats = student.new_zeros((STATISTICS, n_tokens), dtype=dtype)
     buffer, narrow = buffers(student, plan, roles=2)
     unit = gemm.gradient_unit(student, row_weight, rule.transform.slope)
     gradients = Gradients(student, heads[0], want, plan, narrow, unit)
@@ -114,9 +118,29 @@ def divergence_blocks(
             state[states.UNNORMALISED] if two_sums else None,
             token_factor(state, token_clip) if direct and token_clip is not None else None,
         )
-        stats[:, rows] = statistics(state, rule)
+        stats[:STUDENT_LOG_PROB, rows] = statistics(state, rule)
+        if targets is not None:
+            local = targets[rows] - (0 if shards is None else shards.offset)
+            roles = (student[rows], rule.transform), (teacher[rows], rule.of_teacher)
+            for role, (hidden, transform) in enumerate(roles):
+                z = target_logits(local, hidden.to(dtype), heads[role], transform)
+                if shards is not None:
+                    shards.sum_(z)
+                normaliser = state[(states.STUDENT, states.TEACHER)[role]]
+                z = (z - normaliser[states.MAX]) - states.log_sum(normaliser)
+                stats[STUDENT_LOG_PROB + role, rows] = z
     del buffer, narrow
     return stats, *gradients.results()
+
+
+def target_logits(targets: Tensor, hidden: Tensor, head: Head, transform: LogitTransform) -> Tensor:
+    """[n]: each token's own logit, by itself: D multiply-adds. 0 for targets that are elsewhere."""
+    size = len(head.weight)
+    entry = targets.clamp(0, size - 1)
+    z = (hidden * head.weight[entry].to(hidden.dtype)).sum(-1)
+    if head.bias is not None:
+        z = z + head.bias[entry]
+    return transform(z).masked_fill_((targets < 0) | (targets >= size), 0.0)
 
 
 def token_factor(state: Tensor, clip: Clip) -> Tensor:

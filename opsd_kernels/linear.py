@@ -17,8 +17,11 @@ from opsd_kernels.divergence_loop import (
     DIVERGENCE,
     INVERTED,
     LOSS,
+    STATISTICS,
     STUDENT_ENTROPY,
+    STUDENT_LOG_PROB,
     TEACHER_ENTROPY,
+    TEACHER_LOG_PROB,
     divergence_blocks,
 )
 from opsd_kernels.operator import FusedOperator, wanted
@@ -80,7 +83,7 @@ def _fields_of(rule: Rule) -> dict[str, Any]:
 def _run(
     tensors: Sequence[Any], row_weight: Tensor, options: Options, gradients: bool
 ) -> tuple[Tensor | None, ...]:
-    student, teacher, weight, teacher_weight, bias, teacher_bias = tensors
+    student, teacher, weight, teacher_weight, bias, teacher_bias, targets = tensors
     dtype = gemm.tile_dtype(student.dtype)
     bias, teacher_bias = (
         None if b is None else b.to(dtype).contiguous() for b in (bias, teacher_bias)
@@ -100,6 +103,7 @@ def _run(
         shards=None
         if options.group is None
         else Shards.agree(options.group, weight.shape[0], student.shape[0], student.device),
+        targets=targets,
     )
     return row_weight * stats[LOSS], stats, d_hidden, d_weight, d_bias
 
@@ -107,11 +111,19 @@ def _run(
 _operator = FusedOperator(
     "linear_divergence",
     _run,
-    tensors=("student", "teacher", "weight", "teacher_weight?", "bias?", "teacher_bias?"),
-    by_token=("student", "teacher"),
+    tensors=(
+        "student",
+        "teacher",
+        "weight",
+        "teacher_weight?",
+        "bias?",
+        "teacher_bias?",
+        "targets?",
+    ),
+    by_token=("student", "teacher", "targets"),
     trainable=("student", "weight", "bias"),
     options=Options,
-    statistics=6,
+    statistics=STATISTICS,
 )
 
 
@@ -123,6 +135,8 @@ class LinearDivergence:
     loss: a scalar, or under reduction="none" w_n d_n for each token.
     per_token: the divergence in nats, neither weighted nor clipped.
     student_entropy, teacher_entropy: in nats.
+    log_prob, teacher_log_prob: of each token's target by the student and by the teacher; None
+        without `targets`.
     clipped_fraction: a scalar, how much of what the clip looks at it clipped: the share of tokens
         for Clip("token", ...), of vocabulary entries for Clip("entry", ...), 0 without a clip.
         Tokens of weight 0 do not count, here and below.
@@ -136,6 +150,8 @@ class LinearDivergence:
     teacher_entropy: Tensor
     clipped_fraction: Tensor
     inverted_gradient_fraction: Tensor
+    log_prob: Tensor | None = None
+    teacher_log_prob: Tensor | None = None
 
 
 def linear_divergence(
@@ -159,6 +175,7 @@ def linear_divergence(
     gradient: str = "exact",
     process_group: object = None,
     teacher_transform: LogitTransform | None = None,
+    targets: Tensor | None = None,
 ) -> LinearDivergence:
     """Divergence of the teacher's from the student's distribution, without the logits ever in
     memory at once.
@@ -182,6 +199,8 @@ def linear_divergence(
         gradient summed in fp32, 4 V D bytes more during the call, unless all tokens fit one block.
     backend: auto | torch | cpp | triton | cuda, see `opsd_kernels.backends()`.
     gradient: "exact", the only one: docs/filtered.md says why.
+    targets [...]: integers in [0, V), such as sampled tokens, whose log-probabilities by both roles
+        the same sweep then returns, detached, for D multiply-adds a token.
     process_group: the vocabulary is split over its ranks. Each passes its own rows of the heads and
         biases, in order of rank, and the same hidden states and token weights; loss and dh are then
         the same on every rank. DTensor heads sharded over the vocabulary need no group: without
@@ -233,6 +252,9 @@ def linear_divergence(
         student_hidden, teacher_hidden, Head(weight, bias), teacher_weight, teacher_bias, sharded
     )
     arguments.check_beta(rule.divergence, student_hidden.dtype)
+    if targets is not None:
+        arguments.check_rows("targets", targets, "student_hidden", student_hidden)
+        arguments.check_targets(targets, targets.new_ones(()), None if sharded else len(weight))
 
     leading = student_hidden.shape[:-1]
     n_tokens = leading.numel()
@@ -246,6 +268,7 @@ def linear_divergence(
             None if teacher_weight is None else teacher_weight.detach(),
             bias,
             None if teacher_bias is None else teacher_bias.detach(),
+            None if targets is None else placed.gather(targets.reshape(-1).long()),
         ),
         placed.gather(row_weight),
         reduction == "none" or placed.own_tokens,
@@ -274,6 +297,8 @@ def linear_divergence(
         teacher_entropy=stats[TEACHER_ENTROPY].reshape(leading),
         clipped_fraction=stats[CLIPPED].sum() / looked_at,
         inverted_gradient_fraction=stats[INVERTED].sum() / counted,
+        log_prob=None if targets is None else stats[STUDENT_LOG_PROB].reshape(leading),
+        teacher_log_prob=None if targets is None else stats[TEACHER_LOG_PROB].reshape(leading),
     )
 
 

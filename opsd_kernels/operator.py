@@ -108,7 +108,9 @@ class FusedOperator:
         n_tokens, keep = row_weight.shape[0], row_weight.nonzero().squeeze(-1)
         if keep.shape[0] == n_tokens:
             return self.run(tensors, row_weight, options, gradients)
-        kept = [x[keep] if k in self.by_token else x for k, x in enumerate(tensors)]
+        kept = [
+            x[keep] if k in self.by_token and x is not None else x for k, x in enumerate(tensors)
+        ]
         loss, stats, d_hidden, *others = self.run(kept, row_weight[keep], options, gradients)
         loss = loss.new_zeros(n_tokens).index_copy_(0, keep, loss)
         stats = stats.new_zeros((stats.shape[0], n_tokens)).index_copy_(1, keep, stats)

@@ -24,7 +24,7 @@ from opsd.models.quantize import quantize
 
 @dataclass(frozen=True)
 class Member:
-    """A model whose distribution makes a part of the teacher's: `opsd.objectives.mixture`.
+    """A model whose distribution makes a part of the teacher's: `opsd.models.head.mixed`.
 
     context: what it is shown: student, teacher, or a name in prompts.contexts. section: its part of
     teacher.mix, with its coefficient; none: it is the whole teacher.

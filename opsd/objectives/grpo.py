@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
-from opsd.models.head import head
+from opsd.models.head import head, mixed
 from opsd.objectives.groups import (
     MicroBatch,
     Objective,
@@ -27,7 +27,6 @@ from opsd.objectives.groups import (
 )
 from opsd.objectives.importance_sampling import corrected_for_engine
 from opsd.objectives.log_probs import rollout_log_prob, token_log_prob
-from opsd.objectives.mixture import mixed
 from opsd.objectives.policy_gradient import k3, surrogate, teacher_credit
 from opsd.prefix import rollout_hidden_states, student_and_teacher_states
 

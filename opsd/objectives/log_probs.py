@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.models.dropout import switch_off_dropout
-from opsd.models.head import as_operands, head, head_arguments, logits_of
+from opsd.models.head import as_operands, head, head_arguments, logits_of, mixed
 from opsd.objectives.groups import MicroBatch, SampleGroup, as_student
-from opsd.objectives.mixture import mixed
 from opsd.prefix import rollout_hidden_states
 from opsd.rollout import Sampling
 from opsd.rollout.logits_sampling import warpers

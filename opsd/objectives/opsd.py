@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
-from opsd.models.head import as_operands, head, head_arguments
+from opsd.models.head import Scorer, as_operands, head, head_arguments, mixed
 from opsd.objectives.groups import (
     MicroBatch,
     Objective,
@@ -34,7 +34,6 @@ from opsd.objectives.groups import (
 )
 from opsd.objectives.importance_sampling import corrected_for_engine, corrected_for_sampling
 from opsd.objectives.log_probs import token_log_prob
-from opsd.objectives.mixture import Scorer, mixed
 from opsd.objectives.policy_gradient import surrogate
 from opsd.objectives.token_classes import split_by_class
 from opsd.prefix import Ids, student_and_teacher_states

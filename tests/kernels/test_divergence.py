@@ -189,3 +189,42 @@ def test_a_small_entry_clip_opposes():
     case = make(64, 200, 16, clip=Clip("entry", 1e-6))
     for backend in CPU_BACKENDS:
         assert case.fused(backend).inverted_gradient_fraction > 0.5
+
+
+@pytest.mark.parametrize("budget", [None, 1 << 20])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_sweep_gives_the_targets_log_probabilities(backend, budget):
+    """Of both roles, each by its own head and transform; 0 where a token counts nothing."""
+    n, v, d = 70, 4099, 24
+    shapes = (n, d), (n, 2 * d), (v, d), (v, 2 * d), (v,), (v,)
+    made = [torch.randn(shape).requires_grad_() for shape in shapes]
+    student, teacher, weight, teacher_weight, bias, teacher_bias = made
+    targets, counts = torch.randint(v, (n,)), (torch.arange(n) % 5 != 0).float()
+    options = {"temperature": 0.7, "logit_scale": 0.2, "logit_softcap": 9.0}
+    for clip in (None, Clip("entry", 0.05)):
+        result = linear_divergence(
+            *made[:4],
+            bias=bias,
+            teacher_bias=teacher_bias,
+            divergence="reverse_kl",
+            token_weight=counts,
+            targets=targets,
+            teacher_transform=LogitTransform(),
+            backend=backend,
+            clip=clip,
+            memory_budget=budget,
+            **options,
+        )
+        z = 9 * torch.tanh(0.2 * (student.double() @ weight.double().T + bias) / 9) / 0.7
+        z_t = teacher.double() @ teacher_weight.double().T + teacher_bias
+        for found, logits in ((result.log_prob, z), (result.teacher_log_prob, z_t)):
+            wanted = logits.log_softmax(-1)[torch.arange(n), targets] * counts
+            assert not found.requires_grad
+            assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert linear_divergence(*made[:4]).log_prob is None
+
+
+def test_targets_outside_the_vocabulary_are_refused():
+    states = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="targets: got values from 0 to 5, must lie in"):
+        linear_divergence(states, states, torch.eye(5, 4), targets=torch.tensor([0, 5]))

@@ -161,14 +161,14 @@ def test_opcheck(backend, per_token):
         backend=str(backend),
         group=None,
     )
-    tensors = (student, teacher, weight, None, None, None, torch.rand(10))
+    targets = torch.randint(0, 60, (10,))
+    tensors = (student, teacher, weight, None, None, None, targets, torch.rand(10))
     torch.library.opcheck(linear._operator.forward, (*tensors, per_token, *options))
     torch.library.opcheck(
         linear._operator.recompute,
         (*(x if x is None else x.detach() for x in tensors), *options),
     )
     chosen = log_prob.Options(True, True, True, False, 1.0, 1.0, None, None, str(backend), None)
-    targets = torch.randint(0, 60, (10,))
     torch.library.opcheck(
         log_prob._operator.forward,
         (student, weight, None, targets, torch.ones(10), True, *chosen),
