@@ -18,7 +18,10 @@ _SCRIPTS = [
 ]
 _GREEK = {word[0]: word[1:] for word in _CHARACTERS["greek"].split()}
 # Greek letters inside words (μm, and Greek itself) are letters; alone they are TeX's commands.
-_GREEK_ALONE = re.compile(rf"(?<![^\W\d_])[{''.join(_GREEK)}](?![^\W\d_])")
+_ANY_GREEK = "".join(_GREEK)
+_GREEK_ALONE = re.compile(
+    rf"(?<![^\W\d_])[{_ANY_GREEK}](?![^\W\d_])|(?<![{_ANY_GREEK}])π(?![{_ANY_GREEK}])"
+)
 
 
 def from_unicode(text: str) -> str:
@@ -127,6 +130,9 @@ _REWRITTEN = [
     for pattern, to in (
         (r"(\d)\{,\}(?=\d{3}(?!\d))", r"\1"),  # thousands
         (r"\{,\}", "."),
+        (r"\{([:;=])\}", r"\1"),
+        (r"(?<![\w.])[1-9]\d{0,2}(?:_\d{3})+(?!\w)", lambda found: found[0].replace("_", "")),
+        (r"(?<=[^\s{])\^\s*-\s*(\d+)", r"^{-\1}"),
         (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])", lambda found: found[0].replace(" ", "")),
         (r"\^\s*\{?(\d+)\}?\s*/\s*_\s*\{?(\d+)\}?", r"\\frac{\1}{\2}"),
         (  # n over k as ^nC_k, _nC_k, C_n^k, C^k_n or C(n, k)

@@ -281,7 +281,9 @@ class _Comparison:
             return ratio.parts[0].value / ratio.parts[1].value == value.number.value
         one, other = [part.value for part in wanted.parts], [part.value for part in given.parts]
         if wanted.sure != given.sure:
-            return self._no("another half of the day")
+            if given.sure or not wanted.half:
+                return self._no("another half of the day")
+            one[0], other[0] = one[0] % 12, other[0] % 12  # only the reference says am or pm
         if one == other:
             return True
         if (wanted.clock and given.clock) or len(one) != len(other) or 0 in one or 0 in other:

@@ -74,11 +74,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Ratio:
-    """`2:3`, `1:2:3`, or a time of day. `sure`: by am or pm, or by its hour."""
+    """`2:3`, `1:2:3`, or a time of day. `half`: am or pm is said; `sure`: or its hour says it."""
 
     parts: tuple[Number, ...]
     clock: bool = False
     sure: bool = False
+    half: bool = False
 
 
 @dataclass(frozen=True)

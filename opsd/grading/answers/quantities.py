@@ -13,7 +13,10 @@ from opsd.grading.answers.structure import balanced
 from opsd.grading.answers.units import DEGREES, Unit, unit
 from opsd.grading.answers.words import MULTIPLES, names_a_thing
 
-_MONEY_FIRST = re.compile(r"([+-]?)\s*(\\\$|[$€£¥₹]|USD|Rs\.?)\s*(.+)", re.DOTALL)
+_MONEY_FIRST = re.compile(
+    r"([+-]?)\s*(?P<text>\\text\s*\{\s*)?(\\\$|[$€£¥₹]|USD|EUR|GBP|Rs\.?)(?(text)\s*\})\s*(.+)",
+    re.DOTALL,
+)
 _PERCENT = re.compile(
     r"(.*?)\s*(?:\\%|%|\\text\{\s*per ?cent(?:age points?)?\.?\s*\}|"
     r"(?<![A-Za-z])per ?cent(?:age points?)?)",
@@ -47,10 +50,10 @@ _FUNCTION = re.compile(
 def quantity(text: str) -> Value | None:
     """The value with its unit, None where the text is not of that form."""
     if (found := _MONEY_FIRST.fullmatch(text)) is not None:
-        inner = quantity(found[3]) or Value(trim(found[3]), number(trim(found[3])))
+        inner = quantity(found[4]) or Value(trim(found[4]), number(trim(found[4])))
         if inner.unit is None and not inner.percent:
             signed = Value(found[1] + inner.text, number(found[1] + inner.text), noun=inner.noun)
-            return _with_unit(signed, unit(found[2]))
+            return _with_unit(signed, unit(found[3]))
     if text.endswith(("\\%", "%", "t}", "t", "s}", "s")) and (found := _PERCENT.fullmatch(text)):
         core = trim(found[1])
         return Value(core, number(core), percent=True) if core else None

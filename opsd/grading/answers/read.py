@@ -129,7 +129,7 @@ def _clock_or_ratio(text: str, depth: int) -> Node | None:
         if half:
             hour = hour % 12 + 12 * (half in ("p", "noon"))
         clock = (Number(Fraction(hour)), Number(Fraction(found[2] or 0)))
-        return Ratio(clock, True, bool(half) or not 0 < hour < 13)
+        return Ratio(clock, True, bool(half) or not 0 < hour < 13, bool(half))
     parts = [trim(part) for part in _OF_A_RATIO.split(text)]
     if len(parts) < 2 or not all(_IN_A_RATIO.fullmatch(p) and balanced(p) for p in parts):
         return None

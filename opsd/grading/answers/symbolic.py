@@ -57,7 +57,9 @@ class Algebra:
         exact = "." not in wanted + given
         if self._equal(one, other, exact):
             return True
-        return _same_alternatives(one[0], other[0]) or _same_elsewhere(one[0], other[0], exact)
+        return _same_numbers((one[0], wanted), (other[0], given)) or _same_elsewhere(
+            one[0], other[0], exact
+        )
 
     def between(self, text: str, low: str, high: str) -> bool:
         """Whether a constant lies between two."""
@@ -130,13 +132,32 @@ def _close(one, other, exact: bool) -> bool:
     return bool(abs(one - other) <= tolerance * max(abs(one), abs(other)))
 
 
-def _same_alternatives(wanted, given) -> bool:
-    """`x<1 or x>2`, which math-verify reads as a set of relations, against a set of numbers."""
-    if not isinstance(wanted, sympy.Set) or not isinstance(given, sympy.FiniteSet):
+def _same_numbers(*sides) -> bool:
+    """Whether two sides, of which one has several relations, are the same set of numbers."""
+    if not any(_relations(side) for side, _ in sides):
         return False
-    if not all(isinstance(one, sympy.core.relational.Relational) for one in given):
-        return False
-    return sympy.Union(*(one.as_set() for one in given)) == wanted
+    one, other = (_numbers(side, text) for side, text in sides)
+    return one is not None and one == other
+
+
+def _relations(side) -> bool:
+    """Whether it is what math-verify reads `x<1 or x>2` as, and `x<1 and x>2` too."""
+    kinds = (sympy.core.relational.Relational, sympy.And)
+    return isinstance(side, sympy.FiniteSet) and all(isinstance(one, kinds) for one in side)
+
+
+def _numbers(side, text: str):
+    """The set of numbers that a set, or relations of one unknown, mean; None: neither."""
+    if not _relations(side):
+        relation = isinstance(side, sympy.logic.boolalg.Boolean)
+        return side.as_set() if relation else side if isinstance(side, sympy.Set) else None
+    if len(side.free_symbols) != 1:
+        return None
+    sets = [one.as_set() for one in side]
+    both = sympy.Intersection(*sets)
+    if "\\text{ or }" in text or ("\\text{ and }" not in text and both.is_empty):
+        return sympy.Union(*sets)  # a comma is an `and` where that leaves anything
+    return both
 
 
 def _same_elsewhere(wanted, given, exact: bool) -> bool:

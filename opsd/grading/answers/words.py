@@ -57,8 +57,10 @@ def canonical(phrase: str) -> str:
     return winner[1] if (winner := _WINS.fullmatch(phrase)) else phrase
 
 
-_MONTH = f"({'|'.join(_WORDS['months'].split())})"
+_MONTHS = _WORDS["months"].split()
+_MONTH = f"({'|'.join(f'{name[:3]}(?:{name[3:]}|t?[.]?)' for name in _MONTHS)})"
 _DAY = r"(\d{1,2})(?:st|nd|rd|th)?"
+_ISO_DATE = re.compile(r"(\d{4})-(0[1-9]|1[0-2])-([0-3]\d)")
 _DATE = re.compile(rf"(?:{_MONTH} {_DAY}|{_DAY} (?:of )?{_MONTH})(?:,? (\d{{4}}))?")
 _PAIRS = [pair.split() for pair in _WORDS["opposites"].split("|")]
 _OPPOSITES = dict(_PAIRS) | {other: one for one, other in _PAIRS}
@@ -66,9 +68,12 @@ _NUMERALS = {name: Fraction(size) for name, size in NOTATION["numerals"].items()
 
 
 def date(text: str) -> str:
-    """Month, day and year of `March 14th, 2020` or `14 March 2020`; nothing of anything else."""
+    """Month, day and year of `March 14th, 2020`, `14 Mar. 2020` or `2020-03-14`; nothing of
+    anything else."""
+    if found := _ISO_DATE.fullmatch(text):
+        return f"{_MONTHS[int(found[2]) - 1][:3]} {int(found[3])} {found[1]}"
     found = _DATE.fullmatch(text.casefold())
-    return f"{found[1] or found[4]} {found[2] or found[3]} {found[5]}" if found else ""
+    return f"{(found[1] or found[4])[:3]} {int(found[2] or found[3])} {found[5]}" if found else ""
 
 
 def opposite(one: str, other: str) -> bool:
