@@ -60,6 +60,10 @@ OR_A_LIST = f"{ONE_A_LINE}, or one list of objects, alone or under a key"
 def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[Any]:
     """Objects one a line; of a .json file also one list of them, alone or under a key."""
     where = f"{section}.source: {name}"
+    if not one_value:  # a list in a file of lines, as many are
+        start = next((line for line in file if line.strip()), "")
+        one_value = start.lstrip().startswith("[")
+        file.seek(0)
     if one_value:
         text = file.read()
         try:
@@ -132,9 +136,10 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
     reader = csv.reader(file, delimiter=delimiter, strict=True)
     try:
         names = next(reader, [])
-        if len(names) == 1 and ";" in names[0]:  # a table of a country whose decimals have commas
-            reader = csv.reader(file, delimiter=";", strict=True)
-            names = names[0].split(";")
+        # `;` is used where decimals have commas, and .csv files are written with tabs.
+        if len(names) == 1 and (other := next((c for c in ";\t" if c in names[0]), None)):
+            reader = csv.reader(file, delimiter=other, strict=True)
+            names = names[0].split(other)
         named = [name for i, name in enumerate(names) if name or i]  # pandas' index has no name
         if len(set(named)) != len(named) or "" in [name.strip() for name in named]:
             raise UserError(f"{where}: its first line must name the columns, each once: {names}")
@@ -158,6 +163,9 @@ def _parquet(path: Path, section: str) -> Iterator[Any]:
 
     def batches() -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise ValueError(f"it has several columns {', '.join(map(repr, sorted(twice)))}")
             for batch in file.iter_batches(1024):
                 yield from batch.to_pylist()
 

@@ -19,6 +19,7 @@ _STATED = re.compile(
     r"([^\n]{1,200}?)\.?\s*$",
     re.IGNORECASE,
 )
+_NOTHING = re.compile(r"[\s?.!_*-]+|#?n/a|tbd|todo", re.IGNORECASE)
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _SENTENCES = re.compile(r"[a-z\d$)}][.!?]\s+[A-Z]|[^\s,\\]\s*\n\s*\S")
 _TELLING = frozenset(
@@ -41,7 +42,7 @@ def final_answer(text: str) -> str:
     ('5', '3, 5')
     """
     answer = _found(text.strip())
-    if not answer:
+    if not answer or _NOTHING.fullmatch(answer[:20]):
         raise Unreadable("names no final answer")
     if len(answer) > MOST_CHARACTERS:
         raise Unreadable(f"is longer than {MOST_CHARACTERS} characters")

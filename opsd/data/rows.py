@@ -41,6 +41,9 @@ from opsd.data.sources import (
 
 COLUMNS = ("problem", "solution", "answer")
 
+NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns without which a problem is not the same, and which no prompt shows."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -220,6 +223,9 @@ class _Reader:
         record = {
             k: v.tolist() if hasattr(v, "tolist") else v for k, v in record.items()
         }  # numpy's
+        for name in NO_TEXT:
+            if (shown := record.get(name)) and not isinstance(shown, str | int | float):
+                raise IncompleteRowError(f"{where} goes with {name!r}, which no prompt shows")
         history: tuple[dict[str, str], ...] = ()
         found = {name: _reach(record, column) for name, column in self.theirs.items()}
         try:
@@ -290,6 +296,12 @@ class _Reader:
 
     def _missing(self, name: str, record: dict, number: int) -> str:
         column, present = self.theirs[name], list(_paths(record))
+        chat = next((c for c in CHAT_COLUMNS if isinstance(parsed(record.get(c)), list)), None)
+        if chat is not None and name == "problem":
+            return (
+                f"{self.section}.source: row {number} of {self.source!r}: {chat!r} is no chat with "
+                "a user's message (a list of objects, each with `role` and the text `content`)"
+            )
         near = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         named = "" if number == 1 else f"row {number} of "

@@ -34,13 +34,15 @@ def table(path, delimiter):
 
 def save(name, folder):
     path = folder / name
-    if name.endswith((".csv", ".tsv")):
+    if name in ("semicolons.csv", "tabs.csv"):
+        table(path, ";" if name == "semicolons.csv" else "\t")
+    elif name.endswith((".csv", ".tsv")):
         table(path, "," if name.endswith(".csv") else "\t")
     elif name == "under a key.json":
         path.write_text(json.dumps({"version": 1, "data": RECORDS}))
     elif name == "indented.json":
         path.write_text(json.dumps({"data": RECORDS}, indent=2))
-    elif name == "list.json":
+    elif name in ("list.json", "list.jsonl"):
         path.write_text(json.dumps(RECORDS, indent=2))
     elif name == "columns.json":
         path.write_text(pd.DataFrame(RECORDS).to_json())
@@ -48,8 +50,6 @@ def save(name, folder):
         path.write_text(json.dumps({name: [r[name] for r in RECORDS] for name in RECORDS[0]}))
     elif name == "index.json":
         path.write_text(pd.DataFrame(RECORDS).to_json(orient="index", indent=1))
-    elif name == "semicolons.csv":
-        table(path, ";")
     elif name == "zipped without the name.jsonl":
         path.write_bytes(gzip.compress(lines(RECORDS).encode()))
     elif name == "mark.jsonl":
@@ -77,6 +77,8 @@ NAMES = [
     "lists.json",
     "index.json",
     "semicolons.csv",
+    "tabs.csv",
+    "list.jsonl",
     "zipped without the name.jsonl",
     "rows.csv",
     "rows.csv.gz",
@@ -223,6 +225,21 @@ def test_what_is_no_text_is_refused_by_row_or_left_out(messages, said):
     told = []
     assert len(load_rows(chats, skip_incomplete=True, note=told.append)) == 1
     assert told[0].startswith("1 rows are left out")
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [("images", [b"png"]), ("image", {"bytes": b"png"}), ("answer", "N/A"), ("answer", "?"),
+     ("messages", []), ("messages", [{"content": "?"}])],
+)  # fmt: skip
+def test_what_nobody_could_learn_of_is_refused_by_row(column, value):
+    row = dict(RECORDS[0])
+    if column == "messages":
+        del row["problem"]
+    with pytest.raises(UserError, match=f"row 1 of .*'{column}'"):
+        load_rows([{**row, column: value}])
+    for nothing in ([], None, "", "https://example.org/figure.png"):
+        assert load_rows([{**RECORDS[0], "images": nothing}])[0].problem == RECORDS[0]["problem"]
 
 
 def test_an_answer_inside_an_object_is_named():
