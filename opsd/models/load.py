@@ -18,6 +18,7 @@ from transformers.utils import logging
 from opsd.common.errors import UserError, in_short
 from opsd.common.hub_offline import before_asking_hub
 from opsd.common.saved_directory import check_saved
+from opsd.common.strict_json import read_object
 from opsd.config.sections import ModelSection
 from opsd.data.chat import ChatTemplate
 from opsd.models.adapter_files import TOKENIZER, ModelFiles, model_files
@@ -30,6 +31,7 @@ from opsd.models.weight_files import (
     check_all_used,
     check_numbers,
     check_size,
+    find_file,
     stored_tensors,
     usual_dtype,
 )
@@ -72,6 +74,7 @@ def load_model(
             dtype=dtype,
             attn_implementation=section.attention,
             use_safetensors=None if section.gguf_file else True,  # a pickle may run anything
+            ignore_mismatched_sizes=True,  # they are named below
             **_source(section),
             **placing,
         )
@@ -134,9 +137,20 @@ def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedToke
     before_asking_hub(owner.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(owner.path, **_source(owner))
-        tokenizer("1 + 1")  # which a setting of the wrong type fails only now
+        written = tokenizer("1 + 1").input_ids  # which a setting of the wrong type fails only now
+        known = tokenizer.decode(written, skip_special_tokens=True).strip()
     except Exception as error:  # as for the weights
         raise _unreachable(files, owner, error) from error
+    if not known:  # transformers makes an empty one of a directory without its files
+        raise UserError(
+            f"{name}.path is {section.path!r}: its tokenizer knows no text; the files of its "
+            "vocabulary (tokenizer.json, or tokenizer.model) are missing"
+        )
+    if not tokenizer.chat_template:  # processors of old keep it in a file of their own
+        file = find_file(owner.path, "chat_template.json", owner.revision)
+        tokenizer.chat_template = (
+            read_object(file, files.where).get("chat_template") if file else None
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{name}.path is {section.path!r}: its tokenizer has no eos_token to end a rollout"
@@ -157,6 +171,8 @@ def _unreachable(files: ModelFiles, section: ModelSection, error: Exception) -> 
         return UserError(f"{where}: {name}.trust_remote_code is false, and it has code ({said})")
     if "attention implementation" in said:  # such as Gemma 2 and gpt-oss have it
         return UserError(f"{where}: set {name}.attention to 'eager' for it ({said})")
+    if "FlashAttention" in said:  # config.json asks for it
+        return UserError(f"{where}: set {name}.attention to 'sdpa' for it ({said})")
     if Path(section.path).exists():
         return UserError(f"{where}: it cannot be loaded ({said})")
     return UserError(
@@ -207,13 +223,13 @@ def stops_of(tokenizer: PreTrainedTokenizerBase, eos: Any) -> frozenset[int]:
             "must be a token's number, or list such numbers"
         )
     turn = ChatTemplate(tokenizer).stops if tokenizer.chat_template else frozenset()
-    return frozenset([tokenizer.eos_token_id, *extra, *turn])
+    return frozenset([tokenizer.eos_token_id, *turn, *(token for token in extra if token >= 0)])
 
 
 def told_stops(tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> str:
     """A line on what ends a rollout."""
-    names = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(sorted(stops)))
-    return f"Rollouts end at {names}"
+    named = zip(sorted(stops), tokenizer.convert_ids_to_tokens(sorted(stops)), strict=True)
+    return f"Rollouts end at {', '.join(repr(name or token) for token, name in named)}"
 
 
 def quiet_transformers() -> None:

@@ -1,5 +1,7 @@
 """What some families' configs say that would stop a run: it is left out, or one line."""
 
+import json
+
 import pytest
 import torch
 from helpers.training_cases import short_config, write_model
@@ -12,7 +14,7 @@ from transformers import (
 )
 
 from opsd.common.errors import UserError
-from opsd.models.load import load_model, stop_ids
+from opsd.models.load import load_model, stop_ids, told_stops
 from opsd.rollout import GenerateSampler, Sampling
 
 SIZES = {
@@ -48,3 +50,44 @@ def test_a_model_without_sdpa_is_told_of_eager(tmp_path):
     with pytest.raises(UserError, match=r"set model\.attention to 'eager' for it"):
         load_model(section)
     load_model(section.model_copy(update={"attention": "eager"}))
+
+
+def edited(path, **values):
+    """A JSON file with these fields; None takes one out."""
+    fields = {**(json.loads(path.read_text()) if path.exists() else {}), **values}
+    path.write_text(json.dumps({name: v for name, v in fields.items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda path: edited(path / "config.json", vocab_size=1000), "of another shape.*embed_tok"),
+        (
+            lambda path: edited(path / "config.json", _attn_implementation="flash_attention_2"),
+            "set model.attention to 'sdpa'",
+        ),
+        (
+            lambda path: [file.unlink() for file in path.glob("*token*.json")],
+            "tokenizer knows no text",
+        ),
+    ],
+    ids=["rows", "attention", "no tokenizer"],
+)
+def test_what_transformers_does_not_say_is_one_line(change, said, tmp_path):
+    write_model(tmp_path)
+    change(tmp_path)
+    with pytest.raises(UserError, match=said):
+        load_model(short_config(tmp_path, tmp_path, tmp_path).model)
+
+
+def test_stops_that_are_no_tokens_and_a_template_in_a_file_of_its_own(tmp_path):
+    write_model(tmp_path)
+    template = (tmp_path / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    edited(tmp_path / "generation_config.json", eos_token_id=[-1, 9999])
+    model, tokenizer = load_model(short_config(tmp_path, tmp_path, tmp_path).model)
+    assert tokenizer.chat_template == template
+    stops = stop_ids(model, tokenizer)
+    assert stops == {tokenizer.eos_token_id, 9999}
+    assert told_stops(tokenizer, stops).endswith(", 9999")
