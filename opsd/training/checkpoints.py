@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -203,8 +204,8 @@ class Checkpoints:
                 self.wrapped.load_checkpoint(str(place), load_module_strict=strict)
             else:
                 load_weights(self.model, place, manifest["files"])
-                self.optimizer.load_state_dict(_read(place / "optimizer.pt"))
-            self.schedule.load_state_dict(_read(place / "scheduler.pt"))
+                self.optimizer.load_state_dict(read_tensors(place / "optimizer.pt"))
+            self.schedule.load_state_dict(read_tensors(place / "scheduler.pt"))
             saved = read_record(place / "trainer_state.json", SavedState)
             state.global_step, state.epoch = saved.global_step, saved.epoch
             state.log_history = saved.log_history
@@ -214,7 +215,7 @@ class Checkpoints:
     def read_random_states(self, place: Path) -> None:
         """Restore the random states of this process."""
         with or_unreadable(place):
-            set_random_states(_read(place / self._random_file))
+            set_random_states(read_tensors(place / self._random_file))
 
     @property
     def _random_file(self) -> str:
@@ -234,8 +235,12 @@ def _save(value: Any, file: Path) -> None:
     write_file(file, partial(torch.save, value))
 
 
-def _read(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=True)
+def read_tensors(path: Path) -> Any:
+    """A file of torch.save's, of tensors and plain values only, and no larger than it looks."""
+    with ZipFile(path) as file:
+        if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
+            raise ValueError("it is compressed, and torch writes no such files")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def some_weights(model: nn.Module) -> list[float]:

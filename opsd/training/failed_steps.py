@@ -4,19 +4,25 @@ A step whose loss or gradient is not finite leaves a file with its groups of sam
 that it began with. `opsd replay FILE` finds the sample and the layer.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from zipfile import ZipFile
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from opsd.common.errors import UserError, in_short, problem_said
 from opsd.common.files import write_file
 from opsd.config.config import Config
+from opsd.config.load import parse_config
 from opsd.models.copies import full_tensor
 from opsd.models.moving_average import MovingAverage
-from opsd.objectives import Sample, SampleGroup
+from opsd.objectives import SampleGroup
+from opsd.training.checkpoints import read_tensors
 
 IN_A_ROW = 3
 """Consecutive steps that train.not_finite 'skip' leaves out; then the run stops all the same."""
@@ -57,9 +63,58 @@ def save_failed_step(directory: Path, failed: dict[str, Any]) -> Path:
     return path
 
 
-def groups_of(failed: dict[str, Any]) -> list[SampleGroup]:
-    """The step's groups."""
-    return [
-        SampleGroup(**{**saved, "samples": [Sample(**sample) for sample in saved["samples"]]})
-        for saved in failed["groups"]
-    ]
+class _Batch(BaseModel):
+    """What the file says of the step's batch. No type is guessed."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    step: Annotated[int, Field(ge=1, le=10**12)]
+    groups: Annotated[list[SampleGroup], Field(min_length=1)]
+
+
+@dataclass
+class FailedStep:
+    """A failed step's file."""
+
+    config: Config
+    step: int
+    groups: list[SampleGroup]
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+
+
+def read_failed_step(path: Path) -> FailedStep:
+    """Read what `save_failed_step` wrote. The file may be a stranger's: raises UserError where it
+    is anything else."""
+    try:
+        failed = read_tensors(path)
+        with ZipFile(path) as file:  # torch looks at no checksum, and no manifest lies beside it
+            if damaged := file.testzip():
+                raise UserError(f"{damaged} in it is damaged")
+        config, weights, average = (failed[key] for key in ("config", "weights", "average"))
+        # As JSON: so pydantic takes objects for dataclasses, and yet no string for a number.
+        batch = json.dumps({key: failed[key] for key in ("step", "groups")})
+        checked = _Batch.model_validate_json(batch)
+        for number, group in enumerate(checked.groups):
+            _check_group(f"groups.{number}", group)
+        return FailedStep(parse_config(config), checked.step, checked.groups, weights, average)
+    except ValidationError as error:
+        said = problem_said(error.errors(include_url=False)[0])
+    except UserError as error:
+        said = str(error)
+    except Exception as error:  # a pickle that holds more than tensors, or another kind of file
+        said = in_short(error)
+    raise UserError(f"FILE is {str(path)!r}: not a failed step's ({said})")
+
+
+def _check_group(name: str, group: SampleGroup) -> None:
+    if not group.samples or not all(map(len, (group.student, *group.teachers))):
+        raise UserError(f"{name} has no samples, or a context without tokens")
+    for number, sample in enumerate(group.samples):
+        for key in ("factors", "sampling_log_probs", "old_log_probs"):
+            values = getattr(sample, key)
+            if values is not None and len(values) != sample.tokens:
+                where = f"{name}.samples.{number}.{key}"
+                raise UserError(f"{where} has {len(values)} values for {sample.tokens} tokens")
+        if not 0 <= sample.teacher < max(1, len(group.teachers)):
+            where = f"{name}.samples.{number}.teacher"
+            raise UserError(f"{where} is {sample.teacher}: it has {len(group.teachers)} teachers")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,13 @@ from torch import nn
 from opsd.common.display import Display
 from opsd.common.errors import UserError, in_short
 from opsd.common.precision import autocast, compute_dtype, weights_dtype
-from opsd.config.config import Config
-from opsd.config.load import parse_config
 from opsd.data.prompts import Prompts
 from opsd.models.load import load_model
 from opsd.models.lora import add_adapters
 from opsd.models.teacher import make_members
 from opsd.objectives import SampleGroup, Totals, make_objective
 from opsd.rollout import Sampling
-from opsd.training.failed_steps import groups_of
+from opsd.training.failed_steps import FailedStep, read_failed_step
 from opsd.training.step import OPSDStep
 
 
@@ -51,15 +50,11 @@ def replay(path: Path, display: Display, trust_remote_code: bool = False) -> lis
     """
     if not path.is_file():
         raise UserError(f"FILE is {str(path)!r}: no such file")
-    try:
-        failed = torch.load(path, map_location="cpu", weights_only=True)
-        config, groups = parse_config(failed["config"]), groups_of(failed)
-    except Exception as error:  # a pickle that holds more than tensors, or another kind of file
-        said = in_short(error)
-        raise UserError(f"FILE is {str(path)!r}: not a failed step's ({said})") from None
+    failed = read_failed_step(path)
+    config = failed.config
     config.model.trust_remote_code = trust_remote_code  # the teacher's too
     try:
-        found = _replay(failed, config, groups, display)
+        found = _replay(failed, display)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         said = str(error) if isinstance(error, UserError) else in_short(error)
         if "trust_remote_code is false" in said:
@@ -70,7 +65,7 @@ def replay(path: Path, display: Display, trust_remote_code: bool = False) -> lis
         for r in found
     ]
     columns = ["sample", "tokens", "loss", "gradient", "first module that is not finite"]
-    display.table(f"Step {failed['step']} of {config.output.dir}", columns, rows)
+    display.table(f"Step {failed.step} of {config.output.dir}", columns, rows)
     bad = [r.number for r in found if not r.finite]
     display.note(
         f"Not finite: samples {', '.join(map(str, bad))}"
@@ -80,9 +75,8 @@ def replay(path: Path, display: Display, trust_remote_code: bool = False) -> lis
     return found
 
 
-def _replay(
-    failed: dict[str, Any], config: Config, groups: Sequence[SampleGroup], display: Display
-) -> list[Replayed]:
+def _replay(failed: FailedStep, display: Display) -> list[Replayed]:
+    config, groups = failed.config, failed.groups
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with display.stage(f"Load {config.model.path}"):
         dtype = weights_dtype(config.train.precision, adapted=config.model.lora is not None)
@@ -92,9 +86,16 @@ def _replay(
         teacher, average, members = make_members(
             config.teacher, config.model, dtype, model, tokenizer, model
         )
-        _load(dict(model.named_parameters()), failed["weights"])
-        if average is not None:
-            _load(average.averages, failed["average"])
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        _load(trained, failed.weights, "weights")
+        if average is not None or failed.average is not None:
+            _load(average.averages if average else {}, failed.average, "average")
+    largest = len(model.get_input_embeddings().weight) - 1
+    for ids in chain.from_iterable(map(_ids, groups)):
+        if ids and not 0 <= min(ids) <= max(ids) <= largest:
+            raise UserError(
+                f"groups hold tokens {min(ids)} to {max(ids)}: the model has 0 to {largest}"
+            )
     prompts, sampling = Prompts(config.prompts, tokenizer), Sampling.of(config.rollout)
     objective = make_objective(config.method, config.loss, teacher, prompts, sampling, members)
     step = OPSDStep(model.train(), objective, share=config.train.share_prefixes)
@@ -103,10 +104,30 @@ def _replay(
         return [_replayed(step, number, group) for number, group in enumerate(alone)]
 
 
-def _load(parameters: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in saved.items():
-            parameters[name].copy_(value)
+def _ids(group: SampleGroup) -> Iterator[Sequence[int]]:
+    yield from (group.student, *group.teachers)
+    yield from (sample.rollout for sample in group.samples)
+
+
+@torch.no_grad()
+def _load(parameters: dict[str, nn.Parameter], saved: Any, name: str) -> None:
+    """Copy in what the file has for these parameters: each, no other, and of their kind."""
+    if not isinstance(saved, dict):
+        raise UserError(f"{name} are {type(saved).__name__}: tensors by their names are needed")
+    for key in [*parameters, *saved]:
+        if key not in saved or key not in parameters:
+            raise UserError(f"{name} {'have' if key in saved else 'lack'} {key!r}")
+    for key, parameter in parameters.items():
+        kinds = [_kind(parameter), _kind(saved[key])]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"{name}.{key} is {kinds[1]}: the model's is {kinds[0]}")
+        parameter.copy_(saved[key])
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return f"no plain tensor but {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def _replayed(step: OPSDStep, number: int, group: SampleGroup) -> Replayed:

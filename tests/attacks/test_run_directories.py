@@ -108,6 +108,8 @@ def curve(path) -> list[tuple[float, float]] | None:
         for line in filter(None, [*lines, last if last.endswith("}") else ""]):
             one = json.loads(line)
             found[one["step"], one.get("role", "student")] = one
+            if one["step"] == 0 and one.get("generated_tokens") is None:
+                one["generated_tokens"] = 0  # nothing was generated before the first step
         return sorted(
             (one["generated_tokens"], one["accuracy"])
             for (_, role), one in found.items()

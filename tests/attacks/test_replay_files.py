@@ -1,0 +1,199 @@
+"""A failed step's files that somebody has changed: replayed as they are, or refused in one line."""
+
+import math
+import resource
+import time
+import zipfile
+from dataclasses import asdict
+
+import pytest
+import torch
+from helpers.mutations import damaged
+from helpers.run_attacks import mutated
+from helpers.terminal import obeyed
+from helpers.training_cases import short_config
+
+from opsd.cli.main import main
+from opsd.common.display import Display
+from opsd.models.load import load_model
+from opsd.models.lora import add_adapters
+from opsd.models.moving_average import MovingAverage
+from opsd.objectives import Sample, SampleGroup
+from opsd.training import failed_steps
+from opsd.training.replay import replay
+
+KINDS = {
+    "live": {},
+    "ema": {"teacher": {"policy": "ema"}},
+    "grpo of adapters": {
+        "method": "grpo",
+        "model": {"lora": {"rank": 2, "alpha": 4}},
+        "rollout": {"group_size": 2},
+    },
+}
+FEW = [4, 5, 6]
+TENSORS = [
+    torch.zeros(()), torch.zeros(64), torch.zeros(64, dtype=torch.float64), torch.ones(64).bool(),
+    torch.zeros(64).to_sparse(), torch.zeros(64, device="meta"), torch.zeros(1).expand(64),
+    torch.full((64,), math.nan), torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, 64),
+    torch.zeros(0),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def good(files, tmp_path_factory):
+    """A file of each kind, what it holds, and what its replay finds."""
+    made = {}
+    for kind, sections in KINDS.items():
+        config = short_config(*files, tmp_path_factory.mktemp("run"), **sections)
+        model, _ = load_model(config.model)
+        grpo, average = config.method == "grpo", None
+        if grpo:
+            model = add_adapters(model, config.model)
+        if kind == "ema":
+            average = MovingAverage(model, 0.9, torch.device("cpu"))
+        more = {"advantage": 0.5, "old_log_probs": [-1.0] * 3} if grpo else {"factors": [1.0, 0, 2]}
+        engine = {"sampling_log_probs": [-1.0] * 3, **more}
+        samples = [Sample(FEW, 0.1, **more), Sample([7, 8, 9], 0.1, **engine)]
+        groups = [SampleGroup([1, 2, 3], samples, () if grpo else ([1, 3, 2, 2],))] * 2
+        holds = failed_steps.failed_step(config, 3, groups, model, average)
+        file = failed_steps.save_failed_step(tmp_path_factory.mktemp("file"), holds)
+        found = replay(file, Display(quiet=True))
+        assert len(found) == 4 and all(one.finite and one.gradient for one in found)
+        made[kind] = file, holds, found
+    return made
+
+
+def attacked(draw, file, holds, target):
+    """Write a changed file."""
+    how = draw.randrange(8)
+    if how < 5:
+        holds = dict(holds)
+        key = draw.choice([*holds, "groups", "groups"])
+        if how == 0:
+            holds = mutated(holds, draw, TENSORS)
+        else:
+            holds[key] = mutated({key: holds[key]}, draw, TENSORS).get(key)
+        torch.save(holds, target)
+    elif how == 5:  # another archive: compressed, a member less or empty or twice
+        with zipfile.ZipFile(file) as source:
+            members = [(name, source.read(name)) for name in source.namelist()]
+        number, what = draw.randrange(len(members)), draw.randrange(4)
+        members[number : number + 1] = {
+            0: [],
+            1: [(members[number][0], b"")],
+            2: [members[number]] * 2,
+            3: [members[number]],
+        }[what]
+        way = zipfile.ZIP_DEFLATED if draw.random() < 0.5 else zipfile.ZIP_STORED
+        with zipfile.ZipFile(target, "w", way) as other:
+            for name, data in members:
+                other.writestr(name, data)
+    else:
+        target.write_bytes(damaged(draw, file.read_bytes()))
+
+
+def same(one, other) -> bool:
+    """Whether both hold the same, types and bits."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        alike = one.layout == other.layout and (one.dtype, one.shape) == (other.dtype, other.shape)
+        return alike and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and (one == other or one != one)
+
+
+def numbers(values) -> bool:
+    return all(type(value) in (int, float) for value in values)
+
+
+def could_be_written(holds, good) -> bool:
+    """Whether a run could have written this, as far as a plain look tells."""
+    for key in ("weights", "average"):
+        mine, its = holds[key], good[key]
+        if its is None:
+            assert mine is None
+            continue
+        kinds = [{n: (t.dtype, t.shape) for n, t in one.items()} for one in (mine, its)]
+        assert kinds[0] == kinds[1]
+    names = set(asdict(Sample([], 1.0)))
+    for group in holds["groups"]:
+        contexts = [group["student"], *group.get("teachers", [])]
+        assert set(group) <= {"student", "samples", "teachers"} and group["samples"]
+        for sample in group["samples"]:
+            assert set(sample) <= names
+            contexts.append(sample["rollout"])
+            lists = [sample.get(f"{of}_log_probs") for of in ("old", "sampling")]
+            for values in filter(lambda one: one is not None, [*lists, sample.get("factors")]):
+                assert len(values) == len(sample["rollout"]) and numbers(values)
+            each = [sample["weight"], sample.get("advantage", 0), sample.get("credit", 0)]
+            assert numbers(each)
+            teacher = sample.get("teacher", 0)
+            assert type(teacher) is int and 0 <= teacher < max(1, len(group.get("teachers", [])))
+        assert all(type(token) is int and 0 <= token < 100 for ids in contexts for token in ids)
+    return type(holds["step"]) is int and set(holds) >= set(good)
+
+
+def test_a_changed_file_is_replayed_as_it_is_or_refused(draw, good, tmp_path, capsys):
+    file, holds, found = good[draw.choice(list(KINDS))]
+    target = tmp_path / "failed-step-3.pt"
+    attacked(draw, file, holds, target)
+    capsys.readouterr()
+    begun, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    code = main(["replay", str(target)])
+    assert time.process_time() - begun < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB
+    shown = capsys.readouterr()
+    assert set(obeyed(shown.out + shown.err)) <= {"\n"} and "Traceback" not in shown.err
+    if code == 0:
+        read = torch.load(target, weights_only=True)
+        assert could_be_written(read, holds)
+        if same(read, holds):
+            assert replay(target, Display(quiet=True)) == found
+    else:
+        said = shown.err.splitlines()[-1]
+        assert code == 1 and said.startswith("opsd: FILE is ") and len(said) < 2500
+        assert not same(holds, torch_reads(target))
+
+
+def torch_reads(file):
+    """What torch reads there, unless its archive is not as torch writes them."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            stored = all(one.compress_type == 0 for one in archive.infolist())
+            assert stored and archive.testzip() is None
+        return torch.load(file, weights_only=True)
+    except Exception:
+        return None
+
+
+def test_each_tensor_must_be_there_and_fit(good, tmp_path, capsys):
+    _, holds, _ = good["ema"]
+    target, name = tmp_path / "failed-step-3.pt", "model.norm.weight"
+    one = torch.zeros(1)
+    for key in ("weights", "average"):
+        less = {n: t for n, t in holds[key].items() if n != name}
+        for changed, said in (
+            (less, f"{key} lack '{name}'"),
+            ({**holds[key], "x": one}, f"{key} have 'x'"),
+            ({**less, name: one}, f"{key}.{name} is float32 [1]: the model's is float32 [64]"),
+            ({**less, name: one.expand(64).double()}, "is float64 [64]: "),
+            (None, f"{key} are NoneType"),
+        ):
+            torch.save(holds | {key: changed}, target)
+            assert main(["replay", str(target)]) == 1
+            assert said in capsys.readouterr().err
+
+
+def test_a_damaged_weight_is_noticed(good, tmp_path, capsys):
+    """torch itself compares no checksum."""
+    file, holds, _ = good["live"]
+    content = bytearray(file.read_bytes())
+    place = content.index(holds["weights"]["model.norm.weight"].numpy().tobytes())
+    content[place + 2] ^= 1
+    target = tmp_path / "failed-step-3.pt"
+    target.write_bytes(content)
+    assert main(["replay", str(target)]) == 1
+    assert "in it is damaged" in capsys.readouterr().err
