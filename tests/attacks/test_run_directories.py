@@ -105,7 +105,7 @@ def curve(path) -> list[tuple[float, float]] | None:
     found = {}
     try:
         *lines, last = path.read_text().split("\n")
-        for line in filter(None, [*lines, last if last.endswith("}") else ""]):
+        for line in filter(str.strip, [*lines, last if last.endswith("}") else ""]):
             one = json.loads(line)
             found[one["step"], one.get("role", "student")] = one
             if one["step"] == 0 and one.get("generated_tokens") is None:
