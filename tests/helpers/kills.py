@@ -139,11 +139,11 @@ def comparison(root: Path, name: str, method: str) -> Command:
     study = {"quickstart": "tiny", "methods": ["opsd", "sft"], "seeds": [0, 1], "steps": 2}
     file.write_text(yaml.safe_dump({**study, "problems": 8, "baseline": "sft"}))
     start = ["compare", str(file), "--output", str(place)]
-    moments = {"a step": "*/seed-0/opsd/metrics.jsonl", "the end": "study.json"}
+    moments = {"a step": "*/seed-0/opsd/metrics.jsonl", "the end": ".comparison.json.*.part"}
 
     def outcome(place: Path) -> dict[str, Any]:
         runs = sorted(path.parent for path in place.glob("*/seed-*/*/metrics.jsonl"))
-        assert len(runs) == 4 and (place / "study.html").stat().st_size > 500
+        assert len(runs) == 4 and (place / "comparison.html").stat().st_size > 500
         return {str(run.relative_to(place)): trained(run) for run in runs}
 
     return Command(start, start, place, outcome, moments)
@@ -242,7 +242,7 @@ def interrupt(
         due = lambda: time.monotonic() >= until  # noqa: E731
     else:
         # The report is written once, and goes to its place.
-        pattern, turn = command.moments[moment], draw.randint(1, 2 if ".part" in moment else 3)
+        pattern, turn = command.moments[moment], draw.randint(1, 2 if ".part" in pattern else 3)
         seen = [stamp(command.place, pattern)]
 
         def due() -> bool:
