@@ -166,7 +166,8 @@ def test_a_changed_run_goes_on_as_it_was_or_not_at_all(draw, run, tmp_path, boun
     checkpoint = changed / "checkpoint-4"
     if draw.random() < 0.5:
         attack(checkpoint, SAVED, draw)
-        if draw.random() < 0.5 and (checkpoint / "manifest.json").is_file():
+        # To seal a file of 10^12 bytes anew takes hours.
+        if draw.random() < 0.5 and all(map(plain, checkpoint.iterdir())):
             try:
                 sealed(checkpoint)
             except (UserError, AttributeError, OSError):
