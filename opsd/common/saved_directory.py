@@ -73,6 +73,8 @@ def read_manifest(directory: Path, field: str = "") -> dict[str, Any] | None:
             return None
         if found.pop("sha256") != _own_sha256(found):
             raise ValueError
+        for entry in found["files"].values():
+            entry["bytes"], entry["sha256"]
         return found
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{field}: {str(file)!r} is damaged") from None
@@ -85,18 +87,22 @@ def check_saved(directory: Path, field: str) -> dict[str, Any] | None:
     if manifest is None:
         return None
     there, entries = set(_files(directory)), manifest["files"]
-    for name in entries:
+    for name, saved in entries.items():
         if name not in there:
             raise UserError(f"{field}: {str(directory / name)!r} is missing")
+        # Before it is read: what a link leads to may have no end.
+        if (now := (directory / name).stat().st_size) != saved["bytes"]:
+            raise _changed(directory / name, field, f"it has {now} bytes, not {saved['bytes']}")
     with ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda name: _measured(directory / name), entries)
         for (name, saved), now in zip(entries.items(), found, strict=True):
             if now != saved:
-                said = "its SHA-256 is another"
-                if now["bytes"] != saved["bytes"]:
-                    said = f"it has {now['bytes']} bytes, not {saved['bytes']}"
-                raise UserError(f"{field}: {str(directory / name)!r} is not what was saved: {said}")
+                raise _changed(directory / name, field, "its SHA-256 is another")
     return manifest
+
+
+def _changed(file: Path, field: str, said: str) -> UserError:
+    return UserError(f"{field}: {str(file)!r} is not what was saved: {said}")
 
 
 def _own_sha256(manifest: dict[str, Any]) -> str:

@@ -78,6 +78,7 @@ def flipped(file):
         ("model.safetensors", flipped, "its SHA-256 is another"),
         ("model.safetensors", lambda f: f.write_bytes(bytes(f.stat().st_size)), "its SHA-256"),
         ("model.safetensors", lambda f: f.write_bytes(b""), "has 0 bytes, not"),
+        ("model.safetensors", lambda f: os.truncate(f, 10**12), "has 1000000000000 bytes, not"),
         ("config.json", lambda f: f.unlink(), "is missing"),
         ("inside/part.bin", flipped, "its SHA-256 is another"),
         (MANIFEST, lambda f: f.write_bytes(f.read_bytes()[:50]), "is damaged"),
@@ -92,13 +93,21 @@ def test_each_damage_is_named_by_its_file(name, damage, said, saved):
     assert repr(str(saved / name)) in str(caught.value)
 
 
-def test_a_manifest_leads_nowhere_else(saved):
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"../../etc/passwd": {"bytes": 1, "sha256": "00"}}, "passwd' is missing"),
+        ({"config.json": 7}, "manifest.json' is damaged"),
+        ({"config.json": {"bytes": 2}}, "manifest.json' is damaged"),
+    ],
+)
+def test_a_manifest_leads_nowhere_else(entry, said, saved):
     manifest = json.loads((saved / MANIFEST).read_text())
     del manifest["sha256"]
-    manifest["files"]["../../etc/passwd"] = {"bytes": 1, "sha256": "00"}
+    manifest["files"] |= entry
     manifest["sha256"] = _own_sha256(manifest)
     (saved / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="passwd' is missing"):
+    with pytest.raises(UserError, match=said):
         check_saved(saved, "model.path")
 
 

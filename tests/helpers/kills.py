@@ -242,7 +242,8 @@ def interrupt(
         due = lambda: time.monotonic() >= until  # noqa: E731
     else:
         # The report is written once, and goes to its place.
-        pattern, turn = command.moments[moment], draw.randint(1, 2 if ".part" in pattern else 3)
+        pattern = command.moments[moment]
+        turn = draw.randint(1, 2 if ".part" in pattern else 3)
         seen = [stamp(command.place, pattern)]
 
         def due() -> bool:
