@@ -37,6 +37,7 @@ from helpers.lines import read_lines
 from helpers.training_cases import short_config, timeless, write_model, write_rows
 from opsd.cli.main import main
 from opsd.common.ending import end_with_parent
+from opsd.common.files import try_lock
 from opsd.compare import study as studies
 from opsd.config.load import save_config
 from opsd.evaluate import answers as _imported_too  # noqa: F401 - what a command needs, before the
@@ -264,6 +265,15 @@ def interrupt(
     return True
 
 
+def wait_for_orphans(place: Path) -> None:
+    """Until the runs of a study that was killed have ended, too: they save their last step first,
+    and till then hold their directories, as a rerun would say."""
+    for lock in place.rglob("run.lock"):
+        with lock.open("ab") as file:
+            while try_lock(file) is False:
+                time.sleep(0.01)
+
+
 def stamp(directory: Path, pattern: str) -> tuple[int, int] | None:
     """Changes when the first file of this pattern does."""
     try:
@@ -329,6 +339,7 @@ def trials(asked: argparse.Namespace, root: Path) -> int:
                 break
             arguments = command.again if command.place.exists() else command.start
             hits.append(f"{name} at {moment}")
+            wait_for_orphans(command.place)
         if not hits:
             continue
         if asked.damage:
