@@ -4,6 +4,7 @@ import datetime
 import pickle
 import random
 import sys
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -11,16 +12,24 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, meta
+from jinja2 import StrictUndefined, Template, Undefined, meta
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MOST = 20_000_000  # bytes that one filling in may make
+MOST = 20_000_000  # characters that one filling in may make
 MADE, REFUSED = b"+", b"-"
-END = b"\xff"  # of a text; no byte of UTF-8
+
+
+def _shown(value: Any) -> Any:
+    """What `{{ }}` may write: no function, no iterator, whose text would be an address."""
+    if (callable(value) or hasattr(type(value), "__next__")) and not isinstance(value, Undefined):
+        kind = type(value).__name__
+        raise TypeError(f"{{{{ }}}} has no text but a {kind}: call it, or add |list or |join")
+    return value
+
 
 # Undefined names are errors, since a misspelt column must not become "".
-_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_shown)
 
 
 def make() -> Callable[[bytes], bytes]:
@@ -36,19 +45,30 @@ def make() -> Callable[[bytes], bytes]:
 
 
 def answer(job: bytes) -> bytes:
-    """Answers the pickle of a function's name, its arguments, and the values."""
+    """Answers the pickle of a function's name, its arguments, and the values, for `texts_of`."""
     calls: dict[str, Callable] = {"names": names, "prompts": prompts, "chats": chats}
     try:
         name, arguments, values = pickle.loads(job)
+        texts = list(calls[name](*arguments, values))
+        lengths = array("I", map(len, texts))
+        if max(lengths, default=0) > MOST:
+            raise SecurityError(f"it makes too much: more than {MOST:,} characters")
         # Half a surrogate pair is no text that a tokenizer could take: an error.
-        texts = [text.encode() + END for text in calls[name](*arguments, values)]
-        if max(map(len, texts), default=0) > MOST:
-            raise SecurityError(f"it makes too much: more than {MOST:,} bytes")
-        return b"".join((MADE, *texts))
+        body = "".join(texts).encode()
+        return b"".join((MADE, len(lengths).to_bytes(4), lengths.tobytes(), body))
     except MemoryError:
         raise
     except Exception as error:  # a template's expressions can raise anything, as 1 / 0 does
         return REFUSED + str(error)[:2000].encode(errors="backslashreplace")
+
+
+def texts_of(made: bytes) -> Iterator[str]:
+    """The texts that an answer holds: how many, each one's length, all in one."""
+    start = 5 + 4 * int.from_bytes(made[1:5])
+    all_in_one, at = str(memoryview(made)[start:], "utf-8"), 0
+    for length in array("I", made[5:start]):
+        yield all_in_one[at : at + length]
+        at += length
 
 
 def names(text: str, values: Sequence[Any]) -> list[str]:

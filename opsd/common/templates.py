@@ -10,19 +10,21 @@ import dataclasses
 import datetime
 import io
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 from opsd.common.errors import UserError
-from opsd.common.template_worker import END, MADE, REFUSED, answer
+from opsd.common.template_worker import MADE, REFUSED, answer, texts_of
 from opsd.common.workers import Ended, Workers
 
 ROLLOUT_NAMES = frozenset({"rollout", "peers"})
 """Names that a template over rollouts may use beside the row's columns."""
 
-BATCH_ROWS, BATCH_BYTES = 64, 1 << 20
+BATCH_ROWS, MOST_ROWS, BATCH_BYTES = 64, 4096, 1 << 20
+QUICK = 0.05  # seconds
 SECONDS = 1.0  # of processor time for a batch: a hundred times as much as honest ones take
 MEMORY = 150 << 20  # bytes beside the 43 MB that a worker starts with
 
@@ -77,27 +79,34 @@ def names(text: str) -> frozenset[str]:
 
 
 def _answers(text: str, name: str, arguments: tuple, values: Iterable[Any]) -> list[str]:
+    """One batch at a time, so that the first that fails is the last; one at least. Batches grow
+    while they are quick, since each costs two changes of process. One that fails is tried again
+    in small ones: together, honest rows may take too much."""
     ask = answer if text in _SHIPPED else _ask
-    made = []
-    for job in _jobs(name, arguments, list(values)):
-        reply = ask(job)  # one at a time: the first that fails is the last
-        if reply[:1] != MADE:
+    values, made, start, rows, most = list(values), [], 0, BATCH_ROWS, MOST_ROWS
+    while start < max(1, len(values)):
+        job = _job(name, arguments, values[start : start + rows])
+        if len(job) > BATCH_BYTES and rows > 1:
+            rows = most = rows // 2
+            continue
+        begun = time.monotonic()
+        reply = ask(job)
+        if reply[:1] == MADE:
+            made += texts_of(reply)
+            start += rows
+            rows = min(2 * rows if time.monotonic() - begun < QUICK else BATCH_ROWS, most)
+        elif rows > BATCH_ROWS:
+            rows = most = BATCH_ROWS
+        else:
             raise TemplateFailure(reply[1:].decode())
-        made += [part.decode() for part in reply[1:].split(END)[:-1]]
     return made
 
 
-def _jobs(name: str, arguments: tuple, values: Sequence[Any]) -> Iterator[bytes]:
-    """Messages to the worker, each of some rows; one at least."""
-    start, rows = 0, BATCH_ROWS
-    while start < max(1, len(values)):
-        stream = io.BytesIO()
-        _Pickler(stream, 5).dump((name, arguments, values[start : start + rows]))
-        if stream.tell() > BATCH_BYTES and rows > 1:
-            rows //= 2
-            continue
-        yield stream.getvalue()
-        start += rows
+def _job(*parts: Any) -> bytes:
+    """A message to the worker."""
+    stream = io.BytesIO()
+    _Pickler(stream, 5).dump(parts)
+    return stream.getvalue()
 
 
 def _ask(job: bytes) -> bytes:

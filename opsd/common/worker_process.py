@@ -4,6 +4,7 @@ A message is its length in eight bytes, then a status byte and a body. No torch 
 """
 
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -17,6 +18,16 @@ LENGTH = 8  # bytes of a message's length
 DONE, NO_MEMORY, NO_START = b"+", b"m", b"!"
 
 
+def write_message(pipe: int, *parts: bytes) -> None:
+    """Write a message of these parts, without a copy of them."""
+    rest = [sum(map(len, parts)).to_bytes(LENGTH), *parts]
+    while rest:
+        written = os.writev(pipe, rest)
+        while rest and written >= len(rest[0]):
+            written -= len(rest.pop(0))
+        rest[:1] = [memoryview(part)[written:] for part in rest[:1]]
+
+
 def main() -> None:
     """Answers jobs until stdin ends. What answers them is made by the module named first.
 
@@ -27,12 +38,11 @@ def main() -> None:
     module, seconds, memory, watched, *arguments = sys.argv[1:]
     end_with_parent(int(watched))
     # Whatever a library prints must not end up between our messages.
-    replies = os.fdopen(os.dup(1), "wb")
+    replies = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def send(status: bytes, body: bytes = b"") -> None:
-        replies.write((1 + len(body)).to_bytes(LENGTH) + status + body)
-        replies.flush()
+        write_message(replies, status, body)
 
     try:
         answer = import_module(module).make(*arguments)
@@ -43,6 +53,7 @@ def main() -> None:
     except Exception as error:
         send(NO_START, f"{type(error).__name__}: {error}".encode())
         return
+    gc.freeze()  # what was loaded is not looked through again
     send(DONE)
     while header := sys.stdin.buffer.read(LENGTH):
         try:

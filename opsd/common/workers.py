@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opsd.common.errors import UserError
-from opsd.common.worker_process import DONE, LENGTH, NO_MEMORY
+from opsd.common.worker_process import DONE, LENGTH, NO_MEMORY, write_message
 
 _START_SECONDS = 120.0  # importing sympy from a cold disk on a busy machine
 _PATIENCE = 30.0, 6.0  # wall-clock seconds until a worker is killed from here: for any, per CPU's
@@ -71,29 +71,36 @@ class _Worker:
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(AttributeError, OSError):  # Linux only, and only up to a limit
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE)
+        self._news = select.poll()
+        self._news.register(self.process.stdout, select.POLLIN)
 
     def give(self, job: bytes) -> None:
         """Raises BrokenPipeError if the process is gone."""
-        for part in (len(job).to_bytes(LENGTH), job):
-            rest = memoryview(part)
-            while rest:
-                rest = rest[self.process.stdin.write(rest) :]
+        write_message(self.process.stdin.fileno(), job)
 
     def receive(self, patience: float) -> tuple[bytes, bytes] | Ended:
         """The next reply's status and body, if it comes within so many seconds."""
-        deadline, received, end = time.monotonic() + patience, bytearray(), LENGTH
-        news = select.poll()
-        news.register(self.process.stdout, select.POLLIN)
-        while len(received) < end:
-            if not news.poll(1000 * max(0.0, deadline - time.monotonic())):
-                return Ended("time")
-            chunk = self.process.stdout.read(_PIPE)
-            if not chunk:  # it ended: by its own limit of CPU time?
-                return Ended("time" if self.process.wait() == -signal.SIGPROF else "killed")
-            received += chunk
-            end = LENGTH + max(1, int.from_bytes(received[:LENGTH]))
-        status, body = received[LENGTH : LENGTH + 1], received[LENGTH + 1 :]
-        return Ended("memory") if status == NO_MEMORY else (bytes(status), bytes(body))
+        deadline = time.monotonic() + patience
+        try:
+            header = self._read(LENGTH + 1, deadline)
+            body = self._read(int.from_bytes(header[:LENGTH]) - 1, deadline)
+        except TimeoutError:
+            return Ended("time")
+        except EOFError:  # it ended: by its own limit of CPU time?
+            return Ended("time" if self.process.wait() == -signal.SIGPROF else "killed")
+        status = header[LENGTH:]
+        return Ended("memory") if status == NO_MEMORY else (status, body)
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        buffer = bytearray(size)
+        rest = memoryview(buffer)
+        while rest:
+            if not self._news.poll(1000 * max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+            if not (count := self.process.stdout.readinto(rest)):
+                raise EOFError
+            rest = rest[count:]
+        return bytes(buffer)
 
     def kill(self) -> None:
         self.process.kill()

@@ -60,6 +60,8 @@ for _type, (_pattern, _first) in CORE.items():
         f"tag:yaml.org,2002:{_type}", re.compile(f"(?:{_pattern})$"), _first
     )
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in (*CORE, "str", "seq", "map")} | {None}
+_Loader.yaml_constructors = {t: c for t, c in _Loader.yaml_constructors.items() if t in _PLAIN}
 
 
 def read_yaml(path: Path, field: str = "CONFIG") -> Any:
@@ -101,6 +103,9 @@ def _count(node: yaml.Node, sizes: dict[yaml.Node, int | None]) -> int:
             raise yaml.YAMLError("an alias stands inside of what it repeats")
         return known
     sizes[node] = None
+    kind = node.tag.rpartition(":")[2]
+    if kind in CORE and not re.fullmatch(CORE[kind][0], str(node.value)):  # its tag was written
+        raise yaml.YAMLError(f"{str(node.value)!r} is no {kind}")
     inside: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         inside = [part for pair in node.value for part in pair]

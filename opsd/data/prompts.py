@@ -203,9 +203,13 @@ class Prompts:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # The chat template has written the special tokens already: BOS must not come twice.
-        return self.tokenizer(
+        made = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False
         ).input_ids
+        if not all(made):
+            text = texts[made.index([])]
+            raise UserError(f"model.path has a tokenizer that makes no token of {text[:60]!r}")
+        return made
 
     def ending(self, role: str) -> str:
         """What stands between one role's message and its answer: the generation prompt, with what

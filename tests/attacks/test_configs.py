@@ -35,6 +35,8 @@ MEANINGS = [
     ("[1, 2,]", [1, 2]), ("{a: 1}", {"a": 1}), ("- 1", "refused"), ("@x", "refused"),
     ("&a 5", 5), ("*a", "refused"), ("!!binary aGk=", "refused"), ("!!set {a}", "refused"),
     ("!!python/object/apply:os.system [id]", "refused"), ("!x 5", "refused"), ("'5", "refused"),
+    ("!!bool yes", "refused"), ("!!float 1:30", "refused"), ("!!null x", "refused"),
+    ("!!omap [a: 1]", "refused"), ("!!pairs [a: 1]", "refused"), ("!!str 5", "5"), ("!!int 5", 5),
 ]  # fmt: skip
 """A value's text, and what it is in YAML 1.2's core schema; refused: no plain value of it."""
 

@@ -16,7 +16,15 @@ from helpers.chat_tokenizers import make_tokenizer
 
 from opsd.common import templates
 from opsd.common.errors import UserError
-from opsd.common.templates import TemplateFailure, check_template, fill_in, fill_in_chat, names
+from opsd.common.template_worker import answer
+from opsd.common.templates import (
+    TemplateFailure,
+    _job,
+    check_template,
+    fill_in,
+    fill_in_chat,
+    names,
+)
 from opsd.common.workers import Workers
 from opsd.config.sections import PromptsSection
 from opsd.data.chat import ChatTemplate
@@ -127,9 +135,8 @@ def test_a_models_template_is_refused_by_its_field(short):
 
 def test_only_shipped_templates_are_filled_in_here(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        templates._WORKERS, "answers", lambda jobs: seen.append(jobs) or [b"+A\xff"]
-    )
+    reply = answer(_job("prompts", ("A",), [{}]))
+    monkeypatch.setattr(templates._WORKERS, "answers", lambda jobs: seen.append(jobs) or [reply])
     section = PromptsSection()
     for text in (section.student, section.teacher, section.target):
         assert names(text) <= {"problem", "solution"}
@@ -236,6 +243,13 @@ def test_a_column_may_be_anything():
     assert fill_in("", [row] * 130) == [""] * 130 and fill_in("a", []) == []
     with pytest.raises(TemplateFailure, match="has no attribute 'txt'"):
         fill_in("{{ rollout.txt }}", [row])
+
+
+@pytest.mark.parametrize("text", ["x.upper", "[x]|map('upper')", "{}|reverse", "range"])
+def test_what_has_no_text_is_refused(text):
+    """It would be written with its address, which is another in each process."""
+    with pytest.raises(TemplateFailure, match=r"call it, or add \|list"):
+        fill_in("{{ " + text + " }}", [{"x": "a"}])
 
 
 def test_chance_is_the_same_each_time():

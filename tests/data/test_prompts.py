@@ -40,6 +40,13 @@ def test_contexts_are_the_chat_template_around_the_templates(tokenizer):
     assert tokenizer.decode(system).startswith("<|system|>S:7<|end|><|user|>Q:1+1\nS:2")
 
 
+def test_a_prompt_without_a_token_is_refused(tokenizer):
+    """A damaged tokenizer may know no character of it."""
+    tokenizer._tokenizer = Tokenizer(BPE({"é": 0}, []))
+    with pytest.raises(UserError, match=r"makes no token of '<\|user\|>Q:1\+1"):
+        prompts(tokenizer).context(ROW)
+
+
 def test_the_solution_is_the_teachers_alone(tokenizer):
     for row in ROWS:
         context = prompts(tokenizer).context(row)
