@@ -326,7 +326,7 @@ def by_opsd(case: Case, directory: Path) -> dict:
     from opsd.objectives import make_objective
     from opsd.rollout import Rollout, Sampling
     from opsd.runs.log import RunLog
-    from opsd.training.trainer import OPSDTrainer
+    from opsd.training.trainer import TrainingLoop
 
     run = directory / "opsd"
     run.mkdir(exist_ok=True)
@@ -367,7 +367,7 @@ def by_opsd(case: Case, directory: Path) -> dict:
     teacher, _ = make_teacher(
         config.teacher, config.model, compute_dtype(config.train.precision), model, tokenizer, model
     )
-    trainer = OPSDTrainer(
+    trainer = TrainingLoop(
         config,
         model,
         load_rows(config.data.source),

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from opsd.prefix import shared_prefix_hidden_states
     from opsd.rollout import GenerateSampler, Rollout, Sampling
     from opsd.rollout.base import decode
+    from opsd.training.api import OPSDTrainer
     from opsd.training.load_data import load_data
     from opsd.training.run import train
-    from opsd.training.trainer import OPSDTrainer
     from opsd_kernels import Clip, linear_divergence, linear_log_prob
 
 __version__ = "0.1.0"
@@ -45,9 +45,9 @@ HOMES = {
     "opsd.prefix": ("shared_prefix_hidden_states",),
     "opsd.rollout": ("GenerateSampler", "Rollout", "Sampling"),
     "opsd.rollout.base": ("decode",),
+    "opsd.training.api": ("OPSDTrainer",),
     "opsd.training.load_data": ("load_data",),
     "opsd.training.run": ("train",),
-    "opsd.training.trainer": ("OPSDTrainer",),
     "opsd_kernels": ("Clip", "linear_divergence", "linear_log_prob"),
 }
 """Where the public names come from."""

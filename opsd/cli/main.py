@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from opsd.common.ending import PARENT, Interruption, Stopped, end_with_parent
+from opsd.common.environment import set_environment
 from opsd.common.errors import UserError, in_short, said_elsewhere
 from opsd.common.format import shown
 
@@ -41,16 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if watched := os.environ.pop(PARENT, None):
             end_with_parent(int(watched))
     parsed = _parse(arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns after a fork otherwise
+    set_environment()
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' GGUF loader draws over our display
-    # Waiting threads spin for some microseconds, then sleep. libgomp's default spins for
-    # milliseconds: on cores that others use too a step of the tiny model took 30 times as long.
-    # Sleeping at once (OMP_WAIT_POLICY=passive) costs a quiet machine 1.5 times. Read when torch is
-    # first imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    # Packed streams have ever new lengths, and oneDNN keeps a compiled product for each: by default
-    # 1024 of them, 50 MB a step.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
     try:
         with Interruption():
             return parsed.run(parsed) or 0
@@ -125,7 +118,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _as_field(option: str) -> str:
     """`--learning_rate` → what to write instead, if it is a field of the config."""
-    from opsd.config.load import ELSEWHERE, describe
+    from opsd.config.explain import ELSEWHERE
+    from opsd.config.load import describe
 
     name = option.partition("=")[0].strip("-").replace("-", "_")
     here = ELSEWHERE.get(name) or next((f"{s}.{n}" for s, n, *_ in describe() if n == name), None)

@@ -58,10 +58,10 @@ def run(parsed: argparse.Namespace) -> None:
         file /= CONFIG
     config = load_config(file, overrides)
     from opsd.common.display import Display
-    from opsd.models.load import quiet_transformers
 
     if parsed.dry_run:
         from opsd.cli.dry_run import dry_run
+        from opsd.models.load import quiet_transformers
 
         quiet_transformers()
         dry_run(config, Display())
@@ -69,7 +69,6 @@ def run(parsed: argparse.Namespace) -> None:
     from opsd.runs.records import Summary, read_record
     from opsd.training.run import train
 
-    quiet_transformers()
     display = Display(quiet=os.environ.get("RANK", "0") != "0")
     directory = train(config, display, resume=parsed.resume, start_over=parsed.start_over)
     summary = read_record(directory / "summary.json", Summary)

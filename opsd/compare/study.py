@@ -26,7 +26,8 @@ from opsd.common.errors import UserError
 from opsd.common.files import append_to
 from opsd.common.system import usable_cores
 from opsd.config.base import Section
-from opsd.config.load import explain_all, load_config
+from opsd.config.explain import explain_all
+from opsd.config.load import load_config
 from opsd.config.names import Method
 from opsd.config.yaml import read_yaml
 from opsd.data.solution_styles import SolutionStyle

@@ -1,9 +1,14 @@
 """A run's whole config: its sections together."""
 
-from pydantic import model_validator
+from typing import Any
 
+from pydantic import ValidationError, model_validator
+
+from opsd.common.errors import UserError
 from opsd.config import compatibility
 from opsd.config.base import Section
+from opsd.config.explain import explain_all
+from opsd.config.flat import nested
 from opsd.config.loss import LossSection
 from opsd.config.names import Method
 from opsd.config.sections import (
@@ -17,9 +22,17 @@ from opsd.config.sections import (
     TrainSection,
 )
 
+IN_PYTHON = "<given in Python>"
+"""What stands in a config for a model or rows that are not named but handed over."""
+
 
 class Config(Section):
-    """A training run."""
+    """A training run. In Python its fields may be given flat, as their names tell them apart:
+
+    >>> OPSDConfig = Config
+    >>> OPSDConfig(learning_rate=1e-5, group_size=4, rollout_temperature=0.9).rollout.temperature
+    0.9
+    """
 
     method: Method = "opsd"
     """On-policy self-distillation, GRPO, SFT on the solutions, or distillation from a separate
@@ -33,6 +46,20 @@ class Config(Section):
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
     output: OutputSection = OutputSection()
+
+    def __init__(self, **fields: Any):
+        """Sections, or fields by their flat names (opsd.config.flat). Model and data may be left
+        for TrainingLoop to be given. Raises UserError."""
+        found = nested(fields, type(self))
+        for section, field in (("model", "path"), ("data", "source")):
+            found.setdefault(section, {}).setdefault(field, IN_PYTHON)
+        try:
+            super().__init__(**found)
+        except ValidationError as error:
+            raise UserError(explain_all(error, type(self))) from None
+
+    # A file's values are validated as they stand, without flat names.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":

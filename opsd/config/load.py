@@ -4,7 +4,6 @@ Unknown keys are errors that suggest the nearest name. Nothing here imports torc
 file is refused within a second.
 """
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +12,11 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from opsd.common.errors import UserError, problem_said
-from opsd.common.files import read_toml, write_file
-from opsd.config.base import Section
+from opsd.common.errors import UserError
+from opsd.common.files import write_file
 from opsd.config.config import Config
+from opsd.config.explain import explain_all, section_of
 from opsd.config.yaml import load_yaml, read_yaml
-
-SHOWN_PROBLEMS = 10  # of one config
-ELSEWHERE: dict[str, str] = read_toml(__file__, "elsewhere")
-"""Names that TRL and others have for a field, or that it had here once → its name."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -84,7 +79,7 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
             continue
         for name, inner in field.annotation.model_fields.items():
             yield section, name, *_field(inner)
-            inside = _section(inner.annotation)
+            inside = section_of(inner.annotation)
             for deeper, field_inside in (inside.model_fields if inside else {}).items():
                 yield section, f"{name}.{deeper}", *_field(field_inside)
 
@@ -95,12 +90,6 @@ def _field(field: FieldInfo) -> tuple[str, str]:
     if getattr(kind := field.annotation, "__origin__", None) is Literal:
         return default, f"{field.description} ({' | '.join(map(str, kind.__args__))})"
     return default, field.description
-
-
-def _section(annotation: Any) -> type[Section] | None:
-    """The section that a field of this type holds, or may hold; None if it holds values."""
-    kinds = getattr(annotation, "__args__", None) or (annotation,)
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -118,37 +107,3 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values[keys[-1]] = load_yaml(text)
     except yaml.YAMLError:
         values[keys[-1]] = text
-
-
-def explain_all(error: ValidationError, model: type[Section]) -> str:
-    """pydantic's errors as sentences; if there are many, the first ones."""
-    problems = error.errors()
-    said = [explain(problem, model) for problem in problems[:SHOWN_PROBLEMS]]
-    if len(problems) > SHOWN_PROBLEMS:
-        said.append(f"and {len(problems) - SHOWN_PROBLEMS} more")
-    return "; ".join(said)
-
-
-def explain(problem: Any, model: type[Section]) -> str:
-    """One pydantic error of `model` as a sentence: the field, the value, what is allowed."""
-    location = [str(part) for part in problem["loc"]]
-    name = ".".join(location)
-    if problem["type"] in ("extra_forbidden", "invalid_key"):
-        if here := ELSEWHERE.get(location[-1]):
-            return f"unknown key {name!r}: here it is {here}"
-        known = _known(location[:-1], model)
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        where = f"in section {'.'.join(location[:-1])!r}" if len(location) > 1 else "at the top"
-        return f"unknown key {location[-1]!r} {where}; {hint}"
-    if problem["type"] == "missing":
-        return f"{'.'.join(location)} is missing"
-    return problem_said(problem)
-
-
-def _known(location: Sequence[str], model: Any) -> list[str]:
-    for part in location:
-        if part.isdigit():  # a place in a list
-            continue
-        model = _section(model.model_fields[part].annotation)
-    return list(model.model_fields)

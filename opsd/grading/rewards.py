@@ -106,19 +106,9 @@ def check_verifier(section: RewardSection, run: bool = True) -> None:
         raise UserError(f"{where}: {path} has no function {function!r}")
 
 
-def make_verifier(
-    section: RewardSection, grader: Grader, score: Callable[[str, str], float] | None = None
-) -> Verifier:
-    """The verifier that the config names.
-
-    `score` replaces it: a function of completion and answer. Raises UserError where the config
-    names a file or a function that cannot be loaded.
-    """
-    if score is not None:
-        return lambda completions, rows: [
-            (score(completion, row.answer), "")
-            for completion, row in zip(completions, rows, strict=True)
-        ]
+def make_verifier(section: RewardSection, grader: Grader) -> Verifier:
+    """The verifier that the config names. Raises UserError where it names a file or a function that
+    cannot be loaded."""
     if section.verifier == "math":
         return lambda completions, rows: [
             (float(grade.correct), "" if grade.correct else grade.reason)
@@ -133,7 +123,11 @@ def own_verifier(name: str) -> Verifier:
     `row` is a dictionary of the row's columns with problem, solution and answer. Raises UserError
     if it cannot be loaded, and later if it raises or returns something else.
     """
-    function = _load(name)
+    return by_row(f"loss.reward.verifier {name!r}", _load(name))
+
+
+def by_row(name: str, function: Callable[[str, dict[str, Any]], Any]) -> Verifier:
+    """A function(completion, row) as a verifier. `name` is the function's, for messages."""
     return lambda completions, rows: [
         _score(name, function, completion, row)
         for completion, row in zip(completions, rows, strict=True)
@@ -169,7 +163,7 @@ def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
 
 def _score(name: str, function: Callable, completion: str, row: Row) -> tuple[float, str]:
     problem = shorten(row.problem, 60, placeholder="…")
-    where = f"loss.reward.verifier {name!r}, on the problem {problem!r}"
+    where = f"{name}, on the problem {problem!r}"
     try:
         result = function(completion, {**row.columns, **row.texts})
     except Exception as error:  # whatever the user's function does

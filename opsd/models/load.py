@@ -1,7 +1,7 @@
 """Loading a causal language model and its tokenizer, and what training must know of it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -24,7 +24,7 @@ from opsd.data.chat import ChatTemplate
 from opsd.models.adapter_files import TOKENIZER, ModelFiles, model_files
 from opsd.models.copies import contiguous_head
 from opsd.models.generation_config import keep_stop_tokens
-from opsd.models.lora import four_bits
+from opsd.models.lora import four_bits, is_adapted
 from opsd.models.merge import merge_adapter
 from opsd.models.multimodal import freeze_others
 from opsd.models.weight_files import (
@@ -43,10 +43,12 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     name: str = "model",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer; in fp32, the dtype of weights that train, unless told otherwise.
 
     An adapter is added to the weights of its base. `name` is the config's section, for messages.
+    `tokenizer`: instead of the model's own.
     `stored_dtype` is that of the files; the tokenizer's `embedding_rows` may be fewer than its
     tokens, as Gemma's are. Raises UserError for what is not there, damaged, or does not fit.
     """
@@ -62,7 +64,7 @@ def load_model(
                 "weights in 4 bits would round away what it adds; merge it, and train on that"
             )
         placing = {"quantization_config": four_bits(dtype), "device_map": {"": device}}
-    tokenizer = load_tokenizer(whole, name)
+    tokenizer = tokenizer or load_tokenizer(whole, name)
     stored = section.path, section.revision, files.where
     tensors = {} if section.gguf_file else stored_tensors(*stored)
     try:
@@ -96,11 +98,7 @@ def load_model(
         model.hf_quantizer = None
         model.is_quantized = False
     whole_weights = name == "model" and (whole.lora is None or files.adapters)
-    if getattr(model, "is_quantized", False) and whole_weights:
-        raise UserError(
-            f"{files.where}: its weights are quantised, and whole weights cannot train or be "
-            "added to then: set model.lora on it, or take a base that is not quantised"
-        )
+    _check_unquantised(model, whole_weights, files.where)
     model.stored_dtype = usual_dtype(tensors) or torch.float32
     path = str(Path(section.path) / (section.gguf_file or ""))
     check_numbers(model.named_parameters(), tensors, files.where, path)
@@ -108,18 +106,47 @@ def load_model(
         model = model.to(device)
     for adapter in files.adapters:
         model = merge_adapter(model, adapter, name)
-    model.has_merged_adapters = bool(files.adapters)
-    tokenizer.embedding_rows = len(model.get_input_embeddings().weight)
+    model.in_no_directory = bool(files.adapters)
     if (owner := files.owner("generation_config.json")) is not files.base:
         model.generation_config = GenerationConfig.from_pretrained(
             owner.path, revision=owner.revision
         )
+    return made_ready(model, tokenizer), tokenizer
+
+
+def made_ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model in its form for training, in place, wherever it came from."""
+    tokenizer.embedding_rows = len(model.get_input_embeddings().weight)
     # No router's loss is trained here, and transformers cannot make one of single tokens.
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         model.config.get_text_config().output_router_logits = False
     freeze_others(model)
     keep_stop_tokens(model)
-    return contiguous_head(model.eval()), tokenizer
+    return contiguous_head(model.eval())
+
+
+def given_model(
+    section: ModelSection,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What Python code hands over, in place as `load_model` would have it."""
+    _check_unquantised(model, section.lora is None, "model")
+    model.stored_dtype = model.dtype
+    model.in_no_directory = not model.name_or_path
+    if not getattr(model, "is_quantized", False):
+        model.to(device=device, dtype=dtype)
+    return made_ready(model, tokenizer), tokenizer
+
+
+def _check_unquantised(model: PreTrainedModel, whole_weights: bool, where: str) -> None:
+    if getattr(model, "is_quantized", False) and whole_weights:
+        raise UserError(
+            f"{where}: its weights are quantised, and whole weights cannot train or be "
+            "added to then: set model.lora on it, or take a base that is not quantised"
+        )
 
 
 def load_config(files: ModelFiles) -> PreTrainedConfig:
@@ -151,10 +178,13 @@ def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedToke
         tokenizer.chat_template = (
             read_object(file, files.where).get("chat_template") if file else None
         )
+    return with_ends(tokenizer, f"{name}.path is {section.path!r}")
+
+
+def with_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token. Raises UserError where it has none to end a rollout."""
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{name}.path is {section.path!r}: its tokenizer has no eos_token to end a rollout"
-        )
+        raise UserError(f"{where}: its tokenizer has no eos_token to end a rollout")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # lengths, never ids, decide what is padding
     return tokenizer
@@ -236,3 +266,14 @@ def quiet_transformers() -> None:
     """No progress bars, load reports or hints of transformers inside our own display."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def checkpoint_activations(model: PreTrainedModel, kind: bool | Literal["reentrant"]) -> None:
+    """Switch gradient checkpointing on, as train.gradient_checkpointing has it."""
+    if not kind:
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+    if kind == "reentrant" and is_adapted(model):
+        # This form finds no gradient to compute where its inputs need none, as beside a frozen
+        # embedding.
+        model.enable_input_require_grads()

@@ -13,6 +13,7 @@ from opsd.config.config import Config
 from opsd.config.load import merge, parse_config, with_overrides
 from opsd.data.rows import Row
 from opsd.grading.grader import Grader
+from opsd.grading.rewards import Verifier
 from opsd.training.held_out import Evaluation, HeldOut
 
 
@@ -50,7 +51,7 @@ class Recipe:
     # Makes distill's separate teacher, beside the base's model; returns its path.
     make_teacher: Callable[[Path, Display], Path]
     # GRPO's, where it is not the grade.
-    reward: Callable[[str, str], float] | None = field(default=None)
+    verifier: Verifier | None = field(default=None)
     # How many held-out problems the teacher answers; None: all.
     teacher_problems: int | None = None
 

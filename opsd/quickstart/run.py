@@ -188,7 +188,7 @@ def _train_method(
             display,
             checkpoint=checkpoint,
             before=before,
-            reward=recipe.reward,
+            verifier=recipe.verifier,
         )
     write_report(place)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from opsd.common.display import Display
+from opsd.grading.rewards import by_row
 from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.recipe import Base, Recipe, repeated
 from opsd.quickstart.settings import Asked, settings
@@ -46,5 +47,5 @@ def tiny_recipe(asked: Asked) -> Recipe:
         sections=SECTIONS,
         methods=METHODS,
         make_teacher=make_teacher,
-        reward=right_share,
+        verifier=by_row("right_share", lambda text, row: right_share(text, row["answer"])),
     )

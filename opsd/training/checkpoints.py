@@ -108,8 +108,9 @@ def save_trained(
     output: OutputSection,
     state: dict[str, Tensor] | None = None,  # the weights, where the model's are split
     section: ModelSection | None = None,  # the model's, which says how to load it for merging
+    name: str = "model",
 ) -> None:
-    """Write model/ as `output` says. Of a model with adapters it holds these alone.
+    """Write `directory`/`name` as `output` says. Of a model with adapters it holds these alone.
 
     Unless output.dtype says otherwise the weights are rounded from fp32 to the dtype that the
     model's files had. Adapters stay as they trained, in fp32: they are small, and so is what they
@@ -121,14 +122,14 @@ def save_trained(
     if stored == torch.float16 and any(weight.abs().max() > 65504 for weight in weights):
         stored = torch.float32  # fp16 would make inf of it
     if not is_adapted(model):
-        save_model(model, tokenizer, directory, state=state, dtype=stored)
+        save_model(model, tokenizer, directory, name, state, stored)
         return
-    name = "adapter" if output.merge else "model"
-    save_model(model, tokenizer, directory, name, state, asked)
+    beside = "adapter" if name == "model" else f"{name}-adapter"
+    save_model(model, tokenizer, directory, beside if output.merge else name, state, asked)
     if output.merge:
-        section = section.model_copy(update={"path": str(directory / "adapter"), "lora": None})
+        section = section.model_copy(update={"path": str(directory / beside), "lora": None})
         merged, _ = load_model(section, "cpu", dtype=stored)
-        save_model(merged, tokenizer, directory, dtype=stored)
+        save_model(merged, tokenizer, directory, name, dtype=stored)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """A run's training rows and held-out rows: no problem in both, and all fit the model's window."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
@@ -23,18 +24,25 @@ from opsd.data.rows import Row, load_rows, mixture, same_problem, split_rows
 
 
 def load_data(
-    config: Config, note: Callable[[str], None] | None = None
+    config: Config,
+    note: Callable[[str], None] | None = None,
+    given: Any = None,
+    given_held_out: Any = None,
 ) -> tuple[list[Row], list[Row]]:
-    """The training rows and the held-out ones, with no problem in both; tells what was left out."""
+    """The training rows and the held-out ones, with no problem in both; tells what was left out.
+
+    given, given_held_out: records from Python, where the config names no source of theirs.
+    """
     data, test, seed = config.data, config.eval, config.train.seed
     note = note or (lambda text: None)
-    rows = mixture([(_read(source, config, note), source.weight) for source in sources(data)], seed)
+    read = [(_read(source, config, note, given), source.weight) for source in sources(data)]
+    rows = mixture(read, seed)
     if test.problems == 0:
         return rows, []
     if test.source is None:
         return split_rows(rows, test.problems, seed)
     held_out = load_rows(
-        test.source,
+        test.source if given_held_out is None else given_held_out,
         columns=data.columns if test.columns is None else test.columns,
         split=test.split,
         default_split="test",
@@ -62,9 +70,11 @@ def sources(data: DataSection) -> list[SourceSection]:
     return [one.model_copy(update=shared | one.model_dump(exclude_unset=True)) for one in own]
 
 
-def _read(source: SourceSection, config: Config, note: Callable[[str], None]) -> list[Row]:
+def _read(
+    source: SourceSection, config: Config, note: Callable[[str], None], given: Any
+) -> list[Row]:
     return load_rows(
-        source.source,
+        source.source if given is None else given,
         **{name: getattr(source, name) for name in ("columns", "split", "limit", "options")},
         size=config.data.size,
         seed=config.train.seed,

@@ -24,15 +24,32 @@ from transformers.training_args import OptimizerNames, ParallelMode
 from opsd.common.errors import UserError, in_short
 from opsd.common.files import reserve, why_not_written
 from opsd.common.hub_upload import check_hub
+from opsd.common.precision import best_precision
 from opsd.config.compatibility import refused
 from opsd.config.config import Config
 from opsd.config.sections import TrainSection
 from opsd.distributed.deepspeed import STAGES
+from opsd.distributed.processes import Processes
 from opsd.models.adapter_files import CONFIG as ADAPTER
 from opsd.models.adapter_files import import_peft
+from opsd.models.load import quiet_transformers
 from opsd.models.lora import is_adapted
+from opsd.prefix import use_kernel
+from opsd.runs.directory import settle
 from opsd.training.checkpoints import checkpoint_bytes, save_model
 from opsd_kernels import backends
+
+
+def begin(config: Config, processes: Processes) -> Config:
+    """The config with what its run decides when it begins. Raises UserError where this machine
+    cannot do what the run asks."""
+    quiet_transformers()
+    check_launcher(config.train.sharding, config.rollout.engine)
+    use_kernel(config.train.prefix_kernel)
+    directory = Path(config.output.dir)
+    config = processes.once(lambda: settle(config, directory, best_precision()))
+    processes.together(lambda: check_machine(config, makes=processes.first))
+    return config
 
 
 def check_machine(config: Config, makes: bool) -> None:

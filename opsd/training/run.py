@@ -5,20 +5,20 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
-from opsd.common.files import write_json
-from opsd.common.hub_upload import push
-from opsd.common.precision import best_precision, compute_dtype, weights_dtype
-from opsd.common.system import machine, peak_memory, release_memory, share_one_heap, versions
+from opsd.common.precision import compute_dtype, weights_dtype
+from opsd.common.system import release_memory, share_one_heap
 from opsd.config.compatibility import refused
-from opsd.config.config import Config
+from opsd.config.config import IN_PYTHON, Config
 from opsd.config.requirements import (
     held_out_teacher_role,
     is_graded,
@@ -31,16 +31,23 @@ from opsd.distributed.deepspeed import STAGES
 from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
 from opsd.distributed.wrap import gathered_weights
 from opsd.grading.grader import Grader
-from opsd.grading.rewards import RewardFunction, check_verifier, make_verifier
+from opsd.grading.rewards import RewardFunction, Verifier, check_verifier, make_verifier
 from opsd.models.copies import copy_model
 from opsd.models.dropout import switch_off_dropout
 from opsd.models.generation_config import left_out
 from opsd.models.head import head
-from opsd.models.load import load_model, stop_ids, told_stops, window
-from opsd.models.lora import add_adapters, is_adapted, trainable, without_adapters
+from opsd.models.load import (
+    checkpoint_activations,
+    given_model,
+    load_model,
+    stop_ids,
+    told_stops,
+    window,
+)
+from opsd.models.lora import add_adapters, trainable, without_adapters
 from opsd.models.teacher import check_teacher, make_members
 from opsd.objectives import make_objective
-from opsd.prefix import try_kernel, unpackable, use_kernel
+from opsd.prefix import try_kernel, unpackable
 from opsd.report import write_report
 from opsd.rollout import (
     SAMPLERS,
@@ -53,17 +60,22 @@ from opsd.rollout import (
     training_server,
 )
 from opsd.rollout.vllm_client import VLLMServer
-from opsd.runs.directory import NotWritten, check_problems, claim_directory, locked, settle, step_of
-from opsd.runs.log import RunLog, student_curve
+from opsd.runs.directory import (
+    NotWritten,
+    check_problems,
+    claim_directory,
+    locked,
+    step_of,
+)
+from opsd.runs.log import RunLog
 from opsd.training.checkpoints import check_pieces, checkpoint_bytes, save_model, save_trained
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.learning_curve import LearningCurve
 from opsd.training.load_data import fitting_data, load_data, sources
-from opsd.training.preflight import check_launcher, check_machine, try_saving
+from opsd.training.preflight import begin, try_saving
+from opsd.training.publish import publish, write_summary
 from opsd.training.rescue import keep_elsewhere
-from opsd.training.trainer import OPSDTrainer
-
-Reward = Callable[[str, str], float]
+from opsd.training.trainer import TrainingLoop
 
 
 def train(
@@ -81,64 +93,108 @@ def train(
 
     Raises UserError for what the user can put right.
     """
-    display = display or Display()
-    check_launcher(config.train.sharding, config.rollout.engine)
-    use_kernel(config.train.prefix_kernel)
-    processes, directory = Processes(), Path(config.output.dir)
-    config = processes.once(lambda: settle(config, directory, best_precision()))
+    display, processes = display or Display(), Processes()
     try:
-        with ExitStack() as stack:
-            processes.together(lambda: check_machine(config, makes=processes.first))
-            processes.once(lambda: stack.enter_context(locked(directory, note=display.note)))
-            return _train(config, display, resume, start_over, processes)
+        config = begin(config, processes)
+        return train_in_directory(config, display, processes, resume, start_over).directory
     finally:
         processes.close()
 
 
-def _train(
-    config: Config, display: Display, resume: bool, start_over: bool, processes: Processes
-) -> Path:
+def train_in_directory(
+    config: Config,
+    display: Display,
+    processes: Processes,
+    resume: bool,
+    start_over: bool = False,
+    run: "Run | None" = None,
+) -> "Run":
+    """Claim the directory, train, write the report, upload the model. `run`: if it is loaded."""
     directory = Path(config.output.dir)
-    checkpoint = processes.once(lambda: claim_directory(directory, config, resume, start_over))
-    if checkpoint is not None and config.train.sharding in STAGES:
-        processes.once(lambda: check_pieces(checkpoint, processes.count))
+    with ExitStack() as stack:
+        processes.once(lambda: stack.enter_context(locked(directory, note=display.note)))
+        checkpoint = processes.once(lambda: claim_directory(directory, config, resume, start_over))
+        if checkpoint is not None and config.train.sharding in STAGES:
+            processes.once(lambda: check_pieces(checkpoint, processes.count))
+
+        def check(problems: dict[str, Sequence[Row]]) -> None:
+            processes.once(lambda: check_problems(directory, problems, checkpoint))
+
+        if run is None:
+            run = load_run(config, display, processes, Given(), check)
+        else:
+            check(run.problems)
+        run.checkpoint = checkpoint
+        with run.grader:
+            run.train()
+        if processes.first:
+            write_report(directory)
+            publish(config, directory, display)
+        processes.wait()
+    return run
+
+
+@dataclass
+class Given:
+    """What Python code hands over, in the place of what the config names."""
+
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    rows: Any = None  # records
+    held_out: Any = None  # records
+    verifier: Verifier | None = None
+    callbacks: Sequence[TrainerCallback] = ()
+
+
+def load_run(
+    config: Config,
+    display: Display,
+    processes: Processes,
+    given: Given,
+    check: Callable[[dict[str, Sequence[Row]]], None] = lambda problems: None,
+) -> "Run":
+    """The run with its rows, which `check` sees, and its model."""
+    for name, here in (("model.path", given.model), ("data.source", given.rows)):
+        if here is None and reduce(getattr, name.split("."), config) == IN_PYTHON:
+            raise UserError(f"{name} is missing: name it, or hand it to OPSDTrainer")
     processes.together(lambda: check_engine(config.rollout.engine))
     server = None
     if config.rollout.engine == "vllm_server":
         with display.stage(f"Reach {config.rollout.server}"):  # it may still be starting
             server = processes.together(lambda: training_server(config.rollout))
-    if is_graded(config):
+    if is_graded(config) and given.verifier is None:
         processes.together(lambda: check_verifier(config.loss.reward))
     with display.stage(f"Read {', '.join(source.source for source in sources(config.data))}"):
-        rows, held_out = processes.together(lambda: load_data(config, display.note))
-    problems = {"data.source": rows, "eval.source": held_out}
-    processes.once(lambda: check_problems(directory, problems, checkpoint))
-    teachers_tokens = processes.together(lambda: check_teacher(config.teacher, config.model))
+        read = partial(load_data, config, display.note, given.rows, given.held_out)
+        rows, held_out = processes.together(read)
+    check({"data.source": rows, "eval.source": held_out})
+    teachers_tokens = processes.together(
+        lambda: check_teacher(config.teacher, config.model, given.tokenizer)
+    )
     # Under FSDP2 the model is loaded on the CPU; FSDP2 moves it to the GPU.
     device = "cpu" if config.train.sharding == "fsdp2" else processes.device
     dtype = weights_dtype(config.train.precision, adapted=config.model.lora is not None)
-    with display.stage(f"Load {config.model.path}"):
-        model, tokenizer = processes.together(lambda: load_model(config.model, device, dtype=dtype))
+    if given.model is not None:
+        model, tokenizer = given_model(config.model, device, dtype, given.model, given.tokenizer)
+    else:
+        with display.stage(f"Load {config.model.path}"):
+            load = partial(load_model, config.model, device, dtype=dtype, tokenizer=given.tokenizer)
+            model, tokenizer = processes.together(load)
     tokenizer.teachers_tokens = teachers_tokens
     torch.manual_seed(config.train.seed)
-    with Grader(strict=config.loss.reward.strict) as grader:
-        run(
-            config,
-            model,
-            tokenizer,
-            rows,
-            held_out,
-            grader,
-            display,
-            checkpoint=checkpoint,
-            server=server,
-            processes=processes,
-        )
-    if processes.first:
-        write_report(directory)
-        publish(config, directory, display)
-    processes.wait()
-    return directory
+    return Run(
+        config,
+        model,
+        tokenizer,
+        rows,
+        held_out,
+        Grader(strict=config.loss.reward.strict),
+        display,
+        verifier=given.verifier,
+        callbacks=given.callbacks,
+        server=server,
+        processes=processes,
+    )
 
 
 def run(*what: Any, **more: Any) -> dict:
@@ -161,28 +217,28 @@ class Run:
     checkpoint: Path | None = None
     # The evaluations of step 0, by role, where they are known already
     before: dict[str, Evaluation] | None = None
-    # (completion, answer) → score of a rollout, instead of loss.reward's verifier
-    reward: Reward | None = None
+    verifier: Verifier | None = None  # instead of loss.reward's
+    callbacks: Sequence[TrainerCallback] = ()
     save: bool = True  # whether to write the trained model to model/
     server: VLLMServer | None = None  # who samples under rollout.engine vllm_server
     processes: Processes = field(default_factory=Processes)  # those that train together
     # While it trains; and the weights, where they are split over processes, when they were gathered
-    trainer: OPSDTrainer | None = field(default=None, init=False)
+    loop: TrainingLoop | None = field(default=None, init=False)
     weights: dict | None = field(default=None, init=False)
+    sampler: DistributedSampler | None = field(default=None, init=False)
+    # Of the training: what transformers' Trainer returns, and its state
+    output: TrainOutput | None = field(default=None, init=False)
+    state: TrainerState = field(default_factory=TrainerState, init=False)
+
+    def __post_init__(self):
+        self.directory = Path(self.config.output.dir)
+        self.prompts = Prompts(self.config.prompts, self.tokenizer)
+        self.problems = {"data.source": self.rows, "eval.source": self.held_out}  # as they are read
 
     def train(self) -> dict:
         """Returns the run's summary, which is also written to summary.json."""
-        share_one_heap()
         begun = time.monotonic()
-        self.directory = Path(self.config.output.dir)
-        self.prompts = Prompts(self.config.prompts, self.tokenizer)
-        self._prepare_model()
-        self._make_teacher()
-        self.sampler = self._make_sampler()
-        self.display.note(told_stops(self.tokenizer, self.stops))
-        if (unused := left_out(self.model)) is not None:
-            self.display.note(unused)
-        checkpoint_activations(self.model, self.config.train.gradient_checkpointing)
+        self.prepare(saves=True)
         self._open_log()
         if lost := self.log.dropped:
             self.display.note(f"{lost} steps were not saved: they, and their lines, are made again")
@@ -197,39 +253,54 @@ class Run:
         if curve is not None and not self.processes.once(lambda: self.log.is_evaluated(step)):
             self._evaluate_last(curve, step)
         seconds = time.monotonic() - begun
-        return self.processes.once(lambda: self._write_summary(seconds))
+        return self.processes.once(lambda: write_summary(self.config, self.log, seconds))
 
-    def _prepare_model(self) -> None:
-        """Adapters, where they are asked for; the rows that fit; whether all can be saved."""
-        config, model = self.config, self.model
-        base = self._own_base()
-        if config.model.lora is not None:
-            self.model = model = add_adapters(model, config.model, base)
-            self.display.note(f"Adapters: {trainable(model):.2%} of the parameters train")
-        self.rows, self.held_out = fitting_data(
-            config, self.rows, self.held_out, self.prompts, window(model.config), self.display
-        )
-        if self.save or config.train.save_every:
-            self.processes.once(lambda: try_saving(config, model, self.tokenizer, base is not None))
-        if base is not None:
-            self.processes.once(lambda: self._save_base(base))
-        self.stops = stop_ids(model, self.tokenizer)
+    def prepare(self, saves: bool = False) -> None:
+        """Adapters, where they are asked for; the rows that fit; teacher and sampler. Once.
 
-    def _save_base(self, base: Path) -> None:
-        if self.checkpoint is None or not base.exists():
+        saves: what it makes will be saved; whether it can be is seen before teacher and sampler.
+        """
+        config, base = self.config, self._own_base()
+        new = self.sampler is None
+        if new:
+            share_one_heap()
+            if config.model.lora is not None:
+                self.model = add_adapters(self.model, config.model, base)
+                self.display.note(f"Adapters: {trainable(self.model):.2%} of the parameters train")
+            fits = window(self.model.config)
+            self.rows, self.held_out = fitting_data(
+                config, self.rows, self.held_out, self.prompts, fits, self.display
+            )
+        if saves:
+            self.processes.once(lambda: self._check_saving(base))
+        if not new:
+            return
+        self.stops = stop_ids(self.model, self.tokenizer)
+        self._make_teacher()
+        self.sampler = self._make_sampler()
+        self.display.note(told_stops(self.tokenizer, self.stops))
+        if (unused := left_out(self.model)) is not None:
+            self.display.note(unused)
+        checkpoint_activations(self.model, config.train.gradient_checkpointing)
+
+    def _check_saving(self, base: Path | None) -> None:
+        if self.save or self.config.train.save_every:
+            try_saving(self.config, self.model, self.tokenizer, base is not None)
+        if base is not None and (self.checkpoint is None or not base.exists()):
             save_model(without_adapters(self.model), self.tokenizer, base.parent, base.name)
 
     def _own_base(self) -> Path | None:
-        """Where the run keeps the model that its adapters stand on. None, unless model.path is
-        itself an adapter: peft and transformers load no adapter on an adapter, but drop one."""
+        """Where the run keeps the model that its adapters stand on. None, unless that is in no
+        directory, as where model.path is itself an adapter: peft and transformers load no adapter
+        on an adapter, but drop one."""
         config = self.config
-        if config.model.lora is None or not getattr(self.model, "has_merged_adapters", False):
+        if config.model.lora is None or not getattr(self.model, "in_no_directory", False):
             return None
         if config.output.push_to_hub is not None and not config.output.merge:
             raise refused(
                 config,
-                f"output.push_to_hub: model.path is {config.model.path!r}, an adapter, so that the "
-                "new one stands on a model which the hub has not; set output.merge: true",
+                f"output.push_to_hub: model.path is {config.model.path!r}, which the hub has not, "
+                "and the adapter would stand on it; set output.merge: true",
             )
         return self.directory / "base"
 
@@ -307,15 +378,20 @@ class Run:
         if not self.processes.first:
             self.log = RunLog(self.directory, step, writes=False)
 
-    def _learning_curve(self) -> LearningCurve:
-        """The held-out evaluations of the run."""
+    def test(self, rows: Sequence[Row]) -> HeldOut:
+        """These problems, to be answered as the held-out ones are."""
         config, engine = self.config, self.config.rollout.engine
         greedy = Sampling(longest_answer(config), temperature=0, batch_size=config.eval.batch_size)
         own = engine if engine in SAMPLERS else "generate"
+        return HeldOut(rows, self.prompts, self.grader, greedy, own, self.processes)
+
+    def _learning_curve(self) -> LearningCurve:
+        """The held-out evaluations of the run."""
+        config = self.config
         return LearningCurve(
             config.method,
             config.eval,
-            HeldOut(self.held_out, self.prompts, self.grader, greedy, own, self.processes),
+            self.test(self.held_out),
             self.model,
             self.sampler,
             self.inference,
@@ -337,7 +413,7 @@ class Run:
                 fields = {name: line[name] for name in names if line.get(name) is not None}
                 stage.update(completed=line["step"], **fields)
 
-            self.trainer = trainer = OPSDTrainer(
+            self.loop = loop = TrainingLoop(
                 config,
                 self.model,
                 self.rows,
@@ -354,18 +430,19 @@ class Run:
                 teacher_sampler=GenerateSampler(self.teacher, self.stops, len(head(self.model)[0])),
                 processes=self.processes,
                 reward_function=self._reward_function(),
+                callbacks=self.callbacks,
             )
-            trainer.train(resume_from_checkpoint=self.checkpoint)
+            self.state = loop.state
+            self.output = loop.train(resume_from_checkpoint=self.checkpoint)
         self.weights = self._split_weights() if self.save else None
-        self.trainer = None  # and with it the optimizer's moments
-        return trainer.state.global_step
+        self.loop = None  # and with it the optimizer's moments
+        return self.state.global_step
 
     def _split_weights(self) -> dict | None:
         """The weights, where they are split over processes, all of which take part."""
-        if not self.split or self.trainer is None:
+        if not self.split or self.loop is None:
             return self.weights
-        trainer = self.trainer
-        return gathered_weights(trainer.accelerator, trainer.wrapped, self.inference)
+        return gathered_weights(self.loop.accelerator, self.loop.wrapped, self.inference)
 
     def _keep_if_best(self, accuracy: float) -> None:
         """Write the model that was just measured, where output.keep asks for the best. The line of
@@ -386,24 +463,23 @@ class Run:
         return RewardFunction(
             section,
             self.tokenizer,
-            make_verifier(section, self.grader, self.reward),
+            self.verifier or make_verifier(section, self.grader),
             self.config.rollout.max_new_tokens,
             self.prompts.chats["student"].opens_thought,
         )
 
+    def write_model(self, directory: Path, name: str = "model") -> None:
+        """Write the model to `directory`/`name`, as the config's `output` has it."""
+        output, section = self.config.output, self.config.model
+        save_trained(self.model, self.tokenizer, directory, output, self.weights, section, name)
+
     def _save(self, place: Path) -> None:
         """The trained model, there or, where that cannot be written, elsewhere."""
-        config, model = self.config, self.model
-
-        def write(directory: Path) -> None:
-            save_trained(
-                model, self.tokenizer, directory, config.output, self.weights, config.model
-            )
-
         try:
-            write(place)
+            self.write_model(place)
         except NotWritten as error:
-            kept = keep_elsewhere(config, self.log, checkpoint_bytes(model), write)
+            needed = checkpoint_bytes(self.model)
+            kept = keep_elsewhere(self.config, self.log, needed, self.write_model)
             if kept is None:
                 raise
             move = shlex.join(["mv", str(kept / "model"), str(place)])
@@ -421,48 +497,3 @@ class Run:
                 f"{error}. Training is done and {self.directory / 'model'} is saved, but its last "
                 "evaluation is missing: measure it with `opsd eval`"
             ) from error
-
-    def _write_summary(self, seconds: float) -> dict:
-        accuracies = [line.accuracy for line in student_curve(self.directory)] or [None]
-        best = self.log.best()
-        summary = {
-            "method": self.config.method,
-            "model": self.config.model.path,
-            "accuracy": {"before": accuracies[0], "after": accuracies[-1]},
-            "best": {"step": best[0], "accuracy": best[1]} if best else None,
-            "generated_tokens": self.log.counters.generated_tokens,
-            "trained_tokens": self.log.counters.trained_tokens,
-            "seconds": seconds,
-            "peak_memory_bytes": peak_memory(),
-            "versions": versions(),
-            "machine": machine(),
-        }
-        write_json(self.directory / "summary.json", summary)
-        return summary
-
-
-def checkpoint_activations(model: PreTrainedModel, kind: bool | Literal["reentrant"]) -> None:
-    """Switch gradient checkpointing on, as train.gradient_checkpointing has it."""
-    if not kind:
-        return
-    model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
-    if kind == "reentrant" and is_adapted(model):
-        # This form finds no gradient to compute where its inputs need none, as beside a frozen
-        # embedding.
-        model.enable_input_require_grads()
-
-
-def publish(config: Config, directory: Path, display: Display) -> None:
-    """Upload model/, where output.push_to_hub says so; a failure is told, for all is saved."""
-    repository = config.output.push_to_hub
-    if repository is None:
-        return
-    try:
-        with display.stage(f"Upload to {repository}"):
-            address = push(repository, directory / "model", config.output.hub_private)
-    except Exception as error:  # of whatever client it uses
-        place = directory / "model"
-        command = f"hf upload {repository} {place}"
-        display.note(f"The upload failed ({error}); all is in {place}: {command}")
-        return
-    display.note(f"Uploaded: {address}")

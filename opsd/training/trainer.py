@@ -69,7 +69,7 @@ ENGINES_DIFFER = 0.2
 """Nats a token, in the mean over a step, that no rounding of an engine's explains."""
 
 
-class OPSDTrainer:
+class TrainingLoop:
     """Trains `model` with one of the objectives.
 
     Args:

@@ -7,8 +7,8 @@ import yaml
 
 from opsd.common.errors import UserError
 from opsd.config.config import Config
+from opsd.config.explain import ELSEWHERE
 from opsd.config.load import (
-    ELSEWHERE,
     describe,
     load_config,
     merge,
@@ -17,7 +17,7 @@ from opsd.config.load import (
     with_overrides,
 )
 from opsd.config.loss import RewardSection, WeightsSection
-from opsd.config.sections import CollapseSection, LoraSection, MemberSection
+from opsd.config.sections import CollapseSection, LoraSection, MemberSection, TeacherSection
 
 GOOD = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
 
@@ -97,3 +97,49 @@ def test_a_name_from_elsewhere_is_told_ours(theirs, ours):
     for place in {theirs, f"{section}.{theirs}"} - known:
         with pytest.raises(UserError, match=f"'{place}': here it is {re.escape(ours)}"):
             parse_config(merge(GOOD, with_overrides({}, [f"{place}=1"])))
+
+
+@pytest.mark.parametrize(
+    "flat, said",
+    [
+        ({"temperature": 1.0}, r"rollout_temperature \(rollout.temperature\) or loss_temperature"),
+        ({"columns": {}}, r"say data_columns \(data.columns\) or eval_columns"),
+        ({"num_generations": 8}, r"unknown key 'num_generations': here it is rollout.group_size"),
+        ({"lerning_rate": 1e-5}, r"did you mean learning_rate \(train.learning_rate\)\?"),
+        ({"steps": 0}, r"train.steps is 0"),
+        ({"train": {"steps": 3}, "steps": 4}, r"train.steps is given twice"),
+        ({"train": 3, "steps": 4}, r"train is 3: it must be a mapping"),
+        ({"beta": 0.1}, r"loss.beta is 0.1: it is for loss.divergence 'jsd'"),
+    ],
+)
+def test_a_flat_name_that_is_no_fields_or_several_says_whose(flat, said):
+    with pytest.raises(UserError, match=said):
+        Config(**flat)
+
+
+def test_flat_names_are_fields_by_as_much_of_their_path_as_tells_them_apart():
+    shared = {"path": "m", "lora": {}}
+    config = Config(
+        method="grpo",
+        model=shared,
+        lora_rank=8,
+        output_dir="runs/mine",
+        rollout_temperature=0.9,
+        group_size=2,
+        teacher=TeacherSection(policy="ema"),
+        ema_decay=0.5,
+        kl=0.1,
+        format=".*",
+        data=["a.jsonl", {"source": "b.jsonl", "weight": 2}],
+    )
+    assert config.model.lora.rank == 8 and shared == {"path": "m", "lora": {}}
+    assert (config.output.dir, config.rollout.temperature) == ("runs/mine", 0.9)
+    assert (config.teacher.policy, config.teacher.ema_decay) == ("ema", 0.5)
+    assert config.loss.reward.format == ".*" and config.data.source[1].weight == 2
+    again = parse_config(config.model_dump())
+    assert again == config and type(again) is Config
+
+
+def test_a_file_has_no_flat_names():
+    with pytest.raises(UserError, match="unknown key 'learning_rate': here"):
+        parse_config({**GOOD, "learning_rate": 1e-5})

@@ -19,7 +19,7 @@ from opsd.config.sections import ModelSection, PromptsSection
 from opsd.data.prompts import Prompts
 from opsd.evaluate.subject import Subject
 from opsd.models.copies import copy_model, update_copy
-from opsd.models.load import load_model
+from opsd.models.load import checkpoint_activations, load_model
 from opsd.models.lora import add_adapters, without_adapters
 from opsd.models.moving_average import FILE, MovingAverage
 from opsd.objectives import OPSD, Problem, Totals
@@ -29,7 +29,6 @@ from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.rollout import Rollout
 from opsd.runs.directory import claim_directory
-from opsd.training.run import checkpoint_activations
 from opsd.training.run import run as run_training
 
 pytestmark = pytest.mark.usefixtures("no_report")

@@ -21,7 +21,7 @@ from opsd.runs import directory as rundir
 from opsd.runs.log import FILES
 from opsd.training.held_out import HeldOut
 from opsd.training.load_data import load_data
-from opsd.training.trainer import OPSDTrainer
+from opsd.training.trainer import TrainingLoop
 
 METHODS = ("opsd", "grpo", "sft")
 
@@ -159,7 +159,7 @@ def interrupt(patch, owner, name, at):
     [
         (HeldOut, "evaluate", 2, 2, ["opsd", "grpo", "sft"]),  # before the base is measured
         (flow, "run", 2, 0, ["grpo", "sft"]),  # between two methods
-        (OPSDTrainer, "training_step", 4, 0, ["grpo", "sft"]),  # within the second
+        (TrainingLoop, "training_step", 4, 0, ["grpo", "sft"]),  # within the second
         (flow, "_summary", 1, 0, []),
     ],
     ids=["base", "between", "within", "end"],
@@ -188,10 +188,10 @@ def test_an_interrupted_one_goes_on_where_it_was(
 def test_a_method_goes_on_from_its_checkpoint(finished, undisturbed, tmp_path):
     directory, override = tmp_path / "out", "train.save_every=1"
     with short(finished[1]) as patch:
-        interrupt(patch, OPSDTrainer, "training_step", 2)
+        interrupt(patch, TrainingLoop, "training_step", 2)
         assert quickstart(directory, override) == 130
     with short(finished[1]) as patch:
-        steps = interrupt(patch, OPSDTrainer, "training_step", 0)
+        steps = interrupt(patch, TrainingLoop, "training_step", 0)
         assert quickstart(directory, override, "--resume", "--methods", "opsd") == 0
     assert len(steps) == 1
     assert what_was_learnt(directory, "opsd") == what_was_learnt(undisturbed, "opsd")

@@ -8,7 +8,7 @@ from helpers.training_cases import quiet, short_config
 
 import opsd
 from opsd.training.run import train
-from opsd.training.trainer import OPSDTrainer
+from opsd.training.trainer import TrainingLoop
 from opsd_kernels import linear_divergence
 
 MOST_FILES = 12
@@ -26,7 +26,7 @@ def test_a_step_crosses_few_files(policy, files, tmp_path, monkeypatch):
         if event == "call" and path.is_relative_to(package):
             crossed.append(path.relative_to(package).as_posix())
 
-    updates = OPSDTrainer._updates
+    updates = TrainingLoop._updates
 
     def traced(self, batches):
         if self.state.global_step == 1:  # not the first, which also checks and chooses
@@ -37,7 +37,7 @@ def test_a_step_crosses_few_files(policy, files, tmp_path, monkeypatch):
         sys.setprofile(None)
         return linear_divergence(*arguments, **more)
 
-    monkeypatch.setattr(OPSDTrainer, "_updates", traced)
+    monkeypatch.setattr(TrainingLoop, "_updates", traced)
     monkeypatch.setattr("opsd.objectives.opsd.linear_divergence", called)
     sections = {"rollout": {"group_size": 2}, "eval": {"problems": 0}, "train": {"steps": 2}}
     try:

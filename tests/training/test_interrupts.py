@@ -17,7 +17,7 @@ from opsd.runs.log import FILES, RunLog
 from opsd.training.checkpoints import Checkpoints
 from opsd.training.learning_curve import LearningCurve
 from opsd.training.step import GradientAccumulator
-from opsd.training.trainer import OPSDTrainer
+from opsd.training.trainer import TrainingLoop
 
 METHODS = {
     "opsd": {},
@@ -27,8 +27,8 @@ METHODS = {
 WHERE = {
     "while sampling": (GenerateSampler, "sample"),
     "before the gradient": (GradientAccumulator, "__call__"),
-    "in the update": (OPSDTrainer, "_update"),
-    "while logging": (OPSDTrainer, "log"),
+    "in the update": (TrainingLoop, "_update"),
+    "while logging": (TrainingLoop, "log"),
     "while evaluating": (LearningCurve, "__call__"),
     "while saving": (Checkpoints, "write"),
     "between lines": (RunLog, "sync"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd.grading.grader import Grade
+from opsd.grading.rewards import by_row
 from opsd.models.load import load_model
 from opsd.objectives import OPSD, Sample, SampleGroup, samples_of
 from opsd.runs.directory import claim_directory
@@ -25,7 +26,7 @@ from opsd.training.load_data import load_data
 from opsd.training.micro_batches import packed_batches, padded_batches, stream_tokens
 from opsd.training.run import run as run_training
 from opsd.training.run import train
-from opsd.training.trainer import OPSDTrainer
+from opsd.training.trainer import TrainingLoop
 
 METRICS = {
     "step",
@@ -51,7 +52,7 @@ class NobodyIsRight:
         return [Grade(False, "no", None) for _ in completions]
 
 
-def digits(completion: str, answer: str) -> float:
+def digits(completion: str, row: dict) -> float:
     """A reward that differs between random rollouts."""
     return float(sum(character.isdigit() for character in completion))
 
@@ -65,7 +66,15 @@ def execute(config, **more):
     model, tokenizer = load_model(config.model)
     torch.manual_seed(config.train.seed)
     run_training(
-        config, model, tokenizer, rows, held_out, NobodyIsRight(), quiet(), reward=digits, **more
+        config,
+        model,
+        tokenizer,
+        rows,
+        held_out,
+        NobodyIsRight(),
+        quiet(),
+        verifier=by_row("digits", digits),
+        **more,
     )
     return directory
 
@@ -242,7 +251,7 @@ def test_a_run_that_goes_on_is_not_finished(files, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(OPSDTrainer, "train", interrupted)
+    monkeypatch.setattr(TrainingLoop, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         execute(more, checkpoint=checkpoint)
     assert not (directory / "summary.json").exists()
@@ -252,7 +261,7 @@ def test_a_run_that_goes_on_is_not_finished(files, tmp_path, monkeypatch):
 def steps_seen(monkeypatch):
     """Each step's gradient, flat, and the trainer that made it."""
     seen = []
-    original = OPSDTrainer.training_step
+    original = TrainingLoop.training_step
 
     def spy(self, *arguments, **more):
         loss = original(self, *arguments, **more)
@@ -260,7 +269,7 @@ def steps_seen(monkeypatch):
         seen.append((self, float(loss), gradient))
         return loss
 
-    monkeypatch.setattr(OPSDTrainer, "training_step", spy)
+    monkeypatch.setattr(TrainingLoop, "training_step", spy)
     return seen
 
 

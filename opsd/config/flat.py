@@ -1,0 +1,73 @@
+"""Flat names of fields, as keyword arguments of `OPSDConfig`: learning_rate → train.learning_rate.
+
+A field goes by its own name or with the names of its sections before it, as many as tell it from
+others: rollout_temperature and loss_temperature, lora_rank, output_dir.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+from opsd.common.errors import UserError
+from opsd.config.base import Section
+from opsd.config.explain import ELSEWHERE, section_of
+
+WHAT_IT_NAMES = {"model": "path", "data": "source", "output": "dir"}
+"""Sections that may be given as a text, and the field that it is."""
+
+
+def nested(values: Mapping[str, Any], config: type[Section]) -> dict[str, Any]:
+    """Flat names as the sections that they stand for. Raises UserError for a name of no field, or
+    of several.
+
+    >>> from opsd.config.config import Config
+    >>> nested({"method": "grpo", "learning_rate": 1e-5, "lora_rank": 8}, Config)
+    {'method': 'grpo', 'train': {'learning_rate': 1e-05}, 'model': {'lora': {'rank': 8}}}
+    """
+    fields = dict(_fields(config))
+    found: dict[str, Any] = {}
+    for name in sorted(values, key=lambda name: name not in config.model_fields):  # sections first
+        field, value = _field(name, fields), values[name]
+        if isinstance(value, Section):
+            value = value.model_dump(exclude_unset=True)
+        if field in WHAT_IT_NAMES and not isinstance(value, Mapping):
+            value = {WHAT_IT_NAMES[field]: value}
+        *above, last = field.split(".")
+        place = found
+        for part in above:
+            place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise UserError(f"{'.'.join(above)} is {place!r}: it must be a mapping")
+        if last in place:
+            raise UserError(f"{field} is given twice")
+        place[last] = deepcopy(dict(value)) if isinstance(value, Mapping) else value
+    return found
+
+
+def _fields(model: type[Section], above: str = "") -> Iterator[tuple[str, set[str]]]:
+    """Each field and section with the flat names that it may have."""
+    for name, field in model.model_fields.items():
+        path = f"{above}{name}"
+        parts = path.split(".")
+        yield path, {"_".join(parts[start:]) for start in range(len(parts))}
+        if inside := section_of(field.annotation):
+            yield from _fields(inside, f"{path}.")
+
+
+def _field(name: str, fields: dict[str, set[str]]) -> str:
+    if name in fields:  # at the top
+        return name
+    found = [field for field, names in fields.items() if name in names]
+    whole = [field for field in found if field.replace(".", "_") == name]
+    if len(found := whole or found) == 1:
+        return found[0]
+    if found:
+        ways = " or ".join(f"{field.replace('.', '_')} ({field})" for field in found)
+        raise UserError(f"{name} is ambiguous: say {ways}")
+    if here := ELSEWHERE.get(name):
+        raise UserError(f"unknown key {name!r}: here it is {here}")
+    every = {name: field for field, names in fields.items() for name in names}
+    near = difflib.get_close_matches(name, every, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]} ({every[near[0]]})?" if near else "docs/options.md lists them"
+    raise UserError(f"unknown key {name!r}; {hint}")

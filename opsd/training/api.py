@@ -1,0 +1,188 @@
+"""The trainer for Python code, in the shape of TRL's: `opsd train` with objects for names.
+
+It loads model and rows when it is made, so that what is wrong with them is an error there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from opsd.common.display import Display
+from opsd.common.errors import UserError
+from opsd.common.hub_upload import push
+from opsd.config.config import IN_PYTHON, Config
+from opsd.config.load import parse_config
+from opsd.config.sections import ModelSection
+from opsd.data.rows import load_rows
+from opsd.distributed.processes import Processes
+from opsd.grading.reward_functions import verifier_of
+from opsd.models.load import load_tokenizer, with_ends
+from opsd.runs.directory import last_checkpoint
+from opsd.training.preflight import begin
+from opsd.training.run import Given, load_run, train_in_directory
+
+
+class OPSDTrainer:
+    """Trains a model by any of the methods; made and called as TRL's trainers are.
+
+    Args:
+        model: a model of transformers, which is trained in place, or its name or directory.
+        args: the run's config, as made in Python or read from YAML.
+        train_dataset: a `datasets.Dataset`, a list of dicts, a DataFrame, or a source as
+            data.source has it: a file, a hub name, reasoning_gym:<task>.
+        eval_dataset: held-out rows, likewise. Without it none are held out of a train_dataset,
+            unless eval.problems says how many.
+        processing_class: the tokenizer; none: the model's own.
+        reward_funcs: functions that grade rollouts instead of loss.reward.verifier: of TRL's kind
+            (completions, **columns) → scores, or (completion, row) → score.
+        callbacks: transformers' TrainerCallbacks.
+        display: where progress is shown; none: the terminal, or the notebook's cell.
+
+    Raises UserError for what the user can put right.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | Path | None = None,
+        args: Config | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] = (),
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+        display: Display | None = None,
+    ):
+        config = args or Config()
+        given = Given(tokenizer=processing_class, callbacks=list(callbacks or ()))
+        said: dict[str, Any] = {}  # fields of the config, as the arguments have them
+        if isinstance(model, PreTrainedModel):
+            given.model, name = model, model.name_or_path
+            said["model.path"] = name or IN_PYTHON
+            given.tokenizer = processing_class or load_tokenizer(ModelSection(path=name))
+        elif isinstance(model, str | Path):
+            said["model.path"] = str(model)
+        elif model is not None:
+            raise UserError(
+                f"model is of type {type(model).__name__}: it must be a model of transformers, "
+                "without adapters (lora_rank makes them), or the name or directory of one"
+            )
+        if given.tokenizer is not None:
+            with_ends(given.tokenizer, "processing_class")
+        if train_dataset is not None:
+            said["data.source"], given.rows = _source(train_dataset)
+        if eval_dataset is not None:
+            said["eval.source"], given.held_out = _source(eval_dataset)
+        if "problems" not in config.eval.model_fields_set:
+            if given.held_out is not None:
+                said["eval.problems"] = len(eval_dataset)
+            elif train_dataset is not None and (eval_dataset or config.eval.source) is None:
+                said["eval.problems"] = 0
+        functions = [reward_funcs] if callable(reward_funcs) else reward_funcs
+        if functions:
+            given.verifier, said["loss.reward.verifier"] = verifier_of(functions)
+        self.display, self.processes = display or Display(), Processes()
+        self.args = begin(_together(config, said), self.processes)
+        self._run = load_run(self.args, self.display, self.processes, given)
+        self.processing_class = self._run.tokenizer
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that trains."""
+        return self._run.model
+
+    @property
+    def state(self) -> TrainerState:
+        """transformers' state of the training: the step, and `log_history`, a line a step."""
+        return self._run.state
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
+        """Train, evaluate, save to output.dir/model and write the report, as `opsd train` does.
+
+        resume_from_checkpoint: go on from the last checkpoint in output.dir: True, or its path.
+        """
+        run, asked = self._run, resume_from_checkpoint
+        if run.output is not None:
+            raise UserError("this trainer has trained: make another to go on or to begin again")
+        last = last_checkpoint(run.directory) if isinstance(asked, str | Path) else None
+        if isinstance(asked, str | Path) and (last is None or not last.samefile(asked)):
+            raise UserError(
+                f"resume_from_checkpoint is {str(asked)!r}: a run goes on from the last checkpoint "
+                f"in output.dir, {str(last or run.directory)!r}"
+            )
+        train_in_directory(self.args, self.display, self.processes, bool(asked), run=run)
+        return run.output
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Answer the held-out problems, or others, with the model as it is now, and grade them.
+
+        Returns eval_accuracy with its 95 % interval, eval_mean_length and more.
+        """
+        run, test = self._run, self.args.eval
+        run.prepare()
+        rows = run.held_out
+        if eval_dataset is not None:
+            columns = self.args.data.columns if test.columns is None else test.columns
+            wanted = ("problem", "answer")
+            rows = load_rows(eval_dataset, columns=columns, require=wanted, section="eval")
+        if not rows:
+            raise UserError("evaluate: there are no held-out problems; give it an eval_dataset")
+        run.sampler.sync_weights(run.model)
+        result = run.test(rows).evaluate(run.inference, self.display, sampler=run.sampler)
+        return {f"eval_{name}": value for name, value in result.record().items()}
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write model and tokenizer as transformers and peft load them, in the base's dtype.
+
+        Without a directory to output.dir/model, where `train` has left them too.
+        """
+        run, place = self._run, Path(output_dir or self._run.directory / "model")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        run.processes.once(lambda: run.write_model(place.parent, place.name))
+
+    def push_to_hub(self, repository: str | None = None, private: bool | None = None) -> str:
+        """Upload output.dir/model, as `train` left it; returns its address.
+
+        repository, private: instead of output.push_to_hub and output.hub_private.
+        """
+        output, place = self.args.output, self._run.directory / "model"
+        name = repository or output.push_to_hub
+        if name is None or not place.is_dir():
+            raise UserError(
+                f"push_to_hub: there is no {str(place)!r} yet: train, or save_model()"
+                if name
+                else "push_to_hub: name a repository (owner/name), or set push_to_hub in the config"
+            )
+        return push(name, place, output.hub_private if private is None else private)
+
+
+def _source(rows: Any) -> tuple[str, Any]:
+    """The config's name for rows, and the rows, unless they are a source's name themselves."""
+    if isinstance(rows, str | Path):
+        return str(rows), None
+    if not hasattr(rows, "__len__"):
+        raise UserError(
+            f"a dataset is of type {type(rows).__name__}, without an end: take(n) of it"
+        )
+    return IN_PYTHON, rows
+
+
+def _together(config: Config, said: Mapping[str, Any]) -> Config:
+    """The config with what the trainer's arguments say of it. Raises UserError where both do."""
+    values = config.model_dump(exclude_unset=True)
+    for field, value in said.items():
+        *above, last = field.split(".")
+        place = values
+        for part in above:
+            place = place.setdefault(part, {})
+        if (known := place.get(last, IN_PYTHON)) not in (IN_PYTHON, value):
+            raise UserError(
+                f"{field} is {known!r} in the config, and the trainer was given {value!r}: leave "
+                "one of them out"
+            )
+        place[last] = value
+    return parse_config(values)

@@ -1,0 +1,246 @@
+"""OPSDTrainer does what `opsd train` does, with objects for names, as TRL's trainers are called."""
+
+import os
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+from helpers.lines import read_lines
+from helpers.training_cases import ROWS, quiet, short_config, short_values
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from opsd import OPSDConfig, OPSDTrainer, UserError, load_config, train
+from opsd.models.load import load_model
+
+RECORDS = [dict(row.columns) for row in ROWS]
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+def short(files, output, /, **flat) -> OPSDConfig:
+    """`short_values` by flat names; model and rows are left to the trainer."""
+    values = short_values(*files, output)
+    usual = {
+        "prompts": values["prompts"],
+        "output_dir": str(output),
+        "rollout_max_new_tokens": 6,
+        **values["train"],
+    }
+    return OPSDConfig(**(usual | flat))
+
+
+def trainer(files, output, /, model=None, rows=RECORDS, held_out=None, config=None, **given):
+    made = short(files, output, **(config or {}))
+    model = str(files[0]) if model is None else model
+    return OPSDTrainer(model, made, rows, held_out, display=quiet(), **given)
+
+
+class Seen(TrainerCallback):
+    def __init__(self):
+        self.steps, self.losses = [], []
+
+    def on_step_end(self, args, state, control, model=None, **more):
+        assert model is not None
+        self.steps.append(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **more):
+        self.losses.append(logs["loss"])
+
+
+@pytest.fixture(scope="module")
+def by_command(files, tmp_path_factory):
+    """The losses of `opsd train`, of six steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opsd.training.run.write_report", lambda directory: None)
+        config = short_config(*files, tmp_path_factory.mktemp("run") / "run", train={"steps": 6})
+        directory = train(config, quiet())
+    return [line["loss"] for line in read_lines(directory / "metrics.jsonl")]
+
+
+def test_its_losses_are_those_of_opsd_train(files, by_command, tmp_path):
+    seen, model = Seen(), AutoModelForCausalLM.from_pretrained(files[0])
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    made = trainer(
+        files,
+        tmp_path / "run",
+        model=model,
+        rows=datasets.Dataset.from_list(RECORDS),
+        processing_class=AutoTokenizer.from_pretrained(files[0]),
+        callbacks=[seen],
+        config={"steps": 6, "eval_problems": 4, "eval_every": 2, "eval_samples": 2},
+    )
+    assert made.evaluate()["eval_problems"] == 4  # which changes nothing of what follows
+    output = made.train()
+    assert seen.losses == by_command == [line["loss"] for line in made.state.log_history]
+    assert seen.steps == [1, 2, 3, 4, 5, 6] and output.global_step == 6
+    assert output.training_loss == pytest.approx(sum(by_command) / 6)
+    lines = read_lines(tmp_path / "run" / "evaluations.jsonl")
+    measured = made.evaluate()
+    assert measured["eval_mean_length"] == lines[-1]["mean_length"]
+    assert 0 <= measured["eval_low"] <= measured["eval_accuracy"] <= measured["eval_high"] <= 1
+    trained = made.model.state_dict()
+    assert made.model is model and any(not before[n].equal(trained[n]) for n in before)
+    made.save_model(tmp_path / "mine")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "mine").state_dict()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+    assert all(weight.equal(again[n]) and weight.equal(saved[n]) for n, weight in trained.items())
+    with pytest.raises(UserError, match="this trainer has trained"):
+        made.train()
+
+
+def test_a_run_goes_on_from_its_checkpoint(files, by_command, tmp_path):
+    held_out = {"eval_problems": 4, "eval_every": 2, "eval_samples": 2}
+    trainer(files, tmp_path / "run", config=held_out).train()
+    more = trainer(files, tmp_path / "run", config={"steps": 6, **held_out})
+    with pytest.raises(UserError, match="has been started before"):
+        more.train()
+    with pytest.raises(UserError, match=r"goes on from the last checkpoint .*checkpoint-4'"):
+        more.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
+    more.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-4")
+    assert [line["loss"] for line in more.state.log_history] == by_command
+    with pytest.raises(UserError, match="the problems are not those"):
+        trainer(files, tmp_path / "run", rows=RECORDS[1:], config=held_out).train(True)
+
+
+def test_the_yaml_form_is_the_same_object(files, tmp_path):
+    flat = short(files, tmp_path / "run", model=str(files[0]), data=str(files[1]))
+    assert flat == short_config(
+        *files, tmp_path / "run", eval={"problems": 200, "every": 0, "samples": 3}
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {path: m}\ndata: {source: rows.jsonl}\n")
+    assert isinstance(load_config(file), OPSDConfig)
+    assert OPSDTrainer(
+        args=flat.model_copy(update={"eval": flat.eval.model_copy(update={"problems": 2})}),
+        display=quiet(),
+    )._run.held_out
+
+
+def share_of_digits(completions, answer, **columns):
+    assert len(answer) == len(completions) == len(columns["prompts"])
+    return [sum(map(str.isdigit, text)) / 6 for text in completions]
+
+
+def test_grpo_learns_from_reward_functions_of_both_kinds(files, tmp_path):
+    told = []
+
+    def long(completion, row):
+        told.append(row["problem"])
+        return float(len(completion) > 3), "too short"
+
+    grpo = {"method": "grpo", "group_size": 4, "steps": 1}
+    made = trainer(files, tmp_path / "run", reward_funcs=[share_of_digits, long], config=grpo)
+    made.train()
+    kept = read_lines(tmp_path / "run" / "rollouts.jsonl")
+    for line in kept:
+        text = line["completion"]
+        wanted = sum(map(str.isdigit, text)) / 6 + (len(text) > 3)
+        assert line["reward"] == pytest.approx(wanted)
+    assert len(set(told)) == 3 and {line["reward"] for line in kept} != {0.0}
+    said = load_config(tmp_path / "run" / "config.yaml").loss.reward.verifier
+    assert said == "reward_funcs: share_of_digits, long"
+
+
+def test_held_out_rows_are_all_answered(files, tmp_path):
+    made = trainer(files, tmp_path / "run", rows=RECORDS[:12], held_out=RECORDS[10:])
+    assert made.evaluate()["eval_problems"] == 6
+    assert made.evaluate(datasets.Dataset.from_list(RECORDS[:2]))["eval_problems"] == 2
+    made = trainer(files, tmp_path / "run", rows=RECORDS)
+    with pytest.raises(UserError, match="give it an eval_dataset"):
+        made.evaluate()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_in_memory_keeps_its_dtype_in_files(dtype, files, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(files[0], dtype=dtype)
+    made = trainer(files, tmp_path / "run", model=model, config={"steps": 1})
+    assert made.model.dtype == torch.float32  # it trains so
+    made.train()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").dtype == dtype
+
+
+def test_adapters_find_a_model_that_is_in_no_directory(files, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, tokenizer = load_model(short_config(*files, tmp_path).model)
+    model.config.name_or_path = model.name_or_path = ""  # made in memory
+    config = {"lora_rank": 4, "targets": ["q_proj"]}
+    run = tmp_path / "run"
+    made = trainer(files, run, model=model, processing_class=tokenizer, config=config)
+    made.train()
+    with torch.no_grad():
+        ids = torch.tensor([[5, 6, 7]])
+        wanted = made.model.eval()(ids).logits
+        again = peft.AutoPeftModelForCausalLM.from_pretrained(run / "model")(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(run / "base")(ids).logits
+    assert torch.allclose(again, wanted, atol=1e-5) and not torch.allclose(base, wanted, atol=1e-4)
+    with pytest.raises(UserError, match="model is of type PeftModelForCausalLM: it must be"):
+        OPSDTrainer(made.model, train_dataset=RECORDS)
+
+
+def test_the_hub_gets_what_train_left(files, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("opsd.training.api.push", lambda *what: pushed.append(what) or "address")
+    made = trainer(files, tmp_path / "run", config={"steps": 1})
+    with pytest.raises(UserError, match="name a repository"):
+        made.push_to_hub()
+    with pytest.raises(UserError, match="there is no"):
+        made.push_to_hub("me/mine")
+    made.train()
+    assert made.push_to_hub("me/mine", private=False) == "address"
+    assert pushed == [("me/mine", tmp_path / "run" / "model", False)]
+
+
+@pytest.mark.parametrize(
+    "given, config, said",
+    [
+        ({"model": 3}, {}, "model is of type int: it must be a model of transformers"),
+        ({"rows": None}, {}, "data.source is missing"),
+        ({"rows": "none.jsonl"}, {}, "there is no file or directory 'none.jsonl'"),
+        ({"rows": []}, {}, "has no rows"),
+        ({"rows": [{"question": "1+1?"}]}, {}, "data.columns"),
+        (
+            {"model": "other"},
+            {"model": "m"},
+            "model.path is 'm' in the config, and the trainer was",
+        ),
+        (
+            {"reward_funcs": share_of_digits},
+            {},
+            "opsd grades no rollouts, unless",
+        ),
+        ({"reward_funcs": ["m"]}, {}, "reward_funcs has 'm': it must be a function"),
+        (
+            {"reward_funcs": share_of_digits},
+            {"verifier": "mine.py:f", "method": "grpo", "group_size": 2},
+            "loss.reward.verifier is 'mine.py:f' in the config",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(given, config, said, files, tmp_path):
+    with pytest.raises(UserError, match=said):
+        trainer(files, tmp_path / "run", config=config, **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_streams_and_models_without_tokenizers_are_refused(files, tmp_path):
+    stream = datasets.Dataset.from_list(RECORDS).to_iterable_dataset()
+    with pytest.raises(UserError, match="a dataset is of type IterableDataset, without an end"):
+        trainer(files, tmp_path / "run", rows=stream)
+    model = AutoModelForCausalLM.from_pretrained(files[0])
+    model.config.name_or_path = model.name_or_path = str(tmp_path)
+    with pytest.raises(UserError, match=r"model\.path is .*: a directory without config.json"):
+        trainer(files, tmp_path / "run", model=model)
+    with pytest.raises(UserError, match=r"model\.path is missing"):
+        train(OPSDConfig(data="rows.jsonl"), quiet())
+
+
+def test_libraries_settings_are_made_before_torch_is_imported():
+    code = (
+        "import opsd.training, os, sys; assert 'torch' not in sys.modules;"
+        "print(os.environ['GOMP_SPINCOUNT'], os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    )
+    names = ("GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["3000", "48"], done.stderr
