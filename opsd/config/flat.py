@@ -7,7 +7,7 @@ others: rollout_temperature and loss_temperature, lora_rank, output_dir.
 import difflib
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, get_origin
 
 from opsd.common.errors import UserError
 from opsd.config.base import Section
@@ -51,7 +51,8 @@ def _fields(model: type[Section], above: str = "") -> Iterator[tuple[str, set[st
         path = f"{above}{name}"
         parts = path.split(".")
         yield path, {"_".join(parts[start:]) for start in range(len(parts))}
-        if inside := section_of(field.annotation):
+        inside = section_of(field.annotation)
+        if inside and get_origin(field.annotation) is not list:
             yield from _fields(inside, f"{path}.")
 
 
