@@ -271,6 +271,8 @@ class Prompts:
         known = {} if more else self._rendered.get(name, {})
         template = self.templates[name]
         used, new = names(template), [row for row in rows if id(row) not in known]
+        if not new:
+            return [known[id(row)][1] for row in rows]
         values = [{**row.columns, **row.texts, **more} for row in new]
         try:
             made = fill_in(template, [{k: one[k] for k in used & one.keys()} for one in values])
