@@ -94,9 +94,10 @@ def read_failed_step(path: Path) -> FailedStep:
         # As JSON: so pydantic takes objects for dataclasses, and yet no string for a number.
         batch = json.dumps({key: failed[key] for key in ("step", "groups")})
         checked = _Batch.model_validate_json(batch)
+        config = parse_config(config)
         for number, group in enumerate(checked.groups):
-            _check_group(f"groups.{number}", group)
-        return FailedStep(parse_config(config), checked.step, checked.groups, weights, average)
+            _check_group(f"groups.{number}", group, len(config.teacher.members()))
+        return FailedStep(config, checked.step, checked.groups, weights, average)
     except ValidationError as error:
         said = problem_said(error.errors(include_url=False)[0])
     except UserError as error:
@@ -106,15 +107,16 @@ def read_failed_step(path: Path) -> FailedStep:
     raise UserError(f"FILE is {str(path)!r}: not a failed step's ({said})")
 
 
-def _check_group(name: str, group: SampleGroup) -> None:
+def _check_group(name: str, group: SampleGroup, members: int) -> None:
+    contexts, strange = len(group.teachers) // members, len(group.teachers) % members
+    if strange or len(group.coefficients) != members:
+        raise UserError(f"{name} has not the {members} teachers of its config")
     if not group.samples or not all(map(len, (group.student, *group.teachers))):
         raise UserError(f"{name} has no samples, or a context without tokens")
     for number, sample in enumerate(group.samples):
-        for key in ("factors", "sampling_log_probs", "old_log_probs"):
-            values = getattr(sample, key)
-            if values is not None and len(values) != sample.tokens:
-                where = f"{name}.samples.{number}.{key}"
-                raise UserError(f"{where} has {len(values)} values for {sample.tokens} tokens")
-        if not 0 <= sample.teacher < max(1, len(group.teachers)):
-            where = f"{name}.samples.{number}.teacher"
-            raise UserError(f"{where} is {sample.teacher}: it has {len(group.teachers)} teachers")
+        where, tokens = f"{name}.samples.{number}", sample.tokens
+        for values in (sample.factors, sample.sampling_log_probs, sample.old_log_probs):
+            if values is not None and len(values) != tokens:
+                raise UserError(f"{where} has {len(values)} values for its {tokens} tokens")
+        if not 0 <= sample.teacher < max(1, contexts):
+            raise UserError(f"{where}.teacher is {sample.teacher}: there are {contexts}")

@@ -121,7 +121,8 @@ def could_be_written(holds, good) -> bool:
     names = set(asdict(Sample([], 1.0)))
     for group in holds["groups"]:
         contexts = [group["student"], *group.get("teachers", [])]
-        assert set(group) <= {"student", "samples", "teachers"} and group["samples"]
+        assert set(group) <= set(asdict(SampleGroup([], []))) and group["samples"]
+        assert len(group.get("coefficients", [1])) == 1
         for sample in group["samples"]:
             assert set(sample) <= names
             contexts.append(sample["rollout"])
