@@ -76,7 +76,7 @@ def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[An
                 ) from error
             file.seek(0)  # one object a line
         else:
-            found = value if isinstance(value, list) else _listed(value) or _transposed(value)
+            found = value if isinstance(value, list) else _listed(value) or transposed(value)
             if found is None and isinstance(value, dict) and "\n" not in text.strip():
                 found = [value]
             if found is None:
@@ -100,7 +100,7 @@ def _listed(value: Any) -> list[Any] | None:
     return lists[0] if len(lists) == 1 and not _is_chat(lists[0][0]) else None
 
 
-def _transposed(value: Any) -> list[dict] | None:
+def transposed(value: Any) -> list[dict] | None:
     """The rows of an object of equally long columns, as pandas and `to_dict` write them:
     `{"problem": ["…"]}`, `{"problem": {"0": "…"}}`, or `{"0": {"problem": "…"}}`."""
     columns = list(value.values()) if isinstance(value, dict) else []

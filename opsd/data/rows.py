@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from opsd.data.chats import (
     read_chat,
     read_pair,
 )
-from opsd.data.files import TABLES, file_type
+from opsd.data.files import TABLES, file_type, transposed
 from opsd.data.references import Unreadable, final_answer
 from opsd.data.sources import (
     DEFAULT_DRAW,
@@ -114,7 +115,9 @@ def load_rows(
     if not isinstance(source, str):
         theirs = {name: name for name in COLUMNS}
         source = f"the {type(source).__name__} that was given"
-        if isinstance(raw, Mapping):  # a DatasetDict
+        if isinstance(raw, Mapping) and (rows_of_columns := transposed(raw)):
+            raw = rows_of_columns
+        elif isinstance(raw, Mapping):  # a DatasetDict
             check_names(f"{section}.split", [split or default_split], list(raw))
             raw, split = raw[split or default_split], None
         elif hasattr(raw, "iterrows"):  # a DataFrame
@@ -314,7 +317,8 @@ class _Reader:
 def _answer_as_text(value: Any, table: bool) -> Any:
     """An answer as it is written: 8.0 is 8 (in a table, which holds texts alone, too), a list of
     answers is each of them, and what pandas writes for none is None; other values as they are."""
-    if isinstance(value, list) and value and all(isinstance(v, str | int | float) for v in value):
+    several = isinstance(value, list | tuple) and value
+    if several and all(isinstance(one, str | int | float) for one in value):
         texts = [_answer_as_text(one, table) for one in value]
         return ", ".join(texts) if all(isinstance(text, str) for text in texts) else value
     if isinstance(value, str):
@@ -323,6 +327,8 @@ def _answer_as_text(value: Any, table: bool) -> Any:
         return value[:-2] if table and re.fullmatch(r"[-+]?\d+\.0", value) else value
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
+    if isinstance(value, Fraction):
+        return str(value)
     if isinstance(value, Decimal) and value.is_finite():
         return f"{value.normalize():f}"
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 from decimal import Decimal
+from fractions import Fraction
 
 import datasets
 import numpy as np
@@ -94,6 +95,7 @@ def test_every_kind_of_file_gives_the_same_rows(name, tmp_path):
 def test_records_of_python_are_a_source():
     assert load_rows(RECORDS) == ROWS
     assert load_rows(datasets.Dataset.from_list(RECORDS)) == ROWS
+    assert load_rows({name: [r[name] for r in RECORDS] for name in RECORDS[0]}) == ROWS
     with pytest.raises(UserError, match="row 1 of 'the list that was given' has no text in column"):
         load_rows([{**RECORDS[0], "answer": ""}])
 
@@ -299,6 +301,8 @@ def test_a_chat_without_a_user_is_none():
         (["3", "5"], "3, 5"),
         ([3.0, 5], "3, 5"),
         (np.array([3, 5]), "3, 5"),
+        ((3, 5), "3, 5"),
+        (Fraction(1, 2), "1/2"),
     ],
 )
 def test_numbers_are_answers(value, text):
