@@ -12,8 +12,9 @@ from opsd.common.errors import UserError
 from opsd.common.format import duration, number, size
 from opsd.config.compatibility import refused
 from opsd.config.config import Config
-from opsd.config.load import load_config, parse_config, with_overrides
+from opsd.config.load import load_config, merge, parse_config, with_overrides
 from opsd.plan.architectures import architecture
+from opsd.plan.fake_run import unshared_because
 from opsd.plan.memory import Memory, Planner
 from opsd.plan.suggestions import fit
 from opsd.plan.time_estimate import READING_SHARE, TRAINING_SHARE, plan_work
@@ -68,6 +69,9 @@ def plan_command(asked: argparse.Namespace) -> None:
     if config.train.sharding != "none" and asked.gpus == 1:
         raise refused(config, "train.sharding: say with --gpus over how many")
     longest = _check_window(student, lengths)
+    reason = unshared_because(student) if config.train.share_prefixes else None
+    if reason is not None:  # as training would say
+        config = parse_config(merge(config.model_dump(), {"train": {"share_prefixes": False}}))
     plan = Plan(config, planner := Planner(student, lengths, device, asked.gpus))
     work = plan_work(config, planner, plan.tokens, gpu)
     display = Display(quiet=asked.json)
@@ -77,6 +81,8 @@ def plan_command(asked: argparse.Namespace) -> None:
         f"prompts of {lengths.prompt} tokens, solutions of {lengths.solution}, rollouts of "
         f"{lengths.rollout}"
     )
+    if reason is not None:
+        display.note(f"{reason}: prefixes are not shared, each rollout runs with its own")
     plan.show(display)
     if work is not None:
         steps, training = config.train.steps, f"{work.student_flops + work.teacher_flops:.2e}"

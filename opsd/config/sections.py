@@ -75,8 +75,8 @@ class ModelSection(Section):
     """The GGUF file's name inside `path`."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation of transformers; `auto`: sdpa, or eager for models without it."""
     trust_remote_code: bool = False
     """Run Python code that a hub repository ships. Only for those you trust."""
     lora: LoraSection | None = None

@@ -23,6 +23,7 @@ from opsd.config.sections import ModelSection
 from opsd.data.chat import ChatTemplate
 from opsd.models.adapter_files import TOKENIZER, ModelFiles, model_files
 from opsd.models.copies import contiguous_head
+from opsd.models.decoder import best_attention
 from opsd.models.generation_config import keep_stop_tokens
 from opsd.models.lora import four_bits, is_adapted
 from opsd.models.merge import merge_adapter
@@ -74,7 +75,7 @@ def load_model(
             section.path,
             output_loading_info=True,
             dtype=dtype,
-            attn_implementation=section.attention,
+            attn_implementation=_attention(section, files),
             use_safetensors=None if section.gguf_file else True,  # a pickle may run anything
             ignore_mismatched_sizes=True,  # they are named below
             **_source(section),
@@ -147,6 +148,12 @@ def _check_unquantised(model: PreTrainedModel, whole_weights: bool, where: str) 
             f"{where}: its weights are quantised, and whole weights cannot train or be "
             "added to then: set model.lora on it, or take a base that is not quantised"
         )
+
+
+def _attention(section: ModelSection, files: ModelFiles) -> str:
+    if section.attention != "auto":
+        return section.attention
+    return best_attention(load_config(files))
 
 
 def load_config(files: ModelFiles) -> PreTrainedConfig:

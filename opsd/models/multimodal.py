@@ -7,6 +7,8 @@ Small 3). Training runs the decoder and the head; the other parts do not change 
 from torch import nn
 from transformers import PreTrainedModel
 
+from opsd.models.decoder import decoder_of
+
 
 def freeze_others(model: PreTrainedModel) -> None:
     """Freeze the parts that text does not run through. DistributedDataParallel would wait for their
@@ -29,4 +31,4 @@ def other_linear_layers(model: PreTrainedModel) -> list[str]:
 
 def _parts(model: PreTrainedModel) -> list[nn.Module]:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [model.get_decoder(), *(end for end in ends if end is not None)]
+    return [decoder_of(model), *(end for end in ends if end is not None)]

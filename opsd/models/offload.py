@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError
+from opsd.models.decoder import decoder_of
 
 CPUTensor = tuple[dict, str, Tensor]
 """A module's dictionary of tensors, a name in it, and that tensor in the CPU's memory."""
@@ -52,7 +53,7 @@ def _move(kept: list[CPUTensor], device: torch.device | str = "cpu") -> None:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder's blocks: its longest list of modules. Raises UserError where it has none."""
-    lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)]
+    lists = [m for m in decoder_of(model).children() if isinstance(m, nn.ModuleList)]
     if not lists:
         raise UserError(
             f"teacher.path: {type(model).__name__} has no list of layers to quantize or offload"

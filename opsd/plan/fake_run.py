@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import moe
 
+from opsd.common.errors import UserError, in_short
+from opsd.models.decoder import best_attention
 from opsd.prefix import packed_forward as stream
 from opsd.rollout import Sampling
 from opsd.rollout.logits_sampling import Draw
@@ -85,20 +90,51 @@ class Peaks:
 def over_layers(
     architecture: PreTrainedConfig, measure: Callable[[PreTrainedConfig], Peaks]
 ) -> Peaks:
-    """measure(architecture), from what it is for one layer and for two."""
-    one, two = (measure(_with_layers(architecture, count)) for count in (1, 2))
-    more = architecture.get_text_config().num_hidden_layers - 1
-    return Peaks(
-        one.most + more * (two.most - one.most),
-        one.at_kernel + more * (two.at_kernel - one.at_kernel),
-    )
+    """measure(architecture), from what it is for one layer of each kind and for one more of each.
+
+    A model whose layers cannot be chosen one by one is measured whole. Raises UserError for one
+    that does not run without data.
+    """
+    kinds = _layer_kinds(architecture)
+    try:
+        if kinds is None:
+            return measure(architecture)
+        firsts = [places[0] for places in kinds]
+        least = measure(_with_layers(architecture, firsts))
+        most, at_kernel = least.most, least.at_kernel
+        for places in kinds:
+            if len(places) > 1:
+                more = measure(_with_layers(architecture, sorted([*firsts, places[1]])))
+                most += (len(places) - 1) * (more.most - least.most)
+                at_kernel += (len(places) - 1) * (more.at_kernel - least.at_kernel)
+    except UserError:
+        raise
+    except Exception as error:  # of the model's own code, which may look at values
+        raise UserError(
+            f"model.path: a plan cannot run {architecture.model_type} without data "
+            f"({in_short(error)}); a short run says what it takes"
+        ) from error
+    return Peaks(most, at_kernel)
+
+
+def unshared_because(architecture: PreTrainedConfig) -> str | None:
+    """Why such a model cannot share prefixes; None where it can."""
+    kinds = _layer_kinds(architecture)
+    if kinds is not None:
+        architecture = _with_layers(architecture, [places[0] for places in kinds])
+    model = meta_model(architecture, torch.float32)
+    with _without_data(), torch.no_grad():
+        _make_fake(model)
+        return stream.unpackable(model)
 
 
 def meta_model(architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model on torch's meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            copy.deepcopy(architecture), dtype=dtype, attn_implementation="sdpa"
+            copy.deepcopy(architecture),
+            dtype=dtype,
+            attn_implementation=best_attention(architecture),
         )
 
 
@@ -128,7 +164,7 @@ def step_peaks(
     autocast: whether products are in bf16. flash: whether attention is by a flash kernel.
     """
     models, loss = make_step(architecture)
-    with FakeTensorMode(), quiet(), _bare_attention(flash), LiveBytes() as count:
+    with _without_data(), _bare_attention(flash), LiveBytes() as count:
         for model in models:
             _make_fake(model)
         student = models[0].train()
@@ -152,13 +188,13 @@ def sampling_peaks(
 ) -> Peaks:
     """The most memory that `generate` adds for one sequence: for its prompt, or its last token."""
     model = meta_model(architecture, dtype).eval()
-    with FakeTensorMode(), quiet(), torch.no_grad(), LiveBytes() as count:
+    with _without_data(), torch.no_grad(), LiveBytes() as count:
         _make_fake(model)
         draw = Draw(Sampling(longest, top_p=0.9, top_k=20))
         count.start()
 
-        def forward(length: int, past=None):
-            width = length if past is None else length + past.get_seq_length()
+        def forward(length: int, past=None, before: int = 0):
+            width = before + length
             output = model(
                 input_ids=torch.zeros(1, length, dtype=torch.long),
                 attention_mask=torch.ones(1, width, dtype=torch.long),
@@ -174,17 +210,68 @@ def sampling_peaks(
         del cache
         cache = forward(prompt + longest - 1)  # stands for all tokens but the last
         count.most = count.live
-        forward(1, cache)
+        forward(1, cache, prompt + longest - 1)
         return Peaks(max(reading, count.peaks.most), 0)
 
 
-def _with_layers(architecture: PreTrainedConfig, count: int) -> PreTrainedConfig:
+def _layer_kinds(architecture: PreTrainedConfig) -> list[list[int]] | None:
+    """The numbers of the layers that are alike, in order; None where the config says of layers
+    what cannot be said of a choice of them."""
+    text = architecture.get_text_config()
+    count, kinds = text.num_hidden_layers, defaultdict(list)
+    computed = any(
+        isinstance(getattr(type(text), name, None), property) and len(set(getattr(text, name))) > 1
+        for name in ("layer_types", "layers_block_type")
+    )
+    if computed or getattr(text, "num_kv_shared_layers", 0):
+        return None
+    own = getattr(text, "per_layer_config", None) if _differs(text) else [None] * count
+    for layer in range(count):
+        lists = {name: values[layer] for name, values in _by_layer(text).items()}
+        kinds[repr((lists, own[layer] and own[layer].to_dict()))].append(layer)
+    return list(kinds.values())
+
+
+def _by_layer(text: PreTrainedConfig) -> dict[str, list]:
+    """The config's lists that have an entry for each layer."""
+    count = text.num_hidden_layers
+    lists = {name: x for name, x in vars(text).items() if isinstance(x, list) and len(x) == count}
+    return {name: x for name, x in lists.items() if not name.startswith(("_", "architectures"))}
+
+
+def _differs(text: PreTrainedConfig) -> bool:
+    """Whether settings such as the width of a head differ by layer (transformers 5.2x)."""
+    return getattr(text, "is_heterogeneous", False)
+
+
+def _with_layers(architecture: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
+    """The same model with these layers alone."""
     short = copy.deepcopy(architecture)
     text = short.get_text_config()
-    text.num_hidden_layers = count
-    if getattr(text, "layer_types", None):
-        text.layer_types = (text.layer_types * count)[:count]
+    lists, own = _by_layer(text), None
+    if _differs(text):
+        spec = text._heterogeneity_spec
+        names = spec.explicit_per_layer_attributes
+        own = {
+            new: {name: getattr(text.per_layer_config[old], name) for name in names}
+            for new, old in enumerate(layers)
+        }
+        text.per_layer_config = None
+    text.num_hidden_layers = len(layers)
+    for name, values in lists.items():
+        setattr(text, name, [values[layer] for layer in layers])
+    if own is not None:
+        text.per_layer_config = own
     return short
+
+
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """Fake tensors inside. Experts are multiplied by transformers' own function, since torch's has
+    shapes without data for bf16 alone (torch 2.13, transformers 5.24)."""
+    never = patch.object(moe, "_can_use_grouped_mm", lambda *arguments: False, create=True)
+    with FakeTensorMode(), quiet(), never:
+        yield
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from opsd.config.names import DIVERGENCE_METHODS
 from opsd.config.requirements import scores_by_teacher
 from opsd.config.sections import ALL_LINEAR, LoraSection, ModelSection, TeacherSection
 from opsd.distributed.processes import SPLIT_WEIGHTS
+from opsd.models.decoder import decoder_of
 from opsd.models.lora import check_targets, is_linear
 from opsd.models.multimodal import other_linear_layers
 from opsd.models.teacher import Member, teacher_section
@@ -251,7 +252,7 @@ def _sizes(model: PreTrainedConfig, section: ModelSection) -> Sizes:
     with torch.device("meta"), quiet():
         made = AutoModelForCausalLM.from_config(model)
         own = sum(parameter.numel() for parameter in made.parameters())
-        layers = made.get_decoder().modules()
+        layers = decoder_of(made).modules()
         linear = sum(layer.weight.numel() for layer in layers if type(layer) is nn.Linear)
         if section.lora is None:
             return Sizes(own, linear, own)

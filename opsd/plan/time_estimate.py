@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from opsd.config.config import Config
 from opsd.config.sections import RolloutSection
+from opsd.models.decoder import attention_shapes
 from opsd.plan.gpus import GPU
 from opsd.plan.memory import Planner
 from opsd.plan.workload import Lengths, Tokens
@@ -52,10 +53,8 @@ def plan_work(config: Config, planner: Planner, tokens: Tokens, gpu: GPU | None)
     text = student.get_text_config()
     head = text.vocab_size * text.hidden_size
     body = planner.parameters - head * (1 if student.tie_word_embeddings else 2)
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
     # Scores and their product with the values: 4 operations a head's width and visible token.
-    per_pair = 4 * text.num_hidden_layers * heads * width
+    per_pair = 4 * sum(heads * width for heads, _, width in attention_shapes(text))
     rollout, seen = lengths.rollout, {"opsd": lengths.prompt + lengths.solution}
     teacher_context = seen.get(config.method, lengths.prompt)
 
@@ -101,9 +100,7 @@ def _sampling_seconds(
     own = section.engine in SAMPLERS
     at_once = min(section.batch_size, rollouts)
     rounds = -(-rollouts // at_once)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    shared = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    token = 4 * text.num_hidden_layers * shared * width  # K and V in bf16
+    token = 4 * sum(heads * width for _, heads, width in attention_shapes(text))  # K and V in bf16
     read = 2 * weights + at_once * token * (lengths.prompt + lengths.rollout / 2)
     each = read / (gpu.bandwidth * READING_SHARE)
     if own:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
+from opsd.models.decoder import decoder_of
 from opsd.prefix.layout import CheckedGroup, Group, Layout, checked_groups
 from opsd.prefix.packed_forward import (
     Capture,
@@ -161,7 +162,7 @@ def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> T
     # Padding stands at the right end, where a causal model cannot see it: this needs no mask and
     # keeps the fast causal attention.
     ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device)
-    output = model.get_decoder()(input_ids=ids, use_cache=False)
+    output = decoder_of(model)(input_ids=ids, use_cache=False)
     places = [
         row * ids.shape[1] + torch.arange(len(prefix) - 1, len(tokens[row]))
         for row, (prefix, _) in enumerate(rows)
@@ -175,7 +176,7 @@ def _checked(model: PreTrainedModel, groups: Sequence[Group]) -> list[CheckedGro
     Raises ValueError for ids without an embedding, and for more tokens than there are positions.
     """
     checked = checked_groups(groups)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     positions = getattr(decoder.config, "max_position_embeddings", None)
     rows = len(decoder.get_input_embeddings().weight)
     for number, (prefix, rollouts) in enumerate(checked):

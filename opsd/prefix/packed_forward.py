@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from opsd.common.errors import UserError, in_short
+from opsd.models.decoder import decoder_of
 from opsd.prefix.attention import Inputs, by_tiles, kernel_names, packed_attention
 from opsd.prefix.layout import Layout, Scores
 
@@ -37,8 +39,8 @@ SAME_ATTENTION = (
 )
 """transformers' names of plain attention, which ours may replace."""
 
-RECURRENT = ("mamba", "ssm", "rwkv", "recurrent", "deltanet", "linearattention", "lightning")
-"""Parts of names of classes that carry a state from token to token."""
+RECURRENT = ("Mamba", "SSM", "Rwkv", "Recurrent", "Delta", "LinearAttention", "Lightning")
+"""Parts of names of classes that carry a state from token to token (not of SeedOssMLP)."""
 
 UNKNOWN_TO_US = ("sinks", "indexer", "relative_attention_bias")
 """Attributes of attention modules that change the scores in ways that ours does not know."""
@@ -105,7 +107,7 @@ def packed_forward(
 
     `past`: keys and values of the layout's past, which ran in another stream.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     with packed(decoder, Stream(layout, capture, past)):
         output = decoder(
             input_ids=layout.ids[None], position_ids=layout.positions[None], use_cache=False
@@ -221,7 +223,7 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 
 def unpackable(model: PreTrainedModel) -> str | None:
     """Why the model cannot run packed streams, with the layer's name; None where it can."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     attention = decoder.config._attn_implementation
     if attention not in SAME_ATTENTION:
         return (
@@ -244,6 +246,10 @@ def _refusal(model: PreTrainedModel) -> str | None:
         probe(model)
     except UnpackableError as error:
         return str(error)
+    except UserError:
+        raise
+    except Exception as error:  # a model may take something for granted that no stream has
+        return f"{type(model).__name__} fails in one: {in_short(error)}"
     finally:
         for module, training in modes:
             module.training = training
@@ -259,6 +265,8 @@ def _reason(decoder: PreTrainedModel) -> str | None:
     for index, kind in enumerate(getattr(config, "layer_types", None) or []):
         if kind not in PACKABLE_LAYERS:
             return f"layer {index} of {type(decoder).__name__} is of type {kind}"
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return f"{type(decoder).__name__} takes no positions, which begin again in a stream"
     scaled = _scaled_by_length(config)
     if scaled:
         return f"{type(decoder).__name__} scales its positions ({scaled}) by a batch's longest"
@@ -268,7 +276,7 @@ def _reason(decoder: PreTrainedModel) -> str | None:
     inner = ((name, module) for name, module in decoder.named_modules() if "." in name)
     for name, module in inner:
         kind = type(module).__name__
-        if isinstance(module, nn.Conv1d) or any(word in kind.lower() for word in RECURRENT):
+        if isinstance(module, nn.Conv1d) or any(word in kind for word in RECURRENT):
             return f"{name} of {type(decoder).__name__} is a {kind}"
         strange = next((a for a in UNKNOWN_TO_US if getattr(module, a, None) is not None), None)
         if strange:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from opsd.models.decoder import attention_shapes, decoder_of
 from opsd.prefix.layout import CheckedGroup, Group, Ids, Layout
 from opsd.prefix.packed_forward import Capture, KeysAndValues, adapter_state, packed_forward
 
@@ -63,7 +64,7 @@ class CachedPrefix(Sequence[int]):
         with_gradient = torch.is_grad_enabled()
         if with_gradient and not self.trains:
             return None
-        key = model.get_decoder(), with_gradient, adapter_state(model)
+        key = decoder_of(model), with_gradient, adapter_state(model)
         if key not in self._runs:
             self._runs[key] = _run_prefix(model, self.ids)
         return self._runs[key].leaves
@@ -103,10 +104,9 @@ def cached_token_cost(model: PreTrainedModel) -> float:
     (norms, queries, attention, and the products with a feed-forward layer of width I). A
     checkpointed layer has activations of D numbers only, and keeps the keys and values as well.
     """
-    config = model.get_decoder().config
-    width, heads = config.hidden_size, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or width // heads
-    pair = 2 * head * (getattr(config, "num_key_value_heads", None) or heads)
+    config = decoder_of(model).config
+    width, shapes = config.hidden_size, attention_shapes(config)
+    pair = sum(2 * key_heads * head for _, key_heads, head in shapes) / len(shapes)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return 2 * pair / width
     inner = getattr(config, "intermediate_size", None) or 4 * width  # GPT-2 has no name for it
@@ -158,7 +158,7 @@ def _run_prefix(model: PreTrainedModel, ids: list[int]) -> _PrefixRun:
 
 
 def _refuse_reentrant(model: PreTrainedModel) -> None:
-    for module in model.get_decoder().modules():
+    for module in decoder_of(model).modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         active = getattr(module, "gradient_checkpointing", False) and module.training
         if active and getattr(checkpoint, "keywords", {}).get("use_reentrant"):

@@ -150,11 +150,11 @@ class TrainingLoop:
             # FSDP2 moves the model to its device later; the copy that samples is there already.
             unsplit = getattr(sampler, "inference_copy", None) or model
             dtype = compute_dtype(config.train.precision)
-            self._kernel = try_kernel(unsplit, dtype, self.processes.device)
+            kernel = try_kernel(unsplit, dtype, self.processes.device)
+            self._replaced = f"{kernel} instead of {unsplit.config._attn_implementation}"
         self._sharing_checked = self._engine_checked = False
         self._groups: list[SampleGroup] = []  # the step's
-        self._left_out = False  # the step, since something in it is not finite
-        self._left_out_in_a_row = 0
+        self._left_out, self._left_out_in_a_row = False, 0  # steps with something not finite
         self._interruption = Interruption()
         self._updating = False  # whether the weights are between two steps'
         self._random_states: dict[str, Any] = {}  # as the last whole step left them
@@ -428,8 +428,8 @@ class TrainingLoop:
         self._sharing_checked = True
         same = f"the same to {difference:.1g}" if difference else "the same bit for bit"
         self._note(
-            f"Shared prefixes ({self._kernel} instead of {self.config.model.attention}): "
-            f"{ratio:.2f} times fewer tokens than each rollout alone, {same}"
+            f"Shared prefixes ({self._replaced}): {ratio:.2f} times fewer tokens than each rollout "
+            f"alone, {same}"
         )
 
     def _check_engine(self, totals: Totals) -> None:

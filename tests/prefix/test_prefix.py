@@ -4,11 +4,22 @@ import warnings
 
 import pytest
 import torch
-from helpers.prefix_models import MODELS, VOCABULARY, alone, assert_same, ids, make, make_groups
+import transformers
+from helpers.prefix_models import (
+    MODELS,
+    SIZES,
+    VOCABULARY,
+    alone,
+    assert_same,
+    ids,
+    make,
+    make_groups,
+)
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from opsd.prefix import (
+    cached_token_cost,
     hidden_states,
     layout,
     shared_prefix_hidden_states,
@@ -225,3 +236,39 @@ def test_attention_that_the_user_set_is_not_replaced():
         found = shared_prefix_hidden_states(model, groups)
     assert calls == [11 + 8] * 2  # a layer each: the longest of three padded rows
     assert (found - alone(model, groups)).abs().max() < 2e-5
+
+
+def test_a_name_that_only_sounds_recurrent_shares():
+    """SeedOssMLP has "ssm" in its name in small letters."""
+    model = make("SeedOss", {"head_dim": 8, "residual_dropout": 0.0, "attention_dropout": 0.0})
+    assert unpackable(model) is None
+    groups = make_groups()
+    assert_same(model, shared_prefix_hidden_states(model, groups), groups)
+
+
+def test_layers_whose_heads_differ_share():
+    """Gemma 4's full layers have wider heads than those with a window."""
+    config = transformers.Gemma4TextConfig(
+        **{**SIZES, "num_hidden_layers": 3},
+        head_dim=8,
+        global_head_dim=16,
+        sliding_window=7,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert cached_token_cost(model) > 0
+    groups = make_groups()
+    assert_same(model, shared_prefix_hidden_states(model, groups), groups)
+
+
+@pytest.mark.parametrize("kind", ["Bart", "Pegasus", "Blenderbot"])
+def test_models_without_positions_are_not_packed(kind):
+    """Their decoders count positions themselves, so that a stream would be one long sequence."""
+    sizes = {"d_model": 32, "decoder_layers": 1, "encoder_layers": 1, "decoder_ffn_dim": 48}
+    heads = {"decoder_attention_heads": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=VOCABULARY, **sizes, **heads)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    assert "takes no positions" in unpackable(model)
