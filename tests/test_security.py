@@ -229,7 +229,10 @@ def test_a_dry_run_runs_no_verifier(train, marker, tmp_path, capsys):
     verifier = tmp_path / "mine.py"
     verifier.write_text(CODE.format(marker=str(marker)) + "def grade(text, row): return 1.0\n")
     words = ["--dry-run", "loss.reward.log=true"]
-    assert train(*words, f"loss.reward.verifier={verifier}:grade") == 0
+    gate = f"loss.gates=[{{gate: '{verifier}:grade'}}]"
+    assert train(*words, f"loss.reward.verifier={verifier}:grade", gate) == 0
+    assert train(*words, gate.replace("grade", "other")) == 1
+    refused(capsys, "loss.gates is", "has no function 'other'")
     capsys.readouterr()
     assert train(*words, f"loss.reward.verifier={verifier}:other") == 1
     refused(capsys, "has no function 'other'")
@@ -245,6 +248,8 @@ def test_a_dry_run_runs_no_verifier(train, marker, tmp_path, capsys):
         {"grpo": {"loss": {"reward": {"verifier": "{file}:grade"}}}},
         {"grpo.loss.reward.verifier": "{file}:grade"},
         {'grpo.loss.reward.verifier="{file}:grade" #': 1},
+        {"opsd": {"loss": {"gates": [{"gate": "{file}:weigh"}]}}},
+        {"opsd.loss.gates": [{"gate": "{file}:weigh"}]},
         {"model": {"trust_remote_code": True}},
         {"opsd.model.trust_remote_code": True},
     ],

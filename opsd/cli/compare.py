@@ -145,6 +145,8 @@ def check_settings(study: Study) -> None:
             for own in methods.values():
                 reward = own.get("loss", {}).get("reward", {})
                 trusts = own.get("model", {}).get("trust_remote_code")
+                gates = [str(gate) for gate in own.get("loss", {}).get("gates") or ()]
+                trusts = trusts or any(".py" in gate for gate in gates)
                 if trusts or reward.get("verifier", "math") != "math":
                     raise UserError(
                         "a study runs no code: neither loss.reward.verifier nor "

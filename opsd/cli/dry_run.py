@@ -17,7 +17,7 @@ from opsd.config.config import Config
 from opsd.config.requirements import is_graded, longest_rollout, trained_roles, uses_teacher_prompt
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
-from opsd.grading.rewards import GradedRollout, check_verifier
+from opsd.grading.rewards import GradedRollout, check_code
 from opsd.models.load import check_directory, load_tokenizer, window
 from opsd.models.teacher import check_teacher
 from opsd.plan.architectures import architecture
@@ -38,8 +38,7 @@ def dry_run(config: Config, display: Display) -> None:
     check_launcher(config.train.sharding, config.rollout.engine)
     check_machine(config, makes=False)
     check_engine(config.rollout.engine)
-    if is_graded(config):
-        check_verifier(config.loss.reward, run=False)
+    check_code(config.loss, is_graded(config), run=False)
     rows, held_out = load_data(config, display.note)
     check_directory(config.model)
     student = architecture(config.model)

@@ -30,6 +30,8 @@ USED_BY = {
     "temperature": DIVERGENCE_METHODS,
     "clip": DIVERGENCE_METHODS,
     "clip_threshold": DIVERGENCE_METHODS,
+    "gates": DIVERGENCE_METHODS,
+    "control_variate": DIVERGENCE_METHODS,
     "epsilon": (*DIVERGENCE_METHODS, "grpo"),
     "epsilon_high": (*DIVERGENCE_METHODS, "grpo"),
     "kl": ("grpo",),
@@ -316,6 +318,8 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
             yield grpo_alone, "that is a part of grpo's reward"
     if loss.divergence != "jsd":
         yield "loss.beta", f"it is for loss.divergence 'jsd', not {loss.divergence!r}"
+    if loss.divergence != "sampled_token":
+        yield "loss.control_variate", "it is for loss.divergence 'sampled_token'"
     if loss.clip == "none":
         yield "loss.clip_threshold", "loss.clip is 'none'"
     ratio, whole = "loss.epsilon loss.epsilon_high", "over the whole vocabulary no ratio is clipped"

@@ -8,7 +8,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from opsd.config.base import Count, Fraction, Natural, NonNegative, Positive, Section
+from opsd.config.base import Count, Fraction, Natural, NonNegative, Positive, Section, Share
+
+GATES = ("teacher_entropy", "teacher_unsure", "gap", "share")
 
 
 class WeightsSection(Section):
@@ -76,6 +78,27 @@ class RewardSection(Section):
         return pattern
 
 
+class GateSection(Section):
+    """A factor g of tokens' weights, floor + (1 - floor) times what is said here; those of
+    loss.gates multiply (docs/methods.md)."""
+
+    gate: str
+    """teacher_entropy: exp(-H_T ÷ scale); teacher_unsure: 1 where H_T > scale; gap: the logistic
+    function of scale · Δ; share: 1 + scale · (1 - the share of Σ|Δ| before the token); or
+    FILE.py:FUNCTION."""
+    scale: Positive = 1.0
+    """Its one number: nats for entropies, else a factor."""
+    floor: Share = 0.0
+    """What it is at least."""
+
+    @field_validator("gate")
+    @classmethod
+    def _check_gate(cls, name: str) -> str:
+        if name not in GATES and ".py:" not in name:
+            raise ValueError(f"it may be {', '.join(GATES)} or FILE.py:FUNCTION")
+        return name
+
+
 class LossSection(Section):
     """What is minimised."""
 
@@ -96,6 +119,10 @@ class LossSection(Section):
     the student ÷ under what sampled it, at most this; null: as it is."""
     weights: WeightsSection = WeightsSection()
     """What a token counts; the factors multiply."""
+    gates: list[GateSection] = Field([])
+    """opsd: factors of tokens' weights by what was measured at them; they multiply."""
+    control_variate: bool = False
+    """sampled_token: add KL(student ‖ teacher) to the advantage, whose mean is then 0 (vOPD)."""
     aggregation: Literal["token", "rollout", "constant"] = "token"
     """The step's loss is the mean over its tokens, the mean over rollouts of their tokens' mean
     (TRL's SDFT, the first GRPO), or the sum ÷ (rollouts * max_new_tokens) (Dr. GRPO)."""
@@ -121,3 +148,8 @@ class LossSection(Section):
     """The kernel's backend."""
     memory_budget: int | None = Field(None, ge=1 << 20)
     """Bytes of logits the kernel may hold; none: its own choice."""
+
+    def without_code(self) -> "LossSection":
+        """The same without gates of the user's own, which are files to run."""
+        ours = [gate for gate in self.gates if gate.gate in GATES]
+        return self.model_copy(update={"gates": ours})

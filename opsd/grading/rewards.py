@@ -21,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opsd.common.errors import UserError, in_short
-from opsd.config.loss import RewardSection
+from opsd.config.loss import LossSection, RewardSection
 from opsd.data.rows import Row
 from opsd.data.thoughts import final_part
 from opsd.grading.completions import completions
@@ -86,17 +86,26 @@ def overlong(length: int, longest: int, buffer: int | None) -> float:
     return min(0.0, (longest - buffer - length) / buffer)
 
 
-def check_verifier(section: RewardSection, run: bool = True) -> None:
-    """Raises UserError where the verifier that the config names cannot be loaded.
+def check_code(section: LossSection, verifier: bool, run: bool = True) -> None:
+    """Raises UserError where a gate, or the verifier if it is used, that the config names cannot be
+    loaded.
 
     run: load it, which runs its file; or else look into the file alone.
     """
-    if section.verifier == "math":
-        return
+    ours = section.without_code().gates
+    for gate in section.gates:
+        if gate not in ours:
+            check_function(gate.gate, "loss.gates", run)
+    if verifier and section.reward.verifier != "math":
+        check_function(section.reward.verifier, "loss.reward.verifier", run)
+
+
+def check_function(name: str, field: str, run: bool = True) -> None:
+    """`check_code` of the `FILE.py:FUNCTION` that a field names."""
     if run:
-        own_verifier(section.verifier)
+        own_function(name, field)
         return
-    where, path, function = _place(section.verifier)
+    where, path, function = _place(name, field)
     try:
         nodes = ast.walk(ast.parse(path.read_bytes()))
         made = {getattr(node, name, None) for node in nodes for name in ("asname", "name", "id")}
@@ -123,7 +132,7 @@ def own_verifier(name: str) -> Verifier:
     `row` is a dictionary of the row's columns with problem, solution and answer. Raises UserError
     if it cannot be loaded, and later if it raises or returns something else.
     """
-    return by_row(f"loss.reward.verifier {name!r}", _load(name))
+    return by_row(f"loss.reward.verifier {name!r}", own_function(name))
 
 
 def by_row(name: str, function: Callable[[str, dict[str, Any]], Any]) -> Verifier:
@@ -134,9 +143,9 @@ def by_row(name: str, function: Callable[[str, dict[str, Any]], Any]) -> Verifie
     ]
 
 
-def _place(name: str) -> tuple[str, Path, str]:
-    """How messages name a verifier, its file and its function."""
-    where = f"loss.reward.verifier is {name!r}"
+def _place(name: str, field: str = "loss.reward.verifier") -> tuple[str, Path, str]:
+    """How messages name a user's function, its file and its function."""
+    where = f"{field} is {name!r}"
     file, colon, function = name.rpartition(":")
     if not colon or not file.endswith(".py") or not function.isidentifier():
         raise UserError(f"{where}: it may be 'math' or FILE.py:FUNCTION")
@@ -147,8 +156,9 @@ def _place(name: str) -> tuple[str, Path, str]:
 
 
 @lru_cache  # loaded once, though it is checked before the weights are loaded and used after
-def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
-    where, path, function = _place(name)
+def own_function(name: str, field: str = "loss.reward.verifier") -> Callable[..., Any]:
+    """The user's `FILE.py:FUNCTION` that a field names. Raises UserError if it cannot be loaded."""
+    where, path, function = _place(name, field)
     spec = importlib.util.spec_from_file_location(f"opsd_verifier_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:

@@ -211,6 +211,11 @@ class MicroBatch:
         given = (s.sampling_log_probs or s.old_log_probs for s in self.samples)
         return all(log_probs is not None for log_probs in given)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each rollout."""
+        return [sample.tokens for sample in self.samples]
+
     def targets(self) -> Tensor:
         """The rollouts' tokens, int64."""
         return torch.tensor(

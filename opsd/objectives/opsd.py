@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.models.head import Scorer, as_operands, head, head_arguments, mixed
+from opsd.objectives.gates import Measures, gated
 from opsd.objectives.groups import (
     MicroBatch,
     Objective,
@@ -37,7 +38,7 @@ from opsd.objectives.log_probs import token_log_prob
 from opsd.objectives.policy_gradient import surrogate
 from opsd.objectives.token_classes import split_by_class
 from opsd.prefix import Ids, student_and_teacher_states
-from opsd_kernels import Clip, linear_divergence
+from opsd_kernels import Clip, LinearDivergence, linear_divergence
 
 
 class OPSD(Objective):
@@ -98,6 +99,32 @@ class OPSD(Objective):
         corrections: dict[str, Tensor] = {}
         if section.importance_bound is not None and batch.sampled_by_others:
             weights, corrections = corrected_for_sampling(model, student, batch, section)
+        gates = section.gates
+        result = self._divergence(
+            model,
+            student,
+            teacher,
+            divergence=section.divergence,
+            beta=section.beta,
+            temperature=section.temperature,
+            token_weight=weights,
+            clip=self.clip,
+            reduction="none" if gates else "sum",
+            targets=batch.targets() if gates else None,
+        )
+        names = ("student_entropy", "teacher_entropy")
+        logged = {"divergence": result.per_token, **{name: getattr(result, name) for name in names}}
+        fractions = ("clipped_fraction", "inverted_gradient_fraction") if self.clip else ()
+        of_all = {name: getattr(result, name) for name in fractions}
+        if not gates:
+            return TokenLosses(result.loss, logged | corrections, of_all)
+        log_probs = {"log_prob": result.log_prob, "teacher_log_prob": result.teacher_log_prob}
+        logged["gate"] = gate = gated(gates, Measures(**logged, **log_probs, lengths=batch.lengths))
+        return TokenLosses((gate * result.loss).sum(), logged | corrections, of_all)
+
+    def _divergence(
+        self, model: PreTrainedModel, student: Tensor, teacher: Scorer, **what: Any
+    ) -> LinearDivergence:
         (weight, bias), teacher_weight = head(model), teacher.weight
         if len(weight) != len(teacher_weight):
             # The heads are padded to different sizes. The rows that both have hold all tokens.
@@ -107,26 +134,10 @@ class OPSD(Objective):
             teacher_weight = None  # a head that both have: one product for both
         tensors = (student, teacher.hidden, weight, teacher_weight, bias, teacher.bias)
         *operands, bias, teacher_bias = as_operands(tensors)
+        what |= {"memory_budget": self.section.memory_budget, "backend": self.section.backend}
+        what |= {"bias": bias, "teacher_bias": teacher_bias, **head_arguments(model)}
         with phase("loss"):
-            result = linear_divergence(
-                *operands,
-                bias=bias,
-                teacher_bias=teacher_bias,
-                divergence=section.divergence,
-                beta=section.beta,
-                temperature=section.temperature,
-                token_weight=weights,
-                clip=self.clip,
-                reduction="sum",
-                memory_budget=section.memory_budget,
-                backend=section.backend,
-                **head_arguments(model),
-            )
-        names = ("student_entropy", "teacher_entropy")
-        logged = {"divergence": result.per_token, **{name: getattr(result, name) for name in names}}
-        fractions = ("clipped_fraction", "inverted_gradient_fraction") if self.clip else ()
-        of_all = {name: getattr(result, name) for name in fractions}
-        return TokenLosses(result.loss, logged | corrections, of_all)
+            return linear_divergence(*operands, **what)
 
     def _sampled_token(
         self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Scorer
@@ -139,12 +150,21 @@ class OPSD(Objective):
             scored = token_log_prob(model, teacher.hidden, batch, section, sampling, weights)
         old = batch.old_log_prob(own.log_prob)
         advantage = scored.log_prob - old
+        logged = {"divergence": -advantage, "student_entropy": own.entropy}
+        logged["teacher_entropy"] = scored.entropy
+        if section.control_variate:
+            # The advantage's mean, -KL(S ‖ T), leaves no direction to it, only noise.
+            temperature = (sampling.temperature if sampling else 0) or 1.0
+            what = {"divergence": "reverse_kl", "temperature": temperature, "reduction": "none"}
+            with torch.no_grad():
+                between = self._divergence(model, student, teacher, **what)
+            advantage = advantage + between.per_token
         per_token, clipped = surrogate(own.log_prob, old, advantage, section)
         weights, corrections = corrected_for_engine(model, student, batch, section, sampling, old)
-        logged = {
-            "divergence": -advantage,
-            "student_entropy": own.entropy,
-            "teacher_entropy": scored.entropy,
-            "ratio_clipped_fraction": clipped.float(),
-        }
+        if section.gates:
+            log_probs = {"log_prob": old, "teacher_log_prob": scored.log_prob}
+            measures = Measures(**logged, **log_probs, lengths=batch.lengths)
+            logged["gate"] = gate = gated(section.gates, measures)
+            weights = weights * gate
+        logged["ratio_clipped_fraction"] = clipped.float()
         return TokenLosses((weights * per_token).sum(), logged | corrections, {})

@@ -322,7 +322,7 @@ def _objective(
     """The method, and its teacher if it has one."""
     kind = {"opsd": OPSD, "distill": Distill, "grpo": GRPO, "sft": SFT}[config.method]
     if not scores_by_teacher(config):
-        return kind(config.loss), []
+        return kind(config.loss.without_code()), []
     # Adapters leave the weights, and the head, to all that have them.
     owners = [
         "own" if config.model.lora is not None and own.policy != "model" else own.model_dump_json()
@@ -332,7 +332,7 @@ def _objective(
     sections = config.teacher.mix
     pairs = zip(owners, sections, strict=False)  # of no mixture none
     mix = [Member(made[owner], section.context, section) for owner, section in pairs]
-    return kind(config.loss, made[owners[0]], mix=mix), list(made.values())
+    return kind(config.loss.without_code(), made[owners[0]], mix=mix), list(made.values())
 
 
 def _step_key(config: Config) -> str:

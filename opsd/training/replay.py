@@ -96,8 +96,9 @@ def _replay(failed: FailedStep, display: Display) -> list[Replayed]:
             raise UserError(
                 f"groups hold tokens {min(ids)} to {max(ids)}: the model has 0 to {largest}"
             )
+    loss = config.loss.without_code()  # which the file, a stranger's perhaps, may name
     prompts, sampling = Prompts(config.prompts, tokenizer), Sampling.of(config.rollout)
-    objective = make_objective(config.method, config.loss, teacher, prompts, sampling, members)
+    objective = make_objective(config.method, loss, teacher, prompts, sampling, members)
     step = OPSDStep(model.train(), objective, share=config.train.share_prefixes)
     with autocast(torch.device(device), compute_dtype(config.train.precision)):
         alone = [group.of([sample]) for group in groups for sample in group.samples]

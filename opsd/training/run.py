@@ -31,7 +31,7 @@ from opsd.distributed.deepspeed import STAGES
 from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
 from opsd.distributed.wrap import gathered_weights
 from opsd.grading.grader import Grader
-from opsd.grading.rewards import RewardFunction, Verifier, check_verifier, make_verifier
+from opsd.grading.rewards import RewardFunction, Verifier, check_code, make_verifier
 from opsd.models.copies import copy_model
 from opsd.models.dropout import switch_off_dropout
 from opsd.models.generation_config import left_out
@@ -162,8 +162,8 @@ def load_run(
     if config.rollout.engine == "vllm_server":
         with display.stage(f"Reach {config.rollout.server}"):  # it may still be starting
             server = processes.together(lambda: training_server(config.rollout))
-    if is_graded(config) and given.verifier is None:
-        processes.together(lambda: check_verifier(config.loss.reward))
+    own_verifier = is_graded(config) and given.verifier is None
+    processes.together(lambda: check_code(config.loss, own_verifier))
     with display.stage(f"Read {', '.join(source.source for source in sources(config.data))}"):
         read = partial(load_data, config, display.note, given.rows, given.held_out)
         rows, held_out = processes.together(read)

@@ -16,7 +16,7 @@ from opsd.config.load import (
     save_config,
     with_overrides,
 )
-from opsd.config.loss import RewardSection, WeightsSection
+from opsd.config.loss import GateSection, RewardSection, WeightsSection
 from opsd.config.sections import CollapseSection, LoraSection, MemberSection, TeacherSection
 
 GOOD = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
@@ -73,6 +73,7 @@ def test_every_field_is_described():
         for section, name in (
             [("model", f"lora.{n}") for n in LoraSection.model_fields]
             + [("loss", f"weights.{n}") for n in WeightsSection.model_fields]
+            + [("loss", f"gates.{n}") for n in GateSection.model_fields]
             + [("loss", f"reward.{n}") for n in RewardSection.model_fields]
             + [("teacher", f"mix.{n}") for n in MemberSection.model_fields]
             + [("train", f"collapse.{n}") for n in CollapseSection.model_fields]
