@@ -27,6 +27,7 @@ COMMANDS = {
     "train": ("train", "Train by a config file."),
     "eval": ("evaluate_arguments", "Measure a model on a benchmark."),
     "plan": ("plan_arguments", "Plan memory, tokens and time, before any weight is loaded."),
+    "export": ("export", "Merge a run's adapters, or write its model as GGUF."),
     "replay": ("replay", "Find what was not finite in a step that failed."),
     "report": ("report", "Write report.html and curves.png of a run."),
     "compare": ("compare", "Compare runs: methods by seeds, tokens to a target."),

@@ -116,6 +116,7 @@ def _measured(file: Path) -> dict[str, Any]:
 
 
 def _files(directory: Path) -> list[str]:
-    """The files in a directory and below, manifests apart."""
-    found = (path for path in sorted(directory.rglob("*")) if path.name != MANIFEST)
+    """The files in a directory and below, but for manifests and the text for people, which changes
+    when there is more to say."""
+    found = (p for p in sorted(directory.rglob("*")) if p.name not in (MANIFEST, "README.md"))
     return [str(path.relative_to(directory)) for path in found if path.is_file()]

@@ -8,10 +8,11 @@ from opsd.common.hub_upload import push
 from opsd.common.system import machine, peak_memory, versions
 from opsd.config.config import Config
 from opsd.runs.log import RunLog, student_curve
+from opsd.training.model_card import write_card
 
 
-def write_summary(config: Config, log: RunLog, seconds: float) -> dict:
-    """summary.json, which says that a run has ended."""
+def write_summary(config: Config, log: RunLog, seconds: float, step: int) -> dict:
+    """summary.json, which says that a run has ended after `step`; and the model's card."""
     directory = Path(config.output.dir)
     accuracies = [line.accuracy for line in student_curve(directory)] or [None]
     best = log.best()
@@ -28,6 +29,8 @@ def write_summary(config: Config, log: RunLog, seconds: float) -> dict:
         "machine": machine(),
     }
     write_json(directory / "summary.json", summary)
+    kept = best[0] if best and config.output.keep == "best" else step
+    write_card(config, directory, kept)
     return summary
 
 

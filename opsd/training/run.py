@@ -253,7 +253,7 @@ class Run:
         if curve is not None and not self.processes.once(lambda: self.log.is_evaluated(step)):
             self._evaluate_last(curve, step)
         seconds = time.monotonic() - begun
-        return self.processes.once(lambda: write_summary(self.config, self.log, seconds))
+        return self.processes.once(lambda: write_summary(self.config, self.log, seconds, step))
 
     def prepare(self, saves: bool = False) -> None:
         """Adapters, where they are asked for; the rows that fit; teacher and sampler. Once.

@@ -1,0 +1,91 @@
+"""`opsd export`: a run's model for elsewhere: the whole model without adapters, or a GGUF file."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+CONVERTER = "convert_hf_to_gguf.py"
+OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `opsd export`."""
+    add = parser.add_argument
+    add("directory", metavar="RUN", help="a run's directory, or a model's")
+    add("--merge", action="store_true", help="add adapters in; the whole model as safetensors")
+    add("--gguf", action="store_true", help=f"one GGUF file, by llama.cpp's {CONVERTER}")
+    add("--output", type=Path, help="where to [RUN/merged, RUN/model.gguf]")
+    add("--type", choices=OUTTYPES, default="auto", help="of the GGUF file's weights [auto]")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Raises UserError where there is no such model, or no converter."""
+    from opsd.common.errors import UserError
+
+    place = Path(parsed.directory)
+    model = place / "model" if (place / "model").is_dir() else place
+    if parsed.merge == parsed.gguf:
+        raise UserError("opsd export: say --merge or --gguf")
+    if parsed.type != "auto" and parsed.merge:
+        raise UserError(f"--type is {parsed.type!r}: that is of a GGUF file")
+    output = parsed.output or place / ("model.gguf" if parsed.gguf else "merged")
+    if output.exists():
+        raise UserError(f"--output is {str(output)!r}: it is there already; choose another")
+    converter = _converter() if parsed.gguf else None  # before a model is loaded
+    from opsd.common.display import Display
+    from opsd.config.sections import ModelSection
+    from opsd.models.load import load_model, quiet_transformers
+    from opsd.training.checkpoints import save_model
+
+    quiet_transformers()
+    display = Display()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    adapted = (model / "adapter_config.json").is_file()
+    if parsed.merge and not adapted:
+        raise UserError(
+            f"RUN is {str(place)!r}: {str(model)!r} has no adapters, it is whole already"
+        )
+    with TemporaryDirectory(prefix=".export-", dir=output.parent) as scratch:
+        whole = model
+        if adapted or not (model / "config.json").is_file():  # the second says what is missing
+            with display.stage(f"Merge {model}"):
+                merged, tokenizer = load_model(ModelSection(path=str(model)), name="RUN")
+                whole = Path(scratch) / "merged"
+                dtype = merged.stored_dtype
+                save_model(merged, tokenizer, whole.parent, whole.name, dtype=dtype)
+        if converter is None:
+            whole.rename(output)
+        else:
+            with display.stage(f"Convert to {output}"):
+                _convert(converter, whole, Path(scratch) / "model.gguf", parsed.type)
+            (Path(scratch) / "model.gguf").rename(output)
+    display.paths("Written", {output.suffix.lstrip(".") or "model": output})
+
+
+def _converter() -> Path:
+    """llama.cpp's program. Raises UserError where it is not to be found."""
+    from opsd.common.errors import UserError
+
+    asked = os.environ.get("LLAMA_CPP")
+    found = Path(asked) / CONVERTER if asked else Path(shutil.which(CONVERTER) or "")
+    if not found.is_file():
+        where = f"LLAMA_CPP is {asked!r}: it has no {CONVERTER}" if asked else f"no {CONVERTER}"
+        raise UserError(
+            f"--gguf: {where}; clone it (git clone https://github.com/ggml-org/llama.cpp) and name "
+            "its directory: LLAMA_CPP=llama.cpp opsd export …"
+        )
+    return found
+
+
+def _convert(converter: Path, model: Path, file: Path, kind: str) -> None:
+    from opsd.common.errors import UserError
+
+    command = [sys.executable, str(converter), str(model), "--outfile", str(file)]
+    done = subprocess.run([*command, "--outtype", kind], capture_output=True, text=True)
+    if done.returncode or not file.is_file():
+        said = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
+        raise UserError(f"--gguf: {converter} cannot convert {str(model)!r}: {said}")
