@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.conftest import headline
+from benchmarks.kernels_test import _candidates, test_forward_and_backward
 from benchmarks.measure import measure
 from benchmarks.problem import Case
 from benchmarks.suite import Row
-from benchmarks.test_kernels import _candidates, test_forward_and_backward
 
 ROW = Row(Case(8, 70, 6))
 test_forward_and_backward.__test__ = False  # it is run below
