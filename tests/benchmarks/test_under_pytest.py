@@ -4,14 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import kernels_test
 from benchmarks.conftest import headline
-from benchmarks.kernels_test import _candidates, test_forward_and_backward
 from benchmarks.measure import measure
 from benchmarks.problem import Case
 from benchmarks.suite import Row
 
 ROW = Row(Case(8, 70, 6))
-test_forward_and_backward.__test__ = False  # it is run below
 
 
 class Benchmark(SimpleNamespace):
@@ -23,13 +22,13 @@ class Benchmark(SimpleNamespace):
 
 @pytest.fixture(scope="module")
 def measured():
-    found = _candidates(ROW, "cpu", "dense,trl")[0]
+    found = kernels_test._candidates(ROW, "cpu", "dense,trl")[0]
     return measure(ROW.case, "cpu", found, 2)
 
 
 def test_each_is_timed_and_told_beside_ours(measured):
     benchmark = Benchmark(extra_info={})
-    test_forward_and_backward(ROW, "dense", "cpu", benchmark, lambda row: measured)
+    kernels_test.test_forward_and_backward(ROW, "dense", "cpu", benchmark, lambda row: measured)
     assert benchmark.group == ROW.case.label and float(benchmark.result.loss) > 0
     least = {name: times["min"] for name, times in measured["seconds"].items()}
     assert benchmark.extra_info["times_ours"] == least["dense"] / least["ours"]
@@ -40,4 +39,4 @@ def test_each_is_timed_and_told_beside_ours(measured):
 def test_what_disagrees_is_no_time(measured):
     wrong = measured | {"red": {"trl": "differs by 1e-1 in dh from ours"}}
     with pytest.raises(AssertionError, match="differs by 1e-1"):
-        test_forward_and_backward(ROW, "dense", "cpu", Benchmark(), lambda row: wrong)
+        kernels_test.test_forward_and_backward(ROW, "dense", "cpu", Benchmark(), lambda row: wrong)
