@@ -188,7 +188,12 @@ def train_jobs(
             directory = output / f"{path.stem}-{seed}"
             own = [f"train.seed={seed}", f"output.dir={directory}"]
             own += [] if tokens is None else [f"train.token_budget={tokens}"]
-            load_config(path, own)
+            try:
+                load_config(path, own)
+            except UserError as error:  # of which of the configs?
+                raise UserError(
+                    str(error) if str(path) in str(error) else f"{path}: {error}"
+                ) from None
             jobs.append(Job(directory, ["train", str(path), *own]))
     return jobs
 

@@ -254,7 +254,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 def stops_of(tokenizer: PreTrainedTokenizerBase, eos: Any) -> frozenset[int]:
     """`stop_ids` for a generation config's `eos_token_id`. Raises UserError where that is none."""
     extra = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if any(type(token) is not int or token < -1 for token in extra):
+    if any(type(token) is not int or not -1 <= token < 2**31 for token in extra):
         raise UserError(
             f"eos_token_id of the model's generation_config.json (or config.json) is {eos!r}: it "
             "must be a token's number, or list such numbers"
