@@ -38,6 +38,8 @@ USED_BY = {
     "credit": ("grpo",),
     "credit_clip": ("grpo",),
     "credit_steps": ("grpo",),
+    "distil": ("grpo",),
+    "distil_groups": ("grpo",),
     "scale_advantages": ("grpo",),
     "roles": ("sft",),
     "reward": (*DIVERGENCE_METHODS, "grpo"),
@@ -306,7 +308,8 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
     if not (config.eval.every and config.eval.problems):
         yield "output.keep train.early_stop", "that needs eval.every, and eval.problems"
     for name, methods in USED_BY.items():
-        if method not in methods:
+        distils = loss.distil > 0 and method == "grpo" and methods == DIVERGENCE_METHODS
+        if method not in methods and not distils:
             yield f"loss.{name}", f"that is for {' and '.join(methods)}, not for {method}"
     if method == "sft":
         weights = "loss.weights.correct loss.weights.incorrect loss.weights.truncated"
@@ -335,6 +338,8 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
             f"{method} grades no rollouts, unless loss.weights.correct or .incorrect, a teacher "
             "template over `rollout` or `peers`, or loss.reward.log asks for it",
         )
+    if not loss.distil:
+        yield "loss.distil_groups", "without loss.distil nothing distils"
     if not loss.credit:
         yield "loss.credit_clip loss.credit_steps", "without loss.credit it does nothing"
     if "ema" not in {member.policy for member in config.teacher.members()}:

@@ -140,6 +140,11 @@ class LossSection(Section):
     """grpo: a token's share is within 1 ± this (RLSD's ε_w)."""
     credit_steps: Count | None = None
     """grpo: steps over which credit falls to 0; none: it stays."""
+    distil: NonNegative = 0.0
+    """grpo: weight of opsd's divergence beside the policy gradient (SDPG)."""
+    distil_groups: Literal["all", "all_wrong"] = "all"
+    """grpo: which groups distil; all_wrong: those without a right rollout, and they do nothing
+    else (I-SDPO)."""
     scale_advantages: bool = True
     """grpo: divide advantages by the group's standard deviation."""
     roles: list[Literal["student", "teacher"]] = Field(["student"], min_length=1)

@@ -16,7 +16,7 @@ def uses_teacher_prompt(config: Config) -> bool:
     if config.method == "sft":
         return "teacher" in config.loss.roles
     if config.method == "grpo":
-        return config.loss.credit > 0
+        return config.loss.credit > 0 or config.loss.distil > 0
     return config.method == "opsd" and "teacher" in teacher_roles(config)
 
 
@@ -63,7 +63,7 @@ def compares_answers(config: Config) -> bool:
 def scores_by_teacher(config: Config) -> bool:
     """Whether training runs a teacher, or a reference."""
     if config.method == "grpo":
-        return config.loss.credit > 0 or config.loss.kl > 0
+        return max(config.loss.credit, config.loss.distil, config.loss.kl) > 0
     return config.method in DIVERGENCE_METHODS
 
 

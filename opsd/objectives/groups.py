@@ -54,6 +54,7 @@ class Sample:
     teacher: int = 0  # which of the group's teacher contexts it is scored in
     advantage: float = 0.0  # grpo
     credit: float = 0.0  # grpo: how far the teacher shares the advantage out among the tokens
+    distil: float = 0.0  # grpo: what the divergence to the teacher counts beside
     sampling_log_probs: Sequence[float] | None = None  # the engine's, of each token; see Rollout
     old_log_probs: Sequence[float] | None = None  # the student's, before the step's first update
 

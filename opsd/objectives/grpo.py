@@ -8,12 +8,15 @@ GRPO (arXiv 2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), and with `los
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
-from opsd.models.head import head, mixed
+from opsd.models.head import Scorer, head, mixed
 from opsd.objectives.groups import (
     MicroBatch,
     Objective,
@@ -27,43 +30,57 @@ from opsd.objectives.groups import (
 )
 from opsd.objectives.importance_sampling import corrected_for_engine
 from opsd.objectives.log_probs import rollout_log_prob, token_log_prob
+from opsd.objectives.opsd import OPSD
 from opsd.objectives.policy_gradient import k3, surrogate, teacher_credit
 from opsd.prefix import rollout_hidden_states, student_and_teacher_states
 
 
 class GRPO(Objective):
-    """Policy gradient with the group's rewards."""
+    """Policy gradient with the group's rewards, and beside it opsd's divergence (`loss.distil`)."""
+
+    def __init__(self, section: LossSection, *what: Any, **more: Any):
+        super().__init__(section, *what, **more)
+        self.opsd = OPSD(section, *what, **more)
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
     ) -> tuple[list[SampleGroup], dict[str, float]]:
-        """Every rollout of a group whose rewards differ; with `loss.kl`, every rollout."""
-        credit = credit_share(self.section, step)
+        """Every rollout of a group whose rewards differ, or that distils; with `loss.kl`, every
+        rollout."""
+        section, credit = self.section, credit_share(self.section, step)
         rollouts = [rollout for p in problems for rollout in p.rollouts]
         outcomes = [outcome for p in problems for outcome in p.outcomes]
         weights = iter(self.weighting(rollouts, outcomes))
         groups, informative = [], 0
         for p in problems:
             rewards = [outcome.reward for outcome in p.outcomes]
-            advantages = group_advantages(rewards, self.section.scale_advantages)
+            advantages = group_advantages(rewards, section.scale_advantages)
+            distil = section.distil
+            if section.distil_groups == "all_wrong":
+                if any(outcome.correct for outcome in p.outcomes):
+                    distil = 0.0
+                else:
+                    advantages = [0.0] * len(rewards)
             informative += any(advantages)
             pairs = []
             for rollout, advantage, context in zip(
                 p.rollouts, advantages, p.teacher_contexts(), strict=True
             ):
                 weight = next(weights)
-                if weight.of_all and (advantage or self.section.kl):
+                distils = 0.0 if context is None else distil
+                if weight.of_all and (advantage or section.kl or distils):
                     sample = Sample(
                         rollout.ids,
                         *weight,
                         advantage=advantage,
                         credit=credit,
+                        distil=distils,
                         sampling_log_probs=rollout.sampling_log_probs,
                     )
                     # Without a teacher context the teacher sees the student's: the evidence is 1
                     # where both have the same weights.
                     pairs.append((sample, [p.context.student if context is None else context]))
-            if pairs and self.section.credit:
+            if pairs and (section.credit or distil):
                 groups.append(sample_group(p.context.student, pairs))
             elif pairs:
                 groups.append(SampleGroup(p.context.student, [sample for sample, _ in pairs]))
@@ -72,7 +89,7 @@ class GRPO(Objective):
     def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
         section, sampling, groups = self.section, self.sampling, batch.groups
         students = as_student(groups)
-        if section.credit:
+        if section.credit or any(group.teachers for group in groups):
             teachers = [(self.teacher, as_teacher(groups))]
             hidden, states = student_and_teacher_states(model, students, teachers, batch.share)
         else:
@@ -99,7 +116,27 @@ class GRPO(Objective):
             logged["reference_divergence"] = divergence = k3(own.log_prob, reference)
             per_token = per_token + section.kl * divergence
         weights, corrections = corrected_for_engine(model, hidden, batch, section, sampling, old)
-        return TokenLosses((weights * per_token).sum(), logged | corrections, {})
+        loss = (weights * per_token).sum()
+        if section.distil and any(group.teachers for group in groups):
+            scorer = mixed([self.teacher], states, [1.0], vocabulary)
+            distilled, logged["divergence"] = self._distilled(model, batch, hidden, scorer)
+            loss = loss + distilled
+        return TokenLosses(loss, logged | corrections, {})
+
+    def _distilled(
+        self, model: PreTrainedModel, batch: MicroBatch, hidden: Tensor, teacher: Scorer
+    ) -> tuple[Tensor, Tensor]:
+        """The divergence's loss, of the groups that a teacher sees, and the divergence of each
+        token [Σ R], 0 where nothing distils."""
+        seen = [group for group in batch.groups if group.teachers]
+        part = MicroBatch(seen, batch.device, batch.share)
+        part.weights *= part.spread([sample.distil for sample in part.samples])
+        rows = [float(bool(group.teachers)) for group in batch.groups for _ in group.samples]
+        places = batch.spread(rows).nonzero()[:, 0]
+        found = self.opsd.score(model, part, hidden[places], teacher)
+        divergence = torch.where(part.weights != 0, found.logged["divergence"].detach(), 0.0)
+        every = divergence.new_zeros(len(hidden)).index_copy_(0, places, divergence)
+        return found.loss, every
 
 
 def group_advantages(rewards: Sequence[float], scale: bool) -> list[float]:

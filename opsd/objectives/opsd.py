@@ -84,12 +84,18 @@ class OPSD(Objective):
         students = as_student(batch.groups)
         student, states = student_and_teacher_states(model, students, teachers, batch.share)
         teacher = mixed(models, states, batch.groups[0].coefficients, len(head(model)[0]))
-        score = self._sampled_token if self.by_token else self._whole_vocabulary
-        found = score(model, batch, student, teacher)
+        found = self.score(model, batch, student, teacher)
         if self.classes is not None:
             by_class = split_by_class(self.classes, batch.targets(), found.logged["divergence"])
             found.logged.update({f"divergence_{name}": each for name, each in by_class.items()})
         return found
+
+    def score(
+        self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Scorer
+    ) -> TokenLosses:
+        """The losses from both roles' states [Σ R, D]."""
+        run = self._sampled_token if self.by_token else self._whole_vocabulary
+        return run(model, batch, student, teacher)
 
     def _whole_vocabulary(
         self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Scorer

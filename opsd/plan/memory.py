@@ -186,7 +186,7 @@ class Planner:
         text, gpu = self.student.get_text_config(), self.device_memory is not None
         vocabulary, width = text.vocab_size, text.hidden_size
         device = torch.device("meta" if gpu else "cpu")
-        roles = 2 if config.method in DIVERGENCE_METHODS else 1
+        roles = 2 if config.method in DIVERGENCE_METHODS or config.loss.distil else 1
         trains_head = config.model.lora is None
         hidden = torch.empty(1, dtype=dtype, device=device).expand(tokens, width)
         weight = torch.empty(1, dtype=dtype, device=device).expand(vocabulary, width)

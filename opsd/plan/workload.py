@@ -46,12 +46,12 @@ def sample_groups(config: Config, lengths: Lengths) -> list[SampleGroup]:
     sft = config.method == "sft"
     answer = lengths.solution if sft else lengths.rollout
     copies = 1 if learns_targets(config) else config.rollout.group_size
-    samples, groups = [Sample([0] * answer, 1.0)] * copies, []
+    samples, groups = [Sample([0] * answer, 1.0, distil=config.loss.distil)] * copies, []
     for number in range(config.train.problems_per_step):
         problem = [number % 7 + 1] * (lengths.prompt - 1) + [number]
         shown = problem + [1] * lengths.solution
         contexts = defaultdict(lambda shown=shown: shown, student=problem)
-        if config.method in DIVERGENCE_METHODS or config.loss.credit:
+        if config.method in DIVERGENCE_METHODS or config.loss.credit or config.loss.distil:
             teachers = [contexts[role] for role in teacher_roles(config)]
             groups.append(SampleGroup(problem, samples, teachers, [1.0] * len(teachers)))
         else:

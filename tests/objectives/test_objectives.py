@@ -66,6 +66,9 @@ CASES = [
     Case("grpo", {"epsilon": 0.1, "epsilon_high": 0.28}, teachers=("none",), old=True),
     Case("grpo", {"aggregation": "rollout", "kl": 0.3}, teachers=("initial", "ema", "model")),
     Case("grpo", {"credit": 0.5}),
+    Case("grpo", {"distil": 0.7, "divergence": "jsd"}, teachers=("live", "initial", "model")),
+    Case("grpo", {"distil": 0.7, "distil_groups": "all_wrong", "kl": 0.1}, teachers=("initial",)),
+    Case("grpo", {"distil": 0.7, "credit": 0.5, "divergence": "sampled_token"}),
     Case("grpo", {"weights": {"truncated": 0.0}}, teachers=("none",)),
     Case("sft", teachers=("none",)),
     Case("sft", {"roles": ["student", "teacher"], "aggregation": "rollout"}, teachers=("none",)),
@@ -177,6 +180,9 @@ def rendered(case: Case, config, model, teacher, problems, prompts: Prompts) -> 
     for p in problems:
         group = [outcome.reward for outcome in p.outcomes]
         advantages = group_advantages(group, loss.scale_advantages)
+        switched, wrong = loss.distil_groups == "all_wrong", not any(o.correct for o in p.outcomes)
+        if switched and wrong:
+            advantages = [0.0] * len(group)
         for rollout, outcome, advantage in zip(p.rollouts, p.outcomes, advantages, strict=True):
             ids = torch.tensor(rollout.ids)
             student = logits(model, p.context.student, rollout.ids)
@@ -199,6 +205,13 @@ def rendered(case: Case, config, model, teacher, problems, prompts: Prompts) -> 
                 token_loss = dense.policy_gradient(student, ids, a, **clip)
                 if loss.kl:
                     token_loss += loss.kl * dense.kl_to_reference(student, reference, ids)
+                if loss.distil and (wrong or not switched):
+                    beside = (
+                        dense.sampled_token(student, taught, ids, **clip)
+                        if loss.divergence == "sampled_token"
+                        else dense.divergence(student, taught, loss.divergence, loss.beta, None)
+                    )
+                    token_loss = token_loss + loss.distil * beside
             elif loss.divergence == "sampled_token":
                 token_loss = dense.sampled_token(student, taught, ids, **clip)
             else:
