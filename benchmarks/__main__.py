@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import candidates, machine, suite
-from benchmarks.measure import measure
-from benchmarks.problem import DTYPES, Case
+from . import candidates, machine, suite
+from .measure import measure
+from .problem import DTYPES, Case
 
 KNOWN = ("ours", "dense", "compiled", "trl", "liger", "liger chunked", "cce", "cce exact")
 """Whom --only may name."""
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no page: no matplotlib here; elsewhere: python -m benchmarks.page {options.output}")
     else:
-        from benchmarks.page import page
+        from .page import page
 
         _write(options.output / "index.html", page(report))
     print(f"written: {options.output}, after {time.monotonic() - began:.0f} s")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from benchmarks.problem import Problem, Result
 from opsd_kernels import backends, linear_divergence, linear_log_prob
+
+from .problem import Problem, Result
 
 Run = Callable[[Problem], Result]
 MOST_LOGITS = 2**29  # of the bare products: 2 GiB in fp32

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.candidates import COMPILES, Run, gemms
-from benchmarks.problem import Case, Problem, Result
+from .candidates import COMPILES, Run, gemms
+from .problem import Case, Problem, Result
 
 # Relative error that still counts as the same result. What rounds logits to bf16 is off by 1e-2.
 LIMITS = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import matplotlib
 
-from benchmarks.problem import Case
 from opsd.report.render import render
+
+from .problem import Case
 
 matplotlib.use("agg")
 from matplotlib import pyplot

@@ -17,9 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks import machine
-from benchmarks.measure import Disagreement, interleaved, peak_bytes
-from benchmarks.step_ways import Setting, Step, ways
 from opsd.common.step_timer import StepTimer, measured, phase
 from opsd.config.sections import ModelSection
 from opsd.models.copies import copy_model
@@ -28,6 +25,10 @@ from opsd.objectives import Sample, SampleGroup, samples_of
 from opsd.rollout import GenerateSampler, Sampling
 from opsd.training.micro_batches import separate_tokens, stream_tokens
 from opsd.training.step import token_ratio
+
+from . import machine
+from .measure import Disagreement, interleaved, peak_bytes
+from .step_ways import Setting, Step, ways
 
 
 @dataclass(frozen=True)

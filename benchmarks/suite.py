@@ -7,7 +7,7 @@ The most important rows come first, since a suite may run out of its time.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from benchmarks.problem import TASKS, Case
+from .problem import TASKS, Case
 
 
 @dataclass(frozen=True)

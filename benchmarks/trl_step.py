@@ -32,7 +32,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks import machine
+from . import machine
 
 AGREEMENT = {False: 1e-3, True: 5e-2}
 """Largest relative difference of the trainers' losses over all steps: in fp32, in bf16 on a GPU."""

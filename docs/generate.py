@@ -2,8 +2,8 @@
 
 docs/options.md is made of the config classes (`opsd/config/`), docs/api.md of
 signatures and docstrings, docs/agreement.md of the grader's judged pairs, docs/kernel-cpu.svg of a
-benchmark's results. A test compares them with
-what this would write now.
+benchmark's results, opsd/config/schema.json of the config classes again, for editors. A test
+compares them with what this would write now.
 """
 
 import importlib
@@ -287,11 +287,17 @@ def agreement_page() -> str:
     return "".join([MADE, AGREEMENT, *rows])
 
 
+def schema() -> str:
+    """The JSON schema of a config, for editors."""
+    return json.dumps({"title": "opsd", **Config.model_json_schema()}, indent=1) + "\n"
+
+
 PAGES = {
     "options.md": options_page,
     "api.md": api_page,
     "agreement.md": agreement_page,
     "kernel-cpu.svg": kernel_figure,
+    "../opsd/config/schema.json": schema,
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import write_file, write_json
+from opsd.common.near import near_file
 from opsd.compare.comparison import Comparison, compare, to_json
 from opsd.compare.page import (
     COLUMNS,
@@ -57,7 +58,7 @@ def run(asked: argparse.Namespace) -> None:
         raise UserError("RUN_DIR: give either run directories or configs, not both")
     for path in files:
         if not path.is_file():
-            raise UserError(f"CONFIG is {str(path)!r}: no such file")
+            raise UserError(f"CONFIG is {str(path)!r}: no such file{near_file(path)}")
     if not files and (seeds, asked.tokens) != (None, None):
         raise UserError("--seeds and --tokens are for configs; the runs named here are finished")
     if len(files) == 1 and is_study(files[0]):

@@ -7,37 +7,52 @@ server is not asked. A verifier's file is read, and not run.
 import os
 from collections.abc import Sequence
 from statistics import median
+from textwrap import shorten
 
 import torch
 
 from opsd.cli.plan import Plan
 from opsd.common.display import Display
 from opsd.common.errors import UserError
+from opsd.common.format import size
 from opsd.config.config import Config
-from opsd.config.requirements import is_graded, longest_rollout, trained_roles, uses_teacher_prompt
+from opsd.config.requirements import (
+    compares_answers,
+    is_graded,
+    longest_rollout,
+    trained_roles,
+    uses_teacher_prompt,
+)
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
+from opsd.grading.grader import Grader
 from opsd.grading.rewards import GradedRollout, check_code
 from opsd.models.load import check_directory, load_tokenizer, window
 from opsd.models.teacher import check_teacher
 from opsd.plan.architectures import architecture
+from opsd.plan.gpus import GPU
 from opsd.plan.memory import Planner
 from opsd.plan.workload import Lengths
 from opsd.rollout import check_engine
 from opsd.training.load_data import fitting_data, load_data
 from opsd.training.preflight import check_launcher, check_machine
 
-SHOWN = 400  # characters of a context
+SHOWN, GRADED = 5, 100  # rows whose answers are shown, and whose solutions are graded
 
 
-def dry_run(config: Config, display: Display) -> None:
+def dry_run(config: Config, display: Display, machine: tuple[GPU, int] | None = None) -> None:
     """Checks config, machine, data, prompts and tokenizers; shows what a run would do.
 
-    Raises UserError for whatever `opsd train` would refuse before it loads weights.
+    machine: another one, with so many of a GPU, instead of this.
+
+    Raises UserError for whatever `opsd train` would refuse before it loads weights, and where the
+    other machine's memory does not suffice.
     """
-    check_launcher(config.train.sharding, config.rollout.engine)
-    check_machine(config, makes=False)
-    check_engine(config.rollout.engine)
+    environment = os.environ if machine is None else {"WORLD_SIZE": str(machine[1])}
+    check_launcher(config.train.sharding, config.rollout.engine, environment)
+    if machine is None:
+        check_machine(config, makes=False)
+        check_engine(config.rollout.engine)
     check_code(config.loss, is_graded(config), run=False)
     rows, held_out = load_data(config, display.note)
     check_directory(config.model)
@@ -50,14 +65,28 @@ def dry_run(config: Config, display: Display) -> None:
     rows, held_out = fitting_data(config, rows, held_out, prompts, limit, display)
     lengths = _show_contexts(rows, prompts, config, limit, display)
     _show_examples(rows[0], prompts, config, display)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    gpu = torch.cuda.is_available()
-    memory = torch.cuda.get_device_properties(0).total_memory if gpu else None
-    Plan(config, Planner(student, lengths, memory, processes)).show(display)
+    if compares_answers(config):
+        _show_answers(rows, config, display)
+    if machine is None:
+        gpu = torch.cuda.is_available()
+        memory = torch.cuda.get_device_properties(0).total_memory if gpu else None
+    else:
+        memory = int(machine[0].memory)
+    processes = int(environment.get("WORLD_SIZE", "1"))
+    plan = Plan(config, Planner(student, lengths, memory, processes))
+    plan.show(display)
     display.note(
         f"{config.method}: {config.train.steps} steps of {config.train.problems_per_step} problems "
         f"from {len(rows)} rows, {len(held_out)} held out. Nothing was trained."
     )
+    if machine is not None:
+        gpu, peak = f"{processes} x {machine[0].name}", size(plan.memory.peak)
+        if plan.memory.peak > memory:
+            raise UserError(
+                f"--for: on {gpu} it takes {peak} of {size(memory)} each; `opsd plan` with --gpu "
+                f"{machine[0].name} --gpus {processes} says what to change"
+            )
+        display.note(f"It fits on {gpu}: {peak} of {size(memory)} each.")
 
 
 def _show_contexts(
@@ -100,8 +129,32 @@ def _show_examples(row: Row, prompts: Prompts, config: Config, display: Display)
                 "there would never be anything to teach"
             )
         contexts["teacher"] = context
-    for role, ids in contexts.items():
-        text = prompts.tokenizer.decode(ids)
-        if len(text) > SHOWN:
-            text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
-        display.note(f"The {role}'s context of the first row:\n{text}\n")
+    texts = (
+        f"The {role}'s context of the first row ({len(ids):,} tokens):\n"
+        f"{prompts.tokenizer.decode(ids)}\n"
+        for role, ids in contexts.items()
+    )
+    display.page("\n".join(texts))
+
+
+def _show_answers(rows: Sequence[Row], config: Config, display: Display) -> None:
+    """Shows what was read as answers, and whether the rows' own solutions would be right."""
+    some = rows[:GRADED]
+    with Grader(strict=config.loss.reward.strict) as grader:
+        grades = grader.grade([row.solution for row in some], [row.answer for row in some])
+    table = [
+        (
+            str(number),
+            shorten(row.answer, 30, placeholder=" …"),
+            "-" if grade.extracted is None else shorten(grade.extracted, 30, placeholder=" …"),
+            "right" if grade.correct else shorten(grade.reason, 60, placeholder=" …"),
+        )
+        for number, (row, grade) in enumerate(zip(some, grades, strict=True), start=1)
+    ]
+    columns = ["row", "answer", "in the solution", "the solution as a rollout would be"]
+    display.table("Answers, and how the solutions are graded", columns, table[:SHOWN])
+    right = sum(grade.correct for grade in grades)
+    display.note(
+        f"{right} of the first {len(some)} solutions would be graded right; one without a final "
+        "\\boxed{} is not."
+    )

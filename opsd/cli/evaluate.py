@@ -21,7 +21,7 @@ from opsd.config.sections import PromptsSection
 from opsd.data.context_check import ContextCheck
 from opsd.data.prompts import Prompts
 from opsd.evaluate.answers import Completion, CompletionLog, claim, key, read_completions, read_file
-from opsd.evaluate.benchmarks import Benchmark, load_benchmark
+from opsd.evaluate.benchmarks import Benchmark
 from opsd.evaluate.result import Answer, grade_all, measure, remarks, table
 from opsd.evaluate.subject import Subject
 from opsd.grading.completions import completions as as_text
@@ -39,22 +39,13 @@ PRECISION = {"vllm": "bf16 by vLLM", "vllm_server": "the vLLM server's"}
 Unit = tuple[int, int]  # (problem, sample)
 
 
-def evaluate_command(asked: Namespace) -> None:
+def evaluate_command(asked: Namespace, benchmark: Benchmark, display: Display) -> None:
     """Sample K answers a problem, grade them, show avg@K, maj@K and pass@k; see docs/evaluate.md.
 
     What an earlier call, or another process, has sampled for the same evaluation is not sampled
     again. The process that finds all answers there grades them and writes the result.
     """
     check_engine(asked.engine, "--engine")
-    display = Display(quiet=asked.ranked and asked.shard.index > 1)
-    benchmark = load_benchmark(
-        asked.benchmark,
-        columns=asked.columns,
-        split=asked.split,
-        limit=asked.problems,
-        seed=asked.seed,
-        revision=asked.revision,
-    )
     with display.stage(f"Read {asked.model}"):
         subject = Subject(asked.model, asked.local_rank)
         thinking = _thinking(asked, benchmark, subject)
@@ -119,12 +110,14 @@ def _thinking(asked: Namespace, benchmark: Benchmark, subject: Subject) -> bool 
 
 
 def _prompts(asked: Namespace, subject: Subject, thinking: bool | None, date: str) -> Prompts:
-    section = PromptsSection(
-        **({"student": asked.prompt} if asked.prompt is not None else {}),
-        system=asked.system,
-        student_chat={} if thinking is None else {"enable_thinking": thinking},
-        date=date,
-    )
+    given: dict[str, Any] = {"date": date}
+    if asked.prompt is not None:
+        given["student"] = asked.prompt
+    if asked.system is not None:
+        given |= {"system": asked.system, "student_system": None}
+    if thinking is not None:
+        given["student_chat"] = {**asked.prompts.student_chat, "enable_thinking": thinking}
+    section = PromptsSection(**asked.prompts.model_dump() | given)
     return Prompts(section, subject.tokenizer)
 
 
@@ -190,9 +183,14 @@ def _sample(
             sampler = _sampler(asked, subject, display)
         with display.stage(f"Answer {asked.benchmark}", total=len(mine), unit="answers") as stage:
             stage.advance(len(mine) - sum(map(len, todo)))
+            stage.most_tokens = sum(map(len, todo)) * sampling.max_new_tokens
             for batch in todo:
                 torch.manual_seed(batch_seed(asked.seed, batch))
-                rollouts = sampler.sample([contexts[problem] for problem, _ in batch], sampling)
+                stage.phase("sampling")
+                asked_of = [contexts[problem] for problem, _ in batch]
+                rollouts = sampler.sample(
+                    asked_of, sampling, lambda _, tokens: stage.tokens(tokens)
+                )
                 texts = as_text(subject.tokenizer, rollouts)
                 log.append(
                     Completion(*unit, text, len(rollout.ids), rollout.finished)

@@ -1,15 +1,24 @@
 """The arguments of `opsd eval`. They are checked before torch is imported."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError, problem_said
 from opsd.common.urls import check_address
 from opsd.config.names import ENGINES
+from opsd.config.sections import PromptsSection
 from opsd.evaluate.answers import Shard
+from opsd.evaluate.benchmarks import KNOWN, Benchmark, Convention, load_benchmark
+
+if TYPE_CHECKING:
+    from opsd.config.config import Config
 
 BATCH = {"generate": 64, "continuous": 64, "vllm": 512, "vllm_server": 512}
 """Answers sampled together, unless told: vLLM decides by itself how many it decodes at once."""
@@ -20,13 +29,12 @@ THINKING = {"on": True, "off": False, "template": None}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `opsd eval`."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a directory or hub name")
+    add("model", metavar="MODEL", help="a run's directory, a model's, or a hub name")
     add(
         "--benchmark",
-        required=True,
         metavar="NAME_OR_FILE",
         help="aime24, aime25, hmmt25, amo-bench, math-500, gsm8k, a JSON-lines or parquet file, a "
-        "hub name, or reasoning_gym:<task>",
+        "hub name, or reasoning_gym:<task>; none: of a run, its held-out problems",
     )
     add("--samples", type=int, metavar="K", help="answers a problem")
     add("--problems", type=int, metavar="N", help="only the first N problems")
@@ -52,11 +60,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Evaluates. Raises UserError."""
     check(parsed)
-    from opsd.cli.evaluate import evaluate_command
-    from opsd.models.load import quiet_transformers
+    from opsd.cli.first_look import check_model, import_torch, of_run
+    from opsd.common.display import Display
 
-    quiet_transformers()
-    evaluate_command(parsed)
+    parsed.model, run = of_run(parsed.model)
+    check_model(parsed.model, "MODEL")
+    display = Display(quiet=parsed.ranked and parsed.shard.index > 1)
+    benchmark = _benchmark(parsed, run)
+    import_torch(display)
+    from opsd.cli.evaluate import evaluate_command
+
+    evaluate_command(parsed, benchmark, display)
+
+
+def _benchmark(parsed: argparse.Namespace, run: Config | None) -> Benchmark:
+    """What is asked, or a run's held-out problems in the run's own prompts."""
+    parsed.prompts = PromptsSection()
+    if parsed.benchmark is not None:
+        columns = run.data.columns if run and Path(parsed.benchmark).exists() else {}
+        return load_benchmark(
+            parsed.benchmark,
+            columns={**columns, **parsed.columns},
+            split=parsed.split,
+            limit=parsed.problems,
+            seed=parsed.seed,
+            revision=parsed.revision,
+        )
+    if run is None:
+        raise UserError(f"--benchmark is missing: {', '.join(KNOWN)}, a file or a hub name")
+    from opsd.config.requirements import longest_answer
+    from opsd.training.load_data import load_data
+
+    parsed.prompts = run.prompts
+    rows = load_data(run)[1][: parsed.problems]
+    if not rows:
+        raise UserError("--benchmark is missing: the run has no held-out problems (eval.problems)")
+    source = run.eval.source or f"held out of {run.data.source}"
+    parsed.benchmark = "held-out"
+    return Benchmark("held-out", source, rows, Convention(max_new_tokens=longest_answer(run)))
 
 
 def check(parsed: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> None:

@@ -4,7 +4,6 @@ Only that module is imported, and most import what they need when they run: `--h
 """
 
 import argparse
-import difflib
 import locale
 import os
 import shlex
@@ -14,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
+from opsd.cli.meant import Parser, check_overrides, no_command, unknown_option, usage
 from opsd.common.ending import PARENT, Interruption, Stopped, end_with_parent
 from opsd.common.environment import set_environment
 from opsd.common.errors import UserError, in_short, said_elsewhere
@@ -24,13 +24,18 @@ INTERNAL = 70  # the exit code of our own faults: EX_SOFTWARE of sysexits.h
 # Command → its module, which has add_arguments(parser) and run(parsed) → exit code or None; help.
 COMMANDS = {
     "quickstart": ("quickstart", "See a model learn from itself, on a CPU."),
+    "init": ("init", "Write a first config file."),
+    "examples": ("examples", "List the configs that `opsd init NAME` writes."),
     "train": ("train", "Train by a config file."),
     "eval": ("evaluate_arguments", "Measure a model on a benchmark."),
+    "chat": ("chat", "Talk to a model, beside its base."),
     "plan": ("plan_arguments", "Plan memory, tokens and time, before any weight is loaded."),
     "export": ("export", "Merge a run's adapters, or write its model as GGUF."),
     "replay": ("replay", "Find what was not finite in a step that failed."),
     "report": ("report", "Write report.html and curves.png of a run."),
     "compare": ("compare", "Compare runs: methods by seeds, tokens to a target."),
+    "bench": ("bench", "Measure the kernels against their peers."),
+    "schema": ("schema", "Print the JSON schema of a config, for editors."),
     "doctor": ("doctor", "Say what works on this machine and what does not."),
 }
 
@@ -46,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_environment()
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' GGUF loader draws over our display
     try:
+        check_overrides(getattr(parsed, "overrides", ()), parsed.options)
         with Interruption():
             return parsed.run(parsed) or 0
     except Stopped as stopped:
@@ -101,45 +107,39 @@ def _as_utf8() -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     words = sys.argv[1:] if arguments is None else list(arguments)
-    top = parser(next((word for word in words if word in COMMANDS), ""))
-    near = difflib.get_close_matches(words[0], COMMANDS, 1) if words else []
-    if near and near[0] != words[0]:
-        top.error(f"there is no command {words[0]!r}; did you mean {near[0]!r}?")
+    command = next((word for word in words if not word.startswith("-")), None)
+    top = parser(command if command in COMMANDS else "")
     for word in words:
         if "\0" in word:
             top.error(f"{word!r} holds a NUL character")
+    if command is not None and command not in COMMANDS:
+        top.error(no_command(words, COMMANDS))
     parsed, rest = top.parse_known_args(words)
     # argparse takes no more overrides once an option has followed the config.
     if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") for word in rest)):
-        top.error(f"unrecognized arguments: {' '.join(rest)}{_as_field(rest[0])}")
+        meant = unknown_option(rest, parsed.options, hasattr(parsed, "overrides"))
+        top.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
     if rest:
         parsed.overrides += rest
     return parsed
 
 
-def _as_field(option: str) -> str:
-    """`--learning_rate` → what to write instead, if it is a field of the config."""
-    from opsd.config.explain import ELSEWHERE
-    from opsd.config.load import describe
-
-    name = option.partition("=")[0].strip("-").replace("-", "_")
-    here = ELSEWHERE.get(name) or next((f"{s}.{n}" for s, n, *_ in describe() if n == name), None)
-    return f"; a field of the config is set as in {here}=…" if here else ""
-
-
 def parser(only: str | None = None) -> argparse.ArgumentParser:
     """The command line; with the arguments of `only` this command, or of all."""
-    top = argparse.ArgumentParser(
-        prog="opsd", description="On-policy self-distillation for language models."
+    top = Parser(
+        prog="opsd",
+        usage="opsd COMMAND [options]",
+        description="On-policy self-distillation for language models.",
     )
     version = f"%(prog)s {sys.modules['opsd'].__version__}"
     top.add_argument("--version", action="version", version=version)
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", prog="opsd")
     for name, (module, help) in COMMANDS.items():
         sub = commands.add_parser(name, help=help, description=help)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if only in (None, name):
             command = import_module(f"opsd.cli.{module}")
             command.add_arguments(sub)
-            sub.set_defaults(run=command.run)
+            sub.usage = usage(sub)
+            sub.set_defaults(run=command.run, options=sorted(sub._option_string_actions))
     return top

@@ -6,6 +6,7 @@ import re
 from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 from opsd.common.format import size
+from opsd.common.near import did_you_mean
 from opsd.plan.gpus import GPU, GPUS, find_gpu
 
 _UNITS = {"G": 1e9, "GB": 1e9, "GIB": 2**30, "M": 1e6, "MB": 1e6, "MIB": 2**20}
@@ -37,20 +38,30 @@ def run(parsed: argparse.Namespace) -> None:
 def check(parsed: argparse.Namespace) -> None:
     """Checks the arguments; `memory` becomes bytes, `gpu` a GPU. Raises UserError."""
     check_at_least(1, parsed, "gpus", "prompt_tokens", "solution_tokens")
-    parsed.gpu = None if parsed.gpu is None else _gpu(parsed.gpu)
+    parsed.gpu = None if parsed.gpu is None else gpu_of(parsed.gpu)
     if (text := parsed.memory) is not None and (memory := _bytes(text)) is None:
         raise UserError(f"--memory is {text!r}: it must be a size such as 24GB")
     parsed.memory = memory if text is not None else None
 
 
-def _gpu(text: str) -> GPU:
+def gpu_of(text: str, option: str = "--gpu") -> GPU:
     """One that is known, or any of so much memory."""
     if found := find_gpu(text):
         return found
     if memory := _bytes(text):
         return GPU(memory, 0, 0, f"GPU of {size(memory)}")
     known = ", ".join(GPUS)
-    raise UserError(f"--gpu is {text!r}: it must be one of {known}, or a size such as 24GB")
+    near = did_you_mean(re.sub(r"^(rtx|gtx|nvidia)[\s_-]*", "", text.lower()), GPUS)
+    raise UserError(
+        f"{option} is {text!r}: it must be one of {known}, or a size such as 24GB{near}"
+    )
+
+
+def machine_of(text: str) -> tuple[GPU, int]:
+    """`h200x2` → the GPU, and how many of it. Raises UserError."""
+    name, _, count = text.rpartition("x")
+    one = not (name and count.isdigit() and int(count))
+    return gpu_of(text if one else name, "--for"), 1 if one else int(count)
 
 
 def _bytes(text: str) -> float | None:

@@ -5,10 +5,13 @@ import json
 import os
 from pathlib import Path
 
+from opsd.cli.meant import Parser
+from opsd.common.errors import UserError
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: Parser) -> None:
     """The command line of `opsd train`."""
-    parser.formatter_class = _ConfigHelp
+    parser.more = _config_help
     add = parser.add_argument
     add("config", metavar="CONFIG.yaml", help="or, with --resume, the directory of a run")
     add("overrides", nargs="*", metavar="section.field=value")
@@ -16,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run",
         action="store_true",
         help="check config, data, prompts and tokenizer, show the plan, train nothing",
+    )
+    add(
+        "--for",
+        dest="machine",
+        metavar="GPU",
+        help="with --dry-run: check it for another machine, such as 4090 or h200x2",
     )
     add("--resume", action="store_true", help="go on from the last checkpoint")
     add(
@@ -30,24 +39,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class _ConfigHelp(argparse.RawDescriptionHelpFormatter):
-    """`opsd train --help` ends with every field of a config file."""
+def _config_help() -> str:
+    """Every field of a config file, for the end of `opsd train --help`."""
+    from opsd.config.load import describe
 
-    def format_help(self) -> str:
-        from opsd.config.load import describe
-
-        lines, last = [super().format_help(), "config file:"], None
-        for section, name, default, text in describe():
-            if section != last:
-                lines.append(f"\n  {section or '(top)'}:")
-                last = section
-            default = default if len(default) <= 40 else "see docs/options.md"
-            lines.append(f"    {name}  [{default!s}]\n        {text}")
-        return "\n".join(lines) + "\n"
+    lines, last = ["config file:"], None
+    for section, name, default, text in describe():
+        if section != last:
+            lines.append(f"\n  {section or '(top)'}:")
+            last = section
+        default = default if len(default) <= 40 else "see docs/options.md"
+        lines.append(f"    {name}  [{default!s}]\n        {text}")
+    return "\n".join(lines) + "\n"
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Trains by the config. Raises UserError before torch is imported where the config is wrong."""
+    from opsd.cli.first_look import check_inputs, import_torch
+    from opsd.cli.plan_arguments import machine_of
+    from opsd.common.display import Display
     from opsd.config.load import load_config
     from opsd.runs.directory import CONFIG
 
@@ -57,24 +67,27 @@ def run(parsed: argparse.Namespace) -> None:
         overrides.append(f"output.dir={json.dumps(str(file))}")
         file /= CONFIG
     config = load_config(file, overrides)
-    from opsd.common.display import Display
-
+    machine = None if parsed.machine is None else machine_of(parsed.machine)
+    if machine is not None and not parsed.dry_run:
+        raise UserError("--for is for --dry-run: it trains nothing")
+    check_inputs(config)
+    display = Display(quiet=os.environ.get("RANK", "0") != "0")
+    import_torch(display)
     if parsed.dry_run:
         from opsd.cli.dry_run import dry_run
-        from opsd.models.load import quiet_transformers
 
-        quiet_transformers()
-        dry_run(config, Display())
+        dry_run(config, display, machine)
         return
+    from opsd.runs.log import student_curve
     from opsd.runs.records import Summary, read_record
     from opsd.training.run import train
 
-    display = Display(quiet=os.environ.get("RANK", "0") != "0")
     directory = train(config, display, resume=parsed.resume, start_over=parsed.start_over)
     summary = read_record(directory / "summary.json", Summary)
-    before, after = summary.accuracy.before, summary.accuracy.after
-    if before is not None:
-        display.note(f"Held-out accuracy: {before:.3f} before, {after:.3f} after")
+    curve = student_curve(directory)
+    if curve:
+        said = [f"{one.accuracy:.3f} ({one.low:.3f} to {one.high:.3f})" for one in curve]
+        display.note(f"Held-out accuracy: {said[0]} before, {said[-1]} after (95 % intervals)")
         best, place = summary.best, "model" if config.output.keep == "best" else "best/model"
         if config.output.keep != "last":
             display.note(f"{place}: of step {best.step}, {best.accuracy:.3f}")

@@ -2,13 +2,18 @@
 
 A terminal gets live bars (rich, imported only when a `Display` is built, so that `opsd --help`
 stays fast). Anything else, such as a pipe, a log file or CI, gets plain lines: one when a stage
-starts, one when it ends, and in between at most one every ten seconds.
+starts, one when it ends, and in between at most one every ten seconds, and at least one every
+thirty, whatever the work is busy with.
 """
 
 # ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
 
+import pydoc
+import shutil
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +21,8 @@ from typing import IO, Any
 from opsd.common.format import duration, labelled, number, shown, size
 
 PLAIN_INTERVAL = 10.0  # seconds between two progress lines of a stage on a pipe
+LONGEST_SILENCE = 22.0  # seconds without a line on a pipe, looked at every BEAT seconds
+BEAT = 5.0
 MAX_WIDTH = 100  # columns of a progress row; longer bars say no more
 
 
@@ -26,6 +33,8 @@ class Stage:
         self.title, self.total, self.unit = shown(title), total, shown(unit)
         self.completed = 0
         self.fields: dict[str, object] = {}
+        self.most_tokens = 0  # that may come: there is an ETA before the first unit is done
+        self._phase: tuple[str, float, int] | None = None  # its name, when it began, its tokens
         self._display = display
         self._begun = self._reported = self._spoken = time.monotonic()
         self._eta_from = self._begun, 0  # the speed counts from here: (when, units done by then)
@@ -54,6 +63,23 @@ class Stage:
         self.fields.update(fields)
         self._display._report(self)
 
+    def phase(self, name: str) -> None:
+        """What the work is busy with from now on, such as "sampling"."""
+        self._phase = name, time.monotonic(), 0
+        self._display._report(self)
+
+    def tokens(self, count: int) -> None:
+        """So many more tokens in this phase."""
+        name, begun, before = self._phase or ("tokens", time.monotonic(), 0)
+        self._phase = name, begun, before + count
+        self._display._report(self)
+
+    def count(self, units: int, tokens: int) -> None:
+        """A sampler's progress: `units` are done, and so many tokens more."""
+        self.tokens(tokens)
+        if units:
+            self.advance(units)
+
     @property
     def elapsed(self) -> float:
         """Seconds since the stage was entered."""
@@ -64,6 +90,10 @@ class Stage:
         """Seconds to go at the mean speed so far; None while nothing can be said."""
         since, before = self._eta_from
         done = self.completed - before
+        if done <= 0 and self._phase and self._phase[2] and self.most_tokens:
+            _, begun, tokens = self._phase
+            seconds = time.monotonic() - begun
+            return max(self.most_tokens / tokens - 1, 0.0) * seconds
         if not self.total or done <= 0:
             return None
         per_unit = (self._reported - since) / done
@@ -84,6 +114,16 @@ class Stage:
         """The fields as text, each with its unit."""
         return [shown(labelled(name, value)) for name, value in self.fields.items()]
 
+    def busy(self) -> list[str]:
+        """The phase with its time, and its tokens with their rate."""
+        if self._phase is None:
+            return []
+        name, begun, tokens = self._phase
+        seconds = time.monotonic() - begun
+        rate = [labelled("tokens_per_second", tokens / seconds)] if tokens and seconds > 0 else []
+        counted = [f"{number(tokens)} tokens", *rate] if tokens else []
+        return [name if name == "tokens" else f"{name} {duration(seconds)}", *counted]
+
     def __enter__(self) -> "Stage":
         self._begun = self._reported = self._spoken = time.monotonic()
         self._eta_from = self._begun, 0
@@ -101,6 +141,9 @@ class Display:
         self.quiet = quiet
         self._file = file or sys.stdout
         self._stages: list[Stage] = []
+        self._spoken = time.monotonic()  # when a pipe got its last line
+        self._beats: threading.Thread | None = None
+        self._lock = threading.RLock()
         self._live: Any = None
         self._console: Any = None  # rich's, imported only where something is drawn
         if not quiet:
@@ -123,6 +166,15 @@ class Display:
     def note(self, text: str) -> None:
         """One line (or several) that stays."""
         self._line(self._indent() + text, keep="\n")
+
+    def page(self, text: str) -> None:
+        """A long text; on a terminal that is too small for it, by the reader's pager."""
+        text = shown(text, keep="\n")
+        lines = sum(1 + len(line) // 80 for line in text.splitlines())
+        if self._console and sys.stdin.isatty() and lines >= shutil.get_terminal_size().lines:
+            pydoc.pager(text)
+        else:
+            self._line(text, keep="\n")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table that stays; columns of numbers are aligned to the right."""
@@ -183,20 +235,35 @@ class Display:
             self._live.start()
         elif not self._console:
             self._line(f"{self._indent(1)}{stage.title} …")
+            if not self.quiet and (self._beats is None or not self._beats.is_alive()):
+                self._beats = threading.Thread(target=_beat, args=(weakref.ref(self),), daemon=True)
+                self._beats.start()
 
     def _report(self, stage: Stage) -> None:
         if self.quiet or self._console or time.monotonic() - stage._spoken < PLAIN_INTERVAL:
             return
+        self._say(stage)
+
+    def _say(self, stage: Stage) -> None:
         stage._spoken = time.monotonic()
         left = stage.remaining
-        parts = [stage.progress(), f"{duration(left)} left" if left is not None else ""]
-        self._line(
-            f"{self._indent(1)}{stage.title}: {', '.join(filter(None, parts + stage.measured()))}"
-        )
+        most = "at most " if stage.most_tokens and not stage.completed else ""
+        parts = [stage.progress(), f"{most}{duration(left)} left" if left is not None else ""]
+        said = [*filter(None, parts), *stage.busy(), *stage.measured()]
+        said = said or [f"{duration(stage.elapsed)} so far"]
+        self._line(f"{self._indent(1)}{stage.title}: {', '.join(said)}")
+
+    def _break_silence(self) -> bool:
+        """Say what the innermost stage does, where a pipe has been silent; False: nothing runs."""
+        with self._lock:
+            if self._stages and time.monotonic() - self._spoken >= LONGEST_SILENCE:
+                self._say(self._stages[-1])
+            return bool(self._stages)
 
     def _leave(self, stage: Stage, kind: type[BaseException] | None) -> None:
         indent = self._indent(1)
-        self._stages.remove(stage)
+        with self._lock:
+            self._stages.remove(stage)
         took = duration(stage.elapsed)
         if self._live and not self._stages:
             self._live.stop()  # first, so that nothing is drawn over the line below
@@ -243,8 +310,8 @@ class Display:
             spinner = self._spinner if stage is stages[-1] else ""
             grid.add_row(spinner, Text(stage.title), bar, stage.progress(), Text(time_text, "dim"))
         lines = [grid]
-        if stages and stages[-1].fields:
-            measured = "  " + " · ".join(stages[-1].measured())
+        if stages and (said := stages[-1].busy() + stages[-1].measured()):
+            measured = "  " + " · ".join(said)
             lines.append(Text(measured, "dim", no_wrap=True, overflow="ellipsis"))
         return Group(*lines)
 
@@ -259,9 +326,21 @@ class Display:
             self._console.print(Text.assemble(*styled), soft_wrap=True)
         elif not self.quiet:
             text = "".join(text for text, _ in styled)
+            self._spoken = time.monotonic()
             encoding = getattr(self._file, "encoding", None) or "utf-8"
-            self._file.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-            self._file.flush()
+            with self._lock:
+                self._file.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+                self._file.flush()
+
+
+def _beat(display: weakref.ref[Display]) -> None:
+    """Have a display break its silence, until no stage is open."""
+    while True:
+        time.sleep(BEAT)
+        alive = display()
+        if alive is None or not alive._break_silence():
+            return
+        del alive
 
 
 def _numeric(cell: str) -> bool:

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -28,6 +28,7 @@ class StepTimer:
     def __init__(self, device: torch.device):
         self.gpu = device.type == "cuda"
         self.watch = None if self.gpu else Watch()
+        self.listener: Callable[[str], None] = lambda name: None  # told of each phase that begins
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self._open: tuple[str, object] | None = None
@@ -41,6 +42,7 @@ class StepTimer:
         elif self.watch:
             self.watch.restart()
         self._open = name, self._now()
+        self.listener(name)
 
     def end(self) -> None:
         """End the phase in progress, if there is one."""

@@ -307,6 +307,8 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
     method, loss, policy = config.method, config.loss, config.teacher.policy
     if not (config.eval.every and config.eval.problems):
         yield "output.keep train.early_stop", "that needs eval.every, and eval.problems"
+    if method == "grpo":
+        yield "loss.beta", "that is jsd's mixture; the weight of the KL to the reference is loss.kl"
     for name, methods in USED_BY.items():
         distils = loss.distil > 0 and method == "grpo" and methods == DIVERGENCE_METHODS
         if method not in methods and not distils:
@@ -319,7 +321,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
         grpo_alone = "loss.reward.format loss.reward.overlong_buffer"
         if is_graded(config):
             yield grpo_alone, "that is a part of grpo's reward"
-    if loss.divergence != "jsd":
+    if loss.divergence != "jsd" and method in DIVERGENCE_METHODS:
         yield "loss.beta", f"it is for loss.divergence 'jsd', not {loss.divergence!r}"
     if loss.divergence != "sampled_token":
         yield "loss.control_variate", "it is for loss.divergence 'sampled_token'"

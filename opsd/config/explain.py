@@ -1,18 +1,30 @@
-"""What is wrong with a config, in sentences: the field, the value, what it may be."""
+"""What is wrong with a config, as sentences that name the mend: field, value, what was meant.
 
-import difflib
-from collections.abc import Sequence
+Names and values of TRL, axolotl, verl and others are told as ours (`elsewhere.toml`,
+`values.toml`).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from opsd.common.errors import problem_said
 from opsd.common.files import read_toml
+from opsd.common.near import did_you_mean, nearest
 from opsd.config.base import Section
+from opsd.config.config import Config
 
 SHOWN_PROBLEMS = 10  # of one config
 ELSEWHERE: dict[str, str] = read_toml(__file__, "elsewhere")
 """Names that TRL and others have for a field, or that it had here once → its name."""
+
+VALUES: dict[str, dict[str, str]] = read_toml(__file__, "values")
+"""Field → what others call its values → ours."""
+
+UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def explain_all(error: ValidationError, model: type[Section]) -> str:
@@ -21,35 +33,98 @@ def explain_all(error: ValidationError, model: type[Section]) -> str:
     said = [explain(problem, model) for problem in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
         said.append(f"and {len(problems) - SHOWN_PROBLEMS} more")
-    return "; ".join(said)
+    return "; ".join(dict.fromkeys(said))
 
 
 def explain(problem: Any, model: type[Section]) -> str:
     """One pydantic error of `model` as a sentence: the field, the value, what is allowed."""
-    location = [str(part) for part in problem["loc"]]
-    name = ".".join(location)
-    if problem["type"] in ("extra_forbidden", "invalid_key"):
-        if here := ELSEWHERE.get(location[-1]):
-            return f"unknown key {name!r}: here it is {here}"
-        known = _known(location[:-1], model)
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        where = f"in section {'.'.join(location[:-1])!r}" if len(location) > 1 else "at the top"
-        return f"unknown key {location[-1]!r} {where}; {hint}"
-    if problem["type"] == "missing":
-        return f"{'.'.join(location)} is missing"
-    return problem_said(problem)
+    location, kind = [str(part) for part in problem["loc"]], problem["type"]
+    if kind in ("extra_forbidden", "invalid_key"):
+        return _unknown(location, problem["input"], model)
+    if kind == "missing":
+        example = {"model": "model.path=Qwen/Qwen3-1.7B", "data": "data.source=rows.jsonl"}
+        example |= {"model.path": example["model"], "data.source": example["data"]}
+        name = ".".join(location)
+        given = example.get(name) if model is Config else None
+        return f"{name} is missing" + (f": say {given}" if given else "")
+    return problem_said(problem) + _meant(".".join(location), problem)
 
 
-def _known(location: Sequence[str], model: Any) -> list[str]:
-    for part in location:
-        if part.isdigit():  # a place in a list
-            continue
-        model = section_of(model.model_fields[part].annotation)
-    return list(model.model_fields)
+def places(name: str) -> list[str]:
+    """Where the config has a field of this name: `steps` → ["train.steps"]."""
+    return [field for field in _fields(Config) if field.rpartition(".")[2] == name]
+
+
+def is_field(name: str) -> bool:
+    """Whether `train.steps` is a field's whole name."""
+    return name in _fields(Config)
+
+
+def here(name: str) -> str:
+    """Our name for a field that is `name` elsewhere, or in another section; "" if there is none."""
+    leaf = re.sub(r"\W+", "_", name.rpartition(".")[2])
+    return ELSEWHERE.get(name) or ELSEWHERE.get(leaf) or " or ".join(places(leaf))
+
+
+def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
+    known = _known(location[:-1], model)
+    near = nearest(location[-1], known, cutoff=0.8)
+    if model is Config and (location[-1] in ELSEWHERE or not near):
+        full = list(location)
+        while isinstance(value, dict) and value:  # such as verl's actor.optim.lr
+            key, value = next(iter(value.items()))
+            full.append(str(key))
+        if found := here(name := ".".join(full)):
+            return f"unknown key {name!r}: here it is {found}"
+    near = near or nearest(location[-1], known)
+    hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+    where = f"in section {'.'.join(location[:-1])!r}" if len(location) > 1 else "at the top"
+    return f"unknown key {location[-1]!r} {where}; {hint}"
+
+
+def _meant(name: str, problem: Any) -> str:
+    """What was meant by a value of the field `name`, as the end of a sentence."""
+    kind, value = problem["type"], problem["input"]
+    if kind in ("model_type", "model_attributes_type"):
+        inside = next((field for field in _fields(Config) if field.startswith(f"{name}.")), None)
+        return f"; it is a section, as in {inside}={value}" if inside else ""
+    if kind == "dict_type" and name.endswith("columns"):
+        return f"; write {name}={{problem: question}}, our column and theirs"
+    if not isinstance(value, str):
+        return ""
+    if kind == "literal_error":
+        word = re.sub(r"[\s-]+", "_", value.lower())
+        if other := VALUES.get(re.sub(r"\.\d+$", "", name), {}).get(word):
+            return f"; {other}" if " " in other else f"; did you mean {other!r}?"
+        return did_you_mean(value, re.findall(r"'([^']+)'", problem["ctx"]["expected"]))
+    number = re.fullmatch(r"([\d.]+)\s*([kmg]i?b?|%)", value.strip(), re.IGNORECASE)
+    if number and kind in ("int_parsing", "float_parsing"):
+        unit = number[2].lower()
+        if unit == "%":
+            return f"; a share is written as {float(number[1]) / 100:g}"
+        if name == "rollout.gpu_memory":
+            return "; it is a share of the GPU's memory, such as 0.4"
+        return f"; write {int(float(number[1]) * UNITS[unit])}, without a unit"
+    return ""
+
+
+def _fields(model: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inside = section_of(field.annotation)
+        if inside and not str(field.annotation).startswith("str"):  # data.source may hold sources
+            yield from _fields(inside, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def section_of(annotation: Any) -> type[Section] | None:
     """The section that a field of this type holds, or may hold; None if it holds values."""
     kinds = getattr(annotation, "__args__", None) or (annotation,)
     return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+
+
+def _known(location: Sequence[str], model: Any) -> list[str]:
+    for part in location:
+        field = None if part.isdigit() else model.model_fields.get(part)
+        model = section_of(field.annotation) if field and section_of(field.annotation) else model
+    return list(model.model_fields)

@@ -15,8 +15,11 @@ from pydantic.fields import FieldInfo
 from opsd.common.errors import UserError
 from opsd.common.files import write_file
 from opsd.config.config import Config
-from opsd.config.explain import explain_all, section_of
+from opsd.config.explain import explain_all, here, section_of
 from opsd.config.yaml import load_yaml, read_yaml
+
+STUDY = {"quickstart", "methods", "variants"}
+"""Keys at the top of a study file, which `opsd compare` runs."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -26,6 +29,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise UserError(
             f"{path} holds {type(values).__name__}: it must hold sections such as model: and data:"
+        )
+    if STUDY & values.keys():
+        raise UserError(
+            f"CONFIG is {str(path)!r}: a study of several runs; `opsd compare {path}` runs it"
         )
     # A section whose lines are all commented out reads as null: the same as no section.
     values = {key: value for key, value in values.items() if value is not None}
@@ -96,7 +103,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     keys = name.split(".")
     if not equals or not all(keys):
-        raise UserError(f"override is {override!r}: it must look like train.learning_rate=1e-5")
+        found = here(name) if name else ""
+        hint = f", as in {found}=…" if found else ""
+        raise UserError(
+            f"override is {override!r}: it must look like train.learning_rate=1e-5{hint}"
+        )
     for key in keys[:-1]:
         if values.get(key) is None:  # a section that is not there, or null
             values[key] = {}

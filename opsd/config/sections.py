@@ -414,8 +414,14 @@ class OutputSection(Section):
     rollouts: Natural = 4
     """Rollouts of each step that rollouts.jsonl keeps, with their text, their reward and how they
     were drawn."""
-    report_to: list[Literal["wandb", "tensorboard"]] = Field([])
-    """Also log there, through transformers' Trainer."""
+    report_to: list[Literal["wandb", "tensorboard", "trackio", "mlflow", "comet_ml"]] = Field([])
+    """Also log there: steps, evaluations and a table of completions; one name, or a list."""
+    run_name: str | None = None
+    """The run's name there; none: that of output.dir."""
+    project: str = "opsd"
+    """The project there, or MLflow's experiment. WANDB_PROJECT and its like come before it."""
+    tags: list[str] = Field([])
+    """W&B's, MLflow's and Comet's tags of the run."""
     keep: Literal["last", "best", "both"] = "last"
     """The weights of the last step, in model/; of the best held-out evaluation, in model/ (step 0
     takes part); or of both, the best in best/model/."""
@@ -428,3 +434,11 @@ class OutputSection(Section):
     """Upload model/ to this hub repository (owner/name) at the end."""
     hub_private: bool = True
     """Make that repository private, if it is new."""
+
+    @field_validator("report_to", "tags", mode="before")
+    @classmethod
+    def _one(cls, names: Any) -> Any:
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list):
+            return names
+        return ["comet_ml" if name == "comet" else name for name in names if name != "none"]

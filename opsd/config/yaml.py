@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from opsd.common.errors import UserError
+from opsd.common.near import near_file
 
 MAX_BYTES = 1 << 20
 """Largest file: a config has some kilobytes, and parsing a large file takes minutes."""
@@ -67,15 +68,25 @@ _Loader.yaml_constructors = {t: c for t, c in _Loader.yaml_constructors.items() 
 def read_yaml(path: Path, field: str = "CONFIG") -> Any:
     """The value of a file that the user has named as `field`. Raises UserError."""
     if path.is_dir():
-        raise UserError(f"{field} is {str(path)!r}: a directory; it must be a YAML file")
+        model = (path / "config.json").is_file()
+        what = "a model; name it in a config as model.path" if model else "a directory"
+        hint = "; a run goes on with --resume" if (path / "config.yaml").is_file() else ""
+        raise UserError(f"{field} is {str(path)!r}: {what}; it must be a YAML file{hint}")
     if not path.is_file():
-        raise UserError(f"{field} is {str(path)!r}: no such file")
+        hint = near_file(path, (".yaml", ".yml")) or "; `opsd init` writes a first one"
+        raise UserError(f"{field} is {str(path)!r}: no such file{hint}")
+    if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".py", ".safetensors"):
+        raise UserError(
+            f"{field} is {str(path)!r}: a {path.suffix} file; it must be a YAML file, in which "
+            "data.source names the data (`opsd init` writes one)"
+        )
     if (size := path.stat().st_size) > MAX_BYTES:
         raise UserError(f"{field} is {str(path)!r}: {size:,} bytes; at most {MAX_BYTES:,} are read")
     try:
         return load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        hint = "; YAML is indented by spaces, not by tabs" if "'\\t'" in str(error) else ""
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}{hint}") from None
 
 
 def load_yaml(text: str) -> Any:

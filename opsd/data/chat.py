@@ -5,14 +5,14 @@ between the two is what the assistant's turn adds. A target is cut from the toke
 chat, so that it begins with the token that the model would write there.
 """
 
+from __future__ import annotations
+
 import datetime
 import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from opsd.common.errors import UserError
 from opsd.common.templates import TemplateFailure, fill_in_chat
@@ -24,6 +24,10 @@ from opsd.data.thoughts import (
     without_closed_thought,
     without_empty_thought,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 Message = dict[str, Any]
 

@@ -8,13 +8,13 @@ The teacher's template may also use `rollout`, which the teacher is to score, an
 problem's other rollouts. It is then filled in for each rollout; if empty, nothing is taught.
 """
 
+from __future__ import annotations
+
 import datetime
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from opsd.common.errors import UserError
 from opsd.common.templates import ROLLOUT_NAMES, TemplateFailure, check_template, fill_in, names
@@ -22,6 +22,10 @@ from opsd.config.sections import PromptsSection
 from opsd.data.chat import ChatTemplate
 from opsd.data.rows import Row
 from opsd.data.token_bound import token_bound
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 BATCH = 256
 """Texts that are tokenised at once."""

@@ -7,7 +7,6 @@ and what it may be. Heavy libraries are imported by the functions that need them
 
 from __future__ import annotations
 
-import difflib
 import math
 import random
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError
+from opsd.common.near import nearest
 from opsd.data.chats import (
     CHAT_COLUMNS,
     Chat,
@@ -41,6 +41,12 @@ from opsd.data.sources import (
 )
 
 COLUMNS = ("problem", "solution", "answer")
+USUAL = {
+    "problem": ("question", "prompt", "instruction", "query", "input", "text"),
+    "solution": ("rationale", "generated_solution", "response", "reasoning", "output", "answer"),
+    "answer": ("final_answer", "expected_answer", "ground_truth", "target", "label", "solution"),
+}
+"""What others call our columns; only messages say so."""
 
 NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 """Columns without which a problem is not the same, and which no prompt shows."""
@@ -305,8 +311,11 @@ class _Reader:
                 f"{self.section}.source: row {number} of {self.source!r}: {chat!r} is no chat with "
                 "a user's message (a list of objects, each with `role` and the text `content`)"
             )
-        near = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        near = nearest(column, present) or next(filter(present.__contains__, USUAL[name]), None)
+        setting = f"{self.section}.columns.{name}={near}"
+        if self.section == "benchmark":
+            setting = f"--columns {name}={near}"
+        hint = f" (did you mean {near!r}? {setting})" if near else ""
         named = "" if number == 1 else f"row {number} of "
         return (
             f"{self.section}.columns.{name}: {named}{self.source!r} has no column "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError, in_short
+from opsd.common.near import did_you_mean, near_file
 from opsd.data.files import FILE_TYPES, file_type, guarded, read_file
 
 REASONING_GYM = "reasoning_gym:"
@@ -33,9 +34,7 @@ def check_names(field: str, given: Iterable[str], known: Sequence[str]) -> None:
     """Raises UserError for a name that is not known, with the nearest that is."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            allowed = ", ".join(map(repr, known)) or "none"
+            hint, allowed = did_you_mean(str(name), known), ", ".join(map(repr, known)) or "none"
             raise UserError(f"{field}: {name!r} is not known{hint} (allowed: {allowed})")
 
 
@@ -55,13 +54,21 @@ def stored(
             )
         check_no_split(source, split, section)
         return read_file(path, section)
-    looks_local = path.suffix in (*FILE_TYPES, ".txt", ".arrow", ".gz")
-    if looks_local or source[:1] in "./~" or not _HUB_NAME.fullmatch(source):
+    if not is_remote(source):
         raise UserError(
-            f"{section}.source: there is no file or directory {source!r} (it may be a path, "
-            "a hub name `owner/name`, or `reasoning_gym:<task>`)"
+            f"{section}.source: there is no file or directory {source!r}{near_file(source)} (it "
+            "may be a path, a hub name `owner/name`, or `reasoning_gym:<task>`)"
         )
     return _hub(source, split or default, options, section)
+
+
+def is_remote(source: str) -> bool:
+    """Whether a source is on the hub, or of a generator: neither a file nor written like one."""
+    path = Path(os.path.expanduser(source))
+    if source.startswith(REASONING_GYM):
+        return True
+    looks_local = path.suffix in (*FILE_TYPES, ".txt", ".arrow", ".gz") or source[:1] in "./~"
+    return not (path.exists() or looks_local) and bool(_HUB_NAME.fullmatch(source))
 
 
 def check_no_split(source: str, split: str | None, section: str) -> None:

@@ -4,12 +4,16 @@ Each token stands for at least one byte of the text that reaches a tokenizer's m
 here say by how much each step before it can make a text longer; one not listed has no bound.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 _NORMALISE = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 2, "StripAccents": 1}
 """Growth in bytes of UTF-8 (Unicode's annex 15, table 6). ASCII stays as long as it is."""

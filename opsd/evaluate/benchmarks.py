@@ -6,7 +6,6 @@ A benchmark is a name from `KNOWN`, or any source that `opsd.data.rows.load_rows
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 from opsd.common.errors import UserError
 from opsd.common.files import read_toml
+from opsd.common.near import did_you_mean
 from opsd.data.rows import Row, load_rows
 from opsd.data.sources import REASONING_GYM
 
@@ -173,9 +173,8 @@ def _refuse_misspelling(name: str) -> None:
     """A bare word that is no path is not worth the half minute that asking the hub may take."""
     if "/" in name or ":" in name or "." in name or Path(name).exists():
         return
-    near = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(
-        f"benchmark: {name!r} is not known{hint} (allowed: {', '.join(KNOWN)}, a file, a directory "
-        "saved by `datasets`, a hub name `owner/name`, or `reasoning_gym:<task>`)"
+        f"benchmark: {name!r} is not known{did_you_mean(name, KNOWN)} (allowed: "
+        f"{', '.join(KNOWN)}, a file, a directory saved by `datasets`, a hub name `owner/name`, or "
+        "`reasoning_gym:<task>`)"
     )

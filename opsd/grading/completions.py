@@ -1,12 +1,18 @@
 """A rollout's text as graders and readers see it: a thought's tags stay, special tokens or not."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from opsd.data.thoughts import BEGIN, END
-from opsd.rollout.base import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from opsd.rollout.base import Rollout
+
 
 _TAG_TOKEN = re.compile(rf"{BEGIN}|{END}|<\|(?:channel\|?|(?:message|start|end)\|)>", re.IGNORECASE)
 """Special tokens that belong to a thought: `<think>` and its kin, and the channels of harmony."""

@@ -6,6 +6,8 @@
 linearly to -1 at max_new_tokens.
 """
 
+from __future__ import annotations
+
 import ast
 import importlib.util
 import math
@@ -16,9 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from opsd.common.errors import UserError, in_short
 from opsd.config.loss import LossSection, RewardSection
@@ -26,7 +26,12 @@ from opsd.data.rows import Row
 from opsd.data.thoughts import final_part
 from opsd.grading.completions import completions
 from opsd.grading.grader import Grader
-from opsd.rollout import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from opsd.rollout import Rollout
+
 
 Verifier = Callable[[Sequence[str], Sequence[Row]], list[tuple[float, str]]]
 """Scores completions against their rows: a score and a feedback ("" for none) each, in order."""

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.hub_offline import before_asking_hub
+from opsd.common.near import near_file
 from opsd.common.saved_directory import check_saved
 from opsd.common.strict_json import read_object
 from opsd.config.sections import ModelSection
@@ -214,6 +215,7 @@ def _unreachable(files: ModelFiles, section: ModelSection, error: Exception) -> 
         return UserError(f"{where}: it cannot be loaded ({said})")
     return UserError(
         f"{where}: neither a model directory nor a hub model that can be reached ({said})"
+        f"{near_file(section.path)}"
     )
 
 

@@ -3,12 +3,32 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 from opsd.models.copies import update_copy
 from opsd.models.generation_config import generating_by
 from opsd.rollout.base import Rollout, Sampling, cut
 from opsd.rollout.logits_sampling import Draw, Within
+
+
+class Counted(LogitsProcessor):
+    """Tells `progress` of each token of each sequence of a batch, and changes nothing. Sequences
+    that have ended count on until the whole batch has."""
+
+    def __init__(self, sequences: int, progress: Callable[[int, int], None] | None):
+        self.sequences, self.progress, self.tokens = sequences, progress, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.tokens += self.sequences
+        if self.progress:
+            self.progress(0, self.sequences)
+        return scores
 
 
 class GenerateSampler:
@@ -42,14 +62,18 @@ class GenerateSampler:
         rollouts: list[Rollout | None] = [None] * len(contexts)
         for start in range(0, len(order), sampling.batch_size):
             chosen = order[start : start + sampling.batch_size]
-            batch = self._batch([contexts[i] for i in chosen], sampling)
+            counted = Counted(len(chosen), progress)
+            batch = self._batch([contexts[i] for i in chosen], sampling, counted)
             for i, rollout in zip(chosen, batch, strict=True):
                 rollouts[i] = rollout
             if progress:
-                progress(len(chosen), sum(len(rollout.ids) for rollout in batch))
+                tokens = sum(len(rollout.ids) for rollout in batch)
+                progress(len(chosen), tokens - counted.tokens)
         return rollouts
 
-    def _batch(self, contexts: list[Sequence[int]], sampling: Sampling) -> list[Rollout]:
+    def _batch(
+        self, contexts: list[Sequence[int]], sampling: Sampling, counted: "Counted"
+    ) -> list[Rollout]:
         width = max(map(len, contexts))
         device = self.model.device
         ids = torch.zeros(len(contexts), width, dtype=torch.long)
@@ -57,7 +81,7 @@ class GenerateSampler:
         for row, context in enumerate(contexts):
             ids[row, width - len(context) :] = torch.tensor(context)
             mask[row, width - len(context) :] = 1
-        draw = LogitsProcessorList()
+        draw = LogitsProcessorList([counted])
         if self.vocabulary is not None:
             draw.append(Within(self.vocabulary))
         if sampling.temperature:

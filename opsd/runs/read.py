@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError
+from opsd.common.near import near_file
 from opsd.common.statistics import wilson_interval
 from opsd.runs.records import (
     EvaluationLine,
@@ -125,7 +126,9 @@ def read_results(run_dir: Path) -> Results:
     """Read a run directory or a quickstart directory. UserError where neither is found."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise UserError(f"report: {run_dir} is not a directory; give the directory of a run")
+        raise UserError(
+            f"report: {run_dir} is not a directory; give the directory of a run{near_file(run_dir)}"
+        )
     reader = Reader()
     summary = reader.file(run_dir / "summary.json", Summary)
     settings = reader.file(run_dir / "config.yaml", SavedConfig)

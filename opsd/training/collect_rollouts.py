@@ -46,6 +46,7 @@ class RolloutCollector:
     reward_function: RewardFunction | None  # grades rollouts; None: they are not graded
     note: Callable[[str], None]  # called once with a line for the terminal
     processes: Processes  # sample together; the first one grades and draws
+    progress: Callable[[int, int], None] | None = None  # told of sequences and tokens
 
     def __post_init__(self):
         self.sampling, source = Sampling.of(self.section), self.section.source
@@ -96,7 +97,7 @@ class RolloutCollector:
                 role, sampler = self.objective.teacher_role, self.teacher_sampler
             prefixes = [context.of(role) for context in contexts for _ in range(copies)]
             with phase("rollout"):
-                rollouts = sampler.sample(prefixes, self.sampling)
+                rollouts = sampler.sample(prefixes, self.sampling, self.progress)
         elif copies:
             copies = 1  # more would be equal
             rollouts = [Rollout(self.prompts.target(row), True) for row in rows]

@@ -8,6 +8,7 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from opsd.common.display import Display
+from opsd.common.format import percent
 from opsd.common.statistics import wilson_interval
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
@@ -85,14 +86,24 @@ class HeldOut:
             sampler = SAMPLERS[self.engine](model, stop_ids(model, tokenizer))
             if self.processes is not None:
                 sampler = DistributedSampler(sampler, self.processes)
-        with display.stage(f"Evaluate the {name or role}", total=len(self.rows)) as stage:
+        title = f"Evaluate the {name or role}"
+        with display.stage(title, len(self.rows), "answers") as stage:
             start = time.monotonic()
-            rollouts = sampler.sample(contexts, self.sampling, lambda done, _: stage.advance(done))
+            stage.phase("sampling")
+            stage.most_tokens = len(self.rows) * self.sampling.max_new_tokens
+            rollouts = sampler.sample(contexts, self.sampling, stage.count)
+            stage.phase("grading")
             texts = completions(tokenizer, rollouts)
             parts = [final_part(text, chat.opens_thought) for text in texts]
             grade = partial(self.grader.grade, parts, [row.answer for row in self.rows])
             grades = grade() if self.processes is None else self.processes.once(grade)
             how = {"engine": sampler.engine, **asdict(self.sampling)}
             result = Evaluation(rollouts, texts, grades, time.monotonic() - start, how)
-            stage.update(accuracy=result.accuracy)
+            low, high = (100 * result.record()[name] for name in ("low", "high"))
+            spent = sum(len(rollout.ids) for rollout in rollouts)
+            stage.update(
+                accuracy=f"{percent(result.accuracy)} ({low:.1f} to {high:.1f})",
+                tokens=spent,
+                tokens_per_second=spent / max(result.seconds, 1e-9),
+            )
         return result

@@ -33,7 +33,7 @@ class LearningCurve:
     def begin(self, before: dict[str, Evaluation] | None = None) -> None:
         """Step 0; `before`: its evaluations by role, where they are known already."""
         if before is None:
-            before = {"student": self._answer()}
+            before = {"student": self._answer(0)}
             if self.section.teacher:
                 role = self.teacher_role
                 before["teacher"] = self.test.evaluate(self.teacher, self.display, role, "teacher")
@@ -42,11 +42,12 @@ class LearningCurve:
 
     def __call__(self, step: int) -> dict:
         """Measure the model as it is after this step; returns its line."""
-        return self._record(step, "student", self._answer())
+        return self._record(step, "student", self._answer(step))
 
-    def _answer(self) -> Evaluation:
+    def _answer(self, step: int) -> Evaluation:
         self.sampler.sync_weights(self.model)
-        return self.test.evaluate(self.inference, self.display, sampler=self.sampler)
+        name = f"student, step {step}"
+        return self.test.evaluate(self.inference, self.display, name=name, sampler=self.sampler)
 
     def _record(self, step: int, role: str, result: Evaluation) -> dict:
         counters = self.log.counters

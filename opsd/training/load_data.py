@@ -16,11 +16,12 @@ from opsd.config.requirements import (
     trained_roles,
     uses_teacher_prompt,
 )
-from opsd.config.sections import DataSection, SourceSection
+from opsd.config.sections import DataSection, EvalSection, SourceSection
 from opsd.data.context_check import ContextCheck
 from opsd.data.length_filter import fitting_held_out, fitting_rows
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row, load_rows, mixture, same_problem, split_rows
+from opsd.data.sources import is_remote
 
 
 def load_data(
@@ -41,17 +42,7 @@ def load_data(
         return rows, []
     if test.source is None:
         return split_rows(rows, test.problems, seed)
-    held_out = load_rows(
-        test.source if given_held_out is None else given_held_out,
-        columns=data.columns if test.columns is None else test.columns,
-        split=test.split,
-        default_split="test",
-        limit=test.problems,
-        seed=seed + 1,
-        options=data.options if test.options is None else test.options,
-        require=("problem", "answer"),
-        section="eval",
-    )
+    held_out = _read_held_out(data, test, seed, test.problems, given_held_out)
     known = {same_problem(row.problem) for row in held_out}
     kept = [row for row in rows if same_problem(row.problem) not in known]
     if len(kept) < len(rows):
@@ -70,12 +61,44 @@ def sources(data: DataSection) -> list[SourceSection]:
     return [one.model_copy(update=shared | one.model_dump(exclude_unset=True)) for one in own]
 
 
+def first_rows(config: Config) -> None:
+    """Read the first row of each source that is a local file. Raises UserError where it is not
+    there, or lacks a column."""
+    for source in sources(config.data):
+        if not is_remote(source.source):
+            _read(source, config, lambda text: None, limit=1)
+    data, test = config.data, config.eval
+    if test.source is not None and test.problems and not is_remote(test.source):
+        _read_held_out(data, test, config.train.seed, limit=1)
+
+
+def _read_held_out(
+    data: DataSection, test: EvalSection, seed: int, limit: int, given: Any = None
+) -> list[Row]:
+    return load_rows(
+        test.source if given is None else given,
+        columns=data.columns if test.columns is None else test.columns,
+        split=test.split,
+        default_split="test",
+        limit=limit,
+        seed=seed + 1,
+        options=data.options if test.options is None else test.options,
+        require=("problem", "answer"),
+        section="eval",
+    )
+
+
 def _read(
-    source: SourceSection, config: Config, note: Callable[[str], None], given: Any
+    source: SourceSection,
+    config: Config,
+    note: Callable[[str], None],
+    given: Any = None,
+    limit: int | None = None,
 ) -> list[Row]:
     return load_rows(
         source.source if given is None else given,
-        **{name: getattr(source, name) for name in ("columns", "split", "limit", "options")},
+        **{name: getattr(source, name) for name in ("columns", "split", "options")},
+        limit=limit or source.limit,
         size=config.data.size,
         seed=config.train.seed,
         require=required_columns(config),

@@ -1,10 +1,9 @@
 """What a run needs of the machine and of how it was launched, checked before work starts."""
 
-import difflib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from transformers.training_args import OptimizerNames, ParallelMode
 from opsd.common.errors import UserError, in_short
 from opsd.common.files import reserve, why_not_written
 from opsd.common.hub_upload import check_hub
+from opsd.common.near import did_you_mean
 from opsd.common.precision import best_precision
 from opsd.config.compatibility import refused
 from opsd.config.config import Config
@@ -103,7 +103,8 @@ def _obstacles(config: Config) -> Iterator[str]:
 PROBE = "Is 17 + 25 = 42?\nYes: é, 数, <|end|>."
 LARGEST_SHARD = 50_000_000_000  # of transformers' save_pretrained
 
-LOGGERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
+LOGGERS = {name: (name,) for name in ("wandb", "trackio", "mlflow", "comet_ml")}
+LOGGERS["tensorboard"] = ("tensorboard", "tensorboardX")
 """Each of output.report_to, and the packages of which one must be installed."""
 
 
@@ -111,9 +112,9 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def check_launcher(sharding: str, engine: str) -> None:
+def check_launcher(sharding: str, engine: str, environment: Mapping[str, str] = os.environ) -> None:
     """Raises UserError if the way in which the run was launched does not fit its config."""
-    told = os.environ.get
+    told = environment.get
     if sharding != "none" and told("WORLD_SIZE", "1") == "1":
         raise UserError(
             f"train.sharding is {sharding!r}: there is one process; launch several, as with "
@@ -141,9 +142,8 @@ def check_optimizer(train: TrainSection) -> None:
     alone."""
     name, known = train.optimizer, [kind.value for kind in OptimizerNames]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        raise UserError(f"train.optimizer is {name!r}: no optimizer of transformers; {hint}")
+        hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
+        raise UserError(f"train.optimizer is {name!r}: no optimizer of transformers{hint}")
     # What transformers' makers of optimizers look at; its own TrainingArguments would start the
     # communication between processes.
     asked: Any = SimpleNamespace(

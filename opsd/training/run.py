@@ -77,6 +77,9 @@ from opsd.training.publish import publish, write_summary
 from opsd.training.rescue import keep_elsewhere
 from opsd.training.trainer import TrainingLoop
 
+DOING = {"rollout": "sampling", "teacher": "scoring", "student": "forward", "optimizer": "update"}
+"""A step's phase → what the display calls it, where it has another name."""
+
 
 def train(
     config: Config,
@@ -276,8 +279,9 @@ class Run:
         if not new:
             return
         self.stops = stop_ids(self.model, self.tokenizer)
-        self._make_teacher()
-        self.sampler = self._make_sampler()
+        with self.display.stage("Prepare teacher and sampler"):
+            self._make_teacher()
+            self.sampler = self._make_sampler()
         self.display.note(told_stops(self.tokenizer, self.stops))
         if (unused := left_out(self.model)) is not None:
             self.display.note(unused)
@@ -433,6 +437,8 @@ class Run:
                 callbacks=self.callbacks,
             )
             self.state = loop.state
+            loop.timer.listener = lambda name: stage.phase(DOING.get(name, name))
+            loop.collector.progress = lambda _, tokens: stage.tokens(tokens)
             self.output = loop.train(resume_from_checkpoint=self.checkpoint)
         self.weights = self._split_weights() if self.save else None
         self.loop = None  # and with it the optimizer's moments
@@ -476,7 +482,8 @@ class Run:
     def _save(self, place: Path) -> None:
         """The trained model, there or, where that cannot be written, elsewhere."""
         try:
-            self.write_model(place)
+            with self.display.stage("Save the model"):
+                self.write_model(place)
         except NotWritten as error:
             needed = checkpoint_bytes(self.model)
             kept = keep_elsewhere(self.config, self.log, needed, self.write_model)

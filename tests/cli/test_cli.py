@@ -102,7 +102,7 @@ def test_held_out_problems_that_are_too_long_are_named(config, tmp_path, capsys)
 def test_the_output_directory_is_respected(config, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["train", str(config)]) == 0
-    assert "0.000 before, 0.000 after" in capsys.readouterr().out
+    assert "before, 0.000 (0.000 to" in capsys.readouterr().out
     weights = (run / "model" / "model.safetensors").read_bytes()
     assert "--resume" in refused(capsys, "train", config)
     line = refused(capsys, "train", config, "train.seed=5", "--resume")

@@ -31,7 +31,10 @@ def pages():
         return importlib.import_module("generate").PAGES
 
 
-@pytest.mark.parametrize("page", ["options.md", "api.md", "agreement.md", "kernel-cpu.svg"])
+MADE = ["options.md", "api.md", "agreement.md", "kernel-cpu.svg", "../opsd/config/schema.json"]
+
+
+@pytest.mark.parametrize("page", MADE)
 def test_a_page_says_what_the_code_says(page, pages):
     now = (ROOT / "docs" / page).read_text()
     assert now == pages[page](), "run `python docs/generate.py`"

@@ -1,0 +1,106 @@
+"""What somebody meant who typed a command that is not there: other words for it, fields as options.
+
+`meant.toml` has the words of other tools.
+"""
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+from opsd.common.errors import UserError
+from opsd.common.files import read_toml
+from opsd.common.near import nearest
+
+MEANT: dict[str, dict[str, str]] = read_toml(__file__, "meant")
+
+
+def no_command(words: Sequence[str], known: Iterable[str]) -> str:
+    """The error for a command line that begins with none of the `known` commands."""
+    word = next(word for word in words if not word.startswith("-"))
+    said = f"there is no command {word!r}"
+    if re.search(r"\.ya?ml$", word):
+        rest = (other for other in words if other != word)
+        return f"{said}; did you mean `{shlex.join(['opsd', 'train', word, *rest])}`?"
+    if meant := MEANT["commands"].get(word.lower()):
+        typed = shlex.join(["opsd", *(meant if other == word else other for other in words)])
+        return f"{said}; did you mean `{typed}`?"
+    if near := nearest(word, known, cutoff=0.6):
+        return f"{said}; did you mean {near!r}?"
+    return f"{said}; there are {', '.join(known)}"
+
+
+def unknown_option(rest: Sequence[str], own: Iterable[str], has_fields: bool) -> str:
+    """What to write for the first of some arguments that a command with the options `own` does not
+    know. has_fields: it takes fields of a config."""
+    option, _, value = rest[0].partition("=")
+    more = rest[1] if len(rest) > 1 and not rest[1].startswith("-") else "…"
+    name, value = option.lstrip("-").replace("-", "_"), value or more
+    plain = {one.lstrip("-").replace("-", "_"): one for one in own}
+    if name in plain:
+        return f"; did you mean `{plain[name]}`?"
+    if has_fields:
+        from opsd.config.explain import here, is_field
+
+        if is_field(name):
+            return f"; a field of the config is set as in {name}={value}"
+        if name not in MEANT["options"] and (found := here(name)):
+            return f"; a field of the config is set as in {_set(found, value)}"
+    if said := MEANT["options"].get(name):
+        return f"; did you mean `{said}`?" if said.startswith("--") else f"; {said}"
+    near = nearest(name, plain, cutoff=0.6)
+    return f"; did you mean `{plain[near]}`?" if near else ""
+
+
+def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
+    """Raises UserError for a word that sets no field: `tiny`, `train.steps 5`, a second file."""
+    from opsd.config.explain import here, is_field
+
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        if "=" in word:
+            continue
+        hint = ""
+        if f"--{word}" in own:
+            hint = f"; did you mean `--{word}`?"
+        elif re.search(r"\.ya?ml$", word):
+            hint = "; one config at a time (`opsd compare` takes several)"
+        elif following and (is_field(word) or here(word)):
+            hint = f"; did you mean {_set(word if is_field(word) else here(word), following)}?"
+        raise UserError(f"override is {word!r}: it must look like train.learning_rate=1e-5{hint}")
+
+
+def _set(found: str, value: str) -> str:
+    """`train.steps`, or "rollout.engine, 'vllm'" of elsewhere.toml → what to type."""
+    field, comma, more = found.partition(", ")
+    if "=" in more:
+        return more.rpartition(" ")[2]
+    if quoted := re.match(r"'(\w+)'", more):
+        value = quoted[1]
+    typed = " or ".join(f"{one}={value}" for one in field.split(" or "))
+    return f"{typed} ({more})" if comma and not quoted else typed
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose error says where a config comes from if there is none. `more`: what its
+    help ends with."""
+
+    more: Callable[[], str] = staticmethod(lambda: "")
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}\n{self.more()}".rstrip() + "\n"
+
+    def error(self, message: str) -> NoReturn:
+        if "required: CONFIG.yaml" in message:
+            message = "it needs a CONFIG.yaml; `opsd init` writes one"
+        super().error(message)
+
+
+def usage(parser: argparse.ArgumentParser) -> str:
+    """One short line: what has to be there; `--help` lists the options."""
+    needed = [
+        action.metavar or action.dest
+        for action in parser._actions
+        if not action.option_strings and action.metavar
+    ]
+    return " ".join(["%(prog)s", *map(str, needed), "[options]"]).replace("[] ", "")

@@ -1,0 +1,35 @@
+"""What somebody may have meant by a name that is not known. Messages end with it."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name that is most like `word`; case, hyphens and spaces make no difference."""
+    plain = {_plain(name): name for name in reversed(list(known))}
+    near = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=cutoff)
+    return plain[near[0]] if near else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'train'?`, or nothing."""
+    near = nearest(word, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
+    """`; did you mean 'rows.jsonl'?` for a path that is not there, by what is beside it."""
+    path = Path(path).expanduser()
+    try:
+        there = [one.name for one in path.parent.iterdir() if one.name.endswith(suffixes)]
+    except OSError:
+        return ""
+    near = next((path.name + s for s in suffixes if path.name + s in there), None)
+    near = near or nearest(path.name, there, cutoff=0.6)
+    return f"; did you mean {str(path.parent / near)!r}?" if near else ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s.-]+", "_", name.strip().lower())

@@ -1,0 +1,194 @@
+"""What people type by mistake, coming from nowhere, TRL, axolotl or verl: one line names the mend.
+
+All commands run in one process in which torch and transformers cannot be imported, so that each
+message is there within a second. `MISTAKES` is the table: what is typed, or the lines of a config,
+and what the last line on stderr must say.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+MISTAKES = {
+    # Commands.
+    "trian good.yaml": "did you mean 'train'?",
+    "run good.yaml": "did you mean `opsd train good.yaml`?",
+    "good.yaml": "did you mean `opsd train good.yaml`?",
+    "--resume good.yaml": "did you mean `opsd train good.yaml --resume`?",
+    "evaluate model --benchmark gsm8k": "did you mean `opsd eval model --benchmark gsm8k`?",
+    "grpo good.yaml": "did you mean `opsd train good.yaml`?",
+    "finetune good.yaml": "did you mean `opsd train good.yaml`?",
+    "help": "did you mean `opsd --help`?",
+    "benchmark": "did you mean 'bench'?",
+    "infer model": "did you mean `opsd chat model`?",
+    # The config's place.
+    "train --config good.yaml": "as in `opsd train CONFIG.yaml`",
+    "train good": "did you mean 'good.yaml'?",
+    "train good.yml": "did you mean 'good.yaml'?",
+    "train goood.yaml": "did you mean 'good.yaml'?",
+    "train rows.jsonl": "it must be a YAML file, in which data.source names the data",
+    "train model": "name it in a config as model.path",
+    "train run": "a run goes on with --resume",
+    "train study.yaml": "`opsd compare study.yaml` runs it",
+    "train": "it needs a CONFIG.yaml; `opsd init` writes one",
+    "train good.yaml other.yaml": "one config at a time (`opsd compare` takes several)",
+    "compare goood.yaml": "did you mean 'good.yaml'?",
+    # Fields as options, as TRL and others have them.
+    "train good.yaml --learning_rate 1e-5": "set as in train.learning_rate=1e-5",
+    "train good.yaml --lr=1e-5": "set as in train.learning_rate=1e-5",
+    "train good.yaml --num_generations 4": "set as in rollout.group_size=4",
+    "train good.yaml --train.steps 5": "set as in train.steps=5",
+    "train good.yaml --use_vllm true": "set as in rollout.engine=vllm",
+    "train good.yaml --output_dir runs/x": "set as in output.dir=runs/x",
+    "train good.yaml --output runs/x": "set output.dir=DIR",
+    "train good.yaml --seed 3": "set as in train.seed=3",
+    "train good.yaml --gpus 2": "torchrun --nproc-per-node N -m opsd train",
+    "train good.yaml --dry_run": "did you mean `--dry-run`?",
+    "train good.yaml --resume_from_checkpoint x": "`--resume` goes on",
+    # Overrides.
+    "train good.yaml train.steps 5": "did you mean train.steps=5?",
+    "train good.yaml steps=5": "here it is train.steps",
+    "train good.yaml train.step=5": "did you mean 'steps'?",
+    "train good.yaml trainer.steps=5": "did you mean 'train'?",
+    "train good.yaml models.path=x": "did you mean 'model'?",
+    "train good.yaml train.learning-rate=1e-5": "did you mean 'learning_rate'?",
+    "train good.yaml train.temperature=1": "rollout.temperature or loss.temperature",
+    "train good.yaml model=Qwen/Qwen3-1.7B": "as in model.path=Qwen/Qwen3-1.7B",
+    "train good.yaml data=rows.jsonl": "as in data.source=rows.jsonl",
+    "train good.yaml loss.reward=mine.py:f": "as in loss.reward.verifier=mine.py:f",
+    "train good.yaml model.lora=true": "as in model.lora.rank",
+    "train good.yaml actor_rollout_ref.rollout.n=4": "here it is rollout.group_size",
+    "train good.yaml actor_rollout_ref.actor.optim.lr=1e-6": "here it is train.learning_rate",
+    "train good.yaml data.train_files=rows.jsonl": "here it is data.source",
+    "train good.yaml base_model=x": "here it is model.path",
+    # Values.
+    "train good.yaml method=gkd": "did you mean 'distill'?",
+    "train good.yaml method=sdft": "`opsd init sdft`",
+    "train good.yaml method=dpo": "DPO learns from pairs",
+    "train good.yaml method=OPSD": "did you mean 'opsd'?",
+    "train good.yaml method=ppo": "did you mean 'grpo'?",
+    "train good.yaml loss.divergence=reverse-kl": "did you mean 'reverse_kl'?",
+    "train good.yaml loss.divergence=kl": "did you mean 'forward_kl'",
+    "train good.yaml train.precision=bfloat16": "did you mean 'bf16'?",
+    "train good.yaml rollout.engine=vLLM": "did you mean 'vllm'?",
+    "train good.yaml rollout.engine=hf": "did you mean 'generate'?",
+    "train good.yaml train.sharding=fsdp": "did you mean 'fsdp2'?",
+    "train good.yaml model.attention=flash_attn": "did you mean 'flash_attention_2'?",
+    "train good.yaml teacher.policy=frozen": "did you mean 'initial'?",
+    "train good.yaml output.report_to=tensorbord": "did you mean 'tensorboard'?",
+    "train good.yaml output.report_to=[wandb,tb]": "did you mean 'tensorboard'?",
+    "train good.yaml train.micro_batch_tokens=8k": "write 8000, without a unit",
+    "train good.yaml loss.memory_budget=1GB": "write 1000000000, without a unit",
+    "train good.yaml rollout.gpu_memory=24GB": "a share of the GPU's memory, such as 0.4",
+    "train good.yaml eval.problems=-5": "greater than or equal to 0",
+    "train good.yaml rollout.top_p=90%": "a share is written as 0.9",
+    "train good.yaml train.learning_rate=-1e-5": "greater than 0",
+    "train good.yaml rollout.temperature=0": "greater than 0",
+    "train good.yaml train.steps=ten": "valid integer",
+    "train good.yaml method=grpo rollout.group_size=4 loss.beta=0.04": "loss.kl",
+    "train good.yaml data.columns=question": "write data.columns={problem: question}",
+    # Files, models and columns.
+    "train good.yaml data.source=rwos.jsonl": "did you mean 'rows.jsonl'?",
+    "train good.yaml eval.source=rwos.jsonl": "did you mean 'rows.jsonl'?",
+    "train good.yaml data.source=gsm.jsonl": "data.columns.problem=question",
+    "train good.yaml data.columns.problem=problm": "did you mean 'problem'?",
+    "train good.yaml model.path=./modle": "did you mean 'model'?",
+    "train good.yaml model.path=run": "did you mean 'run/model'?",
+    "train good.yaml method=grpo rollout.group_size=2 loss.reward.verifier=no.py:f": "'no.py'",
+    # Other commands.
+    "eval model": "--benchmark is missing",
+    "eval model --benchmark gms8k": "did you mean 'gsm8k'?",
+    "eval model --benchmark gsm.jsonl": "--columns problem=question",
+    "eval ./modle --benchmark rows.jsonl": "did you mean 'model'?",
+    "eval model --benchmark rows.jsonl --max_new_tokens 9": "did you mean `--max-new-tokens`?",
+    "eval model --tasks gsm8k": "did you mean `--benchmark`?",
+    "plan Qwen/Qwen3-8B --gpu rtx4900": "did you mean '4090'?",
+    "plan Qwen/Qwen3-8B --gpu cuda:0": "or a size such as 24GB",
+    "plan Qwen/Qwen3-8B --memory 24gigs": "a size such as 24GB",
+    "train good.yaml --dry-run --for h20x2": "did you mean 'h200'?",
+    "quickstart tiny": "did you mean `--tiny`?",
+    "quickstart --methods dpo": "opsd, grpo, sft, distill",
+    "report rnu": "did you mean 'run'?",
+    "init qwen3": "did you mean 'qwen3-",
+    "chat ./modle": "did you mean 'model'?",
+    "chat model --base": "--base needs a name",
+}
+
+CONFIGS = {
+    "train:\n\tsteps: 5\n": "indented by spaces, not by tabs",
+    "train: {steps: 5}\nmodel: {path: model}\n": "data is missing: say data.source=rows.jsonl",
+    "lr: 1e-5\nmodel: {path: model}\n": "here it is train.learning_rate",
+    "model_name_or_path: model\ndataset_name: rows.jsonl\n": "here it is data.source",
+    "base_model: model\nadapter: lora\n": "model.lora={}",
+}
+
+TYPES = """
+import contextlib, io, json, shlex, sys, time
+sys.modules["torch"] = sys.modules["transformers"] = None
+from opsd.cli.main import main
+told = {}
+for typed in json.load(sys.stdin):
+    error, begun = io.StringIO(), time.process_time()
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = main(shlex.split(typed))
+        except SystemExit as end:
+            code = end.code
+    told[typed] = code, error.getvalue(), time.process_time() - begun
+json.dump(told, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What each command says: its exit code, its stderr, its seconds of processor time."""
+    place = tmp_path_factory.mktemp("mistakes")
+    row = {"problem": "1+1", "solution": "1 and 1 are 2.", "answer": "2"}
+    (place / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (place / "gsm.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
+    good = "model: {path: model}\ndata: {source: rows.jsonl}\n"
+    (place / "good.yaml").write_text(good)
+    (place / "other.yaml").write_text(good)
+    (place / "study.yaml").write_text("quickstart: tiny\nmethods: [opsd]\n")
+    for directory in ("model", "run/model"):
+        (place / directory).mkdir(parents=True)
+        (place / directory / "config.json").write_text("{}")
+    (place / "run" / "config.yaml").write_text(good)
+    for number, text in enumerate(CONFIGS):
+        (place / f"config-{number}.yaml").write_text(text)
+    asked = [*MISTAKES, *(f"train config-{number}.yaml" for number in range(len(CONFIGS)))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", TYPES]
+    done = subprocess.run(
+        command, input=json.dumps(asked), cwd=place, env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check(told, typed, wanted):
+    code, error, seconds = told[typed]
+    lines = error.splitlines()
+    assert code in (1, 2), error
+    assert wanted in lines[-1]
+    assert lines[-1].startswith("opsd"), error
+    # Above it at most a usage line, which fits a terminal.
+    assert len(lines) == 1 or (len(lines) == 2 and lines[0].startswith("usage: opsd")), error
+    assert len(lines[0]) <= 100 or len(lines) == 1
+    assert seconds < 1.5  # the first also imports
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_told_with_its_mend(told, typed):
+    check(told, typed, MISTAKES[typed])
+
+
+@pytest.mark.parametrize("number", range(len(CONFIGS)))
+def test_a_config_of_mistakes_is_told_with_its_mend(told, number):
+    check(told, f"train config-{number}.yaml", [*CONFIGS.values()][number])
