@@ -24,10 +24,13 @@ KNOWN = ("ours", "dense", "compiled", "trl", "liger", "liger chunked", "cce", "c
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.only is not None and (unknown := set(options.only.split(",")) - {*KNOWN}):
-        parser.error(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join(KNOWN)}")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(arguments), arguments)
+
+
+def run(options: argparse.Namespace, arguments: list[str] | None = None) -> int:
+    """Measures; returns the exit status."""
     if options.threads:
         torch.set_num_threads(options.threads)
     device = "cuda" if options.gpu else "cpu"
@@ -78,8 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(row["red"] for row in report["rows"]))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line, of `opsd bench` too."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="a few cases, under three minutes")
     which.add_argument("--gpu", action="store_true", help="on the GPU, within ten minutes")
@@ -87,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         "--shape", type=_shape, metavar="N,V,D", help="every task at this shape only"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="with --shape")
-    parser.add_argument("--only", metavar="NAME,…", help="these candidates only; ours always")
+    parser.add_argument(
+        "--only", type=_names, metavar="NAME,…", help="these candidates only; ours always"
+    )
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default 5; --quick: 3)")
     parser.add_argument("--minutes", type=float, help="begin no case after these (--gpu: 9)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -95,7 +100,13 @@ def _parser() -> argparse.ArgumentParser:
         "--shared", action="store_true", help="others use this machine: show processor seconds"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), metavar="DIR")
-    return parser
+
+
+def _names(text: str) -> str:
+    if unknown := set(text.split(",")) - {*KNOWN}:
+        named = ", ".join(sorted(unknown))
+        raise argparse.ArgumentTypeError(f"no {named}; there are {', '.join(KNOWN)}")
+    return text
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -4,13 +4,14 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of the benchmark, which reads them itself."""
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="[--quick --gpu --help …]")
-    parser.add_help = False
+    """Those of the benchmark."""
+    from opsd_kernels.benchmarks.__main__ import add_arguments as add
+
+    add(parser)
 
 
-def run(parsed: argparse.Namespace) -> None:
+def run(parsed: argparse.Namespace) -> int:
     """Measures, and writes JSON and a page."""
-    from opsd_kernels.benchmarks.__main__ import main
+    from opsd_kernels.benchmarks.__main__ import run
 
-    main(parsed.arguments)
+    return run(parsed)

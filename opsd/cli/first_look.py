@@ -44,7 +44,8 @@ def check_model(name: str, field: str) -> None:
         for inside in (path / "model", path / "best" / "model"):
             if not known and any((inside / file).is_file() for file in MODELS):
                 raise UserError(
-                    f"{field} is {name!r}: a run's directory; did you mean {str(inside)!r}?"
+                    f"{field} is {name!r}: a directory without config.json; did you mean "
+                    f"{str(inside)!r}?"
                 )
     elif path.is_file():
         raise UserError(f"{field} is {name!r}: a file; it must be a directory, or a hub name")

@@ -309,6 +309,10 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
         yield "output.keep train.early_stop", "that needs eval.every, and eval.problems"
     if method == "grpo":
         yield "loss.beta", "that is jsd's mixture; the weight of the KL to the reference is loss.kl"
+    if not config.output.report_to:
+        yield "output.run_name output.project output.tags", "that needs output.report_to"
+    if not {"wandb", "mlflow", "comet_ml"} & {*config.output.report_to}:
+        yield "output.tags", "that is for wandb, mlflow and comet_ml"
     for name, methods in USED_BY.items():
         distils = loss.distil > 0 and method == "grpo" and methods == DIVERGENCE_METHODS
         if method not in methods and not distils:

@@ -77,8 +77,8 @@ def read_yaml(path: Path, field: str = "CONFIG") -> Any:
         raise UserError(f"{field} is {str(path)!r}: no such file{hint}")
     if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".py", ".safetensors"):
         raise UserError(
-            f"{field} is {str(path)!r}: a {path.suffix} file; it must be a YAML file, in which "
-            "data.source names the data (`opsd init` writes one)"
+            f"{field} is {str(path)!r}: a {path.suffix} file is not YAML; a config names the data "
+            "as data.source (`opsd init` writes one)"
         )
     if (size := path.stat().st_size) > MAX_BYTES:
         raise UserError(f"{field} is {str(path)!r}: {size:,} bytes; at most {MAX_BYTES:,} are read")

@@ -29,6 +29,7 @@ class LearningCurve:
     log: RunLog
     display: Display
     keep_if_best: Callable[[float], None]  # told each accuracy of the student
+    report: Callable[[dict, list], None]  # told each line, and rows of its completions
 
     def begin(self, before: dict[str, Evaluation] | None = None) -> None:
         """Step 0; `before`: its evaluations by role, where they are known already."""
@@ -70,5 +71,8 @@ class LearningCurve:
         if role == "student":
             self.keep_if_best(result.accuracy)
         line = {**place, "role": role, **result.record()}
+        graded = zip(self.test.rows, result.completions, result.grades, strict=True)
+        rows = [(step, r.problem, r.answer, text, grade.correct) for r, text, grade in graded]
+        self.report(line, rows)
         self.log.evaluation(line)  # written last: on resume, samples without this line are dropped
         return line

@@ -1,5 +1,7 @@
 """The optimizer and the schedule of a run, by transformers' own makers of both."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -40,6 +42,8 @@ def training_arguments(
         save_steps=train.save_every or train.steps,
         save_total_limit=train.save_total_limit,
         report_to=[*map(str, output.report_to)] or "none",
+        run_name=output.run_name or Path(output.dir).resolve().name,
+        project=output.project,
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )

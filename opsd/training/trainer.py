@@ -21,7 +21,6 @@ from transformers import (
     TrainerState,
     set_seed,
 )
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
@@ -54,6 +53,7 @@ from opsd.training.checkpoints import (
 from opsd.training.collect_rollouts import RolloutCollector
 from opsd.training.failed_steps import IN_A_ROW, failed_step, save_failed_step
 from opsd.training.optimizer import make_optimizer, make_schedule, training_arguments
+from opsd.training.reporters import Reporters
 from opsd.training.rescue import keep_elsewhere
 from opsd.training.sample_records import rollout_records
 from opsd.training.step import GradientAccumulator, OPSDStep, token_ratio
@@ -83,7 +83,7 @@ class TrainingLoop:
         teacher_sampler: samples from the teacher, for rollout.source teacher.
         processes: those that train together; none: this one alone.
         reward_function: grades rollouts, where the method or the log needs it.
-        callbacks: transformers' TrainerCallbacks.
+        callbacks: transformers' TrainerCallbacks. reporters: none: those of output.report_to.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class TrainingLoop:
         processes: Processes | None = None,
         reward_function: RewardFunction | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        reporters: Reporters | None = None,
     ):
         self.config, self.model, self.rows, self.objective = config, model, rows, objective
         self._base = some_weights(model)
@@ -171,10 +172,8 @@ class TrainingLoop:
             is_world_process_zero=self.processes.first,
         )
         self.control = TrainerControl()
-        loggers = get_reporting_integration_callbacks(self.args.report_to)
-        self.callback_handler = CallbackHandler(
-            [DefaultFlowCallback, *loggers, *callbacks], model, self.processing_class, None, None
-        )
+        called = [DefaultFlowCallback, reporters or Reporters(config.output), *callbacks]
+        self.callback_handler = CallbackHandler(called, model, self.processing_class, None, None)
         set_seed(config.train.seed)
         self._call("on_init_end")
 
@@ -213,8 +212,8 @@ class TrainingLoop:
         self._call("on_train_end")
         if self.config.train.sharding in deepspeed.STAGES:
             deepspeed.close(self.wrapped)
-        step, seconds = self.state.global_step, {"train_runtime": time.monotonic() - begun}
-        return TrainOutput(step, losses / max(step - first, 1), seconds)
+        step, mean = self.state.global_step, losses / max(self.state.global_step - first, 1)
+        return TrainOutput(step, mean, {"train_runtime": time.monotonic() - begun})
 
     def _step(self) -> float:
         """Rows → rollouts → samples → gradient → optimizer → log; returns the loss."""
@@ -486,6 +485,7 @@ class TrainingLoop:
 
     def save_checkpoint(self) -> None:
         """Write checkpoint-<step>/, from which a run goes on bit for bit."""
+        self.timer.listener("saving")
         self.run_log.sync()
         self.checkpoints.write(self.state)
         self._call("on_save")

@@ -32,7 +32,7 @@ MISTAKES = {
     "train good": "did you mean 'good.yaml'?",
     "train good.yml": "did you mean 'good.yaml'?",
     "train goood.yaml": "did you mean 'good.yaml'?",
-    "train rows.jsonl": "it must be a YAML file, in which data.source names the data",
+    "train rows.jsonl": "a config names the data as data.source (`opsd init` writes one)",
     "train model": "name it in a config as model.path",
     "train run": "a run goes on with --resume",
     "train study.yaml": "`opsd compare study.yaml` runs it",

@@ -13,7 +13,7 @@ from helpers.training_cases import short_values
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from opsd.cli.main import main
-from opsd.cli.plan_arguments import _bytes, _gpu
+from opsd.cli.plan_arguments import _bytes, gpu_of
 from opsd.common.errors import UserError
 from opsd.config.load import merge, parse_config
 from opsd.config.sections import ModelSection
@@ -218,7 +218,7 @@ def write_run(shape, sections, directory):
 OPSD = """
 import json, sys, time
 from opsd.cli.main import main
-from opsd.cli.plan_arguments import _bytes, _gpu
+from opsd.cli.plan_arguments import _bytes, gpu_of
 from opsd.common.errors import UserError
 from transformers import PreTrainedModel  # takes most of a short command's time
 start = time.process_time()
@@ -306,9 +306,9 @@ def test_changes_that_fit_a_memory(capsys):
 def test_gpus_by_the_names_that_people_type(text, name, memory):
     if name is None:
         with pytest.raises(UserError, match=f"--gpu is '{text}': it must be one of b200"):
-            _gpu(text)
+            gpu_of(text)
     else:
-        found = _gpu(text)
+        found = gpu_of(text)
         assert (found.name, found.memory) == (name, memory)
         assert bool(found.operations) == (not name.startswith("GPU"))
     if name and name.startswith("GPU"):

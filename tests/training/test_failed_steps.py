@@ -376,16 +376,28 @@ def test_a_logger_that_is_not_installed_is_one_line(run, monkeypatch, capsys):
 
 
 def test_steps_reach_transformers_loggers(run, tmp_path, monkeypatch):
-    """W&B and TensorBoard are callbacks of transformers; this one notes what they are given."""
-    seen = []
+    """W&B and TensorBoard are callbacks of transformers; this one notes what they are given: steps,
+    each evaluation with its completions, and the end after all of them."""
+    seen, tables, ended = [], [], []
 
     class Logger(TrainerCallback):
+        @property
+        def tb_writer(self):
+            return self
+
+        def add_text(self, name, text, step):
+            assert not ended
+            tables.append((name, text, step))
+
+        def on_train_end(self, *_, **__):
+            ended.append(len(seen))
+
         def on_log(self, args, state, control, logs=None, **_):
             seen.append((list(args.report_to), state.global_step, logs))
 
     monkeypatch.setattr("opsd.training.preflight._installed", lambda package: True)
     monkeypatch.setattr(
-        "opsd.training.trainer.get_reporting_integration_callbacks", lambda names: [Logger]
+        "opsd.training.reporters.get_reporting_integration_callbacks", lambda names: [Logger]
     )
     assert run(output={"report_to": ["tensorboard"], "dir": str(tmp_path / "run")}) == 0
     steps = [logs for _, _, logs in seen if "divergence" in logs]
@@ -394,6 +406,18 @@ def test_steps_reach_transformers_loggers(run, tmp_path, monkeypatch):
     for logged, line in zip(steps, lines, strict=True):
         wanted = {k: v for k, v in line.items() if isinstance(v, int | float)}
         assert wanted and {k: logged.get(k) for k in wanted} == wanted
+    evaluations = read_lines(tmp_path / "run" / "evaluations.jsonl")
+    logged = [(step, logs) for _, step, logs in seen if "eval_accuracy" in logs]
+    assert [step for step, _ in logged] == [line["step"] for line in evaluations]
+    for (_, logs), line in zip(logged, evaluations, strict=True):
+        for name in ("accuracy", "low", "high", "mean_length"):
+            assert logs[f"eval_{name}"] == line[name]
+    assert [step for _, _, step in tables] == [line["step"] for line in evaluations]
+    assert all(
+        text.count("\n") == 1 + line["problems"]
+        for (_, text, _), line in zip(tables, evaluations, strict=True)
+    )
+    assert ended == [len(seen)]
 
 
 def test_accelerates_own_splitting_is_refused(run, monkeypatch, capsys):

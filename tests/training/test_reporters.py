@@ -1,0 +1,75 @@
+"""A table of completions reaches each logger by the call that its library has for one."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from opsd.config.sections import OutputSection
+from opsd.training.reporters import COLUMNS, Reporters, _table
+
+ROWS = [(3, "1|1", "2", "it\nis 2", True), (3, "2+2", "4", "5", False)]
+
+
+class Calls:
+    """An object whose every method notes how it was called, and returns that."""
+
+    def __init__(self):
+        self.made = []
+
+    def __getattr__(self, name):
+        def call(*given, **more):
+            self.made.append((name, given, more))
+            return name, given, more
+
+        return call
+
+
+def test_wandb_gets_a_table_at_its_step():
+    calls = Calls()
+    _table("wandb", SimpleNamespace(_wandb=calls), ROWS, 3)
+    (_, _, table), (_, (logged,), _) = calls.made
+    assert table == {"columns": list(COLUMNS), "data": [list(row) for row in ROWS]}
+    assert logged["train/global_step"] == 3 and logged["completions"][0] == "Table"
+
+
+def test_mlflow_and_comet_get_rows():
+    calls = Calls()
+    _table("mlflow", SimpleNamespace(_ml_flow=calls), ROWS, 3)
+    (name, (columns,), more), *_ = calls.made
+    assert name == "log_table" and more == {"artifact_file": "completions.json"}
+    assert columns["completion"] == ["it\nis 2", "5"]
+    calls = Calls()
+    _table("comet_ml", SimpleNamespace(_experiment=calls), ROWS, 3)
+    assert calls.made == [("log_table", ("completions-3.csv", ROWS), {"headers": list(COLUMNS)})]
+
+
+def test_tensorboard_gets_markdown_whose_cells_hold():
+    calls = Calls()
+    _table("tensorboard", SimpleNamespace(tb_writer=calls), ROWS, 3)
+    (_, (name, text, step), _) = calls.made[0]
+    assert (name, step) == ("completions", 3)
+    assert "| 3 | 1\\|1 | 2 | it<br>is 2 | True |" in text.splitlines()
+
+
+@pytest.mark.parametrize("given", ["comet", ["comet_ml"], ["comet"]])
+def test_one_name_will_do(given):
+    assert OutputSection(report_to=given).report_to == ["comet_ml"]
+
+
+def test_none_is_none():
+    assert OutputSection(report_to="none").report_to == []
+
+
+def test_project_and_tags_are_told_and_the_environment_wins(monkeypatch):
+    monkeypatch.setattr(
+        "opsd.training.reporters.get_reporting_integration_callbacks", lambda names: [Calls]
+    )
+    for name in ("WANDB_TAGS", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TAGS", "COMET_PROJECT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    Reporters(OutputSection(report_to="wandb", project="sums", tags=["a", "b"]))
+    import os
+
+    assert os.environ["WANDB_PROJECT"] == "mine" and os.environ["WANDB_TAGS"] == "a,b"
+    assert os.environ["MLFLOW_EXPERIMENT_NAME"] == "sums"
+    assert os.environ["MLFLOW_TAGS"] == '{"a": "true", "b": "true"}'
