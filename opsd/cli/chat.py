@@ -2,9 +2,11 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
+from opsd.config.sections import PromptsSection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,26 +14,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run's directory, a model's, or a hub name")
     add("--base", nargs="?", const="", metavar="MODEL", help="beside it; a run's: what it was")
-    add(
-        "--with-solution",
-        action="store_true",
-        help="ask for a solution too, and show it to the model, as a teacher sees it",
-    )
+    add("--with-solution", action="store_true", help="ask for a solution, and show it as a teacher")
     add("--plain", action="store_true", help="a run's: without its prompt templates")
-    add("--system", metavar="TEXT", help="a system message")
     add("--temperature", type=float, default=0.0, help="default: 0, the likeliest tokens")
-    add("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 512)")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (512)")
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Talks until the input ends. Raises UserError."""
     check_at_least(1, parsed, "max_new_tokens")
-    if not 0 <= parsed.temperature < float("inf"):
-        raise UserError(f"--temperature is {parsed.temperature}: it must be at least 0")
-    from opsd.cli.first_look import check_model, of_run
+    check_at_least(0, parsed, "temperature")
+    from opsd.cli.first_look import check_model, import_torch, of_run
     from opsd.common.display import Display
-    from opsd.config.requirements import longest_answer
-    from opsd.config.sections import PromptsSection
 
     model, config = of_run(parsed.model)
     base = config.model.path if config and parsed.base == "" else parsed.base
@@ -40,36 +34,21 @@ def run(parsed: argparse.Namespace) -> None:
     models = {"model": model} | ({"base": base} if base else {})
     for path in models.values():
         check_model(path, "MODEL")
-    section = PromptsSection(student="{{ problem }}")
+    section = PromptsSection() if parsed.with_solution else PromptsSection(student="{{ problem }}")
     if config is not None and not parsed.plain:
         section = config.prompts
-    elif parsed.with_solution:
-        section = PromptsSection()
-    if parsed.system is not None:
-        section = section.model_copy(update={"system": parsed.system, "student_system": None})
     display = Display(file=sys.stderr)
-    from opsd.cli.first_look import import_torch
-
     import_torch(display)
-    from opsd.cli.talk import Talker
-    from opsd.rollout import Sampling
-
-    longest = parsed.max_new_tokens or (longest_answer(config) if config else 512)
     talkers = {}
     for name, path in models.items():
         with display.stage(f"Load {path}"):
-            talkers[name] = Talker(path, section, Sampling(longest, parsed.temperature))
-    display.note("Type a problem; /new forgets what was said, Ctrl-D ends.")
+            talkers[name] = talker(path, section, parsed.max_new_tokens, parsed.temperature)
+    display.note("Type a problem; Ctrl-D ends.")
     while (problem := _asked("> ")) is not None:
-        if problem == "/new":
-            for talker in talkers.values():
-                talker.history = ()
-        elif problem:
-            solution = (_asked("solution> ") or "") if parsed.with_solution else ""
-            for name, talker in talkers.items():
-                print(f"\n{name}: ", end="")
-                talker.answer(problem, solution)
-            print()
+        solution = (_asked("solution> ") or "") if parsed.with_solution and problem else ""
+        for name, answer in talkers.items() if problem else ():
+            print(f"\n{name}: ", end="", flush=True)
+            answer(problem, solution)
 
 
 def _asked(prompt: str) -> str | None:
@@ -78,3 +57,47 @@ def _asked(prompt: str) -> str | None:
         return input(prompt if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
+
+
+def talker(
+    path: str, section: PromptsSection, longest: int, temperature: float
+) -> Callable[[str, str], None]:
+    """A function of problem and solution that prints a model's answer as it comes. With a solution
+    the model sees the teacher's context; without one it remembers what was said."""
+    import torch
+    from transformers import GenerationConfig, TextStreamer
+
+    from opsd.common.format import shown
+    from opsd.data.prompts import Prompts
+    from opsd.data.rows import Row
+    from opsd.evaluate.subject import Subject
+    from opsd.models.generation_config import generating_by
+
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            print(shown(text, "\n"), end="\n" if stream_end else "", flush=True)
+
+    subject, history = Subject(path), []
+    model, prompts = subject.load().eval(), Prompts(section, subject.tokenizer)
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    ends = {"eos_token_id": sorted(subject.stops), "pad_token_id": min(subject.stops)}
+    config = GenerationConfig(max_new_tokens=longest, **ends, **drawn)
+
+    @torch.no_grad()
+    def answer(problem: str, solution: str) -> None:
+        columns = {"problem": problem, "solution": solution, "answer": ""}
+        row = Row(**columns, columns=columns, history=() if solution else tuple(history))
+        ids = prompts.ids(row, "teacher" if solution else "student")
+        tokens = torch.tensor([ids], device=model.device)
+        printer = Printer(subject.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with generating_by(model, GenerationConfig()):
+            mask = torch.ones_like(tokens)
+            whole = model.generate(
+                tokens, attention_mask=mask, generation_config=config, streamer=printer
+            )
+        said = subject.tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True)
+        if not solution:
+            history.append({"role": "user", "content": problem})
+            history.append({"role": "assistant", "content": said})
+
+    return answer

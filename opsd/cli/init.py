@@ -1,9 +1,10 @@
-"""`opsd init`: a first config file, of the examples that the wheel brings along."""
+"""`opsd init` writes a first config file; `opsd examples` lists those that there are."""
 
 import argparse
 import re
 from pathlib import Path
 
+from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import write_file
 from opsd.common.near import did_you_mean
@@ -13,16 +14,24 @@ SCHEMA = Path(__file__).parents[1] / "config" / "schema.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `opsd init`."""
-    add = parser.add_argument
-    add("name", nargs="?", default="mine", metavar="[NAME]", help="of `opsd examples`")
-    add("--output", type=Path, metavar="FILE", help="default: NAME.yaml")
+    """The command line of both."""
+    writes = parser.prog.endswith("init")
+    parser.add_argument("name", nargs="?", metavar="[NAME]", help="an example's, or a part of it")
+    if writes:
+        parser.add_argument("--output", type=Path, metavar="FILE", help="default: NAME.yaml")
+    parser.set_defaults(act=_write if writes else _list)
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Writes the file and says what comes next. Raises UserError."""
-    known = {str(path.relative_to(EXAMPLES).with_suffix("")): path for path in examples()}
-    name = parsed.name.removeprefix("examples/").removesuffix(".yaml")
+    """Writes the file and says what comes next, or shows the table. Raises UserError."""
+    parsed.act(
+        {str(p.relative_to(EXAMPLES).with_suffix("")): p for p in sorted(EXAMPLES.rglob("*.yaml"))},
+        parsed,
+    )
+
+
+def _write(known: dict[str, Path], parsed: argparse.Namespace) -> None:
+    name = (parsed.name or "mine").removeprefix("examples/").removesuffix(".yaml")
     if name not in known:
         hint = did_you_mean(name, known)
         raise UserError(f"NAME is {name!r}: no example{hint} (there are {', '.join(known)})")
@@ -30,17 +39,24 @@ def run(parsed: argparse.Namespace) -> None:
     if file.exists():
         raise UserError(f"--output is {str(file)!r}: it is there already; choose another")
     text = known[name].read_text(encoding="utf-8").replace(f"examples/{name}.yaml", str(file))
-    schema = "" if is_study(text) else f"# yaml-language-server: $schema={SCHEMA}\n"
+    schema, command = f"# yaml-language-server: $schema={SCHEMA}\n", f"train {file} --dry-run"
+    if _command(text) == "compare":
+        schema, command = "", f"compare {file}"
     write_file(file, schema + text)
-    command = f"opsd compare {file}" if is_study(text) else f"opsd train {file} --dry-run"
-    print(f"Wrote {file}. Make it yours, then: {command}")
+    print(f"Wrote {file}. Make it yours, then: opsd {command}")
 
 
-def examples() -> list[Path]:
-    """The configs and studies that can be written."""
-    return sorted(EXAMPLES.rglob("*.yaml"))
+def _list(known: dict[str, Path], parsed: argparse.Namespace) -> None:
+    rows = []
+    for name, path in known.items():
+        text = path.read_text(encoding="utf-8")
+        comment = re.match(r"(?:#.*\n)*", text)[0]
+        words = re.sub(r"^# ?(opsd (compare|plan|train) .*)?", "", comment, flags=re.MULTILINE)
+        said = re.split(r"(?<=[a-z0-9)]{2}[.;])\s|: ", " ".join(words.split()))[0].rstrip(".;")
+        if (parsed.name or "") in name:
+            rows.append((name, f"opsd {_command(text)}", said))
+    Display().table("opsd init NAME writes one of", ["name", "for", "what it is"], rows)
 
 
-def is_study(text: str) -> bool:
-    """Whether an example is for `opsd compare`."""
-    return re.search(r"^quickstart:", text, re.MULTILINE) is not None
+def _command(text: str) -> str:
+    return "compare" if re.search(r"^quickstart:", text, re.MULTILINE) else "train"

@@ -23,20 +23,19 @@ INTERNAL = 70  # the exit code of our own faults: EX_SOFTWARE of sysexits.h
 
 # Command → its module, which has add_arguments(parser) and run(parsed) → exit code or None; help.
 COMMANDS = {
-    "quickstart": ("quickstart", "See a model learn from itself, on a CPU."),
-    "init": ("init", "Write a first config file."),
-    "examples": ("examples", "List the configs that `opsd init NAME` writes."),
-    "train": ("train", "Train by a config file."),
-    "eval": ("evaluate_arguments", "Measure a model on a benchmark."),
-    "chat": ("chat", "Talk to a model, beside its base."),
-    "plan": ("plan_arguments", "Plan memory, tokens and time, before any weight is loaded."),
-    "export": ("export", "Merge a run's adapters, or write its model as GGUF."),
-    "replay": ("replay", "Find what was not finite in a step that failed."),
-    "report": ("report", "Write report.html and curves.png of a run."),
-    "compare": ("compare", "Compare runs: methods by seeds, tokens to a target."),
-    "bench": ("bench", "Measure the kernels against their peers."),
-    "schema": ("schema", "Print the JSON schema of a config, for editors."),
-    "doctor": ("doctor", "Say what works on this machine and what does not."),
+    "quickstart": ("opsd.cli.quickstart", "See a model learn from itself, on a CPU."),
+    "init": ("opsd.cli.init", "Write a first config file."),
+    "examples": ("opsd.cli.init", "List the configs that `opsd init NAME` writes."),
+    "train": ("opsd.cli.train", "Train by a config file."),
+    "eval": ("opsd.cli.evaluate_arguments", "Measure a model on a benchmark."),
+    "chat": ("opsd.cli.chat", "Talk to a model, beside its base."),
+    "plan": ("opsd.cli.plan_arguments", "Plan memory, tokens and time, before weights are loaded."),
+    "export": ("opsd.cli.export", "Merge a run's adapters, or write its model as GGUF."),
+    "replay": ("opsd.cli.replay", "Find what was not finite in a step that failed."),
+    "report": ("opsd.cli.report", "Write report.html and curves.png of a run."),
+    "compare": ("opsd.cli.compare", "Compare runs: methods by seeds, tokens to a target."),
+    "bench": ("opsd_kernels.benchmarks.__main__", "Measure the kernels against their peers."),
+    "doctor": ("opsd.cli.doctor", "Say what works on this machine and what does not."),
 }
 
 
@@ -138,7 +137,7 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if only in (None, name):
-            command = import_module(f"opsd.cli.{module}")
+            command = import_module(module)
             command.add_arguments(sub)
             sub.usage = usage(sub)
             sub.set_defaults(run=command.run, options=sorted(sub._option_string_actions))

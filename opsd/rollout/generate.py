@@ -4,31 +4,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from opsd.models.copies import update_copy
 from opsd.models.generation_config import generating_by
 from opsd.rollout.base import Rollout, Sampling, cut
 from opsd.rollout.logits_sampling import Draw, Within
-
-
-class Counted(LogitsProcessor):
-    """Tells `progress` of each token of each sequence of a batch, and changes nothing. Sequences
-    that have ended count on until the whole batch has."""
-
-    def __init__(self, sequences: int, progress: Callable[[int, int], None] | None):
-        self.sequences, self.progress, self.tokens = sequences, progress, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.tokens += self.sequences
-        if self.progress:
-            self.progress(0, self.sequences)
-        return scores
 
 
 class GenerateSampler:
@@ -62,17 +43,18 @@ class GenerateSampler:
         rollouts: list[Rollout | None] = [None] * len(contexts)
         for start in range(0, len(order), sampling.batch_size):
             chosen = order[start : start + sampling.batch_size]
-            counted = Counted(len(chosen), progress)
-            batch = self._batch([contexts[i] for i in chosen], sampling, counted)
+            batch = self._batch([contexts[i] for i in chosen], sampling, progress)
             for i, rollout in zip(chosen, batch, strict=True):
                 rollouts[i] = rollout
             if progress:
-                tokens = sum(len(rollout.ids) for rollout in batch)
-                progress(len(chosen), tokens - counted.tokens)
+                progress(len(chosen), 0)
         return rollouts
 
     def _batch(
-        self, contexts: list[Sequence[int]], sampling: Sampling, counted: "Counted"
+        self,
+        contexts: list[Sequence[int]],
+        sampling: Sampling,
+        progress: Callable[[int, int], None] | None,
     ) -> list[Rollout]:
         width = max(map(len, contexts))
         device = self.model.device
@@ -81,7 +63,16 @@ class GenerateSampler:
         for row, context in enumerate(contexts):
             ids[row, width - len(context) :] = torch.tensor(context)
             mask[row, width - len(context) :] = 1
-        draw = LogitsProcessorList([counted])
+        counted = 0
+
+        def count(ids: Tensor, scores: Tensor) -> Tensor:  # once a token; changes nothing
+            nonlocal counted
+            counted += len(contexts)
+            if progress:
+                progress(0, len(contexts))
+            return scores
+
+        draw = LogitsProcessorList([count])
         if self.vocabulary is not None:
             draw.append(Within(self.vocabulary))
         if sampling.temperature:
@@ -104,4 +95,7 @@ class GenerateSampler:
                 synced_gpus=False,  # the weights are whole here, however the trained ones are split
             )
         self.model.train(was_training)
-        return [cut(row, self.stops) for row in output[:, width:].tolist()]
+        rollouts = [cut(row, self.stops) for row in output[:, width:].tolist()]
+        if progress:  # those that had ended were counted on
+            progress(0, sum(len(rollout.ids) for rollout in rollouts) - counted)
+        return rollouts

@@ -74,7 +74,7 @@ from opsd.training.learning_curve import LearningCurve
 from opsd.training.load_data import fitting_data, load_data, sources
 from opsd.training.preflight import begin, try_saving
 from opsd.training.publish import publish, write_summary
-from opsd.training.reporters import Reporters
+from opsd.training.reporters import Reports
 from opsd.training.rescue import keep_elsewhere
 from opsd.training.trainer import TrainingLoop
 
@@ -241,7 +241,7 @@ class Run:
 
     def train(self) -> dict:
         """Returns the run's summary, which is also written to summary.json."""
-        self.reporters = Reporters(self.config.output, held=True)
+        self.reports = Reports(self.config.output, held=True)
         begun = time.monotonic()
         self.prepare(saves=True)
         self._open_log()
@@ -257,7 +257,7 @@ class Run:
             self.processes.once(lambda: self._save(self.directory))
         if curve is not None and not self.processes.once(lambda: self.log.is_evaluated(step)):
             self._evaluate_last(curve, step)
-        self.reporters.close()
+        self.reports.close()
         seconds = time.monotonic() - begun
         return self.processes.once(lambda: write_summary(self.config, self.log, seconds, step))
 
@@ -407,7 +407,7 @@ class Run:
             self.log,
             self.display,
             self._keep_if_best,
-            self.reporters.evaluation,
+            self.reports.evaluation,
         )
 
     def _train(self, curve: LearningCurve | None) -> int:
@@ -439,7 +439,7 @@ class Run:
                 processes=self.processes,
                 reward_function=self._reward_function(),
                 callbacks=self.callbacks,
-                reporters=self.reporters,
+                reports=self.reports,
             )
             self.state = loop.state
             loop.timer.listener = lambda name: stage.phase(DOING.get(name, name))

@@ -53,7 +53,7 @@ from opsd.training.checkpoints import (
 from opsd.training.collect_rollouts import RolloutCollector
 from opsd.training.failed_steps import IN_A_ROW, failed_step, save_failed_step
 from opsd.training.optimizer import make_optimizer, make_schedule, training_arguments
-from opsd.training.reporters import Reporters
+from opsd.training.reporters import Reports
 from opsd.training.rescue import keep_elsewhere
 from opsd.training.sample_records import rollout_records
 from opsd.training.step import GradientAccumulator, OPSDStep, token_ratio
@@ -83,7 +83,7 @@ class TrainingLoop:
         teacher_sampler: samples from the teacher, for rollout.source teacher.
         processes: those that train together; none: this one alone.
         reward_function: grades rollouts, where the method or the log needs it.
-        callbacks: transformers' TrainerCallbacks. reporters: none: those of output.report_to.
+        callbacks: transformers' TrainerCallbacks. reports: whose loggers may outlive training.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class TrainingLoop:
         processes: Processes | None = None,
         reward_function: RewardFunction | None = None,
         callbacks: Sequence[TrainerCallback] = (),
-        reporters: Reporters | None = None,
+        reports: Reports | None = None,
     ):
         self.config, self.model, self.rows, self.objective = config, model, rows, objective
         self._base = some_weights(model)
@@ -172,7 +172,8 @@ class TrainingLoop:
             is_world_process_zero=self.processes.first,
         )
         self.control = TrainerControl()
-        called = [DefaultFlowCallback, reporters or Reporters(config.output), *callbacks]
+        self.reports = reports or Reports(config.output)
+        called = [DefaultFlowCallback, *self.reports.loggers, self.reports, *callbacks]
         self.callback_handler = CallbackHandler(called, model, self.processing_class, None, None)
         set_seed(config.train.seed)
         self._call("on_init_end")
@@ -209,11 +210,12 @@ class TrainingLoop:
             raise self._kept_elsewhere(error) from error
         except ServerError as error:
             raise self._without_server(error) from error
+        self.reports.hold(self.callback_handler)
         self._call("on_train_end")
         if self.config.train.sharding in deepspeed.STAGES:
             deepspeed.close(self.wrapped)
-        step, mean = self.state.global_step, losses / max(self.state.global_step - first, 1)
-        return TrainOutput(step, mean, {"train_runtime": time.monotonic() - begun})
+        step, took = self.state.global_step, {"train_runtime": time.monotonic() - begun}
+        return TrainOutput(step, losses / max(step - first, 1), took)
 
     def _step(self) -> float:
         """Rows → rollouts → samples → gradient → optimizer → log; returns the loss."""

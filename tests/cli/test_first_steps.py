@@ -1,4 +1,4 @@
-"""What a newcomer types first: init, examples, schema, chat, eval of a run, bench."""
+"""What a newcomer types first: init, examples, chat, eval of a run, bench."""
 
 import io
 import json
@@ -13,6 +13,7 @@ import pytest
 import yaml
 from helpers.training_cases import short_values
 
+from opsd.cli.init import SCHEMA
 from opsd.cli.main import main
 from opsd.common import display as displays
 from opsd.common.display import Display
@@ -92,7 +93,7 @@ def test_a_run_is_evaluated_by_its_directory(run, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("solution", [False, True])
 def test_chat_answers_each_line_of_both_models(run, solution, monkeypatch, capsys):
     directory, _ = run
-    typed = "1+1\nS\n/new\n2+2\nT\n" if solution else "1+1\n2+2\n/new\n\n3+3\n"
+    typed = "1+1\nS\n2+2\nT\n" if solution else "1+1\n2+2\n\n3+3\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     asked = ["chat", str(directory), "--base", "--max-new-tokens", "4"]
     assert main([*asked, *(["--with-solution"] if solution else [])]) == 0
@@ -100,21 +101,20 @@ def test_chat_answers_each_line_of_both_models(run, solution, monkeypatch, capsy
     assert shown.count("\nmodel: ") == shown.count("\nbase: ") == (2 if solution else 3)
 
 
-def test_chat_shows_the_solution_to_the_model(run, capsys):
-    from opsd.cli.talk import Talker
-    from opsd.rollout import Sampling
+def test_chat_shows_the_solution_to_the_model(run, monkeypatch, capsys):
+    from opsd.cli.chat import talker
+    from opsd.data.prompts import Prompts
 
     directory, _ = run
     config = load_config(directory / "config.yaml")
-    talker = Talker(str(directory / "model"), config.prompts, Sampling(3, 0.0))
-    seen = []
-    talker.prompts.ids, ids = (
-        lambda row, role: seen.append((role, row)) or ids(row, role),
-        talker.prompts.ids,
+    seen, ids = [], Prompts.ids
+    monkeypatch.setattr(
+        Prompts, "ids", lambda self, row, role: seen.append((role, row)) or ids(self, row, role)
     )
-    talker.answer("1+1", "2")
-    talker.answer("2+2")
-    talker.answer("3+3")
+    answer = talker(str(directory / "model"), config.prompts, 3, 0.0)
+    answer("1+1", "2")
+    answer("2+2", "")
+    answer("3+3", "")
     (teacher, shown), (student, first), (_, second) = seen
     assert (teacher, student) == ("teacher", "student")
     assert shown.solution == "2" and first.solution == "" and first.history == ()
@@ -139,9 +139,8 @@ def test_every_example_can_be_written(tmp_path, monkeypatch, capsys):
     assert main(["init"]) == 1  # nothing is written over
 
 
-def test_the_schema_knows_the_examples(capsys):
-    assert main(["schema"]) == 0
-    schema = json.loads(capsys.readouterr().out)
+def test_the_schema_knows_the_examples():
+    schema = json.loads(SCHEMA.read_text())
     assert set(schema["properties"]) > {"model", "data", "train"}
     for path in sorted((ROOT / "examples").glob("*.yaml")):
         values = yaml.safe_load(path.read_text())

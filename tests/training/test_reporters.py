@@ -1,11 +1,12 @@
 """A table of completions reaches each logger by the call that its library has for one."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 
 from opsd.config.sections import OutputSection
-from opsd.training.reporters import COLUMNS, Reporters, _table
+from opsd.training.reporters import COLUMNS, Reports, log_table
 
 ROWS = [(3, "1|1", "2", "it\nis 2", True), (3, "2+2", "4", "5", False)]
 
@@ -26,7 +27,7 @@ class Calls:
 
 def test_wandb_gets_a_table_at_its_step():
     calls = Calls()
-    _table("wandb", SimpleNamespace(_wandb=calls), ROWS, 3)
+    log_table(SimpleNamespace(_wandb=calls), ROWS, 3)
     (_, _, table), (_, (logged,), _) = calls.made
     assert table == {"columns": list(COLUMNS), "data": [list(row) for row in ROWS]}
     assert logged["train/global_step"] == 3 and logged["completions"][0] == "Table"
@@ -34,18 +35,18 @@ def test_wandb_gets_a_table_at_its_step():
 
 def test_mlflow_and_comet_get_rows():
     calls = Calls()
-    _table("mlflow", SimpleNamespace(_ml_flow=calls), ROWS, 3)
+    log_table(SimpleNamespace(_ml_flow=calls), ROWS, 3)
     (name, (columns,), more), *_ = calls.made
     assert name == "log_table" and more == {"artifact_file": "completions.json"}
     assert columns["completion"] == ["it\nis 2", "5"]
     calls = Calls()
-    _table("comet_ml", SimpleNamespace(_experiment=calls), ROWS, 3)
+    log_table(SimpleNamespace(_experiment=calls), ROWS, 3)
     assert calls.made == [("log_table", ("completions-3.csv", ROWS), {"headers": list(COLUMNS)})]
 
 
 def test_tensorboard_gets_markdown_whose_cells_hold():
     calls = Calls()
-    _table("tensorboard", SimpleNamespace(tb_writer=calls), ROWS, 3)
+    log_table(SimpleNamespace(tb_writer=calls), ROWS, 3)
     (_, (name, text, step), _) = calls.made[0]
     assert (name, step) == ("completions", 3)
     assert "| 3 | 1\\|1 | 2 | it<br>is 2 | True |" in text.splitlines()
@@ -61,15 +62,13 @@ def test_none_is_none():
 
 
 def test_project_and_tags_are_told_and_the_environment_wins(monkeypatch):
-    monkeypatch.setattr(
-        "opsd.training.reporters.get_reporting_integration_callbacks", lambda names: [Calls]
-    )
     for name in ("WANDB_TAGS", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TAGS", "COMET_PROJECT_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    Reporters(OutputSection(report_to="wandb", project="sums", tags=["a", "b"]))
-    import os
-
+    monkeypatch.setattr(
+        "opsd.training.reporters.get_reporting_integration_callbacks", lambda names: [Calls]
+    )
+    Reports(OutputSection(report_to="wandb", project="sums", tags=["a", "b"]))
     assert os.environ["WANDB_PROJECT"] == "mine" and os.environ["WANDB_TAGS"] == "a,b"
     assert os.environ["MLFLOW_EXPERIMENT_NAME"] == "sums"
     assert os.environ["MLFLOW_TAGS"] == '{"a": "true", "b": "true"}'
