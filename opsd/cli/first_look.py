@@ -3,6 +3,7 @@
 Nothing here needs torch, which takes ten seconds to import on a slow machine.
 """
 
+import os
 from pathlib import Path
 
 from opsd.common.display import Display
@@ -38,7 +39,7 @@ def check_inputs(config: Config) -> None:
 
 def check_model(name: str, field: str) -> None:
     """Raises UserError for a local path that is no model."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         known = any((path / file).is_file() for file in MODELS) or any(path.glob("*.gguf"))
         for inside in (path / "model", path / "best" / "model"):

@@ -21,7 +21,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
     """`; did you mean 'rows.jsonl'?` for a path that is not there, by what is beside it."""
-    path = Path(path).expanduser()
+    path = Path(path)
     try:
         there = [one.name for one in path.parent.iterdir() if one.name.endswith(suffixes)]
     except OSError:

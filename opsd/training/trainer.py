@@ -77,8 +77,7 @@ class TrainingLoop:
         rows: the training rows; each step draws `train.problems_per_step` of them.
         sampler: samples rollouts, from the model's current weights, which it is shown before.
         evaluate: measures the model after a step; called each `eval.every` steps.
-        on_step: called with a step's metrics line, for the display.
-        note: called with a line for the terminal, once.
+        on_step, note: called with each step's metrics line; with a line for the terminal.
         average: an `ema` teacher, which follows the model after each optimizer step.
         teacher_sampler: samples from the teacher, for rollout.source teacher.
         processes: those that train together; none: this one alone.
@@ -110,8 +109,7 @@ class TrainingLoop:
         self.processing_class = prompts.tokenizer
         note = note or (lambda text: None)
         self.processes = processes or Processes()
-        self.average, self.run_log, self._note = average, log, note
-        self._evaluate_model = evaluate
+        self.average, self.run_log, self._note, self._evaluate_model = average, log, note, evaluate
         if teacher_sampler is not None:
             teacher_sampler = DistributedSampler(teacher_sampler, self.processes)
         self.collector = RolloutCollector(

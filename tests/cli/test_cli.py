@@ -285,10 +285,10 @@ def test_train_help_documents_every_field(capsys):
         (["trian", "c.yaml"], "did you mean 'train'?"),
         (["evel", "model"], "did you mean 'eval'?"),
         (["quickstrat", "--tiny"], "did you mean 'quickstart'?"),
-        (["train", "c.yaml", "--learning_rate", "1e-5"], "set as in train.learning_rate=…"),
-        (["train", "c.yaml", "--learning-rate=1e-5"], "set as in train.learning_rate=…"),
-        (["train", "c.yaml", "--num_generations", "8"], "set as in rollout.group_size=…"),
-        (["train", "c.yaml", "--output_dir", "runs/x"], "set as in output.dir=…"),
+        (["train", "c.yaml", "--learning_rate", "1e-5"], "set as in train.learning_rate=1e-5"),
+        (["train", "c.yaml", "--learning-rate=1e-5"], "set as in train.learning_rate=1e-5"),
+        (["train", "c.yaml", "--num_generations", "8"], "set as in rollout.group_size=8"),
+        (["train", "c.yaml", "--output_dir", "runs/x"], "set as in output.dir=runs/x"),
     ],
 )
 def test_a_slip_on_the_command_line_is_told_what_was_meant(arguments, said, capsys):
