@@ -41,11 +41,12 @@ def unknown_option(rest: Sequence[str], own: Iterable[str], has_fields: bool) ->
     if name in plain:
         return f"; did you mean `{plain[name]}`?"
     if has_fields:
-        from opsd.config.explain import here, is_field
+        from opsd.config.config import Config
+        from opsd.config.explain import fields_of, here
 
-        if is_field(name):
+        if name in fields_of(Config):
             return f"; a field of the config is set as in {name}={value}"
-        if name not in MEANT["options"] and (found := here(name)):
+        if name not in MEANT["options"] and (found := here(name, Config)):
             return f"; a field of the config is set as in {_set(found, value)}"
     if said := MEANT["options"].get(name):
         return f"; did you mean `{said}`?" if said.startswith("--") else f"; {said}"
@@ -55,8 +56,10 @@ def unknown_option(rest: Sequence[str], own: Iterable[str], has_fields: bool) ->
 
 def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
     """Raises UserError for a word that sets no field: `tiny`, `train.steps 5`, a second file."""
-    from opsd.config.explain import here, is_field
+    from opsd.config.config import Config
+    from opsd.config.explain import fields_of, here
 
+    known = {*fields_of(Config)}
     for word, following in zip(words, [*words, ""][1:], strict=True):
         if "=" in word:
             continue
@@ -65,8 +68,8 @@ def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
             hint = f"; did you mean `--{word}`?"
         elif re.search(r"\.ya?ml$", word):
             hint = "; one config at a time (`opsd compare` takes several)"
-        elif following and (is_field(word) or here(word)):
-            hint = f"; did you mean {_set(word if is_field(word) else here(word), following)}?"
+        elif following and (field := word if word in known else here(word, Config)):
+            hint = f"; did you mean {_set(field, following)}?"
         raise UserError(f"override is {word!r}: it must look like train.learning_rate=1e-5{hint}")
 
 

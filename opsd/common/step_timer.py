@@ -19,6 +19,9 @@ import torch
 
 from opsd.common.system import restart_peak
 
+DOING = {"rollout": "sampling", "teacher": "scoring", "student": "forward", "optimizer": "update"}
+"""A phase → what its listener is told, where that has another name."""
+
 INTERVAL = 0.02  # seconds between two looks at a CPU's memory
 
 
@@ -42,7 +45,7 @@ class StepTimer:
         elif self.watch:
             self.watch.restart()
         self._open = name, self._now()
-        self.listener(name)
+        self.listener(DOING.get(name, name))
 
     def end(self) -> None:
         """End the phase in progress, if there is one."""

@@ -14,7 +14,6 @@ from opsd.common.errors import problem_said
 from opsd.common.files import read_toml
 from opsd.common.near import did_you_mean, nearest
 from opsd.config.base import Section
-from opsd.config.config import Config
 
 SHOWN_PROBLEMS = 10  # of one config
 ELSEWHERE: dict[str, str] = read_toml(__file__, "elsewhere")
@@ -45,36 +44,33 @@ def explain(problem: Any, model: type[Section]) -> str:
         example = {"model": "model.path=Qwen/Qwen3-1.7B", "data": "data.source=rows.jsonl"}
         example |= {"model.path": example["model"], "data.source": example["data"]}
         name = ".".join(location)
-        given = example.get(name) if model is Config else None
+        given = example.get(name) if "rollout" in model.model_fields else None
         return f"{name} is missing" + (f": say {given}" if given else "")
-    return problem_said(problem) + _meant(".".join(location), problem)
+    return problem_said(problem) + _meant(".".join(location), problem, model)
 
 
-def places(name: str) -> list[str]:
-    """Where the config has a field of this name: `steps` → ["train.steps"]."""
-    return [field for field in _fields(Config) if field.rpartition(".")[2] == name]
+def places(name: str, model: type[Section]) -> list[str]:
+    """Where the config has a field of this name, the deepest left out: ["train.steps"]."""
+    found = [field for field in fields_of(model) if field.rpartition(".")[2] == name]
+    least = min((field.count(".") for field in found), default=0)
+    return [field for field in found if field.count(".") == least]
 
 
-def is_field(name: str) -> bool:
-    """Whether `train.steps` is a field's whole name."""
-    return name in _fields(Config)
-
-
-def here(name: str) -> str:
+def here(name: str, model: type[Section]) -> str:
     """Our name for a field that is `name` elsewhere, or in another section; "" if there is none."""
     leaf = re.sub(r"\W+", "_", name.rpartition(".")[2])
-    return ELSEWHERE.get(name) or ELSEWHERE.get(leaf) or " or ".join(places(leaf))
+    return ELSEWHERE.get(name) or ELSEWHERE.get(leaf) or " or ".join(places(leaf, model))
 
 
 def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
     known = _known(location[:-1], model)
     near = nearest(location[-1], known, cutoff=0.8)
-    if model is Config and (location[-1] in ELSEWHERE or not near):
+    if "rollout" in model.model_fields and (location[-1] in ELSEWHERE or not near):
         full = list(location)
         while isinstance(value, dict) and value:  # such as verl's actor.optim.lr
             key, value = next(iter(value.items()))
             full.append(str(key))
-        if found := here(name := ".".join(full)):
+        if found := here(name := ".".join(full), model):
             return f"unknown key {name!r}: here it is {found}"
     near = near or nearest(location[-1], known)
     hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
@@ -82,11 +78,11 @@ def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
     return f"unknown key {location[-1]!r} {where}; {hint}"
 
 
-def _meant(name: str, problem: Any) -> str:
+def _meant(name: str, problem: Any, model: type[Section]) -> str:
     """What was meant by a value of the field `name`, as the end of a sentence."""
     kind, value = problem["type"], problem["input"]
     if kind in ("model_type", "model_attributes_type"):
-        inside = next((field for field in _fields(Config) if field.startswith(f"{name}.")), None)
+        inside = next((field for field in fields_of(model) if field.startswith(f"{name}.")), None)
         return f"; it is a section, as in {inside}={value}" if inside else ""
     if kind == "dict_type" and name.endswith("columns"):
         return f"; write {name}={{problem: question}}, our column and theirs"
@@ -108,11 +104,12 @@ def _meant(name: str, problem: Any) -> str:
     return ""
 
 
-def _fields(model: type[Section], prefix: str = "") -> Iterator[str]:
+def fields_of(model: type[Section], prefix: str = "") -> Iterator[str]:
+    """The whole names of all fields, such as train.steps."""
     for name, field in model.model_fields.items():
         inside = section_of(field.annotation)
         if inside and not str(field.annotation).startswith("str"):  # data.source may hold sources
-            yield from _fields(inside, f"{prefix}{name}.")
+            yield from fields_of(inside, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 

@@ -103,7 +103,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     keys = name.split(".")
     if not equals or not all(keys):
-        found = here(name) if name else ""
+        found = here(name, Config) if name else ""
         hint = f", as in {found}=…" if found else ""
         raise UserError(
             f"override is {override!r}: it must look like train.learning_rate=1e-5{hint}"

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsd.common.errors import UserError, in_short
 from opsd.config.loss import LossSection, RewardSection
+from opsd.config.requirements import is_graded
 from opsd.data.rows import Row
 from opsd.data.thoughts import final_part
 from opsd.grading.completions import completions
@@ -30,6 +31,7 @@ from opsd.grading.grader import Grader
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from opsd.config.config import Config
     from opsd.rollout import Rollout
 
 
@@ -82,6 +84,22 @@ class RewardFunction:
             reward += self.section.format_weight
         correct = score >= self.section.success_threshold
         return GradedRollout(text, rollout.finished, reward, correct, feedback, formatted)
+
+
+def reward_function(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    verifier: Verifier | None,
+    grader: Grader,
+    in_thought: bool,
+) -> RewardFunction | None:
+    """Grades a run's rollouts by `verifier`, or else by the config's; None if neither the method
+    nor the log needs grades."""
+    if not is_graded(config):
+        return None
+    section, longest = config.loss.reward, config.rollout.max_new_tokens
+    verifier = verifier or make_verifier(section, grader)
+    return RewardFunction(section, tokenizer, verifier, longest, in_thought)
 
 
 def overlong(length: int, longest: int, buffer: int | None) -> float:

@@ -31,7 +31,7 @@ from opsd.distributed.deepspeed import STAGES
 from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
 from opsd.distributed.wrap import gathered_weights
 from opsd.grading.grader import Grader
-from opsd.grading.rewards import RewardFunction, Verifier, check_code, make_verifier
+from opsd.grading.rewards import Verifier, check_code, reward_function
 from opsd.models.copies import copy_model
 from opsd.models.dropout import switch_off_dropout
 from opsd.models.generation_config import left_out
@@ -77,9 +77,6 @@ from opsd.training.publish import publish, write_summary
 from opsd.training.reporters import Reports
 from opsd.training.rescue import keep_elsewhere
 from opsd.training.trainer import TrainingLoop
-
-DOING = {"rollout": "sampling", "teacher": "scoring", "student": "forward", "optimizer": "update"}
-"""A step's phase → what the display calls it, where it has another name."""
 
 
 def train(
@@ -437,12 +434,18 @@ class Run:
                 average=self.average,
                 teacher_sampler=GenerateSampler(self.teacher, self.stops, len(head(self.model)[0])),
                 processes=self.processes,
-                reward_function=self._reward_function(),
+                reward_function=reward_function(
+                    config,
+                    self.tokenizer,
+                    self.verifier,
+                    self.grader,
+                    self.prompts.chats["student"].opens_thought,
+                ),
                 callbacks=self.callbacks,
                 reports=self.reports,
             )
             self.state = loop.state
-            loop.timer.listener = lambda name: stage.phase(DOING.get(name, name))
+            loop.timer.listener = stage.phase
             loop.collector.progress = lambda _, tokens: stage.tokens(tokens)
             self.output = loop.train(resume_from_checkpoint=self.checkpoint)
         self.weights = self._split_weights() if self.save else None
@@ -465,19 +468,6 @@ class Run:
         if best is None or accuracy > best[1]:
             self.weights, place = self._split_weights(), "" if keep == "best" else "best"
             self.processes.once(lambda: self._save(self.directory / place))
-
-    def _reward_function(self) -> RewardFunction | None:
-        """Grades rollouts; None if neither the method nor the log needs grades."""
-        section = self.config.loss.reward
-        if not is_graded(self.config):
-            return None
-        return RewardFunction(
-            section,
-            self.tokenizer,
-            self.verifier or make_verifier(section, self.grader),
-            self.config.rollout.max_new_tokens,
-            self.prompts.chats["student"].opens_thought,
-        )
 
     def write_model(self, directory: Path, name: str = "model") -> None:
         """Write the model to `directory`/`name`, as the config's `output` has it."""
