@@ -134,7 +134,7 @@ def _show_examples(row: Row, prompts: Prompts, config: Config, display: Display)
         f"{prompts.tokenizer.decode(ids)}\n"
         for role, ids in contexts.items()
     )
-    display.page("\n".join(texts))
+    display.note("\n".join(texts))
 
 
 def _show_answers(rows: Sequence[Row], config: Config, display: Display) -> None:

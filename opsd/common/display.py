@@ -8,8 +8,6 @@ thirty, whatever the work is busy with.
 
 # ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
 
-import pydoc
-import shutil
 import sys
 import threading
 import time
@@ -166,15 +164,6 @@ class Display:
     def note(self, text: str) -> None:
         """One line (or several) that stays."""
         self._line(self._indent() + text, keep="\n")
-
-    def page(self, text: str) -> None:
-        """A long text; on a terminal that is too small for it, by the reader's pager."""
-        text = shown(text, keep="\n")
-        lines = sum(1 + len(line) // 80 for line in text.splitlines())
-        if self._console and sys.stdin.isatty() and lines >= shutil.get_terminal_size().lines:
-            pydoc.pager(text)
-        else:
-            self._line(text, keep="\n")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table that stays; columns of numbers are aligned to the right."""

@@ -410,6 +410,7 @@ class Run:
     def _train(self, curve: LearningCurve | None) -> int:
         """The loop. Returns the last step."""
         config, sampling = self.config, Sampling.of(self.config.rollout)
+        opens_thought = self.prompts.chats["student"].opens_thought
         title = f"Train by {config.method.upper()}"
         with self.display.stage(title, total=config.train.steps) as stage:
 
@@ -435,11 +436,7 @@ class Run:
                 teacher_sampler=GenerateSampler(self.teacher, self.stops, len(head(self.model)[0])),
                 processes=self.processes,
                 reward_function=reward_function(
-                    config,
-                    self.tokenizer,
-                    self.verifier,
-                    self.grader,
-                    self.prompts.chats["student"].opens_thought,
+                    config, self.tokenizer, self.verifier, self.grader, opens_thought
                 ),
                 callbacks=self.callbacks,
                 reports=self.reports,
