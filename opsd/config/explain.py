@@ -72,6 +72,8 @@ def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
             full.append(str(key))
         if found := here(name := ".".join(full), model):
             return f"unknown key {name!r}: here it is {found}"
+    elif (found := ELSEWHERE.get(location[-1], "")) in known:  # a study's
+        return f"unknown key {location[-1]!r}: here it is {found}"
     near = near or nearest(location[-1], known)
     hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
     where = f"in section {'.'.join(location[:-1])!r}" if len(location) > 1 else "at the top"

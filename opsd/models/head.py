@@ -1,4 +1,5 @@
-"""A model's language-model head: its weight, bias, scale and soft cap; and a mixture's.
+"""A model's decoder, what its attention is like, and its language-model head: weight, bias, scale
+and soft cap; and a mixture's.
 
 A geometric mixture of models (`teacher.mix`) predicts p ∝ Π_i p_i^c_i. Logits are linear in hidden
 states, so that its logits are Σ c_i (W_i h_i + b_i): those of one state Σ c_i h_i under a head that
@@ -8,11 +9,11 @@ it.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 
 def head_arguments(model: PreTrainedModel) -> dict[str, Any]:
@@ -102,3 +103,44 @@ def _sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     total = sum(c * x.to(wide) for x, c in zip(tensors, coefficients, strict=True))
     return total.to(tensors[0].dtype)
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head, adapters included.
+
+    transformers' get_decoder (5.24) answers with the whole model for Llama 4 and with a layer of
+    the head for ModernBERT's decoder.
+    """
+    found: nn.Module = model.get_decoder()
+    if isinstance(found, PreTrainedModel) and found.get_output_embeddings() is None:
+        return found
+    whole = getattr(model, "get_base_model", lambda: model)()  # peft's wrapper has one
+    return cast(PreTrainedModel, whole.model)
+
+
+def attention_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
+    """(heads, key heads, width of a head) of each layer; Gemma 4's layers differ."""
+    text = config.get_text_config()
+    layers = [text] * text.num_hidden_layers
+    if getattr(text, "is_heterogeneous", False):
+        layers = list(text.per_layer_config)
+    return [
+        (
+            layer.num_attention_heads,
+            getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
+            getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
+        )
+        for layer in layers
+    ]
+
+
+def best_attention(config: PreTrainedConfig) -> str:
+    """transformers' attention for a model of this architecture: sdpa, or eager where the model has
+    no other that runs anywhere, as gpt-oss. On a GPU torch's sdpa runs flash attention itself.
+    """
+    try:
+        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:  # a repository's own class
+        return "sdpa"
+    kind = found[0] if isinstance(found, tuple | list) else found
+    return "sdpa" if kind._supports_sdpa else "eager"

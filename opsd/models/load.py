@@ -24,8 +24,8 @@ from opsd.config.sections import ModelSection
 from opsd.data.chat import ChatTemplate
 from opsd.models.adapter_files import TOKENIZER, ModelFiles, model_files
 from opsd.models.copies import contiguous_head
-from opsd.models.decoder import best_attention
 from opsd.models.generation_config import keep_stop_tokens
+from opsd.models.head import best_attention
 from opsd.models.lora import four_bits, is_adapted
 from opsd.models.merge import merge_adapter
 from opsd.models.multimodal import freeze_others

@@ -7,7 +7,7 @@ Small 3). Training runs the decoder and the head; the other parts do not change 
 from torch import nn
 from transformers import PreTrainedModel
 
-from opsd.models.decoder import decoder_of
+from opsd.models.head import decoder_of
 
 
 def freeze_others(model: PreTrainedModel) -> None:

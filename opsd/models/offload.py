@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError
-from opsd.models.decoder import decoder_of
+from opsd.models.head import decoder_of
 
 CPUTensor = tuple[dict, str, Tensor]
 """A module's dictionary of tensors, a name in it, and that tensor in the CPU's memory."""

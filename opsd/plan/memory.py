@@ -18,7 +18,7 @@ from opsd.config.names import DIVERGENCE_METHODS
 from opsd.config.requirements import scores_by_teacher
 from opsd.config.sections import ALL_LINEAR, LoraSection, ModelSection, TeacherSection
 from opsd.distributed.processes import SPLIT_WEIGHTS
-from opsd.models.decoder import decoder_of
+from opsd.models.head import decoder_of
 from opsd.models.lora import check_targets, is_linear
 from opsd.models.multimodal import other_linear_layers
 from opsd.models.teacher import Member, teacher_section

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from opsd.config.config import Config
 from opsd.config.sections import RolloutSection
-from opsd.models.decoder import attention_shapes
+from opsd.models.head import attention_shapes
 from opsd.plan.gpus import GPU
 from opsd.plan.memory import Planner
 from opsd.plan.workload import Lengths, Tokens

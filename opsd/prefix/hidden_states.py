@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
-from opsd.models.decoder import decoder_of
+from opsd.models.head import decoder_of
 from opsd.prefix.layout import CheckedGroup, Group, Layout, checked_groups
 from opsd.prefix.packed_forward import (
     Capture,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from opsd.common.errors import UserError, in_short
-from opsd.models.decoder import decoder_of
+from opsd.models.head import decoder_of
 from opsd.prefix.attention import Inputs, by_tiles, kernel_names, packed_attention
 from opsd.prefix.layout import Layout, Scores
 

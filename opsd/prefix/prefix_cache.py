@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opsd.models.decoder import attention_shapes, decoder_of
+from opsd.models.head import attention_shapes, decoder_of
 from opsd.prefix.layout import CheckedGroup, Group, Ids, Layout
 from opsd.prefix.packed_forward import Capture, KeysAndValues, adapter_state, packed_forward
 

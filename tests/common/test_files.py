@@ -193,7 +193,7 @@ ALLOWED = {
     ("quickstart/tiny_model.py", "save_pretrained"): "into a new directory",
     ("rollout/vllm_server.py", "save_file"): "into a directory made for this set of weights",
     ("report/curves_png.py", "savefig"): "into the file that write_file has opened",
-    ("common/worker_process.py", "fdopen"): "the pipe to the parent",
+    ("cli/export.py", "rename"): "what is whole, from a new directory beside it",
     ("common/worker_process.py", "os.open"): "/dev/null",
 }
 

@@ -327,6 +327,8 @@ def test_shares_are_fair_and_keep_contexts_together():
 @pytest.mark.parametrize("sharding", ["fsdp2", "zero1"])
 def test_sharding_needs_several_processes(sharding, tmp_path, capsys):
     write_rows(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     values = short_values(tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run")
     config = parse_config(merge(values, {"train": {"sharding": sharding}}))
     save_config(config, tmp_path / "config.yaml")

@@ -107,8 +107,12 @@ def test_a_verifier_that_fails_is_named_with_its_problem(body, wanted, tmp_path)
         ("maths", None, "may be 'math' or FILE.py:FUNCTION"),
         ("{dir}/none.py:grade", None, "there is no file"),
         ("{dir}/mine.py:score", "def grade(c, r): return 1", "has no function 'score'"),
-        ("{dir}/mine.py:grade", "import nowhere", "fails with ModuleNotFoundError"),
-        ("{dir}/mine.py:grade", "def (", "fails with SyntaxError"),
+        (
+            "{dir}/mine.py:grade",
+            "import nowhere\ndef grade(c, r): ...",
+            "with ModuleNotFoundError",
+        ),
+        ("{dir}/mine.py:grade", "def (", "is not Python (SyntaxError"),
     ],
 )
 def test_a_verifier_that_cannot_be_loaded_is_refused_before_the_weights(

@@ -48,8 +48,9 @@ def test_a_router_s_logits_are_asked_of_no_single_token(tmp_path):
 def test_a_model_without_sdpa_is_told_of_eager(tmp_path):
     section = section_of(Gemma2ForCausalLM, Gemma2Config, tmp_path, head_dim=8)
     with pytest.raises(UserError, match=r"set model\.attention to 'eager' for it"):
-        load_model(section)
-    load_model(section.model_copy(update={"attention": "eager"}))
+        load_model(section.model_copy(update={"attention": "sdpa"}))
+    model, _ = load_model(section)  # auto
+    assert model.config._attn_implementation == "eager"
 
 
 def edited(path, **values):

@@ -11,7 +11,7 @@ import torch
 import yaml
 from helpers.prefix_cases import flash_attn_operators, install_flash_attn, register_torch_flash
 from helpers.prefix_models import MODELS, assert_same, make, make_groups
-from helpers.training_cases import short_values
+from helpers.training_cases import short_values, write_rows
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -231,7 +231,10 @@ def test_a_model_is_tried_for_where_it_will_run(gpu, monkeypatch):
 def test_a_run_refuses_a_kernel_before_it_does_anything(tmp_path, capsys):
     if torch.cuda.is_available():
         return
-    values = short_values(tmp_path / "no model", tmp_path / "no rows", tmp_path / "run")
+    (tmp_path / "no weights").mkdir()
+    (tmp_path / "no weights" / "config.json").write_text("{}")
+    rows = write_rows(tmp_path / "rows.jsonl")
+    values = short_values(tmp_path / "no weights", rows, tmp_path / "run")
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     assert main(["train", str(path), "train.prefix_kernel=flash"]) != 0

@@ -313,7 +313,9 @@ def test_a_server_with_other_weights_is_found_out(fake, files, tmp_path):
 def test_vllm_without_a_gpu_is_refused(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     values = merge(short_values(*files, tmp_path / "run"), {"rollout": {"engine": "vllm"}})
-    values["model"]["path"] = str(tmp_path / "no-such-model")
+    values["model"]["path"] = str(tmp_path / "no weights")
+    (tmp_path / "no weights").mkdir()
+    (tmp_path / "no weights" / "config.json").write_text("{}")
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(values))
     assert main(["train", str(config)]) == 1

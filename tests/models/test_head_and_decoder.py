@@ -7,7 +7,7 @@ from helpers.prefix_models import SIZES
 from transformers import AutoModelForCausalLM
 
 from opsd.config.sections import ModelSection
-from opsd.models.decoder import attention_shapes, best_attention, decoder_of
+from opsd.models.head import attention_shapes, best_attention, decoder_of
 from opsd.models.load import load_model
 from opsd.quickstart.tiny_model import make_tokenizer
 
