@@ -19,7 +19,13 @@ import torch
 
 from opsd.common.system import restart_peak
 
-DOING = {"rollout": "sampling", "teacher": "scoring", "student": "forward", "optimizer": "update"}
+DOING = {
+    "rollout": "sampling",
+    "teacher": "scoring",
+    "student": "forward",
+    "loss": "computing the loss",
+    "optimizer": "update",
+}
 """A phase → what its listener is told, where that has another name."""
 
 INTERVAL = 0.02  # seconds between two looks at a CPU's memory

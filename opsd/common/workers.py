@@ -33,6 +33,7 @@ from opsd.common.worker_process import DONE, LENGTH, NO_MEMORY, write_message
 
 _START_SECONDS = 120.0  # importing sympy from a cold disk on a busy machine
 _PATIENCE = 30.0, 6.0  # wall-clock seconds until a worker is killed from here: for any, per CPU's
+LONGEST_REPLY = 1 << 31  # bytes
 _PIPE = 1 << 20  # bytes that wait in a pipe, so that a message is few of its turns
 
 # The same opsd as its parent's; whatever else lies beside it must not shadow other modules.
@@ -83,7 +84,10 @@ class _Worker:
         deadline = time.monotonic() + patience
         try:
             header = self._read(LENGTH + 1, deadline)
-            body = self._read(int.from_bytes(header[:LENGTH]) - 1, deadline)
+            size = int.from_bytes(header[:LENGTH]) - 1
+            if not 0 <= size <= LONGEST_REPLY:  # of a process that does not do what it should
+                return Ended("killed")
+            body = self._read(size, deadline)
         except TimeoutError:
             return Ended("time")
         except EOFError:  # it ended: by its own limit of CPU time?

@@ -49,7 +49,7 @@ class Config(Section):
 
     def __init__(self, **fields: Any):
         """Sections, or fields by their flat names (opsd.config.flat). Model and data may be left
-        for TrainingLoop to be given. Raises UserError."""
+        for OPSDTrainer to be given. Raises UserError."""
         found = nested(fields, type(self))
         for section, field in (("model", "path"), ("data", "source")):
             found.setdefault(section, {}).setdefault(field, IN_PYTHON)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def head_arguments(model: PreTrainedModel) -> dict[str, Any]:
@@ -119,11 +119,14 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def attention_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
-    """(heads, key heads, width of a head) of each layer; Gemma 4's layers differ."""
+    """(heads, key heads, width of a head) of each layer, 0 of a model without attention. Gemma 4's
+    layers differ."""
     text = config.get_text_config()
     layers = [text] * text.num_hidden_layers
     if getattr(text, "is_heterogeneous", False):
         layers = list(text.per_layer_config)
+    if not hasattr(layers[0], "num_attention_heads"):  # Mamba, RWKV
+        return [(0, 0, 0)] * len(layers)
     return [
         (
             layer.num_attention_heads,
@@ -132,15 +135,3 @@ def attention_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
         )
         for layer in layers
     ]
-
-
-def best_attention(config: PreTrainedConfig) -> str:
-    """transformers' attention for a model of this architecture: sdpa, or eager where the model has
-    no other that runs anywhere, as gpt-oss. On a GPU torch's sdpa runs flash attention itself.
-    """
-    try:
-        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:  # a repository's own class
-        return "sdpa"
-    kind = found[0] if isinstance(found, tuple | list) else found
-    return "sdpa" if kind._supports_sdpa else "eager"

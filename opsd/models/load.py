@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,7 +26,6 @@ from opsd.data.chat import ChatTemplate
 from opsd.models.adapter_files import TOKENIZER, ModelFiles, model_files
 from opsd.models.copies import contiguous_head
 from opsd.models.generation_config import keep_stop_tokens
-from opsd.models.head import best_attention
 from opsd.models.lora import four_bits, is_adapted
 from opsd.models.merge import merge_adapter
 from opsd.models.multimodal import freeze_others
@@ -155,6 +155,18 @@ def _attention(section: ModelSection, files: ModelFiles) -> str:
     if section.attention != "auto":
         return section.attention
     return best_attention(load_config(files))
+
+
+def best_attention(config: PreTrainedConfig) -> str:
+    """transformers' attention for a model of this architecture: sdpa, or eager where the model has
+    no other that runs anywhere, as gpt-oss. On a GPU torch's sdpa runs flash attention itself.
+    """
+    try:
+        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:  # a repository's own class
+        return "sdpa"
+    kind = found[0] if isinstance(found, tuple | list) else found
+    return "sdpa" if kind._supports_sdpa else "eager"
 
 
 def load_config(files: ModelFiles) -> PreTrainedConfig:

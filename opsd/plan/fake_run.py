@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import moe
 
 from opsd.common.errors import UserError, in_short
-from opsd.models.head import best_attention
+from opsd.models.load import best_attention
 from opsd.prefix import packed_forward as stream
 from opsd.rollout import Sampling
 from opsd.rollout.logits_sampling import Draw

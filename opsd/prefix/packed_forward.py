@@ -249,7 +249,7 @@ def _refusal(model: PreTrainedModel) -> str | None:
     except UserError:
         raise
     except Exception as error:  # a model may take something for granted that no stream has
-        return f"{type(model).__name__} fails in one: {in_short(error)}"
+        return f"{type(model).__name__} fails in a packed stream ({in_short(error)})"
     finally:
         for module, training in modes:
             module.training = training

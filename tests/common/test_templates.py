@@ -25,7 +25,7 @@ from opsd.common.templates import (
     fill_in_chat,
     names,
 )
-from opsd.common.workers import Workers
+from opsd.common.workers import Ended, Workers
 from opsd.config.sections import PromptsSection
 from opsd.data.chat import ChatTemplate
 from opsd.grading.rewards import GradedRollout
@@ -302,3 +302,20 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_reply_of_an_impossible_length_ends_its_worker(tmp_path, monkeypatch):
+    """Nothing is set aside for what a worker says of itself."""
+    (tmp_path / "liar.py").write_text(
+        "class Lie(bytes):\n"
+        "    def __len__(self):\n"
+        "        return 1 << 62\n"
+        "def make():\n"
+        "    return lambda job: Lie()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    workers = Workers("liar", seconds=5, memory=1 << 28)
+    try:
+        assert workers.answers([b"job"]) == [Ended("killed")]
+    finally:
+        workers.close()

@@ -94,6 +94,27 @@ MODELS = {
 }
 
 
+GEMMA_4 = transformers.Gemma4TextConfig(
+    **{**SIZES, "num_hidden_layers": 6},
+    head_dim=8,
+    global_head_dim=16,
+    sliding_window=7,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=VOCABULARY,
+)
+"""Its full layers have wider heads than the others."""
+
+GPT_OSS = transformers.GptOssConfig(
+    **SIZES,
+    head_dim=8,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    layer_types=["sliding_attention", "full_attention"],
+)
+"""Experts, attention sinks, and no sdpa."""
+
+
 def make(kind, sizes=None):
     torch.manual_seed(0)
     if kind == "Gemma3":

@@ -1,31 +1,17 @@
 """The decoder of a causal model, and what its layers' attention is like, in today's families."""
 
+import peft
 import pytest
 import torch
 import transformers
-from helpers.prefix_models import SIZES
+from helpers.prefix_models import GEMMA_4, GPT_OSS, SIZES
 from transformers import AutoModelForCausalLM
 
 from opsd.config.sections import ModelSection
-from opsd.models.head import attention_shapes, best_attention, decoder_of
-from opsd.models.load import load_model
+from opsd.models.head import attention_shapes, decoder_of
+from opsd.models.load import best_attention, load_model
 from opsd.quickstart.tiny_model import make_tokenizer
 
-GEMMA_4 = transformers.Gemma4TextConfig(
-    **SIZES,
-    head_dim=8,
-    global_head_dim=16,
-    layer_types=["sliding_attention", "full_attention"],
-    hidden_size_per_layer_input=8,
-    vocab_size_per_layer_input=61,
-)
-GPT_OSS = transformers.GptOssConfig(
-    **SIZES,
-    head_dim=8,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-    layer_types=["sliding_attention", "full_attention"],
-)
 LLAMA_4 = transformers.Llama4TextConfig(
     **SIZES,
     head_dim=8,
@@ -57,7 +43,6 @@ def test_the_decoder_gives_hidden_states(config, name):
 
 
 def test_the_decoder_under_adapters():
-    peft = pytest.importorskip("peft")
     for config in (transformers.Qwen3Config(**SIZES), LLAMA_4):
         model = AutoModelForCausalLM.from_config(config)
         decoder = decoder_of(model)
@@ -66,10 +51,12 @@ def test_the_decoder_under_adapters():
 
 
 def test_layers_whose_heads_differ():
-    assert attention_shapes(GEMMA_4) == [(4, 2, 8), (4, 2, 16)]
+    assert attention_shapes(GEMMA_4) == [(4, 2, 8), (4, 2, 8), (4, 2, 16)] * 2
     assert attention_shapes(transformers.Qwen3Config(**SIZES, head_dim=12)) == [(4, 2, 12)] * 2
     without = {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"}
     assert attention_shapes(transformers.OPTConfig(**without)) == [(4, 4, 8)] * 2
+    mamba = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2)
+    assert attention_shapes(mamba) == [(0, 0, 0)] * 2
 
 
 def test_attention_is_the_best_that_a_model_has(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import transformers
-from helpers.prefix_models import SIZES
+from helpers.prefix_models import GEMMA_4, GPT_OSS, SIZES
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
@@ -17,21 +17,6 @@ HYBRID = transformers.Qwen3_5TextConfig(
     linear_num_value_heads=4,
     linear_key_head_dim=8,
     linear_value_head_dim=8,
-)
-GEMMA_4 = transformers.Gemma4TextConfig(
-    **{**SIZES, "num_hidden_layers": 6},
-    head_dim=8,
-    global_head_dim=16,
-    layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
-    hidden_size_per_layer_input=8,
-    vocab_size_per_layer_input=61,
-)
-GPT_OSS = transformers.GptOssConfig(
-    **SIZES,
-    head_dim=8,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-    layer_types=["sliding_attention", "full_attention"],
 )
 
 

@@ -92,17 +92,23 @@ def test_a_mixture_is_planned_by_its_members():
 
 # Peaks, measured on processes of their own.
 
-SHAPES = {
-    "wide": Qwen3Config(
+
+def _qwen3(layers: int, vocabulary: int) -> Qwen3Config:
+    return Qwen3Config(
         hidden_size=512,
         intermediate_size=2048,
-        num_hidden_layers=8,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=64,
-        vocab_size=16384,
+        vocab_size=vocabulary,
         tie_word_embeddings=True,
-    ),
+    )
+
+
+SHAPES = {
+    "wide": _qwen3(layers=4, vocabulary=32768),
+    "adapters": _qwen3(layers=8, vocabulary=16384),
     "deep": LlamaConfig(
         hidden_size=320,
         intermediate_size=960,
@@ -117,8 +123,7 @@ SHAPES = {
 RUNS = {
     "wide": {
         "rollout": {"group_size": 2, "max_new_tokens": 30, "batch_size": 8},
-        # bf16 where the processor has it: emulated products take minutes, and memory of their own.
-        "train": {"precision": "auto", "micro_batch_tokens": 1000, "problems_per_step": 2},
+        "train": {"precision": "bf16", "micro_batch_tokens": 1000, "problems_per_step": 2},
     },
     "adapters": {
         "model": {"lora": {"rank": 32}},
@@ -135,7 +140,7 @@ PROBLEM, SOLUTION = 60, 400  # characters, which are tokens here
 
 @pytest.mark.parametrize("name", ["wide", "adapters"])
 def test_planned_peaks_are_the_measured_ones(name, tmp_path):
-    config = write_run(SHAPES["wide"], RUNS[name], tmp_path)
+    config = write_run(SHAPES[name], RUNS[name], tmp_path)
     _, usage = run_opsd("train", str(tmp_path / "config.yaml"))
     measured = usage["bytes"]
     # Three special tokens around a message, one that ends a turn.

@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 from helpers.prefix_models import (
+    GEMMA_4,
     MODELS,
-    SIZES,
     VOCABULARY,
     alone,
     assert_same,
@@ -248,17 +248,8 @@ def test_a_name_that_only_sounds_recurrent_shares():
 
 def test_layers_whose_heads_differ_share():
     """Gemma 4's full layers have wider heads than those with a window."""
-    config = transformers.Gemma4TextConfig(
-        **{**SIZES, "num_hidden_layers": 3},
-        head_dim=8,
-        global_head_dim=16,
-        sliding_window=7,
-        layer_types=["sliding_attention", "full_attention", "full_attention"],
-        hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=VOCABULARY,
-    )
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(GEMMA_4).eval()
     assert cached_token_cost(model) > 0
     groups = make_groups()
     assert_same(model, shared_prefix_hidden_states(model, groups), groups)

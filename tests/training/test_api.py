@@ -161,7 +161,8 @@ def test_a_model_in_memory_keeps_its_dtype_in_files(dtype, files, tmp_path):
 
 
 def test_adapters_find_a_model_that_is_in_no_directory(files, tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model, tokenizer = load_model(short_config(*files, tmp_path).model)
     model.config.name_or_path = model.name_or_path = ""  # made in memory
     config = {"lora_rank": 4, "targets": ["q_proj"]}
