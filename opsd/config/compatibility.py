@@ -31,6 +31,8 @@ USED_BY = {
     "clip": DIVERGENCE_METHODS,
     "clip_threshold": DIVERGENCE_METHODS,
     "gates": DIVERGENCE_METHODS,
+    "unsure": DIVERGENCE_METHODS,
+    "unsure_entropy": DIVERGENCE_METHODS,
     "control_variate": DIVERGENCE_METHODS,
     "epsilon": (*DIVERGENCE_METHODS, "grpo"),
     "epsilon_high": (*DIVERGENCE_METHODS, "grpo"),
@@ -123,12 +125,15 @@ def _mixture(config: Config) -> Iterator[str]:
             yield f"{place} has a path, which is for policy 'model', not {weights.policy!r}"
         if isinstance(member.coefficient, list) != (member.steps is not None):
             yield f"{place}: a coefficient of two numbers needs steps, and only such a one"
-    for end in (0, 1):
-        if (total := sum(member.ends[end] for member in mix)) <= 0:
+    fixed = [m for m in mix if not isinstance(m.coefficient, str)]
+    for end in (0, float("inf")) if fixed == mix else ():
+        if (total := sum(member.coefficient_at(end) for member in mix)) <= 0:
             yield (
                 f"teacher.mix: the coefficients add up to {total:g}, so that no token would be "
                 "likelier for being so; they should add up to 1"
             )
+    if len(damped := [member for member in mix if member.damping]) == len(mix) or len(damped) > 1:
+        yield "teacher.mix: damping is for one member, beside others that are not damped"
     kinds = {weights.policy for weights in teacher.members()}
     split = config.train.sharding in ("fsdp2", "zero3") and config.model.lora is None
     if split and "live" in kinds and len(kinds) > 1:
@@ -329,6 +334,10 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
         yield "loss.beta", f"it is for loss.divergence 'jsd', not {loss.divergence!r}"
     if loss.divergence != "sampled_token":
         yield "loss.control_variate", "it is for loss.divergence 'sampled_token'"
+    if loss.divergence != "reverse_kl":
+        yield "loss.unsure", "it is for loss.divergence 'reverse_kl'"
+    if not loss.unsure:
+        yield "loss.unsure_entropy", "loss.unsure is 0"
     if loss.clip == "none":
         yield "loss.clip_threshold", "loss.clip is 'none'"
     ratio, whole = "loss.epsilon loss.epsilon_high", "over the whole vocabulary no ratio is clipped"

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from opsd.config.base import Count, Fraction, Natural, NonNegative, Positive, Section, Share
 
-GATES = ("teacher_entropy", "teacher_unsure", "gap", "share")
+GATES = ("teacher_entropy", "teacher_unsure", "gap", "share", "history")
 
 
 class WeightsSection(Section):
@@ -84,8 +84,8 @@ class GateSection(Section):
 
     gate: str
     """teacher_entropy: exp(-H_T ÷ scale); teacher_unsure: 1 where H_T > scale; gap: the logistic
-    function of scale · Δ; share: 1 + scale · (1 - the share of Σ|Δ| before the token); or
-    FILE.py:FUNCTION."""
+    function of scale · Δ; share: 1 + scale · (1 - the share of Σ|Δ| before the token);
+    history: DASH's, by the divergences before; or FILE.py:FUNCTION."""
     scale: Positive = 1.0
     """Its one number: nats for entropies, else a factor."""
     floor: Share = 0.0
@@ -121,6 +121,10 @@ class LossSection(Section):
     """What a token counts; the factors multiply."""
     gates: list[GateSection] = Field([])
     """opsd: factors of tokens' weights by what was measured at them; they multiply."""
+    unsure: NonNegative = 0.0
+    """reverse_kl: add this times the forward KL where the teacher is unsure (EOPD)."""
+    unsure_entropy: Positive = 0.8
+    """loss.unsure: nats of the teacher's entropy above which it is."""
     control_variate: bool = False
     """sampled_token: add KL(student ‖ teacher) to the advantage, whose mean is then 0 (vOPD)."""
     aggregation: Literal["token", "rollout", "constant"] = "token"

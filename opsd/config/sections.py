@@ -5,6 +5,7 @@ in `compatibility.py`. Needs no torch, so that a bad file is refused within a se
 """
 
 import datetime
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -186,11 +187,14 @@ class PromptsSection(Section):
 class MemberSection(Section):
     """A member of teacher.mix; what it does not say of its weights, `teacher` says."""
 
-    coefficient: float | list[float] = 1.0
-    """The exponent of its distribution; [first, last]: linear over `steps`. May be negative, or
-    more than 1."""
+    coefficient: float | list[float] | str = 1.0
+    """The exponent of its distribution; [first, last]: linear over `steps`; or the column of the
+    data that has each row's. May be negative, or more than 1."""
     steps: Count | None = None
     """Steps after which a coefficient of two numbers stays at its last."""
+    damping: Positive | None = None
+    """Its exponent at a token is coefficient · (2 / (1 + exp(-damping · JSD)) - 1), where JSD is
+    how far the student is from the other members, and theirs are 1 less that times as much."""
     context: str = "teacher"
     """What it is shown: teacher, student, or a name in prompts.contexts."""
     policy: Policy | None = None
@@ -200,20 +204,17 @@ class MemberSection(Section):
 
     @field_validator("coefficient")
     @classmethod
-    def _check_coefficient(cls, value: float | list[float]) -> float | list[float]:
+    def _check_coefficient(cls, value: float | list[float] | str) -> float | list[float] | str:
         if isinstance(value, list) and len(value) != 2:
             raise ValueError("it must be a number, or the first and the last of a schedule")
         return value
 
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The first coefficient and the last."""
+    def coefficient_at(self, step: float, columns: Mapping[str, Any] | None = None) -> float:
+        """The coefficient after `step` steps, for a row with these columns."""
         value = self.coefficient
-        return (value[0], value[1]) if isinstance(value, list) else (value, value)
-
-    def coefficient_at(self, step: int) -> float:
-        """The coefficient after `step` steps."""
-        first, last = self.ends
+        if isinstance(value, str):
+            return float((columns or {})[value])
+        first, last = value if isinstance(value, list) else (value, value)
         return first + (last - first) * min(1.0, step / (self.steps or 1))
 
 

@@ -3,8 +3,9 @@ and soft cap; and a mixture's.
 
 A geometric mixture of models (`teacher.mix`) predicts p ∝ Π_i p_i^c_i. Logits are linear in hidden
 states, so that its logits are Σ c_i (W_i h_i + b_i): those of one state Σ c_i h_i under a head that
-the models share, and of the states c_i h_i side by side under heads [W_1 | W_2 | …] that differ. It
-is exact, and no logits are made for it. A soft cap is not linear; `opsd.models.teacher` refuses
+the the models share, and of the states c_i h_i side by side under heads [W_1 | W_2 | …] that differ.
+Where c_i is each token's own, a bias is one more column: [W_i | b_i] of the state [c_i h_i, c_i].
+It is exact, and no logits are made for it. A soft cap is not linear; `opsd.models.teacher` refuses
 it.
 """
 
@@ -68,11 +69,11 @@ class Scorer(NamedTuple):
 def mixed(
     models: Sequence[PreTrainedModel],
     states: Sequence[Tensor],
-    coefficients: Sequence[float],
+    coefficients: Sequence[float | Tensor],
     vocabulary: int,
 ) -> Scorer:
     """The mixture of `models`, by their `states`, over as many entries as all heads have, and
-    `vocabulary` at most: heads may be padded to different sizes."""
+    `vocabulary` at most: heads may be padded to different sizes. coefficients: numbers, or [N]."""
     heads = [head(model) for model in models]
     size = min(vocabulary, *(len(weight) for weight, _ in heads))
     by_head: dict[int, list[int]] = {}
@@ -82,8 +83,13 @@ def mixed(
         _sum([states[n] for n in own], [coefficients[n] for n in own]) for own in by_head.values()
     ]
     weights = [_first(heads[own[0]][0], size) for own in by_head.values()]
-    pairs = zip(heads, coefficients, strict=True)
-    biases = [(_first(bias, size), c) for (_, bias), c in pairs if bias is not None]
+    biases = []
+    for (_, bias), c in zip(heads, coefficients, strict=True):
+        if bias is not None and isinstance(c, Tensor):
+            parts.append(c[:, None].to(parts[0].dtype))
+            weights.append(_first(bias, size)[:, None])
+        elif bias is not None:
+            biases.append((_first(bias, size), c))
     return Scorer(
         parts[0] if len(parts) == 1 else torch.cat(parts, -1),
         weights[0] if len(weights) == 1 else torch.cat(weights, -1),
@@ -96,12 +102,14 @@ def _first(tensor: Tensor, size: int) -> Tensor:
     return tensor if len(tensor) == size else tensor[:size]
 
 
-def _sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+def _sum(tensors: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> Tensor:
     """Σ c_i x_i, rounded once."""
-    if len(tensors) == 1 and coefficients[0] == 1:
+    first = coefficients[0]
+    if len(tensors) == 1 and not isinstance(first, Tensor) and first == 1:
         return tensors[0]
     wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    total = sum(c * x.to(wide) for x, c in zip(tensors, coefficients, strict=True))
+    factors = [c[:, None] if isinstance(c, Tensor) else c for c in coefficients]
+    total = sum(c * x.to(wide) for x, c in zip(tensors, factors, strict=True))
     return total.to(tensors[0].dtype)
 
 

@@ -4,8 +4,9 @@ A teacher is a model of transformers and is never trained. It sees what the prom
 weights it has is decided here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -34,9 +35,9 @@ class Member:
     context: str
     section: MemberSection = field(default_factory=MemberSection)
 
-    def coefficient(self, step: int) -> float:
-        """The exponent of its distribution after `step` steps."""
-        return self.section.coefficient_at(step)
+    def coefficient(self, step: int, columns: Mapping[str, Any] | None = None) -> float:
+        """The exponent of its distribution after `step` steps, for a row with these columns."""
+        return self.section.coefficient_at(step, columns)
 
 
 def make_members(

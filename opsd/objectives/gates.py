@@ -8,6 +8,8 @@ No gradient flows through a gate. Δ_n = log T(y_n) - log S(y_n), H_T the teache
     teacher_unsure   1 where H_T > scale, else 0: EOPD's switch (2603.07079)
     gap              1 / (1 + exp(-scale · Δ)): SDAR (2605.15155)
     share            1 + scale · (1 - Σ_{s<n} |Δ_s| / Σ_s |Δ_s|), of a rollout: IW-OPD (2606.22600)
+    history          1 + λ_{n-1} g_{n-1}, λ_n = 1 / (1 + exp(scale · (D_n - mean D))), of a rollout:
+                     what DASH's A_n = D_n + λ_n A_{n+1} gives each D_n in Σ A_n (2608.06243)
 """
 
 from collections.abc import Callable, Sequence
@@ -48,11 +50,22 @@ def _share(measures: Measures, scale: float) -> Tensor:
     return torch.cat(made)
 
 
+def _history(measures: Measures, scale: float) -> Tensor:
+    made = []
+    for d in measures.divergence.split(list(measures.lengths)):
+        passed_on, gate = (-scale * (d - d.mean())).sigmoid().tolist(), [1.0]
+        for share in passed_on[:-1]:
+            gate.append(1 + share * gate[-1])
+        made.append(d.new_tensor(gate))
+    return torch.cat(made)
+
+
 GATES: dict[str, Callable[[Measures, float], Tensor]] = {
     "teacher_entropy": lambda measures, scale: (-measures.teacher_entropy / scale).exp(),
     "teacher_unsure": lambda measures, scale: (measures.teacher_entropy > scale).float(),
     "gap": lambda measures, scale: (scale * measures.gap).sigmoid(),
     "share": _share,
+    "history": _history,
 }
 
 

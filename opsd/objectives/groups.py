@@ -229,6 +229,14 @@ class MicroBatch:
         each = [value for value, sample in pairs for _ in range(sample.tokens)]
         return torch.tensor(each, dtype=torch.float32, device=self.device)
 
+    def coefficients(self) -> list[float | Tensor]:
+        """Of the members of the teacher's mixture; of each token [Σ R] where groups differ."""
+        made: list[float | Tensor] = []
+        for own in zip(*(group.coefficients for group in self.groups), strict=True):
+            each = [c for c, group in zip(own, self.groups, strict=True) for _ in group.samples]
+            made.append(own[0] if len(set(own)) == 1 else self.spread(each))
+        return made
+
     def old_log_prob(self, current: Tensor) -> Tensor:
         """log p before the step's first update. In that update it is `current`."""
         if all(sample.old_log_probs is None for sample in self.samples):

@@ -51,11 +51,14 @@ class OPSD(Objective):
             self.sampling = None
         self.clip = None if section.clip == "none" else Clip(section.clip, section.clip_threshold)
 
+    @property
+    def _models(self) -> list[PreTrainedModel]:
+        return [member.model for member in self.members]
+
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
     ) -> tuple[list[SampleGroup], dict[str, float]]:
         """Each rollout in all its contexts, without those that lack a teacher's."""
-        coefficients = [member.coefficient(step) for member in self.members]
         taught = [
             (number, rollout, outcome, contexts)
             for number, p in enumerate(problems)
@@ -73,22 +76,51 @@ class OPSD(Objective):
             sample = Sample(rollout.ids, *weight, sampling_log_probs=rollout.sampling_log_probs)
             if sample.weight:
                 pairs[number].append((sample, contexts))
-        each = zip(problems, pairs, strict=True)
-        groups = [sample_group(p.context.student, own, coefficients) for p, own in each if own]
+        groups = [
+            sample_group(p.context.student, own, self._coefficients(p, step))
+            for p, own in zip(problems, pairs, strict=True)
+            if own
+        ]
         used = len(samples_of(groups)) / sum(len(p.rollouts) for p in problems)
         return groups, {} if used == 1 else {"trained_fraction": used}
 
+    def _coefficients(self, problem: Problem, step: int) -> list[float]:
+        return [member.coefficient(step, problem.row.columns) for member in self.members]
+
     def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
-        models = [member.model for member in self.members]
+        models = self._models
         teachers = [(each, as_teacher(batch.groups, n)) for n, each in enumerate(models)]
         students = as_student(batch.groups)
         student, states = student_and_teacher_states(model, students, teachers, batch.share)
-        teacher = mixed(models, states, batch.groups[0].coefficients, len(head(model)[0]))
+        coefficients, size = batch.coefficients(), len(head(model)[0])
+        if any(member.section.damping for member in self.members):
+            coefficients = self._damped(model, student, states, coefficients)
+        teacher = mixed(models, states, coefficients, size)
         found = self.score(model, batch, student, teacher)
         if self.classes is not None:
             by_class = split_by_class(self.classes, batch.targets(), found.logged["divergence"])
             found.logged.update({f"divergence_{name}": each for name, each in by_class.items()})
         return found
+
+    @torch.no_grad()
+    def _damped(
+        self,
+        model: PreTrainedModel,
+        student: Tensor,
+        states: Sequence[Tensor],
+        coefficients: list[float | Tensor],
+    ) -> list[float | Tensor]:
+        """The coefficients where one member's grows with the distance between the student and the
+        others' mixture, at the price of one more sweep (DemoPSD, arXiv 2607.02502)."""
+        number = next(n for n, member in enumerate(self.members) if member.section.damping)
+        rest = [n for n in range(len(self.members)) if n != number]
+        models, its, c = ([x[n] for n in rest] for x in (self._models, states, coefficients))
+        others = mixed(models, its, c, len(head(model)[0]))
+        what = {"divergence": "jsd", "temperature": self.section.temperature, "reduction": "none"}
+        apart = self._divergence(model, student, others, **what).per_token
+        damping = (self.members[number].section.damping * apart).sigmoid() * 2 - 1
+        own = coefficients[number] * damping
+        return [own if n == number else c * (1 - own) for n, c in enumerate(coefficients)]
 
     def score(
         self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Scorer
@@ -105,28 +137,33 @@ class OPSD(Objective):
         corrections: dict[str, Tensor] = {}
         if section.importance_bound is not None and batch.sampled_by_others:
             weights, corrections = corrected_for_sampling(model, student, batch, section)
-        gates = section.gates
+        gates, each = section.gates, section.gates or section.unsure
+        shared = {"temperature": section.temperature, "clip": self.clip}
+        shared["reduction"] = "none" if each else "sum"
         result = self._divergence(
             model,
             student,
             teacher,
             divergence=section.divergence,
             beta=section.beta,
-            temperature=section.temperature,
             token_weight=weights,
-            clip=self.clip,
-            reduction="none" if gates else "sum",
             targets=batch.targets() if gates else None,
+            **shared,
         )
+        loss = result.loss
+        if section.unsure:  # of the other tokens, of weight 0, this sweep runs none
+            unsure = weights * (section.unsure * (result.teacher_entropy > section.unsure_entropy))
+            what = {"divergence": "forward_kl", "token_weight": unsure, **shared}
+            loss = loss + self._divergence(model, student, teacher, **what).loss
         names = ("student_entropy", "teacher_entropy")
         logged = {"divergence": result.per_token, **{name: getattr(result, name) for name in names}}
         fractions = ("clipped_fraction", "inverted_gradient_fraction") if self.clip else ()
         of_all = {name: getattr(result, name) for name in fractions}
         if not gates:
-            return TokenLosses(result.loss, logged | corrections, of_all)
+            return TokenLosses(loss.sum(), logged | corrections, of_all)
         log_probs = {"log_prob": result.log_prob, "teacher_log_prob": result.teacher_log_prob}
         logged["gate"] = gate = gated(gates, Measures(**logged, **log_probs, lengths=batch.lengths))
-        return TokenLosses((gate * result.loss).sum(), logged | corrections, of_all)
+        return TokenLosses((gate * loss).sum(), logged | corrections, of_all)
 
     def _divergence(
         self, model: PreTrainedModel, student: Tensor, teacher: Scorer, **what: Any

@@ -1,5 +1,6 @@
 """A run's training rows and held-out rows: no problem in both, and all fit the model's window."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ def load_data(
     note = note or (lambda text: None)
     read = [(_read(source, config, note, given), source.weight) for source in sources(data)]
     rows = mixture(read, seed)
+    _check_coefficients(config, rows)
     if test.problems == 0:
         return rows, []
     if test.source is None:
@@ -51,6 +53,26 @@ def load_data(
             "eval.source (but for case and white space)"
         )
     return kept, held_out
+
+
+def _check_coefficients(config: Config, rows: Sequence[Row]) -> None:
+    """Raises UserError for a row whose mixture (teacher.mix) has no finite coefficients of a
+    positive sum."""
+    columns = [m.coefficient for m in config.teacher.mix if isinstance(m.coefficient, str)]
+    for number, row in enumerate(rows if columns else (), start=1):
+        for name in columns:
+            value = row.columns.get(name)
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise UserError(
+                    f"teacher.mix: a coefficient is the column {name!r}, and it is {value!r} in "
+                    f"training row {number}: it must be a finite number"
+                )
+        total = sum(m.coefficient_at(math.inf, row.columns) for m in config.teacher.mix)
+        if total <= 0:
+            raise UserError(
+                f"teacher.mix: the coefficients add up to {total:g} in training row {number}; they "
+                "must add up to more than 0"
+            )
 
 
 def sources(data: DataSection) -> list[SourceSection]:

@@ -30,7 +30,13 @@ def broken(measures, scale):
 """
 
 
-def dense_gate(name, scale, floor, student, teacher, ids):
+def history(d, scale):
+    """DASH, A_n = D_n + λ_n A_{n+1} from the end: what each D_n counts in the sum of all A."""
+    passed_on = 1 / (1 + torch.exp(scale * (d - d.mean())))
+    return torch.stack([sum(passed_on[j:n].prod() for j in range(n + 1)) for n in range(len(d))])
+
+
+def dense_gate(name, scale, floor, student, teacher, ids, d):
     """[R], of one rollout's logits."""
     delta = dense.log_p(teacher, ids) - dense.log_p(student, ids)
     entropy = -(teacher.softmax(-1) * teacher.log_softmax(-1)).sum(-1)
@@ -42,6 +48,7 @@ def dense_gate(name, scale, floor, student, teacher, ids):
         "gap": 1 / (1 + torch.exp(-scale * delta)),
         "share": 1 + scale * (1 - (moved.cumsum(0) - moved) / moved.sum()),
         "own": scale * torch.exp(-own),
+        "history": history(d, scale),
     }[name]
     return floor + (1 - floor) * raw
 
@@ -75,6 +82,7 @@ def gradient(loss, model):
         [("teacher_unsure", 2.0, 0.0)],
         [("gap", 1.5, 0.1)],
         [("share", 0.5, 0.0)],
+        [("history", 5.0, 0.0)],
         [("gap", 2.0, 0.0), ("own", 3.0, 0.5), ("share", 0.5, 0.0)],
     ],
     ids=str,
@@ -89,16 +97,16 @@ def test_a_gated_gradient_is_its_dense_renderings(gates, divergence, files, own)
         for rollout in p.rollouts:
             ids = torch.tensor(rollout.ids)
             student = logits(model, p.context.student, rollout.ids)
+            teacher = logits(other, p.context.teacher, rollout.ids).detach()
+            if divergence == "sampled_token":
+                plain = dense.sampled_token(student, teacher, ids, low=0.2, high=0.2)
+                d = dense.log_p(student, ids) - dense.log_p(teacher, ids)
+            else:
+                d = plain = dense.divergence(student, teacher, divergence, 0.5, None)
             with torch.no_grad():
-                teacher = logits(other, p.context.teacher, rollout.ids)
                 gate = torch.ones(len(ids))
                 for each in gates:
-                    gate *= dense_gate(*each, student, teacher, ids)
-            plain = (
-                dense.sampled_token(student, teacher, ids, low=0.2, high=0.2)
-                if divergence == "sampled_token"
-                else dense.divergence(student, teacher, divergence, 0.5, None)
-            )
+                    gate *= dense_gate(*each, student, teacher, ids, d)
             losses.append(gate * plain)
             weights.append(torch.ones(len(ids)))
     wanted = dense.step(losses, weights, "token", 6)
@@ -109,6 +117,32 @@ def test_a_gated_gradient_is_its_dense_renderings(gates, divergence, files, own)
     assert theirs.norm() > 1e-3
     assert (gradient(loss, model) - theirs).norm() <= 1e-5 * theirs.norm()
     assert 0 < totals.means()["gate"]
+
+
+@pytest.mark.parametrize("gates", [[], [{"gate": "gap"}]], ids=["alone", "gated"])
+def test_the_forward_kl_where_the_teacher_is_unsure(gates, files):
+    """EOPD: KL(S ‖ T) + a KL(T ‖ S) where H_T is above a bound; some tokens of each kind."""
+    section = LossSection(divergence="reverse_kl", unsure=0.7, unsure_entropy=2.0, gates=gates)
+    model, other, problems, objective, groups = made(files, section)
+    losses, weights, unsure = [], [], []
+    for p in problems:
+        for rollout in p.rollouts:
+            ids = torch.tensor(rollout.ids)
+            student = logits(model, p.context.student, rollout.ids)
+            teacher = logits(other, p.context.teacher, rollout.ids).detach()
+            reverse = dense.divergence(student, teacher, "reverse_kl", 0.5, None)
+            forward = dense.divergence(student, teacher, "forward_kl", 0.5, None)
+            more = -(teacher.softmax(-1) * teacher.log_softmax(-1)).sum(-1) > 2.0
+            gate = dense_gate("gap", 1.0, 0.0, student, teacher, ids, reverse).detach()
+            losses.append((reverse + 0.7 * more * forward) * (gate if gates else 1))
+            weights.append(torch.ones(len(ids)))
+            unsure += more.tolist()
+    assert 0 < sum(unsure) < len(unsure)
+    wanted = dense.step(losses, weights, "token", 6)
+    loss = objective.loss(model, groups, Totals())
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    theirs = gradient(wanted, model)
+    assert (gradient(loss, model) - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -1,5 +1,7 @@
 """teacher.mix: a geometric mixture of teachers, against its dense rendering."""
 
+import json
+
 import pytest
 import torch
 from helpers import dense_rendering as dense
@@ -13,6 +15,7 @@ from opsd.config.sections import MemberSection, TeacherSection
 from opsd.models.teacher import Member, check_mixture, make_members
 from opsd.objectives import OPSD, Problem, Totals, samples_of
 from opsd.rollout import Rollout
+from opsd.training.load_data import load_data
 
 ROLLOUTS = ([5, 6, 7, 8], [9, 4, 11], [8, 8], [3, 12, 5, 5, 6])
 
@@ -81,6 +84,56 @@ def test_a_mixtures_gradient_is_its_dense_renderings(divergence, bias, files, wi
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-5)
         assert (gradient(loss, model) - theirs).norm() <= 1e-5 * theirs.norm()
     assert totals.tokens == sum(sample.counted for sample in samples_of(groups))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_coefficients_of_the_data_and_of_each_token(bias, files):
+    """One member's is a column's; the student itself damps the others by its distance from them."""
+    model, tokenizer = load_student(files)
+    other = changed(files, 3)
+    if bias:
+        for one in (model, other):
+            one.lm_head.bias = nn.Parameter(torch.randn(one.lm_head.weight.shape[0]))
+    members = [
+        Member(other, "teacher", MemberSection(coefficient="trust")),
+        Member(other, "student", MemberSection(coefficient=0.3)),
+        Member(model, "student", MemberSection(coefficient=0.8, damping=2)),
+    ]
+    problems = problems_for(prompts_of(tokenizer))
+    for number, p in enumerate(problems):
+        p.row.columns["trust"] = 0.4 + 0.5 * number
+    objective = OPSD(LossSection(), other, mix=members)
+    groups, _ = objective.sample_groups(problems)
+    losses, weights = [], []
+    for number, p in enumerate(problems):
+        for rollout in p.rollouts:
+            student = logits(model, p.context.student, rollout.ids)
+            own = student.detach()
+            rest = (0.4 + 0.5 * number) * logits(other, p.context.teacher, rollout.ids)
+            rest = (rest + 0.3 * logits(other, p.context.student, rollout.ids)).detach()
+            apart = dense.divergence(own, rest, "jsd", 0.5, None)[:, None]
+            alpha = 0.8 * (2 / (1 + torch.exp(-2 * apart)) - 1)
+            assert 0.7 > alpha.max() > 1.1 * alpha.min() > 0
+            teacher = (1 - alpha) * rest + alpha * own
+            losses.append(dense.divergence(student, teacher, "forward_kl", 0.5, None))
+            weights.append(torch.ones(len(rollout.ids)))
+    wanted = dense.step(losses, weights, "token", 6)
+    loss = objective.loss(model, groups, Totals())
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    theirs = gradient(wanted, model)
+    assert (gradient(loss, model) - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("trust", "said"), [(None, "it is None in training row 1"), (-9, "add up")]
+)
+def test_a_column_of_coefficients_is_looked_at_first(trust, said, files, tmp_path):
+    rows = [{**row.columns, "trust": trust} for row in ROWS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mix = [{"coefficient": "trust"}, {"context": "student"}]
+    config = short_config(files[0], tmp_path / "rows.jsonl", tmp_path, teacher={"mix": mix})
+    with pytest.raises(UserError, match=said):
+        load_data(config)
 
 
 def test_a_mixture_of_one_is_the_teacher(files):
