@@ -8,6 +8,7 @@ run that repeats it for each rollout does more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from statistics import fmean
@@ -21,28 +22,44 @@ def run_flops(path: Path, run: Run) -> tuple[float | None, bool]:
     """(FLOPs of the whole run, whether they include the prompts'); None where the model's size is
     not known or there are no steps. Evaluations are not counted."""
     weights = multiplying_parameters(path / "model")
-    teacher_weights = weights
-    other = run.config.get("teacher") or {}
-    if other.get("policy") == "model":
-        teacher_weights = multiplying_parameters(Path(other.get("path") or ""))
-    if weights is None or teacher_weights is None or not run.metrics:
+    passes = [
+        (role, weights if other is None else multiplying_parameters(Path(other)))
+        for role, other in teacher_passes(run)
+    ]
+    if weights is None or None in [its for _, its in passes] or not run.metrics:
         return None, False
     last = run.metrics[-1]
     generated, trained = last.get("generated_tokens") or 0, last.get("trained_tokens") or 0
     asked = (run.config.get("train") or {}).get("problems_per_step") or 0
     problems = (last["step"] or len(run.metrics)) * asked
-    student, teacher = context_lengths(path, run)
-    teaches = run.method in ("opsd", "distill")
-    counted = student is not None and problems > 0 and (teacher is not None or not teaches)
-    prompt = problems * student if counted else 0.0
-    shown = teacher if run.method == "opsd" else student  # distill's sees what the student sees
-    hints = problems * shown if counted and teaches else 0.0
-    flops = 6 * weights * (trained + prompt)
+    lengths = context_lengths(path, run, ["student", *(role for role, _ in passes)])
+    counted = None not in lengths and problems > 0
+    student, *shown = [problems * length if counted else 0.0 for length in lengths]
+    flops = 6 * weights * (trained + student)
     if generated:
-        flops += 2 * weights * (generated + prompt)
-    if teaches:
-        flops += 2 * teacher_weights * (trained + hints)
+        flops += 2 * weights * (generated + student)
+    for (_, its), hints in zip(passes, shown, strict=True):
+        flops += 2 * its * (trained + hints)
     return flops, counted
+
+
+def teacher_passes(run: Run) -> list[tuple[str, str | None]]:
+    """Each pass of a teacher, or of grpo's reference, over a step's rollouts: the role whose
+    context it sees, and the model's directory where it is another one."""
+    loss, teacher = run.config.get("loss") or {}, run.config.get("teacher") or {}
+    if run.method == "grpo":
+        roles = ["teacher"] if loss.get("credit") or loss.get("distil") else []
+        members = [{"context": role} for role in roles + ["student"] * bool(loss.get("kl"))]
+    elif run.method == "opsd":
+        members = teacher.get("mix") or [{}]
+    else:
+        members = [{"context": "student"}] if run.method == "distill" else []
+    found = []
+    for member in members:
+        other = (member.get("policy") or teacher.get("policy")) == "model"
+        path = (member.get("path") or teacher.get("path") or "") if other else None
+        found.append((member.get("context") or "teacher", path))
+    return found
 
 
 def multiplying_parameters(directory: Path) -> int | None:
@@ -71,16 +88,16 @@ def multiplying_parameters(directory: Path) -> int | None:
     return base + sum(sizes.values()) if sizes and base is not None else None
 
 
-def context_lengths(path: Path, run: Run) -> tuple[float | None, float | None]:
-    """Mean tokens of the student's and the teacher's prompts, from the sampled problems that the
-    run kept; None where they cannot be made again."""
+def context_lengths(path: Path, run: Run, roles: Sequence[str]) -> list[float | None]:
+    """Mean tokens of each role's prompts, from the sampled problems that the run kept; None where
+    they cannot be made again."""
     samples = [sample for sample in run.samples if sample.get("problem")]
     model = path / "model"
     there = list(model.iterdir()) if model.is_dir() and not model.is_symlink() else []
     small = [file for file in there if not file.name.endswith(".safetensors")]
     plain = all(file.is_file() and file.stat().st_size < 1 << 28 for file in small)
     if not samples or not plain or model / "tokenizer_config.json" not in there:
-        return None, None
+        return [None] * len(roles)
     from transformers import AutoTokenizer
 
     from opsd.config.sections import PromptsSection
@@ -97,10 +114,6 @@ def context_lengths(path: Path, run: Run) -> tuple[float | None, float | None]:
             )
             for sample in samples
         }
-        lengths = [
-            fmean(len(prompts.ids(row, role)) for row in rows.values())
-            for role in ("student", "teacher")
-        ]
+        return [fmean(len(prompts.ids(row, role)) for row in rows.values()) for role in roles]
     except Exception:  # a template over other columns, a tokenizer that is none
-        return None, None
-    return lengths[0], lengths[1]
+        return [None] * len(roles)

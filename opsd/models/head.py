@@ -3,10 +3,9 @@ and soft cap; and a mixture's.
 
 A geometric mixture of models (`teacher.mix`) predicts p ∝ Π_i p_i^c_i. Logits are linear in hidden
 states, so that its logits are Σ c_i (W_i h_i + b_i): those of one state Σ c_i h_i under a head that
-the the models share, and of the states c_i h_i side by side under heads [W_1 | W_2 | …] that differ.
-Where c_i is each token's own, a bias is one more column: [W_i | b_i] of the state [c_i h_i, c_i].
-It is exact, and no logits are made for it. A soft cap is not linear; `opsd.models.teacher` refuses
-it.
+models share, and of the states c_i h_i side by side under heads [W_1 | W_2 | …] that differ. Where
+c_i is each token's own, a bias is one more column: [W_i | b_i] of the state [c_i h_i, c_i]. It is
+exact, and no logits are made for it. A soft cap is not linear; `opsd.models.teacher` refuses it.
 """
 
 from collections.abc import Sequence
@@ -71,9 +70,13 @@ def mixed(
     states: Sequence[Tensor],
     coefficients: Sequence[float | Tensor],
     vocabulary: int,
+    side_by_side: dict[tuple[int, ...], Tensor] | None = None,
 ) -> Scorer:
     """The mixture of `models`, by their `states`, over as many entries as all heads have, and
-    `vocabulary` at most: heads may be padded to different sizes. coefficients: numbers, or [N]."""
+    `vocabulary` at most: heads may be padded to different sizes. coefficients: numbers, or [N].
+
+    side_by_side: keeps heads that were put side by side, a copy of them all, for the next call.
+    """
     heads = [head(model) for model in models]
     size = min(vocabulary, *(len(weight) for weight, _ in heads))
     by_head: dict[int, list[int]] = {}
@@ -90,9 +93,13 @@ def mixed(
             weights.append(_first(bias, size)[:, None])
         elif bias is not None:
             biases.append((_first(bias, size), c))
+    joined = {} if side_by_side is None else side_by_side
+    key = (size, len(weights), *by_head)
+    if key not in joined:
+        joined[key] = weights[0] if len(weights) == 1 else torch.cat(weights, -1)
     return Scorer(
         parts[0] if len(parts) == 1 else torch.cat(parts, -1),
-        weights[0] if len(weights) == 1 else torch.cat(weights, -1),
+        joined[key],
         _sum(*map(list, zip(*biases, strict=True))) if biases else None,
     )
 

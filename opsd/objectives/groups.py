@@ -285,6 +285,8 @@ class Objective:
         self.classes, self.prompts = classes, prompts
         self.weighting = weighting or TokenWeighting(section)
         self.members = list(mix) or [Member(teacher, self.teacher_role)]
+        # A mixture's heads side by side, where who calls knows when the weights change.
+        self.heads: dict[tuple[int, ...], Tensor] | None = None
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0

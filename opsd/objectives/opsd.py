@@ -95,7 +95,7 @@ class OPSD(Objective):
         coefficients, size = batch.coefficients(), len(head(model)[0])
         if any(member.section.damping for member in self.members):
             coefficients = self._damped(model, student, states, coefficients)
-        teacher = mixed(models, states, coefficients, size)
+        teacher = mixed(models, states, coefficients, size, self.heads)
         found = self.score(model, batch, student, teacher)
         if self.classes is not None:
             by_class = split_by_class(self.classes, batch.targets(), found.logged["divergence"])
@@ -115,7 +115,7 @@ class OPSD(Objective):
         number = next(n for n, member in enumerate(self.members) if member.section.damping)
         rest = [n for n in range(len(self.members)) if n != number]
         models, its, c = ([x[n] for n in rest] for x in (self._models, states, coefficients))
-        others = mixed(models, its, c, len(head(model)[0]))
+        others = mixed(models, its, c, len(head(model)[0]), self.heads)
         what = {"divergence": "jsd", "temperature": self.section.temperature, "reduction": "none"}
         apart = self._divergence(model, student, others, **what).per_token
         damping = (self.members[number].section.damping * apart).sigmoid() * 2 - 1

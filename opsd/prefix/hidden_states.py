@@ -59,9 +59,15 @@ def states_by_role(
     """The states of several roles that one model has, the first's alone with a gradient.
 
     Where a role has a group for each of the first's, and the prefixes of the two start with the
-    same tokens, these run once: it reads their keys and values from the first's pass. Raises
-    ValueError where the adapters that apply change between the passes.
+    same tokens, these run once: it reads their keys and values from the first's pass. A role whose
+    groups are an earlier one's does not run. Raises ValueError where the adapters that apply
+    change between the passes.
     """
+    new = [n for n, role in enumerate(roles) if not any(_same(role, one) for one in roles[:n])]
+    if len(new) < len(roles):
+        found = dict(zip(new, states_by_role(model, [roles[n] for n in new], share), strict=True))
+        first_alike = [next(n for n in new if _same(roles[n], role)) for role in roles]
+        return [found[n] if n == k else found[n].detach() for k, n in enumerate(first_alike)]
     first, *others = roles
     checked = _checked(model, plain_groups(first))
     common = [_common_starts(model, first, checked, other) if share else None for other in others]
@@ -93,6 +99,14 @@ def states_by_role(
             _check_adapters(before, adapter_state(model))
             found.append(packed_forward(model, Layout(rest, model.device, lengths), past=past))
     return found
+
+
+def _same(one: Sequence[Group], other: Sequence[Group]) -> bool:
+    """Whether two roles have the same objects as contexts and rollouts: no tokens are compared."""
+    return len(one) == len(other) and all(
+        a is b and len(its) == len(others) and all(x is y for x, y in zip(its, others, strict=True))
+        for (a, its), (b, others) in zip(one, other, strict=True)
+    )
 
 
 def _common_starts(

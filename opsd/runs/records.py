@@ -163,6 +163,11 @@ class Part(Schema):
     step: Step | None = None
     seed: Seed | None = None
     problems_per_step: Count | None = None
+    context: Name | None = None
+    mix: Annotated[list[Part], Field(max_length=100)] | None = None
+    distil: Amount | None = None
+    credit: Amount | None = None
+    kl: Amount | None = None
 
 
 class Summary(Schema):
@@ -192,6 +197,7 @@ class SavedConfig(Schema):
     model: Part | None = None
     teacher: Part | None = None
     train: Part | None = None
+    loss: Part | None = None
     prompts: Record | None = None
 
 

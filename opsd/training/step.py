@@ -210,6 +210,7 @@ class GradientAccumulator:
 
     def _accumulate(self, groups: list[SampleGroup]) -> tuple[Tensor, Totals]:
         totals = Totals()
+        self.step.objective.heads = {}
         loss = torch.zeros((), device=self.accelerator.device)
         own, most = self._own_batches(groups)
         cache = PrefixCache()
@@ -232,6 +233,7 @@ class GradientAccumulator:
                         backward(self.accelerator, self.wrapped, some)
                         cache.batch_done()
                 loss += some.detach()
+        self.step.objective.heads = None
         if self.processes.count > 1:
             shares = self.processes.everywhere(lambda: (loss.cpu(), totals.numbers()))
             loss = sum((each for each, _ in shares), torch.zeros(())).to(loss.device)

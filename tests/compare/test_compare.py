@@ -235,6 +235,23 @@ def test_time_and_flops_beside_tokens(tmp_path):
     assert multiplying_parameters(tmp_path / "tied") is None
 
 
+@pytest.mark.parametrize(
+    ("method", "sections", "passes"),
+    [
+        ("opsd", {"teacher": {"mix": [{}, {"context": "student"}]}}, 2),
+        ("grpo", {}, 0),
+        ("grpo", {"loss": {"distil": 1.0}}, 1),
+        ("grpo", {"loss": {"credit": 0.5, "kl": 0.1}}, 2),
+        ("distill", {}, 1),
+    ],
+)
+def test_each_pass_of_a_teacher_costs(method, sections, passes, tmp_path):
+    run = write_run(tmp_path / "r", method, straight(200, 0.8))
+    (run / "config.yaml").write_text(yaml.safe_dump({"method": method, **sections}))
+    (found,) = read_runs(run)
+    assert found.flops == pytest.approx(200 * (8 + 2 * passes) * WEIGHTS)
+
+
 def test_prompts_are_counted_where_they_can_be_made_again(tmp_path):
     from helpers.training_cases import write_model
 

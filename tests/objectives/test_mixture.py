@@ -87,7 +87,7 @@ def test_a_mixtures_gradient_is_its_dense_renderings(divergence, bias, files, wi
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_coefficients_of_the_data_and_of_each_token(bias, files):
+def test_coefficients_of_the_data_and_of_each_token(bias, files, monkeypatch):
     """One member's is a column's; the student itself damps the others by its distance from them."""
     model, tokenizer = load_student(files)
     other = changed(files, 3)
