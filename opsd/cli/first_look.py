@@ -48,7 +48,7 @@ def check_model(name: str, field: str) -> None:
                     f"{field} is {name!r}: a directory without config.json; did you mean "
                     f"{str(inside)!r}?"
                 )
-    elif path.is_file():
+    elif path.exists():
         raise UserError(f"{field} is {name!r}: a file; it must be a directory, or a hub name")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:  # no name of the hub
         raise UserError(f"{field} is {name!r}: there is no such directory{near_file(path)}")

@@ -45,13 +45,17 @@ def stored(
     path = Path(os.path.expanduser(source))
     if path.exists():
         check_names(f"{section}.options", options, ())
-        if path.is_dir():
-            return _saved_directory(path, split, default, section)
-        if file_type(path) is None:
+        if not path.is_dir() and file_type(path) is None:
             raise UserError(
                 f"{section}.source: {source!r} is not a {', '.join(FILE_TYPES)} file (or one of "
                 "these but .parquet with .gz), nor a directory saved by `datasets`"
             )
+        for file in (path, *(path.rglob("*") if path.is_dir() else ())):
+            if file.exists() and not file.is_file() and not file.is_dir():
+                said = "a pipe or a device, which may have no end"
+                raise UserError(f"{section}.source: {str(file)!r} is {said}")
+        if path.is_dir():
+            return _saved_directory(path, split, default, section)
         check_no_split(source, split, section)
         return read_file(path, section)
     if not is_remote(source):

@@ -149,7 +149,7 @@ def _check(config: dict[str, Any], where: str) -> None:
     base, kind, task = (
         config.get(key) for key in ("base_model_name_or_path", "peft_type", "task_type")
     )
-    if not isinstance(base, str) or not base:
+    if not isinstance(base, str) or not base or not _is_name(base):
         raise UserError(f"{where}: its {CONFIG} does not say which model it adapts")
     peft = import_peft("an adapter")
     known = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) else None
@@ -171,6 +171,15 @@ def _check(config: dict[str, Any], where: str) -> None:
                 f"{where}: its {CONFIG} has {key!r}, which peft {peft.__version__} does not know "
                 "and would ignore; install the peft that wrote it"
             )
+
+
+def _is_name(path: str) -> bool:
+    """Whether a file could have this path."""
+    try:
+        Path(path).exists()
+    except (OSError, ValueError):  # it is too long, or has half a surrogate pair
+        return False
+    return "\0" not in path
 
 
 def import_peft(what: str = "model.lora"):

@@ -8,6 +8,7 @@ from opsd.common.strict_json import read_object
 READ = (".json", ".jinja", ".model", ".safetensors", ".txt")
 OBJECTS = "generation_config tokenizer_config special_tokens_map added_tokens".split()
 MOST_LAYERS = 10_000
+WINDOWS = ("sliding_window", "attention_chunk_size")  # which the cache alone reads, when it samples
 
 
 def check_files(directory: Path, where: str) -> None:
@@ -17,7 +18,8 @@ def check_files(directory: Path, where: str) -> None:
         return
     for file in sorted(directory.iterdir()):
         if file.suffix in READ and not file.is_file():
-            what = "a directory" if file.is_dir() else "a link that leads nowhere"
+            what = "a directory" if file.is_dir() else "a pipe or a device"
+            what = what if file.exists() else "a link that leads nowhere"
             raise UserError(f"{where}: {str(file)!r} is {what}, and must be a file")
     for file in (directory / f"{name}.json" for name in OBJECTS):
         if file.is_file():
@@ -28,4 +30,7 @@ def check_files(directory: Path, where: str) -> None:
             for name, value in part.items():
                 if "layers" in name and isinstance(value, int) and value > MOST_LAYERS:
                     said = f"{name} is {value}, and may be {MOST_LAYERS:,} at most"
+                    raise UserError(f"{where}: not a model's config: {said}")
+                if name in WINDOWS and not isinstance(value, int | None):
+                    said = f"{name} is {value!r}, and must be a whole number"
                     raise UserError(f"{where}: not a model's config: {said}")

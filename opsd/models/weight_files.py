@@ -34,13 +34,13 @@ def find_file(
     path: str, name: str, revision: str | None = None, offline: bool = False
 ) -> Path | None:
     """A file of a model's directory or hub repository (offline: of its cache), or None."""
-    if Path(path).exists():
-        file = Path(path) / name
-        return file if file.is_file() else None
     try:
+        if Path(path).exists():
+            file = Path(path) / name
+            return file if file.is_file() else None
         found = cached_file(path, name, revision=revision, local_files_only=offline)
         return Path(found) if found else None
-    except (OSError, ValueError):  # no such file or repository, or no name of one
+    except (OSError, ValueError):  # no such file or repository, or no name of either
         return None
 
 

@@ -173,6 +173,7 @@ class Checkpoints:
                 # Under the model's own names, by which `load_weights` finds them.
                 own = {} if is_adapted(self.model) else {"save_original_format": False}
                 self.model.save_pretrained(place, state_dict=weights, **own)
+                (place / "README.md").unlink(missing_ok=True)  # peft's, which says nothing
                 self.tokenizer.save_pretrained(place)
             if self._zero:
                 self.wrapped.save_checkpoint(

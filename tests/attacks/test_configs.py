@@ -31,7 +31,11 @@ MEANINGS = [
     ("2020-01-01", "2020-01-01"), ("2020-01-01 10:00:00", "2020-01-01 10:00:00"), ("=", "="),
     ("3 # three", 3), ("'#3'", "#3"), ("|\n    a\n    b\n", "a\nb\n"), (">-\n    a\n    b", "a b"),
     ("'it''s'", "it's"), ('"\\u00e9\\x41"', "\u00e9A"), ("1e400", math.inf),
-    ("9" * 30, int("9" * 30)),
+    ("9" * 30, int("9" * 30)), ("9" * 5000, "refused"), ("0x" + "f" * 9999, "refused"),
+    ("'\\ud800'", "\\ud800"), ('"\\ud800"', "refused"), ("9999-99-99", "9999-99-99"),
+    ("0000-00-00T99:99:99Z", "0000-00-00T99:99:99Z"), ("0x", "0x"), ("-0x1", "-0x1"),
+    ("!!timestamp 2020-01-01", "refused"), ("!!merge x", "refused"), ("!!str", ""), ("! 5", "5"),
+    ("*p", "refused"), ("&a", None), ("<<", "<<"), ("? 5", "refused"), ("--- 5", "--- 5"),
     ("[1, 2,]", [1, 2]), ("{a: 1}", {"a": 1}), ("- 1", "refused"), ("@x", "refused"),
     ("&a 5", 5), ("*a", "refused"), ("!!binary aGk=", "refused"), ("!!set {a}", "refused"),
     ("!!python/object/apply:os.system [id]", "refused"), ("!x 5", "refused"), ("'5", "refused"),
@@ -110,8 +114,35 @@ def in_another_style(draw, values: dict) -> str:
 def with_structure(draw, values: dict) -> str:
     """Anchors, merges, bombs, nesting, several documents, tabs, a key twice."""
     text = block(values)
-    kind = draw.randrange(9)
+    kind = draw.randrange(13)
     depth = draw.choice([5, 50, 5000, 100_000])
+    if kind == 9:  # merge keys of an anchor, of several, of what is none, of itself
+        merged = draw.choice(
+            ["*p", "[*p, *p]", "[*p, 5]", "5", "*nobody", "{<<: *p, steps: 3}", "*t", "[]"]
+        )
+        text = text.replace("prompts: \n", "prompts: &p\n")
+        return text.replace("train: \n", f"train: &t\n  <<: {merged}\n")
+    if kind == 10:  # an alias as a key, an anchor twice, a tag at a section
+        odd = ["? *p\n: 1\n", "x: &p 1\n", "*p : 1\n", "!!map {}: 1\n", "? &k {a: 1}\n: *k\n"]
+        return text.replace("prompts: \n", "prompts: &p\n") + draw.choice(odd)
+    if kind == 11:
+        tag = draw.choice(
+            ["!!map", "!!seq", "!!set", "!!omap", "!!str", "!<tag:yaml.org,2002:map>", "!e!x"]
+        )
+        return draw.choice(["", "%TAG !e! tag:e,2000:\n---\n"]) + text.replace(
+            "train: \n", f"train: {tag}\n"
+        )
+    if kind == 12:  # text of another encoding, whose declaration says nothing
+        odd = [
+            "\ufeff\ufeff",
+            "%YAML 9.9\n---\n",
+            "%YAML 1.1\n%YAML 1.1\n---\n",
+            "\x85",
+            "\u2028",
+            "\x00",
+            "\x1b",
+        ]
+        return draw.choice(odd) + text
     if kind == 0:
         return text.replace("prompts: \n", "prompts: &p\n") + "twice: *p\n"
     if kind == 1:

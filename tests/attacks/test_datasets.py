@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -75,7 +76,7 @@ def columns(draw) -> pyarrow.Table:
     name = draw.choice(list(arrays))
     texts = [text.encode() for text in made[name]]
     broken = [text + b"\xff\xc3(" for text in texts]
-    kind = draw.randrange(13)
+    kind = draw.randrange(18)
     if kind == 0:
         data = pyarrow.array(broken, pyarrow.binary())
         arrays[name] = pyarrow.Array.from_buffers(pyarrow.string(), len(data), data.buffers())
@@ -107,8 +108,50 @@ def columns(draw) -> pyarrow.Table:
         arrays["day"] = pyarrow.array([0, 1, 2, 3, 4, 2**30], pyarrow.date32())
     elif kind == 11:
         arrays[name] = arrays[name].cast(pyarrow.large_string())
-    return pyarrow.table(
+    elif kind == 12:
+        arrays["more"] = odd_column(draw)
+    elif kind == 13:  # a list of parts, as chats have, and half of its text broken
+        parts = pyarrow.array(broken, pyarrow.binary())
+        parts = pyarrow.Array.from_buffers(pyarrow.string(), len(parts), parts.buffers())
+        arrays["more"] = draw.choice([pyarrow.StructArray.from_arrays([parts], ["text"]), parts])
+    elif kind == 14:
+        arrays[name] = pyarrow.nulls(6, draw.choice([pyarrow.null(), pyarrow.string()]))
+    made_of = pyarrow.table(
         list(arrays.values()), names=draw.choice([list(arrays)] * 9 + [["a"] * len(arrays)])
+    )
+    if kind == 15:  # what `datasets` and pandas write beside the columns, and other tools do not
+        feature = draw.choice(
+            [{"_type": "Image"}, {"_type": "Nobody"}, {"_type": "Value", "dtype": "int8"}, 5, None]
+        )
+        said = draw.choice([{"info": {"features": {name: feature}}}, {"info": []}, 7, "{"])
+        said = said if said == "{" else json.dumps(said)
+        made_of = made_of.replace_schema_metadata({"huggingface": said, "pandas": said})
+    return made_of
+
+
+def odd_column(draw) -> pyarrow.Array:
+    """A column beside the texts, of a type that few files have."""
+    far, days = [2**60, 0, -1, None, 2, 3], [1, 2, 3, 4, 5, None]
+    fixed = pyarrow.array([b"\xff\0"] * 6, pyarrow.binary(2))
+    return draw.choice(
+        [
+            pyarrow.array(days, pyarrow.time32("s")),
+            pyarrow.array(far, pyarrow.time64("ns")),
+            pyarrow.array(far, pyarrow.duration("us")),
+            pyarrow.array(days, pyarrow.float32()).cast(pyarrow.float16()),
+            pyarrow.array([Decimal("1.5")] * 6, pyarrow.decimal256(76, 30)),
+            fixed,
+            pyarrow.array([b"0123456789abcdef"] * 6, pyarrow.uuid()),
+            pyarrow.ExtensionArray.from_storage(
+                pyarrow.fixed_shape_tensor(pyarrow.int8(), [2]),
+                pyarrow.array([[1, 2]] * 6, pyarrow.list_(pyarrow.int8(), 2)),
+            ),
+            pyarrow.array(['{"a": 1}', "{", "", None, "1", "NaN"], pyarrow.json_()),
+            pyarrow.array([None, [], [None], [[1]], [[]], [[1, None]]]),
+            pyarrow.array([{"a": {"a": {"a": n}}} for n in range(6)]),
+            pyarrow.array([2**64 - 1] * 6, pyarrow.uint64()),
+            pyarrow.array(["a", "b"] * 3, pyarrow.string_view()),
+        ]
     )
 
 
@@ -124,7 +167,10 @@ def write(draw, kind: str, folder: Path) -> Path:
         attack_directory(draw, path)
         return path
     if kind == "parquet":
-        pyarrow.parquet.write_table(columns(draw), path, row_group_size=draw.choice([2, 100]))
+        how = draw.choice([{}, {"version": "1.0"}, {"use_deprecated_int96_timestamps": True}])
+        how |= {"row_group_size": draw.choice([2, 100]), "store_schema": draw.random() < 0.7}
+        how["compression"] = draw.choice(["none", "zstd", "gzip", "brotli", "snappy"])
+        pyarrow.parquet.write_table(columns(draw), path, **how)
         data = path.read_bytes()
     elif kind.startswith(("csv", "tsv")):
         data = table(draw, "," if kind.startswith("csv") else "\t")

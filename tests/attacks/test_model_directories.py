@@ -116,9 +116,119 @@ def other_header(draw, file: Path) -> None:
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header, rest = json.loads(data[8 : 8 + size]), data[8 + size :]
-    text = as_json(draw, changed(draw, header))
+    names = [name for name in header if name != "__metadata__"]
+    one, other = header[draw.choice(names)], header[draw.choice(names)]
+    kind = draw.randrange(10)
+    if kind == 0:  # two tensors in one place
+        one["data_offsets"] = other["data_offsets"]
+    elif kind == 1:  # a hole, or bytes of the next one
+        start, end = one["data_offsets"]
+        odd = [[start + 4, end + 4], [end, start], [start, end + 4], [start, 2**63], [-4, end]]
+        one["data_offsets"] = draw.choice([*odd, [start, end, end], [start], [0, 0]])
+    elif kind == 2:
+        shapes = [[2**32, 2**32, 0], [2**63, 2], [], [-1], [0], [[1]], one["shape"] * 2, [10**30]]
+        one["shape"] = draw.choice(shapes)
+    elif kind == 3:
+        one["dtype"] = draw.choice(["F4", "F6_E2M3", "C64", "I32", "U64", "F8_E8M0", "bf16", "", 7])
+    elif kind == 4:
+        odd = [{"format": "tf"}, {"format": 5}, {}, {"format": "pt", "a": "b" * 10**6}, None, []]
+        header["__metadata__"] = draw.choice(odd)
+    elif kind == 5:
+        header["__metadata__"] = {"format": "pt", "a": " " * draw.choice([10**5, 101 * 10**6])}
+    header = header if kind < 6 else changed(draw, header)
+    text = as_json(draw, header) + b" " * draw.choice([0, 0, 0, 1, 7])
     length = draw.choice([len(text)] * 6 + [0, len(text) - 1, len(text) + 9, 2**40, 2**63])
     file.write_bytes(length.to_bytes(8, "little") + text + rest)
+
+
+TOKEN = {"special": False, "single_word": False, "lstrip": False, "rstrip": False}
+TOKEN["normalized"] = False
+
+
+def other_tokenizer(draw, file: Path) -> None:
+    """A tokenizer with tokens beyond the vocabulary, twice, or that nothing makes."""
+    values = json.loads(file.read_text())
+    kind = draw.randrange(5)
+    ids = [10**6, 2**31, 2**32 - 1, 2**32, -1, 0, 27, 28]
+    if kind == 0:
+        odd = {"id": draw.choice(ids), "content": draw.choice(["<new>", "1", "", "\0"]), **TOKEN}
+        values["added_tokens"].append(odd)
+    elif kind == 1:
+        vocabulary = values["model"]["vocab"]
+        vocabulary[draw.choice(["<new>", *vocabulary])] = draw.choice(ids)
+    elif kind == 2:
+        names = ["BPE", "Unigram", "WordLevel", "WordPiece", "Nobody", None]
+        values["model"]["type"] = draw.choice(names)
+    elif kind == 3:
+        part = draw.choice(["normalizer", "pre_tokenizer", "post_processor", "decoder"])
+        odd = [{"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}, {"type": "x"}]
+        odd += [
+            {"type": "Prepend", "prepend": "a" * 10**6},
+            {"type": "Sequence", "normalizers": []},
+        ]
+        values[part] = draw.choice([*odd, {"type": "Lowercase"}, {"type": "ByteLevel"}, None])
+    else:
+        for part in ("truncation", "padding"):
+            values[part] = {"direction": "Right", "max_length": draw.choice([0, 1, 2**63])}
+            values[part] |= {"strategy": draw.choice(["LongestFirst", {"Fixed": 10**9}])}
+            values[part] |= {"stride": 9, "pad_id": 99, "pad_type_id": 0, "pad_token": "x"}
+    file.write_text(json.dumps(values))
+
+
+FIELDS = {
+    "generation_config.json": {
+        "eos_token_id": [[], [[2]], "2", [2, "2"], 2.0, True, -1, 10**6, [2**63], {}, [None]],
+        "pad_token_id": [-1, 10**6, "a", [0], 2**70],
+        "temperature": ["hot", None, 0, -1, 1e308, []],
+        "stop_strings": ["a", [""], 7],
+        "max_length": ["20", -1, 0],
+        "do_sample": ["yes", 3],
+    },
+    "adapter_config.json": {
+        "base_model_name_or_path": [
+            "nobody/nothing", "hf://a/b", "../tied", "/", "", ".", "a" * 5000, "~/x", "a\0b", 7, [],
+            "https://h/m", "\\\\h\\m",
+        ],
+        "r": [0, -1, 2**40, 2.0, "2", None, True],
+        "lora_alpha": [0, -8, 1e300, "8", None, float("nan")],
+        "target_modules": ["(a+)+$", "all-linear", [], ["nobody"], {"q_proj": 1}, ".*(", None, 7],
+        "rank_pattern": [{"q_proj": 4}, {"(": 4}, {"q_proj": "4"}, [1], {"q_proj": 0}],
+        "layers_to_transform": [[0], [9], -1, "0"],
+        "modules_to_save": [["lm_head"], "lm_head", ["nobody"], [7]],
+        "layer_replication": [[[0, 2], [0, 2]], [[0, 10**6]], [[2, 0]], [[0]], "a"],
+        "peft_type": ["LORA", "lora", "XLORA", "PREFIX_TUNING", 7, None],
+        "auto_mapping": [{"base_model_class": "os", "parent_library": "os"}],
+    },
+    "config.json": {
+        "model_type": ["llama", "nobody", "", 7, None, "../x", "t5", "clip"],
+        "architectures": [["Nobody"], [], "Qwen3ForCausalLM", [7], ["T5ForConditionalGeneration"]],
+        "auto_map": [{"AutoModelForCausalLM": "nobody/nothing--m.M"}, {"AutoConfig": "m.M"}, 7],
+        "rope_parameters": [{"rope_type": "x"}, {"rope_type": "yarn", "factor": "a"}, [], None],
+        "rms_norm_eps": [0, -1, "a", float("nan"), 1e300],
+        "quantization_config": [{"quant_method": "gptq"}, {}, {"quant_method": "x"}, 7, "bnb"],
+        "hidden_act": ["x", 7, "", "silu()"],
+        "torch_dtype": ["float8", "int8", "os.system", 7],
+        "sliding_window": [0, -1, 2**40, "a"],
+        "layer_types": [["x"] * 2, [], ["full_attention"], "full"],
+        "tie_word_embeddings": ["no", 0, None, []],
+        "vocab_size": [0, 1, 26, "27", 27.0, 2**40],
+    },
+    "tokenizer_config.json": {
+        "tokenizer_class": ["Nobody", "os.system", 7, "LlamaTokenizer", "BertTokenizer"],
+        "chat_template": ["{{ 1 / 0 }}", [], [{"name": "a"}], {"a": 1}, 7, "{% for"],
+        "added_tokens_decoder": [{"a": {}}, {"999999": {"content": "x"}}, [], {"0": 7}],
+        "model_max_length": [0, -1, 1e30, "9", None],
+        "eos_token": ["nobody", 7, {"content": "x"}, None, "", ["a"]],
+        "auto_map": [{"AutoTokenizer": ["m.T", None]}, 7],
+    },
+}  # fmt: skip
+
+
+def other_field(draw, file: Path) -> None:
+    """A field of a config that libraries read, of a wrong type, or beyond what there is."""
+    name = draw.choice(sorted(FIELDS[file.name]))
+    values = json.loads(file.read_text()) | {name: draw.choice(FIELDS[file.name][name])}
+    file.write_text(json.dumps(values))
 
 
 def beside(draw, directory: Path) -> None:
@@ -165,30 +275,25 @@ def attack(draw, directory: Path) -> str:
         if draw.random() < 0.8:
             how(draw, file)
             return f"{how.__name__} {file.name}"
+    elif file.name == "tokenizer.json" and draw.random() < 0.4:
+        other_tokenizer(draw, file)
+        return "tokenizer"
+    elif file.name in FIELDS and draw.random() < 0.5:
+        other_field(draw, file)
+        return f"field of {file.name}"
     elif file.suffix == ".json" and draw.random() < 0.8:
         file.write_bytes(as_json(draw, changed(draw, json.loads(file.read_text()))))
         return f"changed {file.name}"
     elif file.suffix == ".jinja" and draw.random() < 0.6:
         text = file.read_text()
         at = draw.randrange(len(text))
-        odd = [
-            "{{ 1 / 0 }}",
-            "{% if %}",
-            "{{ x.y }}",
-            "{% for",
-            "{{ raise_exception('no') }}",
-            "}}",
-        ]
-        odd += [
-            "{{ messages }}",
-            "{#",
-            "{{ '' * 9**99 }}",
-            "{% break %}",
-            "\u202e",
-            "{{ bos_token }}",
-        ]
+        if draw.random() < 0.2:
+            file.write_bytes(
+                draw.choice([b"\x80\x04\x95", b"\0" * 99, b"\xff\xfea\0", b"{{ '\xff' }}"])
+            )
+            return "binary template"
         file.write_text(
-            draw.choice([text[:at] + draw.choice(odd) + text[at:], text[:at], "{{ 1 }}"])
+            draw.choice([text[:at] + draw.choice(TEMPLATES) + text[at:], text[:at], "{{ 1 }}"])
         )
         return "template"
     file.write_bytes(damaged(draw, file.read_bytes()))
@@ -211,6 +316,8 @@ def used(directory: Path) -> ModelSection:
     written = directory / "tokenizer.json"
     if written.is_file():
         theirs = Tokenizer.from_file(str(written))
+        theirs.no_padding()  # to 10^9 tokens, it may say; who asks for none gets none
+        theirs.no_truncation()
         # The config's special tokens are made where they are not there.
         theirs.add_special_tokens([*tokenizer.all_special_tokens])
         text = prompts.chats["student"].context(prompts.render(ROW, "student"))

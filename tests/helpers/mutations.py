@@ -4,8 +4,10 @@ another encoding, bytes lost or changed, files that are not there or are somethi
 import copy
 import gzip
 import json
+import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,10 @@ ODD = [
     None, True, False, 0, -1, 1, 2, 7, 0.5, -0.0, 1.0, 1e-300, 1e308, -1e308, 2**31, 2**63, 10**30,
     float("nan"), float("inf"), "", " ", "a", "0", "3", "1e-5", "nan", "no", "None", "true", "1:30",
     "../..", "/", "~", "{{ x }}", "\u00e9\u6570\U0001f600", "a\0b", "\ud800", "\x1b[2J", "x" * 5000,
-    [], {}, [[]], [None], ["a", 1], {"": None}, {"a": {"b": []}}, [0] * 300,
+    [], {}, [[]], [None], ["a", 1], {"": None}, {"a": {"b": []}}, [0] * 300, {"\ud800": 1},
+    2**53 + 1, -(2**63) - 1, 10**400, 5e-324, "9" * 400, "1_000", "0x10", "\uff11", "3\r\n",
+    "0000-00-00", "9999-12-31T23:59:60Z", "-99999999-01-01", "hf://a/b", "file:///etc/passwd",
+    {"__class__": "a"}, {"_type": "Image"}, {"$ref": "#"}, [[[[[[0]]]]]],
 ]  # fmt: skip
 
 
@@ -94,6 +99,16 @@ def as_json(draw: Random, tree: Any) -> bytes:
     elif kind == 1 and keys:
         found = draw.choice(keys)
         odd = ["9" * 5000, "1e999", "-NaN", "01", "0x1", "[" * 99_999, '{"a":' * 9999, "'a'", "nul"]
+        odd += [
+            '"\\ud800",',
+            '"\\udc00\\ud800",',
+            '"\\u0000",',
+            "-Infinity,",
+            "1E+2,",
+            "-0,",
+            "+1,",
+            "\ufeff",
+        ]
         text = f"{text[: found.end()]}{draw.choice(odd)}{text[found.end() :]}"
     elif kind == 2:
         text = draw.choice(['"', "[", "{", "//x\n", "", "null ", "\x0c"]) + text
@@ -136,7 +151,7 @@ def damaged(draw: Random, data: bytes) -> bytes:
 
 def misplace(draw: Random, file: Path) -> None:
     """Take a file away, or put something else in its place."""
-    kind = draw.randrange(6)
+    kind = draw.randrange(8)
     other = draw.choice(sorted(file.parent.iterdir()))
     if kind == 5 and other.is_file() and other != file:
         shutil.copy(other, file)
@@ -150,6 +165,10 @@ def misplace(draw: Random, file: Path) -> None:
         file.symlink_to("nowhere")
     elif kind == 4:
         file.symlink_to(file.name + ".old")
+    elif kind == 6:
+        os.mkfifo(file)
+    elif kind == 7:
+        file.symlink_to(draw.choice(["/dev/zero", "/dev/null", "/dev/stdin", "/proc/self/mem"]))
 
 
 ATTRIBUTES = re.compile(r"Traceback|object at 0x|pydantic|\[type=|errors\.pydantic|internal error")
@@ -157,13 +176,19 @@ ATTRIBUTES = re.compile(r"Traceback|object at 0x|pydantic|\[type=|errors\.pydant
 
 
 class Clock:
-    """Holds what runs inside to `SECONDS` of processor time."""
+    """Holds what runs inside to `SECONDS` of processor time, and to two minutes in all."""
 
     def __enter__(self) -> "Clock":
+        def stop(*_: Any) -> None:
+            raise AssertionError("it waits for ever")
+
+        signal.signal(signal.SIGALRM, stop)
+        signal.alarm(120)
         self.begun = time.process_time()
         return self
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
+        signal.alarm(0)
         assert kind is not None or time.process_time() - self.begun < SECONDS
 
 

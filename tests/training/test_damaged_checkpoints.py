@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from opsd.common.errors import UserError
 from opsd.common.saved_directory import MANIFEST
+from opsd.config.sections import LoraSection
 from opsd.models.load import load_model
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.runs.directory import claim_directory, last_checkpoint
@@ -158,3 +159,15 @@ def test_a_state_of_another_transformers_goes_on(more, damaged):
     file.write_text(json.dumps(json.loads(file.read_text()) | more))
     sealed(file.parent)
     assert last_checkpoint(damaged).name == "checkpoint-2"
+
+
+def test_all_files_of_an_adapters_checkpoint_are_in_its_manifest(files, tmp_path):
+    """peft writes a README.md, which no manifest lists: its damage would go unnoticed."""
+    config = short_config(*files, tmp_path, train={"steps": 1, "save_every": 1})
+    lora = config.model.model_copy(update={"lora": LoraSection(rank=2)})
+    config = config.model_copy(update={"model": lora})
+    go_on(config, None)
+    place = tmp_path / "checkpoint-1"
+    listed = json.loads((place / MANIFEST).read_text())["files"]
+    assert {path.name for path in place.iterdir()} == {*listed, MANIFEST}
+    assert "adapter_model.safetensors" in listed
