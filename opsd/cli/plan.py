@@ -14,7 +14,6 @@ from opsd.config.compatibility import refused
 from opsd.config.config import Config
 from opsd.config.load import load_config, merge, parse_config, with_overrides
 from opsd.plan.architectures import architecture
-from opsd.plan.fake_run import unshared_because
 from opsd.plan.memory import Memory, Planner
 from opsd.plan.suggestions import fit
 from opsd.plan.time_estimate import READING_SHARE, TRAINING_SHARE, plan_work
@@ -69,10 +68,11 @@ def plan_command(asked: argparse.Namespace) -> None:
     if config.train.sharding != "none" and asked.gpus == 1:
         raise refused(config, "train.sharding: say with --gpus over how many")
     longest = _check_window(student, lengths)
-    reason = unshared_because(student) if config.train.share_prefixes else None
+    planner = Planner(student, lengths, device, asked.gpus)
+    reason = planner.unshared_because if config.train.share_prefixes else None
     if reason is not None:  # as training would say
         config = parse_config(merge(config.model_dump(), {"train": {"share_prefixes": False}}))
-    plan = Plan(config, planner := Planner(student, lengths, device, asked.gpus))
+    plan = Plan(config, planner)
     work = plan_work(config, planner, plan.tokens, gpu)
     display = Display(quiet=asked.json)
     where = "a CPU" if gpu is None else f"{'one' if gpus == 1 else gpus} {gpu.name}"

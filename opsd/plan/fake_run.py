@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -50,8 +50,13 @@ class LiveBytes(TorchDispatchMode):
         return Peaks(self.most - self.base, self.at_kernel - self.base)
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.prim.device.default and isinstance(arguments[0], FakeTensor):
+            return arguments[0].fake_device  # of all calls the half, and slow where torch answers
         result, before = function(*arguments, **(keywords or {})), self.most
-        tree_map_only(Tensor, self._enter, result)
+        if isinstance(result, Tensor):
+            self._enter(result)
+        else:
+            tree_map_only(Tensor, self._enter, result)
         if function is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:
             # The sum of two gradients of one tensor. With real tensors backward adds in place.
             self.most = before
@@ -156,17 +161,25 @@ MakeStep = Callable[[PreTrainedConfig], tuple[Sequence[nn.Module], Callable[[], 
 
 
 def step_peaks(
-    architecture: PreTrainedConfig, make_step: MakeStep, *, autocast: bool, flash: bool
+    architecture: PreTrainedConfig,
+    make_step: MakeStep,
+    *,
+    autocast: bool,
+    flash: bool,
+    packable: bool,
 ) -> Peaks:
     """What a micro-batch's forward and backward add to weights and gradients.
 
     From the second micro-batch on, each gradient is added to an earlier one and freed.
     autocast: whether products are in bf16. flash: whether attention is by a flash kernel.
+    packable: that `unshared_because` had nothing to say, which is not asked again then.
     """
     models, loss = make_step(architecture)
     with _without_data(), _bare_attention(flash), LiveBytes() as count:
         for model in models:
             _make_fake(model)
+            if packable:
+                stream.take_as_packable(model)
         student = models[0].train()
         for parameter in student.parameters():
             if parameter.requires_grad:

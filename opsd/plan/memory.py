@@ -24,7 +24,15 @@ from opsd.models.multimodal import other_linear_layers
 from opsd.models.teacher import Member, teacher_section
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, SampleGroup, Totals, samples_of
 from opsd.plan.architectures import architecture
-from opsd.plan.fake_run import Peaks, meta_model, over_layers, quiet, sampling_peaks, step_peaks
+from opsd.plan.fake_run import (
+    Peaks,
+    meta_model,
+    over_layers,
+    quiet,
+    sampling_peaks,
+    step_peaks,
+    unshared_because,
+)
 from opsd.plan.workload import Lengths, micro_batches, sample_groups
 from opsd.rollout import SAMPLERS
 from opsd.training.step import OPSDStep
@@ -81,6 +89,11 @@ class Planner:
     def parameters(self) -> int:
         """The student's, without adapters."""
         return count_parameters(self.student)
+
+    @cached_property
+    def unshared_because(self) -> str | None:
+        """Why the student cannot share prefixes; None where it can."""
+        return unshared_because(self.student)
 
     def sizes(self, config: Config) -> Sizes:
         """The student's sizes, counted once for each `model` section."""
@@ -167,11 +180,9 @@ class Planner:
             return [model, *teacher], lambda: step(batch, Totals())
 
         def trace() -> Peaks:
-            flash = autocast and self.device_memory is not None
-            return over_layers(
-                self.student,
-                lambda short: step_peaks(short, make_step, autocast=autocast, flash=flash),
-            )
+            how = {"autocast": autocast, "flash": autocast and self.device_memory is not None}
+            how["packable"] = self.unshared_because is None
+            return over_layers(self.student, lambda short: step_peaks(short, make_step, **how))
 
         total = self._once(_step_key(config), trace).with_scratch(kernel)
         parts = {"gradients": 4 * sizes.train}

@@ -238,6 +238,11 @@ def unpackable(model: PreTrainedModel) -> str | None:
 _known: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
+def take_as_packable(model: PreTrainedModel) -> None:
+    """Ask no more whether this model runs packed streams: another of its architecture does."""
+    _known[decoder_of(model)] = None
+
+
 def _refusal(model: PreTrainedModel) -> str | None:
     """What our attention refuses in a stream of two tokens; None where it refuses nothing."""
     modes = [(module, module.training) for module in model.modules()]

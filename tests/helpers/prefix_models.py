@@ -94,16 +94,18 @@ MODELS = {
 }
 
 
-GEMMA_4 = transformers.Gemma4TextConfig(
-    **{**SIZES, "num_hidden_layers": 6},
-    head_dim=8,
-    global_head_dim=16,
-    sliding_window=7,
-    layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
-    hidden_size_per_layer_input=8,
-    vocab_size_per_layer_input=VOCABULARY,
-)
-"""Its full layers have wider heads than the others."""
+def gemma_4(layer_types: list[str]) -> transformers.PreTrainedConfig:
+    """Its full layers have wider heads than those with a window."""
+    return transformers.Gemma4TextConfig(
+        **{**SIZES, "num_hidden_layers": len(layer_types)},
+        head_dim=8,
+        global_head_dim=16,
+        sliding_window=7,
+        layer_types=layer_types,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+    )
+
 
 GPT_OSS = transformers.GptOssConfig(
     **SIZES,

@@ -4,13 +4,15 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers.prefix_models import GEMMA_4, GPT_OSS, SIZES
+from helpers.prefix_models import GPT_OSS, SIZES, gemma_4
 from transformers import AutoModelForCausalLM
 
 from opsd.config.sections import ModelSection
 from opsd.models.head import attention_shapes, decoder_of
 from opsd.models.load import best_attention, load_model
 from opsd.quickstart.tiny_model import make_tokenizer
+
+GEMMA_4 = gemma_4(["sliding_attention", "sliding_attention", "full_attention"] * 2)
 
 LLAMA_4 = transformers.Llama4TextConfig(
     **SIZES,

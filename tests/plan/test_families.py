@@ -2,11 +2,13 @@
 
 import pytest
 import transformers
-from helpers.prefix_models import GEMMA_4, GPT_OSS, SIZES
+from helpers.prefix_models import GPT_OSS, SIZES, gemma_4
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.plan.fake_run import Peaks, over_layers
+
+GEMMA_4 = gemma_4(["sliding_attention", "sliding_attention", "full_attention"] * 2)
 
 KINDS = ["linear_attention"] * 3 + ["full_attention"]
 HYBRID = transformers.Qwen3_5TextConfig(

@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 from helpers.prefix_models import (
-    GEMMA_4,
     MODELS,
     VOCABULARY,
     alone,
     assert_same,
+    gemma_4,
     ids,
     make,
     make_groups,
@@ -249,7 +249,8 @@ def test_a_name_that_only_sounds_recurrent_shares():
 def test_layers_whose_heads_differ_share():
     """Gemma 4's full layers have wider heads than those with a window."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(GEMMA_4).eval()
+    config = gemma_4(["sliding_attention", "full_attention", "full_attention"])
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     assert cached_token_cost(model) > 0
     groups = make_groups()
     assert_same(model, shared_prefix_hidden_states(model, groups), groups)
