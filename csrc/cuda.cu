@@ -168,10 +168,10 @@ enum Known {
   NOTHING,  // no entry clip; partials: DIVERGENCE, UNNORMALISED
 };
 
-// In place: a thread reads its entries before it writes them.
+// `out` may be the student's products: a thread reads its entries before it writes them.
 template <int KIND, Known KNOWN, bool SOFTCAP>
 __global__ void __launch_bounds__(THREADS)
-    gradient(opsd_tile tile, const float* row_weight, Numbers o) {
+    gradient(opsd_tile tile, Out out, const float* row_weight, Numbers o) {
   const Place place(tile.v, o);
   const Roles<SOFTCAP> roles(tile, place, o);
   const int64_t stride = tile.state_stride;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(THREADS)
     }
     first[i] = by_product * g;
   }
-  if (row_weight) store(tile.student + place.row * tile.student_stride, first, place);
+  if (row_weight) store(out, first, place);
   if (KNOWN == NOTHING && KIND != FORWARD_KL) {
     store(tile.teacher + place.row * tile.teacher_stride, second, place);
   }
@@ -224,20 +224,21 @@ __global__ void target(opsd_tile tile, const int64_t* targets, Numbers o) {
 
 template <bool SOFTCAP>
 __global__ void __launch_bounds__(THREADS)
-    log_prob_gradient(opsd_tile tile, const int64_t* targets, const float* row_weight, Numbers o) {
+    log_prob_gradient(opsd_tile tile, Out out, const int64_t* targets, const float* row_weight,
+                      Numbers o) {
   const Place place(tile.v, o);
   const Normaliser normaliser(tile.state, tile.state_stride, place.row, o.student);
   const float weight = row_weight[place.row] * o.factor;
   const int64_t chosen = targets[place.row] - place.first;
-  float* row = tile.student + place.row * tile.student_stride;
   float z[ITEMS];
-  load_unscaled<SOFTCAP>(z, row, tile.bias, place, o.student);
+  load_unscaled<SOFTCAP>(z, tile.student + place.row * tile.student_stride, tile.bias, place,
+                         o.student);
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i) {
     const float g = (Place::at(i) == chosen ? 1.f : 0.f) - exp_(normaliser.log_p(z[i]));
     z[i] = weight * slope<SOFTCAP>(z[i], o.student) * g;
   }
-  store(row, z, place);
+  store(out, z, place);
 }
 
 // --- The launches ---
@@ -284,7 +285,7 @@ struct Launch {
 };
 
 typedef void sums_t(opsd_tile, Numbers);
-typedef void gradient_t(opsd_tile, const float*, Numbers);
+typedef void gradient_t(opsd_tile, Out, const float*, Numbers);
 
 template <int KIND>
 sums_t* choose_sums(bool clip, bool capped) {
@@ -309,6 +310,9 @@ gradient_t* choose_gradient(Known known, bool capped) {
 
 using namespace opsd;
 
+// Changes with every signature below; opsd_kernels/tiles/cuda.py has the same.
+#define OPSD_CUDA_INTERFACE 3
+
 // Every call starts on the tensors' device, and none with nothing to do launches.
 #define OPSD_BEGIN(tile, device)                               \
   if ((tile)->n == 0 || (tile)->v == 0) return 0;              \
@@ -322,7 +326,7 @@ OPSD_EXPORT const char* opsd_cuda_error(int32_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-OPSD_EXPORT int32_t opsd_cuda_interface() { return OPSD_INTERFACE; }
+OPSD_EXPORT int32_t opsd_cuda_interface() { return OPSD_CUDA_INTERFACE; }
 
 // The CUDA version of the driver (0: there is none) and of the runtime in this library, as 1000 *
 // major + 10 * minor. Needs no device.
@@ -352,7 +356,9 @@ OPSD_EXPORT int32_t opsd_cuda_sums(const opsd_tile* tile, const opsd_options* op
   return cudaGetLastError();
 }
 
-OPSD_EXPORT int32_t opsd_cuda_gradient(const opsd_tile* tile, const float* row_weight,
+// out [n, v]: rows of out_stride entries of out_type (opsd::Type).
+OPSD_EXPORT int32_t opsd_cuda_gradient(const opsd_tile* tile, void* out, int64_t out_stride,
+                                       int32_t out_type, const float* row_weight,
                                        int32_t sums_known, const opsd_options* options,
                                        float* partials, int32_t device, void* stream) {
   OPSD_BEGIN(tile, device)
@@ -361,7 +367,8 @@ OPSD_EXPORT int32_t opsd_cuda_gradient(const opsd_tile* tile, const float* row_w
   auto* choose = options->divergence == FORWARD_KL   ? choose_gradient<FORWARD_KL>
                  : options->divergence == REVERSE_KL ? choose_gradient<REVERSE_KL>
                                                      : choose_gradient<JSD>;
-  launch.chunkwise(choose(known, launch.capped()), 1, *tile, row_weight);
+  const Out written{out, out_stride, static_cast<Type>(out_type)};
+  launch.chunkwise(choose(known, launch.capped()), 1, *tile, written, row_weight);
   if (known == CLIPPED_TOO) launch.add_partials(DOT, 1);
   if (known == NOTHING) launch.add_partials(DIVERGENCE, 2);
   return cudaGetLastError();
@@ -378,13 +385,15 @@ OPSD_EXPORT int32_t opsd_cuda_log_prob_normalisers(const opsd_tile* tile, const 
   return cudaGetLastError();
 }
 
-OPSD_EXPORT int32_t opsd_cuda_log_prob_gradient(const opsd_tile* tile, const int64_t* targets,
-                                                const float* row_weight,
+OPSD_EXPORT int32_t opsd_cuda_log_prob_gradient(const opsd_tile* tile, void* out,
+                                                int64_t out_stride, int32_t out_type,
+                                                const int64_t* targets, const float* row_weight,
                                                 const opsd_options* options, float* partials,
                                                 int32_t device, void* stream) {
   OPSD_BEGIN(tile, device)
   const Launch launch(tile, options, partials, stream);
+  const Out written{out, out_stride, static_cast<Type>(out_type)};
   launch.chunkwise(launch.capped() ? log_prob_gradient<true> : log_prob_gradient<false>, 1, *tile,
-                   targets, row_weight);
+                   written, targets, row_weight);
   return cudaGetLastError();
 }

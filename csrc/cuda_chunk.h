@@ -110,6 +110,41 @@ __device__ __forceinline__ void load(float (&z)[ITEMS], const float* row, float 
   }
 }
 
+// Where gradients go: rows of fp32, bf16 or fp16.
+enum Type : int32_t { FP32 = 0, BF16 = 1, FP16 = 2 };
+
+struct Out {
+  void* entries;
+  int64_t stride;
+  Type type;
+};
+
+// Two numbers in 16 bits each, the first in the low half, rounded to the nearest.
+__device__ __forceinline__ uint32_t pack(float low, float high, Type type) {
+#ifdef __CUDACC__
+  uint32_t both;
+  if (type == BF16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  }
+  return both;
+#else
+  const auto narrow = [type](float x) -> uint32_t {
+    if (type == FP16) {
+      const _Float16 half = static_cast<_Float16>(x);
+      uint16_t bits;
+      memcpy(&bits, &half, sizeof bits);
+      return bits;
+    }
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff;
+  };
+  return narrow(high) << 16 | narrow(low);
+#endif
+}
+
 __device__ __forceinline__ void store(float* row, const float (&z)[ITEMS], const Place& place) {
   row += place.first;
   if (place.has_all() && aligned(row)) {
@@ -122,6 +157,28 @@ __device__ __forceinline__ void store(float* row, const float (&z)[ITEMS], const
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
       if (place.has(i)) row[Place::at(i)] = z[i];
+    }
+  }
+}
+
+// A thread's entries of a row, four of 16 bits to a store where it is aligned to 8 bytes.
+__device__ __forceinline__ void store(const Out& out, const float (&z)[ITEMS],
+                                      const Place& place) {
+  if (out.type == FP32) {
+    store(static_cast<float*>(out.entries) + place.row * out.stride, z, place);
+    return;
+  }
+  uint16_t* row = static_cast<uint16_t*>(out.entries) + place.row * out.stride + place.first;
+  if (place.has_all() && (reinterpret_cast<uintptr_t>(row) & 7) == 0) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; i += 4) {
+      *reinterpret_cast<uint2*>(row + Place::at(i)) =
+          make_uint2(pack(z[i], z[i + 1], out.type), pack(z[i + 2], z[i + 3], out.type));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+      if (place.has(i)) row[Place::at(i)] = static_cast<uint16_t>(pack(z[i], 0.f, out.type));
     }
   }
 }

@@ -70,6 +70,7 @@ def divergence_blocks(
         two_sums=direct and not forward and want.hidden,
         vocabulary=heads[0].weight.shape[0] if shards is None else shards.largest,
         budget=budget,
+        trains_head=want.weight,
     )
     at_once = plan.one_pass and shards is None and hasattr(functions, "rows")
     direct = direct and want.any and not at_once and (forward or not plan.one_pass)
@@ -85,9 +86,10 @@ def divergence_blocks(
         sweep = Sweep((student[rows], teacher[rows]), heads, plan.columns, buffer)
         state = states.new(sweep.rows, student, dtype)
         factor = row_weight[rows] if want.any else None
+        gradients.start(rows, two_sums=two_sums)
         if at_once:
             for tile in sweep:
-                functions.rows(*tile.roles, rule, state, factor)
+                functions.rows(*tile.roles, rule, state, factor, gradients.room(tile))
         else:
             for tile in sweep:
                 functions.normalisers(*tile.roles, rule, state)
@@ -100,11 +102,11 @@ def divergence_blocks(
                     shards.sum_(state[states.SUMS])
                 if token_clip is not None and want.any:
                     factor = factor * token_factor(state, token_clip)
-        gradients.start(rows, two_sums=two_sums)
         if want.any or entry_clip is not None:
             for tile in sweep:
                 if not at_once:
-                    functions.gradient_(*tile.roles, rule, state, factor, not direct)
+                    room = gradients.room(tile)
+                    functions.gradient_(*tile.roles, rule, state, factor, not direct, room)
                 if want.any:
                     gradients.add(tile, sweep.student)
         if shards is not None:
@@ -112,9 +114,9 @@ def divergence_blocks(
                 shards.sum_(state[states.SUMS])
             if entry_clip is not None:
                 shards.sum_(state[states.DOT])
-            gradients.combine(shards)
         gradients.finish(
             rows,
+            shards,
             state[states.UNNORMALISED] if two_sums else None,
             token_factor(state, token_clip) if direct and token_clip is not None else None,
         )

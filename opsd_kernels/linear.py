@@ -196,7 +196,9 @@ def linear_divergence(
         no tokens: loss 0 and zero gradients.
     memory_budget: bytes of scratch memory, beside the gradients (default: 256 MiB, on a GPU 1 GiB).
         A small one costs time: see `opsd_kernels/plan.py`. A head trained in 16 bits has its
-        gradient summed in fp32, 4 V D bytes more during the call, unless all tokens fit one block.
+        gradient summed in fp32, 4 V D bytes more during the call, unless the gradients of all
+        tokens' logits fit the budget: on a GPU the default is made so large (and 4 V D at least)
+        where that takes no more memory than the sum.
     backend: auto | torch | cpp | triton | cuda, see `opsd_kernels.backends()`.
     gradient: "exact", the only one: docs/filtered.md says why.
     targets [...]: integers in [0, V), such as sampled tokens, whose log-probabilities by both roles

@@ -48,6 +48,7 @@ def log_prob_blocks(
         two_sums=False,
         vocabulary=head.weight.shape[0] if shards is None else shards.largest,
         budget=budget,
+        trains_head=want.weight,
     )
     dtype = gemm.tile_dtype(hidden.dtype)
     stats = hidden.new_empty((2, hidden.shape[0]), dtype=dtype)
@@ -66,14 +67,14 @@ def log_prob_blocks(
             shards.combine_normalisers_(state[states.STUDENT])
             shards.sum_(state[states.TARGET])
         if want.any:
-            gradients.start(rows, two_sums=False)
+            gradients.start(rows)
             for tile in sweep:
-                local = targets[rows] - tile.columns.start
-                functions.log_prob_gradient_(*tile.roles, local, transform, state, row_weight[rows])
+                local, room = targets[rows] - tile.columns.start, gradients.room(tile)
+                functions.log_prob_gradient_(
+                    *tile.roles, local, transform, state, row_weight[rows], room
+                )
                 gradients.add(tile, sweep.student)
-            if shards is not None:
-                gradients.combine(shards)
-            gradients.finish(rows, None, None)
+            gradients.finish(rows, shards)
         stats[0, rows] = (state[states.TARGET] - state[states.MAX]) - states.log_sum(state)
         stats[1, rows] = states.entropy(state[states.STUDENT])
     del buffer, narrow

@@ -12,6 +12,11 @@ than 8 of a thin one (two passes cost 1.5 to 2 times the multiplications). Measu
 core, V = 32768, D = 512, trainable head, microseconds a token: one pass 8181, 4659, 3719, 2581 with
 4, 8, 16, 128 rows; two passes 1.5 times the last: so 16 rows. On a GPU a product needs some 256
 rows to be bound by arithmetic.
+
+Two levels (`Cost.gradient`): where gradients are rounded to 16 bits anyway, they are a quarter of
+what the two roles' fp32 logits take. So these come a block at a time, and the gradients of a group
+of many blocks are kept until one product takes them all: dW [V, D], which in fp32 is larger than a
+block, is then read and written once a group instead of once a block.
 """
 
 from dataclasses import dataclass
@@ -27,7 +32,8 @@ class Cost:
     entry: for each token and vocabulary entry of a tile; temporaries: for each of at most
     `slice_entries` of them; token: for each token; one_pass_token, tiles_token: the same, in one of
     the algorithms only; column: for each of at most `slice_columns` vocabulary entries of a tile;
-    fixed: once.
+    gradient, group_token: for each token of a group and vocabulary entry of a tile, for each token
+    of a group; fixed: once.
     """
 
     entry: float
@@ -38,26 +44,34 @@ class Cost:
     tiles_token: int = 0
     column: int = 0
     slice_columns: int = 0
+    gradient: int = 0
+    group_token: int = 0
     fixed: int = 0
 
     def per_token(self, columns: int, one_pass: bool) -> int:
-        """Without `temporaries`."""
+        """Of a block. Without `temporaries`."""
         token = self.token + (self.one_pass_token if one_pass else self.tiles_token)
         return int(self.entry * columns) + token
 
-    def bytes(self, rows: int, columns: int, one_pass: bool) -> int:
+    def per_kept_token(self, columns: int) -> int:
+        """Of a group."""
+        return self.gradient * columns + self.group_token
+
+    def bytes(self, rows: int, columns: int, one_pass: bool, group: int | None = None) -> int:
+        """Of blocks of `rows` tokens in groups of `group` (None: a block each)."""
         entries = min(rows * columns, self.slice_entries)
         return (
             rows * self.per_token(columns, one_pass)
+            + (rows if group is None else group) * self.per_kept_token(columns)
             + int(self.temporaries * entries)
             + self.column * min(columns, self.slice_columns)
             + self.fixed
         )
 
     def most_rows(self, columns: int, one_pass: bool, budget: int) -> int:
-        """The largest n of which `bytes` fits the budget; 0 if none does."""
+        """The largest n of which `bytes` fits the budget, a block a group; 0 if none does."""
         left = budget - self.bytes(0, columns, one_pass)
-        token = self.per_token(columns, one_pass)
+        token = self.per_token(columns, one_pass) + self.per_kept_token(columns)
         unsliced = int(left / (token + self.temporaries * columns))
         sliced = (left - int(self.temporaries * self.slice_entries)) // token
         return max(unsliced, sliced, 0)
@@ -65,8 +79,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens a block, the number of blocks, vocabulary entries a tile, and the bytes of scratch
-    memory that one block occupies.
+    """Tokens a block, the number of blocks, vocabulary entries a tile, the bytes of scratch memory
+    that are occupied at once, tokens a group, and the number of groups.
     """
 
     rows: int
@@ -74,6 +88,8 @@ class Plan:
     columns: int
     one_pass: bool
     bytes: int
+    group: int
+    groups: int
 
 
 def plan(
@@ -84,13 +100,15 @@ def plan(
     budget: int | None = None,
     fast_rows: int = 16,
     fast_columns: int = 512,
+    grouped: bool = False,
 ) -> Plan:
     """Split `tokens` into blocks of equal size, and the vocabulary into tiles if it must be, within
     `budget` bytes (None: 256 MiB, or the least that works where that is more).
 
     Tiles have `fast_columns` entries. They become wider where all tokens fit one block, and
-    narrower where a block would have fewer rows than a tile has columns. Raises ValueError where
-    not even one token fits.
+    narrower where a block would have fewer rows than a tile has columns. `grouped`: in one pass,
+    blocks of `fast_rows` and as large a group as fits. Raises ValueError where not even one token
+    fits.
     """
     least_columns = min(vocabulary, LEAST_COLUMNS)
     least = cost.bytes(1, least_columns, least_columns == vocabulary)
@@ -103,6 +121,11 @@ def plan(
         )
     rows = cost.most_rows(vocabulary, True, budget)
     if rows >= min(tokens, fast_rows) or vocabulary == least_columns:
+        if grouped and fast_rows < rows < tokens:
+            left = budget - cost.bytes(fast_rows, vocabulary, True, 0)
+            return _grouped(
+                tokens, fast_rows, left // cost.per_kept_token(vocabulary), cost, vocabulary
+            )
         return _even(tokens, min(rows, tokens), vocabulary, True, cost)
     columns = min(fast_columns, vocabulary - 1)
     rows = cost.most_rows(columns, False, budget)
@@ -116,8 +139,19 @@ def plan(
 
 
 def _even(tokens: int, most: int, columns: int, one_pass: bool, cost: Cost) -> Plan:
-    if tokens == 0:
-        return Plan(rows=0, blocks=0, columns=columns, one_pass=one_pass, bytes=0)
-    blocks = -(-tokens // most)
-    rows = -(-tokens // blocks)
-    return Plan(rows, blocks, columns, one_pass, cost.bytes(rows, columns, one_pass))
+    """Blocks of `most` tokens at most, each a group of its own."""
+    blocks = -(-tokens // most) if tokens else 0
+    rows = -(-tokens // blocks) if tokens else 0
+    size = cost.bytes(rows, columns, one_pass) if tokens else 0
+    return Plan(rows, blocks, columns, one_pass, size, rows, blocks)
+
+
+def _grouped(tokens: int, most_rows: int, most: int, cost: Cost, columns: int) -> Plan:
+    """Groups of `most` tokens at most, of blocks of `most_rows` at most; one pass."""
+    groups = -(-tokens // most)
+    group = -(-tokens // groups)
+    rows = -(-group // -(-group // most_rows))
+    full, rest = divmod(tokens, group)
+    blocks = full * -(-group // rows) + -(-rest // rows)
+    size = cost.bytes(rows, columns, True, group)
+    return Plan(rows, blocks, columns, True, size, group, groups)

@@ -1,14 +1,14 @@
 """A block of tokens against the vocabulary, tile by tile: products in, gradients out.
 
     for tile in sweep:                       # h W^T of every role for [n tokens, v entries]
-        backend.some_function(*tile.roles, ...)
+        backend.gradient_(*tile.roles, ..., gradients.room(tile))
         gradients.add(tile)                  # dh += G W, dW += G^T h
 
 A sweep whose tile is as wide as the vocabulary computes its products once, and later passes find
 them where they are: that is all the difference between one pass and two.
 
-Shapes: n tokens of a block, N of a call, V vocabulary entries (this rank's, where they are split
-over ranks), v of a tile, D hidden width.
+Shapes: n tokens of a block, m of a group, N of a call, V vocabulary entries (this rank's, where
+they are split over ranks), v of a tile, D hidden width.
 """
 
 from collections.abc import Iterator
@@ -24,6 +24,9 @@ from opsd_kernels.tiles import state as states
 from opsd_kernels.tiles.logits import Logits
 
 GPU_BUDGET = 2**30
+FAST_ROWS = (
+    256  # tokens of a block on a GPU, if it can be: what makes a product bound by arithmetic
+)
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,10 @@ def plan_call(
     two_sums: bool,
     vocabulary: int,
     budget: int | None,
+    trains_head: bool,
 ) -> Plan:
     """The plan of a call. `two_sums`: whether two passes take dh as two sums (see `Gradients`);
-    `vocabulary`: V, or the largest shard's.
+    `vocabulary`: V, or the largest shard's; trains_head: whether dW is asked for.
     """
     first, dtype = hidden[0], gemm.tile_dtype(hidden[0].dtype)
     item, width = dtype.itemsize, first.shape[1]
@@ -83,19 +87,30 @@ def plan_call(
     # Also where only backward will want it, which runs the call again within the same budget.
     wide_gradient = gemm.gradient_dtype(first.dtype) != dtype
     cost = Cost(
-        entry=len(heads) * item + (first.element_size() if gemm.narrows(first) else 0),
+        entry=len(heads) * item,
         temporaries=temporaries * item,
         slice_entries=getattr(backend, "slice_entries", lambda device: 2**62)(first.device),
-        token=states.ROWS * item + widened + (width * item if wide_gradient else 0),
+        token=states.ROWS * item + widened,
         one_pass_token=stacked,
         tiles_token=width * item if two_sums else 0,
         column=max(h.weight.shape[1] for h in heads) * item if widened else 0,
         slice_columns=gemm.SLICE,
+        gradient=first.element_size() if gemm.narrows(first) else 0,
+        group_token=width * item if wide_gradient else 0,
     )
+    # dW is summed in fp32 over groups, which costs as much again: not worth it for dh alone.
+    grouped = gemm.narrows(first) and trains_head
+    tokens = first.shape[0]
     if budget is None and on_gpu:
         budget = max(GPU_BUDGET, cost.bytes(1, vocabulary, True))
-    fast = {"fast_rows": 256, "fast_columns": 4096} if on_gpu else {}
-    return plan(first.shape[0], vocabulary, cost, budget=budget, **fast)
+        if grouped:
+            # What the sum over groups takes beside the budget is better spent on having but one.
+            summed = item * vocabulary * width
+            budget = max(budget, summed)
+            whole = cost.bytes(min(FAST_ROWS, tokens), vocabulary, True, tokens)
+            budget = whole if budget < whole <= budget + summed else budget
+    fast = {"fast_rows": FAST_ROWS, "fast_columns": 4096} if on_gpu else {}
+    return plan(tokens, vocabulary, cost, budget=budget, grouped=grouped, **fast)
 
 
 def _share(heads: tuple[Head, ...]) -> bool:
@@ -158,7 +173,7 @@ class Sweep:
 
 
 class Gradients:
-    """Those of the student's hidden states and head, summed over tiles and blocks in fp32.
+    """Those of the student's hidden states and head, summed over tiles and groups in fp32.
 
     dh of a block may come as two sums, A = sum_v p W_v and B = sum_v S W_v, and then
     dh = A - (sum p) B, where the sum is known only after the last tile.
@@ -173,63 +188,98 @@ class Gradients:
         narrow: Tensor | None,
         unit: Tensor | None,
     ) -> None:
-        """hidden: [N, D] of the call. narrow: room for a tile in the operands' dtype. unit: what
-        the tiles' gradients are multiplied by, see `gemm.gradient_unit`.
+        """hidden: [N, D] of the call. narrow: room for a group's gradients in the operands' dtype.
+        unit: what the tiles' gradients are multiplied by, see `gemm.gradient_unit`.
         """
-        self.head, self.narrow, self.operand = head, narrow, hidden.dtype
-        self.dtype = gemm.tile_dtype(hidden.dtype)
+        self.hidden, self.head, self.narrow = hidden, head, narrow
+        self.dtype, self.group = gemm.tile_dtype(hidden.dtype), plan.group
         weight = head.weight
-        self.once = plan.blocks <= 1  # dW is then complete tile by tile
+        self.kept = plan.group > plan.rows  # whether a group has several blocks
+        self.once = plan.groups <= 1  # dW is then complete tile by tile
         self.unit = unit
         kept_in = gemm.gradient_dtype(hidden.dtype)
         self.d_hidden = torch.zeros_like(hidden, dtype=kept_in) if want.hidden else None
         self.d_weight = self.d_bias = None
         if want.weight:
             summed_in = gemm.gradient_dtype(weight.dtype) if self.once else self.dtype
-            new = torch.empty_like if plan.blocks == 1 else torch.zeros_like
+            new = torch.empty_like if plan.groups == 1 else torch.zeros_like
             self.d_weight = new(weight, dtype=summed_in)
         if want.bias:
             self.d_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype)
 
-    def start(self, rows: slice, *, two_sums: bool) -> None:
-        """A new block of tokens."""
+    def start(self, rows: slice, *, two_sums: bool = False) -> None:
+        """A new block of tokens, and of a group, where it is its first."""
+        self.place = rows.start % max(self.group, 1)
+        if self.place:
+            return
+        self.rows = slice(rows.start, min(rows.start + self.group, self.hidden.shape[0]))
         self.block = self.by_student = None
         if self.d_hidden is None:
             return
-        block = self.d_hidden[rows]
+        block = self.d_hidden[self.rows]
         self.block = (
             block if block.dtype == self.dtype else torch.zeros_like(block, dtype=self.dtype)
         )
         if two_sums:
             self.by_student = torch.zeros_like(block, dtype=self.dtype)
 
-    def add(self, tile: Tile, hidden: Tensor) -> None:
-        """`tile` holds gradients by the products (for two sums: p and S); hidden [n, D] their
-        tokens.
+    def room(self, tile: Tile) -> Tensor | None:
+        """Where the gradient by the student's products of the tile is to be written; None: over
+        them.
         """
+        if self.narrow is None:
+            return None
+        shape = tile.roles[0].product.shape
+        first = self.place * shape[1]
+        return self.narrow[first : first + shape.numel()].view(shape)
+
+    def add(self, tile: Tile, hidden: Tensor) -> None:
+        """The gradients by the tile's products (for two sums: p and S) are written; hidden [n, D]:
+        their tokens. Those of a group of several blocks wait for its end.
+        """
+        if self.kept:
+            return
         products = [logits.product for logits in tile.roles]
-        gradient = self._narrowed(products[0])
-        weight = self.head.weight[tile.columns]
+        room = self.room(tile)
+        self._multiply(products[0] if room is None else room, tile.columns, hidden)
+        if self.by_student is not None:
+            weight = self.head.weight[tile.columns]
+            gemm.add_input_gradient_(self.by_student, products[1], weight)
+
+    def _multiply(self, gradient: Tensor, columns: slice, hidden: Tensor) -> None:
         if self.block is not None:
-            gemm.add_input_gradient_(self.block, gradient, weight)
+            gemm.add_input_gradient_(self.block, gradient, self.head.weight[columns])
         if self.d_weight is not None:
             product_ = gemm.set_weight_gradient_ if self.once else gemm.add_weight_gradient_
-            product_(self.d_weight[tile.columns], gradient, hidden, self.operand)
+            product_(self.d_weight[columns], gradient, hidden, self.hidden.dtype)
         if self.d_bias is not None:
-            self.d_bias[tile.columns] += products[0].sum(0)
-        if self.by_student is not None:
-            gemm.add_input_gradient_(self.by_student, self._narrowed(products[1]), weight)
+            self.d_bias[columns] += gradient.sum(0, dtype=self.dtype)
 
-    def combine(self, shards: Shards) -> None:
-        """dh of the block is the sum over all ranks, which have a piece of the vocabulary each."""
-        for own in (self.block, self.by_student):
-            if own is not None:
-                shards.sum_(own)
-
-    def finish(self, rows: slice, sum_p: Tensor | None, row_factor: Tensor | None) -> None:
-        """The block's dh is complete: join the two sums, scale the rows by `row_factor` [n]."""
+    def finish(
+        self,
+        rows: slice,
+        shards: Shards | None,
+        sum_p: Tensor | None = None,
+        row_factor: Tensor | None = None,
+    ) -> None:
+        """A block is added. After the last of a group: multiply what was kept, sum dh over the
+        ranks, which have a piece of the vocabulary each; join the two sums, scale the rows by
+        `row_factor` [n] (both of groups of one block only).
+        """
+        if rows.stop < self.rows.stop:
+            return
+        rows = self.rows
+        if self.kept:
+            assert self.narrow is not None
+            shape = rows.stop - rows.start, self.head.weight.shape[0]
+            gradient = self.narrow[: shape[0] * shape[1]].view(shape)
+            self._multiply(gradient, slice(None), self.hidden[rows])
         if self.d_hidden is None or self.block is None:
             return
+        if shards is not None:
+            for own in (self.block, self.by_student):
+                if own is not None:
+                    shards.sum_(own)
         if self.by_student is not None:
             assert sum_p is not None
             self.block.addcmul_(self.by_student, sum_p[:, None], value=-1.0)
@@ -251,20 +301,18 @@ class Gradients:
         d_weight, d_bias = (None if x is None else x.to(dtype) for x in head)
         return self.d_hidden, d_weight, d_bias
 
-    def _narrowed(self, gradient: Tensor) -> Tensor:
-        if self.narrow is None:
-            return gradient
-        return self.narrow[: gradient.numel()].view(gradient.shape).copy_(gradient)
-
 
 def blocks(n_tokens: int, plan: Plan) -> Iterator[slice]:
-    """The tokens of each of the plan's blocks."""
-    for start in range(0, n_tokens, max(plan.rows, 1)):
-        yield slice(start, min(start + plan.rows, n_tokens))
+    """The tokens of each of the plan's blocks, group by group."""
+    for start in range(0, n_tokens, max(plan.group, 1)):
+        stop = min(start + plan.group, n_tokens)
+        for first in range(start, stop, plan.rows):
+            yield slice(first, min(first + plan.rows, stop))
 
 
 def buffers(hidden: Tensor, plan: Plan, roles: int) -> tuple[Tensor, Tensor | None]:
-    """(room for every role's tile, room for one in the operands' dtype where products need it)."""
-    entries = plan.rows * plan.columns
-    tile = hidden.new_empty(roles * entries, dtype=gemm.tile_dtype(hidden.dtype))
-    return tile, hidden.new_empty(entries) if gemm.narrows(hidden) else None
+    """(room for every role's tile, room for a group's gradients in the operands' dtype where
+    products need them so).
+    """
+    tile = hidden.new_empty(roles * plan.rows * plan.columns, dtype=gemm.tile_dtype(hidden.dtype))
+    return tile, hidden.new_empty(plan.group * plan.columns) if gemm.narrows(hidden) else None

@@ -212,8 +212,9 @@ class Planner:
             two_sums=False,
             vocabulary=vocabulary,
             budget=config.loss.memory_budget,
+            trains_head=trains_head,
         )
-        summed = trains_head and plan.blocks > 1 and dtype != torch.float32
+        summed = trains_head and plan.groups > 1 and dtype != torch.float32
         return plan.bytes + (4 * vocabulary * width if summed else 0)
 
     def _sampling(self, config: Config, dtype: torch.dtype) -> dict[str, int]:

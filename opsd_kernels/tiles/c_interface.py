@@ -27,13 +27,13 @@ def find_library(name: str) -> Path:
     return own
 
 
-def load_library(path: Path, interface: str) -> ctypes.CDLL:
-    """OSError where it does not load, or was built from sources of another interface; its function
-    `interface` says of which.
+def load_library(path: Path, interface: str, number: int | None = None) -> ctypes.CDLL:
+    """OSError where it does not load, or was built from sources of another interface than `number`
+    (None: `INTERFACE`); its function `interface` says of which.
     """
     library = ctypes.CDLL(str(path))
     found = getattr(library, interface)() if hasattr(library, interface) else None
-    if found != INTERFACE:
+    if found != (INTERFACE if number is None else number):
         raise OSError("it was built from other sources than this Python code's: build it again")
     return library
 

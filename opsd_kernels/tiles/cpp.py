@@ -82,17 +82,33 @@ def gradient_(
     state: Tensor,
     row_weight: Tensor | None,
     sums_known: bool = True,
+    out: Tensor | None = None,
 ) -> None:
     assert sums_known or rule.entry_clip is None
     shape = tile(student, teacher, state)
     _library().opsd_gradient(shape, _floats(row_weight), sums_known, options(rule))
+    _move(student, row_weight, out)
 
 
 def rows(
-    student: Logits, teacher: Logits, rule: Rule, state: Tensor, row_weight: Tensor | None
+    student: Logits,
+    teacher: Logits,
+    rule: Rule,
+    state: Tensor,
+    row_weight: Tensor | None,
+    out: Tensor | None = None,
 ) -> None:
     shape = tile(student, teacher, state)
     _library().opsd_rows(shape, _floats(row_weight), options(rule))
+    _move(student, row_weight, out)
+
+
+def _move(student: Logits, row_weight: Tensor | None, out: Tensor | None) -> None:
+    """The library writes over the products: a CPU's products read gradients in fp32, so that only
+    tests ask for more.
+    """
+    if out is not None and row_weight is not None:
+        out.copy_(student.product)
 
 
 def log_prob_normalisers(
@@ -103,8 +119,14 @@ def log_prob_normalisers(
 
 
 def log_prob_gradient_(
-    logits: Logits, targets: Tensor, transform: LogitTransform, state: Tensor, row_weight: Tensor
+    logits: Logits,
+    targets: Tensor,
+    transform: LogitTransform,
+    state: Tensor,
+    row_weight: Tensor,
+    out: Tensor | None = None,
 ) -> None:
     shape, chosen = tile(logits, None, state), pointer(targets, CPU, torch.int64)
     described = options(Rule(transform=transform))
     _library().opsd_log_prob_gradient(shape, chosen, _floats(row_weight), described)
+    _move(logits, row_weight, out)

@@ -24,6 +24,8 @@ from opsd_kernels.tiles.c_interface import (
 from opsd_kernels.tiles.logits import Logits
 
 OLDEST_DEVICE = (8, 0)  # compute capability
+INTERFACE = 3  # OPSD_CUDA_INTERFACE of csrc/cuda.cu
+TYPES = (torch.float32, torch.bfloat16, torch.float16)  # opsd::Type of csrc/cuda_chunk.h
 TEMPORARIES = 8 / 4096  # each chunk's eight sums
 LIBRARY = find_library("libopsd_cuda.so")
 
@@ -59,14 +61,15 @@ def too_old(driver: int, runtime: int) -> str | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = load_library(LIBRARY, "opsd_cuda_interface")
+    library = load_library(LIBRARY, "opsd_cuda_interface", INTERFACE)
     address, described = ctypes.c_void_p, ctypes.POINTER(Options)
+    out = (address, ctypes.c_int64, ctypes.c_int32)
     for name, arguments in (
         ("normalisers", ()),
         ("sums", ()),
-        ("gradient", (address, ctypes.c_int32)),
+        ("gradient", (*out, address, ctypes.c_int32)),
         ("log_prob_normalisers", (address,)),
-        ("log_prob_gradient", (address, address)),
+        ("log_prob_gradient", (*out, address, address)),
     ):
         function = getattr(library, f"opsd_cuda_{name}")
         function.argtypes = [
@@ -122,10 +125,18 @@ def gradient_(
     state: Tensor,
     row_weight: Tensor | None,
     sums_known: bool = True,
+    out: Tensor | None = None,
 ) -> None:
     assert sums_known or rule.entry_clip is None
     shape = tile(student, teacher, state)
-    _call("gradient", shape, rule, state, _floats(row_weight), sums_known)
+    written = _written(student, out)
+    _call("gradient", shape, rule, state, *written, _floats(row_weight), sums_known)
+
+
+def _written(logits: Logits, out: Tensor | None) -> tuple[int | None, int, int]:
+    """Where the gradient goes: the first entry, stride and type."""
+    x = logits.product if out is None else out
+    return pointer(x, logits.product.device, x.dtype), x.stride(0), TYPES.index(x.dtype)
 
 
 def log_prob_normalisers(
@@ -136,8 +147,14 @@ def log_prob_normalisers(
 
 
 def log_prob_gradient_(
-    logits: Logits, targets: Tensor, transform: LogitTransform, state: Tensor, row_weight: Tensor
+    logits: Logits,
+    targets: Tensor,
+    transform: LogitTransform,
+    state: Tensor,
+    row_weight: Tensor,
+    out: Tensor | None = None,
 ) -> None:
     shape, chosen = tile(logits, None, state), pointer(targets, state.device, torch.int64)
     rule = Rule(transform=transform)
-    _call("log_prob_gradient", shape, rule, state, chosen, _floats(row_weight))
+    written = _written(logits, out)
+    _call("log_prob_gradient", shape, rule, state, *written, chosen, _floats(row_weight))

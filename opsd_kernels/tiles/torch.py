@@ -19,25 +19,28 @@ sums(student, teacher, rule, state)
     COUNT and CLIPPED_UNNORMALISED. Each term is computed by itself and is not negative: no
     difference of large sums.
 
-gradient_(student, teacher, rule, state, row_weight, sums_known=True)
-    overwrites the student's product with row_weight [n] times the derivative of the clipped (entry)
-    or unclipped divergence by it. The token clip is a matter of row_weight: the caller's.
+gradient_(student, teacher, rule, state, row_weight, sums_known=True, out=None)
+    overwrites `out` [n, v] (fp32, bf16 or fp16), or without one the student's product, with
+    row_weight [n] times the derivative of the clipped (entry) or unclipped divergence by it. The
+    token clip is a matter of row_weight: the caller's.
     With an entry clip it adds to DOT; row_weight may then be None: no gradient is written.
     sums_known=False (never with an entry clip): the first sweep since the normalisers, so it adds
     what `sums` would have added. forward_kl's gradient needs no sum, and is written all the same.
     For the others, whose gradient p - S sum p waits for the sum, the student's product becomes
-    row_weight times p, and the teacher's row_weight times S (both by the product).
+    row_weight times p, and the teacher's row_weight times S (both by the product); never with
+    `out`.
 
 log_prob_normalisers(logits, targets, transform, state)
     `state` [4, n]: adds to MAX, REST and MOMENT, and the target's logit to TARGET. `targets` [n]
     (int64) count from the tile's first entry: those outside [0, v) lie in another tile.
 
-log_prob_gradient_(logits, targets, transform, state, row_weight)
-    overwrites the product with row_weight times the derivative of the target's log-probability.
+log_prob_gradient_(logits, targets, transform, state, row_weight, out=None)
+    overwrites `out`, or the product, with row_weight times the derivative of the target's
+    log-probability.
 
 A backend may offer beside these
 
-rows(student, teacher, rule, state, row_weight)
+rows(student, teacher, rule, state, row_weight, out=None)
     normalisers, sums and (row_weight not None, or an entry clip) gradient_ at once, on tiles that
     hold whole rows, with the token clip applied to row_weight. It may overwrite both tiles.
 
@@ -108,6 +111,8 @@ def _part(name: str, x, rows: slice, columns: slice):
         return x[:, rows]
     if name == "row_weight":
         return None if x is None else x[rows]
+    if name == "out":
+        return None if x is None else x[rows, columns]
     return x[rows] - columns.start if name == "targets" else x
 
 
@@ -130,6 +135,7 @@ def gradient_(
     state: Tensor,
     row_weight: Tensor | None,
     sums_known: bool = True,
+    out: Tensor | None = None,
 ) -> None:
     transform, clip = rule.transform, rule.entry_clip
     z = _z(student, transform)
@@ -143,6 +149,7 @@ def gradient_(
         assert clip is None
         _add_sums(entries, rule, state)
         if not forward:
+            assert out is None
             student.product.copy_(p.mul_(factor))
             teacher.product.copy_(s.mul_(factor))
             return
@@ -153,7 +160,7 @@ def gradient_(
         state[rows_of.DOT] += g.mul_(clipped).sum(-1)
         g = clipped
     if row_weight is not None:
-        student.product.copy_(g.mul_(factor))
+        (student.product if out is None else out).copy_(g.mul_(factor))
 
 
 @_in_slices
@@ -169,7 +176,12 @@ def log_prob_normalisers(
 
 @_in_slices
 def log_prob_gradient_(
-    logits: Logits, targets: Tensor, transform: LogitTransform, state: Tensor, row_weight: Tensor
+    logits: Logits,
+    targets: Tensor,
+    transform: LogitTransform,
+    state: Tensor,
+    row_weight: Tensor,
+    out: Tensor | None = None,
 ) -> None:
     z = _z(logits, transform)
     slope = _slope(z, transform)
@@ -177,7 +189,8 @@ def log_prob_gradient_(
     here = (targets >= 0) & (targets < z.shape[1])
     index = targets.clamp(0, z.shape[1] - 1)[:, None]
     g.scatter_(-1, index, g.gather(-1, index) + here[:, None])
-    logits.product.copy_(g.mul_(_factor(row_weight, transform, slope)))
+    product = logits.product if out is None else out
+    product.copy_(g.mul_(_factor(row_weight, transform, slope)))
 
 
 def _z(logits: Logits, transform: LogitTransform) -> Tensor:

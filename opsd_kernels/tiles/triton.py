@@ -135,14 +135,17 @@ def gradient_(
     state: Tensor,
     row_weight: Tensor | None,
     sums_known: bool = True,
+    out: Tensor | None = None,
 ) -> None:
     launch, kernels = _Launch(student, rule.transform, rule.of_teacher), _kernels()
     clips = rule.entry_clip is not None
     assert sums_known or not clips
     partials = launch.partials(1 if clips else 0 if sums_known else 2)
+    out = student.product if out is None else out
     launch.chunkwise(
         kernels.gradient,
-        *(*_tensors(student, teacher), state, state.stride(0), _contiguous(row_weight)),
+        *(*_tensors(student, teacher), out, out.stride(0)),
+        *(state, state.stride(0), _contiguous(row_weight)),
         *(partials, partials.stride(0), launch.v, launch.chunks),
         *(*_strides(student, teacher), *launch.transform, *launch.slope, *_numbers(rule)),
         KIND=DIVERGENCES.index(rule.divergence.name),
@@ -180,12 +183,26 @@ def log_prob_normalisers(
 
 
 def log_prob_gradient_(
-    logits: Logits, targets: Tensor, transform: LogitTransform, state: Tensor, row_weight: Tensor
+    logits: Logits,
+    targets: Tensor,
+    transform: LogitTransform,
+    state: Tensor,
+    row_weight: Tensor,
+    out: Tensor | None = None,
 ) -> None:
     launch, stride = _Launch(logits, transform), logits.product.stride(0)
+    out = logits.product if out is None else out
     launch.chunkwise(
         _kernels().log_prob_gradient,
-        *(*logits, _contiguous(targets), state, state.stride(0), _contiguous(row_weight)),
+        *(
+            *logits,
+            out,
+            out.stride(0),
+            _contiguous(targets),
+            state,
+            state.stride(0),
+            _contiguous(row_weight),
+        ),
         *(launch.v, launch.chunks, stride, *launch.transform, *launch.slope),
         **launch.softcap,
     )

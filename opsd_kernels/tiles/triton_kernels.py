@@ -338,6 +338,8 @@ def gradient(
     teacher,
     bias,
     teacher_bias,
+    out,
+    out_stride,
     state,
     state_stride,
     row_weight,
@@ -362,8 +364,8 @@ def gradient(
     TEACHER_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """In place; partials [1, n, chunks] of DOT with the entry clip, or [2, n, chunks] of
-    DIVERGENCE and UNNORMALISED where the sums are unknown.
+    """`out` may be `student`; partials [1, n, chunks] of DOT with the entry clip, or
+    [2, n, chunks] of DIVERGENCE and UNNORMALISED where the sums are unknown.
     """
     row, _, entries = _place(chunks, BLOCK)
     mask, partial = entries < v, partials + tl.program_id(0)
@@ -398,7 +400,7 @@ def gradient(
         tl.store(partial, tl.sum(g * clipped, 0))
         g = clipped
     if row_weight is not None:
-        tl.store(student + offset, g * scale, mask=mask)
+        tl.store(out + row * out_stride + entries, g * scale, mask=mask)
 
 
 @triton.jit
@@ -418,6 +420,8 @@ def target(
 def log_prob_gradient(
     logits,
     bias,
+    out,
+    out_stride,
     targets,
     state,
     state_stride,
@@ -438,4 +442,4 @@ def log_prob_gradient(
     p = tl.exp(_log_p(z, state, row, state_stride))
     g = tl.where(entries == tl.load(targets + row), 1.0, 0.0) - p
     scale = tl.load(row_weight + row) * factor * _through(z, inverse, SOFTCAP)
-    tl.store(logits + offset, g * scale, mask=mask)
+    tl.store(out + row * out_stride + entries, g * scale, mask=mask)

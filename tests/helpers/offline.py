@@ -6,6 +6,7 @@ in the library that setup.py built.
 --most-used: of Triton's the variants that a plain call uses, instead of all of them.
 """
 
+import heapq
 import itertools
 import json
 import re
@@ -22,7 +23,7 @@ from opsd_kernels.tiles import cuda
 from opsd_kernels.tiles import triton as tiles
 from opsd_kernels.tiles import triton_kernels as kernels
 
-POINTERS = {"targets": "*i64"} | dict.fromkeys(
+POINTERS = {"targets": "*i64", "out": "*bf16"} | dict.fromkeys(
     ("student", "teacher", "bias", "teacher_bias", "logits", "state", "partials", "row_weight"),
     "*fp32",
 )
@@ -114,27 +115,57 @@ def resource_usage(binary: str) -> list[dict]:
 
 def instructions(library: str) -> list[dict]:
     """Of every kernel in a library: how many instructions, branches and loads of each width its
-    code (SASS) has. Straight code: what an entry costs is their number by a thread's entries.
+    code (SASS) has, and how many instructions lie on its shortest way through: those of a thread
+    that has all its entries, aligned, no bias, and nothing to add up. By a thread's 16 entries that
+    is what an entry costs.
     """
     path = triton.knobs.nvidia.cuobjdump.path
     out = subprocess.run(
         [path, "--dump-sass", library], capture_output=True, text=True, check=True
     ).stdout
-    found, target = [], ""
+    found, target, code_of = [], "", []
     for line in out.splitlines():
         if match := re.search(r"arch = (sm_\w+)", line):
             target = match[1]
         elif match := re.search(r"Function : (\w+)", line):
+            code_of.append([])
             name = re.sub(r".*_cuda_cu_[0-9a-f]{8}\d+", "", match[1])
             counts = dict.fromkeys(("instructions", "branches", "loads_128", "loads_32"), 0)
             found.append({"name": name, "target": target, **counts})
-        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line):
-            code, kernel = match[1], found[-1]
+        elif match := re.search(SASS, line):
+            code, kernel = match[3], found[-1]
+            code_of[-1].append(match.groups())
             kernel["instructions"] += code != "NOP"
             kernel["branches"] += code.split(".")[0] in ("BRA", "BRX")
             if code.startswith("LDG"):
                 kernel["loads_128" if ".128" in code else "loads_32"] += 1
+    for kernel, code in zip(found, code_of, strict=True):
+        kernel["shortest_way"] = _shortest_way(code)
     return found
+
+
+SASS = r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*)"
+
+
+def _shortest_way(code: list[tuple[str, str | None, str, str]]) -> int:
+    """From the first of `code` (address, predicate, operation, operands) to an exit."""
+    place = {int(address, 16): k for k, (address, *_) in enumerate(code)}
+    known, queue = {0: 1}, [(1, 0)]
+    while queue:
+        length, k = heapq.heappop(queue)
+        _, predicate, operation, operands = code[k]
+        following = [k + 1]
+        if operation == "EXIT" and predicate is None:
+            return length
+        if operation.startswith("BRA"):
+            there = re.search(r"0x([0-9a-f]+)", operands)
+            conditional = predicate is not None or "P" in operands
+            following = following * conditional + [place[int(there[1], 16)]] * bool(there)
+        for k in following:
+            if k < len(code) and length + 1 < known.get(k, 2**62):
+                known[k] = length + 1
+                heapq.heappush(queue, (length + 1, k))
+    raise ValueError("no exit")
 
 
 if __name__ == "__main__":

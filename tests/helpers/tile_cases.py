@@ -77,6 +77,46 @@ def tile_results(backend: str, student: torch.Tensor, teacher: torch.Tensor) -> 
     return [*found, state, teacher.clone()]
 
 
+def leaves_in_16_bits(backend: str) -> None:
+    """Gradients written to a place of their own, wider than the tile, are those written over the
+    products, rounded to the nearest as torch rounds; nothing beside them is touched.
+    """
+    functions, rule, row_weight = load(backend), Rule(Divergence("jsd")), torch.rand(N)
+    targets = torch.arange(N)
+
+    def written(out):
+        tiles = [x.float() for x in problem(biased=False)[:2]]
+        roles, state = [Logits(x) for x in tiles], states.new(N, tiles[0], torch.float32)
+        functions.normalisers(*roles, rule, state)
+        functions.sums(*roles, rule, state)
+        functions.gradient_(*roles, rule, state, row_weight, True, out)
+        return tiles[0]
+
+    def log_prob(out):
+        tile = problem(biased=False)[0].float()
+        state, logits = states.new_log_prob(N, tile, torch.float32), Logits(tile)
+        functions.log_prob_normalisers(logits, targets, LogitTransform(), state)
+        functions.log_prob_gradient_(logits, targets, LogitTransform(), state, row_weight, out)
+        return tile
+
+    for gradient in (written, log_prob):
+        torch.manual_seed(1)
+        inside = gradient(None)
+        # At 0 four entries are stored at once, at 1 each by itself.
+        for dtype, first in ((torch.bfloat16, 0), (torch.float16, 1), (torch.float32, 1)):
+            wide = torch.full((N, V + 5), torch.nan, dtype=dtype)
+            torch.manual_seed(1)
+            gradient(wide[:, first : first + V])
+            assert torch.equal(wide[:, first : first + V], _rounded(inside, dtype, backend))
+            assert wide[:, first + V :].isnan().all() and wide[:, :first].isnan().all()
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
+    if dtype == torch.bfloat16 and backend == "triton" and x.device.type == "cpu":
+        x = (x.view(torch.int32) >> 16 << 16).view(torch.float32)  # Triton's interpreter cuts off
+    return x.to(dtype)
+
+
 def far_apart(backend: str, path) -> None:
     """Rows whose offsets exceed 2^31 entries, in files that are empty but for the rows: N V is
     2.1e9 at 8192 tokens of 262144 entries, and a 32-bit offset would wrap.

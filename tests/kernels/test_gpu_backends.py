@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.gpu_rounding import emulate_gpu_products
 from helpers.kernel_cases import DIVERGENCES, LIMITS, check, make, relative_error
-from helpers.tile_cases import CLIPS, TRANSFORMS, N, far_apart, problem, sweep
+from helpers.tile_cases import CLIPS, TRANSFORMS, N, far_apart, leaves_in_16_bits, problem, sweep
 
 from opsd_kernels import (
     Clip,
@@ -20,6 +21,7 @@ from opsd_kernels import (
     reference,
     resolve,
 )
+from opsd_kernels import sweep as sweep_module
 from opsd_kernels.divergence import Rule
 from opsd_kernels.tiles import cuda, triton
 from opsd_kernels.tiles import state as states
@@ -76,6 +78,25 @@ def test_tiles(backend, monkeypatch, transform, clip, divergence):
         torch.testing.assert_close(gradient.double(), truth[1], rtol=2e-5, atol=2e-5)
         assert state[states.DIVERGENCE, 1] == 0 and state[states.COUNT, 1] == 0
         assert not gradient[1].any() or clip == "entry"
+
+
+def test_gradients_in_16_bits(backend):
+    leaves_in_16_bits(backend)
+
+
+def test_groups_of_blocks(backend, monkeypatch):
+    """Their gradients wait in 16 bits for one product, here of two blocks."""
+    budget = 58_000
+    if DEVICE == "cpu":
+        emulate_gpu_products(monkeypatch)
+    else:
+        monkeypatch.setattr("opsd_kernels.sweep.FAST_ROWS", 16)
+    plans, plan = [], sweep_module.plan
+    monkeypatch.setattr(
+        sweep_module, "plan", lambda *a, **k: plans.append(plan(*a, **k)) or plans[-1]
+    )
+    check(make(19, 301, 8, budget=budget), torch.bfloat16, backend)
+    assert any(p.group > p.rows for p in plans)
 
 
 # One entry more than two chunks; a vocabulary no vector length divides; one token, one entry more

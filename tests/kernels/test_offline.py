@@ -16,10 +16,20 @@ from opsd_kernels.tiles import state as states
 from opsd_kernels.tiles.logits import Logits
 
 TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")
-# A thread's code, the tail of a row included, of which most threads run none: instructions for its
-# 16 entries, and branches (without a soft cap, whose tanh has some).
-MOST_INSTRUCTIONS = {"normalisers": 600, "log_prob_gradient": 480, "sums": 2000, "gradient": 2000}
-MOST_BRANCHES = 30
+# Instructions an entry, of a thread that has all of its 16 (docs/gpu-cost.md counts on them), and
+# branches (without a soft cap, whose tanh has some).
+MOST_INSTRUCTIONS = {
+    "normalisers": 25,
+    "log_prob_gradient": 19,
+    "sumsILi0ELb0": 43,
+    "sumsILi1ELb0": 44,
+    "sumsILi2ELb0": 92,
+    "gradientILi0ELNS0_5KnownE0": 24,
+    "gradientILi1ELNS0_5KnownE0": 30,
+    "gradientILi2ELNS0_5KnownE0": 65,
+    "gradientILi0ELNS0_5KnownE2": 45,
+}
+MOST_BRANCHES = 40
 OFFLINE = Path(__file__).parents[1] / "helpers" / "offline.py"
 
 
@@ -75,11 +85,11 @@ def test_cuda_loads_16_bytes_at_a_time(report):
         if name is None:
             continue
         seen.add((name, kernel["target"]))
-        roles = 2 if name in ("sums", "gradient") else 1
+        roles = 2 if name.startswith(("sums", "gradient")) else 1
         assert kernel["loads_128"] == 8 * roles, kernel
         if "Lb1EEEv" not in kernel["name"]:  # SOFTCAP, the last parameter
             assert kernel["branches"] <= MOST_BRANCHES, kernel
-            assert kernel["instructions"] <= MOST_INSTRUCTIONS[name], kernel
+            assert kernel["shortest_way"] / 16 <= MOST_INSTRUCTIONS[name], kernel
     assert seen == {(name, target) for name in MOST_INSTRUCTIONS for target in TARGETS}
 
 

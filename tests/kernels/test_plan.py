@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from opsd_kernels.plan import DEFAULT_BUDGET, LEAST_COLUMNS, Cost, Plan, plan
+from opsd_kernels.resolve import load
+from opsd_kernels.sweep import Head, blocks, plan_call
 
 COSTS = st.builds(
     Cost,
@@ -16,6 +19,8 @@ COSTS = st.builds(
     temporaries=st.sampled_from([0, 24]),
     slice_entries=st.integers(0, 10**6),
     token=st.integers(0, 10**5),
+    gradient=st.sampled_from([0, 2]),
+    group_token=st.integers(0, 10**5),
     one_pass_token=st.integers(0, 10**4),
     tiles_token=st.integers(0, 10**4),
     column=st.integers(0, 10**4),
@@ -24,15 +29,23 @@ COSTS = st.builds(
 )
 
 
-@given(st.integers(1, 10**6), st.integers(1, 3 * 10**5), COSTS, st.integers(0, 10**10))
+@given(st.integers(1, 10**4), st.integers(1, 3 * 10**5), COSTS, st.integers(0, 10**10))
 def test_plans_cover_everything_within_the_budget(tokens, vocabulary, cost, extra):
     columns = min(vocabulary, LEAST_COLUMNS)
     budget = cost.bytes(1, columns, columns == vocabulary) + extra
-    found = plan(tokens, vocabulary, cost, budget=budget)
-    assert 1 <= found.rows <= tokens
-    assert (found.blocks - 1) * found.rows < tokens <= found.blocks * found.rows
-    assert found.one_pass == (found.columns == vocabulary)
-    assert found.bytes == cost.bytes(found.rows, found.columns, found.one_pass) <= budget
+    for grouped in (False, True):
+        found = plan(tokens, vocabulary, cost, budget=budget, grouped=grouped and cost.gradient > 0)
+        assert 1 <= found.rows <= found.group <= tokens
+        spans = list(blocks(tokens, found))
+        assert len(spans) == found.blocks and {*range(0, tokens, found.group)} <= {
+            span.start for span in spans
+        }
+        assert [s.stop for s in spans] == [*(s.start for s in spans[1:]), tokens]
+        assert (found.groups - 1) * found.group < tokens <= found.groups * found.group
+        assert found.one_pass == (found.columns == vocabulary)
+        assert found.group == found.rows or (grouped and found.one_pass)
+        size = cost.bytes(found.rows, found.columns, found.one_pass, found.group)
+        assert found.bytes == size <= budget
 
 
 @given(st.integers(1, 10**5), COSTS, st.booleans(), st.integers(0, 10**10))
@@ -44,7 +57,7 @@ def test_the_most_rows_are_the_most(columns, cost, one_pass, budget):
 
 def test_one_pass_where_it_has_enough_rows():
     cost, row = Cost(entry=8), 8 * 32768
-    assert plan(1000, 32768, cost, budget=16 * row) == Plan(16, 63, 32768, True, 16 * row)
+    assert plan(1000, 32768, cost, budget=16 * row) == Plan(16, 63, 32768, True, 16 * row, 16, 63)
     tiles = plan(1000, 32768, cost, budget=16 * row - 1)
     assert not tiles.one_pass and tiles.rows == 1000 and tiles.columns == 512
     assert plan(3, 32768, cost, budget=3 * row).one_pass  # as many rows as there are tokens
@@ -59,6 +72,40 @@ def test_tiles_follow_the_budget():
     small = plan(10**4, 10**6, cost, budget=2**20)
     assert (small.rows, small.columns) == (500, 256)
     assert plan(10**4, 10**6, cost, budget=8 * 64).rows == 1
+
+
+def test_two_levels():
+    """Few rows of fp32 logits, and the gradients of as many as the budget holds."""
+    cost, v = Cost(entry=8, gradient=2), 151936
+    found = plan(8192, v, cost, budget=2**30, fast_rows=256, grouped=True)
+    assert found == Plan(256, 32, v, True, v * (8 * 256 + 2 * 2048), 2048, 4)
+    alone = plan(8192, v, cost, budget=2**30, fast_rows=256)
+    assert alone.group == alone.rows == 683
+    whole = plan(8192, v, cost, budget=v * (8 * 256 + 2 * 8192), fast_rows=256, grouped=True)
+    assert (whole.rows, whole.group, whole.groups) == (256, 8192, 1)
+
+
+def on_a_gpu(tokens, trains_head, width=4096, vocabulary=151936, budget=None):
+    hidden = torch.empty(1, dtype=torch.bfloat16, device="meta").expand(tokens, width)
+    head = Head(hidden.new_empty(1).expand(vocabulary, width), None)
+    options = {"two_sums": False, "vocabulary": vocabulary, "budget": budget}
+    return plan_call(
+        (hidden, hidden), (head, head), load("cuda"), trains_head=trains_head, **options
+    )
+
+
+def test_a_gpus_default_holds_all_gradients_where_their_sum_would_take_as_much():
+    """In no more memory than blocks of 1 GiB beside dW in fp32."""
+    v, d = 151936, 4096
+    found = on_a_gpu(8192, True)
+    assert (found.group, found.groups) == (8192, 1) and found.rows == 256
+    assert found.bytes < 2**30 + 4 * v * d
+    more = on_a_gpu(65536, True)
+    assert more.groups > 1 and more.bytes <= 4 * v * d
+    assert on_a_gpu(8192, True, budget=2**30).bytes <= 2**30
+    # dh alone gains nothing from it; a narrow head's sum is small.
+    assert on_a_gpu(8192, False).bytes <= 2**30
+    assert on_a_gpu(8192, True, width=256).bytes <= 2**30
 
 
 def test_one_byte_too_few():

@@ -5,7 +5,7 @@ every backend's what torch's gives in fp64.
 import pytest
 import torch
 from helpers.kernel_cases import BACKENDS, DIVERGENCES
-from helpers.tile_cases import CLIPS, TRANSFORMS, N, V, problem, sweep
+from helpers.tile_cases import CLIPS, TRANSFORMS, N, V, leaves_in_16_bits, problem, sweep
 
 from opsd_kernels import Clip, Divergence, LogitTransform
 from opsd_kernels.divergence import Rule
@@ -33,6 +33,11 @@ def test_tiles_of_any_size(backend, transform, clip, divergence):
                 # A token with equal roles: exactly nothing, unless the clip takes some entries.
                 assert state[states.DIVERGENCE, 1] == 0 and state[states.COUNT, 1] == 0
                 assert not gradient[1].any() or clip == "entry"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_in_16_bits(backend):
+    leaves_in_16_bits(backend)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
