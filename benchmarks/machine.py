@@ -1,8 +1,10 @@
 """What a figure has to be read with: machine, versions, commit."""
 
 import importlib.metadata
+import json
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -34,9 +36,17 @@ def describe() -> dict:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "opsd_kernels", "csrc")),
+        **commit(),
     }
+
+
+def commit() -> dict:
+    """That of the checkout; in a copy without history, what was carried along with it."""
+    found, carried = _git("rev-parse", "HEAD"), os.environ.get("OPSD_CARRIED")
+    if found is None and carried and (Path(carried) / "commit.json").exists():
+        return json.loads((Path(carried) / "commit.json").read_text())
+    changes = _git("status", "--porcelain", "opsd_kernels", "csrc")
+    return {"commit": found, "uncommitted_changes": bool(changes)}
 
 
 def backend(device: str) -> str:
@@ -69,7 +79,21 @@ def _gpu() -> dict | None:
         "memory_bytes": found.total_memory,
         "multiprocessors": found.multi_processor_count,
         "cuda": torch.version.cuda,
+        "driver": _driver(),
     }
+
+
+def _driver() -> str | None:
+    """The driver's version, and the clocks that were read with it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    fields = "driver_version,clocks.sm,clocks.mem,temperature.gpu"
+    done = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip() or None
 
 
 def _processor() -> str:
@@ -83,5 +107,7 @@ def _processor() -> str:
 
 def _git(*arguments: str) -> str | None:
     root = Path(__file__).parent.parent
+    if shutil.which("git") is None:
+        return None
     done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
