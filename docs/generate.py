@@ -1,15 +1,16 @@
 """Writes the reference pages from the code: `python docs/generate.py`.
 
 docs/options.md is made of the config classes (`opsd/config/`), docs/api.md of
-signatures and docstrings, docs/agreement.md of the grader's judged pairs, docs/kernel-cpu.svg of a
-benchmark's results, opsd/config/schema.json of the config classes again, for editors. A test
-compares them with what this would write now.
+signatures and docstrings, docs/agreement.md of the grader's judged pairs, docs/gpu-cost.md of the
+kernels' model, docs/kernel-cpu.svg of a benchmark's results, opsd/config/schema.json of the config
+classes again, for editors. A test compares them with what this would write now.
 """
 
 import importlib
 import inspect
 import json
 import re
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -59,6 +60,13 @@ is [how the grader reads answers](evaluate.md#grading), and how often it agrees.
 
 | kind | pairs | must earn nothing |
 | --- | --- | --- |
+"""
+
+GPU_COST = """# Appendix: what the kernels should cost on a GPU
+
+Computed, not measured: [the model](../benchmarks/gpu/model.py) and what it is for are
+[described here](gpu.md#what-they-should-cost-a-model).
+
 """
 
 PUBLIC = {
@@ -277,6 +285,14 @@ def items(lines: list[str]) -> str:
     return linked("\n".join(found))
 
 
+def gpu_cost_page() -> str:
+    """docs/gpu-cost.md: the tables of `benchmarks.gpu.model`."""
+    sys.path.append(str(DOCS.parent))
+    from benchmarks.gpu import model
+
+    return f"{MADE}{GPU_COST}{model.tables()}"
+
+
 def agreement_page() -> str:
     """docs/agreement.md: the kinds of the grader's judged pairs."""
     lines = (DOCS.parent / "tests" / "data" / "answer_pairs.jsonl").read_text("utf-8").splitlines()
@@ -296,6 +312,7 @@ PAGES = {
     "options.md": options_page,
     "api.md": api_page,
     "agreement.md": agreement_page,
+    "gpu-cost.md": gpu_cost_page,
     "kernel-cpu.svg": kernel_figure,
     "../opsd/config/schema.json": schema,
 }

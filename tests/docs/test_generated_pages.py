@@ -31,7 +31,14 @@ def pages():
         return importlib.import_module("generate").PAGES
 
 
-MADE = ["options.md", "api.md", "agreement.md", "kernel-cpu.svg", "../opsd/config/schema.json"]
+MADE = [
+    "options.md",
+    "api.md",
+    "agreement.md",
+    "gpu-cost.md",
+    "kernel-cpu.svg",
+    "../opsd/config/schema.json",
+]
 
 
 @pytest.mark.parametrize("page", MADE)

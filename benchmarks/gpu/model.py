@@ -1,0 +1,252 @@
+"""What the kernels should cost on a GPU: bytes, instructions, the products by their shapes, gaps.
+
+    python -m benchmarks.gpu.model [check.json]     # the tables of docs/gpu-cost.md
+
+Every constant is assumed until `check` has run on a GPU; given its JSON, the copy, the products and
+the launches are replaced by what was measured there.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from opsd_kernels.plan import Cost, Plan, plan
+from opsd_kernels.sweep import FAST_ROWS, GPU_BUDGET
+from opsd_kernels.tiles.state import ROWS
+
+CODE = Path(__file__).parents[2] / "docs" / "kernels-gpu.json"
+ITEMS = 16  # entries of a thread, csrc/cuda_chunk.h
+TILE = (128, 256)  # of a product's output, for a thread block
+# kernels of csrc/cuda.cu, by their names in SASS: what a call of each divergence runs.
+NORMALISERS, SUMS = "normalisersILb0", "sumsILi{}ELb0ELb0"
+GRADIENT = "gradientILi{}ELNS0_5KnownE0ELb0"
+AT_ONCE = "gradientILi0ELNS0_5KnownE2ELb0"
+KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Bytes and multiply-adds·2 a second as sold, multiprocessors, their clock; and the shares that
+    a stream of loads, the lanes and a large bf16 product reach.
+    """
+
+    name: str
+    bandwidth: float
+    flops: float
+    multiprocessors: int
+    clock: float
+    streamed: float = 0.9
+    issued: float = 0.7
+    multiplied: float = 0.72
+    gap: float = 3e-6  # between two kernels of a stream
+
+
+GPUS = (
+    Gpu("H100", 3.35e12, 989e12, 132, 1.755e9),
+    Gpu("H200", 4.8e12, 989e12, 132, 1.755e9),
+    Gpu("B200", 8.0e12, 2250e12, 148, 1.85e9),
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """N tokens, V entries, D wide, bf16 operands, one head for both roles."""
+
+    tokens: int = 8192
+    vocabulary: int = 151936
+    width: int = 4096
+    kind: str = "forward_kl"
+    frozen: bool = False
+
+
+def instructions() -> dict[str, float]:
+    """Kernel → instructions an entry in the SASS for sm_90a, by the shortest way."""
+    code = json.loads(CODE.read_text())["cuda_code"]
+    ways = {k["name"]: k["shortest_way"] / ITEMS for k in code if k["target"] == "sm_90a"}
+    names = [NORMALISERS, AT_ONCE]
+    names += [name.format(kind) for name in (SUMS, GRADIENT) for kind in KINDS.values()]
+    return {n: next(v for k, v in ways.items() if k.startswith(n)) for n in names}
+
+
+# --- Times, in seconds ---
+
+
+def product(gpu: Gpu, m: int, n: int, k: int, out: int, added: bool = False) -> float:
+    """[m, k] [k, n] of 2-byte operands into `out` bytes an entry, which are read first where it is
+    `added`. Output tiles fill the multiprocessors in waves; splitting k fills a single one.
+    """
+    tiles = math.ceil(m / TILE[0]) * math.ceil(n / TILE[1])
+    waves = math.ceil(tiles / gpu.multiprocessors)
+    full = tiles / (waves * gpu.multiprocessors) if waves > 1 else 0.9
+    busy = 2 * m * n * k / (gpu.flops * gpu.multiplied * full)
+    traffic = (2 * (m * k + n * k) + out * m * n * (2 if added else 1)) / gpu.bandwidth
+    # Adding waits for what it reads, in part beside the next tile's products.
+    waits = 0.5 * min(busy, 2 * out * m * n / gpu.bandwidth) if added else 0.0
+    return max(busy, traffic) + waits
+
+
+def stream(gpu: Gpu, entries: float, moved: float, issued: float) -> float:
+    """A pass that moves so many bytes and issues so many instructions an entry."""
+    lanes = gpu.multiprocessors * 128 * gpu.clock * gpu.issued
+    return max(entries * moved / (gpu.bandwidth * gpu.streamed), entries * issued / lanes)
+
+
+def passes(gpu: Gpu, entries: float, kind: str, written: int, cost: dict[str, float]) -> float:
+    """Normalisers of both roles, sums where the gradient waits for them, gradient."""
+    time = stream(gpu, entries, 8, 2 * cost[NORMALISERS])
+    if kind == "forward_kl":
+        return time + stream(gpu, entries, 8 + written, cost[AT_ONCE])
+    time += stream(gpu, entries, 8, cost[SUMS.format(KINDS[kind])])
+    return time + stream(gpu, entries, 8 + written, cost[GRADIENT.format(KINDS[kind])])
+
+
+def planned(call: Call, budget: int | None, grouped: bool = True) -> Plan:
+    """As `sweep.plan_call` does it for such a call."""
+    v, d = call.vocabulary, call.width
+    cost = Cost(8, token=4 * ROWS, one_pass_token=4 * d, gradient=2, group_token=4 * d)
+    grouped = grouped and not call.frozen
+    if budget is None:
+        budget = GPU_BUDGET
+        if grouped:
+            budget = max(budget, 4 * v * d)
+            whole = cost.bytes(min(FAST_ROWS, call.tokens), v, True, call.tokens)
+            budget = whole if budget < whole <= budget + 4 * v * d else budget
+    fast = {"fast_rows": FAST_ROWS, "fast_columns": 4096}
+    return plan(call.tokens, v, cost, budget=budget, grouped=grouped, **fast)
+
+
+def fused(gpu: Gpu, call: Call, how: Plan, cost: dict[str, float], narrowed: bool = True) -> float:
+    """One call, forward and backward. Not `narrowed`: gradients leave in fp32, over the logits, and
+    a pass rounds them, as the kernels had it before.
+    """
+    v, d, time = call.vocabulary, call.width, 0.0
+    assert how.one_pass
+    for start in range(0, call.tokens, how.group):
+        m = min(how.group, call.tokens - start)
+        for first in range(0, m, how.rows):
+            n = min(how.rows, m - first)
+            time += product(gpu, 2 * n, v, d, 4)
+            time += passes(gpu, n * v, call.kind, 2 if narrowed else 4, cost) + 8 * gpu.gap
+            if not narrowed:
+                time += stream(gpu, n * v, 6, 4)
+        time += product(gpu, m, d, v, 4, added=True) + gpu.gap
+        if not call.frozen:
+            once = how.groups == 1
+            time += product(gpu, v, d, m, 2 if once else 4, added=not once) + gpu.gap
+    if not call.frozen and how.groups > 1:
+        time += 10 * v * d / gpu.bandwidth  # zeros, and the sum rounded at the end
+    return time
+
+
+def bare(gpu: Gpu, call: Call, blocks: int = 1) -> float:
+    """The products alone, in so many blocks of tokens: benchmarks/candidates.py has 2 GiB each."""
+    n, v, d = math.ceil(call.tokens / blocks), call.vocabulary, call.width
+    time = 2 * product(gpu, n, v, d, 4) + product(gpu, n, d, v, 4)
+    if not call.frozen:
+        time += product(gpu, v, d, n, 2)
+    return blocks * time
+
+
+def measured(gpu: Gpu, rows: dict[str, dict]) -> Gpu:
+    """With the shares that `terms` found."""
+    return replace(
+        gpu,
+        streamed=rows["copy"]["GB_s"] * 1e9 / gpu.bandwidth,
+        multiplied=rows["dW in 16 bits, 8192 rows"]["TF_s"] * 1e12 / gpu.flops,
+        gap=rows["200 launches"]["ms"] / 200e3,
+    )
+
+
+# --- Tables ---
+
+
+def ratios(gpus: tuple[Gpu, ...], calls: list[tuple[str, Call, int | None, bool]]) -> list[str]:
+    """Lines of a table: each call's time as a multiple of the bare products in one block."""
+    cost, lines = instructions(), []
+    for name, call, budget, new in calls:
+        how = planned(call, budget, grouped=new)
+        cells = [f"{fused(g, call, how, cost, new) / bare(g, call):.2f}" for g in gpus]
+        lines.append(f"| {name} | {how.rows} | {how.group} | {' | '.join(cells)} |")
+    return lines
+
+
+def tables(gpus: tuple[Gpu, ...] = GPUS) -> str:
+    names, cost = " | ".join(g.name for g in gpus), instructions()
+    head = f"| | n | m | {names} |\n| --- | --- | --- |{' --- |' * len(gpus)}"
+    calls = []
+    for kind in KINDS:
+        for frozen in (False, True):
+            call = Call(kind=kind, frozen=frozen)
+            title = f"{kind}, {'frozen' if frozen else 'trained'}"
+            calls.append((title, call, None, True))
+    one = Call()
+    many = [("before: fp32 gradients, a level", one, GPU_BUDGET, False)]
+    many += [(f"{b} MiB", one, b * 2**20, True) for b in (512, 1024, 2048, 4096)]
+    many += [("default", one, None, True)]
+    few = [(f"{kind}, N = 1024", Call(1024, kind=kind), None, True) for kind in KINDS]
+    entries = [
+        ("normalisers, both roles", 8, 2 * cost[NORMALISERS]),
+        *((f"sums, {k}", 8, cost[SUMS.format(i)]) for k, i in KINDS.items()),
+        *((f"gradient, {k}", 10, cost[GRADIENT.format(i)]) for k, i in KINDS.items()),
+        ("gradient and sums at once, forward_kl", 10, cost[AT_ONCE]),
+    ]
+    e = one.tokens * one.vocabulary
+    each = [
+        f"| {name} | {moved} | {issued:.1f} | "
+        + " | ".join(f"{1e3 * stream(g, e, moved, issued):.1f}" for g in gpus)
+        + " |"
+        for name, moved, issued in entries
+    ]
+
+    def dw(g: Gpu, rows: int, out: int, added: bool) -> float:
+        return product(g, one.vocabulary, one.width, rows, out, added)
+
+    products = [
+        ("bare, one block, trained", lambda g: bare(g, one)),
+        ("bare, three blocks, as the benchmark has them", lambda g: bare(g, one, 3)),
+        ("dW of 683 rows, twelve times, added to fp32", lambda g: 12 * dw(g, 683, 4, True)),
+        ("dW of 8192 rows, once, in 16 bits", lambda g: dw(g, 8192, 2, False)),
+    ]
+    made = [f"| {n} | " + " | ".join(f"{1e3 * f(g):.1f}" for g in gpus) + " |" for n, f in products]
+    shares = [
+        f"| {g.name} | {g.bandwidth / 1e12:.2f}, {g.streamed:.2f} "
+        f"| {g.flops / 1e12:.0f}, {g.multiplied:.2f} "
+        f"| {g.multiprocessors}, {g.clock / 1e9:.2f}, {g.issued:.2f} | {1e6 * g.gap:.0f} |"
+        for g in gpus
+    ]
+    return "\n".join(
+        [
+            "Time ÷ bare products in one block: N = 8192, V = 151 936, D = 4096, bf16, the default",
+            "budget; n tokens of fp32 logits at a time, m tokens a product of gradients.\n",
+            head,
+            *ratios(gpus, calls + few),
+            "\nForward KL, trained head, by budget:\n",
+            head,
+            *ratios(gpus, many),
+            "\nMilliseconds of each pass over all N·V entries, the longer of its bytes' time and",
+            "its instructions' (SASS for sm_90a, shortest way):\n",
+            f"| | bytes an entry | instructions | {names} |",
+            f"| --- | --- | --- |{' --- |' * len(gpus)}",
+            *each,
+            "\nMilliseconds of products:\n",
+            f"| | {names} |\n| --- |{' --- |' * len(gpus)}",
+            *made,
+            "\nAssumed, each with the share of it that is reached:\n",
+            "| | memory, TB/s | products, TF/s | multiprocessors of 128 lanes, GHz | gap, µs |",
+            "| --- | --- | --- | --- | --- |",
+            *shares,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    chosen = GPUS
+    if len(sys.argv) > 1:
+        parts = json.loads(Path(sys.argv[1]).read_text())["parts"]
+        found = next(part["results"] for part in parts if part["name"] == "terms")
+        rows = {row["what"]: row for row in found["rows"]}
+        chosen = tuple(measured(g, rows) for g in GPUS if g.name in found["gpu"])
+    print(tables(chosen))
