@@ -21,8 +21,8 @@ from opsd_kernels import (
     reference,
     resolve,
 )
-from opsd_kernels import sweep as sweep_module
 from opsd_kernels.divergence import Rule
+from opsd_kernels.plan import plan
 from opsd_kernels.tiles import cuda, triton
 from opsd_kernels.tiles import state as states
 
@@ -91,10 +91,13 @@ def test_groups_of_blocks(backend, monkeypatch):
         emulate_gpu_products(monkeypatch)
     else:
         monkeypatch.setattr("opsd_kernels.sweep.FAST_ROWS", 16)
-    plans, plan = [], sweep_module.plan
-    monkeypatch.setattr(
-        sweep_module, "plan", lambda *a, **k: plans.append(plan(*a, **k)) or plans[-1]
-    )
+    plans = []
+
+    def recorded(*arguments, **options):
+        plans.append(plan(*arguments, **options))
+        return plans[-1]
+
+    monkeypatch.setattr("opsd_kernels.sweep.plan", recorded)
     check(make(19, 301, 8, budget=budget), torch.bfloat16, backend)
     assert any(p.group > p.rows for p in plans)
 

@@ -9,7 +9,8 @@ import torch
 from helpers.gpu_rounding import emulate_gpu_products
 from helpers.kernel_cases import CPU_BACKENDS, DIVERGENCES, make, relative_error
 
-from opsd_kernels import Clip, gemm, linear_log_prob, reference, sweep
+from opsd_kernels import Clip, gemm, linear_log_prob, reference
+from opsd_kernels.plan import plan
 from opsd_kernels.resolve import load
 
 # Tokens, vocabulary, width, budget (bytes, beside a backend's temporaries), and the groups that it
@@ -25,13 +26,13 @@ def budget_of(size: int, backend: str, vocabulary: int) -> int:
 @pytest.fixture
 def plans(monkeypatch):
     emulate_gpu_products(monkeypatch)
-    found, plan = [], sweep.plan
+    found = []
 
     def recorded(*arguments, **options):
         found.append(plan(*arguments, **options))
         return found[-1]
 
-    monkeypatch.setattr(sweep, "plan", recorded)
+    monkeypatch.setattr("opsd_kernels.sweep.plan", recorded)
     return found
 
 
@@ -58,8 +59,8 @@ def test_groups_of_blocks(plans, backend, divergence, shape):
         case = replace(case, token_weight=token_weight)
         check(case.to(torch.bfloat16), backend)
         check(case.to(torch.float16), backend, 2.0**10)
-    for plan in plans:
-        assert plan.one_pass and plan.groups == groups and plan.group > plan.rows
+    for found in plans:
+        assert found.one_pass and found.groups == groups and found.group > found.rows
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
