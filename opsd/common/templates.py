@@ -2,8 +2,8 @@
 
 A template may come from a stranger: with a config, with a model, with a run to compare. Jinja's own
 sandbox keeps it away from Python's insides, but not from the machine's time and memory. So it is
-parsed, compiled and filled in by a worker process (`workers`), many rows at a time. Only
-templates that this package ships are filled in here.
+parsed, compiled and filled in by a worker process (`workers`), many rows at a time. Filled in
+here are templates that this package ships, and those that a worker found to be linear.
 """
 
 import dataclasses
@@ -13,11 +13,12 @@ import pickle
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 from opsd.common.errors import UserError
-from opsd.common.template_worker import MADE, REFUSED, answer, texts_of
+from opsd.common.template_worker import MADE, MOST, REFUSED, answer, prompts, texts_of
 from opsd.common.workers import Ended, Workers
 
 ROLLOUT_NAMES = frozenset({"rollout", "peers"})
@@ -25,6 +26,7 @@ ROLLOUT_NAMES = frozenset({"rollout", "peers"})
 
 BATCH_ROWS, MOST_ROWS, BATCH_BYTES = 64, 4096, 1 << 20
 QUICK = 0.05  # seconds
+MOST_NODES = 1000  # of a template that is filled in here
 SECONDS = 1.0  # of processor time for a batch: a hundred times as much as honest ones take
 MEMORY = 150 << 20  # bytes beside the 43 MB that a worker starts with
 
@@ -32,6 +34,7 @@ Chats = Iterable[tuple[Sequence[Mapping[str, Any]], bool]]
 
 _WORKERS = Workers("opsd.common.template_worker", seconds=SECONDS, memory=MEMORY)
 _SHIPPED: set[str] = set()
+_PLAIN_TYPES = {str, int, float, bool, type(None)}
 _PLAIN = frozenset({"builtins", "collections", "datetime", "decimal", "types", "uuid"})
 
 
@@ -55,7 +58,9 @@ def check_template(field: str, text: str) -> None:
 
 def fill_in(text: str, values: Iterable[Mapping[str, Any]]) -> list[str]:
     """The template's text for each of the values. Raises TemplateFailure."""
-    return _answers(text, "prompts", (text,), values)
+    values = list(values)
+    made = _filled_in_here(text, values)
+    return _answers(text, "prompts", (text,), values) if made is None else made
 
 
 def fill_in_chat(text: str, arguments: dict, date: datetime.date, chats: Chats) -> list[str]:
@@ -76,6 +81,30 @@ def names(text: str) -> frozenset[str]:
         return frozenset(_answers(text, "names", (text,), ()))
     except TemplateFailure:
         return frozenset()
+
+
+def _filled_in_here(text: str, values: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """What a worker would make, without the way there and back, where no text can make it take more
+    than its length; None where it could, and where it would be an error."""
+    shown = list(chain.from_iterable(one.values() for one in values))
+    kinds = {*map(type, shown)}
+    if not shown or kinds - _PLAIN_TYPES or not 0 < (count := _linear(text)) < MOST_NODES:
+        return None
+    texts = shown if kinds == {str} else [value for value in shown if type(value) is str]
+    if count * (max(map(len, texts), default=0) + len(text)) > MOST:
+        return None
+    try:
+        made = list(prompts(text, values))
+        if not all(map(str.isascii, made)):
+            "".join(made).encode()  # an error where it has half a surrogate pair
+        return made
+    except Exception:
+        return None
+
+
+@cache
+def _linear(text: str) -> int:
+    return int("".join(_answers(text, "linear", (text,), ())) or 0)
 
 
 def _answers(text: str, name: str, arguments: tuple, values: Iterable[Any]) -> list[str]:

@@ -85,7 +85,8 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
     kind, value = problem["type"], problem["input"]
     if kind in ("model_type", "model_attributes_type"):
         inside = next((field for field in fields_of(model) if field.startswith(f"{name}.")), None)
-        return f"; it is a section, as in {inside}={value}" if inside else ""
+        shown = value if len(str(value)) < 50 else "…"
+        return f"; it is a section, as in {inside}={shown}" if inside else ""
     if kind == "dict_type" and name.endswith("columns"):
         return f"; write {name}={{problem: question}}, our column and theirs"
     if not isinstance(value, str):

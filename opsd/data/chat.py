@@ -11,10 +11,10 @@ import datetime
 import os
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from opsd.common.errors import UserError
+from opsd.common.errors import UserError, in_short
 from opsd.common.templates import TemplateFailure, fill_in_chat
 from opsd.data.chats import THOUGHTS
 from opsd.data.thoughts import (
@@ -306,12 +306,20 @@ def without_system(history: Sequence[Message]) -> list[Message]:
     return [message for message in history if message["role"] not in ("system", "developer")]
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str | list[str]) -> Any:
+    """The ids of a text, or of several. A chat template has written the special tokens already: BOS
+    must not come twice."""
+    try:
+        return tokenizer(text, add_special_tokens=False, return_attention_mask=False).input_ids
+    except Exception as error:  # tokenizers' own: characters of which its model makes nothing
+        said = f"model.path has a tokenizer that fails on a text: {in_short(error)}"
+        raise UserError(said) from None
+
+
 def _continuation(tokenizer: PreTrainedTokenizerBase, context: str, target: str) -> list[int]:
     """The tokens of `target` after those of `context`, as they are in the whole text."""
 
-    def ids(text: str) -> list[int]:  # a rendered chat holds its special tokens already
-        return tokenizer(text, add_special_tokens=False).input_ids
-
+    ids = partial(token_ids, tokenizer)
     first, whole = ids(context), ids(context + target)
     if whole[: len(first)] == first:
         return whole[len(first) :]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from opsd.common.errors import UserError
 from opsd.common.templates import ROLLOUT_NAMES, TemplateFailure, check_template, fill_in, names
 from opsd.config.sections import PromptsSection
-from opsd.data.chat import ChatTemplate
+from opsd.data.chat import ChatTemplate, token_ids
 from opsd.data.rows import Row
 from opsd.data.token_bound import token_bound
 
@@ -206,10 +206,7 @@ class Prompts:
         return self.chats[role].targets(turns, self.rendered(rows, "target"))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        # The chat template has written the special tokens already: BOS must not come twice.
-        made = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False
-        ).input_ids
+        made = token_ids(self.tokenizer, texts)
         if not all(made):
             text = texts[made.index([])]
             raise UserError(f"model.path has a tokenizer that makes no token of {text[:60]!r}")

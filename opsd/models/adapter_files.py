@@ -177,7 +177,7 @@ def _is_name(path: str) -> bool:
     """Whether a file could have this path."""
     try:
         Path(path).exists()
-    except (OSError, ValueError):  # it is too long, or has half a surrogate pair
+    except OSError:  # it is too long
         return False
     return "\0" not in path
 

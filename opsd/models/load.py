@@ -108,6 +108,8 @@ def load_model(
         model = model.to(device)
     for adapter in files.adapters:
         model = merge_adapter(model, adapter, name)
+        # Its files may be whole, and its scale NaN or 1e300.
+        check_numbers(model.named_parameters(), {}, files.where, adapter.section.path)
     model.in_no_directory = bool(files.adapters)
     if (owner := files.owner("generation_config.json")) is not files.base:
         model.generation_config = GenerationConfig.from_pretrained(

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
@@ -76,7 +77,8 @@ def header(file: Path, where: str = "") -> dict[str, Stored]:
             parts = {name: opened.get_slice(name) for name in opened.keys()}
             return {n: Stored(file, s.get_dtype(), tuple(s.get_shape())) for n, s in parts.items()}
     except Exception as error:  # safetensors' own, of several kinds
-        with file.open("rb") as opened:
+        pointer = False
+        with suppress(OSError), file.open("rb") as opened:
             pointer = opened.read(40).startswith(b"version https://git-lfs")
         advice = "a pointer of Git LFS: run git lfs pull" if pointer else in_short(error)
         said = f"{str(file)!r} is no safetensors file: {advice}"

@@ -214,7 +214,8 @@ def held(path: Path) -> list:
     if path.name.endswith("parquet"):
         return pyarrow.parquet.read_table(path).to_pylist()
     data = path.read_bytes()
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    zipped = path.suffix == ".gz" or data[:2] == b"\x1f\x8b"
+    text = (gzip.decompress(data) if zipped else data).decode("utf-8-sig")
     if ".csv" in path.name or ".tsv" in path.name:
         lines = csv.reader(
             io.StringIO(text, newline=""), delimiter="," if ".csv" in path.name else "\t"

@@ -400,6 +400,10 @@ WRONG = {
         ),
         "whole numbers (I8)",
     ),
+    "a window that is text": (
+        lambda place: edit(place / "config.json", sliding_window="a"),
+        "sliding_window is 'a', and must be a whole number",
+    ),
     "a key twice": (
         lambda place: (place / "generation_config.json").write_text(
             '{"eos_token_id": 1, "eos_token_id": 2}'
@@ -441,3 +445,31 @@ def test_what_others_load_in_silence_is_refused(name, good, tmp_path):
     with pytest.raises(UserError) as raised:
         used(directory)
     assert said in str(raised.value), raised.value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("lora_alpha", float("nan"), "numbers that are NaN, infinite or too large"),
+        ("lora_alpha", 1e300, "numbers that are NaN, infinite or too large"),
+        ("base_model_name_or_path", "a" * 5000, "does not say which model it adapts"),
+    ],
+)
+def test_an_adapters_config_of_nonsense_is_refused(name, value, said, good, tmp_path):
+    directory = shutil.copytree(good["adapter"], tmp_path / "model")
+    edit(directory / "adapter_config.json", **{name: value})
+    with pytest.raises(UserError, match=said):
+        used(directory)
+
+
+def test_a_tokenizer_that_fails_on_a_character_is_one_line(good, tmp_path):
+    directory = shutil.copytree(good["tied"], tmp_path / "model")
+    file = directory / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["model"] |= {"type": "WordPiece", "unk_token": "[UNK]"}
+    values["model"] |= {"continuing_subword_prefix": "", "max_input_chars_per_word": 100}
+    values["pre_tokenizer"] = None
+    values["model"]["vocab"].pop(";")
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"^model\.path has a tokenizer that fails|no token of"):
+        used(directory)

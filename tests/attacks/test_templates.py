@@ -71,6 +71,7 @@ def test_a_template_makes_text_or_one_line(draw):
         names(text)
         try:
             (made,) = fill_in(text, [{"x": 9}])
+            assert templates._answers(text, "prompts", (text,), [{"x": 9}]) == [made]
             assert len(made) <= 20_000_000 and "object at 0x" not in made[:1000]
         except TemplateFailure as failure:
             assert len(str(failure)) <= 2000

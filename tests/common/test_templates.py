@@ -118,7 +118,7 @@ def test_the_limits_are_two_seconds_and_200_mb():
         check_template("prompts.teacher", BOMBS["constants that the optimiser folds"])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
-    fill_in("{{ x }}", [{"x": 1}])
+    fill_in("{{ x * 1 }}", [{"x": 1}])
     (worker,) = templates._WORKERS.pool
     status = Path(f"/proc/{worker.process.pid}/status").read_text()
     most = resource.prlimit(worker.process.pid, resource.RLIMIT_AS)[0]
@@ -142,7 +142,81 @@ def test_only_shipped_templates_are_filled_in_here(monkeypatch):
         assert names(text) <= {"problem", "solution"}
         fill_in(text, [{"problem": "p", "solution": "s"}])
     assert seen == []
+    monkeypatch.setattr(templates, "_linear", lambda text: 0)
     assert fill_in("{{ problem }} ", [{"problem": "p"}]) == ["A"]
+
+
+LINEAR = [
+    "{{ a }}|{{ b }}\n\n",
+    "{% if a %}{{ a|trim|upper }}{% elif not b %}x{% else %}{{ b ~ a }}{% endif %}",
+    "{{ a if b is defined and b != 'x' else a|default('y')|length }}",
+    "{# no #}{% raw %}{{ a }}{% endraw %}{{b}}",
+    "{{ self }}",
+    "{{ nobody }}",
+    "{{ range }}",
+    "{{ a|default }}",
+    "%s {{ a }} {b} \\",
+    "{{ nobody|default(b) }}",
+]
+OTHERS = [
+    "{{ a * 9 }}",
+    "{{ a + b }}",
+    "{% for c in a %}{{ c }}{% endfor %}",
+    "{% set a = a ~ a %}{{ a }}",
+    "{{ a.upper() }}",
+    "{{ a['b'] }}",
+    "{{ a|replace('a', b) }}",
+    "{{ a|trim(b) }}",
+    "{{ a|trim(*b) }}",
+    "{{ a|trim(**b) }}",
+    "{{ a|trim(chars=b) }}",
+    "{{ a in b }}",
+    "{{ [a, a] }}",
+    "{{ a|center(99) }}",
+    "{{ a < b }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% filter upper %}{{ a }}{% endfilter %}",
+    "{% block b %}{% endblock %}",
+    "{{ a is sameas b }}",
+]
+VALUES = [
+    {"a": "p", "b": "s"},
+    {"a": "", "b": 2.5},
+    {"a": None, "b": True},
+    {"a": "é\u2028\x00", "b": 10**30},
+    {"a": " x% {0} ", "b": "{{ a }}"},
+    {"a": "\ud800", "b": "s"},
+    {"a": 10**5000, "b": "s"},
+    {"a": ["x"], "b": 1},
+    {"b": "s"},
+    {"a": lambda: 1, "b": "s"},
+    {},
+]
+
+
+def test_linear_templates_are_filled_in_here_and_alike(monkeypatch):
+    assert not any(map(templates._linear, [*OTHERS, *BOMBS.values()]))
+    for text in LINEAR:
+        assert templates._linear(text)
+        for values in [[one] for one in VALUES] + [VALUES[:5]]:
+            wanted = _outcome(lambda: templates._answers(text, "prompts", (text,), values))  # noqa: B023
+            assert _outcome(lambda: fill_in(text, values)) == wanted  # noqa: B023
+    monkeypatch.setattr(templates, "_answers", None)
+    assert fill_in(LINEAR[0], VALUES[:2]) == ["p|s\n", "|2.5\n"]
+
+
+def test_a_linear_template_of_much_text_is_for_a_worker():
+    long = {"a": "x" * 50_000}
+    assert templates._filled_in_here("{{ a }}" * 100, [long]) == ["x" * 5_000_000]
+    assert templates._filled_in_here("{{ a }}" * 500, [long]) is None
+    assert templates._filled_in_here("{{ a }}" * 1000, [{"a": "x"}]) is None
+
+
+def _outcome(work):
+    try:
+        return work()
+    except TemplateFailure as failure:
+        return str(failure)
 
 
 # What transformers says.
