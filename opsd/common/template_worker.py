@@ -87,7 +87,7 @@ def linear(text: str, values: Sequence[Any]) -> list[str]:
 
     def is_linear(node: Any) -> bool:
         if isinstance(node, nodes.Filter | nodes.Test):
-            given = node.name != "default" and node.args or node.dyn_args or node.dyn_kwargs
+            given = (node.name != "default" and node.args) or node.dyn_args or node.dyn_kwargs
             return not given and node.name in (FILTERS if isinstance(node, nodes.Filter) else TESTS)
         return type(node).__name__ in LINEAR and getattr(node, "op", "eq") in TESTS
 
