@@ -405,7 +405,6 @@ def is_name(text: str) -> bool:
     return bool(_NAME.fullmatch(plain_text(text)))
 
 
-_SYMBOL = re.compile(r"(?<!\\)(?<![A-Za-z\\])[A-Za-z]+(?![A-Za-z])")
 _GREEK_NAME = re.compile(
     r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega|xi|eta|zeta|kappa|"
     r"angle|triangle|epsilon|vec|hat|Delta|Omega|Phi|Gamma|Lambda)(?![A-Za-z])"
