@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import TextWrapper
 
 from opsd.cli.meant import Parser
 from opsd.common.errors import UserError
@@ -43,13 +45,14 @@ def _config_help() -> str:
     """Every field of a config file, for the end of `opsd train --help`."""
     from opsd.config.load import describe
 
-    lines, last = ["config file:"], None
+    lines, last, indent = ["config file:"], None, 8 * " "
+    wrap = TextWrapper(get_terminal_size().columns - 2, indent, indent, break_on_hyphens=False)
     for section, name, default, text in describe():
         if section != last:
             lines.append(f"\n  {section or '(top)'}:")
             last = section
         default = default if len(default) <= 40 else "see docs/options.md"
-        lines.append(f"    {name}  [{default!s}]\n        {text}")
+        lines += [f"    {name}  [{default!s}]", wrap.fill(text)]
     return "\n".join(lines) + "\n"
 
 
