@@ -19,7 +19,17 @@ from . import candidates, machine, suite
 from .measure import measure
 from .problem import DTYPES, Case
 
-KNOWN = ("ours", "dense", "compiled", "trl", "liger", "liger chunked", "cce", "cce exact")
+KNOWN = (
+    "ours",
+    "dense",
+    "compiled",
+    "torch chunked",
+    "trl",
+    "liger",
+    "liger chunked",
+    "cce",
+    "cce exact",
+)
 """Whom --only may name."""
 
 

@@ -55,6 +55,16 @@ def compiled(problem: Problem) -> Result:
     return _backward(loss, student, weight)
 
 
+def torch_chunked(problem: Problem) -> Result:
+    """torch's own linear_cross_entropy, in chunks by its default strategy."""
+    student, weight = problem.fresh()
+    chunks = torch.nn.LinearCrossEntropyOptions()
+    loss = torch.nn.functional.linear_cross_entropy(
+        student, weight, problem.targets, options=chunks
+    )
+    return _backward(loss, student, weight)
+
+
 def _dense_loss(
     student: Tensor, teacher: Tensor, weight: Tensor, targets: Tensor, task: str
 ) -> Tensor:
@@ -196,6 +206,9 @@ def candidates(task: str, device: str) -> tuple[dict[str, Run], dict[str, str]]:
     offer("trl", trl, f"trl.kernels.chunked_{kernel}")
     if log_prob:
         found["ours, per token"] = ours(reduction="none")
+        core = hasattr(torch.nn, "LinearCrossEntropyOptions")
+        lacks = None if core else "torch has had linear_cross_entropy since 2.13"
+        offer("torch chunked", torch_chunked, "torch", lacks)
         module = "cut_cross_entropy"
         triton = None if gpu else "its kernels are Triton's: needs a CUDA device"
         offer("cce", cce(impl="cce") if gpu else cce(impl="torch_compile"), module)
