@@ -305,7 +305,9 @@ def agreement_page() -> str:
 
 def schema() -> str:
     """The JSON schema of a config, for editors."""
-    return json.dumps({"title": "opsd", **Config.model_json_schema()}, indent=1) + "\n"
+    made = Config.model_json_schema()
+    made["properties"]["then"] = {"type": "object", "description": "The next run's changes."}
+    return json.dumps({"title": "opsd", **made}, indent=1) + "\n"
 
 
 PAGES = {

@@ -1,14 +1,21 @@
 """`opsd train`: a config file → a run, or with `--dry-run` what it would be."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import TextWrapper
+from typing import TYPE_CHECKING
 
 from opsd.cli.meant import Parser
 from opsd.common.errors import UserError
+
+if TYPE_CHECKING:
+    from opsd.common.display import Display
+    from opsd.config.config import Config
 
 
 def add_arguments(parser: Parser) -> None:
@@ -61,26 +68,40 @@ def run(parsed: argparse.Namespace) -> None:
     from opsd.cli.first_look import check_inputs, import_torch
     from opsd.cli.plan_arguments import machine_of
     from opsd.common.display import Display
-    from opsd.config.load import load_config
-    from opsd.runs.directory import CONFIG
+    from opsd.config.load import load_recipe
+    from opsd.runs.directory import CONFIG, check_unclaimed, is_done
 
     overrides = [*parsed.overrides, *(["train.share_prefixes=false"] if parsed.no_share else [])]
     file = Path(parsed.config)
     if parsed.resume and file.is_dir():
         overrides.append(f"output.dir={json.dumps(str(file))}")
         file /= CONFIG
-    config = load_config(file, overrides)
+    runs = load_recipe(file, overrides)
     machine = None if parsed.machine is None else machine_of(parsed.machine)
     if machine is not None and not parsed.dry_run:
         raise UserError("--for is for --dry-run: it trains nothing")
-    check_inputs(config)
+    # The model of a later run is not there yet: it will be one like the first run's.
+    checked = [config.model_copy(update={"model": runs[0].model}) for config in runs]
+    for config in checked:
+        check_inputs(config)
+    for config in [] if parsed.resume or parsed.dry_run else runs[1:]:
+        check_unclaimed(Path(config.output.dir))
     display = Display(quiet=os.environ.get("RANK", "0") != "0")
     import_torch(display)
     if parsed.dry_run:
         from opsd.cli.dry_run import dry_run
 
-        dry_run(config, display, machine)
+        for config in checked:
+            dry_run(config, display, machine)
         return
+    for config in runs:
+        if len(runs) > 1 and parsed.resume and is_done(Path(config.output.dir), config):
+            display.note(f"{config.output.dir} is done")
+        else:
+            _train(config, display, parsed)
+
+
+def _train(config: Config, display: Display, parsed: argparse.Namespace) -> None:
     from opsd.runs.log import student_curve
     from opsd.runs.records import Summary, read_record
     from opsd.training.run import train

@@ -22,8 +22,26 @@ STUDY = {"quickstart", "methods", "variants"}
 """Keys at the top of a study file, which `opsd compare` runs."""
 
 
+METHODS_OWN = ("method", "loss", "teacher")
+"""What a run of `then` does not take over: it is of the method."""
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.field=value` overrides, and check all. Raises UserError."""
+    first, *rest = load_recipe(path, overrides)
+    if rest:
+        raise UserError(
+            f"CONFIG is {str(path)!r}: a recipe of {1 + len(rest)} runs (then), for `opsd train`"
+        )
+    return first
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]:
+    """`load_config` of a file that may go on with `then`: the config of each run, in order.
+
+    A run of `then` starts from the model of the run before. What it does not say of data, prompts,
+    rollouts, training and evaluation is that run's.
+    """
     path = Path(path)
     values = read_yaml(path)
     if not isinstance(values, dict):
@@ -36,7 +54,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         )
     # A section whose lines are all commented out reads as null: the same as no section.
     values = {key: value for key, value in values.items() if value is not None}
-    return parse_config(with_overrides(values, overrides))
+    values = with_overrides(values, overrides)
+    then = values.pop("then", None)
+    runs = [parse_config(values)]
+    while then is not None:
+        if not isinstance(then, dict):
+            raise UserError(f"then is {then!r}: it must hold what the next run changes")
+        before = runs[-1].output.dir
+        own = {key: value for key, value in values.items() if key not in METHODS_OWN}
+        model = {"path": str(Path(before) / "model"), "revision": None, "gguf_file": None}
+        own = merge(own, {"output": {"dir": f"{before}-then"}, "model": model})
+        values = merge(own, then)
+        then = values.pop("then", None)
+        try:
+            runs.append(parse_config(values))
+        except UserError as error:
+            raise UserError(f"then: {error}") from None
+        if runs[-1].output.dir in [run.output.dir for run in runs[:-1]]:
+            raise UserError(f"then: output.dir is {runs[-1].output.dir!r}, as of a run before it")
+    return runs
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -171,10 +171,7 @@ def claim_directory(
                 f"({'; '.join(changed)}); choose another directory"
             )
         if not resume:
-            raise UserError(
-                f"output.dir is {str(directory)!r}: this run has been started before; go on "
-                "with --resume, or choose another directory"
-            )
+            check_unclaimed(directory)
         for left in directory.glob("*.part"):
             remove(left)
     with _or_cannot_write(directory):
@@ -189,6 +186,28 @@ def claim_directory(
             f"on from; `{command_to_go_on(directory)} --start-over` begins again"
         )
     return checkpoint
+
+
+def check_unclaimed(directory: Path) -> None:
+    """Raises UserError where a run has been started."""
+    if (directory / CONFIG).is_file():
+        raise UserError(
+            f"output.dir is {str(directory)!r}: this run has been started before; go on "
+            "with --resume, or choose another directory"
+        )
+
+
+def is_done(directory: Path, config: Config) -> bool:
+    """Whether the directory holds the finished run of this config."""
+    mine = directory / CONFIG
+    if not (directory / "summary.json").is_file():
+        return False
+    # What a run decides when it begins, and keeps.
+    kept, config = _flat(load_config(mine).model_dump()), config.model_copy(deep=True)
+    config.prompts.date = config.prompts.date or kept.get("prompts.date")
+    if config.train.precision == "auto":
+        config.train.precision = kept["train.precision"]
+    return not _changed(mine, config)
 
 
 @contextmanager

@@ -74,7 +74,12 @@ def small(name: str, files, directory: Path) -> list[str]:
 def test_every_example_has_a_dry_run():
     """Here or in test_machines.py; files without a model are studies, tested in test_study.py."""
     values = {path.stem: yaml.safe_load(path.read_text()) for path in EXAMPLES.glob("*.yaml")}
-    assert {name for name, config in values.items() if "model" in config} == {*NAMES, *FITS, "mine"}
+    assert {name for name, config in values.items() if "model" in config} == {
+        *NAMES,
+        *FITS,
+        "mine",
+        "opsd-then-grpo",
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
