@@ -9,6 +9,7 @@ from pathlib import Path
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.near import near_file
+from opsd.common.urls import is_address
 from opsd.config.config import Config
 from opsd.config.load import load_config
 from opsd.config.requirements import is_graded
@@ -31,8 +32,10 @@ def check_inputs(config: Config) -> None:
     """Raises UserError for local files that are not there, and for columns that they lack."""
     if config.model.gguf_file is None:
         check_model(config.model.path, "model.path")
-    if config.teacher.path is not None and config.teacher.gguf_file is None:
-        check_model(config.teacher.path, "teacher.path")
+    teacher = config.teacher
+    elsewhere = teacher.path is None or is_address(teacher.path)
+    if not elsewhere and teacher.gguf_file is None:
+        check_model(teacher.path, "teacher.path")
     first_rows(config)
     check_code(config.loss, is_graded(config), run=False)
 

@@ -31,6 +31,7 @@ COMMANDS = {
     "chat": ("opsd.cli.chat", "Talk to a model, beside its base."),
     "plan": ("opsd.cli.plan_arguments", "Plan memory, tokens and time, before weights are loaded."),
     "export": ("opsd.cli.export", "Merge a run's adapters, or write its model as GGUF."),
+    "serve-teacher": ("opsd.cli.serve_teacher", "Score other processes' rollouts, over HTTP."),
     "replay": ("opsd.cli.replay", "Find what was not finite in a step that failed."),
     "report": ("opsd.cli.report", "Write report.html and curves.png of a run."),
     "compare": ("opsd.cli.compare", "Compare runs: methods by seeds, tokens to a target."),

@@ -4,7 +4,12 @@ import re
 from urllib.parse import urlsplit
 
 
-def check_address(address: str) -> None:
+def is_address(path: str | None) -> bool:
+    """Whether what may be a path is an address instead."""
+    return path is not None and path.startswith(("http://", "https://"))
+
+
+def check_address(address: str, key: str = "VLLM_API_KEY") -> None:
     """Raises ValueError unless this is an HTTP server's address, without a password: it is written
     into a run's config.yaml."""
     if re.search(r"[\s\\\x00-\x1f\x7f]", address):
@@ -14,7 +19,7 @@ def check_address(address: str) -> None:
     if "@" in parts.netloc:
         raise ValueError(
             "it holds a user's name or password, which would be written into files; give the "
-            "server's key by the environment variable VLLM_API_KEY"
+            f"server's key by the environment variable {key}"
         )
     plain = not parts.query and not parts.fragment and parts.path.isascii()
     if parts.scheme not in ("http", "https") or not parts.hostname or not plain:

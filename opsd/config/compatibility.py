@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from opsd.common.errors import UserError
 from opsd.common.templates import over_rollouts
+from opsd.common.urls import is_address
 from opsd.config.names import DIVERGENCE_METHODS
 from opsd.config.requirements import (
     is_graded,
@@ -98,6 +99,14 @@ def _teacher(config: Config) -> Iterator[str]:
             "teacher.policy: distill shows the teacher what the student sees, so it must be "
             "'model', another model, with teacher.path"
         )
+    remote = is_address(teacher.members()[0].path)
+    if remote and config.rollout.source == "teacher":
+        yield "rollout.source: a teacher at an address (teacher.path) scores, and does not sample"
+    if remote and config.eval.teacher:
+        yield "eval.teacher: a teacher at an address (teacher.path) scores, and does not sample"
+    for name, value in (("quantize", "none"), ("offload", False), ("revision", None)):
+        if remote and getattr(teacher, name) != value:
+            yield f"teacher.{name}: teacher.path is an address, whose server decides that"
     if config.rollout.source != "student" and config.method not in DIVERGENCE_METHODS:
         yield f"rollout.source: that is for opsd and distill; {config.method} has its own"
 
@@ -336,6 +345,8 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
         yield "loss.control_variate", "it is for loss.divergence 'sampled_token'"
     if loss.divergence != "reverse_kl":
         yield "loss.unsure", "it is for loss.divergence 'reverse_kl'"
+    if not any(is_address(own.path) for own in config.teacher.members()):
+        yield "teacher.server_patience", "no teacher is at an address"
     if not loss.unsure:
         yield "loss.unsure_entropy", "loss.unsure is 0"
     if loss.clip == "none":

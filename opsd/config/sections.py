@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from opsd.common.templates import shipped
-from opsd.common.urls import check_address
+from opsd.common.urls import check_address, is_address
 from opsd.config.base import Count, Fraction, Natural, NonNegative, Positive, Section, Share
 from opsd.config.names import Engine, Policy
 
@@ -184,6 +184,12 @@ class PromptsSection(Section):
         return arguments
 
 
+def _address_or_path(path: str | None) -> str | None:
+    if is_address(path):
+        check_address(path, "OPSD_TEACHER_KEY")
+    return path
+
+
 class MemberSection(Section):
     """A member of teacher.mix; what it does not say of its weights, `teacher` says."""
 
@@ -201,6 +207,8 @@ class MemberSection(Section):
     """Whose weights it has."""
     path: str | None = None
     """policy model: a model directory or hub name, of the same vocabulary; none: teacher.path."""
+
+    _check_path = field_validator("path")(_address_or_path)
 
     @field_validator("coefficient")
     @classmethod
@@ -229,7 +237,11 @@ class TeacherSection(Section):
     update_every: Count = 1
     """policy ema: steps between two updates of the average."""
     path: str | None = None
-    """policy model: a model directory or hub name, of the same vocabulary."""
+    """policy model: a model directory or hub name, of the same vocabulary, or the address
+    (http://…) of `opsd serve-teacher`."""
+    server_patience: Positive = 300
+    """policy model, at an address: seconds without success until the run stops, with a
+    checkpoint."""
     revision: str | None = None
     """policy model: its revision on the hub."""
     gguf_file: str | None = None
@@ -242,6 +254,8 @@ class TeacherSection(Section):
     mix: list[MemberSection] = Field([])
     """opsd: the teacher is the product of these members' distributions, each to the power of its
     coefficient, normalised (docs/methods.md). The first is what evaluations and samples show."""
+
+    _check_path = field_validator("path")(_address_or_path)
 
     def members(self) -> list["TeacherSection"]:
         """Whose weights each member of the mixture has; without one, this section's own."""

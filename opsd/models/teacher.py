@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.common.errors import UserError
+from opsd.common.urls import is_address
 from opsd.config.sections import MemberSection, ModelSection, TeacherSection
 from opsd.models.copies import copy_model
 from opsd.models.head import head_arguments
@@ -21,6 +22,7 @@ from opsd.models.lora import is_adapted, without_adapters
 from opsd.models.moving_average import MovingAverage
 from opsd.models.offload import offload
 from opsd.models.quantize import quantize
+from opsd.models.remote import RemoteTeacher
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,10 @@ def make_teacher(
         return average.model, average
     if teacher.policy == "initial" and is_adapted(model):
         return without_adapters(decoder), None
+    if teacher.policy == "model" and is_address(teacher.path):
+        made = RemoteTeacher(teacher.path, teacher.server_patience, tokenizer, device, dtype)
+        _check_alike(teacher, model, made)
+        return made, None
     # A teacher that is to take less memory may not fit the GPU before it does.
     smaller = teacher.offload or teacher.quantize != "none"
     load_device = torch.device("cpu") if smaller else device
@@ -127,14 +133,18 @@ def _load_teacher(
     section = teacher_section(teacher, student)
     made, its_tokenizer = load_model(section, device, dtype=dtype, name="teacher")
     check_vocabulary(tokenizer, its_tokenizer, teacher.path)
+    _check_alike(teacher, model, made)
+    _lengthen(made.get_input_embeddings(), len(model.get_input_embeddings().weight))
+    return made.requires_grad_(False).eval()
+
+
+def _check_alike(teacher: TeacherSection, model: PreTrainedModel, made: PreTrainedModel) -> None:
     ours, its = head_arguments(model), head_arguments(made)
     if ours != its:
         raise UserError(
             f"teacher.path is {teacher.path!r}: its logits are made with {its}, the "
             f"student's with {ours}; both must be made alike"
         )
-    _lengthen(made.get_input_embeddings(), len(model.get_input_embeddings().weight))
-    return made.requires_grad_(False).eval()
 
 
 def _lengthen(embedding: nn.Module, rows: int) -> None:
@@ -161,7 +171,7 @@ def check_teacher(
         check_mixture(teacher, load_config(check_directory(student)))
     more: list[str] = []
     for own in teacher.members():
-        if own.policy == "model":
+        if own.policy == "model" and not is_address(own.path):  # which is asked when it is needed
             tokenizer = tokenizer or load_tokenizer(student)
             its = load_tokenizer(teacher_section(own, student), "teacher")
             more += check_vocabulary(tokenizer, its, own.path)

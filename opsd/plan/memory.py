@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from opsd.common.precision import compute_dtype
+from opsd.common.urls import is_address
 from opsd.config.config import Config
 from opsd.config.names import DIVERGENCE_METHODS
 from opsd.config.requirements import scores_by_teacher
@@ -156,6 +157,9 @@ class Planner:
             return 4 * sizes.train
         if teacher.policy == "initial" and config.model.lora is not None:
             return 0  # the same weights, without adapters
+        if teacher.policy == "model" and is_address(teacher.path):  # its head alone is here
+            text = self.student.get_text_config()
+            return dtype.itemsize * text.vocab_size * text.hidden_size
         if teacher.policy == "model":
             section = teacher_section(teacher, config.model)
             sizes = _sizes(architecture(section, "teacher"), section)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
 from opsd.models.head import decoder_of
+from opsd.models.remote import RemoteTeacher
 from opsd.prefix.layout import CheckedGroup, Group, Layout, checked_groups
 from opsd.prefix.packed_forward import (
     Capture,
@@ -63,6 +64,9 @@ def states_by_role(
     groups are an earlier one's does not run. Raises ValueError where the adapters that apply
     change between the passes.
     """
+    if isinstance(model, RemoteTeacher):
+        with phase("teacher"):
+            return model.states([plain_groups(role) for role in roles])
     new = [n for n, role in enumerate(roles) if not any(_same(role, one) for one in roles[:n])]
     if len(new) < len(roles):
         found = dict(zip(new, states_by_role(model, [roles[n] for n in new], share), strict=True))
@@ -134,6 +138,8 @@ def rollout_hidden_states(
     model: PreTrainedModel, groups: Sequence[Group], share: bool = True
 ) -> Tensor:
     """The states of one model. `share`: each prefix runs once, and nothing is padded."""
+    if isinstance(model, RemoteTeacher):
+        return model.states([plain_groups(groups)])[0]
     run = shared_prefix_hidden_states if share else separate_hidden_states
     return run(model, groups)
 

@@ -4,6 +4,7 @@ batching, or vLLM, in this process or as a server.
 Import the samplers and `make_sampler`, which picks one, from here.
 """
 
+from opsd.common.http import ServerError, ServerGoneError
 from opsd.rollout.base import Rollout, Sampler, Sampling
 from opsd.rollout.continuous import ContinuousSampler
 from opsd.rollout.distributed import DistributedSampler
@@ -15,4 +16,3 @@ from opsd.rollout.engines import (
     training_server,
 )
 from opsd.rollout.generate import GenerateSampler
-from opsd.rollout.vllm_client import ServerError, ServerGoneError

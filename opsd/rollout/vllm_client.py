@@ -7,12 +7,9 @@ given as a directory of safetensors that the server reads (`reload_weights` with
 server may spread its model over GPUs as it likes.
 
 Nothing that a server says is taken as it is: `vllm_answers` says what an answer may hold,
-`vllm_http` bounds its time and its size, and what does not fit is a ServerAnswerError.
+`opsd.common.http` bounds its time and its size, and what does not fit is a ServerAnswerError.
 """
 
-import json
-import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
@@ -20,36 +17,31 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from opsd.common.errors import UserError, problem_said
+from opsd.common.errors import problem_said
+from opsd.common.http import (
+    PASSING,
+    Answer,
+    NoAnswerError,
+    ServerAnswerError,
+    ServerGoneError,
+    TooLongError,
+    check_redirect,
+    exchange,
+    persist,
+    said,
+)
 from opsd.rollout.base import NEUTRAL, Rollout, Sampling
 from opsd.rollout.vllm_answers import Completions, Models, Reset, Results, ServerInfo, Settings
-from opsd.rollout.vllm_http import Answer, NoAnswerError, TooLongError, exchange
 
 Said = TypeVar("Said", bound=BaseModel)
 
-PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP statuses after which a request is sent again."""
-
-LONGEST_WAIT = 30.0  # seconds between two attempts
 QUICK = 60.0  # seconds that a question about the server may take
 LONGEST = 16_000_000  # bytes of an answer about the server: its settings have some 100 kB
 LONGEST_TOKEN = 2_000  # bytes of an answer a token: its id, its text twice, its log-probability
 
 
-class ServerError(UserError):
-    """The server failed; the run should save what it has."""
-
-
-class ServerGoneError(ServerError):
-    """The server has not answered within `patience`."""
-
-
 class ServerRestartedError(ServerGoneError):
     """The server has restarted since it was given the weights."""
-
-
-class ServerAnswerError(ServerError):
-    """The server refuses, or answers what cannot be: it would do so again."""
 
 
 class VLLMServer:
@@ -194,54 +186,44 @@ class VLLMServer:
             empty: what an answer without content says; some releases of vLLM send such.
             stop: when set, failures are final.
         """
-        stop, within = stop or Event(), timeout or self.timeout
-        failing_since, wait = None, min(1.0, self.patience / 8)
-        while True:
+        within = timeout or self.timeout
+
+        def attempt() -> Said:
             try:
                 found = exchange(self.address, route, body, within, longest)
-                if found.status == 404 and missing is not None:
-                    return missing
-                self._check_status(route, found, passing)
-                bare = not found.content and empty is not None
-                answer = empty if bare else self._read(route, kind, found)
-                check(answer)
-                return answer
             except TooLongError:
                 raise self._error(f"answers {route} with more than {longest:,} bytes") from None
-            except NoAnswerError as error:
-                now = time.monotonic()
-                failing_since = now if failing_since is None else failing_since
-                if now - failing_since + wait > self.patience or stop.is_set():
-                    raise ServerGoneError(
-                        f"{self.field} is {self.address!r}: {error}, for "
-                        f"{now - failing_since:.0f} s now"
-                    ) from error
-            # A random wait, so that not all requests arrive at once when the server is back.
-            stop.wait(wait * random.uniform(0.75, 1.25))
-            wait = min(2 * wait, LONGEST_WAIT)
+            if found.status == 404 and missing is not None:
+                return missing
+            self._check_status(route, found, passing)
+            bare = not found.content and empty is not None
+            answer = empty if bare else self._read(route, kind, found)
+            check(answer)
+            return answer
+
+        return persist(attempt, self.patience, f"{self.field} is {self.address!r}", stop)
 
     def _check_status(self, route: str, found: Answer, passing: frozenset[int]) -> None:
         if found.status == 200:
             return
-        if 300 <= found.status < 400:
-            raise self._error(
-                f"redirects {route} to {(found.location or '?')[:200]!r}: redirects are not "
-                "followed, for they would take the key along; give the address itself"
-            )
-        said = f"{route} answers {found.status}: {_said(found.content)}".rstrip(": ")
+        try:
+            check_redirect(route, found)
+        except ValueError as error:
+            raise self._error(str(error)) from None
+        told = f"{route} answers {found.status}: {said(found.content)}".rstrip(": ")
         if found.status in passing:
-            raise NoAnswerError(said)
+            raise NoAnswerError(told)
         hint = ""
         if found.status == 404 and not route.startswith("/v1/"):
             hint = " (start it with VLLM_SERVER_DEV_MODE=1, see docs/vllm.md)"
-        raise self._error(said + hint)
+        raise self._error(told + hint)
 
     def _read(self, route: str, kind: type[Said], found: Answer) -> Said:
         try:
             return kind.model_validate_json(found.content)
         except ValidationError as error:
-            said = problem_said(error.errors()[0])
-            raise self._error(f"answers {route} as no vLLM does: {said}") from None
+            problem = problem_said(error.errors()[0])
+            raise self._error(f"answers {route} as no vLLM does: {problem}") from None
 
     def _error(self, what: str) -> ServerAnswerError:
         return ServerAnswerError(f"{self.field} is {self.address!r}: the server {what}")
@@ -255,15 +237,3 @@ def _complete(answer: Completions) -> None:
 def _reset(answer: Reset) -> None:
     if not answer.success:
         raise NoAnswerError("the prefix cache is in use")
-
-
-def _said(content: bytes) -> str:
-    """What the server says of an error, on one line."""
-    text = content[:10_000].decode(errors="replace")
-    try:
-        answer = json.loads(text)
-        inner = answer.get("error") or answer.get("detail") or answer
-        text = inner.get("message", text) if isinstance(inner, dict) else inner
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    return " ".join(str(text).split())[:300]

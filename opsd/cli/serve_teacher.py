@@ -1,0 +1,60 @@
+"""`opsd serve-teacher`: a model that scores rollouts of runs in other processes."""
+
+import argparse
+
+from opsd.cli.arguments import check_at_least
+from opsd.common.errors import UserError
+
+HERE = ("127.0.0.1", "::1", "localhost")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `opsd serve-teacher`."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a transformers directory or a hub name")
+    add("--host", default="127.0.0.1", help="default: 127.0.0.1; others need OPSD_TEACHER_KEY")
+    add("--port", type=int, default=8765, help="default: 8765; 0: any that is free")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of its weights and its answers")
+    add("--most-tokens", type=int, default=1 << 17, help="of a request (default: 131072)")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Serves until it is interrupted. Raises UserError."""
+    from opsd.cli.first_look import check_model, import_torch
+    from opsd.common.display import Display
+    from opsd.common.http import key_in
+
+    check_at_least(1, parsed, "most_tokens")
+    if not 0 <= parsed.port < 1 << 16:
+        raise UserError(f"--port is {parsed.port}: it must be at least 0 and at most 65535")
+    check_model(parsed.model, "MODEL")
+    from opsd.models.remote import KEY
+
+    key = key_in(KEY)
+    if key is None and parsed.host not in HERE:
+        raise UserError(
+            f"--host is {parsed.host!r}: whoever reaches it could ask for the model's states and "
+            f"head; set a key in {KEY}, here and where the run is"
+        )
+    display = Display()
+    import_torch(display)
+    import torch
+
+    from opsd.config.sections import ModelSection
+    from opsd.models.load import load_model
+    from opsd.prefix.state_server import StateServer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if parsed.dtype == "fp32" else torch.bfloat16
+    with display.stage(f"Load {parsed.model}"):
+        section = ModelSection(path=parsed.model)
+        model, tokenizer = load_model(section, device, dtype=dtype, name="MODEL")
+    try:
+        address = parsed.host, parsed.port
+        server = StateServer(address, model, tokenizer, key, parsed.most_tokens)
+    except OSError as error:
+        raise UserError(f"--port is {parsed.port}: {error.strerror or error}") from None
+    with server:
+        place = f"http://{parsed.host}:{server.server_port}"
+        display.note(f"Serving {server.about.weights[:12]} at {place}: teacher.path: {place}")
+        server.serve_forever()

@@ -1,0 +1,159 @@
+"""A teacher in another process, on this machine or another: `opsd serve-teacher`.
+
+It is sent the token ids of contexts and rollouts and returns the hidden states that predict the
+rollouts' tokens: D numbers a token, from which with its head, fetched once, come exactly its
+logits. What a server says is held against what was asked, as a vLLM server's answers are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from opsd.common.errors import problem_said
+from opsd.common.http import (
+    PASSING,
+    NoAnswerError,
+    ServerAnswerError,
+    TooLongError,
+    check_redirect,
+    exchange,
+    persist,
+    said,
+)
+
+KEY = "OPSD_TEACHER_KEY"
+"""The environment variable that holds the server's key, on both sides."""
+
+SMALL = 1 << 16  # bytes of a description, and of what safetensors writes beside its tensors
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
+
+
+class Description(BaseModel):
+    """/teacher: what a server serves."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    weights: Digest
+    vocabulary: Digest
+    width: Size  # D
+    entries: Size  # V, of the head
+    bias: bool
+    dtype: Literal["float32", "bfloat16", "float16"]  # of the head and of the states
+    how: dict[Annotated[str, Field(max_length=100)], float | None]  # `head_arguments`
+
+    @property
+    def bytes_a_number(self) -> int:
+        """Of what it sends."""
+        return getattr(torch, self.dtype).itemsize
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of every token and its id."""
+    known = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
+class RemoteTeacher(nn.Module):
+    """The teacher at `address`, with the parts of a model that scoring asks for.
+
+    patience: seconds of failures after which ServerGoneError is raised. Raises ServerAnswerError
+    for a server that is none of ours, or has another vocabulary than `tokenizer`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        patience: float,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.address, self.patience = address.rstrip("/"), patience
+        self.device, self.dtype = device, dtype
+        try:
+            self.about = Description.model_validate_json(self._ask("/teacher", None, SMALL))
+        except ValidationError as error:
+            raise self._error(f"answers /teacher with {problem_said(error.errors()[0])}") from None
+        about = self.about
+        if about.vocabulary != vocabulary_digest(tokenizer):
+            raise self._error("has another vocabulary than model.path's tokenizer")
+        shapes = {"weight": [about.entries, about.width]}
+        shapes |= {"bias": [about.entries]} if about.bias else {}
+        made = self._tensors("/head", {"weights": about.weights}, shapes)
+        # Without gradients, and in no optimizer.
+        self.head = nn.Linear(about.width, about.entries, about.bias, device="meta", dtype=dtype)
+        for name, tensor in made.items():
+            setattr(self.head, name, nn.Parameter(tensor, requires_grad=False))
+        self.config = PreTrainedConfig(
+            logit_scale=about.how.get("logit_scale"),
+            final_logit_softcapping=about.how.get("logit_softcap"),
+        )
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head, which is here."""
+        return self.head
+
+    def states(self, roles: Sequence[Sequence[tuple[Any, Sequence[Any]]]]) -> list[Tensor]:
+        """The hidden states [Σ R, D] of each role's groups, by one request."""
+        asked = [
+            [(_ids(prefix), [_ids(rollout) for rollout in rollouts]) for prefix, rollouts in groups]
+            for groups in roles
+        ]
+        shapes = {
+            str(n): [sum(len(ids) for _, rollouts in groups for ids in rollouts), self.about.width]
+            for n, groups in enumerate(asked)
+        }
+        body = {"weights": self.about.weights, "roles": asked}
+        found = self._tensors("/states", body, shapes)
+        return [found[str(n)] for n in range(len(asked))]
+
+    def _tensors(self, route: str, body: Any, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+        """The tensors that the route answers with, which must have these shapes."""
+        numbers = sum(torch.Size(shape).numel() for shape in shapes.values())
+        content = self._ask(route, body, SMALL + numbers * self.about.bytes_a_number)
+        try:
+            found = load(content)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise self._error(f"answers {route} with no tensors ({str(error)[:100]})") from None
+        if {name: list(tensor.shape) for name, tensor in found.items()} != shapes:
+            raise self._error(f"answers {route} with tensors of other names or shapes than asked")
+        if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in found.values()):
+            raise self._error(f"answers {route} with numbers that are not finite")
+        return {name: tensor.to(self.device, self.dtype) for name, tensor in found.items()}
+
+    def _ask(self, route: str, body: Any, longest: int) -> bytes:
+        def attempt() -> bytes:
+            try:
+                found = exchange(self.address, route, body, self.patience, longest, KEY)
+                check_redirect(route, found)
+            except TooLongError:
+                raise self._error(f"answers {route} with more than {longest:,} bytes") from None
+            except ValueError as error:
+                raise self._error(str(error)) from None
+            if found.status == 200:
+                return found.content
+            told = f"{route} answers {found.status}: {said(found.content)}".rstrip(": ")
+            if found.status in PASSING:
+                raise NoAnswerError(told)
+            raise self._error(told)
+
+        return persist(attempt, self.patience, f"teacher.path is {self.address!r}")
+
+    def _error(self, what: str) -> ServerAnswerError:
+        return ServerAnswerError(f"teacher.path is {self.address!r}: the server {what}")
+
+
+def _ids(ids: Any) -> list[int]:
+    return ids.tolist() if isinstance(ids, Tensor) else [int(number) for number in ids]

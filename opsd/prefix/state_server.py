@@ -1,0 +1,201 @@
+"""The server of `opsd serve-teacher`: token ids in, hidden states out. See `opsd.models.remote`.
+
+What a client sends is not trusted: a request has a key (where there is one), a bounded length and
+time, and ids that the model has. It holds all contexts and rollouts of a micro-batch, which run
+together. One request runs at a time; so many wait, and more are told to come again (503).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opsd.common.errors import problem_said
+from opsd.models.head import head, head_arguments
+from opsd.models.remote import Description, Digest, vocabulary_digest
+from opsd.prefix.hidden_states import states_by_role
+
+WAITING = 8  # requests: the one that runs, and the line
+CONNECTIONS = 32
+ROUTES = "there are /teacher, /head and /states"
+SECONDS = 60.0  # that a client may take to ask
+
+Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+Text = Annotated[list[Id], Field(min_length=1)]
+Group = tuple[Text, Annotated[list[Text], Field(min_length=1)]]
+Role = Annotated[list[Group], Field(min_length=1)]
+
+
+class Asked(BaseModel):
+    """/head and /states."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    weights: Digest
+    roles: Annotated[list[Role], Field(max_length=16)] = []
+
+
+class StateServer(ThreadingHTTPServer):
+    """Serves `model` at (host, port) to who has the key. most_tokens: of a request, and of what is
+    run together."""
+
+    daemon_threads = True
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        key: str | None = None,
+        most_tokens: int = 1 << 17,
+    ):
+        self.model, self.key, self.most_tokens = model.eval(), key, most_tokens
+        weight, bias = head(model)
+        self.head = {"weight": weight} | ({} if bias is None else {"bias": bias})
+        digest = hashlib.sha256()
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        self.about = Description(
+            weights=digest.hexdigest(),
+            vocabulary=vocabulary_digest(tokenizer),
+            width=weight.shape[1],
+            entries=len(weight),
+            bias=bias is not None,
+            dtype=str(weight.dtype).removeprefix("torch."),
+            how=head_arguments(model),
+        )
+        self.turn, self.line = threading.Lock(), threading.BoundedSemaphore(WAITING)
+        self.room = threading.BoundedSemaphore(CONNECTIONS)
+        super().__init__(address, _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for each connection, up to a number."""
+        if not self.room.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """One connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that breaks off is no news."""
+
+    @property
+    def longest_body(self) -> int:
+        """Bytes of a request: a token is a number and a comma."""
+        return (1 << 16) + 16 * self.most_tokens
+
+    @torch.no_grad()
+    def states(self, asked: Asked) -> list[Tensor]:
+        """The states of each role."""
+        with self.turn:
+            return states_by_role(self.model, asked.roles)
+
+
+def _tokens(asked: Asked) -> int:
+    groups = [group for role in asked.roles for group in role]
+    return sum(len(prefix) + sum(map(len, rollouts)) for prefix, rollouts in groups)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: StateServer
+    timeout = SECONDS
+    protocol_version = "HTTP/1.0"  # one request a connection
+    server_version, sys_version = "opsd", ""
+
+    def setup(self) -> None:
+        """However slowly it comes, a request ends: no single read would notice."""
+        super().setup()
+        self.clock = threading.Timer(SECONDS, self._give_up)
+        self.clock.daemon = True
+        self.clock.start()
+
+    def finish(self) -> None:
+        """The connection is done with."""
+        self.clock.cancel()
+        super().finish()
+
+    def _give_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Say nothing of each request."""
+
+    def do_GET(self) -> None:
+        if self._is_let_in():
+            if self.path != "/teacher":
+                return self._refuse(404, ROUTES)
+            self._answer(200, self.server.about.model_dump_json().encode())
+
+    def do_POST(self) -> None:
+        if not self._is_let_in():
+            return
+        if self.path not in ("/head", "/states"):
+            return self._refuse(404, ROUTES)
+        length, most = self.headers.get("Content-Length", ""), self.server.longest_body
+        if not (length.isdecimal() and len(length) < 12 and int(length) <= most):
+            return self._refuse(413, f"a request has a Content-Length of at most {most}")
+        body = self.rfile.read(int(length))
+        self.clock.cancel()
+        try:
+            asked = Asked.model_validate_json(body)
+        except ValidationError as error:
+            return self._refuse(400, problem_said(error.errors()[0]))
+        if asked.weights != self.server.about.weights:
+            return self._refuse(409, "these are other weights than the run began with")
+        if self.path == "/head":
+            return self._tensors(self.server.head)
+        if not 0 < _tokens(asked) <= self.server.most_tokens:
+            most = self.server.most_tokens
+            return self._refuse(413, f"a request has 1 to {most} tokens (--most-tokens)")
+        if not self.server.line.acquire(blocking=False):
+            return self._refuse(503, "others wait already; ask again")
+        try:
+            states = self.server.states(asked)
+        except ValueError as error:  # an id without an embedding, a context that is too long
+            return self._refuse(400, str(error))
+        except Exception as error:  # memory, say
+            return self._refuse(500, f"{type(error).__name__}: {error}")
+        finally:
+            self.server.line.release()
+        self._tensors({str(n): tensor for n, tensor in enumerate(states)})
+
+    def _is_let_in(self) -> bool:
+        key = self.server.key
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ").encode()
+        if key is None or hmac.compare_digest(given, key.encode()):
+            return True
+        self._refuse(401, "the key is wrong or missing (OPSD_TEACHER_KEY)")
+        return False
+
+    def _tensors(self, tensors: dict[str, Tensor]) -> None:
+        dtype = getattr(torch, self.server.about.dtype)
+        self._answer(200, save({n: t.detach().to("cpu", dtype) for n, t in tensors.items()}))
+
+    def _refuse(self, status: int, why: str) -> None:
+        self._answer(status, json.dumps({"error": why[:300]}).encode())
+
+    def _answer(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
