@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
+from opsd.common.http import ServerGoneError
 from opsd.config.load import merge, parse_config
 from opsd.models.load import stop_ids
 from opsd.quickstart import tiny_model as tiny
-from opsd.rollout import GenerateSampler, Sampling, ServerGoneError, check_engine
+from opsd.rollout import GenerateSampler, Sampling, check_engine
 from opsd.rollout.threads import as_done
 from opsd.rollout.vllm_client import VLLMServer
 from opsd.rollout.vllm_server import ServerSampler
