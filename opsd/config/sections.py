@@ -300,7 +300,7 @@ class RolloutSection(Section):
     """vllm_server: its address, such as http://localhost:8000."""
     server_timeout: Positive = 1800
     """vllm_server: seconds until an unanswered request is sent again."""
-    server_patience: Positive = 300
+    server_patience: Positive = 900
     """vllm_server: seconds without success until the run stops, with a checkpoint."""
     weights_dir: str | None = None
     """vllm_server: where the weights are left for it (/dev/shm is fast on one machine); none: in

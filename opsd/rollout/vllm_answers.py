@@ -20,6 +20,7 @@ class ServedModel(_Answer):
 
     id: Name
     root: Name | None = None
+    max_model_len: Annotated[int, Field(gt=0)] | None = None  # its window
 
 
 class Models(_Answer):

@@ -37,6 +37,7 @@ Said = TypeVar("Said", bound=BaseModel)
 
 QUICK = 60.0  # seconds that a question about the server may take
 LONGEST = 16_000_000  # bytes of an answer about the server: its settings have some 100 kB
+HOTTEST = 2.0  # vLLM's highest temperature
 LONGEST_TOKEN = 2_000  # bytes of an answer a token: its id, its text twice, its log-probability
 
 
@@ -67,6 +68,7 @@ class VLLMServer:
             raise self._error("serves no model")
         self.model: str = models[0].id
         self.root: str = models[0].root or self.model
+        self.window = models[0].max_model_len
 
     @property
     def settings(self) -> Settings | None:
@@ -126,6 +128,21 @@ class VLLMServer:
                 f"the model's stops are {sorted(stops)}"
             )
         return Rollout(ids, finished, [min(value, 0.0) for value in log_probs], seed)
+
+    def check_asked(self, context: int, sampling: Sampling) -> None:
+        """Raises ServerAnswerError where the server would refuse rollouts after so many tokens, or
+        cut them: vLLM takes what its window leaves, and says nothing."""
+        longest = context + sampling.max_new_tokens
+        if self.window is not None and longest > self.window:
+            raise self._error(
+                f"has a window of {self.window} tokens; a context of {context} and "
+                f"{sampling.max_new_tokens} new ones are {longest}: start it with --max-model-len "
+                f"{longest}, or ask for fewer new tokens"
+            )
+        if sampling.temperature > HOTTEST:
+            raise self._error(
+                f"draws at temperatures up to {HOTTEST}, asked for {sampling.temperature}"
+            )
 
     def _check_length(self, length: int, longest: int, reason: str) -> None:
         """A rollout that is cut is cut where we asked."""

@@ -1,13 +1,15 @@
 """Rollouts by vLLM in this process and on the GPU that trains. It sleeps during training."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError
+from opsd.common.random_states import random_states, set_random_states
 from opsd.config.sections import ModelSection
 from opsd.models.adapter_files import model_files
 from opsd.models.copies import named_weights
@@ -15,7 +17,8 @@ from opsd.rollout.base import NEUTRAL, Rollout, Sampling, draw_seeds
 
 
 class ColocatedSampler:
-    """vLLM's `LLM`, awake from `sync_weights` to the end of `sample`, else asleep (level 2).
+    """vLLM's `LLM`, awake from `sync_weights` to the end of `sample`, else asleep (level 2). Asked
+    to sample again without new weights, it wakes up and is given the same ones.
 
     Args:
         path: the model's directory or hub name.
@@ -41,32 +44,36 @@ class ColocatedSampler:
             raise UserError(f"vllm: {path!r} is an adapter, which it cannot load here; merge it")
         # In this process, so that new weights are given as tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        import vllm
+        with _untouched():
+            import vllm
 
-        self.stops, self.dtype, self.trains, self._vllm = stops, dtype, trains, vllm
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            settings["distributed_executor_backend"] = "external_launcher"  # an engine a rank
-        self.llm = vllm.LLM(
-            model=path,
-            dtype=str(dtype).removeprefix("torch."),
-            gpu_memory_utilization=memory,
-            enable_sleep_mode=trains,
-            load_format="dummy" if trains else "auto",
-            logprobs_mode="raw_logprobs",
-            generation_config="vllm",  # none of the model's
-            **settings,
-        )
+            self.stops, self.dtype, self.trains, self._vllm = stops, dtype, trains, vllm
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                settings["distributed_executor_backend"] = "external_launcher"  # an engine a rank
+            self.llm = vllm.LLM(
+                model=path,
+                dtype=str(dtype).removeprefix("torch."),
+                gpu_memory_utilization=memory,
+                enable_sleep_mode=trains,
+                load_format="dummy" if trains else "auto",
+                logprobs_mode="raw_logprobs",
+                generation_config="vllm",  # none of the model's
+                **settings,
+            )
+        self._awake, self._weights_of = True, None
         self._sleep()
 
     def sync_weights(self, model: PreTrainedModel) -> None:
         """See `Sampler.sync_weights`."""
         assert self.trains
+        self._weights_of = model
         torch.cuda.empty_cache()  # or vLLM could not have what torch's allocator keeps
         self.llm.wake_up(tags=["weights"])
         weights = named_weights(model, self.dtype)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
+        self._awake = True
 
     def sample(
         self,
@@ -75,6 +82,8 @@ class ColocatedSampler:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
         """One rollout a context, in order; see `Sampler.sample`."""
+        if not self._awake:  # further problems of the same step; what sleeps would never answer
+            self.sync_weights(self._weights_of)
         seeds = draw_seeds(sampling, len(contexts))
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(context)} for context in contexts],
@@ -93,6 +102,7 @@ class ColocatedSampler:
     def _sleep(self) -> None:
         if self.trains:
             self.llm.sleep(level=2)
+            self._awake = False
 
     def _parameters(self, sampling: Sampling, seed: int | None):
         return self._vllm.SamplingParams(
@@ -113,3 +123,14 @@ class ColocatedSampler:
             of_token[token].logprob for of_token, token in zip(output.logprobs, ids, strict=True)
         ]
         return Rollout(ids, ids[-1] in self.stops, log_probs, seed)
+
+
+@contextmanager
+def _untouched() -> Iterator[None]:
+    """vLLM's start seeds the generators of this process, and gives torch one thread."""
+    states, threads = random_states(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        set_random_states(states)
+        torch.set_num_threads(threads)

@@ -65,6 +65,7 @@ class ServerSampler:
     ) -> list[Rollout]:
         """One rollout a context, in order; see `Sampler.sample`. Raises ServerGoneError, and of its
         kind ServerRestartedError where the server has lost the weights meanwhile."""
+        self.server.check_asked(max(map(len, contexts), default=0), sampling)
         before = torch.get_rng_state()
         seeds = draw_seeds(sampling, len(contexts))
         rollouts: list[Rollout | None] = [None] * len(contexts)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import random
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate import utils as fsdp
@@ -24,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from opsd.common.errors import UserError
 from opsd.common.files import remove, write_file, write_json
+from opsd.common.random_states import random_states, set_random_states
 from opsd.common.saved_directory import MANIFEST, new_directory, read_manifest
 from opsd.config.sections import ModelSection, OutputSection
 from opsd.distributed.processes import Processes
@@ -275,27 +274,6 @@ def load_weights(model: PreTrainedModel, place: Path, names: Iterable[str]) -> N
     missing = [name for name, p in model.named_parameters() if p.data_ptr() not in loaded]
     if missing:
         raise ValueError(f"it lacks {missing[0]}")
-
-
-def random_states() -> dict[str, Any]:
-    """The states of all generators that a step may draw from."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Restore what `random_states` returned."""
-    kind, keys, *rest = states["numpy"]
-    random.setstate(states["python"])
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["cpu"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def checkpoint_bytes(model: nn.Module, zero: bool = False) -> int:

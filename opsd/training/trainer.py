@@ -27,6 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from opsd.common.ending import Interruption, Stopped
 from opsd.common.errors import UserError
 from opsd.common.precision import compute_dtype
+from opsd.common.random_states import random_states, set_random_states
 from opsd.common.step_timer import StepTimer, measured, phase
 from opsd.common.system import trim_heap
 from opsd.config.compatibility import refused
@@ -43,13 +44,7 @@ from opsd.prefix import try_kernel, unpackable
 from opsd.rollout import DistributedSampler, Sampler, ServerError
 from opsd.runs.directory import NotWritten, command_to_go_on
 from opsd.runs.log import RunLog
-from opsd.training.checkpoints import (
-    Checkpoints,
-    checkpoint_bytes,
-    random_states,
-    set_random_states,
-    some_weights,
-)
+from opsd.training.checkpoints import Checkpoints, checkpoint_bytes, some_weights
 from opsd.training.collect_rollouts import RolloutCollector
 from opsd.training.failed_steps import IN_A_ROW, failed_step, save_failed_step
 from opsd.training.optimizer import make_optimizer, make_schedule, training_arguments
@@ -65,8 +60,9 @@ Evaluate = Callable[[int], dict]
 SEED_STRIDE = 1_000_003
 """The distance between two processes' seeds: runs with neighbouring seeds share none."""
 
-ENGINES_DIFFER = 0.2
-"""Nats a token, in the mean over a step, that no rounding of an engine's explains."""
+MAY_DIFFER, ENGINES_DIFFER = 0.02, 0.2
+"""Nats a token, in the mean over a step: more than rounding of an engine's usually makes; what none
+explains."""
 
 
 class TrainingLoop:
@@ -151,7 +147,7 @@ class TrainingLoop:
             dtype = compute_dtype(config.train.precision)
             kernel = try_kernel(unsplit, dtype, self.processes.device)
             self._replaced = f"{kernel} instead of {unsplit.config._attn_implementation}"
-        self._sharing_checked = self._engine_checked = False
+        self._sharing_checked, self._engines_differ = False, MAY_DIFFER
         self._groups: list[SampleGroup] = []  # the step's
         self._left_out, self._left_out_in_a_row = False, 0  # steps with something not finite
         self._interruption = Interruption()
@@ -432,16 +428,20 @@ class TrainingLoop:
         )
 
     def _check_engine(self, totals: Totals) -> None:
-        """Raises UserError if the first rollouts show that the engine has other weights."""
-        difference = totals.means().get("engine_divergence", 0.0)
-        if not self._engine_checked and abs(difference) > ENGINES_DIFFER:
+        """Raises UserError if the rollouts show that the engine has other weights; notes it where
+        it may have, and again when the difference has doubled."""
+        difference = abs(totals.means().get("engine_divergence", 0.0))
+        said = f"its log-probabilities differ from the student's by {difference:.3g} a token"
+        if difference > ENGINES_DIFFER:
             raise refused(
                 self.config,
-                "rollout.engine: its log-probabilities differ from the student's by "
-                f"{difference:.3g} a token in the mean (at most {ENGINES_DIFFER} is rounding): it "
+                f"rollout.engine: {said} in the mean (at most {ENGINES_DIFFER} is rounding): it "
                 "serves other weights than those it was given",
             )
-        self._engine_checked = True
+        if difference > self._engines_differ:
+            step = self.state.global_step + 1
+            self._note(f"step {step}: rollout.engine: {said}: it may serve older weights")
+            self._engines_differ = 2 * difference
 
     def _write_rollouts(self, problems: list[Problem]) -> None:
         """Write the step's first rollouts to rollouts.jsonl."""

@@ -110,10 +110,18 @@ class FakeVLLM:
         if asked["model"] != "tiny":
             return 404, {"error": {"message": f"The model `{asked['model']}` does not exist."}}
         prompt, limit = asked["prompt"], asked["max_tokens"]
-        if len(prompt) + limit > 128:
-            return 400, {
-                "error": {"message": f"max_tokens={limit} is too large: the window is 128"}
-            }
+        if limit > 128:
+            said = f"max_tokens={limit} cannot be greater than max_model_len=128."
+            return 400, {"error": {"message": said}}
+        if asked["temperature"] > 2:
+            said = f"temperature must be in [0, 2], got {asked['temperature']}."
+            return 400, {"error": {"message": said}}
+        if len(prompt) > 128:
+            said = "This model's maximum context length is 128 tokens."
+            return 400, {"error": {"message": said}}
+        limit = min(limit, 128 - len(prompt))  # without a word
+        if limit < 1:
+            return 400, {"error": {"message": f"max_tokens must be at least 1, got {limit}."}}
         assert all(name in asked for name in MUST_BE_GIVEN), asked
         draw = Draw(
             Sampling(limit, asked["temperature"] or 1.0, asked["top_p"], max(asked["top_k"], 0))

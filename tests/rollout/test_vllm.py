@@ -113,6 +113,18 @@ def test_weights_travel_in_the_dtype_of_rollouts(fake, student, tmp_path):
     assert all(torch.equal(w, named[name].bfloat16()) for name, w in weights.items())
 
 
+@pytest.mark.parametrize(
+    "sampling, said",
+    [(Sampling(125), "a window of 128 tokens"), (Sampling(4, temperature=2.5), "up to 2.0")],
+)
+def test_what_the_server_would_cut_or_refuse_is_not_asked(
+    sampling, said, fake, student, contexts, tmp_path
+):
+    with pytest.raises(UserError, match=said):
+        sampler(fake, student, tmp_path).sample(contexts, sampling)
+    assert not fake.completions()
+
+
 # A server that fails.
 
 
@@ -152,7 +164,7 @@ def test_a_server_that_stays_away_is_given_up(fake, student, contexts, tmp_path)
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"prompt": [1] * 200}, "400: max_tokens=4 is too large: the window is 128"),
+        ({"prompt": [1] * 200}, "400: This model's maximum context length is 128 tokens"),
         ({"model": "other"}, "404: The model `other` does not exist"),
     ],
 )

@@ -77,6 +77,26 @@ def test_the_colocated_engine_sleeps_but_while_it_samples(vllm, files, student, 
             for r in rollouts
         )
         assert engine.llm.awake == set()
+        again = engine.sample(contexts, sampling)  # dynamic sampling's further problems
+        assert [r.ids for r in again] == [r.ids for r in own] and engine.llm.awake == set()
+
+
+def test_its_start_leaves_torch_as_it_was(vllm, files, student, monkeypatch):
+    """The real one seeds this process and gives torch one thread."""
+    threads = torch.get_num_threads()
+
+    class Reseeding(FakeLLM):
+        def __init__(self, *given, **settings):
+            super().__init__(*given, **settings)
+            torch.manual_seed(0)
+            torch.set_num_threads(threads + 1)
+
+    monkeypatch.setattr(vllm, "LLM", Reseeding)
+    before = torch.get_rng_state()
+    ColocatedSampler(
+        str(files[0]), stop_ids(*student), trains=True, dtype=torch.float32, memory=0.4
+    )
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
 
 
 def test_nothing_is_left_to_the_models_generation_config(vllm, files, student):
