@@ -4,6 +4,7 @@ Everything that other rooms need is imported from here.
 """
 
 from opsd.prefix.attention import by_tiles, use_kernel
+from opsd.prefix.continued import uncontinuable
 from opsd.prefix.hidden_states import (
     rollout_hidden_states,
     shared_prefix_hidden_states,

@@ -49,6 +49,7 @@ class Inputs:
     head_width: int
     value_width: int
     softcap: bool
+    sinks: bool = False
 
 
 def packed_attention(
@@ -65,7 +66,7 @@ def packed_attention(
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     key, value = key.to(dtype), value.to(dtype)
-    kernel = kernel_for(query, value, scores.softcap is not None)
+    kernel = kernel_for(query, value, scores)
     with torch.autocast(kind, enabled=False):
         return kernel(query, key, value, layout, scores)
 
@@ -108,12 +109,13 @@ def kernel_names(inputs: Sequence[Inputs], device: torch.device) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def kernel_for(query: Tensor, value: Tensor, softcap: bool) -> Kernel:
+def kernel_for(query: Tensor, value: Tensor, scores: Scores) -> Kernel:
     """The kernel for a call with these tensors.
 
     Raises UserError where the kernel that was asked for cannot serve it.
     """
-    inputs = Inputs(query.device, value.dtype, query.shape[-1], value.shape[-1], softcap)
+    widths, more = (query.shape[-1], value.shape[-1]), (scores.softcap, scores.sinks)
+    inputs = Inputs(query.device, value.dtype, *widths, *(each is not None for each in more))
     if _by_tiles is not None:
         _by_tiles.append(inputs)
         return tiled_attention
@@ -141,6 +143,8 @@ def obstacle(name: str, inputs: Inputs) -> str | None:
     reason = missing(name, inputs.device)
     if reason is not None or name == "tiles":
         return reason
+    if inputs.sinks:
+        return "this model's attention has sinks, which 'tiles' alone knows"
     if name == "flex":
         return None
     if inputs.dtype not in HALF:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from opsd.common.step_timer import phase
 from opsd.models.head import decoder_of
 from opsd.models.remote import RemoteTeacher
+from opsd.prefix.continued import CHUNK, continued_hidden_states, uncontinuable
 from opsd.prefix.layout import CheckedGroup, Group, Layout, checked_groups
 from opsd.prefix.packed_forward import (
     Capture,
@@ -124,7 +125,9 @@ def _common_starts(
     apart = any(isinstance(prefix, unknown) for prefix, _ in [*checked, *first, *other])
     if len(first) != len(other) or apart or unpackable(model) is not None:
         return None
-    pairs = zip(checked, _checked(model, other), strict=True)
+    pairs = list(zip(checked, _checked(model, other), strict=True))
+    if any(len(prefix) > CHUNK for _, (prefix, _) in pairs):  # which run in chunks, by themselves
+        return None
     return [_common(one, another) for (one, _), (another, _) in pairs]
 
 
@@ -137,11 +140,24 @@ def _rows(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
 def rollout_hidden_states(
     model: PreTrainedModel, groups: Sequence[Group], share: bool = True
 ) -> Tensor:
-    """The states of one model. `share`: each prefix runs once, and nothing is padded."""
+    """The states of one model. `share`: each prefix runs once, where the model can."""
     if isinstance(model, RemoteTeacher):
         return model.states([plain_groups(groups)])[0]
-    run = shared_prefix_hidden_states if share else separate_hidden_states
-    return run(model, groups)
+    if not share:
+        return separate_hidden_states(model, groups)
+    checked, given = _checked(model, plain_groups(groups)), [prefix for prefix, _ in groups]
+    if unpackable(model) is not None:
+        if torch.is_grad_enabled() or uncontinuable(model) is not None:
+            return separate_hidden_states(model, groups)
+        ran = [p.continuation(model) if isinstance(p, CachedPrefix) else None for p in given]
+        return continued_hidden_states(model, checked, ran)
+    if not torch.is_grad_enabled():  # long ones in chunks, whose activations are freed
+        groups = [
+            (g if len(p) <= CHUNK or isinstance(g, CachedPrefix) else CachedPrefix(p, False), r)
+            for g, (p, r) in zip(given, checked, strict=True)
+        ]
+    rest, lengths, past = uncached(model, groups, checked)
+    return packed_forward(model, Layout(rest, model.device, lengths), past=past)
 
 
 def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
@@ -156,7 +172,8 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
     rollout is only a target and is not run.
 
     A model with layers that cannot be packed (recurrent, linear attention) runs each rollout by
-    itself, with one warning that names the layer. Raises ValueError for empty prefixes or rollouts,
+    itself, with one warning that names the layer; without gradients its rollouts continue the
+    prefix's cache, where they can. Raises ValueError for empty prefixes or rollouts,
     ids without an embedding, and more tokens than the model has positions.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -166,12 +183,9 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
     torch.Size([3, 8])
     """
     reason = unpackable(model)
-    if reason is not None:
+    if reason is not None and (torch.is_grad_enabled() or uncontinuable(model) is not None):
         _warn_once(reason)
-        return separate_hidden_states(model, groups)
-    checked = _checked(model, plain_groups(groups))
-    rest, lengths, past = uncached(model, groups, checked)
-    return packed_forward(model, Layout(rest, model.device, lengths), past=past)
+    return rollout_hidden_states(model, groups)
 
 
 def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:

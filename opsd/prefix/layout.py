@@ -57,12 +57,14 @@ def positions_of(spans: Sequence[Span]) -> Tensor:
 class Scores(NamedTuple):
     """How a query and a key meet: scale · q · k, then softcap · tanh(score / softcap).
 
-    window: positions that a query sees, itself included; None: all before it.
+    window: positions that a query sees, itself included; None: all before it. sinks: for each query
+    head a score that joins the softmax and has no value [H].
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 class Layout:

@@ -42,7 +42,7 @@ SAME_ATTENTION = (
 RECURRENT = ("Mamba", "SSM", "Rwkv", "Recurrent", "Delta", "LinearAttention", "Lightning")
 """Parts of names of classes that carry a state from token to token (not of SeedOssMLP)."""
 
-UNKNOWN_TO_US = ("sinks", "indexer", "relative_attention_bias")
+UNKNOWN_TO_US = ("indexer", "relative_attention_bias")
 """Attributes of attention modules that change the scores in ways that ours does not know."""
 
 KeysAndValues = dict[nn.Module, tuple[Tensor, Tensor]]
@@ -195,6 +195,7 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **more,
 ) -> tuple[Tensor, None]:
     """For transformers' AttentionInterface: [1, heads, T, d] each → [1, T, heads, d]."""
@@ -203,6 +204,8 @@ def _attention(
     if strange or dropout:
         what = f"hands {strange[0]} to its attention" if strange else "drops attention at random"
         raise UnpackableError(f"{type(module).__name__} {what}")
+    if s_aux is None and getattr(module, "sinks", None) is not None:
+        raise UnpackableError(f"{type(module).__name__} has sinks and does not hand them on")
     stream = _stream
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
@@ -214,7 +217,7 @@ def _attention(
         capture.into[module] = pair
     if stream.past is not None:
         key, value = map(torch.cat, zip(stream.past[module], (key, value), strict=True))
-    scores = Scores(scaling, sliding_window, softcap)
+    scores = Scores(scaling, sliding_window, softcap, s_aux)
     return packed_attention(query, key, value, stream.layout, scores)[None], None
 
 

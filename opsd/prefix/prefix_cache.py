@@ -6,7 +6,8 @@ runs [last token | some rollouts], which attend to them, and its backward adds t
 gradients. After the last micro-batch, one backward through the prefix's own graph starts from those
 gradients. In the meantime the prefix's activations and the leaves' gradients take memory.
 
-Without gradients, as with most teachers, only the keys and values are kept.
+Without gradients, as with most teachers, only the keys and values are kept. They are made chunk by
+chunk, so that a long prefix takes no memory but theirs.
 """
 
 from collections.abc import Hashable, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd.models.head import attention_shapes, decoder_of
+from opsd.prefix.continued import CHUNK, Continuation
 from opsd.prefix.layout import CheckedGroup, Group, Ids, Layout
 from opsd.prefix.packed_forward import Capture, KeysAndValues, adapter_state, packed_forward
 
@@ -51,6 +53,7 @@ class CachedPrefix(Sequence[int]):
     def __init__(self, ids: Ids, trains: bool):
         self.ids, self.trains = list(ids), trains
         self._runs: dict[tuple[nn.Module, bool, Hashable], _PrefixRun] = {}
+        self._continuations: dict[tuple[nn.Module, Hashable], Continuation] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -69,8 +72,16 @@ class CachedPrefix(Sequence[int]):
             self._runs[key] = _run_prefix(model, self.ids)
         return self._runs[key].leaves
 
+    def continuation(self, model: PreTrainedModel) -> Continuation:
+        """What it left behind, for a model without packed streams; the first call runs it."""
+        key = decoder_of(model), adapter_state(model)
+        if key not in self._continuations:
+            self._continuations[key] = Continuation(model, torch.tensor(self.ids))
+        return self._continuations[key]
+
     def finish(self) -> None:
         """The last micro-batch's backward has been: the prefix's own follows, and all is freed."""
+        self._continuations.clear()
         while self._runs:
             self._runs.pop(next(iter(self._runs))).backward()
 
@@ -146,9 +157,16 @@ def _run_prefix(model: PreTrainedModel, ids: list[int]) -> _PrefixRun:
     if torch.is_grad_enabled():
         _refuse_reentrant(model)
     in_graph: KeysAndValues = {}
-    # As a group of its own whose rollout is one token, which is only a target and is not run.
-    layout = Layout([(ids[:-1], [ids[-1:]])], model.device)
-    packed_forward(model, layout, capture=Capture(in_graph, graph=True))
+    size = len(ids) if torch.is_grad_enabled() else CHUNK
+    for start in range(0, len(ids) - 1, size):
+        chunk, before = ids[start : min(start + size, len(ids) - 1)], in_graph
+        in_graph = {}
+        # As a group of its own whose rollout is one token, which is only a target and is not run.
+        layout = Layout([(chunk, [ids[-1:]])], model.device, [start])
+        capture = Capture(in_graph, graph=True)
+        packed_forward(model, layout, capture=capture, past=before or None)
+        for module, pairs in before.items():
+            in_graph[module] = tuple(map(torch.cat, zip(pairs, in_graph[module], strict=True)))
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().requires_grad_(tensor.requires_grad)

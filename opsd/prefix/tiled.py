@@ -153,38 +153,44 @@ def tiled_attention(
     """`opsd.prefix.attention.packed_attention` on any device, in any dtype."""
     # Scaled before it is rounded; the gradient of both steps is autograd's.
     query = (query * scores.scale).to(value.dtype)
-    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    given = (query, key, value, scores.sinks)
+    backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     cut = tiles(layout, query.shape[1], scores.window, backward)
-    return _TiledAttention.apply(query, key, value, cut, scores.softcap)
+    return _TiledAttention.apply(*given, cut, scores.softcap)
 
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, tiles, softcap):
-        ctx.save_for_backward(query, key, value)
+    def forward(ctx, query, key, value, sinks, tiles, softcap):
+        ctx.save_for_backward(query, key, value, sinks)
         ctx.tiles, ctx.softcap = tiles, softcap
         out = query.new_empty(*query.shape[:2], value.shape[2])
         for tile in tiles:
             q, k, v = _gather(tile, query, key, value)
-            probability, _ = _probabilities(tile, q, k, softcap)
+            probability, _ = _probabilities(tile, q, k, softcap, sinks)
             _scatter(tile, torch.bmm(probability.to(v.dtype), v), out)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
-        query, key, value = ctx.saved_tensors
+        query, key, value, sinks = ctx.saved_tensors
         d_query = torch.empty_like(query)
         # A prefix collects from all its rollouts.
         d_key = torch.zeros_like(key, dtype=_sum_dtype(key))
         d_value = torch.zeros_like(value, dtype=_sum_dtype(value))
+        d_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=_sum_dtype(sinks))
         d_out = d_out.to(query.dtype)
         for tile in ctx.tiles:
             q, k, v = _gather(tile, query, key, value)
-            probability, slope = _probabilities(tile, q, k, ctx.softcap)
+            probability, slope = _probabilities(tile, q, k, ctx.softcap, sinks)
             d_o = _heads(_padded_queries(tile, d_out), key.shape[1])
             _collect(tile, torch.bmm(probability.to(v.dtype).transpose(1, 2), d_o), d_value)
             d_probability = torch.bmm(d_o, v.transpose(1, 2)).to(probability.dtype)
+            if d_sinks is not None:
+                # What the sink takes away from the values; a padded query has no gradient.
+                taken = (1 - probability.sum(-1)) * (d_probability * probability).sum(-1)
+                d_sinks -= _by_head(tile, taken, len(sinks)).sum((0, 2))
             d_score = torch._softmax_backward_data(
                 d_probability, probability, -1, probability.dtype
             )
@@ -193,14 +199,18 @@ class _TiledAttention(torch.autograd.Function):
             d_score = d_score.to(q.dtype)
             _scatter(tile, torch.bmm(d_score, k), d_query)
             _collect(tile, torch.bmm(d_score.transpose(1, 2), q), d_key)
-        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
+        if d_sinks is not None:
+            d_sinks = d_sinks.to(sinks.dtype)
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_sinks, None, None
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _probabilities(tile: Tile, q: Tensor, k: Tensor, softcap) -> tuple[Tensor, Tensor | None]:
+def _probabilities(
+    tile: Tile, q: Tensor, k: Tensor, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """softmax of the masked scores, fp32 [B·K, r·Lq, Lk]; and the softcap's slope at each."""
     count, width, depth = tile.shape
     scores, slope = torch.bmm(q, k.transpose(1, 2)), None
@@ -209,7 +219,17 @@ def _probabilities(tile: Tile, q: Tensor, k: Tensor, softcap) -> tuple[Tensor, T
         scores, slope = squashed * softcap, 1 - squashed * squashed
     scores.view(count, k.shape[0] // count, -1, width, depth).add_(tile.mask(scores.dtype))
     # Into fp32 also for speed: torch's softmax of short bf16 rows takes 2.5 times as long.
-    return torch.softmax(scores, -1, dtype=_sum_dtype(scores)), slope
+    probability = torch.softmax(scores, -1, dtype=_sum_dtype(scores))
+    if sinks is not None:
+        total = scores.to(probability.dtype).logsumexp(-1)
+        kept = torch.sigmoid(_by_head(tile, total, len(sinks)) - sinks[:, None])
+        probability *= kept.reshape(*total.shape, 1)
+    return probability, slope
+
+
+def _by_head(tile: Tile, rows: Tensor, heads: int) -> Tensor:
+    """[B·K, r·Lq] → [B, H, Lq]."""
+    return rows.view(tile.shape[0], heads, tile.shape[1])
 
 
 def _gather(tile: Tile, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

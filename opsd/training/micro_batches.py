@@ -28,9 +28,13 @@ class StreamTokens(tuple[int, ...]):
         return StreamTokens(map(sum, zip_longest(self, other, fillvalue=0)))
 
 
-def stream_tokens(groups: Sequence[SampleGroup]) -> StreamTokens:
-    """The tokens of shared streams: each context once, and no rollout's last token."""
-    return StreamTokens(map(_stream, _roles(groups)))
+def stream_tokens(groups: Sequence[SampleGroup], padded: bool = False) -> StreamTokens:
+    """The tokens of shared streams: each context once, and no rollout's last token. padded: the
+    student runs each rollout in a padded row of its own."""
+    student, *teachers = _roles(groups)
+    rows = [len(prefix) + len(r) - 1 for prefix, rollouts in student for r in rollouts]
+    own = len(rows) * max(rows) if padded else _stream(student)
+    return StreamTokens([own, *map(_stream, teachers)])
 
 
 def separate_tokens(groups: Sequence[SampleGroup]) -> StreamTokens:
@@ -65,7 +69,10 @@ def padded_batches(groups: Sequence[SampleGroup], max_tokens: int) -> list[list[
 
 
 def packed_batches(
-    groups: Sequence[SampleGroup], max_tokens: int, cached_cost: float | None = None
+    groups: Sequence[SampleGroup],
+    max_tokens: int,
+    cached_cost: float | None = None,
+    padded: bool = False,
 ) -> list[list[SampleGroup]]:
     """Batches of which no role's stream exceeds `max_tokens`, as few as first-fit finds.
 
@@ -74,21 +81,23 @@ def packed_batches(
     student's context counts `cached_cost` tokens more (None: no cache). A sample that is longer
     than `max_tokens` gets a batch of its own.
 
-    Samples in different teacher contexts are packed independently of each other.
+    Samples in different teacher contexts are packed independently of each other. padded: as
+    `stream_tokens` has it.
     """
     fitting: list[tuple[SampleGroup, StreamTokens]] = []
     batches: list[tuple[list[SampleGroup], StreamTokens]] = []
     for piece in (piece for group in groups for piece in group.by_teacher()):
-        tokens = stream_tokens([piece])
+        tokens = stream_tokens([piece], padded)
         if max(tokens) <= max_tokens:
             fitting.append((piece, tokens))
         else:
-            for part, part_tokens in _split(piece, max_tokens, cached_cost):
+            for part, part_tokens in _split(piece, max_tokens, cached_cost, padded):
                 batches.append(([part], part_tokens))
     for piece, tokens in sorted(fitting, key=lambda entry: -max(entry[1])):
         for number, (batch, used) in enumerate(batches):
-            if max(used.plus(tokens)) <= max_tokens:
-                batches[number] = ([*batch, piece], used.plus(tokens))
+            both = stream_tokens([*batch, piece], True) if padded else used.plus(tokens)
+            if max(both) <= max_tokens:
+                batches[number] = ([*batch, piece], both)
                 break
         else:
             batches.append(([piece], tokens))
@@ -157,7 +166,7 @@ def _with_cached(group: SampleGroup, cached: dict[int, CachedPrefix]) -> SampleG
 
 
 def _split(
-    group: SampleGroup, max_tokens: int, cached_cost: float | None
+    group: SampleGroup, max_tokens: int, cached_cost: float | None, padded: bool = False
 ) -> list[tuple[SampleGroup, StreamTokens]]:
     """Pieces that fit, of at least one sample each, with their streams' tokens."""
     cached = StreamTokens()
@@ -167,12 +176,12 @@ def _split(
     for sample in group.samples:
         if pieces:
             longer = group.of([*pieces[-1][0].samples, sample])
-            tokens = stream_tokens([longer]).plus(cached)
+            tokens = stream_tokens([longer], padded).plus(cached)
             if max(tokens) <= max_tokens:
                 pieces[-1] = longer, tokens
                 continue
         piece = group.of([sample])
-        pieces.append((piece, stream_tokens([piece]).plus(cached)))
+        pieces.append((piece, stream_tokens([piece], padded).plus(cached)))
     return pieces
 
 

@@ -33,6 +33,8 @@ from opsd.prefix import (
     by_tiles,
     cached_token_cost,
     rollout_hidden_states,
+    uncontinuable,
+    unpackable,
 )
 from opsd.training.failed_steps import out_of_memory
 from opsd.training.micro_batches import (
@@ -68,6 +70,8 @@ class OPSDStep(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
         self.share, self.cache_trains = share, cache_trains
+        # Then the passes without gradient alone share.
+        self.padded = share and unpackable(model) is not None
         if objective.samples_rollouts:
             switch_off_dropout(model)  # what is scored is what sampled
         for member in objective.members:
@@ -84,7 +88,7 @@ class OPSDStep(nn.Module):
         """The groups in batches of `max_tokens` at most in each role's forward."""
         if not self.share:
             return padded_batches(groups, max_tokens)
-        return packed_batches(groups, max_tokens, self._cached_cost())
+        return packed_batches(groups, max_tokens, self._cached_cost(), self.padded)
 
     def cache_prefixes(
         self, batches: Sequence[Sequence[SampleGroup]], max_tokens: int
@@ -98,7 +102,7 @@ class OPSDStep(nn.Module):
         return cache_prefixes(batches, max_tokens, self._cached_cost())
 
     def _cached_cost(self) -> float | None:
-        return cached_token_cost(self.model) if self.cache_trains else None
+        return cached_token_cost(self.model) if self.cache_trains and not self.padded else None
 
     @torch.no_grad()
     def check_sharing(
@@ -144,6 +148,22 @@ class OPSDStep(nn.Module):
         )
 
 
+def what_is_shared(
+    model: PreTrainedModel, objective: Objective, train: TrainSection, note: Callable[[str], None]
+) -> bool:
+    """Whether passes share their contexts; says of those that do not why."""
+    reason = unpackable(model) if train.share_prefixes else None
+    if reason is None:
+        return train.share_prefixes
+    # By their caches prefixes have forwards of their own: not where processes must run as many.
+    teaches = any(member.model is not None for member in objective.members)
+    if teaches and train.sharding not in SPLIT_WEIGHTS and uncontinuable(model) is None:
+        note(f"{reason}: the teacher's prefixes are shared, the student's are not")
+        return True
+    note(f"{reason}: prefixes are not shared, each rollout runs with its own")
+    return False
+
+
 def _distance(states: Tensor, wanted: Tensor) -> Tensor:
     return (states - wanted).abs().max() / wanted.abs().max()
 
@@ -155,9 +175,11 @@ def idle(groups: Sequence[SampleGroup]) -> list[SampleGroup]:
     return [shortest.of([replace(shortest.samples[0], weight=0.0)])]
 
 
-def token_ratio(groups: Sequence[SampleGroup]) -> float:
-    """Tokens of each rollout run alone ÷ tokens run with contexts shared, over both roles."""
-    return sum(separate_tokens(groups)) / sum(stream_tokens(groups))
+def token_ratio(groups: Sequence[SampleGroup], padded: bool = False) -> float:
+    """Tokens of each rollout run alone ÷ tokens run with contexts shared, over both roles. padded:
+    the student shares none."""
+    alone, shared = separate_tokens(groups), stream_tokens(groups)
+    return sum(alone) / (sum(shared) + (alone.student - shared.student) * padded)
 
 
 @dataclass

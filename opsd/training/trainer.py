@@ -40,7 +40,7 @@ from opsd.distributed.wrap import clip_gradient, make_accelerator
 from opsd.grading.rewards import RewardFunction
 from opsd.models.moving_average import MovingAverage
 from opsd.objectives import Objective, Problem, SampleGroup, Totals
-from opsd.prefix import try_kernel, unpackable
+from opsd.prefix import try_kernel
 from opsd.rollout import DistributedSampler, Sampler, ServerError
 from opsd.runs.directory import NotWritten, command_to_go_on
 from opsd.runs.log import RunLog
@@ -51,7 +51,7 @@ from opsd.training.optimizer import make_optimizer, make_schedule, training_argu
 from opsd.training.reporters import Reports
 from opsd.training.rescue import keep_elsewhere
 from opsd.training.sample_records import rollout_records
-from opsd.training.step import GradientAccumulator, OPSDStep, token_ratio
+from opsd.training.step import GradientAccumulator, OPSDStep, token_ratio, what_is_shared
 from opsd.training.step_log import StepLog
 
 Evaluate = Callable[[int], dict]
@@ -130,18 +130,17 @@ class TrainingLoop:
             note,
         )
         self.timer = StepTimer(self.processes.device)
-        reason = unpackable(model) if config.train.share_prefixes else None
-        if reason is not None:
-            note(f"{reason}: prefixes are not shared, each rollout runs with its own")
+        share = what_is_shared(model, objective, config.train, note)
         # A prefix of several micro-batches has its own backward, which DDP and FSDP2 do not see.
         self.micro_step = OPSDStep(
             model,
             objective,
-            share=config.train.share_prefixes and reason is None,
+            share=share,
             cache_trains=self.processes.count == 1
             and config.train.gradient_checkpointing != "reentrant",
         )
-        if self.micro_step.share:
+        self._replaced = "the teacher's, by its cache"
+        if share and not self.micro_step.padded:
             # FSDP2 moves the model to its device later; the copy that samples is there already.
             unsplit = getattr(sampler, "inference_copy", None) or model
             dtype = compute_dtype(config.train.precision)
@@ -416,7 +415,7 @@ class TrainingLoop:
         """Add what shared prefixes save; once, check that they change nothing."""
         if not self.micro_step.share or not groups:
             return
-        measures["token_ratio"] = ratio = token_ratio(groups)
+        measures["token_ratio"] = ratio = token_ratio(groups, self.micro_step.padded)
         if self._sharing_checked:
             return
         measures["sharing_difference"] = difference = self.accumulate.check_sharing(groups)

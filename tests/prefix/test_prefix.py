@@ -15,6 +15,7 @@ from helpers.prefix_models import (
     make,
     make_groups,
 )
+from helpers.tiny_models import tiny_model
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -35,7 +36,6 @@ NOT_PACKABLE = {
     "mamba 2": ("Mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}, "layer"),
     "qwen3-next": ("Qwen3Next", {"num_hidden_layers": 4}, "layer 0"),
     "lfm2": ("Lfm2", {"layer_types": ["full_attention", "conv"]}, "layer 1"),
-    "gpt-oss": ("GptOss", {"head_dim": 8}, "sinks"),
     "bloom": ("Bloom", {}, "BloomModel"),
     "dropout": ("Llama", {"attention_dropout": 0.1}, "at random"),
     "dropout by another name": ("OPT", {"attention_dropout": 0.1}, "at random"),
@@ -254,6 +254,19 @@ def test_layers_whose_heads_differ_share():
     assert cached_token_cost(model) > 0
     groups = make_groups()
     assert_same(model, shared_prefix_hidden_states(model, groups), groups)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mimo_v2_flash"])
+def test_attention_sinks_join_the_softmax(model_type):
+    """All layers have them, and those with a window alone."""
+    model = tiny_model(model_type).train()
+    sinks = [p for name, p in model.named_parameters() if name.endswith("sinks")]
+    for parameter in sinks:
+        torch.nn.init.normal_(parameter)
+    assert unpackable(model) is None
+    groups = make_groups()
+    assert_same(model, shared_prefix_hidden_states(model, groups), groups)
+    assert all(parameter.grad.abs().sum() > 0 for parameter in sinks)
 
 
 @pytest.mark.parametrize("kind", ["Bart", "Pegasus", "Blenderbot"])

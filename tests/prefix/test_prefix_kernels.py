@@ -287,8 +287,8 @@ def test_the_choice_is_made_once_for_tensors_alike(monkeypatch):
     use_kernel("tiles")
     query, _, value = tensors(LAYOUTS["plain"])
     for _ in range(3):
-        assert kernel_for(query, value, False) is tiled_attention
+        assert kernel_for(query, value, Scores(1.0)) is tiled_attention
     assert len(asked) == 1
     use_kernel("auto")
-    kernel_for(query, value, False)
+    kernel_for(query, value, Scores(1.0))
     assert len(asked) == 2

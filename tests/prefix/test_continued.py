@@ -1,0 +1,94 @@
+"""Prefixes shared by what they leave: the states of each rollout alone, and who can do it."""
+
+import pytest
+import torch
+from helpers.prefix_models import alone, make_groups
+from helpers.tiny_models import tiny_model
+
+from opsd.prefix import (
+    PrefixCache,
+    continued,
+    hidden_states,
+    prefix_cache,
+    rollout_hidden_states,
+    shared_prefix_hidden_states,
+    uncontinuable,
+    unpackable,
+)
+
+HYBRIDS = """qwen3_5_text qwen3_next granitemoehybrid nemotron_h falcon_h1 lfm2_moe minimax
+    olmo_hybrid zamba2 mamba2 rwkv""".split()
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_rollouts_continue_what_a_prefix_left(model_type, monkeypatch):
+    model, groups = tiny_model(model_type).train(), make_groups()
+    assert unpackable(model) is not None and uncontinuable(model) is None
+    calls = []
+    decoder = continued.decoder_of(model)
+    decoder.register_forward_pre_hook(lambda _, inputs: calls.append(1))
+    with torch.no_grad():
+        wanted = alone(model.eval(), groups)
+        for chunk, forwards in ((4096, 7), (7, 12)):  # one rollout is a target alone
+            monkeypatch.setattr(continued, "CHUNK", chunk)
+            calls.clear()
+            found = shared_prefix_hidden_states(model.train(), groups)
+            assert len(calls) == forwards
+            assert (found - wanted).abs().max() < 2e-5
+    assert model.training
+
+
+def test_a_checkpointed_model_keeps_its_cache():
+    model, groups = tiny_model("qwen3_5_text").train(), make_groups()[:1]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with torch.no_grad():
+        found = rollout_hidden_states(model, groups)
+        assert (found - alone(model.eval(), groups)).abs().max() < 2e-5
+    assert uncontinuable(model) is None
+
+
+def test_micro_batches_continue_one_run():
+    model, (*_, (prefix, rollouts)) = tiny_model("qwen3_5_text"), make_groups()
+    assert uncontinuable(model) is None  # which runs some tokens the first time
+    calls = []
+    model.model.register_forward_pre_hook(lambda _, inputs: calls.append(1))
+    cache = PrefixCache()
+    cached = cache.add(prefix.tolist(), trains=False, last_batch=1)
+    with torch.no_grad():
+        parts = [
+            rollout_hidden_states(model, [(cached, rollouts[a:b])]) for a, b in ((0, 5), (5, 8))
+        ]
+        assert len(calls) == 3
+        found, wanted = torch.cat(parts), alone(model, [(prefix, rollouts)])
+    assert (found - wanted).abs().max() < 2e-5
+    for _ in range(2):
+        cache.batch_done()
+    assert not cached._continuations
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "jamba"])
+def test_layers_that_forget_their_state_are_found(model_type):
+    """Their scan takes a first state for single tokens only."""
+    model = tiny_model(model_type)
+    assert "does not continue it exactly" in uncontinuable(model)
+    groups = make_groups()[:2]
+    with torch.no_grad(), pytest.warns(UserWarning, match="not shared"):
+        hidden_states._warn_once.cache_clear()
+        found = shared_prefix_hidden_states(model, groups)
+    assert (found - alone(model, groups)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "mistral", "gemma3_text"])
+def test_a_long_prefix_of_a_packed_stream_runs_in_chunks(model_type, monkeypatch):
+    model, groups = tiny_model(model_type), make_groups()
+    assert unpackable(model) is None
+    widths = []
+    model.model.register_forward_pre_hook(
+        lambda _, inputs, more: widths.append(more["input_ids"].shape[1]), with_kwargs=True
+    )
+    for module in (hidden_states, prefix_cache):
+        monkeypatch.setattr(module, "CHUNK", 8)
+    with torch.no_grad():
+        found = rollout_hidden_states(model, groups)
+        assert widths[:-1] == [8, 2, 8, 8, 8, 5]  # of 11 and 30 tokens, all but the last
+        assert (found - alone(model, groups)).abs().max() < 2e-5
