@@ -9,19 +9,37 @@ exact, and no logits are made for it. A soft cap is not linear; `opsd.models.tea
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""What logits are multiplied by, in the configs of Cohere, Falcon-H1 and Muse."""
+
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+"""What they are divided by, in those of Granite and Inkling."""
+
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Soft caps of logits, in the configs of Gemma, RecurrentGemma and xLSTM."""
+
 
 def head_arguments(model: PreTrainedModel) -> dict[str, Any]:
     """How this model makes logits of hidden states, as opsd_kernels' arguments."""
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return {"logit_scale": scale, "logit_softcap": getattr(config, "final_logit_softcapping", None)}
+    factors = [getattr(config, name, None) or 1.0 for name in SCALES]
+    divisor = prod(getattr(config, name, None) or 1.0 for name in DIVISORS)
+    if config.model_type.startswith("hyperclovax"):  # which multiplies by what others divide by
+        divisor = 1 / divisor
+    return {"logit_scale": prod(factors) / divisor, "logit_softcap": soft_cap(config)}
+
+
+def soft_cap(config: PreTrainedConfig) -> float | None:
+    """The bound that the logits' tanh puts on them; None: none."""
+    caps = [getattr(config.get_text_config(), name, None) for name in CAPS]
+    return next((cap for cap in caps if cap is not None), None)
 
 
 def head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:

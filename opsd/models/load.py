@@ -24,6 +24,7 @@ from opsd.common.strict_json import read_object
 from opsd.config.sections import ModelSection
 from opsd.data.chat import ChatTemplate
 from opsd.models.adapter_files import TOKENIZER, ModelFiles, model_files
+from opsd.models.causal import check_causal
 from opsd.models.copies import contiguous_head
 from opsd.models.generation_config import keep_stop_tokens
 from opsd.models.lora import four_bits, is_adapted
@@ -115,15 +116,21 @@ def load_model(
         model.generation_config = GenerationConfig.from_pretrained(
             owner.path, revision=owner.revision
         )
-    return made_ready(model, tokenizer), tokenizer
+    return made_ready(model, tokenizer, files.where), tokenizer
 
 
-def made_ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model in its form for training, in place, wherever it came from."""
+def made_ready(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str
+) -> PreTrainedModel:
+    """The model in its form for training, in place, wherever it came from. Raises UserError where
+    it is none that can be trained."""
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{where}: {type(model).__name__} has no output head, which makes logits")
     tokenizer.embedding_rows = len(model.get_input_embeddings().weight)
     # No router's loss is trained here, and transformers cannot make one of single tokens.
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         model.config.get_text_config().output_router_logits = False
+    check_causal(model, where)
     freeze_others(model)
     keep_stop_tokens(model)
     return contiguous_head(model.eval())
@@ -142,7 +149,7 @@ def given_model(
     model.in_no_directory = not model.name_or_path
     if not getattr(model, "is_quantized", False):
         model.to(device=device, dtype=dtype)
-    return made_ready(model, tokenizer), tokenizer
+    return made_ready(model, tokenizer, "model"), tokenizer
 
 
 def _check_unquantised(model: PreTrainedModel, whole_weights: bool, where: str) -> None:
