@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -313,3 +314,19 @@ def test_no_command_is_a_usage_error(capsys):
             main(arguments)
         assert stop.value.code == 2
         assert "usage: opsd" in capsys.readouterr().err
+
+
+# Faults of ours.
+
+
+def test_a_fault_of_ours_is_one_line_and_its_own_exit_code(tmp_path, capsys, monkeypatch):
+    def fault(*arguments):
+        raise RuntimeError("a\nb")
+
+    monkeypatch.setattr("opsd.cli.report.run", fault)
+    assert main(["report", str(tmp_path)]) == 70
+    said = capsys.readouterr().err
+    line = r"opsd: internal error at main\.py:\d+: RuntimeError: a b; please report it.*--debug.*\n"
+    assert re.fullmatch(line, said)
+    with pytest.raises(RuntimeError):
+        main(["report", str(tmp_path), "--debug"])
