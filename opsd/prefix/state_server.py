@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import save
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tensors(self, tensors: dict[str, Tensor]) -> None:
         dtype = getattr(torch, self.server.about.dtype)
-        self._answer(200, save({n: t.detach().to("cpu", dtype) for n, t in tensors.items()}))
+        self._answer(200, to_bytes({n: t.detach().to("cpu", dtype) for n, t in tensors.items()}))
 
     def _refuse(self, status: int, why: str) -> None:
         self._answer(status, json.dumps({"error": why[:300]}).encode())
