@@ -430,16 +430,17 @@ class TrainingLoop:
         """Raises UserError if the rollouts show that the engine has other weights; notes it where
         it may have, and again when the difference has doubled."""
         difference = abs(totals.means().get("engine_divergence", 0.0))
-        said = f"its log-probabilities differ from the student's by {difference:.3g} a token"
+        said = "rollout.engine: its log-probabilities differ from the student's by "
+        said += f"{difference:.3g} a token"
         if difference > ENGINES_DIFFER:
             raise refused(
                 self.config,
-                f"rollout.engine: {said} in the mean (at most {ENGINES_DIFFER} is rounding): it "
+                f"{said} in the mean (at most {ENGINES_DIFFER} is rounding): it "
                 "serves other weights than those it was given",
             )
         if difference > self._engines_differ:
             step = self.state.global_step + 1
-            self._note(f"step {step}: rollout.engine: {said}: it may serve older weights")
+            self._note(f"step {step}: {said}: it may serve older weights")
             self._engines_differ = 2 * difference
 
     def _write_rollouts(self, problems: list[Problem]) -> None:
