@@ -33,13 +33,9 @@ def head_arguments(model: PreTrainedModel) -> dict[str, Any]:
     divisor = prod(getattr(config, name, None) or 1.0 for name in DIVISORS)
     if config.model_type.startswith("hyperclovax"):  # which multiplies by what others divide by
         divisor = 1 / divisor
-    return {"logit_scale": prod(factors) / divisor, "logit_softcap": soft_cap(config)}
-
-
-def soft_cap(config: PreTrainedConfig) -> float | None:
-    """The bound that the logits' tanh puts on them; None: none."""
-    caps = [getattr(config.get_text_config(), name, None) for name in CAPS]
-    return next((cap for cap in caps if cap is not None), None)
+    caps = [getattr(config, name, None) for name in CAPS]
+    cap = next((cap for cap in caps if cap is not None), None)
+    return {"logit_scale": prod(factors) / divisor, "logit_softcap": cap}
 
 
 def head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:

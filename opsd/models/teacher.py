@@ -16,7 +16,7 @@ from opsd.common.errors import UserError
 from opsd.common.urls import is_address
 from opsd.config.sections import MemberSection, ModelSection, TeacherSection
 from opsd.models.copies import copy_model
-from opsd.models.head import head_arguments, soft_cap
+from opsd.models.head import CAPS, head_arguments
 from opsd.models.load import check_directory, load_config, load_model, load_tokenizer
 from opsd.models.lora import is_adapted, without_adapters
 from opsd.models.moving_average import MovingAverage
@@ -70,11 +70,12 @@ def make_members(
 
 def check_mixture(teacher: TeacherSection, config: PreTrainedConfig) -> None:
     """Raises UserError where no mixture of hidden states is one of distributions."""
-    cap = soft_cap(config)
+    text = config.get_text_config()
+    cap = next((name for name in CAPS if getattr(text, name, None) is not None), None)
     if teacher.mix and cap is not None:
         raise UserError(
             f"teacher.mix has {len(teacher.mix)} members: {config.model_type} has a soft cap on "
-            f"its logits ({cap:g}), under which a mixture of hidden states "
+            f"its logits ({cap} {getattr(text, cap):g}), under which a mixture of hidden states "
             "is none of distributions; use a teacher of one member (teacher.policy)"
         )
 
