@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from opsd.models.head import attention_shapes, decoder_of
@@ -51,7 +52,8 @@ class CachedPrefix(Sequence[int]):
     """
 
     def __init__(self, ids: Ids, trains: bool):
-        self.ids, self.trains = list(ids), trains
+        # Those of `opsd plan` have no values that a list could hold.
+        self.ids, self.trains = ids if isinstance(ids, FakeTensor) else list(ids), trains
         self._runs: dict[tuple[nn.Module, bool, Hashable], _PrefixRun] = {}
         self._continuations: dict[tuple[nn.Module, Hashable], Continuation] = {}
 
