@@ -5,6 +5,7 @@ import torch
 from helpers.prefix_models import alone, make_groups
 from helpers.tiny_models import tiny_model
 
+from opsd.models.head import decoder_of
 from opsd.prefix import (
     PrefixCache,
     continued,
@@ -25,7 +26,7 @@ def test_rollouts_continue_what_a_prefix_left(model_type, monkeypatch):
     model, groups = tiny_model(model_type).train(), make_groups()
     assert unpackable(model) is not None and uncontinuable(model) is None
     calls = []
-    decoder = continued.decoder_of(model)
+    decoder = decoder_of(model)
     decoder.register_forward_pre_hook(lambda _, inputs: calls.append(1))
     with torch.no_grad():
         wanted = alone(model.eval(), groups)
