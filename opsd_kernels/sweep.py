@@ -24,9 +24,7 @@ from opsd_kernels.tiles import state as states
 from opsd_kernels.tiles.logits import Logits
 
 GPU_BUDGET = 2**30
-FAST_ROWS = (
-    256  # tokens of a block on a GPU, if it can be: what makes a product bound by arithmetic
-)
+FAST_ROWS = 256  # tokens of a block on a GPU, if it can be: then arithmetic bounds a product
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Nothing here needs torch, which takes ten seconds to import on a slow machine.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def import_torch(display: Display) -> None:
         from opsd.models.load import quiet_transformers
 
         quiet_transformers()
+    gc.freeze()  # what was imported is a million objects, which no collection need look through
 
 
 def check_inputs(config: Config) -> None:

@@ -28,10 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Shows the plan. Raises UserError."""
     check(parsed)
-    from opsd.cli.plan import plan_command
-    from opsd.models.load import quiet_transformers
+    from opsd.cli.first_look import import_torch
+    from opsd.common.display import Display
 
-    quiet_transformers()
+    import_torch(Display(quiet=parsed.json))
+    from opsd.cli.plan import plan_command
+
     plan_command(parsed)
 
 

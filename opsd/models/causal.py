@@ -22,7 +22,7 @@ def check_causal(model: PreTrainedModel, where: str) -> None:
     """Raises UserError unless a token's state is the same whatever follows it, and the logits are
     those that `opsd.models.head` makes of the states."""
     name, training, device = type(model).__name__, model.training, model.device.type
-    flash = "flash" in model.config._attn_implementation  # which multiplies in 16 bits alone
+    flash = "flash" in str(model.config._attn_implementation)  # which multiplies in 16 bits alone
     if flash and device == "cpu":
         return
     model.eval()

@@ -143,12 +143,10 @@ def rollout_hidden_states(
     """The states of one model. `share`: each prefix runs once, where the model can."""
     if isinstance(model, RemoteTeacher):
         return model.states([plain_groups(groups)])[0]
-    if not share:
+    if not share or _alone_because(model) is not None:
         return separate_hidden_states(model, groups)
     checked, given = _checked(model, plain_groups(groups)), [prefix for prefix, _ in groups]
     if unpackable(model) is not None:
-        if torch.is_grad_enabled() or uncontinuable(model) is not None:
-            return separate_hidden_states(model, groups)
         ran = [p.continuation(model) if isinstance(p, CachedPrefix) else None for p in given]
         return continued_hidden_states(model, checked, ran)
     if not torch.is_grad_enabled():  # long ones in chunks, whose activations are freed
@@ -182,10 +180,18 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
     >>> shared_prefix_hidden_states(model, [([1, 2, 3], [[4, 5], [6]])]).shape
     torch.Size([3, 8])
     """
-    reason = unpackable(model)
-    if reason is not None and (torch.is_grad_enabled() or uncontinuable(model) is not None):
+    reason = _alone_because(model)
+    if reason is not None:
         _warn_once(reason)
     return rollout_hidden_states(model, groups)
+
+
+def _alone_because(model: PreTrainedModel) -> str | None:
+    """Why each rollout runs by itself; None where streams, or without gradients caches, share."""
+    reason = unpackable(model)
+    if reason is None or torch.is_grad_enabled() or uncontinuable(model) is not None:
+        return reason
+    return None
 
 
 def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:

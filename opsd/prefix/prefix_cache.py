@@ -155,7 +155,7 @@ def uncached(
     return rest, lengths, joined
 
 
-def _run_prefix(model: PreTrainedModel, ids: list[int]) -> _PrefixRun:
+def _run_prefix(model: PreTrainedModel, ids: Ids) -> _PrefixRun:
     if torch.is_grad_enabled():
         _refuse_reentrant(model)
     in_graph: KeysAndValues = {}
@@ -167,7 +167,8 @@ def _run_prefix(model: PreTrainedModel, ids: list[int]) -> _PrefixRun:
         layout = Layout([(chunk, [ids[-1:]])], model.device, [start])
         capture = Capture(in_graph, graph=True)
         packed_forward(model, layout, capture=capture, past=before or None)
-        for module, pairs in before.items():
+        while before:  # which goes as its copy comes: no moment has both whole
+            module, pairs = before.popitem()
             in_graph[module] = tuple(map(torch.cat, zip(pairs, in_graph[module], strict=True)))
 
     def leaf(tensor: Tensor) -> Tensor:
