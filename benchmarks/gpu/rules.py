@@ -80,7 +80,7 @@ RULES = (
         "logits of 256 rows, of the rate of 1024",
         _ratio("logits, 256 rows", "logits, 1024 rows"),
         0.92,
-        "raise INNER_ROWS in opsd_kernels/plan.py to 512",
+        "raise FAST_ROWS in opsd_kernels/sweep.py to 512",
     ),
     Rule(
         "dW of 8192 rows at once ÷ dW of 683 added to fp32",
@@ -98,7 +98,8 @@ RULES = (
         "launches in a millisecond",
         lambda rows: 200 / rows["200 launches"]["ms"],
         200.0,
-        "gaps of more than 5 µs: capture the call in a graph, or larger INNER_ROWS",
+        "gaps of more than 5 µs: capture the call in a graph, or raise FAST_ROWS in "
+        "opsd_kernels/sweep.py",
     ),
 )
 

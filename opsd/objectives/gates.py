@@ -52,12 +52,12 @@ def _share(measures: Measures, scale: float) -> Tensor:
 
 def _history(measures: Measures, scale: float) -> Tensor:
     made = []
-    for d in measures.divergence.split(list(measures.lengths)):
+    for d in measures.divergence.cpu().split(list(measures.lengths)):  # one wait for a GPU
         passed_on, gate = (-scale * (d - d.mean())).sigmoid().tolist(), [1.0]
         for share in passed_on[:-1]:
             gate.append(1 + share * gate[-1])
         made.append(d.new_tensor(gate))
-    return torch.cat(made)
+    return torch.cat(made).to(measures.divergence.device)
 
 
 GATES: dict[str, Callable[[Measures, float], Tensor]] = {

@@ -25,6 +25,15 @@ def test_every_call_fits_into_its_time():
     assert sum(part.seconds for part in PARTS) + START <= SITTING_SECONDS
 
 
+def test_rules_name_what_there_is():
+    """Files, and the constants that are to be changed in them."""
+    for rule in rules.RULES:
+        for file in re.findall(r"[\w/]+\.(?:py|h|md)", rule.otherwise):
+            assert (ROOT / file).is_file(), rule
+        for name, file in re.findall(r"([A-Z_]{4,})\b.*? in ([\w/]+\.\w+)", rule.otherwise):
+            assert re.search(rf"\b{name}\b.* = ", (ROOT / file).read_text()), rule
+
+
 def test_commands_name_what_there_is():
     """Tests that a GPU runs, and options that the benchmarks have."""
     helped = {}
