@@ -3,6 +3,7 @@
 Nothing here needs torch, which takes ten seconds to import on a slow machine.
 """
 
+import atexit
 import gc
 import os
 from pathlib import Path
@@ -28,6 +29,7 @@ def import_torch(display: Display) -> None:
 
         quiet_transformers()
     gc.freeze()  # what was imported is a million objects, which no collection need look through
+    atexit.register(gc.unfreeze)  # else triton 3.9 reports what it imported as leaked
 
 
 def check_inputs(config: Config) -> None:

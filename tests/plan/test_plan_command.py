@@ -222,19 +222,21 @@ def write_run(shape, sections, directory):
 
 OPSD = """
 import json, sys, time
+start = time.process_time()
 from opsd.cli.main import main
 from opsd.cli.plan_arguments import _bytes, gpu_of
 from opsd.common.errors import UserError
 from transformers import PreTrainedModel  # takes most of a short command's time
-start = time.process_time()
+imported = time.process_time()
 assert main(sys.argv[1:]) == 0
 from opsd.common.system import peak_memory
-print(json.dumps({"bytes": peak_memory(), "seconds": time.process_time() - start}))
+usage = {"imports": imported - start, "seconds": time.process_time() - imported}
+print(json.dumps({"bytes": peak_memory(), **usage}))
 """
 
 
 def run_opsd(*arguments: str) -> tuple[str, dict[str, float]]:
-    """What `opsd …` prints, the most memory and, imports apart, the processor time that it took."""
+    """What `opsd …` prints, the most memory, and the processor time of its imports and its work."""
     command = [sys.executable, "-P", "-c", OPSD, *arguments]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     *lines, usage = printed.splitlines()
@@ -266,12 +268,12 @@ def planned(*arguments: str, capsys) -> dict:
 
 
 def test_the_paper_8b_model_is_planned_in_seconds_and_without_weights():
-    """Processor time beside the imports of torch and transformers, which take 3 to 9 s."""
+    """Against the imports of torch and transformers, 3 to 10 s: a busy machine slows both."""
     printed, usage = run_opsd("plan", "Qwen/Qwen3-8B", "--json")
     found = json.loads(printed)
     assert found["parameters"] == 8_190_735_360
     assert found["memory"]["always"]["weights"] == 4 * 8_190_735_360
-    assert usage["seconds"] < 6
+    assert usage["seconds"] < 0.75 * usage["imports"]
     assert usage["bytes"] < 2e9  # of 33 GB of weights
 
 
