@@ -56,6 +56,17 @@ def pytest_unconfigure():
     gc.unfreeze()  # or libraries say at the end what was never freed
 
 
+def pytest_collection_modifyitems(config, items):
+    """The real vLLM's tests are for who asks for them; without its Python they are skipped."""
+    real = [item for item in items if item.get_closest_marker("vllm")]
+    if "vllm" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=real)
+        items[:] = [item for item in items if item not in real]
+    elif not os.environ.get("OPSD_VLLM_PYTHON"):
+        for item in real:
+            item.add_marker(pytest.mark.skip(reason="needs vLLM: set OPSD_VLLM_PYTHON"))
+
+
 def pytest_runtest_setup(item):
     """A GPU test has the marker `gpu` and no more; without a GPU it is skipped, and counted so."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

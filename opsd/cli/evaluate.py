@@ -180,7 +180,7 @@ def _sample(
         if not todo:
             return
         with display.stage(f"Load {asked.model}"):
-            sampler = _sampler(asked, subject, display)
+            sampler = _sampler(asked, subject, directory, display)
         with display.stage(f"Answer {asked.benchmark}", total=len(mine), unit="answers") as stage:
             stage.advance(len(mine) - sum(map(len, todo)))
             stage.most_tokens = sum(map(len, todo)) * sampling.max_new_tokens
@@ -200,15 +200,16 @@ def _sample(
                 stage.advance(len(batch))
 
 
-def _sampler(asked: Namespace, subject: Subject, display: Display) -> Sampler:
+def _sampler(asked: Namespace, subject: Subject, directory: Path, display: Display) -> Sampler:
     if asked.engine in SAMPLERS:
         model = subject.load()
         if (unused := left_out(model)) is not None:
             display.note(unused)
         return SAMPLERS[asked.engine](model, stop_ids(model, subject.tokenizer))
     if asked.engine == "vllm_server":
-        vocabulary = subject.config.get_text_config().vocab_size
-        return evaluation_server(asked.server, asked.model, subject.stops, vocabulary)
+        return evaluation_server(
+            asked.server, asked.model, subject.stops, subject.config, subject.load, directory
+        )
     from opsd.rollout.vllm_colocated import ColocatedSampler
 
     return ColocatedSampler(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError, problem_said
 from opsd.common.urls import check_address
-from opsd.config.names import ENGINES
+from opsd.config.names import ENGINES, HOTTEST
 from opsd.config.sections import PromptsSection
 from opsd.evaluate.answers import Shard
 from opsd.evaluate.benchmarks import KNOWN, Benchmark, Convention, load_benchmark
@@ -134,6 +134,10 @@ def _check_server(parsed: argparse.Namespace) -> None:
     if parsed.engine != "vllm_server" and parsed.server is not None:
         raise UserError(
             f"--server is {parsed.server!r}: it is for --engine vllm_server, not {parsed.engine}"
+        )
+    if parsed.engine.startswith("vllm") and (parsed.temperature or 0) > HOTTEST:
+        raise UserError(
+            f"--temperature is {parsed.temperature:g}: vLLM draws at temperatures up to {HOTTEST:g}"
         )
     if parsed.server is not None:
         try:

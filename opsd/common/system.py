@@ -9,7 +9,16 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("opsd-train", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+PACKAGES = (
+    "opsd-train",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "numpy",
+    "vllm",
+)
 
 
 def versions() -> dict[str, str]:
@@ -21,6 +30,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def vllm_is_for_cpus() -> bool:
+    """Whether the vLLM that is installed is a build for CPUs: its version says so."""
+    return "cpu" in versions().get("vllm", "")
 
 
 def machine() -> dict[str, str | int]:

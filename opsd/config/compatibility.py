@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from opsd.common.errors import UserError
 from opsd.common.templates import over_rollouts
 from opsd.common.urls import is_address
-from opsd.config.names import DIVERGENCE_METHODS
+from opsd.config.names import DIVERGENCE_METHODS, HOTTEST
 from opsd.config.requirements import (
     is_graded,
     needs_grades,
@@ -159,6 +159,8 @@ def _rollouts(config: Config) -> Iterator[str]:
     for name in ("server", "weights_dir"):
         if getattr(rollout, name) is not None and rollout.engine != "vllm_server":
             yield f"rollout.{name}: it is for rollout.engine 'vllm_server', not {rollout.engine!r}"
+    if vllm and rollout.temperature > HOTTEST:
+        yield f"rollout.temperature: vLLM draws at temperatures up to {HOTTEST:g}"
     if vllm and rollout.source != "student":
         yield (
             "rollout.engine: vLLM samples from the student; with rollout.source "

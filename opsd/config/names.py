@@ -14,3 +14,5 @@ Policy = Literal["initial", "live", "ema", "model"]
 
 Engine = Literal["generate", "continuous", "vllm", "vllm_server"]
 ENGINES: tuple[str, ...] = get_args(Engine)
+
+HOTTEST = 2.0  # vLLM's highest temperature

@@ -55,16 +55,27 @@ def update_copy(inference_copy: nn.Module, model: nn.Module) -> None:
         buffer.copy_(buffers[name])
 
 
-def named_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def named_weights(
+    model: PreTrainedModel, dtype: torch.dtype, head_too: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """The current weights under the names that they have in a checkpoint, tied ones once, in
-    `dtype`, with adapters added to them. Each is made when the iterator reaches it."""
+    `dtype`, with adapters added to them. Each is made when the iterator reaches it.
+
+    head_too: a tied head comes under its own name as well.
+    """
     added = additions(model) if is_adapted(model) else {}
     plain = without_adapters(model) if added else model
     named = {name: parameter.detach() for name, parameter in plain.named_parameters()}
+    last = plain.get_output_embeddings()
+    tied = next((n for n, p in plain.named_parameters() if p is getattr(last, "weight", None)), "")
+    own = next(f"{n}.weight" for n, module in plain.named_modules() if module is last)
     for name, weight in revert_weight_conversion(plain, named).items():
         if name in added:
             weight = weight.float() + added[name]().float()
-        yield name, weight.to(dtype)
+        weight = weight.to(dtype)
+        yield name, weight
+        if head_too and name == tied != own:
+            yield own, weight.clone()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

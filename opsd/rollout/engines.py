@@ -1,15 +1,19 @@
 """The sampler that `rollout.engine` names, and whether it works on this machine."""
 
+from collections.abc import Callable
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from opsd.common.errors import UserError
+from opsd.common.system import vllm_is_for_cpus
 from opsd.config.sections import ModelSection, RolloutSection
+from opsd.models.adapter_files import model_files
 from opsd.models.head import head
+from opsd.models.load import load_config
 from opsd.rollout.base import Sampler
 from opsd.rollout.continuous import ContinuousSampler
 from opsd.rollout.generate import GenerateSampler
@@ -18,10 +22,12 @@ from opsd.rollout.vllm_client import VLLMServer
 SAMPLERS = {"generate": GenerateSampler, "continuous": ContinuousSampler}
 """The engines that sample with the model's own module."""
 
+WEIGHTS = "weights-for-vllm"  # in the directory of a run, or of an evaluation
+
 
 def check_engine(engine: str, field: str = "rollout.engine") -> None:
     """Raises UserError where vLLM is asked for and cannot run here."""
-    if engine != "vllm":
+    if engine != "vllm" or vllm_is_for_cpus():
         return
     if not torch.cuda.is_available():
         raise UserError(
@@ -34,8 +40,11 @@ def check_engine(engine: str, field: str = "rollout.engine") -> None:
         )
 
 
-def training_server(section: RolloutSection) -> VLLMServer:
-    """The server that `rollout.server` names, which must be able to take new weights.
+def training_server(
+    section: RolloutSection, model: ModelSection, given: PreTrainedModel | None = None
+) -> VLLMServer:
+    """The server that `rollout.server` names, which must be able to take the weights of the model,
+    which may be `given`.
 
     Raises UserError where it cannot, or where it returns other log-probabilities than vLLM's
     default.
@@ -49,16 +58,24 @@ def training_server(section: RolloutSection) -> VLLMServer:
             f"rollout.server is {section.server!r}: its weights cannot be changed; start it with "
             "VLLM_SERVER_DEV_MODE=1 (docs/vllm.md)"
         )
-    mode = settings.logprobs.logprobs_mode if settings.logprobs else None
-    if mode not in (None, "raw_logprobs"):
+    if (mode := settings.model.logprobs_mode) != "raw_logprobs":
         raise UserError(
             f"rollout.server is {section.server!r}: its --logprobs-mode is {mode!r}; "
             "loss.importance_bound needs 'raw_logprobs', vLLM's default"
         )
+    config = given.config if given is not None else load_config(model_files(model))
+    server.check_model(config, model.path)
     return server
 
 
-def evaluation_server(address: str, model: str, stops: frozenset[int], vocabulary: int) -> Sampler:
+def evaluation_server(
+    address: str,
+    model: str,
+    stops: frozenset[int],
+    config: PreTrainedConfig,
+    load: Callable[[], PreTrainedModel],
+    directory: Path,  # the evaluation's
+) -> Sampler:
     """A sampler by the server at `address`, which answers with the weights of `model`.
 
     A server in development mode is told to load them, since an earlier run may have left others;
@@ -67,8 +84,15 @@ def evaluation_server(address: str, model: str, stops: frozenset[int], vocabular
     from opsd.rollout.vllm_server import ServerSampler
 
     server = VLLMServer(address, field="--server")
-    path = Path(model)
+    path, vocabulary = Path(model), config.get_text_config().vocab_size
     if server.settings is not None:
+        server.check_model(config, model)
+        if server.settings.on_cpu and getattr(config, "tie_word_embeddings", False):
+            weights = load()  # the model's files lack what `sync_weights` adds to them
+            place = directory.absolute() / WEIGHTS
+            sampler = ServerSampler(server, stops, place, weights.dtype, vocabulary)
+            sampler.sync_weights(weights)
+            return sampler
         server.load(path.absolute() if path.is_dir() else model)
     elif model not in (server.model, server.root) and path.absolute() != Path(server.root):
         raise UserError(
@@ -115,5 +139,5 @@ def make_sampler(
 def _weights_directory(section: RolloutSection, run: Path) -> Path:
     """Where this run alone leaves the weights that its server reads."""
     if section.weights_dir is None:
-        return run / "weights-for-vllm"
+        return run / WEIGHTS
     return Path(section.weights_dir) / f"opsd-{sha256(str(run).encode()).hexdigest()[:12]}"

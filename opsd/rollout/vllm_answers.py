@@ -29,23 +29,48 @@ class Models(_Answer):
     data: list[ServedModel]
 
 
-class LogProbSettings(_Answer):
-    """What the server's log-probabilities are of."""
+class ModelSettings(_Answer):
+    """How the server runs its model, and what its log-probabilities are of."""
 
     logprobs_mode: Name = "raw_logprobs"
+    dtype: Name | None = None
+
+
+class DeviceSettings(_Answer):
+    """What the server computes on."""
+
+    device: Name | None = None
+
+
+class SchedulerSettings(_Answer):
+    """What it computes at once."""
+
+    max_num_batched_tokens: Annotated[int, Field(gt=0)] | None = None
 
 
 class Settings(_Answer):
     """The server's own configuration, as far as it is read."""
 
-    logprobs: LogProbSettings | None = Field(None, alias="model_config")
+    model: ModelSettings = Field(ModelSettings(), alias="model_config")
+    device_config: DeviceSettings = DeviceSettings()
+    scheduler_config: SchedulerSettings = SchedulerSettings()
     instance_id: Name | None = None  # new at each start of a server
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device_config.device == "cpu"
 
 
 class ServerInfo(_Answer):
     """/server_info."""
 
     vllm_config: Settings | None = None
+
+
+class Version(_Answer):
+    """/version."""
+
+    version: Name = "?"
 
 
 class Reset(_Answer):

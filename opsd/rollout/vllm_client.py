@@ -1,8 +1,8 @@
 """A vLLM server over HTTP: token ids in and out, its log-probabilities, and new weights.
 
-Of the server's documented routes it uses /v1/models and /v1/completions, and of those that exist
-under VLLM_SERVER_DEV_MODE=1 /server_info, /collective_rpc and /reset_prefix_cache. Weights are
-given as a directory of safetensors that the server reads (`reload_weights` with
+Of the server's documented routes it uses /v1/models, /version and /v1/completions, and of those
+that exist under VLLM_SERVER_DEV_MODE=1 /server_info, /collective_rpc and /reset_prefix_cache.
+Weights are given as a directory of safetensors that the server reads (`reload_weights` with
 `weights_path`, vLLM's docs/training/layerwise.md): nothing of vLLM is needed on this side, and the
 server may spread its model over GPUs as it likes.
 
@@ -10,12 +10,15 @@ Nothing that a server says is taken as it is: `vllm_answers` says what an answer
 `opsd.common.http` bounds its time and its size, and what does not fit is a ServerAnswerError.
 """
 
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
+from transformers import PreTrainedConfig
 
 from opsd.common.errors import problem_said
 from opsd.common.http import (
@@ -31,13 +34,22 @@ from opsd.common.http import (
     said,
 )
 from opsd.rollout.base import NEUTRAL, Rollout, Sampling
-from opsd.rollout.vllm_answers import Completions, Models, Reset, Results, ServerInfo, Settings
+from opsd.rollout.vllm_answers import (
+    Completions,
+    Models,
+    Reset,
+    Results,
+    ServerInfo,
+    Settings,
+    Version,
+)
 
 Said = TypeVar("Said", bound=BaseModel)
 
 QUICK = 60.0  # seconds that a question about the server may take
 LONGEST = 16_000_000  # bytes of an answer about the server: its settings have some 100 kB
-HOTTEST = 2.0  # vLLM's highest temperature
+SHAPE = re.compile(r"embed_tokens\): \w+\(.*?embedding_dim=(\d+), org_vocab_size=(\d+)")
+"""What get_model_inspection shows of a model's width and vocabulary."""
 LONGEST_TOKEN = 2_000  # bytes of an answer a token: its id, its text twice, its log-probability
 
 
@@ -57,7 +69,7 @@ class VLLMServer:
         address: str,  # http://host:port
         *,
         timeout: float = 1800.0,  # seconds that one rollout, or one loading of weights, may take
-        patience: float = 300.0,  # seconds of failures after which ServerGoneError is raised
+        patience: float = 900.0,  # seconds of failures after which ServerGoneError is raised
         field: str = "rollout.server",  # what the user set the address by, for error messages
     ):
         self.address, self.timeout, self.patience = address.rstrip("/"), timeout, patience
@@ -69,13 +81,50 @@ class VLLMServer:
         self.model: str = models[0].id
         self.root: str = models[0].root or self.model
         self.window = models[0].max_model_len
+        # None where it is not in development mode, in which case its weights cannot have been
+        # changed since it started
+        self.settings = self._settings_now()
 
-    @property
-    def settings(self) -> Settings | None:
-        """The server's own configuration; None where it is not in development mode, in which case
-        its weights cannot have been changed since it started."""
-        route = "/server_info?config_format=json"
-        return self.ask(route, ServerInfo, timeout=QUICK, missing=ServerInfo()).vllm_config
+    @cached_property
+    def software(self) -> str:
+        """Its release, and what it computes in and on as far as it says."""
+        version = self.ask("/version", Version, timeout=QUICK, missing=Version()).version
+        settings = self.settings or Settings()
+        said = [settings.model.dtype, settings.device_config.device]
+        return " ".join(["vLLM", version, *filter(None, said)])
+
+    def check_model(self, config: PreTrainedConfig, path: str) -> None:
+        """Raises ServerAnswerError where the weights of the model in `path` would not fit into the
+        one that the server has. vLLM ends when it finds that out."""
+        call = {"method": "get_model_inspection"}
+        try:
+            results = self.ask("/collective_rpc", Results, call, passing=PASSING - {500}).results
+        except ServerAnswerError:  # an older release
+            return
+        text = config.get_text_config()
+        ours = (text.hidden_size, text.vocab_size)
+        found = SHAPE.search(str(results[:1]))
+        theirs = tuple(map(int, found.groups())) if found else ours
+        if theirs != ours:
+            raise self._error(
+                f"serves {self.root!r}, of width {theirs[0]} with {theirs[1]} tokens; {path!r} is "
+                f"of width {ours[0]} with {ours[1]}: start it on that"
+            )
+
+    def at_once(self, context: int) -> int | None:
+        """How many rollouts after so many tokens may be drawn by their seeds at once; None: any
+        number. On a CPU vLLM 0.32 ends where it splits such a prompt ("CPU Generator does not use
+        offset")."""
+        settings = self.settings
+        most = settings.scheduler_config.max_num_batched_tokens if settings else None
+        if most is None or not settings.on_cpu:
+            return None
+        if context >= most:
+            raise self._error(
+                f"computes {most} tokens at once, and a context has {context}: start it with "
+                f"--max-num-batched-tokens {context + 1} or more"
+            )
+        return most // (context + 1)
 
     def complete(
         self,
@@ -139,10 +188,6 @@ class VLLMServer:
                 f"{sampling.max_new_tokens} new ones are {longest}: start it with --max-model-len "
                 f"{longest}, or ask for fewer new tokens"
             )
-        if sampling.temperature > HOTTEST:
-            raise self._error(
-                f"draws at temperatures up to {HOTTEST}, asked for {sampling.temperature}"
-            )
 
     def _check_length(self, length: int, longest: int, reason: str) -> None:
         """A rollout that is cut is cut where we asked."""
@@ -158,10 +203,16 @@ class VLLMServer:
         """Serve the weights in the directory (or hub model) `weights` from now on."""
         self._instance = self._instance_now()
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
-        # A worker that cannot read them answers 500, and would do so again.
-        self.ask(
-            "/collective_rpc", Results, call, passing=PASSING - {500}, empty=Results(results=[])
-        )
+        # A worker that cannot read them answers 500, and has no model from then on.
+        try:
+            self.ask(
+                "/collective_rpc", Results, call, passing=PASSING - {500}, empty=Results(results=[])
+            )
+        except ServerAnswerError as error:
+            raise ServerAnswerError(
+                f"{error}. It has not loaded {str(weights)!r}, and must be started anew: look "
+                "whether it sees that path (rollout.weights_dir), and serves the same model"
+            ) from None
         # What is cached was computed with the old weights. It cannot be reset while requests run.
         self.ask("/reset_prefix_cache", Reset, {}, timeout=QUICK, check=_reset, empty=Reset())
 
@@ -176,8 +227,12 @@ class VLLMServer:
 
     def _instance_now(self) -> str | None:
         """vLLM's `instance_id`, which is new at each start of a server."""
-        settings = self.settings
+        settings = self._settings_now()
         return settings.instance_id if settings else None
+
+    def _settings_now(self) -> Settings | None:
+        route = "/server_info?config_format=json"
+        return self.ask(route, ServerInfo, timeout=QUICK, missing=ServerInfo()).vllm_config
 
     def ask(
         self,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError
 from opsd.common.random_states import random_states, set_random_states
+from opsd.common.system import vllm_is_for_cpus
 from opsd.config.sections import ModelSection
 from opsd.models.adapter_files import model_files
 from opsd.models.copies import named_weights
@@ -48,13 +49,18 @@ class ColocatedSampler:
             import vllm
 
             self.stops, self.dtype, self.trains, self._vllm = stops, dtype, trains, vllm
+            self._on_cpu = vllm_is_for_cpus()
+            self._sleeps = trains and not self._on_cpu  # where there is no GPU to share
+            if self._on_cpu:
+                # A seeded draw after a split prompt fails ("CPU Generator does not use offset").
+                settings["enable_chunked_prefill"] = False
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 settings["distributed_executor_backend"] = "external_launcher"  # an engine a rank
             self.llm = vllm.LLM(
                 model=path,
                 dtype=str(dtype).removeprefix("torch."),
                 gpu_memory_utilization=memory,
-                enable_sleep_mode=trains,
+                enable_sleep_mode=self._sleeps,
                 load_format="dummy" if trains else "auto",
                 logprobs_mode="raw_logprobs",
                 generation_config="vllm",  # none of the model's
@@ -68,10 +74,11 @@ class ColocatedSampler:
         assert self.trains
         self._weights_of = model
         torch.cuda.empty_cache()  # or vLLM could not have what torch's allocator keeps
-        self.llm.wake_up(tags=["weights"])
-        weights = named_weights(model, self.dtype)
+        self._wake("weights")
+        # On a CPU vLLM 0.32 keeps another copy of a tied head, which only its name brings.
+        weights = named_weights(model, self.dtype, head_too=self._on_cpu)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self.llm.wake_up(tags=["kv_cache"])
+        self._wake("kv_cache")
         self.llm.reset_prefix_cache()
         self._awake = True
 
@@ -99,8 +106,12 @@ class ColocatedSampler:
         self._sleep()
         return rollouts
 
+    def _wake(self, what: str) -> None:
+        if self._sleeps:
+            self.llm.wake_up(tags=[what])
+
     def _sleep(self) -> None:
-        if self.trains:
+        if self._sleeps:
             self.llm.sleep(level=2)
             self._awake = False
 

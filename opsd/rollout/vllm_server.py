@@ -50,7 +50,10 @@ class ServerSampler:
         new = self.directory / str(self.versions)
         new.mkdir(parents=True)
         try:
-            weights = {name: w.cpu().contiguous() for name, w in named_weights(model, self.dtype)}
+            # On a CPU vLLM 0.32 keeps another copy of a tied head, which only its name brings.
+            settings = self.server.settings
+            named = named_weights(model, self.dtype, head_too=settings and settings.on_cpu)
+            weights = {name: weight.cpu().contiguous() for name, weight in named}
             save_file(weights, new / "model.safetensors", {"format": "pt"})
             readable(new)  # the server may be somebody else's
             self.server.load(new.absolute())
@@ -65,7 +68,11 @@ class ServerSampler:
     ) -> list[Rollout]:
         """One rollout a context, in order; see `Sampler.sample`. Raises ServerGoneError, and of its
         kind ServerRestartedError where the server has lost the weights meanwhile."""
-        self.server.check_asked(max(map(len, contexts), default=0), sampling)
+        longest = max(map(len, contexts), default=0)
+        self.server.check_asked(longest, sampling)
+        workers = sampling.batch_size
+        if sampling.temperature:
+            workers = min(workers, self.server.at_once(longest) or workers)
         before = torch.get_rng_state()
         seeds = draw_seeds(sampling, len(contexts))
         rollouts: list[Rollout | None] = [None] * len(contexts)
@@ -76,7 +83,7 @@ class ServerSampler:
             )
 
         try:
-            for i, rollout in as_done(ask, len(contexts), sampling.batch_size):
+            for i, rollout in as_done(ask, len(contexts), workers):
                 rollouts[i] = rollout
                 if progress:
                     progress(1, len(rollout.ids))

@@ -162,7 +162,8 @@ def load_run(
     server = None
     if config.rollout.engine == "vllm_server":
         with display.stage(f"Reach {config.rollout.server}"):  # it may still be starting
-            server = processes.together(lambda: training_server(config.rollout))
+            reach = partial(training_server, config.rollout, config.model, given.model)
+            server = processes.together(reach)
     own_verifier = is_graded(config) and given.verifier is None
     processes.together(lambda: check_code(config.loss, own_verifier))
     with display.stage(f"Read {', '.join(source.source for source in sources(config.data))}"):

@@ -46,6 +46,7 @@ def hostile(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     server = HostileServer()
     server.replies["/v1/models"] = response(MODELS)
+    server.replies["/server_info"] = response(b"", "404 Not Found")
     yield server
     server.stop()
 

@@ -20,12 +20,12 @@ from opsd.quickstart.worksheet import worksheet_rows
 ROWS = worksheet_rows(16, seed=7)
 
 
-def make_model(seed: int, tokenizer) -> Qwen3ForCausalLM:
+def make_model(seed: int, tokenizer, **more) -> Qwen3ForCausalLM:
     """An untrained model as the quickstart's tiny one, of half its layers and half its width: a
     run takes two thirds of the time. Larger weights: both contexts' predictions differ as much.
     """
     config = tiny.make_model(seed, tokenizer, initial_deviation=0.25).config
-    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
+    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, **more})
     config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

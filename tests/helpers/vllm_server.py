@@ -1,14 +1,17 @@
 """A local HTTP server that speaks what we use of vLLM's API, backed by a tiny real model.
 
-Routes, fields and errors follow vLLM's documentation and its entrypoints' sources (completions,
-dev/rpc, dev/cache, server_info): token ids in and out, log-probabilities before temperature, top-p
-and top-k, new weights from a directory. It remembers each context's first logits until its prefix
-cache is reset, so that a client that forgets to reset it gets old tokens.
+Routes, fields, errors and failures are those that vLLM 0.32 was seen to have on a CPU: token ids in
+and out, log-probabilities before temperature, top-p and top-k, new weights from a directory. It
+remembers each context's first logits until its prefix cache is reset, so that a client that forgets
+to reset it gets old tokens; its head is a copy of its own, which only `lm_head.weight` changes; its
+engine ends where it cannot read new weights, or would have to split a prompt that has a seed.
 """
 
 import json
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,12 +25,34 @@ from opsd.rollout.logits_sampling import Draw
 MUST_BE_GIVEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What generation_config.json decides where a request does not."""
 
+INSPECTION = """Qwen3ForCausalLM()(
+  (model): Qwen3Model()(
+    (embed_tokens): VocabParallelEmbedding(num_embeddings={tokens}, \
+num_embeddings_per_partition=64, embedding_dim={width}, org_vocab_size={tokens}, \
+num_embeddings_padded=64, tp_size=1)"""
+"""How get_model_inspection begins."""
+
+
+def failed(said: str) -> tuple[int, object]:
+    """Its answer to what has broken its engine."""
+    error = {"message": said, "type": "InternalServerError", "param": None, "code": 500}
+    return 500, {"error": error}
+
+
+def worker_failed(said: str) -> tuple[int, object]:
+    """Its answer to a call of its workers that fails."""
+    return failed(
+        f"Call to collective_rpc method failed: Worker failed with error '{said}', please check "
+        "the stack trace above for the root cause"
+    )
+
 
 class FakeVLLM:
     """Serves the model in `path`.
 
     Attributes that a test may set:
         dev: VLLM_SERVER_DEV_MODE. mode: --logprobs-mode. loads: whether new weights are taken.
+        on_cpu: or on a GPU, where a tied head is tied. budget: --max-num-batched-tokens.
         failures: statuses (or "drop": hang up) that the next completions get instead.
         dies_after: hang up for good after so many completions. delay: seconds before each answer.
         restarts_at: hang up at this completion, and be a new server, with the first weights.
@@ -36,7 +61,10 @@ class FakeVLLM:
     def __init__(self, path: Path, port: int = 0):
         self.path = path
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
         self.dev, self.mode, self.loads, self.delay = True, "raw_logprobs", True, 0.0
+        self.on_cpu, self.budget, self.ended = True, 16384, False
+        self._together, self._counting = 0, threading.Lock()
         self.failures: list[int | str] = []
         self.dies_after: int | None = None
         self.restarts_at: int | None = None
@@ -67,6 +95,12 @@ class FakeVLLM:
 
     def answer(self, route: str, body: dict | None) -> tuple[int, object]:
         """(status, JSON) of a request."""
+        if self.ended:
+            return failed(
+                "EngineCore encountered an issue. See stack trace (above) for the root cause."
+            )
+        if route == "/version":
+            return 200, {"version": "0.32.0"}
         if route == "/v1/models":
             model = {"id": "tiny", "root": str(self.path), "max_model_len": 128}
             return 200, {"object": "list", "data": [model]}
@@ -77,16 +111,36 @@ class FakeVLLM:
         if route == "/server_info?config_format=json":
             return 200, {
                 "vllm_config": {
-                    "model_config": {"logprobs_mode": self.mode},
+                    "model_config": {"logprobs_mode": self.mode, "dtype": "torch.float32"},
+                    "device_config": {"device": "cpu" if self.on_cpu else "cuda"},
+                    "scheduler_config": {"max_num_batched_tokens": self.budget},
                     "instance_id": f"instance-{self.instance}",
                 }
             }
         if route == "/reset_prefix_cache":
             self._first.clear()
             return 200, {"success": True}
+        if route == "/collective_rpc" and body["method"] == "get_model_inspection":
+            tokens, width = self.model.lm_head.weight.shape
+            return 200, {"results": [INSPECTION.format(width=width, tokens=tokens)]}
         if route == "/collective_rpc" and body["method"] == "reload_weights":
             return self._reload(Path(body["kwargs"]["weights_path"]))
+        if route == "/collective_rpc":
+            return worker_failed(f"'CPUWorker' object has no attribute '{body['method']}'")
         return 404, {"detail": "Not Found"}
+
+    @contextmanager
+    def together(self, asked: dict) -> Iterator[None]:
+        """A request among those that are under way."""
+        tokens = 0 if asked.get("seed") is None else len(asked["prompt"]) + 1
+        with self._counting:
+            self._together += tokens
+            self.ended |= self.on_cpu and self._together > self.budget
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._together -= tokens
 
     def _restart(self) -> None:
         first = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
@@ -96,11 +150,17 @@ class FakeVLLM:
 
     def _reload(self, directory: Path) -> tuple[int, object]:
         files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            return 500, {"error": {"message": f"Cannot find any model weights with `{directory}`"}}
+        weights = {name: w for file in files for name, w in load_file(file).items()}
+        if not files:  # which it looks for on the hub
+            self.ended = True
+            return worker_failed(
+                "Repo id must be in the form 'repo_name' or 'namespace/repo_name': "
+                f"'{directory}'. Use `repo_type` argument if needed."
+            )
         if self.loads:
-            weights = {name: w for file in files for name, w in load_file(file).items()}
             self.reloads.append(weights)
+            if not self.on_cpu:
+                weights = {"lm_head.weight": weights["model.embed_tokens.weight"], **weights}
             missing, unknown = self.model.load_state_dict(weights, strict=False)
             assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)
         return 200, {"results": [None]}
@@ -108,16 +168,21 @@ class FakeVLLM:
     @torch.no_grad()
     def _complete(self, asked: dict) -> tuple[int, object]:
         if asked["model"] != "tiny":
-            return 404, {"error": {"message": f"The model `{asked['model']}` does not exist."}}
+            said = f"The model `{asked['model']}` does not exist. Valid aliases: tiny"
+            return 404, {"error": {"message": said}}
         prompt, limit = asked["prompt"], asked["max_tokens"]
         if limit > 128:
-            said = f"max_tokens={limit} cannot be greater than max_model_len=128."
+            said = f"max_tokens={limit} cannot be greater than max_model_len=128. Please request "
+            said += f"fewer output tokens. (parameter=max_tokens, value={limit})"
             return 400, {"error": {"message": said}}
         if asked["temperature"] > 2:
-            said = f"temperature must be in [0, 2], got {asked['temperature']}."
+            hot = asked["temperature"]
+            said = f"temperature must be in [0, 2], got {hot}. (parameter=temperature, value={hot})"
             return 400, {"error": {"message": said}}
         if len(prompt) > 128:
-            said = "This model's maximum context length is 128 tokens."
+            said = "This model's maximum context length is 128 tokens. However, your prompt "
+            said += f"contains {len(prompt)} input tokens, which exceeds this limit even without "
+            said += "any output tokens. Please reduce the length of the input prompt."
             return 400, {"error": {"message": said}}
         limit = min(limit, 128 - len(prompt))  # without a word
         if limit < 1:
@@ -172,6 +237,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(json.loads(self.rfile.read(length) or b"null"))
 
     def _answer(self, body) -> None:
+        with self.fake.together(body) if self.path == "/v1/completions" else nullcontext():
+            self._answer_one(body)
+
+    def _answer_one(self, body) -> None:
         fake = self.fake
         completes = self.path == "/v1/completions"
         with fake._lock:

@@ -1,0 +1,246 @@
+"""The real vLLM: OPSD_VLLM_PYTHON=VENV/bin/python pytest -m vllm (tests/helpers/vllm_venv.sh).
+
+OPSD_VLLM_MODEL: a directory; none is a tiny random model.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.lines import read_lines
+from helpers.real_vllm import PYTHON, RealServer, environment
+from helpers.training_cases import ROWS, make_model, quiet, short_config, write_rows
+
+from opsd.cli.main import main
+from opsd.common.errors import UserError
+from opsd.common.http import ServerGoneError
+from opsd.config.load import merge, save_config
+from opsd.config.sections import ModelSection
+from opsd.models.load import load_model, stop_ids
+from opsd.quickstart import tiny_model as tiny
+from opsd.rollout import GenerateSampler, Sampling
+from opsd.rollout.vllm_client import VLLMServer
+from opsd.rollout.vllm_server import ServerSampler
+from opsd.training.run import train
+
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_report")]
+MODEL = os.environ.get("OPSD_VLLM_MODEL")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model that vLLM's attention on a CPU takes, which wants heads of 32 at least; rows."""
+    directory = tmp_path_factory.mktemp("base")
+    if MODEL:
+        return Path(MODEL), write_rows(directory / "rows.jsonl")
+    tokenizer = tiny.make_tokenizer()
+    make_model(0, tokenizer, head_dim=32).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    return directory / "model", write_rows(directory / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def server(files, tmp_path_factory):
+    """One for the module. A test that kills it starts it again."""
+    server = RealServer(files[0], tmp_path_factory.mktemp("server") / "log").start().wait()
+    yield server
+    server.kill()
+
+
+def config_of(files, directory, server, **sections):
+    values = {
+        "rollout": {
+            "engine": "vllm_server",
+            "server": server and server.address,
+            "server_patience": 5,
+            "group_size": 2,
+            "max_new_tokens": 24,
+        },
+        "train": {"steps": 20, "save_every": 5},
+        "eval": {"every": 10},
+    }
+    return short_config(*files, directory, **merge(values, sections))
+
+
+def check(directory, steps=20):
+    """Each step is there once, and the server sampled by the weights that trained."""
+    metrics = read_lines(directory / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, steps + 1))
+    for line in metrics:
+        if line["trained_tokens"]:
+            assert 0.995 <= line["importance_ratio"] <= 1.005, line
+            assert abs(line["engine_divergence"]) < 1e-3, line
+
+
+def check_served(server, directory):
+    """The server's greedy completions are those of the model that was saved, 12 of 12. Two tokens
+    that are equally likely to 1e-3 may be either."""
+    model, tokenizer = load_model(ModelSection(path=str(directory / "model")))
+    stops = stop_ids(model, tokenizer)
+    contexts = [tokenizer(f"Q:{row.problem}").input_ids for row in ROWS[:12]]
+    sampling = Sampling(24, temperature=0)
+    served = ServerSampler(VLLMServer(server.address), stops).sample(contexts, sampling)
+    own = GenerateSampler(model, stops).sample(contexts, sampling)
+    for context, theirs, ours in zip(contexts, served, own, strict=True):
+        if theirs.ids != ours.ids:
+            place = next(
+                i for i, (a, b) in enumerate(zip(theirs.ids, ours.ids, strict=False)) if a != b
+            )
+            before = torch.tensor([[*context, *ours.ids[:place]]])
+            with torch.no_grad():
+                first, second = model(before).logits[0, -1].topk(2).values.tolist()
+            assert first - second < 1e-3, (theirs, ours)
+
+
+@pytest.mark.parametrize("method", ["opsd", "grpo"])
+def test_twenty_steps(method, server, files, tmp_path):
+    """After the last of which the server is given the weights once more, for an evaluation. grpo
+    draws further problems in a step (dynamic sampling)."""
+    more = {"rollout": {"dynamic_sampling": 2}} if method == "grpo" else {}
+    train(config_of(files, tmp_path / "run", server, method=method, **more), quiet())
+    check(tmp_path / "run")
+    check_served(server, tmp_path / "run")
+
+
+def test_kills_of_the_server(server, files, tmp_path):
+    """At five moments of a run, which begins while the server still starts: each time it stops in
+    one line with a checkpoint, and goes on when another server has started in its place."""
+    run, rng = tmp_path / "run", random.Random(0)
+    patient = {"rollout": {"server_patience": 600}}  # while the server starts
+    for kill in range(5):
+        server.kill()
+        server.start()
+        if kill == 0:  # a run that is told to wait does
+            train(config_of(files, tmp_path / "first", server, **merge(patient, SHORT)), quiet())
+        server.wait()
+        config = config_of(files, run, server)
+        stop = threading.Event()
+        after = rng.uniform(0.0, 1.5)
+        steps = len(read_lines(run / "metrics.jsonl")) if kill else 0
+        killer = threading.Thread(target=kill_at, args=(server, run, steps + 2, after, stop))
+        killer.start()
+        try:
+            with pytest.raises(ServerGoneError, match=r"Training has stopped, .*--resume"):
+                train(config, quiet(), resume=kill > 0)
+        finally:
+            stop.set()
+            killer.join()
+        assert not (run / "weights-for-vllm").exists()
+    server.start().wait()
+    train(config, quiet(), resume=True)
+    check(run)
+    check_served(server, run)
+
+
+SHORT = {"train": {"steps": 1}, "eval": {"problems": 0}}
+
+
+def kill_at(server, run, steps, seconds, stop):
+    """Kill the server so many seconds after the run's log has so many steps."""
+    log = run / "metrics.jsonl"
+    while not stop.is_set() and (not log.exists() or len(log.read_text().splitlines()) < steps):
+        time.sleep(0.02)
+    if not stop.wait(seconds):
+        server.kill()
+
+
+def test_stops_of_the_run(server, files, tmp_path):
+    """Ctrl-C at five moments, each time with a resume: the server keeps on."""
+    run, rng = tmp_path / "run", random.Random(1)
+    config, file = config_of(files, run, server), tmp_path / "config.yaml"
+    save_config(config, file)
+    for stop in range(5):
+        steps = len(read_lines(run / "metrics.jsonl")) if stop else 0
+        more = ["--resume"] if stop else []
+        process = fork(["train", str(file), *more])
+        log, wanted = run / "metrics.jsonl", steps + 2
+        while not log.exists() or len(log.read_text().splitlines()) < wanted:
+            assert os.waitpid(process, os.WNOHANG) == (0, 0)
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0.0, 1.0))
+        os.kill(process, signal.SIGINT)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
+    train(config, quiet(), resume=True)
+    check(run)
+    check_served(server, run)
+
+
+def fork(arguments) -> int:
+    """`opsd` with these arguments in a process of its own, where all is imported already."""
+    process = os.fork()
+    if process == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = 1
+        try:
+            code = main(arguments)
+        finally:
+            os._exit(code)
+    return process
+
+
+def test_evaluation(server, files, tmp_path):
+    """By weights that the server has not had before, tied head and all."""
+    other = tmp_path / "other"
+    model, tokenizer = load_model(ModelSection(path=str(files[0])))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    arguments = ["eval", str(other), "--benchmark", str(files[1]), "--problems", "12"]
+    arguments += ["--max-new-tokens", "16", "--prompt", tiny.STUDENT_PROMPT, "--output"]
+    assert main([*arguments, str(tmp_path / "own")]) == 0
+    by_server = ["--engine", "vllm_server", "--server", server.address]
+    assert main([*arguments, str(tmp_path / "server"), *by_server]) == 0
+    own, theirs = (
+        [line["completion"] for line in read_lines(tmp_path / name / "answers.jsonl")]
+        for name in ("own", "server")
+    )
+    assert sum(a == b for a, b in zip(own, theirs, strict=True)) >= 11  # but for a tie
+
+
+def test_what_the_server_refuses(server, files, wider, tmp_path):
+    """What the stand-in answers, the real one answers."""
+    client = VLLMServer(server.address)
+    assert client.software == "vLLM 0.32.0 torch.float32 cpu"
+    with pytest.raises(UserError, match="has a window of 256 tokens"):
+        client.check_asked(240, Sampling(17))
+    with pytest.raises(UserError, match="cut a rollout at 16 tokens"):  # without a word
+        complete(client, [1] * 240, 17)
+    with pytest.raises(UserError, match=r"400: temperature must be in \[0, 2\], got 2\.5"):
+        complete(client, [1], 4, temperature=2.5)
+    with pytest.raises(UserError, match="400: This model's maximum context length is 256 tokens"):
+        complete(client, [1] * 300, 4)
+    with pytest.raises(UserError, match=r"of width \d+ with \d+ tokens; '.*' is of width 48"):
+        train(config_of((wider, files[1]), tmp_path / "run", server), quiet())
+    with pytest.raises(UserError, match="has not loaded '/nowhere', and must be started anew"):
+        client.load("/nowhere")
+    server.kill()
+    server.start().wait()
+
+
+def complete(client, context, length, **how):
+    return client.complete(context, Sampling(length, **how), 3, frozenset())
+
+
+@pytest.mark.parametrize("method", ["opsd", "grpo"])
+def test_in_this_process(method, files, tmp_path):
+    """`rollout.engine: vllm`, by vLLM's Python; grpo with dynamic sampling."""
+    more = {"rollout": {"engine": "vllm", "server": None, "server_patience": 900}}
+    if method == "grpo":
+        more |= {"method": "grpo"}
+        more["rollout"] |= {"dynamic_sampling": 2}
+    config = config_of(files, tmp_path / "run", None, **more)
+    save_config(config, tmp_path / "config.yaml")
+    command = [PYTHON, "-m", "opsd", "train", str(tmp_path / "config.yaml")]
+    env = environment(PYTHONPATH=str(Path(__file__).parents[2]))
+    subprocess.run(command, env=env, check=True, timeout=900)
+    check(tmp_path / "run")
+    assert "cpu" in json.loads((tmp_path / "run" / "summary.json").read_text())["versions"]["vllm"]
