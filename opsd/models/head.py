@@ -137,14 +137,14 @@ def _sum(tensors: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> T
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its head, adapters included.
 
-    transformers' get_decoder (5.24) answers with the whole model for Llama 4 and with a layer of
-    the head for ModernBERT's decoder.
+    transformers' get_decoder (5.24) answers with the whole text model for Llama 4, and with a layer
+    of the head for ModernBERT's decoder.
     """
-    found: nn.Module = model.get_decoder()
-    if isinstance(found, PreTrainedModel) and found.get_output_embeddings() is None:
-        return found
     whole = getattr(model, "get_base_model", lambda: model)()  # peft's wrapper has one
-    return cast(PreTrainedModel, whole.model)
+    found: nn.Module = whole.get_decoder()
+    if not isinstance(found, PreTrainedModel) or found is whole:
+        return cast(PreTrainedModel, whole.model)
+    return found if found.get_output_embeddings() is None else decoder_of(found)
 
 
 def attention_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:

@@ -5,9 +5,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -29,7 +27,7 @@ from opsd.models.copies import contiguous_head
 from opsd.models.generation_config import keep_stop_tokens
 from opsd.models.lora import four_bits, is_adapted
 from opsd.models.merge import merge_adapter
-from opsd.models.multimodal import freeze_others
+from opsd.models.multimodal import auto_class, freeze_others
 from opsd.models.weight_files import (
     check_all_used,
     check_numbers,
@@ -70,14 +68,16 @@ def load_model(
     tokenizer = tokenizer or load_tokenizer(whole, name)
     stored = section.path, section.revision, files.where
     tensors = {} if section.gguf_file else stored_tensors(*stored)
+    config = load_config(files)
+    own = best_attention(config) if section.attention == "auto" else section.attention
     try:
         if tensors:
-            check_size(load_config(files), tensors, section.trust_remote_code)
-        model, found = AutoModelForCausalLM.from_pretrained(
+            check_size(config, tensors, section.trust_remote_code)
+        model, found = auto_class(config).from_pretrained(
             section.path,
             output_loading_info=True,
             dtype=dtype,
-            attn_implementation=_attention(section, files),
+            attn_implementation=own,
             use_safetensors=None if section.gguf_file else True,  # a pickle may run anything
             ignore_mismatched_sizes=True,  # they are named below
             **_source(section),
@@ -160,18 +160,12 @@ def _check_unquantised(model: PreTrainedModel, whole_weights: bool, where: str) 
         )
 
 
-def _attention(section: ModelSection, files: ModelFiles) -> str:
-    if section.attention != "auto":
-        return section.attention
-    return best_attention(load_config(files))
-
-
 def best_attention(config: PreTrainedConfig) -> str:
     """transformers' attention for a model of this architecture: sdpa, or eager where the model has
     no other that runs anywhere, as gpt-oss. On a GPU torch's sdpa runs flash attention itself.
     """
     try:
-        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        found = auto_class(config)._model_mapping[type(config)]
     except KeyError:  # a repository's own class
         return "sdpa"
     kind = found[0] if isinstance(found, tuple | list) else found
@@ -181,9 +175,15 @@ def best_attention(config: PreTrainedConfig) -> str:
 def load_config(files: ModelFiles) -> PreTrainedConfig:
     """The config of the model under its adapters. Raises UserError."""
     try:
-        return AutoConfig.from_pretrained(files.base.path, **_source(files.base))
+        config = AutoConfig.from_pretrained(files.base.path, **_source(files.base))
     except Exception as error:  # as for the weights
         raise _unreachable(files, files.base, error) from error
+    if type(config) not in auto_class(config)._model_mapping and not hasattr(config, "auto_map"):
+        raise UserError(
+            f"{files.where}: transformers has no causal language model of type "
+            f"{config.model_type!r}, which its config.json says; take a language model of text"
+        )
+    return config
 
 
 def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedTokenizerBase:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+PLAIN = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""The dtypes of weights that are not quantised."""
+
+
 def is_adapted(model: nn.Module) -> bool:
     """Whether this is a model with adapters, in peft's wrapper."""
     peft = sys.modules.get("peft")
@@ -55,7 +59,7 @@ def add_adapters(
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        exclude_modules=other_linear_layers(model) or None,
+        exclude_modules=sorted(without_adapter(model)) or None,
         task_type="CAUSAL_LM",
         revision=section.revision if base is None else None,
     )
@@ -75,7 +79,12 @@ def check_targets(model: PreTrainedModel, lora: LoraSection) -> None:
     """Raises UserError where `lora.targets` names what cannot be adapted."""
     if lora.targets == [ALL_LINEAR]:
         return
-    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)}
+    without = without_adapter(model)
+    linear = {
+        name.rpartition(".")[2]
+        for name, m in model.named_modules()
+        if is_linear(m) and name not in without
+    }
     ends = {
         name.rpartition(".")[2]
         for name, m in model.named_modules()
@@ -92,9 +101,32 @@ def check_targets(model: PreTrainedModel, lora: LoraSection) -> None:
             raise UserError(f"model.lora.targets has {target!r}: this model has {known}")
 
 
+def without_adapter(model: PreTrainedModel) -> set[str]:
+    """The names of layers of torch's linear class that take none: those that text does not run
+    through, those that make something else, and those that Mamba's kernels read past an adapter."""
+    modules = dict(model.named_modules())
+    found = set(other_linear_layers(model))
+    for name, module in modules.items():
+        inside, _, last = name.rpartition(".")
+        mamba = last == "out_proj" and {"A_log", "D"} <= modules[inside]._parameters.keys()
+        if isinstance(module, nn.Linear) and (mamba or not is_linear(module)):
+            found.add(name)
+    return found
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can stand beside it."""
-    return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit")
+    """Whether an adapter can stand beside it: not beside Llama 4's router or DeepSeek-V4's grouped
+    projection, which are of torch's class and make something else."""
+    if not isinstance(module, nn.Linear):
+        return type(module).__name__ == "Conv1D"
+    if type(module).forward is nn.Linear.forward or module.weight.dtype not in PLAIN:
+        return True
+    try:
+        with torch.no_grad():
+            made = module(module.weight.new_zeros(2, module.in_features))
+    except RuntimeError:
+        return False
+    return isinstance(made, torch.Tensor) and made.shape == (2, module.out_features)
 
 
 def _inside(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,13 +1,26 @@
-"""Models of more than text, such as Gemma 3 with its vision tower: only the text model trains.
+"""Models of more than text, such as Qwen3-VL with its vision tower: only the text model trains.
 
-`AutoModelForCausalLM` loads such a checkpoint with all its parts (Gemma 3 4B and larger, Mistral
-Small 3). Training runs the decoder and the head; the other parts do not change and are saved too.
+They are loaded with all their parts. Training runs the decoder and the head; the other parts do not
+change and are saved too, so that the directory is what it was.
 """
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from opsd.models.head import decoder_of
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """transformers' class that loads such a model with all its parts; of Llama 4 the text model
+    alone, since the other's forward fails (5.24: it asks the text model for images)."""
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and config.model_type != "llama4"
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def freeze_others(model: PreTrainedModel) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.strict_json import read_object
+from opsd.models.multimodal import auto_class
 
 MOST_PACKED = 16  # numbers of a model for each of its files, where they are quantised
 
@@ -97,7 +98,7 @@ def check_size(config: PreTrainedConfig, stored: Mapping[str, Stored], trust: bo
     """Raises ValueError for a config of a far larger model than the files hold, which would be made
     all the same, and filled with random numbers."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        model = auto_class(config).from_config(config, trust_remote_code=trust)
     asked, held = model.num_parameters(), sum(prod(tensor.shape) for tensor in stored.values())
     if asked > MOST_PACKED * held:
         raise ValueError(f"its config.json asks for {asked:,} numbers, its files hold {held:,}")

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import moe
 
 from opsd.common.errors import UserError, in_short
 from opsd.models.load import best_attention
+from opsd.models.multimodal import auto_class
 from opsd.prefix import packed_forward as stream
 from opsd.rollout import Sampling
 from opsd.rollout.logits_sampling import Draw
@@ -134,13 +135,18 @@ def unshared_because(architecture: PreTrainedConfig) -> str | None:
 
 
 def meta_model(architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on torch's meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            copy.deepcopy(architecture),
-            dtype=dtype,
-            attn_implementation=best_attention(architecture),
-        )
+    """The model on torch's meta device. Raises UserError where transformers cannot make it."""
+    try:
+        with torch.device("meta"):
+            return auto_class(architecture).from_config(
+                copy.deepcopy(architecture),
+                dtype=dtype,
+                attn_implementation=best_attention(architecture),
+            )
+    except Exception as error:  # of the model's own code
+        raise UserError(
+            f"model.path: {architecture.model_type} cannot be made ({in_short(error)})"
+        ) from error
 
 
 def _make_fake(model: nn.Module) -> None:
@@ -246,10 +252,11 @@ def _layer_kinds(architecture: PreTrainedConfig) -> list[list[int]] | None:
 
 
 def _by_layer(text: PreTrainedConfig) -> dict[str, list]:
-    """The config's lists that have an entry for each layer."""
+    """The config's lists that have an entry for each layer: no two numbers, as of a limit."""
     count = text.num_hidden_layers
     lists = {name: x for name, x in vars(text).items() if isinstance(x, list) and len(x) == count}
-    return {name: x for name, x in lists.items() if not name.startswith(("_", "architectures"))}
+    own = {name: x for name, x in lists.items() if not name.startswith(("_", "architectures"))}
+    return {name: x for name, x in own.items() if not isinstance(x[0], float)}
 
 
 def _differs(text: PreTrainedConfig) -> bool:
@@ -271,6 +278,8 @@ def _with_layers(architecture: PreTrainedConfig, layers: Sequence[int]) -> PreTr
         }
         text.per_layer_config = None
     text.num_hidden_layers = len(layers)
+    if hasattr(text, "decoder_layers"):  # of BART's kind, where the other name is the encoder's
+        text.decoder_layers = len(layers)
     for name, values in lists.items():
         setattr(text, name, [values[layer] for layer in layers])
     if own is not None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from opsd.common.errors import UserError
 from opsd.common.precision import compute_dtype
 from opsd.common.urls import is_address
 from opsd.config.config import Config
@@ -20,8 +21,7 @@ from opsd.config.requirements import scores_by_teacher
 from opsd.config.sections import ALL_LINEAR, LoraSection, ModelSection, TeacherSection
 from opsd.distributed.processes import SPLIT_WEIGHTS
 from opsd.models.head import decoder_of
-from opsd.models.lora import check_targets, is_linear
-from opsd.models.multimodal import other_linear_layers
+from opsd.models.lora import check_targets, is_linear, without_adapter
 from opsd.models.teacher import Member, teacher_section
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, SampleGroup, Totals, samples_of
 from opsd.plan.architectures import architecture
@@ -82,6 +82,12 @@ class Planner:
         device_memory: int | None,  # of the GPU that they are for; None: a CPU
         processes: int = 1,  # that train together, on a device each
     ):
+        for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+            if not hasattr(student.get_text_config(), name):
+                raise UserError(
+                    f"model.path: a plan cannot read {student.model_type}, whose config has no "
+                    f"{name}; a short run says what it takes"
+                )
         self.student, self.lengths = student, lengths
         self.device_memory, self.processes = device_memory, processes
         self._known: dict[str, Any] = {}  # what was found for other configs alike
@@ -258,21 +264,19 @@ class Planner:
 
 def count_parameters(model: PreTrainedConfig) -> int:
     """Parameters of the model, tied ones once; nothing is allocated."""
-    with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(model)
-    return sum(parameter.numel() for parameter in made.parameters())
+    return sum(p.numel() for p in meta_model(model, torch.float32).parameters())
 
 
 def _sizes(model: PreTrainedConfig, section: ModelSection) -> Sizes:
     """The parameters of a model with the adapters that `section` adds."""
-    with torch.device("meta"), quiet():
-        made = AutoModelForCausalLM.from_config(model)
-        own = sum(parameter.numel() for parameter in made.parameters())
-        layers = decoder_of(made).modules()
-        linear = sum(layer.weight.numel() for layer in layers if type(layer) is nn.Linear)
-        if section.lora is None:
-            return Sizes(own, linear, own)
-        adapted = _add_adapters(made, section.lora)
+    with quiet():
+        made = meta_model(model, torch.float32)
+    own = sum(parameter.numel() for parameter in made.parameters())
+    layers = decoder_of(made).modules()
+    linear = sum(layer.weight.numel() for layer in layers if type(layer) is nn.Linear)
+    if section.lora is None:
+        return Sizes(own, linear, own)
+    adapted = _add_adapters(made, section.lora)
     train = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     return Sizes(own, linear, train)
 
@@ -294,7 +298,7 @@ def _student(
 def _add_adapters(model: PreTrainedModel, lora: LoraSection) -> PreTrainedModel:
     """The model, frozen, with what LoRA adds to it: peft's tensors, without peft. In place."""
     check_targets(model, lora)
-    head, others = model.get_output_embeddings(), other_linear_layers(model)
+    head, others = model.get_output_embeddings(), without_adapter(model)
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):
         named = lora.targets == [ALL_LINEAR] or name.rpartition(".")[2] in lora.targets

@@ -123,6 +123,7 @@ def cached_token_cost(model: PreTrainedModel) -> float:
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return 2 * pair / width
     inner = getattr(config, "intermediate_size", None) or 4 * width  # GPT-2 has no name for it
+    inner = sum(inner) / len(inner) if isinstance(inner, list) else inner  # Gemma 3n's, by layer
     return pair / (8 * width + 4 * inner)
 
 

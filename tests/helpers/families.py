@@ -29,7 +29,7 @@ from typing import Any
 import deepspeed as _imported_here  # noqa: F401 - what a command needs, before the forks
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `helpers`
 
@@ -43,6 +43,7 @@ from opsd.config.load import save_config
 from opsd.evaluate import answers as _imported_as_well  # noqa: F401
 from opsd.models.dropout import switch_off_dropout
 from opsd.models.load import best_attention
+from opsd.models.multimodal import auto_class
 from opsd.prefix import shared_prefix_hidden_states, uncontinuable, unpackable
 from opsd.quickstart import tiny_model as tiny
 from opsd.training import run as training
@@ -139,7 +140,8 @@ def command(name: str, words: list[str]) -> str:
 
 def _load_again(found: dict[str, Any]) -> None:
     try:
-        _, told = AutoModelForCausalLM.from_pretrained("opsd/model", output_loading_info=True)
+        kind = auto_class(AutoConfig.from_pretrained("opsd/model"))
+        _, told = kind.from_pretrained("opsd/model", output_loading_info=True)
         wrong = {key: sorted(map(str, names))[:2] for key, names in told.items() if names}
         found["commands"]["load"] = str(wrong) if wrong else ""
     except Exception as error:

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.lines import read_lines
+from helpers.tiny_models import tiny_config, tiny_model
 from helpers.training_cases import ROWS, logits, quiet, short_config, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd.cli.main import main
+from opsd.common.errors import UserError
 from opsd.compare.flops import multiplying_parameters
-from opsd.config.load import save_config
+from opsd.config.load import parse_config, save_config
 from opsd.config.loss import LossSection
 from opsd.config.sections import ModelSection, PromptsSection
 from opsd.data.prompts import Prompts
@@ -23,6 +25,8 @@ from opsd.models.load import checkpoint_activations, load_model
 from opsd.models.lora import add_adapters, without_adapters
 from opsd.models.moving_average import FILE, MovingAverage
 from opsd.objectives import OPSD, Problem, Totals
+from opsd.plan.memory import Planner
+from opsd.plan.workload import Lengths
 from opsd.prefix import rollout_hidden_states
 from opsd.prefix.packed_forward import adapter_state
 from opsd.quickstart import tiny_model as tiny
@@ -254,3 +258,23 @@ def test_what_cannot_be_adapted_is_one_line(overrides, wanted, files, tmp_path, 
     save_config(short_config(*files, tmp_path / "run"), tmp_path / "config.yaml")
     assert main(["train", str(tmp_path / "config.yaml"), *overrides]) == 1
     assert wanted in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "model_type, without",
+    [("falcon_h1", "out_proj"), ("deepseek_v4", "o_a_proj"), ("llama4_text", "router")],
+)
+def test_all_linear_leaves_out_what_is_no_product_or_is_read_past_an_adapter(model_type, without):
+    """Mamba's kernels read out_proj's weight, and peft refuses it; the others make something else
+    than W x. The plan counts as many as peft makes."""
+    config = parse_config({"model": {"path": "x", "lora": LORA}, "data": {"source": "none"}})
+    model = add_adapters(tiny_model(model_type), config.model)
+    names = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert names and not any(name.endswith(f".{without}") for name in names)
+    assert model(input_ids=torch.arange(3, 9)[None]).logits.isfinite().all()
+    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    planned = Planner(tiny_config(model_type), Lengths(5, 9, 8), None)
+    assert planned.sizes(config).train == trains
+    named = ModelSection(path="x", lora={"targets": [without]})
+    with pytest.raises(UserError, match=f"targets has '{without}': this model has"):
+        add_adapters(tiny_model(model_type), named)

@@ -3,12 +3,17 @@
 import pytest
 import torch
 from helpers.lines import read_lines
+from helpers.prefix_models import assert_same, make_groups
+from helpers.tiny_models import tiny_model
 from helpers.training_cases import quiet, short_config, write_rows
 from safetensors.torch import load_file
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 from opsd.models.load import load_model
+from opsd.models.multimodal import auto_class
+from opsd.prefix import shared_prefix_hidden_states, unpackable
 from opsd.quickstart import tiny_model as tiny
+from opsd.training.checkpoints import save_model
 from opsd.training.run import train
 
 
@@ -73,3 +78,23 @@ def test_what_text_does_not_run_through_wants_no_gradient(files):
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen and all("vision" in name or "projector" in name for name in frozen)
     assert wants and not any("vision" in name or "projector" in name for name in wants)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "gemma4", "mistral3", "llama4"],
+)
+def test_models_with_images_are_loaded_whole_and_saved_as_what_they_were(model_type, tmp_path):
+    made = tiny_model(model_type)
+    made.save_pretrained(tmp_path / "model")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "model")
+    model, tokenizer = load_model(short_config(tmp_path / "model", tmp_path, tmp_path).model)
+    assert type(model) is type(made)
+    if unpackable(model) is None:
+        groups = make_groups()
+        assert_same(model, shared_prefix_hidden_states(model, groups), groups)
+    save_model(model, tokenizer, tmp_path, "saved")
+    kind = auto_class(AutoConfig.from_pretrained(tmp_path / "saved"))
+    again, told = kind.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert type(again) is type(made) and not any(told.values())
+    assert again.state_dict().keys() == made.state_dict().keys()
