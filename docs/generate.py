@@ -1,9 +1,10 @@
 """Writes the reference pages from the code: `python docs/generate.py`.
 
 docs/options.md is made of the config classes (`opsd/config/`), docs/api.md of
-signatures and docstrings, docs/agreement.md of the grader's judged pairs, docs/gpu-cost.md of the
-kernels' model, docs/kernel-cpu.svg of a benchmark's results, opsd/config/schema.json of the config
-classes again, for editors. A test compares them with what this would write now.
+signatures and docstrings, docs/agreement.md of the grader's judged pairs, docs/models.md of
+docs/models.jsonl, docs/gpu-cost.md of the kernels' model, docs/kernel-cpu.svg of a benchmark's
+results, opsd/config/schema.json of the config classes again, for editors. A test compares them with
+what this would write now.
 """
 
 import importlib
@@ -61,6 +62,26 @@ is [how the grader reads answers](evaluate.md#grading), and how often it agrees.
 | kind | pairs | must earn nothing |
 | --- | --- | --- |
 """
+
+MODELS = """# Appendix: model types
+
+Every type of transformers' `AutoModelForCausalLM`, tried as a tiny random model by
+`python -m tests.helpers.families`: two steps of OPSD and of GRPO, without sharing, with adapters,
+a plan and an evaluation, and what was saved loaded by transformers. Types with images are loaded
+whole; their text decoder trains. [What sharing is](prefix.md).
+
+| outcome | types | |
+| --- | --- | --- |
+"""
+
+OUTCOMES = {
+    "shared": "each prefix runs once, exactly: logits within 2e-5, gradients within 1e-5",
+    "teacher shared": "the teacher's prefix runs once, the student's with each rollout",
+    "not shared": "trains, each rollout with its own prefix",
+    "refused": "one line before any work",
+    "fails": "a mistake here",
+}
+"""What becomes of a type."""
 
 GPU_COST = """# Appendix: what the kernels should cost on a GPU
 
@@ -303,6 +324,43 @@ def agreement_page() -> str:
     return "".join([MADE, AGREEMENT, *rows])
 
 
+def models_page() -> str:
+    """docs/models.md: the types of docs/models.jsonl by outcome."""
+    lines = [json.loads(line) for line in (DOCS / "models.jsonl").read_text().splitlines()]
+    found = [(line["type"], *outcome(line)) for line in lines]
+    counts = Counter(result for _, result, _ in found)
+    parts = [MADE, MODELS]
+    parts += [f"| {name} | {counts[name]} | {text} |\n" for name, text in OUTCOMES.items()]
+    parts.append(f"\nWith transformers {lines[0]['transformers']}:\n\n")
+    parts.append("| type | outcome | why, and what else does not go |\n| --- | --- | --- |\n")
+    for name, result, why in found:
+        parts.append(f"| {name} | {result} | {linked(why).replace('|', chr(92) + '|')} |\n")
+    return "".join(parts)
+
+
+def outcome(line: dict[str, Any]) -> tuple[str, str]:
+    """A type's outcome, one of OUTCOMES, and why, with what of its commands ended otherwise."""
+    ends = {name: said_plainly(end) for name, end in line["commands"].items()}
+    wrong = [f"{name}: {end}" for name, end in ends.items() if end]
+    if "error" in line or any("internal error" in end or end == "exit 1" for end in wrong):
+        return "fails", "; ".join([line.get("error", ""), *wrong]).strip("; ")
+    if ends["opsd"]:
+        return "refused", ends["opsd"]
+    if line["unshared"] is None:
+        exact = line["logits"] <= 2e-5 and line["gradients"] <= 1e-5
+        return "shared" if exact else "fails", "; ".join(wrong)
+    whys = [line["unshared"], *wrong]
+    if line["uncontinued"] is None:
+        return "teacher shared", "; ".join(whys)
+    return "not shared", "; ".join([line["unshared"], line["uncontinued"], *wrong])
+
+
+def said_plainly(end: str) -> str:
+    """A command's error without the field that it starts with, and without a list at its end."""
+    text = re.sub(r"^opsd: (model\.path( is 'model')?: )?", "", end)
+    return re.sub(r" Model type should be one of .*|; (take|a short run|try|please) .*", "", text)
+
+
 def schema() -> str:
     """The JSON schema of a config, for editors."""
     made = Config.model_json_schema()
@@ -315,6 +373,7 @@ PAGES = {
     "api.md": api_page,
     "agreement.md": agreement_page,
     "gpu-cost.md": gpu_cost_page,
+    "models.md": models_page,
     "kernel-cpu.svg": kernel_figure,
     "../opsd/config/schema.json": schema,
 }

@@ -13,6 +13,7 @@ from opsd.common.format import duration, number, size
 from opsd.config.compatibility import refused
 from opsd.config.config import Config
 from opsd.config.load import load_config, merge, parse_config, with_overrides
+from opsd.models.load import window
 from opsd.plan.architectures import architecture
 from opsd.plan.memory import Memory, Planner
 from opsd.plan.suggestions import fit
@@ -129,12 +130,12 @@ def _config(asked: argparse.Namespace) -> Config:
 
 def _check_window(student: PreTrainedConfig, lengths: Lengths) -> int:
     """Tokens of the longest sequence. Raises UserError where the model's window is shorter."""
-    window = getattr(student.get_text_config(), "max_position_embeddings", None)
+    most = window(student)
     longest = lengths.prompt + lengths.solution + lengths.rollout
-    if window is not None and longest > window:
+    if most is not None and longest > most:
         raise UserError(
             f"--prompt-tokens, --solution-tokens and rollout.max_new_tokens are {longest} "
-            f"together: the model's window is {window}"
+            f"together: the model's window is {most}"
         )
     return longest
 

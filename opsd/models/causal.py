@@ -27,8 +27,9 @@ def check_causal(model: PreTrainedModel, where: str) -> None:
         return
     model.eval()
     try:
-        with torch.autocast(device, torch.bfloat16, enabled=flash):
+        with torch.autocast(device, torch.bfloat16, enabled=flash), torch.random.fork_rng():
             states, logits, ours = _tried(model)
+            decoder_of(model.train())(input_ids=torch.arange(3, device=model.device)[None])
     except Exception as error:  # of the model's own code
         raise UserError(
             f"{where}: {name} does not run on tokens alone ({in_short(error)}); take a causal "

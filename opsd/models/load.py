@@ -265,7 +265,8 @@ def check_directory(section: ModelSection, name: str = "model") -> ModelFiles:
 
 def window(config: PreTrainedConfig) -> int | None:
     """The longest sequence that the model's positions allow; None where its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if found is None or found > 0 else None  # XLNet says -1
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

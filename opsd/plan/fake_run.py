@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import cast
 from unittest.mock import patch
@@ -102,36 +102,53 @@ def over_layers(
     that does not run without data.
     """
     kinds = _layer_kinds(architecture)
+    with _running(architecture):
+        if kinds is not None:
+            with suppress(IndexError, KeyError):  # of layers that need others
+                return _by_kinds(architecture, kinds, measure)
+        return measure(architecture)
+
+
+def _by_kinds(
+    architecture: PreTrainedConfig,
+    kinds: list[list[int]],
+    measure: Callable[[PreTrainedConfig], Peaks],
+) -> Peaks:
+    firsts = [places[0] for places in kinds]
+    least = measure(_with_layers(architecture, firsts))
+    most, at_kernel = least.most, least.at_kernel
+    for places in kinds:
+        if len(places) > 1:
+            more = measure(_with_layers(architecture, sorted([*firsts, places[1]])))
+            most += (len(places) - 1) * (more.most - least.most)
+            at_kernel += (len(places) - 1) * (more.at_kernel - least.at_kernel)
+    return Peaks(most, at_kernel)
+
+
+@contextmanager
+def _running(architecture: PreTrainedConfig) -> Iterator[None]:
+    """Makes one line of what the model's own code raises, which may look at values."""
     try:
-        if kinds is None:
-            return measure(architecture)
-        firsts = [places[0] for places in kinds]
-        least = measure(_with_layers(architecture, firsts))
-        most, at_kernel = least.most, least.at_kernel
-        for places in kinds:
-            if len(places) > 1:
-                more = measure(_with_layers(architecture, sorted([*firsts, places[1]])))
-                most += (len(places) - 1) * (more.most - least.most)
-                at_kernel += (len(places) - 1) * (more.at_kernel - least.at_kernel)
+        yield
     except UserError:
         raise
-    except Exception as error:  # of the model's own code, which may look at values
+    except Exception as error:
         raise UserError(
             f"model.path: a plan cannot run {architecture.model_type} without data "
             f"({in_short(error)}); a short run says what it takes"
         ) from error
-    return Peaks(most, at_kernel)
 
 
 def unshared_because(architecture: PreTrainedConfig) -> str | None:
     """Why such a model cannot share prefixes; None where it can."""
     kinds = _layer_kinds(architecture)
-    if kinds is not None:
-        architecture = _with_layers(architecture, [places[0] for places in kinds])
-    model = meta_model(architecture, torch.float32)
-    with _without_data(), torch.no_grad():
-        _make_fake(model)
-        return stream.unpackable(model)
+    with _running(architecture):
+        if kinds is not None:
+            architecture = _with_layers(architecture, [places[0] for places in kinds])
+        model = meta_model(architecture, torch.float32)
+        with _without_data(), torch.no_grad():
+            _make_fake(model)
+            return stream.unpackable(model)
 
 
 def meta_model(architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -222,12 +239,14 @@ def sampling_peaks(
                 logits_to_keep=1,
             )
             draw(None, output.logits[:, -1, :].to(torch.float32, copy=True))
-            return output.past_key_values
+            return getattr(output, "past_key_values", None)
 
         cache = forward(prompt)
         reading = count.peaks.most
         del cache
         cache = forward(prompt + longest - 1)  # stands for all tokens but the last
+        if cache is None:  # and these run again for the last
+            return count.peaks
         count.most = count.live
         forward(1, cache, prompt + longest - 1)
         return Peaks(max(reading, count.peaks.most), 0)

@@ -251,7 +251,8 @@ def _refusal(model: PreTrainedModel) -> str | None:
     modes = [(module, module.training) for module in model.modules()]
     model.train()  # attention dropout, if any, is on then
     try:
-        probe(model)
+        if not probe(model):
+            return f"{type(model).__name__} does not call the attention that replaces its own"
     except UnpackableError as error:
         return str(error)
     except UserError:
