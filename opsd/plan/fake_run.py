@@ -104,7 +104,7 @@ def over_layers(
     kinds = _layer_kinds(architecture)
     with _running(architecture):
         if kinds is not None:
-            with suppress(IndexError, KeyError):  # of layers that need others
+            with suppress(IndexError, KeyError, UserError):  # of layers that need others
                 return _by_kinds(architecture, kinds, measure)
         return measure(architecture)
 
@@ -143,9 +143,12 @@ def unshared_because(architecture: PreTrainedConfig) -> str | None:
     """Why such a model cannot share prefixes; None where it can."""
     kinds = _layer_kinds(architecture)
     with _running(architecture):
-        if kinds is not None:
-            architecture = _with_layers(architecture, [places[0] for places in kinds])
-        model = meta_model(architecture, torch.float32)
+        try:
+            assert kinds is not None
+            short = _with_layers(architecture, [places[0] for places in kinds])
+            model = meta_model(short, torch.float32)
+        except Exception:  # of layers that cannot be chosen
+            model = meta_model(architecture, torch.float32)
         with _without_data(), torch.no_grad():
             _make_fake(model)
             return stream.unpackable(model)
