@@ -10,7 +10,7 @@ from pathlib import Path
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
-from opsd.common.near import near_file
+from opsd.common.near import near_file, near_model
 from opsd.common.urls import is_address
 from opsd.config.config import Config
 from opsd.config.load import load_config
@@ -49,12 +49,10 @@ def check_model(name: str, field: str) -> None:
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         known = any((path / file).is_file() for file in MODELS) or any(path.glob("*.gguf"))
-        for inside in (path / "model", path / "best" / "model"):
-            if not known and any((inside / file).is_file() for file in MODELS):
-                raise UserError(
-                    f"{field} is {name!r}: a directory without config.json; did you mean "
-                    f"{str(inside)!r}?"
-                )
+        if not known:
+            raise UserError(
+                f"{field} is {name!r}: a directory without config.json{near_model(path)}"
+            )
     elif path.exists():
         raise UserError(f"{field} is {name!r}: a file; it must be a directory, or a hub name")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:  # no name of the hub

@@ -31,5 +31,24 @@ def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
     return f"; did you mean {str(path.parent / near)!r}?" if near else ""
 
 
+def near_model(path: Path) -> str:
+    """`; did you mean 'run/model'?` for a directory that is no model, by what a run of ours or of
+    another trainer has left in it. Of numbered checkpoints it is the last."""
+    found = {
+        file.parent
+        for name in ("config.json", "adapter_config.json")
+        for place in ("*", "best/*")
+        for file in path.glob(f"{place}/{name}")
+    }
+    ours = [path / "best" / "model", path / "model"]
+
+    def rank(directory: Path) -> tuple[int, int, str]:
+        number = directory.name.rpartition("-")[2]
+        own = ours.index(directory) if directory in ours else -1
+        return own, int(number) if number.isdecimal() else -1, directory.name
+
+    return f"; did you mean {str(max(found, key=rank))!r}?" if found else ""
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[\s.-]+", "_", name.strip().lower())

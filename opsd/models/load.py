@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.hub_offline import before_asking_hub
-from opsd.common.near import near_file
+from opsd.common.near import near_file, near_model
 from opsd.common.saved_directory import check_saved
 from opsd.common.strict_json import read_object
 from opsd.config.sections import ModelSection
@@ -252,7 +252,7 @@ def check_directory(section: ModelSection, name: str = "model") -> ModelFiles:
         )
     if path.is_dir() and not section.gguf_file and not (path / "config.json").is_file():
         hint = ", ".join(file.name for file in sorted(path.glob("*.gguf")))
-        hint = f"; for a GGUF file set {name}.gguf_file ({hint})" if hint else ""
+        hint = f"; for a GGUF file set {name}.gguf_file ({hint})" if hint else near_model(path)
         raise UserError(f"{where}: a directory without config.json{hint}")
     if not section.gguf_file and not any(path.glob("*.safetensors*")):
         for pickled in path.glob("pytorch_model*.bin"):

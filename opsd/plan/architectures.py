@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.files import read_toml
+from opsd.common.near import near_model
 from opsd.config.sections import ModelSection
 from opsd.models.adapter_files import model_files
 from opsd.models.weight_files import find_file
@@ -43,7 +44,7 @@ def _base(section: ModelSection, where: str) -> PreTrainedConfig:
         if path.is_file() or (path / "config.json").is_file():
             return AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
         if path.is_dir():
-            raise UserError(f"{where}: a directory without config.json")
+            raise UserError(f"{where}: a directory without config.json{near_model(path)}")
         cached = find_file(section.path, "config.json", section.revision, offline=True)
         if cached is not None:
             return AutoConfig.from_pretrained(cached, trust_remote_code=section.trust_remote_code)
