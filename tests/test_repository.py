@@ -17,7 +17,10 @@ def test_the_workflow_runs_what_is_there():
     scripts = [command for command in commands if (ROOT / command.split()[0]).exists()]
     assert scripts == [".ci/run", "release/wheels"]
     assert all(os.access(ROOT / script, os.X_OK) for script in scripts)
-    (install,) = [command for command in commands if command.startswith("pip install ")]
+    (suite,) = [c for c in commands if c.startswith("pytest ")]
+    assert all((ROOT / word).is_dir() for word in suite.split() if word.startswith("tests/"))
+    steps = [step.get("run", "") for step in jobs["wheels"]["steps"]]
+    (install,) = [command for command in steps if command.startswith("pip install ")]
     assert sorted(install.split()[2:]) == sorted(PROJECT["optional-dependencies"]["release"])
 
 

@@ -9,7 +9,9 @@ from opsd.common.errors import UserError
 from opsd.models.copies import update_copy
 from opsd.rollout.base import Rollout, Sampling, cut
 
-PAGE = 256  # tokens of one sequence that the cache holds in a block
+# Tokens of one sequence in a block of the cache: the default of `page_size`, which was `block_size`
+# before transformers 5.18.
+PAGE = 256
 MIN_BATCH_TOKENS = 256  # tokens that one forward may hold, for prefill
 
 
@@ -48,7 +50,6 @@ class ContinuousSampler:
         longest = max(map(len, contexts)) + sampling.max_new_tokens
         at_once = min(sampling.batch_size, len(contexts))
         cache = ContinuousBatchingConfig(
-            page_size=PAGE,
             num_blocks=at_once * -(-longest // PAGE),
             max_batch_tokens=max(longest, at_once, MIN_BATCH_TOKENS),
         )
