@@ -5,7 +5,7 @@ Import the samplers and `make_sampler`, which picks one, from here.
 """
 
 from opsd.common.http import ServerError, ServerGoneError
-from opsd.rollout.base import Rollout, Sampler, Sampling
+from opsd.rollout.base import Rollout, Sampler, Sampling, described
 from opsd.rollout.continuous import ContinuousSampler
 from opsd.rollout.distributed import DistributedSampler
 from opsd.rollout.engines import (

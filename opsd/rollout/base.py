@@ -1,8 +1,8 @@
 """What every sampler takes and gives."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Protocol
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,6 +70,13 @@ class Sampler(Protocol):
     ) -> list[Rollout]:
         """One rollout a context; `progress(sequences, tokens)` is called as they are done."""
         ...
+
+
+def described(sampler: Sampler, sampling: Sampling) -> dict[str, Any]:
+    """How rollouts are drawn, for the log: by which engine, and a server's release."""
+    software = getattr(sampler, "software", None)
+    named = {"engine": sampler.engine} | ({"software": software} if software else {})
+    return named | asdict(sampling)
 
 
 def draw_seeds(sampling: Sampling, count: int) -> list[int | None]:

@@ -28,7 +28,7 @@ class DistributedSampler:
     ):
         self.sampler, self.processes = sampler, processes
         self.inference_copy = inference_copy
-        self.engine = sampler.engine
+        self.engine, self.software = sampler.engine, getattr(sampler, "software", None)
         self._synced: PreTrainedModel | None = None
 
     def sync_weights(self, model: PreTrainedModel) -> None:
@@ -41,6 +41,11 @@ class DistributedSampler:
             self.processes.once(lambda: self.sampler.sync_weights(model))
         else:
             self.processes.together(lambda: self.sampler.sync_weights(model))
+
+    @property
+    def sync(self) -> dict[str, float]:
+        """What the last `sync_weights` cost, for the log, where weights go to another engine."""
+        return getattr(self.sampler, "sync", {})
 
     def sample(
         self,

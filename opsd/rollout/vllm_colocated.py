@@ -1,11 +1,13 @@
 """Rollouts by vLLM in this process and on the GPU that trains. It sleeps during training."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError
@@ -67,6 +69,7 @@ class ColocatedSampler:
                 **settings,
             )
         self._awake, self._weights_of = True, None
+        self.sync: dict[str, float] = {}
         self._sleep()
 
     def sync_weights(self, model: PreTrainedModel) -> None:
@@ -77,7 +80,10 @@ class ColocatedSampler:
         self._wake("weights")
         # On a CPU vLLM 0.32 keeps another copy of a tied head, which only its name brings.
         weights = named_weights(model, self.dtype, head_too=self._on_cpu)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.sync, start = {"sync_bytes": 0}, time.monotonic()
+        given = {"weights_iterator": self._counted(weights)}
+        self.llm.collective_rpc("reload_weights", kwargs=given)
+        self.sync["sync_seconds"] = time.monotonic() - start
         self._wake("kv_cache")
         self.llm.reset_prefix_cache()
         self._awake = True
@@ -105,6 +111,11 @@ class ColocatedSampler:
             progress(len(rollouts), sum(len(rollout.ids) for rollout in rollouts))
         self._sleep()
         return rollouts
+
+    def _counted(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            self.sync["sync_bytes"] += weight.nbytes
+            yield name, weight
 
     def _wake(self, what: str) -> None:
         if self._sleeps:

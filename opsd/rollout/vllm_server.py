@@ -1,6 +1,7 @@
 """Rollouts by a vLLM server, which loads the new weights before each sampling."""
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,7 +38,8 @@ class ServerSampler:
     ):
         self.server, self.stops, self.vocabulary = server, stops, vocabulary
         self.directory, self.dtype = directory, dtype
-        self.versions = 0
+        self.versions, self.software = 0, server.software
+        self.sync: dict[str, float] = {}
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)  # what a run that was killed has left
 
@@ -46,7 +48,7 @@ class ServerSampler:
         # A new directory each time: some releases of vLLM keep what they have read from a path
         # (vllm-project/vllm#32718).
         assert self.directory is not None
-        self.versions += 1
+        self.versions, start = self.versions + 1, time.monotonic()
         new = self.directory / str(self.versions)
         new.mkdir(parents=True)
         try:
@@ -57,6 +59,8 @@ class ServerSampler:
             save_file(weights, new / "model.safetensors", {"format": "pt"})
             readable(new)  # the server may be somebody else's
             self.server.load(new.absolute())
+            self.sync["sync_bytes"] = sum(weight.nbytes for weight in weights.values())
+            self.sync["sync_seconds"] = time.monotonic() - start
         finally:
             shutil.rmtree(self.directory)
 

@@ -1,7 +1,7 @@
 """A step's problems: rows → contexts → rollouts → grades → teacher contexts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from opsd.distributed.processes import Processes
 from opsd.grading.rewards import RewardFunction
 from opsd.models.load import window
 from opsd.objectives import Objective, Problem
-from opsd.rollout import Rollout, Sampler, Sampling
+from opsd.rollout import Rollout, Sampler, Sampling, described
 from opsd.training.teacher_contexts import TeacherContexts, graded, informative, outcome_measures
 
 
@@ -55,20 +55,22 @@ class RolloutCollector:
         self.teacher_contexts = TeacherContexts(self.prompts, longest, skips, self.note)
         self.samples = self.objective.samples_rollouts and source != "reference"
         drawn_by = self.teacher_sampler if source == "teacher" else self.sampler
-        self.how = {"source": source, "engine": drawn_by.engine, **asdict(self.sampling)}
+        self.how = {"source": source, **described(drawn_by, self.sampling)}
 
     def __call__(self, rows: Sequence[Row]) -> CollectedRollouts:
         """The problems of a step that draws these rows."""
+        sync = {}
         if self.samples:
             with phase("rollout"):
                 self.sampler.sync_weights(self.model)
+            sync = getattr(self.sampler, "sync", {})
         sampled = self._sample(rows)
         chosen = sampled
         if self.section.dynamic_sampling:
             sampled, chosen = self._sample_more(sampled)
         measures = outcome_measures(sampled)
         chosen, measured = self.teacher_contexts(chosen)
-        return CollectedRollouts(sampled, chosen, measures | measured)
+        return CollectedRollouts(sampled, chosen, sync | measures | measured)
 
     def _sample_more(self, sampled: list[Problem]) -> tuple[list[Problem], list[Problem]]:
         """Draws other problems for those whose rewards are all equal.

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from transformers import PreTrainedModel
@@ -17,7 +17,14 @@ from opsd.distributed.processes import Processes
 from opsd.grading.completions import completions
 from opsd.grading.grader import Grade, Grader
 from opsd.models.load import stop_ids
-from opsd.rollout import SAMPLERS, DistributedSampler, Rollout, Sampler, Sampling
+from opsd.rollout import (
+    SAMPLERS,
+    DistributedSampler,
+    Rollout,
+    Sampler,
+    Sampling,
+    described,
+)
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,8 @@ class HeldOut:
             parts = [final_part(text, chat.opens_thought) for text in texts]
             grade = partial(self.grader.grade, parts, [row.answer for row in self.rows])
             grades = grade() if self.processes is None else self.processes.once(grade)
-            how = {"engine": sampler.engine, **asdict(self.sampling)}
-            result = Evaluation(rollouts, texts, grades, time.monotonic() - start, how)
+            drawn = described(sampler, self.sampling)
+            result = Evaluation(rollouts, texts, grades, time.monotonic() - start, drawn)
             low, high = (100 * result.record()[name] for name in ("low", "high"))
             spent = sum(len(rollout.ids) for rollout in rollouts)
             stage.update(

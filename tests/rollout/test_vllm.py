@@ -244,6 +244,8 @@ def test_training_by_a_server(method, fake, files, tmp_path, monkeypatch):
         # fp32 on both sides: only the order of sums differs.
         assert abs(line["importance_ratio"] - 1) < 1e-4 and abs(line["engine_divergence"]) < 1e-4
         assert line["importance_truncated_fraction"] == 0
+        assert line["sync_bytes"] == sum(w.nbytes for w in fake.reloads[-1].values())
+        assert 0 < line["sync_seconds"] < line["rollout_seconds"]
     # Before each sampling: 4 steps, evaluations at 0, 2 and 4.
     assert len(fake.reloads) == 7
     last = load_file(tmp_path / "run" / "model" / "model.safetensors")
@@ -252,6 +254,7 @@ def test_training_by_a_server(method, fake, files, tmp_path, monkeypatch):
     for sample in read_lines(tmp_path / "run" / "samples.jsonl"):
         how = sample["sampling"]
         assert how["engine"] == "vllm_server" and how["temperature"] == 0
+        assert how["software"] == "vLLM 0.32.0 torch.float32 cpu"
         assert how["max_new_tokens"] == 6 and how["seed"] is None  # greedy
     rollouts = read_lines(tmp_path / "run" / "rollouts.jsonl")
     assert {line["sampling"]["engine"] for line in rollouts} == {"vllm_server"}

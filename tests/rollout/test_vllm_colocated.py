@@ -77,6 +77,7 @@ def test_the_colocated_engine_sleeps_but_while_it_samples(vllm, files, student, 
             for r in rollouts
         )
         assert engine.llm.awake == set()
+        assert engine.sync["sync_bytes"] == sum(p.nbytes for p in model.parameters())
         again = engine.sample(contexts, sampling)  # dynamic sampling's further problems
         assert [r.ids for r in again] == [r.ids for r in own] and engine.llm.awake == set()
 
