@@ -69,7 +69,7 @@ class Processes:
         deepspeed = sys.modules.get("deepspeed")
         if deepspeed is not None and deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()  # DeepSpeed keeps copies of the group
-        elif dist.is_initialized():
+        elif dist.is_initialized() and "LOCAL_RANK" in os.environ:  # else it is vLLM's own
             dist.destroy_process_group()
         for note in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # accelerate's, to itself
             os.environ.pop(note, None)

@@ -100,12 +100,15 @@ def check_served(server, directory):
 
 
 @pytest.mark.parametrize("method", ["opsd", "grpo"])
-def test_twenty_steps(method, server, files, tmp_path):
+def test_training(method, server, files, tmp_path):
     """After the last of which the server is given the weights once more, for an evaluation. grpo
     draws further problems in a step (dynamic sampling)."""
-    more = {"rollout": {"dynamic_sampling": 2}} if method == "grpo" else {}
-    train(config_of(files, tmp_path / "run", server, method=method, **more), quiet())
-    check(tmp_path / "run")
+    steps = 20 if method == "opsd" else 5
+    more = {"train": {"steps": steps}, "method": method}
+    if method == "grpo":
+        more["rollout"] = {"dynamic_sampling": 2}
+    train(config_of(files, tmp_path / "run", server, **more), quiet())
+    check(tmp_path / "run", steps)
     check_served(server, tmp_path / "run")
 
 
@@ -233,7 +236,7 @@ def complete(client, context, length, **how):
 @pytest.mark.parametrize("method", ["opsd", "grpo"])
 def test_in_this_process(method, files, tmp_path):
     """`rollout.engine: vllm`, by vLLM's Python; grpo with dynamic sampling."""
-    more = {"rollout": {"engine": "vllm", "server": None, "server_patience": 900}}
+    more = {"rollout": {"engine": "vllm", "server": None}, "train": {"steps": 5}}
     if method == "grpo":
         more |= {"method": "grpo"}
         more["rollout"] |= {"dynamic_sampling": 2}
@@ -242,5 +245,5 @@ def test_in_this_process(method, files, tmp_path):
     command = [PYTHON, "-m", "opsd", "train", str(tmp_path / "config.yaml")]
     env = environment(PYTHONPATH=str(Path(__file__).parents[2]))
     subprocess.run(command, env=env, check=True, timeout=900)
-    check(tmp_path / "run")
+    check(tmp_path / "run", 5)
     assert "cpu" in json.loads((tmp_path / "run" / "summary.json").read_text())["versions"]["vllm"]
