@@ -163,7 +163,7 @@ struct Sums {
 
 template <int KIND, bool CLIP, int LEAVE, bool SOFTCAP>
 Sums sums_of(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher, int64_t v, float factor,
-             const opsd_options& o) {
+             float target_weight, const opsd_options& o) {
   Sums total;
   const float beta = o.beta, threshold = o.clip_threshold, shift = shift_of(student, teacher);
   const Vector zero = L::all(0.f), one = L::all(1.f);
@@ -180,7 +180,7 @@ Sums sums_of(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher, int64_t
         clipped_sum += clipped_unnormalised<KIND>(e, threshold);
       }
       if (LEAVE == GRADIENT) {
-        part.put(student.x + j, student.through_softcap(factor * (e.s + e.unnormalised), z));
+        part.put(student.x + j, student.through_softcap(factor * (e.s + e.unnormalised - e.s * target_weight), z));
       } else if (LEAVE == FOR_LATER) {
         part.put(teacher.x + j, e.unnormalised);
       } else if (LEAVE == TWO_TERMS) {
@@ -213,7 +213,8 @@ void add(const Sums& sums, bool clip, float* state, int64_t stride) {
 // and the unclipped gradient.
 template <int KIND, bool CLIP, bool WRITE, bool SOFTCAP>
 double gradient_of(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher, int64_t v,
-                   float factor, float sum_unnormalised, float sum_clipped, const opsd_options& o) {
+                   float factor, float sum_unnormalised, float sum_clipped, float target_weight,
+                   const opsd_options& o) {
   const float beta = o.beta, threshold = o.clip_threshold, shift = shift_of(student, teacher);
   double dot = 0.0;
   for (int64_t start = 0; start < v; start += BLOCK) {
@@ -228,6 +229,7 @@ double gradient_of(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher, i
         block_dot += clipped * g;
         g = clipped;
       }
+      g -= e.s * target_weight;
       if (WRITE) part.put(student.x + j, student.through_softcap(factor * g, z));
     });
     if (CLIP) dot += sum(block_dot);
@@ -285,7 +287,7 @@ void sums_row(const opsd_tile& tile, int64_t i, const opsd_options& o) {
   const bool clip = o.clip == CLIP_ENTRY;
   const auto sums = clip ? sums_of<KIND, true, NOTHING, SOFTCAP>
                          : sums_of<KIND, false, NOTHING, SOFTCAP>;
-  add(sums(token.student, token.teacher, tile.v, 0.f, o), clip, token.state, token.stride);
+  add(sums(token.student, token.teacher, tile.v, 0.f, 0.f, o), clip, token.state, token.stride);
 }
 
 template <int KIND, bool SOFTCAP>
@@ -296,15 +298,16 @@ void gradient_row(const opsd_tile& tile, int64_t i, const float* row_weight, boo
   const float factor = row_weight ? row_weight[i] * o.student.scale / o.student.temperature : 0.f;
   if (!sums_known) {
     constexpr int LEAVE = KIND == FORWARD_KL ? GRADIENT : TWO_TERMS;
-    add(sums_of<KIND, false, LEAVE>(token.student, token.teacher, tile.v, factor, o), false,
-        token.state, token.stride);
+    add(sums_of<KIND, false, LEAVE>(token.student, token.teacher, tile.v, factor,
+                                    token.at(TARGET_WEIGHT), o),
+        false, token.state, token.stride);
     return;
   }
   const auto gradient = o.clip != CLIP_ENTRY ? gradient_of<KIND, false, true, SOFTCAP>
                         : row_weight         ? gradient_of<KIND, true, true, SOFTCAP>
                                              : gradient_of<KIND, true, false, SOFTCAP>;
   const double dot = gradient(token.student, token.teacher, tile.v, factor, token.at(UNNORMALISED),
-                              token.at(CLIPPED_UNNORMALISED), o);
+                              token.at(CLIPPED_UNNORMALISED), token.at(TARGET_WEIGHT), o);
   if (o.clip == CLIP_ENTRY) token.at(DOT) += static_cast<float>(dot);
 }
 
@@ -313,7 +316,7 @@ void gradient_row(const opsd_tile& tile, int64_t i, const float* row_weight, boo
 template <int KIND, bool SOFTCAP>
 void whole_row(const opsd_tile& tile, int64_t i, const float* row_weight, const opsd_options& o) {
   Token<SOFTCAP> token(tile, i, o);
-  token.normalise(tile.v);
+  if (token.at(MAX) == -INFINITY) token.normalise(tile.v);
   if (o.clip == CLIP_ENTRY) {
     sums_row<KIND, SOFTCAP>(tile, i, o);
     gradient_row<KIND, SOFTCAP>(tile, i, row_weight, true, o);
@@ -326,14 +329,15 @@ void whole_row(const opsd_tile& tile, int64_t i, const float* row_weight, const 
   token.use_normalisers();
   constexpr int LEAVE = KIND == FORWARD_KL ? GRADIENT : FOR_LATER;
   float factor = row_weight[i] * o.student.scale / o.student.temperature;
-  add(sums_of<KIND, false, LEAVE>(token.student, token.teacher, tile.v, factor, o), false,
-      token.state, token.stride);
+  add(sums_of<KIND, false, LEAVE>(token.student, token.teacher, tile.v, factor,
+                                  token.at(TARGET_WEIGHT), o),
+      false, token.state, token.stride);
   const float divergence = token.at(DIVERGENCE);
   float shrink = 1.f;
   if (o.clip == CLIP_TOKEN && divergence > o.clip_threshold) shrink = o.clip_threshold / divergence;
   if (KIND != FORWARD_KL) {
     gradient_of_unnormalised(token.student, token.teacher.x, tile.v, factor * shrink,
-                             token.at(UNNORMALISED));
+                             token.at(UNNORMALISED) + token.at(TARGET_WEIGHT));
   } else if (shrink != 1.f) {
     for (int64_t j = 0; j < tile.v; ++j) token.student.x[j] *= shrink;
   }

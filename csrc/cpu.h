@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 // Changes with every structure and signature below; opsd_kernels/tiles/c_interface.py has the same.
-#define OPSD_INTERFACE 2
+#define OPSD_INTERFACE 3
 
 extern "C" {
 

@@ -179,6 +179,7 @@ __global__ void __launch_bounds__(THREADS)
   const float sum = KNOWN == NOTHING ? 0.f : state[UNNORMALISED * stride];
   const float sum_clipped = KNOWN == CLIPPED_TOO ? state[CLIPPED_UNNORMALISED * stride] : 0.f;
   const float weight = row_weight ? row_weight[place.row] * o.factor : 0.f;
+  const float target_weight = state[TARGET_WEIGHT * stride];
   // first: the gradient, or the unnormalised one; then `second` is S.
   float total[KNOWN == NOTHING ? 2 : 1] = {}, first[ITEMS], second[ITEMS];
 #pragma unroll
@@ -202,6 +203,7 @@ __global__ void __launch_bounds__(THREADS)
       total[0] += e.term;
       total[KNOWN == NOTHING ? 1 : 0] += e.unnormalised;
     }
+    if (KNOWN != NOTHING || KIND == FORWARD_KL) g -= e.s * target_weight;
     first[i] = by_product * g;
   }
   if (row_weight) store(out, first, place);
@@ -311,7 +313,7 @@ gradient_t* choose_gradient(Known known, bool capped) {
 using namespace opsd;
 
 // Changes with every signature below; opsd_kernels/tiles/cuda.py has the same.
-#define OPSD_CUDA_INTERFACE 3
+#define OPSD_CUDA_INTERFACE 4
 
 // Every call starts on the tensors' device, and none with nothing to do launches.
 #define OPSD_BEGIN(tile, device)                               \

@@ -33,6 +33,7 @@ enum State : int32_t {
   COUNT = 9,
   CLIPPED_UNNORMALISED = 10,
   DOT = 11,
+  TARGET_WEIGHT = 12,
   TARGET = 3,  // of a log-probability's
 };
 

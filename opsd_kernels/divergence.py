@@ -115,6 +115,12 @@ class LogitTransform:
         squashed = (product * (self.scale / self.softcap)).tanh()
         return squashed * (self.softcap / self.temperature)
 
+    def derivative(self, z: Any) -> Any:
+        """By the product, of a few logits z."""
+        if self.softcap is None:
+            return self.slope
+        return self.slope * (1.0 - (z * (self.temperature / self.softcap)).square())
+
     def __post_init__(self) -> None:
         if not (_is_number(self.temperature) and self.temperature > 0.0):
             raise ValueError(

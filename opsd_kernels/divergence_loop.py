@@ -17,7 +17,12 @@ Over ranks that each hold a piece of the vocabulary, the per-token numbers are c
 
 Gradients are computed in forward, with each token's share of the loss: so that backward only scales
 them by the incoming scalar.
+
+A loss l_n of the log-probability of a token's own target needs no sweep of its own: the normalisers
+tell the log-probability, and l_n's derivative c_n by it adds c_n (1[v is the target] - S) to G.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,7 +37,11 @@ from opsd_kernels.tiles import state as states
 # Rows of the per-token numbers that come out.
 LOSS, DIVERGENCE, STUDENT_ENTROPY, TEACHER_ENTROPY, CLIPPED, INVERTED = range(6)
 STUDENT_LOG_PROB, TEACHER_LOG_PROB = 6, 7  # of the targets, where there are any
-STATISTICS = 8
+TOKEN_LOSS = 8  # l_n
+STATISTICS = 9
+
+TokenLoss = Callable[[Tensor, Tensor | slice], Tensor]
+"""(log-probability of their targets [n], which of the N tokens they are) -> l of each [n]."""
 
 
 def divergence_blocks(
@@ -47,12 +56,13 @@ def divergence_blocks(
     backend: str,
     shards: Shards | None,
     targets: Tensor | None = None,
+    token_loss: TokenLoss | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(stats [8, N], dh [N, D], dW [V, D], dbias [V]); the last three where `want`ed, for the loss
-    sum_n row_weight_n loss_n.
+    """(stats [9, N], dh [N, D], dW [V, D], dbias [V]); the last three where `want`ed, for the loss
+    sum_n row_weight_n loss_n + l_n.
 
     student [N, D], teacher [N, D_t]; `heads` of both; targets [N]: entries of the whole vocabulary,
-    whose log-probabilities are then the last two statistics. dh is rounded to the hidden states'
+    whose log-probabilities are then among the statistics. dh is rounded to the hidden states'
     dtype, dW and dbias to the weight's.
     """
     dtype, n_tokens = gemm.tile_dtype(student.dtype), student.shape[0]
@@ -63,6 +73,9 @@ def divergence_blocks(
     direct = entry_clip is None and (not want.head or (forward and token_clip is None))
     # dh = A - (sum p) B is a small difference: operands of 16 bits would round it away.
     direct = direct and (forward or gemm.exact_operands(student))
+    # The token clip is the divergence's alone, so that its factor must be known before l_n's part.
+    apart = token_loss is not None and token_clip is not None
+    direct = direct and not apart
     plan = plan_call(
         (student, teacher),
         heads,
@@ -72,7 +85,7 @@ def divergence_blocks(
         budget=budget,
         trains_head=want.weight,
     )
-    at_once = plan.one_pass and shards is None and hasattr(functions, "rows")
+    at_once = plan.one_pass and shards is None and hasattr(functions, "rows") and not apart
     direct = direct and want.any and not at_once and (forward or not plan.one_pass)
     two_sums = direct and not forward
 
@@ -87,26 +100,31 @@ def divergence_blocks(
         state = states.new(sweep.rows, student, dtype)
         factor = row_weight[rows] if want.any else None
         gradients.start(rows, two_sums=two_sums)
+        if not at_once or token_loss is not None:
+            add_normalisers_(sweep, functions.normalisers, rule, state, shards)
+        if not at_once and not direct:
+            add_sums_(sweep, functions.sums, rule, state, shards)
+            if token_clip is not None and want.any:
+                factor = factor * token_factor(state, token_clip)
+        by_product = None
+        if token_loss is not None:
+            z = target_logits(targets[rows], student[rows], heads[0], rule.transform, shards)
+            stats[TOKEN_LOSS, rows], slope = token_losses(token_loss, z, state, rows)
+            if factor is not None:
+                slope = slope if unit is None else slope * unit
+                state[states.TARGET_WEIGHT] = slope / factor
+                by_product = slope * rule.transform.derivative(z)
         if at_once:
             for tile in sweep:
                 functions.rows(*tile.roles, rule, state, factor, gradients.room(tile))
-        else:
-            for tile in sweep:
-                functions.normalisers(*tile.roles, rule, state)
-            if shards is not None:
-                shards.combine_normalisers_(state[states.STUDENT], state[states.TEACHER])
-            if not direct:
-                for tile in sweep:
-                    functions.sums(*tile.roles, rule, state)
-                if shards is not None:
-                    shards.sum_(state[states.SUMS])
-                if token_clip is not None and want.any:
-                    factor = factor * token_factor(state, token_clip)
         if want.any or entry_clip is not None:
             for tile in sweep:
                 if not at_once:
                     room = gradients.room(tile)
                     functions.gradient_(*tile.roles, rule, state, factor, not direct, room)
+                if by_product is not None:
+                    first = tile.columns.start + (0 if shards is None else shards.offset)
+                    add_to_targets_(gradients.written(tile), targets[rows] - first, by_product)
                 if want.any:
                     gradients.add(tile, sweep.student)
         if shards is not None:
@@ -117,32 +135,106 @@ def divergence_blocks(
         gradients.finish(
             rows,
             shards,
-            state[states.UNNORMALISED] if two_sums else None,
+            state[states.UNNORMALISED] + state[states.TARGET_WEIGHT] if two_sums else None,
             token_factor(state, token_clip) if direct and token_clip is not None else None,
         )
         stats[:STUDENT_LOG_PROB, rows] = statistics(state, rule)
         if targets is not None:
-            local = targets[rows] - (0 if shards is None else shards.offset)
-            roles = (student[rows], rule.transform), (teacher[rows], rule.of_teacher)
-            for role, (hidden, transform) in enumerate(roles):
-                z = target_logits(local, hidden.to(dtype), heads[role], transform)
-                if shards is not None:
-                    shards.sum_(z)
-                normaliser = state[(states.STUDENT, states.TEACHER)[role]]
-                z = (z - normaliser[states.MAX]) - states.log_sum(normaliser)
-                stats[STUDENT_LOG_PROB + role, rows] = z
+            hidden = student[rows], teacher[rows]
+            found = target_log_probs(targets[rows], hidden, heads, rule, state, shards)
+            stats[STUDENT_LOG_PROB : TEACHER_LOG_PROB + 1, rows] = found
     del buffer, narrow
     return stats, *gradients.results()
 
 
-def target_logits(targets: Tensor, hidden: Tensor, head: Head, transform: LogitTransform) -> Tensor:
-    """[n]: each token's own logit, by itself: D multiply-adds. 0 for targets that are elsewhere."""
-    size = len(head.weight)
-    entry = targets.clamp(0, size - 1)
-    z = (hidden * head.weight[entry].to(hidden.dtype)).sum(-1)
+def add_normalisers_(
+    sweep: Sweep, normalisers: Callable[..., None], rule: Rule, state: Tensor, shards: Shards | None
+) -> None:
+    """Pass 1."""
+    for tile in sweep:
+        normalisers(*tile.roles, rule, state)
+    if shards is not None:
+        shards.combine_normalisers_(state[states.STUDENT], state[states.TEACHER])
+
+
+def add_sums_(
+    sweep: Sweep, sums: Callable[..., None], rule: Rule, state: Tensor, shards: Shards | None
+) -> None:
+    """Pass 2."""
+    for tile in sweep:
+        sums(*tile.roles, rule, state)
+    if shards is not None:
+        shards.sum_(state[states.SUMS])
+
+
+def target_logits(
+    targets: Tensor,
+    hidden: Tensor,
+    head: Head,
+    transform: LogitTransform,
+    shards: Shards | None,
+) -> Tensor:
+    """[n]: each token's own logit, by itself: D multiply-adds."""
+    size, wide = len(head.weight), gemm.tile_dtype(hidden.dtype)
+    local = targets - (0 if shards is None else shards.offset)
+    entry = local.clamp(0, size - 1)
+    z = (hidden.to(wide) * head.weight[entry].to(wide)).sum(-1)
     if head.bias is not None:
         z = z + head.bias[entry]
-    return transform(z).masked_fill_((targets < 0) | (targets >= size), 0.0)
+    z = transform(z).masked_fill_((local < 0) | (local >= size), 0.0)
+    if shards is not None:
+        shards.sum_(z)
+    return z
+
+
+def target_log_probs(
+    targets: Tensor,
+    hidden: tuple[Tensor, Tensor],
+    heads: tuple[Head, Head],
+    rule: Rule,
+    state: Tensor,
+    shards: Shards | None,
+) -> Tensor:
+    """[2, n]: by each role."""
+    transforms = rule.transform, rule.of_teacher
+    logits = (
+        target_logits(targets, h, head, transform, shards)
+        for h, head, transform in zip(hidden, heads, transforms, strict=True)
+    )
+    normalisers = state[states.STUDENT], state[states.TEACHER]
+    return torch.stack([log_probs(*pair) for pair in zip(logits, normalisers, strict=True)])
+
+
+def log_probs(z: Tensor, normaliser: Tensor) -> Tensor:
+    """[n]: of entries whose logits are z."""
+    return (z - normaliser[states.MAX]) - states.log_sum(normaliser)
+
+
+def token_losses(
+    token_loss: TokenLoss, z: Tensor, state: Tensor, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """(l [n], its derivative by the log-probability [n]) of targets whose logits are z; l_n is a
+    function of token n's alone.
+    """
+    log_prob = log_probs(z, state[states.STUDENT])
+    with torch.enable_grad():
+        leaf = log_prob.requires_grad_()
+        losses = token_loss(leaf, rows)
+        if losses.shape != leaf.shape:
+            raise ValueError(
+                f"token_loss: returned shape {list(losses.shape)} for log-probabilities of shape "
+                f"{list(leaf.shape)}, must return a loss for each"
+            )
+        (slope,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach().to(z.dtype), slope
+
+
+def add_to_targets_(gradient: Tensor, targets: Tensor, amounts: Tensor) -> None:
+    """To the gradient [n, v] by a tile's products, `amounts` [n] at the targets that are in it."""
+    elsewhere = (targets < 0) | (targets >= gradient.shape[1])
+    amounts = amounts.masked_fill(elsewhere, 0.0).to(gradient.dtype)
+    entry = targets.clamp(0, gradient.shape[1] - 1)
+    gradient.scatter_add_(1, entry[:, None], amounts[:, None])
 
 
 def token_factor(state: Tensor, clip: Clip) -> Tensor:

@@ -22,11 +22,13 @@ from opsd_kernels.divergence_loop import (
     STUDENT_LOG_PROB,
     TEACHER_ENTROPY,
     TEACHER_LOG_PROB,
+    TOKEN_LOSS,
+    TokenLoss,
     divergence_blocks,
 )
 from opsd_kernels.operator import FusedOperator, wanted
 from opsd_kernels.resolve import resolve
-from opsd_kernels.sharded import Shards, place
+from opsd_kernels.sharded import Placement, Shards, place
 from opsd_kernels.sweep import Head, Want
 
 
@@ -81,7 +83,11 @@ def _fields_of(rule: Rule) -> dict[str, Any]:
 
 
 def _run(
-    tensors: Sequence[Any], row_weight: Tensor, options: Options, gradients: bool
+    tensors: Sequence[Any],
+    row_weight: Tensor,
+    options: Options,
+    gradients: bool,
+    token_loss: TokenLoss | None = None,
 ) -> tuple[Tensor | None, ...]:
     student, teacher, weight, teacher_weight, bias, teacher_bias, targets = tensors
     dtype = gemm.tile_dtype(student.dtype)
@@ -104,8 +110,9 @@ def _run(
         if options.group is None
         else Shards.agree(options.group, weight.shape[0], student.shape[0], student.device),
         targets=targets,
+        token_loss=token_loss,
     )
-    return row_weight * stats[LOSS], stats, d_hidden, d_weight, d_bias
+    return row_weight * stats[LOSS] + stats[TOKEN_LOSS], stats, d_hidden, d_weight, d_bias
 
 
 _operator = FusedOperator(
@@ -133,6 +140,7 @@ class LinearDivergence:
     are fp32 (fp64 for fp64 inputs); all but the loss are detached, and 0 at tokens of weight 0.
 
     loss: a scalar, or under reduction="none" w_n d_n for each token.
+    token_loss: l_n, where a function says what it is, and otherwise None.
     per_token: the divergence in nats, neither weighted nor clipped.
     student_entropy, teacher_entropy: in nats.
     log_prob, teacher_log_prob: of each token's target by the student and by the teacher; None
@@ -152,6 +160,7 @@ class LinearDivergence:
     inverted_gradient_fraction: Tensor
     log_prob: Tensor | None = None
     teacher_log_prob: Tensor | None = None
+    token_loss: Tensor | None = None
 
 
 def linear_divergence(
@@ -176,6 +185,7 @@ def linear_divergence(
     process_group: object = None,
     teacher_transform: LogitTransform | None = None,
     targets: Tensor | None = None,
+    token_loss: TokenLoss | None = None,
 ) -> LinearDivergence:
     """Divergence of the teacher's from the student's distribution, without the logits ever in
     memory at once.
@@ -203,6 +213,12 @@ def linear_divergence(
     gradient: "exact", the only one: docs/filtered.md says why.
     targets [...]: integers in [0, V), such as sampled tokens, whose log-probabilities by both roles
         the same sweep then returns, detached, for D multiply-adds a token.
+    token_loss: adds sum l_n to the loss, where l = token_loss(log_prob, rows) [n] of the student's
+        log_prob [n] of the targets of the tokens `rows` (an index into the flattened leading
+        shape): a policy gradient beside the divergence, for one sweep of the head. It is called
+        with a block of tokens at a time and differentiated by torch; each l_n must depend on its
+        own log_prob alone. For reduction="sum"; tokens of weight 0 have no l_n either. Not in
+        torch.compile's graph.
     process_group: the vocabulary is split over its ranks. Each passes its own rows of the heads and
         biases, in order of rank, and the same hidden states and token weights; loss and dh are then
         the same on every rank. DTensor heads sharded over the vocabulary need no group: without
@@ -254,9 +270,8 @@ def linear_divergence(
         student_hidden, teacher_hidden, Head(weight, bias), teacher_weight, teacher_bias, sharded
     )
     arguments.check_beta(rule.divergence, student_hidden.dtype)
-    if targets is not None:
-        arguments.check_rows("targets", targets, "student_hidden", student_hidden)
-        arguments.check_targets(targets, targets.new_ones(()), None if sharded else len(weight))
+    _check_targets(targets, student_hidden, None if sharded else len(weight))
+    _check_token_loss(token_loss, targets, reduction, placed)
 
     leading = student_hidden.shape[:-1]
     n_tokens = leading.numel()
@@ -284,6 +299,7 @@ def linear_divergence(
             backend=resolve(backend, student_hidden.device, student_hidden.dtype),
             group=placed.name,
         ),
+        token_loss,
     )
     if placed.own_tokens:
         loss, stats = placed.own(loss), stats[:, placed.rows]
@@ -301,7 +317,30 @@ def linear_divergence(
         inverted_gradient_fraction=stats[INVERTED].sum() / counted,
         log_prob=None if targets is None else stats[STUDENT_LOG_PROB].reshape(leading),
         teacher_log_prob=None if targets is None else stats[TEACHER_LOG_PROB].reshape(leading),
+        token_loss=None if token_loss is None else stats[TOKEN_LOSS].reshape(leading),
     )
+
+
+def _check_targets(targets: Tensor | None, student: Tensor, vocabulary: int | None) -> None:
+    if targets is not None:
+        arguments.check_rows("targets", targets, "student_hidden", student)
+        arguments.check_targets(targets, targets.new_ones(()), vocabulary)
+
+
+def _check_token_loss(
+    token_loss: TokenLoss | None, targets: Tensor | None, reduction: str, placed: Placement
+) -> None:
+    if token_loss is None:
+        return
+    if targets is None:
+        raise ValueError("token_loss: got a function of log-probabilities, but no targets")
+    if reduction != "sum":
+        raise ValueError(f"token_loss: got reduction={reduction!r} beside it, must be 'sum'")
+    if placed.own_tokens:
+        raise ValueError(
+            "token_loss: got a weight that is a DTensor of ranks with tokens of their own, must be "
+            "a plain tensor or have a process_group"
+        )
 
 
 def _check_described(

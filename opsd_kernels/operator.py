@@ -84,22 +84,31 @@ class FusedOperator:
         row_weight: Tensor,
         per_token: bool,
         options: tuple[Any, ...],
+        token_loss: Callable[..., Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(loss [N] if `per_token` else its sum, differentiable; statistics [statistics, N])."""
-        loss, statistics, *_ = self.forward(*tensors, row_weight, per_token, *options)
+        """(loss [N] if `per_token` else its sum, differentiable; statistics [statistics, N]).
+
+        token_loss: a function that `run` is given too. No schema has room for one: with it the
+        operator is not torch's, and torch.compile breaks its graph here.
+        """
+        arguments = (*tensors, row_weight, per_token, *options)
+        if token_loss is None:
+            loss, statistics, *_ = self.forward(*arguments)
+        else:
+            loss, statistics, *_ = _Unregistered.apply(self, token_loss, *arguments)
         return loss, statistics.detach()
 
     def _split(self, arguments):
         """(tensors, row_weight, the rest)."""
         return arguments[: self.count], arguments[self.count], arguments[self.count + 1 :]
 
-    def _call(self, tensors, row_weight, options, gradients: bool):
+    def _call(self, tensors, row_weight, options, gradients: bool, **more):
         run = self._without_zeros if options.drop_zeros else self.run
         with torch.amp.autocast(row_weight.device.type, enabled=False):
-            loss, statistics, *found = run(tensors, row_weight, options, gradients)
+            loss, statistics, *found = run(tensors, row_weight, options, gradients, **more)
         return loss, statistics, *(row_weight.new_empty(0) if g is None else g for g in found)
 
-    def _without_zeros(self, tensors, row_weight, options, gradients: bool):
+    def _without_zeros(self, tensors, row_weight, options, gradients: bool, **more):
         """`run` without the tokens of weight 0, which then get 0 everywhere.
 
         The one synchronisation of a call. Dropped, not multiplied by zero: NaN * 0 is NaN, and the
@@ -107,11 +116,15 @@ class FusedOperator:
         """
         n_tokens, keep = row_weight.shape[0], row_weight.nonzero().squeeze(-1)
         if keep.shape[0] == n_tokens:
-            return self.run(tensors, row_weight, options, gradients)
+            return self.run(tensors, row_weight, options, gradients, **more)
+        if (token_loss := more.get("token_loss")) is not None:  # told tokens' places among all
+            more = {"token_loss": lambda log_prob, rows: token_loss(log_prob, keep[rows])}
         kept = [
             x[keep] if k in self.by_token and x is not None else x for k, x in enumerate(tensors)
         ]
-        loss, stats, d_hidden, *others = self.run(kept, row_weight[keep], options, gradients)
+        loss, stats, d_hidden, *others = self.run(
+            kept, row_weight[keep], options, gradients, **more
+        )
         loss = loss.new_zeros(n_tokens).index_copy_(0, keep, loss)
         stats = stats.new_zeros((stats.shape[0], n_tokens)).index_copy_(1, keep, stats)
         if d_hidden is not None:
@@ -119,11 +132,11 @@ class FusedOperator:
             d_hidden = everything.index_copy_(0, keep, d_hidden)
         return loss, stats, d_hidden, *others
 
-    def _forward(self, *arguments):
+    def _forward(self, *arguments, **more):
         tensors, row_weight, (per_token, *fields) = self._split(arguments)
         options = self.options(*fields)
         now = _in_forward(per_token, options)
-        loss, *rest = self._call(tensors, row_weight, options, now)
+        loss, *rest = self._call(tensors, row_weight, options, now, **more)
         return loss if per_token else loss.sum(), *rest
 
     def _recompute(self, *arguments):
@@ -185,6 +198,21 @@ class FusedOperator:
             if is_wanted:
                 returned[place] = gradient
         return tuple(returned)
+
+
+class _Unregistered(torch.autograd.Function):
+    """A `FusedOperator` with a function among its arguments."""
+
+    @staticmethod
+    def forward(ctx, operator, token_loss, *arguments):
+        output = operator._forward(*arguments, token_loss=token_loss)
+        operator._setup_context(ctx, arguments, output)
+        ctx.operator = operator
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, None, *ctx.operator._backward(ctx, *grads)
 
 
 def wanted(options) -> Want:

@@ -231,18 +231,21 @@ class Gradients:
         first = self.place * shape[1]
         return self.narrow[first : first + shape.numel()].view(shape)
 
+    def written(self, tile: Tile) -> Tensor:
+        """Where that gradient then is."""
+        room = self.room(tile)
+        return tile.roles[0].product if room is None else room
+
     def add(self, tile: Tile, hidden: Tensor) -> None:
         """The gradients by the tile's products (for two sums: p and S) are written; hidden [n, D]:
         their tokens. Those of a group of several blocks wait for its end.
         """
         if self.kept:
             return
-        products = [logits.product for logits in tile.roles]
-        room = self.room(tile)
-        self._multiply(products[0] if room is None else room, tile.columns, hidden)
+        self._multiply(self.written(tile), tile.columns, hidden)
         if self.by_student is not None:
             weight = self.head.weight[tile.columns]
-            gemm.add_input_gradient_(self.by_student, products[1], weight)
+            gemm.add_input_gradient_(self.by_student, tile.roles[1].product, weight)
 
     def _multiply(self, gradient: Tensor, columns: slice, hidden: Tensor) -> None:
         if self.block is not None:

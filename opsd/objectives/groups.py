@@ -237,12 +237,12 @@ class MicroBatch:
             made.append(own[0] if len(set(own)) == 1 else self.spread(each))
         return made
 
-    def old_log_prob(self, current: Tensor) -> Tensor:
-        """log p before the step's first update. In that update it is `current`."""
+    def old_log_prob(self, current: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """log p of some tokens before the step's first update. In that it is `current`."""
         if all(sample.old_log_probs is None for sample in self.samples):
             return current.detach()
         old = [value for s in self.samples for value in s.old_log_probs]
-        return torch.tensor(old, device=current.device)
+        return torch.tensor(old, device=current.device)[rows]
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of `values` over the tokens with a weight."""

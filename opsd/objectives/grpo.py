@@ -7,7 +7,7 @@ GRPO (arXiv 2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), and with `los
 (2604.03128).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,12 @@ from opsd.objectives.groups import (
     sample_group,
 )
 from opsd.objectives.importance_sampling import corrected_for_engine
-from opsd.objectives.log_probs import rollout_log_prob, token_log_prob
+from opsd.objectives.log_probs import (
+    SampledLogProb,
+    rollout_log_prob,
+    token_log_prob,
+    whole_temperature,
+)
 from opsd.objectives.opsd import OPSD
 from opsd.objectives.policy_gradient import k3, surrogate, teacher_credit
 from opsd.prefix import rollout_hidden_states, student_and_teacher_states
@@ -95,48 +100,101 @@ class GRPO(Objective):
         else:
             with phase("student"):
                 hidden = rollout_hidden_states(model, students, batch.share)
-        own = token_log_prob(model, hidden, batch, section, sampling)
-        old, vocabulary = batch.old_log_prob(own.log_prob), len(head(model)[0])
+        vocabulary = len(head(model)[0])
         advantage = of_rollout = batch.spread([sample.advantage for sample in batch.samples])
-        logged = {"student_entropy": own.entropy}
-        if section.credit:
-            _, *own_head = mixed([self.teacher], states, [1.0], vocabulary)
-            by_teacher = token_log_prob(
-                self.teacher, states[0], batch, section, sampling, own_head
-            ).log_prob.detach()
-            credit = batch.spread([sample.credit for sample in batch.samples])
-            advantage = teacher_credit(of_rollout, old, by_teacher, credit, section.credit_clip)
-            logged["credit_moved"] = (advantage - of_rollout).abs()
-        per_token, clipped = surrogate(own.log_prob, old, advantage, section)
-        logged["ratio_clipped_fraction"] = clipped.float()
+        reference = None
         if section.kl:
             reference = rollout_log_prob(
                 self.teacher, groups, section, batch.share, sampling, vocabulary
             )
-            logged["reference_divergence"] = divergence = k3(own.log_prob, reference)
-            per_token = per_token + section.kl * divergence
-        weights, corrections = corrected_for_engine(model, hidden, batch, section, sampling, old)
-        loss = (weights * per_token).sum()
-        if section.distil and any(group.teachers for group in groups):
-            scorer = mixed([self.teacher], states, [1.0], vocabulary)
-            distilled, logged["divergence"] = self._distilled(model, batch, hidden, scorer)
-            loss = loss + distilled
-        return TokenLosses(loss, logged | corrections, {})
 
-    def _distilled(
-        self, model: PreTrainedModel, batch: MicroBatch, hidden: Tensor, teacher: Scorer
-    ) -> tuple[Tensor, Tensor]:
-        """The divergence's loss, of the groups that a teacher sees, and the divergence of each
-        token [Σ R], 0 where nothing distils."""
-        seen = [group for group in batch.groups if group.teachers]
-        part = MicroBatch(seen, batch.device, batch.share)
-        part.weights *= part.spread([sample.distil for sample in part.samples])
-        rows = [float(bool(group.teachers)) for group in batch.groups for _ in group.samples]
-        places = batch.spread(rows).nonzero()[:, 0]
-        found = self.opsd.score(model, part, hidden[places], teacher)
-        divergence = torch.where(part.weights != 0, found.logged["divergence"].detach(), 0.0)
-        every = divergence.new_zeros(len(hidden)).index_copy_(0, places, divergence)
-        return found.loss, every
+        def policy(log_prob: Tensor, rows: Tensor | slice = slice(None)) -> dict[str, Tensor]:
+            old = batch.old_log_prob(log_prob, rows)
+            loss, clipped = surrogate(log_prob, old, advantage[rows], section)
+            if reference is None:
+                return {"loss": loss, "ratio_clipped_fraction": clipped.float()}
+            apart = k3(log_prob, reference[rows])
+            measures = {"ratio_clipped_fraction": clipped.float(), "reference_divergence": apart}
+            return {"loss": loss + section.kl * apart, **measures}
+
+        logged: dict[str, Tensor] = {}
+        distils = section.distil and any(group.teachers for group in groups)
+        scorer = mixed([self.teacher], states, [1.0], vocabulary) if distils else None
+        if scorer and self._in_one_sweep(model, batch, scorer):
+            loss, own, logged["divergence"] = self._both(model, batch, hidden, scorer, policy)
+            measures = policy(own.log_prob)
+        else:
+            own = token_log_prob(model, hidden, batch, section, sampling)
+            old = batch.old_log_prob(own.log_prob)
+            if section.credit:
+                _, *own_head = mixed([self.teacher], states, [1.0], vocabulary)
+                by_teacher = token_log_prob(
+                    self.teacher, states[0], batch, section, sampling, own_head
+                ).log_prob.detach()
+                credit = batch.spread([sample.credit for sample in batch.samples])
+                advantage = teacher_credit(of_rollout, old, by_teacher, credit, section.credit_clip)
+                logged["credit_moved"] = (advantage - of_rollout).abs()
+            measures = policy(own.log_prob)
+            weights, more = corrected_for_engine(model, hidden, batch, section, sampling, old)
+            loss, logged = (weights * measures["loss"]).sum(), logged | more
+            if scorer:
+                part, places = distilling(batch)
+                beside = self.opsd.score(model, part, hidden[places], scorer)
+                loss = loss + beside.loss
+                logged["divergence"] = everywhere(beside, part, places, len(hidden))
+        del measures["loss"]
+        return TokenLosses(loss, {"student_entropy": own.entropy, **measures, **logged}, {})
+
+    def _in_one_sweep(self, model: PreTrainedModel, batch: MicroBatch, teacher: Scorer) -> bool:
+        """Whether the divergence's sweep of the head serves the policy gradient too."""
+        weight = head(model)[0]
+        alike = len(weight) == len(teacher.weight) and not hasattr(weight, "device_mesh")
+        serves = self.opsd.in_one_sweep(batch, whole_temperature(self.sampling))
+        return serves and alike and not self.section.credit
+
+    def _both(
+        self,
+        model: PreTrainedModel,
+        batch: MicroBatch,
+        hidden: Tensor,
+        teacher: Scorer,
+        policy: Callable[..., dict[str, Tensor]],
+    ) -> tuple[Tensor, SampledLogProb, Tensor]:
+        """The whole loss, and of each token log p and entropy (detached) and the divergence. The
+        tokens that distil take one sweep for both, the others one for the policy gradient."""
+        part, places = distilling(batch)
+
+        def beside(log_prob: Tensor, rows: Tensor | slice) -> Tensor:
+            return batch.weights[places[rows]] * policy(log_prob, places[rows])["loss"]
+
+        found = self.opsd.score(model, part, hidden[places], teacher, beside)
+        alone = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        alone[places] = part.weights == 0
+        own = token_log_prob(model, hidden, batch, self.section, self.sampling, rows=alone)
+        loss = found.loss + (batch.weights[alone] * policy(own.log_prob, alone)["loss"]).sum()
+        names = ("log_prob", "student_entropy")
+        log_prob, entropy = (everywhere(found, part, places, len(hidden), name) for name in names)
+        log_prob[alone], entropy[alone] = own.log_prob.detach(), own.entropy
+        divergence = everywhere(found, part, places, len(hidden))
+        return loss, SampledLogProb(log_prob, entropy), divergence
+
+
+def distilling(batch: MicroBatch) -> tuple[MicroBatch, Tensor]:
+    """The groups that a teacher sees, with the weights of the divergence beside, and the places of
+    their tokens."""
+    seen = [group for group in batch.groups if group.teachers]
+    part = MicroBatch(seen, batch.device, batch.share)
+    part.weights *= part.spread([sample.distil for sample in part.samples])
+    rows = [float(bool(group.teachers)) for group in batch.groups for _ in group.samples]
+    return part, batch.spread(rows).nonzero()[:, 0]
+
+
+def everywhere(
+    found: TokenLosses, part: MicroBatch, places: Tensor, tokens: int, name: str = "divergence"
+) -> Tensor:
+    """What was measured of the tokens that distil, for all tokens [Σ R]: 0 of the others."""
+    values = torch.where(part.weights != 0, found.logged[name].detach(), 0.0)
+    return values.new_zeros(tokens).index_copy_(0, places, values)
 
 
 def group_advantages(rewards: Sequence[float], scale: bool) -> list[float]:

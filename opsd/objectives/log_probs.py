@@ -60,9 +60,8 @@ def sampled_log_prob(
         memory_budget: bytes of logits; None: the kernel's own choice.
         how_logits_are_made: see `head_arguments`.
     """
-    greedy = sampling is None or sampling.temperature == 0  # the model's own distribution
-    temperature = 1.0 if greedy else sampling.temperature
-    if greedy or (sampling.top_p == 1 and sampling.top_k == 0):
+    temperature = whole_temperature(sampling)
+    if temperature is not None:
         found = linear_log_prob(
             hidden,
             weight,
@@ -79,7 +78,7 @@ def sampled_log_prob(
         logits = logits_of(hidden, weight, bias, **how_logits_are_made)
         left = warpers(sampling)(cast(Any, targets[:, None]), logits.detach()).isfinite()
         left = left.scatter(1, targets[:, None], True)
-        log_q = (logits / temperature).masked_fill(~left, -torch.inf).log_softmax(-1)
+        log_q = (logits / sampling.temperature).masked_fill(~left, -torch.inf).log_softmax(-1)
         drawn = log_q.detach()
         entropy = -(drawn.exp() * drawn.masked_fill(~left, 0.0)).sum(-1)
         return log_q.gather(1, targets[:, None])[:, 0], entropy
@@ -92,6 +91,13 @@ def sampled_log_prob(
     return SampledLogProb(*map(torch.cat, zip(*pieces, strict=True)))
 
 
+def whole_temperature(sampling: Sampling | None) -> float | None:
+    """That of the distribution drawn from; None where top-k or top-p leave out tokens."""
+    if sampling is None or sampling.temperature == 0:  # the model's own distribution
+        return 1.0
+    return sampling.temperature if sampling.top_p == 1 and sampling.top_k == 0 else None
+
+
 def token_log_prob(
     model: PreTrainedModel,
     hidden: Tensor,
@@ -99,19 +105,22 @@ def token_log_prob(
     section: LossSection,
     sampling: Sampling | None = None,
     scored_by: tuple[Tensor, Tensor | None] | None = None,
+    rows: Tensor | slice = slice(None),
 ) -> SampledLogProb:
     """log p and entropy of each rollout token [Σ R], from the states [Σ R, D] that predict them.
 
     sampling: how tokens were drawn, so that p is the distribution that they were drawn from; None:
         the model's own, at temperature 1.
     scored_by: the head's weight and bias; None: the model's.
+    rows: which of the tokens.
     """
     weight, bias = scored_by or head(model)
-    hidden, weight, bias = as_operands((hidden, weight, bias))
+    hidden, weight, bias = as_operands((hidden[rows], weight, bias))
     options: dict[str, Any] = {"memory_budget": section.memory_budget, "backend": section.backend}
     options |= head_arguments(model)
     with phase("loss"):
-        return sampled_log_prob(hidden, weight, batch.targets(), sampling, bias=bias, **options)
+        targets = batch.targets()[rows]
+        return sampled_log_prob(hidden, weight, targets, sampling, bias=bias, **options)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ first update. In that update its expectation is the gradient of KL(p_S ‖ p_T),
 token instead of the whole vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,14 +123,37 @@ class OPSD(Objective):
         return [own if n == number else c * (1 - own) for n, c in enumerate(coefficients)]
 
     def score(
-        self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Scorer
+        self,
+        model: PreTrainedModel,
+        batch: MicroBatch,
+        student: Tensor,
+        teacher: Scorer,
+        token_loss: Callable[..., Tensor] | None = None,
     ) -> TokenLosses:
-        """The losses from both roles' states [Σ R, D]."""
-        run = self._sampled_token if self.by_token else self._whole_vocabulary
-        return run(model, batch, student, teacher)
+        """The losses from both roles' states [Σ R, D].
+
+        token_loss: beside the divergence, in the same sweep (`linear_divergence`); its
+        log-probabilities are then among what is logged. Where `in_one_sweep`.
+        """
+        if self.by_token:
+            return self._sampled_token(model, batch, student, teacher)
+        return self._whole_vocabulary(model, batch, student, teacher, token_loss)
+
+    def in_one_sweep(self, batch: MicroBatch, temperature: float | None) -> bool:
+        """Whether a loss of the tokens' log-probabilities at `temperature` takes no more than the
+        divergence's sweep: not where that is of other logits, or its weights need its results."""
+        section = self.section
+        corrected = section.importance_bound is not None and batch.sampled_by_others
+        plain = not (self.by_token or section.gates or section.unsure or corrected)
+        return plain and section.temperature == temperature
 
     def _whole_vocabulary(
-        self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Scorer
+        self,
+        model: PreTrainedModel,
+        batch: MicroBatch,
+        student: Tensor,
+        teacher: Scorer,
+        token_loss: Callable[..., Tensor] | None = None,
     ) -> TokenLosses:
         section = self.section
         weights = batch.weights
@@ -147,7 +170,8 @@ class OPSD(Objective):
             divergence=section.divergence,
             beta=section.beta,
             token_weight=weights,
-            targets=batch.targets() if gates else None,
+            targets=batch.targets() if gates or token_loss else None,
+            token_loss=token_loss,
             **shared,
         )
         loss = result.loss
@@ -159,6 +183,8 @@ class OPSD(Objective):
         logged = {"divergence": result.per_token, **{name: getattr(result, name) for name in names}}
         fractions = ("clipped_fraction", "inverted_gradient_fraction") if self.clip else ()
         of_all = {name: getattr(result, name) for name in fractions}
+        if token_loss:
+            logged["log_prob"] = result.log_prob
         if not gates:
             return TokenLosses(loss.sum(), logged | corrections, of_all)
         log_probs = {"log_prob": result.log_prob, "teacher_log_prob": result.teacher_log_prob}

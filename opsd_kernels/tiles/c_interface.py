@@ -10,7 +10,7 @@ from torch import Tensor
 from opsd_kernels.divergence import CLIPS, DIVERGENCES, LogitTransform, Rule
 from opsd_kernels.tiles.logits import Logits
 
-INTERFACE = 2  # OPSD_INTERFACE of csrc/cpu.h
+INTERFACE = 3  # OPSD_INTERFACE of csrc/cpu.h
 
 
 def find_library(name: str) -> Path:

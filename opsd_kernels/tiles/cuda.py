@@ -24,7 +24,7 @@ from opsd_kernels.tiles.c_interface import (
 from opsd_kernels.tiles.logits import Logits
 
 OLDEST_DEVICE = (8, 0)  # compute capability
-INTERFACE = 3  # OPSD_CUDA_INTERFACE of csrc/cuda.cu
+INTERFACE = 4  # OPSD_CUDA_INTERFACE of csrc/cuda.cu
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # opsd::Type of csrc/cuda_chunk.h
 TEMPORARIES = 8 / 4096  # each chunk's eight sums
 LIBRARY = find_library("libopsd_cuda.so")

@@ -34,7 +34,8 @@ COUNT = 9  # sum (1 - m)
 CLIPPED_UNNORMALISED = 10  # sum of the clipped one: -m T, m (p + S), m p
 SUMS = slice(DIVERGENCE, CLIPPED_UNNORMALISED + 1)  # what `sums` adds to
 DOT = 11  # sum of (clipped gradient) (unclipped gradient)
-ROWS = 12
+TARGET_WEIGHT = 12  # of the log-probability of each token's target, ÷ the divergence's (or 0)
+ROWS = 13
 
 # The state of a log-probability: one normaliser, and
 TARGET = 3  # the target's logit, from the tile that holds it

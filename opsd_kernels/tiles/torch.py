@@ -8,7 +8,7 @@ logit itself, z = softcap(scale * (product + bias)) / temperature (the teacher's
 `rule.of_teacher`), since a tile may be computed anew between them. A role's product and bias [v]
 (contiguous, of the tile's dtype, or None) are its `Logits`; a `Rule` says what is measured.
 
-`state` [12, n] (see `state.py`) has contiguous rows. All vocabulary tiles must have passed through
+`state` [13, n] (see `state.py`) has contiguous rows. All vocabulary tiles must have passed through
 one function before the next one starts:
 
 normalisers(student, teacher, rule, state)
@@ -22,7 +22,8 @@ sums(student, teacher, rule, state)
 gradient_(student, teacher, rule, state, row_weight, sums_known=True, out=None)
     overwrites `out` [n, v] (fp32, bf16 or fp16), or without one the student's product, with
     row_weight [n] times the derivative of the clipped (entry) or unclipped divergence by it. The
-    token clip is a matter of row_weight: the caller's.
+    token clip is a matter of row_weight: the caller's. TARGET_WEIGHT times S is taken off: with one
+    more entry, the target's, which the caller adds, that is the gradient of its log-probability.
     With an entry clip it adds to DOT; row_weight may then be None: no gradient is written.
     sums_known=False (never with an entry clip): the first sweep since the normalisers, so it adds
     what `sums` would have added. forward_kl's gradient needs no sum, and is written all the same.
@@ -41,8 +42,9 @@ log_prob_gradient_(logits, targets, transform, state, row_weight, out=None)
 A backend may offer beside these
 
 rows(student, teacher, rule, state, row_weight, out=None)
-    normalisers, sums and (row_weight not None, or an entry clip) gradient_ at once, on tiles that
-    hold whole rows, with the token clip applied to row_weight. It may overwrite both tiles.
+    normalisers (of a state without), sums and (row_weight not None, or an entry clip) gradient_ at
+    once, on tiles that hold whole rows, with the token clip applied to row_weight, and none with a
+    TARGET_WEIGHT. It may overwrite both tiles.
 
 `TEMPORARIES` is how many tensors of n v items they allocate while they work, of the log_prob
 functions `LOG_PROB_TEMPORARIES` where there is one; where there is a `slice_entries(device)`, of as
@@ -153,12 +155,15 @@ def gradient_(
             student.product.copy_(p.mul_(factor))
             teacher.product.copy_(s.mul_(factor))
             return
-    g = p + s if forward else p - s * state[rows_of.UNNORMALISED][:, None]
+    by_target, sum_p = state[rows_of.TARGET_WEIGHT], state[rows_of.UNNORMALISED]
+    if forward:
+        sum_p = torch.full_like(sum_p, -1.0)
     if clip is not None:
         clipped = _clipped_unnormalised(entries, rule.divergence, clip)
-        clipped -= s.mul_(state[rows_of.CLIPPED_UNNORMALISED][:, None])
-        state[rows_of.DOT] += g.mul_(clipped).sum(-1)
-        g = clipped
+        of_clipped = state[rows_of.CLIPPED_UNNORMALISED]
+        state[rows_of.DOT] += _less(p, s, sum_p).mul_(_less(clipped, s, of_clipped)).sum(-1)
+        p, sum_p = clipped, of_clipped
+    g = _less(p, s, sum_p + by_target)
     if row_weight is not None:
         (student.product if out is None else out).copy_(g.mul_(factor))
 
@@ -321,6 +326,11 @@ def _add_sums(entries: _Entries, rule: Rule, state: Tensor) -> None:
         state[rows_of.COUNT] += over.sum(-1)
         clipped = _clipped_unnormalised(entries, rule.divergence, clip)
         state[rows_of.CLIPPED_UNNORMALISED] += clipped.sum(-1)
+
+
+def _less(p: Tensor, s: Tensor, times: Tensor) -> Tensor:
+    """p - S `times` [n]."""
+    return torch.addcmul(p, s, times[:, None], value=-1)
 
 
 def _clipped_unnormalised(entries: _Entries, divergence: Divergence, clip: Clip) -> Tensor:

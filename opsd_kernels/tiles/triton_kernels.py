@@ -22,6 +22,7 @@ REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
 TEACHER = tl.constexpr(states.TEACHER.start)
 UNNORMALISED = tl.constexpr(states.UNNORMALISED)
 CLIPPED_UNNORMALISED = tl.constexpr(states.CLIPPED_UNNORMALISED)
+TARGET_WEIGHT = tl.constexpr(states.TARGET_WEIGHT)
 NEAR = tl.constexpr(0.12)  # as in csrc/divergence.h
 
 
@@ -400,6 +401,8 @@ def gradient(
         tl.store(partial, tl.sum(g * clipped, 0))
         g = clipped
     if row_weight is not None:
+        if SUMS_KNOWN or KIND == FORWARD_KL:
+            g -= s * tl.load(state + TARGET_WEIGHT * state_stride + row)
         tl.store(out + row * out_stride + entries, g * scale, mask=mask)
 
 

@@ -77,7 +77,7 @@ class Case:
             **{n: x if x is None else x.detach().requires_grad_() for n, x in fresh.items()},
         )
 
-    def fused(self, backend: str):
+    def fused(self, backend: str, **more):
         return linear_divergence(
             self.student,
             self.teacher,
@@ -95,6 +95,7 @@ class Case:
             memory_budget=self.budget,
             backend=backend,
             teacher_transform=self.teacher_transform,
+            **more,
         )
 
     def dense(self) -> Tensor:

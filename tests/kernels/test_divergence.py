@@ -1,6 +1,7 @@
 """The fused divergence against the fp64 truth: shapes, dtypes, options."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -228,3 +229,48 @@ def test_targets_outside_the_vocabulary_are_refused():
     states = torch.zeros(2, 4)
     with pytest.raises(ValueError, match="targets: got values from 0 to 5, must lie in"):
         linear_divergence(states, states, torch.eye(5, 4), targets=torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize("clip", [None, Clip("token", 0.3), Clip("entry", 0.05)])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loss_of_the_targets_log_probability_shares_the_sweep(backend, divergence, clip):
+    """A clipped policy gradient beside the divergence, in one block of whole rows or tile by tile,
+    head frozen or not: loss and gradients of both written down densely in fp64."""
+    case = make(70, 4099, 24, bias=True, divergence=divergence, clip=clip, reduction="sum")
+    case = replace(case, transform=LogitTransform(0.7, 0.4, 9.0), token_weight=torch.rand(70))
+    case.token_weight[::5] = 0  # these have no loss of the log-probability either
+    targets, advantage, old = torch.randint(4099, (70,)), torch.randn(70), -8 + torch.randn(70)
+
+    def policy(log_prob, rows):
+        a, ratio = advantage[rows], (log_prob - old[rows]).exp()
+        return -3 * torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+
+    truth = replace(case.to(torch.float64), frozen=False).require_grad()
+    z = (truth.student @ truth.weight.T + truth.bias) * 0.4
+    log_p = (9 * torch.tanh(z / 9) / 0.7).log_softmax(-1)[torch.arange(70), targets]
+    kept = truth.token_weight != 0
+    beside = torch.where(kept, policy(log_p, slice(None)), 0.0)
+    wanted = truth.dense() + beside.sum()
+    wanted.backward()
+    for budget, frozen in ((None, False), (1 << 19, False), (None, True), (1 << 19, True)):
+        ours = replace(case, budget=budget, frozen=frozen).require_grad()
+        result = ours.fused(backend, targets=targets, token_loss=policy)
+        (2 * result.loss).backward()  # backward scales what forward computed
+        assert relative_error(result.loss.detach(), wanted.detach()) < 1e-5
+        assert relative_error(result.token_loss, beside.detach()) < 1e-5
+        for mine, its in zip(ours.trainable(), truth.trainable(), strict=False):
+            assert relative_error(mine.grad / 2, its.grad) < 1e-5
+
+
+def test_what_a_token_loss_does_not_go_with():
+    states, head = torch.zeros(2, 4, requires_grad=True), torch.eye(5, 4)
+    call = (states, states, head)
+    own, targets = (lambda log_prob, rows: -log_prob), torch.tensor([0, 4])
+    with pytest.raises(ValueError, match=r"token_loss: got a function of log-prob.*no targets"):
+        linear_divergence(*call, token_loss=own, reduction="sum")
+    with pytest.raises(ValueError, match="token_loss: got reduction='mean'"):
+        linear_divergence(*call, token_loss=own, targets=targets)
+    with pytest.raises(ValueError, match=r"token_loss: returned shape \[\] for .* \[2\]"):
+        other = lambda log_prob, rows: log_prob.sum()  # noqa: E731
+        linear_divergence(*call, token_loss=other, targets=targets, reduction="sum")

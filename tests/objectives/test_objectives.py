@@ -20,6 +20,7 @@ from opsd.objectives.grpo import group_advantages
 from opsd.objectives.token_classes import CLASSES, class_table, split_by_class
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import Rollout, Sampling
+from opsd_kernels import linear_log_prob
 
 LONGEST = 12
 LENGTHS = ((5, 12), (9, 4), (2, 7))
@@ -68,6 +69,9 @@ CASES = [
     Case("grpo", {"credit": 0.5}),
     Case("grpo", {"distil": 0.7, "divergence": "jsd"}, teachers=("live", "initial", "model")),
     Case("grpo", {"distil": 0.7, "distil_groups": "all_wrong", "kl": 0.1}, teachers=("initial",)),
+    Case(
+        "grpo", {"distil": 0.7, "kl": 0.2, "importance_bound": None}, teachers=("model",), old=True
+    ),
     Case("grpo", {"distil": 0.7, "credit": 0.5, "divergence": "sampled_token"}),
     Case("grpo", {"weights": {"truncated": 0.0}}, teachers=("none",)),
     Case("sft", teachers=("none",)),
@@ -312,3 +316,22 @@ def test_tokens_of_a_padded_head_have_the_class_other():
     parts = split_by_class(table, beyond, torch.tensor([2.0, 3.0]))
     assert parts["other"].tolist() == [2.0, 3.0]
     assert all(not values.any() for name, values in parts.items() if name != "other")
+
+
+def test_grpo_and_its_divergence_sweep_the_head_once(make, monkeypatch):
+    """One sweep serves both, unless a gate needs the divergence's results first."""
+    for asked, sweeps in (({}, 0), ({"gates": [{"gate": "gap"}]}, 1)):
+        case = Case("grpo", {"distil": 0.7, **asked}, teachers=("initial",))
+        _, model, _, objective, problems = make(case, "initial", "fp32")
+        groups, _ = objective.sample_groups(problems)
+        tokens = []
+        found = linear_log_prob
+
+        def counted(hidden, *its, found=found, tokens=tokens, **more):
+            tokens.append(len(hidden))
+            return found(hidden, *its, **more)
+
+        monkeypatch.setattr("opsd.objectives.log_probs.linear_log_prob", counted)
+        objective.loss(model, groups, Totals()).backward()
+        monkeypatch.undo()
+        assert sum(size > 0 for size in tokens) == sweeps
