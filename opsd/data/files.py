@@ -6,6 +6,7 @@ What is wrong with a file is a UserError that names the section's `source`, the 
 import csv
 import gzip
 import json
+import pickle
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,10 +14,16 @@ from typing import Any, TextIO
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.strict_json import each_once
+from opsd.common.workers import Ended, Workers
 
 LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}
 FILE_TYPES = (*LINES, ".json", *TABLES, ".parquet")
+
+# What a stranger packed may be no more than these: text packs to a third or a thirtieth.
+LEAST, RATIO = 1 << 27, 100
+TOO_MUCH = f"it unpacks to more than {LEAST >> 20} MiB and {RATIO} times its size"
+SECONDS, MEMORY = 20.0, 2 << 30  # of processor time and bytes, for some rows of a parquet file
 
 
 def file_type(path: Path) -> str | None:
@@ -40,6 +47,8 @@ def read_file(path: Path, section: str) -> Iterator[Any]:
     try:
         with path.open("rb") as file:
             zipped = path.suffix.lower() == ".gz" or file.read(2) == b"\x1f\x8b"
+        if zipped:
+            _check_unpacked(path)
         with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             if kind in TABLES:
                 yield from _table(file, TABLES[kind], where)
@@ -51,6 +60,18 @@ def read_file(path: Path, section: str) -> Iterator[Any]:
         raise UserError(f"{where} is not UTF-8 text: {error}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{where} cannot be read: {error}") from error
+
+
+def _most_unpacked(path: Path) -> int:
+    return max(LEAST, RATIO * path.stat().st_size)
+
+
+def _check_unpacked(path: Path) -> None:
+    """Raises OSError for a gzip file of more than it seems."""
+    with gzip.open(path) as file:
+        while file.read(1 << 20):
+            if file.tell() > _most_unpacked(path):
+                raise OSError(TOO_MUCH)
 
 
 ONE_A_LINE = "one JSON object a line"
@@ -159,17 +180,25 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
 
 
 def _parquet(path: Path, section: str) -> Iterator[Any]:
-    import pyarrow.parquet
-
-    def batches() -> Iterator[Any]:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if twice := {name for name in names if names.count(name) > 1}:
-                raise ValueError(f"it has several columns {', '.join(map(repr, sorted(twice)))}")
-            for batch in file.iter_batches(1024):
-                yield from batch.to_pylist()
-
-    return guarded(batches(), f"{section}.source: {str(path)!r} cannot be read as parquet")
+    room = _most_unpacked(path)
+    said = f"{section}.source: {str(path)!r} cannot be read as parquet"
+    workers = Workers("opsd.data.parquet_worker", str(path), seconds=SECONDS, memory=MEMORY)
+    try:
+        while True:
+            (reply,) = workers.answers([b""])
+            if isinstance(reply, Ended):
+                raise UserError(f"{said}: a few of its rows take too much ({reply.why})")
+            rows = pickle.loads(reply)  # of our own process
+            room -= len(reply) + 64 * len(rows)
+            if room < 0:
+                raise UserError(f"{said}: {TOO_MUCH}")
+            if isinstance(rows, str):
+                raise UserError(f"{said}: {rows}")
+            if not rows:
+                return
+            yield from rows
+    finally:
+        workers.close()
 
 
 def guarded(records: Iterable[Any], said: str) -> Iterator[Any]:

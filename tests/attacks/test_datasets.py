@@ -16,6 +16,7 @@ from helpers.mutations import Clock, as_json, changed, damaged, misplace, odd_va
 from helpers.training_cases import ROWS
 
 from opsd.common.errors import UserError
+from opsd.data.files import read_file
 from opsd.data.rows import load_rows
 
 RECORDS = [{**row.columns, "source": {"name": "a", "page": 1}, "level": 3} for row in ROWS[:6]]
@@ -273,3 +274,35 @@ def test_text_of_parquet_that_is_not_utf_8_is_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"problem": text}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet' cannot be read as parquet: Unicode"):
         load_rows(str(tmp_path / "a.parquet"), require=["problem"])
+
+
+def bomb(draw, path: Path) -> None:
+    """A small file of far more than it seems."""
+    if path.suffix == ".gz":
+        row = "1" * 99 + "\n"
+        first, again = draw.choice([("", "a"), ("[", "[],"), ("problem\n", row), ("{", '"a":')])
+        one = gzip.compress(again.encode() * ((1 << 24) // len(again)))
+        path.write_bytes(gzip.compress(first.encode()) + one * 4)  # one part after another
+        return
+    some = pyarrow.array([0] * 64, pyarrow.int32())
+    values = draw.choice(
+        [
+            lambda: pyarrow.DictionaryArray.from_arrays(some, pyarrow.array(["a" * 4_000_000])),
+            lambda: pyarrow.array([[None] * (1 << 19)] * 64, pyarrow.list_(pyarrow.string())),
+            lambda: pyarrow.nulls(1 << 22, pyarrow.string()),
+        ]
+    )()
+    table = pyarrow.table({"problem": values})
+    pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=1 << 26)
+
+
+def test_a_small_file_is_not_unpacked_without_end(draw, tmp_path, monkeypatch):
+    monkeypatch.setattr("opsd.data.files.LEAST", 1 << 22)
+    monkeypatch.setattr("opsd.data.files.MEMORY", 1 << 28)
+    path = tmp_path / draw.choice(["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.parquet", "b.parquet"])
+    bomb(draw, path)
+    assert path.stat().st_size < 1 << 18
+    rows = iter(read_file(path, "data"))
+    with Clock(), pytest.raises(UserError, match=r"it unpacks to more|take too much"):
+        for _ in zip(rows, range(1 << 23), strict=False):
+            pass

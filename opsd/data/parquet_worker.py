@@ -1,0 +1,40 @@
+"""What a worker process (`workers`) of a parquet file does: read it, some rows at a time.
+
+A few bytes of such a file can stand for a billion values, which the kernel's limits alone bound.
+"""
+
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from opsd.common.errors import in_short
+
+ROWS = 64
+
+
+def make(path: str) -> Callable[[bytes], bytes]:
+    """What answers each job with the next rows, pickled: none at the end, a text for an error."""
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # others take addresses in advance
+    batches = _batches(path)
+
+    def answer(job: bytes) -> bytes:
+        try:
+            return pickle.dumps(next(batches, []))
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a damaged file provokes
+            return pickle.dumps(in_short(error))
+
+    return answer
+
+
+def _batches(path: str) -> Iterator[list[Any]]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"it has several columns {', '.join(map(repr, sorted(twice)))}")
+        for batch in file.iter_batches(ROWS, use_threads=False):
+            yield batch.to_pylist()
