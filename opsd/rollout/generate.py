@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from opsd.common.errors import UserError
 from opsd.models.copies import update_copy
 from opsd.models.generation_config import generating_by
 from opsd.rollout.base import Rollout, Sampling, cut
@@ -67,6 +68,11 @@ class GenerateSampler:
 
         def count(ids: Tensor, scores: Tensor) -> Tensor:  # once a token; changes nothing
             nonlocal counted
+            if not counted and not scores.amax(-1).isfinite().all():  # it would draw all the same
+                raise UserError(
+                    "the model's logits are not finite: its weights are damaged, or too large for "
+                    f"{str(self.model.dtype).removeprefix('torch.')}"
+                )
             counted += len(contexts)
             if progress:
                 progress(0, len(contexts))

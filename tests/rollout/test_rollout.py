@@ -72,6 +72,14 @@ def test_both_samplers_write_the_same_greedy_tokens(model, tokenizer, contexts):
     assert len({len(rollout.ids) for rollout in generate}) > 1
 
 
+def test_nothing_is_drawn_of_logits_that_are_no_numbers(model, tokenizer, contexts):
+    damaged, stops = copy_model(model, torch.float32, "cpu"), stop_ids(model, tokenizer)
+    for number, temperature in ((torch.nan, 1.0), (torch.inf, 0.0)):
+        damaged.get_input_embeddings().weight.data[contexts[1][0]] = number
+        with pytest.raises(UserError, match="the model's logits are not finite"):
+            GenerateSampler(damaged, stops).sample(contexts, Sampling(2, temperature=temperature))
+
+
 @pytest.mark.parametrize("engine", sorted(SAMPLERS))
 def test_a_sampler_leaves_the_model_as_it_was(engine, tokenizer, contexts):
     model = tiny.make_model(3, tokenizer).train()
