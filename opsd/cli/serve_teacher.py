@@ -53,8 +53,10 @@ def run(parsed: argparse.Namespace) -> None:
         address = parsed.host, parsed.port
         server = StateServer(address, model, tokenizer, key, parsed.most_tokens)
     except OSError as error:
-        raise UserError(f"--port is {parsed.port}: {error.strerror or error}") from None
+        at = f"--host is {parsed.host!r}, --port is {parsed.port}"
+        raise UserError(f"{at}: {error.strerror or error}") from None
     with server:
-        place = f"http://{parsed.host}:{server.server_port}"
+        host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
+        place = f"http://{host}:{server.server_port}"
         display.note(f"Serving {server.about.weights[:12]} at {place}: teacher.path: {place}")
         server.serve_forever()

@@ -36,7 +36,7 @@ KEY = "OPSD_TEACHER_KEY"
 
 SMALL = 1 << 16  # bytes of a description, and of what safetensors writes beside its tensors
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Size = Annotated[int, Field(ge=1, le=1 << 24)]
+PADDING = 1 << 16  # rows of a head that no token has
 
 
 class Description(BaseModel):
@@ -46,8 +46,8 @@ class Description(BaseModel):
 
     weights: Digest
     vocabulary: Digest
-    width: Size  # D
-    entries: Size  # V, of the head
+    width: Annotated[int, Field(ge=1, le=1 << 15)]  # D
+    entries: Annotated[int, Field(ge=1)]  # V, of the head
     bias: bool
     dtype: Literal["float32", "bfloat16", "float16"]  # of the head and of the states
     how: dict[Annotated[str, Field(max_length=100)], float | None]  # `head_arguments`
@@ -89,6 +89,8 @@ class RemoteTeacher(nn.Module):
         about = self.about
         if about.vocabulary != vocabulary_digest(tokenizer):
             raise self._error("has another vocabulary than model.path's tokenizer")
+        if about.entries > len(tokenizer) + PADDING:
+            raise self._error(f"has a head of {about.entries:,} rows for {len(tokenizer):,} tokens")
         shapes = {"weight": [about.entries, about.width]}
         shapes |= {"bias": [about.entries]} if about.bias else {}
         made = self._tensors("/head", {"weights": about.weights}, shapes)
@@ -129,9 +131,12 @@ class RemoteTeacher(nn.Module):
             raise self._error(f"answers {route} with no tensors ({str(error)[:100]})") from None
         if {name: list(tensor.shape) for name, tensor in found.items()} != shapes:
             raise self._error(f"answers {route} with tensors of other names or shapes than asked")
-        if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in found.values()):
+        if {tensor.dtype for tensor in found.values()} != {getattr(torch, self.about.dtype)}:
+            raise self._error(f"answers {route} with numbers of another kind than it said")
+        made = {name: tensor.to(self.device, self.dtype) for name, tensor in found.items()}
+        if not all(bool(tensor.isfinite().all()) for tensor in made.values()):
             raise self._error(f"answers {route} with numbers that are not finite")
-        return {name: tensor.to(self.device, self.dtype) for name, tensor in found.items()}
+        return made
 
     def _ask(self, route: str, body: Any, longest: int) -> bytes:
         def attempt() -> bytes:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import re
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,10 +28,12 @@ from opsd.models.head import head, head_arguments
 from opsd.models.remote import Description, Digest, vocabulary_digest
 from opsd.prefix.hidden_states import states_by_role
 
+HERE = ("127.0.0.1", "[::1]", "localhost")
 WAITING = 8  # requests: the one that runs, and the line
 CONNECTIONS = 32
 ROUTES = "there are /teacher, /head and /states"
 SECONDS = 60.0  # that a client may take to ask
+SLOWEST = 1e7  # bytes a second that it must read
 
 Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 Text = Annotated[list[Id], Field(min_length=1)]
@@ -63,7 +66,8 @@ class StateServer(ThreadingHTTPServer):
     ):
         self.model, self.key, self.most_tokens = model.eval(), key, most_tokens
         weight, bias = head(model)
-        self.head = {"weight": weight} | ({} if bias is None else {"bias": bias})
+        its = {"weight": weight} | ({} if bias is None else {"bias": bias})
+        self.head = _as_bytes(its, weight.dtype)  # once, however many ask
         digest = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {list(tensor.shape)}".encode())
@@ -77,6 +81,7 @@ class StateServer(ThreadingHTTPServer):
             dtype=str(weight.dtype).removeprefix("torch."),
             how=head_arguments(model),
         )
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.turn, self.line = threading.Lock(), threading.BoundedSemaphore(WAITING)
         self.room = threading.BoundedSemaphore(CONNECTIONS)
         super().__init__(address, _Handler)
@@ -108,6 +113,10 @@ class StateServer(ThreadingHTTPServer):
         """The states of each role."""
         with self.turn:
             return states_by_role(self.model, asked.roles)
+
+
+def _as_bytes(tensors: dict[str, Tensor], dtype: torch.dtype) -> bytes:
+    return to_bytes({name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()})
 
 
 def _tokens(asked: Asked) -> int:
@@ -163,33 +172,38 @@ class _Handler(BaseHTTPRequestHandler):
         if asked.weights != self.server.about.weights:
             return self._refuse(409, "these are other weights than the run began with")
         if self.path == "/head":
-            return self._tensors(self.server.head)
+            return self._answer(200, self.server.head)
         if not 0 < _tokens(asked) <= self.server.most_tokens:
             most = self.server.most_tokens
             return self._refuse(413, f"a request has 1 to {most} tokens (--most-tokens)")
         if not self.server.line.acquire(blocking=False):
             return self._refuse(503, "others wait already; ask again")
         try:
-            states = self.server.states(asked)
-        except ValueError as error:  # an id without an embedding, a context that is too long
-            return self._refuse(400, str(error))
-        except Exception as error:  # memory, say
-            return self._refuse(500, f"{type(error).__name__}: {error}")
-        finally:
+            self._states(asked)
+        finally:  # no more answers wait for slow readers than requests in the line
             self.server.line.release()
-        self._tensors({str(n): tensor for n, tensor in enumerate(states)})
 
     def _is_let_in(self) -> bool:
-        key = self.server.key
+        key, host = self.server.key, re.sub(r":\d+$", "", self.headers.get("Host", ""))
+        if key is None and host not in HERE:  # a page in a browser, whose site's name leads here
+            self._refuse(401, "without OPSD_TEACHER_KEY it is asked as http://localhost alone")
+            return False
         given = self.headers.get("Authorization", "").removeprefix("Bearer ").encode()
         if key is None or hmac.compare_digest(given, key.encode()):
             return True
         self._refuse(401, "the key is wrong or missing (OPSD_TEACHER_KEY)")
         return False
 
-    def _tensors(self, tensors: dict[str, Tensor]) -> None:
-        dtype = getattr(torch, self.server.about.dtype)
-        self._answer(200, to_bytes({n: t.detach().to("cpu", dtype) for n, t in tensors.items()}))
+    def _states(self, asked: Asked) -> None:
+        try:
+            states = self.server.states(asked)
+            named = {str(n): tensor for n, tensor in enumerate(states)}
+            made = _as_bytes(named, getattr(torch, self.server.about.dtype))
+        except ValueError as error:  # an id without an embedding, a context that is too long
+            return self._refuse(400, str(error))
+        except Exception as error:  # memory, say
+            return self._refuse(500, f"{type(error).__name__}: {error}")
+        self._answer(200, made)
 
     def _refuse(self, status: int, why: str) -> None:
         self._answer(status, json.dumps({"error": why[:300]}).encode())
@@ -198,4 +212,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        self.connection.settimeout(SECONDS + len(content) / SLOWEST)
         self.wfile.write(content)

@@ -90,21 +90,22 @@ def test_the_losses_are_those_of_a_teacher_in_this_process(
 def killed_at(serving, number, monkeypatch):
     """The server dies while it answers that request, with the connection open; returns an event
     that is set when it is gone."""
-    real, seen, gone = state_server._Handler._tensors, [], threading.Event()
+    real, seen, gone = state_server._Handler._answer, [], threading.Event()
 
     def stop():
         serving.stop()
         gone.set()
 
-    def dies(handler, tensors):
-        seen.append(1)
-        if len(seen) == number:
+    def dies(handler, status, content):
+        posted = handler.command == "POST"
+        seen.extend([1] if posted else [])
+        if posted and len(seen) == number:
             threading.Thread(target=stop).start()
             handler.connection.shutdown(socket.SHUT_RDWR)
             return
-        real(handler, tensors)
+        real(handler, status, content)
 
-    monkeypatch.setattr(state_server._Handler, "_tensors", dies)
+    monkeypatch.setattr(state_server._Handler, "_answer", dies)
     return gone
 
 
@@ -188,6 +189,8 @@ def test_what_a_stranger_asks(serving):
         assert found == status and len(json.loads(said)["error"]) <= 300, body
     assert asked(serving, "/states", good, headers=[("Content-Length", "9" * 11)])[0] == 413
     assert asked(serving, "/../etc/passwd")[0] == asked(serving, "/", good)[0] == 404
+    elsewhere = [("Host", "a-page.example")]  # whose name has come to lead here
+    assert asked(serving, "/states", good, headers=elsewhere)[0] == 401
     assert asked(serving, "/states", good)[0] == 200  # it still answers
 
 
@@ -249,6 +252,8 @@ def test_what_a_hostile_server_answers(files):
         response(save({"1": torch.ones(2, 4)})),
         response(save({"0": torch.ones(2, 4, dtype=torch.int32)})),
         response(save({"0": torch.full((2, 4), math.nan)})),
+        response(save({"0": torch.full((2, 4), 1e39, dtype=torch.float64)})),  # infinite as fp32
+        response(save({"0": torch.ones(2, 4).to(torch.float8_e4m3fn)})),
         response(b"\0" * 200_000),
         response(b"", "302 Found", ["Location: http://elsewhere/"]),
         response(b"", "500 Broken"),
@@ -257,7 +262,8 @@ def test_what_a_hostile_server_answers(files):
         with pytest.raises(UserError, match=r"teacher.path is 'http://127.0.0.1"):
             states(reply)
     for wrong in [
-        {**about, "width": 10**9},
+        {**about, "width": 1 << 20},
+        {**about, "entries": 1 << 20},  # a head of gigabytes
         {**about, "weights": "x"},
         {**about, "vocabulary": "b" * 64},
         {**about, "dtype": "int8"},
