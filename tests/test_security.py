@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.hostile_server import HostileServer, response
 from helpers.payload import Payload
 from helpers.saved import sealed
 from helpers.training_cases import ROWS, short_config, short_values
+from safetensors.torch import load_file, save_file
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
@@ -263,6 +265,68 @@ def test_a_study_runs_no_code(settings, marker, tmp_path, capsys, monkeypatch):
     assert main(["compare", str(tmp_path / "s.yaml"), "--output", str(tmp_path / "o")]) == 1
     refused(capsys, "a study runs no code")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"opsd": {"teacher": {"policy": "model", "path": "http://127.0.0.1:9"}}},
+        {"opsd.teacher.mix": [{}, {"policy": "model", "path": "http://127.0.0.1:9"}]},
+        {"rollout": {"engine": "vllm_server", "server": "http://127.0.0.1:9"}},
+        {"output": {"push_to_hub": "somebody/else"}},
+        {"output.report_to": "wandb"},
+    ],
+)
+def test_a_study_sends_nothing(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("opsd.cli.compare.run_jobs", lambda *_: pytest.fail("it runs"))
+    text = json.dumps(settings)
+    (tmp_path / "s.yaml").write_text(f"quickstart: tiny\nsettings: {text}\n")
+    assert main(["compare", str(tmp_path / "s.yaml"), "--output", str(tmp_path / "o")]) == 1
+    refused(capsys, "a study sends nothing to a server")
+
+
+def test_a_failed_steps_file_names_no_server_to_ask(files, tmp_path, capsys):
+    server = HostileServer()
+    teacher = {"policy": "model", "path": server.address, "server_patience": 0.2}
+    config = short_config(*files, tmp_path / "run", teacher=teacher)
+    file = tmp_path / "failed-step-1.pt"
+    groups = [{"student": [1], "teachers": [[1]], "samples": [{"rollout": [4], "weight": 1.0}]}]
+    failed = {"step": 1, "groups": groups, "weights": {}, "average": None}
+    torch.save({"config": config.model_dump(), **failed}, file)
+    assert main(["replay", str(file)]) == 1
+    refused(capsys, "its teacher.path is 'http://", "--ask-teacher allows it")
+    server.replies["/teacher"] = response([])
+    assert server.seen == []
+    assert main(["replay", str(file), "--ask-teacher"]) == 1
+    assert server.seen
+    server.stop()
+
+
+def test_a_converter_runs_no_models_code(files, tmp_path, capsys, monkeypatch):
+    """llama.cpp's own trusts the code of whatever it converts."""
+    model = copied(files, tmp_path / "model")
+    values = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(values | {"auto_map": AUTO}))
+    (tmp_path / "convert_hf_to_gguf.py").touch()
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    monkeypatch.setattr("opsd.cli.export._convert", lambda *_: pytest.fail("it runs"))
+    assert main(["export", str(model), "--gguf"]) == 1
+    refused(capsys, "tokenizer_config.json has code (auto_map)")
+    assert sorted(model.glob(".*")) == []
+
+
+def test_an_evaluation_of_nan_weights_is_one_line(files, tmp_path, capsys):
+    model = copied(files, tmp_path / "model")
+    held = load_file(model / "model.safetensors")
+    place = held["model.layers.0.mlp.up_proj.weight"]
+    for number in (float("nan"), float("inf"), -1e30):
+        place[1, 2] = number
+        save_file(held, model / "model.safetensors", {"format": "pt"})
+        words = ["--benchmark", str(files[1]), "--problems", "1", "--max-new-tokens", "2"]
+        assert main(["eval", str(model), *words, "--output", str(tmp_path / f"{number}")]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "up_proj.weight" in said and "NaN, infinite or too large" in said
+    assert not list(tmp_path.glob("*/result.json"))
 
 
 def test_a_directory_decides_nothing_but_its_date(train, files, tmp_path, capsys):

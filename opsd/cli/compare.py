@@ -10,6 +10,7 @@ from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import write_file, write_json
 from opsd.common.near import near_file
+from opsd.common.urls import is_address
 from opsd.compare.comparison import Comparison, compare, to_json
 from opsd.compare.page import (
     COLUMNS,
@@ -142,16 +143,20 @@ def check_settings(study: Study) -> None:
     for cell in study.cells:
         methods = overridden(recipe.METHODS, overrides(study, cell))
         try:
-            check_methods(recipe.SECTIONS, {name: methods[name] for name in study.methods})
-            for own in methods.values():
-                reward = own.get("loss", {}).get("reward", {})
-                trusts = own.get("model", {}).get("trust_remote_code")
-                gates = [str(gate) for gate in own.get("loss", {}).get("gates") or ()]
-                trusts = trusts or any(".py" in gate for gate in gates)
-                if trusts or reward.get("verifier", "math") != "math":
+            named = {name: methods[name] for name in study.methods}
+            for config in check_methods(recipe.SECTIONS, named):
+                loss, paths = config.loss, [own.path for own in config.teacher.members()]
+                own_code = loss.reward.verifier != "math" or loss != loss.without_code()
+                if own_code or config.model.trust_remote_code:
                     raise UserError(
                         "a study runs no code: neither loss.reward.verifier nor "
                         "model.trust_remote_code is for it; compare configs of `opsd train` instead"
+                    )
+                output = config.output.push_to_hub or config.output.report_to
+                if output or config.rollout.server or any(map(is_address, paths)):
+                    raise UserError(
+                        "a study sends nothing to a server: neither an address, output.push_to_hub "
+                        "nor output.report_to is for it; compare configs of `opsd train` instead"
                     )
         except UserError as error:
             where = f"variants.{cell.name}" if study.variants else "settings"

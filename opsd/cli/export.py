@@ -60,6 +60,7 @@ def run(parsed: argparse.Namespace) -> None:
         if converter is None:
             whole.rename(output)
         else:
+            _check_no_code(whole, f"RUN is {str(place)!r}")
             with display.stage(f"Convert to {output}"):
                 _convert(converter, whole, Path(scratch) / "model.gguf", parsed.type)
             (Path(scratch) / "model.gguf").rename(output)
@@ -79,6 +80,16 @@ def _converter() -> Path:
             "its directory: LLAMA_CPP=llama.cpp opsd export …"
         )
     return found
+
+
+def _check_no_code(model: Path, where: str) -> None:
+    """Raises UserError for a model with Python of its own, which the converter would run."""
+    from opsd.common.errors import UserError
+    from opsd.common.strict_json import read_object
+
+    for file in sorted(model.glob("*config.json")):
+        if "auto_map" in read_object(file, where):
+            raise UserError(f"{where}: {file.name} has code (auto_map), which --gguf would run")
 
 
 def _convert(converter: Path, model: Path, file: Path, kind: str) -> None:

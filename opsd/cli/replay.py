@@ -12,6 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run Python code that its model's and teacher's repositories ship",
     )
+    parser.add_argument(
+        "--ask-teacher",
+        action="store_true",
+        help="ask the server that its teacher.path names",
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -21,4 +26,4 @@ def run(parsed: argparse.Namespace) -> None:
     from opsd.training.replay import replay
 
     quiet_transformers()
-    replay(parsed.file, Display(), parsed.trust_remote_code)
+    replay(parsed.file, Display(), parsed.trust_remote_code, parsed.ask_teacher)

@@ -100,12 +100,14 @@ def overridden(
     return changed
 
 
-def check_methods(sections: dict[str, Any], methods: dict[str, dict[str, Any]]) -> None:
-    """Raises UserError if a method's sections make no valid config."""
+def check_methods(sections: dict[str, Any], methods: dict[str, dict[str, Any]]) -> list[Config]:
+    """The methods' configs. Raises UserError if a method's sections make no valid one."""
+    made = []
     for method, own in methods.items():
         places = {"model": {"path": "base"}, "data": {"source": "train.jsonl"}}
         places |= {"teacher": {"path": "teacher"}} if method == "distill" else {}
-        _parsed(method, sections, own, {**places, "output": {"dir": "."}})
+        made.append(_parsed(method, sections, own, {**places, "output": {"dir": "."}}))
+    return made
 
 
 def repeated(rows: list[Row], solutions: int | None) -> list[Row]:

@@ -16,6 +16,7 @@ from torch import nn
 from opsd.common.display import Display
 from opsd.common.errors import UserError, in_short
 from opsd.common.precision import autocast, compute_dtype, weights_dtype
+from opsd.common.urls import is_address
 from opsd.data.prompts import Prompts
 from opsd.models.load import load_model
 from opsd.models.lora import add_adapters
@@ -42,17 +43,23 @@ class Replayed:
         return math.isfinite(self.loss) and math.isfinite(self.gradient)
 
 
-def replay(path: Path, display: Display, trust_remote_code: bool = False) -> list[Replayed]:
+def replay(
+    path: Path, display: Display, trust_remote_code: bool = False, ask_teacher: bool = False
+) -> list[Replayed]:
     """Run each sample of a failed-step-N.pt again and show a line for each. Raises UserError.
 
-    The file may be a stranger's: whether the code of its model and teacher may run is for the
-    caller to say, whatever the file's own config does.
+    The file may be a stranger's: whether the code of its model and teacher may run, and whether a
+    teacher's server is asked, is for the caller to say, whatever the file's own config does.
     """
     if not path.is_file():
         raise UserError(f"FILE is {str(path)!r}: no such file")
     failed = read_failed_step(path)
     config = failed.config
     config.model.trust_remote_code = trust_remote_code  # the teacher's too
+    paths = [] if ask_teacher else [member.path for member in config.teacher.members()]
+    for address in filter(is_address, paths):
+        said = f"its teacher.path is {address!r}, which would get OPSD_TEACHER_KEY"
+        raise UserError(f"FILE is {str(path)!r}: {said}; --ask-teacher allows it")
     try:
         found = _replay(failed, display)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
