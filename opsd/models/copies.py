@@ -68,7 +68,7 @@ def named_weights(
     named = {name: parameter.detach() for name, parameter in plain.named_parameters()}
     last = plain.get_output_embeddings()
     tied = next((n for n, p in plain.named_parameters() if p is getattr(last, "weight", None)), "")
-    own = next(f"{n}.weight" for n, module in plain.named_modules() if module is last)
+    own = next((f"{n}.weight" for n, module in plain.named_modules() if module is last), tied)
     for name, weight in revert_weight_conversion(plain, named).items():
         if name in added:
             weight = weight.float() + added[name]().float()
