@@ -66,6 +66,9 @@ def named_weights(
     added = additions(model) if is_adapted(model) else {}
     plain = without_adapters(model) if added else model
     named = {name: parameter.detach() for name, parameter in plain.named_parameters()}
+    converted = revert_weight_conversion(plain, named)
+    for name in added.keys() - converted.keys():  # experts are split there, and routers renamed
+        named[name] = named[name].float() + added.pop(name)().float()
     last = plain.get_output_embeddings()
     tied = next((n for n, p in plain.named_parameters() if p is getattr(last, "weight", None)), "")
     own = next((f"{n}.weight" for n, module in plain.named_modules() if module is last), tied)

@@ -24,6 +24,7 @@ from opsd.data.chat import ChatTemplate
 from opsd.models.adapter_files import TOKENIZER, ModelFiles, model_files
 from opsd.models.causal import check_causal
 from opsd.models.copies import contiguous_head
+from opsd.models.experts import leave_router_loss
 from opsd.models.generation_config import keep_stop_tokens
 from opsd.models.lora import four_bits, is_adapted
 from opsd.models.merge import merge_adapter
@@ -127,9 +128,7 @@ def made_ready(
     if model.get_output_embeddings() is None:
         raise UserError(f"{where}: {type(model).__name__} has no output head, which makes logits")
     tokenizer.embedding_rows = len(model.get_input_embeddings().weight)
-    # No router's loss is trained here, and transformers cannot make one of single tokens.
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        model.config.get_text_config().output_router_logits = False
+    leave_router_loss(model)
     check_causal(model, where)
     freeze_others(model)
     keep_stop_tokens(model)

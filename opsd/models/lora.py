@@ -139,7 +139,9 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     def base(module: nn.Module) -> nn.Module:
-        return cast(nn.Module, module.base_layer) if isinstance(module, BaseTunerLayer) else module
+        while isinstance(module, BaseTunerLayer):  # experts have one for each of their tensors
+            module = cast(nn.Module, module.base_layer)
+        return module
 
     plain = shared_copy(_inside(model), module=base)
     vars(plain).pop("peft_config", None)  # peft sets it on the model that it adapts
@@ -151,7 +153,9 @@ def additions(model: PreTrainedModel) -> dict[str, Callable[[], torch.Tensor]]:
     from peft.tuners.lora import LoraLayer
 
     return {
-        f"{name}.weight": partial(cast(Any, layer).get_delta_weight, "default")
+        f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}": partial(
+            cast(Any, layer).get_delta_weight, "default"
+        )
         for name, layer in _inside(model).named_modules()
         if isinstance(layer, LoraLayer)
     }

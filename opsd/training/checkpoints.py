@@ -26,6 +26,7 @@ from opsd.common.random_states import random_states, set_random_states
 from opsd.common.saved_directory import MANIFEST, new_directory, read_manifest
 from opsd.config.sections import ModelSection, OutputSection
 from opsd.distributed.processes import Processes
+from opsd.models.experts import asking_as_shipped
 from opsd.models.generation_config import as_shipped
 from opsd.models.load import load_model
 from opsd.models.lora import is_adapted
@@ -58,6 +59,7 @@ def save_model(
         written(directory, f"{name}/", checkpoint_bytes(model)),
         new_directory(directory / name) as place,
         as_shipped(model),
+        asking_as_shipped(model),
     ):
         if dtype is not None:
             state = _in_dtype(model.state_dict() if state is None else state, model, dtype)

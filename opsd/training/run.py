@@ -34,6 +34,7 @@ from opsd.grading.grader import Grader
 from opsd.grading.rewards import Verifier, check_code, reward_function
 from opsd.models.copies import copy_model
 from opsd.models.dropout import switch_off_dropout
+from opsd.models.experts import untrained
 from opsd.models.generation_config import left_out
 from opsd.models.head import head
 from opsd.models.load import (
@@ -286,6 +287,8 @@ class Run:
         self.display.note(told_stops(self.tokenizer, self.stops))
         if (unused := left_out(self.model)) is not None:
             self.display.note(unused)
+        for line in untrained(self.model):
+            self.display.note(line)
         checkpoint_activations(self.model, config.train.gradient_checkpointing)
 
     def _check_saving(self, base: Path | None) -> None:

@@ -202,7 +202,11 @@ def survey() -> None:
     for model_type in asked.types or all_types():
         before = known.get(model_type, {}).get("commands", {})
         missing = [name for name in asked.only if asked.types or name not in before]
-        if model_type in known and (not missing or "error" in known[model_type]):
+        if (
+            not asked.types
+            and model_type in known
+            and (not missing or "error" in known[model_type])
+        ):
             continue
         found = in_own_process(model_type, asked.seconds, missing)
         found["commands"] = before | found.get("commands", {})

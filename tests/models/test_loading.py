@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_model
 from helpers.training_cases import short_config, write_model
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -14,8 +16,12 @@ from transformers import (
 )
 
 from opsd.common.errors import UserError
+from opsd.config.sections import ModelSection
+from opsd.models.experts import untrained
 from opsd.models.load import load_model, stop_ids, told_stops
+from opsd.models.lora import add_adapters
 from opsd.rollout import GenerateSampler, Sampling
+from opsd.training.checkpoints import save_model
 
 SIZES = {
     "hidden_size": 16,
@@ -43,6 +49,20 @@ def test_a_router_s_logits_are_asked_of_no_single_token(tmp_path):
     model, tokenizer = load_model(section)
     sampler = GenerateSampler(model, stop_ids(model, tokenizer))
     assert all(rollout.ids for rollout in sampler.sample([[5, 6, 7], [5]], Sampling(4)))
+    (said,) = untrained(model)
+    assert "output_router_logits: its routers train by the run's loss alone" in said
+    save_model(model, tokenizer, tmp_path, "saved")
+    assert AutoConfig.from_pretrained(tmp_path / "saved").output_router_logits
+    assert not model.config.output_router_logits
+
+
+def test_adapters_say_that_they_train_no_experts():
+    lora = ModelSection(path="x", lora={"rank": 2, "alpha": 4})
+    assert untrained(add_adapters(tiny_model("mixtral"), lora)) == []
+    model = tiny_model("gpt_oss")
+    sizes = sum(p.numel() for n, p in model.named_parameters() if "experts" in n and p.ndim == 3)
+    (said,) = untrained(add_adapters(model, lora))
+    assert sizes and f"none of the experts, {sizes:,} of" in said
 
 
 def test_a_model_without_sdpa_is_told_of_eager(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from helpers.lines import read_lines
 from helpers.tiny_models import tiny_config, tiny_model
 from helpers.training_cases import ROWS, logits, quiet, short_config, write_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd.cli.main import main
@@ -20,7 +20,7 @@ from opsd.config.loss import LossSection
 from opsd.config.sections import ModelSection, PromptsSection
 from opsd.data.prompts import Prompts
 from opsd.evaluate.subject import Subject
-from opsd.models.copies import copy_model, update_copy
+from opsd.models.copies import copy_model, named_weights, update_copy
 from opsd.models.load import checkpoint_activations, load_model
 from opsd.models.lora import add_adapters, without_adapters
 from opsd.models.moving_average import FILE, MovingAverage
@@ -278,3 +278,24 @@ def test_all_linear_leaves_out_what_is_no_product_or_is_read_past_an_adapter(mod
     named = ModelSection(path="x", lora={"targets": [without]})
     with pytest.raises(UserError, match=f"targets has '{without}': this model has"):
         add_adapters(tiny_model(model_type), named)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_adapters_of_experts_are_left_out_and_added_whole(model_type, tmp_path):
+    """peft stands an adapter beside each tensor of the experts, one around the other, and beside
+    the router's weight."""
+    plain, ids = tiny_model(model_type), torch.arange(3, 12)[None]
+    plain.config.save_pretrained(tmp_path)
+    model = add_adapters(tiny_model(model_type), ModelSection(path="x", lora=LORA)).eval()
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3, generator=draw)
+    before = plain(input_ids=ids).logits
+    assert torch.equal(without_adapters(model)(input_ids=ids).logits, before)
+    weights = {name: w.contiguous() for name, w in named_weights(model, torch.float32)}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    after = model(input_ids=ids).logits
+    assert (after - before).abs().max() > 0.01
+    copied = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert (copied(input_ids=ids).logits - after).abs().max() < 1e-6
