@@ -175,6 +175,7 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
     """The config of the model under its adapters. Raises UserError."""
     try:
         config = AutoConfig.from_pretrained(files.base.path, **_source(files.base))
+        config.get_text_config()  # fails where there are several: MusicGen's
     except Exception as error:  # as for the weights
         raise _unreachable(files, files.base, error) from error
     if type(config) not in auto_class(config)._model_mapping and not hasattr(config, "auto_map"):

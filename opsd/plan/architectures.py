@@ -41,24 +41,27 @@ def _base(section: ModelSection, where: str) -> PreTrainedConfig:
     try:
         if section.gguf_file:
             return AutoConfig.from_pretrained(path, gguf_file=section.gguf_file)
-        if path.is_file() or (path / "config.json").is_file():
-            return AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-        if path.is_dir():
-            raise UserError(f"{where}: a directory without config.json{near_model(path)}")
-        cached = find_file(section.path, "config.json", section.revision, offline=True)
-        if cached is not None:
-            return AutoConfig.from_pretrained(cached, trust_remote_code=section.trust_remote_code)
+        found: Path | str | None = path
+        if not path.is_file() and not (path / "config.json").is_file():
+            if path.is_dir():
+                raise UserError(f"{where}: a directory without config.json{near_model(path)}")
+            found = find_file(section.path, "config.json", section.revision, offline=True)
+        if found is not None:
+            trust = section.trust_remote_code
+            config = AutoConfig.from_pretrained(found, trust_remote_code=trust)
+            config.get_text_config()  # fails where there are several: MusicGen's
+            return config
     except UserError:
         raise
     except Exception as error:  # a damaged file raises errors of any kind
         raise UserError(f"{where}: not a model's config ({in_short(error)})") from error
-    found = _known(section.path)
-    if found is None:
+    known = _known(section.path)
+    if known is None:
         raise UserError(
             f"{where}: neither a model directory nor a config.json nor in "
             f"the hub's local cache, and not one of those known here ({', '.join(KNOWN)})"
         )
-    return AutoConfig.for_model(**found)
+    return AutoConfig.for_model(**known)
 
 
 def _known(path: str) -> dict[str, Any] | None:
