@@ -77,7 +77,8 @@ def talker(
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             print(shown(text, "\n"), end="\n" if stream_end else "", flush=True)
 
-    subject, history = Subject(path), []
+    subject = Subject(path)
+    history: list[dict[str, str]] = []
     model, prompts = subject.load().eval(), Prompts(section, subject.tokenizer)
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     ends = {"eos_token_id": sorted(subject.stops), "pad_token_id": min(subject.stops)}

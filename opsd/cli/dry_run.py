@@ -80,13 +80,13 @@ def dry_run(config: Config, display: Display, machine: tuple[GPU, int] | None = 
         f"from {len(rows)} rows, {len(held_out)} held out. Nothing was trained."
     )
     if machine is not None:
-        gpu, peak = f"{processes} x {machine[0].name}", size(plan.memory.peak)
+        where, peak = f"{processes} x {machine[0].name}", size(plan.memory.peak)
         if plan.memory.peak > memory:
             raise UserError(
-                f"--for: on {gpu} it takes {peak} of {size(memory)} each; `opsd plan` with --gpu "
+                f"--for: on {where} it takes {peak} of {size(memory)} each; `opsd plan` with --gpu "
                 f"{machine[0].name} --gpus {processes} says what to change"
             )
-        display.note(f"It fits on {gpu}: {peak} of {size(memory)} each.")
+        display.note(f"It fits on {where}: {peak} of {size(memory)} each.")
 
 
 def _show_contexts(

@@ -53,8 +53,8 @@ class Plan:
             f"run, contexts shared ({ratio:.2f} times fewer)": tokens.shared,
             "largest micro-batch, the student's": self.micro_batch_tokens,
         }
-        rows = [(name, number(count)) for name, count in counts.items()]
-        display.table("Tokens a step", ["", "tokens"], rows)
+        tokens_of = [(name, number(count)) for name, count in counts.items()]
+        display.table("Tokens a step", ["", "tokens"], tokens_of)
 
 
 def plan_command(asked: argparse.Namespace) -> None:

@@ -112,7 +112,8 @@ def _answers(text: str, name: str, arguments: tuple, values: Iterable[Any]) -> l
     while they are quick, since each costs two changes of process. One that fails is tried again
     in small ones: together, honest rows may take too much."""
     ask = answer if text in _SHIPPED else _ask
-    values, made, start, rows, most = list(values), [], 0, BATCH_ROWS, MOST_ROWS
+    values, start, rows, most = list(values), 0, BATCH_ROWS, MOST_ROWS
+    made: list[Any] = []
     while start < max(1, len(values)):
         job = _job(name, arguments, values[start : start + rows])
         if len(job) > BATCH_BYTES and rows > 1:

@@ -215,8 +215,8 @@ class OPSD(Objective):
         section, sampling = self.section, self.sampling
         own = token_log_prob(model, student, batch, section, sampling)
         with torch.no_grad():
-            weights = teacher.weight, teacher.bias
-            scored = token_log_prob(model, teacher.hidden, batch, section, sampling, weights)
+            its_head = teacher.weight, teacher.bias
+            scored = token_log_prob(model, teacher.hidden, batch, section, sampling, its_head)
         old = batch.old_log_prob(own.log_prob)
         advantage = scored.log_prob - old
         logged = {"divergence": -advantage, "student_entropy": own.entropy}

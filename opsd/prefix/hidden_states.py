@@ -70,9 +70,9 @@ def states_by_role(
             return model.states([plain_groups(role) for role in roles])
     new = [n for n, role in enumerate(roles) if not any(_same(role, one) for one in roles[:n])]
     if len(new) < len(roles):
-        found = dict(zip(new, states_by_role(model, [roles[n] for n in new], share), strict=True))
+        states = dict(zip(new, states_by_role(model, [roles[n] for n in new], share), strict=True))
         first_alike = [next(n for n in new if _same(roles[n], role)) for role in roles]
-        return [found[n] if n == k else found[n].detach() for k, n in enumerate(first_alike)]
+        return [states[n] if n == k else states[n].detach() for k, n in enumerate(first_alike)]
     first, *others = roles
     checked = _checked(model, plain_groups(first))
     common = [_common_starts(model, first, checked, other) if share else None for other in others]

@@ -68,7 +68,8 @@ class ColocatedSampler:
                 generation_config="vllm",  # none of the model's
                 **settings,
             )
-        self._awake, self._weights_of = True, None
+        self._awake = True
+        self._weights_of: PreTrainedModel | None = None
         self.sync: dict[str, float] = {}
         self._sleep()
 

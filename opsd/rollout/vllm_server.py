@@ -54,7 +54,7 @@ class ServerSampler:
         try:
             # On a CPU vLLM 0.32 keeps another copy of a tied head, which only its name brings.
             settings = self.server.settings
-            named = named_weights(model, self.dtype, head_too=settings and settings.on_cpu)
+            named = named_weights(model, self.dtype, head_too=bool(settings and settings.on_cpu))
             weights = {name: weight.cpu().contiguous() for name, weight in named}
             save_file(weights, new / "model.safetensors", {"format": "pt"})
             readable(new)  # the server may be somebody else's

@@ -59,7 +59,7 @@ class RolloutCollector:
 
     def __call__(self, rows: Sequence[Row]) -> CollectedRollouts:
         """The problems of a step that draws these rows."""
-        sync = {}
+        sync: dict[str, float] = {}
         if self.samples:
             with phase("rollout"):
                 self.sampler.sync_weights(self.model)

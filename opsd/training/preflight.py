@@ -87,10 +87,10 @@ def _obstacles(config: Config) -> Iterator[str]:
             yield "model.attention: it needs a GPU, and there is none; 'sdpa' runs everywhere"
         if not _installed("flash_attn"):
             yield "model.attention: it needs pip install flash-attn; 'sdpa' needs nothing"
-    if (name := config.loss.backend) != "auto":
+    if (backend := config.loss.backend) != "auto":
         usable = backends()
-        reason = usable[name]
-        if reason is None and name == "cpp" and gpu:
+        reason = usable[backend]
+        if reason is None and backend == "cpp" and gpu:
             reason = "it serves the CPU, and this run is on a GPU"
         if reason is not None:
             others = ", ".join(other for other, lacks in usable.items() if lacks is None)
