@@ -9,6 +9,7 @@ import json
 import pickle
 import zlib
 from collections.abc import Iterable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,9 +48,8 @@ def read_file(path: Path, section: str) -> Iterator[Any]:
     try:
         with path.open("rb") as file:
             zipped = path.suffix.lower() == ".gz" or file.read(2) == b"\x1f\x8b"
-        if zipped:
-            _check_unpacked(path)
-        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        packed = _Unpacked(path) if zipped else path.open("rb")
+        with TextIOWrapper(packed, encoding="utf-8-sig", newline="") as file:
             if kind in TABLES:
                 yield from _table(file, TABLES[kind], where)
             else:
@@ -66,12 +66,23 @@ def _most_unpacked(path: Path) -> int:
     return max(LEAST, RATIO * path.stat().st_size)
 
 
-def _check_unpacked(path: Path) -> None:
-    """Raises OSError for a gzip file of more than it seems."""
-    with gzip.open(path) as file:
-        while file.read(1 << 20):
-            if file.tell() > _most_unpacked(path):
-                raise OSError(TOO_MUCH)
+class _Unpacked(gzip.GzipFile):
+    """What a gzip file holds. Raises OSError where that is more than it seems."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.most = _most_unpacked(path)
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._counted(super().read(self.most + 1 if size in (None, -1) else size))
+
+    def read1(self, size: int = -1) -> bytes:
+        return self._counted(super().read1(size))
+
+    def _counted(self, data: bytes) -> bytes:
+        if self.tell() > self.most:
+            raise OSError(TOO_MUCH)
+        return data
 
 
 ONE_A_LINE = "one JSON object a line"
