@@ -46,7 +46,7 @@ from opsd.models.load import (
     window,
 )
 from opsd.models.lora import add_adapters, trainable, without_adapters
-from opsd.models.teacher import Member, check_teacher, make_members
+from opsd.models.teacher import check_teacher, make_members
 from opsd.objectives import make_objective
 from opsd.prefix import try_kernel, unpackable
 from opsd.report import write_report
@@ -330,8 +330,7 @@ class Run:
             self.inference = copy_model(model, dtype, self.processes.device)
         # A method without a teacher needs one only to show its view of sample completions.
         scores = scores_by_teacher(config)
-        self.teacher, average = self.inference, None
-        self.members: list[Member] = []
+        self.teacher, average, self.members = self.inference, None, []
         if scores or (self.held_out and config.eval.samples):
             self.teacher, average, self.members = make_members(
                 config.teacher, config.model, dtype, model, self.tokenizer, self.inference
