@@ -115,7 +115,7 @@ def test_no_call_looks_at_its_tensors(divergence, clip):
         operator = linear._operator
         work = operator._without_zeros if drop_zeros else operator.run
         loss, stats, d_hidden, d_weight, _ = work(tensors, row_weight, options, True)
-        assert loss.shape == (n,) and stats.shape == (linear.STATISTICS, n)
+        assert loss.shape == (n,) and stats.shape == (operator.statistics, n)
         assert d_hidden.shape == hidden.shape
         assert (d_weight is None) == (not trained)
         targets = torch.empty(n, device="meta", dtype=torch.long)
