@@ -13,7 +13,7 @@ from opsd.rollout.vllm_colocated import ColocatedSampler
 def colocated(model, stops) -> ColocatedSampler:
     """The sampler of vLLM in this process, without a GPU and without vLLM."""
     sampler = ColocatedSampler.__new__(ColocatedSampler)
-    sampler.stops, sampler.trains, sampler._awake = stops, False, True
+    sampler.stops, sampler.trains, sampler._sleeps, sampler._awake = stops, False, False, True
     sampler.llm = SimpleNamespace(generate=lambda *asked, use_tqdm: outputs(model, *asked))
     sampler._vllm = SimpleNamespace(SamplingParams=lambda **asked: SimpleNamespace(**asked))
     return sampler

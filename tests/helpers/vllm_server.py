@@ -238,9 +238,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body) -> None:
         with self.fake.together(body) if self.path == "/v1/completions" else nullcontext():
-            self._answer_one(body)
+            found = self._found(body)
+        if found is None:
+            self.close_connection = True
+            self.connection.close()
+            return
+        status, answer = found  # sent when it no longer counts: the client asks on at once
+        text = json.dumps(answer).encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+        except OSError:  # the client did not wait
+            self.close_connection = True
 
-    def _answer_one(self, body) -> None:
+    def _found(self, body) -> tuple[int, object] | None:
+        """(status, JSON); None to hang up."""
         fake = self.fake
         completes = self.path == "/v1/completions"
         with fake._lock:
@@ -251,22 +266,11 @@ class _Handler(BaseHTTPRequestHandler):
                 fake._restart()
             dead = fake.dies_after is not None and len(fake.completions()) > fake.dies_after
         if dead or restarts or failure == "drop":
-            self.close_connection = True
-            self.connection.close()
-            return
+            return None
         time.sleep(fake.delay)
-        status, answer = (failure, {"error": {"message": "busy"}}) if failure else (None, None)
-        if failure is None:
-            status, answer = fake.answer(self.path, body)
-        text = json.dumps(answer).encode()
-        try:
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-        except OSError:  # the client did not wait
-            self.close_connection = True
+        if failure:
+            return failure, {"error": {"message": "busy"}}
+        return fake.answer(self.path, body)
 
     def log_message(self, *_):
         pass
