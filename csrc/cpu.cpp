@@ -180,7 +180,8 @@ Sums sums_of(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher, int64_t
         clipped_sum += clipped_unnormalised<KIND>(e, threshold);
       }
       if (LEAVE == GRADIENT) {
-        part.put(student.x + j, student.through_softcap(factor * (e.s + e.unnormalised - e.s * target_weight), z));
+        const Vector g = e.s * (1.f - target_weight) + e.unnormalised;
+        part.put(student.x + j, student.through_softcap(factor * g, z));
       } else if (LEAVE == FOR_LATER) {
         part.put(teacher.x + j, e.unnormalised);
       } else if (LEAVE == TWO_TERMS) {

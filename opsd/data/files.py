@@ -8,12 +8,12 @@ import gzip
 import json
 import pickle
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
-from opsd.common.errors import UserError, in_short
+from opsd.common.errors import UserError
 from opsd.common.strict_json import each_once
 from opsd.common.workers import Ended, Workers
 
@@ -210,11 +210,3 @@ def _parquet(path: Path, section: str) -> Iterator[Any]:
             yield from rows
     finally:
         workers.close()
-
-
-def guarded(records: Iterable[Any], said: str) -> Iterator[Any]:
-    """The records. Raises UserError where the library that reads them fails, with whatever."""
-    try:
-        yield from records
-    except Exception as error:
-        raise UserError(f"{said}: {in_short(error)}") from error

@@ -4,14 +4,14 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.near import did_you_mean, near_file
-from opsd.data.files import FILE_TYPES, file_type, guarded, read_file
+from opsd.data.files import FILE_TYPES, file_type, read_file
 
 REASONING_GYM = "reasoning_gym:"
 
@@ -106,7 +106,7 @@ def _saved_directory(path: Path, split: str | None, default: str, section: str) 
         data = data[split or default]
     else:
         check_no_split(str(path), split, section)
-    return guarded(data, f"{section}.source: {str(path)!r} is damaged")
+    return _guarded(data, f"{section}.source: {str(path)!r} is damaged")
 
 
 def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
@@ -131,7 +131,7 @@ def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
             f"{section}.source: {name!r} (split {split!r}) is no local path and cannot be loaded "
             f"from the hub: {in_short(error)}; {advice}"
         ) from error
-    return guarded(data, f"{section}.source: {name!r} (split {split!r}) is damaged")
+    return _guarded(data, f"{section}.source: {name!r} (split {split!r}) is damaged")
 
 
 def draw(source: str, size: int, seed: int, options: dict, section: str) -> Iterable[Any]:
@@ -176,3 +176,11 @@ def _task_seed(task: str, seed: int) -> int:
     """
     digest = hashlib.blake2b(f"{task}:{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 33
+
+
+def _guarded(records: Iterable[Any], said: str) -> Iterator[Any]:
+    """The records. Raises UserError where the library that reads them fails, with whatever."""
+    try:
+        yield from records
+    except Exception as error:
+        raise UserError(f"{said}: {in_short(error)}") from error

@@ -137,24 +137,6 @@ class OPSD(Objective):
         """
         if self.by_token:
             return self._sampled_token(model, batch, student, teacher)
-        return self._whole_vocabulary(model, batch, student, teacher, token_loss)
-
-    def in_one_sweep(self, batch: MicroBatch, temperature: float | None) -> bool:
-        """Whether a loss of the tokens' log-probabilities at `temperature` takes no more than the
-        divergence's sweep: not where that is of other logits, or its weights need its results."""
-        section = self.section
-        corrected = section.importance_bound is not None and batch.sampled_by_others
-        plain = not (self.by_token or section.gates or section.unsure or corrected)
-        return plain and section.temperature == temperature
-
-    def _whole_vocabulary(
-        self,
-        model: PreTrainedModel,
-        batch: MicroBatch,
-        student: Tensor,
-        teacher: Scorer,
-        token_loss: Callable[..., Tensor] | None = None,
-    ) -> TokenLosses:
         section = self.section
         weights = batch.weights
         corrections: dict[str, Tensor] = {}
@@ -190,6 +172,14 @@ class OPSD(Objective):
         log_probs = {"log_prob": result.log_prob, "teacher_log_prob": result.teacher_log_prob}
         logged["gate"] = gate = gated(gates, Measures(**logged, **log_probs, lengths=batch.lengths))
         return TokenLosses((gate * loss).sum(), logged | corrections, of_all)
+
+    def in_one_sweep(self, batch: MicroBatch, temperature: float | None) -> bool:
+        """Whether a loss of the tokens' log-probabilities at `temperature` takes no more than the
+        divergence's sweep: not where that is of other logits, or its weights need its results."""
+        section = self.section
+        corrected = section.importance_bound is not None and batch.sampled_by_others
+        plain = not (self.by_token or section.gates or section.unsure or corrected)
+        return plain and section.temperature == temperature
 
     def _divergence(
         self, model: PreTrainedModel, student: Tensor, teacher: Scorer, **what: Any
