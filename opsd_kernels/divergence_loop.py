@@ -111,7 +111,6 @@ def divergence_blocks(
             z = target_logits(targets[rows], student[rows], heads[0], rule.transform, shards)
             stats[TOKEN_LOSS, rows], slope = token_losses(token_loss, z, state, rows)
             if factor is not None:
-                slope = slope if unit is None else slope * unit
                 state[states.TARGET_WEIGHT] = slope / factor
                 by_product = slope * rule.transform.derivative(z)
         if at_once:
@@ -177,11 +176,12 @@ def target_logits(
     """[n]: each token's own logit, by itself: D multiply-adds."""
     size, wide = len(head.weight), gemm.tile_dtype(hidden.dtype)
     local = targets - (0 if shards is None else shards.offset)
-    entry = local.clamp(0, size - 1)
-    z = (hidden.to(wide) * head.weight[entry].to(wide)).sum(-1)
-    if head.bias is not None:
-        z = z + head.bias[entry]
-    z = transform(z).masked_fill_((local < 0) | (local >= size), 0.0)
+    z = hidden.new_zeros(len(hidden), dtype=wide)
+    if size:  # a rank may have no rows of the head
+        entry = local.clamp(0, size - 1)
+        z = (hidden.to(wide) * head.weight[entry].to(wide)).sum(-1)
+        z = transform(z if head.bias is None else z + head.bias[entry])
+        z.masked_fill_((local < 0) | (local >= size), 0.0)
     if shards is not None:
         shards.sum_(z)
     return z

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, float16
 
 from opsd_kernels import arguments, gemm
 from opsd_kernels.divergence import Clip, Divergence, LogitTransform, Rule
@@ -217,8 +217,8 @@ def linear_divergence(
         log_prob [n] of the targets of the tokens `rows` (an index into the flattened leading
         shape): a policy gradient beside the divergence, for one sweep of the head. It is called
         with a block of tokens at a time and differentiated by torch; each l_n must depend on its
-        own log_prob alone. For reduction="sum"; tokens of weight 0 have no l_n either. Not in
-        torch.compile's graph.
+        own log_prob alone. For reduction="sum", and not for fp16; tokens of weight 0 have no
+        l_n either. Not in torch.compile's graph.
     process_group: the vocabulary is split over its ranks. Each passes its own rows of the heads and
         biases, in order of rank, and the same hidden states and token weights; loss and dh are then
         the same on every rank. DTensor heads sharded over the vocabulary need no group: without
@@ -271,7 +271,7 @@ def linear_divergence(
     )
     arguments.check_beta(rule.divergence, student_hidden.dtype)
     _check_targets(targets, student_hidden, None if sharded else len(weight))
-    _check_token_loss(token_loss, targets, reduction, placed)
+    _check_token_loss(token_loss, targets, reduction, placed, student_hidden)
 
     leading = student_hidden.shape[:-1]
     n_tokens = leading.numel()
@@ -328,7 +328,11 @@ def _check_targets(targets: Tensor | None, student: Tensor, vocabulary: int | No
 
 
 def _check_token_loss(
-    token_loss: TokenLoss | None, targets: Tensor | None, reduction: str, placed: Placement
+    token_loss: TokenLoss | None,
+    targets: Tensor | None,
+    reduction: str,
+    placed: Placement,
+    student: Tensor,
 ) -> None:
     if token_loss is None:
         return
@@ -336,6 +340,8 @@ def _check_token_loss(
         raise ValueError("token_loss: got a function of log-probabilities, but no targets")
     if reduction != "sum":
         raise ValueError(f"token_loss: got reduction={reduction!r} beside it, must be 'sum'")
+    if student.dtype == float16:  # its scale is made of the token weights (`gradient_unit`)
+        raise ValueError("token_loss: got float16 hidden states, must be bfloat16 or float32")
     if placed.own_tokens:
         raise ValueError(
             "token_loss: got a weight that is a DTensor of ranks with tokens of their own, must be "

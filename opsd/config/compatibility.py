@@ -85,6 +85,8 @@ def _value(config: Config, field: str) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, BaseModel):
         value = value.model_dump(exclude_defaults=True)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
     return "missing" if value is None else "true" if value is True else repr(value)
 
 

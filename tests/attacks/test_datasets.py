@@ -306,3 +306,11 @@ def test_a_small_file_is_not_unpacked_without_end(draw, tmp_path, monkeypatch):
     with Clock(), pytest.raises(UserError, match=r"it unpacks to more|take too much"):
         for _ in zip(rows, range(1 << 23), strict=False):
             pass
+
+
+def test_the_rows_of_a_small_parquet_file_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("opsd.data.files.LEAST", 1 << 20)
+    table = pyarrow.table({"problem": pyarrow.nulls(1 << 15, pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="it unpacks to more"):
+        list(read_file(tmp_path / "a.parquet", "data"))

@@ -2,13 +2,16 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.gpu_rounding import emulate_gpu_products
 from helpers.kernel_cases import (
     BACKENDS,
     CPU_BACKENDS,
     DIVERGENCES,
+    LIMITS,
     SHAPES,
     check,
     make,
@@ -17,7 +20,9 @@ from helpers.kernel_cases import (
 
 from opsd_kernels import Clip, LogitTransform, linear_divergence, reference, sweep
 from opsd_kernels.divergence import Divergence
+from opsd_kernels.linear import _check_token_loss
 from opsd_kernels.plan import plan
+from opsd_kernels.sharded import Placement
 
 DTYPES = {
     "cpp": (torch.float32, torch.bfloat16, torch.float16),
@@ -231,7 +236,7 @@ def test_targets_outside_the_vocabulary_are_refused():
         linear_divergence(states, states, torch.eye(5, 4), targets=torch.tensor([0, 5]))
 
 
-@pytest.mark.parametrize("clip", [None, Clip("token", 0.3), Clip("entry", 0.05)])
+@pytest.mark.parametrize("clip", [None, Clip("token", 0.03), Clip("entry", 1e-4)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loss_of_the_targets_log_probability_shares_the_sweep(backend, divergence, clip):
@@ -259,8 +264,27 @@ def test_a_loss_of_the_targets_log_probability_shares_the_sweep(backend, diverge
         (2 * result.loss).backward()  # backward scales what forward computed
         assert relative_error(result.loss.detach(), wanted.detach()) < 1e-5
         assert relative_error(result.token_loss, beside.detach()) < 1e-5
+        assert bool(result.clipped_fraction > 0) == (clip is not None)
         for mine, its in zip(ours.trainable(), truth.trainable(), strict=False):
             assert relative_error(mine.grad / 2, its.grad) < 1e-5
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "as a gpu"])
+def test_a_token_loss_far_larger_than_the_divergence_in_bf16(backend, gpu, monkeypatch):
+    low = make(40, 301, 24, reduction="sum").to(torch.bfloat16)
+    low = replace(low, token_weight=torch.full((40,), 1e-6))
+    targets, advantage = torch.randint(301, (40,)), torch.randn(40)
+    truth = low.to(torch.float64).require_grad()
+    log_p = (truth.student @ truth.weight.T).log_softmax(-1)[torch.arange(40), targets]
+    (truth.dense() + (advantage * log_p).sum()).backward()
+    if gpu:
+        emulate_gpu_products(monkeypatch)
+    ours = low.require_grad()
+    beside = {"targets": targets, "token_loss": lambda log_p, rows: advantage[rows] * log_p}
+    ours.fused(backend, **beside).loss.backward()
+    for mine, its in zip(ours.trainable(), truth.trainable(), strict=True):
+        assert relative_error(mine.grad, its.grad) < LIMITS[torch.bfloat16][1]
 
 
 def test_what_a_token_loss_does_not_go_with():
@@ -274,3 +298,9 @@ def test_what_a_token_loss_does_not_go_with():
     with pytest.raises(ValueError, match=r"token_loss: returned shape \[\] for .* \[2\]"):
         other = lambda log_prob, rows: log_prob.sum()  # noqa: E731
         linear_divergence(*call, token_loss=other, targets=targets, reduction="sum")
+    half = (x.half() for x in call)
+    with pytest.raises(ValueError, match="token_loss: got float16 hidden states"):
+        linear_divergence(*half, token_loss=own, targets=targets, reduction="sum")
+    own_tokens = Placement(SimpleNamespace(group_name="ranks"), own_tokens=True)
+    with pytest.raises(ValueError, match="token_loss: got a weight that is a DTensor"):
+        _check_token_loss(own, targets, "sum", own_tokens, states)

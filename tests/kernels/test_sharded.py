@@ -66,6 +66,10 @@ def one_divergence(rank: int, ranks: int, trainable: bool, **options) -> None:
     options |= {"beta": 0.3, "temperature": 1.2, "logit_scale": 0.9, "logit_softcap": 6.0}
     options |= {"token_weight": torch.rand(N) * (torch.arange(N) != 3)}
     assert transform.softcap == options["logit_softcap"]
+    if options["reduction"] == "sum":  # with a loss of the targets' log-probabilities beside it
+        targets, advantage = torch.randint(V, (N,)), torch.randn(N)
+        options["targets"] = targets
+        options["token_loss"] = lambda log_prob, rows: advantage[rows] * log_prob
     whole, part = ([], [])
     for into, cut in ((whole, lambda x: x), (part, lambda x: shard(x, rank, ranks))):
         student = case.student.clone().requires_grad_()

@@ -1,7 +1,7 @@
 """Every method with every teacher, in fp32 and bf16: its gradient against a dense rendering, and
 its loss on a fixed batch, which must fall."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -73,6 +73,9 @@ CASES = [
         "grpo", {"distil": 0.7, "kl": 0.2, "importance_bound": None}, teachers=("model",), old=True
     ),
     Case("grpo", {"distil": 0.7, "credit": 0.5, "divergence": "sampled_token"}),
+    Case("grpo", {"distil": 0.7, "credit": 0.5}, teachers=("initial",)),
+    Case("grpo", {"distil": 0.7, "temperature": 0.6}, teachers=("initial",)),
+    Case("grpo", {"distil": 0.7, "divergence": "reverse_kl", "unsure": 0.8}, teachers=("initial",)),
     Case("grpo", {"weights": {"truncated": 0.0}}, teachers=("none",)),
     Case("sft", teachers=("none",)),
     Case("sft", {"roles": ["student", "teacher"], "aggregation": "rollout"}, teachers=("none",)),
@@ -210,11 +213,16 @@ def rendered(case: Case, config, model, teacher, problems, prompts: Prompts) -> 
                 if loss.kl:
                     token_loss += loss.kl * dense.kl_to_reference(student, reference, ids)
                 if loss.distil and (wrong or not switched):
-                    beside = (
-                        dense.sampled_token(student, taught, ids, **clip)
-                        if loss.divergence == "sampled_token"
-                        else dense.divergence(student, taught, loss.divergence, loss.beta, None)
-                    )
+                    own, its = student / loss.temperature, taught / loss.temperature
+                    if loss.divergence == "sampled_token":
+                        beside = dense.sampled_token(student, taught, ids, **clip)
+                    else:
+                        beside = dense.divergence(own, its, loss.divergence, loss.beta, None)
+                    if loss.unsure:
+                        log_p = its.log_softmax(-1)
+                        unsure = -(log_p.exp() * log_p).sum(-1) > loss.unsure_entropy
+                        forward = dense.divergence(own, its, "forward_kl", loss.beta, None)
+                        beside = beside + loss.unsure * unsure * forward
                     token_loss = token_loss + loss.distil * beside
             elif loss.divergence == "sampled_token":
                 token_loss = dense.sampled_token(student, taught, ids, **clip)
@@ -316,6 +324,37 @@ def test_tokens_of_a_padded_head_have_the_class_other():
     parts = split_by_class(table, beyond, torch.tensor([2.0, 3.0]))
     assert parts["other"].tolist() == [2.0, 3.0]
     assert all(not values.any() for name, values in parts.items() if name != "other")
+
+
+def test_a_rollout_that_no_teacher_sees_has_its_policy_gradient_alone(make):
+    """In a group whose other rollout distils: gradient and entropies against a dense rendering."""
+    case = Case("grpo", {"distil": 0.7}, teachers=("initial",))
+    _, model, teacher, objective, problems = make(case, "initial", "fp32")
+    problems = [replace(p, teachers={"teacher": [None, p.context.teacher]}) for p in problems]
+    groups, _ = objective.sample_groups(problems)
+    totals = Totals()
+    ours = gradient(objective.loss(model, groups, totals), model)
+    losses, entropies = [], []
+    for p in problems:
+        advantages = group_advantages([outcome.reward for outcome in p.outcomes], True)
+        for number, (rollout, advantage) in enumerate(zip(p.rollouts, advantages, strict=True)):
+            ids = torch.tensor(rollout.ids)
+            student = logits(model, p.context.student, rollout.ids)
+            clip = {"low": 0.2, "high": 0.2, "old": None}
+            loss = dense.policy_gradient(student, ids, torch.tensor(advantage), **clip)
+            if number:
+                with torch.no_grad():
+                    taught = logits(teacher, p.context.teacher, rollout.ids)
+                loss = loss + 0.7 * dense.divergence(student, taught, "forward_kl", 0.5, None)
+            losses.append(loss)
+            if number or advantage:  # what has neither runs in no pass
+                log_p = student.detach().log_softmax(-1)
+                entropies.append(-(log_p.exp() * log_p).sum(-1))
+    weights = [torch.ones(len(loss)) for loss in losses]
+    theirs = gradient(dense.step(losses, weights, "token", LONGEST), model)
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    wanted = float(torch.cat(entropies).mean())
+    assert totals.means()["student_entropy"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_grpo_and_its_divergence_sweep_the_head_once(make, monkeypatch):
