@@ -75,6 +75,30 @@ def add_adapters(
     return cast(PreTrainedModel, adapted)  # it hands on all that it has not itself
 
 
+def described_by(config: Any) -> dict[str, Any]:
+    """The section model.lora that makes what peft's `LoraConfig` describes.
+
+    Raises UserError where none does, naming the field.
+    """
+    peft = import_peft("peft_config")
+    if type(config) is not peft.LoraConfig:
+        raise UserError(f"peft_config is of type {type(config).__name__}: it must be a LoraConfig")
+    ours = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+    place = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+    usual = peft.LoraConfig(target_modules=config.target_modules)
+    for name, value in vars(config).items():
+        if name not in {*ours, *place} and value != getattr(usual, name):
+            raise UserError(f"peft_config.{name} is {value!r}: model.lora has no such field")
+    targets = config.target_modules
+    if targets is None or (isinstance(targets, str) and targets != ALL_LINEAR):
+        raise UserError(
+            f"peft_config.target_modules is {targets!r}: name the layers in a list, or say "
+            f"{ALL_LINEAR!r}"
+        )
+    named = [targets] if isinstance(targets, str) else sorted(targets)
+    return {"targets": named} | {field: getattr(config, name) for name, field in ours.items()}
+
+
 def check_targets(model: PreTrainedModel, lora: LoraSection) -> None:
     """Raises UserError where `lora.targets` names what cannot be adapted."""
     if lora.targets == [ALL_LINEAR]:

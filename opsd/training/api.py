@@ -22,6 +22,7 @@ from opsd.data.rows import load_rows
 from opsd.distributed.processes import Processes
 from opsd.grading.reward_functions import verifier_of
 from opsd.models.load import load_tokenizer, with_ends
+from opsd.models.lora import described_by
 from opsd.runs.directory import last_checkpoint
 from opsd.training.preflight import begin
 from opsd.training.run import Given, load_run, train_in_directory
@@ -41,6 +42,7 @@ class OPSDTrainer:
         reward_funcs: functions that grade rollouts instead of loss.reward.verifier: of TRL's kind
             (completions, **columns) → scores, or (completion, row) → score.
         callbacks: transformers' TrainerCallbacks.
+        peft_config: a LoraConfig of peft, in the place of model.lora.
         display: where progress is shown; none: the terminal, or the notebook's cell.
 
     Raises UserError for what the user can put right.
@@ -55,6 +57,7 @@ class OPSDTrainer:
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] = (),
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+        peft_config: Any = None,
         display: Display | None = None,
     ):
         config = args or Config()
@@ -69,8 +72,10 @@ class OPSDTrainer:
         elif model is not None:
             raise UserError(
                 f"model is of type {type(model).__name__}: it must be a model of transformers, "
-                "without adapters (lora_rank makes them), or the name or directory of one"
+                "without adapters (peft_config makes them), or the name or directory of one"
             )
+        if peft_config is not None:
+            said["model.lora"] = described_by(peft_config)
         if given.tokenizer is not None:
             with_ends(given.tokenizer, "processing_class")
         if train_dataset is not None:

@@ -179,6 +179,48 @@ def test_adapters_find_a_model_that_is_in_no_directory(files, tmp_path):
         OPSDTrainer(made.model, train_dataset=RECORDS)
 
 
+def test_a_peft_config_makes_the_adapters_that_peft_makes_of_it(files, tmp_path):
+    import peft
+
+    asked = peft.LoraConfig(
+        r=3, lora_alpha=5, lora_dropout=0.25, target_modules=["v_proj", "q_proj"],
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    config = {"method": "sft", "steps": 1}
+    made = trainer(files, tmp_path / "run", config=config, peft_config=asked)
+    made.train()
+    wanted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(files[0]), asked)
+    ours, theirs = (
+        {name: x.shape for name, x in peft.get_peft_model_state_dict(m).items()}
+        for m in (made.model, wanted)
+    )
+    assert ours == theirs
+    kept = peft.LoraConfig.from_pretrained(tmp_path / "run" / "model")
+    assert (kept.lora_alpha, kept.lora_dropout) == (5, 0.25)
+    with pytest.raises(UserError, match=r"model.lora is .* in the config, and the trainer was"):
+        trainer(files, tmp_path / "b", config={**config, "lora_rank": 3}, peft_config=asked)
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ({}, "target_modules is None: name the layers"),
+        ({"target_modules": ".*_proj"}, r"target_modules is '\.\*_proj': name the layers"),
+        ({"target_modules": "all-linear", "use_dora": True}, "use_dora is True: model.lora has no"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save is"),
+        ({"target_modules": ["q_proj"], "use_rslora": True}, "use_rslora is True"),
+        ({"target_modules": ["nose"]}, "model.lora.targets has 'nose'"),
+    ],
+)
+def test_a_peft_config_that_no_section_makes_is_refused(asked, said, files, tmp_path):
+    import peft
+
+    with pytest.raises(UserError, match=said):
+        trainer(files, tmp_path / "run", peft_config=peft.LoraConfig(**asked)).train()
+    with pytest.raises(UserError, match="peft_config is of type IA3Config"):
+        trainer(files, tmp_path / "run", peft_config=peft.IA3Config())
+
+
 def test_the_hub_gets_what_train_left(files, tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr("opsd.training.api.push", lambda *what: pushed.append(what) or "address")
