@@ -1,5 +1,5 @@
 """`python -m benchmarks.filtered`: what leaving out small entries of the gradient would gain and
-cost. The figures are in docs/filtered.md.
+cost. The figures are in docs/kernel.md.
 
 Logits of a given mean entropy: a Zipf-like prior over the vocabulary, and hidden states of varying
 length near one row of the head; the teacher's differ from the student's by 15 %. The filtered

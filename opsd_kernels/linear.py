@@ -210,7 +210,7 @@ def linear_divergence(
         tokens' logits fit the budget: on a GPU the default is made so large (and 4 V D at least)
         where that takes no more memory than the sum.
     backend: auto | torch | cpp | triton | cuda, see `opsd_kernels.backends()`.
-    gradient: "exact", the only one: docs/filtered.md says why.
+    gradient: "exact", the only one: docs/kernel.md says why.
     targets [...]: integers in [0, V), such as sampled tokens, whose log-probabilities by both roles
         the same sweep then returns, detached, for D multiply-adds a token.
     token_loss: adds sum l_n to the loss, where l = token_loss(log_prob, rows) [n] of the student's
@@ -355,7 +355,7 @@ def _check_described(
     if gradient == "filtered":
         raise ValueError(
             "gradient: got 'filtered', must be 'exact': leaving out small entries gained less than "
-            "it cost in exactness (docs/filtered.md)"
+            "it cost in exactness (docs/kernel.md)"
         )
     if gradient != "exact":
         raise ValueError(f"gradient: got {gradient!r}, must be 'exact'")
