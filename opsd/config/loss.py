@@ -14,7 +14,7 @@ GATES = ("teacher_entropy", "teacher_unsure", "gap", "share", "history")
 
 
 class WeightsSection(Section):
-    """What a token counts in the loss."""
+    """A token's weight in the loss: the product of these factors."""
 
     correct: NonNegative = 1.0
     """Weight of rollouts that are right."""
@@ -65,7 +65,7 @@ class RewardSection(Section):
     """Last tokens before rollout.max_new_tokens over which the reward falls by 1 (DAPO's soft
     overlong punishment)."""
     log: bool = False
-    """Grade rollouts for the log's sake (pass@k) where no loss needs it."""
+    """Grade rollouts for the log (pass@k) where the loss does not need it."""
 
     @field_validator("format")
     @classmethod
@@ -79,17 +79,17 @@ class RewardSection(Section):
 
 
 class GateSection(Section):
-    """A factor g of tokens' weights, floor + (1 - floor) times what is said here; those of
-    loss.gates multiply (docs/methods.md)."""
+    """A factor of a token's weight: floor + (1 - floor) · gate. Several multiply
+    (docs/methods.md)."""
 
     gate: str
     """teacher_entropy: exp(-H_T ÷ scale); teacher_unsure: 1 where H_T > scale; gap: the logistic
     function of scale · Δ; share: 1 + scale · (1 - the share of Σ|Δ| before the token);
     history: DASH's, by the divergences before; or FILE.py:FUNCTION."""
     scale: Positive = 1.0
-    """Its one number: nats for entropies, else a factor."""
+    """The gate's one number: nats for entropies, otherwise a factor."""
     floor: Share = 0.0
-    """What it is at least."""
+    """The least that the factor can be."""
 
     @field_validator("gate")
     @classmethod
@@ -110,21 +110,22 @@ class LossSection(Section):
     temperature: Positive = 1.0
     """opsd: divides both roles' logits."""
     clip: Literal["none", "entry", "token"] = "none"
-    """opsd: bound each vocabulary entry's part (the official code's; can invert the gradient), or
-    each token's."""
+    """opsd: what is bounded: a token's divergence, or the term of each vocabulary entry (the
+    official code's; can invert the gradient)."""
     clip_threshold: Positive = 0.05
     """opsd: the clip's bound τ, in nats."""
     importance_bound: Positive | None = 2.0
-    """Rollouts by vLLM, or of before a step's first update: a token counts by its probability under
-    the student ÷ under what sampled it, at most this; null: as it is."""
+    """Where other weights sampled (vLLM, or the student before the step's first update), a token is
+    weighted by its probability under the student ÷ under the sampler, at most this; null: not
+    weighted."""
     weights: WeightsSection = WeightsSection()
-    """What a token counts; the factors multiply."""
+    """A token's weight in the loss, a product of factors."""
     gates: list[GateSection] = Field([])
-    """opsd: factors of tokens' weights by what was measured at them; they multiply."""
+    """opsd: more factors of a token's weight, from its entropies and log-probabilities."""
     unsure: NonNegative = 0.0
     """reverse_kl: add this times the forward KL where the teacher is unsure (EOPD)."""
     unsure_entropy: Positive = 0.8
-    """loss.unsure: nats of the teacher's entropy above which it is."""
+    """loss.unsure: the teacher is unsure where its entropy is above this, in nats."""
     control_variate: bool = False
     """sampled_token: add KL(student ‖ teacher) to the advantage, whose mean is then 0 (vOPD)."""
     aggregation: Literal["token", "rollout", "constant"] = "token"
@@ -135,24 +136,24 @@ class LossSection(Section):
     epsilon: Fraction = 0.2
     """grpo, sampled_token: lower clip of the probability ratio."""
     epsilon_high: Positive | None = None
-    """Its upper clip; none: epsilon (DAPO: 0.28)."""
+    """grpo, sampled_token: upper clip of the ratio; none: epsilon (DAPO: 0.28)."""
     kl: NonNegative = 0.0
     """grpo: weight of the KL to the reference, teacher.policy's weights."""
     credit: float = Field(0.0, ge=0, le=1)
-    """grpo: how far the teacher shares a rollout's advantage out among its tokens (RLSD's λ)."""
+    """grpo: how far the teacher redistributes a rollout's advantage over its tokens (RLSD's λ)."""
     credit_clip: Fraction = 0.2
-    """grpo: a token's share is within 1 ± this (RLSD's ε_w)."""
+    """grpo: that multiplies a token's advantage by 1 ± this at most (RLSD's ε_w)."""
     credit_steps: Count | None = None
     """grpo: steps over which credit falls to 0; none: it stays."""
     distil: NonNegative = 0.0
     """grpo: weight of opsd's divergence beside the policy gradient (SDPG)."""
     distil_groups: Literal["all", "all_wrong"] = "all"
-    """grpo: which groups distil; all_wrong: those without a right rollout, and they do nothing
-    else (I-SDPO)."""
+    """grpo: which groups distil. all_wrong: those without a right rollout, which then only distil
+    (I-SDPO)."""
     scale_advantages: bool = True
     """grpo: divide advantages by the group's standard deviation."""
     roles: list[Literal["student", "teacher"]] = Field(["student"], min_length=1)
-    """sft: whose contexts the target follows. Both: the cold start."""
+    """sft: the contexts in which the target is learnt. Both: the quickstart's cold start."""
     backend: Literal["auto", "torch", "cpp", "triton", "cuda"] = "auto"
     """The kernel's backend."""
     memory_budget: int | None = Field(None, ge=1 << 20)

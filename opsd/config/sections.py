@@ -45,7 +45,7 @@ class LoraSection(Section):
     rank: int = Field(64, ge=1, le=1 << 16)
     """Rank of the adapters."""
     alpha: Positive = 128
-    """The adapters' output counts alpha ÷ rank."""
+    """The adapters' output is multiplied by alpha ÷ rank."""
     dropout: Share = 0.0
     """Dropout before the adapters."""
     targets: list[str] = Field([ALL_LINEAR], min_length=1)
@@ -85,12 +85,12 @@ class ModelSection(Section):
 
 
 class SourceSection(Section):
-    """One source of several; what it does not say, data says."""
+    """One source of several. Fields that it leaves out are data's."""
 
     source: str
     """As data.source."""
     weight: float = Field(1.0, gt=0, le=1000)
-    """How often each of its rows stands in the training data."""
+    """How many times each of its rows is in the training data."""
     columns: dict[str, str] = Field({})
     """As data.columns."""
     split: str | None = None
@@ -109,9 +109,9 @@ class DataSection(Section):
     a hub name, or reasoning_gym:<task>. Or a list of these, each a name or a mapping with source,
     weight, columns, split, limit and options."""
     incomplete: Literal["error", "skip"] = "error"
-    """A row without the text of a column that the run needs: stop, or leave it out and count it."""
+    """What to do with a row that lacks a column's text: stop, or leave it out and count it."""
     columns: dict[str, str] = Field({})
-    """Our column → theirs, for problem, solution, answer; dots reach inside."""
+    """Our column (problem, solution, answer) → the source's; dots reach into a column."""
     split: str | None = None
     """Split of a dataset that has several; none: train. Files have none."""
     limit: Count | None = None
@@ -191,20 +191,20 @@ def _address_or_path(path: str | None) -> str | None:
 
 
 class MemberSection(Section):
-    """A member of teacher.mix; what it does not say of its weights, `teacher` says."""
+    """A member of teacher.mix. Where it says nothing of its weights, they are `teacher`'s."""
 
     coefficient: float | list[float] | str = 1.0
-    """The exponent of its distribution; [first, last]: linear over `steps`; or the column of the
-    data that has each row's. May be negative, or more than 1."""
+    """The exponent of its distribution: a number, [first, last] (linear over `steps`), or the name
+    of a data column that holds each row's. It may be negative, or above 1."""
     steps: Count | None = None
-    """Steps after which a coefficient of two numbers stays at its last."""
+    """Steps until a coefficient [first, last] is at its last."""
     damping: Positive | None = None
-    """Its exponent at a token is coefficient · (2 / (1 + exp(-damping · JSD)) - 1), where JSD is
-    how far the student is from the other members, and theirs are 1 less that times as much."""
+    """A token's exponent is then e = coefficient · (2 / (1 + exp(-damping · JSD)) - 1), where JSD
+    is the student's distance from the other members. Their exponents are multiplied by 1 - e."""
     context: str = "teacher"
-    """What it is shown: teacher, student, or a name in prompts.contexts."""
+    """The context that it sees: teacher, student, or a name in prompts.contexts."""
     policy: Policy | None = None
-    """Whose weights it has."""
+    """Its weights, as teacher.policy."""
     path: str | None = None
     """policy model: a model directory or hub name, of the same vocabulary; none: teacher.path."""
 
@@ -233,14 +233,14 @@ class TeacherSection(Section):
     """Whose weights score the rollouts: the student's at step 0, its current ones, their moving
     average, or another model's."""
     ema_decay: Share = 0.999
-    """policy ema: what an update keeps of the average; 0: a copy of the student."""
+    """policy ema: the share of the average that an update keeps; 0: a copy of the student."""
     update_every: Count = 1
     """policy ema: steps between two updates of the average."""
     path: str | None = None
     """policy model: a model directory or hub name, of the same vocabulary, or the address
     (http://…) of `opsd serve-teacher`."""
     server_patience: Positive = 300
-    """policy model, at an address: seconds without success until the run stops, with a
+    """policy model, at an address: seconds without a usable answer until the run stops, with a
     checkpoint."""
     revision: str | None = None
     """policy model: its revision on the hub."""
@@ -252,8 +252,8 @@ class TeacherSection(Section):
     """policies initial and model: keep the layers in the CPU's memory, and bring each to the GPU
     when it runs."""
     mix: list[MemberSection] = Field([])
-    """opsd: the teacher is the product of these members' distributions, each to the power of its
-    coefficient, normalised (docs/methods.md). The first is what evaluations and samples show."""
+    """opsd: several teachers as one, the product of their distributions, each to the power of its
+    coefficient, normalised (docs/methods.md). Evaluations and samples show the first."""
 
     _check_path = field_validator("path")(_address_or_path)
 
@@ -276,10 +276,10 @@ class RolloutSection(Section):
     """transformers' generate in length-sorted batches, its continuous batching, vLLM on the GPU
     that trains, or a vLLM server (docs/vllm.md)."""
     source: Literal["student", "teacher", "reference"] = "student"
-    """opsd, distill: who wrote what is learnt from; student is on-policy, reference is
+    """opsd, distill: who writes the text that is learnt from. student is on-policy; reference is
     prompts.target."""
     group_size: Count = 1
-    """Rollouts a problem (G)."""
+    """Rollouts for each problem (G)."""
     max_new_tokens: Count = 1024
     """Longest rollout, in tokens."""
     temperature: Positive = 1.0
@@ -291,8 +291,8 @@ class RolloutSection(Section):
     batch_size: Count = 64
     """Sequences decoded at once."""
     dynamic_sampling: Natural = 0
-    """grpo: rounds of other problems that may be drawn in a step for those whose rewards are all
-    alike (DAPO's dynamic sampling)."""
+    """grpo: problems whose rewards are all alike are replaced by others, in at most this many
+    rounds a step (DAPO's dynamic sampling)."""
 
     gpu_memory: Fraction = 0.4
     """vllm: share of the GPU's memory that it holds while sampling."""
@@ -301,10 +301,10 @@ class RolloutSection(Section):
     server_timeout: Positive = 1800
     """vllm_server: seconds until an unanswered request is sent again."""
     server_patience: Positive = 900
-    """vllm_server: seconds without success until the run stops, with a checkpoint."""
+    """vllm_server: seconds without a usable answer until the run stops, with a checkpoint."""
     weights_dir: str | None = None
-    """vllm_server: where the weights are left for it (/dev/shm is fast on one machine); none: in
-    output.dir. It must see the same path."""
+    """vllm_server: directory through which it gets the weights (/dev/shm is fast on one machine);
+    none: in output.dir. The server must see the same path."""
 
     @field_validator("server")
     @classmethod
@@ -315,23 +315,23 @@ class RolloutSection(Section):
 
 
 class CollapseSection(Section):
-    """When a run counts as collapsed, each measure averaged over `window` steps."""
+    """When a run counts as collapsed."""
 
     on: Literal["warn", "stop", "off"] = "warn"
     """What to do when the run collapses: say so, end it, or nothing."""
     window: Count = 10
-    """Steps that are averaged before they are judged."""
+    """Steps over which a measure is averaged."""
     no_signal: Natural = 5
     """Steps in a row without anything to learn (equal rewards, a gradient or divergence of 0, every
     rollout cut) until the run says so; 0: never."""
     entropy: Share = 0.1
-    """Collapse: the student's entropy ÷ its first window's."""
+    """Collapsed if the student's entropy is below this share of its first window's."""
     length: Share = 0.2
-    """Collapse: the rollouts' length ÷ its first window's."""
+    """Collapsed if the rollouts' length is below this share of its first window's."""
     pass_at_k: Share = 0.5
-    """Collapse: pass@k of the rollouts ÷ its best window's."""
+    """Collapsed if the rollouts' pass@k is below this share of its best window's."""
     inverted_gradient: float = Field(0.5, gt=0, le=1)
-    """Collapse: more tokens than this with an inverted gradient."""
+    """Collapsed if more than this share of tokens has an inverted gradient."""
 
 
 class TrainSection(Section):
@@ -340,19 +340,19 @@ class TrainSection(Section):
     steps: Count = 100
     """Steps: rollouts, then one optimizer update or more."""
     token_budget: Count | None = None
-    """Stop when so many tokens are generated (sft: trained)."""
+    """Stop once this many tokens are generated (sft: trained)."""
     early_stop: Count | None = None
-    """Stop after so many held-out evaluations in a row that are no better than the best before."""
+    """Stop after this many held-out evaluations in a row without a new best."""
     problems_per_step: Count = 32
-    """Problems a step."""
+    """Problems in each step."""
     mini_batches: Count = 1
-    """Parts of a step's problems, with an optimizer update each."""
+    """Parts into which a step's problems are split, with an optimizer update each."""
     inner_epochs: Count = 1
-    """Times that a step's rollouts are gone through (TRL's num_iterations)."""
+    """Passes over a step's rollouts (TRL's num_iterations)."""
     learning_rate: Positive = 5e-6
-    """Highest learning rate."""
+    """Learning rate after the warm-up, its highest."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up."""
+    """How the learning rate goes on after the warm-up."""
     warmup_steps: Natural = 0
     """Steps of linear warm-up."""
     weight_decay: NonNegative = 0.0
@@ -364,13 +364,13 @@ class TrainSection(Section):
     max_grad_norm: NonNegative = 1.0
     """Clip the gradient's norm; 0 is off."""
     micro_batch_tokens: Count = 8192
-    """Tokens (padding included) that one forward may hold."""
+    """Most tokens, padding included, in one forward pass."""
     share_prefixes: bool = True
     """Run each context once for all its rollouts, by our own exact attention instead of
     model.attention. --no-share turns it off."""
     prefix_kernel: Literal["auto", "tiles", "flash", "flash_3", "flash_attn", "flex"] = "auto"
-    """Kernel of that attention: batched products (any machine), torch's flash attention, that with
-    FlashAttention 3, the flash-attn package, FlexAttention."""
+    """Kernel of that attention: batched products (tiles, on any machine), torch's flash attention,
+    the same with FlashAttention 3, the flash-attn package, or FlexAttention."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Weights and optimizer are fp32; bf16: forward, backward and rollouts in bf16; auto: bf16
     where the processor multiplies it (GPUs, AVX-512-BF16, AMX), else fp32, kept with the run."""
@@ -389,7 +389,7 @@ class TrainSection(Section):
     seed: int = Field(0, ge=0, lt=SEEDS)
     """Seed of data order and sampling."""
     save_every: Natural = 0
-    """Checkpoint each so many steps; 0: only at the end."""
+    """Steps between checkpoints; 0: only at the end."""
     save_total_limit: Count = 2
     """Checkpoints kept."""
     collapse: CollapseSection = CollapseSection()
@@ -410,7 +410,7 @@ class EvalSection(Section):
     problems: Natural = 200
     """Held-out problems; 0: no evaluation."""
     every: Natural = 0
-    """Evaluate each so many steps; 0: only before and after."""
+    """Steps between evaluations; 0: only before and after."""
     teacher: bool = False
     """Evaluate the teacher's prompt too, once, before training."""
     max_new_tokens: Count | None = None
@@ -434,17 +434,18 @@ class OutputSection(Section):
     run_name: str | None = None
     """The run's name there; none: that of output.dir."""
     project: str = "opsd"
-    """The project there, or MLflow's experiment. WANDB_PROJECT and its like come before it."""
+    """The project there, or MLflow's experiment. WANDB_PROJECT and the like take precedence."""
     tags: list[str] = Field([])
     """W&B's, MLflow's and Comet's tags of the run."""
     keep: Literal["last", "best", "both"] = "last"
-    """The weights of the last step, in model/; of the best held-out evaluation, in model/ (step 0
-    takes part); or of both, the best in best/model/."""
+    """Which weights to keep. last: the last step's, in model/; best: those of the best held-out
+    evaluation, step 0 included, in model/; both: the best in best/model/."""
     merge: bool = False
-    """model.lora: make model/ the whole model, adapters added in; they are in adapter/."""
+    """model.lora: write the whole model, with the adapters merged, to model/, and the adapters to
+    adapter/."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the weights in model/. auto: of a whole model, what the base model's files have; of
-    adapters, fp32. Checkpoints are always as it trains."""
+    """The dtype of the weights in model/. auto: the base model's for a whole model, fp32 for
+    adapters. Checkpoints keep the dtype of training."""
     push_to_hub: str | None = None
     """Upload model/ to this hub repository (owner/name) at the end."""
     hub_private: bool = True
