@@ -105,7 +105,7 @@ def joined(text: str, real: list[Box]) -> tuple[str, int]:
     for box in real[-2::-1]:
         between = text[box.end : parts[-1].start]
         joint = _JOINT.fullmatch(between) if len(between) <= _LONGEST_JOINT else None
-        if joint is None or between.count("\n") > 1:
+        if joint is None or (between.count("\n") > 1 and not _named_apart(text, box, parts[-1])):
             break
         if joint["blank"] is not None and box.content == parts[-1].content:
             parts[-1] = box  # said twice
@@ -114,9 +114,20 @@ def joined(text: str, real: list[Box]) -> tuple[str, int]:
     parts.reverse()
     if len(parts) == 1:
         return parts[0].content, 1
-    names = [_NAMED.search(text, max(0, box.start - 20), box.start) for box in parts]
-    if all(names) and len({name[1] for name in names}) == len(names):
-        return ", ".join(f"{n[1]}={b.content}" for n, b in zip(names, parts, strict=True)), len(
-            parts
-        )
+    names = [_name(text, box) for box in parts]
+    if all(names) and len(set(names)) == len(names):
+        named = (f"{name}={box.content}" for name, box in zip(names, parts, strict=True))
+        return ", ".join(named), len(parts)
     return ", ".join(box.content for box in parts), len(parts)
+
+
+def _name(text: str, box: Box) -> str:
+    """`x` of `x = \\boxed{3}`."""
+    named = _NAMED.search(text, max(0, box.start - 20), box.start)
+    return named[1] if named else ""
+
+
+def _named_apart(text: str, one: Box, other: Box) -> bool:
+    """Whether two boxes in lines of their own hold the values of two names."""
+    names = _name(text, one), _name(text, other)
+    return all(names) and names[0] != names[1]

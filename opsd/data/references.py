@@ -14,12 +14,22 @@ from opsd.data.boxed import boxes, is_placeholder, joined
 MOST_CHARACTERS = 4000
 
 _STATED = re.compile(
-    r"(?:^|[\n.:!]\s*)(?:so |thus |hence |therefore )?,?\s*"
-    r"(?:the )?(?:final )?answer(?: is|:|=)\s*:?\s*"
-    r"([^\n]{1,200}?)\.?\s*$",
+    r"(?:^|[\n.:!。\uff0c,\uff1b]\s*)(?:(?:so|thus|hence|therefore|and|所以|因此|故)\b)?,?\s*"
+    r"(?:(?:the )?(?:final |correct )?(?:answer|option|choice)(?: is|:|=)|"
+    r"(?:所以|因此|故)?(?:最终)?答案[是为]?)\s*[:\uff1a]?\s*"
+    r"([^\n]{1,200}?)[.。\uff0e]?(?: I hope it is correct\.)?\s*$",
     re.IGNORECASE,
 )
-_NOTHING = re.compile(r"[\s?.!_*-]+|#?n/a|tbd|todo", re.IGNORECASE)
+_CORRECT = re.compile(r"(?:option |choice )?(\(?[A-J]\)?) is (?:correct|right|the answer)\.?", re.I)
+# What datasets write where they have no answer; NuminaMath has `proof` and `notfound`.
+_NOTHING = re.compile(
+    r"[\s?.!_*-]+|#?n/a|tbd|todo|nan|null|unknown|"
+    r"(?:answer )?not ?(?:found|provided|given|available)|"
+    r"(?:the )?(?:proof|see|refer)\b.{0,30}|\[\]|\{\}|\\[lc]?dots|<image>|!\[.*|https?://.*",
+    re.IGNORECASE,
+)
+_DICTIONARY = re.compile(r"\{\s*['\"]\w+['\"]\s*:")
+_BOLD = re.compile(r"\*\*([^*]+)\*\*")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _SENTENCES = re.compile(r"[a-z\d$)}][.!?]\s+[A-Z]|[^\s,\\]\s*\n\s*\S")
 _TELLING = frozenset(
@@ -42,8 +52,10 @@ def final_answer(text: str) -> str:
     ('5', '3, 5')
     """
     answer = _found(text.strip())
-    if not answer or _NOTHING.fullmatch(answer[:20]):
+    if not answer or (len(answer) < 200 and _NOTHING.fullmatch(answer)):
         raise Unreadable("names no final answer")
+    if answer[0] == "{" and _DICTIONARY.match(answer):
+        raise Unreadable("is an object in a string: data.columns.answer can name its entry")
     if len(answer) > MOST_CHARACTERS:
         raise Unreadable(f"is longer than {MOST_CHARACTERS} characters")
     if problem := unreadable(answer):
@@ -72,8 +84,10 @@ def _found(text: str) -> str:
     if (several := _list_in_a_string(text)) is not None:
         return several
     end = re.sub(r"\s+", lambda blank: "\n" if "\n" in blank[0] else " ", text[-300:])
-    if stated := _STATED.search(end):  # which takes the cube of a long blank's time
-        return stated[1].strip()
+    while stated := _STATED.search(end):  # which takes the cube of a long blank's time
+        text = end = stated[1].strip()
+    if said := _CORRECT.fullmatch(text) or _BOLD.fullmatch(text):
+        return said[1].strip()
     return text
 
 
@@ -121,7 +135,9 @@ def unreadable(answer: str) -> str | None:
 def _is_prose(text: str) -> bool:
     """Whether it tells how the answer is found: sentences, lines, numbers in between."""
     words = _WORD.findall(text)
-    if len(words) < 4 or not re.search(r"[\d=]|five|three|two|four", text):
+    telling = any(word.lower() in _TELLING for word in words)
+    least = 2 if telling and _SENTENCES.search(text) else 4
+    if len(words) < least or not re.search(r"[\d=]|five|three|two|four", text):
         return False
     outside = re.sub(r"\\begin\s*\{.*\\end\s*\{", "", text, flags=re.DOTALL)
-    return bool(_SENTENCES.search(outside)) or any(word.lower() in _TELLING for word in words)
+    return bool(_SENTENCES.search(outside)) or telling

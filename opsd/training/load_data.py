@@ -23,6 +23,9 @@ from opsd.data.length_filter import fitting_held_out, fitting_rows
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row, load_rows, mixture, same_problem, split_rows
 from opsd.data.sources import is_remote
+from opsd.grading.grader import only_as_text
+
+_LOOKED_AT = 500  # answers, which takes 0.1 s
 
 
 def load_data(
@@ -40,6 +43,8 @@ def load_data(
     read = [(_read(source, config, note, given), source.weight) for source in sources(data)]
     rows = mixture(read, seed)
     _check_coefficients(config, rows)
+    if compares_answers(config):
+        _tell_of_texts(rows, note)
     if test.problems == 0:
         return rows, []
     if test.source is None:
@@ -53,6 +58,19 @@ def load_data(
             "eval.source (but for case and white space)"
         )
     return kept, held_out
+
+
+def _tell_of_texts(rows: Sequence[Row], note: Callable[[str], None]) -> None:
+    """Notes how many references nothing but their own text equals; looks at some."""
+    looked_at = [row.answer for row in rows[:: math.ceil(len(rows) / _LOOKED_AT)]]
+    texts = [(answer, why) for answer in looked_at if (why := only_as_text(answer))]
+    if texts:
+        answer, why = texts[0]
+        shown = answer if len(answer) < 60 else f"{answer[:60]}…"
+        note(
+            f"{len(texts)} of {len(looked_at)} answers looked at are read as text, which only the "
+            f"same text equals, such as {shown!r} ({why})"
+        )
 
 
 def _check_coefficients(config: Config, rows: Sequence[Row]) -> None:

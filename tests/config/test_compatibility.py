@@ -71,6 +71,20 @@ def test_only_columns_that_are_used_must_be_there(values, wanted):
     assert required_columns(parse_config(merge(GOOD, values))) == wanted
 
 
+def test_answers_that_only_their_own_text_equals_are_told(tmp_path):
+    texts = {"problem": "p", "solution": "s", "answer": "1. 3\n2. 5"}
+    rows = [*ROWS[:-1], ROWS[-1].__class__(*texts.values(), texts)]
+    told = []
+    for answers in (ROWS, rows):
+        data = {"data": {"source": str(write_rows(tmp_path / "rows.jsonl", answers))}}
+        values = {**data, **GRPO, "eval": {"problems": 0}}
+        load_data(parse_config(merge(GOOD, values)), told.append)
+    (said,) = told
+    assert (
+        said.startswith(f"1 of {len(rows)} answers looked at are read as text") and "2. 5" in said
+    )
+
+
 def test_rows_without_a_solution_are_refused_where_one_is_needed(tmp_path):
     rows = [row.__class__(row.problem, "", row.answer, {"problem": row.problem}) for row in ROWS]
     data = {"data": {"source": str(write_rows(tmp_path / "rows.jsonl", rows))}}

@@ -24,6 +24,11 @@ KNOWN_DISAGREEMENTS = {
     ("\\text{twelve apples}", "12"),
     ("|x-1|<3", "-2<x<4"),
     ("\\text{all integers}", "\\mathbb{Z}"),
+    ("\\{1,\\dots,10\\}", "\\{1,2,\\ldots,10\\}"),
+    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}^T", "\\begin{pmatrix}1&3\\\\2&4\\end{pmatrix}"),
+    ("f(t) = 3t+13", "f(x) = 3x+13"),
+    ("\\min(a,b)", "\\min\\{a,b\\}"),
+    ("quarter to four", "3:45"),
 }
 
 

@@ -244,6 +244,7 @@ def test_an_answer_that_needs_too_much_memory_costs_its_worker(tmp_path, monkeyp
         "    def __init__(self, **_):\n"
         "        pass\n"
         "ExprExtractionConfig = LatexExtractionConfig\n"
+        "class parser: pass\n"
         "parse = lambda text, **_: [text]\n"
         "def verify(gold, given, **_):\n"
         "    return bool(bytearray(1 << 30)) if '777' in given[0] else True\n"

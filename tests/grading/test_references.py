@@ -35,6 +35,12 @@ UNDERSTOOD = [
     ("\\textbf{(B)}\\ 5", "\\textbf{(B)}\\ 5"),
     ("We get 4+5. The answer is 9.", "9"),
     ("Final answer: 9", "9"),
+    ("Therefore, the answer is 9.", "9"),
+    ("Final Answer: The final answer is $9$. I hope it is correct.", "$9$"),
+    ("The correct answer is (B) 12.", "(B) 12"),
+    ("Option B is correct.", "B"),
+    ("**9**", "9"),
+    ("\u6545\u7b54\u6848\u4e3a\uff1a9\uff0e", "9"),  # Chinese: so the answer is 9
     ("<think>4</think><answer>9</answer>", "9"),
     ("Alice and Bob", "Alice and Bob"),
     ("no real solutions exist", "no real solutions exist"),
@@ -58,6 +64,15 @@ REFUSED = [
     ("so ####", "no final answer"),
     ("\\boxed{}", "empty box"),
     ("['']", "no final answer"),
+    ("proof", "no final answer"),  # NuminaMath has these two
+    ("notfound", "no final answer"),
+    ("See image", "no final answer"),
+    ("Answer not provided", "no final answer"),
+    ("[]", "no final answer"),
+    ("\\ldots", "no final answer"),
+    ("<image>", "no final answer"),
+    ('{"answer": "34"}', "object in a string"),
+    ("Let x = 17. Then 2x = 34.", "prose"),
     ("7" * (MOST_CHARACTERS + 1), "longer than"),
 ]
 

@@ -12,6 +12,10 @@ BY_THE_SWITCH = [
     ("\\frac12+\\frac13", "\\frac56", strict.SUM),
     ("(30+4, 5)", "(34, 5)", strict.SUM),
     ("(3+9)\\pi", "12\\pi", strict.SUM),
+    ("17\\frac{17}{1}", "34", strict.SUM),
+    ("6 hours 60 minutes", "7 hours", strict.SUM),
+    ("6^\\circ 60'", "7^\\circ", strict.SUM),
+    ("\\begin{vmatrix}17&-17\\\\1&1\\end{vmatrix}", "34", strict.SUM),
     ("6", "110_2", strict.BASE),
 ]
 NEVER = [("35 = 34", "34"), ("7 or 8", "7"), ("7 is wrong", "7"), ("7, 7", "7"), ("(5,3)", "(3,5)")]
@@ -32,7 +36,8 @@ def test_the_switch(on):
 @pytest.mark.parametrize(
     "text, summed",
     [("17+25", 1), ("2^{-1}", 0), ("|-5|", 0), ("-5", 0), ("10^{-3}", 0), ("--5", 1), ("5-3", 1),
-     ("3\\cdot -5", 0), ("\\frac{1}{-2}", 0), ("\\sqrt{2}-1", 1), ("|3|-2", 1), ("7!-1", 1)],
+     ("3\\cdot -5", 0), ("\\frac{1}{-2}", 0), ("\\sqrt{2}-1", 1), ("|3|-2", 1), ("7!-1", 1),
+     ("3\\frac{1}{2}", 0), ("3\\frac{4}{2}", 1), ("\\det A", 1), ("\\lfloor 7.5 \\rfloor", 0)],
 )  # fmt: skip
 def test_what_a_sum_is(text, summed):
     assert strict.has_sum(text) is bool(summed)

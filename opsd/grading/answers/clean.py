@@ -116,6 +116,11 @@ def _command(token: str, following: list[str]) -> tuple[str, str]:
     return _WRITTEN.get(name, (token, ""))
 
 
+_ESCAPED_TWICE = re.compile(  # `\\\\frac`, as JSON in JSON has it; no line of TeX begins so
+    r"\\(?=\\(?:[dtc]?frac|sqrt|text|math[a-z]+|boxed|left|right|cdot|times|pi|infty|begin|end|cup|"
+    r"pm|le|ge|neq|in|circ|%)(?![A-Za-z]))(?<!\\\\)"
+)
+_THIN_THOUSANDS = re.compile(r"(?<=\d),\s*\\!\s*(?=\d{3})")
 _BREAK = re.compile(r"\\\\\s*\[[^\]]{0,10}\]")  # with a distance
 _DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]|\\(?:left|right)\s*\.")
 _MARKDOWN = re.compile(
@@ -124,10 +129,17 @@ _MARKDOWN = re.compile(
 _BRACED_SPACE = re.compile(r"\{\s*\\[,;:! ]\s*\}")
 _BRACED_COMMA = re.compile(r"(?<=\d)\{\s*,\s*\}\s*(?=\d)")
 # (pattern, what is written instead), in this order.
-_N, _M = r"\s*\{?(\d+)\}?", r"\s*(\d+)\s*"
+_N, _M = r"\s*\{?(\d+|[mn])\}?", r"\s*(\d+)\s*"
 _REWRITTEN = [
     (re.compile(pattern), to)
     for pattern, to in (
+        (r"\*\*(?=[\w({-])", "^"),  # a power; what was bold is gone
+        (r"^(?:\\text\s*\{\s*(?:negative|minus)\s*\}|(?:negative|minus)\b(?=\s*[\d\\$]))\s*", "-"),
+        (r"(?<=\w) only$", ""),
+        (r"\\mathbb\s+([A-Z])", r"\\mathbb{\1}"),
+        (r"(\\mathbb\s*\{[A-Z]\}|[)\]])\s*-\s*(?=\\\{)", r"\1\\setminus "),
+        (r"(?<=\w)_\s*\{\s*\(\s*(\d+)\s*\)\s*\}", r"_{\1}"),  # a base
+        (r"\\overline\s*\{\s*(\w+)\s*\}(?=\s*_)", r"\1"),
         (r"(\d)\{,\}(?=\d{3}(?!\d))", r"\1"),  # thousands
         (r"\{,\}", "."),
         (r"\{([:;=])\}", r"\1"),
@@ -159,6 +171,7 @@ _REWRITTEN = [
 
 def clean(text: str) -> str:
     """The answer in one spelling. `\\text{…}` stays around words that stand beside mathematics."""
+    text = _ESCAPED_TWICE.sub("", _THIN_THOUSANDS.sub(",", text))
     text = _BREAK.sub(r"\\\\", from_unicode(text).strip())
     text = _DELIMITER.sub(" ", text)
     # A pair of dollars marks mathematics; a dollar before a number alone is money.

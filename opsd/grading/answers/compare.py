@@ -25,6 +25,8 @@ from opsd.grading.answers.nodes import (
     Relation,
     Unclear,
     Value,
+    by_name,
+    names_of,
 )  # fmt: skip
 from opsd.grading.answers.numbers import Number, as_latex, decimal_comma, same_number
 from opsd.grading.answers.quantities import short, times
@@ -62,7 +64,8 @@ def compare(reference: str, given: str, algebra: Algebra, strict: bool = True) -
         return True, "equal"
     if ";" in one + other and _DECIMAL_COMMA.search(one + other):  # `(0,5; 1,5)`
         points = [_DECIMAL_COMMA.sub(".", text) if ";" in text else text for text in (one, other)]
-        return compare(*points, algebra, strict)
+        if points != [one, other]:
+            return compare(*points, algebra, strict)
     return False, comparison.reason or "different"
 
 
@@ -144,7 +147,9 @@ class _Comparison:
         unnamed = (
             wanted.name is None or given.name is None or _describes(wanted) or _describes(given)
         )
-        if wanted.name == given.name or unnamed:
+        both = {(wanted.name or "")[:1], (given.name or "")[:1]}
+        function = both == {"y", "f"} and "f(x)" in (wanted.name, given.name)
+        if wanted.name == given.name or unnamed or function:
             if self._any(wanted.values, given.values):
                 return True
         symbolic = any(_symbolic(side.values[-1]) for side in (wanted, given))
@@ -184,18 +189,28 @@ class _Comparison:
             if self._contradicts_itself(given):
                 return self._no("an equation that contradicts itself")
             return self._any((wanted,), given.values)
+        if isinstance(given, Value | Choice) and (letters := _choices(wanted)):
+            return letters == getattr(given, "text", None)
         if isinstance(given, Value) and "," in given.text and wanted.kind == "list":
             return squeezed(wanted.text) == given.text  # `123,456` for 123 and 456
         return wanted.kind == "set" and len(wanted.parts) == 1 and self.same(wanted.parts[0], given)
 
     def _one_and_items(self, wanted: Node, given: Items) -> bool:
         if isinstance(wanted, Relation) and given.text:
+            if given.kind == "list" and "\\cup" in wanted.text:
+                parts = [part.text for part in given.parts if _is_interval(part)]
+                union = " \\cup ".join(parts)
+                return len(parts) == len(given.parts) and self._related(wanted.text, union)
             return _is_set_of(given, wanted) and self._related(wanted.text, given.text)
         if isinstance(wanted, Grid) and given.kind in ("()", "[]"):
             return self._in_order(_vector(wanted), given.parts)
         if isinstance(wanted, Equal):
             return wanted.simple and self._any(wanted.values, (given,))
         if given.kind == "set" and len(given.parts) == 1:
+            return self.same(wanted, given.parts[0])
+        if isinstance(wanted, Value | Phrase) and (letters := _choices(given)):
+            return letters == wanted.text
+        if _one_value(given):
             return self.same(wanted, given.parts[0])
         if isinstance(wanted, Value) and given.kind == "list" and wanted.number is not None:
             if "," in wanted.text:
@@ -213,16 +228,16 @@ class _Comparison:
             if len(wanted.parts) != len(given.parts):
                 return self._no("another number of answers than the reference has")
             return self._lists(wanted.parts, given.parts)
-        if one == "list" and other == "()" and _names(wanted.parts):
-            return self._in_order(_by_name(wanted.parts), given.parts)
+        if one == "list" and other == "()" and names_of(wanted.parts):
+            return self._in_order(by_name(wanted.parts), given.parts)
         if one == "()" and other == "list":
-            return self._in_order(wanted.parts, _by_name(given.parts))
+            return self._in_order(wanted.parts, by_name(given.parts))
         if one != other:
             return self._no("other brackets than the reference has")
         return self._in_order(wanted.parts, given.parts)
 
     def _lists(self, wanted: tuple[Node, ...], given: tuple[Node, ...]) -> bool:
-        names, others = _names(wanted), _names(given)
+        names, others = names_of(wanted), names_of(given)
         if names and others:
             known = dict(zip(others, given, strict=True))
             return set(names) == set(others) and all(
@@ -388,28 +403,27 @@ def _is_set_of(items: Items, relation: Relation) -> bool:
     return items.kind in _INTERVALS or (items.kind == "set" and by_parts is not None)
 
 
+def _choices(items: Items) -> str:
+    """`AC` of `A, C`, where all are letters of given answers."""
+    letters = [part.letter for part in items.parts if isinstance(part, Choice)]
+    return "".join(sorted(letters)) if len(letters) == len(items.parts) else ""
+
+
+def _is_interval(node: Node) -> bool:
+    return isinstance(node, Items) and node.kind in _INTERVALS and len(node.parts) == 2
+
+
+def _one_value(items: Items) -> bool:
+    """Whether it is a chain of names, `a = b = 30`; in `(a, b) = (30, 30)` they are two."""
+    texts = {part.text for part in items.parts if isinstance(part, Equal)}
+    return len(texts) == 1 and texts.pop().count("=") == len(items.parts)
+
+
 def _vector(grid: Grid) -> list[Node]:
     """The entries of a row or column; the rows of another matrix, each as a list in brackets."""
     if len(grid.rows) == 1 or all(len(row) == 1 for row in grid.rows):
         return [cell for row in grid.rows for cell in row]
     return [Items("[]", row) for row in grid.rows]
-
-
-def _names(parts: Sequence[Node]) -> list[str] | None:
-    """What the parts are called, where each has a name of its own."""
-    names = [
-        part.name if isinstance(part, Equal) and part.simple else getattr(part, "noun", "")
-        for part in parts
-    ]
-    return names if all(names) and len(set(names)) == len(names) else None
-
-
-def _by_name(parts: Sequence[Node]) -> Sequence[Node]:
-    """In the alphabet's order, where each part has a name: (x, y) of `y = 5, x = 3`."""
-    names = _names(parts)
-    if names is None:
-        return parts
-    return [part for _, part in sorted(zip(names, parts, strict=True), key=lambda pair: pair[0])]
 
 
 def _describes(side: Equal) -> bool:

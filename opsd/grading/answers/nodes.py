@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from opsd.grading.answers.numbers import Number
@@ -100,3 +101,20 @@ class Unclear:
 
 
 Node = Value | Phrase | Choice | Items | Equal | Relation | Grid | Ratio | Based | Unclear
+
+
+def names_of(parts: Sequence[Node]) -> list[str] | None:
+    """What the parts are called, where each has a name of its own."""
+    names = [
+        part.name if isinstance(part, Equal) and part.simple else getattr(part, "noun", "")
+        for part in parts
+    ]
+    return names if all(names) and len(set(names)) == len(names) else None
+
+
+def by_name(parts: Sequence[Node]) -> Sequence[Node]:
+    """In the alphabet's order, where each part has a name: (x, y) of `y = 5, x = 3`."""
+    names = names_of(parts)
+    if names is None:
+        return parts
+    return [part for _, part in sorted(zip(names, parts, strict=True), key=lambda pair: pair[0])]

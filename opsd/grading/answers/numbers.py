@@ -114,6 +114,13 @@ def _quotient(above: str, below: str) -> Number:
     return Number(one.value / other.value)
 
 
+def _mixed(whole: int, above: int, below: int) -> Number:
+    """1 1/2; `17\\frac{17}{1}` would hide a sum, or a product."""
+    if above >= below:
+        raise ValueError("no mixed number")
+    return Number(whole + Fraction(above, below))
+
+
 def _repeating(whole: str, decimals: str, period: str) -> Number:
     """0.1\\overline{6} = (16 - 1) / 90."""
     start = whole + decimals
@@ -142,11 +149,15 @@ _FORMS: list[tuple[re.Pattern, Callable[..., Number]]] = [
         (
             r"(\d+)\s*\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))"
             r"|(\d+)\s+(\d+)\s*/\s*(\d+)",
-            lambda whole, above, below: Number(int(whole) + Fraction(int(above), int(below))),
+            lambda whole, above, below: _mixed(int(whole), int(above), int(below)),
         ),
         (
             r"(\d{0,30})\.(\d{0,30})(?:\\overline\s*\{\s*(\d{1,30})\s*\}|\((\d{1,30})\)|\\dot\s*\{?(\d)\}?)",
             _repeating,
+        ),
+        (
+            r"(\d{0,30})\.(\d{0,30})\\dot\s*\{?(\d)\}?(\d{0,30})\\dot\s*\{?(\d)\}?",
+            lambda whole, decimals, *period: _repeating(whole, decimals, "".join(period)),
         ),
         (
             r"(\d{0,30})\.(\d{0,10}?)(?:(\d)\3{2,30}|(\d{2,9}?)\4{1,9})(?:\\ldots|\.\.\.)",

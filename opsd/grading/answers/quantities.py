@@ -14,7 +14,8 @@ from opsd.grading.answers.units import DEGREES, Unit, unit
 from opsd.grading.answers.words import MULTIPLES, names_a_thing
 
 _MONEY_FIRST = re.compile(
-    r"([+-]?)\s*(?P<text>\\text\s*\{\s*)?(\\\$|[$€£¥₹]|USD|EUR|GBP|Rs\.?)(?(text)\s*\})\s*(.+)",
+    r"([+-]?)\s*(?P<text>\\text\s*\{\s*)?(?:US|A|C|HK|NZ|S)? ?"
+    r"(\\\$|[$€£¥₹]|USD|EUR|GBP|Rs\.?)(?(text)\s*\})\s*(.+)",
     re.DOTALL,
 )
 _PERCENT = re.compile(
@@ -40,7 +41,8 @@ _MODULUS = re.compile(
     re.DOTALL,
 )
 _SHORT = re.compile(r"(\d[\d.,]*)\s?([A-JL-Za-z])")  # K is a thousand
-_OHM = re.compile(r"(?<=\d)\s*\\Omega\s*$")
+_OHM = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*)?([kM]?)\s*\}?\s*\\Omega\s*$")
+_UNITS_OF_THE_PAGE = re.compile(r"(?:(?:square|cubic|sq\.?|cu\.?) )?units?(?: ?\^ ?\{?[23]\}?)?\.?")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _FUNCTION = re.compile(
     r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|arc|sqrt|pi|mod|choose|over|[ei])(?![a-z])"
@@ -54,6 +56,8 @@ def quantity(text: str) -> Value | None:
         if inner.unit is None and not inner.percent:
             signed = Value(found[1] + inner.text, number(found[1] + inner.text), noun=inner.noun)
             return _with_unit(signed, unit(found[3]))
+    if text[:2].lstrip("\\")[:1] == "%":  # Turkish and Arabic: `%50`
+        text = text.lstrip("\\%") + "\\%"
     if text.endswith(("\\%", "%", "t}", "t", "s}", "s")) and (found := _PERCENT.fullmatch(text)):
         core = trim(found[1])
         return Value(core, number(core), percent=True) if core else None
@@ -65,7 +69,7 @@ def quantity(text: str) -> Value | None:
         return Value(core, number(core), noun=f"mod {found[2]}")
     if "^\\circ" in text and (found := _DEGREES.fullmatch(text)):
         return _degrees(found)
-    return _with_tail(_OHM.sub(r"\\text{Ω}", text))
+    return _with_tail(_OHM.sub(r"\\text{\1Ω}", text))
 
 
 def compound(text: str) -> Value | None:
@@ -79,9 +83,17 @@ def compound(text: str) -> Value | None:
         one.kind != other.kind or one.factor <= other.factor for one, other in pairwise(units)
     ):
         return None
-    counts = [number(count).value for count, _ in parts]
-    total = sum(n * of.factor for n, of in zip(counts, units, strict=True)) / units[0].factor
-    return Value(as_latex(total), Number(total), units[0])
+    sizes = [number(count).value * of.factor for (count, _), of in zip(parts, units, strict=True)]
+    whole = all("." not in count for count, _ in parts[:-1])
+    carries = any(n >= of.factor for n, of in zip(sizes[1:], units, strict=False))
+    return _added([size / units[0].factor for size in sizes], units[0], carries or not whole)
+
+
+def _added(parts: list[Fraction], of: Unit, carries: bool) -> Value:
+    """A larger and smaller units. `6 hours 60 minutes` carries: a sum is left to be worked out."""
+    if carries:
+        return Value("+".join(map(as_latex, parts)), None, of)
+    return Value(as_latex(sum(parts)), Number(sum(parts)), of)
 
 
 def short(value: Value) -> Value:
@@ -109,11 +121,13 @@ def _degrees(found: re.Match) -> Value | None:
         return None
     value = number(core)
     if found[2] is not None:
-        parts = [number(part or "0") for part in found.groups()[1:]]
-        if value is None or None in parts:
+        if value is None:
             return None
-        exact = value.value + parts[0].value / 60 + parts[1].value / 3600
-        value, core = Number(exact), as_latex(exact)
+        minutes, seconds = (number(part or "0").value for part in found.groups()[1:])
+        if core.startswith("-"):
+            minutes, seconds = -minutes, -seconds
+        parts = [value.value, minutes / 60, seconds / 3600]
+        return _added(parts, DEGREES, max(abs(minutes), abs(seconds)) >= 60)
     return Value(core, value, DEGREES)
 
 
@@ -142,6 +156,8 @@ def _said(core: str, said: str, bare: bool, apart: bool) -> Value | None:
         if rest and unit(rest) is None and not names_a_thing(rest):
             return None
         return Value(as_latex(exact.value), exact, unit(rest) if rest else None)
+    if _UNITS_OF_THE_PAGE.fullmatch(said):
+        return Value(core, number(core), noun="unit")
     of = unit(said)
     if of is not None and (not bare or len(first) > 1 or "^{-" in said or not first.isascii()):
         return Value(core, number(core), of)

@@ -6,9 +6,9 @@ import re
 from fractions import Fraction
 
 from opsd.grading.answers import words
+from opsd.grading.answers.bases import based
 from opsd.grading.answers.clean import plain_text, trim
 from opsd.grading.answers.nodes import (
-    Based,
     Choice,
     Equal,
     Grid,
@@ -19,14 +19,25 @@ from opsd.grading.answers.nodes import (
     Relation,
     Unclear,
     Value,
+    by_name,
+    names_of,
 )  # fmt: skip
 from opsd.grading.answers.numbers import Number, as_latex, number
 from opsd.grading.answers.quantities import compound, quantity, times
-from opsd.grading.answers.structure import balanced, enclosed, split, split_list
+from opsd.grading.answers.structure import (
+    alternatives,
+    balanced,
+    enclosed,
+    labelled_parts,
+    split,
+    split_list,
+)
 
 _DEEPEST = 12
 _FIRST_NAME = re.compile(r"(?:[=,:]|\\approx|\\sim|\\to)\s*")
-_QUANTIFIER = re.compile(r"(?:\\forall|\\text\{\s*for all\s*\})[^,]*,\s*(?=\S)")
+_QUANTIFIER = re.compile(
+    r"(?:(?:\\forall|\\text\{\s*for all\s*\})[^,]*|^[A-Za-z]\s*\\in\s*\\mathbb\{R\})\s*,\s*(?=\S)"
+)
 _FOR_ALL = re.compile(
     r"(?<=[^\s,(])[\s,(]*(?:\\text\s*\{\s*)?(?:\\forall|"
     r"\b(?:for (?:all|any|every|each|some|arbitrary)|"
@@ -36,6 +47,9 @@ _FOR_ALL = re.compile(
 _PARAMETER = re.compile(
     r"(?:,|\\text\{[^{}]*\}|\bwhere\b|\bfor\b|\()?\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?[ZN]\}?(?:\^\+|_\+)?|"
     r"\\text\{\s*(?:is )?(?:an? )?(?:any )?integer\s*\}|(?:is )an? (?:any )?integer)\s*\)?$"
+)
+_DOMAIN = re.compile(  # of the index of a formula
+    r"(?:,|\\text\s*\{\s*,?\s*(?:for|where)\s*\}|\b(?:for|where)\b)\s*[kmn]\s*(?:\\ge|>|\\neq)\s*\d$"
 )
 _ALL_BUT = re.compile(
     r"(?:all |any )?real(?: number)?s?(?: x)? except(?: for)? *(?:x ?= ?)?(.+)", re.IGNORECASE
@@ -47,14 +61,9 @@ _DOTS_IN_LIST = re.compile(r"[,:;+]\s*(?:\\ldots(?![A-Za-z])|\.\.\.)")
 _CLOCK = re.compile(
     r"(\d{1,2})(?:\s*:\s*([0-5]\d))?\s*(?:([ap])\.?\s?m\.?|(noon|midnight))?", re.IGNORECASE
 )
+_CLOCK_WORDS = {"noon": "12 noon", "midday": "12 noon", "midnight": "12 midnight"}
 _OF_A_RATIO = re.compile(r":|\\text\{ ?to ?\}|\bto\b")
 _IN_A_RATIO = re.compile(r"(?:[\d\s./,+\-^{}()]|\\(?:sqrt|frac|pi|cdot)(?![A-Za-z]))+")
-_BASED = re.compile(
-    r"\(?([0-9A-F]+|(?=[a-f]*\d)[0-9a-f]+)\)?\s*_\s*(?:\{\s*(?:\\text\{)?\s*(\d+|[a-z]+)\s*\}?\s*\}|(\d+))"
-    r"|([0-9A-F]+) (?:\()?(?:in )?base[ -](\d+|[a-z]+)\)?"
-)
-_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
-          "ten": 10, "twelve": 12, "sixteen": 16}  # fmt: skip
 _BARE_CHOICE = re.compile(r"[A-J]")
 _CHOICE = re.compile(r"\(([A-J])\)[.:]?\s*(.*)|([A-J])\s*(?:[:.)]|\\quad)\s*(.*)", re.DOTALL)
 _LABEL = re.compile(r"\([A-J]\)|\b[A-J][).:]")
@@ -95,13 +104,15 @@ def read(text: str, depth: int = 0) -> Node:
         _PARAMETER.sub("", text[-100:]).join((text[:-100], "")) if "n" in text[-40:] else text
     )
     text = trim(_without_lead_in(text))
+    if (domain := _DOMAIN.search(text[-60:])) and not _top_relation(text[: -len(domain[0])]):
+        text = trim(text[: -len(domain[0])])
     if not text:
         return Unclear(text, "nothing is said")
     if (plain := number(text)) is not None:
         return Value(text, plain)
     if (spelled := words.spelled_out(text) if text[0].isalpha() else None) is not None:
         return Value(as_latex(spelled), Number(spelled))
-    for reader in (_clock_or_ratio, _based, _dots, _choice, _environment):
+    for reader in (_clock_or_ratio, based, _dots, _choice, _environment):
         if (node := reader(text, depth)) is not None:
             return node
     if not balanced(text):
@@ -124,6 +135,7 @@ def _without_lead_in(text: str) -> str:
 
 def _clock_or_ratio(text: str, depth: int) -> Node | None:
     plain = trim(plain_text(text)).replace("  ", " ")
+    plain = _CLOCK_WORDS.get(plain.casefold(), plain)
     if (found := _CLOCK.fullmatch(plain)) and any(found.groups()[1:]):
         hour, half = int(found[1]), (found[3] or found[4] or "").lower()
         if half:
@@ -141,29 +153,12 @@ def _clock_or_ratio(text: str, depth: int) -> Node | None:
     return Items(":", tuple(read(part, depth + 1) for part in parts))
 
 
-def _based(text: str, depth: int) -> Node | None:
-    if "_" not in text and "base" not in text:
-        return None
-    found = _BASED.fullmatch(trim(plain_text(text))) or _BASED.fullmatch(text)
-    if found is None:
-        return None
-    digits, base = (found[1] or found[4]).upper(), found[2] or found[3] or found[5]
-    base = _BASES.get(base) or (int(base) if base.isdecimal() and len(base) < 3 else 0)
-    try:
-        value = int(digits, base) if 2 <= base <= 36 else None
-    except ValueError:  # digits that the base does not have
-        value = None
-    if value is None or (not digits[0].isdecimal() and base <= 10):
-        return None
-    if base == 10:
-        return Value(digits, number(digits))
-    return Based(digits.lstrip("0") or "0", base, value)
-
-
 def _compound(text: str, depth: int) -> Node | None:
     """What would fall apart as a list: `3 hours and 30 minutes`, `March 14, 2020`, a point's name,
     `all real numbers except 1 and 2`."""
     bare = " ".join(plain_text(text).split())
+    if words.is_verdict(bare):
+        return Phrase(words.canonical(bare))
     if "except" in bare and (found := _ALL_BUT.fullmatch(bare)):
         return Relation(f"\\mathbb{{R}}\\setminus\\{{{re.sub(' and | or ', ',', found[1])}\\}}")
     if day := words.date(bare):
@@ -189,10 +184,10 @@ def _choice(text: str, depth: int) -> Node | None:
     letter, rest = found[1] or found[3], trim(found[2] or found[4] or "")
     if not rest:
         return Choice(letter)
+    if rest[0] in "(+-*/^=_,":
+        return None  # a list, or an expression that begins with a capital in brackets
     if words.takes_back(plain_text(rest)) or _LABEL.search(rest) or _BARE_CHOICE.fullmatch(rest):
         return Unclear(text, "more than one choice, or one that is taken back")
-    if rest[0] in "(+-*/^=_,":
-        return None  # an expression that begins with a capital in brackets
     return Choice(letter, read(rest, depth + 1))
 
 
@@ -261,6 +256,12 @@ def _lines(lines: list[str], alternatives: bool, depth: int) -> Node:
 
 
 def _several(text: str, depth: int) -> Node | None:
+    if parts := labelled_parts(text):
+        values = [(read(part, depth + 1),) for part in parts]
+        named = (Equal(text, f"part {i}", value, (False,)) for i, value in enumerate(values))
+        return Items("list", tuple(named))
+    if solutions := _solutions(text, depth):
+        return solutions
     parts, by_words = split_list(text)
     if len(parts) < 2:
         return None
@@ -281,11 +282,36 @@ def _several(text: str, depth: int) -> Node | None:
             continue
         named = [one for one in node.parts if isinstance(one, Equal)]
         if part.startswith("\\begin") and len(named) == len(node.parts):
-            named.sort(key=lambda one: one.name or "")  # one solution of several
-            nodes.append(Items("()", tuple(one.values[-1] for one in named)))
+            nodes.append(_solution(node))  # one of several
         else:
             nodes += node.parts
     return Items("list", tuple(_shared_name(nodes)), text)
+
+
+def _solutions(text: str, depth: int) -> Node | None:
+    """`x=1, y=2 or x=3, y=4` and `(x,y) = (1,2) or (3,4)`: solutions, each with all its names."""
+    lhs, _, first = text.partition("=")
+    if (names := enclosed(lhs.strip())) and names[0] == "(" and "=" not in first:
+        nodes = [read(part, depth + 1) for part in split_list(first)[0]]
+        tuples = all(isinstance(node, Items) and node.kind == "()" for node in nodes)
+        return Items("list", tuple(nodes)) if tuples and len(nodes) > 1 else None
+    pieces = alternatives(text)
+    if len(pieces) < 2 or not all("=" in piece for piece in pieces):
+        return None
+    solutions = [read(piece, depth + 1) for piece in pieces]
+    if not all(isinstance(one, Items) and one.kind == "list" for one in solutions):
+        return None
+    names = {tuple(sorted(names_of(one.parts) or ())) for one in solutions}
+    return (
+        Items("list", tuple(map(_solution, solutions)))
+        if len(names) == 1 and () not in names
+        else None
+    )
+
+
+def _solution(named: Items) -> Items:
+    """The values of `x=1, y=2`, in the order of their names."""
+    return Items("()", tuple(one.values[-1] for one in by_name(named.parts)))
 
 
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
@@ -407,7 +433,7 @@ def is_name(text: str) -> bool:
 
 _GREEK_NAME = re.compile(
     r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega|xi|eta|zeta|kappa|"
-    r"angle|triangle|epsilon|vec|hat|Delta|Omega|Phi|Gamma|Lambda)(?![A-Za-z])"
+    r"max|min|angle|triangle|epsilon|vec|hat|Delta|Omega|Phi|Gamma|Lambda)(?![A-Za-z])"
 )
 
 

@@ -5,11 +5,12 @@ A policy that is paid for equal values soon writes the problem's own numbers int
 
 1. *Sums.* Where the reference is a plain number (an integer, a decimal, a fraction, a percentage,
    with or without a unit), an answer with a sum or a difference in it earns nothing, wherever in
-   the answer it stands: `\frac{30+4}{1}`, `\sqrt{9+16}`, `\sum_{k=1}^{5} k`. Nor does a limit, an
-   integral, a maximum or a greatest common divisor: that is the problem, not its answer. Products,
-   powers, factorials, roots, binomials, logarithms and fractions count, since people leave them on
-   purpose: `2^{10}`, `\frac{6}{8}`. Where the reference is another constant (`12\pi`), a sum of two
-   plain numbers earns nothing unless the reference has one too: `(3+9)\pi`.
+   the answer it stands: `\frac{30+4}{1}`, `\sqrt{9+16}`, `17\frac{17}{1}`. Nor does a limit, an
+   integral, a maximum or a determinant: that is the problem, not its answer. Products, powers,
+   factorials, roots, binomials, logarithms and fractions count, since people leave them on
+   purpose: `2^{10}`, `\frac{6}{8}`. `_LEFT_ON_PURPOSE` has their commands; no other counts. Where
+   the reference is another constant (`12\pi`), a sum of two plain numbers earns nothing unless the
+   reference has one too: `(3+9)\pi`.
 2. *Bases.* Where the reference is written in a base other than ten, the answer has to be in that
    base: 6 is no answer for `110_2`. Where it is not, digits in any base are worth what they are.
 
@@ -29,9 +30,16 @@ _PRODUCT = re.compile(r"\\(?:cdot|times|div|frac|sqrt|left|binom|over|ast)(?![A-
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _BINARY = re.compile(r"[\w)}\]!'|.%]\s?[+-]|[+-]\s?[+-]")
 _OPENING_BAR = re.compile(r"(^|[({\[*^=,])\s?\|\s?[+-]")
+_LEFT_ON_PURPOSE = (
+    "frac|sqrt|cdot|times|div|over|ast|binom|pi|log|ln|exp|sin|cos|tan|cot|sec|csc|arcsin|arccos|"
+    "arctan|sinh|cosh|tanh|lfloor|rfloor|lceil|rceil|overline|dot|circ|pmod|text|quad"
+)
 _TO_BE_DONE = re.compile(
-    r"\\(?:sum|prod|int|iint|oint|pm|mp|lim|max|min|sup|inf|gcd|lcm|bmod|frac\s*\{d\})(?![A-Za-z])"
-    r"|\b(?:plus|minus|max|min|gcd|lcm|lim)\b"
+    rf"\\(?!(?:{_LEFT_ON_PURPOSE})(?![A-Za-z]))[A-Za-z]|\\frac\s*\{{d\}}"
+    r"|\b(?:plus|minus|max|min|gcd|lcm|lim|det|mod)\b"
+)
+_MIXED = re.compile(
+    r"\d\s*\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|\d\s+(\d+)\s*/\s*(\d+)"
 )
 _OF_NUMBERS = re.compile(
     r"(?:^|[({+\-=<>,\[])\s?\d+(?:\.\d+)?\s?[+-]\s?\d+(?:\.\d+)?\s?(?=$|[)}\]+\-=<>,])"
@@ -40,12 +48,18 @@ _OF_NUMBERS = re.compile(
 
 def has_sum(text: str) -> bool:
     """Whether anything is added or subtracted in an expression."""
-    if _TO_BE_DONE.search(text):
+    if _TO_BE_DONE.search(text) or any(map(_carries, _MIXED.finditer(text))):
         return True
     text = _OPENING_BAR.sub(r"\1|", text)  # |-5|
     return bool(_BINARY.search(_COMMAND.sub("c", _PRODUCT.sub("*", text))))
 
 
+def _carries(mixed: re.Match) -> bool:
+    """Whether the fraction of a mixed number is no part of one."""
+    above, below = (group for group in mixed.groups() if group)
+    return int(above) >= int(below)
+
+
 def has_sum_of_numbers(text: str) -> bool:
     """Whether two plain numbers are added or subtracted in an expression."""
-    return bool(_OF_NUMBERS.search(text))
+    return bool(_OF_NUMBERS.search(text)) or any(map(_carries, _MIXED.finditer(text)))

@@ -84,13 +84,39 @@ _JOINING_TEXT = re.compile(
     r"\\text\s*\{\s*,?\s*(?:and|or|und|et|y|和|或)\s*\}|\\text\s*\{\s*[,;]\s*\}"
 )
 _JOINING = re.compile(
-    r"(?:,\s*)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\&|(?<=\d)\s*[和或]\s*(?=[-\d\\])"
+    r"(?:,\s*)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\&|(?<=\d)\s*[和或]\s*(?=[-\d\\]|[A-Za-z]\s*=)"
 )
 _AND_AFTER = re.compile(r"\\text\{([^{}]*[^{}\s,])\s*,?\s+(?:and|or)\s*\}")
 _AND_BEFORE = re.compile(r"\\text\{\s*,?\s*(?:and|or)\s+([^{}]+)\}")
-_NEXT_NAME = re.compile(r"(?<=[\w)}])\s+(?=[A-Za-z](?:_\w)?\s?=)")
+_NEXT_NAME = re.compile(r"(\\(?:angle|triangle|text|mathrm)|[\w)}])\s+(?=[A-Za-z](?:_\w)?\s?=)")
 _SEPARATOR = re.compile(r"[,;]|&")
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+
+
+_LABELS = [list("abcdefgh"), list("123456789"), ["i", "ii", "iii", "iv", "v"]]
+_PART = re.compile(r"(?:^|(?<=[\s,;]))\(?([a-h]|[1-9]|i{1,3}|iv|v)\)\s+(?=[^\s,;])")
+
+
+def labelled_parts(text: str) -> list[str]:
+    """`3` and `5` of `(a) 3 (b) 5`, `1) 3; 2) 5`; none where these do not count on."""
+    found = list(_PART.finditer(text)) if text[:1] in "(a1i" else []
+    if (
+        len(found) < 2
+        or found[0].start()
+        or not any([label[1] for label in found] == row[: len(found)] for row in _LABELS)
+    ):
+        return []
+    ends = [label.start() for label in found[1:]] + [len(text)]
+    return [text[label.end() : end].strip(" ,;") for label, end in zip(found, ends, strict=True)]
+
+
+_OR = re.compile(r"\\text\s*\{\s*,?\s*or\s*\}|(?<=[\d})])\s*或\s*")
+_ALTERNATIVE = re.compile(r"\s*(?:,\s*)?(?:(?<![A-Za-z\\])or(?![A-Za-z])|;)\s*")
+
+
+def alternatives(text: str) -> list[str]:
+    """What `or` or a semicolon separates, outside of brackets."""
+    return [piece for piece in split(_OR.sub(" or ", text), _ALTERNATIVE) if piece]
 
 
 def split_list(text: str, words_too: bool = True) -> tuple[list[str], bool]:
@@ -105,6 +131,7 @@ def split_list(text: str, words_too: bool = True) -> tuple[list[str], bool]:
         replaced = "\1".join(pieces)
         by_words = "\1" in replaced and len(split(replaced, _SEPARATOR)) == 1
         text = replaced
-    text = _NEXT_NAME.sub("\1", text) if text.count("=") > 1 else text
+    if text.count("=") > 1:  # `x=1 y=2`, but not the name of `\\angle A = \\angle B = 40`
+        text = _NEXT_NAME.sub(lambda f: f[0] if f[1][0] == "\\" else f"{f[1]}\1", text)
     parts = split(text, re.compile(r"[,;&\1]|\\\\"))
     return [part.strip().replace("\0", ",") for part in parts if part.strip()], by_words

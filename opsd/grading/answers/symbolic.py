@@ -9,18 +9,21 @@ import logging
 import random
 import re
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import sympy
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, parser, verify
 
 from opsd.grading.answers.clean import plain_text
 from opsd.grading.answers.numbers import as_latex, number
 
 _COMMANDS = "pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty|theta|alpha|beta"
 _PLAIN_COMMAND = re.compile(rf"(?<![\\A-Za-z])({_COMMANDS})(?![A-Za-z])")
-_PLAIN_SQRT = re.compile(r"(?<![\\A-Za-z])sqrt\s?\(([^()]*)\)")
+_PLAIN_SQRT = re.compile(r"(?<![\\A-Za-z])sqrt\s?(?:\(([^()]*)\)|(\d+))")
 _BARE_SQRT = re.compile(r"\\sqrt\s*(\[\d+\])?\s*(\d+|[A-Za-z])")
+_OF_INTEGRATION = re.compile(r"([+-]\s*)c\s*$")
+_GAMMA = re.compile(r"\\gamma(?![A-Za-z]|\s*_)")  # or it is Euler's constant
 _PRIME = re.compile(r"(?<=[A-Za-z)}])'+")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _DEGREES = re.compile(r"([\d.]+)\s*\^\\circ")
@@ -37,12 +40,26 @@ def _infinite(value: object) -> bool:
     return isinstance(value, sympy.Expr) and value.has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
 
 
+def _differ_in_case(one: object, other: object) -> bool:
+    """Whether the letters of two expressions are the same but for capitals, which math-verify does
+    not tell apart in names of several letters."""
+    names = [
+        {s.name for s in side.free_symbols} if isinstance(side, sympy.Expr) else set()
+        for side in (one, other)
+    ]
+    small = [{name.casefold() for name in some} for some in names]
+    return names[0] != names[1] and small[0] == small[1]
+
+
 class Algebra:
     """Compares two expressions, equations or sets, each a text."""
 
     def __init__(self) -> None:
         logging.disable(logging.CRITICAL)
         self._read = lru_cache(maxsize=256)(self._parsed)  # a reference has many answers
+        # It reads all letters as small ones: \\pi R^2 would be \\pi r^2, and \\frac{R}{r} 1.
+        own_case = ConversionConfig(lowercase_symbols=False)
+        parser.latex2sympy = partial(latex2sympy, conversion_config=own_case)
         # Without its `units`, which takes the c off `\frac{a}{b}c` and the bc off `3bc`.
         rules = replace(LatexExtractionConfig().normalization_config, units=False)
         latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)
@@ -53,6 +70,8 @@ class Algebra:
         wanted, given = _same_logarithm(wanted, given)
         one, other = self._read(wanted), self._read(given)
         if not one or not other or _infinite(one[0]) != _infinite(other[0]):
+            return False
+        if _differ_in_case(one[0], other[0]):
             return False
         exact = "." not in wanted + given
         if self._equal(one, other, exact):
@@ -97,8 +116,9 @@ def _to_latex(text: str) -> str:
     text = " ".join(text.split())  # thousands of spaces cost latex2sympy seconds
     text = re.sub(r"\\text\{ (or|and) \}", "\0\\1\0", text)
     text = plain_text(text).replace("\0or\0", "\\text{ or }").replace("\0and\0", "\\text{ and }")
+    text = _OF_INTEGRATION.sub(r"\1C", _GAMMA.sub("g_{0}", text))
     text = _PRIME.sub(lambda found: f"_{{{len(found[0])}}}", text)
-    text = _PLAIN_SQRT.sub(r"\\sqrt{\1}", text)
+    text = _PLAIN_SQRT.sub(r"\\sqrt{\1\2}", text)
     text = _BARE_SQRT.sub(lambda found: f"\\sqrt{found[1] or ''}{{{found[2]}}}", text)
     if _TRIGONOMETRY.search(text):
         text = _DEGREES.sub(r"{(\\frac{\1\\pi}{180})}", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
 from opsd.grading.answers.notation import NOTATION
@@ -10,7 +11,8 @@ from opsd.grading.answers.notation import NOTATION
 _LEAD_IN = re.compile(
     r"(?:(?:so|thus|hence|therefore|and|then|we (?:get|have|find|obtain)|its?|is|are|there|the|my|"
     r"our|final|correct|answers?|solutions?|result|value|total|sum|area|number|is|are|equals?|exactly|"
-    r"about|approximately|approx|around|roughly|only|option|choice|of|答案|是|为|答)\b[\s:,.]*)+",
+    r"about|approximately|approx|around|roughly|only|option|choice|of)\b[\s:,.]*|"
+    r"(?:最终)?答案?[是为:]?\s*|故?选项?[是为:]?\s*|[是为]\s*)+",
     re.IGNORECASE,
 )
 _WORDS = NOTATION["words"]
@@ -26,7 +28,7 @@ _NO_SOLUTION = re.compile(
     r"(?:there (?:is|are|exists?) )?(?:no|zero)(?: such)?(?: \w+)?(?: \w+)? "
     r"(?:solutions?|roots?|answers?|values?|integers?|numbers?|triples?|pairs?|x|n)"
     r"(?: (?:exists?|possible|satisf\w+|in reals?))?|none|(?:the )?empty set|"
-    r"(?:there is )?no solution.{0,20}",
+    r"(?:there is )?no solution.{0,20}|(?:方程)?(?:无|没有)(?:实数)?(?:解|根)",
     re.IGNORECASE,
 )
 _INFINITY = re.compile(
@@ -35,15 +37,24 @@ _INFINITY = re.compile(
     re.IGNORECASE,
 )
 _ALL_REAL = re.compile(r"(?:all |any |the set of (?:all )?)real(?:s| numbers?)(?: x)?", re.I)
+_VERDICT = re.compile(
+    r"(yes|no|true|false)[,.;:] (?!.*\b(?:yes|no|true|false|but|if|except|when)\b)(\D{3,60})", re.I
+)
 _WINS = re.compile(
     r"(?!.*(?:\bnot|n't|never|\bno) )(.+?)(?: (?:always|will|can))* (?:wins?|has winning strategy)"
 )
-_DOES_NOT_EXIST = re.compile(r"(?:the limit |it )?(?:does not exist|doesn't exist|dne)", re.I)
+_DOES_NOT_EXIST = re.compile(
+    r"(?:the limit |it )?(?:does not exist|doesn't exist|dne|不存在)", re.I
+)
 
 
 def canonical(phrase: str) -> str:
     """A phrase in one form: `No real solutions` and `\\emptyset`, `DNE` and `does not exist`."""
     phrase = " ".join(phrase.replace("-", " ").split()).strip(" .!")
+    if found := _VERDICT.fullmatch(phrase):  # what follows says why; a no may go on with a `not`
+        verdict = found[1].casefold()
+        why = found[2].replace("not", "") if verdict in ("no", "false") else found[2]
+        return phrase.casefold() if takes_back(why) else verdict
     if len(phrase) < 80:
         if _NO_SOLUTION.fullmatch(phrase):
             return "\\emptyset"
@@ -84,6 +95,10 @@ def opposite(one: str, other: str) -> bool:
 def spelled_out(text: str) -> Fraction | None:
     """The number that words are: `twenty-five`, `one hundred and five`, `two and a half`."""
     words = text.casefold().replace("-", " ").split()
+    if words[:1] in (["negative"], ["minus"]) and len(words) > 1:
+        return None if (size := spelled_out(" ".join(words[1:]))) is None else -size
+    if not text.isascii():
+        return _in_chinese(text)
     value = term = last = Fraction(0)
     for word in words:
         size = _NUMERALS.get(word, _NUMERALS.get(word.removesuffix("s")))
@@ -103,6 +118,41 @@ def spelled_out(text: str) -> Fraction | None:
             return None
     several = value and value < 100 and not 0 < term < 1  # `one and two`
     return None if several or words[-1:] in ([], ["a"], ["and"]) else value + term
+
+
+def _in_chinese(text: str) -> Fraction | None:
+    """The number that Chinese digits are: `三百零五`, `两万`, `负三`, `二分之一`."""
+    if text[0] in "负負":
+        return None if (size := _in_chinese(text[1:] or "x")) is None else -size
+    below, divided, above = text.partition("分之")
+    if divided:
+        parts = _in_chinese(above or "x"), _in_chinese(below or "x")
+        return parts[0] / parts[1] if parts[0] is not None and parts[1] else None
+    total = section = digit = 0
+    smallest = 10_000
+    for character in text.replace("两", "二").replace("\N{IDEOGRAPHIC NUMBER ZERO}", "零"):
+        if character not in _CHINESE_DIGITS:
+            return None
+        size = int(unicodedata.numeric(character))
+        if (size < 10 and digit) or 10 <= smallest <= size < 10_000:
+            return None  # digit after digit, as a year has them; ten after ten
+        if size < 10:
+            digit = size
+        elif size < 10_000:
+            section, digit, smallest = section + (digit or 1) * size, 0, size
+        elif size == 10_000:
+            total, section, digit, smallest = total + (section + digit) * size, 0, 0, 10_000
+        else:
+            total, section, digit, smallest = (total + section + digit) * size, 0, 0, 10_000
+    return Fraction(total + section + digit)
+
+
+_CHINESE_DIGITS = frozenset("零一二三四五六七八九十百千万萬亿億")
+
+
+def is_verdict(text: str) -> bool:
+    """`Yes, it is possible`: a verdict and why."""
+    return bool(_VERDICT.fullmatch(text))
 
 
 def is_phrase(text: str) -> bool:

@@ -1,0 +1,36 @@
+"""Digits in a base other than ten."""
+
+from __future__ import annotations
+
+import re
+
+from opsd.grading.answers.clean import plain_text, trim
+from opsd.grading.answers.nodes import Based, Value
+from opsd.grading.answers.numbers import number
+
+_BASED = re.compile(
+    r"\(?([0-9A-F]+|(?=[a-f]*\d)[0-9a-f]+)\)?\s*_\s*(?:\{\s*(?:\\text\{)?\s*(\d+|[a-z]+)\s*\}?\s*\}|(\d+))"
+    r"|([0-9A-F]+) (?:\()?(?:in )?base[ -](\d+|[a-z]+)\)?"
+)
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+          "ten": 10, "twelve": 12, "sixteen": 16}  # fmt: skip
+
+
+def based(text: str, depth: int = 0) -> Based | Value | None:
+    """`110_2`, `(52)_8`, `2A in base 16`; None for anything else."""
+    if "_" not in text and "base" not in text:
+        return None
+    found = _BASED.fullmatch(trim(plain_text(text))) or _BASED.fullmatch(text)
+    if found is None:
+        return None
+    digits, base = (found[1] or found[4]).upper(), found[2] or found[3] or found[5]
+    base = _BASES.get(base) or (int(base) if base.isdecimal() and len(base) < 3 else 0)
+    try:
+        value = int(digits, base) if 2 <= base <= 36 else None
+    except ValueError:  # digits that the base does not have
+        value = None
+    if value is None or (not digits[0].isdecimal() and base <= 10):
+        return None
+    if base == 10:
+        return Value(digits, number(digits))
+    return Based(digits.lstrip("0") or "0", base, value)
