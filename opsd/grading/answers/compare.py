@@ -65,7 +65,7 @@ def compare(reference: str, given: str, algebra: Algebra, strict: bool = True) -
     if ";" in one + other and _DECIMAL_COMMA.search(one + other):  # `(0,5; 1,5)`
         points = [_DECIMAL_COMMA.sub(".", text) if ";" in text else text for text in (one, other)]
         if points != [one, other]:
-            return compare(*points, algebra, strict)
+            return compare(points[0], points[1], algebra, strict)
     return False, comparison.reason or "different"
 
 
@@ -198,7 +198,8 @@ class _Comparison:
     def _one_and_items(self, wanted: Node, given: Items) -> bool:
         if isinstance(wanted, Relation) and given.text:
             if given.kind == "list" and "\\cup" in wanted.text:
-                parts = [part.text for part in given.parts if _is_interval(part)]
+                intervals = [part for part in given.parts if isinstance(part, Items)]
+                parts = [one.text for one in intervals if one.kind in _INTERVALS]
                 union = " \\cup ".join(parts)
                 return len(parts) == len(given.parts) and self._related(wanted.text, union)
             return _is_set_of(given, wanted) and self._related(wanted.text, given.text)
@@ -407,10 +408,6 @@ def _choices(items: Items) -> str:
     """`AC` of `A, C`, where all are letters of given answers."""
     letters = [part.letter for part in items.parts if isinstance(part, Choice)]
     return "".join(sorted(letters)) if len(letters) == len(items.parts) else ""
-
-
-def _is_interval(node: Node) -> bool:
-    return isinstance(node, Items) and node.kind in _INTERVALS and len(node.parts) == 2
 
 
 def _one_value(items: Items) -> bool:

@@ -93,7 +93,8 @@ def _added(parts: list[Fraction], of: Unit, carries: bool) -> Value:
     """A larger and smaller units. `6 hours 60 minutes` carries: a sum is left to be worked out."""
     if carries:
         return Value("+".join(map(as_latex, parts)), None, of)
-    return Value(as_latex(sum(parts)), Number(sum(parts)), of)
+    total = sum(parts, Fraction(0))
+    return Value(as_latex(total), Number(total), of)
 
 
 def short(value: Value) -> Value:

@@ -256,10 +256,11 @@ def _lines(lines: list[str], alternatives: bool, depth: int) -> Node:
 
 
 def _several(text: str, depth: int) -> Node | None:
-    if parts := labelled_parts(text):
-        values = [(read(part, depth + 1),) for part in parts]
-        named = (Equal(text, f"part {i}", value, (False,)) for i, value in enumerate(values))
-        return Items("list", tuple(named))
+    if labelled := labelled_parts(text):
+        values = [(read(part, depth + 1),) for part in labelled]
+        return Items(
+            "list", tuple(Equal(text, f"part {i}", v, (False,)) for i, v in enumerate(values))
+        )
     if solutions := _solutions(text, depth):
         return solutions
     parts, by_words = split_list(text)
@@ -291,27 +292,27 @@ def _several(text: str, depth: int) -> Node | None:
 def _solutions(text: str, depth: int) -> Node | None:
     """`x=1, y=2 or x=3, y=4` and `(x,y) = (1,2) or (3,4)`: solutions, each with all its names."""
     lhs, _, first = text.partition("=")
-    if (names := enclosed(lhs.strip())) and names[0] == "(" and "=" not in first:
+    if (point := enclosed(lhs.strip())) and point[0] == "(" and "=" not in first:
         nodes = [read(part, depth + 1) for part in split_list(first)[0]]
         tuples = all(isinstance(node, Items) and node.kind == "()" for node in nodes)
         return Items("list", tuple(nodes)) if tuples and len(nodes) > 1 else None
     pieces = alternatives(text)
     if len(pieces) < 2 or not all("=" in piece for piece in pieces):
         return None
-    solutions = [read(piece, depth + 1) for piece in pieces]
-    if not all(isinstance(one, Items) and one.kind == "list" for one in solutions):
-        return None
-    names = {tuple(sorted(names_of(one.parts) or ())) for one in solutions}
-    return (
-        Items("list", tuple(map(_solution, solutions)))
-        if len(names) == 1 and () not in names
-        else None
-    )
+    solutions, names = [], set()
+    for piece in pieces:
+        one = read(piece, depth + 1)
+        if not isinstance(one, Items) or one.kind != "list" or not names_of(one.parts):
+            return None
+        solutions.append(_solution(one))
+        names.add(tuple(sorted(names_of(one.parts) or ())))
+    return Items("list", tuple(solutions)) if len(names) == 1 else None
 
 
 def _solution(named: Items) -> Items:
     """The values of `x=1, y=2`, in the order of their names."""
-    return Items("()", tuple(one.values[-1] for one in by_name(named.parts)))
+    values = (one.values[-1] if isinstance(one, Equal) else one for one in by_name(named.parts))
+    return Items("()", tuple(values))
 
 
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")

@@ -96,7 +96,8 @@ def spelled_out(text: str) -> Fraction | None:
     """The number that words are: `twenty-five`, `one hundred and five`, `two and a half`."""
     words = text.casefold().replace("-", " ").split()
     if words[:1] in (["negative"], ["minus"]) and len(words) > 1:
-        return None if (size := spelled_out(" ".join(words[1:]))) is None else -size
+        below = spelled_out(" ".join(words[1:]))
+        return None if below is None else -below
     if not text.isascii():
         return _in_chinese(text)
     value = term = last = Fraction(0)
@@ -123,11 +124,11 @@ def spelled_out(text: str) -> Fraction | None:
 def _in_chinese(text: str) -> Fraction | None:
     """The number that Chinese digits are: `三百零五`, `两万`, `负三`, `二分之一`."""
     if text[0] in "负負":
-        return None if (size := _in_chinese(text[1:] or "x")) is None else -size
+        return None if (positive := _in_chinese(text[1:] or "x")) is None else -positive
     below, divided, above = text.partition("分之")
     if divided:
-        parts = _in_chinese(above or "x"), _in_chinese(below or "x")
-        return parts[0] / parts[1] if parts[0] is not None and parts[1] else None
+        one, other = _in_chinese(above or "x"), _in_chinese(below or "x")
+        return one / other if one is not None and other else None
     total = section = digit = 0
     smallest = 10_000
     for character in text.replace("两", "二").replace("\N{IDEOGRAPHIC NUMBER ZERO}", "零"):
