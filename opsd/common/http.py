@@ -22,6 +22,7 @@ from opsd.common.errors import UserError
 
 PIECE = 1 << 16  # bytes that are read at once
 LONGEST_WAIT = 30.0  # seconds between two attempts
+JITTER = random.Random()  # not the generator that a run goes on from
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which a request is sent again."""
@@ -78,7 +79,7 @@ def persist(
                     f"{server}: {error}, for {now - failing_since:.0f} s now"
                 ) from error
         # A random wait, so that not all requests arrive at once when the server is back.
-        stop.wait(wait * random.uniform(0.75, 1.25))
+        stop.wait(wait * JITTER.uniform(0.75, 1.25))
         wait = min(2 * wait, LONGEST_WAIT)
 
 

@@ -173,10 +173,27 @@ def _rollouts(config: Config) -> Iterator[str]:
             "model.gguf_file: vLLM is given weights under the names of a transformers directory; "
             "save the model as one first"
         )
+    if rollout.ahead:
+        yield from _ahead(config)
     if config.method == "grpo" and rollout.group_size < 2:
         yield (
             "rollout.group_size: grpo compares a problem's rollouts with each other and needs at "
             "least 2"
+        )
+
+
+def _ahead(config: Config) -> Iterator[str]:
+    if config.rollout.engine != "vllm_server":
+        yield (
+            f"rollout.ahead: rollout.engine {config.rollout.engine!r} samples on the processors "
+            "that train, so that nothing would overlap (allowed: 0, or rollout.engine vllm_server)"
+        )
+    if config.method == "sft":
+        yield "rollout.ahead: sft has no rollouts"
+    if config.loss.importance_bound is None:
+        yield (
+            "rollout.ahead: it samples by the weights of the step before, which only "
+            "loss.importance_bound corrects for, and that is null"
         )
 
 

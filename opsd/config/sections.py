@@ -290,6 +290,9 @@ class RolloutSection(Section):
     """Sample among the k likeliest; 0 is off."""
     batch_size: Count = 64
     """Sequences decoded at once."""
+    ahead: Literal[0, 1] = 0
+    """vllm_server: steps that it samples ahead while a step trains; at 1 a step learns from
+    rollouts by the weights of the step before (docs/vllm.md)."""
     dynamic_sampling: Natural = 0
     """grpo: problems whose rewards are all alike are replaced by others, in at most this many
     rounds a step (DAPO's dynamic sampling)."""

@@ -7,7 +7,7 @@ Import the samplers and `make_sampler`, which picks one, from here.
 from opsd.common.http import ServerError, ServerGoneError
 from opsd.rollout.base import Rollout, Sampler, Sampling, described
 from opsd.rollout.continuous import ContinuousSampler
-from opsd.rollout.distributed import DistributedSampler
+from opsd.rollout.distributed import DistributedSampler, RolloutsAhead
 from opsd.rollout.engines import (
     SAMPLERS,
     check_engine,
@@ -16,3 +16,4 @@ from opsd.rollout.engines import (
     training_server,
 )
 from opsd.rollout.generate import GenerateSampler
+from opsd.rollout.vllm_client import ServerRestartedError

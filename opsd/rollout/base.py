@@ -51,6 +51,7 @@ class Rollout:
     # student's own module sampled.
     sampling_log_probs: list[float] | None = None
     seed: int | None = None  # of this rollout, where the engine takes one for each
+    weights_of: int | None = None  # the step whose weights sampled; 0: those of the start
 
 
 class Sampler(Protocol):

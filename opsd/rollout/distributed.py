@@ -1,10 +1,13 @@
 """Rollouts by several processes: each has its share of the contexts and its own random numbers."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from opsd.common.http import ServerError
 from opsd.distributed.processes import Processes
 from opsd.models.copies import update_copy
 from opsd.rollout.base import Rollout, Sampler, Sampling
@@ -30,9 +33,12 @@ class DistributedSampler:
         self.inference_copy = inference_copy
         self.engine, self.software = sampler.engine, getattr(sampler, "software", None)
         self._synced: PreTrainedModel | None = None
+        self._ahead: RolloutsAhead | None = None
 
     def sync_weights(self, model: PreTrainedModel) -> None:
-        """See `Sampler.sync_weights`."""
+        """See `Sampler.sync_weights`. What is being sampled ahead is sampled to its end first."""
+        if self._ahead is not None:
+            self._ahead.wait()
         self._synced = model
         if self.inference_copy is not None:
             update_copy(self.inference_copy, model)
@@ -62,6 +68,18 @@ class DistributedSampler:
                 self.sync_weights(self._synced)
         return self._sample(contexts, sampling, progress)
 
+    def begin(self, contexts: Sequence[Sequence[int]], sampling: Sampling) -> "RolloutsAhead":
+        """`sample` while the processes do something else, by a server."""
+        mine = contexts[self.processes.index :: self.processes.count]
+        own = self.processes.together(lambda: self.sampler.begin(mine, sampling))
+        self._ahead = RolloutsAhead(own, len(contexts), self.processes)
+        return self._ahead
+
+    def cancel(self) -> None:
+        """Nobody wants what was begun."""
+        if self._ahead is not None:
+            self._ahead.own.cancel()
+
     def _sample(
         self,
         contexts: Sequence[Sequence[int]],
@@ -79,10 +97,48 @@ class DistributedSampler:
         except Exception:
             torch.set_rng_state(before)  # so does the process whose sampler has failed
             raise
-        rollouts: list[Rollout | None] = [None] * len(contexts)
-        for other, sampled in enumerate(by_process):
-            rollouts[other::count] = sampled
+        rollouts = _in_order(by_process, len(contexts))
         if progress and count > 1:
             others = [r for i, r in enumerate(rollouts) if i % count != index]
             progress(len(others), sum(len(rollout.ids) for rollout in others))
         return rollouts
+
+
+@dataclass(frozen=True)
+class RolloutsAhead:
+    """Rollouts that are being sampled while the processes do something else."""
+
+    own: Future[list[Rollout]]  # this process's
+    count: int  # of all processes' rollouts
+    processes: Processes
+
+    @classmethod
+    def of(cls, rollouts: list[Rollout], processes: Processes) -> "RolloutsAhead":
+        """These, which are there."""
+        own: Future[list[Rollout]] = Future()
+        own.set_result(rollouts[processes.index :: processes.count])
+        return cls(own, len(rollouts), processes)
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until this process's are there, or cannot be had; so many seconds at most."""
+        wait([self.own], seconds)
+
+    def result(self, seconds: float | None = None) -> list[Rollout]:
+        """All processes', in the contexts' order. Raises what `Sampler.sample` does, in all of
+        them; TimeoutError where they are not there within so many seconds."""
+        return _in_order(self.processes.everywhere(lambda: self.own.result(seconds)), self.count)
+
+    def kept(self) -> list[Rollout] | None:
+        """All processes'; None where they are not there, or cannot be had."""
+        try:
+            return self.result(0)
+        except (TimeoutError, ServerError):
+            return None
+
+
+def _in_order(by_process: list[list[Rollout]], count: int) -> list[Rollout]:
+    """The contexts' rollouts, of which each process has every n-th."""
+    rollouts: list[Rollout | None] = [None] * count
+    for number, sampled in enumerate(by_process):
+        rollouts[number :: len(by_process)] = sampled
+    return rollouts

@@ -1,6 +1,8 @@
 """Requests in threads that end with the process, whether they are answered or not."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from typing import TypeVar
@@ -42,3 +44,19 @@ def as_done(
             yield i, result
     finally:
         stopped.set()
+
+
+def in_background(work: Callable[[Future[Result]], Result]) -> Future[Result]:
+    """What `work` returns or raises, once it has. It is given the future, and ends early where that
+    is cancelled."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        with suppress(InvalidStateError):  # cancelled
+            try:
+                future.set_result(work(future))
+            except BaseException as error:
+                future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from opsd.common.saved_directory import readable
 from opsd.models.copies import named_weights
 from opsd.rollout.base import Rollout, Sampling, draw_seeds
-from opsd.rollout.threads import as_done
+from opsd.rollout.threads import as_done, in_background
 from opsd.rollout.vllm_client import VLLMServer
 
 
@@ -72,27 +73,46 @@ class ServerSampler:
     ) -> list[Rollout]:
         """One rollout a context, in order; see `Sampler.sample`. Raises ServerGoneError, and of its
         kind ServerRestartedError where the server has lost the weights meanwhile."""
+        before = torch.get_rng_state()
+        try:
+            return self._drawn(contexts, sampling, progress)(Future())
+        except BaseException:
+            torch.set_rng_state(before)
+            raise
+
+    def begin(self, contexts: Sequence[Sequence[int]], sampling: Sampling) -> Future[list[Rollout]]:
+        """`sample` while this process does something else. The seeds are drawn at once."""
+        return in_background(self._drawn(contexts, sampling))
+
+    def _drawn(
+        self,
+        contexts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Callable[[Future], list[Rollout]]:
+        """Draws the seeds; what it returns asks for the rollouts, unless its future is cancelled,
+        and draws nothing."""
         longest = max(map(len, contexts), default=0)
         self.server.check_asked(longest, sampling)
         workers = sampling.batch_size
         if sampling.temperature:
             workers = min(workers, self.server.at_once(longest) or workers)
-        before = torch.get_rng_state()
         seeds = draw_seeds(sampling, len(contexts))
-        rollouts: list[Rollout | None] = [None] * len(contexts)
 
-        def ask(i: int, stop) -> Rollout:
-            return self.server.complete(
-                contexts[i], sampling, seeds[i], self.stops, stop, self.vocabulary
-            )
+        def work(future: Future) -> list[Rollout]:
+            def ask(i: int, stop) -> Rollout:
+                if future.cancelled():
+                    raise CancelledError
+                return self.server.complete(
+                    contexts[i], sampling, seeds[i], self.stops, stop, self.vocabulary
+                )
 
-        try:
+            rollouts: list[Rollout | None] = [None] * len(contexts)
             for i, rollout in as_done(ask, len(contexts), workers):
                 rollouts[i] = rollout
                 if progress:
                     progress(1, len(rollout.ids))
             self.server.check_restart()
-        except BaseException:
-            torch.set_rng_state(before)
-            raise
-        return rollouts
+            return rollouts
+
+        return work

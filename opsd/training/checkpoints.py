@@ -31,9 +31,12 @@ from opsd.models.generation_config import as_shipped
 from opsd.models.load import load_model
 from opsd.models.lora import is_adapted
 from opsd.models.moving_average import MovingAverage
+from opsd.rollout import RolloutsAhead
 from opsd.runs.directory import checkpoints_in, or_unreadable, written
 from opsd.runs.records import TrainerState as SavedState
 from opsd.runs.records import read_record
+from opsd.training.rollouts_ahead import FILE as ROLLOUTS_AHEAD
+from opsd.training.rollouts_ahead import as_tensors, of_tensors
 
 
 def save_model(
@@ -149,14 +152,18 @@ class Checkpoints:
     average: MovingAverage | None  # an `ema` teacher
     base: list[float]  # `some_weights` of the model that the run began with
 
-    def write(self, state: TrainerState) -> None:
+    def write(self, state: TrainerState, ahead: RolloutsAhead | None = None) -> None:
         """The checkpoint of `state`'s step; older ones than the last `limit` go once it is on disk.
         Raises UserError."""
         place = self.directory / f"checkpoint-{state.global_step}"
         needed = checkpoint_bytes(self.model, self._zero)
+        rollouts = ahead and ahead.kept()
         with written(self.directory, place.name, needed), ExitStack() as stack:
             new = partial(new_directory, place, {"base": self.base})
-            self._write_files(self.processes.once(lambda: stack.enter_context(new())), state)
+            there = self.processes.once(lambda: stack.enter_context(new()))
+            if rollouts and self.processes.first:
+                _save(as_tensors(rollouts), there / ROLLOUTS_AHEAD)
+            self._write_files(there, state)
         if self.processes.first:
             whole = [c for c in checkpoints_in(self.directory) if (c / MANIFEST).is_file()]
             for old in whole[: -self.limit]:
@@ -214,6 +221,17 @@ class Checkpoints:
             state.log_history = saved.log_history
         if self.average is not None:
             self.average.load(place)
+
+    def read_ahead(
+        self, place: Path, count: int, longest: int, vocabulary: int
+    ) -> RolloutsAhead | None:
+        """The next step's rollouts, where they are there; see `of_tensors`."""
+        if not (place / ROLLOUTS_AHEAD).is_file():
+            return None
+        with or_unreadable(place):
+            found = read_tensors(place / ROLLOUTS_AHEAD)
+            rollouts = of_tensors(found, count, longest, vocabulary)
+        return RolloutsAhead.of(rollouts, self.processes)
 
     def read_random_states(self, place: Path) -> None:
         """Restore the random states of this process."""

@@ -1,7 +1,8 @@
 """A step's problems: rows → contexts → rollouts → grades → teacher contexts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -10,13 +11,20 @@ from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
 from opsd.config.sections import RolloutSection
-from opsd.data.prompts import Prompts
+from opsd.data.prompts import Context, Prompts
 from opsd.data.rows import Row
 from opsd.distributed.processes import Processes
 from opsd.grading.rewards import RewardFunction
 from opsd.models.load import window
 from opsd.objectives import Objective, Problem
-from opsd.rollout import Rollout, Sampler, Sampling, described
+from opsd.rollout import (
+    Rollout,
+    RolloutsAhead,
+    Sampler,
+    Sampling,
+    ServerRestartedError,
+    described,
+)
 from opsd.training.teacher_contexts import TeacherContexts, graded, informative, outcome_measures
 
 
@@ -41,12 +49,13 @@ class RolloutCollector:
     rows: Sequence[Row]  # the training rows, from which `rollout.dynamic_sampling` draws more
     prompts: Prompts
     objective: Objective
-    sampler: Sampler
+    sampler: Sampler  # a DistributedSampler, under rollout.ahead
     teacher_sampler: Sampler | None  # samples from the teacher, for rollout.source teacher
     reward_function: RewardFunction | None  # grades rollouts; None: they are not graded
     note: Callable[[str], None]  # called once with a line for the terminal
     processes: Processes  # sample together; the first one grades and draws
     progress: Callable[[int, int], None] | None = None  # told of sequences and tokens
+    ahead: RolloutsAhead | None = None  # the next step's, under rollout.ahead
 
     def __post_init__(self):
         self.sampling, source = Sampling.of(self.section), self.section.source
@@ -57,22 +66,72 @@ class RolloutCollector:
         drawn_by = self.teacher_sampler if source == "teacher" else self.sampler
         self.how = {"source": source, **described(drawn_by, self.sampling)}
 
-    def __call__(self, rows: Sequence[Row]) -> CollectedRollouts:
-        """The problems of a step that draws these rows."""
+    def __call__(
+        self, rows: Sequence[Row], step: int = 0, following: Sequence[Row] = ()
+    ) -> CollectedRollouts:
+        """The problems of a step that draws these rows.
+
+        step: how many are done. following: the next step's rows, which are sampled ahead.
+        """
         sync: dict[str, float] = {}
+        ready = self._ready(step)
         if self.samples:
             with phase("rollout"):
                 self.sampler.sync_weights(self.model)
             sync = getattr(self.sampler, "sync", {})
-        sampled = self._sample(rows)
-        chosen = sampled
-        if self.section.dynamic_sampling:
-            sampled, chosen = self._sample_more(sampled)
+        more = self.section.dynamic_sampling
+        if not more:
+            self._begin(following)
+        sampled = chosen = self._sample(rows, step, ready)
+        if more:  # what this step still needs is sampled before
+            sampled, chosen = self._sample_more(sampled, step)
+            self._begin(following)
         measures = outcome_measures(sampled)
+        if self.section.ahead:
+            by = [rollout.weights_of for problem in sampled for rollout in problem.rollouts]
+            measures["rollout_age"] = step - sum(by) / len(by)
         chosen, measured = self.teacher_contexts(chosen)
         return CollectedRollouts(sampled, chosen, sync | measures | measured)
 
-    def _sample_more(self, sampled: list[Problem]) -> tuple[list[Problem], list[Problem]]:
+    def go_on(self, read: Callable[[int, int, int], RolloutsAhead | None]) -> RolloutsAhead | None:
+        """Take what a checkpoint keeps of the next step's rollouts: so many, of at most so many
+        tokens, of a model with so large a vocabulary."""
+        if self.section.ahead:
+            count = self.problems_per_step * self.section.group_size
+            tokens = self.model.config.get_text_config().vocab_size
+            self.ahead = read(count, self.section.max_new_tokens, tokens)
+        return self.ahead
+
+    def end(self) -> None:
+        """Nothing is sampled ahead any more."""
+        if self.section.ahead:
+            self.sampler.cancel()
+
+    def _ready(self, step: int) -> list[Rollout] | None:
+        """The step's rollouts that were sampled ahead, by the weights of the step before."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            with phase("rollout"), suppress(ServerRestartedError):
+                rollouts = ahead.result()
+                if self.progress:
+                    self.progress(len(rollouts), sum(len(rollout.ids) for rollout in rollouts))
+                return [replace(rollout, weights_of=step - 1) for rollout in rollouts]
+        if self.section.ahead and step:
+            self.note(f"Step {step + 1}: its rollouts were lost, and are sampled by newer weights")
+        return None
+
+    def _begin(self, following: Sequence[Row]) -> None:
+        """Sample the next step's rollouts ahead."""
+        if following:
+            contexts = self.prompts.contexts(following)
+            self.ahead = self.sampler.begin(self._prefixes(contexts), self.sampling)
+
+    def _prefixes(self, contexts: Sequence[Context], role: str = "student") -> list[list[int]]:
+        return [each.of(role) for each in contexts for _ in range(self.section.group_size)]
+
+    def _sample_more(
+        self, sampled: list[Problem], step: int
+    ) -> tuple[list[Problem], list[Problem]]:
         """Draws other problems for those whose rewards are all equal.
 
         Returns all that were sampled, and those with differing rewards (or all, if there are none).
@@ -83,23 +142,30 @@ class RolloutCollector:
             if missing <= 0:
                 break
             draw = partial(torch.randint, len(self.rows), (missing,))
-            more = self._sample([self.rows[i] for i in self.processes.once(draw).tolist()])
+            rows = [self.rows[i] for i in self.processes.once(draw).tolist()]
+            more = self._sample(rows, step)
             sampled = sampled + more
             chosen += [problem for problem in more if informative(problem)]
         return sampled, chosen or sampled
 
-    def _sample(self, rows: Sequence[Row]) -> list[Problem]:
-        """The rows with their rollouts, graded."""
+    def _sample(
+        self, rows: Sequence[Row], step: int, ready: list[Rollout] | None = None
+    ) -> list[Problem]:
+        """The rows with their rollouts, those that are ready or new ones, graded."""
         contexts = self.prompts.contexts(rows)
         copies = self.section.group_size if self.objective.samples_rollouts else 0
         rollouts: list[Rollout] = []
-        if self.samples:
-            role, sampler = "student", self.sampler
-            if self.section.source == "teacher":
-                role, sampler = self.objective.teacher_role, self.teacher_sampler
-            prefixes = [context.of(role) for context in contexts for _ in range(copies)]
+        if ready is not None:
+            rollouts = ready
+        elif self.samples and self.section.source == "teacher":
             with phase("rollout"):
-                rollouts = sampler.sample(prefixes, self.sampling, self.progress)
+                prefixes = self._prefixes(contexts, self.objective.teacher_role)
+                rollouts = self.teacher_sampler.sample(prefixes, self.sampling, self.progress)
+        elif self.samples:
+            with phase("rollout"):
+                prefixes = self._prefixes(contexts)
+                rollouts = self.sampler.sample(prefixes, self.sampling, self.progress)
+            rollouts = [replace(rollout, weights_of=step) for rollout in rollouts]
         elif copies:
             copies = 1  # more would be equal
             rollouts = [Rollout(self.prompts.target(row), True) for row in rows]

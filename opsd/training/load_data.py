@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.config.config import Config
@@ -17,7 +19,7 @@ from opsd.config.requirements import (
     trained_roles,
     uses_teacher_prompt,
 )
-from opsd.config.sections import DataSection, EvalSection, SourceSection
+from opsd.config.sections import DataSection, EvalSection, SourceSection, TrainSection
 from opsd.data.context_check import ContextCheck
 from opsd.data.length_filter import fitting_held_out, fitting_rows
 from opsd.data.prompts import Prompts
@@ -198,3 +200,12 @@ def fitting_data(
     if teaches and (differ := prompts.different_endings()) is not None:
         display.note(differ)
     return rows, held_out
+
+
+def rows_of_step(rows: Sequence[Row], step: int, section: TrainSection) -> list[Row]:
+    """The rows of the step after so many: each epoch goes through all of them in another order."""
+    size = section.problems_per_step
+    epoch, place = divmod(step, len(rows) // size)
+    generator = torch.Generator().manual_seed(section.seed + epoch)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    return [rows[i] for i in order[place * size : (place + 1) * size]]

@@ -72,6 +72,8 @@ def rollout_records(
             "finished": rollout.finished,
             "sampling": {**sampling, "seed": rollout.seed},
         }
+        if rollout.weights_of is not None:
+            line["weights_of"] = rollout.weights_of
         if problem.outcomes is not None:
             outcome = problem.outcomes[i]
             line |= {"reward": outcome.reward, "correct": outcome.correct}

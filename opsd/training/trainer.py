@@ -7,8 +7,11 @@ It calls transformers' callbacks at Trainer's events, and takes optimizers, sche
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 import torch
@@ -30,7 +33,6 @@ from opsd.common.precision import compute_dtype
 from opsd.common.random_states import random_states, set_random_states
 from opsd.common.step_timer import StepTimer, measured, phase
 from opsd.common.system import trim_heap
-from opsd.config.compatibility import refused
 from opsd.config.config import Config
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
@@ -41,12 +43,14 @@ from opsd.grading.rewards import RewardFunction
 from opsd.models.moving_average import MovingAverage
 from opsd.objectives import Objective, Problem, SampleGroup, Totals
 from opsd.prefix import try_kernel
-from opsd.rollout import DistributedSampler, Sampler, ServerError
+from opsd.rollout import DistributedSampler, RolloutsAhead, Sampler, ServerError
 from opsd.runs.directory import NotWritten, command_to_go_on
 from opsd.runs.log import RunLog
 from opsd.training.checkpoints import Checkpoints, checkpoint_bytes, some_weights
 from opsd.training.collect_rollouts import RolloutCollector
+from opsd.training.engine_check import EngineCheck
 from opsd.training.failed_steps import IN_A_ROW, failed_step, save_failed_step
+from opsd.training.load_data import rows_of_step
 from opsd.training.optimizer import make_optimizer, make_schedule, training_arguments
 from opsd.training.reporters import Reports
 from opsd.training.rescue import keep_elsewhere
@@ -60,9 +64,8 @@ Evaluate = Callable[[int], dict]
 SEED_STRIDE = 1_000_003
 """The distance between two processes' seeds: runs with neighbouring seeds share none."""
 
-MAY_DIFFER, ENGINES_DIFFER = 0.02, 0.2
-"""Nats a token, in the mean over a step: more than rounding of an engine's usually makes; what none
-explains."""
+GRACE = 20.0
+"""Seconds that rollouts sampled ahead may still take, to be saved, after SIGTERM."""
 
 
 class TrainingLoop:
@@ -146,12 +149,14 @@ class TrainingLoop:
             dtype = compute_dtype(config.train.precision)
             kernel = try_kernel(unsplit, dtype, self.processes.device)
             self._replaced = f"{kernel} instead of {unsplit.config._attn_implementation}"
-        self._sharing_checked, self._engines_differ = False, MAY_DIFFER
+        self._sharing_checked, self._check_engine = False, EngineCheck(config, note)
         self._groups: list[SampleGroup] = []  # the step's
         self._left_out, self._left_out_in_a_row = False, 0  # steps with something not finite
         self._interruption = Interruption()
         self._updating = False  # whether the weights are between two steps'
-        self._random_states: dict[str, Any] = {}  # as the last whole step left them
+        # As the last whole step left them, like the next one's rollouts that are sampled ahead
+        self._random_states: dict[str, Any] = {}
+        self._ahead: RolloutsAhead | None = None
 
         every = config.eval.every if evaluate is not None else 0
         self.args = training_arguments(config.train, config.output, every)
@@ -189,6 +194,7 @@ class TrainingLoop:
                         self._interruption.hold()  # all of them must stop after the same step
                     losses += self._step()
                     self._random_states, self._updating = random_states(), False
+                    self._ahead = self.collector.ahead
                     self._stop_if_interrupted()
                     self.run_log.check()
                     if self.control.should_evaluate:
@@ -198,11 +204,14 @@ class TrainingLoop:
                     if self.control.should_training_stop:
                         break
         except Stopped as stopped:
-            raise Stopped(stopped.number, self._save_steps_done()) from None
+            patience = GRACE if stopped.number == SIGTERM else None
+            raise Stopped(stopped.number, self._save_steps_done(patience)) from None
         except NotWritten as error:
             raise self._kept_elsewhere(error) from error
         except ServerError as error:
             raise self._without_server(error) from error
+        finally:
+            self.collector.end()
         self.reports.hold(self.callback_handler)
         self._call("on_train_end")
         if self.config.train.sharding in deepspeed.STAGES:
@@ -233,16 +242,13 @@ class TrainingLoop:
         return len(self.rows) // self.config.train.problems_per_step
 
     def _next_rows(self) -> list[Row]:
-        """The rows of the next step: each epoch goes through all of them in another order."""
-        epoch, place = divmod(self.state.global_step, self._steps_an_epoch)
-        if place == 0:
+        """The rows of the next step."""
+        step = self.state.global_step
+        if step % self._steps_an_epoch == 0:
             self._call("on_epoch_begin")
             # A DataLoader draws this when an epoch begins. Without it a seed has other rollouts.
             torch.empty((), dtype=torch.int64).random_()
-        generator = torch.Generator().manual_seed(self.config.train.seed + epoch)
-        order = torch.randperm(len(self.rows), generator=generator).tolist()
-        size = self.config.train.problems_per_step
-        return [self.rows[i] for i in order[place * size : (place + 1) * size]]
+        return rows_of_step(self.rows, step, self.config.train)
 
     def _prepare(self, checkpoint: Path | None) -> None:
         """The optimizer, and the model as the processes share it; as the checkpoint has both."""
@@ -277,12 +283,13 @@ class TrainingLoop:
         )
         if checkpoint is not None:
             self.checkpoints.read(checkpoint, self.state)
+            self._ahead = self.collector.go_on(partial(self.checkpoints.read_ahead, checkpoint))
 
     def _kept_elsewhere(self, error: NotWritten) -> UserError:
         """Keep the steps that are done where there is room; what to tell the user."""
 
         def write(place: Path) -> None:
-            replace(self.checkpoints, directory=place).write(self.state)
+            replace(self.checkpoints, directory=place).write(self.state, self._ahead)
 
         alone, needed = self.processes.count == 1, checkpoint_bytes(self.model)
         place = keep_elsewhere(self.config, self.run_log, needed, write) if alone else None
@@ -298,8 +305,9 @@ class TrainingLoop:
             "go on with `opsd train … --resume`"
         )
 
-    def _save_steps_done(self) -> str:
-        """Save the run as the last whole step left it; returns what to tell the user."""
+    def _save_steps_done(self, patience: float | None = None) -> str:
+        """Save the run as the last whole step left it; returns what to tell the user. patience:
+        seconds that rollouts sampled ahead may still take, to be in it; None: what they take."""
         step = self.state.global_step
         if not step:
             return "no step was done"
@@ -308,7 +316,11 @@ class TrainingLoop:
         place = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not place.exists():
             set_random_states(self._random_states)
-            self.save_checkpoint()
+            if self._ahead and not self._ahead.own.done():
+                self._note("Waiting for rollouts, to save them too; Ctrl-C goes on without them")
+                with suppress(KeyboardInterrupt):
+                    self._ahead.wait(patience)
+            self.save_checkpoint(patience=0)
         return f"step {step} is saved in {place}"
 
     def _stop_if_interrupted(self) -> None:
@@ -323,7 +335,10 @@ class TrainingLoop:
         with measured(self.timer):
             start = time.monotonic()
             self._left_out = False
-            asked, problems, measures = self.collector(rows)
+            step, following = self.state.global_step, []
+            if self.config.rollout.ahead and step + 1 < self.config.train.steps:
+                following = rows_of_step(self.rows, step + 1, self.config.train)
+            asked, problems, measures = self.collector(rows, step, following)
             batches = self._mini_batches(problems, measures)
             self.wrapped.train()
             self._measure_sharing([group for batch in batches for group in batch], measures)
@@ -368,7 +383,7 @@ class TrainingLoop:
                 break  # its loss is not added to the mean, which is logged
             mean += loss / len(updates)
             if number == 1:
-                self._check_engine(own)
+                self._check_engine(own, self.state.global_step + 1)
             if number < len(updates):
                 with phase("optimizer"):
                     self._update()
@@ -426,23 +441,6 @@ class TrainingLoop:
             f"alone, {same}"
         )
 
-    def _check_engine(self, totals: Totals) -> None:
-        """Raises UserError if the rollouts show that the engine has other weights; notes it where
-        it may have, and again when the difference has doubled."""
-        difference = abs(totals.means().get("engine_divergence", 0.0))
-        said = "rollout.engine: its log-probabilities differ from the student's by "
-        said += f"{difference:.3g} a token"
-        if difference > ENGINES_DIFFER:
-            raise refused(
-                self.config,
-                f"{said} in the mean (at most {ENGINES_DIFFER} is rounding): it "
-                "serves other weights than those it was given",
-            )
-        if difference > self._engines_differ:
-            step = self.state.global_step + 1
-            self._note(f"step {step}: {said}: it may serve older weights")
-            self._engines_differ = 2 * difference
-
     def _write_rollouts(self, problems: list[Problem]) -> None:
         """Write the step's first rollouts to rollouts.jsonl."""
         if self.collector.samples:
@@ -483,11 +481,13 @@ class TrainingLoop:
         if due and not self.run_log.is_evaluated(step):
             self._evaluate_model(step)
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self, patience: float | None = None) -> None:
         """Write checkpoint-<step>/, from which a run goes on bit for bit."""
         self.timer.listener("saving")
         self.run_log.sync()
-        self.checkpoints.write(self.state)
+        if self._ahead is not None:
+            self._ahead.wait(patience)
+        self.checkpoints.write(self.state, self._ahead)
         self._call("on_save")
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:

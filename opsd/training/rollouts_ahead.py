@@ -1,0 +1,69 @@
+"""What a checkpoint keeps of rollouts that were sampled a step ahead (`rollout.ahead`).
+
+It keeps the rollouts themselves. The weights that sampled them are gone by then, and an engine that
+batches draws others from the same seeds: a run that goes on would train on other rollouts than one
+that nobody stopped, and if it dropped those under way, on shorter ones.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd.rollout import Rollout
+
+FILE = "rollouts_ahead.pt"
+NO_SEED = -1
+
+DTYPES = {
+    "ids": torch.int32,  # [Σ R]
+    "log_probs": torch.float64,  # [Σ R]
+    "lengths": torch.int64,  # [rollouts], and so are the next two
+    "finished": torch.bool,
+    "seeds": torch.int64,
+}
+
+
+def as_tensors(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+    """The rollouts as `FILE` has them."""
+    values = {
+        "ids": [token for rollout in rollouts for token in rollout.ids],
+        "log_probs": [value for rollout in rollouts for value in rollout.sampling_log_probs or []],
+        "lengths": [len(rollout.ids) for rollout in rollouts],
+        "finished": [rollout.finished for rollout in rollouts],
+        "seeds": [NO_SEED if r.seed is None else r.seed for r in rollouts],
+    }
+    return {name: torch.tensor(values[name], dtype=dtype) for name, dtype in DTYPES.items()}
+
+
+def of_tensors(found: Any, count: int, longest: int, vocabulary: int) -> list[Rollout]:
+    """The rollouts that `as_tensors` was given. Raises ValueError where they are not so many, of at
+    most `longest` tokens of a model with so large a vocabulary."""
+    if not isinstance(found, dict) or any(
+        not isinstance(t := found.get(name), Tensor) or t.dtype != dtype or t.dim() != 1
+        for name, dtype in DTYPES.items()
+    ):
+        raise ValueError(f"{FILE} holds no rollouts")
+    ids, log_probs, lengths, finished, seeds = (found[name] for name in DTYPES)
+    if not len(lengths) == len(finished) == len(seeds) == count:
+        raise ValueError(f"{FILE} holds {len(lengths)} rollouts, and the step has {count}")
+    if not (lengths.min() >= 1 and lengths.max() <= longest):
+        raise ValueError(f"{FILE} holds rollouts that are not of 1 to {longest} tokens")
+    if not len(ids) == len(log_probs) == lengths.sum():
+        raise ValueError(f"{FILE} lacks tokens, or log-probabilities")
+    if not (ids.min() >= 0 and ids.max() < vocabulary):
+        raise ValueError(f"{FILE} holds tokens that the model has not")
+    if not (log_probs.isfinite().all() and log_probs.max() <= 0):
+        raise ValueError(f"{FILE} holds log-probabilities that are none")
+    sizes = lengths.tolist()
+    return [
+        Rollout(own.tolist(), done, by_engine.tolist(), None if seed == NO_SEED else seed)
+        for own, done, by_engine, seed in zip(
+            ids.split(sizes),
+            finished.tolist(),
+            log_probs.split(sizes),
+            seeds.tolist(),
+            strict=True,
+        )
+    ]
