@@ -71,7 +71,8 @@ class DistributedSampler:
     def begin(self, contexts: Sequence[Sequence[int]], sampling: Sampling) -> "RolloutsAhead":
         """`sample` while the processes do something else, by a server."""
         mine = contexts[self.processes.index :: self.processes.count]
-        own = self.processes.together(lambda: self.sampler.begin(mine, sampling))
+        begin = self.sampler.begin  # type: ignore[attr-defined]  # a server's has it
+        own = self.processes.together(lambda: begin(mine, sampling))
         self._ahead = RolloutsAhead(own, len(contexts), self.processes)
         return self._ahead
 

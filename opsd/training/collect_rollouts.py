@@ -18,6 +18,7 @@ from opsd.grading.rewards import RewardFunction
 from opsd.models.load import window
 from opsd.objectives import Objective, Problem
 from opsd.rollout import (
+    DistributedSampler,
     Rollout,
     RolloutsAhead,
     Sampler,
@@ -104,7 +105,7 @@ class RolloutCollector:
 
     def end(self) -> None:
         """Nothing is sampled ahead any more."""
-        if self.section.ahead:
+        if isinstance(self.sampler, DistributedSampler):
             self.sampler.cancel()
 
     def _ready(self, step: int) -> list[Rollout] | None:
@@ -123,6 +124,7 @@ class RolloutCollector:
     def _begin(self, following: Sequence[Row]) -> None:
         """Sample the next step's rollouts ahead."""
         if following:
+            assert isinstance(self.sampler, DistributedSampler)
             contexts = self.prompts.contexts(following)
             self.ahead = self.sampler.begin(self._prefixes(contexts), self.sampling)
 

@@ -59,9 +59,10 @@ CASES = {
     },
 }
 SERVER = "fsdp2-server"  # whose config is known when there is a server
+AHEAD = "server-ahead"  # as is this one's
 SPOILT = "zero3-spoilt"
 UNSAVABLE = "unsavable"  # its tokenizer has a template that cannot be written
-RESUMED = ("ema", "fsdp2", "zero2", "zero3")
+RESUMED = ("ema", "fsdp2", "zero2", "zero3", AHEAD)
 
 
 class Parity:
@@ -97,6 +98,8 @@ def runs(tmp_path_factory):
     rollout = {"engine": "vllm_server", "server": server.address}
     train = {"sharding": "fsdp2", "precision": "bf16"}
     CASES[SERVER] = {"rollout": rollout, "teacher": {"policy": "ema"}, "train": train}
+    other = FakeVLLM(root / "model")
+    CASES[AHEAD] = {"rollout": {**rollout, "server": other.address, "ahead": 1, "top_k": 0}}
     CASES[SPOILT] = {
         "train": {"sharding": "zero3", "not_finite": "skip", "save_every": 1, "save_total_limit": 4}
     }
@@ -113,6 +116,7 @@ def runs(tmp_path_factory):
     with_ports = [(*job, port) for job, port in zip(jobs, _ports(len(jobs)), strict=True)]
     mp.spawn(_process, args=(root, with_ports), nprocs=2)
     server.stop()
+    other.stop()
     (root / "reloads").write_text(str(len(server.reloads)))
     return root
 
@@ -142,7 +146,7 @@ def _process(rank: int, root: Path, jobs) -> None:
             del os.environ[key]
         path = root / f"{where}-{name}.yaml"
         if resume and rank == 0:
-            _interrupt(root / "two" / name, root / where / name, config_of(name, root, where))
+            _interrupt(root / "two" / name, root / where / name, path)
         while resume and not (root / where / name / "config.yaml").exists():
             time.sleep(0.01)
         with pytest.MonkeyPatch.context() as patch:
@@ -166,13 +170,13 @@ def _spoil(patch) -> None:
     patch.setattr(OPSD, "loss", loss)
 
 
-def _interrupt(finished: Path, other: Path, config) -> None:
+def _interrupt(finished: Path, other: Path, config: Path) -> None:
     """What a run leaves that is killed after its third step."""
     other.mkdir(parents=True)
     shutil.copytree(finished / "checkpoint-2", other / "checkpoint-2")
     for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
         shutil.copy(finished / name, other / name)
-    save_config(config, other / "config.yaml.part")
+    shutil.copy(config, other / "config.yaml.part")
     (other / "config.yaml.part").rename(other / "config.yaml")
 
 
@@ -239,6 +243,17 @@ def test_one_process_gives_a_server_the_weights(runs):
     lines = read_lines(runs / "two" / SERVER / "metrics.jsonl")
     # bf16 against the server's fp32: that the weights are the same, not more.
     assert all(abs(line["engine_divergence"]) < 0.1 for line in lines)
+
+
+def test_two_processes_sample_ahead(runs):
+    """The four rollouts of a step's two problems are by one update before, those of both."""
+    directory = runs / "two" / AHEAD
+    lines = read_lines(directory / "metrics.jsonl")
+    assert [line["rollout_age"] for line in lines] == [0, 1, 1, 1]
+    apart = [abs(line["importance_ratio"] - 1) for line in lines]
+    assert apart[0] < 1e-4 < min(apart[1:])
+    assert (directory / "checkpoint-2" / "rollouts_ahead.pt").is_file()
+    assert not (directory / "checkpoint-4" / "rollouts_ahead.pt").exists()
 
 
 @pytest.mark.parametrize("name", RESUMED)
