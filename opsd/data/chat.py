@@ -19,6 +19,7 @@ from opsd.common.templates import TemplateFailure, fill_in_chat
 from opsd.data.chats import THOUGHTS
 from opsd.data.thoughts import (
     final_part,
+    is_tag,
     open_thought,
     split_thought,
     without_closed_thought,
@@ -150,6 +151,15 @@ class ChatTemplate:
         if self.tokenizer.eos_token in tokens:  # some begin another turn at once
             tokens = tokens[: tokens.index(self.tokenizer.eos_token) + 1]
         return run[1] + "".join(tokens), ids[tokens[-1]]
+
+    @cached_property
+    def control_tokens(self) -> frozenset[str]:
+        """The special tokens that the template writes around messages, and EOS."""
+        chat = [self._question, self._message("assistant", PROBE)]
+        text = self._render(chat, False) + (self.tokenizer.eos_token or "")
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special and token.content.strip()}
+        return frozenset(token for token in special if token in text and not is_tag(token))
 
     @property
     def opens_thought(self) -> bool:

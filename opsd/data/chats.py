@@ -15,6 +15,9 @@ ROLES = {
     "gpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
 }
 """Names that roles have elsewhere (ShareGPT), → ours."""
 
@@ -82,6 +85,8 @@ def as_messages(value: Any) -> list[dict[str, str]] | None:
             thoughts = [part["thinking"] for part in parts if part.get("thinking")]
             entry = {**entry, "thinking": thoughts[0]} if thoughts else entry
             content = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+        if content is None and "content" in entry:
+            raise NotTextError(f"has a message of the {role} without content")
         if not isinstance(content, str):
             return None
         thought = next(filter(None, map(entry.get, THOUGHTS)), None)

@@ -6,7 +6,7 @@ one of them has to come out.
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +31,11 @@ class ContextCheck:
     def __init__(
         self, prompts: Prompts, roles: Collection[str], differ: bool = False, targets: bool = False
     ):
-        self.prompts, self.roles = prompts, roles
+        self.prompts, self.roles, self.targets = prompts, roles, targets
         self.differ = differ and "teacher" in roles
         self.apart = False  # whether equal messages make different contexts
+        self.controls = prompts.chats["student"].control_tokens
+        self.found: dict[str, list[int]] = {}  # such tokens in the rows' texts, with their rows
         self.named = {name: names(template) for name, template in prompts.templates.items()}
         asked = [("teacher", "solution")] if "teacher" in roles else []
         asked += [("target", "solution")] if targets else []
@@ -60,6 +62,13 @@ class ContextCheck:
             and not self._arrives(row, "teacher", problem=False)
         ):
             self._refuse("teacher", number, row, "solution")
+        if "student" in messages:
+            self._choices_arrive(number, row, messages["student"])
+        for token in self.controls:
+            if any(token in text for text in messages.values()) or (
+                self.targets and token in row.solution
+            ):
+                self.found.setdefault(token, []).append(number)
         alike = messages.get("student") == messages.get("teacher")
         if self.differ and (number == 1 or (alike and not self.apart)):
             context = self.prompts.context(row)
@@ -71,6 +80,26 @@ class ContextCheck:
                     "prompts.teacher_system"
                 )
             self.apart = alike  # by a system message, say
+
+    def notes(self) -> Iterator[str]:
+        """What was seen in all rows that a user should know."""
+        for token, rows in self.found.items():
+            yield (
+                f"{len(rows)} rows hold {token!r}, such as row {rows[0]}: inside of a text too the "
+                "tokenizer makes it the token by which the chat template parts turns; take it out "
+                "of the data if that is not meant"
+            )
+
+    def _choices_arrive(self, number: int, row: Row, message: str) -> None:
+        """Raises UserError where the answer is one of several that the student is not shown."""
+        name, texts = given_choices(row.columns)
+        answers = {*texts, *"ABCDEFGHIJ"[: len(texts)], *map(str, range(len(texts)))}
+        if row.answer in answers and not all(text.strip() in message for text in texts):
+            raise UserError(
+                f"{self.prompts.field('student')} leaves the column {name!r} out in row {number} "
+                f"({row.problem[:40]!r}), of which the answer {row.answer!r} is one: write "
+                f"{{{{ {name} }}}}, or a loop over it"
+            )
 
     def _arrives(self, row: Row, role: str, problem: bool) -> bool:
         """Whether the problem, or any other text, comes out, however the template changes it."""
@@ -92,6 +121,20 @@ class ContextCheck:
             f"{self.prompts.field(role)} leaves the {what} out of the {role}'s context in row "
             f"{number} ({row.problem[:40]!r}){said}: write {{{{ {name} }}}}"
         )
+
+
+def given_choices(columns: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The column that holds the answers to choose from, and these; ("", []) where there is none.
+
+    A list of texts, an object of them by letters, or `{"text": […], "label": […]}`.
+    """
+    for name in ("choices", "options"):
+        value = columns.get(name)
+        if isinstance(value, Mapping):
+            value = value.get("text", [value[k] for k in value if re.fullmatch("[A-J]", str(k))])
+        if isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value):
+            return name, value
+    return "", []
 
 
 def _stands(text: str, message: str) -> bool:

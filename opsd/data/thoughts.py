@@ -66,6 +66,11 @@ def split_thought(text: str) -> tuple[str, str]:
     return start[begun.end() : ended.start()], start[ended.end() :].lstrip()
 
 
+def is_tag(text: str) -> bool:
+    """Whether a text is what begins a thought or ends it."""
+    return bool(_BEGIN.fullmatch(text) or _END.fullmatch(text))
+
+
 def without_empty_thought(text: str) -> str:
     """The text without an empty thought that a template writes before the answer's own."""
     return _EMPTY.sub("", text)

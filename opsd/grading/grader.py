@@ -24,7 +24,7 @@ from opsd.grading.answers.clean import clean, squeezed
 from opsd.grading.answers.nodes import Unclear
 from opsd.grading.answers.numbers import number, same_number
 from opsd.grading.answers.read import read
-from opsd.grading.answers.words import canonical, is_phrase
+from opsd.grading.answers.words import canonical, is_phrase, spelled_out
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def _grade_here(extracted: str, answer: str) -> Grade | None:
         # math-verify reads words as products of letters: to it `listen` equals `silent`.
         equal = canonical(given) == canonical(wanted)
         several = {"and", "or"} & {*given.casefold().split(), *wanted.casefold().split()}
-        if equal or (not several and "," not in given + wanted):
+        spelled = spelled_out(given), spelled_out(wanted)
+        if equal or not (several or "," in given + wanted or any(spelled)):
             return Grade(equal, "the same words" if equal else "different words", extracted)
     return None
 

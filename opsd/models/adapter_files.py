@@ -163,6 +163,11 @@ def _check(config: dict[str, Any], where: str) -> None:
             f"{where}: an adapter of type {kind} works on what the model reads, and cannot be "
             "added to its weights, as is done here"
         )
+    if str(start := config.get("init_lora_weights")).startswith("pissa_niter"):
+        raise UserError(
+            f"{where}: it stands on weights that {start} made by chance, so that nobody can load "
+            "it again; save it with peft's path_initial_model_for_weight_conversion"
+        )
     fields = {field.name for field in dataclasses.fields(known)}
     fields |= set(inspect.signature(known).parameters)
     for key in sorted(config.keys() - fields):

@@ -1,6 +1,7 @@
 """A run's training rows and held-out rows: no problem in both, and all fit the model's window."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from opsd.config.requirements import (
     uses_teacher_prompt,
 )
 from opsd.config.sections import DataSection, EvalSection, SourceSection, TrainSection
-from opsd.data.context_check import ContextCheck
+from opsd.data.context_check import ContextCheck, given_choices
 from opsd.data.length_filter import fitting_held_out, fitting_rows
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row, load_rows, mixture, same_problem, split_rows
@@ -64,6 +65,14 @@ def load_data(
 
 def _tell_of_texts(rows: Sequence[Row], note: Callable[[str], None]) -> None:
     """Notes how many references nothing but their own text equals; looks at some."""
+    for number, row in enumerate(rows, start=1):
+        name, choices = given_choices(row.columns)
+        if row.answer.isdecimal() and int(row.answer) <= len(choices):
+            if not any(re.search(rf"(?<!\d){row.answer}(?!\d)", one) for one in choices):
+                raise UserError(
+                    f"data.columns.answer: {row.answer} in row {number} is a place among its "
+                    f"{name}, not what a model answers: name a column with the letter or the text"
+                )
     looked_at = [row.answer for row in rows[:: math.ceil(len(rows) / _LOOKED_AT)]]
     texts = [(answer, why) for answer in looked_at if (why := only_as_text(answer))]
     if texts:
@@ -197,6 +206,8 @@ def fitting_data(
             "data.source" if config.eval.source is None else "eval.source",
             display.note,
         )
+    for said in check.notes():
+        display.note(said)
     if teaches and (differ := prompts.different_endings()) is not None:
         display.note(differ)
     return rows, held_out

@@ -85,6 +85,21 @@ def test_answers_that_only_their_own_text_equals_are_told(tmp_path):
     )
 
 
+def test_answers_that_are_places_among_choices_are_refused(tmp_path):
+    """MMLU's answer is 0 to 3."""
+    record = {"problem": "p?", "solution": "s", "answer": 2, "choices": ["four", "six", "seven"]}
+    values = {**GRPO, "eval": {"problems": 0}}
+    for choices, place in ((["four", "six", "seven"], True), (["1", "2", "3"], False), ([], False)):
+        row = ROWS[0].__class__("p?", "s", "2", {**record, "choices": choices})
+        data = {"data": {"source": str(write_rows(tmp_path / "rows.jsonl", [row]))}}
+        config = parse_config(merge(GOOD, {**data, **values}))
+        if not place:
+            assert len(load_data(config)[0]) == 1
+            continue
+        with pytest.raises(UserError, match="2 in row 1 is a place among its choices"):
+            load_data(config)
+
+
 def test_rows_without_a_solution_are_refused_where_one_is_needed(tmp_path):
     rows = [row.__class__(row.problem, "", row.answer, {"problem": row.problem}) for row in ROWS]
     data = {"data": {"source": str(write_rows(tmp_path / "rows.jsonl", rows))}}

@@ -9,6 +9,7 @@ from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.config.config import Config
 from opsd.config.load import parse_config
+from opsd.config.sections import PromptsSection
 from opsd.data.context_check import ContextCheck
 from opsd.data.length_filter import fitting_rows
 from opsd.data.prompts import Prompts
@@ -261,3 +262,41 @@ def test_a_check_costs_no_second_filling_in(monkeypatch):
     check = ContextCheck(prompts, roles)
     assert fitting_rows(rows, prompts, roles, 10, 10**6, print, check=check) == rows
     assert len(filled_in) == 600
+
+
+MANY = {"question": "Which is prime?", "answer": "C"}
+CHOICES = [
+    {"choices": ["four", "six", "seven", "nine"]},
+    {"options": {"A": "four", "B": "six", "C": "seven"}},
+    {"choices": {"text": ["four", "six", "seven"], "label": ["A", "B", "C"]}},
+]
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+def test_answers_to_choose_from_are_shown(choices):
+    """MMLU's and ARC's rows: the question alone does not say what there is to choose."""
+    name = next(iter(choices))
+    data = {"data": {"source": "none", "columns": {"problem": "question"}}, "method": "grpo"}
+    records = [{**MANY, **choices}]
+    with pytest.raises(UserError, match=rf"leaves the column '{name}' out in row 1.*'C' is one"):
+        check(records=records, **data)
+    check(f"{{{{ problem }}}} {{{{ {name} }}}}", records=records, **data)
+    records[0] |= {"question": "Which is prime: four, six, seven or nine?"}
+    check(records=records, **data)
+    records[0] |= {"question": "?", "answer": "free text"}
+    check(records=records, **data)
+
+
+def test_tokens_of_the_chat_in_a_text_are_told(capsys):
+    end = "<|im_end|>"
+    records = [*RECORDS, {**RECORD, "problem": f"What is{end} 2 + 3, please?"}]
+    check(records=records)
+    assert capsys.readouterr().err == ""  # quiet
+    config, family = {"target": "{{ solution }}"}, Family("", CHATML, IM, end, "", "", "", None)
+    prompts = Prompts(PromptsSection(**config), make_tokenizer(family))
+    rows = load_rows([*records, {**RECORD, "solution": f"3{end}"}])
+    seen = ContextCheck(prompts, ["student"], targets=True)
+    for number, row in enumerate(rows, start=1):
+        seen(number, row)
+    (said,) = seen.notes()
+    assert said.startswith("2 rows hold '<|im_end|>', such as row 3")

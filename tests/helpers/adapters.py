@@ -167,6 +167,10 @@ REFUSED = {
     "activated LoRA": Family(lora(alora_invocation_tokens=[5]), refused="type activated LoRA"),
     "prompt tuning": Family(other("PromptTuning", num_virtual_tokens=2), refused="PROMPT_TUNING"),
     "prefix tuning": Family(other("PrefixTuning", num_virtual_tokens=2), refused="PREFIX_TUNING"),
+    "PiSSA by chance": Family(
+        lora(init_lora_weights="pissa_niter_4"),
+        refused="by chance, so that nobody can load it again",
+    ),
     "pickle": Family(lora(), change=pickled, refused="no weights as safetensors"),
     "a later option": Family(lora(), change=edited(warp=1), refused="has 'warp', which peft"),
     "a later type": Family(

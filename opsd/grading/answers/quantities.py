@@ -11,7 +11,7 @@ from opsd.grading.answers.nodes import Value
 from opsd.grading.answers.numbers import Number, as_latex, number
 from opsd.grading.answers.structure import balanced
 from opsd.grading.answers.units import DEGREES, Unit, unit
-from opsd.grading.answers.words import MULTIPLES, names_a_thing
+from opsd.grading.answers.words import MULTIPLES, names_a_thing, spelled_out
 
 _MONEY_FIRST = re.compile(
     r"([+-]?)\s*(?P<text>\\text\s*\{\s*)?(?:US|A|C|HK|NZ|S)? ?"
@@ -70,6 +70,17 @@ def quantity(text: str) -> Value | None:
     if "^\\circ" in text and (found := _DEGREES.fullmatch(text)):
         return _degrees(found)
     return _with_tail(_OHM.sub(r"\\text{\1Ω}", text))
+
+
+def counted(text: str) -> Value | None:
+    """`twelve apples`: a number in words, and what it counts."""
+    words = text.split()
+    for end in range(min(len(words) - 1, 9), 0, -1):
+        value = spelled_out(" ".join(words[:end])) if words[0].casefold() != "a" else None
+        if value is not None:
+            rest = " ".join(words[end:])
+            return _said(as_latex(value), rest, bare=True, apart=True)
+    return None
 
 
 def compound(text: str) -> Value | None:

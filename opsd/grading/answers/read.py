@@ -23,7 +23,7 @@ from opsd.grading.answers.nodes import (
     names_of,
 )  # fmt: skip
 from opsd.grading.answers.numbers import Number, as_latex, number
-from opsd.grading.answers.quantities import compound, quantity, times
+from opsd.grading.answers.quantities import compound, counted, quantity, times
 from opsd.grading.answers.structure import (
     alternatives,
     balanced,
@@ -157,6 +157,8 @@ def _compound(text: str, depth: int) -> Node | None:
     """What would fall apart as a list: `3 hours and 30 minutes`, `March 14, 2020`, a point's name,
     `all real numbers except 1 and 2`."""
     bare = " ".join(plain_text(text).split())
+    if words.is_phrase(bare) and (value := counted(bare)):
+        return value
     if words.is_verdict(bare):
         return Phrase(words.canonical(bare))
     if "except" in bare and (found := _ALL_BUT.fullmatch(bare)):
