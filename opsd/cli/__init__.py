@@ -1,5 +1,5 @@
-"""The `opsd` command: one file a command, and `main`, which reads the command line.
+"""The `opsd` command: one file per command, and `main`, which reads the command line.
 
-Nothing imports this room. A command checks its arguments, calls the room that does the work, and
-prints what came of it.
+No other room imports this one. A command checks its arguments, calls the room that does the work,
+and prints the result.
 """

@@ -1,4 +1,4 @@
-"""Checks of numbers that several commands take."""
+"""Checks of numeric arguments, shared by several commands."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from opsd.common.errors import UserError
 
 
 def check_at_least(least: int, parsed: argparse.Namespace, *names: str) -> None:
-    """Raises UserError if one of these arguments is given and too small."""
+    """Raises UserError if one of these arguments is given and is below `least`."""
     for name in names:
         value = getattr(parsed, name)
         if value is not None and value < least:

@@ -1,4 +1,4 @@
-"""`opsd chat`: questions typed, answers as they come, of a model and of the base that it was."""
+"""`opsd chat`: streams the answers of a model and its base model to the questions that you type."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from opsd.config.sections import PromptsSection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `opsd chat`."""
+    """Adds the arguments of `opsd chat`."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run's directory, a model's, or a hub name")
     add("--base", nargs="?", const="", metavar="MODEL", help="beside it; a run's: what it was")
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Talks until the input ends. Raises UserError."""
+    """Answers questions until the input ends. Raises UserError."""
     check_at_least(1, parsed, "max_new_tokens")
     check_at_least(0, parsed, "temperature")
     from opsd.cli.first_look import check_model, import_torch, of_run
@@ -52,7 +52,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def _asked(prompt: str) -> str | None:
-    """A line of the input; None at its end."""
+    """Reads a line of the input; returns None at its end."""
     try:
         return input(prompt if sys.stdin.isatty() else "").strip()
     except EOFError:
@@ -62,8 +62,8 @@ def _asked(prompt: str) -> str | None:
 def talker(
     path: str, section: PromptsSection, longest: int, temperature: float
 ) -> Callable[[str, str], None]:
-    """A function of problem and solution that prints a model's answer as it comes. With a solution
-    the model sees the teacher's context; without one it remembers what was said."""
+    """Returns a function of problem and solution that streams the model's answer. With a solution
+    the model sees the teacher's prompt; without one, the student's and the conversation so far."""
     import torch
     from transformers import GenerationConfig, TextStreamer
 

@@ -1,4 +1,4 @@
-"""`opsd compare`: of finished runs, of configs by seeds, or of a study file's runs."""
+"""`opsd compare`: compares finished runs, configs trained with several seeds, or a study's runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FILES = ("comparison.json", "comparison.html", "comparison.md", "comparison.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `opsd compare`."""
+    """Adds the arguments of `opsd compare`."""
     add = parser.add_argument
     add(
         "paths",
@@ -46,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(asked: argparse.Namespace) -> None:
-    """Runs what is not finished, compares, and writes comparison.json and its pages into --output.
+    """Trains what is not finished, compares the runs, writes comparison.json and pages to --output.
 
-    The paths are run directories; or configs of `opsd train`, each run with each seed; or one study
-    file. Raises UserError.
+    The paths are run directories; or configs of `opsd train`, each trained with each seed; or one
+    study file. Raises UserError.
     """
     output, seeds, display = asked.output, _seeds(asked.seeds), Display()
     if output.exists() and not output.is_dir():
@@ -89,7 +89,7 @@ def _seeds(text: str | None) -> list[int] | None:
 
 
 def gpus() -> list[str]:
-    """The GPUs that runs of `opsd train` are spread over, by CUDA_VISIBLE_DEVICES' names."""
+    """Returns the GPUs to spread the runs over, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     count = torch.cuda.device_count()
@@ -98,7 +98,7 @@ def gpus() -> list[str]:
 
 
 def is_study(path: Path) -> bool:
-    """Whether a YAML file is a study's rather than a run's config."""
+    """Whether a YAML file describes a study, not a single run."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return any(line.startswith("quickstart:") for line in lines)
 
@@ -106,7 +106,7 @@ def is_study(path: Path) -> bool:
 def run_study(
     study: Study, target: float | None, baseline: str | None, output: Path, display: Display
 ) -> None:
-    """Runs all variants, compares each, and writes one page over them if there are several."""
+    """Runs all variants and compares the runs of each; several variants also get a common page."""
     check_settings(study)
     variants = study_jobs(study, output)
     run_jobs([job for jobs in variants.values() for job in jobs], display, study.threads)
@@ -133,7 +133,7 @@ def run_study(
 
 
 def check_settings(study: Study) -> None:
-    """Raises UserError, before anything runs, if a cell's settings make no valid config."""
+    """Raises UserError, before anything runs, if the settings of a cell give an invalid config."""
     if not any((study.settings, study.variants)):
         return
     from opsd.quickstart import smollm2_recipe, tiny_recipe

@@ -1,6 +1,6 @@
-"""What this machine has, what is missing, and what to do about it: `opsd doctor`.
+"""`opsd doctor`: reports what this machine has, what is missing, and how to fix it.
 
-Nothing here needs torch: a torch that cannot be imported is one of the findings.
+Nothing here imports torch at the top: a torch that cannot be imported is one of the findings.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ OPTIONAL = {
     "flash-attn": "attention on GPUs",
     "vllm": "fast rollouts on GPUs",
 }
-# What the compiled kernels can choose from, or what makes matrix products fast.
+# Instruction sets that the compiled kernels use, or that make matrix products fast.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. A `fatal` problem means that training is impossible here; `absent`
-    is something that need not be there.
+    """One line of the report. fatal: the problem makes training impossible here. absent: something
+    optional is missing.
     """
 
     name: str
@@ -54,16 +54,16 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`opsd doctor` has none of its own."""
+    """`opsd doctor` takes no arguments."""
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Writes the report; the exit code is 0 if training is possible."""
+    """Prints the report; returns the exit code, 0 if training is possible."""
     return run_doctor(Display().note)
 
 
 def run_doctor(write: Callable[[str], None]) -> int:
-    """Examines this machine, writes a line for each finding; 0 if training is possible, else 1."""
+    """Writes a line for each finding on this machine; returns 0 if training is possible, else 1."""
     findings: list[Finding] = []
     for title, examine in SECTIONS:
         write(title)
@@ -94,7 +94,7 @@ def _line(finding: Finding) -> str:
 
 
 def software() -> Iterator[Finding]:
-    """Python, this package, what it needs, what it can use."""
+    """Python, this package, its dependencies and the optional packages."""
     python = f"{platform.python_version()} ({sys.executable})"
     problem = "3.11 or later is needed" if sys.version_info < (3, 11) else None
     advice = "make the virtual environment with a newer Python"
@@ -111,7 +111,7 @@ def software() -> Iterator[Finding]:
 
 
 def _foreign() -> Iterator[Finding]:
-    """Another project's package `opsd`, of the same name on PyPI, whose files lie over ours."""
+    """Another project's PyPI package named `opsd`, if its files have overwritten ours."""
     for other in importlib.metadata.distributions(name="opsd"):
         if any(str(file) == "opsd/__init__.py" for file in other.files or ()):
             yield Finding(
@@ -124,13 +124,13 @@ def _foreign() -> Iterator[Finding]:
 
 
 def required() -> dict[str, str | None]:
-    """Each package that this one depends on → the oldest version that will do, None for any."""
+    """Maps each required package to the oldest version that works, None if any does."""
     try:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:  # run from a checkout
         project = Path(__file__).parents[2] / "pyproject.toml"
         lines = tomllib.loads(project.read_text())["project"]["dependencies"]
-    found = (re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?", line) for line in lines)  # not the extras'
+    found = (re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?", line) for line in lines)  # skips the extras
     return {match[1]: match[2] for match in found if match}
 
 
@@ -160,7 +160,7 @@ def machine() -> Iterator[Finding]:
     yield _cores(usable_cores(), cpu_quota(), os.environ.get("OMP_NUM_THREADS"))
     try:
         yield _memory(*memory())
-    except ImportError:  # of psutil, which is a finding of its own above
+    except ImportError:  # psutil is missing: `software` reports that
         yield Finding("memory", "unknown")
     yield _disk("disk", Path.cwd())
 
@@ -206,7 +206,7 @@ def _disk(label: str, path: Path) -> Finding:
 
 
 def accelerators() -> Iterator[Finding]:
-    """The GPUs that torch sees, and one that it does not."""
+    """GPUs: those that torch sees, or an NVIDIA driver that torch cannot use."""
     try:
         torch = importlib.import_module("torch")
     except Exception as error:  # a broken installation raises OSError, ImportError, RuntimeError …
@@ -234,7 +234,7 @@ def _does_not_import(name: str, error: Exception, advice: str) -> Finding:
 
 
 def kernels() -> Iterator[Finding]:
-    """The backends of opsd_kernels, and why one cannot be used."""
+    """The backends of opsd_kernels, each usable or with the reason why not."""
     try:
         backends = importlib.import_module("opsd_kernels").backends()
     except Exception as error:
@@ -243,7 +243,7 @@ def kernels() -> Iterator[Finding]:
     for name, reason in backends.items():
         if reason is None:
             yield Finding(name, "usable")
-        elif name == "cpp":  # built with the package: its absence is an accident
+        elif name == "cpp":  # is built with the package, so something went wrong
             problem = f"{reason} (until then the slower torch backend serves)"
             advice = "pip install -c constraints-cpu.txt . (needs a C++ compiler)"
             yield Finding(name, "unusable", problem, advice)
@@ -252,11 +252,11 @@ def kernels() -> Iterator[Finding]:
 
 
 def prefix_kernels() -> Iterator[Finding]:
-    """What may be asked for as train.prefix_kernel, and why one cannot run here."""
+    """The values of train.prefix_kernel, each usable here or with the reason why not."""
     try:
         torch = importlib.import_module("torch")
         known = importlib.import_module("opsd.prefix.attention")
-    except Exception:  # whatever it needs and lacks is a finding of its own above
+    except Exception:  # `software` and `accelerators` report what is missing
         return
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     for name in known.KERNELS:
@@ -265,11 +265,11 @@ def prefix_kernels() -> Iterator[Finding]:
 
 
 def caches() -> Iterator[Finding]:
-    """What quickstart has downloaded or trained already."""
+    """The models that quickstart has already downloaded or trained."""
     try:
         download = importlib.import_module("opsd.quickstart.download")
         place = cache_directory()
-    except Exception as error:  # whatever it needs and lacks is a finding of its own above
+    except Exception as error:  # `software` and `accelerators` report what is missing
         yield Finding("quickstart", f"cannot be examined ({error})", absent=True)
         return
     yield _disk("disk", place)

@@ -1,7 +1,7 @@
-"""`opsd train --dry-run`: everything that is checked before the weights are loaded, and a plan.
+"""`opsd train --dry-run`: makes every check that needs no weights, and shows the run's plan.
 
-Nothing is trained, sampled or written. The model's tokenizer is loaded, its weights are not; a vLLM
-server is not asked. A verifier's file is read, and not run.
+It trains, samples and writes nothing. It loads the model's tokenizer but not its weights, does not
+contact a vLLM server, and reads a verifier's file without running it.
 """
 
 import os
@@ -37,16 +37,16 @@ from opsd.rollout import check_engine
 from opsd.training.load_data import fitting_data, load_data
 from opsd.training.preflight import check_launcher, check_machine
 
-SHOWN, GRADED = 5, 100  # rows whose answers are shown, and whose solutions are graded
+SHOWN, GRADED = 5, 100  # show the answers of 5 rows, grade the solutions of 100
 
 
 def dry_run(config: Config, display: Display, machine: tuple[GPU, int] | None = None) -> None:
     """Checks config, machine, data, prompts and tokenizers; shows what a run would do.
 
-    machine: another one, with so many of a GPU, instead of this.
+    machine: a GPU and how many of them; the plan is for that machine instead of this one.
 
-    Raises UserError for whatever `opsd train` would refuse before it loads weights, and where the
-    other machine's memory does not suffice.
+    Raises UserError for whatever `opsd train` would refuse before it loads weights, and if the run
+    does not fit into the memory of `machine`.
     """
     environment = os.environ if machine is None else {"WORLD_SIZE": str(machine[1])}
     check_launcher(config.train.sharding, config.rollout.engine, environment)
@@ -92,7 +92,7 @@ def dry_run(config: Config, display: Display, machine: tuple[GPU, int] | None = 
 def _show_contexts(
     rows: Sequence[Row], prompts: Prompts, config: Config, limit: int | None, display: Display
 ) -> Lengths:
-    """Shows how long the contexts are; returns the median lengths, for the plan."""
+    """Shows the contexts' lengths in tokens; returns the medians, which the plan needs."""
     answer = longest_rollout(config)
     if answer is None:
         answer = max(
@@ -113,7 +113,7 @@ def _show_contexts(
     if prompts.over_rollouts:
         beside = answer  # such as a peer's rollout
     if config.method == "sft":
-        beside = max(beside, answer)  # the target, which is what is learnt from
+        beside = max(beside, answer)  # the target, which sft trains on
     return Lengths(first, beside, answer)
 
 
@@ -138,7 +138,7 @@ def _show_examples(row: Row, prompts: Prompts, config: Config, display: Display)
 
 
 def _show_answers(rows: Sequence[Row], config: Config, display: Display) -> None:
-    """Shows what was read as answers, and whether the rows' own solutions would be right."""
+    """Shows the rows' answers, and whether the rows' own solutions would be graded right."""
     some = rows[:GRADED]
     with Grader(strict=config.loss.reward.strict) as grader:
         grades = grader.grade([row.solution for row in some], [row.answer for row in some])

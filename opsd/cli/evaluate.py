@@ -1,4 +1,4 @@
-"""`opsd eval`: a model, a benchmark; completions, a table, a page."""
+"""`opsd eval`: samples a model's answers to a benchmark, grades them, writes a table and a page."""
 
 import datetime
 import hashlib
@@ -34,22 +34,22 @@ from opsd.rollout import SAMPLERS, Sampler, Sampling, check_engine, evaluation_s
 RUNS = Path("runs/eval")
 NO_DATE = "2000-01-01"
 _DRAWN_BY = ("temperature", "top_p", "top_k", "max_new_tokens")
-# vLLM's kernels round otherwise: its answers are not, to the bit, the model's own.
+# vLLM's kernels round differently, so its answers are not bit for bit those of transformers.
 PRECISION = {"vllm": "bf16 by vLLM", "vllm_server": "the vLLM server's"}
 Unit = tuple[int, int]  # (problem, sample)
 
 
 def evaluate_command(asked: Namespace, benchmark: Benchmark, display: Display) -> None:
-    """Sample K answers a problem, grade them, show avg@K, maj@K and pass@k; see docs/evaluate.md.
+    """Samples K answers per problem, grades them, shows avg@K, maj@K, pass@k; see docs/evaluate.md.
 
-    What an earlier call, or another process, has sampled for the same evaluation is not sampled
-    again. The process that finds all answers there grades them and writes the result.
+    Answers that an earlier call or another process has sampled for the same evaluation are reused.
+    The process that finds all answers present grades them and writes the result.
     """
     check_engine(asked.engine, "--engine")
     with display.stage(f"Read {asked.model}"):
         subject = Subject(asked.model, asked.local_rank)
         thinking = _thinking(asked, benchmark, subject)
-        # Under a fixed date: what a template writes for today is no part of what is measured.
+        # With a fixed date, so that the key does not change with the date that a template writes.
         prompts = _prompts(asked, subject, thinking, NO_DATE)
         check = ContextCheck(prompts, ["student"])
         for number, row in enumerate(benchmark.rows, start=1):
@@ -97,7 +97,7 @@ def evaluate_command(asked: Namespace, benchmark: Benchmark, display: Display) -
 
 
 def _thinking(asked: Namespace, benchmark: Benchmark, subject: Subject) -> bool | None:
-    """The chat template's enable_thinking; None if it is not set, or the template ignores it."""
+    """Returns the chat template's enable_thinking; None if it is unset or has no effect."""
     wanted = benchmark.convention.thinking if asked.thinking is None else asked.enable_thinking
     if wanted is None or subject.switches_thinking:
         return wanted
@@ -124,7 +124,7 @@ def _prompts(asked: Namespace, subject: Subject, thinking: bool | None, date: st
 def _sampling(
     asked: Namespace, benchmark: Benchmark, subject: Subject, contexts: Sequence[Sequence[int]]
 ) -> tuple[Sampling, int]:
-    """How to sample, and how many samples: as asked, and otherwise by the convention."""
+    """Returns how to sample and how many samples: as asked, else by the benchmark's convention."""
     convention = benchmark.convention
 
     def choose(given, usual):
@@ -145,7 +145,7 @@ def _sampling(
         if asked.max_new_tokens and longest > room:
             raise UserError(f"--max-new-tokens is {longest}: the model's window leaves {room}")
         longest = min(longest, room)
-    # What has no effect must not tell evaluations apart.
+    # Settings without effect must not give the evaluation another key.
     top_p = choose(asked.top_p, convention.top_p) if temperature else 1.0
     top_k = asked.top_k if temperature else 0
     return Sampling(longest, float(temperature), float(top_p), top_k, asked.batch_size), samples
@@ -160,10 +160,10 @@ def _sample(
     directory: Path,
     display: Display,
 ) -> None:
-    """Samples what is missing of this shard, batch by batch.
+    """Samples the missing answers of this shard, batch by batch.
 
-    A batch is seeded by what is in it, and one that is partly there is sampled again whole, to keep
-    what is missing: an interrupted evaluation ends with the answers that it would have had.
+    A batch's seed depends on its problems, and a batch of which some answers exist is sampled again
+    as a whole: an interrupted evaluation ends with the answers of an uninterrupted one.
     """
     with CompletionLog(directory, asked.shard, display.note) as log:
         bad: list[str] = []
@@ -225,13 +225,13 @@ def _sampler(asked: Namespace, subject: Subject, directory: Path, display: Displ
 def batches(
     units: Sequence[Unit], contexts: Sequence[Sequence[int]], size: int
 ) -> list[list[Unit]]:
-    """Units in batches of like context length, longest first: memory runs out early or never."""
+    """Batches units by context length, longest first: if memory runs out, it does so early."""
     order = sorted(units, key=lambda unit: (-len(contexts[unit[0]]), unit))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def batch_seed(seed: int, batch: Sequence[Unit]) -> int:
-    """63 bits that depend on the seed and on every unit of the batch."""
+    """Hashes the seed and every unit of the batch to 63 bits."""
     digest = hashlib.sha256(json.dumps([seed, batch]).encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
 
@@ -243,7 +243,7 @@ def _finish(
     directory: Path,
     in_thought: bool,
 ) -> None:
-    """Grades all completions; writes answers.jsonl, result.json and report.html, and the table."""
+    """Grades all completions; writes answers.jsonl, result.json, report.html; shows the table."""
     display = Display()
     grader = Grader(workers=min(4, usable_cores()))
     with grader, display.stage("Grade", total=len(completions)):

@@ -1,4 +1,4 @@
-"""The arguments of `opsd eval`. They are checked before torch is imported."""
+"""The arguments of `opsd eval`, which are checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from opsd.config.config import Config
 
 BATCH = {"generate": 64, "continuous": 64, "vllm": 512, "vllm_server": 512}
-"""Answers sampled together, unless told: vLLM decides by itself how many it decodes at once."""
+"""Default batch size of each engine; vLLM decides itself how many answers it decodes at once."""
 THINKING = {"on": True, "off": False, "template": None}
-"""What the chat template is told as enable_thinking; None: nothing."""
+"""--thinking → the chat template's enable_thinking; None leaves it unset."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `opsd eval`."""
+    """Adds the arguments of `opsd eval`."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run's directory, a model's, or a hub name")
     add(
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Evaluates. Raises UserError."""
+    """Checks the arguments, then evaluates the model. Raises UserError."""
     check(parsed)
     from opsd.cli.first_look import check_model, import_torch, of_run
     from opsd.common.display import Display
@@ -74,7 +74,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def _benchmark(parsed: argparse.Namespace, run: Config | None) -> Benchmark:
-    """What is asked, or a run's held-out problems in the run's own prompts."""
+    """Loads --benchmark; without it, takes a run's held-out problems and that run's prompts."""
     parsed.prompts = PromptsSection()
     if parsed.benchmark is not None:
         columns = run.data.columns if run and Path(parsed.benchmark).exists() else {}
@@ -101,11 +101,11 @@ def _benchmark(parsed: argparse.Namespace, run: Config | None) -> Benchmark:
 
 
 def check(parsed: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> None:
-    """Checks the arguments; what is None is left to the benchmark's convention. Raises UserError.
+    """Checks the arguments. None means: use the benchmark's convention. Raises UserError.
 
-    `columns` becomes a dictionary, `shard` a Shard. Adds `enable_thinking`, what the chat template
-    is told; `local_rank`; and `ranked`, whether the shard is the rank of a launcher, which shows
-    the output of all processes.
+    `columns` becomes a dictionary, `shard` a Shard. Adds `enable_thinking` for the chat template;
+    `local_rank`; and `ranked`, true if the shard is the rank that a launcher such as torchrun gave
+    (launchers show the output of all processes, so only the first one may print).
     """
     check_at_least(1, parsed, "samples", "problems", "max_new_tokens", "batch_size")
     check_at_least(0, parsed, "top_k", "seed")
@@ -161,7 +161,7 @@ def _columns(text: str | None) -> dict[str, str]:
 
 
 def _shard(text: str | None, environment: Mapping[str, str]) -> Shard:
-    """`--shard`, or what torchrun and its kind say in RANK and WORLD_SIZE."""
+    """Reads `--shard`, or else RANK and WORLD_SIZE, which launchers such as torchrun set."""
     if text is None:
         count = _number("WORLD_SIZE", environment.get("WORLD_SIZE", "1"), 1)
         rank = _number("RANK", environment.get("RANK", "0"), 0)

@@ -1,4 +1,4 @@
-"""`opsd export`: a run's model for elsewhere: the whole model without adapters, or a GGUF file."""
+"""`opsd export`: merges a run's adapters into its model, or writes the model as a GGUF file."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `opsd export`."""
+    """Adds the arguments of `opsd export`."""
     add = parser.add_argument
     add("directory", metavar="RUN", help="a run's directory, or a model's")
     add("--merge", action="store_true", help="add adapters in; the whole model as safetensors")
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Raises UserError where there is no such model, or no converter."""
+    """Writes the model. Raises UserError if there is no such model or no converter."""
     from opsd.common.errors import UserError
 
     place = Path(parsed.directory)
@@ -51,7 +51,7 @@ def run(parsed: argparse.Namespace) -> None:
         )
     with TemporaryDirectory(prefix=".export-", dir=output.parent) as scratch:
         whole = model
-        if adapted or not (model / "config.json").is_file():  # the second says what is missing
+        if adapted or not (model / "config.json").is_file():  # then load_model says what is missing
             with display.stage(f"Merge {model}"):
                 merged, tokenizer = load_model(ModelSection(path=str(model)), name="RUN")
                 whole = Path(scratch) / "merged"
@@ -68,7 +68,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def _converter() -> Path:
-    """llama.cpp's program. Raises UserError where it is not to be found."""
+    """Finds llama.cpp's conversion script. Raises UserError if it is not there."""
     from opsd.common.errors import UserError
 
     asked = os.environ.get("LLAMA_CPP")
@@ -83,7 +83,7 @@ def _converter() -> Path:
 
 
 def _check_no_code(model: Path, where: str) -> None:
-    """Raises UserError for a model with Python of its own, which the converter would run."""
+    """Raises UserError for a model that ships Python code: the converter would run it."""
     from opsd.common.errors import UserError
     from opsd.common.strict_json import read_object
 

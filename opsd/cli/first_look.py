@@ -1,6 +1,6 @@
-"""What can be said of a command within a second: files, columns, models that are not there.
+"""Checks that take less than a second: missing files, columns and models.
 
-Nothing here needs torch, which takes ten seconds to import on a slow machine.
+They run before torch is imported, which takes ten seconds on a slow machine.
 """
 
 import atexit
@@ -23,17 +23,17 @@ MODELS = ("config.json", "adapter_config.json")
 
 
 def import_torch(display: Display) -> None:
-    """Import what takes long, under a line that says so."""
+    """Imports torch and transformers while the display says so: it can take ten seconds."""
     with display.stage("Start torch and transformers"):
         from opsd.models.load import quiet_transformers
 
         quiet_transformers()
-    gc.freeze()  # what was imported is a million objects, which no collection need look through
-    atexit.register(gc.unfreeze)  # else triton 3.9 reports what it imported as leaked
+    gc.freeze()  # the imports made a million objects: spare each collection from scanning them
+    atexit.register(gc.unfreeze)  # else triton 3.9 reports its imported objects as leaked
 
 
 def check_inputs(config: Config) -> None:
-    """Raises UserError for local files that are not there, and for columns that they lack."""
+    """Raises UserError for a local file that is missing, or that lacks a column."""
     if config.model.gguf_file is None:
         check_model(config.model.path, "model.path")
     teacher = config.teacher
@@ -45,7 +45,7 @@ def check_inputs(config: Config) -> None:
 
 
 def check_model(name: str, field: str) -> None:
-    """Raises UserError for a local path that is no model."""
+    """Raises UserError for a local path that holds no model; accepts any hub name."""
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         known = any((path / file).is_file() for file in MODELS) or any(path.glob("*.gguf"))
@@ -55,12 +55,12 @@ def check_model(name: str, field: str) -> None:
             )
     elif path.exists():
         raise UserError(f"{field} is {name!r}: a file; it must be a directory, or a hub name")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:  # no name of the hub
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:  # cannot be a hub name
         raise UserError(f"{field} is {name!r}: there is no such directory{near_file(path)}")
 
 
 def of_run(name: str) -> tuple[str, Config | None]:
-    """A model's path, and the config of the run whose directory `name` is, if it is one."""
+    """If `name` is a run's directory, returns its model's path and its config; else name, None."""
     path = Path(name)
     if any((path / file).is_file() for file in MODELS) or not (path / CONFIG).is_file():
         return name, None

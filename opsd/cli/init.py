@@ -1,4 +1,4 @@
-"""`opsd init` writes a first config file; `opsd examples` lists those that there are."""
+"""`opsd init` writes a first config file; `opsd examples` lists the examples to start from."""
 
 import argparse
 import re
@@ -14,7 +14,7 @@ SCHEMA = Path(__file__).parents[1] / "config" / "schema.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of both."""
+    """Adds the arguments of `opsd init` or of `opsd examples`, by the parser's name."""
     writes = parser.prog.endswith("init")
     parser.add_argument("name", nargs="?", metavar="[NAME]", help="an example's, or a part of it")
     if writes:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Writes the file and says what comes next, or shows the table. Raises UserError."""
+    """Writes the file and says what to run next, or shows the table. Raises UserError."""
     parsed.act(
         {str(p.relative_to(EXAMPLES).with_suffix("")): p for p in sorted(EXAMPLES.rglob("*.yaml"))},
         parsed,

@@ -1,6 +1,6 @@
 """The `opsd` command: finds the command's module, reads the arguments, runs it.
 
-Only that module is imported, and most import what they need when they run: `--help` stays fast.
+It imports only that module, and most modules import what they need in `run`: `--help` stays fast.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from opsd.common.environment import set_environment
 from opsd.common.errors import UserError, in_short, said_elsewhere
 from opsd.common.format import shown
 
-INTERNAL = 70  # the exit code of our own faults: EX_SOFTWARE of sysexits.h
+INTERNAL = 70  # exit code for bugs of ours: EX_SOFTWARE of sysexits.h
 
-# Command → its module, which has add_arguments(parser) and run(parsed) → exit code or None; help.
+# Command → (module, help). A module has add_arguments(parser) and run(parsed) → exit code or None.
 COMMANDS = {
     "quickstart": ("opsd.cli.quickstart", "See a model learn from itself, on a CPU."),
     "init": ("opsd.cli.init", "Write a first config file."),
@@ -41,7 +41,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for a user's error, 70 for a fault of ours, 130
+    """Runs one command; returns the exit code: 0, 1 for a user's error, 70 for a bug of ours, 130
     for Ctrl-C, 143 for SIGTERM."""
     if arguments is None:
         _as_utf8()
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.debug:
             raise
         if said_elsewhere(error):
-            time.sleep(2)  # launchers end all processes with the first
+            time.sleep(2)  # a launcher ends all processes once one ends: let the first report first
             return 1
         code, message = _explained(error)
         print(f"opsd: {shown(message)}", file=sys.stderr)
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _kept(stopped: Stopped, arguments: Sequence[str] | None) -> str:
-    """What an interrupted command leaves, and how to go on from it."""
+    """Says what an interrupted command has saved, and the command that resumes it."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     kept = str(stopped) or "what was saved is kept"
     if words[0] in ("train", "quickstart"):
@@ -82,7 +82,7 @@ def _kept(stopped: Stopped, arguments: Sequence[str] | None) -> str:
 
 
 def _explained(error: Exception) -> tuple[int, str]:
-    """The exit code for an error, and the line that says it."""
+    """Returns the exit code for an error, and the line to print."""
     if isinstance(error, UserError):
         return 1, str(error)
     if isinstance(error, OSError):
@@ -97,8 +97,8 @@ def _explained(error: Exception) -> tuple[int, str]:
 
 
 def _as_utf8() -> None:
-    """Begin anew in Python's UTF-8 mode where the locale has another encoding: no file that we or
-    our libraries read or write is meant in it."""
+    """Restarts in Python's UTF-8 mode if the locale has another encoding: every file that we or our
+    libraries read or write is UTF-8."""
     encoding = locale.getpreferredencoding(False).lower().replace("-", "")
     if encoding != "utf8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
@@ -115,7 +115,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if command is not None and command not in COMMANDS:
         top.error(no_command(words, COMMANDS))
     parsed, rest = top.parse_known_args(words)
-    # argparse takes no more overrides once an option has followed the config.
+    # argparse leaves overrides that follow an option unparsed: take them here.
     if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") for word in rest)):
         meant = unknown_option(rest, parsed.options, hasattr(parsed, "overrides"))
         top.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
@@ -125,7 +125,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def parser(only: str | None = None) -> argparse.ArgumentParser:
-    """The command line; with the arguments of `only` this command, or of all."""
+    """Builds the parser. only: add the arguments of this command alone; None: of all commands."""
     top = Parser(
         prog="opsd",
         usage="opsd COMMAND [options]",

@@ -1,6 +1,6 @@
-"""What somebody meant who typed a command that is not there: other words for it, fields as options.
+"""Suggestions for mistyped commands: synonyms, and config fields written as options.
 
-`meant.toml` has the words of other tools.
+`meant.toml` lists the names that other tools use.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def _meant() -> dict[str, dict[str, str]]:
 
 
 def no_command(words: Sequence[str], known: Iterable[str]) -> str:
-    """The error for a command line that begins with none of the `known` commands."""
+    """Returns the error for a command line whose command is none of `known`."""
     word = next(word for word in words if not word.startswith("-"))
     said = f"there is no command {word!r}"
     if re.search(r"\.ya?ml$", word):
@@ -37,8 +37,8 @@ def no_command(words: Sequence[str], known: Iterable[str]) -> str:
 
 
 def unknown_option(rest: Sequence[str], own: Iterable[str], has_fields: bool) -> str:
-    """What to write for the first of some arguments that a command with the options `own` does not
-    know. has_fields: it takes fields of a config."""
+    """Suggests a replacement for the first of the arguments `rest`, which a command with the
+    options `own` does not know. has_fields: the command takes config fields."""
     option, _, value = rest[0].partition("=")
     more = rest[1] if len(rest) > 1 and not rest[1].startswith("-") else "…"
     name, value = option.lstrip("-").replace("-", "_"), value or more
@@ -60,7 +60,7 @@ def unknown_option(rest: Sequence[str], own: Iterable[str], has_fields: bool) ->
 
 
 def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
-    """Raises UserError for a word that sets no field: `tiny`, `train.steps 5`, a second file."""
+    """Raises UserError for an override without `=`: `tiny`, `train.steps 5`, a second file."""
     from opsd.config.config import Config
     from opsd.config.explain import fields_of, here
 
@@ -79,7 +79,7 @@ def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
 
 
 def _set(found: str, value: str) -> str:
-    """`train.steps`, or "rollout.engine, 'vllm'" of elsewhere.toml → what to type."""
+    """Returns what to type for `train.steps`, or for elsewhere.toml's "rollout.engine, 'vllm'"."""
     field, comma, more = found.partition(", ")
     if "=" in more:
         return more.rpartition(" ")[2]
@@ -90,8 +90,8 @@ def _set(found: str, value: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose error says where a config comes from if there is none. `more`: what its
-    help ends with."""
+    """argparse's parser; its error for a missing config says how to get one. more: a function that
+    returns text to append to the help."""
 
     more: Callable[[], str] = staticmethod(lambda: "")
 
@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def usage(parser: argparse.ArgumentParser) -> str:
-    """One short line: what has to be there; `--help` lists the options."""
+    """Returns a short usage line with the required arguments only; `--help` lists the options."""
     needed = [
         action.metavar or action.dest
         for action in parser._actions

@@ -1,4 +1,4 @@
-"""`opsd plan`: memory, tokens and time of a run, before any weight is loaded."""
+"""`opsd plan`: estimates a run's memory, tokens and time without loading weights."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ from opsd.training.micro_batches import stream_tokens
 
 @dataclass
 class Plan:
-    """The memory and the tokens of a run's steps."""
+    """The memory (bytes) and the tokens of a run's steps, computed when it is made."""
 
     config: Config
     planner: Planner
@@ -38,7 +38,7 @@ class Plan:
         self.micro_batch_tokens: int = largest.student
 
     def show(self, display: Display) -> None:
-        """Shows both as tables."""
+        """Shows memory and tokens as two tables."""
         memory, tokens = self.memory, self.tokens
         parts = ((memory.always, "always"), (memory.step, "a step"), (memory.sampling, "sampling"))
         rows = [(name, size(value), when) for part, when in parts for name, value in part.items()]
@@ -58,7 +58,7 @@ class Plan:
 
 
 def plan_command(asked: argparse.Namespace) -> None:
-    """Shows the plan of a run: what is asked for is a config, or a model under the defaults."""
+    """Shows the plan of a config, or of a model with the default settings. Raises UserError."""
     config = _config(asked)
     student = architecture(config.model)
     gpu, gpus = asked.gpu, asked.gpus
@@ -71,7 +71,7 @@ def plan_command(asked: argparse.Namespace) -> None:
     longest = _check_window(student, lengths)
     planner = Planner(student, lengths, device, asked.gpus)
     reason = planner.unshared_because if config.train.share_prefixes else None
-    if reason is not None:  # as training would say
+    if reason is not None:  # training would say the same
         config = parse_config(merge(config.model_dump(), {"train": {"share_prefixes": False}}))
     plan = Plan(config, planner)
     work = plan_work(config, planner, plan.tokens, gpu)
@@ -129,7 +129,7 @@ def _config(asked: argparse.Namespace) -> Config:
 
 
 def _check_window(student: PreTrainedConfig, lengths: Lengths) -> int:
-    """Tokens of the longest sequence. Raises UserError where the model's window is shorter."""
+    """Returns the longest sequence's tokens. Raises UserError if the model's window is shorter."""
     most = window(student)
     longest = lengths.prompt + lengths.solution + lengths.rollout
     if most is not None and longest > most:
@@ -141,7 +141,7 @@ def _check_window(student: PreTrainedConfig, lengths: Lengths) -> int:
 
 
 def _advice(room: float, found: dict | None, steps: int) -> str:
-    """Whether it fits; if not, the overrides of a config that does, and its time."""
+    """Says whether the run fits; if not, the overrides that make it fit, and their time."""
     if found is None:
         return f"It fits into {size(room)}."
     words, peak, each = ", ".join(found["changes"]), size(found["peak"]), found["seconds"]

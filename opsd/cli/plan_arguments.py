@@ -1,4 +1,4 @@
-"""The arguments of `opsd plan`. They are checked before torch is imported."""
+"""The arguments of `opsd plan`, which are checked before torch is imported."""
 
 import argparse
 import re
@@ -13,7 +13,7 @@ _UNITS = {"G": 1e9, "GB": 1e9, "GIB": 2**30, "M": 1e6, "MB": 1e6, "MIB": 2**20}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `opsd plan`."""
+    """Adds the arguments of `opsd plan`."""
     add = parser.add_argument
     add("model", metavar="MODEL_OR_CONFIG", help="a directory, config.json, known name, or .yaml")
     add("overrides", nargs="*", metavar="section.field=value", help="as for opsd train")
@@ -38,7 +38,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def check(parsed: argparse.Namespace) -> None:
-    """Checks the arguments; `memory` becomes bytes, `gpu` a GPU. Raises UserError."""
+    """Checks the arguments; turns `memory` into bytes and `gpu` into a GPU. Raises UserError."""
     check_at_least(1, parsed, "gpus", "prompt_tokens", "solution_tokens")
     parsed.gpu = None if parsed.gpu is None else gpu_of(parsed.gpu)
     if (text := parsed.memory) is not None and (memory := _bytes(text)) is None:
@@ -47,7 +47,7 @@ def check(parsed: argparse.Namespace) -> None:
 
 
 def gpu_of(text: str, option: str = "--gpu") -> GPU:
-    """One that is known, or any of so much memory."""
+    """Returns a known GPU by name, or an unnamed one by its memory. Raises UserError."""
     if found := find_gpu(text):
         return found
     if memory := _bytes(text):
@@ -60,14 +60,14 @@ def gpu_of(text: str, option: str = "--gpu") -> GPU:
 
 
 def machine_of(text: str) -> tuple[GPU, int]:
-    """`h200x2` → the GPU, and how many of it. Raises UserError."""
+    """Reads `h200x2` as a GPU and how many of it. Raises UserError."""
     name, _, count = text.rpartition("x")
     one = not (name and count.isdigit() and int(count))
     return gpu_of(text if one else name, "--for"), 1 if one else int(count)
 
 
 def _bytes(text: str) -> float | None:
-    """`24GB`, `24G` and `24` → 24e9; None for what is no size."""
+    """Reads `24GB`, `24G` and `24` as 24e9 bytes; returns None for what is no size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(G|GB|GiB|M|MB|MiB|)\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         return None

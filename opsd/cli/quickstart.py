@@ -1,4 +1,4 @@
-"""`opsd quickstart`: checks what it is asked for, then makes a model that learns."""
+"""`opsd quickstart`: checks the arguments, then trains a small model and compares methods."""
 
 import argparse
 from dataclasses import fields
@@ -11,7 +11,7 @@ from opsd.data.solution_styles import SOLUTION_STYLES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `opsd quickstart`."""
+    """Adds the arguments of `opsd quickstart`."""
     add = parser.add_argument
     add("--tiny", action="store_true", help="a tiny model made here, in minutes")
     add("--output", metavar="DIR", help="default: runs/quickstart or runs/tiny")
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Runs the quickstart. Raises UserError."""
+    """Checks the arguments and runs the quickstart. Raises UserError."""
     methods = _methods(parsed.methods, parsed.tiny)
     check_at_least(1, parsed, "steps", "problems", "solutions")
     if parsed.tiny and parsed.model:

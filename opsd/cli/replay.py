@@ -1,11 +1,11 @@
-"""`opsd replay`: runs a failed step's samples again."""
+"""`opsd replay`: runs the samples of a failed step again, to find what was not finite."""
 
 import argparse
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `opsd replay`."""
+    """Adds the arguments of `opsd replay`."""
     parser.add_argument("file", metavar="FILE", type=Path, help="a run's failed-step-N.pt")
     parser.add_argument(
         "--trust-remote-code",
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Shows what each sample's numbers are. Raises UserError."""
+    """Replays each sample and shows its numbers. Raises UserError."""
     from opsd.common.display import Display
     from opsd.models.load import quiet_transformers
     from opsd.training.replay import replay

@@ -7,12 +7,12 @@ from opsd.common.display import Display
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `opsd report`."""
+    """Adds the arguments of `opsd report`."""
     parser.add_argument("directory", metavar="RUN_DIR", type=Path)
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Writes both files and says where. Raises UserError."""
+    """Writes report.html and curves.png and says where. Raises UserError."""
     from opsd.report import write_report
 
     display = Display()

@@ -1,4 +1,4 @@
-"""`opsd serve-teacher`: a model that scores rollouts of runs in other processes."""
+"""`opsd serve-teacher`: serves a teacher over HTTP, to score the rollouts of other processes."""
 
 import argparse
 
@@ -9,7 +9,7 @@ HERE = ("127.0.0.1", "::1", "localhost")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `opsd serve-teacher`."""
+    """Adds the arguments of `opsd serve-teacher`."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="a transformers directory or a hub name")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1; others need OPSD_TEACHER_KEY")
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Serves until it is interrupted. Raises UserError."""
+    """Serves the model until interrupted. Raises UserError."""
     from opsd.cli.first_look import check_model, import_torch
     from opsd.common.display import Display
     from opsd.common.http import key_in

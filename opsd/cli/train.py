@@ -1,4 +1,4 @@
-"""`opsd train`: a config file → a run, or with `--dry-run` what it would be."""
+"""`opsd train`: trains by a config file; with `--dry-run`, checks it and shows the plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: Parser) -> None:
-    """The command line of `opsd train`."""
+    """Adds the arguments of `opsd train`."""
     parser.more = _config_help
     add = parser.add_argument
     add("config", metavar="CONFIG.yaml", help="or, with --resume, the directory of a run")
@@ -49,7 +49,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _config_help() -> str:
-    """Every field of a config file, for the end of `opsd train --help`."""
+    """Describes every config field, for the end of `opsd train --help`."""
     from opsd.config.load import describe
 
     lines, last, indent = ["config file:"], None, 8 * " "
@@ -64,7 +64,7 @@ def _config_help() -> str:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Trains by the config. Raises UserError before torch is imported where the config is wrong."""
+    """Trains by the config. Raises UserError for a wrong config before torch is imported."""
     from opsd.cli.first_look import check_inputs, import_torch
     from opsd.cli.plan_arguments import machine_of
     from opsd.common.display import Display
@@ -80,7 +80,7 @@ def run(parsed: argparse.Namespace) -> None:
     machine = None if parsed.machine is None else machine_of(parsed.machine)
     if machine is not None and not parsed.dry_run:
         raise UserError("--for is for --dry-run: it trains nothing")
-    # The model of a later run is not there yet: it will be one like the first run's.
+    # A later run starts from an earlier run's model, which does not exist yet: check the first's.
     checked = [config.model_copy(update={"model": runs[0].model}) for config in runs]
     for config in checked:
         check_inputs(config)

@@ -1,4 +1,4 @@
-"""What every room may use and none is about: errors, the display, files, statistics, templates.
+"""Utilities for every room: errors, the display, files, statistics, templates, worker processes.
 
-These modules import no other room of `opsd`. Import from the module that has the name.
+These modules import no other room of `opsd`. Import each name from the module that defines it.
 """

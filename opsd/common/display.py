@@ -2,11 +2,11 @@
 
 A terminal gets live bars (rich, imported only when a `Display` is built, so that `opsd --help`
 stays fast). Anything else, such as a pipe, a log file or CI, gets plain lines: one when a stage
-starts, one when it ends, and in between at most one every ten seconds, and at least one every
-thirty, whatever the work is busy with.
+starts, one when it ends, and in between at most one every ten seconds and at least one every
+thirty, even if the work reports nothing.
 """
 
-# ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
+# ruff: noqa: RUF001 - the dashes and minus signs are intended: people read them
 
 import sys
 import threading
@@ -19,36 +19,36 @@ from typing import IO, Any
 from opsd.common.format import duration, labelled, number, shown, size
 
 PLAIN_INTERVAL = 10.0  # seconds between two progress lines of a stage on a pipe
-LONGEST_SILENCE = 22.0  # seconds without a line on a pipe, looked at every BEAT seconds
+LONGEST_SILENCE = 22.0  # seconds without a line on a pipe, checked every BEAT seconds
 BEAT = 5.0
-MAX_WIDTH = 100  # columns of a progress row; longer bars say no more
+MAX_WIDTH = 100  # columns of a progress row; a longer bar is no easier to read
 
 
 class Stage:
-    """One piece of work on display; a context manager, made by `Display.stage`."""
+    """A piece of work whose progress is shown; a context manager, made by `Display.stage`."""
 
     def __init__(self, display: "Display", title: str, total: int | None, unit: str):
         self.title, self.total, self.unit = shown(title), total, shown(unit)
         self.completed = 0
         self.fields: dict[str, object] = {}
-        self.most_tokens = 0  # that may come: there is an ETA before the first unit is done
-        self._phase: tuple[str, float, int] | None = None  # its name, when it began, its tokens
+        self.most_tokens = 0  # upper bound on tokens: allows an ETA before the first unit is done
+        self._phase: tuple[str, float, int] | None = None  # name, start time, tokens so far
         self._display = display
         self._begun = self._reported = self._spoken = time.monotonic()
-        self._eta_from = self._begun, 0  # the speed counts from here: (when, units done by then)
+        self._eta_from = self._begun, 0  # the speed counts from here: (time, units done by then)
         self._counting = False
 
     def advance(self, n: int = 1, **fields: Any) -> None:
-        """`n` more units are done; `fields` (such as `divergence=0.2`) are shown beside the bar."""
+        """Count `n` more units as done; show `fields` (such as `divergence=0.2`) beside the bar."""
         self._counting = True
         self.update(completed=self.completed + n, **fields)
 
     def update(
         self, completed: int | None = None, total: int | None = None, **fields: object
     ) -> None:
-        """Set what is done, the total, or fields.
+        """Set the number of units done, the total, or fields.
 
-        A first `update(completed=…)` may say where a resumed run starts: the ETA counts from there.
+        The first `update(completed=…)` may set where a resumed run starts: the ETA counts from it.
         """
         if total is not None:
             self.total = total
@@ -62,18 +62,18 @@ class Stage:
         self._display._report(self)
 
     def phase(self, name: str) -> None:
-        """What the work is busy with from now on, such as "sampling"."""
+        """Start a phase, such as "sampling": its time and tokens are shown."""
         self._phase = name, time.monotonic(), 0
         self._display._report(self)
 
     def tokens(self, count: int) -> None:
-        """So many more tokens in this phase."""
+        """Add `count` tokens to the current phase."""
         name, begun, before = self._phase or ("tokens", time.monotonic(), 0)
         self._phase = name, begun, before + count
         self._display._report(self)
 
     def count(self, units: int, tokens: int) -> None:
-        """A sampler's progress: `units` are done, and so many tokens more."""
+        """Add a sampler's progress: units done, and tokens."""
         self.tokens(tokens)
         if units:
             self.advance(units)
@@ -85,7 +85,7 @@ class Stage:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds to go at the mean speed so far; None while nothing can be said."""
+        """Seconds left at the mean speed (at first: at most, by the token rate); None: unknown."""
         since, before = self._eta_from
         done = self.completed - before
         if done <= 0 and self._phase and self._phase[2] and self.most_tokens:
@@ -99,7 +99,7 @@ class Stage:
         return max(left - (time.monotonic() - self._reported), 0.0)
 
     def progress(self) -> str:
-        """What is done of the total: "12/24", "41 MB of 93 MB"; empty when nothing is counted."""
+        """Units done and the total: "12/24", "41 MB of 93 MB"; empty when nothing is counted."""
         if self.unit == "bytes":
             done = size(self.completed)
             return f"{done} of {size(self.total)}" if self.total else done
@@ -109,11 +109,11 @@ class Stage:
         return f"{number(self.completed)}{unit}" if self.completed else ""
 
     def measured(self) -> list[str]:
-        """The fields as text, each with its unit."""
+        """Each field as text with its unit."""
         return [shown(labelled(name, value)) for name, value in self.fields.items()]
 
     def busy(self) -> list[str]:
-        """The phase with its time, and its tokens with their rate."""
+        """The phase and its time; its tokens and their rate."""
         if self._phase is None:
             return []
         name, begun, tokens = self._phase
@@ -133,17 +133,17 @@ class Stage:
 
 
 class Display:
-    """The terminal. `quiet` shows nothing; `file` is where it writes (default: standard output)."""
+    """Shows progress. quiet: show nothing. file: where to write (default: standard output)."""
 
     def __init__(self, *, quiet: bool = False, file: IO[str] | None = None):
         self.quiet = quiet
         self._file = file or sys.stdout
         self._stages: list[Stage] = []
-        self._spoken = time.monotonic()  # when a pipe got its last line
+        self._spoken = time.monotonic()  # time of the last line on a pipe
         self._beats: threading.Thread | None = None
         self._lock = threading.RLock()
         self._live: Any = None
-        self._console: Any = None  # rich's, imported only where something is drawn
+        self._console: Any = None  # rich's, for a terminal; None for a pipe
         if not quiet:
             from rich.console import Console
             from rich.spinner import Spinner
@@ -154,19 +154,19 @@ class Display:
                 self._spinner = Spinner("dots", style="cyan")
 
     def stage(self, title: str, total: int | None = None, unit: str = "") -> Stage:
-        """A stage to enter with `with`; stages may be nested.
+        """Make a stage, to be entered by `with`; stages may be nested.
 
-        total: how many units there are, if known: then there is a bar and an ETA. unit: what is
-        counted, for display ("problems"); "bytes" is shown as MB.
+        total: the number of units, if known: then there is a bar and an ETA. unit: the name of
+        what is counted ("problems"); "bytes" are shown as MB.
         """
         return Stage(self, title, total, unit)
 
     def note(self, text: str) -> None:
-        """One line (or several) that stays."""
+        """Print one or several lines that stay."""
         self._line(self._indent() + text, keep="\n")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table that stays; columns of numbers are aligned to the right."""
+        """Print a table that stays; columns of numbers are aligned to the right."""
         columns, *rows = ([shown(cell) for cell in row] for row in (columns, *rows))
         right = [bool(rows) and all(_numeric(row[i]) for row in rows) for i in range(len(columns))]
         if self._console:
@@ -207,14 +207,14 @@ class Display:
                 link = Style(color="cyan", link=Path(path).resolve().as_uri())
             self._line(f"  {name.ljust(width)}  ", (_short(path), link))
 
-    # What stages call
+    # Called by stages
 
     def _enter(self, stage: Stage) -> None:
         self._stages.append(stage)
         if self._console and self._live is None:
             from rich.live import Live
 
-            # transient: the bar goes when its stage ends, and one line with the result stays
+            # transient: the bar disappears when its stage ends, and one line with the result stays
             self._live = Live(
                 console=self._console,
                 get_renderable=self._bars,
@@ -243,7 +243,7 @@ class Display:
         self._line(f"{self._indent(1)}{stage.title}: {', '.join(said)}")
 
     def _break_silence(self) -> bool:
-        """Say what the innermost stage does, where a pipe has been silent; False: nothing runs."""
+        """Report the innermost stage if a pipe has been silent for long; False: no stage runs."""
         with self._lock:
             if self._stages and time.monotonic() - self._spoken >= LONGEST_SILENCE:
                 self._say(self._stages[-1])
@@ -255,7 +255,7 @@ class Display:
             self._stages.remove(stage)
         took = duration(stage.elapsed)
         if self._live and not self._stages:
-            self._live.stop()  # first, so that nothing is drawn over the line below
+            self._live.stop()  # before the line below, so that nothing is drawn over it
             self._live = None
         if kind is None:
             mark, style, end = "✓", "green", took
@@ -305,8 +305,8 @@ class Display:
         return Group(*lines)
 
     def _line(self, *parts: str | tuple[str, Any], keep: str = "") -> None:
-        """A line that stays, of text and (text, style). Text from outside can do
-        nothing to the terminal; a pipe gets it at once, and never an encoding error."""
+        """Print a line of parts: text, or (text, style). Control characters are escaped; a pipe
+        gets the line at once, with `?` for characters that its encoding lacks."""
         styled = [(part, "") if isinstance(part, str) else part for part in parts]
         styled = [(shown(text, keep), style) for text, style in styled]
         if self._console:
@@ -323,7 +323,7 @@ class Display:
 
 
 def _beat(display: weakref.ref[Display]) -> None:
-    """Have a display break its silence, until no stage is open."""
+    """Call a display's `_break_silence` every BEAT seconds until no stage is open."""
     while True:
         time.sleep(BEAT)
         alive = display()
@@ -333,12 +333,12 @@ def _beat(display: weakref.ref[Display]) -> None:
 
 
 def _numeric(cell: str) -> bool:
-    """Whether a cell holds a number (or a dash that stands for a missing one)."""
+    """Whether a cell holds a number, or a dash for a missing one."""
     text = cell.strip()
     return text in {"", "-", "–", "—"} or text.lstrip("+-−±~≈.<> ")[:1].isdigit()
 
 
 def _short(path: Path) -> str:
-    """The path relative to the working directory where it lies below it, else absolute."""
+    """The path relative to the working directory if it lies inside, else absolute."""
     path = Path(path).resolve()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

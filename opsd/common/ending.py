@@ -1,4 +1,4 @@
-"""How a process ends: with the one that started it, by Ctrl-C, and by SIGTERM as by Ctrl-C."""
+"""How a process ends: together with its parent, or by Ctrl-C or SIGTERM, which act alike."""
 
 import fcntl
 import os
@@ -8,14 +8,14 @@ import threading
 from typing import Any
 
 PARENT = "OPSD_PARENT"
-"""Environment variable: the end of a pipe that a command is to watch with `end_with_parent`."""
+"""Environment variable: the file descriptor of the pipe that `end_with_parent` watches."""
 
 
 def end_with_parent(watched: int) -> None:
     """Have the kernel end this process, however busy, when the other end of the pipe `watched`
-    closes, as it does when the process that holds it ends, however that comes.
+    closes. It closes when the parent, which holds it, ends in whatever way.
 
-    Not PR_SET_PDEATHSIG: that follows the thread that started this process, which may end before.
+    Not PR_SET_PDEATHSIG: it watches the thread that started us, which may end before its process.
     """
     fcntl.fcntl(watched, fcntl.F_SETOWN, os.getpid())
     if hasattr(fcntl, "F_SETSIG"):  # Linux; elsewhere SIGIO, which ends a process as well
@@ -26,9 +26,9 @@ def end_with_parent(watched: int) -> None:
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM. What it interrupts cleans up, as after any exception.
+    """Raised by Ctrl-C or SIGTERM, so that the interrupted code cleans up as after any exception.
 
-    number: the signal's. The text, where there is one, says what was saved.
+    number: the signal's. The text, if there is one, says what was saved.
     """
 
     def __init__(self, number: int, *text: str):
@@ -37,16 +37,16 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interruption:
-    """A context in which Ctrl-C and SIGTERM raise Stopped: at once, or between `hold` and `release`
-    at the release. A second Ctrl-C does not wait."""
+    """A context in which Ctrl-C and SIGTERM raise Stopped: at once, but between `hold` and
+    `release` only at the release. A second Ctrl-C does not wait."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None  # the first that came
+        self.signal: int | None = None  # the first signal received
         self._holding = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        if threading.current_thread() is threading.main_thread():  # other threads may not set them
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._received)
         return self
@@ -63,7 +63,7 @@ class Interruption:
             raise Stopped(number)
 
     def hold(self) -> None:
-        """From here on a signal waits."""
+        """Delay a signal until `release`."""
         self._holding = True
 
     def release(self) -> None:

@@ -1,25 +1,25 @@
-"""Errors that a user can mend. The command line prints them as one line, without a traceback."""
+"""Errors that a user can fix. The command line prints them as one line, without a traceback."""
 
 import os
 import re
 from typing import Any
 
-LONGEST = 300  # characters that are quoted of another library's error, or of a value
+LONGEST = 300  # characters quoted of a value or of another library's error
 
 
 class UserError(ValueError):
-    """What the user can put right: the message names the field, the value, what is allowed."""
+    """An error that the user can fix: the message names the field, its value, what is allowed."""
 
 
 def in_short(error: BaseException) -> str:
-    """Another library's error, its type and its message, on one line that is not too long."""
+    """The type and message of another library's error, on one line, cut to LONGEST characters."""
     said = " ".join(str(error).split())
     said = said if len(said) <= LONGEST else f"{said[: LONGEST - 1]}…"
     return f"{type(error).__name__}: {said}".rstrip(": ")
 
 
 def problem_said(problem: Any) -> str:
-    """One of pydantic's errors: where it lies, what stands there, and what is wrong with it."""
+    """Words one of pydantic's errors: the field, its value, and what is wrong with it."""
     where = ".".join(map(str, problem["loc"]))
     message = re.sub(r" or instance of \w+", "", problem["msg"].removeprefix("Value error, "))
     if not where:
@@ -30,5 +30,5 @@ def problem_said(problem: Any) -> str:
 
 
 def said_elsewhere(error: BaseException) -> bool:
-    """Whether another process, the first, has the same error to report."""
+    """Whether the process of rank 0 has the same error and reports it."""
     return getattr(error, "shared", False) and os.environ.get("RANK", "0") != "0"

@@ -1,9 +1,9 @@
-"""Writing files and directories whole or not at all, and reading plain ones only.
+"""Write files atomically; read regular files only, never links, pipes or devices.
 
-Each is written under a random name beside its place and then renamed: a reader never sees half of
-one, several writers do not disturb each other, and a link that somebody has put in place of a file
-of ours is replaced, not followed. The content reaches the disk before the name does. No other
-module writes files, a short list in tests/common/test_files.py apart.
+A file is written under a random name in the same directory and then renamed: a reader never sees
+half a file, several writers do not disturb each other, and a link that somebody has put in place of
+our file is replaced, not followed. The content reaches the disk before the name does. No other
+module writes files, except for a short list in tests/common/test_files.py.
 """
 
 import ctypes
@@ -25,9 +25,9 @@ from opsd.common.errors import UserError
 
 
 def write_file(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
-    """Write all of the file or, where that fails, nothing; the umask decides who may read it.
+    """Write the whole file or, if that fails, nothing; the umask decides who may read it.
 
-    content: text is written as UTF-8; a function writes into the file that it is given.
+    content: text, written as UTF-8; bytes; or a function that writes to the file it is given.
     """
     beside = unfinished(path)
     new = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
@@ -49,7 +49,7 @@ def write_file(path: Path, content: str | bytes | Callable[[IO[bytes]], object])
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file for people to read as well."""
+    """Write an indented JSON file, which people can read too."""
     write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -59,15 +59,15 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
 
 
 def append_to(path: Path) -> IO[bytes]:
-    """The file, open to be read and to be written at its end. Raises UserError as `open_plain`."""
+    """Open a file for reading and appending. Raises UserError as `open_plain` does."""
     return open(_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+b")
 
 
 def reserve(path: Path, size: int) -> None:
-    """Take so many bytes of the disk for a file, where the file system can do that at once. Raises
-    OSError where the disk, a quota or a limit of files' sizes has not so many.
+    """Allocate `size` bytes of disk for a file; does nothing if the file system cannot do it at
+    once. Raises OSError if the disk, a quota or a limit on file sizes does not allow them.
 
-    Not os.posix_fallocate: where a file system cannot, the C library writes all the blocks."""
+    Not os.posix_fallocate: if the file system cannot allocate, the C library writes every block."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not size or not hasattr(libc, "fallocate"):
         return
@@ -79,8 +79,8 @@ def reserve(path: Path, size: int) -> None:
 
 
 def try_lock(file: IO[bytes]) -> bool | None:
-    """Lock an open file until it is closed, or the process ends. False: another process has the
-    lock. None: the file system knows no locks."""
+    """Lock an open file until it is closed or the process ends. Returns False if another process
+    holds the lock, None if the file system does not support locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -93,14 +93,14 @@ def try_lock(file: IO[bytes]) -> bool | None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename within a directory's file system, and have the disk keep the new name."""
+    """Rename within one file system, and sync the new name to disk."""
     os.replace(source, target)
     sync(target.parent)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link, or a directory with all that is in it. Who looks for it under its name
-    finds all of it or nothing, also after a crash."""
+    """Remove a file, a link, or a directory and its contents. Under its name a reader finds all of
+    it or nothing, even after a crash: a directory is renamed before it is emptied."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
@@ -110,18 +110,18 @@ def remove(path: Path) -> None:
 
 
 def unfinished(path: Path) -> Path:
-    """A random name beside `path`, for what is to be there."""
+    """A random temporary name in the directory of `path`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether this is a file that somebody is just writing, or was killed while writing."""
+    """Whether this is a temporary name: a process is writing it, or was killed while writing."""
     return path.name.startswith(".") and path.name.endswith(".part")
 
 
 def open_plain(path: Path) -> IO[bytes]:
-    """The file, open to be read. Raises UserError for a link, which may lead to a file that is not
-    ours, and for a directory, a pipe, whose writer may never come, and a device."""
+    """Open a file for reading. Raises UserError for a link, which may lead to a file that is not
+    ours, for a pipe, which may never have a writer, and for a directory or a device."""
     return open(_plain(path, os.O_RDONLY), "rb")
 
 
@@ -140,8 +140,8 @@ def _plain(path: Path, flags: int) -> int:
 
 
 def lines_of(path: Path, longest: int) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, with their numbers and their ends; none if there is no file. Raises
-    UserError for one of more than `longest` bytes."""
+    """Yield (number from 1, line with its line end); nothing if there is no file. Raises UserError
+    for a line of more than `longest` bytes."""
     try:
         file = open_plain(path)
     except FileNotFoundError:
@@ -154,16 +154,16 @@ def lines_of(path: Path, longest: int) -> Iterator[tuple[int, bytes]]:
 
 
 def read_toml(module: str, name: str) -> dict[str, Any]:
-    """The table `name`.toml that we ship beside a module; `module`: its __file__."""
+    """Read `name`.toml, which we ship beside a module. module: the module's __file__."""
     return tomllib.loads(Path(module).with_name(f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def sync(path: Path) -> None:
-    """Have the disk keep a file's content, or the names in a directory."""
+    """Sync to disk a file's content, or the names in a directory."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
-    except OSError as error:  # some file systems cannot; what was written is there
+    except OSError as error:  # some file systems cannot sync; the data are written all the same
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
     finally:
@@ -178,8 +178,8 @@ REASONS = {
 
 
 def why_not_written(error: BaseException | None) -> str | None:
-    """The system's reason where something could not be written, also inside of an error of torch's
-    or safetensors'; None for an error of another kind."""
+    """The system's reason why a file could not be written, even if an error of torch or safetensors
+    wraps it; None for an error of another kind."""
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
         if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):

@@ -1,14 +1,14 @@
-"""Numbers as a person reads them, the same in the terminal, the plots and the report."""
+"""Format numbers for people, in the same way in the terminal, the plots and the report."""
 
-# ruff: noqa: RUF001 - dashes and minus signs for people to read are meant as such
+# ruff: noqa: RUF001 - the dashes and minus signs are intended: people read them
 
 import math
 from unicodedata import category
 
 
 def shown(text: str, keep: str = "") -> str:
-    """Text from outside as a terminal may have it: what it would act upon (escape sequences, other
-    controls), what turns a line round and what cannot be seen are written as escapes."""
+    """Escape foreign text for a terminal: control characters, escape sequences, invisible
+    characters and those that change the direction of writing. keep: control characters to keep."""
     if text.isprintable():
         return text
     acts = {c for c in set(text) - set(keep) if category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
@@ -47,7 +47,7 @@ def number(value: float) -> str:
     """Integers with thousands separators, others with three significant digits."""
     if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
         return f"{value:,.0f}"
-    return f"{value:#.3g}".rstrip(".")  # "0.100" beside "0.213": a field keeps its width
+    return f"{value:#.3g}".rstrip(".")  # "0.100", as wide as "0.213"
 
 
 def labelled(name: str, value: object) -> str:

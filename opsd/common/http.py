@@ -1,7 +1,7 @@
-"""Requests over HTTP, whose whole answers are bounded in time and in size.
+"""HTTP requests with a limit on the time and the size of the whole answer.
 
-There are no proxies, since the server is the user's own, and no redirects, since a redirect could
-take the server's key to another host.
+They use no proxies, since the server is the user's own, and follow no redirects, since a redirect
+could send the server's key to another host.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from urllib.parse import urlsplit
 
 from opsd.common.errors import UserError
 
-PIECE = 1 << 16  # bytes that are read at once
+PIECE = 1 << 16  # bytes per read
 LONGEST_WAIT = 30.0  # seconds between two attempts
-JITTER = random.Random()  # not the generator that a run goes on from
+JITTER = random.Random()  # its own generator: a run saves and restores the global one
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which a request is sent again."""
@@ -31,7 +31,7 @@ Said = TypeVar("Said")
 
 
 class ServerError(UserError):
-    """The server failed; the run should save what it has."""
+    """The server failed; the run should save its state and end."""
 
 
 class ServerGoneError(ServerError):
@@ -39,19 +39,19 @@ class ServerGoneError(ServerError):
 
 
 class ServerAnswerError(ServerError):
-    """The server refuses, or answers what cannot be: it would do so again."""
+    """The server refused, or its answer is invalid: asking again would not help."""
 
 
 class NoAnswerError(Exception):
-    """The server is not there, or is silent, or breaks off: that may pass."""
+    """The server cannot be reached, is silent or breaks off: asking again may help."""
 
 
 class TooLongError(Exception):
-    """The answer has more bytes than one to this question can have."""
+    """The answer has more bytes than a valid answer to this request can have."""
 
 
 class Answer(NamedTuple):
-    """`location`: where a redirect points."""
+    """A server's answer: its HTTP status, the target of a redirect, and its body."""
 
     status: int
     location: str | None
@@ -61,10 +61,10 @@ class Answer(NamedTuple):
 def persist(
     attempt: Callable[[], Said], patience: float, server: str, stop: Event | None = None
 ) -> Said:
-    """What `attempt` returns, made again as long as it raises NoAnswerError, for `patience` seconds
-    at most. Raises ServerGoneError, which begins with `server`.
+    """Call `attempt` again while it raises NoAnswerError, for at most `patience` seconds; return
+    its result. Raises ServerGoneError, whose message begins with `server`.
 
-    stop: when set, failures are final.
+    stop: once it is set, the next failure is final.
     """
     stop = stop or Event()
     failing_since, wait = None, min(1.0, patience / 8)
@@ -93,7 +93,7 @@ def check_redirect(route: str, found: Answer) -> None:
 
 
 def said(content: bytes) -> str:
-    """What a server says of an error, on one line."""
+    """The message in a server's error answer, on one line of at most 300 characters."""
     text = content[:10_000].decode(errors="replace")
     try:
         answer = json.loads(text)
@@ -107,10 +107,10 @@ def said(content: bytes) -> str:
 def exchange(
     address: str, route: str, body: Any, timeout: float, longest: int, key: str = "VLLM_API_KEY"
 ) -> Answer:
-    """The answer to a GET, or with `body` to a POST of JSON.
+    """Send a GET, or a POST of `body` as JSON; return the answer.
 
-    timeout: seconds for all of it, so that a server that drips cannot hold a run.
-    longest: bytes of it. key: the environment variable that holds the server's key.
+    timeout: seconds for the whole exchange, so that a server that sends slowly cannot hold up a
+    run. longest: most bytes of the answer. key: the environment variable with the server's key.
 
     Raises NoAnswerError, TooLongError.
     """
@@ -138,7 +138,7 @@ def exchange(
 
 
 def key_in(variable: str) -> str | None:
-    """A server's key, from the environment. Raises UserError where no header could hold it."""
+    """Read a server's key from the environment. Raises UserError if no HTTP header may hold it."""
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise UserError(f"{variable} holds characters that no HTTP header may have")
@@ -153,7 +153,7 @@ def _headers(variable: str) -> dict[str, str]:
 
 
 class _Response(HTTPResponse):
-    """A response that is read up to a time, and up to a number of bytes."""
+    """A response that raises TimeoutError after `until`, and TooLongError beyond `room` bytes."""
 
     def __init__(self, sock, until: float, room: int, **how):
         super().__init__(sock, **how)

@@ -1,8 +1,7 @@
-"""Whether the Hugging Face hub can be reached, found out once and within seconds. Needs no torch.
+"""Find out, once and within seconds, whether the Hugging Face hub can be reached. Needs no torch.
 
-Without a connection the hub's client asks six times over half a minute, once for a tokenizer and
-again for its config, and writes a dozen lines. Told that it is offline it looks into its cache at
-once.
+Without a connection the hub's client retries six times over half a minute, for the tokenizer and
+again for the config, and logs a dozen lines. When set to offline it uses its cache at once.
 """
 
 import contextlib
@@ -21,18 +20,18 @@ SECONDS = 4.0
 
 
 def before_asking_hub(name: str) -> None:
-    """Call before a model or a dataset is loaded by this name. If it is no local path and the hub
-    does not answer, the hub's client is set to offline."""
+    """Set the hub's client to offline if `name` is no local path and the hub does not answer. Call
+    it before loading a model or a dataset by this name."""
     if os.path.exists(os.path.expanduser(name)) or constants.HF_HUB_OFFLINE or reachable():
         return
     constants.HF_HUB_OFFLINE = True
-    if "datasets" in sys.modules:  # it has copied the setting
+    if "datasets" in sys.modules:  # it has its own copy of the setting
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
 @cache
 def reachable() -> bool:
-    """Whether the hub can be connected to; assumed where there is a proxy."""
+    """Whether the hub accepts a connection; taken for granted if there is a proxy."""
     if getproxies().keys() - {"no"}:  # NO_PROXY alone names no proxy
         return True
     address, answered = urlsplit(constants.ENDPOINT), threading.Event()
@@ -45,7 +44,7 @@ def reachable() -> bool:
         ):
             answered.set()
 
-    # In a thread of its own, since no time limit holds for resolving the name.
+    # In a thread, since resolving the name has no time limit of its own.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(SECONDS)

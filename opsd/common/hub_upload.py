@@ -1,4 +1,4 @@
-"""Uploading a trained model to the Hugging Face hub."""
+"""Upload a trained model to the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from opsd.common.errors import UserError
 
 
 def check_hub(repository: str, private: bool, create: bool) -> None:
-    """Raises UserError unless the name is a valid one and the user is logged in.
+    """Raises UserError unless the name is valid and the user is logged in.
 
-    create: make the repository, if it is new, and unless this user may write to it, raise too.
+    create: also make the repository if it is new, and raise unless the user may write to it.
     """
 
     def refused(why: str, error: Exception) -> UserError:
@@ -38,13 +38,12 @@ def check_hub(repository: str, private: bool, create: bool) -> None:
 
 
 def _made(api: HfApi, repository: str, private: bool) -> str:
-    """The repository's whole name, with the user's where it has no other; it is made if it is
-    new."""
+    """Makes the repository if it is new; returns its name with its owner, by default the user."""
     return api.create_repo(repository, private=private, exist_ok=True).repo_id
 
 
 def push(repository: str, directory: Path, private: bool) -> str:
-    """Upload the files of `directory`; returns their address. Makes the repository if it is new."""
+    """Uploads the files of `directory`; returns their URL. Makes the repository if it is new."""
     api = HfApi()
     name = _made(api, repository, private)
     return str(api.upload_folder(repo_id=name, folder_path=directory))

@@ -1,4 +1,4 @@
-"""What somebody may have meant by a name that is not known. Messages end with it."""
+"""Suggestions for unknown names, to append to an error message."""
 
 import difflib
 import re
@@ -7,20 +7,20 @@ from pathlib import Path
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The known name that is most like `word`; case, hyphens and spaces make no difference."""
+    """The known name most similar to `word`, ignoring case, hyphens and spaces, or None."""
     plain = {_plain(name): name for name in reversed(list(known))}
     near = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=cutoff)
     return plain[near[0]] if near else None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'train'?`, or nothing."""
+    """`; did you mean 'train'?`, or "" if no known name is similar."""
     near = nearest(word, known)
     return f"; did you mean {near!r}?" if near else ""
 
 
 def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
-    """`; did you mean 'rows.jsonl'?` for a path that is not there, by what is beside it."""
+    """`; did you mean 'rows.jsonl'?` for a missing path, by the files in its directory."""
     path = Path(path)
     try:
         there = [one.name for one in path.parent.iterdir() if one.name.endswith(suffixes)]
@@ -32,8 +32,8 @@ def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
 
 
 def near_model(path: Path) -> str:
-    """`; did you mean 'run/model'?` for a directory that is no model, by what a run of ours or of
-    another trainer has left in it. Of numbered checkpoints it is the last."""
+    """`; did you mean 'run/model'?` for a directory that holds models of a run, ours or another
+    trainer's, but is none itself. Of numbered checkpoints it suggests the last."""
     found = {
         file.parent
         for name in ("config.json", "adapter_config.json")

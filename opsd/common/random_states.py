@@ -1,4 +1,4 @@
-"""The generators that a run draws from: keeping their states, and putting them back."""
+"""Save and restore the states of the random generators that a run uses."""
 
 import random
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 
 def random_states() -> dict[str, Any]:
-    """The states of all generators that a step may draw from."""
+    """The states of Python's, numpy's and torch's generators, as tensors and plain data."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),

@@ -1,7 +1,7 @@
-"""Directories that are saved whole or not at all, and known again: checkpoints, models, caches.
+"""Directories that are saved atomically and can be verified: checkpoints, models, caches.
 
-Each has a manifest, written last, with the size and the SHA-256 of every file. What a manifest does
-not list was not saved with the directory, and its readers ignore it.
+Each has a manifest, written last, with the size and the SHA-256 of every file. A file that the
+manifest does not list was not saved with the directory, and readers ignore it.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from opsd.common.errors import UserError
 from opsd.common.files import move, remove, sync, unfinished, write_json
 
 MANIFEST = "manifest.json"
-FORMAT = "opsd 1"  # other software has manifests, too
-_READERS = 8  # files that are hashed at once
+FORMAT = "opsd 1"  # tells our manifests from other software's
+_READERS = 8  # files hashed in parallel
 
 
 @contextmanager
 def new_directory(path: Path, facts: dict[str, Any] | None = None) -> Iterator[Path]:
-    """A directory to fill, which at the end takes the place of `path`, with these facts in its
-    manifest; or nothing is left of it."""
+    """Yield a directory to fill. At the end it replaces `path`, with `facts` in its manifest; after
+    an exception nothing is left of it."""
     beside = unfinished(path)
     beside.mkdir(parents=True)
     try:
@@ -38,7 +38,7 @@ def new_directory(path: Path, facts: dict[str, Any] | None = None) -> Iterator[P
 
 
 def _seal(directory: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest, when the disk has all else."""
+    """Write the manifest after all other files are on the disk."""
 
     def settle(name: str) -> dict[str, Any]:
         sync(directory / name)
@@ -46,7 +46,7 @@ def _seal(directory: Path, facts: dict[str, Any]) -> None:
 
     readable(directory)
     names = _files(directory)
-    with ThreadPoolExecutor(_READERS) as pool:  # the disk writes one while another is hashed
+    with ThreadPoolExecutor(_READERS) as pool:  # hash one file while the disk writes another
         entries = dict(zip(names, pool.map(settle, names), strict=True))
     for inner in (path for path in directory.rglob("*") if path.is_dir()):
         sync(inner)
@@ -55,14 +55,14 @@ def _seal(directory: Path, facts: dict[str, Any]) -> None:
 
 
 def readable(directory: Path) -> None:
-    """Let those read the files who may read the directory, as the umask has it: safetensors lets
-    nobody but their owner."""
+    """Give the files the directory's read permissions, which follow the umask: safetensors lets
+    only the owner read its files."""
     for name in _files(directory):
         (directory / name).chmod(directory.stat().st_mode & 0o666)
 
 
 def read_manifest(directory: Path, field: str = "") -> dict[str, Any] | None:
-    """The directory's manifest; None where it has none of ours. Raises UserError where it is
+    """Read the directory's manifest; None if it has none of ours. Raises UserError if it is
     damaged."""
     file = directory / MANIFEST
     if not file.is_file():
@@ -81,8 +81,8 @@ def read_manifest(directory: Path, field: str = "") -> dict[str, Any] | None:
 
 
 def check_saved(directory: Path, field: str) -> dict[str, Any] | None:
-    """The manifest, if there is one. Raises UserError naming the first file that is not as it was
-    when the directory was saved; `field` of the config named it."""
+    """Verify the directory; returns its manifest, None if it has none. Raises UserError that names
+    the first file that changed since it was saved. field: the config field that names it."""
     manifest = read_manifest(directory, field)
     if manifest is None:
         return None
@@ -90,7 +90,7 @@ def check_saved(directory: Path, field: str) -> dict[str, Any] | None:
     for name, saved in entries.items():
         if name not in there:
             raise UserError(f"{field}: {str(directory / name)!r} is missing")
-        # Before it is read: what a link leads to may have no end.
+        # Compare sizes before reading: a link may lead to an endless device.
         if (now := (directory / name).stat().st_size) != saved["bytes"]:
             raise _changed(directory / name, field, f"it has {now} bytes, not {saved['bytes']}")
     with ThreadPoolExecutor(_READERS) as pool:
@@ -116,7 +116,6 @@ def _measured(file: Path) -> dict[str, Any]:
 
 
 def _files(directory: Path) -> list[str]:
-    """The files in a directory and below, but for manifests and the text for people, which changes
-    when there is more to say."""
+    """All files below a directory except manifests and README.md, which may change after saving."""
     found = (p for p in sorted(directory.rglob("*")) if p.name not in (MANIFEST, "README.md"))
     return [str(path.relative_to(directory)) for path in found if path.is_file()]

@@ -1,7 +1,7 @@
-"""Rates of right answers and how sure of them one may be.
+"""Rates of right answers and their confidence intervals.
 
-Samples of one problem are not independent, so intervals count problems, not samples. scipy is
-imported when it is first needed: it takes half a second.
+Samples of one problem are not independent, so intervals are over problems, not samples. scipy is
+imported when it is first needed: that takes half a second.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Estimate:
 def wilson_interval(correct: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval (low, high) for `correct` of n independent trials; (0, 1) for n = 0.
 
-    Unlike p +- 1.96 standard errors it stays within [0, 1] and is honest at 0 and n. `correct` may
-    be a fraction, the sum of problems' rates; scipy.stats.binomtest takes whole numbers only.
+    Unlike p +- 1.96 standard errors it stays within [0, 1] and has a width at 0 and n. `correct`
+    may be a fraction, the sum of problems' rates; scipy.stats.binomtest takes integers only.
     """
     if not 0 <= correct <= n:
         raise ValueError(f"correct: {correct!r} is not between 0 and n = {n!r}")
@@ -40,7 +40,7 @@ def wilson_interval(correct: float, n: int, confidence: float = 0.95) -> tuple[f
     centre = rate + z * z / (2 * n)
     spread = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # The ends are exact at 0 and n; only rounding puts them 1e-17 off.
+    # At 0 and n the ends are exactly 0 and 1; without this, rounding puts them 1e-17 off.
     low = 0.0 if correct == 0 else (centre - spread) / scale
     high = 1.0 if correct == n else (centre + spread) / scale
     return low, high
@@ -59,9 +59,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def majority(votes: Sequence[int | None], right: int) -> float:
-    """Whether the commonest vote is `right`: 1 or 0, or 1/t where t answers tie and it is one.
+    """1 if the most common vote is `right`, else 0; 1/t if `right` ties with t - 1 other answers.
 
-    votes: for each sample the group of equal answers it belongs to; None, a sample without an
+    votes: for each sample, the number of its group of equal answers; None, a sample without an
     answer, does not vote. With no votes at all the majority is wrong.
     """
     counts: dict[int, int] = {}
@@ -75,10 +75,10 @@ def majority(votes: Sequence[int | None], right: int) -> float:
 def bootstrap(rates: Sequence[float], seed: int = 0, confidence: float = 0.95) -> Estimate:
     """The mean of the problems' rates, with a bootstrap interval over problems.
 
-    rates: one number in [0, 1] a problem. The interval is the expanded percentile bootstrap
-    (Hesterberg 2015): plain percentiles of few problems are too narrow, by sqrt((n-1)/n) and
-    because they ignore Student's t. Where all rates are 0 or all 1, resampling knows nothing: it is
-    Wilson's interval then, as with a single problem.
+    rates: one number in [0, 1] per problem. The interval is the expanded percentile bootstrap
+    (Hesterberg 2015): with few problems plain percentiles are too narrow, by sqrt((n-1)/n) and
+    because they ignore Student's t. If all rates are 0 or all 1, resampling shows no spread: then,
+    and for a single problem, it is Wilson's interval.
     """
     n = len(rates)
     if not n or not all(0 <= rate <= 1 for rate in rates):

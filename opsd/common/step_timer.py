@@ -1,9 +1,9 @@
-"""The seconds and the peak memory of each phase of a training step.
+"""Measure the seconds and the peak memory of each phase of a training step.
 
 The phases follow each other: rollout, grading, teacher, student, loss, backward, optimizer. Code
-marks one by `with phase("teacher"):`, which costs nothing unless somebody measures. On a GPU the
-time is that between events on its stream, which are read when the step is over, so that measuring
-makes nobody wait.
+marks a phase by `with phase("teacher"):`, which costs nothing unless a StepTimer is active. On a
+GPU the time is that between CUDA events, which are read only at the end of the step, so that
+measuring adds no synchronisation inside it.
 """
 
 import os
@@ -26,25 +26,25 @@ DOING = {
     "loss": "computing the loss",
     "optimizer": "update",
 }
-"""A phase → what its listener is told, where that has another name."""
+"""Phase → the name that the display shows for it, if it differs."""
 
-INTERVAL = 0.02  # seconds between two looks at a CPU's memory
+INTERVAL = 0.02  # seconds between two readings of the process's memory
 
 
 class StepTimer:
-    """The phases of the step in progress, on one device."""
+    """Collects the seconds and peak bytes of the current step's phases, on one device."""
 
     def __init__(self, device: torch.device):
         self.gpu = device.type == "cuda"
         self.watch = None if self.gpu else Watch()
-        self.listener: Callable[[str], None] = lambda name: None  # told of each phase that begins
+        self.listener: Callable[[str], None] = lambda name: None  # called when a phase begins
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self._open: tuple[str, object] | None = None
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     def begin(self, name: str) -> None:
-        """A phase begins, and the one before it ends."""
+        """Begin a phase, and end the one before it."""
         self.end()
         if self.gpu:
             restart_peak()
@@ -68,7 +68,7 @@ class StepTimer:
         self.peaks[name] = max(self.peaks.get(name, 0), peak)
 
     def take(self) -> dict[str, float]:
-        """`<phase>_seconds` and `<phase>_peak_bytes` of the step, which ends here."""
+        """End the step: return its `<phase>_seconds` and `<phase>_peak_bytes`, and start anew."""
         self.end()
         if self._events:
             self._events[-1][2].synchronize()
@@ -88,11 +88,11 @@ class StepTimer:
 
 
 class Watch:
-    """Looks at this process's memory 50 times a second, because resetting the system's own peak
-    would spoil it for others."""
+    """Reads this process's memory 50 times a second. The system's own peak would have to be reset,
+    which would spoil it for other users, such as `peak_memory`."""
 
     def __init__(self):
-        self._lock = threading.Lock()  # a look that began before a restart must not end after it
+        self._lock = threading.Lock()  # a reading from before a restart must not count after it
         self._most = resident()
         self.thread = threading.Thread(target=_look, args=(weakref.ref(self),), daemon=True)
         self.thread.start()
@@ -112,7 +112,7 @@ class Watch:
 
 
 def _look(watch: weakref.ref[Watch]) -> None:
-    """Look again and again until nobody holds the watch."""
+    """Read the memory every INTERVAL seconds until the watch is garbage-collected."""
     while (alive := watch()) is not None:
         alive.look()
         del alive
@@ -120,11 +120,11 @@ def _look(watch: weakref.ref[Watch]) -> None:
 
 
 def resident() -> int:
-    """The memory that this process holds, in bytes."""
+    """This process's resident memory, in bytes."""
     return _process(os.getpid()).memory_info().rss
 
 
-@cache  # by the id, since a forked process inherits the cache
+@cache  # keyed by process id, since a forked process inherits the cache
 def _process(pid: int) -> psutil.Process:
     return psutil.Process(pid)
 
@@ -134,7 +134,7 @@ _measured: StepTimer | None = None
 
 @contextmanager
 def measured(timer: StepTimer | None) -> Iterator[None]:
-    """Have `timer` measure the phases that begin inside."""
+    """Let `timer` measure the phases inside this context."""
     global _measured
     before, _measured = _measured, timer
     try:
@@ -145,7 +145,7 @@ def measured(timer: StepTimer | None) -> Iterator[None]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Mark a phase of the step, to be measured if somebody measures."""
+    """Mark a phase of the step; it is measured inside `measured(timer)` only."""
     timer = _measured
     if timer is None:
         yield

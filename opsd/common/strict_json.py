@@ -1,4 +1,4 @@
-"""JSON whose keys stand once each. Of two alike, every other reader drops one in silence."""
+"""Read JSON and refuse duplicate keys, of which Python's own reader silently keeps the last."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from opsd.common.errors import UserError, in_short
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's `object_pairs_hook`. Raises ValueError for a key that stands there twice."""
+    """A function for json's `object_pairs_hook`. Raises ValueError for a duplicate key."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -18,7 +18,7 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_object(file: Path, where: str) -> dict[str, Any]:
-    """The JSON object that a file holds. Raises UserError; `where` begins its message."""
+    """Read a file that holds a JSON object. Raises UserError, whose message begins with `where`."""
     try:
         text = file.read_text(encoding="utf-8")
         found = json.loads(text, object_pairs_hook=each_once)

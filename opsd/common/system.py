@@ -1,4 +1,4 @@
-"""Facts that belong to a result: versions, machine, peak memory."""
+"""Facts about the system: versions, processor, memory and its peak; and freeing memory."""
 
 import ctypes
 import gc
@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the main packages that are installed."""
+    """The versions of Python and of those PACKAGES that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def vllm_is_for_cpus() -> bool:
-    """Whether the vLLM that is installed is a build for CPUs: its version says so."""
+    """Whether the installed vLLM is a build for CPUs, by its version."""
     return "cpu" in versions().get("vllm", "")
 
 
@@ -54,23 +54,23 @@ def machine() -> dict[str, str | int]:
 
 
 def peak_memory() -> int:
-    """The most memory this process has held, in bytes (on a GPU: the device's)."""
+    """The most memory that this process has used, in bytes; on a GPU machine, of GPU memory."""
     import torch
 
     if torch.cuda.is_available():
         return max(_earlier_peak, torch.cuda.max_memory_allocated())
-    if sys.platform == "linux":  # ru_maxrss begins with the parent's memory at the fork
+    if sys.platform == "linux":  # here ru_maxrss would include the parent's memory at the fork
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-_earlier_peak = 0  # of the GPU's memory, before `restart_peak`
+_earlier_peak = 0  # bytes: the GPU's peak before the last `restart_peak`
 
 
 def restart_peak() -> None:
-    """Count the GPU's peak from now on; `peak_memory` remembers the earlier one."""
+    """Restart torch's count of the GPU's peak; `peak_memory` remembers the earlier one."""
     import torch
 
     global _earlier_peak
@@ -80,13 +80,13 @@ def restart_peak() -> None:
 
 def release_memory() -> None:
     """Free unreachable objects and give their pages back to the system."""
-    gc.collect()  # Trainer and its callbacks are a cycle
+    gc.collect()  # the Trainer and its callbacks refer to each other
     trim_heap()
 
 
 def trim_heap() -> None:
-    """Give free pages inside the heap back to the system. glibc keeps them: gigabytes after
-    training, 50 MB more with each step.
+    """Return the heap's free pages to the system. glibc keeps them: gigabytes after training, 50 MB
+    more with each step.
     """
     trim = _glibc("malloc_trim")
     if trim:
@@ -94,8 +94,8 @@ def trim_heap() -> None:
 
 
 def share_one_heap() -> None:
-    """One heap for all threads; to be called before there are any. In glibc autograd's backward
-    thread would have its own, with its own free pages.
+    """Make all threads use one heap; call it before there are any. Otherwise glibc gives autograd's
+    backward thread its own heap, with its own free pages.
     """
     mallopt = _glibc("mallopt")
     if mallopt:
@@ -105,11 +105,11 @@ def share_one_heap() -> None:
 def _glibc(name: str):
     if sys.platform != "linux":
         return None
-    return getattr(ctypes.CDLL(None), name, None)  # musl has no such function
+    return getattr(ctypes.CDLL(None), name, None)  # musl lacks these functions
 
 
 def processor() -> tuple[str, frozenset[str]]:
-    """(model name, flags) of the CPU, as far as the system tells."""
+    """(model name, instruction set flags) of the CPU; without /proc/cpuinfo there are no flags."""
     name = platform.processor() or platform.machine()
     flags: frozenset[str] = frozenset()
     try:
@@ -126,14 +126,14 @@ def processor() -> tuple[str, frozenset[str]]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """The number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cpu_quota() -> float | None:
-    """How many cores' worth of time the container grants; None if there is no limit."""
+    """The CPU time that the container grants, in cores; None if there is no limit."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -142,8 +142,8 @@ def cpu_quota() -> float | None:
 
 
 def memory() -> tuple[int, int]:
-    """(all, available) bytes of memory for this process, a container's limit included."""
-    import psutil  # here, since `opsd doctor` says which packages are missing
+    """(total, available) bytes of memory for this process, at most the container's limit."""
+    import psutil  # here, so that `opsd doctor` can run without it and report that it is missing
 
     total, available = psutil.virtual_memory()[:2]
     group = Path("/sys/fs/cgroup")

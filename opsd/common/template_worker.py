@@ -1,4 +1,4 @@
-"""What a worker process (`workers`) of templates does: parse, compile, fill in. Needs no torch."""
+"""The work of a template worker (see `workers`): parse, compile, render. Needs no torch."""
 
 import datetime
 import pickle
@@ -16,12 +16,12 @@ from jinja2 import StrictUndefined, Template, Undefined, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MOST = 20_000_000  # characters that one filling in may make
+MOST = 20_000_000  # characters that one rendering may have
 MADE, REFUSED = b"+", b"-"
 
 
 def _shown(value: Any) -> Any:
-    """What `{{ }}` may write: no function, no iterator, whose text would be an address."""
+    """Raises TypeError for a function or an iterator: `{{ }}` would print a memory address."""
     if (callable(value) or hasattr(type(value), "__next__")) and not isinstance(value, Undefined):
         kind = type(value).__name__
         raise TypeError(f"{{{{ }}}} has no text but a {kind}: call it, or add |list or |join")
@@ -33,9 +33,9 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize
 
 
 def make() -> Callable[[bytes], bytes]:
-    """What answers jobs in a worker; before its memory is limited, all that it needs is loaded."""
+    """Returns the function that answers jobs; imports all it needs before memory is limited."""
     if "transformers" not in sys.modules:
-        # `import transformers` takes ten times as long, and does not help to fill in templates.
+        # Import the module for chats without transformers itself, which takes ten times as long.
         for name in ("transformers", "transformers.utils"):
             package = ModuleType(name)
             package.__path__ = find_spec(name).submodule_search_locations or []
@@ -45,7 +45,7 @@ def make() -> Callable[[bytes], bytes]:
 
 
 def answer(job: bytes) -> bytes:
-    """Answers the pickle of a function's name, its arguments, and the values, for `texts_of`."""
+    """Answers a job, a pickle of (function's name, arguments, values), by bytes for `texts_of`."""
     calls: list[Callable] = [names, linear, prompts, chats]
     try:
         name, arguments, values = pickle.loads(job)
@@ -53,17 +53,17 @@ def answer(job: bytes) -> bytes:
         lengths = array("I", map(len, texts))
         if max(lengths, default=0) > MOST:
             raise SecurityError(f"it makes too much: more than {MOST:,} characters")
-        # Half a surrogate pair is no text that a tokenizer could take: an error.
+        # Raises for half a surrogate pair, which no tokenizer could take.
         body = "".join(texts).encode()
         return b"".join((MADE, len(lengths).to_bytes(4), lengths.tobytes(), body))
     except MemoryError:
         raise
-    except Exception as error:  # a template's expressions can raise anything, as 1 / 0 does
+    except Exception as error:  # a template's expressions can raise anything, such as 1 / 0
         return REFUSED + str(error)[:2000].encode(errors="backslashreplace")
 
 
 def texts_of(made: bytes) -> Iterator[str]:
-    """The texts that an answer holds: how many, each one's length, all in one."""
+    """Splits an answer: status, number of texts, each one's length (4 bytes each), all in UTF-8."""
     start = 5 + 4 * int.from_bytes(made[1:5])
     all_in_one, at = str(memoryview(made)[start:], "utf-8"), 0
     for length in array("I", made[5:start]):
@@ -82,8 +82,8 @@ TESTS = {"defined", "undefined", "none", "string", "number", "boolean", "eq", "n
 
 
 def linear(text: str, values: Sequence[Any]) -> list[str]:
-    """How many nodes a template has whose time and text are in proportion to what it shows, however
-    it is written; nothing for others: they call, loop, calculate or keep what they made."""
+    """Returns the number of nodes of a linear template: its time and its text's length are at worst
+    proportional to the values. Returns [] for others: they call, loop, calculate or assign."""
 
     def is_linear(node: Any) -> bool:
         if isinstance(node, nodes.Filter | nodes.Test):
@@ -96,7 +96,7 @@ def linear(text: str, values: Sequence[Any]) -> list[str]:
 
 
 def prompts(text: str, values: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The template's text for each of the values; for none it is compiled all the same."""
+    """Renders the template for each of the values; compiles it even if there are none."""
     render = _compiled(text).render
     for one in values:
         _fix_chance(text, one)
@@ -104,9 +104,9 @@ def prompts(text: str, values: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def chats(text: str, arguments: dict, date: datetime.date, values: Sequence) -> Iterator[str]:
-    """A chat template's text for each (messages, add_generation_prompt).
+    """Renders a chat template for each (messages, add_generation_prompt).
 
-    arguments: special tokens, tools, documents and the role's own; date: what it takes for today.
+    arguments: special tokens, tools, documents and the role's own; date: today for the template.
     """
     of_chats = _of_chats()
     of_chats._compile_jinja_template(text).globals["strftime_now"] = date.strftime
@@ -122,7 +122,7 @@ def _of_chats() -> ModuleType:
 
 
 def _fix_chance(text: str, values: Any) -> None:
-    """Makes `random` and `lipsum` the same each time, in whatever order and process."""
+    """Seeds `random` and `lipsum` by the values, so that order and process make no difference."""
     if "random" in text or "lipsum" in text:
         random.seed(repr(values))
 
@@ -130,5 +130,5 @@ def _fix_chance(text: str, values: Any) -> None:
 @cache
 def _compiled(text: str) -> Template:
     template = _ENVIRONMENT.from_string(text)
-    template.globals = dict(template.globals)  # a ChainMap takes longer to copy than a row to fill
+    template.globals = dict(template.globals)  # copying a ChainMap is slower than rendering a row
     return template

@@ -1,9 +1,9 @@
-"""Jinja templates for the roles' messages and for chats. Needs no torch.
+"""Render Jinja templates for the roles' messages and for chats. Needs no torch.
 
 A template may come from a stranger: with a config, with a model, with a run to compare. Jinja's own
-sandbox keeps it away from Python's insides, but not from the machine's time and memory. So it is
-parsed, compiled and filled in by a worker process (`workers`), many rows at a time. Filled in
-here are templates that this package ships, and those that a worker found to be linear.
+sandbox keeps it away from Python's internals, but does not limit its time and memory. So a worker
+process (`workers`) parses, compiles and renders it, many rows at a time. This process renders only
+the templates that this package ships, and those that a worker found to be linear.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from opsd.common.template_worker import MADE, MOST, REFUSED, answer, prompts, te
 from opsd.common.workers import Ended, Workers
 
 ROLLOUT_NAMES = frozenset({"rollout", "peers"})
-"""Names that a template over rollouts may use beside the row's columns."""
+"""Names that a template rendered after sampling may use in addition to the row's columns."""
 
 BATCH_ROWS, MOST_ROWS, BATCH_BYTES = 64, 4096, 1 << 20
-QUICK = 0.05  # seconds
-MOST_NODES = 1000  # of a template that is filled in here
-SECONDS = 1.0  # of processor time for a batch: a hundred times as much as honest ones take
-MEMORY = 150 << 20  # bytes beside the 43 MB that a worker starts with
+QUICK = 0.05  # seconds: after a faster batch the next one is twice as large
+MOST_NODES = 1000  # of a template that this process may render
+SECONDS = 1.0  # of processor time for a batch: a hundred times what ordinary templates take
+MEMORY = 150 << 20  # bytes on top of the 43 MB that a worker starts with
 
 Chats = Iterable[tuple[Sequence[Mapping[str, Any]], bool]]
 
@@ -39,17 +39,17 @@ _PLAIN = frozenset({"builtins", "collections", "datetime", "decimal", "types", "
 
 
 class TemplateFailure(ValueError):
-    """The template cannot be compiled or filled in; the message says why."""
+    """The template cannot be compiled or rendered; the message says why."""
 
 
 def shipped(text: str) -> str:
-    """The same text, which is trusted from now on. For texts in this package's code only."""
+    """Mark a template as trusted and return it. For templates in this package's code only."""
     _SHIPPED.add(text)
     return text
 
 
 def check_template(field: str, text: str) -> None:
-    """Raises UserError where the field's text is no template."""
+    """Raises UserError if the field's text is not a valid template."""
     try:
         fill_in(text, [])
     except TemplateFailure as error:
@@ -57,26 +57,26 @@ def check_template(field: str, text: str) -> None:
 
 
 def fill_in(text: str, values: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The template's text for each of the values. Raises TemplateFailure."""
+    """Render the template for each of the values. Raises TemplateFailure."""
     values = list(values)
     made = _filled_in_here(text, values)
     return _answers(text, "prompts", (text,), values) if made is None else made
 
 
 def fill_in_chat(text: str, arguments: dict, date: datetime.date, chats: Chats) -> list[str]:
-    """A chat template's text for each (messages, add_generation_prompt), as transformers renders it
-    with these arguments, special tokens too, on this date. Raises TemplateFailure."""
+    """Render a chat template for each (messages, add_generation_prompt), as transformers does with
+    these arguments, special tokens included, on this date. Raises TemplateFailure."""
     return _answers(text, "chats", (text, arguments, date), chats)
 
 
 def over_rollouts(text: str) -> bool:
-    """Whether a template uses a problem's rollouts, so that it is rendered once they are there."""
+    """Whether a template uses a problem's rollouts, so that it is rendered after sampling."""
     return bool(names(text) & ROLLOUT_NAMES)
 
 
 @cache
 def names(text: str) -> frozenset[str]:
-    """The variables that a template uses but does not set; none for text that is no template."""
+    """The variables that a template uses but does not set; none for an invalid template."""
     try:
         return frozenset(_answers(text, "names", (text,), ()))
     except TemplateFailure:
@@ -84,8 +84,8 @@ def names(text: str) -> frozenset[str]:
 
 
 def _filled_in_here(text: str, values: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """What a worker would make, without the way there and back, where no text can make it take more
-    than its length; None where it could, and where it would be an error."""
+    """Render in this process if the template is linear and the values are plain: then it can take
+    no more than their length. None otherwise, and for an error: a worker then renders it."""
     shown = list(chain.from_iterable(one.values() for one in values))
     kinds = {*map(type, shown)}
     if not shown or kinds - _PLAIN_TYPES or not 0 < (count := _linear(text)) < MOST_NODES:
@@ -96,7 +96,7 @@ def _filled_in_here(text: str, values: Sequence[Mapping[str, Any]]) -> list[str]
     try:
         made = list(prompts(text, values))
         if not all(map(str.isascii, made)):
-            "".join(made).encode()  # an error where it has half a surrogate pair
+            "".join(made).encode()  # raises for half a surrogate pair
         return made
     except Exception:
         return None
@@ -108,9 +108,9 @@ def _linear(text: str) -> int:
 
 
 def _answers(text: str, name: str, arguments: tuple, values: Iterable[Any]) -> list[str]:
-    """One batch at a time, so that the first that fails is the last; one at least. Batches grow
-    while they are quick, since each costs two changes of process. One that fails is tried again
-    in small ones: together, honest rows may take too much."""
+    """Send the values to a worker in batches, at least one, and stop at the first that fails.
+    Batches grow while they are quick, since each costs two context switches. A large batch that
+    fails is tried again in small ones: many ordinary rows may exceed the limits together."""
     ask = answer if text in _SHIPPED else _ask
     values, start, rows, most = list(values), 0, BATCH_ROWS, MOST_ROWS
     made: list[Any] = []
@@ -133,7 +133,7 @@ def _answers(text: str, name: str, arguments: tuple, values: Iterable[Any]) -> l
 
 
 def _job(*parts: Any) -> bytes:
-    """A message to the worker."""
+    """Pickle a message to the worker."""
     stream = io.BytesIO()
     _Pickler(stream, 5).dump(parts)
     return stream.getvalue()
@@ -141,7 +141,7 @@ def _job(*parts: Any) -> bytes:
 
 def _ask(job: bytes) -> bytes:
     (reply,) = _WORKERS.answers([job])
-    if reply == Ended("killed"):  # by the system perhaps: once more
+    if reply == Ended("killed"):  # perhaps by the system: try once more
         (reply,) = _WORKERS.answers([job])
     return REFUSED + _WHY[reply.why].encode() if isinstance(reply, Ended) else reply
 
@@ -154,7 +154,7 @@ _WHY = {
 
 
 class _Pickler(pickle.Pickler):
-    """Plain data as they are, dataclasses as records, of anything else what `{{ }}` writes."""
+    """Pickles plain data as they are, dataclasses as records, anything else as its str()."""
 
     def reducer_override(self, value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

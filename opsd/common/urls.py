@@ -1,17 +1,17 @@
-"""Addresses of servers, as a user writes them."""
+"""Check the server addresses that users write."""
 
 import re
 from urllib.parse import urlsplit
 
 
 def is_address(path: str | None) -> bool:
-    """Whether what may be a path is an address instead."""
+    """Whether a path field holds an HTTP address instead of a path."""
     return path is not None and path.startswith(("http://", "https://"))
 
 
 def check_address(address: str, key: str = "VLLM_API_KEY") -> None:
-    """Raises ValueError unless this is an HTTP server's address, without a password: it is written
-    into a run's config.yaml."""
+    """Raises ValueError unless this is an HTTP server's address without a user name or password: it
+    is written into a run's config.yaml. key: the environment variable that the error suggests."""
     if re.search(r"[\s\\\x00-\x1f\x7f]", address):
         raise ValueError("it holds a blank or another character that no address has")
     parts = urlsplit(address)

@@ -1,6 +1,6 @@
-"""The worker's side of `workers`: it answers jobs within limits, and ends with its parent.
+"""The worker's side of `workers`: answers jobs within limits, and ends with its parent.
 
-A message is its length in eight bytes, then a status byte and a body. No torch is loaded here.
+A message is its length in eight bytes, in replies a status byte, and a body. Imports no torch.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ DONE, NO_MEMORY, NO_START = b"+", b"m", b"!"
 
 
 def write_message(pipe: int, *parts: bytes) -> None:
-    """Write a message of these parts, without a copy of them."""
+    """Writes a message made of these parts, without joining them in memory."""
     rest = [sum(map(len, parts)).to_bytes(LENGTH), *parts]
     while rest:
         written = os.writev(pipe, rest)
@@ -29,15 +29,15 @@ def write_message(pipe: int, *parts: bytes) -> None:
 
 
 def main() -> None:
-    """Answers jobs until stdin ends. What answers them is made by the module named first.
+    """Answers jobs until stdin ends, by the function that `make` of the module argv[1] returns.
 
-    The kernel ends a job beyond `seconds`: CPU time, since on a busy machine an honest job may wait
-    for its turn; by the signal's default action, since a handler of Python's cannot interrupt one
-    long computation in C. A job beyond the memory is the last: the next needs a clean process.
-    """
+    The kernel kills the process if a job takes more than `seconds` of CPU time (on a busy machine a
+    job may wait for its turn), by the signal's default action: a Python handler cannot interrupt a
+    computation in C. After a job that runs out of memory the process ends: the next needs a clean
+    one."""
     module, seconds, memory, watched, *arguments = sys.argv[1:]
     end_with_parent(int(watched))
-    # Whatever a library prints must not end up between our messages.
+    # Keep whatever libraries print out of our messages.
     replies = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
@@ -53,7 +53,7 @@ def main() -> None:
     except Exception as error:
         send(NO_START, f"{type(error).__name__}: {error}".encode())
         return
-    gc.freeze()  # what was loaded is not looked through again
+    gc.freeze()  # spare each collection from scanning what was imported
     send(DONE)
     while header := sys.stdin.buffer.read(LENGTH):
         try:

@@ -1,14 +1,14 @@
-"""Processes for work on what strangers wrote, with limits of processor time and memory.
+"""Run work on untrusted input in processes with limits on CPU time and memory.
 
-The kernel counts, and a job that is too much costs its worker, which is replaced. Counting inside
-of a process cannot hold. Starts nothing until it must, and imports no torch.
+The kernel enforces the limits, since a process cannot reliably limit itself; a job that exceeds
+them ends its worker, which is replaced. Workers start when first needed. Imports no torch.
 
 The pool is our own because those of concurrent.futures, multiprocessing and pebble start their
 workers by importing the caller's main module again: a script without a main guard then fails, and a
 worker that holds the caller's torch exceeds its memory limit. Their time limits count wall-clock
-time, by which honest jobs fail on a busy machine.
+time, by which harmless jobs fail on a busy machine.
 
-What holds on macOS and Windows: SECURITY.md.
+SECURITY.md says which limits hold on macOS and Windows.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from opsd.common.errors import UserError
 from opsd.common.worker_process import DONE, LENGTH, NO_MEMORY, write_message
 
 _START_SECONDS = 120.0  # importing sympy from a cold disk on a busy machine
-_PATIENCE = 30.0, 6.0  # wall-clock seconds until a worker is killed from here: for any, per CPU's
+_PATIENCE = 30.0, 6.0  # kill a worker after 30 wall-clock seconds + 6 per second of CPU limit
 LONGEST_REPLY = 1 << 31  # bytes
-_PIPE = 1 << 20  # bytes that wait in a pipe, so that a message is few of its turns
+_PIPE = 1 << 20  # bytes of a pipe's buffer: the larger, the fewer reads and writes per message
 
-# The same opsd as its parent's; whatever else lies beside it must not shadow other modules.
+# Import the parent's opsd, but nothing else from its directory, which could shadow other modules.
 _MAIN = (
     f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); "
     "from opsd.common.worker_process import main; sys.path.pop(0); main()"
@@ -45,7 +45,7 @@ _MAIN = (
 
 @dataclass(frozen=True)
 class Ended:
-    """A job without an answer: "time" or "memory" ran out, or its worker was "killed"."""
+    """A job without an answer; why: "time" or "memory" ran out, or its worker was "killed"."""
 
     why: str
 
@@ -55,8 +55,8 @@ class _Worker:
 
     def __init__(self, module: str, seconds: float, memory: int, arguments: Sequence[str]):
         watched, self._watch = os.pipe()
-        # -P: nothing of the working directory is imported. A session of its own: Ctrl-C in the
-        # terminal is for the parent, which then kills its workers in order.
+        # -P: import nothing from the working directory. start_new_session: Ctrl-C in the terminal
+        # reaches only the parent, which then kills its workers.
         limits = [str(seconds), str(memory), str(watched)]
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", _MAIN, module, *limits, *arguments],
@@ -70,27 +70,27 @@ class _Worker:
         )
         os.close(watched)
         for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(AttributeError, OSError):  # Linux only, and only up to a limit
+            with contextlib.suppress(AttributeError, OSError):  # not Linux, or above its limit
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE)
         self._news = select.poll()
         self._news.register(self.process.stdout, select.POLLIN)
 
     def give(self, job: bytes) -> None:
-        """Raises BrokenPipeError if the process is gone."""
+        """Sends a job. Raises BrokenPipeError if the process has ended."""
         write_message(self.process.stdin.fileno(), job)
 
     def receive(self, patience: float) -> tuple[bytes, bytes] | Ended:
-        """The next reply's status and body, if it comes within so many seconds."""
+        """Returns the next reply's status and body; Ended if none comes in `patience` seconds."""
         deadline = time.monotonic() + patience
         try:
             header = self._read(LENGTH + 1, deadline)
             size = int.from_bytes(header[:LENGTH]) - 1
-            if not 0 <= size <= LONGEST_REPLY:  # of a process that does not do what it should
+            if not 0 <= size <= LONGEST_REPLY:  # the worker is broken
                 return Ended("killed")
             body = self._read(size, deadline)
         except TimeoutError:
             return Ended("time")
-        except EOFError:  # it ended: by its own limit of CPU time?
+        except EOFError:  # it ended; SIGPROF: by its CPU time limit
             return Ended("time" if self.process.wait() == -signal.SIGPROF else "killed")
         status = header[LENGTH:]
         return Ended("memory") if status == NO_MEMORY else (status, body)
@@ -120,12 +120,12 @@ def _kill_all(pool: list[_Worker]) -> None:
 
 
 class Workers:
-    """A pool that answers jobs, each in one of its processes.
+    """A pool of processes that answer jobs.
 
-    module: has `make(*arguments)`, which returns what answers a job: bytes → bytes; seconds: of
-    CPU time for a job; memory: bytes that each may take beside what it starts with; most: processes
-    at most. May be called from any thread. Workers start when first needed, are replaced when they
-    die, and end with `close()`, with the object, or with this process, however it ends.
+    module: its `make(*arguments)` returns the function that answers a job, bytes → bytes. seconds:
+    CPU time per job. memory: bytes per process on top of those at its start. most: processes at
+    most. Any thread may use it. Workers start when first needed, are replaced when they die, and
+    end with `close()`, with the object, or with this process, in whatever way it ends.
     """
 
     def __init__(
@@ -138,23 +138,23 @@ class Workers:
         self._idle: list[_Worker] = []
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _kill_all, self.pool)  # also runs at exit
-        os.register_at_fork(after_in_child=self.pool.clear)  # they are the parent's
+        os.register_at_fork(after_in_child=self.pool.clear)  # the workers belong to the parent
 
     def close(self) -> None:
-        """Ends the workers. The pool can be used again; it then starts new ones."""
+        """Ends the workers. If the pool is used again, it starts new ones."""
         _kill_all(self.pool)
 
     def answers(self, jobs: Sequence[bytes]) -> list[bytes | Ended]:
-        """The answer to each job, the workers busy side by side. Raises UserError
-        where they do not start."""
+        """Returns the answer to each job, in order; the workers run in parallel. Raises UserError
+        if they do not start."""
         with self._lock:
             self._idle = [one for one in self.pool if one.process.poll() is None]
-            for died in set(self.pool) - set(self._idle):  # while idle: nobody's fault
+            for died in set(self.pool) - set(self._idle):  # while idle, so no job failed
                 self._discard(died)
             threads = None if len(jobs) == 1 else ThreadPoolExecutor(self.most)
             try:
                 return list((threads.map if threads else map)(self._answer, jobs))
-            except BaseException:  # Ctrl-C: no waiting, and no reply left for the next job
+            except BaseException:  # Ctrl-C: do not wait, and leave no reply to the next job
                 for worker in list(self.pool):
                     worker.process.kill()
                 if threads:
@@ -179,7 +179,7 @@ class Workers:
         return reply[1]
 
     def _started(self) -> _Worker:
-        for _ in range(3):  # one or two may be killed by somebody else
+        for _ in range(3):  # something else may kill one or two
             worker = _Worker(*self._made_by)
             self.pool.append(worker)
             reply = worker.receive(_START_SECONDS)
