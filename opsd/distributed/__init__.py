@@ -1,4 +1,4 @@
-"""Several processes that train together, and what FSDP2 and DeepSpeed need of a model.
+"""Runs several processes that train together, and prepares the model for FSDP2 or DeepSpeed.
 
-`processes.Processes` is what other rooms use: who is first, what is done once, what is gathered.
+Other rooms use `processes.Processes`: which process is first, what runs once, what is gathered.
 """

@@ -1,7 +1,7 @@
-"""This process among those of a launcher, `torchrun` or `accelerate launch`; alone without one.
+"""This process and the others of `torchrun` or `accelerate launch`; one process without a launcher.
 
-The first process decides and writes; all of them sample and compute. What is passed around as
-objects, rollouts and losses, is small beside the gradients, which DDP and FSDP2 exchange.
+The first process decides and writes; all of them sample and compute. The objects that are
+exchanged, rollouts and losses, are small beside the gradients, which DDP and FSDP2 exchange.
 """
 
 import os
@@ -18,14 +18,14 @@ from accelerate import PartialState
 Result = TypeVar("Result")
 
 SPLIT_WEIGHTS = ("fsdp2", "zero3")
-"""Values of train.sharding under which no process holds all of the trained weights."""
+"""Values of train.sharding with which no process holds all of the trained weights."""
 
 PATIENCE = timedelta(hours=2)
-"""How long a process waits for the others, which may sample or grade all that time."""
+"""How long a process waits for the others, which may sample or grade during this time."""
 
 
 class Processes:
-    """All processes of the run; `index` is this one's place among `count`."""
+    """The run's processes; `index` is this one's number, of `count`."""
 
     def __init__(self):
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
@@ -34,7 +34,8 @@ class Processes:
         self.first = self.index == 0
 
     def together(self, function: Callable[[], Result]) -> Result:
-        """Every process calls and gets its own result; if one fails, all raise its error."""
+        """Call the function in every process; each returns its own result. If one fails, all raise
+        its error."""
         if self.count == 1:
             return function()
         result, error = _outcome(function)
@@ -43,7 +44,8 @@ class Processes:
         return _result((result, next((e for e in errors if e is not None), None)))
 
     def everywhere(self, function: Callable[[], Result]) -> list[Result]:
-        """Every process calls; all get all results, in order. If one fails, all raise its error."""
+        """Call the function in every process; all return the list of all results, in the processes'
+        order. If one fails, all raise its error."""
         if self.count == 1:
             return [function()]
         outcomes: list[Any] = [None] * self.count
@@ -51,7 +53,7 @@ class Processes:
         return [_result(outcome) for outcome in outcomes]
 
     def once(self, function: Callable[[], Result]) -> Result:
-        """The first process calls; all get the result, or raise the error."""
+        """Call the function in the first process; all return its result or raise its error."""
         if self.count == 1:
             return function()
         box = [_outcome(function) if self.first else None]
@@ -59,19 +61,19 @@ class Processes:
         return _result(box[0])
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have come here."""
         if self.count > 1:
             dist.barrier()
 
     @staticmethod
     def close() -> None:
-        """Leave the group of processes."""
+        """Destroy the process group and accelerate's state."""
         deepspeed = sys.modules.get("deepspeed")
         if deepspeed is not None and deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()  # DeepSpeed keeps copies of the group
-        elif dist.is_initialized() and "LOCAL_RANK" in os.environ:  # else it is vLLM's own
+        elif dist.is_initialized() and "LOCAL_RANK" in os.environ:  # otherwise the group is vLLM's
             dist.destroy_process_group()
-        for note in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # accelerate's, to itself
+        for note in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # accelerate sets them
             os.environ.pop(note, None)
         PartialState._reset_state()
 

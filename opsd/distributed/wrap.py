@@ -1,4 +1,4 @@
-"""accelerate, set up for a run: DDP, FSDP2 or DeepSpeed around the model that trains."""
+"""Sets up accelerate for a run: wraps the trained model in DDP, FSDP2 or DeepSpeed."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,14 +19,14 @@ Result = TypeVar("Result")
 
 
 def make_accelerator(train: TrainSection) -> Accelerator:
-    """An Accelerator that splits as train.sharding says. Precision stays ours: fp32 weights,
-    autocast in the step."""
+    """Make an Accelerator for train.sharding. It leaves precision alone: weights are in fp32, and
+    the training step uses autocast."""
     if train.sharding in deepspeed.STAGES:
         return Accelerator(mixed_precision="no", deepspeed_plugin=deepspeed.make_plugin(train))
     if train.sharding != "fsdp2":
         return Accelerator(mixed_precision="no")
     if not torch.cuda.is_available():
-        # accelerate shards only processes that it believes to be on GPUs; gloo works on CPUs too.
+        # accelerate shards only if it believes to be on GPUs, but gloo can do it on CPUs too.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     policy = None
     if compute_dtype(train.precision) == torch.bfloat16:
@@ -44,8 +44,8 @@ def make_accelerator(train: TrainSection) -> Accelerator:
 
 
 def backward(accelerator: Accelerator, wrapped: nn.Module, loss: Tensor) -> None:
-    """Add the gradient of a micro-batch's loss, the sum over all processes."""
-    loss = loss * accelerator.num_processes  # the wrappers take the mean over processes
+    """Add the gradient of a micro-batch's loss, summed over all processes."""
+    loss = loss * accelerator.num_processes  # the wrappers average gradients over processes
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         deepspeed.backward(wrapped, loss)
     else:
@@ -53,8 +53,8 @@ def backward(accelerator: Accelerator, wrapped: nn.Module, loss: Tensor) -> None
 
 
 def exchange(wrapped: nn.Module, last: bool) -> AbstractContextManager:
-    """The context of a micro-batch's backward. DDP exchanges gradients once, in the last
-    micro-batch. FSDP2 exchanges them in each: to wait would take memory for all of them. So does
+    """The context for a micro-batch's backward. DDP exchanges gradients only in the last
+    micro-batch. FSDP2 does so in each one: waiting would need memory for all gradients. So does
     ZeRO, unless each process holds all gradients."""
     at_boundary: Any = getattr(wrapped, "set_gradient_accumulation_boundary", None)  # DeepSpeed's
     if at_boundary is not None:
@@ -65,8 +65,8 @@ def exchange(wrapped: nn.Module, last: bool) -> AbstractContextManager:
 
 
 def clip_gradient(accelerator: Accelerator, wrapped: nn.Module, longest: float) -> float:
-    """Clip the gradient's norm; returns what it was. DeepSpeed clips within its step, which it
-    takes now, unless the norm is not finite."""
+    """Clip the gradient and return its norm before. DeepSpeed clips in its optimizer step, so this
+    takes that step now, unless the norm is not finite."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return deepspeed.step(wrapped)
     return float(accelerator.clip_grad_norm_(wrapped.parameters(), longest))
@@ -75,9 +75,10 @@ def clip_gradient(accelerator: Accelerator, wrapped: nn.Module, longest: float) 
 def gathered_weights(
     accelerator: Accelerator, wrapped: nn.Module, unsplit: nn.Module
 ) -> dict[str, Tensor]:
-    """The weights that are split over processes, tied ones once, under the names of `unsplit`.
+    """Gather the weights that are split over processes, under the names in `unsplit`; tied ones
+    once.
 
-    All processes take part; the first alone gets them.
+    All processes must call this; only the first gets the weights, the others {}.
     """
     names = {name for name, _ in [*unsplit.named_parameters(), *unsplit.named_buffers()]}
     gathered = accelerator.get_state_dict(wrapped) or {}
@@ -85,11 +86,11 @@ def gathered_weights(
 
 
 def called_through(wrapper: nn.Module, model: nn.Module, function: Callable[[], Result]) -> Result:
-    """`function()`, as the forward of `model` in `wrapper`.
+    """Call `function()` inside the forward of `wrapper`, which wraps `model`.
 
-    DistributedDataParallel and FSDP2 do their work around the forward of what they wrap: they
-    gather its weights and prepare to reduce its gradients. A function that uses the model's parts
-    must run there. `wrapper` is `model` itself under FSDP2.
+    DistributedDataParallel and FSDP2 hook into the forward of what they wrap: they gather its
+    weights and prepare to reduce its gradients. A function that uses the model's parts must run
+    inside. Under FSDP2 `wrapper` is `model` itself.
     """
     own = vars(model).get("forward")
 
@@ -100,7 +101,7 @@ def called_through(wrapper: nn.Module, model: nn.Module, function: Callable[[], 
             model.forward = own
 
     def forward() -> Result:
-        restore()  # inside, the model is itself again
+        restore()  # the function may call the model's real forward
         return function()
 
     model.forward = forward

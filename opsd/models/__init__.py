@@ -1,4 +1,4 @@
-"""Loading a model, its head, its adapters, its copies, and who teaches.
+"""Loads a model with its head and adapters, copies it, and decides which weights the teacher has.
 
-Import from the module that has the name: `load`, `head`, `lora`, `copies`, `teacher`.
+Import each name from its module: `load`, `head`, `lora`, `copies`, `teacher`.
 """

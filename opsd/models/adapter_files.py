@@ -1,6 +1,5 @@
-"""Which files a model is made of: a base, and the adapters of peft's that stand on it, one on
-another. A path is an adapter where it has an adapter_config.json, in a directory or on the hub.
-"""
+"""Finds the files of a model: its base, and the peft adapters that are added to it one after the
+other. A path is an adapter where it has an adapter_config.json, in a directory or on the hub."""
 
 import dataclasses
 import inspect
@@ -28,7 +27,7 @@ TOKENIZER = """
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's files: the section that names them, where they are, and their config."""
+    """An adapter's files: the config section that names them, their directory, and their config."""
 
     section: ModelSection
     directory: Path
@@ -36,17 +35,17 @@ class Adapter:
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:
-        """What its weights' file holds."""
+        """The tensors of its weights file, by name."""
         return header(self.directory / WEIGHTS, f"the adapter in {self.section.path!r}")
 
     @cached_property
     def _ends(self) -> dict[str, Stored]:
-        """Its tensors that belong to no block, such as the embedding's and the head's."""
+        """Its tensors that belong to no block, such as the embedding and the head."""
         return {name: t for name, t in self.tensors.items() if not in_block(name)}
 
     @property
     def rows(self) -> int | None:
-        """Rows of the embedding that it brings along; None where it brings none."""
+        """The number of rows of its own embedding; None where it has no embedding."""
         rows = [
             tensor.shape[0]
             for name, tensor in self._ends.items()
@@ -55,8 +54,8 @@ class Adapter:
         return rows[0] if rows else None
 
     def reshape(self, config: PreTrainedConfig) -> None:
-        """Give a base's config the vocabulary and the layers of this adapter, and a head of its own
-        where it changes one end of a tied pair."""
+        """Give a base's config this adapter's vocabulary size and layers. Untie the head from the
+        embedding where the adapter changes only one of them."""
         text = config.get_text_config()
         if repeated := self.config.get("layer_replication"):
             try:
@@ -76,7 +75,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A base model, and its adapters: the first stands on the base, each on the one before it."""
+    """A base model and its adapters, in the order in which they are added."""
 
     base: ModelSection
     adapters: tuple[Adapter, ...]
@@ -84,15 +83,16 @@ class ModelFiles:
 
     @property
     def where(self) -> str:
-        """How a message about the base begins."""
+        """The first words of an error message about the base."""
         if not self.adapters:
             return f"{self.name}.path is {self.base.path!r}".replace("MODEL.path", "MODEL")
         path = self.adapters[-1].section.path
         return f"{self.name}.path is {path!r}, an adapter of {self.base.path!r}"
 
     def owner(self, *names: str) -> ModelSection:
-        """Whose file of one of these names counts: the last adapter's that has one, or the base. An
-        adapter's are in its directory: by a hub's name they would be looked for by config.json."""
+        """The section of the last adapter that has a file of one of these names, or else of the
+        base. An adapter's section then names its directory: by a hub name, transformers would look
+        for config.json."""
         for adapter in reversed(self.adapters):
             section = adapter.section
             found = [find_file(section.path, name, section.revision) for name in names]
@@ -102,8 +102,9 @@ class ModelFiles:
 
 
 def model_files(section: ModelSection, name: str = "model", offline: bool = False) -> ModelFiles:
-    """Follows `path` to its base, offline: on this machine. Raises UserError, which calls the
-    config's section `name`, for an adapter that cannot be added to it."""
+    """Follow `path` through its adapters to the base; with `offline`, on this machine only. Raises
+    UserError, which calls the config's section `name`, for an adapter that cannot be added to it.
+    """
     adapters: list[Adapter] = []
     seen = set()
     where = f"{name}.path is {section.path!r}"
@@ -117,7 +118,7 @@ def model_files(section: ModelSection, name: str = "model", offline: bool = Fals
             raise UserError(f"{where} is an adapter of itself, and there is no model under it")
         seen.add(key)
         weights = find_file(section.path, WEIGHTS, section.revision, offline)
-        if weights is None:  # peft would take a pickle
+        if weights is None:  # peft would load a pickle instead
             raise UserError(f"{where}: the adapter has no weights as safetensors ({WEIGHTS})")
         adapters.insert(0, Adapter(section, weights.parent, config))
         base = {"path": config["base_model_name_or_path"], "revision": config.get("revision")}
@@ -129,7 +130,8 @@ def model_files(section: ModelSection, name: str = "model", offline: bool = Fals
 
 
 def in_block(name: str) -> bool:
-    """Whether a tensor of this name belongs to one of the model's blocks, which have numbers."""
+    """Whether a tensor of this name belongs to one of the model's blocks: their names have
+    numbers."""
     return any(map(str.isdigit, name.split(".")))
 
 
@@ -145,7 +147,7 @@ def _adapter_config(section: ModelSection, where: str, offline: bool) -> dict[st
 
 
 def _check(config: dict[str, Any], where: str) -> None:
-    """Raises UserError unless this is an adapter that can be added to the weights."""
+    """Raise UserError unless the adapter can be added to its base's weights."""
     base, kind, task = (
         config.get(key) for key in ("base_model_name_or_path", "peft_type", "task_type")
     )
@@ -179,7 +181,7 @@ def _check(config: dict[str, Any], where: str) -> None:
 
 
 def _is_name(path: str) -> bool:
-    """Whether a file could have this path."""
+    """Whether a file can have this path."""
     try:
         Path(path).exists()
     except OSError:  # it is too long
@@ -188,7 +190,7 @@ def _is_name(path: str) -> bool:
 
 
 def import_peft(what: str = "model.lora"):
-    """peft, which is optional. Raises UserError."""
+    """Import peft, which is optional. Raises UserError, which says that `what` needs it."""
     try:
         import peft
     except ImportError:

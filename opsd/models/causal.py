@@ -1,7 +1,7 @@
-"""Whether a model is one that can be trained here: causal, and with logits of one product.
+"""Checks that a model can be trained here: it must be causal, and its logits one matrix product.
 
-Both are seen by what the model does with a few tokens, since names say neither: BERT's class for
-causal language modelling is causal only with `is_decoder` in its config.
+Both are tested by running a few tokens, since class names do not tell: BERT's class for causal
+language modelling is causal only with `is_decoder` in its config.
 """
 
 import torch
@@ -13,16 +13,16 @@ from opsd.models.head import decoder_of, head, head_arguments, logits_of
 
 TOKENS = 12
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
-"""How far rounding moves a state or a logit, relative to the largest; in 16 bits `HALF`."""
+"""The largest error by rounding, relative to the largest value; in 16 bits it is `HALF`."""
 HALF = 0.05
 
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel, where: str) -> None:
-    """Raises UserError unless a token's state is the same whatever follows it, and the logits are
-    those that `opsd.models.head` makes of the states."""
+    """Raise UserError unless a token's state does not depend on later tokens, and the logits equal
+    those that `opsd.models.head` computes from the states."""
     name, training, device = type(model).__name__, model.training, model.device.type
-    flash = "flash" in str(model.config._attn_implementation)  # which multiplies in 16 bits alone
+    flash = "flash" in str(model.config._attn_implementation)  # computes in 16 bits only
     if flash and device == "cpu":
         return
     model.eval()
@@ -30,7 +30,7 @@ def check_causal(model: PreTrainedModel, where: str) -> None:
         with torch.autocast(device, torch.bfloat16, enabled=flash), torch.random.fork_rng():
             states, logits, ours = _tried(model)
             decoder_of(model.train())(input_ids=torch.arange(3, device=model.device)[None])
-    except Exception as error:  # of the model's own code
+    except Exception as error:  # the model's own code may raise anything
         raise UserError(
             f"{where}: {name} does not run on tokens alone ({in_short(error)}); take a causal "
             "language model of text"
@@ -54,8 +54,8 @@ def check_causal(model: PreTrainedModel, where: str) -> None:
 
 
 def _tried(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
-    """Of two rows that differ in their second half: the states, and the logits as the model makes
-    them and as we do."""
+    """Run two rows that differ in their second half. Returns the states [2, T, D], the model's
+    logits [2 T, V], and the logits that we compute."""
     ids = torch.arange(3, 3 + TOKENS, device=model.device).repeat(2, 1)
     ids[1, TOKENS // 2 :] += TOKENS
     seen: list[Tensor] = []

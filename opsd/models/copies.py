@@ -1,4 +1,4 @@
-"""Copies of a model for inference: making them and bringing them up to date."""
+"""Makes copies of a model for inference and updates them."""
 
 import copy
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from opsd.models.lora import additions, is_adapted, without_adapters
 def contiguous_head(model: PreTrainedModel) -> PreTrainedModel:
     """Make the head copy its input where that is a slice; returns the same model.
 
-    `generate` prefills with hidden[:, -1:, :]; on a CPU, torch 2.13's matmul of that strided view
-    expands the [V, D] weight once a sequence: 1.8 GB and seconds for 32 of them.
+    `generate` prefills with hidden[:, -1:, :]. On a CPU, torch 2.13's matmul of that strided view
+    copies the [V, D] weight once for each sequence: 1.8 GB and seconds for 32 of them.
     """
     layer = model.get_output_embeddings()
     layer.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
@@ -25,10 +25,10 @@ def contiguous_head(model: PreTrainedModel) -> PreTrainedModel:
 def copy_model(
     model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> PreTrainedModel:
-    """A frozen copy in `dtype`, with weights tied as in the original.
+    """Make a frozen copy in `dtype` on `device` (None: the model's), with weights tied as in the
+    model.
 
-    A model with adapters is copied as it is, each weight in its own dtype. `device`: none is the
-    model's.
+    A model with adapters is copied as it is, each weight in its own dtype.
     """
     device = model.device if device is None else device
     if is_adapted(model):
@@ -43,9 +43,9 @@ def copy_model(
 
 @torch.no_grad()
 def update_copy(inference_copy: nn.Module, model: nn.Module) -> None:
-    """Copy the current weights and buffers of `model` into `inference_copy`, gathered where they
-    are split over processes. Of a model with adapters only these are copied: no other changes.
-    """
+    """Copy the current weights and buffers of `model` into `inference_copy`; weights that are split
+    over processes are gathered. Of a model with adapters only these are copied: nothing else
+    changes."""
     source, frozen = dict(model.named_parameters()), is_adapted(model)
     for name, parameter in inference_copy.named_parameters():
         if source[name].requires_grad or not frozen:
@@ -58,16 +58,16 @@ def update_copy(inference_copy: nn.Module, model: nn.Module) -> None:
 def named_weights(
     model: PreTrainedModel, dtype: torch.dtype, head_too: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """The current weights under the names that they have in a checkpoint, tied ones once, in
-    `dtype`, with adapters added to them. Each is made when the iterator reaches it.
+    """Yield the current weights under their names in a checkpoint, in `dtype`, with adapters added.
+    Tied weights come once. Each tensor is made when the iterator reaches it.
 
-    head_too: a tied head comes under its own name as well.
+    head_too: yield a tied head under its own name as well.
     """
     added = additions(model) if is_adapted(model) else {}
     plain = without_adapters(model) if added else model
     named = {name: parameter.detach() for name, parameter in plain.named_parameters()}
     converted = revert_weight_conversion(plain, named)
-    for name in added.keys() - converted.keys():  # experts are split there, and routers renamed
+    for name in added.keys() - converted.keys():  # a checkpoint splits experts and renames routers
         named[name] = named[name].float() + added.pop(name)().float()
     last = plain.get_output_embeddings()
     tied = next((n for n, p in plain.named_parameters() if p is getattr(last, "weight", None)), "")
@@ -82,10 +82,11 @@ def named_weights(
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor, gathered if it is split over processes. All of them must call this then."""
+    """Gather a tensor that is split over processes, all of which must then call this; return
+    others."""
     if hasattr(tensor, "ds_id"):
         from opsd.distributed.deepspeed import (
-            gathered,  # imports accelerate, which a plan needs not
+            gathered,  # imports accelerate, which `opsd plan` does not need
         )
 
         return gathered(tensor)

@@ -1,4 +1,4 @@
-"""What is wrong with a model's directory before any library reads it, and perhaps reads past it."""
+"""Checks a model's directory before a library reads it, which might ignore what is wrong."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from opsd.common.strict_json import read_object
 READ = (".json", ".jinja", ".model", ".safetensors", ".txt")
 OBJECTS = "generation_config tokenizer_config special_tokens_map added_tokens".split()
 MOST_LAYERS = 10_000
-WINDOWS = ("sliding_window", "attention_chunk_size")  # which the cache alone reads, when it samples
+WINDOWS = ("sliding_window", "attention_chunk_size")  # a wrong one would fail only while sampling
 
 
 def check_files(directory: Path, where: str) -> None:
-    """Raises UserError, which begins with `where`, for what would be passed over (links that lead
-    nowhere, directories, a key twice), and for layers whose making takes hours."""
+    """Raise UserError, which begins with `where`, for what libraries would ignore (links that lead
+    nowhere, directories, a key twice) and for more layers than can be made in time."""
     if not directory.is_dir():
         return
     for file in sorted(directory.iterdir()):

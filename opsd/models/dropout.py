@@ -1,4 +1,4 @@
-"""Dropout is off where rollouts are scored: they were sampled without it."""
+"""Switches dropout off for scoring: the rollouts were sampled without it."""
 
 from weakref import WeakSet
 
@@ -8,8 +8,8 @@ _done: WeakSet[nn.Module] = WeakSet()
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout of the model to 0, for good. Training mode, which gradient checkpointing
-    looks at, stays."""
+    """Set every dropout of the model to 0, for good. The training mode, which gradient
+    checkpointing depends on, does not change."""
     if model in _done:
         return
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Mixtures of experts: what of them does not train here, which is said when a run starts."""
+"""Mixtures of experts: says at a run's start which of their parts do not train."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ ASKS = "output_router_logits"
 
 
 def leave_router_loss(model: PreTrainedModel) -> None:
-    """Ask the model for no router's loss: transformers cannot make one of single tokens. Mixtures
-    are kept even by it while they are pretrained; after that it pulls away from the run's loss."""
+    """Switch off the router's auxiliary loss, which transformers cannot compute from single tokens.
+    It balances the experts in pretraining; later it would compete with the run's loss."""
     text = model.config.get_text_config()
     model.asks_router_logits = bool(getattr(text, ASKS, False))
     if model.asks_router_logits:
@@ -22,7 +22,7 @@ def leave_router_loss(model: PreTrainedModel) -> None:
 
 @contextmanager
 def asking_as_shipped(model: PreTrainedModel) -> Iterator[None]:
-    """The model with what its config.json says of the router's loss, to be written."""
+    """A context in which the config has the model's own `output_router_logits`, to save it."""
     text = model.config.get_text_config()
     asks = getattr(model, "asks_router_logits", False)
     if asks:
@@ -35,7 +35,7 @@ def asking_as_shipped(model: PreTrainedModel) -> Iterator[None]:
 
 
 def untrained(model: PreTrainedModel) -> list[str]:
-    """A line on each part that does not train."""
+    """A sentence about each part of the model that does not train."""
     found = []
     if getattr(model, "asks_router_logits", False):
         found.append(

@@ -1,8 +1,8 @@
-"""A model's generation_config.json: its stop tokens are used, its ways of drawing are not.
+"""A model's generation_config.json: its stop tokens are used, its sampling settings are not.
 
-How rollouts are drawn is said by the run's config alone: a repetition penalty or beams that a model
-ships would draw from another distribution than the one that is scored. The file itself is kept for
-the trained model, and mended where transformers would refuse to write it.
+Only the run's config says how rollouts are sampled: with a model's own repetition penalty or beams
+they would not come from the distribution that is scored. The file is saved with the trained model,
+and corrected where transformers would refuse to write it.
 """
 
 import copy
@@ -15,22 +15,22 @@ from transformers import GenerationConfig, PreTrainedModel
 
 TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 OTHERS = {*TOKENS, "use_cache", "transformers_version", "_from_model_config"}
-"""Fields that say nothing of how tokens are drawn."""
+"""Fields that do not change how tokens are sampled."""
 
 
 def keep_stop_tokens(model: PreTrainedModel) -> None:
-    """Leave the stop tokens alone in `model.generation_config`.
+    """Remove all but the special tokens' ids from `model.generation_config`.
 
-    What the model shipped is kept as `model.shipped_generation_config`, mended.
+    The model's own config is kept, corrected, as `model.shipped_generation_config`.
     """
-    holder: Any = model  # torch's types say that a module holds tensors and modules alone
+    holder: Any = model  # by torch's types a module has only tensors and modules as attributes
     holder.shipped_generation_config = shipped = mended(holder.generation_config)
     tokens = {name: getattr(shipped, name, None) for name in TOKENS}
     holder.generation_config = GenerationConfig(**tokens)
 
 
 def left_out(model: PreTrainedModel) -> str | None:
-    """What to tell of the ways of drawing that a model ships and nobody uses; None without any."""
+    """A sentence about the model's own sampling settings, which are not used; None without any."""
     shipped = getattr(model, "shipped_generation_config", None)
     fields = shipped.to_diff_dict() if shipped is not None else {}
     on = {name: value for name, value in fields.items() if value is not False}
@@ -45,8 +45,8 @@ def left_out(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """The model with this generation config; an empty one fills in nothing that a caller of
-    `generate` leaves open."""
+    """A context in which the model has this generation config. With an empty one, `generate` uses
+    its caller's arguments only."""
     own, model.generation_config = model.generation_config, config
     try:
         yield
@@ -55,14 +55,15 @@ def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[
 
 
 def as_shipped(model: PreTrainedModel):
-    """The model with the generation config that it shipped, to be written; or its own."""
+    """A context in which the model has the generation config it came with, to save it; or its
+    own."""
     shipped = getattr(model, "shipped_generation_config", None)
     return generating_by(model, mended(model.generation_config) if shipped is None else shipped)
 
 
 def mended(config: GenerationConfig) -> GenerationConfig:
-    """The config as transformers writes it: with `do_sample` where it has a temperature, and
-    without the fields that are invalid all the same."""
+    """Correct the config so that transformers writes it: set `do_sample` where it has a
+    temperature, and remove fields that are invalid even then."""
     if _problems(config) is None:
         return config
     config = copy.deepcopy(config)
@@ -79,6 +80,6 @@ def mended(config: GenerationConfig) -> GenerationConfig:
 def _problems(config: GenerationConfig) -> str | None:
     try:
         config.validate(strict=True)
-    except Exception as error:  # what a damaged value provokes
+    except Exception as error:  # damaged values raise errors of any type
         return str(error)
     return None

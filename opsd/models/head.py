@@ -1,11 +1,12 @@
-"""A model's decoder, what its attention is like, and its language-model head: weight, bias, scale
-and soft cap; and a mixture's.
+"""A model's decoder, its attention's shapes, and its language-model head: weight, bias, logit scale
+and soft cap; and the head of a mixture of models.
 
 A geometric mixture of models (`teacher.mix`) predicts p ∝ Π_i p_i^c_i. Logits are linear in hidden
-states, so that its logits are Σ c_i (W_i h_i + b_i): those of one state Σ c_i h_i under a head that
-models share, and of the states c_i h_i side by side under heads [W_1 | W_2 | …] that differ. Where
-c_i is each token's own, a bias is one more column: [W_i | b_i] of the state [c_i h_i, c_i]. It is
-exact, and no logits are made for it. A soft cap is not linear; `opsd.models.teacher` refuses it.
+states, so its logits are Σ c_i (W_i h_i + b_i). If the models share a head, they are the logits of
+the one state Σ c_i h_i. If not, they are those of the states c_i h_i side by side under the head
+[W_1 | W_2 | …]. Where c_i differs by token, a bias becomes one more column: [W_i | b_i] with the
+state [c_i h_i, c_i]. This is exact and makes no logits. A soft cap is not linear:
+`opsd.models.teacher` refuses it.
 """
 
 from collections.abc import Sequence
@@ -17,21 +18,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-"""What logits are multiplied by, in the configs of Cohere, Falcon-H1 and Muse."""
+"""Names of the factor of the logits, in the configs of Cohere, Falcon-H1 and Muse."""
 
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
-"""What they are divided by, in those of Granite and Inkling."""
+"""Names of the divisor of the logits, in the configs of Granite and Inkling."""
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-"""Soft caps of logits, in the configs of Gemma, RecurrentGemma and xLSTM."""
+"""Names of the soft cap of the logits, in the configs of Gemma, RecurrentGemma and xLSTM."""
 
 
 def head_arguments(model: PreTrainedModel) -> dict[str, Any]:
-    """How this model makes logits of hidden states, as opsd_kernels' arguments."""
+    """The model's logit scale and soft cap, as arguments of opsd_kernels' functions."""
     config = model.config.get_text_config()
     factors = [getattr(config, name, None) or 1.0 for name in SCALES]
     divisor = prod(getattr(config, name, None) or 1.0 for name in DIVISORS)
-    if config.model_type.startswith("hyperclovax"):  # which multiplies by what others divide by
+    if config.model_type.startswith("hyperclovax"):  # it multiplies where others divide
         divisor = 1 / divisor
     caps = [getattr(config, name, None) for name in CAPS]
     cap = next((cap for cap in caps if cap is not None), None)
@@ -45,8 +46,8 @@ def head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 
 
 def as_operands(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The tensors of a head's product in one dtype: autocast's where it is on, as in any other
-    linear layer (the kernel keeps the logits in fp32 all the same), otherwise the first one's.
+    """Cast the tensors of a head's product to one dtype: autocast's where it is on, as in any other
+    linear layer, or else the first tensor's. (The kernel keeps the logits in fp32 in both cases.)
     """
     first = tensors[0]
     kind = first.device.type
@@ -62,7 +63,7 @@ def logits_of(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
 ) -> Tensor:
-    """The logits [N, V] of some states, in fp32: for a few rows at a time."""
+    """Compute the logits [N, V] of hidden states [N, D] in fp32; for a few rows only."""
     logits = hidden.float() @ weight.float().T
     if bias is not None:
         logits = logits + bias.float()
@@ -71,7 +72,7 @@ def logits_of(
 
 
 class Scorer(NamedTuple):
-    """hidden [N, D], and a head: weight [V, D] and bias [V] or None."""
+    """Hidden states [N, D] and the head to score them with: weight [V, D], bias [V] or None."""
 
     hidden: Tensor
     weight: Tensor
@@ -86,10 +87,12 @@ def mixed(
     vocabulary: int,
     side_by_side: dict[tuple[int, ...], Tensor] | None = None,
 ) -> Scorer:
-    """The mixture of `models`, by their `states`, over as many entries as all heads have, and
-    `vocabulary` at most: heads may be padded to different sizes. coefficients: numbers, or [N].
+    """The hidden states and the head of the mixture of `models`, which have these `states`. Heads
+    may be padded to different sizes: the mixture has the entries that all have, at most
+    `vocabulary`. coefficients: numbers, or tensors [N].
 
-    side_by_side: keeps heads that were put side by side, a copy of them all, for the next call.
+    side_by_side: a cache of joined heads (copies of all of them), to be given again in the next
+    call.
     """
     heads = [head(model) for model in models]
     size = min(vocabulary, *(len(weight) for weight, _ in heads))
@@ -119,12 +122,13 @@ def mixed(
 
 
 def _first(tensor: Tensor, size: int) -> Tensor:
-    """Its first rows; the tensor itself where these are all, so that it is known as one head."""
+    """The first `size` rows; the same tensor where it has no more, so that it is known as one
+    head."""
     return tensor if len(tensor) == size else tensor[:size]
 
 
 def _sum(tensors: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> Tensor:
-    """Σ c_i x_i, rounded once."""
+    """Compute Σ c_i x_i in fp32 or fp64 and round it once."""
     first = coefficients[0]
     if len(tensors) == 1 and not isinstance(first, Tensor) and first == 1:
         return tensors[0]
@@ -135,10 +139,10 @@ def _sum(tensors: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> T
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its head, adapters included.
+    """The model without its head, but with its adapters.
 
-    transformers' get_decoder (5.24) answers with the whole text model for Llama 4, and with a layer
-    of the head for ModernBERT's decoder.
+    transformers' get_decoder (5.24) returns the whole text model for Llama 4, and a layer of the
+    head for ModernBERT's decoder.
     """
     whole = getattr(model, "get_base_model", lambda: model)()  # peft's wrapper has one
     found: nn.Module = whole.get_decoder()
@@ -148,8 +152,8 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def attention_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
-    """(heads, key heads, width of a head) of each layer, 0 of a model without attention. Gemma 4's
-    layers differ."""
+    """(heads, key heads, head width) of each layer, zeros for a model without attention. They
+    differ by layer in Gemma 4."""
     text = config.get_text_config()
     layers = [text] * text.num_hidden_layers
     if getattr(text, "is_heterogeneous", False):

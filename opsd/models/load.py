@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer, and what training must know of it."""
+"""Loads a causal language model and its tokenizer, and checks that they can be trained."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -47,12 +47,12 @@ def load_model(
     name: str = "model",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer; in fp32, the dtype of weights that train, unless told otherwise.
+    """Load the model and its tokenizer. The default, fp32, is the dtype of weights that train.
 
-    An adapter is added to the weights of its base. `name` is the config's section, for messages.
-    `tokenizer`: instead of the model's own.
-    `stored_dtype` is that of the files; the tokenizer's `embedding_rows` may be fewer than its
-    tokens, as Gemma's are. Raises UserError for what is not there, damaged, or does not fit.
+    An adapter is added to its base's weights. `name`: the config section, for messages.
+    `tokenizer`: use it instead of the model's own. The model gets `stored_dtype`, the dtype in its
+    files; the tokenizer gets `embedding_rows`, which may be fewer than its tokens, as in Gemma.
+    Raises UserError for files that are missing, damaged, or do not fit.
     """
     whole, files = section, check_directory(section, name)
     section = files.base
@@ -80,7 +80,7 @@ def load_model(
             dtype=dtype,
             attn_implementation=own,
             use_safetensors=None if section.gguf_file else True,  # a pickle may run anything
-            ignore_mismatched_sizes=True,  # they are named below
+            ignore_mismatched_sizes=True,  # the error below names them
             **_source(section),
             **placing,
         )
@@ -89,7 +89,7 @@ def load_model(
     except Exception as error:  # missing or damaged files raise errors of any kind
         raise _unreachable(files, section, error) from error
     if absent := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
-        raise UserError(  # transformers would draw them at random, and say so in its log
+        raise UserError(  # transformers would initialise them at random and only log it
             f"{files.where}: {len(absent)} of the weights that its config.json asks for are not "
             f"there, or of another shape ({absent[0]})"
         )
@@ -110,7 +110,7 @@ def load_model(
         model = model.to(device)
     for adapter in files.adapters:
         model = merge_adapter(model, adapter, name)
-        # Its files may be whole, and its scale NaN or 1e300.
+        # Its tensors may be finite and its scale NaN or 1e300.
         check_numbers(model.named_parameters(), {}, files.where, adapter.section.path)
     model.in_no_directory = bool(files.adapters)
     if (owner := files.owner("generation_config.json")) is not files.base:
@@ -123,8 +123,8 @@ def load_model(
 def made_ready(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> PreTrainedModel:
-    """The model in its form for training, in place, wherever it came from. Raises UserError where
-    it is none that can be trained."""
+    """Prepare a loaded or given model for training, in place. Raises UserError for a model that
+    cannot be trained here."""
     if model.get_output_embeddings() is None:
         raise UserError(f"{where}: {type(model).__name__} has no output head, which makes logits")
     tokenizer.embedding_rows = len(model.get_input_embeddings().weight)
@@ -142,7 +142,7 @@ def given_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """What Python code hands over, in place as `load_model` would have it."""
+    """Prepare a model from Python code in place, to be as `load_model` returns it."""
     _check_unquantised(model, section.lora is None, "model")
     model.stored_dtype = model.dtype
     model.in_no_directory = not model.name_or_path
@@ -160,22 +160,22 @@ def _check_unquantised(model: PreTrainedModel, whole_weights: bool, where: str) 
 
 
 def best_attention(config: PreTrainedConfig) -> str:
-    """transformers' attention for a model of this architecture: sdpa, or eager where the model has
-    no other that runs anywhere, as gpt-oss. On a GPU torch's sdpa runs flash attention itself.
+    """The name of transformers' attention for this architecture: sdpa, or eager where the model has
+    no other that runs on every device, such as gpt-oss. On a GPU sdpa itself runs flash attention.
     """
     try:
         found = auto_class(config)._model_mapping[type(config)]
-    except KeyError:  # a repository's own class
+    except KeyError:  # a class from the model's own repository
         return "sdpa"
     kind = found[0] if isinstance(found, tuple | list) else found
     return "sdpa" if kind._supports_sdpa else "eager"
 
 
 def load_config(files: ModelFiles) -> PreTrainedConfig:
-    """The config of the model under its adapters. Raises UserError."""
+    """Load the base model's config. Raises UserError."""
     try:
         config = AutoConfig.from_pretrained(files.base.path, **_source(files.base))
-        config.get_text_config()  # fails where there are several: MusicGen's
+        config.get_text_config()  # fails for a model with several text configs, such as MusicGen
     except Exception as error:  # as for the weights
         raise _unreachable(files, files.base, error) from error
     if type(config) not in auto_class(config)._model_mapping and not hasattr(config, "auto_map"):
@@ -187,22 +187,23 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
 
 
 def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedTokenizerBase:
-    """The model's tokenizer alone. Raises UserError where there is none, or it ends no rollout."""
+    """Load the tokenizer alone. Raises UserError if it is missing or has no token that ends a
+    rollout."""
     files = check_directory(section, name)
     owner = files.owner(*TOKENIZER)
     before_asking_hub(owner.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(owner.path, **_source(owner))
-        written = tokenizer("1 + 1").input_ids  # which a setting of the wrong type fails only now
+        written = tokenizer("1 + 1").input_ids  # a setting of the wrong type fails only now
         known = tokenizer.decode(written, skip_special_tokens=True).strip()
     except Exception as error:  # as for the weights
         raise _unreachable(files, owner, error) from error
-    if not known:  # transformers makes an empty one of a directory without its files
+    if not known:  # transformers makes an empty tokenizer where the files are missing
         raise UserError(
             f"{name}.path is {section.path!r}: its tokenizer knows no text; the files of its "
             "vocabulary (tokenizer.json, or tokenizer.model) are missing"
         )
-    if not tokenizer.chat_template:  # processors of old keep it in a file of their own
+    if not tokenizer.chat_template:  # old processors have it in a separate file
         file = find_file(owner.path, "chat_template.json", owner.revision)
         tokenizer.chat_template = (
             read_object(file, files.where).get("chat_template") if file else None
@@ -211,11 +212,11 @@ def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedToke
 
 
 def with_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token. Raises UserError where it has none to end a rollout."""
+    """Set a padding token where there is none. Raises UserError without an eos token."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"{where}: its tokenizer has no eos_token to end a rollout")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # lengths, never ids, decide what is padding
+        tokenizer.pad_token = tokenizer.eos_token  # safe: padding is found by lengths, never by ids
     return tokenizer
 
 
@@ -228,7 +229,7 @@ def _unreachable(files: ModelFiles, section: ModelSection, error: Exception) -> 
     where, name, said = files.where, files.name, in_short(error)
     if "custom code" in said or "trust_remote_code" in said:
         return UserError(f"{where}: {name}.trust_remote_code is false, and it has code ({said})")
-    if "attention implementation" in said:  # such as Gemma 2 and gpt-oss have it
+    if "attention implementation" in said:  # as for Gemma 2 and gpt-oss
         return UserError(f"{where}: set {name}.attention to 'eager' for it ({said})")
     if "FlashAttention" in said:  # config.json asks for it
         return UserError(f"{where}: set {name}.attention to 'sdpa' for it ({said})")
@@ -241,8 +242,8 @@ def _unreachable(files: ModelFiles, section: ModelSection, error: Exception) -> 
 
 
 def check_directory(section: ModelSection, name: str = "model") -> ModelFiles:
-    """The model's files. Raises UserError for a directory that holds no model, or not the file that
-    is named."""
+    """Find the model's files. Raises UserError for a directory that holds no model or lacks the
+    GGUF file that is named."""
     files = model_files(section, name)
     section, where = files.base, files.where
     path = Path(section.path)
@@ -264,19 +265,20 @@ def check_directory(section: ModelSection, name: str = "model") -> ModelFiles:
 
 
 def window(config: PreTrainedConfig) -> int | None:
-    """The longest sequence that the model's positions allow; None where its config does not say."""
+    """The largest number of positions, or None where the model's config does not say."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if found is None or found > 0 else None  # XLNet says -1
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a rollout: the end of a turn in the chat template, the tokenizer's eos,
+    """The tokens that end a rollout: the chat template's end of a turn, the tokenizer's eos token,
     and those of the generation config."""
     return stops_of(tokenizer, model.generation_config.eos_token_id)
 
 
 def stops_of(tokenizer: PreTrainedTokenizerBase, eos: Any) -> frozenset[int]:
-    """`stop_ids` for a generation config's `eos_token_id`. Raises UserError where that is none."""
+    """`stop_ids`, given a generation config's `eos_token_id`. Raises UserError if that is not
+    one."""
     extra = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if any(type(token) is not int or not -1 <= token < 2**31 for token in extra):
         raise UserError(
@@ -288,23 +290,24 @@ def stops_of(tokenizer: PreTrainedTokenizerBase, eos: Any) -> frozenset[int]:
 
 
 def told_stops(tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> str:
-    """A line on what ends a rollout."""
+    """A sentence that names the tokens that end a rollout."""
     named = zip(sorted(stops), tokenizer.convert_ids_to_tokens(sorted(stops)), strict=True)
     return f"Rollouts end at {', '.join(repr(name or token) for token, name in named)}"
 
 
 def quiet_transformers() -> None:
-    """No progress bars, load reports or hints of transformers inside our own display."""
+    """Switch off transformers' progress bars, load reports and hints: they would break our
+    display."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def checkpoint_activations(model: PreTrainedModel, kind: bool | Literal["reentrant"]) -> None:
-    """Switch gradient checkpointing on, as train.gradient_checkpointing has it."""
+    """Enable gradient checkpointing as train.gradient_checkpointing says."""
     if not kind:
         return
     model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
     if kind == "reentrant" and is_adapted(model):
-        # This form finds no gradient to compute where its inputs need none, as beside a frozen
-        # embedding.
+        # Reentrant checkpointing computes no gradient where the inputs need none, as those of a
+        # frozen embedding.
         model.enable_input_require_grads()

@@ -1,10 +1,10 @@
 """LoRA: low-rank adapters beside frozen weights, made by peft.
 
-An adapted layer computes W x + (alpha / rank) B A x; only A and B train. The weights of step 0, the
-`initial` teacher, are the same model without its adapters: a second tree of modules over the same
-tensors, so nothing is switched on and off, and no forward pass can run partly with adapters.
+An adapted layer computes W x + (alpha / rank) B A x; only A and B train. The `initial` teacher,
+which has the weights of step 0, is the same model without its adapters: a second tree of modules
+with the same tensors. So adapters are never switched on and off.
 
-(LoRA: Hu et al., arXiv 2106.09685. QLoRA, its frozen weights in 4 bits: Dettmers et al., arXiv
+(LoRA: Hu et al., arXiv 2106.09685. QLoRA, with the frozen weights in 4 bits: Dettmers et al., arXiv
 2305.14314.)
 """
 
@@ -35,7 +35,7 @@ PLAIN = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether this is a model with adapters, in peft's wrapper."""
+    """Whether the model is peft's wrapper around a model with adapters."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel)
 
@@ -43,11 +43,11 @@ def is_adapted(model: nn.Module) -> bool:
 def add_adapters(
     model: PreTrainedModel, section: ModelSection, base: Path | None = None
 ) -> PreTrainedModel:
-    """The model with fresh adapters, in place: B is 0, so that it computes what it did.
+    """Add new adapters to the model, in place. B is 0, so its outputs do not change.
 
-    `base`: where the model without them will be, if that is not `section.path`.
+    `base`: the directory that will hold the base model, if it is not `section.path`.
 
-    Adapters are in fp32, as all weights that train. Raises UserError when `lora.targets` names no
+    Adapters are in fp32, like all weights that train. Raises UserError when `lora.targets` names no
     layer of the model, or its embedding or head: the loss reads the head's weight directly.
     """
     peft = import_peft()
@@ -72,13 +72,13 @@ def add_adapters(
     adapted.peft_config["default"].base_model_name_or_path = (
         str(path.resolve()) if base or path.is_dir() else section.path
     )
-    return cast(PreTrainedModel, adapted)  # it hands on all that it has not itself
+    return cast(PreTrainedModel, adapted)  # it forwards all other attributes to the model
 
 
 def described_by(config: Any) -> dict[str, Any]:
-    """The section model.lora that makes what peft's `LoraConfig` describes.
+    """The fields of model.lora that describe the same adapters as peft's `LoraConfig`.
 
-    Raises UserError where none does, naming the field.
+    Raises UserError, which names the field, where model.lora cannot describe them.
     """
     peft = import_peft("peft_config")
     if type(config) is not peft.LoraConfig:
@@ -100,7 +100,7 @@ def described_by(config: Any) -> dict[str, Any]:
 
 
 def check_targets(model: PreTrainedModel, lora: LoraSection) -> None:
-    """Raises UserError where `lora.targets` names what cannot be adapted."""
+    """Raise UserError where `lora.targets` names a layer that cannot be adapted."""
     if lora.targets == [ALL_LINEAR]:
         return
     without = without_adapter(model)
@@ -126,8 +126,8 @@ def check_targets(model: PreTrainedModel, lora: LoraSection) -> None:
 
 
 def without_adapter(model: PreTrainedModel) -> set[str]:
-    """The names of layers of torch's linear class that take none: those that text does not run
-    through, those that make something else, and those that Mamba's kernels read past an adapter."""
+    """The names of linear layers that must get no adapter: those not used for text, those that do
+    not compute a plain product, and Mamba's out_proj, whose weight the kernels read directly."""
     modules = dict(model.named_modules())
     found = set(other_linear_layers(model))
     for name, module in modules.items():
@@ -139,8 +139,8 @@ def without_adapter(model: PreTrainedModel) -> set[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can stand beside it: not beside Llama 4's router or DeepSeek-V4's grouped
-    projection, which are of torch's class and make something else."""
+    """Whether an adapter can be added to the layer. It cannot to Llama 4's router or DeepSeek-V4's
+    grouped projection, which inherit from torch's Linear but compute something else."""
     if not isinstance(module, nn.Linear):
         return type(module).__name__ == "Conv1D"
     if type(module).forward is nn.Linear.forward or module.weight.dtype not in PLAIN:
@@ -154,16 +154,16 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _inside(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, with its adapters, inside of peft's wrapper."""
+    """The model inside peft's wrapper, with its adapters."""
     return cast(PreTrainedModel, cast("PeftModel", model).get_base_model())
 
 
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights as a plain model, without a copy of any."""
+    """A plain model with the same frozen weights; no weight is copied."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     def base(module: nn.Module) -> nn.Module:
-        while isinstance(module, BaseTunerLayer):  # experts have one for each of their tensors
+        while isinstance(module, BaseTunerLayer):  # experts are wrapped once a tensor
             module = cast(nn.Module, module.base_layer)
         return module
 
@@ -173,7 +173,8 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def additions(model: PreTrainedModel) -> dict[str, Callable[[], torch.Tensor]]:
-    """For each adapted weight, by its name in the plain model: what computes B A · alpha / rank."""
+    """For each adapted weight, by its name in the plain model: a function for alpha / rank · B
+    A."""
     from peft.tuners.lora import LoraLayer
 
     return {
@@ -194,11 +195,11 @@ def shared_copy(
     module: Callable[[nn.Module], nn.Module] = lambda module: module,
     parameter: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
 ) -> Module:
-    """A second tree of modules over the same tensors.
+    """Copy the tree of modules; the copy uses the same tensors.
 
     Args:
-        module: gives the replacement of a module.
-        parameter: gives the replacement of a parameter; called once for one that is used twice.
+        module: returns the replacement of a module.
+        parameter: returns the replacement of a parameter; called once for a parameter used twice.
     """
     modules: dict[nn.Module, nn.Module] = {}
     parameters: dict[nn.Parameter, nn.Parameter] = {}
@@ -228,14 +229,14 @@ def shared_copy(
 
 
 def trainable(model: PreTrainedModel) -> float:
-    """The share of the parameters that train."""
+    """The trainable parameters' share of all parameters, 0 to 1."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in sizes if trains) / sum(n for n, _ in sizes)
 
 
 def four_bits(dtype: torch.dtype) -> object:
-    """transformers' description of QLoRA's 4-bit weights: NF4, its scales quantised as well, with
-    products in `dtype`."""
+    """transformers' config for QLoRA's 4-bit weights: NF4 with quantised scales, products in
+    `dtype`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -1,4 +1,4 @@
-"""Adding an adapter of peft's to the weights of its model."""
+"""Adds a peft adapter to its model's weights."""
 
 import torch
 from safetensors.torch import load_file
@@ -11,8 +11,8 @@ from opsd.models.weight_files import check_numbers
 
 
 def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> PreTrainedModel:
-    """The model with the adapter added to its weights, in place. Raises UserError, which calls the
-    config's section `name`."""
+    """Add the adapter to the model's weights, in place. Raises UserError, which calls the config's
+    section `name`."""
     peft = import_peft("an adapter")
     where = f"{name}.path: the adapter in {adapter.section.path!r}"
     directory, file = str(adapter.directory), adapter.directory / WEIGHTS
@@ -20,7 +20,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> PreTra
         weights = {name: tensor.float() for name, tensor in load_file(file).items()}
         check_numbers(weights.items(), adapter.tensors, where, str(file))
         if adapter.rows is not None and adapter.rows != model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(adapter.rows, mean_resizing=False)  # it brings the rows
+            model.resize_token_embeddings(adapter.rows, mean_resizing=False)  # it has the new rows
         tied = model.config.tie_word_embeddings
         config = peft.PeftConfig.from_pretrained(directory)
         config.inference_mode = True
@@ -30,9 +30,9 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> PreTra
         merged = adapted.merge_and_unload()
     except UserError:
         raise
-    except Exception as error:  # whatever damaged files provoke, and what peft cannot merge
+    except Exception as error:  # damaged files raise any type
         raise UserError(f"{where} cannot be added to its model: {in_short(error)}") from error
-    # Beside a resized embedding peft writes more than it reads.
+    # With a resized embedding, peft saves some tensors that it does not load.
     left = [
         n for n in found.unexpected_keys if ".lora_" in n or any(map(str.isdigit, n.split(".")))
     ]
@@ -46,8 +46,8 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> PreTra
 
 
 def unshare(model: nn.Module) -> None:
-    """Give each module parameters of its own, or what is added to a tied head would be added to
-    the embedding as well."""
+    """Give each module parameters of its own. Otherwise, what is added to a tied head would be
+    added to the embedding as well."""
     seen: set[nn.Parameter] = set()
     for module in model.modules():
         for name, parameter in module._parameters.items():

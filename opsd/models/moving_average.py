@@ -1,4 +1,4 @@
-"""The moving average of the trained weights, for teacher.policy ema."""
+"""The moving average of the trained weights, for teacher.policy: ema."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ FILE = "teacher.safetensors"
 
 
 class MovingAverage:
-    """An `ema` teacher: w ← decay · w + (1 - decay) · student, each `every` steps.
+    """An `ema` teacher: every `every` steps, w ← decay · w + (1 - decay) · student.
 
-    It is in fp32, since in bf16 a thousandth of a small difference would round to nothing. Of a
-    model with adapters only these are averaged; other weights are the model's own tensors.
+    It is in fp32: in bf16, a thousandth of a small difference would round to nothing. Of a model
+    with adapters only the adapters are averaged; the other weights are shared with the model.
     """
 
     def __init__(self, model: PreTrainedModel, decay: float, device: torch.device, every: int = 1):
@@ -28,7 +28,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def follow(self, student: nn.Module, step: int) -> None:
-        """Move towards the student's weights after `step` steps, if an update is due."""
+        """Update the average after `step` steps, if an update is due."""
         if step % self.every:
             return
         weights = dict(student.named_parameters())
@@ -36,13 +36,13 @@ class MovingAverage:
             average.lerp_(full_tensor(weights[name]).to(average), 1 - self.decay)
 
     def save(self, checkpoint: Path) -> None:
-        """Write the average beside the checkpoint's other files."""
+        """Write the average into the checkpoint's directory."""
         named = {name: average.contiguous() for name, average in self.averages.items()}
         save_file(named, checkpoint / FILE)
 
     @torch.no_grad()
     def load(self, checkpoint: Path) -> None:
-        """Read what `save` wrote. Raises UserError where this checkpoint has none."""
+        """Read what `save` wrote. Raises UserError if the checkpoint has no average."""
         if not (checkpoint / FILE).is_file():
             raise UserError(
                 f"teacher.policy is 'ema': {str(checkpoint)!r} holds no average ({FILE}); it was "
@@ -54,7 +54,7 @@ class MovingAverage:
 
 
 def frozen_average(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """A copy in fp32 of what trains; of a model with adapters, over the same frozen weights."""
+    """Copy the trainable weights in fp32; of a model with adapters, share the frozen weights."""
     if not is_adapted(model):
         return copy_model(model, torch.float32, device)
 

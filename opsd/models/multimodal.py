@@ -1,7 +1,7 @@
 """Models of more than text, such as Qwen3-VL with its vision tower: only the text model trains.
 
-They are loaded with all their parts. Training runs the decoder and the head; the other parts do not
-change and are saved too, so that the directory is what it was.
+All parts are loaded. Training runs the decoder and the head; the other parts stay unchanged and are
+saved with them, so that the saved directory is complete.
 """
 
 from torch import nn
@@ -17,14 +17,14 @@ from opsd.models.head import decoder_of
 
 
 def auto_class(config: PreTrainedConfig) -> type:
-    """transformers' class that loads such a model with all its parts; of Llama 4 the text model
-    alone, since the other's forward fails (5.24: it asks the text model for images)."""
+    """transformers' auto class that loads the model with all its parts. For Llama 4 it is the text
+    model's: the whole model's forward fails (5.24: it asks the text model for images)."""
     whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and config.model_type != "llama4"
     return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def freeze_others(model: PreTrainedModel) -> None:
-    """Freeze the parts that text does not run through. DistributedDataParallel would wait for their
+    """Freeze the parts that are not used for text. DistributedDataParallel would wait for their
     gradients."""
     text = {parameter for part in _parts(model) for parameter in part.parameters()}
     for parameter in model.parameters():
@@ -33,7 +33,7 @@ def freeze_others(model: PreTrainedModel) -> None:
 
 
 def other_linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers that text does not run through."""
+    """Names of the linear layers that are not used for text."""
     text = {module for part in _parts(model) for module in part.modules()}
     return [
         name

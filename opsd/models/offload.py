@@ -1,4 +1,4 @@
-"""A frozen teacher in the CPU's memory, whose layers are copied to the GPU one by one to run."""
+"""Keeps a frozen teacher in CPU memory and copies its layers to the GPU one by one to run them."""
 
 from typing import cast
 
@@ -10,14 +10,14 @@ from opsd.common.errors import UserError
 from opsd.models.head import decoder_of
 
 CPUTensor = tuple[dict, str, Tensor]
-"""A module's dictionary of tensors, a name in it, and that tensor in the CPU's memory."""
+"""(a module's dictionary of tensors, a name in it, that tensor in CPU memory)"""
 
 
 def offload(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
-    """Keep the decoder's layers in the CPU's memory; each is on `device` only while it runs.
+    """Keep the decoder's layers in CPU memory; each is on `device` only while it runs.
 
-    The rest of the model is moved to `device`. The model must be frozen: a change that a
-    layer makes to its tensors is lost. Returns the model.
+    The rest of the model is moved to `device`. The model must be frozen: changes that a layer makes
+    to its tensors are lost. Returns the model.
     """
     stack = decoder_layers(model)
     layers = dict(stack._modules)
@@ -33,7 +33,8 @@ def offload(model: PreTrainedModel, device: torch.device | str) -> PreTrainedMod
 
 
 def _on_cpu(layer: nn.Module) -> list[CPUTensor]:
-    """A layer's tensors in the CPU's memory, page-locked for a GPU, which reads that faster."""
+    """Copy a layer's tensors to CPU memory; with a GPU to page-locked memory, which it reads
+    faster."""
     return [
         (named, name, tensor.cpu().pin_memory() if torch.cuda.is_available() else tensor.cpu())
         for module in layer.modules()
@@ -44,7 +45,7 @@ def _on_cpu(layer: nn.Module) -> list[CPUTensor]:
 
 
 def _move(kept: list[CPUTensor], device: torch.device | str = "cpu") -> None:
-    """Have the layer use its tensors on this device."""
+    """Move the layer's tensors to this device."""
     for named, name, on_cpu in kept:
         tensor = on_cpu.detach().to(device, non_blocking=True)
         is_parameter = isinstance(named[name], nn.Parameter)
@@ -52,7 +53,7 @@ def _move(kept: list[CPUTensor], device: torch.device | str = "cpu") -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's blocks: its longest list of modules. Raises UserError where it has none."""
+    """The decoder's blocks: its longest ModuleList. Raises UserError where it has none."""
     lists = [m for m in decoder_of(model).children() if isinstance(m, nn.ModuleList)]
     if not lists:
         raise UserError(

@@ -1,7 +1,7 @@
-"""A frozen model in less memory: its linear layers in 8 bits.
+"""Quantises a frozen model's linear layers to 8 bits, to save memory.
 
-For teachers, which only run forward. The embedding and the head stay as they are: the loss reads
-the head's weight directly, and an embedding is no matrix product.
+This is for teachers, which only run forward. The embedding and the head stay as they are: the loss
+reads the head's weight directly, and an embedding is no matrix product.
 """
 
 import torch
@@ -16,10 +16,10 @@ LEVELS = 127
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weight is w ≈ q · s, q in int8 and s one number a row of w.
+    """A linear layer whose weight is w ≈ q · s, with q in int8 and one scale s for each row of w.
 
-    For each product the weight is computed in the input's dtype, one layer's at a time. Rounding
-    changes an entry by half a step at most: s / 2 = max |w| / 254 over its row.
+    Each forward computes the weight in the input's dtype, for one layer at a time. Rounding changes
+    an entry by at most half a step: s / 2 = max |w| / 254 over its row.
     """
 
     weight: Tensor
@@ -43,7 +43,7 @@ class Int8Linear(nn.Module):
 
 @torch.no_grad()
 def quantize(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace the decoder's linear layers by ones in 8 bits, in place; returns the model.
+    """Replace the decoder's linear layers by 8-bit ones, in place; returns the model.
 
     Raises UserError where linear layers hold less than half of the weights, as in many mixtures of
     experts.

@@ -1,8 +1,8 @@
-"""A teacher in another process, on this machine or another: `opsd serve-teacher`.
+"""A teacher in another process, on this or another machine, served by `opsd serve-teacher`.
 
-It is sent the token ids of contexts and rollouts and returns the hidden states that predict the
-rollouts' tokens: D numbers a token, from which with its head, fetched once, come exactly its
-logits. What a server says is held against what was asked, as a vLLM server's answers are.
+The server gets the token ids of contexts and rollouts and returns the hidden states that predict
+the rollouts' tokens: D numbers a token. With the server's head, which is fetched once, they give
+exactly its logits. Answers are checked against the request, as a vLLM server's are.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from opsd.common.http import (
 )
 
 KEY = "OPSD_TEACHER_KEY"
-"""The environment variable that holds the server's key, on both sides."""
+"""The environment variable with the server's key, on both sides."""
 
-SMALL = 1 << 16  # bytes of a description, and of what safetensors writes beside its tensors
+SMALL = 1 << 16  # the most bytes of a description, or of safetensors' header
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-PADDING = 1 << 16  # rows of a head that no token has
+PADDING = 1 << 16  # the most rows that a head may have beyond the tokens
 
 
 class Description(BaseModel):
-    """/teacher: what a server serves."""
+    """The answer to /teacher: which model a server has."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -54,21 +54,21 @@ class Description(BaseModel):
 
     @property
     def bytes_a_number(self) -> int:
-        """Of what it sends."""
+        """Bytes of each number that the server sends."""
         return getattr(torch, self.dtype).itemsize
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of every token and its id."""
+    """SHA-256 of all tokens with their ids."""
     known = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(known.encode()).hexdigest()
 
 
 class RemoteTeacher(nn.Module):
-    """The teacher at `address`, with the parts of a model that scoring asks for.
+    """The teacher at `address`, with the attributes of a model that scoring needs.
 
-    patience: seconds of failures after which ServerGoneError is raised. Raises ServerAnswerError
-    for a server that is none of ours, or has another vocabulary than `tokenizer`.
+    patience: seconds of failures before ServerGoneError is raised. Raises ServerAnswerError if the
+    server is not `opsd serve-teacher` or has another vocabulary than `tokenizer`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class RemoteTeacher(nn.Module):
         shapes = {"weight": [about.entries, about.width]}
         shapes |= {"bias": [about.entries]} if about.bias else {}
         made = self._tensors("/head", {"weights": about.weights}, shapes)
-        # Without gradients, and in no optimizer.
+        # The head gets no gradients and is in no optimizer.
         self.head = nn.Linear(about.width, about.entries, about.bias, device="meta", dtype=dtype)
         for name, tensor in made.items():
             setattr(self.head, name, nn.Parameter(tensor, requires_grad=False))
@@ -104,11 +104,11 @@ class RemoteTeacher(nn.Module):
         )
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The head, which is here."""
+        """The head, which is in this process."""
         return self.head
 
     def states(self, roles: Sequence[Sequence[tuple[Any, Sequence[Any]]]]) -> list[Tensor]:
-        """The hidden states [Σ R, D] of each role's groups, by one request."""
+        """Fetch the hidden states [Σ R, D] of each role's groups with one request."""
         asked = [
             [(_ids(prefix), [_ids(rollout) for rollout in rollouts]) for prefix, rollouts in groups]
             for groups in roles
@@ -122,7 +122,7 @@ class RemoteTeacher(nn.Module):
         return [found[str(n)] for n in range(len(asked))]
 
     def _tensors(self, route: str, body: Any, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-        """The tensors that the route answers with, which must have these shapes."""
+        """Fetch the route's tensors, and check that they have these shapes."""
         numbers = sum(torch.Size(shape).numel() for shape in shapes.values())
         content = self._ask(route, body, SMALL + numbers * self.about.bytes_a_number)
         try:

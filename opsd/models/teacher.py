@@ -1,7 +1,7 @@
-"""Whose weights score the rollouts: `initial`, `live`, `ema`, or another `model`.
+"""Makes the teacher, whose weights are `initial`, `live`, `ema`, or those of another `model`.
 
-A teacher is a model of transformers and is never trained. It sees what the prompts show it; which
-weights it has is decided here.
+A teacher is a transformers model that is never trained. This module chooses its weights; the
+prompts choose what it sees.
 """
 
 from collections.abc import Mapping
@@ -27,18 +27,19 @@ from opsd.models.remote import RemoteTeacher
 
 @dataclass(frozen=True)
 class Member:
-    """A model whose distribution makes a part of the teacher's: `opsd.models.head.mixed`.
+    """A model whose distribution is one factor of the teacher's; see `opsd.models.head.mixed`.
 
-    context: what it is shown: student, teacher, or a name in prompts.contexts. section: its part of
-    teacher.mix, with its coefficient; none: it is the whole teacher.
+    context: what the model sees: student, teacher, or a name in prompts.contexts. section: its
+    entry in teacher.mix, with its coefficient; the default is for a teacher of one model.
     """
 
-    model: PreTrainedModel | None  # none: of a method without a teacher
+    model: PreTrainedModel | None  # None for a method without a teacher
     context: str
     section: MemberSection = field(default_factory=MemberSection)
 
     def coefficient(self, step: int, columns: Mapping[str, Any] | None = None) -> float:
-        """The exponent of its distribution after `step` steps, for a row with these columns."""
+        """The exponent of this member's distribution after `step` steps, for a row with these
+        columns."""
         return self.section.coefficient_at(step, columns)
 
 
@@ -50,8 +51,8 @@ def make_members(
     tokenizer: PreTrainedTokenizerBase,
     decoder: PreTrainedModel,
 ) -> tuple[PreTrainedModel, MovingAverage | None, list[Member]]:
-    """`make_teacher` of the first member of teacher.mix, which is what is shown, the average of any
-    that follows the student, and all members; of a teacher that is no mixture none."""
+    """Make the teacher's models. Returns the first one, for display; the moving average, if a
+    member has one; and all members of teacher.mix, [] without teacher.mix."""
     check_mixture(teacher, model.config)
     made: dict[tuple, tuple[PreTrainedModel, MovingAverage | None]] = {}
     members, first = [], None
@@ -61,7 +62,7 @@ def make_members(
             made[key] = make_teacher(own, student, dtype, model, tokenizer, decoder)
         first = first or made[key][0]
         if teacher.mix:
-            # The model that trains itself, so that what it runs serves this member too.
+            # The trained model itself, so that its forward pass serves this member too.
             its = model if own.policy == "live" else made[key][0]
             members.append(Member(its, teacher.mix[number].context, teacher.mix[number]))
     average = next((average for _, average in made.values() if average is not None), None)
@@ -69,7 +70,7 @@ def make_members(
 
 
 def check_mixture(teacher: TeacherSection, config: PreTrainedConfig) -> None:
-    """Raises UserError where no mixture of hidden states is one of distributions."""
+    """Raise UserError for a model with a soft cap: its hidden states cannot be mixed."""
     text = config.get_text_config()
     cap = next((name for name in CAPS if getattr(text, name, None) is not None), None)
     if teacher.mix and cap is not None:
@@ -82,15 +83,15 @@ def check_mixture(teacher: TeacherSection, config: PreTrainedConfig) -> None:
 
 def make_teacher(
     teacher: TeacherSection,
-    student: ModelSection,  # the config's section of the model that trains
+    student: ModelSection,  # the config section of the trained model
     dtype: torch.dtype,
-    model: PreTrainedModel,  # the student at step 0; copied where the teacher's weights are its own
+    model: PreTrainedModel,  # the student at step 0; copied if the teacher needs own weights
     tokenizer: PreTrainedTokenizerBase,
-    # What holds all current weights, for sampling; the `live` teacher. The teacher runs on its
-    # device
+    # The model with all current weights, which samples; also the `live` teacher. The teacher runs
+    # on its device.
     decoder: PreTrainedModel,
 ) -> tuple[PreTrainedModel, MovingAverage | None]:
-    """The teacher's model in `dtype`, and its moving average where it has one to keep up to date.
+    """Make the teacher's model in `dtype`, and its moving average if it has one (else None).
 
     Raises UserError when teacher.path names a model with another vocabulary or another kind of
     output head.
@@ -99,8 +100,8 @@ def make_teacher(
     if teacher.policy == "live":
         return decoder, None
     if teacher.policy == "ema":
-        # The average of adapters stands beside the decoder's frozen weights: the model's own may
-        # be split over processes.
+        # Averaged adapters share the decoder's frozen weights: those of `model` may be split over
+        # processes.
         start = decoder if is_adapted(model) else model
         average = MovingAverage(start, teacher.ema_decay, device, teacher.update_every)
         return average.model, average
@@ -110,7 +111,7 @@ def make_teacher(
         made = RemoteTeacher(teacher.path, teacher.server_patience, tokenizer, device, dtype)
         _check_alike(teacher, model, made)
         return made, None
-    # A teacher that is to take less memory may not fit the GPU before it does.
+    # Before it is made smaller, the teacher may not fit into the GPU's memory.
     smaller = teacher.offload or teacher.quantize != "none"
     load_device = torch.device("cpu") if smaller else device
     if teacher.policy == "initial":
@@ -130,7 +131,7 @@ def _load_teacher(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel:
-    """The model at teacher.path, frozen; see `make_teacher`."""
+    """Load the model at teacher.path and freeze it; see `make_teacher`."""
     section = teacher_section(teacher, student)
     made, its_tokenizer = load_model(section, device, dtype=dtype, name="teacher")
     check_vocabulary(tokenizer, its_tokenizer, teacher.path)
@@ -149,8 +150,8 @@ def _check_alike(teacher: TeacherSection, model: PreTrainedModel, made: PreTrain
 
 
 def _lengthen(embedding: nn.Module, rows: int) -> None:
-    """Give an embedding rows of zeros up to `rows`: the student can draw an id of its padding that
-    a teacher which is padded less has no row for."""
+    """Add rows of zeros to an embedding, up to `rows`. The student may sample an id of its padding,
+    for which a teacher with less padding has no row."""
     weight = embedding.weight.detach()
     if len(weight) < rows:
         zeros = weight.new_zeros(rows - len(weight), weight.shape[1])
@@ -158,7 +159,8 @@ def _lengthen(embedding: nn.Module, rows: int) -> None:
 
 
 def teacher_section(teacher: TeacherSection, student: ModelSection) -> ModelSection:
-    """The section `model` for teacher.path: the student's, with the teacher's files."""
+    """The section `model` for teacher.path: the student's with the teacher's files, without
+    LoRA."""
     its = {"path": teacher.path, "revision": teacher.revision, "gguf_file": teacher.gguf_file}
     return student.model_copy(update={**its, "lora": None})
 
@@ -166,13 +168,13 @@ def teacher_section(teacher: TeacherSection, student: ModelSection) -> ModelSect
 def check_teacher(
     teacher: TeacherSection, student: ModelSection, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[str]:
-    """`check_vocabulary` of each other model that is to teach, and `check_mixture`; `tokenizer`:
-    the student's, if loaded."""
+    """Run `check_mixture`, and `check_vocabulary` for each teacher with a path. Returns the tokens
+    that only teachers have. `tokenizer`: the student's, if it is loaded."""
     if teacher.mix:
         check_mixture(teacher, load_config(check_directory(student)))
     more: list[str] = []
     for own in teacher.members():
-        if own.policy == "model" and not is_address(own.path):  # which is asked when it is needed
+        if own.policy == "model" and not is_address(own.path):  # a server is asked later
             tokenizer = tokenizer or load_tokenizer(student)
             its = load_tokenizer(teacher_section(own, student), "teacher")
             more += check_vocabulary(tokenizer, its, own.path)
@@ -182,8 +184,8 @@ def check_teacher(
 def check_vocabulary(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, path: str
 ) -> list[str]:
-    """The tokens that were added to the teacher's vocabulary alone: it never sees them, and a text
-    with one is an error (`opsd.data.prompts`).
+    """The tokens that only the teacher's vocabulary has, as added ones. It never sees them: a text
+    that contains one is an error (`opsd.data.prompts`).
 
     Raises UserError unless both tokenizers give every other token the same id.
     """

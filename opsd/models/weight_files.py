@@ -1,4 +1,4 @@
-"""What a model's safetensors files say of their tensors in their headers, before any is read."""
+"""Reads the headers of a model's safetensors files, and checks them before weights are loaded."""
 
 import re
 from collections import Counter
@@ -18,15 +18,15 @@ from opsd.common.errors import UserError, in_short
 from opsd.common.strict_json import read_object
 from opsd.models.multimodal import auto_class
 
-LARGEST = 1e12  # of a weight: products of larger ones overflow, in silence where a norm follows
-MOST_PACKED = 16  # numbers of a model for each of its files, where they are quantised
+LARGEST = 1e12  # weight: products of larger ones overflow, and a norm after them hides it
+MOST_PACKED = 16  # parameters in one stored number, in quantised files
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a file: its dtype by safetensors' name, and its shape."""
+    """A tensor in a file: its dtype in safetensors' notation, and its shape."""
 
     file: Path
     dtype: str
@@ -36,20 +36,22 @@ class Stored:
 def find_file(
     path: str, name: str, revision: str | None = None, offline: bool = False
 ) -> Path | None:
-    """A file of a model's directory or hub repository (offline: of its cache), or None."""
+    """Find a file in a model's directory or hub repository (offline: in the hub's cache), or
+    None."""
     try:
         if Path(path).exists():
             file = Path(path) / name
             return file if file.is_file() else None
         found = cached_file(path, name, revision=revision, local_files_only=offline)
         return Path(found) if found else None
-    except (OSError, ValueError):  # no such file or repository, or no name of either
+    except (OSError, ValueError):  # no such file or repository, or an invalid name
         return None
 
 
 def stored_tensors(path: str, revision: str | None = None, where: str = "") -> dict[str, Stored]:
-    """The tensors of a model's weights by their names there; {} where they are no safetensors.
-    Raises UserError, which begins with `where`, for what is damaged, missing or there twice."""
+    """The tensors of a model's weights, by name; {} where the weights are not in safetensors files.
+    Raises UserError, which begins with `where`, for files that are damaged, missing or there twice.
+    """
     index = find_file(path, SAFE_WEIGHTS_INDEX_NAME, revision)
     if index is None:
         file = find_file(path, SAFE_WEIGHTS_NAME, revision)
@@ -73,7 +75,7 @@ def stored_tensors(path: str, revision: str | None = None, where: str = "") -> d
 
 
 def header(file: Path, where: str = "") -> dict[str, Stored]:
-    """The tensors of one safetensors file. Raises UserError, which begins with `where`."""
+    """The tensors of one safetensors file, by name. Raises UserError, which begins with `where`."""
     try:
         with safe_open(file, framework="pt") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}
@@ -88,7 +90,7 @@ def header(file: Path, where: str = "") -> dict[str, Stored]:
 
 
 def usual_dtype(tensors: dict[str, Stored]) -> torch.dtype | None:
-    """The dtype of most of the numbers; None where they are not floats, as in a quantised model."""
+    """The dtype of most of the numbers; None if they are not floats, as in a quantised model."""
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
         sizes[tensor.dtype] += prod(tensor.shape)
@@ -96,8 +98,8 @@ def usual_dtype(tensors: dict[str, Stored]) -> torch.dtype | None:
 
 
 def check_size(config: PreTrainedConfig, stored: Mapping[str, Stored], trust: bool) -> None:
-    """Raises ValueError for a config of a far larger model than the files hold, which would be made
-    all the same, and filled with random numbers."""
+    """Raise ValueError if the config's model is far larger than the files: transformers would make
+    it and fill it with random numbers."""
     with torch.device("meta"):
         model = auto_class(config).from_config(config, trust_remote_code=trust)
     asked, held = model.num_parameters(), sum(prod(tensor.shape) for tensor in stored.values())
@@ -106,16 +108,16 @@ def check_size(config: PreTrainedConfig, stored: Mapping[str, Stored], trust: bo
 
 
 def check_all_used(model: PreTrainedModel, unused: Iterable[str], where: str) -> None:
-    """Raises UserError for a tensor that the model leaves out, and that belongs to a part which it
-    has: its blocks, or a module. Others, such as an image tower, are another model's."""
+    """Raise UserError for a stored tensor that the model does not use although it has the tensor's
+    module or list of blocks. Other unused tensors are allowed, such as those of an image tower."""
 
     def parts(name: str) -> set[str]:
-        """Its module, and the list of blocks that it is in."""
+        """The tensor's module, and the list of blocks that contains it."""
         return {name.rpartition(".")[0], re.split(r"\.\d+\.", name)[0]}
 
     known = set().union(*map(parts, model.state_dict()))
     for name in sorted(unused):
-        if parts(name) & known and not name.endswith("inv_freq"):  # which old Llamas have
+        if parts(name) & known and not name.endswith("inv_freq"):  # old Llama files have it
             raise UserError(
                 f"{where}: the model of its config.json has no place for {name} of its weights"
             )
@@ -124,9 +126,9 @@ def check_all_used(model: PreTrainedModel, unused: Iterable[str], where: str) ->
 def check_numbers(
     weights: Iterable[tuple[str, Tensor]], stored: Mapping[str, Stored], where: str, path: str
 ) -> None:
-    """Raises UserError for weights that are whole numbers in their files (`stored`), not finite in
-    their dtype, or too small for it. One pass: .1 s a GB. path: named where a weight is not found.
-    """
+    """Raise UserError for weights that are stored as integers (`stored`), not finite in their
+    dtype, or all too small for it. One pass takes 0.1 s a GB. path: the file to name for a weight
+    that is not in `stored`."""
     for name, weight in weights:
         if not weight.is_floating_point() or not weight.numel():
             continue

@@ -1,4 +1,4 @@
-"""A run's directory: its files, the lock that one run holds, its log, and reading it all back.
+"""A run's directory: its files, its lock, its log, and reading all of it back.
 
 Import from `directory`, `log` and `read`.
 """

@@ -1,4 +1,4 @@
-"""A run's directory: whose it is, what an interrupted run has left in it, and who trains there."""
+"""A run's directory: locks it for one run, checks whose it is, and finds its checkpoints."""
 
 import datetime
 import errno
@@ -51,7 +51,7 @@ the run computes, how long, and what it writes, not what it learns. train.steps 
 the learning rate does not depend on it."""
 
 NAMED = 3
-"""Fields that a message names at most."""
+"""The most fields that a message names."""
 
 
 @contextmanager
@@ -61,12 +61,13 @@ def locked(
     mark: str = CONFIG,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[None]:
-    """A context in which nobody else trains in the directory. The lock ends with the process,
-    however that ends. Where the file system has no locks, the process that wrote its name there
-    last has the directory while it lives; one on another machine is not seen, as `note` is told.
+    """A context in which no other process trains in the directory. The lock ends with the process,
+    however that ends. Where the file system has no locks, the directory belongs to the process that
+    last wrote its id into the lock file, while it lives; a process on another machine is not
+    noticed, and `note` is called with a sentence that says so.
 
     field: the option that named the directory, for messages.
-    mark: a directory that holds files but not this one belongs to something else.
+    mark: a file of our own; without it, a directory that holds files belongs to something else.
 
     Raises UserError where another process has the lock.
     """
@@ -79,7 +80,7 @@ def locked(
         ours = not foreign or (directory / mark).is_file()
         file = append_to(directory / LOCK) if ours else None
     if file is None:
-        yield  # not a run's: `claim_directory` says so
+        yield  # not a run's directory; `claim_directory` raises the error
         return
     with file:
         got = try_lock(file)
@@ -110,7 +111,7 @@ def locked(
 
 
 def _mark(process: int) -> str:
-    """A living process of this machine; with when it began, since ids come again."""
+    """Identify a living process of this machine by its id and start, since ids are used again."""
     import psutil
 
     try:
@@ -120,9 +121,9 @@ def _mark(process: int) -> str:
 
 
 def settle(config: Config, directory: Path, best_precision: str) -> Config:
-    """The config with what its run decided when it began where the config leaves it open, so that
-    the run is the same tomorrow and on another machine: the date that a chat template writes for
-    today, and the precision, `best_precision` where a new run has `auto`."""
+    """Fill in what the config leaves open but a run decides once, so that it is the same tomorrow
+    and on another machine: the date that a chat template prints as today's, and the precision
+    (`best_precision` if a new run has `auto`)."""
     try:
         saved = read_yaml(directory / CONFIG)
         date, precision = saved["prompts"]["date"], saved["train"]["precision"]
@@ -147,14 +148,14 @@ def claim_directory(
 ) -> Path | None:
     """Make the run's directory, or check that it is this run's; returns its last checkpoint.
 
-    Removes what an interrupted run has half written. Raises UserError when the directory belongs to
-    another run, or to something else, and, unless it may `start_over`, when no checkpoint was
-    written of the steps that were done.
+    Removes files that an interrupted run wrote only in part. Raises UserError when the directory
+    belongs to another run or to something else and, unless it may `start_over`, when steps were
+    done but no checkpoint was written.
     """
     mine = directory / CONFIG
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
-    # With a config alone nothing has run yet: an error in the data or the model came first.
+    # If there is only a config, nothing has run yet: the data or the model had an error.
     problems = directory / PROBLEMS
     nothing = {mine, problems, directory / LOCK, directory / "base"}
     there = list(directory.iterdir()) if directory.exists() else []
@@ -189,7 +190,7 @@ def claim_directory(
 
 
 def check_unclaimed(directory: Path) -> None:
-    """Raises UserError where a run has been started."""
+    """Raise UserError if a run has been started in the directory."""
     if (directory / CONFIG).is_file():
         raise UserError(
             f"output.dir is {str(directory)!r}: this run has been started before; go on "
@@ -202,7 +203,7 @@ def is_done(directory: Path, config: Config) -> bool:
     mine = directory / CONFIG
     if not (directory / "summary.json").is_file():
         return False
-    # What a run decides when it begins, and keeps.
+    # See `settle`: the run decided these when it began.
     kept, config = _flat(load_config(mine).model_dump()), config.model_copy(deep=True)
     config.prompts.date = config.prompts.date or kept.get("prompts.date")
     if config.train.precision == "auto":
@@ -221,24 +222,24 @@ def _or_cannot_write(directory: Path, field: str = "output.dir") -> Iterator[Non
 
 
 def command_to_go_on(directory: Path) -> str:
-    """What to type to resume the run in a directory."""
+    """The command that resumes the run in this directory."""
     return f"opsd train {shlex.quote(str(directory))} --resume"
 
 
 class NotWritten(UserError):
-    """The disk did not take what a run had to save; `what` says so without what is to be done."""
+    """The disk did not take what a run had to save; `what` says so without advice."""
 
     what = ""
 
 
 @contextmanager
 def written(directory: Path, what: str, needed: int = 0) -> Iterator[None]:
-    """A context that writes so many bytes. Raises NotWritten where the disk does not take them."""
+    """A context that writes `needed` bytes. Raises NotWritten where the disk does not take them."""
     try:
         yield
     except Exception as error:
         why = None if isinstance(error, UserError) else why_not_written(error)
-        if why is None:  # writers in C++ do not always say
+        if why is None:  # errors of C++ writers do not always tell that the disk is full
             if shutil.disk_usage(directory).free >= needed:
                 raise
             why = REASONS[errno.ENOSPC]
@@ -250,21 +251,21 @@ def written(directory: Path, what: str, needed: int = 0) -> Iterator[None]:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """What bears a checkpoint's name, oldest first. Other names, such as checkpoint-best, are not a
-    run's."""
+    """The run's checkpoint directories, oldest first. Other names, such as checkpoint-best, do not
+    count."""
     found = directory.glob("checkpoint-*")
     named = [p for p in found if re.fullmatch("checkpoint-[1-9][0-9]{0,17}", p.name) and p.is_dir()]
     return sorted(named, key=step_of)
 
 
 def step_of(checkpoint: Path | None) -> int:
-    """The step a checkpoint was written at; 0 without one."""
+    """The step at which a checkpoint was written; 0 for None."""
     return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint, or None. Raises UserError where it is not as it was written, with
-    what to type to go on from the one before."""
+    """The newest checkpoint, or None. Raises UserError if it is damaged, with a command that
+    continues from the one before."""
     found, said = checkpoints_in(directory), None
     for place in reversed(found):
         try:
@@ -295,11 +296,11 @@ def _check(checkpoint: Path) -> None:
 def check_problems(
     directory: Path, rows: Mapping[str, Sequence[Row]], checkpoint: Path | None
 ) -> None:
-    """Write down a digest of the run's problems; on resume, compare with it.
+    """Write a digest of the run's problems; on resume, compare with the digest that is there.
 
-    rows: the config field that names their source → the rows.
+    rows: the rows of each config field that names a source.
 
-    Raises UserError where a file or a dataset has changed since: the run would go on as another.
+    Raises UserError where a file or a dataset has changed: the run would train on other problems.
     """
     file = directory / PROBLEMS
     here = {field: {"rows": len(of), "sha256": _digest(of)} for field, of in rows.items()}
@@ -333,8 +334,8 @@ def _digest(rows: Sequence[Row]) -> str:
 
 @contextmanager
 def or_unreadable(checkpoint: Path) -> Iterator[None]:
-    """A context that reads a checkpoint, which holds tensors and numbers only. Raises UserError
-    where a file holds anything else, or is cut off."""
+    """A context that reads a checkpoint of tensors and numbers. Raises UserError where a file holds
+    anything else, or is cut off."""
     try:
         yield
     except Exception as error:
@@ -344,7 +345,7 @@ def or_unreadable(checkpoint: Path) -> Iterator[None]:
 
 
 def _changed(path: Path, config: Config) -> list[str]:
-    """The fields that may not change on resume but differ from the file's, with both values."""
+    """The fields that differ from the file's but may not change on resume, with both values."""
     try:
         there = _flat(load_config(path).model_dump())
     except (UserError, OSError):
@@ -363,7 +364,7 @@ def _changed(path: Path, config: Config) -> list[str]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, of dotted names."""
+    """Flatten nested dictionaries into one with dotted names."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         inner = isinstance(value, dict)

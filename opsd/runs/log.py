@@ -1,4 +1,4 @@
-"""The files that a run writes as it goes, a line of JSON each: metrics, samples and the like."""
+"""Writes a run's files of JSON lines: metrics, evaluations, samples and rollouts."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ FILES: dict[str, type[Any]] = {
 
 @dataclass
 class Counters:
-    """What a run has spent so far."""
+    """The tokens and seconds that a run has used so far."""
 
     generated_tokens: int = 0
     trained_tokens: int = 0
@@ -31,10 +31,10 @@ class Counters:
 class RunLog:
     """Appends lines to a run directory's files.
 
-    `start` is where the run starts: 0, or the checkpoint's step on resume. Lines of later steps,
-    which an interrupted run may have left, are dropped: each step has one line. So are samples
-    without their evaluation, which is written after them. The counters go on from the last line.
-    Of several processes one `writes`; the others count.
+    `start`: 0, or the checkpoint's step on resume. Lines of later steps, which an interrupted run
+    may have left, are dropped, so that each step has one line. Samples are dropped if their
+    evaluation, which is written after them, is missing. Counters continue from the last line. Only
+    one process `writes`; the others count.
     """
 
     def __init__(self, directory: Path, start: int = 0, writes: bool = True):
@@ -55,8 +55,8 @@ class RunLog:
             ]
             for name, lines in there.items()
         }
-        self.dropped = len(there["metrics.jsonl"]) - len(kept["metrics.jsonl"])  # steps not saved
-        self.past = list(map(json.loads, kept["metrics.jsonl"]))  # the lines of the steps before
+        self.dropped = len(there["metrics.jsonl"]) - len(kept["metrics.jsonl"])  # steps to do again
+        self.past = list(map(json.loads, kept["metrics.jsonl"]))  # earlier steps
         if self.past:
             self.counters = Counters(*(self.past[-1][name] for name in asdict(self.counters)))
         for name, lines in kept.items():
@@ -64,12 +64,12 @@ class RunLog:
                 write_file(directory / name, b"".join(lines))
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether the student of this step has been measured."""
+        """Whether the student was evaluated at this step."""
         return any(line.step == step for line in student_curve(self.directory))
 
     def best(self) -> tuple[int, float, int] | None:
-        """The best evaluation of the student, the first of equal ones: its step and accuracy, and
-        how many came after it. None: there is no evaluation yet."""
+        """(step, accuracy, evaluations since) of the student's best evaluation, the first of equal
+        ones. None if there is no evaluation yet."""
         unwritten = map(EvaluationLine.model_validate, self.unwritten["evaluations.jsonl"])
         lines = student_curve(self.directory) + [one for one in unwritten if one.role == "student"]
         if not lines:
@@ -78,7 +78,7 @@ class RunLog:
         return lines[place].step, lines[place].accuracy, len(lines) - 1 - place
 
     def sync(self) -> None:
-        """Have the disk keep what has been written."""
+        """Flush the files to the disk."""
         for path in map(self.directory.joinpath, FILES if self.writes else ()):
             if path.exists():
                 sync(path)
@@ -96,25 +96,25 @@ class RunLog:
             self.unwritten[name].append(line)
 
     def check(self) -> None:
-        """Raises NotWritten where a line could not be written; the step that it is of is done."""
+        """Raise NotWritten if a line could not be written. The step of that line is complete."""
         if self.failure is not None:
             raise self.failure
 
     def copy_to(self, directory: Path) -> None:
-        """All lines, also those that could not be written."""
+        """Write all lines to another directory, including those that could not be written here."""
         for name, kind in FILES.items():
             lines = [line for _, line in checked_lines(self.directory / name, kind)]
             lines += map(_as_line, self.unwritten[name])
             write_file(directory / name, b"".join(lines))
 
-    metrics = partialmethod(_append, "metrics.jsonl")  # a training step
-    evaluation = partialmethod(_append, "evaluations.jsonl")  # a pass over the held-out problems
-    sample = partialmethod(_append, "samples.jsonl")  # a completion, its tokens' divergences
-    rollout = partialmethod(_append, "rollouts.jsonl")  # one that was trained on
+    metrics = partialmethod(_append, "metrics.jsonl")  # one line for each training step
+    evaluation = partialmethod(_append, "evaluations.jsonl")  # one for each evaluation
+    sample = partialmethod(_append, "samples.jsonl")  # one for each held-out completion
+    rollout = partialmethod(_append, "rollouts.jsonl")  # one for each rollout in the loss
 
 
 def student_curve(directory: Path) -> list[EvaluationLine]:
-    """The student's evaluations in a run's directory."""
+    """The student's evaluations in a run's directory, in order."""
     lines: Iterator[Any] = checked_lines(directory / "evaluations.jsonl", EvaluationLine)
     return [line for line, _ in lines if line.role == "student"]
 

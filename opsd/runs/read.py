@@ -1,7 +1,7 @@
-"""Reading what a run left on disk: one `opsd train` directory, or a quickstart with one a method.
+"""Reads what a run left on disk: one `opsd train` directory, or a quickstart with one a method.
 
-Everything here may be missing or cut off, because a report can be asked for while the run is still
-going on: see `records`.
+Every file may be missing or cut off, because a report can be asked for while the run is still going
+on; see `records`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from opsd.runs.records import (
     shown_text,
 )
 
-MARKS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "summary.json")  # any: it is a run
+MARKS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "summary.json")  # a run has one
 COLD_START = "cold_start"
 NAMES = {
     "opsd": "OPSD",
@@ -45,7 +45,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation of the student: x is generated tokens, for SFT trained tokens."""
+    """One evaluation of the student; x counts generated tokens, or trained tokens for SFT."""
 
     x: float
     accuracy: Accuracy
@@ -54,7 +54,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One method's directory."""
+    """The results in one method's directory."""
 
     method: str
     metrics: list[Record] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Run:
     samples: list[Record] = field(default_factory=list)
     summary: Record = field(default_factory=dict)
     config: Record = field(default_factory=dict)
-    points: list[Point] = field(default_factory=list)  # accuracy as training goes on, by x
+    points: list[Point] = field(default_factory=list)  # the learning curve, by x
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def trained_axis(self) -> bool:
-        """SFT generates nothing: its budget is the tokens it trains on."""
+        """Whether x counts trained tokens, as for SFT, which generates none."""
         return self.method == "sft"
 
     @property
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def tokens(self) -> float | None:
-        """Tokens spent: generated, for SFT trained."""
+        """The tokens used: generated ones, or trained ones for SFT."""
         key = "trained_tokens" if self.trained_axis else "generated_tokens"
         spent = _latest(key, [self.summary], self.metrics)
         return spent if spent is not None or not self.points else self.points[-1].x
@@ -92,7 +92,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Results:
-    """A run directory as the report and the plots see it."""
+    """A run directory as reports and plots need it."""
 
     path: Path
     quickstart: bool
@@ -101,7 +101,7 @@ class Results:
     runs: list[Run]
     summary: Record
     config: str | None
-    troubles: list[str]  # what could not be read, a sentence each
+    troubles: list[str]  # a sentence for each file that could not be read
     base: Accuracy | None = None
     teacher: Accuracy | None = None
     pretrained: Accuracy | None = None
@@ -109,7 +109,7 @@ class Results:
 
     @property
     def methods(self) -> list[Run]:
-        """The runs that are compared: without the cold start, which only made their base."""
+        """The runs to compare: without the cold start, which only made the others' base model."""
         return [run for run in self.runs if run.method != COLD_START] or self.runs
 
     @property
@@ -123,7 +123,7 @@ class Results:
 
 
 def read_results(run_dir: Path) -> Results:
-    """Read a run directory or a quickstart directory. UserError where neither is found."""
+    """Read a run's or a quickstart's directory. Raises UserError where it is neither."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(
@@ -202,7 +202,7 @@ def _read_run(path: Path, method: str, reader: Reader, summary: Record, config: 
 
 
 def _once(records: list[Record], *keys: str) -> list[Record]:
-    """One record a step, the last written: a resumed run repeats the steps since its checkpoint."""
+    """Keep one record a step, the last: a resumed run repeats the steps since its checkpoint."""
     return list({tuple(map(record.get, keys)): record for record in records}.values())
 
 
@@ -217,7 +217,7 @@ def _quickstart_runs(children: list[Path], summary: Record, reader: Reader) -> l
             own = reader.file(path / "summary.json", Summary)
             config = reader.file(path / "config.yaml", SavedConfig)
             run = _read_run(path, method, reader, own, config)
-        # The curve that the summary tells, for a directory without the runs themselves.
+        # A directory without the runs' own files has the curve in its summary.
         points = run.points or [
             Point(x, _accuracy({"accuracy": y}, summary.get("problems")))
             for x, y in sorted(told.get("curve", []))
@@ -227,7 +227,7 @@ def _quickstart_runs(children: list[Path], summary: Record, reader: Reader) -> l
 
 
 def _from_base(run: Run, base: Accuracy | None) -> Run:
-    """All methods start at the base: its accuracy is everybody's point at 0 tokens."""
+    """Add the base's accuracy as the point at 0 tokens, where all methods start."""
     if base is None or not run.points or run.points[0].x == 0:
         return run
     return replace(run, points=[Point(0, base, 0), *run.points])
@@ -236,7 +236,8 @@ def _from_base(run: Run, base: Accuracy | None) -> Run:
 def _starting_point(
     summary: Record, runs: list[Run], problems: float | None
 ) -> tuple[Accuracy | None, Accuracy | None]:
-    """(base student, base teacher): from the first evaluations, else from the summary."""
+    """(the base student's accuracy, the base teacher's): from the first evaluations, or else from
+    the summary."""
     told = summary.get("base") or {}
     student = _accuracy(told, problems)
     if student is None or student.low is None or any(run.points for run in runs):
@@ -264,6 +265,6 @@ def _accuracy(record: Record, problems: Any) -> Accuracy | None:
 
 
 def _latest(key: str, *lists: list[Record]) -> float | None:
-    """The last number under `key` in the first of the lists that has one."""
+    """The last number under `key` in the first of the lists that has it."""
     known = ([r[key] for r in records if r.get(key) is not None] for records in lists)
     return next((values[-1] for values in known if values), None)

@@ -1,9 +1,9 @@
-"""What a run or an evaluation has left on disk, as its readers take it: the type and the bounds of
-every value that is read, and one way to read it.
+"""The schema of each file that a run or an evaluation leaves: types and bounds of all values that
+are read; and the functions that read them.
 
-A directory may be a stranger's, or a run's that goes on or was cut off: a file that is not there is
-empty, and a last line without its end is left out. What is not as its schema says is told by file
-and line, and left out or refused.
+A directory may come from a stranger, be in use, or be cut off: a missing file counts as empty, and
+a last line without its end is left out. What does not fit its schema is reported by file and line,
+and left out or refused.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from opsd.common.files import lines_of, open_plain
 from opsd.config.yaml import load_yaml
 
 Record = dict[str, Any]
-STRANGE = 1000  # lines of a file that may be blank or no record before the rest is not looked at
+STRANGE = 1000  # the most lines of a file that are blank or not a record
 
 
 def _finite(value: Any) -> Any:
-    """A diverging run writes NaN and infinity: they were measured, but are no numbers to show."""
+    """Replace NaN and infinity, which a diverging run writes, by None: they cannot be shown."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -52,14 +52,14 @@ Choice = Annotated[tuple[str, Measure], Strict(False)]
 
 
 class Schema(BaseModel):
-    """No type is guessed (true is not 1, "1" is not 1); keys that nobody reads hold anything."""
+    """Types are strict (true is not 1, "1" is not 1); keys without a field may hold anything."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
     longest: ClassVar[int] = 1 << 20  # bytes of a line, or of the file
 
     @property
     def record(self) -> Record:
-        """The values that were written, by their keys."""
+        """The fields that the file has, by their keys."""
         return self.model_dump(exclude_unset=True)
 
 
@@ -70,7 +70,7 @@ class Anything(Schema):
 
 
 class Line(Schema):
-    """rollouts.jsonl, and what all logs of a run have in a line."""
+    """A line of rollouts.jsonl, and the keys that the lines of all logs have."""
 
     longest = 1 << 26
     step: Step
@@ -80,7 +80,7 @@ class Line(Schema):
 
 
 class StepLine(Line):
-    """metrics.jsonl: a step. All other keys are measures."""
+    """A line of metrics.jsonl: one step. All keys without a field are measures."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Measure]
@@ -90,7 +90,7 @@ class StepLine(Line):
 
 
 class CountedStep(StepLine):
-    """A step that a run goes on from."""
+    """A metrics line from which a run resumes: its counters must be there."""
 
     generated_tokens: Step
     trained_tokens: Step
@@ -98,7 +98,7 @@ class CountedStep(StepLine):
 
 
 class EvaluationLine(Line):
-    """evaluations.jsonl: a pass over the held-out problems."""
+    """A line of evaluations.jsonl: one evaluation on the held-out problems."""
 
     role: Literal["student", "teacher"] = "student"
     accuracy: Share
@@ -117,7 +117,7 @@ class Token(Schema):
 
 
 class Sample(Line):
-    """samples.jsonl: a held-out problem and what the student answered."""
+    """A line of samples.jsonl: a held-out problem and the student's completion."""
 
     problem: str | None = None
     solution: str | None = None
@@ -128,7 +128,7 @@ class Sample(Line):
 
 
 class CompletionLine(Schema):
-    """completions-i-of-n.jsonl of an evaluation."""
+    """A line of an evaluation's completions-i-of-n.jsonl."""
 
     longest = 1 << 26
     problem: Step
@@ -139,7 +139,7 @@ class CompletionLine(Schema):
 
 
 class EvaluationFile(Schema):
-    """evaluation.json: whose completions a directory holds."""
+    """evaluation.json: the identity of the evaluation whose completions a directory holds."""
 
     identity: Record
     date: Annotated[str, Field(max_length=10), AfterValidator(_day)] | None = None
@@ -191,7 +191,7 @@ class Summary(Schema):
 
 
 class SavedConfig(Schema):
-    """config.yaml, as far as a report or a comparison reads it."""
+    """config.yaml, with the fields that reports and comparisons read."""
 
     method: Name | None = None
     model: Part | None = None
@@ -202,7 +202,7 @@ class SavedConfig(Schema):
 
 
 class TrainerState(Schema):
-    """trainer_state.json: what a run goes on with. transformers' releases add keys of their own."""
+    """trainer_state.json, from which a run resumes. transformers adds keys of its own."""
 
     longest = 1 << 28
     global_step: Step
@@ -216,9 +216,9 @@ Kind = TypeVar("Kind", bound=Schema)
 def checked_lines(
     path: Path, kind: type[Kind], bad: list[str] | None = None
 ) -> Iterator[tuple[Kind, bytes]]:
-    """Each line of a file of JSON lines, as `kind` and as it is written, with its end.
+    """Yield each line of a JSON-lines file, parsed as `kind` and as its bytes, with the newline.
 
-    Those that are not of this kind go to `bad`, as "file:line (why)"; without `bad` the first of
+    Lines that do not fit are appended to `bad`, as "file:line (why)"; without `bad` the first of
     them raises UserError.
     """
     strange = 0
@@ -242,7 +242,8 @@ def checked_lines(
 
 
 def read_record(path: Path, kind: type[Kind]) -> Kind:
-    """A JSON or YAML file of this kind. Raises UserError where it is not one; FileNotFoundError."""
+    """Read a JSON or YAML file. Raises UserError where it does not fit `kind`;
+    FileNotFoundError."""
     with open_plain(path) as file:
         text = file.read(kind.longest + 1)
     try:
@@ -254,11 +255,11 @@ def read_record(path: Path, kind: type[Kind]) -> Kind:
 
 
 class Misfit(ValueError):
-    """A text that is whole, and thus not cut off, but not of its kind."""
+    """A complete text, not cut off, that does not fit its schema."""
 
 
 def _parsed(text: bytes, kind: type[Kind], parse: Any) -> Kind:
-    """Raises ValueError, whose text is short."""
+    """Parse and check a text. Raises ValueError with a short message."""
     try:
         return kind.model_validate(parse(text.decode()))
     except Invalid as error:
@@ -269,15 +270,16 @@ def _parsed(text: bytes, kind: type[Kind], parse: Any) -> Kind:
 
 @dataclass
 class Reader:
-    """Reads a directory to show it. What cannot be read is left out; `troubles` says so, a sentence
-    for each file. It reads as many lines and bytes in all as a person would wait for."""
+    """Reads a directory to show it. Files that cannot be read are left out; `troubles` has a
+    sentence about each. Reading stops at a total of `lines` and `bytes`, to end in a reasonable
+    time."""
 
     troubles: list[str] = field(default_factory=list)
     lines: int = 1_000_000
     bytes: int = 1 << 28
 
     def records(self, path: Path, kind: type[Schema]) -> list[Record]:
-        """The lines of a file that are of this kind."""
+        """The lines of a file that fit `kind`."""
         found: list[Record] = []
         bad: list[str] = []
         try:
@@ -294,7 +296,7 @@ class Reader:
         return found
 
     def file(self, path: Path, kind: type[Schema]) -> Record:
-        """The values of a JSON or YAML file; {} where there is none."""
+        """The values of a JSON or YAML file; {} if it is missing or cannot be read."""
         try:
             return read_record(path, kind).record
         except FileNotFoundError:
@@ -309,7 +311,7 @@ class Reader:
 
 
 def shown_text(path: Path) -> str | None:
-    """A file to show as it is, no more than a person reads; None where there is none."""
+    """The first megabyte of a file, to show as it is; None if it cannot be read."""
     try:
         with open_plain(path) as file:
             return file.read(Schema.longest).decode(errors="replace")
