@@ -1,5 +1,5 @@
-"""Runs against runs: ratios of tokens, time and FLOPs with intervals, and the pages of a study.
+"""Compare runs: ratios of tokens, time and FLOPs with intervals, and the pages of a study.
 
 `comparison.compare` reads runs into a comparison; `study` starts the runs that a study file or
-configs ask for. The pages and plots are those of opsd.report, from which this room imports.
+configs ask for. Pages and plots are built from those of opsd.report.
 """

@@ -1,7 +1,7 @@
-"""Finished runs side by side: methods by seeds, at an equal budget, and what an accuracy costs.
+"""Compare finished runs of several methods and seeds: their accuracy at an equal budget of tokens,
+and the cost of reaching a target accuracy.
 
-Reads run directories as the report does. Needs no torch.
-"""
+Reads run directories as the report does. Needs no torch."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from opsd.compare.ratios import (
 )
 from opsd.runs.read import NAMES, ORDER, Results, Run, read_results
 
-GRID = 60  # points of a mean curve
+GRID = 60  # most points of a mean curve
 
 
 @dataclass(frozen=True)
 class Method:
-    """All seeds of one method.
+    """A method's results over all its seeds.
 
     asked: how many of its runs have a target. reached: how many of these reach it. Unless all do,
     tokens_to_target, seconds_to_target and flops_to_target are None.
@@ -64,7 +64,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The content of the page and of comparison.json."""
+    """A comparison's results, which the page and comparison.json show."""
 
     methods: list[Method]
     budget: float
@@ -100,12 +100,12 @@ class Comparison:
 def compare(
     directories: Sequence[Path], target: float | None = None, baseline: str | None = None
 ) -> Comparison:
-    """Compare the runs in these directories (of `opsd train` or quickstarts), seeds by method.
+    """Compare the runs in these directories, of `opsd train` or `opsd quickstart`, by method.
 
-    target: an accuracy. By default each seed has its own: the best that its run of the baseline
-    reaches. Where the methods' seeds differ, it is the best that all runs of the baseline reach.
-    baseline: the method that the others are compared with. By default it is grpo, or without grpo
-    the last that there is of opsd, grpo, sft, ... Raises UserError.
+    target: an accuracy. By default each seed has its own target, the best accuracy of the
+    baseline's run with that seed; if the methods have different seeds, it is the best that every
+    run of the baseline reaches. baseline: the method that the others are compared with; by default
+    grpo or, without it, the last one found in the order opsd, grpo, sft, ... Raises UserError.
     """
     if target is not None and not 0 < target <= 1:
         raise UserError(f"--target is {target}: it must be an accuracy above 0 and at most 1")
@@ -155,7 +155,7 @@ def _target(groups: dict[str, list[SeedRun]], baseline: str, given: float | None
 
 
 def read_runs(directory: Path) -> list[SeedRun]:
-    """The finished runs of a directory; UserError where there is none with a curve."""
+    """Read the runs in a directory. Raises UserError for a run of fewer than two evaluations."""
     results = read_results(directory)
     runs = []
     for run in results.methods:
@@ -200,9 +200,9 @@ def _seed_run(path: Path, run: Run, results: Results) -> SeedRun:
 def _mean_curve(
     runs: Sequence[SeedRun],
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float] | None]]:
-    """The mean over seeds, up to where the shortest run ends, with intervals over seeds.
+    """The mean curve over seeds, up to the end of the shortest run, with intervals over seeds.
 
-    A single run's curve is its own, with its intervals over problems.
+    A single run's curve is returned as it is, with its intervals over problems.
     """
     if len(runs) == 1:
         return runs[0].curve, runs[0].bands
@@ -261,7 +261,7 @@ def _notes(runs: Sequence[SeedRun], groups: dict[str, list[SeedRun]]) -> list[st
 
 
 def _left_out(target: Target, baseline: Sequence[SeedRun], ratios: Sequence[Ratio]) -> list[str]:
-    """A sentence on each seed that no ratio includes, or that adds mostly noise to one."""
+    """A sentence on the seeds that no ratio includes, and on those that mostly add noise."""
     notes, name = [], NAMES.get(baseline[0].method, baseline[0].method)
     if target.flat:
         notes.append(
@@ -296,5 +296,5 @@ def _rank(method: str) -> int:
 
 
 def to_json(comparison: Comparison) -> str:
-    """comparison.json's text."""
+    """The text of comparison.json."""
     return json.dumps(comparison.record(), indent=2) + "\n"

@@ -1,9 +1,9 @@
-"""Floating-point operations of a finished run, from what it left on disk.
+"""Count the floating-point operations (FLOPs) of a finished run from its files.
 
-The matrix products with the weights are counted: 2 N for each token forward and 6 N forward and
-backward, for N parameters that multiply. Attention's own products, which grow with the length, are
-not counted. A prompt counts once for each problem and pass, because a shared prefix runs once; a
-run that repeats it for each rollout does more.
+It counts the matrix products with the weights: per token 2 N for a forward pass and 6 N for forward
+and backward, where N is the number of parameters used in products. It leaves out attention's own
+products, which grow with the length. A prompt counts once per problem and pass, because a shared
+prefix runs once; a run without shared prefixes takes more.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from opsd.runs.read import Run
 
 
 def run_flops(path: Path, run: Run) -> tuple[float | None, bool]:
-    """(FLOPs of the whole run, whether they include the prompts'); None where the model's size is
-    not known or there are no steps. Evaluations are not counted."""
+    """(FLOPs of the whole run, whether they include the prompts'); FLOPs are None if the model's
+    size is unknown or there are no steps. Evaluations are not counted."""
     weights = multiplying_parameters(path / "model")
     passes = [
         (role, weights if other is None else multiplying_parameters(Path(other)))
@@ -44,8 +44,8 @@ def run_flops(path: Path, run: Run) -> tuple[float | None, bool]:
 
 
 def teacher_passes(run: Run) -> list[tuple[str, str | None]]:
-    """Each pass of a teacher, or of grpo's reference, over a step's rollouts: the role whose
-    context it sees, and the model's directory where it is another one."""
+    """(role, directory) of each forward pass of a teacher, or of grpo's reference, over a step's
+    rollouts: whose context it sees, and where its model is; None for the student's weights."""
     loss, teacher = run.config.get("loss") or {}, run.config.get("teacher") or {}
     if run.method == "grpo":
         roles = ["teacher"] if loss.get("credit") or loss.get("distil") else []
@@ -63,11 +63,11 @@ def teacher_passes(run: Run) -> list[tuple[str, str | None]]:
 
 
 def multiplying_parameters(directory: Path) -> int | None:
-    """How many parameters in the safetensors of `directory` multiply; None without such files.
+    """The number of parameters used in matrix products, from the safetensors files of `directory`;
+    None without such files.
 
-    An input embedding that is not the head as well does not: its rows are looked up. To those of
-    an adapter, the parameters of its base model are added.
-    """
+    It leaves out an input embedding that is not tied to the head, since its rows are looked up. For
+    an adapter it includes the base model."""
     base: int | None = 0
     if (directory / "adapter_config.json").is_file():
         from opsd.config.sections import ModelSection
@@ -78,7 +78,7 @@ def multiplying_parameters(directory: Path) -> int | None:
         base = multiplying_parameters(Path(below[-1].path))
     sizes: dict[str, int] = {}
     try:
-        for path in filter(Path.is_file, directory.glob("*.safetensors")):  # no pipe
+        for path in filter(Path.is_file, directory.glob("*.safetensors")):  # skip pipes
             with safe_open(path, framework="numpy") as file:
                 sizes |= {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}
     except (OSError, SafetensorError):
@@ -89,8 +89,8 @@ def multiplying_parameters(directory: Path) -> int | None:
 
 
 def context_lengths(path: Path, run: Run, roles: Sequence[str]) -> list[float | None]:
-    """Mean tokens of each role's prompts, from the sampled problems that the run kept; None where
-    they cannot be made again."""
+    """The mean length in tokens of each role's prompt, over the sampled problems in the run's
+    files; None if the prompts cannot be rendered again."""
     samples = [sample for sample in run.samples if sample.get("problem")]
     model = path / "model"
     there = list(model.iterdir()) if model.is_dir() and not model.is_symlink() else []
@@ -115,5 +115,5 @@ def context_lengths(path: Path, run: Run, roles: Sequence[str]) -> list[float | 
             for sample in samples
         }
         return [fmean(len(prompts.ids(row, role)) for row in rows.values()) for role in roles]
-    except Exception:  # a template over other columns, a tokenizer that is none
+    except Exception:  # the template uses other columns, or the tokenizer does not load
         return [None] * len(roles)

@@ -1,6 +1,6 @@
-"""A comparison for people to read: a table for the terminal, one page, and a figure."""
+"""Show a comparison: as a table for the terminal, as an HTML page, and as a figure."""
 
-# ruff: noqa: RUF001 - dashes and signs for people to read are meant as such
+# ruff: noqa: RUF001 - the dashes and signs are intended: people read them
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ COLUMNS = (
 
 
 def title(comparison: Comparison) -> str:
-    """One line: the budget and the target."""
+    """A title that says the budget and the target."""
     return f"At {_count(comparison.budget)} tokens; target {_target(comparison.target)}"
 
 
 def rows(comparison: Comparison) -> list[list[str]]:
-    """A row for each method, with COLUMNS."""
+    """The table's row for each method; its columns are COLUMNS."""
     ratios = {(one.method, one.of): one for one in comparison.ratios}
     lines = []
     for method in comparison.methods:
@@ -47,17 +47,17 @@ def rows(comparison: Comparison) -> list[list[str]]:
 
 
 def seed_columns(comparison: Comparison) -> list[str]:
-    """The heads of the table of seeds."""
+    """The column names of the table of seeds."""
     names = (method.name for method in comparison.methods)
     own = (column for name in names for column in (f"{name}: at the budget", "tokens"))
     return ["seed", "start", "target", *own]
 
 
 def seed_rows(comparison: Comparison) -> list[list[str]]:
-    """A row for each seed: its target, and what each method reaches and needs.
+    """The row of each seed: its start and target, and each method's accuracy at the budget and
+    tokens to the target.
 
-    No rows unless all methods have the same seeds, each once.
-    """
+    There are no rows unless all methods have the same seeds, each once."""
     first = comparison.methods[0].runs
     if not all(alike(method.runs, first) for method in comparison.methods):
         return []
@@ -89,13 +89,13 @@ def _target(target: Target) -> str:
 
 
 def share(rate: Interval) -> str:
-    """An accuracy in percent, with its interval where there is one."""
+    """An accuracy in percent, with its interval if there is one."""
     known = rate.low is not None
     return f"{percent(rate.value)} ({interval(rate)})" if known else percent(rate.value)
 
 
 def difference(gain: Interval) -> str:
-    """A difference of accuracies in points, with its interval where there is one."""
+    """A difference of accuracies in percentage points, with its interval if there is one."""
     return _with_interval(gain, lambda x: f"{100 * x:+.1f}", " to ")
 
 
@@ -127,12 +127,12 @@ def _ratio(ratio: Ratio | None) -> str:
 
 
 def _two_digits(x: float) -> str:
-    """Two significant digits, zeros too (0.70, 2.0, 11); above 99 all digits before the point."""
+    """Two significant digits, with zeros (0.70, 2.0, 11); above 99 all digits before the point."""
     return f"{x:#.2g}".rstrip(".") if abs(x) < 99.5 else f"{x:.0f}"
 
 
 def _beside(value: float | None, shown: Callable[[float], str], ratio: Ratio | None) -> str:
-    """The cost of the target in another measure, with its ratio."""
+    """The cost of reaching the target in seconds or FLOPs, with its ratio."""
     text = _known(value, shown)
     return text if ratio is None or ratio.value is None else f"{text}; {_ratio(ratio)}"
 
@@ -140,14 +140,14 @@ def _beside(value: float | None, shown: Callable[[float], str], ratio: Ratio | N
 def markdown(
     columns: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str] = ()
 ) -> str:
-    """A table with its notes, for a README or an issue."""
+    """A Markdown table followed by notes, for a README or an issue."""
     head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     body = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([*head, *body, *(f"\n{note}" for note in notes)]) + "\n"
 
 
 def series(comparison: Comparison) -> list[Series]:
-    """Each method's mean curve."""
+    """Each method's mean curve, for a chart."""
     return [Series(one.key, one.name, one.curve, one.bands) for one in comparison.methods]
 
 
@@ -158,7 +158,7 @@ def token_axis(comparison: Comparison) -> str:
 
 
 def page(comparison: Comparison) -> str:
-    """The page: one HTML document that loads nothing."""
+    """The comparison's page: one HTML document that loads no other files."""
     target = comparison.target.shared
     references = [] if target is None else [("base", "target", target)]
     chart = accuracy_chart(series(comparison), token_axis(comparison), references)
@@ -176,8 +176,8 @@ def page(comparison: Comparison) -> str:
 
 
 def write_comparison(comparison: Comparison, file: IO[bytes]) -> None:
-    """comparison.png: mean curves and every seed's own, for a README or a chat. It has 1400 by 840
-    pixels; its text is legible at half that width."""
+    """Draw comparison.png: mean curves and every seed's curve, for a README or a chat. It has 1400
+    by 840 pixels; its text is legible at half that width."""
     from opsd.report.curves_png import colour_of, draw_accuracy, drawing
 
     with drawing(file, (7, 4.2), (1,)) as (axes,):

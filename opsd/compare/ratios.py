@@ -1,8 +1,8 @@
-"""How many times the tokens one method needs of another's, to reach an accuracy, seed by seed.
+"""Compute how many times as many tokens the baseline needs as a method to reach a target accuracy.
 
-Where a run starts differs more between seeds than between methods (the tiny quickstart's bases
-reach from 7 to 69 %). So each seed has its own target where it can: the best that the baseline's
-run of that seed reaches. And each run is compared with the run of its own seed.
+Runs start from accuracies that differ more between seeds than between methods (from 7 to 69 % in
+the tiny quickstart). So, where possible, each seed has its own target, the best accuracy of the
+baseline's run with that seed, and each run is compared with the baseline's run of the same seed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MEASURES = ("tokens", "seconds", "flops")
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 90 % interval over seeds; one seed alone has no interval."""
+    """A mean with its 90 % interval over seeds; a single seed has no interval."""
 
     value: float
     low: float | None = None
@@ -31,10 +31,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class Target:
-    """The accuracy that runs have to reach.
+    """The accuracy that runs should reach.
 
-    shared: the same for all runs. Without it, by_seed has each seed's own, and flat the seeds that
-    have none: the baseline's best is no better than what a run of that seed starts from.
+    says: its description. shared: the target of all runs; if None, by_seed maps seeds to targets,
+    and flat lists the seeds without one, since the baseline's best is no better than what a run of
+    that seed starts from.
     """
 
     says: str
@@ -43,18 +44,18 @@ class Target:
     flat: Sequence[int | None] = ()
 
     def of(self, run: SeedRun) -> float | None:
-        """The target of this run; None where its seed has none."""
+        """The target of this run; None if its seed has none."""
         return self.by_seed.get(run.seed) if self.shared is None else self.shared
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times the tokens of `method` the baseline needs; `of` may be seconds or flops too.
+    """What the baseline spends to reach the target ÷ what `method` spends.
 
-    at_least: a run of the baseline never reached the target, so `value` is a lower bound. paired:
-    each run is compared with the run of its own seed. seeds: those that the ratio includes.
-    unreached: those left out because the method did not reach their target. value: None where no
-    seed is left.
+    of: what is spent, "tokens", "seconds" or "flops". value: None if no seed is left. at_least: a
+    run of the baseline never reached the target, so `value` is a lower bound. paired: each run is
+    compared with the baseline's run of the same seed. seeds: those that the ratio includes.
+    unreached: those left out because the method did not reach their target.
     """
 
     method: str
@@ -69,13 +70,13 @@ class Ratio:
 
 
 def alike(runs: Sequence[SeedRun], others: Sequence[SeedRun]) -> bool:
-    """Whether both sides have the same seeds, all of them known and each once."""
+    """Whether both sides have the same seeds, all known and none twice."""
     ours, theirs = ([run.seed for run in side] for side in (runs, others))
     return None not in ours and len(set(ours)) == len(ours) and sorted(ours) == sorted(theirs)
 
 
 def own_targets(groups: Mapping[str, Sequence[SeedRun]], baseline: str, name: str) -> Target:
-    """For each seed the best that the baseline reaches; all groups must have the same seeds."""
+    """The target of each seed: the baseline's best. All groups must have the same seeds."""
     starts: dict[int | None, float] = {}
     for run in (run for group in groups.values() for run in group):
         starts[run.seed] = max(run.curve[0][1], starts.get(run.seed, 0.0))
@@ -94,11 +95,11 @@ def ratio(
     target: Target,
     of: str = "tokens",
 ) -> Ratio:
-    """What `others` (the baseline) spend to reach the target, over what `runs` spend.
+    """What `others` (the baseline) spend to reach the target ÷ what `runs` spend.
 
-    The mean is of logarithms. Its interval is Student's of the pairs' differences where both have
-    the same seeds, and Welch's otherwise. For a run of the baseline that never reaches the target,
-    all that it spent counts; the ratio is then a lower bound without an interval.
+    Logarithms are averaged. The interval is Student's, of the differences within pairs, if both
+    sides have the same seeds, and Welch's otherwise. A run of the baseline that never reaches the
+    target counts with all it spent; the ratio is then a lower bound without an interval.
     """
     found = [(run, run.reaches(target.of(run))) for run in runs if target.of(run) is not None]
     unreached = [run.seed for run, tokens in found if tokens is None]
@@ -127,7 +128,7 @@ def ratio(
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
-    """The piecewise linear curve through `points` (by x) at x; beyond the ends, their values."""
+    """The piecewise linear curve through `points`, sorted by x, at x; constant beyond its ends."""
     if x <= points[0][0]:
         return points[0][1]
     for (x0, y0), (x1, y1) in pairwise(points):
@@ -137,7 +138,7 @@ def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
-    """Student's interval for the mean of the seeds' values."""
+    """The mean of the seeds' values, with Student's interval."""
     if len(values) < 2:
         return Interval(values[0])
     reach = student_quantile((1 + CONFIDENCE) / 2, len(values) - 1) * stdev(values)
@@ -159,11 +160,11 @@ def _welch(ones: Sequence[float], others: Sequence[float]) -> Interval:
 
 @dataclass(frozen=True)
 class SeedRun:
-    """One finished run: its curve (tokens, accuracy), and what its tokens cost.
+    """A finished run: its curve of (tokens, accuracy), and the cost of its tokens.
 
-    seconds: (tokens, seconds since the start) of each training step. flops: of the whole run, None
-    where the model's size is not known. prompts_counted: whether they include the prompts'.
-    """
+    bands: intervals over problems. seconds: (tokens, seconds since the start) of each step. flops:
+    of the whole run, None if the model's size is unknown. prompts_counted: whether they include the
+    prompts'. trained_axis: tokens are trained ones (sft)."""
 
     path: Path
     method: str
@@ -175,11 +176,11 @@ class SeedRun:
     prompts_counted: bool
     trained_axis: bool
     problems: int | None
-    troubles: Sequence[str] = ()  # what of it could not be read
+    troubles: Sequence[str] = ()  # messages on files that could not be read
 
     @property
     def budget(self) -> float:
-        """The tokens at its last evaluation."""
+        """The number of tokens at the last evaluation."""
         return self.curve[-1][0]
 
     def reaches(self, target: float) -> float | None:
@@ -195,7 +196,7 @@ class SeedRun:
         return None
 
     def spent(self, of: str, tokens: float) -> float:
-        """Tokens, seconds or flops up to `tokens`; above 0, because logarithms are taken."""
+        """Tokens, seconds or flops spent up to `tokens`; above 0, for its logarithm is taken."""
         if of == "tokens":
             return max(1.0, tokens)
         if of == "seconds":
@@ -203,7 +204,7 @@ class SeedRun:
         return max(1.0, self.flops * tokens / self.budget)
 
     def knows(self, of: str) -> bool:
-        """Whether `spent` has what it needs."""
+        """Whether `spent` can be computed."""
         if of == "seconds":
             return len(self.seconds) > 1
         return of == "tokens" or bool(self.flops)

@@ -1,9 +1,8 @@
-"""A study: the runs that a comparison needs, started side by side.
+"""Run a study: all runs that a comparison needs, several at a time.
 
-They are of one of two kinds. A study file asks for quickstarts: methods by seeds, and by how many
-worked solutions there are and in which style. Configs ask for `opsd train`: configs by seeds. A
-finished run is not run again and an interrupted one is resumed, so an interrupted study goes on
-where it was.
+A study file asks for quickstarts: each method with each seed, each number of worked solutions and
+each style of them. Configs ask for `opsd train`: each config with each seed. Finished runs are kept
+and interrupted ones are resumed, so an interrupted study continues where it stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from opsd.runs.directory import LOCK, locked
 
 
 class Study(Section):
-    """What a study file says."""
+    """The content of a study file."""
 
     quickstart: Literal["tiny", "smollm2"] = Field(description="Whose task, model and settings.")
     methods: list[Method] = Field(
@@ -81,7 +80,8 @@ class Study(Section):
 
     @property
     def cells(self) -> list[Cell]:
-        """What runs with each seed: the variants, or all pairs of number and style."""
+        """The variants, or every pair of a number of solutions and a style; each runs with each
+        seed."""
         if self.variants:
             count, style = self.solutions[0], self.solution_styles[0]
             return [Cell(name, count, style, own) for name, own in self.variants.items()]
@@ -94,7 +94,7 @@ class Study(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """What shares a row of the study's table; `name` is also its directory."""
+    """The settings of a row of the study's table; `name` is also its directory."""
 
     name: str
     solutions: int | Literal["endless"]
@@ -104,7 +104,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """One `opsd` command whose run ends with `directory`/summary.json."""
+    """A run to start: arguments of `opsd`. It has finished once directory/summary.json exists."""
 
     directory: Path
     arguments: list[str]
@@ -115,7 +115,7 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """The arguments; they resume the run where an interrupted one left a directory."""
+        """The arguments, with --resume if an interrupted run has left a directory."""
         if not self.directory.exists():
             return self.arguments
         anew = ["--start-over"] if self.arguments[0] == "train" else []
@@ -123,7 +123,7 @@ class Job:
 
 
 def load_study(path: Path) -> Study:
-    """Read a study file. Raises UserError: not YAML, unknown keys, wrong values."""
+    """Read a study file. Raises UserError if it is not YAML or has unknown keys or wrong values."""
     try:
         study = Study.model_validate(read_yaml(path))
     except ValidationError as error:
@@ -138,8 +138,7 @@ def load_study(path: Path) -> Study:
 
 
 def study_jobs(study: Study, output: Path) -> dict[str, list[Job]]:
-    """The runs of each cell by its name: one for each seed, with all methods, in
-    `output`/cell/seed-n."""
+    """The name of each cell → its runs, one per seed with all methods, in `output`/cell/seed-n."""
     kind = ["--tiny"] if study.quickstart == "tiny" else []
     jobs: dict[str, list[Job]] = {}
     for cell in study.cells:
@@ -160,7 +159,7 @@ def study_jobs(study: Study, output: Path) -> dict[str, list[Job]]:
 
 
 def overrides(study: Study, cell: Cell) -> list[str]:
-    """The study's settings, then the cell's own, as `[method.]section.field=value`."""
+    """The settings of the study, then of the cell, as `[method.]section.field=value`."""
     return [*_flat(study.settings), *_flat(cell.settings)]
 
 
@@ -175,10 +174,9 @@ def _flat(settings: dict[str, Any], above: str = "") -> Iterator[str]:
 def train_jobs(
     configs: Sequence[Path], seeds: Sequence[int], output: Path, tokens: int | None = None
 ) -> list[Job]:
-    """`opsd train` of each config with each seed, in `output`/<config's name>-<seed>.
+    """The runs of `opsd train`: each config with each seed, in `output`/<config's name>-<seed>.
 
-    All configs are checked before any of them runs. `tokens`: each run's token_budget.
-    Raises UserError.
+    Checks all configs first. tokens: each run's token_budget. Raises UserError.
     """
     if len({path.stem for path in configs}) != len(configs):
         raise UserError("CONFIG: two configs have the same name, and would share directories")
@@ -190,7 +188,7 @@ def train_jobs(
             own += [] if tokens is None else [f"train.token_budget={tokens}"]
             try:
                 load_config(path, own)
-            except UserError as error:  # of which of the configs?
+            except UserError as error:  # add the config's path if the error does not name it
                 raise UserError(
                     str(error) if str(path) in str(error) else f"{path}: {error}"
                 ) from None
@@ -201,15 +199,15 @@ def train_jobs(
 def run_jobs(
     jobs: Sequence[Job], display: Display, threads: int = 1, gpus: Sequence[str] = ()
 ) -> None:
-    """Run those that are not finished: one on each of `gpus`, or else cores // threads at a time.
+    """Run the unfinished jobs: one on each of `gpus`, or without GPUs cores // threads at a time.
 
-    What a run prints goes to <directory>.log. Each has the same number of threads wherever it
-    runs, so its results do not depend on how many cores there are. When a run fails, those beside
-    it may end, then a UserError names the log. They end with this process, however that ends.
+    A run's output goes to <directory>.log. Every run has the same number of threads, so its results
+    do not depend on the number of cores. If a run fails, the runs in progress may finish; then a
+    UserError names the log. All runs end when this process ends, in whatever way.
     """
     waiting = [job for job in jobs if not job.finished]
     for job in waiting:
-        if (job.directory / LOCK).exists():  # a killed study's run may still be saving its step
+        if (job.directory / LOCK).exists():  # a run of a killed study may still be saving: wait
             with locked(job.directory, "--output", LOCK):
                 pass
         job.directory.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +243,7 @@ def run_jobs(
 
 
 def log_of(job: Job) -> Path:
-    """Where a run's terminal output goes."""
+    """The file for a run's terminal output."""
     return job.directory.with_name(job.directory.name + ".log")
 
 

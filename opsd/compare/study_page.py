@@ -1,6 +1,6 @@
-"""A study with several variants for people to read: accuracy by solutions and style."""
+"""Show a study with several cells: each method's accuracy by variant, or by solutions and style."""
 
-# ruff: noqa: RUF001 - dashes for people to read are meant as such
+# ruff: noqa: RUF001 - the dashes are intended: people read them
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opsd.report.render import render
 
 
 def study_columns(study: Study, comparisons: dict[str, Comparison]) -> list[str]:
-    """The heads of the table: what a row is, then the methods."""
+    """The column names of the table: first those that describe a row, then the methods."""
     first = next(iter(comparisons.values()))
     names = [method.name for method in first.methods]
     if study.variants:
@@ -25,8 +25,8 @@ def study_columns(study: Study, comparisons: dict[str, Comparison]) -> list[str]
 
 
 def study_rows(study: Study, comparisons: dict[str, Comparison]) -> list[list[str]]:
-    """A row for each cell: each method's accuracy at the budget, with its interval over seeds; for
-    a variant also the difference, seed by seed, from the first variant's."""
+    """The row of each cell: each method's accuracy at the budget, with its interval over seeds; for
+    a variant also the difference from the first variant, computed seed by seed."""
     first = comparisons[study.cells[0].name]
     rows = []
     for cell in study.cells:
@@ -47,12 +47,12 @@ def study_rows(study: Study, comparisons: dict[str, Comparison]) -> list[list[st
 
 
 def _at(comparison: Comparison, method: Method) -> list[float]:
-    """Each seed's accuracy at the budget; the seeds are in the study's order."""
+    """Each seed's accuracy at the budget, in the study's order of seeds."""
     return [interpolate(run.curve, comparison.budget) for run in method.runs]
 
 
 def study_notes(comparisons: dict[str, Comparison]) -> list[str]:
-    """What holds for all cells, then the comparisons' own notes, each once."""
+    """A note on all cells, then the notes of the comparisons, each once."""
     seeds = (
         "Held-out accuracy, in percent, at the largest budget that all runs of the row have; in "
         "brackets 90 % intervals over seeds (Student's t), where there are several. Differences "
@@ -62,14 +62,14 @@ def study_notes(comparisons: dict[str, Comparison]) -> list[str]:
 
 
 def study_page(study: Study, comparisons: dict[str, Comparison]) -> str:
-    """The page: one HTML document that loads nothing and links each variant's comparison."""
+    """The study's page: one HTML document that loads no other files and links each comparison."""
     note, *warnings = study_notes(comparisons)
     return render(
         "study.html",
         study=study,
         columns=study_columns(study, comparisons),
         rows=study_rows(study, comparisons),
-        links=[quote(f"{name}/comparison.html") for name in comparisons],  # a name is no address
+        links=[quote(f"{name}/comparison.html") for name in comparisons],  # escape names for URLs
         warnings=warnings,
         note=note,
     )

@@ -1,4 +1,4 @@
-"""The base class of a config's sections: the checks that all of them make."""
+"""The base class of a config's sections, with the checks that all sections share."""
 
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -13,9 +13,9 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """Unknown keys, infinities and NaN are errors; a default is checked as a given value is.
+    """Refuses unknown keys, infinities and NaN; checks default values like given ones.
 
-    What stands below a field describes it.
+    The docstring below a field becomes its description.
     """
 
     model_config = ConfigDict(
@@ -25,12 +25,12 @@ class Section(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **more: Any) -> None:
         for field in cls.model_fields.values():
-            field.description = " ".join((field.description or "").split())  # of several lines
+            field.description = " ".join((field.description or "").split())  # join its lines
 
     @field_validator("*", mode="before")
     @classmethod
     def _check_truth(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic takes true for 1."""
+        """Refuse true and false for a number: pydantic would take them as 1 and 0."""
         types = _types(cls.model_fields[info.field_name].annotation)
         if isinstance(value, bool) and bool not in types and {int, float} & types:
             raise ValueError("it must be a number")
@@ -44,7 +44,7 @@ class Section(BaseModel):
 
 
 def _types(annotation: Any) -> set[Any]:
-    """The classes that an annotation names, those of a union and of its `Annotated` parts too."""
+    """The classes that an annotation names, also inside a union or `Annotated`."""
     if get_origin(annotation) is Literal:
         return set()
     if get_origin(annotation) is Annotated:
@@ -54,7 +54,7 @@ def _types(annotation: Any) -> set[Any]:
 
 
 def _check_plain(value: Any) -> None:
-    """Refuse what no file name, tokenizer or 64-bit machine takes, in lists and mappings too."""
+    """Refuse, also in lists and mappings: NUL, lone surrogates, large integers, other types."""
     if isinstance(value, str):
         if "\0" in value:
             raise ValueError("text may hold no NUL character")

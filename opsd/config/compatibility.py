@@ -1,6 +1,6 @@
-"""Options that do not go together, each refused by its name. Needs no torch.
+"""Refuse combinations of options that make no sense, naming the option. Needs no torch.
 
-The fields' types, in sections.py, say what each may be; here is what goes together.
+The types of the fields, in sections.py and loss.py, check each value alone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ USED_BY = {
     "reward": (*DIVERGENCE_METHODS, "grpo"),
     "importance_bound": (*DIVERGENCE_METHODS, "grpo"),
 }
-"""Fields of `loss` → the methods that use them. Fields that are not here are used by all."""
+"""Fields of `loss` → the methods that use them. All methods use the fields not listed here."""
 
 
 ZERO_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -58,8 +58,8 @@ ZERO_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmspro
 def check(config: Config) -> None:
     """Raises ValueError that names the field, its value and what it may be.
 
-    A rule yields what `refused` takes. An unused field is refused if it is not at its default: it
-    would be accepted and ignored.
+    A rule yields texts for `refused`. A field that this run does not use is refused unless it has
+    its default value: otherwise it would be silently ignored.
     """
     for rule in RULES:
         for broken in rule(config):
@@ -73,7 +73,7 @@ def check(config: Config) -> None:
 
 
 def refused(config: Config, broken: str) -> UserError:
-    """The error for `field: why`, with the field's value put between the two."""
+    """The error for the text `field: why`, with the field's value added."""
     field, _, why = broken.partition(": ")
     return UserError(f"{field} is {_shown(_value(config, field))}: {why}")
 
@@ -338,7 +338,7 @@ RULES = (
 
 
 def _unused(config: Config) -> Iterator[tuple[str, str]]:
-    """Fields that this run does not read, and why not."""
+    """Yields (fields that this run does not use, separated by blanks; why not)."""
     method, loss, policy = config.method, config.loss, config.teacher.policy
     if not (config.eval.every and config.eval.problems):
         yield "output.keep train.early_stop", "that needs eval.every, and eval.problems"

@@ -1,4 +1,4 @@
-"""A run's whole config: its sections together."""
+"""`Config`: all sections of a run's config, checked together."""
 
 from typing import Any
 
@@ -23,11 +23,11 @@ from opsd.config.sections import (
 )
 
 IN_PYTHON = "<given in Python>"
-"""What stands in a config for a model or rows that are not named but handed over."""
+"""The path of a model, or the source of rows, that a Python caller passes as an object."""
 
 
 class Config(Section):
-    """A training run. In Python its fields may be given flat, as their names tell them apart:
+    """The config of a training run. In Python fields may be given flat, without their sections:
 
     >>> OPSDConfig = Config
     >>> OPSDConfig(learning_rate=1e-5, group_size=4, rollout_temperature=0.9).rollout.temperature
@@ -48,8 +48,8 @@ class Config(Section):
     output: OutputSection = OutputSection()
 
     def __init__(self, **fields: Any):
-        """Sections, or fields by their flat names (opsd.config.flat). Model and data may be left
-        for OPSDTrainer to be given. Raises UserError."""
+        """Takes sections, or fields by their flat names (opsd.config.flat). Model and data may be
+        left out if OPSDTrainer is given them. Raises UserError."""
         found = nested(fields, type(self))
         for section, field in (("model", "path"), ("data", "source")):
             found.setdefault(section, {}).setdefault(field, IN_PYTHON)
@@ -58,7 +58,7 @@ class Config(Section):
         except ValidationError as error:
             raise UserError(explain_all(error, type(self))) from None
 
-    # A file's values are validated as they stand, without flat names.
+    # Lets pydantic validate the values of a file without calling __init__: no flat names there.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
-"""What is wrong with a config, as sentences that name the mend: field, value, what was meant.
+"""Explain what is wrong with a config: the field, its value, and how to fix it.
 
-Names and values of TRL, axolotl, verl and others are told as ours (`elsewhere.toml`,
-`values.toml`).
+For names and values of TRL, axolotl, verl and others it says what they are called here
+(`elsewhere.toml`, `values.toml`).
 """
 
 import re
@@ -15,19 +15,19 @@ from opsd.common.files import read_toml
 from opsd.common.near import did_you_mean, nearest
 from opsd.config.base import Section
 
-SHOWN_PROBLEMS = 10  # of one config
+SHOWN_PROBLEMS = 10  # at most this many errors of one config are shown
 ELSEWHERE: dict[str, str] = read_toml(__file__, "elsewhere")
-"""Names that TRL and others have for a field, or that it had here once → its name."""
+"""Names that other trainers use for a field, and its former names here → its name."""
 
 VALUES: dict[str, dict[str, str]] = read_toml(__file__, "values")
-"""Field → what others call its values → ours."""
+"""Field → {another trainer's name of a value: our name}."""
 
 UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def explain_all(error: ValidationError, model: type[Section]) -> str:
-    """pydantic's errors as sentences; if there are many, the first ones."""
+    """Explain pydantic's errors, the first SHOWN_PROBLEMS of them, separated by semicolons."""
     problems = error.errors()
     said = [explain(problem, model) for problem in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
@@ -36,7 +36,7 @@ def explain_all(error: ValidationError, model: type[Section]) -> str:
 
 
 def explain(problem: Any, model: type[Section]) -> str:
-    """One pydantic error of `model` as a sentence: the field, the value, what is allowed."""
+    """Explain one pydantic error of `model`: the field, the value, what is allowed."""
     location, kind = [str(part) for part in problem["loc"]], problem["type"]
     if kind in ("extra_forbidden", "invalid_key"):
         return _unknown(location, problem["input"], model)
@@ -50,14 +50,14 @@ def explain(problem: Any, model: type[Section]) -> str:
 
 
 def places(name: str, model: type[Section]) -> list[str]:
-    """Where the config has a field of this name, the deepest left out: ["train.steps"]."""
+    """The full names of the least nested fields called `name`: ["train.steps"]."""
     found = [field for field in fields_of(model) if field.rpartition(".")[2] == name]
     least = min((field.count(".") for field in found), default=0)
     return [field for field in found if field.count(".") == least]
 
 
 def here(name: str, model: type[Section]) -> str:
-    """Our name for a field that is `name` elsewhere, or in another section; "" if there is none."""
+    """Our full name for a field called `name` elsewhere or in another section; "" if unknown."""
     leaf = re.sub(r"\W+", "_", name.rpartition(".")[2])
     return ELSEWHERE.get(name) or ELSEWHERE.get(leaf) or " or ".join(places(leaf, model))
 
@@ -81,7 +81,7 @@ def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
 
 
 def _meant(name: str, problem: Any, model: type[Section]) -> str:
-    """What was meant by a value of the field `name`, as the end of a sentence."""
+    """Suggest what a wrong value of the field `name` may mean, as the end of a sentence."""
     kind, value = problem["type"], problem["input"]
     if kind in ("model_type", "model_attributes_type"):
         inside = next((field for field in fields_of(model) if field.startswith(f"{name}.")), None)
@@ -108,17 +108,17 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
 
 
 def fields_of(model: type[Section], prefix: str = "") -> Iterator[str]:
-    """The whole names of all fields, such as train.steps."""
+    """The full names of all fields, such as train.steps."""
     for name, field in model.model_fields.items():
         inside = section_of(field.annotation)
-        if inside and not str(field.annotation).startswith("str"):  # data.source may hold sources
+        if inside and not str(field.annotation).startswith("str"):  # data.source: also a string
             yield from fields_of(inside, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The section that a field of this type holds, or may hold; None if it holds values."""
+    """The section class that a field of this type may hold; None if it holds plain values."""
     kinds = getattr(annotation, "__args__", None) or (annotation,)
     return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
 

@@ -1,7 +1,7 @@
 """Flat names of fields, as keyword arguments of `OPSDConfig`: learning_rate → train.learning_rate.
 
-A field goes by its own name or with the names of its sections before it, as many as tell it from
-others: rollout_temperature and loss_temperature, lora_rank, output_dir.
+A field's flat name is its own name; if that is ambiguous, the names of its sections come first:
+rollout_temperature and loss_temperature, lora_rank, output_dir.
 """
 
 import difflib
@@ -14,12 +14,12 @@ from opsd.config.base import Section
 from opsd.config.explain import ELSEWHERE, section_of
 
 WHAT_IT_NAMES = {"model": "path", "data": "source", "output": "dir"}
-"""Sections that may be given as a text, and the field that it is."""
+"""Sections that may be given as a single string → the field that the string sets."""
 
 
 def nested(values: Mapping[str, Any], config: type[Section]) -> dict[str, Any]:
-    """Flat names as the sections that they stand for. Raises UserError for a name of no field, or
-    of several.
+    """Put fields with flat names into their sections. Raises UserError for a name that fits no
+    field or several.
 
     >>> from opsd.config.config import Config
     >>> nested({"method": "grpo", "learning_rate": 1e-5, "lora_rank": 8}, Config)
@@ -46,7 +46,7 @@ def nested(values: Mapping[str, Any], config: type[Section]) -> dict[str, Any]:
 
 
 def _fields(model: type[Section], above: str = "") -> Iterator[tuple[str, set[str]]]:
-    """Each field and section with the flat names that it may have."""
+    """Yields (full name of a field or section, the flat names that it may have)."""
     for name, field in model.model_fields.items():
         path = f"{above}{name}"
         parts = path.split(".")
@@ -57,7 +57,7 @@ def _fields(model: type[Section], above: str = "") -> Iterator[tuple[str, set[st
 
 
 def _field(name: str, fields: dict[str, set[str]]) -> str:
-    if name in fields:  # at the top
+    if name in fields:  # a top-level field or section
         return name
     found = [field for field, names in fields.items() if name in names]
     whole = [field for field in found if field.replace(".", "_") == name]

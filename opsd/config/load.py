@@ -1,4 +1,4 @@
-"""The configuration of a run: reading a YAML file, checking it, and saying what it may hold.
+"""Read a run's config from a YAML file, check it, and describe its fields.
 
 Unknown keys are errors that suggest the nearest name. Nothing here imports torch, so that a bad
 file is refused within a second.
@@ -19,15 +19,15 @@ from opsd.config.explain import explain_all, here, section_of
 from opsd.config.yaml import load_yaml, read_yaml
 
 STUDY = {"quickstart", "methods", "variants"}
-"""Keys at the top of a study file, which `opsd compare` runs."""
+"""Top-level keys that only a study file has; `opsd compare` runs those."""
 
 
 METHODS_OWN = ("method", "loss", "teacher")
-"""What a run of `then` does not take over: it is of the method."""
+"""Top-level keys that a run of `then` does not inherit, since they belong to the method."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.field=value` overrides, and check all. Raises UserError."""
+    """Read a YAML file, apply `section.field=value` overrides, and check it. Raises UserError."""
     first, *rest = load_recipe(path, overrides)
     if rest:
         raise UserError(
@@ -37,10 +37,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]:
-    """`load_config` of a file that may go on with `then`: the config of each run, in order.
+    """Like `load_config`, for a file that may continue with `then`; returns each run's config.
 
-    A run of `then` starts from the model of the run before. What it does not say of data, prompts,
-    rollouts, training and evaluation is that run's.
+    A run of `then` starts from the model of the previous run, and inherits what it does not set of
+    data, prompts, rollouts, training and evaluation. Raises UserError.
     """
     path = Path(path)
     values = read_yaml(path)
@@ -52,7 +52,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]
         raise UserError(
             f"CONFIG is {str(path)!r}: a study of several runs; `opsd compare {path}` runs it"
         )
-    # A section whose lines are all commented out reads as null: the same as no section.
+    # A section whose lines are all commented out reads as null: treat it as absent.
     values = {key: value for key, value in values.items() if value is not None}
     values = with_overrides(values, overrides)
     then = values.pop("then", None)
@@ -76,7 +76,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Two nested dictionaries; where both say something, `above` wins."""
+    """Merge two nested dictionaries into a new one; `above` wins."""
     merged = dict(below)
     for key, value in above.items():
         known = merged.get(key)
@@ -86,7 +86,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The sections with `section.field=value` overrides written into them. Raises UserError."""
+    """Write `section.field=value` overrides into the sections, in place. Raises UserError."""
     for override in overrides:
         _apply(values, override)
     return values
@@ -115,7 +115,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def describe() -> Iterator[tuple[str, str, str, str]]:
-    """Every field as (section, name, default, description), for `--help`."""
+    """Yield (section, name, default, description) of every field, for `--help`."""
     for section, field in Config.model_fields.items():
         if section == "method":
             yield "", "method", "opsd", f"{field.description} (opsd | grpo | sft | distill)"
@@ -145,7 +145,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
             f"override is {override!r}: it must look like train.learning_rate=1e-5{hint}"
         )
     for key in keys[:-1]:
-        if values.get(key) is None:  # a section that is not there, or null
+        if values.get(key) is None:  # the section is absent or null
             values[key] = {}
         values = values[key]
         if not isinstance(values, dict):

@@ -1,6 +1,6 @@
-"""The config's sections on what is learnt: the loss, its token weights, and rewards.
+"""The config's `loss` section, with its token weights, gates and rewards.
 
-`opsd train --help` prints the fields' descriptions, as those of `sections.py`.
+`opsd train --help` prints the docstrings below the fields.
 """
 
 import re
@@ -160,6 +160,6 @@ class LossSection(Section):
     """Bytes of logits the kernel may hold; none: its own choice."""
 
     def without_code(self) -> "LossSection":
-        """The same without gates of the user's own, which are files to run."""
+        """A copy without the user's own gates, which are Python files to run."""
         ours = [gate for gate in self.gates if gate.gate in GATES]
         return self.model_copy(update={"gates": ours})

@@ -1,4 +1,4 @@
-"""The names that a config chooses among and that other commands list too. Imports almost nothing,
+"""Names of methods, engines and policies, for the config and the commands. Imports almost nothing,
 so that `opsd --help` stays fast."""
 
 from typing import Literal, get_args
@@ -7,12 +7,12 @@ Method = Literal["opsd", "grpo", "sft", "distill"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 DIVERGENCE_METHODS = ("opsd", "distill")
-"""Methods that learn from a divergence between a teacher and the student."""
+"""Methods that minimise a divergence between teacher and student."""
 
 Policy = Literal["initial", "live", "ema", "model"]
-"""Whose weights a teacher has."""
+"""A teacher's weights: the student's at step 0 or now, their moving average, another model's."""
 
 Engine = Literal["generate", "continuous", "vllm", "vllm_server"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 
-HOTTEST = 2.0  # vLLM's highest temperature
+HOTTEST = 2.0  # the highest temperature that vLLM accepts

@@ -1,4 +1,4 @@
-"""What follows from a config: which roles, columns, grades and lengths it needs. Needs no torch."""
+"""Derive from a config which roles, columns, grades and lengths a run needs. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def uses_teacher_prompt(config: Config) -> bool:
-    """Whether prompts.teacher is filled in for training."""
+    """Whether training renders prompts.teacher."""
     if config.method == "sft":
         return "teacher" in config.loss.roles
     if config.method == "grpo":
@@ -21,26 +21,26 @@ def uses_teacher_prompt(config: Config) -> bool:
 
 
 def teacher_roles(config: Config) -> list[str]:
-    """The contexts in which the members of a teacher see rollouts."""
+    """The role of the context in which each member of the teacher scores rollouts."""
     if config.method == "distill":
         return ["student"]
     return [member.context for member in config.teacher.mix] or ["teacher"]
 
 
 def teaching_templates(config: Config) -> dict[str, str]:
-    """The templates that training fills in for teachers, beside the student's: by role."""
+    """Role → template, for each context that training renders for a teacher."""
     others = config.prompts.contexts if config.method == "opsd" else {}
     own = {"teacher": config.prompts.teacher} if uses_teacher_prompt(config) else {}
     return own | others
 
 
 def teaches_over_rollouts(config: Config) -> bool:
-    """Whether a teacher's context is made of rollouts, its own or its peers'."""
+    """Whether a teacher's context contains rollouts: the one to be scored or its peers."""
     return any(map(over_rollouts, teaching_templates(config).values()))
 
 
 def needs_grades(config: Config) -> bool:
-    """Whether the method cannot do without knowing which rollouts are right."""
+    """Whether the method needs to know which rollouts are right."""
     if config.method == "sft":
         return False
     weights = config.loss.weights
@@ -49,31 +49,31 @@ def needs_grades(config: Config) -> bool:
 
 
 def is_graded(config: Config) -> bool:
-    """Whether rollouts are graded."""
+    """Whether rollouts are graded, for the method or only for the log."""
     return needs_grades(config) or config.loss.reward.log
 
 
 def compares_answers(config: Config) -> bool:
-    """Whether the training data's answers are compared with the model's."""
+    """Whether the data's answers are needed: for the verifier "math", or for held-out problems."""
     answers = is_graded(config) and config.loss.reward.verifier == "math"
     own_test = config.eval.problems > 0 and config.eval.source is None
     return answers or own_test
 
 
 def scores_by_teacher(config: Config) -> bool:
-    """Whether training runs a teacher, or a reference."""
+    """Whether training runs a teacher, or grpo's reference."""
     if config.method == "grpo":
         return max(config.loss.credit, config.loss.distil, config.loss.kl) > 0
     return config.method in DIVERGENCE_METHODS
 
 
 def learns_targets(config: Config) -> bool:
-    """Whether the text that is learnt is each row's prompts.target, not a rollout."""
+    """Whether training uses each row's prompts.target instead of rollouts."""
     return config.method == "sft" or config.rollout.source == "reference"
 
 
 def trained_roles(config: Config) -> list[str]:
-    """The roles whose contexts are trained on and can be made of a row alone."""
+    """The roles whose contexts training uses and that a row alone determines."""
     if config.method == "sft":
         return list(config.loss.roles)
     taught = teaching_templates(config).items()
@@ -81,18 +81,18 @@ def trained_roles(config: Config) -> list[str]:
 
 
 def longest_rollout(config: Config) -> int | None:
-    """Tokens of the longest text that is learnt after a context; None: it is the row's target."""
+    """The longest rollout, in tokens; None if the rows' targets are trained on instead."""
     return None if learns_targets(config) else config.rollout.max_new_tokens
 
 
 def longest_answer(config: Config) -> int:
-    """Tokens of the longest answer to a held-out problem."""
+    """The longest answer to a held-out problem, in tokens."""
     return config.eval.max_new_tokens or config.rollout.max_new_tokens
 
 
 def held_out_teacher_role(config: Config) -> str:
-    """The context in which a teacher sees answers to held-out problems. There are no rollouts to
-    make it of, and under distill the teacher sees what the student does."""
+    """The role of the context in which the teacher scores answers to held-out problems. It is the
+    student's if the teacher's template needs rollouts, and under distill."""
     role = teacher_roles(config)[0]
     template = config.prompts.contexts.get(role, config.prompts.teacher)
     alike = role == "student" or over_rollouts(template)
@@ -100,7 +100,7 @@ def held_out_teacher_role(config: Config) -> str:
 
 
 def required_columns(config: Config) -> list[str]:
-    """Of problem, solution and answer, those that every training row must have."""
+    """Which of problem, solution and answer every training row must have."""
     used = set(names(config.prompts.student))
     for template in teaching_templates(config).values():
         used |= names(template)

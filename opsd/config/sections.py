@@ -1,7 +1,7 @@
 """The sections of a config file: their fields, defaults and own checks, as pydantic models.
 
-A field's description is what `opsd train --help` prints. What two fields may be at once is checked
-in `compatibility.py`. Needs no torch, so that a bad file is refused within a second.
+`opsd train --help` prints the docstrings below the fields. `compatibility.py` checks combinations
+of fields. Needs no torch, so that a bad file is refused within a second.
 """
 
 import datetime
@@ -28,7 +28,7 @@ ALL_LINEAR = "all-linear"
 
 
 SEEDS = 2**32
-"""numpy, which Trainer seeds, takes no larger ones."""
+"""Seeds must be below this: numpy, which Trainer seeds, accepts no larger ones."""
 
 
 OURS = frozenset(
@@ -36,7 +36,7 @@ OURS = frozenset(
     "return_tensors return_assistant_tokens_mask tokenizer_kwargs padding truncation "
     "max_length sanitize_control_tokens".split()
 )
-"""Chat-template arguments that decide what a context is, and are not the template's own."""
+"""Arguments of apply_chat_template that opsd sets itself: a config may not set them."""
 
 
 class LoraSection(Section):
@@ -179,7 +179,7 @@ class PromptsSection(Section):
         for name in OURS & arguments.keys():
             raise ValueError(f"{name!r} is set by opsd, and is no argument of a chat template's")
         for name, value in arguments.items():
-            if str(value).lower() in ("yes", "no", "on", "off"):  # texts, to a template all true
+            if str(value).lower() in ("yes", "no", "on", "off"):  # strings, which count as true
                 raise ValueError(f"{name} is {value!r}: write true or false")
         return arguments
 
@@ -258,7 +258,7 @@ class TeacherSection(Section):
     _check_path = field_validator("path")(_address_or_path)
 
     def members(self) -> list["TeacherSection"]:
-        """Whose weights each member of the mixture has; without one, this section's own."""
+        """A section with the weights of each member of the mixture; without a mixture [self]."""
         nothing = {"path": None, "revision": None, "gguf_file": None}
         made = []
         for member in self.mix:

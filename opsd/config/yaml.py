@@ -1,6 +1,6 @@
-"""YAML as a config may have it: plain values, each key once, no larger than it looks.
+"""Read YAML strictly: plain values only, no duplicate keys, no aliases that expand to huge data.
 
-Words and numbers are those of YAML 1.2's core schema, and dates. In YAML 1.1, which PyYAML reads,
+Words and numbers are read by YAML 1.2's core schema, plus dates. By YAML 1.1, PyYAML's default,
 `1:30` is 90, `010` is 8, `on` and `no` are true and false, and 1e-5 is text.
 """
 
@@ -14,10 +14,10 @@ from opsd.common.errors import UserError
 from opsd.common.near import near_file
 
 MAX_BYTES = 1 << 20
-"""Largest file: a config has some kilobytes, and parsing a large file takes minutes."""
+"""The largest file to read: a config has some kilobytes; parsing a large file takes minutes."""
 
 MAX_NODES = 100_000
-"""Most values in a file, with each alias replaced by what it repeats."""
+"""The most values that a file may have, counting what aliases repeat each time."""
 
 
 CORE = {
@@ -31,18 +31,18 @@ CORE = {
     "timestamp": (r"[0-9]{4}-[0-9]{2}-[0-9]{2}", list("0123456789")),
     "merge": (r"<<", ["<"]),
 }
-"""Type → which plain words are of it, and their first characters. All others are text."""
+"""Type → a pattern of its unquoted words, and their first characters. Other words are text."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice; SafeLoader drops the first of them silently."""
+    """Refuses duplicate keys, of which SafeLoader silently drops the first."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - as PyYAML has it
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = self.construct_scalar(node)
         number = int(text, 0 if text[:2] in ("0o", "0x") else 10)
-        repr(number)  # ValueError, as for decimals, where no message could show it
+        repr(number)  # raises ValueError for a number with too many digits to print
         return number
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -68,7 +68,7 @@ _Loader.yaml_constructors = {t: c for t, c in _Loader.yaml_constructors.items() 
 
 
 def read_yaml(path: Path, field: str = "CONFIG") -> Any:
-    """The value of a file that the user has named as `field`. Raises UserError."""
+    """Read a YAML file. Raises UserError. field: what the user named the file as, for errors."""
     if path.is_dir():
         model = (path / "config.json").is_file()
         what = "a model; name it in a config as model.path" if model else "a directory"
@@ -92,7 +92,7 @@ def read_yaml(path: Path, field: str = "CONFIG") -> Any:
 
 
 def load_yaml(text: str) -> Any:
-    """The document's value; what an alias repeats is a copy. Raises yaml.YAMLError."""
+    """Parse YAML; each use of an alias is a separate copy. Raises yaml.YAMLError."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -102,14 +102,14 @@ def load_yaml(text: str) -> Any:
         return _own(loader.construct_document(node))
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
-    except ValueError as error:  # of Python's, such as the date 2020-13-45
+    except ValueError as error:  # raised by Python, such as for the date 2020-13-45
         raise yaml.YAMLError(str(error)) from None
     finally:
         loader.dispose()
 
 
 def _count(node: yaml.Node, sizes: dict[yaml.Node, int | None]) -> int:
-    """How many values a node holds with its aliases written out."""
+    """Count a node's values, aliases included. Raises yaml.YAMLError for more than MAX_NODES."""
     if node in sizes:
         known = sizes[node]
         if known is None:
@@ -117,7 +117,7 @@ def _count(node: yaml.Node, sizes: dict[yaml.Node, int | None]) -> int:
         return known
     sizes[node] = None
     kind = node.tag.rpartition(":")[2]
-    if kind in CORE and not re.fullmatch(CORE[kind][0], str(node.value)):  # its tag was written
+    if kind in CORE and not re.fullmatch(CORE[kind][0], str(node.value)):  # an explicit tag
         raise yaml.YAMLError(f"{str(node.value)!r} is no {kind}")
     inside: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):

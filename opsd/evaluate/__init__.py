@@ -1,4 +1,4 @@
-"""How well a model answers a benchmark: its problems, the completions, the rates and intervals.
+"""Evaluate a model on a benchmark: its problems, the completions, the rates and intervals.
 
-`subject` loads the model that is measured. `benchmarks`, `answers` and `result` need no torch.
+`subject` loads the evaluated model. `benchmarks`, `answers` and `result` need no torch.
 """

@@ -1,8 +1,8 @@
-"""The completions of an evaluation on disk: appended as they come, read back whole.
+"""Store an evaluation's completions on disk: append them one by one, read them all back.
 
-A directory belongs to one evaluation, described in `evaluation.json`. Each process appends to a
-file of its own, `completions-<i>-of-<n>.jsonl`; what counts is the union of all such files, so that
-an evaluation may be continued by more or fewer processes than began it. Needs no torch.
+A directory belongs to one evaluation, described in `evaluation.json`. Each process appends to its
+own file, `completions-<i>-of-<n>.jsonl`. The evaluation's completions are the union of these files,
+so more or fewer processes than began an evaluation may continue it. Needs no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from opsd.runs.records import CompletionLine, EvaluationFile, checked_lines, rea
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote: `problem` and `sample` count from 0; not `finished`: cut off."""
+    """A model's text for a sample of a problem, both counted from 0; not finished: truncated."""
 
     problem: int
     sample: int
@@ -36,7 +36,7 @@ class Completion:
 
 
 class CompletionLog:
-    """One shard's file, open for appending. A second process on the same file is refused."""
+    """A shard's file, open for appending. Raises UserError if another process has it open."""
 
     def __init__(self, directory: Path, shard: Shard, note: Callable[[str], None] = print):
         self.path = directory / f"completions-{shard.index}-of-{shard.count}.jsonl"
@@ -51,7 +51,7 @@ class CompletionLog:
             )
         end = self._file.seek(0, os.SEEK_END)
         start = self._file.seek(max(0, end - CompletionLine.longest))
-        whole = self._file.read().rfind(b"\n") + 1  # a kill may have torn the last line
+        whole = self._file.read().rfind(b"\n") + 1  # a killed process may leave half a line
         self._file.truncate(start + whole if whole or not start else end)
 
     def __enter__(self) -> CompletionLog:
@@ -61,7 +61,7 @@ class CompletionLog:
         self._file.close()
 
     def append(self, completions: Iterable[Completion]) -> None:
-        """Writes them through to the disk."""
+        """Appends completions and syncs them to the disk."""
         lines = [json.dumps(asdict(completion)) + "\n" for completion in completions]
         self._file.write("".join(lines).encode())
         self._file.flush()
@@ -71,9 +71,9 @@ class CompletionLog:
 def read_completions(
     directory: Path, but: Path | None = None, bad: list[str] | None = None
 ) -> dict[tuple[int, int], Completion]:
-    """(problem, sample) → completion, of all files `but` one. Lines that are damaged are left out
-    and go to `bad`: their answers are sampled again. Of two completions for one place the first
-    file's counts."""
+    """Reads all files except `but`: (problem, sample) → completion. Damaged lines are left out and
+    described in `bad`; their answers will be sampled again. Of two completions for one sample the
+    first file's counts."""
     found: dict[tuple[int, int], Completion] = {}
     for path in sorted(directory.glob("completions-*-of-*.jsonl")):
         if path != but:
@@ -83,21 +83,21 @@ def read_completions(
 
 
 def read_file(path: Path, bad: list[str] | None = None) -> list[Completion]:
-    """The completions of one file."""
+    """Reads one file; see read_completions."""
     lines = checked_lines(path, CompletionLine, [] if bad is None else bad)
     return [Completion(**line.record) for line, _ in lines]
 
 
 def key(identity: Mapping[str, Any]) -> str:
-    """A short hash of what decides an evaluation's completions."""
+    """A short hash of all that determines an evaluation's completions."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def claim(directory: Path, identity: Mapping[str, Any], description: Mapping[str, Any]) -> str:
-    """Makes `directory` this evaluation's; returns the date that it began on.
+    """Assigns `directory` to this evaluation; returns the date on which it began.
 
-    UserError where it is another one's, naming what differs: answers of two evaluations must not
-    mix."""
+    Raises UserError, naming what differs, if it belongs to another evaluation: answers of two
+    evaluations must not mix."""
     path = directory / "evaluation.json"
     if os.path.lexists(path):
         try:
@@ -121,17 +121,17 @@ def claim(directory: Path, identity: Mapping[str, Any], description: Mapping[str
 
 
 def _claiming(path: Path) -> bool:
-    """Whether this is what another process of the same evaluation is just writing."""
+    """Whether another process that claims the same directory may be writing this file."""
     return is_unfinished(path) or path.name == "evaluation.json"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The `index`-th (from 1) of `count` processes that share one evaluation."""
+    """Process number `index`, from 1, of `count` that share one evaluation."""
 
     index: int = 1
     count: int = 1
 
     def has(self, problem: int) -> bool:
-        """Whether the problem with this number (from 0) is this shard's."""
+        """Whether this shard answers the problem with this number, from 0."""
         return problem % self.count == self.index - 1

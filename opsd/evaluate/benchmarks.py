@@ -1,5 +1,4 @@
-"""Benchmarks by name: where their problems are, what their columns are called, how they are
-sampled.
+"""Load benchmarks by name: each has a source, names of columns and a convention for sampling.
 
 A benchmark is a name from `KNOWN`, or any source that `opsd.data.rows.load_rows` reads.
 """
@@ -24,9 +23,9 @@ from opsd.data.sources import REASONING_GYM
 
 @dataclass(frozen=True)
 class Convention:
-    """How a benchmark is sampled unless the caller says otherwise; temperature 0 is greedy.
+    """How to sample a benchmark unless the caller says otherwise; temperature 0 is greedy.
 
-    thinking: what the chat template gets as `enable_thinking`; None leaves it to the template.
+    thinking: `enable_thinking` for the chat template; None leaves it to the template.
     """
 
     samples: int = 1
@@ -38,8 +37,8 @@ class Convention:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Problems with answers. `revision`: the hub commit they are from, None for other sources and
-    where the hub could not be asked; `left_out`: problems that no parser can grade."""
+    """Problems with answers. revision: their commit on the hub, None for other sources or if the
+    hub could not be asked. left_out: number of problems left out since no parser can grade them."""
 
     name: str
     source: str
@@ -49,14 +48,14 @@ class Benchmark:
     left_out: int = 0
 
     def digest(self) -> str:
-        """A hash of all problems and answers, in order: the same benchmark or another one."""
+        """A hash of all problems and answers, in order, that identifies the benchmark."""
         content = json.dumps([[row.problem, row.answer] for row in self.rows])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class _Known:
-    """An entry of benchmarks.toml, which says what its fields are."""
+    """An entry of benchmarks.toml; comments there explain the fields."""
 
     source: str
     split: str
@@ -91,10 +90,11 @@ def load_benchmark(
     revision: str | None = None,
     require: Sequence[str] = ("problem", "answer"),
 ) -> Benchmark:
-    """The benchmark `name`: one of KNOWN (in any spelling of case, `-` and `_`), or a source.
+    """Load a benchmark: one of KNOWN (whatever its case, `-` and `_`), or a source of rows.
 
-    source: a local copy of a known one. revision: of a hub dataset, instead of the pinned one. The
-    rest is as for load_rows, but that the split is "test" and reasoning_gym draws 200 problems.
+    source: a local copy of a known benchmark. revision: of a hub dataset, instead of the pinned
+    one. The other arguments are those of load_rows, but the default split is "test", and
+    reasoning_gym draws 200 problems by default. Raises UserError.
     """
     compact = name.lower().replace("-", "").replace("_", "")
     if compact in _NAMES:
@@ -157,7 +157,7 @@ def _gradable(rows: list[Row], entry: _Known, where: str) -> list[Row]:
 
 
 def _current_revision(name: str) -> str | None:
-    """The commit that the hub has now, so that what is loaded is what is recorded."""
+    """The dataset's current commit on the hub, so that the loaded revision is the recorded one."""
     from huggingface_hub import HfApi
 
     from opsd.common.hub_offline import before_asking_hub
@@ -165,12 +165,12 @@ def _current_revision(name: str) -> str | None:
     before_asking_hub(name)
     try:
         return HfApi().dataset_info(name, timeout=10).sha
-    except Exception:  # offline (a cached copy may do), or absent: load_dataset says which
+    except Exception:  # offline (there may be a cached copy) or absent: load_dataset will tell
         return None
 
 
 def _refuse_misspelling(name: str) -> None:
-    """A bare word that is no path is not worth the half minute that asking the hub may take."""
+    """Raises UserError for a bare word that is no path: asking the hub may take half a minute."""
     if "/" in name or ":" in name or "." in name or Path(name).exists():
         return
     raise UserError(

@@ -1,4 +1,4 @@
-"""From completions to a result: grades, avg@k, pass@k, maj@k. Needs no torch."""
+"""Compute an evaluation's result from its completions: grades, avg@k, pass@k, maj@k. No torch."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Answer:
 def grade_all(
     rows: Sequence[Row], completions: Sequence[Completion], grader: Grader, in_thought: bool = False
 ) -> list[list[Answer]]:
-    """For each problem its samples' answers, in order.
+    """Grade all completions; returns for each row the answers of its samples, in order.
 
-    in_thought: the contexts have begun the thought.
+    in_thought: the contexts already open a thought, so completions begin inside of it.
     """
     ordered = sorted(completions, key=lambda completion: completion.place)
     grades = grader.grade(
@@ -40,9 +40,9 @@ def grade_all(
 
 
 def measure(answers: Sequence[Sequence[Answer]], grader: Grader, seed: int = 0) -> dict[str, Any]:
-    """All figures of an evaluation, each rate with its bootstrap interval over problems.
+    """All figures of an evaluation; each rate has a bootstrap interval over problems.
 
-    Cut-off answers count by what they say so far, as elsewhere, and are counted apart.
+    Truncated answers are graded by the text that there is, and also counted separately.
     """
     samples = len(answers[0])
     correct = [[answer.grade.correct for answer in problem] for problem in answers]
@@ -73,15 +73,15 @@ def measure(answers: Sequence[Sequence[Answer]], grader: Grader, seed: int = 0) 
 
 
 def powers(samples: int) -> list[int]:
-    """1, 2, 4, … and `samples` itself."""
+    """The powers of 2 up to `samples`, and `samples`: the k of pass@k."""
     return sorted({samples, *(1 << i for i in range(samples.bit_length()))})
 
 
 def vote(problem: Sequence[Answer], grader: Grader) -> float:
-    """Whether the majority of a problem's answers is right (see statistics.majority).
+    """Whether the majority of a problem's answers is right: 0 to 1, see statistics.majority.
 
-    Right answers are one group whatever their form. Wrong ones are compared with each other, by the
-    grader where their texts differ, but only where that can matter.
+    All right answers form one group. Wrong ones are compared with each other, by the grader if
+    their texts differ, but only if the result depends on it.
     """
     right = sum(answer.grade.correct for answer in problem)
     wrong = [
@@ -99,7 +99,7 @@ def vote(problem: Sequence[Answer], grader: Grader) -> float:
 
 
 def _groups(texts: Sequence[str], same: Callable[[str, str], bool]) -> list[int]:
-    """For each text the number of its group of equals."""
+    """For each text, the number of its group of equal texts."""
     groups: dict[str, int] = {}
     heads: list[str] = []
     for text in texts:
@@ -112,18 +112,18 @@ def _groups(texts: Sequence[str], same: Callable[[str, str], bool]) -> list[int]
 
 
 def table(result: dict[str, Any]) -> list[list[str]]:
-    """[name, value, 95 % interval] a metric, for people."""
+    """A row [name, value, 95 % interval] for each metric, as text."""
     samples = result["samples"]
     rows = [(f"avg@{samples}", Estimate(result["accuracy"], result["low"], result["high"]))]
     if samples > 1:
         rows.append((f"maj@{samples}", Estimate(**result["majority"])))
         passes = result["pass_at_k"].items()
-        rows += [(f"pass@{k}", Estimate(**one)) for k, one in passes if k != "1"]  # that is avg
+        rows += [(f"pass@{k}", Estimate(**one)) for k, one in passes if k != "1"]  # pass@1 = avg
     return [[name, f"{one.value:.3f}", f"{one.low:.3f} to {one.high:.3f}"] for name, one in rows]
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What a reader must know beside the rates, a line each."""
+    """Lines on truncated, unanswered and ungraded answers, to be shown below the rates."""
     total = result["problems"] * result["samples"]
     cut = result["truncated"]
     lines = [

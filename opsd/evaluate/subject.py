@@ -1,4 +1,4 @@
-"""The model under evaluation: what must be known of it before its weights are loaded, and them."""
+"""The model to evaluate: its tokenizer, config and digest, and later its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from opsd.config.sections import ModelSection
 from opsd.models.load import check_directory, load_config, load_model, load_tokenizer, stops_of
 
-# What decides what a model writes; a checkpoint's optimizer and our own files do not.
+# The files that determine a model's output, unlike a checkpoint's optimizer or our own files.
 _FILES = """
     config.json generation_config.json *.safetensors *.safetensors.index.json
     pytorch_model*.bin tokenizer* vocab.* merges.txt special_tokens_map.json added_tokens.json
@@ -21,7 +21,7 @@ _FILES = """
 
 
 class Subject:
-    """A model, or an adapter, by its path. Raises UserError where there is none."""
+    """A model or an adapter at a path; its weights are not loaded yet. Raises UserError."""
 
     def __init__(self, path: str, local_rank: int = 0):
         self.path = path
@@ -38,8 +38,8 @@ class Subject:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the model's files, or the commit of a hub model: a model that was trained on
-        under the same name is another model."""
+        """A hash of the model's files, or a hub model's commit. It changes if the model is trained
+        further under the same name."""
         parts = [part.section for part in reversed(self.files.adapters)] + [self.files.base]
         hashes = [self._hash(Path(part.path), part.revision) for part in parts]
         return hashes[0] if len(hashes) == 1 else _digest("\n".join(hashes))
@@ -57,12 +57,12 @@ class Subject:
 
     @property
     def switches_thinking(self) -> bool:
-        """Whether the chat template looks at `enable_thinking`."""
+        """Whether the chat template uses `enable_thinking`."""
         return "enable_thinking" in str(self.tokenizer.chat_template)
 
     @property
     def stops(self) -> frozenset[int]:
-        """What ends an answer, as `opsd.models.load.stop_ids` finds it of the loaded model."""
+        """Ids of the tokens that end an answer, as `stop_ids` gives them for the loaded model."""
         owner = self.files.owner("generation_config.json")
         try:
             extra = GenerationConfig.from_pretrained(owner.path, revision=owner.revision)
@@ -71,7 +71,7 @@ class Subject:
         return stops_of(self.tokenizer, extra.eos_token_id)
 
     def load(self) -> PreTrainedModel:
-        """The weights, on the device and in the precision above."""
+        """Load the model, to `device` and in `precision`."""
         model, _ = load_model(ModelSection(path=self.path), self.device)
         return model.to(torch.bfloat16) if self.precision == "bf16" else model
 

@@ -1,6 +1,6 @@
-"""report.html and curves.png of a run, written from the files that the run left on disk.
+"""Write report.html and curves.png of a run from the files in its directory.
 
-`write_report` writes both. Other pages take their charts and markup from `charts` and `markup`.
+`write_report` writes both. Other pages use the charts of `charts` and the templates of `render`.
 """
 
 from pathlib import Path
@@ -12,8 +12,8 @@ from opsd.runs.read import read_results
 def write_report(run_dir: Path) -> dict[str, Path]:
     """Write `report.html` and `curves.png` into `run_dir` and return their paths by name.
 
-    run_dir: an `opsd train` directory or a quickstart directory; the run may still be going on, or
-    have been cut off. Existing files are replaced. UserError where the directory holds no run.
+    run_dir: the directory of an `opsd train` run or a quickstart, finished or not. Existing files
+    are replaced. Raises UserError if the directory holds no run.
     """
     from opsd.report.curves_png import write_curves
     from opsd.report.page import page

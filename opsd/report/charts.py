@@ -1,8 +1,8 @@
-"""Line charts: what is drawn, and where it lies in an SVG.
+"""Line charts: their data, and positions in an SVG.
 
-`templates/charts.html` draws them inline, so they show without scripts; report.js adds read-outs.
-A chart is drawn at the size at which it is shown (CSS pixels), because text in a scaled SVG is
-unreadable on a phone. Colours come from the style sheet: `series-<key>` classes.
+`templates/charts.html` draws them as inline SVG, so they show without scripts; report.js shows
+values under the pointer. A chart is drawn at the size at which it is shown (CSS pixels), because
+text in a scaled SVG is unreadable on a phone. The style sheet has the colours: `series-<key>`.
 """
 
 import math
@@ -10,24 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MAX_POINTS = 500  # a series of more points is thinned: no screen shows them
-NOISY = 40  # from so many points on, a running mean is drawn over them
+MAX_POINTS = 500  # longer series are thinned: no screen shows more points
+NOISY = 40  # series of at least this many points get a running mean
 
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line. `points` are (x, y) by x; `band` (low, high) an interval for each, or empty."""
+    """A line of a chart. points: (x, y), sorted by x. band: (low, high) of each point, or empty."""
 
-    key: str  # names the colour class and the marker
+    key: str  # decides the colour and the marker
     name: str
     points: Points
     band: Sequence[tuple[float, float] | None] = ()
 
     @property
     def known_band(self) -> list[tuple[float, float, float]]:
-        """(x, low, high) of the points whose interval is known."""
+        """(x, low, high) of the points that have an interval."""
         pairs = zip(self.points, self.band, strict=False)
         return [(x, *interval) for (x, _), interval in pairs if interval]
 
@@ -37,13 +37,13 @@ class Series:
 
     @property
     def trend(self) -> Points:
-        """The points, or their running mean where they are many."""
+        """The points, or their running mean if there are many."""
         return smooth(self.points) if self.noisy else self.points
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart's content, in data units. It has no size yet: see `scale`."""
+    """A chart's content, in data units; `scale` gives positions for a size."""
 
     identifier: str
     title: str
@@ -56,14 +56,14 @@ class Chart:
     large: bool = False  # points have markers, and the y label is in the chart
 
     def say(self, y: float) -> str:
-        """A value of the y axis for people."""
+        """A value of the y axis as text."""
         if self.share:
             return f"{100 * y:.3g} %"
         return f"{y:,.0f}" if abs(y) >= 1000 else f"{y:.4g}"
 
     @property
     def description(self) -> str:
-        """The chart in words, for those who do not see it."""
+        """The chart in words, for screen readers."""
         lines = [f"{self.title}: {self.y_label} against {self.x_label}."]
         for series in self.series:
             (x0, y0), (x1, y1) = series.points[0], series.points[-1]
@@ -83,20 +83,20 @@ class Chart:
         return {"x": self.x_label, "percent": self.share, "series": series}
 
     def scale(self, width: int, height: int) -> "Scale":
-        """Positions of the data in an SVG of this size."""
+        """Positions in an SVG of this size, in pixels."""
         return Scale(self, width, height)
 
 
 def accuracy_chart(
     series: Sequence[Series], x_label: str, references: Sequence[tuple[str, str, float]]
 ) -> Chart:
-    """Held-out accuracy by tokens, as the report and a comparison draw it."""
+    """The chart of held-out accuracy by tokens, for the report and for a comparison."""
     label = "held-out accuracy"
     return Chart("accuracy", "Accuracy", x_label, label, series, references, share=True, large=True)
 
 
 class Scale:
-    """A chart's margins and ticks in an SVG, and pixels for its values. x begins at 0."""
+    """A chart's margins and ticks, and the pixel positions of values. The x axis begins at 0."""
 
     def __init__(self, chart: Chart, width: int, height: int) -> None:
         self.left, self.right = 46, width - (72 if chart.references else 12)
@@ -109,7 +109,7 @@ class Scale:
         ys += [y for _, _, y in chart.references] + ([0.0] if chart.from_zero else [])
         low, high = min(ys), max(ys)
         pad = (high - low) * 0.06 or abs(high) * 0.1 or 0.1
-        # The margin stops at the axis's limits: a share never shows 105 %.
+        # The margin ends at the limits of possible values: a share's axis never shows 105 %.
         floor = 0.0 if low >= 0 else -math.inf
         ceiling = max(1.0, high) if chart.share else math.inf
         low, high = max(low - pad, floor), min(high + pad, ceiling)
@@ -139,7 +139,7 @@ class Scale:
 
     @property
     def reference_lines(self) -> list[tuple[str, str, float, float]]:
-        """(key, name, y of the line, y of its name): names in the margin cover no other name."""
+        """(key, name, y of the line, y of its name) in pixels; names are moved not to overlap."""
         lines, lowest = [], self.top - 10.0
         for key, name, y in sorted(self.references, key=lambda one: -one[2]):
             lowest = max(self.y(y) + 4, lowest + 14)
@@ -148,7 +148,7 @@ class Scale:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values, in steps of 1, 2 or 5 times 10ⁿ, that cover low…high in about `count` steps."""
+    """Round values that cover low…high in about `count` steps of 1, 2 or 5 times a power of 10."""
     if high <= low:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
@@ -160,14 +160,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def thin(points: Sequence, most: int = MAX_POINTS) -> list:
-    """At most `most` of the points, evenly, with the first and the last."""
+    """At most `most` of the points, evenly spaced, including the first and the last."""
     if len(points) <= most:
         return list(points)
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
 def smooth(points: Points) -> list[tuple[float, float]]:
-    """Centred running mean over about a 15th of the points; the ends average over what is there."""
+    """Centred running mean over about a 15th of the points, over fewer at the ends."""
     half = max(len(points) // 30, 1)
     ys = [y for _, y in points]
     near = [ys[max(i - half, 0) : i + half + 1] for i in range(len(ys))]

@@ -1,4 +1,4 @@
-"""curves.png: accuracy by tokens, and divergence or entropy by step, for a README or a chat."""
+"""Draw curves.png: accuracy by tokens, divergence and entropy by step, for a README or a chat."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ STYLES = {"teacher": "--", "base": "-", "pretrained": ":"}
 
 
 def write_curves(results: Results, file: IO[bytes]) -> None:
-    """Draw the figure: 2000 by 840 pixels, text legible when shown at half that width."""
+    """Draw the figure: 2000 by 840 pixels, its text legible at half that width."""
     with drawing(file, (10, 4.2), (1.35, 1), results.model) as (left, right):
         _accuracy(left, results)
         _dynamics(right, results)
@@ -29,12 +29,13 @@ def write_curves(results: Results, file: IO[bytes]) -> None:
 def drawing(
     file: IO[bytes], size: tuple[float, float], widths: Sequence[float], title: str | None = None
 ) -> Iterator[list["Axes"]]:
-    """Axes side by side to draw into, in the style of our plots; written to `file` at the end."""
+    """Yield axes side by side to draw into; then style the figure and write it to `file`, a PNG of
+    200 pixels per inch. size: in inches. widths: of the axes, relative."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"text.parse_math": False}):  # "$" in a name begins no formula
+    with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a name is no formula
         figure = Figure(figsize=size, dpi=200, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         panels = list(figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0])
@@ -56,7 +57,7 @@ def drawing(
 
 
 def draw_accuracy(axes: "Axes", series: Sequence[Series], x_label: str) -> None:
-    """Accuracies by tokens with their intervals."""
+    """Draw accuracies by tokens with their intervals."""
     for one in series:
         colour = colour_of(one)
         if len(one.known_band) > 1:
@@ -72,7 +73,7 @@ def draw_accuracy(axes: "Axes", series: Sequence[Series], x_label: str) -> None:
 
 
 def colour_of(series: Series) -> str:
-    """A method's colour, the same in every plot."""
+    """The colour of a series' method, the same in every plot."""
     return COLOURS.get(series.key, OTHER)
 
 
@@ -96,7 +97,7 @@ def _accuracy(axes: "Axes", results: Results) -> None:
 
 
 def _dynamics(axes: "Axes", results: Results) -> None:
-    """Divergence where it was recorded, with the student's entropy beside it as dotted lines."""
+    """Draw the divergence, if recorded, as solid and the student's entropy as dotted lines."""
     divergence = metric_series(results.methods, "divergence")
     entropy = metric_series(results.methods, "student_entropy")
     axes.set_title("Divergence and entropy, nats a token", fontsize=12, loc="left")

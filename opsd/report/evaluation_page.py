@@ -1,6 +1,6 @@
-"""The page of an evaluation: the result, what was asked, and the completions to read.
+"""The page of an evaluation: its result, its settings, and completions to read.
 
-One HTML document that loads nothing and runs no script. Needs no torch.
+It is one HTML document that loads no other files and runs no script. Needs no torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from opsd.report.page import readable
 from opsd.report.render import render
 
 MAX_PROBLEMS = 300
-MAX_SAMPLES = 8  # shown of one problem, among them right, wrong and cut-off ones
-MAX_CHARACTERS = 12_000  # shown of one completion, without its middle: a page must open on a phone
-OPEN_CHARACTERS = 1_200  # longer completions, and cut-off ones, are folded
+MAX_SAMPLES = 8  # completions shown per problem: right, wrong and truncated ones
+MAX_CHARACTERS = 12_000  # shown of a completion, leaving out its middle: it must open on a phone
+OPEN_CHARACTERS = 1_200  # longer completions, and truncated ones, are folded
 
 ASKED = (
     "model model_digest benchmark source revision benchmark_digest samples temperature top_p top_k "
@@ -25,7 +25,7 @@ ASKED = (
 
 
 def page(result: dict[str, Any], rows: Sequence[Row], answers: Sequence[Sequence[Answer]]) -> str:
-    """The whole page; `answers` holds each row's answers."""
+    """Render the page. answers: the answers to each row."""
     known = {name: result[name] for name in ASKED if result.get(name) is not None}
     return render(
         "evaluation.html",
@@ -54,7 +54,7 @@ def page(result: dict[str, Any], rows: Sequence[Row], answers: Sequence[Sequence
 
 
 def _chosen(problem: Sequence[Answer]) -> list[Answer]:
-    """At most MAX_SAMPLES, of each kind some: round robin over right, wrong and cut off."""
+    """Choose at most MAX_SAMPLES answers, in turn from right, wrong and truncated ones."""
     kinds: dict[tuple[bool, bool], list[Answer]] = {}
     for answer in problem:
         kinds.setdefault((answer.grade.correct, answer.completion.finished), []).append(answer)
@@ -63,7 +63,7 @@ def _chosen(problem: Sequence[Answer]) -> list[Answer]:
 
 
 def shorten(text: str, longest: int) -> str:
-    """The text, its middle left out where it is longer."""
+    """The text; if it has more than `longest` characters, without its middle."""
     if len(text) <= longest:
         return text
     half = longest // 2

@@ -1,4 +1,4 @@
-"""The report of a run: the values that templates/report.html shows."""
+"""Render the report of a run: compute the values that templates/report.html shows."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from opsd.report.rollouts import sampled
 from opsd.report.step_costs import collapses, cost_rows
 from opsd.runs.read import Accuracy, Results, Run
 
-# (metric, title, unit): the first three are always there, others where the run recorded them
+# (metric, title, unit): PANELS are always in view, MORE_PANELS folded; both if recorded
 PANELS = [
     ("divergence", "Divergence", "nats a token"),
     ("student_entropy", "Student's entropy", "nats a token"),
@@ -37,7 +37,7 @@ MORE_PANELS = [
 
 
 def page(results: Results) -> str:
-    """The whole report as one HTML document that loads nothing."""
+    """The report as one HTML document that loads no other files."""
     runs, evaluated = results.methods, [run for run in results.methods if run.points]
     accuracy = None
     if evaluated:
@@ -66,7 +66,7 @@ def page(results: Results) -> str:
 
 
 def accuracy_series(run: Run) -> Series:
-    """A run's accuracy by tokens, with its intervals."""
+    """A run's curve of accuracy by tokens, with intervals."""
     name = run.name + (" (trained tokens)" if run.trained_axis else "")
     rates = [point.accuracy for point in run.points]
     band = [None if rate.low is None else (rate.low, rate.high) for rate in rates]
@@ -74,7 +74,7 @@ def accuracy_series(run: Run) -> Series:
 
 
 def token_axis(runs: Sequence[Run]) -> str:
-    """The label of the token axis; SFT counts other tokens than the rest, and the label says so."""
+    """The label of the token axis; it says that SFT counts trained instead of generated tokens."""
     if all(run.trained_axis for run in runs):
         return "trained tokens"
     if any(run.trained_axis for run in runs):
@@ -83,7 +83,7 @@ def token_axis(runs: Sequence[Run]) -> str:
 
 
 def references(results: Results) -> list[tuple[str, str, float]]:
-    """Horizontal lines: (key, name, accuracy)."""
+    """The chart's horizontal lines: (key, name, accuracy)."""
     lines = [
         ("teacher", "teacher", results.teacher),
         ("base", "base" if results.quickstart else "before", results.base),
@@ -114,8 +114,8 @@ def _warnings(results: Results) -> list[str]:
 
 
 def _rates(results: Results) -> list[tuple[str, str, Accuracy, Run | None]]:
-    """(key, name, accuracy, run) of the table: the starting points, each method at its end, and
-    the teacher."""
+    """The rows of the table, (key, name, accuracy, run): the models that training started from,
+    each method's last evaluation, and the teacher."""
     rows: list[tuple[str, str, Accuracy | None, Run | None]] = [
         ("pretrained", "Pretrained", results.pretrained, None),
         ("base", "Base" if results.quickstart else "Before", results.base, None),
@@ -128,7 +128,7 @@ def _rates(results: Results) -> list[tuple[str, str, Accuracy, Run | None]]:
 
 
 def _panels(runs: Sequence[Run], panels: Sequence[tuple[str, str, str]]) -> list[Chart]:
-    """A chart of each metric that some run recorded."""
+    """A chart for each metric that some run recorded."""
     charts = []
     for key, title, unit in panels:
         share = unit == "share"
@@ -154,7 +154,7 @@ def _panel_notes(runs: Sequence[Run], panels: Sequence[Chart]) -> list[str]:
 
 
 def _facts(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(title, facts) of what ran."""
+    """Groups of facts, (title, [(name, value)]): costs, versions and machine."""
     times = [(run.name, duration(run.seconds)) for run in results.runs if run.seconds is not None]
     costs = [] if len(times) < 2 else times
     if results.seconds is not None:
@@ -169,7 +169,7 @@ def _facts(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def readable(content: object) -> list[tuple[str, str]]:
-    """A mapping's entries as text, bytes and nested values made readable."""
+    """A mapping's entries as (name, text), with units for bytes and JSON for nested values."""
     if not isinstance(content, dict):
         return [("", str(content))] if content else []
     pairs = []

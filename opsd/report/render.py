@@ -1,7 +1,7 @@
-"""Renders the pages from the templates beside this file: everything put into them is escaped.
+"""Render HTML pages from the files in `templates/`, escaping every value.
 
-So a rollout that contains `<script>` is shown, never run. A page loads nothing: its style and its
-script are inline, and its Content-Security-Policy allows that one script only.
+So a rollout that contains `<script>` is shown, never run. A page loads no other files: its style
+and its script are inline, and its Content-Security-Policy allows only that script.
 """
 
 import base64
@@ -20,14 +20,14 @@ _NOT_IN_HTML = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff
 
 
 def render(template: str, **values: Any) -> str:
-    """The page that `template` (a file in `templates/`) makes of the values."""
+    """Render a file of `templates/` with these values and the current time."""
     written = time.strftime("%Y-%m-%d %H:%M")
     return environment().get_template(template).render(values, written=written)
 
 
 @cache
 def environment() -> jinja2.Environment:
-    """Jinja with autoescape; a name that a template uses and nobody gave is an error."""
+    """Jinja's environment with autoescape; undefined names in a template are errors."""
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("opsd.report"),
         autoescape=True,
@@ -50,10 +50,8 @@ def environment() -> jinja2.Environment:
 
 
 def clean(content: Any) -> Any:
-    """Text without what HTML may not hold: control characters and lone surrogates become U+FFFD.
-
-    None becomes nothing; what is not text stays as it is.
-    """
+    """Replace characters that HTML may not contain, control characters and lone surrogates, by
+    U+FFFD, and None by "". Other values that are not strings are returned as they are."""
     if type(content) is str:
         text = content.replace("\r\n", "\n").replace("\r", "\n")
         return _NOT_IN_HTML.sub("\N{REPLACEMENT CHARACTER}", text)
@@ -61,9 +59,9 @@ def clean(content: Any) -> Any:
 
 
 def interval(rate: Any) -> str:
-    """A rate's interval in percent, as far as it lies in 0…1; a dash where it is not known."""
+    """A rate's interval in percent, cut to 0…100; a dash if it is unknown."""
     if rate.low is None:
-        return "–"  # noqa: RUF001 - a dash for people to read
+        return "–"  # noqa: RUF001 - a dash
     return f"{100 * max(0.0, rate.low):.1f}–{100 * min(1.0, rate.high):.1f}"  # noqa: RUF001
 
 
@@ -73,7 +71,7 @@ def points(change: float) -> str:
 
 
 def _asset(name: str) -> str:
-    """A file in `templates/` as it is: our own style or script."""
+    """The unescaped text of a file in `templates/`: our own style or script."""
     made = environment()
     assert made.loader is not None
     return made.loader.get_source(made, name)[0]

@@ -1,4 +1,4 @@
-"""Sample rollouts before and after training, as templates/rollouts.html shows them."""
+"""Prepare sample rollouts from before and after training for templates/rollouts.html."""
 
 import re
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ from opsd.runs.read import Run
 from opsd.runs.records import Record
 
 MAX_PROBLEMS = 12
-MAX_TOKENS = 1500  # shown of a rollout: no phone scrolls a page with more elements
+MAX_TOKENS = 1500  # tokens shown of a rollout: with more elements a phone cannot scroll the page
 SHADES = 9
 
 
 def sample_pairs(samples: Sequence[Record]) -> list[tuple[Record | None, Record | None]]:
-    """(before, after) of each problem: the rollouts of the first and of the last sampled step.
+    """(before, after) of each problem: its rollouts in the first and the last sampled step.
 
-    A problem that was sampled at one of the two only is a pair with None. If there is only one
-    sampled step, every pair is (before, None).
+    A problem that was sampled in only one of these steps has None for the other. If there is only
+    one sampled step, every pair is (before, None).
     """
     steps = [sample["step"] for sample in samples]
     first, last = min(steps, default=0), max(steps, default=0)
@@ -30,7 +30,7 @@ def sample_pairs(samples: Sequence[Record]) -> list[tuple[Record | None, Record 
 
 
 def sampled(run: Run) -> dict[str, Any] | None:
-    """The run's sample rollouts, (before, after) of each problem; None where it sampled none."""
+    """The run's sample rollouts, (before, after) of each problem; None if it sampled none."""
     pairs = sample_pairs(run.samples)
     shown = pairs[:MAX_PROBLEMS]
     scale = divergence_scale([sample for pair in shown for sample in pair if sample])
@@ -40,14 +40,14 @@ def sampled(run: Run) -> dict[str, Any] | None:
 
 
 def divergence_scale(samples: Sequence[Record]) -> float | None:
-    """The divergence of the darkest shade: the 95th percentile, so that one outlier does not pale
-    all others. None where no token has a divergence."""
+    """The divergence of the darkest shade: the 95th percentile, so that a single outlier does not
+    make all others pale. None if no token has a divergence."""
     found = sorted(d for sample in samples for d in _divergences(sample.get("tokens", [])))
     return max(found[int(0.95 * (len(found) - 1))], 1e-3) if found else None
 
 
 def shade(divergence: float, scale: float) -> int:
-    """0…SHADES; by the square root, which keeps small divergences apart."""
+    """A token's shade, 0…SHADES. It grows with the square root, which tells small ones apart."""
     return round(SHADES * min(max(divergence, 0.0) / scale, 1.0) ** 0.5)
 
 

@@ -1,4 +1,4 @@
-"""What the parts of a run's steps cost, and which measures say that it has collapsed."""
+"""The costs of the phases of a run's steps, and the signs that it has collapsed."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -15,11 +15,11 @@ COLLAPSED = {
     "pass_at_k": "pass@k of the rollouts has fallen",
     "inverted_gradient": "the clip inverts the gradient of too many tokens",
 }
-"""Measures of train.collapse → what it means that one has collapsed."""
+"""Measure of train.collapse → what the report says if it has collapsed."""
 
 
 def cost_rows(run: Run) -> list[list[str]]:
-    """(part of a step, median time, its share, peak memory) of the parts that the run measured."""
+    """[phase, median time, its share of the step, peak memory] of the phases that were measured."""
     found = {name: _known(run.metrics, f"{name}_seconds") for name in PARTS}
     seconds = {name: median(times) for name, times in found.items() if times}
     total = sum(seconds.values()) or 1.0
@@ -32,7 +32,7 @@ def cost_rows(run: Run) -> list[list[str]]:
 
 
 def collapses(runs: Sequence[Run]) -> list[str]:
-    """A sentence on each measure that a run flagged."""
+    """A sentence on each collapse that a run recorded."""
     return [
         f"{run.name}, step {record['step']}: collapse? "
         f"{COLLAPSED.get(name, name).capitalize()} (train.collapse.{name})."
