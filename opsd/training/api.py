@@ -1,6 +1,6 @@
-"""The trainer for Python code, in the shape of TRL's: `opsd train` with objects for names.
+"""The trainer for Python code, with TRL's interface: `opsd train` with objects instead of names.
 
-It loads model and rows when it is made, so that what is wrong with them is an error there.
+It loads model and rows when it is constructed, so that errors in them are raised there.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from opsd.training.run import Given, load_run, train_in_directory
 
 
 class OPSDTrainer:
-    """Trains a model by any of the methods; made and called as TRL's trainers are.
+    """Trains a model by any of the methods; constructed and called like TRL's trainers.
 
     Args:
-        model: a model of transformers, which is trained in place, or its name or directory.
-        args: the run's config, as made in Python or read from YAML.
-        train_dataset: a `datasets.Dataset`, a list of dicts, a DataFrame, or a source as
-            data.source has it: a file, a hub name, reasoning_gym:<task>.
-        eval_dataset: held-out rows, likewise. Without it none are held out of a train_dataset,
-            unless eval.problems says how many.
-        processing_class: the tokenizer; none: the model's own.
-        reward_funcs: functions that grade rollouts instead of loss.reward.verifier: of TRL's kind
+        model: a transformers model, which is trained in place, or its name or directory.
+        args: the run's config, made in Python or read from YAML.
+        train_dataset: a `datasets.Dataset`, a list of dicts, a DataFrame, or a source as in
+            data.source: a file, a hub name, reasoning_gym:<task>.
+        eval_dataset: held-out rows, in the same forms. Without it no rows of a train_dataset are
+            held out, unless eval.problems gives their number.
+        processing_class: the tokenizer; None: the model's own.
+        reward_funcs: functions that grade rollouts instead of loss.reward.verifier, like TRL's
             (completions, **columns) → scores, or (completion, row) → score.
         callbacks: transformers' TrainerCallbacks.
-        peft_config: a LoraConfig of peft, in the place of model.lora.
-        display: where progress is shown; none: the terminal, or the notebook's cell.
+        peft_config: a LoraConfig of peft, instead of model.lora.
+        display: where progress is shown; None: the terminal, or the notebook's cell.
 
-    Raises UserError for what the user can put right.
+    Raises UserError for errors that the user can correct.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class OPSDTrainer:
     ):
         config = args or Config()
         given = Given(tokenizer=processing_class, callbacks=list(callbacks or ()))
-        said: dict[str, Any] = {}  # fields of the config, as the arguments have them
+        said: dict[str, Any] = {}  # config fields that the arguments set
         if isinstance(model, PreTrainedModel):
             given.model, name = model, model.name_or_path
             said["model.path"] = name or IN_PYTHON
@@ -97,18 +97,18 @@ class OPSDTrainer:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that trains."""
+        """The model that is trained."""
         return self._run.model
 
     @property
     def state(self) -> TrainerState:
-        """transformers' state of the training: the step, and `log_history`, a line a step."""
+        """transformers' TrainerState: the step, and `log_history` with one entry a step."""
         return self._run.state
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
         """Train, evaluate, save to output.dir/model and write the report, as `opsd train` does.
 
-        resume_from_checkpoint: go on from the last checkpoint in output.dir: True, or its path.
+        resume_from_checkpoint: resume from the last checkpoint in output.dir: True, or its path.
         """
         run, asked = self._run, resume_from_checkpoint
         if run.output is not None:
@@ -123,7 +123,7 @@ class OPSDTrainer:
         return run.output
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Answer the held-out problems, or others, with the model as it is now, and grade them.
+        """Answer the held-out problems, or others, with the current model, and grade the answers.
 
         Returns eval_accuracy with its 95 % interval, eval_mean_length and more.
         """
@@ -143,16 +143,16 @@ class OPSDTrainer:
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write model and tokenizer as transformers and peft load them, in the base's dtype.
 
-        Without a directory to output.dir/model, where `train` has left them too.
+        The default directory is output.dir/model, to which `train` saves as well.
         """
         run, place = self._run, Path(output_dir or self._run.directory / "model")
         place.parent.mkdir(parents=True, exist_ok=True)
         run.processes.once(lambda: run.write_model(place.parent, place.name))
 
     def push_to_hub(self, repository: str | None = None, private: bool | None = None) -> str:
-        """Upload output.dir/model, as `train` left it; returns its address.
+        """Upload output.dir/model, as `train` saved it; returns its URL.
 
-        repository, private: instead of output.push_to_hub and output.hub_private.
+        repository, private: used instead of output.push_to_hub and output.hub_private.
         """
         output, place = self.args.output, self._run.directory / "model"
         name = repository or output.push_to_hub
@@ -166,7 +166,8 @@ class OPSDTrainer:
 
 
 def _source(rows: Any) -> tuple[str, Any]:
-    """The config's name for rows, and the rows, unless they are a source's name themselves."""
+    """(the config's value for these rows, the rows); None for the rows if they are a source's
+    name."""
     if isinstance(rows, str | Path):
         return str(rows), None
     if not hasattr(rows, "__len__"):
@@ -177,7 +178,8 @@ def _source(rows: Any) -> tuple[str, Any]:
 
 
 def _together(config: Config, said: Mapping[str, Any]) -> Config:
-    """The config with what the trainer's arguments say of it. Raises UserError where both do."""
+    """Set the fields that the trainer's arguments give. Raises UserError for a field that the
+    config sets to another value."""
     values = config.model_dump(exclude_unset=True)
     for field, value in said.items():
         *above, last = field.split(".")

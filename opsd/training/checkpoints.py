@@ -1,4 +1,4 @@
-"""Saving models and checkpoints, each whole or not at all: see common/saved_directory.py."""
+"""Saves models and checkpoints, each completely or not at all: see common/saved_directory.py."""
 
 import copy
 import math
@@ -50,14 +50,14 @@ def save_model(
 ) -> None:
     """Write `directory`/`name` (safetensors). Raises UserError.
 
-    `state`: the weights, where those of the model are split over processes. `dtype`: of what is
-    written; none: the weights' own. `trial`: one entry of each weight is enough.
+    `state`: the weights, if those of the model are split over processes. `dtype`: write in this
+    dtype; None: in the weights' own. `trial`: write only one entry of each weight.
     """
     adapted = is_adapted(model)
     more: dict[str, Any] = {"save_embedding_layers": False} if adapted else {}
     if trial and not adapted:
         state = {name: _one_entry(tensor) for name, tensor in model.state_dict().items()}
-        more["save_original_format"] = False  # which may split a weight
+        more["save_original_format"] = False  # that format may split a weight
     with (
         written(directory, f"{name}/", checkpoint_bytes(model)),
         new_directory(directory / name) as place,
@@ -73,14 +73,15 @@ def save_model(
 
 
 def _one_entry(tensor: Tensor) -> Tensor:
-    """A view of one entry, in the same storage, so that tied weights stay tied."""
+    """A view of one entry in the same storage, so that tied weights stay tied."""
     return tensor.as_strided([1] * tensor.dim(), tensor.stride()) if tensor.numel() else tensor
 
 
 def _in_dtype(
     state: Mapping[str, Tensor], model: PreTrainedModel, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The weights in `dtype`, tied ones tied, buffers as they are; beside adapters nothing else."""
+    """Cast the weights to `dtype`, keeping tied ones tied and buffers as they are. Of a model with
+    adapters only these are returned."""
     left = {name for name, _ in model.named_buffers()}
     if is_adapted(model):
         left |= {name for name, p in model.named_parameters() if not p.requires_grad}
@@ -94,7 +95,7 @@ def _in_dtype(
 
 
 def config_in(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedConfig:
-    """A copy of the config, and of those inside it, that names this dtype of the weights."""
+    """Copy the config, with its sub-configs, and set this dtype in all of them."""
     config = copy.deepcopy(config)
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:
@@ -110,21 +111,21 @@ def save_trained(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     output: OutputSection,
-    state: dict[str, Tensor] | None = None,  # the weights, where the model's are split
-    section: ModelSection | None = None,  # the model's, which says how to load it for merging
+    state: dict[str, Tensor] | None = None,  # the weights, if they are split over processes
+    section: ModelSection | None = None,  # the model's section, to load it again for merging
     name: str = "model",
 ) -> None:
-    """Write `directory`/`name` as `output` says. Of a model with adapters it holds these alone.
+    """Write `directory`/`name` as `output` says; of a model with adapters only the adapters.
 
-    Unless output.dtype says otherwise the weights are rounded from fp32 to the dtype that the
-    model's files had. Adapters stay as they trained, in fp32: they are small, and so is what they
-    add, which rounding them would lose a part of.
+    Unless output.dtype says otherwise, weights are rounded from fp32 to the dtype of the model's
+    files. Adapters stay in fp32: they are small, and so are the changes they make, part of which
+    rounding would lose.
     """
     asked = DTYPES.get(output.dtype)
     stored = asked or getattr(model, "stored_dtype", model.dtype)
     weights = model.parameters() if state is None else state.values()
     if stored == torch.float16 and any(weight.abs().max() > 65504 for weight in weights):
-        stored = torch.float32  # fp16 would make inf of it
+        stored = torch.float32  # such a weight is inf in fp16
     if not is_adapted(model):
         save_model(model, tokenizer, directory, name, state, stored)
         return
@@ -138,23 +139,23 @@ def save_trained(
 
 @dataclass
 class Checkpoints:
-    """The directories checkpoint-<step>/: all that a run needs to go on bit for bit."""
+    """Writes and reads checkpoint-<step>/: all that a run needs to resume bit for bit."""
 
-    directory: Path  # the run's
-    limit: int  # how many are kept
+    directory: Path  # of the run
+    limit: int  # how many checkpoints are kept
     processes: Processes
     accelerator: Accelerator
     model: PreTrainedModel
-    wrapped: nn.Module  # the model in DDP, FSDP2 or DeepSpeed; alone, the model itself
+    wrapped: nn.Module  # the model in DDP, FSDP2 or DeepSpeed; with one process the model itself
     tokenizer: PreTrainedTokenizerBase
     optimizer: Optimizer
     schedule: LRScheduler
-    average: MovingAverage | None  # an `ema` teacher
-    base: list[float]  # `some_weights` of the model that the run began with
+    average: MovingAverage | None  # of an `ema` teacher
+    base: list[float]  # `some_weights` of the model at the run's beginning
 
     def write(self, state: TrainerState, ahead: RolloutsAhead | None = None) -> None:
-        """The checkpoint of `state`'s step; older ones than the last `limit` go once it is on disk.
-        Raises UserError."""
+        """Write the checkpoint of `state`'s step; then remove all but the last `limit`. Raises
+        UserError."""
         place = self.directory / f"checkpoint-{state.global_step}"
         needed = checkpoint_bytes(self.model, self._zero)
         rollouts = ahead and ahead.kept()
@@ -178,10 +179,10 @@ class Checkpoints:
         else:
             weights = self.accelerator.get_state_dict(self.wrapped) if self._zero else None
             if self.processes.first:
-                # Under the model's own names, by which `load_weights` finds them.
+                # `load_weights` finds the weights by the model's own names.
                 own = {} if is_adapted(self.model) else {"save_original_format": False}
                 self.model.save_pretrained(place, state_dict=weights, **own)
-                (place / "README.md").unlink(missing_ok=True)  # peft's, which says nothing
+                (place / "README.md").unlink(missing_ok=True)  # peft's empty model card
                 self.tokenizer.save_pretrained(place)
             if self._zero:
                 self.wrapped.save_checkpoint(
@@ -198,7 +199,8 @@ class Checkpoints:
         self.processes.wait()
 
     def read(self, place: Path, state: TrainerState) -> None:
-        """Everything but the random states as `write` left it, that of the run into `state`."""
+        """Restore all that `write` saved except random states; the run's progress goes into
+        `state`."""
         with or_unreadable(place):
             manifest = read_manifest(place) or {}
             if not _alike(manifest["base"], self.base):
@@ -225,7 +227,7 @@ class Checkpoints:
     def read_ahead(
         self, place: Path, count: int, longest: int, vocabulary: int
     ) -> RolloutsAhead | None:
-        """The next step's rollouts, where they are there; see `of_tensors`."""
+        """Read the next step's rollouts, if the checkpoint has them; see `of_tensors`."""
         if not (place / ROLLOUTS_AHEAD).is_file():
             return None
         with or_unreadable(place):
@@ -234,7 +236,7 @@ class Checkpoints:
         return RolloutsAhead.of(rollouts, self.processes)
 
     def read_random_states(self, place: Path) -> None:
-        """Restore the random states of this process."""
+        """Restore this process's random states."""
         with or_unreadable(place):
             set_random_states(read_tensors(place / self._random_file))
 
@@ -257,7 +259,7 @@ def _save(value: Any, file: Path) -> None:
 
 
 def read_tensors(path: Path) -> Any:
-    """A file of torch.save's, of tensors and plain values only, and no larger than it looks."""
+    """Read a file of torch.save that holds only tensors and plain values and is not compressed."""
     with ZipFile(path) as file:
         if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
             raise ValueError("it is compressed, and torch writes no such files")
@@ -265,22 +267,23 @@ def read_tensors(path: Path) -> Any:
 
 
 def some_weights(model: nn.Module) -> list[float]:
-    """An entry of each weight that adapters leave as it is: enough to know a model again."""
+    """One entry of each weight that adapters do not change: enough to recognise a model."""
     adapted = is_adapted(model)
     fixed = [p.detach() for p in model.parameters() if not (adapted and p.requires_grad)]
     return [float(weight.reshape(-1)[weight.numel() // 2]) for weight in fixed if weight.numel()]
 
 
 def _alike(one: list[float], other: list[float]) -> bool:
-    """Whether both are the same weights, up to how a machine rounds when it merges adapters."""
+    """Whether both come from the same weights, up to the rounding when a machine merges
+    adapters."""
     close = partial(math.isclose, rel_tol=0.02, abs_tol=1e-6)
     return len(one) == len(other) and all(map(close, one, other))
 
 
 def load_weights(model: PreTrainedModel, place: Path, names: Iterable[str]) -> None:
-    """The weights that `save_pretrained` wrote there, into the model's own tensors.
+    """Load the weights that `save_pretrained` wrote into the model's own tensors.
 
-    names: the files that were written; others may be a stranger's.
+    names: the files that were written; other files may come from a stranger.
     """
     ours = [place / n for n in names if fnmatch(n, "*model*.safetensors")]
     state = {name: tensor for file in ours for name, tensor in load_file(file).items()}
@@ -297,15 +300,16 @@ def load_weights(model: PreTrainedModel, place: Path, names: Iterable[str]) -> N
 
 
 def checkpoint_bytes(model: nn.Module, zero: bool = False) -> int:
-    """What a checkpoint takes: what trains, and two moments of it; DeepSpeed's, that twice more."""
+    """The size of a checkpoint: the trained weights and two moments of each. DeepSpeed's is larger
+    by the weights' size twice."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return (5 if zero else 3) * sum(p.numel() * p.element_size() for p in trained)
 
 
 def check_pieces(checkpoint: Path, processes: int) -> None:
-    """Raises UserError where another number of processes wrote a checkpoint's pieces, or where one
-    would run something when it is read, by DeepSpeed without a look at what it holds: tensors,
-    plain values, and objects of three classes of its own."""
+    """Raise UserError if another number of processes wrote the checkpoint's pieces, or if a piece
+    could run code when it is read. DeepSpeed reads without checks, so this allows only tensors,
+    plain values, and objects of three of its classes."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

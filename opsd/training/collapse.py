@@ -1,10 +1,11 @@
-"""Signs that a run collapses, and what to do then: `train.collapse`.
+"""Detects that a run collapses; `train.collapse` says what happens then.
 
-Four measures, each averaged over a window of steps: the student's entropy and the rollouts' length,
-against the first window; pass@k of graded rollouts, against the best window; the share of tokens
-whose clipped gradient points away from the unclipped one, against a bound. On-policy
-self-distillation is known to collapse past some hundred steps at high rates. pass@k says so first
-where rollouts are graded, some steps after accuracy has gone (docs/results.md).
+Four measures are averaged over a window of steps: the student's entropy and the rollouts' length,
+compared with the first window; pass@k of graded rollouts, compared with the best window; and the
+share of tokens whose clipped gradient points away from the unclipped one, compared with a bound.
+On-policy self-distillation is known to collapse after some hundred steps at high learning rates.
+Where rollouts are graded, pass@k shows it first, some steps after the accuracy has fallen
+(docs/results.md).
 """
 
 from collections.abc import Iterable
@@ -15,15 +16,15 @@ from opsd.config.sections import CollapseSection
 
 @dataclass
 class Trace:
-    """One measure: its last values, and the mean that they are judged against."""
+    """The last values of one measure, and the means to compare them with."""
 
     window: int
     values: list[float] = field(default_factory=list)
-    first: float | None = None  # of the first window
-    best: float | None = None
+    first: float | None = None  # mean of the first window
+    best: float | None = None  # highest mean of a window
 
     def add(self, value: float) -> float | None:
-        """The mean of the last window after `value`; None while it is not full."""
+        """Add a value. Returns the mean of the last window, or None while it is not full."""
         self.values = [*self.values, value][-self.window :]
         if len(self.values) < self.window:
             return None
@@ -34,9 +35,9 @@ class Trace:
 
 
 class CollapseWatch:
-    """Reads each step's metrics; says what has collapsed, each measure once.
+    """Reads each step's metrics and reports each measure that collapses, once.
 
-    `past`: the metrics of the steps before, where a run is resumed.
+    `past`: the metrics of earlier steps, if a run is resumed.
     """
 
     def __init__(self, section: CollapseSection, past: Iterable[dict] = ()):
@@ -46,7 +47,7 @@ class CollapseWatch:
             self(line)
 
     def __call__(self, line: dict) -> dict[str, str]:
-        """A step's metrics line → measures that have collapsed now, with a sentence on each."""
+        """Read a step's metrics. Returns a sentence for each measure that collapses now."""
         if self.section.on == "off":
             return {}
         found = {}
@@ -73,7 +74,7 @@ _MEASURES = {
 
 
 def _judge(name: str, measure: str, mean: float, bound: float, trace: Trace) -> str | None:
-    """A sentence if the window's mean is beyond its bound."""
+    """A sentence if the window's mean is beyond its bound, else None."""
     if name == "inverted_gradient":
         wrong = mean > bound
         return f"{measure} is {mean:.3g} over {trace.window} steps" if wrong else None

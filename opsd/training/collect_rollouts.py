@@ -1,4 +1,4 @@
-"""A step's problems: rows → contexts → rollouts → grades → teacher contexts."""
+"""Makes a step's problems: rows → contexts → rollouts → grades → teacher contexts."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,7 +30,7 @@ from opsd.training.teacher_contexts import TeacherContexts, graded, informative,
 
 
 class CollectedRollouts(NamedTuple):
-    """All problems that were sampled, those of them to learn from, and measures for the log."""
+    """All problems that were sampled, those to train on, and measures for the log."""
 
     sampled: list[Problem]
     chosen: list[Problem]
@@ -41,22 +41,22 @@ class CollectedRollouts(NamedTuple):
 class RolloutCollector:
     """Makes a step's problems.
 
-    `how` says how rollouts are drawn, for the log.
+    `how` describes the sampling, for the log.
     """
 
     section: RolloutSection  # `rollout`
-    problems_per_step: int  # that are to be learnt from
-    model: PreTrainedModel  # what trains; the sampler gets its weights before each step
-    rows: Sequence[Row]  # the training rows, from which `rollout.dynamic_sampling` draws more
+    problems_per_step: int  # to train on
+    model: PreTrainedModel  # the trained model; the sampler gets its weights before each step
+    rows: Sequence[Row]  # the training rows; `rollout.dynamic_sampling` draws more of them
     prompts: Prompts
     objective: Objective
-    sampler: Sampler  # a DistributedSampler, under rollout.ahead
-    teacher_sampler: Sampler | None  # samples from the teacher, for rollout.source teacher
-    reward_function: RewardFunction | None  # grades rollouts; None: they are not graded
-    note: Callable[[str], None]  # called once with a line for the terminal
+    sampler: Sampler  # with rollout.ahead a DistributedSampler
+    teacher_sampler: Sampler | None  # samples from the teacher, for rollout.source: teacher
+    reward_function: RewardFunction | None  # None: rollouts are not graded
+    note: Callable[[str], None]  # shows a line in the terminal; called once
     processes: Processes  # sample together; the first one grades and draws
-    progress: Callable[[int, int], None] | None = None  # told of sequences and tokens
-    ahead: RolloutsAhead | None = None  # the next step's, under rollout.ahead
+    progress: Callable[[int, int], None] | None = None  # called with counts of sequences, tokens
+    ahead: RolloutsAhead | None = None  # the next step's rollouts, with rollout.ahead
 
     def __post_init__(self):
         self.sampling, source = Sampling.of(self.section), self.section.source
@@ -70,9 +70,9 @@ class RolloutCollector:
     def __call__(
         self, rows: Sequence[Row], step: int = 0, following: Sequence[Row] = ()
     ) -> CollectedRollouts:
-        """The problems of a step that draws these rows.
+        """Make the problems of a step from these rows.
 
-        step: how many are done. following: the next step's rows, which are sampled ahead.
+        step: the number of completed steps. following: the next step's rows, to sample ahead.
         """
         sync: dict[str, float] = {}
         ready = self._ready(step)
@@ -84,7 +84,7 @@ class RolloutCollector:
         if not more:
             self._begin(following)
         sampled = chosen = self._sample(rows, step, ready)
-        if more:  # what this step still needs is sampled before
+        if more:  # first sample what this step still needs
             sampled, chosen = self._sample_more(sampled, step)
             self._begin(following)
         measures = outcome_measures(sampled)
@@ -95,8 +95,8 @@ class RolloutCollector:
         return CollectedRollouts(sampled, chosen, sync | measures | measured)
 
     def go_on(self, read: Callable[[int, int, int], RolloutsAhead | None]) -> RolloutsAhead | None:
-        """Take what a checkpoint keeps of the next step's rollouts: so many, of at most so many
-        tokens, of a model with so large a vocabulary."""
+        """Restore the next step's rollouts from a checkpoint. `read` is called with the number of
+        rollouts, their most tokens, and the model's vocabulary size."""
         if self.section.ahead:
             count = self.problems_per_step * self.section.group_size
             tokens = self.model.config.get_text_config().vocab_size
@@ -104,12 +104,13 @@ class RolloutCollector:
         return self.ahead
 
     def end(self) -> None:
-        """Nothing is sampled ahead any more."""
+        """Cancel sampling ahead."""
         if isinstance(self.sampler, DistributedSampler):
             self.sampler.cancel()
 
     def _ready(self, step: int) -> list[Rollout] | None:
-        """The step's rollouts that were sampled ahead, by the weights of the step before."""
+        """The step's rollouts that were sampled ahead, with the weights of the step before; or
+        None."""
         ahead, self.ahead = self.ahead, None
         if ahead is not None:
             with phase("rollout"), suppress(ServerRestartedError):
@@ -122,7 +123,7 @@ class RolloutCollector:
         return None
 
     def _begin(self, following: Sequence[Row]) -> None:
-        """Sample the next step's rollouts ahead."""
+        """Start to sample the next step's rollouts."""
         if following:
             assert isinstance(self.sampler, DistributedSampler)
             contexts = self.prompts.contexts(following)
@@ -134,7 +135,7 @@ class RolloutCollector:
     def _sample_more(
         self, sampled: list[Problem], step: int
     ) -> tuple[list[Problem], list[Problem]]:
-        """Draws other problems for those whose rewards are all equal.
+        """Replace problems whose rewards are all equal by newly drawn ones.
 
         Returns all that were sampled, and those with differing rewards (or all, if there are none).
         """
@@ -153,7 +154,7 @@ class RolloutCollector:
     def _sample(
         self, rows: Sequence[Row], step: int, ready: list[Rollout] | None = None
     ) -> list[Problem]:
-        """The rows with their rollouts, those that are ready or new ones, graded."""
+        """The rows' problems with graded rollouts: those in `ready`, or newly sampled ones."""
         contexts = self.prompts.contexts(rows)
         copies = self.section.group_size if self.objective.samples_rollouts else 0
         rollouts: list[Rollout] = []
@@ -169,7 +170,7 @@ class RolloutCollector:
                 rollouts = self.sampler.sample(prefixes, self.sampling, self.progress)
             rollouts = [replace(rollout, weights_of=step) for rollout in rollouts]
         elif copies:
-            copies = 1  # more would be equal
+            copies = 1  # all copies of a reference are equal
             rollouts = [Rollout(self.prompts.target(row), True) for row in rows]
         problems = [
             Problem(row, context, rollouts[i * copies : (i + 1) * copies])

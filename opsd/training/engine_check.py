@@ -1,4 +1,4 @@
-"""Whether the engine that samples has the weights that train: by its log-probabilities."""
+"""Checks by log-probabilities that the sampling engine has the trained model's weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,21 +8,21 @@ from opsd.config.config import Config
 from opsd.objectives import Totals
 
 MAY_DIFFER, ENGINES_DIFFER = 0.02, 0.2
-"""Nats a token, in the mean over a step: more than rounding of an engine's usually makes; what none
-explains."""
+"""Mean nats a token over a step: more than the first is unusual for rounding; more than the second
+is not rounding."""
 
 
 @dataclass
 class EngineCheck:
-    """Called with the totals of each step's first update."""
+    """Compares the engine with the student, by the totals of each step's first update."""
 
     config: Config
     note: Callable[[str], None]
-    noted: float = MAY_DIFFER  # a larger difference is noted
+    noted: float = MAY_DIFFER  # show a note for a larger difference
 
     def __call__(self, totals: Totals, step: int) -> None:
-        """Raises UserError if the rollouts show that the engine has other weights; notes it where
-        it may have, and again when the difference has doubled."""
+        """Raise UserError if the engine has other weights than the student. If it only may have,
+        show a note, and again when the difference has doubled."""
         difference = abs(totals.means().get("engine_divergence", 0.0))
         said = "rollout.engine: its log-probabilities differ from the student's by "
         said += f"{difference:.3g} a token"

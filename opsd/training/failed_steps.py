@@ -1,7 +1,7 @@
-"""Steps that go wrong: memory that runs out, and numbers that are not finite.
+"""Handles steps that fail: memory runs out, or numbers are not finite.
 
-A step whose loss or gradient is not finite leaves a file with its groups of samples and the weights
-that it began with. `opsd replay FILE` finds the sample and the layer.
+A step whose loss or gradient is not finite writes a file with its groups of samples and the weights
+before it. `opsd replay FILE` finds the sample and the layer.
 """
 
 import json
@@ -25,11 +25,11 @@ from opsd.objectives import SampleGroup
 from opsd.training.checkpoints import read_tensors
 
 IN_A_ROW = 3
-"""Consecutive steps that train.not_finite 'skip' leaves out; then the run stops all the same."""
+"""With train.not_finite 'skip', the run stops when this many steps in a row are left out."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch could not get the memory that it asked for."""
+    """Whether torch could not allocate memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -57,14 +57,14 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def save_failed_step(directory: Path, failed: dict[str, Any]) -> Path:
-    """Write the file; returns it."""
+    """Write the file; returns its path."""
     path = directory / f"failed-step-{failed['step']}.pt"
     write_file(path, lambda file: torch.save(failed, file))
     return path
 
 
 class _Batch(BaseModel):
-    """What the file says of the step's batch. No type is guessed."""
+    """The step and its groups as the file has them, with strict types."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     step: Annotated[int, Field(ge=1, le=10**12)]
@@ -73,7 +73,7 @@ class _Batch(BaseModel):
 
 @dataclass
 class FailedStep:
-    """A failed step's file."""
+    """The content of a failed step's file, checked."""
 
     config: Config
     step: int
@@ -83,15 +83,15 @@ class FailedStep:
 
 
 def read_failed_step(path: Path) -> FailedStep:
-    """Read what `save_failed_step` wrote. The file may be a stranger's: raises UserError where it
-    is anything else."""
+    """Read what `save_failed_step` wrote. The file may come from a stranger: raises UserError if it
+    holds anything else."""
     try:
         failed = read_tensors(path)
-        with ZipFile(path) as file:  # torch looks at no checksum, and no manifest lies beside it
+        with ZipFile(path) as file:  # torch checks no checksums, and the file has no manifest
             if damaged := file.testzip():
                 raise UserError(f"{damaged} in it is damaged")
         config, weights, average = (failed[key] for key in ("config", "weights", "average"))
-        # As JSON: so pydantic takes objects for dataclasses, and yet no string for a number.
+        # From JSON, strict pydantic makes dataclasses of objects but no numbers of strings.
         batch = json.dumps({key: failed[key] for key in ("step", "groups")})
         checked = _Batch.model_validate_json(batch)
         config = parse_config(config)
@@ -102,7 +102,7 @@ def read_failed_step(path: Path) -> FailedStep:
         said = problem_said(error.errors(include_url=False)[0])
     except UserError as error:
         said = str(error)
-    except Exception as error:  # a pickle that holds more than tensors, or another kind of file
+    except Exception as error:  # a pickle with more than tensors, or another kind of file
         said = in_short(error)
     raise UserError(f"FILE is {str(path)!r}: not a failed step's ({said})")
 

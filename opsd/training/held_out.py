@@ -1,4 +1,4 @@
-"""Sample answers to held-out problems and grade them."""
+"""Samples answers to held-out problems and grades them."""
 
 import time
 from collections.abc import Sequence
@@ -29,17 +29,17 @@ from opsd.rollout import (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One pass over the held-out problems, one answer each."""
+    """The result of one evaluation: one answer to each held-out problem."""
 
     rollouts: list[Rollout]
     completions: list[str]
     grades: list[Grade]
     seconds: float
-    sampling: dict  # the engine, and how it drew tokens
+    sampling: dict  # the engine and its sampling settings
 
     @property
     def accuracy(self) -> float:
-        """The share of correct answers; a cut-off answer counts by what it says so far."""
+        """The share of correct answers. A cut-off answer is graded as far as it goes."""
         return sum(grade.correct for grade in self.grades) / len(self.grades)
 
     def record(self) -> dict:
@@ -60,7 +60,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out problems, ready to be put to any model in either role."""
+    """The held-out problems with all that is needed to evaluate a model in either role."""
 
     rows: Sequence[Row]
     prompts: Prompts
@@ -70,7 +70,7 @@ class HeldOut:
     processes: Processes | None = None
 
     def first(self, count: int | None) -> "HeldOut":
-        """The first problems only; None: all."""
+        """The same with the first `count` problems only; None: all."""
         return replace(self, rows=self.rows[:count])
 
     def evaluate(
@@ -81,11 +81,11 @@ class HeldOut:
         name: str = "",
         sampler: Sampler | None = None,
     ) -> Evaluation:
-        """One answer a problem from `model`, in `role`'s prompt.
+        """Sample one answer to each problem from `model`, with `role`'s prompt, and grade it.
 
-        name: of the model, for the display.
-        sampler: who answers for the model; it must share the problems out among processes. None:
-            one is made, which does. The first process grades.
+        name: the model's name, for the display.
+        sampler: samples for the model; it must distribute the problems over processes. None: make
+        one. The first process grades.
         """
         contexts = self.prompts.all_ids(self.rows, role)
         tokenizer, chat = self.prompts.tokenizer, self.prompts.chats[role]

@@ -1,4 +1,4 @@
-"""A run's learning curve: its held-out evaluations, and what a reader is shown of each."""
+"""A run's learning curve: its held-out evaluations, and the samples that are shown of each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from opsd.training.sample_records import sample_records
 
 @dataclass
 class LearningCurve:
-    """The lines of evaluations.jsonl, and of samples.jsonl."""
+    """Evaluates the model and writes evaluations.jsonl and samples.jsonl."""
 
-    method: str  # the run's
+    method: str  # of the run
     section: EvalSection  # the run's `eval`
     test: HeldOut  # the held-out problems
-    model: PreTrainedModel  # what trains, and what is measured
-    sampler: Sampler  # answers by the model's weights, which it is given first
-    # The model whose weights the sampler reads. The page shows its view of the samples.
+    model: PreTrainedModel  # the trained model, which is evaluated
+    sampler: Sampler  # samples the answers, after it has got the model's weights
+    # The model that the sampler reads. Its probabilities of the samples are shown in the report.
     inference: PreTrainedModel
-    teacher: PreTrainedModel  # the page shows its view too, from the context of `teacher_role`
+    teacher: PreTrainedModel  # so are this model's, in the context of `teacher_role`
     teacher_role: str
     log: RunLog
     display: Display
-    keep_if_best: Callable[[float], None]  # told each accuracy of the student
-    report: Callable[[dict, list], None]  # told each line, and rows of its completions
+    keep_if_best: Callable[[float], None]  # called with each accuracy of the student
+    report: Callable[[dict, list], None]  # called with each line and rows of its completions
 
     def begin(self, before: dict[str, Evaluation] | None = None) -> None:
-        """Step 0; `before`: its evaluations by role, where they are known already."""
+        """Evaluate at step 0. `before`: these evaluations by role, if they are already known."""
         if before is None:
             before = {"student": self._answer(0)}
             if self.section.teacher:
@@ -42,7 +42,7 @@ class LearningCurve:
             self._record(0, role, result)
 
     def __call__(self, step: int) -> dict:
-        """Measure the model as it is after this step; returns its line."""
+        """Evaluate the model after this step; returns the line that was written."""
         return self._record(step, "student", self._answer(step))
 
     def _answer(self, step: int) -> Evaluation:

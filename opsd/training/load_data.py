@@ -1,4 +1,4 @@
-"""A run's training rows and held-out rows: no problem in both, and all fit the model's window."""
+"""Reads a run's training and held-out rows: no problem is in both, and all fit the window."""
 
 import math
 import re
@@ -28,7 +28,7 @@ from opsd.data.rows import Row, load_rows, mixture, same_problem, split_rows
 from opsd.data.sources import is_remote
 from opsd.grading.grader import only_as_text
 
-_LOOKED_AT = 500  # answers, which takes 0.1 s
+_LOOKED_AT = 500  # answers to check, which takes 0.1 s
 
 
 def load_data(
@@ -37,9 +37,10 @@ def load_data(
     given: Any = None,
     given_held_out: Any = None,
 ) -> tuple[list[Row], list[Row]]:
-    """The training rows and the held-out ones, with no problem in both; tells what was left out.
+    """Read the training rows and the held-out rows. A problem in both is dropped from the training
+    rows, and `note` is called with a line that says so.
 
-    given, given_held_out: records from Python, where the config names no source of theirs.
+    given, given_held_out: records from Python, if the config names no source for them.
     """
     data, test, seed = config.data, config.eval, config.train.seed
     note = note or (lambda text: None)
@@ -64,7 +65,8 @@ def load_data(
 
 
 def _tell_of_texts(rows: Sequence[Row], note: Callable[[str], None]) -> None:
-    """Notes how many references nothing but their own text equals; looks at some."""
+    """Note how many of the reference answers equal only their own text; checks some of them. Raises
+    UserError for an answer that is only a place among its row's choices."""
     for number, row in enumerate(rows, start=1):
         name, choices = given_choices(row.columns)
         if row.answer.isdecimal() and int(row.answer) <= len(choices):
@@ -85,8 +87,8 @@ def _tell_of_texts(rows: Sequence[Row], note: Callable[[str], None]) -> None:
 
 
 def _check_coefficients(config: Config, rows: Sequence[Row]) -> None:
-    """Raises UserError for a row whose mixture (teacher.mix) has no finite coefficients of a
-    positive sum."""
+    """Raise UserError for a row whose coefficients in teacher.mix are not finite or whose sum is
+    not positive."""
     columns = [m.coefficient for m in config.teacher.mix if isinstance(m.coefficient, str)]
     for number, row in enumerate(rows if columns else (), start=1):
         for name in columns:
@@ -105,7 +107,7 @@ def _check_coefficients(config: Config, rows: Sequence[Row]) -> None:
 
 
 def sources(data: DataSection) -> list[SourceSection]:
-    """The sources of `data`; what one does not say, `data` says for all."""
+    """The sources in `data`. A field that a source does not set comes from `data`."""
     given = data.source if isinstance(data.source, list) else [data.source]
     own = [SourceSection(source=one) if isinstance(one, str) else one for one in given]
     shared = {name: getattr(data, name) for name in ("columns", "split", "limit", "options")}
@@ -113,8 +115,8 @@ def sources(data: DataSection) -> list[SourceSection]:
 
 
 def first_rows(config: Config) -> None:
-    """Read the first row of each source that is a local file. Raises UserError where it is not
-    there, or lacks a column."""
+    """Read the first row of each source that is a local file. Raises UserError for a file that is
+    missing or lacks a column."""
     for source in sources(config.data):
         if not is_remote(source.source):
             _read(source, config, lambda text: None, limit=1)
@@ -167,10 +169,10 @@ def fitting_data(
     window: int | None,
     display: Display,
 ) -> tuple[list[Row], list[Row]]:
-    """The training rows and held-out ones that fit the window; tells what the user should know.
+    """The training rows and held-out rows that fit the window; shows notes about the others.
 
-    Raises UserError for rows that do not fit, unless `prompts.too_long` has them left out, and
-    where fewer are left than a step needs; and for those that do not reach the contexts.
+    Raises UserError for rows that do not fit, unless `prompts.too_long` is skip; if fewer rows
+    remain than a step needs; and for rows whose text is missing from the contexts.
     """
     roles, teaches = trained_roles(config), uses_teacher_prompt(config) and config.method != "sft"
     own_weights = config.teacher.policy != "model"
@@ -194,7 +196,7 @@ def fitting_data(
                 f"data.source has {len(rows)} training rows: train.problems_per_step "
                 f"({config.train.problems_per_step}) may be at most that"
             )
-        # Renders the longest row, to find out whether the chat template cuts long texts.
+        # Render the longest row, to see whether the chat template cuts long texts.
         prompts.contexts([max(rows, key=lambda row: len(row.problem) + len(row.solution))])
         held_out = fitting_held_out(
             held_out,
@@ -214,7 +216,7 @@ def fitting_data(
 
 
 def rows_of_step(rows: Sequence[Row], step: int, section: TrainSection) -> list[Row]:
-    """The rows of the step after so many: each epoch goes through all of them in another order."""
+    """The rows of the step after `step` steps. Each epoch goes through all rows in a new order."""
     size = section.problems_per_step
     epoch, place = divmod(step, len(rows) // size)
     generator = torch.Generator().manual_seed(section.seed + epoch)

@@ -1,4 +1,4 @@
-"""Groups into micro-batches, packed or padded, and into equal shares for several processes."""
+"""Divides groups into micro-batches, packed or padded, and into equal shares for processes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,26 +11,26 @@ from opsd.prefix import CachedPrefix, Group, Ids, PrefixCache
 
 
 class StreamTokens(tuple[int, ...]):
-    """Tokens that run in each role's stream: the student's, then each teacher's."""
+    """The number of tokens in each role's stream: the student's, then each teacher's."""
 
     @property
     def student(self) -> int:
-        """The student's."""
+        """The student's tokens."""
         return self[0]
 
     @property
     def teacher(self) -> int:
-        """All teachers'."""
+        """The sum of all teachers' tokens."""
         return sum(self[1:])
 
     def plus(self, other: "StreamTokens") -> "StreamTokens":
-        """The sums of both, role by role."""
+        """Add both, role by role."""
         return StreamTokens(map(sum, zip_longest(self, other, fillvalue=0)))
 
 
 def stream_tokens(groups: Sequence[SampleGroup], padded: bool = False) -> StreamTokens:
-    """The tokens of shared streams: each context once, and no rollout's last token. padded: the
-    student runs each rollout in a padded row of its own."""
+    """Count the tokens of shared streams: each context once, and no rollout's last token. padded:
+    the student runs each rollout in a padded row of its own."""
     student, *teachers = _roles(groups)
     rows = [len(prefix) + len(r) - 1 for prefix, rollouts in student for r in rollouts]
     own = len(rows) * max(rows) if padded else _stream(student)
@@ -38,7 +38,7 @@ def stream_tokens(groups: Sequence[SampleGroup], padded: bool = False) -> Stream
 
 
 def separate_tokens(groups: Sequence[SampleGroup]) -> StreamTokens:
-    """The tokens if each rollout runs with a context of its own."""
+    """Count the tokens if each rollout ran with its own copy of the context."""
     alone = ([(p, [r]) for p, rollouts in role for r in rollouts] for role in _roles(groups))
     return StreamTokens(map(_stream, alone))
 
@@ -53,9 +53,9 @@ def _stream(groups: Iterable[Group]) -> int:
 
 
 def padded_batches(groups: Sequence[SampleGroup], max_tokens: int) -> list[list[SampleGroup]]:
-    """Batches of single samples, of which no padded role exceeds `max_tokens`.
+    """Make batches of single samples in which no padded role exceeds `max_tokens`.
 
-    Samples of similar length stand together. A sample that is longer than `max_tokens` gets a batch
+    Samples of similar length are batched together. A sample longer than `max_tokens` gets a batch
     of its own.
     """
     pieces = [group.of([sample]) for group in groups for sample in group.samples]
@@ -74,15 +74,14 @@ def packed_batches(
     cached_cost: float | None = None,
     padded: bool = False,
 ) -> list[list[SampleGroup]]:
-    """Batches of which no role's stream exceeds `max_tokens`, as few as first-fit finds.
+    """Make batches in which no role's stream exceeds `max_tokens`, as few as first-fit finds.
 
-    A group stays whole where it fits; otherwise it is split over consecutive batches. Each of them
+    A group stays whole if it fits; otherwise it is split over consecutive batches. Each of them
     runs its contexts again, or reads them from a prefix cache. With a cache, each token of the
-    student's context counts `cached_cost` tokens more (None: no cache). A sample that is longer
-    than `max_tokens` gets a batch of its own.
+    student's context counts as `cached_cost` more tokens (None: no cache). A sample longer than
+    `max_tokens` gets a batch of its own.
 
-    Samples in different teacher contexts are packed independently of each other. padded: as
-    `stream_tokens` has it.
+    Samples in different teacher contexts are packed independently. padded: as in `stream_tokens`.
     """
     fitting: list[tuple[SampleGroup, StreamTokens]] = []
     batches: list[tuple[list[SampleGroup], StreamTokens]] = []
@@ -105,9 +104,9 @@ def packed_batches(
 
 
 def shares(groups: Sequence[SampleGroup], count: int) -> list[list[SampleGroup]]:
-    """The groups in `count` shares of about as many tokens, one for each process.
+    """Divide the groups into `count` shares of about equally many tokens, one for each process.
 
-    A group stays whole, unless it is more than a fair share.
+    A group stays whole, unless it is larger than a fair share.
     """
     if count == 1 or not groups:
         return [list(groups), *([] for _ in range(count - 1))]
@@ -126,14 +125,14 @@ def shares(groups: Sequence[SampleGroup], count: int) -> list[list[SampleGroup]]
 def cache_prefixes(
     batches: Sequence[Sequence[SampleGroup]], max_tokens: int, cached_cost: float | None
 ) -> tuple[list[list[SampleGroup]], PrefixCache]:
-    """The batches with a cached prefix in place of each context that they split, and the cache.
+    """Replace each context that the batches split by a cached prefix. Returns batches and cache.
 
-    A prefix is cached only if consecutive batches share it. The student's is cached for training
-    only if there is room for it: see `packed_batches`.
+    A prefix is cached only if consecutive batches share it. The student's is cached with its
+    gradient only if there is room for it: see `packed_batches`.
     """
     contexts: dict[int, Ids] = {}
-    numbers: dict[int, list[int]] = {}  # of a context, the batches that it is in
-    pieces: dict[int, list[SampleGroup]] = {}  # of a student's context
+    numbers: dict[int, list[int]] = {}  # each context's batches, by number
+    pieces: dict[int, list[SampleGroup]] = {}  # each student context's pieces
     for number, batch in enumerate(batches):
         for group in batch:
             pieces.setdefault(id(group.student), []).append(group)
@@ -168,7 +167,8 @@ def _with_cached(group: SampleGroup, cached: dict[int, CachedPrefix]) -> SampleG
 def _split(
     group: SampleGroup, max_tokens: int, cached_cost: float | None, padded: bool = False
 ) -> list[tuple[SampleGroup, StreamTokens]]:
-    """Pieces that fit, of at least one sample each, with their streams' tokens."""
+    """Split the group into pieces that fit, of at least one sample each, with their token
+    counts."""
     cached = StreamTokens()
     if cached_cost is not None and has_room([group], max_tokens, cached_cost):
         cached = StreamTokens([ceil(cached_cost * len(group.student))])
@@ -186,7 +186,7 @@ def _split(
 
 
 def _joined(pieces: Sequence[SampleGroup]) -> list[SampleGroup]:
-    """Neighbouring pieces of one group as one."""
+    """Join neighbouring pieces of the same group."""
     joined: list[SampleGroup] = []
     for piece in pieces:
         if joined and piece.is_piece_with(joined[-1]):

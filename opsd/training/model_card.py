@@ -1,4 +1,4 @@
-"""model/README.md, the model card: from what, on what, how, and what came of it."""
+"""Writes model/README.md, the model card: the base, the data, the settings and the results."""
 
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ With this file as {file}: `opsd train {file} output.dir=runs/again`
 
 
 def write_card(config: Config, directory: Path, kept: int | None) -> None:
-    """Write it beside the model in `directory`/model. `kept`: the step that model/ is of."""
+    """Write the card into `directory`/model. `kept`: the step whose weights are in model/."""
     place = directory / "model"
     if not place.is_dir():
         return
@@ -94,7 +94,7 @@ def write_card(config: Config, directory: Path, kept: int | None) -> None:
 
 
 def _public(value: Any) -> Any:
-    """A setting without the place of a file on this machine, which nobody else needs to know."""
+    """Reduce paths on this machine to file names: the card is public."""
     if isinstance(value, dict):
         return {name: _public(inner) for name, inner in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Signs that a run learns nothing, or blows up: one line each, with the likely cause.
+"""Detects that a run learns nothing or diverges, and names the likely cause in one line.
 
-Each sign is read from a step's metrics, and counts once it has been there for some steps in a row.
-A run that resumes reads its own metrics first, and says nothing twice.
+A sign is read from each step's metrics and reported once it has been there for some steps in a row.
+A resumed run first reads its earlier metrics and reports nothing twice.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,18 +10,18 @@ from typing import Any
 Line = dict[str, Any]
 
 RISE = 5.0
-"""Nats a token above the first steps: no rate that learns goes there, and one that is too high
-does within a few steps."""
+"""Nats a token above the first steps. No run that learns rises so far; with too high a learning
+rate one does within a few steps."""
 
 FIRST = 3
-"""Steps whose mean a rise is measured from."""
+"""The number of steps from which a rise is measured."""
 
 
 class NoSignalWatch:
-    """Reads each step's metrics, and those `past`; says what is wrong, each sign once."""
+    """Reads each step's metrics, after those of the `past`, and reports each sign once."""
 
     def __init__(self, patience: int, past: Iterable[Line] = ()):
-        self.patience = patience  # steps in a row that a sign must be there; 0: nothing is said
+        self.patience = patience  # steps in a row before a sign is reported; 0: report nothing
         self.counts = dict.fromkeys(SIGNS, 0)
         self.first: dict[str, list[float]] = {}
         self.said: set[str] = set()
@@ -29,7 +29,7 @@ class NoSignalWatch:
             self(line)
 
     def __call__(self, line: Line) -> dict[str, str]:
-        """A step's metrics line → signs that are there now, with a sentence on each."""
+        """Read a step's metrics. Returns a sentence for each sign that is reported now."""
         if not self.patience:
             return {}
         found = {}
@@ -108,12 +108,12 @@ SIGNS: dict[str, Callable[[Line], str | None]] = {
     "zero_divergence": _same,
     "all_cut": _cut,
 }
-"""Signs by the names that metrics.jsonl gives them under `collapse`."""
+"""The checks, by the names that metrics.jsonl has under `collapse`."""
 
 RISING = {
     "rising_divergence": "divergence",
     "rising_entropy": "student_entropy",
     "rising_loss": "loss",
 }
-"""Signs → the measures that must not rise by RISE. The loss counts under SFT alone: that of other
-methods has no scale."""
+"""Signs and the measure that each watches for a rise by RISE. The loss is watched for SFT only:
+other methods' losses have no common scale."""

@@ -1,4 +1,4 @@
-"""The optimizer and the schedule of a run, by transformers' own makers of both."""
+"""Makes a run's optimizer and learning-rate schedule with transformers' functions."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from transformers.trainer_pt_utils import get_parameter_names
 from opsd.config.sections import OutputSection, TrainSection
 
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-"""Names of weights that Trainer does not decay either."""
+"""Patterns of weights without weight decay, as in transformers' Trainer."""
 
 
 def training_arguments(
     train: TrainSection, output: OutputSection, evaluate_every: int
 ) -> TrainingArguments:
-    """The config as transformers' TrainingArguments, which callbacks and optimizers read: without
-    precision and sharding, which are ours (see distributed.wrap and step)."""
+    """Convert the config to transformers' TrainingArguments, which callbacks and optimizers read.
+    Precision and sharding are left out: distributed.wrap and step handle them."""
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     return TrainingArguments(
         output_dir=output.dir,
@@ -50,7 +50,7 @@ def training_arguments(
 
 
 def make_optimizer(model: PreTrainedModel, arguments: TrainingArguments) -> Optimizer:
-    """train.optimizer, over what trains. Biases and norms do not decay."""
+    """Make train.optimizer for the trainable weights. Biases and norms get no weight decay."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     decaying = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -68,7 +68,7 @@ def make_optimizer(model: PreTrainedModel, arguments: TrainingArguments) -> Opti
 
 
 def _keep_embeddings(model: nn.Module) -> None:
-    """Embeddings' moments stay in 32 bits, as bitsandbytes advises."""
+    """Keep embeddings' moments in 32 bits, as bitsandbytes advises."""
     import bitsandbytes
 
     manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
@@ -78,7 +78,7 @@ def _keep_embeddings(model: nn.Module) -> None:
 
 
 def make_schedule(optimizer: Optimizer, arguments: TrainingArguments) -> LRScheduler:
-    """The learning rate of each step, by train.schedule."""
+    """Make the learning-rate schedule train.schedule."""
     return get_scheduler(
         arguments.lr_scheduler_type,
         optimizer,

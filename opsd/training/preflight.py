@@ -1,4 +1,4 @@
-"""What a run needs of the machine and of how it was launched, checked before work starts."""
+"""Checks, before work starts, that the machine and the launcher can do the run."""
 
 import importlib.util
 import os
@@ -41,8 +41,8 @@ from opsd_kernels import backends
 
 
 def begin(config: Config, processes: Processes) -> Config:
-    """The config with what its run decides when it begins. Raises UserError where this machine
-    cannot do what the run asks."""
+    """Check the machine and fill in what the run decides when it begins. Raises UserError if this
+    machine cannot do the run."""
     quiet_transformers()
     check_launcher(config.train.sharding, config.rollout.engine)
     use_kernel(config.train.prefix_kernel)
@@ -53,8 +53,8 @@ def begin(config: Config, processes: Processes) -> Config:
 
 
 def check_machine(config: Config, makes: bool) -> None:
-    """Raises UserError if this machine cannot do what the run asks. makes: this process makes the
-    hub's repository."""
+    """Raise UserError if this machine cannot do the run. makes: this process creates the hub's
+    repository."""
     for broken in _obstacles(config):
         raise refused(config, broken)
     check_optimizer(config.train)
@@ -63,7 +63,7 @@ def check_machine(config: Config, makes: bool) -> None:
 
 
 def _obstacles(config: Config) -> Iterator[str]:
-    """What this machine lacks for the run, each as `refused` takes it."""
+    """Yield what this machine lacks for the run, in the form that `refused` takes."""
     lora, gpu = config.model.lora, torch.cuda.is_available()
     if lora is not None:
         import_peft()
@@ -101,11 +101,11 @@ def _obstacles(config: Config) -> Iterator[str]:
 
 
 PROBE = "Is 17 + 25 = 42?\nYes: é, 数, <|end|>."
-LARGEST_SHARD = 50_000_000_000  # of transformers' save_pretrained
+LARGEST_SHARD = 50_000_000_000  # bytes of a file, in transformers' save_pretrained
 
 LOGGERS = {name: (name,) for name in ("wandb", "trackio", "mlflow", "comet_ml")}
 LOGGERS["tensorboard"] = ("tensorboard", "tensorboardX")
-"""Each of output.report_to, and the packages of which one must be installed."""
+"""For each name in output.report_to, the packages of which one must be installed."""
 
 
 def _installed(package: str) -> bool:
@@ -113,7 +113,7 @@ def _installed(package: str) -> bool:
 
 
 def check_launcher(sharding: str, engine: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Raises UserError if the way in which the run was launched does not fit its config."""
+    """Raise UserError if the way in which the run was launched does not fit its config."""
     told = environment.get
     if sharding != "none" and told("WORLD_SIZE", "1") == "1":
         raise UserError(
@@ -138,14 +138,13 @@ def check_launcher(sharding: str, engine: str, environment: Mapping[str, str] = 
 
 
 def check_optimizer(train: TrainSection) -> None:
-    """Raises UserError unless train.optimizer is one that transformers can make here, by name
-    alone."""
+    """Raise UserError unless transformers can make train.optimizer here from its name alone."""
     name, known = train.optimizer, [kind.value for kind in OptimizerNames]
     if name not in known:
         hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
         raise UserError(f"train.optimizer is {name!r}: no optimizer of transformers{hint}")
-    # What transformers' makers of optimizers look at; its own TrainingArguments would start the
-    # communication between processes.
+    # The fields that transformers reads to make an optimizer. Real TrainingArguments would start
+    # the communication between processes.
     asked: Any = SimpleNamespace(
         optim=name,
         optim_args=None,
@@ -169,10 +168,10 @@ def check_optimizer(train: TrainSection) -> None:
 def try_saving(
     config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keeps_base: bool
 ) -> None:
-    """Write all that the run will save, of full weights an entry each, and read it back with plain
-    transformers and peft; take the disk space of the rest, and give it back.
+    """Write all that the run will save, with one entry of each full weight, and read it back with
+    plain transformers and peft. Then reserve the disk space of the rest, and release it.
 
-    keeps_base: the run saves the model under its adapters, too.
+    keeps_base: the run also saves the model under its adapters.
 
     Raises UserError where the run could train but not save."""
     train, directory = config.train, Path(config.output.dir)
@@ -191,7 +190,7 @@ def try_saving(
         with TemporaryDirectory(prefix=".trial-", suffix=".part", dir=directory) as place:
             save_model(model, tokenizer, Path(place), trial=True)
             _read_back(Path(place) / "model", config.model.trust_remote_code, tokenizer)
-            # The model, and of each checkpoint the weights and the optimizer's two moments.
+            # The model; and for each checkpoint the weights, and the optimizer's two moments.
             sizes = [min(weights, LARGEST_SHARD), *[each // 3, each * 2 // 3] * checkpoints]
             for number, size in enumerate(sizes):
                 reserve(Path(place) / str(number), size)

@@ -1,4 +1,4 @@
-"""What a run says and does at its end: its summary, the upload to the hub."""
+"""Ends a run: writes its summary and uploads the model to the hub."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from opsd.training.model_card import write_card
 
 
 def write_summary(config: Config, log: RunLog, seconds: float, step: int) -> dict:
-    """summary.json, which says that a run has ended after `step`; and the model's card."""
+    """Write summary.json, which marks that the run ended after `step`, and the model card."""
     directory = Path(config.output.dir)
     accuracies = [line.accuracy for line in student_curve(directory)] or [None]
     best = log.best()
@@ -35,14 +35,14 @@ def write_summary(config: Config, log: RunLog, seconds: float, step: int) -> dic
 
 
 def publish(config: Config, directory: Path, display: Display) -> None:
-    """Upload model/, where output.push_to_hub says so; a failure is told, for all is saved."""
+    """Upload model/ if output.push_to_hub is set. A failure only shows a note: all is saved."""
     repository = config.output.push_to_hub
     if repository is None:
         return
     try:
         with display.stage(f"Upload to {repository}"):
             address = push(repository, directory / "model", config.output.hub_private)
-    except Exception as error:  # of whatever client it uses
+    except Exception as error:  # the hub's client raises many types
         place = directory / "model"
         command = f"hf upload {repository} {place}"
         display.note(f"The upload failed ({error}); all is in {place}: {command}")

@@ -1,4 +1,4 @@
-"""`opsd replay`: run a failed step's samples again, one by one, and say where numbers go wrong."""
+"""`opsd replay`: runs a failed step's samples again one by one, to find what is not finite."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from opsd.training.step import OPSDStep
 
 @dataclass(frozen=True)
 class Replayed:
-    """A sample run alone: its loss, its gradient's norm, the first module with a bad output."""
+    """The result of one sample: loss, gradient norm, and the first module whose output is not
+    finite."""
 
     number: int
     tokens: int
@@ -39,7 +40,7 @@ class Replayed:
 
     @property
     def finite(self) -> bool:
-        """Whether its numbers are."""
+        """Whether loss and gradient are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient)
 
 
@@ -48,8 +49,8 @@ def replay(
 ) -> list[Replayed]:
     """Run each sample of a failed-step-N.pt again and show a line for each. Raises UserError.
 
-    The file may be a stranger's: whether the code of its model and teacher may run, and whether a
-    teacher's server is asked, is for the caller to say, whatever the file's own config does.
+    The file may come from a stranger. So the caller decides, whatever the file's config says,
+    whether code of its model and teacher may run and whether a teacher's server is asked.
     """
     if not path.is_file():
         raise UserError(f"FILE is {str(path)!r}: no such file")
@@ -103,7 +104,7 @@ def _replay(failed: FailedStep, display: Display) -> list[Replayed]:
             raise UserError(
                 f"groups hold tokens {min(ids)} to {max(ids)}: the model has 0 to {largest}"
             )
-    loss = config.loss.without_code()  # which the file, a stranger's perhaps, may name
+    loss = config.loss.without_code()  # the file may come from a stranger
     prompts, sampling = Prompts(config.prompts, tokenizer), Sampling.of(config.rollout)
     objective = make_objective(config.method, loss, teacher, prompts, sampling, members)
     step = OPSDStep(model.train(), objective, share=config.train.share_prefixes)
@@ -119,7 +120,7 @@ def _ids(group: SampleGroup) -> Iterator[Sequence[int]]:
 
 @torch.no_grad()
 def _load(parameters: dict[str, nn.Parameter], saved: Any, name: str) -> None:
-    """Copy in what the file has for these parameters: each, no other, and of their kind."""
+    """Copy the file's tensors into these parameters; names, dtypes and shapes must be the same."""
     if not isinstance(saved, dict):
         raise UserError(f"{name} are {type(saved).__name__}: tensors by their names are needed")
     for key in [*parameters, *saved]:
@@ -152,7 +153,7 @@ def _replayed(step: OPSDStep, number: int, group: SampleGroup) -> Replayed:
 
 @contextmanager
 def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Names of modules whose output is not finite, in the order that they ran."""
+    """A context that collects the names of modules whose output is not finite, in running order."""
     places: list[str] = []
 
     def watch(name: str):

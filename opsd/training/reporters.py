@@ -1,6 +1,6 @@
-"""What W&B, TensorBoard, trackio, MLflow and Comet get besides steps: evaluations and completions.
+"""Reports evaluations and completions to W&B, TensorBoard, trackio, MLflow and Comet.
 
-transformers' callbacks hand them on. They stay open until the run's last evaluation.
+transformers' callbacks report the steps. The loggers stay open until the last evaluation.
 """
 
 import json
@@ -15,12 +15,12 @@ from transformers.trainer_callback import CallbackHandler
 from opsd.config.sections import OutputSection
 
 COLUMNS = ("step", "problem", "answer", "completion", "correct")
-SHOWN = 20  # completions of an evaluation
+SHOWN = 20  # completions reported with an evaluation
 
 
 class Reports(TrainerCallback):
-    """The loggers of output.report_to, and the evaluations for them. held: training's end is not
-    theirs; `close` is."""
+    """The loggers of output.report_to, which also get the evaluations. held: the loggers stay open
+    when training ends, until `close`."""
 
     def __init__(self, section: OutputSection, held: bool = False):
         self.tags, self.held = section.tags, held
@@ -36,7 +36,7 @@ class Reports(TrainerCallback):
         kinds = get_reporting_integration_callbacks([*map(str, section.report_to)])
         self.loggers: list[Any] = [kind() for kind in kinds]
         self._begun: tuple[tuple, dict] | None = None
-        self._waiting: list[tuple[dict, list]] = []  # evaluations of before the training began
+        self._waiting: list[tuple[dict, list]] = []  # evaluations from before training
 
     def on_train_begin(self, *where: Any, **more: Any) -> None:
         self._begun = where, {"model": more.get("model")}
@@ -47,7 +47,7 @@ class Reports(TrainerCallback):
             self.evaluation(record, rows)
 
     def evaluation(self, record: dict, rows: list[Sequence[Any]]) -> None:
-        """An evaluation's line, and its completions in COLUMNS."""
+        """Report an evaluation's line, and rows of its completions with COLUMNS."""
         if self._begun is None:
             self._waiting.append((record, rows))
             return
@@ -60,19 +60,19 @@ class Reports(TrainerCallback):
                 log_table(logger, rows[:SHOWN], record["step"])
 
     def hold(self, handler: CallbackHandler) -> None:
-        """Training ends, and with it `handler`'s work."""
+        """Called when training ends: keep `handler` from closing the loggers."""
         for logger in self.loggers if self.held else ():
             handler.remove_callback(logger)
 
     def close(self) -> None:
-        """The run has ended."""
+        """Close the loggers: the run has ended."""
         where, more = self._begun or ((), {})
         for logger in self.loggers if where else ():
             logger.on_train_end(*where, **more)
 
 
 def log_table(logger: Any, rows: list[Sequence[Any]], step: int) -> None:
-    """Log rows of COLUMNS as a table, as each of transformers' loggers has one."""
+    """Log rows of COLUMNS as a table, with the function that each logger has for it."""
     columns = {column: [row[i] for row in rows] for i, column in enumerate(COLUMNS)}
     if wandb := getattr(logger, "_wandb", None):
         table = wandb.Table(columns=[*COLUMNS], data=[list(row) for row in rows])

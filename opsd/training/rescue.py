@@ -1,4 +1,4 @@
-"""Where a run that can no longer write keeps what it has learnt."""
+"""Saves a run elsewhere when its own directory can no longer be written."""
 
 import os
 import shutil
@@ -18,8 +18,8 @@ from opsd.runs.log import RunLog
 def keep_elsewhere(
     config: Config, log: RunLog, needed: int, write: Callable[[Path], object]
 ) -> Path | None:
-    """A new directory with the run's config and log, and what `write` puts there, in the first of
-    the temporary directory and the user's cache that takes it. None: neither does."""
+    """Make a new directory with the run's config and log, and let `write` add to it. Tries the
+    temporary directory, then the user's cache; returns None if neither has room."""
     for parent in (Path(tempfile.gettempdir()), Path(os.path.expanduser("~/.cache"))):
         with suppress(OSError, UserError):
             if shutil.disk_usage(parent).free < needed:

@@ -1,8 +1,8 @@
-"""What a checkpoint keeps of rollouts that were sampled a step ahead (`rollout.ahead`).
+"""Saves rollouts that were sampled a step ahead (`rollout.ahead`) in a checkpoint.
 
-It keeps the rollouts themselves. The weights that sampled them are gone by then, and an engine that
-batches draws others from the same seeds: a run that goes on would train on other rollouts than one
-that nobody stopped, and if it dropped those under way, on shorter ones.
+Sampling them again on resume is not possible: the weights that sampled them are gone, and an engine
+that batches samples others from the same seeds. A resumed run would train on other rollouts than
+one that was not stopped. If it dropped those still being sampled, it would train on shorter ones.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ NO_SEED = -1
 DTYPES = {
     "ids": torch.int32,  # [Σ R]
     "log_probs": torch.float64,  # [Σ R]
-    "lengths": torch.int64,  # [rollouts], and so are the next two
+    "lengths": torch.int64,  # [rollouts], like the next two
     "finished": torch.bool,
     "seeds": torch.int64,
 }
 
 
 def as_tensors(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
-    """The rollouts as `FILE` has them."""
+    """The rollouts as the tensors in `FILE`."""
     values = {
         "ids": [token for rollout in rollouts for token in rollout.ids],
         "log_probs": [value for rollout in rollouts for value in rollout.sampling_log_probs or []],
@@ -38,8 +38,8 @@ def as_tensors(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
 
 
 def of_tensors(found: Any, count: int, longest: int, vocabulary: int) -> list[Rollout]:
-    """The rollouts that `as_tensors` was given. Raises ValueError where they are not so many, of at
-    most `longest` tokens of a model with so large a vocabulary."""
+    """The rollouts that `as_tensors` was given. Raises ValueError unless there are `count` of them,
+    of at most `longest` tokens, with ids below `vocabulary`."""
     if not isinstance(found, dict) or any(
         not isinstance(t := found.get(name), Tensor) or t.dtype != dtype or t.dim() != 1
         for name, dtype in DTYPES.items()

@@ -1,4 +1,4 @@
-"""`opsd train`: from a checked config to a trained model in a run directory."""
+"""`opsd train`: runs a checked config and leaves a trained model in the run's directory."""
 
 import shlex
 import time
@@ -87,13 +87,13 @@ def train(
     resume: bool = False,
     start_over: bool = False,
 ) -> Path:
-    """A whole run: data, model, training, evaluation, report. Returns the run's directory.
+    """Do a whole run: data, model, training, evaluation, report. Returns the run's directory.
 
-    display: where progress is shown; none: the terminal.
-    resume: go on from its last checkpoint.
-    start_over: with `resume`, begin again where there is no checkpoint.
+    display: where progress is shown; None: the terminal.
+    resume: resume from the last checkpoint.
+    start_over: with `resume`, begin again if there is no checkpoint.
 
-    Raises UserError for what the user can put right.
+    Raises UserError for errors that the user can correct.
     """
     display, processes = display or Display(), Processes()
     try:
@@ -111,7 +111,7 @@ def train_in_directory(
     start_over: bool = False,
     run: "Run | None" = None,
 ) -> "Run":
-    """Claim the directory, train, write the report, upload the model. `run`: if it is loaded."""
+    """Claim the directory, train, write the report, upload. run: reuse this loaded run."""
     directory = Path(config.output.dir)
     with ExitStack() as stack:
         processes.once(lambda: stack.enter_context(locked(directory, note=display.note)))
@@ -138,7 +138,7 @@ def train_in_directory(
 
 @dataclass
 class Given:
-    """What Python code hands over, in the place of what the config names."""
+    """Objects from Python code, used instead of what the config names."""
 
     model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -155,14 +155,14 @@ def load_run(
     given: Given,
     check: Callable[[dict[str, Sequence[Row]]], None] = lambda problems: None,
 ) -> "Run":
-    """The run with its rows, which `check` sees, and its model."""
+    """Read the run's rows, pass them to `check`, and load its model."""
     for name, here in (("model.path", given.model), ("data.source", given.rows)):
         if here is None and reduce(getattr, name.split("."), config) == IN_PYTHON:
             raise UserError(f"{name} is missing: name it, or hand it to OPSDTrainer")
     processes.together(lambda: check_engine(config.rollout.engine))
     server = None
     if config.rollout.engine == "vllm_server":
-        with display.stage(f"Reach {config.rollout.server}"):  # it may still be starting
+        with display.stage(f"Reach {config.rollout.server}"):  # the server may still be starting
             reach = partial(training_server, config.rollout, config.model, given.model)
             server = processes.together(reach)
     own_verifier = is_graded(config) and given.verifier is None
@@ -201,7 +201,7 @@ def load_run(
 
 
 def run(*what: Any, **more: Any) -> dict:
-    """`Run(...).train()`."""
+    """Make a Run with these arguments and train it."""
     return Run(*what, **more).train()
 
 
@@ -214,32 +214,32 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     rows: Sequence[Row]
     held_out: Sequence[Row]
-    grader: Grader  # decides which held-out answers, and GRPO's rollouts, are right
+    grader: Grader  # grades held-out answers and rollouts
     display: Display
     _: KW_ONLY
     checkpoint: Path | None = None
-    # The evaluations of step 0, by role, where they are known already
+    # The evaluations at step 0, by role, if they are already known
     before: dict[str, Evaluation] | None = None
-    verifier: Verifier | None = None  # instead of loss.reward's
+    verifier: Verifier | None = None  # used instead of loss.reward.verifier
     callbacks: Sequence[TrainerCallback] = ()
-    save: bool = True  # whether to write the trained model to model/
-    server: VLLMServer | None = None  # who samples under rollout.engine vllm_server
-    processes: Processes = field(default_factory=Processes)  # those that train together
-    # While it trains; and the weights, where they are split over processes, when they were gathered
+    save: bool = True  # write the trained model to model/
+    server: VLLMServer | None = None  # samples, for rollout.engine: vllm_server
+    processes: Processes = field(default_factory=Processes)
+    # The loop, only during training; and the last gathered weights, if they are split
     loop: TrainingLoop | None = field(default=None, init=False)
     weights: dict | None = field(default=None, init=False)
     sampler: DistributedSampler | None = field(default=None, init=False)
-    # Of the training: what transformers' Trainer returns, and its state
+    # The training's result and state, as transformers' Trainer has them
     output: TrainOutput | None = field(default=None, init=False)
     state: TrainerState = field(default_factory=TrainerState, init=False)
 
     def __post_init__(self):
         self.directory = Path(self.config.output.dir)
         self.prompts = Prompts(self.config.prompts, self.tokenizer)
-        self.problems = {"data.source": self.rows, "eval.source": self.held_out}  # as they are read
+        self.problems = {"data.source": self.rows, "eval.source": self.held_out}  # all of them
 
     def train(self) -> dict:
-        """Returns the run's summary, which is also written to summary.json."""
+        """Train, evaluate and save. Returns the run's summary, which is also in summary.json."""
         self.reports = Reports(self.config.output, held=True)
         begun = time.monotonic()
         self.prepare(saves=True)
@@ -261,9 +261,10 @@ class Run:
         return self.processes.once(lambda: write_summary(self.config, self.log, seconds, step))
 
     def prepare(self, saves: bool = False) -> None:
-        """Adapters, where they are asked for; the rows that fit; teacher and sampler. Once.
+        """Add adapters, drop rows that do not fit, make teacher and sampler: on the first call
+        only.
 
-        saves: what it makes will be saved; whether it can be is seen before teacher and sampler.
+        saves: check, before teacher and sampler are made, that the result can be saved.
         """
         config, base = self.config, self._own_base()
         new = self.sampler is None
@@ -296,9 +297,9 @@ class Run:
             save_model(without_adapters(self.model), self.tokenizer, base.parent, base.name)
 
     def _own_base(self) -> Path | None:
-        """Where the run keeps the model that its adapters stand on. None, unless that is in no
-        directory, as where model.path is itself an adapter: peft and transformers load no adapter
-        on an adapter, but drop one."""
+        """The directory in which the run saves its base model, or None. Only a base that exists in
+        no directory is saved, such as an adapter merged into its model: peft cannot load an adapter
+        on an adapter."""
         config = self.config
         if config.model.lora is None or not getattr(self.model, "in_no_directory", False):
             return None
@@ -311,31 +312,30 @@ class Run:
         return self.directory / "base"
 
     def _make_teacher(self) -> None:
-        """The teacher and the inference copy. They are made before a checkpoint is loaded: of the
-        weights of step 0.
+        """Make the teacher and the inference copy from the weights of step 0, before a checkpoint.
 
-        Sets `inference`, what sampling and evaluation read: the student, or a copy of its weights;
-        `teacher`, whose view of sample completions is shown; `scorer`, what the objective asks, or
-        `members`, those of teacher.mix; `average`, an `ema` teacher that training moves; and
+        Sets `inference`, which samples and is evaluated: the student or a copy of it; `teacher`,
+        whose probabilities of sample completions are shown; `scorer`, the objective's teacher, or
+        `members`, those of teacher.mix; `average`, an `ema` teacher that training updates; and
         `split`, whether the student's weights are split over processes.
         """
         config, model, dtype = self.config, self.model, self.dtype
         if config.method != "sft":
             switch_off_dropout(model)
         if config.train.share_prefixes and unpackable(model) is None:
-            try_kernel(model, dtype, self.processes.device)  # may be an error: before an evaluation
+            try_kernel(model, dtype, self.processes.device)  # fails before an evaluation
         self.split = config.train.sharding in SPLIT_WEIGHTS
         self.inference = model
         if self.split or self._needs_inference_copy():
             self.inference = copy_model(model, dtype, self.processes.device)
-        # A method without a teacher needs one only to show its view of sample completions.
+        # A method without a teacher needs one only to show its probabilities of completions.
         scores = scores_by_teacher(config)
         self.teacher, average, self.members = self.inference, None, []
         if scores or (self.held_out and config.eval.samples):
             self.teacher, average, self.members = make_members(
                 config.teacher, config.model, dtype, model, self.tokenizer, self.inference
             )
-        # A live teacher is the model itself: the start that both contexts share runs once.
+        # A live teacher is the model itself, so what both contexts begin with runs once.
         self.scorer = model if self.teacher is self.inference else self.teacher
         self.average = average if scores else None
 
@@ -345,15 +345,15 @@ class Run:
         return compute_dtype(self.config.train.precision)
 
     def _needs_inference_copy(self) -> bool:
-        """Whether a bf16 copy of the model samples, in training in bf16: to cast the fp32 weights
-        for each new token would cost as much as the token. Beside adapters they are in bf16."""
+        """Whether a bf16 copy of the model samples: when training in bf16, unless there are
+        adapters, whose base is in bf16. Casting the fp32 weights costs as much as a token."""
         config = self.config
         own_engine = config.rollout.engine in SAMPLERS
         samples = own_engine and (config.method != "sft" or bool(self.held_out))
         return samples and self.dtype == torch.bfloat16 and config.model.lora is None
 
     def _make_sampler(self) -> DistributedSampler:
-        """The sampler of rollouts and held-out answers, by the student's weights."""
+        """Make the sampler of rollouts and held-out answers, with the student's weights."""
         config, longest = self.config, None
         if config.rollout.engine == "vllm":
             contexts = self.prompts.lengths([*self.rows, *self.held_out], "student")
@@ -372,27 +372,27 @@ class Run:
         return DistributedSampler(sampler, self.processes, self.inference if self.split else None)
 
     def _open_log(self) -> None:
-        """The log of a run that begins or goes on; the first process writes it."""
+        """Open the log of a new or resumed run; only the first process writes to it."""
         step = step_of(self.checkpoint)
 
         def begin() -> None:
-            # It says that a run has ended.
+            # This file marks that a run has ended.
             (self.directory / "summary.json").unlink(missing_ok=True)
             self.log = RunLog(self.directory, step)
 
-        self.processes.once(begin)  # which drops lines that the others read
+        self.processes.once(begin)  # it drops lines before the other processes read them
         if not self.processes.first:
             self.log = RunLog(self.directory, step, writes=False)
 
     def test(self, rows: Sequence[Row]) -> HeldOut:
-        """These problems, to be answered as the held-out ones are."""
+        """An evaluation of `rows` with the settings of the held-out ones."""
         config, engine = self.config, self.config.rollout.engine
         greedy = Sampling(longest_answer(config), temperature=0, batch_size=config.eval.batch_size)
         own = engine if engine in SAMPLERS else "generate"
         return HeldOut(rows, self.prompts, self.grader, greedy, own, self.processes)
 
     def _learning_curve(self) -> LearningCurve:
-        """The held-out evaluations of the run."""
+        """Make the run's learning curve of held-out evaluations."""
         config = self.config
         return LearningCurve(
             config.method,
@@ -410,7 +410,7 @@ class Run:
         )
 
     def _train(self, curve: LearningCurve | None) -> int:
-        """The loop. Returns the last step."""
+        """Make and run the training loop. Returns the last step."""
         config, sampling = self.config, Sampling.of(self.config.rollout)
         opens_thought = self.prompts.chats["student"].opens_thought
         title = f"Train by {config.method.upper()}"
@@ -448,18 +448,18 @@ class Run:
             loop.collector.progress = lambda _, tokens: stage.tokens(tokens)
             self.output = loop.train(resume_from_checkpoint=self.checkpoint)
         self.weights = self._split_weights() if self.save else None
-        self.loop = None  # and with it the optimizer's moments
+        self.loop = None  # this frees the optimizer's moments
         return self.state.global_step
 
     def _split_weights(self) -> dict | None:
-        """The weights, where they are split over processes, all of which take part."""
+        """Gather the weights if they are split over processes, all of which must call this."""
         if not self.split or self.loop is None:
             return self.weights
         return gathered_weights(self.loop.accelerator, self.loop.wrapped, self.inference)
 
     def _keep_if_best(self, accuracy: float) -> None:
-        """Write the model that was just measured, where output.keep asks for the best. The line of
-        its evaluation comes after it, so that a run that is killed between measures it again."""
+        """Write the model if output.keep asks for it: the evaluation was the best. Its line is
+        written afterwards, so that a run killed in between evaluates again."""
         keep = self.config.output.keep
         if not self.save or keep == "last":
             return
@@ -469,12 +469,12 @@ class Run:
             self.processes.once(lambda: self._save(self.directory / place))
 
     def write_model(self, directory: Path, name: str = "model") -> None:
-        """Write the model to `directory`/`name`, as the config's `output` has it."""
+        """Write the model to `directory`/`name`, as the config's `output` says."""
         output, section = self.config.output, self.config.model
         save_trained(self.model, self.tokenizer, directory, output, self.weights, section, name)
 
     def _save(self, place: Path) -> None:
-        """The trained model, there or, where that cannot be written, elsewhere."""
+        """Save the trained model in `place` or, if that cannot be written, elsewhere."""
         try:
             with self.display.stage("Save the model"):
                 self.write_model(place)
@@ -489,7 +489,7 @@ class Run:
             ) from error
 
     def _evaluate_last(self, curve: LearningCurve, step: int) -> None:
-        """The trained model, which is saved already."""
+        """Evaluate the trained model, which is already saved."""
         try:
             curve(step)
             self.log.check()

@@ -1,5 +1,5 @@
-"""Texts of a run for its readers: rollouts of training steps, and sample completions, each token
-with its divergence and the teacher's choices."""
+"""Makes the texts that a run leaves to read: rollouts of training steps, and sample completions in
+which each token has its divergence and the teacher's choices."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -17,8 +17,8 @@ from opsd.prefix import Ids, rollout_hidden_states
 from opsd.rollout.base import decode
 from opsd.training.held_out import Evaluation
 
-TOP = 3  # the teacher's likeliest tokens that are shown
-CHUNK = 256  # rollout tokens whose dense logits are in memory at once
+TOP = 3  # how many of the teacher's likeliest tokens are shown
+CHUNK = 256  # rollout tokens with dense logits in memory at once
 
 
 def sample_records(
@@ -30,9 +30,9 @@ def sample_records(
     count: int,
     teacher_role: str = "teacher",
 ) -> Iterator[dict]:
-    """The first `count` held-out completions as lines for samples.jsonl, which lack the step.
+    """The first `count` held-out completions as lines for samples.jsonl, without the step.
 
-    `teacher_role`: the context that the teacher sees; "student" where it is another model.
+    `teacher_role`: the context that the teacher sees; "student" if it is another model.
     """
     for i in range(min(count, len(rows))):
         row, rollout = rows[i], evaluation.rollouts[i]
@@ -58,9 +58,9 @@ def rollout_records(
     sampling: dict[str, Any],
     count: int,
 ) -> Iterator[dict]:
-    """The first `count` rollouts of a step as lines for rollouts.jsonl, which lack the step.
+    """The first `count` rollouts of a step as lines for rollouts.jsonl, without the step.
 
-    `sampling`: how all were drawn. Each line adds the rollout's own seed, where it has one.
+    `sampling`: the settings of all rollouts. Each line adds the rollout's own seed, if it has one.
     """
     each = ((p, i) for p in problems for i in range(len(p.rollouts)))
     for problem, i in islice(each, count):
@@ -90,7 +90,8 @@ def token_records(
     rollout: Ids,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict]:
-    """Each rollout token: its text, KL(T‖S), the student's probability, the teacher's top three."""
+    """For each rollout token: its text, KL(T‖S), the student's probability, the teacher's top
+    three."""
     student_states = rollout_hidden_states(student, [(student_context, [rollout])])
     teacher_states = rollout_hidden_states(teacher, [(teacher_context, [rollout])])
     size = min(len(head(student)[0]), len(head(teacher)[0]))  # heads may be padded differently

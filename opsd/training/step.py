@@ -1,7 +1,7 @@
-"""One update's gradient: its samples in micro-batches, over all processes.
+"""Computes an update's gradient: runs its samples in micro-batches, over all processes.
 
 A micro-batch's forward is the teacher's stream, the student's stream and the fused loss. It is one
-module with one forward, since wrappers such as DistributedDataParallel must see every use of the
+module with one forward, because wrappers such as DistributedDataParallel must see every use of the
 weights.
 """
 
@@ -47,17 +47,18 @@ from opsd.training.micro_batches import (
 )
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""How far sharing may move a hidden state, relative to the largest one, by the weights' dtype."""
+"""How much sharing may change a hidden state, relative to the largest one, by the weights'
+dtype."""
 
 
 class OPSDStep(nn.Module):
-    """A micro-batch's share of the step's loss.
+    """Computes a micro-batch's part of the step's loss.
 
-    model: what trains. objective: the method; its teacher is not a part of this module. share: run
-    each context once for all its rollouts. cache_trains: a context whose rollouts fill several
-    micro-batches also trains only once for all of them. This is not for wrappers such as
-    DistributedDataParallel, which see a gradient in one backward only. Passes without gradient
-    share a context in any case.
+    model: the trained model. objective: the method; its teacher is not a submodule. share: run each
+    context once for all its rollouts. cache_trains: a context whose rollouts fill several
+    micro-batches also gets its gradient only once for all of them. Wrappers such as
+    DistributedDataParallel do not allow that: they see a gradient in one backward only. Passes
+    without gradient always share a context.
     """
 
     def __init__(
@@ -70,10 +71,10 @@ class OPSDStep(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
         self.share, self.cache_trains = share, cache_trains
-        # Then the passes without gradient alone share.
+        # Then only the passes without gradient share contexts.
         self.padded = share and unpackable(model) is not None
         if objective.samples_rollouts:
-            switch_off_dropout(model)  # what is scored is what sampled
+            switch_off_dropout(model)  # rollouts were sampled without dropout
         for member in objective.members:
             if member.model is not None:
                 switch_off_dropout(member.model)
@@ -85,7 +86,7 @@ class OPSDStep(nn.Module):
     def micro_batches(
         self, groups: Sequence[SampleGroup], max_tokens: int
     ) -> list[list[SampleGroup]]:
-        """The groups in batches of `max_tokens` at most in each role's forward."""
+        """Divide the groups into batches of at most `max_tokens` in each role's forward."""
         if not self.share:
             return padded_batches(groups, max_tokens)
         return packed_batches(groups, max_tokens, self._cached_cost(), self.padded)
@@ -93,9 +94,10 @@ class OPSDStep(nn.Module):
     def cache_prefixes(
         self, batches: Sequence[Sequence[SampleGroup]], max_tokens: int
     ) -> tuple[list[list[SampleGroup]], PrefixCache]:
-        """The batches, whose split contexts run once for all of them, and the cache that does it.
+        """Replace contexts that several batches share by cached prefixes. Returns batches and
+        cache.
 
-        The cache must be told of each batch that is done.
+        Call `batch_done` of the cache after each batch.
         """
         if not self.share:
             return [list(batch) for batch in batches], PrefixCache()
@@ -108,18 +110,18 @@ class OPSDStep(nn.Module):
     def check_sharing(
         self, groups: Sequence[SampleGroup], dtype: torch.dtype = torch.float32
     ) -> float:
-        """The largest difference that sharing makes for one group, without autocast.
+        """The largest change of a hidden state by sharing, for one group, without autocast.
 
-        It is relative to the largest hidden state. Raises UserError where it is more than rounding.
-        On a GPU another kernel may attend in `dtype`, in which the model trains. So its states are
-        compared as well: they may be twice as far from those in fp32 as the states of each rollout
-        alone in `dtype`.
+        It is relative to the largest hidden state. Raises UserError if it is more than rounding. On
+        a GPU another kernel may compute attention in `dtype`, in which the model trains. So the
+        states in `dtype` are compared as well: with sharing they may be twice as far from those in
+        fp32 as without.
         """
         group = next((g for g in groups if len(g.samples) > 1), groups[0]).as_student()
         training = self.model.training
         self.model.eval()  # no dropout
         alone = self._states(group, False, torch.float32)
-        # A kernel that computes in 16 bits alone is compared below.
+        # A kernel that computes only in 16 bits is compared below.
         with by_tiles() if dtype != torch.float32 else nullcontext():
             difference = float(_distance(self._states(group, True, torch.float32), alone))
         tolerance = TOLERANCE.get(alone.dtype, TOLERANCE[torch.bfloat16])
@@ -151,11 +153,12 @@ class OPSDStep(nn.Module):
 def what_is_shared(
     model: PreTrainedModel, objective: Objective, train: TrainSection, note: Callable[[str], None]
 ) -> bool:
-    """Whether passes share their contexts; says of those that do not why."""
+    """Whether passes share their contexts; calls `note` with the reason if some do not."""
     reason = unpackable(model) if train.share_prefixes else None
     if reason is None:
         return train.share_prefixes
-    # By their caches prefixes have forwards of their own: not where processes must run as many.
+    # Cached prefixes need forwards of their own; with split weights all processes must run equally
+    # many.
     teaches = any(member.model is not None for member in objective.members)
     if teaches and train.sharding not in SPLIT_WEIGHTS and uncontinuable(model) is None:
         note(f"{reason}: the teacher's prefixes are shared, the student's are not")
@@ -169,39 +172,39 @@ def _distance(states: Tensor, wanted: Tensor) -> Tensor:
 
 
 def idle(groups: Sequence[SampleGroup]) -> list[SampleGroup]:
-    """A batch that costs little and adds nothing: the shortest sample, with the weight 0."""
+    """A batch that costs little and adds nothing: the shortest sample, with weight 0."""
     pieces = [group.of([sample]) for group in groups for sample in group.samples]
     shortest = min(pieces, key=SampleGroup.longest)
     return [shortest.of([replace(shortest.samples[0], weight=0.0)])]
 
 
 def token_ratio(groups: Sequence[SampleGroup], padded: bool = False) -> float:
-    """Tokens of each rollout run alone ÷ tokens run with contexts shared, over both roles. padded:
-    the student shares none."""
+    """Tokens with each rollout run alone ÷ tokens with shared contexts, over all roles. padded: the
+    student shares none."""
     alone, shared = separate_tokens(groups), stream_tokens(groups)
     return sum(alone) / (sum(shared) + (alone.student - shared.student) * padded)
 
 
 @dataclass
 class GradientAccumulator:
-    """Runs samples through the step in micro-batches, and adds up their gradients."""
+    """Runs samples through the step in micro-batches and accumulates their gradients."""
 
-    step: OPSDStep  # a micro-batch's forward
-    wrapped: nn.Module  # the model as accelerate has prepared it
+    step: OPSDStep  # computes a micro-batch's loss
+    wrapped: nn.Module  # the model as accelerate wraps it
     accelerator: Accelerator
     train: TrainSection  # the run's `train`
     processes: Processes
-    note: Callable[[str], None]  # called with a line for the terminal, once
+    note: Callable[[str], None]  # shows a line in the terminal
     _split_told: bool = False
 
     def __post_init__(self):
-        self.dtype = compute_dtype(self.train.precision)  # what forward and backward run in
-        # Tokens of a micro-batch. They are halved where memory runs out.
+        self.dtype = compute_dtype(self.train.precision)  # of forward and backward
+        # Tokens of a micro-batch; halved when memory runs out.
         self.budget = self.train.micro_batch_tokens
 
     def __call__(self, groups: list[SampleGroup]) -> tuple[Tensor, Totals]:
-        """Add the groups' gradient to the model's; returns their loss and measures, of all
-        processes. Micro-batches become smaller where memory runs out."""
+        """Add the groups' gradient to the model's. Returns loss and measures, summed over all
+        processes. Halves the micro-batches when memory runs out."""
         while True:
             try:
                 return self._accumulate(groups)
@@ -215,16 +218,17 @@ class GradientAccumulator:
                         f"({str(error).splitlines()[0]}); lower it or loss.memory_budget, or see "
                         "docs/scale.md for what else saves memory"
                     ) from error
-            # Outside of `except`, where the error and its frames no longer hold memory.
+            # Outside of `except`, so that the error and its frames no longer hold memory.
             self.note(f"Memory has run out: micro-batches of {smaller} tokens, not {self.budget}")
             self.budget = smaller
-            self.wrapped.zero_grad()  # of the micro-batches so far, one of them half done
+            self.wrapped.zero_grad()  # drops the gradients of the micro-batches so far
             release_memory()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
     def _smaller(self, groups: list[SampleGroup]) -> int | None:
-        """Half of the micro-batch; None where that does not split one, or others wait for it."""
+        """Half of the budget; None if no micro-batch can be split, or other processes would
+        wait."""
         longest = max(group.longest() for group in groups)
         if self.processes.count > 1 or self.budget <= longest:
             return None
@@ -236,21 +240,22 @@ class GradientAccumulator:
         loss = torch.zeros((), device=self.accelerator.device)
         own, most = self._own_batches(groups)
         cache = PrefixCache()
-        # Where weights are split, all processes must run them equally often.
+        # With split weights, all processes must run the model equally often.
         if self.train.sharding not in SPLIT_WEIGHTS:
             own, cache = self.step.cache_prefixes(own, self.budget)
         self._tell_of_split(own)
-        # One autocast for all micro-batches: it casts each weight once. Backward leaves it, since
-        # what runs in fp32 there is meant to.
+        # One autocast for all micro-batches, which casts each weight only once. Backward runs
+        # outside
+        # of it: what is in fp32 there must stay so.
         with autocast(loss.device, self.dtype):
             for number in range(most):
-                # All processes exchange weights or gradients as often: one with fewer batches runs
-                # a sample for nothing.
+                # All processes must exchange weights or gradients equally often, so one with fewer
+                # batches runs idle ones.
                 work = (own[number], totals) if number < len(own) else (idle(groups), Totals())
                 with exchange(self.wrapped, last=number + 1 == most):
                     some = called_through(self.wrapped, self.step.model, partial(self.step, *work))
                     if loss.device.type == "cpu":
-                        trim_heap()  # gives back holes that forward left and backward cannot use
+                        trim_heap()  # returns memory that backward could not use
                     with phase("backward"), torch.autocast(loss.device.type, enabled=False):
                         backward(self.accelerator, self.wrapped, some)
                         cache.batch_done()
@@ -265,7 +270,7 @@ class GradientAccumulator:
         return loss, totals
 
     def _own_batches(self, groups: list[SampleGroup]) -> tuple[list[list[SampleGroup]], int]:
-        """This process's micro-batches, and how many the busiest process has."""
+        """This process's micro-batches, and the largest number of them that a process has."""
         batches = [
             self.step.micro_batches(share, self.budget)
             for share in shares(groups, self.processes.count)
@@ -274,7 +279,7 @@ class GradientAccumulator:
 
     @torch.no_grad()
     def with_old_log_probs(self, groups: list[SampleGroup]) -> list[SampleGroup]:
-        """The groups with log p of each token under the weights as they are now."""
+        """The groups with `old_log_probs`: log p of each token under the current weights."""
         places = {id(sample): place for place, sample in enumerate(samples_of(groups))}
         own, most = self._own_batches(groups)
         found: dict[int, list[float]] = {}
@@ -295,10 +300,9 @@ class GradientAccumulator:
             for group in groups
         ]
 
-    @torch.no_grad()  # or DDP would expect a backward
+    @torch.no_grad()  # otherwise DDP expects a backward
     def check_sharing(self, groups: list[SampleGroup]) -> float:
-        """How far shared prefixes change the hidden states. Raises UserError if it is more than
-        rounding."""
+        """`OPSDStep.check_sharing` inside the wrapper's forward."""
         return called_through(
             self.wrapped,
             self.step.model,
@@ -306,7 +310,7 @@ class GradientAccumulator:
         ).item()
 
     def _tell_of_split(self, batches: list[list[SampleGroup]]) -> None:
-        """Say once what becomes of a context whose rollouts do not fit a micro-batch together."""
+        """Show a note, once, if the rollouts of a context fill several micro-batches."""
         contexts = [group.student for batch in batches for group in batch]
         split = {id(context): context for context in contexts if isinstance(context, CachedPrefix)}
         if not split or self._split_told:

@@ -1,4 +1,4 @@
-"""A step's line in metrics.jsonl: what it spent, what it measured, and whether the run is over."""
+"""Writes a step's line in metrics.jsonl, and decides whether the run is over."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,14 +13,14 @@ from opsd.training.no_signal import NoSignalWatch
 
 @dataclass
 class StepLog:
-    """Keeps a step's measures until its loss and norm are known, then writes its line."""
+    """Keeps a step's measures until its loss and gradient norm are known, then writes its line."""
 
     method: str
     train: TrainSection
-    generates: bool  # whether a model writes the rollouts, so that their tokens count as generated
-    run_log: RunLog  # the run's files, and its counters, which go on from them
+    generates: bool  # a model writes the rollouts, so their tokens count as generated
+    run_log: RunLog  # the run's files and counters
     on_step: Callable[[dict], None]  # called with each line, for the display
-    note: Callable[[str], None]  # called with a line for the terminal
+    note: Callable[[str], None]  # shows a line in the terminal
 
     def __post_init__(self):
         section, past = self.train.collapse, self.run_log.past
@@ -35,9 +35,9 @@ class StepLog:
         measures: dict[str, float],
         seconds: float,
     ) -> None:
-        """A step that is done but for its optimizer update. `problems` are those asked, with their
-        rollouts; `totals` are its samples'; `measures` are what else was measured.
-        """
+        """Count a step whose optimizer update is still to come. `problems`: all that were sampled,
+        with their rollouts; `totals`: the measures of the step's samples; `measures`: all other
+        measures."""
         rollouts = [rollout for problem in problems for rollout in problem.rollouts]
         length = sum(len(rollout.ids) for rollout in rollouts)
         counters = self.run_log.counters
@@ -57,15 +57,15 @@ class StepLog:
     def write(
         self, step: int, logs: dict[str, Any], seconds: Sequence[dict[str, float]], left_out: bool
     ) -> tuple[dict[str, float], bool]:
-        """Writes the line of the step counted last.
+        """Write the line of the step that was counted last.
 
         Args:
             logs: the loss, the gradient's norm, the learning rate.
-            seconds: of each process, in each phase; the slowest is what the step takes.
-            left_out: the step made no update, since something in it was not finite.
+            seconds: each process's seconds in each phase; the line has the slowest's.
+            left_out: the step made no update because something in it was not finite.
 
-        Returns its numbers, for loggers (W&B, TensorBoard), and whether the run is over:
-        its tokens or steps are spent, or it has collapsed.
+        Returns its numbers, for loggers (W&B, TensorBoard), and whether the run is over: its tokens
+        or steps are used up, or it has collapsed.
         """
         if left_out:
             logs = {**logs, "loss": None, "grad_norm": None}
@@ -86,7 +86,7 @@ class StepLog:
         return numbers, collapsed or self.is_done(step)
 
     def is_done(self, step: int) -> bool:
-        """Whether the run has spent its tokens or its steps."""
+        """Whether the run has used up its tokens or its steps."""
         counters, budget = self.run_log.counters, self.train.token_budget
         spent = counters.generated_tokens or counters.trained_tokens
         if budget is not None and spent >= budget:
@@ -94,7 +94,7 @@ class StepLog:
         return step >= self.train.steps
 
     def _has_collapsed(self, line: dict[str, Any]) -> bool:
-        """Says what has collapsed, in the line too; whether the run is to stop for it."""
+        """Report a collapse, also in the metrics line. Returns whether to stop the run."""
         stops = self.train.collapse.on == "stop"
         end = "; stopping" if stops else ""
         collapsed, without_signal = self.collapse(line), self.no_signal(line)

@@ -1,7 +1,7 @@
-"""Rollouts' grades, what the log says of them, and teacher contexts that are made of rollouts.
+"""Grades rollouts, measures the grades, and makes teacher contexts from rollouts.
 
-A problem comes here once it has rollouts: they are graded, and `TeacherContexts` fills in the
-teacher's template where it is over rollouts.
+Problems come here with their rollouts: `graded` grades them, and `TeacherContexts` fills in a
+teacher's template that contains rollouts.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from opsd.objectives import Problem
 
 
 def graded(problems: Sequence[Problem], reward_function: RewardFunction | None) -> list[Problem]:
-    """The problems with the outcome of each rollout; without a reward function as they are."""
+    """The problems with an outcome for each rollout; unchanged without a reward function."""
     if reward_function is None:
         return list(problems)
     rollouts = [rollout for p in problems for rollout in p.rollouts]
@@ -23,15 +23,15 @@ def graded(problems: Sequence[Problem], reward_function: RewardFunction | None) 
 
 
 def informative(problem: Problem) -> bool:
-    """Whether a problem's rewards differ: otherwise all its advantages are 0."""
+    """Whether the problem's rewards differ. If not, all its advantages are 0."""
     rewards = [outcome.reward for outcome in problem.outcomes]
     return min(rewards) != max(rewards)
 
 
 def outcome_measures(problems: Sequence[Problem]) -> dict[str, float]:
-    """Measures of graded rollouts for the log.
+    """Compute the log's measures of graded rollouts.
 
-    `pass_at_k`: the share of problems with at least one right rollout, k = group_size.
+    `pass_at_k`: the share of problems with at least one correct rollout, k = group_size.
     """
     if not problems or problems[0].outcomes is None:
         return {}
@@ -46,16 +46,16 @@ def outcome_measures(problems: Sequence[Problem]) -> dict[str, float]:
 
 @dataclass
 class TeacherContexts:
-    """Fills in a teacher's template over rollouts."""
+    """Fills in a teacher's template that contains rollouts."""
 
     prompts: Prompts
-    window: int | None  # the longest sequence that the models allow; None: any
-    skip: bool  # rollouts that do not fit after their teacher's context; False: they are an error
-    note: Callable[[str], None]  # called with a line for the terminal at the first that is skipped
+    window: int | None  # the longest sequence that the models allow; None: no limit
+    skip: bool  # skip rollouts that do not fit after the teacher's context; False: raise an error
+    note: Callable[[str], None]  # shows a line in the terminal, for the first that is skipped
     noted: bool = False
 
     def __call__(self, problems: Sequence[Problem]) -> tuple[list[Problem], dict[str, float]]:
-        """The problems with the teacher's context for each rollout, and measures for the log."""
+        """Add the teacher's context of each rollout; also returns measures for the log."""
         if not self.prompts.over_rollouts:
             return list(problems), {}
         too_long, filled_in = 0, []

@@ -1,7 +1,7 @@
 """The training loop: rollouts, samples, micro-batches, optimizer, log; top to bottom.
 
-It calls transformers' callbacks at Trainer's events, and takes optimizers, schedules and loggers
-(W&B, TensorBoard) from there; accelerate wraps the model in DDP, FSDP2 or DeepSpeed.
+It calls transformers' callbacks at the events of its Trainer, and uses its optimizers, schedules
+and loggers (W&B, TensorBoard). accelerate wraps the model in DDP, FSDP2 or DeepSpeed.
 """
 
 import math
@@ -59,29 +59,29 @@ from opsd.training.step import GradientAccumulator, OPSDStep, token_ratio, what_
 from opsd.training.step_log import StepLog
 
 Evaluate = Callable[[int], dict]
-"""step → the evaluation's record; runs the held-out problems and writes them down."""
+"""step → the evaluation's record; evaluates on the held-out problems and writes the result."""
 
 SEED_STRIDE = 1_000_003
-"""The distance between two processes' seeds: runs with neighbouring seeds share none."""
+"""The difference of two processes' seeds. Runs with neighbouring seeds have none in common."""
 
 GRACE = 20.0
-"""Seconds that rollouts sampled ahead may still take, to be saved, after SIGTERM."""
+"""Seconds to wait after SIGTERM for rollouts sampled ahead, to save them."""
 
 
 class TrainingLoop:
     """Trains `model` with one of the objectives.
 
     Args:
-        model: the fp32 model; its weights are the optimizer's masters.
+        model: the fp32 model; the optimizer updates its weights.
         rows: the training rows; each step draws `train.problems_per_step` of them.
-        sampler: samples rollouts, from the model's current weights, which it is shown before.
-        evaluate: measures the model after a step; called each `eval.every` steps.
+        sampler: samples rollouts; it gets the model's current weights first.
+        evaluate: evaluates the model after a step; called every `eval.every` steps.
         on_step, note: called with each step's metrics line; with a line for the terminal.
-        average: an `ema` teacher, which follows the model after each optimizer step.
-        teacher_sampler: samples from the teacher, for rollout.source teacher.
-        processes: those that train together; none: this one alone.
-        reward_function: grades rollouts, where the method or the log needs it.
-        callbacks: transformers' TrainerCallbacks. reports: whose loggers may outlive training.
+        average: an `ema` teacher, which is updated after each optimizer step.
+        teacher_sampler: samples from the teacher, for rollout.source: teacher.
+        processes: those that train together; None: this one alone.
+        reward_function: grades rollouts, if the method or the log needs it.
+        callbacks: transformers' TrainerCallbacks. reports: its loggers may outlive training.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class TrainingLoop:
         )
         self.timer = StepTimer(self.processes.device)
         share = what_is_shared(model, objective, config.train, note)
-        # A prefix of several micro-batches has its own backward, which DDP and FSDP2 do not see.
+        # A prefix that several micro-batches share has its own backward, which DDP and FSDP2 miss.
         self.micro_step = OPSDStep(
             model,
             objective,
@@ -144,17 +144,17 @@ class TrainingLoop:
         )
         self._replaced = "the teacher's, by its cache"
         if share and not self.micro_step.padded:
-            # FSDP2 moves the model to its device later; the copy that samples is there already.
+            # FSDP2 moves the model to its device later; the inference copy is already there.
             unsplit = getattr(sampler, "inference_copy", None) or model
             dtype = compute_dtype(config.train.precision)
             kernel = try_kernel(unsplit, dtype, self.processes.device)
             self._replaced = f"{kernel} instead of {unsplit.config._attn_implementation}"
         self._sharing_checked, self._check_engine = False, EngineCheck(config, note)
-        self._groups: list[SampleGroup] = []  # the step's
-        self._left_out, self._left_out_in_a_row = False, 0  # steps with something not finite
+        self._groups: list[SampleGroup] = []  # of the current update
+        self._left_out, self._left_out_in_a_row = False, 0  # steps that were not finite
         self._interruption = Interruption()
-        self._updating = False  # whether the weights are between two steps'
-        # As the last whole step left them, like the next one's rollouts that are sampled ahead
+        self._updating = False  # whether a step has changed the weights but is not complete
+        # Random states, and rollouts sampled ahead, after the last complete step
         self._random_states: dict[str, Any] = {}
         self._ahead: RolloutsAhead | None = None
 
@@ -177,8 +177,8 @@ class TrainingLoop:
         self._call("on_init_end")
 
     def train(self, resume_from_checkpoint: str | Path | None = None) -> TrainOutput:
-        """Train, from a checkpoint on if one is given. Where the rollouts' server goes away, or by
-        Ctrl-C or SIGTERM, the steps that are done are saved first."""
+        """Train, from the beginning or from a checkpoint. If the rollout server fails, or on Ctrl-C
+        or SIGTERM, the completed steps are saved before the error is raised."""
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         begun, losses = time.monotonic(), 0.0
         self._prepare(checkpoint)
@@ -191,7 +191,7 @@ class TrainingLoop:
                     self.checkpoints.read_random_states(checkpoint)
                 while not self.step_log.is_done(self.state.global_step):
                     if self.processes.count > 1:
-                        self._interruption.hold()  # all of them must stop after the same step
+                        self._interruption.hold()  # all processes must stop after the same step
                     losses += self._step()
                     self._random_states, self._updating = random_states(), False
                     self._ahead = self.collector.ahead
@@ -220,18 +220,18 @@ class TrainingLoop:
         return TrainOutput(step, losses / max(step - first, 1), took)
 
     def _step(self) -> float:
-        """Rows → rollouts → samples → gradient → optimizer → log; returns the loss."""
+        """Do one step: rows → rollouts → samples → gradient → optimizer → log. Returns the loss."""
         rows = self._next_rows()
         self._call("on_step_begin")
         loss = self.training_step(rows).item()
         norm = self._update()
-        rate = float(self.schedule.get_last_lr()[0])  # with which the step was taken
+        rate = float(self.schedule.get_last_lr()[0])  # the rate of this step
         self.schedule.step()
         self.state.global_step += 1
         if self.average is not None:
             self.average.follow(self.model, self.state.global_step)
         self.state.epoch = self.state.global_step / self._steps_an_epoch
-        self._call("on_step_end")  # where transformers decides what is due
+        self._call("on_step_end")  # transformers decides here whether to evaluate and to save
         self.log({"loss": loss, "grad_norm": norm, "learning_rate": rate})
         if self.state.global_step % self._steps_an_epoch == 0:
             self._call("on_epoch_end")
@@ -242,17 +242,17 @@ class TrainingLoop:
         return len(self.rows) // self.config.train.problems_per_step
 
     def _next_rows(self) -> list[Row]:
-        """The rows of the next step."""
+        """The rows of the next step. Each epoch goes through all rows in a new order."""
         step = self.state.global_step
         if step % self._steps_an_epoch == 0:
             self._call("on_epoch_begin")
-            # A DataLoader draws this when an epoch begins. Without it a seed has other rollouts.
+            # transformers' DataLoader draws this number; without it rollouts would differ.
             torch.empty((), dtype=torch.int64).random_()
         return rows_of_step(self.rows, step, self.config.train)
 
     def _prepare(self, checkpoint: Path | None) -> None:
-        """The optimizer, and the model as the processes share it; as the checkpoint has both."""
-        if self.processes.index:  # each process draws rollouts of its own
+        """Make the optimizer and wrap the model; load both from the checkpoint, if there is one."""
+        if self.processes.index:  # each process samples its own rollouts
             torch.manual_seed(self.config.train.seed + SEED_STRIDE * self.processes.index)
         optimizer = make_optimizer(self.model, self.args)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -286,7 +286,7 @@ class TrainingLoop:
             self._ahead = self.collector.go_on(partial(self.checkpoints.read_ahead, checkpoint))
 
     def _kept_elsewhere(self, error: NotWritten) -> UserError:
-        """Keep the steps that are done where there is room; what to tell the user."""
+        """Save the completed steps where there is room; returns the error for the user."""
 
         def write(place: Path) -> None:
             replace(self.checkpoints, directory=place).write(self.state, self._ahead)
@@ -299,19 +299,19 @@ class TrainingLoop:
         return UserError(f"{error.what}. The run is kept in {place}: `{command}` goes on there")
 
     def _without_server(self, error: ServerError) -> ServerError:
-        """Save the steps that are done; what to tell the user."""
+        """Save the completed steps; returns the error for the user."""
         return type(error)(
             f"{error}. Training has stopped, {self._save_steps_done()}: when the server is back, "
             "go on with `opsd train … --resume`"
         )
 
     def _save_steps_done(self, patience: float | None = None) -> str:
-        """Save the run as the last whole step left it; returns what to tell the user. patience:
-        seconds that rollouts sampled ahead may still take, to be in it; None: what they take."""
+        """Save the run as after its last complete step; returns a message about it. patience:
+        seconds to wait for rollouts sampled ahead, to save them too; None: no limit."""
         step = self.state.global_step
         if not step:
             return "no step was done"
-        if self._updating:  # a second Ctrl-C cut the update in two
+        if self._updating:  # a second Ctrl-C interrupted the update
             return "what was saved before is kept"
         place = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not place.exists():
@@ -324,14 +324,14 @@ class TrainingLoop:
         return f"step {step} is saved in {place}"
 
     def _stop_if_interrupted(self) -> None:
-        """Called between two steps. Raises Stopped if a signal has come to one of the processes."""
+        """Called between two steps. Raises Stopped if one of the processes got a signal."""
         signals = self.processes.everywhere(lambda: self._interruption.signal)
         self._interruption.signal = next((number for number in signals if number), None)
         self._interruption.release()
 
     def training_step(self, rows: Sequence[Row]) -> Tensor:
-        """One step on these rows, up to its last optimizer update, whose gradient is left on the
-        model. Returns the step's loss."""
+        """Do one step on these rows, up to but without its last optimizer update, whose gradient
+        stays on the model. Returns the step's loss."""
         with measured(self.timer):
             start = time.monotonic()
             self._left_out = False
@@ -364,7 +364,7 @@ class TrainingLoop:
         return batches
 
     def _updates(self, batches: list[list[SampleGroup]]) -> tuple[Tensor, Totals]:
-        """Makes the step's optimizer updates except the last, of which it leaves the gradient.
+        """Make the step's optimizer updates except the last, whose gradient stays on the model.
 
         Returns the mean of the updates' losses, and their measures.
         """
@@ -380,7 +380,7 @@ class TrainingLoop:
             totals.include(own)
             if not math.isfinite(loss):
                 self._not_finite(f"loss is {float(loss)}")
-                break  # its loss is not added to the mean, which is logged
+                break  # its loss is not added to the mean, so the log has a finite one
             mean += loss / len(updates)
             if number == 1:
                 self._check_engine(own, self.state.global_step + 1)
@@ -392,23 +392,23 @@ class TrainingLoop:
         return mean, totals
 
     def _update(self) -> float:
-        """An optimizer update by the accumulated gradient; returns its norm. A gradient that is not
-        finite changes no weights."""
+        """Update the weights with the accumulated gradient; returns its norm. A gradient that is
+        not finite changes no weights."""
         self._updating = True
-        self._interruption.hold()  # until the step is done and logged
+        self._interruption.hold()  # until the step is logged
         norm = clip_gradient(
             self.accelerator, self.wrapped, self.config.train.max_grad_norm or math.inf
         )
         if not self._left_out and not math.isfinite(norm):
             self._not_finite(f"gradient's norm is {norm}")
         self._call("on_pre_optimizer_step")
-        self.optimizer.step()  # does nothing if the step is left out: there is no gradient
+        self.optimizer.step()  # does nothing if the step is left out: the gradients are None
         self._call("on_optimizer_step")
         self.wrapped.zero_grad()
         return norm
 
     def _not_finite(self, what: str) -> None:
-        """Keep the step's batch; then stop, or leave the step out."""
+        """Save the step's batch; then raise UserError, or leave the step out."""
         step = self.state.global_step + 1
         failed = failed_step(self.config, step, self._groups, self.model, self.average)
         place = Path(self.args.output_dir)
@@ -427,7 +427,7 @@ class TrainingLoop:
         self._left_out = True
 
     def _measure_sharing(self, groups: list[SampleGroup], measures: dict[str, float]) -> None:
-        """Add what shared prefixes save; once, check that they change nothing."""
+        """Measure what shared prefixes save; once, check that they change no results."""
         if not self.micro_step.share or not groups:
             return
         measures["token_ratio"] = ratio = token_ratio(groups, self.micro_step.padded)
@@ -449,7 +449,7 @@ class TrainingLoop:
                 self.run_log.rollout({"step": self.state.global_step + 1, **line})
 
     def log(self, logs: dict[str, float | None]) -> None:
-        """The step's line for metrics.jsonl, and for the callbacks (W&B, TensorBoard)."""
+        """Write the step's line to metrics.jsonl, and to the callbacks (W&B, TensorBoard)."""
         seconds = self.processes.everywhere(self.timer.take)
         if not self._left_out:
             self._left_out_in_a_row = 0
@@ -462,7 +462,7 @@ class TrainingLoop:
         self._call("on_log", logs=numbers)
 
     def evaluate(self) -> dict[str, float]:
-        """Measure the model as it is, on the held-out problems."""
+        """Evaluate the current model on the held-out problems."""
         if self._evaluate_model is None:
             raise ValueError("evaluate: the trainer was made without it, and cannot evaluate")
         record = self._evaluate_model(self.state.global_step)
@@ -475,14 +475,14 @@ class TrainingLoop:
         return metrics
 
     def _evaluate_if_missed(self) -> None:
-        """A checkpoint may have been written because its evaluation could not be done."""
+        """Make up for an evaluation that failed before the checkpoint was written."""
         step, every = self.state.global_step, self.config.eval.every
         due = self._evaluate_model is not None and every > 0 and step > 0 and step % every == 0
         if due and not self.run_log.is_evaluated(step):
             self._evaluate_model(step)
 
     def save_checkpoint(self, patience: float | None = None) -> None:
-        """Write checkpoint-<step>/, from which a run goes on bit for bit."""
+        """Write checkpoint-<step>/, from which a run resumes bit for bit."""
         self.timer.listener("saving")
         self.run_log.sync()
         if self._ahead is not None:
@@ -491,10 +491,10 @@ class TrainingLoop:
         self._call("on_save")
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        """Call one of transformers' callbacks, too."""
+        """Add one of transformers' callbacks."""
         self.callback_handler.add_callback(callback)
 
     def _call(self, event: str, **more: Any) -> None:
-        """An event of transformers' Trainer, for all callbacks."""
+        """Call all callbacks with an event of transformers' Trainer."""
         call = getattr(self.callback_handler, event)
         self.control = call(self.args, self.state, self.control, **more)
