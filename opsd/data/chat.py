@@ -318,9 +318,10 @@ def without_system(history: Sequence[Message]) -> list[Message]:
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str | list[str]) -> Any:
     """The ids of a text, or of several. A chat template has written the special tokens already: BOS
-    must not come twice."""
+    must not come twice, and none may be spelled out."""
+    told = {"add_special_tokens": False, "split_special_tokens": False}
     try:
-        return tokenizer(text, add_special_tokens=False, return_attention_mask=False).input_ids
+        return tokenizer(text, return_attention_mask=False, **told).input_ids
     except Exception as error:  # tokenizers' own: characters of which its model makes nothing
         said = f"model.path has a tokenizer that fails on a text: {in_short(error)}"
         raise UserError(said) from None

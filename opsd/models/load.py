@@ -127,7 +127,11 @@ def made_ready(
     cannot be trained here."""
     if model.get_output_embeddings() is None:
         raise UserError(f"{where}: {type(model).__name__} has no output head, which makes logits")
-    tokenizer.embedding_rows = len(model.get_input_embeddings().weight)
+    ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tokenizer.embedding_rows = len(ends[0])
+    if ends[0] is not ends[1]:  # a head of its own, whatever config.json says
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
     leave_router_loss(model)
     check_causal(model, where)
     freeze_others(model)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.tiny_models import tiny_model
 from helpers.training_cases import short_config, write_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -17,6 +18,7 @@ from transformers import (
 
 from opsd.common.errors import UserError
 from opsd.config.sections import ModelSection
+from opsd.data.chat import token_ids
 from opsd.models.experts import untrained
 from opsd.models.load import load_model, stop_ids, told_stops
 from opsd.models.lora import add_adapters
@@ -112,3 +114,28 @@ def test_stops_that_are_no_tokens_and_a_template_in_a_file_of_its_own(tmp_path):
     stops = stop_ids(model, tokenizer)
     assert stops == {tokenizer.eos_token_id, 9999}
     assert told_stops(tokenizer, stops).endswith(", 9999")
+
+
+def test_a_head_of_its_own_beside_a_config_that_ties_it_stays_so(tmp_path):
+    """transformers leaves them apart, by their values; what reads the config alone would tie them."""
+    torch.manual_seed(0)
+    path = tmp_path / "model"
+    write_model(path)
+    state = load_file(path / "model.safetensors")
+    state["lm_head.weight"] = torch.randn_like(state["model.embed_tokens.weight"])
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    assert AutoConfig.from_pretrained(path).tie_word_embeddings
+    model, tokenizer = load_model(ModelSection(path=str(path)))
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+    save_model(model, tokenizer, tmp_path, "saved")
+    assert not AutoConfig.from_pretrained(tmp_path / "saved").tie_word_embeddings
+
+
+def test_a_template_s_tokens_are_tokens_whatever_the_tokenizer_says_of_text(tmp_path):
+    """split_special_tokens would spell `<|im_end|>` out, so that no turn ends."""
+    path = write_model(tmp_path / "model")
+    tokenizer = load_model(ModelSection(path=str(path)))[1]
+    text = f"1{tokenizer.eos_token}2"
+    wanted = token_ids(tokenizer, text)
+    tokenizer.split_special_tokens = True
+    assert tokenizer.eos_token_id in wanted and token_ids(tokenizer, text) == wanted
