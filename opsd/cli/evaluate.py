@@ -26,6 +26,7 @@ from opsd.evaluate.result import Answer, grade_all, measure, remarks, table
 from opsd.evaluate.subject import Subject
 from opsd.grading.completions import completions as as_text
 from opsd.grading.grader import Grader
+from opsd.grading.references import check_references
 from opsd.models.generation_config import left_out
 from opsd.models.load import stop_ids, window
 from opsd.report.evaluation_page import page
@@ -54,6 +55,7 @@ def evaluate_command(asked: Namespace, benchmark: Benchmark, display: Display) -
         check = ContextCheck(prompts, ["student"])
         for number, row in enumerate(benchmark.rows, start=1):
             check(number, row)
+        check_references(benchmark.rows, "--columns answer", display.note)
         contexts = prompts.all_ids(benchmark.rows, "student")
         sampling, samples = _sampling(asked, benchmark, subject, contexts)
         identity = {

@@ -21,9 +21,7 @@ from opsd.data.references import unreadable
 from opsd.grading.answers.bounds import MOST_CHARACTERS as MAX_ANSWER_CHARACTERS
 from opsd.grading.answers.bounds import too_large
 from opsd.grading.answers.clean import clean, squeezed
-from opsd.grading.answers.nodes import Unclear
 from opsd.grading.answers.numbers import number, same_number
-from opsd.grading.answers.read import read
 from opsd.grading.answers.words import canonical, is_phrase, spelled_out
 
 
@@ -36,12 +34,6 @@ class Grade:
     reason: str
     extracted: str | None
     failed: bool = False
-
-
-def only_as_text(answer: str) -> str | None:
-    """Why a reference equals nothing but its own text; None where it is understood."""
-    node = read(clean(answer))
-    return node.why if isinstance(node, Unclear) and "dots" not in node.why else None
 
 
 def _grade_here(extracted: str, answer: str) -> Grade | None:

@@ -1,11 +1,8 @@
 """Reads a run's training and held-out rows: no problem is in both, and all fit the window."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import torch
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
@@ -21,14 +18,12 @@ from opsd.config.requirements import (
     uses_teacher_prompt,
 )
 from opsd.config.sections import DataSection, EvalSection, SourceSection, TrainSection
-from opsd.data.context_check import ContextCheck, given_choices
+from opsd.data.context_check import ContextCheck
 from opsd.data.length_filter import fitting_held_out, fitting_rows
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row, load_rows, mixture, same_problem, split_rows
 from opsd.data.sources import is_remote
-from opsd.grading.grader import only_as_text
-
-_LOOKED_AT = 500  # answers to check, which takes 0.1 s
+from opsd.grading.references import check_references
 
 
 def load_data(
@@ -48,7 +43,7 @@ def load_data(
     rows = mixture(read, seed)
     _check_coefficients(config, rows)
     if compares_answers(config):
-        _tell_of_texts(rows, note)
+        check_references(rows, "data.columns.answer", note)
     if test.problems == 0:
         return rows, []
     if test.source is None:
@@ -62,28 +57,6 @@ def load_data(
             "eval.source (but for case and white space)"
         )
     return kept, held_out
-
-
-def _tell_of_texts(rows: Sequence[Row], note: Callable[[str], None]) -> None:
-    """Note how many of the reference answers equal only their own text; checks some of them. Raises
-    UserError for an answer that is only a place among its row's choices."""
-    for number, row in enumerate(rows, start=1):
-        name, choices = given_choices(row.columns)
-        if row.answer.isdecimal() and int(row.answer) <= len(choices):
-            if not any(re.search(rf"(?<!\d){row.answer}(?!\d)", one) for one in choices):
-                raise UserError(
-                    f"data.columns.answer: {row.answer} in row {number} is a place among its "
-                    f"{name}, not what a model answers: name a column with the letter or the text"
-                )
-    looked_at = [row.answer for row in rows[:: math.ceil(len(rows) / _LOOKED_AT)]]
-    texts = [(answer, why) for answer in looked_at if (why := only_as_text(answer))]
-    if texts:
-        answer, why = texts[0]
-        shown = answer if len(answer) < 60 else f"{answer[:60]}…"
-        note(
-            f"{len(texts)} of {len(looked_at)} answers looked at are read as text, which only the "
-            f"same text equals, such as {shown!r} ({why})"
-        )
 
 
 def _check_coefficients(config: Config, rows: Sequence[Row]) -> None:
@@ -219,6 +192,8 @@ def rows_of_step(rows: Sequence[Row], step: int, section: TrainSection) -> list[
     """The rows of the step after `step` steps. Each epoch goes through all rows in a new order."""
     size = section.problems_per_step
     epoch, place = divmod(step, len(rows) // size)
+    import torch
+
     generator = torch.Generator().manual_seed(section.seed + epoch)
     order = torch.randperm(len(rows), generator=generator).tolist()
     return [rows[i] for i in order[place * size : (place + 1) * size]]

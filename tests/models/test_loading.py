@@ -117,7 +117,7 @@ def test_stops_that_are_no_tokens_and_a_template_in_a_file_of_its_own(tmp_path):
 
 
 def test_a_head_of_its_own_beside_a_config_that_ties_it_stays_so(tmp_path):
-    """transformers leaves them apart, by their values; what reads the config alone would tie them."""
+    """transformers leaves them apart; what reads the config alone would tie them."""
     torch.manual_seed(0)
     path = tmp_path / "model"
     write_model(path)
