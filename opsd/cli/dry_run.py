@@ -122,7 +122,8 @@ def _show_examples(row: Row, prompts: Prompts, config: Config, display: Display)
     if uses_teacher_prompt(config) and "teacher" in prompts.over_rollouts:
         wrong = GradedRollout("(a rollout)", True, 0.0, False, "(feedback)")
         right = GradedRollout("(a peer's rollout)", True, 1.0, True)
-        context = prompts.teacher_of(row, wrong, [right])
+        shown = prompts.solved(row, "(the majority's answer)") if prompts.unsolved(row) else row
+        context = prompts.teacher_of(shown, wrong, [right])
         if context is None:
             raise UserError(
                 "prompts.teacher is empty for a wrong rollout with feedback and a right peer: "

@@ -24,6 +24,9 @@ from opsd.common.workers import Ended, Workers
 ROLLOUT_NAMES = frozenset({"rollout", "peers"})
 """Names that a template rendered after sampling may use in addition to the row's columns."""
 
+SOLUTION_NAMES = frozenset({"solution", "answer"})
+"""Names of a row's texts for which its rollouts' majority can stand."""
+
 BATCH_ROWS, MOST_ROWS, BATCH_BYTES = 64, 4096, 1 << 20
 QUICK = 0.05  # seconds: after a faster batch the next one is twice as large
 MOST_NODES = 1000  # of a template that this process may render

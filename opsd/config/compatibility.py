@@ -10,6 +10,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from opsd.common.errors import UserError
 from opsd.common.templates import over_rollouts
@@ -19,7 +20,10 @@ from opsd.config.requirements import (
     is_graded,
     needs_grades,
     teaches_over_rollouts,
+    teaching_templates,
     uses_teacher_prompt,
+    votes,
+    waits_for_rollouts,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +48,7 @@ USED_BY = {
     "distil": ("grpo",),
     "distil_groups": ("grpo",),
     "scale_advantages": ("grpo",),
+    "sft_alpha": (*DIVERGENCE_METHODS, "grpo"),
     "roles": ("sft",),
     "reward": (*DIVERGENCE_METHODS, "grpo"),
     "importance_bound": (*DIVERGENCE_METHODS, "grpo"),
@@ -85,6 +90,8 @@ def _value(config: Config, field: str) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, BaseModel):
         value = value.model_dump(exclude_defaults=True)
+    elif isinstance(value, dict):
+        value = to_jsonable_python(value, exclude_none=True)
     if isinstance(value, list):
         return f"[{', '.join(map(_shown, value))}]"
     return "missing" if value is None else "true" if value is True else repr(value)
@@ -92,11 +99,11 @@ def _shown(value: Any) -> str:
 
 def _teacher(config: Config) -> Iterator[str]:
     teacher, policy = config.teacher, config.teacher.policy
-    if policy == "model" and teacher.path is None and not teacher.mix:
+    if policy == "model" and teacher.path is None and not (teacher.mix or teacher.routes):
         yield "teacher.path: teacher.policy 'model' needs the model that teaches"
     if policy != "model" and teacher.path is not None:
         yield f"teacher.path: it is for teacher.policy 'model', not {policy!r}"
-    if config.method == "distill" and policy != "model":
+    if config.method == "distill" and policy != "model" and not teacher.routes:
         yield (
             "teacher.policy: distill shows the teacher what the student sees, so it must be "
             "'model', another model, with teacher.path"
@@ -152,6 +159,35 @@ def _mixture(config: Config) -> Iterator[str]:
             f"train.sharding: teacher.mix needs the live member's whole head beside the others', "
             f"and {config.train.sharding} splits it; use none, zero1 or zero2, or model.lora"
         )
+
+
+def _routes(config: Config) -> Iterator[str]:
+    teacher, method = config.teacher, config.method
+    if not teacher.routes:
+        return
+    if method not in DIVERGENCE_METHODS:
+        yield f"teacher.routes: they are for {' and '.join(DIVERGENCE_METHODS)}, not for {method}"
+    if teacher.mix:
+        yield "teacher.routes: several teachers are rows' own, teacher.mix is one for all rows"
+    if teacher.path is not None:
+        yield "teacher.path: each of teacher.routes names its own"
+    if config.rollout.source == "teacher":
+        yield "rollout.source: several teachers (teacher.routes) score, and do not sample"
+    for name, own in zip(teacher.routes, teacher.members(), strict=True):
+        place, path = f"teacher.routes: {name!r}", teacher.routes[name].path
+        if not name.strip():
+            yield f"{place} is no name"
+        if own.policy == "model" and path is None:
+            yield f"{place} has policy 'model' and no path"
+        if own.policy != "model" and path is not None:
+            yield f"{place} has a path, which is for policy 'model', not {own.policy!r}"
+        if own.policy == "live" and method == "distill":
+            yield f"{place} is the student itself, which sees what the student sees"
+        if own.policy == "live" and config.train.sharding in ("fsdp2", "zero3"):
+            yield (
+                f"train.sharding: teacher.routes has the live {name!r}, whose rows not all "
+                "processes have at once, as split weights need; use none, zero1 or zero2"
+            )
 
 
 def _rollouts(config: Config) -> Iterator[str]:
@@ -304,6 +340,20 @@ def _templates(config: Config) -> Iterator[str]:
         )
 
 
+def _majority(config: Config) -> Iterator[str]:
+    if not votes(config):
+        return
+    taught = {} if config.method == "sft" else teaching_templates(config)
+    if not any(waits_for_rollouts(config, text) for text in taught.values()):
+        yield "prompts.majority: no teacher is shown `solution` or `answer`"
+    if config.rollout.source != "student":
+        yield "rollout.source: prompts.majority is a vote of the student's rollouts"
+    if config.rollout.group_size < 2:
+        yield "rollout.group_size: prompts.majority is a vote of at least 2 rollouts of a problem"
+    if config.eval.teacher and waits_for_rollouts(config, config.prompts.teacher):
+        yield "eval.teacher: prompts.majority waits for rollouts, and held-out problems have none"
+
+
 def _updates(config: Config) -> Iterator[str]:
     train = config.train
     if train.warmup_steps > train.steps:
@@ -327,12 +377,14 @@ def _updates(config: Config) -> Iterator[str]:
 RULES = (
     _teacher,
     _mixture,
+    _routes,
     _rollouts,
     _adapters,
     _teacher_memory,
     _rewards,
     _policy_gradient,
     _templates,
+    _majority,
     _updates,
 )
 
@@ -368,6 +420,8 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
         yield "loss.unsure", "it is for loss.divergence 'reverse_kl'"
     if not any(is_address(own.path) for own in config.teacher.members()):
         yield "teacher.server_patience", "no teacher is at an address"
+    if not config.teacher.routes:
+        yield "teacher.column loss.weights.balance", "there are no teacher.routes"
     if not loss.unsure:
         yield "loss.unsure_entropy", "loss.unsure is 0"
     if loss.clip == "none":
@@ -379,9 +433,10 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
         as_they_are = "takes log-probabilities of the rollout's tokens as they are"
         yield "loss.clip loss.temperature", f"loss.divergence 'sampled_token' {as_they_are}"
     if not is_graded(config) and method != "sft":
-        fields = " ".join(f"loss.reward.{name}" for name in type(loss.reward).model_fields)
+        of_votes = ("strict", "keep_special_tokens") if votes(config) else ()
+        fields = [name for name in type(loss.reward).model_fields if name not in of_votes]
         yield (
-            fields,
+            " ".join(f"loss.reward.{name}" for name in fields),
             f"{method} grades no rollouts, unless loss.weights.correct or .incorrect, a teacher "
             "template over `rollout` or `peers`, or loss.reward.log asks for it",
         )

@@ -34,6 +34,8 @@ class WeightsSection(Section):
     """Weight of the tokenizer's special tokens."""
     other: NonNegative = 1.0
     """Weight of all other tokens."""
+    balance: bool = True
+    """teacher.routes: each teacher's tokens together count in a step as much as any other's."""
 
     @field_validator("position")
     @classmethod
@@ -150,6 +152,8 @@ class LossSection(Section):
     distil_groups: Literal["all", "all_wrong"] = "all"
     """grpo: which groups distil. all_wrong: those without a right rollout, which then only distil
     (I-SDPO)."""
+    sft_alpha: NonNegative = 0.0
+    """opsd, distill, grpo: add this times sft's loss on the step's rows (prompts.target)."""
     scale_advantages: bool = True
     """grpo: divide advantages by the group's standard deviation."""
     roles: list[Literal["student", "teacher"]] = Field(["student"], min_length=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opsd.common.templates import names, over_rollouts
+from opsd.common.templates import SOLUTION_NAMES, names, over_rollouts
 from opsd.config.names import DIVERGENCE_METHODS
 
 if TYPE_CHECKING:
@@ -37,6 +37,16 @@ def teaching_templates(config: Config) -> dict[str, str]:
 def teaches_over_rollouts(config: Config) -> bool:
     """Whether a teacher's context contains rollouts: the one to be scored or its peers."""
     return any(map(over_rollouts, teaching_templates(config).values()))
+
+
+def votes(config: Config) -> bool:
+    """Whether rows without a solution are taught by their rollouts' majority."""
+    return config.prompts.majority is not None
+
+
+def waits_for_rollouts(config: Config, template: str) -> bool:
+    """Whether a teacher's template is filled in once there are rollouts."""
+    return over_rollouts(template) or (votes(config) and bool(names(template) & SOLUTION_NAMES))
 
 
 def needs_grades(config: Config) -> bool:
@@ -72,12 +82,17 @@ def learns_targets(config: Config) -> bool:
     return config.method == "sft" or config.rollout.source == "reference"
 
 
+def uses_targets(config: Config) -> bool:
+    """Whether each row's prompts.target is learnt, alone or beside rollouts."""
+    return learns_targets(config) or config.loss.sft_alpha > 0
+
+
 def trained_roles(config: Config) -> list[str]:
     """The roles whose contexts training uses and that a row alone determines."""
     if config.method == "sft":
         return list(config.loss.roles)
     taught = teaching_templates(config).items()
-    return ["student", *(role for role, template in taught if not over_rollouts(template))]
+    return ["student", *(role for role, text in taught if not waits_for_rollouts(config, text))]
 
 
 def longest_rollout(config: Config) -> int | None:
@@ -95,7 +110,7 @@ def held_out_teacher_role(config: Config) -> str:
     student's if the teacher's template needs rollouts, and under distill."""
     role = teacher_roles(config)[0]
     template = config.prompts.contexts.get(role, config.prompts.teacher)
-    alike = role == "student" or over_rollouts(template)
+    alike = role == "student" or waits_for_rollouts(config, template)
     return "student" if alike else role
 
 
@@ -103,10 +118,10 @@ def required_columns(config: Config) -> list[str]:
     """Which of problem, solution and answer every training row must have."""
     used = set(names(config.prompts.student))
     for template in teaching_templates(config).values():
-        used |= names(template)
+        used |= names(template) - (SOLUTION_NAMES if votes(config) else set())
     if config.eval.teacher:
         used |= names(config.prompts.teacher)
-    if learns_targets(config):
+    if uses_targets(config):
         used |= names(config.prompts.target)
     if compares_answers(config):
         used.add("answer")

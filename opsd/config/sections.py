@@ -133,6 +133,9 @@ class PromptsSection(Section):
     contexts: dict[str, str] = Field({})
     """Other messages for teacher.mix: name → template, as prompts.teacher; the chat template's
     arguments, system message and prefill are the teacher's."""
+    majority: float | None = Field(None, ge=0, le=1)
+    """Teach a row without a solution by the answer on which this share of its rollouts agree, and
+    more than on any other (U-OPSD); none: each row needs what the templates use."""
     system: str | None = None
     """A system message for both roles."""
     student_system: str | None = None
@@ -190,7 +193,18 @@ def _address_or_path(path: str | None) -> str | None:
     return path
 
 
-class MemberSection(Section):
+class RouteSection(Section):
+    """A teacher of several. Where it says nothing of its weights, they are `teacher`'s."""
+
+    policy: Policy | None = None
+    """Its weights, as teacher.policy; none: with a path model."""
+    path: str | None = None
+    """policy model: as teacher.path."""
+
+    _check_path = field_validator("path")(_address_or_path)
+
+
+class MemberSection(RouteSection):
     """A member of teacher.mix. Where it says nothing of its weights, they are `teacher`'s."""
 
     coefficient: float | list[float] | str = 1.0
@@ -203,12 +217,6 @@ class MemberSection(Section):
     is the student's distance from the other members. Their exponents are multiplied by 1 - e."""
     context: str = "teacher"
     """The context that it sees: teacher, student, or a name in prompts.contexts."""
-    policy: Policy | None = None
-    """Its weights, as teacher.policy."""
-    path: str | None = None
-    """policy model: a model directory or hub name, of the same vocabulary; none: teacher.path."""
-
-    _check_path = field_validator("path")(_address_or_path)
 
     @field_validator("coefficient")
     @classmethod
@@ -254,18 +262,26 @@ class TeacherSection(Section):
     mix: list[MemberSection] = Field([])
     """opsd: several teachers as one, the product of their distributions, each to the power of its
     coefficient, normalised (docs/methods.md). Evaluations and samples show the first."""
+    routes: dict[str, RouteSection] = Field({})
+    """opsd, distill: several teachers, name → weights, each for the rows that name it. Evaluations
+    and samples show the first."""
+    column: str = "teacher"
+    """routes: the column of the data with the name of each row's teacher."""
 
     _check_path = field_validator("path")(_address_or_path)
 
     def members(self) -> list["TeacherSection"]:
-        """A section with the weights of each member of the mixture; without a mixture [self]."""
+        """A section with the weights of each member of the mixture, or of each of several teachers;
+        without either [self]."""
         nothing = {"path": None, "revision": None, "gguf_file": None}
         made = []
-        for member in self.mix:
-            policy = member.policy or self.policy
+        for member in self.mix or self.routes.values():
+            policy = member.policy or ("model" if member.path else self.policy)
             its = {"path": member.path} if member.path else {}
             other = nothing | its if policy != "model" or its else {}
-            made.append(self.model_copy(update={"policy": policy, "mix": [], **other}))
+            made.append(
+                self.model_copy(update={"policy": policy, "mix": [], "routes": {}, **other})
+            )
         return made or [self]
 
 

@@ -5,7 +5,8 @@ model's own chat template. A rollout's tokens are appended to both contexts as i
 decoded and tokenised again.
 
 The teacher's template may also use `rollout`, which the teacher is to score, and `peers`, the
-problem's other rollouts. It is then filled in for each rollout; if empty, nothing is taught.
+problem's other rollouts. It is then filled in for each rollout; if empty, nothing is taught. With
+`prompts.majority` so is one that uses `solution` or `answer`, which a row may lack.
 """
 
 from __future__ import annotations
@@ -13,11 +14,18 @@ from __future__ import annotations
 import datetime
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from opsd.common.errors import UserError
-from opsd.common.templates import ROLLOUT_NAMES, TemplateFailure, check_template, fill_in, names
+from opsd.common.templates import (
+    ROLLOUT_NAMES,
+    SOLUTION_NAMES,
+    TemplateFailure,
+    check_template,
+    fill_in,
+    names,
+)
 from opsd.config.sections import PromptsSection
 from opsd.data.chat import ChatTemplate, token_ids
 from opsd.data.rows import Row
@@ -88,7 +96,11 @@ class Prompts:
         own = {name: getattr(section, name) for name in ("student", "teacher", "target")}
         self.templates = own | section.contexts
         teachers = ("teacher", *section.contexts)
-        self.over_rollouts = [r for r in teachers if names(self.templates[r]) & ROLLOUT_NAMES]
+        late = ROLLOUT_NAMES | (frozenset() if section.majority is None else SOLUTION_NAMES)
+        self.over_rollouts = [r for r in teachers if names(self.templates[r]) & late]
+        # What a row needs so as not to need a majority.
+        shown = (names(self.templates[role]) for role in self.over_rollouts)
+        self._solution = SOLUTION_NAMES & late & frozenset().union(*shown)
         for name, template in self.templates.items():
             check_template(self.field(name), template)
         # By role and the row's id(); the row beside its ids, so that no other row gets its id().
@@ -227,6 +239,18 @@ class Prompts:
             f"The student's answer begins after {student!r}, the teacher's after {teacher!r}: the "
             "teacher judges a rollout's first token as its own beginning (prompts.teacher_prefill "
             "can open what it would open first)"
+        )
+
+    def unsolved(self, row: Row) -> bool:
+        """Whether a row lacks a text for which its rollouts' majority is to stand."""
+        return not all(row.texts[name].strip() for name in self._solution)
+
+    def solved(self, row: Row, answer: str) -> Row:
+        """The row with its rollouts' majority in the place of what it lacks."""
+        return replace(
+            row,
+            solution=row.solution or f"\\boxed{{{answer}}}",
+            answer=row.answer or answer,
         )
 
     def teacher_of(

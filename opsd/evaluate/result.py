@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from opsd.data.rows import Row
 from opsd.data.thoughts import final_part
 from opsd.evaluate.answers import Completion
 from opsd.grading.grader import Grade, Grader
+from opsd.grading.majority import groups_of_equals
 
 
 @dataclass(frozen=True)
@@ -95,20 +96,7 @@ def vote(problem: Sequence[Answer], grader: Grader) -> float:
     def same(one: str, other: str) -> bool:
         return bool(other) and grader.grade([f"\\boxed{{{one}}}"], [other])[0].correct
 
-    return majority([0] * right + [1 + group for group in _groups(wrong, same)], right=0)
-
-
-def _groups(texts: Sequence[str], same: Callable[[str, str], bool]) -> list[int]:
-    """For each text, the number of its group of equal texts."""
-    groups: dict[str, int] = {}
-    heads: list[str] = []
-    for text in texts:
-        if text not in groups:
-            match = next((i for i, head in enumerate(heads) if same(text, head)), len(heads))
-            if match == len(heads):
-                heads.append(text)
-            groups[text] = match
-    return [groups[text] for text in texts]
+    return majority([0] * right + [1 + group for group in groups_of_equals(wrong, same)], right=0)
 
 
 def table(result: dict[str, Any]) -> list[list[str]]:

@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from opsd.common.errors import UserError, in_short
 from opsd.config.loss import LossSection, RewardSection
-from opsd.config.requirements import is_graded
+from opsd.config.requirements import is_graded, votes
+from opsd.data.boxed import last_boxed
 from opsd.data.rows import Row
 from opsd.data.thoughts import final_part
 from opsd.grading.completions import completions
 from opsd.grading.grader import Grader
+from opsd.grading.majority import Majority, majority
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,21 +62,32 @@ class RewardFunction:
 
     section: RewardSection
     tokenizer: PreTrainedTokenizerBase
-    verifier: Verifier
+    verifier: Verifier | None  # none: it counts votes only
     longest: int  # rollout.max_new_tokens
     in_thought: bool = False  # the context has begun the thought
+    grader: Grader | None = None  # says which answers are equal
+    agreement: float = 0.0  # prompts.majority
 
     def __call__(self, rollouts: Sequence[Rollout], rows: Sequence[Row]) -> list[GradedRollout]:
         """The rollouts, graded in order; `rows` has the row of each."""
-        keep = self.section.keep_special_tokens
-        texts = completions(self.tokenizer, rollouts, keep)
-        graded = texts if keep else [final_part(text, self.in_thought) for text in texts]
+        texts, graded = self._texts(rollouts)
         scores = self.verifier(graded, rows)
         assert len(scores) == len(rollouts)
         return [
             self._graded(rollout, text, *score)
             for rollout, text, score in zip(rollouts, texts, scores, strict=True)
         ]
+
+    def majority(self, rollouts: Sequence[Rollout]) -> Majority:
+        """The answer, in its last box, that most of one problem's rollouts give."""
+        answers = list(map(last_boxed, self._texts(rollouts)[1]))
+        return majority(answers, self.grader, self.agreement)
+
+    def _texts(self, rollouts: Sequence[Rollout]) -> tuple[list[str], list[str]]:
+        """What rollouts say, and the part of it that is graded."""
+        keep = self.section.keep_special_tokens
+        texts = completions(self.tokenizer, rollouts, keep)
+        return texts, texts if keep else [final_part(text, self.in_thought) for text in texts]
 
     def _graded(self, rollout: Rollout, text: str, score: float, feedback: str) -> GradedRollout:
         form = self.section.format
@@ -93,13 +106,14 @@ def reward_function(
     grader: Grader,
     in_thought: bool,
 ) -> RewardFunction | None:
-    """Grades a run's rollouts by `verifier`, or else by the config's; None if neither the method
-    nor the log needs grades."""
-    if not is_graded(config):
+    """Grades a run's rollouts by `verifier`, or else by the config's, and counts their votes; None
+    if the run needs neither."""
+    if not (is_graded(config) or votes(config)):
         return None
     section, longest = config.loss.reward, config.rollout.max_new_tokens
-    verifier = verifier or make_verifier(section, grader)
-    return RewardFunction(section, tokenizer, verifier, longest, in_thought)
+    verifier = (verifier or make_verifier(section, grader)) if is_graded(config) else None
+    agreement = config.prompts.majority or 0.0
+    return RewardFunction(section, tokenizer, verifier, longest, in_thought, grader, agreement)
 
 
 def overlong(length: int, longest: int, buffer: int | None) -> float:

@@ -29,13 +29,20 @@ from opsd.models.remote import RemoteTeacher
 class Member:
     """A model whose distribution is one factor of the teacher's; see `opsd.models.head.mixed`.
 
-    context: what the model sees: student, teacher, or a name in prompts.contexts. section: its
-    entry in teacher.mix, with its coefficient; the default is for a teacher of one model.
+    context: what the model sees: student, teacher, or a name in prompts.contexts; "": what its
+    method shows. section: its entry in teacher.mix, with its coefficient; the default is for a
+    teacher of one model. route: its name in teacher.routes; column: the data's, with each row's.
     """
 
     model: PreTrainedModel | None  # None for a method without a teacher
     context: str
     section: MemberSection = field(default_factory=MemberSection)
+    route: str = ""
+    column: str | None = None
+
+    def route_of(self, columns: Mapping[str, Any]) -> str:
+        """The route of a row with these columns."""
+        return "" if self.column is None else columns[self.column]
 
     def coefficient(self, step: int, columns: Mapping[str, Any] | None = None) -> float:
         """The exponent of this member's distribution after `step` steps, for a row with these
@@ -52,19 +59,21 @@ def make_members(
     decoder: PreTrainedModel,
 ) -> tuple[PreTrainedModel, MovingAverage | None, list[Member]]:
     """Make the teacher's models. Returns the first one, for display; the moving average, if a
-    member has one; and all members of teacher.mix, [] without teacher.mix."""
+    member has one; and all members of teacher.mix or teacher.routes, [] without them."""
     check_mixture(teacher, model.config)
     made: dict[tuple, tuple[PreTrainedModel, MovingAverage | None]] = {}
-    members, first = [], None
+    members, first, routes = [], None, list(teacher.routes)
     for number, own in enumerate(teacher.members()):
         key = own.policy, own.path, own.revision, own.gguf_file
         if key not in made:
             made[key] = make_teacher(own, student, dtype, model, tokenizer, decoder)
         first = first or made[key][0]
+        # The trained model itself, so that its forward pass serves this member too.
+        its = model if own.policy == "live" else made[key][0]
         if teacher.mix:
-            # The trained model itself, so that its forward pass serves this member too.
-            its = model if own.policy == "live" else made[key][0]
             members.append(Member(its, teacher.mix[number].context, teacher.mix[number]))
+        elif routes:
+            members.append(Member(its, "", route=routes[number], column=teacher.column))
     average = next((average for _, average in made.values() if average is not None), None)
     return cast(PreTrainedModel, first), average, members
 

@@ -1,9 +1,9 @@
 """What the methods share: problems with rollouts, the groups to learn from, and a step's means."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from opsd.config.loss import LossSection
 from opsd.data.prompts import Context, Prompts
 from opsd.data.rows import Row
+from opsd.grading.majority import Majority
 from opsd.grading.rewards import GradedRollout
 from opsd.models.teacher import Member
 from opsd.objectives.token_weights import TokenWeighting
-from opsd.prefix import Group, Ids
+from opsd.prefix import Group, Ids, student_and_teacher_states
 from opsd.rollout import Rollout, Sampling
 
 
@@ -25,6 +26,7 @@ class Problem:
 
     outcomes: of each rollout, where they are graded. teachers: by role, its context for each
     rollout, where its template is over rollouts; None for a rollout that it says nothing about.
+    majority: of the rollouts' answers, where the row has no solution and they vote.
     """
 
     row: Row
@@ -32,6 +34,7 @@ class Problem:
     rollouts: list[Rollout]
     outcomes: list[GradedRollout] | None = None
     teachers: Mapping[str, list[list[int] | None]] = field(default_factory=dict)
+    majority: Majority | None = None
 
     def teacher_contexts(self, role: str = "teacher") -> list[list[int] | None]:
         """The context in which a teacher of this role sees each rollout."""
@@ -78,13 +81,17 @@ class SampleGroup:
     student: the context that the student continues. teachers: the teacher's contexts: none for a
     method without a teacher, one for all samples, or several where the template is over rollouts.
     With teacher.mix each is one context for each member, next to each other; coefficients: of the
-    members. A piece of a group has the same context objects: `is_piece_with` compares no tokens.
+    members. route: the name in teacher.routes of who teaches it. given: its texts are the row's
+    own, which no teacher sees (`loss.sft_alpha`). A piece of a group has the same context objects:
+    `is_piece_with` compares no tokens.
     """
 
     student: Ids
     samples: Sequence[Sample]
     teachers: Sequence[Ids] = ()
     coefficients: Sequence[float] = (1.0,)
+    route: str = ""
+    given: bool = False
 
     def of(self, samples: Sequence[Sample]) -> "SampleGroup":
         """A piece of this group: some of its samples."""
@@ -129,6 +136,7 @@ def sample_group(
     student: Ids,
     pairs: Iterable[tuple[Sample, Sequence[Ids]]],
     coefficients: Sequence[float] = (1.0,),
+    route: str = "",
 ) -> SampleGroup:
     """A group of samples, each with the contexts that the teacher's members see it in."""
     teachers: list[Sequence[Ids]] = []
@@ -137,7 +145,8 @@ def sample_group(
         if contexts not in teachers:
             teachers.append(contexts)
         samples.append(replace(sample, teacher=teachers.index(contexts)))
-    return SampleGroup(student, samples, [each for own in teachers for each in own], coefficients)
+    shown = [each for own in teachers for each in own]
+    return SampleGroup(student, samples, shown, coefficients, route)
 
 
 def samples_of(groups: Iterable[SampleGroup]) -> list[Sample]:
@@ -157,10 +166,21 @@ def as_teacher(groups: Iterable[SampleGroup], member: int = 0) -> list[Group]:
 
 @dataclass
 class Totals:
-    """Sums over a step's tokens, from which the step's means are taken."""
+    """Sums over a step's tokens, from which the step's means are taken; parts: over the tokens of
+    one teacher of several, or of given text (`sft`), which is no part of the others."""
 
     tokens: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, "Totals"] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> int:
+        """All tokens that are trained on."""
+        return self.tokens + (self.parts["sft"].tokens if "sft" in self.parts else 0)
+
+    def part(self, name: str) -> "Totals":
+        """The sums over the tokens of one part."""
+        return self.parts.setdefault(name, Totals())
 
     def add(self, tokens: int, **means: Tensor) -> None:
         """Add a micro-batch of `tokens` tokens with these means, scalars on any device.
@@ -173,17 +193,23 @@ class Totals:
 
     def numbers(self) -> "Totals":
         """A copy on the CPU, to be sent to other processes."""
-        return Totals(self.tokens, {name: total.cpu() for name, total in self.sums.items()})
+        parts = {name: part.numbers() for name, part in self.parts.items()}
+        return Totals(self.tokens, {name: total.cpu() for name, total in self.sums.items()}, parts)
 
     def include(self, other: "Totals") -> None:
         """Add the totals of another update or process."""
         self.tokens += other.tokens
         for name, total in other.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + total
+        for name, part in other.parts.items():
+            self.part(name).include(part)
 
     def means(self) -> dict[str, float]:
-        """The means over all tokens added."""
-        return {name: total.item() / self.tokens for name, total in self.sums.items()}
+        """The means over all tokens added, and over each part's."""
+        means = {name: total.item() / self.tokens for name, total in self.sums.items()}
+        for part, own in self.parts.items():
+            means |= {f"{part}_{name}": mean for name, mean in own.means().items()}
+        return means
 
 
 class MicroBatch:
@@ -204,6 +230,25 @@ class MicroBatch:
         if any(s.factors is not None for s in self.samples):
             each = (s.factors or [1.0] * s.tokens for s in self.samples)
             self.weights *= torch.tensor([f for own in each for f in own], device=device)
+
+    def part(self, chosen: Callable[[SampleGroup], bool]) -> tuple["MicroBatch", Tensor]:
+        """Some of the groups, and the places of their tokens, int64."""
+        places, end = [], 0
+        for group in self.groups:
+            for sample in group.samples:
+                end += sample.tokens
+                places += range(end - sample.tokens, end) if chosen(group) else ()
+        some = MicroBatch(list(filter(chosen, self.groups)), self.device, self.share)
+        return some, torch.tensor(places, dtype=torch.int64, device=self.device)
+
+    def by(
+        self, kind: Callable[[SampleGroup], Any]
+    ) -> list[tuple[Any, "MicroBatch", Tensor | slice]]:
+        """Each kind of groups with its `part`."""
+        kinds = list(dict.fromkeys(map(kind, self.groups)))
+        if len(kinds) == 1:
+            return [(kinds[0], self, slice(None))]
+        return [(each, *self.part(lambda group, each=each: kind(group) == each)) for each in kinds]
 
     @property
     def sampled_by_others(self) -> bool:
@@ -250,11 +295,13 @@ class MicroBatch:
 
 
 class TokenLosses(NamedTuple):
-    """A micro-batch's loss (scalar); what is logged of each token [Σ R]; and of all together."""
+    """A micro-batch's loss (scalar); what is logged of each token [Σ R]; of all together; and of
+    parts of the tokens."""
 
     loss: Tensor
     logged: dict[str, Tensor]
     of_all: dict[str, Tensor]
+    parts: Mapping[str, Totals] = {}
 
 
 class Objective:
@@ -264,12 +311,13 @@ class Objective:
     gives `loss.credit`. weighting: what tokens count; None: as `section` says. classes: of the
     vocabulary's entries, by `class_table`, so that the divergence is logged by class. sampling: the
     distribution from which rollouts are drawn, of which log-probabilities are; None: the model's
-    own. prompts: of sft, makes the target texts. mix: of opsd, the members of teacher.mix, which
-    stand for the teacher.
+    own. prompts: makes the target texts of sft and of loss.sft_alpha. mix: of opsd, the members of
+    teacher.mix, or the teachers of teacher.routes, which stand for the teacher.
     """
 
     samples_rollouts = True  # False: the method learns from given text
     teacher_role = "teacher"  # the context that a teacher sees, "student" or "teacher"
+    beside: "Objective | None" = None  # what learns from given text in the same step
 
     def __init__(
         self,
@@ -284,7 +332,13 @@ class Objective:
         self.section, self.teacher, self.sampling = section, teacher, sampling
         self.classes, self.prompts = classes, prompts
         self.weighting = weighting or TokenWeighting(section)
-        self.members = list(mix) or [Member(teacher, self.teacher_role)]
+        self.members = [
+            replace(member, context=member.context or self.teacher_role)
+            for member in mix or [Member(teacher, "")]
+        ]
+        self.routes: dict[str, list[Member]] = {}
+        for member in self.members:
+            self.routes.setdefault(member.route, []).append(member)
         # A mixture's heads side by side, where who calls knows when the weights change.
         self.heads: dict[tuple[int, ...], Tensor] | None = None
 
@@ -294,9 +348,36 @@ class Objective:
         """A step's problems → what to learn from, and measures of the rollouts for the log."""
         raise NotImplementedError
 
-    def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
-        """The micro-batch's share of the step's loss, and its measures."""
+    def token_losses(
+        self,
+        model: PreTrainedModel,
+        batch: MicroBatch,
+        student: Tensor,
+        teachers: Mapping[str, Sequence[Tensor]],
+    ) -> TokenLosses:
+        """The micro-batch's share of the step's loss, and its measures, from the student's states
+        [Σ R, D], and by route those of each member that teaches, of the groups that it sees."""
         raise NotImplementedError
+
+    def states(
+        self, model: PreTrainedModel, batch: MicroBatch
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """What `token_losses` takes."""
+        seen = {
+            route: [group for group in batch.groups if group.teachers and group.route == route]
+            for route in self.routes
+        }
+        present = {route: self.routes[route] for route, groups in seen.items() if groups}
+        asked = [
+            (member.model, as_teacher(seen[route], number))
+            for route, members in present.items()
+            for number, member in enumerate(members)
+        ]
+        student, found = student_and_teacher_states(
+            model, as_student(batch.groups), asked, batch.share
+        )
+        each = iter(found)
+        return student, {route: [next(each) for _ in members] for route, members in present.items()}
 
     def loss(
         self,
@@ -310,7 +391,14 @@ class Objective:
         `share`: run each context once for all its samples.
         """
         batch = MicroBatch(groups, model.device, share)
-        loss, logged, of_all = self.token_losses(model, batch)
-        means = {name: batch.mean(values) for name, values in logged.items()}
-        totals.add(batch.counted, **means, **of_all)
-        return loss
+        student, teachers = self.states(model, batch)
+        losses = []
+        for given, part, places in batch.by(lambda group: group.given):
+            objective, own = (self.beside, totals.part("sft")) if given else (self, totals)
+            found = objective.token_losses(model, part, student[places], teachers)
+            means = {name: part.mean(values) for name, values in found.logged.items()}
+            own.add(part.counted, **means, **found.of_all)
+            for name, measures in found.parts.items():
+                own.part(name).include(measures)
+            losses.append(found.loss)
+        return sum(losses[1:], losses[0])

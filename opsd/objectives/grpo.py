@@ -7,14 +7,13 @@ GRPO (arXiv 2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), and with `los
 (2604.03128).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.common.step_timer import phase
 from opsd.config.loss import LossSection
 from opsd.models.head import Scorer, head, mixed
 from opsd.objectives.groups import (
@@ -24,8 +23,6 @@ from opsd.objectives.groups import (
     Sample,
     SampleGroup,
     TokenLosses,
-    as_student,
-    as_teacher,
     sample_group,
 )
 from opsd.objectives.importance_sampling import corrected_for_engine
@@ -37,7 +34,6 @@ from opsd.objectives.log_probs import (
 )
 from opsd.objectives.opsd import OPSD
 from opsd.objectives.policy_gradient import k3, surrogate, teacher_credit
-from opsd.prefix import rollout_hidden_states, student_and_teacher_states
 
 
 class GRPO(Objective):
@@ -46,6 +42,7 @@ class GRPO(Objective):
     def __init__(self, section: LossSection, *what: Any, **more: Any):
         super().__init__(section, *what, **more)
         self.opsd = OPSD(section, *what, **more)
+        self.beside = self.opsd.beside
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
@@ -89,18 +86,18 @@ class GRPO(Objective):
                 groups.append(sample_group(p.context.student, pairs))
             elif pairs:
                 groups.append(SampleGroup(p.context.student, [sample for sample, _ in pairs]))
+        groups += self.beside.sample_groups(problems)[0]
         return groups, {"informative_groups": informative / len(problems)}
 
-    def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
+    def token_losses(
+        self,
+        model: PreTrainedModel,
+        batch: MicroBatch,
+        hidden: Tensor,
+        teachers: Mapping[str, Sequence[Tensor]],
+    ) -> TokenLosses:
         section, sampling, groups = self.section, self.sampling, batch.groups
-        students = as_student(groups)
-        if section.credit or any(group.teachers for group in groups):
-            teachers = [(self.teacher, as_teacher(groups))]
-            hidden, states = student_and_teacher_states(model, students, teachers, batch.share)
-        else:
-            with phase("student"):
-                hidden = rollout_hidden_states(model, students, batch.share)
-        vocabulary = len(head(model)[0])
+        vocabulary, states = len(head(model)[0]), teachers.get("", ())
         advantage = of_rollout = batch.spread([sample.advantage for sample in batch.samples])
         reference = None
         if section.kl:
@@ -118,7 +115,7 @@ class GRPO(Objective):
             return {"loss": loss + section.kl * apart, **measures}
 
         logged: dict[str, Tensor] = {}
-        distils = section.distil and any(group.teachers for group in groups)
+        distils = section.distil and states
         scorer = mixed([self.teacher], states, [1.0], vocabulary) if distils else None
         if scorer and self._in_one_sweep(model, batch, scorer):
             loss, own, logged["divergence"] = self._both(model, batch, hidden, scorer, policy)
@@ -182,11 +179,9 @@ class GRPO(Objective):
 def distilling(batch: MicroBatch) -> tuple[MicroBatch, Tensor]:
     """The groups that a teacher sees, with the weights of the divergence beside, and the places of
     their tokens."""
-    seen = [group for group in batch.groups if group.teachers]
-    part = MicroBatch(seen, batch.device, batch.share)
+    part, places = batch.part(lambda group: bool(group.teachers))
     part.weights *= part.spread([sample.distil for sample in part.samples])
-    rows = [float(bool(group.teachers)) for group in batch.groups for _ in group.samples]
-    return part, batch.spread(rows).nonzero()[:, 0]
+    return part, places
 
 
 def everywhere(

@@ -10,7 +10,7 @@ first update. In that update its expectation is the gradient of KL(p_S ‖ p_T),
 token instead of the whole vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,16 +28,17 @@ from opsd.objectives.groups import (
     Sample,
     SampleGroup,
     TokenLosses,
-    as_student,
-    as_teacher,
+    Totals,
     sample_group,
     samples_of,
 )
 from opsd.objectives.importance_sampling import corrected_for_engine, corrected_for_sampling
 from opsd.objectives.log_probs import token_log_prob
 from opsd.objectives.policy_gradient import surrogate
+from opsd.objectives.sft import Given
 from opsd.objectives.token_classes import split_by_class
-from opsd.prefix import Ids, student_and_teacher_states
+from opsd.objectives.token_weights import balanced
+from opsd.prefix import Ids
 from opsd_kernels import Clip, LinearDivergence, linear_divergence
 
 
@@ -50,57 +51,87 @@ class OPSD(Objective):
         if not self.by_token:  # only a policy gradient is one of the policy that sampled
             self.sampling = None
         self.clip = None if section.clip == "none" else Clip(section.clip, section.clip_threshold)
-
-    @property
-    def _models(self) -> list[PreTrainedModel]:
-        return [member.model for member in self.members]
+        self.beside = Given(section, prompts=self.prompts)
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
     ) -> tuple[list[SampleGroup], dict[str, float]]:
         """Each rollout in all its contexts, without those that lack a teacher's."""
+        routes = [self.members[0].route_of(p.row.columns) for p in problems]
         taught = [
             (number, rollout, outcome, contexts)
-            for number, p in enumerate(problems)
+            for number, (p, route) in enumerate(zip(problems, routes, strict=True))
             for rollout, outcome, *contexts in zip(
                 p.rollouts,
                 p.outcomes or [None] * len(p.rollouts),
-                *(p.teacher_contexts(member.context) for member in self.members),
+                *(p.teacher_contexts(member.context) for member in self.routes[route]),
                 strict=True,
             )
             if None not in contexts
         ]
         weights = self.weighting([r for _, r, _, _ in taught], [o for _, _, o, _ in taught])
+        measures = {}
+        if len(self.routes) > 1:
+            its = [(routes[number], rollout) for number, rollout, _, _ in taught]
+            weights, shares = balanced(weights, its, self.section.weights.balance)
+            measures = {f"teacher_{route}_tokens": share for route, share in shares.items()}
         pairs: list[list[tuple[Sample, list[Ids]]]] = [[] for _ in problems]
         for (number, rollout, _, contexts), weight in zip(taught, weights, strict=True):
             sample = Sample(rollout.ids, *weight, sampling_log_probs=rollout.sampling_log_probs)
             if sample.weight:
                 pairs[number].append((sample, contexts))
         groups = [
-            sample_group(p.context.student, own, self._coefficients(p, step))
-            for p, own in zip(problems, pairs, strict=True)
+            sample_group(p.context.student, own, self._coefficients(p, route, step), route)
+            for p, own, route in zip(problems, pairs, routes, strict=True)
             if own
         ]
         used = len(samples_of(groups)) / sum(len(p.rollouts) for p in problems)
-        return groups, {} if used == 1 else {"trained_fraction": used}
+        measures |= {} if used == 1 else {"trained_fraction": used}
+        return groups + self.beside.sample_groups(problems)[0], measures
 
-    def _coefficients(self, problem: Problem, step: int) -> list[float]:
-        return [member.coefficient(step, problem.row.columns) for member in self.members]
+    def _coefficients(self, problem: Problem, route: str, step: int) -> list[float]:
+        columns = problem.row.columns
+        return [member.coefficient(step, columns) for member in self.routes[route]]
 
-    def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
-        models = self._models
-        teachers = [(each, as_teacher(batch.groups, n)) for n, each in enumerate(models)]
-        students = as_student(batch.groups)
-        student, states = student_and_teacher_states(model, students, teachers, batch.share)
-        coefficients, size = batch.coefficients(), len(head(model)[0])
-        if any(member.section.damping for member in self.members):
-            coefficients = self._damped(model, student, states, coefficients)
-        teacher = mixed(models, states, coefficients, size, self.heads)
-        found = self.score(model, batch, student, teacher)
+    def token_losses(
+        self,
+        model: PreTrainedModel,
+        batch: MicroBatch,
+        student: Tensor,
+        teachers: Mapping[str, Sequence[Tensor]],
+    ) -> TokenLosses:
+        each = [
+            (route, part, places, self._by_one(model, part, route, student[places], teachers))
+            for route, part, places in batch.by(lambda group: group.route)
+        ]
+        found = each[0][-1] if len(each) == 1 else _together(batch, each)
         if self.classes is not None:
             by_class = split_by_class(self.classes, batch.targets(), found.logged["divergence"])
             found.logged.update({f"divergence_{name}": each for name, each in by_class.items()})
-        return found
+        if len(self.routes) == 1:
+            return found
+        parts = {f"teacher_{route}": Totals() for route, *_ in each}
+        for route, part, _, its in each:
+            apart = part.mean(its.logged["divergence"])
+            parts[f"teacher_{route}"].add(part.counted, divergence=apart)
+        return found._replace(parts=parts)
+
+    def _by_one(
+        self,
+        model: PreTrainedModel,
+        batch: MicroBatch,
+        route: str,
+        student: Tensor,
+        teachers: Mapping[str, Sequence[Tensor]],
+    ) -> TokenLosses:
+        """The losses of groups that one teacher sees, or one mixture."""
+        members, states = self.routes[route], teachers[route]
+        coefficients, size = batch.coefficients(), len(head(model)[0])
+        if any(member.section.damping for member in members):
+            coefficients = self._damped(model, student, states, coefficients)
+        models = [member.model for member in members]
+        teacher = mixed(models, states, coefficients, size, self.heads)
+        return self.score(model, batch, student, teacher)
 
     @torch.no_grad()
     def _damped(
@@ -114,7 +145,8 @@ class OPSD(Objective):
         others' mixture, at the price of one more sweep (DemoPSD, arXiv 2607.02502)."""
         number = next(n for n, member in enumerate(self.members) if member.section.damping)
         rest = [n for n in range(len(self.members)) if n != number]
-        models, its, c = ([x[n] for n in rest] for x in (self._models, states, coefficients))
+        members, its, c = ([x[n] for n in rest] for x in (self.members, states, coefficients))
+        models = [member.model for member in members]
         others = mixed(models, its, c, len(head(model)[0]), self.heads)
         what = {"divergence": "jsd", "temperature": self.section.temperature, "reduction": "none"}
         apart = self._divergence(model, student, others, **what).per_token
@@ -227,3 +259,24 @@ class OPSD(Objective):
             weights = weights * gate
         logged["ratio_clipped_fraction"] = clipped.float()
         return TokenLosses((weights * per_token).sum(), logged | corrections, {})
+
+
+def _together(batch: MicroBatch, each: Sequence[tuple]) -> TokenLosses:
+    """The losses of several teachers' parts of a batch as one."""
+    _, parts, places, found = zip(*each, strict=True)
+    logged = {
+        name: _scattered(len(batch.weights), places, [one.logged[name] for one in found])
+        for name in found[0].logged
+    }
+    shares = [part.counted / batch.counted for part in parts]
+    of_all = {
+        name: sum(share * one.of_all[name] for share, one in zip(shares, found, strict=True))
+        for name in found[0].of_all
+    }
+    return TokenLosses(sum(one.loss for one in found), logged, of_all)
+
+
+def _scattered(tokens: int, places: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """The values of all tokens [Σ R] from those of parts."""
+    values = [each.detach() for each in values]
+    return values[0].new_zeros(tokens).index_copy_(0, torch.cat(list(places)), torch.cat(values))

@@ -1,14 +1,18 @@
 """SFT on solutions: the mean of -log p(y_n) over the tokens of the target text.
 
 With `loss.roles: [student, teacher]` the same target follows both contexts. This is the cold start:
-it teaches a model both prompts before OPSD begins.
+it teaches a model both prompts before OPSD begins. `loss.sft_alpha` times the same loss stands
+beside another method's, in one step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.common.step_timer import phase
+from opsd.config.loss import LossSection
 from opsd.objectives.groups import (
     MicroBatch,
     Objective,
@@ -16,10 +20,8 @@ from opsd.objectives.groups import (
     Sample,
     SampleGroup,
     TokenLosses,
-    as_student,
 )
 from opsd.objectives.log_probs import token_log_prob
-from opsd.prefix import rollout_hidden_states
 from opsd.rollout import Rollout
 
 
@@ -27,6 +29,7 @@ class SFT(Objective):
     """Cross-entropy; the weight of each token is 1 ÷ the step's tokens."""
 
     samples_rollouts = False
+    measured = ("student_entropy",)
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
@@ -44,9 +47,43 @@ class SFT(Objective):
             for (context, target), weight in zip(sequences, weights, strict=True)
         ], {}
 
-    def token_losses(self, model: PreTrainedModel, batch: MicroBatch) -> TokenLosses:
-        with phase("student"):
-            hidden = rollout_hidden_states(model, as_student(batch.groups), batch.share)
-        result = token_log_prob(model, hidden, batch, self.section)
+    def token_losses(
+        self,
+        model: PreTrainedModel,
+        batch: MicroBatch,
+        student: Tensor,
+        teachers: Mapping[str, Sequence[Tensor]],
+    ) -> TokenLosses:
+        result = token_log_prob(model, student, batch, self.section)
         loss = -(batch.weights * result.log_prob).sum()
-        return TokenLosses(loss, {"student_entropy": result.entropy}, {})
+        logged = {"student_entropy": result.entropy, "negative_log_prob": -result.log_prob}
+        return TokenLosses(loss, {name: logged[name] for name in self.measured}, {})
+
+
+class Given(SFT):
+    """`loss.sft_alpha` times the mean of -log p(y_n) over the tokens of a step's target texts."""
+
+    measured = ("negative_log_prob",)
+
+    def __init__(self, section: LossSection, **more: Any):
+        plain = {"backend": section.backend, "memory_budget": section.memory_budget}
+        super().__init__(LossSection(**plain), **more)
+        self.alpha = section.sft_alpha
+
+    def sample_groups(
+        self, problems: Sequence[Problem], step: int = 0
+    ) -> tuple[list[SampleGroup], dict[str, float]]:
+        """Those of `SFT`, marked; none without a weight."""
+        if not self.alpha:
+            return [], {}
+        groups, measures = super().sample_groups(problems, step)
+        # A context of their own: a group of rollouts that shares one is another group.
+        return [
+            replace(
+                group,
+                student=list(group.student),
+                samples=[replace(s, weight=self.alpha * s.weight) for s in group.samples],
+                given=True,
+            )
+            for group in groups
+        ], measures

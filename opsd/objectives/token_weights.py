@@ -27,6 +27,26 @@ class Weight(NamedTuple):
     factors: tuple[float, ...] | None = None
 
 
+def balanced(
+    weights: Sequence[Weight], taught: Sequence[tuple[str, Rollout]], balance: bool = True
+) -> tuple[list[Weight], dict[str, float]]:
+    """The weights of rollouts with the names of their teachers, so that each of a step's K teachers
+    has 1 ÷ K of the sum of all: w → w Σ ÷ (K Σ_k). And what each had before. balance: or leave them
+    as they are. (Open-MOPD, arXiv 2608.19098.)"""
+    sums: dict[str, float] = {}
+    for weight, (name, rollout) in zip(weights, taught, strict=True):
+        size = len(rollout.ids) if weight.factors is None else sum(weight.factors)
+        sums[name] = sums.get(name, 0.0) + weight.of_all * size
+    total, count = sum(sums.values()), sum(map(bool, sums.values()))
+    shares = {name: own / total if total else 0.0 for name, own in sums.items()}
+    if not balance:
+        return list(weights), shares
+    return [
+        weight._replace(of_all=weight.of_all and weight.of_all / (count * shares[name]))
+        for weight, (name, _) in zip(weights, taught, strict=True)
+    ], shares
+
+
 class TokenWeighting:
     """Rollouts → weights.
 

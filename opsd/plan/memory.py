@@ -212,7 +212,8 @@ class Planner:
         hidden = torch.empty(1, dtype=dtype, device=device).expand(tokens, width)
         weight = torch.empty(1, dtype=dtype, device=device).expand(vocabulary, width)
         # A mixture's heads stand side by side.
-        heads = 1 if config.model.lora else len({m.policy for m in config.teacher.members()})
+        mixed = config.teacher.mix and not config.model.lora
+        heads = len({m.policy for m in config.teacher.members()}) if mixed else 1
         wide = torch.empty(1, dtype=dtype, device=device).expand(vocabulary, heads * width)
         other = weight if {m.policy for m in config.teacher.members()} == {"live"} else wide
         plan = plan_call(

@@ -57,6 +57,9 @@ def sample_groups(config: Config, lengths: Lengths) -> list[SampleGroup]:
         else:
             roles = config.loss.roles if sft else ["student"]
             groups += [SampleGroup(contexts[role], samples) for role in roles]
+        if config.loss.sft_alpha:
+            given = [Sample([0] * lengths.solution, config.loss.sft_alpha)]
+            groups.append(SampleGroup(list(problem), given, given=True))
     return groups
 
 
@@ -72,11 +75,12 @@ def count_tokens(config: Config, step: list[SampleGroup], lengths: Lengths) -> T
     student, teacher = (tokens := stream_tokens(step)).student, tokens.teacher
     weights = [(own.policy, own.path, own.revision) for own in config.teacher.members()]
     read = sum(own[0] == "live" or own in weights[:n] for n, own in enumerate(weights))
-    if teacher:
+    if teacher and not config.teacher.routes:
         teacher -= read * config.train.problems_per_step * lengths.prompt
     trained = sum(sample.tokens for sample in samples_of(step))
+    given = sum(sample.tokens for group in step if group.given for sample in group.samples)
     return Tokens(
-        generated=0 if learns_targets(config) else trained,
+        generated=0 if learns_targets(config) else trained - given,
         trained=trained,
         alone=sum(separate_tokens(step)),
         shared=student + teacher,

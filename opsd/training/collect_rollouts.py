@@ -177,4 +177,6 @@ class RolloutCollector:
             for i, (row, context) in enumerate(zip(rows, contexts, strict=True))
         ]
         with phase("grading"):
-            return self.processes.once(lambda: graded(problems, self.reward_function))
+            return self.processes.once(
+                lambda: graded(problems, self.reward_function, self.prompts.unsolved)
+            )

@@ -15,6 +15,7 @@ from opsd.config.requirements import (
     longest_rollout,
     required_columns,
     trained_roles,
+    uses_targets,
     uses_teacher_prompt,
 )
 from opsd.config.sections import DataSection, EvalSection, SourceSection, TrainSection
@@ -42,6 +43,7 @@ def load_data(
     read = [(_read(source, config, note, given), source.weight) for source in sources(data)]
     rows = mixture(read, seed)
     _check_coefficients(config, rows)
+    _check_routes(config, rows, note)
     if compares_answers(config):
         check_references(rows, "data.columns.answer", note)
     if test.problems == 0:
@@ -77,6 +79,23 @@ def _check_coefficients(config: Config, rows: Sequence[Row]) -> None:
                 f"teacher.mix: the coefficients add up to {total:g} in training row {number}; they "
                 "must add up to more than 0"
             )
+
+
+def _check_routes(config: Config, rows: Sequence[Row], note: Callable[[str], None]) -> None:
+    """Raises UserError for a row that names none of teacher.routes; tells of those without rows."""
+    routes, column = config.teacher.routes, config.teacher.column
+    unused = dict.fromkeys(routes)
+    for number, row in enumerate(rows if routes else (), start=1):
+        name = row.columns.get(column)
+        if not isinstance(name, str) or name not in routes:
+            said = f"is {name!r}" if column in row.columns else "is missing"
+            raise UserError(
+                f"teacher.column is {column!r}: it {said} in training row {number} "
+                f"({row.problem[:40]!r}), and must name one of teacher.routes ({', '.join(routes)})"
+            )
+        unused.pop(name, None)
+    if unused:
+        note(f"teacher.routes: no training row names {', '.join(unused)}")
 
 
 def sources(data: DataSection) -> list[SourceSection]:
@@ -148,8 +167,8 @@ def fitting_data(
     remain than a step needs; and for rows whose text is missing from the contexts.
     """
     roles, teaches = trained_roles(config), uses_teacher_prompt(config) and config.method != "sft"
-    own_weights = config.teacher.policy != "model"
-    check = ContextCheck(prompts, roles, teaches and own_weights, learns_targets(config))
+    own_weights = all(own.policy != "model" for own in config.teacher.members())
+    check = ContextCheck(prompts, roles, teaches and own_weights, uses_targets(config))
     check_held_out = ContextCheck(prompts, ["student"])
     for number, row in enumerate(held_out, start=1):
         check_held_out(number, row)
@@ -164,6 +183,8 @@ def fitting_data(
             stage.advance,
             check,
         )
+        if uses_targets(config) and not learns_targets(config):
+            rows = fitting_rows(rows, prompts, ["student"], None, window, display.note)
         if len(rows) < config.train.problems_per_step:
             raise UserError(
                 f"data.source has {len(rows)} training rows: train.problems_per_step "

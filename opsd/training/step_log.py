@@ -43,7 +43,7 @@ class StepLog:
         counters = self.run_log.counters
         if self.generates:
             counters.generated_tokens += length
-        counters.trained_tokens += totals.tokens
+        counters.trained_tokens += totals.trained
         counters.seconds += seconds
         line = {"divergence": None, "student_entropy": None, **totals.means(), **measures}
         if rollouts:
@@ -51,7 +51,7 @@ class StepLog:
             line["truncated_fraction"] = sum(not r.finished for r in rollouts) / len(rollouts)
         else:
             line["rollout_length"] = totals.tokens / len(problems)
-        line["tokens_per_second"] = totals.tokens / seconds
+        line["tokens_per_second"] = totals.trained / seconds
         self._measures = line
 
     def write(

@@ -1,22 +1,36 @@
 """Grades rollouts, measures the grades, and makes teacher contexts from rollouts.
 
-Problems come here with their rollouts: `graded` grades them, and `TeacherContexts` fills in a
-teacher's template that contains rollouts.
+Problems come here with their rollouts: `graded` grades them, and lets them vote where a row has no
+solution; `TeacherContexts` fills in a teacher's template that contains rollouts.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from opsd.common.errors import UserError
+from opsd.common.templates import over_rollouts
 from opsd.data.prompts import Prompts
+from opsd.data.rows import Row
+from opsd.grading.majority import WHY
 from opsd.grading.rewards import RewardFunction
 from opsd.objectives import Problem
 
 
-def graded(problems: Sequence[Problem], reward_function: RewardFunction | None) -> list[Problem]:
-    """The problems with an outcome for each rollout; unchanged without a reward function."""
+def graded(
+    problems: Sequence[Problem],
+    reward_function: RewardFunction | None,
+    unsolved: Callable[[Row], bool] = lambda row: False,
+) -> list[Problem]:
+    """The problems with an outcome for each rollout, and with the majority's answer where their
+    row is unsolved; unchanged without a reward function."""
     if reward_function is None:
         return list(problems)
+    problems = [
+        replace(p, majority=reward_function.majority(p.rollouts)) if unsolved(p.row) else p
+        for p in problems
+    ]
+    if reward_function.verifier is None:
+        return problems
     rollouts = [rollout for p in problems for rollout in p.rollouts]
     outcomes = iter(reward_function(rollouts, [p.row for p in problems for _ in p.rollouts]))
     return [replace(p, outcomes=[next(outcomes) for _ in p.rollouts]) for p in problems]
@@ -44,6 +58,18 @@ def outcome_measures(problems: Sequence[Problem]) -> dict[str, float]:
     }
 
 
+def vote_measures(problems: Sequence[Problem]) -> dict[str, float]:
+    """Of the problems whose rollouts voted: how many have a majority, why others have none, and the
+    mean share of the answer that had most votes."""
+    votes = [problem.majority for problem in problems if problem.majority is not None]
+    if not votes:
+        return {}
+    counts = {f"majority_{why}": sum(v.why == why for v in votes) / len(votes) for why in WHY}
+    share = sum(vote.share for vote in votes) / len(votes)
+    found = sum(bool(vote.answer) for vote in votes) / len(votes)
+    return {"majority_fraction": found, **counts, "majority_share": share}
+
+
 @dataclass
 class TeacherContexts:
     """Fills in a teacher's template that contains rollouts."""
@@ -61,12 +87,12 @@ class TeacherContexts:
         too_long, filled_in = 0, []
         for problem in problems:
             teachers: dict[str, list] = {role: [] for role in self.prompts.over_rollouts}
-            for number, (rollout, outcome) in enumerate(
-                zip(problem.rollouts, problem.outcomes, strict=True)
-            ):
-                peers = [*problem.outcomes[:number], *problem.outcomes[number + 1 :]]
+            made: dict[str, list[int] | None] = {}  # of roles that see all rollouts alike
+            for number, rollout in enumerate(problem.rollouts):
                 for role, its in teachers.items():
-                    context = self.prompts.teacher_of(problem.row, outcome, peers, role)
+                    if role not in made or over_rollouts(self.prompts.templates[role]):
+                        made[role] = self._context(problem, number, role)
+                    context = made[role]
                     length = 0 if context is None else len(context) + len(rollout.ids)
                     if self.window is not None and length > self.window:
                         self._too_long(problem, length, role)
@@ -77,7 +103,19 @@ class TeacherContexts:
         return filled_in, {
             "taught_fraction": sum(c is not None for c in contexts) / len(contexts),
             "too_long": too_long,
+            **vote_measures(problems),
         }
+
+    def _context(self, problem: Problem, number: int, role: str) -> list[int] | None:
+        """A role's context for one rollout: of the row, or of it with its rollouts' majority."""
+        row, vote = problem.row, problem.majority
+        if vote is not None and not vote.answer:
+            return None
+        if vote is not None:
+            row = self.prompts.solved(row, vote.answer)
+        outcomes = problem.outcomes or [None] * len(problem.rollouts)
+        peers = [*outcomes[:number], *outcomes[number + 1 :]]
+        return self.prompts.teacher_of(row, outcomes[number], peers, role)
 
     def _too_long(self, problem: Problem, length: int, role: str) -> None:
         what = (

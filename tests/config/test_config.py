@@ -17,7 +17,13 @@ from opsd.config.load import (
     with_overrides,
 )
 from opsd.config.loss import GateSection, RewardSection, WeightsSection
-from opsd.config.sections import CollapseSection, LoraSection, MemberSection, TeacherSection
+from opsd.config.sections import (
+    CollapseSection,
+    LoraSection,
+    MemberSection,
+    RouteSection,
+    TeacherSection,
+)
 
 GOOD = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
 
@@ -76,6 +82,7 @@ def test_every_field_is_described():
             + [("loss", f"gates.{n}") for n in GateSection.model_fields]
             + [("loss", f"reward.{n}") for n in RewardSection.model_fields]
             + [("teacher", f"mix.{n}") for n in MemberSection.model_fields]
+            + [("teacher", f"routes.{n}") for n in RouteSection.model_fields]
             + [("train", f"collapse.{n}") for n in CollapseSection.model_fields]
         )
     }

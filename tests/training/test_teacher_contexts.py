@@ -1,20 +1,26 @@
-"""Teacher contexts made of rollouts: a successful peer, feedback; what is left out and counted."""
+"""Teacher contexts made of rollouts: a successful peer, feedback; what is left out and counted;
+a majority's answer in the place of a solution."""
+
+import json
 
 import pytest
 from helpers.lines import read_lines
-from helpers.training_cases import ROWS, quiet, short_config
+from helpers.training_cases import ROWS, quiet, short_config, write_rows
 
 from opsd.common.errors import UserError
-from opsd.config.loss import LossSection
+from opsd.config.loss import LossSection, RewardSection
 from opsd.config.sections import PromptsSection
 from opsd.data.prompts import Context, Prompts
 from opsd.data.rows import Row
-from opsd.grading.rewards import GradedRollout
+from opsd.grading import rewards
+from opsd.grading.grader import Grader
+from opsd.grading.rewards import GradedRollout, RewardFunction
 from opsd.objectives import OPSD, Problem
 from opsd.quickstart import tiny_model as tiny
+from opsd.quickstart.worksheet import worksheet_rows
 from opsd.rollout import Rollout
 from opsd.training.run import train
-from opsd.training.teacher_contexts import TeacherContexts
+from opsd.training.teacher_contexts import TeacherContexts, graded
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -125,3 +131,78 @@ def test_a_run_learns_from_its_peers(policy, files, tmp_path):
         assert 0 < line["taught_fraction"] <= 1 and line["too_long"] == 0
         assert line["trained_tokens"] <= line["generated_tokens"] and line["divergence"] > 0
     assert any(line["taught_fraction"] < 1 for line in lines)
+
+
+MAJORITY = "Q:{{ problem }}\nS:{{ solution }}"
+
+
+def says(monkeypatch, *texts: str) -> None:
+    """Rollouts say the text of their first token's number: the tiny tokenizer has no boxes."""
+    monkeypatch.setattr(
+        rewards, "completions", lambda _, rollouts, keep: [texts[r.ids[0]] for r in rollouts]
+    )
+
+
+def shown_solution(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids).partition("S:")[2].replace("<|pad|>", "").partition("<")[0]
+
+
+def test_the_majority_is_the_solution_of_a_row_that_has_none(tokenizer, monkeypatch):
+    """Equal for all rollouts, so there once; another row keeps its own, one with a tie has none."""
+    section = PromptsSection(student=tiny.STUDENT_PROMPT, teacher=MAJORITY, majority=0.5)
+    shown = Prompts(section, tokenizer)
+    bare = Row(ROWS[0].problem, "", "", {})
+    says(monkeypatch, r"\boxed{12}", "1", r"\boxed{12.0}", r"\boxed{2}")
+    problems = [
+        Problem(row, Context([1], None), [Rollout([number], True) for number in numbers])
+        for numbers, row in zip(([0, 1, 2], [1, 3], [3, 0]), (bare, ROWS[1], bare), strict=True)
+    ]
+    with Grader() as grader:
+        votes = RewardFunction(RewardSection(), tokenizer, None, 9, grader=grader, agreement=0.5)
+        voted = graded(problems, votes, shown.unsolved)
+    assert [p.majority and p.majority.answer for p in voted] == ["12", None, ""]
+    assert all(p.outcomes is None for p in voted)
+    made, measures = TeacherContexts(shown, None, False, pytest.fail)(voted)
+    solutions = [
+        [ids and shown_solution(tokenizer, ids) for ids in p.teachers["teacher"]] for p in made
+    ]
+    assert solutions == [["12"] * 3, [ROWS[1].solution.strip()] * 2, [None, None]]
+    assert measures == {
+        "taught_fraction": 5 / 7,
+        "too_long": 0,
+        "majority_fraction": 0.5,
+        "majority_unanswered": 0.0,
+        "majority_tied": 0.5,
+        "majority_unsure": 0.0,
+        "majority_share": pytest.approx((2 / 3 + 1 / 2) / 2),
+    }
+    groups, _ = OPSD(LossSection(), teacher=None).sample_groups(made)
+    assert [len(group.teachers) for group in groups] == [1, 1]
+
+
+def test_a_majority_needs_no_column_of_solutions(files, tmp_path, monkeypatch):
+    """Nor one of answers, but to evaluate: by the held-out rows' own."""
+    lines = [{"problem": row.problem} for row in ROWS]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(tmp_path / "held.jsonl", worksheet_rows(4, seed=99))
+    config = short_config(
+        files[0],
+        tmp_path / "bare.jsonl",
+        tmp_path / "run",
+        prompts={"majority": 0.6},
+        rollout={"group_size": 3, "max_new_tokens": 12},
+        eval={"source": str(tmp_path / "held.jsonl"), "problems": 4},
+    )
+    monkeypatch.setattr(
+        rewards,
+        "completions",
+        lambda _, rollouts, keep: [rf"\boxed{{{max(1, n)}}}" for n in range(len(rollouts))],
+    )
+    lines = read_lines(train(config, quiet()) / "metrics.jsonl")
+    assert len(lines) == 4
+    for line in lines:
+        assert (line["majority_fraction"], line["taught_fraction"]) == (1.0, 1.0)
+        assert line["majority_share"] == pytest.approx(2 / 3) and line["divergence"] > 0
+    assert all(
+        line["accuracy"] is not None for line in read_lines(tmp_path / "run/evaluations.jsonl")
+    )

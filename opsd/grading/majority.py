@@ -1,0 +1,59 @@
+"""The answer on which most of a problem's rollouts agree: what stands for a solution where a row
+has none (U-OPSD, arXiv 2608.06296). Which answers are equal is the grader's to say."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from opsd.grading.grader import Grader
+
+LEAST = 2
+"""Votes: one rollout agrees with nobody."""
+
+
+@dataclass(frozen=True)
+class Majority:
+    """answer: of the most rollouts, "" where there is none; why: there is none. share: of all
+    rollouts, those that give it, or its rivals each."""
+
+    answer: str
+    share: float
+    why: str = ""
+
+
+WHY = ("unanswered", "tied", "unsure")
+"""No rollout has an answer; several answers have the most votes; these are too few."""
+
+
+def majority(answers: Sequence[str | None], grader: Grader, agreement: float = 0.0) -> Majority:
+    """The vote of one problem's rollouts. A rollout without an answer, None or blank, votes for
+    none, and counts among all of which `agreement` is the least share."""
+    given = [answer.strip() for answer in answers if answer is not None and answer.strip()]
+    if not given:
+        return Majority("", 0.0, "unanswered")
+
+    def same(one: str, other: str) -> bool:
+        return grader.grade([f"\\boxed{{{one}}}"], [other])[0].correct
+
+    numbers = groups_of_equals(given, same)
+    (first, votes), *others = Counter(numbers).most_common()
+    share = votes / len(answers)
+    if others and others[0][1] == votes:
+        return Majority("", share, "tied")
+    if votes < LEAST or share < agreement:
+        return Majority("", share, "unsure")
+    texts = (text for text, number in zip(given, numbers, strict=True) if number == first)
+    return Majority(Counter(texts).most_common(1)[0][0], share)
+
+
+def groups_of_equals(texts: Sequence[str], same: Callable[[str, str], bool]) -> list[int]:
+    """For each text the number of its group of equals, by comparison with each group's first."""
+    groups: dict[str, int] = {}
+    heads: list[str] = []
+    for text in texts:
+        if text not in groups:
+            match = next((i for i, head in enumerate(heads) if same(text, head)), len(heads))
+            if match == len(heads):
+                heads.append(text)
+            groups[text] = match
+    return [groups[text] for text in texts]
