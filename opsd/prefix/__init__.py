@@ -1,6 +1,6 @@
-"""Each shared prefix runs once, and its rollouts continue it, in one stream of tokens.
+"""Runs each shared prefix once; its rollouts continue it in one stream of tokens.
 
-Everything that other rooms need is imported from here.
+Other rooms import all names from here.
 """
 
 from opsd.prefix.attention import by_tiles, use_kernel

@@ -1,4 +1,4 @@
-"""Attention over a packed stream, and which kernel computes it.
+"""Computes attention over a packed stream, and chooses the kernel for it.
 
 All kernels compute the same attention, without approximation. `tiles` runs everywhere, and the
 others are tested against it.
@@ -21,7 +21,7 @@ from opsd.prefix.layout import Layout, Scores
 from opsd.prefix.tiled import tiled_attention
 
 Kernel = Callable[..., Tensor]
-"""Called as `packed_attention`, with key and value in the dtype to compute in."""
+"""A function like `packed_attention`, with key and value already in the dtype to compute in."""
 
 KERNELS: dict[str, Kernel] = {
     "tiles": tiled_attention,
@@ -30,19 +30,19 @@ KERNELS: dict[str, Kernel] = {
     "flash_attn": partial(varlen.flash_attention, calls=varlen.FLASH_ATTN),
     "flex": flex.flex_packed_attention,
 }
-"""tiles: batched products, here. flash: torch's own flash attention; flash_3: the same call with
-FlashAttention 3's kernels behind it; flash_attn: the flash-attn package. flex: FlexAttention."""
+"""tiles: batched products, in this room. flash: torch's flash attention. flash_3: the same call
+with FlashAttention 3's kernels. flash_attn: the flash-attn package. flex: FlexAttention."""
 
 PREFERENCE = ("flash", "flash_attn", "flex", "tiles")
-"""The kernels that `auto` tries on a GPU in bf16 and fp16, in this order. flash_3 is used only when
-it is asked for."""
+"""The order in which `auto` tries kernels on a GPU in bf16 and fp16. flash_3 is used only when it
+is asked for."""
 
 HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The properties of a call that decide which kernels can serve it."""
+    """The properties of a call that decide which kernels can compute it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -55,7 +55,7 @@ class Inputs:
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
-    """Attention of the stream's tokens to what each may see.
+    """Compute the attention of each token in the stream to the tokens it may see.
 
     Args:
         query: [T, H, d]; key: [N, K, d]; value: [N, K, d_v]. The N rows are those of the layout's
@@ -77,10 +77,10 @@ _by_tiles: list[Inputs] | None = None
 
 
 def use_kernel(name: str) -> None:
-    """Use the named kernel from now on, in this process; "auto": what suits each call.
+    """Use the named kernel from now on, in this process. "auto" chooses one for each call.
 
-    Raises UserError where it cannot run on this machine. What depends on the model is checked at
-    the first call.
+    Raises UserError if it cannot run on this machine. Whether it suits the model is checked at the
+    first call.
     """
     global _asked
     if name not in ("auto", *KERNELS):
@@ -94,7 +94,7 @@ def use_kernel(name: str) -> None:
 
 @contextmanager
 def by_tiles() -> Iterator[list[Inputs]]:
-    """Inside, `tiles` serves all calls, and the list collects what they were given."""
+    """A context in which `tiles` computes all calls; yields a list that collects their inputs."""
     global _by_tiles
     before, _by_tiles = _by_tiles, []
     try:
@@ -104,7 +104,7 @@ def by_tiles() -> Iterator[list[Inputs]]:
 
 
 def kernel_names(inputs: Sequence[Inputs], device: torch.device) -> list[str]:
-    """The kernels for such calls on `device`. Raises UserError as `kernel_for` does."""
+    """The kernels for these inputs on `device`. Raises UserError as `kernel_for` does."""
     names = [choose(_asked, replace(each, device=device)) for each in inputs]
     return list(dict.fromkeys(names))
 
@@ -112,7 +112,7 @@ def kernel_names(inputs: Sequence[Inputs], device: torch.device) -> list[str]:
 def kernel_for(query: Tensor, value: Tensor, scores: Scores) -> Kernel:
     """The kernel for a call with these tensors.
 
-    Raises UserError where the kernel that was asked for cannot serve it.
+    Raises UserError if the kernel that was asked for cannot compute it.
     """
     widths, more = (query.shape[-1], value.shape[-1]), (scores.softcap, scores.sinks)
     inputs = Inputs(query.device, value.dtype, *widths, *(each is not None for each in more))
@@ -125,7 +125,7 @@ def kernel_for(query: Tensor, value: Tensor, scores: Scores) -> Kernel:
 
 
 def choose(asked: str, inputs: Inputs) -> str:
-    """The name of the kernel for such inputs."""
+    """The name of the kernel for these inputs."""
     if asked == "auto":
         on_gpu = inputs.device.type == "cuda" and inputs.dtype in HALF
         candidates = PREFERENCE if on_gpu else ("tiles",)
@@ -139,7 +139,7 @@ def choose(asked: str, inputs: Inputs) -> str:
 
 
 def obstacle(name: str, inputs: Inputs) -> str | None:
-    """Why the named kernel cannot serve such inputs; None where it can."""
+    """Why the named kernel cannot compute these inputs; None if it can."""
     reason = missing(name, inputs.device)
     if reason is not None or name == "tiles":
         return reason
@@ -163,7 +163,7 @@ def obstacle(name: str, inputs: Inputs) -> str | None:
 
 @cache
 def missing(name: str, device: torch.device) -> str | None:
-    """Why the named kernel cannot run on this machine's `device`; None where it can."""
+    """Why the named kernel cannot run on this machine's `device`; None if it can."""
     if name == "tiles":
         return None
     if device.type != "cuda":
@@ -192,8 +192,8 @@ def _unsuitable_flash_attn() -> str | None:
 
 
 def _argument_names(function: Callable) -> set[str]:
-    """What a function takes. An operator by torch.library.custom_op, as flash-attn's are, shows
-    Python `(*args, **kwargs)` and has its arguments in a schema."""
+    """The names of a function's arguments. Operators made by torch.library.custom_op, like
+    flash-attn's, have the signature `(*args, **kwargs)` and list their arguments in a schema."""
     operator = getattr(function, "_opoverload", None)
     if operator is None:
         return set(inspect.signature(function).parameters)
@@ -213,7 +213,7 @@ def _unsuitable_flash_3(device: torch.device) -> str | None:
 
 @cache
 def _activate_flash_3() -> None:
-    """Put FlashAttention 3 behind torch's own operator, for this whole process."""
+    """Make torch's operator use FlashAttention 3, in this whole process."""
     torch.nn.attention.activate_flash_attention_impl("FA3")
 
 

@@ -1,10 +1,10 @@
-"""Prefixes shared by what they leave behind: keys, values and states of recurrent layers.
+"""Shares prefixes through their cache: keys, values, and states of recurrent layers.
 
-Where no gradient is wanted, as in the teacher's pass, a prefix runs once, in chunks, and its cache
-is copied for each of its rollouts, which continue it side by side. This is for models that cannot
-run packed streams, such as those with linear attention or state-space layers: any model with a
-cache that several tokens at once can continue. Some models' layers read their state for single
-tokens only; whether one's do is seen by trying it.
+Without gradients, as in the teacher's pass, a prefix runs once, in chunks. Its cache is copied for
+each of its rollouts, which continue it in one batch. This is for models that cannot run packed
+streams, such as those with linear attention or state-space layers. They need a cache that several
+tokens at once can continue: some layers read their state for single tokens only, which is found out
+by trying.
 """
 
 import copy
@@ -23,18 +23,19 @@ from opsd.models.head import decoder_of
 from opsd.prefix.layout import CheckedGroup
 
 STATES = ("past_key_values", "cache", "cache_params", "state")
-"""What transformers' decoders call what a sequence leaves; they take and return it by one name."""
+"""transformers' names for a sequence's cache: a decoder's argument and output of the same name."""
 
 CHUNK = 4096
-"""Tokens of a prefix that run at once, so that its length costs no memory but its cache's."""
+"""Tokens of a prefix that run at once, so that a long prefix needs memory only for its cache."""
 
 ROUNDING, HALF = 5e-6, 0.05
-"""How far rounding moves a state, relative to the largest, in fp32 and in 16 bits. A state that a
-layer does not read moves others by 1e-5 and more, even with random weights."""
+"""The largest change of a state by rounding, relative to the largest state, in fp32 and in 16 bits.
+If a layer ignores its state, others change by 1e-5 and more, even with random weights."""
 
 
 class Continuation:
-    """A prefix that has run: the state [D] that predicts the first token, and what it left."""
+    """A prefix that has run: its cache, and the state [D] that predicts the first token after
+    it."""
 
     def __init__(self, model: PreTrainedModel, prefix: Tensor):
         self.decoder, self.cache = decoder_of(model), None
@@ -48,7 +49,7 @@ class Continuation:
         longest = max(map(len, rollouts)) - 1
         if not longest:
             return [self.last[None]] * len(rollouts)
-        # Padding stands at the right end, where neither attention nor a state has seen it yet.
+        # Padding is at the right end, so it changes neither attention nor states of the tokens.
         ids = nn.utils.rnn.pad_sequence([r[:-1] for r in rollouts], batch_first=True)
         copies = _copies(self.cache, len(rollouts), self.last.device)
         with _as_sampling(self.decoder):
@@ -61,9 +62,9 @@ class Continuation:
 def continued_hidden_states(
     model: PreTrainedModel, groups: Sequence[CheckedGroup], prefixes: Sequence[Continuation | None]
 ) -> Tensor:
-    """The states that predict the rollouts' tokens [Σ R, D], each prefix run once.
+    """The states [Σ R, D] that predict the rollouts' tokens; each prefix runs once.
 
-    prefixes: those that have run.
+    prefixes: those that have already run.
     """
     found: list[Tensor] = []
     for (prefix, rollouts), ran in zip(groups, prefixes, strict=True):
@@ -72,14 +73,14 @@ def continued_hidden_states(
 
 
 def uncontinuable(model: PreTrainedModel) -> str | None:
-    """Why rollouts cannot continue the cache of a prefix; None where they can."""
+    """Why rollouts cannot continue a prefix's cache; None if they can."""
     decoder = decoder_of(model)
     if decoder not in _known:
         try:
-            # Autocast would keep the weights that it casts here, without a graph.
+            # Autocast would cache the weights that it casts here, without a graph.
             with torch.autocast(model.device.type, enabled=False):
                 _known[decoder] = _obstacle(model)
-        except Exception as error:  # of the model's own code
+        except Exception as error:  # the model's own code may raise anything
             _known[decoder] = f"{type(decoder).__name__} cannot continue it ({in_short(error)})"
     return _known[decoder]
 
@@ -89,8 +90,8 @@ _known: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 @torch.no_grad()
 def _obstacle(model: PreTrainedModel) -> str | None:
-    """Tries two rollouts: their states against those of whole sequences, and how far they are from
-    those without the prefix."""
+    """Try two rollouts: compare their states with those of whole sequences. The error must be small
+    against what the prefix changes."""
     decoder = decoder_of(model)
     name = type(decoder).__name__
     if _states_argument(decoder) is None:
@@ -100,14 +101,14 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     ids = torch.arange(3, 24) % len(model.get_input_embeddings().weight)
     prefix, rollouts = ids[:9], ids[9:].view(2, 6)
     ran = Continuation(model, prefix)
-    _, again = ran.states(rollouts), ran.states(rollouts)  # the first must leave the cache alone
+    _, again = ran.states(rollouts), ran.states(rollouts)  # the first must not change the cache
     found = torch.stack(again).float()
     with _as_sampling(decoder):
         whole = torch.cat([prefix.expand(2, -1), rollouts[:, :-1]], 1).to(model.device)
         wanted = decoder(input_ids=whole, use_cache=False).last_hidden_state[:, 8:].float()
         bare = decoder(input_ids=whole[:, 9:], use_cache=False).last_hidden_state.float()
     error = (found - wanted).abs().max()
-    told = (bare - wanted[:, 1:]).abs().max()  # what the prefix tells them
+    told = (bare - wanted[:, 1:]).abs().max()  # how much the prefix changes them
     tolerance = ROUNDING if model.dtype in (torch.float32, torch.float64) else HALF
     if not (error <= tolerance * wanted.abs().max() and error <= 0.1 * told):
         return f"{name} does not continue it exactly (its states differ by {float(error):.1g})"
@@ -115,7 +116,7 @@ def _obstacle(model: PreTrainedModel) -> str | None:
 
 
 def _run(decoder: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """The states [B, T, D] of some tokens after those in the cache, and the cache after them."""
+    """Run tokens after those in the cache. Returns their states [B, T, D] and the new cache."""
     name = _states_argument(decoder)
     before = {} if cache is None else {name: cache}
     output = decoder(input_ids=ids, use_cache=True, **before)
@@ -130,7 +131,7 @@ def _states_argument(decoder: nn.Module) -> str | None:
 
 
 def _copies(cache: Any, count: int, device: torch.device) -> Any:
-    """What one sequence left, for `count` of them."""
+    """Repeat one sequence's cache for `count` sequences."""
     rows = torch.zeros(count, dtype=torch.long, device=device)
     if isinstance(cache, list | tuple):  # RWKV's
         return [each.index_select(0, rows) for each in cache]
@@ -141,7 +142,8 @@ def _copies(cache: Any, count: int, device: torch.device) -> Any:
 
 @contextmanager
 def _as_sampling(decoder: nn.Module) -> Iterator[None]:
-    """In evaluation mode: checkpointed layers drop the cache in training mode."""
+    """A context with the decoder in evaluation mode: in training mode, checkpointed layers drop the
+    cache."""
     training = [module for module in decoder.modules() if module.training]
     for module in training:
         module.training = False

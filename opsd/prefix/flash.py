@@ -1,14 +1,14 @@
-"""Attention over a packed stream by flash attention's calls for sequences of any lengths.
+"""Attention over a packed stream by flash attention for sequences of varying lengths.
 
-With full attention nothing is copied. One call lets each segment attend causally to itself. Another
-call lets each group's rollouts, which are neighbours in the stream, attend to their whole prefix:
-its "sequences" are the groups. The results are merged by their log-sum-exps: with
-l = log(e^l₁ + e^l₂), out = e^(l₁-l) out₁ + e^(l₂-l) out₂. Each call's backward is given the merged
-out and l. Its probabilities e^(score - l) are then those of the whole softmax, and Σ out · d_out is
-the whole row's, so that the gradients only have to be added.
+With full attention nothing is copied. In one call each segment attends causally to itself. In
+another, each group's rollouts, which are adjacent in the stream, attend to their whole prefix: its
+"sequences" are the groups. The results are merged by their log-sum-exps: with l = log(e^l₁ + e^l₂),
+out = e^(l₁-l) out₁ + e^(l₂-l) out₂. Each call's backward gets the merged out and l. So its
+probabilities e^(score - l) are those of the whole softmax, and Σ out · d_out is the whole row's:
+the gradients only have to be added.
 
-With a sliding window a rollout sees only the window's last keys of its prefix. These are copied in
-front of its own keys, and one causal call with the window does everything.
+With a sliding window a rollout sees only the last keys of its prefix. They are copied in front of
+its own keys, and one causal call with the window computes everything.
 
 This relies on conventions of flash attention. A causal query i of n sees the keys up to i + m - n
 of its m: the last query sees the last key. A query without any key has out 0 and a log-sum-exp of
@@ -27,10 +27,10 @@ from opsd.prefix.layout import Layout, Scores, Segment, Span
 
 @dataclass(frozen=True)
 class Part:
-    """One call, in which sequence i's queries see sequence i's keys, all of them or causally.
+    """One call, in which the queries of sequence i see the keys of sequence i, all or causally.
 
-    rows: the queries' rows of the stream. keys: the rows of keys, or the index of rows to copy.
-    query_starts, key_starts: where each sequence starts, and the end: [sequences + 1], int32.
+    rows: the queries' rows in the stream. keys: the keys' rows, or the indices of rows to copy.
+    query_starts, key_starts: the start of each sequence, and the end: [sequences + 1], int32.
     """
 
     rows: slice
@@ -53,7 +53,7 @@ def parts(layout: Layout, window: int | None) -> list[Part]:
     found = [_part(layout, segments, own, causal=True)]
     for some in (prefixes, rollouts):
         for past in (True, False):
-            # Keys of a past and of the stream are not adjacent: a call each.
+            # Keys of a past and of the stream are not adjacent, so each needs a call.
             seen = [
                 next((span for span in s.before if (span.start < layout.past) == past), None)
                 for s in some
@@ -66,7 +66,8 @@ def parts(layout: Layout, window: int | None) -> list[Part]:
 def _joined(
     segments: Sequence[Segment], spans: Sequence[Span | None]
 ) -> tuple[list[Segment], list[Span]]:
-    """Neighbours that see the same span become one. Keys in between that none sees get no query."""
+    """Join adjacent segments that see the same span. Keys between spans, which no segment sees,
+    become a sequence without queries."""
     joined: list[Segment] = []
     seen: list[Span] = []
     end = next(span.start for span in spans if span)
@@ -88,7 +89,7 @@ def _joined(
 def _part(
     layout: Layout, segments: Sequence[Segment], keys: Sequence[Span], *, causal: bool
 ) -> Part:
-    """The call for segments and spans that follow each other without gaps."""
+    """Make the call for segments and spans that are adjacent, without gaps."""
     queries = [segment.queries for segment in segments]
     first, last = queries[0], queries[-1]
     return Part(
@@ -100,7 +101,8 @@ def _part(
 
 
 def _windowed(layout: Layout, window: int) -> Part:
-    """Each segment, with the earlier keys that its first query still sees."""
+    """Make the one call for a window: each segment, with the earlier keys that its first query
+    sees."""
     rows, lengths = [], []
     for segment in layout.segments:
         oldest = segment.queries.position - window + 1
@@ -126,7 +128,7 @@ def _starts(layout: Layout, queries: list[int], keys: list[int]) -> tuple[Tensor
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(layout.device)
         for lengths in (queries, keys)
     )
-    # At least 2: with one query a sequence flash attention decodes, and allows no empty sequence.
+    # At least 2: for 1, flash attention uses a decoding kernel, which allows no empty sequence.
     return first, second, max(2, *queries), max(keys)
 
 
@@ -139,7 +141,7 @@ Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Calls:
-    """A library's pair of calls."""
+    """A library's forward and backward calls."""
 
     forward: Forward
     backward: Backward
@@ -162,7 +164,7 @@ class _Merged(torch.autograd.Function):
             part_out, part_lse = calls.forward(
                 query[part.rows], key[part.keys], value[part.keys], part, scores
             )
-            if out is None:  # the first part has all rows
+            if out is None:  # the first call has all rows
                 out, lse = part_out, part_lse
             else:
                 _merge(out[part.rows], lse[:, part.rows], part_out, part_lse)
@@ -176,7 +178,7 @@ class _Merged(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         d_out = d_out.to(query.dtype).contiguous()
         d_query = torch.zeros_like(query)
-        # A prefix collects from all its rollouts, and a copied key from all its copies.
+        # A prefix gets gradients from all its rollouts, and a copied key from all its copies.
         d_key = torch.zeros_like(key, dtype=torch.float32)
         d_value = torch.zeros_like(value, dtype=torch.float32)
         for part in ctx.parts:
@@ -195,7 +197,7 @@ class _Merged(torch.autograd.Function):
 
 def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     """Merge a call's out [rows, H, d] and log-sum-exp [H, rows] into those of earlier calls."""
-    # Rows that see none of this call's keys.
+    # +inf marks rows that see none of this call's keys.
     part_lse = part_lse.masked_fill(part_lse == torch.inf, -torch.inf)
     merged = torch.logaddexp(lse, part_lse)
     for_out = (torch.exp(lse - merged).T[..., None], torch.exp(part_lse - merged).T[..., None])
@@ -204,12 +206,12 @@ def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
 
 
 def _left(part: Part) -> int:
-    """How many earlier keys a query sees; -1: all."""
+    """The number of earlier keys that a query sees; -1: all."""
     return -1 if part.window is None else part.window - 1
 
 
 def _torch_arguments(part: Part, scores: Scores) -> tuple[tuple, dict]:
-    """The arguments that forward and backward share, by place and by name."""
+    """The positional and the named arguments that forward and backward share."""
     assert scores.softcap is None
     places = part.query_starts, part.key_starts, part.longest_query, part.longest_key
     dropout = 0.0
@@ -279,4 +281,4 @@ FLASH_ATTN_ARGUMENTS = {
     "_flash_attn_varlen_forward": _SHARED,
     "_flash_attn_varlen_backward": _SHARED | {"dq", "dk", "dv", "deterministic"},
 }
-"""The functions that are called, and the arguments that a known version has."""
+"""The functions that are called, and arguments that a version needs to be supported."""

@@ -1,7 +1,8 @@
 """Attention over a packed stream by FlexAttention: any width, dtype and soft cap, on a GPU.
 
 The mask is a function of rows: a query sees its own segment and its group's shared keys, unless
-they lie after it or outside the window. FlexAttention skips blocks of which no query sees any key.
+they come after it or are outside the window. FlexAttention skips blocks in which no query sees any
+key.
 """
 
 from collections.abc import Callable
@@ -18,19 +19,19 @@ Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query row, key row) → whether that query sees that key."""
 
 BLOCK = 128
-"""Rows and columns of a block that FlexAttention computes or skips: its default."""
+"""Rows and columns of a block that FlexAttention computes or skips; its default."""
 
 SHARED = -1
-"""The segment number of keys that all of a group may see."""
+"""The segment number of keys that a whole group may see."""
 
 
 def flex_packed_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
-    """`opsd.prefix.attention.packed_attention` by FlexAttention; a CPU has no backward."""
+    """`opsd.prefix.attention.packed_attention` by FlexAttention, which has no backward on a CPU."""
     window = scores.window
     heads_first = (x.transpose(0, 1)[None] for x in (query.to(value.dtype), key, value))
-    # Not compiled on a CPU, where compiling takes longer than the tests' attention.
+    # On a CPU it is not compiled: that would take longer than attention in the tests.
     attend: Any = _compiled() if query.is_cuda else flex_attention
     out = attend(
         *heads_first,
@@ -43,9 +44,9 @@ def flex_packed_attention(
 
 
 def block_mask(layout: Layout, window: int | None) -> BlockMask:
-    """Which keys each of the stream's tokens sees.
+    """Make the mask of the keys that each token sees.
 
-    Found for BLOCK rows at a time: create_block_mask holds the mask of all tokens and all keys, a
+    It is made BLOCK rows at a time: create_block_mask holds the mask of all tokens and all keys, a
     gigabyte for a stream of 32,000 tokens.
     """
     sees, tokens, keys = visible(layout, window), len(layout.ids), layout.past + len(layout.ids)
@@ -68,13 +69,14 @@ def block_mask(layout: Layout, window: int | None) -> BlockMask:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of blocks, how many are true, and the columns, those of true ones first."""
+    """For each row of blocks: the number of true ones, and all columns with those of true ones
+    first."""
     first = blocks.to(torch.int32).argsort(dim=1, descending=True, stable=True)
     return blocks.sum(1, dtype=torch.int32)[None, None], first.to(torch.int32)[None, None]
 
 
 def visible(layout: Layout, window: int | None) -> Mask:
-    """The mask of the layout's stream."""
+    """The mask function of the layout's stream."""
     groups, segments, positions = (x.to(layout.device) for x in key_places(layout))
     past = layout.past
 
@@ -89,7 +91,8 @@ def visible(layout: Layout, window: int | None) -> Mask:
 
 
 def key_places(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row of keys: its group, its rollout or SHARED, and its position in its sequence."""
+    """The group, the rollout's number or SHARED, and the position in its sequence, of each key
+    row."""
     prefixes, rollouts = layout.segments[: layout.groups], layout.segments[layout.groups :]
     places = [(span, group, SHARED) for group, s in enumerate(prefixes) for span in s.before]
     places += [(s.queries, group, SHARED) for group, s in enumerate(prefixes)]
@@ -104,13 +107,13 @@ def key_places(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    # dynamic: else each new length of a stream compiles again.
+    # dynamic: otherwise each new length of a stream compiles again.
     return torch.compile(flex_attention, dynamic=True)
 
 
 @cache
 def _capped(softcap: float) -> Callable[..., Tensor]:
-    """One function a value: FlexAttention compiles again for each new function."""
+    """The soft cap's function; cached, since FlexAttention compiles again for each new function."""
 
     def cap(score, batch, head, q, k):
         return softcap * torch.tanh(score / softcap)

@@ -1,9 +1,9 @@
-"""The hidden states that predict rollouts' tokens: of one model, and of a student and its teacher.
+"""Computes the hidden states that predict rollouts' tokens, for a student and its teachers.
 
-All take groups, (prefix ids [P], [rollout ids [R_1], …]) each, and return [Σ R, D]: the last hidden
-state, after the final norm, that predicts each rollout token, in the order group, rollout,
-position. The state at position P - 1 predicts the first token of all of a prefix's rollouts. The
-last token of a rollout is only a target and is not run.
+All functions take groups, each (prefix ids [P], [rollout ids [R_1], …]), and return [Σ R, D]: for
+each rollout token the last hidden state, after the final norm, that predicts it, in the order
+group, rollout, position. The state at position P - 1 predicts the first token of all rollouts of a
+prefix. A rollout's last token is only a target and is not run.
 """
 
 import warnings
@@ -38,8 +38,8 @@ def student_and_teacher_states(
 ) -> tuple[Tensor, list[Tensor]]:
     """The student's states, and those of each teacher in its own contexts.
 
-    A teacher may be `model` itself; none gets a gradient. Where roles have one model, and their
-    contexts start with the same tokens, these run once.
+    A teacher may be `model` itself; no teacher gets a gradient. Where roles use the same model and
+    their contexts begin with the same tokens, these tokens run once.
     """
     found: dict[int, Tensor] = {}
     by_model: dict[PreTrainedModel, list[int]] = {}
@@ -58,12 +58,12 @@ def student_and_teacher_states(
 def states_by_role(
     model: PreTrainedModel, roles: Sequence[Sequence[Group]], share: bool = True
 ) -> list[Tensor]:
-    """The states of several roles that one model has, the first's alone with a gradient.
+    """The states of several roles of one model; only the first role's have a gradient.
 
-    Where a role has a group for each of the first's, and the prefixes of the two start with the
-    same tokens, these run once: it reads their keys and values from the first's pass. A role whose
-    groups are an earlier one's does not run. Raises ValueError where the adapters that apply
-    change between the passes.
+    If another role has a group for each of the first's and their prefixes begin with the same
+    tokens, these run once: the role reads their keys and values from the first role's pass. A role
+    with the same groups as an earlier one does not run. Raises ValueError if adapters are switched
+    between the passes.
     """
     if isinstance(model, RemoteTeacher):
         with phase("teacher"):
@@ -79,8 +79,8 @@ def states_by_role(
     most = [max(each, default=0) for each in zip(*filter(None, common), strict=True)]
     captured: KeysAndValues = {}
     capture = None
-    # The first role first: autocast caches the weights that it casts, for all passes, and must cast
-    # them with their graph.
+    # The first role runs first: autocast caches the weights that it casts for all passes, and must
+    # cast them with their graph.
     with phase("student" if torch.is_grad_enabled() else "teacher"):
         before = adapter_state(model)
         if any(most):
@@ -107,7 +107,7 @@ def states_by_role(
 
 
 def _same(one: Sequence[Group], other: Sequence[Group]) -> bool:
-    """Whether two roles have the same objects as contexts and rollouts: no tokens are compared."""
+    """Whether two roles have the same objects as contexts and rollouts; compares no tokens."""
     return len(one) == len(other) and all(
         a is b and len(its) == len(others) and all(x is y for x, y in zip(its, others, strict=True))
         for (a, its), (b, others) in zip(one, other, strict=True)
@@ -120,19 +120,20 @@ def _common_starts(
     checked: Sequence[CheckedGroup],
     other: Sequence[Group],
 ) -> list[int] | None:
-    """How many tokens the prefixes of two roles start with alike; None where they share none."""
-    unknown = CachedPrefix, FakeTensor  # of `opsd plan`, without values
+    """For each group, the number of tokens with which both prefixes begin; None if none are
+    shared."""
+    unknown = CachedPrefix, FakeTensor  # fake tensors, of `opsd plan`, have no values
     apart = any(isinstance(prefix, unknown) for prefix, _ in [*checked, *first, *other])
     if len(first) != len(other) or apart or unpackable(model) is not None:
         return None
     pairs = list(zip(checked, _checked(model, other), strict=True))
-    if any(len(prefix) > CHUNK for _, (prefix, _) in pairs):  # which run in chunks, by themselves
+    if any(len(prefix) > CHUNK for _, (prefix, _) in pairs):  # these run in chunks
         return None
     return [_common(one, another) for (one, _), (another, _) in pairs]
 
 
 def _rows(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """The numbers from each start on."""
+    """Concatenate the ranges from each start with each length."""
     pairs = zip(starts, lengths, strict=False)
     return torch.cat([torch.arange(start, start + length) for start, length in pairs])
 
@@ -140,7 +141,7 @@ def _rows(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
 def rollout_hidden_states(
     model: PreTrainedModel, groups: Sequence[Group], share: bool = True
 ) -> Tensor:
-    """The states of one model. `share`: each prefix runs once, where the model can."""
+    """The states of one model. `share`: run each prefix once, if the model can."""
     if isinstance(model, RemoteTeacher):
         return model.states([plain_groups(groups)])[0]
     if not share or _alone_because(model) is not None:
@@ -149,7 +150,7 @@ def rollout_hidden_states(
     if unpackable(model) is not None:
         ran = [p.continuation(model) if isinstance(p, CachedPrefix) else None for p in given]
         return continued_hidden_states(model, checked, ran)
-    if not torch.is_grad_enabled():  # long ones in chunks, whose activations are freed
+    if not torch.is_grad_enabled():  # run long prefixes in chunks, to free their activations
         groups = [
             (g if len(p) <= CHUNK or isinstance(g, CachedPrefix) else CachedPrefix(p, False), r)
             for g, (p, r) in zip(given, checked, strict=True)
@@ -159,20 +160,20 @@ def rollout_hidden_states(
 
 
 def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
-    """The hidden states that predict the rollouts' tokens, each prefix run once.
+    """The hidden states that predict the rollouts' tokens; each prefix runs once.
 
     model: a causal language model of transformers, or a PEFT model around one.
-    groups: (prefix ids [P], [rollout ids [R_1], …]) each, integer tensors or lists.
+    groups: each (prefix ids [P], [rollout ids [R_1], …]), integer tensors or lists.
 
     Returns [Σ R, D]: row k is the last hidden state, after the final norm, that predicts the k-th
     rollout token (order: group, rollout, position); differentiable in the parameters. The state at
-    a prefix's last position predicts the first token of all its rollouts, and the last token of a
-    rollout is only a target and is not run.
+    a prefix's last position predicts the first token of all its rollouts. A rollout's last token is
+    only a target and is not run.
 
     A model with layers that cannot be packed (recurrent, linear attention) runs each rollout by
-    itself, with one warning that names the layer; without gradients its rollouts continue the
-    prefix's cache, where they can. Raises ValueError for empty prefixes or rollouts,
-    ids without an embedding, and more tokens than the model has positions.
+    itself, with one warning that names the layer. Without gradients its rollouts continue the
+    prefix's cache, if they can. Raises ValueError for empty prefixes or rollouts, for ids without
+    an embedding, and for more tokens than the model has positions.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1)
@@ -187,7 +188,8 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
 
 
 def _alone_because(model: PreTrainedModel) -> str | None:
-    """Why each rollout runs by itself; None where streams, or without gradients caches, share."""
+    """Why each rollout runs by itself; None if packed streams, or caches without gradients,
+    share."""
     reason = unpackable(model)
     if reason is None or torch.is_grad_enabled() or uncontinuable(model) is not None:
         return reason
@@ -195,12 +197,12 @@ def _alone_because(model: PreTrainedModel) -> str | None:
 
 
 def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
-    """The same states, with each rollout in a padded row of its own after its prefix."""
+    """The same states, with each rollout in its own padded row after its prefix."""
     checked = _checked(model, plain_groups(groups))
     rows = [(prefix, ids) for prefix, rollouts in checked for ids in rollouts]
     tokens = [torch.cat([prefix, ids[:-1]]) for prefix, ids in rows]
-    # Padding stands at the right end, where a causal model cannot see it: this needs no mask and
-    # keeps the fast causal attention.
+    # Padding is at the right end, where a causal model cannot see it. So no mask is needed, and
+    # fast causal attention can be used.
     ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device)
     output = decoder_of(model)(input_ids=ids, use_cache=False)
     places = [
@@ -211,7 +213,7 @@ def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> T
 
 
 def _checked(model: PreTrainedModel, groups: Sequence[Group]) -> list[CheckedGroup]:
-    """`checked_groups`; also checks that this model can run them.
+    """Check that the groups are valid and that this model can run them.
 
     Raises ValueError for ids without an embedding, and for more tokens than there are positions.
     """
@@ -229,7 +231,7 @@ def _checked(model: PreTrainedModel, groups: Sequence[Group]) -> list[CheckedGro
             )
         for ids in (prefix, *rollouts):
             if isinstance(ids, FakeTensor):
-                continue  # of `opsd plan`, without values
+                continue  # it has no values (`opsd plan`)
             if int(ids.min()) < 0 or int(ids.max()) >= rows:
                 raise ValueError(
                     f"groups[{number}] holds ids from {int(ids.min())} to {int(ids.max())}: "
@@ -239,8 +241,8 @@ def _checked(model: PreTrainedModel, groups: Sequence[Group]) -> list[CheckedGro
 
 
 def _check_adapters(student: tuple[bool, ...], teacher: tuple[bool, ...]) -> None:
-    """The teacher reads keys that were computed with the student's adapters: with other adapters
-    its states would be those of no model at all."""
+    """Raise ValueError if the teacher's adapters differ from the student's, with which the keys
+    that it reads were computed: its states would then belong to no model."""
     differ = sum(a != b for a, b in zip(student, teacher, strict=True))
     if differ:
         raise ValueError(
@@ -251,7 +253,7 @@ def _check_adapters(student: tuple[bool, ...], teacher: tuple[bool, ...]) -> Non
 
 
 def _common(student: Tensor, teacher: Tensor) -> int:
-    """The length of the common start, which leaves at least the teacher's last token to run."""
+    """The length of the common start, without the teacher's last token, which must run."""
     length = min(len(student), len(teacher) - 1)
     differs = (student[:length] != teacher[:length]).nonzero()
     return int(differs[0]) if len(differs) else length

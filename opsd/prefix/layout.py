@@ -1,9 +1,9 @@
-"""Where each token of a packed stream stands, and which tokens it may attend to.
+"""The layout of a packed stream: each token's position, and the tokens it may attend to.
 
 A stream holds all prefixes, then all rollouts: [prefix 1 | prefix 2 | … | rollout 1.1 | …]. A
-rollout's tokens attend to its prefix and causally to themselves, and their positions continue
-after the prefix. Nothing is padded. Keys that ran in another stream, a past, stand before the
-stream's own. How attention is computed is up to the kernels.
+rollout's tokens attend to its prefix and causally to themselves, and their positions continue after
+the prefix. There is no padding. Keys that ran in another stream, a past, come before the stream's
+own. The kernels decide how attention is computed.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -24,7 +24,7 @@ CheckedGroup = tuple[Tensor, list[Tensor]]
 
 @dataclass(frozen=True)
 class Span:
-    """Rows `start` to `start + length`, the first at `position` in its own sequence."""
+    """Rows `start` to `start + length`; the first has `position` in its sequence."""
 
     start: int
     length: int
@@ -43,22 +43,22 @@ class Span:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of the stream, a prefix or a rollout, and the keys that come before."""
+    """Consecutive tokens of the stream, a prefix or a rollout, and the spans of earlier keys."""
 
     queries: Span
     before: tuple[Span, ...] = ()
 
 
 def positions_of(spans: Sequence[Span]) -> Tensor:
-    """The spans' positions, one after the other."""
+    """The spans' positions, concatenated."""
     return torch.cat([torch.arange(s.position, s.end) for s in spans])
 
 
 class Scores(NamedTuple):
-    """How a query and a key meet: scale · q · k, then softcap · tanh(score / softcap).
+    """How attention scores are computed: scale · q · k, then softcap · tanh(score / softcap).
 
-    window: positions that a query sees, itself included; None: all before it. sinks: for each query
-    head a score that joins the softmax and has no value [H].
+    window: the number of positions that a query sees, with its own; None: all before it. sinks: a
+    score for each query head [H] that is in the softmax but has no value.
     """
 
     scale: float
@@ -72,20 +72,20 @@ class Layout:
 
     Attributes:
         ids: [T], the prefixes, then the rollouts without their last tokens, which are only targets.
-        positions: [T], of each token in its own sequence.
+        positions: [T], each token's position in its own sequence.
         predictors: [Σ R], the row whose hidden state predicts each rollout token.
         segments: the prefixes, then the rollouts that have a token to run.
-        groups: how many groups there are, which is how many segments are prefixes.
-        past: rows of keys before the stream's own.
+        groups: the number of groups, and so of segments that are prefixes.
+        past: the number of key rows before the stream's own.
     """
 
     def __init__(
         self, groups: Sequence[Group], device: torch.device, past: Sequence[int] | None = None
     ):
-        """The layout of `groups` on `device`.
+        """Lay out `groups` on `device`.
 
         `past`: for each group, how many tokens before its prefix ran in another stream. Their keys
-        stand before the stream's own, group by group.
+        come before the stream's own, group by group.
         """
         checked = checked_groups(groups)
         past = past or [0] * len(checked)
@@ -116,18 +116,19 @@ class Layout:
         self._made: dict[Hashable, Any] = {}
 
     def key_rows(self, span: Span) -> Span:
-        """Rows of the stream as rows of keys, which a past precedes."""
+        """Convert rows of the stream to rows of keys, which begin with the past's."""
         return Span(span.start + self.past, span.length, span.position)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The result of `make`, computed once, since all layers of a model ask for the same."""
+        """Call `make` once for a key and cache its result: all layers of a model ask for the
+        same."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
 
 def checked_groups(groups: Sequence[Group]) -> list[CheckedGroup]:
-    """The groups as int64 tensors on the CPU. Raises ValueError for what cannot be a group."""
+    """Convert the groups to int64 tensors on the CPU. Raises ValueError for invalid groups."""
     checked = [(_ids(prefix), [_ids(ids) for ids in rollouts]) for prefix, rollouts in groups]
     if not checked:
         raise ValueError("groups is empty: it must hold (prefix ids, [rollout ids, …])")

@@ -1,6 +1,6 @@
-"""A model's forward over a packed stream, and which models cannot run one.
+"""Runs a model's forward over a packed stream, and finds out which models cannot do that.
 
-For the forward's duration our attention replaces the model's.
+During the forward our attention replaces the model's.
 """
 
 import inspect
@@ -21,13 +21,13 @@ from opsd.prefix.layout import Layout, Scores
 IMPLEMENTATION = "opsd_shared_prefix"
 
 CHECKPOINT = "_gradient_checkpointing_func"
-"""The attribute through which transformers calls a layer that is checkpointed."""
+"""The attribute with the function by which transformers calls a checkpointed layer."""
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
-"""transformers' names of layer types whose tokens meet in ordinary attention only."""
+"""transformers' layer types in which tokens interact only through ordinary attention."""
 
 SCALED_BY_LENGTH = ("dynamic", "longrope")
-"""Kinds of rotary positions that depend on the longest sequence of the batch."""
+"""Rotary embeddings that depend on the longest sequence of the batch."""
 
 SAME_ATTENTION = (
     "sdpa",
@@ -40,10 +40,10 @@ SAME_ATTENTION = (
 """transformers' names of plain attention, which ours may replace."""
 
 RECURRENT = ("Mamba", "SSM", "Rwkv", "Recurrent", "Delta", "LinearAttention", "Lightning")
-"""Parts of names of classes that carry a state from token to token (not of SeedOssMLP)."""
+"""Parts of names of classes that carry a state from token to token (not in SeedOssMLP)."""
 
 UNKNOWN_TO_US = ("indexer", "relative_attention_bias")
-"""Attributes of attention modules that change the scores in ways that ours does not know."""
+"""Attributes of attention modules that change scores in ways that our attention does not know."""
 
 KeysAndValues = dict[nn.Module, tuple[Tensor, Tensor]]
 """Attention module → keys [N, K, d] and values [N, K, d_v] of some rows."""
@@ -51,9 +51,9 @@ KeysAndValues = dict[nn.Module, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Capture:
-    """Where a forward puts its keys and values.
+    """Where a forward stores its keys and values.
 
-    rows: the stream's rows to capture; None: all. graph: whether they stay in autograd's graph.
+    rows: the rows of the stream to store; None: all. graph: keep them in autograd's graph.
     """
 
     into: KeysAndValues
@@ -63,7 +63,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class Stream:
-    """What the attention layers need to know of a stream."""
+    """What the attention layers need to know about a stream."""
 
     layout: Layout
     capture: Capture | None
@@ -73,8 +73,8 @@ class Stream:
 def try_kernel(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> str:
     """The name of the kernel (or kernels) that this model's streams use in `dtype` on `device`.
 
-    The model may still be elsewhere. Raises UserError where the kernel that was asked for cannot
-    serve this model.
+    The model may still be on another device. Raises UserError if the kernel that was asked for
+    cannot run this model.
     """
     kind = model.device.type
     with torch.no_grad(), torch.autocast(kind, dtype, enabled=dtype != torch.float32):
@@ -82,16 +82,16 @@ def try_kernel(model: PreTrainedModel, dtype: torch.dtype, device: torch.device)
 
 
 def probe(model: PreTrainedModel) -> list[Inputs]:
-    """What the model hands to its attention in a stream of two tokens, without gradient.
+    """The inputs of the model's attention, found with a stream of two tokens, without gradient.
 
-    Raises UnpackableError where that is more than our attention knows.
+    Raises UnpackableError if they are more than our attention knows.
     """
     with torch.no_grad(), by_tiles() as inputs:
         try:
             packed_forward(model, Layout([([0], [[0, 0]])], model.device))
         finally:
-            # Otherwise a caller's autocast (torch 2.10) would reuse the weights cast here, without
-            # a graph.
+            # Otherwise a caller's autocast (torch 2.10) would reuse the weights that were cast
+            # here without a graph.
             torch.clear_autocast_cache()
     return inputs
 
@@ -103,7 +103,7 @@ def packed_forward(
     capture: Capture | None = None,
     past: KeysAndValues | None = None,
 ) -> Tensor:
-    """The decoder over a stream: the states that predict the rollouts' tokens, [Σ R, D].
+    """Run the decoder over a stream. Returns the states [Σ R, D] that predict the rollouts' tokens.
 
     `past`: keys and values of the layout's past, which ran in another stream.
     """
@@ -117,7 +117,7 @@ def packed_forward(
 
 @contextmanager
 def packed(decoder: PreTrainedModel, stream: Stream) -> Iterator[None]:
-    """Our attention inside, and when backward recomputes a layer that ran inside."""
+    """A context with our attention, also when backward recomputes a layer that ran inside it."""
     checkpointed = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
     plain = {}
     for module in checkpointed:
@@ -138,13 +138,13 @@ _stream: Stream | None = None
 
 @contextmanager
 def _attending(decoder: PreTrainedModel, stream: Stream) -> Iterator[None]:
-    """`_attention` in the decoder's layers, over this stream.
+    """A context in which the decoder's layers call `_attention` with this stream.
 
     The stream is not an argument of the model's forward, since not all models pass on arguments
     that they do not know.
     """
     global _stream
-    # set_attn_implementation walks all modules each time; the layers read this one attribute.
+    # Set the attribute that layers read: set_attn_implementation would visit all modules.
     config = decoder.config
     before = config._attn_implementation, _stream
     config._attn_implementation_internal, _stream = IMPLEMENTATION, stream
@@ -155,7 +155,7 @@ def _attending(decoder: PreTrainedModel, stream: Stream) -> Iterator[None]:
 
 
 def _recomputing(checkpoint: Callable, decoder: PreTrainedModel, stream: Stream) -> Callable:
-    """`checkpoint`, whose recomputation in backward finds our attention in place again."""
+    """Wrap `checkpoint` so that its recomputation in backward uses our attention again."""
 
     def run(layer: Callable, *inputs):
         def again(*inputs):
@@ -168,7 +168,7 @@ def _recomputing(checkpoint: Callable, decoder: PreTrainedModel, stream: Stream)
 
 
 def adapter_state(model: nn.Module) -> tuple[bool, ...]:
-    """For each adapted layer of the model, whether it applies its adapters now."""
+    """For each adapted layer, whether its adapters are switched on."""
     return tuple(
         bool(m.active_adapters) and not m.disable_adapters
         for m in model.modules()
@@ -177,11 +177,11 @@ def adapter_state(model: nn.Module) -> tuple[bool, ...]:
 
 
 class UnpackableError(Exception):
-    """This model's attention is more than queries, keys and values; the message says what."""
+    """This model's attention needs more than queries, keys and values; the message says what."""
 
 
 KNOWN_TENSORS = {"position_ids", "cache_position"}
-"""Tensors that models hand to their attention and that do not change it."""
+"""Tensors that models pass to their attention and that do not change it."""
 
 
 def _attention(
@@ -198,7 +198,8 @@ def _attention(
     s_aux: Tensor | None = None,
     **more,
 ) -> tuple[Tensor, None]:
-    """For transformers' AttentionInterface: [1, heads, T, d] each → [1, T, heads, d]."""
+    """The function for transformers' AttentionInterface: [1, heads, T, d] each → [1, T, heads,
+    d]."""
     tensors = {"attention_mask": attention_mask, **more}
     strange = [n for n, x in tensors.items() if isinstance(x, Tensor) and n not in KNOWN_TENSORS]
     if strange or dropout:
@@ -210,7 +211,7 @@ def _attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     capture = stream.capture
-    if capture is not None and module not in capture.into:  # not again in a checkpoint's recompute
+    if capture is not None and module not in capture.into:  # only once, not when recomputed
         pair = (key, value) if capture.graph else (key.detach(), value.detach())
         if capture.rows is not None:
             pair = pair[0][capture.rows], pair[1][capture.rows]
@@ -225,7 +226,7 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 
 
 def unpackable(model: PreTrainedModel) -> str | None:
-    """Why the model cannot run packed streams, with the layer's name; None where it can."""
+    """Why the model cannot run packed streams, with the layer's name; None if it can."""
     decoder = decoder_of(model)
     attention = decoder.config._attn_implementation
     if attention not in SAME_ATTENTION:
@@ -242,12 +243,12 @@ _known: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
 def take_as_packable(model: PreTrainedModel) -> None:
-    """Ask no more whether this model runs packed streams: another of its architecture does."""
+    """Record that this model runs packed streams, because another of its architecture does."""
     _known[decoder_of(model)] = None
 
 
 def _refusal(model: PreTrainedModel) -> str | None:
-    """What our attention refuses in a stream of two tokens; None where it refuses nothing."""
+    """Run a stream of two tokens. Returns why our attention refuses it, or None."""
     modes = [(module, module.training) for module in model.modules()]
     model.train()  # attention dropout, if any, is on then
     try:
@@ -257,7 +258,7 @@ def _refusal(model: PreTrainedModel) -> str | None:
         return str(error)
     except UserError:
         raise
-    except Exception as error:  # a model may take something for granted that no stream has
+    except Exception as error:  # the model may need what a stream lacks
         return f"{type(model).__name__} fails in a packed stream ({in_short(error)})"
     finally:
         for module, training in modes:
@@ -281,7 +282,7 @@ def _reason(decoder: PreTrainedModel) -> str | None:
         return f"{type(decoder).__name__} scales its positions ({scaled}) by a batch's longest"
     window = getattr(config, "sliding_window", None)
     inside = window and window < (getattr(config, "max_position_embeddings", None) or window + 1)
-    told = getattr(config, "layer_types", None)  # then each layer knows whether it has the window
+    told = getattr(config, "layer_types", None)  # if set, layers know their window
     inner = ((name, module) for name, module in decoder.named_modules() if "." in name)
     for name, module in inner:
         kind = type(module).__name__
@@ -298,7 +299,7 @@ def _reason(decoder: PreTrainedModel) -> str | None:
 
 
 def _scaled_by_length(config) -> str | None:
-    """The kind of rotary positions, where it is one of SCALED_BY_LENGTH."""
+    """The type of the rotary embedding if it is in SCALED_BY_LENGTH, else None."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     kinds = [each.get("rope_type") for each in nested or [parameters]]
@@ -306,6 +307,6 @@ def _scaled_by_length(config) -> str | None:
 
 
 def _knows_window(attention: nn.Module) -> bool:
-    """Whether its code names the window: if not, it cannot hand it to our attention."""
+    """Whether the module's code names the window: otherwise it cannot pass it to our attention."""
     code = inspect.unwrap(type(attention).forward).__code__
     return "sliding_window" in (*code.co_names, *code.co_consts)

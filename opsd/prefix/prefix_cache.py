@@ -1,13 +1,13 @@
-"""A prefix that several micro-batches share runs once for all of them, exactly.
+"""Runs a prefix that several micro-batches share once for all of them, without approximation.
 
-Where a group's rollouts do not fit one micro-batch, its prefix would run again in each. Instead the
-keys and values of its tokens, all but the last, are kept as leaves of autograd. Each micro-batch
+If a group's rollouts do not fit into one micro-batch, its prefix would run again in each. Instead
+the keys and values of all its tokens but the last are kept as autograd leaves. Each micro-batch
 runs [last token | some rollouts], which attend to them, and its backward adds to the leaves'
 gradients. After the last micro-batch, one backward through the prefix's own graph starts from those
-gradients. In the meantime the prefix's activations and the leaves' gradients take memory.
+gradients. Until then the prefix's activations and the leaves' gradients stay in memory.
 
-Without gradients, as with most teachers, only the keys and values are kept. They are made chunk by
-chunk, so that a long prefix takes no memory but theirs.
+Without gradients, as for most teachers, only the keys and values are kept. They are computed in
+chunks, so that a long prefix needs memory only for them.
 """
 
 from collections.abc import Hashable, Sequence
@@ -26,14 +26,14 @@ from opsd.prefix.packed_forward import Capture, KeysAndValues, adapter_state, pa
 
 @dataclass(frozen=True)
 class _PrefixRun:
-    """What one forward of a prefix left: the leaves that micro-batches read, and the same tensors
-    in the prefix's own graph."""
+    """The result of a prefix's forward: the leaves that micro-batches read, and the same tensors in
+    the prefix's own graph."""
 
     leaves: KeysAndValues
     in_graph: KeysAndValues
 
     def backward(self) -> None:
-        """Backward through the prefix's own graph, from the gradients of the leaves."""
+        """Run backward through the prefix's own graph, from the gradients of the leaves."""
         pairs = [
             (tensor, leaf.grad)
             for module, leaves in self.leaves.items()
@@ -46,13 +46,13 @@ class _PrefixRun:
 
 
 class CachedPrefix(Sequence[int]):
-    """The ids of a prefix that several micro-batches share. It stands in a group for plain ids.
+    """The ids of a prefix that several micro-batches share. It replaces plain ids in a group.
 
-    `trains`: may be read where gradients are computed; otherwise it runs again there.
+    `trains`: it may be read with gradients; otherwise the prefix runs again there.
     """
 
     def __init__(self, ids: Ids, trains: bool):
-        # Those of `opsd plan` have no values that a list could hold.
+        # The fake tensors of `opsd plan` have no values.
         self.ids, self.trains = ids if isinstance(ids, FakeTensor) else list(ids), trains
         self._runs: dict[tuple[nn.Module, bool, Hashable], _PrefixRun] = {}
         self._continuations: dict[tuple[nn.Module, Hashable], Continuation] = {}
@@ -64,8 +64,8 @@ class CachedPrefix(Sequence[int]):
         return self.ids[index]
 
     def keys_and_values(self, model: PreTrainedModel) -> KeysAndValues | None:
-        """The keys and values of all tokens but the last; the first call runs them. None if a
-        gradient is wanted and this prefix does not train."""
+        """The keys and values of all tokens but the last, computed by the first call. None if a
+        gradient is needed and this prefix does not train."""
         with_gradient = torch.is_grad_enabled()
         if with_gradient and not self.trains:
             return None
@@ -75,14 +75,15 @@ class CachedPrefix(Sequence[int]):
         return self._runs[key].leaves
 
     def continuation(self, model: PreTrainedModel) -> Continuation:
-        """What it left behind, for a model without packed streams; the first call runs it."""
+        """The prefix's `Continuation`, for a model without packed streams; the first call runs
+        it."""
         key = decoder_of(model), adapter_state(model)
         if key not in self._continuations:
             self._continuations[key] = Continuation(model, torch.tensor(self.ids))
         return self._continuations[key]
 
     def finish(self) -> None:
-        """The last micro-batch's backward has been: the prefix's own follows, and all is freed."""
+        """Run the prefix's own backward, after the last micro-batch's, and free everything."""
         self._continuations.clear()
         while self._runs:
             self._runs.pop(next(iter(self._runs))).backward()
@@ -94,16 +95,17 @@ class PrefixCache:
     def __init__(self) -> None:
         self.prefixes: list[CachedPrefix] = []
         self._last_batches: list[int] = []
-        self._done = 0  # micro-batches
+        self._done = 0  # number of finished micro-batches
 
     def add(self, ids: Ids, trains: bool, last_batch: int) -> CachedPrefix:
-        """A prefix for the micro-batches up to number `last_batch`."""
+        """Make a prefix for the micro-batches up to number `last_batch`."""
         self.prefixes.append(CachedPrefix(ids, trains))
         self._last_batches.append(last_batch)
         return self.prefixes[-1]
 
     def batch_done(self) -> None:
-        """A micro-batch's backward has been: prefixes that no later one reads get theirs."""
+        """Call this after each micro-batch's backward: finishes the prefixes that no later one
+        reads."""
         for prefix, last in zip(self.prefixes, self._last_batches, strict=True):
             if last == self._done:
                 prefix.finish()
@@ -111,34 +113,34 @@ class PrefixCache:
 
 
 def cached_token_cost(model: PreTrainedModel) -> float:
-    """Memory that a cached token takes beside its activations, in activations of one token.
+    """The additional memory of a cached token, in units of one token's activations.
 
-    In each layer these are the gradients of its keys and values, against some 8 D + 4 I numbers
-    (norms, queries, attention, and the products with a feed-forward layer of width I). A
-    checkpointed layer has activations of D numbers only, and keeps the keys and values as well.
+    In each layer it is the gradients of the token's keys and values. Activations are some 8 D + 4 I
+    numbers (norms, queries, attention, and the products with a feed-forward layer of width I). A
+    checkpointed layer has activations of only D numbers, and keeps the keys and values as well.
     """
     config = decoder_of(model).config
     width, shapes = config.hidden_size, attention_shapes(config)
     pair = sum(2 * key_heads * head for _, key_heads, head in shapes) / len(shapes)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return 2 * pair / width
-    inner = getattr(config, "intermediate_size", None) or 4 * width  # GPT-2 has no name for it
-    inner = sum(inner) / len(inner) if isinstance(inner, list) else inner  # Gemma 3n's, by layer
+    inner = getattr(config, "intermediate_size", None) or 4 * width  # GPT-2 has no such field
+    inner = sum(inner) / len(inner) if isinstance(inner, list) else inner  # a layer's, in Gemma 3n
     return pair / (8 * width + 4 * inner)
 
 
 def plain_groups(groups: Sequence[Group]) -> list[Group]:
-    """The groups with ids in place of cached prefixes."""
+    """Replace cached prefixes in the groups by their ids."""
     return [(p.ids if isinstance(p, CachedPrefix) else p, rollouts) for p, rollouts in groups]
 
 
 def uncached(
     model: PreTrainedModel, groups: Sequence[Group], checked: Sequence[CheckedGroup]
 ) -> tuple[list[CheckedGroup], list[int], KeysAndValues | None]:
-    """What is left to run of `checked`, the tensors of `groups`, where some prefixes are cached.
+    """The part of `checked`, the tensors of `groups`, that is not cached and must run.
 
-    Also how many tokens of each prefix are cached, and the keys and values of all of these, in the
-    groups' order; None where nothing is cached.
+    Also returns how many tokens of each prefix are cached, and the keys and values of all of them,
+    in the groups' order; None if nothing is cached.
     """
     cached = [p.keys_and_values(model) if isinstance(p, CachedPrefix) else None for p, _ in groups]
     found = [each for each in cached if each is not None]
@@ -164,11 +166,11 @@ def _run_prefix(model: PreTrainedModel, ids: Ids) -> _PrefixRun:
     for start in range(0, len(ids) - 1, size):
         chunk, before = ids[start : min(start + size, len(ids) - 1)], in_graph
         in_graph = {}
-        # As a group of its own whose rollout is one token, which is only a target and is not run.
+        # A group with a rollout of one token, which is only a target and is not run.
         layout = Layout([(chunk, [ids[-1:]])], model.device, [start])
         capture = Capture(in_graph, graph=True)
         packed_forward(model, layout, capture=capture, past=before or None)
-        while before:  # which goes as its copy comes: no moment has both whole
+        while before:  # free each tensor after its copy, so that both are never complete
             module, pairs = before.popitem()
             in_graph[module] = tuple(map(torch.cat, zip(pairs, in_graph[module], strict=True)))
 

@@ -1,8 +1,9 @@
-"""The server of `opsd serve-teacher`: token ids in, hidden states out. See `opsd.models.remote`.
+"""The server of `opsd serve-teacher`: gets token ids, returns hidden states. See
+`opsd.models.remote`.
 
-What a client sends is not trusted: a request has a key (where there is one), a bounded length and
-time, and ids that the model has. It holds all contexts and rollouts of a micro-batch, which run
-together. One request runs at a time; so many wait, and more are told to come again (503).
+Requests are not trusted: each needs the key (if there is one), has a bounded length and time, and
+only ids that the model has. A request holds all contexts and rollouts of a micro-batch, which run
+together. One request runs at a time; if WAITING requests run or wait, others get status 503.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from opsd.models.remote import Description, Digest, vocabulary_digest
 from opsd.prefix.hidden_states import states_by_role
 
 HERE = ("127.0.0.1", "[::1]", "localhost")
-WAITING = 8  # requests: the one that runs, and the line
+WAITING = 8  # requests that run or wait
 CONNECTIONS = 32
 ROUTES = "there are /teacher, /head and /states"
-SECONDS = 60.0  # that a client may take to ask
-SLOWEST = 1e7  # bytes a second that it must read
+SECONDS = 60.0  # in which a client must send its request
+SLOWEST = 1e7  # bytes a second that a client must read
 
 Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 Text = Annotated[list[Id], Field(min_length=1)]
@@ -42,7 +43,7 @@ Role = Annotated[list[Group], Field(min_length=1)]
 
 
 class Asked(BaseModel):
-    """/head and /states."""
+    """The body of a request for /head or /states."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -51,8 +52,8 @@ class Asked(BaseModel):
 
 
 class StateServer(ThreadingHTTPServer):
-    """Serves `model` at (host, port) to who has the key. most_tokens: of a request, and of what is
-    run together."""
+    """Serves `model` at (host, port) to clients with the key. most_tokens: the most in one request,
+    all of which run together."""
 
     daemon_threads = True
 
@@ -67,7 +68,7 @@ class StateServer(ThreadingHTTPServer):
         self.model, self.key, self.most_tokens = model.eval(), key, most_tokens
         weight, bias = head(model)
         its = {"weight": weight} | ({} if bias is None else {"bias": bias})
-        self.head = _as_bytes(its, weight.dtype)  # once, however many ask
+        self.head = _as_bytes(its, weight.dtype)  # the same for all requests
         digest = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {list(tensor.shape)}".encode())
@@ -87,30 +88,30 @@ class StateServer(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread for each connection, up to a number."""
+        """Start a thread for the connection; close it if there are too many."""
         if not self.room.acquire(blocking=False):
             self.shutdown_request(request)
             return
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """One connection."""
+        """Serve one connection."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self.room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that breaks off is no news."""
+        """Ignore clients that disconnect."""
 
     @property
     def longest_body(self) -> int:
-        """Bytes of a request: a token is a number and a comma."""
+        """The most bytes of a request: each token is a number and a comma."""
         return (1 << 16) + 16 * self.most_tokens
 
     @torch.no_grad()
     def states(self, asked: Asked) -> list[Tensor]:
-        """The states of each role."""
+        """Compute the states of each role."""
         with self.turn:
             return states_by_role(self.model, asked.roles)
 
@@ -131,14 +132,14 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "opsd", ""
 
     def setup(self) -> None:
-        """However slowly it comes, a request ends: no single read would notice."""
+        """Start a timer that ends a slow request: a timeout of single reads would not."""
         super().setup()
         self.clock = threading.Timer(SECONDS, self._give_up)
         self.clock.daemon = True
         self.clock.start()
 
     def finish(self) -> None:
-        """The connection is done with."""
+        """Stop the timer."""
         self.clock.cancel()
         super().finish()
 
@@ -147,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RD)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Say nothing of each request."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         if self._is_let_in():
@@ -180,12 +181,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(503, "others wait already; ask again")
         try:
             self._states(asked)
-        finally:  # no more answers wait for slow readers than requests in the line
+        finally:  # released after the answer, so that slow readers count too
             self.server.line.release()
 
     def _is_let_in(self) -> bool:
         key, host = self.server.key, re.sub(r":\d+$", "", self.headers.get("Host", ""))
-        if key is None and host not in HERE:  # a page in a browser, whose site's name leads here
+        if key is None and host not in HERE:  # such as a web page whose host name resolves to here
             self._refuse(401, "without OPSD_TEACHER_KEY it is asked as http://localhost alone")
             return False
         given = self.headers.get("Authorization", "").removeprefix("Bearer ").encode()
@@ -201,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
             made = _as_bytes(named, getattr(torch, self.server.about.dtype))
         except ValueError as error:  # an id without an embedding, a context that is too long
             return self._refuse(400, str(error))
-        except Exception as error:  # memory, say
+        except Exception as error:  # such as running out of memory
             return self._refuse(500, f"{type(error).__name__}: {error}")
         self._answer(200, made)
 

@@ -1,10 +1,10 @@
 """Attention over a packed stream, tile by tile, exact. Backward recomputes the tiles.
 
-A tile is some queries and all the keys that they see, so that its softmax over [prefix ; own] is
-the whole softmax: there is nothing to merge, and scores are freed with their tile. A tile is small
-enough for the cache. Its segments are alike in length, so that one batched matmul does many short
-ones. On a CPU batched matmuls and torch's softmax beat torch's fused attention, whose backward is
-slow.
+A tile is some queries and all the keys that they see, so its softmax over [prefix ; own] is the
+whole softmax: nothing has to be merged, and scores are freed with their tile. A tile is small
+enough for the CPU's cache. Its segments have similar lengths, so that one batched matmul computes
+many short ones. On a CPU, batched matmuls and torch's softmax are faster than torch's fused
+attention, whose backward is slow.
 
 Legend: T tokens, H query heads, K key heads, r = H / K, d head width; B pieces in a tile, Lq and Lk
 its padded query and key lengths.
@@ -20,16 +20,17 @@ from torch import Tensor
 from opsd.prefix.layout import Layout, Scores, Segment, Span, positions_of
 
 TILE_SCORES = 1 << 20
-"""Attention scores, over all heads, that a tile may hold: a few MB, so that they stay in cache.
+"""The most attention scores, over all heads, in a tile: a few MB, so that they stay in cache.
 
-Half as many where backward follows, which holds two such tiles: 5 to 15 % faster on one core.
+With a backward, which holds two such tiles, half as many: 5 to 15 % faster on one core.
 """
 
 GPU_TILE_SCORES = 1 << 26
-"""On a GPU, where a launch costs more than what stays in cache saves."""
+"""The same on a GPU, where launches cost more than a cache saves."""
 
 TILE_COST = 1 << 16
-"""Scores whose time a tile's operations cost by themselves: padding up to that is worth a merge."""
+"""Scores that take as long as a tile's overhead: up to that much padding, merging tiles is
+faster."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class Piece:
 
     @property
     def key_length(self) -> int:
-        """Rows attended to."""
+        """The number of key rows."""
         return sum(span.length for span in self.keys)
 
 
 @dataclass
 class Tile:
-    """B pieces side by side, padded to Lq queries and Lk keys."""
+    """B pieces in one batch, padded to Lq queries and Lk keys."""
 
     pieces: list[Piece]
     window: int | None
@@ -63,7 +64,7 @@ class Tile:
 
     @cached_property
     def query_rows(self) -> Tensor:
-        """The stream's row of each query: [B · Lq], padded with row 0."""
+        """The row in the stream of each query: [B · Lq], padded with row 0."""
         return self._rows([(piece.queries,) for piece in self.pieces], self.shape[1])
 
     @cached_property
@@ -72,7 +73,8 @@ class Tile:
         return self._rows([piece.keys for piece in self.pieces], self.shape[2])
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """0 where a query sees a key, else -inf: [B, 1, 1, Lq, Lk]. A padded query sees all."""
+        """0 where a query sees a key, else -inf: [B, 1, 1, Lq, Lk]. A padded query sees all
+        keys."""
         if dtype not in self.masks:
             count, width, depth = self.shape
             queries = torch.full((count, width, 1), 1 << 60)
@@ -97,7 +99,7 @@ class Tile:
 
 
 def tiles(layout: Layout, heads: int, window: int | None, backward: bool = False) -> list[Tile]:
-    """The stream's tiles for `heads` query heads and a sliding window (in positions)."""
+    """Make the stream's tiles for `heads` query heads and a sliding window (in positions)."""
 
     def make() -> list[Tile]:
         scores = GPU_TILE_SCORES if layout.device.type == "cuda" else TILE_SCORES
@@ -110,7 +112,7 @@ def tiles(layout: Layout, heads: int, window: int | None, backward: bool = False
 
 
 def _pieces(layout: Layout, segment: Segment, scores: int, window: int | None) -> list[Piece]:
-    """The segment's queries, cut so that a piece has about `scores` scores a head at most."""
+    """Cut the segment's queries into pieces of at most about `scores` scores a head."""
     row_span = segment.queries
     visible = row_span.end
     if window is not None:
@@ -128,7 +130,7 @@ def _pieces(layout: Layout, segment: Segment, scores: int, window: int | None) -
 
 
 def _merge(pieces: list[Piece], scores: int, spare: int) -> list[list[Piece]]:
-    """Pieces of like shape together, as long as padding costs less than a tile of its own."""
+    """Merge pieces of similar shape, as long as padding costs less than another tile."""
     tiles: list[list[Piece]] = []
     width = depth = 0
     for piece in sorted(pieces, key=lambda p: (p.key_length, p.queries.length)):
@@ -151,7 +153,7 @@ def tiled_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
     """`opsd.prefix.attention.packed_attention` on any device, in any dtype."""
-    # Scaled before it is rounded; the gradient of both steps is autograd's.
+    # Scale before rounding. Autograd computes the gradient of both steps.
     query = (query * scores.scale).to(value.dtype)
     given = (query, key, value, scores.sinks)
     backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
@@ -176,7 +178,7 @@ class _TiledAttention(torch.autograd.Function):
     def backward(ctx, d_out):
         query, key, value, sinks = ctx.saved_tensors
         d_query = torch.empty_like(query)
-        # A prefix collects from all its rollouts.
+        # A prefix gets gradients from all its rollouts.
         d_key = torch.zeros_like(key, dtype=_sum_dtype(key))
         d_value = torch.zeros_like(value, dtype=_sum_dtype(value))
         d_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=_sum_dtype(sinks))
@@ -188,7 +190,7 @@ class _TiledAttention(torch.autograd.Function):
             _collect(tile, torch.bmm(probability.to(v.dtype).transpose(1, 2), d_o), d_value)
             d_probability = torch.bmm(d_o, v.transpose(1, 2)).to(probability.dtype)
             if d_sinks is not None:
-                # What the sink takes away from the values; a padded query has no gradient.
+                # The sink's probability is taken from the keys; a padded query has no gradient.
                 taken = (1 - probability.sum(-1)) * (d_probability * probability).sum(-1)
                 d_sinks -= _by_head(tile, taken, len(sinks)).sum((0, 2))
             d_score = torch._softmax_backward_data(
@@ -211,14 +213,14 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 def _probabilities(
     tile: Tile, q: Tensor, k: Tensor, softcap: float | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax of the masked scores, fp32 [B·K, r·Lq, Lk]; and the softcap's slope at each."""
+    """The softmax of the masked scores, fp32 [B·K, r·Lq, Lk]; and the softcap's slope at each."""
     count, width, depth = tile.shape
     scores, slope = torch.bmm(q, k.transpose(1, 2)), None
     if softcap is not None:
         squashed = torch.tanh_(scores / softcap)
         scores, slope = squashed * softcap, 1 - squashed * squashed
     scores.view(count, k.shape[0] // count, -1, width, depth).add_(tile.mask(scores.dtype))
-    # Into fp32 also for speed: torch's softmax of short bf16 rows takes 2.5 times as long.
+    # fp32 is also faster: torch's softmax of short bf16 rows takes 2.5 times as long.
     probability = torch.softmax(scores, -1, dtype=_sum_dtype(scores))
     if sinks is not None:
         total = scores.to(probability.dtype).logsumexp(-1)
