@@ -1,8 +1,8 @@
-// The tile functions on the CPU. Compiled once an instruction set, with OPSD_ISA naming it; see
-// setup.py and cpu_dispatch.cpp.
+// The tile functions on the CPU. Compiled once for each instruction set, whose name is OPSD_ISA;
+// see setup.py and cpu_dispatch.cpp.
 //
-// Sums run in fp32 over blocks of 512 entries, one partial sum a lane, and in double over the
-// blocks: with V = 150 000 a single fp32 sum would lose three digits.
+// Sums are in fp32 within blocks of 512 entries, one partial sum in each lane, and in double over
+// the blocks: with V = 150 000 a single fp32 sum would lose three digits.
 #include "cpu.h"
 
 #include <math.h>
@@ -10,8 +10,8 @@
 #include "vector.h"
 
 #if defined(__x86_64__) && defined(__GLIBC__)
-// The same functions by their oldest names: the newest are of glibc 2.29, which would keep a wheel
-// from systems that torch's own wheels (manylinux_2_28) run on.
+// Link the oldest versions of these functions: the newest need glibc 2.29, and a wheel would not
+// run on all systems of torch's own wheels (manylinux_2_28).
 __asm__(".symver exp, exp@GLIBC_2.2.5");
 __asm__(".symver log, log@GLIBC_2.2.5");
 #endif
@@ -30,8 +30,8 @@ inline int64_t end_of_block(int64_t start, int64_t v) {
   return start + BLOCK < v ? start + BLOCK : v;
 }
 
-// The vectors of a row: whole ones, and the last, partial one as a whole one padded with logits of
-// -inf, whose probability is 0, so that they add nothing to any sum.
+// The vectors of a row. A partial vector at the end is padded with logits of -inf, whose
+// probability is 0, so that they add nothing to any sum.
 struct Whole {
   Vector get(const float* x) const { return load(x); }
   Vector padded(Vector z) const { return z; }
@@ -52,12 +52,12 @@ inline INLINE void each(int64_t start, int64_t end, const Body& body) {
   if (j < end) body(j, Partial{end - j});
 }
 
-// One role's products of one token, and the way from them to logits and log-probabilities.
+// One role's products for one token; converts them to logits and log-probabilities.
 template <bool SOFTCAP>
 struct Role {
   float* x;
   const float* bias;
-  bool capped;  // SOFTCAP: whether any role is
+  bool capped;  // SOFTCAP: whether any role is capped
   float inner, outer, inverse;  // logit = outer tanh(inner (product + bias)), or inner (...)
   float max = 0.f, log_sum = 0.f;
   double log_normaliser = 0.0;  // both
@@ -86,10 +86,10 @@ struct Role {
     return part.padded(rounded(z));
   }
 
-  // The maximum is subtracted by itself, exactly: z may be 1e4.
+  // Subtract the maximum first, exactly, since z may be 1e4.
   INLINE Vector log_p(Vector z) const { return (z - max) - log_sum; }
 
-  // From the derivative by the logit z to that by the soft cap's argument: times 1 - tanh^2.
+  // Convert the derivative by the logit z to that by the soft cap's argument: times 1 - tanh^2.
   INLINE Vector through_softcap(Vector g, Vector z) const {
     if (!SOFTCAP) return g;
     const Vector t = z * inverse;
@@ -97,7 +97,7 @@ struct Role {
   }
 };
 
-// Adds a row to its normaliser: a block's maximum, and then its sums while the block is in the L1
+// Adds a row to its normaliser: for each block its maximum, then its sums while it is in the L1
 // cache.
 template <bool SOFTCAP>
 void normalise(const Role<SOFTCAP>& role, int64_t v, float* state, int64_t stride) {
@@ -119,9 +119,9 @@ void normalise(const Role<SOFTCAP>& role, int64_t v, float* state, int64_t strid
       rest = total == 0.0 ? -1.0 : exp(-shift) * total - 1.0;
       most = highest;
     }
-    // All -inf so far: any finite offset will do, exp(-inf) = 0.
+    // If all are -inf so far, any finite offset works: exp(-inf) = 0.
     const float offset = most == -INFINITY ? 0.f : most;
-    IntVector largest = {};  // entries equal to the maximum, counted by themselves
+    IntVector largest = {};  // entries equal to the maximum, counted separately
     for (int64_t j = 0; j < end - start; j += LANES) {
       const Vector below = load(logits + j) - offset, p = exp_(below);
       largest -= below == 0.f;
@@ -148,10 +148,10 @@ inline INLINE Entry<Vector> at(const Role<SOFTCAP>& student, const Role<SOFTCAP>
   return entry<KIND>(student.log_p(z), teacher.log_p(z_t), (z_t - z) - shift, beta);
 }
 
-// What the first sweep after the normalisers leaves in the tiles.
+// What the first sweep after the normalisers writes into the tiles.
 enum Leave {
   NOTHING,
-  GRADIENT,  // forward_kl: it needs no sum
+  GRADIENT,  // of forward_kl, which needs no sum
   FOR_LATER,  // the unnormalised gradient in the teacher's products, for `gradient_of_unnormalised`
   TWO_TERMS,  // row_weight * unnormalised gradient in the student's products, row_weight * S in the
               // teacher's
@@ -210,8 +210,8 @@ void add(const Sums& sums, bool clip, float* state, int64_t stride) {
   }
 }
 
-// p - S sum p of the unnormalised gradient p, and with the entry clip the dot product of the clipped
-// and the unclipped gradient.
+// Computes p - S sum p from the unnormalised gradient p; with the entry clip also the dot product
+// of the clipped and the unclipped gradient.
 template <int KIND, bool CLIP, bool WRITE, bool SOFTCAP>
 double gradient_of(const Role<SOFTCAP>& student, const Role<SOFTCAP>& teacher, int64_t v,
                    float factor, float sum_unnormalised, float sum_clipped, float target_weight,
@@ -312,8 +312,8 @@ void gradient_row(const opsd_tile& tile, int64_t i, const float* row_weight, boo
   if (o.clip == CLIP_ENTRY) token.at(DOT) += static_cast<float>(dot);
 }
 
-// All of a whole row while both of its tiles (256 KB at V = 32768) lie in the L2 cache: the
-// products are read from memory once and the gradient is written once.
+// Computes everything for a whole row while both of its tiles (256 KB at V = 32768) are in the L2
+// cache: products are read from memory once, and the gradient is written once.
 template <int KIND, bool SOFTCAP>
 void whole_row(const opsd_tile& tile, int64_t i, const float* row_weight, const opsd_options& o) {
   Token<SOFTCAP> token(tile, i, o);
@@ -356,7 +356,7 @@ inline bool capped(const opsd_options& o) {
   return o.student.softcap > 0.f || o.teacher.softcap > 0.f;
 }
 
-// FUNCTION<KIND, SOFTCAP> for what the options ask.
+// Calls FUNCTION<KIND, SOFTCAP> for these options.
 #define OPSD_CHOOSE(FUNCTION, o)                                                              \
   (capped(o) ? ((o).divergence == FORWARD_KL   ? FUNCTION<FORWARD_KL, true>           \
                         : (o).divergence == REVERSE_KL ? FUNCTION<REVERSE_KL, true>           \
@@ -371,7 +371,7 @@ void log_prob_normalisers_row(const opsd_tile& tile, int64_t i, int64_t target,
   const Role<SOFTCAP> role(tile.student + i * tile.student_stride, tile.bias, o.student);
   normalise(role, tile.v, tile.state + i, tile.state_stride);
   if (target < 0 || target >= tile.v) return;
-  // The first vector from the target on, whose first lane is the target's logit.
+  // The vector that starts at the target: its first lane is the target's logit.
   const int64_t count = tile.v - target;
   const Vector z = count < LANES ? role.logit(target, Partial{count}) : role.logit(target, Whole());
   tile.state[TARGET * tile.state_stride + i] += z[0];
@@ -384,7 +384,7 @@ void log_prob_gradient_row(const opsd_tile& tile, int64_t i, int64_t target, flo
   role.normalise_by(tile.state + i, tile.state_stride);
   const float factor = weight * o.student.scale / o.student.temperature;
   const bool here = target >= 0 && target < tile.v;
-  float one = 0.f;  // what the target's own logit adds
+  float one = 0.f;  // the target's part of the derivative
   if (here) {
     const int64_t count = tile.v - target;
     const Vector z =

@@ -9,7 +9,7 @@
 
 extern "C" {
 
-// From a product h W^T + bias to the logit; softcap 0: none.
+// Transforms a product h W^T + bias to the logit; softcap 0: none.
 struct opsd_transform {
   float temperature, scale, softcap;
 };
@@ -22,8 +22,8 @@ struct opsd_options {
   int32_t threads;
 };
 
-// The products h W^T of both roles for n tokens and v vocabulary entries, and what is known of the
-// tokens. The biases [v] may be null.
+// The products h W^T of both roles for n tokens and v vocabulary entries, and the tokens' state.
+// The biases [v] may be null.
 struct opsd_tile {
   float *student, *teacher;
   const float *bias, *teacher_bias;
@@ -38,7 +38,7 @@ typedef void opsd_gradient_t(const opsd_tile*, const float* row_weight, int32_t 
                              const opsd_options*);
 typedef void opsd_rows_t(const opsd_tile*, const float* row_weight, const opsd_options*);
 
-// For log-probabilities `student` and `bias` of the tile are used.
+// Log-probabilities use only `student` and `bias` of the tile.
 typedef void opsd_log_prob_normalisers_t(const opsd_tile*, const int64_t* targets,
                                          const opsd_options*);
 typedef void opsd_log_prob_gradient_t(const opsd_tile*, const int64_t* targets,
@@ -46,7 +46,7 @@ typedef void opsd_log_prob_gradient_t(const opsd_tile*, const int64_t* targets,
 
 }  // extern "C"
 
-// One copy for each instruction set that cpu.cpp is compiled for.
+// A copy for each instruction set for which cpu.cpp is compiled.
 #define OPSD_DECLARE(ISA)                                        \
   namespace opsd {                                               \
   namespace ISA {                                                \

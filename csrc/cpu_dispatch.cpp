@@ -1,4 +1,4 @@
-// Chooses, once, the copy of the kernels that this processor runs best.
+// Chooses the fastest copy of the kernels for this processor, once.
 #include <pthread.h>
 #include <string.h>
 
@@ -49,8 +49,8 @@ const Variant* best() {
 
 const Variant* chosen = best();
 
-// GNU OpenMP's threads do not survive a fork, and a parallel region in the child would wait for
-// them for ever.
+// GNU OpenMP's threads do not survive a fork: a parallel region in the child would wait for them
+// forever.
 bool forked = false;
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
@@ -68,7 +68,7 @@ OPSD_EXPORT int32_t opsd_interface() { return OPSD_INTERFACE; }
 
 OPSD_EXPORT const char* opsd_instruction_set() { return chosen->name; }
 
-// Tests run every variant that works here. Returns 0 if `name` is none.
+// For tests, which run every variant that works here. Returns 0 if `name` is not one.
 OPSD_EXPORT int opsd_use_instruction_set(const char* name) {
   for (const Variant& variant : variants) {
     if (strcmp(variant.name, name) == 0 && variant.runs_here()) {

@@ -1,13 +1,13 @@
 // The tile functions on a GPU, with a plain C interface for opsd_kernels/tiles/cuda.py;
 // opsd_kernels/tiles/torch.py says what each function does.
 //
-// A thread block works on one chunk of a row (csrc/cuda_chunk.h) and leaves its sums in partials; a second
-// kernel adds them to the row's state. No atomics, and chunks of a fixed size: the result is the same
-// bit for bit, on any device.
+// A thread block computes one chunk of a row (csrc/cuda_chunk.h) and stores its sums in partials; a
+// second kernel adds them to the row's state. There are no atomics, and chunks have a fixed size:
+// the result is bit for bit the same on any device.
 //
-// The tiles' pointers and strides are those of csrc/cpu.h, in device memory. `partials` has room for
-// opsd_cuda_partials(n, v) floats. Work is only queued, on `stream`; nothing is allocated and nothing
-// waits, so that calls can be captured in a CUDA graph. Returns 0 or a CUDA error.
+// The tiles' pointers and strides are those of csrc/cpu.h, in device memory. `partials` has room
+// for opsd_cuda_partials(n, v) floats. Work is only queued, on `stream`; calls do not allocate or
+// wait, so that they can be captured in a CUDA graph. Returns 0 or a CUDA error.
 #include "cuda_chunk.h"
 
 #define OPSD_EXPORT extern "C" __attribute__((visibility("default")))
@@ -33,17 +33,17 @@ __global__ void __launch_bounds__(THREADS) normalisers(opsd_tile tile, Numbers o
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < WARPS; ++w) most = larger(most, warps[w]);
-  // Nothing but -inf: any finite offset will do, exp(-inf) = 0.
+  // If all are -inf, any finite offset works: exp(-inf) = 0.
   const float offset = most == -INFINITY ? 0.f : most;
   float sums[3] = {};
-  int largest = 0;  // entries equal to the maximum, counted by themselves
+  int largest = 0;  // entries equal to the maximum, counted separately
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i) {
-    // exp(-120) is 0 in fp32: what lies below counts for nothing, and 0 * inf is avoided.
+    // exp(-120) is 0 in fp32, so this bound changes nothing and avoids 0 * inf.
     const float below = at_least(fmaf(z[i], t.scale, -offset), -120.f), p = exp_(below);
     const bool is_largest = __fmul_rn(z[i], t.scale) == most;
     largest += is_largest;
-    z[i] = is_largest ? below : p;  // below is the maximum's own rounding then: exp(below) - 1
+    z[i] = is_largest ? below : p;  // below is then the maximum's rounding: exp(below) - 1
     sums[1] = fmaf(-p, below, sums[1]);
   }
 #pragma unroll
@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(THREADS) normalisers(opsd_tile tile, Numbers o
   store_sums(sums, partial + REST * o.partial_stride, o.partial_stride);
 }
 
-// A normaliser whose sums refer to the maximum `from`, `largest` entries equal to it and the others,
-// `rest`, referred to the larger maximum `to`. Nothing seen, or nothing but -inf: all are 0, and the
-// difference of the maxima is no number.
+// Converts a normaliser's sums from the maximum `from`, with `largest` entries equal to it and
+// `rest` the sum of the others, to the larger maximum `to`. If nothing or only -inf was seen, all
+// are 0: the difference of the maxima is NaN.
 __device__ __forceinline__ void refer(float from, float to, float& rest, float& moment,
                                       float& largest) {
   const float sum = largest + rest;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void refer(float from, float to, float& rest, float& 
   largest = 0.f;
 }
 
-// A row's partial normalisers into the state. Grid: (rows, roles), a warp each.
+// Merges a row's partial normalisers into the state. Grid: (rows, roles), a warp each.
 __global__ void merge(float* state, int64_t state_stride, Numbers o) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * o.chunks;
   const float* partials = o.partials + PARTIAL_NORMALISER * blockIdx.y * o.partial_stride + first;
@@ -102,7 +102,7 @@ __global__ void merge(float* state, int64_t state_stride, Numbers o) {
   }
 }
 
-// A row's partial sums onto the state's. Grid: (rows, sums), a warp each.
+// Adds a row's partial sums to the state's. Grid: (rows, sums), a warp each.
 __global__ void add(float* state, int64_t state_stride, Numbers o) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * o.chunks;
   const float* partials = o.partials + blockIdx.y * o.partial_stride + first;
@@ -112,7 +112,7 @@ __global__ void add(float* state, int64_t state_stride, Numbers o) {
   if (threadIdx.x == 0) state[blockIdx.y * state_stride + blockIdx.x] += total;
 }
 
-// Both roles' entries, and what turns them into log-probabilities.
+// Both roles' entries, and the constants that convert them to log-probabilities.
 template <bool SOFTCAP>
 struct Roles {
   float student[ITEMS], teacher[ITEMS];
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(THREADS) sums(opsd_tile tile, Numbers o) {
   store_sums(total, o.partials + blockIdx.x, o.partial_stride);
 }
 
-// What `gradient` knows of the sums.
+// Which sums `gradient` knows.
 enum Known {
   UNCLIPPED,  // their values; no entry clip
   CLIPPED_TOO,  // with the entry clip; partials: DOT
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(THREADS)
   const float sum_clipped = KNOWN == CLIPPED_TOO ? state[CLIPPED_UNNORMALISED * stride] : 0.f;
   const float weight = row_weight ? row_weight[place.row] * o.factor : 0.f;
   const float target_weight = state[TARGET_WEIGHT * stride];
-  // first: the gradient, or the unnormalised one; then `second` is S.
+  // first: the gradient; or the unnormalised one, and then `second` is S.
   float total[KNOWN == NOTHING ? 2 : 1] = {}, first[ITEMS], second[ITEMS];
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i) {
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(THREADS)
   if (KNOWN != UNCLIPPED) store_sums(total, o.partials + blockIdx.x, o.partial_stride);
 }
 
-// Adds to TARGET the logit of each target that lies in this tile. A thread a row.
+// Adds to TARGET the logit of each target that is in this tile. One thread for each row.
 template <bool SOFTCAP>
 __global__ void target(opsd_tile tile, const int64_t* targets, Numbers o) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -269,7 +269,7 @@ struct Launch {
     cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   }
 
-  // A thread block a chunk.
+  // Launches one thread block for each chunk.
   template <class... Parameters, class... Arguments>
   void chunkwise(void (*kernel)(Parameters...), unsigned roles,
                  const Arguments&... arguments) const {
@@ -315,7 +315,7 @@ using namespace opsd;
 // Changes with every signature below; opsd_kernels/tiles/cuda.py has the same.
 #define OPSD_CUDA_INTERFACE 4
 
-// Every call starts on the tensors' device, and none with nothing to do launches.
+// Every call sets the tensors' device, and returns if the tile is empty.
 #define OPSD_BEGIN(tile, device)                               \
   if ((tile)->n == 0 || (tile)->v == 0) return 0;              \
   if (cudaError_t error = cudaSetDevice(device)) return error;

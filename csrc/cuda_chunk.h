@@ -1,9 +1,9 @@
-// What a thread of a GPU does with its entries of a row: read, transform, write, add up over the
-// block. Kernels and launches are in csrc/cuda.cu.
+// What a GPU thread does with its entries of a row: read, transform, write, and sum over the block.
+// Kernels and launches are in csrc/cuda.cu.
 //
-// A thread block works on one chunk of CHUNK consecutive entries of one row and leaves the chunk's
-// sums in partials[sum, row, chunk]. A thread's entries are four neighbours at a time, which are one
-// load of 16 bytes where a row is aligned to it.
+// A thread block computes one chunk of CHUNK consecutive entries of one row and stores the chunk's
+// sums in partials[sum, row, chunk]. A thread has four adjacent entries at a time, which are one
+// load of 16 bytes if the row is aligned to it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,14 +14,15 @@
 namespace opsd {
 namespace {
 constexpr int THREADS = 256, WARPS = THREADS / 32, ITEMS = 16, CHUNK = THREADS * ITEMS;
-// A chunk's normaliser: MAX, REST, MOMENT, and how many entries equal the maximum; in REST are the
-// others only.
+// A chunk's normaliser: MAX, REST, MOMENT, and the number of entries equal to the maximum, which
+// are not in REST.
 constexpr int LARGEST = 3, PARTIAL_NORMALISER = 4;
 constexpr int MOST_PARTIALS = 2 * PARTIAL_NORMALISER;
 
 inline int64_t chunks_of(int64_t v) { return (v + CHUNK - 1) / CHUNK; }
 
-// From x, the product + bias of an entry, to its logit: scale * x, or scale * tanh(inner * x).
+// Transforms x, the product + bias of an entry, to its logit: scale * x, or scale * tanh(inner *
+// x).
 struct Transform {
   float scale, inner;
   bool capped;  // whether there is a soft cap
@@ -32,10 +33,10 @@ struct Transform {
         capped(t.softcap > 0.f) {}
 };
 
-// What a kernel needs beside the tile.
+// A kernel's arguments beside the tile.
 struct Numbers {
   Transform student, teacher;
-  float factor;  // from the derivative by the student's logit to that by its product
+  float factor;  // converts the derivative by the student's logit to that by its product
   float beta, threshold;
   uint32_t chunks;  // of a row
   int64_t partial_stride;
@@ -52,15 +53,15 @@ __device__ __forceinline__ bool aligned(const void* x) {
   return (reinterpret_cast<uintptr_t>(x) & 15) == 0;
 }
 
-// All that is known of an entry before its scale: the logit is Transform::scale times it. Rounded
-// products, never fused with what follows: both roles' come from the same roundings, and S = T
-// gives exactly 0. SOFTCAP: whether any role has one.
+// Transforms an entry except for its scale: the logit is Transform::scale times the result.
+// Products are rounded, never fused with the next operation: both roles' come from the same
+// roundings, and S = T gives exactly 0. SOFTCAP: whether any role has one.
 template <bool SOFTCAP>
 __device__ __forceinline__ float unscaled(float x, const Transform& t) {
   return SOFTCAP && t.capped ? tanh_(__fmul_rn(x, t.inner)) : x;
 }
 
-// The soft cap's, at an unscaled entry.
+// The soft cap's slope at an unscaled entry.
 template <bool SOFTCAP>
 __device__ __forceinline__ float slope(float x, const Transform& t) {
   return SOFTCAP && t.capped ? 1.f - x * x : 1.f;
@@ -74,12 +75,13 @@ struct Normaliser {
         log_sum(log1pf(state[REST * stride + row])),
         scale(t.scale) {}
 
-  // Of an unscaled entry. The maximum is subtracted with one rounding: a logit may be 1e4.
+  // The log-probability of an unscaled entry. The maximum is subtracted with one rounding, since a
+  // logit may be 1e4.
   __device__ __forceinline__ float log_p(float x) const { return fmaf(x, scale, -max) - log_sum; }
 };
 
-// A thread's place: its row, its first entry of the row's chunk, and how many entries are left from
-// there. Item i is `at(i)` entries further on.
+// A thread's place: its row, its first entry in the row's chunk, and the number of entries from
+// there on. Item i is `at(i)` entries further.
 struct Place {
   int64_t row, first;
   int left;
@@ -94,7 +96,7 @@ struct Place {
   __device__ __forceinline__ bool has_all() const { return has(ITEMS - 1); }
 };
 
-// A thread's entries of a row; `fill` beyond the row's end.
+// Loads a thread's entries of a row; `fill` beyond the row's end.
 __device__ __forceinline__ void load(float (&z)[ITEMS], const float* row, float fill,
                                      const Place& place) {
   row += place.first;
@@ -119,7 +121,7 @@ struct Out {
   Type type;
 };
 
-// Two numbers in 16 bits each, the first in the low half, rounded to the nearest.
+// Packs two numbers into 16 bits each, the first in the low half, rounded to nearest.
 __device__ __forceinline__ uint32_t pack(float low, float high, Type type) {
 #ifdef __CUDACC__
   uint32_t both;
@@ -161,7 +163,7 @@ __device__ __forceinline__ void store(float* row, const float (&z)[ITEMS], const
   }
 }
 
-// A thread's entries of a row, four of 16 bits to a store where it is aligned to 8 bytes.
+// Stores a thread's entries of a row; four of 16 bits at a time if the row is aligned to 8 bytes.
 __device__ __forceinline__ void store(const Out& out, const float (&z)[ITEMS],
                                       const Place& place) {
   if (out.type == FP32) {
@@ -183,8 +185,8 @@ __device__ __forceinline__ void store(const Out& out, const float (&z)[ITEMS],
   }
 }
 
-// A thread's entries, unscaled. Beyond the row's end is what makes a logit of -inf, of probability
-// 0, which adds nothing to any sum.
+// Loads a thread's entries, unscaled. Beyond the row's end they give logits of -inf, whose
+// probability is 0, so that they add nothing to any sum.
 template <bool SOFTCAP>
 __device__ __forceinline__ void load_unscaled(float (&z)[ITEMS], const float* row,
                                               const float* bias, const Place& place,
@@ -211,7 +213,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 
-// The larger of both; NaN where either is.
+// The larger of both; NaN if either is NaN.
 __device__ __forceinline__ float at_least(float x, float least) {
 #ifdef __CUDACC__
   float y;
@@ -228,7 +230,7 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Each of the block's `COUNT` sums, stored at partial[k * stride].
+// Stores each of the block's `COUNT` sums at partial[k * stride].
 template <int COUNT>
 __device__ __forceinline__ void store_sums(const float (&sums)[COUNT], float* partial,
                                            int64_t stride) {

@@ -1,9 +1,9 @@
 // The arithmetic of one vocabulary entry: one definition for every processor.
 //
 // S and T are the student's and the teacher's probability of an entry, log_s and log_t their
-// logarithms. F is a float, or a vector of them for which Lanes<F> is specialised. All functions
-// are pure and branch-free, and `static`, since the same file is compiled for several instruction
-// sets into one library. NaN stays NaN; 0 * infinity, which padded entries produce, is made 0.
+// logarithms. F is a float, or a vector of floats for which Lanes<F> is specialised. All functions
+// are pure and branch-free. They are `static`, since this file is compiled for several instruction
+// sets into one library. NaN stays NaN; 0 * infinity, which padded entries produce, becomes 0.
 #pragma once
 
 #include <stdint.h>
@@ -20,7 +20,7 @@ namespace opsd {
 enum Kind : int32_t { FORWARD_KL = 0, REVERSE_KL = 1, JSD = 2 };
 enum ClipKind : int32_t { CLIP_NONE = 0, CLIP_ENTRY = 1, CLIP_TOKEN = 2 };
 
-// The rows of a state, one column a token: opsd_kernels/tiles/state.py says what they hold.
+// The rows of a state, one column a token: opsd_kernels/tiles/state.py describes them.
 enum State : int32_t {
   STUDENT = 0,
   TEACHER = 3,  // each role's first row; its normaliser has three:
@@ -34,7 +34,7 @@ enum State : int32_t {
   CLIPPED_UNNORMALISED = 10,
   DOT = 11,
   TARGET_WEIGHT = 12,
-  TARGET = 3,  // of a log-probability's
+  TARGET = 3,  // in the state of a log-probability
 };
 
 template <class F>
@@ -89,8 +89,8 @@ OPSD_ENTRY F small_log(F s) {
 
 #ifdef __CUDA_ARCH__
 
-// A GPU has exp, log and division in an instruction or two, of a relative error of 1e-7 (and for
-// exp 1e-7 |x|). The polynomials serve where their difference from a constant is wanted.
+// A GPU computes exp, log and division in one or two instructions, with a relative error of 1e-7
+// (1e-7 |x| for exp). The polynomials are for their difference from a constant.
 
 template <class F>
 OPSD_ENTRY F exp_(F x) {
@@ -122,14 +122,14 @@ OPSD_ENTRY F log1p_(F y) {
 // For x in [-88, 88].
 template <class F>
 struct Exponential {
-  typename Lanes<F>::Int shift;  // n, in the exponent's place
+  typename Lanes<F>::Int shift;  // n, in the exponent's bits
   F tail;
 };
 
 template <class F>
 OPSD_ENTRY Exponential<F> exponential(F x) {
   typedef Lanes<F> L;
-  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits.
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
   const float magic = 12582912.f;
   const F shifted = x * 1.44269504f + magic;
   const F n = shifted - magic;
@@ -138,12 +138,12 @@ OPSD_ENTRY Exponential<F> exponential(F x) {
   return {L::shift_left(L::as_int(shifted), 23), small_expm1(r)};
 }
 
-// exp(x) for x <= 88, to 1e-7 relative; 0 below -87.3, where fp32 runs out of normal numbers.
+// exp(x) for x <= 88, with a relative error of 1e-7; 0 below -87.3, where fp32 has only subnormals.
 template <class F>
 OPSD_ENTRY F exp_(F x) {
   typedef Lanes<F> L;
   const Exponential<F> e = exponential(L::select(x < -87.3f, L::all(-87.3f), x));
-  // A product, not an addition to the exponent's bits: that would turn a NaN into any number.
+  // Multiply: adding to the exponent's bits could turn NaN into a number.
   const F power = L::as_float(e.shift + 0x3f800000);
   return L::select(x < -87.3f, L::all(0.f), power * e.tail + power);
 }
@@ -172,7 +172,7 @@ OPSD_ENTRY F log1p_(F y) {
   const F m = L::as_float(L::as_int(u) - L::shift_left(k, 23));
   const F f = L::select(k == 0, y, m - 1.f);
   const F log = L::convert(k) * 0.693147181f + small_log(f / (2.f + f));
-  return L::select(y == y, log, y);  // a NaN's bits make any number
+  return L::select(y == y, log, y);  // the bits of a NaN could give any number
 }
 
 #endif
@@ -192,20 +192,20 @@ OPSD_ENTRY F product(F p, F log_ratio) {
 
 // One entry of the divergence.
 //
-// `plain` is its part of the sum as the definition has it, which the entry clip looks at. `term` is
-// the same plus a part that adds up to 0 over the vocabulary, which makes it a Bregman divergence:
-// for forward_kl T (d + exp(-d) - 1) = T d + S - T with d = log T - log S. It is never negative, and
-// an error of the normalisers, the same for all d, cancels in its sum: where S and T are close, the
-// sum of `plain` would be such errors and little else.
+// `plain` is its term in the sum as it is defined, which the entry clip bounds. `term` is the same
+// plus a part that adds up to 0 over the vocabulary, which makes it a Bregman divergence: for
+// forward_kl T (d + exp(-d) - 1) = T d + S - T with d = log T - log S. It is never negative, and an
+// error of the normalisers, which is the same for all d, cancels in its sum. If S and T are close,
+// the sum of `plain` would be little else than such errors.
 //
-// `unnormalised` p is the gradient by log S, from which that by the logit follows: p - S sum p.
-// (forward_kl's is -T, whose sum is -1.)
+// `unnormalised` p is the gradient by log S; the gradient by the logit is p - S sum p. (For
+// forward_kl p is -T, whose sum is -1.)
 template <class F>
 struct Entry {
   F s, t, plain, term, unnormalised;
 };
 
-// Where the series serves: d^2 of less.
+// The series is used for smaller d^2.
 constexpr float NEAR = 0.12f;
 
 // p (r + exp(-r) - 1) with r = log p - log q.
@@ -215,8 +215,8 @@ OPSD_ENTRY F bregman(F p, F q, F r, F plain) {
   return Lanes<F>::select(square < NEAR, p * (square * second_order(-r)), plain + (q - p));
 }
 
-// d = log T - log S is an argument of its own: the difference of the logits less that of their
-// normalisers has the digits of d, where log T - log S has only those of log T.
+// d = log T - log S is a separate argument: computed as (z_t - z_s) - (difference of
+// log-normalisers) it keeps all digits of d, while log T - log S has only those of log T.
 template <int KIND, class F>
 OPSD_ENTRY Entry<F> entry(F log_s, F log_t, F d, float beta) {
   typedef Lanes<F> L;
@@ -231,15 +231,15 @@ OPSD_ENTRY Entry<F> entry(F log_s, F log_t, F d, float beta) {
     e.plain = e.unnormalised = product(e.s, -d);
     e.term = bregman(e.s, e.t, -d, e.plain);
   } else {
-    // log S - log M = -log(1 + b (e^d - 1)), exactly 0 where S = T. For d > 0 the roles swap, so that
-    // the exponential never overflows.
+    // log S - log M = -log(1 + b (e^d - 1)), exactly 0 where S = T. For d > 0 the roles swap, so
+    // that the exponential never overflows.
     const F share = L::select(d > 0.f, L::all(1.f - beta), L::all(beta));
     const F larger = -log1p_(share * expm1_(L::select(d > 0.f, -d, d)));
     const F ratio_s = L::select(d > 0.f, larger - d, larger);
     const F ratio_t = L::select(d > 0.f, larger, larger + d);
     e.unnormalised = (1.f - beta) * product(e.s, ratio_s);
     e.plain = beta * product(e.t, ratio_t) + e.unnormalised;
-    // The parts that add up to 0, b (M - T) + (1-b) (M - S), do so in each entry.
+    // The parts b (M - T) + (1-b) (M - S) add up to 0 in each entry.
     const F near = beta * (e.t * (ratio_t * ratio_t * second_order(-ratio_t))) +
                    (1.f - beta) * (e.s * (ratio_s * ratio_s * second_order(-ratio_s)));
     e.term = L::select(d * d < NEAR, near, e.plain);
@@ -247,7 +247,7 @@ OPSD_ENTRY Entry<F> entry(F log_s, F log_t, F d, float beta) {
   return e;
 }
 
-// What the entry clip leaves of an entry's term: the sum is that of min(plain, threshold).
+// An entry's term after the entry clip; their sum is that of min(plain, threshold).
 template <int KIND, class F>
 OPSD_ENTRY F clipped_term(const Entry<F>& e, float threshold) {
   typedef Lanes<F> L;
@@ -257,11 +257,11 @@ OPSD_ENTRY F clipped_term(const Entry<F>& e, float threshold) {
   return L::select(e.plain > threshold, threshold + zero_sum, e.term);
 }
 
-// What the entry clip leaves of an entry's unnormalised gradient: nothing of a clipped one's. The sum
-// that the gradient takes then is that of these.
+// An entry's unnormalised gradient after the entry clip: 0 for a clipped entry. The gradient then
+// uses the sum of these.
 template <int KIND, class F>
 OPSD_ENTRY F clipped_unnormalised(const Entry<F>& e, float threshold) {
-  // d(s log s/t) = log s/t + 1: only the unclipped sum makes the constant vanish.
+  // d(s log s/t) = log s/t + 1: the constant cancels only in the unclipped sum.
   const F unnormalised = KIND == REVERSE_KL ? e.unnormalised + e.s : e.unnormalised;
   return Lanes<F>::select(e.plain > threshold, Lanes<F>::all(0.f), unnormalised);
 }

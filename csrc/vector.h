@@ -1,4 +1,4 @@
-// Vectors of floats as the instruction set at hand has them, with the compiler's own vector types.
+// Vectors of floats for the current instruction set, with the compiler's vector types.
 #pragma once
 
 #include "divergence.h"
@@ -44,14 +44,14 @@ inline __attribute__((always_inline)) Vector load(const float* x) {
 
 inline __attribute__((always_inline)) void store(float* x, Vector v) { memcpy(x, &v, sizeof v); }
 
-// `count` < LANES entries; the lanes beyond hold 0.
+// Loads `count` < LANES entries; the other lanes become 0.
 inline Vector load_some(const float* x, int64_t count) {
   float lanes[LANES];
   for (int i = 0; i < LANES; ++i) lanes[i] = i < count ? x[i] : 0.f;
   return load(lanes);
 }
 
-// The lanes beyond `count` become `fill`.
+// Sets the lanes from `count` on to `fill`.
 inline Vector keep(Vector v, int64_t count, float fill) {
   for (int i = 0; i < LANES; ++i) v[i] = i < count ? v[i] : fill;
   return v;
@@ -63,8 +63,8 @@ inline void store_some(float* x, Vector v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) x[i] = lanes[i];
 }
 
-// The same number, rounded: the compiler may not fuse the product that it comes from into what uses
-// it. Where it did so for one role only, equal logits would differ.
+// Returns v, and prevents the compiler from fusing the product that gave v into the next operation.
+// If it did so for one role only, equal logits would differ.
 inline __attribute__((always_inline)) Vector rounded(Vector v) {
 #if defined(__x86_64__)
   __asm__("" : "+v"(v));

@@ -1,4 +1,4 @@
-"""Fused linear divergence and log-probability: tensors in, tensors out, no logits in memory.
+"""Fused linear divergence and log-probability of tensors, without logits in memory.
 
 >>> import torch
 >>> from opsd_kernels import linear_divergence

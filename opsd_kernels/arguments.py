@@ -1,6 +1,4 @@
-"""Checks of what a caller hands in. Each message names the argument, what it was, and what it may
-be.
-"""
+"""Checks a caller's arguments. Each message names the argument, its value, and what is allowed."""
 
 from numbers import Integral
 from typing import Any
@@ -14,17 +12,17 @@ from opsd_kernels.divergence import Divergence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
-LEAST_SHARE = 1e-4  # of a role in jsd's mixture, below fp64
-IGNORED = -100  # the target of a token that does not count, as Hugging Face's labels have it
+LEAST_SHARE = 1e-4  # the least share of a role in jsd's mixture, except in fp64
+IGNORED = -100  # the target of a token that does not count, as in Hugging Face's labels
 
 
 def describe(x: Tensor) -> str:
-    """Dtype, shape and device, as messages have them."""
+    """Dtype, shape and device, for messages."""
     return f"{x.dtype} {list(x.shape)} on {x.device}"
 
 
 def check_tensors(needed: dict[str, Any], **optional: Any) -> None:
-    """All are tensors, of which each entry is in memory; the optional ones may be None."""
+    """Check that all are dense tensors; the optional ones may be None."""
     for name, x in (needed | {k: x for k, x in optional.items() if x is not None}).items():
         if not isinstance(x, Tensor):
             may = "" if name in needed else ", or None"
@@ -35,7 +33,7 @@ def check_tensors(needed: dict[str, Any], **optional: Any) -> None:
 
 
 def _refuse_forward_mode(name: str, x: Tensor) -> None:
-    """The derivative forwards is not implemented; unchecked, it would silently be 0."""
+    """Raise RuntimeError for a forward-mode tangent: its derivative would silently be 0."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
@@ -46,7 +44,7 @@ def _refuse_forward_mode(name: str, x: Tensor) -> None:
 
 
 def check_beta(divergence: Divergence, dtype: torch.dtype) -> None:
-    """Whether jsd's mixture can be told from one of its parts."""
+    """Check that jsd's mixture differs from each of its two parts by more than rounding."""
     least = LEAST_SHARE
     if divergence.name == "jsd" and dtype != torch.float64:
         if not least <= divergence.beta <= 1 - least:
@@ -59,7 +57,7 @@ def check_beta(divergence: Divergence, dtype: torch.dtype) -> None:
 
 
 def check_hidden(name: str, hidden: Tensor) -> None:
-    """[..., D] in a dtype that the kernels take."""
+    """Check that the tensor is [..., D] in a dtype that the kernels accept."""
     if hidden.dim() < 1 or hidden.dtype not in DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise ValueError(f"{name}: got {describe(hidden)}, must be [..., D] in {allowed}")
@@ -74,7 +72,9 @@ def check_head(
     bias: Tensor | None,
     sharded: bool = False,
 ) -> None:
-    """The head `weight` [V, D], `bias` [V] fits `hidden` [..., D]. A shard may be empty."""
+    """Check that the head `weight` [V, D], `bias` [V] fits `hidden` [..., D]. A shard may be
+    empty.
+    """
     if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded):
         raise ValueError(f"{name}: got {describe(weight)}, must be [V, D] with V > 0")
     if weight.shape[1] != hidden.shape[-1]:
@@ -92,7 +92,7 @@ def check_head(
 
 
 def check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Same dtype and device."""
+    """Check that both have the same dtype and device."""
     if x.dtype != other.dtype or x.device != other.device:
         raise ValueError(
             f"{name}: got {describe(x)}, must be {other.dtype} on {other.device} like {other_name}"
@@ -100,7 +100,7 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_rows(name: str, x: Tensor, hidden_name: str, hidden: Tensor) -> None:
-    """One value a token, on the tokens' device."""
+    """Check that there is one value for each token, on the tokens' device."""
     if x.shape != hidden.shape[:-1] or x.device != hidden.device:
         raise ValueError(
             f"{name}: got {describe(x)}, must be {list(hidden.shape[:-1])} on {hidden.device}, "
@@ -109,10 +109,10 @@ def check_rows(name: str, x: Tensor, hidden_name: str, hidden: Tensor) -> None:
 
 
 def check_targets(targets: Tensor, token_weight: Tensor | None, vocabulary: int | None) -> None:
-    """Integers in [0, V), where they count: whose weight is not 0, or without weights those that
-    are not IGNORED. The range is checked on the CPU only, elsewhere it would wait for the device,
-    not where V is split over ranks (None), and not of fake tensors, which have no values: there a
-    token whose target is outside gets NaN.
+    """Check that targets are integers in [0, V) where they count: where the weight is not 0, or
+    without weights where they are not IGNORED. The range is checked only on the CPU, since
+    elsewhere it would wait for the device; not if V is split over ranks (None); and not for fake
+    tensors, which have no values. In those cases a token whose target is outside gets NaN.
     """
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets: got {describe(targets)}, must be integers")
@@ -130,12 +130,12 @@ def check_targets(targets: Tensor, token_weight: Tensor | None, vocabulary: int 
 
 
 def wants_gradient(x: Tensor | None) -> bool:
-    """Whether autograd will ask for one here and now."""
+    """Whether autograd will compute a gradient for this tensor."""
     return x is not None and torch.is_grad_enabled() and x.requires_grad
 
 
 def check_reduction(reduction: str) -> None:
-    """One of REDUCTIONS."""
+    """Check that it is one of REDUCTIONS."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, may be one of {', '.join(REDUCTIONS)}")
 
@@ -143,7 +143,7 @@ def check_reduction(reduction: str) -> None:
 def row_weights(
     token_weight: Tensor | None, reduction: str, hidden_name: str, hidden: Tensor
 ) -> Tensor:
-    """[N]: what each token's value counts in the reduction. Constants: without a gradient."""
+    """The weight [N] of each token in the reduction, as constants without a gradient."""
     n_tokens, dtype = hidden.shape[:-1].numel(), gemm.tile_dtype(hidden.dtype)
     if token_weight is None:
         share = 1.0 / max(n_tokens, 1) if reduction == "mean" else 1.0
@@ -151,7 +151,7 @@ def row_weights(
     check_rows("token_weight", token_weight, hidden_name, hidden)
     if token_weight.is_complex():
         raise ValueError(f"token_weight: got {describe(token_weight)}, must be real numbers")
-    # A column of a matrix keeps its stride in both; kernels read one weight after the other.
+    # Kernels read adjacent weights; a column of a matrix would keep its stride through both calls.
     row_weight = token_weight.detach().reshape(-1).to(dtype).contiguous()
     if reduction == "mean":
         total = row_weight.sum()
@@ -160,7 +160,7 @@ def row_weights(
 
 
 def check_budget(memory_budget: int | None) -> None:
-    """Bytes, or None. Whether a row fits them, the plan sees."""
+    """Check that it is a number of bytes, or None. The plan checks whether a row fits."""
     if memory_budget is None:
         return
     whole = isinstance(memory_budget, Integral | torch.SymInt)
@@ -172,11 +172,11 @@ def check_budget(memory_budget: int | None) -> None:
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> list[Any]:
-    """Under autocast, the operands as a matrix product would get them; None stays None.
+    """Cast operands under autocast as a matrix product would; None stays None.
 
-    On a GPU that is autocast's dtype: the logits still accumulate in fp32, and the product is
-    several times faster. On the CPU there is nothing to gain from rounding the operands, so the
-    hidden states take the weight's dtype where they differ.
+    On a GPU that is to autocast's dtype: the logits still accumulate in fp32, and the product is
+    several times faster. On the CPU nothing is gained by rounding the operands, so the hidden
+    states get the weight's dtype if it differs.
     """
     present = [x for x in tensors if x is not None]
     device = present[0].device.type

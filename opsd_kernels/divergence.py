@@ -1,7 +1,8 @@
-"""What is computed: the divergence, its clip, and how a head's product becomes a logit.
+"""Describes what is computed: the divergence, its clip, and how logits are made of a head's
+products.
 
-Notation, here and throughout: N tokens, V vocabulary, D hidden width; S and T are the student's and
-the teacher's distribution over the vocabulary at one token, z and t their logits.
+Notation, in this package: N tokens, V vocabulary, D hidden width; S and T are the student's and the
+teacher's distribution over the vocabulary at one token, z and t their logits.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ CLIPS = ("entry", "token")
 
 
 def _is_number(x: Any) -> bool:
-    """Finite. Not a tensor: whoever trains a temperature would get no gradient for it."""
+    """Whether x is a finite number and no tensor: a trained temperature would get no gradient."""
     infinity: Any = float("inf")
     return isinstance(x, Real) and -infinity < x < infinity
 
@@ -92,10 +93,9 @@ class Clip:
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """From a head's product a = h W^T + bias to the logit: scale, then soft cap, then temperature.
+    """Makes logits of a head's products a = h W^T + bias: scale, then soft cap, then temperature.
 
     z = softcap(scale * a) / temperature, softcap(x) = c tanh(x / c), or x where `softcap` is None.
-
     Raises ValueError for a temperature or softcap of 0 or less, or a scale of 0 or infinity.
     """
 
@@ -105,18 +105,18 @@ class LogitTransform:
 
     @property
     def slope(self) -> float:
-        """The logit's derivative by the product, where the soft cap does not bend it."""
+        """The derivative of the logit by the product, without the soft cap's factor."""
         return self.scale / self.temperature
 
     def __call__(self, product: Any) -> Any:
-        """z of a few products, a new tensor."""
+        """Transform a few products to logits z, in a new tensor."""
         if self.softcap is None:
             return product * (self.scale / self.temperature)
         squashed = (product * (self.scale / self.softcap)).tanh()
         return squashed * (self.softcap / self.temperature)
 
     def derivative(self, z: Any) -> Any:
-        """By the product, of a few logits z."""
+        """The derivative of a few logits z by their products."""
         if self.softcap is None:
             return self.slope
         return self.slope * (1.0 - (z * (self.temperature / self.softcap)).square())
@@ -137,9 +137,9 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is measured between two roles: which divergence, of logits made how, bounded by what.
+    """What is measured between two roles: the divergence, the logits' transform, and the clip.
 
-    teacher_transform: how the teacher's logits are made; None: as the student's.
+    teacher_transform: the transform of the teacher's logits; None: the student's.
     """
 
     divergence: Divergence = Divergence()
@@ -154,10 +154,10 @@ class Rule:
 
     @property
     def entry_clip(self) -> Clip | None:
-        """The clip, if it bounds entries."""
+        """The clip if it bounds entries, else None."""
         return self.clip if self.clip is not None and self.clip.kind == "entry" else None
 
     @property
     def token_clip(self) -> Clip | None:
-        """The clip, if it bounds tokens."""
+        """The clip if it bounds tokens, else None."""
         return self.clip if self.clip is not None and self.clip.kind == "token" else None

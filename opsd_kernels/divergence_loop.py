@@ -34,14 +34,14 @@ from opsd_kernels.sharded import Shards
 from opsd_kernels.sweep import Gradients, Head, Sweep, Want, blocks, buffers, plan_call
 from opsd_kernels.tiles import state as states
 
-# Rows of the per-token numbers that come out.
+# Rows of the per-token statistics that are returned.
 LOSS, DIVERGENCE, STUDENT_ENTROPY, TEACHER_ENTROPY, CLIPPED, INVERTED = range(6)
-STUDENT_LOG_PROB, TEACHER_LOG_PROB = 6, 7  # of the targets, where there are any
+STUDENT_LOG_PROB, TEACHER_LOG_PROB = 6, 7  # of the targets, if there are any
 TOKEN_LOSS = 8  # l_n
 STATISTICS = 9
 
 TokenLoss = Callable[[Tensor, Tensor | slice], Tensor]
-"""(log-probability of their targets [n], which of the N tokens they are) -> l of each [n]."""
+"""(log-probabilities of targets [n], the indices of their tokens among N) -> the l of each [n]."""
 
 
 def divergence_blocks(
@@ -69,11 +69,12 @@ def divergence_blocks(
     functions = load(backend)
     forward = rule.divergence.name == "forward_kl"
     entry_clip, token_clip = rule.entry_clip, rule.token_clip
-    # Whether the gradient can be had without its sums, if that saves a pass.
+    # Whether the gradient can be computed without the sums, if that saves a pass.
     direct = entry_clip is None and (not want.head or (forward and token_clip is None))
-    # dh = A - (sum p) B is a small difference: operands of 16 bits would round it away.
+    # dh = A - (sum p) B is a small difference, which operands of 16 bits would round away.
     direct = direct and (forward or gemm.exact_operands(student))
-    # The token clip is the divergence's alone, so that its factor must be known before l_n's part.
+    # The token clip applies only to the divergence, so its factor must be known before l_n is
+    # added.
     apart = token_loss is not None and token_clip is not None
     direct = direct and not apart
     plan = plan_call(
@@ -149,7 +150,7 @@ def divergence_blocks(
 def add_normalisers_(
     sweep: Sweep, normalisers: Callable[..., None], rule: Rule, state: Tensor, shards: Shards | None
 ) -> None:
-    """Pass 1."""
+    """Run pass 1 over the sweep's tiles."""
     for tile in sweep:
         normalisers(*tile.roles, rule, state)
     if shards is not None:
@@ -159,7 +160,7 @@ def add_normalisers_(
 def add_sums_(
     sweep: Sweep, sums: Callable[..., None], rule: Rule, state: Tensor, shards: Shards | None
 ) -> None:
-    """Pass 2."""
+    """Run pass 2 over the sweep's tiles."""
     for tile in sweep:
         sums(*tile.roles, rule, state)
     if shards is not None:
@@ -173,7 +174,7 @@ def target_logits(
     transform: LogitTransform,
     shards: Shards | None,
 ) -> Tensor:
-    """[n]: each token's own logit, by itself: D multiply-adds."""
+    """The logit [n] of each token's target, computed separately: D multiply-adds a token."""
     size, wide = len(head.weight), gemm.tile_dtype(hidden.dtype)
     local = targets - (0 if shards is None else shards.offset)
     z = hidden.new_zeros(len(hidden), dtype=wide)
@@ -195,7 +196,7 @@ def target_log_probs(
     state: Tensor,
     shards: Shards | None,
 ) -> Tensor:
-    """[2, n]: by each role."""
+    """The log-probabilities [2, n] of the targets by student and teacher."""
     transforms = rule.transform, rule.of_teacher
     logits = (
         target_logits(targets, h, head, transform, shards)
@@ -206,15 +207,15 @@ def target_log_probs(
 
 
 def log_probs(z: Tensor, normaliser: Tensor) -> Tensor:
-    """[n]: of entries whose logits are z."""
+    """The log-probabilities [n] of entries with logits z."""
     return (z - normaliser[states.MAX]) - states.log_sum(normaliser)
 
 
 def token_losses(
     token_loss: TokenLoss, z: Tensor, state: Tensor, rows: slice
 ) -> tuple[Tensor, Tensor]:
-    """(l [n], its derivative by the log-probability [n]) of targets whose logits are z; l_n is a
-    function of token n's alone.
+    """(l [n], its derivative by the log-probability [n]) for targets with logits z. l_n depends
+    only on token n.
     """
     log_prob = log_probs(z, state[states.STUDENT])
     with torch.enable_grad():
@@ -230,7 +231,7 @@ def token_losses(
 
 
 def add_to_targets_(gradient: Tensor, targets: Tensor, amounts: Tensor) -> None:
-    """To the gradient [n, v] by a tile's products, `amounts` [n] at the targets that are in it."""
+    """Add `amounts` [n] to the gradient [n, v] at the targets that are in this tile."""
     elsewhere = (targets < 0) | (targets >= gradient.shape[1])
     amounts = amounts.masked_fill(elsewhere, 0.0).to(gradient.dtype)
     entry = targets.clamp(0, gradient.shape[1] - 1)
@@ -238,13 +239,13 @@ def add_to_targets_(gradient: Tensor, targets: Tensor, amounts: Tensor) -> None:
 
 
 def token_factor(state: Tensor, clip: Clip) -> Tensor:
-    """[n]: what Clip("token") scales a token by."""
+    """The factors [n] by which Clip("token") scales the tokens."""
     d = state[states.DIVERGENCE]
     return torch.where(d > clip.threshold, clip.threshold / d, 1.0)
 
 
 def statistics(state: Tensor, rule: Rule) -> Tensor:
-    """[6, n] of a complete state."""
+    """The first six statistics [6, n] from a complete state."""
     d = state[states.DIVERGENCE]
     loss, clipped, inverted = d, torch.zeros_like(d), torch.zeros_like(d)
     if rule.entry_clip is not None:

@@ -26,35 +26,35 @@ def tile_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a gradient of `dtype` is kept in until backward has scaled it: fp32 for fp16, which has
-    no room for a mean's 1/N (small ones vanish) nor for a sum (large ones overflow).
+    """The dtype of a gradient until backward has scaled it: fp32 for fp16, in whose range the
+    factor 1/N of a mean (small ones vanish) and sums (large ones overflow) do not fit.
     """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def gradient_unit(like: Tensor, row_weight: Tensor, by_product: float) -> Tensor | None:
-    """A power of two that brings gradients of the logits' products into fp16's range before they
-    are rounded to it as operands; None where no product rounds them to fp16.
+    """A power of two that scales gradients by the products into fp16's range, before they are
+    rounded to it as operands. None if no product rounds them to fp16.
 
-    row_weight [N] and `by_product`, the derivative of the logit by its product, are what they are
-    multiplied by; what else they are made of is some 1e-8 to 1e3.
+    Their factors are row_weight [N] and `by_product`, the derivative of the logit by its product;
+    the other factors are some 1e-8 to 1e3.
     """
     if like.dtype != torch.float16 or not narrows(like) or not row_weight.numel():
         return None
     largest = torch.where(row_weight.isfinite(), row_weight, 0.0).abs().max() * abs(by_product)
     _, exponent = torch.frexp(largest)
-    # The largest becomes 8 to 16, what a loss scale of 65 536 makes of 1/N at N = 4096 to 8192.
+    # The largest becomes 8 to 16: the same as 1/N for N = 4096 to 8192 at a loss scale of 65 536.
     unit = torch.exp2((4 - exponent).clamp(-100, 100).to(row_weight.dtype))
     return torch.where(largest == 0, 1.0, unit)
 
 
 def exact_operands(x: Tensor) -> bool:
-    """Whether a product with a gradient reads the gradient in fp32 or fp64."""
+    """Whether products read the gradient in fp32 or fp64."""
     return x.dtype in (torch.float32, torch.float64)
 
 
 def widens(x: Tensor) -> bool:
-    """Whether operands of x's dtype and device are widened for a product."""
+    """Whether operands of x's dtype and device are widened to fp32 for a product."""
     return x.device.type == "cpu" and x.dtype != tile_dtype(x.dtype)
 
 
@@ -86,8 +86,8 @@ def add_input_gradient_(out_nd: Tensor, gradient_nv: Tensor, weight_vd: Tensor) 
 def add_weight_gradient_(
     out_vd: Tensor, gradient_nv: Tensor, hidden_nd: Tensor, dtype: torch.dtype
 ) -> None:
-    """out += G^T hidden; `out` is fp32, since small gradients would vanish in a bf16 sum over
-    blocks. `dtype`: the operands' own.
+    """out += G^T hidden. `out` is fp32, since small gradients would vanish in a bf16 sum over
+    blocks. `dtype`: the operands' original dtype.
     """
     with _products(out_vd, dtype):
         _add_product_(out_vd, gradient_nv.t(), hidden_nd)
@@ -96,7 +96,7 @@ def add_weight_gradient_(
 def set_weight_gradient_(
     out_vd: Tensor, gradient_nv: Tensor, hidden_nd: Tensor, dtype: torch.dtype
 ) -> None:
-    """out = G^T hidden, rounded once to out's dtype: where there is but one block."""
+    """out = G^T hidden, rounded once to out's dtype; for a single block."""
     with _products(out_vd, dtype):
         if out_vd.dtype in (hidden_nd.dtype, torch.float32):
             _set_product_(out_vd, gradient_nv.t(), hidden_nd)
@@ -106,7 +106,7 @@ def set_weight_gradient_(
 
 
 def _widened(weight_vd: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """One slice after the other, in the same memory."""
+    """Widen one slice after the other, in the same memory."""
     vocabulary, width = weight_vd.shape
     buffer = weight_vd.new_empty((min(SLICE, vocabulary), width), dtype=torch.float32)
     for v in range(0, vocabulary, SLICE):
@@ -132,7 +132,9 @@ def _add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 @functools.cache
 def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds a product of low precision to an fp32 matrix; some only multiply."""
+    """Whether this torch can add a product of low precision to an fp32 matrix; some only
+    multiply.
+    """
     one = torch.ones((16, 16), dtype=dtype, device=device)
     wide = one.float()
     try:
@@ -143,10 +145,10 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class _ProductPrecision:
-    """oneDNN's precision of fp32 products, a setting of the whole process, held for the length of
-    our products and put back after the last one. Threads whose products want another precision
-    wait: otherwise an fp32 product could read its operands as bf16, and the setting would stay
-    where two threads put back what they found.
+    """Sets oneDNN's precision of fp32 products, a setting of the whole process, during our
+    products, and restores it after the last one. Threads whose products need another precision
+    wait: otherwise an fp32 product could read its operands as bf16, and two threads could restore a
+    wrong setting.
     """
 
     def __init__(self) -> None:
@@ -156,7 +158,7 @@ class _ProductPrecision:
 
     @contextlib.contextmanager
     def use(self, precision: str | None) -> Iterator[None]:
-        """None: whatever is set."""
+        """A context with this precision; None: the current one."""
         settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         with self.free:
             self.free.wait_for(lambda: self.users == 0 or self.current == precision)
@@ -180,7 +182,7 @@ _precision = _ProductPrecision()
 
 
 def _after_fork() -> None:
-    """The threads that held the setting are not in the child."""
+    """Reset after a fork: the threads that used the setting are not in the child."""
     global _precision
     if _precision.users and _precision.current is not None:
         torch.backends.mkldnn.matmul.fp32_precision = _precision.before  # type: ignore[attr-defined]
@@ -191,8 +193,9 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _products(where: Tensor, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """Within it, oneDNN's fp32 products on the CPU may read their operands as bf16 where `dtype` is
-    bf16 and the processor multiplies bf16; in fp32 they do as the process's setting says.
+    """A context for products. On the CPU, oneDNN's fp32 products may read their operands as bf16
+    inside it if `dtype` is bf16 and the processor multiplies bf16. In fp32 the process's setting
+    applies.
     """
     if where.device.type != "cpu" or dtype == torch.float64 or not _multiplies_bf16():
         return contextlib.nullcontext()

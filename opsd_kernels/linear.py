@@ -1,7 +1,7 @@
-"""Divergence between two roles' next-token distributions, straight from hidden states: no [N, V]
-tensor ever exists.
+"""Computes the divergence of two roles' next-token distributions from hidden states, without any
+[N, V] tensor.
 
-Here are the operator and what users call; the algorithm is in `divergence_loop.py`.
+This module has the operator and the public function; the algorithm is in `divergence_loop.py`.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from opsd_kernels.sweep import Head, Want
 
 
 class Options(NamedTuple):
-    """What the operator takes beside tensors, in types that its schema knows."""
+    """The operator's arguments beside tensors, in types that its schema allows."""
 
     drop_zeros: bool
     want_hidden: bool
@@ -55,7 +55,7 @@ class Options(NamedTuple):
 
     @property
     def rule(self) -> Rule:
-        """What is measured."""
+        """The rule that these fields describe."""
         return Rule(
             Divergence(self.divergence, self.beta),
             LogitTransform(self.temperature, self.logit_scale, self.logit_softcap),
@@ -67,7 +67,7 @@ class Options(NamedTuple):
 
 
 def _fields_of(rule: Rule) -> dict[str, Any]:
-    """The fields of `Options` that say what is measured."""
+    """The fields of `Options` that describe the rule."""
     fields: dict[str, Any] = {
         "divergence": rule.divergence.name,
         "beta": float(rule.divergence.beta),
@@ -136,18 +136,19 @@ _operator = FusedOperator(
 
 @dataclass(frozen=True)
 class LinearDivergence:
-    """What `linear_divergence` returns. Per-token tensors have the hidden states' leading shape and
-    are fp32 (fp64 for fp64 inputs); all but the loss are detached, and 0 at tokens of weight 0.
+    """The result of `linear_divergence`. Per-token tensors have the hidden states' leading shape
+    and are fp32 (fp64 for fp64 inputs). All but the losses are detached, and 0 at tokens of weight
+    0.
 
-    loss: a scalar, or under reduction="none" w_n d_n for each token.
-    token_loss: l_n, where a function says what it is, and otherwise None.
+    loss: a scalar, or with reduction="none" w_n d_n for each token.
+    token_loss: l_n; None without a `token_loss` function.
     per_token: the divergence in nats, neither weighted nor clipped.
     student_entropy, teacher_entropy: in nats.
     log_prob, teacher_log_prob: of each token's target by the student and by the teacher; None
         without `targets`.
-    clipped_fraction: a scalar, how much of what the clip looks at it clipped: the share of tokens
-        for Clip("token", ...), of vocabulary entries for Clip("entry", ...), 0 without a clip.
-        Tokens of weight 0 do not count, here and below.
+    clipped_fraction: a scalar, the clipped share of tokens for Clip("token", ...), of vocabulary
+        entries for Clip("entry", ...), 0 without a clip. Tokens of weight 0 do not count, here
+        and below.
     inverted_gradient_fraction: a scalar, the share of tokens whose clipped gradient points away
         from the unclipped one.
     """
@@ -340,7 +341,7 @@ def _check_token_loss(
         raise ValueError("token_loss: got a function of log-probabilities, but no targets")
     if reduction != "sum":
         raise ValueError(f"token_loss: got reduction={reduction!r} beside it, must be 'sum'")
-    if student.dtype == float16:  # its scale is made of the token weights (`gradient_unit`)
+    if student.dtype == float16:  # `gradient_unit` computes its scale from the token weights
         raise ValueError("token_loss: got float16 hidden states, must be bfloat16 or float32")
     if placed.own_tokens:
         raise ValueError(
@@ -376,7 +377,7 @@ def _check_roles(
     teacher_bias: Tensor | None,
     sharded: bool,
 ) -> None:
-    """Raises ValueError where shapes, dtypes or devices of the two roles do not fit each other."""
+    """Raise ValueError if shapes, dtypes or devices of the two roles do not match."""
     arguments.check_hidden("student_hidden", student_hidden)
     arguments.check_hidden("teacher_hidden", teacher_hidden)
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:

@@ -1,11 +1,12 @@
-"""Log-probability of given tokens, straight from hidden states: what policy gradients and
-importance ratios need.
+"""Computes log-probabilities of given tokens from hidden states, for policy gradients and
+importance ratios.
 
-The same sweep over the vocabulary as the divergence's, with one role: the normaliser tells the
-log-probability and the entropy, a second pass (none where the tile holds whole rows) the gradient.
-With reduction="none" how much each token's log-probability matters is known in backward only: so
-forward computes dh row by row where it alone is wanted (backward scales the rows), and with a
-trainable head backward computes the blocks again: 8 N V D multiply-adds instead of 6.
+It sweeps the vocabulary like the divergence, with one role: the normaliser gives log-probability
+and entropy, and a second pass (not needed if a tile holds whole rows) the gradient.
+
+With reduction="none" each token's share of the loss is known only in backward. So if only dh is
+needed, forward computes it row by row, and backward scales the rows. With a trainable head,
+backward computes the blocks again: 8 N V D multiply-adds instead of 6.
 """
 
 from collections.abc import Sequence
@@ -37,8 +38,8 @@ def log_prob_blocks(
     backend: str,
     shards: Shards | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(stats [2, N]: log-probability and entropy; dh [N, D], dW [V, D], dbias [V] where `want`ed)
-    for sum_n row_weight_n log_prob_n. targets [N]: from this rank's first row of the head.
+    """(stats [2, N]: log-probability and entropy; dh [N, D], dW [V, D], dbias [V] if `want`ed) for
+    sum_n row_weight_n log_prob_n. targets [N] count from this rank's first row of the head.
     """
     functions = load(backend)
     plan = plan_call(
@@ -82,7 +83,7 @@ def log_prob_blocks(
 
 
 class Options(NamedTuple):
-    """What the operator takes beside tensors, in types that its schema knows."""
+    """The operator's arguments beside tensors, in types that its schema allows."""
 
     drop_zeros: bool
     want_hidden: bool
@@ -102,13 +103,13 @@ def _run(
     hidden, weight, bias, targets = tensors
     split, vocabulary = None, weight.shape[0]
     ignored = None if options.drop_zeros else targets == IGNORED
-    if ignored is not None:  # what their hidden states hold (NaN) must not leak
+    if ignored is not None:  # NaN in their hidden states must not spread
         hidden = hidden.masked_fill(ignored[:, None], 0.0)
         targets = targets.masked_fill(ignored, 0)
     if options.group is not None:
         split = Shards.agree(options.group, weight.shape[0], hidden.shape[0], hidden.device)
         vocabulary = sum(split.sizes)
-    # What the sums leave of a target outside the vocabulary would look like a log-probability.
+    # Without this, a target outside the vocabulary would get a plausible log-probability.
     outside = (targets < 0) | (targets >= vocabulary)
     row_weight = row_weight.masked_fill(outside, torch.nan)
     if split is not None:
@@ -143,12 +144,12 @@ _operator = FusedOperator(
 
 @dataclass(frozen=True)
 class LinearLogProb:
-    """What `linear_log_prob` returns, in nats, fp32 (fp64 for fp64 inputs); all but log_prob are
+    """The result of `linear_log_prob`, in nats, fp32 (fp64 for fp64 inputs). All but log_prob are
     detached, and 0 at tokens of weight 0.
 
-    log_prob: differentiable; under reduction="none" w_n log p_n for each token [...], otherwise a
+    log_prob: differentiable; with reduction="none" w_n log p_n for each token [...], otherwise a
         scalar.
-    entropy, per_token [...]: the entropy, and log p_n, not weighted.
+    entropy, per_token [...]: the entropy, and log p_n without the weight.
     """
 
     log_prob: Tensor
@@ -220,8 +221,8 @@ def linear_log_prob(
         placed.gather(row_weight),
         reduction == "none" or placed.own_tokens,
         Options(
-            # Dropping waits for a GPU. Without weights, which say that it is worth it, tokens of
-            # target -100 are masked there.
+            # Dropping tokens waits for a GPU, which is worth it only if there are weights. Without
+            # them, tokens of target -100 are masked on a GPU.
             drop_zeros=token_weight is not None or hidden.device.type == "cpu",
             want_hidden=arguments.wants_gradient(hidden),
             want_weight=arguments.wants_gradient(weight),

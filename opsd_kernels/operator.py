@@ -36,7 +36,7 @@ _SCHEMA_TYPES: dict[object, str] = {
 
 
 class FusedOperator:
-    """`opsd::<name>` and `opsd::<name>_backward`, both registered with torch."""
+    """Registers `opsd::<name>` and `opsd::<name>_backward` with torch and calls them."""
 
     def __init__(
         self,
@@ -49,9 +49,9 @@ class FusedOperator:
         options: type,
         statistics: int,
     ) -> None:
-        """tensors: names in the schema, those with a "?" may be None. by_token: which of them have
-        one row a token; trainable: which are the hidden states [N, D], the head [V, D] and its bias
-        [V] that get gradients. statistics: rows of what `run` returns as such, [statistics, N].
+        """tensors: their names in the schema; those with a "?" may be None. by_token: those with
+        one row for each token. trainable: the hidden states [N, D], the head [V, D] and its bias
+        [V], which get gradients. statistics: the number of rows of the statistics [statistics, N].
         """
         self.run, self.options, self.statistics = run, options, statistics
         names = [t.rstrip("?") for t in tensors]
@@ -88,8 +88,8 @@ class FusedOperator:
     ) -> tuple[Tensor, Tensor]:
         """(loss [N] if `per_token` else its sum, differentiable; statistics [statistics, N]).
 
-        token_loss: a function that `run` is given too. No schema has room for one: with it the
-        operator is not torch's, and torch.compile breaks its graph here.
+        token_loss: a function that is passed to `run`. A schema cannot have one: with it, the
+        operator is not registered with torch, and torch.compile breaks its graph here.
         """
         arguments = (*tensors, row_weight, per_token, *options)
         if token_loss is None:
@@ -99,7 +99,7 @@ class FusedOperator:
         return loss, statistics.detach()
 
     def _split(self, arguments):
-        """(tensors, row_weight, the rest)."""
+        """(tensors, row_weight, the other arguments)."""
         return arguments[: self.count], arguments[self.count], arguments[self.count + 1 :]
 
     def _call(self, tensors, row_weight, options, gradients: bool, **more):
@@ -109,15 +109,15 @@ class FusedOperator:
         return loss, statistics, *(row_weight.new_empty(0) if g is None else g for g in found)
 
     def _without_zeros(self, tensors, row_weight, options, gradients: bool, **more):
-        """`run` without the tokens of weight 0, which then get 0 everywhere.
+        """Call `run` without the tokens of weight 0, which then get 0 in all results.
 
-        The one synchronisation of a call. Dropped, not multiplied by zero: NaN * 0 is NaN, and the
-        products would be wasted.
+        This is the only synchronisation of a call. Tokens are dropped, not multiplied by zero: NaN
+        * 0 is NaN, and the products would be wasted.
         """
         n_tokens, keep = row_weight.shape[0], row_weight.nonzero().squeeze(-1)
         if keep.shape[0] == n_tokens:
             return self.run(tensors, row_weight, options, gradients, **more)
-        if (token_loss := more.get("token_loss")) is not None:  # told tokens' places among all
+        if (token_loss := more.get("token_loss")) is not None:  # it gets indices among all tokens
             more = {"token_loss": lambda log_prob, rows: token_loss(log_prob, keep[rows])}
         kept = [
             x[keep] if k in self.by_token and x is not None else x for k, x in enumerate(tensors)
@@ -201,7 +201,7 @@ class FusedOperator:
 
 
 class _Unregistered(torch.autograd.Function):
-    """A `FusedOperator` with a function among its arguments."""
+    """A `FusedOperator` call with a function among its arguments."""
 
     @staticmethod
     def forward(ctx, operator, token_loss, *arguments):
@@ -221,8 +221,8 @@ def wanted(options) -> Want:
 
 
 def _in_forward(per_token: bool, options) -> bool:
-    """Whether forward computes the gradients: not where a row's share of the loss is unknown and
-    rows add up.
+    """Whether forward computes the gradients. It cannot if a row's share of the loss is unknown and
+    gradients are sums over rows.
     """
     want = wanted(options)
     return want.any and not (per_token and want.head)
@@ -233,10 +233,10 @@ def _schema_type(annotation: type | types.UnionType) -> str:
 
 
 def _scaled(saved: Sequence[Tensor], grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Each of `saved` times `grad`, in `dtype`; empty ones stand for gradients nobody wants.
+    """Multiply each of `saved` by `grad`, in `dtype`; empty tensors stand for gradients not wanted.
 
-    In place where this graph will not be walked again: a copy of a [V, D] gradient would double the
-    memory of the call. (A second walk, retain_graph=True, needs them as they are.)
+    In place if the graph is not used again: a copy of a [V, D] gradient would double the call's
+    memory. (With retain_graph=True a second backward needs the original values.)
     """
     once = type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
     if once and grad.device.type == "cpu" and grad.numel() == 1 and grad.item() == 1.0:
@@ -249,7 +249,7 @@ def _scaled(saved: Sequence[Tensor], grad: Tensor, dtype: torch.dtype) -> list[T
 
 
 def _refuse_double_backward(grad: Tensor) -> None:
-    """The derivative of the gradient is not implemented; unchecked, it would silently be 0."""
+    """Raise RuntimeError for create_graph=True: the second derivative would silently be 0."""
     if type(grad) is Tensor and torch.is_grad_enabled():
         raise RuntimeError(
             "opsd_kernels: create_graph=True is not supported: no second derivatives"

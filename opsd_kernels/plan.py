@@ -1,22 +1,22 @@
-"""How many tokens and vocabulary entries to work on at a time, and what that costs. Pure
-arithmetic: no tensors, no torch.
+"""Plans how many tokens and vocabulary entries are computed at a time, and the memory that takes.
+Pure arithmetic: no tensors, no torch.
 
-One pass: a block of n tokens with all its V logits. They are there when the gradient is taken, so
-the head is multiplied no more often than in the dense form. Two passes: tiles of v < V entries,
-which are computed again in every pass, so that n can stay large where memory is small.
+One pass: a block of n tokens with all its V logits. They are still there when the gradient is
+computed, so the head is multiplied no more often than in the dense form. Two passes: tiles of v < V
+entries, which are computed again in every pass, so that n can stay large with little memory.
 
-A block of n tokens on tiles of v entries takes, beside the gradients that the caller asked for,
-`Cost.bytes(n, v)`. One pass is taken where the budget holds `fast_rows` tokens: with fewer, each
-product reads the whole head for next to no work, and 12 products of a well shaped block are faster
-than 8 of a thin one (two passes cost 1.5 to 2 times the multiplications). Measured on one AVX-512
-core, V = 32768, D = 512, trainable head, microseconds a token: one pass 8181, 4659, 3719, 2581 with
-4, 8, 16, 128 rows; two passes 1.5 times the last: so 16 rows. On a GPU a product needs some 256
-rows to be bound by arithmetic.
+A block of n tokens on tiles of v entries takes `Cost.bytes(n, v)`, beside the gradients that the
+caller asked for. One pass is used if `fast_rows` tokens fit the budget. With fewer, each product
+reads the whole head for little work, and 12 products of a large block are faster than 8 of a thin
+one (two passes cost 1.5 to 2 times the multiplications). Measured on one AVX-512 core, V = 32768, D
+= 512, trainable head, microseconds a token: one pass 8181, 4659, 3719, 2581 with 4, 8, 16, 128
+rows; two passes 1.5 times the last: so 16 rows. On a GPU a product needs some 256 rows to be bound
+by arithmetic.
 
-Two levels (`Cost.gradient`): where gradients are rounded to 16 bits anyway, they are a quarter of
-what the two roles' fp32 logits take. So these come a block at a time, and the gradients of a group
-of many blocks are kept until one product takes them all: dW [V, D], which in fp32 is larger than a
-block, is then read and written once a group instead of once a block.
+Two levels (`Cost.gradient`): gradients that are rounded to 16 bits take a quarter of the two roles'
+fp32 logits. So logits are computed a block at a time, and the gradients of a group of many blocks
+are kept until one product reads them all: dW [V, D], which in fp32 is larger than a block, is then
+read and written once a group instead of once a block.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ LEAST_COLUMNS = 64
 
 @dataclass(frozen=True)
 class Cost:
-    """What scratch memory is made of, in bytes.
+    """The parts of scratch memory, in bytes.
 
     entry: for each token and vocabulary entry of a tile; temporaries: for each of at most
-    `slice_entries` of them; token: for each token; one_pass_token, tiles_token: the same, in one of
-    the algorithms only; column: for each of at most `slice_columns` vocabulary entries of a tile;
-    gradient, group_token: for each token of a group and vocabulary entry of a tile, for each token
+    `slice_entries` of them; token: for each token; one_pass_token, tiles_token: the same, in only
+    one of the algorithms; column: for each of at most `slice_columns` vocabulary entries of a tile;
+    gradient: for each token of a group and vocabulary entry of a tile; group_token: for each token
     of a group; fixed: once.
     """
 
@@ -49,16 +49,18 @@ class Cost:
     fixed: int = 0
 
     def per_token(self, columns: int, one_pass: bool) -> int:
-        """Of a block. Without `temporaries`."""
+        """Bytes of a block's token, without `temporaries`."""
         token = self.token + (self.one_pass_token if one_pass else self.tiles_token)
         return int(self.entry * columns) + token
 
     def per_kept_token(self, columns: int) -> int:
-        """Of a group."""
+        """Bytes of a group's token."""
         return self.gradient * columns + self.group_token
 
     def bytes(self, rows: int, columns: int, one_pass: bool, group: int | None = None) -> int:
-        """Of blocks of `rows` tokens in groups of `group` (None: a block each)."""
+        """Bytes for blocks of `rows` tokens in groups of `group` tokens (None: groups of one
+        block).
+        """
         entries = min(rows * columns, self.slice_entries)
         return (
             rows * self.per_token(columns, one_pass)
@@ -69,7 +71,9 @@ class Cost:
         )
 
     def most_rows(self, columns: int, one_pass: bool, budget: int) -> int:
-        """The largest n of which `bytes` fits the budget, a block a group; 0 if none does."""
+        """The largest n for which `bytes` fits the budget, with groups of one block; 0 if none
+        does.
+        """
         left = budget - self.bytes(0, columns, one_pass)
         token = self.per_token(columns, one_pass) + self.per_kept_token(columns)
         unsliced = int(left / (token + self.temporaries * columns))
@@ -79,8 +83,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens a block, the number of blocks, vocabulary entries a tile, the bytes of scratch memory
-    that are occupied at once, tokens a group, and the number of groups.
+    """The tokens in a block, the number of blocks, the vocabulary entries in a tile, the bytes of
+    scratch memory in use at once, the tokens in a group, and the number of groups.
     """
 
     rows: int
@@ -102,13 +106,12 @@ def plan(
     fast_columns: int = 512,
     grouped: bool = False,
 ) -> Plan:
-    """Split `tokens` into blocks of equal size, and the vocabulary into tiles if it must be, within
-    `budget` bytes (None: 256 MiB, or the least that works where that is more).
+    """Split `tokens` into equal blocks, and the vocabulary into tiles if necessary, within `budget`
+    bytes (None: 256 MiB, or the least that works if that is more).
 
-    Tiles have `fast_columns` entries. They become wider where all tokens fit one block, and
-    narrower where a block would have fewer rows than a tile has columns. `grouped`: in one pass,
-    blocks of `fast_rows` and as large a group as fits. Raises ValueError where not even one token
-    fits.
+    Tiles have `fast_columns` entries. They are wider if all tokens fit into one block, and narrower
+    if a block would have fewer rows than a tile has columns. `grouped`: with one pass, use blocks
+    of `fast_rows` and as large a group as fits. Raises ValueError if not even one token fits.
     """
     least_columns = min(vocabulary, LEAST_COLUMNS)
     least = cost.bytes(1, least_columns, least_columns == vocabulary)
@@ -139,7 +142,7 @@ def plan(
 
 
 def _even(tokens: int, most: int, columns: int, one_pass: bool, cost: Cost) -> Plan:
-    """Blocks of `most` tokens at most, each a group of its own."""
+    """Plan blocks of at most `most` tokens, each a group of its own."""
     blocks = -(-tokens // most) if tokens else 0
     rows = -(-tokens // blocks) if tokens else 0
     size = cost.bytes(rows, columns, one_pass) if tokens else 0
@@ -147,7 +150,7 @@ def _even(tokens: int, most: int, columns: int, one_pass: bool, cost: Cost) -> P
 
 
 def _grouped(tokens: int, most_rows: int, most: int, cost: Cost, columns: int) -> Plan:
-    """Groups of `most` tokens at most, of blocks of `most_rows` at most; one pass."""
+    """Plan groups of at most `most` tokens, with blocks of at most `most_rows`; one pass."""
     groups = -(-tokens // most)
     group = -(-tokens // groups)
     rows = -(-group // -(-group // most_rows))

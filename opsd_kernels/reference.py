@@ -1,9 +1,8 @@
-"""The dense oracle: the formulas written down literally, with every logit in memory, in the dtype
-of the inputs.
+"""The dense reference: the formulas written literally, with all logits in memory, in the dtype of
+the inputs. Autograd does the rest.
 
-Autograd does the rest. It is what the fused functions are tested against, in fp64, and is itself
-checked by gradcheck. Its detached factors (the token clip's) are detached here too, so that its
-gradient is the documented one.
+The fused functions are tested against it in fp64, and gradcheck checks it. The documented gradient
+treats the token clip's factor as a constant, so it is detached here too.
 """
 
 import torch
@@ -23,7 +22,7 @@ def logits(
 
 
 def transformed(z: Tensor, transform: LogitTransform) -> Tensor:
-    """A head's product as the logit."""
+    """Transform a head's product to the logit."""
     z = z * transform.scale
     if transform.softcap is not None:
         z = transform.softcap * torch.tanh(z / transform.softcap)
@@ -31,8 +30,8 @@ def transformed(z: Tensor, transform: LogitTransform) -> Tensor:
 
 
 def _product(p: Tensor, log_ratio: Tensor) -> Tensor:
-    """p * log_ratio with 0 * anything = 0, in the value and in the gradient: a padded entry has
-    probability 0.
+    """p * log_ratio with 0 * anything = 0, in value and gradient: a padded entry has probability
+    0.
     """
     return torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, log_ratio))
 
@@ -84,7 +83,9 @@ def linear_divergence(
     reduction: str = "mean",
     teacher_transform: LogitTransform | None = None,
 ) -> Tensor:
-    """The loss of `opsd_kernels.linear_divergence`, densely; hidden [N, D], weight [V, D]."""
+    """The loss of `opsd_kernels.linear_divergence`, computed densely; hidden [N, D], weight [V,
+    D].
+    """
     student = logits(student_hidden, weight, bias, transform)
     with torch.no_grad():
         teacher = logits(

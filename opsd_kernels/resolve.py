@@ -1,11 +1,11 @@
-"""Which backend serves a call: decided here and nowhere else.
+"""Decides which backend computes a call; no other module does.
 
-`auto` takes, of the usable ones: for fp64 torch; on the CPU cpp, then torch; on a CUDA device
+`auto` chooses among the usable ones: for fp64 torch; on the CPU cpp, then torch; on a CUDA device
 triton, then cuda, then torch; elsewhere torch. On the CPU that order is measured (benchmarks/). On
-CUDA it is not: until a benchmark has shown cuda to be faster there, triton comes first.
+CUDA it is not: until a benchmark shows that cuda is faster, triton comes first.
 
-The compute capability of the call's device is looked at too: cuda has code for 8.0 and later, so
-that a T4 or V100 gets triton.
+It also depends on the device's compute capability: cuda has code for 8.0 and later, so a T4 or V100
+gets triton.
 """
 
 import importlib
@@ -16,8 +16,8 @@ import torch
 
 from opsd_kernels.tiles import cpp, cuda, triton
 
-# What the installation lacks, name -> reason. Devices are looked for later: asking CUDA for them at
-# import would keep it from working after a fork.
+# What the installation lacks, name -> reason. Devices are looked for later: if CUDA is asked for
+# them at import, it does not work after a fork.
 _BACKENDS = {
     "torch": None,
     "cpp": cpp.unusable_because(),
@@ -29,7 +29,7 @@ _NO_DEVICE = "no CUDA device"
 
 
 def backends() -> dict[str, str | None]:
-    """Backend name -> None where it is usable here, otherwise the reason why it is not.
+    """The reason why each backend is not usable here, or None if it is, by name.
 
     >>> backends()["torch"] is None
     True
@@ -42,7 +42,9 @@ def backends() -> dict[str, str | None]:
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that serves `name` for such tensors. ValueError with the reason if none does."""
+    """The backend that computes `name` for such tensors. Raises ValueError with the reason if none
+    can.
+    """
     if name == "auto":
         return _fastest(device, dtype)
     if name not in _BACKENDS:
@@ -84,7 +86,7 @@ def _fastest(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _device_lacks(name: str, device: torch.device) -> str | None:
-    """Why the device cannot run a GPU backend, if so."""
+    """Why the device cannot run a GPU backend, or None."""
     if device.type != "cuda":
         return None
     capability = torch.cuda.get_device_capability(device)
@@ -100,5 +102,5 @@ def _serves_cpu(name: str) -> bool:
 
 
 def load(name: str) -> ModuleType:
-    """The module of a backend that `resolve` named."""
+    """Import the module of a backend that `resolve` chose."""
     return importlib.import_module(f"opsd_kernels.tiles.{name}")

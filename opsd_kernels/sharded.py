@@ -1,9 +1,9 @@
-"""The vocabulary split over the ranks of a process group: each holds its rows of the head.
+"""Splits the vocabulary over the ranks of a process group: each rank holds its rows of the head.
 
-Two cases. The tokens are the same on every rank (tensor parallel; `process_group` says so): what
-travels is a few numbers a token, and dh; never a logit and never the head. Or the head is a DTensor
-that FSDP2 has sharded, and every rank has tokens of its own: then the tokens are gathered first,
-hidden states being smaller than the head they meet, and every rank takes back what is its own.
+There are two cases. With `process_group` (tensor parallel) the tokens are the same on every rank:
+only a few numbers a token and dh are exchanged, never logits or the head. Or the head is a DTensor
+that FSDP2 has sharded, and every rank has its own tokens: then the tokens are gathered first, since
+hidden states are smaller than the head, and every rank takes its own results.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from opsd_kernels.tiles import state as states
 
 @dataclass(frozen=True)
 class Shards:
-    """Which rows of the vocabulary are where: `sizes` of all ranks' shards, in order of rank."""
+    """The rows of the vocabulary on each rank: `sizes` of the shards, in order of rank."""
 
     group: "dist.ProcessGroup"
     sizes: tuple[int, ...]
@@ -29,10 +29,10 @@ class Shards:
 
     @classmethod
     def agree(cls, name: Any, vocabulary: int, tokens: int, device: torch.device) -> "Shards":
-        """All ranks of the named group tell each other the size of their shard, so that they plan
-        the same blocks: this waits for the device once a call.
+        """Exchange the shards' sizes among all ranks of the named group, so that they plan the same
+        blocks. This waits for the device once a call.
 
-        Raises ValueError, on every rank, where they do not work on equally many tokens.
+        Raises ValueError, on every rank, if their numbers of tokens differ.
         """
         group = dist.distributed_c10d._resolve_process_group(name)
         sizes, counts = zip(*_exchange((vocabulary, tokens), group, device), strict=True)
@@ -49,14 +49,14 @@ class Shards:
 
     @property
     def offset(self) -> int:
-        """The vocabulary entry that this rank's first row is."""
+        """The vocabulary entry of this rank's first row."""
         return sum(self.sizes[: self.rank])
 
     def sum_(self, x: Tensor) -> None:
         dist.all_reduce(x, group=self.group)
 
     def combine_normalisers_(self, *normalisers: Tensor) -> None:
-        """Each [3, n] becomes that of the whole vocabulary."""
+        """Combine each [3, n] over ranks to the whole vocabulary's."""
         for normaliser in normalisers:
             most = normaliser[states.MAX].clone()
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
@@ -69,7 +69,7 @@ class Shards:
 def _exchange(
     numbers: Sequence[int], group: "dist.ProcessGroup", device: torch.device
 ) -> list[list[int]]:
-    """Every rank's numbers."""
+    """Gather every rank's numbers."""
     own = torch.tensor(numbers, device=device)
     found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, own, group=group)
@@ -81,45 +81,45 @@ def _exchange(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a call finds its head (`group`: split over its ranks; None: here), and whether every
-    rank has `own_tokens`.
+    """Where a call's head is: split over the ranks of `group`, or here (None); and whether every
+    rank has its `own_tokens`.
     """
 
     group: "dist.ProcessGroup | None" = None
     own_tokens: bool = False
-    counts: tuple[int, ...] = ()  # tokens of each rank, where they have their own
+    counts: tuple[int, ...] = ()  # each rank's number of tokens, with `own_tokens`
 
     @property
     def name(self) -> str | None:
-        """Of the group, as an operator's argument."""
+        """The group's name, as an operator's argument."""
         return None if self.group is None else self.group.group_name
 
     def with_tokens(self, count: int, device: torch.device) -> "Placement":
-        """The ranks tell each other how many tokens they have: this waits for the device."""
+        """Exchange the ranks' numbers of tokens, which waits for the device."""
         if not self.own_tokens:
             return self
         counts = _exchange((count,), self.group, device)
         return Placement(self.group, True, tuple(n for (n,) in counts))
 
     def gather(self, x: Tensor) -> Tensor:
-        """[N, ...] -> all ranks' tokens [N_0 + N_1 + ..., ...]; the gradient is taken to be that of
-        all ranks' losses, the same on every rank.
+        """Gather all ranks' tokens: x [N, ...] -> [N_0 + N_1 + ..., ...]. Its gradient must be that
+        of all ranks' losses, the same on every rank.
         """
         return _Gather.apply(x, self) if self.own_tokens else x
 
     def own(self, x: Tensor) -> Tensor:
-        """This rank's tokens of x [all]; backward puts all ranks' gradients together."""
+        """This rank's tokens of x [all]; backward collects all ranks' gradients."""
         return _Own.apply(x, self) if self.own_tokens else x
 
     @property
     def rows(self) -> slice:
-        """This rank's among all tokens."""
+        """This rank's place among all tokens."""
         rank = dist.get_rank(self.group)
         start = sum(self.counts[:rank])
         return slice(start, start + self.counts[rank])
 
     def vocabulary(self, rows: int, device: torch.device) -> Tensor | int:
-        """V, where this rank holds `rows` of it."""
+        """V, if this rank holds `rows` of it."""
         if self.group is None:
             return rows
         total = torch.tensor(rows, device=device)
@@ -128,11 +128,11 @@ class Placement:
 
 
 def place(process_group: object, weight: Any, **others: Any) -> tuple[Placement, list[Any]]:
-    """(where the call's head is, the local parts of `weight` and the others, None where None).
+    """(where the call's head is, the local parts of `weight` and the others, None if None).
 
-    DTensors must be sharded over the vocabulary on one mesh dimension, all of them alike. Without a
+    DTensors must all be sharded over the vocabulary on the same one mesh dimension. Without a
     `process_group` their ranks are FSDP's, with tokens of their own: gradients of the local parts
-    are then those of the mean over ranks of the loss, as FSDP makes them for every parameter.
+    are then those of the mean over ranks of the loss, which FSDP computes for every parameter.
     """
     if process_group is not None and not (
         dist.is_available() and isinstance(process_group, dist.ProcessGroup)
@@ -168,7 +168,7 @@ def _ranks(group: Any) -> list[int] | None:
 
 
 def _is_dtensor(x: object) -> bool:
-    # Without importing DTensor, which takes longer than all of this package.
+    # This does not import DTensor, which would take longer than this package.
     return hasattr(x, "placements") and hasattr(x, "device_mesh")
 
 
@@ -190,7 +190,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, placement: Placement) -> Tensor:
         ctx.rows = placement.rows
-        # As bytes and padded to equal length: every backend can gather that.
+        # Every backend can gather bytes of equal length, so x is padded and viewed as bytes.
         most = max(placement.counts)
         padded = x.new_zeros((most, *x.shape[1:]))
         padded[: x.shape[0]] = x

@@ -24,12 +24,12 @@ from opsd_kernels.tiles import state as states
 from opsd_kernels.tiles.logits import Logits
 
 GPU_BUDGET = 2**30
-FAST_ROWS = 256  # tokens of a block on a GPU, if it can be: then arithmetic bounds a product
+FAST_ROWS = 256  # preferred tokens in a block on a GPU: then arithmetic bounds the product
 
 
 @dataclass(frozen=True)
 class Head:
-    """weight [V, D] and bias [V] of a role."""
+    """A role's weight [V, D] and bias [V]."""
 
     weight: Tensor
     bias: Tensor | None
@@ -54,10 +54,10 @@ class Want:
 
 @dataclass(frozen=True)
 class Tile:
-    """A block of tokens against some columns of the vocabulary."""
+    """A block of tokens with some columns of the vocabulary."""
 
     columns: slice
-    roles: tuple[Logits, ...]  # the student's first
+    roles: tuple[Logits, ...]  # student, then teacher
 
 
 def plan_call(
@@ -70,8 +70,8 @@ def plan_call(
     budget: int | None,
     trains_head: bool,
 ) -> Plan:
-    """The plan of a call. `two_sums`: whether two passes take dh as two sums (see `Gradients`);
-    `vocabulary`: V, or the largest shard's; trains_head: whether dW is asked for.
+    """Make a call's plan. `two_sums`: two passes compute dh as two sums (see `Gradients`).
+    `vocabulary`: V, or the largest shard's. trains_head: dW is wanted.
     """
     first, dtype = hidden[0], gemm.tile_dtype(hidden[0].dtype)
     item, width = dtype.itemsize, first.shape[1]
@@ -82,7 +82,7 @@ def plan_call(
     temporaries = backend.TEMPORARIES
     if len(heads) == 1:
         temporaries = getattr(backend, "LOG_PROB_TEMPORARIES", temporaries)
-    # Also where only backward will want it, which runs the call again within the same budget.
+    # Backward alone may need it, but runs the call again within the same budget.
     wide_gradient = gemm.gradient_dtype(first.dtype) != dtype
     cost = Cost(
         entry=len(heads) * item,
@@ -96,13 +96,14 @@ def plan_call(
         gradient=first.element_size() if gemm.narrows(first) else 0,
         group_token=width * item if wide_gradient else 0,
     )
-    # dW is summed in fp32 over groups, which costs as much again: not worth it for dh alone.
+    # Summing dW in fp32 over groups costs as much memory again, so groups are not used for dh
+    # alone.
     grouped = gemm.narrows(first) and trains_head
     tokens = first.shape[0]
     if budget is None and on_gpu:
         budget = max(GPU_BUDGET, cost.bytes(1, vocabulary, True))
         if grouped:
-            # What the sum over groups takes beside the budget is better spent on having but one.
+            # Rather than memory for the sum over groups, use as much to have only one group.
             summed = item * vocabulary * width
             budget = max(budget, summed)
             whole = cost.bytes(min(FAST_ROWS, tokens), vocabulary, True, tokens)
@@ -116,20 +117,20 @@ def _share(heads: tuple[Head, ...]) -> bool:
 
 
 class Sweep:
-    """The products of one block of tokens, `columns` vocabulary entries at a time."""
+    """Computes the products of one block of tokens, `columns` vocabulary entries at a time."""
 
     def __init__(
         self, hidden: tuple[Tensor, ...], heads: tuple[Head, ...], columns: int, buffer: Tensor
     ) -> None:
-        """hidden: [n, D] of each role; buffer: room for every role's [n, columns]."""
+        """hidden: [n, D] of each role; buffer: memory for every role's [n, columns]."""
         self.rows, self.vocabulary = hidden[0].shape[0], heads[0].weight.shape[0]
         self.columns, self.heads, self.buffer = columns, heads, buffer
         self.hidden = self._operands(hidden)
         self.whole_tile: Tile | None = None
 
     def _operands(self, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """As the products take them; one below the other where one product serves both roles, so
-        that a shared head is read once.
+        """Prepare the hidden states as operands. If one product computes both roles, they are
+        stacked, so that a shared head is read once.
         """
         self.stacked = None
         dtype = self.buffer.dtype if gemm.widens(hidden[0]) else hidden[0].dtype
@@ -143,7 +144,7 @@ class Sweep:
 
     @property
     def student(self) -> Tensor:
-        """[n, D], as operand of dW."""
+        """The student's [n, D], as operand of dW."""
         return self.hidden[0]
 
     def __iter__(self) -> Iterator[Tile]:
@@ -171,10 +172,10 @@ class Sweep:
 
 
 class Gradients:
-    """Those of the student's hidden states and head, summed over tiles and groups in fp32.
+    """The gradients of the student's hidden states and head, summed over tiles and groups in fp32.
 
-    dh of a block may come as two sums, A = sum_v p W_v and B = sum_v S W_v, and then
-    dh = A - (sum p) B, where the sum is known only after the last tile.
+    dh of a block may be computed as two sums, A = sum_v p W_v and B = sum_v S W_v. Then dh = A -
+    (sum p) B, where sum p is known only after the last tile.
     """
 
     def __init__(
@@ -186,14 +187,14 @@ class Gradients:
         narrow: Tensor | None,
         unit: Tensor | None,
     ) -> None:
-        """hidden: [N, D] of the call. narrow: room for a group's gradients in the operands' dtype.
-        unit: what the tiles' gradients are multiplied by, see `gemm.gradient_unit`.
+        """hidden: [N, D] of the call. narrow: memory for a group's gradients in the operands'
+        dtype. unit: the factor of the tiles' gradients, see `gemm.gradient_unit`.
         """
         self.hidden, self.head, self.narrow = hidden, head, narrow
         self.dtype, self.group = gemm.tile_dtype(hidden.dtype), plan.group
         weight = head.weight
-        self.kept = plan.group > plan.rows  # whether a group has several blocks
-        self.once = plan.groups <= 1  # dW is then complete tile by tile
+        self.kept = plan.group > plan.rows  # gradients are kept: a group has several blocks
+        self.once = plan.groups <= 1  # there is one group, so each tile completes its part of dW
         self.unit = unit
         kept_in = gemm.gradient_dtype(hidden.dtype)
         self.d_hidden = torch.zeros_like(hidden, dtype=kept_in) if want.hidden else None
@@ -206,7 +207,7 @@ class Gradients:
             self.d_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype)
 
     def start(self, rows: slice, *, two_sums: bool = False) -> None:
-        """A new block of tokens, and of a group, where it is its first."""
+        """Start a block of tokens, and a group if the block is its first."""
         self.place = rows.start % max(self.group, 1)
         if self.place:
             return
@@ -222,8 +223,8 @@ class Gradients:
             self.by_student = torch.zeros_like(block, dtype=self.dtype)
 
     def room(self, tile: Tile) -> Tensor | None:
-        """Where the gradient by the student's products of the tile is to be written; None: over
-        them.
+        """The memory for the gradient by the tile's student products; None: overwrite the
+        products.
         """
         if self.narrow is None:
             return None
@@ -232,13 +233,13 @@ class Gradients:
         return self.narrow[first : first + shape.numel()].view(shape)
 
     def written(self, tile: Tile) -> Tensor:
-        """Where that gradient then is."""
+        """The tensor in which that gradient then is."""
         room = self.room(tile)
         return tile.roles[0].product if room is None else room
 
     def add(self, tile: Tile, hidden: Tensor) -> None:
-        """The gradients by the tile's products (for two sums: p and S) are written; hidden [n, D]:
-        their tokens. Those of a group of several blocks wait for its end.
+        """Add the tile's gradient (for two sums: p and S), which has been written, for tokens with
+        hidden [n, D]. In a group of several blocks this waits for the group's end.
         """
         if self.kept:
             return
@@ -263,9 +264,9 @@ class Gradients:
         sum_p: Tensor | None = None,
         row_factor: Tensor | None = None,
     ) -> None:
-        """A block is added. After the last of a group: multiply what was kept, sum dh over the
-        ranks, which have a piece of the vocabulary each; join the two sums, scale the rows by
-        `row_factor` [n] (both of groups of one block only).
+        """Finish a block. After the last of a group: multiply the kept gradients, and sum dh over
+        ranks, each of which has a part of the vocabulary. Then join the two sums and scale the rows
+        by `row_factor` [n] (both only in groups of one block).
         """
         if rows.stop < self.rows.stop:
             return
@@ -304,7 +305,7 @@ class Gradients:
 
 
 def blocks(n_tokens: int, plan: Plan) -> Iterator[slice]:
-    """The tokens of each of the plan's blocks, group by group."""
+    """Yield the tokens of each of the plan's blocks, group by group."""
     for start in range(0, n_tokens, max(plan.group, 1)):
         stop = min(start + plan.group, n_tokens)
         for first in range(start, stop, plan.rows):
@@ -312,8 +313,8 @@ def blocks(n_tokens: int, plan: Plan) -> Iterator[slice]:
 
 
 def buffers(hidden: Tensor, plan: Plan, roles: int) -> tuple[Tensor, Tensor | None]:
-    """(room for every role's tile, room for a group's gradients in the operands' dtype where
-    products need them so).
+    """(memory for every role's tile, memory for a group's gradients in the operands' dtype, or None
+    if products read fp32).
     """
     tile = hidden.new_empty(roles * plan.rows * plan.columns, dtype=gemm.tile_dtype(hidden.dtype))
     return tile, hidden.new_empty(plan.group * plan.columns) if gemm.narrows(hidden) else None

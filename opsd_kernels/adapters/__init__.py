@@ -1,17 +1,17 @@
-"""Other libraries' calls, with their conventions, onto `opsd_kernels`: `liger` for a call shaped
-like LigerFusedLinearJSDLoss, `trl` for TRL's trainers. See docs/adapters.md.
+"""Adapts other libraries' calls to `opsd_kernels`: `liger` has the interface of
+LigerFusedLinearJSDLoss, `trl` is for TRL's trainers. See docs/adapters.md.
 
-Nothing in opsd_kernels or opsd imports this package. Here, and only here, a number names the
-divergence: TRL and Liger let their `beta` be 0 for forward KL and 1 for reverse KL, although the
-limits of the generalised JSD there are 0.
+Nothing in opsd_kernels or opsd imports this package. Only here does a number name the divergence:
+TRL's and Liger's `beta` is 0 for forward KL and 1 for reverse KL, although the limits of the
+generalised JSD there are 0.
 """
 
 from typing import Any
 
 
 def divergence_of(beta: float) -> dict[str, Any]:
-    """TRL's and Liger's number as `linear_divergence`'s arguments. Between 0 and 1 both mean the
-    same by it: the teacher's share of the mixture. Raises ValueError for any other number.
+    """Convert TRL's and Liger's `beta` to `linear_divergence`'s arguments. Between 0 and 1 it is
+    the teacher's share of the mixture in all three. Raises ValueError for any other number.
 
     >>> divergence_of(0), divergence_of(0.5)
     ({'divergence': 'forward_kl'}, {'divergence': 'jsd', 'beta': 0.5})

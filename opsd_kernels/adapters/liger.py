@@ -1,8 +1,8 @@
-"""`FusedLinearJSDLoss`: called as Liger's LigerFusedLinearJSDLoss (liger_kernel.chunked_loss 0.8.5)
-is, and computing what it computes.
+"""`FusedLinearJSDLoss`: has the interface and results of Liger's LigerFusedLinearJSDLoss
+(liger_kernel.chunked_loss 0.8.5).
 
-Not here: `compiled` and `chunk_size`, which mean nothing to these kernels (`memory_budget` does),
-and a teacher with a larger vocabulary, for which Liger gives the student logits of 0.
+It does not have `compiled` and `chunk_size`, which mean nothing to these kernels (`memory_budget`
+does), nor a teacher with a larger vocabulary, for which Liger sets the student's logits to 0.
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ from opsd_kernels.adapters import divergence_of
 
 class FusedLinearJSDLoss(torch.nn.Module):
     """weight_hard_loss * cross-entropy + weight_soft_loss * divergence, each the mean over tokens
-    whose label is not `ignore_index` (0 where there is none).
+    whose label is not `ignore_index` (0 if there are none).
 
     beta: 0 forward KL, 1 reverse KL, between them JSD with that share of the teacher. temperature:
-    of the divergence; the cross-entropy has none. A part of weight 0 costs nothing. The hard part
-    costs its own matrix products, 6 N V D with a trained head.
+    only of the divergence. A loss of weight 0 costs nothing. The cross-entropy has its own matrix
+    products, 6 N V D with a trained head.
 
     >>> loss = FusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
     >>> student, teacher, head = torch.zeros(3, 4), torch.ones(3, 4), torch.eye(5, 4)
@@ -58,8 +58,8 @@ class FusedLinearJSDLoss(torch.nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """The loss; with `return_soft_hard_loss` (loss, soft, hard), the last two detached.
 
-        student_input [N, D], student_weight [V, D], teacher_input [N, D_t], teacher_weight
-        [V, D_t], true_labels [N], biases [V]. The teacher has no bias but `teacher_bias`.
+        student_input [N, D], student_weight [V, D], teacher_input [N, D_t], teacher_weight [V,
+        D_t], true_labels [N], biases [V]. The teacher has no bias unless `teacher_bias` is given.
         """
         counts = (true_labels != self.ignore_index).float()
         zero = student_input.new_zeros((), dtype=torch.float32)

@@ -91,13 +91,13 @@ def chunked_divergence_loss(
     return result.loss / items, result.student_entropy.sum(), number
 
 
-# --- What a model hands its head ---
+# --- The input of a model's head ---
 
 
 def output_head(model: nn.Module) -> nn.Linear:
-    """The head that the model uses now, which must be a plain linear layer: not one with an adapter
-    of its own. Of one in PEFT's `modules_to_save` it is the active adapter's copy, or the original
-    where adapters are off.
+    """The head that the model uses now. It must be a plain linear layer, without an adapter. If it
+    is in PEFT's `modules_to_save`, this is the active adapter's copy, or the original if adapters
+    are off.
     """
     head = model.get_output_embeddings()
     copies = getattr(head, "modules_to_save", None)
@@ -113,9 +113,7 @@ def output_head(model: nn.Module) -> nn.Linear:
 
 
 def logit_transform(model: nn.Module) -> dict[str, Any]:
-    """The logit scale and soft cap that the model's config names, as arguments of
-    `linear_divergence`.
-    """
+    """The logit scale and soft cap in the model's config, as arguments of `linear_divergence`."""
     config = model.config.get_text_config()
     scale = None
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -130,27 +128,27 @@ def logit_transform(model: nn.Module) -> dict[str, Any]:
 
 
 def transform_of(model: nn.Module, temperature: float = 1.0) -> LogitTransform:
-    """The same as a transform."""
+    """The same as a LogitTransform."""
     named = logit_transform(model)
     return LogitTransform(temperature, named["logit_scale"], named["logit_softcap"])
 
 
 def head_inputs(model: nn.Module, head: nn.Linear, **inputs: Any) -> Tensor:
-    """[B, L, D]: what `model`, called with `inputs`, hands its `head`. No logits are made."""
+    """The input [B, L, D] of `head` when `model` is called with `inputs`. No logits are made."""
     return _run(model, head, lambda hidden: hidden[:, :0], inputs)[0]
 
 
 @torch.no_grad()
 def check_head(model: nn.Module, bare: nn.Module, input_ids: Tensor) -> None:
-    """Raise ValueError where the logits of `model`, which may wrap the `bare` one, are not those
-    that its head and config make.
+    """Raise ValueError if the logits of `model`, which may wrap the `bare` one, differ from those
+    computed from its head and config.
     """
     head, transform = output_head(bare), transform_of(bare)
     few = {"input_ids": input_ids[:1, :16], "use_cache": False}
     hidden, logits = _run(model, head, lambda hidden: hidden, few)
     weight, bias = (_as(hidden, _whole(x)) for x in (head.weight, head.bias))
     made = reference.logits(hidden, weight, bias, transform).float()
-    if not made.any():  # initialised with zeros, it tells nothing of scale and cap: noise does
+    if not made.any():  # a head of zeros does not show scale and cap, so add noise
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(logits.shape[-1], generator=generator).to(hidden)
         hook = head.register_forward_hook(lambda module, inputs, output: output + noise)
@@ -160,7 +158,7 @@ def check_head(model: nn.Module, bare: nn.Module, input_ids: Tensor) -> None:
             hook.remove()
         made = reference.transformed(noise, transform).float().expand(logits.shape)
     error = float((made - logits.float()).norm() / made.norm())
-    if not error < 0.02:  # bf16 rounds
+    if not error < 0.02:  # rounding in bf16 is less
         raise ValueError(
             f"model: {type(bare).__name__} makes its logits otherwise than its head and config say "
             f"(they differ by {error:.0%}), must not; use TRL's own trainer"
@@ -170,7 +168,7 @@ def check_head(model: nn.Module, bare: nn.Module, input_ids: Tensor) -> None:
 def _run(
     model: nn.Module, head: nn.Linear, change: Callable[[Tensor], Tensor], inputs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """(the head's input, the model's logits) where the head works on the changed input."""
+    """(the head's input, the model's logits), where the head gets the changed input."""
     found: list[Tensor] = []
 
     def take(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
@@ -195,7 +193,7 @@ def _whole(x: Tensor | None) -> Tensor | None:
 
 
 class _Fused:
-    """A trainer whose loss is fused. `replaces`: the methods of TRL's that it replaces."""
+    """A trainer whose loss is fused. `replaces`: the names of TRL's methods that it replaces."""
 
     replaces: ClassVar[tuple[str, ...]] = ()
     kernel_options: ClassVar[dict[str, Any]] = {}
@@ -211,8 +209,8 @@ class _Fused:
             )
 
     def _inside(self, model: nn.Module, method: Callable[..., Any], *arguments: Any) -> Any:
-        """method(model without its wrapper, *arguments), run as the forward of the wrapper: so that
-        DDP and FSDP see all of it.
+        """Call method(bare model, *arguments) as the forward of the model's wrapper, so that DDP
+        and FSDP see all of it.
         """
         from trl.models.utils import _ForwardRedirection
 
@@ -229,12 +227,12 @@ class _Fused:
 
 
 class FusedGKD(_Fused):
-    """For GKDTrainer. Its loss is at temperature 1 whatever it samples at, here as there."""
+    """For GKDTrainer. As there, the loss is at temperature 1, whatever the sampling temperature."""
 
     replaces = ("compute_loss",)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As GKDTrainer's; with `return_outputs` the outputs hold no logits."""
+        """Like GKDTrainer's; with `return_outputs` the outputs have no logits."""
         self.teacher_model.eval()
         loss = self._inside(model, self._fused_loss, inputs, num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -286,7 +284,7 @@ class FusedSDFT(_Fused):
             raise ValueError("use_teacher_server: got True, must be False for FusedSDFT")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As SDFTTrainer's."""
+        """Like SDFTTrainer's."""
         if return_outputs:
             raise ValueError("return_outputs: got True, must be False: SDFTTrainer has no outputs")
         loss, metric = self._inside(model, self._fused_loss, inputs)
@@ -295,7 +293,7 @@ class FusedSDFT(_Fused):
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1.0)
 
     def _fused_loss(self, student: nn.Module, inputs: dict) -> tuple[Tensor, Tensor]:
-        """(loss, mean over tokens)."""
+        """Returns (loss, mean over tokens)."""
         targets, mask = inputs["completion_ids"], inputs["completion_mask"].float()
         first = self.num_loss_tokens_to_skip
         mask = mask * (torch.arange(mask.shape[1], device=mask.device) >= first)
@@ -303,7 +301,7 @@ class FusedSDFT(_Fused):
         with torch.no_grad(), self._get_teacher_context_for_self_distillation():
             teacher_tokens = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
             teacher_hidden = self._completion_states(self.teacher_model, *teacher_tokens, targets)
-            # Inside: without its adapters a model may have another head.
+            # Inside the context: without its adapters a model may have another head.
             teacher_model = self.accelerator.unwrap_model(self.teacher_model)
             teacher_head = output_head(teacher_model)
         head = output_head(student)
@@ -348,7 +346,7 @@ class FusedSDFT(_Fused):
     def _completion_states(
         self, model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor
     ) -> Tensor:
-        """[B, K, D]: those that predict the K completion tokens."""
+        """The states [B, K, D] that predict the K completion tokens."""
         length = targets.shape[1]
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         if "logits_to_keep" in self.model_kwarg_keys:
@@ -356,7 +354,7 @@ class FusedSDFT(_Fused):
         return self._head_inputs(model, inputs)[:, -length - 1 : -1]
 
     def _log_prob(self, model, head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-        """[B, K] at the trainer's temperature."""
+        """The log-probabilities [B, K] at the trainer's temperature."""
         return linear_log_prob(
             hidden,
             _as(hidden, head.weight),
@@ -372,14 +370,16 @@ class FusedSDFT(_Fused):
         return bound is not None and inputs.get("old_per_token_logps") is not None
 
     def _importance(self, log_prob: Tensor, inputs: dict) -> Tensor:
-        """[B, K]: the student's probabilities now to those at the rollout, bounded."""
+        """The ratios [B, K] of the student's current probabilities to those at sampling,
+        clipped.
+        """
         if not self._corrects(inputs):
             return torch.ones_like(log_prob)
         change = (log_prob - inputs["old_per_token_logps"]).clamp(-20.0, 20.0)
         return change.exp().clamp(max=self.args.distillation_is_clip)
 
     def _compute_rollout_logps(self, prompt_ids, prompt_mask, completion_ids, completion_mask):
-        """As SDFTTrainer's: only where a batch is trained on more than once."""
+        """Like SDFTTrainer's: computed only if a batch is trained on more than once."""
         generate_every = self.args.steps_per_generation * self.num_iterations
         if self.args.gradient_accumulation_steps % generate_every == 0:
             return None
@@ -396,12 +396,12 @@ class FusedSDFT(_Fused):
 
 
 class FusedDistillation(_Fused):
-    """For DistillationTrainer, which has a chunked loss of its own: the same, faster."""
+    """For DistillationTrainer: replaces its chunked loss by a faster one with the same result."""
 
     replaces = ("_compute_loss",)
 
     def _compute_loss(self, *arguments, **options):
-        """As DistillationTrainer's."""
+        """Like DistillationTrainer's."""
         from trl.trainer import distillation_trainer
 
         fused = functools.partial(chunked_divergence_loss, **self.kernel_options)
@@ -410,10 +410,10 @@ class FusedDistillation(_Fused):
 
 
 def _as(hidden: Tensor, x: Tensor | None) -> Tensor | None:
-    """A head's part in the hidden states' dtype, as autocast would make it."""
+    """Cast a head's tensor to the hidden states' dtype, as autocast would."""
     return None if x is None else x.to(hidden.dtype)
 
 
 def _shares(mask: Tensor) -> Tensor:
-    """[B, K]: each token's share of a mean over sequences of the mean over their tokens."""
+    """The weights [B, K] of tokens in a mean over sequences of the mean over their tokens."""
     return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask)

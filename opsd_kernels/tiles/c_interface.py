@@ -1,4 +1,4 @@
-"""What the compiled backends' functions take: the structures of csrc/cpu.h, built from tensors."""
+"""Builds the arguments of the compiled backends from tensors: the structures of csrc/cpu.h."""
 
 import ctypes
 from importlib.metadata import distributions
@@ -14,8 +14,8 @@ INTERFACE = 3  # OPSD_INTERFACE of csrc/cpu.h
 
 
 def find_library(name: str) -> Path:
-    """Beside this package; for a checkout in which nothing was built, that of the installed package
-    (`load_library` refuses one of other sources).
+    """The library's path: beside this package or, for a checkout where nothing was built, in the
+    installed package (`load_library` refuses one built from other sources).
     """
     own = Path(__file__).parents[1] / name
     if own.exists():
@@ -28,8 +28,8 @@ def find_library(name: str) -> Path:
 
 
 def load_library(path: Path, interface: str, number: int | None = None) -> ctypes.CDLL:
-    """OSError where it does not load, or was built from sources of another interface than `number`
-    (None: `INTERFACE`); its function `interface` says of which.
+    """Load a library. Raises OSError if it does not load, or if its function `interface` returns
+    another number than `number` (None: `INTERFACE`), so that it was built from other sources.
     """
     library = ctypes.CDLL(str(path))
     found = getattr(library, interface)() if hasattr(library, interface) else None
@@ -92,7 +92,7 @@ def _transform(transform: LogitTransform) -> Transform:
 
 
 def pointer(x: Tensor | None, device: torch.device, dtype: torch.dtype) -> int | None:
-    """Of the first entry; the last dimension is contiguous."""
+    """The address of the first entry. The last dimension must be contiguous."""
     if x is None:
         return None
     assert x.device == device and x.dtype == dtype and (x.numel() <= 1 or x.stride(-1) == 1)

@@ -37,8 +37,9 @@ def unusable_because() -> str | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    # The library names no OpenMP runtime (setup.py, `openmp`): it takes the one that torch has made
-    # visible to all, and its threads. A torch that has none, or hides it, leaves the system's.
+    # The library links no OpenMP runtime (setup.py, `openmp`): it uses torch's, with its threads,
+    # if
+    # torch has made that visible globally. Otherwise load the system's.
     if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
     library = load_library(LIBRARY, "opsd_interface")
@@ -58,7 +59,7 @@ def _library() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """Which of the compiled variants serves this processor: avx512, avx2 or baseline."""
+    """The compiled variant that this processor uses: avx512, avx2 or baseline."""
     name: bytes = _library().opsd_instruction_set()
     return name.decode()
 
@@ -104,8 +105,8 @@ def rows(
 
 
 def _move(student: Logits, row_weight: Tensor | None, out: Tensor | None) -> None:
-    """The library writes over the products: a CPU's products read gradients in fp32, so that only
-    tests ask for more.
+    """Copy the gradient to `out`. The library overwrites the products, and on a CPU products read
+    gradients in fp32, so only tests need a copy.
     """
     if out is not None and row_weight is not None:
         out.copy_(student.product)

@@ -1,7 +1,7 @@
-"""Tile functions in CUDA C++ (csrc/cuda.cu): fp32 tiles on a CUDA device, queued on torch's current
+"""Tile functions in CUDA C++ (csrc/cuda.cu): fp32 tiles on a CUDA device, on torch's current
 stream. The contract is in `tiles/torch.py`.
 
-The library holds the CUDA runtime but not torch, and loads on a machine without a driver.
+The library contains the CUDA runtime but not torch, and loads on a machine without a driver.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ LIBRARY = find_library("libopsd_cuda.so")
 
 
 def unusable_because() -> str | None:
-    """Of the installation: whether there is a device is seen elsewhere."""
+    """What the installation lacks; `resolve` checks whether there is a device."""
     if not LIBRARY.exists():
         return "the CUDA kernels are not built; with nvcc at hand run: OPSD_CUDA=1 pip install -e ."
     try:
@@ -41,15 +41,15 @@ def unusable_because() -> str | None:
 
 
 def versions() -> tuple[int, int]:
-    """CUDA's of the driver (0: there is none) and of the library: 1000 * major + 10 * minor."""
+    """The CUDA versions of the driver (0: none) and of the library: 1000 * major + 10 * minor."""
     driver, runtime = ctypes.c_int32(), ctypes.c_int32()
     _library().opsd_cuda_versions(ctypes.byref(driver), ctypes.byref(runtime))
     return driver.value, runtime.value
 
 
 def too_old(driver: int, runtime: int) -> str | None:
-    """What is wrong with a driver for the library, if there is one: within a major version of CUDA
-    any will do.
+    """Why the driver is too old for the library, or None. Any driver of the same major CUDA version
+    works.
     """
     if driver == 0 or driver // 1000 >= runtime // 1000:
         return None
@@ -85,10 +85,10 @@ def _library() -> ctypes.CDLL:
 
 
 def _call(name: str, shape: Tile, rule: Rule, state: Tensor, *arguments) -> None:
-    """Queue one function."""
+    """Queue a function on the stream."""
     library, device = _library(), state.device
     partials = state.new_empty(library.opsd_cuda_partials(shape.n, shape.v))
-    # The library sets the device too, in its own copy of the CUDA runtime: torch's must agree.
+    # The library sets the device in its own copy of the CUDA runtime; set torch's to the same.
     with torch.cuda.device(device) if state.is_cuda else contextlib.nullcontext():
         status = getattr(library, f"opsd_cuda_{name}")(
             shape, *arguments, options(rule), partials.data_ptr(), *_queue(device)
@@ -102,7 +102,7 @@ def _call(name: str, shape: Tile, rule: Rule, state: Tensor, *arguments) -> None
 
 
 def _queue(device: torch.device) -> tuple[int, int]:
-    """(device number, stream) to launch on."""
+    """(device number, stream) for launches."""
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
@@ -134,7 +134,7 @@ def gradient_(
 
 
 def _written(logits: Logits, out: Tensor | None) -> tuple[int | None, int, int]:
-    """Where the gradient goes: the first entry, stride and type."""
+    """Where the gradient goes: address of the first entry, stride, type."""
     x = logits.product if out is None else out
     return pointer(x, logits.product.device, x.dtype), x.stride(0), TYPES.index(x.dtype)
 

@@ -1,4 +1,4 @@
-"""What a tile holds of a role."""
+"""The contents of a tile for one role."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,8 @@ from torch import Tensor
 
 
 class Logits(NamedTuple):
-    """A role's logits in a tile of n tokens and v vocabulary entries, before their transform:
-    product [n, v] (h W^T) + bias [v].
+    """A role's products in a tile of n tokens and v vocabulary entries, before the transform to
+    logits: product [n, v] (h W^T) + bias [v].
     """
 
     product: Tensor

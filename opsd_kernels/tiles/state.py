@@ -34,7 +34,7 @@ COUNT = 9  # sum (1 - m)
 CLIPPED_UNNORMALISED = 10  # sum of the clipped one: -m T, m (p + S), m p
 SUMS = slice(DIVERGENCE, CLIPPED_UNNORMALISED + 1)  # what `sums` adds to
 DOT = 11  # sum of (clipped gradient) (unclipped gradient)
-TARGET_WEIGHT = 12  # of the log-probability of each token's target, ÷ the divergence's (or 0)
+TARGET_WEIGHT = 12  # weight of the target's log-probability ÷ weight of the divergence (or 0)
 ROWS = 13
 
 # The state of a log-probability: one normaliser, and
@@ -58,13 +58,13 @@ def new_log_prob(n_tokens: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _begin(normaliser: Tensor) -> None:
-    """Nothing seen."""
+    """Initialise a normaliser that has seen no entries."""
     normaliser[MAX] = -torch.inf
     normaliser[REST] = -1.0
 
 
 def merge_(normaliser: Tensor, other: Tensor) -> None:
-    """Into `normaliser` [3, n] goes what `other` [3, n] has seen."""
+    """Merge `other` [3, n] into `normaliser` [3, n]."""
     most = torch.maximum(normaliser[MAX], other[MAX])
     sums = referred(normaliser, most) + referred(other, most)
     normaliser[MAX] = most
@@ -72,8 +72,8 @@ def merge_(normaliser: Tensor, other: Tensor) -> None:
 
 
 def referred(normaliser: Tensor, most: Tensor) -> Tensor:
-    """[3, n]: what `normaliser` brings to one whose maximum is `most` [n], to be added up: entries
-    equal to it, the sum of the others, and the moment.
+    """The sums [3, n] of `normaliser` relative to a new maximum `most` [n], to be added up: the
+    number of entries equal to it, the sum of the others, and the moment.
     """
     shift = most - normaliser[MAX]
     factor, total = torch.exp(-shift), 1.0 + normaliser[REST]
@@ -85,12 +85,12 @@ def referred(normaliser: Tensor, most: Tensor) -> Tensor:
             (normaliser[MOMENT] + total * shift) * factor,
         )
     )
-    # Nothing seen, or nothing but -inf: the maximum is -inf and the differences are no numbers.
+    # If nothing or only -inf was seen, the maximum is -inf and the differences are NaN.
     return sums.masked_fill_(normaliser[MAX] == -torch.inf, 0.0)
 
 
 def set_sums_(normaliser: Tensor, sums: Tensor) -> None:
-    """REST and MOMENT from the sum of what was `referred` to the normaliser's maximum."""
+    """Set REST and MOMENT from the added sums of `referred`."""
     normaliser[REST] = (sums[0] - 1.0) + sums[1]
     normaliser[MOMENT] = sums[2]
 

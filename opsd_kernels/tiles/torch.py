@@ -70,15 +70,14 @@ LOG_PROB_TEMPORARIES = 3
 
 
 def slice_entries(device: torch.device) -> int:
-    """Entries worked on at a time, so that the temporaries are small: on the CPU they stay in its
-    cache, and are too small for the allocator to leave holes that count. A GPU needs more to work
-    on than a launch costs.
+    """The entries to work on at a time, so that temporaries are small. On the CPU they stay in its
+    cache and fragment no memory. A GPU needs enough work for each launch.
     """
     return 2**15 if device.type == "cpu" else 2**23
 
 
 def _in_slices(function: Callable[..., None]) -> Callable[..., None]:
-    """Call it on a part of the tile at a time."""
+    """Decorate a tile function to be called on a part of the tile at a time."""
     names = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
@@ -92,7 +91,7 @@ def _in_slices(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _slices(logits: Logits) -> Iterator[tuple[slice, Iterator[slice]]]:
-    """Some columns of the tile, and the spans of rows to be taken of them."""
+    """Yield some columns of the tile, with the spans of rows to combine with them."""
     n, v = logits.product.shape
     entries = slice_entries(logits.product.device)
     for columns in _spans(v, entries):
@@ -105,7 +104,7 @@ def _spans(length: int, step: int) -> Iterator[slice]:
 
 
 def _part(name: str, x, rows: slice, columns: slice):
-    """An argument of a tile function, of some of the tile's rows and columns only."""
+    """The part of a tile function's argument for these rows and columns."""
     if isinstance(x, Logits):
         bias = None if x.bias is None else x.bias[columns]
         return Logits(x.product[rows, columns], bias)
@@ -199,7 +198,7 @@ def log_prob_gradient_(
 
 
 def _z(logits: Logits, transform: LogitTransform) -> Tensor:
-    """Transformed: a new tensor."""
+    """Transform products to logits, in a new tensor."""
     cap, (product, bias) = transform.softcap, logits
     z = product.clone() if bias is None else product + bias
     if cap is None:
@@ -208,7 +207,7 @@ def _z(logits: Logits, transform: LogitTransform) -> Tensor:
 
 
 def _slope(z: Tensor, transform: LogitTransform) -> Tensor | None:
-    """The soft cap's, 1 - tanh^2, where there is one."""
+    """The soft cap's slope, 1 - tanh^2; None without one."""
     if transform.softcap is None:
         return None
     return (z * (transform.temperature / transform.softcap)).square_().neg_().add_(1.0)
@@ -220,7 +219,9 @@ def _factor(row_weight: Tensor, transform: LogitTransform, slope: Tensor | None)
 
 
 def _add_normaliser(logits: Logits, transform: LogitTransform, normaliser: Tensor) -> None:
-    """To `normaliser` [3, n]. All rows are merged at once: a merge is thirty small operations."""
+    """Add a tile to `normaliser` [3, n]. All rows are merged at once: a merge is thirty small
+    operations.
+    """
     for columns, spans in _slices(logits):
         seen = torch.empty_like(normaliser)
         for rows in spans:
@@ -230,31 +231,31 @@ def _add_normaliser(logits: Logits, transform: LogitTransform, normaliser: Tenso
 
 
 def _normaliser(z: Tensor) -> Tensor:
-    """[n, v] -> [3, n] of these entries alone. Overwrites `z`."""
+    """The normaliser [3, n] of only these entries [n, v]. Overwrites `z`."""
     most = z.amax(-1)
     below = z.sub_(most.masked_fill(most == -torch.inf, 0.0)[:, None])
-    # exp is 0 from there on, and 0 times it is no NaN.
+    # Below this exp is 0; without the bound, 0 * -inf would be NaN.
     p = below.clamp_(min=-104.0 if z.dtype == torch.float32 else -746.0).exp()
     rest = p.sum(-1, dtype=torch.float64) - 1.0
     return torch.stack((most, rest.to(z.dtype), below.mul_(p).sum(-1).neg_()))
 
 
 def _log_p(z: Tensor, normaliser: Tensor) -> Tensor:
-    """In place. The maximum is subtracted by itself, exactly: z may be 1e4."""
+    """Subtract the maximum first, exactly, since z may be 1e4. In place."""
     return z.sub_(normaliser[MAX][:, None]).sub_(rows_of.log_sum(normaliser)[:, None])
 
 
 def _shift(state: Tensor) -> Tensor:
-    """[n]: the difference of the normalisers' logarithms, the teacher's less the student's."""
+    """The teacher's log-normaliser minus the student's [n]."""
     student, teacher = state[STUDENT], state[TEACHER]
     logs = rows_of.log_sum(teacher) - rows_of.log_sum(student)
     return (teacher[MAX] - student[MAX]) + logs
 
 
 class _Entries(NamedTuple):
-    """Of each entry [n, v]: S and T (None where a KL needs one of them alone); of the KLs
-    log q - log p and whether some p is no normal number; the unnormalised gradient; the terms of
-    the divergence's sum as they are defined.
+    """Values for each entry [n, v]: S and T (None if a KL needs only one of them); for the KLs log
+    q - log p, and whether some p is not a normal number; the unnormalised gradient; and the terms
+    of the divergence as it is defined.
     """
 
     s: Tensor | None
@@ -266,9 +267,11 @@ class _Entries(NamedTuple):
 
 
 def _entries(z: Tensor, z_t: Tensor, rule: Rule, state: Tensor, *, gradient: bool) -> _Entries:
-    """Overwrites the logits. `gradient`: for more than the sums."""
-    # The difference of the logits less that of their normalisers has the digits of a small log
-    # ratio, where log T - log S has only those of log T.
+    """Compute the entries, overwriting the logits. `gradient`: for the gradient, not only the
+    sums.
+    """
+    # (t - z) - (difference of log-normalisers) keeps the digits of a small log ratio; log T - log S
+    # would have only those of log T.
     divergence, student, teacher = rule.divergence, state[STUDENT], state[TEACHER]
     clips = rule.entry_clip is not None
     shift = _shift(state)[:, None]
@@ -297,18 +300,20 @@ def _entries(z: Tensor, z_t: Tensor, rule: Rule, state: Tensor, *, gradient: boo
 
 
 def _rare(p: Tensor) -> bool:
-    """Whether some p may be 0, NaN or no normal number: on a GPU an answer would be waited for."""
+    """Whether some p may be 0, NaN or subnormal. On a GPU always True, as testing would wait for
+    it.
+    """
     return p.device.type != "cpu" or not bool(p.amin() >= torch.finfo(p.dtype).tiny)
 
 
 def _terms(entries: _Entries, divergence: Divergence) -> Tensor:
-    """The same plus what adds up to 0, so that none is negative: csrc/divergence.h says how.
+    """The terms plus amounts that add up to 0, so that none is negative; see csrc/divergence.h.
     Overwrites the log ratio.
     """
     if entries.log_ratio is None:
         return entries.plain
     p, q = (entries.t, entries.s)[:: 1 if divergence.name == "forward_kl" else -1]
-    # p (exp(l) - 1 - l), l = log q - log p: exp(l) overflows only where p is no normal number.
+    # p (exp(l) - 1 - l), l = log q - log p: exp(l) overflows only where p is subnormal.
     terms = torch.addcmul(entries.plain, p, entries.log_ratio.expm1_())
     return torch.where(p < torch.finfo(p.dtype).tiny, q, terms) if entries.rare else terms
 
@@ -329,12 +334,12 @@ def _add_sums(entries: _Entries, rule: Rule, state: Tensor) -> None:
 
 
 def _less(p: Tensor, s: Tensor, times: Tensor) -> Tensor:
-    """p - S `times` [n]."""
+    """p - S * `times` [n]."""
     return torch.addcmul(p, s, times[:, None], value=-1)
 
 
 def _clipped_unnormalised(entries: _Entries, divergence: Divergence, clip: Clip) -> Tensor:
-    # d(s log s/t) = log s/t + 1: the constant vanishes from the unclipped gradient only.
+    # d(s log s/t) = log s/t + 1: the constant cancels only in the unclipped gradient.
     p = entries.unnormalised
     everything = p + entries.s if divergence.name == "reverse_kl" else p
     return everything.masked_fill(entries.plain > clip.threshold, 0.0)

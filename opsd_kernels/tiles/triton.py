@@ -19,8 +19,8 @@ from opsd_kernels.tiles.logits import Logits
 TEMPORARIES = 6 / 2048  # each chunk's six sums
 OLDEST = (3, 6)
 OLDEST_DEVICE = (7, 0)  # compute capability
-# Entries of a chunk, the work of one program: 16 of each role a thread. Fixed, so that a row's sum
-# does not depend on the device.
+# Entries of a chunk, which one program computes: 16 of each role in a thread. The size is fixed, so
+# that a row's sum does not depend on the device.
 CHUNK, WARPS = 2048, 4
 
 
@@ -29,7 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unusable_because() -> str | None:
-    """Of the installation: whether there is a device is seen elsewhere."""
+    """What the installation lacks; `resolve` checks whether there is a device."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; run: pip install 'opsd-train[gpu]'"
     version = importlib.metadata.version("triton")
@@ -46,7 +46,7 @@ def _kernels() -> ModuleType:
 
 
 def chunk_size(v: int) -> int:
-    """How many entries a program works on: a power of two."""
+    """The number of entries for a program: a power of two."""
     return min(CHUNK, max(128, _power_of_two(v)))
 
 
@@ -55,7 +55,7 @@ def _power_of_two(x: int) -> int:
 
 
 class _Launch:
-    """What all kernels on a tile [n, v] share."""
+    """Arguments that all kernels on a tile [n, v] share, and their launches."""
 
     def __init__(
         self, logits: Logits, transform: LogitTransform, teacher: LogitTransform | None = None
@@ -70,7 +70,7 @@ class _Launch:
         if teacher is not None:
             self.transform += _inner_outer(teacher)
             self.softcap["TEACHER_SOFTCAP"] = teacher.softcap is not None
-        # From the gradient by the logit to that by the product.
+        # Factors that convert the gradient by the logit to that by the product.
         inverse = 1.0 / self.transform[1]
         self.slope = (inverse, transform.scale / transform.temperature)
 
@@ -78,11 +78,13 @@ class _Launch:
         return self.tile.new_empty((count, self.n, self.chunks))
 
     def chunkwise(self, kernel, *arguments, **constants) -> None:
-        """A program a chunk."""
+        """Launch a program for each chunk."""
         self(kernel, (self.n * self.chunks,), *arguments, **constants, BLOCK=self.block)
 
     def rowwise(self, kernel, partials: Tensor, state: Tensor, count: int) -> None:
-        """A program a row and each of `count` sums or roles: their partials go into `state`."""
+        """Launch a program for each row and each of `count` sums or roles, to add partials to
+        `state`.
+        """
         arguments = (partials, partials.stride(0), self.chunks, state, state.stride(0))
         self(kernel, (self.n, count), *arguments, BLOCK=_power_of_two(self.chunks), num_warps=1)
 

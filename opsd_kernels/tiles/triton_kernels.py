@@ -1,11 +1,12 @@
-"""The Triton kernels behind `tiles/triton.py`. Imports triton.
+"""The Triton kernels for `tiles/triton.py`. Imports triton.
 
-A program works on one chunk of `BLOCK` consecutive entries of one row, for both roles, and leaves
-the chunk's sums in `partials` [sum, row, chunk]; a second kernel adds them to the row's state. No
-atomics, and chunks of a fixed size: the result is the same bit for bit, on any device.
+A program computes one chunk of `BLOCK` consecutive entries of one row, for both roles, and stores
+the chunk's sums in `partials` [sum, row, chunk]; a second kernel adds them to the row's state.
+There are no atomics, and chunks have a fixed size: the result is bit for bit the same on any
+device.
 
-Every kernel is compiled with floating-point fusion off, so that S = T gives exactly 0: both roles'
-logits then come from the same roundings. Where a fused multiply-add is wanted it is written out.
+Every kernel is compiled without floating-point fusion, so that S = T gives exactly 0: both roles'
+logits then come from the same roundings. Fused multiply-adds are written explicitly.
 
 The per-entry functions follow csrc/divergence.h.
 """
@@ -38,7 +39,7 @@ def _second_order(r):
 
 @triton.jit
 def _exponential(x):
-    """exp(x) = 2^n (1 + tail) for x in [-80, 0]: (n in the exponent's place, tail)."""
+    """exp(x) = 2^n (1 + tail) for x in [-80, 0]: (n in the exponent's bits, tail)."""
     shifted = tl.fma(x, 1.44269504, 12582912.0)  # 1.5 * 2^23: n is in the low bits
     n = shifted - 12582912.0
     r = tl.fma(n, -0.693359375, x)
@@ -56,7 +57,7 @@ def expm1(x):
 
 @triton.jit
 def _log_of(u, y):
-    """log u for a positive normal u, whose distance from 1 is y."""
+    """log u for a positive normal u, given its difference y from 1."""
     bits = u.to(tl.int32, bitcast=True)
     k = (bits - 0x3F3504F3) >> 23  # u = m 2^k, m in [sqrt(1/2), sqrt(2))
     m = (bits - (k << 23)).to(tl.float32, bitcast=True)
@@ -71,7 +72,7 @@ def _log_of(u, y):
 
 @triton.jit
 def log1p(y):
-    """log(1 + y), accurate near 0: the hardware's own is off by 2e-7 there."""
+    """log(1 + y), accurate near 0, where the hardware's is off by 2e-7."""
     u = 1.0 + y
     return tl.where((u > 0.0) & (u < float("inf")), _log_of(u, y), tl.log(u))
 
@@ -90,7 +91,7 @@ def _product(p, log_ratio):
 
 @triton.jit
 def _logits(tile, bias, offset, entries, mask, inner, outer, SOFTCAP: tl.constexpr):
-    """From the products at `tile` + `offset` to logits; -inf, of probability 0, where masked."""
+    """Load the products at `tile` + `offset` and transform them to logits; -inf where masked."""
     z = tl.load(tile + offset, mask=mask, other=0.0)
     if bias is not None:
         z += tl.load(bias + entries, mask=mask, other=0.0)
@@ -112,11 +113,11 @@ def _through(z, inverse, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _normaliser(z, partials, place, stride):
-    """MAX, REST, MOMENT of one chunk."""
+    """Store MAX, REST and MOMENT of one chunk."""
     most = tl.max(z, 0)
     below = z - tl.where(most == float("-inf"), 0.0, most)
     p = tl.exp(below)
-    largest = below == 0.0  # counted by themselves
+    largest = below == 0.0  # counted separately
     rest = tl.sum(tl.where(largest, 0.0, p), 0)
     tl.store(partials + place, most)
     tl.store(partials + stride + place, (tl.sum(tl.where(largest, 1.0, 0.0), 0) - 1.0) + rest)
@@ -125,7 +126,7 @@ def _normaliser(z, partials, place, stride):
 
 @triton.jit
 def _log_p(z, state, row, stride):
-    """The maximum is subtracted by itself, exactly: z may be 1e4."""
+    """Subtract the maximum first, exactly, since z may be 1e4."""
     return (z - tl.load(state + row)) - log1p(tl.load(state + stride + row))
 
 
@@ -138,14 +139,14 @@ def _bregman(p, q, r, plain):
 
 @triton.jit
 def _entries(z, z_t, state, state_stride, row, beta, KIND: tl.constexpr):
-    """(S, plain, term, unnormalised gradient; see `Entry` in csrc/divergence.h; what makes `term`
-    of `plain` and adds up to 0).
+    """(S, plain, term, unnormalised gradient: see `Entry` in csrc/divergence.h; and the part by
+    which `term` differs from `plain`, which adds up to 0).
     """
     teacher = state + TEACHER * state_stride
     largest, largest_t = tl.load(state + row), tl.load(teacher + row)
     log_sum = log1p(tl.load(state + state_stride + row))
     log_sum_t = log1p(tl.load(teacher + state_stride + row))
-    # The maximum is subtracted by itself, exactly: z may be 1e4.
+    # Subtract the maximum first, exactly, since z may be 1e4.
     s = tl.exp((z - largest) - log_sum)
     t = tl.exp((z_t - largest_t) - log_sum_t)
     d = (z_t - z) - ((largest_t - largest) + (log_sum_t - log_sum))
@@ -178,14 +179,14 @@ def _entries(z, z_t, state, state_stride, row, beta, KIND: tl.constexpr):
 @triton.jit
 def _clipped_unnormalised(s, plain, unnormalised, threshold, KIND: tl.constexpr):
     if KIND == REVERSE_KL:
-        # d(s log s/t) = log s/t + 1: the constant vanishes from the unclipped sum only
+        # d(s log s/t) = log s/t + 1: the constant cancels only in the unclipped sum
         unnormalised += s
     return tl.where(plain > threshold, 0.0, unnormalised)
 
 
 @triton.jit
 def _place(chunks, BLOCK: tl.constexpr):
-    """(row, in 64 bits since row * stride passes 2^31, chunk, the chunk's entries)."""
+    """(row, in 64 bits since row * stride may exceed 2^31; chunk; the chunk's entries)."""
     program = tl.program_id(0)
     chunk = program % chunks
     return (program // chunks).to(tl.int64), chunk, chunk * BLOCK + tl.arange(0, BLOCK)
@@ -211,7 +212,7 @@ def normalisers(
     TEACHER_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """partials [6, n, chunks]: of the student, then of the teacher where there is one."""
+    """Store partials [6, n, chunks]: the student's, then the teacher's if there is one."""
     row, _, entries = _place(chunks, BLOCK)
     mask, partial = entries < v, tl.program_id(0)
     offset = row * student_stride + entries
@@ -234,7 +235,7 @@ def normalisers(
 
 @triton.jit
 def merge(partials, partial_stride, chunks, state, state_stride, BLOCK: tl.constexpr):
-    """A row's partial normalisers into the state. Grid: (rows, roles)."""
+    """Merge a row's partial normalisers into the state. Grid: (rows, roles)."""
     row = tl.program_id(0)
     partials += 3 * tl.program_id(1) * partial_stride + row * chunks
     state += 3 * tl.program_id(1) * state_stride + row
@@ -256,8 +257,8 @@ def merge(partials, partial_stride, chunks, state, state_stride, BLOCK: tl.const
 
 @triton.jit
 def _referred(most, rest, moment, new):
-    """What a normaliser brings to one of a larger maximum: (entries equal to it, sum of the others,
-    moment). Nothing seen, or only -inf: all 0, and the difference of the maxima is no number.
+    """A normaliser's sums relative to a larger maximum: (entries equal to it, sum of the others,
+    moment). If nothing or only -inf was seen, all are 0, as the difference of the maxima is NaN.
     """
     shift, total, nothing = new - most, 1.0 + rest, rest == -1.0
     factor, same = tl.exp(-shift), most == new
@@ -269,7 +270,7 @@ def _referred(most, rest, moment, new):
 
 @triton.jit
 def add(partials, partial_stride, chunks, state, state_stride, BLOCK: tl.constexpr):
-    """A row's partial sums onto the state's. Grid: (rows, sums)."""
+    """Add a row's partial sums to the state's. Grid: (rows, sums)."""
     row = tl.program_id(0)
     chunk = tl.arange(0, BLOCK)
     place = partials + tl.program_id(1) * partial_stride + row * chunks + chunk
@@ -411,7 +412,7 @@ def target(
     logits, bias, targets, state, n, v, stride, inner, outer, SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds to `state` [n] the logit of each target that lies in this tile."""
+    """Add to `state` [n] the logit of each target that is in this tile."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     index = tl.load(targets + row, mask=row < n, other=-1)
     here = (index >= 0) & (index < v)
