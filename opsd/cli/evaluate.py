@@ -17,6 +17,7 @@ from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import write_file, write_json, write_lines
 from opsd.common.system import machine, usable_cores, versions
+from opsd.config.names import SERVERS
 from opsd.config.sections import PromptsSection
 from opsd.data.context_check import ContextCheck
 from opsd.data.prompts import Prompts
@@ -35,8 +36,12 @@ from opsd.rollout import SAMPLERS, Sampler, Sampling, check_engine, evaluation_s
 RUNS = Path("runs/eval")
 NO_DATE = "2000-01-01"
 _DRAWN_BY = ("temperature", "top_p", "top_k", "max_new_tokens")
-# vLLM's kernels round differently, so its answers are not bit for bit those of transformers.
-PRECISION = {"vllm": "bf16 by vLLM", "vllm_server": "the vLLM server's"}
+# Other engines' kernels round differently, so their answers are not bit for bit transformers'.
+PRECISION = {
+    "vllm": "bf16 by vLLM",
+    "vllm_server": "the vLLM server's",
+    "sglang_server": "the SGLang server's",
+}
 Unit = tuple[int, int]  # (problem, sample)
 
 
@@ -208,9 +213,15 @@ def _sampler(asked: Namespace, subject: Subject, directory: Path, display: Displ
         if (unused := left_out(model)) is not None:
             display.note(unused)
         return SAMPLERS[asked.engine](model, stop_ids(model, subject.tokenizer))
-    if asked.engine == "vllm_server":
+    if asked.engine in SERVERS:
         return evaluation_server(
-            asked.server, asked.model, subject.stops, subject.config, subject.load, directory
+            asked.engine,
+            asked.server,
+            asked.model,
+            subject.stops,
+            subject.config,
+            subject.load,
+            directory,
         )
     from opsd.rollout.vllm_colocated import ColocatedSampler
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError, problem_said
 from opsd.common.urls import check_address
-from opsd.config.names import ENGINES, HOTTEST
+from opsd.config.names import ENGINES, HOTTEST, SERVERS
 from opsd.config.sections import PromptsSection
 from opsd.evaluate.answers import Shard
 from opsd.evaluate.benchmarks import KNOWN, Benchmark, Convention, load_benchmark
@@ -20,8 +20,8 @@ from opsd.evaluate.benchmarks import KNOWN, Benchmark, Convention, load_benchmar
 if TYPE_CHECKING:
     from opsd.config.config import Config
 
-BATCH = {"generate": 64, "continuous": 64, "vllm": 512, "vllm_server": 512}
-"""Default batch size of each engine; vLLM decides itself how many answers it decodes at once."""
+BATCH = {"generate": 64, "continuous": 64, "vllm": 512, **dict.fromkeys(SERVERS, 512)}
+"""Default batch size of each engine; servers decide themselves how many answers they decode."""
 THINKING = {"on": True, "off": False, "template": None}
 """--thinking → the chat template's enable_thinking; None leaves it unset."""
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard", metavar="I/N", help="only the I-th of N parts (default: by RANK, WORLD_SIZE)")
     add("--batch-size", type=int, metavar="N", help="answers sampled together")
     add("--engine", default="generate", metavar="|".join(ENGINES))
-    add("--server", metavar="URL", help="vllm_server: its address (docs/vllm.md)")
+    add("--server", metavar="URL", help="of a server's engine: its address (docs/vllm.md)")
     add("--gpu-memory", type=float, default=0.9, metavar="SHARE", help="vllm: of the GPU's memory")
     add("--output", metavar="DIR", help="default: runs/eval/<model>-<benchmark>-<key>")
 
@@ -129,11 +129,12 @@ def check(parsed: argparse.Namespace, environment: Mapping[str, str] = os.enviro
 
 
 def _check_server(parsed: argparse.Namespace) -> None:
-    if parsed.engine == "vllm_server" and parsed.server is None:
-        raise UserError("--server is missing: --engine vllm_server needs its address")
-    if parsed.engine != "vllm_server" and parsed.server is not None:
+    if parsed.engine in SERVERS and parsed.server is None:
+        raise UserError(f"--server is missing: --engine {parsed.engine} needs its address")
+    if parsed.engine not in SERVERS and parsed.server is not None:
         raise UserError(
-            f"--server is {parsed.server!r}: it is for --engine vllm_server, not {parsed.engine}"
+            f"--server is {parsed.server!r}: it is for --engine {' or '.join(SERVERS)}, not "
+            f"{parsed.engine}"
         )
     if parsed.engine.startswith("vllm") and (parsed.temperature or 0) > HOTTEST:
         raise UserError(

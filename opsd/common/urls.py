@@ -9,7 +9,7 @@ def is_address(path: str | None) -> bool:
     return path is not None and path.startswith(("http://", "https://"))
 
 
-def check_address(address: str, key: str = "VLLM_API_KEY") -> None:
+def check_address(address: str, key: str = "VLLM_API_KEY or SGLANG_API_KEY") -> None:
     """Raises ValueError unless this is an HTTP server's address without a user name or password: it
     is written into a run's config.yaml. key: the environment variable that the error suggests."""
     if re.search(r"[\s\\\x00-\x1f\x7f]", address):

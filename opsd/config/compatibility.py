@@ -15,7 +15,7 @@ from pydantic_core import to_jsonable_python
 from opsd.common.errors import UserError
 from opsd.common.templates import over_rollouts
 from opsd.common.urls import is_address
-from opsd.config.names import DIVERGENCE_METHODS, HOTTEST
+from opsd.config.names import DIVERGENCE_METHODS, HOTTEST, SERVERS
 from opsd.config.requirements import (
     is_graded,
     needs_grades,
@@ -191,23 +191,24 @@ def _routes(config: Config) -> Iterator[str]:
 
 
 def _rollouts(config: Config) -> Iterator[str]:
-    rollout, vllm = config.rollout, config.rollout.engine.startswith("vllm")
-    if rollout.engine == "vllm_server" and rollout.server is None:
-        yield "rollout.server: rollout.engine 'vllm_server' needs it"
+    rollout, engine = config.rollout, config.rollout.engine
+    others = engine not in ("generate", "continuous")
+    if engine in SERVERS and rollout.server is None:
+        yield f"rollout.server: rollout.engine {engine!r} needs it"
     for name in ("server", "weights_dir"):
-        if getattr(rollout, name) is not None and rollout.engine != "vllm_server":
-            yield f"rollout.{name}: it is for rollout.engine 'vllm_server', not {rollout.engine!r}"
-    if vllm and rollout.temperature > HOTTEST:
+        if getattr(rollout, name) is not None and engine not in SERVERS:
+            yield f"rollout.{name}: it is for rollout.engine {' or '.join(SERVERS)}, not {engine!r}"
+    if engine.startswith("vllm") and rollout.temperature > HOTTEST:
         yield f"rollout.temperature: vLLM draws at temperatures up to {HOTTEST:g}"
-    if vllm and rollout.source != "student":
+    if others and rollout.source != "student":
         yield (
-            "rollout.engine: vLLM samples from the student; with rollout.source "
+            "rollout.engine: it samples from the student; with rollout.source "
             f"{rollout.source!r} it may be 'generate' or 'continuous'"
         )
-    if vllm and config.model.gguf_file is not None:
+    if others and config.model.gguf_file is not None:
         yield (
-            "model.gguf_file: vLLM is given weights under the names of a transformers directory; "
-            "save the model as one first"
+            "model.gguf_file: the engine is given weights under the names of a transformers "
+            "directory; save the model as one first"
         )
     if rollout.ahead:
         yield from _ahead(config)
@@ -219,10 +220,10 @@ def _rollouts(config: Config) -> Iterator[str]:
 
 
 def _ahead(config: Config) -> Iterator[str]:
-    if config.rollout.engine != "vllm_server":
+    if config.rollout.engine not in SERVERS:
         yield (
             f"rollout.ahead: rollout.engine {config.rollout.engine!r} samples on the processors "
-            "that train, so that nothing would overlap (allowed: 0, or rollout.engine vllm_server)"
+            f"that train, so that nothing would overlap (servers: {', '.join(SERVERS)})"
         )
     if config.method == "sft":
         yield "rollout.ahead: sft has no rollouts"
@@ -249,7 +250,7 @@ def _adapters(config: Config) -> Iterator[str]:
             f"model.lora.dropout: method {config.method!r} scores what was sampled, and rollouts "
             "are sampled without dropout; set it to 0 (dropout is for method sft)"
         )
-    if lora.quantize != "none" and config.rollout.engine.startswith("vllm"):
+    if lora.quantize != "none" and config.rollout.engine not in ("generate", "continuous"):
         yield (
             "rollout.engine: weights in 4 bits (model.lora.quantize) cannot be given to it "
             "(allowed: generate, continuous)"

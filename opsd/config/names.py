@@ -12,7 +12,10 @@ DIVERGENCE_METHODS = ("opsd", "distill")
 Policy = Literal["initial", "live", "ema", "model"]
 """A teacher's weights: the student's at step 0 or now, their moving average, another model's."""
 
-Engine = Literal["generate", "continuous", "vllm", "vllm_server"]
+Engine = Literal["generate", "continuous", "vllm", "vllm_server", "sglang_server"]
 ENGINES: tuple[str, ...] = get_args(Engine)
+
+SERVERS = ("vllm_server", "sglang_server")
+"""Engines over HTTP."""
 
 HOTTEST = 2.0  # the highest temperature that vLLM accepts

@@ -290,7 +290,7 @@ class RolloutSection(Section):
 
     engine: Engine = "generate"
     """transformers' generate in length-sorted batches, its continuous batching, vLLM on the GPU
-    that trains, or a vLLM server (docs/vllm.md)."""
+    that trains, or a server of vLLM or SGLang (docs/vllm.md)."""
     source: Literal["student", "teacher", "reference"] = "student"
     """opsd, distill: who writes the text that is learnt from. student is on-policy; reference is
     prompts.target."""
@@ -307,8 +307,8 @@ class RolloutSection(Section):
     batch_size: Count = 64
     """Sequences decoded at once."""
     ahead: Literal[0, 1] = 0
-    """vllm_server: steps that it samples ahead while a step trains; at 1 a step learns from
-    rollouts by the weights of the step before (docs/vllm.md)."""
+    """servers: steps that it samples ahead while a step trains; at 1 a step learns from rollouts by
+    the weights of the step before (docs/vllm.md)."""
     dynamic_sampling: Natural = 0
     """grpo: problems whose rewards are all alike are replaced by others, in at most this many
     rounds a step (DAPO's dynamic sampling)."""
@@ -316,13 +316,13 @@ class RolloutSection(Section):
     gpu_memory: Fraction = 0.4
     """vllm: share of the GPU's memory that it holds while sampling."""
     server: str | None = None
-    """vllm_server: its address, such as http://localhost:8000."""
+    """servers: its address, such as http://localhost:8000."""
     server_timeout: Positive = 1800
-    """vllm_server: seconds until an unanswered request is sent again."""
+    """servers: seconds until an unanswered request is sent again."""
     server_patience: Positive = 900
-    """vllm_server: seconds without a usable answer until the run stops, with a checkpoint."""
+    """servers: seconds without a usable answer until the run stops, with a checkpoint."""
     weights_dir: str | None = None
-    """vllm_server: directory through which it gets the weights (/dev/shm is fast on one machine);
+    """servers: directory through which it gets the weights (/dev/shm is fast on one machine);
     none: in output.dir. The server must see the same path."""
 
     @field_validator("server")

@@ -16,7 +16,7 @@ from opsd.common.errors import UserError
 from opsd.common.precision import compute_dtype
 from opsd.common.urls import is_address
 from opsd.config.config import Config
-from opsd.config.names import DIVERGENCE_METHODS
+from opsd.config.names import DIVERGENCE_METHODS, SERVERS
 from opsd.config.requirements import scores_by_teacher
 from opsd.config.sections import ALL_LINEAR, LoraSection, ModelSection, TeacherSection
 from opsd.distributed.processes import SPLIT_WEIGHTS
@@ -230,7 +230,7 @@ class Planner:
 
     def _sampling(self, config: Config, dtype: torch.dtype) -> dict[str, int]:
         rollout, test = config.rollout, config.eval
-        if rollout.engine == "vllm_server":
+        if rollout.engine in SERVERS:
             return {}
         if rollout.engine == "vllm":
             assert self.device_memory is not None

@@ -1,5 +1,5 @@
 """Who samples the rollouts: the model's own module, by `generate` in sorted batches or `continuous`
-batching, or vLLM, in this process or as a server.
+batching, vLLM in this process, or a server, of vLLM's or SGLang's.
 
 Import the samplers and `make_sampler`, which picks one, from here.
 """
@@ -16,4 +16,4 @@ from opsd.rollout.engines import (
     training_server,
 )
 from opsd.rollout.generate import GenerateSampler
-from opsd.rollout.vllm_client import ServerRestartedError
+from opsd.rollout.server import RolloutServer, ServerRestartedError

@@ -8,10 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from opsd.common.http import ServerError
+from opsd.config.names import SERVERS
 from opsd.distributed.processes import Processes
 from opsd.models.copies import update_copy
 from opsd.rollout.base import Rollout, Sampler, Sampling
-from opsd.rollout.vllm_client import ServerRestartedError
+from opsd.rollout.server import ServerRestartedError
 
 RESTARTS = 3
 """Of a server, during one sampling."""
@@ -43,7 +44,7 @@ class DistributedSampler:
         if self.inference_copy is not None:
             update_copy(self.inference_copy, model)
             model = self.inference_copy
-        if self.engine == "vllm_server":
+        if self.engine in SERVERS:
             self.processes.once(lambda: self.sampler.sync_weights(model))
         else:
             self.processes.together(lambda: self.sampler.sync_weights(model))

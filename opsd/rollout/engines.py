@@ -17,10 +17,17 @@ from opsd.models.load import load_config
 from opsd.rollout.base import Sampler
 from opsd.rollout.continuous import ContinuousSampler
 from opsd.rollout.generate import GenerateSampler
+from opsd.rollout.server import RolloutServer
+from opsd.rollout.sglang_client import SGLangServer
 from opsd.rollout.vllm_client import VLLMServer
 
 SAMPLERS = {"generate": GenerateSampler, "continuous": ContinuousSampler}
 """The engines that sample with the model's own module."""
+
+DIALECTS: dict[str, type[RolloutServer]] = {
+    dialect.engine: dialect for dialect in (VLLMServer, SGLangServer)
+}
+"""The engines that are servers."""
 
 WEIGHTS = "weights-for-vllm"  # in the directory of a run, or of an evaluation
 
@@ -41,34 +48,37 @@ def check_engine(engine: str, field: str = "rollout.engine") -> None:
 
 
 def training_server(
-    section: RolloutSection, model: ModelSection, given: PreTrainedModel | None = None
-) -> VLLMServer:
+    section: RolloutSection,
+    model: ModelSection,
+    given: PreTrainedModel | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> RolloutServer:
     """The server that `rollout.server` names, which must be able to take the weights of the model,
     which may be `given`.
 
-    Raises UserError where it cannot, or where it returns other log-probabilities than vLLM's
-    default.
+    Raises UserError where it cannot, or where its log-probabilities are not the model's own.
     """
-    server = VLLMServer(
+    server = DIALECTS[section.engine](
         section.server, timeout=section.server_timeout, patience=section.server_patience
     )
-    settings = server.settings
-    if settings is None:
+    if not server.loads:
         raise UserError(
             f"rollout.server is {section.server!r}: its weights cannot be changed; start it with "
             "VLLM_SERVER_DEV_MODE=1 (docs/vllm.md)"
         )
-    if (mode := settings.model.logprobs_mode) != "raw_logprobs":
-        raise UserError(
-            f"rollout.server is {section.server!r}: its --logprobs-mode is {mode!r}; "
-            "loss.importance_bound needs 'raw_logprobs', vLLM's default"
+    if server.seeds([0]) == [None]:
+        note(
+            "The server takes no seeds, and a run that goes on draws other rollouts; start it with "
+            "--enable-deterministic-inference"
         )
+    server.check_log_probs(section.temperature)
     config = given.config if given is not None else load_config(model_files(model))
     server.check_model(config, model.path)
     return server
 
 
 def evaluation_server(
+    engine: str,
     address: str,
     model: str,
     stops: frozenset[int],
@@ -83,11 +93,11 @@ def evaluation_server(
     """
     from opsd.rollout.vllm_server import ServerSampler
 
-    server = VLLMServer(address, field="--server")
+    server = DIALECTS[engine](address, field="--server")
     path, vocabulary = Path(model), config.get_text_config().vocab_size
-    if server.settings is not None:
+    if server.loads:
         server.check_model(config, model)
-        if server.settings.on_cpu and getattr(config, "tie_word_embeddings", False):
+        if server.copies_head and getattr(config, "tie_word_embeddings", False):
             weights = load()  # the model's files lack what `sync_weights` adds to them
             place = directory.absolute() / WEIGHTS
             sampler = ServerSampler(server, stops, place, weights.dtype, vocabulary)
@@ -108,7 +118,7 @@ def make_sampler(
     decoder: PreTrainedModel,  # what the engines without vLLM sample with
     stops: frozenset[int],
     dtype: torch.dtype,
-    server: VLLMServer | None,
+    server: RolloutServer | None,
     run: Path,  # the run's directory
     # Tokens of the longest sequence, which vLLM's cache in this process must hold
     longest: int | None,

@@ -10,12 +10,12 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 LogProb = Annotated[float, Field(ge=-1e6, le=1e-3)]
 
 
-class _Answer(BaseModel):
+class ServerAnswer(BaseModel):
     # No type is guessed (true is not 1, "1" is not 1) and no number is infinite or NaN.
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class ServedModel(_Answer):
+class ServedModel(ServerAnswer):
     """One of those that the server has."""
 
     id: Name
@@ -23,32 +23,32 @@ class ServedModel(_Answer):
     max_model_len: Annotated[int, Field(gt=0)] | None = None  # its window
 
 
-class Models(_Answer):
+class Models(ServerAnswer):
     """/v1/models."""
 
     data: list[ServedModel]
 
 
-class ModelSettings(_Answer):
+class ModelSettings(ServerAnswer):
     """How the server runs its model, and what its log-probabilities are of."""
 
     logprobs_mode: Name = "raw_logprobs"
     dtype: Name | None = None
 
 
-class DeviceSettings(_Answer):
+class DeviceSettings(ServerAnswer):
     """What the server computes on."""
 
     device: Name | None = None
 
 
-class SchedulerSettings(_Answer):
+class SchedulerSettings(ServerAnswer):
     """What it computes at once."""
 
     max_num_batched_tokens: Annotated[int, Field(gt=0)] | None = None
 
 
-class Settings(_Answer):
+class Settings(ServerAnswer):
     """The server's own configuration, as far as it is read."""
 
     model: ModelSettings = Field(ModelSettings(), alias="model_config")
@@ -61,37 +61,37 @@ class Settings(_Answer):
         return self.device_config.device == "cpu"
 
 
-class ServerInfo(_Answer):
+class ServerInfo(ServerAnswer):
     """/server_info."""
 
     vllm_config: Settings | None = None
 
 
-class Version(_Answer):
+class Version(ServerAnswer):
     """/version."""
 
     version: Name = "?"
 
 
-class Reset(_Answer):
+class Reset(ServerAnswer):
     """/reset_prefix_cache."""
 
     success: bool = True
 
 
-class Results(_Answer):
+class Results(ServerAnswer):
     """/collective_rpc."""
 
     results: list[Any]  # what each worker returns
 
 
-class LogProbs(_Answer):
+class LogProbs(ServerAnswer):
     """A rollout's, one a token."""
 
     token_logprobs: list[LogProb]
 
 
-class Choice(_Answer):
+class Choice(ServerAnswer):
     """A rollout."""
 
     index: Literal[0]
@@ -101,7 +101,7 @@ class Choice(_Answer):
     logprobs: LogProbs | None = None
 
 
-class Completions(_Answer):
+class Completions(ServerAnswer):
     """/v1/completions, asked for one rollout."""
 
     model: Name

@@ -1,13 +1,8 @@
-"""A vLLM server over HTTP: token ids in and out, its log-probabilities, and new weights.
+"""vLLM's dialect of a server that samples (`opsd.rollout.server`).
 
 Of the server's documented routes it uses /v1/models, /version and /v1/completions, and of those
 that exist under VLLM_SERVER_DEV_MODE=1 /server_info, /collective_rpc and /reset_prefix_cache.
-Weights are given as a directory of safetensors that the server reads (`reload_weights` with
-`weights_path`, vLLM's docs/training/layerwise.md): nothing of vLLM is needed on this side, and the
-server may spread its model over GPUs as it likes.
-
-Nothing that a server says is taken as it is: `vllm_answers` says what an answer may hold,
-`opsd.common.http` bounds its time and its size, and what does not fit is a ServerAnswerError.
+Weights are given by `reload_weights` with `weights_path` (vLLM's docs/training/layerwise.md).
 """
 
 import re
@@ -15,25 +10,18 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Event
-from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedConfig
 
-from opsd.common.errors import problem_said
-from opsd.common.http import (
-    PASSING,
-    Answer,
-    NoAnswerError,
-    ServerAnswerError,
-    ServerGoneError,
-    TooLongError,
-    check_redirect,
-    exchange,
-    persist,
-    said,
-)
+from opsd.common.http import PASSING, NoAnswerError, ServerAnswerError
 from opsd.rollout.base import NEUTRAL, Rollout, Sampling
+from opsd.rollout.server import (
+    LONGEST,
+    LONGEST_TOKEN,
+    QUICK,
+    RolloutServer,
+    ServerRestartedError,
+)
 from opsd.rollout.vllm_answers import (
     Completions,
     Models,
@@ -44,58 +32,42 @@ from opsd.rollout.vllm_answers import (
     Version,
 )
 
-Said = TypeVar("Said", bound=BaseModel)
-
-QUICK = 60.0  # seconds that a question about the server may take
-LONGEST = 16_000_000  # bytes of an answer about the server: its settings have some 100 kB
 SHAPE = re.compile(r"embed_tokens\): \w+\(.*?embedding_dim=(\d+), org_vocab_size=(\d+)")
 """What get_model_inspection shows of a model's width and vocabulary."""
-LONGEST_TOKEN = 2_000  # bytes of an answer a token: its id, its text twice, its log-probability
 
 
-class ServerRestartedError(ServerGoneError):
-    """The server has restarted since it was given the weights."""
+class VLLMServer(RolloutServer):
+    """A vLLM server; see `RolloutServer`."""
 
+    engine, name, key = "vllm_server", "vLLM", "VLLM_API_KEY"
+    window_flag = "--max-model-len"
+    hint = "start it with VLLM_SERVER_DEV_MODE=1, see docs/vllm.md"
 
-class VLLMServer:
-    """The server at `address`. Requests are sent again after failures that may pass.
-
-    A server's key is read from VLLM_API_KEY. Raises ServerAnswerError for answers that would be the
-    same the next time.
-    """
-
-    def __init__(
-        self,
-        address: str,  # http://host:port
-        *,
-        timeout: float = 1800.0,  # seconds that one rollout, or one loading of weights, may take
-        patience: float = 900.0,  # seconds of failures after which ServerGoneError is raised
-        field: str = "rollout.server",  # what the user set the address by, for error messages
-    ):
-        self.address, self.timeout, self.patience = address.rstrip("/"), timeout, patience
-        self.field = field
+    def __init__(self, address: str, **how):
+        super().__init__(address, **how)
         self._instance: str | None = None
         models = self.ask("/v1/models", Models, timeout=QUICK).data
         if not models:
             raise self._error("serves no model")
-        self.model: str = models[0].id
-        self.root: str = models[0].root or self.model
+        self.model = models[0].id
+        self.root = models[0].root or self.model
         self.window = models[0].max_model_len
         # None where it is not in development mode, in which case its weights cannot have been
         # changed since it started
         self.settings = self._settings_now()
+        self.loads = self.settings is not None
+        self.copies_head = self.settings is not None and self.settings.on_cpu
 
     @cached_property
-    def software(self) -> str:
-        """Its release, and what it computes in and on as far as it says."""
+    def software(self) -> str:  # type: ignore[override]
+        """See `RolloutServer`."""
         version = self.ask("/version", Version, timeout=QUICK, missing=Version()).version
         settings = self.settings or Settings()
         said = [settings.model.dtype, settings.device_config.device]
         return " ".join(["vLLM", version, *filter(None, said)])
 
     def check_model(self, config: PreTrainedConfig, path: str) -> None:
-        """Raises ServerAnswerError where the weights of the model in `path` would not fit into the
-        one that the server has. vLLM ends when it finds that out."""
+        """See `RolloutServer.check_model`. vLLM ends when it finds that out by itself."""
         call = {"method": "get_model_inspection"}
         try:
             results = self.ask("/collective_rpc", Results, call, passing=PASSING - {500}).results
@@ -112,9 +84,8 @@ class VLLMServer:
             )
 
     def at_once(self, context: int) -> int | None:
-        """How many rollouts after so many tokens may be drawn by their seeds at once; None: any
-        number. On a CPU vLLM 0.32 ends where it splits such a prompt ("CPU Generator does not use
-        offset")."""
+        """See `RolloutServer.at_once`. On a CPU vLLM 0.32 ends where it splits such a prompt ("CPU
+        Generator does not use offset")."""
         settings = self.settings
         most = settings.scheduler_config.max_num_batched_tokens if settings else None
         if most is None or not settings.on_cpu:
@@ -135,10 +106,7 @@ class VLLMServer:
         stop: Event | None = None,
         vocabulary: int | None = None,
     ) -> Rollout:
-        """One rollout after `context`, with its log-probabilities; see `Rollout`.
-
-        vocabulary: how many logits the model has, where that is known.
-        """
+        """See `RolloutServer.complete`."""
         asked = {
             "model": self.model,
             "prompt": list(context),
@@ -159,48 +127,25 @@ class VLLMServer:
         if answer.model != self.model:
             raise self._error(f"answers by the model {answer.model!r}, asked for {self.model!r}")
         choice = answer.choices[0]
-        ids, reason = choice.token_ids, choice.finish_reason
+        ids = choice.token_ids
         if not ids:
             raise self._error("returns no token ids: it needs a vLLM that knows return_token_ids")
         if choice.prompt_token_ids not in (None, asked["prompt"]):
             raise self._error("has changed the context's token ids")
         log_probs = choice.logprobs.token_logprobs if choice.logprobs else []
-        if len(log_probs) != len(ids):
-            raise self._error(f"returns {len(log_probs)} log-probabilities for {len(ids)} tokens")
-        if vocabulary is not None and max(ids) >= vocabulary:
-            raise self._error(f"returns token {max(ids)} of a model with {vocabulary} tokens")
-        self._check_length(len(ids), sampling.max_new_tokens, reason)
-        finished = ids[-1] in stops
-        if finished != (reason == "stop") or not stops.isdisjoint(ids[:-1]):
-            raise self._error(
-                f"ended a rollout with token {ids[-1]} for the reason {reason!r}; "
-                f"the model's stops are {sorted(stops)}"
-            )
-        return Rollout(ids, finished, [min(value, 0.0) for value in log_probs], seed)
+        rollout = Rollout(ids, ids[-1] in stops, log_probs, seed)
+        return self._checked(rollout, choice.finish_reason, sampling, stops, vocabulary)
 
-    def check_asked(self, context: int, sampling: Sampling) -> None:
-        """Raises ServerAnswerError where the server would refuse rollouts after so many tokens, or
-        cut them: vLLM takes what its window leaves, and says nothing."""
-        longest = context + sampling.max_new_tokens
-        if self.window is not None and longest > self.window:
+    def check_log_probs(self, temperature: float) -> None:
+        """See `RolloutServer.check_log_probs`."""
+        if self.settings and (mode := self.settings.model.logprobs_mode) != "raw_logprobs":
             raise self._error(
-                f"has a window of {self.window} tokens; a context of {context} and "
-                f"{sampling.max_new_tokens} new ones are {longest}: start it with --max-model-len "
-                f"{longest}, or ask for fewer new tokens"
-            )
-
-    def _check_length(self, length: int, longest: int, reason: str) -> None:
-        """A rollout that is cut is cut where we asked."""
-        if length > longest:
-            raise self._error(f"returns {length} tokens where at most {longest} were asked for")
-        if reason == "length" and length < longest:
-            raise self._error(
-                f"cut a rollout at {length} tokens, asked for {longest}: start it with a larger "
-                "--max-model-len, and with --generation-config vllm"
+                f"has --logprobs-mode {mode!r}; loss.importance_bound needs 'raw_logprobs', vLLM's "
+                "default"
             )
 
     def load(self, weights: str | Path) -> None:
-        """Serve the weights in the directory (or hub model) `weights` from now on."""
+        """See `RolloutServer.load`."""
         self._instance = self._instance_now()
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
         # A worker that cannot read them answers 500, and has no model from then on.
@@ -217,8 +162,7 @@ class VLLMServer:
         self.ask("/reset_prefix_cache", Reset, {}, timeout=QUICK, check=_reset, empty=Reset())
 
     def check_restart(self) -> None:
-        """Raises ServerRestartedError where the server has restarted since `load`: its answers may
-        be by the weights that it starts with."""
+        """See `RolloutServer.check_restart`."""
         if self._instance is not None and self._instance_now() != self._instance:
             raise ServerRestartedError(
                 f"{self.field} is {self.address!r}: the server was started anew in the middle of a "
@@ -233,72 +177,6 @@ class VLLMServer:
     def _settings_now(self) -> Settings | None:
         route = "/server_info?config_format=json"
         return self.ask(route, ServerInfo, timeout=QUICK, missing=ServerInfo()).vllm_config
-
-    def ask(
-        self,
-        route: str,
-        kind: type[Said],
-        body: dict | None = None,
-        *,
-        timeout: float | None = None,
-        longest: int = LONGEST,
-        passing: frozenset[int] = PASSING,
-        check=lambda answer: None,
-        missing: Said | None = None,
-        empty: Said | None = None,
-        stop: Event | None = None,
-    ) -> Said:
-        """The answer to a GET, or with `body` to a POST.
-
-        Args:
-            kind: what the answer must be.
-            longest: bytes that it may have.
-            check: raises NoAnswerError for an answer that is to be asked for again.
-            missing: the answer where there is no such route.
-            empty: what an answer without content says; some releases of vLLM send such.
-            stop: when set, failures are final.
-        """
-        within = timeout or self.timeout
-
-        def attempt() -> Said:
-            try:
-                found = exchange(self.address, route, body, within, longest)
-            except TooLongError:
-                raise self._error(f"answers {route} with more than {longest:,} bytes") from None
-            if found.status == 404 and missing is not None:
-                return missing
-            self._check_status(route, found, passing)
-            bare = not found.content and empty is not None
-            answer = empty if bare else self._read(route, kind, found)
-            check(answer)
-            return answer
-
-        return persist(attempt, self.patience, f"{self.field} is {self.address!r}", stop)
-
-    def _check_status(self, route: str, found: Answer, passing: frozenset[int]) -> None:
-        if found.status == 200:
-            return
-        try:
-            check_redirect(route, found)
-        except ValueError as error:
-            raise self._error(str(error)) from None
-        told = f"{route} answers {found.status}: {said(found.content)}".rstrip(": ")
-        if found.status in passing:
-            raise NoAnswerError(told)
-        hint = ""
-        if found.status == 404 and not route.startswith("/v1/"):
-            hint = " (start it with VLLM_SERVER_DEV_MODE=1, see docs/vllm.md)"
-        raise self._error(told + hint)
-
-    def _read(self, route: str, kind: type[Said], found: Answer) -> Said:
-        try:
-            return kind.model_validate_json(found.content)
-        except ValidationError as error:
-            problem = problem_said(error.errors()[0])
-            raise self._error(f"answers {route} as no vLLM does: {problem}") from None
-
-    def _error(self, what: str) -> ServerAnswerError:
-        return ServerAnswerError(f"{self.field} is {self.address!r}: the server {what}")
 
 
 def _complete(answer: Completions) -> None:

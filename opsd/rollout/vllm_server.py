@@ -1,4 +1,4 @@
-"""Rollouts by a vLLM server, which loads the new weights before each sampling."""
+"""Rollouts by a server, which loads the new weights before each sampling."""
 
 import shutil
 import time
@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from opsd.common.saved_directory import readable
 from opsd.models.copies import named_weights
 from opsd.rollout.base import Rollout, Sampling, draw_seeds
+from opsd.rollout.server import RolloutServer
 from opsd.rollout.threads import as_done, in_background
-from opsd.rollout.vllm_client import VLLMServer
 
 
 class ServerSampler:
@@ -25,11 +25,9 @@ class ServerSampler:
     asks for the same rollouts.
     """
 
-    engine = "vllm_server"
-
     def __init__(
         self,
-        server: VLLMServer,
+        server: RolloutServer,
         stops: frozenset[int],
         # Where `sync_weights` writes the weights; the server must see it under the same path.
         # None: the server's weights stay as they are
@@ -38,6 +36,7 @@ class ServerSampler:
         vocabulary: int | None = None,  # how many logits the model has
     ):
         self.server, self.stops, self.vocabulary = server, stops, vocabulary
+        self.engine = server.engine
         self.directory, self.dtype = directory, dtype
         self.versions, self.software = 0, server.software
         self.sync: dict[str, float] = {}
@@ -54,8 +53,7 @@ class ServerSampler:
         new.mkdir(parents=True)
         try:
             # On a CPU vLLM 0.32 keeps another copy of a tied head, which only its name brings.
-            settings = self.server.settings
-            named = named_weights(model, self.dtype, head_too=bool(settings and settings.on_cpu))
+            named = named_weights(model, self.dtype, head_too=self.server.copies_head)
             weights = {name: weight.cpu().contiguous() for name, weight in named}
             save_file(weights, new / "model.safetensors", {"format": "pt"})
             readable(new)  # the server may be somebody else's
@@ -97,7 +95,7 @@ class ServerSampler:
         workers = sampling.batch_size
         if sampling.temperature:
             workers = min(workers, self.server.at_once(longest) or workers)
-        seeds = draw_seeds(sampling, len(contexts))
+        seeds = self.server.seeds(draw_seeds(sampling, len(contexts)))
 
         def work(future: Future) -> list[Rollout]:
             def ask(i: int, stop) -> Rollout:

@@ -54,13 +54,13 @@ from opsd.rollout import (
     SAMPLERS,
     DistributedSampler,
     GenerateSampler,
+    RolloutServer,
     Sampling,
     ServerError,
     check_engine,
     make_sampler,
     training_server,
 )
-from opsd.rollout.vllm_client import VLLMServer
 from opsd.runs.directory import (
     NotWritten,
     check_problems,
@@ -161,9 +161,9 @@ def load_run(
             raise UserError(f"{name} is missing: name it, or hand it to OPSDTrainer")
     processes.together(lambda: check_engine(config.rollout.engine))
     server = None
-    if config.rollout.engine == "vllm_server":
-        with display.stage(f"Reach {config.rollout.server}"):  # the server may still be starting
-            reach = partial(training_server, config.rollout, config.model, given.model)
+    if (section := config.rollout).server is not None:
+        with display.stage(f"Reach {section.server}"):  # the server may still be starting
+            reach = partial(training_server, section, config.model, given.model, display.note)
             server = processes.together(reach)
     own_verifier = is_graded(config) and given.verifier is None
     processes.together(lambda: check_code(config.loss, own_verifier))
@@ -223,7 +223,7 @@ class Run:
     verifier: Verifier | None = None  # used instead of loss.reward.verifier
     callbacks: Sequence[TrainerCallback] = ()
     save: bool = True  # write the trained model to model/
-    server: VLLMServer | None = None  # samples, for rollout.engine: vllm_server
+    server: RolloutServer | None = None  # samples, where rollout.engine is one
     processes: Processes = field(default_factory=Processes)
     # The loop, only during training; and the last gathered weights, if they are split
     loop: TrainingLoop | None = field(default=None, init=False)

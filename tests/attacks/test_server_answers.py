@@ -16,6 +16,7 @@ from helpers.run_attacks import mutated
 from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.rollout import Sampling
+from opsd.rollout.sglang_client import SGLangServer
 from opsd.rollout.vllm_client import VLLMServer
 
 CONTEXT, STOPS, VOCABULARY = [1, 2, 3], frozenset({9}), 27
@@ -347,3 +348,121 @@ def test_an_address_without_a_password_or_none(address, tmp_path, capsys):
     assert main(evaluate) == 1
     said = capsys.readouterr().err
     assert ADDRESSES[address] in said and "pw-9" not in said
+
+
+# SGLang's dialect: what is shared is tested above, here is what it reads.
+
+TOKENS = [[-0.5, 4, None], [-1.0, 5, None], [0.0, 6, None], [-9999.0, 7, None]]
+META = {
+    "id": "1",
+    "finish_reason": {"type": "length", "length": 4},
+    "prompt_tokens": 3,
+    "completion_tokens": 4,
+    "weight_version": "default",
+    "output_token_logprobs": TOKENS,
+}
+INFO = {"model_path": "/m", "model_type": "qwen3", "weight_version": "default"}
+
+
+def generated(**changes) -> bytes:
+    return response({"text": "", "output_ids": [4, 5, 6, 7], "meta_info": {**META, **changes}})
+
+
+def tokens(*entries) -> bytes:
+    return generated(output_token_logprobs=list(entries))
+
+
+GENERATED = {
+    "no JSON": response("tokens"),
+    "a list": response([{"meta_info": META}]),
+    "no meta_info": response({"text": "a"}),
+    "an error with 200": response({"error": {"message": "no"}}),
+    "no tokens": tokens(),
+    "no log-probabilities": generated(output_token_logprobs=None),
+    "a token without its id": tokens([-0.5]),
+    "a token of four": tokens([-0.5, 4, None, None]),
+    "a token that is a number": tokens(4),
+    "ids as text": tokens([-0.5, "4", None]),
+    "ids as booleans": tokens([-0.5, True, None]),
+    "a negative id": tokens([-0.5, -1, None]),
+    "an id beyond the vocabulary": tokens(*TOKENS[:3], [-1.0, VOCABULARY, None]),
+    "a log-probability that is null": tokens([None, 4, None]),
+    "a log-probability above 0": tokens([0.7, 4, None]),
+    "a log-probability as text": tokens(["-1", 4, None]),
+    "NaN": tokens([math.nan, 4, None]),
+    "minus infinity": tokens([-math.inf, 4, None]),
+    "more tokens than asked": tokens(*TOKENS, [-1.0, 4, None]),
+    "fewer tokens than asked": tokens(*TOKENS[:2]),
+    "a stop in the middle": tokens(TOKENS[0], [-1.0, 9, None], *TOKENS[2:]),
+    "stopped without a stop": generated(finish_reason={"type": "stop", "matched": 7}),
+    "not stopped at a stop": tokens(*TOKENS[:3], [-1.0, 9, None]),
+    "an unknown reason": generated(finish_reason={"type": "tired"}),
+    "a reason that is a text": generated(finish_reason="length"),
+    "no reason": generated(finish_reason=None),
+    "an abort that never ends": generated(finish_reason={"type": "abort", "message": "x" * 10**6}),
+    "another context": generated(prompt_tokens=4),
+    "a context of -1": generated(prompt_tokens=-1),
+    "600 MB": COMPLETIONS["600 MB"],
+    "a dripping body": COMPLETIONS["a dripping body"],
+    "nested lists": COMPLETIONS["nested lists"],
+    "a redirect": response(b"", "307 Temporary", ["Location: http://127.0.0.1:1/generate"]),
+}
+
+
+@pytest.fixture
+def sglang(hostile, monkeypatch):
+    monkeypatch.setenv("SGLANG_API_KEY", "secret")
+    hostile.replies |= {
+        "/health": response(b""),
+        "/model_info": response(INFO),
+        "/server_info": response({"version": "0.5.9", "enable_deterministic_inference": True}),
+        "/update_weights_from_disk": response({"success": True, "message": ""}),
+        "/flush_cache": response("Cache flushed.\n"),
+    }
+    return hostile
+
+
+def sglang_server(sglang) -> SGLangServer:
+    return SGLangServer(sglang.address, timeout=TIMEOUT, patience=PATIENCE)
+
+
+def test_a_good_sglang_answer_is_taken(sglang):
+    sglang.replies["/generate"] = generated()
+    rollout = sglang_server(sglang).complete(CONTEXT, SAMPLING, 0, STOPS, vocabulary=VOCABULARY)
+    assert (rollout.ids, rollout.finished) == ([4, 5, 6, 7], False)
+    assert rollout.sampling_log_probs == [-0.5, -1.0, 0.0, -9999.0]
+    assert "Authorization: Bearer secret" in sglang.seen[-1]
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_a_hostile_sglang_answer_is_one_line(name, sglang):
+    sglang.replies["/generate"] = GENERATED[name]
+    server = sglang_server(sglang)
+    said = refused(lambda: server.complete(CONTEXT, SAMPLING, 0, STOPS, vocabulary=VOCABULARY))
+    assert said.startswith("rollout.server is 'http://127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    ("route", "answer"),
+    [
+        ("/model_info", "<html>"),
+        ("/model_info", {}),
+        ("/model_info", {**INFO, "model_path": 7}),
+        ("/model_info", {**INFO, "weight_version": ["a"]}),
+        ("/server_info", []),
+        ("/server_info", {"enable_deterministic_inference": "yes"}),
+        ("/server_info", {"version": "1" * 10_000}),
+        ("/v1/models", {"data": "tiny"}),
+        ("/update_weights_from_disk", "<html>"),
+        ("/update_weights_from_disk", {"success": False, "message": "no"}),
+        ("/update_weights_from_disk", {"success": 1}),
+    ],
+)
+def test_a_hostile_answer_about_an_sglang_server_is_one_line(route, answer, sglang):
+    sglang.replies[route] = response(answer)
+    assert route in refused(lambda: sglang_server(sglang).load("/w"))
+
+
+def test_an_sglang_server_that_names_other_weights_is_refused(sglang):
+    said = refused(lambda: sglang_server(sglang).load("/w"))
+    assert "says that its weights are 'default'" in said

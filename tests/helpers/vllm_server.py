@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -58,6 +59,8 @@ class FakeVLLM:
         restarts_at: hang up at this completion, and be a new server, with the first weights.
     """
 
+    asks_for_rollouts = "/v1/completions"
+
     def __init__(self, path: Path, port: int = 0):
         self.path = path
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -91,7 +94,7 @@ class FakeVLLM:
         self.server.server_close()
 
     def completions(self) -> list[dict]:
-        return [body for route, body in self.requests if route == "/v1/completions"]
+        return [body for route, body in self.requests if route == self.asks_for_rollouts]
 
     def answer(self, route: str, body: dict | None) -> tuple[int, object]:
         """(status, JSON) of a request."""
@@ -188,23 +191,11 @@ class FakeVLLM:
         if limit < 1:
             return 400, {"error": {"message": f"max_tokens must be at least 1, got {limit}."}}
         assert all(name in asked for name in MUST_BE_GIVEN), asked
-        draw = Draw(
-            Sampling(limit, asked["temperature"] or 1.0, asked["top_p"], max(asked["top_k"], 0))
-        )
-        ids, log_probs, numbers = [], [], torch.Generator().manual_seed(asked["seed"] or 0)
-        with self._lock:
-            while len(ids) < limit and not (ids and ids[-1] in asked["stop_token_ids"]):
-                scores = self._scores([*prompt, *ids])
-                if asked["temperature"]:
-                    scores_of = draw.warpers(None, scores[None])[0].softmax(-1, dtype=torch.float64)
-                    cumulative = scores_of.cumsum(-1)
-                    number = torch.rand((), generator=numbers, dtype=torch.float64)
-                    token = int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
-                else:
-                    token = int(scores.argmax())
-                ids.append(token)
-                log_probs.append(float(scores.log_softmax(-1)[token]))
-        stopped = ids[-1] in asked["stop_token_ids"]
+        sampling = Sampling(limit, asked["temperature"], asked["top_p"], max(asked["top_k"], 0))
+        stops = asked["stop_token_ids"]
+        ids, scores = self._drawn(prompt, sampling, asked["seed"] or 0, stops)
+        log_probs = [float(s.log_softmax(-1)[token]) for s, token in zip(scores, ids, strict=True)]
+        stopped = ids[-1] in stops
         choice = {
             "index": 0,
             "text": "",
@@ -217,6 +208,26 @@ class FakeVLLM:
         if asked.get("return_token_ids"):
             choice |= {"token_ids": ids, "prompt_token_ids": prompt}
         return 200, {"object": "text_completion", "model": "tiny", "choices": [choice]}
+
+    def _drawn(
+        self, prompt: list[int], sampling: Sampling, seed: int, stops: list[int]
+    ) -> tuple[list[int], list[torch.Tensor]]:
+        """Token ids, and the logits that each was drawn from."""
+        draw = Draw(replace(sampling, temperature=sampling.temperature or 1.0))
+        ids, all_scores, numbers = [], [], torch.Generator().manual_seed(seed)
+        with self._lock:
+            while len(ids) < sampling.max_new_tokens and not (ids and ids[-1] in stops):
+                scores = self._scores([*prompt, *ids])
+                if sampling.temperature:
+                    scores_of = draw.warpers(None, scores[None])[0].softmax(-1, dtype=torch.float64)
+                    cumulative = scores_of.cumsum(-1)
+                    number = torch.rand((), generator=numbers, dtype=torch.float64)
+                    token = int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
+                else:
+                    token = int(scores.argmax())
+                ids.append(token)
+                all_scores.append(scores)
+        return ids, all_scores
 
     def _scores(self, ids: list[int]) -> torch.Tensor:
         key = tuple(ids)
@@ -237,14 +248,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(json.loads(self.rfile.read(length) or b"null"))
 
     def _answer(self, body) -> None:
-        with self.fake.together(body) if self.path == "/v1/completions" else nullcontext():
+        asks = self.path == self.fake.asks_for_rollouts
+        with self.fake.together(body) if asks else nullcontext():
             found = self._found(body)
         if found is None:
             self.close_connection = True
             self.connection.close()
             return
         status, answer = found  # sent when it no longer counts: the client asks on at once
-        text = json.dumps(answer).encode()
+        text = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
         try:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -257,7 +269,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _found(self, body) -> tuple[int, object] | None:
         """(status, JSON); None to hang up."""
         fake = self.fake
-        completes = self.path == "/v1/completions"
+        completes = self.path == fake.asks_for_rollouts
         with fake._lock:
             fake.requests.append((self.path, body))
             failure = fake.failures.pop(0) if completes and fake.failures else None

@@ -1,7 +1,6 @@
 """Rollouts by a vLLM server: one that speaks its API, as it is and as it fails."""
 
 import json
-import threading
 import time
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from helpers.lines import read_lines
 from helpers.training_cases import (
     changed,
-    logits,
     quiet,
     short_config,
     short_values,
@@ -24,7 +22,7 @@ from opsd.common.http import ServerGoneError
 from opsd.config.load import merge, parse_config
 from opsd.models.load import stop_ids
 from opsd.quickstart import tiny_model as tiny
-from opsd.rollout import GenerateSampler, Sampling, check_engine
+from opsd.rollout import Sampling, check_engine
 from opsd.rollout.threads import as_done
 from opsd.rollout.vllm_client import VLLMServer
 from opsd.rollout.vllm_server import ServerSampler
@@ -49,59 +47,6 @@ def sampler(fake, student, directory, dtype=torch.float32, **more) -> ServerSamp
 
 
 # The engine: whose tokens, whose log-probabilities.
-
-
-def test_the_servers_greedy_tokens_are_the_models_own(fake, student, contexts, tmp_path):
-    sampling, seen = Sampling(12, temperature=0), []
-    rollouts = sampler(fake, student, tmp_path).sample(
-        contexts, sampling, lambda *n: seen.append(n)
-    )
-    own = GenerateSampler(student[0], stop_ids(*student)).sample(contexts, sampling)
-    assert [(r.ids, r.finished) for r in rollouts] == [(r.ids, r.finished) for r in own]
-    assert {r.finished for r in rollouts} == {True, False} or len({len(r.ids) for r in own}) == 1
-    assert sum(sequences for sequences, _ in seen) == len(contexts)
-    assert sum(tokens for _, tokens in seen) == sum(len(r.ids) for r in own)
-
-
-def test_log_probabilities_are_the_models_at_temperature_1(fake, student, contexts, tmp_path):
-    torch.manual_seed(0)
-    sampling = Sampling(8, temperature=1.7, top_p=0.9, top_k=5)
-    for context, rollout in zip(
-        contexts, sampler(fake, student, tmp_path).sample(contexts, sampling), strict=True
-    ):
-        with torch.no_grad():
-            wanted = logits(student[0], context, rollout.ids).log_softmax(-1)
-        wanted = wanted.gather(1, torch.tensor(rollout.ids)[:, None])[:, 0]
-        assert torch.allclose(torch.tensor(rollout.sampling_log_probs), wanted, rtol=0, atol=1e-5)
-
-
-def test_each_rollout_has_a_seed_from_torchs_generator(fake, student, contexts, tmp_path):
-    asked, sampling = [contexts[0]] * 6, Sampling(8, temperature=1.5, batch_size=3)
-    engine = sampler(fake, student, tmp_path)
-    torch.manual_seed(3)
-    first = engine.sample(asked, sampling)
-    assert len({r.seed for r in first}) == 6 and len({tuple(r.ids) for r in first}) > 1
-    torch.manual_seed(3)
-    assert engine.sample(asked, sampling) == first
-    assert engine.sample(asked, sampling) != first
-    assert {body["seed"] for body in fake.completions()[:6]} == {r.seed for r in first}
-
-
-def test_the_server_follows_the_student(fake, files, student, contexts, tmp_path):
-    sampling = Sampling(12, temperature=0)
-    engine = sampler(fake, student, tmp_path)
-    before = engine.sample(contexts, sampling)
-    other = changed(files, seed=9)
-    engine.sync_weights(other)
-    after = engine.sample(contexts, sampling)
-    own = GenerateSampler(other, stop_ids(*student)).sample(contexts, sampling)
-    assert [r.ids for r in after] == [r.ids for r in own] != [r.ids for r in before]
-    assert not (tmp_path / "weights").exists()
-    engine.sync_weights(student[0])
-    again = engine.sample(contexts, sampling)
-    assert [r.ids for r in again] == [r.ids for r in before]
-    paths = [body["kwargs"]["weights_path"] for route, body in fake.requests if "rpc" in route]
-    assert len(set(paths)) == 2  # a server may keep what it has read from a path
 
 
 def test_weights_travel_in_the_dtype_of_rollouts(fake, student, tmp_path):
@@ -139,46 +84,7 @@ def test_a_server_on_a_cpu_is_never_made_to_split_a_seeded_prompt(
         engine.sample(contexts, Sampling(4))
 
 
-def test_what_the_server_would_cut_is_not_asked(fake, student, contexts, tmp_path):
-    with pytest.raises(UserError, match="a window of 128 tokens"):
-        sampler(fake, student, tmp_path).sample(contexts, Sampling(125))
-    assert not fake.completions()
-
-
 # A server that fails.
-
-
-@pytest.mark.parametrize("failures", [[503, 500], ["drop", "drop"], [429, "drop", 502]])
-def test_failures_that_pass_are_asked_again(failures, fake, student, contexts, tmp_path):
-    fake.failures = list(failures)
-    engine = sampler(fake, student, tmp_path, patience=5.0)
-    rollouts = engine.sample(contexts[:2], Sampling(4, temperature=0))
-    own = GenerateSampler(student[0], stop_ids(*student)).sample(
-        contexts[:2], Sampling(4, temperature=0)
-    )
-    assert [r.ids for r in rollouts] == [r.ids for r in own]
-    assert len(fake.completions()) == 2 + len(failures)
-
-
-def test_a_request_that_is_never_answered_is_sent_again(fake, student, contexts, tmp_path):
-    engine = sampler(fake, student, tmp_path, timeout=0.3, patience=5.0)
-    fake.delay = 20.0
-    threading.Timer(0.5, lambda: setattr(fake, "delay", 0.0)).start()
-    begun = time.monotonic()
-    (rollout,) = engine.sample(contexts[:1], Sampling(4, temperature=0))
-    assert len(rollout.ids) == 4 or rollout.finished
-    assert time.monotonic() - begun < 10 and len(fake.completions()) >= 2
-
-
-def test_a_server_that_stays_away_is_given_up(fake, student, contexts, tmp_path):
-    engine = sampler(fake, student, tmp_path)
-    fake.stop()
-    state = torch.get_rng_state()
-    begun = time.monotonic()
-    with pytest.raises(ServerGoneError, match=r"rollout\.server is 'http://127.*cannot be reached"):
-        engine.sample(contexts * 20, Sampling(4, batch_size=4))
-    assert time.monotonic() - begun < 3  # not once for each of the 120
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
@@ -278,62 +184,6 @@ class AlternatelyRight:
         return [Grade(i % 2 == 0, "", None) for i in range(len(completions))]
 
 
-@pytest.mark.parametrize(
-    "completions, step",
-    [(2, 0), (4 + 3 + 1, 1), (4 + 2 * 3 + 2, 2), (4 + 2 * 3 + 4 + 3 + 2, 3)],
-    ids=["before", "in a step", "in an evaluation", "in the last step"],
-)
-def test_a_run_whose_server_dies_goes_on_where_it_was(
-    completions, step, straight, fake, files, tmp_path
-):
-    broken = server_config(files, tmp_path / "broken", fake)
-    fake.dies_after = completions
-    with pytest.raises(ServerGoneError) as caught:
-        train(broken, quiet())
-    if step:
-        assert f"step {step} is saved" in str(caught.value) and "--resume" in str(caught.value)
-        assert (tmp_path / "broken" / f"checkpoint-{step}").is_dir()
-    assert not (tmp_path / "broken" / "weights-for-vllm").exists()
-    fake.dies_after = None
-    train(broken, quiet(), resume=True)
-    assert outcome(tmp_path / "broken") == outcome(straight)
-
-
-@pytest.mark.parametrize("completion", [4 + 3 + 2, 4 + 2 * 3 + 3], ids=["step", "evaluation"])
-def test_a_server_that_starts_anew_is_given_the_weights_again(
-    completion, straight, fake, files, tmp_path
-):
-    """It answers again at once, but by the weights that it starts with."""
-    fake.restarts_at = completion
-    train(server_config(files, tmp_path / "run", fake), quiet())
-    assert fake.instance == 1 and len(fake.reloads) == 8  # one more than before each sampling
-    assert outcome(tmp_path / "run") == outcome(straight)
-
-
-@pytest.fixture(scope="module")
-def straight(files, tmp_path_factory):
-    """A run whose server stays."""
-    directory = tmp_path_factory.mktemp("straight") / "run"
-    fake = FakeVLLM(files[0])
-    train(server_config(files, directory, fake), quiet())
-    fake.stop()
-    return directory
-
-
-def outcome(directory):
-    """Steps with their losses, evaluations, and the final weights, to the bit."""
-    metrics, evaluations = (
-        read_lines(directory / f"{name}.jsonl") for name in ("metrics", "evaluations")
-    )
-    weights = load_file(directory / "model" / "model.safetensors")
-    assert len(metrics) == 4 and len(evaluations) == 3
-    return (
-        [(line["step"], line["loss"], line["generated_tokens"]) for line in metrics],
-        [(line["step"], line["accuracy"], line["mean_length"]) for line in evaluations],
-        {name: weight.tolist() for name, weight in weights.items()},
-    )
-
-
 def test_a_server_with_other_weights_is_found_out(fake, files, tmp_path):
     fake.model.load_state_dict(changed(files, seed=9).state_dict())
     with torch.no_grad():
@@ -403,7 +253,7 @@ def test_a_server_that_cannot_follow_is_refused(fake, files, tmp_path):
     with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
         train(config, quiet())
     fake.dev, fake.mode = True, "processed_logprobs"
-    with pytest.raises(UserError, match="--logprobs-mode is 'processed_logprobs'"):
+    with pytest.raises(UserError, match="the server has --logprobs-mode 'processed_logprobs'"):
         train(config, quiet())
     fake.stop()
     with pytest.raises(ServerGoneError, match="cannot be reached"):

@@ -1,0 +1,192 @@
+"""SGLang's dialect of a server that samples (`opsd.rollout.server`).
+
+It uses /health, /v1/models, /model_info, /server_info, /generate, /update_weights_from_disk and
+/flush_cache. Each loading of weights names them (`weight_version`), and every answer says by which
+it is: a server that has restarted, or that somebody else gives weights to, is found out.
+"""
+
+import secrets
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from threading import Event
+
+from transformers import PreTrainedConfig
+
+from opsd.common.http import PASSING, NoAnswerError, ServerAnswerError
+from opsd.rollout.base import NEUTRAL, Rollout, Sampling
+from opsd.rollout.server import (
+    LONGEST,
+    LONGEST_TOKEN,
+    QUICK,
+    RolloutServer,
+    Said,
+    ServerRestartedError,
+    Unread,
+)
+from opsd.rollout.sglang_answers import Generated, ModelInfo, ServerInfo, Updated
+from opsd.rollout.vllm_answers import Models
+
+PROBE = Sampling(8, temperature=4.0)
+"""Rollouts that show whether log-probabilities are after temperature."""
+ALIKE = 0.3  # nats a token: more than bf16 makes between a rollout and its scoring
+
+
+class SGLangServer(RolloutServer):
+    """An SGLang server; see `RolloutServer`."""
+
+    engine, name, key = "sglang_server", "SGLang", "SGLANG_API_KEY"
+    window_flag = "--context-length"
+    hint = "it needs a newer SGLang, see docs/vllm.md"
+
+    def __init__(self, address: str, **how):
+        super().__init__(address, **how)
+        self._version: str | None = None  # of the weights that `load` has given it
+        self.ask("/health", Unread, timeout=QUICK)  # 503 until it has started
+        info = self._model_info()
+        self.root, self._model_type = info.model_path, info.model_type
+        models = self.ask("/v1/models", Models, timeout=QUICK).data
+        self.model = models[0].id if models else self.root
+        window = models[0].max_model_len if models else None
+        self.window = window and window - 1  # it refuses what would fill it
+        self.info = self._newer("/server_info", "/get_server_info", ServerInfo)
+
+    @cached_property
+    def software(self) -> str:  # type: ignore[override]
+        """See `RolloutServer`."""
+        settings = self.info.enable_deterministic_inference
+        told = [self.info.dtype, self.info.device, "deterministic" if settings else None]
+        return " ".join(["SGLang", self.info.version, *filter(None, told)])
+
+    def check_model(self, config: PreTrainedConfig, path: str) -> None:
+        """See `RolloutServer.check_model`: by the models' types. Weights that do not fit are
+        refused when they are loaded, and SGLang goes on with those it had."""
+        if self._model_type not in (None, config.model_type):
+            raise self._error(
+                f"serves {self.root!r}, a {self._model_type!r}; {path!r} is a "
+                f"{config.model_type!r}: start it on that"
+            )
+
+    def check_log_probs(self, temperature: float) -> None:
+        """See `RolloutServer.check_log_probs`: a rollout at another temperature is scored by the
+        server, and scores are before temperature (`log_softmax(logits)`). From a token's
+        log-probability after temperature the one before does not follow."""
+        if temperature == 1:
+            return
+        drawn = self._generate([0], PROBE, None, frozenset()).output_token_logprobs
+        scored = self._generate([0, *(token[1] for token in drawn)], Sampling(1), None, frozenset())
+        own = [token[0] for token in scored.input_token_logprobs[-len(drawn) :]]
+        if len(own) != len(drawn) or None in own or not drawn:
+            raise self._error("does not score a context")
+        pairs = zip(drawn, own, strict=True)
+        if sum(abs(token[0] - score) for token, score in pairs) > ALIKE * len(own):
+            raise self._error(
+                "gives log-probabilities after temperature, and rollout.temperature is "
+                f"{temperature:g}: start it with SGLANG_RETURN_ORIGINAL_LOGPROB=1, or set that to 1"
+            )
+
+    def seeds(self, drawn: list[int | None]) -> list[int | None]:
+        """See `RolloutServer.seeds`: it takes them where its inference is deterministic."""
+        return drawn if self.info.enable_deterministic_inference else [None] * len(drawn)
+
+    def complete(
+        self,
+        context: Sequence[int],
+        sampling: Sampling,
+        seed: int | None,
+        stops: frozenset[int],
+        stop: Event | None = None,
+        vocabulary: int | None = None,
+    ) -> Rollout:
+        """See `RolloutServer.complete`."""
+        meta = self._generate(context, sampling, seed, stops, stop)
+        if meta.prompt_tokens != len(context):
+            raise self._error(
+                f"has changed the context: it has {len(context)} tokens, not {meta.prompt_tokens}"
+            )
+        if self._version is not None and meta.weight_version not in (None, self._version):
+            raise self._restarted()
+        ids = [token[1] for token in meta.output_token_logprobs]
+        log_probs = [token[0] for token in meta.output_token_logprobs]
+        rollout = Rollout(ids, bool(ids) and ids[-1] in stops, log_probs, seed)
+        return self._checked(rollout, meta.finish_reason.type, sampling, stops, vocabulary)
+
+    def _generate(
+        self,
+        context: Sequence[int],
+        sampling: Sampling,
+        seed: int | None,
+        stops: frozenset[int],
+        stop: Event | None = None,
+    ):
+        parameters = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "stop_token_ids": sorted(stops),
+            "no_stop_trim": True,
+            "skip_special_tokens": False,
+            **NEUTRAL,
+        }
+        if seed is not None:
+            parameters["sampling_seed"] = seed
+        asked = {
+            "input_ids": list(context),
+            "sampling_params": parameters,
+            "return_logprob": True,
+            "logprob_start_len": -1 if stops else 0,  # of a probe, the context's too
+            "stream": False,
+        }
+        longest = LONGEST + LONGEST_TOKEN * (sampling.max_new_tokens + len(context))
+        answer = self.ask(
+            "/generate", Generated, asked, stop=stop, check=_finished, longest=longest
+        )
+        return answer.meta_info
+
+    def load(self, weights: str | Path) -> None:
+        """See `RolloutServer.load`."""
+        version = f"opsd-{secrets.token_hex(8)}"
+        body = {"model_path": str(weights), "weight_version": version}
+        try:
+            updated = self.ask("/update_weights_from_disk", Updated, body, passing=PASSING - {500})
+            if not updated.success:
+                raise self._error(f"answers /update_weights_from_disk: {updated.message!s:.300}")
+        except ServerAnswerError as error:
+            raise ServerAnswerError(
+                f"{error}. It has not loaded {str(weights)!r}: look whether it sees that path "
+                "(rollout.weights_dir), and serves the same model"
+            ) from None
+        # What is cached was computed with the old weights. It refuses while requests run.
+        self.ask("/flush_cache", Unread, {}, timeout=QUICK, passing=PASSING | {400})
+        self._version = version
+        if (told := self._model_info().weight_version) != version:
+            raise self._error(
+                f"says that its weights are {told!r}, and was given {version!r}: it needs an "
+                "SGLang that knows weight_version, and one run alone may give it weights"
+            )
+
+    def check_restart(self) -> None:
+        """See `RolloutServer.check_restart`."""
+        if self._version is not None and self._model_info().weight_version != self._version:
+            raise self._restarted()
+
+    def _restarted(self) -> ServerRestartedError:
+        return ServerRestartedError(
+            f"{self.field} is {self.address!r}: the server was started anew in the middle of a "
+            "step, or given other weights"
+        )
+
+    def _model_info(self) -> ModelInfo:
+        return self._newer("/model_info", "/get_model_info", ModelInfo)
+
+    def _newer(self, route: str, before: str, kind: type[Said]) -> Said:
+        """The answer of `route`, or of the one that older releases have."""
+        none = kind.model_construct()
+        found = self.ask(route, kind, timeout=QUICK, missing=none)
+        return self.ask(before, kind, timeout=QUICK) if found is none else found
+
+
+def _finished(answer: Generated) -> None:
+    if answer.meta_info.finish_reason.type == "abort":  # it was told to pause, or has no room
+        raise NoAnswerError("a rollout ended with 'abort'")
