@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
-from opsd.config.sections import RolloutSection
+from opsd.config.sections import RolloutSection, TrainSection
 from opsd.data.prompts import Context, Prompts
 from opsd.data.rows import Row
 from opsd.distributed.processes import Processes
@@ -180,3 +180,12 @@ class RolloutCollector:
             return self.processes.once(
                 lambda: graded(problems, self.reward_function, self.prompts.unsolved)
             )
+
+
+def rows_of_step(rows: Sequence[Row], step: int, section: TrainSection) -> list[Row]:
+    """The rows of the step after `step` steps. Each epoch goes through all rows in a new order."""
+    size = section.problems_per_step
+    epoch, place = divmod(step, len(rows) // size)
+    generator = torch.Generator().manual_seed(section.seed + epoch)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    return [rows[i] for i in order[place * size : (place + 1) * size]]

@@ -18,7 +18,7 @@ from opsd.config.requirements import (
     uses_targets,
     uses_teacher_prompt,
 )
-from opsd.config.sections import DataSection, EvalSection, SourceSection, TrainSection
+from opsd.config.sections import DataSection, EvalSection, SourceSection
 from opsd.data.context_check import ContextCheck
 from opsd.data.length_filter import fitting_held_out, fitting_rows
 from opsd.data.prompts import Prompts
@@ -207,14 +207,3 @@ def fitting_data(
     if teaches and (differ := prompts.different_endings()) is not None:
         display.note(differ)
     return rows, held_out
-
-
-def rows_of_step(rows: Sequence[Row], step: int, section: TrainSection) -> list[Row]:
-    """The rows of the step after `step` steps. Each epoch goes through all rows in a new order."""
-    size = section.problems_per_step
-    epoch, place = divmod(step, len(rows) // size)
-    import torch
-
-    generator = torch.Generator().manual_seed(section.seed + epoch)
-    order = torch.randperm(len(rows), generator=generator).tolist()
-    return [rows[i] for i in order[place * size : (place + 1) * size]]

@@ -47,10 +47,9 @@ from opsd.rollout import DistributedSampler, RolloutsAhead, Sampler, ServerError
 from opsd.runs.directory import NotWritten, command_to_go_on
 from opsd.runs.log import RunLog
 from opsd.training.checkpoints import Checkpoints, checkpoint_bytes, some_weights
-from opsd.training.collect_rollouts import RolloutCollector
+from opsd.training.collect_rollouts import RolloutCollector, rows_of_step
 from opsd.training.engine_check import EngineCheck
 from opsd.training.failed_steps import IN_A_ROW, failed_step, save_failed_step
-from opsd.training.load_data import rows_of_step
 from opsd.training.optimizer import make_optimizer, make_schedule, training_arguments
 from opsd.training.reporters import Reports
 from opsd.training.rescue import keep_elsewhere
