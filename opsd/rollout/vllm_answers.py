@@ -11,6 +11,8 @@ LogProb = Annotated[float, Field(ge=-1e6, le=1e-3)]
 
 
 class ServerAnswer(BaseModel):
+    """An answer of a server: fields that are not here hold anything."""
+
     # No type is guessed (true is not 1, "1" is not 1) and no number is infinite or NaN.
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
