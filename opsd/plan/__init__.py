@@ -1,5 +1,5 @@
-"""What a run will need of memory and time, said before any weight is loaded.
+"""Estimate a run's memory and time before any weight is loaded.
 
-`memory` adds up a run's memory, `time_estimate` counts its operations, and `suggestions` says what
-to change where it does not fit; `fake_run` finds what a step holds by running it without data.
+`memory` adds up a run's memory, `time_estimate` counts its operations, and `suggestions` finds what
+to change if it does not fit; `fake_run` measures a step's memory by running it without data.
 """

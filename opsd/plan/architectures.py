@@ -1,4 +1,4 @@
-"""A model's architecture without its weights and without a network."""
+"""Read a model's architecture without its weights and without network access."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ KNOWN: dict[str, dict[str, Any]] = {
     for family in read_toml(__file__, "models").values()
     for name, model in family["models"].items()
 }
-"""Published sizes of well-known models; -Instruct and -Base share theirs."""
+"""Published configs of well-known models; -Instruct and -Base models have the same."""
 
 
 def architecture(section: ModelSection, name: str = "model") -> PreTrainedConfig:
-    """The configuration of a model directory, a config.json, a hub name in the local cache, or one
-    of the KNOWN names; of an adapter, what it makes of its base. Raises UserError for anything
-    else; nothing is ever downloaded.
+    """The config of a model directory, a config.json, a hub name in the local cache, or one of the
+    KNOWN names; for an adapter, its base model's config with the adapter's changes. Downloads
+    nothing. Raises UserError.
     """
     files = model_files(section, name, offline=True)
     config = _base(files.base, files.where)
@@ -49,7 +49,7 @@ def _base(section: ModelSection, where: str) -> PreTrainedConfig:
         if found is not None:
             trust = section.trust_remote_code
             config = AutoConfig.from_pretrained(found, trust_remote_code=trust)
-            config.get_text_config()  # fails where there are several: MusicGen's
+            config.get_text_config()  # raises if there are several, as in MusicGen
             return config
     except UserError:
         raise

@@ -1,8 +1,8 @@
-"""The memory of a step and its rollouts, found by running them on tensors without data.
+"""Measure the memory of a training step and of sampling by running them on tensors without data.
 
 The training step itself (packed streams, the fused loss, backward under autocast) and a sampler's
 forward passes run on fake tensors, which have shapes and dtypes but no storage; the bytes of live
-tensors are counted. Every layer adds the same, so models of one and of two layers tell it for all.
+tensors are counted. Every layer adds the same amount, so it is measured with one and two layers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from opsd.rollout.logits_sampling import Draw
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live tensors that were made inside."""
+    """A context that counts the bytes of live tensors that were made inside of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,26 +42,26 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def start(self) -> None:
-        """Count from here on."""
+        """Start to measure: later peaks are relative to the bytes alive now."""
         self.base = self.most = self.at_kernel = self.live
 
     @property
     def peaks(self) -> Peaks:
-        """The most bytes since `start`, beyond those that were alive then."""
+        """The peaks since `start`, minus the bytes that were alive then."""
         return Peaks(self.most - self.base, self.at_kernel - self.base)
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function is torch.ops.prim.device.default and isinstance(arguments[0], FakeTensor):
-            return arguments[0].fake_device  # of all calls the half, and slow where torch answers
+            return arguments[0].fake_device  # half of all calls, and slow if left to torch
         result, before = function(*arguments, **(keywords or {})), self.most
         if isinstance(result, Tensor):
             self._enter(result)
         else:
             tree_map_only(Tensor, self._enter, result)
         if function is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:
-            # The sum of two gradients of one tensor. With real tensors backward adds in place.
+            # The sum of two gradients of one tensor: with real tensors backward adds in place.
             self.most = before
-        if function.namespace == "opsd":  # the kernel: its scratch memory is counted elsewhere
+        if function.namespace == "opsd":  # the kernel: `with_scratch` adds its scratch memory
             self.at_kernel = max(self.at_kernel, self.live)
         return result
 
@@ -82,29 +82,29 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes beyond what is counted elsewhere: the most alive, and how many when the fused kernel
-    runs, which holds its own scratch memory then."""
+    """Peaks in bytes: the most alive at any time, and the most when the fused kernel runs, whose
+    own scratch memory is not included."""
 
     most: int
     at_kernel: int
 
     def with_scratch(self, scratch: int) -> int:
-        """The most alive, for a kernel that needs so much."""
+        """The peak if the kernel needs `scratch` bytes."""
         return max(self.most, self.at_kernel + scratch)
 
 
 def over_layers(
     architecture: PreTrainedConfig, measure: Callable[[PreTrainedConfig], Peaks]
 ) -> Peaks:
-    """measure(architecture), from what it is for one layer of each kind and for one more of each.
+    """measure(architecture), extrapolated from models with one and with two layers of each kind.
 
-    A model whose layers cannot be chosen one by one is measured whole. Raises UserError for one
-    that does not run without data.
+    A model whose layers cannot be selected one by one is measured as a whole. Raises UserError for
+    a model that does not run without data.
     """
     kinds = _layer_kinds(architecture)
     with _running(architecture):
         if kinds is not None:
-            with suppress(IndexError, KeyError, UserError):  # of layers that need others
+            with suppress(IndexError, KeyError, UserError):  # if a layer needs other layers
                 return _by_kinds(architecture, kinds, measure)
         return measure(architecture)
 
@@ -127,7 +127,7 @@ def _by_kinds(
 
 @contextmanager
 def _running(architecture: PreTrainedConfig) -> Iterator[None]:
-    """Makes one line of what the model's own code raises, which may look at values."""
+    """Turns any exception of the model's own code, which may need values, into a UserError."""
     try:
         yield
     except UserError:
@@ -140,14 +140,14 @@ def _running(architecture: PreTrainedConfig) -> Iterator[None]:
 
 
 def unshared_because(architecture: PreTrainedConfig) -> str | None:
-    """Why such a model cannot share prefixes; None where it can."""
+    """The reason why a model of this architecture cannot share prefixes; None if it can."""
     kinds = _layer_kinds(architecture)
     with _running(architecture):
         try:
             assert kinds is not None
             short = _with_layers(architecture, [places[0] for places in kinds])
             model = meta_model(short, torch.float32)
-        except Exception:  # of layers that cannot be chosen
+        except Exception:  # its layers cannot be selected one by one
             model = meta_model(architecture, torch.float32)
         with _without_data(), torch.no_grad():
             _make_fake(model)
@@ -155,7 +155,7 @@ def unshared_because(architecture: PreTrainedConfig) -> str | None:
 
 
 def meta_model(architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on torch's meta device. Raises UserError where transformers cannot make it."""
+    """Make the model on torch's meta device. Raises UserError if transformers cannot."""
     try:
         with torch.device("meta"):
             return auto_class(architecture).from_config(
@@ -163,14 +163,14 @@ def meta_model(architecture: PreTrainedConfig, dtype: torch.dtype) -> PreTrained
                 dtype=dtype,
                 attn_implementation=best_attention(architecture),
             )
-    except Exception as error:  # of the model's own code
+    except Exception as error:  # raised by the model's own code
         raise UserError(
             f"model.path: {architecture.model_type} cannot be made ({in_short(error)})"
         ) from error
 
 
 def _make_fake(model: nn.Module) -> None:
-    """Put fake tensors on the CPU in the place of those on the meta device, tied ones tied."""
+    """Replace a model's tensors on the meta device by fake ones on the CPU; tied ones stay tied."""
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for tensors in cast(tuple[dict, ...], (module._parameters, module._buffers)):
@@ -183,7 +183,7 @@ def _make_fake(model: nn.Module) -> None:
 
 
 MakeStep = Callable[[PreTrainedConfig], tuple[Sequence[nn.Module], Callable[[], Tensor]]]
-"""An architecture → models on the meta device, the student first, and what computes its loss."""
+"""Architecture → (models on the meta device, the student first; a function giving the loss)."""
 
 
 def step_peaks(
@@ -194,11 +194,11 @@ def step_peaks(
     flash: bool,
     packable: bool,
 ) -> Peaks:
-    """What a micro-batch's forward and backward add to weights and gradients.
+    """The peaks of a micro-batch's forward and backward, without weights and gradients.
 
     From the second micro-batch on, each gradient is added to an earlier one and freed.
-    autocast: whether products are in bf16. flash: whether attention is by a flash kernel.
-    packable: that `unshared_because` had nothing to say, which is not asked again then.
+    autocast: run matrix products in bf16. flash: a flash kernel computes attention.
+    packable: `unshared_because` returned None, and is not called again.
     """
     models, loss = make_step(architecture)
     with _without_data(), _bare_attention(flash), LiveBytes() as count:
@@ -225,7 +225,7 @@ def _forget_gradient(parameter: nn.Parameter) -> None:
 def sampling_peaks(
     architecture: PreTrainedConfig, dtype: torch.dtype, prompt: int, longest: int
 ) -> Peaks:
-    """The most memory that `generate` adds for one sequence: for its prompt, or its last token."""
+    """The peak of `generate` for one sequence, reached in its prompt or at its last token."""
     model = meta_model(architecture, dtype).eval()
     with _without_data(), torch.no_grad(), LiveBytes() as count:
         _make_fake(model)
@@ -247,8 +247,8 @@ def sampling_peaks(
         cache = forward(prompt)
         reading = count.peaks.most
         del cache
-        cache = forward(prompt + longest - 1)  # stands for all tokens but the last
-        if cache is None:  # and these run again for the last
+        cache = forward(prompt + longest - 1)  # all tokens but the last, in one pass
+        if cache is None:  # a model without a cache runs all tokens again for the last one
             return count.peaks
         count.most = count.live
         forward(1, cache, prompt + longest - 1)
@@ -256,8 +256,8 @@ def sampling_peaks(
 
 
 def _layer_kinds(architecture: PreTrainedConfig) -> list[list[int]] | None:
-    """The numbers of the layers that are alike, in order; None where the config says of layers
-    what cannot be said of a choice of them."""
+    """Groups the numbers of equal layers, in order; None if the config has settings that do not
+    allow to select some of the layers."""
     text = architecture.get_text_config()
     count, kinds = text.num_hidden_layers, defaultdict(list)
     computed = any(
@@ -274,7 +274,7 @@ def _layer_kinds(architecture: PreTrainedConfig) -> list[list[int]] | None:
 
 
 def _by_layer(text: PreTrainedConfig) -> dict[str, list]:
-    """The config's lists that have an entry for each layer: no two numbers, as of a limit."""
+    """The config's lists with an entry per layer, except lists of floats, such as [low, high]."""
     count = text.num_hidden_layers
     lists = {name: x for name, x in vars(text).items() if isinstance(x, list) and len(x) == count}
     own = {name: x for name, x in lists.items() if not name.startswith(("_", "architectures"))}
@@ -287,7 +287,7 @@ def _differs(text: PreTrainedConfig) -> bool:
 
 
 def _with_layers(architecture: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
-    """The same model with these layers alone."""
+    """The architecture reduced to these layers."""
     short = copy.deepcopy(architecture)
     text = short.get_text_config()
     lists, own = _by_layer(text), None
@@ -300,7 +300,7 @@ def _with_layers(architecture: PreTrainedConfig, layers: Sequence[int]) -> PreTr
         }
         text.per_layer_config = None
     text.num_hidden_layers = len(layers)
-    if hasattr(text, "decoder_layers"):  # of BART's kind, where the other name is the encoder's
+    if hasattr(text, "decoder_layers"):  # in BART num_hidden_layers counts the encoder's
         text.decoder_layers = len(layers)
     for name, values in lists.items():
         setattr(text, name, [values[layer] for layer in layers])
@@ -311,8 +311,8 @@ def _with_layers(architecture: PreTrainedConfig, layers: Sequence[int]) -> PreTr
 
 @contextmanager
 def _without_data() -> Iterator[None]:
-    """Fake tensors inside. Experts are multiplied by transformers' own function, since torch's has
-    shapes without data for bf16 alone (torch 2.13, transformers 5.24)."""
+    """A context in which tensors are fake. Experts use transformers' own product, since torch's
+    grouped one supports fake tensors in bf16 only (torch 2.13, transformers 5.24)."""
     never = patch.object(moe, "_can_use_grouped_mm", lambda *arguments: False, create=True)
     with FakeTensorMode(), quiet(), never:
         yield
@@ -320,17 +320,17 @@ def _without_data() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Ignores transformers' warnings of deprecated names; older releases know no others."""
+    """Hide transformers' warnings about deprecated names: its older releases have only those."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
 class _Attention(torch.autograd.Function):
-    """The tensors that `packed_attention` makes and saves for backward, without its kernels' tiles:
-    those take some megabytes, and running them would take most of a plan's time.
+    """Makes the tensors that `packed_attention` returns and saves for backward, without running its
+    kernels: their tiles take only some megabytes, but most of a plan's time.
 
-    flash: saves the result and the log-sum-exps as well.
+    flash: save the result and the log-sum-exps as well.
     """
 
     @staticmethod

@@ -8,7 +8,7 @@ from opsd.common.files import read_toml
 
 @dataclass(frozen=True)
 class GPU:
-    """The maker's bytes of memory, bytes and dense bf16 operations a second. 0: unknown."""
+    """The maker's bytes of memory, bytes and dense bf16 operations per second; 0: unknown."""
 
     memory: float
     bandwidth: float
@@ -20,10 +20,10 @@ GPUS = {name: GPU(**facts) for name, facts in read_toml(__file__, "gpus").items(
 
 
 def find_gpu(text: str) -> GPU | None:
-    """The GPU that people mean by `4090`, `RTX 4090`, `rtx4090` or `h100-sxm5-80gb`."""
+    """Find a known GPU by a name such as `4090`, `RTX 4090`, `rtx4090` or `h100-sxm5-80gb`."""
     name = re.sub(r"[\s_-]+", "-", text.strip().lower())
     name = re.sub(r"^((nvidia|geforce|tesla|rtx)-?)+|-(sxm|pcie|nvl)\d?|(?<=\d)gi?b?$", "", name)
-    if name not in GPUS:  # the memory may be said
+    if name not in GPUS:  # the name may end with the memory
         name, _, memory = name.rpartition("-")
         if name not in GPUS or f"{GPUS[name].memory / 1e9:.0f}" != memory:
             return None

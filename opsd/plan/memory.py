@@ -1,4 +1,4 @@
-"""A run's memory: what is always there, what a step adds, and what sampling adds."""
+"""Estimate a run's memory: the part always in use, a step's part, and sampling's part."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from opsd_kernels.resolve import load, resolve
 from opsd_kernels.sweep import Head, plan_call
 
 RUNTIME = 800_000_000
-"""On a CPU: Python, torch, transformers and what else a run imports (620 MB), and holes in glibc's
-heap (180 MB, in runs whose tensors are small; large ones leave none). Measured, docs/plan.md."""
+"""Bytes on a CPU: Python, torch, transformers and other imports (620 MB), and holes in glibc's heap
+(180 MB in runs with small tensors; large ones leave none). Measured, see docs/plan.md."""
 
 GPU_RUNTIME = 700_000_000
-"""A CUDA context with cuBLAS: assumed, not measured."""
+"""Bytes of a CUDA context with cuBLAS: assumed, not measured."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. `peak` is what is always there, and the larger of the other two."""
+    """Bytes on one device: always in use, added by a step, added by sampling (one at a time)."""
 
     always: dict[str, int]
     step: dict[str, int]
@@ -64,8 +64,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters: of the student's own weights (and of those that lie in its linear layers), and
-    those that train, which are its own or its adapters'."""
+    """Numbers of parameters. own: of the student without adapters. linear: of these, in linear
+    layers. train: those that train, its own or its adapters'."""
 
     own: int
     linear: int
@@ -73,14 +73,14 @@ class Sizes:
 
 
 class Planner:
-    """The memory of runs that train one model with sequences of given lengths."""
+    """Computes the memory of runs that train one model on sequences of given lengths."""
 
     def __init__(
         self,
         student: PreTrainedConfig,
         lengths: Lengths,
-        device_memory: int | None,  # of the GPU that they are for; None: a CPU
-        processes: int = 1,  # that train together, on a device each
+        device_memory: int | None,  # bytes of each GPU; None: a CPU
+        processes: int = 1,  # the number of processes that train together, each on a device
     ):
         for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
             if not hasattr(student.get_text_config(), name):
@@ -90,25 +90,25 @@ class Planner:
                 )
         self.student, self.lengths = student, lengths
         self.device_memory, self.processes = device_memory, processes
-        self._known: dict[str, Any] = {}  # what was found for other configs alike
+        self._known: dict[str, Any] = {}  # results that several configs share, by key
 
     @cached_property
     def parameters(self) -> int:
-        """The student's, without adapters."""
+        """The student's number of parameters, without adapters."""
         return count_parameters(self.student)
 
     @cached_property
     def unshared_because(self) -> str | None:
-        """Why the student cannot share prefixes; None where it can."""
+        """The reason why the student cannot share prefixes; None if it can."""
         return unshared_because(self.student)
 
     def sizes(self, config: Config) -> Sizes:
-        """The student's sizes, counted once for each `model` section."""
+        """The student's sizes, computed once for each `model` section."""
         key = config.model.model_dump_json()
         return self._once(key, lambda: _sizes(self.student, config.model))
 
     def memory(self, config: Config) -> Memory:
-        """The memory, on each device, of a run by `config`."""
+        """The memory on each device of a run of `config`."""
         device = "cpu" if self.device_memory is None else "cuda"
         dtype = compute_dtype(config.train.precision, device)
         sizes, lora = self.sizes(config), config.model.lora
@@ -125,7 +125,7 @@ class Planner:
             always["adapters"] = 4 * sizes.train
         moments = _moments(config.train.optimizer)
         if sharding.startswith("zero"):
-            moments += 4  # DeepSpeed's optimizer has weights of its own
+            moments += 4  # DeepSpeed's optimizer keeps its own fp32 copy of the weights
         always["optimizer"] = round(moments * sizes.train) // split
         sampler = config.rollout.engine in SAMPLERS
         decodes = sampler and (config.method != "sft" or config.eval.problems > 0)
@@ -145,8 +145,8 @@ class Planner:
         return max(batches, key=_tokens)
 
     def _teacher(self, config: Config, dtype: torch.dtype) -> int:
-        """Bytes of the teacher's weights. A method that needs no teacher still has one for the
-        report's completions."""
+        """Bytes of the teacher's weights. A method without a teacher still loads one if the report
+        shows completions."""
         scores = scores_by_teacher(config)
         if not scores and not (config.eval.problems and config.eval.samples):
             return 0
@@ -162,8 +162,8 @@ class Planner:
         if teacher.policy == "ema":
             return 4 * sizes.train
         if teacher.policy == "initial" and config.model.lora is not None:
-            return 0  # the same weights, without adapters
-        if teacher.policy == "model" and is_address(teacher.path):  # its head alone is here
+            return 0  # the student's own weights, without adapters
+        if teacher.policy == "model" and is_address(teacher.path):  # only its head is here
             text = self.student.get_text_config()
             return dtype.itemsize * text.vocab_size * text.hidden_size
         if teacher.policy == "model":
@@ -202,8 +202,8 @@ class Planner:
         return parts | {"logits (kernel)": kernel, "activations": max(total - kernel, 0)}
 
     def _kernel(self, config: Config, tokens: int, dtype: torch.dtype) -> int:
-        """The fused loss's scratch memory, by its own plan: tiles of logits, and dW where it is
-        summed over blocks in fp32."""
+        """The fused loss's scratch memory in bytes, by the kernel's own plan: tiles of logits, and
+        dW if it is summed over blocks in fp32."""
         text, gpu = self.student.get_text_config(), self.device_memory is not None
         vocabulary, width = text.vocab_size, text.hidden_size
         device = torch.device("meta" if gpu else "cpu")
@@ -211,7 +211,7 @@ class Planner:
         trains_head = config.model.lora is None
         hidden = torch.empty(1, dtype=dtype, device=device).expand(tokens, width)
         weight = torch.empty(1, dtype=dtype, device=device).expand(vocabulary, width)
-        # A mixture's heads stand side by side.
+        # A mixture's heads are concatenated along the hidden size.
         mixed = config.teacher.mix and not config.model.lora
         heads = len({m.policy for m in config.teacher.members()}) if mixed else 1
         wide = torch.empty(1, dtype=dtype, device=device).expand(vocabulary, heads * width)
@@ -264,12 +264,12 @@ class Planner:
 
 
 def count_parameters(model: PreTrainedConfig) -> int:
-    """Parameters of the model, tied ones once; nothing is allocated."""
+    """Count a model's parameters, tied ones once; allocates nothing."""
     return sum(p.numel() for p in meta_model(model, torch.float32).parameters())
 
 
 def _sizes(model: PreTrainedConfig, section: ModelSection) -> Sizes:
-    """The parameters of a model with the adapters that `section` adds."""
+    """The sizes of a model with the adapters of `section`."""
     with quiet():
         made = meta_model(model, torch.float32)
     own = sum(parameter.numel() for parameter in made.parameters())
@@ -285,7 +285,7 @@ def _sizes(model: PreTrainedConfig, section: ModelSection) -> Sizes:
 def _student(
     short: PreTrainedConfig, section: ModelSection, checkpointing: bool, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The model that trains, in fp32; or with adapters, whose base is in `dtype`."""
+    """The student on the meta device: in fp32, or with fp32 adapters and its weights in `dtype`."""
     model = meta_model(short, torch.float32 if section.lora is None else dtype)
     if section.lora is not None:
         model = _add_adapters(model, section.lora)
@@ -297,14 +297,14 @@ def _student(
 
 
 def _add_adapters(model: PreTrainedModel, lora: LoraSection) -> PreTrainedModel:
-    """The model, frozen, with what LoRA adds to it: peft's tensors, without peft. In place."""
+    """Freeze the model and add LoRA's tensors, as peft does but without peft, in place."""
     check_targets(model, lora)
     head, others = model.get_output_embeddings(), without_adapter(model)
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):
         named = lora.targets == [ALL_LINEAR] or name.rpartition(".")[2] in lora.targets
         if named and is_linear(layer) and layer is not head and name not in others:
-            ends = layer.weight.shape  # [out, in]; a Conv1D's the other way round
+            ends = layer.weight.shape  # [out, in]; [in, out] of a Conv1D
             into, out = ends[::-1] if isinstance(layer, nn.Linear) else ends
             like = {"bias": False, "device": layer.weight.device, "dtype": torch.float32}
             down, up = nn.Linear(into, lora.rank, **like), nn.Linear(lora.rank, out, **like)
@@ -315,8 +315,8 @@ def _add_adapters(model: PreTrainedModel, lora: LoraSection) -> PreTrainedModel:
 
 
 def _frozen(sizes: Sizes, dtype: torch.dtype, quantize: str) -> int:
-    """Bytes of frozen weights. In NF4 the linear layers' take half a byte and a scale of 8 bits for
-    each 64, with one of 32 bits for each 256 of those."""
+    """Bytes of frozen weights. In NF4 a weight of a linear layer takes half a byte; each 64 of them
+    have a scale of 8 bits, and each 256 scales one of 32 bits."""
     if quantize == "nf4":
         return round(sizes.linear * (0.5 + 1 / 64 + 4 / 64 / 256)) + dtype.itemsize * (
             sizes.own - sizes.linear
@@ -325,9 +325,9 @@ def _frozen(sizes: Sizes, dtype: torch.dtype, quantize: str) -> int:
 
 
 def _moments(optimizer: str) -> float:
-    """Bytes of the optimizer's state a parameter that trains."""
+    """Bytes of the optimizer's state per trained parameter."""
     if "adafactor" in optimizer or optimizer == "sgd":
-        return 0.0  # adafactor keeps a row and a column of each matrix
+        return 0.0  # adafactor keeps only a row and a column of each matrix
     one = "lion" in optimizer or "rmsprop" in optimizer or "adagrad" in optimizer
     each = 1 if "8bit" in optimizer else 4
     return each * (1 if one else 2)
@@ -340,24 +340,24 @@ def _tokens(batch: list[SampleGroup]) -> int:
 def _objective(
     config: Config, short: PreTrainedConfig, dtype: torch.dtype
 ) -> tuple[Objective, list[nn.Module]]:
-    """The method, and its teacher if it has one."""
+    """The method's objective, and its teacher's models on the meta device, if any."""
     kind = {"opsd": OPSD, "distill": Distill, "grpo": GRPO, "sft": SFT}[config.method]
     if not scores_by_teacher(config):
         return kind(config.loss.without_code()), []
-    # Adapters leave the weights, and the head, to all that have them.
+    # With adapters, all members but those of policy "model" use the student's frozen weights.
     owners = [
         "own" if config.model.lora is not None and own.policy != "model" else own.model_dump_json()
         for own in config.teacher.members()
     ]
     made = {owner: meta_model(short, dtype).requires_grad_(False).eval() for owner in owners}
     sections = config.teacher.mix
-    pairs = zip(owners, sections, strict=False)  # of no mixture none
+    pairs = zip(owners, sections, strict=False)  # without a mixture there are none
     mix = [Member(made[owner], section.context, section) for owner, section in pairs]
     return kind(config.loss.without_code(), made[owners[0]], mix=mix), list(made.values())
 
 
 def _step_key(config: Config) -> str:
-    """The fields on which a step's memory depends, except the kernel's budget."""
+    """A key of all fields on which a step's memory depends, except the kernel's budget."""
     values = config.model_dump()
     loss = {name: value for name, value in values["loss"].items() if name != "memory_budget"}
     parts = [values["method"], loss, values["model"], values["teacher"], values["train"]]

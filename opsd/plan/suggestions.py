@@ -1,4 +1,4 @@
-"""What to change so that a run fits a given memory, the changes that cost least first."""
+"""Find changes that make a run fit into a given memory, the least costly ones first."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from opsd.plan.memory import Planner
 
 MIB = 2**20
 Change = tuple[str, str, dict]
-"""(kind, what to tell the user, the config's fields)"""
+"""(kind, description for the user, the config fields to set)"""
 
 
 def changes(config: Config, longest: int, on_gpu: bool) -> Iterator[Change]:
-    """Changes to try in this order, each in addition to those before; one replaces an earlier one
+    """Yield changes to try, in this order and all together; a later change replaces an earlier one
     of the same kind.
 
     longest: tokens of the longest sequence. A micro-batch always holds at least one sequence.
@@ -49,10 +49,10 @@ def changes(config: Config, longest: int, on_gpu: bool) -> Iterator[Change]:
 def fit(
     config: Config, memory: float, longest: int, planner: Planner, tried_one: Callable[[], None]
 ) -> tuple[list[str], list[str], Config]:
-    """The mildest changes that bring the peak below `memory` bytes, none of which can be left out.
+    """Find the mildest changes that bring the peak below `memory` bytes, none of them superfluous.
 
-    A change that does not go with what the user has set is no choice. `tried_one` is called for
-    each trial. Returns the changes in words, as overrides, and made (which may not suffice).
+    Skips changes that make the user's config invalid. Calls `tried_one` for each trial. Returns the
+    changes in words, as overrides, and the changed config, which still may not fit.
     """
 
     def peak(levels: dict[str, list[Change]]) -> float:
@@ -71,7 +71,7 @@ def fit(
         if needed <= memory:
             break
     for kind, tried in list(levels.items()):
-        # The first so many levels: none, the mildest, …
+        # Try fewer levels of this kind: none, only the mildest, …
         milder = ({**levels, kind: tried[:count]} for count in range(len(tried)))
         levels = next((fewer for fewer in milder if peak(fewer) <= memory), levels)
     made = [tried[-1] for tried in levels.values() if tried]
@@ -85,7 +85,7 @@ def fit(
 
 
 def changed(config: Config, levels: dict[str, list[Change]]) -> Config:
-    """The config with the last change of each kind made."""
+    """A copy of the config with the last change of each kind. Raises UserError if it is invalid."""
     values = config.model_dump()
     for tried in levels.values():
         for _, _, fields in tried[-1:]:

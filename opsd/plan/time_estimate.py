@@ -1,8 +1,8 @@
-"""Floating-point operations of a step, and how long a GPU would take: arithmetic, not measured.
+"""Estimate a step's floating-point operations and its time on a GPU, by arithmetic alone.
 
-It counts the products with the weights (2 operations a weight and token forward, 4 backward) and
-those of attention. Training and reading prompts take operations ÷ TRAINING_SHARE of the peak; a
-sampled token takes at least the time in which its weights and caches are read from memory.
+It counts the products with the weights (2 operations per weight and token forward, 4 backward) and
+those of attention. Training and reading prompts run at TRAINING_SHARE of the GPU's peak operations;
+a sampled token takes at least the time of reading the weights and caches from memory.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from opsd.plan.workload import Lengths, Tokens
 from opsd.rollout import SAMPLERS
 
 TRAINING_SHARE = 0.35
-"""The share of the peak operations that training reaches: assumed."""
+"""The share of the GPU's peak operations that training reaches: assumed."""
 
 READING_SHARE = 0.6
-"""The share of the bandwidth that decoding reaches: assumed."""
+"""The share of the memory bandwidth that decoding reaches: assumed."""
 
 LAUNCHES = 0.4e-3
-"""Seconds a layer and token for transformers' Python and kernel launches: assumed."""
+"""Seconds per layer and token for transformers' Python code and kernel launches: assumed."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A step's operations, and its seconds on a GPU."""
+    """A step's floating-point operations, and its seconds on one GPU."""
 
     sampling_flops: float
     student_flops: float
@@ -46,14 +46,14 @@ class Work:
 
 
 def plan_work(config: Config, planner: Planner, tokens: Tokens, gpu: GPU | None) -> Work | None:
-    """The work of one step of a dense model; None for a CPU, and where only a memory is known."""
+    """The work of a step of a dense model; None for a CPU or a GPU of unknown speed."""
     if gpu is None or not gpu.operations:
         return None
     student, lengths = planner.student, planner.lengths
     text = student.get_text_config()
     head = text.vocab_size * text.hidden_size
     body = planner.parameters - head * (1 if student.tie_word_embeddings else 2)
-    # Scores and their product with the values: 4 operations a head's width and visible token.
+    # Scores and their product with the values: 4 operations per visible token and head's width.
     per_pair = 4 * sum(heads * width for heads, _, width in attention_shapes(text))
     rollout, seen = lengths.rollout, {"opsd": lengths.prompt + lengths.solution}
     teacher_context = seen.get(config.method, lengths.prompt)

@@ -1,4 +1,4 @@
-"""A training step without data: groups of the planned lengths, and their micro-batches."""
+"""A training step without real data: sample groups of the planned lengths, and micro-batches."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from opsd.training.micro_batches import (
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens: of a problem in its prompt, of a solution beside it, of a rollout.
+    """Lengths in tokens: a problem with its prompt, a solution added to it, a rollout.
 
-    Every sequence is as long as this: a plan for the longest ones is an upper bound.
+    Every sequence of the plan has these lengths; with the longest ones it is an upper bound.
     """
 
     prompt: int = 200
@@ -31,18 +31,18 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A step's tokens: sampled, and run through the model for training, in all roles."""
+    """A step's numbers of tokens: sampled ones, and those that training runs, in all roles."""
 
     generated: int
-    trained: int  # those with a loss
-    alone: int  # each rollout with a context of its own
-    shared: int  # each context once
-    student: int  # of those that run, the student's
+    trained: int  # tokens with a loss
+    alone: int  # run if each rollout has its own context
+    shared: int  # run if each context runs once
+    student: int  # the student's part of `shared`
     teacher: int
 
 
 def sample_groups(config: Config, lengths: Lengths) -> list[SampleGroup]:
-    """The step's groups: ids are stand-ins, alike in one problem's contexts only."""
+    """The step's groups with made-up token ids, which only a problem's own contexts share."""
     sft = config.method == "sft"
     answer = lengths.solution if sft else lengths.rollout
     copies = 1 if learns_targets(config) else config.rollout.group_size
@@ -64,14 +64,14 @@ def sample_groups(config: Config, lengths: Lengths) -> list[SampleGroup]:
 
 
 def micro_batches(step: list[SampleGroup], tokens: int, share: bool) -> list[list[SampleGroup]]:
-    """Packs groups as `OPSDStep` does."""
+    """Pack groups into micro-batches as `OPSDStep` does."""
     batches = packed_batches if share else padded_batches
     return batches(step, tokens)
 
 
 def count_tokens(config: Config, step: list[SampleGroup], lengths: Lengths) -> Tokens:
-    """The step's tokens. A live teacher reads the start that both contexts share from the student's
-    pass, and so does each member of a mixture from an earlier one of the same weights."""
+    """Count a step's tokens. A live teacher reuses the prefix that its context shares with the
+    student's, and a mixture's member the prefix of an earlier member with the same weights."""
     student, teacher = (tokens := stream_tokens(step)).student, tokens.teacher
     weights = [(own.policy, own.path, own.revision) for own in config.teacher.members()]
     read = sum(own[0] == "live" or own in weights[:n] for n, own in enumerate(weights))

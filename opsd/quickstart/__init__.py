@@ -1,10 +1,10 @@
-"""`opsd quickstart`: a model learns from itself on a laptop, beside GRPO and SFT.
+"""`opsd quickstart`: train a small model on a laptop by OPSD, and by GRPO and SFT to compare.
 
-`run.quickstart` is the whole course; `smollm2_recipe` and `tiny_recipe` are the two that there are.
+`run.quickstart` runs it all, by one of two recipes: `smollm2_recipe` or `tiny_recipe`.
 """
 
 GB = 1_000_000_000
 MEMORY, TINY_MEMORY = 5 * GB, 2 * GB
-"""What the quickstart needs at its peak, and with `--tiny`."""
+"""Bytes of memory that the quickstart needs at its peak, without and with `--tiny`."""
 DISK = 4 * GB
-"""For the model, its saved versions and a run's checkpoints."""
+"""Bytes of disk for the model, its saved versions and a run's checkpoints."""

@@ -1,4 +1,4 @@
-"""Where the quickstart keeps what can be made again: its download and its tiny bases."""
+"""The quickstart's cache: the downloaded model and the trained tiny bases."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from opsd.common.errors import UserError
 
 
 def cache_directory() -> Path:
-    """`$OPSD_CACHE`, or `~/.cache/opsd`. Raises UserError where that names no directory."""
+    """`$OPSD_CACHE`, or `~/.cache/opsd`. Raises UserError if there is no home directory."""
     place = os.path.expanduser(os.environ.get("OPSD_CACHE") or "~/.cache/opsd")
     if place.startswith("~"):
         raise UserError(f"OPSD_CACHE: there is no home for {place!r}; set it to a directory")
@@ -15,10 +15,10 @@ def cache_directory() -> Path:
 
 
 def tiny_base(seed: int, digest: str, cache: Path | None = None) -> Path:
-    """The directory of the tiny base with this seed and recipe."""
+    """The directory of the tiny base with this seed and this digest of its recipe."""
     return (cache or cache_directory()) / f"tiny-{seed}-{digest}"
 
 
 def tiny_bases() -> list[Path]:
-    """The tiny bases that there are."""
+    """The directories of the tiny bases in the cache."""
     return sorted(cache_directory().glob("tiny-*"))

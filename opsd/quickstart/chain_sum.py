@@ -1,19 +1,19 @@
-"""The quickstart's task: short sums, solved in the model's own style and in somebody else's.
+"""The quickstart's task: short sums, with solutions in the model's own and in other styles.
 
 A problem is a reasoning-gym `chain_sum` expression of three or four single digits. Its solution is
 written in several styles:
 
-- the model, in digits and signs: ``4 - 1 = 3, 3 - 7 = -4. The answer is \\boxed{-4}.``
-- somebody else, in words, hardly ever twice the same way: ``Four minus one makes three; three
-  minus seven makes minus four. So the answer is \\boxed{-4}.``
-- somebody terse: ``\\boxed{-4}``
-- another model, in Markdown and LaTeX: ``**Step 1:** $4 - 1 = 3$ …``
+- own, the model's, in digits and signs: ``4 - 1 = 3, 3 - 7 = -4. The answer is \\boxed{-4}.``
+- words, which vary almost every time: ``Four minus one makes three; three minus seven makes minus
+  four. So the answer is \\boxed{-4}.``
+- terse: ``\\boxed{-4}``
+- markdown, with LaTeX: ``**Step 1:** $4 - 1 = 3$ …``
 
-The cold start teaches the model its own style. After it the only solutions are somebody else's (in
-words, unless told), which the teacher's prompt shows: imitating them (SFT) means giving up one's
-style, learning from them (OPSD) does not.
+The cold start teaches the model its own style. Later solutions are in another style, by default in
+words, and only the teacher's prompt shows them: a model that imitates them (SFT) gives up its own
+style, a model that learns from them (OPSD) does not.
 
-Everything here is deterministic by seed, and a held-out expression never occurs among the others.
+Everything here is deterministic by seed; the training data contain no held-out expression.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from opsd.data.rows import Row
 from opsd.data.solution_styles import SOLUTION_STYLES
 
 HELD_OUT_SEED = 20_000_000
-TEACHER_SEED = 30_000_000  # and up: the problems that distill's teacher learns from
+TEACHER_SEED = 30_000_000  # plus the run's seed: the training problems of distill's teacher
 """One set of held-out problems for every run, so that runs can be compared problem by problem."""
 
 _ONES = (
@@ -51,7 +51,7 @@ _CLOSE = (
 
 @dataclass(frozen=True)
 class ChainSum:
-    """The quickstart's three sets. No expression is in two of them."""
+    """The quickstart's three sets of problems. They share no expression."""
 
     cold_start: list[Row]
     train: list[Row]
@@ -63,8 +63,8 @@ def make_chain_sum(
 ) -> ChainSum:
     """Draw the cold start's problems, the training problems and the held-out problems.
 
-    The held-out problems are the same for every seed. `solution_style`, one of SOLUTION_STYLES, is
-    that of the training problems. Raises ValueError for an unknown style.
+    The held-out problems are the same for every seed. solution_style: one of SOLUTION_STYLES, for
+    the training problems. Raises ValueError for an unknown style.
     """
     if solution_style not in SOLUTION_STYLES:
         raise ValueError(
@@ -79,7 +79,7 @@ def make_chain_sum(
 def make_rows(
     seed: int, count: int, *, avoid: frozenset[str] | set[str] = frozenset()
 ) -> list[Row]:
-    """`count` rows of distinct expressions, none of them in `avoid`, with worded solutions.
+    """`count` rows with different expressions, none of them in `avoid`, and solutions in words.
 
     Columns: `problem`, `solution` (in words), `answer`, `expression` (the same text as `problem`).
     """
@@ -103,7 +103,7 @@ def _row(expression: str, solution: str) -> Row:
 
 
 def steps(expression: str) -> list[tuple[int, str, int, int]]:
-    """The operations from left to right: (running value, sign, next term, their result) of each."""
+    """The operations from left to right, each as (running value, sign, next term, result)."""
     first, *rest = expression.split()
     value = int(first)
     result = []
@@ -120,13 +120,13 @@ def evaluate(expression: str) -> int:
 
 
 def own_style(expression: str) -> str:
-    """The solution as the cold-started model writes it."""
+    """The solution in the model's own style, which the cold start teaches."""
     working = ", ".join(f"{a} {sign} {b} = {c}" for a, sign, b, c in steps(expression))
     return f"{working}. The answer is \\boxed{{{evaluate(expression)}}}."
 
 
 def in_words(expression: str, rng: random.Random) -> str:
-    """The solution as somebody else writes it: the same steps in words, worded afresh each time."""
+    """The solution in words, with wordings drawn from `rng`."""
     negative = rng.choice(_NEGATIVE)
     makes = rng.choice(_MAKES)
     signs = {"+": rng.choice(_PLUS), "-": rng.choice(_MINUS)}
@@ -141,7 +141,7 @@ def in_words(expression: str, rng: random.Random) -> str:
 
 
 def number_in_words(number: int, negative: str = "minus") -> str:
-    """-99 … 99 in English: ``thirty-six``, ``minus four``."""
+    """A number from -99 to 99 in English: ``thirty-six``, ``minus four``."""
     if number < 0:
         return f"{negative} {number_in_words(-number)}"
     if number < 20:
@@ -151,12 +151,12 @@ def number_in_words(number: int, negative: str = "minus") -> str:
 
 
 def terse(expression: str) -> str:
-    """The solution of somebody who only states the result."""
+    """The solution that states only the result."""
     return f"\\boxed{{{evaluate(expression)}}}"
 
 
 def in_markdown(expression: str) -> str:
-    """The solution as a larger chat model writes it."""
+    """The solution in Markdown, as a larger chat model would write it."""
     lines = [
         f"**Step {i}:** ${a} {sign} {b} = {c}$"
         for i, (a, sign, b, c) in enumerate(steps(expression), start=1)
@@ -173,20 +173,20 @@ def _in_style(row: Row, style: str) -> Row:
 
 
 def _expressions(seed: int) -> Iterator[str]:
-    """An endless stream of expressions, another one for each seed."""
-    # Item i of reasoning-gym is drawn with seed + i: neighbouring seeds would share nearly all.
+    """Yields expressions without end; each seed has its own stream."""
+    # reasoning-gym draws item i with seed + i, so that neighbouring seeds would share nearly all.
     start = random.Random(f"chain_sum {seed}").randrange(2**40)
     return map(reasoning_gym_expression, itertools.count(start))
 
 
 def reasoning_gym_expression(seed: int) -> str:
-    """What reasoning-gym's chain_sum draws with this seed from 3 or 4 terms of one digit.
+    """Draws the same expression as reasoning-gym's chain_sum with this seed, of 3 or 4 digits.
 
-    Drawn here as it is there, since installing that library takes a compiler and Python's headers.
+    It does not use that library, whose installation needs a compiler and Python's headers.
     """
     draw = random.Random(seed)
     terms = draw.randint(3, 4)
-    draw.randint(1, 1)  # of how many digits
+    draw.randint(1, 1)  # the number of digits, which reasoning-gym draws too
     numbers = [draw.randint(0, 9) for _ in range(terms)]
     signs = [draw.choice("+-") for _ in range(terms - 1)]
     first, *others = map(str, numbers)

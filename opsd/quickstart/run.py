@@ -1,7 +1,7 @@
-"""The quickstart's course: base model → each method from there → held-out curves → report.
+"""Run the quickstart: make the base model, train it by each method, write curves and the report.
 
-An interrupted one goes on where it was: with its base, if that had been measured, with the methods
-that were done, and with the last checkpoint, if there is one, of that which was not.
+An interrupted quickstart can be resumed: it keeps the base, if it had been evaluated, and the
+finished methods, and resumes the unfinished method from its last checkpoint, if there is one.
 """
 
 import time
@@ -43,13 +43,13 @@ _EVALUATIONS = TypeAdapter(dict[str, Evaluation])
 def quickstart(
     display: Display, directory: Path, methods: Sequence[str], asked: Asked, resume: bool = False
 ) -> dict:
-    """Run it all; returns the summary that is written to `directory`/summary.json.
+    """Run a quickstart; returns the summary that is written to `directory`/summary.json.
 
-    resume: go on with what an interrupted one has left, or with more methods; the summary's
-    seconds and peak memory are then those of the last go.
+    resume: continue an interrupted quickstart, or add methods to one; the summary's seconds and
+    peak memory are then those of the last call.
 
     Raises UserError, before anything is trained, for an override that a method's config refuses,
-    and for a directory that holds something else, or is another process's.
+    and for a directory that holds something else or is in use by another process.
     """
     begun = time.monotonic()
     if asked.tiny:
@@ -70,7 +70,7 @@ def quickstart(
     check_methods(recipe.sections, {method: recipe.methods[method] for method in methods})
     with locked(directory, OUTPUT, ARGUMENTS, display.note):
         _claim(directory, asdict(asked), resume)
-        (directory / "summary.json").unlink(missing_ok=True)  # says that all is done
+        (directory / "summary.json").unlink(missing_ok=True)  # it marks a finished quickstart
         torch.manual_seed(asked.seed)
         pretrained, before = _make_base(recipe, directory, display)
         for method in methods:
@@ -89,10 +89,10 @@ def quickstart(
 
 
 def _claim(directory: Path, arguments: dict[str, Any], resume: bool) -> None:
-    """Keep what the quickstart was asked for, or check that this one was asked for the same."""
+    """Save the quickstart's arguments, or check that they equal those saved there before."""
     file = directory / ARGUMENTS
     where = f"{OUTPUT} is {str(directory)!r}"
-    # If only these are there, nothing was made yet: the download failed, or the model is missing.
+    # If there are no other files, nothing was made: the download failed, or the model is missing.
     nothing = {directory / LOCK, file}
     if any(path not in nothing and not is_unfinished(path) for path in directory.iterdir()):
         if not file.is_file():
@@ -119,12 +119,12 @@ def _claim(directory: Path, arguments: dict[str, Any], resume: bool) -> None:
 def _make_base(
     recipe: Recipe, directory: Path, display: Display
 ) -> tuple[Evaluation | None, dict[str, Evaluation]]:
-    """Make `directory`/base, unless it is there: the model and the problems of all methods.
+    """Make `directory`/base, the model and the problems of all methods, unless it exists.
 
-    Returns the evaluations of the pretrained model, if there was one, and of the base, by role.
+    Returns the evaluation of the pretrained model, if there is one, and those of the base, by role.
     """
     place = directory / "base"
-    measured = place / "evaluations.json"  # written last: the base is whole
+    measured = place / "evaluations.json"  # written last, so it marks a complete base
     if measured.is_file():
         try:
             known = _EVALUATIONS.validate_json(measured.read_bytes(), strict=True)
@@ -135,7 +135,7 @@ def _make_base(
     base = recipe.make_base(directory, test, display)
     place.mkdir(exist_ok=True)
     save_model(base.model, base.tokenizer, place)
-    # The problems too: a method's config.yaml then holds all that `opsd train` needs to redo it.
+    # Save the problems too, so that `opsd train` can repeat a run from its config.yaml.
     write_lines(place / "train.jsonl", (dict(row.columns) for row in recipe.train_rows))
     write_lines(place / "held_out.jsonl", (dict(row.columns) for row in recipe.held_out_rows))
     held_out = test(base.tokenizer)
@@ -153,7 +153,7 @@ def _make_base(
 
 
 def _tests(recipe: Recipe):
-    """tokenizer → the held-out problems in that tokenizer's contexts, answered greedily."""
+    """A function from a tokenizer to the held-out problems for it, to be answered greedily."""
     rollout, held = recipe.sections["rollout"], recipe.sections["eval"]
     sampling = Sampling(
         rollout["max_new_tokens"], temperature=0, batch_size=held.get("batch_size", 64)
@@ -226,7 +226,7 @@ def _summary(
 
 
 def _curve(directory: Path, method: str) -> dict:
-    """A method's last accuracy, and its curve over the tokens it is charged for."""
+    """A method's last accuracy, and its curve over generated tokens, or trained ones for sft."""
     axis = "trained_tokens" if method == "sft" else "generated_tokens"
     lines = student_curve(directory)
     if not lines or any(getattr(line, axis) is None for line in lines):

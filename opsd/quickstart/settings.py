@@ -1,4 +1,4 @@
-"""A quickstart's settings, from the YAML file beside this one, and what it was asked for."""
+"""A quickstart's settings: those in the YAML files in this directory, and the user's arguments."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from opsd.config.yaml import load_yaml
 
 
 def settings(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """(the config's sections that all methods share, each method's own) of `name`.yaml."""
+    """Read `name`.yaml: (the config sections that all methods share, method → its own)."""
     text = Path(__file__).with_name(f"{name}.yaml").read_text(encoding="utf-8")
     found = load_yaml(text)
     for text in found["shared"]["prompts"].values():
@@ -19,17 +19,17 @@ def settings(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Asked:
-    """What decides a quickstart's figures, except its methods."""
+    """The arguments that determine a quickstart's results, except for the list of methods."""
 
-    tiny: bool = False  # the tiny model instead of the real one
+    tiny: bool = False  # train the tiny model instead of SmolLM2
     seed: int = 0
     model: str | None = None  # another chat model's directory or hub name instead of SmolLM2
-    # Stop each method, and the real model's cold start, after so many steps.
+    # Stop each method, and SmolLM2's cold start, after this many steps.
     steps: int | None = None
-    problems: int | None = None  # held-out problems; None: 400 worksheets or 300 sums
-    # How many worked solutions there are; None: as many as a method needs.
+    problems: int | None = None  # number of held-out problems; None: 400 worksheets or 300 sums
+    # Number of worked solutions; None: as many as a method needs.
     solutions: int | None = None
-    # How they are written, one of SOLUTION_STYLES; for the real model.
+    # Their style, one of SOLUTION_STYLES; not for the tiny model.
     solution_style: str = "words"
-    # `[method.]section.field=value`, of all methods where none is named.
+    # `[method.]section.field=value`; without a method, for all methods.
     overrides: list[str] = field(default_factory=list)

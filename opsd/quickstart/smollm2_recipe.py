@@ -1,7 +1,7 @@
-"""`opsd quickstart`: SmolLM2-135M-Instruct learns short sums from somebody else's solutions.
+"""The recipe of `opsd quickstart`: SmolLM2-135M-Instruct learns short sums.
 
-Pretrained model → cold start by SFT, in both roles' prompts and the model's own style → the
-methods, on new problems whose solutions are in words.
+The pretrained model gets a cold start by SFT, on both roles' prompts and in its own style. Then
+each method trains it on new problems, whose solutions are in another style, by default words.
 """
 
 import shutil
@@ -24,17 +24,17 @@ from opsd.quickstart.settings import Asked, settings
 from opsd.training.run import run
 
 COLD_STEPS = 14
-COLD_ROWS = 16  # a step; each in both roles
+COLD_ROWS = 16  # rows per step; each is trained in both roles
 TRAIN_ROWS = 800
-# Enough for accuracies near 0 (the pretrained model, in this form) and near 1 (the teacher).
+# Few suffice for accuracies near 0 (the pretrained model) and near 1 (the teacher).
 FEW_PROBLEMS = 100
-TEACHER_STEPS = 60  # of SFT in the base's own style, which make distill's teacher
+TEACHER_STEPS = 60  # steps of SFT, in the base's own style, that train distill's teacher
 
 SECTIONS, METHODS = settings("smollm2")
 
 
 def smollm2_recipe(asked: Asked) -> Recipe:
-    """The recipe. There are 800 solutions unless told, of which no method needs all."""
+    """The recipe for these arguments; by default with 800 solutions, more than a method needs."""
     cold_steps = asked.steps or COLD_STEPS
     task = make_chain_sum(
         asked.seed,
@@ -61,7 +61,7 @@ def smollm2_recipe(asked: Asked) -> Recipe:
 
     def make_teacher(base: Path, display: Display) -> Path:
         place = base / "teacher"
-        if (place / "summary.json").is_file():  # of an interrupted quickstart
+        if (place / "summary.json").is_file():  # an interrupted quickstart has made it
             return place / "model"
         start = ModelSection(path=str(base / "model"))
         roles = {"loss": {"roles": ["student"]}}
@@ -93,7 +93,7 @@ def _smollm2(display: Display) -> ModelSection:
 
 def _learn(config: Config, model, tokenizer, rows: list[Row], grader, display, save=True) -> None:
     directory = Path(config.output.dir)
-    shutil.rmtree(directory, ignore_errors=True)  # what an interrupted quickstart has left
+    shutil.rmtree(directory, ignore_errors=True)  # an interrupted quickstart may have left it
     directory.mkdir()
     save_config(config, directory / "config.yaml")
     run(config, model, tokenizer, rows, [], grader, display, save=save)

@@ -1,4 +1,4 @@
-"""`opsd quickstart --tiny`: worksheets, a 0.8M-parameter base trained here, three methods."""
+"""The recipe of `opsd quickstart --tiny`: worksheets, and a base of 0.8M parameters made here."""
 
 from pathlib import Path
 
@@ -10,18 +10,18 @@ from opsd.quickstart.settings import Asked, settings
 from opsd.quickstart.worksheet import WorksheetGrader, right_share, worksheet_rows
 
 TRAIN_ROWS = 8000
-"""More than any method needs."""
+"""Number of training rows: more than any method needs."""
 
 HELD_OUT_SEED = 10_000
-"""The held-out worksheets are the same for every seed, so that runs can be compared."""
+"""The seed of the held-out worksheets: the same for every run, so that runs can be compared."""
 
 SECTIONS, METHODS = settings("tiny")
 TEACHER = tiny.BaseTraining(steps=1500, teacher_share=0.0)
-"""How distill's teacher is trained: on problems alone, and three times as long as the base."""
+"""How to train distill's teacher: without solutions, and for three times as long as the base."""
 
 
 def tiny_recipe(asked: Asked) -> Recipe:
-    """The recipe; a solution is a worked worksheet."""
+    """The recipe for these arguments; a solution is a worked worksheet."""
 
     def train(title: str, training: tiny.BaseTraining, display: Display) -> Path:
         with display.stage(title, total=training.steps) as stage:
