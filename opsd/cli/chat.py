@@ -86,8 +86,8 @@ def talker(
 
     @torch.no_grad()
     def answer(problem: str, solution: str) -> None:
-        columns = {"problem": problem, "solution": solution, "answer": ""}
-        row = Row(**columns, columns=columns, history=() if solution else tuple(history))
+        columns = {"problem": problem, "solution": solution, "answer": "", "images": ""}
+        row = Row(problem, solution, "", columns, history=() if solution else tuple(history))
         ids = prompts.ids(row, "teacher" if solution else "student")
         tokens = torch.tensor([ids], device=model.device)
         printer = Printer(subject.tokenizer, skip_prompt=True, skip_special_tokens=True)

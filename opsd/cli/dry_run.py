@@ -34,7 +34,7 @@ from opsd.plan.gpus import GPU
 from opsd.plan.memory import Planner
 from opsd.plan.workload import Lengths
 from opsd.rollout import check_engine
-from opsd.training.load_data import fitting_data, load_data
+from opsd.training.load_data import fitting_data, image_reader, load_data
 from opsd.training.preflight import check_launcher, check_machine
 
 SHOWN, GRADED = 5, 100  # show the answers of 5 rows, grade the solutions of 100
@@ -60,6 +60,7 @@ def dry_run(config: Config, display: Display, machine: tuple[GPU, int] | None = 
     tokenizer = load_tokenizer(config.model)
     tokenizer.teachers_tokens = check_teacher(config.teacher, config.model, tokenizer)
     tokenizer.embedding_rows = student.get_text_config().vocab_size
+    tokenizer.images = image_reader(config, student, tokenizer)
     prompts = Prompts(config.prompts, tokenizer)
     limit = window(student)
     rows, held_out = fitting_data(config, rows, held_out, prompts, limit, display)

@@ -54,6 +54,7 @@ def evaluate_command(asked: Namespace, benchmark: Benchmark, display: Display) -
     check_engine(asked.engine, "--engine")
     with display.stage(f"Read {asked.model}"):
         subject = Subject(asked.model, asked.local_rank)
+        subject.read_images(_has_images(asked, benchmark))
         thinking = _thinking(asked, benchmark, subject)
         # With a fixed date, so that the key does not change with the date that a template writes.
         prompts = _prompts(asked, subject, thinking, NO_DATE)
@@ -101,6 +102,13 @@ def evaluate_command(asked: Namespace, benchmark: Benchmark, display: Display) -
     in_thought = prompts.chats["student"].opens_thought
     found = [completions[unit] for unit in units]
     _finish(benchmark, description, found, directory, in_thought)
+
+
+def _has_images(asked: Namespace, benchmark: Benchmark) -> bool:
+    found = any(row.images for row in benchmark.rows)
+    if found and asked.engine != "generate":
+        raise UserError(f"--engine is {asked.engine!r}: of images 'generate' alone samples")
+    return found
 
 
 def _thinking(asked: Namespace, benchmark: Benchmark, subject: Subject) -> bool | None:

@@ -19,6 +19,7 @@ from opsd.config.names import DIVERGENCE_METHODS, HOTTEST, SERVERS
 from opsd.config.requirements import (
     is_graded,
     needs_grades,
+    shows_images,
     teaches_over_rollouts,
     teaching_templates,
     uses_teacher_prompt,
@@ -375,7 +376,25 @@ def _updates(config: Config) -> Iterator[str]:
         )
 
 
+def _images(config: Config) -> Iterator[str]:
+    if not shows_images(config):
+        return
+    if config.rollout.engine != "generate":
+        yield "rollout.engine: of rows with images (columns.images) 'generate' alone samples"
+    if config.train.sharding != "none":
+        yield "train.sharding: rows with images (columns.images) train in one process"
+    for member in config.teacher.members():
+        if is_address(member.path):
+            yield "teacher.path: a teacher at an address is shown no images (columns.images)"
+        if member.quantize != "none" or member.offload:
+            field = "offload" if member.offload else "quantize"
+            yield f"teacher.{field}: it is not tried with rows of images (columns.images)"
+    if config.model.gguf_file is not None:
+        yield "model.gguf_file: it has no processor of images (columns.images)"
+
+
 RULES = (
+    _images,
     _teacher,
     _mixture,
     _routes,

@@ -114,6 +114,14 @@ def held_out_teacher_role(config: Config) -> str:
     return "student" if alike else role
 
 
+def shows_images(config: Config) -> bool:
+    """Whether a column of images is named for any of the rows."""
+    sources = config.data.source if isinstance(config.data.source, list) else []
+    given = [config.data.columns, config.eval.columns or {}]
+    given += [source.columns for source in sources if not isinstance(source, str)]
+    return any("images" in columns for columns in given)
+
+
 def required_columns(config: Config) -> list[str]:
     """Which of problem, solution and answer every training row must have."""
     used = set(names(config.prompts.student))

@@ -111,7 +111,8 @@ class DataSection(Section):
     incomplete: Literal["error", "skip"] = "error"
     """What to do with a row that lacks a column's text: stop, or leave it out and count it."""
     columns: dict[str, str] = Field({})
-    """Our column (problem, solution, answer) → the source's; dots reach into a column."""
+    """Our column (problem, solution, answer, images) → the source's; dots reach into a column. One
+    of images has one or several, as bytes, paths or `datasets` keep them."""
     split: str | None = None
     """Split of a dataset that has several; none: train. Files have none."""
     limit: Count | None = None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from opsd.common.errors import UserError, in_short
 from opsd.common.templates import TemplateFailure, fill_in_chat
 from opsd.data.chats import THOUGHTS
+from opsd.data.images import MARK
 from opsd.data.thoughts import (
     final_part,
     is_tag,
@@ -270,9 +271,11 @@ class ChatTemplate:
         """Raises UserError where a chat's text lacks a message, or a part of it. Templates may
         trim and escape it, and leave the thought of an earlier answer out."""
         role, said = messages[number]["role"], messages[number]["content"]
-        said = said if isinstance(said, str) else said[0]["text"]
-        if not said.strip() or said.strip() in text or role == "assistant":
+        parts = [{"text": said}] if isinstance(said, str) else said
+        texts = [part.get("text", "").strip() for part in parts]
+        if role == "assistant" or all(one in text for one in texts):
             return
+        said = "".join(part.get("text", MARK) for part in parts)
         marked = self._message(role, f"{PROBE}{said}{PROBE}")
         again = self._render([*messages[:number], marked, *messages[number + 1 :]], True)
         if again.count(PROBE) < 2:
@@ -295,10 +298,14 @@ class ChatTemplate:
         return [*before, self._message("user", message)]
 
     def _message(self, role: str, text: str) -> Message:
-        return {
-            "role": role,
-            "content": [{"type": "text", "text": text}] if self.in_parts else text,
-        }
+        """A message; an image stands where its mark is in the text."""
+        if not self.in_parts and MARK not in text:
+            return {"role": role, "content": text}
+        first, *others = text.split(MARK)
+        parts = [{"type": "text", "text": first}] if first or not others else []
+        for one in others:
+            parts += [{"type": "image"}, *([{"type": "text", "text": one}] if one else [])]
+        return {"role": role, "content": parts}
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         return self._rendered([(messages, add_generation_prompt)])[0]

@@ -7,6 +7,9 @@ decoded and tokenised again.
 The teacher's template may also use `rollout`, which the teacher is to score, and `peers`, the
 problem's other rollouts. It is then filled in for each rollout; if empty, nothing is taught. With
 `prompts.majority` so is one that uses `solution` or `answer`, which a row may lack.
+
+A template shows a row's images where it says `images`; ours show them first. A context with images
+is made anew at each use, by the model's processor (`tokenizer.images`).
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from opsd.common.templates import (
     fill_in,
     names,
 )
-from opsd.config.sections import PromptsSection
+from opsd.config.sections import STUDENT_TEMPLATE, TEACHER_TEMPLATE, PromptsSection
 from opsd.data.chat import ChatTemplate, token_ids
+from opsd.data.images import MARK, UnreadableImageError
 from opsd.data.rows import Row
 from opsd.data.token_bound import token_bound
 
@@ -41,11 +45,15 @@ BATCH = 256
 KEPT_TOKENS = 1 << 26
 """Tokens of rows that are remembered: 256 MiB. What comes later is tokenised at each use."""
 
-MARK = "\u2042the message\u2042"
+MESSAGE = "\u2042the message\u2042"
 """A message whose place in a chat template's text is looked for."""
 
-ESCAPED_MARK = MARK + "\\\"'<&>\n\tA"
+ESCAPED_MESSAGE = MESSAGE + "\\\"'<&>\n\tA"
 """The same, with characters that a template may escape."""
+
+
+IMAGES = "{{ images }}"
+"""What our own templates begin with where rows have images."""
 
 
 class UnreadableRowError(UserError):
@@ -95,6 +103,8 @@ class Prompts:
         self.chats |= dict.fromkeys(section.contexts, self.chats["teacher"])
         own = {name: getattr(section, name) for name in ("student", "teacher", "target")}
         self.templates = own | section.contexts
+        self.images = getattr(tokenizer, "images", None)
+        self.shows = self._with_images() if self.images is not None else frozenset()
         teachers = ("teacher", *section.contexts)
         late = ROLLOUT_NAMES | (frozenset() if section.majority is None else SOLUTION_NAMES)
         self.over_rollouts = [r for r in teachers if names(self.templates[r]) & late]
@@ -112,6 +122,18 @@ class Prompts:
         self._without_row = tokens_without_row(tokenizer)
         self._teachers_alone = getattr(tokenizer, "teachers_tokens", ())
         self._chat_sizes: dict[str, tuple[int, int] | None] = {}
+
+    def _with_images(self) -> frozenset[str]:
+        """The roles that are shown images, by our own templates before the rest."""
+        for name, ours in (("student", STUDENT_TEMPLATE), ("teacher", TEACHER_TEMPLATE)):
+            if self.templates[name] == ours:
+                self.templates[name] = IMAGES + ours
+        found = frozenset(name for name, text in self.templates.items() if "images" in names(text))
+        if not found or "target" in found:
+            said = "is shown images, and an answer has none" if found else "no template shows them"
+            field = "prompts.target" if found else "columns.images"
+            raise UserError(f"{field}: {said}; write {IMAGES} in prompts.student, say")
+        return found
 
     def context(self, row: Row) -> Context:
         """The ids of both roles' contexts for this row."""
@@ -144,8 +166,14 @@ class Prompts:
         return self.all_ids([row], role)[0]
 
     def all_ids(self, rows: Sequence[Row], role: str) -> list[list[int]]:
-        """The ids of one role's context for each row."""
-        return [ids.tolist() for ids in self._tokenised(rows, role)]
+        """The ids of one role's context for each row; `ImageIds` where it shows images."""
+        seen = [bool(row.images) and role in self.shows for row in rows]
+        plain = [row for row, sees in zip(rows, seen, strict=True) if not sees]
+        known = (ids.tolist() for ids in self._tokenised(plain, role))
+        return [
+            self._checked(row, self._made([row], role, "")[0]) if sees else next(known)
+            for row, sees in zip(rows, seen, strict=True)
+        ]
 
     def target(self, row: Row, role: str = "student") -> list[int]:
         """The ids of `prompts.target` as the assistant's turn after a role's context."""
@@ -170,7 +198,9 @@ class Prompts:
             return [None] * len(rows)
         sizes = [chat[0] * self._bound(message) + chat[1] for message in messages]
         return [
-            None if row.history or any(map(message.__contains__, self._without_row)) else size
+            None
+            if row.history or MARK in message or any(map(message.__contains__, self._without_row))
+            else size
             for row, message, size in zip(rows, messages, sizes, strict=True)
         ]
 
@@ -180,13 +210,13 @@ class Prompts:
         What a template adds for one message and not for another are constants in it, so its own
         size is added for each message. None where the message is not written as it is.
         """
-        text = self._text(MARK, role)
-        copies = text.count(MARK)
+        text = self._text(MESSAGE, role)
+        copies = text.count(MESSAGE)
         if any(map(text.__contains__, self._without_row)):
             return None
-        if copies == 0 or self._text(ESCAPED_MARK, role).count(ESCAPED_MARK) != copies:
+        if copies == 0 or self._text(ESCAPED_MESSAGE, role).count(ESCAPED_MESSAGE) != copies:
             return None
-        more = text.replace(MARK, "") + 2 * str(self.tokenizer.chat_template)
+        more = text.replace(MESSAGE, "") + 2 * str(self.tokenizer.chat_template)
         return copies, self._bound(more)
 
     def _tokenised(self, rows: Sequence[Row], role: str) -> Iterator[array]:
@@ -202,9 +232,10 @@ class Prompts:
     def _tokenise(self, rows: Sequence[Row], role: str) -> list[array]:
         if not rows:
             return []
-        made = [array("i", ids) for ids in self._made(rows, *role.partition(" ")[::2])]
+        given = self._made(rows, *role.partition(" ")[::2])
+        pairs = zip(rows, given, strict=True)
+        made = [array("i", self._checked(row, ids)) for row, ids in pairs]
         for row, ids in zip(rows, made, strict=True):
-            self._check_ids(row, ids)
             if self._known_tokens + len(ids) <= KEPT_TOKENS:
                 self._known[role, id(row)] = row, ids
                 self._known_tokens += len(ids)
@@ -214,8 +245,12 @@ class Prompts:
         system, messages = self._system(role), self.rendered(rows, role)
         turns = [(text, system, row.history) for text, row in zip(messages, rows, strict=True)]
         if not target:
-            return self._ids(self.chats[role].contexts(turns))
-        return self.chats[role].targets(turns, self.rendered(rows, "target"))
+            return self._read(rows, messages, self.chats[role].contexts(turns))
+        made = self.chats[role].targets(turns, self.rendered(rows, "target"))
+        for row, ids in zip(rows, made, strict=True):
+            if self.images is not None and self.images.token_id in ids:
+                raise UnreadableRowError(row, f"its target has {self.images.token!r}")
+        return made
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         made = token_ids(self.tokenizer, texts)
@@ -224,10 +259,36 @@ class Prompts:
             raise UserError(f"model.path has a tokenizer that makes no token of {text[:60]!r}")
         return made
 
+    def _read(
+        self, rows: Sequence[Row], messages: Sequence[str], texts: list[str]
+    ) -> list[list[int]]:
+        """The ids of each row's context, in whose message MARK stood for an image."""
+        made = self._ids(texts)
+        if self.images is None:
+            return made
+        shown = [message.count(MARK) for message in messages]
+        return [self._seen(*each) for each in zip(rows, shown, texts, made, strict=True)]
+
+    def _seen(self, row: Row, shown: int, text: str, ids: list[int]) -> list[int]:
+        written = text.count(self.images.token)
+        if shown not in (0, len(row.images)) or written != shown:
+            raise UnreadableRowError(
+                row,
+                f"its context has {self.images.token!r} {written} times where {shown} of its "
+                f"{len(row.images)} images are shown: all of them are, once, or none",
+            )
+        try:
+            return self.images.context(text, row.images) if shown else ids
+        except UnreadableImageError as error:
+            raise UnreadableRowError(row, f"one of its images {error}") from None
+        except ValueError as error:  # such as one that is a line
+            said = f"the model's processor refuses an image of it: {error}"
+            raise UnreadableRowError(row, said) from None
+
     def ending(self, role: str) -> str:
         """What stands between one role's message and its answer: the generation prompt, with what
         it says of thinking, and the prefill."""
-        return self._text(MARK, role).rpartition(MARK)[2]
+        return self._text(MESSAGE, role).rpartition(MESSAGE)[2]
 
     def different_endings(self) -> str | None:
         """What to tell where the two roles begin their answers differently, as with
@@ -265,11 +326,10 @@ class Prompts:
         message = self.render(row, role, rollout=rollout, peers=list(peers))
         if not message.strip():
             return None
-        ids = self._ids([self._text(message, role, row)])[0]
-        self._check_ids(row, ids)
-        return ids
+        text = self._text(message, role, row)
+        return self._checked(row, self._read([row], [message], [text])[0])
 
-    def _check_ids(self, row: Row, ids: Sequence[int]) -> None:
+    def _checked(self, row: Row, ids: list[int]) -> list[int]:
         if self._without_row and (bad := set(self._without_row.values()).intersection(ids)):
             token = self.tokenizer.convert_ids_to_tokens(min(bad))
             raise UnreadableRowError(
@@ -277,6 +337,7 @@ class Prompts:
                 f"its text has {token!r}, token {min(bad)}, for which the model has no embedding "
                 f"({self.tokenizer.embedding_rows} rows)",
             )
+        return ids
 
     def _text(self, message: str, role: str, row: Row | None = None) -> str:
         """A role's whole context as text: the chat template around the message, and the prefill."""
@@ -299,6 +360,9 @@ class Prompts:
         if not new:
             return [known[id(row)][1] for row in rows]
         values = [{**row.columns, **row.texts, **more} for row in new]
+        if self.images is not None:
+            for row, its in zip(new, values, strict=True):
+                its["images"] = MARK * len(row.images)
         try:
             made = fill_in(template, [{k: one[k] for k in used & one.keys()} for one in values])
         except TemplateFailure as error:

@@ -8,6 +8,7 @@ and what it may be. Heavy libraries are imported by the functions that need them
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from opsd.data.chats import (
     read_pair,
 )
 from opsd.data.files import TABLES, file_type, transposed
+from opsd.data.images import RowImage, UnreadableImageError, read_images
 from opsd.data.references import Unreadable, final_answer
 from opsd.data.sources import (
     DEFAULT_DRAW,
@@ -36,6 +38,7 @@ from opsd.data.sources import (
     check_names,
     check_no_split,
     draw,
+    encoded,
     kind_of,
     stored,
 )
@@ -45,6 +48,7 @@ USUAL = {
     "problem": ("question", "prompt", "instruction", "query", "input", "text"),
     "solution": ("rationale", "generated_solution", "response", "reasoning", "output", "answer"),
     "answer": ("final_answer", "expected_answer", "ground_truth", "target", "label", "solution"),
+    "images": ("image", "pictures"),
 }
 """What others call our columns; only messages say so."""
 
@@ -66,11 +70,19 @@ class Row:
     answer: str
     columns: dict[str, Any]
     history: tuple[dict[str, str], ...] = ()  # messages of its chat before the problem
+    images: tuple[RowImage, ...] = ()
 
     @property
     def texts(self) -> dict[str, str]:
         """Its three texts by name."""
         return {"problem": self.problem, "solution": self.solution, "answer": self.answer}
+
+    @property
+    def same_problem(self) -> tuple[str, ...]:
+        """What two rows of one problem have in common: its text, but for white space and case, and
+        its images."""
+        text = " ".join(self.problem.split()).casefold()
+        return text, *(image.digest for image in self.images)
 
 
 class IncompleteRowError(UserError):
@@ -98,7 +110,8 @@ def load_rows(
     source: a file, a directory saved by `datasets`, a hub name, reasoning_gym:<task>, or records.
     columns: our name → theirs, for any of problem, solution, answer; dots reach inside. A column
         that holds a chat gives its last user message as the problem, the assistant's as the
-        solution; without a column `problem`, chats' and Alpaca's are tried.
+        solution; without a column `problem`, chats' and Alpaca's are tried. images: theirs that
+        holds an image or several (`images.read_images`); without it a row with any is refused.
     split: or else `default_split`. seed, size: for reasoning_gym (default 1000, or `limit`).
     options: for reasoning_gym the task's own; for the hub `name` (configuration) and `revision`.
     require: the columns that each row must have, with some text in it; a number is an answer.
@@ -113,13 +126,14 @@ def load_rows(
     '4'
     """
     columns, options = dict(columns or {}), dict(options or {})
-    check_names(f"{section}.columns", columns, COLUMNS)
+    check_names(f"{section}.columns", columns, (*COLUMNS, "images"))
     for field, value in (("limit", limit), ("size", size)):
         if value is not None and value < 1:
             raise UserError(f"{section}.{field}: {value!r} is not a positive number")
     raw: Any = source
+    base = None
     if not isinstance(source, str):
-        theirs = {name: name for name in COLUMNS}
+        theirs, base = {name: name for name in COLUMNS}, Path.cwd()
         source = f"the {type(source).__name__} that was given"
         if isinstance(raw, Mapping) and (rows_of_columns := transposed(raw)):
             raw = rows_of_columns
@@ -139,15 +153,18 @@ def load_rows(
                 "use `limit`"
             )
         raw, split = stored(source, split, default_split, options, section), None
+        place = Path(os.path.expanduser(source))
+        base = place if place.is_dir() else place.parent if place.exists() else None
     check_no_split(source, split, section)
     theirs |= columns
     # reasoning_gym's answers are whatever its task says they are.
     graded = graded and "answer" in require and not source.startswith(REASONING_GYM)
     table = file_type(Path(source)) in TABLES
-    reader = _Reader(theirs, frozenset(columns), frozenset(require), source, section, graded, table)
+    told = source, section, graded, table, base
+    reader = _Reader(theirs, frozenset(columns), frozenset(require), *told)
     rows: list[Row] = []
     incomplete: list[IncompleteRowError] = []
-    for number, record in enumerate(raw, start=1):
+    for number, record in enumerate(encoded(raw), start=1):
         try:
             rows.append(reader.row(record, number))
         except IncompleteRowError as error:
@@ -187,25 +204,20 @@ def mixture(sources: Sequence[tuple[Sequence[Row], float]], seed: int) -> list[R
 def split_rows(rows: Sequence[Row], heldout: int, seed: int) -> tuple[list[Row], list[Row]]:
     """(train, heldout): `heldout` distinct problems drawn by `seed`, and every row of the others.
 
-    No problem's text is in both, however often it occurs; white space and case make no difference.
+    No problem is in both, however often it occurs; see `Row.same_problem`.
     Raises UserError if that would leave nothing to train on.
     """
-    first: dict[str, int] = {}
+    first: dict[tuple[str, ...], int] = {}
     for index, row in enumerate(rows):
-        first.setdefault(same_problem(row.problem), index)
+        first.setdefault(row.same_problem, index)
     if not 0 <= heldout < len(first):
         raise UserError(
             f"eval.problems: {heldout} held-out problems cannot be taken from data with "
             f"{len(first)} distinct problems (0 to {len(first) - 1} can)"
         )
     chosen = set(random.Random(seed).sample(list(first), heldout))
-    kept = [row for row in rows if same_problem(row.problem) not in chosen]
+    kept = [row for row in rows if row.same_problem not in chosen]
     return kept, [rows[index] for problem, index in first.items() if problem in chosen]
-
-
-def same_problem(problem: str) -> str:
-    """The text by which two problems are one: white space and case make no difference."""
-    return " ".join(problem.split()).casefold()
 
 
 @dataclass(frozen=True)
@@ -223,6 +235,7 @@ class _Reader:
     section: str
     graded: bool
     table: bool
+    base: Path | None  # where paths of images begin
 
     def row(self, record: Any, number: int) -> Row:
         """The row of a record, the `number`-th. Raises UserError."""
@@ -232,11 +245,16 @@ class _Reader:
         record = {
             k: v.tolist() if hasattr(v, "tolist") else v for k, v in record.items()
         }  # numpy's
+        found = {name: _reach(record, column) for name, column in self.theirs.items()}
+        images, place = self._images(found, record, number, where), self.theirs.get("images", "")
+        record.pop(place.partition(".")[0], None)
         for name in NO_TEXT:
             if (shown := record.get(name)) and not isinstance(shown, str | int | float):
-                raise IncompleteRowError(f"{where} goes with {name!r}, which no prompt shows")
+                raise IncompleteRowError(
+                    f"{where} goes with {name!r}, which no prompt shows"
+                    + (f": {self.section}.columns.images={name}" if name[:5] == "image" else "")
+                )
         history: tuple[dict[str, str], ...] = ()
-        found = {name: _reach(record, column) for name, column in self.theirs.items()}
         try:
             chat = self._chat(record, found["problem"])
         except NotTextError as error:
@@ -256,7 +274,21 @@ class _Reader:
                     raise IncompleteRowError(
                         f"{where}: column {column!r} (answer) {problem}"
                     ) from None
-        return Row(**values, columns=record, history=history)
+        return Row(**values, columns=record, history=history, images=images)
+
+    def _images(
+        self, found: dict[str, tuple[bool, Any]], record: dict[str, Any], number: int, where: str
+    ) -> tuple[RowImage, ...]:
+        if "images" not in self.theirs:
+            return ()
+        there, value = found["images"]
+        if not there and number == 1:
+            raise IncompleteRowError(self._missing("images", record, number))
+        try:
+            return read_images(value, self.base)
+        except UnreadableImageError as error:
+            column = self.theirs["images"]
+            raise IncompleteRowError(f"{where}: column {column!r} (images): {error}") from None
 
     def _chat(self, record: dict[str, Any], problem: tuple[bool, Any]) -> Chat | None:
         found, value = problem

@@ -17,6 +17,8 @@ REASONING_GYM = "reasoning_gym:"
 
 DEFAULT_DRAW = 1000
 
+IMAGE_ROWS = 16  # that are read at once
+
 _HUB_OPTIONS = ("name", "revision")
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -66,6 +68,16 @@ def stored(
     return _hub(source, split or default, options, section)
 
 
+def encoded(data: Iterable[Any]) -> Iterable[Any]:
+    """The records; of a `datasets.Dataset` with images these as its files have them, not as pixels,
+    all of which would be in memory at once."""
+    features = getattr(data, "features", None)
+    if "Image(" not in str(features) or not hasattr(data, "with_format"):
+        return data
+    tables = data.with_format("arrow").iter(IMAGE_ROWS)
+    return (record for table in tables for record in table.to_pylist())
+
+
 def is_remote(source: str) -> bool:
     """Whether a source is on the hub, or of a generator: neither a file nor written like one."""
     path = Path(os.path.expanduser(source))
@@ -94,7 +106,7 @@ def _saved_directory(path: Path, split: str | None, default: str, section: str) 
     )
     try:
         if shards:  # which of its files are of which split, datasets knows
-            return datasets.load_dataset(str(path), split=split or default)
+            return encoded(datasets.load_dataset(str(path), split=split or default))
         data = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever a damaged directory provokes
         raise UserError(
@@ -106,7 +118,7 @@ def _saved_directory(path: Path, split: str | None, default: str, section: str) 
         data = data[split or default]
     else:
         check_no_split(str(path), split, section)
-    return _guarded(data, f"{section}.source: {str(path)!r} is damaged")
+    return _guarded(encoded(data), f"{section}.source: {str(path)!r} is damaged")
 
 
 def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
@@ -131,7 +143,7 @@ def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
             f"{section}.source: {name!r} (split {split!r}) is no local path and cannot be loaded "
             f"from the hub: {in_short(error)}; {advice}"
         ) from error
-    return _guarded(data, f"{section}.source: {name!r} (split {split!r}) is damaged")
+    return _guarded(encoded(data), f"{section}.source: {name!r} (split {split!r}) is damaged")
 
 
 def draw(source: str, size: int, seed: int, options: dict, section: str) -> Iterable[Any]:

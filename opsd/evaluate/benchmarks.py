@@ -49,7 +49,8 @@ class Benchmark:
 
     def digest(self) -> str:
         """A hash of all problems and answers, in order, that identifies the benchmark."""
-        content = json.dumps([[row.problem, row.answer] for row in self.rows])
+        told = [(row.problem, row.answer, *(i.digest for i in row.images)) for row in self.rows]
+        content = json.dumps(told)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -10,13 +10,14 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from opsd.config.sections import ModelSection
+from opsd.models.images import ImageReader
 from opsd.models.load import check_directory, load_config, load_model, load_tokenizer, stops_of
 
 # The files that determine a model's output, unlike a checkpoint's optimizer or our own files.
 _FILES = """
     config.json generation_config.json *.safetensors *.safetensors.index.json
     pytorch_model*.bin tokenizer* vocab.* merges.txt special_tokens_map.json added_tokens.json
-    adapter_config.json *.jinja
+    adapter_config.json *processor*.json *.jinja
 """.split()
 
 
@@ -35,6 +36,12 @@ class Subject:
         cuda = torch.cuda.is_available()
         self.device = f"cuda:{local_rank % torch.cuda.device_count()}" if cuda else "cpu"
         self.precision = "bf16" if cuda else "fp32"
+
+    def read_images(self, wanted: bool) -> None:
+        """Make contexts of rows with images, where there are any. Raises UserError."""
+        section = ModelSection(path=self.path)
+        reader = ImageReader(section, self.config, self.tokenizer, "MODEL") if wanted else None
+        self.tokenizer.images = reader
 
     @cached_property
     def digest(self) -> str:

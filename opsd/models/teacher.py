@@ -144,6 +144,8 @@ def _load_teacher(
     section = teacher_section(teacher, student)
     made, its_tokenizer = load_model(section, device, dtype=dtype, name="teacher")
     check_vocabulary(tokenizer, its_tokenizer, teacher.path)
+    if (images := getattr(tokenizer, "images", None)) is not None:
+        images.check_teacher(made.config, teacher.path)
     _check_alike(teacher, model, made)
     _lengthen(made.get_input_embeddings(), len(model.get_input_embeddings().weight))
     return made.requires_grad_(False).eval()

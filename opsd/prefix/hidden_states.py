@@ -19,7 +19,8 @@ from opsd.common.step_timer import phase
 from opsd.models.head import decoder_of
 from opsd.models.remote import RemoteTeacher
 from opsd.prefix.continued import CHUNK, continued_hidden_states, uncontinuable
-from opsd.prefix.layout import CheckedGroup, Group, Layout, checked_groups
+from opsd.prefix.images import whole_hidden_states
+from opsd.prefix.layout import CheckedGroup, Group, Layout, checked_groups, contexts_with_images
 from opsd.prefix.packed_forward import (
     Capture,
     KeysAndValues,
@@ -84,7 +85,7 @@ def states_by_role(
     with phase("student" if torch.is_grad_enabled() else "teacher"):
         before = adapter_state(model)
         if any(most):
-            layout = Layout(checked, model.device)
+            layout = Layout(checked, model.device, images=contexts_with_images(first))
             rows = _rows([s.queries.start for s in layout.segments], most)
             capture = Capture(captured, rows.to(model.device))
             found = [packed_forward(model, layout, capture=capture)]
@@ -102,7 +103,8 @@ def states_by_role(
             taken = _rows(starts, lengths).to(model.device)
             past = {m: (k[taken], v[taken]) for m, (k, v) in captured.items()}
             _check_adapters(before, adapter_state(model))
-            found.append(packed_forward(model, Layout(rest, model.device, lengths), past=past))
+            layout = Layout(rest, model.device, lengths, contexts_with_images(other))
+            found.append(packed_forward(model, layout, past=past))
     return found
 
 
@@ -129,7 +131,15 @@ def _common_starts(
     pairs = list(zip(checked, _checked(model, other), strict=True))
     if any(len(prefix) > CHUNK for _, (prefix, _) in pairs):  # these run in chunks
         return None
-    return [_common(one, another) for (one, _), (another, _) in pairs]
+    lengths = [_common(one, another) for (one, _), (another, _) in pairs]
+    images = zip(contexts_with_images(first), contexts_with_images(other), strict=True)
+    return [
+        length
+        if one is None or another is None or one.images == another.images
+        # The same ids may stand for other images.
+        else min(length, one.kinds.index(1))
+        for length, (one, another) in zip(lengths, images, strict=True)
+    ]
 
 
 def _rows(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -144,19 +154,22 @@ def rollout_hidden_states(
     """The states of one model. `share`: run each prefix once, if the model can."""
     if isinstance(model, RemoteTeacher):
         return model.states([plain_groups(groups)])[0]
-    if not share or _alone_because(model) is not None:
+    images = contexts_with_images(groups)
+    alone = unpackable(model) if any(images) else _alone_because(model)
+    if not share or alone is not None:
         return separate_hidden_states(model, groups)
     checked, given = _checked(model, plain_groups(groups)), [prefix for prefix, _ in groups]
     if unpackable(model) is not None:
         ran = [p.continuation(model) if isinstance(p, CachedPrefix) else None for p in given]
         return continued_hidden_states(model, checked, ran)
     if not torch.is_grad_enabled():  # run long prefixes in chunks, to free their activations
+        whole = [image or p for image, (p, _) in zip(images, checked, strict=True)]
         groups = [
             (g if len(p) <= CHUNK or isinstance(g, CachedPrefix) else CachedPrefix(p, False), r)
-            for g, (p, r) in zip(given, checked, strict=True)
+            for g, p, (_, r) in zip(given, whole, checked, strict=True)
         ]
     rest, lengths, past = uncached(model, groups, checked)
-    return packed_forward(model, Layout(rest, model.device, lengths), past=past)
+    return packed_forward(model, Layout(rest, model.device, lengths, images), past=past)
 
 
 def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
@@ -197,8 +210,18 @@ def _alone_because(model: PreTrainedModel) -> str | None:
 
 
 def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
-    """The same states, with each rollout in its own padded row after its prefix."""
+    """The same states, with each rollout in its own padded row after its prefix. After a prefix
+    with images, each runs in the whole model's forward."""
     checked = _checked(model, plain_groups(groups))
+    images = contexts_with_images(groups)
+    if any(images):
+        found = []
+        for context, (prefix, rollouts) in zip(images, checked, strict=True):
+            if context is None:
+                found.append(separate_hidden_states(model, [(prefix, rollouts)]))
+            else:
+                found += [whole_hidden_states(model, context, ids) for ids in rollouts]
+        return torch.cat(found)
     rows = [(prefix, ids) for prefix, rollouts in checked for ids in rollouts]
     tokens = [torch.cat([prefix, ids[:-1]]) for prefix, ids in rows]
     # Padding is at the right end, where a causal model cannot see it. So no mask is needed, and

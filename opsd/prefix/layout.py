@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opsd.models.images import ImageIds
+
 Ids = Sequence[int]
 
 Group = tuple[Tensor | Ids, Sequence[Tensor | Ids]]
@@ -77,10 +79,15 @@ class Layout:
         segments: the prefixes, then the rollouts that have a token to run.
         groups: the number of groups, and so of segments that are prefixes.
         past: the number of key rows before the stream's own.
+        images: for each group, its whole context where that has images.
     """
 
     def __init__(
-        self, groups: Sequence[Group], device: torch.device, past: Sequence[int] | None = None
+        self,
+        groups: Sequence[Group],
+        device: torch.device,
+        past: Sequence[int] | None = None,
+        images: Sequence[ImageIds | None] | None = None,
     ):
         """Lay out `groups` on `device`.
 
@@ -90,7 +97,9 @@ class Layout:
         checked = checked_groups(groups)
         past = past or [0] * len(checked)
         self.groups, self.past = len(checked), sum(past)
+        self.images = images or [None] * len(checked)
         self.segments: list[Segment] = []
+        self._parents: list[Segment] = []  # of the rollouts
         start = past_start = 0
         for (prefix, _), length in zip(checked, past, strict=True):
             before: tuple[Span, ...] = (Span(past_start, length, 0),) if length else ()
@@ -106,6 +115,7 @@ class Layout:
                 if len(ids) > 1:
                     queries = Span(start, len(ids) - 1, parent.queries.end)
                     self.segments.append(Segment(queries, before))
+                    self._parents.append(parent)
                     start += len(ids) - 1
         prefixes = [prefix for prefix, _ in checked]
         rollouts = [ids[:-1] for _, own in checked for ids in own]
@@ -114,6 +124,12 @@ class Layout:
         self.predictors = torch.cat(predictors).to(device)
         self.device = device
         self._made: dict[Hashable, Any] = {}
+
+    def rollouts_of(self, group: int) -> list[Span]:
+        """The rows of a group's rollouts."""
+        parent, rollouts = self.segments[group], self.segments[self.groups :]
+        pairs = zip(rollouts, self._parents, strict=True)
+        return [rollout.queries for rollout, its in pairs if its is parent]
 
     def key_rows(self, span: Span) -> Span:
         """Convert rows of the stream to rows of keys, which begin with the past's."""
@@ -141,6 +157,12 @@ def checked_groups(groups: Sequence[Group]) -> list[CheckedGroup]:
                 "must have a rollout, and each a token at least"
             )
     return checked
+
+
+def contexts_with_images(groups: Sequence[Group]) -> list[ImageIds | None]:
+    """The prefix of each group that has images, in place of which a cached one may stand."""
+    prefixes = [getattr(prefix, "ids", prefix) for prefix, _ in groups]
+    return [prefix if isinstance(prefix, ImageIds) else None for prefix in prefixes]
 
 
 def _ids(ids: Tensor | Ids) -> Tensor:

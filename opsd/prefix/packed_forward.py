@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from opsd.common.errors import UserError, in_short
 from opsd.models.head import decoder_of
 from opsd.prefix.attention import Inputs, by_tiles, kernel_names, packed_attention
+from opsd.prefix.images import decoder_inputs
 from opsd.prefix.layout import Layout, Scores
 
 IMPLEMENTATION = "opsd_shared_prefix"
@@ -108,10 +110,11 @@ def packed_forward(
     `past`: keys and values of the layout's past, which ran in another stream.
     """
     decoder = decoder_of(model)
+    inputs: dict[str, Any] = {"input_ids": layout.ids[None], "position_ids": layout.positions[None]}
+    if any(layout.images):
+        inputs = decoder_inputs(model, layout)
     with packed(decoder, Stream(layout, capture, past)):
-        output = decoder(
-            input_ids=layout.ids[None], position_ids=layout.positions[None], use_cache=False
-        )
+        output = decoder(**inputs, use_cache=False)
     return output.last_hidden_state[0].index_select(0, layout.predictors)
 
 

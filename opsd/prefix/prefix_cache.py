@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from opsd.models.head import attention_shapes, decoder_of
+from opsd.models.images import ImageIds
 from opsd.prefix.continued import CHUNK, Continuation
 from opsd.prefix.layout import CheckedGroup, Group, Ids, Layout
 from opsd.prefix.packed_forward import Capture, KeysAndValues, adapter_state, packed_forward
@@ -53,7 +54,8 @@ class CachedPrefix(Sequence[int]):
 
     def __init__(self, ids: Ids, trains: bool):
         # The fake tensors of `opsd plan` have no values.
-        self.ids, self.trains = ids if isinstance(ids, FakeTensor) else list(ids), trains
+        self.ids = ids if isinstance(ids, FakeTensor | ImageIds) else list(ids)
+        self.trains = trains
         self._runs: dict[tuple[nn.Module, bool, Hashable], _PrefixRun] = {}
         self._continuations: dict[tuple[nn.Module, Hashable], Continuation] = {}
 
@@ -162,12 +164,14 @@ def _run_prefix(model: PreTrainedModel, ids: Ids) -> _PrefixRun:
     if torch.is_grad_enabled():
         _refuse_reentrant(model)
     in_graph: KeysAndValues = {}
-    size = len(ids) if torch.is_grad_enabled() else CHUNK
+    images = [ids if isinstance(ids, ImageIds) else None]
+    # One with images at once: each chunk would run the vision tower again.
+    size = len(ids) if torch.is_grad_enabled() or images[0] is not None else CHUNK
     for start in range(0, len(ids) - 1, size):
         chunk, before = ids[start : min(start + size, len(ids) - 1)], in_graph
         in_graph = {}
         # A group with a rollout of one token, which is only a target and is not run.
-        layout = Layout([(chunk, [ids[-1:]])], model.device, [start])
+        layout = Layout([(chunk, [ids[-1:]])], model.device, [start], images)
         capture = Capture(in_graph, graph=True)
         packed_forward(model, layout, capture=capture, past=before or None)
         while before:  # free each tensor after its copy, so that both are never complete

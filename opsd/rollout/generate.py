@@ -9,6 +9,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from opsd.common.errors import UserError
 from opsd.models.copies import update_copy
 from opsd.models.generation_config import generating_by
+from opsd.models.images import ImageIds, generation_inputs
 from opsd.rollout.base import Rollout, Sampling, cut
 from opsd.rollout.logits_sampling import Draw, Within
 
@@ -78,6 +79,8 @@ class GenerateSampler:
                 progress(0, len(contexts))
             return scores
 
+        # A drawn image token would stand for no image: other forwards of the rollout would fail.
+        suppressed = [c.reader.token_id for c in contexts if isinstance(c, ImageIds)][:1] or None
         draw = LogitsProcessorList([count])
         if self.vocabulary is not None:
             draw.append(Within(self.vocabulary))
@@ -89,9 +92,11 @@ class GenerateSampler:
             pad_token_id=min(self.stops),
             do_sample=False,  # `draw` does
             use_cache=True,
+            suppress_tokens=suppressed,
         )
         was_training = self.model.training
         self.model.eval()
+        images = generation_inputs(self.model, contexts, width)
         with generating_by(self.model, GenerationConfig()):
             output = self.model.generate(
                 input_ids=ids.to(device),
@@ -99,6 +104,7 @@ class GenerateSampler:
                 generation_config=config,
                 logits_processor=draw,
                 synced_gpus=False,  # the weights are whole here, however the trained ones are split
+                **images,
             )
         self.model.train(was_training)
         rollouts = [cut(row, self.stops) for row in output[:, width:].tolist()]

@@ -328,7 +328,8 @@ def check_problems(
 def _digest(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr((row.problem, row.solution, row.answer)).encode())
+        images = [image.digest for image in row.images]
+        digest.update(repr((row.problem, row.solution, row.answer, *images)).encode())
     return digest.hexdigest()
 
 

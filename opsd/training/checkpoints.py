@@ -28,6 +28,7 @@ from opsd.config.sections import ModelSection, OutputSection
 from opsd.distributed.processes import Processes
 from opsd.models.experts import asking_as_shipped
 from opsd.models.generation_config import as_shipped
+from opsd.models.images import save_tokenizer
 from opsd.models.load import load_model
 from opsd.models.lora import is_adapted
 from opsd.models.moving_average import MovingAverage
@@ -69,7 +70,7 @@ def save_model(
         model.save_pretrained(place, state_dict=state, **more)
         if dtype is not None and not adapted:
             config_in(model.config, dtype).save_pretrained(place)
-        tokenizer.save_pretrained(place)
+        save_tokenizer(tokenizer, place)
 
 
 def _one_entry(tensor: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ class Checkpoints:
                 own = {} if is_adapted(self.model) else {"save_original_format": False}
                 self.model.save_pretrained(place, state_dict=weights, **own)
                 (place / "README.md").unlink(missing_ok=True)  # peft's empty model card
-                self.tokenizer.save_pretrained(place)
+                save_tokenizer(self.tokenizer, place)
             if self._zero:
                 self.wrapped.save_checkpoint(
                     str(place), exclude_frozen_parameters=is_adapted(self.model)

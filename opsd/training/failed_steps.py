@@ -6,7 +6,7 @@ before it. `opsd replay FILE` finds the sample and the layer.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 from zipfile import ZipFile
@@ -20,6 +20,7 @@ from opsd.common.files import write_file
 from opsd.config.config import Config
 from opsd.config.load import parse_config
 from opsd.models.copies import full_tensor
+from opsd.models.images import ImageIds
 from opsd.models.moving_average import MovingAverage
 from opsd.objectives import SampleGroup
 from opsd.training.checkpoints import read_tensors
@@ -43,10 +44,15 @@ def failed_step(
     average: MovingAverage | None,
 ) -> dict[str, Any]:
     """The content of a failed step's file. If weights are split, all processes must call this."""
+    plain = [
+        replace(g, student=list(g.student), teachers=[list(t) for t in g.teachers]) for g in groups
+    ]
+    contexts = [context for g in groups for context in (g.student, *g.teachers)]
     return {
         "config": config.model_dump(),
         "step": step,
-        "groups": [asdict(group) for group in groups],
+        "groups": [asdict(group) for group in plain],
+        "images": any(isinstance(context, ImageIds) for context in contexts),
         "weights": {n: _on_cpu(p) for n, p in model.named_parameters() if p.requires_grad},
         "average": {n: _on_cpu(p) for n, p in average.averages.items()} if average else None,
     }
@@ -90,6 +96,8 @@ def read_failed_step(path: Path) -> FailedStep:
         with ZipFile(path) as file:  # torch checks no checksums, and the file has no manifest
             if damaged := file.testzip():
                 raise UserError(f"{damaged} in it is damaged")
+        if failed.get("images"):
+            raise UserError("its rows have images, which it does not hold")
         config, weights, average = (failed[key] for key in ("config", "weights", "average"))
         # From JSON, strict pydantic makes dataclasses of objects but no numbers of strings.
         batch = json.dumps({key: failed[key] for key in ("step", "groups")})

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.config.config import Config
@@ -14,6 +16,7 @@ from opsd.config.requirements import (
     longest_answer,
     longest_rollout,
     required_columns,
+    shows_images,
     trained_roles,
     uses_targets,
     uses_teacher_prompt,
@@ -22,9 +25,10 @@ from opsd.config.sections import DataSection, EvalSection, SourceSection
 from opsd.data.context_check import ContextCheck
 from opsd.data.length_filter import fitting_held_out, fitting_rows
 from opsd.data.prompts import Prompts
-from opsd.data.rows import Row, load_rows, mixture, same_problem, split_rows
+from opsd.data.rows import Row, load_rows, mixture, split_rows
 from opsd.data.sources import is_remote
 from opsd.grading.references import check_references
+from opsd.models.images import ImageReader
 
 
 def load_data(
@@ -51,8 +55,8 @@ def load_data(
     if test.source is None:
         return split_rows(rows, test.problems, seed)
     held_out = _read_held_out(data, test, seed, test.problems, given_held_out)
-    known = {same_problem(row.problem) for row in held_out}
-    kept = [row for row in rows if same_problem(row.problem) not in known]
+    known = {row.same_problem for row in held_out}
+    kept = [row for row in rows if row.same_problem not in known]
     if len(kept) < len(rows):
         note(
             f"{len(rows) - len(kept)} training rows are left out: their problems are held out by "
@@ -151,6 +155,13 @@ def _read(
         skip_incomplete=config.data.incomplete == "skip",
         note=note,
     )
+
+
+def image_reader(
+    config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> ImageReader | None:
+    """What reads images for the model; None of a run without any. Raises UserError."""
+    return ImageReader(config.model, model, tokenizer) if shows_images(config) else None
 
 
 def fitting_data(

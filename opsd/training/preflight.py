@@ -27,6 +27,7 @@ from opsd.common.near import did_you_mean
 from opsd.common.precision import best_precision
 from opsd.config.compatibility import refused
 from opsd.config.config import Config
+from opsd.config.requirements import shows_images
 from opsd.config.sections import TrainSection
 from opsd.distributed.deepspeed import STAGES
 from opsd.distributed.processes import Processes
@@ -79,6 +80,8 @@ def _obstacles(config: Config) -> Iterator[str]:
         yield "teacher.offload: there is no GPU, the teacher is in the CPU's memory anyway"
     if config.train.sharding in STAGES and not _installed("deepspeed"):
         yield "train.sharding: it needs pip install deepspeed"
+    if shows_images(config) and os.environ.get("WORLD_SIZE", "1") != "1":
+        yield "data.columns: rows with images train in one process"
     for name in config.output.report_to:
         if not any(map(_installed, LOGGERS[name])):
             raise UserError(f"output.report_to has {name!r}: it needs pip install {name}")

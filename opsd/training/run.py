@@ -72,7 +72,7 @@ from opsd.runs.log import RunLog
 from opsd.training.checkpoints import check_pieces, checkpoint_bytes, save_model, save_trained
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.learning_curve import LearningCurve
-from opsd.training.load_data import fitting_data, load_data, sources
+from opsd.training.load_data import fitting_data, image_reader, load_data, sources
 from opsd.training.preflight import begin, try_saving
 from opsd.training.publish import publish, write_summary
 from opsd.training.reporters import Reports
@@ -184,6 +184,7 @@ def load_run(
             load = partial(load_model, config.model, device, dtype=dtype, tokenizer=given.tokenizer)
             model, tokenizer = processes.together(load)
     tokenizer.teachers_tokens = teachers_tokens
+    tokenizer.images = image_reader(config, model.config, tokenizer)
     torch.manual_seed(config.train.seed)
     return Run(
         config,
@@ -413,8 +414,7 @@ class Run:
         """Make and run the training loop. Returns the last step."""
         config, sampling = self.config, Sampling.of(self.config.rollout)
         opens_thought = self.prompts.chats["student"].opens_thought
-        title = f"Train by {config.method.upper()}"
-        with self.display.stage(title, total=config.train.steps) as stage:
+        with self.display.stage(f"Train by {config.method.upper()}", config.train.steps) as stage:
 
             def show(line: dict) -> None:
                 names = ("loss", "divergence", "reward", "tokens_per_second")

@@ -189,6 +189,8 @@ ALLOWED = {
     ("training/checkpoints.py", "save"): "the teacher's average, see below",
     ("training/failed_steps.py", "save"): "into the file that write_file has opened",
     ("training/trainer.py", "save_checkpoint"): "our own, of a new directory",
+    ("data/images.py", "save"): "into memory",
+    ("models/images.py", "save_pretrained"): "into a new directory",
     ("models/moving_average.py", "save_file"): "into a checkpoint's new directory",
     ("quickstart/tiny_model.py", "save_pretrained"): "into a new directory",
     ("rollout/vllm_server.py", "save_file"): "into a directory made for this set of weights",

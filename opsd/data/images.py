@@ -1,0 +1,134 @@
+"""Images in rows, as their source has them: encoded, until a model asks for their pixels.
+
+They are a stranger's. Only PNG, JPEG and WebP are opened, the size of a picture is read before its
+pixels are, no address is followed, and a path stays inside the directory of its file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_BYTES, MOST_PIXELS = 1 << 26, 1 << 25
+"""Of an image, encoded and not: 32 Mi pixels take 100 MB."""
+
+MARK = f"\u2042{secrets.token_hex(8)}\u2042"
+"""An image's place in a filled-in template. No row can know it."""
+
+
+class UnreadableImageError(ValueError):
+    """An image that cannot be shown; the message says why."""
+
+
+@dataclass(frozen=True)
+class RowImage:
+    """An encoded image, or the file that holds it; its digest is that of the encoded bytes."""
+
+    source: bytes | Path
+    digest: str
+
+    def pixels(self) -> Image.Image:
+        """The image in RGB, turned as its camera was held. Raises UnreadableImageError."""
+        data = _bytes(self.source)
+        if _digest(data) != self.digest:
+            raise UnreadableImageError(f"{str(self.source)!r} has changed since it was read first")
+        try:
+            with _opened(data) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+        except UnreadableImageError:
+            raise
+        except Exception as error:  # whatever a damaged file provokes
+            raise UnreadableImageError(f"is damaged ({error})") from None
+
+
+def read_images(value: Any, base: Path | None) -> tuple[RowImage, ...]:
+    """The images of a column: one, a list of them, or none.
+
+    value: encoded bytes, datasets' {"bytes", "path"}, an image of Pillow's, or a path.
+    base: the directory in which paths begin and stay; None: of a source that has none.
+
+    Raises UnreadableImageError for what is no image, or too large; no pixels are read.
+    """
+    values = value if isinstance(value, list | tuple) else [value]
+    images = []
+    for number, one in enumerate(values, start=1):
+        if one is None or (isinstance(one, str) and not one.strip()):
+            continue
+        try:
+            images.append(_read(one, base))
+        except UnreadableImageError as error:
+            raise UnreadableImageError(f"image {number} {error}") from None
+    return tuple(images)
+
+
+def _read(value: Any, base: Path | None) -> RowImage:
+    if isinstance(value, Image.Image):  # without loss
+        file = BytesIO()
+        plain = value.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+        (value if plain else value.convert("RGB")).save(file, "PNG")
+        value = file.getvalue()
+    if isinstance(value, Mapping) and {"bytes", "path"} & value.keys():
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str | Path):
+        value = _file(str(value), base)
+    if not isinstance(value, bytes | Path):
+        raise UnreadableImageError(
+            f"is of type {type(value).__name__}: it may be bytes, a path, {{bytes, path}}, or "
+            "an image of Pillow's"
+        )
+    data = _bytes(value)
+    with _opened(data):
+        return RowImage(value, _digest(data))
+
+
+def _file(name: str, base: Path | None) -> Path:
+    if "://" in name or name.startswith("data:"):
+        said = "is an address, which is not followed: save it as a file"
+        raise UnreadableImageError(f"{said} ({name[:60]!r})")
+    if base is None:
+        raise UnreadableImageError(f"is the path {name[:60]!r}, and its source is no file here")
+    path = (base / name).resolve()
+    if not path.is_relative_to(base.resolve()):
+        raise UnreadableImageError(f"is {name[:60]!r}, outside of {str(base)!r}")
+    if not path.is_file():
+        raise UnreadableImageError(f"is {name[:60]!r}: no such file in {str(base)!r}")
+    return path
+
+
+def _bytes(source: bytes | Path) -> bytes:
+    try:
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        if size > MOST_BYTES:
+            raise UnreadableImageError(f"takes {size:,} bytes (at most {MOST_BYTES:,})")
+        return source if isinstance(source, bytes) else source.read_bytes()
+    except OSError as error:
+        raise UnreadableImageError(f"cannot be read ({error})") from None
+
+
+def _opened(data: bytes) -> Image.Image:
+    """The image, of which only the head has been read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which are bounded here
+            image = Image.open(BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise UnreadableImageError(f"has too many pixels (at most {MOST_PIXELS:,})") from None
+    except Exception:  # Pillow's own, of any kind
+        raise UnreadableImageError(f"is no {', '.join(FORMATS)} image") from None
+    if image.width * image.height > MOST_PIXELS:
+        size = f"{image.width} x {image.height}"
+        raise UnreadableImageError(f"has {size} pixels (at most {MOST_PIXELS:,})")
+    return image
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
