@@ -15,6 +15,8 @@ from PIL import Image
 from opsd.common.errors import UserError
 from opsd.data.images import MOST_PIXELS, UnreadableImageError, read_images
 from opsd.data.rows import load_rows, split_rows
+from opsd.evaluate.benchmarks import Benchmark
+from opsd.runs.directory import check_problems
 
 ROW = {"problem": "What is it?", "answer": "4"}
 
@@ -58,7 +60,7 @@ def test_paths_beside_a_file(tmp_path):
 
 
 def test_images_as_datasets_keeps_them(tmp_path):
-    images = [picture(9, 5, n) for n in range(3)]
+    images = [picture(9, 5, n, "JPEG") for n in range(3)]
     features = datasets.Features(
         {
             **dict.fromkeys(ROW, datasets.Value("string")),
@@ -73,10 +75,9 @@ def test_images_as_datasets_keeps_them(tmp_path):
         for row, image in zip(rows_of(source), images, strict=True):
             assert_pixels(row, image, image)
             assert all(one.source == image for one in row.images)  # encoded, as it was
-    one = data.map(lambda record: {"pictures": record["pictures"][0]}, features=datasets.Features(
-        {**dict.fromkeys(ROW, datasets.Value("string")), "pictures": datasets.Image()}
-    ))  # fmt: skip
-    assert_pixels(rows_of(one)[1], images[1])
+    single = datasets.Features({**features, "pictures": datasets.Image()})
+    one = [{**ROW, "pictures": {"bytes": images[1], "path": None}}]
+    assert_pixels(rows_of(datasets.Dataset.from_list(one, features=single))[0], images[1])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
@@ -167,6 +168,16 @@ def test_a_row_with_images_that_no_column_is_named_for_is_refused(tmp_path):
         load_rows([{**ROW, "image": picture(4, 4)}], require=("problem",))
     with pytest.raises(UserError, match=r"data.columns.images: .* has no column 'pictures'"):
         rows_of([{**ROW, "pics": picture(4, 4)}])
+
+
+def test_other_images_are_another_benchmark_and_another_run(tmp_path):
+    first, second = (rows_of([{**ROW, "pictures": picture(4, 4, n)}]) for n in (1, 2))
+    digests = {Benchmark("mine", "rows", rows).digest() for rows in (first, first, second)}
+    assert len(digests) == 2
+    check_problems(tmp_path, {"data.source": first}, None)
+    check_problems(tmp_path, {"data.source": first}, tmp_path / "checkpoint-1")
+    with pytest.raises(UserError, match="the problems are not those that the run"):
+        check_problems(tmp_path, {"data.source": second}, tmp_path / "checkpoint-1")
 
 
 def test_one_question_of_two_images_is_two_problems():

@@ -36,7 +36,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_image_model(family: str = "qwen3_vl") -> PreTrainedModel:
-    """Random weights, vision tower too, with this tokenizer's tokens of images."""
+    """Random weights, with this tokenizer's tokens of images. The vision tower's are large: with
+    the usual ones it would make the same of all images."""
     tokenizer = make_tokenizer()
     start, end, image, video = tokenizer.convert_tokens_to_ids(VISION)
     ids = {"image_token_id": image, "video_token_id": video}
@@ -54,7 +55,11 @@ def make_image_model(family: str = "qwen3_vl") -> PreTrainedModel:
     }
     vision |= own[family]
     config = {"text_config": text, "vision_config": vision, "tie_word_embeddings": False}
-    return tiny_model(family, **config, **ids, **ends)
+    model = tiny_model(family, **config, **ids, **ends)
+    for parameter in model.model.visual.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def write_processor(directory: Path) -> Path:

@@ -13,6 +13,8 @@ from opsd.models.lora import add_adapters
 from opsd.models.multimodal import freeze_others
 from opsd.prefix import (
     CachedPrefix,
+    hidden_states,
+    prefix_cache,
     rollout_hidden_states,
     shared_prefix_hidden_states,
     states_by_role,
@@ -97,8 +99,22 @@ def test_images_are_shared_exactly(family, share, files):
     groups = make_groups(files, model)
     states = rollout_hidden_states(model, groups, share)
     assert_same(model, [states], plain(model, files, groups))
-    blind = [(list(prefix), rollouts) for prefix, rollouts in groups]
-    assert (shared_prefix_hidden_states(model, blind) - states).abs().max() > 0.01  # they are seen
+    other = context(files, model, f"{IMAGE}1+2=", (40, 20, 7))
+    seen = shared_prefix_hidden_states(model, [(other, groups[0][1])])
+    assert other == groups[0][0]
+    assert (
+        seen - states[: len(seen)]
+    ).abs().max() > 1e-3  # what the image shows makes a difference
+
+
+@torch.no_grad()
+def test_a_model_that_cannot_pack_is_never_blind(files, monkeypatch):
+    """The teacher's prefixes are shared by their cache then, but not those with images."""
+    model = make_image_model()
+    groups = make_groups(files, model)
+    monkeypatch.setattr(hidden_states, "unpackable", lambda model: "it attends otherwise")
+    logits = model.get_output_embeddings()(rollout_hidden_states(model, groups))
+    assert (logits - plain(model, files, groups)).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("kind", ["checkpointed", "adapted"])
@@ -118,7 +134,10 @@ def test_images_with_checkpoints_and_adapters(kind, files):
 
 
 @pytest.mark.parametrize("trains", [True, False])
-def test_a_context_with_images_that_several_micro_batches_share_runs_once(trains, files):
+def test_a_context_with_images_that_several_micro_batches_share_runs_once(
+    trains, files, monkeypatch
+):
+    monkeypatch.setattr(prefix_cache, "CHUNK", 8)
     model = make_image_model()
     freeze_others(model)
     (prefix, rollouts), *_ = make_groups(files, model)
@@ -134,6 +153,20 @@ def test_a_context_with_images_that_several_micro_batches_share_runs_once(trains
     else:
         logits = model.get_output_embeddings()(torch.cat(states))
         assert (logits - wanted).abs().max() < 2e-5
+
+
+def test_roles_share_the_first_image_and_not_what_stands_between_it_and_the_second(files):
+    model = make_image_model()
+    freeze_others(model)
+    sizes = (16, 16, 1), (24, 16, 2)
+    student, teacher = (
+        [(context(files, model, f"1{IMAGE}{text}{IMAGE}=", *sizes), [[10, 11], [7, 9, 8]])]
+        for text in ("23", "245")
+    )
+    own, its = states_by_role(model, [student, teacher])
+    head = model.get_output_embeddings()
+    assert (head(its) - plain(model, files, teacher)).abs().max() < 2e-5
+    assert (head(own) - plain(model, files, student)).abs().max() < 2e-5
 
 
 def test_roles_share_the_start_in_which_their_images_are_the_same(files):

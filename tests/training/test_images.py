@@ -1,5 +1,7 @@
 """Runs on rows with images: each method, resumed bit for bit, saved, and measured."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.config.load import save_config
 from opsd.data.images import read_images
+from opsd.evaluate.subject import Subject
 from opsd.models.images import ImageReader
 from opsd.models.load import load_model
 from opsd.objectives.groups import Sample, SampleGroup
@@ -233,6 +236,17 @@ def test_a_failed_step_says_that_it_holds_no_images(files, model_and_contexts, t
     failed = failed_step(config_of(files, tmp_path), 3, [plain], model, None)
     (group,) = read_failed_step(save_failed_step(tmp_path, failed)).groups
     assert group.student == [1, 2]
+
+
+def test_another_processor_makes_another_model_of_an_evaluation(files, tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(files[0], place)
+    before = Subject(str(place)).digest
+    settings = json.loads((place / "preprocessor_config.json").read_text())
+    (place / "preprocessor_config.json").write_text(
+        json.dumps(settings | {"image_mean": [0.1] * 3})
+    )
+    assert Subject(str(place)).digest != before
 
 
 def opsd(capsys, *words):
