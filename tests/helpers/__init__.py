@@ -1,1 +1,1 @@
-"""What several tests share: tiny models, cases, stand-ins and dense references."""
+"""Shared by several tests: tiny models, cases, stand-ins and dense references."""

@@ -1,6 +1,6 @@
-"""Adapters as people have them, made by peft itself: each family's files, and its logits.
+"""Adapters in the forms that users have, made by peft itself: each family's files and logits.
 
-`wanted` is what peft's own model computed before it was saved; nothing of ours takes part.
+`wanted` is computed by peft's own model before it is saved, without any of our code.
 """
 
 import json
@@ -36,15 +36,15 @@ ATTENTION = ["q_proj", "v_proj"]
 
 @dataclass(frozen=True)
 class Family:
-    """One shape of adapter.
+    """One form of adapter.
 
     Attributes:
         config: makes peft's config.
-        base: the model's config beside SHAPE; `kind: llama` for a Llama, else a Qwen3.
-        tokens: added to the adapter's own tokenizer, the embedding resized for them.
+        base: fields of the model's config beside SHAPE; `kind: llama` for a Llama, else a Qwen3.
+        tokens: added to the adapter's own tokenizer, for which the embedding is resized.
         template: the adapter's own chat template.
-        change: what is done to the files afterwards.
-        refused: a part of the one line, where it cannot be loaded.
+        change: changes the files afterwards.
+        refused: a part of the error line, if the adapter cannot be loaded.
     """
 
     config: Callable[[], peft.PeftConfig]
@@ -56,18 +56,18 @@ class Family:
 
 
 def lora(**values) -> Callable[[], peft.PeftConfig]:
-    """What makes a LoRA config: rank 4 on the attention, unless told otherwise."""
+    """Returns a function that makes a LoRA config: by default of rank 4 on the attention."""
     defaults = {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "task_type": "CAUSAL_LM"}
     return lambda: peft.LoraConfig(**defaults | values)
 
 
 def other(kind: str, **values) -> Callable[[], peft.PeftConfig]:
-    """What makes a config of another type of peft's."""
+    """Returns a function that makes a config of another peft type."""
     return lambda: getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", **values)
 
 
 def edited(**values) -> Callable[[Path], None]:
-    """Sets fields of adapter_config.json."""
+    """Returns a change that sets fields of adapter_config.json."""
 
     def change(directory: Path) -> None:
         file = directory / "adapter_config.json"
@@ -77,7 +77,7 @@ def edited(**values) -> Callable[[Path], None]:
 
 
 def without(part: str) -> Callable[[Path], None]:
-    """Takes the tensors with `part` in their names out of the adapter."""
+    """Returns a change that removes the tensors with `part` in their names."""
 
     def change(directory: Path) -> None:
         from safetensors.torch import load_file, save_file
@@ -90,7 +90,7 @@ def without(part: str) -> Callable[[Path], None]:
 
 
 def pickled(directory: Path) -> None:
-    """The weights as a pickle."""
+    """Replace the weights file by a pickle."""
     from safetensors.torch import load_file
 
     file = directory / "adapter_model.safetensors"
@@ -202,7 +202,7 @@ REFUSED = {
 
 
 def make_base(directory: Path, **values) -> PreTrainedModel:
-    """A tiny random model, its character tokenizer beside it."""
+    """Save a tiny random model with its character tokenizer."""
     torch.manual_seed(3)
     tokenizer = tiny.make_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -212,14 +212,14 @@ def make_base(directory: Path, **values) -> PreTrainedModel:
     else:
         model = Qwen3ForCausalLM(Qwen3Config(head_dim=8, **values))
     for parameter in model.parameters():
-        parameter.data *= 4 if parameter.ndim == 2 else 1  # logits that tell one model from another
+        parameter.data *= 4 if parameter.ndim == 2 else 1  # for logits that differ between models
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return model.eval()
 
 
 def make_adapter(family: Family, place: Path, base: Path | None = None) -> torch.Tensor:
-    """The family's files: `place`/base, unless it is given, and `place`/adapter.
+    """Save the family's files: `place`/base, unless a base is given, and `place`/adapter.
 
     Returns peft's logits of IDS.
     """
@@ -239,7 +239,7 @@ def make_adapter(family: Family, place: Path, base: Path | None = None) -> torch
 
 
 def adapt(model: PreTrainedModel, family: Family, adapter: Path, base: Path) -> torch.Tensor:
-    """Adapts the model, saves the adapter with the name of its base; returns the logits of IDS."""
+    """Adapt the model and save the adapter with the name of its base; returns the logits of IDS."""
     adapted = peft.get_peft_model(model, family.config())
     draw = torch.Generator().manual_seed(1)
     for parameter in adapted.parameters():
@@ -255,7 +255,7 @@ def adapt(model: PreTrainedModel, family: Family, adapter: Path, base: Path) -> 
 
 
 def in_hub_cache(directory: Path, cache: Path, name: str) -> None:
-    """Puts a model's files into a cache of the hub, as a download of `name` leaves it."""
+    """Copy a model's files into a hub cache, as a download of `name` would."""
     commit = "0" * 40
     repository = cache / f"models--{name.replace('/', '--')}"
     shutil.copytree(directory, repository / "snapshots" / commit)

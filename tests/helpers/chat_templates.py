@@ -1,4 +1,4 @@
-"""The shapes of the chat templates that people's models have, after their model cards."""
+"""Chat templates in the forms that common models have, after their model cards."""
 
 from dataclasses import dataclass, field
 
@@ -7,10 +7,10 @@ ANSWER = "So 1 + 2 is \\boxed{3}."
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A model family's template and tokens, and what it writes for an answer.
+    """A model family's template and tokens, and how it writes an answer.
 
-    before: what follows the user's message and precedes the answer in training, where the template
-    itself writes it. given: the part of it that the generation prompt has written already.
+    before: the text between the user's message and the answer in training, if the template writes
+    it. given: the part of it that the generation prompt contains.
     """
 
     name: str
@@ -24,11 +24,11 @@ class Family:
     bos: str | None = None
     metaspace: bool = False
     arguments: dict = field(default_factory=dict)
-    system: bool = True  # whether the template takes a system message
+    system: bool = True  # the template accepts a system message
 
 
 def turns(user: str, system: str, assistant: str, prompt: str, start: str = "") -> str:
-    """A template of one line a role: each holds § where the content stands."""
+    """A template with one line for each role, in which § is replaced by the content."""
 
     def line(role: str, text: str) -> str:
         left, _, right = text.partition("§")
@@ -142,7 +142,7 @@ S2 = ("<unk>", "<s>", "</s>")
 
 
 def command_r(name: str, opening: str, closing: str) -> Family:
-    """Cohere's. The 7B puts its answer between two tokens, so that a turn ends with two."""
+    """Cohere's. The 7B writes its answer between two tokens, so a turn ends with two."""
     bos, start, end = "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"
     roles = user, system, own = "<|USER_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|CHATBOT_TOKEN|>"
     before = f"{start}{own}{opening}"
@@ -366,7 +366,7 @@ FAMILIES = [
     command_r("Command-R", "", ""),
     command_r("Command-R 7B", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
     Family(
-        "Phi-4 mini",  # EOS behind the last turn, which is no part of it
+        "Phi-4 mini",  # writes EOS after the last turn, not as a part of it
         turns("<|user|>§<|end|>", "<|system|>§<|end|>", "<|assistant|>§<|end|>", "")
         + EOS_LAST.replace("§§", "'<|assistant|>'"),
         ("<|user|>", "<|system|>", "<|assistant|>", "<|end|>", "<|endoftext|>"),
@@ -502,7 +502,9 @@ IM_ROLES = ("<|im_start|>user\n§<|im_end|>", "<|im_start|>system\n§<|im_end|>"
 
 
 def of_fields(prompt, thought, answer, start="<|im_start|>assistant\n"):
-    """A template whose assistant's thought is a field of the message. Both hold § for a text."""
+    """A template with the assistant's thought in a field of the message; § is replaced by the
+    texts.
+    """
     return (
         "{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
         f"{{{{ {start!r} }}}}"
@@ -533,7 +535,7 @@ FORMS = {  # template: the targets of an answer with a thought and without
     ),
     # Ministral 3
     PARTS_OF_THOUGHT: (f"[THINK]We add.[/THINK]{ANSWER}{END}", f"{ANSWER}{END}"),
-    # Command A Reasoning, which opens the thought in words of its own
+    # Command A Reasoning, whose thought begins with its own words
     of_fields(
         f"{A}<|START_THINKING|>", "<|START_THINKING|>§<|END_THINKING|>", f"<|START_TEXT|>§{END}"
     ): (
@@ -547,22 +549,22 @@ FORMS = {  # template: the targets of an answer with a thought and without
         f"<think>\nWe add.\n</think>\n\n{ANSWER}{END}",
         f"<think></think>{ANSWER}{END}",
     ),
-    # Bielik, which writes the thought in another way
+    # Bielik, which writes the end of the thought differently
     CHATML.replace("m['content']", "m['content'].replace('</think>\n\n', '</think>\n')"): (
         f"<think>\nWe add.\n</think>\n{ANSWER}{END}",
         f"{ANSWER}{END}",
     ),
 }
-"""Templates that write an answer's thought in a way of their own."""
+"""Templates that write an answer's thought in unusual ways."""
 
-ENDS = {  # template: what ends the turn, and what its target is
-    # Command A's begins the next turn, asked for or not
+ENDS = {  # template: (the end of the turn, the target)
+    # Command A always begins the next turn
     turns(*IM_ROLES, f"{A}§{END}", "") + "{{ '<|im_start|>assistant\n' }}": (END, f"{ANSWER}{END}"),
-    # Apertus writes the end before another turn alone
+    # Apertus writes the end only before another turn
     turns(*IM_ROLES, f"{A}§", A).replace(
         "{{ '<|im_start|>user", "{{ ('' if loop.first else '<|stop|>') + '<|im_start|>user"
     ): ("<|stop|>", f"{ANSWER}<|stop|>"),
-    # GLM's next turn begins with a token that ends none
+    # GLM's next turn begins with a token, but no token ends a turn
     turns(*IM_ROLES, f"{A}§", A): ("", f"{ANSWER}{END}"),
 }
-"""Templates whose turn's end is not the last special token they write."""
+"""Templates in which the end of a turn is not the last special token."""

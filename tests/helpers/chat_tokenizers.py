@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that `chat_templates`' families have."""
+"""Small tokenizers of the types that the families in `chat_templates` have."""
 
 from functools import cache
 
@@ -10,7 +10,7 @@ from opsd.data.chat import ChatTemplate
 
 
 def corpus() -> list[str]:
-    """Text enough for a vocabulary of words and numbers."""
+    """Enough text for a vocabulary of words and numbers."""
     sums = [
         f"What is {a} + {b}? So {a} + {b} is \\boxed{{{a + b}}}. "
         for a in range(9)

@@ -1,8 +1,8 @@
-"""The methods written down densely, with every logit in memory; autograd does the rest.
+"""The methods in their dense form, with all logits in memory; autograd does the rest.
 
-From the formulas of the papers, and of nothing else: not a line of `opsd` is used here. Logits are
-[R, V] of one rollout, in the student's and the teacher's context; `ids` [R] are its tokens. Each
-function gives the loss of each of its tokens, [R]; `step` puts a step together.
+They follow the papers' formulas and use no code of `opsd`. Logits are [R, V] of one rollout, in the
+student's and the teacher's context; `ids` [R] are its tokens. Each function returns the loss of
+each token, [R]; `step` computes a step's loss from them.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 def divergence(
     student: Tensor, teacher: Tensor, kind: str, beta: float, clip: tuple[str, float] | None
 ) -> Tensor:
-    """D(p_T ‖ p_S), each entry or each token bounded by `clip`."""
+    """D(p_T ‖ p_S), with each entry or token bounded by `clip`."""
     s, t = student.softmax(-1), teacher.softmax(-1)
     m = beta * t + (1 - beta) * s
     entries = {
@@ -37,14 +37,14 @@ def log_p(logits: Tensor, ids: Tensor) -> Tensor:
 def policy_gradient(
     student: Tensor, ids: Tensor, advantage: Tensor, old: Tensor | None, low: float, high: float
 ) -> Tensor:
-    """PPO's clipped surrogate, at the old policy itself where none is given."""
+    """PPO's clipped surrogate; without `old` at the old policy itself."""
     now = log_p(student, ids)
     ratio = (now - (now.detach() if old is None else old)).exp()
     return -torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
 def sampled_token(student: Tensor, teacher: Tensor, ids: Tensor, old=None, **clip) -> Tensor:
-    """OPSD's advantage: log p_T(y) - log p_S(y), p_S as it was when y was sampled."""
+    """OPSD's advantage: log p_T(y) - log p_S(y), with p_S from when y was sampled."""
     before = log_p(student, ids).detach() if old is None else old
     advantage = (log_p(teacher, ids) - before).detach()
     return policy_gradient(student, ids, advantage, old, **clip)
@@ -64,7 +64,7 @@ def kl_to_reference(student: Tensor, reference: Tensor, ids: Tensor) -> Tensor:
 
 
 def step(losses: Sequence[Tensor], weights: Sequence[Tensor], aggregation: str, longest: int):
-    """The step's loss of the tokens' losses and weights, a tensor a rollout."""
+    """The step's loss from the tokens' losses and weights, one tensor for each rollout."""
     sums = [(loss * weight).sum() for loss, weight in zip(losses, weights, strict=True)]
     if aggregation == "token":
         return sum(sums) / sum(weight.sum() for weight in weights)

@@ -21,11 +21,11 @@ FURTHER = {
     Glm4 Glm4Moe SmolLM3 Ministral Ministral3 Exaone4 Ernie4_5 Ernie4_5_Moe Nemotron Olmoe Qwen2Moe
     HunYuanDenseV1 MiniMaxM2 Apertus Arcee Helium NanoChat OPT GPTNeoX""".split()
 }
-"""With their own defaults of windows, soft caps and experts."""
+"""Models with their default windows, soft caps and experts."""
 
 
 def measure(name: str, sizes: dict) -> tuple[float, float]:
-    """Largest difference of logits, and of gradients relative to their norms."""
+    """The largest difference of logits, and of gradients relative to their norms."""
     found = []
     for checkpointing in (False, True):
         model = make(name, sizes).train()

@@ -51,7 +51,7 @@ from opsd.quickstart import tiny_model as tiny
 from opsd.training import run as training
 
 RESULTS = Path(__file__).parents[2] / "docs" / "models.jsonl"
-SECONDS, BYTES = 240, 8 << 30  # for a type
+SECONDS, BYTES = 240, 8 << 30  # limits for a type
 
 LORA = {"rank": 2, "alpha": 4}
 VERIFIER = "def odd(completion, row):\n    return float(len(completion) % 2)\n"
@@ -61,18 +61,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "unshared": {"train": {"share_prefixes": False}},
     "lora": {"model": {"lora": LORA}},
 }
-"""What trains, besides the short config's fields."""
+"""The runs that are tried: fields that change the short config."""
 
 COMMANDS = (*RUNS, "plan", "eval")
 
 
 def try_type(model_type: str, only: Sequence[str]) -> dict[str, Any]:
-    """What becomes of the type, in the current directory: figures, reasons, refusals, errors."""
+    """Try the type in the current directory: returns figures, reasons, refusals and errors."""
     found: dict[str, Any] = {}
     tiny.make_tokenizer().save_pretrained("model")
     try:
         model = tiny_model(model_type)
-    except Exception as error:  # of its own code: the commands say so too
+    except Exception as error:  # the model's own code; the commands report it too
         found["made"] = f"{type(error).__name__}: {error}".replace("\n", " ").strip()[:300]
         tiny_config(model_type).save_pretrained("model")
         save_file({"weight": torch.zeros(1)}, "model/model.safetensors")
@@ -90,8 +90,10 @@ def try_type(model_type: str, only: Sequence[str]) -> dict[str, Any]:
 
 
 def _exactness(model, found: dict[str, Any]) -> None:
-    """Shared against each rollout alone, in logits and in gradients relative to their norms."""
-    switch_off_dropout(model)  # as where rollouts are scored
+    """Compare shared prefixes with each rollout alone: logits, and gradients relative to their
+    norms.
+    """
+    switch_off_dropout(model)  # as in scoring
     try:
         found["unshared"], found["uncontinued"] = unpackable(model), uncontinuable(model)
         if found["unshared"] is not None:
@@ -105,7 +107,7 @@ def _exactness(model, found: dict[str, Any]) -> None:
         errors = [(shared[n] - g).norm() / max(g.norm(), 1e-3 * whole) for n, g in wanted.items()]
         found["logits"] = float((head(states).detach() - head(separate)).abs().max())
         found["gradients"] = float(max(errors))
-    except Exception as error:  # training says what becomes of it
+    except Exception as error:  # training reports it too
         found["exactness"] = f"{type(error).__name__}: {error}"[:300]
 
 
@@ -135,7 +137,7 @@ def _commands() -> dict[str, list[str]]:
 
 
 def command(name: str, words: list[str]) -> str:
-    """What an `opsd` command ended with: nothing, or its one line of error."""
+    """Run an `opsd` command. Returns its one line of error, or ""."""
     said, error = StringIO(), StringIO()
     with redirect_stdout(said), redirect_stderr(error):
         try:
@@ -157,7 +159,9 @@ def _load_again(found: dict[str, Any]) -> None:
 
 
 def in_own_process(model_type: str, seconds: float, only: Sequence[str]) -> dict[str, Any]:
-    """`try_type` in a fork of this process; an `error` where it cannot be made, or does not end."""
+    """Run `try_type` in a fork of this process. Returns an `error` if the model cannot be made or
+    the time limit is reached.
+    """
     place, begun = Path(tempfile.mkdtemp(prefix="family-")), time.monotonic()
     child = os.fork()
     if not child:
@@ -195,7 +199,7 @@ def survey() -> None:
     asked = parser.parse_args()
     lines = asked.results.read_text().splitlines() if asked.results.exists() else []
     known = {line["type"]: line for line in map(json.loads, lines)}
-    training.write_report = lambda directory: None  # which takes longer than these runs
+    training.write_report = lambda directory: None  # a report takes longer than these runs
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")

@@ -1,4 +1,6 @@
-"""The products of a GPU on the CPU: operands rounded to 16 bits, fp32 within and out."""
+"""Emulates a GPU's products on the CPU: operands rounded to 16 bits, computed and returned in
+fp32.
+"""
 
 import pytest
 import torch
@@ -8,12 +10,12 @@ from opsd_kernels import gemm
 
 
 def emulate_gpu_products(patch: pytest.MonkeyPatch) -> None:
-    """From here on 16-bit tensors on the CPU are multiplied as on a GPU: operands stay as they are,
-    and a gradient is rounded to their dtype before it becomes one.
+    """Multiply 16-bit tensors on the CPU as a GPU does: operands are not widened, and a gradient is
+    rounded to their dtype before it becomes an operand.
     """
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        assert a.dtype == b.dtype  # a GPU's product has no others
+        assert a.dtype == b.dtype  # as a GPU's products require
         return a.float() @ b.float()
 
     low = (torch.bfloat16, torch.float16)

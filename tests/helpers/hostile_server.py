@@ -1,4 +1,4 @@
-"""A server that answers whatever bytes a test gives it, route by route."""
+"""A server that answers each route with the bytes that a test gives it."""
 
 import contextlib
 import json
@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Iterable
 
 Reply = bytes | Iterable[bytes] | Callable[[str], bytes | Iterable[bytes]]
-"""All bytes of an answer; several pieces are sent one by one; of a function, what it returns."""
+"""All bytes of an answer, pieces that are sent one by one, or a function that returns either."""
 
 
 def response(
     content: bytes | str | object, status: str = "200 OK", headers: Iterable[str] = ()
 ) -> bytes:
-    """A whole HTTP response; what is neither bytes nor text is sent as JSON."""
+    """A complete HTTP response; content that is neither bytes nor text is sent as JSON."""
     if not isinstance(content, bytes | str):
         content = json.dumps(content)
     content = content.encode() if isinstance(content, str) else content

@@ -1,5 +1,5 @@
-"""Problems for the kernel tests, and the three-way comparison: fused, plain torch in the same
-dtype, and the dense reference in fp64, which is the truth.
+"""Cases for the kernel tests, and the three-way comparison: fused, plain torch in the same dtype,
+and the dense reference in fp64, which counts as exact.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ CPU_BACKENDS = ("torch", "cpp")
 
 
 class OnGpu(str):
-    """A backend's name, in tests whose tensors are made on a GPU (tests/kernels/conftest.py)."""
+    """The name of a backend, for tests with tensors on a GPU (tests/kernels/conftest.py)."""
 
 
 on_gpu = (
@@ -25,14 +25,14 @@ GPU_BACKENDS = tuple(
     pytest.param(OnGpu(name), id=f"{name} on a GPU", marks=on_gpu)
     for name in ("torch", "triton", "cuda")
 )
-# Every backend where it serves: the same cases on every device.
+# All backends on the devices that they support, with the same cases.
 BACKENDS = (*CPU_BACKENDS, *GPU_BACKENDS)
 DEVICES = ("cpu", pytest.param("cuda", marks=on_gpu))
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-# Each for its reason: one token and a vocabulary no vector length divides; just over one vector;
-# more tokens than a block and a vocabulary one over a power of two; several blocks of 512 entries.
+# One token and a vocabulary that no vector length divides; just over one vector; more tokens than a
+# block and a vocabulary just over a power of two; several blocks of 512 entries.
 SHAPES = ((1, 17, 8), (5, 33, 16), (130, 2051, 32), (7, 1025, 24))
-# Relative error against fp64 (values, gradients), whatever plain torch does.
+# The largest relative errors against fp64 (values, gradients), whatever plain torch has.
 LIMITS = {
     torch.float64: (1e-9, 1e-8),
     torch.float32: (2e-4, 2e-4),
@@ -58,7 +58,7 @@ class Case:
     clip: Clip | None = None
     reduction: str = "mean"
     budget: int | None = None
-    frozen: bool = False  # the head
+    frozen: bool = False  # whether the head is frozen
 
     def to(self, dtype: torch.dtype) -> "Case":
         names = ("student", "teacher", "weight", "teacher_weight", "bias", "token_weight")
@@ -115,7 +115,7 @@ class Case:
 
 
 def make(n: int, v: int, d: int, *, bias: bool = False, **options) -> Case:
-    """Roles that differ as a student and its teacher do: nearby hidden states, logits of a few
+    """Roles that differ like a student and its teacher: nearby hidden states, logits of a few
     units.
     """
     student = torch.randn(n, d)
@@ -135,8 +135,8 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
 def check(
     case: Case, dtype: torch.dtype, backend: str, budgets: tuple[int | None, ...] = ()
 ) -> None:
-    """Loss and all gradients of `case` in `dtype`, under a random upstream gradient; in each of the
-    memory budgets, or in its own.
+    """Check the loss and all gradients of `case` in `dtype`, with a random upstream gradient; with
+    each of the memory budgets, or its own.
     """
     low = case.to(dtype)
     upstream = None

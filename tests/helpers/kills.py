@@ -57,19 +57,19 @@ SIGNALS = {
     "kill": [signal.SIGKILL],
     "term": [signal.SIGTERM],
     "int": [signal.SIGINT],
-    "stop": [signal.SIGSTOP, signal.SIGCONT],  # which the process lives through
+    "stop": [signal.SIGSTOP, signal.SIGCONT],  # the process continues after these
 }
-PAUSE = 0.2  # seconds for which a stopped process stands still
+PAUSE = 0.2  # seconds for which a process is stopped
 SOME_TIME = "some time"
 
 
 @dataclass(frozen=True)
 class Command:
-    """What is interrupted.
+    """A command that is interrupted.
 
-    start: its arguments; again: those that let it go on.
-    moments: what is about to be written → the file in `place` whose change tells.
-    outcome: all that it must do alike, however often it was interrupted.
+    start: its arguments; again: the arguments with which it resumes. moments: what is about to be
+    written → the file in `place` whose change shows it. outcome: the results that must be the same
+    however often it is interrupted.
     """
 
     start: list[str]
@@ -80,7 +80,7 @@ class Command:
 
 
 def training(root: Path, name: str, method: str) -> Command:
-    """`opsd train`, six steps and two evaluations."""
+    """`opsd train` with six steps and two evaluations."""
     place, file = root / name, root / f"{name}.yaml"
     more = {"train": {"steps": 6}, **METHODS[method]}
     save_config(short_config(root / "model", root / "rows.jsonl", place, **more), file)
@@ -97,7 +97,7 @@ def training(root: Path, name: str, method: str) -> Command:
 
 
 def trained(place: Path) -> dict[str, Any]:
-    """Log and weights of a run."""
+    """The log and the weights of a run."""
     for name in ("report.html", "curves.png", "summary.json"):
         assert (place / name).stat().st_size > 500, name
     (file,) = (place / "model").glob("*.safetensors")
@@ -106,7 +106,7 @@ def trained(place: Path) -> dict[str, Any]:
 
 
 def quickstart(root: Path, name: str, method: str) -> Command:
-    """`opsd quickstart --tiny`, a base of some steps and two methods."""
+    """`opsd quickstart --tiny` with a short base training and two methods."""
     place = root / name
     words = ["--tiny", "--steps", "2", "--problems", "8", "--methods", "opsd,sft"]
     start = ["quickstart", *words, "--output", str(place)]
@@ -119,7 +119,7 @@ def quickstart(root: Path, name: str, method: str) -> Command:
 
 
 def evaluation(root: Path, name: str, method: str) -> Command:
-    """`opsd eval`, a question at a time."""
+    """`opsd eval`, one question at a time."""
     place = root / name
     where = [str(root / "model"), "--benchmark", str(root / "rows.jsonl"), "--output", str(place)]
     how = ["--samples", "4", "--temperature", "1", "--max-new-tokens", "12", "--batch-size", "2"]
@@ -135,7 +135,7 @@ def evaluation(root: Path, name: str, method: str) -> Command:
 
 
 def comparison(root: Path, name: str, method: str) -> Command:
-    """`opsd compare` of a study of two seeds, side by side."""
+    """`opsd compare` of a study with two seeds, in parallel."""
     file, place = root / f"{name}.yaml", root / name
     study = {"quickstart": "tiny", "methods": ["opsd", "sft"], "seeds": [0, 1], "steps": 2}
     file.write_text(yaml.safe_dump({**study, "problems": 8, "baseline": "sft"}))
@@ -159,7 +159,9 @@ COMMANDS = {
 
 
 def in_short() -> None:
-    """A tiny base of three steps and few worksheets; a study's runs are forks of its process."""
+    """Shorten the commands: a tiny base of three steps, few worksheets, and forks for a study's
+    runs.
+    """
     short = replace(tiny_model.BaseTraining(), steps=3, batch_size=8)
     tiny_model.cached_base.__defaults__ = (short,)
     tiny_model.BaseTraining = lambda: short
@@ -212,7 +214,7 @@ def run(arguments: list[str], first: Callable[[], object] = lambda: None) -> int
 
 
 def ended(child: int, fine: tuple[int, ...] = (0,)) -> bool:
-    """Whether the process is over, without waiting. Raises when it has failed."""
+    """Whether the process is over, without waiting. Raises SystemExit if it failed."""
     done, status = os.waitpid(child, os.WNOHANG)
     if done and os.waitstatus_to_exitcode(status) not in fine:
         raise SystemExit(f"the run failed: wait status {status}")
@@ -226,7 +228,9 @@ def finish(child: int, fine: tuple[int, ...] = (0,)) -> None:
 
 
 def moments(command: Command, draw: random.Random) -> Iterator[str]:
-    """When to interrupt: half of the times at some time, else each of the moments as often."""
+    """Yield when to interrupt: half of the times at a random time, otherwise each moment equally
+    often.
+    """
     while True:
         deck = [*command.moments, *[SOME_TIME] * len(command.moments)]
         draw.shuffle(deck)
@@ -236,13 +240,13 @@ def moments(command: Command, draw: random.Random) -> Iterator[str]:
 def interrupt(
     child: int, command: Command, moment: str, name: str, draw: random.Random, duration: float
 ) -> bool:
-    """Send the signal at this moment; returns whether the process was not over before."""
+    """Send the signal at this moment; returns whether the process was still running."""
     begun = time.monotonic()
     if moment == SOME_TIME:
         until = begun + draw.uniform(0, duration)
         due = lambda: time.monotonic() >= until  # noqa: E731
     else:
-        # The report is written once, and goes to its place.
+        # The report is written once, to a temporary file that is then renamed.
         pattern = command.moments[moment]
         turn = draw.randint(1, 2 if ".part" in pattern else 3)
         seen = [stamp(command.place, pattern)]
@@ -266,8 +270,8 @@ def interrupt(
 
 
 def wait_for_orphans(place: Path) -> None:
-    """Until the runs of a study that was killed have ended, too: they save their last step first,
-    and till then hold their directories, as a rerun would say."""
+    """Wait until the runs of a killed study have ended: they first save their last step, and hold
+    the locks of their directories until then."""
     for lock in place.rglob("run.lock"):
         with lock.open("ab") as file:
             while try_lock(file) is False:
@@ -275,7 +279,7 @@ def wait_for_orphans(place: Path) -> None:
 
 
 def stamp(directory: Path, pattern: str) -> tuple[int, int] | None:
-    """Changes when the first file of this pattern does."""
+    """A value that changes when the first file of this pattern does."""
     try:
         found = next(directory.glob(pattern), directory / pattern).stat()
     except FileNotFoundError:
@@ -284,7 +288,9 @@ def stamp(directory: Path, pattern: str) -> tuple[int, int] | None:
 
 
 def damage(place: Path, draw: random.Random) -> str | None:
-    """Change a random file of the newest checkpoint; returns what, or None where there is none."""
+    """Change a random file of the newest checkpoint; returns its name, or None without a
+    checkpoint.
+    """
     found = checkpoints_in(place)
     if not found:
         return None
@@ -304,7 +310,7 @@ def damage(place: Path, draw: random.Random) -> str | None:
 
 
 def is_refused(command: Command) -> bool:
-    """Whether going on ends with one line that names the checkpoint."""
+    """Whether resuming ends with one line that names the checkpoint."""
     with tempfile.TemporaryFile("w+") as said, redirect_stderr(said):
         code = main(command.again)
         said.seek(0)
@@ -313,7 +319,9 @@ def is_refused(command: Command) -> bool:
 
 
 def trials(asked: argparse.Namespace, root: Path) -> int:
-    """Run them; prints a line each; returns how many ended otherwise than undisturbed."""
+    """Run the trials and print a line for each; returns how many had other results than
+    undisturbed.
+    """
     torch.set_num_threads(1)  # a fork has no other threads
     os.environ["OPSD_CACHE"] = str(root / "cache")
     in_short()
@@ -321,7 +329,7 @@ def trials(asked: argparse.Namespace, root: Path) -> int:
     write_rows(root / "rows.jsonl")
     make, draw = COMMANDS[asked.command], random.Random(asked.seed)
     command = make(root, "undisturbed", asked.method)
-    finish(run(command.start))  # which also fills the caches
+    finish(run(command.start))  # this also fills the caches
     shutil.rmtree(command.place)
     begun = time.monotonic()
     finish(run(command.start))
@@ -331,7 +339,7 @@ def trials(asked: argparse.Namespace, root: Path) -> int:
     while done < asked.kills:
         shutil.rmtree(command.place, ignore_errors=True)
         hits, arguments = [], command.start
-        # Now and then a run is interrupted again after it went on.
+        # Sometimes a run is interrupted again after it resumed.
         for _ in range(draw.choice([1, 1, 2])):
             name = draw.choice(list(SIGNALS)) if asked.signal == "any" else asked.signal
             child, moment = run(arguments), next(deck)
@@ -365,7 +373,7 @@ def trials(asked: argparse.Namespace, root: Path) -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--command", choices=COMMANDS, default="train")

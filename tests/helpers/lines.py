@@ -1,4 +1,4 @@
-"""What a run has written, line by line."""
+"""Reads what a run has written, line by line."""
 
 import json
 from pathlib import Path

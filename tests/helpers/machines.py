@@ -1,4 +1,4 @@
-"""The example configs and the machines that they are for."""
+"""The example configs and the machines for which they are made."""
 
 FITS = {
     "qwen3-1.7b": ["--gpu", "h100", "--solution-tokens", "6000"],

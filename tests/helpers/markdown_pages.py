@@ -1,4 +1,4 @@
-"""What the tests of the documentation read of a Markdown page: its headings, links and code."""
+"""Reads Markdown pages for the tests of the documentation: headings, links and code."""
 
 import re
 import unicodedata
@@ -18,7 +18,9 @@ _CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of code. not_run: why its page says that it is not run, or None."""
+    """A fenced block of code. not_run: the reason that the page gives for not running it, or
+    None.
+    """
 
     page: str
     line: int
@@ -36,7 +38,7 @@ def name(page: Path) -> str:
 
 
 def blocks(page: Path) -> list[Block]:
-    """All fenced blocks of a page. A line `<!-- not run: REASON -->` before one marks it."""
+    """All fenced blocks of a page. A line `<!-- not run: REASON -->` before a block marks it."""
     found, lines = [], page.read_text().splitlines()
     start, indent, fence, language, reason = None, "", "", "", None
     for number, line in enumerate(lines, start=1):
@@ -55,7 +57,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def prose(page: Path) -> list[str]:
-    """The page's lines, those of fenced blocks empty."""
+    """The page's lines, with those of fenced blocks empty."""
     lines = page.read_text().splitlines()
     for block in blocks(page):
         size = block.text.count("\n")
@@ -64,7 +66,7 @@ def prose(page: Path) -> list[str]:
 
 
 def links(page: Path) -> Iterator[tuple[int, str]]:
-    """(line, target) of every link and image."""
+    """Yield (line, target) of every link and image."""
     for number, line in enumerate(prose(page), start=1):
         bare = _CODE.sub(lambda code: "`" * len(code[0]), line)
         for pattern in (_LINK, _HTML_LINK):
@@ -72,13 +74,13 @@ def links(page: Path) -> Iterator[tuple[int, str]]:
 
 
 def inline_code(page: Path) -> Iterator[tuple[int, str]]:
-    """(line, text) of every piece of code within the text."""
+    """Yield (line, text) of every piece of inline code."""
     for number, line in enumerate(prose(page), start=1):
         yield from ((number, match[2].strip()) for match in _CODE.finditer(line))
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link may name after `#`: headings, as GitHub makes anchors of them."""
+    """The anchors that a link may name after `#`: those that GitHub makes of headings."""
     found: set[str] = set()
     for line in prose(page):
         heading = re.match(r"^#{1,6}\s+(.+?)\s*#*$", line)

@@ -1,5 +1,5 @@
-"""A good input changed by chance, as files are on their way to us: values of another kind, text in
-another encoding, bytes lost or changed, files that are not there or are something else."""
+"""Changes valid inputs at random, as damaged or wrong files would: values of other types, text in
+other encodings, bytes lost or changed, files missing or replaced."""
 
 import copy
 import gzip
@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-SECONDS = 20  # of processor time
+SECONDS = 20  # the most processor time
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 9123456\n"
 PAGE = b"<!DOCTYPE html><html><body>Sign in to see this file</body></html>"
 
@@ -30,7 +30,7 @@ ODD = [
 
 
 def odd_value(draw: Random, good: Any) -> Any:
-    """A value in the place of a good one: of another kind, or near it."""
+    """A replacement for a valid value: of another type, or similar to it."""
     near: list[Any] = [str(good), [good], {"a": good}, [good, good]]
     if isinstance(good, int | float):
         near += [good + 1, good - 1, -good, good * 2, good // 2, float(good), good + 10**9]
@@ -44,7 +44,7 @@ def odd_value(draw: Random, good: Any) -> Any:
 
 
 def places(tree: Any, depth: int = 4) -> Iterator[tuple]:
-    """The paths to all values inside, down to a depth."""
+    """Yield the paths to all values inside, down to a depth."""
     inside = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in inside:
         yield (key,)
@@ -53,13 +53,13 @@ def places(tree: Any, depth: int = 4) -> Iterator[tuple]:
 
 
 def changed(draw: Random, tree: Any) -> Any:
-    """The tree with a value or two replaced, renamed, gone, or put elsewhere."""
+    """Copy the tree with one or two values replaced, renamed, removed or moved."""
     tree = copy.deepcopy(tree)
     for _ in range(draw.choice([1, 1, 1, 2])):
         paths = list(places(tree))
         if not paths:
             break
-        # Not a long list's entries alone: a key at the top as often as anything below.
+        # Choose keys at the top often, not mostly the entries of long lists.
         top = draw.choice(paths)[:1] if draw.random() < 0.4 else draw.choice(paths)
         *above, key = top
         holder = tree
@@ -88,7 +88,9 @@ def value_at(tree: Any, path: tuple) -> Any:
 
 
 def as_json(draw: Random, tree: Any) -> bytes:
-    """JSON's text, which may hold a key twice, NaN, endless numbers, or nest without end."""
+    """The tree as JSON text, possibly with a repeated key, NaN, very long numbers or deep
+    nesting.
+    """
     text = json.dumps(tree, indent=draw.choice([None, 2]), ensure_ascii=draw.random() < 0.7)
     kind = draw.randrange(12)
     keys = [m for m in re.finditer(r'"(\w+)": ', text)]
@@ -116,7 +118,7 @@ def as_json(draw: Random, tree: Any) -> bytes:
 
 
 def damaged(draw: Random, data: bytes) -> bytes:
-    """Bytes cut, changed, doubled, in another encoding, or those of something else."""
+    """Cut, change, double or re-encode the bytes, or replace them by those of something else."""
     at = draw.randrange(len(data) + 1)
     kind = draw.randrange(15)
     if kind < 3:
@@ -150,7 +152,7 @@ def damaged(draw: Random, data: bytes) -> bytes:
 
 
 def misplace(draw: Random, file: Path) -> None:
-    """Take a file away, or put something else in its place."""
+    """Remove a file, or replace it by something else."""
     kind = draw.randrange(8)
     other = draw.choice(sorted(file.parent.iterdir()))
     if kind == 5 and other.is_file() and other != file:
@@ -172,11 +174,11 @@ def misplace(draw: Random, file: Path) -> None:
 
 
 ATTRIBUTES = re.compile(r"Traceback|object at 0x|pydantic|\[type=|errors\.pydantic|internal error")
-"""What no message may show a user."""
+"""Parts of Python errors that no message may show a user."""
 
 
 class Clock:
-    """Holds what runs inside to `SECONDS` of processor time, and to two minutes in all."""
+    """A context that limits its code to `SECONDS` of processor time, and to two minutes in all."""
 
     def __enter__(self) -> "Clock":
         def stop(*_: Any) -> None:
@@ -193,7 +195,7 @@ class Clock:
 
 
 def one_line(text: str, *parts: str) -> None:
-    """Asserts that a refusal is one clear line that names one of the parts."""
+    """Assert that a refusal is one clear line that names one of the parts."""
     assert "\n" not in text.strip() and len(text) < 2000, text
     assert not ATTRIBUTES.search(text), text
     assert any(part in text for part in parts), text

@@ -37,11 +37,11 @@ NUMBERS = (
     "beta",
     "threshold",
 )
-ROWWISE = {"merge": 128, "add": 128}  # chunks of a row: V = 262144
+ROWWISE = {"merge": 128, "add": 128}  # chunks in a row with V = 262144
 
 
 def variants(most_used: bool):
-    """(kernel's name, its constants, its absent arguments, warps)."""
+    """Yield (the kernel's name, its constants, its absent arguments, warps)."""
     no_bias = ("bias", "teacher_bias")
     for name, block in ROWWISE.items():
         yield name, {"BLOCK": block}, (), 1
@@ -83,8 +83,8 @@ def compile_kernel(name: str, constants: dict, absent: tuple, warps: int) -> dic
 
 
 def resource_usage(binary: str) -> list[dict]:
-    """Of every kernel in a cubin or a library: its architecture, name, registers, and bytes of
-    stack, of spills and of shared memory.
+    """For every kernel in a cubin or a library: architecture, name, registers, and bytes of stack,
+    spills and shared memory.
     """
     out = subprocess.run(
         [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary],
@@ -97,7 +97,7 @@ def resource_usage(binary: str) -> list[dict]:
         if match := re.search(r"arch = (sm_\w+)", line):
             target = match[1]
         elif match := re.search(r"Function (\w+):", line):
-            name = re.sub(r".*_cuda_cu_[0-9a-f]{8}\d+", "", match[1])  # the file's own namespace
+            name = re.sub(r".*_cuda_cu_[0-9a-f]{8}\d+", "", match[1])  # remove the file's namespace
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, shared, spilled = map(int, match.groups())
             found.append(
@@ -114,10 +114,10 @@ def resource_usage(binary: str) -> list[dict]:
 
 
 def instructions(library: str) -> list[dict]:
-    """Of every kernel in a library: how many instructions, branches and loads of each width its
-    code (SASS) has, and how many instructions lie on its shortest way through: those of a thread
-    that has all its entries, aligned, no bias, and nothing to add up. By a thread's 16 entries that
-    is what an entry costs.
+    """For every kernel in a library: the numbers of instructions, of branches and of loads of each
+    width in its code (SASS), and the number of instructions on its shortest path. That is the path
+    of a thread with all its entries, aligned, without bias, and with nothing to add up. Divided by
+    a thread's 16 entries it is the cost of an entry.
     """
     path = triton.knobs.nvidia.cuobjdump.path
     out = subprocess.run(
@@ -148,7 +148,9 @@ SASS = r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*)"
 
 
 def _shortest_way(code: list[tuple[str, str | None, str, str]]) -> int:
-    """From the first of `code` (address, predicate, operation, operands) to an exit."""
+    """The number of instructions from the first of `code` (address, predicate, operation, operands)
+    to an exit.
+    """
     place = {int(address, 16): k for k, (address, *_) in enumerate(code)}
     known, queue = {0: 1}, [(1, 0)]
     while queue:

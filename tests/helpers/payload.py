@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class Payload:
-    """Pickled, it makes a file where it is read."""
+    """When its pickle is loaded, it creates a directory."""
 
     def __init__(self, marker: Path):
         self.marker = marker

@@ -1,4 +1,4 @@
-"""Dense stand-ins for flash attention's varlen calls: their arguments, conventions and results."""
+"""Dense stand-ins for flash attention's varlen calls, with their arguments and conventions."""
 
 import sys
 import types
@@ -14,7 +14,7 @@ def _sequences(starts_q, starts_k):
 
 
 def _scores(q, k, scale, causal, left, right, softcap):
-    """[H, n, m] scores, -inf where masked; the slope of the cap; q, k: [n, H, d], [m, K, d]."""
+    """Scores [H, n, m], -inf where masked, and the slope of the cap; q, k: [n, H, d], [m, K, d]."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores, slope = scale * torch.einsum("ihd,jhd->hij", q, k), 1.0
     if softcap:
@@ -33,17 +33,17 @@ def _scores(q, k, scale, causal, left, right, softcap):
 
 
 def _check(x, starts, longest):
-    """What the library takes for granted: int32 starts of whole sequences, none too long."""
+    """Check what the library assumes: int32 starts of whole sequences, none too long."""
     assert starts.dtype == torch.int32 and starts[0] == 0 and starts[-1] == len(x)
     lengths = starts.diff()
     assert lengths.min() >= 0 and lengths.max() <= longest
 
 
 def forward(q, k, v, starts_q, starts_k, longest_q, longest_k, causal, scale, left, right, softcap):
-    """out [T, H, d], log-sum-exp [H, T]: 0 and +inf for a query that sees no key."""
+    """out [T, H, d] and log-sum-exp [H, T]: 0 and +inf for a query that sees no key."""
     _check(q, starts_q, longest_q)
     _check(k, starts_k, longest_k)
-    if longest_q == 1:  # taken for decoding, where each sequence has a query
+    if longest_q == 1:  # this means decoding, in which each sequence has a query
         assert len(q) == len(starts_q) - 1
     out, lse = torch.zeros_like(q), torch.full((q.shape[1], len(q)), torch.inf)
     for rows, keys in _sequences(starts_q.tolist(), starts_k.tolist()):
@@ -61,7 +61,7 @@ def backward(
     d_out, q, k, v, out, lse, starts_q, starts_k, longest_q, longest_k, causal, scale, left, right,
     softcap,
 ):  # fmt: skip
-    """The gradients, from the out and log-sum-exp that are given."""
+    """The gradients, computed from the given out and log-sum-exp."""
     _check(q, starts_q, longest_q)
     _check(k, starts_k, longest_k)
     assert lse.is_contiguous() and lse.shape == (q.shape[1], len(q))
@@ -82,7 +82,7 @@ def backward(
 
 
 def register_torch_flash():
-    """torch's own operators on the CPU, where it has none; returns what holds them there."""
+    """Register torch's own operators on the CPU, which lacks them; keep the result to keep them."""
     library = torch.library.Library("aten", "IMPL")
 
     def run_forward(
@@ -113,7 +113,7 @@ def register_torch_flash():
 
 
 def install_flash_attn(monkeypatch):
-    """A package flash_attn with the two functions that 2.7 and later have."""
+    """Install a package flash_attn with the two functions that 2.7 and later have."""
 
     package = types.ModuleType("flash_attn")
     package.flash_attn_interface = types.ModuleType("flash_attn.flash_attn_interface")
@@ -127,7 +127,7 @@ def install_flash_attn(monkeypatch):
 
 @cache
 def flash_attn_operators():
-    """The package's functions are operators of torch, whose Python signature says nothing."""
+    """The package's functions, as torch operators whose Python signatures show no arguments."""
 
     @torch.library.custom_op("opsd_tests::_flash_attn_varlen_forward", mutates_args=("q", "k", "v"))
     def _flash_attn_varlen_forward(

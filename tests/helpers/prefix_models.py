@@ -1,4 +1,6 @@
-"""Tiny models of every supported family, groups of rollouts for them, and each rollout alone."""
+"""Tiny models of every supported family, groups of rollouts for them, and forwards without
+sharing.
+"""
 
 import torch
 import transformers
@@ -95,7 +97,7 @@ MODELS = {
 
 
 def gemma_4(layer_types: list[str]) -> transformers.PreTrainedConfig:
-    """Its full layers have wider heads than those with a window."""
+    """Its full-attention layers have wider heads than those with a window."""
     return transformers.Gemma4TextConfig(
         **{**SIZES, "num_hidden_layers": len(layer_types)},
         head_dim=8,
@@ -114,7 +116,7 @@ GPT_OSS = transformers.GptOssConfig(
     num_experts_per_tok=2,
     layer_types=["sliding_attention", "full_attention"],
 )
-"""Experts, attention sinks, and no sdpa."""
+"""A model with experts and attention sinks, without sdpa."""
 
 
 def make(kind, sizes=None):
@@ -125,7 +127,7 @@ def make(kind, sizes=None):
         config = getattr(transformers, f"{kind}Config")(**{**SIZES, **(sizes or {})})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     model.generation_config = GenerationConfig()
-    # Norms at 1 and biases at 0 hide errors.
+    # Norms of 1 and biases of 0 would hide errors.
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -138,7 +140,9 @@ def ids(*lengths, seed=1):
 
 
 def make_groups():
-    """G = 1 … 8, ragged, R = 1, a prefix of one token, and one longer than any window."""
+    """Groups of 1 to 8 rollouts of different lengths, one of length 1; prefixes of one token, and
+    longer than any window.
+    """
     return [
         (ids(11)[0], ids(5, 1, 9, seed=2)),
         (ids(1)[0], ids(1, 12, seed=3)),
@@ -148,7 +152,7 @@ def make_groups():
 
 
 def alone(model, groups):
-    """Each rollout in a forward of its own: the plain model, no padding, no position ids."""
+    """Run each rollout in its own forward of the plain model, without padding or position ids."""
     states = []
     for prefix, rollouts in groups:
         for rollout in rollouts:
@@ -159,7 +163,7 @@ def alone(model, groups):
 
 
 def gradient(model, states):
-    """The gradient of some function of all states, through reentrant checkpoints as well."""
+    """The gradient of a function of all states, which also works with reentrant checkpoints."""
     draw = torch.Generator().manual_seed(9)
     model.zero_grad()
     logits = model.get_output_embeddings()(states)
@@ -168,7 +172,7 @@ def gradient(model, states):
 
 
 def assert_same(model, shared, groups):
-    """The issue's bounds: logits within 2e-5, gradients within 1e-5 relative, in fp32."""
+    """Assert that logits are within 2e-5 and gradients within 1e-5 relative, in fp32."""
     found = gradient(model, shared)
     model.gradient_checkpointing_disable()
     separate = alone(model, groups)

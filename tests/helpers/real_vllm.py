@@ -1,6 +1,6 @@
-"""The real vLLM, as a server in a process of its own: started, asked, killed.
+"""A real vLLM server in a process of its own: starts, asks and kills it.
 
-Its Python is OPSD_VLLM_PYTHON's, of a venv that `vllm_venv.sh` has made.
+It uses the Python in OPSD_VLLM_PYTHON, of a venv made by `vllm_venv.sh`.
 """
 
 import os
@@ -13,7 +13,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 PYTHON = os.environ.get("OPSD_VLLM_PYTHON", "")
-STARTS = 600.0  # seconds within which a server must be there
+STARTS = 600.0  # seconds within which a server must answer
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -23,12 +23,12 @@ QUIET = {
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This one's without what is meant for our own Python."""
+    """This process's environment, without what is meant for our own Python."""
     return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | QUIET | more
 
 
 class RealServer:
-    """`vllm serve MODEL` in development mode, in fp32; `more` are further arguments of it."""
+    """`vllm serve MODEL` in development mode, in fp32; `more`: further arguments."""
 
     def __init__(self, model: Path, log: Path, *more: str, dev: bool = True):
         with socket.socket() as free:
@@ -42,7 +42,7 @@ class RealServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> "RealServer":
-        """Begin; `wait` says when it answers."""
+        """Start the server; `wait` waits until it answers."""
         command = [str(Path(PYTHON).parent / "vllm"), "serve", str(self.model)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager"]
         command += ["--dtype", "float32", "--max-model-len", "256", *self.more]
@@ -57,7 +57,7 @@ class RealServer:
         return self
 
     def wait(self) -> "RealServer":
-        """Until it answers."""
+        """Wait until it answers."""
         until = time.monotonic() + STARTS
         while not self.answers():
             assert self.process.poll() is None, self.log.read_text()[-3000:]
@@ -73,7 +73,7 @@ class RealServer:
             return False
 
     def kill(self) -> None:
-        """SIGKILL to the server and to its engine."""
+        """Send SIGKILL to the server and its engine."""
         if self.process is not None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()

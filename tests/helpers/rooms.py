@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# From the top. A room imports from the rooms after it only.
+# From the top. A room imports only from the rooms after it.
 ORDER = """
 opsd_kernels.adapters
 opsd cli quickstart plan compare training report evaluate objectives grading prefix rollout models
@@ -28,7 +28,7 @@ IMPORTERS = {"import_module", "find_spec", "run_module", "__import__"}
 
 @dataclass(frozen=True)
 class Import:
-    """`from module import name as bound`, or `import module` where `name` is empty."""
+    """`from module import name as bound`, or `import module` if `name` is empty."""
 
     module: str
     name: str = ""
@@ -38,7 +38,7 @@ class Import:
 
 @dataclass(frozen=True)
 class Module:
-    """A file of ours, as Python's parser sees it."""
+    """One of our files, as Python's parser sees it."""
 
     name: str
     path: Path
@@ -66,7 +66,7 @@ class Module:
 
     @cached_property
     def imports(self) -> list[Import]:
-        """What it imports of our modules."""
+        """Its imports of our modules."""
         return [*self._imports(self.tree, False)]
 
     def _imports(self, node: ast.AST, inside: bool) -> Iterator[Import]:
@@ -90,13 +90,13 @@ class Module:
             yield from self._imports(child, inside or is_function)
 
     def _named(self, node: ast.Call | ast.Constant) -> set[str]:
-        """Our modules that a string names, for importlib or a table of names to import lazily."""
+        """Our modules that a string names, for importlib or a table of lazy imports."""
         if isinstance(node, ast.Constant):
             name = node.value if isinstance(node.value, str) else ""
             while name.count(".") and name not in self.ours:
                 name = name.rpartition("." if ":" not in name else ":")[0]
             own = self.name if self.path.stem == "__init__" else self.name.rpartition(".")[0]
-            return {name} - {own} if name.count(".") else set()  # its package is there already
+            return {name} - {own} if name.count(".") else set()  # its package is imported already
         called = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if called not in IMPORTERS or not node.args:
             return set()
@@ -109,12 +109,12 @@ class Module:
 
     @cached_property
     def origins(self) -> dict[str, Import]:
-        """Names that others could take from here, though they are defined elsewhere."""
+        """Names that others could import from here although they are defined elsewhere."""
         return {found.bound: found for found in self.imports if not found.in_function}
 
     @cached_property
     def functions(self) -> dict[str, int]:
-        """The lines of each function, without its signature and docstring."""
+        """The number of lines of each function, without its signature and docstring."""
         found = {}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -125,7 +125,7 @@ class Module:
 
 
 class House:
-    """The packages below `root`, and which of their modules imports which."""
+    """The packages below `root`, and the imports between their modules."""
 
     def __init__(self, root: Path):
         files = {
@@ -146,7 +146,7 @@ class House:
 
     @cached_property
     def graph(self) -> dict[str, set[str]]:
-        """Of each module, those that it imports."""
+        """For each module, the modules that it imports."""
         return {
             name: {target for found in module.imports for target in self.targets(found)} - {name}
             for name, module in self.modules.items()
@@ -154,7 +154,7 @@ class House:
 
     @property
     def arrows(self) -> dict[tuple[str, str], list[str]]:
-        """From room to room: the imports, as 'importer -> imported'."""
+        """The imports from room to room, as 'importer -> imported'."""
         found: dict[tuple[str, str], list[str]] = {}
         for name, targets in self.graph.items():
             for target in sorted(targets):
@@ -174,7 +174,7 @@ class House:
         return {room: found[room] for room in ORDER if room in found}
 
     def upward(self) -> list[str]:
-        """Imports from a room above, or beside it in no order: 'importer -> imported'."""
+        """Imports from a room above, as 'importer -> imported'."""
         ranks = {room: rank for rank, room in enumerate(ORDER)}
         pairs = self.arrows.items()
         return [line for (a, b), lines in pairs if ranks[a] > ranks[b] for line in lines]
@@ -201,7 +201,7 @@ class House:
         return [m.name for m in self.modules.values() if m.room == "opsd"]
 
     def table(self) -> str:
-        """The rooms from the top, and the figures that this file holds."""
+        """The rooms from the top, and the figures that this file limits."""
         arrows = self.arrows
         lines = [f"{'room':<22}{'modules':>8}{'lines':>8}  imports from"]
         for room, modules in self.rooms.items():

@@ -1,4 +1,4 @@
-"""What a stranger may do to the files of a run or an evaluation, drawn from a `random.Random`."""
+"""Attacks on the files of a run or an evaluation, drawn from a `random.Random`."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ TEXTS = [
 
 
 def mutated(value, draw, more=()):
-    """A copy of the value with one to three places changed, taken away or doubled."""
+    """Copy the value with one to three places changed, removed or doubled."""
     value = copy.deepcopy(value)
     for _ in range(draw.randint(1, 3)):
         place = value
@@ -43,21 +43,21 @@ def mutated(value, draw, more=()):
 
 
 def _json(path: Path, draw) -> None:
-    """Other values in a line, or in the file."""
+    """Change values in a line, or in the file."""
     whole = path.suffix == ".json"
     lines = [path.read_bytes()] if whole else path.read_bytes().splitlines()
     number = draw.randrange(len(lines))
     try:
         value = json.loads(lines[number])
     except (ValueError, RecursionError):
-        return  # of a file that is attacked twice
+        return  # the file was already attacked
     if isinstance(value, dict | list):
         lines[number] = json.dumps(mutated(value, draw, TEXTS)).encode()
     path.write_bytes(b"\n".join(lines) + b"\n" * (draw.random() < 0.9))
 
 
 def _lines(path: Path, draw) -> None:
-    """A line more: no record, nested, long, one of the file's own."""
+    """Insert a line: not a record, deeply nested, very long, or a copy of another."""
     lines = path.read_bytes().split(b"\n")
     odd = [
         b"nonsense", b"7", b"[]", b"null", b"{}", b"[" * 100_000, b'{"a":' * 5000, b"\xff\xfe{",
@@ -70,7 +70,7 @@ def _lines(path: Path, draw) -> None:
 
 
 def _bytes(path: Path, draw) -> None:
-    """Damage: bytes changed, cut or doubled."""
+    """Change, cut or double bytes."""
     content = bytearray(path.read_bytes())
     start = draw.randrange(len(content))
     length = draw.choice([1, 1, 4, 100, len(content)])
@@ -81,7 +81,7 @@ def _bytes(path: Path, draw) -> None:
 
 
 def _another_kind(path: Path, draw) -> None:
-    """Something else in its place: a pipe, a link, a directory, a file without an end."""
+    """Replace the file by a pipe, a link, a directory or an endless file."""
     own = path.read_bytes()
     path.unlink()
     how = draw.randrange(9)
@@ -106,12 +106,12 @@ def _another_kind(path: Path, draw) -> None:
 
 
 def plain(path: Path) -> bool:
-    """Whether it is a file of the usual kind and size."""
+    """Whether it is a regular file of usual size."""
     return path.is_file() and not path.is_symlink() and path.stat().st_size < 10**7
 
 
 def attack(directory: Path, names: list[str], draw) -> None:
-    """One to three files of the directory, by these names, are not as they were."""
+    """Attack one to three of the named files in the directory."""
     for name in draw.sample(names, draw.randint(1, min(3, len(names)))):
         path = directory / name
         ways = [_bytes, _another_kind]
@@ -122,7 +122,7 @@ def attack(directory: Path, names: list[str], draw) -> None:
 
 
 def copied(source: Path, target: Path) -> Path:
-    """A copy beside a directory `outside`, which holds a file of the user's."""
+    """Copy `source` beside a directory `outside`, which contains a file of the user."""
     (target / "outside").mkdir(parents=True)
     (target / "outside" / "secret").write_text("the secret\n")
     return shutil.copytree(source, target / "run")

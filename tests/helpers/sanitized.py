@@ -16,16 +16,18 @@ from opsd_kernels.tiles import cpp
 from opsd_kernels.tiles import state as states
 from opsd_kernels.tiles.logits import Logits
 
-# Around the vectors' lengths (4, 8, 16) and the block's (512).
+# Near the lengths of vectors (4, 8, 16) and blocks (512).
 WIDTHS = (1, 3, 4, 5, 8, 9, 15, 16, 17, 33, 511, 512, 513, 1043)
 CLIPS = (None, Clip("entry", 0.02), Clip("token", 0.3))
 TRANSFORMS = (LogitTransform(), LogitTransform(0.8, -1.1, 5.0))
-# Nothing; padding; what no logit should be.
+# Nothing special; padding; values that logits should not have.
 SPECIAL = (None, -torch.inf, torch.inf, torch.nan, 3e38, 1e-42)
 
 
 def tile(n: int, v: int, special: float | None) -> tuple:
-    """Products of both roles, the second with rows further apart than they are long, and a bias."""
+    """Products of both roles and a bias. The second role's rows are longer in memory than in the
+    tile.
+    """
     student, teacher = (
         torch.randn(n, v),
         torch.randn(n * v + 3 * (n - 1)).as_strided((n, v), (v + 3, 1)),
@@ -60,7 +62,7 @@ def log_probs(n: int, v: int, special: float | None) -> None:
     for transform, biased in itertools.product(TRANSFORMS, (True, False)):
         product, _, bias = tile(n, v, special)
         bias = bias if biased else None
-        # Of this tile, of others, of none.
+        # Targets in this tile, in others, and in none.
         for targets in ((0,), (v - 1,), (v // 2, v, -1), (-100, 2**62, -(2**62))):
             chosen = torch.tensor(targets).repeat(n)[:n]
             state = states.new_log_prob(n, product, product.dtype)
@@ -70,7 +72,7 @@ def log_probs(n: int, v: int, special: float | None) -> None:
 
 
 def calls() -> None:
-    """The public functions, in each dtype, in one pass and in tiles."""
+    """Call the public functions in each dtype, in one pass and in tiles."""
     for dtype, budget in itertools.product(
         (torch.float32, torch.bfloat16, torch.float16), (None, 40_000)
     ):
@@ -89,7 +91,7 @@ def calls() -> None:
 
 
 def overrun() -> None:
-    """A bias that is an entry too short: what the sanitizer must stop."""
+    """Use a bias that is one entry too short, which the sanitizer must detect."""
     student, teacher, bias = tile(2, 17, None)
     state = states.new(2, student, student.dtype)
     cpp.normalisers(Logits(student, bias[:16].clone()), Logits(teacher, bias), Rule(), state)

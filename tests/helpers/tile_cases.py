@@ -1,4 +1,4 @@
-"""Problems for tile functions."""
+"""Cases for tile functions."""
 
 import torch
 
@@ -18,11 +18,11 @@ TRANSFORMS = {
 CLIPS = {"none": None, "entry": Clip("entry", 0.02)}
 
 
-N, V = 3, 1043  # no multiple of any vector, three blocks of 512
+N, V = 3, 1043  # V is in three blocks of 512 and no multiple of a vector's length
 
 
 def problem(biased: bool) -> tuple:
-    """Products [N, V] and biases; a padded entry, and a token with equal roles."""
+    """Products [N, V] and biases, with a padded entry and a token with equal roles."""
     student, teacher = 3 * torch.randn(2, N, V, dtype=torch.float64)
     student[1] = teacher[1]
     bias, teacher_bias = torch.randn(2, V, dtype=torch.float64)
@@ -31,9 +31,9 @@ def problem(biased: bool) -> tuple:
 
 
 def sweep(backend, tensors, cuts, rule, row_weight, dtype, early):
-    """State and gradient after the three functions have seen the tiles between `cuts`."""
+    """The state and gradient after the three functions have processed the tiles between `cuts`."""
     backend = load(backend)
-    # Wider than the tile, so that a row's stride is not its length.
+    # Memory wider than the tile, so that a row's stride differs from its length.
     wide = [torch.full((N, V + 3), torch.nan, dtype=dtype) for _ in range(2)]
     student, teacher = (w[:, 1 : V + 1].copy_(x) for w, x in zip(wide, tensors[:2], strict=True))
     biases = [x if x is None else x.to(dtype) for x in tensors[2:]]
@@ -50,7 +50,7 @@ def sweep(backend, tensors, cuts, rule, row_weight, dtype, early):
             backend.sums(*tile, rule, state)
     state[states.TARGET_WEIGHT] = torch.tensor([0.7, 0.0, -2.0])  # 0: without a target's loss
     before = student.clone(), teacher.clone()
-    assert torch.equal(student, tensors[0].to(dtype))  # nothing has written so far
+    assert torch.equal(student, tensors[0].to(dtype))  # not overwritten so far
     row_weight = row_weight.to(dtype)
     for tile in tiles:
         backend.gradient_(*tile, rule, state, row_weight, early)
@@ -64,7 +64,7 @@ def sweep(backend, tensors, cuts, rule, row_weight, dtype, early):
 
 
 def tile_results(backend: str, student: torch.Tensor, teacher: torch.Tensor) -> list[torch.Tensor]:
-    """State and gradients of all tile functions; overwrites the tiles."""
+    """The states and gradients of all tile functions; overwrites the tiles."""
     functions, rule = load(backend), Rule(Divergence("jsd"))
     n = len(student)
     ones, targets = torch.ones(n), torch.arange(n)
@@ -80,8 +80,8 @@ def tile_results(backend: str, student: torch.Tensor, teacher: torch.Tensor) -> 
 
 
 def leaves_in_16_bits(backend: str) -> None:
-    """Gradients written to a place of their own, wider than the tile, are those written over the
-    products, rounded to the nearest as torch rounds; nothing beside them is touched.
+    """Check gradients that are written to `out`, which is wider than the tile: they equal those
+    that are written over the products, rounded as torch rounds; memory beside them is not changed.
     """
     functions, rule, row_weight = load(backend), Rule(Divergence("jsd")), torch.rand(N)
     targets = torch.arange(N)
@@ -104,7 +104,7 @@ def leaves_in_16_bits(backend: str) -> None:
     for gradient in (written, log_prob):
         torch.manual_seed(1)
         inside = gradient(None)
-        # At 0 four entries are stored at once, at 1 each by itself.
+        # At 0 four entries are stored at once, at 1 they are stored one by one.
         for dtype, first in ((torch.bfloat16, 0), (torch.float16, 1), (torch.float32, 1)):
             wide = torch.full((N, V + 5), torch.nan, dtype=dtype)
             torch.manual_seed(1)
@@ -115,13 +115,13 @@ def leaves_in_16_bits(backend: str) -> None:
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
     if dtype == torch.bfloat16 and backend == "triton" and x.device.type == "cpu":
-        x = (x.view(torch.int32) >> 16 << 16).view(torch.float32)  # Triton's interpreter cuts off
+        x = (x.view(torch.int32) >> 16 << 16).view(torch.float32)  # Triton's interpreter truncates
     return x.to(dtype)
 
 
 def far_apart(backend: str, path) -> None:
-    """Rows whose offsets exceed 2^31 entries, in files that are empty but for the rows: N V is
-    2.1e9 at 8192 tokens of 262144 entries, and a 32-bit offset would wrap.
+    """Check rows whose offsets exceed 2^31 entries, in sparse files: N V is 2.1e9 for 8192 tokens
+    and 262144 entries, and a 32-bit offset would overflow.
     """
     n, v, stride = 3, 611, 2**30 + 5
     close = [3 * torch.randn(n, v) for _ in range(2)]

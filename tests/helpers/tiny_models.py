@@ -1,7 +1,7 @@
 """A tiny random model of any type in transformers' mapping of causal language models.
 
-Most types need nothing of their own: known names of sizes become small wherever a config has them,
-and lists that hold an entry a layer are cut. `OWN` holds what else a type asks for.
+Most types need no settings of their own: sizes with known names become small wherever a config has
+them, and lists with an entry for each layer are cut. `OWN` has what else a type needs.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 
 from opsd.models.multimodal import auto_class
 
-LAYERS = 2  # also below, where sizes are
+LAYERS = 2  # as in SIZES
 VOCABULARY = 64
 
 SMALL: dict[int, str] = {
@@ -57,7 +57,7 @@ SIZES |= {"pad_token_id": 0, "eos_token_id": 2, "mamba_d_ssm": 64}
 SIZES |= {"expert_layer_period": 2, "attn_layer_period": 2, "num_kv_shared_layers": 0}
 
 GEMMA_4 = {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 16}
-"""Its full layers have wider heads."""
+"""Its full-attention layers have wider heads."""
 
 ASSISTANT = {
     **GEMMA_4,
@@ -85,7 +85,7 @@ DOTS_3 = {
     "swa_head_dim": 12,
     "swa_v_head_dim": 8,
 }
-"""Its layers with a window have sizes of their own."""
+"""Its layers with a window have other sizes."""
 
 SECTIONS = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]}
 
@@ -165,14 +165,14 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
-"""Fields of a type that follow from no name alone."""
+"""Fields that a type needs beside the known sizes."""
 
 
 def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
-    """A small config of the type, with `fields` as they are given."""
+    """A small config of the type; `fields` are kept as given."""
     try:
         base = AutoConfig.for_model(model_type)
-    except Exception:  # gemma4_assistant's own defaults do not go together
+    except Exception:  # gemma4_assistant's defaults contradict each other
         base = AutoConfig.for_model(model_type, **OWN[model_type])
     values = _small(base.to_dict(), base)
     for name, value in {**OWN.get(model_type, {}), **fields}.items():
@@ -182,7 +182,7 @@ def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
 
 
 def tiny_model(model_type: str, **fields: Any) -> PreTrainedModel:
-    """Random weights, norms and biases too: at 1 and 0 they would hide errors."""
+    """A model with random weights, also in norms and biases: 1 and 0 would hide errors."""
     torch.manual_seed(0)
     config = tiny_config(model_type, **fields)
     model = auto_class(config).from_config(config).eval()
@@ -202,13 +202,13 @@ def _small(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
             found[name] = _cut(name, value)
         elif isinstance(value, dict) and "mrope_section" in value:
             found[name] = {**value, "mrope_section": [2, 1, 1]}
-        elif name == "head_dim" and value is None:  # of some configs this is no default
+        elif name == "head_dim" and value is None:  # some configs have no default
             found[name] = SIZES[name]
         elif name in SIZES and isinstance(value, int | float) and not isinstance(value, bool):
             found[name] = SIZES[name]
         else:
             found[name] = value
-    if "kv_lora_rank" in found:  # latent attention makes keys for each head
+    if "kv_lora_rank" in found:  # latent attention has keys for each head
         found["num_key_value_heads"] = found.get("num_attention_heads", 4)
         if values.get("head_dim") == values.get("qk_rope_head_dim"):
             found["head_dim"] = found["qk_rope_head_dim"]
@@ -219,7 +219,7 @@ def _small(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _cut(name: str, each: list) -> list:
-    """Of a list with an entry a layer: the first of each kind, and `LAYERS` in all."""
+    """Cut a list with an entry for each layer to `LAYERS`, with the first of each kind."""
     sizes = isinstance(each[0], int) and not isinstance(each[0], bool)
     if sizes and name in SIZES:
         return [SIZES[name]] * LAYERS

@@ -1,4 +1,4 @@
-"""What the tests of training share: a tiny random model on disk, worksheets, a short config."""
+"""Shared by the tests of training: a tiny random model on disk, worksheets, a short config."""
 
 import json
 from dataclasses import replace
@@ -21,8 +21,8 @@ ROWS = worksheet_rows(16, seed=7)
 
 
 def make_model(seed: int, tokenizer, **more) -> Qwen3ForCausalLM:
-    """An untrained model as the quickstart's tiny one, of half its layers and half its width: a
-    run takes two thirds of the time. Larger weights: both contexts' predictions differ as much.
+    """An untrained model like the quickstart's tiny one, with half its layers and width: a run
+    takes two thirds of the time. Larger weights make both contexts' predictions differ as much.
     """
     config = tiny.make_model(seed, tokenizer, initial_deviation=0.25).config
     config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, **more})
@@ -60,13 +60,13 @@ def write_wider_model(directory: Path) -> Path:
 
 
 def write_rows(path: Path, rows=ROWS) -> Path:
-    """Rows as JSON lines."""
+    """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(dict(row.columns)) + "\n" for row in rows))
     return path
 
 
 def short_values(model: Path, data: Path, output: Path) -> dict:
-    """The values of a run of seconds, in fp32."""
+    """The values of a config for a run of a few seconds, in fp32."""
     return {
         "model": {"path": str(model)},
         "data": {"source": str(data)},
@@ -90,7 +90,7 @@ def short_config(model: Path, data: Path, output: Path, /, **sections) -> Config
 
 
 def load_student(files: tuple[Path, Path]):
-    """(model, tokenizer) of the fixture `files`."""
+    """The (model, tokenizer) of the fixture `files`."""
     return load_model(short_config(*files, files[0].parent / "none").model)
 
 
@@ -100,7 +100,7 @@ def changed(files: tuple[Path, Path], seed: int):
 
 
 def prompts_of(tokenizer, **sections) -> Prompts:
-    """Both roles' prompts for worksheets."""
+    """Prompts for worksheets in both roles."""
     both = {"student": tiny.STUDENT_PROMPT, "teacher": tiny.TEACHER_PROMPT}
     return Prompts(PromptsSection(**both, **sections), tokenizer)
 
@@ -111,7 +111,7 @@ def quiet() -> Display:
 
 
 def graded(problems, rewards):
-    """The problems with these rewards, one for each rollout in order; 1 is right."""
+    """The problems with these rewards, one for each rollout in order; 1 is correct."""
     each = iter(GradedRollout("", True, reward, reward == 1.0) for reward in rewards)
     return [replace(p, outcomes=[next(each) for _ in p.rollouts]) for p in problems]
 
@@ -134,14 +134,14 @@ def _with_old(context, sample, model, moved):
 
 
 def logits(model, context: list[int], rollout: list[int]) -> torch.Tensor:
-    """The full logits that predict each rollout token, from the plain model on one sequence."""
+    """The logits that predict each rollout token, from the plain model on one sequence."""
     ids = torch.tensor([[*context, *rollout]])
     return model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1]
 
 
 def timeless(lines: list[dict]) -> list[dict]:
-    """Log lines without what differs between two runs of the same: clocks, memory, and the check of
-    sharing that each process makes at its own first step."""
+    """Remove what differs between two equal runs: times, memory, and the check of sharing that each
+    process makes at its first step."""
 
     def varies(key: str) -> bool:
         return "second" in key or key.endswith("_bytes") or key == "sharing_difference"

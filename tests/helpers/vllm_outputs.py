@@ -1,4 +1,4 @@
-"""What vLLM's `LLM.generate` returns, as far as we read it, from a real model's own draws."""
+"""The outputs of vLLM's `LLM.generate` that we read, sampled from a real model."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from opsd.rollout.vllm_colocated import ColocatedSampler
 
 
 def colocated(model, stops) -> ColocatedSampler:
-    """The sampler of vLLM in this process, without a GPU and without vLLM."""
+    """The sampler of vLLM in this process, without a GPU or vLLM."""
     sampler = ColocatedSampler.__new__(ColocatedSampler)
     sampler.stops, sampler.trains, sampler._sleeps, sampler._awake = stops, False, False, True
     sampler.llm = SimpleNamespace(generate=lambda *asked, use_tqdm: outputs(model, *asked))
@@ -20,8 +20,8 @@ def colocated(model, stops) -> ColocatedSampler:
 
 
 def outputs(model, prompts: Sequence, parameters: Sequence, temperature=None) -> list:
-    """An output for each prompt: tokens, drawn as asked or at this temperature, and the
-    log-probability of each under the model."""
+    """An output for each prompt: tokens, sampled as asked or at this temperature, with their
+    log-probabilities by the model."""
     made = []
     for prompt, asked in zip(prompts, parameters, strict=True):
         context = prompt["prompt_token_ids"]

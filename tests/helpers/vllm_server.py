@@ -24,24 +24,24 @@ from opsd.rollout import Sampling
 from opsd.rollout.logits_sampling import Draw
 
 MUST_BE_GIVEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""What generation_config.json decides where a request does not."""
+"""Fields for which generation_config.json has the default."""
 
 INSPECTION = """Qwen3ForCausalLM()(
   (model): Qwen3Model()(
     (embed_tokens): VocabParallelEmbedding(num_embeddings={tokens}, \
 num_embeddings_per_partition=64, embedding_dim={width}, org_vocab_size={tokens}, \
 num_embeddings_padded=64, tp_size=1)"""
-"""How get_model_inspection begins."""
+"""The beginning of get_model_inspection's answer."""
 
 
 def failed(said: str) -> tuple[int, object]:
-    """Its answer to what has broken its engine."""
+    """The server's answer when its engine has failed."""
     error = {"message": said, "type": "InternalServerError", "param": None, "code": 500}
     return 500, {"error": error}
 
 
 def worker_failed(said: str) -> tuple[int, object]:
-    """Its answer to a call of its workers that fails."""
+    """The server's answer to a call of its workers that fails."""
     return failed(
         f"Call to collective_rpc method failed: Worker failed with error '{said}', please check "
         "the stack trace above for the root cause"
