@@ -1,5 +1,4 @@
-"""From a source to the tokens of both roles: rows, prompts, and which rows fit the model.
+"""Read rows from a source, render and tokenise them for both roles, and find those that fit.
 
-`rows` has the row and how sources are read, `prompts` renders a row for the student and the
-teacher.
+`rows` defines a row and reads sources; `prompts` renders a row for the student and the teacher.
 """

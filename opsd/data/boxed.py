@@ -1,4 +1,4 @@
-r"""The answer that a text puts into boxes: `\boxed{…}`."""
+r"""Find the answer that a text puts into boxes: `\boxed{…}`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass
 
 _TOKENS = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(\{?)|\\.|[{}]", re.DOTALL)
-# What `\boxed 7` holds: up to the dollar that ends the formula, else one number or command.
+# What a box without braces holds, `\boxed 7`: up to the formula's `$`, else a number or command.
 _TO_DOLLAR = re.compile(r"([^${}\n]{0,80}(?:\{[^${}\n]{0,40}\}[^${}\n]{0,40}){0,6})\$")
 _BARE = re.compile(
     r"[-+]?\s*\d[\d.,]*(?<![.,])(?:\s*\\?%)?|[-+]?\\[A-Za-z]+\s*(?:\{[^{}\n]{0,60}\}\s*){1,3}|"
     r"[-+]?\\[A-Za-z]+\d{0,2}|[A-Za-z](?![A-Za-z])|\([^()\n]{1,60}\)"
 )
-# `*+` gives nothing back: what can be read in two ways would be read in all combinations.
+# `*+` does not backtrack: text that matches in two ways would be tried in all combinations.
 _PLACEHOLDER = re.compile(
     r"(?:\s|\\[ ,;:!]|\\q?quad|\\[lc]?dots|\\square|\\Box|\\cdots?|\\_|\.\.\.|[?_.…{}\[\]<>$~-]|"
     r"\\(?:text|phantom|mathrm|textbf)\s*(?=\{))*+"
@@ -21,7 +21,7 @@ _PLACEHOLDER = re.compile(
     re.IGNORECASE,
 )
 _LABEL = r"(?:\(?[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?"
-# Between boxes that hold parts of one answer: `and`, commas, what opens the next part.
+# The text between boxes that hold parts of one answer: `and`, commas, the next part's label.
 _JOINT = re.compile(
     r"(?P<blank>\s*)|"
     r"(?:[\s$,;&]|\\[ ,;]|\\\\|\\q?quad|\\\)|\\\(|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|"
@@ -38,7 +38,7 @@ _LONGEST_JOINT = 60
 
 @dataclass(frozen=True)
 class Box:
-    """A closed box: `start` of the command, `end` after the brace."""
+    """A closed box; start: of the command, end: after the closing brace, both in characters."""
 
     start: int
     end: int
@@ -46,11 +46,11 @@ class Box:
 
 
 def boxes(text: str) -> tuple[list[Box], bool]:
-    """(the innermost boxes in order, whether the last one is cut off). One pass, so a megabyte of
-    opening boxes is harmless. Escaped braces do not count."""
+    """(the innermost boxes in order, whether the last one is not closed). Takes linear time, also
+    for a megabyte of opening boxes. Ignores escaped braces."""
     open_starts: list[tuple[int, int] | None] = []  # None: a brace that opens no box
     found: list[Box] = []
-    latest = -1  # where the last box began that is closed
+    latest = -1  # the start of the last closed box
     last_command = -1
     for token in _TOKENS.finditer(text):
         symbol = token.group()
@@ -75,15 +75,15 @@ def boxes(text: str) -> tuple[list[Box], bool]:
 
 
 def is_placeholder(content: str) -> bool:
-    r"""Whether a box holds nothing: `\boxed{}`, `\boxed{\ldots}`, `\boxed{\text{your answer}}`."""
+    r"""Whether a box has no answer: `\boxed{}`, `\boxed{\ldots}`, `\boxed{\text{your answer}}`."""
     return len(content) < 80 and bool(_PLACEHOLDER.fullmatch(content))
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{…}` holds, or None without one.
+    r"""The content of the last `\boxed{…}`; None without one.
 
-    Inner boxes go before outer ones. Boxes that only "and", "or" or a comma separates are parts of
-    one answer, and an empty box after a real one does not count.
+    Of nested boxes the innermost counts. Boxes separated only by "and", "or" or a comma are parts
+    of one answer, and an empty box after a real one does not count.
 
     >>> last_boxed(r"It was \boxed{3}, no: \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
@@ -100,7 +100,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def joined(text: str, real: list[Box]) -> tuple[str, int]:
-    """(the answer that the last boxes hold together, how many boxes that is)."""
+    """(the answer that the last boxes hold together, the number of these boxes)."""
     parts = [real[-1]]  # the last one first
     for box in real[-2::-1]:
         between = text[box.end : parts[-1].start]
@@ -122,12 +122,12 @@ def joined(text: str, real: list[Box]) -> tuple[str, int]:
 
 
 def _name(text: str, box: Box) -> str:
-    """`x` of `x = \\boxed{3}`."""
+    """The name before a box, `x` in `x = \\boxed{3}`; "" if there is none."""
     named = _NAMED.search(text, max(0, box.start - 20), box.start)
     return named[1] if named else ""
 
 
 def _named_apart(text: str, one: Box, other: Box) -> bool:
-    """Whether two boxes in lines of their own hold the values of two names."""
+    """Whether two boxes on different lines hold the values of two different names."""
     names = _name(text, one), _name(text, other)
     return all(names) and names[0] != names[1]

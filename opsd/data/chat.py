@@ -1,8 +1,8 @@
-"""The model's chat template: what one role's context is, where its turn ends, what a target is.
+"""Use the model's chat template: make a role's context, find the end of a turn, make a target.
 
-Nothing here is built by hand. The chat is rendered with and without an answer, and what stands
-between the two is what the assistant's turn adds. A target is cut from the tokens of the whole
-chat, so that it begins with the token that the model would write there.
+Nothing here is specific to one template. The chat is rendered with and without an answer; the
+difference is what the assistant's turn adds. A target is cut from the tokens of the whole chat, so
+that it begins with the token that the model would write there.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 Turn = tuple[str, str | None, Sequence[Message]]
-"""The arguments of `ChatTemplate.context`: a message, the system's, the messages before."""
+"""The arguments of `ChatTemplate.context`: the message, the system message, earlier messages."""
 
 PROBE = "4172635180927"
-"""A text that no template writes by itself, and none changes by its case or its escapes."""
+"""A text that no template contains, and that no template changes by case or escapes."""
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, as one role uses it.
+    """A tokenizer's chat template with one role's arguments.
 
-    Raises UserError where there is no template, or it leaves the message out.
+    Raises UserError if there is no template, or if it leaves the user's message out.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class ChatTemplate:
                 f"model.path has several chat templates ({names}) and none by the name of default: "
                 "add the one to use as chat_template.jinja to its directory"
             ) from None
-        # Templates of multimodal models walk over a list of parts, and over the characters of a
-        # plain string, which they drop, or of which they ask what a string has not.
+        # Templates of multimodal models expect a list of parts. Given a string, they loop over its
+        # characters, which they drop, or fail: so try both forms.
         self.in_parts, refused = False, None
         for self.in_parts in (False, True):
             try:
@@ -88,9 +88,9 @@ class ChatTemplate:
     def context(
         self, message: str, system: str | None = None, history: Sequence[Message] = ()
     ) -> str:
-        """The text that the role's answer follows, with its prefill.
+        """The text before the role's answer, including the prefill.
 
-        history: messages before this one; its system message stands where `system` is None.
+        history: earlier messages; their system message is used if `system` is None.
         """
         return self.contexts([(message, system, history)])[0]
 
@@ -104,10 +104,10 @@ class ChatTemplate:
         return [text + self.prefill for text in texts]
 
     def targets(self, turns: Sequence[Turn], answers: Sequence[str]) -> list[list[int]]:
-        """The tokens that follow each turn's context where the assistant answers so.
+        """The tokens that follow each turn's context if the assistant gives this answer.
 
-        They are what the template writes for that turn, up to the token that ends it. Where the
-        context closes an empty thought itself, the answer's own thought is left out.
+        They are what the template writes for the answer, up to the token that ends the turn. If the
+        context itself closes an empty thought, the answer's own thought is left out.
         """
         contexts = self.contexts(turns)
         texts = list(map(self._said, contexts, answers))
@@ -123,11 +123,11 @@ class ChatTemplate:
 
     @cached_property
     def turn_end(self) -> tuple[str, int | None]:
-        """What the template writes after an answer, up to the special token that ends the turn, and
-        that token; ("", None) where it writes none, and the tokenizer's EOS has to do.
+        """(the text after an answer, up to the special token that ends the turn; that token's id).
+        ("", None) if the template writes no such token: the tokenizer's EOS is used then.
 
-        A turn may end with several tokens in a row. Those belong to it that the template writes
-        before another turn too: some write EOS after a chat's last turn alone.
+        A turn may end with several tokens. Of these, only those belong to it that the template also
+        writes before another turn: some templates write EOS only after a chat's last turn.
         """
         chat = [self._question, self._message("assistant", PROBE)]
         _, written, after = self._render(chat, False).rpartition(PROBE)
@@ -144,12 +144,12 @@ class ChatTemplate:
         if not (ids and written):
             return "", None
         if run is None:
-            run = re.match(rf"()({special})", followed)  # written before a further turn alone
+            run = re.match(rf"()({special})", followed)  # written only before another turn
             opening = self._render([self._message("user", PROBE)], False).partition(PROBE)[0]
             if after.strip() or run is None or run[2] in opening:
                 return "", None
         tokens = re.findall(special, run[2])
-        if self.tokenizer.eos_token in tokens:  # some begin another turn at once
+        if self.tokenizer.eos_token in tokens:  # tokens after EOS begin the next turn
             tokens = tokens[: tokens.index(self.tokenizer.eos_token) + 1]
         return run[1] + "".join(tokens), ids[tokens[-1]]
 
@@ -164,26 +164,26 @@ class ChatTemplate:
 
     @property
     def opens_thought(self) -> bool:
-        """Whether a context ends inside a thought, which the answer is to close."""
+        """Whether a context ends inside a thought, which the answer has to close."""
         return open_thought(self.context(PROBE)) is not None
 
     @property
     def stops(self) -> frozenset[int]:
-        """The token that ends the assistant's turn; empty where the template writes none."""
+        """The id of the token that ends the assistant's turn; empty if the template has none."""
         token = self.turn_end[1]
         return frozenset() if token is None else frozenset([token])
 
     def _said(self, context: str, answer: str) -> str:
-        """The whole text of the assistant's turn, as it is given to the template."""
+        """The content of the assistant's message, with the prefill, to give to the template."""
         if without_closed_thought(context) is not None:  # such as enable_thinking: false
             return self.prefill + (final_part(answer).lstrip() or answer)
         opened = open_thought(self.prefill)
-        if opened:  # it is not opened twice
+        if opened:  # do not open the thought twice
             answer = answer.lstrip().removeprefix(self.prefill).removeprefix(opened[0])
         return self.prefill + answer
 
     def _answer(self, text: str) -> Message:
-        """The assistant's message; its thought is where the template looks for one."""
+        """The assistant's message, with its thought where the template expects it."""
         thought, rest = split_thought(text)
         if not (thought.strip() and self._thought_form):
             return self._message("assistant", text)
@@ -198,8 +198,8 @@ class ChatTemplate:
 
     @cached_property
     def _thought_form(self) -> str:
-        """Where the template wants an answer's thought: in "fields" of the message, in "parts" of
-        its content, or "" in the content's text."""
+        """Where the template expects an answer's thought: "fields" of the message, "parts" of its
+        content, or "" for the content's text."""
         plain = self._message("assistant", f"<think>{PROBE}</think>{PROBE[::-1]}")
         as_text = "".join(self._render([self._question, plain], False).split())
         for form in ("fields", "parts"):
@@ -208,22 +208,22 @@ class ChatTemplate:
                 text = "".join(self._render([self._question, answer], False).split())
             except UserError:
                 continue
-            # Once, and not as a list of Python's that is printed as it is
+            # It must appear once, and not inside the printed form of a Python list.
             if re.search(rf"{PROBE}((?!{PROBE}|.type.:).)*{PROBE[::-1]}", text):
                 return "" if text == as_text else form
         return ""
 
     @cached_property
     def _closing(self) -> str:
-        """What the template writes between a thought and the rest of an answer; "": neither."""
+        """The template's text between a thought and the rest of an answer; "" if it omits them."""
         text = f"<think>\n{PROBE}\n</think>\n\n{PROBE[::-1]}"
         whole = self._render([self._question, self._answer(text)], False)
         return whole.partition(PROBE)[2].partition(PROBE[::-1])[0]
 
     @cached_property
     def _between(self) -> str | None:
-        """What the template writes between the generation prompt and an answer; None where it
-        begins a finished answer otherwise, by more than white space."""
+        """The template's text between the generation prompt and an answer; None if it begins a
+        finished answer differently, by more than white space."""
         question, answer = self._message("user", PROBE), self._message("assistant", PROBE[::-1])
         prompt = self._render([question], True).rpartition(PROBE)[2]
         written = self._render([question, answer], False).partition(PROBE[::-1])[0]
@@ -233,8 +233,8 @@ class ChatTemplate:
         return begun.removeprefix(prompt) if begun.startswith(prompt) else ""
 
     def _target(self, whole: str, context: str, text: str) -> str:
-        """What follows `context` in the whole chat: the answer as the template writes it, and its
-        end."""
+        """The text after `context` in the whole chat: the answer as the template writes it, and the
+        end of the turn."""
         end = self.turn_end[0]
         thought, rest = map(str.strip, split_thought(text))
         before = without_closed_thought(context)
@@ -242,13 +242,13 @@ class ChatTemplate:
             if start is None or not whole.startswith(start):
                 continue
             more = whole[len(start) :]
-            # Without an end where the template writes it before a further turn alone
+            # The end is missing if the template writes it only before another turn.
             written = more.rpartition(end)[0] if end and end in more else more.rstrip()
             if thought in written and rest in written:
                 written = split_thought(written)[1] if start == before else written
                 return without_empty_thought(written) + end
-        # The generation prompt is not how the template writes the turn afterwards: it opens a
-        # thought, or the template drops the answer's. The target follows what was opened.
+        # The template writes a finished turn differently from the generation prompt: the prompt
+        # opens a thought, or the template drops the answer's. Then build the target from its parts.
         tag = open_thought(context)
         text = text.removeprefix(self.prefill).strip()
         if tag is None:
@@ -268,8 +268,8 @@ class ChatTemplate:
         return thought + between + rest + end
 
     def _check_written(self, messages: list[Message], number: int, text: str) -> None:
-        """Raises UserError where a chat's text lacks a message, or a part of it. Templates may
-        trim and escape it, and leave the thought of an earlier answer out."""
+        """Raises UserError if the chat's text lacks all or part of a message. Templates may trim
+        and escape a message, and leave out the thought of an earlier answer."""
         role, said = messages[number]["role"], messages[number]["content"]
         parts = [{"text": said}] if isinstance(said, str) else said
         texts = [part.get("text", "").strip() for part in parts]
@@ -311,39 +311,39 @@ class ChatTemplate:
         return self._rendered([(messages, add_generation_prompt)])[0]
 
     def _rendered(self, chats: Sequence[tuple[list[Message], bool]]) -> list[str]:
-        """The text of each (messages, add_generation_prompt)."""
+        """Renders each (messages, add_generation_prompt). Raises UserError."""
         try:
             return fill_in_chat(self.template, self.arguments, self.date, chats)
-        except TemplateFailure as error:  # such as one that takes no system message
+        except TemplateFailure as error:  # for example, it allows no system message
             raise UserError(f"model.path has a chat template that refuses: {error}") from None
 
 
 def without_system(history: Sequence[Message]) -> list[Message]:
-    """The messages that no system wrote."""
+    """The messages except those of the roles system and developer."""
     return [message for message in history if message["role"] not in ("system", "developer")]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str | list[str]) -> Any:
-    """The ids of a text, or of several. A chat template has written the special tokens already: BOS
-    must not come twice, and none may be spelled out."""
+    """The token ids of one or several texts. The chat template has written the special tokens: they
+    are read as such, and none is added, so that BOS does not appear twice."""
     told = {"add_special_tokens": False, "split_special_tokens": False}
     try:
         return tokenizer(text, return_attention_mask=False, **told).input_ids
-    except Exception as error:  # tokenizers' own: characters of which its model makes nothing
+    except Exception as error:  # raised by tokenizers for characters that its model lacks
         said = f"model.path has a tokenizer that fails on a text: {in_short(error)}"
         raise UserError(said) from None
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, context: str, target: str) -> list[int]:
-    """The tokens of `target` after those of `context`, as they are in the whole text."""
+    """The token ids of `target` after `context`, as in the tokenised whole. Raises UserError."""
 
     ids = partial(token_ids, tokenizer)
     first, whole = ids(context), ids(context + target)
     if whole[: len(first)] == first:
         return whole[len(first) :]
-    # A token of the whole text reaches over the border, which a rollout never has: it follows the
-    # context's own tokens. SentencePiece's puts a space before a text's first word: an anchor
-    # stands there instead.
+    # A token of the whole text spans the border. A rollout has no such token, for it follows the
+    # context's own tokens: so tokenise the target alone. SentencePiece adds a space before a text's
+    # first word: so put an anchor first.
     wanted = tokenizer.decode(whole)
     for anchor in ("\n", ".", "a", ""):
         start, found = ids(anchor), ids(anchor + target)

@@ -1,7 +1,7 @@
-"""Chats in a dataset's rows: lists of messages, as instruction data keep them.
+"""Read chats from a dataset's rows: lists of messages, as in instruction data.
 
-The last user message is the problem, and the assistant's last message is the solution. What stands
-before that problem, a system message or earlier turns, is the row's history.
+The last user message is the problem, and the assistant's last message is the solution. The messages
+before that problem, a system message or earlier turns, are the row's history.
 """
 
 import ast
@@ -19,21 +19,21 @@ ROLES = {
     "bard": "assistant",
     "bing": "assistant",
 }
-"""Names that roles have elsewhere (ShareGPT), → ours."""
+"""Names of roles elsewhere, such as in ShareGPT → ours."""
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
-"""Columns that hold a whole chat; `prompt` and `completion` hold its two halves."""
+"""Columns with a whole chat; `prompt` and `completion` have a chat's two halves."""
 
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Fields in which a message keeps its thought apart from its content."""
+"""Fields of a message that may hold its thought, separate from its content."""
 
 TEXTS = frozenset({"text", "input_text", "output_text"})
 TOOLS = frozenset({"tool", "function", "function_call", "observation", "ipython"})
 
 
 class NotTextError(ValueError):
-    """A chat holds what is no text to learn from; the message completes "its chat …"."""
+    """A chat has content other than text; the error's message completes "its chat …"."""
 
 
 class Chat(NamedTuple):
@@ -45,8 +45,8 @@ class Chat(NamedTuple):
 
 
 def parsed(value: Any) -> Any:
-    """What a text holds that is a list or an object: JSON, or Python's as pandas writes CSV; any
-    other value as it is."""
+    """The list or object that a string represents, as JSON or as Python's repr, which pandas writes
+    to CSV; other values are returned as they are."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     for read in (json.loads, ast.literal_eval):
@@ -58,7 +58,7 @@ def parsed(value: Any) -> Any:
 
 
 def as_messages(value: Any) -> list[dict[str, str]] | None:
-    """A list of messages with `role` and `content`; None where the value is no such list.
+    """The value as messages with `role` and `content`; None if it is no list of messages.
 
     Contents may be lists of parts. Raises NotTextError for images and tools.
     """
@@ -97,7 +97,7 @@ def as_messages(value: Any) -> list[dict[str, str]] | None:
 
 
 def read_chat(value: Any) -> Chat | None:
-    """The parts of a list of messages; None where it is none, or has no user message."""
+    """The value as a Chat; None if it is no list of messages or has no user message."""
     messages = as_messages(value)
     users = [i for i, m in enumerate(messages or []) if m["role"] == "user"]
     if not messages or not users:
@@ -109,8 +109,8 @@ def read_chat(value: Any) -> Chat | None:
 
 
 def read_pair(record: Mapping[str, Any]) -> Chat | None:
-    """A problem and its solution without turns: Alpaca's columns `instruction`, `input` and
-    `output`, or the texts `prompt` and `completion` (or `chosen`)."""
+    """Reads a problem and a solution from plain columns: Alpaca's `instruction`, `input` and
+    `output`, or the texts `prompt` and `completion` (or `chosen`). None if there are none."""
     asked, said, more = (record.get(name) for name in ("instruction", "output", "input"))
     if not isinstance(asked, str):
         asked, said = record.get("prompt"), record.get("completion", record.get("chosen"))
@@ -122,6 +122,6 @@ def read_pair(record: Mapping[str, Any]) -> Chat | None:
 
 
 def last_answer(value: Any) -> str | None:
-    """The assistant's last message of a list of messages; None where there is none."""
+    """The assistant's last message in a list of messages; None if there is none."""
     answers = [m["content"] for m in as_messages(value) or [] if m["role"] == "assistant"]
     return answers[-1] if answers else None

@@ -1,8 +1,8 @@
-"""Whether what a row says reaches the contexts: the problem both, the solution the teacher's.
+"""Check that the problem reaches both roles' contexts, and the solution the teacher's.
 
-A text is looked for in the filled-in template as it is. A template may trim, escape or shorten it:
-where it is not found, the template is filled in once more with a mark before each of its words, and
-one of them has to come out.
+A text is first searched in the rendered template. If it is not found, since a template may trim,
+escape or shorten it, the template is rendered again with a mark before each word of the text; at
+least one mark has to appear.
 """
 
 import re
@@ -16,16 +16,16 @@ from opsd.data.chat import PROBE
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
 
-SHORT = 16  # characters of a text that may stand in a message by chance
+SHORT = 16  # a text of fewer characters may occur in a message by chance
 
 
 class ContextCheck:
-    """Called with each row before training. Raises UserError for the first that does not arrive.
+    """Called with each row before training. Raises UserError for the first row with missing text.
 
     Args:
-        roles: whose contexts are made of a row alone.
-        differ: the teacher has the student's own weights, so that it teaches by its context alone.
-        targets: prompts.target is what is learnt.
+        roles: those whose contexts a row alone determines.
+        differ: require different contexts, since the teacher has the student's own weights.
+        targets: prompts.target is trained on, so check it too.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class ContextCheck:
         self.differ = differ and "teacher" in roles
         self.apart = False  # whether equal messages make different contexts
         self.controls = prompts.chats["student"].control_tokens
-        self.found: dict[str, list[int]] = {}  # such tokens in the rows' texts, with their rows
+        self.found: dict[str, list[int]] = {}  # control token → numbers of rows that contain it
         self.named = {name: names(template) for name, template in prompts.templates.items()}
         asked = [("teacher", "solution")] if "teacher" in roles else []
         asked += [("target", "solution")] if targets else []
@@ -79,10 +79,10 @@ class ContextCheck:
                     "{{ solution }} or another column there, or tell the teacher more in "
                     "prompts.teacher_system"
                 )
-            self.apart = alike  # by a system message, say
+            self.apart = alike  # their contexts differ, for example by a system message
 
     def notes(self) -> Iterator[str]:
-        """What was seen in all rows that a user should know."""
+        """Yields notes for the user on all rows checked so far."""
         for token, rows in self.found.items():
             yield (
                 f"{len(rows)} rows hold {token!r}, such as row {rows[0]}: inside of a text too the "
@@ -91,7 +91,7 @@ class ContextCheck:
             )
 
     def _choices_arrive(self, number: int, row: Row, message: str) -> None:
-        """Raises UserError where the answer is one of several that the student is not shown."""
+        """Raises UserError if the answer is one of several choices that `message` does not show."""
         name, texts = given_choices(row.columns)
         answers = {*texts, *"ABCDEFGHIJ"[: len(texts)], *map(str, range(len(texts)))}
         if row.answer in answers and not all(text.strip() in message for text in texts):
@@ -102,7 +102,7 @@ class ContextCheck:
             )
 
     def _arrives(self, row: Row, role: str, problem: bool) -> bool:
-        """Whether the problem, or any other text, comes out, however the template changes it."""
+        """Whether any word of the problem, or else of the other texts, appears in the message."""
 
         def chosen(text: str) -> bool:
             return text.strip() != "" and (text.strip() == row.problem.strip()) == problem
@@ -110,7 +110,7 @@ class ContextCheck:
         marked = {name: _marked(getattr(row, name), chosen) for name in (*row.texts, "columns")}
         try:
             return PROBE in self.prompts.render(replace(row, **marked), role)
-        except UserError:  # the template reckons with the text
+        except UserError:  # the template computes with the text, and the marks break that
             return True
 
     def _refuse(self, role: str, number: int, row: Row, what: str) -> None:
@@ -124,9 +124,9 @@ class ContextCheck:
 
 
 def given_choices(columns: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The column that holds the answers to choose from, and these; ("", []) where there is none.
+    """(the column with the choices of a multiple-choice problem, the choices); ("", []) if none.
 
-    A list of texts, an object of them by letters, or `{"text": […], "label": […]}`.
+    The column may hold a list of texts, an object of letters to texts, or `{"text": […], …}`.
     """
     for name in ("choices", "options"):
         value = columns.get(name)
@@ -143,7 +143,7 @@ def _stands(text: str, message: str) -> bool:
 
 
 def _marked(value: Any, chosen: Callable[[str], bool]) -> Any:
-    """A column with marks before each word of the chosen texts, wherever they stand inside."""
+    """A column's value with a mark before each word of the chosen texts, also nested ones."""
     if isinstance(value, str):
         return re.sub(r"^|\s+|$", rf"\g<0>{PROBE}", value) if chosen(value) else value
     if isinstance(value, dict):
@@ -152,7 +152,7 @@ def _marked(value: Any, chosen: Callable[[str], bool]) -> Any:
 
 
 def _single(template: str, columns: Collection[str]) -> str | None:
-    r"""The first `{column}` of a template: neither `{{ column }}` nor LaTeX's `\boxed{answer}`."""
+    r"""The first `{column}` in a template, but not `{{ column }}` nor LaTeX's `\boxed{answer}`."""
     wanted = "|".join(map(re.escape, columns))
     found = re.search(rf"(?<![\w\\{{}}%]){{\s*(?:{wanted})\s*}}(?!}})", template)
     return found.group() if found else None

@@ -1,6 +1,6 @@
-"""Records from a file: JSON lines, JSON, CSV, TSV or parquet, plain or gzipped.
+"""Read records from a file: JSON lines, JSON, CSV, TSV or parquet, plain or gzipped.
 
-What is wrong with a file is a UserError that names the section's `source`, the file and the line.
+For a bad file it raises UserError, naming the section's `source`, the file and the line.
 """
 
 import csv
@@ -21,14 +21,14 @@ LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}
 FILE_TYPES = (*LINES, ".json", *TABLES, ".parquet")
 
-# What a stranger packed may be no more than these: text packs to a third or a thirtieth.
+# Limits for compressed files, against decompression bombs: text shrinks to a third or a thirtieth.
 LEAST, RATIO = 1 << 27, 100
 TOO_MUCH = f"it unpacks to more than {LEAST >> 20} MiB and {RATIO} times its size"
-SECONDS, MEMORY = 20.0, 2 << 30  # of processor time and bytes, for some rows of a parquet file
+SECONDS, MEMORY = 20.0, 2 << 30  # limits of CPU time and bytes for a batch of parquet rows
 
 
 def file_type(path: Path) -> str | None:
-    """The file's type, ".csv" of rows.csv.gz too; None where it is none that can be read."""
+    """The file's type by its suffix, ".csv" also for rows.csv.gz; None if it cannot be read."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
@@ -38,7 +38,7 @@ def file_type(path: Path) -> str | None:
 
 
 def read_file(path: Path, section: str) -> Iterator[Any]:
-    """The records of a file of a known type, in its order."""
+    """Yields the records of a file of a known type, in order. Raises UserError."""
     kind = file_type(path)
     if kind == ".parquet":
         yield from _parquet(path, section)
@@ -67,7 +67,7 @@ def _most_unpacked(path: Path) -> int:
 
 
 class _Unpacked(gzip.GzipFile):
-    """What a gzip file holds. Raises OSError where that is more than it seems."""
+    """A gzip file's content. Raises OSError if it is larger than the limits above."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -90,9 +90,9 @@ OR_A_LIST = f"{ONE_A_LINE}, or one list of objects, alone or under a key"
 
 
 def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[Any]:
-    """Objects one a line; of a .json file also one list of them, alone or under a key."""
+    """Reads one object per line; or one list of objects, alone or under a key."""
     where = f"{section}.source: {name}"
-    if not one_value:  # a list in a file of lines, as many are
+    if not one_value:  # many .jsonl files contain a list instead
         start = next((line for line in file if line.strip()), "")
         one_value = start.lstrip().startswith("[")
         file.seek(0)
@@ -124,17 +124,17 @@ def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[An
 
 
 def _listed(value: Any) -> list[Any] | None:
-    """The one list of objects that an object holds; None where it holds none, or several."""
+    """The only list of objects in an object; None if there is none, or several."""
     if not isinstance(value, dict):
         return None
     lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
-    # A chat's messages are such a list too, and belong to one row.
+    # A chat's messages are a list of objects too, but belong to one row.
     return lists[0] if len(lists) == 1 and not _is_chat(lists[0][0]) else None
 
 
 def transposed(value: Any) -> list[dict] | None:
-    """The rows of an object of equally long columns, as pandas and `to_dict` write them:
-    `{"problem": ["…"]}`, `{"problem": {"0": "…"}}`, or `{"0": {"problem": "…"}}`."""
+    """The rows of an object that holds columns of equal length, as pandas' `to_dict` makes it:
+    `{"problem": ["…"]}`, `{"problem": {"0": "…"}}`, or `{"0": {"problem": "…"}}`; else None."""
     columns = list(value.values()) if isinstance(value, dict) else []
     if columns and all(isinstance(c, dict) and c.keys() == columns[0].keys() for c in columns):
         if all(map(str.isdecimal, value)):
@@ -143,7 +143,7 @@ def transposed(value: Any) -> list[dict] | None:
     if not all(isinstance(c, list) and c and len(c) == len(columns[0]) for c in columns):
         return None
     if not any(isinstance(column[0], str) for column in columns):
-        return None  # a chat of one row, or several lists of objects
+        return None  # one row's chat, or several lists of objects
     return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
@@ -157,22 +157,22 @@ def _line(line: str, number: int, expected: str, section: str, name: str) -> Any
         return json.loads(line, object_pairs_hook=each_once)
     except json.JSONDecodeError as error:
         said = f"is not valid JSON ({error.msg} at column {error.colno}); expected {expected}"
-    except (ValueError, RecursionError) as error:  # an endless number, or nesting without end
+    except (ValueError, RecursionError) as error:  # a number too long, or nesting too deep
         said = f"cannot be read ({error})"
     raise UserError(f"{where} {said}")
 
 
 def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]:
-    """Rows under the names of the first line. All values are text."""
+    """Reads rows; the first line names the columns. All values are text."""
     csv.field_size_limit(1 << 30)
     reader = csv.reader(file, delimiter=delimiter, strict=True)
     try:
         names = next(reader, [])
-        # `;` is used where decimals have commas, and .csv files are written with tabs.
+        # .csv files may be separated by `;`, where decimals have commas, or by tabs.
         if len(names) == 1 and (other := next((c for c in ";\t" if c in names[0]), None)):
             reader = csv.reader(file, delimiter=other, strict=True)
             names = names[0].split(other)
-        named = [name for i, name in enumerate(names) if name or i]  # pandas' index has no name
+        named = [name for i, name in enumerate(names) if name or i]  # drop pandas' unnamed index
         if len(set(named)) != len(named) or "" in [name.strip() for name in named]:
             raise UserError(f"{where}: its first line must name the columns, each once: {names}")
         for values in reader:
@@ -199,7 +199,7 @@ def _parquet(path: Path, section: str) -> Iterator[Any]:
             (reply,) = workers.answers([b""])
             if isinstance(reply, Ended):
                 raise UserError(f"{said}: a few of its rows take too much ({reply.why})")
-            rows = pickle.loads(reply)  # of our own process
+            rows = pickle.loads(reply)  # made by our own process
             room -= len(reply) + 64 * len(rows)
             if room < 0:
                 raise UserError(f"{said}: {TOO_MUCH}")

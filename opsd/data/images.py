@@ -1,7 +1,7 @@
-"""Images in rows, as their source has them: encoded, until a model asks for their pixels.
+"""Read the images of rows. They stay encoded until a model needs their pixels.
 
-They are a stranger's. Only PNG, JPEG and WebP are opened, the size of a picture is read before its
-pixels are, no address is followed, and a path stays inside the directory of its file.
+Images are untrusted: only PNG, JPEG and WebP are opened, an image's size is checked before its
+pixels are read, URLs are not followed, and a path must stay inside the directory of its data file.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_BYTES, MOST_PIXELS = 1 << 26, 1 << 25
-"""Of an image, encoded and not: 32 Mi pixels take 100 MB."""
+"""Limits of an image, encoded and decoded: 32 Mi pixels take 100 MB."""
 
 MARK = f"\u2042{secrets.token_hex(8)}\u2042"
-"""An image's place in a filled-in template. No row can know it."""
+"""Marks an image's place in a rendered template. It is random, so that no row can contain it."""
 
 
 class UnreadableImageError(ValueError):
-    """An image that cannot be shown; the message says why."""
+    """An image cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class RowImage:
-    """An encoded image, or the file that holds it; its digest is that of the encoded bytes."""
+    """An encoded image, or the path of its file. digest: a hash of the encoded bytes."""
 
     source: bytes | Path
     digest: str
 
     def pixels(self) -> Image.Image:
-        """The image in RGB, turned as its camera was held. Raises UnreadableImageError."""
+        """Decode to RGB, rotated as its EXIF data say. Raises UnreadableImageError."""
         data = _bytes(self.source)
         if _digest(data) != self.digest:
             raise UnreadableImageError(f"{str(self.source)!r} has changed since it was read first")
@@ -51,12 +51,12 @@ class RowImage:
 
 
 def read_images(value: Any, base: Path | None) -> tuple[RowImage, ...]:
-    """The images of a column: one, a list of them, or none.
+    """Read the images of a column's value: one, a list of them, or none.
 
-    value: encoded bytes, datasets' {"bytes", "path"}, an image of Pillow's, or a path.
-    base: the directory in which paths begin and stay; None: of a source that has none.
+    value: encoded bytes, datasets' {"bytes", "path"}, a Pillow image, or a path.
+    base: the directory that paths are relative to and must stay in; None if the source has none.
 
-    Raises UnreadableImageError for what is no image, or too large; no pixels are read.
+    Raises UnreadableImageError for what is no image, or too large; decodes no pixels.
     """
     values = value if isinstance(value, list | tuple) else [value]
     images = []
@@ -115,10 +115,10 @@ def _bytes(source: bytes | Path) -> bytes:
 
 
 def _opened(data: bytes) -> Image.Image:
-    """The image, of which only the head has been read."""
+    """Open an image; reads only its header. Raises UnreadableImageError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which are bounded here
+            warnings.simplefilter("ignore")  # Pillow warns of sizes, which we limit ourselves
             image = Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise UnreadableImageError(f"has too many pixels (at most {MOST_PIXELS:,})") from None

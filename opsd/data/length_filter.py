@@ -1,7 +1,7 @@
-"""Which rows fit the model's window with their answer. A row is left out or refused, never cut.
+"""Find the rows that, with their answers, fit the model's window. Rows are never truncated: those
+that do not fit are left out or refused.
 
-A row is tokenised only where its size leaves in doubt whether it fits.
-"""
+A row is tokenised only if a bound by its size leaves in doubt whether it fits."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,31 +11,31 @@ from opsd.common.errors import UserError
 from opsd.data.prompts import BATCH, Prompts, UnreadableRowError
 from opsd.data.rows import Row
 
-NAMED_ROWS = 10  # that are too long, in the note that counts them
+NAMED_ROWS = 10  # at most this many rows that are too long are named in a note
 
 
 def fitting_rows(
     rows: Sequence[Row],
     prompts: Prompts,
-    roles: Collection[str],  # those whose contexts are trained on and can be made of a row alone
-    answer: int | None,  # tokens of the longest answer; None: a row's own target is its answer
+    roles: Collection[str],  # those whose contexts training uses and a row alone determines
+    answer: int | None,  # tokens of the longest answer; None: a row's target is its answer
     window: int | None,
     note: Callable[[str], None],
-    # Called with the number of rows that were checked since the last call
+    # Called with the number of rows checked since the last call
     advance: Callable[[int], None] = lambda rows: None,
     # Called with each row's number, from 1, and the row
     check: Callable[[int, Row], None] = lambda number, row: None,
 ) -> list[Row]:
-    """The training rows whose longest context and answer are `window` tokens at most (None: any).
+    """The training rows whose longest context and answer have at most `window` tokens (None: all).
 
-    The others are an error, or left out, counted and named by `note`, as `prompts.too_long` says.
+    By `prompts.too_long`, other rows raise UserError, or are left out, counted and named by `note`.
     """
     needed = []
     with _numbered(rows, "data.source: row"):
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
             for role in roles:
-                prompts.rendered(batch, role)  # which the next lines ask for
+                prompts.rendered(batch, role)  # all at once; the next lines use them
             for number, row in enumerate(batch, start=start + 1):
                 check(number, row)
             doubtful = []
@@ -60,10 +60,10 @@ def fitting_held_out(
     source: str,
     note: Callable[[str], None],
 ) -> list[Row]:
-    """`fitting_rows` of the held-out problems, which stand in the field `source`.
+    """Like `fitting_rows`, for the held-out problems; source: the config field that names them.
 
-    The first `in_both` that fit (None: all) must fit in `teacher_role`'s context too, since a
-    teacher answers them or scores their answers. Raises UserError where none is left.
+    The first `in_both` of them (None: all) must also fit with `teacher_role`'s context, since a
+    teacher answers them or scores their answers. Raises UserError if none is left.
     """
     if window is None and not prompts.may_be_unreadable:
         return list(rows)
@@ -85,7 +85,7 @@ def fitting_held_out(
 
 @contextmanager
 def _numbered(rows: Sequence[Row], what: str) -> Iterator[None]:
-    """Says which of the rows it is that cannot be read."""
+    """Adds the row's number to an UnreadableRowError."""
     try:
         yield
     except UnreadableRowError as error:
@@ -97,7 +97,7 @@ def _numbered(rows: Sequence[Row], what: str) -> Iterator[None]:
 def tokens_needed(
     rows: Sequence[Row], prompts: Prompts, roles: Iterable[str], answer: int | None
 ) -> list[int]:
-    """The tokens of each row's longest context and of its answer; see `fitting_rows`."""
+    """For each row, the tokens of its longest context and its answer; see `fitting_rows`."""
     needed = [0] * len(rows)
     for role in roles:
         contexts = prompts.lengths(rows, role)
@@ -110,7 +110,7 @@ def tokens_needed(
 def _doubtful(
     rows: Sequence[Row], prompts: Prompts, roles: Iterable[str], answer: int | None, window: int
 ) -> list[Row]:
-    """The rows that may not fit by the bound on their tokens; as for `fitting_rows`."""
+    """The rows that may not fit, by an upper bound on their tokens; see `fitting_rows`."""
     fits = dict.fromkeys(map(id, rows), True)
     for role in roles:
         contexts = prompts.longest(rows, role)
@@ -129,7 +129,7 @@ def _within(
     what: str,
     note: Callable[[str], None],
 ) -> list[Row]:
-    """The rows that need `window` tokens at most; the others are an error, or counted and named."""
+    """The rows that need at most `window` tokens. Others raise UserError or are noted."""
     left = [(number, n) for number, n in enumerate(needed, start=1) if n > window]
     if left:
         number, most = left[0]

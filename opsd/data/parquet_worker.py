@@ -1,6 +1,6 @@
-"""What a worker process (`workers`) of a parquet file does: read it, some rows at a time.
+"""The work of a worker process (see `workers`) that reads a parquet file, some rows at a time.
 
-A few bytes of such a file can stand for a billion values, which the kernel's limits alone bound.
+A few bytes of such a file can stand for a billion values: only the kernel's limits bound them.
 """
 
 import pickle
@@ -16,8 +16,8 @@ ROWS = 64
 
 
 def make(path: str) -> Callable[[bytes], bytes]:
-    """What answers each job with the next rows, pickled: none at the end, a text for an error."""
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # others take addresses in advance
+    """Returns the function that answers a job: next rows, [] at the end, or an error, pickled."""
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # other pools reserve address space
     batches = _batches(path)
 
     def answer(job: bytes) -> bytes:
@@ -25,7 +25,7 @@ def make(path: str) -> Callable[[bytes], bytes]:
             return pickle.dumps(next(batches, []))
         except MemoryError:
             raise
-        except Exception as error:  # whatever a damaged file provokes
+        except Exception as error:  # a damaged file can raise anything
             return pickle.dumps(in_short(error))
 
     return answer

@@ -1,15 +1,15 @@
-"""Dataset rows → the student's and the teacher's contexts, as token ids.
+"""Render dataset rows as the student's and the teacher's contexts, and tokenise them.
 
-Both roles see a user message made from a Jinja template over the row's columns, put through the
+Both roles see a user message, rendered by a Jinja template from the row's columns, inside of the
 model's own chat template. A rollout's tokens are appended to both contexts as ids: nothing is ever
 decoded and tokenised again.
 
 The teacher's template may also use `rollout`, which the teacher is to score, and `peers`, the
-problem's other rollouts. It is then filled in for each rollout; if empty, nothing is taught. With
-`prompts.majority` so is one that uses `solution` or `answer`, which a row may lack.
+problem's other rollouts. It is then rendered for each rollout; if it is empty, nothing is trained.
+With `prompts.majority` this also holds for one that uses `solution` or `answer`: a row may lack it.
 
-A template shows a row's images where it says `images`; ours show them first. A context with images
-is made anew at each use, by the model's processor (`tokenizer.images`).
+A template shows a row's images by the variable `images`; our templates show them first. A context
+with images is not cached: the model's processor (`tokenizer.images`) makes it at each use.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ if TYPE_CHECKING:
 
 
 BATCH = 256
-"""Texts that are tokenised at once."""
+"""The number of texts to tokenise at once."""
 
 KEPT_TOKENS = 1 << 26
-"""Tokens of rows that are remembered: 256 MiB. What comes later is tokenised at each use."""
+"""The most tokens to cache, 256 MiB; further rows are tokenised at each use."""
 
 MESSAGE = "\u2042the message\u2042"
-"""A message whose place in a chat template's text is looked for."""
+"""A message for finding out where a chat template writes the message."""
 
 ESCAPED_MESSAGE = MESSAGE + "\\\"'<&>\n\tA"
-"""The same, with characters that a template may escape."""
+"""The same message, with characters that a template may escape."""
 
 
 IMAGES = "{{ images }}"
@@ -57,7 +57,7 @@ IMAGES = "{{ images }}"
 
 
 class UnreadableRowError(UserError):
-    """A row's text has a token that the model, or its teacher, cannot be given."""
+    """A row's text has a token that the student's or the teacher's vocabulary lacks."""
 
     def __init__(self, row: Row, message: str):
         super().__init__(message)
@@ -66,9 +66,9 @@ class UnreadableRowError(UserError):
 
 @dataclass(frozen=True)
 class Context:
-    """One problem as each role sees it: token ids that end where the solution is to begin.
+    """A problem's context for each role: token ids that end where the answer begins.
 
-    A teacher's is None where it is made of rollouts. others: by their names in prompts.contexts.
+    A teacher's is None if its template uses rollouts. others: name in prompts.contexts → ids.
     """
 
     student: list[int]
@@ -76,16 +76,16 @@ class Context:
     others: Mapping[str, list[int] | None] = field(default_factory=dict)
 
     def of(self, role: str) -> list[int] | None:
-        """The context of one role."""
+        """The context of a role: student, teacher or a name in prompts.contexts."""
         return self.others[role] if role in self.others else getattr(self, role)
 
 
 class Prompts:
-    """Renders and tokenises rows for one tokenizer, each row once a role.
+    """Renders and tokenises rows for one tokenizer, each row once per role.
 
-    A row's ids are remembered under the row object itself, not under what it says.
+    Caches a row's ids by the row object's identity, not by its content.
 
-    Raises UserError for templates that cannot work.
+    Raises UserError for invalid templates.
     """
 
     def __init__(self, section: PromptsSection, tokenizer: PreTrainedTokenizerBase):
@@ -108,15 +108,15 @@ class Prompts:
         teachers = ("teacher", *section.contexts)
         late = ROLLOUT_NAMES | (frozenset() if section.majority is None else SOLUTION_NAMES)
         self.over_rollouts = [r for r in teachers if names(self.templates[r]) & late]
-        # What a row needs so as not to need a majority.
+        # The texts without which a row needs a majority.
         shown = (names(self.templates[role]) for role in self.over_rollouts)
         self._solution = SOLUTION_NAMES & late & frozenset().union(*shown)
         for name, template in self.templates.items():
             check_template(self.field(name), template)
-        # By role and the row's id(); the row beside its ids, so that no other row gets its id().
+        # (role, id(row)) → (row, ids); holding the row keeps its id() from being used again.
         self._known: dict[tuple[str, int], tuple[Row, array]] = {}
         self._known_tokens = 0
-        # By template and id(), the last call's rows beside their texts.
+        # Template's name → {id(row): (row, text)} of the last call.
         self._rendered: dict[str, dict[int, tuple[Row, str]]] = {}
         self._bound = token_bound(tokenizer)
         self._without_row = tokens_without_row(tokenizer)
@@ -136,16 +136,16 @@ class Prompts:
         return found
 
     def context(self, row: Row) -> Context:
-        """The ids of both roles' contexts for this row."""
+        """The ids of all roles' contexts for this row."""
         return self.contexts([row])[0]
 
     @property
     def may_be_unreadable(self) -> bool:
-        """Whether there are tokens that no text may have."""
+        """Whether there are tokens that no row's text may contain."""
         return bool(self._without_row or self._teachers_alone)
 
     def field(self, name: str) -> str:
-        """How a config names a template."""
+        """The config field of a template."""
         return f"prompts.contexts.{name}" if name in self.section.contexts else f"prompts.{name}"
 
     def contexts(self, rows: Sequence[Row]) -> list[Context]:
@@ -180,15 +180,14 @@ class Prompts:
         return self.all_ids([row], f"{role} target")[0]
 
     def lengths(self, rows: Sequence[Row], role: str) -> list[int]:
-        """How many ids each row has in a role; "student target": of what follows its context."""
+        """The number of ids of each row's context; role "student target": of its target."""
         return [len(ids) for ids in self._tokenised(rows, role)]
 
     def longest(self, rows: Sequence[Row], role: str) -> list[int | None]:
-        """No fewer than `ids` of each row has, found without tokenising; None where nothing can be
-        said.
+        """An upper bound on `lengths`, found without tokenising; None for a row without a bound.
 
-        The chat template is taken to copy the message and to add constants of its own. Raises
-        UserError where a row cannot be rendered.
+        It assumes that the chat template copies the message and adds constants. Raises UserError
+        if a row cannot be rendered.
         """
         role, _, target = role.partition(" ")
         messages = self.rendered(rows, "target" if target else role)
@@ -205,10 +204,10 @@ class Prompts:
         ]
 
     def _chat_size(self, role: str) -> tuple[int, int] | None:
-        """How often a role's chat template writes the message, and the most tokens beside it.
+        """(how often a role's chat template writes the message, the most tokens that it adds).
 
-        What a template adds for one message and not for another are constants in it, so its own
-        size is added for each message. None where the message is not written as it is.
+        What a template adds for some messages only are constants in it, so the bound includes the
+        template's own size. None if the template changes the message.
         """
         text = self._text(MESSAGE, role)
         copies = text.count(MESSAGE)
@@ -220,7 +219,7 @@ class Prompts:
         return copies, self._bound(more)
 
     def _tokenised(self, rows: Sequence[Row], role: str) -> Iterator[array]:
-        """Each row's ids, in order; those that are not known yet are tokenised in batches."""
+        """Yields each row's ids, in order; tokenises rows that are not cached in batches."""
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
             new = {id(row): row for row in batch if (role, id(row)) not in self._known}
@@ -286,13 +285,13 @@ class Prompts:
             raise UnreadableRowError(row, said) from None
 
     def ending(self, role: str) -> str:
-        """What stands between one role's message and its answer: the generation prompt, with what
-        it says of thinking, and the prefill."""
+        """The text between a role's message and its answer: the generation prompt, which may open
+        or close a thought, and the prefill."""
         return self._text(MESSAGE, role).rpartition(MESSAGE)[2]
 
     def different_endings(self) -> str | None:
-        """What to tell where the two roles begin their answers differently, as with
-        enable_thinking for one of them; None where they begin alike."""
+        """A note if the roles' contexts end differently, as with enable_thinking for only one of
+        them; None if they end alike."""
         student, teacher = self.ending("student"), self.ending("teacher")
         if student == teacher:
             return None
@@ -303,11 +302,11 @@ class Prompts:
         )
 
     def unsolved(self, row: Row) -> bool:
-        """Whether a row lacks a text for which its rollouts' majority is to stand."""
+        """Whether a row lacks a text that its rollouts' majority answer has to replace."""
         return not all(row.texts[name].strip() for name in self._solution)
 
     def solved(self, row: Row, answer: str) -> Row:
-        """The row with its rollouts' majority in the place of what it lacks."""
+        """A copy of the row with the rollouts' majority answer for each text that it lacks."""
         return replace(
             row,
             solution=row.solution or f"\\boxed{{{answer}}}",
@@ -317,7 +316,7 @@ class Prompts:
     def teacher_of(
         self, row: Row, rollout: Any, peers: Sequence[Any], role: str = "teacher"
     ) -> list[int] | None:
-        """The ids of a teacher's context for one rollout; None where its message is empty."""
+        """The ids of a teacher's context for one rollout; None if its message is empty."""
         for name in ROLLOUT_NAMES & row.columns.keys() & names(self.templates[role]):
             raise UserError(
                 f"{self.field(role)} uses {name!r}, which is a column of the data too: rename the "
@@ -340,7 +339,7 @@ class Prompts:
         return ids
 
     def _text(self, message: str, role: str, row: Row | None = None) -> str:
-        """A role's whole context as text: the chat template around the message, and the prefill."""
+        """A role's whole context as text: the chat template with the message, and the prefill."""
         history = () if row is None else row.history
         return self.chats[role].context(message, self._system(role), history)
 
@@ -349,11 +348,11 @@ class Prompts:
         return self.section.system if own is None else own
 
     def render(self, row: Row, name: str, **more: Any) -> str:
-        """The filled-in template of that name; `more`: what it may use beside the columns."""
+        """Render the template `name` for a row; more: variables in addition to the columns."""
         return self.rendered([row], name, **more)[0]
 
     def rendered(self, rows: Sequence[Row], name: str, **more: Any) -> list[str]:
-        """`render` of each row. Those of the last call for several are remembered."""
+        """Render the template for each row; caches the texts of the last call for several rows."""
         known = {} if more else self._rendered.get(name, {})
         template = self.templates[name]
         used, new = names(template), [row for row in rows if id(row) not in known]
@@ -381,7 +380,7 @@ class Prompts:
 
 
 def tokens_without_row(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The tokens for which the model's embedding has no row, as the image token of Gemma 3 1B."""
+    """Tokens without a row in the model's embedding, such as Gemma 3 1B's image token: → ids."""
     rows = getattr(tokenizer, "embedding_rows", None)
     if rows is None or max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder]) < rows:
         return {}

@@ -1,7 +1,7 @@
-r"""What a dataset's answer column says: the bare final answer, or why it cannot be told.
+r"""Extract the bare final answer from a dataset's answer column, or say why there is none.
 
-A reference that is misread pays for wrong answers in every step of a run, so what is not
-understood is refused before the run begins, by row and column.
+A misread reference would reward wrong answers in every step of a run. So an unclear reference is
+refused before the run begins, by row and column.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STATED = re.compile(
     re.IGNORECASE,
 )
 _CORRECT = re.compile(r"(?:option |choice )?(\(?[A-J]\)?) is (?:correct|right|the answer)\.?", re.I)
-# What datasets write where they have no answer; NuminaMath has `proof` and `notfound`.
+# What datasets write for a missing answer; NuminaMath writes `proof` and `notfound`.
 _NOTHING = re.compile(
     r"[\s?.!_*-]+|#?n/a|tbd|todo|nan|null|unknown|"
     r"(?:answer )?not ?(?:found|provided|given|available)|"
@@ -42,11 +42,11 @@ _UNFINISHED = re.compile(
 
 
 class Unreadable(ValueError):
-    """The reference names no final answer; the message completes "the reference …"."""
+    """The reference has no clear final answer; the message completes "the reference …"."""
 
 
 def final_answer(text: str) -> str:
-    """The bare final answer. Raises Unreadable where there is none, or more than one reading.
+    """The bare final answer. Raises Unreadable if there is none, or several candidates.
 
     >>> final_answer("2 + 3 = 5\\n#### 5"), final_answer("['3', '5']")
     ('5', '3, 5')
@@ -84,7 +84,7 @@ def _found(text: str) -> str:
     if (several := _list_in_a_string(text)) is not None:
         return several
     end = re.sub(r"\s+", lambda blank: "\n" if "\n" in blank[0] else " ", text[-300:])
-    while stated := _STATED.search(end):  # which takes the cube of a long blank's time
+    while stated := _STATED.search(end):  # cubic in the length of a blank: `end` has short ones
         text = end = stated[1].strip()
     if said := _CORRECT.fullmatch(text) or _BOLD.fullmatch(text):
         return said[1].strip()
@@ -92,7 +92,7 @@ def _found(text: str) -> str:
 
 
 def _after_hashes(text: str) -> str:
-    """GSM8K's `#### 5`. Where several lines have the mark, one has to name a number."""
+    """The answer after GSM8K's mark, `#### 5`. Of several different ones, one must be a number."""
     said = [part.strip().split("\n")[0].strip() for part in text.split("####")[1:]]
     said = [part for part in said if part]
     if len(set(said)) > 1:
@@ -104,7 +104,7 @@ def _after_hashes(text: str) -> str:
 
 
 def _list_in_a_string(text: str) -> str | None:
-    """`['3', '5']` and `["A"]`: what str() makes of a list. `[3, 5]` may be an interval."""
+    """The answers in a list's str(), `['3', '5']`; None without quotes: `[3, 5]` can be a range."""
     if text[:1] not in "[(" or text[-1:] not in "])" or not ("'" in text or '"' in text):
         return None
     if len(text) > MOST_CHARACTERS:
@@ -122,7 +122,7 @@ def _list_in_a_string(text: str) -> str | None:
 
 
 def unreadable(answer: str) -> str | None:
-    """Why a bare answer is none: it is prose, or cut off. None for an answer."""
+    """Why a text is no bare answer: it is prose, or truncated. None if it is one."""
     if _is_prose(answer):
         return "is prose that names no final answer by itself"
     stripped = re.sub(r"\\[{}]", "", answer)
@@ -133,7 +133,7 @@ def unreadable(answer: str) -> str | None:
 
 
 def _is_prose(text: str) -> bool:
-    """Whether it tells how the answer is found: sentences, lines, numbers in between."""
+    """Whether a text explains how to find the answer: it has sentences or lines, and numbers."""
     words = _WORD.findall(text)
     telling = any(word.lower() in _TELLING for word in words)
     least = 2 if telling and _SENTENCES.search(text) else 4

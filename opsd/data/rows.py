@@ -1,8 +1,8 @@
-"""Problems with their solutions and answers, from wherever they are kept (`sources.py`), or from
-Python: a list of dicts, a `datasets.Dataset`. A row may hold a chat instead (`chats.py`).
+"""Read rows, problems with solutions and answers, from a source (`sources.py`) or from Python
+objects: a list of dicts, a `datasets.Dataset`. A row may hold a chat instead (`chats.py`).
 
-What is wrong with a source is a UserError that names the field (`data.columns`, say), what it was
-and what it may be. Heavy libraries are imported by the functions that need them.
+For a bad source it raises UserError, naming the field (such as `data.columns`), its value and what
+it may be. Heavy libraries are imported by the functions that need them.
 """
 
 from __future__ import annotations
@@ -50,31 +50,31 @@ USUAL = {
     "answer": ("final_answer", "expected_answer", "ground_truth", "target", "label", "solution"),
     "images": ("image", "pictures"),
 }
-"""What others call our columns; only messages say so."""
+"""Our column → usual names elsewhere, which error messages suggest."""
 
 NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
-"""Columns without which a problem is not the same, and which no prompt shows."""
+"""Columns without which a problem is incomplete; prompts show only the images of columns.images."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One problem. `columns` is the row as its source has it, for templates.
+    """One problem. columns: all columns of the source, for templates.
 
-    `answer` is the bare final answer (`opsd.data.references`): what follows `####` in an answer
-    written as GSM8K's, or what the last `\\boxed{}` holds, where the source's answer has either. A
-    column that the caller does not require and the source does not have is "".
+    answer: the bare final answer (`opsd.data.references`): if the source's answer has GSM8K's
+    `####` or a `\\boxed{}`, the text after the mark or the content of the last box. A text that is
+    not required and that the source lacks is "".
     """
 
     problem: str
     solution: str
     answer: str
     columns: dict[str, Any]
-    history: tuple[dict[str, str], ...] = ()  # messages of its chat before the problem
+    history: tuple[dict[str, str], ...] = ()  # the chat's messages before the problem
     images: tuple[RowImage, ...] = ()
 
     @property
     def texts(self) -> dict[str, str]:
-        """Its three texts by name."""
+        """The problem, solution and answer, by name."""
         return {"problem": self.problem, "solution": self.solution, "answer": self.answer}
 
     @property
@@ -86,7 +86,7 @@ class Row:
 
 
 class IncompleteRowError(UserError):
-    """A row lacks the text of a column that is required."""
+    """A row lacks a required text, or has one that cannot be used."""
 
 
 def load_rows(
@@ -105,20 +105,20 @@ def load_rows(
     skip_incomplete: bool = False,
     note: Callable[[str], None] | None = None,
 ) -> list[Row]:
-    """The rows of a source, in its order.
+    """Read the rows of a source, in its order.
 
     source: a file, a directory saved by `datasets`, a hub name, reasoning_gym:<task>, or records.
-    columns: our name → theirs, for any of problem, solution, answer; dots reach inside. A column
-        that holds a chat gives its last user message as the problem, the assistant's as the
-        solution; without a column `problem`, chats' and Alpaca's are tried. images: theirs that
-        holds an image or several (`images.read_images`); without it a row with any is refused.
-    split: or else `default_split`. seed, size: for reasoning_gym (default 1000, or `limit`).
+    columns: problem, solution, answer or images → the source's column; dots reach into a column. Of
+        a chat, the last user message is the problem and the assistant's last one the solution;
+        without a column `problem`, usual columns of chats and Alpaca's are tried. images: a column
+        of one or several images (`images.read_images`); without it rows with images are refused.
+    split: by default `default_split`. seed, size: for reasoning_gym (default 1000, or `limit`).
     options: for reasoning_gym the task's own; for the hub `name` (configuration) and `revision`.
-    require: the columns that each row must have, with some text in it; a number is an answer.
-    section: the config's, for messages. graded: each required answer must name a final answer.
+    require: the columns that must have text in each row; a number is an answer too.
+    section: the config's, for messages. graded: each required answer must have a final answer.
     skip_incomplete: leave out rows without a required text, and count them by `note`.
 
-    Raises UserError for a source that is not there, rows without a required column, no rows.
+    Raises UserError if the source is missing or has no rows, or a row lacks a required column.
 
     >>> from pathlib import Path
     >>> _ = Path("rows.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}')
@@ -157,7 +157,7 @@ def load_rows(
         base = place if place.is_dir() else place.parent if place.exists() else None
     check_no_split(source, split, section)
     theirs |= columns
-    # reasoning_gym's answers are whatever its task says they are.
+    # A reasoning_gym task decides itself what an answer is.
     graded = graded and "answer" in require and not source.startswith(REASONING_GYM)
     table = file_type(Path(source)) in TABLES
     told = source, section, graded, table, base
@@ -184,10 +184,10 @@ def load_rows(
 
 
 def mixture(sources: Sequence[tuple[Sequence[Row], float]], seed: int) -> list[Row]:
-    """The rows of all sources, each source's as often as its weight says.
+    """The rows of all sources, each source repeated by its weight.
 
-    A weight of 2 has each row twice, one of 0.5 a half of them, drawn by `seed`; 1.5 has all of
-    them and a half again. A source of a positive weight keeps one row at least.
+    A weight of 2 repeats each row twice; 0.5 takes half of the rows, drawn by `seed`; 1.5 takes all
+    rows and half of them again. A source with a positive weight keeps at least one row.
     """
     mixed: list[Row] = []
     for number, (rows, weight) in enumerate(sources):
@@ -202,10 +202,10 @@ def mixture(sources: Sequence[tuple[Sequence[Row], float]], seed: int) -> list[R
 
 
 def split_rows(rows: Sequence[Row], heldout: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, heldout): `heldout` distinct problems drawn by `seed`, and every row of the others.
+    """(train, held out): draw `heldout` distinct problems by `seed`; train on all other rows.
 
-    No problem is in both, however often it occurs; see `Row.same_problem`.
-    Raises UserError if that would leave nothing to train on.
+    No problem is in both lists, even if several rows have it; see `Row.same_problem`.
+    Raises UserError if there would be nothing to train on.
     """
     first: dict[tuple[str, ...], int] = {}
     for index, row in enumerate(rows):
@@ -222,10 +222,10 @@ def split_rows(rows: Sequence[Row], heldout: int, seed: int) -> tuple[list[Row],
 
 @dataclass(frozen=True)
 class _Reader:
-    """Makes rows of a source's records.
+    """Makes rows from a source's records.
 
-    theirs: our column → the source's. mapped: those that the user has named; the first row must
-    have them. required: those with text in each row. table: all values are texts.
+    theirs: our column → the source's. mapped: columns that the user has named; the first row must
+    have them. required: columns that need text in each row. table: all values are strings.
     """
 
     theirs: Mapping[str, str]
@@ -238,7 +238,7 @@ class _Reader:
     base: Path | None  # where paths of images begin
 
     def row(self, record: Any, number: int) -> Row:
-        """The row of a record, the `number`-th. Raises UserError."""
+        """Make the row of record `number`, from 1. Raises UserError."""
         where = f"{self.section}.source: row {number} of {self.source!r}"
         if not isinstance(record, Mapping):
             raise UserError(f"{where} is {kind_of(record)}, not an object with columns")
@@ -300,7 +300,7 @@ class _Reader:
         else:
             chats = (read_chat(record.get(name)) for name in (*CHAT_COLUMNS, "prompt", "chosen"))
         chat = next(filter(None, chats), None) or (None if found else read_pair(record))
-        system = record.get("system")  # as ShareGPT's rows have it beside the chat
+        system = record.get("system")  # ShareGPT's rows have it in a separate column
         if chat is None or not isinstance(system, str) or not system.strip():
             return chat
         if any(message["role"] in ("system", "developer") for message in chat.history):
@@ -310,7 +310,7 @@ class _Reader:
     def _text(
         self, name: str, found: bool, value: Any, record: dict, number: int, where: str
     ) -> str:
-        """A column's text; "" where it has none and needs none."""
+        """A column's text; "" if it is missing and not required. Raises UserError."""
         column, required = self.theirs[name], name in self.required
         if name == "answer":
             value = _answer_as_text(value, self.table)
@@ -356,8 +356,8 @@ class _Reader:
 
 
 def _answer_as_text(value: Any, table: bool) -> Any:
-    """An answer as it is written: 8.0 is 8 (in a table, which holds texts alone, too), a list of
-    answers is each of them, and what pandas writes for none is None; other values as they are."""
+    """An answer as text: 8.0 becomes "8" (in a table also the string), a list is joined by commas,
+    and pandas' words for a missing value become None; other values are returned as they are."""
     several = isinstance(value, list | tuple) and value
     if several and all(isinstance(one, str | int | float) for one in value):
         texts = [_answer_as_text(one, table) for one in value]
@@ -380,8 +380,8 @@ def _has_half_pair(text: str) -> bool:
 
 
 def _reach(record: Any, column: str) -> tuple[bool, Any]:
-    """(whether it is there, the value) of a column whose name may reach inside with dots, and by
-    numbers into lists: -1 is a list's last. A text in JSON is what it says."""
+    """(whether the column exists, its value). Dots reach into objects, also those in JSON strings,
+    and numbers into lists: -1 is the last entry."""
     record = parsed(record)
     if isinstance(record, dict) and column in record:
         return True, record[column]

@@ -1,4 +1,4 @@
-"""The styles in which the quickstart's solutions may be written."""
+"""The styles of the quickstart's solutions."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Where rows come from: files, saved directories, the hub, or a generator of problems."""
+"""Read records from files, saved directories or the hub, or draw them from reasoning_gym."""
 
 import difflib
 import hashlib
@@ -25,7 +25,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def kind_of(value: Any) -> str:
-    """A value's kind in words, for a message."""
+    """A value's type in words, for a message."""
     kinds = {list: "a list", dict: "an object", float: "a fraction", bool: "true or false"}
     return kinds.get(type(value), f"of type {type(value).__name__}") + (
         f" ({value!r})" if isinstance(value, int | float) else ""
@@ -33,7 +33,7 @@ def kind_of(value: Any) -> str:
 
 
 def check_names(field: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raises UserError for a name that is not known, with the nearest that is."""
+    """Raises UserError for an unknown name, suggesting the nearest known one."""
     for name in given:
         if name not in known:
             hint, allowed = did_you_mean(str(name), known), ", ".join(map(repr, known)) or "none"
@@ -43,7 +43,7 @@ def check_names(field: str, given: Iterable[str], known: Sequence[str]) -> None:
 def stored(
     source: str, split: str | None, default: str, options: dict, section: str
 ) -> Iterable[Any]:
-    """The records of a file, a saved directory or a hub dataset; of splits the `default`."""
+    """The records of a file, a saved directory or a hub dataset, by default of split `default`."""
     path = Path(os.path.expanduser(source))
     if path.exists():
         check_names(f"{section}.options", options, ())
@@ -79,7 +79,7 @@ def encoded(data: Iterable[Any]) -> Iterable[Any]:
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is on the hub, or of a generator: neither a file nor written like one."""
+    """Whether a source is on the hub or from a generator: no file, and no name like a file's."""
     path = Path(os.path.expanduser(source))
     if source.startswith(REASONING_GYM):
         return True
@@ -88,7 +88,7 @@ def is_remote(source: str) -> bool:
 
 
 def check_no_split(source: str, split: str | None, section: str) -> None:
-    """Raises UserError for a split of a source that has none."""
+    """Raises UserError if a split is given: this source has none."""
     if split is not None:
         raise UserError(
             f"{section}.split is {split!r}: {source!r} has no splits; leave it out, or name the "
@@ -105,10 +105,10 @@ def _saved_directory(path: Path, split: str | None, default: str, section: str) 
         map(file_type, path.rglob("*"))
     )
     try:
-        if shards:  # which of its files are of which split, datasets knows
+        if shards:  # data files: `datasets` assigns them to splits
             return encoded(datasets.load_dataset(str(path), split=split or default))
         data = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever a damaged directory provokes
+    except Exception as error:  # a damaged directory can raise anything
         raise UserError(
             f"{section}.source: the directory {str(path)!r} was not saved by `datasets` "
             f"(Dataset.save_to_disk), has no files that it reads, or is damaged: {in_short(error)}"
@@ -147,7 +147,7 @@ def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
 
 
 def draw(source: str, size: int, seed: int, options: dict, section: str) -> Iterable[Any]:
-    """Problems of a reasoning_gym task."""
+    """Yields `size` problems of a reasoning_gym task. Raises UserError."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -181,17 +181,17 @@ def draw(source: str, size: int, seed: int, options: dict, section: str) -> Iter
 
 
 def _task_seed(task: str, seed: int) -> int:
-    """A seed far from those of neighbouring seeds.
+    """A seed for the library, far from those of neighbouring `seed`s.
 
-    The library draws problem i from seed + i: with the bare seeds 0 and 1, nearly all problems
-    would be the same, one place further on. 31 bits, since some tasks hand seed + i to numpy.
+    The library draws problem i from seed + i: with plain seeds 0 and 1 nearly all problems would be
+    the same, shifted by one. It has 31 bits, since some tasks pass seed + i to numpy.
     """
     digest = hashlib.blake2b(f"{task}:{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 33
 
 
 def _guarded(records: Iterable[Any], said: str) -> Iterator[Any]:
-    """The records. Raises UserError where the library that reads them fails, with whatever."""
+    """Yields the records; turns any exception of the library that reads them into a UserError."""
     try:
         yield from records
     except Exception as error:

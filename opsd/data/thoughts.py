@@ -1,13 +1,13 @@
-"""A completion's thought: its tags, where it ends, and so which part is graded. Needs no torch.
+"""Separate a completion's thought from the part that is graded. Needs no torch.
 
-One rule for training's reward, the held-out evaluation and `opsd eval`: what follows the thought is
-graded; nothing is where a thought was begun and never ended; all of a text without a thought.
+Training's reward, the held-out evaluation and `opsd eval` follow one rule: the text after the
+thought is graded; if the thought never ends, nothing; without a thought, the whole text.
 """
 
 import re
 from collections.abc import Iterable
 
-_NAME = "(?:[a-z_:]{0,30}think[a-z_]{0,30}|thought|reasoning)"  # NAME in the tags
+_NAME = "(?:[a-z_:]{0,30}think[a-z_]{0,30}|thought|reasoning)"  # replaces NAME in TAGS
 TAGS = {
     "<NAME>": "</NAME>",
     "[THINK]": "[/THINK]",  # Mistral
@@ -20,7 +20,7 @@ TAGS = {
     "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",  # gpt-oss
     "<|channel|>commentary": "<|channel|>final<|message|>",
 }
-"""What begins a thought, and what ends it."""
+"""Tag that begins a thought → tag that ends it."""
 
 
 def _pattern(tags: Iterable[str]) -> str:
@@ -35,9 +35,9 @@ _CLOSED = re.compile(rf"(?:(?:{BEGIN})\s*)?(?:{END})\s*$", re.IGNORECASE)
 
 
 def final_part(text: str, in_thought: bool = False) -> str:
-    """What is graded of a completion.
+    """The part of a completion that is graded.
 
-    in_thought: the context has begun the thought, as some chat templates do.
+    in_thought: the context already opens a thought, as some chat templates do.
 
     >>> final_part("<think>Perhaps \\\\boxed{6}? No.</think>It is \\\\boxed{7}.")
     'It is \\\\boxed{7}.'
@@ -51,7 +51,7 @@ def final_part(text: str, in_thought: bool = False) -> str:
 
 
 def split_thought(text: str) -> tuple[str, str]:
-    """The thought that an answer begins with, without its tags, and the rest; ("", text): none.
+    """(the thought at an answer's start, without tags; the rest). ("", text) without a thought.
 
     >>> split_thought("<think>\\nWe add.\\n</think>\\n\\nIt is 7.")
     ('\\nWe add.\\n', 'It is 7.')
@@ -72,12 +72,12 @@ def is_tag(text: str) -> bool:
 
 
 def without_empty_thought(text: str) -> str:
-    """The text without an empty thought that a template writes before the answer's own."""
+    """Remove an empty thought that a template writes before the answer's own thought."""
     return _EMPTY.sub("", text)
 
 
 def open_thought(text: str) -> tuple[str, str] | None:
-    """The tags of the thought that `text` leaves open, as ("<think>", "</think>"); None: none.
+    """The tags of the thought that `text` leaves open, such as ("<think>", "</think>"), or None.
 
     >>> open_thought("<|im_start|>assistant\\n<think>\\n")
     ('<think>', '</think>')
@@ -85,20 +85,20 @@ def open_thought(text: str) -> tuple[str, str] | None:
     True
     """
     tags = list(_BEGIN.finditer(text))
-    # Only what the text ends with counts: a problem may talk about such tags.
+    # Only a tag at the end of the text counts: a problem may mention such tags.
     if not tags or text[tags[-1].end() :].strip():
         return None
     return tags[-1].group(), _closing(tags[-1])
 
 
 def without_closed_thought(context: str) -> str | None:
-    """The context up to the thought that it closes at once, empty; None: it closes none."""
+    """The context without the empty thought at its end; None if it has none."""
     closed = _CLOSED.search(context)
     return context[: closed.start()] if closed else None
 
 
 def _closing(begun: re.Match) -> str:
-    """What ends the thought that this tag begins."""
+    """The tag that ends the thought that this tag begins."""
     tag = begun.group()
     known = {opening.lower(): closing for opening, closing in TAGS.items()}
     return known.get(tag.lower(), f"</{tag[1:]}")

@@ -1,7 +1,7 @@
-"""How many tokens a text has at most, by its size alone: a hundred times faster than tokenising it.
+"""Bound the number of a text's tokens by its size: a hundred times faster than tokenising it.
 
 Each token stands for at least one byte of the text that reaches a tokenizer's model. The factors
-here say by how much each step before it can make a text longer; one not listed has no bound.
+here bound how much each earlier step can lengthen a text; a step not listed has no bound.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 
 _NORMALISE = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 2, "StripAccents": 1}
-"""Growth in bytes of UTF-8 (Unicode's annex 15, table 6). ASCII stays as long as it is."""
+"""Normaliser → its growth in UTF-8 bytes (Unicode's annex 15, table 6). ASCII does not grow."""
 
 _MODELS = frozenset({"BPE", "Unigram", "WordPiece", "WordLevel"})
 
 _SPLIT = frozenset(
     "Split Digits Whitespace WhitespaceSplit Punctuation CharDelimiterSplit UnicodeScripts".split()
 )
-"""Pre-tokenizers that cut a text and add nothing to it."""
+"""Pre-tokenizers that split a text without adding anything."""
 
 
 def token_bound(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int] | None:
-    """A function text → no fewer than its tokens; None where nothing can be said."""
+    """A function that bounds a text's number of tokens from above; None if there is no bound."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ not in _MODELS:
         return None
     try:
         parts = filter(None, (backend.normalizer, backend.pre_tokenizer))
         steps = [json.loads(step.__getstate__()) for step in parts]
-    except Exception:  # a step that is written in Python
+    except Exception:  # a step written in Python
         return None
     growth = _growth({"type": "Sequence", "normalizers": steps}, backend.token_to_id)
     if growth is None:
@@ -48,7 +48,7 @@ def token_bound(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int] | No
 
 
 def _growth(step: dict[str, Any], token_to_id: Callable) -> tuple[int, int] | None:
-    """By how much a normaliser or pre-tokenizer makes (ASCII, any text) longer, at most."""
+    """The factors by which a step can lengthen (ASCII, any text); None without a bound."""
     kind = step["type"]
     if kind == "Sequence":
         parts = step.get("normalizers") or step.get("pretokenizers") or ()
@@ -60,9 +60,9 @@ def _growth(step: dict[str, Any], token_to_id: Callable) -> tuple[int, int] | No
         return 1, _NORMALISE[kind]
     if kind in _SPLIT:
         return 1, 1
-    if kind == "ByteLevel":  # a space before each piece, which has at least a byte
+    if kind == "ByteLevel":  # may add a space before each piece of at least one byte
         return (2, 2) if step.get("add_prefix_space") else (1, 1)
-    # A mark for a space has three bytes, but is one token where the vocabulary has it.
+    # A mark that replaces a space has three bytes, but is one token if it is in the vocabulary.
     if kind == "Replace" and step["pattern"] == {"String": " "}:
         return (1, 1) if token_to_id(step["content"]) is not None else None
     if kind == "Prepend":

@@ -1,6 +1,6 @@
-"""Whether an answer is right, and what a rollout earns for it.
+"""Decide whether answers are right, and compute the rollouts' rewards.
 
-`grader.Grader` owns the worker processes that compare answers and gives a `Grade` for each text. A
-`rewards.Verifier` scores completions against their rows, by a grader or by the user's function;
+`grader.Grader` owns the worker processes that compare answers and returns a `Grade` for each text.
+A `rewards.Verifier` scores completions against their rows, by a grader or by the user's function;
 `rewards.RewardFunction` turns these scores into `GradedRollout`s.
 """

@@ -1,4 +1,4 @@
-"""A rollout's text as graders and readers see it: a thought's tags stay, special tokens or not."""
+"""Decode rollouts for graders and readers: keep the tags of thoughts, even if special tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 _TAG_TOKEN = re.compile(rf"{BEGIN}|{END}|<\|(?:channel\|?|(?:message|start|end)\|)>", re.IGNORECASE)
-"""Special tokens that belong to a thought: `<think>` and its kin, and the channels of harmony."""
+"""Special tokens that mark a thought: `<think>` and similar tags, and gpt-oss' channels."""
 
 
 def completions(
@@ -23,9 +23,9 @@ def completions(
     rollouts: Sequence[Rollout],
     keep_special_tokens: bool = False,
 ) -> list[str]:
-    """The rollouts as text: without special tokens, but for those that mark a thought.
+    """Decode rollouts without special tokens, except those that mark a thought.
 
-    keep_special_tokens: with all of them, but for the one that ended the rollout.
+    keep_special_tokens: keep all of them except the one that ended the rollout.
     """
     added = tokenizer.added_tokens_decoder
     special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
@@ -35,6 +35,6 @@ def completions(
     for rollout in rollouts:
         ids = rollout.ids[:-1] if rollout.finished else rollout.ids
         if rollout.finished and rollout.ids[-1] not in special:
-            ids = rollout.ids  # ended by a token that is text
+            ids = rollout.ids  # an ordinary token ended it
         texts.append([token for token in ids if token not in left_out])
     return tokenizer.batch_decode(texts, skip_special_tokens=False)

@@ -1,10 +1,10 @@
-"""Is a completion's answer right?
+"""Grade completions: is the answer in the last `\\boxed{…}` right?
 
-The answer is what the completion's last `\\boxed{…}` holds. Equal strings, plain numbers and words
-decide at once, here; everything else is compared (`answers`) in a worker process. math-verify's own
-time limit needs the main thread, fails silently elsewhere and cannot interrupt one long computation
-(`9^{9^{9^9}}`), so the limit here is a kill: a hostile answer costs one worker and scores 0 with a
-reason (`opsd.common.workers`). Imports no torch, starts nothing until it must.
+Equal strings, plain numbers and words are compared here; everything else in a worker process
+(`answers`). math-verify's own time limit needs the main thread, fails silently elsewhere and cannot
+interrupt a long computation (`9^{9^{9^9}}`). So here the limit is a kill: a hostile answer costs a
+worker and scores 0 with a reason (`opsd.common.workers`). Imports no torch; workers start when
+first needed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from opsd.grading.answers.words import canonical, is_phrase, spelled_out
 
 @dataclass(frozen=True)
 class Grade:
-    """`extracted`: the content of the last box, None without one; `reason`: why, for people;
-    `failed`: there was no verdict (time, memory, size), which scores 0."""
+    """A completion's grade. reason: why, in words. extracted: the last box's content, None without
+    one. failed: there was no verdict, because of time, memory or size; it counts as wrong."""
 
     correct: bool
     reason: str
@@ -37,7 +37,7 @@ class Grade:
 
 
 def _grade_here(extracted: str, answer: str) -> Grade | None:
-    """The cheap cases; None where math-verify has to decide."""
+    """Decide the cheap cases; None if math-verify has to decide."""
     if extracted == answer.strip():
         return Grade(True, "the same text", extracted)
     for text, whose in ((extracted, "answer"), (answer, "reference")):
@@ -58,7 +58,7 @@ def _grade_here(extracted: str, answer: str) -> Grade | None:
     if too_large(given) or too_large(wanted):
         return Grade(False, "a number too large to compare", extracted, failed=True)
     if is_phrase(given) and is_phrase(wanted) and len(given) > 1 and len(wanted) > 1:
-        # math-verify reads words as products of letters: to it `listen` equals `silent`.
+        # math-verify reads words as products of letters, so that `listen` equals `silent`.
         equal = canonical(given) == canonical(wanted)
         several = {"and", "or"} & {*given.casefold().split(), *wanted.casefold().split()}
         spelled = spelled_out(given), spelled_out(wanted)
@@ -70,12 +70,11 @@ def _grade_here(extracted: str, answer: str) -> Grade | None:
 class Grader:
     r"""Grades completions against reference answers; a context manager that owns its workers.
 
-    timeout: seconds of CPU time for one answer (a busy machine takes longer);
-    workers: processes at most; memory_limit: bytes that each may take; strict: as
-    `loss.reward.strict` (opsd.grading.answers.strict). May be called from any
-    thread, one call at a time. Workers start when first needed, are replaced when they die, and end
-    with `close()`, with the object, or with this process. Raises UserError for numbers that cannot
-    be. How answers are compared: docs/evaluate.md.
+    timeout: seconds of CPU time for one answer (more time on a busy machine). workers: processes at
+    most. memory_limit: bytes that each may take. strict: as `loss.reward.strict`
+    (opsd.grading.answers.strict). Any thread may call it, one at a time. Workers start when first
+    needed, are replaced when they die, and end with `close()`, with the object, or with this
+    process. Raises UserError for invalid arguments. docs/evaluate.md says how answers are compared.
 
     >>> with Grader() as grader:
     ...     grades = grader.grade([r"So \boxed{1,024}.", "1024"], ["1024", "1024"])
@@ -111,11 +110,11 @@ class Grader:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers. The grader can be used again; it then starts new ones."""
+        """Ends the workers. If the grader is used again, it starts new ones."""
         self._workers.close()
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> list[Grade]:
-        """One Grade for each completion, in order. Equal pairs are judged once.
+        """Returns a Grade for each completion, in order. Equal pairs are compared once.
 
         Raises ValueError if the lengths differ or an answer is empty, UserError if math-verify
         cannot be started.
@@ -123,7 +122,7 @@ class Grader:
         if len(completions) != len(answers):
             raise ValueError(f"{len(completions)} completions for {len(answers)} answers")
         grades: list[Grade | None] = []
-        hard: dict[tuple[str, str], list[int]] = {}  # (extracted, answer) → where it occurs
+        hard: dict[tuple[str, str], list[int]] = {}  # (extracted, answer) → its indices
         for index, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
             if not answer.strip():
                 raise ValueError(f"answers[{index}] is empty")
@@ -144,7 +143,7 @@ class Grader:
         return grades
 
     def _judge(self, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[bool, str, bool]]:
-        """job → (correct, reason, failed), the workers busy side by side."""
+        """Maps each job to (correct, reason, failed); the workers run in parallel."""
         replies = self._workers.answers([json.dumps(job).encode() for job in jobs])
         why = {
             "time": f"no verdict within {self.timeout:g} s",

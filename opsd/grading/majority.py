@@ -1,5 +1,5 @@
-"""The answer on which most of a problem's rollouts agree: what stands for a solution where a row
-has none (U-OPSD, arXiv 2608.06296). Which answers are equal is the grader's to say."""
+"""Find the answer that most of a problem's rollouts give, to replace a missing solution (U-OPSD,
+arXiv 2608.06296). The grader decides which answers are equal."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from opsd.grading.grader import Grader
 
 LEAST = 2
-"""Votes: one rollout agrees with nobody."""
+"""The least votes of a majority: a single rollout agrees with nobody."""
 
 
 @dataclass(frozen=True)
 class Majority:
-    """answer: of the most rollouts, "" where there is none; why: there is none. share: of all
-    rollouts, those that give it, or its rivals each."""
+    """answer: the majority's, "" if there is none. share: the part of all rollouts that gives the
+    most frequent answer. why: the reason why there is no majority, one of WHY."""
 
     answer: str
     share: float
@@ -26,8 +26,8 @@ WHY = ("unanswered", "tied", "unsure")
 
 
 def majority(answers: Sequence[str | None], grader: Grader, agreement: float = 0.0) -> Majority:
-    """The vote of one problem's rollouts. A rollout without an answer, None or blank, votes for
-    none, and counts among all of which `agreement` is the least share."""
+    """Count the votes of one problem's rollouts. A rollout without an answer, None or blank, does
+    not vote. agreement: the least share of all rollouts, with or without an answer."""
     given = [answer.strip() for answer in answers if answer is not None and answer.strip()]
     if not given:
         return Majority("", 0.0, "unanswered")
@@ -47,7 +47,7 @@ def majority(answers: Sequence[str | None], grader: Grader, agreement: float = 0
 
 
 def groups_of_equals(texts: Sequence[str], same: Callable[[str, str], bool]) -> list[int]:
-    """For each text the number of its group of equals, by comparison with each group's first."""
+    """For each text, the number of its group of texts that `same` finds equal."""
     groups: dict[str, int] = {}
     heads: list[str] = []
     for text in texts:

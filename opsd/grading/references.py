@@ -1,4 +1,4 @@
-"""Whether a model could ever give a dataset's answers, told before the work starts."""
+"""Check before a run whether a model could give the answers of a dataset."""
 
 import math
 import re
@@ -11,14 +11,14 @@ from opsd.grading.answers.clean import clean
 from opsd.grading.answers.nodes import Unclear
 from opsd.grading.answers.read import read
 
-_LOOKED_AT = 500  # answers, which takes 0.1 s
+_LOOKED_AT = 500  # check at most this many answers, which takes 0.1 s
 
 
 def check_references(rows: Sequence[Row], field: str, note: Callable[[str], None]) -> None:
-    """Note how many of the reference answers equal only their own text; checks some of them.
+    """Note how many of some reference answers equal only their own text.
 
-    field: what names the answers' column. Raises UserError for an answer that is only a place among
-    its row's choices.
+    field: the config field of the answers' column. Raises UserError for an answer that is only the
+    number of one of its row's choices.
     """
     for number, row in enumerate(rows, start=1):
         name, choices = given_choices(row.columns)
@@ -40,6 +40,6 @@ def check_references(rows: Sequence[Row], field: str, note: Callable[[str], None
 
 
 def only_as_text(answer: str) -> str | None:
-    """Why a reference equals nothing but its own text; None where it is understood."""
+    """Why a reference equals only its own text; None if it is understood."""
     node = read(clean(answer))
     return node.why if isinstance(node, Unclear) and "dots" not in node.why else None

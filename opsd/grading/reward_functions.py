@@ -1,9 +1,9 @@
-"""Reward functions that Python code hands over, of two kinds.
+"""Use reward functions that Python code passes, of either of two kinds.
 
-TRL's is called once for all completions, by keywords: `prompts`, `completions` and each column of
-the rows as a list; it returns a number each, or None for a row that it does not judge. Ours, as a
-file's of loss.reward.verifier, is called with a completion and its row, and returns a number, or a
-number and a feedback. Of several the scores are added up.
+A function of TRL's kind is called once for all completions, with the keywords `prompts`,
+`completions` and each column of the rows, as lists; it returns a number for each, or None for a row
+that it does not judge. One of our kind, as in loss.reward.verifier, is called with a completion and
+its row, and returns a number, or a number and a feedback. Scores of several functions are added.
 """
 
 import inspect
@@ -17,12 +17,12 @@ from opsd.data.rows import Row
 from opsd.grading.rewards import Verifier, by_row
 
 THEIRS = {"prompts", "completions", "completion_ids"}
-"""Parameters by which a function of TRL's kind is known; `**kwargs` is another."""
+"""A function with one of these parameters, or with `**kwargs`, is of TRL's kind."""
 
 
 def verifier_of(functions: Sequence[Callable[..., Any]]) -> tuple[Verifier, str]:
-    """The functions as one verifier, and its name. Raises UserError for what is no function, and
-    later where one raises or returns something else."""
+    """Combine functions into a verifier; returns it with its name. Raises UserError for what is no
+    function, and later if one raises or returns something invalid."""
     verifiers = [_verifier(function) for function in functions]
 
     def verify(completions: Sequence[str], rows: Sequence[Row]) -> list[tuple[float, str]]:
@@ -58,11 +58,11 @@ def _by_lists(
     completions: Sequence[str],
     rows: Sequence[Row],
 ) -> list[tuple[float, str]]:
-    """Call a function of TRL's kind, with the keywords that it wants; None: all."""
+    """Call a function of TRL's kind. wanted: its keywords; None: pass all that there are."""
     columns = [{**row.columns, **row.texts} for row in rows]
     names = {name: None for row in columns for name in row}
     given: dict[str, list[Any]] = {name: [row.get(name) for row in columns] for name in names}
-    # Where a row is a chat, TRL shows both as messages.
+    # If a row is a chat, TRL passes prompt and completion as messages.
     chats = [isinstance(row.get("prompt"), list) for row in columns]
     given["prompts"] = [
         row["prompt" if chat else "problem"] for row, chat in zip(columns, chats, strict=True)
@@ -74,7 +74,7 @@ def _by_lists(
     try:
         scores = function(**{k: v for k, v in given.items() if wanted is None or k in wanted})
         scores = [0.0 if score is None else float(score) for score in scores]
-    except Exception as error:  # whatever the user's function does
+    except Exception as error:  # the user's function can raise anything
         raise UserError(f"reward_funcs: {_name(function)} raised {in_short(error)}") from error
     if len(scores) != len(rows) or not all(map(isfinite, scores)):
         raise UserError(

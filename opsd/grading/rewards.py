@@ -1,4 +1,4 @@
-"""Verifiable rewards: which rollouts are right, and what each earns.
+"""Verifiable rewards: decide which rollouts are right, and compute their rewards.
 
     reward = the verifier's score + format_weight [the format matches] + overlong
 
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
 
 Verifier = Callable[[Sequence[str], Sequence[Row]], list[tuple[float, str]]]
-"""Scores completions against their rows: a score and a feedback ("" for none) each, in order."""
+"""(completions, rows) → (score, feedback) of each completion; feedback is "" if there is none."""
 
 
 @dataclass(frozen=True)
 class GradedRollout:
-    """A rollout's text and what it earned. `feedback` says why it is wrong, "" if nothing does.
+    """A rollout's text and reward. feedback: why it is wrong, or "".
 
-    A teacher's template sees it as `rollout`, and the same problem's other rollouts as `peers`.
+    A teacher's template gets it as `rollout`, and the same problem's other rollouts as `peers`.
     """
 
     text: str
@@ -58,18 +58,18 @@ class GradedRollout:
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """Grades rollouts. Raises UserError where the verifier fails."""
+    """Grades rollouts. Raises UserError if the verifier fails."""
 
     section: RewardSection
     tokenizer: PreTrainedTokenizerBase
-    verifier: Verifier | None  # none: it counts votes only
+    verifier: Verifier | None  # None: only count votes
     longest: int  # rollout.max_new_tokens
-    in_thought: bool = False  # the context has begun the thought
-    grader: Grader | None = None  # says which answers are equal
+    in_thought: bool = False  # the context already opens a thought
+    grader: Grader | None = None  # decides which answers are equal
     agreement: float = 0.0  # prompts.majority
 
     def __call__(self, rollouts: Sequence[Rollout], rows: Sequence[Row]) -> list[GradedRollout]:
-        """The rollouts, graded in order; `rows` has the row of each."""
+        """Grade rollouts, in order. rows: the row of each rollout."""
         texts, graded = self._texts(rollouts)
         scores = self.verifier(graded, rows)
         assert len(scores) == len(rollouts)
@@ -79,12 +79,12 @@ class RewardFunction:
         ]
 
     def majority(self, rollouts: Sequence[Rollout]) -> Majority:
-        """The answer, in its last box, that most of one problem's rollouts give."""
+        """The majority of the answers in the last boxes of one problem's rollouts."""
         answers = list(map(last_boxed, self._texts(rollouts)[1]))
         return majority(answers, self.grader, self.agreement)
 
     def _texts(self, rollouts: Sequence[Rollout]) -> tuple[list[str], list[str]]:
-        """What rollouts say, and the part of it that is graded."""
+        """The rollouts' texts, and the parts of them that are graded."""
         keep = self.section.keep_special_tokens
         texts = completions(self.tokenizer, rollouts, keep)
         return texts, texts if keep else [final_part(text, self.in_thought) for text in texts]
@@ -106,8 +106,8 @@ def reward_function(
     grader: Grader,
     in_thought: bool,
 ) -> RewardFunction | None:
-    """Grades a run's rollouts by `verifier`, or else by the config's, and counts their votes; None
-    if the run needs neither."""
+    """Make the function that grades a run's rollouts, by `verifier` or the config's verifier, and
+    counts their votes; None if the run needs neither."""
     if not (is_graded(config) or votes(config)):
         return None
     section, longest = config.loss.reward, config.rollout.max_new_tokens
@@ -117,17 +117,17 @@ def reward_function(
 
 
 def overlong(length: int, longest: int, buffer: int | None) -> float:
-    """0 for a rollout of up to longest - buffer tokens, then linearly down to -1."""
+    """DAPO's penalty: 0 up to longest - buffer tokens, then falling linearly to -1 at `longest`."""
     if buffer is None:
         return 0.0
     return min(0.0, (longest - buffer - length) / buffer)
 
 
 def check_code(section: LossSection, verifier: bool, run: bool = True) -> None:
-    """Raises UserError where a gate, or the verifier if it is used, that the config names cannot be
-    loaded.
+    """Raises UserError if a gate of the config cannot be loaded, or its verifier.
 
-    run: load it, which runs its file; or else look into the file alone.
+    verifier: check that too. run: load the functions, which runs their files; otherwise only parse
+    the files.
     """
     ours = section.without_code().gates
     for gate in section.gates:
@@ -138,7 +138,7 @@ def check_code(section: LossSection, verifier: bool, run: bool = True) -> None:
 
 
 def check_function(name: str, field: str, run: bool = True) -> None:
-    """`check_code` of the `FILE.py:FUNCTION` that a field names."""
+    """Check one `FILE.py:FUNCTION` that a config field names; see check_code."""
     if run:
         own_function(name, field)
         return
@@ -146,15 +146,15 @@ def check_function(name: str, field: str, run: bool = True) -> None:
     try:
         nodes = ast.walk(ast.parse(path.read_bytes()))
         made = {getattr(node, name, None) for node in nodes for name in ("asname", "name", "id")}
-    except Exception as error:  # no Python, or too deep
+    except Exception as error:  # not Python, or nested too deeply
         raise UserError(f"{where}: {path} is not Python ({in_short(error)})") from None
     if not {function, "*"} & made:
         raise UserError(f"{where}: {path} has no function {function!r}")
 
 
 def make_verifier(section: RewardSection, grader: Grader) -> Verifier:
-    """The verifier that the config names. Raises UserError where it names a file or a function that
-    cannot be loaded."""
+    """Make the verifier that the config names. Raises UserError if its file or function cannot be
+    loaded."""
     if section.verifier == "math":
         return lambda completions, rows: [
             (float(grade.correct), "" if grade.correct else grade.reason)
@@ -164,16 +164,16 @@ def make_verifier(section: RewardSection, grader: Grader) -> Verifier:
 
 
 def own_verifier(name: str) -> Verifier:
-    """The user's `FILE.py:FUNCTION`: function(completion, row) → score, or (score, feedback).
+    """Load the user's `FILE.py:FUNCTION`: function(completion, row) → score, or (score, feedback).
 
-    `row` is a dictionary of the row's columns with problem, solution and answer. Raises UserError
-    if it cannot be loaded, and later if it raises or returns something else.
+    row: a dictionary of the row's columns with problem, solution and answer. Raises UserError if
+    the function cannot be loaded, and later if it raises or returns something else.
     """
     return by_row(f"loss.reward.verifier {name!r}", own_function(name))
 
 
 def by_row(name: str, function: Callable[[str, dict[str, Any]], Any]) -> Verifier:
-    """A function(completion, row) as a verifier. `name` is the function's, for messages."""
+    """Make a verifier from a function(completion, row). name: the function's, for messages."""
     return lambda completions, rows: [
         _score(name, function, completion, row)
         for completion, row in zip(completions, rows, strict=True)
@@ -181,7 +181,7 @@ def by_row(name: str, function: Callable[[str, dict[str, Any]], Any]) -> Verifie
 
 
 def _place(name: str, field: str = "loss.reward.verifier") -> tuple[str, Path, str]:
-    """How messages name a user's function, its file and its function."""
+    """Split FILE.py:FUNCTION: (how messages begin, the file, the function). Raises UserError."""
     where = f"{field} is {name!r}"
     file, colon, function = name.rpartition(":")
     if not colon or not file.endswith(".py") or not function.isidentifier():
@@ -192,15 +192,15 @@ def _place(name: str, field: str = "loss.reward.verifier") -> tuple[str, Path, s
     return where, path, function
 
 
-@lru_cache  # loaded once, though it is checked before the weights are loaded and used after
+@lru_cache  # it is checked before the weights are loaded and used later: load it once
 def own_function(name: str, field: str = "loss.reward.verifier") -> Callable[..., Any]:
-    """The user's `FILE.py:FUNCTION` that a field names. Raises UserError if it cannot be loaded."""
+    """Load the `FILE.py:FUNCTION` that a config field names. Raises UserError if that fails."""
     where, path, function = _place(name, field)
     spec = importlib.util.spec_from_file_location(f"opsd_verifier_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file does
+    except Exception as error:  # the user's file can raise anything
         raise UserError(f"{where}: {path} fails with {in_short(error)}") from error
     found = getattr(module, function, None)
     if not callable(found):
@@ -213,7 +213,7 @@ def _score(name: str, function: Callable, completion: str, row: Row) -> tuple[fl
     where = f"{name}, on the problem {problem!r}"
     try:
         result = function(completion, {**row.columns, **row.texts})
-    except Exception as error:  # whatever the user's function does
+    except Exception as error:  # the user's function can raise anything
         raise UserError(f"{where}, raised {in_short(error)}") from error
     score, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
     if not isinstance(score, int | float) or not math.isfinite(score):

@@ -1,7 +1,7 @@
-"""What a worker process (`opsd.common.workers`) of the grader does: it judges with math-verify.
+"""The work of the grader's worker processes (see `opsd.common.workers`): compare by math-verify.
 
-Of this package only `answers` is loaded there, and no torch. A job is the JSON of an answer as it
-was extracted and its reference; the reply that of the verdict and its reason.
+Loads only `answers` of this package, and no torch. A job is JSON of [extracted answer, reference];
+the reply is JSON of [correct, reason].
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 def make(strict: str = "") -> Callable[[bytes], bytes]:
-    """What answers a job, with its lazy imports done."""
+    """Returns the function that answers a job, after a first comparison that does lazy imports."""
     try:
         from opsd.grading.answers.compare import compare
         from opsd.grading.answers.symbolic import Algebra
@@ -23,7 +23,7 @@ def make(strict: str = "") -> Callable[[bytes], bytes]:
             return compare(answer, completion, algebra, bool(strict))
         except MemoryError:
             raise
-        except Exception as error:  # sympy raises nearly anything on nonsense
+        except Exception as error:  # sympy can raise anything for nonsense
             return False, f"cannot be compared: {type(error).__name__}"
 
     judge("x/2", "\\frac{1}{2}x")
