@@ -1,1 +1,1 @@
-"""Time and memory of the kernel beside its peers: `python -m benchmarks --help`."""
+"""Measures time and memory of the kernel and its peers: `python -m benchmarks --help`."""

@@ -30,7 +30,7 @@ KNOWN = (
     "cce",
     "cce exact",
 )
-"""Whom --only may name."""
+"""The candidates that --only may name."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, arguments: list[str] | None = None) -> int:
-    """Measures; returns the exit status."""
+    """Run the measurements; returns the exit status."""
     if options.threads:
         torch.set_num_threads(options.threads)
     device = "cuda" if options.gpu else "cpu"
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, arguments: list[str] | None = None) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line, of `opsd bench` too."""
+    """Add the options of the command line, which `opsd bench` has too."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="a few cases, under three minutes")
     which.add_argument("--gpu", action="store_true", help="on the GPU, within ten minutes")
@@ -165,7 +165,7 @@ def _lines(case: Case, row: dict, shared: bool) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all: a run may be killed at any time."""
+    """Write the file completely or not at all: a run may be killed at any time."""
     part = path.with_suffix(".part")
     part.write_text(text)
     os.replace(part, path)

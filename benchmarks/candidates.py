@@ -1,8 +1,9 @@
-"""Who is measured: ours, its peers, and the bare products that no exact algorithm avoids.
+"""The candidates: our functions, their peers, and the bare matrix products that no exact algorithm
+can avoid.
 
 A candidate is a function that runs forward and backward of a problem once and returns its `Result`.
-Peers number the divergences: 0 is forward KL, 1 reverse KL, and what lies between the mixture's
-share of the teacher.
+Peers name the divergences by numbers: 0 is forward KL, 1 reverse KL, and a number between them the
+teacher's share of the mixture.
 """
 
 import importlib
@@ -17,12 +18,14 @@ from opsd_kernels import backends, linear_divergence, linear_log_prob
 from .problem import Problem, Result
 
 Run = Callable[[Problem], Result]
-MOST_LOGITS = 2**29  # of the bare products: 2 GiB in fp32
+MOST_LOGITS = 2**29  # for the bare products: 2 GiB in fp32
 NUMBERED = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
 
 def ours(backend: str = "auto", budget: int | None = None, reduction: str = "mean") -> Run:
-    """opsd_kernels, by one backend, in a memory budget; the mean taken by it, or here ("none")."""
+    """opsd_kernels with one backend and memory budget; it computes the mean, or with "none" we
+    do.
+    """
 
     def run(problem: Problem) -> Result:
         student, weight = problem.fresh()
@@ -37,18 +40,20 @@ def ours(backend: str = "auto", budget: int | None = None, reduction: str = "mea
     return run
 
 
-# --- Peers that torch alone gives ---
+# --- Peers that need only torch ---
 
 
 def dense(problem: Problem) -> Result:
-    """What one writes by hand: all logits in memory, in the operands' dtype; statistics in fp32."""
+    """The direct implementation: all logits in memory, in the operands' dtype; statistics in
+    fp32.
+    """
     student, weight = problem.fresh()
     loss = _dense_loss(student, problem.teacher, weight, problem.targets, problem.case.task)
     return _backward(loss, student, weight)
 
 
 def compiled(problem: Problem) -> Result:
-    """`dense` under torch.compile."""
+    """`dense` with torch.compile."""
     student, weight = problem.fresh()
     function = torch.compile(_dense_loss, fullgraph=True)
     loss = function(student, problem.teacher, weight, problem.targets, problem.case.task)
@@ -56,7 +61,7 @@ def compiled(problem: Problem) -> Result:
 
 
 def torch_chunked(problem: Problem) -> Result:
-    """torch's own linear_cross_entropy, in chunks by its default strategy."""
+    """torch's linear_cross_entropy, in chunks by its default strategy."""
     student, weight = problem.fresh()
     chunks = torch.nn.LinearCrossEntropyOptions()
     loss = torch.nn.functional.linear_cross_entropy(
@@ -86,9 +91,9 @@ def _dense_loss(
 
 
 def gemms(problem: Problem) -> None:
-    """The matrix products that an exact algorithm cannot avoid, and nothing else: what is above
-    them is overhead. Logits in fp32 (on the CPU, whose library has no such product, in the
-    operands' dtype); where they would be more than 2 GiB, one part of the tokens after the other.
+    """Only the matrix products that an exact algorithm cannot avoid: other time is overhead. Logits
+    are in fp32 (on the CPU, where torch has no such product, in the operands' dtype). If they would
+    take more than 2 GiB, the tokens are computed in parts.
     """
     weight, trainable = problem.weight, not problem.case.frozen
     n, (v, _) = problem.case.tokens, weight.shape
@@ -119,7 +124,7 @@ def _mixed(weight: Tensor) -> bool:
     return weight.device.type == "cuda" and weight.dtype != torch.float32
 
 
-# --- Other people's ---
+# --- Other projects' ---
 
 
 def trl(problem: Problem) -> Result:
@@ -128,7 +133,7 @@ def trl(problem: Problem) -> Result:
     if problem.case.task == "log_prob":
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-        chunk = 32768  # of the vocabulary; what its divergence takes
+        chunk = 32768  # of the vocabulary, as in its divergence
         log_prob, *_ = ChunkedLogProbFunction.apply(
             student, weight, None, problem.targets, 1.0, chunk, None, 1.0, ()
         )
@@ -183,14 +188,16 @@ def _backward(loss: Tensor, student: Tensor, weight: Tensor) -> Result:
     return Result(loss.detach(), student.grad, weight.grad)
 
 
-# --- Who can run here ---
+# --- Which can run here ---
 
-# What torch.compile works on in its first call.
+# The candidates that compile in their first call.
 COMPILES = {"cpu": {"compiled", "liger chunked", "cce"}, "cuda": {"compiled", "liger chunked"}}
 
 
 def candidates(task: str, device: str) -> tuple[dict[str, Run], dict[str, str]]:
-    """(those that can run `task` on `device`, the others with the reason). Ours comes first."""
+    """(the candidates that can run `task` on `device`, the reasons of the others). Ours comes
+    first.
+    """
     found: dict[str, Run] = {"ours": ours(), "dense": dense, "compiled": compiled}
     missing: dict[str, str] = {}
     log_prob, gpu = task == "log_prob", device == "cuda"
@@ -221,7 +228,7 @@ def candidates(task: str, device: str) -> tuple[dict[str, Run], dict[str, str]]:
 
 
 def our_backends(device: str) -> tuple[dict[str, Run], dict[str, str]]:
-    """The same by each of our backends."""
+    """The same for each of our backends."""
     found, missing = {}, {}
     for name, reason in backends().items():
         if reason is None and (name == "cpp") == (device == "cuda") and name != "torch":
@@ -234,7 +241,7 @@ def our_backends(device: str) -> tuple[dict[str, Run], dict[str, str]]:
 
 
 def our_budgets(mebibytes: tuple[int, ...]) -> dict[str, Run]:
-    """The same in each of these memory budgets."""
+    """Ours with each of these memory budgets."""
     return {f"ours, {m} MiB": ours(budget=m * 2**20) for m in mebibytes}
 
 

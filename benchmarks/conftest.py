@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# As tests/conftest.py has it: at the end, so that installed packages are measured.
+# At the end, as in tests/conftest.py, so that installed packages are measured.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.__main__ import _candidates
@@ -40,7 +40,7 @@ def device(request) -> str:
 
 @pytest.fixture(scope="session")
 def interleaved(request, device):
-    """row → what `measure` found of it, all candidates in turn; once a row."""
+    """row → the result of `measure`, with all candidates in turn; measured once for each row."""
     found = {}
 
     def of(row: Row) -> dict:
@@ -55,13 +55,13 @@ def interleaved(request, device):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """The headline: each candidate's time ÷ ours, measured in turn."""
+    """Print the headline: each candidate's time ÷ ours, measured in turn."""
     for row in config.stash.get(ROWS, []):
         terminalreporter.write_line(f"{row['label']}: {headline(row)}")
 
 
 def headline(row: dict) -> str:
-    """`trl 3.10, dense 1.25 times ours`, of the shortest times."""
+    """`trl 3.10, dense 1.25 times ours`, from the shortest times."""
     least = {name: times["min"] for name, times in row["seconds"].items()}
     ours = least.pop("ours")
     return ", ".join(f"{name} {t / ours:.2f}" for name, t in least.items()) + " times ours"

@@ -19,7 +19,7 @@ EXPONENTS = (-6, -8, -10, -12, -14)
 
 
 def problem(entropy: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(student [N, D], teacher [N, D], weight [V, D], bias [V]) of that mean entropy in nats."""
+    """(student [N, D], teacher [N, D], weight [V, D], bias [V]) with that mean entropy in nats."""
     weight = torch.randn(V, D) / D**0.5
     bias = -1.1 * torch.log(torch.randperm(V).float() + 1)
     towards = weight[torch.randint(0, V, (N,))] + 0.35 * torch.randn(N, D) / D**0.5
@@ -36,7 +36,7 @@ def problem(entropy: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of processor time, the least of three."""
+    """Processor time, the least of three calls."""
     times = []
     for _ in range(3):
         start = time.process_time()
@@ -46,7 +46,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def filtered_hidden(s: Tensor, t: Tensor, g: Tensor, weight: Tensor, threshold: float):
-    """(dh [N, D], (rows, columns, values) of the entries kept)."""
+    """(dh [N, D], (rows, columns, values) of the entries that are kept)."""
     keep = (s > threshold) | (t > threshold)
     rows, columns = keep.nonzero(as_tuple=True)
     values = g[rows, columns]

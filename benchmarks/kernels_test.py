@@ -1,4 +1,4 @@
-"""The kernels beside their peers under pytest-benchmark: see conftest.py."""
+"""Measures the kernels and their peers with pytest-benchmark: see conftest.py."""
 
 import pytest
 
@@ -19,9 +19,9 @@ def pytest_generate_tests(metafunc):
 
 def test_forward_and_backward(row, name, device, benchmark, interleaved):
     measured = interleaved(row)
-    assert not measured["red"]  # as `python -m benchmarks`: what disagrees has no time
+    assert not measured["red"]  # as in `python -m benchmarks`, wrong results are not timed
     if name in measured["failed"]:
-        pytest.xfail(measured["failed"][name])  # a peer's; its reason is shown
+        pytest.xfail(measured["failed"][name])  # a peer failed
     least = {each: times["min"] for each, times in measured["seconds"].items()}
     benchmark.group = row.case.label
     benchmark.extra_info["times_ours"] = least[name] / least["ours"]

@@ -1,4 +1,4 @@
-"""What a figure has to be read with: machine, versions, commit."""
+"""Describes what a figure depends on: machine, versions, commit."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def describe() -> dict:
-    """JSON-ready description of where and with what a benchmark ran."""
+    """A description of the machine and software of a benchmark, JSON-ready."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -41,7 +41,7 @@ def describe() -> dict:
 
 
 def commit() -> dict:
-    """That of the checkout; in a copy without history, what was carried along with it."""
+    """The checkout's commit; in a copy without history, the commit that was stored with it."""
     found, carried = _git("rev-parse", "HEAD"), os.environ.get("OPSD_CARRIED")
     if found is None and carried and (Path(carried) / "commit.json").exists():
         return json.loads((Path(carried) / "commit.json").read_text())
@@ -50,8 +50,8 @@ def commit() -> dict:
 
 
 def backend(device: str) -> str:
-    """The backend that serves our calls there. Exits rather than measure the plain torch one where
-    the compiled one is meant.
+    """The backend that computes our calls on the device. Exits rather than measure plain torch
+    where a compiled backend is meant.
     """
     name = resolve("auto", torch.device(device, 0 if device == "cuda" else None), torch.float32)
     if name == "torch":
@@ -84,7 +84,7 @@ def _gpu() -> dict | None:
 
 
 def _driver() -> str | None:
-    """The driver's version, and the clocks that were read with it."""
+    """The driver's version, with clocks and temperature."""
     if shutil.which("nvidia-smi") is None:
         return None
     fields = "driver_version,clocks.sm,clocks.mem,temperature.gpu"

@@ -20,18 +20,18 @@ import torch
 from .candidates import COMPILES, Run, gemms
 from .problem import Case, Problem, Result
 
-# Relative error that still counts as the same result. What rounds logits to bf16 is off by 1e-2.
+# The largest relative error of an equal result. Rounding logits to bf16 causes 1e-2.
 LIMITS = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
 CHECKED_TOKENS = 32
 LEAST_ROUNDS = 2
 
 
 class Disagreement(Exception):
-    """A candidate's result is wrong: its time would mean nothing."""
+    """A candidate's result is wrong, so its time would mean nothing."""
 
 
 def check(result: Result, truth: Result, limit: float) -> dict[str, float]:
-    """Relative error of loss, dh and dW. Raises Disagreement where one is above `limit`."""
+    """The relative errors of loss, dh and dW. Raises Disagreement if one is above `limit`."""
     errors = {}
     for name, x, y in zip(("loss", "dh", "dW"), result, truth, strict=True):
         if y is None:
@@ -50,10 +50,10 @@ def interleaved(
     synchronize: Callable[[], None] = lambda: None,
     limit_seconds: float = float("inf"),
 ) -> dict[str, dict[str, dict]]:
-    """{"seconds", "cpu_seconds"} → name → {"min", "median", "all"}. Cpu seconds are this process's
-    on all cores: what other processes took is not in them.
+    """{"seconds", "cpu_seconds"} → name → {"min", "median", "all"}. CPU seconds are this process's
+    on all cores, without those of other processes.
 
-    After `limit_seconds` no new round is begun, unless there were fewer than two.
+    After `limit_seconds` no new round begins, unless there were fewer than two.
     """
     wall: dict[str, list[float]] = {name: [] for name in calls}
     busy: dict[str, list[float]] = {name: [] for name in calls}
@@ -84,7 +84,7 @@ def measure(
     rounds: int,
     limit_seconds: float = float("inf"),
 ) -> dict:
-    """One row of the report, JSON-ready. `run`: the candidates, ours first."""
+    """Measure one row of the report, JSON-ready. `run`: the candidates, ours first."""
     problem, limit = Problem.make(case, device), LIMITS[case.dtype]
     row = {**case.json(), "errors": {}, "warm_up": {}, "red": {}, "failed": {}}
     row |= {"seconds": {}, "cpu_seconds": {}, "peak_bytes": {}}
@@ -105,7 +105,7 @@ def measure(
                 row["errors"][name] = check(result, reference, limit)
         except Disagreement as error:
             row["red"][name] = f"{error} from {'fp64' if name == ours else 'ours'}"
-        except Exception as error:  # a peer may fail in any way: out of memory, no such dtype, ...
+        except Exception as error:  # a peer may raise anything
             row["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         else:
             kept[name] = lambda name=name: run[name](problem)
@@ -127,7 +127,7 @@ def measure(
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
-    """Memory that a call adds at its peak, with what it returns. None where /proc has no such."""
+    """The memory that a call adds at its peak, with its results. None if /proc does not tell."""
     if device == "cuda":
         _empty_cache(device)
         torch.cuda.synchronize()
@@ -140,7 +140,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
     if not clear.exists():
         return None
     call()
-    # What the allocator keeps of freed memory would hide as much of the next call's.
+    # Freed memory that the allocator keeps would hide as much of the next call's.
     ctypes.CDLL(None).malloc_trim(0)
     try:
         clear.write_text("5")

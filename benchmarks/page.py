@@ -39,12 +39,12 @@ COLOURS = {
 
 
 def seconds_of(row: dict, shared: bool) -> dict[str, dict]:
-    """Name → {"min", "median", "all"}: by the clock, or of the processor."""
+    """Name → {"min", "median", "all"}: wall-clock or processor seconds."""
     return row["cpu_seconds" if shared else "seconds"]
 
 
 def extra_bytes(row: dict, name: str) -> int | None:
-    """A candidate's peak memory beside the gradients that it returns."""
+    """A candidate's peak memory without the gradients that it returns."""
     peak = row["peak_bytes"].get(name)
     return None if peak is None else max(0, peak - row["gradient_bytes"])
 
@@ -54,7 +54,7 @@ def case_of(row: dict) -> Case:
 
 
 def page(report: dict) -> str:
-    """The page of a report (see `__main__.py`)."""
+    """Render the page of a report (see `__main__.py`)."""
     rows, shared = report["rows"], report["shared"]
     return render(
         "benchmark.html",
@@ -65,7 +65,7 @@ def page(report: dict) -> str:
 
 
 def _lines(row: dict, shared: bool) -> Iterator[tuple[str, list[str]]]:
-    """(candidate, cells of the table) of those that were timed."""
+    """Yield (candidate, cells of the table) for those that were timed."""
     times = seconds_of(row, shared)
     for name, time in times.items():
         extra, error = extra_bytes(row, name), row["errors"].get(name)
@@ -83,13 +83,13 @@ def _lines(row: dict, shared: bool) -> Iterator[tuple[str, list[str]]]:
 
 
 def _untimed(row: dict) -> list[tuple[str, str]]:
-    """(candidate, why it was not timed)."""
+    """(candidate, the reason why it was not timed)."""
     reasons = [(what, *pair) for what in ("red", "failed") for pair in row[what].items()]
     return [(name, f"{what}, not timed: {reason}") for what, name, reason in reasons]
 
 
 def figures(rows: list[dict], shared: bool) -> list[tuple[str, str]]:
-    """(title, SVG) for each sweep: rows that differ in one of N, V and D only."""
+    """(title, SVG) for each sweep: rows that differ only in one of N, V and D."""
     found = []
     for axis, label in AXES.items():
         groups = defaultdict(list)
@@ -112,7 +112,7 @@ def _title(fixed: dict) -> str:
 
 
 def _figure(points: list[tuple[int, dict]], label: str, shared: bool) -> str:
-    """Time, x GEMM and memory against what is swept."""
+    """Plot time, x GEMM and memory against the swept size."""
     figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     names = dict.fromkeys(n for _, row in points for n in row["seconds"])
     for name in names:

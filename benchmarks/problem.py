@@ -1,4 +1,4 @@
-"""What is measured: one case, its tensors, and the true result.
+"""The cases, their tensors, and the true results.
 
 Every task is forward and backward of a mean over tokens: of a divergence, or of the targets'
 negative log-probability ("log_prob").
@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Result(NamedTuple):
-    """loss, gradient of the hidden states [N, D], gradient of the head [V, D] or None."""
+    """The loss, the gradient of the hidden states [N, D], and that of the head [V, D] or None."""
 
     loss: Tensor
     d_hidden: Tensor
@@ -57,7 +57,7 @@ class Problem:
 
     @classmethod
     def make(cls, case: Case, device: str) -> "Problem":
-        """Random, the same for a case every time; logits of a standard deviation of 2."""
+        """Random tensors, always the same for a case; logits have a standard deviation of 2."""
         torch.manual_seed(0)
         n, v, d = case.tokens, case.vocabulary, case.width
         with torch.device(device):
@@ -69,18 +69,20 @@ class Problem:
         return cls(case, *tensors, targets)
 
     def first(self, tokens: int) -> "Problem":
-        """The same head with fewer tokens."""
+        """The same problem with fewer tokens."""
         n = min(tokens, self.case.tokens)
         rows = (x[:n] for x in (self.student, self.teacher))
         return Problem(replace(self.case, tokens=n), *rows, self.weight, self.targets[:n])
 
     def fresh(self) -> tuple[Tensor, Tensor]:
-        """The student's hidden states and the head as new leaves of autograd."""
+        """The student's hidden states and the head as new autograd leaves."""
         student = self.student.detach().requires_grad_()
         return student, self.weight.detach().requires_grad_(not self.case.frozen)
 
     def truth(self) -> Result:
-        """By the dense reference in fp64, from the same, already rounded, tensors."""
+        """The result of the dense reference in fp64, from the same tensors, which are already
+        rounded.
+        """
         student, weight = (x.detach().double().requires_grad_() for x in self.fresh())
         if self.case.task == "log_prob":
             loss = -reference.linear_log_prob(student, weight, self.targets)[0].mean()

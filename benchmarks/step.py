@@ -33,7 +33,7 @@ from .step_ways import Setting, Step, ways
 
 @dataclass(frozen=True)
 class Case:
-    """Problems, rollouts a problem, and tokens: student's, teacher's context, rollout."""
+    """Problems, rollouts for each, and tokens: student's context, teacher's context, rollout."""
 
     problems: int
     rollouts: int
@@ -45,7 +45,7 @@ class Case:
         return ",".join(map(str, asdict(self).values()))
 
     def groups(self, vocabulary: int) -> list[SampleGroup]:
-        """Random tokens; rollouts of 3/4 R to R tokens."""
+        """Random tokens; rollouts have 3/4 R to R tokens."""
         draw = torch.Generator().manual_seed(0)
 
         def ids(n: int) -> list[int]:
@@ -62,7 +62,7 @@ class Case:
         return groups
 
 
-EXAMPLE = Case(1, 8, 200, 1000, 256)  # the design's
+EXAMPLE = Case(1, 8, 200, 1000, 256)
 CASES = [
     EXAMPLE,
     # eight rollouts in groups of 4, 2 and 1
@@ -84,10 +84,10 @@ GPU_CASES = [
     Case(32, 1, 200, 1000, 1024),
 ]
 WORK = (3, 1)
-"""Of a token's products: the student's forward and backward, the teacher's forward."""
+"""A token's products: (the student's forward and backward, the teacher's forward)."""
 
 CHECKED = 1 << 16
-"""Of each parameter's gradient, how many numbers are compared."""
+"""The number of entries that are compared of each parameter's gradient."""
 
 
 def some_gradient(model: PreTrainedModel) -> Tensor:
@@ -96,8 +96,8 @@ def some_gradient(model: PreTrainedModel) -> Tensor:
 
 
 def work_ratio(groups: list[SampleGroup]) -> float:
-    """Products of each rollout run alone ÷ with contexts shared; attention's own and the head's are
-    not in it.
+    """Products with each rollout run alone ÷ with shared contexts, without attention's and the
+    head's.
     """
     shared, alone = stream_tokens(groups), separate_tokens(groups)
     return sum(w * n for w, n in zip(WORK, alone, strict=True)) / sum(
@@ -106,7 +106,7 @@ def work_ratio(groups: list[SampleGroup]) -> float:
 
 
 def measure(case: Case, setting: Setting, rounds: int, seconds: float) -> dict:
-    """One row of the report, JSON-ready."""
+    """Measure one row of the report, JSON-ready."""
     groups = case.groups(setting.model.config.vocab_size)
     row = {"case": asdict(case), "token_ratio": token_ratio(groups)}
     row |= {"work_ratio": work_ratio(groups), "errors": {}, "failed": {}}
@@ -135,10 +135,10 @@ def measure(case: Case, setting: Setting, rounds: int, seconds: float) -> dict:
 
 
 def whole_step(case: Case, setting: Setting) -> dict:
-    """Seconds and peak bytes of a step's parts, and what its largest operators take.
+    """Seconds and peak bytes of a step's parts, and the shares of its largest operators.
 
-    Rollouts are sampled from the teacher's copy, which has the student's weights, and are all as
-    long as they may be; what is learnt are the case's own.
+    Rollouts are sampled from the teacher's copy, which has the student's weights, and have the
+    greatest length; the step trains on the case's own.
     """
     model, device = setting.model, setting.model.device
     groups = case.groups(model.config.vocab_size)
@@ -164,7 +164,7 @@ def whole_step(case: Case, setting: Setting) -> dict:
 
 
 def operators(profile) -> list[dict]:
-    """The ten operators that take most time themselves, with their share of all."""
+    """The ten operators with the most time of their own, and their shares of the total."""
     averages = profile.key_averages()
     on_gpu = any(event.self_device_time_total for event in averages)
     key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
@@ -194,7 +194,7 @@ def tiny() -> PreTrainedModel:
 
 
 def qwen3_1_7b() -> PreTrainedModel:
-    """The shape of Qwen3-1.7B, random weights, fp32, on the GPU."""
+    """A model of Qwen3-1.7B's shape, random weights, fp32, on the GPU."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=151_936,
@@ -250,7 +250,7 @@ def main() -> int:
 
 
 def prepare(options: argparse.Namespace) -> tuple[Setting, list[Case]]:
-    """The models and the cases that were asked for."""
+    """Make the models and the cases that were asked for."""
     bf16 = options.bf16 or options.gpu
     if options.gpu:
         model, cases = qwen3_1_7b(), GPU_CASES
@@ -270,7 +270,7 @@ def prepare(options: argparse.Namespace) -> tuple[Setting, list[Case]]:
 
 
 def show(case: Case, row: dict, clock: str) -> None:
-    """A case's lines: each way's time, tokens a second and memory; then the ratios."""
+    """Print a case's lines: each way's time, tokens a second and memory; then the ratios."""
     first = next(iter(row[clock]))
     print(
         f"{case}: {row['token_ratio']:.2f} times fewer tokens, {row['work_ratio']:.2f} times fewer "
@@ -290,7 +290,7 @@ def show(case: Case, row: dict, clock: str) -> None:
 
 
 def show_step(step: dict) -> None:
-    """The table of parts, and the largest operators."""
+    """Print the table of parts, and the largest operators."""
     print(f"one whole step, {step['way']}, {','.join(map(str, step['case'].values()))}:")
     seconds = {k: v for k, v in step["parts"].items() if k.endswith("_seconds")}
     for key, value in seconds.items():

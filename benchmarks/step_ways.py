@@ -34,12 +34,12 @@ Step = Callable[[list[SampleGroup]], None]
 """One step's forward and backward; gradients are in the model's parameters."""
 
 TRL_BATCH = 8
-"""Sequences a forward: TRL's default."""
+"""Sequences in a forward; TRL's default."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all ways have in common. `teacher`: a copy of the weights, without gradient."""
+    """What all ways share. `teacher`: a copy of the weights, without gradient."""
 
     model: PreTrainedModel
     teacher: PreTrainedModel
@@ -57,7 +57,7 @@ class Setting:
 
 
 def ways(setting: Setting) -> dict[str, Step]:
-    """Those that can run here, by name."""
+    """The ways that can run here, by name."""
     found = {}
     for kernel in shared_kernels(setting):
         name = "shared" if kernel == "tiles" else f"shared, {kernel}"
@@ -78,7 +78,9 @@ def ways(setting: Setting) -> dict[str, Step]:
 
 
 def shared_kernels(setting: Setting) -> list[str]:
-    """The kernels that can attend for this model here: tiles on a CPU, the fast ones on a GPU."""
+    """The kernels that can compute this model's attention: tiles on a CPU, the fast ones on a
+    GPU.
+    """
     device = setting.model.device
     if device.type == "cpu":
         return ["tiles"]
@@ -138,7 +140,7 @@ def _attending(attention: Callable[..., Tensor]) -> Iterator[None]:
 def grouper_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores
 ) -> Tensor:
-    """PrefixGrouper's form for full attention: [T, H, d], [T, K, d] twice → [T, H, d]."""
+    """Full attention in PrefixGrouper's form: [T, H, d], [T, K, d] twice → [T, H, d]."""
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -192,7 +194,7 @@ def _trl(setting: Setting) -> Step:
 
 
 def _rollout_logits(model: PreTrainedModel, sequences: Sequence[tuple[Ids, Ids]]) -> Tensor:
-    """[B, R, V]: contexts padded on the left, rollouts on the right, as TRL's trainer has them."""
+    """[B, R, V]: contexts are padded on the left, rollouts on the right, as in TRL's trainer."""
     before = max(len(context) for context, _ in sequences)
     after = max(len(rollout) for _, rollout in sequences)
     ids = torch.zeros(len(sequences), before + after, dtype=torch.long)

@@ -1,7 +1,7 @@
-"""Which cases are measured, and with whom: a quick look, a whole afternoon on a CPU, ten minutes on
-a GPU.
+"""The cases to measure, with their candidates: a quick selection, an afternoon on a CPU, ten
+minutes on a GPU.
 
-The most important rows come first, since a suite may run out of its time.
+The most important rows come first, since the time may not be enough for all.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from .problem import TASKS, Case
 
 @dataclass(frozen=True)
 class Row:
-    """A case and its candidates: those that compile for every shape anew only where `compiled`, and
-    beside `ours` its backends and memory budgets where asked for.
+    """A case and its candidates. Those that compile for every shape take part only if `compiled`;
+    our backends and memory budgets only if asked for.
     """
 
     case: Case
@@ -30,7 +30,7 @@ def tasks(base: Case) -> Iterator[Case]:
 
 
 def sweep(bases: tuple[Case, ...], field: str, values: tuple) -> Iterator[Row]:
-    """The bases with one field changed, without what is among the bases already."""
+    """The bases with one field changed, except for cases that are already among them."""
     for value in values:
         for base in bases:
             case = replace(base, **{field: value})
@@ -39,7 +39,7 @@ def sweep(bases: tuple[Case, ...], field: str, values: tuple) -> Iterator[Row]:
 
 
 def quick() -> list[Row]:
-    """Under three minutes on two cores."""
+    """Rows for under three minutes on two cores."""
     base = Case(256, 8192, 512)
     rows = [Row(case, compiled=case == base) for case in tasks(base)]
     jsd = replace(base, task="jsd", frozen=True)
@@ -50,7 +50,7 @@ def quick() -> list[Row]:
 
 
 def cpu() -> list[Row]:
-    """The whole table: some 40 minutes on two cores."""
+    """All rows: some 40 minutes on two cores."""
     base = Case(1024, 32768, 512)
     rows = [Row(case, compiled=True) for case in tasks(base)]
     rows[0] = replace(rows[0], backends=True, budgets=(16, 64, 256, 1024))
@@ -64,7 +64,7 @@ def cpu() -> list[Row]:
 
 
 def gpu() -> list[Row]:
-    """The table of the goals, then the sweeps: less than ten minutes on an H100 or H200."""
+    """The rows of the goals, then the sweeps: less than ten minutes on an H100 or H200."""
     base = Case(8192, 151936, 4096, "bfloat16")
     jsd = replace(base, task="jsd", frozen=True)
     rows = [Row(case) for case in tasks(base)]
@@ -75,12 +75,12 @@ def gpu() -> list[Row]:
     rows += sweep(few, "vocabulary", (32768, 65536, 262144))
     rows += sweep(few, "width", (512, 1024, 2048, 8192))
     rows += [Row(replace(few[0], dtype=dtype, width=2048)) for dtype in ("float32", "float16")]
-    # Compilers last: they may take what is left of the time.
+    # Compilers come last, since they may need all remaining time.
     rows += [Row(replace(case, tokens=4096), compiled=True) for case in (base, jsd)]
     rows += [Row(replace(base, tokens=4096, task="log_prob"), compiled=True)]
     return rows
 
 
 def one_shape(base: Case) -> list[Row]:
-    """Every task at one shape, with everybody."""
+    """Every task at one shape, with all candidates."""
     return [Row(case, compiled=True, backends=True) for case in tasks(base)]

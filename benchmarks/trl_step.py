@@ -35,14 +35,14 @@ from transformers import (
 from . import machine
 
 AGREEMENT = {False: 1e-3, True: 5e-2}
-"""Largest relative difference of the trainers' losses over all steps: in fp32, in bf16 on a GPU."""
+"""The largest relative difference of the trainers' losses: in fp32, in bf16 on a GPU."""
 
 TEMPLATE = "{{ problem }}\n{{ solution }}"
 
 
 @dataclass(frozen=True)
 class Case:
-    """Problems and rollouts a step, tokens of them, and the model's size."""
+    """Problems and rollouts in a step, their tokens, and the model's size."""
 
     problems: int = 2
     rollouts: int = 8
@@ -54,8 +54,8 @@ class Case:
     width: int = 256
     layers: int = 6
     heads: int = 4
-    batch: int = 8  # sequences a forward of TRL's: its default
-    gpu: int = 0  # whether it runs there, in bf16
+    batch: int = 8  # sequences in TRL's forward; its default
+    gpu: int = 0  # 1: run on a GPU, in bf16
 
 
 ON_GPU = Case(
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compare(case: Case, rounds: int) -> dict:
-    """The report, JSON-ready. Raises SystemExit where the trainers' losses differ."""
+    """The report, JSON-ready. Raises SystemExit if the trainers' losses differ."""
     runs: dict[str, list[dict]] = {"trl": [], "opsd": []}
     with tempfile.TemporaryDirectory() as directory:
         write_inputs(case, Path(directory))
@@ -155,7 +155,9 @@ def _ratio(runs: dict[str, list[dict]], name: str) -> float:
 
 
 def write_inputs(case: Case, directory: Path) -> None:
-    """A random model, its head far wider than its tokenizer; rows, and each step's rollouts."""
+    """Write a random model, with a head far wider than its tokenizer, rows, and each step's
+    rollouts.
+    """
     from opsd.quickstart import tiny_model as tiny
 
     tokenizer, draw = tiny.make_tokenizer(), random.Random(0)
@@ -185,7 +187,7 @@ def write_inputs(case: Case, directory: Path) -> None:
         for _ in range(case.problems)
     ]
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # Ids of digits and signs: none that ends a rollout. Of 3/4 to the whole length.
+    # Use ids of digits and signs, none of which ends a rollout; 3/4 to all of the length.
     known = sorted(tokenizer.get_vocab().values())[5:]
     rollouts = [
         {
@@ -201,21 +203,21 @@ def write_inputs(case: Case, directory: Path) -> None:
 
 
 class Replay:
-    """The given rollouts: for each context, by the problem in it, one after the other."""
+    """Returns given rollouts: for each context the next one of the problem in it."""
 
     def __init__(self, directory: Path, tokenizer):
         self.steps = iter(json.loads((directory / "rollouts.json").read_text()))
         self.tokenizer = tokenizer
 
     def __call__(self, contexts) -> list[list[int]]:
-        """A step's rollouts, one a context."""
+        """A step's rollouts, one for each context."""
         left = {problem: list(ids) for problem, ids in next(self.steps).items()}
         texts = self.tokenizer.batch_decode(contexts)
         return [next(ids for p, ids in left.items() if p in text).pop(0) for text in texts]
 
 
 class Meter(TrainerCallback):
-    """Seconds and memory of each step but the first, up to the optimizer's update."""
+    """Measures seconds and memory of each step but the first, up to the optimizer's update."""
 
     def __init__(self, gpu: bool):
         self.gpu = gpu
@@ -236,7 +238,7 @@ class Meter(TrainerCallback):
         if self.gpu:
             torch.cuda.synchronize()
         if state.global_step == 1:
-            return  # it warms up
+            return  # the first step is a warm-up
         peak = torch.cuda.max_memory_allocated() if self.gpu else _status("VmHWM")
         seconds, processor = time.perf_counter(), time.process_time()
         values = (seconds - self._begun[0], processor - self._begun[1], peak - self._before, peak)
@@ -244,7 +246,7 @@ class Meter(TrainerCallback):
             self.found[name].append(value)
 
     def record(self, losses: list[float]) -> dict:
-        """What the worker prints."""
+        """The record that the worker prints."""
         return {"losses": losses, **self.found}
 
 
@@ -259,7 +261,7 @@ LEARNING_RATE = 1e-4
 
 
 def by_trl(case: Case, directory: Path) -> dict:
-    """TRL's SDFTTrainer, its rollouts given."""
+    """Train with TRL's SDFTTrainer on the given rollouts."""
     from datasets import Dataset
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
@@ -316,7 +318,7 @@ def by_trl(case: Case, directory: Path) -> dict:
 
 
 def by_opsd(case: Case, directory: Path) -> dict:
-    """Our trainer, its rollouts given."""
+    """Train with our trainer on the given rollouts."""
     from opsd.common.precision import compute_dtype
     from opsd.config.load import parse_config
     from opsd.data.prompts import Prompts

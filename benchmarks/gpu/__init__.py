@@ -1,1 +1,3 @@
-"""A sitting at a GPU: `python -m benchmarks.gpu`, and the model of what it should find."""
+"""Measurements in a session on a GPU: `python -m benchmarks.gpu`, and a model of the expected
+costs.
+"""

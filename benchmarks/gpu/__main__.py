@@ -30,7 +30,7 @@ from .sitting import CALLS, WHEELS, Part
 
 ROOT = Path.cwd()
 CARRIED = ROOT / ".gpu"
-TAIL = 60  # lines of each part that are shown at once; all are in the log
+TAIL = 60  # lines of each part that are shown; all lines are in the log
 LIBRARIES = ("libopsd_cpu.so", "libopsd_cuda.so")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare() -> int:
-    """Everything that the other machine cannot fetch or does not have, into one ignored folder."""
+    """Put all that the other machine lacks and cannot fetch into one ignored folder."""
     wheels = CARRIED / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels)]
@@ -75,7 +75,7 @@ def prepare() -> int:
 
 
 def surroundings(cpu: bool) -> dict[str, str]:
-    """The environment of a call's parts, with the wheels and the libraries in their places."""
+    """The environment of a call's parts; puts the wheels and the libraries in their places."""
     environment = os.environ | {
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -100,7 +100,9 @@ def surroundings(cpu: bool) -> dict[str, str]:
 
 
 def run(call: str, output: Path, cpu: bool, environment: dict[str, str]) -> int:
-    """Every part of a call; returns 1 where one failed. The JSON is written anew after each."""
+    """Run every part of a call; returns 1 if one failed. The JSON is written again after each
+    part.
+    """
     describe = "import json; from benchmarks import machine; print(json.dumps(machine.describe()))"
     machine = subprocess.run(
         [sys.executable, "-c", describe], env=environment, capture_output=True, text=True
@@ -118,8 +120,8 @@ def run(call: str, output: Path, cpu: bool, environment: dict[str, str]) -> int:
 
 
 def run_part(part: Part, output: Path, cpu: bool, environment: dict[str, str], log) -> dict:
-    """Run it within its seconds, its output on the terminal and in `log`; what is to be kept of
-    it. What it has started ends with it.
+    """Run a part within its time limit, with its output on the terminal and in `log`. Returns its
+    record. Processes that it started end with it.
     """
     found = {"name": part.name, "limit_seconds": part.seconds}
     arguments = part.rehearsal if cpu else part.arguments
@@ -157,7 +159,7 @@ def run_part(part: Part, output: Path, cpu: bool, environment: dict[str, str], l
 
 
 def _end(process: subprocess.Popen) -> None:
-    """It and its children, which are a session of their own."""
+    """Kill the process and its children, which have a session of their own."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -18,8 +18,8 @@ from opsd_kernels.tiles.state import ROWS
 
 CODE = Path(__file__).parents[2] / "docs" / "kernels-gpu.json"
 ITEMS = 16  # entries of a thread, csrc/cuda_chunk.h
-TILE = (128, 256)  # of a product's output, for a thread block
-# kernels of csrc/cuda.cu, by their names in SASS: what a call of each divergence runs.
+TILE = (128, 256)  # the part of a product's output that a thread block computes
+# The kernels of csrc/cuda.cu that a call of each divergence runs, by their names in SASS.
 NORMALISERS, SUMS = "normalisersILb0", "sumsILi{}ELb0ELb0"
 GRADIENT = "gradientILi{}ELNS0_5KnownE0ELb0"
 AT_ONCE = "gradientILi0ELNS0_5KnownE2ELb0"
@@ -28,8 +28,8 @@ KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 @dataclass(frozen=True)
 class Gpu:
-    """Bytes and multiply-adds·2 a second as sold, multiprocessors, their clock; and the shares that
-    a stream of loads, the lanes and a large bf16 product reach.
+    """The nominal bytes and flops (2 for a multiply-add) a second, multiprocessors and clock; and
+    the shares of them that a stream of loads, the lanes and a large bf16 product reach.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Gpu:
     streamed: float = 0.9
     issued: float = 0.7
     multiplied: float = 0.72
-    gap: float = 3e-6  # between two kernels of a stream
+    gap: float = 3e-6  # seconds between two kernels of a stream
 
 
 GPUS = (
@@ -52,7 +52,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Call:
-    """N tokens, V entries, D wide, bf16 operands, one head for both roles."""
+    """N tokens, V entries, width D, bf16 operands, one head for both roles."""
 
     tokens: int = 8192
     vocabulary: int = 151936
@@ -62,7 +62,7 @@ class Call:
 
 
 def instructions() -> dict[str, float]:
-    """Kernel → instructions an entry in the SASS for sm_90a, by the shortest way."""
+    """For each kernel the instructions an entry in the SASS for sm_90a, on the shortest path."""
     code = json.loads(CODE.read_text())["cuda_code"]
     ways = {k["name"]: k["shortest_way"] / ITEMS for k in code if k["target"] == "sm_90a"}
     names = [NORMALISERS, AT_ONCE]
@@ -74,27 +74,29 @@ def instructions() -> dict[str, float]:
 
 
 def product(gpu: Gpu, m: int, n: int, k: int, out: int, added: bool = False) -> float:
-    """[m, k] [k, n] of 2-byte operands into `out` bytes an entry, which are read first where it is
-    `added`. Output tiles fill the multiprocessors in waves; splitting k fills a single one.
+    """[m, k] [k, n] of 2-byte operands into `out` bytes an entry, which are read first if `added`.
+    Output tiles fill the multiprocessors in waves; if there is one wave, k is split to fill it.
     """
     tiles = math.ceil(m / TILE[0]) * math.ceil(n / TILE[1])
     waves = math.ceil(tiles / gpu.multiprocessors)
     full = tiles / (waves * gpu.multiprocessors) if waves > 1 else 0.9
     busy = 2 * m * n * k / (gpu.flops * gpu.multiplied * full)
     traffic = (2 * (m * k + n * k) + out * m * n * (2 if added else 1)) / gpu.bandwidth
-    # Adding waits for what it reads, in part beside the next tile's products.
+    # Adding waits for its reads, partly during the next tile's products.
     waits = 0.5 * min(busy, 2 * out * m * n / gpu.bandwidth) if added else 0.0
     return max(busy, traffic) + waits
 
 
 def stream(gpu: Gpu, entries: float, moved: float, issued: float) -> float:
-    """A pass that moves so many bytes and issues so many instructions an entry."""
+    """A pass that moves so many bytes and issues so many instructions for each entry."""
     lanes = gpu.multiprocessors * 128 * gpu.clock * gpu.issued
     return max(entries * moved / (gpu.bandwidth * gpu.streamed), entries * issued / lanes)
 
 
 def passes(gpu: Gpu, entries: float, kind: str, written: int, cost: dict[str, float]) -> float:
-    """Normalisers of both roles, sums where the gradient waits for them, gradient."""
+    """The normalisers of both roles, the sums if the gradient needs them first, and the
+    gradient.
+    """
     time = stream(gpu, entries, 8, 2 * cost[NORMALISERS])
     if kind == "forward_kl":
         return time + stream(gpu, entries, 8 + written, cost[AT_ONCE])
@@ -103,7 +105,7 @@ def passes(gpu: Gpu, entries: float, kind: str, written: int, cost: dict[str, fl
 
 
 def planned(call: Call, budget: int | None, grouped: bool = True) -> Plan:
-    """As `sweep.plan_call` does it for such a call."""
+    """The plan that `sweep.plan_call` makes for such a call."""
     v, d = call.vocabulary, call.width
     cost = Cost(8, token=4 * ROWS, one_pass_token=4 * d, gradient=2, group_token=4 * d)
     grouped = grouped and not call.frozen
@@ -118,8 +120,8 @@ def planned(call: Call, budget: int | None, grouped: bool = True) -> Plan:
 
 
 def fused(gpu: Gpu, call: Call, how: Plan, cost: dict[str, float], narrowed: bool = True) -> float:
-    """One call, forward and backward. Not `narrowed`: gradients leave in fp32, over the logits, and
-    a pass rounds them, as the kernels had it before.
+    """One call, forward and backward. Not `narrowed`: gradients are written in fp32 over the logits
+    and rounded by another pass, as earlier kernels did.
     """
     v, d, time = call.vocabulary, call.width, 0.0
     assert how.one_pass
@@ -136,12 +138,12 @@ def fused(gpu: Gpu, call: Call, how: Plan, cost: dict[str, float], narrowed: boo
             once = how.groups == 1
             time += product(gpu, v, d, m, 2 if once else 4, added=not once) + gpu.gap
     if not call.frozen and how.groups > 1:
-        time += 10 * v * d / gpu.bandwidth  # zeros, and the sum rounded at the end
+        time += 10 * v * d / gpu.bandwidth  # zeroing the sum, and rounding it at the end
     return time
 
 
 def bare(gpu: Gpu, call: Call, blocks: int = 1) -> float:
-    """The products alone, in so many blocks of tokens: benchmarks/candidates.py has 2 GiB each."""
+    """Only the products, in so many blocks of tokens: benchmarks/candidates.py has 2 GiB each."""
     n, v, d = math.ceil(call.tokens / blocks), call.vocabulary, call.width
     time = 2 * product(gpu, n, v, d, 4) + product(gpu, n, d, v, 4)
     if not call.frozen:
@@ -150,7 +152,7 @@ def bare(gpu: Gpu, call: Call, blocks: int = 1) -> float:
 
 
 def measured(gpu: Gpu, rows: dict[str, dict]) -> Gpu:
-    """With the shares that `terms` found."""
+    """The GPU with the shares that `terms` measured."""
     return replace(
         gpu,
         streamed=rows["copy"]["GB_s"] * 1e9 / gpu.bandwidth,

@@ -1,16 +1,16 @@
-"""What follows from what was measured: of each term, the least that the design counts on, and what
-to do next where it is not reached.
+"""Compares measurements with the design: for each term the least value that the design assumes, and
+what to do next if it is not reached.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Rows = dict[str, dict]  # of `terms`: a row by its name
+Rows = dict[str, dict]  # the rows of `terms`, by name
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`value` of the rows (a KeyError: was not measured) must be at least `least`."""
+    """`value` of the rows must be at least `least`; a KeyError means that it was not measured."""
 
     what: str
     value: Callable[[Rows], float]
@@ -36,7 +36,7 @@ def _ratio(above: str, below: str, unit: str = "TF_s") -> Callable[[Rows], float
 
 
 def _passes(backend: str) -> Callable[[Rows], float]:
-    """The time of forward KL's passes by Triton, as a multiple of this backend's."""
+    """The time of forward KL's passes with Triton, as a multiple of this backend's."""
     names = ("normalisers", "gradient at once, in 16 bits")
     return lambda rows: (
         sum(rows[f"triton {n}"]["ms"] for n in names)

@@ -1,14 +1,14 @@
-"""What is run in a sitting, and for how long at most: a table of commands, and their rehearsal.
+"""The commands of a session on a GPU, their time limits and their rehearsals.
 
-A GPU that is lent for thirty minutes, ten a call, on a machine that reaches no package registry. No
-part may cost another its time, so each has a limit, and those of a call fit into ten minutes.
+A GPU is lent for thirty minutes, ten a call, on a machine without access to package registries. No
+part may use another's time, so each has a limit, and the parts of a call fit into ten minutes.
 """
 
 from dataclasses import dataclass
 
 CALL_SECONDS, SITTING_SECONDS = 600, 1800
 
-# What an image with torch 2.11, triton 3.6, transformers 5.17 and pytest lacks.
+# Packages that an image with torch 2.11, triton 3.6, transformers 5.17 and pytest lacks.
 WHEELS = (
     *("pydantic==2.14.4", "pydantic-core==2.50.5", "annotated-types==0.8.0"),
     *("typing-extensions==4.16.0", "typing-inspection==0.4.5"),
@@ -18,7 +18,7 @@ WHEELS = (
 )
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-# Three processes share the card. A rehearsal only collects: nothing here needs more than imports.
+# Three processes share the GPU. A rehearsal only collects the tests, which imports them.
 TESTS = (*PYTEST, "-n", "3", "--dist", "load", "--maxfail=25", "-m", "gpu", "-rfE")
 COLLECT = (*PYTEST, "--collect-only", "-m", "gpu")
 NEVER = "no rehearsal: needs the GPU itself"
@@ -26,8 +26,8 @@ NEVER = "no rehearsal: needs the GPU itself"
 
 @dataclass(frozen=True)
 class Part:
-    """A command of a call. `arguments` are Python's, or `tool`'s where one is named; {out} is the
-    call's output folder. `rehearsal`: what a CPU runs in their place; a text: why nothing.
+    """A command of a call. `arguments` are for Python, or for `tool` if one is named; {out} is the
+    call's output folder. `rehearsal`: the arguments on a CPU; a string: why it does not run there.
     """
 
     name: str
@@ -52,7 +52,7 @@ TINY_TRL = tuple(
     "--layers 1 --heads 2 --batch 2".split()
 )
 CALLS: dict[str, tuple[Part, ...]] = {
-    # Is it right? Stop here, mend what is red, and begin again.
+    # Correctness. If something fails, stop, fix it, and begin again.
     "check": (
         Part(
             "smoke",
@@ -69,7 +69,7 @@ CALLS: dict[str, tuple[Part, ...]] = {
         Part("kernels", 220, *_tests("tests/kernels")),
         Part("attention", 100, *_tests("tests/prefix")),
     ),
-    # The goals: kernels beside their peers.
+    # The goals: kernels and their peers.
     "bench": (
         Part(
             "bench",
@@ -97,7 +97,7 @@ CALLS: dict[str, tuple[Part, ...]] = {
             ),
         ),
     ),
-    # If time is left: whole runs, and what the tools see.
+    # If time is left: whole runs, and profilers.
     "rest": (
         Part(
             "memcheck",

@@ -25,7 +25,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(name: str) -> Callable[[Check], Check]:
-    """Of a function of the device that asserts; what it returns is shown."""
+    """Register a function of the device that asserts; its result is shown."""
 
     def add(function: Check) -> Check:
         CHECKS[name] = function
@@ -43,7 +43,7 @@ def error(x: Tensor, y: Tensor) -> float:
 
 
 def gradients(device: str, backend: str, dtype: torch.dtype, **options) -> list[Tensor]:
-    """Loss, dh and dW of the same random problem, whose numbers bf16 holds exactly."""
+    """Loss, dh and dW of the same random problem, whose numbers are exact in bf16."""
     torch.manual_seed(0)
     n, v, d = (300, 20011, 128) if device == "cuda" else (60, 2011, 32)
     student = torch.randn(n, d)
@@ -117,7 +117,8 @@ def _(device: str) -> str:
     for dtype in (torch.float16, torch.float32):
         made = (x.half().to(dtype) for x in (student, student + 0.5 * noise, weight))
         hidden, teacher, head = made
-        # A loss scale, as fp16 is trained with: without one the result itself has no room for 1/N.
+        # Use a loss scale, as in fp16 training: without one, 1/N is too small for the result's
+        # dtype.
         hidden.requires_grad_(), head.requires_grad_()
         (1024 * linear_divergence(hidden, teacher, head, divergence="jsd").loss).backward()
         found.append((hidden.grad, head.grad))

@@ -28,7 +28,7 @@ from .rules import verdicts
 
 
 class Clock:
-    """Medians of repeated calls, on the device's own clock; the rates by name."""
+    """Measures medians of repeated calls with the device's clock; collects the rates by name."""
 
     def __init__(self, cpu: bool, once: bool) -> None:
         self.cpu, self.once = cpu, once
@@ -37,7 +37,7 @@ class Clock:
     def __call__(
         self, what: str, call: Callable[[], object], *, read: float = 0, flops: float = 0
     ) -> None:
-        """read: bytes that a call reads and writes."""
+        """Measure `call`. read: the bytes that it reads and writes."""
         seconds = self._seconds(call)
         row = {"what": what, "ms": seconds * 1e3}
         if read:
@@ -71,12 +71,12 @@ def memory(clock: Clock, device: str) -> None:
     y = torch.empty_like(x)
     clock("copy", lambda: y.copy_(x), read=2 * x.numel())
     one = torch.zeros(1, device=device)
-    # As many small kernels as keep the queue full: the gap between two.
+    # Enough small kernels to keep the queue full, to measure the gap between two.
     clock("200 launches", lambda: [one.add_(1.0) for _ in range(200)])
 
 
 def tile_functions(clock: Clock, name: str, rows: int, vocabulary: int, device: str) -> None:
-    """Of a backend, on one tile of both roles, as a step calls them."""
+    """Measure a backend's functions on one tile of both roles, as a step calls them."""
     functions = load(name)
     base = [3 * torch.randn(rows, vocabulary, device=device) for _ in range(2)]
     student, teacher = (x.clone() for x in base)
@@ -97,7 +97,7 @@ def tile_functions(clock: Clock, name: str, rows: int, vocabulary: int, device: 
             call()
         sums = lambda: functions.sums(*roles, rule, state)  # noqa: B023, E731
         clock(f"{name} sums {kind}", sums, read=8 * entries)
-        # In place, again and again: the values drift, the work does not.
+        # Repeated in place: the values change, the amount of work does not.
         for out, written, ending in ((None, 4, ""), (low, 2, ", in 16 bits")):
             known = lambda: gradient(rule, state, out, True)  # noqa: B023, E731
             clock(f"{name} gradient {kind}{ending}", known, read=(8 + written) * entries)
@@ -121,7 +121,7 @@ def tile_functions(clock: Clock, name: str, rows: int, vocabulary: int, device: 
 
 
 def products(clock: Clock, vocabulary: int, width: int, device: str, many: int) -> None:
-    """The three products, by how many tokens are multiplied at a time."""
+    """Measure the three products for several numbers of tokens."""
     gpu, low = device == "cuda", torch.bfloat16
     head = (0.03 * torch.randn(vocabulary, width, device=device)).to(low)
     for n in (256, 512, 1024) if gpu else (8,):
@@ -131,7 +131,7 @@ def products(clock: Clock, vocabulary: int, width: int, device: str, many: int) 
 
 
 def logits(clock: Clock, head: Tensor, n: int, gpu: bool) -> None:
-    """Of both roles."""
+    """Measure the logits of both roles."""
     wide = {"out_dtype": torch.float32} if gpu else {}
     hidden = torch.randn(2 * n, head.shape[1], device=head.device).to(head.dtype)
     dtype = torch.float32 if gpu else head.dtype
@@ -141,7 +141,7 @@ def logits(clock: Clock, head: Tensor, n: int, gpu: bool) -> None:
 
 
 def gradients(clock: Clock, head: Tensor, n: int, gpu: bool) -> None:
-    """dh and dW: added to sums in fp32 (a GPU's), and dW written at once."""
+    """Measure dh and dW: added to sums in fp32 (only on a GPU), and dW written directly."""
     vocabulary, width = head.shape
     hidden = torch.randn(n, width, device=head.device).to(head.dtype)
     gradient = (1e-4 * torch.randn(n, vocabulary, device=head.device)).to(head.dtype)

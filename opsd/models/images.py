@@ -1,8 +1,8 @@
-"""What a model is given of a context's images: by its own processor, made of them at each use.
+"""Prepares a context's images for the model, with the model's own processor, at each use.
 
-A context with images is `ImageIds`: its ids, among them those that stand for images, which go
-wherever other contexts go, and the images. Pixels are large: they are read and cut to patches when
-a forward asks for them, and kept by nobody.
+A context with images is an `ImageIds`: its ids, which include the images' placeholders and are used
+like other contexts' ids, and its images. Pixels are large, so they are read and cut into patches
+only for a forward, and are not kept.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
     from opsd.data.images import RowImage
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-"""Types whose images are tried: shared prefixes are exact, and `generate` reads a batch of them."""
+"""Model types that are tested: shared prefixes are exact, and `generate` works in batches."""
 
 FILES = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json",
 )
-"""What a processor is made of, beside the tokenizer's files."""
+"""The files of a processor, beside the tokenizer's."""
 
 PATCHES = ("patch_size", "temporal_patch_size", "spatial_merge_size")
-"""Of a vision tower's config: how an image becomes its patches and tokens."""
+"""Fields of a vision tower's config that decide an image's patches and tokens."""
 
 KINDS = "mm_token_type_ids"
-"""The processor's name for what each token is: text 0, of an image 1."""
+"""The processor's name for the tokens' kinds: 0 for text, 1 for an image."""
 
 GRID = "image_grid_thw"
-"""And for an image's patches in time, height and width: [N, 3]."""
+"""The processor's name for the images' numbers of patches in time, height and width: [N, 3]."""
 
 
 class ImageReader:
-    """A model's processor, for images alone: with no video, of which torchvision makes the frames.
+    """A model's processor for images only: for videos it would need torchvision.
 
-    Raises UserError for a model whose images are not tried, or that has no processor.
+    Raises UserError for a model of a type that is not tested, or without a processor.
     """
 
     def __init__(
@@ -75,18 +75,18 @@ class ImageReader:
             from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
             whole = cast(type, PROCESSOR_MAPPING[type(config)])
-            # The class would ask for a processor of videos.
+            # The class would require a processor of videos.
             unchecked = {"check_argument_for_proper_class": lambda self, name, argument: None}
             kind = type(whole.__name__, (whole,), unchecked)
             pixels = AutoImageProcessor.from_pretrained(section.path, revision=section.revision)
             self.processor = kind(pixels, tokenizer, None, chat_template=tokenizer.chat_template)
-        except Exception as error:  # absent, damaged, or of another release
+        except Exception as error:  # missing, damaged, or of another release
             raise UserError(f"{where}: it has no processor of images ({in_short(error)})") from None
         self.token, self.token_id = self.processor.image_token, config.image_token_id
         self.config = config
 
     def check_teacher(self, config: PreTrainedConfig, path: str) -> None:
-        """Raises UserError unless another model takes the images as this one does."""
+        """Raise UserError unless another model processes images as this one does."""
         ours, its = (getattr(c, "vision_config", None) for c in (self.config, config))
         for name in PATCHES:
             one, other = getattr(ours, name, None), getattr(its, name, None)
@@ -97,14 +97,14 @@ class ImageReader:
                 )
 
     def context(self, text: str, images: Sequence[RowImage]) -> ImageIds:
-        """The ids of a text in which each image has one token, of which the processor makes as many
-        as the image takes. Raises ValueError for an image that cannot be read."""
+        """The ids of a text in which each image has one placeholder, which the processor repeats as
+        often as the image needs. Raises ValueError for an image that cannot be read."""
         pixels = [image.pixels() for image in images]
         made = self.processor(text=[text], images=pixels, add_special_tokens=False)
         return ImageIds(made["input_ids"][0], made[KINDS][0], images, self)
 
     def patches(self, images: Sequence[RowImage]) -> dict[str, Tensor]:
-        """What the model takes of the images: their patches, and how many of them each has."""
+        """The model's inputs for the images: their patches, and the number of patches of each."""
         pixels = [image.pixels() for image in images]
         return dict(self.processor.image_processor(images=pixels, return_tensors="pt"))
 
@@ -114,7 +114,7 @@ class ImageIds(list[int]):
 
     Attributes:
         images: in the order of their places.
-        positions: [3, P], of each token in time, height and width, once a model has told them.
+        positions: [3, P], each token's in time, height and width, once a model has computed them.
     """
 
     def __init__(
@@ -125,26 +125,26 @@ class ImageIds(list[int]):
         self.positions: Tensor | None = None
 
     def inputs(self, more: int = 0) -> dict[str, Tensor]:
-        """The arguments of the model's forward beside the ids, for them and `more` ids of text."""
+        """The arguments of the model's forward beside the ids, for these and `more` ids of text."""
         kinds = torch.tensor([[*self.kinds, *[0] * more]])
         return {KINDS: kinds, **self.reader.patches(self.images)}
 
 
 def whole_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its vision tower and without its head; adapters are in it."""
+    """The model with its vision tower and adapters but without its head."""
     return getattr(model, "get_base_model", lambda: model)().model
 
 
 def generation_inputs(
     model: PreTrainedModel, contexts: Sequence[Sequence[int]], width: int
 ) -> dict[str, Any]:
-    """The arguments of `generate` for contexts of which some have images, padded on the left to
-    `width`; {} where none has. The vision tower runs once for all rollouts of a context."""
+    """The arguments of `generate` for contexts, some of which have images, padded on the left to
+    `width`; {} if none has. The vision tower runs once for all rollouts of a context."""
     seen = {id(context): context for context in contexts if isinstance(context, ImageIds)}
     if not seen:
         return {}
     kinds = torch.zeros(len(contexts), width, dtype=torch.long)
-    first: dict[int, int] = {}  # of each context, the number of its first image
+    first: dict[int, int] = {}  # the number of each context's first image
     images: list[RowImage] = []
     for key, context in seen.items():
         first[key] = len(images)
@@ -168,7 +168,7 @@ def generation_inputs(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the tokenizer, and what the processor of images is made of as it was."""
+    """Save the tokenizer, and the image processor's files unchanged."""
     tokenizer.save_pretrained(directory)
     reader = getattr(tokenizer, "images", None)
     for name, content in (reader.files if reader is not None else {}).items():

@@ -1,4 +1,5 @@
-"""The methods, one file each: a step's problems → groups of samples → loss and measures.
+"""The methods, one file each: they make groups of samples from a step's problems, and compute loss
+and measures.
 
 Other rooms import the methods, what they share, and `make_objective` from here.
 """
@@ -28,8 +29,8 @@ def make_objective(
     sampling: Sampling,
     mix: Sequence[Member] = (),
 ) -> Objective:
-    """The objective of a method's name. `sampling`: how its rollouts are drawn. `mix`: the members
-    of teacher.mix."""
+    """Make the objective of this method. `sampling`: how its rollouts are sampled. `mix`: the
+    members of teacher.mix."""
     classes = class_table(prompts.tokenizer)
     weighting = TokenWeighting(loss, sampling.max_new_tokens, classes)
     scorer = None if method == "sft" else teacher

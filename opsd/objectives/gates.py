@@ -1,4 +1,4 @@
-"""Gates: factors of tokens' weights, by what the teacher and the student say of the tokens.
+"""Gates: factors of tokens' weights, computed from the teacher's and the student's predictions.
 
     loss = Σ_n w_n Π_k g_k(n) D_n,    g = floor + (1 - floor) · raw
 
@@ -24,7 +24,7 @@ from opsd.grading.rewards import own_function
 
 
 class Measures(NamedTuple):
-    """Of the tokens of a micro-batch: [N] each, detached; and of each rollout its tokens' number.
+    """Measures of a micro-batch's tokens, [N] each, detached; and the length of each rollout.
 
     log_prob, teacher_log_prob: of the sampled token.
     """
@@ -71,7 +71,7 @@ GATES: dict[str, Callable[[Measures, float], Tensor]] = {
 
 @torch.no_grad()
 def gated(sections: Sequence[GateSection], measures: Measures) -> Tensor:
-    """The product of all gates at each token: [N]."""
+    """The product of all gates for each token: [N]."""
     product = torch.ones_like(measures.gap)
     for section in sections:
         if section.gate in GATES:
@@ -83,13 +83,13 @@ def gated(sections: Sequence[GateSection], measures: Measures) -> Tensor:
 
 
 def _own(section: GateSection, measures: Measures) -> Tensor:
-    """What the user's function(measures, scale) returns. Raises UserError for anything but a factor
-    for each token."""
+    """Call the user's function(measures, scale). Raises UserError unless it returns a factor for
+    each token."""
     try:
         raw: Any = own_function(section.gate, "loss.gates")(measures, section.scale)
     except UserError:
         raise
-    except Exception as error:  # whatever the user's function does
+    except Exception as error:  # the user's function may raise anything
         raise UserError(f"loss.gates {section.gate!r} raised {in_short(error)}") from error
     size = list(measures.gap.shape)
     if not isinstance(raw, Tensor) or list(raw.shape) != size:

@@ -1,4 +1,4 @@
-"""What the methods share: problems with rollouts, the groups to learn from, and a step's means."""
+"""Classes that the methods share: problems with rollouts, groups of samples, and a step's means."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,11 +22,11 @@ from opsd.rollout import Rollout, Sampling
 
 @dataclass(frozen=True)
 class Problem:
-    """A row, its contexts, and the rollouts that the student wrote for it (none under SFT).
+    """A row, its contexts, and the rollouts that the student wrote for it (none for SFT).
 
-    outcomes: of each rollout, where they are graded. teachers: by role, its context for each
-    rollout, where its template is over rollouts; None for a rollout that it says nothing about.
-    majority: of the rollouts' answers, where the row has no solution and they vote.
+    outcomes: of each rollout, if they are graded. teachers: for each role whose template contains
+    rollouts, its context for each rollout; None for a rollout without one. majority: the majority
+    answer of the rollouts, if the row has no solution and they vote.
     """
 
     row: Row
@@ -45,30 +45,30 @@ class Problem:
 
 @dataclass(frozen=True)
 class Sample:
-    """One rollout to learn from, and what its tokens count.
+    """One rollout to train on, and its tokens' weights.
 
-    Weights are divided by the step's tokens already, so that the step's loss is the plain sum over
+    Weights are already divided by the step's tokens, so the step's loss is the plain sum over
     micro-batches, however the groups are split.
     """
 
     rollout: Ids
     weight: float  # of each token
-    factors: Sequence[float] | None = None  # of each token, beside `weight`; None: 1
-    teacher: int = 0  # which of the group's teacher contexts it is scored in
+    factors: Sequence[float] | None = None  # a further factor for each token; None: 1
+    teacher: int = 0  # number of the group's teacher context in which it is scored
     advantage: float = 0.0  # grpo
-    credit: float = 0.0  # grpo: how far the teacher shares the advantage out among the tokens
-    distil: float = 0.0  # grpo: what the divergence to the teacher counts beside
-    sampling_log_probs: Sequence[float] | None = None  # the engine's, of each token; see Rollout
+    credit: float = 0.0  # grpo: how much the teacher redistributes the advantage over tokens
+    distil: float = 0.0  # grpo: weight of the additional divergence to the teacher
+    sampling_log_probs: Sequence[float] | None = None  # the engine's, for each token; see Rollout
     old_log_probs: Sequence[float] | None = None  # the student's, before the step's first update
 
     @property
     def tokens(self) -> int:
-        """Tokens that are scored."""
+        """The number of tokens that are scored."""
         return len(self.rollout)
 
     @property
     def counted(self) -> int:
-        """Tokens that are trained on: those with a weight."""
+        """The number of tokens that are trained on: those with a weight."""
         if self.factors is None:
             return self.tokens
         return sum(factor != 0 for factor in self.factors)
@@ -79,10 +79,10 @@ class SampleGroup:
     """A problem's samples and the contexts that they share.
 
     student: the context that the student continues. teachers: the teacher's contexts: none for a
-    method without a teacher, one for all samples, or several where the template is over rollouts.
-    With teacher.mix each is one context for each member, next to each other; coefficients: of the
-    members. route: the name in teacher.routes of who teaches it. given: its texts are the row's
-    own, which no teacher sees (`loss.sft_alpha`). A piece of a group has the same context objects:
+    method without a teacher, one for all samples, or several if the template contains rollouts.
+    With teacher.mix, each is one context for each member, next to each other. coefficients: the
+    members'. route: the teacher's name in teacher.routes. given: the texts are the row's own, which
+    no teacher sees (`loss.sft_alpha`). Pieces of a group have the same context objects:
     `is_piece_with` compares no tokens.
     """
 
@@ -94,27 +94,27 @@ class SampleGroup:
     given: bool = False
 
     def of(self, samples: Sequence[Sample]) -> "SampleGroup":
-        """A piece of this group: some of its samples."""
+        """A piece of this group, with some of its samples."""
         return replace(self, samples=samples)
 
     def is_piece_with(self, other: "SampleGroup") -> bool:
-        """Whether both are pieces of one group."""
+        """Whether both are pieces of the same group."""
         mine, its = (self.student, *self.teachers), (other.student, *other.teachers)
         return len(mine) == len(its) and all(a is b for a, b in zip(mine, its, strict=True))
 
     def by_teacher(self) -> list["SampleGroup"]:
-        """Pieces of neighbouring samples that are scored in one teacher context."""
+        """Pieces of consecutive samples that are scored in the same teacher context."""
         return [self.of(list(some)) for _, some in groupby(self.samples, lambda s: s.teacher)]
 
     def longest(self) -> int:
-        """Tokens of the longest sequence, a context and a rollout."""
+        """Tokens of the longest sequence: a context with a rollout."""
         return max(
             sample.tokens + max(map(len, [self.student, *self.teachers_of([sample])]))
             for sample in self.samples
         )
 
     def teachers_of(self, samples: Iterable[Sample]) -> list[Ids]:
-        """The teacher contexts of some of the samples, each once."""
+        """The teacher contexts of some samples, each once."""
         if not self.teachers:
             return []
         numbers, size = dict.fromkeys(s.teacher for s in samples), len(self.coefficients)
@@ -138,7 +138,7 @@ def sample_group(
     coefficients: Sequence[float] = (1.0,),
     route: str = "",
 ) -> SampleGroup:
-    """A group of samples, each with the contexts that the teacher's members see it in."""
+    """Make a group of samples, each with its contexts for the teacher's members."""
     teachers: list[Sequence[Ids]] = []
     samples = []
     for sample, contexts in pairs:
@@ -166,8 +166,8 @@ def as_teacher(groups: Iterable[SampleGroup], member: int = 0) -> list[Group]:
 
 @dataclass
 class Totals:
-    """Sums over a step's tokens, from which the step's means are taken; parts: over the tokens of
-    one teacher of several, or of given text (`sft`), which is no part of the others."""
+    """Sums over a step's tokens, to compute the step's means; parts: the sums over the tokens of
+    one of several teachers, or of given text (`sft`), which the others do not contain."""
 
     tokens: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -175,24 +175,25 @@ class Totals:
 
     @property
     def trained(self) -> int:
-        """All tokens that are trained on."""
+        """The number of all tokens that are trained on."""
         return self.tokens + (self.parts["sft"].tokens if "sft" in self.parts else 0)
 
     def part(self, name: str) -> "Totals":
-        """The sums over the tokens of one part."""
+        """The sums over one part's tokens."""
         return self.parts.setdefault(name, Totals())
 
     def add(self, tokens: int, **means: Tensor) -> None:
         """Add a micro-batch of `tokens` tokens with these means, scalars on any device.
 
-        They stay there: to read each would make the CPU wait for a GPU in every micro-batch.
+        They stay on the device: reading each would make the CPU wait for a GPU in every
+        micro-batch.
         """
         self.tokens += tokens
         for name, mean in means.items():
             self.sums[name] = self.sums.get(name, 0.0) + mean.detach().double() * tokens
 
     def numbers(self) -> "Totals":
-        """A copy on the CPU, to be sent to other processes."""
+        """A copy on the CPU, to send to other processes."""
         parts = {name: part.numbers() for name, part in self.parts.items()}
         return Totals(self.tokens, {name: total.cpu() for name, total in self.sums.items()}, parts)
 
@@ -205,7 +206,7 @@ class Totals:
             self.part(name).include(part)
 
     def means(self) -> dict[str, float]:
-        """The means over all tokens added, and over each part's."""
+        """The means over all tokens that were added, and over each part's."""
         means = {name: total.item() / self.tokens for name, total in self.sums.items()}
         for part, own in self.parts.items():
             means |= {f"{part}_{name}": mean for name, mean in own.means().items()}
@@ -218,8 +219,8 @@ class MicroBatch:
 
     Attributes:
         share: run each context once for all its samples.
-        weights: of the tokens, fp32.
-        counted: how many tokens have a weight, and at least 1, since means are divided by it.
+        weights: the tokens' weights, fp32.
+        counted: the number of tokens with a weight; at least 1, since means are divided by it.
     """
 
     def __init__(self, groups: Sequence[SampleGroup], device: torch.device, share: bool = True):
@@ -232,7 +233,7 @@ class MicroBatch:
             self.weights *= torch.tensor([f for own in each for f in own], device=device)
 
     def part(self, chosen: Callable[[SampleGroup], bool]) -> tuple["MicroBatch", Tensor]:
-        """Some of the groups, and the places of their tokens, int64."""
+        """Some of the groups, and the indices of their tokens, int64."""
         places, end = [], 0
         for group in self.groups:
             for sample in group.samples:
@@ -244,7 +245,7 @@ class MicroBatch:
     def by(
         self, kind: Callable[[SampleGroup], Any]
     ) -> list[tuple[Any, "MicroBatch", Tensor | slice]]:
-        """Each kind of groups with its `part`."""
+        """The `part` of each kind of groups."""
         kinds = list(dict.fromkeys(map(kind, self.groups)))
         if len(kinds) == 1:
             return [(kinds[0], self, slice(None))]
@@ -259,7 +260,7 @@ class MicroBatch:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each rollout."""
+        """The number of tokens of each rollout."""
         return [sample.tokens for sample in self.samples]
 
     def targets(self) -> Tensor:
@@ -269,13 +270,14 @@ class MicroBatch:
         )
 
     def spread(self, values: Sequence[float]) -> Tensor:
-        """One value a sample, repeated for each of its tokens, fp32."""
+        """Repeat each sample's value for each of its tokens, fp32."""
         pairs = zip(values, self.samples, strict=True)
         each = [value for value, sample in pairs for _ in range(sample.tokens)]
         return torch.tensor(each, dtype=torch.float32, device=self.device)
 
     def coefficients(self) -> list[float | Tensor]:
-        """Of the members of the teacher's mixture; of each token [Σ R] where groups differ."""
+        """The coefficients of the teacher's members; tensors [Σ R] if groups have different
+        ones."""
         made: list[float | Tensor] = []
         for own in zip(*(group.coefficients for group in self.groups), strict=True):
             each = [c for c, group in zip(own, self.groups, strict=True) for _ in group.samples]
@@ -283,7 +285,8 @@ class MicroBatch:
         return made
 
     def old_log_prob(self, current: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """log p of some tokens before the step's first update. In that it is `current`."""
+        """log p of some tokens before the step's first update; during that update it is
+        `current`."""
         if all(sample.old_log_probs is None for sample in self.samples):
             return current.detach()
         old = [value for s in self.samples for value in s.old_log_probs]
@@ -295,8 +298,8 @@ class MicroBatch:
 
 
 class TokenLosses(NamedTuple):
-    """A micro-batch's loss (scalar); what is logged of each token [Σ R]; of all together; and of
-    parts of the tokens."""
+    """A micro-batch's loss (scalar); values to log for each token [Σ R]; values for all together;
+    and totals of parts of the tokens."""
 
     loss: Tensor
     logged: dict[str, Tensor]
@@ -317,7 +320,7 @@ class Objective:
 
     samples_rollouts = True  # False: the method learns from given text
     teacher_role = "teacher"  # the context that a teacher sees, "student" or "teacher"
-    beside: "Objective | None" = None  # what learns from given text in the same step
+    beside: "Objective | None" = None  # the objective for given text in the same step
 
     def __init__(
         self,
@@ -339,13 +342,14 @@ class Objective:
         self.routes: dict[str, list[Member]] = {}
         for member in self.members:
             self.routes.setdefault(member.route, []).append(member)
-        # A mixture's heads side by side, where who calls knows when the weights change.
+        # A cache of a mixture's joined heads, if the caller clears it when weights change.
         self.heads: dict[tuple[int, ...], Tensor] | None = None
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
     ) -> tuple[list[SampleGroup], dict[str, float]]:
-        """A step's problems → what to learn from, and measures of the rollouts for the log."""
+        """Make groups of samples from a step's problems, and measures of the rollouts for the
+        log."""
         raise NotImplementedError
 
     def token_losses(
@@ -355,14 +359,14 @@ class Objective:
         student: Tensor,
         teachers: Mapping[str, Sequence[Tensor]],
     ) -> TokenLosses:
-        """The micro-batch's share of the step's loss, and its measures, from the student's states
-        [Σ R, D], and by route those of each member that teaches, of the groups that it sees."""
+        """The micro-batch's part of the step's loss, and its measures, from the student's states [Σ
+        R, D] and, by route, the states of each teacher member for the groups that it sees."""
         raise NotImplementedError
 
     def states(
         self, model: PreTrainedModel, batch: MicroBatch
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """What `token_losses` takes."""
+        """Compute the states that `token_losses` takes."""
         seen = {
             route: [group for group in batch.groups if group.teachers and group.route == route]
             for route in self.routes
@@ -386,7 +390,7 @@ class Objective:
         totals: Totals,
         share: bool = True,
     ) -> Tensor:
-        """A micro-batch's share of the step's loss (scalar); adds its measures to `totals`.
+        """The micro-batch's part of the step's loss (scalar); adds its measures to `totals`.
 
         `share`: run each context once for all its samples.
         """

@@ -1,10 +1,9 @@
-"""GRPO: a rollout's advantage is its reward against its group's mean.
+"""GRPO: a rollout's advantage is its reward relative to its group's mean.
 
 The loss is the clipped surrogate of `policy_gradient.py`, plus `loss.kl` times an estimate of the
-KL to a reference that sees what the student sees. Groups whose rewards are all equal carry no
-signal and, without a KL, cost no forward pass. By configuration (docs/methods.md) this is the first
-GRPO (arXiv 2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), and with `loss.credit` RLSD
-(2604.03128).
+KL to a reference in the student's context. Groups whose rewards are all equal carry no signal and,
+without a KL, cost no forward pass. By configuration (docs/methods.md) this is the first GRPO (arXiv
+2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), and with `loss.credit` RLSD (2604.03128).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,8 @@ from opsd.objectives.policy_gradient import k3, surrogate, teacher_credit
 
 
 class GRPO(Objective):
-    """Policy gradient with the group's rewards, and beside it opsd's divergence (`loss.distil`)."""
+    """Policy gradient with the group's rewards, optionally with opsd's divergence
+    (`loss.distil`)."""
 
     def __init__(self, section: LossSection, *what: Any, **more: Any):
         super().__init__(section, *what, **more)
@@ -47,8 +47,8 @@ class GRPO(Objective):
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
     ) -> tuple[list[SampleGroup], dict[str, float]]:
-        """Every rollout of a group whose rewards differ, or that distils; with `loss.kl`, every
-        rollout."""
+        """All rollouts of groups whose rewards differ or that distil; with `loss.kl` all
+        rollouts."""
         section, credit = self.section, credit_share(self.section, step)
         rollouts = [rollout for p in problems for rollout in p.rollouts]
         outcomes = [outcome for p in problems for outcome in p.outcomes]
@@ -80,7 +80,7 @@ class GRPO(Objective):
                         sampling_log_probs=rollout.sampling_log_probs,
                     )
                     # Without a teacher context the teacher sees the student's: the evidence is 1
-                    # where both have the same weights.
+                    # if both have the same weights.
                     pairs.append((sample, [p.context.student if context is None else context]))
             if pairs and (section.credit or distil):
                 groups.append(sample_group(p.context.student, pairs))
@@ -143,7 +143,7 @@ class GRPO(Objective):
         return TokenLosses(loss, {"student_entropy": own.entropy, **measures, **logged}, {})
 
     def _in_one_sweep(self, model: PreTrainedModel, batch: MicroBatch, teacher: Scorer) -> bool:
-        """Whether the divergence's sweep of the head serves the policy gradient too."""
+        """Whether the divergence's sweep of the head also computes the policy gradient."""
         weight = head(model)[0]
         alike = len(weight) == len(teacher.weight) and not hasattr(weight, "device_mesh")
         serves = self.opsd.in_one_sweep(batch, whole_temperature(self.sampling))
@@ -157,8 +157,9 @@ class GRPO(Objective):
         teacher: Scorer,
         policy: Callable[..., dict[str, Tensor]],
     ) -> tuple[Tensor, SampledLogProb, Tensor]:
-        """The whole loss, and of each token log p and entropy (detached) and the divergence. The
-        tokens that distil take one sweep for both, the others one for the policy gradient."""
+        """The whole loss, and for each token log p and entropy (detached) and the divergence.
+        Tokens that distil need one sweep for both losses, the others one for the policy gradient.
+        """
         part, places = distilling(batch)
 
         def beside(log_prob: Tensor, rows: Tensor | slice) -> Tensor:
@@ -177,7 +178,7 @@ class GRPO(Objective):
 
 
 def distilling(batch: MicroBatch) -> tuple[MicroBatch, Tensor]:
-    """The groups that a teacher sees, with the weights of the divergence beside, and the places of
+    """The groups that have a teacher, with the additional divergence's weights, and the indices of
     their tokens."""
     part, places = batch.part(lambda group: bool(group.teachers))
     part.weights *= part.spread([sample.distil for sample in part.samples])
@@ -187,13 +188,14 @@ def distilling(batch: MicroBatch) -> tuple[MicroBatch, Tensor]:
 def everywhere(
     found: TokenLosses, part: MicroBatch, places: Tensor, tokens: int, name: str = "divergence"
 ) -> Tensor:
-    """What was measured of the tokens that distil, for all tokens [Σ R]: 0 of the others."""
+    """Expand a measure of the tokens that distil to all tokens [Σ R], 0 for the others."""
     values = torch.where(part.weights != 0, found.logged[name].detach(), 0.0)
     return values.new_zeros(tokens).index_copy_(0, places, values)
 
 
 def group_advantages(rewards: Sequence[float], scale: bool) -> list[float]:
-    """r - mean of one group's rewards, ÷ their standard deviation if `scale`; 0 if all alike."""
+    """r - mean of one group's rewards, ÷ their standard deviation if `scale`; 0 if all are
+    equal."""
     if min(rewards) == max(rewards):
         return [0.0] * len(rewards)
     mean = sum(rewards) / len(rewards)

@@ -1,4 +1,4 @@
-"""Importance sampling: weights for rollouts that another distribution sampled than the student's.
+"""Importance sampling: weights for rollouts sampled from another distribution than the student's.
 
 There are two reasons for a difference. An engine with the student's weights computes with other
 kernels, in another order and precision, so its distribution differs a little from the one that is
@@ -21,13 +21,13 @@ from opsd.objectives.log_probs import token_log_prob
 from opsd.rollout import Sampling
 
 Corrected = tuple[Tensor, dict[str, Tensor]]
-"""The tokens' weights times their ratios, and what is logged of each token: [Σ R]."""
+"""The tokens' weights times their ratios, and values to log for each token: [Σ R]."""
 
 
 def corrected_for_sampling(
     model: PreTrainedModel, hidden: Tensor, batch: MicroBatch, section: LossSection
 ) -> Corrected:
-    """Corrected for what sampled, where `batch.sampled_by_others`."""
+    """Correct the weights for what sampled, if `batch.sampled_by_others`."""
     with torch.no_grad():
         own = token_log_prob(model, hidden, batch, section).log_prob
     return _corrected(batch, own, section.importance_bound)
@@ -41,11 +41,11 @@ def corrected_for_engine(
     sampling: Sampling | None,
     old: Tensor,
 ) -> Corrected:
-    """Corrected for the engine alone.
+    """Correct the weights for the engine alone.
 
-    old: log p of the student before the step, under `sampling`. Where that is another distribution
-    than engines' (temperature 1, the whole vocabulary), the student as it is now stands in: the two
-    differ after a step's first update alone.
+    old: log p by the student before the step, under `sampling`. If that is another distribution
+    than the engine's (temperature 1, the whole vocabulary), the current student is used instead: it
+    differs only after a step's first update.
     """
     by_engine = all(sample.sampling_log_probs is not None for sample in batch.samples)
     if section.importance_bound is None or not by_engine:
@@ -57,7 +57,7 @@ def corrected_for_engine(
 
 
 def _corrected(batch: MicroBatch, log_prob: Tensor, bound: float) -> Corrected:
-    """`log_prob`: the student's, at temperature 1, [Σ R]. Where tokens were drawn at temperature 1,
+    """`log_prob`: the student's, at temperature 1, [Σ R]. If tokens were sampled at temperature 1,
     the mean of `engine_divergence`, log p_engine - log p_student, estimates KL(engine ‖ student).
     """
     samples = batch.samples

@@ -1,8 +1,8 @@
-"""Log-probabilities of rollouts' tokens, under the distribution that the rollouts are drawn from.
+"""Log-probabilities of rollouts' tokens, under the distribution from which they are sampled.
 
-A policy gradient is that of the policy that sampled: softmax(z / τ), and with top-k or top-p the
-same over the tokens that these leave, renormalised. At temperature τ alone the fused kernel serves.
-Which tokens top-k and top-p leave is known from a whole row of logits only, so that these take
+A policy gradient is for the policy that sampled: softmax(z / τ) and, with top-k or top-p, the same
+over the tokens that remain, renormalised. With only a temperature τ the fused kernel computes it.
+Which tokens top-k and top-p keep is known only from a whole row of logits: this is computed in
 blocks of rows, whose logits backward computes again.
 
 Legend: N tokens, V vocabulary, D hidden width.
@@ -28,7 +28,7 @@ from opsd_kernels import linear_log_prob
 
 DEFAULT_BUDGET = 1 << 28
 COPIES = 6
-"""fp32 tensors of a block's logits that forward and backward hold at once."""
+"""The number of fp32 tensors of a block's logits that forward and backward hold at once."""
 
 
 class SampledLogProb(NamedTuple):
@@ -49,10 +49,10 @@ def sampled_log_prob(
     backend: str = "auto",
     **how_logits_are_made: Any,
 ) -> SampledLogProb:
-    """log q of the tokens `targets` [N], of the states [N, D] that predict them.
+    """log q of the tokens `targets` [N], from the states [N, D] that predict them.
 
-    q is what `sampling` draws from: temperature, then top-k, then top-p, renormalised. A target
-    that these leave out, as after an update of the weights, counts as one that they leave.
+    q is the distribution of `sampling`: temperature, then top-k, then top-p, renormalised. A target
+    that these remove, as after an update of the weights, counts as one that they keep.
 
     Args:
         sampling: None: the model's own distribution.
@@ -92,7 +92,7 @@ def sampled_log_prob(
 
 
 def whole_temperature(sampling: Sampling | None) -> float | None:
-    """That of the distribution drawn from; None where top-k or top-p leave out tokens."""
+    """The temperature of the sampling distribution; None if top-k or top-p remove tokens."""
     if sampling is None or sampling.temperature == 0:  # the model's own distribution
         return 1.0
     return sampling.temperature if sampling.top_p == 1 and sampling.top_k == 0 else None
@@ -109,8 +109,7 @@ def token_log_prob(
 ) -> SampledLogProb:
     """log p and entropy of each rollout token [Σ R], from the states [Σ R, D] that predict them.
 
-    sampling: how tokens were drawn, so that p is the distribution that they were drawn from; None:
-        the model's own, at temperature 1.
+    sampling: p is the distribution of this sampling; None: the model's own, at temperature 1.
     scored_by: the head's weight and bias; None: the model's.
     rows: which of the tokens.
     """

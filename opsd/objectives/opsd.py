@@ -43,12 +43,12 @@ from opsd_kernels import Clip, LinearDivergence, linear_divergence
 
 
 class OPSD(Objective):
-    """The divergence between the teacher and the model that trains."""
+    """The divergence between the teacher and the trained model."""
 
     def __init__(self, section: LossSection, *what: Any, **more: Any):
         super().__init__(section, *what, **more)
         self.by_token = section.divergence == "sampled_token"
-        if not self.by_token:  # only a policy gradient is one of the policy that sampled
+        if not self.by_token:  # only a policy gradient depends on the sampling distribution
             self.sampling = None
         self.clip = None if section.clip == "none" else Clip(section.clip, section.clip_threshold)
         self.beside = Given(section, prompts=self.prompts)
@@ -56,7 +56,7 @@ class OPSD(Objective):
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
     ) -> tuple[list[SampleGroup], dict[str, float]]:
-        """Each rollout in all its contexts, without those that lack a teacher's."""
+        """Each rollout in all its contexts; rollouts without a teacher context are left out."""
         routes = [self.members[0].route_of(p.row.columns) for p in problems]
         taught = [
             (number, rollout, outcome, contexts)
@@ -124,7 +124,7 @@ class OPSD(Objective):
         student: Tensor,
         teachers: Mapping[str, Sequence[Tensor]],
     ) -> TokenLosses:
-        """The losses of groups that one teacher sees, or one mixture."""
+        """The losses of groups with the same teacher or mixture."""
         members, states = self.routes[route], teachers[route]
         coefficients, size = batch.coefficients(), len(head(model)[0])
         if any(member.section.damping for member in members):
@@ -141,8 +141,8 @@ class OPSD(Objective):
         states: Sequence[Tensor],
         coefficients: list[float | Tensor],
     ) -> list[float | Tensor]:
-        """The coefficients where one member's grows with the distance between the student and the
-        others' mixture, at the price of one more sweep (DemoPSD, arXiv 2607.02502)."""
+        """The coefficients, one member's of which grows with the distance between the student and
+        the mixture of the others. This costs one more sweep (DemoPSD, arXiv 2607.02502)."""
         number = next(n for n, member in enumerate(self.members) if member.section.damping)
         rest = [n for n in range(len(self.members)) if n != number]
         members, its, c = ([x[n] for n in rest] for x in (self.members, states, coefficients))
@@ -164,8 +164,8 @@ class OPSD(Objective):
     ) -> TokenLosses:
         """The losses from both roles' states [Σ R, D].
 
-        token_loss: beside the divergence, in the same sweep (`linear_divergence`); its
-        log-probabilities are then among what is logged. Where `in_one_sweep`.
+        token_loss: computed in the same sweep as the divergence (`linear_divergence`), if
+        `in_one_sweep`; the log-probabilities are then among the logged values.
         """
         if self.by_token:
             return self._sampled_token(model, batch, student, teacher)
@@ -189,7 +189,7 @@ class OPSD(Objective):
             **shared,
         )
         loss = result.loss
-        if section.unsure:  # of the other tokens, of weight 0, this sweep runs none
+        if section.unsure:  # this sweep skips the other tokens, which have weight 0
             unsure = weights * (section.unsure * (result.teacher_entropy > section.unsure_entropy))
             what = {"divergence": "forward_kl", "token_weight": unsure, **shared}
             loss = loss + self._divergence(model, student, teacher, **what).loss
@@ -206,8 +206,9 @@ class OPSD(Objective):
         return TokenLosses((gate * loss).sum(), logged | corrections, of_all)
 
     def in_one_sweep(self, batch: MicroBatch, temperature: float | None) -> bool:
-        """Whether a loss of the tokens' log-probabilities at `temperature` takes no more than the
-        divergence's sweep: not where that is of other logits, or its weights need its results."""
+        """Whether a loss of the tokens' log-probabilities at `temperature` can share the
+        divergence's sweep. It cannot if that uses other logits, or if its weights depend on its
+        results."""
         section = self.section
         corrected = section.importance_bound is not None and batch.sampled_by_others
         plain = not (self.by_token or section.gates or section.unsure or corrected)
@@ -218,11 +219,11 @@ class OPSD(Objective):
     ) -> LinearDivergence:
         (weight, bias), teacher_weight = head(model), teacher.weight
         if len(weight) != len(teacher_weight):
-            # The heads are padded to different sizes. The rows that both have hold all tokens.
+            # The heads have different padding. The rows that both have contain all tokens.
             weight = weight[: len(teacher_weight)]
             bias = None if bias is None else bias[: len(teacher_weight)]
         if teacher_weight is weight:
-            teacher_weight = None  # a head that both have: one product for both
+            teacher_weight = None  # both use one head, so one product computes both
         tensors = (student, teacher.hidden, weight, teacher_weight, bias, teacher.bias)
         *operands, bias, teacher_bias = as_operands(tensors)
         what |= {"memory_budget": self.section.memory_budget, "backend": self.section.backend}
@@ -233,7 +234,7 @@ class OPSD(Objective):
     def _sampled_token(
         self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, teacher: Scorer
     ) -> TokenLosses:
-        """A token's divergence is estimated as log p_S - log p_T."""
+        """A policy gradient; a token's divergence is estimated as log p_S - log p_T."""
         section, sampling = self.section, self.sampling
         own = token_log_prob(model, student, batch, section, sampling)
         with torch.no_grad():
@@ -244,7 +245,7 @@ class OPSD(Objective):
         logged = {"divergence": -advantage, "student_entropy": own.entropy}
         logged["teacher_entropy"] = scored.entropy
         if section.control_variate:
-            # The advantage's mean, -KL(S ‖ T), leaves no direction to it, only noise.
+            # The advantage's mean, -KL(S ‖ T), adds no direction to the gradient, only noise.
             temperature = (sampling.temperature if sampling else 0) or 1.0
             what = {"divergence": "reverse_kl", "temperature": temperature, "reduction": "none"}
             with torch.no_grad():
@@ -262,7 +263,7 @@ class OPSD(Objective):
 
 
 def _together(batch: MicroBatch, each: Sequence[tuple]) -> TokenLosses:
-    """The losses of several teachers' parts of a batch as one."""
+    """Join the losses of several teachers' parts of a batch."""
     _, parts, places, found = zip(*each, strict=True)
     logged = {
         name: _scattered(len(batch.weights), places, [one.logged[name] for one in found])

@@ -18,7 +18,7 @@ from opsd.config.loss import LossSection
 def surrogate(
     log_prob: Tensor, old: Tensor, advantage: Tensor, section: LossSection
 ) -> tuple[Tensor, Tensor]:
-    """(l_n, whether the clip stopped its gradient) of each token, [N] each."""
+    """(l_n, whether the clip stops its gradient) for each token, [N] each."""
     high = section.epsilon if section.epsilon_high is None else section.epsilon_high
     ratio = (log_prob - old).exp()
     free = ratio * advantage

@@ -1,8 +1,8 @@
 """SFT on solutions: the mean of -log p(y_n) over the tokens of the target text.
 
 With `loss.roles: [student, teacher]` the same target follows both contexts. This is the cold start:
-it teaches a model both prompts before OPSD begins. `loss.sft_alpha` times the same loss stands
-beside another method's, in one step.
+it teaches a model both prompts before OPSD begins. `loss.sft_alpha` adds the same loss, with this
+factor, to another method's step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,11 +73,11 @@ class Given(SFT):
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
     ) -> tuple[list[SampleGroup], dict[str, float]]:
-        """Those of `SFT`, marked; none without a weight."""
+        """The groups of `SFT`, marked as given; none if the weight is 0."""
         if not self.alpha:
             return [], {}
         groups, measures = super().sample_groups(problems, step)
-        # A context of their own: a group of rollouts that shares one is another group.
+        # Copy the context, so that these are not pieces of a group of rollouts.
         return [
             replace(
                 group,

@@ -30,7 +30,7 @@ _STYLE = frozenset(
 
 
 def class_table(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The class of each vocabulary entry, as its place in CLASSES: [V + 1], uint8.
+    """The class of each vocabulary entry, as its index in CLASSES: [V + 1], uint8.
 
     The last entry, `other`, is for ids beyond the tokenizer, which a padded head has.
     """
@@ -55,11 +55,11 @@ def class_of(text: str) -> str:
 
 
 def classes_of(table: Tensor, tokens: Tensor) -> Tensor:
-    """The classes of `tokens` [N], as places in CLASSES: [N]."""
+    """The classes of `tokens` [N], as indices in CLASSES: [N]."""
     return table[tokens.clamp(max=len(table) - 1)]
 
 
 def split_by_class(table: Tensor, tokens: Tensor, values: Tensor) -> dict[str, Tensor]:
-    """For each class, `values` [N] where `tokens` [N] are of the class and 0 elsewhere."""
+    """For each class: `values` [N], with 0 for `tokens` [N] of other classes."""
     kinds = classes_of(table.to(values.device), tokens)
     return {name: values * (kinds == index) for index, name in enumerate(CLASSES)}

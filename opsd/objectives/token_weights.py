@@ -1,11 +1,11 @@
-"""How much each token counts in the loss: `loss.weights` and `loss.aggregation`.
+"""Computes each token's weight in the loss, from `loss.weights` and `loss.aggregation`.
 
     w_in = r_i f_in / Z        r_i = [right or wrong] · [cut]      f_in = position · class
 
 for token n of rollout i. With `aggregation`
 - token:    Z = Σ_i r_i Σ_n f_in: the step's loss is the weighted mean over its tokens;
 - rollout:  Z_i = (Σ_i r_i) Σ_n f_in: the weighted mean over rollouts of their tokens' mean;
-- constant: Z = (number of rollouts) · max_new_tokens: no rollout's length counts for others.
+- constant: Z = (number of rollouts) · max_new_tokens: independent of other rollouts' lengths.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from opsd.rollout import Rollout
 
 
 class Weight(NamedTuple):
-    """A rollout's weight for all its tokens, and a factor for each token where these differ."""
+    """A rollout's weight for all its tokens, and a factor for each token if they differ."""
 
     of_all: float
     factors: tuple[float, ...] | None = None
@@ -30,9 +30,9 @@ class Weight(NamedTuple):
 def balanced(
     weights: Sequence[Weight], taught: Sequence[tuple[str, Rollout]], balance: bool = True
 ) -> tuple[list[Weight], dict[str, float]]:
-    """The weights of rollouts with the names of their teachers, so that each of a step's K teachers
-    has 1 ÷ K of the sum of all: w → w Σ ÷ (K Σ_k). And what each had before. balance: or leave them
-    as they are. (Open-MOPD, arXiv 2608.19098.)"""
+    """Scale the weights of rollouts, which come with their teachers' names, so that each of a
+    step's K teachers has 1 ÷ K of the total: w → w Σ ÷ (K Σ_k). Also returns the share that each
+    had before. balance: False leaves the weights as they are. (Open-MOPD, arXiv 2608.19098.)"""
     sums: dict[str, float] = {}
     for weight, (name, rollout) in zip(weights, taught, strict=True):
         size = len(rollout.ids) if weight.factors is None else sum(weight.factors)
@@ -48,7 +48,7 @@ def balanced(
 
 
 class TokenWeighting:
-    """Rollouts → weights.
+    """Computes the weights of rollouts.
 
     Args:
         section: `loss`.
@@ -69,7 +69,8 @@ class TokenWeighting:
     def __call__(
         self, rollouts: Sequence[Rollout], outcomes: Sequence[GradedRollout | None]
     ) -> list[Weight]:
-        """The weights of a step's rollouts. Outcomes are needed where right and wrong differ."""
+        """The weights of a step's rollouts. Outcomes are needed if correct and incorrect ones
+        differ."""
         factors = [self._factors(rollout.ids) for rollout in rollouts]
         sizes = [
             len(rollout.ids) if own is None else sum(own)
@@ -99,7 +100,7 @@ class TokenWeighting:
         return weight if rollout.finished else weight * weights.truncated
 
     def _factors(self, ids: Sequence[int]) -> tuple[float, ...] | None:
-        """The factor of each token; None where all are 1."""
+        """The factor of each token; None if all are 1."""
         if self.flat and self.classes is None:
             return None
         first, last = self.section.weights.position

@@ -136,7 +136,7 @@ def _common_starts(
     return [
         length
         if one is None or another is None or one.images == another.images
-        # The same ids may stand for other images.
+        # The same ids may be placeholders of other images.
         else min(length, one.kinds.index(1))
         for length, (one, another) in zip(lengths, images, strict=True)
     ]

@@ -1,9 +1,9 @@
-"""What a model's decoder is handed for contexts with images: embeddings, positions, features.
+"""Makes a decoder's inputs for contexts with images: embeddings, positions, features.
 
-The model's own code makes them of the context alone, with the decoder held back, so that nothing of
-a family is written again here. They stand in the stream for the context's ids. The order of tokens,
-by which they attend, is the text's; positions in time, height and width turn queries and keys, and
-a rollout's go on after the largest of its context.
+The model's own code computes them from the context alone, without running the decoder, so that
+nothing of a model family is implemented here again. In the stream they replace the context's ids.
+Attention follows the order of tokens, as in text. The positions in time, height and width rotate
+queries and keys; a rollout's positions continue after the largest of its context.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,14 +21,14 @@ from opsd.models.images import ImageIds, whole_model
 from opsd.prefix.layout import Layout
 
 VISUAL, DEEP = "visual_pos_masks", "deepstack_visual_embeds"
-"""Qwen3-VL's names for the tokens of images, and for what is added to them after the first layers:
-a list of [V, D], V of those tokens."""
+"""Qwen3-VL's names for the mask of image tokens, and for features that are added to these after the
+first layers: a list of [V, D] for V image tokens."""
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A context of P tokens: its embeddings [P, D], which of them are of images [P], and what is
-    added to those after the first layers, [V, D] each."""
+    """A context of P tokens: its embeddings [P, D], the mask of image tokens [P], and the features
+    added to these after the first layers, [V, D] each."""
 
     embeddings: Tensor
     visual: Tensor | None
@@ -45,7 +45,7 @@ def decoder_inputs(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
         if context is None:
             continue
         span = layout.segments[number].queries
-        part = slice(span.position, span.end)  # of the context, the tokens that run here
+        part = slice(span.position, span.end)  # the part of the context that runs here
         rows = torch.arange(span.start, span.start + span.length, device=layout.device)
         if any(context.kinds[part]) or context.positions is None:
             seen = _see(model, context)
@@ -70,7 +70,8 @@ def decoder_inputs(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
 
 
 def whole_hidden_states(model: PreTrainedModel, context: ImageIds, rollout: Tensor) -> Tensor:
-    """The states [R, D] that predict a rollout, by the model's own forward of all of it."""
+    """The states [R, D] that predict a rollout, from the model's own forward of the whole
+    sequence."""
     ids = torch.cat([torch.tensor(context), rollout[:-1]])[None].to(model.device)
     output = whole_model(model)(
         input_ids=ids, use_cache=False, **_inputs(model, context, len(rollout))
@@ -84,7 +85,7 @@ def _inputs(model: PreTrainedModel, context: ImageIds, rollout: int = 1) -> dict
 
 
 def _see(model: PreTrainedModel, context: ImageIds) -> _Seen:
-    """What the model makes of a context; tells the context its positions."""
+    """Compute a context's inputs with the model; also sets the context's positions."""
     ids = torch.tensor([list(context)], device=model.device)
     with _held_back(decoder_of(model)) as handed:
         whole_model(model)(input_ids=ids, use_cache=False, **_inputs(model, context))
@@ -99,9 +100,10 @@ def _see(model: PreTrainedModel, context: ImageIds) -> _Seen:
 
 @contextmanager
 def _held_back(decoder: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """In place of the decoder's forward: keep its arguments, and give back the embeddings."""
+    """A context in which the decoder's forward only stores its arguments and returns the
+    embeddings."""
     handed: dict[str, Any] = {}
-    own = decoder.__dict__.get("forward")  # as accelerate puts one there
+    own = decoder.__dict__.get("forward")  # accelerate may have set one
 
     def forward(**arguments: Any) -> BaseModelOutputWithPast:
         handed.update(arguments)

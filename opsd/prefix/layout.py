@@ -160,7 +160,7 @@ def checked_groups(groups: Sequence[Group]) -> list[CheckedGroup]:
 
 
 def contexts_with_images(groups: Sequence[Group]) -> list[ImageIds | None]:
-    """The prefix of each group that has images, in place of which a cached one may stand."""
+    """Each group's prefix if it has images, also if it is cached; otherwise None."""
     prefixes = [getattr(prefix, "ids", prefix) for prefix, _ in groups]
     return [prefix if isinstance(prefix, ImageIds) else None for prefix in prefixes]
 

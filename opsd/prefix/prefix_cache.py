@@ -165,7 +165,7 @@ def _run_prefix(model: PreTrainedModel, ids: Ids) -> _PrefixRun:
         _refuse_reentrant(model)
     in_graph: KeysAndValues = {}
     images = [ids if isinstance(ids, ImageIds) else None]
-    # One with images at once: each chunk would run the vision tower again.
+    # A prefix with images runs at once: each chunk would run the vision tower again.
     size = len(ids) if torch.is_grad_enabled() or images[0] is not None else CHUNK
     for start in range(0, len(ids) - 1, size):
         chunk, before = ids[start : min(start + size, len(ids) - 1)], in_graph

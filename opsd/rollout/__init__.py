@@ -1,7 +1,7 @@
-"""Who samples the rollouts: the model's own module, by `generate` in sorted batches or `continuous`
-batching, vLLM in this process, or a server, of vLLM's or SGLang's.
+"""Samples the rollouts: with the model's own module, by `generate` in sorted batches or by
+`continuous` batching; with vLLM in this process; or with a vLLM or SGLang server.
 
-Import the samplers and `make_sampler`, which picks one, from here.
+Import the samplers, and `make_sampler`, which chooses one, from here.
 """
 
 from opsd.common.http import ServerError, ServerGoneError

@@ -1,4 +1,4 @@
-"""What every sampler takes and gives."""
+"""The interface of all samplers: their arguments and results."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +20,7 @@ NEUTRAL = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off."""
+    """How tokens are sampled. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -30,12 +30,12 @@ class Sampling:
 
     @classmethod
     def of(cls, section: RolloutSection) -> "Sampling":
-        """How the config has rollouts drawn."""
+        """The config's settings for rollouts."""
         return cls(**{field.name: getattr(section, field.name) for field in fields(cls)})
 
     @property
     def draws_from_the_model(self) -> bool:
-        """Whether tokens are drawn from the model's own distribution, or its likeliest taken."""
+        """Whether tokens come from the model's own distribution, or are its likeliest."""
         return self.temperature == 0 or (
             self.temperature == 1 and self.top_p == 1 and self.top_k == 0
         )
@@ -47,20 +47,20 @@ class Rollout:
 
     ids: list[int]
     finished: bool  # False: cut at max_new_tokens
-    # log p of each token by the engine, at temperature 1, before top-p and top-k. None: the
+    # The engine's log p of each token, at temperature 1, before top-p and top-k. None if the
     # student's own module sampled.
     sampling_log_probs: list[float] | None = None
-    seed: int | None = None  # of this rollout, where the engine takes one for each
-    weights_of: int | None = None  # the step whose weights sampled; 0: those of the start
+    seed: int | None = None  # this rollout's own, if the engine takes one for each
+    weights_of: int | None = None  # the step after which these weights sampled; 0: the start
 
 
 class Sampler(Protocol):
-    """Samples one rollout a context, in the contexts' order."""
+    """Samples one rollout for each context, in the contexts' order."""
 
-    engine: str  # as rollout.engine names it
+    engine: str  # its name in rollout.engine
 
     def sync_weights(self, model: PreTrainedModel) -> None:
-        """Sample by the current weights of `model`, which trains, from now on."""
+        """Sample with the current weights of `model`, the trained model, from now on."""
         ...
 
     def sample(
@@ -69,26 +69,26 @@ class Sampler(Protocol):
         sampling: Sampling,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
-        """One rollout a context; `progress(sequences, tokens)` is called as they are done."""
+        """One rollout for each context. `progress(sequences, tokens)` is called with new counts."""
         ...
 
 
 def described(sampler: Sampler, sampling: Sampling) -> dict[str, Any]:
-    """How rollouts are drawn, for the log: by which engine, and a server's release."""
+    """Describe the sampling for the log: the engine, a server's release, the settings."""
     software = getattr(sampler, "software", None)
     named = {"engine": sampler.engine} | ({"software": software} if software else {})
     return named | asdict(sampling)
 
 
 def draw_seeds(sampling: Sampling, count: int) -> list[int | None]:
-    """A seed a rollout, from torch's generator; None for greedy ones, which draw nothing."""
+    """A seed for each rollout, from torch's generator; None for greedy ones, which need none."""
     if sampling.temperature == 0:
         return [None] * count
     return torch.randint(2**31, (count,)).tolist()
 
 
 def cut(ids: Sequence[int], stops: frozenset[int]) -> Rollout:
-    """The rollout up to its first stop token, which is included."""
+    """The rollout up to and with its first stop token."""
     for position, token in enumerate(ids):
         if token in stops:
             return Rollout(list(ids[: position + 1]), True)
@@ -96,5 +96,5 @@ def cut(ids: Sequence[int], stops: frozenset[int]) -> Rollout:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout]) -> list[str]:
-    """The rollouts as text, for graders and readers; never tokenised again."""
+    """The rollouts' texts, for graders and readers; they are never tokenised again."""
     return tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Rollouts by transformers' continuous batching: a finished sequence makes room for the next."""
+"""Samples by transformers' continuous batching: a new sequence replaces each finished one."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,14 +9,15 @@ from opsd.common.errors import UserError
 from opsd.models.copies import update_copy
 from opsd.rollout.base import Rollout, Sampling, cut
 
-# Tokens of one sequence in a block of the cache: the default of `page_size`, which was `block_size`
-# before transformers 5.18.
+# Tokens in a block of the cache: the default of `page_size`, named `block_size` before transformers
+# 5.18.
 PAGE = 256
-MIN_BATCH_TOKENS = 256  # tokens that one forward may hold, for prefill
+MIN_BATCH_TOKENS = 256  # the least limit of tokens in one forward, for prefill
 
 
 class ContinuousSampler:
-    """`generate_batch`, for rollouts whose lengths differ much: none waits for the longest."""
+    """Samples with `generate_batch`, for rollouts of very different lengths: none waits for the
+    longest."""
 
     engine = "continuous"
 
@@ -24,7 +25,7 @@ class ContinuousSampler:
         self.model, self.stops = model, stops
 
     def sync_weights(self, model: PreTrainedModel) -> None:
-        """See `Sampler.sync_weights`; nothing to do where it samples from `model` itself."""
+        """See `Sampler.sync_weights`; does nothing if it samples from `model` itself."""
         if self.model is not model:
             update_copy(self.model, model)
 
@@ -35,7 +36,7 @@ class ContinuousSampler:
         sampling: Sampling,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
-        """One rollout a context, in order; see `Sampler.sample`."""
+        """One rollout for each context, in order; see `Sampler.sample`."""
         from transformers import ContinuousBatchingConfig  # not in the first releases of 5
 
         drawn = ("temperature", "top_p", "top_k")
@@ -46,14 +47,14 @@ class ContinuousSampler:
             pad_token_id=min(self.stops),
             **({name: getattr(sampling, name) for name in drawn} if sampling.temperature else {}),
         )
-        # By default the cache takes most of the machine's free memory.
+        # By default the cache would take most of the machine's free memory.
         longest = max(map(len, contexts)) + sampling.max_new_tokens
         at_once = min(sampling.batch_size, len(contexts))
         cache = ContinuousBatchingConfig(
             num_blocks=at_once * -(-longest // PAGE),
             max_batch_tokens=max(longest, at_once, MIN_BATCH_TOKENS),
         )
-        # generate_batch leaves the model in eval() and with another attention: put both back.
+        # generate_batch leaves the model in eval mode and with another attention: restore both.
         was_training = self.model.training
         attention = self.model.config._attn_implementation
         try:
@@ -67,9 +68,9 @@ class ContinuousSampler:
             if self.model.config._attn_implementation != attention:
                 self.model.set_attn_implementation(attention)
             self.model.train(was_training)
-        # The keys are request ids, numbered in the order of the contexts.
+        # The keys are request ids, which are numbered in the contexts' order.
         ordered = sorted(outputs.items(), key=lambda item: int(item[0].rsplit("_", 1)[-1]))
-        # If its thread dies, it logs that and returns what is done by then.
+        # If its thread dies, it only logs that, and returns the rollouts that are done.
         failed = [output.error for _, output in ordered if output.error is not None]
         if failed or len(ordered) != len(contexts):
             said = failed[0] if failed else "its thread has ended"

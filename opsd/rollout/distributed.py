@@ -1,4 +1,4 @@
-"""Rollouts by several processes: each has its share of the contexts and its own random numbers."""
+"""Samples with several processes: each has its share of the contexts and its own random numbers."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -15,16 +15,16 @@ from opsd.rollout.base import Rollout, Sampler, Sampling
 from opsd.rollout.server import ServerRestartedError
 
 RESTARTS = 3
-"""Of a server, during one sampling."""
+"""How many restarts of a server are tolerated during one sampling."""
 
 
 class DistributedSampler:
-    """Of n processes each samples every n-th context; all get all rollouts, in order.
+    """Each of n processes samples every n-th context; all get all rollouts, in order.
 
     Args:
-        sampler: each process has one. A server is the same for all of them, so the first process
-            gives it the weights.
-        inference_copy: holds all weights, where the model's are split over the processes.
+        sampler: each process has one. A server is the same for all of them, so only the first
+            process gives it the weights.
+        inference_copy: has all weights, if the model's are split over the processes.
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class DistributedSampler:
         self._ahead: RolloutsAhead | None = None
 
     def sync_weights(self, model: PreTrainedModel) -> None:
-        """See `Sampler.sync_weights`. What is being sampled ahead is sampled to its end first."""
+        """See `Sampler.sync_weights`. Waits until rollouts that are being sampled ahead are
+        done."""
         if self._ahead is not None:
             self._ahead.wait()
         self._synced = model
@@ -51,7 +52,8 @@ class DistributedSampler:
 
     @property
     def sync(self) -> dict[str, float]:
-        """What the last `sync_weights` cost, for the log, where weights go to another engine."""
+        """The cost of the last `sync_weights`, for the log, if weights are sent to another
+        engine."""
         return getattr(self.sampler, "sync", {})
 
     def sample(
@@ -60,8 +62,8 @@ class DistributedSampler:
         sampling: Sampling,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
-        """One rollout a context, in order; see `Sampler.sample`. A server that was started anew
-        meanwhile is given the weights again, and asked again."""
+        """One rollout for each context, in order; see `Sampler.sample`. If a server was restarted
+        meanwhile, it gets the weights again and is asked again."""
         for _ in range(RESTARTS):
             try:
                 return self._sample(contexts, sampling, progress)
@@ -70,7 +72,7 @@ class DistributedSampler:
         return self._sample(contexts, sampling, progress)
 
     def begin(self, contexts: Sequence[Sequence[int]], sampling: Sampling) -> "RolloutsAhead":
-        """`sample` while the processes do something else, by a server."""
+        """Start `sample` by a server, in the background."""
         mine = contexts[self.processes.index :: self.processes.count]
         begin = self.sampler.begin  # type: ignore[attr-defined]  # a server's has it
         own = self.processes.together(lambda: begin(mine, sampling))
@@ -78,7 +80,7 @@ class DistributedSampler:
         return self._ahead
 
     def cancel(self) -> None:
-        """Nobody wants what was begun."""
+        """Cancel sampling that was begun."""
         if self._ahead is not None:
             self._ahead.own.cancel()
 
@@ -97,7 +99,7 @@ class DistributedSampler:
         try:
             by_process = self.processes.everywhere(own)
         except Exception:
-            torch.set_rng_state(before)  # so does the process whose sampler has failed
+            torch.set_rng_state(before)  # as in the process whose sampler failed
             raise
         rollouts = _in_order(by_process, len(contexts))
         if progress and count > 1:
@@ -108,30 +110,30 @@ class DistributedSampler:
 
 @dataclass(frozen=True)
 class RolloutsAhead:
-    """Rollouts that are being sampled while the processes do something else."""
+    """Rollouts that are being sampled in the background."""
 
-    own: Future[list[Rollout]]  # this process's
-    count: int  # of all processes' rollouts
+    own: Future[list[Rollout]]  # this process's rollouts
+    count: int  # the number of all processes' rollouts
     processes: Processes
 
     @classmethod
     def of(cls, rollouts: list[Rollout], processes: Processes) -> "RolloutsAhead":
-        """These, which are there."""
+        """Wrap rollouts that are already there."""
         own: Future[list[Rollout]] = Future()
         own.set_result(rollouts[processes.index :: processes.count])
         return cls(own, len(rollouts), processes)
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until this process's are there, or cannot be had; so many seconds at most."""
+        """Wait until this process's are done or have failed; at most so many seconds."""
         wait([self.own], seconds)
 
     def result(self, seconds: float | None = None) -> list[Rollout]:
-        """All processes', in the contexts' order. Raises what `Sampler.sample` does, in all of
-        them; TimeoutError where they are not there within so many seconds."""
+        """All processes' rollouts, in the contexts' order. Raises what `Sampler.sample` does, in
+        all of them; TimeoutError if they are not done within so many seconds."""
         return _in_order(self.processes.everywhere(lambda: self.own.result(seconds)), self.count)
 
     def kept(self) -> list[Rollout] | None:
-        """All processes'; None where they are not there, or cannot be had."""
+        """All processes' rollouts; None if they are not done or have failed."""
         try:
             return self.result(0)
         except (TimeoutError, ServerError):
@@ -139,7 +141,7 @@ class RolloutsAhead:
 
 
 def _in_order(by_process: list[list[Rollout]], count: int) -> list[Rollout]:
-    """The contexts' rollouts, of which each process has every n-th."""
+    """Merge the processes' rollouts, of which each has every n-th, in the contexts' order."""
     rollouts: list[Rollout | None] = [None] * count
     for number, sampled in enumerate(by_process):
         rollouts[number :: len(by_process)] = sampled

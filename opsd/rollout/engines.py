@@ -1,4 +1,4 @@
-"""The sampler that `rollout.engine` names, and whether it works on this machine."""
+"""Makes the sampler that `rollout.engine` names, and checks that it works on this machine."""
 
 from collections.abc import Callable
 from hashlib import sha256
@@ -27,13 +27,13 @@ SAMPLERS = {"generate": GenerateSampler, "continuous": ContinuousSampler}
 DIALECTS: dict[str, type[RolloutServer]] = {
     dialect.engine: dialect for dialect in (VLLMServer, SGLangServer)
 }
-"""The engines that are servers."""
+"""The clients of the engines that are servers."""
 
-WEIGHTS = "weights-for-vllm"  # in the directory of a run, or of an evaluation
+WEIGHTS = "weights-for-vllm"  # in the directory of a run or an evaluation
 
 
 def check_engine(engine: str, field: str = "rollout.engine") -> None:
-    """Raises UserError where vLLM is asked for and cannot run here."""
+    """Raise UserError if vLLM is asked for and cannot run here."""
     if engine != "vllm" or vllm_is_for_cpus():
         return
     if not torch.cuda.is_available():
@@ -53,10 +53,10 @@ def training_server(
     given: PreTrainedModel | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> RolloutServer:
-    """The server that `rollout.server` names, which must be able to take the weights of the model,
-    which may be `given`.
+    """Connect to the server in `rollout.server`, which must be able to load the weights of the
+    model (or of `given`).
 
-    Raises UserError where it cannot, or where its log-probabilities are not the model's own.
+    Raises UserError if it cannot, or if its log-probabilities are not the model's own.
     """
     server = DIALECTS[section.engine](
         section.server, timeout=section.server_timeout, patience=section.server_patience
@@ -84,12 +84,12 @@ def evaluation_server(
     stops: frozenset[int],
     config: PreTrainedConfig,
     load: Callable[[], PreTrainedModel],
-    directory: Path,  # the evaluation's
+    directory: Path,  # of the evaluation
 ) -> Sampler:
-    """A sampler by the server at `address`, which answers with the weights of `model`.
+    """Make a sampler with the server at `address`, which must have the weights of `model`.
 
-    A server in development mode is told to load them, since an earlier run may have left others;
-    any other must have been started on them. Raises UserError where it was not.
+    A server that can change its weights loads them, since an earlier run may have left others; any
+    other must have been started with them. Raises UserError if it was not.
     """
     from opsd.rollout.vllm_server import ServerSampler
 
@@ -98,7 +98,7 @@ def evaluation_server(
     if server.loads:
         server.check_model(config, model)
         if server.copies_head and getattr(config, "tie_word_embeddings", False):
-            weights = load()  # the model's files lack what `sync_weights` adds to them
+            weights = load()  # `sync_weights` adds what the model's files lack
             place = directory.absolute() / WEIGHTS
             sampler = ServerSampler(server, stops, place, weights.dtype, vocabulary)
             sampler.sync_weights(weights)
@@ -114,16 +114,16 @@ def evaluation_server(
 
 def make_sampler(
     section: RolloutSection,
-    student: ModelSection,  # the section of the model that trains, which vLLM in this process loads
-    decoder: PreTrainedModel,  # what the engines without vLLM sample with
+    student: ModelSection,  # the trained model's section, which vLLM in this process loads
+    decoder: PreTrainedModel,  # the model that the engines without vLLM use
     stops: frozenset[int],
     dtype: torch.dtype,
     server: RolloutServer | None,
-    run: Path,  # the run's directory
-    # Tokens of the longest sequence, which vLLM's cache in this process must hold
+    run: Path,  # directory of the run
+    # Tokens of the longest sequence, for vLLM's cache in this process
     longest: int | None,
 ) -> Sampler:
-    """The sampler of a training run."""
+    """Make the sampler of a training run."""
     if section.engine in SAMPLERS:
         return SAMPLERS[section.engine](decoder, stops)
     if server is not None:
@@ -147,7 +147,7 @@ def make_sampler(
 
 
 def _weights_directory(section: RolloutSection, run: Path) -> Path:
-    """Where this run alone leaves the weights that its server reads."""
+    """The directory in which this run alone writes weights for its server."""
     if section.weights_dir is None:
         return run / WEIGHTS
     return Path(section.weights_dir) / f"opsd-{sha256(str(run).encode()).hexdigest()[:12]}"

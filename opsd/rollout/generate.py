@@ -1,4 +1,4 @@
-"""Rollouts by transformers' `generate`, in batches of contexts of like length."""
+"""Samples by transformers' `generate`, in batches of contexts of similar length."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,10 +15,10 @@ from opsd.rollout.logits_sampling import Draw, Within
 
 
 class GenerateSampler:
-    """Left-padded batches, longest contexts first.
+    """Samples in left-padded batches, longest contexts first.
 
     On two CPU cores this is faster than continuous batching for short rollouts of a small model.
-    `vocabulary`: draw no token whose id is this or larger.
+    `vocabulary`: sample no token with this id or a larger one.
     """
 
     engine = "generate"
@@ -29,7 +29,7 @@ class GenerateSampler:
         self.model, self.stops, self.vocabulary = model, stops, vocabulary
 
     def sync_weights(self, model: PreTrainedModel) -> None:
-        """See `Sampler.sync_weights`; nothing to do where it samples from `model` itself."""
+        """See `Sampler.sync_weights`; does nothing if it samples from `model` itself."""
         if self.model is not model:
             update_copy(self.model, model)
 
@@ -40,7 +40,7 @@ class GenerateSampler:
         sampling: Sampling,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
-        """One rollout a context, in order; see `Sampler.sample`."""
+        """One rollout for each context, in order; see `Sampler.sample`."""
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]), reverse=True)
         rollouts: list[Rollout | None] = [None] * len(contexts)
         for start in range(0, len(order), sampling.batch_size):
@@ -67,9 +67,9 @@ class GenerateSampler:
             mask[row, width - len(context) :] = 1
         counted = 0
 
-        def count(ids: Tensor, scores: Tensor) -> Tensor:  # once a token; changes nothing
+        def count(ids: Tensor, scores: Tensor) -> Tensor:  # called for each token; changes nothing
             nonlocal counted
-            if not counted and not scores.amax(-1).isfinite().all():  # it would draw all the same
+            if not counted and not scores.amax(-1).isfinite().all():  # `draw` would not fail
                 raise UserError(
                     "the model's logits are not finite: its weights are damaged, or too large for "
                     f"{str(self.model.dtype).removeprefix('torch.')}"
@@ -79,7 +79,7 @@ class GenerateSampler:
                 progress(0, len(contexts))
             return scores
 
-        # A drawn image token would stand for no image: other forwards of the rollout would fail.
+        # A sampled image token would have no image, and later forwards of the rollout would fail.
         suppressed = [c.reader.token_id for c in contexts if isinstance(c, ImageIds)][:1] or None
         draw = LogitsProcessorList([count])
         if self.vocabulary is not None:
@@ -90,7 +90,7 @@ class GenerateSampler:
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(self.stops),
             pad_token_id=min(self.stops),
-            do_sample=False,  # `draw` does
+            do_sample=False,  # `draw` samples
             use_cache=True,
             suppress_tokens=suppressed,
         )
@@ -103,11 +103,11 @@ class GenerateSampler:
                 attention_mask=mask.to(device),
                 generation_config=config,
                 logits_processor=draw,
-                synced_gpus=False,  # the weights are whole here, however the trained ones are split
+                synced_gpus=False,  # these weights are complete, even if the trained ones are split
                 **images,
             )
         self.model.train(was_training)
         rollouts = [cut(row, self.stops) for row in output[:, width:].tolist()]
-        if progress:  # those that had ended were counted on
+        if progress:  # subtract what was counted after the ends of rollouts
             progress(0, sum(len(rollout.ids) for rollout in rollouts) - counted)
         return rollouts

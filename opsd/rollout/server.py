@@ -1,11 +1,11 @@
-"""A server that samples, over HTTP: what vLLM's and SGLang's have in common.
+"""The client of a server that samples, over HTTP: what vLLM's and SGLang's have in common.
 
 Token ids in and out, log-probabilities, and new weights from a directory that the server reads:
-nothing of its engine is needed on this side, and it may spread its model over GPUs as it likes. A
-dialect says which routes those are.
+this side needs nothing of the engine, and the server may split its model over GPUs. A dialect names
+the routes.
 
-Nothing that a server says is taken as it is: a dialect's `…_answers` says what an answer may hold,
-`opsd.common.http` bounds its time and its size, and what does not fit is a ServerAnswerError.
+Answers are not trusted: a dialect's `…_answers` has their schemas, `opsd.common.http` limits their
+time and size, and what does not fit raises ServerAnswerError.
 """
 
 from abc import ABC, abstractmethod
@@ -35,17 +35,17 @@ from opsd.rollout.base import Rollout, Sampling
 
 Said = TypeVar("Said", bound=BaseModel)
 
-QUICK = 60.0  # seconds that a question about the server may take
-LONGEST = 16_000_000  # bytes of an answer about the server: its settings have some 100 kB
-LONGEST_TOKEN = 2_000  # bytes of an answer a token: its id, its text twice, its log-probability
+QUICK = 60.0  # seconds for an answer about the server
+LONGEST = 16_000_000  # bytes of an answer about the server; its settings have some 100 kB
+LONGEST_TOKEN = 2_000  # bytes of an answer for each token: id, text twice, log-probability
 
 
 class ServerRestartedError(ServerGoneError):
-    """The server has restarted since it was given the weights."""
+    """The server has restarted since it got the weights."""
 
 
 class Unread(BaseModel):
-    """An answer of which only the status counts."""
+    """An answer of which only the status is read."""
 
     @classmethod
     def model_validate_json(cls, *_, **__) -> "Unread":
@@ -53,31 +53,31 @@ class Unread(BaseModel):
 
 
 class RolloutServer(ABC):
-    """The server at `address`. Requests are sent again after failures that may pass.
+    """The server at `address`. Requests are repeated after failures that may pass.
 
     Raises ServerAnswerError for answers that would be the same the next time.
     """
 
-    engine: ClassVar[str]  # as rollout.engine names it
+    engine: ClassVar[str]  # its name in rollout.engine
     name: ClassVar[str]
-    key: ClassVar[str]  # the environment variable that holds the server's key
-    window_flag: ClassVar[str]  # of the server's command line
-    hint: ClassVar[str]  # where it has no such route
+    key: ClassVar[str]  # the environment variable with the server's key
+    window_flag: ClassVar[str]  # the server's option for the longest sequence
+    hint: ClassVar[str]  # advice if a route is missing
 
-    model: str  # the name that it serves, and the path that it was started on
-    root: str
+    model: str  # the name that it serves
+    root: str  # the path with which it was started
     window: int | None  # tokens of the longest sequence
-    software: str  # its release, and what it computes in and on as far as it says
-    loads = True  # whether it can be given weights
-    copies_head = False  # whether a tied head is given to it under its own name, too
+    software: str  # its release, dtype and device, as far as it tells them
+    loads = True  # it can load new weights
+    copies_head = False  # it needs a tied head under its own name, too
 
     def __init__(
         self,
         address: str,  # http://host:port
         *,
-        timeout: float = 1800.0,  # seconds that one rollout, or one loading of weights, may take
-        patience: float = 900.0,  # seconds of failures after which ServerGoneError is raised
-        field: str = "rollout.server",  # what the user set the address by, for error messages
+        timeout: float = 1800.0,  # seconds for one rollout, or for loading weights
+        patience: float = 900.0,  # seconds of failures before ServerGoneError is raised
+        field: str = "rollout.server",  # the option with the address, for error messages
     ):
         self.address, self.timeout, self.patience = address.rstrip("/"), timeout, patience
         self.field = field
@@ -92,42 +92,42 @@ class RolloutServer(ABC):
         stop: Event | None = None,
         vocabulary: int | None = None,
     ) -> Rollout:
-        """One rollout after `context`, with its log-probabilities; see `Rollout`.
+        """Sample one rollout after `context`, with its log-probabilities; see `Rollout`.
 
-        vocabulary: how many logits the model has, where that is known.
+        vocabulary: the number of the model's logits, if it is known.
         """
 
     @abstractmethod
     def load(self, weights: str | Path) -> None:
-        """Serve the weights in the directory (or hub model) `weights` from now on."""
+        """Load the weights in the directory (or hub model) `weights`."""
 
     @abstractmethod
     def check_restart(self) -> None:
-        """Raises ServerRestartedError where the server has restarted since `load`: its answers may
-        be by the weights that it starts with."""
+        """Raise ServerRestartedError if the server has restarted since `load`: it may have answered
+        with the weights with which it starts."""
 
     @abstractmethod
     def check_log_probs(self, temperature: float) -> None:
-        """Raises ServerAnswerError where the log-probabilities of what is drawn at `temperature`
-        are not the model's own (`Rollout.sampling_log_probs`)."""
+        """Raise ServerAnswerError if the log-probabilities of tokens sampled at `temperature` are
+        not the model's own (`Rollout.sampling_log_probs`)."""
 
     @abstractmethod
     def check_model(self, config: PreTrainedConfig, path: str) -> None:
-        """Raises ServerAnswerError where the weights of the model in `path` would not fit into the
-        one that the server has, as far as it says."""
+        """Raise ServerAnswerError if the weights of the model in `path` do not fit the server's
+        model, as far as it tells that."""
 
     def at_once(self, context: int) -> int | None:
-        """How many rollouts after so many tokens may be drawn by their seeds at once; None: any
+        """The most rollouts with seeds that may be sampled at once after so many tokens; None: any
         number."""
         return None
 
     def seeds(self, drawn: list[int | None]) -> list[int | None]:
-        """The rollouts' seeds; None for those of a server that takes none."""
+        """The seeds to send with the rollouts; None for a server that takes none."""
         return drawn
 
     def check_asked(self, context: int, sampling: Sampling) -> None:
-        """Raises ServerAnswerError where the server would refuse rollouts after so many tokens, or
-        cut them, of which it may say nothing."""
+        """Raise ServerAnswerError if the server would refuse rollouts after so many tokens, or
+        silently cut them to fit its window."""
         longest = context + sampling.max_new_tokens
         if self.window is not None and longest > self.window:
             raise self._error(
@@ -144,8 +144,8 @@ class RolloutServer(ABC):
         stops: frozenset[int],
         vocabulary: int | None,
     ) -> Rollout:
-        """The rollout, which ended for the reason 'stop' or 'length', held against what was asked.
-        Rounding may lift a probability of 1 a little above it."""
+        """Check a rollout, which ended for the reason 'stop' or 'length', against the request.
+        Log-probabilities that rounding made positive become 0."""
         ids, log_probs = rollout.ids, rollout.sampling_log_probs or []
         if not ids:
             raise self._error("returns a rollout without tokens")
@@ -183,14 +183,14 @@ class RolloutServer(ABC):
         empty: Said | None = None,
         stop: Event | None = None,
     ) -> Said:
-        """The answer to a GET, or with `body` to a POST.
+        """Send a GET, or with `body` a POST, and return the answer.
 
         Args:
-            kind: what the answer must be.
-            longest: bytes that it may have.
-            check: raises NoAnswerError for an answer that is to be asked for again.
-            missing: the answer where there is no such route.
-            empty: what an answer without content says; some releases send such.
+            kind: the answer's schema.
+            longest: the most bytes of the answer.
+            check: raises NoAnswerError for an answer after which to ask again.
+            missing: the answer if the route does not exist.
+            empty: the meaning of an answer without content, which some releases send.
             stop: when set, failures are final.
         """
         within = timeout or self.timeout

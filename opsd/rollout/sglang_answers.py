@@ -1,6 +1,6 @@
-"""What an SGLang server may answer: types and bounds of every value that we read, and no others.
+"""Schemas of an SGLang server's answers: types and bounds of all values that we read.
 
-Read from sglang's entrypoints/http_server.py, managers/io_struct.py and tokenizer_manager.py.
+They follow sglang's entrypoints/http_server.py, managers/io_struct.py and tokenizer_manager.py.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,45 +13,45 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class ModelInfo(ServerAnswer):
-    """/model_info, which was /get_model_info."""
+    """The answer of /model_info, formerly /get_model_info."""
 
     model_path: Name
     model_type: Name | None = None
-    weight_version: Name | None = None  # what the last loading named it; "default" at a start
+    weight_version: Name | None = None  # the name of the last loading; "default" after a start
 
 
 class ServerInfo(ServerAnswer):
-    """/server_info, which was /get_server_info: its arguments, and its release."""
+    """The answer of /server_info, formerly /get_server_info: the server's arguments and release."""
 
     version: Name = "?"
     dtype: Name | None = None
     device: Name | None = None
-    # Without it, sampling_seed decides nothing
+    # Without it, sampling_seed has no effect
     enable_deterministic_inference: bool = False
 
 
 class Updated(ServerAnswer):
-    """/update_weights_from_disk."""
+    """The answer of /update_weights_from_disk."""
 
     success: bool
     message: Any = None
 
 
 class FinishReason(ServerAnswer):
-    """Why a rollout ended."""
+    """The reason why a rollout ended."""
 
     type: Literal["stop", "length", "abort"]
-    message: Any = None  # of an abort
+    message: Any = None  # if it was aborted
 
 
-# (log p, id), and the token's text, which we do not ask for
+# (log p, id), and possibly the token's text, for which we do not ask
 Token = tuple[LogProb, TokenId, Any] | tuple[LogProb, TokenId]
-# The first token of a context has no log-probability
+# The first token of a context has no log-probability.
 InputToken = tuple[LogProb | None, TokenId, Any] | tuple[LogProb | None, TokenId]
 
 
 class MetaInfo(ServerAnswer):
-    """Of a rollout."""
+    """A rollout's tokens and facts."""
 
     finish_reason: FinishReason
     prompt_tokens: Count
@@ -61,6 +61,6 @@ class MetaInfo(ServerAnswer):
 
 
 class Generated(ServerAnswer):
-    """/generate, asked for one rollout."""
+    """The answer of /generate to a request for one rollout."""
 
     meta_info: MetaInfo

@@ -1,8 +1,8 @@
-"""SGLang's dialect of a server that samples (`opsd.rollout.server`).
+"""The client of an SGLang server; see `opsd.rollout.server`.
 
 It uses /health, /v1/models, /model_info, /server_info, /generate, /update_weights_from_disk and
-/flush_cache. Each loading of weights names them (`weight_version`), and every answer says by which
-it is: a server that has restarted, or that somebody else gives weights to, is found out.
+/flush_cache. Each loading of weights gives them a name (`weight_version`), and every answer has the
+name of its weights. So a server that restarted, or got weights from somebody else, is noticed.
 """
 
 import secrets
@@ -28,8 +28,8 @@ from opsd.rollout.sglang_answers import Generated, ModelInfo, ServerInfo, Update
 from opsd.rollout.vllm_answers import Models
 
 PROBE = Sampling(8, temperature=4.0)
-"""Rollouts that show whether log-probabilities are after temperature."""
-ALIKE = 0.3  # nats a token: more than bf16 makes between a rollout and its scoring
+"""The sampling of a rollout that shows whether log-probabilities are after temperature."""
+ALIKE = 0.3  # nats a token; in bf16 a rollout and its scoring differ by less
 
 
 class SGLangServer(RolloutServer):
@@ -41,14 +41,14 @@ class SGLangServer(RolloutServer):
 
     def __init__(self, address: str, **how):
         super().__init__(address, **how)
-        self._version: str | None = None  # of the weights that `load` has given it
+        self._version: str | None = None  # the name of the weights from `load`
         self.ask("/health", Unread, timeout=QUICK)  # 503 until it has started
         info = self._model_info()
         self.root, self._model_type = info.model_path, info.model_type
         models = self.ask("/v1/models", Models, timeout=QUICK).data
         self.model = models[0].id if models else self.root
         window = models[0].max_model_len if models else None
-        self.window = window and window - 1  # it refuses what would fill it
+        self.window = window and window - 1  # it refuses a sequence of the full length
         self.info = self._newer("/server_info", "/get_server_info", ServerInfo)
 
     @cached_property
@@ -59,8 +59,8 @@ class SGLangServer(RolloutServer):
         return " ".join(["SGLang", self.info.version, *filter(None, told)])
 
     def check_model(self, config: PreTrainedConfig, path: str) -> None:
-        """See `RolloutServer.check_model`: by the models' types. Weights that do not fit are
-        refused when they are loaded, and SGLang goes on with those it had."""
+        """See `RolloutServer.check_model`: compares the models' types. Weights that do not fit are
+        refused when they are loaded, and SGLang keeps those it had."""
         if self._model_type not in (None, config.model_type):
             raise self._error(
                 f"serves {self.root!r}, a {self._model_type!r}; {path!r} is a "
@@ -68,9 +68,9 @@ class SGLangServer(RolloutServer):
             )
 
     def check_log_probs(self, temperature: float) -> None:
-        """See `RolloutServer.check_log_probs`: a rollout at another temperature is scored by the
-        server, and scores are before temperature (`log_softmax(logits)`). From a token's
-        log-probability after temperature the one before does not follow."""
+        """See `RolloutServer.check_log_probs`. Samples a rollout at another temperature and lets
+        the server score it: scores are before temperature (`log_softmax(logits)`). The
+        log-probability before temperature cannot be computed from one after it."""
         if temperature == 1:
             return
         drawn = self._generate([0], PROBE, None, frozenset()).output_token_logprobs
@@ -86,7 +86,7 @@ class SGLangServer(RolloutServer):
             )
 
     def seeds(self, drawn: list[int | None]) -> list[int | None]:
-        """See `RolloutServer.seeds`: it takes them where its inference is deterministic."""
+        """See `RolloutServer.seeds`: the server uses seeds only with deterministic inference."""
         return drawn if self.info.enable_deterministic_inference else [None] * len(drawn)
 
     def complete(
@@ -135,7 +135,7 @@ class SGLangServer(RolloutServer):
             "input_ids": list(context),
             "sampling_params": parameters,
             "return_logprob": True,
-            "logprob_start_len": -1 if stops else 0,  # of a probe, the context's too
+            "logprob_start_len": -1 if stops else 0,  # the probe needs the context's too
             "stream": False,
         }
         longest = LONGEST + LONGEST_TOKEN * (sampling.max_new_tokens + len(context))
@@ -157,7 +157,7 @@ class SGLangServer(RolloutServer):
                 f"{error}. It has not loaded {str(weights)!r}: look whether it sees that path "
                 "(rollout.weights_dir), and serves the same model"
             ) from None
-        # What is cached was computed with the old weights. It refuses while requests run.
+        # The cache has the old weights' states. It cannot be flushed while requests run.
         self.ask("/flush_cache", Unread, {}, timeout=QUICK, passing=PASSING | {400})
         self._version = version
         if (told := self._model_info().weight_version) != version:
@@ -181,12 +181,12 @@ class SGLangServer(RolloutServer):
         return self._newer("/model_info", "/get_model_info", ModelInfo)
 
     def _newer(self, route: str, before: str, kind: type[Said]) -> Said:
-        """The answer of `route`, or of the one that older releases have."""
+        """The answer of `route`, or of the route `before`, which older releases have."""
         none = kind.model_construct()
         found = self.ask(route, kind, timeout=QUICK, missing=none)
         return self.ask(before, kind, timeout=QUICK) if found is none else found
 
 
 def _finished(answer: Generated) -> None:
-    if answer.meta_info.finish_reason.type == "abort":  # it was told to pause, or has no room
+    if answer.meta_info.finish_reason.type == "abort":  # the server was paused, or has no memory
         raise NoAnswerError("a rollout ended with 'abort'")

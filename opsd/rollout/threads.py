@@ -1,4 +1,4 @@
-"""Requests in threads that end with the process, whether they are answered or not."""
+"""Runs requests in threads that end with the process, even if they have no answer yet."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
@@ -13,11 +13,11 @@ Result = TypeVar("Result")
 def as_done(
     work: Callable[[int, Event], Result], count: int, workers: int
 ) -> Iterator[tuple[int, Result]]:
-    """(i, work(i, stopped)) for i < count, in the order in which they are done.
+    """Yield (i, work(i, stopped)) for i < count, in the order in which they are done.
 
-    The first exception is raised here. No further work begins then, and `stopped` is set for what
-    is under way. The threads are daemons, unlike those of concurrent.futures, so that neither
-    Ctrl-C nor an error waits for an answer that takes half an hour.
+    The first exception is raised here. Then no further work begins, and `stopped` is set for work
+    in progress. The threads are daemons, unlike those of concurrent.futures, so that neither Ctrl-C
+    nor an error waits for an answer that takes half an hour.
     """
     todo, lock, stopped = iter(range(count)), Lock(), Event()
     done: SimpleQueue[tuple[int, Result | None, BaseException | None]] = SimpleQueue()
@@ -47,12 +47,12 @@ def as_done(
 
 
 def in_background(work: Callable[[Future[Result]], Result]) -> Future[Result]:
-    """What `work` returns or raises, once it has. It is given the future, and ends early where that
-    is cancelled."""
+    """Run `work` in a thread; the future has its result or exception. `work` gets the future, and
+    should end early if that is cancelled."""
     future: Future[Result] = Future()
 
     def run() -> None:
-        with suppress(InvalidStateError):  # cancelled
+        with suppress(InvalidStateError):  # it was cancelled
             try:
                 future.set_result(work(future))
             except BaseException as error:

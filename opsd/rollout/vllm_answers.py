@@ -1,4 +1,4 @@
-"""What a vLLM server may answer: types and bounds of every value that we read, and no others."""
+"""Schemas of a vLLM server's answers: types and bounds of all values that we read."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,57 +6,57 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-# vLLM writes -9999 for minus infinity; rounding may lift a probability of 1 a little above it.
+# vLLM writes -9999 for minus infinity; by rounding a probability may be a little above 1.
 LogProb = Annotated[float, Field(ge=-1e6, le=1e-3)]
 
 
 class ServerAnswer(BaseModel):
-    """An answer of a server: fields that are not here hold anything."""
+    """A server's answer; fields that are not listed may hold anything."""
 
-    # No type is guessed (true is not 1, "1" is not 1) and no number is infinite or NaN.
+    # Types are strict (true is not 1, "1" is not 1), and numbers are finite.
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class ServedModel(ServerAnswer):
-    """One of those that the server has."""
+    """A model that the server has."""
 
     id: Name
     root: Name | None = None
-    max_model_len: Annotated[int, Field(gt=0)] | None = None  # its window
+    max_model_len: Annotated[int, Field(gt=0)] | None = None  # the longest sequence
 
 
 class Models(ServerAnswer):
-    """/v1/models."""
+    """The answer of /v1/models."""
 
     data: list[ServedModel]
 
 
 class ModelSettings(ServerAnswer):
-    """How the server runs its model, and what its log-probabilities are of."""
+    """The model's dtype, and the kind of log-probabilities that the server returns."""
 
     logprobs_mode: Name = "raw_logprobs"
     dtype: Name | None = None
 
 
 class DeviceSettings(ServerAnswer):
-    """What the server computes on."""
+    """The server's device."""
 
     device: Name | None = None
 
 
 class SchedulerSettings(ServerAnswer):
-    """What it computes at once."""
+    """The most tokens in one forward."""
 
     max_num_batched_tokens: Annotated[int, Field(gt=0)] | None = None
 
 
 class Settings(ServerAnswer):
-    """The server's own configuration, as far as it is read."""
+    """The fields of the server's own configuration that we read."""
 
     model: ModelSettings = Field(ModelSettings(), alias="model_config")
     device_config: DeviceSettings = DeviceSettings()
     scheduler_config: SchedulerSettings = SchedulerSettings()
-    instance_id: Name | None = None  # new at each start of a server
+    instance_id: Name | None = None  # changes when the server is restarted
 
     @property
     def on_cpu(self) -> bool:
@@ -64,37 +64,37 @@ class Settings(ServerAnswer):
 
 
 class ServerInfo(ServerAnswer):
-    """/server_info."""
+    """The answer of /server_info."""
 
     vllm_config: Settings | None = None
 
 
 class Version(ServerAnswer):
-    """/version."""
+    """The answer of /version."""
 
     version: Name = "?"
 
 
 class Reset(ServerAnswer):
-    """/reset_prefix_cache."""
+    """The answer of /reset_prefix_cache."""
 
     success: bool = True
 
 
 class Results(ServerAnswer):
-    """/collective_rpc."""
+    """The answer of /collective_rpc."""
 
-    results: list[Any]  # what each worker returns
+    results: list[Any]  # one for each worker
 
 
 class LogProbs(ServerAnswer):
-    """A rollout's, one a token."""
+    """A rollout's log-probabilities, one for each token."""
 
     token_logprobs: list[LogProb]
 
 
 class Choice(ServerAnswer):
-    """A rollout."""
+    """One rollout in an answer."""
 
     index: Literal[0]
     finish_reason: Literal["stop", "length", "abort"]
@@ -104,7 +104,7 @@ class Choice(ServerAnswer):
 
 
 class Completions(ServerAnswer):
-    """/v1/completions, asked for one rollout."""
+    """The answer of /v1/completions to a request for one rollout."""
 
     model: Name
     choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]

@@ -1,8 +1,8 @@
-"""vLLM's dialect of a server that samples (`opsd.rollout.server`).
+"""The client of a vLLM server; see `opsd.rollout.server`.
 
-Of the server's documented routes it uses /v1/models, /version and /v1/completions, and of those
-that exist under VLLM_SERVER_DEV_MODE=1 /server_info, /collective_rpc and /reset_prefix_cache.
-Weights are given by `reload_weights` with `weights_path` (vLLM's docs/training/layerwise.md).
+It uses the documented routes /v1/models, /version and /v1/completions and, with
+VLLM_SERVER_DEV_MODE=1, /server_info, /collective_rpc and /reset_prefix_cache. New weights are
+loaded by `reload_weights` with `weights_path` (vLLM's docs/training/layerwise.md).
 """
 
 import re
@@ -33,7 +33,7 @@ from opsd.rollout.vllm_answers import (
 )
 
 SHAPE = re.compile(r"embed_tokens\): \w+\(.*?embedding_dim=(\d+), org_vocab_size=(\d+)")
-"""What get_model_inspection shows of a model's width and vocabulary."""
+"""Finds a model's width and vocabulary in the answer of get_model_inspection."""
 
 
 class VLLMServer(RolloutServer):
@@ -52,8 +52,8 @@ class VLLMServer(RolloutServer):
         self.model = models[0].id
         self.root = models[0].root or self.model
         self.window = models[0].max_model_len
-        # None where it is not in development mode, in which case its weights cannot have been
-        # changed since it started
+        # None if it is not in development mode: then its weights cannot have changed since it
+        # started
         self.settings = self._settings_now()
         self.loads = self.settings is not None
         self.copies_head = self.settings is not None and self.settings.on_cpu
@@ -67,11 +67,11 @@ class VLLMServer(RolloutServer):
         return " ".join(["vLLM", version, *filter(None, said)])
 
     def check_model(self, config: PreTrainedConfig, path: str) -> None:
-        """See `RolloutServer.check_model`. vLLM ends when it finds that out by itself."""
+        """See `RolloutServer.check_model`. Loading weights that do not fit would end vLLM."""
         call = {"method": "get_model_inspection"}
         try:
             results = self.ask("/collective_rpc", Results, call, passing=PASSING - {500}).results
-        except ServerAnswerError:  # an older release
+        except ServerAnswerError:  # an older release does not have the method
             return
         text = config.get_text_config()
         ours = (text.hidden_size, text.vocab_size)
@@ -84,7 +84,7 @@ class VLLMServer(RolloutServer):
             )
 
     def at_once(self, context: int) -> int | None:
-        """See `RolloutServer.at_once`. On a CPU vLLM 0.32 ends where it splits such a prompt ("CPU
+        """See `RolloutServer.at_once`. On a CPU vLLM 0.32 ends if it splits such a prompt ("CPU
         Generator does not use offset")."""
         settings = self.settings
         most = settings.scheduler_config.max_num_batched_tokens if settings else None
@@ -116,7 +116,7 @@ class VLLMServer(RolloutServer):
             "top_k": sampling.top_k,
             "seed": seed,
             "stop_token_ids": sorted(stops),
-            "logprobs": 0,  # of the drawn token alone
+            "logprobs": 0,  # only of the sampled token
             "return_token_ids": True,
             **NEUTRAL,
         }
@@ -148,7 +148,7 @@ class VLLMServer(RolloutServer):
         """See `RolloutServer.load`."""
         self._instance = self._instance_now()
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
-        # A worker that cannot read them answers 500, and has no model from then on.
+        # A worker that cannot read them answers 500 and then has no model.
         try:
             self.ask(
                 "/collective_rpc", Results, call, passing=PASSING - {500}, empty=Results(results=[])
@@ -158,7 +158,7 @@ class VLLMServer(RolloutServer):
                 f"{error}. It has not loaded {str(weights)!r}, and must be started anew: look "
                 "whether it sees that path (rollout.weights_dir), and serves the same model"
             ) from None
-        # What is cached was computed with the old weights. It cannot be reset while requests run.
+        # The cache has the old weights' states. It cannot be reset while requests run.
         self.ask("/reset_prefix_cache", Reset, {}, timeout=QUICK, check=_reset, empty=Reset())
 
     def check_restart(self) -> None:
@@ -170,7 +170,7 @@ class VLLMServer(RolloutServer):
             )
 
     def _instance_now(self) -> str | None:
-        """vLLM's `instance_id`, which is new at each start of a server."""
+        """vLLM's `instance_id`, which changes when the server is restarted."""
         settings = self._settings_now()
         return settings.instance_id if settings else None
 
@@ -180,7 +180,7 @@ class VLLMServer(RolloutServer):
 
 
 def _complete(answer: Completions) -> None:
-    if answer.choices[0].finish_reason == "abort":  # it was told to pause, or to sleep
+    if answer.choices[0].finish_reason == "abort":  # the server was told to pause or sleep
         raise NoAnswerError("a rollout ended with 'abort'")
 
 

@@ -1,4 +1,4 @@
-"""Rollouts by vLLM in this process and on the GPU that trains. It sleeps during training."""
+"""Samples with vLLM in this process, on the GPU that trains. It sleeps during training."""
 
 import os
 import time
@@ -20,13 +20,13 @@ from opsd.rollout.base import NEUTRAL, Rollout, Sampling, draw_seeds
 
 
 class ColocatedSampler:
-    """vLLM's `LLM`, awake from `sync_weights` to the end of `sample`, else asleep (level 2). Asked
-    to sample again without new weights, it wakes up and is given the same ones.
+    """vLLM's `LLM`: awake from `sync_weights` to the end of `sample`, otherwise asleep (level 2).
+    If it is asked to sample again without new weights, it wakes up and gets the same ones.
 
     Args:
         path: the model's directory or hub name.
-        trains: whether `sync_weights` brings the weights. If not, they are read from `path`, and
-            the engine never sleeps.
+        trains: `sync_weights` brings the weights. If False, they are read from `path`, and the
+            engine never sleeps.
         memory: the share of the GPU's memory that it may use while it is awake.
         settings: further arguments of `LLM`.
     """
@@ -45,19 +45,19 @@ class ColocatedSampler:
     ):
         if model_files(ModelSection(path=path, revision=settings.get("revision"))).adapters:
             raise UserError(f"vllm: {path!r} is an adapter, which it cannot load here; merge it")
-        # In this process, so that new weights are given as tensors.
+        # Run in this process, so that new weights can be passed as tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         with _untouched():
             import vllm
 
             self.stops, self.dtype, self.trains, self._vllm = stops, dtype, trains, vllm
             self._on_cpu = vllm_is_for_cpus()
-            self._sleeps = trains and not self._on_cpu  # where there is no GPU to share
+            self._sleeps = trains and not self._on_cpu  # on a CPU there is no GPU memory to share
             if self._on_cpu:
-                # A seeded draw after a split prompt fails ("CPU Generator does not use offset").
+                # Seeded sampling after a split prompt fails ("CPU Generator does not use offset").
                 settings["enable_chunked_prefill"] = False
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                settings["distributed_executor_backend"] = "external_launcher"  # an engine a rank
+                settings["distributed_executor_backend"] = "external_launcher"  # one engine a rank
             self.llm = vllm.LLM(
                 model=path,
                 dtype=str(dtype).removeprefix("torch."),
@@ -65,7 +65,7 @@ class ColocatedSampler:
                 enable_sleep_mode=self._sleeps,
                 load_format="dummy" if trains else "auto",
                 logprobs_mode="raw_logprobs",
-                generation_config="vllm",  # none of the model's
+                generation_config="vllm",  # not the model's own
                 **settings,
             )
         self._awake = True
@@ -77,9 +77,9 @@ class ColocatedSampler:
         """See `Sampler.sync_weights`."""
         assert self.trains
         self._weights_of = model
-        torch.cuda.empty_cache()  # or vLLM could not have what torch's allocator keeps
+        torch.cuda.empty_cache()  # so that vLLM can use memory that torch's allocator keeps
         self._wake("weights")
-        # On a CPU vLLM 0.32 keeps another copy of a tied head, which only its name brings.
+        # On a CPU vLLM 0.32 has a second copy of a tied head, with a name of its own.
         weights = named_weights(model, self.dtype, head_too=self._on_cpu)
         self.sync, start = {"sync_bytes": 0}, time.monotonic()
         given = {"weights_iterator": self._counted(weights)}
@@ -95,8 +95,8 @@ class ColocatedSampler:
         sampling: Sampling,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
-        """One rollout a context, in order; see `Sampler.sample`."""
-        if not self._awake:  # further problems of the same step; what sleeps would never answer
+        """One rollout for each context, in order; see `Sampler.sample`."""
+        if not self._awake:  # more problems of the same step; asleep, it would never answer
             self.sync_weights(self._weights_of)
         seeds = draw_seeds(sampling, len(contexts))
         outputs = self.llm.generate(
@@ -136,7 +136,7 @@ class ColocatedSampler:
             seed=seed,
             stop_token_ids=sorted(self.stops),
             **NEUTRAL,
-            logprobs=0,  # of the drawn token alone
+            logprobs=0,  # only of the sampled token
             detokenize=False,
         )
 
@@ -150,7 +150,8 @@ class ColocatedSampler:
 
 @contextmanager
 def _untouched() -> Iterator[None]:
-    """vLLM's start seeds the generators of this process, and gives torch one thread."""
+    """A context that restores random states and torch's number of threads, which vLLM's start
+    changes."""
     states, threads = random_states(), torch.get_num_threads()
     try:
         yield

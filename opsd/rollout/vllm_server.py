@@ -1,4 +1,4 @@
-"""Rollouts by a server, which loads the new weights before each sampling."""
+"""Samples with a server, which loads the new weights before each sampling."""
 
 import shutil
 import time
@@ -18,22 +18,22 @@ from opsd.rollout.threads import as_done, in_background
 
 
 class ServerSampler:
-    """`sampling.batch_size` requests at once, one rollout each.
+    """Sends `sampling.batch_size` requests at once, for one rollout each.
 
-    Each rollout has its own seed, from torch's generator. If the server fails, the generator is put
-    back, so that whoever samples the same contexts later, in this process or in one that resumes,
-    asks for the same rollouts.
+    Each rollout has its own seed, from torch's generator. If the server fails, the generator is
+    restored, so that sampling the same contexts later, in this process or in a resumed one, asks
+    for the same rollouts.
     """
 
     def __init__(
         self,
         server: RolloutServer,
         stops: frozenset[int],
-        # Where `sync_weights` writes the weights; the server must see it under the same path.
-        # None: the server's weights stay as they are
+        # The directory for the weights, which must have the same path on the server. None: the
+        # server's weights stay as they are
         directory: Path | None = None,
         dtype: torch.dtype = torch.bfloat16,  # of the weights there
-        vocabulary: int | None = None,  # how many logits the model has
+        vocabulary: int | None = None,  # the number of the model's logits
     ):
         self.server, self.stops, self.vocabulary = server, stops, vocabulary
         self.engine = server.engine
@@ -41,22 +41,22 @@ class ServerSampler:
         self.versions, self.software = 0, server.software
         self.sync: dict[str, float] = {}
         if directory is not None:
-            shutil.rmtree(directory, ignore_errors=True)  # what a run that was killed has left
+            shutil.rmtree(directory, ignore_errors=True)  # a killed run may have left files
 
     def sync_weights(self, model: PreTrainedModel) -> None:
-        """See `Sampler.sync_weights`: writes the weights and has the server load them."""
-        # A new directory each time: some releases of vLLM keep what they have read from a path
+        """See `Sampler.sync_weights`: write the weights and have the server load them."""
+        # Use a new directory each time: some releases of vLLM cache what they read from a path
         # (vllm-project/vllm#32718).
         assert self.directory is not None
         self.versions, start = self.versions + 1, time.monotonic()
         new = self.directory / str(self.versions)
         new.mkdir(parents=True)
         try:
-            # On a CPU vLLM 0.32 keeps another copy of a tied head, which only its name brings.
+            # On a CPU vLLM 0.32 has a second copy of a tied head, with a name of its own.
             named = named_weights(model, self.dtype, head_too=self.server.copies_head)
             weights = {name: weight.cpu().contiguous() for name, weight in named}
             save_file(weights, new / "model.safetensors", {"format": "pt"})
-            readable(new)  # the server may be somebody else's
+            readable(new)  # the server may run as another user
             self.server.load(new.absolute())
             self.sync["sync_bytes"] = sum(weight.nbytes for weight in weights.values())
             self.sync["sync_seconds"] = time.monotonic() - start
@@ -69,8 +69,8 @@ class ServerSampler:
         sampling: Sampling,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
-        """One rollout a context, in order; see `Sampler.sample`. Raises ServerGoneError, and of its
-        kind ServerRestartedError where the server has lost the weights meanwhile."""
+        """One rollout for each context, in order; see `Sampler.sample`. Raises ServerGoneError, or
+        its subclass ServerRestartedError if the server has lost the weights meanwhile."""
         before = torch.get_rng_state()
         try:
             return self._drawn(contexts, sampling, progress)(Future())
@@ -79,7 +79,7 @@ class ServerSampler:
             raise
 
     def begin(self, contexts: Sequence[Sequence[int]], sampling: Sampling) -> Future[list[Rollout]]:
-        """`sample` while this process does something else. The seeds are drawn at once."""
+        """Start `sample` in the background. The seeds are drawn at once."""
         return in_background(self._drawn(contexts, sampling))
 
     def _drawn(
@@ -88,8 +88,8 @@ class ServerSampler:
         sampling: Sampling,
         progress: Callable[[int, int], None] | None = None,
     ) -> Callable[[Future], list[Rollout]]:
-        """Draws the seeds; what it returns asks for the rollouts, unless its future is cancelled,
-        and draws nothing."""
+        """Draw the seeds. Returns a function that requests the rollouts, unless its future is
+        cancelled, and draws nothing itself."""
         longest = max(map(len, contexts), default=0)
         self.server.check_asked(longest, sampling)
         workers = sampling.batch_size

@@ -160,7 +160,7 @@ def _read(
 def image_reader(
     config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> ImageReader | None:
-    """What reads images for the model; None of a run without any. Raises UserError."""
+    """The model's reader of images; None for a run without images. Raises UserError."""
     return ImageReader(config.model, model, tokenizer) if shows_images(config) else None
 
 

@@ -224,7 +224,7 @@ class Run:
     verifier: Verifier | None = None  # used instead of loss.reward.verifier
     callbacks: Sequence[TrainerCallback] = ()
     save: bool = True  # write the trained model to model/
-    server: RolloutServer | None = None  # samples, where rollout.engine is one
+    server: RolloutServer | None = None  # samples, if rollout.engine is a server
     processes: Processes = field(default_factory=Processes)
     # The loop, only during training; and the last gathered weights, if they are split
     loop: TrainingLoop | None = field(default=None, init=False)
