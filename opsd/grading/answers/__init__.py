@@ -1,14 +1,14 @@
-"""What an answer says, and whether two answers say the same: text in, verdict out.
+"""Parse two answers and decide whether they mean the same.
 
-    clean      one spelling for what only looks different: Unicode, fonts, sizes, spaces
+    clean      normalise the spelling: Unicode, fonts, sizes, spaces
     numbers    plain numbers, exactly
-    units      units of measurement, money, degrees; what else may follow a number
+    units      units of measurement, money, degrees, and other words after a number
     words      phrases, hedges, prose
     read       text -> a node: a value, a list, a tuple, a choice, ...
-    bounds     what no process should be asked to compute
-    strict     what is equal and yet earns nothing, with the reasons
+    bounds     refuse what would take too long to compute
+    strict     forms that are equal to the reference but earn nothing, with the reasons
     compare    the rules by which two nodes are the same
-    symbolic   values that need algebra, by math-verify
+    symbolic   compare values that need algebra, by math-verify
 
 The grading process loads this package and neither torch nor transformers.
 """

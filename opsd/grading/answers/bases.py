@@ -1,4 +1,4 @@
-"""Digits in a base other than ten."""
+"""Parse digits in a base other than ten."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eig
 
 
 def based(text: str, depth: int = 0) -> Based | Value | None:
-    """`110_2`, `(52)_8`, `2A in base 16`; None for anything else."""
+    """Parse `110_2`, `(52)_8` or `2A in base 16`; None for anything else."""
     if "_" not in text and "base" not in text:
         return None
     found = _BASED.fullmatch(trim(plain_text(text))) or _BASED.fullmatch(text)
@@ -27,7 +27,7 @@ def based(text: str, depth: int = 0) -> Based | Value | None:
     base = _BASES.get(base) or (int(base) if base.isdecimal() and len(base) < 3 else 0)
     try:
         value = int(digits, base) if 2 <= base <= 36 else None
-    except ValueError:  # digits that the base does not have
+    except ValueError:  # the base does not have these digits
         value = None
     if value is None or (not digits[0].isdecimal() and base <= 10):
         return None

@@ -1,4 +1,4 @@
-"""What no process should be asked to compute."""
+"""Find answers that would take too long to compute."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _EXPONENT = re.compile(r"\d[eE]\+?(\d+)")
 
 
 def too_large(answer: str) -> bool:
-    """Whether the answer names a number of more than MOST_DIGITS digits, which sympy would try to
-    write out: towers of powers, factorials, exponents."""
+    """Whether the answer has a number of more than MOST_DIGITS digits, as a power, a factorial or a
+    binomial: sympy would compute all of its digits."""
     answer = " ".join(answer.split())
     for power in _POWER.finditer(answer):
         value = 1.0
         for number in reversed(_NUMBER.findall(power.group())):
             base = float(number) if len(number) < 300 else math.inf
-            # the value so far is the exponent of this base
+            # `value`, the power to the right, is the exponent of this base
             digits = value * math.log10(base) if base > 1 else 0.0
             if digits > MOST_DIGITS:
                 return True

@@ -1,5 +1,5 @@
-"""One spelling for what only looks different: Unicode, fonts, sizes, colours, spaces, marks of
-Markdown. All of it takes time linear in the text's length."""
+"""Normalise an answer's spelling: Unicode, fonts, sizes, colours, spaces, Markdown. All of it takes
+time linear in the text's length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SCRIPTS = [
     for mark, (shown, meant) in (("^", _CHARACTERS["raised"]), ("_", _CHARACTERS["lowered"]))
 ]
 _GREEK = {word[0]: word[1:] for word in _CHARACTERS["greek"].split()}
-# Greek letters inside words (μm, and Greek itself) are letters; alone they are TeX's commands.
+# A Greek letter inside a word (μm, or a Greek word) stays; alone it becomes a TeX command.
 _ANY_GREEK = "".join(_GREEK)
 _GREEK_ALONE = re.compile(
     rf"(?<![^\W\d_])[{_ANY_GREEK}](?![^\W\d_])|(?<![{_ANY_GREEK}])π(?![{_ANY_GREEK}])"
@@ -25,7 +25,7 @@ _GREEK_ALONE = re.compile(
 
 
 def from_unicode(text: str) -> str:
-    """TeX's ASCII for digits, signs and letters of other scripts and looks; words stay."""
+    """Replace Unicode digits, signs and mathematical letters by ASCII or TeX; words stay."""
     if text.isascii():
         return text
     for mark, run, table in _SCRIPTS:
@@ -51,7 +51,7 @@ def _one(character: str) -> str:
 
 
 _TOKEN = re.compile(r"\\[A-Za-z]+\*?|\\.|[{}]|[^\\{}]+|\\", re.DOTALL)
-# Command → what is written for it, and what the braces of its argument become.
+# Command → (its replacement, what replaces its argument's braces).
 _WRITTEN: dict[str, tuple[str, str]] = {
     " ": (" ", ""),
     **dict.fromkeys(_COMMANDS["nothing"].split(), ("", "")),
@@ -77,8 +77,8 @@ def without_looks(text: str) -> str:
     tokens = _TOKEN.findall(text)
     out: list[str] = []
     closers: list[str] = []
-    skipping = 0  # the depth inside an argument that is dropped
-    pending = ""  # a command that waits for its argument: "drop", or what closes it
+    skipping = 0  # the depth of braces inside a dropped argument
+    pending = ""  # the last command awaits its argument: "drop", or the new opening and closing
     for index, token in enumerate(tokens):
         if skipping:
             skipping += (token == "{") - (token == "}")
@@ -106,7 +106,7 @@ def without_looks(text: str) -> str:
 
 
 def _command(token: str, following: list[str]) -> tuple[str, str]:
-    """(what is written for a command, what its argument's braces become)."""
+    """(the replacement of a command, the replacement of its argument's braces)."""
     name = token.lstrip("\\").rstrip("*")
     if name in _TEXT or name in _FONT:
         content = following[1] if following[:1] == ["{"] and len(following) > 1 else ""
@@ -116,24 +116,24 @@ def _command(token: str, following: list[str]) -> tuple[str, str]:
     return _WRITTEN.get(name, (token, ""))
 
 
-_ESCAPED_TWICE = re.compile(  # `\\\\frac`, as JSON in JSON has it; no line of TeX begins so
+_ESCAPED_TWICE = re.compile(  # `\\\\frac`, from JSON inside of JSON; no line of TeX begins so
     r"\\(?=\\(?:[dtc]?frac|sqrt|text|math[a-z]+|boxed|left|right|cdot|times|pi|infty|begin|end|cup|"
     r"pm|le|ge|neq|in|circ|%)(?![A-Za-z]))(?<!\\\\)"
 )
 _THIN_THOUSANDS = re.compile(r"(?<=\d),\s*\\!\s*(?=\d{3})")
-_BREAK = re.compile(r"\\\\\s*\[[^\]]{0,10}\]")  # with a distance
+_BREAK = re.compile(r"\\\\\s*\[[^\]]{0,10}\]")  # a line break with a distance
 _DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]|\\(?:left|right)\s*\.")
 _MARKDOWN = re.compile(
     r"\*\*([^*]+)\*\*|__([^_]+)__|`([^`]+)`|<b>([^<]*)</b>|<strong>([^<]*)</strong>"
 )
 _BRACED_SPACE = re.compile(r"\{\s*\\[,;:! ]\s*\}")
 _BRACED_COMMA = re.compile(r"(?<=\d)\{\s*,\s*\}\s*(?=\d)")
-# (pattern, what is written instead), in this order.
+# (pattern, replacement), applied in this order.
 _N, _M = r"\s*\{?(\d+|[mn])\}?", r"\s*(\d+)\s*"
 _REWRITTEN = [
     (re.compile(pattern), to)
     for pattern, to in (
-        (r"\*\*(?=[\w({-])", "^"),  # a power; what was bold is gone
+        (r"\*\*(?=[\w({-])", "^"),  # a power: bold text has been handled before
         (r"^(?:\\text\s*\{\s*(?:negative|minus)\s*\}|(?:negative|minus)\b(?=\s*[\d\\$]))\s*", "-"),
         (r"(?<=\w) only$", ""),
         (r"\\mathbb\s+([A-Z])", r"\\mathbb{\1}"),
@@ -170,11 +170,11 @@ _REWRITTEN = [
 
 
 def clean(text: str) -> str:
-    """The answer in one spelling. `\\text{…}` stays around words that stand beside mathematics."""
+    """Normalise an answer's spelling. `\\text{…}` stays around words next to mathematics."""
     text = _ESCAPED_TWICE.sub("", _THIN_THOUSANDS.sub(",", text))
     text = _BREAK.sub(r"\\\\", from_unicode(text).strip())
     text = _DELIMITER.sub(" ", text)
-    # A pair of dollars marks mathematics; a dollar before a number alone is money.
+    # Dollars in pairs mark mathematics; a single one before a number is money.
     text = text.replace("\\$", "\0").replace("$", " " if text.count("$") % 2 == 0 else "\0")
     text = _MARKDOWN.sub(r"\1\2\3\4\5", text.replace("\0", " \\$ "))
     text = _BRACED_COMMA.sub("{,}", _BRACED_SPACE.sub(" ", text)).replace("~~", "\\cancel ")
@@ -188,7 +188,7 @@ _TEXT_GROUP = re.compile(r"\\text\s*\{([^{}]*)\}")
 
 
 def trim(text: str) -> str:
-    """Without what surrounds an answer: spaces, a final stop, braces, `\\text{}`, quotes."""
+    """Strip an answer of surrounding spaces, final punctuation, braces, `\\text{}` and quotes."""
     while True:
         before = text
         text = text.strip(" \n\t")
@@ -206,7 +206,7 @@ def trim(text: str) -> str:
 
 
 def _closes_at_end(text: str) -> bool:
-    """Whether the brace that opens the text is closed by its last character."""
+    """Whether the last character closes the brace that is the first character."""
     if not text.endswith("}") or text.endswith("\\}"):
         return False
     depth = 0
@@ -218,12 +218,12 @@ def _closes_at_end(text: str) -> bool:
 
 
 def plain_text(text: str) -> str:
-    r"""Without `\text{…}` around words."""
+    r"""Remove `\text{…}` around words."""
     return _TEXT_GROUP.sub(r"\1", text)
 
 
 def squeezed(text: str) -> str:
-    """Without spaces, but those between letters or digits: `1 1/2` is not `11/2`."""
+    """Remove spaces except those between letters or digits: `1 1/2` is not `11/2`."""
     pieces = text.split()
     out = pieces[:1]
     for piece in pieces[1:]:

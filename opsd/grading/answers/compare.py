@@ -1,7 +1,7 @@
-"""The rules by which an answer says the same as its reference.
+"""The rules that decide whether an answer means the same as its reference.
 
-The reference goes first everywhere: what it does not say need not be said, and what it says must
-not be contradicted. `algebra(reference, given)` decides between two expressions.
+The reference comes first everywhere. An answer may leave out what the reference leaves out, and
+must not contradict it. `algebra(reference, given)` compares two expressions.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from opsd.grading.answers.words import opposite
 
 
 class Algebra(Protocol):
-    """Decides what needs algebra: `symbolic.Algebra`."""
+    """Compares expressions by algebra; `symbolic.Algebra` implements it."""
 
     def __call__(self, wanted: str, given: str) -> bool:
         """Whether two expressions, equations or sets are equal."""
         ...
 
     def between(self, text: str, low: str, high: str) -> bool:
-        """Whether a constant lies between two."""
+        """Whether the constant `text` lies between `low` and `high`."""
         ...
 
 
@@ -52,7 +52,7 @@ _INTERVALS = ("()", "[]", "[)", "(]")
 
 
 def compare(reference: str, given: str, algebra: Algebra, strict: bool = True) -> tuple[bool, str]:
-    """(whether they say the same, why)."""
+    """(whether the given answer means the same as the reference, why)."""
     one, other = clean(reference), clean(given)
     if squeezed(one) == squeezed(other) != "":
         return True, "the same text"
@@ -70,7 +70,7 @@ def compare(reference: str, given: str, algebra: Algebra, strict: bool = True) -
 
 
 class _Comparison:
-    """`reason`: why something is not the same, where a rule has more to say than that."""
+    """Compares nodes. reason: why they differ, if a rule has said so; else ""."""
 
     def __init__(self, algebra: Algebra, strict: bool):
         self.algebra, self.strict = algebra, strict
@@ -81,7 +81,7 @@ class _Comparison:
         return False
 
     def same(self, wanted: Node, given: Node) -> bool:
-        """Whether `given` says what `wanted` says."""
+        """Whether `given` means the same as `wanted`."""
         if isinstance(wanted, Unclear) or isinstance(given, Unclear):
             if not (isinstance(wanted, Unclear) and isinstance(given, Unclear)):
                 return False
@@ -156,7 +156,7 @@ class _Comparison:
         return symbolic and wanted.name != given.name and self.algebra(wanted.text, given.text)
 
     def _any(self, wanted: tuple[Node, ...], given: tuple[Node, ...]) -> bool:
-        """The last value first; any of a chain that is true throughout will do."""
+        """Whether any two values of two true chains are the same, trying the last ones first."""
         return any(self.same(one, other) for one in wanted[::-1] for other in given[::-1])
 
     def _contradicts_itself(self, chain: Equal) -> bool:
@@ -244,7 +244,7 @@ class _Comparison:
             return set(names) == set(others) and all(
                 self.same(part, known[name]) for name, part in zip(names, wanted, strict=True)
             )
-        if names:  # whoever leaves the names out keeps their order
+        if names:  # an answer without names must keep their order
             return self._in_order(wanted, given)
         return self._matched(wanted, given)
 
@@ -370,7 +370,7 @@ class _Comparison:
         return self.algebra(_expression(wanted), _expression(given)) or self._rounded(wanted, given)
 
     def _rounded(self, wanted: Value, given: Value) -> bool:
-        """`3.14159265` for pi: a decimal with enough decimals, all of them right."""
+        """Whether one is the other's rounded value, with enough digits: `3.14159265` for pi."""
         decimal, other = (wanted, given) if wanted.number is not None else (given, wanted)
         plain = decimal.number
         if plain is None or not plain.enough or other.number is not None:
@@ -379,7 +379,7 @@ class _Comparison:
         return self.algebra.between(other.text, *ends)
 
     def _as_hundredths(self, wanted: Value, given: Value) -> bool:
-        """`35\\%` is 0.35 as well as 35, but `3500\\%` is no way to write 35."""
+        """Whether a percentage equals the other value: `35\\%` is 0.35, but `3500\\%` is not 35."""
         percent, bare = (wanted, given) if wanted.percent else (given, wanted)
         if percent.number is None or bare.number is None:
             return False
@@ -399,25 +399,25 @@ def _expression(value: Value) -> str:
 
 
 def _is_set_of(items: Items, relation: Relation) -> bool:
-    """Whether a list can be what a relation says: an interval, or a set by its parts."""
+    """Whether the items may be an interval or a set that the relation describes."""
     by_parts = re.search(r"\\(?:cup|cap|setminus)(?![A-Za-z])", relation.text)
     return items.kind in _INTERVALS or (items.kind == "set" and by_parts is not None)
 
 
 def _choices(items: Items) -> str:
-    """`AC` of `A, C`, where all are letters of given answers."""
+    """The sorted letters of several choices, `AC` for `A, C`; "" unless all are choices."""
     letters = [part.letter for part in items.parts if isinstance(part, Choice)]
     return "".join(sorted(letters)) if len(letters) == len(items.parts) else ""
 
 
 def _one_value(items: Items) -> bool:
-    """Whether it is a chain of names, `a = b = 30`; in `(a, b) = (30, 30)` they are two."""
+    """Whether items are one value with several names, `a = b = 30`, unlike `(a, b) = (30, 30)`."""
     texts = {part.text for part in items.parts if isinstance(part, Equal)}
     return len(texts) == 1 and texts.pop().count("=") == len(items.parts)
 
 
 def _vector(grid: Grid) -> list[Node]:
-    """The entries of a row or column; the rows of another matrix, each as a list in brackets."""
+    """The entries of a row or a column; of another matrix its rows, each as a list in brackets."""
     if len(grid.rows) == 1 or all(len(row) == 1 for row in grid.rows):
         return [cell for row in grid.rows for cell in row]
     return [Items("[]", row) for row in grid.rows]
@@ -449,7 +449,7 @@ def _symbolic(node: Node) -> bool:
 
 
 def _near(one: Node, other: Node, algebra: Algebra) -> bool:
-    """Whether the second is the first one rounded to the digits that it has."""
+    """Whether `other` is `one` rounded to the number of digits that `other` has."""
     if not (isinstance(one, Value) and isinstance(other, Value) and other.number is not None):
         return False
     ulp = other.number.ulp or Fraction(1)

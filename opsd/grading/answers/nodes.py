@@ -1,4 +1,4 @@
-"""What an answer can be."""
+"""The kinds of nodes into which answers are parsed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opsd.grading.answers.units import Unit
 
 @dataclass(frozen=True)
 class Value:
-    """A number or an expression. `noun`: of what, where that is no unit of measurement."""
+    """A number or an expression. noun: the thing counted, if it is no unit of measurement."""
 
     text: str
     number: Number | None = None
@@ -22,14 +22,14 @@ class Value:
 
 @dataclass(frozen=True)
 class Phrase:
-    """Words alone, in canonical form."""
+    """Words without mathematics, in canonical form."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several given answers by its letter, perhaps with the answer itself."""
+    """The letter of a choice. rest: the choice's own text, if the answer has it."""
 
     letter: str
     rest: Node | None = None
@@ -37,8 +37,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Items:
-    """Several answers. `kind`: "list" and "set", where order does not matter, or the brackets of a
-    tuple or an interval, such as "()" and "[)"."""
+    """Several answers. kind: "list" or "set", whose order does not matter, or the brackets of a
+    tuple or an interval, such as "()" or "[)"."""
 
     kind: str
     parts: tuple[Node, ...]
@@ -47,8 +47,8 @@ class Items:
 
 @dataclass(frozen=True)
 class Equal:
-    """`name = value`, or a chain of values; `approximate` says of each that `\\approx` precedes it.
-    `simple`: the name is a name, not an expression."""
+    """`name = value`, or a chain of equal values. approximate: for each value, whether `\\approx`
+    precedes it. simple: the name is a mere name, not an expression."""
 
     text: str
     name: str | None
@@ -59,7 +59,7 @@ class Equal:
 
 @dataclass(frozen=True)
 class Relation:
-    """What only algebra compares: an equation, inequalities, a union of intervals."""
+    """An equation, inequalities or a union of intervals, which only algebra can compare."""
 
     text: str
     equation: bool = False
@@ -75,7 +75,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Ratio:
-    """`2:3`, `1:2:3`, or a time of day. `half`: am or pm is said; `sure`: or its hour says it."""
+    """`2:3`, `1:2:3`, or a time of day. half: it has am or pm. sure: or its hour tells which."""
 
     parts: tuple[Number, ...]
     clock: bool = False
@@ -94,7 +94,7 @@ class Based:
 
 @dataclass(frozen=True)
 class Unclear:
-    """Not understood. It equals the same text only; `why`: for people."""
+    """A text that is not understood and equals only the same text. why: the reason, in words."""
 
     text: str
     why: str
@@ -104,7 +104,7 @@ Node = Value | Phrase | Choice | Items | Equal | Relation | Grid | Ratio | Based
 
 
 def names_of(parts: Sequence[Node]) -> list[str] | None:
-    """What the parts are called, where each has a name of its own."""
+    """The names of the parts if each has a different one; else None."""
     names = [
         part.name if isinstance(part, Equal) and part.simple else getattr(part, "noun", "")
         for part in parts
@@ -113,7 +113,7 @@ def names_of(parts: Sequence[Node]) -> list[str] | None:
 
 
 def by_name(parts: Sequence[Node]) -> Sequence[Node]:
-    """In the alphabet's order, where each part has a name: (x, y) of `y = 5, x = 3`."""
+    """The parts in alphabetical order, if each has a name: (3, 5) for `y = 5, x = 3`."""
     names = names_of(parts)
     if names is None:
         return parts

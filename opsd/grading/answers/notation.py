@@ -1,4 +1,4 @@
-"""How answers are written, from notation.toml: characters, TeX commands, units and words."""
+"""The notation of answers, read from notation.toml: characters, TeX commands, units and words."""
 
 import tomllib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Plain numbers, exactly: integers, decimals, fractions, mixed numbers, powers of ten."""
+"""Parse plain numbers exactly: integers, decimals, fractions, mixed numbers, powers of ten."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _COMMA = re.compile(r"([+-]?)\s*(?:(\d+),(\d{1,2}|\d{4,})|(0),(\d+))((?![\d.])[^
 
 @dataclass(frozen=True)
 class Number:
-    """A plain number. `ulp`: one unit of the last place of a decimal, None for an exact number;
-    `enough`: whether so many of its digits are given that it can stand for an exact number."""
+    """A plain number. ulp: one unit in the last place of a decimal, None for an exact number.
+    enough: it has enough digits to stand for an exact number."""
 
     value: Fraction
     ulp: Fraction | None = None
@@ -41,12 +41,12 @@ class Number:
 
 
 def said(found: re.Match) -> list[str]:
-    """The groups of that alternative of a pattern which was found."""
+    """The groups of the alternative that matched."""
     return [group for group in found.groups() if group is not None]
 
 
 def separators(text: str) -> str:
-    """Digits without separators, with a point for decimals; `1,23` keeps its comma."""
+    """Remove separators of thousands and write a point for decimals; `1,23` keeps its comma."""
     for pattern, mark in _SEPARATED:
         if pattern.fullmatch(text):
             return text.replace(mark, "")
@@ -57,13 +57,13 @@ def separators(text: str) -> str:
 
 
 def decimal_comma(text: str) -> str | None:
-    """`3,5` as 3.5, where a comma can be a decimal one; three digits after it are thousands."""
+    """`3,5` → 3.5; None if the comma is no decimal one, such as before three digits."""
     found = _COMMA.fullmatch(text)
     return "{}{}.{}{}".format(*said(found)) if found else None
 
 
 def number(text: str) -> Number | None:
-    """The plain number that a text is, None for anything else."""
+    """Parse a plain number; None for anything else."""
     sign, text = _signed(text.strip())
     while (
         len(text) > 2 and text[0] + text[-1] in ("{}", "()") and not set("{}()") & set(text[1:-1])
@@ -115,7 +115,7 @@ def _quotient(above: str, below: str) -> Number:
 
 
 def _mixed(whole: int, above: int, below: int) -> Number:
-    """1 1/2; `17\\frac{17}{1}` would hide a sum, or a product."""
+    """1 1/2. Raises ValueError for `17\\frac{17}{1}`, which would hide a sum or a product."""
     if above >= below:
         raise ValueError("no mixed number")
     return Number(whole + Fraction(above, below))
@@ -168,7 +168,7 @@ _FORMS: list[tuple[re.Pattern, Callable[..., Number]]] = [
 
 
 def same_number(one: Number, other: Number) -> bool:
-    """Equal; or one is a decimal with six decimals or more, all of them right."""
+    """Whether the numbers are equal, or one is the other rounded to ENOUGH_DECIMALS or more."""
     if one.value == other.value:
         return True
     difference = abs(one.value - other.value)
@@ -181,7 +181,7 @@ def same_number(one: Number, other: Number) -> bool:
 
 
 def as_latex(value: Fraction) -> str:
-    """For algebra: an exact fraction."""
+    """An exact fraction in LaTeX, for algebra."""
     if value.denominator == 1:
         return str(value.numerator)
     sign = "-" if value < 0 else ""

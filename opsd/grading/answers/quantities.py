@@ -1,4 +1,4 @@
-"""A value with what belongs to it: unit, money, per cent, degrees, the thing that is counted."""
+"""Parse values with a unit, a currency, per cent, degrees, or the thing that is counted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _MODULUS = re.compile(
     r"(.*?[^(\s])\s*(?:\\pmod|\(\s*(?:\\text\{\s*mod\s*\}|mod))\s*\{?\s*(\w+)\s*\}?\s*\)?",
     re.DOTALL,
 )
-_SHORT = re.compile(r"(\d[\d.,]*)\s?([A-JL-Za-z])")  # K is a thousand
+_SHORT = re.compile(r"(\d[\d.,]*)\s?([A-JL-Za-z])")  # not K, a thousand
 _OHM = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*)?([kM]?)\s*\}?\s*\\Omega\s*$")
 _UNITS_OF_THE_PAGE = re.compile(r"(?:(?:square|cubic|sq\.?|cu\.?) )?units?(?: ?\^ ?\{?[23]\}?)?\.?")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
@@ -50,7 +50,7 @@ _FUNCTION = re.compile(
 
 
 def quantity(text: str) -> Value | None:
-    """The value with its unit, None where the text is not of that form."""
+    """Parse a value with its unit; None if the text has another form."""
     if (found := _MONEY_FIRST.fullmatch(text)) is not None:
         inner = quantity(found[4]) or Value(trim(found[4]), number(trim(found[4])))
         if inner.unit is None and not inner.percent:
@@ -73,7 +73,7 @@ def quantity(text: str) -> Value | None:
 
 
 def counted(text: str) -> Value | None:
-    """`twelve apples`: a number in words, and what it counts."""
+    """Parse `twelve apples`: a number in words and the thing that it counts."""
     words = text.split()
     for end in range(min(len(words) - 1, 9), 0, -1):
         value = spelled_out(" ".join(words[:end])) if words[0].casefold() != "a" else None
@@ -84,7 +84,7 @@ def counted(text: str) -> Value | None:
 
 
 def compound(text: str) -> Value | None:
-    """`3 hours 30 minutes`, `5'10''`: one quantity in several units, the larger ones first."""
+    """Parse a quantity in several units, larger ones first: `3 hours 30 minutes`, `5'10''`."""
     text = trim(plain_text(text))
     parts = _COUNTED.findall(text)
     if len(parts) < 2 or _COUNTED.sub("", text):
@@ -101,7 +101,7 @@ def compound(text: str) -> Value | None:
 
 
 def _added(parts: list[Fraction], of: Unit, carries: bool) -> Value:
-    """A larger and smaller units. `6 hours 60 minutes` carries: a sum is left to be worked out."""
+    """Add parts given in the unit `of`. carries: keep a sum, as for `6 hours 60 minutes`."""
     if carries:
         return Value("+".join(map(as_latex, parts)), None, of)
     total = sum(parts, Fraction(0))
@@ -109,14 +109,14 @@ def _added(parts: list[Fraction], of: Unit, carries: bool) -> Value:
 
 
 def short(value: Value) -> Value:
-    """`30s`, which may be a product as well, as 30 seconds."""
+    """Read `30s` as 30 seconds, though it may also be a product."""
     if value.number is None and (found := _SHORT.fullmatch(value.text)) and unit(found[2]):
         return Value(found[1], number(found[1]), unit(found[2]))
     return value
 
 
 def times(value: Value, factor: Fraction) -> Value:
-    """A multiple of it."""
+    """The value multiplied by a factor."""
     if value.number is not None:
         exact = value.number.value * factor
         return Value(as_latex(exact), Number(exact), value.unit, value.noun)
@@ -155,7 +155,7 @@ def _with_tail(text: str) -> Value | None:
 
 
 def _said(core: str, said: str, bare: bool, apart: bool) -> Value | None:
-    """The value `core` with the words or signs `said` after it. `bare`: outside of `\\text{}`."""
+    """`core` followed by words or signs, `said`. bare: not in `\\text{}`. apart: after a space."""
     first, _, others = said.partition(" ")
     if first.lower() in MULTIPLES or first[:1] in MULTIPLES:
         factor = MULTIPLES.get(first.lower()) or MULTIPLES.get(first[:1])

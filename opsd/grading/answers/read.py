@@ -1,4 +1,4 @@
-"""What an answer says: from cleaned text to a node."""
+"""Parse an answer: cleaned text to a node."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _PARAMETER = re.compile(
     r"(?:,|\\text\{[^{}]*\}|\bwhere\b|\bfor\b|\()?\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?[ZN]\}?(?:\^\+|_\+)?|"
     r"\\text\{\s*(?:is )?(?:an? )?(?:any )?integer\s*\}|(?:is )an? (?:any )?integer)\s*\)?$"
 )
-_DOMAIN = re.compile(  # of the index of a formula
+_DOMAIN = re.compile(  # the range of a formula's index
     r"(?:,|\\text\s*\{\s*,?\s*(?:for|where)\s*\}|\b(?:for|where)\b)\s*[kmn]\s*(?:\\ge|>|\\neq)\s*\d$"
 )
 _ALL_BUT = re.compile(
@@ -92,7 +92,7 @@ _FRENCH = re.compile(r"([\[\]])(.*)([\[\]])", re.DOTALL)
 
 
 def read(text: str, depth: int = 0) -> Node:
-    """The node that a cleaned text says."""
+    """Parse a cleaned text."""
     text = trim(text)
     if depth > _DEEPEST:
         return Unclear(text, "nested too deeply")
@@ -154,8 +154,8 @@ def _clock_or_ratio(text: str, depth: int) -> Node | None:
 
 
 def _compound(text: str, depth: int) -> Node | None:
-    """What would fall apart as a list: `3 hours and 30 minutes`, `March 14, 2020`, a point's name,
-    `all real numbers except 1 and 2`."""
+    """Parse texts that look like a list but are none: `3 hours and 30 minutes`, `March 14, 2020`, a
+    point's name, `all real numbers except 1 and 2`."""
     bare = " ".join(plain_text(text).split())
     if words.is_phrase(bare) and (value := counted(bare)):
         return value
@@ -187,7 +187,7 @@ def _choice(text: str, depth: int) -> Node | None:
     if not rest:
         return Choice(letter)
     if rest[0] in "(+-*/^=_,":
-        return None  # a list, or an expression that begins with a capital in brackets
+        return None  # a list, or an expression that begins with a capital letter in brackets
     if words.takes_back(plain_text(rest)) or _LABEL.search(rest) or _BARE_CHOICE.fullmatch(rest):
         return Unclear(text, "more than one choice, or one that is taken back")
     return Choice(letter, read(rest, depth + 1))
@@ -227,7 +227,7 @@ def _environment(text: str, depth: int) -> Node | None:
 
 
 def _is_condition(text: str) -> bool:
-    """Whether the second column of `cases` says when; not so in an aligned equation."""
+    """Whether the second column of `cases` is a condition, unlike in aligned equations."""
     says = "=" in text or _RELATIONS.search(text) or re.search(r"[^\W\d_]{3}", text)
     return bool(says) and not text.startswith(("=", "+", "-"))
 
@@ -241,7 +241,7 @@ def _condition(text: str) -> str:
 
 
 def _lines(lines: list[str], alternatives: bool, depth: int) -> Node:
-    """The rows of a system; a row that begins with `=` goes on with the one before it."""
+    """Parse the rows of a system; a row that begins with `=` continues the previous one."""
     joined: list[str] = []
     for line in lines:
         line = line.strip(" ,;")
@@ -285,14 +285,14 @@ def _several(text: str, depth: int) -> Node | None:
             continue
         named = [one for one in node.parts if isinstance(one, Equal)]
         if part.startswith("\\begin") and len(named) == len(node.parts):
-            nodes.append(_solution(node))  # one of several
+            nodes.append(_solution(node))  # one of several solutions
         else:
             nodes += node.parts
     return Items("list", tuple(_shared_name(nodes)), text)
 
 
 def _solutions(text: str, depth: int) -> Node | None:
-    """`x=1, y=2 or x=3, y=4` and `(x,y) = (1,2) or (3,4)`: solutions, each with all its names."""
+    """Parse alternative solutions: `x=1, y=2 or x=3, y=4`, `(x,y) = (1,2) or (3,4)`."""
     lhs, _, first = text.partition("=")
     if (point := enclosed(lhs.strip())) and point[0] == "(" and "=" not in first:
         nodes = [read(part, depth + 1) for part in split_list(first)[0]]
@@ -312,7 +312,7 @@ def _solutions(text: str, depth: int) -> Node | None:
 
 
 def _solution(named: Items) -> Items:
-    """The values of `x=1, y=2`, in the order of their names."""
+    """The values in `x=1, y=2`, in the order of their names, as a tuple."""
     values = (one.values[-1] if isinstance(one, Equal) else one for one in by_name(named.parts))
     return Items("()", tuple(values))
 
@@ -322,7 +322,7 @@ _LABELLED = re.compile(r"([^\W\d_][^\W\d_]+(?: [^\W\d_]+){0,3})\s*:\s*(?=\S)")
 
 
 def _labelled(text: str, depth: int) -> Node | None:
-    """`Alice: 5` is a named answer."""
+    """Parse a named answer: `Alice: 5`."""
     plain = trim(_TEXT_START.sub(r"\1", text))
     found = _LABELLED.match(plain)
     if found is None or words.takes_back(found[1]):
@@ -331,7 +331,7 @@ def _labelled(text: str, depth: int) -> Node | None:
 
 
 def _shared_name(nodes: list[Node]) -> list[Node]:
-    """`n = 1, 4, 5`: three values of n; only the first has the name."""
+    """For `n = 1, 4, 5`, in which only the first value has the name: all three values."""
     first = nodes[0]
     if isinstance(first, Equal) and not any(isinstance(node, Equal) for node in nodes[1:]):
         return [first.values[-1], *nodes[1:]]
@@ -343,7 +343,7 @@ def _top_relation(text: str) -> bool:
 
 
 def _signs(text: str, depth: int) -> Node | None:
-    """`2 \\pm \\sqrt{3}` is two answers."""
+    """Parse `2 \\pm \\sqrt{3}` as two answers."""
     if not _PLUS_MINUS.search(text):
         return None
     both = []
@@ -430,7 +430,7 @@ def _name(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether the left side of an equation only names something: `x`, `f(x)`, `P(A)`, `a_n`."""
+    """Whether the left side of an equation is a mere name: `x`, `f(x)`, `P(A)`, `a_n`."""
     return bool(_NAME.fullmatch(plain_text(text)))
 
 
@@ -441,7 +441,7 @@ _GREEK_NAME = re.compile(
 
 
 def has_symbol(text: str) -> bool:
-    """Whether a side of an equation has a name in it, so that it is not a plain value."""
+    """Whether a side of an equation contains a name, so that it is no plain value."""
     if _GREEK_NAME.search(text) or text in ("e", "i", "\\#"):
         return True
     node = _single(text) if balanced(text) else None
@@ -461,7 +461,7 @@ def _relation(text: str, depth: int) -> Node | None:
 
 
 def _vector(text: str, depth: int) -> Node | None:
-    """`3\\hat{i}+4\\hat{j}` is (3, 4)."""
+    """Parse `3\\hat{i}+4\\hat{j}` as (3, 4)."""
     if "\\hat{" not in text:
         return None
     terms = split(re.sub(r"(?<=[^(\s])\s*([+-])", r" \1", text), re.compile(r"\s(?=[+-])"))
@@ -478,7 +478,7 @@ def _vector(text: str, depth: int) -> Node | None:
 
 
 def _single(text: str) -> Node:
-    """One value with what belongs to it, or words."""
+    """Parse a single value with its unit or noun, or words."""
     bare = plain_text(text)
     if words.is_phrase(bare):
         phrase = words.canonical(bare)

@@ -1,22 +1,22 @@
-r"""What equals the reference and earns nothing, because the work is left to the reader.
+r"""Find answers that equal the reference but earn nothing, because they leave work to the reader.
 
-A policy that is paid for equal values soon writes the problem's own numbers into the box:
-`17 + 25 - 8` where the reference is 34. So, with `loss.reward.strict` (the default):
+A policy that is rewarded for equal values soon writes the problem's own numbers into the box:
+`17 + 25 - 8` if the reference is 34. So, with `loss.reward.strict` (the default):
 
-1. *Sums.* Where the reference is a plain number (an integer, a decimal, a fraction, a percentage,
-   with or without a unit), an answer with a sum or a difference in it earns nothing, wherever in
-   the answer it stands: `\frac{30+4}{1}`, `\sqrt{9+16}`, `17\frac{17}{1}`. Nor does a limit, an
-   integral, a maximum or a determinant: that is the problem, not its answer. Products, powers,
-   factorials, roots, binomials, logarithms and fractions count, since people leave them on
-   purpose: `2^{10}`, `\frac{6}{8}`. `_LEFT_ON_PURPOSE` has their commands; no other counts. Where
-   the reference is another constant (`12\pi`), a sum of two plain numbers earns nothing unless the
-   reference has one too: `(3+9)\pi`.
-2. *Bases.* Where the reference is written in a base other than ten, the answer has to be in that
-   base: 6 is no answer for `110_2`. Where it is not, digits in any base are worth what they are.
+1. *Sums.* If the reference is a plain number (an integer, a decimal, a fraction, a percentage, with
+   or without a unit), an answer that contains a sum or a difference anywhere earns nothing:
+   `\frac{30+4}{1}`, `\sqrt{9+16}`, `17\frac{17}{1}`. Nor does a limit, an integral, a maximum or a
+   determinant, which states the problem, not its answer. Products, powers, factorials, roots,
+   binomials, logarithms and fractions count, since people leave them on purpose: `2^{10}`,
+   `\frac{6}{8}`. `_LEFT_ON_PURPOSE` lists their commands; no other command counts. If the reference
+   is another constant (`12\pi`), a sum of two plain numbers, `(3+9)\pi`, earns nothing unless the
+   reference has one too.
+2. *Bases.* If the reference is in a base other than ten, the answer must be in that base: 6 is no
+   answer for `110_2`. Otherwise digits in any base count by their value.
 
-Without it, both count by their value. Whatever the setting, an answer that contradicts itself
-(`35 = 34`), takes itself back (`7 is wrong`) or names more or other things than the reference
-(`7 or 8`, `7, 7`) is not the reference, and earns nothing.
+Without it, both count by their value. In either case an answer earns nothing if it contradicts
+itself (`35 = 34`), takes itself back (`7 is wrong`) or says more or other things than the reference
+(`7 or 8`, `7, 7`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _OF_NUMBERS = re.compile(
 
 
 def has_sum(text: str) -> bool:
-    """Whether anything is added or subtracted in an expression."""
+    """Whether an expression contains an addition or a subtraction."""
     if _TO_BE_DONE.search(text) or any(map(_carries, _MIXED.finditer(text))):
         return True
     text = _OPENING_BAR.sub(r"\1|", text)  # |-5|
@@ -55,11 +55,11 @@ def has_sum(text: str) -> bool:
 
 
 def _carries(mixed: re.Match) -> bool:
-    """Whether the fraction of a mixed number is no part of one."""
+    """Whether the fraction of a mixed number is 1 or more."""
     above, below = (group for group in mixed.groups() if group)
     return int(above) >= int(below)
 
 
 def has_sum_of_numbers(text: str) -> bool:
-    """Whether two plain numbers are added or subtracted in an expression."""
+    """Whether an expression contains a sum or a difference of two plain numbers."""
     return bool(_OF_NUMBERS.search(text)) or any(map(_carries, _MIXED.finditer(text)))

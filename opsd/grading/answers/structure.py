@@ -1,4 +1,4 @@
-"""Brackets and separators: where a text falls into parts. One pass each."""
+"""Split texts at separators outside of brackets. Each function takes one pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _step(token: str) -> int:
 
 
 def balanced(text: str) -> bool:
-    """Whether as many brackets open as close; `[0, 1)` is balanced, and `]0, 1[`."""
+    """Whether every bracket is closed, by one of any kind: so are `[0, 1)` and `]0, 1[`."""
     if (text[:1] == "]" and text[-1:] in "[]") or (text[:1] in "[]" and text[-1:] == "["):
         text = text[1:-1]
     depth = 0
@@ -33,7 +33,7 @@ def balanced(text: str) -> bool:
 
 
 def enclosed(text: str) -> tuple[str, str, str] | None:
-    """(opening, inside, closing) where one pair of brackets holds the whole text."""
+    """(opening, inside, closing) if a pair of brackets encloses the whole text; else None."""
     opening = "\\{" if text.startswith("\\{") else text[:1]
     if opening not in ("(", "[", "\\{"):
         return None
@@ -48,7 +48,7 @@ def enclosed(text: str) -> tuple[str, str, str] | None:
 
 
 def split(text: str, at: str | re.Pattern, keep: bool = False) -> list[str]:
-    """The parts between separators that stand outside all brackets; `keep`: with the separators."""
+    """Split at separators outside of all brackets; keep: include the separators."""
     pattern = re.compile(re.escape(at)) if isinstance(at, str) else at
     inside = _inside(text)
     parts, start = [], 0
@@ -64,7 +64,7 @@ def split(text: str, at: str | re.Pattern, keep: bool = False) -> list[str]:
 
 
 def _inside(text: str) -> bytearray:
-    """For each character, and the end, whether it stands inside brackets or a command's name."""
+    """For each character, and the end, 1 if it is inside brackets or a `\\text` command's name."""
     inside = bytearray(len(text) + 1)
     depth, last = 0, 0
     for token in _TOKEN.finditer(text):
@@ -98,7 +98,7 @@ _PART = re.compile(r"(?:^|(?<=[\s,;]))\(?([a-h]|[1-9]|i{1,3}|iv|v)\)\s+(?=[^\s,;
 
 
 def labelled_parts(text: str) -> list[str]:
-    """`3` and `5` of `(a) 3 (b) 5`, `1) 3; 2) 5`; none where these do not count on."""
+    """The parts `3` and `5` of `(a) 3 (b) 5` or `1) 3; 2) 5`; [] if the labels are no sequence."""
     found = list(_PART.finditer(text)) if text[:1] in "(a1i" else []
     if (
         len(found) < 2
@@ -115,12 +115,12 @@ _ALTERNATIVE = re.compile(r"\s*(?:,\s*)?(?:(?<![A-Za-z\\])or(?![A-Za-z])|;)\s*")
 
 
 def alternatives(text: str) -> list[str]:
-    """What `or` or a semicolon separates, outside of brackets."""
+    """Split at `or` and semicolons outside of brackets."""
     return [piece for piece in split(_OR.sub(" or ", text), _ALTERNATIVE) if piece]
 
 
 def split_list(text: str, words_too: bool = True) -> tuple[list[str], bool]:
-    """(the parts of a list, whether only words separate them). `1,234` is one number."""
+    """(the parts of a list, whether only words separate them). Keeps `1,234` as one number."""
     text = _THOUSANDS.sub(lambda found: found[0].replace(",", "\0"), text)
     by_words = False
     if words_too:

@@ -1,6 +1,6 @@
-"""Whether two expressions are equal: math-verify, and what it gets wrong put right.
+"""Compare expressions by math-verify, with corrections of its errors.
 
-It is imported by the grading process only: its first call takes seconds.
+Only the grading process imports this module: its first call takes seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PLAIN_COMMAND = re.compile(rf"(?<![\\A-Za-z])({_COMMANDS})(?![A-Za-z])")
 _PLAIN_SQRT = re.compile(r"(?<![\\A-Za-z])sqrt\s?(?:\(([^()]*)\)|(\d+))")
 _BARE_SQRT = re.compile(r"\\sqrt\s*(\[\d+\])?\s*(\d+|[A-Za-z])")
 _OF_INTEGRATION = re.compile(r"([+-]\s*)c\s*$")
-_GAMMA = re.compile(r"\\gamma(?![A-Za-z]|\s*_)")  # or it is Euler's constant
+_GAMMA = re.compile(r"\\gamma(?![A-Za-z]|\s*_)")  # may also be Euler's constant
 _PRIME = re.compile(r"(?<=[A-Za-z)}])'+")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _DEGREES = re.compile(r"([\d.]+)\s*\^\\circ")
@@ -35,14 +35,14 @@ _POINTS = 12
 
 
 def _infinite(value: object) -> bool:
-    """Whether an expression has an infinity in it: compared with a number, math-verify's verdict is
-    chance (`|2.5\\infty|` and 2.5 are equal under some of Python's hash seeds)."""
+    """Whether an expression contains an infinity. math-verify's comparison of it with a number is
+    random: `|2.5\\infty|` equals 2.5 under some of Python's hash seeds."""
     return isinstance(value, sympy.Expr) and value.has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
 
 
 def _differ_in_case(one: object, other: object) -> bool:
-    """Whether the letters of two expressions are the same but for capitals, which math-verify does
-    not tell apart in names of several letters."""
+    """Whether the letters of two expressions differ only in case, which math-verify ignores in
+    names of several letters."""
     names = [
         {s.name for s in side.free_symbols} if isinstance(side, sympy.Expr) else set()
         for side in (one, other)
@@ -52,21 +52,21 @@ def _differ_in_case(one: object, other: object) -> bool:
 
 
 class Algebra:
-    """Compares two expressions, equations or sets, each a text."""
+    """Compares two expressions, equations or sets, given as texts."""
 
     def __init__(self) -> None:
         logging.disable(logging.CRITICAL)
         self._read = lru_cache(maxsize=256)(self._parsed)  # a reference has many answers
-        # It reads all letters as small ones: \\pi R^2 would be \\pi r^2, and \\frac{R}{r} 1.
+        # Keep the case of letters: otherwise \\pi R^2 would be \\pi r^2, and \\frac{R}{r} be 1.
         own_case = ConversionConfig(lowercase_symbols=False)
         parser.latex2sympy = partial(latex2sympy, conversion_config=own_case)
-        # Without its `units`, which takes the c off `\frac{a}{b}c` and the bc off `3bc`.
+        # Turn off `units`, which removes the c from `\frac{a}{b}c` and the bc from `3bc`.
         rules = replace(LatexExtractionConfig().normalization_config, units=False)
         latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)
         self._forms = [latex, ExprExtractionConfig()]
 
     def __call__(self, wanted: str, given: str) -> bool:
-        """Whether they are equal; the reference goes first, since math-verify is not symmetric."""
+        """Whether they are equal; the reference comes first, since math-verify is not symmetric."""
         wanted, given = _same_logarithm(wanted, given)
         one, other = self._read(wanted), self._read(given)
         if not one or not other or _infinite(one[0]) != _infinite(other[0]):
@@ -81,7 +81,7 @@ class Algebra:
         )
 
     def between(self, text: str, low: str, high: str) -> bool:
-        """Whether a constant lies between two."""
+        """Whether the constant `text` lies between `low` and `high`."""
         value = self._read(text)
         if not value or not isinstance(value[0], sympy.Expr) or not value[0].is_number:
             return False
@@ -107,12 +107,12 @@ class Algebra:
         except MemoryError:
             raise
         except Exception:
-            # sympy raises nearly anything on nonsense; the last entry is the normalised text
+            # sympy can raise anything for nonsense; the last entry is the normalised text
             return bool(wanted) and wanted[-1] == given[-1]
 
 
 def _to_latex(text: str) -> str:
-    """`sqrt(2)*pi` -> `\\sqrt{2}*\\pi`; math-verify reads plain words as products of letters."""
+    """`sqrt(2)*pi` -> `\\sqrt{2}*\\pi`: math-verify would read the words as products of letters."""
     text = " ".join(text.split())  # thousands of spaces cost latex2sympy seconds
     text = re.sub(r"\\text\{ (or|and) \}", "\0\\1\0", text)
     text = plain_text(text).replace("\0or\0", "\\text{ or }").replace("\0and\0", "\\text{ and }")
@@ -129,16 +129,16 @@ def _to_latex(text: str) -> str:
 
 
 def _same_logarithm(one: str, other: str) -> tuple[str, str]:
-    """Both with `\\ln` where one has it and the other a `\\log` without a base, which math-verify
-    takes as the decimal one."""
+    """Both expressions with `\\ln` for `\\log` without a base if one has `\\ln`: math-verify takes
+    such a `\\log` as the decimal logarithm."""
     if "\\ln" in one + other and _BARE_LOGARITHM.search(one + other):
         return _BARE_LOGARITHM.sub(r"\\ln", one), _BARE_LOGARITHM.sub(r"\\ln", other)
     return one, other
 
 
 def _close(one, other, exact: bool) -> bool:
-    """Whether two constants that math-verify calls equal are so relative to their size: it rounds
-    to six decimals, so that 1e-20 would equal 2e-20. Anything but constants is close.
+    """Whether two constants that math-verify calls equal also are relative to their size: it rounds
+    to six decimals, so that 1e-20 would equal 2e-20. True for all but constants.
 
     exact: neither has decimals.
     """
@@ -153,7 +153,7 @@ def _close(one, other, exact: bool) -> bool:
 
 
 def _same_numbers(*sides) -> bool:
-    """Whether two sides, of which one has several relations, are the same set of numbers."""
+    """Whether two sides, one of which has several relations, are the same set of numbers."""
     if not any(_relations(side) for side, _ in sides):
         return False
     one, other = (_numbers(side, text) for side, text in sides)
@@ -161,13 +161,13 @@ def _same_numbers(*sides) -> bool:
 
 
 def _relations(side) -> bool:
-    """Whether it is what math-verify reads `x<1 or x>2` as, and `x<1 and x>2` too."""
+    """Whether it is several relations: math-verify reads `x<1 or x>2` like `x<1 and x>2`."""
     kinds = (sympy.core.relational.Relational, sympy.And)
     return isinstance(side, sympy.FiniteSet) and all(isinstance(one, kinds) for one in side)
 
 
 def _numbers(side, text: str):
-    """The set of numbers that a set, or relations of one unknown, mean; None: neither."""
+    """The set of numbers that a set, or relations of one unknown, describe; None for others."""
     if not _relations(side):
         relation = isinstance(side, sympy.logic.boolalg.Boolean)
         return side.as_set() if relation else side if isinstance(side, sympy.Set) else None
@@ -176,13 +176,13 @@ def _numbers(side, text: str):
     sets = [one.as_set() for one in side]
     both = sympy.Intersection(*sets)
     if "\\text{ or }" in text or ("\\text{ and }" not in text and both.is_empty):
-        return sympy.Union(*sets)  # a comma is an `and` where that leaves anything
+        return sympy.Union(*sets)  # a comma means `and` unless the intersection is empty
     return both
 
 
 def _same_elsewhere(wanted, given, exact: bool) -> bool:
-    """Equal wherever both are real, at points that nobody can know; with `i` as the imaginary unit,
-    and with one name for the integer of a periodic solution."""
+    """Whether both are equal at random points at which they are real, with `i` as the imaginary
+    unit, and with one name for the integer in a periodic solution."""
     sides = [wanted, given]
     if not all(isinstance(side, sympy.Expr) for side in sides):
         return False
@@ -204,7 +204,7 @@ def _same_elsewhere(wanted, given, exact: bool) -> bool:
 
 
 def _roots(side) -> list:
-    """The parts of an expression that may be imaginary: roots and logarithms."""
+    """The roots and logarithms in an expression, which may make it imaginary."""
     return [
         part
         for part in sympy.preorder_traversal(side)
@@ -217,7 +217,7 @@ def _same_at_points(sides: list, symbols: list) -> bool:
     seen = 0
     for index in range(_POINTS):
         point = {s: sympy.Rational(draw.randint(-4000, 4000), 997) for s in symbols}
-        if index % 2:  # where roots and logarithms are real
+        if index % 2:  # positive, so that roots and logarithms are real
             point = {s: abs(value) for s, value in point.items()}
         values = [sympy.N(side.subs(point), 30) for side in sides]
         if not all(value.is_real and value.is_finite for value in values):

@@ -1,4 +1,4 @@
-"""Units of measurement and money, with what one of them is in others of its kind."""
+"""Parse units of measurement and money, with factors of conversion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opsd.grading.answers.notation import NOTATION
 
 @dataclass(frozen=True)
 class Unit:
-    """`kind`: what it measures, (kind, power) sorted; `factor`: its size in units of that kind."""
+    """kind: what it measures, as sorted (kind, power). factor: its size in basic units of kind."""
 
     kind: tuple[tuple[str, int], ...]
     factor: Fraction = Fraction(1)
@@ -44,7 +44,7 @@ def _simple(word: str) -> Unit | None:
 
 
 def unit(text: str) -> Unit | None:
-    """`m/s^2`, `square inches`, `miles per hour`, `\\$`: the unit, None where it is not known."""
+    """Parse a unit: `m/s^2`, `square inches`, `miles per hour`, `\\$`; None if it is unknown."""
     text = text.strip().replace("\\$", "$").replace("^\\circ", "°").replace("° ", "°").strip(" .")
     if not text or len(text) > 60:
         return None

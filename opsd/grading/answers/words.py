@@ -1,4 +1,4 @@
-"""Phrases: what means the same, what takes an answer back, what is prose and no answer."""
+"""Interpret words: synonyms, numbers and dates in words, and words that take an answer back."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ _DOES_NOT_EXIST = re.compile(
 
 
 def canonical(phrase: str) -> str:
-    """A phrase in one form: `No real solutions` and `\\emptyset`, `DNE` and `does not exist`."""
+    """A phrase in canonical form: `No real solutions` → `\\emptyset`, `DNE` → `does not exist`."""
     phrase = " ".join(phrase.replace("-", " ").split()).strip(" .!")
-    if found := _VERDICT.fullmatch(phrase):  # what follows says why; a no may go on with a `not`
+    if found := _VERDICT.fullmatch(phrase):  # an explanation follows; after `no` maybe a `not`
         verdict = found[1].casefold()
         why = found[2].replace("not", "") if verdict in ("no", "false") else found[2]
         return phrase.casefold() if takes_back(why) else verdict
@@ -79,8 +79,8 @@ _NUMERALS = {name: Fraction(size) for name, size in NOTATION["numerals"].items()
 
 
 def date(text: str) -> str:
-    """Month, day and year of `March 14th, 2020`, `14 Mar. 2020` or `2020-03-14`; nothing of
-    anything else."""
+    """Month, day and year of `March 14th, 2020`, `14 Mar. 2020` or `2020-03-14`; "" for anything
+    else."""
     if found := _ISO_DATE.fullmatch(text):
         return f"{_MONTHS[int(found[2]) - 1][:3]} {int(found[3])} {found[1]}"
     found = _DATE.fullmatch(text.casefold())
@@ -88,12 +88,12 @@ def date(text: str) -> str:
 
 
 def opposite(one: str, other: str) -> bool:
-    """Whether two things that are counted are opposites: `increase`, `decrease`."""
+    """Whether two nouns are opposites: `increase`, `decrease`."""
     return any(_OPPOSITES.get(word) in other.split() for word in one.split())
 
 
 def spelled_out(text: str) -> Fraction | None:
-    """The number that words are: `twenty-five`, `one hundred and five`, `two and a half`."""
+    """Parse a number in words: `twenty-five`, `one hundred and five`, `two and a half`."""
     words = text.casefold().replace("-", " ").split()
     if words[:1] in (["negative"], ["minus"]) and len(words) > 1:
         below = spelled_out(" ".join(words[1:]))
@@ -122,7 +122,7 @@ def spelled_out(text: str) -> Fraction | None:
 
 
 def _in_chinese(text: str) -> Fraction | None:
-    """The number that Chinese digits are: `三百零五`, `两万`, `负三`, `二分之一`."""
+    """Parse a Chinese number: `三百零五`, `两万`, `负三`, `二分之一`."""
     if text[0] in "负負":
         return None if (positive := _in_chinese(text[1:] or "x")) is None else -positive
     below, divided, above = text.partition("分之")
@@ -136,7 +136,7 @@ def _in_chinese(text: str) -> Fraction | None:
             return None
         size = int(unicodedata.numeric(character))
         if (size < 10 and digit) or 10 <= smallest <= size < 10_000:
-            return None  # digit after digit, as a year has them; ten after ten
+            return None  # several digits in a row, as in a year, or several tens
         if size < 10:
             digit = size
         elif size < 10_000:
@@ -152,12 +152,12 @@ _CHINESE_DIGITS = frozenset("零一二三四五六七八九十百千万萬亿億
 
 
 def is_verdict(text: str) -> bool:
-    """`Yes, it is possible`: a verdict and why."""
+    """Whether a text is a verdict with an explanation: `Yes, it is possible`."""
     return bool(_VERDICT.fullmatch(text))
 
 
 def is_phrase(text: str) -> bool:
-    """Whether it is words alone. Two letters may well be a product; three are taken as a word."""
+    """Whether a text is only words. Two letters may be a product; three are taken as a word."""
     letters = sum(character.isalpha() for character in text)
     if not _PHRASE.fullmatch(text) or text in _FUNCTIONS:
         return False
@@ -165,7 +165,7 @@ def is_phrase(text: str) -> bool:
 
 
 def in_mathematics(text: str) -> bool:
-    """Whether a text with mathematics in it has words as well: `7 is wrong`, `7 (or so)`."""
+    """Whether a text has both mathematics and words: `7 is wrong`, `7 (or so)`."""
     for found in _WORD.finditer(_ENVIRONMENT.sub(" ", text)):
         word = found[0]
         if word.lower() in _FUNCTIONS:
@@ -176,7 +176,7 @@ def in_mathematics(text: str) -> bool:
 
 
 def names_a_thing(text: str) -> bool:
-    """Whether what follows a number only says of what: `apples and pears`, `ways`, `个`."""
+    """Whether words after a number only name what it counts: `apples and pears`, `ways`, `个`."""
     text = re.sub(
         r"\(\s*(?:approx\w*|rounded|exact(?:ly)?|to the nearest|to \w+ decimal)[^()]*\)", "", text
     ).strip(" .()")
@@ -189,16 +189,16 @@ def names_a_thing(text: str) -> bool:
 
 
 def takes_back(text: str) -> bool:
-    """Whether the words beside an answer take it back: `D is wrong`, `C (or D)`."""
+    """Whether the words next to an answer take it back: `D is wrong`, `C (or D)`."""
     return any(word in _TAKES_BACK for word in re.findall(r"[a-z']+", text.lower()))
 
 
-# None: not as a factor.
+# Word → its factor; None: it is no factor here.
 MULTIPLES: dict[str, int | None] = {**NOTATION["multiples"], "percent": None}
 
 
 def without_lead_in(text: str) -> str:
-    """`The answer is 12` -> `12`; a text that is only such words stays."""
+    """Remove a lead-in: `The answer is 12` -> `12`; a text of nothing else stays."""
     found = _LEAD_IN.match(text)
     if found is None or found.end() == len(text):
         return text
