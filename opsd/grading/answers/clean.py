@@ -136,6 +136,8 @@ _REWRITTEN = [
         (r"\*\*(?=[\w({-])", "^"),  # a power: bold text has been handled before
         (r"^(?:\\text\s*\{\s*(?:negative|minus)\s*\}|(?:negative|minus)\b(?=\s*[\d\\$]))\s*", "-"),
         (r"(?<=\w) only$", ""),
+        (r"\\not\s*=", r"\\neq "),
+        (r"\\not\s*\\in(?![A-Za-z])", r"\\notin "),
         (r"\\mathbb\s+([A-Z])", r"\\mathbb{\1}"),
         (r"(\\mathbb\s*\{[A-Z]\}|[)\]])\s*-\s*(?=\\\{)", r"\1\\setminus "),
         (r"(?<=\w)_\s*\{\s*\(\s*(\d+)\s*\)\s*\}", r"_{\1}"),  # a base

@@ -290,7 +290,7 @@ class _Comparison:
         if not (isinstance(wanted, Ratio) and isinstance(given, Ratio)):
             ratio, value = (wanted, given) if isinstance(wanted, Ratio) else (given, wanted)
             assert isinstance(ratio, Ratio)
-            if ratio.clock or len(ratio.parts) != 2 or ratio.parts[1].value == 0:
+            if ratio.half or len(ratio.parts) != 2 or ratio.parts[1].value == 0:
                 return False
             if not isinstance(value, Value) or value.number is None or value.unit or value.percent:
                 return False

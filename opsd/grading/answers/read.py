@@ -22,6 +22,7 @@ from opsd.grading.answers.nodes import (
     by_name,
     names_of,
 )  # fmt: skip
+from opsd.grading.answers.number_sets import number_set
 from opsd.grading.answers.numbers import Number, as_latex, number
 from opsd.grading.answers.quantities import compound, counted, quantity, times
 from opsd.grading.answers.structure import (
@@ -50,9 +51,6 @@ _PARAMETER = re.compile(
 )
 _DOMAIN = re.compile(  # the range of a formula's index
     r"(?:,|\\text\s*\{\s*,?\s*(?:for|where)\s*\}|\b(?:for|where)\b)\s*[kmn]\s*(?:\\ge|>|\\neq)\s*\d$"
-)
-_ALL_BUT = re.compile(
-    r"(?:all |any )?real(?: number)?s?(?: x)? except(?: for)? *(?:x ?= ?)?(.+)", re.IGNORECASE
 )
 _MAGNITUDE = re.compile(r"^\|\s?([A-Za-z])\s?\|\s?(<|\\le )\s?(\d[\d.]*)$")
 _POINT = re.compile(r"[A-Z]\s?\([^A-Za-z]*\d")
@@ -161,8 +159,8 @@ def _compound(text: str, depth: int) -> Node | None:
         return value
     if words.is_verdict(bare):
         return Phrase(words.canonical(bare))
-    if "except" in bare and (found := _ALL_BUT.fullmatch(bare)):
-        return Relation(f"\\mathbb{{R}}\\setminus\\{{{re.sub(' and | or ', ',', found[1])}\\}}")
+    if (of_numbers := number_set(bare)) is not None and of_numbers != text:
+        return read(of_numbers, depth + 1)
     if day := words.date(bare):
         return Phrase(day)
     if _POINT.match(text) and isinstance(point := _enclosed(text[1:].lstrip(), depth), Items):

@@ -24,6 +24,9 @@ _PLAIN_SQRT = re.compile(r"(?<![\\A-Za-z])sqrt\s?(?:\(([^()]*)\)|(\d+))")
 _BARE_SQRT = re.compile(r"\\sqrt\s*(\[\d+\])?\s*(\d+|[A-Za-z])")
 _OF_INTEGRATION = re.compile(r"([+-]\s*)c\s*$")
 _GAMMA = re.compile(r"\\gamma(?![A-Za-z]|\s*_)")  # may also be Euler's constant
+_BRACKETED = re.compile(  # 2(17), which is no call of a function
+    r"((?<![\w^.{\\])\d+|\(-?[\d.]+\))\s*(?=\(\s*-?\d+(?:\.\d+)?\s*\))"
+)
 _PRIME = re.compile(r"(?<=[A-Za-z)}])'+")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _DEGREES = re.compile(r"([\d.]+)\s*\^\\circ")
@@ -117,6 +120,7 @@ def _to_latex(text: str) -> str:
     text = re.sub(r"\\text\{ (or|and) \}", "\0\\1\0", text)
     text = plain_text(text).replace("\0or\0", "\\text{ or }").replace("\0and\0", "\\text{ and }")
     text = _OF_INTEGRATION.sub(r"\1C", _GAMMA.sub("g_{0}", text))
+    text = _BRACKETED.sub(r"\1\\cdot ", text)
     text = _PRIME.sub(lambda found: f"_{{{len(found[0])}}}", text)
     text = _PLAIN_SQRT.sub(r"\\sqrt{\1\2}", text)
     text = _BARE_SQRT.sub(lambda found: f"\\sqrt{found[1] or ''}{{{found[2]}}}", text)

@@ -36,7 +36,11 @@ _INFINITY = re.compile(
     r"infinity",
     re.IGNORECASE,
 )
-_ALL_REAL = re.compile(r"(?:all |any |the set of (?:all )?)real(?:s| numbers?)(?: x)?", re.I)
+_ALL_REAL = re.compile(
+    r"(?:[a-z] )?(?:is |can be )?(?:all|any|every|the set of (?:all )?) ?"
+    r"(?:real(?:s| numbers?)(?: x)?|x)",
+    re.I,
+)
 _VERDICT = re.compile(
     r"(yes|no|true|false)[,.;:] (?!.*\b(?:yes|no|true|false|but|if|except|when)\b)(\D{3,60})", re.I
 )
