@@ -69,8 +69,7 @@ def gathered(parameter: Tensor) -> Tensor:
 
 
 def backward(engine, loss: Tensor) -> None:
-    """Add the loss's gradients. A loss that is not finite makes them all NaN, so that the step is
-    always refused."""
+    """Add the loss's gradients. A loss that is not finite makes all NaN, which refuses the step."""
     engine.backward(loss if loss.detach().isfinite() else loss * math.nan)
 
 

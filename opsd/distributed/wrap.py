@@ -75,8 +75,7 @@ def clip_gradient(accelerator: Accelerator, wrapped: nn.Module, longest: float) 
 def gathered_weights(
     accelerator: Accelerator, wrapped: nn.Module, unsplit: nn.Module
 ) -> dict[str, Tensor]:
-    """Gather the weights that are split over processes, under the names in `unsplit`; tied ones
-    once.
+    """Gather weights that are split over processes, with the names in `unsplit`; tied ones once.
 
     All processes must call this; only the first gets the weights, the others {}.
     """

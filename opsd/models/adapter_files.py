@@ -130,8 +130,7 @@ def model_files(section: ModelSection, name: str = "model", offline: bool = Fals
 
 
 def in_block(name: str) -> bool:
-    """Whether a tensor of this name belongs to one of the model's blocks: their names have
-    numbers."""
+    """Whether a tensor of this name belongs to a block: blocks' names have numbers."""
     return any(map(str.isdigit, name.split(".")))
 
 

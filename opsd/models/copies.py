@@ -25,8 +25,7 @@ def contiguous_head(model: PreTrainedModel) -> PreTrainedModel:
 def copy_model(
     model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> PreTrainedModel:
-    """Make a frozen copy in `dtype` on `device` (None: the model's), with weights tied as in the
-    model.
+    """Make a frozen copy in `dtype` on `device` (None: the model's); tied weights stay tied.
 
     A model with adapters is copied as it is, each weight in its own dtype.
     """
@@ -82,8 +81,7 @@ def named_weights(
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a tensor that is split over processes, all of which must then call this; return
-    others."""
+    """Gather a tensor if it is split over processes, all of which must then call this."""
     if hasattr(tensor, "ds_id"):
         from opsd.distributed.deepspeed import (
             gathered,  # imports accelerate, which `opsd plan` does not need

@@ -55,8 +55,7 @@ def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[
 
 
 def as_shipped(model: PreTrainedModel):
-    """A context in which the model has the generation config it came with, to save it; or its
-    own."""
+    """A context in which the model has the generation config that it came with, to save it."""
     shipped = getattr(model, "shipped_generation_config", None)
     return generating_by(model, mended(model.generation_config) if shipped is None else shipped)
 

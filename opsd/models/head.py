@@ -91,8 +91,7 @@ def mixed(
     may be padded to different sizes: the mixture has the entries that all have, at most
     `vocabulary`. coefficients: numbers, or tensors [N].
 
-    side_by_side: a cache of joined heads (copies of all of them), to be given again in the next
-    call.
+    side_by_side: a cache of joined heads (copies of them all), to pass to the next call again.
     """
     heads = [head(model) for model in models]
     size = min(vocabulary, *(len(weight) for weight, _ in heads))
@@ -122,8 +121,7 @@ def mixed(
 
 
 def _first(tensor: Tensor, size: int) -> Tensor:
-    """The first `size` rows; the same tensor where it has no more, so that it is known as one
-    head."""
+    """The first `size` rows; the same object if these are all, to be known as the same head."""
     return tensor if len(tensor) == size else tensor[:size]
 
 

@@ -191,8 +191,7 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
 
 
 def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedTokenizerBase:
-    """Load the tokenizer alone. Raises UserError if it is missing or has no token that ends a
-    rollout."""
+    """Load the tokenizer alone. Raises UserError if it is missing or has no eos token."""
     files = check_directory(section, name)
     owner = files.owner(*TOKENIZER)
     before_asking_hub(owner.path)
@@ -281,8 +280,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 
 
 def stops_of(tokenizer: PreTrainedTokenizerBase, eos: Any) -> frozenset[int]:
-    """`stop_ids`, given a generation config's `eos_token_id`. Raises UserError if that is not
-    one."""
+    """`stop_ids`, given a generation config's `eos_token_id`. Raises UserError if it is invalid."""
     extra = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if any(type(token) is not int or not -1 <= token < 2**31 for token in extra):
         raise UserError(
@@ -300,8 +298,7 @@ def told_stops(tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> str
 
 
 def quiet_transformers() -> None:
-    """Switch off transformers' progress bars, load reports and hints: they would break our
-    display."""
+    """Switch off transformers' progress bars and messages: they would break our display."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

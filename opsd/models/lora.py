@@ -4,8 +4,7 @@ An adapted layer computes W x + (alpha / rank) B A x; only A and B train. The `i
 which has the weights of step 0, is the same model without its adapters: a second tree of modules
 with the same tensors. So adapters are never switched on and off.
 
-(LoRA: Hu et al., arXiv 2106.09685. QLoRA, with the frozen weights in 4 bits: Dettmers et al., arXiv
-2305.14314.)
+(LoRA: Hu et al., arXiv 2106.09685. QLoRA, frozen weights in 4 bits: Dettmers et al., 2305.14314.)
 """
 
 from __future__ import annotations
@@ -173,8 +172,7 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def additions(model: PreTrainedModel) -> dict[str, Callable[[], torch.Tensor]]:
-    """For each adapted weight, by its name in the plain model: a function for alpha / rank · B
-    A."""
+    """For each adapted weight, by its name in the plain model: what computes alpha / rank · B A."""
     from peft.tuners.lora import LoraLayer
 
     return {
@@ -235,8 +233,7 @@ def trainable(model: PreTrainedModel) -> float:
 
 
 def four_bits(dtype: torch.dtype) -> object:
-    """transformers' config for QLoRA's 4-bit weights: NF4 with quantised scales, products in
-    `dtype`."""
+    """transformers' config for QLoRA: NF4 weights with quantised scales, products in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -24,8 +24,7 @@ def auto_class(config: PreTrainedConfig) -> type:
 
 
 def freeze_others(model: PreTrainedModel) -> None:
-    """Freeze the parts that are not used for text. DistributedDataParallel would wait for their
-    gradients."""
+    """Freeze the parts that are not used for text: DDP would wait for their gradients."""
     text = {parameter for part in _parts(model) for parameter in part.parameters()}
     for parameter in model.parameters():
         if parameter not in text:

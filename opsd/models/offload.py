@@ -33,8 +33,7 @@ def offload(model: PreTrainedModel, device: torch.device | str) -> PreTrainedMod
 
 
 def _on_cpu(layer: nn.Module) -> list[CPUTensor]:
-    """Copy a layer's tensors to CPU memory; with a GPU to page-locked memory, which it reads
-    faster."""
+    """Copy a layer's tensors to CPU memory, page-locked if a GPU reads it."""
     return [
         (named, name, tensor.cpu().pin_memory() if torch.cuda.is_available() else tensor.cpu())
         for module in layer.modules()

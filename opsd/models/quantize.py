@@ -45,8 +45,7 @@ class Int8Linear(nn.Module):
 def quantize(model: PreTrainedModel) -> PreTrainedModel:
     """Replace the decoder's linear layers by 8-bit ones, in place; returns the model.
 
-    Raises UserError where linear layers hold less than half of the weights, as in many mixtures of
-    experts.
+    Raises UserError if linear layers have less than half of the weights, as in mixtures of experts.
     """
     linear = [
         (parent, name, child)

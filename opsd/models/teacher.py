@@ -45,8 +45,7 @@ class Member:
         return "" if self.column is None else columns[self.column]
 
     def coefficient(self, step: int, columns: Mapping[str, Any] | None = None) -> float:
-        """The exponent of this member's distribution after `step` steps, for a row with these
-        columns."""
+        """The exponent of its distribution after `step` steps, for a row with these columns."""
         return self.section.coefficient_at(step, columns)
 
 
@@ -102,15 +101,13 @@ def make_teacher(
 ) -> tuple[PreTrainedModel, MovingAverage | None]:
     """Make the teacher's model in `dtype`, and its moving average if it has one (else None).
 
-    Raises UserError when teacher.path names a model with another vocabulary or another kind of
-    output head.
+    Raises UserError if teacher.path names a model with another vocabulary or kind of output head.
     """
     device = decoder.device
     if teacher.policy == "live":
         return decoder, None
     if teacher.policy == "ema":
-        # Averaged adapters share the decoder's frozen weights: those of `model` may be split over
-        # processes.
+        # Averaged adapters share the decoder's frozen weights, since the model's may be split.
         start = decoder if is_adapted(model) else model
         average = MovingAverage(start, teacher.ema_decay, device, teacher.update_every)
         return average.model, average
@@ -170,8 +167,7 @@ def _lengthen(embedding: nn.Module, rows: int) -> None:
 
 
 def teacher_section(teacher: TeacherSection, student: ModelSection) -> ModelSection:
-    """The section `model` for teacher.path: the student's with the teacher's files, without
-    LoRA."""
+    """The section `model` for teacher.path: the student's with the teacher's files, no LoRA."""
     its = {"path": teacher.path, "revision": teacher.revision, "gguf_file": teacher.gguf_file}
     return student.model_copy(update={**its, "lora": None})
 

@@ -36,8 +36,7 @@ class Stored:
 def find_file(
     path: str, name: str, revision: str | None = None, offline: bool = False
 ) -> Path | None:
-    """Find a file in a model's directory or hub repository (offline: in the hub's cache), or
-    None."""
+    """Find a file in a model's directory or hub repository (offline: the hub's cache)."""
     try:
         if Path(path).exists():
             file = Path(path) / name

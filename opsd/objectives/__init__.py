@@ -1,5 +1,4 @@
-"""The methods, one file each: they make groups of samples from a step's problems, and compute loss
-and measures.
+"""The methods, one file each: a step's problems → groups of samples → loss and measures.
 
 Other rooms import the methods, what they share, and `make_objective` from here.
 """

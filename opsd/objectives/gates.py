@@ -83,8 +83,7 @@ def gated(sections: Sequence[GateSection], measures: Measures) -> Tensor:
 
 
 def _own(section: GateSection, measures: Measures) -> Tensor:
-    """Call the user's function(measures, scale). Raises UserError unless it returns a factor for
-    each token."""
+    """Call the user's function. Raises UserError unless it returns a factor for each token."""
     try:
         raw: Any = own_function(section.gate, "loss.gates")(measures, section.scale)
     except UserError:

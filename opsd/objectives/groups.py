@@ -185,8 +185,7 @@ class Totals:
     def add(self, tokens: int, **means: Tensor) -> None:
         """Add a micro-batch of `tokens` tokens with these means, scalars on any device.
 
-        They stay on the device: reading each would make the CPU wait for a GPU in every
-        micro-batch.
+        They stay on the device: reading them would wait for a GPU in every micro-batch.
         """
         self.tokens += tokens
         for name, mean in means.items():
@@ -276,8 +275,7 @@ class MicroBatch:
         return torch.tensor(each, dtype=torch.float32, device=self.device)
 
     def coefficients(self) -> list[float | Tensor]:
-        """The coefficients of the teacher's members; tensors [Σ R] if groups have different
-        ones."""
+        """The coefficients of the teacher's members; tensors [Σ R] if they differ by group."""
         made: list[float | Tensor] = []
         for own in zip(*(group.coefficients for group in self.groups), strict=True):
             each = [c for c, group in zip(own, self.groups, strict=True) for _ in group.samples]
@@ -285,8 +283,7 @@ class MicroBatch:
         return made
 
     def old_log_prob(self, current: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """log p of some tokens before the step's first update; during that update it is
-        `current`."""
+        """log p of some tokens before the step's first update; in that update, `current`."""
         if all(sample.old_log_probs is None for sample in self.samples):
             return current.detach()
         old = [value for s in self.samples for value in s.old_log_probs]
@@ -348,8 +345,7 @@ class Objective:
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
     ) -> tuple[list[SampleGroup], dict[str, float]]:
-        """Make groups of samples from a step's problems, and measures of the rollouts for the
-        log."""
+        """Make groups of samples from a step's problems, and measures for the log."""
         raise NotImplementedError
 
     def token_losses(

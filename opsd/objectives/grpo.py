@@ -47,8 +47,7 @@ class GRPO(Objective):
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
     ) -> tuple[list[SampleGroup], dict[str, float]]:
-        """All rollouts of groups whose rewards differ or that distil; with `loss.kl` all
-        rollouts."""
+        """All rollouts of groups whose rewards differ or that distil; with `loss.kl` all."""
         section, credit = self.section, credit_share(self.section, step)
         rollouts = [rollout for p in problems for rollout in p.rollouts]
         outcomes = [outcome for p in problems for outcome in p.outcomes]
@@ -178,8 +177,7 @@ class GRPO(Objective):
 
 
 def distilling(batch: MicroBatch) -> tuple[MicroBatch, Tensor]:
-    """The groups that have a teacher, with the additional divergence's weights, and the indices of
-    their tokens."""
+    """The groups with a teacher, with the divergence's weights; and the indices of their tokens."""
     part, places = batch.part(lambda group: bool(group.teachers))
     part.weights *= part.spread([sample.distil for sample in part.samples])
     return part, places
@@ -194,8 +192,7 @@ def everywhere(
 
 
 def group_advantages(rewards: Sequence[float], scale: bool) -> list[float]:
-    """r - mean of one group's rewards, ÷ their standard deviation if `scale`; 0 if all are
-    equal."""
+    """r - mean of a group's rewards, ÷ their standard deviation if `scale`; 0 if all are equal."""
     if min(rewards) == max(rewards):
         return [0.0] * len(rewards)
     mean = sum(rewards) / len(rewards)

@@ -69,8 +69,7 @@ class TokenWeighting:
     def __call__(
         self, rollouts: Sequence[Rollout], outcomes: Sequence[GradedRollout | None]
     ) -> list[Weight]:
-        """The weights of a step's rollouts. Outcomes are needed if correct and incorrect ones
-        differ."""
+        """The weights of a step's rollouts. Outcomes may be None if correctness does not count."""
         factors = [self._factors(rollout.ids) for rollout in rollouts]
         sizes = [
             len(rollout.ids) if own is None else sum(own)

@@ -34,8 +34,7 @@ KERNELS: dict[str, Kernel] = {
 with FlashAttention 3's kernels. flash_attn: the flash-attn package. flex: FlexAttention."""
 
 PREFERENCE = ("flash", "flash_attn", "flex", "tiles")
-"""The order in which `auto` tries kernels on a GPU in bf16 and fp16. flash_3 is used only when it
-is asked for."""
+"""The order in which `auto` tries kernels on a GPU in bf16 and fp16; it never uses flash_3."""
 
 HALF = (torch.bfloat16, torch.float16)
 

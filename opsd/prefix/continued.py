@@ -34,8 +34,7 @@ If a layer ignores its state, others change by 1e-5 and more, even with random w
 
 
 class Continuation:
-    """A prefix that has run: its cache, and the state [D] that predicts the first token after
-    it."""
+    """A prefix that has run: its cache, and the state [D] that predicts the next token."""
 
     def __init__(self, model: PreTrainedModel, prefix: Tensor):
         self.decoder, self.cache = decoder_of(model), None
@@ -142,8 +141,7 @@ def _copies(cache: Any, count: int, device: torch.device) -> Any:
 
 @contextmanager
 def _as_sampling(decoder: nn.Module) -> Iterator[None]:
-    """A context with the decoder in evaluation mode: in training mode, checkpointed layers drop the
-    cache."""
+    """A context in evaluation mode: in training mode, checkpointed layers drop the cache."""
     training = [module for module in decoder.modules() if module.training]
     for module in training:
         module.training = False

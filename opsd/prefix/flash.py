@@ -101,8 +101,7 @@ def _part(
 
 
 def _windowed(layout: Layout, window: int) -> Part:
-    """Make the one call for a window: each segment, with the earlier keys that its first query
-    sees."""
+    """Make the call for a window: each segment, with the earlier keys that its first query sees."""
     rows, lengths = [], []
     for segment in layout.segments:
         oldest = segment.queries.position - window + 1

@@ -69,8 +69,7 @@ def block_mask(layout: Layout, window: int | None) -> BlockMask:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of blocks: the number of true ones, and all columns with those of true ones
-    first."""
+    """For each row of blocks: the number of true ones, and all columns, true ones first."""
     first = blocks.to(torch.int32).argsort(dim=1, descending=True, stable=True)
     return blocks.sum(1, dtype=torch.int32)[None, None], first.to(torch.int32)[None, None]
 
@@ -91,8 +90,7 @@ def visible(layout: Layout, window: int | None) -> Mask:
 
 
 def key_places(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """The group, the rollout's number or SHARED, and the position in its sequence, of each key
-    row."""
+    """Each key row's group, its rollout's number or SHARED, and its position in the sequence."""
     prefixes, rollouts = layout.segments[: layout.groups], layout.segments[layout.groups :]
     places = [(span, group, SHARED) for group, s in enumerate(prefixes) for span in s.before]
     places += [(s.queries, group, SHARED) for group, s in enumerate(prefixes)]

@@ -122,8 +122,7 @@ def _common_starts(
     checked: Sequence[CheckedGroup],
     other: Sequence[Group],
 ) -> list[int] | None:
-    """For each group, the number of tokens with which both prefixes begin; None if none are
-    shared."""
+    """For each group, the length of both prefixes' common start; None if none are shared."""
     unknown = CachedPrefix, FakeTensor  # fake tensors, of `opsd plan`, have no values
     apart = any(isinstance(prefix, unknown) for prefix, _ in [*checked, *first, *other])
     if len(first) != len(other) or apart or unpackable(model) is not None:
@@ -201,8 +200,7 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
 
 
 def _alone_because(model: PreTrainedModel) -> str | None:
-    """Why each rollout runs by itself; None if packed streams, or caches without gradients,
-    share."""
+    """Why each rollout runs by itself; None if prefixes are shared."""
     reason = unpackable(model)
     if reason is None or torch.is_grad_enabled() or uncontinuable(model) is not None:
         return reason

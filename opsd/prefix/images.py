@@ -70,8 +70,7 @@ def decoder_inputs(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
 
 
 def whole_hidden_states(model: PreTrainedModel, context: ImageIds, rollout: Tensor) -> Tensor:
-    """The states [R, D] that predict a rollout, from the model's own forward of the whole
-    sequence."""
+    """The states [R, D] that predict a rollout, from the model's own forward of everything."""
     ids = torch.cat([torch.tensor(context), rollout[:-1]])[None].to(model.device)
     output = whole_model(model)(
         input_ids=ids, use_cache=False, **_inputs(model, context, len(rollout))
@@ -100,8 +99,7 @@ def _see(model: PreTrainedModel, context: ImageIds) -> _Seen:
 
 @contextmanager
 def _held_back(decoder: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """A context in which the decoder's forward only stores its arguments and returns the
-    embeddings."""
+    """A context in which the decoder only stores its arguments and returns the embeddings."""
     handed: dict[str, Any] = {}
     own = decoder.__dict__.get("forward")  # accelerate may have set one
 

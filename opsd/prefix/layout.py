@@ -136,8 +136,7 @@ class Layout:
         return Span(span.start + self.past, span.length, span.position)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Call `make` once for a key and cache its result: all layers of a model ask for the
-        same."""
+        """Call `make` once for a key and cache its result, which all layers use."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]

@@ -92,8 +92,7 @@ def probe(model: PreTrainedModel) -> list[Inputs]:
         try:
             packed_forward(model, Layout([([0], [[0, 0]])], model.device))
         finally:
-            # Otherwise a caller's autocast (torch 2.10) would reuse the weights that were cast
-            # here without a graph.
+            # Otherwise a caller's autocast (torch 2.10) would reuse weights cast without a graph.
             torch.clear_autocast_cache()
     return inputs
 
@@ -143,8 +142,7 @@ _stream: Stream | None = None
 def _attending(decoder: PreTrainedModel, stream: Stream) -> Iterator[None]:
     """A context in which the decoder's layers call `_attention` with this stream.
 
-    The stream is not an argument of the model's forward, since not all models pass on arguments
-    that they do not know.
+    It is not an argument of forward, since not all models pass on arguments that they do not know.
     """
     global _stream
     # Set the attribute that layers read: set_attn_implementation would visit all modules.
@@ -201,8 +199,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **more,
 ) -> tuple[Tensor, None]:
-    """The function for transformers' AttentionInterface: [1, heads, T, d] each → [1, T, heads,
-    d]."""
+    """For transformers' AttentionInterface: [1, heads, T, d] each → [1, T, heads, d]."""
     tensors = {"attention_mask": attention_mask, **more}
     strange = [n for n, x in tensors.items() if isinstance(x, Tensor) and n not in KNOWN_TENSORS]
     if strange or dropout:

@@ -77,8 +77,7 @@ class CachedPrefix(Sequence[int]):
         return self._runs[key].leaves
 
     def continuation(self, model: PreTrainedModel) -> Continuation:
-        """The prefix's `Continuation`, for a model without packed streams; the first call runs
-        it."""
+        """Its `Continuation`, for a model without packed streams; the first call runs it."""
         key = decoder_of(model), adapter_state(model)
         if key not in self._continuations:
             self._continuations[key] = Continuation(model, torch.tensor(self.ids))

@@ -1,5 +1,4 @@
-"""The server of `opsd serve-teacher`: gets token ids, returns hidden states. See
-`opsd.models.remote`.
+"""The server of `opsd serve-teacher`: token ids → hidden states. See `opsd.models.remote`.
 
 Requests are not trusted: each needs the key (if there is one), has a bounded length and time, and
 only ids that the model has. A request holds all contexts and rollouts of a micro-batch, which run
@@ -52,8 +51,7 @@ class Asked(BaseModel):
 
 
 class StateServer(ThreadingHTTPServer):
-    """Serves `model` at (host, port) to clients with the key. most_tokens: the most in one request,
-    all of which run together."""
+    """Serves `model` at (host, port) to clients with the key. most_tokens: of one request."""
 
     daemon_threads = True
 

@@ -29,8 +29,7 @@ GPU_TILE_SCORES = 1 << 26
 """The same on a GPU, where launches cost more than a cache saves."""
 
 TILE_COST = 1 << 16
-"""Scores that take as long as a tile's overhead: up to that much padding, merging tiles is
-faster."""
+"""Scores that take as long as a tile's overhead: merging tiles is worth as much padding."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,7 @@ class Tile:
         return self._rows([piece.keys for piece in self.pieces], self.shape[2])
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """0 where a query sees a key, else -inf: [B, 1, 1, Lq, Lk]. A padded query sees all
-        keys."""
+        """0 where a query sees a key, else -inf: [B, 1, 1, Lq, Lk]. A padded query sees all."""
         if dtype not in self.masks:
             count, width, depth = self.shape
             queries = torch.full((count, width, 1), 1 << 60)

@@ -16,8 +16,7 @@ MIN_BATCH_TOKENS = 256  # the least limit of tokens in one forward, for prefill
 
 
 class ContinuousSampler:
-    """Samples with `generate_batch`, for rollouts of very different lengths: none waits for the
-    longest."""
+    """Samples with `generate_batch`, for rollouts of very different lengths."""
 
     engine = "continuous"
 

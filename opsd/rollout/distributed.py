@@ -37,8 +37,7 @@ class DistributedSampler:
         self._ahead: RolloutsAhead | None = None
 
     def sync_weights(self, model: PreTrainedModel) -> None:
-        """See `Sampler.sync_weights`. Waits until rollouts that are being sampled ahead are
-        done."""
+        """See `Sampler.sync_weights`. First waits for rollouts that are being sampled ahead."""
         if self._ahead is not None:
             self._ahead.wait()
         self._synced = model
@@ -52,8 +51,7 @@ class DistributedSampler:
 
     @property
     def sync(self) -> dict[str, float]:
-        """The cost of the last `sync_weights`, for the log, if weights are sent to another
-        engine."""
+        """The cost of the last `sync_weights`, for the log; {} if the engine has none."""
         return getattr(self.sampler, "sync", {})
 
     def sample(

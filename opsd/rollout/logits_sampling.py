@@ -26,8 +26,7 @@ def warpers(sampling: Sampling) -> LogitsProcessorList:
 
 
 class Within(LogitsProcessor):
-    """Masks tokens beyond a vocabulary: a teacher's head may have more padding than the
-    student's."""
+    """Masks tokens beyond a vocabulary: a teacher's head may have more padding."""
 
     def __init__(self, vocabulary: int):
         self.vocabulary = vocabulary

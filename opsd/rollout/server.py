@@ -117,8 +117,7 @@ class RolloutServer(ABC):
         model, as far as it tells that."""
 
     def at_once(self, context: int) -> int | None:
-        """The most rollouts with seeds that may be sampled at once after so many tokens; None: any
-        number."""
+        """The most rollouts with seeds to sample at once after so many tokens; None: any number."""
         return None
 
     def seeds(self, drawn: list[int | None]) -> list[int | None]:

@@ -52,8 +52,7 @@ class VLLMServer(RolloutServer):
         self.model = models[0].id
         self.root = models[0].root or self.model
         self.window = models[0].max_model_len
-        # None if it is not in development mode: then its weights cannot have changed since it
-        # started
+        # None if it is not in development mode: then its weights cannot have changed.
         self.settings = self._settings_now()
         self.loads = self.settings is not None
         self.copies_head = self.settings is not None and self.settings.on_cpu

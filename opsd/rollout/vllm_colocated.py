@@ -150,8 +150,7 @@ class ColocatedSampler:
 
 @contextmanager
 def _untouched() -> Iterator[None]:
-    """A context that restores random states and torch's number of threads, which vLLM's start
-    changes."""
+    """A context that restores random states and torch's threads, which vLLM changes."""
     states, threads = random_states(), torch.get_num_threads()
     try:
         yield

@@ -251,8 +251,7 @@ def written(directory: Path, what: str, needed: int = 0) -> Iterator[None]:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """The run's checkpoint directories, oldest first. Other names, such as checkpoint-best, do not
-    count."""
+    """The run's checkpoints, oldest first. Other names, such as checkpoint-best, do not count."""
     found = directory.glob("checkpoint-*")
     named = [p for p in found if re.fullmatch("checkpoint-[1-9][0-9]{0,17}", p.name) and p.is_dir()]
     return sorted(named, key=step_of)

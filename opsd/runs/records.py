@@ -242,8 +242,7 @@ def checked_lines(
 
 
 def read_record(path: Path, kind: type[Kind]) -> Kind:
-    """Read a JSON or YAML file. Raises UserError where it does not fit `kind`;
-    FileNotFoundError."""
+    """Read a JSON or YAML file. Raises UserError if it does not fit; FileNotFoundError."""
     with open_plain(path) as file:
         text = file.read(kind.longest + 1)
     try:

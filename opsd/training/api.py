@@ -166,8 +166,7 @@ class OPSDTrainer:
 
 
 def _source(rows: Any) -> tuple[str, Any]:
-    """(the config's value for these rows, the rows); None for the rows if they are a source's
-    name."""
+    """(the config's value for rows, the rows, or None if they are a source's name)."""
     if isinstance(rows, str | Path):
         return str(rows), None
     if not hasattr(rows, "__len__"):

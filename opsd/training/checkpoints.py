@@ -155,8 +155,7 @@ class Checkpoints:
     base: list[float]  # `some_weights` of the model at the run's beginning
 
     def write(self, state: TrainerState, ahead: RolloutsAhead | None = None) -> None:
-        """Write the checkpoint of `state`'s step; then remove all but the last `limit`. Raises
-        UserError."""
+        """Write a checkpoint; then remove all but the last `limit`. Raises UserError."""
         place = self.directory / f"checkpoint-{state.global_step}"
         needed = checkpoint_bytes(self.model, self._zero)
         rollouts = ahead and ahead.kept()
@@ -200,8 +199,7 @@ class Checkpoints:
         self.processes.wait()
 
     def read(self, place: Path, state: TrainerState) -> None:
-        """Restore all that `write` saved except random states; the run's progress goes into
-        `state`."""
+        """Restore all but random states as `write` saved it; the progress goes into `state`."""
         with or_unreadable(place):
             manifest = read_manifest(place) or {}
             if not _alike(manifest["base"], self.base):
@@ -275,8 +273,7 @@ def some_weights(model: nn.Module) -> list[float]:
 
 
 def _alike(one: list[float], other: list[float]) -> bool:
-    """Whether both come from the same weights, up to the rounding when a machine merges
-    adapters."""
+    """Whether both come from the same weights, up to rounding when adapters are merged."""
     close = partial(math.isclose, rel_tol=0.02, abs_tol=1e-6)
     return len(one) == len(other) and all(map(close, one, other))
 

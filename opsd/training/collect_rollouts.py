@@ -109,8 +109,7 @@ class RolloutCollector:
             self.sampler.cancel()
 
     def _ready(self, step: int) -> list[Rollout] | None:
-        """The step's rollouts that were sampled ahead, with the weights of the step before; or
-        None."""
+        """The step's rollouts if they were sampled ahead, with the weights of the step before."""
         ahead, self.ahead = self.ahead, None
         if ahead is not None:
             with phase("rollout"), suppress(ServerRestartedError):

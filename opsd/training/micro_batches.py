@@ -55,8 +55,7 @@ def _stream(groups: Iterable[Group]) -> int:
 def padded_batches(groups: Sequence[SampleGroup], max_tokens: int) -> list[list[SampleGroup]]:
     """Make batches of single samples in which no padded role exceeds `max_tokens`.
 
-    Samples of similar length are batched together. A sample longer than `max_tokens` gets a batch
-    of its own.
+    Samples of similar length are together. One longer than `max_tokens` gets its own batch.
     """
     pieces = [group.of([sample]) for group in groups for sample in group.samples]
     batches: list[list[SampleGroup]] = []
@@ -167,8 +166,7 @@ def _with_cached(group: SampleGroup, cached: dict[int, CachedPrefix]) -> SampleG
 def _split(
     group: SampleGroup, max_tokens: int, cached_cost: float | None, padded: bool = False
 ) -> list[tuple[SampleGroup, StreamTokens]]:
-    """Split the group into pieces that fit, of at least one sample each, with their token
-    counts."""
+    """Split the group into pieces that fit, of at least one sample; with their token counts."""
     cached = StreamTokens()
     if cached_cost is not None and has_room([group], max_tokens, cached_cost):
         cached = StreamTokens([ceil(cached_cost * len(group.student))])

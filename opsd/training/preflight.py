@@ -54,8 +54,7 @@ def begin(config: Config, processes: Processes) -> Config:
 
 
 def check_machine(config: Config, makes: bool) -> None:
-    """Raise UserError if this machine cannot do the run. makes: this process creates the hub's
-    repository."""
+    """Raise UserError if this machine cannot do the run. makes: create the hub's repository."""
     for broken in _obstacles(config):
         raise refused(config, broken)
     check_optimizer(config.train)

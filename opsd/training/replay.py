@@ -29,8 +29,7 @@ from opsd.training.step import OPSDStep
 
 @dataclass(frozen=True)
 class Replayed:
-    """The result of one sample: loss, gradient norm, and the first module whose output is not
-    finite."""
+    """One sample's loss, gradient norm, and the first module whose output is not finite."""
 
     number: int
     tokens: int

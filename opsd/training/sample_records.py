@@ -90,8 +90,7 @@ def token_records(
     rollout: Ids,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict]:
-    """For each rollout token: its text, KL(T‖S), the student's probability, the teacher's top
-    three."""
+    """Each rollout token: its text, KL(T‖S), the student's probability, the teacher's top three."""
     student_states = rollout_hidden_states(student, [(student_context, [rollout])])
     teacher_states = rollout_hidden_states(teacher, [(teacher_context, [rollout])])
     size = min(len(head(student)[0]), len(head(teacher)[0]))  # heads may be padded differently

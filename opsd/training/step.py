@@ -94,8 +94,7 @@ class OPSDStep(nn.Module):
     def cache_prefixes(
         self, batches: Sequence[Sequence[SampleGroup]], max_tokens: int
     ) -> tuple[list[list[SampleGroup]], PrefixCache]:
-        """Replace contexts that several batches share by cached prefixes. Returns batches and
-        cache.
+        """Cache contexts that several batches share. Returns the batches and the cache.
 
         Call `batch_done` of the cache after each batch.
         """
@@ -157,8 +156,7 @@ def what_is_shared(
     reason = unpackable(model) if train.share_prefixes else None
     if reason is None:
         return train.share_prefixes
-    # Cached prefixes need forwards of their own; with split weights all processes must run equally
-    # many.
+    # Cached prefixes need more forwards; with split weights all processes must run equally many.
     teaches = any(member.model is not None for member in objective.members)
     if teaches and train.sharding not in SPLIT_WEIGHTS and uncontinuable(model) is None:
         note(f"{reason}: the teacher's prefixes are shared, the student's are not")
@@ -227,8 +225,7 @@ class GradientAccumulator:
                 torch.cuda.empty_cache()
 
     def _smaller(self, groups: list[SampleGroup]) -> int | None:
-        """Half of the budget; None if no micro-batch can be split, or other processes would
-        wait."""
+        """Half of the budget; None if it splits nothing, or other processes would wait."""
         longest = max(group.longest() for group in groups)
         if self.processes.count > 1 or self.budget <= longest:
             return None
