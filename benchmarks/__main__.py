@@ -1,8 +1,7 @@
-"""`python -m benchmarks`: linear_divergence and linear_log_prob beside their peers and the bare
+"""`python -m benchmarks`: measures linear_divergence, linear_log_prob, their peers and the bare
 matrix products.
 
-Writes results.json, anew after every case, and index.html. Exit status 1 where any result
-disagreed.
+Writes results.json, after every case, and index.html. The exit status is 1 if a result was wrong.
 """
 
 import argparse

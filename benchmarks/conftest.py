@@ -5,9 +5,9 @@ comparisons and its JSON.
     pytest benchmarks --benchmark-only --benchmark-autosave
     pytest benchmarks --benchmark-only --benchmark-compare --benchmark-compare-fail=min:10%
 
-pytest-benchmark times one candidate after the other, so that a slow minute of the machine hits one
-of them. The headline is therefore the fixture `interleaved`, the protocol of measure.py: its ratios
-to ours are printed at the end, and stand as `times_ours` in the JSON's extra_info.
+pytest-benchmark times one candidate after the other, so a slow minute of the machine affects only
+one of them. The headline is therefore from the fixture `interleaved`, with the protocol of
+measure.py: its ratios to ours are printed last, and are `times_ours` in the JSON's extra_info.
 """
 
 import sys

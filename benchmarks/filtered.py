@@ -1,9 +1,9 @@
-"""`python -m benchmarks.filtered`: what leaving out small entries of the gradient would gain and
-cost. The figures are in docs/kernel.md.
+"""`python -m benchmarks.filtered`: measures the gain and the cost of leaving out small entries of
+the gradient. The figures are in docs/kernel.md.
 
-Logits of a given mean entropy: a Zipf-like prior over the vocabulary, and hidden states of varying
-length near one row of the head; the teacher's differ from the student's by 15 %. The filtered
-gradient keeps the entries with S or T above a threshold and multiplies only them.
+Logits have a given mean entropy: a Zipf-like prior over the vocabulary, and hidden states of
+varying length near one row of the head; the teacher's differ from the student's by 15 %. The
+filtered gradient keeps the entries with S or T above a threshold and multiplies only them.
 """
 
 import time

@@ -1,11 +1,11 @@
-"""The protocol: agree, warm up, interleave, then memory.
+"""The protocol: check, warm up, measure in turn, then measure memory.
 
-1. Ours must agree with the fp64 truth on a few tokens; where not, nothing of the case is timed.
+1. Our result must agree with the fp64 truth on a few tokens; otherwise nothing is timed.
 2. Each candidate's warm-up, at full size, must agree with ours. One that does not is red, and one
-   that raises has failed: neither is timed, and both are in the report with what was wrong.
-3. Round robin over the candidates, so that a slow minute of the machine hits all; minimum and
-   median. The first round comes after the warm-up, which is where compilers work.
-4. Peak memory, in calls of its own.
+   that raises has failed: neither is timed, and both are in the report with the reason.
+3. The candidates run in turn, so that a slow minute of the machine affects all; minimum and
+   median. The first round comes after the warm-up, in which compilers work.
+4. Peak memory is measured in separate calls.
 """
 
 import ctypes

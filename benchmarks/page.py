@@ -1,9 +1,10 @@
-"""One HTML page, with nothing outside it: `python -m benchmarks.page DIR` draws DIR/results.json
+"""Makes one self-contained HTML page: `python -m benchmarks.page DIR` renders DIR/results.json
 again.
 
-Times are the minimum over rounds; x GEMM is that over the bare products' of the same case in the
-same run. Memory is the peak that a call adds, less the gradients that it returns. On a machine that
-others used meanwhile the clock says little: then processor seconds are shown, and the page says so.
+Times are minima over rounds; x GEMM is a time divided by that of the bare products, for the same
+case in the same run. Memory is the peak that a call adds, without the gradients that it returns. If
+others used the machine, wall-clock times say little: then processor seconds are shown, and the page
+says so.
 """
 
 import io

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.step`: a training step with shared prefixes against one without.
+"""`python -m benchmarks.step`: measures a training step with and without shared prefixes.
 
-One step of OPSD: the teacher's stream without gradient, the student's forward, the fused loss and
-backward, for problems with G rollouts of R tokens after contexts of P (student) and P' (teacher)
-tokens. See `benchmarks.step_ways` for who is compared. First all must agree in the gradient; then
-they take turns; memory is measured in steps of its own. Last, one whole step, rollouts and
-optimizer included, by its parts, and the operators that take most of it.
+It is one step of OPSD: the teacher's stream without gradient, the student's forward, the fused loss
+and backward, for problems with G rollouts of R tokens after contexts of P (student) and P'
+(teacher) tokens. `benchmarks.step_ways` has the ways that are compared. First all must agree in the
+gradient; then they run in turn; memory is measured in separate steps. Last comes one whole step,
+with rollouts and optimizer, by its parts, and the operators that take most of it.
 """
 
 import argparse

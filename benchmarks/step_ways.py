@@ -1,13 +1,13 @@
 """The ways to do one OPSD step's forward and backward that `benchmarks.step` compares.
 
-- shared: `opsd.prefix`, each context once, no padding; on a GPU once for each kernel that can.
-- compiled: the first of these, the layers' feed-forward and norms under torch.compile; on demand.
-- naive: each rollout with a context of its own, in a padded batch, torch's fused attention.
-- grouper: contexts once as well, attention by our own minimal rendering of PrefixGrouper's form
-  (arXiv 2506.05433): the prefix's causal attention, and each rollout's over copies of [prefix ;
-  own], both by torch's fused attention.
-- trl: the forward of TRL's SDFT trainer, our own rendering (padded batches, an attention mask, the
-  logits of all rollout tokens), and its loss over full logits, which is TRL's own function.
+- shared: `opsd.prefix`, each context once, no padding; on a GPU with each kernel that can run.
+- compiled: the first of these, with torch.compile for the layers' feed-forward and norms; on request.
+- naive: each rollout with its own copy of the context, in a padded batch, torch's fused attention.
+- grouper: contexts once, with our own minimal version of PrefixGrouper's attention (arXiv
+  2506.05433): causal attention of the prefix, and of each rollout over a copy of [prefix ; own],
+  both with torch's fused attention.
+- trl: our own version of the forward of TRL's SDFT trainer (padded batches, an attention mask, the
+  logits of all rollout tokens), and TRL's own function for the loss over full logits.
 """
 
 import importlib.util

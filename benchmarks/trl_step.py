@@ -1,11 +1,12 @@
-"""`python -m benchmarks.trl_step`: whole training steps beside TRL's SDFTTrainer over full logits.
+"""`python -m benchmarks.trl_step`: measures whole training steps of ours and of TRL's SDFTTrainer
+over full logits.
 
-The same small model, rows and rollouts, by both trainers: from the rollouts, which are given, to
-the optimizer's update, with everything that each does between (TRL scores its rollouts once more,
-for importance ratios). Forward KL to the weights of step 0, the mean over rollouts, AdamW. Each
-trains in a process of its own, by turns; the losses of all steps, which later ones only share if
-the updates are the same, must agree before a figure is written. Seconds are of the steps after the
-first; memory is what a step adds at its peak, and the whole peak beside it.
+Both trainers use the same small model, rows and rollouts. The rollouts are given; a step goes from
+them to the optimizer's update, with everything that each trainer does between (TRL scores its
+rollouts once more, for importance ratios). Forward KL to the weights of step 0, the mean over
+rollouts, AdamW. Each trains in a process of its own, in turn. The losses of all steps must agree
+before a figure is written; later ones do only if the updates are the same. Seconds are of the steps
+after the first; memory is the peak that a step adds, and the whole peak.
 
 `--gpu`: Qwen3-1.7B's shape in bf16, 32 rollouts of up to 1024 tokens, on a GPU.
 """

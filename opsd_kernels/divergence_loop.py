@@ -1,25 +1,25 @@
 """The algorithm of the fused divergence: passes over the vocabulary for each block of tokens.
 
 1. `normalisers` of both roles.
-2. `sums`, where the gradient needs them first.
-3. `gradient_`, whose tiles two products consume at once: dh += G W and dW += G^T h.
+2. `sums`, if the gradient needs them first.
+3. `gradient_`, whose tiles two products read at once: dh += G W and dW += G^T h.
 
-In one pass (`plan.one_pass`) the tile holds all logits of a block and is there for all three:
-8 N V D multiply-adds for a trainable head and 6 for a frozen one, as many as the dense form. With
-smaller tiles every pass computes the products again, and the second is left out where it can be:
-forward_kl's gradient S - T needs no sum, and with a frozen head that of the others comes as two
-sums, dh = A - (sum p) B. What remains: 12 for a trainable head and forward_kl, 16 for the others,
-10 and 12 for a frozen one. Clip("token") scales a token's gradient by what only the sums tell: dh
-afterwards, but dW not. Clip("entry") always needs the sums first.
+In one pass (`plan.one_pass`) the tile has all logits of a block and stays for all three: 8 N V D
+multiply-adds for a trainable head and 6 for a frozen one, as many as the dense form. With smaller
+tiles every pass computes the products again, and the second is skipped where possible: forward_kl's
+gradient S - T needs no sum, and with a frozen head the others' is computed as two sums, dh = A -
+(sum p) B. That leaves 12 for a trainable head and forward_kl, 16 for the others, 10 and 12 for a
+frozen one. Clip("token") scales a token's gradient by a factor that needs the sums: dh can be
+scaled afterwards, dW cannot. Clip("entry") always needs the sums first.
 
-Over ranks that each hold a piece of the vocabulary, the per-token numbers are combined after passes
-1 and 2, and dh at the end.
+If ranks have parts of the vocabulary, the per-token numbers are combined after passes 1 and 2, and
+dh at the end.
 
-Gradients are computed in forward, with each token's share of the loss: so that backward only scales
+Gradients are computed in forward, with each token's share of the loss, so that backward only scales
 them by the incoming scalar.
 
-A loss l_n of the log-probability of a token's own target needs no sweep of its own: the normalisers
-tell the log-probability, and l_n's derivative c_n by it adds c_n (1[v is the target] - S) to G.
+A loss l_n of the log-probability of a token's target needs no other sweep: the normalisers give the
+log-probability, and its derivative c_n adds c_n (1[v is the target] - S) to G.
 """
 
 from collections.abc import Callable

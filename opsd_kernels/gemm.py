@@ -1,10 +1,10 @@
-"""The three matrix products of a linear head, whose logits are fp32 whatever the operands are.
+"""The three matrix products of a linear head; logits are always fp32.
 
-bf16 logits near 20 have steps of 0.125, which makes wrong divergences: so the product is
+bf16 logits near 20 have steps of 0.125, which gives wrong divergences. So the product is
 accumulated *and kept* in fp32. On a GPU cuBLAS writes fp32 from bf16 operands. On the CPU torch
-rounds a bf16 product to bf16: there the operands are widened, the weight one slice of the
-vocabulary at a time, and for bf16 oneDNN is told that it may narrow fp32 operands to bf16. That is
-exact for the widened ones, and rounds the gradient as any bf16 product would.
+rounds a bf16 product to bf16, so the operands are widened, the weight one slice of the vocabulary
+at a time; and for bf16 oneDNN may narrow fp32 operands to bf16. That is exact for widened operands,
+and rounds the gradient as any bf16 product would.
 """
 
 import contextlib

@@ -201,35 +201,34 @@ def linear_divergence(
         temperature. Those of both roles, or with a `teacher_transform` the student's only.
     teacher_transform: temperature, scale and soft cap of the teacher's logits, where they differ.
     token_weight [...]: a constant weight w_n for each token; those of weight 0 cost nothing, and
-        what their hidden states hold (NaN) does not leak.
+        NaN in their hidden states does not spread.
     clip: see `opsd_kernels.Clip`.
     reduction: mean = sum w d / sum w, sum = sum w d, none = w d for each token. All weights 0, or
         no tokens: loss 0 and zero gradients.
     memory_budget: bytes of scratch memory, beside the gradients (default: 256 MiB, on a GPU 1 GiB).
-        A small one costs time: see `opsd_kernels/plan.py`. A head trained in 16 bits has its
-        gradient summed in fp32, 4 V D bytes more during the call, unless the gradients of all
-        tokens' logits fit the budget: on a GPU the default is made so large (and 4 V D at least)
-        where that takes no more memory than the sum.
+        A small one costs time: see `opsd_kernels/plan.py`. The gradient of a head trained in 16
+        bits is summed in fp32, in 4 V D more bytes during the call, unless the gradients of all
+        tokens' logits fit the budget. On a GPU the default is increased to that size (and to at
+        least 4 V D) if this takes no more memory than the sum.
     backend: auto | torch | cpp | triton | cuda, see `opsd_kernels.backends()`.
     gradient: "exact", the only one: docs/kernel.md says why.
-    targets [...]: integers in [0, V), such as sampled tokens, whose log-probabilities by both roles
-        the same sweep then returns, detached, for D multiply-adds a token.
-    token_loss: adds sum l_n to the loss, where l = token_loss(log_prob, rows) [n] of the student's
-        log_prob [n] of the targets of the tokens `rows` (an index into the flattened leading
-        shape): a policy gradient beside the divergence, for one sweep of the head. It is called
-        with a block of tokens at a time and differentiated by torch; each l_n must depend on its
-        own log_prob alone. For reduction="sum", and not for fp16; tokens of weight 0 have no
+    targets [...]: integers in [0, V), such as sampled tokens. The same sweep returns their
+        log-probabilities by both roles, detached, for D multiply-adds a token.
+    token_loss: a function that adds sum l_n to the loss, with l = token_loss(log_prob, rows), [n],
+        for the student's log_prob of the targets of the tokens `rows` (indices in the flattened
+        leading shape). So a policy gradient and the divergence need one sweep of the head. It is
+        called for a block of tokens at a time and differentiated by torch; each l_n may depend
+        only on its own log_prob. For reduction="sum", and not for fp16; tokens of weight 0 have no
         l_n either. Not in torch.compile's graph.
     process_group: the vocabulary is split over its ranks. Each passes its own rows of the heads and
         biases, in order of rank, and the same hidden states and token weights; loss and dh are then
-        the same on every rank. DTensor heads sharded over the vocabulary need no group: without
-        one, as under FSDP2, every rank has its own hidden states and gets the loss of its own, and
-        the head's gradient is that of the mean over ranks. All ranks must make the call, and run
-        backward.
+        the same on every rank. DTensor heads sharded over the vocabulary need no group. Without
+        one, as with FSDP2, every rank has its own hidden states and gets their loss, and the head's
+        gradient is that of the mean over ranks. All ranks must make the call and run backward.
 
     Gradients reach student_hidden, weight and bias (in the student's role only), never the
-    teacher's side. Raises ValueError, naming the argument, for what does not fit. Source: On-Policy
-    Self-Distillation, arXiv 2601.18734; the algorithm is docs/kernel.md's.
+    teacher's side. Raises ValueError, naming the argument, for arguments that do not fit. Source:
+    On-Policy Self-Distillation, arXiv 2601.18734; docs/kernel.md describes the algorithm.
 
     >>> import torch
     >>> student, teacher = torch.zeros(3, 4, requires_grad=True), torch.ones(3, 4)

@@ -1,18 +1,18 @@
-"""How a fused function becomes a torch operator with a derivative: once, for both.
+"""Makes a torch operator with a derivative of a fused function.
 
 A fused function `run` maps (tensors, row_weight [N], options, whether to compute gradients) to
 
     loss [N] = row_weight_n * value_n, statistics, dh, dW, dbias   (None where not wanted)
 
-where the gradients are those of sum_n loss_n, in `gemm.gradient_dtype`: those of fp16 are rounded
-to it by backward only, when a loss scale has been applied. So forward already holds the gradients,
-and backward only scales them: by one scalar for the sum, row by row (dh) for the per-token losses.
-Only where rows add up (dW, dbias) while their share is known in backward alone, backward runs it
-again.
+where the gradients are those of sum_n loss_n, in `gemm.gradient_dtype`: for fp16 only backward
+rounds them, after a loss scale has been applied. So forward already computes the gradients, and
+backward only scales them: by one scalar for the sum, row by row (dh) for per-token losses. Only if
+gradients are sums over rows (dW, dbias) whose shares are not known before backward, backward runs
+`run` again.
 
-An operator's schema has tensors and scalars only: the small descriptions travel as their fields, in
+An operator's schema allows only tensors and scalars. So descriptions are passed as their fields, in
 a NamedTuple with the fields drop_zeros (whether tokens of weight 0 are left out), want_hidden,
-want_weight, want_bias and others. Gradients that are not wanted come back as empty tensors.
+want_weight, want_bias and others. Gradients that are not wanted are returned as empty tensors.
 """
 
 import types

@@ -1,11 +1,11 @@
-"""A block of tokens against the vocabulary, tile by tile: products in, gradients out.
+"""Sweeps the vocabulary for a block of tokens, tile by tile: products in, gradients out.
 
     for tile in sweep:                       # h W^T of every role for [n tokens, v entries]
         backend.gradient_(*tile.roles, ..., gradients.room(tile))
         gradients.add(tile)                  # dh += G W, dW += G^T h
 
-A sweep whose tile is as wide as the vocabulary computes its products once, and later passes find
-them where they are: that is all the difference between one pass and two.
+If a tile is as wide as the vocabulary, its products are computed once, and later passes use them
+again: that is the only difference between one pass and two.
 
 Shapes: n tokens of a block, m of a group, N of a call, V vocabulary entries (this rank's, where
 they are split over ranks), v of a tile, D hidden width.

@@ -1,19 +1,19 @@
-"""One sitting at a GPU, thirty minutes in calls of ten at most, on a machine without a registry.
+"""A session on a GPU: thirty minutes, at most ten a call, without access to package registries.
 
 On a machine with registries and nvcc, in the checkout's root:
 
     python -m benchmarks.gpu prepare     # wheels, both libraries and the commit, into .gpu (30 MB)
 
-Then on the GPU machine, in a copy of the checkout that also holds the ignored folder .gpu:
+Then on the GPU machine, in a copy of the checkout with the ignored folder .gpu:
 
     python -m benchmarks.gpu check       # smoke, each term of the cost by itself, the tests
     python -m benchmarks.gpu bench       # python -m benchmarks --gpu
     python -m benchmarks.gpu step        # a step by each attention kernel, whole steps beside TRL's
     python -m benchmarks.gpu rest        # compute-sanitizer, ncu, whole runs
 
-Mend what `check` finds red before going on. Each call leaves CALL.json (machine, driver, versions,
-commit; of each part its command, exit, seconds and JSON) and CALL.log in --output, whatever happens
-to its parts. --cpu rehearses: the same parts, as far as a CPU goes.
+Fix what fails in `check` before the next call. Each call writes CALL.json (machine, driver,
+versions, commit; for each part its command, exit, seconds and JSON) and CALL.log to --output,
+whatever happens to its parts. --cpu rehearses the same parts, as far as a CPU can run them.
 """
 
 import argparse

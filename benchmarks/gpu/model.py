@@ -1,9 +1,9 @@
-"""What the kernels should cost on a GPU: bytes, instructions, the products by their shapes, gaps.
+"""Models the kernels' cost on a GPU by bytes, instructions, the products' shapes, and gaps.
 
     python -m benchmarks.gpu.model [check.json]     # the tables of docs/gpu-cost.md
 
-Every constant is assumed until `check` has run on a GPU; given its JSON, the copy, the products and
-the launches are replaced by what was measured there.
+All constants are assumed until `check` has run on a GPU; its JSON replaces the rates of copies, of
+products and of launches by measured ones.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""What must hold before anything is measured: a line each, PASS or FAIL with the reason.
+"""Checks before anything is measured: prints a line for each, PASS or FAIL with the reason.
 
     python -m benchmarks.gpu.smoke [--cpu] [--json FILE]
 
-It never stops at a failure; exit status 1 where there was one. --cpu: what a CPU can.
+It does not stop at a failure; the exit status is then 1. --cpu: only what a CPU can do.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Each term of a call's cost by itself: what tile functions reach in GB/s, and products in TF/s.
+"""Measures each term of a call's cost separately: tile functions in GB/s, and products in TF/s.
 
     python -m benchmarks.gpu.terms [--cpu] [--json FILE] [--once]
 
-Every rate stands beside the model's own (`model.py`), and `rules.py` says what follows from it.
---once: each tile function a single time, for a profiler. --cpu: tiny, to see that it runs.
+Every rate is shown with the model's (`model.py`), and `rules.py` says what follows from it. --once:
+call each tile function once, for a profiler. --cpu: tiny sizes, to see that it runs.
 """
 
 import argparse

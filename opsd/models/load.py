@@ -129,7 +129,7 @@ def made_ready(
         raise UserError(f"{where}: {type(model).__name__} has no output head, which makes logits")
     ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tokenizer.embedding_rows = len(ends[0])
-    if ends[0] is not ends[1]:  # a head of its own, whatever config.json says
+    if ends[0] is not ends[1]:  # the head is not tied, whatever config.json says
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False
     leave_router_loss(model)

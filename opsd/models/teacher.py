@@ -29,9 +29,9 @@ from opsd.models.remote import RemoteTeacher
 class Member:
     """A model whose distribution is one factor of the teacher's; see `opsd.models.head.mixed`.
 
-    context: what the model sees: student, teacher, or a name in prompts.contexts; "": what its
-    method shows. section: its entry in teacher.mix, with its coefficient; the default is for a
-    teacher of one model. route: its name in teacher.routes; column: the data's, with each row's.
+    context: what the model sees: student, teacher, or a name in prompts.contexts; "": the method's
+    default. section: its entry in teacher.mix, with its coefficient; the default is for a teacher
+    of one model. route: its name in teacher.routes; column: the data column with each row's route.
     """
 
     model: PreTrainedModel | None  # None for a method without a teacher

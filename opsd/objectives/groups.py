@@ -305,17 +305,17 @@ class TokenLosses(NamedTuple):
 
 
 class Objective:
-    """A method: a step's problems → groups of samples → loss.
+    """A method: makes groups of samples from a step's problems, and computes their loss.
 
-    section: `loss`. teacher: frozen, or the live model; of grpo the reference of `loss.kl` and who
-    gives `loss.credit`. weighting: what tokens count; None: as `section` says. classes: of the
-    vocabulary's entries, by `class_table`, so that the divergence is logged by class. sampling: the
-    distribution from which rollouts are drawn, of which log-probabilities are; None: the model's
-    own. prompts: makes the target texts of sft and of loss.sft_alpha. mix: of opsd, the members of
-    teacher.mix, or the teachers of teacher.routes, which stand for the teacher.
+    section: `loss`. teacher: a frozen model, or the live one; for grpo the reference of `loss.kl`
+    and the source of `loss.credit`. weighting: computes tokens' weights; None: as `section` says.
+    classes: of the vocabulary's entries, by `class_table`, to log the divergence by class.
+    sampling: the distribution of rollouts, to which log-probabilities refer; None: the model's own.
+    prompts: makes the target texts of sft and of loss.sft_alpha. mix: for opsd, the members of
+    teacher.mix or the teachers of teacher.routes, used instead of `teacher`.
     """
 
-    samples_rollouts = True  # False: the method learns from given text
+    samples_rollouts = True  # False: the method trains on given text
     teacher_role = "teacher"  # the context that a teacher sees, "student" or "teacher"
     beside: "Objective | None" = None  # the objective for given text in the same step
 

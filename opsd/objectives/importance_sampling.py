@@ -1,14 +1,14 @@
 """Importance sampling: weights for rollouts sampled from another distribution than the student's.
 
-There are two reasons for a difference. An engine with the student's weights computes with other
-kernels, in another order and precision, so its distribution differs a little from the one that is
-trained. And after a step's first update the student is no longer the one that sampled.
+There are two reasons for a difference. An engine with the student's weights uses other kernels,
+another order and precision, so its distribution differs a little from the one that is trained. And
+after a step's first update the student is no longer the one that sampled.
 
 A token's weight is multiplied by min(p_student / p_sampled, bound), detached: truncated importance
 sampling (Ionides 2008), token by token. Both probabilities are at temperature 1 and over the whole
-vocabulary, since the correction is for the difference of the two models, and not for what
-temperature, top-p and top-k do on purpose. A policy gradient has a ratio of its own for the
-updates, so there the correction is for the engine only.
+vocabulary: the correction is for the difference of the two models, not for the intended effect of
+temperature, top-p and top-k. A policy gradient has its own ratio for the updates, so there the
+correction is only for the engine.
 """
 
 import torch
@@ -27,7 +27,7 @@ Corrected = tuple[Tensor, dict[str, Tensor]]
 def corrected_for_sampling(
     model: PreTrainedModel, hidden: Tensor, batch: MicroBatch, section: LossSection
 ) -> Corrected:
-    """Correct the weights for what sampled, if `batch.sampled_by_others`."""
+    """Correct the weights for the distribution that sampled, if `batch.sampled_by_others`."""
     with torch.no_grad():
         own = token_log_prob(model, hidden, batch, section).log_prob
     return _corrected(batch, own, section.importance_bound)

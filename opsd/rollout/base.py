@@ -15,7 +15,7 @@ NEUTRAL = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-"""What vLLM is told beside `Sampling`; the model's generation_config.json would decide else."""
+"""Sent to servers with `Sampling`, or the model's generation_config.json would decide these."""
 
 
 @dataclass(frozen=True)

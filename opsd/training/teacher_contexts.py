@@ -59,8 +59,8 @@ def outcome_measures(problems: Sequence[Problem]) -> dict[str, float]:
 
 
 def vote_measures(problems: Sequence[Problem]) -> dict[str, float]:
-    """Of the problems whose rollouts voted: how many have a majority, why others have none, and the
-    mean share of the answer that had most votes."""
+    """Measures of problems whose rollouts voted: the share with a majority, the reasons of the
+    others, and the mean share of the most frequent answer."""
     votes = [problem.majority for problem in problems if problem.majority is not None]
     if not votes:
         return {}

@@ -4,14 +4,14 @@
     class Trainer(FusedGKD, GKDTrainer): ...                    # trl.experimental.gkd
     class Trainer(FusedDistillation, DistillationTrainer): ...  # trl
 
-Each replaces the computation of the loss and nothing else: same value, same gradient, same metrics.
-`kernel_options`, an attribute of the class, goes to `linear_divergence` and `linear_log_prob` (a
-`memory_budget`, a `backend`).
+Each replaces only the computation of the loss: value, gradient and metrics are the same. The class
+attribute `kernel_options` is passed to `linear_divergence` and `linear_log_prob` (`memory_budget`,
+`backend`).
 
-The model runs as it always does, with its head given nothing to multiply; what the head would have
-been given goes to the fused functions, with the head's weight and the scale and soft cap that the
-model's config names. The first call compares this with the model's own logits, for models that make
-theirs in another way.
+The model runs as usual, but its head gets an empty input. The head's real input is passed to the
+fused functions, with the head's weight and the scale and soft cap in the model's config. The first
+call compares the result with the model's own logits, to detect models that compute them in another
+way.
 """
 
 import functools

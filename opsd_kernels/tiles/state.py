@@ -1,4 +1,4 @@
-"""What is known of each token while its vocabulary is swept, tile by tile.
+"""The state of each token while its vocabulary is swept, tile by tile.
 
 A state is a tensor [rows, n] of the tiles' dtype, one column a token, columns contiguous. Every
 tile adds to it, so that a row may come in one piece, tile by tile, or in shards on several ranks
@@ -11,8 +11,8 @@ The normaliser of a role has three rows, for logits z over the entries seen so f
     MOMENT  sum exp(z - m) (m - z)
 
 so that log p = (z - m) - log(1 + REST), and the entropy log(1 + REST) + MOMENT / (1 + REST) is a
-sum of two numbers that are not negative: nothing cancels. REST is kept without the 1, in which the
-little that a peaked distribution has beside its largest entry would be lost.
+sum of two numbers that are not negative: nothing cancels. REST does not include the 1, next to
+which the small rest of a peaked distribution would be lost.
 """
 
 import torch

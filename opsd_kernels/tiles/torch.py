@@ -1,12 +1,12 @@
-"""Tile functions in plain torch operations: any device, fp32 and fp64 tiles. Also the contract of
-every backend's.
+"""Tile functions in plain torch operations: any device, fp32 and fp64 tiles. This module also has
+the contract of all backends.
 
-A tile [n, v] holds *products* h W^T of n tokens and v consecutive vocabulary rows, in fp32 (this
-backend: fp64 too), entries contiguous, rows at any stride; n * stride may exceed 2^31. Nothing but
-`gradient_` and `log_prob_gradient_` writes to tiles: each function goes from the product to the
-logit itself, z = softcap(scale * (product + bias)) / temperature (the teacher's by
-`rule.of_teacher`), since a tile may be computed anew between them. A role's product and bias [v]
-(contiguous, of the tile's dtype, or None) are its `Logits`; a `Rule` says what is measured.
+A tile [n, v] has *products* h W^T of n tokens and v consecutive vocabulary rows, in fp32 (in this
+backend also fp64). Entries are contiguous, rows have any stride; n * stride may exceed 2^31. Only
+`gradient_` and `log_prob_gradient_` write to tiles. Each function transforms products to logits
+itself, z = softcap(scale * (product + bias)) / temperature (the teacher's by `rule.of_teacher`),
+since a tile may be computed again between them. A role's product and bias [v] (contiguous, of the
+tile's dtype, or None) are its `Logits`; a `Rule` says what is measured.
 
 `state` [13, n] (see `state.py`) has contiguous rows. All vocabulary tiles must have passed through
 one function before the next one starts:
@@ -16,40 +16,40 @@ normalisers(student, teacher, rule, state)
 
 sums(student, teacher, rule, state)
     given both normalisers, adds to DIVERGENCE and UNNORMALISED, and with an entry clip to CLIPPED,
-    COUNT and CLIPPED_UNNORMALISED. Each term is computed by itself and is not negative: no
-    difference of large sums.
+    COUNT and CLIPPED_UNNORMALISED. Each term is computed separately and is not negative, so there
+    is no difference of large sums.
 
 gradient_(student, teacher, rule, state, row_weight, sums_known=True, out=None)
     overwrites `out` [n, v] (fp32, bf16 or fp16), or without one the student's product, with
     row_weight [n] times the derivative of the clipped (entry) or unclipped divergence by it. The
-    token clip is a matter of row_weight: the caller's. TARGET_WEIGHT times S is taken off: with one
-    more entry, the target's, which the caller adds, that is the gradient of its log-probability.
-    With an entry clip it adds to DOT; row_weight may then be None: no gradient is written.
-    sums_known=False (never with an entry clip): the first sweep since the normalisers, so it adds
-    what `sums` would have added. forward_kl's gradient needs no sum, and is written all the same.
-    For the others, whose gradient p - S sum p waits for the sum, the student's product becomes
+    caller includes the token clip in row_weight. TARGET_WEIGHT times S is subtracted: with the
+    target's entry, which the caller adds, that is the gradient of its log-probability. With an
+    entry clip it adds to DOT; row_weight may then be None, and no gradient is written.
+    sums_known=False (never with an entry clip): this is the first sweep since the normalisers, so
+    it adds what `sums` would have added. forward_kl's gradient, which needs no sum, is written. For
+    the others, whose gradient p - S sum p needs the sum, the student's product becomes
     row_weight times p, and the teacher's row_weight times S (both by the product); never with
     `out`.
 
 log_prob_normalisers(logits, targets, transform, state)
     `state` [4, n]: adds to MAX, REST and MOMENT, and the target's logit to TARGET. `targets` [n]
-    (int64) count from the tile's first entry: those outside [0, v) lie in another tile.
+    (int64) count from the tile's first entry: those outside [0, v) are in another tile.
 
 log_prob_gradient_(logits, targets, transform, state, row_weight, out=None)
     overwrites `out`, or the product, with row_weight times the derivative of the target's
     log-probability.
 
-A backend may offer beside these
+A backend may also have
 
 rows(student, teacher, rule, state, row_weight, out=None)
-    normalisers (of a state without), sums and (row_weight not None, or an entry clip) gradient_ at
-    once, on tiles that hold whole rows, with the token clip applied to row_weight, and none with a
+    normalisers (of a new state), sums and (row_weight not None, or an entry clip) gradient_ at
+    once, on tiles with whole rows, with the token clip applied to row_weight, and without
     TARGET_WEIGHT. It may overwrite both tiles.
 
-`TEMPORARIES` is how many tensors of n v items they allocate while they work, of the log_prob
-functions `LOG_PROB_TEMPORARIES` where there is one; where there is a `slice_entries(device)`, of as
-many items at most.
-Identical rows give exactly 0, entries of probability 0 count for nothing, NaN stays NaN.
+`TEMPORARIES` is the number of tensors of n v items that they allocate while they work
+(`LOG_PROB_TEMPORARIES` for the log_prob functions, if it exists); if there is a
+`slice_entries(device)`, the tensors have at most as many items. Identical rows give exactly 0,
+entries of probability 0 do not count, NaN stays NaN.
 """
 
 import functools

@@ -4,10 +4,10 @@
     python -m tests.helpers.families qwen3 mamba  # these, anew
     python docs/generate.py                       # docs/models.md from docs/models.jsonl
 
-Each type trains by OPSD and GRPO, with and without sharing, and with adapters; is planned and
-evaluated; and what was saved is loaded by plain transformers. It runs in a process of its own,
-forked from one that has imported everything, with a time limit. After a release of transformers
-remove docs/models.jsonl first.
+Each type is trained by OPSD and GRPO, with and without sharing, and with adapters; it is planned
+and evaluated; and plain transformers loads what was saved. Each runs in its own process, forked from
+one that has imported everything, with a time limit. After a release of transformers remove
+docs/models.jsonl first.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""Interrupt a command at random moments, let it go on, compare it with one that nobody disturbed.
+"""Interrupt a command at random moments, resume it, and compare it with an undisturbed one.
 
     python -m tests.helpers.kills --kills 20 --command train --method opsd --signal any
     python -m tests.helpers.kills --kills 40 --damage
 
-Each trial starts the same command anew, sends it a signal once or more, lets it go on to its end,
-and compares all that it wrote bit for bit: losses, tokens, evaluations, samples, weights. Half of
-the signals come at a random time; the others a few milliseconds after a file begins to change, so
-that checkpoints, evaluations and the log are hit while they are written. With `--damage` a random
-file of the checkpoint is changed in between: going on must refuse it by name. Processes are forked
-from one that has imported everything, since importing takes longer than the run.
+Each trial starts the same command, sends it one or more signals, resumes it, and compares all that
+it wrote bit for bit: losses, tokens, evaluations, samples, weights. Half of the signals come at a
+random time; the others a few milliseconds after a file begins to change, so that checkpoints,
+evaluations and the log are interrupted while they are written. With `--damage` a random file of the
+checkpoint is changed before: resuming must refuse it by name. Processes are forked from one that
+has imported everything, since importing takes longer than the run.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What each GPU kernel takes of an SM: Triton's are compiled for sm_90 (no GPU needed), CUDA's are
-in the library that setup.py built.
+"""Lists what each GPU kernel uses of an SM: Triton's are compiled for sm_90 (no GPU needed), CUDA's
+are in the library that setup.py built.
 
     python tests/helpers/offline.py > docs/kernels-gpu.json
 
---most-used: of Triton's the variants that a plain call uses, instead of all of them.
+--most-used: only the variants of Triton's kernels that a plain call uses.
 """
 
 import heapq

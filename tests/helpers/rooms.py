@@ -1,9 +1,9 @@
-"""The rooms of the house and the imports between them, by Python's parser: nothing is run.
+"""Finds the rooms of the house and the imports between them with Python's parser; runs nothing.
 
-A room is a package of `opsd`. The modules beside the rooms are the room `opsd`; the kernels are one
-room and their adapters another. An import counts wherever it stands: in a module's body, in a
-function, or as a string that names one of our modules (for importlib). Imports for type checkers do
-not count, nor does a library that ctypes loads.
+A room is a package of `opsd`. Modules directly in `opsd` are the room `opsd`; the kernels are one
+room and their adapters another. All imports count: in a module's body, in a function, and strings
+that name one of our modules (for importlib). Imports for type checkers do not count, nor do
+libraries that ctypes loads.
 
     python -m tests.helpers.rooms       prints the rooms, the arrows between them and the figures
 """

@@ -1,5 +1,5 @@
-"""What test_sanitizers.py runs under them: every function of the C++ library, on tensors that end
-where their memory does.
+"""Run by test_sanitizers.py with sanitizers: every function of the C++ library, on tensors that end
+at the end of their memory.
 
 python sanitized.py LIBRARY [overrun]
 """

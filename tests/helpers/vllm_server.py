@@ -1,10 +1,10 @@
-"""A local HTTP server that speaks what we use of vLLM's API, backed by a tiny real model.
+"""A local HTTP server with the parts of vLLM's API that we use, and a tiny real model.
 
-Routes, fields, errors and failures are those that vLLM 0.32 was seen to have on a CPU: token ids in
-and out, log-probabilities before temperature, top-p and top-k, new weights from a directory. It
-remembers each context's first logits until its prefix cache is reset, so that a client that forgets
-to reset it gets old tokens; its head is a copy of its own, which only `lm_head.weight` changes; its
-engine ends where it cannot read new weights, or would have to split a prompt that has a seed.
+Routes, fields, errors and failures are those of vLLM 0.32 on a CPU: token ids in and out,
+log-probabilities before temperature, top-p and top-k, new weights from a directory. It caches each
+context's first logits until its prefix cache is reset, so a client that does not reset it gets old
+tokens. Its head is a copy, which only `lm_head.weight` changes. Its engine ends if it cannot read
+new weights, or would have to split a prompt with a seed.
 """
 
 import json
