@@ -184,6 +184,23 @@ def additions(model: PreTrainedModel) -> dict[str, Callable[[], torch.Tensor]]:
     }
 
 
+def largest_rank(model: nn.Module) -> int | None:
+    """Of its adapters, where each stands beside a layer as peft's plain LoRA does; else None."""
+    if not is_adapted(model):
+        return None
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    if any(hasattr(layer, "parameter_name") for layer in layers):
+        return None  # experts' adapters have another form in each engine
+    return max(rank for layer in layers for rank in layer.r.values())
+
+
+def save_adapters(model: PreTrainedModel, directory: Path) -> None:
+    """Write the adapters alone, as peft reads them."""
+    model.save_pretrained(str(directory), save_embedding_layers=False)
+
+
 Module = TypeVar("Module", bound=nn.Module)
 
 

@@ -33,6 +33,7 @@ class DistributedSampler:
         self.sampler, self.processes = sampler, processes
         self.inference_copy = inference_copy
         self.engine, self.software = sampler.engine, getattr(sampler, "software", None)
+        self.said = getattr(sampler, "said", None)  # how weights reach another engine
         self._synced: PreTrainedModel | None = None
         self._ahead: RolloutsAhead | None = None
 

@@ -1,7 +1,6 @@
 """Makes the sampler that `rollout.engine` names, and checks that it works on this machine."""
 
 from collections.abc import Callable
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,12 +13,14 @@ from opsd.config.sections import ModelSection, RolloutSection
 from opsd.models.adapter_files import model_files
 from opsd.models.head import head
 from opsd.models.load import load_config
+from opsd.models.lora import largest_rank
 from opsd.rollout.base import Sampler
 from opsd.rollout.continuous import ContinuousSampler
 from opsd.rollout.generate import GenerateSampler
 from opsd.rollout.server import RolloutServer
 from opsd.rollout.sglang_client import SGLangServer
 from opsd.rollout.vllm_client import VLLMServer
+from opsd.rollout.weights_directory import WEIGHTS, weights_directory
 
 SAMPLERS = {"generate": GenerateSampler, "continuous": ContinuousSampler}
 """The engines that sample with the model's own module."""
@@ -28,8 +29,6 @@ DIALECTS: dict[str, type[RolloutServer]] = {
     dialect.engine: dialect for dialect in (VLLMServer, SGLangServer)
 }
 """The clients of the engines that are servers."""
-
-WEIGHTS = "weights-for-vllm"  # in the directory of a run or an evaluation
 
 
 def check_engine(engine: str, field: str = "rollout.engine") -> None:
@@ -97,7 +96,8 @@ def evaluation_server(
     path, vocabulary = Path(model), config.get_text_config().vocab_size
     if server.loads:
         server.check_model(config, model)
-        if server.copies_head and getattr(config, "tie_word_embeddings", False):
+        tied = server.copies_head and getattr(config, "tie_word_embeddings", False)
+        if tied or model_files(ModelSection(path=model)).adapters:
             weights = load()  # `sync_weights` adds what the model's files lack
             place = directory.absolute() / WEIGHTS
             sampler = ServerSampler(server, stops, place, weights.dtype, vocabulary)
@@ -129,8 +129,10 @@ def make_sampler(
     if server is not None:
         from opsd.rollout.vllm_server import ServerSampler
 
-        weights, vocabulary = _weights_directory(section, run.absolute()), len(head(decoder)[0])
-        return ServerSampler(server, stops, weights, dtype, vocabulary)
+        needed = sum(weight.numel() for weight in decoder.parameters()) * dtype.itemsize
+        weights = weights_directory(section, run.absolute(), needed)
+        adapts = 0 < (largest_rank(decoder) or 0) <= server.adapter_rank
+        return ServerSampler(server, stops, weights, dtype, len(head(decoder)[0]), adapts)
     from opsd.rollout.vllm_colocated import ColocatedSampler
 
     return ColocatedSampler(
@@ -144,10 +146,3 @@ def make_sampler(
         revision=student.revision,
         trust_remote_code=student.trust_remote_code,
     )
-
-
-def _weights_directory(section: RolloutSection, run: Path) -> Path:
-    """The directory in which this run alone writes weights for its server."""
-    if section.weights_dir is None:
-        return run / WEIGHTS
-    return Path(section.weights_dir) / f"opsd-{sha256(str(run).encode()).hexdigest()[:12]}"

@@ -69,6 +69,8 @@ class RolloutServer(ABC):
     window: int | None  # tokens of the longest sequence
     software: str  # its release, dtype and device, as far as it tells them
     loads = True  # it can load new weights
+    adapter_rank = 0  # the largest rank of adapters that it can load; 0: it loads none
+    adapts = False  # rollouts use the adapters that it has loaded
     copies_head = False  # it needs a tied head under its own name, too
 
     def __init__(
@@ -100,6 +102,15 @@ class RolloutServer(ABC):
     @abstractmethod
     def load(self, weights: str | Path) -> None:
         """Load the weights in the directory (or hub model) `weights`."""
+
+    def load_adapters(self, directory: Path) -> None:
+        """Load the adapters in `directory`; the weights stay."""
+        raise self._error("takes no adapters")
+
+    @property
+    def restarted(self) -> bool:
+        """Whether the server may have restarted since `load`."""
+        return True
 
     @abstractmethod
     def check_restart(self) -> None:

@@ -50,12 +50,19 @@ class SchedulerSettings(ServerAnswer):
     max_num_batched_tokens: Annotated[int, Field(gt=0)] | None = None
 
 
+class AdapterSettings(ServerAnswer):
+    """Its settings for adapters."""
+
+    max_lora_rank: Annotated[int, Field(gt=0)] = 16
+
+
 class Settings(ServerAnswer):
     """The fields of the server's own configuration that we read."""
 
     model: ModelSettings = Field(ModelSettings(), alias="model_config")
     device_config: DeviceSettings = DeviceSettings()
     scheduler_config: SchedulerSettings = SchedulerSettings()
+    lora_config: AdapterSettings | None = None
     instance_id: Name | None = None  # changes when the server is restarted
 
     @property
@@ -63,10 +70,17 @@ class Settings(ServerAnswer):
         return self.device_config.device == "cpu"
 
 
+class Environment(ServerAnswer):
+    """The environment variables of the server that we read."""
+
+    adapters: bool = Field(False, alias="VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+
+
 class ServerInfo(ServerAnswer):
     """The answer of /server_info."""
 
     vllm_config: Settings | None = None
+    vllm_env: Environment = Environment()
 
 
 class Version(ServerAnswer):

@@ -1,8 +1,8 @@
 """The client of a vLLM server; see `opsd.rollout.server`.
 
-It uses the documented routes /v1/models, /version and /v1/completions and, with
-VLLM_SERVER_DEV_MODE=1, /server_info, /collective_rpc and /reset_prefix_cache. New weights are
-loaded by `reload_weights` with `weights_path` (vLLM's docs/training/layerwise.md).
+It uses the documented routes /v1/models, /version and /v1/completions, those that load adapters
+and, with VLLM_SERVER_DEV_MODE=1, /server_info, /collective_rpc and /reset_prefix_cache. New weights
+are loaded by `reload_weights` with `weights_path` (vLLM's docs/training/layerwise.md).
 """
 
 import re
@@ -21,6 +21,7 @@ from opsd.rollout.server import (
     QUICK,
     RolloutServer,
     ServerRestartedError,
+    Unread,
 )
 from opsd.rollout.vllm_answers import (
     Completions,
@@ -32,6 +33,8 @@ from opsd.rollout.vllm_answers import (
     Version,
 )
 
+ADAPTER = "opsd"
+"""The server's name for the adapters that train."""
 SHAPE = re.compile(r"embed_tokens\): \w+\(.*?embedding_dim=(\d+), org_vocab_size=(\d+)")
 """Finds a model's width and vocabulary in the answer of get_model_inspection."""
 
@@ -52,10 +55,13 @@ class VLLMServer(RolloutServer):
         self.model = models[0].id
         self.root = models[0].root or self.model
         self.window = models[0].max_model_len
+        info = self._info()
         # None if it is not in development mode: then its weights cannot have changed.
-        self.settings = self._settings_now()
+        self.settings = info.vllm_config
         self.loads = self.settings is not None
         self.copies_head = self.settings is not None and self.settings.on_cpu
+        if self.settings and self.settings.lora_config and info.vllm_env.adapters:
+            self.adapter_rank = self.settings.lora_config.max_lora_rank
 
     @cached_property
     def software(self) -> str:  # type: ignore[override]
@@ -106,8 +112,9 @@ class VLLMServer(RolloutServer):
         vocabulary: int | None = None,
     ) -> Rollout:
         """See `RolloutServer.complete`."""
+        model = ADAPTER if self.adapts else self.model
         asked = {
-            "model": self.model,
+            "model": model,
             "prompt": list(context),
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -120,11 +127,20 @@ class VLLMServer(RolloutServer):
             **NEUTRAL,
         }
         longest = LONGEST + LONGEST_TOKEN * (sampling.max_new_tokens + len(context))
+        lost = Completions.model_construct() if self.adapts else None
         answer = self.ask(
-            "/v1/completions", Completions, asked, stop=stop, check=_complete, longest=longest
+            "/v1/completions",
+            Completions,
+            asked,
+            stop=stop,
+            check=_complete,
+            longest=longest,
+            missing=lost,
         )
-        if answer.model != self.model:
-            raise self._error(f"answers by the model {answer.model!r}, asked for {self.model!r}")
+        if answer is lost:
+            raise self._restarted()
+        if answer.model != model:
+            raise self._error(f"answers by the model {answer.model!r}, asked for {model!r}")
         choice = answer.choices[0]
         ids = choice.token_ids
         if not ids:
@@ -157,25 +173,51 @@ class VLLMServer(RolloutServer):
                 f"{error}. It has not loaded {str(weights)!r}, and must be started anew: look "
                 "whether it sees that path (rollout.weights_dir), and serves the same model"
             ) from None
-        # The cache has the old weights' states. It cannot be reset while requests run.
+        self._forget_prefixes()
+
+    def load_adapters(self, directory: Path) -> None:
+        """See `RolloutServer.load_adapters`."""
+        # Unload first: vLLM reads adapters that were loaded in place again at each batch.
+        name = {"lora_name": ADAPTER}
+        self.ask("/v1/unload_lora_adapter", Unread, name, missing=Unread())
+        given = name | {"lora_path": str(directory)}
+        try:
+            self.ask("/v1/load_lora_adapter", Unread, given, passing=PASSING - {500})
+        except ServerAnswerError as error:
+            if "has already been loaded" not in str(error):  # the first answer was lost
+                raise ServerAnswerError(
+                    f"{error}. Without --enable-lora it is given all weights instead"
+                ) from None
+        self._forget_prefixes()
+
+    def _forget_prefixes(self) -> None:
+        """The cache has the old weights' states. It cannot be reset while requests run."""
         self.ask("/reset_prefix_cache", Reset, {}, timeout=QUICK, check=_reset, empty=Reset())
+
+    @property
+    def restarted(self) -> bool:
+        """See `RolloutServer.restarted`."""
+        return self._instance is None or self._instance_now() != self._instance
 
     def check_restart(self) -> None:
         """See `RolloutServer.check_restart`."""
-        if self._instance is not None and self._instance_now() != self._instance:
-            raise ServerRestartedError(
-                f"{self.field} is {self.address!r}: the server was started anew in the middle of a "
-                "step, and had forgotten the weights"
-            )
+        if self._instance is not None and self.restarted:
+            raise self._restarted()
+
+    def _restarted(self) -> ServerRestartedError:
+        return ServerRestartedError(
+            f"{self.field} is {self.address!r}: the server was started anew in the middle of a "
+            "step, and had forgotten the weights"
+        )
 
     def _instance_now(self) -> str | None:
         """vLLM's `instance_id`, which changes when the server is restarted."""
-        settings = self._settings_now()
+        settings = self._info().vllm_config
         return settings.instance_id if settings else None
 
-    def _settings_now(self) -> Settings | None:
+    def _info(self) -> ServerInfo:
         route = "/server_info?config_format=json"
-        return self.ask(route, ServerInfo, timeout=QUICK, missing=ServerInfo()).vllm_config
+        return self.ask(route, ServerInfo, timeout=QUICK, missing=ServerInfo())
 
 
 def _complete(answer: Completions) -> None:

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from opsd.common.saved_directory import readable
 from opsd.models.copies import named_weights
+from opsd.models.lora import save_adapters, without_adapters
 from opsd.rollout.base import Rollout, Sampling, draw_seeds
 from opsd.rollout.server import RolloutServer
 from opsd.rollout.threads import as_done, in_background
@@ -34,34 +36,50 @@ class ServerSampler:
         directory: Path | None = None,
         dtype: torch.dtype = torch.bfloat16,  # of the weights there
         vocabulary: int | None = None,  # the number of the model's logits
+        adapts: bool = False,  # the server loads the base once, then adapters alone
     ):
         self.server, self.stops, self.vocabulary = server, stops, vocabulary
-        self.engine = server.engine
+        self.engine, server.adapts = server.engine, adapts
         self.directory, self.dtype = directory, dtype
         self.versions, self.software = 0, server.software
         self.sync: dict[str, float] = {}
+        what = "Adapters" if adapts else "Weights"
+        self.said = f"{what} go to {server.address} by {directory}" if directory else None
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)  # a killed run may have left files
 
     def sync_weights(self, model: PreTrainedModel) -> None:
         """See `Sampler.sync_weights`: write the weights and have the server load them."""
+        start, adapts = time.monotonic(), self.server.adapts
+        given = 0
+        if not adapts or self.server.restarted:
+            plain = without_adapters(model) if adapts else model
+            given += self._give(partial(self._write_weights, plain), self.server.load)
+        if adapts:
+            given += self._give(partial(save_adapters, model), self.server.load_adapters)
+        self.sync = {"sync_bytes": given, "sync_seconds": time.monotonic() - start}
+
+    def _give(self, write: Callable[[Path], None], load: Callable[[Path], None]) -> int:
+        """Write a directory and have the server load it. Returns its safetensors' bytes."""
         # Use a new directory each time: some releases of vLLM cache what they read from a path
         # (vllm-project/vllm#32718).
         assert self.directory is not None
-        self.versions, start = self.versions + 1, time.monotonic()
-        new = self.directory / str(self.versions)
+        self.versions += 1
+        new = self.directory.absolute() / str(self.versions)
         new.mkdir(parents=True)
         try:
-            # On a CPU vLLM 0.32 has a second copy of a tied head, with a name of its own.
-            named = named_weights(model, self.dtype, head_too=self.server.copies_head)
-            weights = {name: weight.cpu().contiguous() for name, weight in named}
-            save_file(weights, new / "model.safetensors", {"format": "pt"})
+            write(new)
             readable(new)  # the server may run as another user
-            self.server.load(new.absolute())
-            self.sync["sync_bytes"] = sum(weight.nbytes for weight in weights.values())
-            self.sync["sync_seconds"] = time.monotonic() - start
+            load(new)
+            return sum(file.stat().st_size for file in new.glob("*.safetensors"))
         finally:
             shutil.rmtree(self.directory)
+
+    def _write_weights(self, model: PreTrainedModel, directory: Path) -> None:
+        # On a CPU vLLM 0.32 has a second copy of a tied head, with a name of its own.
+        named = named_weights(model, self.dtype, head_too=self.server.copies_head)
+        weights = {name: weight.cpu().contiguous() for name, weight in named}
+        save_file(weights, directory / "model.safetensors", {"format": "pt"})
 
     def sample(
         self,

@@ -287,7 +287,7 @@ class Run:
             self._make_teacher()
             self.sampler = self._make_sampler()
         self.display.note(told_stops(self.tokenizer, self.stops))
-        for line in filter(None, (left_out(self.model), *untrained(self.model))):
+        for line in filter(None, (self.sampler.said, left_out(self.model), *untrained(self.model))):
             self.display.note(line)
         checkpoint_activations(self.model, config.train.gradient_checkpointing)
 

@@ -7,6 +7,7 @@ tokens. Its head is a copy, which only `lm_head.weight` changes. Its engine ends
 new weights, or would have to split a prompt with a seed.
 """
 
+import copy
 import json
 import threading
 import time
@@ -53,6 +54,8 @@ class FakeVLLM:
 
     Attributes that a test may set:
         dev: VLLM_SERVER_DEV_MODE. mode: --logprobs-mode. loads: whether new weights are taken.
+        rank: --max-lora-rank, or 0 without --enable-lora. may_adapt: whether it was started with
+            VLLM_ALLOW_RUNTIME_LORA_UPDATING.
         on_cpu: or on a GPU, where a tied head is tied. budget: --max-num-batched-tokens.
         failures: statuses (or "drop": hang up) that the next completions get instead.
         dies_after: hang up for good after so many completions. delay: seconds before each answer.
@@ -67,6 +70,8 @@ class FakeVLLM:
         self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
         self.dev, self.mode, self.loads, self.delay = True, "raw_logprobs", True, 0.0
         self.on_cpu, self.budget, self.ended = True, 16384, False
+        self.rank, self.may_adapt = 0, False
+        self.adapted: dict[str, torch.nn.Module] = {}
         self._together, self._counting = 0, threading.Lock()
         self.failures: list[int | str] = []
         self.dies_after: int | None = None
@@ -74,7 +79,7 @@ class FakeVLLM:
         self.instance = 0
         self.requests: list[tuple[str, dict | None]] = []
         self.reloads: list[dict[str, torch.Tensor]] = []
-        self._first: dict[tuple[int, ...], torch.Tensor] = {}
+        self._first: dict[tuple, torch.Tensor] = {}
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"fake": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
@@ -109,6 +114,8 @@ class FakeVLLM:
             return 200, {"object": "list", "data": [model]}
         if route == "/v1/completions":
             return self._complete(body)
+        if route.endswith("_lora_adapter") and self.may_adapt:
+            return self._adapt(route, body)
         if not self.dev:
             return 404, {"detail": "Not Found"}
         if route == "/server_info?config_format=json":
@@ -117,8 +124,10 @@ class FakeVLLM:
                     "model_config": {"logprobs_mode": self.mode, "dtype": "torch.float32"},
                     "device_config": {"device": "cpu" if self.on_cpu else "cuda"},
                     "scheduler_config": {"max_num_batched_tokens": self.budget},
+                    "lora_config": {"max_lora_rank": self.rank} if self.rank else None,
                     "instance_id": f"instance-{self.instance}",
-                }
+                },
+                "vllm_env": {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": self.may_adapt},
             }
         if route == "/reset_prefix_cache":
             self._first.clear()
@@ -149,7 +158,26 @@ class FakeVLLM:
         first = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
         self.model.load_state_dict(first.state_dict())
         self._first.clear()
+        self.adapted.clear()
         self.instance += 1
+
+    def _adapt(self, route: str, body: dict) -> tuple[int, object]:
+        from peft import PeftModel
+
+        name, known = body["lora_name"], body["lora_name"] in self.adapted
+        if "unload" in route and not known:
+            said = f"The lora adapter '{name}' cannot be found."
+            return 404, {"error": {"message": said, "type": "NotFoundError", "code": 404}}
+        if "unload" in route:
+            del self.adapted[name]
+            return 200, f"Success: LoRA adapter '{name}' removed successfully."
+        if known:
+            said = f"The lora adapter '{name}' has already been loaded. If you want to load the "
+            said += "adapter in place, set 'load_inplace' to True."
+            return 400, {"error": {"message": said, "type": "InvalidUserInput", "code": 400}}
+        adapted = PeftModel.from_pretrained(copy.deepcopy(self.model), body["lora_path"])
+        self.adapted[name] = adapted.eval()
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
 
     def _reload(self, directory: Path) -> tuple[int, object]:
         files = sorted(directory.glob("*.safetensors"))
@@ -170,7 +198,8 @@ class FakeVLLM:
 
     @torch.no_grad()
     def _complete(self, asked: dict) -> tuple[int, object]:
-        if asked["model"] != "tiny":
+        model = asked["model"]
+        if model not in ("tiny", *self.adapted):
             said = f"The model `{asked['model']}` does not exist. Valid aliases: tiny"
             return 404, {"error": {"message": said}}
         prompt, limit = asked["prompt"], asked["max_tokens"]
@@ -193,7 +222,7 @@ class FakeVLLM:
         assert all(name in asked for name in MUST_BE_GIVEN), asked
         sampling = Sampling(limit, asked["temperature"], asked["top_p"], max(asked["top_k"], 0))
         stops = asked["stop_token_ids"]
-        ids, scores = self._drawn(prompt, sampling, asked["seed"] or 0, stops)
+        ids, scores = self._drawn(prompt, sampling, asked["seed"] or 0, stops, model)
         log_probs = [float(s.log_softmax(-1)[token]) for s, token in zip(scores, ids, strict=True)]
         stopped = ids[-1] in stops
         choice = {
@@ -207,17 +236,22 @@ class FakeVLLM:
         }
         if asked.get("return_token_ids"):
             choice |= {"token_ids": ids, "prompt_token_ids": prompt}
-        return 200, {"object": "text_completion", "model": "tiny", "choices": [choice]}
+        return 200, {"object": "text_completion", "model": model, "choices": [choice]}
 
     def _drawn(
-        self, prompt: list[int], sampling: Sampling, seed: int, stops: list[int]
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        seed: int,
+        stops: list[int],
+        model: str = "tiny",
     ) -> tuple[list[int], list[torch.Tensor]]:
         """Token ids, and the logits that each was drawn from."""
         draw = Draw(replace(sampling, temperature=sampling.temperature or 1.0))
         ids, all_scores, numbers = [], [], torch.Generator().manual_seed(seed)
         with self._lock:
             while len(ids) < sampling.max_new_tokens and not (ids and ids[-1] in stops):
-                scores = self._scores([*prompt, *ids])
+                scores = self._scores(model, [*prompt, *ids])
                 if sampling.temperature:
                     scores_of = draw.warpers(None, scores[None])[0].softmax(-1, dtype=torch.float64)
                     cumulative = scores_of.cumsum(-1)
@@ -229,10 +263,11 @@ class FakeVLLM:
                 all_scores.append(scores)
         return ids, all_scores
 
-    def _scores(self, ids: list[int]) -> torch.Tensor:
-        key = tuple(ids)
+    def _scores(self, name: str, ids: list[int]) -> torch.Tensor:
+        key = (name, *ids)
         if key not in self._first:
-            scores = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            model = self.adapted.get(name, self.model)
+            scores = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
             self._first[key] = scores
         return self._first[key]
 

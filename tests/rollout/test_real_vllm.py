@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.lines import read_lines
 from helpers.real_vllm import PYTHON, RealServer, environment
-from helpers.training_cases import ROWS, make_model, quiet, short_config, write_rows
+from helpers.training_cases import ROWS, RightEvery, make_model, quiet, short_config, write_rows
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
@@ -79,14 +79,15 @@ def check(directory, steps=20):
             assert abs(line["engine_divergence"]) < 1e-4, line
 
 
-def check_served(server, directory):
+def check_served(server, directory, adapts=False):
     """The server's greedy completions are those of the model that was saved, 12 of 12. Two tokens
     that are equally likely to 1e-3 may be either."""
     model, tokenizer = load_model(ModelSection(path=str(directory / "model")))
     stops = stop_ids(model, tokenizer)
     contexts = [tokenizer(f"Q:{row.problem}").input_ids for row in ROWS[:12]]
     sampling = Sampling(24, temperature=0)
-    served = ServerSampler(VLLMServer(server.address), stops).sample(contexts, sampling)
+    client = VLLMServer(server.address)
+    served = ServerSampler(client, stops, adapts=adapts).sample(contexts, sampling)
     own = GenerateSampler(model, stops).sample(contexts, sampling)
     for context, theirs, ours in zip(contexts, served, own, strict=True):
         if theirs.ids != ours.ids:
@@ -100,9 +101,10 @@ def check_served(server, directory):
 
 
 @pytest.mark.parametrize("method", ["opsd", "grpo"])
-def test_training(method, server, files, tmp_path):
+def test_training(method, server, files, tmp_path, monkeypatch):
     """After the last of which the server is given the weights once more, for an evaluation. grpo
-    draws further problems in a step (dynamic sampling)."""
+    draws further problems in a step (dynamic sampling), since every other group is all wrong."""
+    monkeypatch.setattr("opsd.training.run.Grader", lambda strict: RightEvery(4))
     steps = 20 if method == "opsd" else 5
     more = {"train": {"steps": steps}, "method": method}
     if method == "grpo":
@@ -110,12 +112,14 @@ def test_training(method, server, files, tmp_path):
     train(config_of(files, tmp_path / "run", server, **more), quiet())
     check(tmp_path / "run", steps)
     check_served(server, tmp_path / "run")
+    last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["trained_tokens"] and (method == "opsd" or last["informative_groups"] < 1)
 
 
 def test_kills_of_the_server(server, files, tmp_path):
     """At five moments of a run, which begins while the server still starts: each time it stops in
     one line with a checkpoint, and goes on when another server has started in its place."""
-    run, rng = tmp_path / "run", random.Random(0)
+    run, rng, many = tmp_path / "run", random.Random(0), {"train": {"steps": 60}}
     patient = {"rollout": {"server_patience": 600}}  # while the server starts
     for kill in range(5):
         server.kill()
@@ -123,7 +127,7 @@ def test_kills_of_the_server(server, files, tmp_path):
         if kill == 0:  # a run that is told to wait does
             train(config_of(files, tmp_path / "first", server, **merge(patient, SHORT)), quiet())
         server.wait()
-        config = config_of(files, run, server)
+        config = config_of(files, run, server, **many)
         stop = threading.Event()
         after = rng.uniform(0.0, 1.5)
         steps = len(read_lines(run / "metrics.jsonl")) if kill else 0
@@ -138,8 +142,24 @@ def test_kills_of_the_server(server, files, tmp_path):
         assert not (run / "weights-for-vllm").exists()
     server.start().wait()
     train(config, quiet(), resume=True)
-    check(run)
+    check(run, 60)
     check_served(server, run)
+
+
+def test_adapters(server, files, tmp_path):
+    """The server is given the weights once, then adapters alone; and both when it starts anew."""
+    server.kill()
+    takes = RealServer(files[0], server.log, "--enable-lora", "--max-lora-rank", "8")
+    lora, run = {"rank": 8, "alpha": 16}, tmp_path / "run"
+    config = config_of(files, run, takes.start().wait(), model={"lora": lora})
+    try:
+        train(config, quiet())
+        check(run)
+        check_served(takes, run, adapts=True)
+        assert read_lines(run / "metrics.jsonl")[-1]["sync_bytes"] < 200_000
+    finally:
+        takes.kill()
+        server.start().wait()
 
 
 SHORT = {"train": {"steps": 1}, "eval": {"problems": 0}}
@@ -215,8 +235,12 @@ def test_what_the_server_refuses(server, files, wider, tmp_path):
     assert client.software == "vLLM 0.32.0 torch.float32 cpu"
     with pytest.raises(UserError, match="has a window of 256 tokens"):
         client.check_asked(240, Sampling(17))
+    model, tokenizer = load_model(ModelSection(path=str(files[0])))
+    own, greedy = GenerateSampler(model, stop_ids(model, tokenizer)), Sampling(17, temperature=0)
+    contexts = ([token] * 240 for token in range(3, 40))
+    endless = next(each for each in contexts if not own.sample([each], greedy)[0].finished)
     with pytest.raises(UserError, match="cut a rollout at 16 tokens"):  # without a word
-        complete(client, [1] * 240, 17)
+        complete(client, endless, 17, temperature=0)
     with pytest.raises(UserError, match=r"400: temperature must be in \[0, 2\], got 2\.5"):
         complete(client, [1], 4, temperature=2.5)
     with pytest.raises(UserError, match="400: This model's maximum context length is 256 tokens"):

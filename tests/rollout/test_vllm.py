@@ -1,13 +1,19 @@
 """Rollouts by a vLLM server: one that speaks its API, as it is and as it fails."""
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.lines import read_lines
 from helpers.training_cases import (
+    RightEvery,
     changed,
+    load_student,
     quiet,
     short_config,
     short_values,
@@ -15,14 +21,16 @@ from helpers.training_cases import (
 )
 from helpers.vllm_server import FakeVLLM
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.common.http import ServerGoneError
 from opsd.config.load import merge, parse_config
+from opsd.config.sections import RolloutSection
 from opsd.models.load import stop_ids
 from opsd.quickstart import tiny_model as tiny
-from opsd.rollout import Sampling, check_engine
+from opsd.rollout import Sampling, check_engine, weights_directory
 from opsd.rollout.threads import as_done
 from opsd.rollout.vllm_client import VLLMServer
 from opsd.rollout.vllm_server import ServerSampler
@@ -137,7 +145,7 @@ def server_config(files, directory, fake, **sections):
 
 @pytest.mark.parametrize("method", ["opsd", "grpo"])
 def test_training_by_a_server(method, fake, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("opsd.training.run.Grader", lambda strict: AlternatelyRight())
+    monkeypatch.setattr("opsd.training.run.Grader", lambda strict: RightEvery(2))
     config = server_config(
         files, tmp_path / "run", fake, method=method, rollout={"group_size": 2, "top_k": 20}
     )
@@ -150,7 +158,8 @@ def test_training_by_a_server(method, fake, files, tmp_path, monkeypatch):
         # fp32 on both sides: only the order of sums differs.
         assert abs(line["importance_ratio"] - 1) < 1e-4 and abs(line["engine_divergence"]) < 1e-4
         assert line["importance_truncated_fraction"] == 0
-        assert line["sync_bytes"] == sum(w.nbytes for w in fake.reloads[-1].values())
+        given = sum(weight.nbytes for weight in fake.reloads[-1].values())
+        assert given < line["sync_bytes"] < given + 10_000  # safetensors' header
         assert 0 < line["sync_seconds"] < line["rollout_seconds"]
     # Before each sampling: 4 steps, evaluations at 0, 2 and 4.
     assert len(fake.reloads) == 7
@@ -169,19 +178,62 @@ def test_training_by_a_server(method, fake, files, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "weights-for-vllm").exists()
 
 
-class AlternatelyRight:
-    """Stands in for the grader: every other answer is right, so that groups differ."""
+@pytest.mark.parametrize("restarts_at", [None, 4 + 3 + 2], ids=["", "restart"])
+def test_training_of_adapters_gives_the_server_these_alone(restarts_at, fake, files, tmp_path):
+    """And what they stand on once, or where the server has started anew."""
+    fake.rank, fake.may_adapt, fake.restarts_at = 8, True, restarts_at
+    lora = {"lora": {"rank": 8, "alpha": 8}}
+    train(server_config(files, tmp_path / "run", fake, model=lora), quiet())
+    metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
+    saved = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    for line in metrics[2 if restarts_at else 0 :]:
+        assert abs(line["engine_divergence"]) < 1e-4
+        assert 0 < line["sync_bytes"] - sum(w.nbytes for w in saved.values()) < 10_000  # header
+    assert len(fake.reloads) == (2 if restarts_at else 1)
+    first, last = load_file(files[0] / "model.safetensors"), fake.reloads[-1]
+    assert all(torch.equal(last[name], weight) for name, weight in first.items())
+    served = fake.adapted["opsd"].state_dict()
+    for name, weight in saved.items():
+        assert torch.equal(served[name.replace(".weight", ".default.weight")], weight)
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *_):
-        pass
+@pytest.mark.parametrize("rank, may_adapt", [(4, True), (8, False), (0, True)])
+def test_a_server_that_takes_no_such_adapters_is_given_all_weights(
+    rank, may_adapt, fake, files, tmp_path
+):
+    fake.rank, fake.may_adapt = rank, may_adapt
+    lora = {"lora": {"rank": 8, "alpha": 8}}
+    train(server_config(files, tmp_path / "run", fake, model=lora), quiet())
+    assert len(fake.reloads) == 7 and not fake.adapted
+    for line in read_lines(tmp_path / "run" / "metrics.jsonl"):
+        assert abs(line["engine_divergence"]) < 1e-4
 
-    def grade(self, completions, answers):
-        from opsd.grading.grader import Grade
 
-        return [Grade(i % 2 == 0, "", None) for i in range(len(completions))]
+def test_weights_lie_in_memory_where_the_server_surely_sees_it(monkeypatch, tmp_path):
+    """A process of its own that is called as vLLM's server is, and one that is not."""
+    monkeypatch.setattr(weights_directory, "MEMORY", tmp_path / "memory")
+    (tmp_path / "memory").mkdir()
+    listen = "import socket, time; s = socket.create_server(('127.0.0.1', 0)); "
+    listen += "print(s.getsockname()[1], flush=True); time.sleep(60)"
+
+    def where(port: str, needed: int = 1, host: str = "localhost", **more) -> Path:
+        section = RolloutSection(engine="vllm_server", server=f"http://{host}:{port}", **more)
+        return weights_directory.weights_directory(section, tmp_path / "run", needed)
+
+    for called, seen in (("vllm serve", True), ("ssh -L", False)):
+        command = [sys.executable, "-c", listen, *called.split()]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            port = process.stdout.readline().strip()
+            on_disk = tmp_path / "run" / "weights-for-vllm"
+            assert (where(port).parent == tmp_path / "memory") is seen
+            assert seen or where(port) == on_disk
+            assert where(port, needed=10**15) == where(port, host="gpu-7") == on_disk
+            assert where(port, weights_dir="/data").parent == Path("/data")
+            with monkeypatch.context() as patch:  # as in a container of its own
+                patch.setattr(os, "readlink", str)
+                assert where(port) == on_disk
+            process.kill()
+    assert where(port) == on_disk  # nobody listens
 
 
 def test_a_server_with_other_weights_is_found_out(fake, files, tmp_path):
@@ -283,6 +335,23 @@ def test_evaluation_by_a_server(dev, fake, files, tmp_path):
     sampled = ["--samples", "3", "--temperature", "1.2"]
     first = evaluated(files, tmp_path / "a", *server, *sampled)
     assert evaluated(files, tmp_path / "b", *server, *sampled) == first and len(set(first)) > 5
+
+
+def test_evaluation_of_an_adapter_by_a_server(fake, files, tmp_path):
+    """It is given the weights, merged: vLLM ends where it cannot read what it is told to load."""
+    import peft
+
+    torch.manual_seed(0)
+    strong = {"lora_alpha": 400, "init_lora_weights": False}
+    random = peft.LoraConfig(target_modules=["q_proj", "down_proj"], **strong)
+    model = AutoModelForCausalLM.from_pretrained(files[0])
+    peft.get_peft_model(model, random).save_pretrained(tmp_path / "adapter")
+    load_student(files)[1].save_pretrained(tmp_path / "adapter")
+    fake.on_cpu, adapter = False, (tmp_path / "adapter", files[1])
+    server = ["--engine", "vllm_server", "--server", fake.address]
+    own = evaluated(adapter, tmp_path / "own")
+    assert evaluated(adapter, tmp_path / "server", *server) == own
+    assert own != evaluated(files, tmp_path / "base")
 
 
 def test_evaluation_of_what_a_server_does_not_serve(fake, files, tmp_path, capsys):
