@@ -55,8 +55,8 @@ class RewardSection(Section):
     """math: sums left to be worked out (17 + 25 for 42) and answers in another base than the
     reference's earn nothing (docs/evaluate.md)."""
     keep_special_tokens: bool = False
-    """Hand the verifier the whole text with its special tokens; by default it gets what follows the
-    thought, and nothing where a thought was never closed."""
+    """Pass the whole text with its special tokens to the verifier; by default it gets the text
+    after the thought, and nothing if the thought never ends."""
     success_threshold: float = 1.0
     """The verifier's score from which a rollout is right."""
     format: str | None = None
@@ -67,7 +67,7 @@ class RewardSection(Section):
     """Last tokens before rollout.max_new_tokens over which the reward falls by 1 (DAPO's soft
     overlong punishment)."""
     log: bool = False
-    """Grade rollouts for the log (pass@k) where the loss does not need it."""
+    """Grade rollouts for the log (pass@k) even if the loss does not need it."""
 
     @field_validator("format")
     @classmethod
@@ -102,7 +102,7 @@ class GateSection(Section):
 
 
 class LossSection(Section):
-    """What is minimised."""
+    """The loss: divergences, token weights, rewards."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"] = "forward_kl"
     """opsd: D(teacher ‖ student) over the vocabulary; sampled_token: policy gradient with log p_T -
@@ -112,8 +112,8 @@ class LossSection(Section):
     temperature: Positive = 1.0
     """opsd: divides both roles' logits."""
     clip: Literal["none", "entry", "token"] = "none"
-    """opsd: what is bounded: a token's divergence, or the term of each vocabulary entry (the
-    official code's; can invert the gradient)."""
+    """opsd: bound each token's divergence, or the term of each vocabulary entry (as the official
+    code does; it can invert the gradient)."""
     clip_threshold: Positive = 0.05
     """opsd: the clip's bound τ, in nats."""
     importance_bound: Positive | None = 2.0
@@ -125,7 +125,7 @@ class LossSection(Section):
     gates: list[GateSection] = Field([])
     """opsd: more factors of a token's weight, from its entropies and log-probabilities."""
     unsure: NonNegative = 0.0
-    """reverse_kl: add this times the forward KL where the teacher is unsure (EOPD)."""
+    """reverse_kl: add this times the forward KL at tokens where the teacher is unsure (EOPD)."""
     unsure_entropy: Positive = 0.8
     """loss.unsure: the teacher is unsure where its entropy is above this, in nats."""
     control_variate: bool = False

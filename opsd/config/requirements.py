@@ -40,12 +40,12 @@ def teaches_over_rollouts(config: Config) -> bool:
 
 
 def votes(config: Config) -> bool:
-    """Whether rows without a solution are taught by their rollouts' majority."""
+    """Whether the rollouts' majority answer replaces a missing solution."""
     return config.prompts.majority is not None
 
 
 def waits_for_rollouts(config: Config, template: str) -> bool:
-    """Whether a teacher's template is filled in once there are rollouts."""
+    """Whether a teacher's template is rendered after sampling."""
     return over_rollouts(template) or (votes(config) and bool(names(template) & SOLUTION_NAMES))
 
 
@@ -83,7 +83,7 @@ def learns_targets(config: Config) -> bool:
 
 
 def uses_targets(config: Config) -> bool:
-    """Whether each row's prompts.target is learnt, alone or beside rollouts."""
+    """Whether training uses each row's prompts.target, alone or in addition to rollouts."""
     return learns_targets(config) or config.loss.sft_alpha > 0
 
 

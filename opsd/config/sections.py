@@ -102,7 +102,7 @@ class SourceSection(Section):
 
 
 class DataSection(Section):
-    """What it learns from: rows with a problem, a solution and an answer."""
+    """The training data: rows with a problem, a solution and an answer."""
 
     source: str | list[str | SourceSection]
     """A file (JSON lines, JSON, CSV, TSV, parquet; also gzipped), a directory saved by `datasets`,
@@ -124,7 +124,7 @@ class DataSection(Section):
 
 
 class PromptsSection(Section):
-    """What each role is shown. Jinja templates, in a sandbox, over a row's columns."""
+    """The prompts of both roles: Jinja templates, in a sandbox, over a row's columns."""
 
     student: str = STUDENT_TEMPLATE
     """The student's user message; a Jinja template over the row's columns."""
@@ -195,7 +195,7 @@ def _address_or_path(path: str | None) -> str | None:
 
 
 class RouteSection(Section):
-    """A teacher of several. Where it says nothing of its weights, they are `teacher`'s."""
+    """One of several teachers. Without policy and path it has the weights of `teacher`."""
 
     policy: Policy | None = None
     """Its weights, as teacher.policy; none: with a path model."""
@@ -206,7 +206,7 @@ class RouteSection(Section):
 
 
 class MemberSection(RouteSection):
-    """A member of teacher.mix. Where it says nothing of its weights, they are `teacher`'s."""
+    """A member of teacher.mix. Without policy and path it has the weights of `teacher`."""
 
     coefficient: float | list[float] | str = 1.0
     """The exponent of its distribution: a number, [first, last] (linear over `steps`), or the name
@@ -372,7 +372,7 @@ class TrainSection(Section):
     learning_rate: Positive = 5e-6
     """Learning rate after the warm-up, its highest."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes on after the warm-up."""
+    """The course of the learning rate after the warm-up."""
     warmup_steps: Natural = 0
     """Steps of linear warm-up."""
     weight_decay: NonNegative = 0.0
@@ -424,7 +424,7 @@ class EvalSection(Section):
     columns: dict[str, str] | None = None
     """As data.columns, for eval.source."""
     split: str | None = None
-    """As data.split, for eval.source; none: test, where it has splits."""
+    """As data.split, for eval.source; none: test, if it has splits."""
     options: dict[str, Any] | None = None
     """As data.options, for eval.source."""
     problems: Natural = 200

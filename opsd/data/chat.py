@@ -52,7 +52,7 @@ class ChatTemplate:
         # The role's own arguments of the template, such as enable_thinking
         arguments: dict[str, Any] | None = None,
         prefill: str = "",  # text that the role's answer starts with
-        # What the template is told when it asks for today's date; None: today
+        # The date that the template gets as today's; None: today
         date: datetime.date | None = None,
     ):
         if not tokenizer.chat_template:
@@ -298,7 +298,7 @@ class ChatTemplate:
         return [*before, self._message("user", message)]
 
     def _message(self, role: str, text: str) -> Message:
-        """A message; an image stands where its mark is in the text."""
+        """Make a message, with an image for each mark in the text."""
         if not self.in_parts and MARK not in text:
             return {"role": role, "content": text}
         first, *others = text.split(MARK)

@@ -53,7 +53,7 @@ ESCAPED_MESSAGE = MESSAGE + "\\\"'<&>\n\tA"
 
 
 IMAGES = "{{ images }}"
-"""What our own templates begin with where rows have images."""
+"""The beginning of our own templates if rows have images."""
 
 
 class UnreadableRowError(UserError):
@@ -166,7 +166,7 @@ class Prompts:
         return self.all_ids([row], role)[0]
 
     def all_ids(self, rows: Sequence[Row], role: str) -> list[list[int]]:
-        """The ids of one role's context for each row; `ImageIds` where it shows images."""
+        """The ids of one role's context for each row; `ImageIds` if it shows images."""
         seen = [bool(row.images) and role in self.shows for row in rows]
         plain = [row for row, sees in zip(rows, seen, strict=True) if not sees]
         known = (ids.tolist() for ids in self._tokenised(plain, role))

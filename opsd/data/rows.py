@@ -79,8 +79,8 @@ class Row:
 
     @property
     def same_problem(self) -> tuple[str, ...]:
-        """What two rows of one problem have in common: its text, but for white space and case, and
-        its images."""
+        """A key that is equal for rows of the same problem: its images, and its text without
+        differences of white space and case."""
         text = " ".join(self.problem.split()).casefold()
         return text, *(image.digest for image in self.images)
 
@@ -235,7 +235,7 @@ class _Reader:
     section: str
     graded: bool
     table: bool
-    base: Path | None  # where paths of images begin
+    base: Path | None  # the directory that paths of images are relative to
 
     def row(self, record: Any, number: int) -> Row:
         """Make the row of record `number`, from 1. Raises UserError."""

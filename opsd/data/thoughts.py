@@ -67,7 +67,7 @@ def split_thought(text: str) -> tuple[str, str]:
 
 
 def is_tag(text: str) -> bool:
-    """Whether a text is what begins a thought or ends it."""
+    """Whether a text is a tag that begins or ends a thought."""
     return bool(_BEGIN.fullmatch(text) or _END.fullmatch(text))
 
 

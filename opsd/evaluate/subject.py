@@ -38,7 +38,7 @@ class Subject:
         self.precision = "bf16" if cuda else "fp32"
 
     def read_images(self, wanted: bool) -> None:
-        """Make contexts of rows with images, where there are any. Raises UserError."""
+        """Load the model's image processor if `wanted`, for rows with images. Raises UserError."""
         section = ModelSection(path=self.path)
         reader = ImageReader(section, self.config, self.tokenizer, "MODEL") if wanted else None
         self.tokenizer.images = reader

@@ -1,4 +1,4 @@
-"""Sets of numbers by their names: `all positive reals`, `\\mathbb{R}^+`, `x \\neq \\pm 1`."""
+"""Parse named sets of numbers: `all positive reals`, `\\mathbb{R}^+`, `x \\neq \\pm 1`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _NOT = re.compile(r"([A-Za-z])\s*\\neq\s*((?:(?!\\(?:le|ge|in)(?![A-Za-z]))[^<>=
 
 
 def number_set(text: str) -> str | None:
-    """The set of numbers that words or a name mean, as TeX; None for anything else."""
+    """The set of numbers that words or a name denote, in TeX; None for anything else."""
     if not _HINT.search(text):
         return None
     for pattern, to in _SETS:
