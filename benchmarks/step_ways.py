@@ -1,7 +1,7 @@
 """The ways to do one OPSD step's forward and backward that `benchmarks.step` compares.
 
 - shared: `opsd.prefix`, each context once, no padding; on a GPU with each kernel that can run.
-- compiled: the first of these, with torch.compile for the layers' feed-forward and norms; on request.
+- compiled: the first of these, with torch.compile for layers' feed-forward and norms; on request.
 - naive: each rollout with its own copy of the context, in a padded batch, torch's fused attention.
 - grouper: contexts once, with our own minimal version of PrefixGrouper's attention (arXiv
   2506.05433): causal attention of the prefix, and of each rollout over a copy of [prefix ; own],

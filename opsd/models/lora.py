@@ -172,7 +172,7 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def additions(model: PreTrainedModel) -> dict[str, Callable[[], torch.Tensor]]:
-    """For each adapted weight, by its name in the plain model: what computes alpha / rank · B A."""
+    """For each adapted weight, by its name in the plain model: a function for alpha/rank · B A."""
     from peft.tuners.lora import LoraLayer
 
     return {

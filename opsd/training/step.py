@@ -242,8 +242,7 @@ class GradientAccumulator:
             own, cache = self.step.cache_prefixes(own, self.budget)
         self._tell_of_split(own)
         # One autocast for all micro-batches, which casts each weight only once. Backward runs
-        # outside
-        # of it: what is in fp32 there must stay so.
+        # outside of it: what is in fp32 there must stay so.
         with autocast(loss.device, self.dtype):
             for number in range(most):
                 # All processes must exchange weights or gradients equally often, so one with fewer

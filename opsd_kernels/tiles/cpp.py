@@ -38,8 +38,7 @@ def unusable_because() -> str | None:
 @functools.cache
 def _library() -> ctypes.CDLL:
     # The library links no OpenMP runtime (setup.py, `openmp`): it uses torch's, with its threads,
-    # if
-    # torch has made that visible globally. Otherwise load the system's.
+    # if torch has made that visible globally. Otherwise load the system's.
     if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
     library = load_library(LIBRARY, "opsd_interface")

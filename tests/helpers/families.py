@@ -5,8 +5,8 @@
     python docs/generate.py                       # docs/models.md from docs/models.jsonl
 
 Each type is trained by OPSD and GRPO, with and without sharing, and with adapters; it is planned
-and evaluated; and plain transformers loads what was saved. Each runs in its own process, forked from
-one that has imported everything, with a time limit. After a release of transformers remove
+and evaluated; and plain transformers loads what was saved. Each runs in its own process, forked
+from one that has imported everything, with a time limit. After a release of transformers remove
 docs/models.jsonl first.
 """
 
