@@ -283,6 +283,9 @@ def test_answers_to_choose_from_are_shown(choices):
     check(f"{{{{ problem }}}} {{{{ {name} }}}}", records=records, **data)
     records[0] |= {"question": "Which is prime: four, six, seven or nine?"}
     check(records=records, **data)
+    records[0] |= {"question": "Which is prime: four, six or another?"}
+    with pytest.raises(UserError, match=f"leaves the column '{name}' out"):
+        check(records=records, **data)
     records[0] |= {"question": "?", "answer": "free text"}
     check(records=records, **data)
 

@@ -217,6 +217,7 @@ def test_a_system_message_may_stand_beside_the_chat():
          "parts that are no text: image"),
         ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]},
           {"role": "tool", "content": "2"}, ANSWER], "calls tools"),
+        ([USER, {"role": "assistant", "content": None}], "of the assistant without content"),
         ([{"from": "human", "value": "?"}, {"from": "function_call", "value": ""}], "calls tools"),
     ],
 )  # fmt: skip
