@@ -1,6 +1,7 @@
 """The work of a template worker (see `workers`): parse, compile, render. Needs no torch."""
 
 import datetime
+import json
 import pickle
 import random
 import sys
@@ -12,9 +13,12 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, Undefined, meta, nodes
+from jinja2 import StrictUndefined, Template, Undefined, meta
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from opsd.common.skeletons import OPEN, chat_shape
+from opsd.common.symbolic import Trace, skeleton
 
 MOST = 20_000_000  # characters that one rendering may have
 MADE, REFUSED = b"+", b"-"
@@ -46,7 +50,7 @@ def make() -> Callable[[bytes], bytes]:
 
 def answer(job: bytes) -> bytes:
     """Answers a job, a pickle of (function's name, arguments, values), by bytes for `texts_of`."""
-    calls: list[Callable] = [names, linear, prompts, chats]
+    calls: list[Callable] = [names, prompts, chats, skeletons]
     try:
         name, arguments, values = pickle.loads(job)
         texts = list({call.__name__: call for call in calls}[name](*arguments, values))
@@ -76,23 +80,39 @@ def names(text: str, values: Sequence[Any]) -> list[str]:
     return sorted(meta.find_undeclared_variables(_ENVIRONMENT.parse(text)))
 
 
-LINEAR = set("Output TemplateData Name Const If CondExpr Not And Or Concat Compare Operand".split())
-FILTERS = {"default", "trim", "upper", "lower", "capitalize", "string", "length"}
-TESTS = {"defined", "undefined", "none", "string", "number", "boolean", "eq", "ne"}
+def skeletons(name: str, arguments: tuple, values: Sequence) -> Iterator[str]:
+    """What `Skeletons` learns of each value: JSON; "" where chance has a part in it."""
+    text = arguments[0]
+    for value in values:
+        if "random" in text or "lipsum" in text:
+            yield ""
+        elif name == "prompts":
+            trace = Trace([one for one in value.values() if type(one) in OPEN])
+            opened = {k: trace.hole() if type(one) in OPEN else one for k, one in value.items()}
+            yield json.dumps(skeleton(_compiled(text), text, trace, opened))
+        else:
+            _, more, date = arguments
+            yield json.dumps(_skeleton_of_chat(text, more, date, value))
 
 
-def linear(text: str, values: Sequence[Any]) -> list[str]:
-    """Returns the number of nodes of a linear template: its time and its text's length are at worst
-    proportional to the values. Returns [] for others: they call, loop, calculate or assign."""
-
-    def is_linear(node: Any) -> bool:
-        if isinstance(node, nodes.Filter | nodes.Test):
-            given = (node.name != "default" and node.args) or node.dyn_args or node.dyn_kwargs
-            return not given and node.name in (FILTERS if isinstance(node, nodes.Filter) else TESTS)
-        return type(node).__name__ in LINEAR and getattr(node, "op", "eq") in TESTS
-
-    found = list(_ENVIRONMENT.parse(text).find_all(nodes.Node))
-    return [str(len(found))] if all(map(is_linear, found)) else []
+def _skeleton_of_chat(
+    text: str, arguments: dict, date: datetime.date, chat: tuple
+) -> dict[str, Any]:
+    trace = Trace((chat_shape(chat) or ((), []))[1])
+    said = []
+    for message in chat[0]:
+        said.append({key: v for key, v in message.items() if v is not None})
+        content = message.get("content")
+        if type(content) is str:
+            said[-1]["content"] = trace.hole()
+        elif type(content) is list:
+            said[-1]["content"] = [
+                {k: trace.hole() if (k, type(v)) == ("text", str) else v for k, v in part.items()}
+                for part in content
+            ]
+    values = {"tools": None, "documents": None, **arguments}
+    values |= {"messages": said, "add_generation_prompt": chat[1]}
+    return skeleton(_template_of_chats(text, date), text, trace, values)
 
 
 def prompts(text: str, values: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -109,12 +129,18 @@ def chats(text: str, arguments: dict, date: datetime.date, values: Sequence) -> 
     arguments: special tokens, tools, documents and the role's own; date: today for the template.
     """
     of_chats = _of_chats()
-    of_chats._compile_jinja_template(text).globals["strftime_now"] = date.strftime
+    _template_of_chats(text, date)
     for messages, prompt in values:
         _fix_chance(text, messages)
         said = [{key: v for key, v in one.items() if v is not None} for one in messages]
         more = {"chat_template": text, "add_generation_prompt": prompt, **arguments}
         yield of_chats.render_jinja_template([said], **more)[0][0]
+
+
+def _template_of_chats(text: str, date: datetime.date) -> Template:
+    template = _of_chats()._compile_jinja_template(text)
+    template.globals["strftime_now"] = date.strftime
+    return template
 
 
 def _of_chats() -> ModuleType:

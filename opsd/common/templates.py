@@ -3,7 +3,7 @@
 A template may come from a stranger: with a config, with a model, with a run to compare. Jinja's own
 sandbox keeps it away from Python's internals, but does not limit its time and memory. So a worker
 process (`workers`) parses, compiles and renders it, many rows at a time. This process renders only
-the templates that this package ships, and those that a worker found to be linear.
+the templates that this package ships, and joins the pieces of rows alike (`skeletons`).
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ import io
 import pickle
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from itertools import chain
+from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 from opsd.common.errors import UserError
-from opsd.common.template_worker import MADE, MOST, REFUSED, answer, prompts, texts_of
+from opsd.common.skeletons import SHAPES, Skeletons
+from opsd.common.template_worker import MADE, MOST, REFUSED, answer, texts_of
 from opsd.common.workers import Ended, Workers
 
 ROLLOUT_NAMES = frozenset({"rollout", "peers"})
@@ -29,7 +29,7 @@ SOLUTION_NAMES = frozenset({"solution", "answer"})
 
 BATCH_ROWS, MOST_ROWS, BATCH_BYTES = 64, 4096, 1 << 20
 QUICK = 0.05  # seconds: after a faster batch the next one is twice as large
-MOST_NODES = 1000  # of a template that this process may render
+ROUNDS, ASKED = 8, 8  # in which skeletons are asked for, and how many in each
 SECONDS = 1.0  # of processor time for a batch: a hundred times what ordinary templates take
 MEMORY = 150 << 20  # bytes on top of the 43 MB that a worker starts with
 
@@ -37,7 +37,6 @@ Chats = Iterable[tuple[Sequence[Mapping[str, Any]], bool]]
 
 _WORKERS = Workers("opsd.common.template_worker", seconds=SECONDS, memory=MEMORY)
 _SHIPPED: set[str] = set()
-_PLAIN_TYPES = {str, int, float, bool, type(None)}
 _PLAIN = frozenset({"builtins", "collections", "datetime", "decimal", "types", "uuid"})
 
 
@@ -61,9 +60,7 @@ def check_template(field: str, text: str) -> None:
 
 def fill_in(text: str, values: Iterable[Mapping[str, Any]]) -> list[str]:
     """Render the template for each of the values. Raises TemplateFailure."""
-    values = list(values)
-    made = _filled_in_here(text, values)
-    return _answers(text, "prompts", (text,), values) if made is None else made
+    return _answers(text, "prompts", (text,), values)
 
 
 def fill_in_chat(text: str, arguments: dict, date: datetime.date, chats: Chats) -> list[str]:
@@ -86,36 +83,50 @@ def names(text: str) -> frozenset[str]:
         return frozenset()
 
 
-def _filled_in_here(text: str, values: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """Render in this process if the template is linear and the values are plain: then it can take
-    no more than their length. None otherwise, and for an error: a worker then renders it."""
-    shown = list(chain.from_iterable(one.values() for one in values))
-    kinds = {*map(type, shown)}
-    if not shown or kinds - _PLAIN_TYPES or not 0 < (count := _linear(text)) < MOST_NODES:
-        return None
-    texts = shown if kinds == {str} else [value for value in shown if type(value) is str]
-    if count * (max(map(len, texts), default=0) + len(text)) > MOST:
-        return None
-    try:
-        made = list(prompts(text, values))
-        if not all(map(str.isascii, made)):
-            "".join(made).encode()  # raises for half a surrogate pair
-        return made
-    except Exception:
-        return None
-
-
-@cache
-def _linear(text: str) -> int:
-    return int("".join(_answers(text, "linear", (text,), ())) or 0)
-
-
 def _answers(text: str, name: str, arguments: tuple, values: Iterable[Any]) -> list[str]:
+    """The text for each value: put together here where it is like one that was learnt, else made by
+    a worker. What a template makes is learnt once it has made some, if there are more."""
+    values = list(values)
+    if name not in SHAPES or not values:
+        return _made(text, name, arguments, values)
+    known = _known(text, name, _job(*arguments))
+    made: list[Any] = [known.fill(value) for value in values]
+
+    def make(numbers: list[int]) -> None:
+        known.made += len(numbers)
+        texts = _made(text, name, arguments, [values[number] for number in numbers])
+        for number, one in zip(numbers, texts, strict=True):
+            made[number] = one
+
+    for _ in range(ROUNDS):
+        rest = [number for number, one in enumerate(made) if one is None]
+        if not rest or known.made + len(rest) <= BATCH_ROWS:
+            break
+        make(first := rest[:BATCH_ROWS])
+        new = [number for number in first if known.is_new(values[number])]
+        for number in new[:ASKED]:
+            reply = _reply(text, _job("skeletons", (name, arguments), [values[number]]))
+            said = "".join(texts_of(reply)) if reply[:1] == MADE else ""
+            known.learn(values[number], made[number], said)
+        if not new:
+            break
+        for number in rest[BATCH_ROWS:]:
+            made[number] = known.fill(values[number])
+    if rest := [number for number, one in enumerate(made) if one is None]:
+        make(rest)
+    return made
+
+
+@lru_cache(64)
+def _known(text: str, name: str, arguments: bytes) -> Skeletons:
+    return Skeletons(name, MOST)
+
+
+def _made(text: str, name: str, arguments: tuple, values: list) -> list[str]:
     """Send the values to a worker in batches, at least one, and stop at the first that fails.
     Batches grow while they are quick, since each costs two context switches. A large batch that
     fails is tried again in small ones: many ordinary rows may exceed the limits together."""
-    ask = answer if text in _SHIPPED else _ask
-    values, start, rows, most = list(values), 0, BATCH_ROWS, MOST_ROWS
+    start, rows, most = 0, BATCH_ROWS, MOST_ROWS
     made: list[Any] = []
     while start < max(1, len(values)):
         job = _job(name, arguments, values[start : start + rows])
@@ -123,7 +134,7 @@ def _answers(text: str, name: str, arguments: tuple, values: Iterable[Any]) -> l
             rows = most = rows // 2
             continue
         begun = time.monotonic()
-        reply = ask(job)
+        reply = _reply(text, job)
         if reply[:1] == MADE:
             made += texts_of(reply)
             start += rows
@@ -133,6 +144,10 @@ def _answers(text: str, name: str, arguments: tuple, values: Iterable[Any]) -> l
         else:
             raise TemplateFailure(reply[1:].decode())
     return made
+
+
+def _reply(text: str, job: bytes) -> bytes:
+    return answer(job) if text in _SHIPPED else _ask(job)
 
 
 def _job(*parts: Any) -> bytes:

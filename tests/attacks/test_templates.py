@@ -1,5 +1,6 @@
 """Templates that take time or memory, or reach for Python's insides: made up, and all bounded."""
 
+import re
 import time
 
 import pytest
@@ -64,6 +65,25 @@ def short():
         workers.close()
 
 
+SAID = ["", "a", "ab", " 9 ", "'ab'", "é\n", "{{ x }}", "a" * 99, "1.5", "B"]
+
+
+def test_many_rows_are_filled_in_as_one_is(draw, monkeypatch):
+    """What is put together of pieces is what a worker makes of each row alone."""
+    monkeypatch.setattr(templates, "BATCH_ROWS", 4)
+    text = hostile_template(draw).replace("range(60)", "range(3)").replace("10**9", "9")
+    text = re.sub(r"\* 10+\b", "* 3", text) + draw.choice(["{{ x }}", "{{ y ~ x|trim }}", ""])
+    rows = [
+        {"x": draw.choice(SAID) if draw.random() < 0.8 else draw.randrange(3)} for _ in range(24)
+    ]
+    try:
+        made = fill_in(text, rows)
+    except TemplateFailure:
+        return
+    for row, one in zip(rows, made, strict=True):
+        assert templates._made(text, "prompts", (text,), [row]) == [one]
+
+
 def test_a_template_makes_text_or_one_line(draw):
     for _ in range(4):
         text = hostile_template(draw)
@@ -71,7 +91,7 @@ def test_a_template_makes_text_or_one_line(draw):
         names(text)
         try:
             (made,) = fill_in(text, [{"x": 9}])
-            assert templates._answers(text, "prompts", (text,), [{"x": 9}]) == [made]
+            assert templates._made(text, "prompts", (text,), [{"x": 9}]) == [made]
             assert len(made) <= 20_000_000 and "object at 0x" not in made[:1000]
         except TemplateFailure as failure:
             assert len(str(failure)) <= 2000

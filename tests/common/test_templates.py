@@ -3,6 +3,7 @@
 import copy
 import datetime
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.chat_templates import FAMILIES
+from helpers.chat_templates import FAMILIES, WITH_LAST_QUERY
 from helpers.chat_tokenizers import make_tokenizer
 
 from opsd.common import templates
@@ -142,74 +143,143 @@ def test_only_shipped_templates_are_filled_in_here(monkeypatch):
         assert names(text) <= {"problem", "solution"}
         fill_in(text, [{"problem": "p", "solution": "s"}])
     assert seen == []
-    monkeypatch.setattr(templates, "_linear", lambda text: 0)
     assert fill_in("{{ problem }} ", [{"problem": "p"}]) == ["A"]
 
 
-LINEAR = [
+ALIKE = [
     "{{ a }}|{{ b }}\n\n",
     "{% if a %}{{ a|trim|upper }}{% elif not b %}x{% else %}{{ b ~ a }}{% endif %}",
-    "{{ a if b is defined and b != 'x' else a|default('y')|length }}",
-    "{# no #}{% raw %}{{ a }}{% endraw %}{{b}}",
-    "{{ self }}",
-    "{{ nobody }}",
-    "{{ range }}",
-    "{{ a|default }}",
-    "%s {{ a }} {b} \\",
-    "{{ nobody|default(b) }}",
+    "{% for c in [a, b] %}{{ loop.index }}{{ c }}{% if not loop.last %}, {% endif %}{% endfor %}",
+    "{% set t = a|default('x') %}{{ t.strip('p ') }}{{ (t ~ '.') if 's' in t else t + t }}",
+    "{% macro m(t) %}<{{ t }}>{% endmacro %}{{ m(a) ~ m(m(a)) }}",
+    "{% filter trim %}{{ a }}{% endfilter %}",
+    "{% set n = namespace() %}{% for p in a.split('%') %}{% set n.t = p %}{% endfor %}{{ n.t }}",
+    "{{ a.split('%')[0].lstrip() }}{{ a.startswith('p') }}{{ a == 'p' }}{{ a in ['q', 'p'] }}",
+    "{{ a is string }}{{ a is number }}{{ b is defined }}{{ b is string }}{{ a is mapping }}",
+    "{% set c %}{{ a }}{{ b }}{% endset %}{{ c }}{{ 'x' if c else 'y' }}",
+    "{{ a.removeprefix('p')|capitalize }}{{ {'k': a}.k }}{{ [a, 'b'][0] }}",
+    "{{ '%' ~ b|string ~ (b == 2.5) }}{{ a is none }}{{ a|string|trim }}",
+    "{{ self }}{{ range is defined }}{# no #}{% raw %}{{ a }}{% endraw %}",
 ]
-OTHERS = [
-    "{{ a * 9 }}",
-    "{{ a + b }}",
+"""Templates that only show, trim and test texts, and so need a worker for some rows alone."""
+LOOK = [
+    "{{ a|length }}",
+    "{{ a * 2 }}",
+    "{{ a[0] }}",
+    "{{ a|list }}",
+    "{{ a|int }}{{ a|float(5) }}",
+    "{{ {a: 1}[a] }}",
+    "{{ {'p': 1}[a] }}",
+    "{{ 'abc'[a] is defined }}",
+    "{{ a|replace('p', 'q') }}",
+    "{{ '%s' % a }}",
+    "{{ '{}'.format(a) }}",
+    "{{ a ~ b if a < 'q' else 1 }}",
+    "{{ [a] }}",
+    "{{ a|tojson }}",
+    "{{ a.upper is defined }}{{ a.nothing is defined }}",
+    "{{ a|join('-') }}",
+    "{{ [a, 'p']|unique|list }}",
+    "{{ a in 'pq' }}",
+    "{{ (a ~ 'x')|length }}",
+    "{{ b + 1 }}",
+    "{{ b|round }}",
+    "{{ b is number }}",
+    "{{ a.split() }}",
+    "{{ a.split('%', 1) }}",
+    "{{ a is iterable and a is not string }}{{ a|first }}",
+    "{{ a|safe }}{{ a|e }}",
+    "{{ a is lower }}",
+    "{{ [1, 2]|map('string')|join(a) }}",
+    "{{ a is sameas a }}",
+    "{{ a.encode() }}",
+    "{{ a|attr('x') }}",
     "{% for c in a %}{{ c }}{% endfor %}",
-    "{% set a = a ~ a %}{{ a }}",
-    "{{ a.upper() }}",
-    "{{ a['b'] }}",
-    "{{ a|replace('a', b) }}",
-    "{{ a|trim(b) }}",
-    "{{ a|trim(*b) }}",
-    "{{ a|trim(**b) }}",
-    "{{ a|trim(chars=b) }}",
-    "{{ a in b }}",
-    "{{ [a, a] }}",
-    "{{ a|center(99) }}",
-    "{{ a < b }}",
-    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "{% filter upper %}{{ a }}{% endfilter %}",
-    "{% block b %}{% endblock %}",
-    "{{ a is sameas b }}",
+    "{{ ''.join([a]) }}",
+    "{{ a.split(a) }}",
+    "{{ b ~ b // 2 }}",
+    "{% set x = a|upper %}{{ x == 'P' }}{{ x[1:] }}",
+    "{{ a|groupby(0) }}",
+    "{{ (a, b)|max }}",
+    "{{ range(a|length)|list }}",
+    "{{ 'p'.startswith(a) }}",
+    "{{ dict(k=a) }}",
+    "{{ a.isdigit() }}",
+    "{% autoescape true %}{{ a }}{{ a ~ b }}{% endautoescape %}",
+    "{{ [a, b]|sort }}",
+    "{{ b == true }}",
+    "{{ a|default('x', true) }}{{ a.format(1) }}",
+    "{{ [[a]]|sum(start=[]) }}",
+    "{{ a == b }}",
 ]
-VALUES = [
-    {"a": "p", "b": "s"},
-    {"a": "", "b": 2.5},
-    {"a": None, "b": True},
-    {"a": "é\u2028\x00", "b": 10**30},
-    {"a": " x% {0} ", "b": "{{ a }}"},
-    {"a": "\ud800", "b": "s"},
-    {"a": 10**5000, "b": "s"},
-    {"a": ["x"], "b": 1},
-    {"b": "s"},
-    {"a": lambda: 1, "b": "s"},
-    {},
+"""Templates that look into texts: each by another way of Python's or Jinja's."""
+TEXTS = [
+    "p",
+    "",
+    " p ",
+    "q%r%",
+    "é\u2028\x00",
+    " x% {0} ",
+    "{{ a }}",
+    "<b>&",
+    "7",
+    "-1.5",
+    "P",
+    "ß",
+    "\ud800",
+    "x" * 3000,
 ]
+NUMBERS = [1, 0, -0.0, 2.5, 10**30, float("nan"), 10**5000, True, None, "s", ["x"]]
 
 
-def test_linear_templates_are_filled_in_here_and_alike(monkeypatch):
-    assert not any(map(templates._linear, [*OTHERS, *BOMBS.values()]))
-    for text in LINEAR:
-        assert templates._linear(text)
-        for values in [[one] for one in VALUES] + [VALUES[:5]]:
-            wanted = _outcome(lambda: templates._answers(text, "prompts", (text,), values))  # noqa: B023
-            assert _outcome(lambda: fill_in(text, values)) == wanted  # noqa: B023
-    monkeypatch.setattr(templates, "_answers", None)
-    assert fill_in(LINEAR[0], VALUES[:2]) == ["p|s\n", "|2.5\n"]
+def rows_alike(text: str) -> list[dict]:
+    """Each text with each number, those for which the template is an error left out."""
+    rows = [{"a": one, "b": other} for one in TEXTS for other in NUMBERS]
+    return [row for row in rows if type(_outcome(lambda: _worker(text, [row]))) is list]  # noqa: B023
 
 
-def test_a_linear_template_of_much_text_is_for_a_worker():
-    long = {"a": "x" * 50_000}
-    assert templates._filled_in_here("{{ a }}" * 100, [long]) == ["x" * 5_000_000]
-    assert templates._filled_in_here("{{ a }}" * 500, [long]) is None
-    assert templates._filled_in_here("{{ a }}" * 1000, [{"a": "x"}]) is None
+def _worker(text: str, rows: list) -> list[str]:
+    return templates._made(text, "prompts", (text,), rows)
+
+
+@pytest.mark.parametrize("text", ALIKE + LOOK)
+def test_what_is_put_together_here_is_what_a_worker_makes(text, monkeypatch):
+    """Whatever the template does with its texts, and in whatever order the rows come."""
+    monkeypatch.setattr(templates, "BATCH_ROWS", 6)
+    monkeypatch.setattr(templates, "ROUNDS", 99)
+    rows = rows_alike(text)
+    random.Random(text).shuffle(rows)
+    assert fill_in(text, rows) == [_worker(text, [row])[0] for row in rows]
+    for bad in ({"a": "\ud800", "b": "s"}, {"a": "p"}, {}):
+        assert _outcome(lambda: fill_in(text, [bad])) == _outcome(lambda: _worker(text, [bad]))  # noqa: B023
+
+
+def test_a_template_that_looks_into_no_text_needs_a_worker_for_few_rows(monkeypatch):
+    rows = [{"a": f"p{number}", "b": number} for number in range(5000)]
+    asked, made = [], templates._made
+    monkeypatch.setattr(templates, "_made", lambda *given: asked.append(given[3]) or made(*given))
+    for text in ALIKE:
+        fill_in(text, rows)
+    assert sum(map(len, asked)) <= len(ALIKE) * 4 * templates.BATCH_ROWS
+
+
+def test_a_text_that_is_too_long_is_for_a_worker_to_refuse(monkeypatch):
+    text = "{{ a ~ a }}" * 200
+    fill_in(text, [{"a": "p"}] * 99)
+    known = templates._known(text, "prompts", _job(text))
+    assert known.fill({"a": "q"}) == "q" * 400 and known.fill({"a": "q" * 50_000}) is None
+    with pytest.raises(TemplateFailure, match="makes too much"):
+        fill_in(text, [{"a": "q" * 60_000}])
+
+
+def test_a_template_whose_rows_are_never_alike_is_left_to_the_worker(monkeypatch):
+    asked = []
+    reply = templates._reply
+    monkeypatch.setattr(templates, "_reply", lambda *given: asked.append(given) or reply(*given))
+    text = "{{ x }}{{ a }}"
+    rows = [{"x": "b", "a" if n == 0 else f"a{n}": "p", "a": "q"} for n in range(3000)]
+    assert fill_in(text, rows) == ["bq"] * 3000
+    assert len(asked) < 120
 
 
 def _outcome(work):
@@ -281,6 +351,42 @@ def test_chats_are_rendered_as_transformers_does(messages):
         for prompt in (True, False):
             theirs, ours = outcomes(tokenizer, family.template, messages, prompt, family.arguments)
             assert ours == theirs, family.name
+
+
+SAID = ["p", "", " \n", "<t>p</t>", "<t>", "<think>\nA\n</think>\n\nB", "a</think>b</think>"]
+SAID += ["é数", " {{ p }} ", "\n<think>", "1"]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, None])
+def test_many_chats_are_rendered_as_transformers_does(family, monkeypatch):
+    monkeypatch.setattr(templates, "BATCH_ROWS", 8)
+    draw, tokenizer = random.Random(9), make_tokenizer(family or FAMILIES[0])
+    template = family.template if family else WITH_LAST_QUERY
+    arguments = family.arguments if family else {}
+    chats = []
+    while len(chats) < 150:
+        roles = draw.choice(["u", "u", "u", "uau", "sua", "uaua"])
+        names = {"u": "user", "a": "assistant", "s": "system"}
+        chat = [{"role": names[role], "content": draw.choice(SAID)} for role in roles]
+        if draw.random() < 0.2:
+            chat[-1]["reasoning"] = draw.choice([None, "R", "S"])
+        if draw.random() < 0.1 or "part" in template:
+            for one in chat:
+                one["content"] = [{"type": "text", "text": one["content"]}]
+        try:
+            text = tokenizer.apply_chat_template(
+                chat,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **arguments,
+            )
+        except Exception:  # such as one that takes no system message, or no parts
+            continue
+        chats.append((chat, text))
+    ours = {**tokenizer.special_tokens_map, **arguments}
+    made = fill_in_chat(template, ours, datetime.date.today(), [(chat, True) for chat, _ in chats])
+    assert made == [text for _, text in chats]
 
 
 @pytest.mark.parametrize("kind", ODD)

@@ -136,6 +136,21 @@ MISTRAL_DATED = (
     "{{ bos_token + '[SYSTEM_PROMPT]' + own + '[/SYSTEM_PROMPT]' }}{%- for m in rest -%}"
     "{%- if m['role'] == 'user' -%}{{ '[INST]' + m['content'] + '[/INST]' }}{%- else -%}{{ m['content'] + eos_token }}{%- endif -%}{%- endfor -%}"
 )
+WITH_LAST_QUERY = (
+    "{%- if tools %}{{ tools|tojson }}{%- endif %}{%- set ns = namespace(more=true, last=messages|length - 1) %}"
+    "{%- for m in messages[::-1] %}{%- set i = (messages|length - 1) - loop.index0 %}"
+    "{%- if ns.more and m.role == 'user' and m.content is string and not (m.content.startswith('<t>') "
+    "and m.content.endswith('</t>')) %}{%- set ns.more = false %}{%- set ns.last = i %}{%- endif %}{%- endfor %}"
+    "{%- for m in messages %}{%- set content = m.content if m.content is string else '' %}"
+    "{%- if m.role == 'user' or (m.role == 'system' and not loop.first) %}{{- '[' + m.role + ']' + content + ';' }}"
+    "{%- elif m.role == 'assistant' %}{%- set r = '' %}{%- if m.reasoning_content is string %}"
+    "{%- set r = m.reasoning_content %}{%- elif '</think>' in content %}"
+    "{%- set r = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{%- if loop.index0 > ns.last and (loop.last or r) %}{{- '(' + r.strip('\n') + ')' }}{%- endif %}"
+    "{{- '[a]' + content.lstrip('\n') + ';' }}{%- elif m.content %}{{- m.content|trim ~ ';' }}{%- endif %}{%- endfor %}"
+)
+"""As Qwen 3's: which user's turn is the last one depends on the texts, and where a thought ends."""
 EOS_LAST = "{%- if add_generation_prompt -%}{{ §§ }}{%- else -%}{{ eos_token }}{%- endif -%}"
 INST = turns("[INST] § [/INST]", "§\n\n", " §</s>", "", "<s>")
 S2 = ("<unk>", "<s>", "</s>")
