@@ -272,6 +272,7 @@ def test_a_study_runs_no_code(settings, marker, tmp_path, capsys, monkeypatch):
     [
         {"opsd": {"teacher": {"policy": "model", "path": "http://127.0.0.1:9"}}},
         {"opsd.teacher.mix": [{}, {"policy": "model", "path": "http://127.0.0.1:9"}]},
+        {"opsd.teacher.routes": {"a": {}, "b": {"path": "http://127.0.0.1:9"}}},
         {"rollout": {"engine": "vllm_server", "server": "http://127.0.0.1:9"}},
         {"output": {"push_to_hub": "somebody/else"}},
         {"output.report_to": "wandb"},

@@ -23,43 +23,55 @@ def run_flops(path: Path, run: Run) -> tuple[float | None, bool]:
     size is unknown or there are no steps. Evaluations are not counted."""
     weights = multiplying_parameters(path / "model")
     passes = [
-        (role, weights if other is None else multiplying_parameters(Path(other)))
-        for role, other in teacher_passes(run)
+        (role, weights if other is None else multiplying_parameters(Path(other)), share)
+        for role, other, share in teacher_passes(run)
     ]
-    if weights is None or None in [its for _, its in passes] or not run.metrics:
+    if weights is None or None in [its for _, its, _ in passes] or not run.metrics:
         return None, False
     last = run.metrics[-1]
     generated, trained = last.get("generated_tokens") or 0, last.get("trained_tokens") or 0
     asked = (run.config.get("train") or {}).get("problems_per_step") or 0
     problems = (last["step"] or len(run.metrics)) * asked
-    lengths = context_lengths(path, run, ["student", *(role for role, _ in passes)])
+    lengths = context_lengths(path, run, ["student", *(role for role, _, _ in passes)])
     counted = None not in lengths and problems > 0
     student, *shown = [problems * length if counted else 0.0 for length in lengths]
-    flops = 6 * weights * (trained + student)
+    given = sum(line.get("sft_tokens") or 0 for line in run.metrics)  # after a prompt of its own
+    flops = 6 * weights * (trained + student * (2 if given else 1))
     if generated:
         flops += 2 * weights * (generated + student)
-    for (_, its), hints in zip(passes, shown, strict=True):
-        flops += 2 * its * (trained + hints)
+    for (_, its, share), hints in zip(passes, shown, strict=True):
+        flops += 2 * its * share * (trained - given + hints)
     return flops, counted
 
 
-def teacher_passes(run: Run) -> list[tuple[str, str | None]]:
-    """(role, directory) of each forward pass of a teacher, or of grpo's reference, over a step's
-    rollouts: whose context it sees, and where its model is; None for the student's weights."""
+def teacher_passes(run: Run) -> list[tuple[str, str | None, float]]:
+    """(role, directory, share) of each forward pass of a teacher, or of grpo's reference, over a
+    step's rollouts: whose context it sees, where its model is (None for the student's weights), and
+    what share of the tokens it sees."""
     loss, teacher = run.config.get("loss") or {}, run.config.get("teacher") or {}
     if run.method == "grpo":
         roles = ["teacher"] if loss.get("credit") or loss.get("distil") else []
         members = [{"context": role} for role in roles + ["student"] * bool(loss.get("kl"))]
-    elif run.method == "opsd":
-        members = teacher.get("mix") or [{}]
+    elif run.method == "sft":
+        members = []
     else:
-        members = [{"context": "student"}] if run.method == "distill" else []
+        members = teacher.get("mix") or _routes(run, teacher.get("routes") or {}) or [{}]
     found = []
     for member in members:
-        other = (member.get("policy") or teacher.get("policy")) == "model"
+        implied = "model" if member.get("path") else teacher.get("policy")
+        other = (member.get("policy") or implied) == "model"
         path = (member.get("path") or teacher.get("path") or "") if other else None
-        found.append((member.get("context") or "teacher", path))
+        role = "student" if run.method == "distill" else member.get("context") or "teacher"
+        found.append((role, path, member.get("share", 1.0)))
     return found
+
+
+def _routes(run: Run, routes: dict[str, dict]) -> list[dict]:
+    """Each of several teachers with its share of the tokens, the mean over steps."""
+    return [
+        {**own, "share": fmean(line.get(f"teacher_{name}_tokens") or 0 for line in run.metrics)}
+        for name, own in (routes.items() if run.metrics else ())
+    ]
 
 
 def multiplying_parameters(directory: Path) -> int | None:

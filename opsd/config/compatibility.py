@@ -163,7 +163,11 @@ def _mixture(config: Config) -> Iterator[str]:
 
 
 def _routes(config: Config) -> Iterator[str]:
-    teacher, method = config.teacher, config.method
+    teacher, method, source = config.teacher, config.method, config.data.source
+    sources = [] if isinstance(source, str) else [s for s in source if not isinstance(s, str)]
+    for name in (one.teacher for one in sources if one.teacher is not None):
+        if name not in teacher.routes:
+            yield f"teacher.routes: a source (data.source) has the teacher {name!r}"
     if not teacher.routes:
         return
     if method not in DIVERGENCE_METHODS:
@@ -309,6 +313,12 @@ def _policy_gradient(config: Config) -> Iterator[str]:
         yield (
             "loss.kl: with teacher.policy 'live' the reference is the student itself; it may be "
             "'initial', 'ema' or 'model'"
+        )
+    live = config.teacher.policy == "live" or config.teacher.mix
+    if loss.sft_alpha and live and config.train.sharding in ("fsdp2", "zero3"):
+        yield (
+            "loss.sft_alpha: a process whose micro-batch has such texts alone would not run the "
+            f"live teacher, whose weights train.sharding {config.train.sharding!r} splits"
         )
     if loss.epsilon_high is not None and loss.epsilon_high < loss.epsilon:
         yield f"loss.epsilon_high: it must be at least loss.epsilon ({loss.epsilon})"

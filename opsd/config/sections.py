@@ -99,6 +99,8 @@ class SourceSection(Section):
     """As data.limit."""
     options: dict[str, Any] = Field({})
     """As data.options."""
+    teacher: str | None = None
+    """Which of teacher.routes teaches its rows; none: the one that each row names."""
 
 
 class DataSection(Section):

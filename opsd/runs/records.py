@@ -165,6 +165,7 @@ class Part(Schema):
     problems_per_step: Count | None = None
     context: Name | None = None
     mix: Annotated[list[Part], Field(max_length=100)] | None = None
+    routes: Annotated[dict[Name, Part], Field(max_length=100)] | None = None
     distil: Amount | None = None
     credit: Amount | None = None
     kl: Amount | None = None

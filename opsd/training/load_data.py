@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -144,7 +145,7 @@ def _read(
     given: Any = None,
     limit: int | None = None,
 ) -> list[Row]:
-    return load_rows(
+    rows = load_rows(
         source.source if given is None else given,
         **{name: getattr(source, name) for name in ("columns", "split", "options")},
         limit=limit or source.limit,
@@ -155,6 +156,10 @@ def _read(
         skip_incomplete=config.data.incomplete == "skip",
         note=note,
     )
+    if source.teacher is None:
+        return rows
+    named = {config.teacher.column: source.teacher}
+    return [replace(row, columns=row.columns | named) for row in rows]
 
 
 def image_reader(

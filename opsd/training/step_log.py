@@ -46,6 +46,8 @@ class StepLog:
         counters.trained_tokens += totals.trained
         counters.seconds += seconds
         line = {"divergence": None, "student_entropy": None, **totals.means(), **measures}
+        if "sft" in totals.parts:
+            line["sft_tokens"] = totals.parts["sft"].tokens
         if rollouts:
             line["rollout_length"] = length / len(rollouts)
             line["truncated_fraction"] = sum(not r.finished for r in rollouts) / len(rollouts)

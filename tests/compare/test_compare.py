@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 import yaml
+from helpers.lines import read_lines
 from safetensors.numpy import save_file
 
 from opsd.cli.main import main
@@ -250,6 +251,23 @@ def test_each_pass_of_a_teacher_costs(method, sections, passes, tmp_path):
     (run / "config.yaml").write_text(yaml.safe_dump({"method": method, **sections}))
     (found,) = read_runs(run)
     assert found.flops == pytest.approx(200 * (8 + 2 * passes) * WEIGHTS)
+
+
+def test_several_teachers_cost_their_shares_and_given_text_no_teacher(tmp_path):
+    """Of 200 tokens 40 are given; a quarter of the others' are scored by a model of half the size,
+    a half by the student's own weights."""
+    run = write_run(tmp_path / "r", "opsd", straight(200, 0.8))
+    routes = {"a": {"path": str(tmp_path / "half")}, "b": {"policy": "initial"}, "c": {}}
+    config = {"method": "opsd", "teacher": {"routes": routes}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = read_lines(run / "metrics.jsonl")
+    shares = [(0.25, 0.75), (0.25, 0.25), (0.5, 0.5), (0.0, 0.5)]
+    for line, (a, b) in zip(lines, shares, strict=True):
+        line |= {"teacher_a_tokens": a, "teacher_b_tokens": b, "sft_tokens": 10}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_weights(tmp_path / "half", {"w": (WEIGHTS // 2,)})
+    (found,) = read_runs(run)
+    assert found.flops == pytest.approx((200 * 8 + 160 * 2 * (0.25 / 2 + 0.5)) * WEIGHTS)
 
 
 def test_prompts_are_counted_where_they_can_be_made_again(tmp_path):

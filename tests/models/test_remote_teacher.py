@@ -19,6 +19,7 @@ from opsd.common.http import ServerGoneError
 from opsd.config.sections import ModelSection
 from opsd.models.load import load_model
 from opsd.models.remote import KEY, RemoteTeacher
+from opsd.models.teacher import make_members
 from opsd.prefix import state_server
 from opsd.prefix.state_server import StateServer
 from opsd.training.run import train
@@ -85,6 +86,33 @@ def test_the_losses_are_those_of_a_teacher_in_this_process(
             wanted = pytest.approx(value, rel=2e-4, abs=1e-6) if number else value
             assert there[name] == wanted, name
     assert read_lines(tmp_path / "there" / "samples.jsonl")[0]["tokens"]
+
+
+def test_one_of_several_teachers_is_in_another_process(files, other, serving, tmp_path):
+    lines = [json.loads(line) for line in files[1].read_text().splitlines()]
+    named = [{**line, "teacher": "ab"[n % 2]} for n, line in enumerate(lines)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in named))
+    found = []
+    for name, path in (("here", str(other)), ("there", serving.address)):
+        teacher = {"routes": {"a": {"policy": "initial"}, "b": {"path": path}}}
+        config = short_config(files[0], tmp_path / "rows.jsonl", tmp_path / name, teacher=teacher)
+        found.append(read_lines(train(config, quiet()) / "metrics.jsonl"))
+    measured = ("loss", "divergence", "teacher_b_divergence", "teacher_b_tokens")
+    assert any("teacher_b_tokens" in line for line in found[0])
+    for here, there in zip(*found, strict=True):
+        for name in measured:
+            wanted = pytest.approx(here.get(name, 0.0), rel=2e-4, abs=1e-6)
+            assert there.get(name, 0.0) == wanted, name
+
+
+def test_one_of_several_teachers_has_another_vocabulary(files, serving, tmp_path):
+    config = short_config(*files, tmp_path / "run", teacher={"routes": {"b": {"path": "x"}}})
+    config.teacher.routes["b"].path = serving.address
+    model, tokenizer = load_student(files)
+    tokenizer.add_tokens(["another"])
+    arguments = config.teacher, config.model, torch.float32, model, tokenizer, model
+    with pytest.raises(UserError, match="has another vocabulary than"):
+        make_members(*arguments)
 
 
 def killed_at(serving, number, monkeypatch):

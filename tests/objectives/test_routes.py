@@ -2,6 +2,7 @@
 dense rendering; what is said of rows without a teacher."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -23,10 +24,13 @@ from transformers import AutoModelForCausalLM
 
 from opsd.common.errors import UserError
 from opsd.config.loss import LossSection
+from opsd.config.sections import SourceSection
+from opsd.data.prompts import Prompts
 from opsd.models.teacher import Member
 from opsd.objectives import GRPO, OPSD, Distill, Problem, Totals
 from opsd.rollout import Rollout
-from opsd.training.load_data import load_data
+from opsd.training.failed_steps import read_failed_step
+from opsd.training.load_data import fitting_data, load_data
 from opsd.training.micro_batches import packed_batches
 from opsd.training.run import train
 
@@ -112,6 +116,19 @@ def test_several_teachers_in_one_micro_batch(divergence, kind, balance, files, w
             assert means[f"teacher_{name}_divergence"] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
+def test_what_is_measured_of_all_tokens_is_measured_of_all_teachers(files):
+    """One teacher's tokens are all clipped, the student's own are not."""
+    model, tokenizer = load_student(files)
+    models = {"math": changed(files, 3), "code": model, "own": model}
+    members = [Member(made, "student", route=n, column="teacher") for n, made in models.items()]
+    section = LossSection(clip="token", clip_threshold=1e-6)
+    objective = OPSD(section, model, mix=members)
+    groups, _ = objective.sample_groups(problems_for(prompts_of(tokenizer)))
+    totals = Totals()
+    objective.loss(model, groups, totals)
+    assert totals.means()["clipped_fraction"] == pytest.approx(11 / 18)
+
+
 def test_a_teacher_without_tokens_takes_no_share(files):
     tokenizer, other = load_student(files)[1], changed(files, 3)
     members = [Member(other, "", route=name, column="teacher") for name in ("math", "code", "own")]
@@ -176,6 +193,52 @@ def test_a_row_without_a_teacher_is_named(names, said, files, tmp_path):
     config = run_of(files, tmp_path, names, teacher={"routes": routes})
     with pytest.raises(UserError, match=said):
         load_data(config)
+
+
+def test_a_teacher_of_another_vocabulary_is_named_before_weights_load(files, tmp_path):
+    model = tmp_path / "other"
+    shutil.copytree(files[0], model)
+    (model / "model.safetensors").unlink()
+    text = (model / "tokenizer.json").read_text()
+    swapped = text.replace('"0": ', '"x": ').replace('"1": ', '"0": ').replace('"x": ', '"1": ')
+    assert swapped != text
+    (model / "tokenizer.json").write_text(swapped)
+    routes = {"a": {"policy": "initial"}, "b": {"path": str(model)}}
+    config = run_of(files, tmp_path, ["a", "b"], teacher={"routes": routes})
+    with pytest.raises(UserError, match=r"teacher.path is '.*other': .* 2 tokens differ"):
+        train(config, quiet())
+
+
+def test_a_text_beside_that_does_not_fit_is_named(files, tmp_path):
+    tokenizer = load_student(files)[1]
+    prompts = {"teacher": "{{ problem }} {{ answer }}"}
+    config = run_of(files, tmp_path, "a", prompts=prompts, loss={"sft_alpha": 0.1})
+    shown = Prompts(config.prompts, tokenizer)
+    long = replace(ROWS[2], solution="1" * 90)
+    fitting_data(config, ROWS[:4], [], shown, 100, quiet())
+    with pytest.raises(UserError, match=r"row 3 needs .* tokens with its answer, .* window is 100"):
+        fitting_data(config, [*ROWS[:2], long, ROWS[3]], [], shown, 100, quiet())
+
+
+def test_a_failed_steps_group_has_a_teacher_of_its_config(files, tmp_path):
+    config = run_of(files, tmp_path, "a", teacher={"routes": {"a": {}}})
+    sample = {"rollout": [4], "weight": 1.0}
+    group = {"student": [1], "teachers": [[1]], "samples": [sample], "route": "b"}
+    failed = {"config": config.model_dump(), "step": 1, "weights": {}, "average": None}
+    torch.save({**failed, "groups": [group]}, tmp_path / "failed-step-1.pt")
+    with pytest.raises(UserError, match=r"groups.0.route is 'b'"):
+        read_failed_step(tmp_path / "failed-step-1.pt")
+    torch.save({**failed, "groups": [{**group, "route": "a"}]}, tmp_path / "failed-step-2.pt")
+    assert read_failed_step(tmp_path / "failed-step-2.pt").groups[0].route == "a"
+
+
+def test_a_source_may_name_the_teacher_of_its_rows(files, tmp_path):
+    routes = {"routes": {"a": {}, "b": {}}}
+    config = run_of(files, tmp_path, ["a", "b"], teacher=routes, eval={"problems": 0})
+    named = {"source": config.data.source, "limit": 6}
+    config.data.source = [SourceSection(**named), SourceSection(**named, teacher="b")]
+    names = [row.columns["teacher"] for row in load_data(config)[0]]
+    assert names == ["a", "b"] * 3 + ["b"] * 6
 
 
 def test_a_teacher_without_rows_is_told(files, tmp_path):
