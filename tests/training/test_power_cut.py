@@ -96,8 +96,8 @@ def recorded(files, tmp_path_factory):
     root = tmp_path_factory.mktemp("disk") / "run"
     disk, write = Disk(root), Checkpoints.write
 
-    def promising(self, state):
-        write(self, state)
+    def promising(self, state, ahead):
+        write(self, state, ahead)
         disk.promised = state.global_step
 
     with pytest.MonkeyPatch.context() as patch:
