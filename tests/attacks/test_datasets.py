@@ -303,7 +303,8 @@ def test_a_small_file_is_not_unpacked_without_end(draw, tmp_path, monkeypatch):
     bomb(draw, path)
     assert path.stat().st_size < 1 << 18
     rows = iter(read_file(path, "data"))
-    with Clock(), pytest.raises(UserError, match=r"it unpacks to more|take too much"):
+    # Its first lines may be no rows, which is told before the rest is unpacked.
+    with Clock(), pytest.raises(UserError, match=r"it unpacks to more|take too much|line 1 of"):
         for _ in zip(rows, range(1 << 23), strict=False):
             pass
 
