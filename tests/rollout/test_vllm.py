@@ -190,6 +190,8 @@ def test_training_of_adapters_gives_the_server_these_alone(restarts_at, fake, fi
         assert abs(line["engine_divergence"]) < 1e-4
         assert 0 < line["sync_bytes"] - sum(w.nbytes for w in saved.values()) < 10_000  # header
     assert len(fake.reloads) == (2 if restarts_at else 1)
+    resets = [route for route, _ in fake.requests if route == "/reset_prefix_cache"]
+    assert len(resets) == (2 + 8 if restarts_at else 1 + 7)  # after each loading of either
     first, last = load_file(files[0] / "model.safetensors"), fake.reloads[-1]
     assert all(torch.equal(last[name], weight) for name, weight in first.items())
     served = fake.adapted["opsd"].state_dict()
