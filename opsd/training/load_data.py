@@ -1,11 +1,11 @@
 """Reads a run's training and held-out rows: no problem is in both, and all fit the window."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
-
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
@@ -29,7 +29,11 @@ from opsd.data.prompts import Prompts
 from opsd.data.rows import Row, load_rows, mixture, split_rows
 from opsd.data.sources import is_remote
 from opsd.grading.references import check_references
-from opsd.models.images import ImageReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from opsd.models.images import ImageReader
 
 
 def load_data(
@@ -166,7 +170,11 @@ def image_reader(
     config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> ImageReader | None:
     """The model's reader of images; None for a run without images. Raises UserError."""
-    return ImageReader(config.model, model, tokenizer) if shows_images(config) else None
+    if not shows_images(config):
+        return None
+    from opsd.models.images import ImageReader  # rows are read without transformers
+
+    return ImageReader(config.model, model, tokenizer)
 
 
 def fitting_data(
