@@ -283,11 +283,19 @@ def test_without_deterministic_inference_there_are_no_seeds(sglang, student, con
     assert all("sampling_seed" not in body["sampling_params"] for body in sglang.completions())
 
 
+def test_its_window_may_not_be_filled(sglang, student, contexts, tmp_path):
+    engine, context = sampler(sglang, student, tmp_path), contexts[0]
+    engine.sample([context], Sampling(127 - len(context)))
+    with pytest.raises(UserError, match="a window of 127 tokens"):
+        engine.sample([context], Sampling(128 - len(context)))
+
+
 def test_every_answer_names_its_weights(sglang, student, contexts, tmp_path):
     """A server that somebody else gives weights to is found out by the answer itself."""
     engine = sampler(sglang, student, tmp_path)
     engine.sync_weights(student[0])
     engine.sample(contexts, Sampling(4))
+    assert "/flush_cache" in [route for route, _ in sglang.requests]
     sglang.version = "somebody-elses"
     with pytest.raises(ServerRestartedError, match="or given other weights"):
         engine.server.complete(contexts[0], Sampling(4), 0, stop_ids(*student))

@@ -18,7 +18,9 @@ from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.common.http import ServerGoneError
 from opsd.config.load import merge, save_config
-from opsd.rollout import DistributedSampler, Rollout, RolloutsAhead
+from opsd.rollout import DistributedSampler, Rollout, RolloutsAhead, Sampling
+from opsd.rollout.vllm_client import VLLMServer
+from opsd.rollout.vllm_server import ServerSampler
 from opsd.runs.log import FILES
 from opsd.training.checkpoints import Checkpoints, read_tensors
 from opsd.training.collect_rollouts import RolloutCollector
@@ -69,6 +71,12 @@ def straight(files, tmp_path_factory):
     train(config_of(files, directory, fake), quiet())
     fake.stop()
     return directory
+
+
+def slow_down(fake, seconds):
+    """It takes so long over each rollout, and over nothing else."""
+    drawn = fake._drawn
+    fake._drawn = lambda *what: (time.sleep(seconds()), drawn(*what))[-1]
 
 
 def ages(directory):
@@ -124,10 +132,12 @@ def test_the_next_step_is_asked_for_before_this_one_trains(fake, files, tmp_path
     fake._reload = lambda directory: (loads.append(fake._together), load(directory))[-1]
     train(config_of(files, tmp_path / "run", fake, eval={"problems": 0}), quiet())
     assert seen == [12, 18, 24, 30, 30]
-    fake.delay = 0.05  # so that an evaluation finds them under way
-    config = config_of(files, tmp_path / "slow", fake, eval={"every": 1})
+    slow_down(fake, lambda: 0.5)  # so that an evaluation finds them under way
+    monkeypatch.undo()
+    config = config_of(files, tmp_path / "slow", fake, eval={"every": 1}, train={"steps": 3})
+    fake._reload = lambda directory: (loads.append(fake._together), load(directory))[-1]
     train(config, quiet())
-    assert {*loads} == {0} and ages(tmp_path / "slow") == [0, 1, 1, 1, 1]
+    assert {*loads} == {0} and ages(tmp_path / "slow") == [0, 1, 1]
 
 
 WHERE = {
@@ -296,6 +306,17 @@ def test_a_run_that_ends_early_asks_for_no_more(fake, files, tmp_path):
     asked = len(fake.completions())
     time.sleep(0.3)
     assert asked == len(fake.completions())
+
+
+def test_what_nobody_wants_any_more_is_not_asked_for(fake, tmp_path):
+    slow_down(fake, lambda: 0.5)
+    server = ServerSampler(VLLMServer(fake.address, patience=0.4), frozenset({1}), tmp_path / "w")
+    sampling = Sampling(2, batch_size=1)
+    future = server.begin([[2, 3]] * 9, sampling)
+    time.sleep(0.7)
+    future.cancel()
+    time.sleep(1.5)
+    assert 1 <= len(fake.completions()) < 6
 
 
 @pytest.mark.parametrize(
