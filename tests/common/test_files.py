@@ -191,6 +191,7 @@ ALLOWED = {
     ("training/trainer.py", "save_checkpoint"): "our own, of a new directory",
     ("data/images.py", "save"): "into memory",
     ("models/images.py", "save_pretrained"): "into a new directory",
+    ("models/lora.py", "save_pretrained"): "into a directory made for this set of weights",
     ("models/moving_average.py", "save_file"): "into a checkpoint's new directory",
     ("quickstart/tiny_model.py", "save_pretrained"): "into a new directory",
     ("rollout/vllm_server.py", "save_file"): "into a directory made for this set of weights",

@@ -87,10 +87,13 @@ def test_answers_that_only_their_own_text_equals_are_told(tmp_path):
 
 def test_answers_that_are_places_among_choices_are_refused(tmp_path):
     """MMLU's answer is 0 to 3."""
-    record = {"problem": "p?", "solution": "s", "answer": 2, "choices": ["four", "six", "seven"]}
     values = {**GRPO, "eval": {"problems": 0}}
-    for choices, place in ((["four", "six", "seven"], True), (["1", "2", "3"], False), ([], False)):
-        row = ROWS[0].__class__("p?", "s", "2", {**record, "choices": choices})
+    words = ["four", "six", "seven"]
+    for answer, choices, place in (
+        ("2", words, True), ("2", ["1", "2", "3"], False), ("2", [], False), ("0", [], False)
+    ):  # fmt: skip
+        record = {"problem": "p?", "solution": "s", "answer": int(answer), "choices": choices}
+        row = ROWS[0].__class__("p?", "s", answer, record)
         data = {"data": {"source": str(write_rows(tmp_path / "rows.jsonl", [row]))}}
         config = parse_config(merge(GOOD, {**data, **values}))
         if not place:
