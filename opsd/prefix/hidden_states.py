@@ -153,9 +153,11 @@ def rollout_hidden_states(
     """The states of one model. `share`: run each prefix once, if the model can."""
     if isinstance(model, RemoteTeacher):
         return model.states([plain_groups(groups)])[0]
+    if not share:
+        return separate_hidden_states(model, groups)
     images = contexts_with_images(groups)
     alone = unpackable(model) if any(images) else _alone_because(model)
-    if not share or alone is not None:
+    if alone is not None:
         return separate_hidden_states(model, groups)
     checked, given = _checked(model, plain_groups(groups)), [prefix for prefix, _ in groups]
     if unpackable(model) is not None:

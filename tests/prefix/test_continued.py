@@ -93,3 +93,13 @@ def test_a_long_prefix_of_a_packed_stream_runs_in_chunks(model_type, monkeypatch
         found = rollout_hidden_states(model, groups)
         assert widths[:-1] == [8, 2, 8, 8, 8, 5]  # of 11 and 30 tokens, all but the last
         assert (found - alone(model, groups)).abs().max() < 2e-5
+
+
+def test_without_sharing_no_model_is_tried(monkeypatch):
+    """A trial runs the model: under fake tensors, as in a plan, it has crashed the process."""
+    model, groups = tiny_model("qwen3_5_text").eval(), make_groups()
+    tried = "opsd.prefix.hidden_states._alone_because"
+    monkeypatch.setattr(tried, lambda model: pytest.fail("tried"))
+    with torch.no_grad():
+        found = rollout_hidden_states(model, groups, share=False)
+        assert torch.allclose(found, alone(model, groups), atol=2e-5)
