@@ -22,7 +22,8 @@ def check_references(rows: Sequence[Row], field: str, note: Callable[[str], None
     """
     for number, row in enumerate(rows, start=1):
         name, choices = given_choices(row.columns)
-        if choices and row.answer.isdecimal() and int(row.answer) <= len(choices):
+        places = range(len(choices) + 1) if choices else ()
+        if row.answer in map(str, places):
             if not any(re.search(rf"(?<!\d){row.answer}(?!\d)", one) for one in choices):
                 raise UserError(
                     f"{field}: {row.answer} in row {number} is a place among its {name}, not what "

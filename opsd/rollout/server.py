@@ -62,6 +62,7 @@ class RolloutServer(ABC):
     name: ClassVar[str]
     key: ClassVar[str]  # the environment variable with the server's key
     window_flag: ClassVar[str]  # the server's option for the longest sequence
+    cut_flag: ClassVar[str] = ""  # its other options that let no rollout be cut
     hint: ClassVar[str]  # advice if a route is missing
 
     model: str  # the name that it serves
@@ -170,7 +171,7 @@ class RolloutServer(ABC):
         if reason == "length" and len(ids) < sampling.max_new_tokens:
             raise self._error(
                 f"cut a rollout at {len(ids)} tokens, asked for {sampling.max_new_tokens}: start "
-                f"it with a larger {self.window_flag}"
+                f"it with a larger {self.window_flag}{self.cut_flag}"
             )
         if rollout.finished != (reason == "stop") or not stops.isdisjoint(ids[:-1]):
             raise self._error(
@@ -241,6 +242,12 @@ class RolloutServer(ABC):
         except ValidationError as error:
             problem = problem_said(error.errors()[0])
             raise self._error(f"answers {route} as no {self.name} does: {problem}") from None
+
+    def _restarted(self) -> ServerRestartedError:
+        return ServerRestartedError(
+            f"{self.field} is {self.address!r}: the server was started anew in the middle of a "
+            "step, or given other weights"
+        )
 
     def _error(self, what: str) -> ServerAnswerError:
         return ServerAnswerError(f"{self.field} is {self.address!r}: the server {what}")

@@ -21,7 +21,6 @@ from opsd.rollout.server import (
     QUICK,
     RolloutServer,
     Said,
-    ServerRestartedError,
     Unread,
 )
 from opsd.rollout.sglang_answers import Generated, ModelInfo, ServerInfo, Updated
@@ -170,12 +169,6 @@ class SGLangServer(RolloutServer):
         """See `RolloutServer.check_restart`."""
         if self._version is not None and self._model_info().weight_version != self._version:
             raise self._restarted()
-
-    def _restarted(self) -> ServerRestartedError:
-        return ServerRestartedError(
-            f"{self.field} is {self.address!r}: the server was started anew in the middle of a "
-            "step, or given other weights"
-        )
 
     def _model_info(self) -> ModelInfo:
         return self._newer("/model_info", "/get_model_info", ModelInfo)

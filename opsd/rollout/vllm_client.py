@@ -20,7 +20,6 @@ from opsd.rollout.server import (
     LONGEST_TOKEN,
     QUICK,
     RolloutServer,
-    ServerRestartedError,
     Unread,
 )
 from opsd.rollout.vllm_answers import (
@@ -43,7 +42,7 @@ class VLLMServer(RolloutServer):
     """A vLLM server; see `RolloutServer`."""
 
     engine, name, key = "vllm_server", "vLLM", "VLLM_API_KEY"
-    window_flag = "--max-model-len"
+    window_flag, cut_flag = "--max-model-len", ", and with --generation-config vllm"
     hint = "start it with VLLM_SERVER_DEV_MODE=1, see docs/vllm.md"
 
     def __init__(self, address: str, **how):
@@ -203,12 +202,6 @@ class VLLMServer(RolloutServer):
         """See `RolloutServer.check_restart`."""
         if self._instance is not None and self.restarted:
             raise self._restarted()
-
-    def _restarted(self) -> ServerRestartedError:
-        return ServerRestartedError(
-            f"{self.field} is {self.address!r}: the server was started anew in the middle of a "
-            "step, and had forgotten the weights"
-        )
 
     def _instance_now(self) -> str | None:
         """vLLM's `instance_id`, which changes when the server is restarted."""

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from opsd.common.errors import UserError
 from opsd.common.saved_directory import readable
 from opsd.models.copies import named_weights
 from opsd.models.lora import save_adapters, without_adapters
@@ -66,8 +67,16 @@ class ServerSampler:
         assert self.directory is not None
         self.versions += 1
         new = self.directory.absolute() / str(self.versions)
-        new.mkdir(parents=True)
         try:
+            # It must be new: in /dev/shm another user might have put a link or directory there.
+            self.directory.mkdir(parents=True)
+        except FileExistsError:
+            raise UserError(
+                f"{str(self.directory)!r} was not made by this run, which would leave its weights "
+                "there: remove it, or set rollout.weights_dir"
+            ) from None
+        try:
+            new.mkdir()
             write(new)
             readable(new)  # the server may run as another user
             load(new)

@@ -90,10 +90,10 @@ def test_answers_that_are_places_among_choices_are_refused(tmp_path):
     values = {**GRPO, "eval": {"problems": 0}}
     words = ["four", "six", "seven"]
     for answer, choices, place in (
-        ("2", words, True), ("2", ["1", "2", "3"], False), ("2", [], False), ("0", [], False)
+        (2, words, True), (2, ["1", "2", "3"], False), (2, [], False), (0, [], False),
     ):  # fmt: skip
-        record = {"problem": "p?", "solution": "s", "answer": int(answer), "choices": choices}
-        row = ROWS[0].__class__("p?", "s", answer, record)
+        record = {"problem": "p?", "solution": "s", "answer": answer, "choices": choices}
+        row = ROWS[0].__class__("p?", "s", str(answer), record)
         data = {"data": {"source": str(write_rows(tmp_path / "rows.jsonl", [row]))}}
         config = parse_config(merge(GOOD, {**data, **values}))
         if not place:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,12 +26,12 @@ from transformers import AutoModelForCausalLM
 
 from opsd.cli.main import main
 from opsd.common.errors import UserError
-from opsd.common.http import ServerGoneError
+from opsd.common.http import ServerAnswerError, ServerGoneError
 from opsd.config.load import merge, parse_config
 from opsd.config.sections import RolloutSection
 from opsd.models.load import stop_ids
 from opsd.quickstart import tiny_model as tiny
-from opsd.rollout import Sampling, check_engine, weights_directory
+from opsd.rollout import Rollout, Sampling, check_engine, weights_directory
 from opsd.rollout.threads import as_done
 from opsd.rollout.vllm_client import VLLMServer
 from opsd.rollout.vllm_server import ServerSampler
@@ -209,6 +210,27 @@ def test_a_server_that_takes_no_such_adapters_is_given_all_weights(
     assert len(fake.reloads) == 7 and not fake.adapted
     for line in read_lines(tmp_path / "run" / "metrics.jsonl"):
         assert abs(line["engine_divergence"]) < 1e-4
+
+
+def test_weights_are_written_to_no_place_that_somebody_else_made(tmp_path):
+    """In a directory that is everybody's, such as /dev/shm: a link, or a directory."""
+    (tmp_path / "elsewhere").mkdir()
+    server = SimpleNamespace(engine="vllm_server", address="a", software="s", adapts=False)
+    for made in ("symlink_to", "mkdir"):
+        place = tmp_path / made
+        sampler = ServerSampler(server, frozenset(), place)
+        getattr(place, made)(*[tmp_path / "elsewhere"] * (made == "symlink_to"))
+        with pytest.raises(UserError, match=f"{made}' was not made by this run"):
+            sampler._give(lambda new: (new / "weights").touch(), lambda new: None)
+    assert not [*(tmp_path / "elsewhere").iterdir()] and not [*(tmp_path / "mkdir").iterdir()]
+
+
+def test_a_rollout_that_vllm_cut_tells_both_of_its_options():
+    server = object.__new__(VLLMServer)
+    server.address, server.field = "http://a", "rollout.server"
+    cut = Rollout([1], False, [-1.0])
+    with pytest.raises(ServerAnswerError, match="--max-model-len, and with --generation-config v"):
+        server._checked(cut, "length", Sampling(4), frozenset(), None)
 
 
 def test_weights_lie_in_memory_where_the_server_surely_sees_it(monkeypatch, tmp_path):
