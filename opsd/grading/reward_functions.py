@@ -1,29 +1,40 @@
-"""Use reward functions that Python code passes, of either of two kinds.
+"""Use reward functions that users write, of either of two kinds.
 
 A function of TRL's kind is called once for all completions, with the keywords `prompts`,
 `completions` and each column of the rows, as lists; it returns a number for each, or None for a row
-that it does not judge. One of our kind, as in loss.reward.verifier, is called with a completion and
-its row, and returns a number, or a number and a feedback. Scores of several functions are added.
+that it does not judge. One of our kind is called with a completion and its row, and returns a
+number, or a number and a feedback. Either may be async. Scores of several functions are added.
 """
 
+import asyncio
 import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import isfinite
+from textwrap import shorten
 from typing import Any
 
 from opsd.common.errors import UserError, in_short
 from opsd.data.rows import Row
-from opsd.grading.rewards import Verifier, by_row
+
+Verifier = Callable[[Sequence[str], Sequence[Row]], list[tuple[float, str]]]
+"""(completions, rows) → (score, feedback) of each completion; feedback is "" if there is none."""
 
 THEIRS = {"prompts", "completions", "completion_ids"}
 """A function with one of these parameters, or with `**kwargs`, is of TRL's kind."""
+
+ABSENT = {"completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+"""What TRL passes too, and we do not."""
+
+VERLS = {"data_source", "solution_str", "ground_truth", "solution_strs", "ground_truths"}
+"""Parameters of verl's functions, which would take a row for the answer."""
 
 
 def verifier_of(functions: Sequence[Callable[..., Any]]) -> tuple[Verifier, str]:
     """Combine functions into a verifier; returns it with its name. Raises UserError for what is no
     function, and later if one raises or returns something invalid."""
-    verifiers = [_verifier(function) for function in functions]
+    verifiers = [of_either_kind(f"reward_funcs: {_name(each)}", each) for each in functions]
 
     def verify(completions: Sequence[str], rows: Sequence[Row]) -> list[tuple[float, str]]:
         each = [verifier(completions, rows) for verifier in verifiers]
@@ -36,23 +47,84 @@ def verifier_of(functions: Sequence[Callable[..., Any]]) -> tuple[Verifier, str]
 
 
 def _name(function: Callable[..., Any]) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))
+    function = function.func if isinstance(function, partial) else function
+    name = type(function).__name__ if callable(function) else repr(function)
+    return str(getattr(function, "__name__", name))
 
 
-def _verifier(function: Callable[..., Any]) -> Verifier:
-    if not callable(function):
+def of_either_kind(name: str, function: Callable[..., Any]) -> Verifier:
+    """Make a verifier from a function of either kind. name: the function's, for messages.
+
+    Raises UserError if it is no function, or has parameters that it would not be given.
+    """
+    if not callable(function) or hasattr(function, "forward"):
         raise UserError(
-            f"reward_funcs has {function!r}: it must be a function; a file's goes by "
+            f"{name}: it must be a function; a file's goes by "
             "loss.reward.verifier, and a model that judges may be called by a function of yours"
         )
-    parameters = inspect.signature(function).parameters
-    keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if keywords or THEIRS & parameters.keys():
-        return partial(_by_lists, function, None if keywords else set(parameters))
-    return by_row(f"reward_funcs: {_name(function)}", function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C have none
+        return by_row(name, function)
+    parameters = dict(signature.parameters)
+    keywords = [n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD]
+    if (theirs := VERLS & parameters.keys()) and not THEIRS & parameters.keys():
+        raise UserError(
+            f"{name} has the parameter {min(theirs)!r}, as verl's functions have: write a "
+            "function(completion, row) that calls it with row['answer']"
+        )
+    if not (keywords or THEIRS & parameters.keys()):
+        try:
+            signature.bind("", {})
+        except TypeError:
+            raise UserError(
+                f"{name} has the parameters ({', '.join(parameters)}): it is called with a "
+                "completion and its row, or as TRL's functions with `completions` and columns"
+            ) from None
+        return by_row(name, function)
+    needed = {n for n, p in parameters.items() if p.default is p.empty}
+    if absent := ABSENT & needed:
+        raise UserError(
+            f"{name} needs {min(absent)!r}, which is not passed to reward functions here"
+        )
+    return partial(_by_lists, name, function, None if keywords else set(parameters))
+
+
+def by_row(name: str, function: Callable[[str, dict[str, Any]], Any]) -> Verifier:
+    """Make a verifier from a function(completion, row). name: the function's, for messages.
+
+    row: a dictionary of the row's columns with problem, solution and answer. The verifier raises
+    UserError if the function raises or returns something invalid.
+    """
+
+    def verify(completions: Sequence[str], rows: Sequence[Row]) -> list[tuple[float, str]]:
+        places = [
+            f"{name}, on the problem {shorten(row.problem, 60, placeholder='…')!r}," for row in rows
+        ]
+        results = [
+            _called(where, function, completion, {**row.columns, **row.texts})
+            for where, completion, row in zip(places, completions, rows, strict=True)
+        ]
+        return [_score(*each) for each in zip(places, _awaited(places, results), strict=True)]
+
+    return verify
+
+
+def _score(where: str, result: Any) -> tuple[float, str]:
+    score, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
+    number = _number(score)
+    if number is None or not isfinite(number):
+        raise UserError(
+            f"{where} returned {result!r}: it must return a finite number, or such a number and "
+            "a text"
+        )
+    if not isinstance(feedback, str):
+        raise UserError(f"{where} returned {result!r}: its feedback must be a text")
+    return number, feedback
 
 
 def _by_lists(
+    name: str,
     function: Callable[..., Any],
     wanted: set[str] | None,
     completions: Sequence[str],
@@ -71,14 +143,50 @@ def _by_lists(
         [{"role": "assistant", "content": text}] if chat else text
         for text, chat in zip(completions, chats, strict=True)
     ]
+    passed = {k: v for k, v in given.items() if wanted is None or k in wanted}
+    (result,) = _awaited([name], [_called(name, function, **passed)])
     try:
-        scores = function(**{k: v for k, v in given.items() if wanted is None or k in wanted})
-        scores = [0.0 if score is None else float(score) for score in scores]
-    except Exception as error:  # the user's function can raise anything
-        raise UserError(f"reward_funcs: {_name(function)} raised {in_short(error)}") from error
-    if len(scores) != len(rows) or not all(map(isfinite, scores)):
+        scores = [0.0 if score is None else _number(score) for score in result]
+    except TypeError:  # no list
+        scores = []
+    if len(scores) != len(rows) or not all(s is not None and isfinite(s) for s in scores):
         raise UserError(
-            f"reward_funcs: {_name(function)} returned {scores!r:.200}: it must return a finite "
-            f"number for each of {len(rows)} completions, or None"
+            f"{name} returned {result!r:.200}: it must return a finite number for each of "
+            f"{len(rows)} completions, or None"
         )
     return [(score, "") for score in scores]
+
+
+def _called(where: str, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    try:
+        return function(*given, **named)
+    except Exception as error:  # the user's function can raise anything
+        raise UserError(f"{where} raised {in_short(error)}") from error
+
+
+def _awaited(places: Sequence[str], results: Sequence[Any]) -> list[Any]:
+    """The results, with those of async functions awaited, all of them together."""
+    if not any(map(inspect.isawaitable, results)):
+        return list(results)
+
+    async def one(where: str, result: Any) -> Any:
+        try:
+            return await result if inspect.isawaitable(result) else result
+        except Exception as error:
+            raise UserError(f"{where} raised {in_short(error)}") from error
+
+    async def all_of_them() -> list[Any]:
+        return await asyncio.gather(*map(one, places, results))
+
+    with ThreadPoolExecutor(1) as thread:  # in a notebook, this thread has a loop that runs
+        return thread.submit(asyncio.run, all_of_them()).result()
+
+
+def _number(value: Any) -> float | None:
+    """A number as a float, also numpy's and torch's; None if it is none."""
+    if isinstance(value, str | bytes):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from opsd.common.errors import UserError, in_short
@@ -29,16 +27,13 @@ from opsd.data.thoughts import final_part
 from opsd.grading.completions import completions
 from opsd.grading.grader import Grader
 from opsd.grading.majority import Majority, majority
+from opsd.grading.reward_functions import Verifier, of_either_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from opsd.config.config import Config
     from opsd.rollout import Rollout
-
-
-Verifier = Callable[[Sequence[str], Sequence[Row]], list[tuple[float, str]]]
-"""(completions, rows) → (score, feedback) of each completion; feedback is "" if there is none."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +130,8 @@ def check_code(section: LossSection, verifier: bool, run: bool = True) -> None:
             check_function(gate.gate, "loss.gates", run)
     if verifier and section.reward.verifier != "math":
         check_function(section.reward.verifier, "loss.reward.verifier", run)
+        if run:
+            own_verifier(section.reward.verifier)
 
 
 def check_function(name: str, field: str, run: bool = True) -> None:
@@ -164,20 +161,9 @@ def make_verifier(section: RewardSection, grader: Grader) -> Verifier:
 
 
 def own_verifier(name: str) -> Verifier:
-    """Load the user's `FILE.py:FUNCTION`: function(completion, row) → score, or (score, feedback).
-
-    row: a dictionary of the row's columns with problem, solution and answer. Raises UserError if
-    the function cannot be loaded, and later if it raises or returns something else.
-    """
-    return by_row(f"loss.reward.verifier {name!r}", own_function(name))
-
-
-def by_row(name: str, function: Callable[[str, dict[str, Any]], Any]) -> Verifier:
-    """Make a verifier from a function(completion, row). name: the function's, for messages."""
-    return lambda completions, rows: [
-        _score(name, function, completion, row)
-        for completion, row in zip(completions, rows, strict=True)
-    ]
+    """Load the user's `FILE.py:FUNCTION`, of either kind (`reward_functions.py`). Raises UserError
+    if it cannot be loaded, and later if it raises or returns something invalid."""
+    return of_either_kind(f"loss.reward.verifier {name!r}", own_function(name))
 
 
 def _place(name: str, field: str = "loss.reward.verifier") -> tuple[str, Path, str]:
@@ -206,21 +192,3 @@ def own_function(name: str, field: str = "loss.reward.verifier") -> Callable[...
     if not callable(found):
         raise UserError(f"{where}: {path} has no function {function!r}")
     return found
-
-
-def _score(name: str, function: Callable, completion: str, row: Row) -> tuple[float, str]:
-    problem = shorten(row.problem, 60, placeholder="…")
-    where = f"{name}, on the problem {problem!r}"
-    try:
-        result = function(completion, {**row.columns, **row.texts})
-    except Exception as error:  # the user's function can raise anything
-        raise UserError(f"{where}, raised {in_short(error)}") from error
-    score, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
-    if not isinstance(score, int | float) or not math.isfinite(score):
-        raise UserError(
-            f"{where}, returned {result!r}: it must return a finite number, or such a number and "
-            "a text"
-        )
-    if not isinstance(feedback, str):
-        raise UserError(f"{where}, returned {result!r}: its feedback must be a text")
-    return float(score), feedback

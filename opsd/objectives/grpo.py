@@ -191,14 +191,26 @@ def everywhere(
     return values.new_zeros(tokens).index_copy_(0, places, values)
 
 
+ROUNDING = 1e-6
+"""The largest difference of equal rewards, relative to them: a few units of fp32's last place."""
+
+
+def alike(rewards: Sequence[float]) -> bool:
+    """Whether a group's rewards are equal but for rounding, such as .1 + .2 and .3."""
+    return max(rewards) - min(rewards) <= ROUNDING * max(map(abs, rewards))
+
+
 def group_advantages(rewards: Sequence[float], scale: bool) -> list[float]:
     """r - mean of a group's rewards, ÷ their standard deviation if `scale`; 0 if all are equal."""
-    if min(rewards) == max(rewards):
+    if alike(rewards):
         return [0.0] * len(rewards)
     mean = sum(rewards) / len(rewards)
     centred = [reward - mean for reward in rewards]
-    deviation = (sum(c * c for c in centred) / len(centred)) ** 0.5
-    return [c / deviation for c in centred] if scale else centred
+    if not scale:
+        return centred
+    largest = max(map(abs, centred))  # so that no square is 0 or infinite
+    deviation = (sum((c / largest) ** 2 for c in centred) / len(centred)) ** 0.5
+    return [c / largest / deviation for c in centred]
 
 
 def credit_share(section: LossSection, step: int) -> float:

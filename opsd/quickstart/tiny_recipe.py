@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from opsd.common.display import Display
-from opsd.grading.rewards import by_row
+from opsd.grading.reward_functions import by_row
 from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.recipe import Base, Recipe, repeated
 from opsd.quickstart.settings import Asked, settings

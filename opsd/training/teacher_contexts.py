@@ -14,6 +14,7 @@ from opsd.data.rows import Row
 from opsd.grading.majority import WHY
 from opsd.grading.rewards import RewardFunction
 from opsd.objectives import Problem
+from opsd.objectives.grpo import alike
 
 
 def graded(
@@ -38,8 +39,7 @@ def graded(
 
 def informative(problem: Problem) -> bool:
     """Whether the problem's rewards differ. If not, all its advantages are 0."""
-    rewards = [outcome.reward for outcome in problem.outcomes]
-    return min(rewards) != max(rewards)
+    return not alike([outcome.reward for outcome in problem.outcomes])
 
 
 def outcome_measures(problems: Sequence[Problem]) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """The losses of opsd, sft and grpo, against their formulas written down with full logits."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from helpers.training_cases import ROWS, graded, logits, prompts_of
@@ -145,3 +147,30 @@ def test_group_advantages():
     assert group_advantages([2.0, 2.0], True) == [0.0, 0.0]
     assert group_advantages([1.0, 0.0, 0.0, 1.0], True) == [1, -1, -1, 1]
     assert group_advantages([3.0, 1.0], False) == [1.0, -1.0]
+
+
+EQUAL = [
+    [0.1 + 0.2, 0.3],
+    [sum([0.1] * 10), 1.0],
+    [1e8, 1e8 + 1e-7],
+    [-0.1 - 0.2, -0.3],
+    [0.0, -0.0],
+]
+EQUAL += [[float(np.float32(0.1) * 3), 0.3], [1.0, 1.0 + 2**-23, 1.0 - 2**-24]]
+DIFFERENT = [[0, 0, 0, 1], [0, 1e-9], [1e-320, 0], [1e200, -1e200], [0.1, 0.1001], [1, 2, 4, 8.5]]
+
+
+@pytest.mark.parametrize("rewards", EQUAL)
+def test_rewards_that_differ_by_rounding_teach_nothing(rewards):
+    """Their standard deviation is rounding too: divided by it, they would be ±1."""
+    for scale in (True, False):
+        assert group_advantages(rewards, scale) == [0.0] * len(rewards)
+
+
+@pytest.mark.parametrize("rewards", DIFFERENT)
+def test_advantages_are_standard_scores_whatever_their_size(rewards):
+    exact = [Fraction(reward) for reward in rewards]
+    mean = sum(exact) / len(exact)
+    variance = sum((r - mean) ** 2 for r in exact) / len(exact)
+    wanted = [math.copysign(math.sqrt((r - mean) ** 2 / variance), r - mean) for r in exact]
+    assert group_advantages(rewards, True) == pytest.approx(wanted, rel=1e-9)

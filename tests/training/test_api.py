@@ -252,7 +252,7 @@ def test_the_hub_gets_what_train_left(files, tmp_path, monkeypatch):
             {},
             "opsd grades no rollouts, unless",
         ),
-        ({"reward_funcs": ["m"]}, {}, "reward_funcs has 'm': it must be a function"),
+        ({"reward_funcs": ["m"]}, {}, "reward_funcs: 'm': it must be a function"),
         (
             {"reward_funcs": share_of_digits},
             {"verifier": "mine.py:f", "method": "grpo", "group_size": 2},

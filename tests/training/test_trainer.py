@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd.grading.grader import Grade
-from opsd.grading.rewards import by_row
+from opsd.grading.reward_functions import by_row
 from opsd.models.load import load_model
 from opsd.objectives import OPSD, Sample, SampleGroup, samples_of
 from opsd.runs.directory import claim_directory
