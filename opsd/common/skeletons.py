@@ -19,6 +19,9 @@ FIXED = {str, int, bool, type(None)}  # no floats: 0.0 and -0.0 are equal
 LONGEST = 1000  # characters of what a template tests for or trims away
 GROWTH = 3  # times the length that a text may have in upper case
 MOST_LEARNT = 200  # values; a template whose values are never alike is left to the worker
+MOST_SECONDS = 1.0  # for learning of a template; what it learns slowly is left to the worker too
+MOST_KEPT = 1 << 22  # characters in the pieces of all that was learnt
+MOST_WORK = 1 << 21  # characters that are passed over for a value
 DIGITS = 5000  # more than Python writes of a number
 
 Shape = tuple
@@ -113,18 +116,20 @@ class Skeletons:
         self._shape = SHAPES[name]
         self.most = most
         self.made = 0  # texts by the worker so far
-        self._learnt = 0
+        self.seconds = 0.0  # that learning has taken
+        self._learnt = self._kept = 0
         self._known: dict[Any, Any] = {}  # a shape → a fork, pieces, or "unlike"
 
     def fill(self, value: Any) -> str | None:
         """The template's text for this value, if it is like one that was learnt."""
-        if self._known and (found := self._shape(value)):
+        if self._kept and (found := self._shape(value)):
             return self._put_together(self._follow(*found), found[1])
         return None
 
     def is_new(self, value: Any) -> bool:
-        """Whether nothing was learnt of values like this one."""
-        found = self._shape(value) if self._learnt < MOST_LEARNT else None
+        """Whether nothing was learnt of values like this one, and there is time to learn it."""
+        goes_on = self._learnt < MOST_LEARNT and self.seconds < MOST_SECONDS
+        found = self._shape(value) if goes_on else None
         return found is not None and self._follow(*found) is None
 
     def learn(self, value: Any, text: str, reply: str) -> None:
@@ -136,7 +141,9 @@ class Skeletons:
         leaf: Any = "unlike"
         if said["pieces"]:
             leaf = _Pieces(said["pieces"])
-            leaf = leaf if self._put_together(leaf, holes) == text else "unlike"
+            is_same = self._put_together(leaf, holes) == text
+            self._kept += leaf.kept if is_same else 0
+            leaf = leaf if is_same and self._kept <= MOST_KEPT else "unlike"
         place, key = self._known, shape
         for piece, name, argument, outcome in said["tests"]:
             fork = place.setdefault(key, _Fork(piece, TESTS[name], argument, {}))
@@ -146,8 +153,11 @@ class Skeletons:
         place.setdefault(key, leaf)
 
     def _follow(self, shape: Shape, holes: list) -> Any:
-        node = self._known.get(shape)
+        node, longest, work = self._known.get(shape), _longest(holes), 0
         while type(node) is _Fork:
+            work += longest * (1 + len(node.piece[1]))
+            if work > MOST_WORK:
+                return "unlike"
             try:
                 node = node.after.get(node.test(derived(holes, node.piece), node.argument))
             except ValueError:  # a number of more digits than Python writes
@@ -157,8 +167,9 @@ class Skeletons:
     def _put_together(self, found: Any, holes: list) -> str | None:
         if type(found) is not _Pieces:
             return None
-        longest = max([len(one) for one in holes if type(one) is str], default=0)
-        if found.fixed + found.holes * (GROWTH * longest + DIGITS) > self.most:
+        longest = _longest(holes)
+        most = found.fixed + found.holes * (GROWTH * longest + DIGITS)
+        if most > self.most or found.operations * longest > MOST_WORK:
             return None
         try:
             made = "".join(
@@ -182,9 +193,16 @@ class _Fork:
 
 
 class _Pieces:
-    """The pieces of a text, the characters that are in no hole, and the number of holes."""
+    """The pieces of a text, the characters that are in no hole, the number of holes, and of the
+    operations on them."""
 
     def __init__(self, pieces: list[Piece]) -> None:
         self.pieces = pieces
         self.fixed = sum(len(piece) for piece in pieces if type(piece) is str)
-        self.holes = sum(type(piece) is not str for piece in pieces)
+        holes = [piece for piece in pieces if type(piece) is not str]
+        self.holes, self.operations = len(holes), sum(len(operations) for _, operations in holes)
+        self.kept = len(pieces) + self.fixed
+
+
+def _longest(holes: list) -> int:
+    return max([len(one) for one in holes if type(one) is str], default=0)

@@ -6,7 +6,6 @@ Nothing else may happen: such a text is no `str`, so that no function in C takes
 whatever Python asks of it in passing (its length, hash, index, items, number) ends it too.
 """
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -260,10 +259,15 @@ def skeleton(
     template: Template, text: str, trace: Trace, values: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What `Skeletons` learns of the values, in which the trace's holes stand: tests and pieces.
-    template: the text's, compiled. Raises what the template does; pieces: None, where it looks into
-    a text."""
+    template: the text's, compiled. pieces: None, where it looks into a text, or fails."""
     pieces: Any = None
-    with contextlib.suppress(LookedInto, RecursionError):
+    try:
         made = _compiled(template, text).render(values)
         pieces = made.pieces if isinstance(made, Text) else (made,)
+        if sum(len(piece) for piece in pieces if type(piece) is str) > MOST:
+            pieces = None
+    except MemoryError:
+        raise
+    except (LookedInto, Exception):  # a template's expressions can raise anything
+        pass
     return {"tests": trace.tests, "pieces": pieces}

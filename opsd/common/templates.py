@@ -29,7 +29,7 @@ SOLUTION_NAMES = frozenset({"solution", "answer"})
 
 BATCH_ROWS, MOST_ROWS, BATCH_BYTES = 64, 4096, 1 << 20
 QUICK = 0.05  # seconds: after a faster batch the next one is twice as large
-ROUNDS, ASKED = 8, 8  # in which skeletons are asked for, and how many in each
+ROUNDS, ASKED = 8, 8  # of questions for skeletons, and values in each
 SECONDS = 1.0  # of processor time for a batch: a hundred times what ordinary templates take
 MEMORY = 150 << 20  # bytes on top of the 43 MB that a worker starts with
 
@@ -103,13 +103,16 @@ def _answers(text: str, name: str, arguments: tuple, values: Iterable[Any]) -> l
         if not rest or known.made + len(rest) <= BATCH_ROWS:
             break
         make(first := rest[:BATCH_ROWS])
-        new = [number for number in first if known.is_new(values[number])]
-        for number in new[:ASKED]:
-            reply = _reply(text, _job("skeletons", (name, arguments), [values[number]]))
-            said = "".join(texts_of(reply)) if reply[:1] == MADE else ""
-            known.learn(values[number], made[number], said)
+        new = [number for number in first if known.is_new(values[number])][:ASKED]
         if not new:
             break
+        begun = time.monotonic()
+        job = _job("skeletons", (name, arguments), [values[number] for number in new])
+        reply = _reply(text, job)
+        said = texts_of(reply) if reply[:1] == MADE else [""] * len(new)
+        for number, one in zip(new, said, strict=True):
+            known.learn(values[number], made[number], one)
+        known.seconds += time.monotonic() - begun
         for number in rest[BATCH_ROWS:]:
             made[number] = known.fill(values[number])
     if rest := [number for number, one in enumerate(made) if one is None]:

@@ -3,6 +3,7 @@
 import copy
 import datetime
 import os
+import pickle
 import random
 import resource
 import signal
@@ -15,7 +16,7 @@ import pytest
 from helpers.chat_templates import FAMILIES, WITH_LAST_QUERY
 from helpers.chat_tokenizers import make_tokenizer
 
-from opsd.common import templates
+from opsd.common import skeletons, templates
 from opsd.common.errors import UserError
 from opsd.common.template_worker import answer
 from opsd.common.templates import (
@@ -280,6 +281,64 @@ def test_a_template_whose_rows_are_never_alike_is_left_to_the_worker(monkeypatch
     rows = [{"x": "b", "a" if n == 0 else f"a{n}": "p", "a": "q"} for n in range(3000)]
     assert fill_in(text, rows) == ["bq"] * 3000
     assert len(asked) < 120
+
+
+TRUTH_OF_NOTHING = (
+    "{% set n = namespace(t=x) %}{% for i in range(300) %}{% set n.t = n.t ~ x %}{% endfor %}"
+    "{% set y = n.t %}{% for i in range(3000) %}{% if y %}a{% endif %}{% endfor %}"
+)
+"""Quick for an empty text; a text that nothing can look into is 300 that have to be asked."""
+
+
+@pytest.mark.parametrize("most", [skeletons.MOST_SECONDS, 1e-9])
+def test_learning_what_takes_long_is_given_up(most, short, monkeypatch):
+    """Whether a limit ends it, or it is only slow: for each row it was tried anew."""
+    monkeypatch.setattr(skeletons, "MOST_SECONDS", most)
+    asked, reply = [], templates._reply
+    monkeypatch.setattr(templates, "_reply", lambda *given: asked.append(given) or reply(*given))
+    rows = [{"x": "", f"a{number}": True} for number in range(200)]
+    text = TRUTH_OF_NOTHING if most == 1 else "{{ x }}"
+    assert fill_in(text, rows) == [""] * 200
+    assert sum(b"skeletons" in job for _, job in asked) == 1
+
+
+LOOP_OF_90 = "{% for n in range(90) %}{% set y = x|trim(n|string)" + "|lower|upper" * 9 + " %}"
+WORK = {
+    "tests": LOOP_OF_90 + "{% if y == 'a' %}{% endif %}{% endfor %}",
+    "pieces": LOOP_OF_90 + "{{ y }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_what_is_put_together_here_takes_no_longer_than_a_worker_may(name, short):
+    """After short rows a long one: its text would be passed over thousands of times."""
+    fill_in(WORK[name], [{"x": "\u0390"}] * 100)
+    known = templates._known(WORK[name], "prompts", _job(WORK[name]))
+    begun = time.process_time()
+    assert known.fill({"x": "\u03b1"}) is not None and known.fill({"x": "\u0390" * 50_000}) is None
+    assert time.process_time() - begun < 0.2
+
+
+def test_what_was_learnt_takes_little_memory():
+    tests = "".join(f"{{% if x == '{number}' %}}b{{% endif %}}" for number in range(90))
+    text = "{% set b = 'a' * 300000 %}{{ b ~ x }}" + tests
+    rows = [{"x": str(number % 90)} for number in range(300)]
+    assert fill_in(text, rows) == ["a" * 300000 + row["x"] + "b" for row in rows]
+    known = templates._known(text, "prompts", _job(text))
+    kept = pickle.dumps([one.pieces for one in leaves(known._known)])
+    assert 0 < len(kept) < (1 << 22) + 1000
+    many = "{{ 'a' * 1000000 ~ x }}" * 2
+    reply = answer(_job("skeletons", ("prompts", (many,)), [{"x": "b"}]))
+    assert len(reply) < 1000
+
+
+def leaves(place: dict):
+    """All pieces that were learnt."""
+    for found in place.values():
+        if isinstance(found, skeletons._Fork):
+            yield from leaves(found.after)
+        elif isinstance(found, skeletons._Pieces):
+            yield found
 
 
 def _outcome(work):
