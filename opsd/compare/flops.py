@@ -49,20 +49,18 @@ def teacher_passes(run: Run) -> list[tuple[str, str | None, float]]:
     step's rollouts: whose context it sees, where its model is (None for the student's weights), and
     what share of the tokens it sees."""
     loss, teacher = run.config.get("loss") or {}, run.config.get("teacher") or {}
+    members = teacher.get("mix") or _routes(run, teacher.get("routes") or {}) or [{}]
     if run.method == "grpo":
-        roles = ["teacher"] if loss.get("credit") or loss.get("distil") else []
-        members = [{"context": role} for role in roles + ["student"] * bool(loss.get("kl"))]
+        reference = [{**members[0], "context": "student"}] if loss.get("kl") else []
+        members = (members if loss.get("credit") or loss.get("distil") else []) + reference
     elif run.method == "sft":
         members = []
-    else:
-        members = teacher.get("mix") or _routes(run, teacher.get("routes") or {}) or [{}]
-    found = []
+    own, found = "student" if run.method == "distill" else "teacher", []
     for member in members:
         implied = "model" if member.get("path") else teacher.get("policy")
         other = (member.get("policy") or implied) == "model"
         path = (member.get("path") or teacher.get("path") or "") if other else None
-        role = "student" if run.method == "distill" else member.get("context") or "teacher"
-        found.append((role, path, member.get("share", 1.0)))
+        found.append((member.get("context") or own, path, member.get("share", 1.0)))
     return found
 
 

@@ -20,6 +20,7 @@ from opsd.config.requirements import (
     is_graded,
     needs_grades,
     shows_images,
+    teacher_roles,
     teaches_over_rollouts,
     teaching_templates,
     uses_teacher_prompt,
@@ -104,7 +105,7 @@ def _teacher(config: Config) -> Iterator[str]:
         yield "teacher.path: teacher.policy 'model' needs the model that teaches"
     if policy != "model" and teacher.path is not None:
         yield f"teacher.path: it is for teacher.policy 'model', not {policy!r}"
-    if config.method == "distill" and policy != "model" and not teacher.routes:
+    if config.method == "distill" and policy != "model" and not (teacher.routes or teacher.mix):
         yield (
             "teacher.policy: distill shows the teacher what the student sees, so it must be "
             "'model', another model, with teacher.path"
@@ -127,17 +128,20 @@ def _mixture(config: Config) -> Iterator[str]:
         if known:
             yield "prompts.contexts: they are for teacher.mix, which has no members"
         return
-    if config.method != "opsd":
-        yield f"teacher.mix: it is for method opsd, not {config.method}"
+    if config.method == "sft":
+        yield "teacher.mix: sft has no teacher"
+    if config.method == "grpo" and not (config.loss.credit or config.loss.distil):
+        yield "teacher.mix: grpo has a teacher only with loss.distil or loss.credit"
     if config.rollout.source == "teacher":
         yield "rollout.source: a mixture (teacher.mix) scores, and does not sample"
-    if unused := [name for name in known if name not in (m.context for m in mix)]:
+    if unused := [name for name in known if name not in teacher_roles(config)]:
         yield f"prompts.contexts: no member of teacher.mix has the context {unused[0]!r}"
-    for number, (member, weights) in enumerate(zip(mix, teacher.members(), strict=True)):
+    each = zip(mix, teacher.members(), teacher_roles(config), strict=True)
+    for number, (member, weights, context) in enumerate(each):
         place = f"teacher.mix: member {number}"
         allowed = ["teacher", "student", *known]
-        if member.context not in allowed:
-            yield f"{place} has the context {member.context!r} (allowed: {', '.join(allowed)})"
+        if context not in allowed:
+            yield f"{place} has the context {context!r} (allowed: {', '.join(allowed)})"
         if weights.policy == "model" and weights.path is None:
             yield f"{place} has policy 'model' and no path"
         if weights.policy != "model" and member.path is not None:
@@ -309,10 +313,10 @@ def _policy_gradient(config: Config) -> Iterator[str]:
             "rollout.source: loss.divergence 'sampled_token' is a policy gradient, which is right "
             "for the student's own rollouts only"
         )
-    if loss.kl and config.teacher.policy == "live":
+    if loss.kl and config.teacher.members()[0].policy == "live":
         yield (
-            "loss.kl: with teacher.policy 'live' the reference is the student itself; it may be "
-            "'initial', 'ema' or 'model'"
+            "loss.kl: with teacher.policy 'live' (the first member's of teacher.mix) the "
+            "reference is the student itself; it may be 'initial', 'ema' or 'model'"
         )
     live = config.teacher.policy == "live" or config.teacher.mix
     if loss.sft_alpha and live and config.train.sharding in ("fsdp2", "zero3"):

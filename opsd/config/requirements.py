@@ -15,21 +15,20 @@ def uses_teacher_prompt(config: Config) -> bool:
     """Whether training renders prompts.teacher."""
     if config.method == "sft":
         return "teacher" in config.loss.roles
-    if config.method == "grpo":
-        return config.loss.credit > 0 or config.loss.distil > 0
-    return config.method == "opsd" and "teacher" in teacher_roles(config)
+    if config.method == "grpo" and not (config.loss.credit or config.loss.distil):
+        return False
+    return "teacher" in teacher_roles(config)
 
 
 def teacher_roles(config: Config) -> list[str]:
     """The role of the context in which each member of the teacher scores rollouts."""
-    if config.method == "distill":
-        return ["student"]
-    return [member.context for member in config.teacher.mix] or ["teacher"]
+    own = "student" if config.method == "distill" else "teacher"
+    return [member.context or own for member in config.teacher.mix] or [own]
 
 
 def teaching_templates(config: Config) -> dict[str, str]:
     """Role → template, for each context that training renders for a teacher."""
-    others = config.prompts.contexts if config.method == "opsd" else {}
+    others = config.prompts.contexts if config.teacher.mix else {}
     own = {"teacher": config.prompts.teacher} if uses_teacher_prompt(config) else {}
     return own | others
 

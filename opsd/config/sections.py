@@ -218,8 +218,9 @@ class MemberSection(RouteSection):
     damping: Positive | None = None
     """A token's exponent is then e = coefficient · (2 / (1 + exp(-damping · JSD)) - 1), where JSD
     is the student's distance from the other members. Their exponents are multiplied by 1 - e."""
-    context: str = "teacher"
-    """The context that it sees: teacher, student, or a name in prompts.contexts."""
+    context: str | None = None
+    """The context that it sees: teacher, student, or a name in prompts.contexts; none: teacher,
+    under distill student."""
 
     @field_validator("coefficient")
     @classmethod
@@ -263,8 +264,9 @@ class TeacherSection(Section):
     """policies initial and model: keep the layers in the CPU's memory, and bring each to the GPU
     when it runs."""
     mix: list[MemberSection] = Field([])
-    """opsd: several teachers as one, the product of their distributions, each to the power of its
-    coefficient, normalised (docs/methods.md). Evaluations and samples show the first."""
+    """Several teachers as one, the product of their distributions, each to the power of its
+    coefficient, normalised (docs/methods.md). Evaluations and samples show the first, and the
+    reference of loss.kl is its weights."""
     routes: dict[str, RouteSection] = Field({})
     """opsd, distill: several teachers, name → weights, each for the rows that name it. Evaluations
     and samples show the first."""

@@ -70,7 +70,8 @@ def make_members(
         # The trained model itself, so that its forward pass serves this member too.
         its = model if own.policy == "live" else made[key][0]
         if teacher.mix:
-            members.append(Member(its, teacher.mix[number].context, teacher.mix[number]))
+            mixed = teacher.mix[number]
+            members.append(Member(its, mixed.context or "", mixed))
         elif routes:
             members.append(Member(its, "", route=routes[number], column=teacher.column))
     average = next((average for _, average in made.values() if average is not None), None)

@@ -311,8 +311,8 @@ class Objective:
     and the source of `loss.credit`. weighting: computes tokens' weights; None: as `section` says.
     classes: of the vocabulary's entries, by `class_table`, to log the divergence by class.
     sampling: the distribution of rollouts, to which log-probabilities refer; None: the model's own.
-    prompts: makes the target texts of sft and of loss.sft_alpha. mix: for opsd, the members of
-    teacher.mix or the teachers of teacher.routes, used instead of `teacher`.
+    prompts: makes the target texts of sft and of loss.sft_alpha. mix: the members of teacher.mix or
+    the teachers of teacher.routes, used instead of `teacher`.
     """
 
     samples_rollouts = True  # False: the method trains on given text
@@ -358,6 +358,17 @@ class Objective:
         """The micro-batch's part of the step's loss, and its measures, from the student's states [Σ
         R, D] and, by route, the states of each teacher member for the groups that it sees."""
         raise NotImplementedError
+
+    def contexts(self, problem: Problem, route: str = "") -> list[list[Ids] | None]:
+        """The contexts of each rollout, one for each member of a teacher; None if one of them is
+        missing."""
+        each = (problem.teacher_contexts(member.context) for member in self.routes[route])
+        return [None if None in own else list(own) for own in zip(*each, strict=True)]
+
+    def coefficients(self, problem: Problem, step: int, route: str = "") -> list[float]:
+        """The coefficients of a teacher's members for the rollouts of a problem."""
+        columns = problem.row.columns
+        return [member.coefficient(step, columns) for member in self.routes[route]]
 
     def states(
         self, model: PreTrainedModel, batch: MicroBatch

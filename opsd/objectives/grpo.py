@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.config.loss import LossSection
-from opsd.models.head import Scorer, head, mixed
+from opsd.models.head import Scorer, head
 from opsd.objectives.groups import (
     MicroBatch,
     Objective,
@@ -64,11 +64,11 @@ class GRPO(Objective):
                     advantages = [0.0] * len(rewards)
             informative += any(advantages)
             pairs = []
-            for rollout, advantage, context in zip(
-                p.rollouts, advantages, p.teacher_contexts(), strict=True
+            for rollout, advantage, contexts in zip(
+                p.rollouts, advantages, self.contexts(p), strict=True
             ):
                 weight = next(weights)
-                distils = 0.0 if context is None else distil
+                distils = 0.0 if contexts is None else distil
                 if weight.of_all and (advantage or section.kl or distils):
                     sample = Sample(
                         rollout.ids,
@@ -80,9 +80,10 @@ class GRPO(Objective):
                     )
                     # Without a teacher context the teacher sees the student's: the evidence is 1
                     # if both have the same weights.
-                    pairs.append((sample, [p.context.student if context is None else context]))
+                    pairs.append((sample, contexts or [p.context.student] * len(self.members)))
             if pairs and (section.credit or distil):
-                groups.append(sample_group(p.context.student, pairs))
+                coefficients = self.coefficients(p, step)
+                groups.append(sample_group(p.context.student, pairs, coefficients))
             elif pairs:
                 groups.append(SampleGroup(p.context.student, [sample for sample, _ in pairs]))
         groups += self.beside.sample_groups(problems)[0]
@@ -96,13 +97,11 @@ class GRPO(Objective):
         teachers: Mapping[str, Sequence[Tensor]],
     ) -> TokenLosses:
         section, sampling, groups = self.section, self.sampling, batch.groups
-        vocabulary, states = len(head(model)[0]), teachers.get("", ())
         advantage = of_rollout = batch.spread([sample.advantage for sample in batch.samples])
         reference = None
         if section.kl:
-            reference = rollout_log_prob(
-                self.teacher, groups, section, batch.share, sampling, vocabulary
-            )
+            what = section, batch.share, sampling, len(head(model)[0])
+            reference = rollout_log_prob(self.teacher, groups, *what)
 
         def policy(log_prob: Tensor, rows: Tensor | slice = slice(None)) -> dict[str, Tensor]:
             old = batch.old_log_prob(log_prob, rows)
@@ -114,18 +113,23 @@ class GRPO(Objective):
             return {"loss": loss + section.kl * apart, **measures}
 
         logged: dict[str, Tensor] = {}
-        distils = section.distil and states
-        scorer = mixed([self.teacher], states, [1.0], vocabulary) if distils else None
-        if scorer and self._in_one_sweep(model, batch, scorer):
-            loss, own, logged["divergence"] = self._both(model, batch, hidden, scorer, policy)
+        teacher = None
+        part, places = distilling(batch)
+        if part.groups:
+            self.opsd.heads = self.heads
+            teacher = self.opsd.scorer(model, part, hidden[places], teachers[""])
+        if teacher and self._in_one_sweep(model, batch, teacher):
+            loss, own, logged["divergence"] = self._both(
+                model, batch, hidden, teacher, (part, places), policy
+            )
             measures = policy(own.log_prob)
         else:
             own = token_log_prob(model, hidden, batch, section, sampling)
             old = batch.old_log_prob(own.log_prob)
             if section.credit:
-                _, *own_head = mixed([self.teacher], states, [1.0], vocabulary)
+                its_head = teacher.weight, teacher.bias
                 by_teacher = token_log_prob(
-                    self.teacher, states[0], batch, section, sampling, own_head
+                    model, teacher.hidden, batch, section, sampling, its_head
                 ).log_prob.detach()
                 credit = batch.spread([sample.credit for sample in batch.samples])
                 advantage = teacher_credit(of_rollout, old, by_teacher, credit, section.credit_clip)
@@ -133,9 +137,8 @@ class GRPO(Objective):
             measures = policy(own.log_prob)
             weights, more = corrected_for_engine(model, hidden, batch, section, sampling, old)
             loss, logged = (weights * measures["loss"]).sum(), logged | more
-            if scorer:
-                part, places = distilling(batch)
-                beside = self.opsd.score(model, part, hidden[places], scorer)
+            if teacher and section.distil:
+                beside = self.opsd.score(model, part, hidden[places], teacher)
                 loss = loss + beside.loss
                 logged["divergence"] = everywhere(beside, part, places, len(hidden))
         del measures["loss"]
@@ -154,19 +157,20 @@ class GRPO(Objective):
         batch: MicroBatch,
         hidden: Tensor,
         teacher: Scorer,
+        taught: tuple[MicroBatch, Tensor],
         policy: Callable[..., dict[str, Tensor]],
     ) -> tuple[Tensor, SampledLogProb, Tensor]:
         """The whole loss, and for each token log p and entropy (detached) and the divergence.
-        Tokens that distil need one sweep for both losses, the others one for the policy gradient.
+        Tokens that distil (`taught`) need one sweep for both losses, the others one for the policy
+        gradient.
         """
-        part, places = distilling(batch)
+        part, places = taught
 
         def beside(log_prob: Tensor, rows: Tensor | slice) -> Tensor:
             return batch.weights[places[rows]] * policy(log_prob, places[rows])["loss"]
 
         found = self.opsd.score(model, part, hidden[places], teacher, beside)
-        alone = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-        alone[places] = part.weights == 0
+        alone = not_distilling(batch)
         own = token_log_prob(model, hidden, batch, self.section, self.sampling, rows=alone)
         loss = found.loss + (batch.weights[alone] * policy(own.log_prob, alone)["loss"]).sum()
         names = ("log_prob", "student_entropy")
@@ -181,6 +185,20 @@ def distilling(batch: MicroBatch) -> tuple[MicroBatch, Tensor]:
     part, places = batch.part(lambda group: bool(group.teachers))
     part.weights *= part.spread([sample.distil for sample in part.samples])
     return part, places
+
+
+def not_distilling(batch: MicroBatch) -> Tensor:
+    """The indices of the tokens whose divergence has no weight. They are found without reading a
+    tensor, which would wait for a GPU, and of which a plan has no values."""
+    found: list[int] = []
+    end = 0
+    for group in batch.groups:
+        for sample in group.samples:
+            weight = sample.weight * sample.distil if group.teachers else 0.0
+            factors = sample.factors or [1.0] * sample.tokens
+            found += [end + n for n, factor in enumerate(factors) if not weight * factor]
+            end += sample.tokens
+    return torch.tensor(found, dtype=torch.int64, device=batch.device)
 
 
 def everywhere(

@@ -61,13 +61,13 @@ class OPSD(Objective):
         taught = [
             (number, rollout, outcome, contexts)
             for number, (p, route) in enumerate(zip(problems, routes, strict=True))
-            for rollout, outcome, *contexts in zip(
+            for rollout, outcome, contexts in zip(
                 p.rollouts,
                 p.outcomes or [None] * len(p.rollouts),
-                *(p.teacher_contexts(member.context) for member in self.routes[route]),
+                self.contexts(p, route),
                 strict=True,
             )
-            if None not in contexts
+            if contexts is not None
         ]
         weights = self.weighting([r for _, r, _, _ in taught], [o for _, _, o, _ in taught])
         measures = {}
@@ -81,17 +81,13 @@ class OPSD(Objective):
             if sample.weight:
                 pairs[number].append((sample, contexts))
         groups = [
-            sample_group(p.context.student, own, self._coefficients(p, route, step), route)
+            sample_group(p.context.student, own, self.coefficients(p, step, route), route)
             for p, own, route in zip(problems, pairs, routes, strict=True)
             if own
         ]
         used = len(samples_of(groups)) / sum(len(p.rollouts) for p in problems)
         measures |= {} if used == 1 else {"trained_fraction": used}
         return groups + self.beside.sample_groups(problems)[0], measures
-
-    def _coefficients(self, problem: Problem, route: str, step: int) -> list[float]:
-        columns = problem.row.columns
-        return [member.coefficient(step, columns) for member in self.routes[route]]
 
     def token_losses(
         self,
@@ -101,7 +97,7 @@ class OPSD(Objective):
         teachers: Mapping[str, Sequence[Tensor]],
     ) -> TokenLosses:
         each = [
-            (route, part, places, self._by_one(model, part, route, student[places], teachers))
+            (route, part, places, self._by_one(model, part, student[places], teachers[route]))
             for route, part, places in batch.by(lambda group: group.route)
         ]
         found = each[0][-1] if len(each) == 1 else _together(batch, each)
@@ -120,18 +116,24 @@ class OPSD(Objective):
         self,
         model: PreTrainedModel,
         batch: MicroBatch,
-        route: str,
         student: Tensor,
-        teachers: Mapping[str, Sequence[Tensor]],
+        states: Sequence[Tensor],
     ) -> TokenLosses:
         """The losses of groups with the same teacher or mixture."""
-        members, states = self.routes[route], teachers[route]
+        teacher = self.scorer(model, batch, student, states)
+        return self.score(model, batch, student, teacher)
+
+    def scorer(
+        self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, states: Sequence[Tensor]
+    ) -> Scorer:
+        """The teacher, or the mixture of its members, of groups that have the same one. `states`:
+        those of each member; `student`: the student's, which `damping` looks at."""
+        members = self.routes[batch.groups[0].route]
         coefficients, size = batch.coefficients(), len(head(model)[0])
         if any(member.section.damping for member in members):
             coefficients = self._damped(model, student, states, coefficients)
         models = [member.model for member in members]
-        teacher = mixed(models, states, coefficients, size, self.heads)
-        return self.score(model, batch, student, teacher)
+        return mixed(models, states, coefficients, size, self.heads)
 
     @torch.no_grad()
     def _damped(

@@ -352,7 +352,7 @@ def _objective(
     made = {owner: meta_model(short, dtype).requires_grad_(False).eval() for owner in owners}
     sections = config.teacher.mix
     pairs = zip(owners, sections, strict=False)  # without a mixture there are none
-    mix = [Member(made[owner], section.context, section) for owner, section in pairs]
+    mix = [Member(made[owner], section.context or "", section) for owner, section in pairs]
     return kind(config.loss.without_code(), made[owners[0]], mix=mix), list(made.values())
 
 

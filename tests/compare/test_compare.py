@@ -243,7 +243,9 @@ def test_time_and_flops_beside_tokens(tmp_path):
         ("grpo", {}, 0),
         ("grpo", {"loss": {"distil": 1.0}}, 1),
         ("grpo", {"loss": {"credit": 0.5, "kl": 0.1}}, 2),
+        ("grpo", {"loss": {"distil": 1, "kl": 0.1}, "teacher": {"mix": [{}, {}]}}, 3),
         ("distill", {}, 1),
+        ("distill", {"teacher": {"mix": [{}, {"context": "teacher"}]}}, 2),
     ],
 )
 def test_each_pass_of_a_teacher_costs(method, sections, passes, tmp_path):

@@ -33,6 +33,8 @@ ALLOWED = [
     ),
     {**PEERS, **loss(divergence="sampled_token", epsilon_high=0.3)},
     {"method": "distill", **MODEL, **loss(divergence="reverse_kl", clip="token")},
+    {"method": "distill", "teacher": {"mix": [{"path": "t"}, {"coefficient": 0.3}]}},
+    merge(GRPO, {**loss(distil=0.5, kl=0.1), "teacher": {"mix": [{}, {"context": "student"}]}}),
     {"method": "sft", **loss(aggregation="rollout", weights={"maths": 2.0})},
     {"teacher": {"policy": "ema", "ema_decay": 0.0, "update_every": 50}},
     {"teacher": {"mix": [{"coefficient": [1, 0.3], "steps": 9}, {"context": "student"}]}},

@@ -1,6 +1,7 @@
 """teacher.mix: a geometric mixture of teachers, against its dense rendering."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from transformers import Gemma2Config
 from opsd.common.errors import UserError
 from opsd.config.loss import LossSection
 from opsd.config.sections import MemberSection, TeacherSection
+from opsd.grading.rewards import GradedRollout
 from opsd.models.teacher import Member, check_mixture, make_members
-from opsd.objectives import OPSD, Problem, Totals, samples_of
+from opsd.objectives import GRPO, OPSD, Distill, Problem, Totals, samples_of
 from opsd.rollout import Rollout
 from opsd.training.load_data import load_data
 
@@ -86,9 +88,61 @@ def test_a_mixtures_gradient_is_its_dense_renderings(divergence, bias, files, wi
     assert totals.tokens == sum(sample.counted for sample in samples_of(groups))
 
 
+METHODS = {
+    "opsd": (OPSD, {}),
+    "distill": (Distill, {"divergence": "jsd"}),
+    "grpo": (GRPO, {"distil": 0.7}),  # both losses in one sweep of the head
+    "grpo by two sweeps": (GRPO, {"distil": 0.7, "temperature": 1.5}),
+    "grpo where all are wrong": (GRPO, {"distil": 0.7, "distil_groups": "all_wrong"}),
+    "grpo with a KL": (GRPO, {"distil": 0.7, "kl": 0.2}),
+    "rlsd": (GRPO, {"credit": 0.6}),
+}
+REWARDS = ([1.0, 0.0], [0.0, 0.0])
+
+
+def dense_mixture(p, members, rollout, step, own, temperature):
+    """Σ c_i z_i; the last member damps the others by each token's distance from them."""
+    *others, last = members
+    each = [(m, logits(m.model, p.context.of(m.context), rollout)) for m in others]
+    rest = sum(m.coefficient(step, p.row.columns) * z for m, z in each).detach()
+    z = logits(last.model, p.context.of(last.context), rollout).detach()
+    apart = dense.divergence(own / temperature, rest / temperature, "jsd", 0.5, None)[:, None]
+    alpha = last.coefficient(step) * (2 / (1 + torch.exp(-2 * apart.detach())) - 1)
+    assert 0.75 > alpha.max() > alpha.min() > 0
+    return (1 - alpha) * rest + alpha * z
+
+
+def dense_method(model, members, problems, section, step, grpo):
+    """The step's loss of a method whose teacher is that mixture."""
+    losses, tau = [], section.temperature
+    for p, rewards in zip(problems, REWARDS, strict=True):
+        differ = len(set(rewards)) > 1
+        for rollout, reward in zip(p.rollouts, rewards, strict=True):
+            ids, student = torch.tensor(rollout.ids), logits(model, p.context.student, rollout.ids)
+            teacher = dense_mixture(p, members, rollout.ids, step, student.detach(), tau)
+            kind = section.divergence, section.beta, None
+            apart = dense.divergence(student / tau, teacher / tau, *kind)
+            if not grpo:
+                losses.append(apart)
+                continue
+            advantage = torch.full((len(ids),), (2.0 * reward - 1) * differ)
+            if section.credit and differ:
+                how = float(advantage[0]), section.credit, section.credit_clip
+                advantage = dense.credited(student, teacher, ids, *how)
+            loss = dense.policy_gradient(student, ids, advantage, None, 0.2, 0.2)
+            distil = section.distil * (section.distil_groups == "all" or not differ)
+            reference = logits(members[0].model, p.context.student, rollout.ids).detach()
+            losses.append(
+                loss + distil * apart + section.kl * dense.kl_to_reference(student, reference, ids)
+            )
+    return sum(loss.sum() for loss in losses) / sum(map(len, losses))
+
+
 @pytest.mark.parametrize("bias", [False, True])
-def test_coefficients_of_the_data_and_of_each_token(bias, files, monkeypatch):
-    """One member's is a column's; the student itself damps the others by its distance from them."""
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_the_same_mixtures(name, bias, files):
+    """A schedule, a column of the data, and damping by the token; of three models and contexts."""
+    kind, fields = METHODS[name]
     model, tokenizer = load_student(files)
     other = changed(files, 3)
     if bias:
@@ -96,32 +150,31 @@ def test_coefficients_of_the_data_and_of_each_token(bias, files, monkeypatch):
             one.lm_head.bias = nn.Parameter(torch.randn(one.lm_head.weight.shape[0]))
     members = [
         Member(other, "teacher", MemberSection(coefficient="trust")),
-        Member(other, "student", MemberSection(coefficient=0.3)),
+        Member(other, "student", MemberSection(coefficient=[0.9, 0.1], steps=4)),
         Member(model, "student", MemberSection(coefficient=0.8, damping=2)),
     ]
-    problems = problems_for(prompts_of(tokenizer))
-    for number, p in enumerate(problems):
+    problems, step, section = problems_for(prompts_of(tokenizer)), 3, LossSection(**fields)
+    for number, (p, rewards) in enumerate(zip(problems, REWARDS, strict=True)):
         p.row.columns["trust"] = 0.4 + 0.5 * number
-    objective = OPSD(LossSection(), other, mix=members)
-    groups, _ = objective.sample_groups(problems)
-    losses, weights = [], []
-    for number, p in enumerate(problems):
-        for rollout in p.rollouts:
-            student = logits(model, p.context.student, rollout.ids)
-            own = student.detach()
-            rest = (0.4 + 0.5 * number) * logits(other, p.context.teacher, rollout.ids)
-            rest = (rest + 0.3 * logits(other, p.context.student, rollout.ids)).detach()
-            apart = dense.divergence(own, rest, "jsd", 0.5, None)[:, None]
-            alpha = 0.8 * (2 / (1 + torch.exp(-2 * apart)) - 1)
-            assert 0.7 > alpha.max() > 1.1 * alpha.min() > 0
-            teacher = (1 - alpha) * rest + alpha * own
-            losses.append(dense.divergence(student, teacher, "forward_kl", 0.5, None))
-            weights.append(torch.ones(len(rollout.ids)))
-    wanted = dense.step(losses, weights, "token", 6)
-    loss = objective.loss(model, groups, Totals())
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+        outcomes = [GradedRollout("", True, reward, reward == 1) for reward in rewards]
+        problems[number] = replace(p, outcomes=outcomes)
+    objective = kind(section, other, mix=members)
+    groups, _ = objective.sample_groups(problems, step)
+    wanted = dense_method(model, members, problems, section, step, kind is GRPO)
     theirs = gradient(wanted, model)
-    assert (gradient(loss, model) - theirs).norm() <= 1e-5 * theirs.norm()
+    for share in (True, False):
+        loss = objective.loss(model, groups, Totals(), share)
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-6)
+        assert (gradient(loss, model) - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_a_members_context_is_the_methods_own(files):
+    model, tokenizer = load_student(files)
+    prompts, mix = prompts_of(tokenizer), [Member(model, ""), Member(model, "teacher")]
+    for kind, role in ((OPSD, "teacher"), (Distill, "student")):
+        groups, _ = kind(LossSection(), model, mix=mix).sample_groups(problems_for(prompts))
+        contexts = prompts.context(ROWS[0])
+        assert groups[0].teachers == [contexts.of(role), contexts.teacher]
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,13 @@ def test_a_mixture_is_planned_by_its_members():
     assert kernel[0] == kernel[1] <= kernel[2]
     tokens = [count_tokens(c, sample_groups(c, lengths), lengths).teacher for c in configs]
     assert tokens == [3 * (110 + 19), 3 * (110 + 19 + 19), 3 * (110 + 19 + 19 + 110 + 19)]
+    for method, loss, context in (("grpo", {"distil": 1}, 110), ("distill", {}, 10)):
+        size, steps = {"group_size": 2}, {"problems_per_step": 3}
+        mix = {"mix": [{"policy": "ema"}, own]}
+        config = config_of(method=method, loss=loss, rollout=size, train=steps, teacher=mix)
+        assert Planner(SHAPES["wide"], lengths, None).memory(config).always["teacher"]
+        tokens = count_tokens(config, sample_groups(config, lengths), lengths).teacher
+        assert tokens == 3 * (context + 10 + 4 * 19)
 
 
 # Peaks, measured on processes of their own.

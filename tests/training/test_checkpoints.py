@@ -40,8 +40,17 @@ MIX = [
 
 @pytest.mark.parametrize(
     "sections",
-    [{"train": {"precision": "bf16"}}, {"teacher": {"ema_decay": 0.5, "mix": MIX}}],
-    ids=["bf16", "a mixture"],
+    [
+        {"train": {"precision": "bf16"}},
+        {"teacher": {"ema_decay": 0.5, "mix": MIX}},
+        {
+            "method": "grpo",
+            "rollout": {"group_size": 2},
+            "loss": {"distil": 0.5},
+            "teacher": {"ema_decay": 0.5, "mix": MIX},
+        },
+    ],
+    ids=["bf16", "a mixture", "a mixture beside grpo"],
 )
 def test_resuming_changes_nothing(sections, files, tmp_path):
     whole = claimed(short_config(*files, tmp_path / "whole", **sections))
