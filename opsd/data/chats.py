@@ -62,7 +62,7 @@ def as_messages(value: Any) -> list[dict[str, str]] | None:
 
     Contents may be lists of parts. Raises NotTextError for images and tools.
     """
-    value = parsed(value)
+    value = _by_message(parsed(value))
     if not isinstance(value, list) or not value:
         return None
     messages = []
@@ -94,6 +94,16 @@ def as_messages(value: Any) -> list[dict[str, str]] | None:
             content = f"<think>\n{thought.strip()}\n</think>\n\n{content.lstrip()}"
         messages.append({"role": role, "content": content})
     return messages
+
+
+def _by_message(value: Any) -> Any:
+    """`{"role": […], "content": […]}`, as older `datasets` store messages, as a list of these."""
+    if not isinstance(value, Mapping) or not {"role", "from"} & value.keys():
+        return value
+    lists = list(value.values())
+    if not all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
+        return value
+    return [dict(zip(value, one, strict=True)) for one in zip(*lists, strict=True)]
 
 
 def read_chat(value: Any) -> Chat | None:

@@ -172,9 +172,12 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
         if len(names) == 1 and (other := next((c for c in ";\t" if c in names[0]), None)):
             reader = csv.reader(file, delimiter=other, strict=True)
             names = names[0].split(other)
-        named = [name for i, name in enumerate(names) if name or i]  # drop pandas' unnamed index
-        if len(set(named)) != len(named) or "" in [name.strip() for name in named]:
-            raise UserError(f"{where}: its first line must name the columns, each once: {names}")
+        names = [name.strip() for name in names]
+        named = list(filter(None, names))
+        unnamed = [i for i in range(1, len(names)) if not names[i]]  # the first is pandas' index
+        bad_names = f"{where}: its first line must name the columns, each once: {names}"
+        if len(set(named)) != len(named) or not named:
+            raise UserError(bad_names)
         for values in reader:
             if not values:
                 continue
@@ -184,8 +187,9 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
                     f"names {len(names)} columns (text with {delimiter!r} or a line's end must be "
                     "quoted)"
                 )
-            row = dict(zip(names, values, strict=True))
-            yield {name: row[name] for name in named}
+            if any(values[i].strip() for i in unnamed):  # a comma at each line's end is nothing
+                raise UserError(bad_names)
+            yield {name: value for name, value in zip(names, values, strict=True) if name}
     except csv.Error as error:
         raise UserError(f"{where}: line {reader.line_num} cannot be read ({error})") from error
 

@@ -3,6 +3,7 @@
 A few bytes of such a file can stand for a billion values: only the kernel's limits bound them.
 """
 
+import json
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 
 from opsd.common.errors import in_short
+from opsd.data.classes import classes_in, with_names
 
 ROWS = 64
 
@@ -36,5 +38,15 @@ def _batches(path: str) -> Iterator[list[Any]]:
         names = file.schema_arrow.names
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"it has several columns {', '.join(map(repr, sorted(twice)))}")
+        classes = classes_in(_features(file.schema_arrow.metadata or {}))
         for batch in file.iter_batches(ROWS, use_threads=False):
-            yield batch.to_pylist()
+            rows = batch.to_pylist()
+            yield rows if classes is None else with_names(rows, classes)
+
+
+def _features(metadata: dict[bytes, bytes]) -> Any:
+    """What `datasets` writes into its files about their columns."""
+    try:
+        return json.loads(metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return None

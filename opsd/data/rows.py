@@ -11,7 +11,9 @@ import math
 import os
 import random
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -29,7 +31,8 @@ from opsd.data.chats import (
     read_chat,
     read_pair,
 )
-from opsd.data.files import TABLES, file_type, transposed
+from opsd.data.files import TABLES, file_type
+from opsd.data.given import given_records
 from opsd.data.images import RowImage, UnreadableImageError, read_images
 from opsd.data.references import Unreadable, final_answer
 from opsd.data.sources import (
@@ -38,7 +41,6 @@ from opsd.data.sources import (
     check_names,
     check_no_split,
     draw,
-    encoded,
     kind_of,
     stored,
 )
@@ -113,7 +115,8 @@ def load_rows(
         without a column `problem`, usual columns of chats and Alpaca's are tried. images: a column
         of one or several images (`images.read_images`); without it rows with images are refused.
     split: by default `default_split`. seed, size: for reasoning_gym (default 1000, or `limit`).
-    options: for reasoning_gym the task's own; for the hub `name` (configuration) and `revision`.
+    options: for reasoning_gym the task's own; for the hub `name` (configuration) and `revision`;
+        for a directory of files `name`.
     require: the columns that must have text in each row; a number is an answer too.
     section: the config's, for messages. graded: each required answer must have a final answer.
     skip_incomplete: leave out rows without a required text, and count them by `note`.
@@ -130,18 +133,13 @@ def load_rows(
     for field, value in (("limit", limit), ("size", size)):
         if value is not None and value < 1:
             raise UserError(f"{section}.{field}: {value!r} is not a positive number")
+    source = os.fspath(source) if isinstance(source, os.PathLike) else source
     raw: Any = source
     base = None
     if not isinstance(source, str):
         theirs, base = {name: name for name in COLUMNS}, Path.cwd()
         source = f"the {type(source).__name__} that was given"
-        if isinstance(raw, Mapping) and (rows_of_columns := transposed(raw)):
-            raw = rows_of_columns
-        elif isinstance(raw, Mapping):  # a DatasetDict
-            check_names(f"{section}.split", [split or default_split], list(raw))
-            raw, split = raw[split or default_split], None
-        elif hasattr(raw, "iterrows"):  # a DataFrame
-            raw = raw.to_dict("records")
+        raw, split = given_records(raw, split, default_split, section)
     elif source.startswith(REASONING_GYM):
         theirs = {"problem": "question", "answer": "answer", "solution": "metadata.answer_cot"}
         raw = draw(source, size or limit or DEFAULT_DRAW, seed, options, section)
@@ -164,7 +162,7 @@ def load_rows(
     reader = _Reader(theirs, frozenset(columns), frozenset(require), *told)
     rows: list[Row] = []
     incomplete: list[IncompleteRowError] = []
-    for number, record in enumerate(encoded(raw), start=1):
+    for number, record in enumerate(raw, start=1):
         try:
             rows.append(reader.row(record, number))
         except IncompleteRowError as error:
@@ -242,9 +240,7 @@ class _Reader:
         where = f"{self.section}.source: row {number} of {self.source!r}"
         if not isinstance(record, Mapping):
             raise UserError(f"{where} is {kind_of(record)}, not an object with columns")
-        record = {
-            k: v.tolist() if hasattr(v, "tolist") else v for k, v in record.items()
-        }  # numpy's
+        record = dict(record)
         found = {name: _reach(record, column) for name, column in self.theirs.items()}
         images, place = self._images(found, record, number, where), self.theirs.get("images", "")
         record.pop(place.partition(".")[0], None)
@@ -254,6 +250,9 @@ class _Reader:
                     f"{where} goes with {name!r}, which no prompt shows"
                     + (f": {self.section}.columns.images={name}" if name[:5] == "image" else "")
                 )
+        refused = record.get("label") is False and "completion" in record  # as KTO has it
+        if refused and "solution" in self.required and not record.get("solution"):
+            raise IncompleteRowError(f"{where}: its completion is labelled as bad (label: false)")
         history: tuple[dict[str, str], ...] = ()
         try:
             chat = self._chat(record, found["problem"])
@@ -315,7 +314,7 @@ class _Reader:
         if name == "answer":
             value = _answer_as_text(value, self.table)
         elif name == "solution" and isinstance(value, list):
-            value = last_answer(value) or value
+            value = last_answer(value) or (value[0] if len(value) == 1 else value)
         if not found and (required or (name in self.mapped and number == 1)):
             raise IncompleteRowError(self._missing(name, record, number))
         text = isinstance(value, str) and value.strip() != ""
@@ -325,6 +324,8 @@ class _Reader:
                 keys = ", ".join(map(repr, value))
                 problem += f" with {keys}: {self.section}.columns.{name} can name one of these, as "
                 problem += repr(f"{column}.{next(iter(value))}")
+            elif isinstance(value, list) and value and isinstance(value[0], str):
+                problem += f": {self.section}.columns.{name} can name one, as '{column}.0'"
             raise IncompleteRowError(
                 f"{where} has no text in column {column!r} ({name}): it is {problem}"
             )
@@ -337,7 +338,7 @@ class _Reader:
 
     def _missing(self, name: str, record: dict, number: int) -> str:
         column, present = self.theirs[name], list(_paths(record))
-        chat = next((c for c in CHAT_COLUMNS if isinstance(parsed(record.get(c)), list)), None)
+        chat = next((c for c in CHAT_COLUMNS if c in record), None)
         if chat is not None and name == "problem":
             return (
                 f"{self.section}.source: row {number} of {self.source!r}: {chat!r} is no chat with "
@@ -367,12 +368,24 @@ def _answer_as_text(value: Any, table: bool) -> Any:
             return None
         return value[:-2] if table and re.fullmatch(r"[-+]?\d+\.0", value) else value
     if isinstance(value, float) and math.isfinite(value):
-        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
+        whole = value.is_integer() and abs(value) < 2**53
+        return str(int(value)) if whole else _shortest(value)
     if isinstance(value, Fraction):
         return str(value)
     if isinstance(value, Decimal) and value.is_finite():
         return f"{value.normalize():f}"
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _shortest(value: float) -> str:
+    """The shortest decimal that gives this number: 0.1 for the fp32 that is next to 0.1 too, which
+    as a Python number is 0.10000000149011612."""
+    with suppress(OverflowError):
+        if array("f", [value])[0] == value:
+            for digits in range(1, 9):
+                if array("f", [float(text := f"{value:.{digits}g}")])[0] == value:
+                    return repr(float(text))
+    return repr(value)
 
 
 def _has_half_pair(text: str) -> bool:
@@ -393,7 +406,8 @@ def _reach(record: Any, column: str) -> tuple[bool, Any]:
             return False, None
         return _reach(inside, rest) if dot else (True, inside)
     if dot and isinstance(record, dict) and head in record:
-        return _reach(record[head], rest)
+        inside = record[head]
+        return (True, None) if inside is None else _reach(inside, rest)
     return False, None
 
 

@@ -4,13 +4,14 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.near import did_you_mean, near_file
+from opsd.data.classes import classes_in, with_names
 from opsd.data.files import FILE_TYPES, file_type, read_file
 
 REASONING_GYM = "reasoning_gym:"
@@ -20,6 +21,7 @@ DEFAULT_DRAW = 1000
 IMAGE_ROWS = 16  # that are read at once
 
 _HUB_OPTIONS = ("name", "revision")
+CHOOSE = "choose one with options: {name: …}"
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
@@ -46,7 +48,7 @@ def stored(
     """The records of a file, a saved directory or a hub dataset, by default of split `default`."""
     path = Path(os.path.expanduser(source))
     if path.exists():
-        check_names(f"{section}.options", options, ())
+        check_names(f"{section}.options", options, _HUB_OPTIONS[:1] if path.is_dir() else ())
         if not path.is_dir() and file_type(path) is None:
             raise UserError(
                 f"{section}.source: {source!r} is not a {', '.join(FILE_TYPES)} file (or one of "
@@ -57,7 +59,7 @@ def stored(
                 said = "a pipe or a device, which may have no end"
                 raise UserError(f"{section}.source: {str(file)!r} is {said}")
         if path.is_dir():
-            return _saved_directory(path, split, default, section)
+            return _saved_directory(path, split, default, section, options.get("name"))
         check_no_split(source, split, section)
         return read_file(path, section)
     if not is_remote(source):
@@ -69,13 +71,37 @@ def stored(
 
 
 def encoded(data: Iterable[Any]) -> Iterable[Any]:
-    """The records; of a `datasets.Dataset` with images these as its files have them, not as pixels,
-    all of which would be in memory at once."""
+    """The records; those of a dataset as it stores them, whatever its format (torch's, pandas'),
+    but with the names of classes. Images are as their files have them, not as pixels, all of which
+    would be in memory at once."""
     features = getattr(data, "features", None)
-    if "Image(" not in str(features) or not hasattr(data, "with_format"):
+    if not hasattr(data, "with_format"):
         return data
-    tables = data.with_format("arrow").iter(IMAGE_ROWS)
-    return (record for table in tables for record in table.to_pylist())
+    if "Image(" in str(features):
+        tables = data.with_format("arrow").iter(IMAGE_ROWS)
+        records = (record for table in tables for record in table.to_pylist())
+    else:
+        records = data.with_format(None)
+    classes = None if features is None else classes_in(features.to_dict())
+    return records if classes is None else (with_names(record, classes) for record in records)
+
+
+def part_of(parts: Mapping[str, Any], split: str, section: str) -> Any:
+    """One of a DatasetDict's splits, or what `datasets` calls so: `train[:10%]`, `train+test`.
+    Raises UserError."""
+    if split in parts:
+        return parts[split]
+    import datasets
+
+    try:
+        sizes = {name: len(part) for name, part in parts.items()}
+        asked = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    except (AssertionError, TypeError, ValueError):  # streams have no length
+        asked = []
+    chosen = [parts[one.splitname].select(range(one.from_, one.to)) for one in asked]
+    if not chosen:
+        check_names(f"{section}.split", [split], list(parts))
+    return datasets.concatenate_datasets(chosen)
 
 
 def is_remote(source: str) -> bool:
@@ -96,7 +122,9 @@ def check_no_split(source: str, split: str | None, section: str) -> None:
         )
 
 
-def _saved_directory(path: Path, split: str | None, default: str, section: str) -> Iterable[Any]:
+def _saved_directory(
+    path: Path, split: str | None, default: str, section: str, name: str | None
+) -> Iterable[Any]:
     import datasets
 
     datasets.disable_progress_bars()
@@ -106,16 +134,22 @@ def _saved_directory(path: Path, split: str | None, default: str, section: str) 
     )
     try:
         if shards:  # data files: `datasets` assigns them to splits
-            return encoded(datasets.load_dataset(str(path), split=split or default))
+            return encoded(datasets.load_dataset(str(path), name, split=split or default))
+        check_names(f"{section}.options", [] if name is None else ["name"], ())
         data = datasets.load_from_disk(str(path))
+    except UserError:
+        raise
     except Exception as error:  # a damaged directory can raise anything
+        if shards and "Config name is missing" in str(error):
+            raise UserError(
+                f"{section}.options: {str(path)!r}: {in_short(error)}; {CHOOSE}"
+            ) from error
         raise UserError(
             f"{section}.source: the directory {str(path)!r} was not saved by `datasets` "
             f"(Dataset.save_to_disk), has no files that it reads, or is damaged: {in_short(error)}"
         ) from error
     if isinstance(data, datasets.DatasetDict):
-        check_names(f"{section}.split", [split or default], list(data))
-        data = data[split or default]
+        data = part_of(data, split or default, section)
     else:
         check_no_split(str(path), split, section)
     return _guarded(encoded(data), f"{section}.source: {str(path)!r} is damaged")
@@ -134,7 +168,7 @@ def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
         )
     except Exception as error:  # offline, absent, gated, no such split or configuration
         advice = (
-            "choose one with options: {name: …}"
+            CHOOSE
             if "Config name is missing" in str(error)
             else "check the name, the split and the connection, or give a file or a directory "
             "saved by `datasets`"

@@ -6,6 +6,7 @@ It loads model and rows when it is constructed, so that errors in them are raise
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from opsd.common.hub_upload import push
 from opsd.config.config import IN_PYTHON, Config
 from opsd.config.load import parse_config
 from opsd.config.sections import ModelSection
+from opsd.data.given import given_records
 from opsd.data.rows import load_rows
 from opsd.distributed.processes import Processes
 from opsd.grading.reward_functions import verifier_of
@@ -79,12 +81,15 @@ class OPSDTrainer:
         if given.tokenizer is not None:
             with_ends(given.tokenizer, "processing_class")
         if train_dataset is not None:
-            said["data.source"], given.rows = _source(train_dataset)
+            limit = config.data.limit, "data.limit"
+            said["data.source"], given.rows = _source(train_dataset, "data", *limit)
         if eval_dataset is not None:
-            said["eval.source"], given.held_out = _source(eval_dataset)
+            problems = "problems" in config.eval.model_fields_set and config.eval.problems
+            limit = problems or None, "eval.problems"
+            said["eval.source"], given.held_out = _source(eval_dataset, "eval", *limit)
         if "problems" not in config.eval.model_fields_set:
             if given.held_out is not None:
-                said["eval.problems"] = len(eval_dataset)
+                said["eval.problems"] = _count(given.held_out, config.eval.split)
             elif train_dataset is not None and (eval_dataset or config.eval.source) is None:
                 said["eval.problems"] = 0
         functions = [reward_funcs] if callable(reward_funcs) else reward_funcs
@@ -165,15 +170,28 @@ class OPSDTrainer:
         return push(name, place, output.hub_private if private is None else private)
 
 
-def _source(rows: Any) -> tuple[str, Any]:
-    """(the config's value for rows, the rows, or None if they are a source's name)."""
+def _source(rows: Any, section: str, limit: int | None, field: str) -> tuple[str, Any]:
+    """(the config's value for rows, the rows, or None if they are a source's name). limit: the most
+    rows that are read, by `field`; of a stream it must be given."""
     if isinstance(rows, str | Path):
         return str(rows), None
-    if not hasattr(rows, "__len__"):
+    if hasattr(rows, "__len__"):
+        return IN_PYTHON, rows
+    records, _ = given_records(rows, None, "train", section)
+    if limit is None:
         raise UserError(
-            f"a dataset is of type {type(rows).__name__}, without an end: take(n) of it"
+            f"a dataset is of type {type(rows).__name__}, perhaps without an end: say in {field} "
+            "how many rows to read"
         )
-    return IN_PYTHON, rows
+    return IN_PYTHON, list(islice(records, limit))
+
+
+def _count(rows: Any, split: str | None) -> int:
+    """The number of rows, also of columns in a dictionary, or of one of several splits."""
+    if not isinstance(rows, Mapping):
+        return len(rows)
+    records, _ = given_records(rows, split, "test", "eval")
+    return sum(1 for _ in records)
 
 
 def _together(config: Config, said: Mapping[str, Any]) -> Config:

@@ -5,11 +5,14 @@ import gzip
 import json
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
+import torch
 
 from opsd.common.errors import UserError
 from opsd.data.chats import read_chat
@@ -412,3 +415,345 @@ def test_what_instruction_data_cannot_say_is_refused_by_row():
         load_rows([earlier], require=["problem"])
     with pytest.raises(UserError, match=r"data.columns.solution: .* has no column 'solution'"):
         load_rows([{"instruction": "1 + 1?", "output": None}], require=["problem", "solution"])
+
+
+CLASSES = datasets.ClassLabel(names=["A", "B", "C", "D"])
+LABELLED = {
+    "answer": ("answer", CLASSES, 1),
+    "inside": ("m.answer", {"answer": CLASSES}, {"answer": 1}),
+    "in a list": ("m", datasets.List(CLASSES), [1]),
+    "of a list": ("m.0", datasets.List(CLASSES), [1, 2]),
+    "in a list of objects": ("m.0.answer", [{"answer": CLASSES}], [{"answer": 1}]),
+    "an object of lists": ("m.answer.0", datasets.Sequence({"answer": CLASSES}), {"answer": [1]}),
+}
+
+
+@pytest.mark.parametrize("kept", ["an object", "a stream", "torch's", "saved", "parquet", "shards"])
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_class_is_its_name_and_not_its_number(name, kept, tmp_path, monkeypatch):
+    """cais/mmlu's answers are 0 to 3 in its files, and A to D to whoever looks at it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    column, feature, value = LABELLED[name]
+    top = column.partition(".")[0]
+    features = datasets.Features({"problem": datasets.Value("string"), top: feature})
+    data = datasets.Dataset.from_dict({"problem": ["?"], top: [value]}, features=features)
+    assert data.features["problem"] and CLASSES.int2str(1) == "B"
+    source = {"an object": data, "a stream": data.to_iterable_dataset()}.get(kept)
+    if kept == "torch's":
+        source = data.with_format("torch")
+    elif kept == "saved":
+        data.save_to_disk(tmp_path / "saved")
+        source = tmp_path / "saved"
+    elif kept in ("parquet", "shards"):
+        (tmp_path / "shards").mkdir()
+        data.to_parquet(tmp_path / "shards" / "train.parquet")
+        source = tmp_path / "shards" / ("train.parquet" if kept == "parquet" else "")
+    (row,) = load_rows(source, columns={"answer": column}, require=["answer"])
+    assert row.answer == "B"
+
+
+def test_a_class_without_a_name_is_no_answer():
+    features = datasets.Features({"problem": datasets.Value("string"), "answer": CLASSES})
+    data = datasets.Dataset.from_dict({"problem": ["?"], "answer": [-1]}, features=features)
+    with pytest.raises(UserError, match="no text in column 'answer'"):
+        load_rows(data, require=["answer"])
+
+
+TEXTS_ONLY = [{"problem": "1 + 1?", "answer": "2"}, {"problem": "1 + 2?", "answer": "3"}]
+FORMS = {
+    "a tuple": tuple(TEXTS_ONLY),
+    "a generator": (record for record in TEXTS_ONLY),
+    "pandas": pd.DataFrame(TEXTS_ONLY),
+    "pandas' categories": pd.DataFrame(TEXTS_ONLY).astype("category"),
+    "arrow": pyarrow.Table.from_pylist(TEXTS_ONLY),
+    "a batch of arrow's": pyarrow.RecordBatch.from_pylist(TEXTS_ONLY),
+    "torch's": torch.utils.data.Subset(TEXTS_ONLY * 2, [0, 1]),
+    "columns of arrays": {k: np.array([r[k] for r in TEXTS_ONLY]) for k in TEXTS_ONLY[0]},
+    "columns of pandas": {k: pd.Series([r[k] for r in TEXTS_ONLY]) for k in TEXTS_ONLY[0]},
+    "numpy's texts": [{k: np.str_(v) for k, v in record.items()} for record in TEXTS_ONLY],
+}
+FORMS |= {
+    f"datasets as {name}": datasets.Dataset.from_list(TEXTS_ONLY).with_format(name)
+    for name in (None, "torch", "numpy", "pandas", "arrow")
+}
+FORMS |= {
+    "a dictionary of arrow's": datasets.Dataset(
+        pyarrow.table(
+            {
+                k: pyarrow.array([r[k] for r in TEXTS_ONLY]).dictionary_encode()
+                for k in TEXTS_ONLY[0]
+            }
+        )
+    ),
+    "long strings": datasets.Dataset.from_list(
+        TEXTS_ONLY,
+        features=datasets.Features(dict.fromkeys(TEXTS_ONLY[0], datasets.Value("large_string"))),
+    ),
+    "splits of streams": datasets.IterableDatasetDict(
+        {"train": datasets.Dataset.from_list(TEXTS_ONLY).to_iterable_dataset()}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_python_gives_the_same_rows(name):
+    rows = load_rows(FORMS[name], require=["problem", "answer"])
+    assert [(row.problem, row.answer) for row in rows] == [("1 + 1?", "2"), ("1 + 2?", "3")]
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (5, "is of type int: it may be a list of rows"),
+        (None, "is of type NoneType"),
+        (lambda: iter(TEXTS_ONLY), "is of type function"),
+        (TEXTS_ONLY[0], "an object with 'problem', 'answer': give a list of rows"),
+        (["1 + 1?"], "row 1 of .* is of type str, not an object"),
+        ([["1 + 1?", "2"]], "row 1 of .* is a list, not an object"),
+        (Path("none.jsonl"), "there is no file or directory 'none.jsonl'"),
+        (pd.DataFrame([["?", "1", "2"]], columns=["problem", "answer", "answer"]), "same name"),
+        (datasets.Dataset.from_dict({"problem": [], "answer": []}), "has no rows"),
+    ],
+)
+def test_what_is_no_data_is_named(given, said):
+    with pytest.raises(UserError, match=said):
+        load_rows(given, require=["problem", "answer"])
+
+
+def test_a_frame_of_pandas_has_arrays_inside_of_objects(tmp_path):
+    """verl's parquet files, read by pandas: each list is an array, also inside of a struct."""
+    record = {
+        "prompt": [USER],
+        "reward_model": {"ground_truth": {"target": ["2"]}, "style": "rule"},
+        "said": [{"role": "assistant", "content": [{"type": "text", "text": "So 2."}]}],
+    }
+    pd.DataFrame([record]).to_parquet(tmp_path / "verl.parquet")
+    frame = pd.read_parquet(tmp_path / "verl.parquet")
+    assert isinstance(frame.reward_model[0]["ground_truth"]["target"], np.ndarray)
+    columns = {"answer": "reward_model.ground_truth.target", "solution": "said"}
+    for source in (frame, tmp_path / "verl.parquet"):
+        assert load_rows(source, columns=columns)[0].texts == {
+            "problem": "1 + 1?",
+            "solution": "So 2.",
+            "answer": "2",
+        }
+
+
+@pytest.mark.parametrize(
+    "split",
+    ["train[:10%]", "train[:5]", "train[5:]", "train[-3:]", "train+test", "test[50%:]+train"],
+)
+@pytest.mark.parametrize("kept", ["in Python", "saved", "shards"])
+def test_parts_of_splits_are_those_of_datasets(split, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    records = [{"problem": f"{n}?", "answer": str(n)} for n in range(22)]
+    parts = {"train": records[:20], "test": records[20:]}
+    both = datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in parts.items()})
+    (tmp_path / "shards").mkdir()
+    for name, data in both.items():
+        data.to_parquet(tmp_path / "shards" / f"{name}.parquet")
+    both.save_to_disk(tmp_path / "saved")
+    wanted = datasets.load_dataset(str(tmp_path / "shards"), split=split)
+    source = both if kept == "in Python" else tmp_path / kept
+    rows = load_rows(source, split=split, require=["answer"])
+    assert [row.answer for row in rows] == wanted["answer"] != []
+
+
+@pytest.mark.parametrize("split", ["dev", "train[:", "train[:x]", "train+dev", ""])
+def test_a_part_that_there_is_not_is_named(split):
+    both = datasets.DatasetDict({"train": datasets.Dataset.from_list(RECORDS)})
+    with pytest.raises(UserError, match=r"data\.split: .* is not known"):
+        load_rows(both, split=split or "dev")
+
+
+def test_a_directory_may_have_several_configurations(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "gsm8k"
+    for name in ("main", "socratic"):
+        (folder / name).mkdir(parents=True)
+        data = datasets.Dataset.from_list([{"problem": name, "answer": "1"}])
+        data.to_parquet(folder / name / "train-00000-of-00001.parquet")
+    listed = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
+        for name in ("main", "socratic")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    for name in ("main", "socratic"):
+        (row,) = load_rows(folder, options={"name": name}, require=["answer"])
+        assert row.problem == name
+    with pytest.raises(UserError, match=r"data\.options: .*'socratic'.* options: \{name"):
+        load_rows(folder, require=["answer"])
+    with pytest.raises(UserError, match="'socratik' not found"):
+        load_rows(folder, options={"name": "socratik"}, require=["answer"])
+
+
+CHAT_OF_LISTS = {
+    "role": ["system", "user", "assistant"],
+    "content": ["Be brief.", "1 + 1?", "So 2."],
+}
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "prompt"])
+def test_a_chat_may_be_an_object_of_lists(column, tmp_path):
+    """As `datasets` below 4 stores lists of objects: {"role": […], "content": […]}."""
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{column: CHAT_OF_LISTS}]), tmp_path / "old.parquet"
+    )
+    old = {"from": ["system", "human", "gpt"], "value": CHAT_OF_LISTS["content"]}
+    for source in (tmp_path / "old.parquet", [{column: old}]):
+        (row,) = load_rows(source, require=["problem", "solution"])
+        assert (row.problem, row.solution, row.history) == ("1 + 1?", "So 2.", (SYSTEM,))
+    ragged = {"role": ["user", "assistant"], "content": ["1 + 1?"]}
+    with pytest.raises(UserError, match="data"):
+        load_rows([{column: ragged}], require=["problem", "solution"])
+
+
+@pytest.mark.parametrize("completion", ["So 3.", [{"role": "assistant", "content": "So 3."}]])
+def test_a_completion_that_is_labelled_as_bad_is_no_solution(completion):
+    """KTO's rows."""
+    prompt = "1 + 1?" if isinstance(completion, str) else [USER]
+    bad = {"prompt": prompt, "completion": completion, "label": False}
+    good = {**bad, "label": True}
+    with pytest.raises(UserError, match=r"row 2 .*labelled as bad"):
+        load_rows([good, bad], require=["problem", "solution"])
+    rows = load_rows([bad, good], require=["problem", "solution"], skip_incomplete=True)
+    assert [row.solution for row in rows] == ["So 3."]
+    assert len(load_rows([good, bad], require=["problem"])) == 2
+
+
+def test_a_solution_may_be_the_only_one_of_a_list():
+    """OlympiadBench has lists of solutions, OpenR1 of generations."""
+    row = {"problem": "1 + 1?", "cot": ["So 2."], "answer": "2"}
+    assert load_rows([row], columns={"solution": "cot"})[0].solution == "So 2."
+    several = {**row, "cot": ["So 2.", "Two."]}
+    with pytest.raises(UserError, match=r"data\.columns\.solution can name one, as 'cot\.0'"):
+        load_rows([several], columns={"solution": "cot"})
+    assert load_rows([several], columns={"solution": "cot.1"})[0].solution == "Two."
+
+
+def test_an_object_that_is_not_there_is_empty():
+    records = [{"problem": "?", "meta": {"answer": "2"}}, {"problem": "?", "meta": None}]
+    with pytest.raises(UserError, match=r"row 2 .* column 'meta\.answer' \(answer\): it is empty"):
+        load_rows(records, columns={"answer": "meta.answer"}, require=["answer"])
+
+
+@pytest.mark.parametrize(
+    "text", ["0.1", "0.3", "3.14159", "-2.7", "1e-05", "123456.7", "0.5", "1e+20"]
+)
+@pytest.mark.parametrize("kept", ["numpy", "torch", "arrow", "parquet"])
+def test_a_number_in_fp32_is_the_number_that_was_written(text, kept, tmp_path):
+    """0.1 in fp32 is 0.10000000149011612 as a Python number."""
+    features = datasets.Features(problem=datasets.Value("string"), answer=datasets.Value("float32"))
+    records = [{"problem": "?", "answer": float(text)}]
+    data = datasets.Dataset.from_list(records, features=features)
+    data.to_parquet(tmp_path / "a.parquet")
+    source = {
+        "numpy": [{"problem": "?", "answer": np.float32(text)}],
+        "torch": [{"problem": "?", "answer": torch.tensor(float(text))}],
+        "arrow": data,
+        "parquet": tmp_path / "a.parquet",
+    }[kept]
+    (row,) = load_rows(source, require=["answer"])
+    assert np.float32(row.answer) == np.float32(text) and float(row.answer) == float(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "problem,answer,\na,5,\n",
+        "problem, answer\na,5\n",
+        ",problem,answer,\n0,a,5,\n",
+        " problem ;answer \na;5\n",
+    ],
+)
+def test_a_tables_header_may_have_blanks_and_a_comma_at_its_end(text, tmp_path):
+    (tmp_path / "a.csv").write_text(text)
+    (row,) = load_rows(tmp_path / "a.csv", require=["problem", "answer"])
+    assert (row.problem, row.answer) == ("a", "5")
+    (tmp_path / "a.csv").write_text("problem,answer,\na,5,6\n")
+    with pytest.raises(UserError, match="its first line must name the columns"):
+        load_rows(tmp_path / "a.csv", require=["problem", "answer"])
+
+
+def test_a_chat_that_pandas_wrote_without_commas_is_named(tmp_path):
+    pd.DataFrame({"messages": [np.array([USER, ANSWER])], "answer": "2"}).to_csv(tmp_path / "a.csv")
+    with pytest.raises(UserError, match=r"row 1 .*'messages' is no chat with a user's message"):
+        load_rows(tmp_path / "a.csv")
+
+
+HUB = {
+    "GSM8K": (
+        {"question": "2 + 3?", "answer": "2+3=<<2+3=5>>5.\n#### 5"},
+        {"problem": "question", "solution": "answer"},
+    ),
+    "MATH": ({"problem": "2 + 3?", "level": 1, "solution": "\\boxed{5}."}, {"answer": "solution"}),
+    "MATH-500": ({"problem": "2 + 3?", "solution": "$5$", "answer": "5", "unique_id": "a"}, {}),
+    "NuminaMath": (
+        {"source": "aops", "problem": "2 + 3?", "solution": "$\\boxed{5}$",
+         "messages": [{"role": "user", "content": "?"}]},
+        {"answer": "solution"},
+    ),
+    "OpenR1": (
+        {"problem": "2 + 3?", "solution": "", "answer": "5",
+         "generations": ["<think>\nA</think>\n\n5", "B"], "correctness_math_verify": [True, False]},
+        {"solution": "generations.0"},
+    ),
+    "DAPO": (
+        {"data_source": "math_dapo", "prompt": [{"content": "2 + 3?", "role": "user"}],
+         "reward_model": {"ground_truth": "5", "style": "rule"}, "solution": "5"},
+        {"answer": "reward_model.ground_truth"},
+    ),
+    "verl": (
+        {"prompt": [{"role": "user", "content": "2 + 3? Think."}],
+         "reward_model": {"ground_truth": "5"},
+         "extra_info": {"question": "2 + 3?", "answer": "5\n#### 5", "index": 0}},
+        {"problem": "extra_info.question", "solution": "extra_info.answer",
+         "answer": "reward_model.ground_truth"},
+    ),
+    "Skywork": (
+        {"prompt": [{"role": "user", "content": "2 + 3?"}], "solution": "5",
+         "reward_model": {"ground_truth": '["5"]'}},
+        {"answer": "reward_model.ground_truth"},
+    ),
+    "AIME": ({"id": 60, "problem": "2 + 3?", "solution": "5", "answer": 5, "year": "2024"}, {}),
+    "AMC": ({"question": "2 + 3?", "solution": "5", "answer": 5.0}, {"problem": "question"}),
+    "OlympiadBench": (
+        {"question": "2 + 3?", "solution": ["So 5."], "final_answer": ["$5$"], "unit": None},
+        {"problem": "question", "answer": "final_answer"},
+    ),
+    "Omni-MATH": (
+        {"domain": ["A"], "difficulty": 8.0, "problem": "2 + 3?", "solution": "5", "answer": "5"},
+        {},
+    ),
+    "OpenThoughts": (
+        {"system": "Think.", "answer": "5",
+         "conversations": [{"from": "user", "value": "2 + 3?"}, {"from": "gpt", "value": "5"}]},
+        {},
+    ),
+    "DeepScaleR": ({"problem": "2 + 3?", "solution": "$\\boxed{5}$", "answer": "5"}, {}),
+    "MetaMath": (
+        {"query": "2 + 3?", "response": "2+3=5.\nThe answer is: 5", "type": "GSM"},
+        {"problem": "query", "solution": "response", "answer": "response"},
+    ),
+    "OpenMathInstruct": (
+        {"problem": "2 + 3?", "generated_solution": "5", "expected_answer": "5"},
+        {"solution": "generated_solution", "answer": "expected_answer"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("through", ["Python", "datasets", "parquet", "JSON lines"])
+def test_what_the_hub_has_by_its_columns(name, through, tmp_path):
+    record, columns = HUB[name]
+    source = [record]
+    if through == "datasets":
+        source = datasets.Dataset.from_list([record])
+    elif through == "parquet":
+        source = tmp_path / "a.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), source)
+    elif through == "JSON lines":
+        source = tmp_path / "a.jsonl"
+        source.write_text(lines([record]))
+    (row,) = load_rows(source, columns=columns)
+    assert row.problem == "2 + 3?" and row.solution and row.answer.strip("$") == "5"

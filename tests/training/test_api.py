@@ -268,14 +268,44 @@ def test_what_cannot_be_is_refused_at_once(given, config, said, files, tmp_path)
 
 def test_streams_and_models_without_tokenizers_are_refused(files, tmp_path):
     stream = datasets.Dataset.from_list(RECORDS).to_iterable_dataset()
-    with pytest.raises(UserError, match="a dataset is of type IterableDataset, without an end"):
+    with pytest.raises(
+        UserError, match=r"IterableDataset, perhaps without an end: say in data\.limit"
+    ):
         trainer(files, tmp_path / "run", rows=stream)
+    rows = {"rows": stream, "held_out": stream.take(3)}
+    with pytest.raises(UserError, match=r"without an end: say in eval\.problems"):
+        trainer(files, tmp_path / "run", **rows, config={"data_limit": 6})
+    made = trainer(files, tmp_path / "run", **rows, config={"data_limit": 6, "eval_problems": 2})
+    assert len(made._run.held_out) == 2 and len(made._run.rows) == 4
     model = AutoModelForCausalLM.from_pretrained(files[0])
     model.config.name_or_path = model.name_or_path = str(tmp_path)
     with pytest.raises(UserError, match=r"model\.path is .*: a directory without config.json"):
         trainer(files, tmp_path / "run", model=model)
     with pytest.raises(UserError, match=r"model\.path is missing"):
         train(OPSDConfig(data="rows.jsonl"), quiet())
+
+
+HELD_OUT = RECORDS[:3]
+
+
+@pytest.mark.parametrize(
+    "held_out",
+    [
+        HELD_OUT,
+        {name: [record[name] for record in HELD_OUT] for name in HELD_OUT[0]},
+        datasets.DatasetDict(
+            {
+                "train": datasets.Dataset.from_list(RECORDS),
+                "test": datasets.Dataset.from_list(HELD_OUT),
+            }
+        ),
+        datasets.Dataset.from_list(HELD_OUT).with_format("arrow"),
+    ],
+)
+def test_all_rows_of_an_eval_dataset_are_held_out(held_out, files, tmp_path):
+    """Columns in a dictionary and splits have a length too, which is no number of rows."""
+    made = trainer(files, tmp_path / "run", held_out=held_out)
+    assert made.args.eval.problems == len(made._run.held_out) == 3
 
 
 def test_libraries_settings_are_made_before_torch_is_imported():
