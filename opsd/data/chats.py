@@ -9,16 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-ROLES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-}
+ROLES = {"human": "user", "prompter": "user"}
+ROLES |= dict.fromkeys(("gpt", "model", "bot", "chatgpt", "bard", "bing"), "assistant")
 """Names of roles elsewhere, such as in ShareGPT → ours."""
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")

@@ -8,45 +8,24 @@ from itertools import pairwise
 
 from opsd.grading.answers.clean import plain_text, trim
 from opsd.grading.answers.nodes import Value
+from opsd.grading.answers.notation import PATTERNS
 from opsd.grading.answers.numbers import Number, as_latex, number
 from opsd.grading.answers.structure import balanced
 from opsd.grading.answers.units import DEGREES, Unit, unit
 from opsd.grading.answers.words import MULTIPLES, names_a_thing, spelled_out
 
-_MONEY_FIRST = re.compile(
-    r"([+-]?)\s*(?P<text>\\text\s*\{\s*)?(?:US|A|C|HK|NZ|S)? ?"
-    r"(\\\$|[$€£¥₹]|USD|EUR|GBP|Rs\.?)(?(text)\s*\})\s*(.+)",
-    re.DOTALL,
-)
-_PERCENT = re.compile(
-    r"(.*?)\s*(?:\\%|%|\\text\{\s*per ?cent(?:age points?)?\.?\s*\}|"
-    r"(?<![A-Za-z])per ?cent(?:age points?)?)",
-    re.DOTALL,
-)
+_MONEY_FIRST = PATTERNS["money_first"]
+_PERCENT = PATTERNS["percent"]
 _PERCENT_OF = re.compile(r"([^%]*%)\s*(\\text\s*\{[^{}]*\}|[^\W\d_]{3}[^{}]*)")
-_DEGREES = re.compile(
-    r"(.*?)\s*\^\\circ\s*(?:(\d+(?:\.\d+)?)\s*(?:'|\^\\prime|\^\{\\prime\})\s*(?:(\d+(?:\.\d+)?)\s*(?:''|\"))?)?",
-    re.DOTALL,
-)
-_TAIL = re.compile(
-    r"(?P<core>.*?(?:[\d})!]|\\pi|\\sqrt ?\d))\s*"
-    r"(?P<tail>\\text\s*\{.*|\^\\circ\s*\\text.*|\^\\circ ?[CF]|[$€£¥₹¢]|\\\$|"
-    r"(?P<plain>[^\W\d_]+.*)"
-    r"|\((?:approx|rounded|exact|about)[^()]*\))",
-    re.DOTALL,
-)
+_DEGREES = PATTERNS["degrees"]
+_TAIL = PATTERNS["tail"]
 _COUNTED = re.compile(r"(\d+(?:\.\d+)?)\s*([^\W\d_.]+|''|'|\")\.?(?:,| and)?\s*")
-_MODULUS = re.compile(
-    r"(.*?[^(\s])\s*(?:\\pmod|\(\s*(?:\\text\{\s*mod\s*\}|mod))\s*\{?\s*(\w+)\s*\}?\s*\)?",
-    re.DOTALL,
-)
+_MODULUS = PATTERNS["modulus"]
 _SHORT = re.compile(r"(\d[\d.,]*)\s?([A-JL-Za-z])")  # not K, a thousand
 _OHM = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*)?([kM]?)\s*\}?\s*\\Omega\s*$")
 _UNITS_OF_THE_PAGE = re.compile(r"(?:(?:square|cubic|sq\.?|cu\.?) )?units?(?: ?\^ ?\{?[23]\}?)?\.?")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
-_FUNCTION = re.compile(
-    r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|arc|sqrt|pi|mod|choose|over|[ei])(?![a-z])"
-)
+_FUNCTION = PATTERNS["function"]
 
 
 def quantity(text: str) -> Value | None:

@@ -22,6 +22,7 @@ from opsd.grading.answers.nodes import (
     by_name,
     names_of,
 )  # fmt: skip
+from opsd.grading.answers.notation import PATTERNS
 from opsd.grading.answers.number_sets import number_set
 from opsd.grading.answers.numbers import Number, as_latex, number
 from opsd.grading.answers.quantities import compound, counted, quantity, times
@@ -36,55 +37,31 @@ from opsd.grading.answers.structure import (
 
 _DEEPEST = 12
 _FIRST_NAME = re.compile(r"(?:[=,:]|\\approx|\\sim|\\to)\s*")
-_QUANTIFIER = re.compile(
-    r"(?:(?:\\forall|\\text\{\s*for all\s*\})[^,]*|^[A-Za-z]\s*\\in\s*\\mathbb\{R\})\s*,\s*(?=\S)"
-)
-_FOR_ALL = re.compile(
-    r"(?<=[^\s,(])[\s,(]*(?:\\text\s*\{\s*)?(?:\\forall|"
-    r"\b(?:for (?:all|any|every|each|some|arbitrary)|"
-    r"where[ }]+\S{1,9}\s*(?:\\text\s*\{|\})?\s*(?:is an?|are)"
-    r"(?: \w+)* (?:constants?|reals?|numbers?|integers?))\b)[^=]*$"
-)
-_PARAMETER = re.compile(
-    r"(?:,|\\text\{[^{}]*\}|\bwhere\b|\bfor\b|\()?\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?[ZN]\}?(?:\^\+|_\+)?|"
-    r"\\text\{\s*(?:is )?(?:an? )?(?:any )?integer\s*\}|(?:is )an? (?:any )?integer)\s*\)?$"
-)
-_DOMAIN = re.compile(  # the range of a formula's index
-    r"(?:,|\\text\s*\{\s*,?\s*(?:for|where)\s*\}|\b(?:for|where)\b)\s*[kmn]\s*(?:\\ge|>|\\neq)\s*\d$"
-)
+_QUANTIFIER = PATTERNS["quantifier"]
+_FOR_ALL = PATTERNS["for_all"]
+_PARAMETER = PATTERNS["parameter"]
+_DOMAIN = PATTERNS["domain"]
 _MAGNITUDE = re.compile(r"^\|\s?([A-Za-z])\s?\|\s?(<|\\le )\s?(\d[\d.]*)$")
 _POINT = re.compile(r"[A-Z]\s?\([^A-Za-z]*\d")
 _SCALED = re.compile(r"(-|[^&=,A-Za-z]*(?:\\frac[^&=,A-Za-z]+)?)\s*(\\begin.*)", re.DOTALL)
 _DOTS_IN_LIST = re.compile(r"[,:;+]\s*(?:\\ldots(?![A-Za-z])|\.\.\.)")
-_CLOCK = re.compile(
-    r"(\d{1,2})(?:\s*:\s*([0-5]\d))?\s*(?:([ap])\.?\s?m\.?|(noon|midnight))?", re.IGNORECASE
-)
+_CLOCK = PATTERNS["clock"]
 _CLOCK_WORDS = {"noon": "12 noon", "midday": "12 noon", "midnight": "12 midnight"}
 _OF_A_RATIO = re.compile(r":|\\text\{ ?to ?\}|\bto\b")
 _IN_A_RATIO = re.compile(r"(?:[\d\s./,+\-^{}()]|\\(?:sqrt|frac|pi|cdot)(?![A-Za-z]))+")
 _BARE_CHOICE = re.compile(r"[A-J]")
 _CHOICE = re.compile(r"\(([A-J])\)[.:]?\s*(.*)|([A-J])\s*(?:[:.)]|\\quad)\s*(.*)", re.DOTALL)
 _LABEL = re.compile(r"\([A-J]\)|\b[A-J][).:]")
-_ENVIRONMENT = re.compile(
-    r"(?P<open>\\\{|\[|\()?\s*\\begin\s*\{(?P<name>\w+\*?)\}(?:\s*\[\w\]|\s*\{[lcr| @]*\})?"
-    r"(?P<body>.*)\\end\s*\{(?P=name)\}\s*(?P<close>\\\}|\]|\))?",
-    re.DOTALL,
-)
+_ENVIRONMENT = PATTERNS["environment"]
 _SYSTEMS = frozenset("cases aligned align align* alignat gathered gather gather* split array "
                      "dcases rcases eqnarray equation equation*".split())  # fmt: skip
 _MATRICES = frozenset(
     "pmatrix bmatrix Bmatrix matrix smallmatrix psmallmatrix bsmallmatrix".split()
 )
-_RELATIONS = re.compile(
-    r"<|>|\\(?:le|ge|neq|in|notin|cup|cap|setminus|subset|subseteq|parallel|perp|leq|geq)(?![A-Za-z])"
-)
+_RELATIONS = PATTERNS["relations"]
 _MEMBER = re.compile(r"(?:\(?[A-Za-z](?:_\w)?(?:\s*,\s*[A-Za-z])*\)?)\s*\\in(?![A-Za-z])\s*")
 _SET_OF = re.compile(r"\(?[^|:]{1,40}?\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\||:)\s*(?=.*[<>=\\])")
-_NAME = re.compile(
-    r"(?:\\(?:angle|triangle|text|hat|vec|mathbb|operatorname)\b\s*)*(?:\{?[^\W\d_]+\}?|\\[A-Za-z]+|\#|"
-    r"\|[^|]{1,20}\|)(?:\s+[^\W\d_]+)*(?:_\s*(?:\{[^{}]*\}|\w))?(?:\^\s*\{?-1\}?)?'*\s*(?:\([^()=]{1,40}\))?"
-    r"(?:\^\s*\{?\\circ\}?)?"
-)
+_NAME = PATTERNS["name"]
 _UNIT_VECTOR = re.compile(r"\\hat\{([ijk])\}")
 _FRENCH = re.compile(r"([\[\]])(.*)([\[\]])", re.DOTALL)
 
@@ -432,10 +409,7 @@ def is_name(text: str) -> bool:
     return bool(_NAME.fullmatch(plain_text(text)))
 
 
-_GREEK_NAME = re.compile(
-    r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega|xi|eta|zeta|kappa|"
-    r"max|min|angle|triangle|epsilon|vec|hat|Delta|Omega|Phi|Gamma|Lambda)(?![A-Za-z])"
-)
+_GREEK_NAME = PATTERNS["greek_name"]
 
 
 def has_symbol(text: str) -> bool:
@@ -490,8 +464,4 @@ def _single(text: str) -> Node:
     return Value(text, number(text))
 
 
-_NO_MATHEMATICS = re.compile(
-    r"(?<![A-Za-z)}])'|[?@\"`~;:#]|\\(?:ldots|to|rightarrow|leftrightarrow|mapsto|not|sout|[bx]?cancel)"
-    r"(?![A-Za-z])|"
-    r"\.\.\.|(?<![_\d.])\d[\d.]*\s+\d|[+\-*/^=]$"
-)
+_NO_MATHEMATICS = PATTERNS["no_mathematics"]

@@ -6,15 +6,9 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from opsd.grading.answers.notation import NOTATION
+from opsd.grading.answers.notation import NOTATION, PATTERNS
 
-_LEAD_IN = re.compile(
-    r"(?:(?:so|thus|hence|therefore|and|then|we (?:get|have|find|obtain)|its?|is|are|there|the|my|"
-    r"our|final|correct|answers?|solutions?|result|value|total|sum|area|number|is|are|equals?|exactly|"
-    r"about|approximately|approx|around|roughly|only|option|choice|of)\b[\s:,.]*|"
-    r"(?:最终)?答案?[是为:]?\s*|故?选项?[是为:]?\s*|[是为]\s*)+",
-    re.IGNORECASE,
-)
+_LEAD_IN = PATTERNS["lead_in"]
 _WORDS = NOTATION["words"]
 _MORE_THAN_A_NAME = frozenset(_WORDS["more_than_a_name"].split())
 _TAKES_BACK = frozenset(_WORDS["takes_back"].split())
@@ -24,32 +18,12 @@ _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{\w+\*?\}")
 _PHRASE = re.compile(r"[^\W\d_]+(?:[ '.,/&-]+[^\W\d_]+)*[.']?")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\s+", re.IGNORECASE)
 
-_NO_SOLUTION = re.compile(
-    r"(?:there (?:is|are|exists?) )?(?:no|zero)(?: such)?(?: \w+)?(?: \w+)? "
-    r"(?:solutions?|roots?|answers?|values?|integers?|numbers?|triples?|pairs?|x|n)"
-    r"(?: (?:exists?|possible|satisf\w+|in reals?))?|none|(?:the )?empty set|"
-    r"(?:there is )?no solution.{0,20}|(?:方程)?(?:无|没有)(?:实数)?(?:解|根)",
-    re.IGNORECASE,
-)
-_INFINITY = re.compile(
-    r"(?:there are )?infinite(?:ly many)?(?: (?:solutions?|values?|many))*|(?:plus |positive )?"
-    r"infinity",
-    re.IGNORECASE,
-)
-_ALL_REAL = re.compile(
-    r"(?:[a-z] )?(?:is |can be )?(?:all|any|every|the set of (?:all )?) ?"
-    r"(?:real(?:s| numbers?)(?: x)?|x)",
-    re.I,
-)
-_VERDICT = re.compile(
-    r"(yes|no|true|false)[,.;:] (?!.*\b(?:yes|no|true|false|but|if|except|when)\b)(\D{3,60})", re.I
-)
-_WINS = re.compile(
-    r"(?!.*(?:\bnot|n't|never|\bno) )(.+?)(?: (?:always|will|can))* (?:wins?|has winning strategy)"
-)
-_DOES_NOT_EXIST = re.compile(
-    r"(?:the limit |it )?(?:does not exist|doesn't exist|dne|不存在)", re.I
-)
+_NO_SOLUTION = PATTERNS["no_solution"]
+_INFINITY = PATTERNS["infinity"]
+_ALL_REAL = PATTERNS["all_real"]
+_VERDICT = PATTERNS["verdict"]
+_WINS = PATTERNS["wins"]
+_DOES_NOT_EXIST = PATTERNS["does_not_exist"]
 
 
 def canonical(phrase: str) -> str:
