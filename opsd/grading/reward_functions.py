@@ -27,7 +27,7 @@ THEIRS = {"prompts", "completions", "completion_ids"}
 ABSENT = {"completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
 """What TRL passes too, and we do not."""
 
-VERLS = {"data_source", "solution_str", "ground_truth", "solution_strs", "ground_truths"}
+VERLS = {"solution_str", "ground_truth", "solution_strs", "ground_truths"}
 """Parameters of verl's functions, which would take a row for the answer."""
 
 
@@ -59,15 +59,15 @@ def of_either_kind(name: str, function: Callable[..., Any]) -> Verifier:
     """
     if not callable(function) or hasattr(function, "forward"):
         raise UserError(
-            f"{name}: it must be a function; a file's goes by "
-            "loss.reward.verifier, and a model that judges may be called by a function of yours"
+            f"{name}: it must be a function; a file's goes by loss.reward.verifier, and a model "
+            "that judges may be called by a function of yours"
         )
     try:
         signature = inspect.signature(function)
     except ValueError:  # some functions written in C have none
         return by_row(name, function)
-    parameters = dict(signature.parameters)
-    keywords = [n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD]
+    parameters = signature.parameters
+    keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if (theirs := VERLS & parameters.keys()) and not THEIRS & parameters.keys():
         raise UserError(
             f"{name} has the parameter {min(theirs)!r}, as verl's functions have: write a "
@@ -82,11 +82,10 @@ def of_either_kind(name: str, function: Callable[..., Any]) -> Verifier:
                 "completion and its row, or as TRL's functions with `completions` and columns"
             ) from None
         return by_row(name, function)
-    needed = {n for n, p in parameters.items() if p.default is p.empty}
-    if absent := ABSENT & needed:
-        raise UserError(
-            f"{name} needs {min(absent)!r}, which is not passed to reward functions here"
-        )
+    if absent := [
+        n for n in ABSENT & parameters.keys() if parameters[n].default is inspect.Parameter.empty
+    ]:
+        raise UserError(f"{name} needs {min(absent)!r}, which no reward function is passed here")
     return partial(_by_lists, name, function, None if keywords else set(parameters))
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from opsd.grading.answers.clean import plain_text, trim
 from opsd.grading.answers.nodes import Based, Value
+from opsd.grading.answers.notation import PATTERNS
 from opsd.grading.answers.numbers import number
 
-_BASED = re.compile(
-    r"\(?([0-9A-F]+|(?=[a-f]*\d)[0-9a-f]+)\)?\s*_\s*(?:\{\s*(?:\\text\{)?\s*(\d+|[a-z]+)\s*\}?\s*\}|(\d+))"
-    r"|([0-9A-F]+) (?:\()?(?:in )?base[ -](\d+|[a-z]+)\)?"
-)
+_BASED = PATTERNS["based"]
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
           "ten": 10, "twelve": 12, "sixteen": 16}  # fmt: skip
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 
+from opsd.grading.answers.notation import PATTERNS
+
 MOST_CHARACTERS = 4000
 MOST_DIGITS = 100_000
 
-_POWER = re.compile(
-    r"(?<![\d.])\d+(?:\.\d+)?(?:\}|\))?(?:\s*(?:\^|\*\*)\s*[{(]?\s*\d+(?:\s*[})])?)+"
-)
+_POWER = PATTERNS["power"]
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _FACTORIAL = re.compile(r"(?<!\d)(\d+)\s?\)?\s?!")
 _BINOMIAL = re.compile(r"\\[dt]?binom\s?\{\s?(\d+)\s?\}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from opsd.grading.answers.notation import NOTATION
+from opsd.grading.answers.notation import NOTATION, PATTERNS
 
 _CHARACTERS, _COMMANDS = NOTATION["characters"], NOTATION["commands"]
 _SPELLED = {form: to for to, forms in NOTATION["spelled"].items() for form in forms.split()}
@@ -61,10 +61,7 @@ _WRITTEN: dict[str, tuple[str, str]] = {
     **{form[1:]: (to, "") for form, to in _SPELLED.items() if len(form) > 1},
 }
 _TEXT, _FONT = _COMMANDS["text"].split(), _COMMANDS["font"].split()
-_VECTOR = re.compile(
-    r"\\(?:hat|vec|mathbf|boldsymbol|bm|overrightarrow|widehat)\s*\{?\s*(?:\\(?:mathbf|"
-    r"boldsymbol|bm|mathrm)\s*\{?\s*)?(?:\\([ij])math|([ijk]))(?![A-Za-z])\s*\}?\}?"
-)
+_VECTOR = PATTERNS["vector"]
 _LETTERS = re.compile(r"[^\W\d_]")
 _WORDLIKE = re.compile(r"[^\W\d_]{2}|[^\W\d_] +[^\W\d_]|\(\s*[A-Za-z]\s*\)")
 
@@ -116,16 +113,11 @@ def _command(token: str, following: list[str]) -> tuple[str, str]:
     return _WRITTEN.get(name, (token, ""))
 
 
-_ESCAPED_TWICE = re.compile(  # `\\\\frac`, from JSON inside of JSON; no line of TeX begins so
-    r"\\(?=\\(?:[dtc]?frac|sqrt|text|math[a-z]+|boxed|left|right|cdot|times|pi|infty|begin|end|cup|"
-    r"pm|le|ge|neq|in|circ|%)(?![A-Za-z]))(?<!\\\\)"
-)
+_ESCAPED_TWICE = PATTERNS["escaped_twice"]
 _THIN_THOUSANDS = re.compile(r"(?<=\d),\s*\\!\s*(?=\d{3})")
 _BREAK = re.compile(r"\\\\\s*\[[^\]]{0,10}\]")  # a line break with a distance
 _DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]|\\(?:left|right)\s*\.")
-_MARKDOWN = re.compile(
-    r"\*\*([^*]+)\*\*|__([^_]+)__|`([^`]+)`|<b>([^<]*)</b>|<strong>([^<]*)</strong>"
-)
+_MARKDOWN = PATTERNS["markdown"]
 _BRACED_SPACE = re.compile(r"\{\s*\\[,;:! ]\s*\}")
 _BRACED_COMMA = re.compile(r"(?<=\d)\{\s*,\s*\}\s*(?=\d)")
 # (pattern, replacement), applied in this order.

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from opsd.grading.answers.notation import PATTERNS
+
 MOST_EXPONENT = 5000
 ENOUGH_DECIMALS = 6
 
@@ -21,9 +23,7 @@ _SEPARATED = [
         (r"\d{1,3}(?:'\d{3})+", "'"),
     )
 ]
-_CONTINENTAL = re.compile(
-    r"(\d{1,3}(?:\.\d{3})+),(\d+)|(\d{1,3}(?:\.\d{3}){2,})|(\d{1,3}(?: \d{3})+),(\d+)"
-)
+_CONTINENTAL = PATTERNS["continental"]
 _COMMA = re.compile(r"([+-]?)\s*(?:(\d+),(\d{1,2}|\d{4,})|(0),(\d+))((?![\d.])[^,]*)")
 
 

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import re
 
+from opsd.grading.answers.notation import PATTERNS
+
 SUM = "a sum, difference or the like that is left to be worked out"
 BASE = "not in the base of the reference"
 
@@ -38,12 +40,8 @@ _TO_BE_DONE = re.compile(
     rf"\\(?!(?:{_LEFT_ON_PURPOSE})(?![A-Za-z]))[A-Za-z]|\\frac\s*\{{d\}}"
     r"|\b(?:plus|minus|max|min|gcd|lcm|lim|det|mod)\b"
 )
-_MIXED = re.compile(
-    r"\d\s*\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|\d\s+(\d+)\s*/\s*(\d+)"
-)
-_OF_NUMBERS = re.compile(
-    r"(?:^|[({+\-=<>,\[])\s?\d+(?:\.\d+)?\s?[+-]\s?\d+(?:\.\d+)?\s?(?=$|[)}\]+\-=<>,])"
-)
+_MIXED = PATTERNS["mixed"]
+_OF_NUMBERS = PATTERNS["of_numbers"]
 
 
 def has_sum(text: str) -> bool:

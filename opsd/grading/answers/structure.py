@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-_TOKEN = re.compile(
-    r"\\begin\s*\{\w+\*?\}|\\end\s*\{\w+\*?\}|\\text\s*\{[^{}]*\}|\\[{}]|\\[A-Za-z]+|\\.|[()\[\]{}]",
-    re.DOTALL,
-)
+from opsd.grading.answers.notation import PATTERNS
+
+_TOKEN = PATTERNS["token"]
 _OPENING = {"(": 1, "[": 1, "{": 1, "\\{": 1}
 _CLOSING = {")": 1, "]": 1, "}": 1, "\\}": 1}
 
@@ -80,12 +79,8 @@ def _inside(text: str) -> bytearray:
     return inside
 
 
-_JOINING_TEXT = re.compile(
-    r"\\text\s*\{\s*,?\s*(?:and|or|und|et|y|和|或)\s*\}|\\text\s*\{\s*[,;]\s*\}"
-)
-_JOINING = re.compile(
-    r"(?:,\s*)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\&|(?<=\d)\s*[和或]\s*(?=[-\d\\]|[A-Za-z]\s*=)"
-)
+_JOINING_TEXT = PATTERNS["joining_text"]
+_JOINING = PATTERNS["joining"]
 _AND_AFTER = re.compile(r"\\text\{([^{}]*[^{}\s,])\s*,?\s+(?:and|or)\s*\}")
 _AND_BEFORE = re.compile(r"\\text\{\s*,?\s*(?:and|or)\s+([^{}]+)\}")
 _NEXT_NAME = re.compile(r"(\\(?:angle|triangle|text|mathrm)|[\w)}])\s+(?=[A-Za-z](?:_\w)?\s?=)")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from opsd.grading.answers.notation import NOTATION
+from opsd.grading.answers.notation import NOTATION, PATTERNS
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,7 @@ for _kind, _entries in NOTATION["units"].items():
 for _name, _others in NOTATION["units_elsewhere"].items():
     _UNITS |= dict.fromkeys(_others.split(), _UNITS[_name])
 _COMPOUND: dict[str, str] = NOTATION["units_compound"]
-_FACTOR = re.compile(
-    r"(?:(square|sq|cubic|cu)\b\.?)?\s*([^\W\d_]+|°C?F?|[$€£¥₹¢])\.?"
-    r"(?:\s*\^\s*\{?\s*(-?\d)\s*\}?|\s*(squared|cubed)|([23])(?!\d))?",
-)
+_FACTOR = PATTERNS["factor"]
 _JOINT = re.compile(r"\s*(/|\bper\b|\\cdot|\*|-|\b(?=\s)|\s)\s*")
 
 
