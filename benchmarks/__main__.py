@@ -93,20 +93,35 @@ def run(options: argparse.Namespace, arguments: list[str] | None = None) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command line, which `opsd bench` has too."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="a few cases, under three minutes")
-    which.add_argument("--gpu", action="store_true", help="on the GPU, within ten minutes")
     which.add_argument(
-        "--shape", type=_shape, metavar="N,V,D", help="every task at this shape only"
+        "--quick", action="store_true", help="run a few cases only, under three minutes"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="with --shape")
+    which.add_argument("--gpu", action="store_true", help="run on the GPU, within ten minutes")
+    which.add_argument(
+        "--shape", type=_shape, metavar="N,V,D", help="run every task at this shape only"
+    )
     parser.add_argument(
-        "--only", type=_names, metavar="NAME,…", help="these candidates only; ours always"
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="type of the tensors, with --shape (default: float32)",
     )
-    parser.add_argument("--rounds", type=int, help="interleaved rounds (default 5; --quick: 3)")
-    parser.add_argument("--minutes", type=float, help="begin no case after these (--gpu: 9)")
+    parser.add_argument(
+        "--only", type=_names, metavar="NAME,…", help="measure these candidates only; ours always"
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="interleaved rounds (default: 5; with --quick 3)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="begin no case after this many minutes (default with --gpu: 9)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument(
-        "--shared", action="store_true", help="others use this machine: show processor seconds"
+        "--shared",
+        action="store_true",
+        help="other programs use this machine: show processor seconds",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), metavar="DIR")
 

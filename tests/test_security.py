@@ -263,7 +263,7 @@ def test_a_study_runs_no_code(settings, marker, tmp_path, capsys, monkeypatch):
     text = json.dumps(settings).replace("{file}", str(verifier))
     (tmp_path / "s.yaml").write_text(f"quickstart: tiny\nsettings: {text}\n")
     assert main(["compare", str(tmp_path / "s.yaml"), "--output", str(tmp_path / "o")]) == 1
-    refused(capsys, "a study runs no code")
+    refused(capsys, "a study may run no code")
     assert not marker.exists()
 
 
@@ -283,7 +283,7 @@ def test_a_study_sends_nothing(settings, tmp_path, capsys, monkeypatch):
     text = json.dumps(settings)
     (tmp_path / "s.yaml").write_text(f"quickstart: tiny\nsettings: {text}\n")
     assert main(["compare", str(tmp_path / "s.yaml"), "--output", str(tmp_path / "o")]) == 1
-    refused(capsys, "a study sends nothing to a server")
+    refused(capsys, "a study may send nothing to a server")
 
 
 def test_a_failed_steps_file_names_no_server_to_ask(files, tmp_path, capsys):

@@ -12,12 +12,28 @@ from opsd.config.sections import PromptsSection
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd chat`."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a run's directory, a model's, or a hub name")
-    add("--base", nargs="?", const="", metavar="MODEL", help="beside it; a run's: what it was")
-    add("--with-solution", action="store_true", help="ask for a solution, and show it as a teacher")
-    add("--plain", action="store_true", help="a run's: without its prompt templates")
-    add("--temperature", type=float, default=0.0, help="default: 0, the likeliest tokens")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (512)")
+    add("model", metavar="MODEL", help="a run's or a model's directory, or a hub name")
+    add(
+        "--base",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="show this model's answer too; for a run, no name means the model that it began with",
+    )
+    add(
+        "--with-solution",
+        action="store_true",
+        help="ask for a solution too, and answer with it in view, as the teacher does",
+    )
+    add("--plain", action="store_true", help="leave out the run's prompt templates")
+    add("--temperature", type=float, default=0.0, help="default: 0, always the likeliest token")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="most tokens of an answer (default: 512)",
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -30,7 +46,9 @@ def run(parsed: argparse.Namespace) -> None:
     model, config = of_run(parsed.model)
     base = config.model.path if config and parsed.base == "" else parsed.base
     if base == "":
-        raise UserError(f"--base needs a name: {parsed.model!r} is no run, which would say it")
+        raise UserError(
+            f"--base needs a name: {parsed.model!r} is a model, not a run, so its base is not known"
+        )
     models = {"model": model} | ({"base": base} if base else {})
     for path in models.values():
         check_model(path, "MODEL")

@@ -36,13 +36,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_DIR|CONFIG.yaml|STUDY.yaml",
         nargs="+",
         type=Path,
-        help="finished runs; or configs, each to be run with each seed; or one study file",
+        help="finished runs; or configs, each of which is run with each seed; or one study file",
     )
-    add("--seeds", metavar="LIST", help="of configs (default: 0,1,2)")
-    add("--tokens", type=int, metavar="N", help="of configs: train.token_budget")
-    add("--target", type=float, metavar="ACCURACY", help="default: baseline's best")
-    add("--baseline", metavar="METHOD", help="default: grpo, or the last there is")
-    add("--output", metavar="DIR", type=Path, default=Path("runs/compare"))
+    add("--seeds", metavar="LIST", help="seeds to run configs with (default: 0,1,2)")
+    add("--tokens", type=int, metavar="N", help="train.token_budget of each run of a config")
+    add(
+        "--target",
+        type=float,
+        metavar="ACCURACY",
+        help="accuracy to reach (default: the baseline's best)",
+    )
+    add(
+        "--baseline",
+        metavar="METHOD",
+        help="method to compare with (default: grpo, or the last one found)",
+    )
+    add(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs/compare"),
+        help="default: runs/compare",
+    )
 
 
 def run(asked: argparse.Namespace) -> None:
@@ -149,14 +164,14 @@ def check_settings(study: Study) -> None:
                 own_code = loss.reward.verifier != "math" or loss != loss.without_code()
                 if own_code or config.model.trust_remote_code:
                     raise UserError(
-                        "a study runs no code: neither loss.reward.verifier nor "
-                        "model.trust_remote_code is for it; compare configs of `opsd train` instead"
+                        "a study may run no code (loss.reward.verifier, model.trust_remote_code): "
+                        "compare configs of `opsd train` instead"
                     )
                 output = config.output.push_to_hub or config.output.report_to
                 if output or config.rollout.server or any(map(is_address, paths)):
                     raise UserError(
-                        "a study sends nothing to a server: neither an address, output.push_to_hub "
-                        "nor output.report_to is for it; compare configs of `opsd train` instead"
+                        "a study may send nothing to a server (an address, output.push_to_hub, "
+                        "output.report_to): compare configs of `opsd train` instead"
                     )
         except UserError as error:
             where = f"variants.{cell.name}" if study.variants else "settings"

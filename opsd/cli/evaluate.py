@@ -107,7 +107,7 @@ def evaluate_command(asked: Namespace, benchmark: Benchmark, display: Display) -
 def _has_images(asked: Namespace, benchmark: Benchmark) -> bool:
     found = any(row.images for row in benchmark.rows)
     if found and asked.engine != "generate":
-        raise UserError(f"--engine is {asked.engine!r}: of images 'generate' alone samples")
+        raise UserError(f"--engine is {asked.engine!r}: only 'generate' samples from images")
     return found
 
 

@@ -15,11 +15,20 @@ OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd export`."""
     add = parser.add_argument
-    add("directory", metavar="RUN", help="a run's directory, or a model's")
-    add("--merge", action="store_true", help="add adapters in; the whole model as safetensors")
-    add("--gguf", action="store_true", help=f"one GGUF file, by llama.cpp's {CONVERTER}")
-    add("--output", type=Path, help="where to [RUN/merged, RUN/model.gguf]")
-    add("--type", choices=OUTTYPES, default="auto", help="of the GGUF file's weights [auto]")
+    add("directory", metavar="RUN", help="a run's or a model's directory")
+    add(
+        "--merge",
+        action="store_true",
+        help="add the adapters to the weights, and write the whole model as safetensors",
+    )
+    add("--gguf", action="store_true", help=f"write one GGUF file, by llama.cpp's {CONVERTER}")
+    add("--output", type=Path, help="default: RUN/merged or RUN/model.gguf")
+    add(
+        "--type",
+        choices=OUTTYPES,
+        default="auto",
+        help="type of the GGUF file's weights (default: auto)",
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -31,10 +40,10 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.merge == parsed.gguf:
         raise UserError("opsd export: say --merge or --gguf")
     if parsed.type != "auto" and parsed.merge:
-        raise UserError(f"--type is {parsed.type!r}: that is of a GGUF file")
+        raise UserError(f"--type is {parsed.type!r}: it is for --gguf")
     output = parsed.output or place / ("model.gguf" if parsed.gguf else "merged")
     if output.exists():
-        raise UserError(f"--output is {str(output)!r}: it is there already; choose another")
+        raise UserError(f"--output is {str(output)!r}: it exists already; choose another")
     converter = _converter() if parsed.gguf else None  # before a model is loaded
     from opsd.common.display import Display
     from opsd.config.sections import ModelSection
@@ -46,9 +55,7 @@ def run(parsed: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     adapted = (model / "adapter_config.json").is_file()
     if parsed.merge and not adapted:
-        raise UserError(
-            f"RUN is {str(place)!r}: {str(model)!r} has no adapters, it is whole already"
-        )
+        raise UserError(f"RUN is {str(place)!r}: {str(model)!r} has no adapters to merge")
     with TemporaryDirectory(prefix=".export-", dir=output.parent) as scratch:
         whole = model
         if adapted or not (model / "config.json").is_file():  # then load_model says what is missing

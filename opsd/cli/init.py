@@ -16,7 +16,9 @@ SCHEMA = Path(__file__).parents[1] / "config" / "schema.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd init` or of `opsd examples`, by the parser's name."""
     writes = parser.prog.endswith("init")
-    parser.add_argument("name", nargs="?", metavar="[NAME]", help="an example's, or a part of it")
+    parser.add_argument(
+        "name", nargs="?", metavar="[NAME]", help="an example's name, or a part of it"
+    )
     if writes:
         parser.add_argument("--output", type=Path, metavar="FILE", help="default: NAME.yaml")
     parser.set_defaults(act=_write if writes else _list)
@@ -34,10 +36,10 @@ def _write(known: dict[str, Path], parsed: argparse.Namespace) -> None:
     name = (parsed.name or "mine").removeprefix("examples/").removesuffix(".yaml")
     if name not in known:
         hint = did_you_mean(name, known)
-        raise UserError(f"NAME is {name!r}: no example{hint} (there are {', '.join(known)})")
+        raise UserError(f"NAME is {name!r}: no such example{hint} (allowed: {', '.join(known)})")
     file = parsed.output or Path(f"{Path(name).name}.yaml")
     if file.exists():
-        raise UserError(f"--output is {str(file)!r}: it is there already; choose another")
+        raise UserError(f"--output is {str(file)!r}: it exists already; choose another")
     text = known[name].read_text(encoding="utf-8").replace(f"examples/{name}.yaml", str(file))
     schema, command = f"# yaml-language-server: $schema={SCHEMA}\n", f"train {file} --dry-run"
     if _command(text) == "compare":

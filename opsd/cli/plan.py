@@ -65,9 +65,9 @@ def plan_command(asked: argparse.Namespace) -> None:
     lengths = Lengths(asked.prompt_tokens, asked.solution_tokens, config.rollout.max_new_tokens)
     device = None if gpu is None else int(gpu.memory)
     if config.rollout.engine == "vllm" and device is None:
-        raise refused(config, "rollout.engine: say with --gpu which GPU it is planned for")
+        raise refused(config, "rollout.engine: name the GPU with --gpu")
     if config.train.sharding != "none" and asked.gpus == 1:
-        raise refused(config, "train.sharding: say with --gpus over how many")
+        raise refused(config, "train.sharding: give the number of GPUs with --gpus")
     longest = _check_window(student, lengths)
     planner = Planner(student, lengths, device, asked.gpus)
     reason = planner.unshared_because if config.train.share_prefixes else None

@@ -15,14 +15,40 @@ _UNITS = {"G": 1e9, "GB": 1e9, "GIB": 2**30, "M": 1e6, "MB": 1e6, "MIB": 2**20}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd plan`."""
     add = parser.add_argument
-    add("model", metavar="MODEL_OR_CONFIG", help="a directory, config.json, known name, or .yaml")
-    add("overrides", nargs="*", metavar="section.field=value", help="as for opsd train")
-    add("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, or a memory, 24G; none: a CPU")
-    add("--gpus", type=int, default=1, metavar="N", help="processes, with a GPU each (default: 1)")
-    add("--memory", metavar="SIZE", help="what to change to fit into it: 24GB, 24G or 24")
-    add("--prompt-tokens", type=int, default=200, metavar="N", help="of a problem (default: 200)")
-    add("--solution-tokens", type=int, default=1000, metavar="N", help="of a solution (1000)")
-    add("--json", action="store_true", help="the plan as JSON")
+    add(
+        "model",
+        metavar="MODEL_OR_CONFIG",
+        help="a model's directory, config.json or known name, or a run's config",
+    )
+    add("overrides", nargs="*", metavar="section.field=value", help="options of opsd train")
+    add(
+        "--gpu",
+        metavar="NAME",
+        help=f"{', '.join(GPUS)}, or its memory, such as 24G (default: a CPU)",
+    )
+    add(
+        "--gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many GPUs, one for each process (default: 1)",
+    )
+    add("--memory", metavar="SIZE", help="memory to fit into, such as 24G; says what to change")
+    add(
+        "--prompt-tokens",
+        type=int,
+        default=200,
+        metavar="N",
+        help="length of a problem (default: 200)",
+    )
+    add(
+        "--solution-tokens",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="length of a solution (default: 1000)",
+    )
+    add("--json", action="store_true", help="print the plan as JSON")
 
 
 def run(parsed: argparse.Namespace) -> None:

@@ -10,12 +10,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that its model's and teacher's repositories ship",
+        help="run the Python code in the repositories of its model and its teacher",
     )
     parser.add_argument(
         "--ask-teacher",
         action="store_true",
-        help="ask the server that its teacher.path names",
+        help="send its rollouts to the server that its teacher.path names",
     )
 
 

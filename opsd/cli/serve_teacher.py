@@ -11,11 +11,21 @@ HERE = ("127.0.0.1", "::1", "localhost")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd serve-teacher`."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a transformers directory or a hub name")
-    add("--host", default="127.0.0.1", help="default: 127.0.0.1; others need OPSD_TEACHER_KEY")
-    add("--port", type=int, default=8765, help="default: 8765; 0: any that is free")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of its weights and its answers")
-    add("--most-tokens", type=int, default=1 << 17, help="of a request (default: 131072)")
+    add("model", metavar="MODEL", help="a model's directory or a hub name")
+    add("--host", default="127.0.0.1", help="default: 127.0.0.1; any other needs OPSD_TEACHER_KEY")
+    add("--port", type=int, default=8765, help="default: 8765; 0 takes any free port")
+    add(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="type of the weights and of the answers (default: fp32)",
+    )
+    add(
+        "--most-tokens",
+        type=int,
+        default=1 << 17,
+        help="most tokens of a request (default: 131072)",
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:

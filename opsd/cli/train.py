@@ -22,29 +22,36 @@ def add_arguments(parser: Parser) -> None:
     """Adds the arguments of `opsd train`."""
     parser.more = _config_help
     add = parser.add_argument
-    add("config", metavar="CONFIG.yaml", help="or, with --resume, the directory of a run")
-    add("overrides", nargs="*", metavar="section.field=value")
+    add(
+        "config", metavar="CONFIG.yaml", help="a config file; with --resume, also a run's directory"
+    )
+    add(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="options of the config file, listed below",
+    )
     add(
         "--dry-run",
         action="store_true",
-        help="check config, data, prompts and tokenizer, show the plan, train nothing",
+        help="check config, data, prompts and tokenizer, and show the plan; train nothing",
     )
     add(
         "--for",
         dest="machine",
         metavar="GPU",
-        help="with --dry-run: check it for another machine, such as 4090 or h200x2",
+        help="with --dry-run: plan for another machine, such as 4090 or h200x2",
     )
     add("--resume", action="store_true", help="go on from the last checkpoint")
     add(
         "--start-over",
         action="store_true",
-        help="with --resume: begin again where there is no checkpoint",
+        help="with --resume: begin again if there is no checkpoint",
     )
     add(
         "--no-share",
         action="store_true",
-        help="run each rollout with a context of its own (train.share_prefixes=false)",
+        help="run the context again for each rollout (train.share_prefixes=false)",
     )
 
 

@@ -97,7 +97,7 @@ def check_saved(directory: Path, field: str) -> dict[str, Any] | None:
         found = pool.map(lambda name: _measured(directory / name), entries)
         for (name, saved), now in zip(entries.items(), found, strict=True):
             if now != saved:
-                raise _changed(directory / name, field, "its SHA-256 is another")
+                raise _changed(directory / name, field, "its SHA-256 differs")
     return manifest
 
 

@@ -13,7 +13,7 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands in it twice")
+        raise ValueError(f"the key {twice!r} is in it twice")
     return made
 
 

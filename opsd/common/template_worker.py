@@ -28,7 +28,7 @@ def _shown(value: Any) -> Any:
     """Raises TypeError for a function or an iterator: `{{ }}` would print a memory address."""
     if (callable(value) or hasattr(type(value), "__next__")) and not isinstance(value, Undefined):
         kind = type(value).__name__
-        raise TypeError(f"{{{{ }}}} has no text but a {kind}: call it, or add |list or |join")
+        raise TypeError(f"{{{{ }}}} holds a {kind}, not text: call it, or add |list or |join")
     return value
 
 
@@ -56,7 +56,7 @@ def answer(job: bytes) -> bytes:
         texts = list({call.__name__: call for call in calls}[name](*arguments, values))
         lengths = array("I", map(len, texts))
         if max(lengths, default=0) > MOST:
-            raise SecurityError(f"it makes too much: more than {MOST:,} characters")
+            raise SecurityError(f"its text has more than {MOST:,} characters")
         # Raises for half a surrogate pair, which no tokenizer could take.
         body = "".join(texts).encode()
         return b"".join((MADE, len(lengths).to_bytes(4), lengths.tobytes(), body))

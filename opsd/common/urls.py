@@ -13,7 +13,7 @@ def check_address(address: str, key: str = "VLLM_API_KEY or SGLANG_API_KEY") -> 
     """Raises ValueError unless this is an HTTP server's address without a user name or password: it
     is written into a run's config.yaml. key: the environment variable that the error suggests."""
     if re.search(r"[\s\\\x00-\x1f\x7f]", address):
-        raise ValueError("it holds a blank or another character that no address has")
+        raise ValueError("it holds a blank or a character that an address may not have")
     parts = urlsplit(address)
     parts.port  # noqa: B018 - raises ValueError for one beyond 65535
     if "@" in parts.netloc:

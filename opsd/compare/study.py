@@ -36,9 +36,11 @@ from opsd.runs.directory import LOCK, locked
 class Study(Section):
     """The content of a study file."""
 
-    quickstart: Literal["tiny", "smollm2"] = Field(description="Whose task, model and settings.")
+    quickstart: Literal["tiny", "smollm2"] = Field(
+        description="The quickstart whose task, model and settings are used."
+    )
     methods: list[Method] = Field(
-        ["opsd", "grpo", "sft"], min_length=1, description="What is compared."
+        ["opsd", "grpo", "sft"], min_length=1, description="The methods to compare."
     )
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="A run of every method each.")
     solutions: list[int | Literal["endless"]] = Field(
@@ -75,7 +77,7 @@ class Study(Section):
     @classmethod
     def _directories(cls, variants: dict) -> dict:
         if any(name != Path(name).name or name.startswith(".") for name in variants):
-            raise ValueError("names are those of directories")
+            raise ValueError("a name becomes a directory's: no slash, and no dot in front")
         return variants
 
     @property

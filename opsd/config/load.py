@@ -31,7 +31,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     first, *rest = load_recipe(path, overrides)
     if rest:
         raise UserError(
-            f"CONFIG is {str(path)!r}: a recipe of {1 + len(rest)} runs (then), for `opsd train`"
+            f"CONFIG is {str(path)!r}: a recipe of {1 + len(rest)} runs (then), which only "
+            "`opsd train` runs"
         )
     return first
 
@@ -71,7 +72,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]
         except UserError as error:
             raise UserError(f"then: {error}") from None
         if runs[-1].output.dir in [run.output.dir for run in runs[:-1]]:
-            raise UserError(f"then: output.dir is {runs[-1].output.dir!r}, as of a run before it")
+            raise UserError(
+                f"then: output.dir is {runs[-1].output.dir!r}, which an earlier run uses"
+            )
     return runs
 
 

@@ -41,7 +41,7 @@ class WeightsSection(Section):
     @classmethod
     def _check_position(cls, ends: list[float]) -> list[float]:
         if min(ends) < 0 or max(ends) == 0:
-            raise ValueError("weights must be at least 0, and one of them more")
+            raise ValueError("weights must be at least 0, and one of them above 0")
         return ends
 
 
@@ -76,7 +76,7 @@ class RewardSection(Section):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"it is no regular expression: {error}") from None
+                raise ValueError(f"it is not a regular expression: {error}") from None
         return pattern
 
 

@@ -183,7 +183,7 @@ class PromptsSection(Section):
     @classmethod
     def _check_chat(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         for name in OURS & arguments.keys():
-            raise ValueError(f"{name!r} is set by opsd, and is no argument of a chat template's")
+            raise ValueError(f"{name!r} is set by opsd, and cannot be given to a chat template")
         for name, value in arguments.items():
             if str(value).lower() in ("yes", "no", "on", "off"):  # strings, which count as true
                 raise ValueError(f"{name} is {value!r}: write true or false")

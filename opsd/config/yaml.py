@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} stands there twice", key.start_mark
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
                     )
                 seen.add(key.value)
         return node
@@ -113,7 +113,7 @@ def _count(node: yaml.Node, sizes: dict[yaml.Node, int | None]) -> int:
     if node in sizes:
         known = sizes[node]
         if known is None:
-            raise yaml.YAMLError("an alias stands inside of what it repeats")
+            raise yaml.YAMLError("an alias is inside the value that it repeats")
         return known
     sizes[node] = None
     kind = node.tag.rpartition(":")[2]

@@ -257,7 +257,7 @@ class ChatTemplate:
             if more.strip() and before is None and self._between is None:
                 raise UserError(
                     f"model.path has a chat template that begins an answer with {more[-60:]!r}, "
-                    "and writes no finished answer so: what is to follow it cannot be told; give "
+                    "but writes no finished answer like that, so what must follow is unknown: give "
                     "it another (chat_template.jinja in the model's directory)"
                 )
             return (self._between or "") + text + end
@@ -351,6 +351,6 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, context: str, target: str)
         if found[: len(start)] == start and tokenizer.decode([*first, *rest]) == wanted:
             return rest
     raise UserError(
-        "model.path has a tokenizer that joins a context's last characters and an answer's first: "
-        f"{(context[-20:] + target[:20])!r} cannot be split there; change the prompt's end"
+        "model.path has a tokenizer that makes one token of a context's end and an answer's "
+        f"beginning, in {(context[-20:] + target[:20])!r}: change the prompt's end"
     )

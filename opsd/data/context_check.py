@@ -45,7 +45,7 @@ class ContextCheck:
             plain = _single(template, [what]) or ("{{" not in template and repr(template))
             if plain and what not in self.named[name]:
                 raise UserError(
-                    f"prompts.{name} leaves the {what} out, {plain} is plain text: write "
+                    f"prompts.{name} leaves the {what} out ({plain} is plain text): write "
                     f"{{{{ {what} }}}}"
                 )
 
@@ -97,7 +97,7 @@ class ContextCheck:
         if row.answer in answers and not all(text.strip() in message for text in texts):
             raise UserError(
                 f"{self.prompts.field('student')} leaves the column {name!r} out in row {number} "
-                f"({row.problem[:40]!r}), of which the answer {row.answer!r} is one: write "
+                f"({row.problem[:40]!r}), whose answer {row.answer!r} is one of its choices: write "
                 f"{{{{ {name} }}}}, or a loop over it"
             )
 

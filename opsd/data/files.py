@@ -202,7 +202,9 @@ def _parquet(path: Path, section: str) -> Iterator[Any]:
         while True:
             (reply,) = workers.answers([b""])
             if isinstance(reply, Ended):
-                raise UserError(f"{said}: a few of its rows take too much ({reply.why})")
+                raise UserError(
+                    f"{said}: a few of its rows take too much time or memory ({reply.why})"
+                )
             rows = pickle.loads(reply)  # made by our own process
             room -= len(reply) + 64 * len(rows)
             if room < 0:

@@ -95,7 +95,9 @@ def _file(name: str, base: Path | None) -> Path:
         said = "is an address, which is not followed: save it as a file"
         raise UnreadableImageError(f"{said} ({name[:60]!r})")
     if base is None:
-        raise UnreadableImageError(f"is the path {name[:60]!r}, and its source is no file here")
+        raise UnreadableImageError(
+            f"is the path {name[:60]!r}, but its source is not a file on this machine"
+        )
     path = (base / name).resolve()
     if not path.is_relative_to(base.resolve()):
         raise UnreadableImageError(f"is {name[:60]!r}, outside of {str(base)!r}")
@@ -123,7 +125,7 @@ def _opened(data: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise UnreadableImageError(f"has too many pixels (at most {MOST_PIXELS:,})") from None
     except Exception:  # Pillow's own, of any kind
-        raise UnreadableImageError(f"is no {', '.join(FORMATS)} image") from None
+        raise UnreadableImageError(f"is not a {', '.join(FORMATS)} image") from None
     if image.width * image.height > MOST_PIXELS:
         size = f"{image.width} x {image.height}"
         raise UnreadableImageError(f"has {size} pixels (at most {MOST_PIXELS:,})")

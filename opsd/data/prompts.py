@@ -130,9 +130,9 @@ class Prompts:
                 self.templates[name] = IMAGES + ours
         found = frozenset(name for name, text in self.templates.items() if "images" in names(text))
         if not found or "target" in found:
-            said = "is shown images, and an answer has none" if found else "no template shows them"
+            said = "shows images, and an answer has none" if found else "no template shows them"
             field = "prompts.target" if found else "columns.images"
-            raise UserError(f"{field}: {said}; write {IMAGES} in prompts.student, say")
+            raise UserError(f"{field}: {said}; write {IMAGES} in prompts.student")
         return found
 
     def context(self, row: Row) -> Context:
@@ -273,8 +273,8 @@ class Prompts:
         if shown not in (0, len(row.images)) or written != shown:
             raise UnreadableRowError(
                 row,
-                f"its context has {self.images.token!r} {written} times where {shown} of its "
-                f"{len(row.images)} images are shown: all of them are, once, or none",
+                f"its context has {self.images.token!r} {written} times, for {shown} of its "
+                f"{len(row.images)} images: it must show each image once, or none",
             )
         try:
             return self.images.context(text, row.images) if shown else ids
@@ -371,7 +371,8 @@ class Prompts:
             for row, text in zip(new, made, strict=True):
                 if token in text:
                     raise UnreadableRowError(
-                        row, f"its text has {token!r}, which is a token of the teacher's alone"
+                        row,
+                        f"its text has {token!r}, a token that only the teacher's tokenizer has",
                     )
         texts = known | {id(row): (row, text) for row, text in zip(new, made, strict=True)}
         if not more and len(rows) > 1:

@@ -247,7 +247,7 @@ class _Reader:
         for name in NO_TEXT:
             if (shown := record.get(name)) and not isinstance(shown, str | int | float):
                 raise IncompleteRowError(
-                    f"{where} goes with {name!r}, which no prompt shows"
+                    f"{where} has {name!r}, which no prompt shows"
                     + (f": {self.section}.columns.images={name}" if name[:5] == "image" else "")
                 )
         refused = record.get("label") is False and "completion" in record  # as KTO has it

@@ -104,7 +104,9 @@ def load_benchmark(
     else:
         key, entry = name, _Known(name, "test")
         if source is not None:
-            raise UserError(f"benchmark: {name!r} is none of {', '.join(KNOWN)}, so it has no copy")
+            raise UserError(
+                f"benchmark: {name!r} is not one of {', '.join(KNOWN)}: only those may have a copy"
+            )
         _refuse_misspelling(name)
     where = source or entry.source
     on_hub = not os.path.exists(os.path.expanduser(where)) and bool(_HUB_NAME.fullmatch(where))

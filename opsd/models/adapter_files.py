@@ -161,13 +161,13 @@ def _check(config: dict[str, Any], where: str) -> None:
     if issubclass(known, peft.PromptLearningConfig) or config.get("alora_invocation_tokens"):
         kind = "activated LoRA" if kind == "LORA" else kind
         raise UserError(
-            f"{where}: an adapter of type {kind} works on what the model reads, and cannot be "
-            "added to its weights, as is done here"
+            f"{where}: an adapter of type {kind} changes what the model reads, and cannot be "
+            "added to its weights; train a LoRA or another type that can"
         )
     if str(start := config.get("init_lora_weights")).startswith("pissa_niter"):
         raise UserError(
-            f"{where}: it stands on weights that {start} made by chance, so that nobody can load "
-            "it again; save it with peft's path_initial_model_for_weight_conversion"
+            f"{where}: {start} drew the weights under it at random, so nobody can load it "
+            "again; save it with peft's path_initial_model_for_weight_conversion"
         )
     fields = {field.name for field in dataclasses.fields(known)}
     fields |= set(inspect.signature(known).parameters)

@@ -62,7 +62,7 @@ class ImageReader:
         section = model_files(section, name).owner(*FILES)
         if config.model_type not in FAMILIES:
             raise UserError(
-                f"{where}: rows with images (columns.images) are tried with "
+                f"{where}: rows with images (columns.images) work with "
                 f"{', '.join(FAMILIES)}, not with {config.model_type}"
             )
         found = {file: find_file(section.path, file, section.revision) for file in FILES}

@@ -158,8 +158,8 @@ def given_model(
 def _check_unquantised(model: PreTrainedModel, whole_weights: bool, where: str) -> None:
     if getattr(model, "is_quantized", False) and whole_weights:
         raise UserError(
-            f"{where}: its weights are quantised, and whole weights cannot train or be "
-            "added to then: set model.lora on it, or take a base that is not quantised"
+            f"{where}: its weights are quantised, and can neither be trained whole nor take "
+            "an adapter in: set model.lora, or take a base that is not quantised"
         )
 
 

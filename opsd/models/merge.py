@@ -37,7 +37,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> PreTra
         n for n in found.unexpected_keys if ".lora_" in n or any(map(str.isdigit, n.split(".")))
     ]
     if lost := [*found.missing_keys, *left]:
-        raise UserError(f"{where} does not fit its model: {lost[0]} is in one of the two alone")
+        raise UserError(f"{where} does not fit its model: {lost[0]} is in only one of the two")
     ends = merged.get_input_embeddings(), merged.get_output_embeddings()
     if tied and torch.equal(ends[0].weight, ends[1].weight):
         merged.config.tie_word_embeddings = True

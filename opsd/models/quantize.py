@@ -57,8 +57,8 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
     total = sum(parameter.numel() for parameter in decoder_layers(model).parameters())
     if size < total / 2:
         raise UserError(
-            f"teacher.quantize is 'int8': of {type(model).__name__}'s layers only "
-            f"{size / total:.0%} are plain linear layers, which it is for"
+            f"teacher.quantize is 'int8': it is for plain linear layers, and only "
+            f"{size / total:.0%} of {type(model).__name__}'s weights are in such"
         )
     for parent, name, child in linear:
         setattr(parent, name, Int8Linear(child))

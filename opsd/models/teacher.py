@@ -86,7 +86,7 @@ def check_mixture(teacher: TeacherSection, config: PreTrainedConfig) -> None:
         raise UserError(
             f"teacher.mix has {len(teacher.mix)} members: {config.model_type} has a soft cap on "
             f"its logits ({cap} {getattr(text, cap):g}), under which a mixture of hidden states "
-            "is none of distributions; use a teacher of one member (teacher.policy)"
+            "is not one of distributions; use a teacher of one member (teacher.policy)"
         )
 
 

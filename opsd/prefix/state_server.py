@@ -185,7 +185,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _is_let_in(self) -> bool:
         key, host = self.server.key, re.sub(r":\d+$", "", self.headers.get("Host", ""))
         if key is None and host not in HERE:  # such as a web page whose host name resolves to here
-            self._refuse(401, "without OPSD_TEACHER_KEY it is asked as http://localhost alone")
+            self._refuse(
+                401, "without OPSD_TEACHER_KEY it answers only requests to http://localhost"
+            )
             return False
         given = self.headers.get("Authorization", "").removeprefix("Bearer ").encode()
         if key is None or hmac.compare_digest(given, key.encode()):

@@ -10,7 +10,9 @@ def cache_directory() -> Path:
     """`$OPSD_CACHE`, or `~/.cache/opsd`. Raises UserError if there is no home directory."""
     place = os.path.expanduser(os.environ.get("OPSD_CACHE") or "~/.cache/opsd")
     if place.startswith("~"):
-        raise UserError(f"OPSD_CACHE: there is no home for {place!r}; set it to a directory")
+        raise UserError(
+            f"OPSD_CACHE: there is no home directory for {place!r}; set it to a directory"
+        )
     return Path(place)
 
 

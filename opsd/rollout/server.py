@@ -241,7 +241,9 @@ class RolloutServer(ABC):
             return kind.model_validate_json(found.content)
         except ValidationError as error:
             problem = problem_said(error.errors()[0])
-            raise self._error(f"answers {route} as no {self.name} does: {problem}") from None
+            raise self._error(
+                f"gives {route} an answer that {self.name} never gives: {problem}"
+            ) from None
 
     def _restarted(self) -> ServerRestartedError:
         return ServerRestartedError(

@@ -153,7 +153,7 @@ class SGLangServer(RolloutServer):
                 raise self._error(f"answers /update_weights_from_disk: {updated.message!s:.300}")
         except ServerAnswerError as error:
             raise ServerAnswerError(
-                f"{error}. It has not loaded {str(weights)!r}: look whether it sees that path "
+                f"{error}. It has not loaded {str(weights)!r}: check that it sees that path "
                 "(rollout.weights_dir), and serves the same model"
             ) from None
         # The cache has the old weights' states. It cannot be flushed while requests run.
@@ -161,8 +161,8 @@ class SGLangServer(RolloutServer):
         self._version = version
         if (told := self._model_info().weight_version) != version:
             raise self._error(
-                f"says that its weights are {told!r}, and was given {version!r}: it needs an "
-                "SGLang that knows weight_version, and one run alone may give it weights"
+                f"says that its weights are {told!r}, but it was given {version!r}: it needs an "
+                "SGLang that knows weight_version, and only one run may send it weights"
             )
 
     def check_restart(self) -> None:

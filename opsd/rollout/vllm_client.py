@@ -169,8 +169,8 @@ class VLLMServer(RolloutServer):
             )
         except ServerAnswerError as error:
             raise ServerAnswerError(
-                f"{error}. It has not loaded {str(weights)!r}, and must be started anew: look "
-                "whether it sees that path (rollout.weights_dir), and serves the same model"
+                f"{error}. It has not loaded {str(weights)!r}, and must be restarted: check "
+                "that it sees that path (rollout.weights_dir), and serves the same model"
             ) from None
         self._forget_prefixes()
 

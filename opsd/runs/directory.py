@@ -285,7 +285,7 @@ def last_checkpoint(directory: Path) -> Path | None:
 def _check(checkpoint: Path) -> None:
     if check_saved(checkpoint, "output.dir") is None:
         missing = str(checkpoint / MANIFEST)
-        raise UserError(f"output.dir: {missing!r} is missing, without which no run leaves one")
+        raise UserError(f"output.dir: {missing!r} is missing, and a run always writes it")
     with or_unreadable(checkpoint):
         step = read_record(checkpoint / "trainer_state.json", TrainerState).global_step
         if step != step_of(checkpoint):

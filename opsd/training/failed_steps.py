@@ -106,7 +106,9 @@ def read_failed_step(path: Path) -> FailedStep:
         for number, group in enumerate(checked.groups):
             _check_group(f"groups.{number}", group, len(config.teacher.mix) or 1)
             if group.route not in (config.teacher.routes or [""]) and not group.given:
-                raise UserError(f"groups.{number}.route is {group.route!r}: its config has it not")
+                raise UserError(
+                    f"groups.{number}.route is {group.route!r}: its config has no such route"
+                )
         return FailedStep(config, checked.step, checked.groups, weights, average)
     except ValidationError as error:
         said = problem_said(error.errors(include_url=False)[0])

@@ -53,9 +53,9 @@ def of_tensors(found: Any, count: int, longest: int, vocabulary: int) -> list[Ro
     if not len(ids) == len(log_probs) == lengths.sum():
         raise ValueError(f"{FILE} lacks tokens, or log-probabilities")
     if not (ids.min() >= 0 and ids.max() < vocabulary):
-        raise ValueError(f"{FILE} holds tokens that the model has not")
+        raise ValueError(f"{FILE} holds tokens that the model does not have")
     if not (log_probs.isfinite().all() and log_probs.max() <= 0):
-        raise ValueError(f"{FILE} holds log-probabilities that are none")
+        raise ValueError(f"{FILE} holds log-probabilities that are not finite, or above 0")
     sizes = lengths.tolist()
     return [
         Rollout(own.tolist(), done, by_engine.tolist(), None if seed == NO_SEED else seed)

@@ -408,7 +408,7 @@ WRONG = {
         lambda place: (place / "generation_config.json").write_text(
             '{"eos_token_id": 1, "eos_token_id": 2}'
         ),
-        "'eos_token_id' stands in it twice",
+        "'eos_token_id' is in it twice",
     ),
     "a stop that is none": (
         lambda place: edit(place / "generation_config.json", eos_token_id="</s>"),

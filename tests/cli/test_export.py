@@ -78,8 +78,8 @@ def test_gguf_is_written_by_the_converter_of_the_merged_model(run, tmp_path, mon
     [
         (["--gguf"], "no convert_hf_to_gguf.py; clone it (git clone https://github.com/ggml-org/"),
         ([], "say --merge or --gguf"),
-        (["--merge", "--type", "f16"], "--type is 'f16': that is of a GGUF file"),
-        (["--merge", "--output", sys.executable], "it is there already; choose another"),
+        (["--merge", "--type", "f16"], "--type is 'f16': it is for --gguf"),
+        (["--merge", "--output", sys.executable], "it exists already; choose another"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_mend(words, said, run, capsys, monkeypatch):
@@ -91,7 +91,7 @@ def test_what_cannot_be_is_refused_with_the_mend(words, said, run, capsys, monke
 
 def test_a_whole_model_has_nothing_to_merge(files, capsys):
     assert main(["export", str(files[0]), "--merge"]) == 1
-    assert "has no adapters, it is whole already" in capsys.readouterr().err
+    assert "has no adapters to merge" in capsys.readouterr().err
 
 
 def test_the_card_says_what_the_model_is(run, files, tmp_path):

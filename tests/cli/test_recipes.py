@@ -64,7 +64,7 @@ def test_an_interrupted_recipe_goes_on_in_its_second_run(recipe, tmp_path, capsy
         ("grpo", "then is 'grpo'"),
         ({"method": "grpo"}, "then: rollout.group_size is 1"),
         ({"method": "grpo", "rolout": {}}, "then: unknown key 'rolout'"),
-        ({"output": {"dir": "same"}}, "then: output.dir is 'same', as of a run before it"),
+        ({"output": {"dir": "same"}}, "then: output.dir is 'same', which an earlier run uses"),
     ],
 )
 def test_all_runs_are_checked_before_the_first(then, said, files, tmp_path):

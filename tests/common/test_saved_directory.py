@@ -75,12 +75,12 @@ def flipped(file):
 @pytest.mark.parametrize(
     ("name", "damage", "said"),
     [
-        ("model.safetensors", flipped, "its SHA-256 is another"),
+        ("model.safetensors", flipped, "its SHA-256 differs"),
         ("model.safetensors", lambda f: f.write_bytes(bytes(f.stat().st_size)), "its SHA-256"),
         ("model.safetensors", lambda f: f.write_bytes(b""), "has 0 bytes, not"),
         ("model.safetensors", lambda f: os.truncate(f, 10**12), "has 1000000000000 bytes, not"),
         ("config.json", lambda f: f.unlink(), "is missing"),
-        ("inside/part.bin", flipped, "its SHA-256 is another"),
+        ("inside/part.bin", flipped, "its SHA-256 differs"),
         (MANIFEST, lambda f: f.write_bytes(f.read_bytes()[:50]), "is damaged"),
         (MANIFEST, lambda f: f.write_text('{"format": "opsd 1", "files": 7}'), "is damaged"),
         (MANIFEST, lambda f: f.write_text("[" * 10_000), "is damaged"),

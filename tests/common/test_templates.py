@@ -269,7 +269,7 @@ def test_a_text_that_is_too_long_is_for_a_worker_to_refuse(monkeypatch):
     fill_in(text, [{"a": "p"}] * 99)
     known = templates._known(text, "prompts", _job(text))
     assert known.fill({"a": "q"}) == "q" * 400 and known.fill({"a": "q" * 50_000}) is None
-    with pytest.raises(TemplateFailure, match="makes too much"):
+    with pytest.raises(TemplateFailure, match="has more than"):
         fill_in(text, [{"a": "q" * 60_000}])
 
 

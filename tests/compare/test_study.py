@@ -298,7 +298,7 @@ def test_a_study_says_who_has_a_directory_of_its_runs(tmp_path, monkeypatch, cap
             "solution_styles is ['own']: the tiny worksheets",
         ),
         ({"quickstart": "tiny", "methods": ["ppo"]}, "methods.0 is 'ppo'"),
-        ({"quickstart": "tiny", "variants": {"../a": {}}}, "names are those of directories"),
+        ({"quickstart": "tiny", "variants": {"../a": {}}}, "a name becomes a directory's"),
         (
             {"quickstart": "tiny", "variants": {"a": {}}, "solutions": [1, 2]},
             "variants: they go with one number of solutions",

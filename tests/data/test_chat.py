@@ -170,7 +170,7 @@ def test_a_beginning_that_no_answer_has_is_refused_as_a_target(opening):
     template = turns(*roles, f"<|im_start|>assistant\n{opening}")
     family = Family("", template, IM, "<|im_end|>", "", "", "", None)
     assert chat_of(family).context(QUESTION).endswith(opening)
-    with pytest.raises(UserError, match=r"begins an answer with .*cannot be told"):
+    with pytest.raises(UserError, match=r"begins an answer with .*is unknown"):
         target_ids(chat_of(family), QUESTION, ANSWER)
 
 

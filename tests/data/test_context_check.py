@@ -65,15 +65,15 @@ REFUSED = {
     "grpo": ({"student": "{problem}", "method": "grpo"}, "prompts.student leaves the problem"),
     "a target in single braces": (
         {"method": "sft", "prompts": {"target": "{{ problem }} {solution}"}},
-        "prompts.target leaves the solution out, {solution} is plain",
+        r"prompts.target leaves the solution out .\{solution\} is plain",
     ),
     "a constant target": (
         {"method": "sft", "prompts": {"target": "Solved."}},
-        "leaves the solution out, 'Solved.' is plain",
+        "leaves the solution out .'Solved.' is plain",
     ),
     "a solution in single braces": (
         {"teacher": "{{ problem }} {solution}"},
-        "prompts.teacher leaves the solution out, {solution} is plain",
+        r"prompts.teacher leaves the solution out .\{solution\} is plain",
     ),
     "no solution in one row": (
         {"teacher": "{{ problem }}{% if level < 3 %}{{ solution }}{% endif %}!"},
@@ -81,7 +81,7 @@ REFUSED = {
     ),
     "a problem in single braces, over rollouts": (
         {"teacher": "{problem} {{ rollout.feedback }}"},
-        "prompts.teacher leaves the problem out, {problem} is plain",
+        r"prompts.teacher leaves the problem out .\{problem\} is plain",
     ),
     "equal contexts": (
         {"teacher": "{{ problem }}"},

@@ -118,7 +118,7 @@ def bomb(width, height):
         ("/etc/hostname", "outside of"),
         ("link.png", "outside of"),
         ("absent.png", "no such file"),
-        ("rows.jsonl", "image 1 is no PNG, JPEG, WEBP image"),
+        ("rows.jsonl", "image 1 is not a PNG, JPEG, WEBP image"),
         (7, "is of type int: it may be bytes, a path"),
         ([["a"]], "is of type list"),
         ({"bytes": None, "path": None}, "is of type NoneType"),
@@ -136,7 +136,7 @@ def test_what_is_no_image_is_refused_in_a_line(value, said, tmp_path):
 
 
 def test_a_hub_row_reads_no_files(tmp_path):
-    with pytest.raises(UnreadableImageError, match="is the path '/etc/hostname', and its source"):
+    with pytest.raises(UnreadableImageError, match="is the path '/etc/hostname', but its source"):
         read_images("/etc/hostname", None)
 
 
@@ -149,7 +149,7 @@ def test_large_images_are_refused_by_their_heads():
         read_images(bytes((1 << 26) + 1), None)
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "TIFF")
-    with pytest.raises(UnreadableImageError, match="is no PNG, JPEG, WEBP image"):
+    with pytest.raises(UnreadableImageError, match="is not a PNG, JPEG, WEBP image"):
         read_images(file.getvalue(), None)
     (short,) = read_images(bomb(200, 200), None)
     with pytest.raises(UnreadableImageError, match="is damaged"):
@@ -164,7 +164,7 @@ def test_rows_whose_images_cannot_be_read_are_left_out_where_that_is_asked(tmp_p
 
 
 def test_a_row_with_images_that_no_column_is_named_for_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"goes with 'image', .*: data.columns.images=image"):
+    with pytest.raises(UserError, match=r"has 'image', .*: data.columns.images=image"):
         load_rows([{**ROW, "image": picture(4, 4)}], require=("problem",))
     with pytest.raises(UserError, match=r"data.columns.images: .* has no column 'pictures'"):
         rows_of([{**ROW, "pics": picture(4, 4)}])

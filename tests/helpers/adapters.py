@@ -169,7 +169,7 @@ REFUSED = {
     "prefix tuning": Family(other("PrefixTuning", num_virtual_tokens=2), refused="PREFIX_TUNING"),
     "PiSSA by chance": Family(
         lora(init_lora_weights="pissa_niter_4"),
-        refused="by chance, so that nobody can load it again",
+        refused="at random, so nobody can load it again",
     ),
     "pickle": Family(lora(), change=pickled, refused="no weights as safetensors"),
     "a later option": Family(lora(), change=edited(warp=1), refused="has 'warp', which peft"),

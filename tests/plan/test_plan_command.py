@@ -402,8 +402,11 @@ def test_a_config_and_a_local_model_are_planned(tmp_path, capsys):
         (["Qwen3-8B", "--memory", "0GB"], "--memory is '0GB'"),
         (["Qwen3-8B", "--prompt-tokens", "0"], "--prompt-tokens is 0"),
         (["Qwen3-8B", "train.stps=3"], "did you mean 'steps'?"),
-        (["Qwen3-8B", "rollout.engine=vllm"], "rollout.engine is 'vllm': say with --gpu"),
-        (["Qwen3-8B", "train.sharding=fsdp2"], "train.sharding is 'fsdp2': say with --gpus"),
+        (["Qwen3-8B", "rollout.engine=vllm"], "rollout.engine is 'vllm': name the GPU with --gpu"),
+        (
+            ["Qwen3-8B", "train.sharding=fsdp2"],
+            "train.sharding is 'fsdp2': give the number of GPUs with --gpus",
+        ),
         (["Qwen3-8B", "--gpus", "0"], "--gpus is 0"),
         (["Qwen3-8B", "--prompt-tokens", "40000"], "42024 together: the model's window is 40960"),
     ],

@@ -249,7 +249,7 @@ def test_what_the_server_refuses(server, files, wider, tmp_path):
         complete(client, [1] * 300, 4)
     with pytest.raises(UserError, match=r"of width \d+ with \d+ tokens; '.*' is of width 48"):
         train(config_of((wider, files[1]), tmp_path / "run", server), quiet())
-    with pytest.raises(UserError, match="has not loaded '/nowhere', and must be started anew"):
+    with pytest.raises(UserError, match="has not loaded '/nowhere', and must be restarted"):
         client.load("/nowhere")
     server.kill()
     server.start().wait()

@@ -246,7 +246,7 @@ def test_evaluation(fake, files, tmp_path):
 
 
 def test_weights_that_do_not_load_are_one_line(fake, tmp_path):
-    with pytest.raises(UserError, match=r"has not loaded '.*look whether it sees that path"):
+    with pytest.raises(UserError, match=r"has not loaded '.*check that it sees that path"):
         client(fake, patience=60.0).load(tmp_path)
 
 

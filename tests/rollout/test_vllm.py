@@ -114,7 +114,7 @@ def test_what_will_not_pass_is_an_error_at_once(change, said, fake, student, con
 
 def test_weights_that_the_server_cannot_read_are_an_error_at_once(fake, tmp_path):
     """It looks for them on the hub, says so, and ends: no reader would guess why."""
-    with pytest.raises(UserError, match=r"has not loaded '.*', and must be started anew: look whe"):
+    with pytest.raises(UserError, match=r"has not loaded '.*', and must be restarted: check"):
         client(fake, patience=60.0).load(tmp_path)
 
 

@@ -269,4 +269,4 @@ def test_the_commands(files, tmp_path, capsys, monkeypatch):
     assert len(answers) == 3 and all(answer["tokens"] == 4 for answer in answers)
     assert opsd(capsys, "eval", "run", *few, "held-out")[0] == 0
     code, said = opsd(capsys, *benchmark, *columns, "--engine", "continuous")
-    assert code != 0 and "--engine is 'continuous': of images 'generate' alone" in said.err
+    assert code != 0 and "--engine is 'continuous': only 'generate' samples from images" in said.err

@@ -354,10 +354,16 @@ def test_what_is_kept_comes_back_to_the_bit(tmp_path):
         (lambda t: t.update(lengths=t["lengths"] * 0), "not of 1 to 3 tokens"),
         (lambda t: t.update(lengths=t["lengths"] * 2), "not of 1 to 3 tokens"),
         (lambda t: t.update(ids=t["ids"][1:]), "lacks tokens"),
-        (lambda t: t.update(ids=t["ids"] + 6), "tokens that the model has not"),
-        (lambda t: t.update(ids=-t["ids"]), "tokens that the model has not"),
-        (lambda t: t.update(log_probs=-t["log_probs"]), "log-probabilities that are none"),
-        (lambda t: t.update(log_probs=t["log_probs"] * torch.nan), "log-prob.* that are none"),
+        (lambda t: t.update(ids=t["ids"] + 6), "tokens that the model does not have"),
+        (lambda t: t.update(ids=-t["ids"]), "tokens that the model does not have"),
+        (
+            lambda t: t.update(log_probs=-t["log_probs"]),
+            "log-probabilities that are not finite, or above 0",
+        ),
+        (
+            lambda t: t.update(log_probs=t["log_probs"] * torch.nan),
+            "log-prob.* that are not finite",
+        ),
     ],
 )
 def test_a_damaged_file_is_one_line(change, said):
