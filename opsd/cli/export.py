@@ -23,12 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--gguf", action="store_true", help=f"write one GGUF file, by llama.cpp's {CONVERTER}")
     add("--output", type=Path, help="default: RUN/merged or RUN/model.gguf")
-    add(
-        "--type",
-        choices=OUTTYPES,
-        default="auto",
-        help="type of the GGUF file's weights (default: auto)",
-    )
+    add("--type", default="auto", help=f"of the GGUF file's weights: {', '.join(OUTTYPES)}")
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -39,19 +34,26 @@ def run(parsed: argparse.Namespace) -> None:
     model = place / "model" if (place / "model").is_dir() else place
     if parsed.merge == parsed.gguf:
         raise UserError("opsd export: say --merge or --gguf")
+    if parsed.type not in OUTTYPES:
+        raise UserError(
+            f"--type is {parsed.type!r}: it must be one of {', '.join(OUTTYPES)}; others are made "
+            f"of the file by llama.cpp: `llama-quantize model.gguf small.gguf {parsed.type}`"
+        )
     if parsed.type != "auto" and parsed.merge:
         raise UserError(f"--type is {parsed.type!r}: it is for --gguf")
     output = parsed.output or place / ("model.gguf" if parsed.gguf else "merged")
     if output.exists():
         raise UserError(f"--output is {str(output)!r}: it exists already; choose another")
     converter = _converter() if parsed.gguf else None  # before a model is loaded
+    from opsd.cli.first_look import import_torch
     from opsd.common.display import Display
+
+    display = Display()
+    import_torch(display)
     from opsd.config.sections import ModelSection
-    from opsd.models.load import load_model, quiet_transformers
+    from opsd.models.load import load_model
     from opsd.training.checkpoints import save_model
 
-    quiet_transformers()
-    display = Display()
     output.parent.mkdir(parents=True, exist_ok=True)
     adapted = (model / "adapter_config.json").is_file()
     if parsed.merge and not adapted:

@@ -54,7 +54,8 @@ def check_model(name: str, field: str) -> None:
                 f"{field} is {name!r}: a directory without config.json{near_model(path)}"
             )
     elif path.exists():
-        raise UserError(f"{field} is {name!r}: a file; it must be a directory, or a hub name")
+        hint = f"; did you mean {str(path.parent)!r}?" if path.name in MODELS else ""
+        raise UserError(f"{field} is {name!r}: a file; it must be a directory, or a hub name{hint}")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:  # cannot be a hub name
         raise UserError(f"{field} is {name!r}: there is no such directory{near_file(path)}")
 

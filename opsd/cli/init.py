@@ -35,7 +35,7 @@ def run(parsed: argparse.Namespace) -> None:
 def _write(known: dict[str, Path], parsed: argparse.Namespace) -> None:
     name = (parsed.name or "mine").removeprefix("examples/").removesuffix(".yaml")
     if name not in known:
-        hint = did_you_mean(name, known)
+        hint = did_you_mean(name, known) or f"; `opsd init --output {name}.yaml` names the file"
         raise UserError(f"NAME is {name!r}: no such example{hint} (allowed: {', '.join(known)})")
     file = parsed.output or Path(f"{Path(name).name}.yaml")
     if file.exists():

@@ -117,7 +117,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parsed, rest = top.parse_known_args(words)
     # argparse leaves overrides that follow an option unparsed: take them here.
     if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") for word in rest)):
-        meant = unknown_option(rest, parsed.options, hasattr(parsed, "overrides"))
+        option = next(word for word in [*rest, ""] if word.startswith("-") or not word)
+        fields = hasattr(parsed, "overrides")
+        meant = unknown_option(option, words, parsed.options, fields) if option else ""
         top.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
     if rest:
         parsed.overrides += rest

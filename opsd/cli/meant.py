@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import NoReturn
 
 from opsd.common.errors import UserError
@@ -29,31 +30,36 @@ def no_command(words: Sequence[str], known: Iterable[str]) -> str:
         rest = (other for other in words if other != word)
         return f"{said}; did you mean `{shlex.join(['opsd', 'train', word, *rest])}`?"
     if meant := _meant()["commands"].get(word.lower()):
-        typed = shlex.join(["opsd", *(meant if other == word else other for other in words)])
+        at = words.index(word)
+        typed = shlex.join(["opsd", *words[:at], *meant.split(), *words[at + 1 :]])
         return f"{said}; did you mean `{typed}`?"
     if near := nearest(word, known, cutoff=0.6):
         return f"{said}; did you mean {near!r}?"
     return f"{said}; there are {', '.join(known)}"
 
 
-def unknown_option(rest: Sequence[str], own: Iterable[str], has_fields: bool) -> str:
-    """Suggests a replacement for the first of the arguments `rest`, which a command with the
+def unknown_option(option: str, words: Sequence[str], own: Iterable[str], has_fields: bool) -> str:
+    """Suggests a replacement for an option of the command line `words`, which a command with the
     options `own` does not know. has_fields: the command takes config fields."""
-    option, _, value = rest[0].partition("=")
-    more = rest[1] if len(rest) > 1 and not rest[1].startswith("-") else "…"
-    name, value = option.lstrip("-").replace("-", "_"), value or more
+    more = [*words[words.index(option) + 1 :], "--"][0] if option in words else "--"
+    option, _, value = option.partition("=")
+    value = value or ("true" if more.startswith("--") else more)
+    name, command = option.lstrip("-").replace("-", "_"), next(iter(words), "")
     plain = {one.lstrip("-").replace("-", "_"): one for one in own}
     if name in plain:
         return f"; did you mean `{plain[name]}`?"
-    if has_fields:
-        from opsd.config.config import Config
-        from opsd.config.explain import fields_of, here
+    from opsd.config.config import Config
+    from opsd.config.explain import NOWHERE, fields_of, here
 
-        if name in fields_of(Config):
-            return f"; a field of the config is set as in {name}={value}"
-        if name not in _meant()["options"] and (found := here(name, Config)):
-            return f"; a field of the config is set as in {_set(found, value)}"
-    if said := _meant()["options"].get(name):
+    meant = _meant()["options"]
+    said = meant.get(f"{command}.{name}") or meant.get(name, "")
+    if (said.startswith("set ") and not has_fields) or (said.startswith("-") and said not in own):
+        said = ""  # that is of another command
+    if has_fields and name in fields_of(Config):
+        return f"; a field of the config is set as in {name}={value}"
+    if has_fields and not said and (found := here(name, Config)):
+        return f"; a field of the config is set as in {_set(found, value)}"
+    if said := said or NOWHERE.get(name, ""):
         return f"; did you mean `{said}`?" if said.startswith("--") else f"; {said}"
     near = nearest(name, plain, cutoff=0.6)
     return f"; did you mean `{plain[near]}`?" if near else ""
@@ -66,11 +72,18 @@ def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
 
     known = {*fields_of(Config)}
     for word, following in zip(words, [*words, ""][1:], strict=True):
-        if "=" in word:
+        if "=" in word.strip("="):
             continue
         hint = ""
-        if f"--{word}" in own:
+        if word.endswith("=") or following.startswith("="):
+            together = re.sub(r" ?= ?", "=", " ".join(words[words.index(word) :]))
+            hint = f"; write it without spaces: {together.split()[0]}"
+        elif f"--{word}" in own:
             hint = f"; did you mean `--{word}`?"
+        elif Path(word, "config.yaml").is_file() and "--resume" in own:
+            hint = f"; a run goes on by its directory alone: `opsd train {word} --resume`"
+        elif "--gpu" in own and re.fullmatch(r"[A-Za-z]*\d+\w*", word):
+            hint = f"; a GPU's name has no space, as in --gpu rtx{word}"
         elif re.search(r"\.ya?ml$", word):
             hint = "; one config at a time (`opsd compare` takes several)"
         elif following and (field := word if word in known else here(word, Config)):
@@ -101,6 +114,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if "required: CONFIG.yaml" in message:
             message = "it needs a CONFIG.yaml; `opsd init` writes one"
+        if "argument --gpus: invalid int" in message:
+            message += "; `--gpu` names the GPU, and `--gpus` counts them"
         super().error(message)
 
 

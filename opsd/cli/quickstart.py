@@ -57,14 +57,16 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.tiny and parsed.solution_style != "words":
         raise UserError("--solution-style and --tiny exclude each other: worksheets have one")
     output = Path(parsed.output or ("runs/tiny" if parsed.tiny else "runs/quickstart"))
+    from opsd.cli.first_look import import_torch
     from opsd.common.display import Display
-    from opsd.models.load import quiet_transformers
+
+    display = Display()
+    import_torch(display)
     from opsd.quickstart.run import quickstart
     from opsd.quickstart.settings import Asked
 
-    quiet_transformers()
     asked = Asked(**{field.name: getattr(parsed, field.name) for field in fields(Asked)})
-    quickstart(Display(), output, methods, asked, resume=parsed.resume)
+    quickstart(display, output, methods, asked, resume=parsed.resume)
 
 
 def _methods(text: str | None, tiny: bool) -> list[str]:

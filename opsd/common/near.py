@@ -5,6 +5,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+HUB_ADDRESS = re.compile(
+    r"(?:https?:/+)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)"
+)
+
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The known name most similar to `word`, ignoring case, hyphens and spaces, or None."""
@@ -20,7 +24,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
-    """`; did you mean 'rows.jsonl'?` for a missing path, by the files in its directory."""
+    """`; did you mean 'rows.jsonl'?` for a missing path, by the files in its directory, or
+    `'owner/name'` for an address on the hub."""
+    if named := HUB_ADDRESS.match(str(path)):
+        return f"; did you mean {named[1]!r}?"
     path = Path(path)
     try:
         there = [one.name for one in path.parent.iterdir() if one.name.endswith(suffixes)]

@@ -19,8 +19,15 @@ SHOWN_PROBLEMS = 10  # at most this many errors of one config are shown
 ELSEWHERE: dict[str, str] = read_toml(__file__, "elsewhere")
 """Names that other trainers use for a field, and its former names here → its name."""
 
+NOWHERE: dict[str, str] = read_toml(__file__, "nowhere")
+"""Names that other trainers use, and we have no field for → what to do instead."""
+
 VALUES: dict[str, dict[str, str]] = read_toml(__file__, "values")
 """Field → {another trainer's name of a value: our name}."""
+
+NUMBERS = {"int_parsing": r"[-+]?\d+", "float_parsing": r"[-+]?\d*\.?\d+([eE][-+]?\d+)?"}
+
+TRUTH = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
 UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -65,12 +72,15 @@ def here(name: str, model: type[Section]) -> str:
 def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
     known = _known(location[:-1], model)
     near = nearest(location[-1], known, cutoff=0.8)
-    if "rollout" in model.model_fields and (location[-1] in ELSEWHERE or not near):
+    if "rollout" in model.model_fields:
         full = list(location)
         while isinstance(value, dict) and value:  # such as verl's actor.optim.lr
             key, value = next(iter(value.items()))
             full.append(str(key))
-        if found := here(name := ".".join(full), model):
+        name, foreign = ".".join(full), {full[-1], ".".join(full)}
+        if said := NOWHERE.get(location[-1]) or NOWHERE.get(full[-1]):
+            return f"unknown key {name!r}: {said}"
+        if (not near or foreign & ELSEWHERE.keys()) and (found := here(name, model)):
             return f"unknown key {name!r}: here it is {found}"
     elif (found := ELSEWHERE.get(location[-1], "")) in known:  # a study's
         return f"unknown key {location[-1]!r}: here it is {found}"
@@ -85,19 +95,28 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
     kind, value = problem["type"], problem["input"]
     if kind in ("model_type", "model_attributes_type"):
         inside = next((field for field in fields_of(model) if field.startswith(f"{name}.")), None)
-        shown = value if len(str(value)) < 50 else "…"
+        key, colon, rest = str(value).partition(":")
+        if colon and f"{name}.{key}" in fields_of(model):
+            return f"; YAML needs a space after the colon: `{key}: {rest}`"
+        shown = "…" if isinstance(value, bool) or len(str(value)) >= 50 else value
         return f"; it is a section, as in {inside}={shown}" if inside else ""
     if kind == "dict_type" and name.endswith("columns"):
         return f"; write {name}={{problem: question}}, our column and theirs"
     if not isinstance(value, str):
-        return ""
+        said = VALUES.get(name, {}).get("number") if isinstance(value, int | float) else None
+        return f"; {said}" if said else ""
+    word = re.sub(r"[\s-]+", "_", value.lower())
+    if other := VALUES.get(re.sub(r"\.\d+$", "", name), {}).get(word):
+        return f"; {other}" if " " in other else f"; did you mean {other!r}?"
     if kind == "literal_error":
-        word = re.sub(r"[\s-]+", "_", value.lower())
-        if other := VALUES.get(re.sub(r"\.\d+$", "", name), {}).get(word):
-            return f"; {other}" if " " in other else f"; did you mean {other!r}?"
+        if word in TRUTH and "True" in problem["ctx"]["expected"]:
+            return f"; write {TRUTH[word]}"
         return did_you_mean(value, re.findall(r"'([^']+)'", problem["ctx"]["expected"]))
+    plain = re.sub(r"(?<=\d)[,_](?=\d{3})", "", value).strip(" ,;'\"")
+    if (number := NUMBERS.get(kind)) and plain != value and re.fullmatch(number, plain):
+        return f"; write {plain}"
     number = re.fullmatch(r"([\d.]+)\s*([kmg]i?b?|%)", value.strip(), re.IGNORECASE)
-    if number and kind in ("int_parsing", "float_parsing"):
+    if number and kind in NUMBERS:
         unit = number[2].lower()
         if unit == "%":
             return f"; a share is written as {float(number[1]) / 100:g}"

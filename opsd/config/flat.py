@@ -7,14 +7,17 @@ rollout_temperature and loss_temperature, lora_rank, output_dir.
 import difflib
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from os import PathLike, fspath
 from typing import Any, get_origin
 
 from opsd.common.errors import UserError
 from opsd.config.base import Section
-from opsd.config.explain import ELSEWHERE, section_of
+from opsd.config.explain import ELSEWHERE, NOWHERE, section_of
 
 WHAT_IT_NAMES = {"model": "path", "data": "source", "output": "dir"}
 """Sections that may be given as a single string → the field that the string sets."""
+
+TRAINER_TAKES = ("peft_config", "reward_funcs", "train_dataset", "eval_dataset", "callbacks")
 
 
 def nested(values: Mapping[str, Any], config: type[Section]) -> dict[str, Any]:
@@ -29,6 +32,8 @@ def nested(values: Mapping[str, Any], config: type[Section]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in sorted(values, key=lambda name: name not in config.model_fields):  # sections first
         field, value = _field(name, fields), values[name]
+        if isinstance(value, PathLike):
+            value = fspath(value)
         if isinstance(value, Section):
             value = value.model_dump(exclude_unset=True)
         if field in WHAT_IT_NAMES and not isinstance(value, Mapping):
@@ -66,8 +71,12 @@ def _field(name: str, fields: dict[str, set[str]]) -> str:
     if found:
         ways = " or ".join(f"{field.replace('.', '_')} ({field})" for field in found)
         raise UserError(f"{name} is ambiguous: say {ways}")
+    if name in TRAINER_TAKES:
+        raise UserError(f"{name} belongs to the trainer: OPSDTrainer({name}=…)")
     if here := ELSEWHERE.get(name):
         raise UserError(f"unknown key {name!r}: here it is {here}")
+    if instead := NOWHERE.get(name):
+        raise UserError(f"unknown key {name!r}: {instead}")
     every = {name: field for field, names in fields.items() for name in names}
     near = difflib.get_close_matches(name, every, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]} ({every[near[0]]})?" if near else "docs/options.md lists them"

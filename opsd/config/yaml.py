@@ -33,6 +33,16 @@ CORE = {
 }
 """Type → a pattern of its unquoted words, and their first characters. Other words are text."""
 
+SLIPS = {
+    "'\\t'": "YAML is indented by spaces, not by tabs",
+    "unhashable key": "a text that begins with a brace is quoted: '{{ problem }}'",
+    "<block end>": "the lines of a section are indented alike, and a list's all begin with `- `",
+    "mapping values are not allowed": "a text that holds `: ` is quoted, and a section's lines are "
+    "indented alike",
+    "cannot start any token": "a text that begins with %, @ or ` is quoted",
+}
+"""What PyYAML says → what to do about it."""
+
 
 class _Loader(yaml.SafeLoader):
     """Refuses duplicate keys, of which SafeLoader silently drops the first."""
@@ -87,7 +97,7 @@ def read_yaml(path: Path, field: str = "CONFIG") -> Any:
     try:
         return load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        hint = "; YAML is indented by spaces, not by tabs" if "'\\t'" in str(error) else ""
+        hint = next((f"; {hint}" for said, hint in SLIPS.items() if said in str(error)), "")
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}{hint}") from None
 
 

@@ -344,11 +344,15 @@ class _Reader:
                 f"{self.section}.source: row {number} of {self.source!r}: {chat!r} is no chat with "
                 "a user's message (a list of objects, each with `role` and the text `content`)"
             )
-        near = nearest(column, present) or next(filter(present.__contains__, USUAL[name]), None)
+        leaves = {path.rpartition(".")[2]: path for path in reversed(present)}
+        usual = (leaves[one] for one in USUAL[name] if one in leaves)
+        near = nearest(column, present) or next(usual, None)
         setting = f"{self.section}.columns.{name}={near}"
         if self.section == "benchmark":
             setting = f"--columns {name}={near}"
         hint = f" (did you mean {near!r}? {setting})" if near else ""
+        if name == "answer" and self.section == "data" and not near:
+            hint = " (rows without answers: eval.problems=0, for grpo also loss.reward.verifier)"
         named = "" if number == 1 else f"row {number} of "
         return (
             f"{self.section}.columns.{name}: {named}{self.source!r} has no column "

@@ -39,6 +39,8 @@ def check_names(field: str, given: Iterable[str], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
             hint, allowed = did_you_mean(str(name), known), ", ".join(map(repr, known)) or "none"
+            if isinstance(given, dict) and given[name] in known:
+                hint = f"; did you mean {field}.{given[name]}={name}? Ours stands first"
             raise UserError(f"{field}: {name!r} is not known{hint} (allowed: {allowed})")
 
 
@@ -63,9 +65,10 @@ def stored(
         check_no_split(source, split, section)
         return read_file(path, section)
     if not is_remote(source):
+        hint = near_file(source, ("", *FILE_TYPES))
         raise UserError(
-            f"{section}.source: there is no file or directory {source!r}{near_file(source)} (it "
-            "may be a path, a hub name `owner/name`, or `reasoning_gym:<task>`)"
+            f"{section}.source: there is no file or directory {source!r}{hint} (it may be a path, "
+            "a hub name `owner/name`, or `reasoning_gym:<task>`)"
         )
     return _hub(source, split or default, options, section)
 
@@ -110,6 +113,7 @@ def is_remote(source: str) -> bool:
     if source.startswith(REASONING_GYM):
         return True
     looks_local = path.suffix in (*FILE_TYPES, ".txt", ".arrow", ".gz") or source[:1] in "./~"
+    looks_local |= "/" not in source and any(Path(f"{path}{kind}").is_file() for kind in FILE_TYPES)
     return not (path.exists() or looks_local) and bool(_HUB_NAME.fullmatch(source))
 
 

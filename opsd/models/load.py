@@ -238,9 +238,10 @@ def _unreachable(files: ModelFiles, section: ModelSection, error: Exception) -> 
         return UserError(f"{where}: set {name}.attention to 'sdpa' for it ({said})")
     if Path(section.path).exists():
         return UserError(f"{where}: it cannot be loaded ({said})")
+    owner = "" if "/" in section.path else "; a hub name has an owner, as in Qwen/Qwen3-1.7B"
     return UserError(
         f"{where}: neither a model directory nor a hub model that can be reached ({said})"
-        f"{near_file(section.path)}"
+        f"{near_file(section.path) or owner}"
     )
 
 

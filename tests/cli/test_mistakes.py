@@ -51,6 +51,15 @@ MISTAKES = {
     "train good.yaml --gpus 2": "torchrun --nproc-per-node N -m opsd train",
     "train good.yaml --dry_run": "did you mean `--dry-run`?",
     "train good.yaml --resume_from_checkpoint x": "`--resume` goes on",
+    "train good.yaml --dataset_name rows.jsonl": "set as in data.source=rows.jsonl",
+    "train good.yaml --epochs 3": "an epoch has rows ÷ train.problems_per_step",
+    "train good.yaml --gradient_checkpointing": "set as in train.gradient_checkpointing=true",
+    "train good.yaml --overwrite_output_dir": "choose another output.dir, or go on by --resume",
+    "train good.yaml --load_in_4bit": "set as in model.lora.quantize=nf4",
+    "train good.yaml --per_device_train_batch_size 4": "train.problems_per_step=4 (of the whole",
+    "train good.yaml --nproc 2": "torchrun --nproc-per-node N -m opsd train",
+    "train good.yaml --check": "did you mean `--dry-run`?",
+    "train good.yaml --resume run": "`opsd train run --resume`",
     # Overrides.
     "train good.yaml train.steps 5": "did you mean train.steps=5?",
     "train good.yaml steps=5": "here it is train.steps",
@@ -67,6 +76,18 @@ MISTAKES = {
     "train good.yaml actor_rollout_ref.actor.optim.lr=1e-6": "here it is train.learning_rate",
     "train good.yaml data.train_files=rows.jsonl": "here it is data.source",
     "train good.yaml base_model=x": "here it is model.path",
+    "train good.yaml trainer.n_gpus_per_node=2": "torchrun --nproc-per-node N -m opsd train",
+    "train good.yaml algorithm.adv_estimator=grpo": "here it is method",
+    "train good.yaml trainer.total_epochs=3": "here it is train.steps, in steps",
+    "train good.yaml trainer.project_name=x": "here it is output.project",
+    "train good.yaml rollout.n=4": "here it is rollout.group_size",
+    "train good.yaml model.quantize=nf4": "here it is model.lora.quantize",
+    "train good.yaml model.dtype=bf16": "here it is train.precision",
+    "train good.yaml model.lora.r=16": "here it is model.lora.rank",
+    "train good.yaml train.warmup_ratio=0.1": "here it is train.warmup_steps, in steps",
+    "train good.yaml train.learning_rate = 1e-5": "without spaces: train.learning_rate=1e-5",
+    "train good.yaml train.steps= 5": "without spaces: train.steps=5",
+    "train good.yaml tokenizer.path=x": "it comes with model.path",
     # Values.
     "train good.yaml method=gkd": "did you mean 'distill'?",
     "train good.yaml method=sdft": "`opsd init sdft`",
@@ -91,6 +112,14 @@ MISTAKES = {
     "train good.yaml train.learning_rate=-1e-5": "greater than 0",
     "train good.yaml rollout.temperature=0": "greater than 0",
     "train good.yaml train.steps=ten": "valid integer",
+    "train good.yaml rollout.max_new_tokens=1,024": "write 1024",
+    "train good.yaml train.learning_rate=1e-5,": "write 1e-5",
+    "train good.yaml train.max_grad_norm=none": "write 0, which is off",
+    "train good.yaml train.gradient_checkpointing=yes": "write true",
+    "train good.yaml loss.clip=0.3": "did you mean loss.clip=token, with the number as",
+    "train good.yaml method=opd": "did you mean 'opsd' (the model teaches itself)",
+    "train good.yaml method=rlhf": "did you mean 'grpo'?",
+    "train good.yaml output.keep=all": "did you mean 'both'?",
     "train good.yaml method=grpo rollout.group_size=4 loss.beta=0.04": "loss.kl",
     "train good.yaml data.columns=question": "write data.columns={problem: question}",
     # Files, models and columns.
@@ -98,6 +127,13 @@ MISTAKES = {
     "train good.yaml eval.source=rwos.jsonl": "did you mean 'rows.jsonl'?",
     "train good.yaml data.source=gsm.jsonl": "data.columns.problem=question",
     "train good.yaml data.columns.problem=problm": "did you mean 'problem'?",
+    "train good.yaml data.columns.question=problem": "did you mean data.columns.problem=question?",
+    "train good.yaml data.source=rows": "did you mean 'rows.jsonl'?",
+    "train good.yaml data.source=alpaca.jsonl": "rows without answers: eval.problems=0",
+    "train good.yaml data.source=nested.jsonl": "data.columns.answer=extra.ground_truth",
+    "train good.yaml data.source=https://huggingface.co/datasets/a/b": "did you mean 'a/b'?",
+    "train good.yaml model.path=https://huggingface.co/a/b": "did you mean 'a/b'?",
+    "train good.yaml model.path=model/config.json": "did you mean 'model'?",
     "train good.yaml model.path=./modle": "did you mean 'model'?",
     "train good.yaml model.path=run": "did you mean 'run/model'?",
     "train good.yaml method=grpo rollout.group_size=2 loss.reward.verifier=no.py:f": "'no.py'",
@@ -118,6 +154,18 @@ MISTAKES = {
     "init qwen3": "did you mean 'qwen3-",
     "chat ./modle": "did you mean 'model'?",
     "chat model --base": "--base needs a name",
+    "chat model --prompt hello": "`echo QUESTION | opsd chat MODEL`",
+    "eval model --benchmark gsm8k --num-fewshot 5": "models are asked without examples",
+    "plan Qwen/Qwen3-8B --gpu RTX 4090": "as in --gpu rtx4090",
+    "plan Qwen/Qwen3-8B --gpus h200": "`--gpu` names the GPU",
+    "merge run": "did you mean `opsd export --merge run`?",
+    "export run --format gguf": "did you mean `--gguf`?",
+    "export run --gguf --type q4_k_m": "`llama-quantize model.gguf small.gguf q4_k_m`",
+    "dryrun good.yaml": "did you mean `opsd train --dry-run good.yaml`?",
+    "quickstart --fast": "did you mean `--tiny`?",
+    "quickstart --tiny --epochs 1": "train.steps=1",
+    "init --template grpo": "`opsd init NAME`",
+    "init my-config": "`opsd init --output my-config.yaml`",
 }
 
 CONFIGS = {
@@ -126,6 +174,12 @@ CONFIGS = {
     "lr: 1e-5\nmodel: {path: model}\n": "here it is train.learning_rate",
     "model_name_or_path: model\ndataset_name: rows.jsonl\n": "here it is data.source",
     "base_model: model\nadapter: lora\n": "model.lora={}",
+    "model:\n  path: model\n data:\n  source: x\n": "the lines of a section are indented alike",
+    "model: {path: model}\ndata:\n  source:x\n": "a space after the colon: `source: x`",
+    "prompts:\n  student: {{ problem }}\n": "is quoted: '{{ problem }}'",
+    "prompts:\n  student: Solve: {{ problem }}\n": "a text that holds `: ` is quoted",
+    "stage: sft\nfinetuning_type: lora\ntemplate: qwen\n": "the model's own chat template is used",
+    "model:\n  _component_: torchtune.models.x\n": "model.path says what the model is",
 }
 
 TYPES = """
@@ -146,12 +200,15 @@ json.dump(told, sys.stdout)
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """What each command says: its exit code, its stderr, its seconds of processor time."""
+def place(tmp_path_factory):
+    """A directory with rows, configs, a model and a run."""
     place = tmp_path_factory.mktemp("mistakes")
     row = {"problem": "1+1", "solution": "1 and 1 are 2.", "answer": "2"}
     (place / "rows.jsonl").write_text(json.dumps(row) + "\n")
     (place / "gsm.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
+    (place / "alpaca.jsonl").write_text('{"instruction": "1+1", "output": "2"}\n')
+    nested = {"problem": "1+1", "solution": "It is 2.", "extra": {"ground_truth": "2"}}
+    (place / "nested.jsonl").write_text(json.dumps(nested) + "\n")
     good = "model: {path: model}\ndata: {source: rows.jsonl}\n"
     (place / "good.yaml").write_text(good)
     (place / "other.yaml").write_text(good)
@@ -162,6 +219,12 @@ def told(tmp_path_factory):
     (place / "run" / "config.yaml").write_text(good)
     for number, text in enumerate(CONFIGS):
         (place / f"config-{number}.yaml").write_text(text)
+    return place
+
+
+@pytest.fixture(scope="module")
+def told(place):
+    """What each command says: its exit code, its stderr, its seconds of processor time."""
     asked = [*MISTAKES, *(f"train config-{number}.yaml" for number in range(len(CONFIGS)))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", TYPES]
@@ -192,3 +255,29 @@ def test_a_mistake_is_told_with_its_mend(told, typed):
 @pytest.mark.parametrize("number", range(len(CONFIGS)))
 def test_a_config_of_mistakes_is_told_with_its_mend(told, number):
     check(told, f"train config-{number}.yaml", [*CONFIGS.values()][number])
+
+
+STARTS = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from opsd.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "quickstart --tiny",
+        "train good.yaml",
+        "plan model",
+        "chat model",
+        "eval model --benchmark rows.jsonl",
+        "export model --merge --output merged",
+    ],
+)
+def test_the_first_line_is_there_before_torch_is_imported(place, typed):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", STARTS, *typed.split()]
+    said = subprocess.run(command, cwd=place, env=environment, text=True, capture_output=True)
+    assert "Start torch and transformers" in said.stdout + said.stderr

@@ -1,13 +1,14 @@
 """The config: what is refused, in which words, and what is filled in."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
 from opsd.common.errors import UserError
 from opsd.config.config import Config
-from opsd.config.explain import ELSEWHERE
+from opsd.config.explain import ELSEWHERE, NOWHERE, here
 from opsd.config.load import (
     describe,
     load_config,
@@ -25,6 +26,7 @@ from opsd.config.sections import (
     TeacherSection,
 )
 
+ROOT = Path(__file__).parents[2]
 GOOD = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
 
 
@@ -110,6 +112,9 @@ def test_a_name_from_elsewhere_is_told_ours(theirs, ours):
 @pytest.mark.parametrize(
     "flat, said",
     [
+        ({"reward_funcs": len}, r"OPSDTrainer\(reward_funcs=…\)"),
+        ({"push_to_hub": True}, "write the hub's name, owner/name"),
+        ({"torch_compile": True}, "leave it out"),
         ({"temperature": 1.0}, r"rollout_temperature \(rollout.temperature\) or loss_temperature"),
         ({"columns": {}}, r"say data_columns \(data.columns\) or eval_columns"),
         ({"num_generations": 8}, r"unknown key 'num_generations': here it is rollout.group_size"),
@@ -148,6 +153,19 @@ def test_flat_names_are_fields_by_as_much_of_their_path_as_tells_them_apart():
     assert again == config and type(again) is Config
 
 
+def test_a_path_is_taken_for_its_text():
+    assert Config(output_dir=Path("runs/x")).output.dir == "runs/x"
+
+
 def test_a_file_has_no_flat_names():
     with pytest.raises(UserError, match="unknown key 'learning_rate': here"):
         parse_config({**GOOD, "learning_rate": 1e-5})
+
+
+def test_each_name_on_the_page_from_trl_has_an_answer():
+    page = (ROOT / "docs" / "from-trl.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
+    theirs = {name for row in rows for name in re.findall(r"`([a-z]\w+)[`:]", row)}
+    values = {"live", "ema", "none", "grpo", "dr_grpo"}  # of the name before them
+    assert "num_loss_tokens_to_skip" in theirs and len(theirs) > 80
+    assert not {n for n in theirs - values if not here(n, Config) and n not in NOWHERE}
