@@ -13,6 +13,7 @@ its padded query and key lengths.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class Tile:
     pieces: list[Piece]
     window: int | None
     device: torch.device
-    masks: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    masks: dict[torch.dtype, tuple[int, Tensor]] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -71,8 +72,10 @@ class Tile:
         """The row of each key: [B · Lk], padded with row 0."""
         return self._rows([piece.keys for piece in self.pieces], self.shape[2])
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """0 where a query sees a key, else -inf: [B, 1, 1, Lq, Lk]. A padded query sees all."""
+    def mask(self, dtype: torch.dtype) -> tuple[int, Tensor]:
+        """0 where a query sees a key, else -inf: [B, 1, 1, Lq, ≤ Lk]; and the number of the first
+        key that it is about, before which every query sees all: of a long prefix a mask would hold
+        more than its keys. A padded query sees all."""
         if dtype not in self.masks:
             count, width, depth = self.shape
             queries = torch.full((count, width, 1), 1 << 60)
@@ -80,12 +83,16 @@ class Tile:
             for row, piece in enumerate(self.pieces):
                 queries[row, : piece.queries.length, 0] = positions_of([piece.queries])
                 keys[row, 0, : piece.key_length] = positions_of(piece.keys)
+            # A piece's last keys are its own queries', of which the first sees only its own.
+            seen = min(piece.key_length - piece.queries.length + 1 for piece in self.pieces)
+            first = seen if self.window is None else 0
+            keys = keys[..., first:]
             hidden = keys > queries
             if self.window is not None:
                 hidden |= queries - keys >= self.window
             hidden &= queries < 1 << 60
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-            self.masks[dtype] = mask[:, None, None].to(self.device)
+            self.masks[dtype] = first, mask[:, None, None].to(self.device)
         return self.masks[dtype]
 
     def _rows(self, lists: Sequence[Sequence[Span]], width: int) -> Tensor:
@@ -217,7 +224,8 @@ def _probabilities(
     if softcap is not None:
         squashed = torch.tanh_(scores / softcap)
         scores, slope = squashed * softcap, 1 - squashed * squashed
-    scores.view(count, k.shape[0] // count, -1, width, depth).add_(tile.mask(scores.dtype))
+    first, mask = tile.mask(scores.dtype)
+    scores.view(count, k.shape[0] // count, -1, width, depth)[..., first:].add_(mask)
     # fp32 is also faster: torch's softmax of short bf16 rows takes 2.5 times as long.
     probability = torch.softmax(scores, -1, dtype=_sum_dtype(scores))
     if sinks is not None:
@@ -235,10 +243,25 @@ def _by_head(tile: Tile, rows: Tensor, heads: int) -> Tensor:
 def _gather(tile: Tile, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """The tile's q [B·K, r·Lq, d], k [B·K, Lk, d] and v [B·K, Lk, d_v]."""
     heads = key.shape[1]
-    q = query.index_select(0, tile.query_rows).view(*tile.shape[:2], *query.shape[1:])
-    k = key.index_select(0, tile.key_rows).view(tile.shape[0], tile.shape[2], *key.shape[1:])
-    v = value.index_select(0, tile.key_rows).view(tile.shape[0], tile.shape[2], *value.shape[1:])
-    return _heads(q, heads), _heads(k, heads), _heads(v, heads)
+    if len(tile.pieces) == 1:  # without the rows' numbers, of which a long prefix has many
+        (piece,) = tile.pieces
+        taken = _spans(query, (piece.queries,)), _spans(key, piece.keys), _spans(value, piece.keys)
+    else:
+        rows = tile.query_rows, tile.key_rows, tile.key_rows
+        lengths = tile.shape[1], tile.shape[2], tile.shape[2]
+        taken = tuple(
+            x.index_select(0, each).view(-1, length, *x.shape[1:])
+            for x, each, length in zip((query, key, value), rows, lengths, strict=True)
+        )
+    return tuple(_heads(x, heads) for x in taken)
+
+
+def _spans(rows: Tensor, spans: Sequence[Span]) -> Tensor:
+    """The spans of `rows` [N, …] after each other, [1, L, …]; a view if they stand so."""
+    first, length = spans[0].start, sum(span.length for span in spans)
+    if all(a.start + a.length == b.start for a, b in pairwise(spans)):
+        return rows[None, first : first + length]
+    return torch.cat([rows[span.start : span.start + span.length] for span in spans])[None]
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:

@@ -147,7 +147,8 @@ def test_tiles_hold_every_query_once_and_only_what_it_sees():
     packed = layout.Layout(groups, torch.device("cpu"))
     for window in (None, 4):
         for tile in tiling.tiles(packed, 2, window):
-            seen = tile.mask(torch.float32)[:, 0, 0] == 0
+            first, mask = tile.mask(torch.float32)
+            seen = torch.nn.functional.pad(mask[:, 0, 0] == 0, (first, 0), value=True)
             rows = tile.key_rows.view(len(tile.pieces), -1)
             for piece, visible, keys in zip(tile.pieces, seen, rows, strict=True):
                 for i in range(piece.queries.length):

@@ -1,5 +1,6 @@
 """What a step holds: it grows with a micro-batch's tokens, not with the group's or its logits."""
 
+import copy
 import weakref
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from opsd.config.loss import LossSection
 from opsd.objectives import OPSD, Sample, SampleGroup, Totals
+from opsd.prefix import continued, hidden_states, prefix_cache
 from opsd.training.step import OPSDStep
 
 VOCABULARY, PREFIX, ROLLOUT = 8192, 48, 64
@@ -82,6 +84,30 @@ def test_memory_is_of_a_micro_batch():
     assert many < logits / 10
     wide, parts = peak(rollouts=16, budget=4096)
     assert parts == 1 and wide > 2 * many
+
+
+def teacher_peak(context, chunk, monkeypatch):
+    """The most that a step holds with a teacher's context this long, and a layer's cache of it."""
+    for module in (continued, hidden_states, prefix_cache):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+    model = make("Llama", {"max_position_embeddings": 8192})
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 60, (context + 80,), generator=draw).tolist()
+    samples = [Sample(ids[n : n + 20], 1e-3) for n in (0, 20)]
+    group = SampleGroup(ids[40:60], samples, [ids[80:]])
+    step = OPSDStep(model, OPSD(LossSection(backend="torch"), copy.deepcopy(model)))
+    with LiveBytes() as memory:
+        step([group], Totals()).backward()
+    config = model.config
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    return memory.peak, 2 * 4 * width * context
+
+
+def test_a_teacher_s_long_context_needs_memory_for_its_cache_alone(monkeypatch):
+    short, its = teacher_peak(1024, 512, monkeypatch)
+    long, cache = teacher_peak(8192 - 64, 512, monkeypatch)
+    # The cache of both layers, and the one that runs holds its own twice more.
+    assert long <= 1.1 * short + 4 * (cache - its), (long, short, cache)
 
 
 def test_the_meter_counts_what_is_alive():
