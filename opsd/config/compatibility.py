@@ -376,6 +376,11 @@ def _updates(config: Config) -> Iterator[str]:
         yield f"train.warmup_steps: it may be at most train.steps ({train.steps})"
     if train.mini_batches > (most := train.problems_per_step):
         yield f"train.mini_batches: it may be at most train.problems_per_step ({most})"
+    if config.loss.router_aux and train.gradient_checkpointing == "reentrant":
+        yield (
+            "train.gradient_checkpointing: its older form computes the routers' logits without a "
+            "gradient, which loss.router_aux needs (allowed: true, false)"
+        )
     if not train.sharding.startswith("zero"):
         return
     if config.model.lora is not None:
@@ -397,6 +402,8 @@ def _images(config: Config) -> Iterator[str]:
         yield "rollout.engine: of rows with images (columns.images) 'generate' alone samples"
     if config.train.sharding != "none":
         yield "train.sharding: rows with images (columns.images) train in one process"
+    if config.loss.router_aux:
+        yield "loss.router_aux: it is not tried with rows of images (columns.images)"
     for member in config.teacher.members():
         if is_address(member.path):
             yield "teacher.path: a teacher at an address is shown no images (columns.images)"

@@ -154,6 +154,9 @@ class LossSection(Section):
     (I-SDPO)."""
     sft_alpha: NonNegative = 0.0
     """opsd, distill, grpo: add this times sft's loss on the step's rows (prompts.target)."""
+    router_aux: NonNegative = 0.0
+    """Mixtures of experts: add this times the loss that evens the experts out (TRL's
+    router_aux_loss_coef), over each micro-batch's tokens in the student's role."""
     scale_advantages: bool = True
     """grpo: divide advantages by the group's standard deviation."""
     roles: list[Literal["student", "teacher"]] = Field(["student"], min_length=1)

@@ -80,6 +80,8 @@ class ModelSection(Section):
     """Attention implementation of transformers; `auto`: sdpa, or eager for models without it."""
     trust_remote_code: bool = False
     """Run Python code that a hub repository ships. Only for those you trust."""
+    freeze_router: bool = False
+    """Mixtures of experts: the routers' weights, which choose experts, do not train."""
     lora: LoraSection | None = None
     """Train low-rank adapters, the weights frozen (docs/scale.md)."""
 

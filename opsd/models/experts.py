@@ -1,46 +1,26 @@
-"""Mixtures of experts: says at a run's start which of their parts do not train."""
+"""Mixtures of experts: says at a run's start which of their parts do not train, and refuses a
+routers' loss that the model has not."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 from transformers import PreTrainedModel
 
+from opsd.common.errors import UserError
+from opsd.models.head import ASKS
 from opsd.models.lora import is_adapted
-
-ASKS = "output_router_logits"
-
-
-def leave_router_loss(model: PreTrainedModel) -> None:
-    """Switch off the router's auxiliary loss, which transformers cannot compute from single tokens.
-    It balances the experts in pretraining; later it would compete with the run's loss."""
-    text = model.config.get_text_config()
-    model.asks_router_logits = bool(getattr(text, ASKS, False))
-    if model.asks_router_logits:
-        setattr(text, ASKS, False)
+from opsd.models.routers import balance_of, routers
 
 
-@contextmanager
-def asking_as_shipped(model: PreTrainedModel) -> Iterator[None]:
-    """A context in which the config has the model's own `output_router_logits`, to save it."""
-    text = model.config.get_text_config()
-    asks = getattr(model, "asks_router_logits", False)
-    if asks:
-        setattr(text, ASKS, True)
-    try:
-        yield
-    finally:
-        if asks:
-            setattr(text, ASKS, False)
-
-
-def untrained(model: PreTrainedModel) -> list[str]:
-    """A sentence about each part of the model that does not train."""
+def untrained(model: PreTrainedModel, router_aux: float = 0.0) -> list[str]:
+    """A sentence about each part of the model that does not train. router_aux: the weight of the
+    routers' own loss."""
     found = []
-    if getattr(model, "asks_router_logits", False):
+    if frozen := getattr(model, "frozen_routers", 0):
+        found.append(f"model.freeze_router: the {frozen} routers keep their weights, no adapters")
+    if getattr(model, "asks_router_logits", False) and not frozen and not router_aux:
         found.append(
             f"The model's config.json says {ASKS}: its routers train by the run's loss alone, "
-            "without the loss that evens them out"
+            "without the loss that evens them out (loss.router_aux)"
         )
     if is_adapted(model):
         modules = list(model.modules())
@@ -57,3 +37,12 @@ def untrained(model: PreTrainedModel) -> list[str]:
                 "this model's"
             )
     return found
+
+
+def check_router_loss(model: PreTrainedModel, weight: float) -> None:
+    """Raise UserError if `loss.router_aux` has this weight and the model no such loss."""
+    if weight and (balance_of(model) is None or not routers(model)):
+        raise UserError(
+            f"loss.router_aux is {weight:g}: transformers computes no load-balancing loss for "
+            f"{type(model).__name__}; leave it at 0"
+        )

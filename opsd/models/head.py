@@ -1,5 +1,5 @@
-"""A model's decoder, its attention's shapes, and its language-model head: weight, bias, logit scale
-and soft cap; and the head of a mixture of models.
+"""A model's decoder and its run, its attention's shapes, and its language-model head: weight, bias,
+logit scale and soft cap; and the head of a mixture of models.
 
 A geometric mixture of models (`teacher.mix`) predicts p ∝ Π_i p_i^c_i. Logits are linear in hidden
 states, so its logits are Σ c_i (W_i h_i + b_i). If the models share a head, they are the logits of
@@ -9,7 +9,8 @@ state [c_i h_i, c_i]. This is exact and makes no logits. A soft cap is not linea
 `opsd.models.teacher` refuses it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Names of the factor of the logits, in the configs of Cohere, Falcon-H1 and Muse."""
+
+ASKS = "output_router_logits"
+"""transformers' argument and config field by which a decoder returns its routers' logits."""
 
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 """Names of the divisor of the logits, in the configs of Granite and Inkling."""
@@ -147,6 +151,31 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(found, PreTrainedModel) or found is whole:
         return cast(PreTrainedModel, whole.model)
     return found if found.get_output_embeddings() is None else decoder_of(found)
+
+
+_kept: list[tuple[tuple[Tensor, ...], Tensor | None]] | None = None
+
+
+@contextmanager
+def keeping_router_logits(keep: bool) -> Iterator[list[tuple[tuple[Tensor, ...], Tensor | None]]]:
+    """A context in which `run_decoder` adds routers' logits to the list, if `keep` says so."""
+    global _kept
+    found: list[tuple[tuple[Tensor, ...], Tensor | None]] = []
+    before, _kept = _kept, found if keep else None
+    try:
+        yield found
+    finally:
+        _kept = before
+
+
+def run_decoder(decoder: PreTrainedModel, counted: Tensor | None = None, **inputs: Any) -> Tensor:
+    """The decoder's last hidden states. counted: which tokens [B, T] the routers' loss counts;
+    None: all. Passes without gradient, as a teacher's, do not count."""
+    keep = _kept is not None and torch.is_grad_enabled()
+    output = decoder(**inputs, use_cache=False, **({ASKS: True} if keep else {}))
+    if keep:
+        _kept.append((output.router_logits, counted))
+    return output.last_hidden_state
 
 
 def attention_shapes(config: PreTrainedConfig) -> list[tuple[int, int, int]]:

@@ -24,11 +24,11 @@ from opsd.data.chat import ChatTemplate
 from opsd.models.adapter_files import TOKENIZER, ModelFiles, model_files
 from opsd.models.causal import check_causal
 from opsd.models.copies import contiguous_head
-from opsd.models.experts import leave_router_loss
 from opsd.models.generation_config import keep_stop_tokens
 from opsd.models.lora import four_bits, is_adapted
 from opsd.models.merge import merge_adapter
 from opsd.models.multimodal import auto_class, freeze_others
+from opsd.models.routers import freeze_routers, leave_router_loss
 from opsd.models.weight_files import (
     check_all_used,
     check_numbers,
@@ -117,6 +117,8 @@ def load_model(
         model.generation_config = GenerationConfig.from_pretrained(
             owner.path, revision=owner.revision
         )
+    if whole.freeze_router:
+        freeze_routers(model)
     return made_ready(model, tokenizer, files.where), tokenizer
 
 
@@ -152,6 +154,8 @@ def given_model(
     model.in_no_directory = not model.name_or_path
     if not getattr(model, "is_quantized", False):
         model.to(device=device, dtype=dtype)
+    if section.freeze_router:
+        freeze_routers(model)
     return made_ready(model, tokenizer, "model"), tokenizer
 
 

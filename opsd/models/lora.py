@@ -24,6 +24,7 @@ from opsd.common.errors import UserError
 from opsd.config.sections import ALL_LINEAR, LoraSection, ModelSection
 from opsd.models.adapter_files import import_peft
 from opsd.models.multimodal import other_linear_layers
+from opsd.models.routers import routers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -58,20 +59,49 @@ def add_adapters(
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        exclude_modules=sorted(without_adapter(model)) or None,
+        exclude_modules=sorted(without_adapter(model) | _inside_routers(model, section)) or None,
         task_type="CAUSAL_LM",
         revision=section.revision if base is None else None,
     )
     check_targets(model, lora)
+    kept = routers(model).values() if section.freeze_router else ()
+    frozen = {module for router in kept for module in router.modules()}
     try:
         adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"model.lora.targets is {lora.targets!r}: {error}") from None
+    _leave_plain(adapted, frozen)
     # An absolute path, so that the saved adapter finds its model from any directory.
     adapted.peft_config["default"].base_model_name_or_path = (
         str(path.resolve()) if base or path.is_dir() else section.path
     )
     return cast(PreTrainedModel, adapted)  # it forwards all other attributes to the model
+
+
+def _inside_routers(model: PreTrainedModel, section: ModelSection) -> set[str]:
+    """The names of the routers' linear layers, if `model.freeze_router` keeps them as they are."""
+    found = routers(model).items() if section.freeze_router else ()
+    return {
+        f"{name}.{inner}" if inner else name
+        for name, router in found
+        for inner, module in router.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def _leave_plain(adapted: PeftModel, frozen: set[nn.Module]) -> None:
+    """Remove the adapters which peft stands beside the routers' weights; it names these itself, and
+    `exclude_modules` does not keep it from them."""
+    config: Any = adapted.peft_config["default"]
+    for name, module in list(adapted.named_modules()):
+        if hasattr(module, "parameter_name") and module.base_layer in frozen:
+            adapted.set_submodule(name, module.base_layer)
+            own = {f"{name}.{weight}" for weight in module.base_layer._parameters}
+            config.target_parameters = {
+                target
+                for target in config.target_parameters
+                if not any(each.endswith(f".{target}") for each in own)
+            }
 
 
 def described_by(config: Any) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from opsd.data.prompts import Context, Prompts
 from opsd.data.rows import Row
 from opsd.grading.majority import Majority
 from opsd.grading.rewards import GradedRollout
+from opsd.models.head import keeping_router_logits
+from opsd.models.routers import router_loss
 from opsd.models.teacher import Member
 from opsd.objectives.token_weights import TokenWeighting
 from opsd.prefix import Group, Ids, student_and_teacher_states
@@ -152,6 +154,11 @@ def sample_group(
 def samples_of(groups: Iterable[SampleGroup]) -> list[Sample]:
     """All samples, in the groups' order."""
     return [sample for group in groups for sample in group.samples]
+
+
+def scored_tokens(groups: Iterable[SampleGroup]) -> int:
+    """The tokens of all samples that have a weight."""
+    return sum(sample.tokens for sample in samples_of(groups) if sample.weight)
 
 
 def as_student(groups: Iterable[SampleGroup]) -> list[Group]:
@@ -341,6 +348,8 @@ class Objective:
             self.routes.setdefault(member.route, []).append(member)
         # A cache of a mixture's joined heads, if the caller clears it when weights change.
         self.heads: dict[tuple[int, ...], Tensor] | None = None
+        # The tokens of the whole step, of which a micro-batch has a share; None: this is all.
+        self.tokens: int | None = None
 
     def sample_groups(
         self, problems: Sequence[Problem], step: int = 0
@@ -402,8 +411,9 @@ class Objective:
         `share`: run each context once for all its samples.
         """
         batch = MicroBatch(groups, model.device, share)
-        student, teachers = self.states(model, batch)
-        losses = []
+        with keeping_router_logits(self.section.router_aux > 0) as routed:
+            student, teachers = self.states(model, batch)
+        losses = [self._router_loss(model, batch, *each, totals) for each in routed]
         for given, part, places in batch.by(lambda group: group.given):
             objective, own = (self.beside, totals.part("sft")) if given else (self, totals)
             found = objective.token_losses(model, part, student[places], teachers)
@@ -413,3 +423,17 @@ class Objective:
                 own.part(name).include(measures)
             losses.append(found.loss)
         return sum(losses[1:], losses[0])
+
+    def _router_loss(
+        self,
+        model: PreTrainedModel,
+        batch: MicroBatch,
+        logits: tuple[Tensor, ...],
+        counted: Tensor | None,
+        totals: Totals,
+    ) -> Tensor:
+        """loss.router_aux times the routers' loss, for this micro-batch's share of the step."""
+        found, tokens = router_loss(model, logits, counted), scored_tokens(batch.groups)
+        if tokens:
+            totals.part("router").add(tokens, aux_loss=found)
+        return self.section.router_aux * tokens / (self.tokens or tokens or 1) * found

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
-from opsd.models.head import decoder_of
+from opsd.models.head import decoder_of, run_decoder
 from opsd.models.remote import RemoteTeacher
 from opsd.prefix.continued import CHUNK, continued_hidden_states, uncontinuable
 from opsd.prefix.images import whole_hidden_states
@@ -227,12 +227,17 @@ def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> T
     # Padding is at the right end, where a causal model cannot see it. So no mask is needed, and
     # fast causal attention can be used.
     ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device)
-    output = decoder_of(model)(input_ids=ids, use_cache=False)
+    counted, number = torch.zeros_like(ids), 0  # a prefix counts in its first rollout's row
+    for prefix, rollouts in checked:
+        for own in rollouts:
+            counted[number, 0 if own is rollouts[0] else len(prefix) : len(tokens[number])] = 1
+            number += 1
+    states = run_decoder(decoder_of(model), counted, input_ids=ids)
     places = [
         row * ids.shape[1] + torch.arange(len(prefix) - 1, len(tokens[row]))
         for row, (prefix, _) in enumerate(rows)
     ]
-    return output.last_hidden_state.flatten(0, 1).index_select(0, torch.cat(places).to(ids.device))
+    return states.flatten(0, 1).index_select(0, torch.cat(places).to(ids.device))
 
 
 def _checked(model: PreTrainedModel, groups: Sequence[Group]) -> list[CheckedGroup]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from opsd.common.errors import UserError, in_short
-from opsd.models.head import decoder_of
+from opsd.models.head import decoder_of, run_decoder
 from opsd.prefix.attention import Inputs, by_tiles, kernel_names, packed_attention
 from opsd.prefix.images import decoder_inputs
 from opsd.prefix.layout import Layout, Scores
@@ -113,8 +113,8 @@ def packed_forward(
     if any(layout.images):
         inputs = decoder_inputs(model, layout)
     with packed(decoder, Stream(layout, capture, past)):
-        output = decoder(**inputs, use_cache=False)
-    return output.last_hidden_state[0].index_select(0, layout.predictors)
+        states = run_decoder(decoder, **inputs)
+    return states[0].index_select(0, layout.predictors)
 
 
 @contextmanager

@@ -26,12 +26,12 @@ from opsd.common.random_states import random_states, set_random_states
 from opsd.common.saved_directory import MANIFEST, new_directory, read_manifest
 from opsd.config.sections import ModelSection, OutputSection
 from opsd.distributed.processes import Processes
-from opsd.models.experts import asking_as_shipped
 from opsd.models.generation_config import as_shipped
 from opsd.models.images import save_tokenizer
 from opsd.models.load import load_model
 from opsd.models.lora import is_adapted
 from opsd.models.moving_average import MovingAverage
+from opsd.models.routers import asking_as_shipped
 from opsd.rollout import RolloutsAhead
 from opsd.runs.directory import checkpoints_in, or_unreadable, written
 from opsd.runs.records import TrainerState as SavedState

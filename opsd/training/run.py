@@ -34,7 +34,7 @@ from opsd.grading.grader import Grader
 from opsd.grading.rewards import Verifier, check_code, reward_function
 from opsd.models.copies import copy_model
 from opsd.models.dropout import switch_off_dropout
-from opsd.models.experts import untrained
+from opsd.models.experts import check_router_loss, untrained
 from opsd.models.generation_config import left_out
 from opsd.models.head import head
 from opsd.models.load import (
@@ -262,15 +262,13 @@ class Run:
         return self.processes.once(lambda: write_summary(self.config, self.log, seconds, step))
 
     def prepare(self, saves: bool = False) -> None:
-        """Add adapters, drop rows that do not fit, make teacher and sampler: on the first call
-        only.
-
-        saves: check, before teacher and sampler are made, that the result can be saved.
-        """
+        """Add adapters, drop rows that do not fit, make teacher and sampler; once. saves: check
+        before the last two that the result can be saved."""
         config, base = self.config, self._own_base()
         new = self.sampler is None
         if new:
             share_one_heap()
+            check_router_loss(self.model, config.loss.router_aux)
             if config.model.lora is not None:
                 self.model = add_adapters(self.model, config.model, base)
                 self.display.note(f"Adapters: {trainable(self.model):.2%} of the parameters train")
@@ -287,7 +285,8 @@ class Run:
             self._make_teacher()
             self.sampler = self._make_sampler()
         self.display.note(told_stops(self.tokenizer, self.stops))
-        for line in filter(None, (self.sampler.said, left_out(self.model), *untrained(self.model))):
+        parts = untrained(self.model, config.loss.router_aux)
+        for line in filter(None, (self.sampler.said, left_out(self.model), *parts)):
             self.display.note(line)
         checkpoint_activations(self.model, config.train.gradient_checkpointing)
 

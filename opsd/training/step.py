@@ -25,6 +25,7 @@ from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
 from opsd.distributed.wrap import backward, called_through, exchange
 from opsd.models.dropout import switch_off_dropout
 from opsd.objectives import Objective, SampleGroup, Totals, samples_of
+from opsd.objectives.groups import scored_tokens
 from opsd.objectives.log_probs import rollout_log_prob
 from opsd.prefix import (
     CachedPrefix,
@@ -70,7 +71,9 @@ class OPSDStep(nn.Module):
     ):
         super().__init__()
         self.model, self.objective = model, objective
-        self.share, self.cache_trains = share, cache_trains
+        # A cached context runs outside of the micro-batches, whose tokens the routers' loss counts.
+        self.cache_trains = cache_trains and not objective.section.router_aux
+        self.share = share
         # Then only the passes without gradient share contexts.
         self.padded = share and unpackable(model) is not None
         if objective.samples_rollouts:
@@ -233,7 +236,7 @@ class GradientAccumulator:
 
     def _accumulate(self, groups: list[SampleGroup]) -> tuple[Tensor, Totals]:
         totals = Totals()
-        self.step.objective.heads = {}
+        self.step.objective.heads, self.step.objective.tokens = {}, scored_tokens(groups)
         loss = torch.zeros((), device=self.accelerator.device)
         own, most = self._own_batches(groups)
         cache = PrefixCache()
@@ -256,7 +259,7 @@ class GradientAccumulator:
                         backward(self.accelerator, self.wrapped, some)
                         cache.batch_done()
                 loss += some.detach()
-        self.step.objective.heads = None
+        self.step.objective.heads = self.step.objective.tokens = None
         if self.processes.count > 1:
             shares = self.processes.everywhere(lambda: (loss.cpu(), totals.numbers()))
             loss = sum((each for each, _ in shares), torch.zeros(())).to(loss.device)
