@@ -133,16 +133,18 @@ def _names(text: str) -> str:
     return text
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _shape(text: str) -> tuple[int, int, int]:
     words = text.split(",")
     if len(words) != 3 or not all(word.isdecimal() and int(word) > 0 for word in words):
         raise argparse.ArgumentTypeError(f"got {text!r}, must be three numbers N,V,D above 0")
-    return tuple(map(int, words))
+    tokens, vocabulary, width = map(int, words)
+    return tokens, vocabulary, width
 
 
 def _rows(options: argparse.Namespace) -> list[suite.Row]:
     if options.shape:
-        return suite.one_shape(Case(*options.shape, options.dtype))
+        tokens, vocabulary, width = options.shape
+        return suite.one_shape(Case(tokens, vocabulary, width, options.dtype))
     return (suite.quick if options.quick else suite.gpu if options.gpu else suite.cpu)()
 
 

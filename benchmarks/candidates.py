@@ -8,6 +8,7 @@ teacher's share of the mixture.
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ def ours(backend: str = "auto", budget: int | None = None, reduction: str = "mea
 
     def run(problem: Problem) -> Result:
         student, weight = problem.fresh()
-        options = {"backend": backend, "memory_budget": budget, "reduction": reduction}
+        options: dict[str, Any] = {"backend": backend, "memory_budget": budget}
+        options["reduction"] = reduction
         if problem.case.task == "log_prob":
             loss = -linear_log_prob(student, weight, problem.targets, **options).log_prob
         else:
@@ -98,7 +100,7 @@ def gemms(problem: Problem) -> None:
     weight, trainable = problem.weight, not problem.case.frozen
     n, (v, _) = problem.case.tokens, weight.shape
     rows = max(1, min(n, MOST_LOGITS // v))
-    wide = {"out_dtype": torch.float32} if _mixed(weight) else {}
+    wide: dict[str, Any] = {"out_dtype": torch.float32} if _mixed(weight) else {}
     dtype = torch.float32 if wide else weight.dtype
     logits = weight.new_empty((rows, v), dtype=dtype)
     gradient = weight.new_zeros((rows, v)) if wide else logits
@@ -185,6 +187,7 @@ def cce(**options) -> Run:
 
 def _backward(loss: Tensor, student: Tensor, weight: Tensor) -> Result:
     loss.backward()
+    assert student.grad is not None
     return Result(loss.detach(), student.grad, weight.grad)
 
 

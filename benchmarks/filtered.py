@@ -8,6 +8,7 @@ filtered gradient keeps the entries with S or T above a threshold and multiplies
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,8 +76,8 @@ def report(entropy: float) -> None:
         pairs = (approximate, d_hidden), (filtered_weight(student, *kept), d_weight)
         errors = [float((x - y).norm() / y.norm()) for x, y in pairs]
         sparse = (
-            seconds(lambda a=arguments: filtered_hidden(*a)),
-            seconds(lambda k=kept: filtered_weight(student, *k)),
+            seconds(partial(filtered_hidden, *arguments)),
+            seconds(partial(filtered_weight, student, *kept)),
         )
         gains = [(forward + sum(exact[:k])) / (forward + sum(sparse[:k])) for k in (1, 2)]
         dropped = 1 - float(t[kept[0], kept[1]].sum()) / N

@@ -53,7 +53,8 @@ def backend(device: str) -> str:
     """The backend that computes our calls on the device. Exits rather than measure plain torch
     where a compiled backend is meant.
     """
-    name = resolve("auto", torch.device(device, 0 if device == "cuda" else None), torch.float32)
+    place = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
+    name = resolve("auto", place, torch.float32)
     if name == "torch":
         raise SystemExit(
             f"benchmarks: no compiled backend serves {device}, and nothing is measured with "

@@ -13,6 +13,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,7 +93,9 @@ def measure(
     few = problem.first(CHECKED_TOKENS)
     if COMPILES[device] & set(run):
         torch.compiler.reset()  # each case is compiled for its own shape
-    kept, reference = {}, None
+    kept: dict[str, Callable[[], object]] = {}
+    reference: Result | None = None
+    result: Result | None = None
     for name in (ours, *others):
         start = time.perf_counter()
         try:
@@ -108,7 +111,7 @@ def measure(
         except Exception as error:  # a peer may raise anything
             row["failed"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         else:
-            kept[name] = lambda name=name: run[name](problem)
+            kept[name] = partial(run[name], problem)
             row["warm_up"][name] = time.perf_counter() - start
         result = None
         _empty_cache(device)
@@ -116,7 +119,7 @@ def measure(
             return row
     reference = None
     gradients = problem.student.nbytes + (0 if case.frozen else problem.weight.nbytes)
-    kept["gemms"] = lambda: gemms(problem)
+    kept["gemms"] = partial(gemms, problem)
     kept["gemms"]()
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     row |= interleaved(kept, rounds, synchronize, limit_seconds)

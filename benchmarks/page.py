@@ -130,8 +130,8 @@ def _figure(points: list[tuple[int, dict]], label: str, shared: bool) -> str:
         if name == "gemms":
             continue
         panels[1].plot([x for x, _, _ in times], [t / g for _, t, g in times], **line)
-        memory = [(x, extra_bytes(row, name)) for x, row in points]
-        memory = [(x, bytes_ / 2**20) for x, bytes_ in memory if bytes_]
+        extra = [(x, extra_bytes(row, name)) for x, row in points]
+        memory = [(x, bytes_ / 2**20) for x, bytes_ in extra if bytes_]
         panels[2].plot([x for x, _ in memory], [m for _, m in memory], **line)
     for panel, title in zip(panels, ("milliseconds", "x GEMM", "MiB"), strict=True):
         panel.set(title=title, xlabel=label, xscale="log", yscale="log")

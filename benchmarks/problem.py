@@ -65,14 +65,14 @@ class Problem:
             teacher = student + 0.5 * torch.randn(n, d)
             weight = torch.randn(v, d).mul_(2 / d**0.5)
             targets = torch.randint(v, (n,))
-        tensors = (x.to(getattr(torch, case.dtype)) for x in (student, teacher, weight))
-        return cls(case, *tensors, targets)
+        dtype = getattr(torch, case.dtype)
+        return cls(case, student.to(dtype), teacher.to(dtype), weight.to(dtype), targets)
 
     def first(self, tokens: int) -> "Problem":
         """The same problem with fewer tokens."""
         n = min(tokens, self.case.tokens)
-        rows = (x[:n] for x in (self.student, self.teacher))
-        return Problem(replace(self.case, tokens=n), *rows, self.weight, self.targets[:n])
+        student, teacher, targets = (x[:n] for x in (self.student, self.teacher, self.targets))
+        return Problem(replace(self.case, tokens=n), student, teacher, self.weight, targets)
 
     def fresh(self) -> tuple[Tensor, Tensor]:
         """The student's hidden states and the head as new autograd leaves."""
@@ -92,4 +92,5 @@ class Problem:
                 student, self.teacher.double(), weight, divergence=divergence
             )
         loss.backward()
+        assert student.grad is not None
         return Result(loss.detach(), student.grad, None if self.case.frozen else weight.grad)

@@ -10,8 +10,11 @@ with rollouts and optimizer, by its parts, and the operators that take most of i
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +111,7 @@ def work_ratio(groups: list[SampleGroup]) -> float:
 def measure(case: Case, setting: Setting, rounds: int, seconds: float) -> dict:
     """Measure one row of the report, JSON-ready."""
     groups = case.groups(setting.model.config.vocab_size)
-    row = {"case": asdict(case), "token_ratio": token_ratio(groups)}
+    row: dict[str, Any] = {"case": asdict(case), "token_ratio": token_ratio(groups)}
     row |= {"work_ratio": work_ratio(groups), "errors": {}, "failed": {}}
     row["tokens"] = sum(sample.tokens for sample in samples_of(groups))
     kept: dict[str, Step] = {}
@@ -124,10 +127,10 @@ def measure(case: Case, setting: Setting, rounds: int, seconds: float) -> dict:
         gradients[name], kept[name] = some_gradient(setting.model), step
     wanted = gradients["naive"]
     for name, found in gradients.items():
-        error = row["errors"][name] = float((found - wanted).norm() / wanted.norm())
-        if not error < (5e-2 if setting.bf16 else 1e-4):
-            raise Disagreement(f"{name} and naive differ by {error:.1e} in the gradient")
-    calls = {name: (lambda step=step: step(groups)) for name, step in kept.items()}
+        apart = row["errors"][name] = float((found - wanted).norm() / wanted.norm())
+        if not apart < (5e-2 if setting.bf16 else 1e-4):
+            raise Disagreement(f"{name} and naive differ by {apart:.1e} in the gradient")
+    calls: dict[str, Callable[[], object]] = {n: partial(f, groups) for n, f in kept.items()}
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     row |= interleaved(calls, rounds, synchronize, seconds)
     row["peak_bytes"] = {name: peak_bytes(call, device) for name, call in calls.items()}
@@ -231,7 +234,8 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     setting, cases = prepare(options)
-    report = {"machine": machine.describe(), "options": vars(options), "refused": [], "rows": []}
+    report: dict[str, Any] = {"machine": machine.describe(), "options": vars(options)}
+    report |= {"refused": [], "rows": []}
     for case in cases:
         try:
             row = measure(case, setting, options.rounds, options.seconds)

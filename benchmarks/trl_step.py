@@ -373,7 +373,7 @@ def by_opsd(case: Case, directory: Path) -> dict:
     trainer = TrainingLoop(
         config,
         model,
-        load_rows(config.data.source),
+        load_rows(str(config.data.source)),
         prompts,
         make_objective(config.method, config.loss, teacher, prompts, Sampling.of(config.rollout)),
         Given(),

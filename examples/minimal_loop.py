@@ -77,7 +77,7 @@ def batches(config: OPSDConfig, rows: Sequence[Row]) -> Iterator[list[Row]]:
     size, seed = config.train.problems_per_step, config.train.seed
     for epoch in count():
         order = RandomSampler(rows, generator=torch.Generator().manual_seed(seed + epoch))
-        yield from DataLoader(rows, size, sampler=order, drop_last=True, collate_fn=list)
+        yield from DataLoader(rows, size, sampler=order, drop_last=True, collate_fn=list)  # type: ignore
 
 
 def sample(

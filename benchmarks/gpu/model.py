@@ -163,8 +163,10 @@ def measured(gpu: Gpu, rows: dict[str, dict]) -> Gpu:
 
 # --- Tables ---
 
+Planned = tuple[str, Call, int | None, bool]  # name, call, budget, with today's products
 
-def ratios(gpus: tuple[Gpu, ...], calls: list[tuple[str, Call, int | None, bool]]) -> list[str]:
+
+def ratios(gpus: tuple[Gpu, ...], calls: list[Planned]) -> list[str]:
     """Lines of a table: each call's time as a multiple of the bare products in one block."""
     cost, lines = instructions(), []
     for name, call, budget, new in calls:
@@ -177,17 +179,17 @@ def ratios(gpus: tuple[Gpu, ...], calls: list[tuple[str, Call, int | None, bool]
 def tables(gpus: tuple[Gpu, ...] = GPUS) -> str:
     names, cost = " | ".join(g.name for g in gpus), instructions()
     head = f"| | n | m | {names} |\n| --- | --- | --- |{' --- |' * len(gpus)}"
-    calls = []
+    calls: list[Planned] = []
     for kind in KINDS:
         for frozen in (False, True):
             call = Call(kind=kind, frozen=frozen)
             title = f"{kind}, {'frozen' if frozen else 'trained'}"
             calls.append((title, call, None, True))
     one = Call()
-    many = [("before: fp32 gradients, a level", one, GPU_BUDGET, False)]
+    many: list[Planned] = [("before: fp32 gradients, a level", one, GPU_BUDGET, False)]
     many += [(f"{b} MiB", one, b * 2**20, True) for b in (512, 1024, 2048, 4096)]
     many += [("default", one, None, True)]
-    few = [(f"{kind}, N = 1024", Call(1024, kind=kind), None, True) for kind in KINDS]
+    few: list[Planned] = [(f"{k}, N = 1024", Call(1024, kind=k), None, True) for k in KINDS]
     entries = [
         ("normalisers, both roles", 8, 2 * cost[NORMALISERS]),
         *((f"sums, {k}", 8, cost[SUMS.format(i)]) for k, i in KINDS.items()),
@@ -245,7 +247,7 @@ def tables(gpus: tuple[Gpu, ...] = GPUS) -> str:
 
 
 if __name__ == "__main__":
-    chosen = GPUS
+    chosen: tuple[Gpu, ...] = GPUS
     if len(sys.argv) > 1:
         parts = json.loads(Path(sys.argv[1]).read_text())["parts"]
         found = next(part["results"] for part in parts if part["name"] == "terms")

@@ -46,6 +46,8 @@ NCU = tuple(
     "--clock-control none --set basic --csv --kernel-name regex:normalisers|sums|gradient".split()
 )
 BENCH = ("-m", "benchmarks")
+STEP = ("-m", "benchmarks.step", "--output", "{out}/step.json")
+TRL_STEP = ("-m", "benchmarks.trl_step", "--rounds", "1", "--output", "{out}/trl.json")
 TINY_STEP = ("--case", "1,2,8,16,8", "--rounds", "1", "--threads", "1")
 TINY_TRL = tuple(
     "--problems 1 --rollouts 2 --solution 20 --length 8 --steps 2 --vocabulary 256 --width 32 "
@@ -83,18 +85,14 @@ CALLS: dict[str, tuple[Part, ...]] = {
         Part(
             "step",
             200,
-            *(
-                ("-m", "benchmarks.step", *how, "--output", "{out}/step.json")
-                for how in (("--gpu", "--compile", "--rounds", "3", "--seconds", "12"), TINY_STEP)
-            ),
+            (*STEP, "--gpu", "--compile", "--rounds", "3", "--seconds", "12"),
+            (*STEP, *TINY_STEP),
         ),
         Part(
             "trl_step",
             170,
-            *(
-                ("-m", "benchmarks.trl_step", *how, "--rounds", "1", "--output", "{out}/trl.json")
-                for how in (("--gpu",), TINY_TRL)
-            ),
+            (*TRL_STEP, "--gpu"),
+            (*TRL_STEP, *TINY_TRL),
         ),
     ),
     # If time is left: whole runs, and profilers.

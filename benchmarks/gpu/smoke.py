@@ -53,6 +53,7 @@ def gradients(device: str, backend: str, dtype: torch.dtype, **options) -> list[
     student.requires_grad_(), weight.requires_grad_()
     loss = linear_divergence(student, teacher, weight, backend=backend, **options).loss
     loss.backward()
+    assert student.grad is not None and weight.grad is not None
     return [loss.detach(), student.grad, weight.grad]
 
 

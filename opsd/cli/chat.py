@@ -114,7 +114,7 @@ def talker(
             whole = model.generate(
                 tokens, attention_mask=mask, generation_config=config, streamer=printer
             )
-        said = subject.tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True)
+        said = str(subject.tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True))
         if not solution:
             history.append({"role": "user", "content": problem})
             history.append({"role": "assistant", "content": said})

@@ -158,7 +158,7 @@ def check_settings(study: Study) -> None:
     for cell in study.cells:
         methods = overridden(recipe.METHODS, overrides(study, cell))
         try:
-            named = {name: methods[name] for name in study.methods}
+            named = {str(name): methods[name] for name in study.methods}
             for config in check_methods(recipe.SECTIONS, named):
                 loss, paths = config.loss, [own.path for own in config.teacher.members()]
                 own_code = loss.reward.verifier != "math" or loss != loss.without_code()

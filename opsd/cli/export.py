@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 CONVERTER = "convert_hf_to_gguf.py"
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -64,7 +65,7 @@ def run(parsed: argparse.Namespace) -> None:
             with display.stage(f"Merge {model}"):
                 merged, tokenizer = load_model(ModelSection(path=str(model)), name="RUN")
                 whole = Path(scratch) / "merged"
-                dtype = merged.stored_dtype
+                dtype: Any = merged.stored_dtype
                 save_model(merged, tokenizer, whole.parent, whole.name, dtype=dtype)
         if converter is None:
             whole.rename(output)

@@ -1,7 +1,7 @@
 """Save and restore the states of the random generators that a run uses."""
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ import torch
 
 def random_states() -> dict[str, Any]:
     """The states of Python's, numpy's and torch's generators, as tensors and plain data."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = cast(Any, np.random.get_state())
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),

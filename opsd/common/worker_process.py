@@ -20,7 +20,7 @@ DONE, NO_MEMORY, NO_START = b"+", b"m", b"!"
 
 def write_message(pipe: int, *parts: bytes) -> None:
     """Writes a message made of these parts, without joining them in memory."""
-    rest = [sum(map(len, parts)).to_bytes(LENGTH), *parts]
+    rest: list[bytes | memoryview] = [sum(map(len, parts)).to_bytes(LENGTH), *parts]
     while rest:
         written = os.writev(pipe, rest)
         while rest and written >= len(rest[0]):

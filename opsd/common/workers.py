@@ -26,7 +26,9 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import cast
 
 from opsd.common.errors import UserError
 from opsd.common.worker_process import DONE, LENGTH, NO_MEMORY, write_message
@@ -101,7 +103,7 @@ class _Worker:
         while rest:
             if not self._news.poll(1000 * max(0.0, deadline - time.monotonic())):
                 raise TimeoutError
-            if not (count := self.process.stdout.readinto(rest)):
+            if not (count := cast(FileIO, self.process.stdout).readinto(rest)):
                 raise EOFError
             rest = rest[count:]
         return bytes(buffer)

@@ -486,5 +486,5 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
     if not loss.credit:
         yield "loss.credit_clip loss.credit_steps", "without loss.credit it does nothing"
     if "ema" not in {member.policy for member in config.teacher.members()}:
-        fields = "teacher.ema_decay teacher.update_every"
-        yield fields, f"it is for teacher.policy 'ema', not {policy!r}"
+        averaged = "teacher.ema_decay teacher.update_every"
+        yield averaged, f"it is for teacher.policy 'ema', not {policy!r}"

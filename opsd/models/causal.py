@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError, in_short
-from opsd.models.head import decoder_of, head, head_arguments, logits_of
+from opsd.models.head import decoder_of, embedding_rows, head, head_arguments, logits_of
 
 TOKENS = 12
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -63,7 +63,7 @@ def _tried(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
         lambda module, inputs, output: seen.append(output.last_hidden_state)
     )
     try:
-        rows = len(model.get_input_embeddings().weight)
+        rows = embedding_rows(model)
         logits = model(input_ids=ids % rows, use_cache=False).logits
     finally:
         hook.remove()

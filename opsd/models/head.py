@@ -11,6 +11,7 @@ state [c_i h_i, c_i]. This is exact and makes no logits. A soft cap is not linea
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -136,8 +137,13 @@ def _sum(tensors: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> T
         return tensors[0]
     wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     factors = [c[:, None] if isinstance(c, Tensor) else c for c in coefficients]
-    total = sum(c * x.to(wide) for x, c in zip(tensors, factors, strict=True))
+    total = reduce(torch.add, (c * x.to(wide) for x, c in zip(tensors, factors, strict=True)))
     return total.to(tensors[0].dtype)
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many token ids the model has an embedding for."""
+    return len(cast(Tensor, model.get_input_embeddings().weight))
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,9 +1,10 @@
 """Loads a causal language model and its tokenizer, and checks that they can be trained."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -153,7 +154,7 @@ def given_model(
     model.stored_dtype = model.dtype
     model.in_no_directory = not model.name_or_path
     if not getattr(model, "is_quantized", False):
-        model.to(device=device, dtype=dtype)
+        cast(nn.Module, model).to(device=device, dtype=dtype)
     if section.freeze_router:
         freeze_routers(model)
     return made_ready(model, tokenizer, "model"), tokenizer

@@ -4,6 +4,8 @@ All parts are loaded. Training runs the decoder and the head; the other parts st
 saved with them, so that the saved directory is complete.
 """
 
+from typing import Any
+
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -16,7 +18,7 @@ from transformers import (
 from opsd.models.head import decoder_of
 
 
-def auto_class(config: PreTrainedConfig) -> type:
+def auto_class(config: PreTrainedConfig) -> Any:
     """transformers' auto class that loads the model with all its parts. For Llama 4 it is the text
     model's: the whole model's forward fails (5.24: it asks the text model for images)."""
     whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and config.model_type != "llama4"

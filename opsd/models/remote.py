@@ -98,10 +98,8 @@ class RemoteTeacher(nn.Module):
         self.head = nn.Linear(about.width, about.entries, about.bias, device="meta", dtype=dtype)
         for name, tensor in made.items():
             setattr(self.head, name, nn.Parameter(tensor, requires_grad=False))
-        self.config = PreTrainedConfig(
-            logit_scale=about.how.get("logit_scale"),
-            final_logit_softcapping=about.how.get("logit_softcap"),
-        )
+        how = {"logit_scale": "logit_scale", "final_logit_softcapping": "logit_softcap"}
+        self.config = PreTrainedConfig.from_dict({k: about.how.get(v) for k, v in how.items()})
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head, which is in this process."""

@@ -16,7 +16,7 @@ from opsd.common.errors import UserError
 from opsd.common.urls import is_address
 from opsd.config.sections import MemberSection, ModelSection, TeacherSection
 from opsd.models.copies import copy_model
-from opsd.models.head import CAPS, head_arguments
+from opsd.models.head import CAPS, embedding_rows, head_arguments
 from opsd.models.load import check_directory, load_config, load_model, load_tokenizer
 from opsd.models.lora import is_adapted, without_adapters
 from opsd.models.moving_average import MovingAverage
@@ -145,7 +145,7 @@ def _load_teacher(
     if (images := getattr(tokenizer, "images", None)) is not None:
         images.check_teacher(made.config, teacher.path)
     _check_alike(teacher, model, made)
-    _lengthen(made.get_input_embeddings(), len(model.get_input_embeddings().weight))
+    _lengthen(made.get_input_embeddings(), embedding_rows(model))
     return made.requires_grad_(False).eval()
 
 

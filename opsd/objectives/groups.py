@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -219,6 +220,10 @@ class Totals:
         return means
 
 
+def _is_of(kind: Callable[[SampleGroup], Any], value: Any, group: SampleGroup) -> bool:
+    return kind(group) == value
+
+
 class MicroBatch:
     """Groups that run in one forward. Its tensors [Σ R] have an entry for each rollout token, in
     the samples' order.
@@ -240,7 +245,8 @@ class MicroBatch:
 
     def part(self, chosen: Callable[[SampleGroup], bool]) -> tuple["MicroBatch", Tensor]:
         """Some of the groups, and the indices of their tokens, int64."""
-        places, end = [], 0
+        places: list[int] = []
+        end = 0
         for group in self.groups:
             for sample in group.samples:
                 end += sample.tokens
@@ -255,7 +261,7 @@ class MicroBatch:
         kinds = list(dict.fromkeys(map(kind, self.groups)))
         if len(kinds) == 1:
             return [(kinds[0], self, slice(None))]
-        return [(each, *self.part(lambda group, each=each: kind(group) == each)) for each in kinds]
+        return [(each, *self.part(partial(_is_of, kind, each))) for each in kinds]
 
     @property
     def sampled_by_others(self) -> bool:

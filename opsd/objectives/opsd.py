@@ -147,8 +147,8 @@ class OPSD(Objective):
         the mixture of the others. This costs one more sweep (DemoPSD, arXiv 2607.02502)."""
         number = next(n for n, member in enumerate(self.members) if member.section.damping)
         rest = [n for n in range(len(self.members)) if n != number]
-        members, its, c = ([x[n] for n in rest] for x in (self.members, states, coefficients))
-        models = [member.model for member in members]
+        its, c = [states[n] for n in rest], [coefficients[n] for n in rest]
+        models = [self.members[n].model for n in rest]
         others = mixed(models, its, c, len(head(model)[0]), self.heads)
         what = {"divergence": "jsd", "temperature": self.section.temperature, "reduction": "none"}
         apart = self._divergence(model, student, others, **what).per_token

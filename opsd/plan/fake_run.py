@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -182,7 +182,7 @@ def _make_fake(model: nn.Module) -> None:
                 tensors[name] = made.get(old)
 
 
-MakeStep = Callable[[PreTrainedConfig], tuple[Sequence[nn.Module], Callable[[], Tensor]]]
+MakeStep = Callable[[PreTrainedConfig], tuple[Sequence[PreTrainedModel], Callable[[], Tensor]]]
 """Architecture → (models on the meta device, the student first; a function giving the loss)."""
 
 
@@ -264,9 +264,9 @@ def _layer_kinds(architecture: PreTrainedConfig) -> list[list[int]] | None:
         isinstance(getattr(type(text), name, None), property) and len(set(getattr(text, name))) > 1
         for name in ("layer_types", "layers_block_type")
     )
-    if computed or getattr(text, "num_kv_shared_layers", 0):
+    if computed or getattr(text, "num_kv_shared_layers", False):
         return None
-    own = getattr(text, "per_layer_config", None) if _differs(text) else [None] * count
+    own: Any = getattr(text, "per_layer_config", None) if _differs(text) else [None] * count
     for layer in range(count):
         lists = {name: values[layer] for name, values in _by_layer(text).items()}
         kinds[repr((lists, own[layer] and own[layer].to_dict()))].append(layer)
@@ -305,7 +305,7 @@ def _with_layers(architecture: PreTrainedConfig, layers: Sequence[int]) -> PreTr
     for name, values in lists.items():
         setattr(text, name, [values[layer] for layer in layers])
     if own is not None:
-        text.per_layer_config = own
+        text.per_layer_config = cast(Any, own)
     return short
 
 

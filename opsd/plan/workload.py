@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 from opsd.config.config import Config
 from opsd.config.names import DIVERGENCE_METHODS
@@ -50,7 +51,7 @@ def sample_groups(config: Config, lengths: Lengths) -> list[SampleGroup]:
     for number in range(config.train.problems_per_step):
         problem = [number % 7 + 1] * (lengths.prompt - 1) + [number]
         shown = problem + [1] * lengths.solution
-        contexts = defaultdict(lambda shown=shown: shown, student=problem)
+        contexts = defaultdict(partial(list, shown), student=problem)
         if config.method in DIVERGENCE_METHODS or config.loss.credit or config.loss.distil:
             teachers = [contexts[role] for role in teacher_roles(config)]
             groups.append(SampleGroup(problem, samples, teachers, [1.0] * len(teachers)))

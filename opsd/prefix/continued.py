@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd.common.errors import in_short
-from opsd.models.head import decoder_of
+from opsd.models.head import decoder_of, embedding_rows
 from opsd.prefix.layout import CheckedGroup
 
 STATES = ("past_key_values", "cache", "cache_params", "state")
@@ -97,13 +97,13 @@ def _obstacle(model: PreTrainedModel) -> str | None:
         return f"{name} takes no cache"
     if any(getattr(module, "indexer", None) is not None for module in decoder.modules()):
         return f"{name} chooses keys by their scores, and rounding changes which"
-    ids = torch.arange(3, 24) % len(model.get_input_embeddings().weight)
-    prefix, rollouts = ids[:9], ids[9:].view(2, 6)
+    ids = torch.arange(3, 24) % embedding_rows(model)
+    prefix, rollouts = ids[:9], list(ids[9:].view(2, 6))
     ran = Continuation(model, prefix)
     _, again = ran.states(rollouts), ran.states(rollouts)  # the first must not change the cache
     found = torch.stack(again).float()
     with _as_sampling(decoder):
-        whole = torch.cat([prefix.expand(2, -1), rollouts[:, :-1]], 1).to(model.device)
+        whole = torch.stack([torch.cat([prefix, own[:-1]]) for own in rollouts]).to(model.device)
         wanted = decoder(input_ids=whole, use_cache=False).last_hidden_state[:, 8:].float()
         bare = decoder(input_ids=whole[:, 9:], use_cache=False).last_hidden_state.float()
     error = (found - wanted).abs().max()

@@ -9,6 +9,7 @@ prefix. A rollout's last token is only a target and is not run.
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
-from opsd.models.head import decoder_of, run_decoder
+from opsd.models.head import decoder_of, embedding_rows, run_decoder
 from opsd.models.remote import RemoteTeacher
 from opsd.prefix.continued import CHUNK, continued_hidden_states, uncontinuable
 from opsd.prefix.images import whole_hidden_states
@@ -164,7 +165,7 @@ def rollout_hidden_states(
         ran = [p.continuation(model) if isinstance(p, CachedPrefix) else None for p in given]
         return continued_hidden_states(model, checked, ran)
     if not torch.is_grad_enabled():  # run long prefixes in chunks, to free their activations
-        whole = [image or p for image, (p, _) in zip(images, checked, strict=True)]
+        whole: list[Any] = [image or p for image, (p, _) in zip(images, checked, strict=True)]
         groups = [
             (g if len(p) <= CHUNK or isinstance(g, CachedPrefix) else CachedPrefix(p, False), r)
             for g, p, (_, r) in zip(given, whole, checked, strict=True)
@@ -248,7 +249,7 @@ def _checked(model: PreTrainedModel, groups: Sequence[Group]) -> list[CheckedGro
     checked = checked_groups(groups)
     decoder = decoder_of(model)
     positions = getattr(decoder.config, "max_position_embeddings", None)
-    rows = len(decoder.get_input_embeddings().weight)
+    rows = embedding_rows(decoder)
     for number, (prefix, rollouts) in enumerate(checked):
         longest = len(prefix) + max(map(len, rollouts)) - 1
         if positions is not None and longest > positions:

@@ -175,7 +175,8 @@ def _run_prefix(model: PreTrainedModel, ids: Ids) -> _PrefixRun:
         packed_forward(model, layout, capture=capture, past=before or None)
         while before:  # free each tensor after its copy, so that both are never complete
             module, pairs = before.popitem()
-            in_graph[module] = tuple(map(torch.cat, zip(pairs, in_graph[module], strict=True)))
+            (k, v), (more_k, more_v) = pairs, in_graph[module]
+            in_graph[module] = torch.cat((k, more_k)), torch.cat((v, more_v))
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().requires_grad_(tensor.requires_grad)

@@ -15,7 +15,7 @@ import re
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -77,7 +77,7 @@ class StateServer(ThreadingHTTPServer):
             width=weight.shape[1],
             entries=len(weight),
             bias=bias is not None,
-            dtype=str(weight.dtype).removeprefix("torch."),
+            dtype=cast(Any, str(weight.dtype).removeprefix("torch.")),
             how=head_arguments(model),
         )
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET

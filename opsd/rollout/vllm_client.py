@@ -126,7 +126,7 @@ class VLLMServer(RolloutServer):
             **NEUTRAL,
         }
         longest = LONGEST + LONGEST_TOKEN * (sampling.max_new_tokens + len(context))
-        lost = Completions.model_construct() if self.adapts else None
+        lost = Completions.model_construct() if self.adapts else None  # type: ignore[call-arg]
         answer = self.ask(
             "/v1/completions",
             Completions,

@@ -105,8 +105,10 @@ def _obstacles(config: Config) -> Iterator[str]:
 PROBE = "Is 17 + 25 = 42?\nYes: é, 数, <|end|>."
 LARGEST_SHARD = 50_000_000_000  # bytes of a file, in transformers' save_pretrained
 
-LOGGERS = {name: (name,) for name in ("wandb", "trackio", "mlflow", "comet_ml")}
-LOGGERS["tensorboard"] = ("tensorboard", "tensorboardX")
+LOGGERS: dict[str, tuple[str, ...]] = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    **{name: (name,) for name in ("wandb", "trackio", "mlflow", "comet_ml")},
+}
 """For each name in output.report_to, the packages of which one must be installed."""
 
 

@@ -18,6 +18,7 @@ from opsd.common.errors import UserError, in_short
 from opsd.common.precision import autocast, compute_dtype, weights_dtype
 from opsd.common.urls import is_address
 from opsd.data.prompts import Prompts
+from opsd.models.head import embedding_rows
 from opsd.models.load import load_model
 from opsd.models.lora import add_adapters
 from opsd.models.teacher import make_members
@@ -97,7 +98,7 @@ def _replay(failed: FailedStep, display: Display) -> list[Replayed]:
         _load(trained, failed.weights, "weights")
         if average is not None or failed.average is not None:
             _load(average.averages if average else {}, failed.average, "average")
-    largest = len(model.get_input_embeddings().weight) - 1
+    largest = embedding_rows(model) - 1
     for ids in chain.from_iterable(map(_ids, groups)):
         if ids and not 0 <= min(ids) <= max(ids) <= largest:
             raise UserError(

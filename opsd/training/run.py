@@ -46,7 +46,7 @@ from opsd.models.load import (
     window,
 )
 from opsd.models.lora import add_adapters, trainable, without_adapters
-from opsd.models.teacher import check_teacher, make_members
+from opsd.models.teacher import Member, check_teacher, make_members
 from opsd.objectives import make_objective
 from opsd.prefix import try_kernel, unpackable
 from opsd.report import write_report
@@ -145,7 +145,7 @@ class Given:
     rows: Any = None  # records
     held_out: Any = None  # records
     verifier: Verifier | None = None
-    callbacks: Sequence[TrainerCallback] = ()
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()
 
 
 def load_run(
@@ -222,7 +222,7 @@ class Run:
     # The evaluations at step 0, by role, if they are already known
     before: dict[str, Evaluation] | None = None
     verifier: Verifier | None = None  # used instead of loss.reward.verifier
-    callbacks: Sequence[TrainerCallback] = ()
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()
     save: bool = True  # write the trained model to model/
     server: RolloutServer | None = None  # samples, if rollout.engine is a server
     processes: Processes = field(default_factory=Processes)
@@ -330,11 +330,11 @@ class Run:
             self.inference = copy_model(model, dtype, self.processes.device)
         # A method without a teacher needs one only to show its probabilities of completions.
         scores = scores_by_teacher(config)
-        self.teacher, average, self.members = self.inference, None, []
+        made: tuple[Any, Any, list[Member]] = (self.inference, None, [])
         if scores or (self.held_out and config.eval.samples):
-            self.teacher, average, self.members = make_members(
-                config.teacher, config.model, dtype, model, self.tokenizer, self.inference
-            )
+            own = config.teacher, config.model, dtype, model, self.tokenizer, self.inference
+            made = make_members(*own)
+        self.teacher, average, self.members = made
         # A live teacher is the model itself, so what both contexts begin with runs once.
         self.scorer = model if self.teacher is self.inference else self.teacher
         self.average = average if scores else None

@@ -99,7 +99,7 @@ class TrainingLoop:
         teacher_sampler: Sampler | None = None,
         processes: Processes | None = None,
         reward_function: RewardFunction | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         reports: Reports | None = None,
     ):
         self.config, self.model, self.rows, self.objective = config, model, rows, objective

@@ -49,6 +49,10 @@ def test_the_table_is_what_it_should_be():
     assert all(pair["kind"] and pair["source"] for pair in PAIRS)
 
 
+def test_no_comparison_ends_in_an_error(grades):
+    assert [grade.reason for grade in grades if "cannot be compared" in grade.reason] == []
+
+
 def test_nothing_is_accepted_that_must_earn_nothing(grades):
     accepted = [
         (pair["given"], pair["answer"], grade.reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import cast
 
 from opsd.grading.answers import words
 from opsd.grading.answers.bases import based
@@ -178,8 +179,10 @@ def _environment(text: str, depth: int) -> Node | None:
         by := number(scaled[1].replace("-", "-1", text[1] == "\\"))
     ):
         if isinstance(grid := _environment(scaled[2], depth), Grid):
-            cells = ([times(cell, by.value) for cell in row] for row in grid.rows)
-            return Grid(tuple(map(tuple, cells)))
+            cells = [cell for row in grid.rows for cell in row]
+            if all(isinstance(cell, Value) for cell in cells):  # prose cannot be multiplied
+                product = ([times(cast(Value, c), by.value) for c in row] for row in grid.rows)
+                return Grid(tuple(map(tuple, product)))
     found = _ENVIRONMENT.fullmatch(text)
     if found is None or "\\begin{" + found["name"] in found["body"]:
         return None
