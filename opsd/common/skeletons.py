@@ -200,7 +200,7 @@ class _Pieces:
         self.pieces = pieces
         self.fixed = sum(len(piece) for piece in pieces if type(piece) is str)
         holes = [piece for piece in pieces if type(piece) is not str]
-        self.holes, self.operations = len(holes), sum(len(operations) for _, operations in holes)
+        self.holes, self.operations = len(holes), sum(len(hole[1]) for hole in holes)
         self.kept = len(pieces) + self.fixed
 
 
