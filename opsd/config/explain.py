@@ -113,7 +113,7 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
             return f"; write {TRUTH[word]}"
         return did_you_mean(value, re.findall(r"'([^']+)'", problem["ctx"]["expected"]))
     plain = re.sub(r"(?<=\d)[,_](?=\d{3})", "", value).strip(" ,;'\"")
-    if (number := NUMBERS.get(kind)) and plain != value and re.fullmatch(number, plain):
+    if (form := NUMBERS.get(kind)) and plain != value and re.fullmatch(form, plain):
         return f"; write {plain}"
     number = re.fullmatch(r"([\d.]+)\s*([kmg]i?b?|%)", value.strip(), re.IGNORECASE)
     if number and kind in NUMBERS:

@@ -245,14 +245,15 @@ def _gather(tile: Tile, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tens
     heads = key.shape[1]
     if len(tile.pieces) == 1:  # without the rows' numbers, of which a long prefix has many
         (piece,) = tile.pieces
-        taken = _spans(query, (piece.queries,)), _spans(key, piece.keys), _spans(value, piece.keys)
+        rows = (piece.queries,), piece.keys, piece.keys
+        taken = [_spans(x, each) for x, each in zip((query, key, value), rows, strict=True)]
     else:
-        rows = tile.query_rows, tile.key_rows, tile.key_rows
+        numbers = tile.query_rows, tile.key_rows, tile.key_rows
         lengths = tile.shape[1], tile.shape[2], tile.shape[2]
-        taken = tuple(
+        taken = [
             x.index_select(0, each).view(-1, length, *x.shape[1:])
-            for x, each, length in zip((query, key, value), rows, lengths, strict=True)
-        )
+            for x, each, length in zip((query, key, value), numbers, lengths, strict=True)
+        ]
     return tuple(_heads(x, heads) for x in taken)
 
 
