@@ -14,20 +14,25 @@ LEAST = 2
 @dataclass(frozen=True)
 class Majority:
     """answer: the majority's, "" if there is none. share: the part of all rollouts that gives the
-    most frequent answer. why: the reason why there is no majority, one of WHY."""
+    most frequent answer. why: the reason why there is no majority, one of WHY. correct: whether the
+    majority's answer is the row's own; None if one of them is missing."""
 
     answer: str
     share: float
     why: str = ""
+    correct: bool | None = None
 
 
 WHY = ("unanswered", "tied", "unsure")
 """No rollout has an answer; several answers have the most votes; these are too few."""
 
 
-def majority(answers: Sequence[str | None], grader: Grader, agreement: float = 0.0) -> Majority:
+def majority(
+    answers: Sequence[str | None], grader: Grader, agreement: float = 0.0, own: str = ""
+) -> Majority:
     """Count the votes of one problem's rollouts. A rollout without an answer, None or blank, does
-    not vote. agreement: the least share of all rollouts, with or without an answer."""
+    not vote. agreement: the least share of all rollouts, with or without an answer. own: the row's
+    own answer, if it has one."""
     given = [answer.strip() for answer in answers if answer is not None and answer.strip()]
     if not given:
         return Majority("", 0.0, "unanswered")
@@ -43,7 +48,8 @@ def majority(answers: Sequence[str | None], grader: Grader, agreement: float = 0
     if votes < LEAST or share < agreement:
         return Majority("", share, "unsure")
     texts = (text for text, number in zip(given, numbers, strict=True) if number == first)
-    return Majority(Counter(texts).most_common(1)[0][0], share)
+    answer = Counter(texts).most_common(1)[0][0]
+    return Majority(answer, share, correct=same(answer, own) if own.strip() else None)
 
 
 def groups_of_equals(texts: Sequence[str], same: Callable[[str, str], bool]) -> list[int]:

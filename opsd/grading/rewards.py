@@ -73,10 +73,10 @@ class RewardFunction:
             for rollout, text, score in zip(rollouts, texts, scores, strict=True)
         ]
 
-    def majority(self, rollouts: Sequence[Rollout]) -> Majority:
-        """The majority of the answers in the last boxes of one problem's rollouts."""
+    def majority(self, rollouts: Sequence[Rollout], row: Row) -> Majority:
+        """The majority of the answers in the last boxes of a row's rollouts."""
         answers = list(map(last_boxed, self._texts(rollouts)[1]))
-        return majority(answers, self.grader, self.agreement)
+        return majority(answers, self.grader, self.agreement, row.answer)
 
     def _texts(self, rollouts: Sequence[Rollout]) -> tuple[list[str], list[str]]:
         """The rollouts' texts, and the parts of them that are graded."""

@@ -27,7 +27,7 @@ def graded(
     if reward_function is None:
         return list(problems)
     problems = [
-        replace(p, majority=reward_function.majority(p.rollouts)) if unsolved(p.row) else p
+        replace(p, majority=reward_function.majority(p.rollouts, p.row)) if unsolved(p.row) else p
         for p in problems
     ]
     if reward_function.verifier is None:
@@ -60,14 +60,17 @@ def outcome_measures(problems: Sequence[Problem]) -> dict[str, float]:
 
 def vote_measures(problems: Sequence[Problem]) -> dict[str, float]:
     """Measures of problems whose rollouts voted: the share with a majority, the reasons of the
-    others, and the mean share of the most frequent answer."""
+    others, and the mean share of the most frequent answer; of majorities whose row has an answer,
+    the share that is right."""
     votes = [problem.majority for problem in problems if problem.majority is not None]
     if not votes:
         return {}
     counts = {f"majority_{why}": sum(v.why == why for v in votes) / len(votes) for why in WHY}
     share = sum(vote.share for vote in votes) / len(votes)
     found = sum(bool(vote.answer) for vote in votes) / len(votes)
-    return {"majority_fraction": found, **counts, "majority_share": share}
+    known = [vote.correct for vote in votes if vote.correct is not None]
+    right = {"majority_correct": sum(known) / len(known)} if known else {}
+    return {"majority_fraction": found, **counts, "majority_share": share, **right}
 
 
 @dataclass

@@ -33,4 +33,12 @@ def grader():
 def test_which_answer_is_the_majoritys(answers, agreement, wanted, grader):
     found = majority(answers, grader, agreement)
     assert (found.answer, found.why) == (wanted.answer, wanted.why)
-    assert found.share == pytest.approx(wanted.share)
+    assert found.share == pytest.approx(wanted.share) and found.correct is None
+
+
+@pytest.mark.parametrize(
+    ("own", "correct"), [("0.25", True), ("1/2", False), (" ", None), ("", None)]
+)
+def test_whether_a_majority_is_the_rows_own_answer(own, correct, grader):
+    assert majority([r"\frac14", r"\frac14", "3"], grader, own=own).correct is correct
+    assert majority([r"\frac14", "3"], grader, own=own).correct is None  # a tie

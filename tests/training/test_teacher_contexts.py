@@ -180,9 +180,12 @@ def test_the_majority_is_the_solution_of_a_row_that_has_none(tokenizer, monkeypa
     assert [len(group.teachers) for group in groups] == [1, 1]
 
 
-def test_a_majority_needs_no_column_of_solutions(files, tmp_path, monkeypatch):
-    """Nor one of answers, but to evaluate: by the held-out rows' own."""
-    lines = [{"problem": row.problem} for row in ROWS]
+@pytest.mark.parametrize("answer", [None, "1.0"])
+def test_a_majority_needs_no_column_of_solutions(answer, files, tmp_path, monkeypatch):
+    """Nor one of answers, but to evaluate: by the held-out rows' own. Where there is one, the log
+    says whether the majority is right."""
+    given = [answer and [answer, "7"][number % 2] for number in range(len(ROWS))]
+    lines = [{"problem": r.problem, "answer": own} for r, own in zip(ROWS, given, strict=True)]
     (tmp_path / "bare.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_rows(tmp_path / "held.jsonl", worksheet_rows(4, seed=99))
     config = short_config(
@@ -200,6 +203,9 @@ def test_a_majority_needs_no_column_of_solutions(files, tmp_path, monkeypatch):
     )
     lines = read_lines(train(config, quiet()) / "metrics.jsonl")
     assert len(lines) == 4
+    right = [line["majority_correct"] for line in lines if "majority_correct" in line]
+    assert len(right) == (4 if answer else 0) and all(0 <= share <= 1 for share in right)
+    assert not answer or 0 < sum(right) / 4 < 1
     for line in lines:
         assert (line["majority_fraction"], line["taught_fraction"]) == (1.0, 1.0)
         assert line["majority_share"] == pytest.approx(2 / 3) and line["divergence"] > 0
