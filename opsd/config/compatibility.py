@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from opsd.common.errors import UserError
-from opsd.common.templates import over_rollouts
+from opsd.common.templates import SOLUTION_NAMES, names, over_rollouts
 from opsd.common.urls import is_address
 from opsd.config.names import DIVERGENCE_METHODS, HOTTEST, SERVERS
 from opsd.config.requirements import (
@@ -370,6 +370,16 @@ def _majority(config: Config) -> Iterator[str]:
         yield "eval.teacher: prompts.majority waits for rollouts, and held-out problems have none"
 
 
+def _held(config: Config) -> Iterator[str]:
+    if not config.prompts.hold:
+        return
+    taught = {} if config.method == "sft" else teaching_templates(config)
+    if not any(names(text) & SOLUTION_NAMES for text in taught.values()):
+        yield "prompts.hold: no teacher is shown `solution` or `answer`"
+    if {member.policy for member in config.teacher.members()} == {"live"}:
+        yield "prompts.hold: a live teacher is the student itself, and holds it nowhere"
+
+
 def _updates(config: Config) -> Iterator[str]:
     train = config.train
     if train.warmup_steps > train.steps:
@@ -426,6 +436,7 @@ RULES = (
     _policy_gradient,
     _templates,
     _majority,
+    _held,
     _updates,
 )
 

@@ -125,7 +125,8 @@ def required_columns(config: Config) -> list[str]:
     """Which of problem, solution and answer every training row must have."""
     used = set(names(config.prompts.student))
     for template in teaching_templates(config).values():
-        used |= names(template) - (SOLUTION_NAMES if votes(config) else set())
+        optional = votes(config) or config.prompts.hold
+        used |= names(template) - (SOLUTION_NAMES if optional else set())
     if config.eval.teacher:
         used |= names(config.prompts.teacher)
     if uses_targets(config):

@@ -141,6 +141,9 @@ class PromptsSection(Section):
     majority: float | None = Field(None, ge=0, le=1)
     """Teach a row without a solution by the answer on which this share of its rollouts agree, and
     more than on any other (U-OPSD); none: each row needs what the templates use."""
+    hold: bool = False
+    """Where a row has no solution for the teacher, nor a majority, the teacher sees what the
+    student sees: this holds the student at the teacher's weights (docs/methods.md)."""
     system: str | None = None
     """A system message for both roles."""
     student_system: str | None = None

@@ -51,7 +51,8 @@ class ContextCheck:
 
     def __call__(self, number: int, row: Row) -> None:
         """Check the `number`-th row, from 1."""
-        messages = {role: self.prompts.render(row, role) for role in self.roles}
+        roles = [role for role in self.roles if not self.prompts.holds(row, role)]
+        messages = {role: self.prompts.render(row, role) for role in roles}
         for role, message in messages.items():
             if not _stands(row.problem, message) and not self._arrives(row, role, problem=True):
                 self._refuse(role, number, row, "problem")
@@ -70,7 +71,8 @@ class ContextCheck:
             ):
                 self.found.setdefault(token, []).append(number)
         alike = messages.get("student") == messages.get("teacher")
-        if self.differ and (number == 1 or (alike and not self.apart)):
+        differ = self.differ and "teacher" in roles
+        if differ and (number == 1 or (alike and not self.apart)):
             context = self.prompts.context(row)
             if context.student == context.teacher:
                 raise UserError(

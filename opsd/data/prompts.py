@@ -7,6 +7,7 @@ decoded and tokenised again.
 The teacher's template may also use `rollout`, which the teacher is to score, and `peers`, the
 problem's other rollouts. It is then rendered for each rollout; if it is empty, nothing is trained.
 With `prompts.majority` this also holds for one that uses `solution` or `answer`: a row may lack it.
+With `prompts.hold` the teacher's context of a row that lacks it is the student's.
 
 A template shows a row's images by the variable `images`; our templates show them first. A context
 with images is not cached: the model's processor (`tokenizer.images`) makes it at each use.
@@ -111,6 +112,8 @@ class Prompts:
         # The texts without which a row needs a majority.
         shown = (names(self.templates[role]) for role in self.over_rollouts)
         self._solution = SOLUTION_NAMES & late & frozenset().union(*shown)
+        # For each of a teacher's roles, the texts without which a row is held.
+        self._needed = {r: SOLUTION_NAMES & names(self.templates[r]) for r in teachers}
         for name, template in self.templates.items():
             check_template(self.field(name), template)
         # (role, id(row)) → (row, ids); holding the row keeps its id() from being used again.
@@ -167,12 +170,13 @@ class Prompts:
 
     def all_ids(self, rows: Sequence[Row], role: str) -> list[list[int]]:
         """The ids of one role's context for each row; `ImageIds` if it shows images."""
-        seen = [bool(row.images) and role in self.shows for row in rows]
+        own = ["student" if self.holds(row, role) else role for row in rows]
+        seen = [bool(row.images) and its in self.shows for row, its in zip(rows, own, strict=True)]
         plain = [row for row, sees in zip(rows, seen, strict=True) if not sees]
         known = (ids.tolist() for ids in self._tokenised(plain, role))
         return [
-            self._checked(row, self._made([row], role, "")[0]) if sees else next(known)
-            for row, sees in zip(rows, seen, strict=True)
+            self._checked(row, self._made([row], its, "")[0]) if sees else next(known)
+            for row, its, sees in zip(rows, own, seen, strict=True)
         ]
 
     def target(self, row: Row, role: str = "student") -> list[int]:
@@ -222,11 +226,15 @@ class Prompts:
         """Yields each row's ids, in order; tokenises rows that are not cached in batches."""
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
-            new = {id(row): row for row in batch if (role, id(row)) not in self._known}
-            made = dict(zip(new, self._tokenise(list(new.values()), role), strict=True))
+            held = {id(row) for row in batch if self.holds(row, role)}
+            made: dict[int, array] = {}
+            for own in (role, "student") if held else (role,):
+                some = [row for row in batch if (id(row) in held) == (own != role)]
+                new = {id(row): row for row in some if (own, id(row)) not in self._known}
+                made |= zip(new, self._tokenise(list(new.values()), own), strict=True)
             for row in batch:
-                ids = made.get(id(row))
-                yield self._known[role, id(row)][1] if ids is None else ids
+                ids, own = made.get(id(row)), "student" if id(row) in held else role
+                yield self._known[own, id(row)][1] if ids is None else ids
 
     def _tokenise(self, rows: Sequence[Row], role: str) -> list[array]:
         if not rows:
@@ -304,6 +312,11 @@ class Prompts:
     def unsolved(self, row: Row) -> bool:
         """Whether a row lacks a text that its rollouts' majority answer has to replace."""
         return not all(row.texts[name].strip() for name in self._solution)
+
+    def holds(self, row: Row, role: str) -> bool:
+        """Whether `prompts.hold` shows this role what the student sees: the row has no solution."""
+        needed = self._needed.get(role, ()) if self.section.hold else ()
+        return not all(row.texts[name].strip() for name in needed)
 
     def solved(self, row: Row, answer: str) -> Row:
         """A copy of the row with the rollouts' majority answer for each text that it lacks."""

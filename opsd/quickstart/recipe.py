@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +42,8 @@ class Recipe:
     """All that distinguishes one quickstart from the other."""
 
     name: str  # the model's name in the report
-    train_rows: list[Row]  # training problems, with the solutions for the teacher's prompt
+    problems: list[Row]  # training problems, with the solutions for the teacher's prompt
+    solutions: int | None  # how many of these solutions there are; None: all
     held_out_rows: list[Row]  # problems for evaluations
     grader: Grader
     make_base: MakeBase
@@ -54,6 +55,10 @@ class Recipe:
     verifier: Verifier | None = field(default=None)
     # How many held-out problems the teacher answers; None: all.
     teacher_problems: int | None = None
+
+    def train_rows(self, config: Config) -> list[Row]:
+        """The training rows of a method."""
+        return repeated(self.problems, self.solutions, config.prompts.hold)
 
 
 def method_config(
@@ -73,7 +78,10 @@ def method_config(
     }
     if method == "distill":
         places["teacher"] = {"path": str(recipe.make_teacher(base, display))}
-    return _parsed(method, recipe.sections, recipe.methods[method], places)
+    config = _parsed(method, recipe.sections, recipe.methods[method], places)
+    if config.prompts.hold:
+        config.data.source = str(base / "held.jsonl")
+    return config
 
 
 def _parsed(
@@ -110,8 +118,16 @@ def check_methods(sections: dict[str, Any], methods: dict[str, dict[str, Any]]) 
     return made
 
 
-def repeated(rows: list[Row], solutions: int | None) -> list[Row]:
-    """As many rows as given, but only the first `solutions` of them, repeated; None: all rows."""
+def repeated(rows: list[Row], solutions: int | None, hold: bool = False) -> list[Row]:
+    """As many rows as given, but only the first `solutions` of them, repeated; None: all rows.
+    hold: every second row is one of the others, without its solution."""
     if solutions is None or solutions >= len(rows):
         return rows
-    return [rows[i % solutions] for i in range(len(rows))]
+    if not hold:
+        return [rows[i % solutions] for i in range(len(rows))]
+    bare = [
+        replace(row, solution="", columns={**row.columns, "solution": ""})
+        for row in rows[solutions:]
+    ]
+    pairs = ((rows[i % solutions], bare[i % len(bare)]) for i in range(len(rows)))
+    return [row for pair in pairs for row in pair][: len(rows)]

@@ -24,7 +24,14 @@ from opsd.config.sections import PromptsSection
 from opsd.data.prompts import Prompts
 from opsd.models.copies import copy_model
 from opsd.models.load import load_model
-from opsd.quickstart.recipe import Recipe, check_methods, merge, method_config, overridden
+from opsd.quickstart.recipe import (
+    Recipe,
+    check_methods,
+    merge,
+    method_config,
+    overridden,
+    repeated,
+)
 from opsd.quickstart.settings import Asked
 from opsd.report import write_report
 from opsd.rollout import Sampling
@@ -136,7 +143,8 @@ def _make_base(
     place.mkdir(exist_ok=True)
     save_model(base.model, base.tokenizer, place)
     # Save the problems too, so that `opsd train` can repeat a run from its config.yaml.
-    write_lines(place / "train.jsonl", (dict(row.columns) for row in recipe.train_rows))
+    rows = repeated(recipe.problems, recipe.solutions)
+    write_lines(place / "train.jsonl", (dict(row.columns) for row in rows))
     write_lines(place / "held_out.jsonl", (dict(row.columns) for row in recipe.held_out_rows))
     held_out = test(base.tokenizer)
     precision = recipe.sections["train"].get("precision", "auto")
@@ -175,6 +183,9 @@ def _train_method(
     place = directory / method
     if not _done(place):
         config = method_config(recipe, method, directory, seed, display)
+        rows = recipe.train_rows(config)
+        if config.prompts.hold:
+            write_lines(Path(config.data.source), (dict(row.columns) for row in rows))
         checkpoint = claim_directory(place, config, resume=True)
         model, tokenizer = load_model(config.model)
         torch.manual_seed(seed)
@@ -182,7 +193,7 @@ def _train_method(
             config,
             model,
             tokenizer,
-            recipe.train_rows,
+            rows,
             recipe.held_out_rows,
             recipe.grader,
             display,

@@ -19,7 +19,7 @@ from opsd.models.copies import copy_model
 from opsd.models.load import load_model
 from opsd.quickstart.chain_sum import TEACHER_SEED, make_chain_sum, make_rows, own_style
 from opsd.quickstart.download import smollm2_gguf
-from opsd.quickstart.recipe import Base, Recipe, merge, repeated
+from opsd.quickstart.recipe import Base, Recipe, merge
 from opsd.quickstart.settings import Asked, settings
 from opsd.training.run import run
 
@@ -75,7 +75,8 @@ def smollm2_recipe(asked: Asked) -> Recipe:
     grader = Grader()
     return Recipe(
         name=asked.model or "SmolLM2-135M-Instruct",
-        train_rows=repeated(task.train, asked.solutions),
+        problems=task.train,
+        solutions=asked.solutions,
         held_out_rows=task.held_out,
         grader=grader,
         make_base=make_base,

@@ -5,7 +5,7 @@ from pathlib import Path
 from opsd.common.display import Display
 from opsd.grading.reward_functions import by_row
 from opsd.quickstart import tiny_model as tiny
-from opsd.quickstart.recipe import Base, Recipe, repeated
+from opsd.quickstart.recipe import Base, Recipe
 from opsd.quickstart.settings import Asked, settings
 from opsd.quickstart.worksheet import WorksheetGrader, right_share, worksheet_rows
 
@@ -40,7 +40,8 @@ def tiny_recipe(asked: Asked) -> Recipe:
 
     return Recipe(
         name="tiny Qwen3 (0.8M parameters)",
-        train_rows=repeated(worksheet_rows(TRAIN_ROWS, seed=asked.seed), asked.solutions),
+        problems=worksheet_rows(TRAIN_ROWS, seed=asked.seed),
+        solutions=asked.solutions,
         held_out_rows=worksheet_rows(asked.problems or 400, seed=HELD_OUT_SEED, held_out=True),
         grader=WorksheetGrader(),
         make_base=make_base,

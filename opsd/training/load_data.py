@@ -226,6 +226,8 @@ def fitting_data(
             "data.source" if config.eval.source is None else "eval.source",
             display.note,
         )
+    if held := sum(any(prompts.holds(row, role) for role in prompts.chats) for row in rows):
+        display.note(f"{held} of {len(rows)} rows have no solution: they hold the student")
     for said in check.notes():
         display.note(said)
     if teaches and (differ := prompts.different_endings()) is not None:

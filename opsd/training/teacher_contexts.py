@@ -112,10 +112,12 @@ class TeacherContexts:
     def _context(self, problem: Problem, number: int, role: str) -> list[int] | None:
         """A role's context for one rollout: of the row, or of it with its rollouts' majority."""
         row, vote = problem.row, problem.majority
+        if vote is not None and vote.answer:
+            row = self.prompts.solved(row, vote.answer)
+        if self.prompts.holds(row, role):
+            return problem.context.student
         if vote is not None and not vote.answer:
             return None
-        if vote is not None:
-            row = self.prompts.solved(row, vote.answer)
         outcomes = problem.outcomes or [None] * len(problem.rollouts)
         peers = [*outcomes[:number], *outcomes[number + 1 :]]
         return self.prompts.teacher_of(row, outcomes[number], peers, role)

@@ -4,6 +4,7 @@ import json
 import signal
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -216,6 +217,19 @@ def test_what_stopped_before_anything_was_made_is_no_obstacle(finished, tmp_path
         assert quickstart(directory, "--methods", "sft", "--solutions", "5") == 0
     arguments = json.loads((directory / "quickstart.json").read_text())
     assert arguments["solutions"] == 5
+
+
+def test_problems_without_solutions_hold_the_student(finished, tmp_path):
+    directory = tmp_path / "out"
+    held = ("--solutions", "5", "opsd.prompts.hold=true")
+    with short(finished[1]):
+        assert quickstart(directory, "--methods", "opsd,sft", *held) == 0
+    configs = yaml.safe_load((directory / "config.yaml").read_text())
+    rows = {name: read_lines(Path(configs[name]["data"]["source"])) for name in configs}
+    assert len({row["problem"] for row in rows["sft"]}) == 5 < len(rows["sft"])
+    solved = [bool(row["solution"]) for row in rows["opsd"]]
+    assert solved == [True, False] * (len(solved) // 2)
+    assert len({row["problem"] for row in rows["opsd"]}) == 5 + len(solved) // 2
 
 
 def test_a_quickstart_is_one_process_alone(finished, tmp_path, capsys):

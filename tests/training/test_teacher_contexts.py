@@ -212,3 +212,56 @@ def test_a_majority_needs_no_column_of_solutions(answer, files, tmp_path, monkey
     assert all(
         line["accuracy"] is not None for line in read_lines(tmp_path / "run/evaluations.jsonl")
     )
+
+
+@pytest.mark.parametrize("majority", [None, 0.5])
+def test_a_row_without_a_solution_holds_the_student(majority, tokenizer, monkeypatch):
+    """The teacher sees the student's own context, with its system message; not where rollouts
+    agree on an answer."""
+    section = PromptsSection(
+        student=tiny.STUDENT_PROMPT,
+        teacher=MAJORITY,
+        teacher_system="12",
+        majority=majority,
+        hold=True,
+    )
+    shown = Prompts(section, tokenizer)
+    bare = Row(ROWS[0].problem, "", "", {})
+    says(monkeypatch, r"\boxed{12}", r"\boxed{12.0}", r"\boxed{2}")
+    rows, numbers = (bare, ROWS[1], bare), ([0, 1], [0, 2], [0, 2])
+    problems = [
+        Problem(row, context, [Rollout([number], True) for number in own])
+        for row, context, own in zip(rows, shown.contexts(rows), numbers, strict=True)
+    ]
+    with Grader() as grader:
+        votes = RewardFunction(RewardSection(), tokenizer, None, 9, grader=grader, agreement=0.5)
+        made = graded(problems, votes if majority else None, shown.unsolved)
+    made, _ = TeacherContexts(shown, None, False, pytest.fail)(made)
+    student = shown.ids(bare, "student")
+    for number, p in enumerate(made):
+        held = number == 2 or (number == 0 and majority is None)
+        its = p.teacher_contexts()
+        assert its[0] == its[1] and (its[0] == student) == held
+        assert held or shown_solution(tokenizer, its[0]) == (
+            ROWS[1].solution.strip() if number else "12"
+        )
+
+
+def test_a_held_student_stays_where_it_is(files, tmp_path):
+    """By the teacher of step 0 it has nothing to learn there; one row has a solution."""
+    lines = [{"problem": row.problem} for row in ROWS]
+    config = short_config(
+        files[0],
+        tmp_path / "rows.jsonl",
+        tmp_path / "run",
+        prompts={"hold": True},
+        train={"steps": 2},
+        eval={"problems": 0},
+    )
+    for solutions in (0, len(ROWS)):
+        for line, row in zip(lines[:solutions], ROWS, strict=False):
+            line["solution"] = row.solution
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        config.output.dir = str(tmp_path / f"run-{solutions}")
+        measured = read_lines(train(config, quiet()) / "metrics.jsonl")
+        assert all((line["divergence"] < 1e-6) == (solutions == 0) for line in measured)
