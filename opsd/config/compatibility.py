@@ -371,12 +371,10 @@ def _majority(config: Config) -> Iterator[str]:
 
 
 def _held(config: Config) -> Iterator[str]:
-    if not config.prompts.hold:
-        return
-    taught = {} if config.method == "sft" else teaching_templates(config)
-    if not any(names(text) & SOLUTION_NAMES for text in taught.values()):
+    hold, taught = config.prompts.hold, {} if config.method == "sft" else teaching_templates(config)
+    if hold and not any(names(text) & SOLUTION_NAMES for text in taught.values()):
         yield "prompts.hold: no teacher is shown `solution` or `answer`"
-    if {member.policy for member in config.teacher.members()} == {"live"}:
+    if hold and {member.policy for member in config.teacher.members()} == {"live"}:
         yield "prompts.hold: a live teacher is the student itself, and holds it nowhere"
 
 
