@@ -185,7 +185,7 @@ def _train_method(
         config = method_config(recipe, method, directory, seed, display)
         rows = recipe.train_rows(config)
         if config.prompts.hold:
-            write_lines(Path(config.data.source), (dict(row.columns) for row in rows))
+            write_lines(Path(str(config.data.source)), (dict(row.columns) for row in rows))
         checkpoint = claim_directory(place, config, resume=True)
         model, tokenizer = load_model(config.model)
         torch.manual_seed(seed)
