@@ -6,6 +6,7 @@ They run before torch is imported, which takes ten seconds on a slow machine.
 import atexit
 import gc
 import os
+from importlib import import_module
 from pathlib import Path
 
 from opsd.common.display import Display
@@ -22,12 +23,16 @@ from opsd.training.load_data import first_rows
 MODELS = ("config.json", "adapter_config.json")
 
 
-def import_torch(display: Display) -> None:
-    """Imports torch and transformers while the display says so: it can take ten seconds."""
-    with display.stage("Start torch and transformers"):
-        from opsd.models.load import quiet_transformers
-
-        quiet_transformers()
+def import_torch(display: Display, module: str = "opsd.models.load") -> None:
+    """Imports torch and transformers, by a module that needs them, while the display says so: it
+    can take ten seconds."""
+    gc.disable()  # nothing of what is imported is garbage, and collections take a fifth of the time
+    try:
+        with display.stage("Start torch and transformers"):
+            import_module(module)
+            import_module("opsd.models.load").quiet_transformers()
+    finally:
+        gc.enable()
     gc.freeze()  # the imports made a million objects: spare each collection from scanning them
     atexit.register(gc.unfreeze)  # else triton 3.9 reports its imported objects as leaked
 

@@ -94,7 +94,7 @@ def run(parsed: argparse.Namespace) -> None:
     for config in [] if parsed.resume or parsed.dry_run else runs[1:]:
         check_unclaimed(Path(config.output.dir))
     display = Display(quiet=os.environ.get("RANK", "0") != "0")
-    import_torch(display)
+    import_torch(display, "opsd.training.run")
     if parsed.dry_run:
         from opsd.cli.dry_run import dry_run
 

@@ -85,6 +85,7 @@ class _Unpacked(gzip.GzipFile):
         return data
 
 
+_LINES = json.JSONDecoder(object_pairs_hook=each_once)
 ONE_A_LINE = "one JSON object a line"
 OR_A_LIST = f"{ONE_A_LINE}, or one list of objects, alone or under a key"
 
@@ -154,7 +155,7 @@ def _is_chat(message: dict) -> bool:
 def _line(line: str, number: int, expected: str, section: str, name: str) -> Any:
     where = f"{section}.source: line {number} of {name}"
     try:
-        return json.loads(line, object_pairs_hook=each_once)
+        return _LINES.decode(line)
     except json.JSONDecodeError as error:
         said = f"is not valid JSON ({error.msg} at column {error.colno}); expected {expected}"
     except (ValueError, RecursionError) as error:  # a number too long, or nesting too deep
