@@ -25,10 +25,14 @@ from opsd.config.load import merge
 from opsd.evaluate.answers import Completion
 from opsd.evaluate.result import grade_all, measure
 from opsd.grading.grader import Grader
+from opsd.models.load import load_model
+from opsd.objectives import Sample, SampleGroup
 from opsd.report import write_report
 from opsd.report.evaluation_page import page as evaluation_page
+from opsd.runs.directory import _mark, locked
 from opsd.runs.log import RunLog
 from opsd.runs.records import Line, checked_lines
+from opsd.training.failed_steps import failed_step, save_failed_step
 
 
 @pytest.fixture
@@ -74,6 +78,14 @@ def test_pickled_weights_are_not_read(files, train, marker, tmp_path, capsys):
         assert train(*words, f"output.dir={tmp_path / f'of-{words[0][:5]}'}") == 1
         refused(capsys, "its weights are a pickle (pytorch_model.bin)", "safetensors")
     assert not marker.exists()
+
+
+def test_pickles_beside_other_safetensors_are_not_read(files, train, marker, tmp_path, capsys):
+    model = copied(files, tmp_path / "model")
+    (model / "model.safetensors").rename(model / "more.safetensors")
+    torch.save(load_file(model / "more.safetensors"), model / "pytorch_model.bin")
+    assert train(f"model.path={model}") == 1
+    refused(capsys, "model.path is", "safetensors")
 
 
 def test_a_pickled_adapter_is_not_read(files, train, marker, tmp_path, capsys):
@@ -197,12 +209,113 @@ def test_a_models_code_runs_only_where_the_user_says_so(
     refused(capsys, "model.path is")
     assert main(["plan", str(with_code)]) == 1
     refused(capsys, "model.path is")
-    assert main(["eval", str(with_code), "--benchmark", str(files[1])]) == 1
-    refused(capsys, "MODEL is")
+    for words in (
+        ["eval", str(with_code), "--benchmark", str(files[1])],
+        ["chat", str(with_code)],
+        ["serve-teacher", str(with_code), "--port", "0"],
+    ):
+        assert main(words) == 1
+        assert "MODEL" in capsys.readouterr().err.splitlines()[-1]
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"base_model_name_or_path": str(with_code), "peft_type": "LORA", "r": 2}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"a": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    assert main(["export", str(adapter), "--merge"]) == 1
+    assert "trust_remote_code is false" in capsys.readouterr().err
     assert not marker.exists()
     with pytest.raises(SystemExit, match="7"):
         train(f"model.path={with_code}", "model.trust_remote_code=true", "--dry-run")
     assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "code"),
+    [
+        ("attn_implementation", "somebody/a-kernel", 1),
+        ("attn_implementation", {"": "paged|somebody/a-kernel@main:f"}, 1),
+        ("_attn_implementation", "somebody/a-kernel", 1),
+        ("experts_implementation", "sonicmoe", 1),
+        ("attn_implementation", "flash_attention_2", 0),  # taken from the hub where it is absent
+        ("attn_implementation", "eager", 0),
+    ],
+)
+def test_a_models_config_names_no_kernel_to_run(
+    field, value, code, files, tmp_path, capsys, monkeypatch
+):
+    """transformers loads kernels, which are code, from the hub, where `kernels` is installed."""
+    loads = lambda *_, **__: pytest.fail("it loads a kernel")  # noqa: E731
+    monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda *_: True)
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", loads)
+    model = copied(files, tmp_path / "model")
+    values = json.loads((model / "config.json").read_text()) | {field: value}
+    (model / "config.json").write_text(json.dumps(values))
+    asked = ["--benchmark", str(files[1]), "--problems", "1", "--max-new-tokens", "2"]
+    lengths = ["--prompt-tokens", "9", "--solution-tokens", "9", "rollout.max_new_tokens=9"]
+    for words in (
+        ["eval", str(model), *asked, "--output", str(tmp_path / "e")],
+        ["plan", str(model), *lengths],
+    ):
+        assert main(words) == code
+        if code:
+            assert "a kernel from the hub is code" in capsys.readouterr().err.splitlines()[-1]
+
+
+def evil_run(run: Path, with_code: Path, files, marker: Path) -> Path:
+    """A run whose config names a verifier and a gate, and whose model has code."""
+    run.mkdir()
+    verifier = run / "mine.py"
+    verifier.write_text(CODE.format(marker=str(marker)))
+    loss = {
+        "reward": {"verifier": f"{verifier}:grade", "log": True},
+        "gates": [{"gate": f"{verifier}:weigh"}],
+    }
+    model = {"path": str(with_code), "trust_remote_code": True}
+    config = short_config(*files, run, model=model, loss=loss)
+    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    place = {"step": 1, "generated_tokens": 9, "trained_tokens": 9, "seconds": 1.0}
+    shown = {"problem": "1+1", "solution": "2", "answer": "2", "completion": "2"}
+    lines = {
+        "metrics": [place],
+        "samples": [place | shown],
+        "evaluations": [place | {"step": s, "accuracy": 0.4 + s / 10} for s in (0, 1)],
+    }
+    for name, records in lines.items():
+        (run / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    return run
+
+
+def test_a_run_to_look_at_runs_nothing(with_code, files, marker, tmp_path, monkeypatch):
+    def ends(*_):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ends)
+    run = evil_run(tmp_path / "run", with_code, files, marker)
+    shutil.copytree(with_code, run / "model")
+    assert main(["report", str(run)]) == 0
+    assert main(["compare", str(run), "--output", str(tmp_path / "c"), "--target", "0.4"]) == 0
+    shutil.rmtree(run / "model")
+    copied(files, run / "model")
+    asked = ["--benchmark", str(files[1]), "--problems", "1", "--max-new-tokens", "2"]
+    assert main(["eval", str(run), *asked, "--output", str(tmp_path / "e")]) == 0
+    assert main(["chat", str(run), "--max-new-tokens", "2"]) == 0
+    assert not marker.exists()
+
+
+def test_a_failed_steps_gates_and_verifier_do_not_run(files, marker, tmp_path, capsys):
+    verifier = tmp_path / "mine.py"
+    verifier.write_text(CODE.format(marker=str(marker)))
+    loss = {
+        "reward": {"verifier": f"{verifier}:grade", "log": True},
+        "gates": [{"gate": f"{verifier}:weigh"}],
+    }
+    config = short_config(*files, tmp_path / "run", loss=loss)
+    model, _ = load_model(config.model)
+    samples = [Sample([4, 5, 6], 1.0)]
+    groups = [SampleGroup([1, 2, 3], samples, ([1, 3, 2],))]
+    file = save_failed_step(tmp_path, failed_step(config, 1, groups, model, None))
+    assert main(["replay", str(file)]) == 0
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("of", ["model", "teacher"])
@@ -286,21 +399,42 @@ def test_a_study_sends_nothing(settings, tmp_path, capsys, monkeypatch):
     refused(capsys, "a study may send nothing to a server")
 
 
-def test_a_failed_steps_file_names_no_server_to_ask(files, tmp_path, capsys):
+@pytest.mark.parametrize("of", ["teacher", "mix", "routes"])
+def test_a_failed_steps_file_names_no_server_to_ask(of, files, tmp_path, capsys):
     server = HostileServer()
-    teacher = {"policy": "model", "path": server.address, "server_patience": 0.2}
+    member = {"policy": "model", "path": server.address}
+    teacher = {
+        "teacher": member,
+        "mix": {"mix": [{}, member | {"context": "student", "coefficient": 0.5}]},
+        "routes": {"routes": {"a": {"policy": "initial"}, "b": member}},
+    }[of] | {"server_patience": 0.2}
     config = short_config(*files, tmp_path / "run", teacher=teacher)
     file = tmp_path / "failed-step-1.pt"
-    groups = [{"student": [1], "teachers": [[1]], "samples": [{"rollout": [4], "weight": 1.0}]}]
+    group = {"student": [1], "samples": [{"rollout": [4], "weight": 1.0}], "teachers": [[1]]}
+    more = {"mix": {"teachers": [[1]] * 2, "coefficients": [1.0, 0.5]}, "routes": {"route": "b"}}
+    groups = [group | more.get(of, {})]
     failed = {"step": 1, "groups": groups, "weights": {}, "average": None}
     torch.save({"config": config.model_dump(), **failed}, file)
     assert main(["replay", str(file)]) == 1
     refused(capsys, "its teacher.path is 'http://", "--ask-teacher allows it")
+    if of != "teacher":
+        server.stop()
+        return
     server.replies["/teacher"] = response([])
     assert server.seen == []
     assert main(["replay", str(file), "--ask-teacher"]) == 1
     assert server.seen
     server.stop()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"--output": "x"}, {"--model": {"a": 1}}, {"opsd.--no-share": True}, {"-h": 1}]
+)
+def test_a_studys_settings_are_no_options(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("opsd.cli.compare.run_jobs", lambda *_: pytest.fail("it runs"))
+    (tmp_path / "s.yaml").write_text(f"quickstart: tiny\nsettings: {json.dumps(settings)}\n")
+    assert main(["compare", str(tmp_path / "s.yaml"), "--output", str(tmp_path / "o")]) == 1
+    refused(capsys, "settings: unknown key '-")
 
 
 def test_a_converter_runs_no_models_code(files, tmp_path, capsys, monkeypatch):
@@ -345,6 +479,8 @@ def test_a_directory_decides_nothing_but_its_date(train, files, tmp_path, capsys
         assert train("--resume") == 1
         refused(capsys, *(f"{section}.{name}" for name in values))
     config.write_text(yaml.safe_dump(good))
+    assert train("--resume", "train.precision=bf16") == 1  # asked for, so that it is not the file's
+    refused(capsys, "train.precision is 'fp32' there, 'bf16' here")
     asked = ["eval", str(files[0]), "--benchmark", str(files[1]), "--problems", "1"]
     asked += ["--max-new-tokens", "2", "--output", str(tmp_path / "e")]
     assert main(asked) == 0
@@ -355,6 +491,20 @@ def test_a_directory_decides_nothing_but_its_date(train, files, tmp_path, capsys
         capsys.readouterr()
         assert main(asked) == 1
         refused(capsys, "--output")
+
+
+def test_a_large_config_is_not_parsed(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("model: {path: m}\n" + "#" * (1 << 20))
+    assert main(["train", str(tmp_path / "c.yaml")]) == 1
+    refused(capsys, "at most 1,048,576 are read")
+
+
+def test_what_a_lock_says_is_not_obeyed(tmp_path):
+    """Whoever says that he trains there and does not hold the lock is not waited for."""
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "run.lock").write_text(f"{_mark(os.getppid())}\non a machine\n")
+    with locked(tmp_path):
+        assert (tmp_path / "run.lock").read_text().startswith(f"{os.getpid()} ")
 
 
 def test_messages_cannot_move_the_cursor(tmp_path, capsys):

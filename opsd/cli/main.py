@@ -88,6 +88,8 @@ def _explained(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         return 1, f"{error.strerror or error}{where}"
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's own
+        return 1, f"there is not enough memory for that ({in_short(error)})"
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if f"{os.sep}opsd" in frame.filename] or frames
     place = f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}"

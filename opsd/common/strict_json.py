@@ -1,10 +1,14 @@
 """Read JSON and refuse duplicate keys, of which Python's own reader silently keeps the last."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError, in_short
+
+MOST_BYTES = 1 << 27
+"""The largest file to read: the index of a thousand files of weights has some megabytes."""
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -20,6 +24,8 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_object(file: Path, where: str) -> dict[str, Any]:
     """Read a file that holds a JSON object. Raises UserError, whose message begins with `where`."""
     try:
+        if (size := file.stat().st_size) > MOST_BYTES:
+            raise ValueError(f"it has {size:,} bytes, at most {MOST_BYTES:,} are read")
         text = file.read_text(encoding="utf-8")
         found = json.loads(text, object_pairs_hook=each_once)
     except (ValueError, RecursionError, OSError) as error:
@@ -27,3 +33,14 @@ def read_object(file: Path, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{where}: {str(file)!r} is not a JSON object")
     return found
+
+
+def texts(value: Any) -> Iterator[str]:
+    """All texts in a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from texts([*value, *value.values()])
+    elif isinstance(value, list):
+        for one in value:
+            yield from texts(one)

@@ -11,6 +11,7 @@ from typing import Any
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.near import did_you_mean, near_file
+from opsd.common.strict_json import texts
 from opsd.data.classes import classes_in, with_names
 from opsd.data.files import FILE_TYPES, file_type, read_file
 
@@ -138,6 +139,7 @@ def _saved_directory(
     )
     try:
         if shards:  # data files: `datasets` assigns them to splits
+            _check_card(path)
             return encoded(datasets.load_dataset(str(path), name, split=split or default))
         check_names(f"{section}.options", [] if name is None else ["name"], ())
         data = datasets.load_from_disk(str(path))
@@ -157,6 +159,20 @@ def _saved_directory(
     else:
         check_no_split(str(path), split, section)
     return _guarded(encoded(data), f"{section}.source: {str(path)!r} is damaged")
+
+
+def _check_card(path: Path) -> None:
+    """Raises ValueError if the directory's card names data files elsewhere, or on a server:
+    `datasets` would read them."""
+    import yaml
+    from huggingface_hub import DatasetCard
+
+    card, more = path / "README.md", path / ".huggingface.yaml"
+    told = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
+    told |= (yaml.safe_load(more.read_text(encoding="utf-8")) or {}) if more.is_file() else {}
+    for name in texts(told.get("configs")):
+        if "://" in name or "::" in name or name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"its card names {name!r}, which is not in it")
 
 
 def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:

@@ -56,7 +56,8 @@ class Subject:
             commit = getattr(self.config, "_commit_hash", None) or revision
             return f"{directory}@{commit}"
         lines = []
-        for path in sorted({path for pattern in _FILES for path in directory.glob(pattern)}):
+        found = sorted({path for pattern in _FILES for path in directory.glob(pattern)})
+        for path in filter(Path.is_file, found):  # a pipe may have no end
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             lines.append(f"{path.name} {content}\n")

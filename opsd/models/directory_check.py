@@ -1,14 +1,35 @@
 """Checks a model's directory before a library reads it, which might ignore what is wrong."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opsd.common.errors import UserError
 from opsd.common.strict_json import read_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 READ = (".json", ".jinja", ".model", ".safetensors", ".txt")
 OBJECTS = "generation_config tokenizer_config special_tokens_map added_tokens".split()
 MOST_LAYERS = 10_000
 WINDOWS = ("sliding_window", "attention_chunk_size")  # a wrong one would fail only while sampling
+
+EXPERTS = (None, "eager", "batched_mm", "grouped_mm")  # transformers has others from the hub
+
+
+def check_kernels(config: "PreTrainedConfig", where: str) -> None:
+    """Raise UserError, which begins with `where`, if the config names a kernel on the hub: that is
+    code, which transformers would load and run. Leave the choice of the attention to us."""
+    parts = [config]
+    for part in parts:
+        parts += filter(None, (getattr(part, name, None) for name in part.sub_configs))
+        attention, experts = part._attn_implementation, part._experts_implementation
+        if "/" in str(attention) or experts not in EXPERTS:
+            named = f"attn_implementation {attention!r}, experts_implementation {experts!r}"
+            raise UserError(
+                f"{where}: its config.json has {named}: a kernel from the hub is code, and not run"
+            )
+    config._attn_implementation = None
 
 
 def check_files(directory: Path, where: str) -> None:

@@ -25,6 +25,7 @@ from opsd.data.chat import ChatTemplate
 from opsd.models.adapter_files import TOKENIZER, ModelFiles, model_files
 from opsd.models.causal import check_causal
 from opsd.models.copies import contiguous_head
+from opsd.models.directory_check import check_kernels
 from opsd.models.generation_config import keep_stop_tokens
 from opsd.models.lora import four_bits, is_adapted
 from opsd.models.merge import merge_adapter
@@ -187,6 +188,7 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
         config.get_text_config()  # fails for a model with several text configs, such as MusicGen
     except Exception as error:  # as for the weights
         raise _unreachable(files, files.base, error) from error
+    check_kernels(config, files.where)
     if type(config) not in auto_class(config)._model_mapping and not hasattr(config, "auto_map"):
         raise UserError(
             f"{files.where}: transformers has no causal language model of type "

@@ -1,11 +1,17 @@
 """Adds a peft adapter to its model's weights."""
 
+import json
+import re
+from typing import Any
+
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError, in_short
+from opsd.common.strict_json import texts
+from opsd.common.workers import Ended, Workers
 from opsd.models.adapter_files import WEIGHTS, Adapter, import_peft
 from opsd.models.weight_files import check_numbers
 
@@ -19,6 +25,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> PreTra
     try:
         weights = {name: tensor.float() for name, tensor in load_file(file).items()}
         check_numbers(weights.items(), adapter.tensors, where, str(file))
+        _check_patterns(adapter.config, model, where)
         if adapter.rows is not None and adapter.rows != model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(adapter.rows, mean_resizing=False)  # it has the new rows
         tied = model.config.tie_word_embeddings
@@ -43,6 +50,22 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> PreTra
         merged.config.tie_word_embeddings = True
         merged.tie_weights()
     return merged.requires_grad_(True)  # peft has frozen it
+
+
+def _check_patterns(config: dict[str, Any], model: nn.Module, where: str) -> None:
+    """Raise UserError if one of the config's patterns takes too long on the modules' names."""
+    patterns = sorted({text for text in texts(config) if re.search(r"[*+?{|]", text)})
+    if not patterns:
+        return
+    names = [name for name, _ in model.named_modules()]
+    workers = Workers("opsd.models.pattern_worker", seconds=2.0, memory=1 << 28)
+    try:
+        (reply,) = workers.answers([json.dumps([patterns, names]).encode()])
+    finally:
+        workers.close()
+    if isinstance(reply, Ended):
+        said = ", ".join(map(repr, patterns))[:200]
+        raise UserError(f"{where} has patterns that take too much to match ({reply.why}): {said}")
 
 
 def unshare(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from opsd.common.files import read_toml
 from opsd.common.near import near_model
 from opsd.config.sections import ModelSection
 from opsd.models.adapter_files import model_files
+from opsd.models.directory_check import check_kernels
 from opsd.models.weight_files import find_file
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -50,6 +51,7 @@ def _base(section: ModelSection, where: str) -> PreTrainedConfig:
             trust = section.trust_remote_code
             config = AutoConfig.from_pretrained(found, trust_remote_code=trust)
             config.get_text_config()  # raises if there are several, as in MusicGen
+            check_kernels(config, where)
             return config
     except UserError:
         raise

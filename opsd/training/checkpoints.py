@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -262,7 +263,27 @@ def read_tensors(path: Path) -> Any:
     with ZipFile(path) as file:
         if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
             raise ValueError("it is compressed, and torch writes no such files")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    _check_repeats(found, path)
+    return found
+
+
+def _check_repeats(found: Any, path: Path) -> None:
+    """Raise ValueError if lists in lists, each written once and named twice, stand for more values
+    than the file has bytes: whatever goes through them would not end."""
+    sizes: dict[int, int] = {}
+
+    def count(value: Any) -> int:
+        if not isinstance(value, dict | list | tuple | set):
+            return 1
+        if id(value) not in sizes:
+            sizes[id(value)] = path.stat().st_size  # too many, if it is inside of itself
+            inside = chain.from_iterable(value.items()) if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(map(count, inside))
+        return sizes[id(value)]
+
+    if count(found) > path.stat().st_size:
+        raise ValueError("its lists repeat one another without end")
 
 
 def some_weights(model: nn.Module) -> list[float]:
@@ -319,7 +340,7 @@ def check_pieces(checkpoint: Path, processes: int) -> None:
         pieces = list((checkpoint / name).glob("*.pt"))
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             for piece in pieces:
-                torch.load(piece, "meta", weights_only=True, mmap=True)
+                _check_repeats(torch.load(piece, "meta", weights_only=True, mmap=True), piece)
     written = sum(piece.name.endswith("_optim_states.pt") for piece in pieces)
     if written != processes:
         raise UserError(

@@ -2,6 +2,8 @@
 loaded is what the files hold, by safetensors and by peft; all else is refused in one line."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -400,6 +402,10 @@ WRONG = {
         ),
         "whole numbers (I8)",
     ),
+    "a config of a gigabyte": (
+        lambda place: os.truncate(place / "config.json", 1 << 30),
+        "it has 1,073,741,824 bytes, at most",
+    ),
     "a window that is text": (
         lambda place: edit(place / "config.json", sliding_window="a"),
         "sliding_window is 'a', and must be a whole number",
@@ -453,13 +459,35 @@ def test_what_others_load_in_silence_is_refused(name, good, tmp_path):
         ("lora_alpha", float("nan"), "numbers that are NaN, infinite or too large"),
         ("lora_alpha", 1e300, "numbers that are NaN, infinite or too large"),
         ("base_model_name_or_path", "a" * 5000, "does not say which model it adapts"),
+        ("target_modules", r"([\w.]+)+!", "patterns that take too much to match (time)"),
+        ("exclude_modules", r"([\w.]+)+!", "patterns that take too much to match (time)"),
+        ("rank_pattern", {r"([\w.]+)+!": 4}, "patterns that take too much to match (time)"),
     ],
 )
 def test_an_adapters_config_of_nonsense_is_refused(name, value, said, good, tmp_path):
     directory = shutil.copytree(good["adapter"], tmp_path / "model")
     edit(directory / "adapter_config.json", **{name: value})
-    with pytest.raises(UserError, match=said):
+    with Clock(), pytest.raises(UserError, match=re.escape(said)):
         used(directory)
+
+
+def test_patterns_that_end_are_taken(good, tmp_path):
+    directory = shutil.copytree(good["adapter"], tmp_path / "model")
+    whole = used(directory).state_dict()
+    pattern = r"^(?!.*lm_head).*\.(q_proj|up_proj)"
+    edit(directory / "adapter_config.json", target_modules=pattern)
+    for key, tensor in used(directory).state_dict().items():
+        assert torch.equal(tensor, whole[key])
+
+
+def test_pipes_that_no_library_reads_are_left_alone(good, tmp_path):
+    directory = shutil.copytree(good["tied"], tmp_path / "model")
+    digest = Subject(str(directory)).digest
+    for name in ("vocab.bpe", "tokenizer.pipe"):
+        os.mkfifo(directory / name)
+    (directory / "tokenizers").mkdir()
+    with Clock():
+        assert Subject(str(directory)).digest == digest
 
 
 def test_a_tokenizer_that_fails_on_a_character_is_one_line(good, tmp_path):

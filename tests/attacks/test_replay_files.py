@@ -1,5 +1,6 @@
 """A failed step's files that somebody has changed: replayed as they are, or refused in one line."""
 
+import copy
 import math
 import resource
 import time
@@ -198,3 +199,59 @@ def test_a_damaged_weight_is_noticed(good, tmp_path, capsys):
     target.write_bytes(content)
     assert main(["replay", str(target)]) == 1
     assert "in it is damaged" in capsys.readouterr().err
+
+
+def nested(levels):
+    """A few lists that stand for 2^levels numbers."""
+    one = [0]
+    for _ in range(levels):
+        one = [one, one]
+    return one
+
+
+@pytest.mark.parametrize("key", ["groups", "config", "weights", "average"])
+def test_lists_that_repeat_one_another_are_refused(key, good, tmp_path, capsys):
+    _, holds, _ = good["live"]
+    value = {**holds["config"], "x": nested(24)} if key == "config" else nested(24)
+    torch.save({**holds, key: value}, tmp_path / "failed-step-3.pt")
+    assert main(["replay", str(tmp_path / "failed-step-3.pt")]) == 1
+    assert "its lists repeat one another without end" in capsys.readouterr().err
+    inside = [0]
+    inside.append(inside)
+    torch.save({**holds, key: inside}, tmp_path / "failed-step-3.pt")
+    assert main(["replay", str(tmp_path / "failed-step-3.pt")]) == 1
+    assert "its lists repeat one another without end" in capsys.readouterr().err
+
+
+def test_a_compressed_file_is_refused(good, tmp_path, capsys):
+    file, _, _ = good["live"]
+    target = tmp_path / "failed-step-3.pt"
+    with zipfile.ZipFile(file) as one, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as other:
+        for name in one.namelist():
+            other.writestr(name, one.read(name) + bytes(1 << 20) * name.endswith("/data/0"))
+    assert main(["replay", str(target)]) == 1
+    assert "it is compressed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda group: group.update(student=[1, 10**6]), "groups hold tokens"),
+        (lambda group: group.update(student=[-1]), "groups hold tokens"),
+        (lambda group: group.update(student=["1"]), "groups.0.student.0 is '1'"),
+        (lambda group: group.update(student=[]), "a context without tokens"),
+        (lambda group: group.update(more=1), "groups.0.more"),
+        (lambda group: group.update(samples=[]), "groups.0 has no samples"),
+        (lambda group: group.update(coefficients=[1.0, 2.0]), "has not the 1 teachers"),
+        (lambda group: group["samples"][0].update(factors=[1.0]), "has 1 values for its 3 tokens"),
+        (lambda group: group["samples"][0].update(teacher=7), "teacher is 7: there are 1"),
+        (lambda group: group["samples"][0].update(weight="0.1"), "weight is '0.1'"),
+    ],
+)
+def test_a_batch_that_no_run_writes_is_refused(change, said, good, tmp_path, capsys):
+    _, holds, _ = good["live"]
+    groups = copy.deepcopy(holds["groups"])
+    change(groups[0])
+    torch.save({**holds, "groups": groups}, tmp_path / "failed-step-3.pt")
+    assert main(["replay", str(tmp_path / "failed-step-3.pt")]) == 1
+    assert said in capsys.readouterr().err

@@ -332,6 +332,16 @@ def test_a_fault_of_ours_is_one_line_and_its_own_exit_code(tmp_path, capsys, mon
         main(["report", str(tmp_path), "--debug"])
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 9 GB")])
+def test_too_little_memory_is_no_fault_of_ours(error, tmp_path, capsys, monkeypatch):
+    def fault(*arguments):
+        raise error
+
+    monkeypatch.setattr("opsd.cli.report.run", fault)
+    assert main(["report", str(tmp_path)]) == 1
+    assert "opsd: there is not enough memory for that (" in capsys.readouterr().err
+
+
 FROZEN_AT_EXIT = """
 import atexit, gc
 atexit.register(lambda: print(gc.get_freeze_count()))  # called last

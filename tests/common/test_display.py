@@ -230,6 +230,8 @@ def everything(display: Display, text: str, directory) -> None:
     display.paths(f"{text}4", {f"{text}5": directory / text.replace("\0", "").replace("/", "")})
     with display.stage(f"{text}6", total=2, unit=text) as stage:
         stage.advance(**{text: f"{text}7"})
+        if display._live is not None:  # else drawn four times a second
+            display._live.refresh()
 
 
 @pytest.mark.parametrize("text", ["".join(sorted(ACTED_UPON)), *SEQUENCES])

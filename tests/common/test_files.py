@@ -177,6 +177,7 @@ WRITING = {
     *("write_text", "write_bytes", "touch", "rename", "symlink_to", "hardlink_to", "mkstemp"),
     *("save", "save_file", "save_pretrained", "save_checkpoint", "save_to_json", "savefig"),
     *("tofile", "to_csv", "to_json_file", "to_parquet", "copyfile", "copytree", "copy2", "mkfifo"),
+    *("FileIO", "extract", "extractall", "unpack_archive", "to_pickle", "memmap"),
     *("save_fsdp_model", "save_fsdp_optimizer", "NamedTemporaryFile", "link", "symlink"),
 }
 # Each with its reason. What fills a `new_directory`, or one of ours that has a random name, is
@@ -232,6 +233,7 @@ def writes(source: str) -> set[str]:
         ("open(path, encoding='utf-8', mode='r+')", "open"),
         ("Path(path).write_text(text)", "write_text"),
         ("os.replace(a, b)", "replace"),
+        ("io.FileIO(path, 'w').write(data)", "FileIO"),
         ("os.open(path, os.O_WRONLY | os.O_CREAT)", "os.open"),
         ("torch.save(x, path)", "save"),
         ("open(path)", None),

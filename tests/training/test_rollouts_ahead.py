@@ -9,6 +9,8 @@ import time
 import pytest
 import torch
 from helpers.lines import read_lines
+from helpers.payload import Payload
+from helpers.saved import sealed
 from helpers.training_cases import logits, quiet, short_config, timeless
 from helpers.vllm_server import FakeVLLM
 from safetensors.torch import load_file
@@ -386,3 +388,15 @@ def test_a_checkpoint_whose_rollouts_are_damaged_is_refused(fake, files, straigh
         train(config, quiet(), resume=True)
     said = str(caught.value)
     assert len(said.splitlines()) == 1 and FILE in said and "goes on from checkpoint-3" in said
+
+
+def test_a_checkpoints_rollouts_run_nothing(fake, files, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
+    torch.save(Payload(tmp_path / "it has run"), tmp_path / "run" / "checkpoint-4" / FILE)
+    sealed(tmp_path / "run" / "checkpoint-4")
+    config = config_of(files, tmp_path / "run", fake)
+    save_config(config, tmp_path / "run" / "config.yaml")
+    with pytest.raises(UserError, match=r"checkpoint-4' cannot be read .*Weights only load failed"):
+        train(config, quiet(), resume=True)
+    assert not (tmp_path / "it has run").exists()
