@@ -237,14 +237,16 @@ def _summary(
 
 
 def _curve(directory: Path, method: str) -> dict:
-    """A method's last accuracy, and its curve over generated tokens, or trained ones for sft."""
+    """The accuracy of the model that a method keeps in model/, and its curve over generated tokens,
+    or trained ones for sft."""
     axis = "trained_tokens" if method == "sft" else "generated_tokens"
     lines = student_curve(directory)
     if not lines or any(getattr(line, axis) is None for line in lines):
         raise UserError(f"{str(directory)!r} has no whole evaluations.jsonl: remove the directory")
-    last = lines[-1]
+    last, best = lines[-1], max(lines, key=lambda line: line.accuracy)
+    kept = best if _config(directory)["output"]["keep"] == "best" else last
     return {
-        "accuracy": last.accuracy,
+        "accuracy": kept.accuracy,
         "generated_tokens": last.generated_tokens,
         "trained_tokens": last.trained_tokens,
         "curve": [[getattr(line, axis), line.accuracy] for line in lines],

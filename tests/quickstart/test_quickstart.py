@@ -219,6 +219,18 @@ def test_what_stopped_before_anything_was_made_is_no_obstacle(finished, tmp_path
     assert arguments["solutions"] == 5
 
 
+@pytest.mark.parametrize(("keep", "accuracy"), [("last", 0.25), ("both", 0.25), ("best", 0.75)])
+def test_the_summary_is_of_the_model_in_its_place(keep, accuracy, finished, tmp_path):
+    run = finished[0] / "opsd"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["output"]["keep"] = keep
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = [line for line in read_lines(run / "evaluations.jsonl") if line["role"] == "student"]
+    lines = [lines[0] | {"step": n, "accuracy": a} for n, a in enumerate((0.5, 0.75, 0.25))]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert flow._curve(tmp_path, "opsd")["accuracy"] == accuracy
+
+
 def test_problems_without_solutions_hold_the_student(finished, tmp_path):
     directory = tmp_path / "out"
     held = ("--solutions", "5", "opsd.prompts.hold=true")

@@ -71,6 +71,18 @@ def test_the_model_of_the_best_evaluation_stays(keep, models, train):
     assert "best after step 2: 100" in (place / "report.html").read_text()
 
 
+def test_a_run_that_only_falls_keeps_its_start(files, train, monkeypatch):
+    monkeypatch.setitem(globals(), "ACCURACIES", [0.75, 0.5, 0.75, 0.25, 0.5, 0.0])
+    place, said = train("output.keep=best")
+    base = AutoModelForCausalLM.from_pretrained(files[0]).state_dict()
+    kept = AutoModelForCausalLM.from_pretrained(place / "model").state_dict()
+    assert equal(kept, base) and not equal(
+        weights(place / "model"), weights(place / "checkpoint-5")
+    )
+    summary = json.loads((place / "summary.json").read_text())
+    assert summary["best"] == {"step": 0, "accuracy": 0.75} and "of step 0, 0.750" in said
+
+
 def test_early_stop_ends_after_evaluations_that_are_no_better(train):
     place, said = train("train.early_stop=2", "output.keep=best")
     assert "Early stop: 2 evaluations were no better than step 2's" in said
