@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,4 +110,6 @@ def _convert(converter: Path, model: Path, file: Path, kind: str) -> None:
     done = subprocess.run([*command, "--outtype", kind], capture_output=True, text=True)
     if done.returncode or not file.is_file():
         said = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
-        raise UserError(f"--gguf: {converter} cannot convert {str(model)!r}: {said}")
+        missing = re.search(r"No module named '(\w+)", said)
+        hint = f"; pip install {missing[1]}" if missing else ""
+        raise UserError(f"--gguf: {converter} cannot convert {str(model)!r}: {said}{hint}")

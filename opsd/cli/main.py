@@ -6,7 +6,9 @@ It imports only that module, and most modules import what they need in `run`: `-
 import argparse
 import locale
 import os
+import select
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -53,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_overrides(getattr(parsed, "overrides", ()), parsed.options)
         with Interruption():
-            return parsed.run(parsed) or 0
+            code = parsed.run(parsed) or 0
+        sys.stdout.flush()
+        return code
     except Stopped as stopped:
         if parsed.debug:
             raise
@@ -65,9 +69,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if said_elsewhere(error):
             time.sleep(2)  # a launcher ends all processes once one ends: let the first report first
             return 1
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 128 + signal.SIGPIPE
         code, message = _explained(error)
         print(f"opsd: {shown(message)}", file=sys.stderr)
         return code
+
+
+def _reader_left() -> bool:
+    """Whether nothing reads our output any more, as after `opsd examples | head -1`. Then what is
+    still to be written goes nowhere, since Python would complain at its end."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if left := bool(output.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def _kept(stopped: Stopped, arguments: Sequence[str] | None) -> str:

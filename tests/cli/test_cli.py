@@ -376,3 +376,13 @@ def test_nothing_imported_outlives_the_interpreter():
     """At the end of every command triton 3.9 reported what was frozen as leaked."""
     command = [sys.executable, "-P", "-c", FROZEN_AT_EXIT]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "0\n"
+
+
+def test_an_output_that_nobody_reads_ends_without_a_word():
+    """As in `opsd examples | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "opsd", "examples"]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -54,7 +54,7 @@ def test_merged_adapters_are_the_whole_model(run, tmp_path):
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
-def test_gguf_is_written_by_the_converter_of_the_merged_model(run, tmp_path, monkeypatch):
+def test_gguf_is_written_by_the_converter_of_the_merged_model(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     whole, file = tmp_path / "whole", tmp_path / "mine.gguf"
@@ -70,6 +70,9 @@ def test_gguf_is_written_by_the_converter_of_the_merged_model(run, tmp_path, mon
         )
     (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('Model X is not supported')")
     assert main(["export", str(run), "--gguf", "--output", str(tmp_path / "other.gguf")]) == 1
+    (tmp_path / "convert_hf_to_gguf.py").write_text("import no_such_module.part")
+    assert main(["export", str(run), "--gguf", "--output", str(tmp_path / "other.gguf")]) == 1
+    assert "pip install no_such_module\n" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.glob("*.gguf")) == ["mine.gguf"]
 
 
