@@ -15,6 +15,8 @@ OUTSIDE = {path.name: path.name.lower() for path in ROOT.glob("*.md")} | {"READM
 LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".cu": "cuda", ".yaml": "yaml"}
 LINK = re.compile(r"(\]\()([^()\s:#]+)((?:#[^()\s]*)?\))")
 
+CELL_CODE = re.compile(r"(?<=<code>)[^<]*(?=</code>)(?=[^\n]*</td>)")
+
 
 def on_files(files: Files, config) -> Files:
     """Adds the pages that do not lie in docs/."""
@@ -41,6 +43,11 @@ def on_page_markdown(markdown: str, page, **_) -> str:
     if page.file.generated_by is not None:
         return markdown
     return rewritten(ROOT / "docs" / page.file.src_uri, markdown)
+
+
+def on_page_content(html: str, **_) -> str:
+    """A page where names in tables break at their dots and underscores only, on a narrow screen."""
+    return CELL_CODE.sub(lambda match: re.sub(r"(?<=\w)([._])(?=\w)", r"\1<wbr>", match[0]), html)
 
 
 def rewritten(path: Path, text: str) -> str:
