@@ -17,6 +17,7 @@ from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.hub_upload import push
 from opsd.config.config import IN_PYTHON, Config
+from opsd.config.explain import NOWHERE, here
 from opsd.config.load import parse_config
 from opsd.config.sections import ModelSection
 from opsd.data.given import given_records
@@ -43,7 +44,7 @@ class OPSDTrainer:
         processing_class: the tokenizer; None: the model's own.
         reward_funcs: functions that grade rollouts instead of loss.reward.verifier, like TRL's
             (completions, **columns) → scores, or (completion, row) → score.
-        callbacks: transformers' TrainerCallbacks.
+        callbacks: transformers' TrainerCallbacks, one or several.
         peft_config: a LoraConfig of peft, instead of model.lora.
         display: where progress is shown; None: the terminal, or the notebook's cell.
 
@@ -58,11 +59,17 @@ class OPSDTrainer:
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] = (),
-        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+        callbacks: TrainerCallback
+        | Sequence[TrainerCallback | type[TrainerCallback]]
+        | None = None,
         peft_config: Any = None,
         display: Display | None = None,
+        **others: Any,
     ):
+        _check_types(args, processing_class, others)
         config = args or Config()
+        if isinstance(callbacks, TrainerCallback):
+            callbacks = [callbacks]
         given = Given(tokenizer=processing_class, callbacks=list(callbacks or ()))
         said: dict[str, Any] = {}  # config fields that the arguments set
         if isinstance(model, PreTrainedModel):
@@ -92,7 +99,8 @@ class OPSDTrainer:
                 said["eval.problems"] = _count(given.held_out, config.eval.split)
             elif train_dataset is not None and (eval_dataset or config.eval.source) is None:
                 said["eval.problems"] = 0
-        functions = [reward_funcs] if callable(reward_funcs) else reward_funcs
+        alone = callable(reward_funcs) or isinstance(reward_funcs, str)
+        functions = [reward_funcs] if alone else reward_funcs
         if functions:
             given.verifier, said["loss.reward.verifier"] = verifier_of(functions)
         self.display, self.processes = display or Display(), Processes()
@@ -192,6 +200,26 @@ def _count(rows: Any, split: str | None) -> int:
         return len(rows)
     records, _ = given_records(rows, split, "test", "eval")
     return sum(1 for _ in records)
+
+
+def _check_types(args: Any, processing_class: Any, others: Mapping[str, Any]) -> None:
+    """Raises UserError for arguments that other trainers take, and for a config or a tokenizer that
+    is none."""
+    for name in others:
+        found = here(name, Config)
+        field = f"it is a field of OPSDConfig, {found}" if found else "help(OPSDTrainer) lists them"
+        raise UserError(f"OPSDTrainer has no argument {name!r}: {NOWHERE.get(name, field)}")
+    if args is not None and not isinstance(args, Config):
+        made = {str: f"load_config({args!r})", dict: "OPSDConfig(**args)"}.get(type(args))
+        raise UserError(
+            f"args is of type {type(args).__name__}: it must be an OPSDConfig, as "
+            f"{made or 'OPSDConfig(steps=100, learning_rate=1e-5)'}"
+        )
+    if isinstance(processing_class, str | Path):
+        raise UserError(
+            f"processing_class is {str(processing_class)!r}: it must be a tokenizer, as "
+            "AutoTokenizer.from_pretrained makes it"
+        )
 
 
 def _together(config: Config, said: Mapping[str, Any]) -> Config:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.lines import read_lines
 from helpers.training_cases import ROWS, quiet, short_config, short_values
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 from opsd import OPSDConfig, OPSDTrainer, UserError, load_config, train
 from opsd.models.load import load_model
@@ -67,7 +67,7 @@ def test_its_losses_are_those_of_opsd_train(files, by_command, tmp_path):
         model=model,
         rows=datasets.Dataset.from_list(RECORDS),
         processing_class=AutoTokenizer.from_pretrained(files[0]),
-        callbacks=[seen],
+        callbacks=seen,
         config={"steps": 6, "eval_problems": 4, "eval_every": 2, "eval_samples": 2},
     )
     assert made.evaluate()["eval_problems"] == 4  # which changes nothing of what follows
@@ -317,3 +317,23 @@ def test_libraries_settings_are_made_before_torch_is_imported():
     env = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.split() == ["3000", "48"], done.stderr
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"args": {"steps": 1}}, r"args is of type dict: .* as OPSDConfig\(\*\*args\)"),
+        ({"args": "mine.yaml"}, r"load_config\('mine.yaml'\)"),
+        ({"args": TrainingArguments("x")}, r"it must be an OPSDConfig, as OPSDConfig\(steps"),
+        ({"tokenizer": None}, r"OPSDTrainer\(processing_class=…\)"),
+        ({"learning_rate": 1e-5}, r"it is a field of OPSDConfig, train.learning_rate"),
+        ({"ref_model": None}, r"it is a field of OPSDConfig, teacher.policy"),
+        ({"compute_metrics": None}, r"held-out answers are graded"),
+        ({"no_such": None}, r"help\(OPSDTrainer\) lists them"),
+        ({"processing_class": "m"}, r"AutoTokenizer.from_pretrained makes it"),
+        ({"reward_funcs": "accuracy"}, r"reward_funcs: 'accuracy': it must be a function"),
+    ],
+)
+def test_what_users_of_other_trainers_hand_over(given, said):
+    with pytest.raises(UserError, match=said):
+        OPSDTrainer(**{"model": "m", "train_dataset": RECORDS, **given})
