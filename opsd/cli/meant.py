@@ -72,10 +72,11 @@ def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
 
     known = {*fields_of(Config)}
     for word, following in zip(words, [*words, ""][1:], strict=True):
-        if "=" in word.strip("="):
+        apart = word.endswith("=") and following and "=" not in following
+        if "=" in word.strip("=") or (word.endswith("=") and not apart and word != "="):
             continue
         hint = ""
-        if word.endswith("=") or following.startswith("="):
+        if apart or following.startswith("="):
             together = re.sub(r" ?= ?", "=", " ".join(words[words.index(word) :]))
             hint = f"; write it without spaces: {together.split()[0]}"
         elif f"--{word}" in own:
@@ -98,6 +99,8 @@ def _set(found: str, value: str) -> str:
         return more.rpartition(" ")[2]
     if quoted := re.match(r"'(\w+)'", more):
         value = quoted[1]
+    if more.startswith("since "):  # the value is not one of that field's
+        return f"{field} ({more})"
     typed = " or ".join(f"{one}={value}" for one in field.split(" or "))
     return f"{typed} ({more})" if comma and not quoted else typed
 

@@ -71,6 +71,9 @@ def here(name: str, model: type[Section]) -> str:
 
 def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
     known = _known(location[:-1], model)
+    key, colon, rest = location[-1].partition(":")
+    if colon and (key in known or key in ELSEWHERE):
+        return f"unknown key {location[-1]!r}: YAML needs a space after the colon: `{key}: {rest}`"
     near = nearest(location[-1], known, cutoff=0.8)
     if "rollout" in model.model_fields:
         full = list(location)
@@ -102,6 +105,10 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
         return f"; it is a section, as in {inside}={shown}" if inside else ""
     if kind == "dict_type" and name.endswith("columns"):
         return f"; write {name}={{problem: question}}, our column and theirs"
+    if value is None and ":" in name:
+        return (
+            f"; YAML needs a space after the colon: `{name.rpartition('.')[2].replace(':', ': ')}`"
+        )
     if not isinstance(value, str):
         said = VALUES.get(name, {}).get("number") if isinstance(value, int | float) else None
         return f"; {said}" if said else ""
@@ -113,13 +120,18 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
             return f"; write {TRUTH[word]}"
         return did_you_mean(value, re.findall(r"'([^']+)'", problem["ctx"]["expected"]))
     plain = re.sub(r"(?<=\d)[,_](?=\d{3})", "", value).strip(" ,;'\"")
+    plain = re.sub(r"^(\d+),(\d+)$", r"\1.\2", plain)  # a decimal comma
     if (form := NUMBERS.get(kind)) and plain != value and re.fullmatch(form, plain):
         return f"; write {plain}"
     number = re.fullmatch(r"([\d.]+)\s*([kmg]i?b?|%)", value.strip(), re.IGNORECASE)
     if number and kind in NUMBERS:
         unit = number[2].lower()
         if unit == "%":
-            return f"; a share is written as {float(number[1]) / 100:g}"
+            return (
+                ""
+                if kind == "int_parsing"
+                else f"; a share is written as {float(number[1]) / 100:g}"
+            )
         if name == "rollout.gpu_memory":
             return "; it is a share of the GPU's memory, such as 0.4"
         return f"; write {int(float(number[1]) * UNITS[unit])}, without a unit"

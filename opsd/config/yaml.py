@@ -39,6 +39,7 @@ SLIPS = {
     "<block end>": "the lines of a section are indented alike, and a list's all begin with `- `",
     "mapping values are not allowed": "a text that holds `: ` is quoted, and a section's lines are "
     "indented alike",
+    "unexpected end of stream": "a quote is not closed",
     "cannot start any token": "a text that begins with %, @ or ` is quoted",
 }
 """What PyYAML says → what to do about it."""

@@ -346,7 +346,8 @@ class _Reader:
             )
         leaves = {path.rpartition(".")[2]: path for path in reversed(present)}
         usual = (leaves[one] for one in USUAL[name] if one in leaves)
-        near = nearest(column, present) or next(usual, None)
+        own = name if name in present else None
+        near = nearest(column, present, 0.7) or own or next(usual, None) or nearest(column, present)
         setting = f"{self.section}.columns.{name}={near}"
         if self.section == "benchmark":
             setting = f"--columns {name}={near}"
