@@ -12,6 +12,7 @@ has imported everything, since importing takes longer than the run.
 """
 
 import argparse
+import atexit
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `helpers`
 
 from helpers.lines import read_lines
 from helpers.training_cases import short_config, timeless, write_model, write_rows
+from helpers.vllm_server import FakeVLLM
 from opsd.cli.main import main
 from opsd.common.ending import end_with_parent
 from opsd.common.files import try_lock
@@ -52,6 +55,7 @@ METHODS = {
     "lora": {"method": "opsd", "model": {"lora": {"rank": 4, "alpha": 8}}},
     "grpo": {"method": "grpo", "rollout": {"group_size": 4}},
     "sft": {"method": "sft"},
+    "ahead": {"rollout": {"engine": "vllm_server", "ahead": 1, "group_size": 2}},
 }
 SIGNALS = {
     "kill": [signal.SIGKILL],
@@ -83,6 +87,8 @@ def training(root: Path, name: str, method: str) -> Command:
     """`opsd train` with six steps and two evaluations."""
     place, file = root / name, root / f"{name}.yaml"
     more = {"train": {"steps": 6}, **METHODS[method]}
+    if method == "ahead":
+        more["rollout"] = {**more["rollout"], "server": address_of_server(root / "model")}
     save_config(short_config(root / "model", root / "rows.jsonl", place, **more), file)
     moments = {
         "a checkpoint": ".checkpoint-*.part",
@@ -94,6 +100,20 @@ def training(root: Path, name: str, method: str) -> Command:
     }
     start = ["train", str(file)]
     return Command(start, [*start, "--resume", "--start-over"], place, trained, moments)
+
+
+@cache
+def address_of_server(model: Path) -> str:
+    """The address of a stand-in for vLLM, in a process of its own until this one ends."""
+    told, tells = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(tells, FakeVLLM(model).address.encode() + b"\n")
+        while True:
+            signal.pause()
+    atexit.register(os.kill, child, signal.SIGKILL)
+    with open(told) as file:
+        return file.readline().strip()
 
 
 def trained(place: Path) -> dict[str, Any]:
