@@ -98,10 +98,14 @@ def _file(name: str, base: Path | None) -> Path:
         raise UnreadableImageError(
             f"is the path {name[:60]!r}, but its source is not a file on this machine"
         )
-    path = (base / name).resolve()
+    try:
+        path = (base / name).resolve()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long a name, no name, links in a circle
+        raise UnreadableImageError(f"is {name[:60]!r}, which leads to no file") from None
     if not path.is_relative_to(base.resolve()):
         raise UnreadableImageError(f"is {name[:60]!r}, outside of {str(base)!r}")
-    if not path.is_file():
+    if not is_file:
         raise UnreadableImageError(f"is {name[:60]!r}: no such file in {str(base)!r}")
     return path
 

@@ -242,8 +242,9 @@ class _Reader:
             raise UserError(f"{where} is {kind_of(record)}, not an object with columns")
         record = dict(record)
         found = {name: _reach(record, column) for name, column in self.theirs.items()}
-        images, place = self._images(found, record, number, where), self.theirs.get("images", "")
-        record.pop(place.partition(".")[0], None)
+        images = self._images(found, record, number, where)
+        if "images" in self.theirs:
+            record.pop(self.theirs["images"].partition(".")[0], None)
         for name in NO_TEXT:
             if (shown := record.get(name)) and not isinstance(shown, str | int | float):
                 raise IncompleteRowError(

@@ -57,7 +57,7 @@ def stored(
                 f"{section}.source: {source!r} is not a {', '.join(FILE_TYPES)} file (or one of "
                 "these but .parquet with .gz), nor a directory saved by `datasets`"
             )
-        for file in (path, *(path.rglob("*") if path.is_dir() else ())):
+        for file in (path, *_files_below(path)):
             if file.exists() and not file.is_file() and not file.is_dir():
                 said = "a pipe or a device, which may have no end"
                 raise UserError(f"{section}.source: {str(file)!r} is {said}")
@@ -72,6 +72,12 @@ def stored(
             "a hub name `owner/name`, or `reasoning_gym:<task>`)"
         )
     return _hub(source, split or default, options, section)
+
+
+def _files_below(path: Path) -> Iterator[Path]:
+    """All files below a directory; none where it cannot be read, or has gone meanwhile."""
+    for place, _, names in os.walk(path):
+        yield from (Path(place, name) for name in names)
 
 
 def encoded(data: Iterable[Any]) -> Iterable[Any]:
@@ -135,7 +141,7 @@ def _saved_directory(
     datasets.disable_progress_bars()
     marks = ("dataset_dict.json", "dataset_info.json", "state.json")
     shards = not any((path / mark).exists() for mark in marks) and any(
-        map(file_type, path.rglob("*"))
+        map(file_type, _files_below(path))
     )
     try:
         if shards:  # data files: `datasets` assigns them to splits

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opsd.common.errors import UserError
-from opsd.common.strict_json import read_object
+from opsd.common.strict_json import MOST_BYTES, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-READ = (".json", ".jinja", ".model", ".safetensors", ".txt")
+TEXTS = (".json", ".jinja", ".model", ".txt")
+READ = (*TEXTS, ".safetensors")
 OBJECTS = "generation_config tokenizer_config special_tokens_map added_tokens".split()
 MOST_LAYERS = 10_000
 WINDOWS = ("sliding_window", "attention_chunk_size")  # a wrong one would fail only while sampling
@@ -34,7 +35,7 @@ def check_kernels(config: "PreTrainedConfig", where: str) -> None:
 
 def check_files(directory: Path, where: str) -> None:
     """Raise UserError, which begins with `where`, for what libraries would ignore (links that lead
-    nowhere, directories, a key twice) and for more layers than can be made in time."""
+    nowhere, directories, a key twice) and for more text or layers than can be read in time."""
     if not directory.is_dir():
         return
     for file in sorted(directory.iterdir()):
@@ -42,6 +43,9 @@ def check_files(directory: Path, where: str) -> None:
             what = "a directory" if file.is_dir() else "a pipe or a device"
             what = what if file.exists() else "a link that leads nowhere"
             raise UserError(f"{where}: {str(file)!r} is {what}, and must be a file")
+        if file.suffix in TEXTS and (size := file.stat().st_size) > MOST_BYTES:
+            said = f"has {size:,} bytes, and may have {MOST_BYTES:,} at most"
+            raise UserError(f"{where}: {str(file)!r} {said}")
     for file in (directory / f"{name}.json" for name in OBJECTS):
         if file.is_file():
             read_object(file, where)

@@ -269,20 +269,21 @@ def read_tensors(path: Path) -> Any:
 
 
 def _check_repeats(found: Any, path: Path) -> None:
-    """Raise ValueError if lists in lists, each written once and named twice, stand for more values
-    than the file has bytes: whatever goes through them would not end."""
+    """Raise ValueError if lists in lists, or texts, each written once and named twice, stand for
+    far more values than the file has bytes: whatever goes through them would not end."""
+    most = path.stat().st_size + (1 << 20)
     sizes: dict[int, int] = {}
 
     def count(value: Any) -> int:
         if not isinstance(value, dict | list | tuple | set):
-            return 1
+            return 1 + len(value) if isinstance(value, str | bytes) else 1
         if id(value) not in sizes:
-            sizes[id(value)] = path.stat().st_size  # too many, if it is inside of itself
+            sizes[id(value)] = most  # too many, if it is inside of itself
             inside = chain.from_iterable(value.items()) if isinstance(value, dict) else value
             sizes[id(value)] = 1 + sum(map(count, inside))
         return sizes[id(value)]
 
-    if count(found) > path.stat().st_size:
+    if count(found) > most:
         raise ValueError("its lists repeat one another without end")
 
 

@@ -5,18 +5,23 @@ import csv
 import gzip
 import io
 import json
+import os
 from decimal import Decimal
 from pathlib import Path
 
 import datasets
+import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.image_models import picture
 from helpers.mutations import Clock, as_json, changed, damaged, misplace, odd_value, one_line
 from helpers.training_cases import ROWS
+from PIL import Image
 
 from opsd.common.errors import UserError
 from opsd.data.files import read_file
+from opsd.data.images import UnreadableImageError
 from opsd.data.rows import load_rows
 
 RECORDS = [{**row.columns, "source": {"name": "a", "page": 1}, "level": 3} for row in ROWS[:6]]
@@ -32,6 +37,24 @@ CHATS = [
     for record in RECORDS
 ]
 KINDS = ["jsonl", "json", "jsonl.gz", "csv", "tsv", "csv.gz", "parquet", "saved", "splits"]
+STEMS = ["rows"] * 7 + [
+    "r\u00f6w\u0301s",
+    "\u6570\u5b66",
+    "a b",
+    "\u202erows",
+    "rows\n",
+    "-rows",
+    "ro%20ws",
+]
+STEMS += [
+    "rows.csv",
+    "rows?*[a]",
+    "train-00000-of-00001",
+    "\U0001f600",
+    "'rows\"",
+    "rows\\",
+    "\x1b[2J",
+]
 
 
 def odd_records(draw) -> list:
@@ -77,7 +100,7 @@ def columns(draw) -> pyarrow.Table:
     name = draw.choice(list(arrays))
     texts = [text.encode() for text in made[name]]
     broken = [text + b"\xff\xc3(" for text in texts]
-    kind = draw.randrange(18)
+    kind = draw.randrange(20)
     if kind == 0:
         data = pyarrow.array(broken, pyarrow.binary())
         arrays[name] = pyarrow.Array.from_buffers(pyarrow.string(), len(data), data.buffers())
@@ -115,6 +138,26 @@ def columns(draw) -> pyarrow.Table:
         parts = pyarrow.array(broken, pyarrow.binary())
         parts = pyarrow.Array.from_buffers(pyarrow.string(), len(parts), parts.buffers())
         arrays["more"] = draw.choice([pyarrow.StructArray.from_arrays([parts], ["text"]), parts])
+    elif kind == 16:  # names of columns that are long, empty, no text to see, or a path
+        odd = [
+            "",
+            " ",
+            "a.b",
+            "a" * 10**5,
+            "\0",
+            "\u202e",
+            "images",
+            "__index_level_0__",
+            "\n",
+            "0",
+        ]
+        arrays[draw.choice(odd)] = arrays[name]
+    elif kind == 17:  # nests and widths
+        deep = pyarrow.array([1] * 6)
+        for _ in range(draw.choice([9, 60])):
+            deep = pyarrow.StructArray.from_arrays([deep], ["a"])
+        wide = [{f"c{n}": n for n in range(2000)}] * 6
+        arrays["more"] = draw.choice([deep, pyarrow.array(wide)])
     elif kind == 14:
         arrays[name] = pyarrow.nulls(6, draw.choice([pyarrow.null(), pyarrow.string()]))
     made_of = pyarrow.table(
@@ -158,7 +201,8 @@ def odd_column(draw) -> pyarrow.Array:
 
 def write(draw, kind: str, folder: Path) -> Path:
     """A dataset of this kind; damaged or of odd records in most cases."""
-    path = folder / f"rows.{kind}"
+    stem = draw.choice(STEMS)
+    path = folder / f"{stem}.{kind}"
     if kind in ("saved", "splits"):
         path = folder / "rows"
         data = datasets.Dataset.from_list([{k: str(v) for k, v in r.items()} for r in RECORDS])
@@ -182,8 +226,12 @@ def write(draw, kind: str, folder: Path) -> Path:
         data = damaged(draw, data)
     if kind.endswith(".gz"):
         data = gzip.compress(data)
-        if draw.random() < 0.3:
+        kind = draw.randrange(8)
+        if kind < 2:
             data = damaged(draw, data)
+        elif kind == 2:  # its end missing, twice itself, itself packed, a head of another
+            odd = [data[:-4], data[:-9], data[: len(data) // 2], data * 2, gzip.compress(data)]
+            data = draw.choice([*odd, data + b"\0" * 512, data[:10], data[:3] + b"\xff" + data[4:]])
     path.write_bytes(data)
     if draw.random() < 0.03:
         misplace(draw, path)
@@ -217,10 +265,9 @@ def held(path: Path) -> list:
     data = path.read_bytes()
     zipped = path.suffix == ".gz" or data[:2] == b"\x1f\x8b"
     text = (gzip.decompress(data) if zipped else data).decode("utf-8-sig")
-    if ".csv" in path.name or ".tsv" in path.name:
-        lines = csv.reader(
-            io.StringIO(text, newline=""), delimiter="," if ".csv" in path.name else "\t"
-        )
+    kind = path.name.removesuffix(".gz")[-4:]
+    if kind in (".csv", ".tsv"):
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter="," if kind == ".csv" else "\t")
         names, *rows = [line for line in lines if line]
         return [{n: v for n, v in zip(names, row, strict=True) if n} for row in rows]
     if path.suffix == ".json":
@@ -268,12 +315,99 @@ def test_a_dataset_is_taken_as_it_is_or_refused(draw, tmp_path):
                 text.encode()
 
 
+NO_PICTURES = [
+    None, "", [], [None], 7, 1.5, True, "nobody.png", "../outside.png", "/etc/passwd", "/dev/zero",
+    "in",
+    "link.png", "pipe.png", "up.png", "dir.png", "in/../a.png", "./a.png", "a\0.png",
+    "a" * 5000, "~",
+    "https://a/b.png", "file:///etc/passwd", "data:image/png;base64,AAAA",
+    {"bytes": None, "path": None},
+    {"bytes": [1, 2]}, {"bytes": "AAAA", "path": "a.png"}, {"path": 7}, {"a": 1}, [["a.png"]],
+    ["a.png"] * 99,
+    "A.PNG", "a.png ", "a.png#x", "%61.png", "\u202egnp.a", [{"path": "a.png"}, "b.jpg", None],
+]  # fmt: skip
+
+
+def test_images_of_rows_are_those_of_the_directory_or_refused(draw, tmp_path):
+    place = tmp_path / "data"
+    (place / "in").mkdir(parents=True)
+    (tmp_path / "outside.png").write_bytes(picture(3, 3, 9))
+    good = {"a.png": picture(9, 5, 1), "b.jpg": picture(4, 4, 2, "JPEG"), "in/c.webp": b""}
+    good["in/c.webp"] = picture(6, 6, 3, "WEBP")
+    for name, image in good.items():
+        (place / name).write_bytes(image)
+    (place / "link.png").symlink_to("a.png")
+    (place / "up.png").symlink_to("../outside.png")
+    (place / "dir.png").mkdir()
+    os.mkfifo(place / "pipe.png")
+    if draw.random() < 0.5:
+        name = draw.choice(sorted(good))
+        (place / name).write_bytes(damaged(draw, good[name]))
+        if draw.random() < 0.3:
+            misplace(draw, place / name)
+    values = [draw.choice([*good, draw.choice(NO_PICTURES)]) for _ in range(3)]
+    kind = draw.choice(["jsonl", "parquet"])
+    rows = [{"problem": "1?", "answer": "1", "pictures": one} for one in values]
+    path = place / f"rows.{kind}"
+    try:
+        if kind == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+        return  # no table of these
+    inside = {file.resolve() for file in place.rglob("*") if file.is_file()}
+    inside = {file for file in inside if file.is_relative_to(place.resolve())}
+    try:
+        with Clock():
+            taken = load_rows(str(path), columns={"images": "pictures"}, require=("problem",))
+            found = [image for row in taken for image in row.images]
+            pixels = [numpy.asarray(image.pixels()) for image in found]
+    except (UserError, UnreadableImageError) as error:
+        one_line(str(error), str(path), "image")
+        return
+    assert len(taken) == 3
+    theirs = [numpy.asarray(Image.open(file).convert("RGB")) for file in inside if opened(file)]
+    for one in pixels:
+        assert any(one.shape == other.shape and (one == other).all() for other in theirs)
+
+
+def opened(file: Path) -> bool:
+    try:
+        Image.open(file).load()
+    except Exception:
+        return False
+    return True
+
+
 def test_text_of_parquet_that_is_not_utf_8_is_refused(tmp_path):
     data = pyarrow.array([b"1 + 1?\xff"], pyarrow.binary())
     text = pyarrow.Array.from_buffers(pyarrow.string(), 1, data.buffers())
     pyarrow.parquet.write_table(pyarrow.table({"problem": text}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet' cannot be read as parquet: Unicode"):
         load_rows(str(tmp_path / "a.parquet"), require=["problem"])
+
+
+def test_a_column_without_a_name_is_kept(tmp_path):
+    table = pyarrow.table({"problem": ["1?"], "": ["b"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (row,) = load_rows(str(tmp_path / "a.parquet"), require=["problem"])
+    assert row.columns == {"problem": "1?", "": "b"}
+
+
+def test_a_directory_that_goes_while_it_is_looked_at_is_left_out(tmp_path, monkeypatch):
+    """As below /proc, to which a link may lead."""
+    (tmp_path / "rows" / "gone").mkdir(parents=True)
+    scandir = os.scandir
+
+    def gone(place):
+        if str(place).endswith("gone"):
+            raise FileNotFoundError(place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    with pytest.raises(UserError, match="was not saved by `datasets`"):
+        load_rows(str(tmp_path / "rows"), require=["problem"])
 
 
 def bomb(draw, path: Path) -> None:

@@ -2,6 +2,7 @@
 loaded is what the files hold, by safetensors and by peft; all else is refused in one line."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -126,7 +127,9 @@ def other_header(draw, file: Path) -> None:
     elif kind == 1:  # a hole, or bytes of the next one
         start, end = one["data_offsets"]
         odd = [[start + 4, end + 4], [end, start], [start, end + 4], [start, 2**63], [-4, end]]
-        one["data_offsets"] = draw.choice([*odd, [start, end, end], [start], [0, 0]])
+        odd += [[start, end - 4], [start + 1, end + 1], [2**64 - 8, 2**64 - 4], [10**30, 10**30]]
+        odd += [[start, len(rest)], [len(rest), len(rest) + end - start], [start, str(end)], None]
+        one["data_offsets"] = draw.choice([*odd, [start, end, end], [start], [0, 0], {"0": 0}])
     elif kind == 2:
         shapes = [[2**32, 2**32, 0], [2**63, 2], [], [-1], [0], [[1]], one["shape"] * 2, [10**30]]
         one["shape"] = draw.choice(shapes)
@@ -137,9 +140,16 @@ def other_header(draw, file: Path) -> None:
         header["__metadata__"] = draw.choice(odd)
     elif kind == 5:
         header["__metadata__"] = {"format": "pt", "a": " " * draw.choice([10**5, 101 * 10**6])}
-    header = header if kind < 6 else changed(draw, header)
+    elif kind == 6:  # names beyond counting, or that are no name
+        nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        header |= {f"{draw.choice(['x', names[0]])}.{n}": nothing for n in range(20_000)}
+    elif kind == 7:
+        odd = ["", "\0", "\x1b[2J", "a" * 10**5, "\u202e", "../x", "model", "__metadata__.x", "\n"]
+        header[draw.choice(odd)] = header.pop(names[-1])
+    header = header if kind < 8 else changed(draw, header)
     text = as_json(draw, header) + b" " * draw.choice([0, 0, 0, 1, 7])
-    length = draw.choice([len(text)] * 6 + [0, len(text) - 1, len(text) + 9, 2**40, 2**63])
+    odd = [0, 1, 8, len(text) - 1, len(text) + 9, len(text) + len(rest), 10**8, 2**40, 2**63]
+    length = draw.choice([len(text)] * 9 + [*odd, 2**64 - 1])
     file.write_bytes(length.to_bytes(8, "little") + text + rest)
 
 
@@ -150,7 +160,7 @@ TOKEN["normalized"] = False
 def other_tokenizer(draw, file: Path) -> None:
     """A tokenizer with tokens beyond the vocabulary, twice, or that nothing makes."""
     values = json.loads(file.read_text())
-    kind = draw.randrange(5)
+    kind = draw.randrange(9)
     ids = [10**6, 2**31, 2**32 - 1, 2**32, -1, 0, 27, 28]
     if kind == 0:
         odd = {"id": draw.choice(ids), "content": draw.choice(["<new>", "1", "", "\0"]), **TOKEN}
@@ -169,6 +179,35 @@ def other_tokenizer(draw, file: Path) -> None:
             {"type": "Sequence", "normalizers": []},
         ]
         values[part] = draw.choice([*odd, {"type": "Lowercase"}, {"type": "ByteLevel"}, None])
+    elif kind == 4:  # pieces that are huge, many, or none
+        piece = draw.choice(["a" * 10**6, "\u0301" * 1000, "\0", "\U000e0041" * 9, " " * 10**5])
+        values["model"]["vocab"] |= dict.fromkeys([piece] * draw.choice([1, 1, 0]), 27)
+        if draw.random() < 0.5:
+            more = {f"<{n}>": 27 + n for n in range(50_000)}
+            values["model"]["vocab"] |= more
+    elif kind == 5:  # byte pairs of pieces that are not there, and a cycle of them
+        pairs = [["1", "2"], ["12", "3"], "1 2", "1", ["1", "2", "3"], ["", ""], [1, 2], None]
+        made = draw.choice([["12"], ["12", "123"], []])
+        values["model"] = {"type": "BPE", "vocab": values["model"]["vocab"], "merges": []}
+        values["model"]["vocab"] |= {one: 27 + n for n, one in enumerate(made)}
+        values["model"]["merges"] = draw.choices(pairs, k=draw.choice([1, 2, 2000]))
+        odd = {"dropout": [0.5, 2.0, -1], "byte_fallback": [True, "a"], "unk_token": ["nobody", 7]}
+        name = draw.choice(sorted(odd))
+        values["model"][name] = draw.choice(odd[name])
+    elif kind == 6:  # scores that are no numbers, and a vocabulary without its end
+        scores = [-1.0, 1e308, -1e308, "a", None]
+        pieces = [[piece, draw.choice(scores)] for piece in values["model"]["vocab"]]
+        unknown = draw.choice([0, None, 99, -1])
+        values["model"] = {"type": "Unigram", "unk_id": unknown, "vocab": pieces}
+        if draw.random() < 0.3:
+            values["model"]["vocab"] = draw.choice([[], [["1"]], [["1", 0.0]] * 9, {"1": 0.0}])
+    elif kind == 7:  # patterns that a text takes long for, and parts inside of parts
+        pattern = draw.choice(["(a|a)*b", "(.*)*;", "(?<=(1+)+)x", "\\p{L}{1000}{1000}", "(", ""])
+        part = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+        part["invert"] = False
+        for _ in range(draw.choice([0, 1, 100, 900])):
+            part = {"type": "Sequence", "pretokenizers": [part]}
+        values["pre_tokenizer"] = part
     else:
         for part in ("truncation", "padding"):
             values[part] = {"direction": "Right", "max_length": draw.choice([0, 1, 2**63])}
@@ -226,11 +265,24 @@ FIELDS = {
 }  # fmt: skip
 
 
+NUMBERS = [
+    0, 1, -1, 2, 3, 7, 2**15, 2**31 - 1, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30, 10**400,
+    0.0, 1.0, 0.5, -0.5, 1e-300, 1e300, -1e300, 5e-324, math.nan, math.inf, -math.inf, "16", "",
+    True,
+    None, [16], [], {}, "1e400",
+]  # fmt: skip
+
+
 def other_field(draw, file: Path) -> None:
     """A field of a config that libraries read, of a wrong type, or beyond what there is."""
+    values = json.loads(file.read_text())
+    numeric = [name for name, one in values.items() if type(one) in (int, float)]
+    if draw.random() < 0.5 and numeric:
+        text = json.dumps(values | {draw.choice(numeric): draw.choice(NUMBERS)})
+        file.write_text(text.replace('"1e400"', "1e400"))
+        return
     name = draw.choice(sorted(FIELDS[file.name]))
-    values = json.loads(file.read_text()) | {name: draw.choice(FIELDS[file.name][name])}
-    file.write_text(json.dumps(values))
+    file.write_text(json.dumps(values | {name: draw.choice(FIELDS[file.name][name])}))
 
 
 def beside(draw, directory: Path) -> None:
@@ -409,6 +461,14 @@ WRONG = {
     "a window that is text": (
         lambda place: edit(place / "config.json", sliding_window="a"),
         "sliding_window is 'a', and must be a whole number",
+    ),
+    "a config without an end": (
+        lambda place: os.truncate(place / "config.json", 10**12),
+        "1,000,000,000,000 bytes, and may have",
+    ),
+    "a tokenizer without an end": (
+        lambda place: os.truncate(place / "tokenizer.json", 10**12),
+        "1,000,000,000,000 bytes, and may have",
     ),
     "a key twice": (
         lambda place: (place / "generation_config.json").write_text(

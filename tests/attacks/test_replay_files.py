@@ -37,8 +37,18 @@ TENSORS = [
     torch.zeros(()), torch.zeros(64), torch.zeros(64, dtype=torch.float64), torch.ones(64).bool(),
     torch.zeros(64).to_sparse(), torch.zeros(64, device="meta"), torch.zeros(1).expand(64),
     torch.full((64,), math.nan), torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, 64),
-    torch.zeros(0),
+    torch.zeros(0), torch.zeros(1).expand(10**12), torch.zeros(64, dtype=torch.complex64),
+    torch.zeros(9).as_strided((64,), (0,)), torch.arange(64), torch.zeros(64).to(torch.float8_e5m2),
+    torch.nn.Parameter(torch.zeros(64)), torch.zeros(128)[::2], torch.zeros(64, 0, 2**40),
+    torch.zeros(2, 32).to_sparse_csr(), torch.full((64,), 1e30),
 ]  # fmt: skip
+SHARED = ["a"]
+for _ in range(40):  # of 2^40 items, if each is looked at
+    SHARED = [SHARED, SHARED]
+INSIDE: list = []
+for _ in range(300):
+    INSIDE = [INSIDE]
+NESTS = [SHARED, INSIDE, {"a": SHARED}, (SHARED, INSIDE), [0] * 10**6, "a" * 10**7]
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +84,21 @@ def attacked(draw, file, holds, target):
         if how == 0:
             holds = mutated(holds, draw, TENSORS)
         else:
-            holds[key] = mutated({key: holds[key]}, draw, TENSORS).get(key)
+            holds[key] = mutated({key: holds[key]}, draw, [*TENSORS, *NESTS]).get(key)
         torch.save(holds, target)
     elif how == 5:  # another archive: compressed, a member less or empty or twice
         with zipfile.ZipFile(file) as source:
             members = [(name, source.read(name)) for name in source.namelist()]
-        number, what = draw.randrange(len(members)), draw.randrange(4)
+        number, what = draw.randrange(len(members)), draw.randrange(8)
         members[number : number + 1] = {
             0: [],
             1: [(members[number][0], b"")],
             2: [members[number]] * 2,
             3: [members[number]],
+            4: [(members[number][0], bytes(3 * 10**8))],
+            5: [("../" * 9 + "tmp/opsd-attack", b"a"), members[number]],
+            6: [(members[number][0].upper(), members[number][1])],
+            7: [members[number], *((f"archive/data/{n}", b"") for n in range(9000, 19_000))],
         }[what]
         way = zipfile.ZIP_DEFLATED if draw.random() < 0.5 else zipfile.ZIP_STORED
         with zipfile.ZipFile(target, "w", way) as other:
@@ -255,3 +269,19 @@ def test_a_batch_that_no_run_writes_is_refused(change, said, good, tmp_path, cap
     torch.save({**holds, "groups": groups}, tmp_path / "failed-step-3.pt")
     assert main(["replay", str(tmp_path / "failed-step-3.pt")]) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("nest", ["in the config", "of one long text"])
+def test_lists_that_share_what_they_hold_take_no_memory(nest, good, tmp_path, capsys):
+    """A few hundred bytes, of which JSON would make 2^40 items."""
+    _, holds, _ = good["live"]
+    target = tmp_path / "failed-step-3.pt"
+    changed = {
+        "in the config": {"config": holds["config"] | {"prompts": {"student_chat": {"a": SHARED}}}},
+        "of one long text": {"groups": ["a" * 10**5] * 10**5},
+    }[nest]
+    torch.save(holds | changed, target)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main(["replay", str(target)]) == 1
+    assert "its lists repeat one another" in capsys.readouterr().err
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB

@@ -4,7 +4,10 @@ Each goes through `opsd report`, `opsd compare` and the checks of `opsd train --
 """
 
 import json
+import math
+import os
 import resource
+import shutil
 import time
 from html.parser import HTMLParser
 
@@ -65,6 +68,47 @@ def run(tmp_path_factory):
     return run
 
 
+OTHERS_KEYS = {
+    "best_metric": [None, 0.5, "a"], "best_global_step": [2, None, -1],
+    "is_local_process_zero": [1],
+    "num_train_epochs": [1, 1.5, "3"], "stateful_callbacks": [{"TrainerControl": {}}, [], None],
+    "total_flos": [1e308, 10**400, "0"], "trial_params": [{"a": 1}], "log_history": [[], None, [7]],
+    "epoch": [None, 0, "0.5", 1e300, math.nan], "global_step": [4, 4.0, "4", 5, -4, None, 2**63],
+    "max_steps": [0, -1, None], "save_steps": [0.5, None], "logging_steps": [None, []], "x": [{}],
+    "train_batch_size": [None, 8], "eval_steps": [0.1], "best_model_checkpoint": ["/etc",
+    7, "../.."],
+}  # fmt: skip
+
+
+def anothers_state(draw, checkpoint) -> None:
+    """A trainer_state.json as another release of transformers writes it: keys more, less, other."""
+    file = checkpoint / "trainer_state.json"
+    state = json.loads(file.read_text())
+    for key in draw.sample(sorted(OTHERS_KEYS), draw.randint(1, 5)):
+        state[key] = draw.choice(OTHERS_KEYS[key])
+    if draw.random() < 0.3:
+        del state[draw.choice(sorted(state))]
+    file.write_text(json.dumps(state))
+
+
+def beside(draw, run) -> None:
+    """What a run directory has too many of: of other steps, backups, names that are no text."""
+    names = [b"checkpoint-6", b"checkpoint-04", b"checkpoint-4.bak", b"checkpoint-\xff", b"\xff\n"]
+    names += [b"checkpoint-" + b"9" * 200, b".checkpoint-8.x.part", b"checkpoint--1", b"model"]
+    place = run / os.fsdecode(draw.choice([*names, b"checkpoint-\xd9\xa4", b"checkpoint-4 "]))
+    how = draw.randrange(5)
+    if how == 0:
+        shutil.copytree(run / "checkpoint-4", place)
+    elif how == 1:
+        place.mkdir()
+    elif how == 2:
+        place.symlink_to(draw.choice(["checkpoint-4", ".", "/", "nowhere", "/dev/zero"]))
+    elif how == 3:
+        os.mkfifo(place)
+    else:
+        place.write_bytes(b"7")
+
+
 class Page(HTMLParser):
     """What of a page could act: scripts that are not ours, handlers, addresses."""
 
@@ -104,7 +148,7 @@ def curve(path) -> list[tuple[float, float]] | None:
     """The curve that evaluations.jsonl tells whoever believes every line of it; None: no such."""
     found = {}
     try:
-        *lines, last = path.read_text().split("\n")
+        *lines, last = path.read_bytes().decode(errors="replace").split("\n")
         for line in filter(str.strip, [*lines, last if last.endswith("}") else ""]):
             one = json.loads(line)
             found[one["step"], one.get("role", "student")] = one
@@ -130,6 +174,8 @@ def test_a_changed_run_is_shown_as_it_is(draw, run, tmp_path, capsys, bounded, m
         monkeypatch.setattr("opsd.cli.compare.write_comparison", lambda *_: None)
     changed = copied(run, place)
     attack(changed, FILES, draw)
+    if draw.random() < 0.2:
+        beside(draw, changed)
     secret = outside(place)
     evaluations = changed / "evaluations.jsonl"
     told = curve(evaluations) if plain(evaluations) else None
@@ -164,7 +210,10 @@ def test_a_changed_run_goes_on_as_it_was_or_not_at_all(draw, run, tmp_path, boun
     save_config(config, changed / "config.yaml")
     names = [*LOGS, "config.yaml", "problems.json"]
     checkpoint = changed / "checkpoint-4"
-    if draw.random() < 0.5:
+    if draw.random() < 0.2:
+        anothers_state(draw, checkpoint)
+        sealed(checkpoint)
+    elif draw.random() < 0.5:
         attack(checkpoint, SAVED, draw)
         # To seal a file of 10^12 bytes anew takes hours.
         if draw.random() < 0.5 and all(map(plain, checkpoint.iterdir())):
@@ -174,6 +223,8 @@ def test_a_changed_run_goes_on_as_it_was_or_not_at_all(draw, run, tmp_path, boun
                 pass
     else:
         attack(changed, names, draw)
+    if draw.random() < 0.15:
+        beside(draw, changed)
     secret = outside(place)
     before = {n: (changed / n).read_bytes() for n in names if plain(changed / n)}
     try:

@@ -1,15 +1,28 @@
 """Templates that take time or memory, or reach for Python's insides: made up, and all bounded."""
 
+import datetime
 import re
 import time
 
 import pytest
 
 from opsd.common import templates
-from opsd.common.templates import TemplateFailure, fill_in, names
+from opsd.common.templates import TemplateFailure, fill_in, fill_in_chat, names
 from opsd.common.workers import Workers
 
 ATOMS = ["x", "9", "'ab'", "[1, 'a']", "(x, x)", "{'a': x}", "range(999)|list", "1.5", "n.t", "y"]
+SHOWN = ["x|trim", "x ~ y", "x.split('a')", "x.strip('a')", "x|upper", "x.lower()", "(x in 'ab')"]
+SHOWN += ["('a' in x)", "(x == 'a')", "x.startswith('a')", "x.split('a')[0]", "x|string", "x + 'b'"]
+SHOWN += [
+    "x|default('a')",
+    "(x is string)",
+    "x|length",
+    "x[0]",
+    "x[:2]",
+    "f(x)",
+    "loop.index",
+    "(x,)",
+]
 FILTERS = (
     "string list sum join length sort reverse unique upper title int float abs first last random "
     "tojson pprint urlize striptags wordcount wordwrap forceescape dictsort items batch(9) "
@@ -24,6 +37,22 @@ STATEMENTS = [
     "{% if § %}a{% endif %}",
     "{% for i in range(60) %}{% set n.t = § %}{% endfor %}",
     "{% macro f(a) %}{{ f(§) }}{% endmacro %}{{ f(x) }}",
+    "{% macro f(a, b=x) %}{{ a }}{{ b }}{{ caller() if caller }}{% endmacro %}{{ f(§) }}",
+    "{% call(a) f(x) %}{{ § }}{% endcall %}",
+    "{% filter trim %}{{ § }}{{ x }}{% endfilter %}",
+    "{% set y %}{{ § }}{{ x }}{% endset %}{{ y }}{{ y == x }}",
+    "{% for a, b in § %}{{ a ~ x }}{% else %}{{ x }}{% endfor %}",
+    "{% for i in [x, y] if § %}{{ loop.index }}{{ loop.cycle(x, i) }}{% endfor %}",
+    "{% with y = § %}{{ y ~ x }}{% endwith %}",
+    "{% block a %}{{ § }}{{ super() }}{% endblock %}",
+    "{% include § %}",
+    "{% import § as y %}",
+    "{% extends § %}",
+    "{% autoescape § %}{{ x }}{% endautoescape %}",
+    "{% for i in x %}{{ loop(§) }}{% endfor %}",
+    "{% set x = § %}{{ x }}",
+    "{% do § %}",
+    "{{ self.a() }}{{ varargs }}{{ x if § }}",
 ]
 METHODS = ["format(x)", "ljust(10**9)", "split('a')", "__class__", "__init__.__globals__", "mro()"]
 
@@ -31,7 +60,7 @@ METHODS = ["format(x)", "ljust(10**9)", "split('a')", "__class__", "__init__.__g
 def expression(draw, depth: int) -> str:
     """An expression of operators, filters and methods in each other."""
     if depth == 0:
-        return draw.choice(ATOMS)
+        return draw.choice(ATOMS if draw.random() < 0.7 else SHOWN)
     kind = draw.randrange(5)
     inside = expression(draw, depth - 1)
     if kind == 0:
@@ -82,6 +111,33 @@ def test_many_rows_are_filled_in_as_one_is(draw, monkeypatch):
         return
     for row, one in zip(rows, made, strict=True):
         assert templates._made(text, "prompts", (text,), [row]) == [one]
+
+
+def test_many_chats_are_filled_in_as_one_is(draw, monkeypatch):
+    """The same of chats, whose roles, parts and keys differ as well."""
+    monkeypatch.setattr(templates, "BATCH_ROWS", 4)
+    body = hostile_template(draw).replace("range(60)", "range(3)").replace("10**9", "9")
+    body = re.sub(r"\* 10+\b", "* 3", body)
+    start = "{% for m in messages %}{% set x = m.content %}"
+    text = f"{start}<{{{{ m.role }}}}>{body}{{{{ m.content }}}}{{% endfor %}}"
+    chats = []
+    for _ in range(24):
+        roles = draw.choice(["u", "su", "uau"])
+        chat = [{"role": role, "content": draw.choice(SAID)} for role in roles]
+        one = draw.choice(chat)
+        if draw.random() < 0.3:
+            odd = [None, 7, [], [{"type": "text", "text": "a"}], [{"type": "image"}], ["a"], True]
+            one["content"] = draw.choice(odd)
+        if draw.random() < 0.2:
+            one[draw.choice(["name", "", "reasoning_content"])] = draw.choice(["a", None, 1.0, []])
+        chats.append((chat, draw.random() < 0.8))
+    given = (text, {"eos_token": "e"}, datetime.date(2026, 11, 28))
+    try:
+        made = fill_in_chat(*given, chats)
+    except TemplateFailure:
+        return
+    for chat, one in zip(chats, made, strict=True):
+        assert templates._made(text, "chats", given, [chat]) == [one]
 
 
 def test_a_template_makes_text_or_one_line(draw):

@@ -11,7 +11,13 @@ SEQUENCES = [
     "\x1b[2J", "\x1b[31m", "\x1b]0;title\x07", "\x1b]52;c;aGk=\x07", "\x1b]8;;http://x\x1b\\",
     "\x1bP1$r0m\x1b\\", "\x1b_x\x1b\\", "\x1b^x\x1b\\", "\x1bc", "\x9b2J", "\x9d0;t\x9c", "\r",
     "\b", "\n", "\v", "\f", "\t", "\x7f", "\u2028", "\u2029", "\u202e", "\u2066", "\u200b",
-    "\u200d", "\ufeff", "[bold]", "[link=http://x]", "[/]",
+    "\u200d", "\ufeff", "[bold]", "[link=http://x]", "[/]", "\x1b[?1049h",
+    "\x1b]1337;File=:aGk=\x07",
+    "\x1b[6n", "\x1b[5i", "\x1bZ", "\x1b#8", "\x0e", "\x05", "\x84", "\x85", "\u061c", "\u200e",
+    "\u2060",
+    "\u00ad", "\u034f", "\u180e", "\u3164", "\ufe0f", "\U000e0041", "\U000e0100", "\ufff9",
+    "\ufffe",
+    "\x1b\x1b[", "\x1b", "\x9b", "e" + "\u0301" * 99, "[red]a[/red]", "\\[bold]",
 ]  # fmt: skip
 
 

@@ -118,6 +118,9 @@ def bomb(width, height):
         ("/etc/hostname", "outside of"),
         ("link.png", "outside of"),
         ("absent.png", "no such file"),
+        ("a\0.png", "image 1 is 'a\\x00.png', which leads to no file"),
+        ("a" * 5000, "which leads to no file"),
+        ("circle.png", "which leads to no file"),
         ("rows.jsonl", "image 1 is not a PNG, JPEG, WEBP image"),
         (7, "is of type int: it may be bytes, a path"),
         ([["a"]], "is of type list"),
@@ -128,6 +131,7 @@ def test_what_is_no_image_is_refused_in_a_line(value, said, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "secret.png").write_bytes(picture(4, 4))
     (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "data" / "circle.png").symlink_to("circle.png")
     source = write(tmp_path / "data", value)
     with pytest.raises(UserError) as told:
         rows_of(source)

@@ -280,6 +280,7 @@ def interrupt(
     while not due():
         if ended(child):
             return False
+        time.sleep(0.0005)
     if moment != SOME_TIME:
         time.sleep(draw.uniform(0, 0.02))
     for number in SIGNALS[name]:

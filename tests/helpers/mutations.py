@@ -1,14 +1,17 @@
 """Changes valid inputs at random, as damaged or wrong files would: values of other types, text in
 other encodings, bytes lost or changed, files missing or replaced."""
 
+import bz2
 import copy
 import gzip
 import json
+import lzma
 import os
 import re
 import shutil
 import signal
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -26,6 +29,12 @@ ODD = [
     2**53 + 1, -(2**63) - 1, 10**400, 5e-324, "9" * 400, "1_000", "0x10", "\uff11", "3\r\n",
     "0000-00-00", "9999-12-31T23:59:60Z", "-99999999-01-01", "hf://a/b", "file:///etc/passwd",
     {"__class__": "a"}, {"_type": "Image"}, {"$ref": "#"}, [[[[[[0]]]]]],
+    2**31 - 1, 2**32, -(2**31), 2**63 - 1, 2**64, 1e22, 1e16, 0.1 + 0.2, 1 - 2**-53, 2.0**-1074,
+    float("-inf"), "\ufeff4", "4\ufeff", "e\u0301", "\u212a", "\u0130", "a\u2028b", "%s%n", "$(id)",
+    "${HOME}", "a\\", "C:\\a", "\\\\h\\s", "con", ".", "..", "-", "--help", "a" * 256, "/" * 5000,
+    "http://169.254.169.254/", "s3://a/b", "data:,a", "reasoning_gym:chain_sum", {"0": 0},
+    {"a.b": 1}, {"then": {}}, {"path": None}, [True, 1, 1.0], ["a"] * 2000,
+    {str(n): n for n in range(300)},
 ]  # fmt: skip
 
 
@@ -88,11 +97,11 @@ def value_at(tree: Any, path: tuple) -> Any:
 
 
 def as_json(draw: Random, tree: Any) -> bytes:
-    """The tree as JSON text, possibly with a repeated key, NaN, very long numbers or deep
-    nesting.
+    """The tree as JSON text, possibly with a repeated key, NaN, very long numbers, deep nesting, or
+    in another encoding.
     """
     text = json.dumps(tree, indent=draw.choice([None, 2]), ensure_ascii=draw.random() < 0.7)
-    kind = draw.randrange(12)
+    kind = draw.randrange(18)
     keys = [m for m in re.finditer(r'"(\w+)": ', text)]
     if kind == 0 and keys:
         found = draw.choice(keys)
@@ -114,13 +123,31 @@ def as_json(draw: Random, tree: Any) -> bytes:
         text = f"{text[: found.end()]}{draw.choice(odd)}{text[found.end() :]}"
     elif kind == 2:
         text = draw.choice(['"', "[", "{", "//x\n", "", "null ", "\x0c"]) + text
-    return text.encode("utf-8", "surrogatepass")
+    elif kind == 3 and keys:  # whole nests, of which a parser may run out of stack
+        found, depth = draw.choice(keys), draw.choice([100, 990, 5000, 100_000])
+        value = draw.choice(["[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth])
+        text = f"{text[: found.start()]}{found[0]}{value}, {text[found.start() :]}"
+    elif kind == 4 and keys:
+        found = draw.choice(keys)
+        value = draw.choice(["NaN", "Infinity", "-Infinity", "1e400", "-1e-400", "4.0", "1E0"])
+        end = re.search(r"[,}\]]", text[found.end() :])
+        text = text[: found.end()] + value + (text[found.end() + end.start() :] if end else "")
+    elif kind == 5:  # white space without an end, in one line or as lines
+        odd = [" " * 3_000_000, "\n" * 100_000, "\r", "\t", "\u00a0", "\u2028", "\v"]
+        at = draw.choice([0, len(text), keys[0].start() if keys else 0])
+        text = text[:at] + draw.choice(odd) + text[at:]
+    elif kind == 6:
+        text = draw.choice(["[{}]", "{{}}", "{},", "{}{}", "({})", "{}\0"]).replace("{}", text)
+    elif kind == 7:
+        text = re.sub(r"([\]}])", r",\1", text, count=draw.choice([0, 1]))
+    encoding = draw.choice(["utf-8"] * 9 + ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-7"])
+    return text.encode(encoding if kind > 7 else "utf-8", "surrogatepass")
 
 
 def damaged(draw: Random, data: bytes) -> bytes:
     """Cut, change, double or re-encode the bytes, or replace them by those of something else."""
     at = draw.randrange(len(data) + 1)
-    kind = draw.randrange(15)
+    kind = draw.randrange(18)
     if kind < 3:
         return data[:at]
     if kind < 6:
@@ -148,12 +175,24 @@ def damaged(draw: Random, data: bytes) -> bytes:
         return draw.choice([LFS, PAGE, gzip.compress(data), b"PK\x03\x04" + data])
     if kind == 13:
         return data.replace(b"\n", draw.choice([b"\r\n", b"\r", b"", b"\n\n"]))
+    if kind == 14:
+        packed = draw.choice([gzip.compress, bz2.compress, lzma.compress, zlib.compress])(data)
+        return draw.choice([packed, packed[: len(packed) // 2], packed * 2, packed + b"a"])
+    if kind == 15:  # one very long line, of text or of none
+        return (
+            data[:at] + draw.choice([b"a", b" ", b"\0", b"\\", b'"', b"["]) * 3_000_000 + data[at:]
+        )
+    if kind == 16:
+        one = draw.choice(
+            [b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\x80", b"\xe2\x80\xa8", b"\x85"]
+        )
+        return data[:at] + one + data[at:]
     return data[:at] + data[at:][::-1]
 
 
 def misplace(draw: Random, file: Path) -> None:
     """Remove a file, or replace it by something else."""
-    kind = draw.randrange(8)
+    kind = draw.randrange(13)
     other = draw.choice(sorted(file.parent.iterdir()))
     if kind == 5 and other.is_file() and other != file:
         shutil.copy(other, file)
@@ -171,6 +210,23 @@ def misplace(draw: Random, file: Path) -> None:
         os.mkfifo(file)
     elif kind == 7:
         file.symlink_to(draw.choice(["/dev/zero", "/dev/null", "/dev/stdin", "/proc/self/mem"]))
+    elif kind == 8:
+        file.mkdir()
+        shutil.move(file.with_name(file.name + ".old"), file / file.name)
+    elif kind == 9:
+        file.symlink_to(draw.choice([".", "..", "/", "/etc/passwd", "/proc/self/environ"]))
+    elif kind == 10:  # far larger than it is
+        shutil.copy(file.with_name(file.name + ".old"), file)
+        os.truncate(file, 10**12)
+    elif kind == 11:  # a link to a pipe, which waits as long as the pipe itself
+        os.mkfifo(file.with_name("pipe"))
+        file.symlink_to("pipe")
+    elif kind == 12:  # names that are no text, or that another system takes for this one
+        stem, suffix = os.fsencode(file.stem), os.fsencode(file.suffix)
+        name = draw.choice([b"\xff", b"\xc3(", stem + b"\n", stem.upper(), b"-" + stem, b"\x1b[2J"])
+        shutil.copy(
+            file.with_name(file.name + ".old"), os.fsencode(file.parent) + b"/" + name + suffix
+        )
 
 
 ATTRIBUTES = re.compile(r"Traceback|object at 0x|pydantic|\[type=|errors\.pydantic|internal error")

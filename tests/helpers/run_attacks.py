@@ -1,6 +1,7 @@
 """Attacks on the files of a run or an evaluation, drawn from a `random.Random`."""
 
 import copy
+import gzip
 import json
 import math
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 VALUES = [
     None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 0.5, 1e308, -1e308, math.nan, math.inf, "",
     "4", "stop", "tiny", "a" * 5000, "\ud800", [], [[]], {}, [4, 5, 6, 7], {"0": 4},
+    2**53 + 1, -(2**63), 2**64, 10**400, 5e-324, -0.0, 1.0, "1.0", "NaN", "\ufeff", "true", [None],
+    "2026-13-45", "9999-12-31", [[[[[1]]]]], {"a": {"a": {"a": 1}}}, {"": ""}, ["a"] * 2000,
 ]  # fmt: skip
 TEXTS = [
     "\x1b]0;title\x07\x1b[2J", "\u202etxt\u2066", "a\r\nopsd: all is well", "</script><img src=x>",
@@ -63,7 +66,12 @@ def _lines(path: Path, draw) -> None:
         b"nonsense", b"7", b"[]", b"null", b"{}", b"[" * 100_000, b'{"a":' * 5000, b"\xff\xfe{",
         b"\0" * 100, b'{"step": ' + b"9" * 5000 + b"}", b'{"step": 1e400}', b" " * 3_000_000,
         b'{"step": 3, "x": "' + b"a" * 3_000_000 + b'"}', b'{"step": 1, "step": 2}', b"",
-        draw.choice(lines),
+        b"[" * 5000 + b"]" * 5000, b'{"x": ' + b"[" * 900 + b"]" * 900 + b"}", b"\xef\xbb\xbf{}",
+        '{"step": 3}'.encode("utf-16"), b'{"step": NaN}', b'{"step": 3}\r', b'{"step": 3}{}',
+        b"\x1a",
+        b'{"step": 3,}', b"{'step': 3}", b'{"step": "\\ud800"}', b'{"step": 3}\x85{"step": 4}',
+        draw.choice(lines), draw.choice(lines) + b"\r", draw.choice(lines)[:-1],
+        draw.choice(lines) * 2,
     ]  # fmt: skip
     lines.insert(draw.randrange(len(lines)), draw.choice(odd))
     path.write_bytes(b"\n".join(lines))
@@ -80,11 +88,27 @@ def _bytes(path: Path, draw) -> None:
     path.write_bytes(content)
 
 
+def _encoded(path: Path, draw) -> None:
+    """The whole text in another encoding, with other line ends, or packed."""
+    content = path.read_bytes()
+    text, how = content.decode("utf-8", "replace"), draw.randrange(4)
+    if how == 0:
+        encoding = draw.choice(["utf-16", "utf-8-sig", "utf-32", "utf-16-be", "utf-7", "cp1252"])
+        content = text.encode(encoding, "replace")
+    elif how == 1:
+        content = content.replace(b"\n", draw.choice([b"\r\n", b"\r", b"\n\n", b"", b"\n\0"]))
+    elif how == 2:
+        content = gzip.compress(content)[: draw.choice([None, 9, 40])]
+    else:
+        content = draw.choice([b"", b"\n", b"\0" * 4096, content * 2, content + content[:-9]])
+    path.write_bytes(content)
+
+
 def _another_kind(path: Path, draw) -> None:
     """Replace the file by a pipe, a link, a directory or an endless file."""
     own = path.read_bytes()
     path.unlink()
-    how = draw.randrange(9)
+    how = draw.randrange(13)
     if how == 0:
         os.mkfifo(path)
     elif how == 1:
@@ -103,6 +127,18 @@ def _another_kind(path: Path, draw) -> None:
         os.truncate(path, 10**12)
     elif how == 7:
         path.write_bytes(b"")
+    elif how == 8:
+        path.symlink_to(draw.choice([".", "..", "/", "nowhere", "../outside"]))
+    elif how == 9:
+        os.mkfifo(path.with_name("pipe"))
+        path.symlink_to("pipe")
+    elif how == 10:
+        path.mkdir()
+        (path / "own").write_bytes(own)
+    elif how == 11:  # beside it names that are no text
+        path.write_bytes(own)
+        odd = draw.choice([b"\xff", b"\xc3(", b"\x1b[2J", b"a\nb", b"-rf"])
+        path.with_name(os.fsdecode(odd + os.fsencode(path.suffix))).write_bytes(own)
 
 
 def plain(path: Path) -> bool:
@@ -114,7 +150,7 @@ def attack(directory: Path, names: list[str], draw) -> None:
     """Attack one to three of the named files in the directory."""
     for name in draw.sample(names, draw.randint(1, min(3, len(names)))):
         path = directory / name
-        ways = [_bytes, _another_kind]
+        ways = [_bytes, _another_kind, _encoded]
         if path.suffix in (".json", ".jsonl"):
             ways += [_json, _json, _json, _lines if path.suffix == ".jsonl" else _json]
         if plain(path) and path.stat().st_size:
