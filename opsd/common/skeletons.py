@@ -7,12 +7,13 @@ that pass the same tests are then put together here, by operations of linear tim
 """
 
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 TRIMS = ("strip", "lstrip", "rstrip", "removeprefix", "removesuffix")
-CASES = ("upper", "lower", "capitalize")
+METHODS = (*TRIMS, "upper", "lower", "capitalize", "replace")
 OPEN = {str, int, float}  # what a row may have another of, and be like it
 PLAIN = {*OPEN, bool, type(None)}
 FIXED = {str, int, bool, type(None)}  # no floats: 0.0 and -0.0 are equal
@@ -37,7 +38,11 @@ def derived(holes: Sequence[Any], piece: Sequence) -> Any:
             value = str(value)
         elif name == "split":
             value = value.split(arguments[0])[arguments[1]]
-        elif name in TRIMS or name in CASES:
+        elif name == "slice":
+            value = value[slice(*arguments)]
+        elif name == "length":
+            value = len(value)
+        elif name in METHODS:
             value = getattr(value, name)(*arguments)
         else:
             raise ValueError(name)
@@ -51,6 +56,10 @@ TESTS: dict[str, Callable[[Any, Any], Any]] = {
     "startswith": lambda value, part: value.startswith(part),
     "endswith": lambda value, part: value.endswith(part),
     "count": lambda value, part: value.count(part),
+    "less": operator.lt,
+    "at_most": operator.le,
+    "more": operator.gt,
+    "at_least": operator.ge,
 }
 
 
@@ -123,14 +132,16 @@ class Skeletons:
     def fill(self, value: Any) -> str | None:
         """The template's text for this value, if it is like one that was learnt."""
         if self._kept and (found := self._shape(value)):
-            return self._put_together(self._follow(*found), found[1])
+            shape, holes = found
+            longest = _longest(holes)
+            return self._put_together(self._follow(shape, holes, longest), holes, longest)
         return None
 
     def is_new(self, value: Any) -> bool:
         """Whether nothing was learnt of values like this one, and there is time to learn it."""
         goes_on = self._learnt < MOST_LEARNT and self.seconds < MOST_SECONDS
         found = self._shape(value) if goes_on else None
-        return found is not None and self._follow(*found) is None
+        return found is not None and self._follow(*found, _longest(found[1])) is None
 
     def learn(self, value: Any, text: str, reply: str) -> None:
         """Take in what a worker says of this new value, of which the template made this text; "":
@@ -141,7 +152,7 @@ class Skeletons:
         leaf: Any = "unlike"
         if said["pieces"]:
             leaf = _Pieces(said["pieces"])
-            is_same = self._put_together(leaf, holes) == text
+            is_same = self._put_together(leaf, holes, _longest(holes)) == text
             self._kept += leaf.kept if is_same else 0
             leaf = leaf if is_same and self._kept <= MOST_KEPT else "unlike"
         place, key = self._known, shape
@@ -152,8 +163,8 @@ class Skeletons:
             place, key = fork.after, outcome
         place.setdefault(key, leaf)
 
-    def _follow(self, shape: Shape, holes: list) -> Any:
-        node, longest, work = self._known.get(shape), _longest(holes), 0
+    def _follow(self, shape: Shape, holes: list, longest: int) -> Any:
+        node, work = self._known.get(shape), 0
         while type(node) is _Fork:
             work += longest * (1 + len(node.piece[1]))
             if work > MOST_WORK:
@@ -164,17 +175,18 @@ class Skeletons:
                 return "unlike"
         return node
 
-    def _put_together(self, found: Any, holes: list) -> str | None:
+    def _put_together(self, found: Any, holes: list, longest: int) -> str | None:
         if type(found) is not _Pieces:
             return None
-        longest = _longest(holes)
         most = found.fixed + found.holes * (GROWTH * longest + DIGITS)
         if most > self.most or found.operations * longest > MOST_WORK:
             return None
         try:
-            made = "".join(
-                [one if type(one) is str else derived(holes, one) for one in found.pieces]
-            )
+            made = "".join([
+                one if (kind := type(one)) is str else holes[one] if kind is int
+                else derived(holes, one)
+                for one in found.pieces
+            ])  # fmt: skip
             if not made.isascii():
                 made.encode()  # an error where it has half a surrogate pair
             return made
@@ -193,11 +205,11 @@ class _Fork:
 
 
 class _Pieces:
-    """The pieces of a text, the characters that are in no hole, the number of holes, and of the
-    operations on them."""
+    """The pieces of a text (where a hole is shown as it is, its number), the characters that are
+    in no hole, the number of holes, and of the operations on them."""
 
-    def __init__(self, pieces: list[Piece]) -> None:
-        self.pieces = pieces
+    def __init__(self, pieces: list[Any]) -> None:
+        self.pieces: list[Any] = [p if type(p) is str or p[1] else p[0] for p in pieces]
         self.fixed = sum(len(piece) for piece in pieces if type(piece) is str)
         holes = [piece for piece in pieces if type(piece) is not str]
         self.holes, self.operations = len(holes), sum(len(hole[1]) for hole in holes)
@@ -205,4 +217,8 @@ class _Pieces:
 
 
 def _longest(holes: list) -> int:
-    return max([len(one) for one in holes if type(one) is str], default=0)
+    longest = 0
+    for one in holes:
+        if type(one) is str and len(one) > longest:
+            longest = len(one)
+    return longest

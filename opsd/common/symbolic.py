@@ -7,14 +7,14 @@ whatever Python asks of it in passing (its length, hash, index, items, number) e
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, update_wrapper
 from typing import Any
 
 from jinja2 import Template, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from opsd.common.skeletons import CASES, LONGEST, TESTS, TRIMS, Piece, derived
+from opsd.common.skeletons import LONGEST, METHODS, TESTS, Piece, derived
 
 MOST_PIECES, MOST_TESTS, MOST_PARTS, MOST = 1000, 100, 20, 1 << 20
 
@@ -67,9 +67,22 @@ class Number(Opaque):
     """An int or float: shown, or compared with another."""
 
     def __eq__(self, other: Any) -> Any:
-        if type(other) not in (int, float):
-            raise LookedInto
-        return self.trace.test(self.hole(), "equal", other)
+        return self._compared("equal", other)
+
+    def __lt__(self, other: Any) -> Any:
+        return self._compared("less", other)
+
+    def __le__(self, other: Any) -> Any:
+        return self._compared("at_most", other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self._compared("more", other)
+
+    def __ge__(self, other: Any) -> Any:
+        return self._compared("at_least", other)
+
+    def _compared(self, how: str, other: Any) -> Any:
+        return self.trace.test(self.hole(), how, other) if type(other) in (int, float) else _ends()
 
     def text(self) -> "Text":
         number, operations = self.hole()
@@ -106,6 +119,20 @@ class Text(Opaque):
             raise LookedInto
         return [self._with("split", by, number) for number in range(count + 1)]
 
+    def replace(self, old: Any, new: Any, count: Any = -1) -> "Text":
+        if not only_text(old) or len(only_text(new)) > len(old):  # or it could grow each time
+            raise LookedInto
+        return self._with("replace", old, new, -1 if count is None else count)
+
+    def __getitem__(self, part: Any) -> "Text":
+        if type(part) is not slice:
+            raise LookedInto
+        return self._with("slice", part.start, part.stop, part.step)
+
+    def size(self) -> Number:
+        number, operations = self.hole()
+        return Number(self.trace, (number, (*operations, ("length",))))
+
     def _test(self, name: str, part: Any) -> Any:
         return self.trace.test(self.hole(), name, only_text(part))
 
@@ -114,16 +141,17 @@ class Text(Opaque):
         if len(operations) > MOST_PARTS:
             raise LookedInto
         for one in arguments:
-            if type(one) is not int:
+            if one is not None and type(one) is not int:
                 only_text(one)
         return Text(self.trace, (number, (*operations, (name, *arguments))))
 
 
-for _name in (*TRIMS, *CASES):
+for _name in {*METHODS} - {"replace"}:
     setattr(Text, _name, lambda self, *given, name=_name: self._with(name, *given))
 del _name
-METHODS = {*TRIMS, *CASES, "split", "startswith", "endswith"}
-FILTERS = {"trim": "strip"} | dict.fromkeys(("upper", "lower", "capitalize"))
+REACHED = {*METHODS, "split", "startswith", "endswith"}
+FILTERS = {"trim": "strip", "length": "size", "count": "size"}
+FILTERS |= {name: name for name in ("upper", "lower", "capitalize", "replace")}
 IS = {
     "defined": True, "undefined": False, "none": False, "string": True, "mapping": False,
     "number": False, "integer": False, "float": False, "boolean": False, "iterable": True,
@@ -206,7 +234,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def _checked(obj: Any, name: Any) -> Any:
-        if isinstance(name, Opaque) or (isinstance(obj, Opaque) and name not in METHODS):
+        if isinstance(name, Opaque) or (isinstance(obj, Opaque) and name not in REACHED):
             raise LookedInto
         return name
 
@@ -225,14 +253,15 @@ def _filter(name: str, does: Any) -> Any:
         return lambda value: shown(value) if isinstance(value, Opaque) else does(value)
     if name not in FILTERS:
         return does  # whatever it does, it ends where it looks into a text
-    method = FILTERS[name] or name
+    first = int(hasattr(does, "jinja_pass_arg"))  # after the context
 
-    def filtered(value: Any, *given: Any, **named: Any) -> Any:
+    def filtered(*given: Any, **named: Any) -> Any:
+        value = given[first]
         if isinstance(value, Text) and not named:
-            return getattr(value, method)(*given)
-        return _ends() if isinstance(value, Opaque) else does(value, *given, **named)
+            return getattr(value, FILTERS[name])(*given[first + 1 :])
+        return _ends() if isinstance(value, Opaque) else does(*given, **named)
 
-    return filtered
+    return update_wrapper(filtered, does)
 
 
 def _test(name: str, does: Any) -> Any:
