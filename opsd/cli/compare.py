@@ -24,6 +24,7 @@ from opsd.compare.page import (
 )
 from opsd.compare.study import Study, load_study, overrides, run_jobs, study_jobs, train_jobs
 from opsd.compare.study_page import study_columns, study_notes, study_page, study_rows
+from opsd.config.yaml import MAX_BYTES
 
 FILES = ("comparison.json", "comparison.html", "comparison.md", "comparison.png")
 
@@ -114,7 +115,8 @@ def gpus() -> list[str]:
 
 def is_study(path: Path) -> bool:
     """Whether a YAML file describes a study, not a single run."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    with path.open(encoding="utf-8", errors="replace") as file:
+        lines = file.read(MAX_BYTES).splitlines()
     return any(line.startswith("quickstart:") for line in lines)
 
 

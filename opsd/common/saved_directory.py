@@ -14,6 +14,7 @@ from typing import Any
 
 from opsd.common.errors import UserError
 from opsd.common.files import move, remove, sync, unfinished, write_json
+from opsd.common.strict_json import read_text
 
 MANIFEST = "manifest.json"
 FORMAT = "opsd 1"  # tells our manifests from other software's
@@ -68,7 +69,7 @@ def read_manifest(directory: Path, field: str = "") -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_text(file))
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             return None
         if found.pop("sha256") != _own_sha256(found):

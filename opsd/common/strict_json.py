@@ -21,13 +21,17 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def read_text(file: Path) -> str:
+    """Read a text file. Raises ValueError if it is too large for one, or not in UTF-8."""
+    if (size := file.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"it has {size:,} bytes, at most {MOST_BYTES:,} are read")
+    return file.read_text(encoding="utf-8")
+
+
 def read_object(file: Path, where: str) -> dict[str, Any]:
     """Read a file that holds a JSON object. Raises UserError, whose message begins with `where`."""
     try:
-        if (size := file.stat().st_size) > MOST_BYTES:
-            raise ValueError(f"it has {size:,} bytes, at most {MOST_BYTES:,} are read")
-        text = file.read_text(encoding="utf-8")
-        found = json.loads(text, object_pairs_hook=each_once)
+        found = json.loads(read_text(file), object_pairs_hook=each_once)
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{where}: {str(file)!r} is not JSON ({in_short(error)})") from None
     if not isinstance(found, dict):

@@ -58,7 +58,8 @@ def stored(
                 "these but .parquet with .gz), nor a directory saved by `datasets`"
             )
         for file in (path, *_files_below(path)):
-            if file.exists() and not file.is_file() and not file.is_dir():
+            # os.path: what a link leads to may be another's, which for pathlib is an error.
+            if os.path.exists(file) and not (os.path.isfile(file) or os.path.isdir(file)):
                 said = "a pipe or a device, which may have no end"
                 raise UserError(f"{section}.source: {str(file)!r} is {said}")
         if path.is_dir():

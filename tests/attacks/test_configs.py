@@ -4,6 +4,7 @@ is read back from a run's directory as the same; all else is refused in one line
 import datetime
 import json
 import math
+import os
 from pathlib import Path
 
 import datasets
@@ -316,3 +317,11 @@ def test_a_study_means_what_it_says_or_is_refused(draw, tmp_path, monkeypatch, c
         one_line(str(error), str(path), ".", *STUDY, "unknown key")
         return
     raise AssertionError(code, capsys.readouterr())
+
+
+def test_a_study_without_an_end_is_one_line(tmp_path, capsys):
+    path = tmp_path / "s.yaml"
+    path.write_text("quickstart: tiny\n")
+    os.truncate(path, 10**12)
+    assert main(["compare", str(path)]) == 1
+    assert "1,000,000,000,000 bytes; at most" in capsys.readouterr().err

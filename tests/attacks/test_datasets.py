@@ -406,6 +406,15 @@ def test_a_directory_that_goes_while_it_is_looked_at_is_left_out(tmp_path, monke
         return scandir(place)
 
     monkeypatch.setattr(os, "scandir", gone)
+    (tmp_path / "rows" / "another's").symlink_to("secret")
+    stat = os.stat
+
+    def refused(place, **more):
+        if str(place).endswith("another's") and more.get("follow_symlinks", True):
+            raise PermissionError(place)
+        return stat(place, **more)
+
+    monkeypatch.setattr(os, "stat", refused)
     with pytest.raises(UserError, match="was not saved by `datasets`"):
         load_rows(str(tmp_path / "rows"), require=["problem"])
 

@@ -464,11 +464,11 @@ WRONG = {
     ),
     "a config without an end": (
         lambda place: os.truncate(place / "config.json", 10**12),
-        "1,000,000,000,000 bytes, and may have",
+        "1,000,000,000,000 bytes, at most",
     ),
     "a tokenizer without an end": (
         lambda place: os.truncate(place / "tokenizer.json", 10**12),
-        "1,000,000,000,000 bytes, and may have",
+        "1,000,000,000,000 bytes, at most",
     ),
     "a key twice": (
         lambda place: (place / "generation_config.json").write_text(

@@ -98,7 +98,7 @@ def beside(draw, run) -> None:
     place = run / os.fsdecode(draw.choice([*names, b"checkpoint-\xd9\xa4", b"checkpoint-4 "]))
     how = draw.randrange(5)
     if how == 0:
-        shutil.copytree(run / "checkpoint-4", place)
+        shutil.copytree(run / "checkpoint-4", place, symlinks=True)
     elif how == 1:
         place.mkdir()
     elif how == 2:
@@ -149,7 +149,11 @@ def curve(path) -> list[tuple[float, float]] | None:
     found = {}
     try:
         *lines, last = path.read_bytes().decode(errors="replace").split("\n")
-        for line in filter(str.strip, [*lines, last if last.endswith("}") else ""]):
+        try:
+            json.loads(last)
+        except ValueError:
+            last = ""  # it was cut off
+        for line in filter(str.strip, [*lines, last]):
             one = json.loads(line)
             found[one["step"], one.get("role", "student")] = one
             if one["step"] == 0 and one.get("generated_tokens") is None:

@@ -126,3 +126,11 @@ def test_a_directory_without_a_manifest_of_ours_is_not_judged(tmp_path):
     assert check_saved(tmp_path, "model.path") is None
     (tmp_path / MANIFEST).write_text('{"name": "an app\'s"}')
     assert check_saved(tmp_path, "model.path") is None
+
+
+def test_a_manifest_without_an_end_is_damaged(tmp_path):
+    with new_directory(tmp_path / "a") as place:
+        (place / "x").write_bytes(b"x")
+    os.truncate(tmp_path / "a" / MANIFEST, 10**12)
+    with pytest.raises(UserError, match=rf"{MANIFEST}' is damaged"):
+        check_saved(tmp_path / "a", "f")

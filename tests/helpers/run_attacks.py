@@ -40,7 +40,7 @@ def mutated(value, draw, more=()):
             elif how == 1 and isinstance(place, list):
                 place.append(copy.deepcopy(place[key]))
             else:
-                place[key] = draw.choice([*VALUES, *more])
+                place[key] = copy.deepcopy(draw.choice([*VALUES, *more]))
             break
     return value
 
