@@ -330,13 +330,13 @@ def damage(place: Path, draw: random.Random) -> str | None:
     return f"{file.relative_to(place)} ({kind})"
 
 
-def is_refused(command: Command) -> bool:
-    """Whether resuming ends with one line that names the checkpoint."""
+def is_refused(command: Command, name: str) -> bool:
+    """Whether resuming ends with one line that names the checkpoint's file."""
     with tempfile.TemporaryFile("w+") as said, redirect_stderr(said):
         code = main(command.again)
         said.seek(0)
         told = said.read()
-    return code == 1 and "checkpoint-" in told and told.count("\n") == 1
+    return code == 1 and name in told and told.count("\n") == 1
 
 
 def trials(asked: argparse.Namespace, root: Path) -> int:
@@ -375,7 +375,7 @@ def trials(asked: argparse.Namespace, root: Path) -> int:
             what = damage(command.place, draw)
             if what is None:
                 continue
-            noticed = is_refused(command)
+            noticed = is_refused(command, what.partition(" (")[0])
             done, failed = done + 1, failed + (not noticed)
             print(f"{done:3d}  {what}: {'refused' if noticed else 'NOT NOTICED'}", flush=True)
             continue
