@@ -40,7 +40,8 @@ def mutated(value, draw, more=()):
             elif how == 1 and isinstance(place, list):
                 place.append(copy.deepcopy(place[key]))
             else:
-                place[key] = copy.deepcopy(draw.choice([*VALUES, *more]))
+                other = draw.choice([*VALUES, *more])  # a list may be changed in its turn
+                place[key] = copy.deepcopy(other) if isinstance(other, list | dict) else other
             break
     return value
 
