@@ -320,7 +320,8 @@ def test_learning_what_takes_long_is_given_up(most, short, monkeypatch):
     rows = [{"x": "", f"a{number}": True} for number in range(200)]
     text = TRUTH_OF_NOTHING if most == 1 else "{{ x }}"
     assert fill_in(text, rows) == [""] * 200
-    assert sum(b"skeletons" in job for _, job in asked) == 1
+    count = sum(b"skeletons" in job for _, job in asked)
+    assert 1 <= count <= (4 if most == 1 else 1)  # a limit of 0.3 s in 1 s
 
 
 LOOP_OF_90 = "{% for n in range(90) %}{% set y = x|trim(n|string)" + "|lower|upper" * 9 + " %}"
