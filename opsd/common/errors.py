@@ -8,7 +8,12 @@ LONGEST = 300  # characters quoted of a value or of another library's error
 
 
 class UserError(ValueError):
-    """An error that the user can fix: the message names the field, its value, what is allowed."""
+    """An error that the user can fix: the message names the field, its value, what is allowed. Of
+    one that quotes very much of a file, such as a name of megabytes, the middle is left out."""
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        return said if len(said) <= 1900 else f"{said[:1200]} … {said[-600:]}"
 
 
 def in_short(error: BaseException) -> str:

@@ -561,3 +561,11 @@ def test_a_tokenizer_that_fails_on_a_character_is_one_line(good, tmp_path):
     file.write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"^model\.path has a tokenizer that fails|no token of"):
         used(directory)
+
+
+def test_a_name_of_megabytes_is_not_quoted_in_whole(good, tmp_path):
+    directory = shutil.copytree(good["adapter"], tmp_path / "model")
+    edit(directory / "adapter_config.json", **{"qalora" + " " * 10**6: 1})
+    with pytest.raises(UserError, match="install the peft that wrote it") as raised:
+        used(directory)
+    one_line(str(raised.value), str(directory))
