@@ -44,7 +44,7 @@ def check_files(directory: Path, where: str) -> None:
             what = what if file.exists() else "a link that leads nowhere"
             raise UserError(f"{where}: {str(file)!r} is {what}, and must be a file")
         if file.suffix in TEXTS and (size := file.stat().st_size) > MOST_BYTES:
-            said = f"has {size:,} bytes, at most {MOST_BYTES:,} are read"
+            said = f"is too large: it has {size:,} bytes, at most {MOST_BYTES:,} are read"
             raise UserError(f"{where}: {str(file)!r} {said}")
     for file in (directory / f"{name}.json" for name in OBJECTS):
         if file.is_file():
