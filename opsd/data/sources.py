@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError, in_short
-from opsd.common.near import did_you_mean, near_file
+from opsd.common.near import did_you_mean, near_file, nearest
 from opsd.common.strict_json import texts
 from opsd.data.classes import classes_in, with_names
 from opsd.data.files import FILE_TYPES, file_type, read_file
@@ -40,7 +40,7 @@ def check_names(field: str, given: Iterable[str], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
             hint, allowed = did_you_mean(str(name), known), ", ".join(map(repr, known)) or "none"
-            if isinstance(given, dict) and given[name] in known:
+            if isinstance(given, dict) and given[name] in known and not nearest(name, known, 0.7):
                 hint = f"; did you mean {field}.{given[name]}={name}? Ours stands first"
             raise UserError(f"{field}: {name!r} is not known{hint} (allowed: {allowed})")
 
