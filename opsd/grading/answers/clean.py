@@ -154,6 +154,8 @@ _REWRITTEN = [
             r"\^\s*(?:\{\s*(?:\\circ|o|\\text\s*\{\s*o\s*\}|\\text)\s*\}|\\circ|o(?![A-Za-z]))",
             r"^\\circ ",
         ),
+        (r"\^\s*\{?\s*(?:\\top|\\intercal|\\text\s*\{\s*T\s*\}|T)(?![A-Za-z])\s*\}?", "^{T}"),
+        (r"\{\s*\}\s*\^\s*\{?\s*[tT]\s*\}?\s*([A-Z])(?![A-Za-z])", r"\1^{T}"),
         ("<=", r"\\le "),
         (">=", r"\\ge "),
         ("!=", r"\\neq "),

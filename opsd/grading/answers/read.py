@@ -88,7 +88,7 @@ def read(text: str, depth: int = 0) -> Node:
         return Value(text, plain)
     if (spelled := words.spelled_out(text) if text[0].isalpha() else None) is not None:
         return Value(as_latex(spelled), Number(spelled))
-    for reader in (_clock_or_ratio, based, _dots, _choice, _environment):
+    for reader in (_clock_or_ratio, based, _dots, _choice, _transposed, _environment):
         if (node := reader(text, depth)) is not None:
             return node
     if not balanced(text):
@@ -170,6 +170,15 @@ def _choice(text: str, depth: int) -> Node | None:
 
 
 _TEXT_START = re.compile(r"^\\text\s*\{([^{}]*)\}")
+
+
+def _transposed(text: str, depth: int) -> Node | None:
+    """Parse a matrix with `^T`."""
+    grid = _environment(text.removesuffix("^{T}").rstrip(), depth)
+    if not text.endswith("^{T}") or not isinstance(grid, Grid) or grid.cases:
+        return None
+    even = len(set(map(len, grid.rows))) == 1
+    return Grid(tuple(zip(*grid.rows, strict=True))) if even else None
 
 
 def _environment(text: str, depth: int) -> Node | None:

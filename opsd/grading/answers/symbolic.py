@@ -33,6 +33,7 @@ _DEGREES = re.compile(r"([\d.]+)\s*\^\\circ")
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
 _REPEATING = re.compile(r"(?<![\d.])\d{0,30}\.\d{0,30}\\overline\s*\{\d{1,30}\}")
 _BARE_LOGARITHM = re.compile(r"\\log(?![A-Za-z]|\s*_)")
+_TRANSPOSED = re.compile(r"[A-Za-z)]\s*\^\{T\}")
 _PARAMETERS = ("k", "n", "m", "l", "j", "t")
 _POINTS = 12
 
@@ -71,6 +72,8 @@ class Algebra:
     def __call__(self, wanted: str, given: str) -> bool:
         """Whether they are equal; the reference comes first, since math-verify is not symmetric."""
         wanted, given = _same_logarithm(wanted, given)
+        if _TRANSPOSED.search(wanted + given):  # math-verify exchanges the factors of a product
+            return re.sub(r"[\s{}]", "", wanted) == re.sub(r"[\s{}]", "", given)
         one, other = self._read(wanted), self._read(given)
         if not one or not other or _infinite(one[0]) != _infinite(other[0]):
             return False
