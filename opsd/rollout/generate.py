@@ -1,6 +1,7 @@
 """Samples by transformers' `generate`, in batches of contexts of similar length."""
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from opsd.models.generation_config import generating_by
 from opsd.models.images import ImageIds, generation_inputs
 from opsd.rollout.base import Rollout, Sampling, cut
 from opsd.rollout.logits_sampling import Draw, Within
+
+PADDING_CHANGES = 0.05  # relative to the largest logit; rounding to bf16 changes a tenth of this
 
 
 class GenerateSampler:
@@ -27,6 +30,7 @@ class GenerateSampler:
         self, model: PreTrainedModel, stops: frozenset[int], vocabulary: int | None = None
     ):
         self.model, self.stops, self.vocabulary = model, stops, vocabulary
+        self._padding_is_read: bool | None = None  # not tried yet
 
     def sync_weights(self, model: PreTrainedModel) -> None:
         """See `Sampler.sync_weights`; does nothing if it samples from `model` itself."""
@@ -43,14 +47,43 @@ class GenerateSampler:
         """One rollout for each context, in order; see `Sampler.sample`."""
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]), reverse=True)
         rollouts: list[Rollout | None] = [None] * len(contexts)
-        for start in range(0, len(order), sampling.batch_size):
-            chosen = order[start : start + sampling.batch_size]
+        alike = [order]
+        if len(set(map(len, contexts))) > 1 and self._reads_padding():
+            alike = [list(some) for _, some in groupby(order, lambda i: len(contexts[i]))]
+        size = sampling.batch_size
+        for chosen in (some[n : n + size] for some in alike for n in range(0, len(some), size)):
             batch = self._batch([contexts[i] for i in chosen], sampling, progress)
             for i, rollout in zip(chosen, batch, strict=True):
                 rollouts[i] = rollout
             if progress:
                 progress(len(chosen), 0)
         return rollouts
+
+    def _reads_padding(self) -> bool:
+        """Whether padding changes the logits, as in RWKV, which takes no mask: then contexts of
+        different lengths cannot be in the same batch."""
+        if self._padding_is_read is None:
+            ids = torch.tensor([[0, 0, 0, 1, 2]], device=self.model.device)
+            was_training = self.model.training
+            self.model.eval()
+            with generating_by(self.model, GenerationConfig()):
+                padded, alone = (
+                    self.model.generate(
+                        input_ids=some,
+                        attention_mask=(some > 0).long(),
+                        max_new_tokens=1,
+                        do_sample=False,
+                        output_logits=True,
+                        return_dict_in_generate=True,
+                        synced_gpus=False,
+                    ).logits[0]
+                    for some in (ids, ids[:, 3:])
+                )
+            self.model.train(was_training)
+            largest = alone[alone.isfinite()].abs().max()
+            apart = (padded - alone).nan_to_num().abs().max()
+            self._padding_is_read = bool(apart > PADDING_CHANGES * largest)
+        return self._padding_is_read
 
     def _batch(
         self,

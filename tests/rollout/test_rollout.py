@@ -4,6 +4,7 @@ import resource
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_model
 from helpers.training_cases import ROWS
 
 from opsd.common.errors import UserError
@@ -61,6 +62,23 @@ def test_generate_is_greedy_decoding(batch_size, model, tokenizer, contexts):
     sampling = Sampling(12, temperature=0, batch_size=batch_size)
     rollouts = GenerateSampler(model, stops).sample(contexts, sampling)
     assert [r.ids for r in rollouts] == [greedy_by_hand(model, c, stops, 12) for c in contexts]
+
+
+FAMILIES = ["llama", "gemma3_text", "bloom", "mpt", "gpt_neo", "mamba", "jamba", "lfm2"]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "rwkv", "recurrent_gemma"])
+def test_no_padding_is_read(family):
+    """RWKV and RecurrentGemma take no mask: in a padded batch they read the padding."""
+    torch.manual_seed(0)
+    model = tiny_model(family).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.5 if weight.dim() > 1 else 0)
+    contexts = [torch.randint(5, 30, (length,)).tolist() for length in (17, 3, 9, 3)]
+    sampler, stops = GenerateSampler(model, frozenset([4])), frozenset([4])
+    sampled = sampler.sample(contexts, Sampling(6, temperature=0, batch_size=3))
+    assert [r.ids for r in sampled] == [greedy_by_hand(model, c, stops, 6) for c in contexts]
 
 
 def test_both_samplers_write_the_same_greedy_tokens(model, tokenizer, contexts):
