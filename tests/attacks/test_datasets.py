@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import tracemalloc
 from decimal import Decimal
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from helpers.training_cases import ROWS
 from PIL import Image
 
 from opsd.common.errors import UserError
+from opsd.data import files, parquet_worker
 from opsd.data.files import read_file
 from opsd.data.images import UnreadableImageError
 from opsd.data.rows import load_rows
@@ -458,3 +460,30 @@ def test_the_rows_of_a_small_parquet_file_are_counted(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(UserError, match="it unpacks to more"):
         list(read_file(tmp_path / "a.parquet", "data"))
+
+
+def test_the_bounds_are_those_of_the_text():
+    """As SECURITY.md says them: 128 MiB and 100 times, 2 GiB, 20 s, 64 rows."""
+    bounds = files.LEAST, files.RATIO, files.MEMORY, files.SECONDS, parquet_worker.ROWS
+    assert bounds == (128 << 20, 100, 2 << 30, 20, 64)
+
+
+def test_a_small_file_takes_no_more_memory_than_it_may(tmp_path, monkeypatch):
+    monkeypatch.setattr("opsd.data.files.LEAST", 1 << 22)
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(b"[" + b" " * (1 << 26)))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="it unpacks to more"):
+        list(read_file(path, "data"))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    tracemalloc.stop()
+
+
+def test_a_few_rows_of_parquet_have_a_limit_of_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("opsd.data.files.MEMORY", 1 << 28)
+    some = pyarrow.array([0] * 64, pyarrow.int32())
+    texts = pyarrow.DictionaryArray.from_arrays(some, pyarrow.array(["a" * 9_000_000]))
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"problem": texts}), path, compression="zstd")
+    with Clock(), pytest.raises(UserError, match=r"rows take too much .*\(memory\)"):
+        list(read_file(path, "data"))

@@ -302,3 +302,36 @@ def test_a_last_line_without_its_end(run, tmp_path):
     assert ["evaluations.jsonl:6 (accuracy is 7" in said for said in troubles] == [True]
     with pytest.raises(UserError, match="is damaged in line 6 "):
         RunLog(changed, 4)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"accuracy": "0.5"}, {"accuracy": True}, {"accuracy": 1.5}, {"step": 4.0}, {"step": -1},
+        {"problems": 0}, {"role": "nobody"}, {"generated_tokens": 1e19}, {"low": 7},
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_or_beyond_its_bounds(more, run, tmp_path):
+    changed = copied(run, tmp_path / "place")
+    line = {"step": 4, "accuracy": 0.5, "generated_tokens": 400} | more
+    with (changed / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    (trouble,) = read_results(changed).troubles
+    assert trouble.startswith("run/evaluations.jsonl:6 (") and next(iter(more)) in trouble
+    with pytest.raises(UserError, match=r"evaluations\.jsonl' is damaged in line 6"):
+        RunLog(changed, 4)
+
+
+def test_lines_that_are_too_long_and_links_are_not_read(run, tmp_path):
+    changed = copied(run, tmp_path / "place")
+    for name in ("metrics.jsonl", "config.yaml", "summary.json"):
+        (changed / name).rename(changed.parent / name)
+        (changed / name).symlink_to(changed.parent / name)
+    (changed / "inside").symlink_to(run)
+    with (changed / "samples.jsonl").open("a") as file:
+        file.write(" " * (1 << 26) + "{}\n")
+    found = read_results(changed)
+    said = " ".join(found.troubles)
+    assert found.config is None and found.runs[0].metrics == [] and not found.quickstart
+    assert found.summary == {} and said.count("is a link, which is not followed") == 3
+    assert "has more than 67,108,864 bytes in line 6" in said

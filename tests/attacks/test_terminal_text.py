@@ -6,6 +6,7 @@ from helpers.terminal import obeyed
 
 from opsd.cli.main import main
 from opsd.common.display import Display
+from opsd.common.errors import UserError
 
 SEQUENCES = [
     "\x1b[2J", "\x1b[31m", "\x1b]0;title\x07", "\x1b]52;c;aGk=\x07", "\x1b]8;;http://x\x1b\\",
@@ -45,6 +46,35 @@ def test_an_error_line_holds_no_control_character(draw, config, capsys):
     assert main(["train", str(config)]) == 1
     line = capsys.readouterr().err
     assert line.startswith("opsd: ") and obeyed(line) == ["\n"]
+
+
+def test_errors_and_what_a_model_writes_are_not_obeyed(tmp_path, capsys, monkeypatch):
+    text = "".join(SEQUENCES)
+
+    def fails(*_):
+        raise UserError(text)
+
+    monkeypatch.setattr("opsd.cli.report.run", fails)
+    assert main(["report", str(tmp_path)]) == 1
+    assert obeyed(capsys.readouterr().err) == ["\n"]
+
+
+def test_a_chat_shows_what_it_does_not_obey(files, capsys, monkeypatch):
+    text, asked = "".join(SEQUENCES), iter(["1+1"])
+
+    def ends(streamer):
+        streamer.on_finalized_text(text, stream_end=True)
+
+    monkeypatch.setattr("builtins.input", lambda *_: next(asked, None) or _end())
+    monkeypatch.setattr("transformers.TextStreamer.put", lambda *_: None)
+    monkeypatch.setattr("transformers.TextStreamer.end", ends)
+    assert main(["chat", str(files[0]), "--max-new-tokens", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "]0;title" in shown and set(obeyed(shown)) == {"\n"}
+
+
+def _end():
+    raise EOFError
 
 
 def test_a_display_shows_what_it_does_not_obey(draw, capsys):

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import psutil
@@ -19,6 +20,7 @@ from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.compare import study as studies
 from opsd.compare.study import Job, load_study, run_jobs, study_jobs, train_jobs
+from opsd.compare.study_page import study_page
 from opsd.data.solution_styles import SOLUTION_STYLES, SolutionStyle
 from opsd.quickstart import chain_sum
 from opsd.quickstart import tiny_model as tiny
@@ -348,6 +350,16 @@ def test_the_examples_are_studies(path, tmp_path):
     jobs = study_jobs(study, tmp_path)
     assert len(jobs) == len(study.cells)
     assert sum(map(len, jobs.values())) == len(study.cells) * len(study.seeds)
+
+
+def test_a_variants_name_is_no_address(tmp_path, monkeypatch):
+    for name in ("study_columns", "study_rows"):
+        monkeypatch.setattr(f"opsd.compare.study_page.{name}", lambda *_: [["a"]])
+    name = "javascript:alert(1)"
+    study = load_study(write(tmp_path / "s.yaml", quickstart="tiny", variants={name: {}}))
+    page = study_page(study, {name: SimpleNamespace(notes=[])})
+    assert 'href="javascript%3Aalert%281%29/comparison.html"' in page
+    assert 'href="javascript:' not in page
 
 
 def test_solution_styles():

@@ -25,6 +25,7 @@ from opsd.config.sections import (
     RouteSection,
     TeacherSection,
 )
+from opsd.config.yaml import load_yaml
 
 ROOT = Path(__file__).parents[2]
 GOOD = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
@@ -61,6 +62,14 @@ def test_overrides_are_yaml_and_win(tmp_path):
 def test_an_override_may_fill_an_empty_section(tmp_path):
     path = write(tmp_path / "c.yaml", "model: {path: m}\ndata: {source: d}\ntrain:\n")
     assert load_config(path, ["train.steps=7"]).train.steps == 7
+
+
+def test_words_and_numbers_are_yaml_1_2s():
+    text = "[1:30, 010, on, no, yes, off, 1e-5, 1_000, 0o17, 0x1F, .5, ~, true, 1.5e3, 0b1]"
+    numbers = ["1:30", 10, "on", "no", "yes", "off", 1e-5, "1_000", 15, 31, 0.5, None, True]
+    assert load_yaml(text) == [*numbers, 1500.0, "0b1"]
+    shared = load_yaml("a: &x {b: [1]}\nc: *x")
+    assert shared["a"] == shared["c"] and shared["a"]["b"] is not shared["c"]["b"]
 
 
 def test_a_saved_config_is_the_same_config(tmp_path):

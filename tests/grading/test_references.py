@@ -190,3 +190,11 @@ def test_mixed_texts_are_read_in_linear_time(parts, in_turn, end):
     text = "".join(parts) if in_turn else "".join(part * 200 for part in parts)
     with processor_time(1):
         prepared(text * (20_000 // len(text) + 1) + end)
+
+
+def test_longer_texts_than_4000_characters_are_not_compared():
+    """By the reason: to read them would take long."""
+    with Grader() as grader:
+        for answer, reference in (("1+" * 2000 + "1", "5"), ("5", "1+" * 2000 + "1")):
+            (grade,) = grader.grade([f"\\boxed{{{answer}}}"], [reference])
+            assert grade.failed and "is longer than 4000 characters" in grade.reason

