@@ -58,6 +58,8 @@ def read_file(path: Path, section: str) -> Iterator[Any]:
         raise
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text: {error}") from error
+    except MemoryError:
+        raise UserError(f"{where} has a line, or a list, that does not fit into memory") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{where} cannot be read: {error}") from error
 

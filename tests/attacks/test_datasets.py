@@ -421,6 +421,20 @@ def test_a_directory_that_goes_while_it_is_looked_at_is_left_out(tmp_path, monke
         load_rows(str(tmp_path / "rows"), require=["problem"])
 
 
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv"])
+def test_a_file_of_one_line_without_an_end_is_one_line(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("opsd.data.files._json", no_memory)
+    monkeypatch.setattr("opsd.data.files._table", no_memory)
+    (tmp_path / f"a.{kind}").write_text("[]")
+    with pytest.raises(UserError, match="that does not fit into memory"):
+        load_rows(str(tmp_path / f"a.{kind}"), require=["problem"])
+
+
+def no_memory(*_):
+    raise MemoryError
+    yield
+
+
 def bomb(draw, path: Path) -> None:
     """A small file of far more than it seems."""
     if path.suffix == ".gz":
