@@ -385,10 +385,7 @@ def _updates(config: Config) -> Iterator[str]:
     if train.mini_batches > (most := train.problems_per_step):
         yield f"train.mini_batches: it may be at most train.problems_per_step ({most})"
     if config.loss.router_aux and train.gradient_checkpointing == "reentrant":
-        yield (
-            "train.gradient_checkpointing: its older form computes the routers' logits without a "
-            "gradient, which loss.router_aux needs (allowed: true, false)"
-        )
+        yield "train.gradient_checkpointing: its older form gives loss.router_aux no gradient"
     if not train.sharding.startswith("zero"):
         return
     if config.model.lora is not None:
@@ -410,6 +407,8 @@ def _images(config: Config) -> Iterator[str]:
         yield "rollout.engine: of rows with images (columns.images) 'generate' alone samples"
     if config.train.sharding != "none":
         yield "train.sharding: rows with images (columns.images) train in one process"
+    if config.model.lora is not None and config.model.lora.quantize != "none":
+        yield "model.lora.quantize: it is not tried with rows of images (columns.images)"
     if config.loss.router_aux:
         yield "loss.router_aux: it is not tried with rows of images (columns.images)"
     for member in config.teacher.members():

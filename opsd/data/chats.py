@@ -24,16 +24,22 @@ TEXTS = frozenset({"text", "input_text", "output_text"})
 TOOLS = frozenset({"tool", "function", "function_call", "observation", "ipython"})
 
 
+NO_COLUMN = " (map the column of a row's images: columns.images=images)"
+NOT_FIRST = " after a text (a prompt shows a row's images where its template has {{ images }})"
+
+
 class NotTextError(ValueError):
     """A chat has content other than text; the error's message completes "its chat …"."""
 
 
 class Chat(NamedTuple):
-    """A chat's problem, its solution ("" without one), and the messages before the problem."""
+    """A chat's problem, its solution ("" without one), the messages before the problem, and the
+    number of images with which the problem begins."""
 
     problem: str
     solution: str
     history: tuple[dict[str, str], ...]
+    images: int = 0
 
 
 def parsed(value: Any) -> Any:
@@ -49,10 +55,12 @@ def parsed(value: Any) -> Any:
     return value
 
 
-def as_messages(value: Any) -> list[dict[str, str]] | None:
+def as_messages(value: Any, shown: list[int] | None = None) -> list[dict[str, str]] | None:
     """The value as messages with `role` and `content`; None if it is no list of messages.
 
-    Contents may be lists of parts. Raises NotTextError for images and tools.
+    Contents may be lists of parts. shown: the places of images at a content's beginning, which are
+    left out: for each the number of its message is added; None: they are refused. Raises
+    NotTextError for other images, and for tools.
     """
     value = _by_message(parsed(value))
     if not isinstance(value, list) or not value:
@@ -71,9 +79,14 @@ def as_messages(value: Any) -> list[dict[str, str]] | None:
         if isinstance(content, list):
             parts = [{"text": part} if isinstance(part, str) else part for part in content]
             parts = [part for part in parts if isinstance(part, Mapping)]
+            while shown is not None and parts and parts[0].get("type") == "image":
+                shown.append(len(messages))
+                parts = parts[1:]
             kinds = {part.get("type", "text") for part in parts} - TEXTS - {"thinking"}
             if kinds:
-                raise NotTextError(f"holds parts that are no text: {', '.join(map(str, kinds))}")
+                said = f"holds parts that are no text: {', '.join(map(str, kinds))}"
+                where = NO_COLUMN if shown is None else NOT_FIRST
+                raise NotTextError(said + (where if "image" in kinds else ""))
             thoughts = [part["thinking"] for part in parts if part.get("thinking")]
             entry = {**entry, "thinking": thoughts[0]} if thoughts else entry
             content = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
@@ -98,16 +111,20 @@ def _by_message(value: Any) -> Any:
     return [dict(zip(value, one, strict=True)) for one in zip(*lists, strict=True)]
 
 
-def read_chat(value: Any) -> Chat | None:
-    """The value as a Chat; None if it is no list of messages or has no user message."""
-    messages = as_messages(value)
+def read_chat(value: Any, images: bool = False) -> Chat | None:
+    """The value as a Chat; None if it is no list of messages or has no user message. images: the
+    row's are in a column of their own."""
+    shown: list[int] = []
+    messages = as_messages(value, shown if images else None)
     users = [i for i, m in enumerate(messages or []) if m["role"] == "user"]
     if not messages or not users:
         return None
     last = users[-1]
+    if any(number != last for number in shown):
+        raise NotTextError("has images before its last question, which no prompt shows")
     answers = [m["content"] for m in messages[last + 1 :] if m["role"] == "assistant"]
     solution = answers[-1] if answers else ""
-    return Chat(messages[last]["content"], solution, tuple(messages[:last]))
+    return Chat(messages[last]["content"], solution, tuple(messages[:last]), len(shown))
 
 
 def read_pair(record: Mapping[str, Any]) -> Chat | None:

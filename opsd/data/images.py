@@ -21,8 +21,9 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_BYTES, MOST_PIXELS = 1 << 26, 1 << 25
 """Limits of an image, encoded and decoded: 32 Mi pixels take 100 MB."""
 
-MARK = f"\u2042{secrets.token_hex(8)}\u2042"
-"""Marks an image's place in a rendered template. It is random, so that no row can contain it."""
+MARK = chr(0xF0000 + secrets.randbelow(0xFFFE))
+"""Marks an image's place in a rendered template: one character of no alphabet, so that a template
+cannot cut it, and random, so that no row is written with it."""
 
 
 class UnreadableImageError(ValueError):

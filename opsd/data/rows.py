@@ -260,6 +260,10 @@ class _Reader:
         except NotTextError as error:
             raise IncompleteRowError(f"{where}: its chat {error}") from None
         if chat is not None:
+            if chat.images not in (0, len(images)):
+                raise IncompleteRowError(
+                    f"{where}: its chat shows {chat.images} images, its column has {len(images)}"
+                )
             history, found["problem"] = chat.history, (True, chat.problem)
             if not found["solution"][0] and "solution" not in self.mapped:
                 said = chat.solution or last_answer(record.get("completion", record.get("chosen")))
@@ -291,14 +295,15 @@ class _Reader:
             raise IncompleteRowError(f"{where}: column {column!r} (images): {error}") from None
 
     def _chat(self, record: dict[str, Any], problem: tuple[bool, Any]) -> Chat | None:
-        found, value = problem
+        (found, value), seen = problem, "images" in self.theirs
         chats: Iterator[Chat | None]
         if found:
-            chats = iter([read_chat(value)])
+            chats = iter([read_chat(value, seen)])
         elif "problem" in self.mapped:
             return None
         else:
-            chats = (read_chat(record.get(name)) for name in (*CHAT_COLUMNS, "prompt", "chosen"))
+            names = (*CHAT_COLUMNS, "prompt", "chosen")
+            chats = (read_chat(record.get(name), seen) for name in names)
         chat = next(filter(None, chats), None) or (None if found else read_pair(record))
         system = record.get("system")  # ShareGPT's rows have it in a separate column
         if chat is None or not isinstance(system, str) or not system.strip():

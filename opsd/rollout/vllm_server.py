@@ -18,6 +18,7 @@ from opsd.models.lora import save_adapters, without_adapters
 from opsd.rollout.base import Rollout, Sampling, draw_seeds
 from opsd.rollout.server import RolloutServer
 from opsd.rollout.threads import as_done, in_background
+from opsd.rollout.weights_directory import held
 
 
 class ServerSampler:
@@ -75,14 +76,15 @@ class ServerSampler:
                 f"{str(self.directory)!r} was not made by this run, which would leave its weights "
                 "there: remove it, or set rollout.weights_dir"
             ) from None
-        try:
-            new.mkdir()
-            write(new)
-            readable(new)  # the server may run as another user
-            load(new)
-            return sum(file.stat().st_size for file in new.glob("*.safetensors"))
-        finally:
-            shutil.rmtree(self.directory)
+        with held(self.directory):
+            try:
+                new.mkdir()
+                write(new)
+                readable(new)  # the server may run as another user
+                load(new)
+                return sum(file.stat().st_size for file in new.glob("*.safetensors"))
+            finally:
+                shutil.rmtree(self.directory)
 
     def _write_weights(self, model: PreTrainedModel, directory: Path) -> None:
         # On a CPU vLLM 0.32 has a second copy of a tied head, with a name of its own.

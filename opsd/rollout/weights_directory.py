@@ -2,10 +2,15 @@
 
 import os
 import shutil
+import stat
+import time
 from hashlib import sha256
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
+from opsd.common.errors import UserError
+from opsd.common.files import append_to, try_lock
 from opsd.common.system import memory
 from opsd.config.sections import RolloutSection
 
@@ -14,12 +19,38 @@ MEMORY = Path("/dev/shm")  # Linux's file system in memory
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
+LOCK, YOUNG = "lock", 60.0  # seconds within which a directory that is being made is left alone
+
+
+def held(directory: Path) -> IO[bytes]:
+    """Lock the directory until the file is closed or the process ends: it is in use."""
+    file = append_to(directory / LOCK)
+    try_lock(file)
+    return file
+
+
+def remove_left() -> None:
+    """Remove the weights in memory that runs of this user left there when they were killed."""
+    for left in MEMORY.glob("opsd-*"):
+        try:
+            known = left.lstat()
+            young = time.time() - known.st_mtime < YOUNG
+            if not stat.S_ISDIR(known.st_mode) or known.st_uid != os.getuid() or young:
+                continue
+            with append_to(left / LOCK) as file:
+                if try_lock(file):
+                    shutil.rmtree(left)
+        except (OSError, UserError):  # another run removes it
+            continue
+
+
 def weights_directory(section: RolloutSection, run: Path, needed: int) -> Path:
     """For this run alone, with room for so many bytes."""
     own = f"opsd-{sha256(str(run).encode()).hexdigest()[:12]}"
     if section.weights_dir is not None:
         return Path(section.weights_dir) / own
     engine = section.engine.removesuffix("_server")
+    remove_left()
     return MEMORY / own if _in_memory(engine, section.server or "", needed) else run / WEIGHTS
 
 

@@ -1,5 +1,7 @@
 """Contexts with images: the chat template places them, the model's processor makes their ids."""
 
+import unicodedata
+
 import pytest
 from helpers.image_models import make_image_model, make_tokenizer, picture, write_processor
 from helpers.training_cases import ROWS
@@ -7,7 +9,7 @@ from transformers import Qwen3VLProcessor
 
 from opsd.common.errors import UserError
 from opsd.config.sections import ModelSection, PromptsSection
-from opsd.data.images import read_images
+from opsd.data.images import MARK, read_images
 from opsd.data.prompts import Prompts, UnreadableRowError
 from opsd.data.rows import Row
 from opsd.models.images import ImageIds, ImageReader
@@ -68,7 +70,7 @@ def test_our_own_templates_show_images_first(tokenizer):
     section = PromptsSection()
     prompts = Prompts(section, tokenizer)
     for role in ("student", "teacher"):
-        message = prompts.render(row, role).rpartition("\u2042")[2]
+        message = prompts.render(row, role).rpartition(MARK)[2]
         wanted = by_transformers(tokenizer, row, "", message)["input_ids"][0].tolist()
         assert message.startswith("1+2") and prompts.ids(row, role) == wanted
     plain = Row("1+2", "3", "3", {})
@@ -138,9 +140,16 @@ def test_a_chat_template_that_drops_images_is_refused(tokenizer):
 
 
 def test_a_row_cannot_guess_the_mark_of_an_image(tokenizer):
-    """What a template is given for an image is drawn at random in each process."""
+    """What a template is given for an image is drawn at random in each process, of private use."""
     mark = make_prompts(tokenizer).render(make_row(""), "student")[1:]
-    assert len(mark) == 18 and mark[0] == mark[-1] == "\u2042"
+    assert len(mark) == 1 and unicodedata.category(mark) == "Co"
+
+
+@pytest.mark.parametrize("part", ["images[1:]", "images[0]", "images | reverse | first"])
+def test_a_template_cannot_cut_the_images(part, tokenizer):
+    row = make_row(images=((8, 8, 1), (8, 8, 2)))
+    with pytest.raises(UnreadableRowError, match="1 times, for 1 of its 2 images"):
+        make_prompts(tokenizer, student="{{ " + part + " }}{{ problem }}").context(row)
 
 
 def test_the_template_beside_an_older_processor_is_its_own(tmp_path):

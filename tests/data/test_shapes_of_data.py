@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from helpers.image_models import picture
 
 from opsd.common.errors import UserError
 from opsd.data.chats import read_chat
@@ -214,11 +215,43 @@ def test_a_system_message_may_stand_beside_the_chat():
     assert load_rows([{**RECORDS[0], "system": "metric"}])[0].history == ()
 
 
+IMAGE, WORDS = {"type": "image"}, {"type": "text", "text": "How many?"}
+
+
+def asked(*parts):
+    return [{"role": "user", "content": [*parts]}, ANSWER]
+
+
+def with_images(messages, count):
+    """A row as TRL and the hub have them: the images' places in the chat, the images beside it."""
+    record = {"messages": messages, "answer": "2", "images": [picture(8, 8)] * count}
+    return load_rows([record], columns={"images": "images"})
+
+
+def test_images_at_the_beginning_of_the_question_are_those_of_their_column():
+    (row,) = with_images(asked(IMAGE, IMAGE, WORDS), 2)
+    assert row.problem == "How many?" and len(row.images) == 2
+    assert len(with_images(asked(WORDS), 1)[0].images) == 1  # its template shows them
+
+
+@pytest.mark.parametrize(
+    "messages, said",
+    [
+        (asked(WORDS, IMAGE), "image after a text .*where its template has"),
+        ([*asked(IMAGE, WORDS), *asked(WORDS)], "has images before its last question"),
+        (asked(IMAGE, WORDS), "its chat shows 1 images, its column has 2"),
+    ],
+)
+def test_images_elsewhere_are_refused_in_a_line(messages, said):
+    with pytest.raises(UserError, match=said):
+        with_images(messages, 2)
+
+
 @pytest.mark.parametrize(
     "messages, said",
     [
         ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}, ANSWER],
-         "parts that are no text: image"),
+         "parts that are no text: image .map the column of a row.s images: columns.images=images"),
         ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]},
           {"role": "tool", "content": "2"}, ANSWER], "calls tools"),
         ([USER, {"role": "assistant", "content": None}], "of the assistant without content"),

@@ -18,10 +18,12 @@ from opsd.common.errors import UserError
 from opsd.common.http import ServerGoneError
 from opsd.config.load import merge
 from opsd.models.load import stop_ids
+from opsd.objectives import Totals
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import GenerateSampler, RolloutServer, Sampling, ServerRestartedError
 from opsd.rollout.engines import DIALECTS, training_server
 from opsd.rollout.vllm_server import ServerSampler
+from opsd.training.engine_check import EngineCheck
 from opsd.training.run import train
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -326,3 +328,29 @@ def test_weights_of_another_model_leave_the_old_ones(sglang, files, tmp_path):
     sglang.model.config.model_type = "llama"
     with pytest.raises(UserError, match=r"a 'llama'; '.*' is a 'qwen3': start it on that"):
         train(config, quiet())
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_weights_that_stay_old_stop_the_run_at_any_step(ahead, tmp_path):
+    """Ahead, one step may explain it: the second in a row does not."""
+
+    def totals(difference):
+        made = Totals()
+        made.add(4, engine_divergence=torch.tensor(difference))
+        return made
+
+    rollout = {"engine": "vllm_server", "server": "http://a", "ahead": ahead}
+    config = short_config(tmp_path, tmp_path, tmp_path, rollout=rollout)
+    said = []
+    check = EngineCheck(config, said.append)
+    check(totals(0.01), 1)
+    assert not said
+    check(totals(0.05), 7)
+    assert len(said) == 1 and "step 7" in said[0]
+    if ahead:
+        check(totals(0.3), 8)
+        assert len(said) == 2
+        check(totals(0.01), 9)
+        check(totals(0.3), 10)
+    with pytest.raises(UserError, match=r"0\.31 a token in the mean .*other weights"):
+        check(totals(0.31), 11)

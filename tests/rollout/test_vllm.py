@@ -233,6 +233,34 @@ def test_a_rollout_that_vllm_cut_tells_both_of_its_options():
         server._checked(cut, "length", Sampling(4), frozenset(), None)
 
 
+def test_weights_that_a_killed_run_left_in_memory_are_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_directory, "MEMORY", tmp_path)
+    code = "import sys, time; from pathlib import Path; from opsd.rollout import weights_directory "
+    code += "as w; file = w.held(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    killed, lives, young, other = (tmp_path / f"opsd-{n}" for n in range(4))
+    for place in (killed, lives, young, other):
+        (place / "1").mkdir(parents=True)
+    holders = [
+        subprocess.Popen([sys.executable, "-c", code, str(place)], stdout=subprocess.PIPE)
+        for place in (killed, lives)
+    ]
+    for process in holders:
+        process.stdout.readline()
+    holders[0].kill()
+    holders[0].wait()
+    for place in (killed, lives):
+        os.utime(place, (1e9, 1e9))
+    weights_directory.remove_left()
+    assert not killed.exists() and lives.exists() and young.exists()
+    holders[1].kill()
+    holders[1].communicate()
+    os.utime(lives, (1e9, 1e9))
+    os.utime(other, (1e9, 1e9))
+    monkeypatch.setattr(os, "getuid", lambda: -1)  # another user's
+    weights_directory.remove_left()
+    assert lives.exists() and other.exists()
+
+
 def test_weights_lie_in_memory_where_the_server_surely_sees_it(monkeypatch, tmp_path):
     """A process of its own that is called as vLLM's server is, and one that is not."""
     monkeypatch.setattr(weights_directory, "MEMORY", tmp_path / "memory")

@@ -208,6 +208,8 @@ def test_no_rollout_draws_the_token_of_an_image(model_and_contexts):
         ({"teacher": {"quantize": "int8"}}, "teacher.quantize is 'int8': it is not tried"),
         ({"teacher": {"offload": True}}, "teacher.offload is true: it is not tried"),
         ({"train": {"sharding": "zero2"}}, "train.sharding is 'zero2': rows with images"),
+        ({"model": {"lora": {"quantize": "nf4"}}}, "model.lora.quantize is 'nf4': it is not tried"),
+        ({"loss": {"router_aux": 0.1}}, "loss.router_aux is 0.1: it is not tried"),
         ({"model": {"gguf_file": "a.gguf"}}, "model.gguf_file is 'a.gguf': it has no processor"),
     ],
 )
