@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
+from opsd.common.system import trim_heap
 from opsd.models.head import attention_shapes, decoder_of
 from opsd.models.images import ImageIds
 from opsd.prefix.continued import CHUNK, Continuation
@@ -173,6 +174,7 @@ def _run_prefix(model: PreTrainedModel, ids: Ids) -> _PrefixRun:
         layout = Layout([(chunk, [ids[-1:]])], model.device, [start], images)
         capture = Capture(in_graph, graph=True)
         packed_forward(model, layout, capture=capture, past=before or None)
+        trim_heap()  # the next chunk's tiles are larger, and fit into no gap of this one's
         while before:  # free each tensor after its copy, so that both are never complete
             module, pairs = before.popitem()
             (k, v), (more_k, more_v) = pairs, in_graph[module]

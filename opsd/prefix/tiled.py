@@ -172,7 +172,7 @@ class _TiledAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, sinks)
         ctx.tiles, ctx.softcap = tiles, softcap
         out = query.new_empty(*query.shape[:2], value.shape[2])
-        for tile in tiles:
+        for tile in reversed(tiles):  # the largest first: the others take its memory
             q, k, v = _gather(tile, query, key, value)
             probability, _ = _probabilities(tile, q, k, softcap, sinks)
             _scatter(tile, torch.bmm(probability.to(v.dtype), v), out)

@@ -106,8 +106,8 @@ def teacher_peak(context, chunk, monkeypatch):
 def test_a_teacher_s_long_context_needs_memory_for_its_cache_alone(monkeypatch):
     short, its = teacher_peak(1024, 512, monkeypatch)
     long, cache = teacher_peak(8192 - 64, 512, monkeypatch)
-    # The cache of both layers, and the one that runs holds its own twice more.
-    assert long <= 1.1 * short + 4 * (cache - its), (long, short, cache)
+    # The cache of both layers, and the one that runs holds its own three times more.
+    assert long <= 1.1 * short + 5 * (cache - its), (long, short, cache)
 
 
 def test_the_meter_counts_what_is_alive():
