@@ -396,6 +396,6 @@ class Prompts:
 def tokens_without_row(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Tokens without a row in the model's embedding, such as Gemma 3 1B's image token: → ids."""
     rows = getattr(tokenizer, "embedding_rows", None)
-    if rows is None or max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder]) < rows:
+    if rows is None:
         return {}
     return {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}

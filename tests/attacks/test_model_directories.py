@@ -569,3 +569,14 @@ def test_a_name_of_megabytes_is_not_quoted_in_whole(good, tmp_path):
     with pytest.raises(UserError, match="install the peft that wrote it") as raised:
         used(directory)
     one_line(str(raised.value), str(directory))
+
+
+def test_a_token_beyond_the_embedding_is_named_where_ids_have_holes(good, tmp_path):
+    """There are as many tokens as rows, and one has the id after the last."""
+    directory = shutil.copytree(good["tied"], tmp_path / "model")
+    file = directory / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["model"]["vocab"]["+"] = len(values["model"]["vocab"])
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"'\+', token 27, for which the model has no embedding"):
+        used(directory)
