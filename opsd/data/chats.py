@@ -65,7 +65,7 @@ def as_messages(value: Any, shown: list[int] | None = None) -> list[dict[str, st
     value = _by_message(parsed(value))
     if not isinstance(value, list) or not value:
         return None
-    messages = []
+    messages: list[dict[str, str]] = []
     for entry in value:
         if not isinstance(entry, Mapping):
             return None

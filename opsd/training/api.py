@@ -100,7 +100,7 @@ class OPSDTrainer:
             elif train_dataset is not None and (eval_dataset or config.eval.source) is None:
                 said["eval.problems"] = 0
         alone = callable(reward_funcs) or isinstance(reward_funcs, str)
-        functions = [reward_funcs] if alone else reward_funcs
+        functions: Any = [reward_funcs] if alone else reward_funcs
         if functions:
             given.verifier, said["loss.reward.verifier"] = verifier_of(functions)
         self.display, self.processes = display or Display(), Processes()
@@ -210,7 +210,8 @@ def _check_types(args: Any, processing_class: Any, others: Mapping[str, Any]) ->
         field = f"it is a field of OPSDConfig, {found}" if found else "help(OPSDTrainer) lists them"
         raise UserError(f"OPSDTrainer has no argument {name!r}: {NOWHERE.get(name, field)}")
     if args is not None and not isinstance(args, Config):
-        made = {str: f"load_config({args!r})", dict: "OPSDConfig(**args)"}.get(type(args))
+        kind: Any = type(args)
+        made = {str: f"load_config({args!r})", dict: "OPSDConfig(**args)"}.get(kind)
         raise UserError(
             f"args is of type {type(args).__name__}: it must be an OPSDConfig, as "
             f"{made or 'OPSDConfig(steps=100, learning_rate=1e-5)'}"
