@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from opsd.common.errors import UserError
 from opsd.config.sections import ModelSection
 from opsd.models.images import ImageReader
 from opsd.models.load import check_directory, load_config, load_model, load_tokenizer, stops_of
@@ -58,8 +59,11 @@ class Subject:
         lines = []
         found = sorted({path for pattern in _FILES for path in directory.glob(pattern)})
         for path in filter(Path.is_file, found):  # a pipe may have no end
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
+            try:
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise UserError(f"MODEL: {str(path)!r} cannot be read ({error})") from None
             lines.append(f"{path.name} {content}\n")
         return _digest("".join(lines))
 
@@ -85,4 +89,4 @@ class Subject:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
