@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -10,14 +11,16 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from opsd.common.errors import UserError
+from opsd.common.strict_json import MOST_BYTES
 from opsd.config.sections import ModelSection
 from opsd.models.images import ImageReader
 from opsd.models.load import check_directory, load_config, load_model, load_tokenizer, stops_of
+from opsd.models.weight_files import header
 
 # The files that determine a model's output, unlike a checkpoint's optimizer or our own files.
 _FILES = """
     config.json generation_config.json *.safetensors *.safetensors.index.json
-    pytorch_model*.bin tokenizer* vocab.* merges.txt special_tokens_map.json added_tokens.json
+    tokenizer* vocab.* merges.txt special_tokens_map.json added_tokens.json
     adapter_config.json *processor*.json *.jinja
 """.split()
 
@@ -58,7 +61,7 @@ class Subject:
             return f"{directory}@{commit}"
         lines = []
         found = sorted({path for pattern in _FILES for path in directory.glob(pattern)})
-        for path in filter(Path.is_file, found):  # a pipe may have no end
+        for path in filter(_has_an_end, found):
             try:
                 with path.open("rb") as file:
                     content = hashlib.file_digest(file, "sha256").hexdigest()
@@ -86,6 +89,17 @@ class Subject:
         """Load the model, to `device` and in `precision`."""
         model, _ = load_model(ModelSection(path=self.path), self.device)
         return model.to(torch.bfloat16) if self.precision == "bf16" else model
+
+
+def _has_an_end(path: Path) -> bool:
+    """Whether the file can be hashed: not a pipe, nor a sparse file that is no weights."""
+    if not path.is_file():
+        return False
+    if path.suffix != ".safetensors":
+        return path.stat().st_size <= MOST_BYTES
+    with suppress(UserError):
+        return bool(header(path))  # which says how long the file is
+    return False
 
 
 def _digest(text: str) -> str:

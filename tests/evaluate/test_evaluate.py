@@ -21,6 +21,7 @@ from opsd.data.rows import Row
 from opsd.data.thoughts import final_part
 from opsd.evaluate.answers import Completion, CompletionLog, Shard, claim, read_completions
 from opsd.evaluate.result import grade_all, measure, powers, remarks, table
+from opsd.evaluate.subject import Subject
 from opsd.grading.grader import Grader
 from opsd.report.evaluation_page import MAX_CHARACTERS, MAX_SAMPLES, page
 
@@ -162,6 +163,15 @@ def test_another_evaluation_is_refused_by_what_differs(files, whole, tmp_path, c
     (tmp_path / "occupied" / "thesis.tex").touch()
     assert evaluate(files, tmp_path / "occupied") == 1
     assert "neither an empty directory" in capsys.readouterr().err
+
+
+def test_only_what_a_model_is_read_from_is_hashed(files, tmp_path):
+    model = shutil.copytree(files[0], tmp_path / "model")
+    before = Subject(str(model)).digest
+    for name in ("other.safetensors", "pytorch_model.bin", "vocab.bin"):
+        (model / name).touch()
+        os.truncate(model / name, 10**12)  # a sparse file, which would be hashed for hours
+    assert Subject(str(model)).digest == before
 
 
 def test_the_default_directory_is_the_evaluations_own(files, tmp_path, monkeypatch):
