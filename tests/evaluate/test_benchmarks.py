@@ -167,7 +167,7 @@ def test_errors(tmp_path, monkeypatch):
         ("gsm8", {}, r"benchmark: 'gsm8' .*did you mean 'gsm8k'.*aime24.*math-500.*reasoning_gym"),
         ("absent.jsonl", {}, r"benchmark\.source: there is no file"),
         ("reasoning_gym:nothing", {}, r"benchmark\.source: .*no task 'nothing'"),
-        ("other/set", {"source": "x.jsonl"}, r"benchmark: 'other/set' is none of aime24"),
+        ("other/set", {"source": "x.jsonl"}, r"benchmark: 'other/set' is not one of aime24"),
         ("gsm8k", {"source": "x.jsonl", "revision": "main"}, r"benchmark\.revision.*'x\.jsonl'"),
         ("gsm8k", {"limit": 0}, r"benchmark\.limit: 0"),
         ("reasoning_gym:chain_sum", {"require": ("solution",)}, r"benchmark\.columns\.solution"),
