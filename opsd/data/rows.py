@@ -11,9 +11,7 @@ import math
 import os
 import random
 import re
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -391,12 +389,11 @@ def _answer_as_text(value: Any, table: bool) -> Any:
 def _shortest(value: float) -> str:
     """The shortest decimal that gives this number: 0.1 for the fp32 that is next to 0.1 too, which
     as a Python number is 0.10000000149011612."""
-    with suppress(OverflowError):
-        if array("f", [value])[0] == value:
-            for digits in range(1, 9):
-                if array("f", [float(text := f"{value:.{digits}g}")])[0] == value:
-                    return repr(float(text))
-    return repr(value)
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        single = np.float32(value)
+    return repr(float(str(single))) if float(single) == value else repr(value)
 
 
 def _has_half_pair(text: str) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 
 from opsd.config.config import Config
 from opsd.config.names import DIVERGENCE_METHODS
@@ -51,13 +49,14 @@ def sample_groups(config: Config, lengths: Lengths) -> list[SampleGroup]:
     for number in range(config.train.problems_per_step):
         problem = [number % 7 + 1] * (lengths.prompt - 1) + [number]
         shown = problem + [1] * lengths.solution
-        contexts = defaultdict(partial(list, shown), student=problem)
         if config.method in DIVERGENCE_METHODS or config.loss.credit or config.loss.distil:
-            teachers = [contexts[role] for role in teacher_roles(config)]
+            seen = teacher_roles(config)
+            teachers = [problem if role == "student" else shown for role in seen]
             groups.append(SampleGroup(problem, samples, teachers, [1.0] * len(teachers)))
         else:
             roles = config.loss.roles if sft else ["student"]
-            groups += [SampleGroup(contexts[role], samples) for role in roles]
+            contexts = [problem if role == "student" else shown for role in roles]
+            groups += [SampleGroup(context, samples) for context in contexts]
         if config.loss.sft_alpha:
             given = [Sample([0] * lengths.solution, config.loss.sft_alpha)]
             groups.append(SampleGroup(list(problem), given, given=True))

@@ -174,7 +174,8 @@ def _run_prefix(model: PreTrainedModel, ids: Ids) -> _PrefixRun:
         layout = Layout([(chunk, [ids[-1:]])], model.device, [start], images)
         capture = Capture(in_graph, graph=True)
         packed_forward(model, layout, capture=capture, past=before or None)
-        trim_heap()  # the next chunk's tiles are larger, and fit into no gap of this one's
+        if size < len(ids):  # the next chunk's tiles are larger, and fit into no gap of this one's
+            trim_heap()
         while before:  # free each tensor after its copy, so that both are never complete
             module, pairs = before.popitem()
             (k, v), (more_k, more_v) = pairs, in_graph[module]
