@@ -369,6 +369,7 @@ def test_time_is_arithmetic_on_what_the_gpu_is_said_to_do(capsys):
 
 def test_a_config_and_a_local_model_are_planned(tmp_path, capsys):
     write_run(SHAPES["deep"], RUNS["deep"], tmp_path)
+    capsys.readouterr()  # deepspeed's words, where writing the model imports it first
     from_config = planned(str(tmp_path / "config.yaml"), capsys=capsys)
     assert from_config["tokens"]["generated"] == 0  # sft
     directory = planned(str(tmp_path / "model"), "method=sft", capsys=capsys)
