@@ -4,6 +4,7 @@ import datetime
 import json
 import pickle
 import random
+import re
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +23,15 @@ from opsd.common.symbolic import Trace, skeleton
 
 MOST = 20_000_000  # characters that one rendering may have
 MADE, REFUSED = b"+", b"-"
+CALL_IT = "call it, or add |list or |join"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}", re.IGNORECASE)
 
 
 def _shown(value: Any) -> Any:
     """Raises TypeError for a function or an iterator: `{{ }}` would print a memory address."""
     if (callable(value) or hasattr(type(value), "__next__")) and not isinstance(value, Undefined):
         kind = type(value).__name__
-        raise TypeError(f"{{{{ }}}} holds a {kind}, not text: call it, or add |list or |join")
+        raise TypeError(f"{{{{ }}}} holds a {kind}, not text: {CALL_IT}")
     return value
 
 
@@ -120,7 +123,7 @@ def prompts(text: str, values: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     render = _compiled(text).render
     for one in values:
         _fix_chance(text, one)
-        yield render(one)
+        yield _without_address(render(one), text, one)
 
 
 def chats(text: str, arguments: dict, date: datetime.date, values: Sequence) -> Iterator[str]:
@@ -134,7 +137,19 @@ def chats(text: str, arguments: dict, date: datetime.date, values: Sequence) -> 
         _fix_chance(text, messages)
         said = [{key: v for key, v in one.items() if v is not None} for one in messages]
         more = {"chat_template": text, "add_generation_prompt": prompt, **arguments}
-        yield of_chats.render_jinja_template([said], **more)[0][0]
+        made = of_chats.render_jinja_template([said], **more)[0][0]
+        yield _without_address(made, text, said)
+
+
+def _without_address(made: str, text: str, values: Any) -> str:
+    """Returns the text. Raises TypeError if the template wrote a function or an iterator into it in
+    a way that `_shown` does not see, such as `x|unique ~ "a"`: its address differs each time."""
+    if " at 0x" in made or " AT 0X" in made:
+        given = (text + repr(values)).lower()
+        for found in _ADDRESS.findall(made):
+            if found.lower() not in given:
+                raise TypeError(f"it writes a memory address ({found.strip()}): {CALL_IT}")
+    return made
 
 
 def _template_of_chats(text: str, date: datetime.date) -> Template:

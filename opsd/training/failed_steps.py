@@ -96,7 +96,7 @@ def read_failed_step(path: Path) -> FailedStep:
         with ZipFile(path) as file:  # torch checks no checksums, and the file has no manifest
             if damaged := file.testzip():
                 raise UserError(f"{damaged} in it is damaged")
-        if failed.get("images"):
+        if failed["images"] is not False:
             raise UserError("its rows have images, which it does not hold")
         config, weights, average = (failed[key] for key in ("config", "weights", "average"))
         # From JSON, strict pydantic makes dataclasses of objects but no numbers of strings.

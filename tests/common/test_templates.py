@@ -506,11 +506,22 @@ def test_a_column_may_be_anything():
         fill_in("{{ rollout.txt }}", [row])
 
 
-@pytest.mark.parametrize("text", ["x.upper", "[x]|map('upper')", "{}|reverse", "range"])
+NO_TEXT = ["x.upper", "[x]|map('upper')", "{}|reverse", "range", "x|unique ~ 'a'", "[x.upper]",
+           "[[x]|map('upper')]|join", "(x|unique)|string|upper"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_TEXT)
 def test_what_has_no_text_is_refused(text):
     """It would be written with its address, which is another in each process."""
     with pytest.raises(TemplateFailure, match=r"call it, or add \|list"):
         fill_in("{{ " + text + " }}", [{"x": "a"}])
+
+
+def test_an_address_that_a_row_has_is_text():
+    said = "<list_iterator object at 0x7f3a5c2b1d90>"
+    rows = [{"x": said}, {"x": f"a Traceback of {said}"}]
+    assert fill_in("{{ x }}{% if x|length > 3 %}!{% endif %}", rows) == [r["x"] + "!" for r in rows]
+    assert fill_in("{{ x|upper }}", rows) == [row["x"].upper() for row in rows]
 
 
 def test_chance_is_the_same_each_time():
