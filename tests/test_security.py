@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from helpers.hostile_server import HostileServer, response
+from helpers.image_models import write_image_model
 from helpers.payload import Payload
 from helpers.saved import sealed
 from helpers.training_cases import ROWS, short_config, short_values
@@ -22,10 +23,12 @@ from opsd.common.errors import UserError
 from opsd.compare.comparison import compare
 from opsd.compare.page import page as compare_page
 from opsd.config.load import merge
+from opsd.config.sections import ModelSection
 from opsd.evaluate.answers import Completion
 from opsd.evaluate.result import grade_all, measure
 from opsd.grading.grader import Grader
-from opsd.models.load import load_model
+from opsd.models.images import ImageReader
+from opsd.models.load import check_directory, load_config, load_model, load_tokenizer
 from opsd.objectives import Sample, SampleGroup
 from opsd.report import write_report
 from opsd.report.evaluation_page import page as evaluation_page
@@ -330,7 +333,7 @@ def test_a_failed_steps_file_cannot_ask_for_its_models_code(
     config = short_config(*files, tmp_path / "run", model=model, teacher=teacher, loss=loss)
     file = tmp_path / "failed-step-1.pt"
     groups = [{"student": [1], "teachers": [[1]], "samples": [{"rollout": [4], "weight": 1.0}]}]
-    failed = {"step": 1, "groups": groups, "weights": {}, "average": None}
+    failed = {"step": 1, "groups": groups, "weights": {}, "average": None, "images": False}
     torch.save({"config": config.model_dump(), **failed}, file)
     assert main(["replay", str(file)]) == 1
     refused(capsys, f"{of}.trust_remote_code is false", "--trust-remote-code allows it")
@@ -413,7 +416,7 @@ def test_a_failed_steps_file_names_no_server_to_ask(of, files, tmp_path, capsys)
     group = {"student": [1], "samples": [{"rollout": [4], "weight": 1.0}], "teachers": [[1]]}
     more = {"mix": {"teachers": [[1]] * 2, "coefficients": [1.0, 0.5]}, "routes": {"route": "b"}}
     groups = [group | more.get(of, {})]
-    failed = {"step": 1, "groups": groups, "weights": {}, "average": None}
+    failed = {"step": 1, "groups": groups, "weights": {}, "average": None, "images": False}
     torch.save({"config": config.model_dump(), **failed}, file)
     assert main(["replay", str(file)]) == 1
     refused(capsys, "its teacher.path is 'http://", "--ask-teacher allows it")
@@ -435,6 +438,19 @@ def test_a_studys_settings_are_no_options(settings, tmp_path, capsys, monkeypatc
     (tmp_path / "s.yaml").write_text(f"quickstart: tiny\nsettings: {json.dumps(settings)}\n")
     assert main(["compare", str(tmp_path / "s.yaml"), "--output", str(tmp_path / "o")]) == 1
     refused(capsys, "settings: unknown key '-")
+
+
+def test_a_processor_of_images_runs_no_code(tmp_path, marker):
+    model = write_image_model(tmp_path / "model")
+    values = json.loads((model / "preprocessor_config.json").read_text())
+    values |= {"auto_map": {"AutoImageProcessor": "evil.Processor"}, "image_processor_type": "Evil"}
+    (model / "preprocessor_config.json").write_text(json.dumps(values))
+    (model / "evil.py").write_text(CODE.format(marker=str(marker)))
+    section = ModelSection(path=str(model))
+    config, tokenizer = load_config(check_directory(section, "model")), load_tokenizer(section)
+    with pytest.raises(UserError, match="it has no processor of images"):
+        ImageReader(section, config, tokenizer, "model")
+    assert not marker.exists()
 
 
 def test_a_converter_runs_no_models_code(files, tmp_path, capsys, monkeypatch):
@@ -503,6 +519,9 @@ def test_what_a_lock_says_is_not_obeyed(tmp_path):
     """Whoever says that he trains there and does not hold the lock is not waited for."""
     (tmp_path / "config.yaml").touch()
     (tmp_path / "run.lock").write_text(f"{_mark(os.getppid())}\non a machine\n")
+    with locked(tmp_path):
+        assert (tmp_path / "run.lock").read_text().startswith(f"{os.getpid()} ")
+    os.truncate(tmp_path / "run.lock", 10**12)  # a sparse file, of which only the start is read
     with locked(tmp_path):
         assert (tmp_path / "run.lock").read_text().startswith(f"{os.getpid()} ")
 

@@ -9,7 +9,9 @@ import json
 import pickle
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -168,14 +170,11 @@ def _line(line: str, number: int, expected: str, section: str, name: str) -> Any
 def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]:
     """Reads rows; the first line names the columns. All values are text."""
     csv.field_size_limit(1 << 30)
-    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    first = file.readline()
+    delimiter = _delimiter(first, delimiter)
+    reader = csv.reader(chain([first], file), delimiter=delimiter, strict=True)
     try:
-        names = next(reader, [])
-        # .csv files may be separated by `;`, where decimals have commas, or by tabs.
-        if len(names) == 1 and (other := next((c for c in ";\t" if c in names[0]), None)):
-            reader = csv.reader(file, delimiter=other, strict=True)
-            names = names[0].split(other)
-        names = [name.strip() for name in names]
+        names = [name.strip() for name in next(reader, [])]
         named = list(filter(None, names))
         unnamed = [i for i in range(1, len(names)) if not names[i]]  # the first is pandas' index
         bad_names = f"{where}: its first line must name the columns, each once: {names}"
@@ -195,6 +194,16 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
             yield {name: value for name, value in zip(names, values, strict=True) if name}
     except csv.Error as error:
         raise UserError(f"{where}: line {reader.line_num} cannot be read ({error})") from error
+
+
+def _delimiter(line: str, usual: str) -> str:
+    """What separates the columns' names: a .csv file may have `;`, where decimals have commas, or
+    tabs."""
+    for one in (usual, ";", "\t"):
+        with suppress(csv.Error):
+            if len(next(csv.reader([line], delimiter=one, strict=True), [])) > 1:
+                return one
+    return usual
 
 
 def _parquet(path: Path, section: str) -> Iterator[Any]:

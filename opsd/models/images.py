@@ -78,7 +78,9 @@ class ImageReader:
             # The class would require a processor of videos.
             unchecked = {"check_argument_for_proper_class": lambda self, name, argument: None}
             kind = type(whole.__name__, (whole,), unchecked)
-            pixels = AutoImageProcessor.from_pretrained(section.path, revision=section.revision)
+            pixels = AutoImageProcessor.from_pretrained(
+                section.path, revision=section.revision, trust_remote_code=False
+            )
             self.processor = kind(pixels, tokenizer, None, chat_template=tokenizer.chat_template)
         except Exception as error:  # missing, damaged, or of another release
             raise UserError(f"{where}: it has no processor of images ({in_short(error)})") from None

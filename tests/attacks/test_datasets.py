@@ -476,6 +476,14 @@ def test_the_rows_of_a_small_parquet_file_are_counted(tmp_path, monkeypatch):
         list(read_file(tmp_path / "a.parquet", "data"))
 
 
+def test_a_batch_of_parquet_rows_has_a_bound_of_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("opsd.data.files.SECONDS", 0.3)
+    values = pyarrow.array([list(range(100_000))] * parquet_worker.ROWS)
+    pyarrow.parquet.write_table(pyarrow.table({"problem": values}), tmp_path / "a.parquet")
+    with Clock(), pytest.raises(UserError, match=r"take too much time or memory \(time\)"):
+        list(read_file(tmp_path / "a.parquet", "data"))
+
+
 def test_the_bounds_are_those_of_the_text():
     """As SECURITY.md says them: 128 MiB and 100 times, 2 GiB, 20 s, 64 rows."""
     bounds = files.LEAST, files.RATIO, files.MEMORY, files.SECONDS, parquet_worker.ROWS

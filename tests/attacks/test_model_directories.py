@@ -480,6 +480,7 @@ WRONG = {
         lambda place: edit(place / "generation_config.json", eos_token_id="</s>"),
         "eos_token_id",
     ),
+    "a pipe": (lambda place: os.mkfifo(place / "vocab.txt"), "is a pipe or a device"),
     "links of a cache without its blobs": (
         lambda place: misdirect(place / "chat_template.jinja"),
         "a link that leads nowhere",

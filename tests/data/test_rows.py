@@ -1,5 +1,6 @@
 """Every kind of source gives the same rows, and what is wrong with one is named."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -108,13 +109,20 @@ def test_bad_files(tmp_path):
     (tmp_path / "b.json").write_text('{\n"data": []\n}')
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
     (tmp_path / "a.csv").write_text("problem,\np,q\n")
+    (tmp_path / "b.csv").write_text('problem,answer\n"1"+1,2\n')
+    (tmp_path / "b.tsv").write_text('problem;answer\n"1"+1;2\n')
+    columns = pyarrow.Table.from_arrays([pyarrow.array(["p"])] * 2, ["problem", "problem"])
+    pyarrow.parquet.write_table(columns, tmp_path / "b.parquet")
     (tmp_path / "folder").mkdir()
     for name, message in [
         ("a.jsonl", "not UTF-8"),
         ("a.json", "not valid JSON"),
         ("b.json", "holds 'data': expected one JSON object a line"),
         ("a.parquet", "cannot be read as parquet"),
+        ("b.parquet", "several columns 'problem'"),
         ("a.csv", "its first line must name the columns"),
+        ("b.csv", "line 2 cannot be read"),
+        ("b.tsv", "line 2 cannot be read"),
         ("folder", "not saved by `datasets`"),
         ("absent.jsonl", "no file or directory"),
         ("absent/folder", "no file or directory"),
@@ -123,6 +131,16 @@ def test_bad_files(tmp_path):
             load_rows(str(tmp_path / name))
     with pytest.raises(UserError, match=r"no file or directory 'data/train\.csv'"):
         load_rows("data/train.csv")  # not taken for a hub name
+
+
+@pytest.mark.parametrize("between", [",", ";", "\t"])
+def test_a_table_may_have_quotes_around_its_names(between, tmp_path):
+    """As R's write.csv2 and pandas' QUOTE_ALL have them; a name may hold the other separators."""
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.writer(file, delimiter=between, quoting=csv.QUOTE_ALL)
+        writer.writerows([["problem", "answer", "a;b,c"], ["1,5 + 1;2", "2,7", "x"]])
+    (row,) = load_rows(str(tmp_path / "a.csv"), require=["problem", "answer"])
+    assert (row.problem, row.answer, row.columns["a;b,c"]) == ("1,5 + 1;2", "2,7", "x")
 
 
 def test_bad_arguments(tmp_path):

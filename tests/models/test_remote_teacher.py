@@ -238,6 +238,13 @@ def test_a_line_that_is_full_says_so(serving):
     assert found == [200]
 
 
+def wait_until(is_so):
+    until = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_a_client_that_dawdles_is_left(serving, monkeypatch):
     """Neither by a request that drips nor by many that say nothing."""
     monkeypatch.setattr(state_server, "SECONDS", 1.0)
@@ -254,14 +261,12 @@ def test_a_client_that_dawdles_is_left(serving, monkeypatch):
         assert time.monotonic() - begun < 10
     monkeypatch.setattr(state_server, "SECONDS", 60.0)
     many = [socket.create_connection(place, timeout=20) for _ in range(state_server.CONNECTIONS)]
-    while serving.http.room._value:
-        time.sleep(0.01)
+    wait_until(lambda: not serving.http.room._value)
     with socket.create_connection(place, timeout=20) as one_more:
         assert one_more.recv(1) == b""  # closed at once
     for one in many:
         one.close()
-    while serving.http.room._value < state_server.CONNECTIONS:
-        time.sleep(0.01)
+    wait_until(lambda: serving.http.room._value == state_server.CONNECTIONS)
     assert asked(serving, "/teacher")[0] == 200
 
 

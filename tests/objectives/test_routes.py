@@ -224,7 +224,13 @@ def test_a_failed_steps_group_has_a_teacher_of_its_config(files, tmp_path):
     config = run_of(files, tmp_path, "a", teacher={"routes": {"a": {}}})
     sample = {"rollout": [4], "weight": 1.0}
     group = {"student": [1], "teachers": [[1]], "samples": [sample], "route": "b"}
-    failed = {"config": config.model_dump(), "step": 1, "weights": {}, "average": None}
+    failed = {
+        "config": config.model_dump(),
+        "step": 1,
+        "weights": {},
+        "average": None,
+        "images": False,
+    }
     torch.save({**failed, "groups": [group]}, tmp_path / "failed-step-1.pt")
     with pytest.raises(UserError, match=r"groups.0.route is 'b'"):
         read_failed_step(tmp_path / "failed-step-1.pt")
