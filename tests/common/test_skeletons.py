@@ -1,4 +1,4 @@
-"""Texts of rows that are alike, put together of what a worker found of one: the same, and as bounded."""
+"""Texts of rows that are alike, put together of what a worker found of one: as it makes them."""
 
 import pickle
 import random
