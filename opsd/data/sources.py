@@ -85,9 +85,9 @@ def encoded(data: Iterable[Any]) -> Iterable[Any]:
     """The records; those of a dataset as it stores them, whatever its format (torch's, pandas'),
     but with the names of classes. Images are as their files have them, not as pixels, all of which
     would be in memory at once."""
-    features = getattr(data, "features", None)
-    if not hasattr(data, "with_format"):
-        return data
+    features, form = getattr(data, "features", None), getattr(data, "format", None)
+    if not hasattr(data, "with_format") or (form and form["type"] == "custom"):
+        return data  # a dataset with a transform is what that makes of it
     if "Image(" in str(features):
         tables = data.with_format("arrow").iter(IMAGE_ROWS)
         records = (record for table in tables for record in table.to_pylist())

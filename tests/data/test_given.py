@@ -130,6 +130,9 @@ FORMS |= {
             }
         )
     ),
+    "a transform": datasets.Dataset.from_list(
+        [{"q": record["problem"], "a": record["answer"]} for record in TEXTS_ONLY]
+    ).with_transform(lambda batch: {"problem": batch["q"], "answer": batch["a"]}),
     "long strings": datasets.Dataset.from_list(
         TEXTS_ONLY,
         features=datasets.Features(dict.fromkeys(TEXTS_ONLY[0], datasets.Value("large_string"))),
