@@ -30,12 +30,14 @@ def held(directory: Path) -> IO[bytes]:
 
 
 def remove_left() -> None:
-    """Remove the weights in memory that runs of this user left there when they were killed."""
+    """Remove the weights in memory that runs of this user left there when they were killed. A
+    directory of such a name without a lock is another program's."""
     for left in MEMORY.glob("opsd-*"):
         try:
             known = left.lstat()
             young = time.time() - known.st_mtime < YOUNG
-            if not stat.S_ISDIR(known.st_mode) or known.st_uid != os.getuid() or young:
+            ours = stat.S_ISDIR(known.st_mode) and known.st_uid == os.getuid()
+            if not ours or young or not (left / LOCK).is_file():
                 continue
             with append_to(left / LOCK) as file:
                 if try_lock(file):

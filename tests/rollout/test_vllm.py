@@ -248,10 +248,13 @@ def test_weights_that_a_killed_run_left_in_memory_are_removed(monkeypatch, tmp_p
         process.stdout.readline()
     holders[0].kill()
     holders[0].wait()
-    for place in (killed, lives):
+    for place in (killed, lives, other):
         os.utime(place, (1e9, 1e9))
+    (young / weights_directory.LOCK).touch()
     weights_directory.remove_left()
     assert not killed.exists() and lives.exists() and young.exists()
+    assert other.exists()  # without a lock, so another program's
+    (other / weights_directory.LOCK).touch()
     holders[1].kill()
     holders[1].communicate()
     os.utime(lives, (1e9, 1e9))
