@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from opsd.common.schema import FirstErrors
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -12,7 +14,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Section(BaseModel):
+class Section(FirstErrors):
     """Refuses unknown keys, infinities and NaN; checks default values like given ones.
 
     The docstring below a field becomes its description.
@@ -26,6 +28,14 @@ class Section(BaseModel):
     def __pydantic_init_subclass__(cls, **more: Any) -> None:
         for field in cls.model_fields.values():
             field.description = " ".join((field.description or "").split())  # join its lines
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, values: Any) -> Any:
+        """Refuse thousands of unknown keys at once: each would be an error of its own."""
+        if isinstance(values, dict) and len(values) > 20 + (known := len(cls.model_fields)):
+            raise ValueError(f"it has {len(values):,} keys, and only {known} exist")
+        return values
 
     @field_validator("*", mode="before")
     @classmethod

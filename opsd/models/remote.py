@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from opsd.common.http import (
     persist,
     said,
 )
+from opsd.common.schema import FirstErrors
 
 KEY = "OPSD_TEACHER_KEY"
 """The environment variable with the server's key, on both sides."""
@@ -39,7 +40,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 PADDING = 1 << 16  # the most rows that a head may have beyond the tokens
 
 
-class Description(BaseModel):
+class Description(FirstErrors):
     """The answer to /teacher: which model a server has."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)

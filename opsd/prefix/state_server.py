@@ -18,12 +18,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Annotated, Any, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.common.errors import problem_said
+from opsd.common.schema import FirstErrors
 from opsd.models.head import head, head_arguments
 from opsd.models.remote import Description, Digest, vocabulary_digest
 from opsd.prefix.hidden_states import states_by_role
@@ -41,13 +42,13 @@ Group = tuple[Text, Annotated[list[Text], Field(min_length=1)]]
 Role = Annotated[list[Group], Field(min_length=1)]
 
 
-class Asked(BaseModel):
+class Asked(FirstErrors):
     """The body of a request for /head or /states."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     weights: Digest
-    roles: Annotated[list[Role], Field(max_length=16)] = []
+    roles: Annotated[list[Role], Field(max_length=16)] = Field([])
 
 
 class StateServer(ThreadingHTTPServer):

@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from opsd.common.schema import FirstErrors
 
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -10,7 +12,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 LogProb = Annotated[float, Field(ge=-1e6, le=1e-3)]
 
 
-class ServerAnswer(BaseModel):
+class ServerAnswer(FirstErrors):
     """A server's answer; fields that are not listed may hold anything."""
 
     # Types are strict (true is not 1, "1" is not 1), and numbers are finite.

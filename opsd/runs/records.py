@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict
 from pydantic import ValidationError as Invalid
 
 from opsd.common.errors import UserError, in_short, problem_said
 from opsd.common.files import lines_of, open_plain
+from opsd.common.schema import FirstErrors
 from opsd.config.yaml import load_yaml
 
 Record = dict[str, Any]
@@ -51,7 +52,7 @@ Point = Annotated[tuple[Amount, Share], Strict(False)]
 Choice = Annotated[tuple[str, Measure], Strict(False)]
 
 
-class Schema(BaseModel):
+class Schema(FirstErrors):
     """Types are strict (true is not 1, "1" is not 1); keys without a field may hold anything."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
@@ -86,7 +87,7 @@ class StepLine(Line):
     __pydantic_extra__: dict[str, Measure]
     longest = 1 << 20
     method: Name | None = None
-    collapse: list[Name] = []
+    collapse: list[Name] = Field([])
 
 
 class CountedStep(StepLine):
@@ -124,7 +125,7 @@ class Sample(Line):
     answer: str | None = None
     completion: str | None = None
     correct: bool | None = None
-    tokens: Annotated[list[Token], Field(max_length=1 << 18)] = []
+    tokens: Annotated[list[Token], Field(max_length=1 << 18)] = Field([])
 
 
 class CompletionLine(Schema):
@@ -157,7 +158,7 @@ class Part(Schema):
     generated_tokens: Amount | None = None
     trained_tokens: Amount | None = None
     seconds: Amount | None = None
-    curve: Annotated[list[Point], Field(max_length=100_000)] = []
+    curve: Annotated[list[Point], Field(max_length=100_000)] = Field([])
     path: Name | None = None
     policy: str | None = None
     step: Step | None = None

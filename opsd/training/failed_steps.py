@@ -8,15 +8,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 from zipfile import ZipFile
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import SchemaValidator
 from torch import Tensor, nn
 
 from opsd.common.errors import UserError, in_short, problem_said
 from opsd.common.files import write_file
+from opsd.common.schema import first_errors
 from opsd.config.config import Config
 from opsd.config.load import parse_config
 from opsd.models.copies import full_tensor
@@ -69,10 +71,11 @@ def save_failed_step(directory: Path, failed: dict[str, Any]) -> Path:
     return path
 
 
-class _Batch(BaseModel):
+@dataclass
+class _Batch:
     """The step and its groups as the file has them, with strict types."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid")
     step: Annotated[int, Field(ge=1, le=10**12)]
     groups: Annotated[list[SampleGroup], Field(min_length=1)]
 
@@ -101,7 +104,8 @@ def read_failed_step(path: Path) -> FailedStep:
         config, weights, average = (failed[key] for key in ("config", "weights", "average"))
         # From JSON, strict pydantic makes dataclasses of objects but no numbers of strings.
         batch = json.dumps({key: failed[key] for key in ("step", "groups")})
-        checked = _Batch.model_validate_json(batch)
+        schema = first_errors(TypeAdapter(_Batch).core_schema)
+        checked = SchemaValidator(schema).validate_json(batch)
         config = parse_config(config)
         for number, group in enumerate(checked.groups):
             _check_group(f"groups.{number}", group, len(config.teacher.mix) or 1)

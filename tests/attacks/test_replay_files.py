@@ -271,6 +271,25 @@ def test_a_batch_that_no_run_writes_is_refused(change, said, good, tmp_path, cap
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["groups", "samples", "rollout"])
+def test_a_long_wrong_list_takes_little_memory(place, good, tmp_path, capsys):
+    """pydantic alone makes an error of a kilobyte for each item."""
+    _, holds, _ = good["live"]
+    groups = copy.deepcopy(holds["groups"])
+    wrong: list = [None] * 10**6
+    if place == "groups":
+        groups = wrong
+    elif place == "samples":
+        groups[0]["samples"] = wrong
+    else:
+        groups[0]["samples"][0]["rollout"] = wrong
+    torch.save({**holds, "groups": groups}, tmp_path / "failed-step-3.pt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main(["replay", str(tmp_path / "failed-step-3.pt")]) == 1
+    assert f"{place}.0 is None" in capsys.readouterr().err
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
 @pytest.mark.parametrize("nest", ["in the config", "of one long text"])
 def test_lists_that_share_what_they_hold_take_no_memory(nest, good, tmp_path, capsys):
     """A few hundred bytes, of which JSON would make 2^40 items."""
