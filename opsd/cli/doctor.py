@@ -86,10 +86,8 @@ def run_doctor(write: Callable[[str], None]) -> int:
 
 
 def _line(finding: Finding) -> str:
-    if finding.problem:
-        mark = "NO" if finding.fatal else "!"
-    else:
-        mark = "-" if finding.absent else "ok"
+    mark = "NO" if finding.fatal else "!"
+    mark = mark if finding.problem else "-" if finding.absent else "ok"
     return f"  {mark:<2}  {finding.name:<18}  {finding.value}".rstrip()
 
 

@@ -30,6 +30,7 @@ from opsd.grading.grader import Grader
 from opsd.grading.references import check_references
 from opsd.models.generation_config import left_out
 from opsd.models.load import stop_ids, window
+from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.report.evaluation_page import page
 from opsd.rollout import SAMPLERS, Sampler, Sampling, check_engine, evaluation_server
 
@@ -101,7 +102,8 @@ def evaluate_command(asked: Namespace, benchmark: Benchmark, display: Display) -
         return
     in_thought = prompts.chats["student"].opens_thought
     found = [completions[unit] for unit in units]
-    _finish(benchmark, description, found, directory, in_thought)
+    grader = WorksheetGrader() if asked.worksheets else Grader(workers=min(4, usable_cores()))
+    _finish(benchmark, description, found, directory, in_thought, grader)
 
 
 def _has_images(asked: Namespace, benchmark: Benchmark) -> bool:
@@ -263,10 +265,10 @@ def _finish(
     completions: list[Completion],
     directory: Path,
     in_thought: bool,
+    grader: Grader,
 ) -> None:
     """Grades all completions; writes answers.jsonl, result.json, report.html; shows the table."""
     display = Display()
-    grader = Grader(workers=min(4, usable_cores()))
     with grader, display.stage("Grade", total=len(completions)):
         answers = grade_all(benchmark.rows, completions, grader, in_thought)
         figures = measure(answers, grader, description["seed"])

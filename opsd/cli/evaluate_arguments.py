@@ -107,6 +107,7 @@ def run(parsed: argparse.Namespace) -> None:
 def _benchmark(parsed: argparse.Namespace, run: Config | None) -> Benchmark:
     """Loads --benchmark; without it, takes a run's held-out problems and that run's prompts."""
     parsed.prompts = PromptsSection()
+    parsed.worksheets = False
     if parsed.benchmark is not None:
         columns = run.data.columns if run and Path(parsed.benchmark).exists() else {}
         return load_benchmark(
@@ -128,6 +129,8 @@ def _benchmark(parsed: argparse.Namespace, run: Config | None) -> Benchmark:
         raise UserError("--benchmark is missing: the run has no held-out problems (eval.problems)")
     source = run.eval.source or f"held out of {run.data.source}"
     parsed.benchmark = "held-out"
+    made = Path(parsed.model).parents[1] / "quickstart.json"
+    parsed.worksheets = made.is_file() and '"tiny": true' in made.read_text(errors="replace")
     return Benchmark("held-out", source, rows, Convention(max_new_tokens=longest_answer(run)))
 
 

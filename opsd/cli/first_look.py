@@ -6,12 +6,13 @@ They run before torch is imported, which takes ten seconds on a slow machine.
 import atexit
 import gc
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
-from opsd.common.near import near_file, near_model
+from opsd.common.near import OWNER, near_file, near_model
 from opsd.common.urls import is_address
 from opsd.config.config import Config
 from opsd.config.load import load_config
@@ -61,8 +62,9 @@ def check_model(name: str, field: str) -> None:
     elif path.exists():
         hint = f"; did you mean {str(path.parent)!r}?" if path.name in MODELS else ""
         raise UserError(f"{field} is {name!r}: a file; it must be a directory, or a hub name{hint}")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:  # cannot be a hub name
-        raise UserError(f"{field} is {name!r}: there is no such directory{near_file(path)}")
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):  # cannot be a hub name
+        hint = near_file(path) or ("" if "/" in name else OWNER)
+        raise UserError(f"{field} is {name!r}: there is no such directory{hint}")
 
 
 def of_run(name: str) -> tuple[str, Config | None]:

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from opsd.cli.meant import Parser, check_overrides, no_command, unknown_option, usage
+from opsd.cli.meant import Parser, check_overrides, no_command, unknown_options, usage
 from opsd.common.ending import PARENT, Interruption, Stopped, end_with_parent
 from opsd.common.environment import set_environment
 from opsd.common.errors import UserError, in_short, said_elsewhere
@@ -135,9 +135,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parsed, rest = top.parse_known_args(words)
     # argparse leaves overrides that follow an option unparsed: take them here.
     if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") for word in rest)):
-        option = next(word for word in [*rest, ""] if word.startswith("-") or not word)
-        fields = hasattr(parsed, "overrides")
-        meant = unknown_option(option, words, parsed.options, fields) if option else ""
+        meant = unknown_options(rest, words, parsed)
         top.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
     if rest:
         parsed.overrides += rest

@@ -29,7 +29,7 @@ def no_command(words: Sequence[str], known: Iterable[str]) -> str:
     if re.search(r"\.ya?ml$", word):
         rest = (other for other in words if other != word)
         return f"{said}; did you mean `{shlex.join(['opsd', 'train', word, *rest])}`?"
-    if meant := _meant()["commands"].get(word.lower()):
+    if meant := _meant()["commands"].get(word.lower().replace("_", "-")):
         at = words.index(word)
         typed = shlex.join(["opsd", *words[:at], *meant.split(), *words[at + 1 :]])
         return f"{said}; did you mean `{typed}`?"
@@ -38,41 +38,52 @@ def no_command(words: Sequence[str], known: Iterable[str]) -> str:
     return f"{said}; there are {', '.join(known)}"
 
 
-def unknown_option(option: str, words: Sequence[str], own: Iterable[str], has_fields: bool) -> str:
-    """Suggests a replacement for an option of the command line `words`, which a command with the
-    options `own` does not know. has_fields: the command takes config fields."""
+def unknown_options(rest: Sequence[str], words: Sequence[str], parsed: argparse.Namespace) -> str:
+    """Suggests replacements for the options in `rest`, which the command of the line `words`, as
+    far as it is `parsed`, does not know."""
+    has_fields, own = hasattr(parsed, "overrides"), parsed.options
+    said = [_instead(word, words, own, has_fields) for word in rest if word.startswith("-")]
+    if words[0] == "train" and not any(".y" in word for word in words):
+        said.insert(0, "it needs a CONFIG.yaml; `opsd init` writes one")
+    field = "a field of the config is set as in "
+    said = [one.removeprefix(field) if any(said[:at]) else one for at, one in enumerate(said)]
+    return "".join(f"; {one}" for one in dict.fromkeys(said) if one)
+
+
+def _instead(option: str, words: Sequence[str], own: Iterable[str], has_fields: bool) -> str:
     more = [*words[words.index(option) + 1 :], "--"][0] if option in words else "--"
     option, _, value = option.partition("=")
     value = value or ("true" if more.startswith("--") else more)
     name, command = option.lstrip("-").replace("-", "_"), next(iter(words), "")
     plain = {one.lstrip("-").replace("-", "_"): one for one in own}
     if name in plain:
-        return f"; did you mean `{plain[name]}`?"
+        return f"did you mean `{plain[name]}`?"
     from opsd.config.config import Config
-    from opsd.config.explain import NOWHERE, fields_of, here
+    from opsd.config.explain import NOWHERE, fields_of, here, typed
 
     meant = _meant()["options"]
     said = meant.get(f"{command}.{name}") or meant.get(name, "")
     if (said.startswith("set ") and not has_fields) or (said.startswith("-") and said not in own):
         said = ""  # that is of another command
-    if has_fields and name in fields_of(Config):
-        return f"; a field of the config is set as in {name}={value}"
-    if has_fields and not said and (found := here(name, Config)):
-        return f"; a field of the config is set as in {_set(found, value)}"
+    found = name if name in fields_of(Config) else here(name, Config)
+    if has_fields and found and not said:
+        return f"a field of the config is set as in {typed(found, value, Config)}"
     if said := said or NOWHERE.get(name, ""):
-        return f"; did you mean `{said}`?" if said.startswith("--") else f"; {said}"
+        return f"did you mean `{said}`?" if said.startswith("--") else said
     near = nearest(name, plain, cutoff=0.6)
-    return f"; did you mean `{plain[near]}`?" if near else ""
+    return f"did you mean `{plain[near]}`?" if near else ""
 
 
 def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
     """Raises UserError for an override without `=`: `tiny`, `train.steps 5`, a second file."""
     from opsd.config.config import Config
-    from opsd.config.explain import fields_of, here
+    from opsd.config.explain import fields_of, here, typed
 
     known = {*fields_of(Config)}
     for word, following in zip(words, [*words, ""][1:], strict=True):
         apart = word.endswith("=") and following and "=" not in following
+        if word.startswith(("+", "~")):  # Hydra's
+            raise UserError(f"override is {word!r}: write {word.lstrip('+~')}")
         if "=" in word.strip("=") or (word.endswith("=") and not apart and word != "="):
             continue
         hint = ""
@@ -88,21 +99,8 @@ def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
         elif re.search(r"\.ya?ml$", word):
             hint = "; one config at a time (`opsd compare` takes several)"
         elif following and (field := word if word in known else here(word, Config)):
-            hint = f"; did you mean {_set(field, following)}?"
+            hint = f"; did you mean {typed(field, following, Config)}?"
         raise UserError(f"override is {word!r}: it must look like train.learning_rate=1e-5{hint}")
-
-
-def _set(found: str, value: str) -> str:
-    """Returns what to type for `train.steps`, or for elsewhere.toml's "rollout.engine, 'vllm'"."""
-    field, comma, more = found.partition(", ")
-    if "=" in more:
-        return more.rpartition(" ")[2]
-    if quoted := re.match(r"'(\w+)'", more):
-        value = quoted[1]
-    if more.startswith("since "):  # the value is not one of that field's
-        return f"{field} ({more})"
-    typed = " or ".join(f"{one}={value}" for one in field.split(" or "))
-    return f"{typed} ({more})" if comma and not quoted else typed
 
 
 class Parser(argparse.ArgumentParser):

@@ -17,7 +17,7 @@ from opsd.models.load import window
 from opsd.plan.architectures import architecture
 from opsd.plan.memory import Memory, Planner
 from opsd.plan.suggestions import fit
-from opsd.plan.time_estimate import READING_SHARE, TRAINING_SHARE, plan_work
+from opsd.plan.time_estimate import READING_SHARE, TRAINING_SHARE, Work, plan_work
 from opsd.plan.workload import Lengths, Tokens, count_tokens, sample_groups
 from opsd.training.micro_batches import stream_tokens
 
@@ -57,8 +57,9 @@ class Plan:
         display.table("Tokens a step", ["", "tokens"], tokens_of)
 
 
-def plan_command(asked: argparse.Namespace) -> None:
-    """Shows the plan of a config, or of a model with the default settings. Raises UserError."""
+def plan_command(asked: argparse.Namespace, display: Display) -> None:
+    """Shows the plan of a config, or of a model with the default settings; with --json the display
+    has the progress only. Raises UserError."""
     config = _config(asked)
     student = architecture(config.model)
     gpu, gpus = asked.gpu, asked.gpus
@@ -69,38 +70,15 @@ def plan_command(asked: argparse.Namespace) -> None:
     if config.train.sharding != "none" and asked.gpus == 1:
         raise refused(config, "train.sharding: give the number of GPUs with --gpus")
     longest = _check_window(student, lengths)
-    planner = Planner(student, lengths, device, asked.gpus)
-    reason = planner.unshared_because if config.train.share_prefixes else None
-    if reason is not None:  # training would say the same
-        config = parse_config(merge(config.model_dump(), {"train": {"share_prefixes": False}}))
-    plan = Plan(config, planner)
-    work = plan_work(config, planner, plan.tokens, gpu)
-    display = Display(quiet=asked.json)
-    where = "a CPU" if gpu is None else f"{'one' if gpus == 1 else gpus} {gpu.name}"
-    display.note(
-        f"{config.model.path}: {planner.parameters:,} parameters; {config.method} on {where}, "
-        f"prompts of {lengths.prompt} tokens, solutions of {lengths.solution}, rollouts of "
-        f"{lengths.rollout}"
-    )
-    if reason is not None:
-        display.note(f"{reason}: prefixes are not shared, each rollout runs with its own")
-    plan.show(display)
-    if work is not None:
-        steps, training = config.train.steps, f"{work.student_flops + work.teacher_flops:.2e}"
-        rows = [
-            (
-                "sampling",
-                f"{work.sampling_flops:.2e}",
-                duration(work.sampling_seconds / gpus),
-            ),
-            ("training", training, duration(work.training_seconds / gpus)),
-            (f"{steps} steps", "", duration(work.seconds * steps / gpus)),
-        ]
-        display.table(f"Time on {where}", ["", "operations", "time"], rows)
-        display.note(
-            f"Time is arithmetic, not a measurement: {TRAINING_SHARE:.0%} of the GPU's peak "
-            f"operations, {READING_SHARE:.0%} of its bandwidth."
-        )
+    with display.stage("Plan a step"):
+        planner = Planner(student, lengths, device, asked.gpus)
+        reason = planner.unshared_because if config.train.share_prefixes else None
+        if reason is not None:  # training would say the same
+            config = parse_config(merge(config.model_dump(), {"train": {"share_prefixes": False}}))
+        plan = Plan(config, planner)
+        work = plan_work(config, planner, plan.tokens, gpu)
+    if not asked.json:
+        _show(asked, plan, work, reason, display)
     room = device if asked.memory is None else asked.memory
     found = None
     if room is not None and plan.memory.peak > room:
@@ -119,6 +97,36 @@ def plan_command(asked: argparse.Namespace) -> None:
         print(json.dumps(_record(asked, plan, work, room, found), indent=2))
     elif room is not None:
         display.note(_advice(room, found, config.train.steps))
+
+
+def _show(
+    asked: argparse.Namespace, plan: Plan, work: Work | None, reason: str | None, display: Display
+) -> None:
+    """Shows what is planned, and its memory, tokens and time. reason: prefixes are not shared."""
+    config, planner, gpus = plan.config, plan.planner, asked.gpus
+    lengths = planner.lengths
+    where = f"{'one' if gpus == 1 else gpus} {asked.gpu.name}" if asked.gpu else "a CPU"
+    display.note(
+        f"{config.model.path}: {planner.parameters:,} parameters; {config.method} on {where}, "
+        f"prompts of {lengths.prompt} tokens, solutions of {lengths.solution}, rollouts of "
+        f"{lengths.rollout}"
+    )
+    if reason is not None:
+        display.note(f"{reason}: prefixes are not shared, each rollout runs with its own")
+    plan.show(display)
+    if work is not None:
+        steps, training = config.train.steps, f"{work.student_flops + work.teacher_flops:.2e}"
+        sampling = duration(work.sampling_seconds / gpus)
+        rows = [
+            ("sampling", f"{work.sampling_flops:.2e}", sampling),
+            ("training", training, duration(work.training_seconds / gpus)),
+            (f"{steps} steps", "", duration(work.seconds * steps / gpus)),
+        ]
+        display.table(f"Time on {where}", ["", "operations", "time"], rows)
+        display.note(
+            f"Time is arithmetic, not a measurement: {TRAINING_SHARE:.0%} of the GPU's peak "
+            f"operations, {READING_SHARE:.0%} of its bandwidth."
+        )
 
 
 def _config(asked: argparse.Namespace) -> Config:

@@ -2,11 +2,12 @@
 
 import argparse
 import re
+import sys
 
 from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 from opsd.common.format import size
-from opsd.common.near import did_you_mean
+from opsd.common.near import nearest
 from opsd.plan.gpus import GPU, GPUS, find_gpu
 
 _UNITS = {"G": 1e9, "GB": 1e9, "GIB": 2**30, "M": 1e6, "MB": 1e6, "MIB": 2**20}
@@ -57,16 +58,19 @@ def run(parsed: argparse.Namespace) -> None:
     from opsd.cli.first_look import import_torch
     from opsd.common.display import Display
 
-    import_torch(Display(quiet=parsed.json))
+    display = Display(file=sys.stderr if parsed.json else None)
+    import_torch(display)
     from opsd.cli.plan import plan_command
 
-    plan_command(parsed)
+    plan_command(parsed, display)
 
 
 def check(parsed: argparse.Namespace) -> None:
     """Checks the arguments; turns `memory` into bytes and `gpu` into a GPU. Raises UserError."""
     check_at_least(1, parsed, "gpus", "prompt_tokens", "solution_tokens")
-    parsed.gpu = None if parsed.gpu is None else gpu_of(parsed.gpu)
+    if parsed.gpu is not None:
+        parsed.gpu, count = machine_of(parsed.gpu, "--gpu")
+        parsed.gpus = max(parsed.gpus, count)
     if (text := parsed.memory) is not None and (memory := _bytes(text)) is None:
         raise UserError(f"--memory is {text!r}: it must be a size such as 24GB")
     parsed.memory = memory if text is not None else None
@@ -78,18 +82,18 @@ def gpu_of(text: str, option: str = "--gpu") -> GPU:
         return found
     if memory := _bytes(text):
         return GPU(memory, 0, 0, f"GPU of {size(memory)}")
-    known = ", ".join(GPUS)
-    near = did_you_mean(re.sub(r"^(rtx|gtx|nvidia)[\s_-]*", "", text.lower()), GPUS)
+    near = nearest(re.sub(r"^(rtx|gtx|nvidia)[\s_-]*", "", text.lower()), GPUS, cutoff=0.7)
+    hint = f"; did you mean {near!r}?" if near else ""
     raise UserError(
-        f"{option} is {text!r}: it must be one of {known}, or a size such as 24GB{near}"
+        f"{option} is {text!r}: it must be one of {', '.join(GPUS)}, or a size such as 24GB{hint}"
     )
 
 
-def machine_of(text: str) -> tuple[GPU, int]:
-    """Reads `h200x2` as a GPU and how many of it. Raises UserError."""
-    name, _, count = text.rpartition("x")
-    one = not (name and count.isdigit() and int(count))
-    return gpu_of(text if one else name, "--for"), 1 if one else int(count)
+def machine_of(text: str, option: str) -> tuple[GPU, int]:
+    """Reads `h200x2`, or `2xh200`, as a GPU and how many of it. Raises UserError."""
+    many = re.fullmatch(r"([1-9]\d*) ?x ?(.+)|(.*\d.*?) ?x ?([1-9]\d*)", text, re.IGNORECASE)
+    name, count = (many[2] or many[3], many[1] or many[4]) if many else (text, 1)
+    return gpu_of(name, option), int(count)
 
 
 def _bytes(text: str) -> float | None:

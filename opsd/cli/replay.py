@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Replays each sample and shows its numbers. Raises UserError."""
     from opsd.common.display import Display
+    from opsd.common.errors import UserError
+
+    if not (path := parsed.file).is_file():  # said before torch is imported
+        kept = sorted(path.glob("failed-step-*.pt"))
+        hint = f"; did you mean {str(kept[-1])!r}?" if kept else " (a step that fails leaves one)"
+        raise UserError(f"FILE is {str(path)!r}: no failed-step-N.pt{hint}")
     from opsd.models.load import quiet_transformers
     from opsd.training.replay import replay
 

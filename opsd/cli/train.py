@@ -84,7 +84,7 @@ def run(parsed: argparse.Namespace) -> None:
         overrides.append(f"output.dir={json.dumps(str(file))}")
         file /= CONFIG
     runs = load_recipe(file, overrides)
-    machine = None if parsed.machine is None else machine_of(parsed.machine)
+    machine = None if parsed.machine is None else machine_of(parsed.machine, "--for")
     if machine is not None and not parsed.dry_run:
         raise UserError("--for is for --dry-run: it trains nothing")
     # A later run starts from an earlier run's model, which does not exist yet: check the first's.

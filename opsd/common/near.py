@@ -9,6 +9,8 @@ HUB_ADDRESS = re.compile(
     r"(?:https?:/+)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)"
 )
 
+OWNER = "; a hub name has an owner, as in Qwen/Qwen3-1.7B"
+
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The known name most similar to `word`, ignoring case, hyphens and spaces, or None."""
@@ -19,7 +21,9 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'train'?`, or "" if no known name is similar."""
-    near = nearest(word, known)
+    known = [*known]  # cosine_with_restarts holds cosine
+    held = [one for one in known if f"_{_plain(one)}_" in f"_{_plain(word)}_"]
+    near = max(held, key=len) if held else nearest(word, known)
     return f"; did you mean {near!r}?" if near else ""
 
 
@@ -29,6 +33,8 @@ def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
     if named := HUB_ADDRESS.match(str(path)):
         return f"; did you mean {named[1]!r}?"
     path = Path(path)
+    if path.is_file():  # where a directory is wanted
+        return f"; did you mean {str(path.parent)!r}?"
     try:
         there = [one.name for one in path.parent.iterdir() if one.name.endswith(suffixes)]
     except OSError:
@@ -44,7 +50,7 @@ def near_model(path: Path) -> str:
     found = {
         file.parent
         for name in ("config.json", "adapter_config.json")
-        for place in ("*", "best/*")
+        for place in ("*", "best/*", "*/model")
         for file in path.glob(f"{place}/{name}")
     }
     ours = [path / "best" / "model", path / "model"]
@@ -52,7 +58,7 @@ def near_model(path: Path) -> str:
     def rank(directory: Path) -> tuple[int, int, str]:
         number = directory.name.rpartition("-")[2]
         own = ours.index(directory) if directory in ours else -1
-        return own, int(number) if number.isdecimal() else -1, directory.name
+        return own, int(number) if number.isdecimal() else -1, str(directory)
 
     return f"; did you mean {str(max(found, key=rank))!r}?" if found else ""
 

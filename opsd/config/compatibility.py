@@ -31,30 +31,14 @@ from opsd.config.requirements import (
 if TYPE_CHECKING:
     from opsd.config.config import Config
 
-USED_BY = {
-    "divergence": DIVERGENCE_METHODS,
-    "beta": DIVERGENCE_METHODS,
-    "temperature": DIVERGENCE_METHODS,
-    "clip": DIVERGENCE_METHODS,
-    "clip_threshold": DIVERGENCE_METHODS,
-    "gates": DIVERGENCE_METHODS,
-    "unsure": DIVERGENCE_METHODS,
-    "unsure_entropy": DIVERGENCE_METHODS,
-    "control_variate": DIVERGENCE_METHODS,
-    "epsilon": (*DIVERGENCE_METHODS, "grpo"),
-    "epsilon_high": (*DIVERGENCE_METHODS, "grpo"),
-    "kl": ("grpo",),
-    "credit": ("grpo",),
-    "credit_clip": ("grpo",),
-    "credit_steps": ("grpo",),
-    "distil": ("grpo",),
-    "distil_groups": ("grpo",),
-    "scale_advantages": ("grpo",),
-    "sft_alpha": (*DIVERGENCE_METHODS, "grpo"),
-    "roles": ("sft",),
-    "reward": (*DIVERGENCE_METHODS, "grpo"),
-    "importance_bound": (*DIVERGENCE_METHODS, "grpo"),
+_OF = {
+    DIVERGENCE_METHODS: "divergence beta temperature clip clip_threshold gates unsure "
+    "unsure_entropy control_variate",
+    (*DIVERGENCE_METHODS, "grpo"): "epsilon epsilon_high sft_alpha reward importance_bound",
+    ("grpo",): "kl credit credit_clip credit_steps distil distil_groups scale_advantages",
+    ("sft",): "roles",
 }
+USED_BY = {field: methods for methods, fields in _OF.items() for field in fields.split()}
 """Fields of `loss` → the methods that use them. All methods use the fields not listed here."""
 
 

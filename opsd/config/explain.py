@@ -4,22 +4,27 @@ For names and values of TRL, axolotl, verl and others it says what they are call
 (`elsewhere.toml`, `values.toml`).
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any, get_args
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
 
 from opsd.common.errors import problem_said
 from opsd.common.files import read_toml
 from opsd.common.near import did_you_mean, nearest
 from opsd.config.base import Section
+from opsd.config.yaml import load_yaml
 
 SHOWN_PROBLEMS = 10  # at most this many errors of one config are shown
 ELSEWHERE: dict[str, str] = read_toml(__file__, "elsewhere")
 """Names that other trainers use for a field, and its former names here → its name."""
 
-NOWHERE: dict[str, str] = read_toml(__file__, "nowhere")
+NOWHERE: dict[str, str] = {
+    name: said for said, names in read_toml(__file__, "nowhere").items() for name in names
+}
 """Names that other trainers use, and we have no field for → what to do instead."""
 
 VALUES: dict[str, dict[str, str]] = read_toml(__file__, "values")
@@ -69,6 +74,39 @@ def here(name: str, model: type[Section]) -> str:
     return ELSEWHERE.get(name) or ELSEWHERE.get(leaf) or " or ".join(places(leaf, model))
 
 
+def typed(found: str, value: Any, model: type[Section]) -> str:
+    """What to type for `found`, as `here` returns it: rollout.engine=vllm for "rollout.engine,
+    'vllm'". It has the value where the field takes it and no note says that it means another."""
+    field, _, note = found.partition(", ")
+    if note.startswith("a section: "):
+        return note.rpartition(" ")[2]
+    if more := re.fullmatch(r"with ([\w.]+=\w+)", note):  # two assignments
+        return f"{_assigned(field, value, model)} {more[1]}"
+    if quoted := re.fullmatch(r"'(\w+)'", note):
+        return f"{field}={quoted[1]}"
+    if note or not (every := field.split(" or ")) or {*every} - {*fields_of(model)}:
+        return f"{field} ({note})" if note else found
+    return " or ".join(_assigned(one, value, model) for one in every)
+
+
+def _assigned(field: str, value: Any, model: Any) -> str:
+    *above, last = field.split(".")
+    for part in above:
+        model = section_of(model.model_fields[part].annotation)
+    kind = model.model_fields[last]
+    said = VALUES.get(field, {}).get(re.sub(r"[\s-]+", "_", str(value).lower()), value)
+    if isinstance(said, str) and said != value and " " in said:
+        return f"{field} ({said.removesuffix('?')})"
+    text = said if isinstance(said, str) else json.dumps(said)
+    try:
+        form: Any = Annotated[kind.annotation, kind]
+        TypeAdapter(form).validate_python(load_yaml(text))
+    except (ValidationError, YAMLError):
+        known = [str(one) for one in get_args(kind.annotation) if isinstance(one, str)]
+        return f"{field} ({', '.join(known)})" if known else field
+    return f"{field}={text}"
+
+
 def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
     known = _known(location[:-1], model)
     key, colon, rest = location[-1].partition(":")
@@ -84,7 +122,7 @@ def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
         if said := NOWHERE.get(location[-1]) or NOWHERE.get(full[-1]):
             return f"unknown key {name!r}: {said}"
         if (not near or foreign & ELSEWHERE.keys()) and (found := here(name, model)):
-            return f"unknown key {name!r}: here it is {found}"
+            return f"unknown key {name!r}: here it is {typed(found, value, model)}"
     elif (found := ELSEWHERE.get(location[-1], "")) in known:  # a study's
         return f"unknown key {location[-1]!r}: here it is {found}"
     near = near or nearest(location[-1], known)

@@ -67,7 +67,9 @@ def stored(
         check_no_split(source, split, section)
         return read_file(path, section)
     if not is_remote(source):
+        name, _, rows = source.partition("#")  # as ms-swift has it
         hint = near_file(source, ("", *FILE_TYPES))
+        hint = f"; write {section}.source={name} {section}.limit={rows}" if rows else hint
         raise UserError(
             f"{section}.source: there is no file or directory {source!r}{hint} (it may be a path, "
             "a hub name `owner/name`, or `reasoning_gym:<task>`)"

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.hub_offline import before_asking_hub
-from opsd.common.near import near_file, near_model
+from opsd.common.near import OWNER, near_file, near_model
 from opsd.common.saved_directory import check_saved
 from opsd.common.strict_json import read_object
 from opsd.config.sections import ModelSection
@@ -245,10 +245,9 @@ def _unreachable(files: ModelFiles, section: ModelSection, error: Exception) -> 
         return UserError(f"{where}: set {name}.attention to 'sdpa' for it ({said})")
     if Path(section.path).exists():
         return UserError(f"{where}: it cannot be loaded ({said})")
-    owner = "" if "/" in section.path else "; a hub name has an owner, as in Qwen/Qwen3-1.7B"
     return UserError(
         f"{where}: neither a model directory nor a hub model that can be reached ({said})"
-        f"{near_file(section.path) or owner}"
+        f"{near_file(section.path) or ('' if '/' in section.path else OWNER)}"
     )
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 
+from opsd.common.files import read_toml
 from opsd.common.format import duration, size
 from opsd.report.charts import NOISY, Chart, Series, accuracy_chart
 from opsd.report.render import render
@@ -11,29 +12,10 @@ from opsd.report.step_costs import collapses, cost_rows
 from opsd.runs.read import Accuracy, Results, Run
 
 # (metric, title, unit): PANELS are always in view, MORE_PANELS folded; both if recorded
-PANELS = [
-    ("divergence", "Divergence", "nats a token"),
-    ("student_entropy", "Student's entropy", "nats a token"),
-    ("rollout_length", "Rollout length", "tokens"),
-]
-MORE_PANELS = [
-    ("correct_fraction", "Rollouts that are right", "share"),
-    ("pass_at_k", "Problems with a right rollout (pass@k)", "share"),
-    ("reward", "Reward", "mean"),
-    ("truncated_fraction", "Rollouts cut at the length limit", "share"),
-    ("teacher_entropy", "Teacher's entropy", "nats a token"),
-    ("clipped_fraction", "Clipped tokens", "share"),
-    ("inverted_gradient_fraction", "Tokens whose clipped gradient points away", "share"),
-    ("divergence_maths", "Divergence of mathematical tokens", "nats a token"),
-    ("divergence_style", "Divergence of words about thinking", "nats a token"),
-    ("importance_ratio", "Student's probability ÷ the engine's", "mean"),
-    ("engine_divergence", "The engine's difference from the student", "nats a token"),
-    ("token_ratio", "Tokens saved by shared contexts", "times fewer"),
-    ("loss", "Loss", "as optimised"),
-    ("grad_norm", "Gradient norm", "before clipping"),
-    ("learning_rate", "Learning rate", "per step"),
-    ("tokens_per_second", "Speed", "tokens/s"),
-]
+PANELS, MORE_PANELS = (
+    [(name, *said) for name, said in panels.items()]
+    for panels in read_toml(__file__, "panels").values()
+)
 
 
 def page(results: Results) -> str:

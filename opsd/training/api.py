@@ -27,7 +27,7 @@ from opsd.grading.reward_functions import verifier_of
 from opsd.models.load import load_tokenizer, with_ends
 from opsd.models.lora import described_by
 from opsd.runs.directory import last_checkpoint
-from opsd.training.preflight import begin
+from opsd.training.preflight import begin, check_config
 from opsd.training.run import Given, load_run, train_in_directory
 
 
@@ -209,13 +209,8 @@ def _check_types(args: Any, processing_class: Any, others: Mapping[str, Any]) ->
         found = here(name, Config)
         field = f"it is a field of OPSDConfig, {found}" if found else "help(OPSDTrainer) lists them"
         raise UserError(f"OPSDTrainer has no argument {name!r}: {NOWHERE.get(name, field)}")
-    if args is not None and not isinstance(args, Config):
-        kind: Any = type(args)
-        made = {str: f"load_config({args!r})", dict: "OPSDConfig(**args)"}.get(kind)
-        raise UserError(
-            f"args is of type {type(args).__name__}: it must be an OPSDConfig, as "
-            f"{made or 'OPSDConfig(steps=100, learning_rate=1e-5)'}"
-        )
+    if args is not None:
+        check_config("args", args)
     if isinstance(processing_class, str | Path):
         raise UserError(
             f"processing_class is {str(processing_class)!r}: it must be a tokenizer, as "

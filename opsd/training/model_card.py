@@ -21,33 +21,7 @@ METHODS = {
     "distill": "on-policy distillation from another model",
 }
 
-CARD = """---
-{metadata}
----
-
-# {name}
-
-[{base}]({link}) trained by {method}, with `opsd-train` {version}.
-
-## Held-out accuracy
-
-{figures}
-
-One greedy answer a problem; brackets are 95 % intervals over problems. {problems}
-
-## Data and settings
-
-Trained on {data}. What is not at its default:
-
-```yaml
-{settings}```
-
-With this file as {file}: `opsd train {file} output.dir=runs/again`
-
-## Licence
-
-{licence}
-"""
+CARD = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
 
 
 def write_card(config: Config, directory: Path, kept: int | None) -> None:

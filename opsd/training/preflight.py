@@ -44,6 +44,7 @@ from opsd_kernels import backends
 def begin(config: Config, processes: Processes) -> Config:
     """Check the machine and fill in what the run decides when it begins. Raises UserError if this
     machine cannot do the run."""
+    check_config("config", config)
     quiet_transformers()
     check_launcher(config.train.sharding, config.rollout.engine)
     use_kernel(config.train.prefix_kernel)
@@ -51,6 +52,17 @@ def begin(config: Config, processes: Processes) -> Config:
     config = processes.once(lambda: settle(config, directory, best_precision()))
     processes.together(lambda: check_machine(config, makes=processes.first))
     return config
+
+
+def check_config(name: str, config: Any) -> None:
+    """Raise UserError if the argument `name` is no config: in Python it may be anything."""
+    if not isinstance(config, Config):
+        kind: Any = type(config)
+        made = {str: f"load_config({config!r})", dict: f"OPSDConfig(**{name})"}.get(kind)
+        raise UserError(
+            f"{name} is of type {kind.__name__}: it must be an OPSDConfig, as "
+            f"{made or 'OPSDConfig(steps=100, learning_rate=1e-5)'}"
+        )
 
 
 def check_machine(config: Config, makes: bool) -> None:

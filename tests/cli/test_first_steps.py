@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -88,6 +89,18 @@ def test_a_run_is_evaluated_by_its_directory(run, tmp_path, monkeypatch, capsys)
     asked = ["--benchmark", str(renamed), "--max-new-tokens", "3", "--output", str(tmp_path / "r")]
     assert main(["eval", str(directory), *asked]) == 0
     config.write_text(saved)
+
+
+def test_a_run_of_the_tiny_quickstart_is_graded_as_its_report_is(run, tmp_path):
+    """Its answers are worksheets, without a box: the grader of all else would call each wrong."""
+    directory, _ = run
+    (tmp_path / "quickstart.json").write_text('{"tiny": true}')
+    shutil.copytree(directory, tmp_path / "opsd")
+    output = tmp_path / "again"
+    assert main(["eval", str(tmp_path / "opsd"), "--output", str(output)]) == 0
+    lines = (output / "answers.jsonl").read_text().splitlines()
+    said = {json.loads(line)["reason"] for line in lines}
+    assert said <= {"no result stated", "a result differs", "all results right"}
 
 
 @pytest.mark.parametrize("solution", [False, True])

@@ -56,7 +56,7 @@ MISTAKES = {
     "train good.yaml --gradient_checkpointing": "set as in train.gradient_checkpointing=true",
     "train good.yaml --overwrite_output_dir": "choose another output.dir, or go on by --resume",
     "train good.yaml --load_in_4bit": "set as in model.lora.quantize=nf4",
-    "train good.yaml --per_device_train_batch_size 4": "train.problems_per_step=4 (of the whole",
+    "train good.yaml --per_device_train_batch_size 4": "train.problems_per_step (of the whole",
     "train good.yaml --nproc 2": "torchrun --nproc-per-node N -m opsd train",
     "train good.yaml --check": "did you mean `--dry-run`?",
     "train good.yaml --resume run": "`opsd train run --resume`",
@@ -67,24 +67,24 @@ MISTAKES = {
     "train good.yaml trainer.steps=5": "did you mean 'train'?",
     "train good.yaml models.path=x": "did you mean 'model'?",
     "train good.yaml train.learning-rate=1e-5": "did you mean 'learning_rate'?",
-    "train good.yaml train.temperature=1": "rollout.temperature or loss.temperature",
+    "train good.yaml train.temperature=1": "rollout.temperature=1 or loss.temperature=1",
     "train good.yaml model=Qwen/Qwen3-1.7B": "as in model.path=Qwen/Qwen3-1.7B",
     "train good.yaml data=rows.jsonl": "as in data.source=rows.jsonl",
     "train good.yaml loss.reward=mine.py:f": "as in loss.reward.verifier=mine.py:f",
     "train good.yaml model.lora=true": "as in model.lora.rank",
     "train good.yaml actor_rollout_ref.rollout.n=4": "here it is rollout.group_size",
-    "train good.yaml actor_rollout_ref.actor.optim.lr=1e-6": "here it is train.learning_rate",
+    "train good.yaml actor_rollout_ref.actor.optim.lr=1e-6": "it is train.learning_rate=1e-06",
     "train good.yaml data.train_files=rows.jsonl": "here it is data.source",
     "train good.yaml base_model=x": "here it is model.path",
     "train good.yaml trainer.n_gpus_per_node=2": "torchrun --nproc-per-node N -m opsd train",
     "train good.yaml algorithm.adv_estimator=grpo": "here it is method",
-    "train good.yaml trainer.total_epochs=3": "here it is train.steps, in steps",
+    "train good.yaml trainer.total_epochs=3": "here it is train.steps (in steps",
     "train good.yaml trainer.project_name=x": "here it is output.project",
     "train good.yaml rollout.n=4": "here it is rollout.group_size",
     "train good.yaml model.quantize=nf4": "here it is model.lora.quantize",
     "train good.yaml model.dtype=bf16": "here it is train.precision",
     "train good.yaml model.lora.r=16": "here it is model.lora.rank",
-    "train good.yaml train.warmup_ratio=0.1": "here it is train.warmup_steps, in steps",
+    "train good.yaml train.warmup_ratio=0.1": "here it is train.warmup_steps (in steps)",
     "train good.yaml train.learning_rate = 1e-5": "without spaces: train.learning_rate=1e-5",
     "train good.yaml trainer.save_freq=10": "here it is train.save_every",
     "train good.yaml actor_rollout_ref.rollout.name=vllm": "here it is rollout.engine",
@@ -176,9 +176,47 @@ MISTAKES = {
     "export run --gguf --type q4_k_m": "`llama-quantize model.gguf small.gguf q4_k_m`",
     "dryrun good.yaml": "did you mean `opsd train --dry-run good.yaml`?",
     "quickstart --fast": "did you mean `--tiny`?",
-    "quickstart --tiny --epochs 1": "train.steps=1",
+    "quickstart --tiny --epochs 1": "train.steps (in steps",
     "init --template grpo": "`opsd init NAME`",
     "init my-config": "`opsd init --output my-config.yaml`",
+    # The value travels with the name, where the field takes it.
+    "train good.yaml actor_rollout_ref.rollout.n=8": "here it is rollout.group_size=8",
+    "train good.yaml 'data.train_files=[a.parquet,b.parquet]'": 'data.source=["a.parquet", "b.pa',
+    "train good.yaml data.filter_overlong_prompts=True": "here it is prompts.too_long=skip",
+    "train good.yaml model.torch_dtype=bfloat16": "here it is train.precision=bf16",
+    "train good.yaml --deepspeed zero2": "set as in train.sharding=zero2",
+    "train good.yaml --deepspeed ds.json": "train.sharding (none, fsdp2, zero1, zero2, zero3)",
+    "train good.yaml --attn_impl flash_attn": "set as in model.attention=flash_attention_2",
+    "train good.yaml --vllm_mode colocate": "set as in rollout.engine=vllm",
+    "train good.yaml --loss_type dr_grpo": "loss.aggregation=constant loss.scale_advantages=false",
+    "train good.yaml --kl_clip 0.05": "set as in loss.clip_threshold=0.05 loss.clip=entry",
+    "train good.yaml --distillation_alpha 0.5": "1: reverse_kl, between: jsd with loss.beta",
+    "train good.yaml --eval_strategy steps --eval_steps 50": "eval.every (in steps); eval.every=50",
+    "train good.yaml --tuner_type lora --lora_rank 8": "model.lora={}; model.lora.rank=8",
+    "train --model model --dataset rows.jsonl": "it needs a CONFIG.yaml; `opsd init` writes one",
+    "train good.yaml --distillation_topk 100": "the loss reads the whole vocabulary",
+    "train good.yaml trainer.logger=['console','wandb']": "here it is output.report_to",
+    "train good.yaml data.val_set_size=0.1": "here it is eval.problems (their number)",
+    "train good.yaml model.max_seq_length=2048": "here it is rollout.max_new_tokens (since",
+    "train good.yaml actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2": "in tokens",
+    "train good.yaml +model.trust_remote_code=True": "write model.trust_remote_code=True",
+    "train good.yaml train.schedule=cosine_with_restarts": "did you mean 'cosine'?",
+    "train good.yaml train.gradient_checkpointing=unsloth": "write true",
+    "train good.yaml loss.aggregation=dapo": "did you mean 'token'?",
+    "train good.yaml data.source=rows.jsonl#500": "data.source=rows.jsonl data.limit=500",
+    "train good.yaml model.path=qwen3:0.6b": "a hub name has an owner, as in Qwen/Qwen3-1.7B",
+    # Commands of ms-swift, axolotl and TRL.
+    "rlhf --rlhf_type gkd": "did you mean `opsd train --rlhf_type gkd`?",
+    "preprocess good.yaml": "did you mean `opsd train --dry-run good.yaml`?",
+    "merge_lora run": "did you mean `opsd export --merge run`?",
+    "vllm-serve --model model": "did you mean `opsd serve-teacher --model model`?",
+    # A directory above the run, a file in it, the wrong kind of file.
+    "chat tiny": "did you mean 'tiny/opsd/model'?",
+    "report run/config.yaml": "did you mean 'run'?",
+    "replay run": "did you mean 'run/failed-step-7.pt'?",
+    "replay tiny": "a step that fails leaves one",
+    "plan Qwen/Qwen3-8B --gpu rtx6000": "or a size such as 24GB",
+    "plan Qwen/Qwen3-8B --gpu 8xh1000": "--gpu is 'h1000'",
 }
 
 CONFIGS = {
@@ -227,10 +265,11 @@ def place(tmp_path_factory):
     (place / "good.yaml").write_text(good)
     (place / "other.yaml").write_text(good)
     (place / "study.yaml").write_text("quickstart: tiny\nmethods: [opsd]\n")
-    for directory in ("model", "run/model"):
+    for directory in ("model", "run/model", "tiny/opsd/model"):
         (place / directory).mkdir(parents=True)
         (place / directory / "config.json").write_text("{}")
     (place / "run" / "config.yaml").write_text(good)
+    (place / "run" / "failed-step-7.pt").touch()
     for number, text in enumerate(CONFIGS):
         (place / f"config-{number}.yaml").write_text(text)
     return place

@@ -114,7 +114,10 @@ def test_a_name_from_elsewhere_is_told_ours(theirs, ours):
     assert re.match(r"[a-z0-9_.]+", ours)[0] in known
     section = ours.partition(".")[0]
     for place in {theirs} if "." in theirs else {theirs, f"{section}.{theirs}"} - known:
-        with pytest.raises(UserError, match=f"'{place}': here it is {re.escape(ours)}"):
+        field, _, note = ours.partition(", ")
+        note = "" if note[:1] in "'" or note.startswith(("with ", "a section: ")) else f"({note})"
+        here = f"'{place}': here it is {re.escape(field)}.*{re.escape(note)}"
+        with pytest.raises(UserError, match=here):
             parse_config(merge(GOOD, with_overrides({}, [f"{place}=1"])))
 
 

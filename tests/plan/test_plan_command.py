@@ -13,7 +13,7 @@ from helpers.training_cases import short_values
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from opsd.cli.main import main
-from opsd.cli.plan_arguments import _bytes, gpu_of
+from opsd.cli.plan_arguments import _bytes, gpu_of, machine_of
 from opsd.common.errors import UserError
 from opsd.config.load import merge, parse_config
 from opsd.config.sections import ModelSection
@@ -271,7 +271,25 @@ def share_measurements():
 
 def planned(*arguments: str, capsys) -> dict:
     assert main(["plan", *arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert "Plan a step" in printed.err  # what takes long says so, beside the JSON
+    assert ("Search for what fits" in printed.err) == ("to_fit" in found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "text, name, count",
+    [
+        ("h100x8", "H100", 8),
+        ("8xH100", "H100", 8),
+        ("2 x 24G", "GPU of 24 GB", 2),
+        ("4090", "4090", 1),
+    ],
+)
+def test_several_gpus_in_one_word(text, name, count):
+    gpu, counted = machine_of(text, "--gpu")
+    assert (gpu.name, counted) == (name, count)
 
 
 def test_the_paper_8b_model_is_planned_in_seconds_and_without_weights():

@@ -328,6 +328,7 @@ def test_libraries_settings_are_made_before_torch_is_imported():
         ({"tokenizer": None}, r"OPSDTrainer\(processing_class=…\)"),
         ({"learning_rate": 1e-5}, r"it is a field of OPSDConfig, train.learning_rate"),
         ({"ref_model": None}, r"it is a field of OPSDConfig, teacher.policy"),
+        ({"teacher_model": "m"}, r"OPSDConfig, teacher.path, with teacher.policy=model"),
         ({"compute_metrics": None}, r"held-out answers are graded"),
         ({"no_such": None}, r"help\(OPSDTrainer\) lists them"),
         ({"processing_class": "m"}, r"AutoTokenizer.from_pretrained makes it"),
@@ -337,3 +338,8 @@ def test_libraries_settings_are_made_before_torch_is_imported():
 def test_what_users_of_other_trainers_hand_over(given, said):
     with pytest.raises(UserError, match=said):
         OPSDTrainer(**{"model": "m", "train_dataset": RECORDS, **given})
+
+
+def test_train_takes_no_file():
+    with pytest.raises(UserError, match=r"config is of type str: .* as load_config\('c.yaml'\)"):
+        train("c.yaml")
