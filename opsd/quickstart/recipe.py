@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,16 +119,21 @@ def check_methods(sections: dict[str, Any], methods: dict[str, dict[str, Any]]) 
     return made
 
 
+OTHERS = 3
+"""With prompts.hold: rows without a solution for each row with one."""
+
+
 def repeated(rows: list[Row], solutions: int | None, hold: bool = False) -> list[Row]:
     """As many rows as given, but only the first `solutions` of them, repeated; None: all rows.
-    hold: every second row is one of the others, without its solution."""
+    hold: three of four rows are others, without their solutions."""
     if solutions is None or solutions >= len(rows):
         return rows
+    solved = cycle(rows[:solutions])
     if not hold:
-        return [rows[i % solutions] for i in range(len(rows))]
-    bare = [
+        return list(islice(solved, len(rows)))
+    others = cycle(
         replace(row, solution="", columns={**row.columns, "solution": ""})
         for row in rows[solutions:]
-    ]
-    pairs = ((rows[i % solutions], bare[i % len(bare)]) for i in range(len(rows)))
-    return [row for pair in pairs for row in pair][: len(rows)]
+    )
+    each = (row for row in solved for row in (row, *islice(others, OTHERS)))
+    return list(islice(each, len(rows)))

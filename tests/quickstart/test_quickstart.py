@@ -240,8 +240,8 @@ def test_problems_without_solutions_hold_the_student(finished, tmp_path):
     rows = {name: read_lines(Path(configs[name]["data"]["source"])) for name in configs}
     assert len({row["problem"] for row in rows["sft"]}) == 5 < len(rows["sft"])
     solved = [bool(row["solution"]) for row in rows["opsd"]]
-    assert solved == [True, False] * (len(solved) // 2)
-    assert len({row["problem"] for row in rows["opsd"]}) == 5 + len(solved) // 2
+    assert solved == [True, False, False, False] * (len(solved) // 4)
+    assert len({row["problem"] for row in rows["opsd"]}) == 5 + 3 * len(solved) // 4
 
 
 def test_a_quickstart_is_one_process_alone(finished, tmp_path, capsys):
