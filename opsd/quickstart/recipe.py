@@ -119,10 +119,6 @@ def check_methods(sections: dict[str, Any], methods: dict[str, dict[str, Any]]) 
     return made
 
 
-OTHERS = 3
-"""With prompts.hold: rows without a solution for each row with one."""
-
-
 def repeated(rows: list[Row], solutions: int | None, hold: bool = False) -> list[Row]:
     """As many rows as given, but only the first `solutions` of them, repeated; None: all rows.
     hold: three of four rows are others, without their solutions."""
@@ -135,5 +131,5 @@ def repeated(rows: list[Row], solutions: int | None, hold: bool = False) -> list
         replace(row, solution="", columns={**row.columns, "solution": ""})
         for row in rows[solutions:]
     )
-    each = (row for row in solved for row in (row, *islice(others, OTHERS)))
+    each = (row for row in solved for row in (row, *islice(others, 3)))
     return list(islice(each, len(rows)))

@@ -5,7 +5,8 @@ compared with the first window; pass@k of graded rollouts, compared with the bes
 share of tokens whose clipped gradient points away from the unclipped one, compared with a bound.
 On-policy self-distillation is known to collapse after some hundred steps at high learning rates.
 Where rollouts are graded, pass@k shows it first, some steps after the accuracy has fallen
-(docs/results.md).
+(docs/results.md). While it is above its first window's, less entropy and shorter rollouts are no
+collapse: a student that learns becomes sure.
 """
 
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ class Trace:
 
     window: int
     values: list[float] = field(default_factory=list)
+    last: float = 0.0  # mean of the last window
     first: float | None = None  # mean of the first window
     best: float | None = None  # highest mean of a window
 
@@ -28,7 +30,7 @@ class Trace:
         self.values = [*self.values, value][-self.window :]
         if len(self.values) < self.window:
             return None
-        mean = sum(self.values) / self.window
+        self.last = mean = sum(self.values) / self.window
         self.first = mean if self.first is None else self.first
         self.best = mean if self.best is None else max(self.best, mean)
         return mean
@@ -59,16 +61,23 @@ class CollapseWatch:
             mean = trace.add(value)
             bound = getattr(self.section, name)
             said = None if mean is None else _judge(name, measure, mean, bound, trace)
+            if name in ("entropy", "length") and self._learns():
+                continue
             if said is not None and name not in self.seen:
                 self.seen.add(name)
                 found[name] = f"{said} (train.collapse.{name} is {bound:g})"
         return found
 
+    def _learns(self) -> bool:
+        """Whether pass@k is above its first window's."""
+        trace = self.traces.get("pass_at_k")
+        return trace is not None and trace.first is not None and trace.last > trace.first
+
 
 _MEASURES = {
+    "pass_at_k": "pass_at_k",  # the first, because the others look at it
     "entropy": "student_entropy",
     "length": "rollout_length",
-    "pass_at_k": "pass_at_k",
     "inverted_gradient": "inverted_gradient_fraction",
 }
 

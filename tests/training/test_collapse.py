@@ -46,6 +46,19 @@ def test_measures_that_stay_or_grow_are_no_collapse():
     assert said(lines) == [{}] * 8
 
 
+def test_a_student_that_learns_becomes_sure_and_brief():
+    """Until it unlearns: then what fell before is named too."""
+    rates = [0.2, 0.2, 0.6, 0.8, 0.6, 0.1, 0.1]
+    fallen = [(1.0, 100)] * 2 + [(0.01, 10)] * 5
+    lines = [
+        {"pass_at_k": rate, "student_entropy": entropy, "rollout_length": length}
+        for rate, (entropy, length) in zip(rates, fallen, strict=True)
+    ]
+    assert list(map(list, said(lines))) == [[]] * 6 + [["pass_at_k", "entropy", "length"]]
+    bare = said([{"student_entropy": line["student_entropy"]} for line in lines])
+    assert list(map(list, bare)) == [[]] * 3 + [["entropy"]] + [[]] * 3
+
+
 def test_one_step_is_not_a_window_and_missing_measures_are_no_zero():
     assert said([{"student_entropy": 1.0}, {"student_entropy": 1.0}, {"student_entropy": 0.0}]) == [
         {},
