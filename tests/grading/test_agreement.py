@@ -24,6 +24,16 @@ KNOWN_DISAGREEMENTS = {
     ("\\{1,\\dots,10\\}", "\\{1,2,\\ldots,10\\}"),
     ("\\min(a,b)", "\\min\\{a,b\\}"),
     ("quarter to four", "3:45"),
+    ("f(x)=2x+k", "f(x)=2x+c"),
+    ("(k,k+1)", "(n,n+1)"),
+    ("\\text{all odd } n", "\\text{odd } n"),
+    ("n \\equiv 1 \\pmod{4}", "n=4k+1"),
+    ("36 (eggs)", "36"),
+    ("12 \\text{ percent off}", "12"),
+    ("\\text{Thurs.}", "\\text{Thursday}"),
+    ("0\\le x\\le 2, x\\ne 1", "[0,2]\\setminus\\{1\\}"),
+    ("a>0, b>0", "a,b>0"),
+    ("\\frac{a}b c", "ac/b"),
 }
 
 

@@ -116,6 +116,14 @@ def _command(token: str, following: list[str]) -> tuple[str, str]:
 _ESCAPED_TWICE = PATTERNS["escaped_twice"]
 _THIN_THOUSANDS = re.compile(r"(?<=\d),\s*\\!\s*(?=\d{3})")
 _BREAK = re.compile(r"\\\\\s*\[[^\]]{0,10}\]")  # a line break with a distance
+_UNITS = [  # what tells a unit from a letter, before fonts are dropped
+    (re.compile(r"\\mathrm\s*\{\s*~\s*(?=[A-JL-Za-z])"), r"\\text{"),
+    (
+        re.compile(r"(\d\}?(?:\s|\\[,;: ])*)\\mathrm\s*\{\s*([NJWVACTFH]\s*\})(?!\s*[_^])"),
+        r"\1\\text{\2",
+    ),
+    (re.compile(r"\\mu\s*(\\(?:mathrm|text)\s*\{)[\s~]*(?=[A-Za-z])"), r"\1μ"),
+]
 _DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]|\\(?:left|right)\s*\.")
 _MARKDOWN = PATTERNS["markdown"]
 _BRACED_SPACE = re.compile(r"\{\s*\\[,;:! ]\s*\}")
@@ -128,6 +136,12 @@ _REWRITTEN = [
         (r"\*\*(?=[\w({-])", "^"),  # a power: bold text has been handled before
         (r"^(?:\\text\s*\{\s*(?:negative|minus)\s*\}|(?:negative|minus)\b(?=\s*[\d\\$]))\s*", "-"),
         (r"(?<=\w) only$", ""),
+        (r"\\(frac|binom)\s*([A-Za-z\d])\s*(?=[A-Za-z\d{])", r"\\\1{\2}"),
+        (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([A-Za-z\d])", r"\1{\2}"),
+        (
+            r"\\text\s*\{\s*cis\s*\}\s*(\([^()]*\)|\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}|[\d.]+\s*\^\\circ)",
+            r"(\\cos\1+i\\sin\1)",
+        ),
         (r"\\not\s*=", r"\\neq "),
         (r"\\not\s*\\in(?![A-Za-z])", r"\\notin "),
         (r"\\mathbb\s+([A-Z])", r"\\mathbb{\1}"),
@@ -169,6 +183,8 @@ def clean(text: str) -> str:
     """Normalise an answer's spelling. `\\text{…}` stays around words next to mathematics."""
     text = _ESCAPED_TWICE.sub("", _THIN_THOUSANDS.sub(",", text))
     text = _BREAK.sub(r"\\\\", from_unicode(text).strip())
+    for pattern, to in _UNITS:
+        text = pattern.sub(to, text)
     text = _DELIMITER.sub(" ", text)
     # Dollars in pairs mark mathematics; a single one before a number is money.
     text = text.replace("\\$", "\0").replace("$", " " if text.count("$") % 2 == 0 else "\0")

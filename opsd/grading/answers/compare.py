@@ -31,7 +31,7 @@ from opsd.grading.answers.nodes import (
 from opsd.grading.answers.numbers import Number, as_latex, decimal_comma, same_number
 from opsd.grading.answers.quantities import short, times
 from opsd.grading.answers.read import has_symbol, read
-from opsd.grading.answers.renamed import with_names
+from opsd.grading.answers.renamed import with_names, with_one_index
 from opsd.grading.answers.units import DEGREES, RADIANS
 from opsd.grading.answers.words import opposite
 
@@ -54,7 +54,7 @@ _INTERVALS = ("()", "[]", "[)", "(]")
 
 def compare(reference: str, given: str, algebra: Algebra, strict: bool = True) -> tuple[bool, str]:
     """(whether the given answer means the same as the reference, why)."""
-    one, other = clean(reference), clean(given)
+    one, other = with_one_index(clean(reference)), with_one_index(clean(given))
     other = with_names(one, other)
     if squeezed(one) == squeezed(other) != "":
         return True, "the same text"

@@ -7,7 +7,17 @@ from opsd.grading.answers.notation import NOTATION
 _DEFINED = re.compile(
     r"([A-Za-z](?:_\{?\d+\}?)?)\s*(?:\(\s*([a-df-hj-z](?:\s*,\s*[a-df-hj-z])*)\s*\)|_\{?([a-df-hj-z])\}?)\s*="
 )
+_ALONE = r"(?<![A-Za-z\\]){}(?![A-Za-z])"
+_INDEX = re.compile(r"\\(?:sum|prod)\s*_\s*\{\s*([a-z])\s*=")
 _FUNCTIONS = frozenset(NOTATION["words"]["functions"].split())
+
+
+def with_one_index(text: str) -> str:
+    """A sum's or product's index as `q`, whatever it is: `i` would be the imaginary unit."""
+    found = _INDEX.findall(text)
+    if len(found) != 1 or re.search(_ALONE.format("q"), text):
+        return text
+    return re.sub(_ALONE.format(found[0]), "q", text)
 
 
 def with_names(reference: str, given: str) -> str:

@@ -79,6 +79,8 @@ class Algebra:
             return False
         if _differ_in_case(one[0], other[0]):
             return False
+        if any(_open_sums(side[0]) for side in (one, other)):
+            return _same_sums(one[0], other[0])
         exact = "." not in wanted + given
         if self._equal(one, other, exact):
             return True
@@ -208,6 +210,22 @@ def _same_elsewhere(wanted, given, exact: bool) -> bool:
         difference = sympy.N(sides[0] - sides[1], 30)
         return bool(units and difference.is_number and abs(difference) < 1e-25)
     return exact and _same_at_points(sides, symbols[0])
+
+
+def _open_sums(side) -> bool:
+    """Whether an expression has a sum or product with a name in its limits, such as n."""
+    found = side.atoms(sympy.Sum, sympy.Product) if isinstance(side, sympy.Expr) else ()
+    return any(end.free_symbols for each in found for _, *ends in each.limits for end in ends)
+
+
+def _same_sums(*sides) -> bool:
+    """Whether two expressions have one value for each of some small whole numbers."""
+    names = [sorted(side.free_symbols, key=str) for side in sides if isinstance(side, sympy.Expr)]
+    if len(names) < 2 or names[0] != names[1]:
+        return False
+    points = [{s: start + 2 * index for index, s in enumerate(names[0])} for start in range(1, 7)]
+    values = [[sympy.N(side.subs(point).doit(), 30) for side in sides] for point in points]
+    return all(abs(one - other) <= 1e-18 * max(1, abs(one)) for one, other in values)
 
 
 def _roots(side) -> list:
