@@ -131,6 +131,11 @@ class ChatTemplate:
         """
         chat = [self._question, self._message("assistant", PROBE)]
         _, written, after = self._render(chat, False).rpartition(PROBE)
+        try:  # some templates write the generation prompt unasked
+            opening = self._render([self._message("assistant", PROBE)], False).partition(PROBE)[0]
+            after = after.removesuffix(opening.removeprefix(self.tokenizer.bos_token or ""))
+        except UserError:
+            pass
         try:
             followed = self._render([*chat, self._question], False).rpartition(PROBE)[2]
         except UserError:
@@ -161,6 +166,18 @@ class ChatTemplate:
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special and token.content.strip()}
         return frozenset(token for token in special if token in text and not is_tag(token))
+
+    @property
+    def unprompted(self) -> str:
+        """The beginning of an answer, such as "<|im_start|>assistant", if the template has no
+        generation prompt, so that a rollout would have to begin with it; else ""."""
+        prompt = self._render([self._question], True)
+        if prompt != self._render([self._question], False):
+            return ""
+        chat = [self._question, self._message("assistant", PROBE)]
+        begun = self._render(chat, False).partition(PROBE)[0]
+        more = begun.removeprefix(prompt) if begun.startswith(prompt) else ""
+        return more if any(token in more for token in self.control_tokens) else ""
 
     @property
     def opens_thought(self) -> bool:

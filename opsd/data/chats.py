@@ -122,8 +122,11 @@ def read_chat(value: Any, images: bool = False) -> Chat | None:
     last = users[-1]
     if any(number != last for number in shown):
         raise NotTextError("has images before its last question, which no prompt shows")
-    answers = [m["content"] for m in messages[last + 1 :] if m["role"] == "assistant"]
-    solution = answers[-1] if answers else ""
+    answers = [n for n in range(last + 1, len(messages)) if messages[n]["role"] == "assistant"]
+    solution = messages[answers[-1]]["content"] if answers else ""
+    own = _by_message(parsed(value))[answers[-1]] if answers else {}
+    if 0 in (own.get("weight"), own.get("train")):  # OpenAI's and Axolotl's sign: not to be learnt
+        solution = ""
     return Chat(messages[last]["content"], solution, tuple(messages[:last]), len(shown))
 
 

@@ -36,6 +36,7 @@ class ContextCheck:
         self.apart = False  # whether equal messages make different contexts
         self.controls = prompts.chats["student"].control_tokens
         self.found: dict[str, list[int]] = {}  # control token → numbers of rows that contain it
+        self.by_number: list[int] = []  # rows whose answer may be a choice's number
         self.named = {name: names(template) for name, template in prompts.templates.items()}
         asked = [("teacher", "solution")] if "teacher" in roles else []
         asked += [("target", "solution")] if targets else []
@@ -85,6 +86,24 @@ class ContextCheck:
 
     def notes(self) -> Iterator[str]:
         """Yields notes for the user on all rows checked so far."""
+        for role in ("student", "teacher"):
+            template = str(self.prompts.chats[role].template)
+            for name in getattr(self.prompts.section, f"{role}_chat"):
+                if name not in ("chat_template", "tools") and name not in template:
+                    yield (
+                        f"prompts.{role}_chat has {name!r}, at which the model's chat template "
+                        "does not look: it has no effect"
+                    )
+        if begun := self.prompts.chats["student"].unprompted:
+            yield (
+                "The model's chat template has no generation prompt: each rollout has to begin "
+                f"with {begun!r} itself"
+            )
+        if rows := self.by_number:
+            yield (
+                f"{len(rows)} rows have choices and a number as the answer, such as row {rows[0]}: "
+                "if it is a choice's place, let prompts.student number them, or map its letter"
+            )
         for token, rows in self.found.items():
             yield (
                 f"{len(rows)} rows hold {token!r}, such as row {rows[0]}: inside of a text too the "
@@ -96,6 +115,8 @@ class ContextCheck:
         """Raises UserError if the answer is one of several choices that `message` does not show."""
         name, texts = given_choices(row.columns)
         answers = {*texts, *"ABCDEFGHIJ"[: len(texts)], *map(str, range(len(texts)))}
+        if row.answer in answers and row.answer.isdecimal() and row.answer not in texts:
+            self.by_number.append(number)
         if row.answer in answers and not all(text.strip() in message for text in texts):
             raise UserError(
                 f"{self.prompts.field('student')} leaves the column {name!r} out in row {number} "

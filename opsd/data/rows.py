@@ -55,6 +55,9 @@ USUAL = {
 NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 """Columns without which a problem is incomplete; prompts show only the images of columns.images."""
 
+OF_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
+"""A chat's columns that other trainers give to its chat template."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -258,6 +261,11 @@ class _Reader:
         except NotTextError as error:
             raise IncompleteRowError(f"{where}: its chat {error}") from None
         if chat is not None:
+            if of_it := next((name for name in OF_TEMPLATE if parsed(record.get(name))), None):
+                raise IncompleteRowError(
+                    f"{where} has {of_it!r}, which its prompt would lack: write it as a message, "
+                    "or set prompts.student_chat and teacher_chat and remove the column"
+                )
             if chat.images not in (0, len(images)):
                 raise IncompleteRowError(
                     f"{where}: its chat shows {chat.images} images, its column has {len(images)}"
@@ -348,7 +356,7 @@ class _Reader:
                 f"{self.section}.source: row {number} of {self.source!r}: {chat!r} is no chat with "
                 "a user's message (a list of objects, each with `role` and the text `content`)"
             )
-        leaves = {path.rpartition(".")[2]: path for path in reversed(present)}
+        leaves = {path.rpartition(".")[2].casefold(): path for path in reversed(present)}
         usual = (leaves[one] for one in USUAL[name] if one in leaves)
         own = name if name in present else None
         near = nearest(column, present, 0.7) or own or next(usual, None) or nearest(column, present)
@@ -356,6 +364,8 @@ class _Reader:
         if self.section == "benchmark":
             setting = f"--columns {name}={near}"
         hint = f" (did you mean {near!r}? {setting})" if near else ""
+        if name == "solution" and chat is not None and not near:
+            hint = " (nor does its chat end with an answer to learn)"
         if name == "answer" and self.section == "data" and not near:
             hint = " (rows without answers: eval.problems=0, for grpo also loss.reward.verifier)"
         named = "" if number == 1 else f"row {number} of "

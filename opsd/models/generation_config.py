@@ -24,6 +24,7 @@ def keep_stop_tokens(model: PreTrainedModel) -> None:
     The model's own config is kept, corrected, as `model.shipped_generation_config`.
     """
     holder: Any = model  # by torch's types a module has only tensors and modules as attributes
+    holder.own_generation_config = holder.generation_config
     holder.shipped_generation_config = shipped = mended(holder.generation_config)
     tokens = {name: getattr(shipped, name, None) for name in TOKENS}
     holder.generation_config = GenerationConfig(**tokens)
@@ -31,15 +32,19 @@ def keep_stop_tokens(model: PreTrainedModel) -> None:
 
 def left_out(model: PreTrainedModel) -> str | None:
     """A sentence about the model's own sampling settings, which are not used; None without any."""
-    shipped = getattr(model, "shipped_generation_config", None)
-    fields = shipped.to_diff_dict() if shipped is not None else {}
-    on = {name: value for name, value in fields.items() if value is not False}
+    own, saved = (
+        config.to_diff_dict() if config is not None else {}
+        for config in (getattr(model, f"{k}_generation_config", None) for k in ("own", "shipped"))
+    )
+    on = {name: value for name, value in own.items() if value is not False}
     told = [f"{name} {value}" for name, value in sorted(on.items()) if name not in OTHERS]
     if not told:
         return None
+    changed = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+    more = f"; it is saved with another {' and '.join(changed)}, or it would be invalid"
     return (
         f"The model's generation_config.json says {', '.join(told)}: rollouts and evaluations do "
-        "not use it, the run's config alone says how they are drawn"
+        f"not use it, the run's config alone says how they are drawn{more if changed else ''}"
     )
 
 

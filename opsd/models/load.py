@@ -245,9 +245,12 @@ def _unreachable(files: ModelFiles, section: ModelSection, error: Exception) -> 
         return UserError(f"{where}: set {name}.attention to 'sdpa' for it ({said})")
     if Path(section.path).exists():
         return UserError(f"{where}: it cannot be loaded ({said})")
+    owner = "" if "/" in section.path else OWNER
+    if files.adapters:
+        owner = "; the base_model_name_or_path in its adapter_config.json can be changed"
     return UserError(
         f"{where}: neither a model directory nor a hub model that can be reached ({said})"
-        f"{near_file(section.path) or ('' if '/' in section.path else OWNER)}"
+        f"{near_file(section.path) or owner}"
     )
 
 

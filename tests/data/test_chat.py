@@ -1,6 +1,7 @@
 """The chat template: turns, targets and stops of the families that people train."""
 
 import datetime
+from dataclasses import replace
 
 import pytest
 from helpers.chat_templates import (
@@ -11,7 +12,9 @@ from helpers.chat_templates import (
     FAMILIES,
     FORMS,
     IM,
+    IM_ROLES,
     PARTS,
+    A,
     Family,
     turns,
 )
@@ -210,6 +213,23 @@ def test_a_turn_ends_before_the_next_begins(template):
     chat, tokenizer = chat_of(family), make_tokenizer(family)
     target = tokenizer.decode(target_ids(chat, QUESTION, ANSWER))
     assert (chat.turn_end[0], target) == ENDS[template]
+
+
+def test_a_generation_prompt_that_nobody_asked_for_is_no_end():
+    """LLaDA's: all turns begin with one token, EOS ends none, and the prompt is always there."""
+    ends = ("<|begin|>§<|eot|>", "<|begin|>§<|eot|>", "<|begin|>assistant:§<|eot|>")
+    template = turns(*ends, "", "<s>") + "{{ '<|begin|>assistant:' }}"
+    family = Family("", template, ("<|begin|>", "<|eot|>", "</s>", "<s>"), "</s>", "", "", "", None)
+    chat = chat_of(replace(family, bos="<s>"))
+    assert chat.turn_end[0] == "<|eot|>" and not chat.unprompted
+    assert chat.tokenizer.decode(target_ids(chat, QUESTION, ANSWER)) == f"{ANSWER}<|eot|>"
+
+
+def test_a_template_without_a_generation_prompt_is_found():
+    silent = turns(*IM_ROLES, f"{A}§{END}", "")
+    assert chat_of(replace(FAMILIES[0], template=silent)).unprompted == A
+    for family in FAMILIES:
+        assert chat_of(family).unprompted == "", family.name
 
 
 def test_a_prefill_that_opens_a_thought_is_not_opened_twice():

@@ -161,6 +161,34 @@ def test_what_is_no_text_is_refused_by_row_or_left_out(messages, said):
     assert told[0].startswith("1 rows are left out")
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"tools": [{"type": "function", "function": {"name": "add"}}]},
+        {"tools": '[{"name": "add"}]'},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"documents": [{"title": "Sums", "text": "1 + 1 is 2."}]},
+    ],
+)
+def test_what_other_trainers_give_to_the_chat_template_is_refused_by_row(columns):
+    chat = {"messages": [USER, ANSWER], "answer": "2"}
+    with pytest.raises(UserError, match=f"row 2 .* has '{next(iter(columns))}', which its prompt"):
+        load_rows([chat, {**chat, **columns}])
+    empty = [{**chat, "tools": nothing} for nothing in (None, [], "[]", "")]
+    assert len(load_rows([*empty, {**columns, **RECORDS[0]}])) == 5  # the last is no chat
+
+
+@pytest.mark.parametrize("sign", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_an_answer_that_is_not_to_be_learnt_is_no_solution(sign):
+    """OpenAI's and Axolotl's signs."""
+    first = [USER, {**ANSWER, **sign}]
+    with pytest.raises(UserError, match="nor does its chat end with an answer to learn"):
+        load_rows([{"messages": first}], require=["problem", "solution"])
+    more = [*first, USER, {**ANSWER, "weight": 1, "train": None}]
+    (row,) = load_rows([{"messages": more}], require=["problem", "solution"])
+    assert row.solution == ANSWER["content"] and len(row.history) == 2
+
+
 def test_a_chat_without_a_user_is_none():
     assert read_chat([SYSTEM]) is None and read_chat([]) is None and read_chat(["a"]) is None
 

@@ -290,6 +290,36 @@ def test_answers_to_choose_from_are_shown(choices):
     check(records=records, **data)
 
 
+def test_an_answer_that_may_be_a_choice_s_place_is_told():
+    """MMLU's rows: 2 is the third choice, and a box holds another number or a letter."""
+    notes, section = [], PromptsSection(student="{{ problem }} {{ choices }}")
+    for choices in (["10", "20", "30"], ["1", "2", "3"]):
+        rows = load_rows([{**RECORD, "answer": 2, "choices": choices}])
+        prompts = Prompts(section, make_tokenizer(FAMILIES[0]))
+        seen = ContextCheck(prompts, ["student"])
+        seen(1, rows[0])
+        notes.append([said for said in seen.notes() if "a choice's place" in said])
+    assert notes[1] == [] and notes[0][0].startswith("1 rows have choices and a number")
+
+
+def test_a_chat_template_without_a_generation_prompt_is_told():
+    silent = turns("<|im_start|>user\n§<|im_end|>", "", "<|im_start|>assistant\n§<|im_end|>", "")
+    family = Family("", silent, IM, "<|im_end|>", "", "", "", None)
+    seen = ContextCheck(Prompts(PromptsSection(), make_tokenizer(family)), ["student"])
+    assert [said for said in seen.notes() if "has no generation prompt" in said]
+
+
+def test_an_argument_that_no_chat_template_looks_at_is_told():
+    notes = []
+    for template in (CHATML, CHATML + "{% if enable_thinkin %}{% endif %}"):
+        family = Family("", template, IM, "<|im_end|>", "", "", "", None)
+        section = PromptsSection(teacher_chat={"enable_thinkin": False})
+        seen = ContextCheck(Prompts(section, make_tokenizer(family)), ["student"])
+        notes.append([said for said in seen.notes() if "it has no effect" in said])
+    (said,), none = notes
+    assert said.startswith("prompts.teacher_chat has 'enable_thinkin'") and none == []
+
+
 def test_tokens_of_the_chat_in_a_text_are_told(capsys):
     end = "<|im_end|>"
     records = [*RECORDS, {**RECORD, "problem": f"What is{end} 2 + 3, please?"}]

@@ -96,6 +96,11 @@ def test_records_of_python_are_a_source():
         load_rows([{**RECORDS[0], "answer": ""}])
 
 
+def test_usual_names_are_found_in_any_case():
+    with pytest.raises(UserError, match=r"did you mean 'Question'\? data.columns.problem=Question"):
+        load_rows([{"Question": "1 + 1?", "Answer": "2"}])
+
+
 @pytest.mark.parametrize(
     "name, text, message",
     [

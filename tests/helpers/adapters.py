@@ -185,6 +185,11 @@ REFUSED = {
     "base missing": Family(
         lora(), change=edited(base_model_name_or_path="nobody/nothing"), refused="'nobody/nothing'"
     ),
+    "base elsewhere": Family(
+        lora(),
+        change=edited(base_model_name_or_path="/home/alice/models/base"),
+        refused="the base_model_name_or_path in its adapter_config.json can be changed",
+    ),
     "of itself": Family(
         lora(),
         change=lambda adapter: edited(base_model_name_or_path=str(adapter))(adapter),

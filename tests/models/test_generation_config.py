@@ -68,3 +68,15 @@ def test_what_is_off_is_not_told(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     keep_stop_tokens(model)
     assert left_out(model) is None
+
+
+def test_what_is_corrected_is_told(tmp_path):
+    """transformers' StaticCache with use_cache false, which it would not write."""
+    write_model(tmp_path)
+    shipped = {"eos_token_id": 1, "cache_implementation": "static", "use_cache": False}
+    (tmp_path / "generation_config.json").write_text(json.dumps(shipped))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    keep_stop_tokens(model)
+    said = left_out(model)
+    assert "says cache_implementation static:" in said and "do_sample True" not in said
+    assert "saved with another cache_implementation" in said

@@ -457,12 +457,13 @@ def test_rollouts_without_token_details_show_their_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "low, high", [(0, 1), (0.137, 0.1371), (0, 26_000), (5, 5), (-3, 4), (0, 0)]
+    "low, high",
+    [(0, 1), (0.137, 0.1371), (0, 26_000), (5, 5), (-3, 4), (0, 0), (1e-30, 1.1e-30), (0, 4e18)],
 )
 def test_ticks_are_round_and_cover_the_range(low, high):
     found = ticks(low, high)
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 12
-    steps = {round((b - a) / (found[1] - found[0]), 6) for a, b in pairwise(found)}
+    steps = {round((b - a) / (found[1] - found[0]), 5) for a, b in pairwise(found)}
     assert steps == {1.0}
 
 

@@ -183,8 +183,8 @@ def clean(text: str) -> str:
     """Normalise an answer's spelling. `\\text{…}` stays around words next to mathematics."""
     text = _ESCAPED_TWICE.sub("", _THIN_THOUSANDS.sub(",", text))
     text = _BREAK.sub(r"\\\\", from_unicode(text).strip())
-    for pattern, to in _UNITS:
-        text = pattern.sub(to, text)
+    for written, plain in _UNITS:
+        text = written.sub(plain, text)
     text = _DELIMITER.sub(" ", text)
     # Dollars in pairs mark mathematics; a single one before a number is money.
     text = text.replace("\\$", "\0").replace("$", " " if text.count("$") % 2 == 0 else "\0")
