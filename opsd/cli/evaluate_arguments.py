@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError, problem_said
+from opsd.common.strict_json import read_object
 from opsd.common.urls import check_address
 from opsd.config.names import ENGINES, HOTTEST, SERVERS
 from opsd.config.sections import PromptsSection
@@ -94,6 +95,7 @@ def run(parsed: argparse.Namespace) -> None:
     from opsd.cli.first_look import check_model, import_torch, of_run
     from opsd.common.display import Display
 
+    parsed.worksheets = _of_tiny_quickstart(Path(parsed.model))
     parsed.model, run = of_run(parsed.model)
     check_model(parsed.model, "MODEL")
     display = Display(quiet=parsed.ranked and parsed.shard.index > 1)
@@ -107,8 +109,8 @@ def run(parsed: argparse.Namespace) -> None:
 def _benchmark(parsed: argparse.Namespace, run: Config | None) -> Benchmark:
     """Loads --benchmark; without it, takes a run's held-out problems and that run's prompts."""
     parsed.prompts = PromptsSection()
-    parsed.worksheets = False
     if parsed.benchmark is not None:
+        parsed.worksheets = False
         columns = run.data.columns if run and Path(parsed.benchmark).exists() else {}
         return load_benchmark(
             parsed.benchmark,
@@ -129,9 +131,13 @@ def _benchmark(parsed: argparse.Namespace, run: Config | None) -> Benchmark:
         raise UserError("--benchmark is missing: the run has no held-out problems (eval.problems)")
     source = run.eval.source or f"held out of {run.data.source}"
     parsed.benchmark = "held-out"
-    made = Path(parsed.model).parents[1] / "quickstart.json"
-    parsed.worksheets = made.is_file() and '"tiny": true' in made.read_text(errors="replace")
     return Benchmark("held-out", source, rows, Convention(max_new_tokens=longest_answer(run)))
+
+
+def _of_tiny_quickstart(run: Path) -> bool:
+    """Whether a run is of `quickstart --tiny`, whose worksheets have a grader of their own."""
+    made = run.absolute().parent / "quickstart.json"
+    return made.is_file() and read_object(made, "MODEL").get("tiny") is True
 
 
 def check(parsed: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> None:

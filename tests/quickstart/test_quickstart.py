@@ -17,6 +17,7 @@ from opsd.config.load import load_config, parse_config
 from opsd.quickstart import run as flow
 from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.settings import Asked
+from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.report import curves_png as curves
 from opsd.runs import directory as rundir
 from opsd.runs.log import FILES
@@ -242,6 +243,16 @@ def test_problems_without_solutions_hold_the_student(finished, tmp_path):
     solved = [bool(row["solution"]) for row in rows["opsd"]]
     assert solved == [True, False, False, False] * (len(solved) // 4)
     assert len({row["problem"] for row in rows["opsd"]}) == 5 + 3 * len(solved) // 4
+
+
+def test_an_evaluation_of_a_tiny_run_has_the_grader_of_worksheets(finished, tmp_path, monkeypatch):
+    made: list = []
+    place = "opsd.cli.evaluate.WorksheetGrader"
+    monkeypatch.setattr(place, lambda: made.append(WorksheetGrader()) or made[-1])
+    monkeypatch.chdir(finished[0] / "opsd")
+    for number, name in enumerate([str(finished[0] / "opsd"), "."], start=1):
+        assert main(["eval", name, "--output", str(tmp_path / str(number))]) == 0
+        assert len(made) == number
 
 
 def test_a_quickstart_is_one_process_alone(finished, tmp_path, capsys):
