@@ -5,7 +5,7 @@ Notation, in this package: N tokens, V vocabulary, D hidden width; S and T are t
 teacher's distribution over the vocabulary at one token, z and t their logits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -142,8 +142,8 @@ class Rule:
     teacher_transform: the transform of the teacher's logits; None: the student's.
     """
 
-    divergence: Divergence = Divergence()
-    transform: LogitTransform = LogitTransform()
+    divergence: Divergence = field(default_factory=Divergence)  # torch 2.11 compiles no instance
+    transform: LogitTransform = field(default_factory=LogitTransform)
     clip: Clip | None = None
     teacher_transform: LogitTransform | None = None
 
