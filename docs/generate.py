@@ -227,8 +227,9 @@ def api_page() -> str:
 
 
 def methods(thing: type) -> Iterator[str]:
-    """The public methods that a class defines itself and describes."""
-    for name, method in vars(thing).items():
+    """The public methods that a class, or one of ours that it extends, defines and describes."""
+    ours = [vars(c) for c in reversed(thing.__mro__) if c.__module__.startswith("opsd")]
+    for name, method in {name: one for c in ours for name, one in c.items()}.items():
         if inspect.isfunction(method) and not name.startswith("_") and method.__doc__:
             yield f"#### {thing.__name__}.{name}\n\n"
             yield call(name, method) + prose(inspect.getdoc(method)) + "\n"

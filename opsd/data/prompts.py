@@ -321,9 +321,7 @@ class Prompts:
     def solved(self, row: Row, answer: str) -> Row:
         """A copy of the row with the rollouts' majority answer for each text that it lacks."""
         return replace(
-            row,
-            solution=row.solution or f"\\boxed{{{answer}}}",
-            answer=row.answer or answer,
+            row, solution=row.solution or f"\\boxed{{{answer}}}", answer=row.answer or answer
         )
 
     def teacher_of(

@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """Model types that are tested: shared prefixes are exact, and `generate` works in batches."""
 
-FILES = (
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-)
+FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 """The files of a processor, beside the tokenizer's."""
 
 PATCHES = ("patch_size", "temporal_patch_size", "spatial_merge_size")

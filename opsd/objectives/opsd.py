@@ -113,11 +113,7 @@ class OPSD(Objective):
         return found._replace(parts=parts)
 
     def _by_one(
-        self,
-        model: PreTrainedModel,
-        batch: MicroBatch,
-        student: Tensor,
-        states: Sequence[Tensor],
+        self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, states: Sequence[Tensor]
     ) -> TokenLosses:
         """The losses of groups with the same teacher or mixture."""
         teacher = self.scorer(model, batch, student, states)

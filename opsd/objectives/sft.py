@@ -13,14 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.config.loss import LossSection
-from opsd.objectives.groups import (
-    MicroBatch,
-    Objective,
-    Problem,
-    Sample,
-    SampleGroup,
-    TokenLosses,
-)
+from opsd.objectives.groups import MicroBatch, Objective, Problem, Sample, SampleGroup, TokenLosses
 from opsd.objectives.log_probs import token_log_prob
 from opsd.rollout import Rollout
 

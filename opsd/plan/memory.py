@@ -36,6 +36,7 @@ from opsd.plan.fake_run import (
 )
 from opsd.plan.workload import Lengths, micro_batches, sample_groups
 from opsd.rollout import SAMPLERS
+from opsd.rollout.decoding import MOST_PACKED
 from opsd.training.step import OPSDStep
 from opsd_kernels.resolve import load, resolve
 from opsd_kernels.sweep import Head, plan_call
@@ -244,7 +245,10 @@ class Planner:
             longest = test.max_new_tokens or self.lengths.rollout
             size = min(test.batch_size, test.problems)
             found["evaluation"] = self._generation(size, dtype, longest)
-        return found
+        packed = dtype.itemsize * self.sizes(config).linear
+        if self.device_memory is not None or dtype != torch.bfloat16 or packed > MOST_PACKED:
+            return found
+        return {name: size + packed for name, size in found.items()}
 
     def _generation(self, size: int, dtype: torch.dtype, longest: int) -> int:
         """Bytes to sample `size` sequences at once; greedy sampling takes no more."""

@@ -91,9 +91,7 @@ def _see(model: PreTrainedModel, context: ImageIds) -> _Seen:
     context.positions = handed["position_ids"][-3:, 0].cpu()
     visual = handed.get(VISUAL)
     return _Seen(
-        handed["inputs_embeds"][0],
-        None if visual is None else visual[0],
-        handed.get(DEEP) or (),
+        handed["inputs_embeds"][0], None if visual is None else visual[0], handed.get(DEEP) or ()
     )
 
 

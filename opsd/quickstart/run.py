@@ -24,14 +24,7 @@ from opsd.config.sections import PromptsSection
 from opsd.data.prompts import Prompts
 from opsd.models.copies import copy_model
 from opsd.models.load import load_model
-from opsd.quickstart.recipe import (
-    Recipe,
-    check_methods,
-    merge,
-    method_config,
-    overridden,
-    repeated,
-)
+from opsd.quickstart.recipe import Recipe, check_methods, merge, method_config, overridden, repeated
 from opsd.quickstart.settings import Asked
 from opsd.report import write_report
 from opsd.rollout import Sampling

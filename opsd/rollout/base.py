@@ -8,6 +8,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.config.sections import RolloutSection
+from opsd.models.copies import update_copy
+
+Contexts = Sequence[Sequence[int]]
+Progress = Callable[[int, int], None]
+"""Called with new counts of sequences and tokens."""
 
 NEUTRAL = {
     "min_p": 0.0,
@@ -64,13 +69,22 @@ class Sampler(Protocol):
         ...
 
     def sample(
-        self,
-        contexts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        progress: Callable[[int, int], None] | None = None,
+        self, contexts: Contexts, sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
         """One rollout for each context. `progress(sequences, tokens)` is called with new counts."""
         ...
+
+
+class OwnSampler:
+    """A sampler with a model of this process, which stops at the tokens `stops`."""
+
+    def __init__(self, model: PreTrainedModel, stops: frozenset[int]):
+        self.model, self.stops = model, stops
+
+    def sync_weights(self, model: PreTrainedModel) -> None:
+        """See `Sampler.sync_weights`; does nothing if it samples from `model` itself."""
+        if self.model is not model:
+            update_copy(self.model, model)
 
 
 def described(sampler: Sampler, sampling: Sampling) -> dict[str, Any]:

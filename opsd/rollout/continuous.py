@@ -1,13 +1,10 @@
 """Samples by transformers' continuous batching: a new sequence replaces each finished one."""
 
-from collections.abc import Callable, Sequence
-
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from opsd.common.errors import UserError
-from opsd.models.copies import update_copy
-from opsd.rollout.base import Rollout, Sampling, cut
+from opsd.rollout.base import Contexts, OwnSampler, Progress, Rollout, Sampling, cut
 
 # Tokens in a block of the cache: the default of `page_size`, named `block_size` before transformers
 # 5.18.
@@ -15,25 +12,14 @@ PAGE = 256
 MIN_BATCH_TOKENS = 256  # the least limit of tokens in one forward, for prefill
 
 
-class ContinuousSampler:
+class ContinuousSampler(OwnSampler):
     """Samples with `generate_batch`, for rollouts of very different lengths."""
 
     engine = "continuous"
 
-    def __init__(self, model: PreTrainedModel, stops: frozenset[int]):
-        self.model, self.stops = model, stops
-
-    def sync_weights(self, model: PreTrainedModel) -> None:
-        """See `Sampler.sync_weights`; does nothing if it samples from `model` itself."""
-        if self.model is not model:
-            update_copy(self.model, model)
-
     @torch.no_grad()
     def sample(
-        self,
-        contexts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        progress: Callable[[int, int], None] | None = None,
+        self, contexts: Contexts, sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
         """One rollout for each context, in order; see `Sampler.sample`."""
         from transformers import ContinuousBatchingConfig  # not in the first releases of 5

@@ -1,6 +1,5 @@
 """Samples with several processes: each has its share of the contexts and its own random numbers."""
 
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from opsd.common.http import ServerError
 from opsd.config.names import SERVERS
 from opsd.distributed.processes import Processes
 from opsd.models.copies import update_copy
-from opsd.rollout.base import Rollout, Sampler, Sampling
+from opsd.rollout.base import Contexts, Progress, Rollout, Sampler, Sampling
 from opsd.rollout.server import ServerRestartedError
 
 RESTARTS = 3
@@ -56,10 +55,7 @@ class DistributedSampler:
         return getattr(self.sampler, "sync", {})
 
     def sample(
-        self,
-        contexts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        progress: Callable[[int, int], None] | None = None,
+        self, contexts: Contexts, sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
         """One rollout for each context, in order; see `Sampler.sample`. If a server was restarted
         meanwhile, it gets the weights again and is asked again."""
@@ -70,7 +66,7 @@ class DistributedSampler:
                 self.sync_weights(self._synced)
         return self._sample(contexts, sampling, progress)
 
-    def begin(self, contexts: Sequence[Sequence[int]], sampling: Sampling) -> "RolloutsAhead":
+    def begin(self, contexts: Contexts, sampling: Sampling) -> "RolloutsAhead":
         """Start `sample` by a server, in the background."""
         mine = contexts[self.processes.index :: self.processes.count]
         begin = self.sampler.begin  # type: ignore[attr-defined]  # a server's has it
@@ -84,10 +80,7 @@ class DistributedSampler:
             self._ahead.own.cancel()
 
     def _sample(
-        self,
-        contexts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        progress: Callable[[int, int], None] | None,
+        self, contexts: Contexts, sampling: Sampling, progress: Progress | None
     ) -> list[Rollout]:
         index, count = self.processes.index, self.processes.count
         mine, before = contexts[index::count], torch.get_rng_state()

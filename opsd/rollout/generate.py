@@ -1,6 +1,5 @@
 """Samples by transformers' `generate`, in batches of contexts of similar length."""
 
-from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
@@ -8,16 +7,16 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from opsd.common.errors import UserError
-from opsd.models.copies import update_copy
 from opsd.models.generation_config import generating_by
 from opsd.models.images import ImageIds, generation_inputs
-from opsd.rollout.base import Rollout, Sampling, cut
-from opsd.rollout.logits_sampling import Draw, Within
+from opsd.rollout.base import Contexts, OwnSampler, Progress, Rollout, Sampling, cut
+from opsd.rollout.decoding import decodes_fast
+from opsd.rollout.logits_sampling import Draw
 
 PADDING_CHANGES = 0.05  # relative to the largest logit; rounding to bf16 changes a tenth of this
 
 
-class GenerateSampler:
+class GenerateSampler(OwnSampler):
     """Samples in left-padded batches, longest contexts first.
 
     On two CPU cores this is faster than continuous batching for short rollouts of a small model.
@@ -29,20 +28,13 @@ class GenerateSampler:
     def __init__(
         self, model: PreTrainedModel, stops: frozenset[int], vocabulary: int | None = None
     ):
-        self.model, self.stops, self.vocabulary = model, stops, vocabulary
+        super().__init__(model, stops)
+        self.vocabulary = vocabulary
         self._padding_is_read: bool | None = None  # not tried yet
-
-    def sync_weights(self, model: PreTrainedModel) -> None:
-        """See `Sampler.sync_weights`; does nothing if it samples from `model` itself."""
-        if self.model is not model:
-            update_copy(self.model, model)
 
     @torch.no_grad()
     def sample(
-        self,
-        contexts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        progress: Callable[[int, int], None] | None = None,
+        self, contexts: Contexts, sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
         """One rollout for each context, in order; see `Sampler.sample`."""
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]), reverse=True)
@@ -51,12 +43,14 @@ class GenerateSampler:
         if len(set(map(len, contexts))) > 1 and self._reads_padding():
             alike = [list(some) for _, some in groupby(order, lambda i: len(contexts[i]))]
         size = sampling.batch_size
-        for chosen in (some[n : n + size] for some in alike for n in range(0, len(some), size)):
-            batch = self._batch([contexts[i] for i in chosen], sampling, progress)
-            for i, rollout in zip(chosen, batch, strict=True):
-                rollouts[i] = rollout
-            if progress:
-                progress(len(chosen), 0)
+        batches = [some[n : n + size] for some in alike for n in range(0, len(some), size)]
+        with decodes_fast(self.model, sampling.max_new_tokens * len(batches), size):
+            for chosen in batches:
+                batch = self._batch([contexts[i] for i in chosen], sampling, progress)
+                for i, rollout in zip(chosen, batch, strict=True):
+                    rollouts[i] = rollout
+                if progress:
+                    progress(len(chosen), 0)
         return rollouts
 
     def _reads_padding(self) -> bool:
@@ -86,10 +80,7 @@ class GenerateSampler:
         return self._padding_is_read
 
     def _batch(
-        self,
-        contexts: list[Sequence[int]],
-        sampling: Sampling,
-        progress: Callable[[int, int], None] | None,
+        self, contexts: Contexts, sampling: Sampling, progress: Progress | None
     ) -> list[Rollout]:
         width = max(map(len, contexts))
         device = self.model.device
@@ -100,7 +91,7 @@ class GenerateSampler:
             mask[row, width - len(context) :] = 1
         counted = 0
 
-        def count(ids: Tensor, scores: Tensor) -> Tensor:  # called for each token; changes nothing
+        def count(ids: Tensor, scores: Tensor) -> Tensor:  # called for each token
             nonlocal counted
             if not counted and not scores.amax(-1).isfinite().all():  # `draw` would not fail
                 raise UserError(
@@ -110,13 +101,13 @@ class GenerateSampler:
             counted += len(contexts)
             if progress:
                 progress(0, len(contexts))
+            if self.vocabulary is not None:  # a teacher's head may have more padding
+                scores[:, self.vocabulary :] = -torch.inf
             return scores
 
         # A sampled image token would have no image, and later forwards of the rollout would fail.
         suppressed = [c.reader.token_id for c in contexts if isinstance(c, ImageIds)][:1] or None
         draw = LogitsProcessorList([count])
-        if self.vocabulary is not None:
-            draw.append(Within(self.vocabulary))
         if sampling.temperature:
             draw.append(Draw(sampling))
         config = GenerationConfig(

@@ -15,14 +15,7 @@ from transformers import PreTrainedConfig
 
 from opsd.common.http import PASSING, NoAnswerError, ServerAnswerError
 from opsd.rollout.base import NEUTRAL, Rollout, Sampling
-from opsd.rollout.server import (
-    LONGEST,
-    LONGEST_TOKEN,
-    QUICK,
-    RolloutServer,
-    Said,
-    Unread,
-)
+from opsd.rollout.server import LONGEST, LONGEST_TOKEN, QUICK, RolloutServer, Said, Unread
 from opsd.rollout.sglang_answers import Generated, ModelInfo, ServerInfo, Updated
 from opsd.rollout.vllm_answers import Models
 

@@ -15,13 +15,7 @@ from transformers import PreTrainedConfig
 
 from opsd.common.http import PASSING, NoAnswerError, ServerAnswerError
 from opsd.rollout.base import NEUTRAL, Rollout, Sampling
-from opsd.rollout.server import (
-    LONGEST,
-    LONGEST_TOKEN,
-    QUICK,
-    RolloutServer,
-    Unread,
-)
+from opsd.rollout.server import LONGEST, LONGEST_TOKEN, QUICK, RolloutServer, Unread
 from opsd.rollout.vllm_answers import (
     Completions,
     Models,

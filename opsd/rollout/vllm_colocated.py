@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from opsd.common.system import vllm_is_for_cpus
 from opsd.config.sections import ModelSection
 from opsd.models.adapter_files import model_files
 from opsd.models.copies import named_weights
-from opsd.rollout.base import NEUTRAL, Rollout, Sampling, draw_seeds
+from opsd.rollout.base import NEUTRAL, Contexts, Progress, Rollout, Sampling, draw_seeds
 
 
 class ColocatedSampler:
@@ -90,10 +90,7 @@ class ColocatedSampler:
         self._awake = True
 
     def sample(
-        self,
-        contexts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        progress: Callable[[int, int], None] | None = None,
+        self, contexts: Contexts, sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
         """One rollout for each context, in order; see `Sampler.sample`."""
         if not self._awake:  # more problems of the same step; asleep, it would never answer

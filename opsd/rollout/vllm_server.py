@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from opsd.common.errors import UserError
 from opsd.common.saved_directory import readable
 from opsd.models.copies import named_weights
 from opsd.models.lora import save_adapters, without_adapters
-from opsd.rollout.base import Rollout, Sampling, draw_seeds
+from opsd.rollout.base import Contexts, Progress, Rollout, Sampling, draw_seeds
 from opsd.rollout.server import RolloutServer
 from opsd.rollout.threads import as_done, in_background
 from opsd.rollout.weights_directory import held
@@ -93,10 +93,7 @@ class ServerSampler:
         save_file(weights, directory / "model.safetensors", {"format": "pt"})
 
     def sample(
-        self,
-        contexts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        progress: Callable[[int, int], None] | None = None,
+        self, contexts: Contexts, sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
         """One rollout for each context, in order; see `Sampler.sample`. Raises ServerGoneError, or
         its subclass ServerRestartedError if the server has lost the weights meanwhile."""
@@ -107,15 +104,12 @@ class ServerSampler:
             torch.set_rng_state(before)
             raise
 
-    def begin(self, contexts: Sequence[Sequence[int]], sampling: Sampling) -> Future[list[Rollout]]:
+    def begin(self, contexts: Contexts, sampling: Sampling) -> Future[list[Rollout]]:
         """Start `sample` in the background. The seeds are drawn at once."""
         return in_background(self._drawn(contexts, sampling))
 
     def _drawn(
-        self,
-        contexts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        progress: Callable[[int, int], None] | None = None,
+        self, contexts: Contexts, sampling: Sampling, progress: Progress | None = None
     ) -> Callable[[Future], list[Rollout]]:
         """Draw the seeds. Returns a function that requests the rollouts, unless its future is
         cancelled, and draws nothing itself."""

@@ -17,14 +17,7 @@ from opsd.distributed.processes import Processes
 from opsd.grading.completions import completions
 from opsd.grading.grader import Grade, Grader
 from opsd.models.load import stop_ids
-from opsd.rollout import (
-    SAMPLERS,
-    DistributedSampler,
-    Rollout,
-    Sampler,
-    Sampling,
-    described,
-)
+from opsd.rollout import SAMPLERS, DistributedSampler, Rollout, Sampler, Sampling, described
 
 
 @dataclass(frozen=True)

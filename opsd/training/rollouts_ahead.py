@@ -60,10 +60,6 @@ def of_tensors(found: Any, count: int, longest: int, vocabulary: int) -> list[Ro
     return [
         Rollout(own.tolist(), done, by_engine.tolist(), None if seed == NO_SEED else seed)
         for own, done, by_engine, seed in zip(
-            ids.split(sizes),
-            finished.tolist(),
-            log_probs.split(sizes),
-            seeds.tolist(),
-            strict=True,
+            ids.split(sizes), finished.tolist(), log_probs.split(sizes), seeds.tolist(), strict=True
         )
     ]

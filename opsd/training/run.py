@@ -61,13 +61,7 @@ from opsd.rollout import (
     make_sampler,
     training_server,
 )
-from opsd.runs.directory import (
-    NotWritten,
-    check_problems,
-    claim_directory,
-    locked,
-    step_of,
-)
+from opsd.runs.directory import NotWritten, check_problems, claim_directory, locked, step_of
 from opsd.runs.log import RunLog
 from opsd.training.checkpoints import check_pieces, checkpoint_bytes, save_model, save_trained
 from opsd.training.held_out import Evaluation, HeldOut

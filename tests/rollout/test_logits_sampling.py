@@ -46,3 +46,21 @@ def test_scores_are_left_as_they_are():
     scores = LOGITS.repeat(4, 1)
     Draw(Sampling(1, temperature=0.7))(torch.zeros(4, 1, dtype=torch.long), scores)
     assert torch.equal(scores, LOGITS.repeat(4, 1))
+
+
+@pytest.mark.parametrize("size", [7, 256, 1000])
+def test_a_random_number_draws_the_entry_at_its_place_in_the_cumulative_distribution(size):
+    """In fp64 over the whole vocabulary. Most entries are impossible, among them whole blocks."""
+    torch.manual_seed(0)
+    scores = 3 * torch.randn(5000, size)
+    scores[:, torch.rand(size) < 0.6] = -torch.inf
+    scores[:, size // 3 : size // 3 + 300] = -torch.inf
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    torch.manual_seed(1)
+    numbers = torch.rand(5000, 1, dtype=torch.float64) * cumulative[:, -1:]
+    torch.manual_seed(1)
+    drawn = Draw(Sampling(1))(torch.zeros(5000, 1, dtype=torch.long), scores).argmax(-1)
+    wanted = torch.searchsorted(cumulative, numbers, right=True)[:, 0]
+    near = (cumulative - numbers).abs().amin(-1) < 1e-6  # a bound that rounding may move
+    assert near.float().mean() < 0.01 and torch.equal(drawn[~near], wanted[~near])
+    assert scores.gather(-1, drawn[:, None]).isfinite().all()

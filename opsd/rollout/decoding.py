@@ -1,0 +1,85 @@
+"""Makes a model decode faster while a context lasts. It computes the same numbers."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from opsd.common.system import processor
+
+LEAST_ROOM = 64  # tokens
+MOST_PACKED = 2**30  # bytes of weights: their second copy must be small beside a training step
+PACKING_PAYS = 16  # decoded tokens
+
+
+@contextmanager
+def decodes_fast(model: PreTrainedModel, tokens: int, rows: int) -> Iterator[None]:
+    """While it lasts, the model's cache has room for more tokens. Weights in bf16 on a CPU are
+    packed, if that pays for so many new `tokens` of each of `rows` sequences."""
+    with ExitStack() as stack:
+        hook = model.register_forward_hook(_make_room)
+        stack.callback(hook.remove)
+        for layer in _to_pack(model) if tokens >= PACKING_PAYS else []:
+            given = {"W": torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows)}
+            given |= {"B": layer.bias, "attr": "none", "scalars": [], "algorithm": ""}
+            vars(layer)["forward"] = partial(torch.ops.mkldnn._linear_pointwise, **given)
+            stack.callback(vars(layer).pop, "forward")
+        yield
+
+
+def _to_pack(model: PreTrainedModel) -> list[nn.Linear]:
+    """The layers whose weights torch would pack anew, for oneDNN, in each of their products."""
+    if "avx512_bf16" not in processor()[1] or not torch.backends.mkldnn.is_available():
+        return []
+    found = [
+        layer
+        for layer in model.modules()
+        if type(layer) is nn.Linear
+        and "forward" not in vars(layer)
+        and type(layer.weight.data) is Tensor  # not split over processes
+        and (layer.weight.dtype, layer.weight.device.type) == (torch.bfloat16, "cpu")
+        and layer.weight.numel()
+    ]
+    return found if sum(layer.weight.nbytes for layer in found) <= MOST_PACKED else []
+
+
+def _make_room(model: nn.Module, inputs: Any, output: Any) -> None:
+    """After a forward, give room to the layers of its cache that `generate` would copy whole for
+    each token. Others stay: sliding windows, recurrent states."""
+    cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
+    for i, layer in enumerate(layers := getattr(cache, "layers", [])):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            layers[i] = Roomy(layer)
+
+
+class Roomy(DynamicLayer):
+    """A layer's keys and values [batch, heads, tokens, width] at the start of larger tensors, into
+    which new ones are written."""
+
+    def __init__(self, layer: DynamicLayer):
+        super().__init__()
+        vars(self).update(vars(layer))
+        self._larger: tuple[Tensor, ...] = (self.keys, self.values)
+        self._made = self.keys
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Add the keys and values of new tokens; returns all."""
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        changed = self.keys is not self._made  # by another method than this
+        if changed or end > self._larger[0].shape[-2]:
+            room = end - start + max(LEAST_ROOM, end // 4)
+            self._larger = tuple(
+                torch.cat((x, x.new_zeros(*x.shape[:-2], room, x.shape[-1])), dim=-2)
+                for x in (self.keys, self.values)
+            )
+        self._larger[0][..., start:end, :] = key_states
+        self._larger[1][..., start:end, :] = value_states
+        self.keys, self.values = (larger[..., :end, :] for larger in self._larger)
+        self._made = self.keys
+        return self.keys, self.values

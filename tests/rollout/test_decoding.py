@@ -1,0 +1,75 @@
+"""What makes decoding faster changes no number."""
+
+import pytest
+import torch
+from helpers.tiny_models import tiny_model
+from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from opsd.common.system import processor
+from opsd.models.copies import copy_model
+from opsd.rollout import GenerateSampler, Sampling
+from opsd.rollout.decoding import Roomy, decodes_fast
+
+BF16_PRODUCTS = pytest.mark.skipif("avx512_bf16" not in processor()[1], reason="packs no weights")
+
+
+def states(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(3, 2, count, 4), torch.randn(3, 2, count, 6)
+
+
+def test_a_cache_with_room_holds_what_one_without_holds():
+    torch.manual_seed(0)
+    plain = DynamicLayer()
+    plain.update(*states(5))
+    roomy = Roomy(plain)
+    for step in range(300):
+        new = states(200 if step == 120 else 1)
+        for kept, wanted in zip(roomy.update(*new), plain.update(*new), strict=True):
+            assert torch.equal(kept, wanted)
+        if step == 40:
+            for layer in (plain, roomy):
+                layer.batch_select_indices(torch.tensor([2, 0, 1]))
+        if step == 80:
+            for layer in (plain, roomy):
+                layer.crop(-7)
+    assert roomy.get_seq_length() == plain.get_seq_length()
+    assert torch.equal(roomy.keys, plain.keys) and torch.equal(roomy.values, plain.values)
+
+
+def test_a_decoded_token_copies_no_cache():
+    model = tiny_model("llama").eval()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), decodes_fast(model, 1, 1):
+        for _ in range(3):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        before = [layer.keys.data_ptr() for layer in cache.layers]
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    assert before == [layer.keys.data_ptr() for layer in cache.layers]
+    assert cache.get_seq_length() == 4 and not model._forward_hooks
+
+
+@BF16_PRODUCTS
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom", "gpt_neo", "jamba", "lfm2"])
+def test_packed_weights_write_the_same_tokens(family, monkeypatch):
+    """In longer rollouts than the cache has room for at first, with the same random numbers; after
+    the weights change, with the new ones."""
+    torch.manual_seed(0)
+    model = copy_model(tiny_model(family), torch.bfloat16)
+    contexts = [torch.randint(5, 30, (length,)).tolist() for length in (17, 3, 9)]
+    sampler, sampling = GenerateSampler(model, frozenset([4])), Sampling(90, temperature=1.3)
+
+    def sampled():
+        torch.manual_seed(1)
+        return sampler.sample(contexts, sampling)
+
+    first = sampled()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.3)
+    second, used = sampled(), []
+    product = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *a: used.append(a) or product(*a))
+    monkeypatch.setattr("opsd.rollout.decoding.PACKING_PAYS", 1000)
+    monkeypatch.setattr("opsd.rollout.decoding._make_room", lambda *_: None)
+    assert sampled() == second != first and used
