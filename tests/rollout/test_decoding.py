@@ -73,3 +73,20 @@ def test_packed_weights_write_the_same_tokens(family, monkeypatch):
     monkeypatch.setattr("opsd.rollout.decoding.PACKING_PAYS", 1000)
     monkeypatch.setattr("opsd.rollout.decoding._make_room", lambda *_: None)
     assert sampled() == second != first and used
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom", "mpt", "gpt_neo", "jamba"])
+def test_equal_contexts_are_read_once(family):
+    """Where the cache can be copied; they write what each alone would."""
+    model = tiny_model(family).eval()
+    contexts = [torch.randint(5, 30, (length,)).tolist() for length in (17, 3, 9)]
+    sampler, sampling = GenerateSampler(model, frozenset([4])), Sampling(40, temperature=0)
+    alone = [sampler.sample([context], sampling)[0] for context in contexts]
+    rows = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda m, i, o: rows.append(len(o)))
+    several = sampler.sample(contexts * 3, sampling)
+    hook.remove()
+    assert several == alone * 3
+    read, *decoded = [count for count in rows if count > 1]  # 1: whether padding is read
+    assert read == (9 if family == "jamba" else 3) and set(decoded) == {9}
+    assert not model._forward_hooks and not model._forward_pre_hooks
