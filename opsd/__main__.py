@@ -1,7 +1,5 @@
 """`python -m opsd`: the same as the `opsd` command."""
 
-import sys
+from opsd.cli.main import command
 
-from opsd.cli.main import main
-
-sys.exit(main())
+command()

@@ -74,5 +74,5 @@ def of_run(name: str) -> tuple[str, Config | None]:
         return name, None
     inside = [one for one in (path / "model", path / "best" / "model") if one.is_dir()]
     if not inside:
-        raise UserError(f"MODEL is {name!r}: a run that has saved no model yet")
+        raise UserError(f"MODEL is {name!r}: a run that has saved no model yet{near_model(path)}")
     return str(inside[0]), load_config(path / CONFIG)

@@ -53,7 +53,7 @@ def near_model(path: Path) -> str:
         for place in ("*", "best/*", "*/model")
         for file in path.glob(f"{place}/{name}")
     }
-    ours = [path / "best" / "model", path / "model"]
+    ours = [path / "opsd" / "model", path / "best" / "model", path / "model"]
 
     def rank(directory: Path) -> tuple[int, int, str]:
         number = directory.name.rpartition("-")[2]

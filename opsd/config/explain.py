@@ -120,6 +120,7 @@ def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
             full.append(str(key))
         name, foreign = ".".join(full), {full[-1], ".".join(full)}
         if said := NOWHERE.get(location[-1]) or NOWHERE.get(full[-1]):
+            said = said.replace("-node N", f"-node {value}") if isinstance(value, int) else said
             return f"unknown key {name!r}: {said}"
         if (not near or foreign & ELSEWHERE.keys()) and (found := here(name, model)):
             return f"unknown key {name!r}: here it is {typed(found, value, model)}"

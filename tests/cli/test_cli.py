@@ -386,3 +386,27 @@ def test_an_output_that_nobody_reads_ends_without_a_word():
     done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+ENDS = """
+import atexit
+from concurrent.futures import ThreadPoolExecutor
+import opsd.cli.main as cli
+
+class Kept:
+    def __del__(self):
+        print("cleared")
+
+kept, pool = Kept(), ThreadPoolExecutor()
+pool.submit(print, "by a thread").result()
+atexit.register(print, "at exit")
+cli.main = lambda: print("said") or 3
+cli.command()
+"""
+
+
+def test_the_command_ends_without_clearing_what_was_imported():
+    """All is said, threads have ended, what is to be done at exit is done."""
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3 and not done.stderr
+    assert done.stdout.split("\n") == ["by a thread", "said", "at exit", ""]

@@ -76,7 +76,7 @@ MISTAKES = {
     "train good.yaml actor_rollout_ref.actor.optim.lr=1e-6": "it is train.learning_rate=1e-06",
     "train good.yaml data.train_files=rows.jsonl": "here it is data.source",
     "train good.yaml base_model=x": "here it is model.path",
-    "train good.yaml trainer.n_gpus_per_node=2": "torchrun --nproc-per-node N -m opsd train",
+    "train good.yaml trainer.n_gpus_per_node=2": "torchrun --nproc-per-node 2 -m opsd train",
     "train good.yaml algorithm.adv_estimator=grpo": "here it is method",
     "train good.yaml trainer.total_epochs=3": "here it is train.steps (in steps",
     "train good.yaml trainer.project_name=x": "here it is output.project",
@@ -211,7 +211,8 @@ MISTAKES = {
     "merge_lora run": "did you mean `opsd export --merge run`?",
     "vllm-serve --model model": "did you mean `opsd serve-teacher --model model`?",
     # A directory above the run, a file in it, the wrong kind of file.
-    "chat tiny": "did you mean 'tiny/opsd/model'?",
+    "chat tiny": "no model yet; did you mean 'tiny/opsd/model'?",
+    "chat runs": "did you mean 'runs/b/model'?",
     "report run/config.yaml": "did you mean 'run'?",
     "replay run": "did you mean 'run/failed-step-7.pt'?",
     "replay tiny": "a step that fails leaves one",
@@ -265,10 +266,11 @@ def place(tmp_path_factory):
     (place / "good.yaml").write_text(good)
     (place / "other.yaml").write_text(good)
     (place / "study.yaml").write_text("quickstart: tiny\nmethods: [opsd]\n")
-    for directory in ("model", "run/model", "tiny/opsd/model"):
+    for directory in ("model", "run/model", "tiny/opsd/model", "tiny/sft/model", "runs/b/model"):
         (place / directory).mkdir(parents=True)
         (place / directory / "config.json").write_text("{}")
     (place / "run" / "config.yaml").write_text(good)
+    (place / "tiny" / "config.yaml").write_text(good)
     (place / "run" / "failed-step-7.pt").touch()
     for number, text in enumerate(CONFIGS):
         (place / f"config-{number}.yaml").write_text(text)
