@@ -52,12 +52,13 @@ class Reports(TrainerCallback):
             self._waiting.append((record, rows))
             return
         where, more = self._begun
-        prefix = "eval_" if record["role"] == "student" else f"eval_{record['role']}_"
+        role = "" if record["role"] == "student" else f"{record['role']}_"
+        prefix, name = f"eval_{role}", f"{role}completions"
         numbers = {prefix + k: v for k, v in record.items() if isinstance(v, int | float)}
         for logger in self.loggers:
             logger.on_log(*where, logs=dict(numbers), **more)
             if where[1].is_world_process_zero:
-                log_table(logger, rows[:SHOWN], record["step"])
+                log_table(logger, rows[:SHOWN], record["step"], name)
 
     def hold(self, handler: CallbackHandler) -> None:
         """Called when training ends: keep `handler` from closing the loggers."""
@@ -71,25 +72,26 @@ class Reports(TrainerCallback):
             logger.on_train_end(*where, **more)
 
 
-def log_table(logger: Any, rows: list[Sequence[Any]], step: int) -> None:
-    """Log rows of COLUMNS as a table, with the function that each logger has for it."""
+def log_table(logger: Any, rows: list[Sequence[Any]], step: int, name: str) -> None:
+    """Log rows of COLUMNS as a table, with the function that each logger has for it. MLflow gets a
+    file a step: to append to one it reads it, and makes a number of a text that looks like one."""
     columns = {column: [row[i] for row in rows] for i, column in enumerate(COLUMNS)}
     if wandb := getattr(logger, "_wandb", None):
         table = wandb.Table(columns=[*COLUMNS], data=[list(row) for row in rows])
-        wandb.log({"completions": table, "train/global_step": step})
+        wandb.log({name: table, "train/global_step": step})
     elif trackio := getattr(logger, "_trackio", None):
         from pandas import DataFrame
 
         table = trackio.Table(dataframe=DataFrame(columns))
-        trackio.log({"completions": table, "train/global_step": step})
+        trackio.log({name: table, "train/global_step": step})
     elif mlflow := getattr(logger, "_ml_flow", None):
-        mlflow.log_table(columns, artifact_file="completions.json")
+        mlflow.log_table(columns, artifact_file=f"{name}-{step}.json")
     elif comet := getattr(logger, "_experiment", None):
-        comet.log_table(f"completions-{step}.csv", rows, headers=[*COLUMNS])
+        comet.log_table(f"{name}-{step}.csv", rows, headers=[*COLUMNS])
     elif board := getattr(logger, "tb_writer", None):
         text = "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
         head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
-        board.add_text("completions", head + text, step)
+        board.add_text(name, head + text, step)
 
 
 def _cell(value: Any) -> str:
