@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--gpu",
         metavar="NAME",
-        help=f"{', '.join(GPUS)}, or its memory, such as 24G (default: a CPU)",
+        help=f"{', '.join(GPUS)}, or its memory, such as 24G; h100x8 is eight (default: a CPU)",
     )
     add(
         "--gpus",

@@ -111,7 +111,7 @@ def _count(tokens: float) -> str:
 
 def _cost(method: Method) -> str:
     if method.tokens_to_target is None:
-        return f"reached by {method.reached} of {method.asked}"
+        return f"reached by {method.reached} of {method.asked}" if method.asked else "–"
     return _with_interval(method.tokens_to_target, _count)
 
 

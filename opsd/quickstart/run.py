@@ -83,7 +83,8 @@ def quickstart(
         text = yaml.safe_dump(configs, sort_keys=False, allow_unicode=True)
         write_file(directory / "config.yaml", text)
         write_json(directory / "summary.json", summary)
-        written = write_report(directory)
+        with display.stage("Write the report"):
+            written = write_report(directory)
     _show(display, summary, written)
     return summary
 
@@ -194,7 +195,8 @@ def _train_method(
             before=before,
             verifier=recipe.verifier,
         )
-    write_report(place)
+    with display.stage("Write the report"):
+        write_report(place)
 
 
 def _done(run_directory: Path) -> bool:

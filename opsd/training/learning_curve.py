@@ -57,17 +57,19 @@ class LearningCurve:
             "generated_tokens": counters.generated_tokens,
             "trained_tokens": counters.trained_tokens,
         }
-        if role == "student" and self.log.writes:
-            for sample in sample_records(
-                self.inference,
-                self.teacher,
-                self.test.prompts,
-                self.test.rows,
-                result,
-                self.section.samples,
-                self.teacher_role,
-            ):
-                self.log.sample({**place, "method": self.method, **sample})
+        if role == "student" and self.log.writes and (count := self.section.samples):
+            with self.display.stage("Score samples for the report", count) as stage:
+                for sample in sample_records(
+                    self.inference,
+                    self.teacher,
+                    self.test.prompts,
+                    self.test.rows,
+                    result,
+                    count,
+                    self.teacher_role,
+                ):
+                    self.log.sample({**place, "method": self.method, **sample})
+                    stage.advance()
         if role == "student":
             self.keep_if_best(result.accuracy)
         line = {**place, "role": role, **result.record()}

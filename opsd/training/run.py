@@ -124,7 +124,8 @@ def train_in_directory(
         with run.grader:
             run.train()
         if processes.first:
-            write_report(directory)
+            with display.stage("Write the report"):
+                write_report(directory)
             publish(config, directory, display)
         processes.wait()
     return run
