@@ -57,7 +57,8 @@ class LearningCurve:
             "generated_tokens": counters.generated_tokens,
             "trained_tokens": counters.trained_tokens,
         }
-        if role == "student" and self.log.writes and (count := self.section.samples):
+        if role == "student" and self.log.writes and self.section.samples:
+            count = min(self.section.samples, len(self.test.rows))
             with self.display.stage("Score samples for the report", count) as stage:
                 for sample in sample_records(
                     self.inference,
