@@ -159,4 +159,5 @@ def _show_answers(rows: Sequence[Row], config: Config, display: Display) -> None
     display.note(
         f"{right} of the first {len(some)} solutions would be graded right; one without a final "
         "\\boxed{} is not."
+        + ("" if config.method == "sft" else " Only method sft learns to write them.")
     )

@@ -46,9 +46,15 @@ def run(parsed: argparse.Namespace) -> None:
     output = parsed.output or place / ("model.gguf" if parsed.gguf else "merged")
     if output.exists():
         raise UserError(f"--output is {str(output)!r}: it exists already; choose another")
-    converter = _converter() if parsed.gguf else None  # before a model is loaded
-    from opsd.cli.first_look import import_torch
+    from opsd.cli.first_look import check_model, import_torch
     from opsd.common.display import Display
+
+    # What is missing is said before torch is imported.
+    converter = _converter() if parsed.gguf else None
+    check_model(os.path.join(".", model), "RUN")
+    adapted = (model / "adapter_config.json").is_file()
+    if parsed.merge and not adapted:
+        raise UserError(f"RUN is {str(place)!r}: {str(model)!r} has no adapters to merge")
 
     display = Display()
     import_torch(display)
@@ -57,9 +63,6 @@ def run(parsed: argparse.Namespace) -> None:
     from opsd.training.checkpoints import save_model
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    adapted = (model / "adapter_config.json").is_file()
-    if parsed.merge and not adapted:
-        raise UserError(f"RUN is {str(place)!r}: {str(model)!r} has no adapters to merge")
     with TemporaryDirectory(prefix=".export-", dir=output.parent) as scratch:
         whole = model
         if adapted or not (model / "config.json").is_file():  # then load_model says what is missing

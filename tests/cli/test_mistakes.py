@@ -171,6 +171,8 @@ MISTAKES = {
     "eval model --benchmark gsm8k --num-fewshot 5": "models are asked without examples",
     "plan Qwen/Qwen3-8B --gpu RTX 4090": "as in --gpu rtx4090",
     "plan Qwen/Qwen3-8B --gpus h200": "`--gpu` names the GPU",
+    "export run --merge": "'run/model' has no adapters to merge",
+    "export rnu --merge": "did you mean 'run'?",
     "merge run": "did you mean `opsd export --merge run`?",
     "export run --format gguf": "did you mean `--gguf`?",
     "export run --gguf --type q4_k_m": "`llama-quantize model.gguf small.gguf q4_k_m`",
@@ -271,6 +273,8 @@ def place(tmp_path_factory):
         (place / directory / "config.json").write_text("{}")
     (place / "run" / "config.yaml").write_text(good)
     (place / "tiny" / "config.yaml").write_text(good)
+    (place / "adapted").mkdir()
+    (place / "adapted" / "adapter_config.json").write_text("{}")
     (place / "run" / "failed-step-7.pt").touch()
     for number, text in enumerate(CONFIGS):
         (place / f"config-{number}.yaml").write_text(text)
@@ -328,7 +332,7 @@ main(sys.argv[1:])
         "plan model",
         "chat model",
         "eval model --benchmark rows.jsonl",
-        "export model --merge --output merged",
+        "export adapted --merge --output merged",
     ],
 )
 def test_the_first_line_is_there_before_torch_is_imported(place, typed):
