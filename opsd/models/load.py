@@ -73,6 +73,8 @@ def load_model(
     tensors = {} if section.gguf_file else stored_tensors(*stored)
     config = load_config(files)
     own = best_attention(config) if section.attention == "auto" else section.attention
+    if own == "sdpa" and _soft_capped(config):
+        raise UserError(f"{files.where}: set {name}.attention to 'eager' for it (it caps scores)")
     try:
         if tensors:
             check_size(config, tensors, section.trust_remote_code)
@@ -173,12 +175,20 @@ def best_attention(config: PreTrainedConfig) -> str:
     """The name of transformers' attention for this architecture: sdpa, or eager where the model has
     no other that runs on every device, such as gpt-oss. On a GPU sdpa itself runs flash attention.
     """
+    if _soft_capped(config):
+        return "eager"
     try:
         found = auto_class(config)._model_mapping[type(config)]
     except KeyError:  # a class from the model's own repository
         return "sdpa"
     kind = found[0] if isinstance(found, tuple | list) else found
     return "sdpa" if kind._supports_sdpa else "eager"
+
+
+def _soft_capped(config: PreTrainedConfig) -> bool:
+    """Whether attention's scores have a soft cap, as Gemma 2's: sdpa would leave it out, and not
+    every transformers refuses it then (5.17)."""
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def load_config(files: ModelFiles) -> PreTrainedConfig:
