@@ -207,6 +207,8 @@ MISTAKES = {
     "train good.yaml loss.aggregation=dapo": "did you mean 'token'?",
     "train good.yaml data.source=rows.jsonl#500": "data.source=rows.jsonl data.limit=500",
     "train good.yaml model.path=qwen3:0.6b": "a hub name has an owner, as in Qwen/Qwen3-1.7B",
+    "train good.yaml model.use_shm=True": "unknown key 'model.use_shm': leave it out",
+    "eval model --apply_chat_template": "the model's own chat template is used",
     # Commands of ms-swift, axolotl and TRL.
     "rlhf --rlhf_type gkd": "did you mean `opsd train --rlhf_type gkd`?",
     "preprocess good.yaml": "did you mean `opsd train --dry-run good.yaml`?",
