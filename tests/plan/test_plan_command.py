@@ -330,6 +330,12 @@ def test_changes_that_fit_a_memory(capsys):
         *[(text, "GPU of 24 GB", 24e9) for text in ("24", "24G", "24GB", "24 gb", "24.0G")],
         ("NVIDIA H100-SXM5-80GB", "H100", 80e9),
         ("H200", "H200", 141e9),
+        *[(text, "A10G", 24e9) for text in ("a10g", "NVIDIA A10G", "A10G-24GB")],
+        *[(text, "A10", 24e9) for text in ("a10", "A10 24G")],
+        ("RTX 6000 Ada", "6000-ADA", 48e9),
+        ("RTX A6000", "A6000", 48e9),
+        ("Tesla T4", "T4", 16e9),
+        ("V100-SXM2-16GB", "V100-16", 16e9),
         ("4090-48GB", None, None),
         ("tpu", None, None),
         ("0", None, None),
@@ -342,7 +348,7 @@ def test_gpus_by_the_names_that_people_type(text, name, memory):
     else:
         found = gpu_of(text)
         assert (found.name, found.memory) == (name, memory)
-        assert bool(found.operations) == (not name.startswith("GPU"))
+        assert bool(found.operations) == (not name.startswith(("GPU", "T4", "V100")))
     if name and name.startswith("GPU"):
         assert _bytes(text) == memory
 
