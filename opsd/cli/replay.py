@@ -27,7 +27,8 @@ def run(parsed: argparse.Namespace) -> None:
     if not (path := parsed.file).is_file():  # said before torch is imported
         kept = sorted(path.glob("failed-step-*.pt"))
         hint = f"; did you mean {str(kept[-1])!r}?" if kept else " (a step that fails leaves one)"
-        raise UserError(f"FILE is {str(path)!r}: no failed-step-N.pt{hint}")
+        said = "a directory" if path.is_dir() else "no such file"
+        raise UserError(f"FILE is {str(path)!r}: {said}{hint}")
     from opsd.models.load import quiet_transformers
     from opsd.training.replay import replay
 

@@ -386,6 +386,6 @@ def test_few_solutions_are_repeated():
     assert repeated(rows, 2) == [rows[0], rows[1], rows[0], rows[1], rows[0]]
     assert repeated(rows, None) == rows and repeated(rows, 9) == rows
     held = repeated(rows, 2, hold=True)
-    assert [row.problem for row in held] == [rows[i].problem for i in (0, 2, 1, 3, 0)]
-    assert [bool(row.solution) for row in held] == [True, False, True, False, True]
+    assert [row.problem for row in held] == [rows[i].problem for i in (0, 2, 3, 4, 1)]
+    assert [bool(row.solution) for row in held] == [True, False, False, False, True]
     assert repeated(rows, None, hold=True) == rows
