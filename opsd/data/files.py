@@ -6,10 +6,12 @@ For a bad file it raises UserError, naming the section's `source`, the file and 
 import csv
 import gzip
 import json
+import os
 import pickle
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any, TextIO
 
 from opsd.common.errors import UserError
 from opsd.common.strict_json import each_once
+from opsd.common.system import memory
 from opsd.common.workers import Ended, Workers
 
 LINES = (".jsonl", ".ndjson")
@@ -26,6 +29,7 @@ FILE_TYPES = (*LINES, ".json", *TABLES, ".parquet")
 # Limits for compressed files, against decompression bombs: text shrinks to a third or a thirtieth.
 LEAST, RATIO = 1 << 27, 100
 TOO_MUCH = f"it unpacks to more than {LEAST >> 20} MiB and {RATIO} times its size"
+LONGEST = 1 << 28  # characters of a line
 SECONDS, MEMORY = 20.0, 2 << 30  # limits of CPU time and bytes for a batch of parquet rows
 
 
@@ -98,10 +102,13 @@ def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[An
     """Reads one object per line; or one list of objects, alone or under a key."""
     where = f"{section}.source: {name}"
     if not one_value:  # many .jsonl files contain a list instead
-        start = next((line for line in file if line.strip()), "")
+        pieces = iter(partial(file.readline, 1 << 16), "")
+        start = next((piece for piece in pieces if piece.strip()), "")
         one_value = start.lstrip().startswith("[")
         file.seek(0)
     if one_value:
+        if os.fstat(file.fileno()).st_size > memory()[1] // 2:  # it is held twice
+            raise MemoryError
         text = file.read()
         try:
             value = json.loads(text, object_pairs_hook=each_once)
@@ -123,9 +130,17 @@ def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[An
                 raise UserError(f"{where} holds {keys}: expected {OR_A_LIST}")
             yield from found
             return
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(_lines(file, where), start=1):
         if line.strip():
             yield _line(line, number, OR_A_LIST if one_value else ONE_A_LINE, section, name)
+
+
+def _lines(file: TextIO, where: str) -> Iterator[str]:
+    """The file's lines. Raises UserError for one that is too long."""
+    for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), ""), start=1):
+        if len(line) > LONGEST:
+            raise UserError(f"{where} has more than {LONGEST:,} characters in line {number}")
+        yield line
 
 
 def _listed(value: Any) -> list[Any] | None:
@@ -170,9 +185,10 @@ def _line(line: str, number: int, expected: str, section: str, name: str) -> Any
 def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]:
     """Reads rows; the first line names the columns. All values are text."""
     csv.field_size_limit(1 << 30)
-    first = file.readline()
+    lines = _lines(file, where)
+    first = next(lines, "")
     delimiter = _delimiter(first, delimiter)
-    reader = csv.reader(chain([first], file), delimiter=delimiter, strict=True)
+    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
         named = list(filter(None, names))

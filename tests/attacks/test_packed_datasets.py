@@ -1,6 +1,7 @@
 """Datasets of a few bytes that stand for gigabytes, or never end: one line, and little memory."""
 
 import gzip
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -22,6 +23,24 @@ def test_a_file_of_one_line_without_an_end_is_one_line(kind, tmp_path, monkeypat
     (tmp_path / f"a.{kind}").write_text("[]")
     with pytest.raises(UserError, match="that does not fit into memory"):
         load_rows(str(tmp_path / f"a.{kind}"), require=["problem"])
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("a.jsonl", '{"problem": "1?"}\n'),
+        ("b.jsonl", "["),
+        ("c.json", "["),
+        ("d.csv", "problem,answer\n1?,1\n"),
+        ("e.tsv", "problem\tanswer"),
+        ("f.ndjson", ""),
+    ],
+)
+def test_a_file_with_a_hole_of_a_terabyte_is_one_line(name, start, tmp_path):
+    (tmp_path / name).write_text(start)
+    os.truncate(tmp_path / name, 10**12)
+    with Clock(), pytest.raises(UserError, match=r"fit into memory|characters in line"):
+        load_rows(str(tmp_path / name), require=["problem"])
 
 
 def no_memory(*_):
