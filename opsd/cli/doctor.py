@@ -86,8 +86,10 @@ def run_doctor(write: Callable[[str], None]) -> int:
 
 
 def _line(finding: Finding) -> str:
-    mark = "NO" if finding.fatal else "!"
-    mark = mark if finding.problem else "-" if finding.absent else "ok"
+    if finding.problem:
+        mark = "NO" if finding.fatal else "!"
+    else:
+        mark = "-" if finding.absent else "ok"
     return f"  {mark:<2}  {finding.name:<18}  {finding.value}".rstrip()
 
 

@@ -95,11 +95,12 @@ def run(parsed: argparse.Namespace) -> None:
     from opsd.cli.first_look import check_model, import_torch, of_run
     from opsd.common.display import Display
 
-    parsed.worksheets = _of_tiny_quickstart(Path(parsed.model))
+    place = Path(parsed.model)
     parsed.model, run = of_run(parsed.model)
     check_model(parsed.model, "MODEL")
     display = Display(quiet=parsed.ranked and parsed.shard.index > 1)
     benchmark = _benchmark(parsed, run)
+    parsed.worksheets = benchmark.name == "held-out" and _of_tiny_quickstart(place)
     import_torch(display)
     from opsd.cli.evaluate import evaluate_command
 
@@ -110,7 +111,6 @@ def _benchmark(parsed: argparse.Namespace, run: Config | None) -> Benchmark:
     """Loads --benchmark; without it, takes a run's held-out problems and that run's prompts."""
     parsed.prompts = PromptsSection()
     if parsed.benchmark is not None:
-        parsed.worksheets = False
         columns = run.data.columns if run and Path(parsed.benchmark).exists() else {}
         return load_benchmark(
             parsed.benchmark,

@@ -21,9 +21,11 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'train'?`, or "" if no known name is similar."""
-    known = [*known]  # cosine_with_restarts holds cosine
-    held = [one for one in known if f"_{_plain(one)}_" in f"_{_plain(word)}_"]
-    near = nearest(word, known, cutoff=0.9) or max(held, key=len, default=nearest(word, known))
+    known = [*known]
+    near = nearest(word, known, cutoff=0.9)  # a slip of the finger
+    if near is None:  # cosine_with_restarts holds cosine
+        held = [one for one in known if f"_{_plain(one)}_" in f"_{_plain(word)}_"]
+        near = max(held, key=len, default=None) or nearest(word, known)
     return f"; did you mean {near!r}?" if near else ""
 
 

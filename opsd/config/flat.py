@@ -73,8 +73,10 @@ def _field(name: str, fields: dict[str, set[str]]) -> str:
         raise UserError(f"{name} is ambiguous: say {ways}")
     if name in TRAINER_TAKES:
         raise UserError(f"{name} belongs to the trainer: OPSDTrainer({name}=…)")
-    if said := NOWHERE.get(name) or (name in ELSEWHERE and f"here it is {ELSEWHERE[name]}"):
-        raise UserError(f"unknown key {name!r}: {said}")
+    if here := ELSEWHERE.get(name):
+        raise UserError(f"unknown key {name!r}: here it is {here}")
+    if instead := NOWHERE.get(name):
+        raise UserError(f"unknown key {name!r}: {instead}")
     every = {name: field for field, names in fields.items() for name in names}
     near = difflib.get_close_matches(name, every, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]} ({every[near[0]]})?" if near else "docs/options.md lists them"
