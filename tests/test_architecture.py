@@ -128,7 +128,12 @@ def test_tests_stand_in_the_room_that_they_test():
     rooms = {room.removeprefix("opsd_") for room in HOUSE.rooms} - {"opsd"}
     for path in files_of_tests():
         place = path.relative_to(ROOT / "tests").parts
-        assert len(place) == 1 or place[0] in rooms | {"docs", "benchmarks", "attacks"}, path
+        assert len(place) == 1 or place[0] in rooms | {
+            "docs",
+            "benchmarks",
+            "attacks",
+            "security",
+        }, path
 
 
 def taken_elsewhere(module: Module) -> list[str]:
