@@ -11,6 +11,7 @@ import datetime
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -131,15 +132,12 @@ class ChatTemplate:
         """
         chat = [self._question, self._message("assistant", PROBE)]
         _, written, after = self._render(chat, False).rpartition(PROBE)
-        try:  # some templates write the generation prompt unasked
+        with suppress(UserError):  # some templates write the generation prompt unasked
             opening = self._render([self._message("assistant", PROBE)], False).partition(PROBE)[0]
             after = after.removesuffix(opening.removeprefix(self.tokenizer.bos_token or ""))
-        except UserError:
-            pass
-        try:
+        followed = ""
+        with suppress(UserError):
             followed = self._render([*chat, self._question], False).rpartition(PROBE)[2]
-        except UserError:
-            followed = ""
         both = os.path.commonprefix([after, followed])  # noqa: RUF071 (of characters)
         added = self.tokenizer.added_tokens_decoder.items()
         ids = {token.content: i for i, token in added if token.content.strip()}

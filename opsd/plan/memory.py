@@ -66,11 +66,13 @@ class Memory:
 @dataclass(frozen=True)
 class Sizes:
     """Numbers of parameters. own: of the student without adapters. linear: of these, in linear
-    layers. train: those that train, its own or its adapters'."""
+    layers. train: those that train, its own or its adapters'. products: in linear layers and in the
+    head, also where it is tied to the embeddings."""
 
     own: int
     linear: int
     train: int
+    products: int
 
 
 class Planner:
@@ -245,7 +247,7 @@ class Planner:
             longest = test.max_new_tokens or self.lengths.rollout
             size = min(test.batch_size, test.problems)
             found["evaluation"] = self._generation(size, dtype, longest)
-        packed = dtype.itemsize * self.sizes(config).linear
+        packed = dtype.itemsize * self.sizes(config).products
         if self.device_memory is not None or dtype != torch.bfloat16 or packed > MOST_PACKED:
             return found
         return {name: size + packed for name, size in found.items()}
@@ -277,13 +279,15 @@ def _sizes(model: PreTrainedConfig, section: ModelSection) -> Sizes:
     with quiet():
         made = meta_model(model, torch.float32)
     own = sum(parameter.numel() for parameter in made.parameters())
-    layers = decoder_of(made).modules()
-    linear = sum(layer.weight.numel() for layer in layers if type(layer) is nn.Linear)
+    linear, products = (
+        sum(layer.weight.numel() for layer in part.modules() if type(layer) is nn.Linear)
+        for part in (decoder_of(made), made)
+    )
     if section.lora is None:
-        return Sizes(own, linear, own)
+        return Sizes(own, linear, own, products)
     adapted = _add_adapters(made, section.lora)
     train = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return Sizes(own, linear, train)
+    return Sizes(own, linear, train, products)
 
 
 def _student(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers.training_cases import short_values
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from opsd.cli.main import main
@@ -143,6 +144,22 @@ RUNS = {
     },
 }
 PROBLEM, SOLUTION = 60, 400  # characters, which are tokens here
+
+
+@pytest.mark.parametrize("name", ["wide", "deep"])
+def test_a_sampler_on_a_cpu_holds_packed_weights(name, tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16)
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
+    config = write_run(SHAPES[name], RUNS["wide"], tmp_path)
+
+    def sampling(device_memory):
+        planner = Planner(architecture(config.model), Lengths(60, 400, 30), device_memory)
+        return planner.memory(config).sampling["rollouts"]
+
+    held, on_a_gpu = sampling(None), sampling(24e9)
+    monkeypatch.setattr("opsd.plan.memory.MOST_PACKED", 0)
+    assert held - sampling(None) == sum(layer.weight.nbytes for layer in layers)
+    assert sampling(24e9) == on_a_gpu
 
 
 @pytest.mark.parametrize("name", ["wide", "adapters"])
