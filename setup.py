@@ -1,8 +1,9 @@
 """Build of the C++ and CUDA kernels: plain shared libraries with a C interface, loaded with ctypes.
 
 Neither torch nor Python headers are needed, so `pip install .` downloads nothing for the build but
-setuptools, and one wheel serves every Python and torch version. csrc/cpu.cpp is compiled once an
-instruction set; csrc/cpu_dispatch.cpp chooses among them at run time. csrc/cuda.cu needs nvcc.
+setuptools, and one wheel serves every Python and torch version. csrc/cpu.cpp and attention.cpp are
+compiled once an instruction set; csrc/cpu_dispatch.cpp chooses among them at run time. csrc/cuda.cu
+needs nvcc.
 
 Each library is built where its compiler is found. OPSD_CPP=1 and OPSD_CUDA=1 demand them, 0 leaves
 them out; what is not built, `opsd_kernels.backends()` says, and torch serves in its place.
@@ -145,8 +146,9 @@ class BuildKernels(build_ext):
         known = [f"-DOPSD_HAVE_{name.upper()}" for name in INSTRUCTION_SETS]
         with tempfile.TemporaryDirectory() as scratch:
             units = [
-                (CSRC / "cpu.cpp", f"{scratch}/{name}.o", [*flags, f"-DOPSD_ISA={name}"])
+                (CSRC / f"{unit}.cpp", f"{scratch}/{unit}_{name}.o", [*flags, f"-DOPSD_ISA={name}"])
                 for name, flags in INSTRUCTION_SETS.items()
+                for unit in ("cpu", "attention")
             ]
             units.append((CSRC / "cpu_dispatch.cpp", f"{scratch}/dispatch.o", known))
             commands = [
@@ -192,8 +194,8 @@ setup(
     ext_modules=[
         Extension(
             CPP,
-            sources=["csrc/cpu.cpp", "csrc/cpu_dispatch.cpp"],
-            depends=["csrc/cpu.h", "csrc/divergence.h", "csrc/vector.h"],
+            sources=["csrc/cpu.cpp", "csrc/attention.cpp", "csrc/cpu_dispatch.cpp"],
+            depends=["csrc/attention.h", "csrc/cpu.h", "csrc/divergence.h", "csrc/vector.h"],
         ),
         Extension(
             CUDA,

@@ -2,7 +2,7 @@
 // by opsd_kernels/tiles/cpp.py; opsd_kernels/tiles/torch.py says what each function does.
 #pragma once
 
-#include <stdint.h>
+#include "attention.h"
 
 // Changes with every structure and signature below; opsd_kernels/tiles/c_interface.py has the same.
 #define OPSD_INTERFACE 3
@@ -46,7 +46,7 @@ typedef void opsd_log_prob_gradient_t(const opsd_tile*, const int64_t* targets,
 
 }  // extern "C"
 
-// A copy for each instruction set for which cpu.cpp is compiled.
+// A copy for each instruction set for which cpu.cpp and attention.cpp are compiled.
 #define OPSD_DECLARE(ISA)                                        \
   namespace opsd {                                               \
   namespace ISA {                                                \
@@ -56,5 +56,6 @@ typedef void opsd_log_prob_gradient_t(const opsd_tile*, const int64_t* targets,
   extern opsd_rows_t rows;                                       \
   extern opsd_log_prob_normalisers_t log_prob_normalisers;       \
   extern opsd_log_prob_gradient_t log_prob_gradient;             \
+  extern opsd_attention_t attention;                             \
   }                                                              \
   }

@@ -20,12 +20,14 @@ struct Variant {
   opsd_rows_t* rows;
   opsd_log_prob_normalisers_t* log_prob_normalisers;
   opsd_log_prob_gradient_t* log_prob_gradient;
+  opsd_attention_t* attention;
   bool (*runs_here)();
 };
 
 #define OPSD_FUNCTIONS(ISA)                                                     \
   #ISA, opsd::ISA::normalisers, opsd::ISA::sums, opsd::ISA::gradient,           \
-      opsd::ISA::rows, opsd::ISA::log_prob_normalisers, opsd::ISA::log_prob_gradient
+      opsd::ISA::rows, opsd::ISA::log_prob_normalisers, opsd::ISA::log_prob_gradient, \
+      opsd::ISA::attention
 
 const Variant variants[] = {
     // best first
@@ -54,8 +56,9 @@ const Variant* chosen = best();
 bool forked = false;
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-opsd_options with_threads(const opsd_options* options) {
-  opsd_options copy = *options;
+template <class Options>
+Options with_threads(const Options* options) {
+  Options copy = *options;
   if (forked || copy.threads < 1) copy.threads = 1;
   return copy;
 }
@@ -111,4 +114,11 @@ OPSD_EXPORT void opsd_log_prob_gradient(const opsd_tile* tile, const int64_t* ta
                                         const float* row_weight, const opsd_options* options) {
   const opsd_options copy = with_threads(options);
   chosen->log_prob_gradient(tile, targets, row_weight, &copy);
+}
+
+OPSD_EXPORT int32_t opsd_attention_interface() { return OPSD_ATTENTION_INTERFACE; }
+
+OPSD_EXPORT void opsd_attention_rows(const opsd_attention* given) {
+  const opsd_attention copy = with_threads(given);
+  chosen->attention(&copy);
 }

@@ -17,8 +17,12 @@ MOST_LINES = 33_300  # of Python in opsd/
 LONGEST_MODULE = 500  # lines; a longer module has two jobs
 LONGEST_FUNCTION = 80  # lines without signature and docstring
 
-# `opsd plan` says what a call of the kernels will take: by the plan that the call itself makes.
-INTERNAL = {"opsd.plan.memory": {"opsd_kernels.resolve", "opsd_kernels.sweep"}}
+# `opsd plan` says what a call of the kernels will take: by the plan that the call itself makes. Our
+# sampler decodes with the kernels' attention.
+INTERNAL = {
+    "opsd.plan.memory": {"opsd_kernels.resolve", "opsd_kernels.sweep"},
+    "opsd.rollout.decoding": {"opsd_kernels.decoding"},
+}
 
 HOUSE = House(ROOT)
 MODULES = HOUSE.modules

@@ -1,4 +1,4 @@
-"""Makes a model decode faster while a context lasts. It computes the same numbers."""
+"""Makes a model decode faster while a context lasts. Its numbers change by rounding at most."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from opsd.common.system import processor
+from opsd_kernels.decoding import single_tokens
 
 LEAST_ROOM = 64  # tokens
 MOST_PACKED = 2**30  # bytes of weights: their second copy must be small beside a training step
@@ -19,11 +20,10 @@ PACKING_PAYS = 16  # decoded tokens
 
 @contextmanager
 def decodes_fast(model: PreTrainedModel, tokens: int, rows: int) -> Iterator[None]:
-    """While it lasts, the model's cache has room for more tokens. Weights in bf16 on a CPU are
-    packed, if that pays for so many new `tokens` of each of `rows` sequences."""
-    with ExitStack() as stack:
-        hook = model.register_forward_hook(_make_room)
-        stack.callback(hook.remove)
+    """While it lasts, the model's cache has room for more tokens. On a CPU, attention of single
+    tokens is ours, and weights in bf16 are packed, if that pays for so many new `tokens` of each of
+    `rows` sequences."""
+    with single_tokens(), model.register_forward_hook(_make_room), ExitStack() as stack:
         for layer in _to_pack(model) if tokens >= PACKING_PAYS else []:
             given = {"W": torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows)}
             given |= {"B": layer.bias, "attr": "none", "scalars": [], "algorithm": ""}

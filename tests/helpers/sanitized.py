@@ -10,7 +10,14 @@ from pathlib import Path
 
 import torch
 
-from opsd_kernels import Clip, Divergence, LogitTransform, linear_divergence, linear_log_prob
+from opsd_kernels import (
+    Clip,
+    Divergence,
+    LogitTransform,
+    decoding,
+    linear_divergence,
+    linear_log_prob,
+)
 from opsd_kernels.divergence import DIVERGENCES, Rule
 from opsd_kernels.tiles import cpp
 from opsd_kernels.tiles import state as states
@@ -71,6 +78,26 @@ def log_probs(n: int, v: int, special: float | None) -> None:
             cpp.log_prob_gradient_(changed, chosen, transform, state, torch.rand(n))
 
 
+def attention() -> None:
+    """Of groups of 1 to 5 rows, of which 4 run at once, over one block of tokens and more."""
+    for rows, tokens, width, value_width, dtype, special in itertools.product(
+        (1, 2, 3, 5),
+        (1, 17, 129),
+        (16, 80),
+        (48, 512),
+        (torch.float32, torch.bfloat16),
+        SPECIAL[::3],
+    ):
+        query, key, value = (
+            torch.randn(2, 2, n, w).to(dtype)
+            for n, w in ((rows, width), (tokens, width), (tokens, value_width))
+        )
+        key[0, 0, 0, 0] = value[1, 1, -1, -1] = special or 0
+        mask = (torch.rand(2, 1, 1, tokens) < 0.7) if special is None else None
+        with torch.no_grad():
+            decoding.attention(query, key, value, mask)
+
+
 def calls() -> None:
     """Call the public functions in each dtype, in one pass and in tiles."""
     for dtype, budget in itertools.product(
@@ -114,7 +141,10 @@ def main() -> None:
         for special in SPECIAL[1:]:
             divergences(2, 21, special)
             log_probs(2, 21, special)
+        assert decoding._kernel() is not None
+        attention()
         torch.set_num_threads(2)
+        attention()
         divergences(5, 40, None)
         log_probs(5, 40, None)
         torch.set_num_threads(1)
