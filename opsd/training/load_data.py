@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
     from opsd.models.images import ImageReader
 
+FEW, VISITS = 256, 4
+"""Fewer problems, each visited more often, tend to end OPSD below its base (docs/results.md)."""
+
 
 def load_data(
     config: Config,
@@ -105,6 +108,19 @@ def _check_routes(config: Config, rows: Sequence[Row], note: Callable[[str], Non
         unused.pop(name, None)
     if unused:
         note(f"teacher.routes: no training row names {', '.join(unused)}")
+
+
+def _few_problems(config: Config, rows: Sequence[Row]) -> str | None:
+    """A line about a run of OPSD that visits few problems again and again; None for another."""
+    count = len({row.same_problem for row in rows})
+    visits = config.train.steps * config.train.problems_per_step / count
+    if config.method != "opsd" or count >= FEW or visits <= VISITS:
+        return None
+    return (
+        f"{count} problems, each visited some {visits:.0f} times: with so few OPSD tends to end "
+        "below its base. Other problems, without solutions, hold it: see prompts.hold in "
+        "docs/methods.md"
+    )
 
 
 def sources(data: DataSection) -> list[SourceSection]:
@@ -228,6 +244,8 @@ def fitting_data(
         )
     if held := sum(any(prompts.holds(row, role) for role in prompts.chats) for row in rows):
         display.note(f"{held} of {len(rows)} rows have no solution: they hold the student")
+    elif (few := _few_problems(config, rows)) is not None:
+        display.note(few)
     for said in check.notes():
         display.note(said)
     if teaches and (differ := prompts.different_endings()) is not None:
