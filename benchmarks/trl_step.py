@@ -379,7 +379,7 @@ def by_opsd(case: Case, directory: Path) -> dict:
         Given(),
         RunLog(run),
     )
-    trainer.add_callback(meter)
+    trainer.callback_handler.add_callback(meter)
     trainer.train()
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return meter.record([json.loads(line)["loss"] for line in lines])

@@ -141,7 +141,7 @@ def _show_examples(row: Row, prompts: Prompts, config: Config, display: Display)
 
 def _show_answers(rows: Sequence[Row], config: Config, display: Display) -> None:
     """Shows the rows' answers, and whether the rows' own solutions would be graded right."""
-    some = rows[:GRADED]
+    some = [row for row in rows if not row.held][:GRADED]
     with Grader(strict=config.loss.reward.strict) as grader:
         grades = grader.grade([row.solution for row in some], [row.answer for row in some])
     table = [

@@ -201,11 +201,13 @@ class Display:
         self._line((title, "bold"))
         for name, path in paths.items():
             link: Any = ""
+            path, here = Path(path).resolve(), Path.cwd()
             if self._console:
                 from rich.style import Style
 
-                link = Style(color="cyan", link=Path(path).resolve().as_uri())
-            self._line(f"  {name.ljust(width)}  ", (_short(path), link))
+                link = Style(color="cyan", link=path.as_uri())
+            shown = str(path.relative_to(here) if path.is_relative_to(here) else path)
+            self._line(f"  {name.ljust(width)}  ", (shown, link))
 
     # Called by stages
 
@@ -336,9 +338,3 @@ def _numeric(cell: str) -> bool:
     """Whether a cell holds a number, or a dash for a missing one."""
     text = cell.strip()
     return text in {"", "-", "–", "—"} or text.lstrip("+-−±~≈.<> ")[:1].isdigit()
-
-
-def _short(path: Path) -> str:
-    """The path relative to the working directory if it lies inside, else absolute."""
-    path = Path(path).resolve()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -23,6 +23,7 @@ from opsd.config.requirements import (
     teacher_roles,
     teaches_over_rollouts,
     teaching_templates,
+    unvaried,
     uses_teacher_prompt,
     votes,
     waits_for_rollouts,
@@ -358,6 +359,8 @@ def _held(config: Config) -> Iterator[str]:
     hold, taught = config.prompts.hold, {} if config.method == "sft" else teaching_templates(config)
     if hold and not any(names(text) & SOLUTION_NAMES for text in taught.values()):
         yield "prompts.hold: no teacher is shown `solution` or `answer`"
+    if config.data.varied and (why := unvaried(config)) is not None:
+        yield f"data.varied: {why}"
     if hold and {member.policy for member in config.teacher.members()} == {"live"}:
         yield "prompts.hold: a live teacher is the student itself, and holds it nowhere"
 

@@ -43,6 +43,19 @@ def votes(config: Config) -> bool:
     return config.prompts.majority is not None
 
 
+def unvaried(config: Config) -> str | None:
+    """Why problems with other numbers (data.varied) cannot hold the student; None if they can."""
+    if config.method != "opsd":
+        return "that is for opsd"
+    if not any(names(text) & SOLUTION_NAMES for text in teaching_templates(config).values()):
+        return "no teacher is shown `solution` or `answer`"
+    if {member.policy for member in config.teacher.members()} == {"live"}:
+        return "a live teacher is the student itself, and holds it nowhere"
+    if votes(config) or is_graded(config) or uses_targets(config):
+        return "a problem with other numbers has no answer to grade, to vote on or to learn"
+    return None
+
+
 def waits_for_rollouts(config: Config, template: str) -> bool:
     """Whether a teacher's template is rendered after sampling."""
     return over_rollouts(template) or (votes(config) and bool(names(template) & SOLUTION_NAMES))

@@ -125,6 +125,10 @@ class DataSection(Section):
     """reasoning_gym: how many problems to draw."""
     options: dict[str, Any] = Field({})
     """reasoning_gym: the task's own options."""
+    varied: Natural | None = None
+    """opsd: further problems made of each row, which hold the student: its own with other numbers,
+    without its solution. none: 3 where few problems would be visited often, else 0
+    (docs/methods.md)."""
 
 
 class PromptsSection(Section):
@@ -380,8 +384,9 @@ class TrainSection(Section):
     """Passes over a step's rollouts (TRL's num_iterations)."""
     learning_rate: Positive = 5e-6
     """Learning rate after the warm-up, its highest."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The course of the learning rate after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """The course of the learning rate after the warm-up; none: linear where problems of data.varied
+    hold the student, else constant."""
     warmup_steps: Natural = 0
     """Steps of linear warm-up."""
     weight_decay: NonNegative = 0.0

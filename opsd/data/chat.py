@@ -308,7 +308,8 @@ class ChatTemplate:
         self, message: str, system: str | None, history: Sequence[Message]
     ) -> list[Message]:
         if system is not None:
-            history = [{"role": "system", "content": system}, *without_system(history)]
+            others = [one for one in history if one["role"] not in ("system", "developer")]
+            history = [{"role": "system", "content": system}, *others]
         before = [self._message(one["role"], one["content"]) for one in history]
         return [*before, self._message("user", message)]
 
@@ -331,11 +332,6 @@ class ChatTemplate:
             return fill_in_chat(self.template, self.arguments, self.date, chats)
         except TemplateFailure as error:  # for example, it allows no system message
             raise UserError(f"model.path has a chat template that refuses: {error}") from None
-
-
-def without_system(history: Sequence[Message]) -> list[Message]:
-    """The messages except those of the roles system and developer."""
-    return [message for message in history if message["role"] not in ("system", "developer")]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str | list[str]) -> Any:

@@ -6,7 +6,7 @@ least one mark has to appear.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from opsd.common.errors import UserError
 from opsd.common.templates import names
 from opsd.data.chat import PROBE
 from opsd.data.prompts import Prompts
-from opsd.data.rows import Row
+from opsd.data.rows import Row, mapped
 
 SHORT = 16  # a text of fewer characters may occur in a message by chance
 
@@ -52,6 +52,8 @@ class ContextCheck:
 
     def __call__(self, number: int, row: Row) -> None:
         """Check the `number`-th row, from 1."""
+        if row.held:  # its like is checked
+            return
         roles = [role for role in self.roles if not self.prompts.holds(row, role)]
         messages = {role: self.prompts.render(row, role) for role in roles}
         for role, message in messages.items():
@@ -130,7 +132,10 @@ class ContextCheck:
         def chosen(text: str) -> bool:
             return text.strip() != "" and (text.strip() == row.problem.strip()) == problem
 
-        marked = {name: _marked(getattr(row, name), chosen) for name in (*row.texts, "columns")}
+        def mark(text: str) -> str:
+            return re.sub(r"^|\s+|$", rf"\g<0>{PROBE}", text) if chosen(text) else text
+
+        marked = {name: mapped(getattr(row, name), mark) for name in (*row.texts, "columns")}
         try:
             return PROBE in self.prompts.render(replace(row, **marked), role)
         except UserError:  # the template computes with the text, and the marks break that
@@ -163,15 +168,6 @@ def given_choices(columns: Mapping[str, Any]) -> tuple[str, list[str]]:
 def _stands(text: str, message: str) -> bool:
     text = text.strip()
     return len(text) >= SHORT and text in message
-
-
-def _marked(value: Any, chosen: Callable[[str], bool]) -> Any:
-    """A column's value with a mark before each word of the chosen texts, also nested ones."""
-    if isinstance(value, str):
-        return re.sub(r"^|\s+|$", rf"\g<0>{PROBE}", value) if chosen(value) else value
-    if isinstance(value, dict):
-        return {key: _marked(inside, chosen) for key, inside in value.items()}
-    return [_marked(inside, chosen) for inside in value] if isinstance(value, list) else value
 
 
 def _single(template: str, columns: Collection[str]) -> str | None:

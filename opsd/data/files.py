@@ -149,7 +149,9 @@ def _listed(value: Any) -> list[Any] | None:
         return None
     lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
     # A chat's messages are a list of objects too, but belong to one row.
-    return lists[0] if len(lists) == 1 and not _is_chat(lists[0][0]) else None
+    chats = ({"role", "content"}, {"from", "value"})
+    one = len(lists) == 1 and not any(keys <= lists[0][0].keys() for keys in chats)
+    return lists[0] if one else None
 
 
 def transposed(value: Any) -> list[dict] | None:
@@ -165,10 +167,6 @@ def transposed(value: Any) -> list[dict] | None:
     if not any(isinstance(column[0], str) for column in columns):
         return None  # one row's chat, or several lists of objects
     return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _is_chat(message: dict) -> bool:
-    return {"role", "content"} <= message.keys() or {"from", "value"} <= message.keys()
 
 
 def _line(line: str, number: int, expected: str, section: str, name: str) -> Any:

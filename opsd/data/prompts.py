@@ -314,8 +314,9 @@ class Prompts:
         return not all(row.texts[name].strip() for name in self._solution)
 
     def holds(self, row: Row, role: str) -> bool:
-        """Whether `prompts.hold` shows this role what the student sees: the row has no solution."""
-        needed = self._needed.get(role, ()) if self.section.hold else ()
+        """Whether this role is shown what the student sees: under `prompts.hold` for want of a
+        solution, or because the row is a variation of another."""
+        needed = self._needed.get(role, ()) if self.section.hold or row.held else ()
         return not all(row.texts[name].strip() for name in needed)
 
     def solved(self, row: Row, answer: str) -> Row:

@@ -74,6 +74,7 @@ class Row:
     columns: dict[str, Any]
     history: tuple[dict[str, str], ...] = ()  # the chat's messages before the problem
     images: tuple[RowImage, ...] = ()
+    held: bool = False  # shown to the teacher as to the student, whatever prompts.hold says
 
     @property
     def texts(self) -> dict[str, str]:
@@ -200,6 +201,31 @@ def mixture(sources: Sequence[tuple[Sequence[Row], float]], seed: int) -> list[R
     return mixed
 
 
+def varied(rows: Sequence[Row], copies: int, seed: int) -> list[Row]:
+    """Copies of rows with other numbers, of as many digits, in the problem, and no solution."""
+    draw, made = random.Random(f"{seed}:varied"), []
+    for row in [row for row in rows for _ in range(copies)]:
+        texts, others = re.split("([0-9]+)", row.problem), dict[str, str]()
+        for number in dict.fromkeys(texts[1::2]):  # the same one everywhere
+            digits = [draw.randint(not i and was != "0", 9) for i, was in enumerate(number)]
+            others[number] = "".join(map(str, digits))
+        text = "".join(others.get(text, text) for text in texts)
+        swap = {row.problem: text}  # a column may have the problem by another name
+        columns = mapped(row.columns, lambda own: swap.get(own, own))  # noqa: B023, called at once
+        if others:
+            made.append(Row(text, "", "", columns, row.history, row.images, held=True))
+    return made
+
+
+def mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A column's value with each of its texts changed, also nested ones."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: mapped(inside, change) for key, inside in value.items()}
+    return [mapped(inside, change) for inside in value] if isinstance(value, list) else value
+
+
 def split_rows(rows: Sequence[Row], heldout: int, seed: int) -> tuple[list[Row], list[Row]]:
     """(train, held out): draw `heldout` distinct problems by `seed`; train on all other rows.
 
@@ -284,7 +310,7 @@ class _Reader:
                     raise IncompleteRowError(
                         f"{where}: column {column!r} (answer) {problem}"
                     ) from None
-        return Row(**values, columns=record, history=history, images=images)
+        return Row(**values, columns=record, history=history, images=images, held=False)
 
     def _images(
         self, found: dict[str, tuple[bool, Any]], record: dict[str, Any], number: int, where: str
@@ -341,7 +367,7 @@ class _Reader:
             raise IncompleteRowError(
                 f"{where} has no text in column {column!r} ({name}): it is {problem}"
             )
-        if text and not value.isascii() and _has_half_pair(value):
+        if text and not value.isascii() and re.search("[\ud800-\udfff]", value):
             raise UserError(
                 f"{where}: column {column!r} ({name}) holds half of a surrogate pair, which is no "
                 "character and cannot be tokenised"
@@ -404,10 +430,6 @@ def _shortest(value: float) -> str:
     with np.errstate(over="ignore"):
         single = np.float32(value)
     return repr(float(str(single))) if float(single) == value else repr(value)
-
-
-def _has_half_pair(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _reach(record: Any, column: str) -> tuple[bool, Any]:

@@ -40,8 +40,10 @@ class Adapter:
 
     @cached_property
     def _ends(self) -> dict[str, Stored]:
-        """Its tensors that belong to no block, such as the embedding and the head."""
-        return {name: t for name, t in self.tensors.items() if not in_block(name)}
+        """Its tensors that belong to no block, such as the embedding and the head: blocks' names
+        have numbers."""
+        tensors = self.tensors.items()
+        return {name: t for name, t in tensors if not any(map(str.isdigit, name.split(".")))}
 
     @property
     def rows(self) -> int | None:
@@ -127,11 +129,6 @@ def model_files(section: ModelSection, name: str = "model", offline: bool = Fals
     for part in (section, *(adapter.section for adapter in adapters)):
         check_files(Path(part.path), files.where)
     return files
-
-
-def in_block(name: str) -> bool:
-    """Whether a tensor of this name belongs to a block: blocks' names have numbers."""
-    return any(map(str.isdigit, name.split(".")))
 
 
 def _adapter_config(section: ModelSection, where: str, offline: bool) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -220,10 +219,6 @@ class Totals:
         return means
 
 
-def _is_of(kind: Callable[[SampleGroup], Any], value: Any, group: SampleGroup) -> bool:
-    return kind(group) == value
-
-
 class MicroBatch:
     """Groups that run in one forward. Its tensors [Σ R] have an entry for each rollout token, in
     the samples' order.
@@ -261,7 +256,7 @@ class MicroBatch:
         kinds = list(dict.fromkeys(map(kind, self.groups)))
         if len(kinds) == 1:
             return [(kinds[0], self, slice(None))]
-        return [(each, *self.part(partial(_is_of, kind, each))) for each in kinds]
+        return [(each, *self.part(lambda g: kind(g) == each)) for each in kinds]  # noqa: B023
 
     @property
     def sampled_by_others(self) -> bool:

@@ -96,10 +96,10 @@ class OPSD(Objective):
         student: Tensor,
         teachers: Mapping[str, Sequence[Tensor]],
     ) -> TokenLosses:
-        each = [
-            (route, part, places, self._by_one(model, part, student[places], teachers[route]))
-            for route, part, places in batch.by(lambda group: group.route)
-        ]
+        each = []
+        for route, part, places in batch.by(lambda group: group.route):  # a teacher or mixture each
+            teacher = self.scorer(model, part, own := student[places], teachers[route])
+            each.append((route, part, places, self.score(model, part, own, teacher)))
         found = each[0][-1] if len(each) == 1 else _together(batch, each)
         if self.classes is not None:
             by_class = split_by_class(self.classes, batch.targets(), found.logged["divergence"])
@@ -111,13 +111,6 @@ class OPSD(Objective):
             apart = part.mean(its.logged["divergence"])
             parts[f"teacher_{route}"].add(part.counted, divergence=apart)
         return found._replace(parts=parts)
-
-    def _by_one(
-        self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, states: Sequence[Tensor]
-    ) -> TokenLosses:
-        """The losses of groups with the same teacher or mixture."""
-        teacher = self.scorer(model, batch, student, states)
-        return self.score(model, batch, student, teacher)
 
     def scorer(
         self, model: PreTrainedModel, batch: MicroBatch, student: Tensor, states: Sequence[Tensor]
@@ -263,8 +256,9 @@ class OPSD(Objective):
 def _together(batch: MicroBatch, each: Sequence[tuple]) -> TokenLosses:
     """Join the losses of several teachers' parts of a batch."""
     _, parts, places, found = zip(*each, strict=True)
+    order = torch.cat(places).argsort()
     logged = {
-        name: _scattered(len(batch.weights), places, [one.logged[name] for one in found])
+        name: torch.cat([one.logged[name].detach() for one in found])[order]
         for name in found[0].logged
     }
     shares = [part.counted / batch.counted for part in parts]
@@ -273,9 +267,3 @@ def _together(batch: MicroBatch, each: Sequence[tuple]) -> TokenLosses:
         for name in found[0].of_all
     }
     return TokenLosses(sum(one.loss for one in found), logged, of_all)
-
-
-def _scattered(tokens: int, places: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    """The values of all tokens [Σ R] from those of parts."""
-    values = [each.detach() for each in values]
-    return values[0].new_zeros(tokens).index_copy_(0, torch.cat(list(places)), torch.cat(values))

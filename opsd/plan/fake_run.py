@@ -210,17 +210,13 @@ def step_peaks(
         student = models[0].train()
         for parameter in student.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_forget_gradient)
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         count.start()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             part = loss()
             with torch.autocast("cpu", enabled=False):
                 part.backward()
         return count.peaks
-
-
-def _forget_gradient(parameter: nn.Parameter) -> None:
-    parameter.grad = None
 
 
 def sampling_peaks(

@@ -18,7 +18,6 @@ Everything here is deterministic by seed; the training data contain no held-out 
 
 import itertools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from opsd.data.rows import Row
@@ -72,7 +71,9 @@ def make_chain_sum(
         )
     held_out_rows = make_rows(HELD_OUT_SEED, held_out)
     rows = make_rows(seed, cold_start + train, avoid={row.problem for row in held_out_rows})
-    learnt = [_in_style(row, solution_style) for row in rows[cold_start:]]
+    learnt = rows[cold_start:]
+    if solution_style != "words":
+        learnt = [_row(row.problem, _WRITERS[solution_style](row.problem)) for row in learnt]
     return ChainSum(rows[:cold_start], learnt, held_out_rows)
 
 
@@ -83,7 +84,10 @@ def make_rows(
 
     Columns: `problem`, `solution` (in words), `answer`, `expression` (the same text as `problem`).
     """
-    words, expressions = random.Random(f"words {seed}"), _expressions(seed)
+    words = random.Random(f"words {seed}")
+    # reasoning-gym draws item i with seed + i, so that neighbouring seeds would share nearly all.
+    start = random.Random(f"chain_sum {seed}").randrange(2**40)
+    expressions = map(reasoning_gym_expression, itertools.count(start))
     rows: dict[str, Row] = {}
     while len(rows) < count:
         expression = next(expressions)
@@ -166,17 +170,6 @@ def in_markdown(expression: str) -> str:
 
 
 _WRITERS = {"own": own_style, "terse": terse, "markdown": in_markdown}
-
-
-def _in_style(row: Row, style: str) -> Row:
-    return row if style == "words" else _row(row.problem, _WRITERS[style](row.problem))
-
-
-def _expressions(seed: int) -> Iterator[str]:
-    """Yields expressions without end; each seed has its own stream."""
-    # reasoning-gym draws item i with seed + i, so that neighbouring seeds would share nearly all.
-    start = random.Random(f"chain_sum {seed}").randrange(2**40)
-    return map(reasoning_gym_expression, itertools.count(start))
 
 
 def reasoning_gym_expression(seed: int) -> str:

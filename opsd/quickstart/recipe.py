@@ -57,10 +57,6 @@ class Recipe:
     # How many held-out problems the teacher answers; None: all.
     teacher_problems: int | None = None
 
-    def train_rows(self, config: Config) -> list[Row]:
-        """The training rows of a method."""
-        return repeated(self.problems, self.solutions, config.prompts.hold)
-
 
 def method_config(
     recipe: Recipe, method: str, directory: Path, seed: int, display: Display

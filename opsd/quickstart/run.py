@@ -177,7 +177,7 @@ def _train_method(
     place = directory / method
     if not _done(place):
         config = method_config(recipe, method, directory, seed, display)
-        rows = recipe.train_rows(config)
+        rows = repeated(recipe.problems, recipe.solutions, config.prompts.hold)
         if config.prompts.hold:
             write_lines(Path(str(config.data.source)), (dict(row.columns) for row in rows))
         checkpoint = claim_directory(place, config, resume=True)

@@ -45,8 +45,11 @@ def smollm2_recipe(asked: Asked) -> Recipe:
     )
 
     def make_base(directory: Path, held_out, display: Display) -> Base:
-        section = ModelSection(path=asked.model) if asked.model else _smollm2(display)
-        section = section.model_copy(update=SECTIONS["model"])
+        own = {"path": asked.model}
+        if asked.model is None:
+            file = smollm2_gguf(display)
+            own = {"path": str(file.parent), "gguf_file": file.name}
+        section = ModelSection(**own | SECTIONS["model"])
         with display.stage("Load the pretrained model"):
             model, tokenizer = load_model(section)
         decoder = copy_model(model, torch.bfloat16)
@@ -85,11 +88,6 @@ def smollm2_recipe(asked: Asked) -> Recipe:
         make_teacher=make_teacher,
         teacher_problems=FEW_PROBLEMS,
     )
-
-
-def _smollm2(display: Display) -> ModelSection:
-    file = smollm2_gguf(display)
-    return ModelSection(path=str(file.parent), gguf_file=file.name)
 
 
 def _learn(config: Config, model, tokenizer, rows: list[Row], grader, display, save=True) -> None:

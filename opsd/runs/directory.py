@@ -351,7 +351,7 @@ def _changed(path: Path, config: Config) -> list[str]:
     except (UserError, OSError):
         return [f"{path.name} there cannot be read"]
     here = _flat(config.model_dump())
-    free = MAY_CHANGE + (("train.steps",) if config.train.schedule == "constant" else ())
+    free = MAY_CHANGE + (("train.steps",) if config.train.schedule in (None, "constant") else ())
     found = [
         f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
         for name in dict.fromkeys([*there, *here])

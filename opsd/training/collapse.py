@@ -61,17 +61,14 @@ class CollapseWatch:
             mean = trace.add(value)
             bound = getattr(self.section, name)
             said = None if mean is None else _judge(name, measure, mean, bound, trace)
-            if name in ("entropy", "length") and self._learns():
+            seen = self.traces.get("pass_at_k")
+            learns = seen is not None and seen.first is not None and seen.last > seen.first
+            if name in ("entropy", "length") and learns:
                 continue
             if said is not None and name not in self.seen:
                 self.seen.add(name)
                 found[name] = f"{said} (train.collapse.{name} is {bound:g})"
         return found
-
-    def _learns(self) -> bool:
-        """Whether pass@k is above its first window's."""
-        trace = self.traces.get("pass_at_k")
-        return trace is not None and trace.first is not None and trace.last > trace.first
 
 
 _MEASURES = {

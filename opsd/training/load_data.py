@@ -19,6 +19,7 @@ from opsd.config.requirements import (
     required_columns,
     shows_images,
     trained_roles,
+    unvaried,
     uses_targets,
     uses_teacher_prompt,
 )
@@ -26,7 +27,7 @@ from opsd.config.sections import DataSection, EvalSection, SourceSection
 from opsd.data.context_check import ContextCheck
 from opsd.data.length_filter import fitting_held_out, fitting_rows
 from opsd.data.prompts import Prompts
-from opsd.data.rows import Row, load_rows, mixture, split_rows
+from opsd.data.rows import Row, load_rows, mixture, split_rows, varied
 from opsd.data.sources import is_remote
 from opsd.grading.references import check_references
 
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 
     from opsd.models.images import ImageReader
 
-FEW, VISITS = 256, 4
-"""Fewer problems, each visited more often, tend to end OPSD below its base (docs/results.md)."""
+FEW, VISITS, VARIED = 256, 10, 3
+"""Where fewer problems are each visited more often, OPSD tends to end below its base, unless others
+hold it (docs/results.md): this many are then made of each."""
 
 
 def load_data(
@@ -110,17 +112,24 @@ def _check_routes(config: Config, rows: Sequence[Row], note: Callable[[str], Non
         note(f"teacher.routes: no training row names {', '.join(unused)}")
 
 
-def _few_problems(config: Config, rows: Sequence[Row]) -> str | None:
-    """A line about a run of OPSD that visits few problems again and again; None for another."""
-    count = len({row.same_problem for row in rows})
-    visits = config.train.steps * config.train.problems_per_step / count
-    if config.method != "opsd" or count >= FEW or visits <= VISITS:
-        return None
-    return (
-        f"{count} problems, each visited some {visits:.0f} times: with so few OPSD tends to end "
-        "below its base. Other problems, without solutions, hold it: see prompts.hold in "
-        "docs/methods.md"
-    )
+def _variations(config: Config, rows: Sequence[Row], held: bool, display: Display) -> list[Row]:
+    """Problems with other numbers, as `data.varied` asks; says so of few problems. held: whether
+    some of the rows hold the student already."""
+    known, train = {row.same_problem for row in rows}, config.train
+    visits, copies = train.steps * train.problems_per_step / len(known), config.data.varied
+    few = config.method == "opsd" and not held and len(known) < FEW and visits > VISITS
+    if copies is None:
+        copies = VARIED if few and unvaried(config) is None else 0
+    made = [row for row in varied(rows, copies, train.seed) if row.same_problem not in known]
+    told = f"{len(known)} problems, each visited some {visits:.0f} times"
+    if made:
+        display.note(f"{told}: {len(made)} with other numbers hold the student (data.varied)")
+    elif few:
+        display.note(
+            f"{told}: with so few OPSD tends to end below its base. Problems without solutions "
+            "would hold it: see prompts.hold in docs/methods.md"
+        )
+    return made
 
 
 def sources(data: DataSection) -> list[SourceSection]:
@@ -209,6 +218,8 @@ def fitting_data(
     roles, teaches = trained_roles(config), uses_teacher_prompt(config) and config.method != "sft"
     own_weights = all(own.policy != "model" for own in config.teacher.members())
     check = ContextCheck(prompts, roles, teaches and own_weights, uses_targets(config))
+    holds = any(prompts.holds(row, role) for row in rows for role in prompts.chats)
+    rows = [*rows, *_variations(config, rows, holds, display)]
     check_held_out = ContextCheck(prompts, ["student"])
     for number, row in enumerate(held_out, start=1):
         check_held_out(number, row)
@@ -244,8 +255,6 @@ def fitting_data(
         )
     if held := sum(any(prompts.holds(row, role) for role in prompts.chats) for row in rows):
         display.note(f"{held} of {len(rows)} rows have no solution: they hold the student")
-    elif (few := _few_problems(config, rows)) is not None:
-        display.note(few)
     for said in check.notes():
         display.note(said)
     if teaches and (differ := prompts.different_endings()) is not None:

@@ -16,17 +16,18 @@ NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(
 
 
 def training_arguments(
-    train: TrainSection, output: OutputSection, evaluate_every: int
+    train: TrainSection, output: OutputSection, evaluate_every: int, varied: bool
 ) -> TrainingArguments:
     """Convert the config to transformers' TrainingArguments, which callbacks and optimizers read.
-    Precision and sharding are left out: distributed.wrap and step handle them."""
-    schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    Precision and sharding are left out: distributed.wrap and step handle them. varied: whether
+    problems of data.varied hold the student."""
+    schedule = train.schedule or ("linear" if varied else "constant")
     return TrainingArguments(
         output_dir=output.dir,
         max_steps=train.steps,
         per_device_train_batch_size=train.problems_per_step,
         learning_rate=train.learning_rate,
-        lr_scheduler_type=schedule,
+        lr_scheduler_type="constant_with_warmup" if schedule == "constant" else schedule,
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
         adam_beta1=train.beta1,
@@ -63,18 +64,13 @@ def make_optimizer(model: PreTrainedModel, arguments: TrainingArguments) -> Opti
     ]
     optimizer = kind(groups, **options)
     if "bitsandbytes" in kind.__module__ and options.get("optim_bits") == 8:
-        _keep_embeddings(model)
+        import bitsandbytes
+
+        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):  # moments in 32 bits, as bitsandbytes advises
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
     return optimizer
-
-
-def _keep_embeddings(model: nn.Module) -> None:
-    """Keep embeddings' moments in 32 bits, as bitsandbytes advises."""
-    import bitsandbytes
-
-    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
 def make_schedule(optimizer: Optimizer, arguments: TrainingArguments) -> LRScheduler:

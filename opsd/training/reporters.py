@@ -89,10 +89,7 @@ def log_table(logger: Any, rows: list[Sequence[Any]], step: int, name: str) -> N
     elif comet := getattr(logger, "_experiment", None):
         comet.log_table(f"{name}-{step}.csv", rows, headers=[*COLUMNS])
     elif board := getattr(logger, "tb_writer", None):
-        text = "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+        cells = [[str(v).replace("|", "\\|").replace("\n", "<br>") for v in row] for row in rows]
+        text = "\n".join(f"| {' | '.join(row)} |" for row in cells)
         head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
         board.add_text(name, head + text, step)
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", "<br>")

@@ -125,7 +125,8 @@ class OPSDStep(nn.Module):
         alone = self._states(group, False, torch.float32)
         # A kernel that computes only in 16 bits is compared below.
         with by_tiles() if dtype != torch.float32 else nullcontext():
-            difference = float(_distance(self._states(group, True, torch.float32), alone))
+            shared = self._states(group, True, torch.float32)
+        difference = float((shared - alone).abs().max() / alone.abs().max())
         tolerance = TOLERANCE.get(alone.dtype, TOLERANCE[torch.bfloat16])
         if not difference <= tolerance:
             self._refuse(difference, f"at most {tolerance:g} is rounding")
@@ -166,10 +167,6 @@ def what_is_shared(
         return True
     note(f"{reason}: prefixes are not shared, each rollout runs with its own")
     return False
-
-
-def _distance(states: Tensor, wanted: Tensor) -> Tensor:
-    return (states - wanted).abs().max() / wanted.abs().max()
 
 
 def idle(groups: Sequence[SampleGroup]) -> list[SampleGroup]:

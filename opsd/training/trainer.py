@@ -158,7 +158,8 @@ class TrainingLoop:
         self._ahead: RolloutsAhead | None = None
 
         every = config.eval.every if evaluate is not None else 0
-        self.args = training_arguments(config.train, config.output, every)
+        varied = any(row.held for row in rows)
+        self.args = training_arguments(config.train, config.output, every, varied)
         self.accelerator = make_accelerator(config.train)
         self.state = TrainerState(
             max_steps=self.args.max_steps,
@@ -488,10 +489,6 @@ class TrainingLoop:
             self._ahead.wait(patience)
         self.checkpoints.write(self.state, self._ahead)
         self._call("on_save")
-
-    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        """Add one of transformers' callbacks."""
-        self.callback_handler.add_callback(callback)
 
     def _call(self, event: str, **more: Any) -> None:
         """Call all callbacks with an event of transformers' Trainer."""

@@ -33,7 +33,7 @@ def check(student="{{ problem }}", teacher=BOTH, chat=CHATML, records=RECORDS, *
         "model": {"path": "none"},
         "data": {"source": "none"},
         "prompts": {"student": student, "teacher": teacher, **more.pop("prompts", {})},
-        "train": {"problems_per_step": 1},
+        "train": {"problems_per_step": 1, "steps": 1},
         "eval": {"problems": 0},
         "rollout": {} if method == "sft" else {"max_new_tokens": 8, "group_size": 2},
         **more,

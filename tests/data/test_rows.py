@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from opsd.common.errors import UserError
-from opsd.data.rows import Row, load_rows, split_rows
+from opsd.data.rows import Row, load_rows, split_rows, varied
 
 RECORDS = [
     {"problem": f"{n} + 1?", "solution": f"{n} + 1 = {n + 1}", "answer": str(n + 1), "level": n}
@@ -227,6 +228,23 @@ def test_split_rows_shares_no_problem():
     assert split_rows(rows, 0, seed=0) == (rows, [])
     with pytest.raises(UserError, match=r"eval\.problems: 40 .* 40 distinct problems \(0 to 39"):
         split_rows(rows, 40, seed=0)
+
+
+def test_variations_have_other_numbers_and_no_solution():
+    texts = "Ann has 12 apples and 305 pears, 12 of them ripe", "No number", "0 or 07?"
+    rows = [Row(text, "solution", "answer", {"hint": [{"its": text}, 3]}) for text in texts]
+    made = varied(rows, 40, seed=0)
+    assert len(made) == 80 and all(one.held for one in made)
+    assert {(one.solution, one.answer) for one in made} == {("", "")}
+    assert all(one.columns == {"hint": [{"its": one.problem}, 3]} for one in made)
+    numbers = [re.findall(r"\d+", one.problem) for one in made]
+    left = {re.sub(r"\d+", "", one.problem) for one in made}
+    assert left == {"Ann has  apples and  pears,  of them ripe", " or ?"}
+    for twelve, pears, again in numbers[:40]:
+        assert twelve == again and 10 <= int(twelve) and 100 <= int(pears) and len(pears) == 3
+    assert {(len(one), len(two)) for one, two in numbers[40:]} == {(1, 2)}
+    assert len({tuple(those) for those in numbers[:40]}) > 35
+    assert varied(rows, 40, seed=0) == made != varied(rows, 40, seed=1) and not varied(rows, 0, 0)
 
 
 def test_import_needs_no_heavy_library():

@@ -8,6 +8,7 @@ from helpers.lines import read_lines
 from helpers.training_cases import ROWS, quiet, short_config, write_rows
 
 from opsd.common.errors import UserError
+from opsd.config.load import merge, parse_config
 from opsd.config.loss import LossSection, RewardSection
 from opsd.config.sections import PromptsSection
 from opsd.data.prompts import Context, Prompts
@@ -19,6 +20,7 @@ from opsd.objectives import OPSD, Problem
 from opsd.quickstart import tiny_model as tiny
 from opsd.quickstart.worksheet import worksheet_rows
 from opsd.rollout import Rollout
+from opsd.training.load_data import fitting_data
 from opsd.training.run import train
 from opsd.training.teacher_contexts import TeacherContexts, graded
 
@@ -265,3 +267,62 @@ def test_a_held_student_stays_where_it_is(files, tmp_path):
         config.output.dir = str(tmp_path / f"run-{solutions}")
         measured = read_lines(train(config, quiet()) / "metrics.jsonl")
         assert all((line["divergence"] < 1e-6) == (solutions == 0) for line in measured)
+
+
+@pytest.mark.parametrize(
+    ("changes", "varied", "told"),
+    [
+        ({}, 12, "4 problems, each visited some 11 times: 12 with other numbers hold"),
+        ({"train": {"steps": 13}}, 0, None),  # 9.75 visits
+        ({"data": {"varied": 5}}, 20, "20 with other numbers hold"),
+        ({"data": {"varied": 0}}, 0, "see prompts.hold in docs/methods.md"),
+        ({"loss": {"reward": {"log": True}}}, 0, "see prompts.hold"),
+        ({"method": "grpo", "rollout": {"group_size": 2}}, 0, None),
+    ],
+)
+def test_few_problems_are_held_by_variations(changes, varied, told, tokenizer, files, tmp_path):
+    """The teacher sees there what the student sees. With a row that holds already nothing is added
+    and nothing told."""
+    config = short_config(*files, tmp_path, train={"steps": 15})
+    config = parse_config(merge(config.model_dump(exclude_unset=True), changes))
+    shown, notes = Prompts(config.prompts, tokenizer), []
+    display = quiet()
+    display.note = notes.append
+    rows, _ = fitting_data(config, ROWS[:4], [], shown, None, display)
+    others = rows[4:]
+    assert rows[:4] == ROWS[:4] and len(others) == varied
+    for row in others:
+        context = shown.context(row)
+        assert context.teacher == context.student and row.problem in tokenizer.decode(
+            context.student
+        )
+    assert all(context.teacher != context.student for context in shown.contexts(rows[:4]))
+    said = [note for note in notes if "visited" in note]
+    assert len(said) == (told is not None) and all(told in note for note in said)
+
+
+def test_problems_that_cannot_vary_are_told(tokenizer, files, tmp_path):
+    """So are 256 problems not few, and rows that hold the student are enough."""
+    config = short_config(*files, tmp_path, train={"steps": 4000}, prompts={"hold": True})
+    config = parse_config(config.model_dump(exclude_unset=True))
+    shown = Prompts(config.prompts, tokenizer)
+    plain = [Row(text, "a solution of theirs", "b", {}) for text in ("one", "two", "six")]
+    many, bare = worksheet_rows(256, seed=1), Row("none", "", "", {})
+    for rows, told in ((plain, True), ([*plain, bare], False), (many, False), (many[1:], True)):
+        display, notes = quiet(), []
+        display.note = notes.append
+        made, _ = fitting_data(config, rows, [], shown, None, display)
+        assert (len(made) > len(rows)) == (rows == many[1:])
+        assert any("visited" in note for note in notes) == told, notes
+
+
+def test_few_problems_train_at_a_falling_rate(files, tmp_path):
+    data, rates = write_rows(tmp_path / "few.jsonl", ROWS[:3]), {}
+    how = {"train": {"steps": 11}, "eval": {"problems": 0}}
+    for varied in (None, 0):
+        place = tmp_path / f"run-{varied}"
+        config = short_config(files[0], data, place, **how, data={"varied": varied})
+        lines = read_lines(train(config, quiet()) / "metrics.jsonl")
+        rates[varied] = [line["learning_rate"] for line in lines]
+    assert rates[0] == [1e-3] * 11
+    assert rates[None] == pytest.approx([1e-3 * (11 - step) / 11 for step in range(11)])

@@ -33,8 +33,8 @@ def quantity(text: str) -> Value | None:
     if (found := _MONEY_FIRST.fullmatch(text)) is not None:
         inner = quantity(found[4]) or Value(trim(found[4]), number(trim(found[4])))
         if inner.unit is None and not inner.percent:
-            signed = Value(found[1] + inner.text, number(found[1] + inner.text), noun=inner.noun)
-            return _with_unit(signed, unit(found[3]))
+            signed = found[1] + inner.text
+            return Value(signed, number(signed), unit(found[3]), inner.noun)
     if text[:2].lstrip("\\")[:1] == "%":  # Turkish and Arabic: `%50`
         text = text.lstrip("\\%") + "\\%"
     if text.endswith(("\\%", "%", "t}", "t", "s}", "s")) and (found := _PERCENT.fullmatch(text)):
@@ -100,10 +100,6 @@ def times(value: Value, factor: Fraction) -> Value:
         exact = value.number.value * factor
         return Value(as_latex(exact), Number(exact), value.unit, value.noun)
     return Value(f"{as_latex(factor)} \\cdot ({value.text})", None, value.unit, value.noun)
-
-
-def _with_unit(value: Value, of: Unit | None) -> Value:
-    return Value(value.text, value.number, of, value.noun)
 
 
 def _degrees(found: re.Match) -> Value | None:
