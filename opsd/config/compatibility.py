@@ -177,11 +177,6 @@ def _routes(config: Config) -> Iterator[str]:
             yield f"{place} has a path, which is for policy 'model', not {own.policy!r}"
         if own.policy == "live" and method == "distill":
             yield f"{place} is the student itself, which sees what the student sees"
-        if own.policy == "live" and config.train.sharding in ("fsdp2", "zero3"):
-            yield (
-                f"train.sharding: teacher.routes has the live {name!r}, whose rows not all "
-                "processes have at once, as split weights need; use none, zero1 or zero2"
-            )
 
 
 def _rollouts(config: Config) -> Iterator[str]:
@@ -302,12 +297,6 @@ def _policy_gradient(config: Config) -> Iterator[str]:
         yield (
             "loss.kl: with teacher.policy 'live' (the first member's of teacher.mix) the "
             "reference is the student itself; it may be 'initial', 'ema' or 'model'"
-        )
-    live = config.teacher.policy == "live" or config.teacher.mix
-    if loss.sft_alpha and live and config.train.sharding in ("fsdp2", "zero3"):
-        yield (
-            "loss.sft_alpha: a process whose micro-batch has such texts alone would not run the "
-            f"live teacher, whose weights train.sharding {config.train.sharding!r} splits"
         )
     if loss.epsilon_high is not None and loss.epsilon_high < loss.epsilon:
         yield f"loss.epsilon_high: it must be at least loss.epsilon ({loss.epsilon})"

@@ -14,6 +14,7 @@ from opsd.data.prompts import Context, Prompts
 from opsd.data.rows import Row
 from opsd.grading.majority import Majority
 from opsd.grading.rewards import GradedRollout
+from opsd.models.copies import is_split
 from opsd.models.head import keeping_router_logits
 from opsd.models.routers import router_loss
 from opsd.models.teacher import Member
@@ -169,6 +170,12 @@ def as_student(groups: Iterable[SampleGroup]) -> list[Group]:
 def as_teacher(groups: Iterable[SampleGroup], member: int = 0) -> list[Group]:
     """The contexts of a teacher's member, each with its rollouts."""
     return [each for group in groups for each in group.as_teacher(member)]
+
+
+def shortest(groups: Iterable[SampleGroup]) -> SampleGroup:
+    """The piece that has the shortest sample alone."""
+    pieces = (group.of([sample]) for group in groups for sample in group.samples)
+    return min(pieces, key=SampleGroup.longest)
 
 
 @dataclass
@@ -394,6 +401,9 @@ class Objective:
             for route, members in present.items()
             for number, member in enumerate(members)
         ]
+        if is_split(model):  # a live teacher runs in each micro-batch, even without groups
+            idle = [m for m in self.members if m.model is model and m.route not in present]
+            asked += [(model, [shortest(batch.groups).as_student()]) for _ in idle]
         student, found = student_and_teacher_states(
             model, as_student(batch.groups), asked, batch.share
         )

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
+from opsd.models.copies import is_split
 from opsd.models.head import decoder_of, embedding_rows, run_decoder
 from opsd.models.remote import RemoteTeacher
 from opsd.prefix.continued import CHUNK, continued_hidden_states, uncontinuable
@@ -64,14 +65,15 @@ def states_by_role(
 
     If another role has a group for each of the first's and their prefixes begin with the same
     tokens, these run once: the role reads their keys and values from the first role's pass. A role
-    with the same groups as an earlier one does not run. Raises ValueError if adapters are switched
+    with the same groups as an earlier one does not run, unless weights are split over processes:
+    then each role is one forward, whatever its groups. Raises ValueError if adapters are switched
     between the passes.
     """
     if isinstance(model, RemoteTeacher):
         with phase("teacher"):
             return model.states([plain_groups(role) for role in roles])
     new = [n for n, role in enumerate(roles) if not any(_same(role, one) for one in roles[:n])]
-    if len(new) < len(roles):
+    if len(new) < len(roles) and not is_split(model):
         states = dict(zip(new, states_by_role(model, [roles[n] for n in new], share), strict=True))
         first_alike = [next(n for n in new if _same(roles[n], role)) for role in roles]
         return [states[n] if n == k else states[n].detach() for k, n in enumerate(first_alike)]
@@ -164,7 +166,8 @@ def rollout_hidden_states(
     if unpackable(model) is not None:
         ran = [p.continuation(model) if isinstance(p, CachedPrefix) else None for p in given]
         return continued_hidden_states(model, checked, ran)
-    if not torch.is_grad_enabled():  # run long prefixes in chunks, to free their activations
+    # Long prefixes run in chunks, to free their activations, if the forwards need no counting.
+    if not torch.is_grad_enabled() and not is_split(model):
         whole: list[Any] = [image or p for image, (p, _) in zip(images, checked, strict=True)]
         groups = [
             (g if len(p) <= CHUNK or isinstance(g, CachedPrefix) else CachedPrefix(p, False), r)

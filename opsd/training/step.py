@@ -25,7 +25,7 @@ from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
 from opsd.distributed.wrap import backward, called_through, exchange
 from opsd.models.dropout import switch_off_dropout
 from opsd.objectives import Objective, SampleGroup, Totals, samples_of
-from opsd.objectives.groups import scored_tokens
+from opsd.objectives.groups import scored_tokens, shortest
 from opsd.objectives.log_probs import rollout_log_prob
 from opsd.prefix import (
     CachedPrefix,
@@ -171,9 +171,8 @@ def what_is_shared(
 
 def idle(groups: Sequence[SampleGroup]) -> list[SampleGroup]:
     """A batch that costs little and adds nothing: the shortest sample, with weight 0."""
-    pieces = [group.of([sample]) for group in groups for sample in group.samples]
-    shortest = min(pieces, key=SampleGroup.longest)
-    return [shortest.of([replace(shortest.samples[0], weight=0.0)])]
+    piece = shortest(groups)
+    return [piece.of([replace(piece.samples[0], weight=0.0)])]
 
 
 def token_ratio(groups: Sequence[SampleGroup], padded: bool = False) -> float:

@@ -50,11 +50,19 @@ CASES = {
         "teacher": {"policy": "live"},
         "train": {"sharding": "fsdp2", "gradient_checkpointing": True, "micro_batch_tokens": 60},
     },
+    # Only some micro-batches distil, so a process may have one that the live teacher does not see.
+    "fsdp2-distil": {
+        "method": "grpo",
+        "loss": {"distil": 0.5, "distil_groups": "all_wrong", "sft_alpha": 0.5},
+        "teacher": {"policy": "live"},
+        "train": {"sharding": "fsdp2", "micro_batch_tokens": 60},
+    },
     "fsdp2-lora": {**LORA, "train": {"sharding": "fsdp2"}},
     "zero1": {"train": {"sharding": "zero1", "micro_batch_tokens": 60, "mini_batches": 3}},
     "zero2": {"train": {"sharding": "zero2", "micro_batch_tokens": 60}},
     "zero3": {
         "teacher": {"policy": "live"},
+        "loss": {"sft_alpha": 0.5},
         "train": {"sharding": "zero3", "gradient_checkpointing": True, "micro_batch_tokens": 60},
     },
 }
