@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedConfig
@@ -52,6 +52,22 @@ class Unread(BaseModel):
         return cls()
 
 
+class Request(NamedTuple):
+    """One rollout to sample after `context`; vocabulary: the number of the model's logits, if it is
+    known."""
+
+    context: Sequence[int]
+    sampling: Sampling
+    seed: int | None = None
+    stops: frozenset[int] = frozenset()
+    vocabulary: int | None = None
+
+    @property
+    def longest_answer(self) -> int:
+        """The most bytes of its answer."""
+        return LONGEST + LONGEST_TOKEN * (self.sampling.max_new_tokens + len(self.context))
+
+
 class RolloutServer(ABC):
     """The server at `address`. Requests are repeated after failures that may pass.
 
@@ -86,19 +102,8 @@ class RolloutServer(ABC):
         self.field = field
 
     @abstractmethod
-    def complete(
-        self,
-        context: Sequence[int],
-        sampling: Sampling,
-        seed: int | None,
-        stops: frozenset[int],
-        stop: Event | None = None,
-        vocabulary: int | None = None,
-    ) -> Rollout:
-        """Sample one rollout after `context`, with its log-probabilities; see `Rollout`.
-
-        vocabulary: the number of the model's logits, if it is known.
-        """
+    def complete(self, request: Request, stop: Event | None = None) -> Rollout:
+        """Sample one rollout, with its log-probabilities; see `Rollout`. stop: see `ask`."""
 
     @abstractmethod
     def load(self, weights: str | Path) -> None:
@@ -147,16 +152,10 @@ class RolloutServer(ABC):
                 f"{self.window_flag} {longest}, or ask for fewer new tokens"
             )
 
-    def _checked(
-        self,
-        rollout: Rollout,
-        reason: str,
-        sampling: Sampling,
-        stops: frozenset[int],
-        vocabulary: int | None,
-    ) -> Rollout:
+    def _checked(self, rollout: Rollout, reason: str, request: Request) -> Rollout:
         """Check a rollout, which ended for the reason 'stop' or 'length', against the request.
         Log-probabilities that rounding made positive become 0."""
+        most, stops, vocabulary = request.sampling.max_new_tokens, request.stops, request.vocabulary
         ids, log_probs = rollout.ids, rollout.sampling_log_probs or []
         if not ids:
             raise self._error("returns a rollout without tokens")
@@ -164,14 +163,12 @@ class RolloutServer(ABC):
             raise self._error(f"returns {len(log_probs)} log-probabilities for {len(ids)} tokens")
         if vocabulary is not None and max(ids) >= vocabulary:
             raise self._error(f"returns token {max(ids)} of a model with {vocabulary} tokens")
-        if len(ids) > sampling.max_new_tokens:
+        if len(ids) > most:
+            raise self._error(f"returns {len(ids)} tokens where at most {most} were asked for")
+        if reason == "length" and len(ids) < most:
             raise self._error(
-                f"returns {len(ids)} tokens where at most {sampling.max_new_tokens} were asked for"
-            )
-        if reason == "length" and len(ids) < sampling.max_new_tokens:
-            raise self._error(
-                f"cut a rollout at {len(ids)} tokens, asked for {sampling.max_new_tokens}: start "
-                f"it with a larger {self.window_flag}{self.cut_flag}"
+                f"cut a rollout at {len(ids)} tokens, asked for {most}: start it with a larger "
+                f"{self.window_flag}{self.cut_flag}"
             )
         if rollout.finished != (reason == "stop") or not stops.isdisjoint(ids[:-1]):
             raise self._error(

@@ -6,7 +6,6 @@ name of its weights. So a server that restarted, or got weights from somebody el
 """
 
 import secrets
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -15,8 +14,8 @@ from transformers import PreTrainedConfig
 
 from opsd.common.http import PASSING, NoAnswerError, ServerAnswerError
 from opsd.rollout.base import NEUTRAL, Rollout, Sampling
-from opsd.rollout.server import LONGEST, LONGEST_TOKEN, QUICK, RolloutServer, Said, Unread
-from opsd.rollout.sglang_answers import Generated, ModelInfo, ServerInfo, Updated
+from opsd.rollout.server import QUICK, Request, RolloutServer, Said, Unread
+from opsd.rollout.sglang_answers import Generated, MetaInfo, ModelInfo, ServerInfo, Updated
 from opsd.rollout.vllm_answers import Models
 
 PROBE = Sampling(8, temperature=4.0)
@@ -65,8 +64,8 @@ class SGLangServer(RolloutServer):
         log-probability before temperature cannot be computed from one after it."""
         if temperature == 1:
             return
-        drawn = self._generate([0], PROBE, None, frozenset()).output_token_logprobs
-        scored = self._generate([0, *(token[1] for token in drawn)], Sampling(1), None, frozenset())
+        drawn = self._generate(Request([0], PROBE)).output_token_logprobs
+        scored = self._generate(Request([0, *(token[1] for token in drawn)], Sampling(1)))
         own = [token[0] for token in scored.input_token_logprobs[-len(drawn) :]]
         if len(own) != len(drawn) or None in own or not drawn:
             raise self._error("does not score a context")
@@ -81,17 +80,9 @@ class SGLangServer(RolloutServer):
         """See `RolloutServer.seeds`: the server uses seeds only with deterministic inference."""
         return drawn if self.info.enable_deterministic_inference else [None] * len(drawn)
 
-    def complete(
-        self,
-        context: Sequence[int],
-        sampling: Sampling,
-        seed: int | None,
-        stops: frozenset[int],
-        stop: Event | None = None,
-        vocabulary: int | None = None,
-    ) -> Rollout:
+    def complete(self, request: Request, stop: Event | None = None) -> Rollout:
         """See `RolloutServer.complete`."""
-        meta = self._generate(context, sampling, seed, stops, stop)
+        meta, context = self._generate(request, stop), request.context
         if meta.prompt_tokens != len(context):
             raise self._error(
                 f"has changed the context: it has {len(context)} tokens, not {meta.prompt_tokens}"
@@ -100,17 +91,11 @@ class SGLangServer(RolloutServer):
             raise self._restarted()
         ids = [token[1] for token in meta.output_token_logprobs]
         log_probs = [token[0] for token in meta.output_token_logprobs]
-        rollout = Rollout(ids, bool(ids) and ids[-1] in stops, log_probs, seed)
-        return self._checked(rollout, meta.finish_reason.type, sampling, stops, vocabulary)
+        rollout = Rollout(ids, bool(ids) and ids[-1] in request.stops, log_probs, request.seed)
+        return self._checked(rollout, meta.finish_reason.type, request)
 
-    def _generate(
-        self,
-        context: Sequence[int],
-        sampling: Sampling,
-        seed: int | None,
-        stops: frozenset[int],
-        stop: Event | None = None,
-    ):
+    def _generate(self, request: Request, stop: Event | None = None) -> MetaInfo:
+        context, sampling, seed, stops, _ = request
         parameters = {
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -130,10 +115,8 @@ class SGLangServer(RolloutServer):
             "logprob_start_len": -1 if stops else 0,  # the probe needs the context's too
             "stream": False,
         }
-        longest = LONGEST + LONGEST_TOKEN * (sampling.max_new_tokens + len(context))
-        answer = self.ask(
-            "/generate", Generated, asked, stop=stop, check=_finished, longest=longest
-        )
+        most = request.longest_answer
+        answer = self.ask("/generate", Generated, asked, stop=stop, check=_finished, longest=most)
         return answer.meta_info
 
     def load(self, weights: str | Path) -> None:

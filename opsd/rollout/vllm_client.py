@@ -6,7 +6,6 @@ are loaded by `reload_weights` with `weights_path` (vLLM's docs/training/layerwi
 """
 
 import re
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -14,8 +13,8 @@ from threading import Event
 from transformers import PreTrainedConfig
 
 from opsd.common.http import PASSING, NoAnswerError, ServerAnswerError
-from opsd.rollout.base import NEUTRAL, Rollout, Sampling
-from opsd.rollout.server import LONGEST, LONGEST_TOKEN, QUICK, RolloutServer, Unread
+from opsd.rollout.base import NEUTRAL, Rollout
+from opsd.rollout.server import QUICK, Request, RolloutServer, Unread
 from opsd.rollout.vllm_answers import (
     Completions,
     Models,
@@ -95,16 +94,9 @@ class VLLMServer(RolloutServer):
             )
         return most // (context + 1)
 
-    def complete(
-        self,
-        context: Sequence[int],
-        sampling: Sampling,
-        seed: int | None,
-        stops: frozenset[int],
-        stop: Event | None = None,
-        vocabulary: int | None = None,
-    ) -> Rollout:
+    def complete(self, request: Request, stop: Event | None = None) -> Rollout:
         """See `RolloutServer.complete`."""
+        context, sampling, seed, stops, _ = request
         model = ADAPTER if self.adapts else self.model
         asked = {
             "model": model,
@@ -119,7 +111,6 @@ class VLLMServer(RolloutServer):
             "return_token_ids": True,
             **NEUTRAL,
         }
-        longest = LONGEST + LONGEST_TOKEN * (sampling.max_new_tokens + len(context))
         lost = Completions.model_construct() if self.adapts else None  # type: ignore[call-arg]
         answer = self.ask(
             "/v1/completions",
@@ -127,7 +118,7 @@ class VLLMServer(RolloutServer):
             asked,
             stop=stop,
             check=_complete,
-            longest=longest,
+            longest=request.longest_answer,
             missing=lost,
         )
         if answer is lost:
@@ -142,7 +133,7 @@ class VLLMServer(RolloutServer):
             raise self._error("has changed the context's token ids")
         log_probs = choice.logprobs.token_logprobs if choice.logprobs else []
         rollout = Rollout(ids, ids[-1] in stops, log_probs, seed)
-        return self._checked(rollout, choice.finish_reason, sampling, stops, vocabulary)
+        return self._checked(rollout, choice.finish_reason, request)
 
     def check_log_probs(self, temperature: float) -> None:
         """See `RolloutServer.check_log_probs`."""

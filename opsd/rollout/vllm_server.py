@@ -16,7 +16,7 @@ from opsd.common.saved_directory import readable
 from opsd.models.copies import named_weights
 from opsd.models.lora import save_adapters, without_adapters
 from opsd.rollout.base import Contexts, Progress, Rollout, Sampling, draw_seeds
-from opsd.rollout.server import RolloutServer
+from opsd.rollout.server import Request, RolloutServer
 from opsd.rollout.threads import as_done, in_background
 from opsd.rollout.weights_directory import held
 
@@ -124,9 +124,8 @@ class ServerSampler:
             def ask(i: int, stop) -> Rollout:
                 if future.cancelled():
                     raise CancelledError
-                return self.server.complete(
-                    contexts[i], sampling, seeds[i], self.stops, stop, self.vocabulary
-                )
+                asked = Request(contexts[i], sampling, seeds[i], self.stops, self.vocabulary)
+                return self.server.complete(asked, stop)
 
             rollouts: list[Rollout | None] = [None] * len(contexts)
             for i, rollout in as_done(ask, len(contexts), workers):

@@ -17,11 +17,13 @@ from helpers.run_attacks import mutated
 from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.rollout import Sampling
+from opsd.rollout.server import Request
 from opsd.rollout.sglang_client import SGLangServer
 from opsd.rollout.vllm_client import VLLMServer
 
 CONTEXT, STOPS, VOCABULARY = [1, 2, 3], frozenset({9}), 27
 SAMPLING = Sampling(4)
+REQUEST = Request(CONTEXT, SAMPLING, 0, STOPS, VOCABULARY)
 TIMEOUT, PATIENCE = 1.0, 0.2
 CHOICE = {
     "index": 0,
@@ -195,7 +197,7 @@ COMPLETIONS = {
 def ask(hostile) -> object:
     """A completion of the hostile server."""
     server = VLLMServer(hostile.address, timeout=TIMEOUT, patience=PATIENCE)
-    return server.complete(CONTEXT, SAMPLING, 0, STOPS, vocabulary=VOCABULARY)
+    return server.complete(REQUEST)
 
 
 def refused(work) -> str:
@@ -447,7 +449,7 @@ def sglang_server(sglang) -> SGLangServer:
 
 def test_a_good_sglang_answer_is_taken(sglang):
     sglang.replies["/generate"] = generated()
-    rollout = sglang_server(sglang).complete(CONTEXT, SAMPLING, 0, STOPS, vocabulary=VOCABULARY)
+    rollout = sglang_server(sglang).complete(REQUEST)
     assert (rollout.ids, rollout.finished) == ([4, 5, 6, 7], False)
     assert rollout.sampling_log_probs == [-0.5, -1.0, 0.0, -9999.0]
     assert "Authorization: Bearer secret" in sglang.seen[-1]
@@ -457,7 +459,7 @@ def test_a_good_sglang_answer_is_taken(sglang):
 def test_a_hostile_sglang_answer_is_one_line(name, sglang):
     sglang.replies["/generate"] = GENERATED[name]
     server = sglang_server(sglang)
-    said = refused(lambda: server.complete(CONTEXT, SAMPLING, 0, STOPS, vocabulary=VOCABULARY))
+    said = refused(lambda: server.complete(REQUEST))
     assert said.startswith("rollout.server is 'http://127.0.0.1:")
 
 

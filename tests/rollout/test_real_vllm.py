@@ -26,6 +26,7 @@ from opsd.config.sections import ModelSection
 from opsd.models.load import load_model, stop_ids
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import GenerateSampler, Sampling
+from opsd.rollout.server import Request
 from opsd.rollout.vllm_client import VLLMServer
 from opsd.rollout.vllm_server import ServerSampler
 from opsd.training.run import train
@@ -256,7 +257,7 @@ def test_what_the_server_refuses(server, files, wider, tmp_path):
 
 
 def complete(client, context, length, **how):
-    return client.complete(context, Sampling(length, **how), 3, frozenset())
+    return client.complete(Request(context, Sampling(length, **how), 3))
 
 
 @pytest.mark.parametrize("method", ["opsd", "grpo"])

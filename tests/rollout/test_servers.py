@@ -22,6 +22,7 @@ from opsd.objectives import Totals
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import GenerateSampler, RolloutServer, Sampling, ServerRestartedError
 from opsd.rollout.engines import DIALECTS, training_server
+from opsd.rollout.server import Request
 from opsd.rollout.vllm_server import ServerSampler
 from opsd.training.engine_check import EngineCheck
 from opsd.training.run import train
@@ -300,7 +301,7 @@ def test_every_answer_names_its_weights(sglang, student, contexts, tmp_path):
     assert "/flush_cache" in [route for route, _ in sglang.requests]
     sglang.version = "somebody-elses"
     with pytest.raises(ServerRestartedError, match="or given other weights"):
-        engine.server.complete(contexts[0], Sampling(4), 0, stop_ids(*student))
+        engine.server.complete(Request(contexts[0], Sampling(4), 0, stop_ids(*student)))
     sglang.version_known = False
     with pytest.raises(UserError, match="an SGLang that knows weight_version"):
         engine.sync_weights(student[0])

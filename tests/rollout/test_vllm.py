@@ -32,6 +32,7 @@ from opsd.config.sections import RolloutSection
 from opsd.models.load import stop_ids
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import Rollout, Sampling, check_engine, weights_directory
+from opsd.rollout.server import Request
 from opsd.rollout.threads import as_done
 from opsd.rollout.vllm_client import VLLMServer
 from opsd.rollout.vllm_server import ServerSampler
@@ -108,7 +109,7 @@ def test_what_will_not_pass_is_an_error_at_once(change, said, fake, student, con
     server.model = change.get("model", server.model)
     context = change.get("prompt", contexts[0])
     with pytest.raises(UserError, match=said) as caught:
-        server.complete(context, Sampling(4), 0, stop_ids(*student))
+        server.complete(Request(context, Sampling(4), 0, stop_ids(*student)))
     assert not isinstance(caught.value, ServerGoneError) and len(fake.completions()) == 1
 
 
@@ -230,7 +231,7 @@ def test_a_rollout_that_vllm_cut_tells_both_of_its_options():
     server.address, server.field = "http://a", "rollout.server"
     cut = Rollout([1], False, [-1.0])
     with pytest.raises(ServerAnswerError, match="--max-model-len, and with --generation-config v"):
-        server._checked(cut, "length", Sampling(4), frozenset(), None)
+        server._checked(cut, "length", Request([1], Sampling(4)))
 
 
 def test_weights_that_a_killed_run_left_in_memory_are_removed(monkeypatch, tmp_path):
