@@ -1,7 +1,5 @@
 r"""Find the answer that a text puts into boxes: `\boxed{…}`."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 
@@ -25,9 +23,12 @@ _LABEL = r"(?:\(?[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?"
 _JOINT = re.compile(
     r"(?P<blank>\s*)|"
     r"(?:[\s$,;&]|\\[ ,;]|\\\\|\\q?quad|\\\)|\\\(|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|"
-    r"\b(?:and|or)\b|(?:part\s*)?\([a-h1-9]\)\s*:?|:)*+" + _LABEL + r"[\s$]*",
+    r"\b(?:and|or)\b|(?:[.*\s]*\bpart\s*)?[.*\s]*\(?(?:[a-h1-9]|i{1,3}|iv|v)\)[\s*:]*|:)*+"
+    + _LABEL
+    + r"[\s$]*",
     re.IGNORECASE,
 )
+_PART = re.compile(r"\b(?:[b-h2-9]|i{2,3}|iv|v)\)")
 _NAMED = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w\}?)?)\s*=\s*$")
 _DENIED_BEFORE = re.compile(r"(?:\b(?:is|are|be|equals?) not|n't|cannot)(?: be)?[\s$:*(\\\[]*$")
 _DENIED_AFTER = re.compile(
@@ -105,7 +106,8 @@ def joined(text: str, real: list[Box]) -> tuple[str, int]:
     for box in real[-2::-1]:
         between = text[box.end : parts[-1].start]
         joint = _JOINT.fullmatch(between) if len(between) <= _LONGEST_JOINT else None
-        if joint is None or (between.count("\n") > 1 and not _named_apart(text, box, parts[-1])):
+        labelled = _PART.search(between) or _named_apart(text, box, parts[-1])
+        if joint is None or (between.count("\n") > 1 and not labelled):
             break
         if joint["blank"] is not None and box.content == parts[-1].content:
             parts[-1] = box  # said twice

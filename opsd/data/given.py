@@ -1,7 +1,5 @@
 """Make plain records of what Python code passes as data."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Images are untrusted: only PNG, JPEG and WebP are opened, an image's size is che
 pixels are read, URLs are not followed, and a path must stay inside the directory of its data file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import secrets
 import warnings

@@ -4,8 +4,6 @@ A misread reference would reward wrong answers in every step of a run. So an unc
 refused before the run begins, by row and column.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 

@@ -5,8 +5,6 @@ For a bad source it raises UserError, naming the field (such as `data.columns`),
 it may be. Heavy libraries are imported by the functions that need them.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import random

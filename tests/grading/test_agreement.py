@@ -20,20 +20,25 @@ PAIRS = [
 KNOWN_DISAGREEMENTS = {
     ("1, 2, 3, \\ldots, 10", "1,2,3,4,5,6,7,8,9,10"),
     ("2 \\text{ and } \\frac{3}{4}", "2\\frac34"),
-    ("|x-1|<3", "-2<x<4"),
     ("\\{1,\\dots,10\\}", "\\{1,2,\\ldots,10\\}"),
     ("\\min(a,b)", "\\min\\{a,b\\}"),
     ("quarter to four", "3:45"),
-    ("f(x)=2x+k", "f(x)=2x+c"),
     ("(k,k+1)", "(n,n+1)"),
     ("\\text{all odd } n", "\\text{odd } n"),
     ("n \\equiv 1 \\pmod{4}", "n=4k+1"),
     ("36 (eggs)", "36"),
     ("12 \\text{ percent off}", "12"),
-    ("\\text{Thurs.}", "\\text{Thursday}"),
     ("0\\le x\\le 2, x\\ne 1", "[0,2]\\setminus\\{1\\}"),
     ("a>0, b>0", "a,b>0"),
     ("\\frac{a}b c", "ac/b"),
+    ("\\text{Evelyn is the fastest}", "\\text{Evelyn}"),
+    ("\\text{Yes, because } 2<3", "\\text{Yes}"),
+    ("0.25\\ \\text{mol/L}", "0.25 M"),
+    ("\\frac{d}{dx}(x^3)=3x^2", "3x^2"),
+    (
+        "Final: \\boxed{\\begin{array}{c} 1 \\\\ 2 \\end{array}}",
+        "\\begin{pmatrix}1\\\\2\\end{pmatrix}",
+    ),
 }
 
 

@@ -1,15 +1,11 @@
 """Parse digits in a base other than ten."""
 
-from __future__ import annotations
-
 from opsd.grading.answers.clean import plain_text, trim
 from opsd.grading.answers.nodes import Based, Value
-from opsd.grading.answers.notation import PATTERNS
+from opsd.grading.answers.notation import NOTATION, PATTERNS
 from opsd.grading.answers.numbers import number
 
-_BASED = PATTERNS["based"]
-_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
-          "ten": 10, "twelve": 12, "sixteen": 16}  # fmt: skip
+_BASED, _NUMERALS = PATTERNS["based"], NOTATION["numerals"]
 
 
 def based(text: str, depth: int = 0) -> Based | Value | None:
@@ -20,7 +16,7 @@ def based(text: str, depth: int = 0) -> Based | Value | None:
     if found is None:
         return None
     digits, base = (found[1] or found[4]).upper(), found[2] or found[3] or found[5]
-    base = _BASES.get(base) or (int(base) if base.isdecimal() and len(base) < 3 else 0)
+    base = int(base) if base.isdecimal() and len(base) < 3 else int(_NUMERALS.get(base, 0))
     try:
         value = int(digits, base) if 2 <= base <= 36 else None
     except ValueError:  # the base does not have these digits

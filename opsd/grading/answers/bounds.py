@@ -1,7 +1,5 @@
 """Find answers that would take too long to compute."""
 
-from __future__ import annotations
-
 import math
 import re
 

@@ -1,8 +1,6 @@
 """Normalise an answer's spelling: Unicode, fonts, sizes, colours, spaces, Markdown. All of it takes
 time linear in the text's length."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 
@@ -16,6 +14,7 @@ _SCRIPTS = [
     (mark, re.compile(f"[{re.escape(shown)}]+"), str.maketrans(shown, meant))
     for mark, (shown, meant) in (("^", _CHARACTERS["raised"]), ("_", _CHARACTERS["lowered"]))
 ]
+_CIRCLED = re.compile(r"(?<=[①-⑳])[\s,、和]+(?=[①-⑳])")
 _GREEK = {word[0]: word[1:] for word in _CHARACTERS["greek"].split()}
 # A Greek letter inside a word (μm, or a Greek word) stays; alone it becomes a TeX command.
 _ANY_GREEK = "".join(_GREEK)
@@ -28,6 +27,7 @@ def from_unicode(text: str) -> str:
     """Replace Unicode digits, signs and mathematical letters by ASCII or TeX; words stay."""
     if text.isascii():
         return text
+    text = _CIRCLED.sub("", text)
     for mark, run, table in _SCRIPTS:
         pieces = run.split(text)
         inside = (f"{mark}{{{found.translate(table)}}}" for found in run.findall(text))
@@ -115,75 +115,42 @@ def _command(token: str, following: list[str]) -> tuple[str, str]:
 
 _ESCAPED_TWICE = PATTERNS["escaped_twice"]
 _THIN_THOUSANDS = re.compile(r"(?<=\d),\s*\\!\s*(?=\d{3})")
+_SPACE_AT_END = re.compile(r"(?<!\\)\\$")
 _BREAK = re.compile(r"\\\\\s*\[[^\]]{0,10}\]")  # a line break with a distance
-_UNITS = [  # what tells a unit from a letter, before fonts are dropped
-    (re.compile(r"\\mathrm\s*\{\s*~\s*(?=[A-JL-Za-z])"), r"\\text{"),
-    (
-        re.compile(r"(\d\}?(?:\s|\\[,;: ])*)\\mathrm\s*\{\s*([NJWVACTFH]\s*\})(?!\s*[_^])"),
-        r"\1\\text{\2",
-    ),
-    (re.compile(r"\\mu\s*(\\(?:mathrm|text)\s*\{)[\s~]*(?=[A-Za-z])"), r"\1μ"),
-]
 _DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]|\\(?:left|right)\s*\.")
 _MARKDOWN = PATTERNS["markdown"]
 _BRACED_SPACE = re.compile(r"\{\s*\\[,;:! ]\s*\}")
 _BRACED_COMMA = re.compile(r"(?<=\d)\{\s*,\s*\}\s*(?=\d)")
-# (pattern, replacement), applied in this order.
-_N, _M = r"\s*\{?(\d+|[mn])\}?", r"\s*(\d+)\s*"
-_REWRITTEN = [
-    (re.compile(pattern), to)
-    for pattern, to in (
-        (r"\*\*(?=[\w({-])", "^"),  # a power: bold text has been handled before
-        (r"^(?:\\text\s*\{\s*(?:negative|minus)\s*\}|(?:negative|minus)\b(?=\s*[\d\\$]))\s*", "-"),
-        (r"(?<=\w) only$", ""),
-        (r"\\(frac|binom)\s*([A-Za-z\d])\s*(?=[A-Za-z\d{])", r"\\\1{\2}"),
-        (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([A-Za-z\d])", r"\1{\2}"),
-        (
-            r"\\text\s*\{\s*cis\s*\}\s*(\([^()]*\)|\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}|[\d.]+\s*\^\\circ)",
-            r"(\\cos\1+i\\sin\1)",
-        ),
-        (r"\\not\s*=", r"\\neq "),
-        (r"\\not\s*\\in(?![A-Za-z])", r"\\notin "),
-        (r"\\mathbb\s+([A-Z])", r"\\mathbb{\1}"),
-        (r"(\\mathbb\s*\{[A-Z]\}|[)\]])\s*-\s*(?=\\\{)", r"\1\\setminus "),
-        (r"(?<=\w)_\s*\{\s*\(\s*(\d+)\s*\)\s*\}", r"_{\1}"),  # a base
-        (r"\\overline\s*\{\s*(\w+)\s*\}(?=\s*_)", r"\1"),
-        (r"(\d)\{,\}(?=\d{3}(?!\d))", r"\1"),  # thousands
-        (r"\{,\}", "."),
-        (r"\{([:;=])\}", r"\1"),
-        (r"(?<![\w.])[1-9]\d{0,2}(?:_\d{3})+(?!\w)", lambda found: found[0].replace("_", "")),
-        (r"(?<=[^\s{])\^\s*-\s*(\d+)", r"^{-\1}"),
-        (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])", lambda found: found[0].replace(" ", "")),
-        (r"\^\s*\{?(\d+)\}?\s*/\s*_\s*\{?(\d+)\}?", r"\\frac{\1}{\2}"),
-        (  # n over k as ^nC_k, _nC_k, C_n^k, C^k_n or C(n, k)
-            rf"(?<![A-Za-z\\])(?:\{{\s*\}}\s*)?(?:\^{_N}\s*C\s*_{_N}|_{_N}\s*C\s*_{_N}|"
-            rf"C\s*_{_N}\s*\^{_N}|C\s*\^{_N}\s*_{_N}|C\s*\({_M},{_M}\))",
-            r"\\binom{\1\3\5\8\9}{\2\4\6\7\10}",
-        ),
-        (r"\{\s*([^{}]+?)\s*\\choose(?![A-Za-z])\s*([^{}]+?)\s*\}", r"\\binom{\1}{\2}"),
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\(?:overline|vec)\s*\{\s*([A-Z]{2,3})\s*\}", r"\1"),  # a line between points
-        (r"(?<=\d)\s*[xX*]\s*(?=10\s*\^)", r"\\times "),
-        (
-            r"\^\s*(?:\{\s*(?:\\circ|o|\\text\s*\{\s*o\s*\}|\\text)\s*\}|\\circ|o(?![A-Za-z]))",
-            r"^\\circ ",
-        ),
-        (r"\^\s*\{?\s*(?:\\top|\\intercal|\\text\s*\{\s*T\s*\}|T)(?![A-Za-z])\s*\}?", "^{T}"),
-        (r"\{\s*\}\s*\^\s*\{?\s*[tT]\s*\}?\s*([A-Z])(?![A-Za-z])", r"\1^{T}"),
-        ("<=", r"\\le "),
-        (">=", r"\\ge "),
-        ("!=", r"\\neq "),
-        ("==", "="),
-        (":=", "="),
-    )
+_GROUPED = [  # digits in groups of three
+    re.compile(r"(?<![\w.])[1-9]\d{0,2}(?:_\d{3})+(?!\w)"),
+    re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])"),
 ]
+_MARKED, _REWRITTEN = (
+    [(re.compile(pattern), to) for pattern, to in NOTATION[table]["pairs"]]
+    for table in ("marked_units", "rewritten")
+)
+
+
+_OPENED = re.compile(r"(?:(?<![A-Za-z])\\?sqrt(?:\s*\[\w*\])?|\^)\s*(?=\()")
+
+
+def _braced(text: str) -> str:
+    r"""`sqrt(x(y+1))` -> `sqrt{x(y+1)}`, `e^(2(x+1))` -> `e^{2(x+1)}`."""
+    starts = {found.end() for found in _OPENED.finditer(text)}
+    out, opened = list(text), []
+    for index, character in enumerate(text if starts else ""):
+        if character == "(":
+            opened.append(index)
+        elif character == ")" and opened and (start := opened.pop()) in starts:
+            out[start], out[index] = "{", "}"
+    return "".join(out)
 
 
 def clean(text: str) -> str:
     """Normalise an answer's spelling. `\\text{…}` stays around words next to mathematics."""
     text = _ESCAPED_TWICE.sub("", _THIN_THOUSANDS.sub(",", text))
-    text = _BREAK.sub(r"\\\\", from_unicode(text).strip())
-    for written, plain in _UNITS:
+    text = _BREAK.sub(r"\\\\", _SPACE_AT_END.sub("", from_unicode(text).strip()))
+    for written, plain in _MARKED:
         text = written.sub(plain, text)
     text = _DELIMITER.sub(" ", text)
     # Dollars in pairs mark mathematics; a single one before a number is money.
@@ -191,6 +158,9 @@ def clean(text: str) -> str:
     text = _MARKDOWN.sub(r"\1\2\3\4\5", text.replace("\0", " \\$ "))
     text = _BRACED_COMMA.sub("{,}", _BRACED_SPACE.sub(" ", text)).replace("~~", "\\cancel ")
     text = " ".join(without_looks(text.replace("~", " ")).split())
+    text = _braced(text)
+    for grouped in _GROUPED:
+        text = grouped.sub(lambda found: re.sub("[_ ]", "", found[0]), text)
     for pattern, to in _REWRITTEN:
         text = pattern.sub(to, text)
     return trim(" ".join(text.split()))

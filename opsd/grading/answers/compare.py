@@ -4,13 +4,12 @@ The reference comes first everywhere. An answer may leave out what the reference
 must not contradict it. `algebra(reference, given)` compares two expressions.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Protocol
+from typing import Protocol, cast
 
+from opsd.grading.answers import renamed
 from opsd.grading.answers import strict as strictness
 from opsd.grading.answers.clean import clean, squeezed
 from opsd.grading.answers.nodes import (
@@ -30,8 +29,7 @@ from opsd.grading.answers.nodes import (
 )  # fmt: skip
 from opsd.grading.answers.numbers import Number, as_latex, decimal_comma, same_number
 from opsd.grading.answers.quantities import short, times
-from opsd.grading.answers.read import has_symbol, read
-from opsd.grading.answers.renamed import with_names, with_one_index
+from opsd.grading.answers.read import has_symbol, interval, read
 from opsd.grading.answers.units import DEGREES, RADIANS
 from opsd.grading.answers.words import opposite
 
@@ -48,14 +46,16 @@ class Algebra(Protocol):
         ...
 
 
+_OF_ONE = re.compile(r"\([a-z]\)$")  # the argument of f(x)
 _DECIMAL_COMMA = re.compile(r"(?<=\d),(?=\d)")
 _INTERVALS = ("()", "[]", "[)", "(]")
 
 
 def compare(reference: str, given: str, algebra: Algebra, strict: bool = True) -> tuple[bool, str]:
     """(whether the given answer means the same as the reference, why)."""
-    one, other = with_one_index(clean(reference)), with_one_index(clean(given))
-    other = with_names(one, other)
+    one, other = renamed.with_one_index(clean(reference)), renamed.with_one_index(clean(given))
+    other = renamed.with_constants(one, renamed.with_names(one, other))
+    one, other = renamed.without_domain(other, one), renamed.without_domain(one, other)
     if squeezed(one) == squeezed(other) != "":
         return True, "the same text"
     wanted, answer = read(one), read(other)
@@ -77,6 +77,11 @@ class _Comparison:
     def __init__(self, algebra: Algebra, strict: bool):
         self.algebra, self.strict = algebra, strict
         self.reason = ""
+
+    def _algebra(self, wanted: str, given: str) -> bool:
+        if self.strict and strictness.states_the_problem(wanted, given):
+            return self._no(strictness.SUM)
+        return self.algebra(wanted, given)
 
     def _no(self, reason: str) -> bool:
         self.reason = self.reason or reason
@@ -134,28 +139,33 @@ class _Comparison:
             return self._both_equal(wanted, given)
         if isinstance(wanted, Equal):
             if isinstance(given, Relation):
-                return given.equation and self.algebra(wanted.text, given.text)
+                return given.equation and self._algebra(wanted.text, given.text)
             return wanted.simple and self._any(wanted.values, (given,))
         assert isinstance(given, Equal)
         if isinstance(wanted, Relation) and wanted.equation:
-            return self.algebra(wanted.text, given.text)
+            return self._algebra(wanted.text, given.text)
         if not given.simple and _is_to_be_solved(given.name or ""):
             return self._no("an equation that is left to be solved")
         return self._any((wanted,), given.values)
 
     def _both_equal(self, wanted: Equal, given: Equal) -> bool:
         if not wanted.simple or not given.simple:
-            return self.algebra(wanted.text, given.text)
+            return self._algebra(wanted.text, given.text)
         unnamed = (
             wanted.name is None or given.name is None or _describes(wanted) or _describes(given)
         )
-        both = {(wanted.name or "")[:1], (given.name or "")[:1]}
-        function = both == {"y", "f"} and "f(x)" in (wanted.name, given.name)
-        if wanted.name == given.name or unnamed or function:
+        names = {wanted.name or "", given.name or ""}
+        function = "f(x)" in names and {name[:1] for name in names} == {"y", "f"}
+        if (
+            len(names) == 1
+            or unnamed
+            or function
+            or _OF_ONE.sub("", max(names)) in names - {max(names)}
+        ):
             if self._any(wanted.values, given.values):
                 return True
         symbolic = any(_symbolic(side.values[-1]) for side in (wanted, given))
-        return symbolic and wanted.name != given.name and self.algebra(wanted.text, given.text)
+        return symbolic and wanted.name != given.name and self._algebra(wanted.text, given.text)
 
     def _any(self, wanted: tuple[Node, ...], given: tuple[Node, ...]) -> bool:
         """Whether any two values of two true chains are the same, trying the last ones first."""
@@ -184,6 +194,8 @@ class _Comparison:
 
     def _items_and_one(self, wanted: Items, given: Node) -> bool:
         if isinstance(given, Relation) and wanted.text:
+            if own := interval(given.text):
+                return self.same(wanted, own[1])
             return _is_set_of(wanted, given) and self._related(wanted.text, given.text)
         if isinstance(given, Grid) and wanted.kind in ("()", "[]"):
             return self._in_order(wanted.parts, _vector(given))
@@ -191,10 +203,12 @@ class _Comparison:
             if self._contradicts_itself(given):
                 return self._no("an equation that contradicts itself")
             return self._any((wanted,), given.values)
-        if isinstance(given, Value | Choice) and (letters := _choices(wanted)):
-            return letters == getattr(given, "text", None)
+        if isinstance(given, Value | Choice | Phrase) and (letters := _choices(wanted)):
+            return letters == getattr(given, "text", "").upper()
         if isinstance(given, Value) and "," in given.text and wanted.kind == "list":
             return squeezed(wanted.text) == given.text  # `123,456` for 123 and 456
+        if wanted.text.startswith("0,") and (point := decimal_comma(wanted.text)):
+            return self.same(read(point), given)
         return wanted.kind == "set" and len(wanted.parts) == 1 and self.same(wanted.parts[0], given)
 
     def _one_and_items(self, wanted: Node, given: Items) -> bool:
@@ -204,6 +218,8 @@ class _Comparison:
                 parts = [one.text for one in intervals if one.kind in _INTERVALS]
                 union = " \\cup ".join(parts)
                 return len(parts) == len(given.parts) and self._related(wanted.text, union)
+            if own := interval(wanted.text):
+                return self.same(own[1], given)
             return _is_set_of(given, wanted) and self._related(wanted.text, given.text)
         if isinstance(wanted, Grid) and given.kind in ("()", "[]"):
             return self._in_order(_vector(wanted), given.parts)
@@ -212,7 +228,7 @@ class _Comparison:
         if given.kind == "set" and len(given.parts) == 1:
             return self.same(wanted, given.parts[0])
         if isinstance(wanted, Value | Phrase) and (letters := _choices(given)):
-            return letters == wanted.text
+            return letters == wanted.text.upper()
         if _one_value(given):
             return self.same(wanted, given.parts[0])
         if isinstance(wanted, Value) and given.kind == "list" and wanted.number is not None:
@@ -232,7 +248,9 @@ class _Comparison:
                 return self._no("another number of answers than the reference has")
             return self._lists(wanted.parts, given.parts)
         if one == "list" and other == "()" and names_of(wanted.parts):
-            return self._in_order(by_name(wanted.parts), given.parts)
+            in_order = getattr(wanted.parts[0], "text", "").startswith("(")  # `(q,p) = (7,2)`
+            parts = wanted.parts if in_order else by_name(wanted.parts)
+            return self._in_order(parts, given.parts)
         if one == "()" and other == "list":
             return self._in_order(wanted.parts, by_name(given.parts))
         if one != other:
@@ -246,6 +264,10 @@ class _Comparison:
             return set(names) == set(others) and all(
                 self.same(part, known[name]) for name, part in zip(names, wanted, strict=True)
             )
+        if names and len(root := {name.partition("_")[0] for name in names}) == 1:
+            if all(isinstance(part, Equal) and {part.name} == root for part in given):
+                values = [[cast(Equal, p).values[-1] for p in side] for side in (wanted, given)]
+                return self._matched(*values)  # `x=1` or `x=-3` for `x_1=-3, x_2=1`
         if names:  # an answer without names must keep their order
             return self._in_order(wanted, given)
         return self._matched(wanted, given)
@@ -324,17 +346,22 @@ class _Comparison:
             return False
         if wanted.equation != given.equation:
             return False
+        one, other = interval(wanted.text), interval(given.text)
+        if one and other and one[0] == other[0]:
+            return self.same(one[1], other[1])
         return self._related(wanted.text, given.text)
 
     def _related(self, wanted: str, given: str) -> bool:
         sums = strictness.has_sum_of_numbers(given) and not strictness.has_sum_of_numbers(wanted)
         if self.strict and sums and "=" not in given:
             return self._no(strictness.SUM)
-        return squeezed(wanted) == squeezed(given) or self.algebra(wanted, given)
+        if self.strict and strictness.is_left_to_be_solved(wanted, given):
+            return self._no(strictness.UNSOLVED)
+        return squeezed(wanted) == squeezed(given) or self._algebra(wanted, given)
 
     def _values(self, wanted: Value, given: Value) -> bool:
-        wanted = short(wanted) if given.unit else wanted
-        given = given if wanted.number is None else short(given)
+        wanted = short(wanted, given.unit) if given.unit else wanted
+        given = given if wanted.number is None else short(given, wanted.unit)
         if opposite(wanted.noun, given.noun):
             return self._no("the opposite of what the reference says")
         if (wanted.unit == DEGREES) != (given.unit == DEGREES):
@@ -360,16 +387,13 @@ class _Comparison:
         if self.strict:
             if wanted.number is not None and strictness.has_sum(given.text):
                 return self._no(strictness.SUM)
-            sums = strictness.has_sum_of_numbers(given.text)
-            if (
-                sums
-                and not strictness.has_sum_of_numbers(wanted.text)
-                and not has_symbol(wanted.text)
-            ):
+            if strictness.adds_constants(wanted.text, given.text) and not has_symbol(wanted.text):
                 return self._no(strictness.SUM)
         if squeezed(wanted.text) == squeezed(given.text):
             return True
-        return self.algebra(_expression(wanted), _expression(given)) or self._rounded(wanted, given)
+        return self._algebra(_expression(wanted), _expression(given)) or self._rounded(
+            wanted, given
+        )
 
     def _rounded(self, wanted: Value, given: Value) -> bool:
         """Whether one is the other's rounded value, with enough digits: `3.14159265` for pi."""

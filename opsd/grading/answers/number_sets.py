@@ -1,41 +1,12 @@
 """Parse named sets of numbers: `all positive reals`, `\\mathbb{R}^+`, `x \\neq \\pm 1`."""
 
-from __future__ import annotations
-
 import re
 
+from opsd.grading.answers.notation import NOTATION
+
 _HINT = re.compile(r"mathbb|neq|real|number|integers")
-_REAL = r"(?:all |any |the (?:set of )?)?(?:real )?numbers?(?: x)?(?: that are)?"
 _SETS = [
-    (re.compile(pattern, re.IGNORECASE), to)
-    for pattern, to in (
-        (
-            r"\\mathbb\{R\}\s*(?:_|\^)\s*\{?(?:\+|>\s*0)\}?|(?:all )?positive real(?:s| numbers)",
-            r"(0,\infty)",
-        ),
-        (
-            r"\\mathbb\{R\}\s*_\s*\{\\ge\s*0\}|(?:all )?non-?negative real(?:s| numbers)",
-            r"[0,\infty)",
-        ),
-        (
-            r"\\mathbb\{R\}\s*(?:_|\^)\s*\{?-\}?|(?:all )?negative real(?:s| numbers)",
-            r"(-\infty,0)",
-        ),
-        (
-            r"\\mathbb\{[ZN]\}\s*(?:_|\^)\s*\{?(?:\+|\*|>\s*0)\}?|"
-            r"(?:all )?(?:positive integers|natural numbers)",
-            r"\mathbb{N}",
-        ),
-        (r"(?:all |the )?integers", r"\mathbb{Z}"),
-        (rf"{_REAL} (?:greater|more|larger) than (?!or)(.+)", r"x>{}"),
-        (rf"{_REAL} (?:less|smaller) than (?!or)(.+)", r"x<{}"),
-        (rf"{_REAL} (?:at least|greater than or equal to) (.+)", r"x\ge {}"),
-        (rf"{_REAL} (?:at most|less than or equal to) (.+)", r"x\le {}"),
-        (
-            r"(?:all |any )?real(?: number)?s?(?: x)? except(?: for)? *(?:x ?= ?)?(.+)",
-            r"\mathbb{{R}}\setminus\{{{}\}}",
-        ),
-    )
+    (re.compile(pattern, re.IGNORECASE), to) for pattern, to in NOTATION["number_sets"]["pairs"]
 ]
 _NOT = re.compile(r"([A-Za-z])\s*\\neq\s*((?:(?!\\(?:le|ge|in)(?![A-Za-z]))[^<>=])+)")
 

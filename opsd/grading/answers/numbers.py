@@ -12,17 +12,11 @@ from opsd.grading.answers.notation import PATTERNS
 MOST_EXPONENT = 5000
 ENOUGH_DECIMALS = 6
 
-_D = r"(?:\d+(?:\.\d*)?|\.\d+)"
-_SIGNED = rf"[+-]?\s*{_D}"
-_INTEGER = r"\s*[+-]?\s*\d+\s*"
-_SEPARATED = [
-    (re.compile(rf"(?:{digits})(?:\.\d*)?"), mark)
-    for digits, mark in (
-        (r"\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}", ","),
-        (r"\d{1,3}(?: \d{3})+", " "),
-        (r"\d{1,3}(?:'\d{3})+", "'"),
-    )
-]
+_SEPARATED = {
+    ",": PATTERNS["by_commas"],
+    " ": PATTERNS["by_spaces"],
+    "'": PATTERNS["by_apostrophes"],
+}
 _CONTINENTAL = PATTERNS["continental"]
 _COMMA = re.compile(r"([+-]?)\s*(?:(\d+),(\d{1,2}|\d{4,})|(0),(\d+))((?![\d.])[^,]*)")
 
@@ -47,7 +41,7 @@ def said(found: re.Match) -> list[str]:
 
 def separators(text: str) -> str:
     """Remove separators of thousands and write a point for decimals; `1,23` keeps its comma."""
-    for pattern, mark in _SEPARATED:
+    for mark, pattern in _SEPARATED.items():
         if pattern.fullmatch(text):
             return text.replace(mark, "")
     if found := _CONTINENTAL.fullmatch(text):
@@ -121,49 +115,22 @@ def _mixed(whole: int, above: int, below: int) -> Number:
     return Number(whole + Fraction(above, below))
 
 
-def _repeating(whole: str, decimals: str, period: str) -> Number:
+def _repeating(whole: str, decimals: str, *digits: str) -> Number:
     """0.1\\overline{6} = (16 - 1) / 90."""
-    start = whole + decimals
+    start, period = whole + decimals, "".join(digits)
     above = int(start + period) - int(start or "0")
     return Number(Fraction(above, int("9" * len(period) + "0" * len(decimals))))
 
 
 _FORMS: list[tuple[re.Pattern, Callable[..., Number]]] = [
-    (re.compile(pattern), reader)
-    for pattern, reader in (
-        (rf"({_D})", lambda text: _decimal(text, 0)),
-        (
-            rf"({_D})\s*(?:[eE]\s*([+-]?\d+)|(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{{({_INTEGER})\}}|(\d)))",
-            lambda text, exponent: _decimal(text, _exponent(exponent)),
-        ),
-        (
-            rf"10\s*\^\s*(?:\{{({_INTEGER})\}}|(\d))",
-            lambda exponent: Number(Fraction(10) ** _exponent(exponent)),
-        ),
-        (
-            rf"\\frac\s*(?:\{{\s*({_SIGNED})\s*\}}|(\d))\s*(?:\{{\s*({_SIGNED})\s*\}}|(\d))",
-            _quotient,
-        ),
-        (rf"\{{?\s*({_D})\s*\}}?\s*/\s*(?:\{{\s*({_SIGNED})\s*\}}|({_D}))", _quotient),
-        (rf"({_D})\s*\\over\s*({_D})", _quotient),
-        (
-            r"(\d+)\s*\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))"
-            r"|(\d+)\s+(\d+)\s*/\s*(\d+)",
-            lambda whole, above, below: _mixed(int(whole), int(above), int(below)),
-        ),
-        (
-            r"(\d{0,30})\.(\d{0,30})(?:\\overline\s*\{\s*(\d{1,30})\s*\}|\((\d{1,30})\)|\\dot\s*\{?(\d)\}?)",
-            _repeating,
-        ),
-        (
-            r"(\d{0,30})\.(\d{0,30})\\dot\s*\{?(\d)\}?(\d{0,30})\\dot\s*\{?(\d)\}?",
-            lambda whole, decimals, *period: _repeating(whole, decimals, "".join(period)),
-        ),
-        (
-            r"(\d{0,30})\.(\d{0,10}?)(?:(\d)\3{2,30}|(\d{2,9}?)\4{1,9})(?:\\ldots|\.\.\.)",
-            _repeating,
-        ),
-    )
+    (PATTERNS["decimal"], lambda text: _decimal(text, 0)),
+    (PATTERNS["scientific"], lambda text, exponent: _decimal(text, _exponent(exponent))),
+    (PATTERNS["power_of_ten"], lambda exponent: Number(Fraction(10) ** _exponent(exponent))),
+    *((PATTERNS[form], _quotient) for form in ("fraction", "slashed", "over")),
+    (PATTERNS["mixed_number"], lambda *digits: _mixed(*map(int, digits))),
+    (PATTERNS["repeating"], _repeating),
+    (PATTERNS["dotted"], _repeating),
+    (PATTERNS["endless"], _repeating),
 ]
 
 

@@ -1,7 +1,5 @@
 """Parse values with a unit, a currency, per cent, degrees, or the thing that is counted."""
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 from itertools import pairwise
@@ -14,18 +12,15 @@ from opsd.grading.answers.structure import balanced
 from opsd.grading.answers.units import DEGREES, Unit, unit
 from opsd.grading.answers.words import MULTIPLES, names_a_thing, spelled_out
 
-_MONEY_FIRST = PATTERNS["money_first"]
-_PERCENT = PATTERNS["percent"]
+_MONEY_FIRST, _PERCENT, _DEGREES, _TAIL, _MODULUS, _FUNCTION = (
+    PATTERNS[form] for form in ("money_first", "percent", "degrees", "tail", "modulus", "function")
+)
 _PERCENT_OF = re.compile(r"([^%]*%)\s*(\\text\s*\{[^{}]*\}|[^\W\d_]{3}[^{}]*)")
-_DEGREES = PATTERNS["degrees"]
-_TAIL = PATTERNS["tail"]
 _COUNTED = re.compile(r"(\d+(?:\.\d+)?)\s*([^\W\d_.]+|''|'|\")\.?(?:,| and)?\s*")
-_MODULUS = PATTERNS["modulus"]
-_SHORT = re.compile(r"(\d[\d.,]*)\s?([A-JL-Za-z])")  # not K, a thousand
+_SHORT, _QUOTIENT = PATTERNS["short"], re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{(.*)\}")
 _OHM = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*)?([kM]?)\s*\}?\s*\\Omega\s*$")
 _UNITS_OF_THE_PAGE = re.compile(r"(?:(?:square|cubic|sq\.?|cu\.?) )?units?(?: ?\^ ?\{?[23]\}?)?\.?")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
-_FUNCTION = PATTERNS["function"]
 
 
 def quantity(text: str) -> Value | None:
@@ -87,11 +82,15 @@ def _added(parts: list[Fraction], of: Unit, carries: bool) -> Value:
     return Value(as_latex(total), Number(total), of)
 
 
-def short(value: Value) -> Value:
-    """Read `30s` as 30 seconds, though it may also be a product."""
-    if value.number is None and (found := _SHORT.fullmatch(value.text)) and unit(found[2]):
-        return Value(found[1], number(found[1]), unit(found[2]))
-    return value
+def short(value: Value, like: Unit | None) -> Value:
+    """Read `30s` and `9.8 m/s^2` as quantities, though they may also be products. like: the other
+    side's unit; K alone is a thousand unless that is kelvin."""
+    if value.number is not None or not (found := _SHORT.fullmatch(value.text)):
+        return value
+    of = unit(_QUOTIENT.sub(r"\1/\2", found[2]))
+    if of is None or (found[2] == "K" and like != of):
+        return value
+    return Value(found[1], number(found[1]), of)
 
 
 def times(value: Value, factor: Fraction) -> Value:

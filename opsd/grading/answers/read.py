@@ -1,7 +1,5 @@
 """Parse an answer: cleaned text to a node."""
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 from typing import cast
@@ -23,10 +21,11 @@ from opsd.grading.answers.nodes import (
     by_name,
     names_of,
 )  # fmt: skip
-from opsd.grading.answers.notation import PATTERNS
+from opsd.grading.answers.notation import NOTATION, PATTERNS
 from opsd.grading.answers.number_sets import number_set
 from opsd.grading.answers.numbers import Number, as_latex, number
 from opsd.grading.answers.quantities import compound, counted, quantity, times
+from opsd.grading.answers.renamed import is_bare
 from opsd.grading.answers.structure import (
     alternatives,
     balanced,
@@ -37,32 +36,28 @@ from opsd.grading.answers.structure import (
 )
 
 _DEEPEST = 12
+_QUANTIFIER, _FOR_ALL, _PARAMETER, _DOMAIN, _CLOCK = (
+    PATTERNS[name] for name in ("quantifier", "for_all", "parameter", "domain", "clock")
+)
+_ENVIRONMENT, _RELATIONS, _NO_MATHEMATICS = (
+    PATTERNS[name] for name in ("environment", "relations", "no_mathematics")
+)
+_NAME, _NAMES, _GREEK_NAME = (PATTERNS[name] for name in ("name", "names", "greek_name"))
 _FIRST_NAME = re.compile(r"(?:[=,:]|\\approx|\\sim|\\to)\s*")
-_QUANTIFIER = PATTERNS["quantifier"]
-_FOR_ALL = PATTERNS["for_all"]
-_PARAMETER = PATTERNS["parameter"]
-_DOMAIN = PATTERNS["domain"]
 _MAGNITUDE = re.compile(r"^\|\s?([A-Za-z])\s?\|\s?(<|\\le )\s?(\d[\d.]*)$")
 _POINT = re.compile(r"[A-Z]\s?\([^A-Za-z]*\d")
 _SCALED = re.compile(r"(-|[^&=,A-Za-z]*(?:\\frac[^&=,A-Za-z]+)?)\s*(\\begin.*)", re.DOTALL)
 _DOTS_IN_LIST = re.compile(r"[,:;+]\s*(?:\\ldots(?![A-Za-z])|\.\.\.)")
-_CLOCK = PATTERNS["clock"]
+_CURRENCIES = ("\\$", "$", "€", "£", "¥", "₹", "Rs")
 _CLOCK_WORDS = {"noon": "12 noon", "midday": "12 noon", "midnight": "12 midnight"}
 _OF_A_RATIO = re.compile(r":|\\text\{ ?to ?\}|\bto\b")
 _IN_A_RATIO = re.compile(r"(?:[\d\s./,+\-^{}()]|\\(?:sqrt|frac|pi|cdot)(?![A-Za-z]))+")
 _BARE_CHOICE = re.compile(r"[A-J]")
 _CHOICE = re.compile(r"\(([A-J])\)[.:]?\s*(.*)|([A-J])\s*(?:[:.)]|\\quad)\s*(.*)", re.DOTALL)
 _LABEL = re.compile(r"\([A-J]\)|\b[A-J][).:]")
-_ENVIRONMENT = PATTERNS["environment"]
-_SYSTEMS = frozenset("cases aligned align align* alignat gathered gather gather* split array "
-                     "dcases rcases eqnarray equation equation*".split())  # fmt: skip
-_MATRICES = frozenset(
-    "pmatrix bmatrix Bmatrix matrix smallmatrix psmallmatrix bsmallmatrix".split()
-)
-_RELATIONS = PATTERNS["relations"]
+_SYSTEMS, _MATRICES = (NOTATION["environments"][kind].split() for kind in ("systems", "matrices"))
 _MEMBER = re.compile(r"(?:\(?[A-Za-z](?:_\w)?(?:\s*,\s*[A-Za-z])*\)?)\s*\\in(?![A-Za-z])\s*")
 _SET_OF = re.compile(r"\(?[^|:]{1,40}?\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\||:)\s*(?=.*[<>=\\])")
-_NAME = PATTERNS["name"]
 _UNIT_VECTOR = re.compile(r"\\hat\{([ijk])\}")
 _FRENCH = re.compile(r"([\[\]])(.*)([\[\]])", re.DOTALL)
 
@@ -134,6 +129,8 @@ def _compound(text: str, depth: int) -> Node | None:
     point's name, `all real numbers except 1 and 2`."""
     bare = " ".join(plain_text(text).split())
     if words.is_phrase(bare) and (value := counted(bare)):
+        return value
+    if text.startswith(_CURRENCIES) and (value := quantity(text)) and value.number:
         return value
     if words.is_verdict(bare):
         return Phrase(words.canonical(bare))
@@ -331,7 +328,7 @@ def _top_relation(text: str) -> bool:
 
 def _signs(text: str, depth: int) -> Node | None:
     """Parse `2 \\pm \\sqrt{3}` as two answers."""
-    if not _PLUS_MINUS.search(text):
+    if not _PLUS_MINUS.search(text) or text.startswith("\\{"):
         return None
     both = []
     for upper, lower in (("+", "-"), ("-", "+")):
@@ -417,11 +414,9 @@ def _name(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether the left side of an equation is a mere name: `x`, `f(x)`, `P(A)`, `a_n`."""
-    return bool(_NAME.fullmatch(plain_text(text)))
-
-
-_GREEK_NAME = PATTERNS["greek_name"]
+    """Whether the left side of an equation is a mere name: `x`, `f(x)`, `a_n`, `AB:CD`, `dy/dx`."""
+    text = plain_text(text)
+    return bool(_NAME.fullmatch(text) or _NAMES.fullmatch(text))
 
 
 def has_symbol(text: str) -> bool:
@@ -442,6 +437,27 @@ def _relation(text: str, depth: int) -> Node | None:
     if text in ("\\emptyset", "\\infty", "-\\infty", "+\\infty") or "\\mathbb" in text:
         return Relation(text.lstrip("+"))
     return Relation(text) if _top_relation(text) else None
+
+
+_ORDER = re.compile(r"(<|>|\\[lg]e(?![A-Za-z]))")
+
+
+def interval(relation: str) -> tuple[str, Items] | None:
+    """(the name, its interval): `2 < x` and `3 \\ge x > 2` say where x lies; None for others."""
+    sides = [side.strip() for side in _ORDER.split(relation)]
+    if "," in relation or len({sign in (">", "\\ge") for sign in sides[1::2]}) != 1:
+        return None
+    sides = sides[::-1] if sides[1] in (">", "\\ge") else sides
+    names = [is_bare(side) and "|" not in side for side in sides[::2]]
+    if names == [True, False]:
+        sides = ["-\\infty", "<", *sides]
+    elif names == [False, True]:
+        sides += ["<", "\\infty"]
+    elif names not in ([False, True, False], [True, True, True]):
+        return None
+    low, first, name, last, high = sides
+    kind = ("[" if "e" in first else "(") + ("]" if "e" in last else ")")
+    return name, Items(kind, (read(low), read(high)), f"{kind[0]}{low},{high}{kind[1]}")
 
 
 def _vector(text: str, depth: int) -> Node | None:
@@ -474,6 +490,3 @@ def _single(text: str) -> Node:
     if "\\text" in text or words.in_mathematics(bare):
         return Unclear(words.canonical(bare), "words beside the mathematics")
     return Value(text, number(text))
-
-
-_NO_MATHEMATICS = PATTERNS["no_mathematics"]

@@ -1,8 +1,9 @@
-r"""The names of a function's arguments: `f(t) = t^2` is the same answer as `f(x) = x^2`."""
+r"""The names in answers. A function's argument may have any: `f(t) = t^2` is the same answer as
+`f(x) = x^2`. So may a constant of integration."""
 
 import re
 
-from opsd.grading.answers.notation import NOTATION
+from opsd.grading.answers.notation import NOTATION, PATTERNS
 
 _DEFINED = re.compile(
     r"([A-Za-z](?:_\{?\d+\}?)?)\s*(?:\(\s*([a-df-hj-z](?:\s*,\s*[a-df-hj-z])*)\s*\)|_\{?([a-df-hj-z])\}?)\s*="
@@ -10,6 +11,17 @@ _DEFINED = re.compile(
 _ALONE = r"(?<![A-Za-z\\]){}(?![A-Za-z])"
 _INDEX = re.compile(r"\\(?:sum|prod)\s*_\s*\{\s*([a-z])\s*=")
 _FUNCTIONS = frozenset(NOTATION["words"]["functions"].split())
+_NO_LETTER, _LETTER = PATTERNS["no_letter"], PATTERNS["letter"]
+
+
+def letters(text: str) -> set[str]:
+    """The letters in mathematics, except e and i."""
+    return set(_LETTER.findall(_NO_LETTER.sub(" ", text))) - {"e", "i"}
+
+
+def is_bare(side: str) -> bool:
+    """Whether a side of an inequality is a name or its absolute value: `x`, `a_1`, `|x|`."""
+    return bool(PATTERNS["bare"].fullmatch(side)) and bool(letters(side))
 
 
 def with_one_index(text: str) -> str:
@@ -41,3 +53,32 @@ def with_names(reference: str, given: str) -> str:
 
     made = re.sub(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z]+", change, given)
     return given if (set(theirs) - set(ours)) & used else made
+
+
+_NUMBERED = re.compile(r"(?<![\w\\])([cCkK])(?=\s*_\s*\{?[1-9])")
+_LAST = re.compile(r"(?<=[+-])\s*[cCkK]$")
+_WHOLE = PATTERNS["whole"]
+
+
+def with_constants(reference: str, given: str) -> str:
+    """The given answer with the reference's constants of integration: `c_1` for `C_1`."""
+    theirs, ours = (set(_NUMBERED.findall(side)) for side in (reference, given))
+    if len(theirs) == len(ours) == 1 and theirs != ours:
+        (name,) = theirs
+        given = given if name in given else _NUMBERED.sub(name, given)
+    if _DEFINED.match(reference) and _DEFINED.match(given):  # f(x)=kx for f(x)=cx
+        theirs, ours = letters(reference) - letters(given), letters(given) - letters(reference)
+        if len(theirs) == len(ours) == 1 and theirs | ours <= set("cCkK"):
+            own, name = ours.pop(), theirs.pop()
+            given = re.sub(rf"(\\[A-Za-z]+)|{own}", lambda f: f[1] or name, given)
+    if reference.endswith("C") and _LAST.search(reference) and _LAST.search(given):
+        name = given[-1]
+        given = f"{given[:-1]}C" if name not in letters(given[:-1] + reference[:-1]) else given
+    return given
+
+
+def without_domain(reference: str, given: str) -> str:
+    """`n>=3` for `all integers n>=3`, if the reference also begins with n and a relation."""
+    found = _WHOLE.match(given)
+    begins = found and re.match(rf"{found[1]}\s*(?:<|>|\\[lg]e)", reference)
+    return given[found.end() :] if found and begins else given

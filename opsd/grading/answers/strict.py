@@ -9,24 +9,29 @@ A policy that is rewarded for equal values soon writes the problem's own numbers
    determinant, which states the problem, not its answer. Products, powers, factorials, roots,
    binomials, logarithms and fractions count, since people leave them on purpose: `2^{10}`,
    `\frac{6}{8}`. `_LEFT_ON_PURPOSE` lists their commands; no other command counts. If the reference
-   is another constant (`12\pi`), a sum of two plain numbers, `(3+9)\pi`, earns nothing unless the
-   reference has one too.
-2. *Bases.* If the reference is in a base other than ten, the answer must be in that base: 6 is no
+   is another constant (`12\pi`), a sum of two plain numbers or of like terms, `(3+9)\pi` or
+   `3\pi+9\pi`, earns nothing unless the reference has one too. Whatever the reference is, an
+   integral, a limit, a derivative or a maximum earns nothing if the reference has none of its kind:
+   it states the problem. So does `\sum` or `\prod` where the reference is a constant.
+2. *Inequalities.* If the reference says where a name lies (`(2,3)`, `x>3`), the answer must say it
+   too: `x^2-5x+6<0` is left to be solved.
+3. *Bases.* If the reference is in a base other than ten, the answer must be in that base: 6 is no
    answer for `110_2`. Otherwise digits in any base count by their value.
 
-Without it, both count by their value. In either case an answer earns nothing if it contradicts
+Without it, all count by their value. In either case an answer earns nothing if it contradicts
 itself (`35 = 34`), takes itself back (`7 is wrong`) or says more or other things than the reference
 (`7 or 8`, `7, 7`).
 """
 
-from __future__ import annotations
-
 import re
+from math import isqrt
 
 from opsd.grading.answers.notation import PATTERNS
+from opsd.grading.answers.renamed import is_bare, letters
 
 SUM = "a sum, difference or the like that is left to be worked out"
 BASE = "not in the base of the reference"
+UNSOLVED = "an inequality that is left to be solved"
 
 _PRODUCT = re.compile(r"\\(?:cdot|times|div|frac|sqrt|left|binom|over|ast)(?![A-Za-z])")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
@@ -40,8 +45,10 @@ _TO_BE_DONE = re.compile(
     rf"\\(?!(?:{_LEFT_ON_PURPOSE})(?![A-Za-z]))[A-Za-z]|\\frac\s*\{{d\}}"
     r"|\b(?:plus|minus|max|min|gcd|lcm|lim|det|mod)\b"
 )
+_STATED = PATTERNS["stated"]
+_SIDES, _RELATION = PATTERNS["sides"], PATTERNS["relations"]
 _MIXED = PATTERNS["mixed"]
-_OF_NUMBERS = PATTERNS["of_numbers"]
+_OF_NUMBERS, _OF_ROOTS = PATTERNS["of_numbers"], PATTERNS["of_roots"]
 
 
 def has_sum(text: str) -> bool:
@@ -58,6 +65,30 @@ def _carries(mixed: re.Match) -> bool:
     return int(above) >= int(below)
 
 
+def adds_constants(wanted: str, given: str) -> bool:
+    """Whether the answer adds numbers, like terms or roots, and the reference does not."""
+    if has_sum_of_numbers(given) and not has_sum_of_numbers(wanted):
+        return True
+    roots = [[int(digits) for digits in found if digits] for found in _OF_ROOTS.findall(given)]
+    return any(isqrt(a * b) ** 2 == a * b for a, b in roots) and not has_sum(wanted)
+
+
 def has_sum_of_numbers(text: str) -> bool:
     """Whether an expression contains a sum or a difference of two plain numbers."""
     return bool(_OF_NUMBERS.search(text)) or any(map(_carries, _MIXED.finditer(text)))
+
+
+def states_the_problem(wanted: str, given: str) -> bool:
+    """Whether the answer has an integral or the like, and the reference none of its kind."""
+    ours, theirs = ({f.lastgroup for f in _STATED.finditer(side)} for side in (given, wanted))
+    return bool(ours - theirs - ({"sum"} if letters(wanted) else set()))
+
+
+def is_left_to_be_solved(wanted: str, given: str) -> bool:
+    """Whether the reference says where a name lies, and the answer where an expression with it."""
+    solved = [side for side in _SIDES.split(wanted) if is_bare(side.strip())]
+    unknown = letters(given) - letters(wanted)
+    if len(_SIDES.split(wanted)) > 1 and (names := letters(" ".join(solved))):
+        unknown = names
+    sides = [side.strip() for side in _SIDES.split(given)] if _RELATION.search(given) else []
+    return any(letters(side) & unknown and not is_bare(side) for side in sides)

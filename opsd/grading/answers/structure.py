@@ -1,7 +1,5 @@
 """Split texts at separators outside of brackets. Each function takes one pass."""
 
-from __future__ import annotations
-
 import re
 
 from opsd.grading.answers.notation import PATTERNS
@@ -85,7 +83,7 @@ _AND_AFTER = re.compile(r"\\text\{([^{}]*[^{}\s,])\s*,?\s+(?:and|or)\s*\}")
 _AND_BEFORE = re.compile(r"\\text\{\s*,?\s*(?:and|or)\s+([^{}]+)\}")
 _NEXT_NAME = re.compile(r"(\\(?:angle|triangle|text|mathrm)|[\w)}])\s+(?=[A-Za-z](?:_\w)?\s?=)")
 _SEPARATOR = re.compile(r"[,;]|&")
-_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+_THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
 
 _LABELS = [list("abcdefgh"), list("123456789"), ["i", "ii", "iii", "iv", "v"]]

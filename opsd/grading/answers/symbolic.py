@@ -3,8 +3,6 @@
 Only the grading process imports this module: its first call takes seconds.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import re
@@ -16,17 +14,13 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, parser, verify
 
 from opsd.grading.answers.clean import plain_text
+from opsd.grading.answers.notation import PATTERNS
 from opsd.grading.answers.numbers import as_latex, number
 
-_COMMANDS = "pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty|theta|alpha|beta"
-_PLAIN_COMMAND = re.compile(rf"(?<![\\A-Za-z])({_COMMANDS})(?![A-Za-z])")
-_PLAIN_SQRT = re.compile(r"(?<![\\A-Za-z])sqrt\s?(?:\(([^()]*)\)|(\d+))")
+_PLAIN_COMMAND, _BRACKETED = PATTERNS["plain_command"], PATTERNS["bracketed"]
 _BARE_SQRT = re.compile(r"\\sqrt\s*(\[\d+\])?\s*(\d+|[A-Za-z])")
 _OF_INTEGRATION = re.compile(r"([+-]\s*)c\s*$")
 _GAMMA = re.compile(r"\\gamma(?![A-Za-z]|\s*_)")  # may also be Euler's constant
-_BRACKETED = re.compile(  # 2(17), which is no call of a function
-    r"((?<![\w^.{\\])\d+|\(-?[\d.]+\))\s*(?=\(\s*-?\d+(?:\.\d+)?\s*\))"
-)
 _PRIME = re.compile(r"(?<=[A-Za-z)}])'+")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _DEGREES = re.compile(r"([\d.]+)\s*\^\\circ")
@@ -120,14 +114,13 @@ class Algebra:
 
 
 def _to_latex(text: str) -> str:
-    """`sqrt(2)*pi` -> `\\sqrt{2}*\\pi`: math-verify would read the words as products of letters."""
+    """`2*pi` -> `2*\\pi`: math-verify would read the word as a product of letters."""
     text = " ".join(text.split())  # thousands of spaces cost latex2sympy seconds
     text = re.sub(r"\\text\{ (or|and) \}", "\0\\1\0", text)
     text = plain_text(text).replace("\0or\0", "\\text{ or }").replace("\0and\0", "\\text{ and }")
     text = _OF_INTEGRATION.sub(r"\1C", _GAMMA.sub("g_{0}", text))
     text = _BRACKETED.sub(r"\1\\cdot ", text)
     text = _PRIME.sub(lambda found: f"_{{{len(found[0])}}}", text)
-    text = _PLAIN_SQRT.sub(r"\\sqrt{\1\2}", text)
     text = _BARE_SQRT.sub(lambda found: f"\\sqrt{found[1] or ''}{{{found[2]}}}", text)
     if _TRIGONOMETRY.search(text):
         text = _DEGREES.sub(r"{(\\frac{\1\\pi}{180})}", text)
@@ -195,9 +188,9 @@ def _same_elsewhere(wanted, given, exact: bool) -> bool:
     sides = [wanted, given]
     if not all(isinstance(side, sympy.Expr) for side in sides):
         return False
-    units = {s: sympy.I for side in sides for s in side.free_symbols if s.name == "i"}
-    if units:
-        sides = [side.subs(units) for side in sides]
+    same = {s: sympy.Symbol(s.name, real=True) for side in sides for s in side.free_symbols}
+    units = {s: sympy.I for s in same if s.name == "i"}
+    sides = [side.subs(same | units) for side in sides]
     symbols = [sorted(side.free_symbols, key=str) for side in sides]
     if symbols[0] != symbols[1]:
         names = [[s.name for s in some] for some in symbols]
@@ -209,7 +202,7 @@ def _same_elsewhere(wanted, given, exact: bool) -> bool:
     if not symbols[0]:
         difference = sympy.N(sides[0] - sides[1], 30)
         return bool(units and difference.is_number and abs(difference) < 1e-25)
-    return exact and _same_at_points(sides, symbols[0])
+    return _same_at_points(sides, symbols[0], 1e-18 if exact else 1e-12)
 
 
 def _open_sums(side) -> bool:
@@ -237,7 +230,7 @@ def _roots(side) -> list:
     ]
 
 
-def _same_at_points(sides: list, symbols: list) -> bool:
+def _same_at_points(sides: list, symbols: list, tolerance: float) -> bool:
     draw = random.Random(len(str(sides)))
     seen = 0
     for index in range(_POINTS):
@@ -245,11 +238,12 @@ def _same_at_points(sides: list, symbols: list) -> bool:
         if index % 2:  # positive, so that roots and logarithms are real
             point = {s: abs(value) for s, value in point.items()}
         values = [sympy.N(side.subs(point), 30) for side in sides]
-        if not all(value.is_real and value.is_finite for value in values):
+        imaginary = any(side.has(sympy.I) for side in sides)
+        if not all((imaginary or value.is_real) and value.is_finite for value in values):
             continue
         if not all(sympy.N(root.subs(point)).is_real for side in sides for root in _roots(side)):
             continue
         seen += 1
-        if abs(values[0] - values[1]) > 1e-18 * max(1, abs(values[0])):
+        if abs(values[0] - values[1]) > tolerance * max(1, abs(values[0])):
             return False
     return seen > 2

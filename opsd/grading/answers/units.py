@@ -1,7 +1,5 @@
 """Parse units of measurement and money, with factors of conversion."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,14 +17,17 @@ class Unit:
 
 _UNITS: dict[str, Unit] = {}
 for _kind, _entries in NOTATION["units"].items():
+    _size, *_made_of = NOTATION["dimensions"].get(_kind, f"1|{_kind} 1").split("|")
+    _kinds = tuple((_part[:-2].strip(), int(_part[-2:])) for _part in _made_of)
     for _entry in _entries.split("|"):
         _name, _factor, *_others = _entry.split()
-        _one = Unit(((_kind, 1),), Fraction(_factor))
+        _one = Unit(_kinds, Fraction(_factor) * Fraction(_size))
         _UNITS |= dict.fromkeys((_name, *_others), _one)
 for _name, _others in NOTATION["units_elsewhere"].items():
     _UNITS |= dict.fromkeys(_others.split(), _UNITS[_name])
 _COMPOUND: dict[str, str] = NOTATION["units_compound"]
 _FACTOR = PATTERNS["factor"]
+_BELOW, _APART = re.compile(r"/\s*\(([^()]*)\)"), re.compile(r"\s*(?:\\cdot|\*|-|\s)\s*")
 _JOINT = re.compile(r"\s*(/|\bper\b|\\cdot|\*|-|\b(?=\s)|\s)\s*")
 
 
@@ -46,6 +47,7 @@ def unit(text: str) -> Unit | None:
     if not text or len(text) > 60:
         return None
     text = _COMPOUND.get(text.lower(), text)
+    text = _BELOW.sub(lambda found: "/" + "/".join(_APART.split(found[1].strip())), text)
     kinds: dict[str, int] = {}
     factor = Fraction(1)
     position, sign = 0, 1

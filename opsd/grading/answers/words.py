@@ -1,7 +1,5 @@
 """Interpret words: synonyms, numbers and dates in words, and words that take an answer back."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from fractions import Fraction
@@ -18,12 +16,16 @@ _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{\w+\*?\}")
 _PHRASE = re.compile(r"[^\W\d_]+(?:[ '.,/&-]+[^\W\d_]+)*[.']?")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\s+", re.IGNORECASE)
 
-_NO_SOLUTION = PATTERNS["no_solution"]
-_INFINITY = PATTERNS["infinity"]
-_ALL_REAL = PATTERNS["all_real"]
+_NAMED = [
+    (PATTERNS["no_solution"], "\\emptyset"),
+    (PATTERNS["infinity"], "\\infty"),
+    (PATTERNS["all_real"], "\\mathbb{R}"),
+    (PATTERNS["does_not_exist"], "does not exist"),
+]
 _VERDICT = PATTERNS["verdict"]
 _WINS = PATTERNS["wins"]
-_DOES_NOT_EXIST = PATTERNS["does_not_exist"]
+_IT_IS, _SHAPE, _KIND_OF = (PATTERNS[name] for name in ("it_is", "shape", "kind_of"))
+_SAME = {word: to for to, words in NOTATION["same_words"].items() for word in words.split("|")}
 
 
 def canonical(phrase: str) -> str:
@@ -34,15 +36,14 @@ def canonical(phrase: str) -> str:
         why = found[2].replace("not", "") if verdict in ("no", "false") else found[2]
         return phrase.casefold() if takes_back(why) else verdict
     if len(phrase) < 80:
-        if _NO_SOLUTION.fullmatch(phrase):
-            return "\\emptyset"
-        if _INFINITY.fullmatch(phrase):
-            return "\\infty"
-        if _ALL_REAL.fullmatch(phrase):
-            return "\\mathbb{R}"
-        if _DOES_NOT_EXIST.fullmatch(phrase):
-            return "does not exist"
-    phrase = _ARTICLES.sub("", phrase.casefold())
+        for pattern, to in _NAMED:
+            if pattern.fullmatch(phrase):
+                return to
+    phrase = _IT_IS.sub("", _ARTICLES.sub("", phrase.casefold()))
+    if shape := _SHAPE.fullmatch(phrase):  # the order of adjectives means nothing
+        phrase = " ".join([*sorted(shape[1].split()), shape[2]])
+    phrase = _KIND_OF.sub("", phrase)
+    phrase = _SAME.get(phrase, phrase)
     return winner[1] if (winner := _WINS.fullmatch(phrase)) else phrase
 
 
