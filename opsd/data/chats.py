@@ -50,7 +50,7 @@ def parsed(value: Any) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             return read(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
     return value
 
@@ -82,9 +82,9 @@ def as_messages(value: Any, shown: list[int] | None = None) -> list[dict[str, st
             while shown is not None and parts and parts[0].get("type") == "image":
                 shown.append(len(messages))
                 parts = parts[1:]
-            kinds = {part.get("type", "text") for part in parts} - TEXTS - {"thinking"}
+            kinds = {str(part.get("type", "text")) for part in parts} - TEXTS - {"thinking"}
             if kinds:
-                said = f"holds parts that are no text: {', '.join(map(str, kinds))}"
+                said = f"holds parts that are no text: {', '.join(kinds)}"
                 where = NO_COLUMN if shown is None else NOT_FIRST
                 raise NotTextError(said + (where if "image" in kinds else ""))
             thoughts = [part["thinking"] for part in parts if part.get("thinking")]

@@ -12,18 +12,16 @@ from typing import Any
 from opsd.common.errors import UserError, in_short
 from opsd.common.near import did_you_mean, near_file, nearest
 from opsd.common.strict_json import texts
+from opsd.config.yaml import MAX_BYTES, load_yaml
 from opsd.data.classes import classes_in, with_names
 from opsd.data.files import FILE_TYPES, file_type, read_file
 
 REASONING_GYM = "reasoning_gym:"
-
 DEFAULT_DRAW = 1000
-
 IMAGE_ROWS = 16  # that are read at once
-
 _HUB_OPTIONS = ("name", "revision")
 CHOOSE = "choose one with options: {name: …}"
-
+_ELSEWHERE = re.compile(r"^/|^\w[\w+.-]*:\S|://|::")  # `file:a` is a path too
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
@@ -171,17 +169,18 @@ def _saved_directory(
 
 
 def _check_card(path: Path) -> None:
-    """Raises ValueError if the directory's card names data files elsewhere, or on a server:
-    `datasets` would read them."""
-    import yaml
-    from huggingface_hub import DatasetCard
+    """Raises an error if the directory's card names data files elsewhere, which `datasets` would
+    read, or takes long to read: it is large, or of aliases."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-    card, more = path / "README.md", path / ".huggingface.yaml"
-    told = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
-    told |= (yaml.safe_load(more.read_text(encoding="utf-8")) or {}) if more.is_file() else {}
-    for name in texts(told.get("configs")):
-        if "://" in name or "::" in name or name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"its card names {name!r}, which is not in it")
+    for card in filter(Path.is_file, (path / "README.md", path / ".huggingface.yaml")):
+        if card.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{card.name} has more than {MAX_BYTES:,} bytes")
+        text = card.read_bytes().decode()
+        block = REGEX_YAML_BLOCK.search(text) if card.suffix == ".md" else [text] * 3
+        for name in texts((load_yaml(block[2] if block else "") or {}).get("configs")):
+            if _ELSEWHERE.search(name) or ".." in name.split("/"):
+                raise ValueError(f"its card names {name!r}, which is not in it")
 
 
 def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:

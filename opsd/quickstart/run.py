@@ -19,6 +19,7 @@ from opsd.common.errors import UserError, in_short
 from opsd.common.files import is_unfinished, write_file, write_json, write_lines
 from opsd.common.precision import compute_dtype
 from opsd.common.statistics import wilson_interval
+from opsd.common.strict_json import read_text
 from opsd.common.system import machine, peak_memory, versions
 from opsd.config.sections import PromptsSection
 from opsd.data.prompts import Prompts
@@ -128,7 +129,7 @@ def _make_base(
     measured = place / "evaluations.json"  # written last, so it marks a complete base
     if measured.is_file():
         try:
-            known = _EVALUATIONS.validate_json(measured.read_bytes(), strict=True)
+            known = _EVALUATIONS.validate_json(read_text(measured), strict=True)
         except ValueError as error:
             raise UserError(f"{str(measured)!r} is damaged ({in_short(error)})") from None
         return known.pop("pretrained", None), known
@@ -204,7 +205,7 @@ def _done(run_directory: Path) -> bool:
 
 
 def _config(directory: Path) -> dict:
-    return yaml.safe_load((directory / "config.yaml").read_text())
+    return read_record(directory / "config.yaml", Anything).record
 
 
 def _summary(

@@ -14,6 +14,7 @@ import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.data_attacks import card, odd_chat
 from helpers.image_models import picture
 from helpers.mutations import Clock, as_json, changed, damaged, misplace, odd_value, one_line
 from helpers.training_cases import ROWS
@@ -40,6 +41,7 @@ CHATS = [
 
 
 KINDS = ["jsonl", "json", "jsonl.gz", "csv", "tsv", "csv.gz", "parquet", "saved", "splits"]
+KINDS.append("folder")
 
 
 STEMS = ["rows"] * 7 + [
@@ -69,8 +71,11 @@ def odd_records(draw) -> list:
     records: list = [dict(one) for one in draw.choice([RECORDS, CHATS])]
     for _ in range(draw.randrange(3)):
         number = draw.randrange(len(records))
-        if draw.random() < 0.1:
+        how = draw.random()
+        if how < 0.1:
             records[number] = odd_value(draw, records[number])
+        elif how < 0.4 and isinstance(records[number], dict):
+            records[number] = odd_chat(draw, records[number])
         elif isinstance(records[number], dict) and records[number]:
             records[number] = changed(draw, records[number])
     return records
@@ -218,6 +223,19 @@ def write(draw, kind: str, folder: Path) -> Path:
         data.save_to_disk(path, **({"num_shards": 2} if kind == "saved" else {}))
         attack_directory(draw, path)
         return path
+    if kind == "folder":
+        path = folder / "rows"
+        path.mkdir()
+        texts = [{k: str(v) for k, v in record.items()} for record in RECORDS]
+        (path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in texts))
+        name, text = draw.choice(["README.md", ".huggingface.yaml"]), card(draw)
+        marks = draw.choice([b"---\n", b"---\r\n", b"---\n", b" ---\r"]) * (name == "README.md")
+        (path / name).write_bytes(
+            marks + text + b"\n" * bool(marks) + marks + b"# Rows\n" * bool(marks)
+        )
+        if draw.random() < 0.1:
+            misplace(draw, path / name)
+        return path
     if kind == "parquet":
         how = draw.choice([{}, {"version": "1.0"}, {"use_deprecated_int96_timestamps": True}])
         how |= {"row_group_size": draw.choice([2, 100]), "store_schema": draw.random() < 0.7}
@@ -259,6 +277,8 @@ def attack_directory(draw, path: Path) -> None:
 
 def held(path: Path) -> list:
     """The records of a dataset, read directly."""
+    if (path / "rows.jsonl").is_file():
+        return held(path / "rows.jsonl")
     if path.is_dir():
         folder = path if (path / "state.json").is_file() else path / "train"
         state = json.loads((folder / "state.json").read_text())
@@ -296,7 +316,8 @@ def each_once(pairs: list) -> dict:
     return dict(pairs)
 
 
-def test_a_dataset_is_taken_as_it_is_or_refused(draw, tmp_path):
+def test_a_dataset_is_taken_as_it_is_or_refused(draw, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = write(draw, draw.choice(KINDS), tmp_path)
     skip = draw.random() < 0.3
     said: list[str] = []

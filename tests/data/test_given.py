@@ -33,7 +33,14 @@ def test_a_directory_of_shards_is_a_source(type, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "names",
-    ["../secret.jsonl", "{outside}/secret.jsonl", "https://example.com/a.jsonl", "zip://a::b.zip"],
+    [
+        "../secret.jsonl",
+        "{outside}/secret.jsonl",
+        "file:{outside}/secret.jsonl",
+        "local:secret.jsonl",
+        "https://example.com/a.jsonl",
+        "zip://a::b.zip",
+    ],
 )
 @pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
 def test_a_card_names_no_files_elsewhere(card, names, tmp_path, monkeypatch):
