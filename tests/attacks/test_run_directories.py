@@ -96,10 +96,10 @@ def beside(draw, run) -> None:
     names = [b"checkpoint-6", b"checkpoint-04", b"checkpoint-4.bak", b"checkpoint-\xff", b"\xff\n"]
     names += [b"checkpoint-" + b"9" * 200, b".checkpoint-8.x.part", b"checkpoint--1", b"model"]
     place = run / os.fsdecode(draw.choice([*names, b"checkpoint-\xd9\xa4", b"checkpoint-4 "]))
-    how = draw.randrange(5)
-    if how == 0:
-        shutil.copytree(run / "checkpoint-4", place, symlinks=True)
-    elif how == 1:
+    how, whole = draw.randrange(5), run / "checkpoint-4"
+    if how == 0 and all(map(plain, whole.iterdir())):  # a pipe cannot be copied
+        shutil.copytree(whole, place)
+    elif how <= 1:
         place.mkdir()
     elif how == 2:
         place.symlink_to(draw.choice(["checkpoint-4", ".", "/", "nowhere", "/dev/zero"]))

@@ -19,6 +19,7 @@ from opsd.common.errors import UserError
 from opsd.common.files import (
     append_to,
     is_unfinished,
+    open_plain,
     remove,
     try_lock,
     why_not_written,
@@ -119,6 +120,15 @@ def test_a_link_is_not_appended_to(tmp_path):
     with append_to(tmp_path / "new") as file:
         file.write(b", more")
     assert (tmp_path / "new").read_text() == "a line, more"
+
+
+@pytest.mark.parametrize("opened", [open_plain, append_to])
+def test_what_is_no_plain_file_is_not_opened(opened, tmp_path):
+    """A device has no end, and a pipe whose other end is open is waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match="no plain file"):
+            opened(path)
 
 
 def test_a_lock_is_had_by_one_and_some_file_systems_have_none(tmp_path, monkeypatch):
