@@ -4,36 +4,14 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from opsd.cli.arguments import check_at_least
+from opsd.cli.arguments import add_options, check_at_least
 from opsd.common.errors import UserError
 from opsd.config.sections import PromptsSection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd chat`."""
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a run's or a model's directory, or a hub name")
-    add(
-        "--base",
-        nargs="?",
-        const="",
-        metavar="MODEL",
-        help="show this model's answer too; for a run, no name means the model that it began with",
-    )
-    add(
-        "--with-solution",
-        action="store_true",
-        help="ask for a solution too, and answer with it in view, as the teacher does",
-    )
-    add("--plain", action="store_true", help="leave out the run's prompt templates")
-    add("--temperature", type=float, default=0.0, help="default: 0, always the likeliest token")
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=512,
-        metavar="N",
-        help="most tokens of an answer (default: 512)",
-    )
+    add_options(parser, "chat")
 
 
 def run(parsed: argparse.Namespace) -> None:

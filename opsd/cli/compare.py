@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from opsd.cli.arguments import add_options
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import write_file, write_json
@@ -31,34 +32,7 @@ FILES = ("comparison.json", "comparison.html", "comparison.md", "comparison.png"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd compare`."""
-    add = parser.add_argument
-    add(
-        "paths",
-        metavar="RUN_DIR|CONFIG.yaml|STUDY.yaml",
-        nargs="+",
-        type=Path,
-        help="finished runs; or configs, each of which is run with each seed; or one study file",
-    )
-    add("--seeds", metavar="LIST", help="seeds to run configs with (default: 0,1,2)")
-    add("--tokens", type=int, metavar="N", help="train.token_budget of each run of a config")
-    add(
-        "--target",
-        type=float,
-        metavar="ACCURACY",
-        help="accuracy to reach (default: the baseline's best)",
-    )
-    add(
-        "--baseline",
-        metavar="METHOD",
-        help="method to compare with (default: grpo, or the last one found)",
-    )
-    add(
-        "--output",
-        metavar="DIR",
-        type=Path,
-        default=Path("runs/compare"),
-        help="default: runs/compare",
-    )
+    add_options(parser, "compare")
 
 
 def run(asked: argparse.Namespace) -> None:

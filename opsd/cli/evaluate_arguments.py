@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opsd.cli.arguments import check_at_least
+from opsd.cli.arguments import add_options, check_at_least
 from opsd.common.errors import UserError, problem_said
 from opsd.common.strict_json import read_object
 from opsd.common.urls import check_address
@@ -29,64 +29,7 @@ THINKING = {"on": True, "off": False, "template": None}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd eval`."""
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a run's or a model's directory, or a hub name")
-    add(
-        "--benchmark",
-        metavar="NAME_OR_FILE",
-        help="aime24, aime25, hmmt25, amo-bench, math-500, gsm8k, a JSON-lines or parquet file, a "
-        "hub name, or reasoning_gym:<task> (default for a run: its held-out problems)",
-    )
-    add("--samples", type=int, metavar="K", help="answers to sample for each problem")
-    add("--problems", type=int, metavar="N", help="take the first N problems only")
-    add("--temperature", type=float, help="0 always takes the likeliest token")
-    add(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="sample among the likeliest tokens of total probability P; 1 is off",
-    )
-    add(
-        "--top-k",
-        type=int,
-        default=0,
-        metavar="K",
-        help="sample among the K likeliest tokens; 0 is off (default: 0)",
-    )
-    add("--max-new-tokens", type=int, metavar="N", help="most tokens of an answer")
-    add(
-        "--thinking", metavar="on|off|template", help="value of the chat template's enable_thinking"
-    )
-    add(
-        "--prompt", metavar="TEMPLATE", help="user message: a Jinja template over the row's columns"
-    )
-    add("--system", metavar="TEXT", help="system message")
-    add(
-        "--columns",
-        metavar="OURS=THEIRS,…",
-        help="the data's own names, such as problem=question,answer=target",
-    )
-    add("--split", help="split of a dataset that has several (default: test)")
-    add("--revision", help="branch, tag or commit of a hub dataset")
-    add("--seed", type=int, default=0, help="default: 0")
-    add(
-        "--shard", metavar="I/N", help="answer part I of N only (default: from RANK and WORLD_SIZE)"
-    )
-    add("--batch-size", type=int, metavar="N", help="answers to sample at once")
-    add("--engine", default="generate", metavar="|".join(ENGINES), help="default: generate")
-    add(
-        "--server",
-        metavar="URL",
-        help="address of the server, for the engines that are one (docs/vllm.md)",
-    )
-    add(
-        "--gpu-memory",
-        type=float,
-        default=0.9,
-        metavar="SHARE",
-        help="for vllm: its share of the GPU's memory (default: 0.9)",
-    )
-    add("--output", metavar="DIR", help="default: runs/eval/<model>-<benchmark>-<key>")
+    add_options(parser, "eval", engines="|".join(ENGINES))
 
 
 def run(parsed: argparse.Namespace) -> None:

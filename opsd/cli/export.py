@@ -10,22 +10,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from opsd.cli.arguments import add_options
+
 CONVERTER = "convert_hf_to_gguf.py"
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd export`."""
-    add = parser.add_argument
-    add("directory", metavar="RUN", help="a run's or a model's directory")
-    add(
-        "--merge",
-        action="store_true",
-        help="add the adapters to the weights, and write the whole model as safetensors",
-    )
-    add("--gguf", action="store_true", help=f"write one GGUF file, by llama.cpp's {CONVERTER}")
-    add("--output", type=Path, help="default: RUN/merged or RUN/model.gguf")
-    add("--type", default="auto", help=f"of the GGUF file's weights: {', '.join(OUTTYPES)}")
+    add_options(parser, "export", converter=CONVERTER, types=", ".join(OUTTYPES))
 
 
 def run(parsed: argparse.Namespace) -> None:

@@ -14,6 +14,8 @@ from typing import NoReturn
 from opsd.common.errors import UserError
 from opsd.common.near import nearest
 
+AS_FIELD = "a field of the config is set as in "
+
 
 @cache
 def _meant() -> dict[str, dict[str, str]]:
@@ -45,8 +47,7 @@ def unknown_options(rest: Sequence[str], words: Sequence[str], parsed: argparse.
     said = [_instead(word, words, own, has_fields) for word in rest if word.startswith("-")]
     if words[0] == "train" and not any(".y" in word for word in words):
         said.insert(0, "it needs a CONFIG.yaml; `opsd init` writes one")
-    field = "a field of the config is set as in "
-    said = [one.removeprefix(field) if any(said[:at]) else one for at, one in enumerate(said)]
+    said = [one.removeprefix(AS_FIELD) if any(said[:at]) else one for at, one in enumerate(said)]
     return "".join(f"; {one}" for one in dict.fromkeys(said) if one)
 
 
@@ -59,25 +60,27 @@ def _instead(option: str, words: Sequence[str], own: Iterable[str], has_fields: 
     if name in plain:
         return f"did you mean `{plain[name]}`?"
     from opsd.config.config import Config
-    from opsd.config.explain import NOWHERE, fields_of, here, typed
+    from opsd.config.foreign import answer, fields_of, reason, typed
 
     meant = _meant()["options"]
     said = meant.get(f"{command}.{name}") or meant.get(name, "")
     if (said.startswith("set ") and not has_fields) or (said.startswith("-") and said not in own):
         said = ""  # that is of another command
-    found = name if name in fields_of(Config) else here(name, Config)
-    if has_fields and found and not said:
-        return f"a field of the config is set as in {typed(found, value, Config)}"
-    if said := said or NOWHERE.get(name, ""):
+    if not said and has_fields and name in fields_of(Config):
+        return f"{AS_FIELD}{typed(name, value, Config)}"
+    near = nearest(name, plain, cutoff=0.8)
+    if said := said or (answer(name, value, Config, near) if has_fields else reason(name)):
+        said = said.replace("here it is ", AS_FIELD)
         return f"did you mean `{said}`?" if said.startswith("--") else said
-    near = nearest(name, plain, cutoff=0.6)
-    return f"did you mean `{plain[near]}`?" if near else ""
+    near = near or nearest(name, plain, cutoff=0.7)
+    known = f"`opsd {command} --help` lists " + ("options and fields" if has_fields else "options")
+    return f"did you mean `{plain[near]}`?" if near else known
 
 
 def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
     """Raises UserError for an override without `=`: `tiny`, `train.steps 5`, a second file."""
     from opsd.config.config import Config
-    from opsd.config.explain import fields_of, here, typed
+    from opsd.config.foreign import fields_of, here, typed
 
     known = {*fields_of(Config)}
     for word, following in zip(words, [*words, ""][1:], strict=True):

@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 
-from opsd.cli.arguments import check_at_least
+from opsd.cli.arguments import add_options, check_at_least
 from opsd.common.errors import UserError
 from opsd.common.format import size
 from opsd.common.near import nearest
@@ -15,41 +15,7 @@ _UNITS = {"G": 1e9, "GB": 1e9, "GIB": 2**30, "M": 1e6, "MB": 1e6, "MIB": 2**20}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd plan`."""
-    add = parser.add_argument
-    add(
-        "model",
-        metavar="MODEL_OR_CONFIG",
-        help="a model's directory, config.json or known name, or a run's config",
-    )
-    add("overrides", nargs="*", metavar="section.field=value", help="options of opsd train")
-    add(
-        "--gpu",
-        metavar="NAME",
-        help=f"{', '.join(GPUS)}, or its memory, such as 24G; h100x8 is eight (default: a CPU)",
-    )
-    add(
-        "--gpus",
-        type=int,
-        default=1,
-        metavar="N",
-        help="how many GPUs, one for each process (default: 1)",
-    )
-    add("--memory", metavar="SIZE", help="memory to fit into, such as 24G; says what to change")
-    add(
-        "--prompt-tokens",
-        type=int,
-        default=200,
-        metavar="N",
-        help="length of a problem (default: 200)",
-    )
-    add(
-        "--solution-tokens",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="length of a solution (default: 1000)",
-    )
-    add("--json", action="store_true", help="print the plan as JSON")
+    add_options(parser, "plan", gpus=", ".join(GPUS))
 
 
 def run(parsed: argparse.Namespace) -> None:

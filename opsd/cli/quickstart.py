@@ -4,7 +4,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from opsd.cli.arguments import check_at_least
+from opsd.cli.arguments import add_options, check_at_least
 from opsd.common.errors import UserError
 from opsd.config.names import METHODS
 from opsd.data.solution_styles import SOLUTION_STYLES
@@ -12,35 +12,7 @@ from opsd.data.solution_styles import SOLUTION_STYLES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd quickstart`."""
-    add = parser.add_argument
-    add(
-        "--tiny",
-        action="store_true",
-        help="make and train a tiny model, in minutes, without a download",
-    )
-    add("--output", metavar="DIR", help="default: runs/quickstart or runs/tiny")
-    add(
-        "--methods",
-        metavar="LIST",
-        help="some of opsd,grpo,sft,distill (default: opsd; with --tiny: opsd,grpo,sft)",
-    )
-    add("--seed", type=int, default=0, help="default: 0")
-    add("--model", metavar="DIR", help="a chat model to train instead of SmolLM2-135M")
-    add("--steps", type=int, help="stop each method after this many steps, for a try")
-    add("--problems", type=int, help="number of held-out problems (default: 300)")
-    add("--solutions", type=int, help="number of solved problems to learn from (default: endless)")
-    add(
-        "--solution-style",
-        default="words",
-        help="how solutions are written: words, own, terse or markdown (default: words)",
-    )
-    add("--resume", action="store_true", help="go on where the same command was stopped")
-    add(
-        "overrides",
-        nargs="*",
-        metavar="[method.]section.field=value",
-        help="options of opsd train, for one method or for all",
-    )
+    add_options(parser, "quickstart")
 
 
 def run(parsed: argparse.Namespace) -> None:

@@ -1,22 +1,13 @@
 """`opsd replay`: runs the samples of a failed step again, to find what was not finite."""
 
 import argparse
-from pathlib import Path
+
+from opsd.cli.arguments import add_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd replay`."""
-    parser.add_argument("file", metavar="FILE", type=Path, help="a run's failed-step-N.pt")
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the Python code in the repositories of its model and its teacher",
-    )
-    parser.add_argument(
-        "--ask-teacher",
-        action="store_true",
-        help="send its rollouts to the server that its teacher.path names",
-    )
+    add_options(parser, "replay")
 
 
 def run(parsed: argparse.Namespace) -> None:

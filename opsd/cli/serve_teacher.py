@@ -2,7 +2,7 @@
 
 import argparse
 
-from opsd.cli.arguments import check_at_least
+from opsd.cli.arguments import add_options, check_at_least
 from opsd.common.errors import UserError
 
 HERE = ("127.0.0.1", "::1", "localhost")
@@ -10,22 +10,7 @@ HERE = ("127.0.0.1", "::1", "localhost")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd serve-teacher`."""
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a model's directory or a hub name")
-    add("--host", default="127.0.0.1", help="default: 127.0.0.1; any other needs OPSD_TEACHER_KEY")
-    add("--port", type=int, default=8765, help="default: 8765; 0 takes any free port")
-    add(
-        "--dtype",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="type of the weights and of the answers (default: fp32)",
-    )
-    add(
-        "--most-tokens",
-        type=int,
-        default=1 << 17,
-        help="most tokens of a request (default: 131072)",
-    )
+    add_options(parser, "serve-teacher")
 
 
 def run(parsed: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from shutil import get_terminal_size
 from textwrap import TextWrapper
 from typing import TYPE_CHECKING
 
+from opsd.cli.arguments import add_options
 from opsd.cli.meant import Parser
 from opsd.common.errors import UserError
 
@@ -21,38 +22,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments of `opsd train`."""
     parser.more = _config_help
-    add = parser.add_argument
-    add(
-        "config", metavar="CONFIG.yaml", help="a config file; with --resume, also a run's directory"
-    )
-    add(
-        "overrides",
-        nargs="*",
-        metavar="section.field=value",
-        help="options of the config file, listed below",
-    )
-    add(
-        "--dry-run",
-        action="store_true",
-        help="check config, data, prompts and tokenizer, and show the plan; train nothing",
-    )
-    add(
-        "--for",
-        dest="machine",
-        metavar="GPU",
-        help="with --dry-run: plan for another machine, such as 4090 or h200x2",
-    )
-    add("--resume", action="store_true", help="go on from the last checkpoint")
-    add(
-        "--start-over",
-        action="store_true",
-        help="with --resume: begin again if there is no checkpoint",
-    )
-    add(
-        "--no-share",
-        action="store_true",
-        help="run the context again for each rollout (train.share_prefixes=false)",
-    )
+    add_options(parser, "train")
 
 
 def _config_help() -> str:

@@ -12,7 +12,7 @@ from typing import Any, get_origin
 
 from opsd.common.errors import UserError
 from opsd.config.base import Section
-from opsd.config.explain import ELSEWHERE, NOWHERE, section_of
+from opsd.config.foreign import answer, fields_of, section_of
 
 WHAT_IT_NAMES = {"model": "path", "data": "source", "output": "dir"}
 """Sections that may be given as a single string → the field that the string sets."""
@@ -31,7 +31,8 @@ def nested(values: Mapping[str, Any], config: type[Section]) -> dict[str, Any]:
     fields = dict(_fields(config))
     found: dict[str, Any] = {}
     for name in sorted(values, key=lambda name: name not in config.model_fields):  # sections first
-        field, value = _field(name, fields), values[name]
+        value = values[name]
+        field = _field(name, value, fields, config)
         if isinstance(value, PathLike):
             value = fspath(value)
         if isinstance(value, Section):
@@ -61,7 +62,7 @@ def _fields(model: type[Section], above: str = "") -> Iterator[tuple[str, set[st
             yield from _fields(inside, f"{path}.")
 
 
-def _field(name: str, fields: dict[str, set[str]]) -> str:
+def _field(name: str, value: Any, fields: dict[str, set[str]], config: type[Section]) -> str:
     if name in fields:  # a top-level field or section
         return name
     found = [field for field, names in fields.items() if name in names]
@@ -73,11 +74,12 @@ def _field(name: str, fields: dict[str, set[str]]) -> str:
         raise UserError(f"{name} is ambiguous: say {ways}")
     if name in TRAINER_TAKES:
         raise UserError(f"{name} belongs to the trainer: OPSDTrainer({name}=…)")
-    if here := ELSEWHERE.get(name):
-        raise UserError(f"unknown key {name!r}: here it is {here}")
-    if instead := NOWHERE.get(name):
-        raise UserError(f"unknown key {name!r}: {instead}")
     every = {name: field for field, names in fields.items() for name in names}
     near = difflib.get_close_matches(name, every, n=1, cutoff=0.5)
+    alike = difflib.get_close_matches(name, every, n=1, cutoff=0.9)
+    if said := answer(name, value, config, unless=next(iter(alike), None)):
+        for known in fields_of(config) if "=" in said else ():
+            said = said.replace(f"{known}=", f"{known.replace('.', '_')}=")
+        raise UserError(f"unknown key {name!r}: {said}")
     hint = f"did you mean {near[0]} ({every[near[0]]})?" if near else "docs/options.md lists them"
     raise UserError(f"unknown key {name!r}; {hint}")

@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 from opsd.common.errors import UserError
 from opsd.common.files import write_file
 from opsd.config.config import Config
-from opsd.config.explain import explain_all, here, section_of
+from opsd.config.explain import explain_all
+from opsd.config.foreign import here, section_of
 from opsd.config.yaml import load_yaml, read_yaml
 
 STUDY = {"quickstart", "methods", "variants"}

@@ -17,7 +17,7 @@ from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.hub_upload import push
 from opsd.config.config import IN_PYTHON, Config
-from opsd.config.explain import NOWHERE, here
+from opsd.config.foreign import here, reason
 from opsd.config.load import parse_config
 from opsd.config.sections import ModelSection
 from opsd.data.given import given_records
@@ -208,7 +208,7 @@ def _check_types(args: Any, processing_class: Any, others: Mapping[str, Any]) ->
     for name in others:
         found = here(name, Config)
         field = f"it is a field of OPSDConfig, {found}" if found else "help(OPSDTrainer) lists them"
-        raise UserError(f"OPSDTrainer has no argument {name!r}: {NOWHERE.get(name, field)}")
+        raise UserError(f"OPSDTrainer has no argument {name!r}: {reason(name) or field}")
     if args is not None:
         check_config("args", args)
     if isinstance(processing_class, str | Path):

@@ -66,7 +66,7 @@ MISTAKES = {
     "train good.yaml train.step=5": "did you mean 'steps'?",
     "train good.yaml trainer.steps=5": "did you mean 'train'?",
     "train good.yaml models.path=x": "did you mean 'model'?",
-    "train good.yaml train.learning-rate=1e-5": "did you mean 'learning_rate'?",
+    "train good.yaml train.learning-rate=1e-5": "here it is train.learning_rate=1e-05",
     "train good.yaml train.temperature=1": "rollout.temperature=1 or loss.temperature=1",
     "train good.yaml model=Qwen/Qwen3-1.7B": "as in model.path=Qwen/Qwen3-1.7B",
     "train good.yaml data=rows.jsonl": "as in data.source=rows.jsonl",

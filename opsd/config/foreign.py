@@ -1,0 +1,174 @@
+"""What other trainers' names and values are called here, and what to do where there is no field.
+
+The tables are `elsewhere.toml`, `nowhere.toml` and `values.toml`.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from yaml import YAMLError
+
+from opsd.common.files import read_toml
+from opsd.common.near import nearest
+from opsd.config.base import Section
+from opsd.config.yaml import load_yaml
+
+ELSEWHERE: dict[str, str] = read_toml(__file__, "elsewhere")
+"""A name of another trainer, or its last parts → our field's, after a comma what to know of it."""
+
+NOWHERE: dict[str, str] = {
+    name: said for said, names in read_toml(__file__, "nowhere").items() for name in names
+}
+"""Other trainers' names of what has no field here, also as patterns → what to do instead."""
+
+VALUES: dict[str, dict[str, str]] = read_toml(__file__, "values")
+"""Field → {another trainer's name of a value: our name}."""
+
+VAGUE = set("length target format on other size log window scale special path weight".split())
+"""Names of our fields that tell too little without their section."""
+
+OPEN = ("data.columns.", "data.options.", "prompts.student_chat.")
+"""Fields that hold names of others."""
+
+OFF = ("", "false", "none", "no", "off", "null", "0")
+
+
+def answer(name: str, value: Any, model: type[Section], unless: str | None = None) -> str:
+    """What to say of a name that is no field: `here it is train.steps=5`, why there is none, or "".
+
+    unless: a section or field that is spelled alike; then another trainer's name counts only where
+    it is exactly that.
+    """
+    if "rollout" not in model.model_fields:  # a study
+        found = ELSEWHERE.get(name.rpartition(".")[2], "")
+        return f"here it is {found}" if found in model.model_fields else ""
+    plain = re.sub(r"[\s-]+", "_", name)
+    if said := reason(plain):
+        return said.replace("-node N", f"-node {value}") if type(value) is int else said
+    if found := _ours(plain, model, unless):
+        if (said := typed(found, value, model)).startswith("leave it out"):
+            return said
+        return f"here it is {said}"
+    return ""
+
+
+def reason(name: str) -> str:
+    """Why there is no field for another trainer's name, or ""."""
+    *ends, last = _ends(name)
+    if end := next((end for end in ends if end in ELSEWHERE or end in NOWHERE), None):
+        return NOWHERE.get(end, "")
+    if part := next((part for part in name.split(".")[:-1] if part in NOWHERE), None):
+        return NOWHERE[part]
+    patterns = [one for one in NOWHERE if "*" in one]
+    if one := next((one for one in patterns if "." in one and fnmatchcase(name, one)), None):
+        return NOWHERE[one]
+    if last in ELSEWHERE or last in NOWHERE:
+        return NOWHERE.get(last, "")
+    one = next((one for one in patterns if "." not in one and fnmatchcase(last, one)), None)
+    return NOWHERE[one] if one else ""
+
+
+def here(name: str, model: type[Section]) -> str:
+    """Our full name for a field called `name` elsewhere or in another section; "" if unknown."""
+    return _ours(re.sub(r"[\s-]+", "_", name), model)
+
+
+def _ours(name: str, model: type[Section], unless: str | None = None) -> str:
+    for end in _ends(name):
+        if found := ELSEWHERE.get(end):
+            return found
+    if unless:
+        return ""
+    every = [*fields_of(model)]
+    if flat := [field for field in every if field.replace(".", "_") == name]:
+        return flat[0]
+    for end in _ends(name):
+        found = [field for field in every if f".{field}".endswith(f".{end}")]
+        least = min((field.count(".") for field in found), default=0)
+        if found and ("." in end or end not in VAGUE or (end == name and least == 1)):
+            return " or ".join(field for field in found if field.count(".") == least)
+    last = name.rpartition(".")[2]
+    spelled = ELSEWHERE | {field.rpartition(".")[2]: field for field in reversed(every)}
+    plain = last not in VAGUE and 4 < len(last) < 50
+    near = nearest(last, spelled, cutoff=0.9) if plain else None
+    return spelled[near] if near else ""
+
+
+def _ends(name: str) -> list[str]:
+    """["a.b.c", "b.c", "c"]."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def typed(found: str, value: Any, model: type[Section]) -> str:
+    """What to type for `found`, as `here` returns it: rollout.engine=vllm for "rollout.engine,
+    'vllm'". It has the value where the field takes it and no note says that it means another."""
+    field, _, note = found.partition(", ")
+    word = re.sub(r"(?<=\w)[\s-]+", "_", str(value).lower())
+    if quoted := re.fullmatch(r"'([\w.-]+)'(?: or '([\w.]+)')?", note):
+        if word in OFF and not quoted[2]:
+            return "leave it out: that is off"
+        return f"{field}={quoted[2] if word in OFF else quoted[1]}"
+    if field.startswith(OPEN):
+        text = value if isinstance(value, str) else json.dumps(value)
+        return f"{field}={text}" if "chat" in field or isinstance(value, str) else field
+    if note.startswith("a section: "):
+        off = "leave it out: that is off" if word in OFF else note.removeprefix("a section: ")
+        return VALUES.get(field, {}).get(word, off)
+    if more := re.fullmatch(r"with ([\w.]+=\w+)", note):  # two assignments
+        return f"{_assigned(field, value, model)} {more[1]}"
+    if note == "1 less the rate" and isinstance(value, int | float):
+        return f"{field}={1 - value:g}"
+    if word == "false" and note:
+        return "leave it out: that is off"
+    if note or not (every := field.split(" or ")) or {*every} - {*fields_of(model)}:
+        return f"{field} ({note})" if note else found
+    return " or ".join(_assigned(one, value, model) for one in every)
+
+
+def _assigned(field: str, value: Any, model: Any) -> str:
+    """`field=value`, in our words, if the field takes the value; otherwise the field's name."""
+    *above, last = field.split(".")
+    for part in above:
+        model = section_of(model.model_fields[part].annotation)
+    kind = model.model_fields[last]
+    if isinstance(value, list):  # such as verl's ['console', 'wandb']
+        words = [VALUES.get(field, {}).get(str(one), one) for one in value]
+        value = [one for one in words if not str(one).startswith("leave it out")]
+    said = VALUES.get(field, {}).get(re.sub(r"(?<=\w)[\s-]+", "_", str(value).lower()), value)
+    if isinstance(said, str) and said != value and " " in said:
+        return f"{field} ({said.removesuffix('?')})"
+    if isinstance(said, str) and "list" in str(kind.annotation) and "," in said:
+        said = f"[{said.strip('[]')}]"
+    text = said if isinstance(said, str) else json.dumps(said)
+    try:
+        model.model_validate({last: load_yaml(text)})
+    except ValidationError as error:
+        if any(problem["loc"][:1] == (last,) for problem in error.errors()):
+            known = [str(one) for one in get_args(kind.annotation) if isinstance(one, str)]
+            if value is False:
+                return "leave it out: that is off"
+            return f"{field} ({', '.join(known)})" if known else field
+    except YAMLError:
+        return field
+    return f"{field}={text}"
+
+
+def fields_of(model: type[Section], prefix: str = "") -> Iterator[str]:
+    """The full names of all fields, such as train.steps."""
+    for name, field in model.model_fields.items():
+        inside = section_of(field.annotation)
+        if inside and not str(field.annotation).startswith("str"):  # data.source: also a string
+            yield from fields_of(inside, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section class that a field of this type may hold; None if it holds plain values."""
+    kinds = getattr(annotation, "__args__", None) or (annotation,)
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
