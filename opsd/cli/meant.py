@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,6 +46,8 @@ def unknown_options(rest: Sequence[str], words: Sequence[str], parsed: argparse.
     far as it is `parsed`, does not know."""
     has_fields, own = hasattr(parsed, "overrides"), parsed.options
     said = [_instead(word, words, own, has_fields) for word in rest if word.startswith("-")]
+    if not rest[0].startswith("-") and (extra := _meant()["words"].get(words[0])):
+        said.append(extra.replace("WORD", shlex.quote(rest[0])))
     if words[0] == "train" and not any(".y" in word for word in words):
         said.insert(0, "it needs a CONFIG.yaml; `opsd init` writes one")
     said = [one.removeprefix(AS_FIELD) if any(said[:at]) else one for at, one in enumerate(said)]
@@ -52,13 +55,20 @@ def unknown_options(rest: Sequence[str], words: Sequence[str], parsed: argparse.
 
 
 def _instead(option: str, words: Sequence[str], own: Iterable[str], has_fields: bool) -> str:
-    more = [*words[words.index(option) + 1 :], "--"][0] if option in words else "--"
-    option, _, value = option.partition("=")
-    value = value or ("true" if more.startswith("--") else more)
+    after = words[words.index(option) + 1 :] if option in words else []
+    more = [*takewhile(lambda word: not word.startswith("--") and "=" not in word, after)]
+    whole, (option, _, value) = option, option.partition("=")
+    value = value or ",".join(more) or "true"
     name, command = option.lstrip("-").replace("-", "_"), next(iter(words), "")
     plain = {one.lstrip("-").replace("-", "_"): one for one in own}
     if name in plain:
         return f"did you mean `{plain[name]}`?"
+    if (place := _meant()["places"].get(command)) and name in _meant()["places"]["names"]:
+        less = [word for word in words if word != whole or "=" in word]
+        typed_so = shlex.join(["opsd", *less]).replace(whole, value)
+        return f"{place} stands without an option: `{typed_so}`"
+    if {*own} <= {"--debug", "--help", "-h"}:
+        return f"`opsd {command}` takes no options"
     from opsd.config.config import Config
     from opsd.config.foreign import answer, fields_of, reason, typed
 
@@ -71,6 +81,7 @@ def _instead(option: str, words: Sequence[str], own: Iterable[str], has_fields: 
     near = nearest(name, plain, cutoff=0.8)
     if said := said or (answer(name, value, Config, near) if has_fields else reason(name)):
         said = said.replace("here it is ", AS_FIELD)
+        said = "--gpus" if said.startswith("several GPUs") and "--gpus" in own else said
         return f"did you mean `{said}`?" if said.startswith("--") else said
     near = near or nearest(name, plain, cutoff=0.7)
     known = f"`opsd {command} --help` lists " + ("options and fields" if has_fields else "options")
@@ -117,9 +128,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if "required: CONFIG.yaml" in message:
-            message = "it needs a CONFIG.yaml; `opsd init` writes one"
+            return super().error("it needs a CONFIG.yaml; `opsd init` writes one")
         if "argument --gpus: invalid int" in message:
             message += "; `--gpu` names the GPU, and `--gpus` counts them"
+        if wrong := re.search(r"invalid (int|float) value: '(.*)'", message):
+            from opsd.config.explain import number_meant
+
+            message += number_meant(wrong[2], wrong[1])
+        if "required: " in message:
+            message += f", as in `{self.prog} {_meant()['places'].get(self.prog[5:], 'FILE')}`"
         super().error(message)
 
 

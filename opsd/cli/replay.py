@@ -16,7 +16,7 @@ def run(parsed: argparse.Namespace) -> None:
     from opsd.common.errors import UserError
 
     if not (path := parsed.file).is_file():  # said before torch is imported
-        kept = sorted(path.glob("failed-step-*.pt"))
+        kept = sorted((path if path.is_dir() else path.parent).glob("failed-step-*.pt"))
         hint = f"; did you mean {str(kept[-1])!r}?" if kept else " (a step that fails leaves one)"
         said = "a directory" if path.is_dir() else "no such file"
         raise UserError(f"FILE is {str(path)!r}: {said}{hint}")

@@ -47,9 +47,14 @@ class Config(Section):
     eval: EvalSection = EvalSection()
     output: OutputSection = OutputSection()
 
-    def __init__(self, **fields: Any):
+    def __init__(self, *unnamed: Any, **fields: Any):
         """Takes sections, or fields by their flat names (opsd.config.flat). Model and data may be
         left out if OPSDTrainer is given them. Raises UserError."""
+        if unnamed:
+            raise UserError(
+                f"OPSDConfig is given {str(unnamed[0])[:80]!r}: it takes fields by name, as in "
+                "OPSDConfig(learning_rate=1e-5); load_config('mine.yaml') reads a file"
+            )
         found = nested(fields, type(self))
         for section, field in (("model", "path"), ("data", "source")):
             found.setdefault(section, {}).setdefault(field, IN_PYTHON)

@@ -13,7 +13,7 @@ from opsd.config.base import Section
 from opsd.config.foreign import VALUES, answer, fields_of, section_of
 
 SHOWN_PROBLEMS = 10  # at most this many errors of one config are shown
-NUMBERS = {"int_parsing": r"[-+]?\d+", "float_parsing": r"[-+]?\d*\.?\d+([eE][-+]?\d+)?"}
+NUMBERS = {"int": r"[-+]?\d+", "float": r"[-+]?\d*\.?\d+([eE][-+]?\d+)?"}
 
 TRUTH = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
@@ -49,6 +49,8 @@ def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
     key, colon, rest = location[-1].partition(":")
     if colon and (key in known or answer(key, rest, model)):
         return f"unknown key {location[-1]!r}: YAML needs a space after the colon: `{key}: {rest}`"
+    if location[-1].isdecimal() and str(value) in ("None", location[-1]):
+        return f"unknown key {location[-1]!r}: a number has a point, not a comma: 0.{location[-1]}"
     near = nearest(location[-1], known, cutoff=0.8)
     said = []
     for name, inside in islice(_leaves(".".join(location), value), SHOWN_PROBLEMS):
@@ -78,6 +80,8 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
         key, colon, rest = str(value).partition(":")
         if colon and f"{name}.{key}" in fields_of(model):
             return f"; YAML needs a space after the colon: `{key}: {rest}`"
+        if isinstance(value, list):
+            return f"; it is a section: write its fields without `- `, as in {inside}=…"
         shown = "…" if isinstance(value, bool) or len(str(value)) >= 50 else value
         return f"; it is a section, as in {inside}={shown}" if inside else ""
     if kind == "dict_type" and name.endswith("columns"):
@@ -96,23 +100,33 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
         if word in TRUTH and "True" in problem["ctx"]["expected"]:
             return f"; write {TRUTH[word]}"
         return did_you_mean(value, re.findall(r"'([^']+)'", problem["ctx"]["expected"]))
-    plain = re.sub(r"(?<=\d)[,_](?=\d{3})", "", value).strip(" ,;'\"")
+    if name == "rollout.gpu_memory" and re.search(r"\d\s*[kmg]", value.lower()):
+        return "; it is a share of the GPU's memory, such as 0.4"
+    return number_meant(value, kind.removesuffix("_parsing"))
+
+
+def number_meant(text: str, kind: str) -> str:
+    """What to write for a text that is no number of the kind, int or float, or ""."""
+    plain = re.sub(r"(?<=\d)[,_](?=\d{3})", "", text).strip(" ,;'\"")
     plain = re.sub(r"^(\d+),(\d+)$", r"\1.\2", plain)  # a decimal comma
-    if (form := NUMBERS.get(kind)) and plain != value and re.fullmatch(form, plain):
+    if (form := NUMBERS.get(kind)) and plain != text and re.fullmatch(form, plain):
         return f"; write {plain}"
-    number = re.fullmatch(r"([\d.]+)\s*([kmg]i?b?|%)", value.strip(), re.IGNORECASE)
-    if number and kind in NUMBERS:
-        unit = number[2].lower()
-        if unit == "%":
-            return (
-                ""
-                if kind == "int_parsing"
-                else f"; a share is written as {float(number[1]) / 100:g}"
-            )
-        if name == "rollout.gpu_memory":
-            return "; it is a share of the GPU's memory, such as 0.4"
-        return f"; write {int(float(number[1]) * UNITS[unit])}, without a unit"
-    return ""
+    number = re.fullmatch(r"([\d.]+)\s*([kmg]i?b?|%)", text.strip(), re.IGNORECASE)
+    if form and number and number[2] == "%":
+        share = f"a share is written as {float(number[1]) / 100:g}"
+        return "; it is a number, not a share" if kind == "int" else f"; {share}"
+    if form and number:
+        return f"; write {int(float(number[1]) * UNITS[number[2].lower()])}, without a unit"
+    words = {
+        "greedy": "0",
+        "zero": "0",
+        "off": "0",
+        "none": "0",
+        "one": "1",
+        "two": "2",
+        "ten": "10",
+    }
+    return f"; write {words[plain.lower()]}" if form and plain.lower() in words else ""
 
 
 def _known(location: Sequence[str], model: Any) -> list[str]:

@@ -48,7 +48,11 @@ def answer(name: str, value: Any, model: type[Section], unless: str | None = Non
         return f"here it is {found}" if found in model.model_fields else ""
     plain = re.sub(r"[\s-]+", "_", name)
     if said := reason(plain):
-        return said.replace("-node N", f"-node {value}") if type(value) is int else said
+        blank, count = (
+            "nnodes M" if "nnodes M" in said else "-node N",
+            re.search(r"\d+$", str(value)),
+        )
+        return said.replace(blank, f"{blank[:-1]}{count[0]}") if count else said
     if found := _ours(plain, model, unless):
         if (said := typed(found, value, model)).startswith("leave it out"):
             return said

@@ -39,6 +39,7 @@ SLIPS = {
     "<block end>": "the lines of a section are indented alike, and a list's all begin with `- `",
     "mapping values are not allowed": "a text that holds `: ` is quoted, and a section's lines are "
     "indented alike",
+    "could not find expected ':'": "a section's name ends with a colon",
     "unexpected end of stream": "a quote is not closed",
     "cannot start any token": "a text that begins with %, @ or ` is quoted",
 }
@@ -99,6 +100,8 @@ def read_yaml(path: Path, field: str = "CONFIG") -> Any:
         return load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         hint = next((f"; {hint}" for said, hint in SLIPS.items() if said in str(error)), "")
+        if named := re.search(r"column \d+: (\w+) \^ could not find", " ".join(str(error).split())):
+            hint += f", as in `{named[1]}:`"
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}{hint}") from None
 
 

@@ -126,6 +126,9 @@ def read_results(run_dir: Path) -> Results:
     """Read a run's or a quickstart's directory. Raises UserError where it is neither."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
+        several = str(run_dir).split(",")
+        if all(Path(one).is_dir() for one in several):
+            raise UserError(f"report: {run_dir} is not a directory: write `{' '.join(several)}`")
         raise UserError(
             f"report: {run_dir} is not a directory; give the directory of a run{near_file(run_dir)}"
         )
@@ -141,9 +144,11 @@ def read_results(run_dir: Path) -> Results:
     ]
     quickstart = summary.get("methods") is not None or bool(children)
     if not quickstart and not any((run_dir / mark).is_file() for mark in MARKS):
+        above = any((run_dir.parent / mark).is_file() for mark in (*MARKS, "config.yaml"))
+        hint = f"; did you mean {str(run_dir.parent)!r}?" if above else ""
         raise UserError(
-            f"report: {run_dir} holds no run; a run's directory has one of {', '.join(MARKS)}, "
-            "a quickstart's has one such directory a method"
+            f"report: {run_dir} holds no run{hint}; a run's directory has one of "
+            f"{', '.join(MARKS)}, a quickstart's has one such directory a method"
         )
     if quickstart:
         runs = _quickstart_runs(children, summary, reader)

@@ -142,6 +142,11 @@ def test_flat_names_are_fields_by_as_much_of_their_path_as_tells_them_apart():
     assert again == config and type(again) is Config
 
 
+def test_a_config_without_names_is_told_how_a_file_is_read():
+    with pytest.raises(UserError, match=r"load_config\('mine.yaml'\) reads a file"):
+        Config("mine.yaml")
+
+
 def test_a_path_is_taken_for_its_text():
     assert Config(output_dir=Path("runs/x")).output.dir == "runs/x"
 

@@ -135,7 +135,7 @@ def test_a_name_of_nobodys_gets_no_answer(name):
 def test_each_name_of_a_foreign_section_is_told():
     with pytest.raises(UserError) as raised:
         parse_config({**GOOD, "trainer": {"save_freq": 5, "project_name": "x", "nnodes": 2}})
-    for said in ("train.save_every=5", "output.project=x", "--nnodes M"):
+    for said in ("train.save_every=5", "output.project=x", "--nnodes 2"):
         assert said in str(raised.value)
 
 
