@@ -128,7 +128,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if "required: CONFIG.yaml" in message:
-            return super().error("it needs a CONFIG.yaml; `opsd init` writes one")
+            message = "it needs a CONFIG.yaml; `opsd init` writes one"
         if "argument --gpus: invalid int" in message:
             message += "; `--gpu` names the GPU, and `--gpus` counts them"
         if wrong := re.search(r"invalid (int|float) value: '(.*)'", message):

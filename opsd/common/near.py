@@ -43,6 +43,13 @@ def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
         return ""
     near = next((path.name + s for s in suffixes if path.name + s in there), None)
     near = near or nearest(path.name, there, cutoff=0.6)
+    rows = (".jsonl", ".json", ".parquet", ".csv")
+    if (
+        not near
+        and path.suffix in rows
+        and len(data := [o for o in there if o.endswith(rows)]) == 1
+    ):
+        near = data[0]  # the only file of rows
     return f"; did you mean {str(path.parent / near)!r}?" if near else ""
 
 

@@ -111,22 +111,15 @@ def number_meant(text: str, kind: str) -> str:
     plain = re.sub(r"^(\d+),(\d+)$", r"\1.\2", plain)  # a decimal comma
     if (form := NUMBERS.get(kind)) and plain != text and re.fullmatch(form, plain):
         return f"; write {plain}"
-    number = re.fullmatch(r"([\d.]+)\s*([kmg]i?b?|%)", text.strip(), re.IGNORECASE)
+    number = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([kmg]i?b?|%)", text.strip(), re.IGNORECASE)
     if form and number and number[2] == "%":
         share = f"a share is written as {float(number[1]) / 100:g}"
         return "; it is a number, not a share" if kind == "int" else f"; {share}"
     if form and number:
         return f"; write {int(float(number[1]) * UNITS[number[2].lower()])}, without a unit"
-    words = {
-        "greedy": "0",
-        "zero": "0",
-        "off": "0",
-        "none": "0",
-        "one": "1",
-        "two": "2",
-        "ten": "10",
-    }
-    return f"; write {words[plain.lower()]}" if form and plain.lower() in words else ""
+    if form and text.lower() in ("greedy", "zero", "off", "no", "none"):
+        return "; write 0"
+    return "; write a number" if form and text.lower() in ("yes", "true", "always", "auto") else ""
 
 
 def _known(location: Sequence[str], model: Any) -> list[str]:

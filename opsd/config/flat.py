@@ -30,9 +30,14 @@ def nested(values: Mapping[str, Any], config: type[Section]) -> dict[str, Any]:
     """
     fields = dict(_fields(config))
     found: dict[str, Any] = {}
+    wrong: list[str] = []
     for name in sorted(values, key=lambda name: name not in config.model_fields):  # sections first
         value = values[name]
-        field = _field(name, value, fields, config)
+        try:
+            field = _field(name, value, fields, config)
+        except UserError as error:
+            wrong.append(str(error))
+            continue
         if isinstance(value, PathLike):
             value = fspath(value)
         if isinstance(value, Section):
@@ -48,6 +53,8 @@ def nested(values: Mapping[str, Any], config: type[Section]) -> dict[str, Any]:
         if last in place:
             raise UserError(f"{field} is given twice")
         place[last] = deepcopy(dict(value)) if isinstance(value, Mapping) else value
+    if wrong:
+        raise UserError("; ".join(wrong))
     return found
 
 
@@ -74,12 +81,14 @@ def _field(name: str, value: Any, fields: dict[str, set[str]], config: type[Sect
         raise UserError(f"{name} is ambiguous: say {ways}")
     if name in TRAINER_TAKES:
         raise UserError(f"{name} belongs to the trainer: OPSDTrainer({name}=…)")
-    every = {name: field for field, names in fields.items() for name in names}
+    every = [one for names in fields.values() for one in sorted(names)]
     near = difflib.get_close_matches(name, every, n=1, cutoff=0.5)
     alike = difflib.get_close_matches(name, every, n=1, cutoff=0.9)
     if said := answer(name, value, config, unless=next(iter(alike), None)):
         for known in fields_of(config) if "=" in said else ():
-            said = said.replace(f"{known}=", f"{known.replace('.', '_')}=")
+            alone = [one for one in fields.get(known, ()) if every.count(one) == 1]
+            said = said.replace(f"{known}=", f"{min(alone, key=len, default=known)}=")
         raise UserError(f"unknown key {name!r}: {said}")
-    hint = f"did you mean {near[0]} ({every[near[0]]})?" if near else "docs/options.md lists them"
+    whose = next((field for field, names in fields.items() if near and near[0] in names), "")
+    hint = f"did you mean {near[0]} ({whose})?" if near else "docs/options.md lists them"
     raise UserError(f"unknown key {name!r}; {hint}")

@@ -83,13 +83,13 @@ def here(name: str, model: type[Section]) -> str:
 
 def _ours(name: str, model: type[Section], unless: str | None = None) -> str:
     for end in _ends(name):
-        if found := ELSEWHERE.get(end):
-            return found
+        if end in ELSEWHERE:
+            return ELSEWHERE[end]
     if unless:
         return ""
     every = [*fields_of(model)]
-    if flat := [field for field in every if field.replace(".", "_") == name]:
-        return flat[0]
+    if whole := [field for field in every if field.replace(".", "_") == name]:
+        return whole[0]
     for end in _ends(name):
         found = [field for field in every if f".{field}".endswith(f".{end}")]
         least = min((field.count(".") for field in found), default=0)

@@ -246,6 +246,9 @@ MISTAKES = {
     "replay run/failed-step-8.pt": "did you mean 'run/failed-step-7.pt'?",
     "report run/model": "did you mean 'run'?",
     "report --run run": "`opsd report run`",
+    "train good.yaml --resume --checkpoint run/checkpoint-10": "`--resume` goes on from the last",
+    "train other/good.yaml data.source=other/train.csv": "did you mean 'other/rows.jsonl'?",
+    "train good.yaml eval.every=yes": "write a number",
     "doctor --verbose": "`opsd doctor` takes no options",
 }
 
@@ -298,6 +301,9 @@ def place(tmp_path_factory):
     good = "model: {path: model}\ndata: {source: rows.jsonl}\n"
     (place / "good.yaml").write_text(good)
     (place / "other.yaml").write_text(good)
+    (place / "other").mkdir()
+    (place / "other" / "good.yaml").write_text(good)
+    (place / "other" / "rows.jsonl").write_text(json.dumps(row) + "\n")
     (place / "study.yaml").write_text("quickstart: tiny\nmethods: [opsd]\n")
     for directory in ("model", "run/model", "tiny/opsd/model", "tiny/sft/model", "runs/b/model"):
         (place / directory).mkdir(parents=True)
