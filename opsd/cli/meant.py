@@ -58,7 +58,7 @@ def _instead(option: str, words: Sequence[str], own: Iterable[str], has_fields: 
     after = words[words.index(option) + 1 :] if option in words else []
     more = [*takewhile(lambda word: not word.startswith("--") and "=" not in word, after)]
     whole, (option, _, value) = option, option.partition("=")
-    value = value or ",".join(more) or "true"
+    value = value or next(iter(more), "true")
     name, command = option.lstrip("-").replace("-", "_"), next(iter(words), "")
     plain = {one.lstrip("-").replace("-", "_"): one for one in own}
     if name in plain:
@@ -80,6 +80,8 @@ def _instead(option: str, words: Sequence[str], own: Iterable[str], has_fields: 
         return f"{AS_FIELD}{typed(name, value, Config)}"
     near = nearest(name, plain, cutoff=0.8)
     if said := said or (answer(name, value, Config, near) if has_fields else reason(name)):
+        if len(more) > 1 and "=[" in (every := answer(name, ",".join(more), Config)):
+            said = every
         said = said.replace("here it is ", AS_FIELD)
         said = "--gpus" if said.startswith("several GPUs") and "--gpus" in own else said
         return f"did you mean `{said}`?" if said.startswith("--") else said

@@ -48,10 +48,8 @@ def answer(name: str, value: Any, model: type[Section], unless: str | None = Non
         return f"here it is {found}" if found in model.model_fields else ""
     plain = re.sub(r"[\s-]+", "_", name)
     if said := reason(plain):
-        blank, count = (
-            "nnodes M" if "nnodes M" in said else "-node N",
-            re.search(r"\d+$", str(value)),
-        )
+        blank = "nnodes M" if "nnodes M" in said else "-node N"
+        count = re.search(r"\d+$", str(value))
         return said.replace(blank, f"{blank[:-1]}{count[0]}") if count else said
     if found := _ours(plain, model, unless):
         if (said := typed(found, value, model)).startswith("leave it out"):
@@ -125,8 +123,8 @@ def typed(found: str, value: Any, model: type[Section]) -> str:
         return VALUES.get(field, {}).get(word, off)
     if more := re.fullmatch(r"with ([\w.]+=\w+)", note):  # two assignments
         return f"{_assigned(field, value, model)} {more[1]}"
-    if note == "1 less the rate" and isinstance(value, int | float):
-        return f"{field}={1 - value:g}"
+    if note == "1 less the rate" and re.fullmatch(r"[01]?\.?\d+", str(value)):
+        return f"{field}={1 - float(value):g}"
     if word == "false" and note:
         return "leave it out: that is off"
     if note or not (every := field.split(" or ")) or {*every} - {*fields_of(model)}:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -241,15 +242,12 @@ def test_help_is_fast_and_imports_no_torch():
     )
     for arguments in (["--help"], ["train", "--help"], ["quickstart", "--help"]):
         subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, timeout=30)
-    # The best of three: other work on the machine is not the command's fault.
-    seconds = []
-    for _ in range(3):
-        start = time.monotonic()
-        subprocess.run(
-            [sys.executable, "-m", "opsd", "--help"], cwd=ROOT, check=True, capture_output=True
-        )
-        seconds.append(time.monotonic() - start)
-    assert min(seconds) < 1
+    # Processor time: other work on the machine is not the command's fault.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "opsd", "--help"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 def test_a_bad_config_is_refused_before_torch_is_imported(tmp_path):

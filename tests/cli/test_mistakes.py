@@ -224,6 +224,8 @@ MISTAKES = {
     "plan Qwen/Qwen3-8B --gpu 8xh1000": "--gpu is 'h1000'",
     # The fourth list, typed blind.
     "train good.yaml --lora_target_modules q_proj v_proj": "model.lora.targets=[q_proj,v_proj]",
+    "train --lr 1e-5 good.yaml": "set as in train.learning_rate=1e-5",
+    "train good.yaml --teacher_update_rate 0.05": "set as in teacher.ema_decay=0.95",
     "train good.yaml --nodes 2 --ntasks-per-node 8": "--nnodes 2 --nproc-per-node N",
     "train good.yaml --gres=gpu:4": "torchrun --nproc-per-node 4 -m opsd train",
     "train good.yaml --partition gpu": "an option of `sbatch`",
