@@ -24,6 +24,7 @@ namespace {
 #define INLINE inline __attribute__((always_inline))
 
 constexpr int64_t BLOCK = 128;  // tokens
+constexpr int64_t LINE = 64;    // bytes of the cache
 constexpr int64_t MOST_ROWS = 4;
 constexpr int64_t MOST_WIDTH = 512;
 constexpr int STRIP = LANES == 16 ? 4 : 2;  // vectors of a value whose sums fit in the registers
@@ -89,7 +90,8 @@ struct Rows {
   void score(int64_t start, int64_t end) {
     for (int64_t t = start; t < end; ++t) {
       Vector products[ROWS] = {};
-      const T* key = keys + t * a.key_strides[2];
+      const T *key = keys + t * a.key_strides[2], *value = values + t * a.value_strides[2];
+      for (int64_t i = 0; i < a.value_width; i += LINE / sizeof(T)) __builtin_prefetch(value + i);
       for (int64_t i = 0; sees(t) && i < a.width; i += LANES) {
         const Vector entries = read(key + i);
         for (int r = 0; r < ROWS; ++r) products[r] += load(query[r] + i) * entries;

@@ -76,7 +76,8 @@ def attention(
 
     Returns [B, H, R, d_v].
     """
-    plain = not (dropout_p or is_causal or torch.is_grad_enabled())
+    graph = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    plain = not (dropout_p or is_causal or graph)
     same_heads = query.shape[1:2] == key.shape[1:2]
     if not (plain and (enable_gqa or same_heads) and _serves(query, key, value, attn_mask)):
         return TORCH(

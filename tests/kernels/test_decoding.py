@@ -170,6 +170,18 @@ def test_without_the_library_torch_computes_it(monkeypatch, torch_alone):
     assert len(torch_alone) == 1
 
 
+def test_a_compiled_function_has_torchs_in_its_graph():
+    query, key, value, mask = tensors(2, 2, 3, 20, 16, 16, False, torch.float32)
+    with torch.no_grad(), decoding.single_tokens():
+        compiled = torch.compile(
+            lambda *a: nn.functional.scaled_dot_product_attention(*a),
+            fullgraph=True,
+            backend="eager",
+        )
+        found = compiled(query, key, value, mask)
+    assert_exact(found, dense(query, key, value, mask, 16**-0.5))
+
+
 def test_torchs_function_is_there_again_afterwards():
     theirs = nn.functional.scaled_dot_product_attention
     with pytest.raises(KeyError), decoding.single_tokens():
