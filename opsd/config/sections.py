@@ -126,9 +126,8 @@ class DataSection(Section):
     options: dict[str, Any] = Field({})
     """reasoning_gym: the task's own options."""
     varied: Natural | None = None
-    """opsd: further problems made of each row, which hold the student: its own with other numbers,
-    without its solution. none: 3 where few problems would be visited often, else 0
-    (docs/methods.md)."""
+    """opsd: problems made of each row, with other numbers and no solution, which hold the student.
+    none: 3 where few problems would be visited often (docs/methods.md), else 0."""
 
 
 class PromptsSection(Section):

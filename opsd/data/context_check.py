@@ -6,7 +6,7 @@ least one mark has to appear.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from opsd.common.errors import UserError
 from opsd.common.templates import names
 from opsd.data.chat import PROBE
 from opsd.data.prompts import Prompts
-from opsd.data.rows import Row, mapped
+from opsd.data.rows import Row
 
 SHORT = 16  # a text of fewer characters may occur in a message by chance
 
@@ -132,10 +132,7 @@ class ContextCheck:
         def chosen(text: str) -> bool:
             return text.strip() != "" and (text.strip() == row.problem.strip()) == problem
 
-        def mark(text: str) -> str:
-            return re.sub(r"^|\s+|$", rf"\g<0>{PROBE}", text) if chosen(text) else text
-
-        marked = {name: mapped(getattr(row, name), mark) for name in (*row.texts, "columns")}
+        marked = {name: _marked(getattr(row, name), chosen) for name in (*row.texts, "columns")}
         try:
             return PROBE in self.prompts.render(replace(row, **marked), role)
         except UserError:  # the template computes with the text, and the marks break that
@@ -168,6 +165,15 @@ def given_choices(columns: Mapping[str, Any]) -> tuple[str, list[str]]:
 def _stands(text: str, message: str) -> bool:
     text = text.strip()
     return len(text) >= SHORT and text in message
+
+
+def _marked(value: Any, chosen: Callable[[str], bool]) -> Any:
+    """A column's value with a mark before each word of the chosen texts, also nested ones."""
+    if isinstance(value, str):
+        return re.sub(r"^|\s+|$", rf"\g<0>{PROBE}", value) if chosen(value) else value
+    if isinstance(value, dict):
+        return {key: _marked(inside, chosen) for key, inside in value.items()}
+    return [_marked(inside, chosen) for inside in value] if isinstance(value, list) else value
 
 
 def _single(template: str, columns: Collection[str]) -> str | None:

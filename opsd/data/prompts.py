@@ -365,6 +365,11 @@ class Prompts:
 
     def rendered(self, rows: Sequence[Row], name: str, **more: Any) -> list[str]:
         """Render the template for each row; caches the texts of the last call for several rows."""
+        if not more and (held := [row for row in rows if self.holds(row, name)]):
+            rest = [row for row in rows if not self.holds(row, name)]
+            text_of = dict(zip(map(id, held), self.rendered(held, "student"), strict=True))
+            text_of |= zip(map(id, rest), self.rendered(rest, name), strict=True)
+            return [text_of[id(row)] for row in rows]
         known = {} if more else self._rendered.get(name, {})
         template = self.templates[name]
         used, new = names(template), [row for row in rows if id(row) not in known]

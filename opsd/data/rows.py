@@ -208,20 +208,11 @@ def varied(rows: Sequence[Row], copies: int, seed: int) -> list[Row]:
             digits = [draw.randint(not i and was != "0", 9) for i, was in enumerate(number)]
             others[number] = "".join(map(str, digits))
         text = "".join(others.get(text, text) for text in texts)
-        swap = {row.problem: text}  # a column may have the problem by another name
-        columns = mapped(row.columns, lambda own: swap.get(own, own))  # noqa: B023, called at once
+        columns = dict(row.columns)
+        columns |= {n: text for n, own in columns.items() if str(own) == row.problem}
         if others:
             made.append(Row(text, "", "", columns, row.history, row.images, held=True))
     return made
-
-
-def mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """A column's value with each of its texts changed, also nested ones."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: mapped(inside, change) for key, inside in value.items()}
-    return [mapped(inside, change) for inside in value] if isinstance(value, list) else value
 
 
 def split_rows(rows: Sequence[Row], heldout: int, seed: int) -> tuple[list[Row], list[Row]]:

@@ -113,10 +113,9 @@ def _check_routes(config: Config, rows: Sequence[Row], note: Callable[[str], Non
 
 
 def _variations(config: Config, rows: Sequence[Row], held: bool, display: Display) -> list[Row]:
-    """Problems with other numbers, as `data.varied` asks; says so of few problems. held: whether
-    some of the rows hold the student already."""
+    """Problems with other numbers, as `data.varied` asks. held: whether rows hold the student."""
     known, train = {row.same_problem for row in rows}, config.train
-    visits, copies = train.steps * train.problems_per_step / len(known), config.data.varied
+    visits, copies = train.steps * train.problems_per_step / (len(known) or 1), config.data.varied
     few = config.method == "opsd" and not held and len(known) < FEW and visits > VISITS
     if copies is None:
         copies = VARIED if few and unvaried(config) is None else 0

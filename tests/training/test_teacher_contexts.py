@@ -308,6 +308,8 @@ def test_problems_that_cannot_vary_are_told(tokenizer, files, tmp_path):
     shown = Prompts(config.prompts, tokenizer)
     plain = [Row(text, "a solution of theirs", "b", {}) for text in ("one", "two", "six")]
     many, bare = worksheet_rows(256, seed=1), Row("none", "", "", {})
+    with pytest.raises(UserError, match=r"data\.source has 0 training rows"):
+        fitting_data(config, [], [], shown, None, quiet())
     for rows, told in ((plain, True), ([*plain, bare], False), (many, False), (many[1:], True)):
         display, notes = quiet(), []
         display.note = notes.append
@@ -326,3 +328,13 @@ def test_few_problems_train_at_a_falling_rate(files, tmp_path):
         rates[varied] = [line["learning_rate"] for line in lines]
     assert rates[0] == [1e-3] * 11
     assert rates[None] == pytest.approx([1e-3 * (11 - step) / 11 for step in range(11)])
+
+
+def test_a_template_may_need_the_solution_that_a_held_row_lacks(tokenizer, files, tmp_path):
+    teacher = tiny.TEACHER_PROMPT + "{{ answer.split(';')[3] }}"
+    changes = {"train": {"steps": 15}, "prompts": {"teacher": teacher}}
+    config = short_config(*files, tmp_path, **changes)
+    shown = Prompts(config.prompts, tokenizer)
+    rows, _ = fitting_data(config, ROWS[:4], [], shown, 200, quiet())
+    assert len(rows) == 16
+    assert [c.teacher == c.student for c in shown.contexts(rows)] == [False] * 4 + [True] * 12
