@@ -6,6 +6,7 @@ Only the grading process imports this module: its first call takes seconds.
 import logging
 import random
 import re
+import zlib
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -13,11 +14,12 @@ import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, parser, verify
 
-from opsd.grading.answers.clean import plain_text
+from opsd.grading.answers.clean import plain_text, squeezed
 from opsd.grading.answers.notation import PATTERNS
 from opsd.grading.answers.numbers import as_latex, number
 
 _PLAIN_COMMAND, _BRACKETED = PATTERNS["plain_command"], PATTERNS["bracketed"]
+_OPAQUE = PATTERNS["opaque"]
 _BARE_SQRT = re.compile(r"\\sqrt\s*(\[\d+\])?\s*(\d+|[A-Za-z])")
 _OF_INTEGRATION = re.compile(r"([+-]\s*)c\s*$")
 _GAMMA = re.compile(r"\\gamma(?![A-Za-z]|\s*_)")  # may also be Euler's constant
@@ -120,6 +122,7 @@ def _to_latex(text: str) -> str:
     text = plain_text(text).replace("\0or\0", "\\text{ or }").replace("\0and\0", "\\text{ and }")
     text = _OF_INTEGRATION.sub(r"\1C", _GAMMA.sub("g_{0}", text))
     text = _BRACKETED.sub(r"\1\\cdot ", text)
+    text = _OPAQUE.sub(_as_name, text)
     text = _PRIME.sub(lambda found: f"_{{{len(found[0])}}}", text)
     text = _BARE_SQRT.sub(lambda found: f"\\sqrt{found[1] or ''}{{{found[2]}}}", text)
     if _TRIGONOMETRY.search(text):
@@ -128,6 +131,16 @@ def _to_latex(text: str) -> str:
     text = _SCIENTIFIC.sub(r"\1\\times10^{\2}", text)
     text = _REPEATING.sub(lambda found: as_latex(number(found[0]).value), text)
     return _PLAIN_COMMAND.sub(r"\\\1", text)
+
+
+def _as_name(found: re.Match) -> str:
+    """A name for `\\gcd(m,n)`, which sympy takes as 1, for `f(2x)`, which it takes as a product,
+    and for `f^{-1}(x)`; the same for the same arguments."""
+    function, inside = (squeezed(group) for group in found.groups() if group)
+    if not re.search("[A-Za-z]", inside):
+        return found[0]
+    arguments = ",".join(sorted(inside.split(",")) if "c" in function else [inside])
+    return f"u_{{{zlib.crc32(f'{function}({arguments})'.encode())}}}"
 
 
 def _same_logarithm(one: str, other: str) -> tuple[str, str]:
@@ -200,8 +213,10 @@ def _same_elsewhere(wanted, given, exact: bool) -> bool:
         sides[1] = sides[1].subs(symbols[1][0], symbols[0][0])
         symbols[1] = symbols[0]
     if not symbols[0]:
-        difference = sympy.N(sides[0] - sides[1], 30)
-        return bool(units and difference.is_number and abs(difference) < 1e-25)
+        size, difference = (sympy.N(value, 30) for value in (sides[0], sides[0] - sides[1]))
+        if not difference.is_finite or abs(size) > 1e6 or (exact and not units):
+            return False
+        return bool(abs(difference) < (1e-25 if exact else 1e-13 * abs(size)))
     return _same_at_points(sides, symbols[0], 1e-18 if exact else 1e-12)
 
 
