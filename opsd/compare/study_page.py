@@ -52,13 +52,16 @@ def _at(comparison: Comparison, method: Method) -> list[float]:
 
 
 def study_notes(comparisons: dict[str, Comparison]) -> list[str]:
-    """A note on all cells, then the notes of the comparisons, each once."""
+    """A note on all cells, then those of the comparisons: what all say once, the rest by cell."""
     seeds = (
         "Held-out accuracy, in percent, at the largest budget that all runs of the row have; in "
         "brackets 90 % intervals over seeds (Student's t), where there are several. Differences "
         "are in points, seed by seed."
     )
-    return [seeds, *sorted({note for one in comparisons.values() for note in one.notes})]
+    said = [one.notes for one in comparisons.values()]
+    shared = [note for note in said[0] if all(note in notes for notes in said)]
+    named = ((name, note) for name, one in comparisons.items() for note in one.notes)
+    return [seeds, *shared, *(f"{name}: {note}" for name, note in named if note not in shared)]
 
 
 def study_page(study: Study, comparisons: dict[str, Comparison]) -> str:

@@ -26,7 +26,8 @@ def cost_rows(run: Run) -> list[list[str]]:
     rows = []
     for name, time in seconds.items():
         peaks = _known(run.metrics, f"{name}_peak_bytes")
-        shown = duration(time) if time >= 10 else f"{time:.3g} s"
+        short = f"{time:.3g} s" if time >= 0.1 else f"{1000 * time:.2g} ms"
+        shown = duration(time) if time >= 10 else short
         rows.append([name, shown, percent(time / total), size(max(peaks)) if peaks else ""])
     return rows
 

@@ -20,7 +20,7 @@ from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.compare import study as studies
 from opsd.compare.study import Job, load_study, run_jobs, study_jobs, train_jobs
-from opsd.compare.study_page import study_page
+from opsd.compare.study_page import study_notes, study_page
 from opsd.data.solution_styles import SOLUTION_STYLES, SolutionStyle
 from opsd.quickstart import chain_sum
 from opsd.quickstart import tiny_model as tiny
@@ -360,6 +360,12 @@ def test_a_variants_name_is_no_address(tmp_path, monkeypatch):
     page = study_page(study, {name: SimpleNamespace(notes=[])})
     assert 'href="javascript%3Aalert%281%29/comparison.html"' in page
     assert 'href="javascript:' not in page
+
+
+def test_a_note_says_whose_it_is_unless_it_is_everyones():
+    held, shipped = ["Both.", "Seed 0: no."], ["Both.", "Seeds 0, 1: no."]
+    notes = study_notes({"a": SimpleNamespace(notes=held), "b": SimpleNamespace(notes=shipped)})
+    assert notes[1:] == ["Both.", "a: Seed 0: no.", "b: Seeds 0, 1: no."]
 
 
 def test_solution_styles():

@@ -272,7 +272,8 @@ def test_the_style_names_only_what_the_page_has():
 def test_what_a_step_costs_and_what_has_collapsed(single):
     lines = [
         {"step": s, "method": "opsd", "loss": 1.0, "pass_at_k": 0.25, "correct_fraction": 0.125,
-         "rollout_seconds": 3.0 * s, "backward_seconds": 1.0 * s, "rollout_peak_bytes": 1e9 * s}
+         "rollout_seconds": 3.0 * s, "backward_seconds": 1.0 * s, "rollout_peak_bytes": 1e9 * s,
+         "loss_seconds": 0.002 * s}
         for s in (1, 2, 3)
     ]  # fmt: skip
     lines[1]["collapse"] = ["entropy", "inverted_gradient"]
@@ -280,6 +281,7 @@ def test_what_a_step_costs_and_what_has_collapsed(single):
     write_lines(single / "metrics.jsonl", lines)
     text = " ".join(report_of(single).text.split())
     assert "What a step costs" in text and "rollout 6 s 75.0 % 3 GB" in spaced(single)
+    assert "loss 4 ms 0.0 %" in spaced(single)
     assert "backward 2 s 25.0 %" in spaced(single) and "teacher 0" not in spaced(single)
     assert "OPSD, step 2: collapse? The student's entropy has fallen away" in text
     assert "inverts the gradient" in text and "step 3: collapse" not in text
