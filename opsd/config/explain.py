@@ -49,8 +49,6 @@ def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
     key, colon, rest = location[-1].partition(":")
     if colon and (key in known or answer(key, rest, model)):
         return f"unknown key {location[-1]!r}: YAML needs a space after the colon: `{key}: {rest}`"
-    if len(location) > 1 and location[-1].isdecimal() and str(value) in ("None", location[-1]):
-        return f"unknown key {location[-1]!r}: a number has a point, not a comma: 0.{location[-1]}"
     near = nearest(location[-1], known, cutoff=0.8)
     said = []
     for name, inside in islice(_leaves(".".join(location), value), SHOWN_PROBLEMS):
@@ -60,6 +58,8 @@ def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
         return "; ".join(said)
     where = f"in section {'.'.join(location[:-1])!r}" if len(location) > 1 else "at the top"
     hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+    if len(location) > 1 and location[-1].isdecimal():
+        hint = f"a number has a point, not a comma: 0.{location[-1]}"
     return f"unknown key {location[-1]!r} {where}; {hint}"
 
 
