@@ -11,7 +11,7 @@ from typing import Any
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.near import did_you_mean, near_file, nearest
-from opsd.common.strict_json import texts
+from opsd.common.strict_json import read_object, texts
 from opsd.config.yaml import MAX_BYTES, load_yaml
 from opsd.data.classes import classes_in, with_names
 from opsd.data.files import FILE_TYPES, file_type, read_file
@@ -146,9 +146,12 @@ def _saved_directory(
     )
     try:
         if shards:  # data files: `datasets` assigns them to splits
-            _check_card(path)
+            _check_inside(_card(path))
             return encoded(datasets.load_dataset(str(path), name, split=split or default))
         check_names(f"{section}.options", [] if name is None else ["name"], ())
+        lists = (path / "dataset_dict.json", path / "state.json", *path.glob("*/state.json"))
+        known = [read_object(file, f"{section}.source") for file in lists if file.is_file()]
+        _check_inside([[one.get("splits"), one.get("_data_files")] for one in known])
         data = datasets.load_from_disk(str(path))
     except UserError:
         raise
@@ -168,19 +171,26 @@ def _saved_directory(
     return _guarded(encoded(data), f"{section}.source: {str(path)!r} is damaged")
 
 
-def _check_card(path: Path) -> None:
-    """Raises an error if the directory's card names data files elsewhere, which `datasets` would
-    read, or takes long to read: it is large, or of aliases."""
+def _check_inside(named: Any) -> None:
+    """Raises ValueError if a directory names files elsewhere, which `datasets` would read."""
+    for name in texts(named):
+        if _ELSEWHERE.search(name) or ".." in name.split("/"):
+            raise ValueError(f"it names {name!r}, which is not in it")
+
+
+def _card(path: Path) -> list[Any]:
+    """The `configs` of a directory's card. Raises an error for one that takes long to read, since
+    it is large or of aliases."""
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+    found = []
     for card in filter(Path.is_file, (path / "README.md", path / ".huggingface.yaml")):
         if card.stat().st_size > MAX_BYTES:
             raise ValueError(f"{card.name} has more than {MAX_BYTES:,} bytes")
         text = card.read_bytes().decode()
         block = REGEX_YAML_BLOCK.search(text) if card.suffix == ".md" else [text] * 3
-        for name in texts((load_yaml(block[2] if block else "") or {}).get("configs")):
-            if _ELSEWHERE.search(name) or ".." in name.split("/"):
-                raise ValueError(f"its card names {name!r}, which is not in it")
+        found.append((load_yaml(block[2] if block else "") or {}).get("configs"))
+    return found
 
 
 def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:

@@ -57,8 +57,26 @@ def test_a_card_names_no_files_elsewhere(card, names, tmp_path, monkeypatch):
         if inside == "train.jsonl":
             assert [row.texts for row in load_rows(str(folder))] == RECORDS
             continue
-        with pytest.raises(UserError, match=r"data.source: .* its card names .* not in it"):
+        with pytest.raises(UserError, match=r"data.source: .* it names .* not in it"):
             load_rows(str(folder))
+
+
+@pytest.mark.parametrize("how", ["a path", "a way up", "a split"])
+def test_a_saved_directory_names_no_files_elsewhere(how, tmp_path):
+    """`datasets` would read an arrow file of the user's."""
+    for name in ("secret", "rows"):
+        data = datasets.Dataset.from_list(RECORDS)
+        datasets.DatasetDict(train=data).save_to_disk(tmp_path / name)
+    secret, rows = tmp_path / "secret" / "train", tmp_path / "rows"
+    assert [row.texts for row in load_rows(str(rows))] == RECORDS
+    file, old, new = rows / "train" / "state.json", "data-00000", f"{secret}/data-00000"
+    if how == "a way up":
+        new = "../../secret/train/data-00000"
+    elif how == "a split":
+        file, old, new = rows / "dataset_dict.json", '"train"', '"../secret/train", "train"'
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(UserError, match=r"data.source: .* it names .* not in it"):
+        load_rows(str(rows))
 
 
 CLASSES = datasets.ClassLabel(names=["A", "B", "C", "D"])
