@@ -46,6 +46,7 @@ class Algebra(Protocol):
         ...
 
 
+_OR = re.compile(r"(?<![A-Za-z\\])or(?![A-Za-z])")  # `0 or 1` is no point
 _OF_ONE = re.compile(r"\([a-z]\)$")  # the argument of f(x)
 _DECIMAL_COMMA = re.compile(r"(?<=\d),(?=\d)")
 _INTERVALS = ("()", "[]", "[)", "(]")
@@ -251,7 +252,7 @@ class _Comparison:
             in_order = getattr(wanted.parts[0], "text", "").startswith("(")  # `(q,p) = (7,2)`
             parts = wanted.parts if in_order else by_name(wanted.parts)
             return self._in_order(parts, given.parts)
-        if one == "()" and other == "list":
+        if one == "()" and other == "list" and not _OR.search(given.text):
             return self._in_order(wanted.parts, by_name(given.parts))
         if one != other:
             return self._no("other brackets than the reference has")
