@@ -112,14 +112,18 @@ def _check_routes(config: Config, rows: Sequence[Row], note: Callable[[str], Non
         note(f"teacher.routes: no training row names {', '.join(unused)}")
 
 
-def _variations(config: Config, rows: Sequence[Row], held: bool, display: Display) -> list[Row]:
-    """Problems with other numbers, as `data.varied` asks. held: whether rows hold the student."""
+def _variations(
+    config: Config, rows: Sequence[Row], held_out: Sequence[Row], held: bool, display: Display
+) -> list[Row]:
+    """Problems with other numbers, as `data.varied` asks, none of them held out. held: whether rows
+    hold the student."""
     known, train = {row.same_problem for row in rows}, config.train
     visits, copies = train.steps * train.problems_per_step / (len(known) or 1), config.data.varied
     few = config.method == "opsd" and not held and len(known) < FEW and visits > VISITS
     if copies is None:
         copies = VARIED if few and unvaried(config) is None else 0
-    made = [row for row in varied(rows, copies, train.seed) if row.same_problem not in known]
+    taken = known | {row.same_problem for row in held_out}
+    made = [row for row in varied(rows, copies, train.seed) if row.same_problem not in taken]
     told = f"{len(known)} problems, each visited some {visits:.0f} times"
     if made:
         display.note(f"{told}: {len(made)} with other numbers hold the student (data.varied)")
@@ -218,7 +222,7 @@ def fitting_data(
     own_weights = all(own.policy != "model" for own in config.teacher.members())
     check = ContextCheck(prompts, roles, teaches and own_weights, uses_targets(config))
     holds = any(prompts.holds(row, role) for row in rows for role in prompts.chats)
-    rows = [*rows, *_variations(config, rows, holds, display)]
+    rows = [*rows, *_variations(config, rows, held_out, holds, display)]
     check_held_out = ContextCheck(prompts, ["student"])
     for number, row in enumerate(held_out, start=1):
         check_held_out(number, row)

@@ -2,6 +2,7 @@
 a majority's answer in the place of a solution."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from helpers.lines import read_lines
@@ -299,6 +300,9 @@ def test_few_problems_are_held_by_variations(changes, varied, told, tokenizer, f
     assert all(context.teacher != context.student for context in shown.contexts(rows[:4]))
     said = [note for note in notes if "visited" in note]
     assert len(said) == (told is not None) and all(told in note for note in said)
+    for row in others[:1]:  # one that is held out is not trained on
+        asked = [replace(row, held=False)]
+        assert fitting_data(config, ROWS[:4], asked, shown, None, quiet())[0][4:] == others[1:]
 
 
 def test_problems_that_cannot_vary_are_told(tokenizer, files, tmp_path):
