@@ -94,8 +94,10 @@ def _replay(failed: FailedStep, display: Display) -> list[Replayed]:
         )
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         _load(trained, failed.weights, "weights")
-        if average is not None or failed.average is not None:
-            _load(average.averages if average else {}, failed.average, "average")
+        if average is not None:
+            _load(average.averages, failed.average, "average")
+        elif failed.average is not None:
+            raise UserError("average is in it, and a run of its config has none")
     largest = embedding_rows(model) - 1
     for ids in chain.from_iterable(map(_ids, groups)):
         if ids and not 0 <= min(ids) <= max(ids) <= largest:

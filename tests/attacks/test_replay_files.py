@@ -203,6 +203,13 @@ def test_each_tensor_must_be_there_and_fit(good, tmp_path, capsys):
             assert said in capsys.readouterr().err
 
 
+def test_an_average_without_tensors_is_refused_where_there_is_none(good, tmp_path, capsys):
+    _, holds, _ = good["live"]
+    torch.save(holds | {"average": {}}, tmp_path / "failed-step-3.pt")
+    assert main(["replay", str(tmp_path / "failed-step-3.pt")]) == 1
+    assert "average is in it, and a run of its config has none" in capsys.readouterr().err
+
+
 def test_a_damaged_weight_is_noticed(good, tmp_path, capsys):
     """torch itself compares no checksum."""
     file, holds, _ = good["live"]
