@@ -13,9 +13,11 @@ OWNER = "; a hub name has an owner, as in Qwen/Qwen3-1.7B"
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The known name most similar to `word`, ignoring case, hyphens and spaces, or None."""
+    """The known name most similar to `word`, ignoring case, hyphens and spaces, or None. One with
+    the same letters, such as rank for rnak, is similar at any cutoff."""
     plain = {_plain(name): name for name in reversed(list(known))}
-    near = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=cutoff)
+    near = [name for name in plain if sorted(name) == sorted(_plain(word))]
+    near += difflib.get_close_matches(_plain(word), plain, n=1, cutoff=cutoff)
     return plain[near[0]] if near else None
 
 
