@@ -80,11 +80,6 @@ def named_weights(
             yield own, weight.clone()
 
 
-def is_split(model: nn.Module) -> bool:
-    """Whether weights are split over processes, which must then run the model equally often."""
-    return any(hasattr(w, "ds_id") or hasattr(w, "full_tensor") for w in model.parameters())
-
-
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a tensor if it is split over processes, all of which must then call this."""
     if hasattr(tensor, "ds_id"):

@@ -32,6 +32,11 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Names of the soft cap of the logits, in the configs of Gemma, RecurrentGemma and xLSTM."""
 
 
+def is_split(model: nn.Module) -> bool:
+    """Whether weights are split over processes, which must then run the model equally often."""
+    return any(hasattr(w, "ds_id") or hasattr(w, "full_tensor") for w in model.parameters())
+
+
 def head_arguments(model: PreTrainedModel) -> dict[str, Any]:
     """The model's logit scale and soft cap, as arguments of opsd_kernels' functions."""
     config = model.config.get_text_config()

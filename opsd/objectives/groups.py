@@ -14,8 +14,7 @@ from opsd.data.prompts import Context, Prompts
 from opsd.data.rows import Row
 from opsd.grading.majority import Majority
 from opsd.grading.rewards import GradedRollout
-from opsd.models.copies import is_split
-from opsd.models.head import keeping_router_logits
+from opsd.models.head import is_split, keeping_router_logits
 from opsd.models.routers import router_loss
 from opsd.models.teacher import Member
 from opsd.objectives.token_weights import TokenWeighting

@@ -17,8 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from opsd.common.step_timer import phase
-from opsd.models.copies import is_split
-from opsd.models.head import decoder_of, embedding_rows, run_decoder
+from opsd.models.head import decoder_of, embedding_rows, is_split, run_decoder
 from opsd.models.remote import RemoteTeacher
 from opsd.prefix.continued import CHUNK, continued_hidden_states, uncontinuable
 from opsd.prefix.images import whole_hidden_states
