@@ -12,6 +12,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from yaml import YAMLError
 
+from opsd.common.errors import LONGEST
 from opsd.common.files import read_toml
 from opsd.common.near import nearest
 from opsd.config.base import Section
@@ -117,7 +118,7 @@ def typed(found: str, value: Any, model: type[Section]) -> str:
         return f"{field}={quoted[2] if word in OFF else quoted[1]}"
     if field.startswith(OPEN):
         text = value if isinstance(value, str) else json.dumps(value)
-        return f"{field}={text}" if "chat" in field or isinstance(value, str) else field
+        return _with(field, text) if "chat" in field or isinstance(value, str) else field
     if note.startswith("a section: "):
         off = "leave it out: that is off" if word in OFF else note.removeprefix("a section: ")
         return VALUES.get(field, {}).get(word, off)
@@ -157,7 +158,12 @@ def _assigned(field: str, value: Any, model: Any) -> str:
             return f"{field} ({', '.join(known)})" if known else field
     except YAMLError:
         return field
-    return f"{field}={text}"
+    return _with(field, text)
+
+
+def _with(field: str, text: str) -> str:
+    """`field=text`; the field alone if that would be a long line, or several."""
+    return field if len(text) > LONGEST or len(text.splitlines()) > 1 else f"{field}={text}"
 
 
 def fields_of(model: type[Section], prefix: str = "") -> Iterator[str]:

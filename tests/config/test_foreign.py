@@ -114,6 +114,9 @@ def test_what_is_off_elsewhere_is_not_switched_on_here(off):
         ("num_generation", 4, "here it is rollout.group_size=4"),  # a slip in another's name
         ("lerning_rate", 1e-5, "here it is train.learning_rate=1e-05"),
         ("path", "m", "here it is model.path=m or teacher.path=m"),
+        ("system_prompt", "Be brief.", "here it is prompts.system=Be brief."),
+        ("system_prompt", "Be\nbrief.", "here it is prompts.system"),  # an error is one line
+        ("system_prompt", "Be brief." * 99, "here it is prompts.system"),
         ("critic.optim.lr", 1e-5, "leave it out: methods here have no critic"),
         ("vllm_max_num_seqs", 8, "it is a flag of `vllm serve`"),
         (
