@@ -203,6 +203,7 @@ def same(given, taken) -> bool:
         )
     if isinstance(taken, list):
         given = given if isinstance(given, list) else [given]
+        given = [one for one in given if one != "none"]  # of output.report_to
         return len(given) == len(taken) and all(map(same, given, taken))
     if isinstance(taken, bool):
         return str(given).lower() in WORDS[taken]
