@@ -98,6 +98,8 @@ def read_yaml(path: Path, field: str = "CONFIG") -> Any:
         raise UserError(f"{field} is {str(path)!r}: {size:,} bytes; at most {MAX_BYTES:,} are read")
     try:
         return load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:  # such as for a link to /proc/self/mem
+        raise UserError(f"{field} is {str(path)!r}: it cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         hint = next((f"; {hint}" for said, hint in SLIPS.items() if said in str(error)), "")
         if named := re.search(r"column \d+: (\w+) \^ could not find", " ".join(str(error).split())):

@@ -155,3 +155,10 @@ def test_a_path_is_taken_for_its_text():
 def test_a_file_has_no_flat_names():
     with pytest.raises(UserError, match="unknown key 'learning_rate': here"):
         parse_config({**GOOD, "learning_rate": 1e-5})
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=f"{path}.*: it cannot be read .Input/output error"):
+        load_config(path)
