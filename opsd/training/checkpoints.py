@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -260,12 +261,22 @@ def _save(value: Any, file: Path) -> None:
 
 def read_tensors(path: Path) -> Any:
     """Read a file of torch.save that holds only tensors and plain values and is not compressed."""
-    with ZipFile(path) as file:
-        if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
-            raise ValueError("it is compressed, and torch writes no such files")
+    _check_archive(path)
     found = torch.load(path, map_location="cpu", weights_only=True)
     _check_repeats(found, path)
     return found
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError if the file is compressed, or if a member that is neither values nor tensors
+    (`version`, `byteorder`), of which torch makes several copies, is large."""
+    with ZipFile(path) as file:
+        members = file.infolist()
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise ValueError("it is compressed, and torch writes no such files")
+    for member in members:
+        if not re.search(r"/data(\.pkl$|/)", member.filename) and member.file_size > 1 << 20:
+            raise ValueError(f"{member.filename} in it has {member.file_size:,} bytes")
 
 
 def _check_repeats(found: Any, path: Path) -> None:
@@ -341,6 +352,7 @@ def check_pieces(checkpoint: Path, processes: int) -> None:
         pieces = list((checkpoint / name).glob("*.pt"))
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             for piece in pieces:
+                _check_archive(piece)
                 _check_repeats(torch.load(piece, "meta", weights_only=True, mmap=True), piece)
     written = sum(piece.name.endswith("_optim_states.pt") for piece in pieces)
     if written != processes:

@@ -203,6 +203,15 @@ def test_each_tensor_must_be_there_and_fit(good, tmp_path, capsys):
             assert said in capsys.readouterr().err
 
 
+def test_what_torch_copies_of_an_archive_is_small(good, tmp_path, capsys):
+    file, target = good["live"][0], tmp_path / "failed-step-3.pt"
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(target, "w") as other:
+        for name in source.namelist():
+            other.writestr(name, bytes(2 << 20) if name.endswith("/version") else source.read(name))
+    assert main(["replay", str(target)]) == 1
+    assert "/version in it has 2,097,152 bytes" in capsys.readouterr().err
+
+
 def test_an_average_without_tensors_is_refused_where_there_is_none(good, tmp_path, capsys):
     _, holds, _ = good["live"]
     torch.save(holds | {"average": {}}, tmp_path / "failed-step-3.pt")
