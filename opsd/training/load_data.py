@@ -119,8 +119,8 @@ def _variations(
     hold the student."""
     known, train = {row.same_problem for row in rows}, config.train
     visits, copies = train.steps * train.problems_per_step / (len(known) or 1), config.data.varied
-    few = config.method == "opsd" and not held and len(known) < FEW and visits > VISITS
-    few = few and train.problems_per_step <= len(rows)  # or they are refused
+    often = visits > VISITS and train.problems_per_step <= len(rows)  # else the run is refused
+    few = config.method == "opsd" and not held and len(known) < FEW and often
     if copies is None:
         copies = VARIED if few and unvaried(config) is None else 0
     taken = known | {row.same_problem for row in held_out}

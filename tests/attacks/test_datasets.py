@@ -44,6 +44,7 @@ KINDS = ["jsonl", "json", "jsonl.gz", "csv", "tsv", "csv.gz", "parquet", "saved"
 KINDS.append("folder")
 
 
+OLD = {"version": "1.0", "coerce_timestamps": "us", "allow_truncated_timestamps": True}
 STEMS = ["rows"] * 7 + [
     "r\u00f6w\u0301s",
     "\u6570\u5b66",
@@ -237,7 +238,7 @@ def write(draw, kind: str, folder: Path) -> Path:
             misplace(draw, path / name)
         return path
     if kind == "parquet":
-        how = draw.choice([{}, {"version": "1.0"}, {"use_deprecated_int96_timestamps": True}])
+        how = draw.choice([{}, OLD, {"use_deprecated_int96_timestamps": True}])
         how |= {"row_group_size": draw.choice([2, 100]), "store_schema": draw.random() < 0.7}
         how["compression"] = draw.choice(["none", "zstd", "gzip", "brotli", "snappy"])
         pyarrow.parquet.write_table(columns(draw), path, **how)
