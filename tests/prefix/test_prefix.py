@@ -23,6 +23,7 @@ from opsd.prefix import (
     cached_token_cost,
     hidden_states,
     layout,
+    prefix_cache,
     shared_prefix_hidden_states,
     states_by_role,
     unpackable,
@@ -118,6 +119,24 @@ def test_a_live_teacher_reads_the_students_start(name, checkpointing):
     with torch.no_grad():
         assert (teacher - alone(model, others)).abs().max() < 2e-5
     assert not teacher.requires_grad
+    assert_same(model, student, groups)
+
+
+@pytest.mark.parametrize("teacher", ["the student's groups", "a common start", "nothing in common"])
+def test_split_weights_run_a_role_in_one_forward(teacher, monkeypatch):
+    """All processes gather the weights of a forward together, so none may have more or fewer."""
+    monkeypatch.setattr(hidden_states, "CHUNK", 8)
+    monkeypatch.setattr(prefix_cache, "CHUNK", 8)
+    model, groups = make("Qwen3").train(), make_groups()
+    assert unpackable(model) is None
+    others = {"a": as_teacher(groups, (11, 0, 3, 25)), "n": as_teacher(groups, [0] * 4)}
+    others = others.get(teacher[0], groups)
+    next(model.parameters()).ds_id = 0  # as ZeRO 3 marks weights
+    forwards = []
+    model.get_decoder().register_forward_pre_hook(lambda *_: forwards.append(1))
+    student, its = states_by_role(model, [groups, others])
+    assert len(forwards) == 2
+    assert (its - alone(model, others)).abs().max() < 2e-5
     assert_same(model, student, groups)
 
 
