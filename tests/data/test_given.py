@@ -61,6 +61,15 @@ def test_a_card_names_no_files_elsewhere(card, names, tmp_path, monkeypatch):
             load_rows(str(folder))
 
 
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_a_large_card_is_not_read(card, tmp_path):
+    """It may name a file elsewhere behind what is read, or be a bomb of aliases."""
+    (tmp_path / "train.jsonl").write_text('{"problem": "a", "solution": "b"}\n')
+    (tmp_path / card).write_text("#" * (1 << 20) + "#")
+    with pytest.raises(UserError, match=f"{card} has more than 1,048,576 bytes"):
+        load_rows(str(tmp_path))
+
+
 @pytest.mark.parametrize("how", ["a path", "a way up", "a split"])
 def test_a_saved_directory_names_no_files_elsewhere(how, tmp_path):
     """`datasets` would read an arrow file of the user's."""

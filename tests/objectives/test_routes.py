@@ -129,6 +129,21 @@ def test_what_is_measured_of_all_tokens_is_measured_of_all_teachers(files):
     assert totals.means()["clipped_fraction"] == pytest.approx(11 / 18)
 
 
+def test_split_weights_run_a_live_teacher_in_each_micro_batch(files):
+    """Otherwise a process with another teacher's rows alone would not gather its weights."""
+    model, tokenizer = load_student(files)
+    models = {"math": changed(files, 3), "code": changed(files, 4), "own": model}
+    members = [Member(made, "", route=n, column="teacher") for n, made in models.items()]
+    objective = OPSD(LossSection(), model, mix=members)
+    groups, _ = objective.sample_groups(problems_for(prompts_of(tokenizer)))
+    plain, forwards = [objective.loss(model, [group], Totals()).item() for group in groups], []
+    next(model.parameters()).ds_id = 0  # as ZeRO 3 marks weights
+    model.get_decoder().register_forward_pre_hook(lambda *_: forwards.append(1))
+    for number, group in enumerate(groups, start=1):
+        assert objective.loss(model, [group], Totals()).item() == pytest.approx(plain[number - 1])
+        assert len(forwards) == 2 * number
+
+
 def test_a_teacher_without_tokens_takes_no_share(files):
     tokenizer, other = load_student(files)[1], changed(files, 3)
     members = [Member(other, "", route=name, column="teacher") for name in ("math", "code", "own")]
