@@ -1,10 +1,10 @@
-// Attention of the newest tokens, for decoding. Called through ctypes by opsd_kernels/decoding.py,
+// Attention of the newest tokens, for decoding. Called through ctypes by opsd_kernels/attention.py,
 // which says what it computes.
 #pragma once
 
 #include <stdint.h>
 
-// Changes with the structure below; opsd_kernels/decoding.py has the same.
+// Changes with the structure below; opsd_kernels/attention.py has the same.
 #define OPSD_ATTENTION_INTERFACE 1
 
 extern "C" {

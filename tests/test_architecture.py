@@ -21,7 +21,7 @@ LONGEST_FUNCTION = 80  # lines without signature and docstring
 # sampler decodes with the kernels' attention.
 INTERNAL = {
     "opsd.plan.memory": {"opsd_kernels.resolve", "opsd_kernels.sweep"},
-    "opsd.rollout.decoding": {"opsd_kernels.decoding"},
+    "opsd.rollout.decoding": {"opsd_kernels.attention"},
 }
 
 HOUSE = House(ROOT)

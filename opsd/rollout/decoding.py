@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from opsd.common.system import processor
-from opsd_kernels.decoding import single_tokens
+from opsd_kernels.attention import single_tokens
 
 LEAST_ROOM = 64  # tokens
 MOST_PACKED = 2**30  # bytes of weights: their second copy must be small beside a training step

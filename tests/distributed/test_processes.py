@@ -14,6 +14,7 @@ import socket
 import time
 from contextlib import ExitStack, redirect_stderr
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -320,6 +321,10 @@ def test_a_piece_runs_nothing(runs, tmp_path):
         check_pieces(checkpoint, 2)
     piece.write_bytes(piece.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be read"):
+        check_pieces(checkpoint, 2)
+    with ZipFile(piece, "w") as archive:
+        archive.writestr("archive/version", bytes(2 << 20))
+    with pytest.raises(UserError, match="archive/version in it has 2,097,152 bytes"):
         check_pieces(checkpoint, 2)
     (checkpoint / "latest").write_text(str(tmp_path / "elsewhere"))
     with pytest.raises(UserError, match="latest names /"):

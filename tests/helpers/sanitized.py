@@ -14,7 +14,7 @@ from opsd_kernels import (
     Clip,
     Divergence,
     LogitTransform,
-    decoding,
+    attention,
     linear_divergence,
     linear_log_prob,
 )
@@ -78,7 +78,7 @@ def log_probs(n: int, v: int, special: float | None) -> None:
             cpp.log_prob_gradient_(changed, chosen, transform, state, torch.rand(n))
 
 
-def attention() -> None:
+def decoded_attention() -> None:
     """Of groups of 1 to 5 rows, of which 4 run at once, over one block of tokens and more."""
     for rows, tokens, width, value_width, dtype, special in itertools.product(
         (1, 2, 3, 5),
@@ -95,7 +95,7 @@ def attention() -> None:
         key[0, 0, 0, 0] = value[1, 1, -1, -1] = special or 0
         mask = (torch.rand(2, 1, 1, tokens) < 0.7) if special is None else None
         with torch.no_grad():
-            decoding.attention(query, key, value, mask)
+            attention.attention(query, key, value, mask)
 
 
 def calls() -> None:
@@ -141,10 +141,10 @@ def main() -> None:
         for special in SPECIAL[1:]:
             divergences(2, 21, special)
             log_probs(2, 21, special)
-        assert decoding._kernel() is not None
-        attention()
+        assert attention._kernel() is not None
+        decoded_attention()
         torch.set_num_threads(2)
-        attention()
+        decoded_attention()
         divergences(5, 40, None)
         log_probs(5, 40, None)
         torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from opsd.common.system import processor
 from opsd.models.copies import copy_model
 from opsd.rollout import GenerateSampler, Sampling
 from opsd.rollout.decoding import Roomy, decodes_fast
-from opsd_kernels import decoding as kernel
+from opsd_kernels import attention as kernel
 
 
 def states(count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from opsd_kernels import decoding
+from opsd_kernels import attention
 from opsd_kernels.tiles import cpp
 
 # Batch, groups, rows of a group, tokens, widths of a key and of a value, padding before.
@@ -34,8 +34,8 @@ def instruction_set(request):
 def torch_alone(monkeypatch):
     """The calls that torch computes."""
     calls: list = []
-    theirs = decoding.TORCH
-    monkeypatch.setattr(decoding, "TORCH", lambda *a, **k: calls.append(a) or theirs(*a, **k))
+    theirs = attention.TORCH
+    monkeypatch.setattr(attention, "TORCH", lambda *a, **k: calls.append(a) or theirs(*a, **k))
     return calls
 
 
@@ -79,7 +79,7 @@ def test_it_is_dense_attention(shape, dtype, instruction_set, torch_alone):
     *given, mask = tensors(*shape, dtype)
     scale = 1.3 * shape[4] ** -0.5
     with torch.no_grad():
-        found = decoding.attention(*given, mask, scale=scale)
+        found = attention.attention(*given, mask, scale=scale)
     assert not torch_alone
     assert_exact(found, dense(*given, mask, scale))
 
@@ -97,9 +97,9 @@ def test_threads_windows_and_heads_beside_their_group(dtype, torch_alone):
         found = []
         for count in (1, 2):
             torch.set_num_threads(count)
-            found.append(decoding.attention(query, key, value, mask))
+            found.append(attention.attention(query, key, value, mask))
         torch.set_num_threads(threads)
-        heads = decoding.attention(query.reshape(3, 6, 1, 32), key, value, mask, enable_gqa=True)
+        heads = attention.attention(query.reshape(3, 6, 1, 32), key, value, mask, enable_gqa=True)
     assert torch.equal(*found) and torch.equal(found[0].view_as(heads), heads)
     assert_exact(found[0], wanted)
     assert not torch_alone
@@ -111,8 +111,8 @@ def test_what_sees_nothing_and_what_is_not_a_number():
     mask[0] = False
     key[1], value[2, :, 7] = torch.nan, torch.inf
     with torch.no_grad():
-        found = decoding.attention(query, key, value, mask)
-        wanted = decoding.TORCH(query, key, value, mask)
+        found = attention.attention(query, key, value, mask)
+        wanted = attention.TORCH(query, key, value, mask)
     assert not found[0].any() and found[1].isnan().all() and found[2].isinf().all()
     torch.testing.assert_close(found, wanted, equal_nan=True)
 
@@ -149,7 +149,7 @@ def test_all_other_calls_are_torchs(torch_alone):
     def check(cases):
         torch_alone.clear()
         for given, named in cases:
-            found = result(decoding.attention, given, named)
+            found = result(attention.attention, given, named)
             wanted = result(nn.functional.scaled_dot_product_attention, given, named)
             same = found == wanted if isinstance(wanted, str) else found.shape == wanted.shape
             assert same and (isinstance(wanted, str) or wanted.is_meta or found.equal(wanted))
@@ -164,15 +164,15 @@ def test_all_other_calls_are_torchs(torch_alone):
 
 def test_without_the_library_torch_computes_it(monkeypatch, torch_alone):
     query, key, value, mask = tensors(2, 2, 3, 20, 16, 16, True, torch.float32)
-    monkeypatch.setattr(decoding, "_kernel", lambda: None)
+    monkeypatch.setattr(attention, "_kernel", lambda: None)
     with torch.no_grad():
-        decoding.attention(query, key.nan_to_num(), value.nan_to_num(), mask)
+        attention.attention(query, key.nan_to_num(), value.nan_to_num(), mask)
     assert len(torch_alone) == 1
 
 
 def test_a_compiled_function_has_torchs_in_its_graph():
     query, key, value, mask = tensors(2, 2, 3, 20, 16, 16, False, torch.float32)
-    with torch.no_grad(), decoding.single_tokens():
+    with torch.no_grad(), attention.single_tokens():
         compiled = torch.compile(
             lambda *a: nn.functional.scaled_dot_product_attention(*a),
             fullgraph=True,
@@ -184,7 +184,8 @@ def test_a_compiled_function_has_torchs_in_its_graph():
 
 def test_torchs_function_is_there_again_afterwards():
     theirs = nn.functional.scaled_dot_product_attention
-    with pytest.raises(KeyError), decoding.single_tokens():
-        assert nn.functional.scaled_dot_product_attention is decoding.attention
+    assert theirs is attention.TORCH
+    with pytest.raises(KeyError), attention.single_tokens():
+        assert nn.functional.scaled_dot_product_attention is attention.attention
         raise KeyError
     assert nn.functional.scaled_dot_product_attention is theirs
