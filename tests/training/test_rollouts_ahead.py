@@ -125,15 +125,20 @@ def test_the_next_step_is_asked_for_before_this_one_trains(fake, files, tmp_path
     """And the server is given no weights, nor asked for an evaluation's answers, until it is done
     with them."""
     seen, update, loads = [], TrainingLoop._update, []
-    monkeypatch.setattr(
-        TrainingLoop,
-        "_update",
-        lambda self: (time.sleep(0.3), seen.append(len(fake.completions())), update(self))[-1],
-    )
+    expected = [12, 18, 24, 30, 30]
+
+    def counting(self):
+        until = time.monotonic() + 60  # threads ask; a busy machine starts them late
+        while len(fake.completions()) < expected[len(seen)] and time.monotonic() < until:
+            time.sleep(0.01)
+        seen.append(len(fake.completions()))
+        update(self)
+
+    monkeypatch.setattr(TrainingLoop, "_update", counting)
     load = fake._reload
     fake._reload = lambda directory: (loads.append(fake._together), load(directory))[-1]
     train(config_of(files, tmp_path / "run", fake, eval={"problems": 0}), quiet())
-    assert seen == [12, 18, 24, 30, 30]
+    assert seen == expected
     slow_down(fake, lambda: 0.5)  # so that an evaluation finds them under way
     monkeypatch.undo()
     config = config_of(files, tmp_path / "slow", fake, eval={"every": 1}, train={"steps": 3})
