@@ -170,7 +170,7 @@ def test_what_are_no_scores_is_named_and_not_raised(scores):
 
 def test_async_functions_run_together_and_inside_a_notebooks_loop():
     async def slow(completion, row):
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.5)
         return 1.0
 
     async def cell():
@@ -178,7 +178,7 @@ def test_async_functions_run_together_and_inside_a_notebooks_loop():
 
     begun = time.monotonic()
     assert asyncio.run(cell()) == [(1.0, "")] * 40
-    assert time.monotonic() - begun < 2  # one by one they take 4 seconds
+    assert time.monotonic() - begun < 10  # one by one they take 20 seconds
 
 
 def test_an_async_function_that_fails_is_named_with_its_problem():

@@ -142,12 +142,12 @@ def test_failures_that_pass_are_asked_again(failures, fake, student, contexts, t
 
 def test_a_request_that_is_never_answered_is_sent_again(fake, student, contexts, tmp_path):
     engine = sampler(fake, student, tmp_path, timeout=0.3, patience=5.0)
-    fake.delay = 20.0
+    fake.delay = 60.0
     threading.Timer(0.5, lambda: setattr(fake, "delay", 0.0)).start()
     begun = time.monotonic()
     (rollout,) = engine.sample(contexts[:1], Sampling(4, temperature=0))
     assert len(rollout.ids) == 4 or rollout.finished
-    assert time.monotonic() - begun < 10 and len(fake.completions()) >= 2
+    assert time.monotonic() - begun < 40 and len(fake.completions()) >= 2
 
 
 def test_a_server_that_stays_away_is_given_up(fake, student, contexts, tmp_path):
@@ -156,8 +156,8 @@ def test_a_server_that_stays_away_is_given_up(fake, student, contexts, tmp_path)
     state = torch.get_rng_state()
     begun = time.monotonic()
     with pytest.raises(ServerGoneError, match=r"rollout\.server is 'http://127.*cannot be reached"):
-        engine.sample(contexts * 20, Sampling(4, batch_size=4))
-    assert time.monotonic() - begun < 3  # not once for each of the 120
+        engine.sample(contexts * 100, Sampling(4, batch_size=4))
+    assert time.monotonic() - begun < 20  # not once for each of the 600, which takes a minute
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -224,7 +224,7 @@ def test_rollouts_that_do_not_come_are_given_up(gone, fake, files, tmp_path, mon
         DistributedSampler,
         "begin",
         lambda self, *what: (
-            setattr(fake, "delay", 20.0 if len(read_lines(place / "metrics.jsonl")) else 0.0),
+            setattr(fake, "delay", 60.0 if len(read_lines(place / "metrics.jsonl")) else 0.0),
             begin(self, *what),
         )[-1],
     )
@@ -240,7 +240,7 @@ def test_rollouts_that_do_not_come_are_given_up(gone, fake, files, tmp_path, mon
         monkeypatch.setattr(RolloutsAhead, "wait", cut_short)
     begun = time.monotonic()
     assert main(["train", str(file)]) == 128 + gone
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 45
     said = "".join(capsys.readouterr())
     assert "Waiting for rollouts, to save them too" in " ".join(said.split())
     assert (place / "checkpoint-2").is_dir() and not (place / "checkpoint-2" / FILE).exists()
@@ -320,7 +320,9 @@ def test_what_nobody_wants_any_more_is_not_asked_for(fake, tmp_path):
     server = ServerSampler(VLLMServer(fake.address, patience=0.4), frozenset({1}), tmp_path / "w")
     sampling = Sampling(2, batch_size=1)
     future = server.begin([[2, 3]] * 9, sampling)
-    time.sleep(0.7)
+    until = time.monotonic() + 60
+    while not fake.completions() and time.monotonic() < until:
+        time.sleep(0.01)
     future.cancel()
     time.sleep(1.5)
     assert 1 <= len(fake.completions()) < 6
