@@ -51,7 +51,7 @@ def unvaried(config: Config) -> str | None:
         return "no teacher is shown `solution` or `answer`"
     if {member.policy for member in config.teacher.members()} == {"live"}:
         return "a live teacher is the student itself, and holds it nowhere"
-    if votes(config) or is_graded(config) or uses_targets(config):
+    if votes(config) or needs_grades(config) or uses_targets(config):
         return "a problem with other numbers has no answer to grade, to vote on or to learn"
     return None
 

@@ -23,18 +23,22 @@ def graded(
     unsolved: Callable[[Row], bool] = lambda row: False,
 ) -> list[Problem]:
     """The problems with an outcome for each rollout, and with the majority's answer where their
-    row is unsolved; unchanged without a reward function."""
+    row is unsolved; unchanged without a reward function, or where the run made the row."""
     if reward_function is None:
         return list(problems)
     problems = [
         replace(p, majority=reward_function.majority(p.rollouts, p.row)) if unsolved(p.row) else p
         for p in problems
     ]
-    if reward_function.verifier is None:
+    known = [p for p in problems if not p.row.held]
+    if reward_function.verifier is None or not known:
         return problems
-    rollouts = [rollout for p in problems for rollout in p.rollouts]
-    outcomes = iter(reward_function(rollouts, [p.row for p in problems for _ in p.rollouts]))
-    return [replace(p, outcomes=[next(outcomes) for _ in p.rollouts]) for p in problems]
+    rollouts = [rollout for p in known for rollout in p.rollouts]
+    outcomes = iter(reward_function(rollouts, [p.row for p in known for _ in p.rollouts]))
+    return [
+        p if p.row.held else replace(p, outcomes=[next(outcomes) for _ in p.rollouts])
+        for p in problems
+    ]
 
 
 def informative(problem: Problem) -> bool:
@@ -47,7 +51,8 @@ def outcome_measures(problems: Sequence[Problem]) -> dict[str, float]:
 
     `pass_at_k`: the share of problems with at least one correct rollout, k = group_size.
     """
-    if not problems or problems[0].outcomes is None:
+    problems = [problem for problem in problems if problem.outcomes is not None]
+    if not problems:
         return {}
     outcomes = [outcome for p in problems for outcome in p.outcomes]
     return {

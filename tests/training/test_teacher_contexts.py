@@ -277,7 +277,8 @@ def test_a_held_student_stays_where_it_is(files, tmp_path):
         ({"train": {"steps": 13}}, 0, None),  # 9.75 visits
         ({"data": {"varied": 5}}, 20, "20 with other numbers hold"),
         ({"data": {"varied": 0}}, 0, "see prompts.hold in docs/methods.md"),
-        ({"loss": {"reward": {"log": True}}}, 0, "see prompts.hold"),
+        ({"loss": {"reward": {"log": True}}}, 12, "12 with other numbers hold"),
+        ({"loss": {"weights": {"incorrect": 2.0}}}, 0, "see prompts.hold"),
         ({"method": "grpo", "rollout": {"group_size": 2}}, 0, None),
     ],
 )
@@ -332,6 +333,29 @@ def test_few_problems_train_at_a_falling_rate(files, tmp_path):
         rates[varied] = [line["learning_rate"] for line in lines]
     assert rates[0] == [1e-3] * 11
     assert rates[None] == pytest.approx([1e-3 * (11 - step) / 11 for step in range(11)])
+
+
+def test_only_problems_with_an_answer_are_graded_for_the_log(files, tmp_path):
+    """A verifier is never given a problem that the run made, nor no problem at all."""
+    data = write_rows(tmp_path / "few.jsonl", ROWS[:3])
+    verifier = tmp_path / "verifier.py"
+    verifier.write_text(
+        "def grade(completions, answer, **_):\n    return [1 / all(answer)] * len(answer)"
+    )
+    config = short_config(
+        *(files[0], data, tmp_path / "run"),
+        train={"steps": 11},
+        eval={"problems": 0},
+        loss={"reward": {"log": True, "verifier": f"{verifier}:grade"}},
+    )
+    run = train(config, quiet())
+    lines, known = read_lines(run / "rollouts.jsonl"), {row.problem for row in ROWS[:3]}
+    assert {line["problem"] in known for line in lines} == {True, False}
+    assert all(("reward" in line) == (line["problem"] in known) for line in lines)
+    assert {line["step"] for line in lines} > {line["step"] for line in lines if "reward" in line}
+    graded = {line["step"] for line in lines if "reward" in line}
+    measured = read_lines(run / "metrics.jsonl")
+    assert graded == {line["step"] for line in measured if line.get("reward") == 1.0}
 
 
 def test_a_template_may_need_the_solution_that_a_held_row_lacks(tokenizer, files, tmp_path):
