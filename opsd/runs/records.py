@@ -210,6 +210,7 @@ class TrainerState(Schema):
     global_step: Step
     epoch: Amount | None
     log_history: list[Record]
+    max_steps: Step | None = None
 
 
 Kind = TypeVar("Kind", bound=Schema)

@@ -200,8 +200,12 @@ class Checkpoints:
             write_json(place / "trainer_state.json", asdict(state))
         self.processes.wait()
 
-    def read(self, place: Path, state: TrainerState) -> None:
-        """Restore all but random states as `write` saved it; the progress goes into `state`."""
+    def read(
+        self, place: Path, state: TrainerState, steps_an_epoch: int, falls: bool = False
+    ) -> None:
+        """Restore all but random states as `write` saved it; the progress goes into `state`.
+        Raises UserError if another number of steps changes the rows, or the rate where it `falls`.
+        """
         with or_unreadable(place):
             manifest = read_manifest(place) or {}
             if not _alike(manifest["base"], self.base):
@@ -222,6 +226,12 @@ class Checkpoints:
             saved = read_record(place / "trainer_state.json", SavedState)
             state.global_step, state.epoch = saved.global_step, saved.epoch
             state.log_history = saved.log_history
+        other_rows = state.epoch != state.global_step / steps_an_epoch
+        if other_rows or (falls and saved.max_steps not in (None, state.max_steps)):
+            raise UserError(
+                f"train.steps is {state.max_steps}, and was {saved.max_steps}: data.varied depends "
+                "on it, or its rate; keep it, or begin another run in another output.dir"
+            )
         if self.average is not None:
             self.average.load(place)
 

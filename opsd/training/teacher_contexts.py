@@ -30,13 +30,12 @@ def graded(
         replace(p, majority=reward_function.majority(p.rollouts, p.row)) if unsolved(p.row) else p
         for p in problems
     ]
-    known = [p for p in problems if not p.row.held]
-    if reward_function.verifier is None or not known:
+    asked = [(rollout, p.row) for p in problems if not p.row.held for rollout in p.rollouts]
+    if reward_function.verifier is None or not asked:
         return problems
-    rollouts = [rollout for p in known for rollout in p.rollouts]
-    outcomes = iter(reward_function(rollouts, [p.row for p in known for _ in p.rollouts]))
+    outcomes = iter(reward_function(*map(list, zip(*asked, strict=True))))
     return [
-        p if p.row.held else replace(p, outcomes=[next(outcomes) for _ in p.rollouts])
+        replace(p, outcomes=None if p.row.held else [next(outcomes) for _ in p.rollouts])
         for p in problems
     ]
 

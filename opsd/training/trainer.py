@@ -158,8 +158,8 @@ class TrainingLoop:
         self._ahead: RolloutsAhead | None = None
 
         every = config.eval.every if evaluate is not None else 0
-        varied = any(row.held for row in rows)
-        self.args = training_arguments(config.train, config.output, every, varied)
+        self._varied = any(row.held for row in rows)
+        self.args = training_arguments(config.train, config.output, every, self._varied)
         self.accelerator = make_accelerator(config.train)
         self.state = TrainerState(
             max_steps=self.args.max_steps,
@@ -282,7 +282,8 @@ class TrainingLoop:
             self._base,
         )
         if checkpoint is not None:
-            self.checkpoints.read(checkpoint, self.state)
+            falls = self._varied and self.config.train.schedule is None
+            self.checkpoints.read(checkpoint, self.state, self._steps_an_epoch, falls)
             self._ahead = self.collector.go_on(partial(self.checkpoints.read_ahead, checkpoint))
 
     def _kept_elsewhere(self, error: NotWritten) -> UserError:

@@ -335,6 +335,22 @@ def test_few_problems_train_at_a_falling_rate(files, tmp_path):
     assert rates[None] == pytest.approx([1e-3 * (11 - step) / 11 for step in range(11)])
 
 
+@pytest.mark.parametrize(("steps", "more"), [(4, 11), (11, 12)])
+def test_more_steps_never_change_the_rows_or_the_rate_of_a_run(steps, more, files, tmp_path):
+    """4 steps of 3 rows hold nobody, 11 do; the rate of 11 falls to step 11."""
+    data, run = write_rows(tmp_path / "few.jsonl", ROWS[:3]), tmp_path / "run"
+    how = {"eval": {"problems": 0}, "train": {"steps": steps, "save_every": 1}}
+    train(short_config(files[0], data, run, **how), quiet())
+    how["train"]["steps"] = more
+    with pytest.raises(UserError, match=f"train.steps is {more}, and was {steps}: data.varied"):
+        train(short_config(files[0], data, run, **how), quiet(), resume=True)
+    config = short_config(files[0], data, tmp_path / "none", **how, data={"varied": 0})
+    config.train.steps = steps
+    train(config, quiet())
+    config.train.steps = more
+    assert len(read_lines(train(config, quiet(), resume=True) / "metrics.jsonl")) == more
+
+
 def test_only_problems_with_an_answer_are_graded_for_the_log(files, tmp_path):
     """A verifier is never given a problem that the run made, nor no problem at all."""
     data = write_rows(tmp_path / "few.jsonl", ROWS[:3])
