@@ -132,16 +132,11 @@ def _check_server(parsed: argparse.Namespace) -> None:
 
 
 def _columns(text: str | None) -> dict[str, str]:
-    columns = {}
-    for pair in (text or "").split(","):
-        ours, equals, theirs = pair.partition("=")
-        if text and not (equals and ours.strip() and theirs.strip()):
-            raise UserError(
-                f"--columns is {text!r}: it must list OURS=THEIRS, such as problem=question"
-            )
-        if text:
-            columns[ours.strip()] = theirs.strip()
-    return columns
+    pairs = [pair.split("=", 1) for pair in text.split(",")] if text else []
+    names = [tuple(name.strip() for name in pair) for pair in pairs]
+    if not all(len(pair) == 2 and all(pair) for pair in names):
+        raise UserError(f"--columns is {text!r}: it must list OURS=THEIRS, as in problem=question")
+    return dict(names)
 
 
 def _shard(text: str | None, environment: Mapping[str, str]) -> Shard:

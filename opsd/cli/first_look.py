@@ -62,6 +62,8 @@ def check_model(name: str, field: str) -> None:
     elif path.exists():
         hint = f"; did you mean {str(path.parent)!r}?" if path.name in MODELS else ""
         raise UserError(f"{field} is {name!r}: a file; it must be a directory, or a hub name{hint}")
+    elif (path.parent / CONFIG).is_file():  # in a run's directory
+        raise UserError(f"{field} is {name!r}: no such directory{near_model(path.parent)}")
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):  # cannot be a hub name
         hint = near_file(path) or ("" if "/" in name else OWNER)
         raise UserError(f"{field} is {name!r}: there is no such directory{hint}")

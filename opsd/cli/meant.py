@@ -33,8 +33,12 @@ def no_command(words: Sequence[str], known: Iterable[str]) -> str:
         rest = (other for other in words if other != word)
         return f"{said}; did you mean `{shlex.join(['opsd', 'train', word, *rest])}`?"
     if meant := _meant()["commands"].get(word.lower().replace("_", "-")):
-        at = words.index(word)
-        typed = shlex.join(["opsd", *words[:at], *meant.split(), *words[at + 1 :]])
+        if "`" in meant:
+            return f"{said}; {meant}"
+        at, more = words.index(word), meant.split()
+        fields = [one for one in more if "=" in one]  # they come last
+        ours = [one for one in more if one not in fields]
+        typed = shlex.join(["opsd", *words[:at], *ours, *words[at + 1 :], *fields])
         return f"{said}; did you mean `{typed}`?"
     if near := nearest(word, known, cutoff=0.6):
         return f"{said}; did you mean {near!r}?"
@@ -83,6 +87,8 @@ def _instead(option: str, words: Sequence[str], own: Iterable[str], has_fields: 
         if len(more) > 1 and "=[" in (every := answer(name, ",".join(more), Config)):
             said = every
         said = said.replace("here it is ", AS_FIELD)
+        if said.startswith("set ") and value != "true":
+            said = re.sub(r"=[A-Z]+$", f"={value}", said)
         said = "--gpus" if said.startswith("several GPUs") and "--gpus" in own else said
         return f"did you mean `{said}`?" if said.startswith("--") else said
     near = near or nearest(name, plain, cutoff=0.7)

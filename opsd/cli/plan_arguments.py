@@ -65,6 +65,4 @@ def machine_of(text: str, option: str) -> tuple[GPU, int]:
 def _bytes(text: str) -> float | None:
     """Reads `24GB`, `24G` and `24` as 24e9 bytes; returns None for what is no size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(G|GB|GiB|M|MB|MiB|)\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        return None
-    return float(match[1]) * _UNITS[match[2].upper() or "GB"]
+    return float(match[1]) * _UNITS[match[2].upper() or "GB"] or None if match else None

@@ -3,12 +3,14 @@
 import difflib
 import re
 from collections.abc import Iterable
+from glob import escape
 from pathlib import Path
 
 HUB_ADDRESS = re.compile(
     r"(?:https?:/+)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)"
 )
 
+ROWS = (".jsonl", ".json", ".parquet", ".csv")
 OWNER = "; a hub name has an owner, as in Qwen/Qwen3-1.7B"
 
 
@@ -32,8 +34,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
-    """`; did you mean 'rows.jsonl'?` for a missing path, by the files in its directory, or
-    `'owner/name'` for an address on the hub."""
+    """`; did you mean 'rows.jsonl'?` for a missing path, by the files in its directory, here and in
+    the directories here, or `'owner/name'` for an address on the hub."""
     if named := HUB_ADDRESS.match(str(path)):
         return f"; did you mean {named[1]!r}?"
     path = Path(path)
@@ -42,17 +44,22 @@ def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
     try:
         there = [one.name for one in path.parent.iterdir() if one.name.endswith(suffixes)]
     except OSError:
-        return ""
+        there = []
     near = next((path.name + s for s in suffixes if path.name + s in there), None)
     near = near or nearest(path.name, there, cutoff=0.6)
-    rows = (".jsonl", ".json", ".parquet", ".csv")
-    if (
-        not near
-        and path.suffix in rows
-        and len(data := [o for o in there if o.endswith(rows)]) == 1
-    ):
-        near = data[0]  # the only file of rows
-    return f"; did you mean {str(path.parent / near)!r}?" if near else ""
+    rows = [one for one in there if one.endswith(ROWS)]
+    if not near and path.suffix in ROWS and len(rows) == 1:
+        near = rows[0]  # the only file of rows
+    if near:
+        return f"; did you mean {str(path.parent / near)!r}?"
+    return _elsewhere(path.name, suffixes)
+
+
+def _elsewhere(name: str, suffixes: tuple[str, ...]) -> str:
+    """The same for a file of that name in the current directory, or one directory below."""
+    names = [escape(name.removesuffix(end) + end) for end in suffixes if name]
+    found = [one for place in ("", "*/") for each in names for one in Path().glob(place + each)]
+    return f"; did you mean {str(found[0])!r}?" if found else ""
 
 
 def near_model(path: Path) -> str:

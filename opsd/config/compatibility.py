@@ -42,7 +42,6 @@ _OF = {
 USED_BY = {field: methods for methods, fields in _OF.items() for field in fields.split()}
 """Fields of `loss` → the methods that use them. All methods use the fields not listed here."""
 
-
 ZERO_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers that update each number of a weight independently of the others."""
 

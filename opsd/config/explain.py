@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from opsd.common.errors import problem_said
 from opsd.common.near import did_you_mean, nearest
 from opsd.config.base import Section
-from opsd.config.foreign import VALUES, answer, fields_of, section_of
+from opsd.config.foreign import VALUES, answer, fields_of, here, section_of, typed
 
 SHOWN_PROBLEMS = 10  # at most this many errors of one config are shown
 NUMBERS = {"int": r"[-+]?\d+", "float": r"[-+]?\d*\.?\d+([eE][-+]?\d+)?"}
@@ -36,11 +36,9 @@ def explain(problem: Any, model: type[Section]) -> str:
     if kind in ("extra_forbidden", "invalid_key"):
         return _unknown(location, problem["input"], model)
     if kind == "missing":
-        example = {"model": "model.path=Qwen/Qwen3-1.7B", "data": "data.source=rows.jsonl"}
-        example |= {"model.path": example["model"], "data.source": example["data"]}
-        name = ".".join(location)
-        given = example.get(name) if "rollout" in model.model_fields else None
-        return f"{name} is missing" + (f": say {given}" if given else "")
+        given = {"model": "model.path=Qwen/Qwen3-1.7B", "data": "data.source=rows.jsonl"}
+        of_run = "rollout" in model.model_fields and location[0] in given
+        return f"{'.'.join(location)} is missing" + f": say {given[location[0]]}" * of_run
     return problem_said(problem) + _meant(".".join(location), problem, model)
 
 
@@ -51,8 +49,11 @@ def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
         return f"unknown key {location[-1]!r}: YAML needs a space after the colon: `{key}: {rest}`"
     near = nearest(location[-1], known, cutoff=0.8)
     said = []
-    for name, inside in islice(_leaves(".".join(location), value), SHOWN_PROBLEMS):
-        if found := answer(name, inside, model, unless=near):
+    section, fields = ".".join(location), {*fields_of(model)}
+    for name, inside in islice(_leaves(section, value), SHOWN_PROBLEMS):
+        spelled = ".".join([*location[:-1], near or "", *name[len(section) + 1 :].split(".")])
+        slip = near if name == section or spelled in fields else None
+        if found := answer(name, inside, model, unless=slip):
             said.append(f"unknown key {name!r}: {found}")
     if said:
         return "; ".join(said)
@@ -76,14 +77,17 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
     """Suggest what a wrong value of the field `name` may mean, as the end of a sentence."""
     kind, value = problem["type"], problem["input"]
     if kind in ("model_type", "model_attributes_type"):
-        inside = next((field for field in fields_of(model) if field.startswith(f"{name}.")), None)
+        own = [field for field in fields_of(model) if field.startswith(f"{name}.")]
         key, colon, rest = str(value).partition(":")
-        if colon and f"{name}.{key}" in fields_of(model):
+        if colon and f"{name}.{key}" in own:
             return f"; YAML needs a space after the colon: `{key}: {rest}`"
         if isinstance(value, list):
-            return f"; it is a section: write its fields without `- `, as in {inside}=…"
-        shown = "…" if isinstance(value, bool) or len(str(value)) >= 50 else value
-        return f"; it is a section, as in {inside}={shown}" if inside else ""
+            return f"; it is a section: write its fields without `- `, as in {own[0]}=…"
+        # First the fields that take few values, such as teacher.policy, and this one.
+        own.sort(key=lambda field: "=" in typed(field, "any", model))
+        takes = (said for field in own if "=" in (said := typed(here(field, model), value, model)))
+        plain = isinstance(value, bool) or str(value).lower() in TRUTH
+        return f"; it is a section, as in {f'{own[0]}=…' if plain else next(takes, f'{own[0]}=…')}"
     if kind == "dict_type" and name.endswith("columns"):
         return f"; write {name}={{problem: question}}, our column and theirs"
     if value is None and ":" in name:
@@ -92,6 +96,7 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
         )
     if not isinstance(value, str):
         said = VALUES.get(name, {}).get("number") if isinstance(value, int | float) else None
+        said = "it is a number, not a share" if kind == "int_from_float" and 0 < value < 1 else said
         return f"; {said}" if said else ""
     word = re.sub(r"[\s-]+", "_", value.lower())
     if other := VALUES.get(re.sub(r"\.\d+$", "", name), {}).get(word):

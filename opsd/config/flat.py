@@ -4,13 +4,13 @@ A field's flat name is its own name; if that is ambiguous, the names of its sect
 rollout_temperature and loss_temperature, lora_rank, output_dir.
 """
 
-import difflib
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from os import PathLike, fspath
 from typing import Any, get_origin
 
 from opsd.common.errors import UserError
+from opsd.common.near import nearest
 from opsd.config.base import Section
 from opsd.config.foreign import answer, fields_of, section_of
 
@@ -82,13 +82,12 @@ def _field(name: str, value: Any, fields: dict[str, set[str]], config: type[Sect
     if name in TRAINER_TAKES:
         raise UserError(f"{name} belongs to the trainer: OPSDTrainer({name}=…)")
     every = [one for names in fields.values() for one in sorted(names)]
-    near = difflib.get_close_matches(name, every, n=1, cutoff=0.5)
-    alike = difflib.get_close_matches(name, every, n=1, cutoff=0.9)
-    if said := answer(name, value, config, unless=next(iter(alike), None)):
+    near = nearest(name, every)
+    if said := answer(name, value, config, unless=nearest(name, every, cutoff=0.9)):
         for known in fields_of(config) if "=" in said else ():
             alone = [one for one in fields.get(known, ()) if every.count(one) == 1]
             said = said.replace(f"{known}=", f"{min(alone, key=len, default=known)}=")
         raise UserError(f"unknown key {name!r}: {said}")
-    whose = next((field for field, names in fields.items() if near and near[0] in names), "")
-    hint = f"did you mean {near[0]} ({whose})?" if near else "docs/options.md lists them"
+    whose = next((field for field, names in fields.items() if near in names), "")
+    hint = f"did you mean {near} ({whose})?" if near else "docs/options.md lists them"
     raise UserError(f"unknown key {name!r}; {hint}")

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 from yaml import YAMLError
@@ -48,7 +48,8 @@ def answer(name: str, value: Any, model: type[Section], unless: str | None = Non
         found = ELSEWHERE.get(name.rpartition(".")[2], "")
         return f"here it is {found}" if found in model.model_fields else ""
     plain = re.sub(r"[\s-]+", "_", name)
-    if said := reason(plain):
+    joined = plain.rpartition(".")[2] in {tail for one in fields_of(model) for tail in _tails(one)}
+    if not joined and (said := reason(plain)):
         blank = "nnodes M" if "nnodes M" in said else "-node N"
         count = re.search(r"\d+$", str(value))
         return said.replace(blank, f"{blank[:-1]}{count[0]}") if count else said
@@ -81,24 +82,29 @@ def here(name: str, model: type[Section]) -> str:
 
 
 def _ours(name: str, model: type[Section], unless: str | None = None) -> str:
+    every = [*fields_of(model)]
     for end in _ends(name):
         if end in ELSEWHERE:
             return ELSEWHERE[end]
+        if not unless and (found := [field for field in every if end in _tails(field)]):
+            return found[0]
     if unless:
         return ""
-    every = [*fields_of(model)]
-    if whole := [field for field in every if field.replace(".", "_") == name]:
-        return whole[0]
-    for end in _ends(name):
-        found = [field for field in every if f".{field}".endswith(f".{end}")]
-        least = min((field.count(".") for field in found), default=0)
-        if found and ("." in end or end not in VAGUE or (end == name and least == 1)):
-            return " or ".join(field for field in found if field.count(".") == least)
     last = name.rpartition(".")[2]
+    found = [field for field in every if field.rpartition(".")[2] == last]
+    least = min((field.count(".") for field in found), default=0)
+    if found and (last not in VAGUE or (last == name and least == 1)):
+        return " or ".join(field for field in found if field.count(".") == least)
     spelled = ELSEWHERE | {field.rpartition(".")[2]: field for field in reversed(every)}
     plain = last not in VAGUE and 4 < len(last) < 50
     near = nearest(last, spelled, cutoff=0.9) if plain else None
     return spelled[near] if near else ""
+
+
+def _tails(field: str) -> set[str]:
+    """{"reward.format", "reward_format", …}: a field's last parts, of which there are several."""
+    tails = [end for end in _ends(field) if "." in end]
+    return {*tails, *(tail.replace(".", "_") for tail in tails)}
 
 
 def _ends(name: str) -> list[str]:
@@ -124,20 +130,29 @@ def typed(found: str, value: Any, model: type[Section]) -> str:
         return VALUES.get(field, {}).get(word, off)
     if more := re.fullmatch(r"with ([\w.]+=\w+)", note):  # two assignments
         return f"{_assigned(field, value, model)} {more[1]}"
+    if note == "FILE.py:FUNCTION" and re.fullmatch(r".+\.py:\w+", str(value)):
+        return f"{field}={value}"
     if note == "1 less the rate" and re.fullmatch(r"[01]?\.?\d+", str(value)):
         return f"{field}={1 - float(value):g}"
     if word == "false" and note:
         return "leave it out: that is off"
     if note or not (every := field.split(" or ")) or {*every} - {*fields_of(model)}:
         return f"{field} ({note})" if note else found
-    return " or ".join(_assigned(one, value, model) for one in every)
+    # The fields that take the value; words with blanks are a prompt.
+    words = bool(re.search(r"\s|{{", str(value)))
+    every = [one for one in every if one.startswith("prompts.") == words] or every
+    said = [_assigned(one, value, model) for one in every]
+    return " or ".join([one for one in said if "=" in one] or said)
 
 
 def _assigned(field: str, value: Any, model: Any) -> str:
     """`field=value`, in our words, if the field takes the value; otherwise the field's name."""
     *above, last = field.split(".")
     for part in above:
-        model = section_of(model.model_fields[part].annotation)
+        annotation = model.model_fields[part].annotation
+        if get_origin(annotation) in (list, dict):  # teacher.mix: it has no value of its own
+            return field
+        model = section_of(annotation)
     kind = model.model_fields[last]
     if isinstance(value, list):  # such as verl's ['console', 'wandb']
         words = [VALUES.get(field, {}).get(str(one), one) for one in value]

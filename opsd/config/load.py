@@ -22,7 +22,6 @@ from opsd.config.yaml import load_yaml, read_yaml
 STUDY = {"quickstart", "methods", "variants"}
 """Top-level keys that only a study file has; `opsd compare` runs those."""
 
-
 METHODS_OWN = ("method", "loss", "teacher")
 """Top-level keys that a run of `then` does not inherit, since they belong to the method."""
 
@@ -92,7 +91,25 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Write `section.field=value` overrides into the sections, in place. Raises UserError."""
     for override in overrides:
-        _apply(values, override)
+        name, equals, text = override.partition("=")
+        keys = name.split(".")
+        if not equals or not all(keys):
+            found = here(name, Config) if name else ""
+            hint = f", as in {found}=…" if found else ""
+            raise UserError(
+                f"override is {override!r}: it must look like train.learning_rate=1e-5{hint}"
+            )
+        place = values
+        for key in keys[:-1]:
+            if place.get(key) is None:  # the section is absent or null
+                place[key] = {}
+            place = place[key]
+            if not isinstance(place, dict):
+                raise UserError(f"override is {override!r}: {key!r} is not a section")
+        try:
+            place[keys[-1]] = load_yaml(text)
+        except yaml.YAMLError:
+            place[keys[-1]] = text
     return values
 
 
@@ -137,24 +154,3 @@ def _field(field: FieldInfo) -> tuple[str, str]:
     if getattr(kind := field.annotation, "__origin__", None) is Literal:
         return default, f"{field.description} ({' | '.join(map(str, kind.__args__))})"
     return default, field.description
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    keys = name.split(".")
-    if not equals or not all(keys):
-        found = here(name, Config) if name else ""
-        hint = f", as in {found}=…" if found else ""
-        raise UserError(
-            f"override is {override!r}: it must look like train.learning_rate=1e-5{hint}"
-        )
-    for key in keys[:-1]:
-        if values.get(key) is None:  # the section is absent or null
-            values[key] = {}
-        values = values[key]
-        if not isinstance(values, dict):
-            raise UserError(f"override is {override!r}: {key!r} is not a section")
-    try:
-        values[keys[-1]] = load_yaml(text)
-    except yaml.YAMLError:
-        values[keys[-1]] = text

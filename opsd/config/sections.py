@@ -26,10 +26,8 @@ TEACHER_TEMPLATE = shipped(
 
 ALL_LINEAR = "all-linear"
 
-
 SEEDS = 2**32
 """Seeds must be below this: numpy, which Trainer seeds, accepts no larger ones."""
-
 
 OURS = frozenset(
     "tokenize add_generation_prompt continue_final_message conversation messages return_dict "

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from opsd.common.errors import UserError
+from opsd.common.files import read_toml
 from opsd.common.near import near_file
 
 MAX_BYTES = 1 << 20
@@ -18,7 +19,6 @@ MAX_BYTES = 1 << 20
 
 MAX_NODES = 100_000
 """The most values that a file may have, counting what aliases repeat each time."""
-
 
 CORE = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -33,16 +33,7 @@ CORE = {
 }
 """Type → a pattern of its unquoted words, and their first characters. Other words are text."""
 
-SLIPS = {
-    "'\\t'": "YAML is indented by spaces, not by tabs",
-    "unhashable key": "a text that begins with a brace is quoted: '{{ problem }}'",
-    "<block end>": "the lines of a section are indented alike, and a list's all begin with `- `",
-    "mapping values are not allowed": "a text that holds `: ` is quoted, and a section's lines are "
-    "indented alike",
-    "could not find expected ':'": "a section's name ends with a colon",
-    "unexpected end of stream": "a quote is not closed",
-    "cannot start any token": "a text that begins with %, @ or ` is quoted",
-}
+SLIPS: dict[str, str] = read_toml(__file__, "slips")
 """What PyYAML says → what to do about it."""
 
 

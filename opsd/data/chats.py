@@ -16,13 +16,11 @@ ROLES |= dict.fromkeys(("gpt", "model", "bot", "chatgpt", "bard", "bing"), "assi
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 """Columns with a whole chat; `prompt` and `completion` have a chat's two halves."""
 
-
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message that may hold its thought, separate from its content."""
 
 TEXTS = frozenset({"text", "input_text", "output_text"})
 TOOLS = frozenset({"tool", "function", "function_call", "observation", "ipython"})
-
 
 NO_COLUMN = " (map the column of a row's images: columns.images=images)"
 NOT_FIRST = " after a text (a prompt shows a row's images where its template has {{ images }})"

@@ -52,7 +52,6 @@ MESSAGE = "\u2042the message\u2042"
 ESCAPED_MESSAGE = MESSAGE + "\\\"'<&>\n\tA"
 """The same message, with characters that a template may escape."""
 
-
 IMAGES = "{{ images }}"
 """The beginning of our own templates if rows have images."""
 

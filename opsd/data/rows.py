@@ -129,7 +129,7 @@ def load_rows(
     '4'
     """
     columns, options = dict(columns or {}), dict(options or {})
-    check_names(f"{section}.columns", columns, (*COLUMNS, "images"))
+    check_names(f"{section}.columns", columns, (*COLUMNS, "images"), USUAL)
     for field, value in (("limit", limit), ("size", size)):
         if value is not None and value < 1:
             raise UserError(f"{section}.{field}: {value!r} is not a positive number")

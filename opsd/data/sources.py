@@ -33,14 +33,19 @@ def kind_of(value: Any) -> str:
     )
 
 
-def check_names(field: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raises UserError for an unknown name, suggesting the nearest known one."""
+def check_names(field: str, given: Iterable[str], known: Sequence[str], usual: Any = ()) -> None:
+    """Raises UserError for an unknown name, suggesting the nearest known one. usual: known name →
+    what others call it."""
     for name in given:
-        if name not in known:
-            hint, allowed = did_you_mean(str(name), known), ", ".join(map(repr, known)) or "none"
-            if isinstance(given, dict) and given[name] in known and not nearest(name, known, 0.7):
-                hint = f"; did you mean {field}.{given[name]}={name}? Ours stands first"
-            raise UserError(f"{field}: {name!r} is not known{hint} (allowed: {allowed})")
+        if name in known:
+            continue
+        hint, allowed = did_you_mean(str(name), known), ", ".join(map(repr, known)) or "none"
+        value, near = given[name] if isinstance(given, dict) else "", nearest(name, known, 0.7)
+        if value in known and not near:
+            hint = f"; did you mean {field}.{value}={name}? Ours stands first"
+        elif value and (near := near or next((our for our in usual if name in usual[our]), None)):
+            hint = f"; did you mean {field}.{near}={value}?"
+        raise UserError(f"{field}: {name!r} is not known{hint} (allowed: {allowed})")
 
 
 def stored(

@@ -15,7 +15,7 @@ from trl.experimental.sdpo import SDPOConfig
 
 from opsd.common.errors import UserError
 from opsd.config.config import Config
-from opsd.config.foreign import ELSEWHERE, NOWHERE, OPEN, answer, fields_of, here, reason
+from opsd.config.foreign import ELSEWHERE, NOWHERE, OPEN, VAGUE, answer, fields_of, here, reason
 from opsd.config.load import merge, parse_config, with_overrides
 
 ROOT = Path(__file__).parents[2]
@@ -64,12 +64,32 @@ def test_each_field_of_another_trainer_has_an_answer(theirs):
 
 def test_a_name_from_elsewhere_is_told_ours():
     for theirs, ours in [pair for pair in ELSEWHERE.items() if "." in pair[1]]:
-        field = re.match(r"[a-z0-9_.]+", ours)[0]
-        assert field in KNOWN or field == "data.columns" or field.startswith(OPEN), theirs
+        fields = ours.partition(", ")[0].partition(":")[0].split(" or ")
+        for field in fields:
+            assert field in KNOWN or field == "data.columns" or field.startswith(OPEN), theirs
         for value in (1, "text"):
             said = answer(theirs, value, Config)
-            assert said.startswith(f"here it is {field}"), theirs
+            assert said.startswith(tuple(f"here it is {field}" for field in fields)), theirs
             can_be_typed(said)
+
+
+OURS = [field for field in fields_of(Config) if field.count(".") and field.split(".")[1] != "mix"]
+SHARED = {"batch_size": "train.problems_per_step", "beta": "loss.kl", "dtype": "train.precision"}
+SHARED |= {"quantize": "model.lora.quantize", "path": "model.path", "source": "data.source"}
+SHARED |= {"teacher": "eval.teacher", "student": "model.path", "rollout_batch_size": "train.prob"}
+"""Names that mean another field of ours where no section tells."""
+
+
+@pytest.mark.parametrize("field", OURS)
+def test_our_own_field_is_told_in_a_section_that_is_none(field):
+    *sections, last = field.split(".")
+    said = answer(f"twice.{last}", 1, Config)
+    assert field in said or SHARED.get(last, "none") in said or last in VAGUE or "routes" in field
+    for start in range(len(sections)):
+        tail = field.split(".")[start:]
+        for name in (".".join(tail), "_".join(tail)):
+            said = answer(f"twice.{name}", 1, Config)
+            assert field in said or SHARED.get(name, "none") in said, said
 
 
 def test_no_name_is_both_here_and_nowhere():
@@ -114,6 +134,17 @@ def test_what_is_off_elsewhere_is_not_switched_on_here(off):
         ("num_generation", 4, "here it is rollout.group_size=4"),  # a slip in another's name
         ("lerning_rate", 1e-5, "here it is train.learning_rate=1e-05"),
         ("path", "m", "here it is model.path=m or teacher.path=m"),
+        ("twice.student", "Solve {{ problem }}", "here it is prompts.student=Solve {{ problem }}"),
+        ("twice.student", "Qwen/Qwen3-8B", "here it is model.path=Qwen/Qwen3-8B"),
+        ("train.backend", "triton", "here it is loss.backend=triton"),
+        ("train.backend", "vllm", "here it is rollout.engine=vllm"),
+        ("train.eval_every", 10, "here it is eval.every=10"),
+        ("reward.strict", False, "here it is loss.reward.strict=false"),
+        ("reward.verifier", "mine.py:f", "here it is loss.reward.verifier=mine.py:f"),
+        ("train.lora_targets", "all", "here it is model.lora.targets=all-linear"),
+        ("train.freeze_router", True, "here it is model.freeze_router=true"),
+        ("output.path", "runs/x", "here it is output.dir=runs/x"),
+        ("twice.mix.damping", 2, "here it is teacher.mix.damping"),  # of a list: it has no value
         ("system_prompt", "Be brief.", "here it is prompts.system=Be brief."),
         ("system_prompt", "Be\nbrief.", "here it is prompts.system"),  # an error is one line
         ("system_prompt", "Be brief." * 99, "here it is prompts.system"),

@@ -147,7 +147,10 @@ def test_a_table_may_have_quotes_around_its_names(between, tmp_path):
 def test_bad_arguments(tmp_path):
     source = save("jsonl", tmp_path)
     for arguments, message in [
-        ({"columns": {"problme": "q"}}, r"data\.columns: 'problme'.*did you mean 'problem'"),
+        (
+            {"columns": {"problme": "q"}},
+            r"data\.columns: 'problme'.*did you mean data\.columns\.problem=q",
+        ),
         ({"limit": 0}, r"data\.limit: 0"),
         ({"size": 10}, r"data\.size: only reasoning_gym"),
         ({"options": {"name": "main"}}, r"data\.options: 'name' is not known"),

@@ -130,7 +130,6 @@ _MARKED, _REWRITTEN = (
     for table in ("marked_units", "rewritten")
 )
 
-
 _OPENED = re.compile(r"(?:(?<![A-Za-z])\\?sqrt(?:\s*\[\w*\])?|\^)\s*(?=\()")
 
 

@@ -85,7 +85,6 @@ _NEXT_NAME = re.compile(r"(\\(?:angle|triangle|text|mathrm)|[\w)}])\s+(?=[A-Za-z
 _SEPARATOR = re.compile(r"[,;]|&")
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
-
 _LABELS = [list("abcdefgh"), list("123456789"), ["i", "ii", "iii", "iv", "v"]]
 _PART = re.compile(r"(?:^|(?<=[\s,;]))\(?([a-h]|[1-9]|i{1,3}|iv|v)\)\s+(?=[^\s,;])")
 
