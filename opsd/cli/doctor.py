@@ -86,10 +86,8 @@ def run_doctor(write: Callable[[str], None]) -> int:
 
 
 def _line(finding: Finding) -> str:
-    if finding.problem:
-        mark = "NO" if finding.fatal else "!"
-    else:
-        mark = "-" if finding.absent else "ok"
+    problem, well = "NO" if finding.fatal else "!", "-" if finding.absent else "ok"
+    mark = problem if finding.problem else well
     return f"  {mark:<2}  {finding.name:<18}  {finding.value}".rstrip()
 
 

@@ -132,11 +132,11 @@ def _check_server(parsed: argparse.Namespace) -> None:
 
 
 def _columns(text: str | None) -> dict[str, str]:
-    pairs = [pair.split("=", 1) for pair in text.split(",")] if text else []
-    names = [tuple(name.strip() for name in pair) for pair in pairs]
-    if not all(len(pair) == 2 and all(pair) for pair in names):
+    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
+    columns = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if not all(columns) or not all(columns.values()):
         raise UserError(f"--columns is {text!r}: it must list OURS=THEIRS, as in problem=question")
-    return dict(names)
+    return columns
 
 
 def _shard(text: str | None, environment: Mapping[str, str]) -> Shard:

@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from opsd.cli.arguments import add_options
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import write_file
@@ -15,13 +16,9 @@ SCHEMA = Path(__file__).parents[1] / "config" / "schema.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `opsd init` or of `opsd examples`, by the parser's name."""
-    writes = parser.prog.endswith("init")
-    parser.add_argument(
-        "name", nargs="?", metavar="[NAME]", help="an example's name, or a part of it"
-    )
-    if writes:
-        parser.add_argument("--output", type=Path, metavar="FILE", help="default: NAME.yaml")
-    parser.set_defaults(act=_write if writes else _list)
+    command = parser.prog.split()[-1]
+    add_options(parser, command)
+    parser.set_defaults(act=_write if command == "init" else _list)
 
 
 def run(parsed: argparse.Namespace) -> None:

@@ -40,7 +40,8 @@ def no_command(words: Sequence[str], known: Iterable[str]) -> str:
         ours = [one for one in more if one not in fields]
         typed = shlex.join(["opsd", *words[:at], *ours, *words[at + 1 :], *fields])
         return f"{said}; did you mean `{typed}`?"
-    if near := nearest(word, known, cutoff=0.6):
+    parts = (part for part in re.split(r"\W|_", word) if part in known)  # train_opsd
+    if near := nearest(word, known, cutoff=0.7) or next(parts, None):
         return f"{said}; did you mean {near!r}?"
     return f"{said}; there are {', '.join(known)}"
 
@@ -76,8 +77,9 @@ def _instead(option: str, words: Sequence[str], own: Iterable[str], has_fields: 
     from opsd.config.config import Config
     from opsd.config.foreign import answer, fields_of, reason, typed
 
-    meant = _meant()["options"]
-    said = meant.get(f"{command}.{name}") or meant.get(name, "")
+    meant = {one.replace("_", ""): said for one, said in _meant()["options"].items()}
+    word = name.replace("_", "")
+    said = meant.get(f"{command}.{word}") or meant.get(word, "")
     if (said.startswith("set ") and not has_fields) or (said.startswith("-") and said not in own):
         said = ""  # that is of another command
     if not said and has_fields and name in fields_of(Config):

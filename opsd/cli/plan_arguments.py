@@ -34,6 +34,10 @@ def run(parsed: argparse.Namespace) -> None:
 def check(parsed: argparse.Namespace) -> None:
     """Checks the arguments; turns `memory` into bytes and `gpu` into a GPU. Raises UserError."""
     check_at_least(1, parsed, "gpus", "prompt_tokens", "solution_tokens")
+    if find_gpu(str(parsed.gpus)):
+        raise UserError(
+            f"--gpus is {parsed.gpus}: it counts them; did you mean --gpu {parsed.gpus}?"
+        )
     if parsed.gpu is not None:
         parsed.gpu, count = machine_of(parsed.gpu, "--gpu")
         parsed.gpus = max(parsed.gpus, count)

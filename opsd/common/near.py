@@ -14,7 +14,7 @@ ROWS = (".jsonl", ".json", ".parquet", ".csv")
 OWNER = "; a hub name has an owner, as in Qwen/Qwen3-1.7B"
 
 
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name most similar to `word`, ignoring case, hyphens and spaces, or None. One with
     the same letters, such as rank for rnak, is similar at any cutoff."""
     plain = {_plain(name): name for name in reversed(list(known))}
@@ -46,20 +46,14 @@ def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
     except OSError:
         there = []
     near = next((path.name + s for s in suffixes if path.name + s in there), None)
-    near = near or nearest(path.name, there, cutoff=0.6)
-    rows = [one for one in there if one.endswith(ROWS)]
-    if not near and path.suffix in ROWS and len(rows) == 1:
-        near = rows[0]  # the only file of rows
-    if near:
-        return f"; did you mean {str(path.parent / near)!r}?"
-    return _elsewhere(path.name, suffixes)
-
-
-def _elsewhere(name: str, suffixes: tuple[str, ...]) -> str:
-    """The same for a file of that name in the current directory, or one directory below."""
-    names = [escape(name.removesuffix(end) + end) for end in suffixes if name]
-    found = [one for place in ("", "*/") for each in names for one in Path().glob(place + each)]
-    return f"; did you mean {str(found[0])!r}?" if found else ""
+    rows = [one for one in there if one.endswith(ROWS) and path.suffix in ROWS]
+    only = rows[0] if len(rows) == 1 else None  # file of rows
+    near = near or nearest(path.name, there) or only
+    # Else one of that name here, or in a directory here.
+    names = [escape(path.name.removesuffix(end) + end) for end in suffixes if path.name]
+    others = (one for place in ("", "*/") for name in names for one in Path().glob(place + name))
+    found = path.parent / near if near else next(others, None)
+    return f"; did you mean {str(found)!r}?" if found else ""
 
 
 def near_model(path: Path) -> str:

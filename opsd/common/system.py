@@ -9,16 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = (
-    "opsd-train",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "numpy",
-    "vllm",
-)
+PACKAGES = "opsd-train torch transformers accelerate datasets tokenizers numpy vllm".split()
 
 
 def versions() -> dict[str, str]:

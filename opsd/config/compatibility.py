@@ -415,7 +415,7 @@ RULES = (
 
 def _unused(config: Config) -> Iterator[tuple[str, str]]:
     """Yields (fields that this run does not use, separated by blanks; why not)."""
-    method, loss, policy = config.method, config.loss, config.teacher.policy
+    method, loss, teacher = config.method, config.loss, config.teacher
     if not (config.eval.every and config.eval.problems):
         yield "output.keep train.early_stop", "that needs eval.every, and eval.problems"
     if method == "grpo":
@@ -438,18 +438,20 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
             yield grpo_alone, "that is a part of grpo's reward"
     if loss.divergence != "jsd" and method in DIVERGENCE_METHODS:
         yield "loss.beta", f"it is for loss.divergence 'jsd', not {loss.divergence!r}"
-    if loss.divergence != "sampled_token":
-        yield "loss.control_variate", "it is for loss.divergence 'sampled_token'"
-    if loss.divergence != "reverse_kl":
-        yield "loss.unsure", "it is for loss.divergence 'reverse_kl'"
-    if not any(is_address(own.path) for own in config.teacher.members()):
-        yield "teacher.server_patience", "no teacher is at an address"
-    if not config.teacher.routes:
-        yield "teacher.column loss.weights.balance", "there are no teacher.routes"
-    if not loss.unsure:
-        yield "loss.unsure_entropy", "loss.unsure is 0"
-    if loss.clip == "none":
-        yield "loss.clip_threshold", "loss.clip is 'none'"
+    for kind, name in (("sampled_token", "loss.control_variate"), ("reverse_kl", "loss.unsure")):
+        if loss.divergence != kind:
+            yield name, f"it is for loss.divergence {kind!r}"
+    at_address = any(is_address(own.path) for own in teacher.members())
+    for used, fields, why in (
+        (at_address, "teacher.server_patience", "no teacher is at an address"),
+        (teacher.routes, "teacher.column loss.weights.balance", "there are no teacher.routes"),
+        (loss.unsure, "loss.unsure_entropy", "loss.unsure is 0"),
+        (loss.clip != "none", "loss.clip_threshold", "loss.clip is 'none'"),
+        (loss.distil, "loss.distil_groups", "without loss.distil nothing distils"),
+        (loss.credit, "loss.credit_clip loss.credit_steps", "without loss.credit it does nothing"),
+    ):
+        if not used:
+            yield fields, why
     ratio, whole = "loss.epsilon loss.epsilon_high", "over the whole vocabulary no ratio is clipped"
     if method != "grpo" and loss.divergence != "sampled_token":
         yield ratio, f"{whole}; that is for loss.divergence 'sampled_token', and for grpo"
@@ -458,16 +460,12 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
         yield "loss.clip loss.temperature", f"loss.divergence 'sampled_token' {as_they_are}"
     if not is_graded(config) and method != "sft":
         of_votes = ("strict", "keep_special_tokens") if votes(config) else ()
-        fields = [name for name in type(loss.reward).model_fields if name not in of_votes]
+        graded = [name for name in type(loss.reward).model_fields if name not in of_votes]
         yield (
-            " ".join(f"loss.reward.{name}" for name in fields),
+            " ".join(f"loss.reward.{name}" for name in graded),
             f"{method} grades no rollouts, unless loss.weights.correct or .incorrect, a teacher "
             "template over `rollout` or `peers`, or loss.reward.log asks for it",
         )
-    if not loss.distil:
-        yield "loss.distil_groups", "without loss.distil nothing distils"
-    if not loss.credit:
-        yield "loss.credit_clip loss.credit_steps", "without loss.credit it does nothing"
-    if "ema" not in {member.policy for member in config.teacher.members()}:
+    if "ema" not in {member.policy for member in teacher.members()}:
         averaged = "teacher.ema_decay teacher.update_every"
-        yield averaged, f"it is for teacher.policy 'ema', not {policy!r}"
+        yield averaged, f"it is for teacher.policy 'ema', not {teacher.policy!r}"

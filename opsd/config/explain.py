@@ -14,9 +14,7 @@ from opsd.config.foreign import VALUES, answer, fields_of, here, section_of, typ
 
 SHOWN_PROBLEMS = 10  # at most this many errors of one config are shown
 NUMBERS = {"int": r"[-+]?\d+", "float": r"[-+]?\d*\.?\d+([eE][-+]?\d+)?"}
-
 TRUTH = {"yes": "true", "on": "true", "no": "false", "off": "false"}
-
 UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -37,8 +35,10 @@ def explain(problem: Any, model: type[Section]) -> str:
         return _unknown(location, problem["input"], model)
     if kind == "missing":
         given = {"model": "model.path=Qwen/Qwen3-1.7B", "data": "data.source=rows.jsonl"}
-        of_run = "rollout" in model.model_fields and location[0] in given
-        return f"{'.'.join(location)} is missing" + f": say {given[location[0]]}" * of_run
+        say = (
+            given.get(location[0]) if "rollout" in model.model_fields and len(location) < 3 else ""
+        )
+        return f"{'.'.join(location)} is missing" + (f": say {say}" if say else "")
     return problem_said(problem) + _meant(".".join(location), problem, model)
 
 
@@ -48,16 +48,20 @@ def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
     if colon and (key in known or answer(key, rest, model)):
         return f"unknown key {location[-1]!r}: YAML needs a space after the colon: `{key}: {rest}`"
     near = nearest(location[-1], known, cutoff=0.8)
-    said = []
+    said, others = [], []
     section, fields = ".".join(location), {*fields_of(model)}
     for name, inside in islice(_leaves(section, value), SHOWN_PROBLEMS):
         spelled = ".".join([*location[:-1], near or "", *name[len(section) + 1 :].split(".")])
         slip = near if name == section or spelled in fields else None
         if found := answer(name, inside, model, unless=slip):
             said.append(f"unknown key {name!r}: {found}")
+        else:
+            others.append(f"unknown key {name!r}" + f": here it is {spelled}" * (spelled in fields))
     if said:
-        return "; ".join(said)
+        return "; ".join(said + others)
     where = f"in section {'.'.join(location[:-1])!r}" if len(location) > 1 else "at the top"
+    ends = [one for one in known if location[-1] in (one.split("_")[0], one.split("_")[-1])]
+    near = near or " or ".join(ends[:2])  # ema_decay for ema
     hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
     if len(location) > 1 and location[-1].isdecimal():
         hint = f"a number has a point, not a comma: 0.{location[-1]}"
@@ -91,9 +95,8 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
     if kind == "dict_type" and name.endswith("columns"):
         return f"; write {name}={{problem: question}}, our column and theirs"
     if value is None and ":" in name:
-        return (
-            f"; YAML needs a space after the colon: `{name.rpartition('.')[2].replace(':', ': ')}`"
-        )
+        pair = name.rpartition(".")[2].replace(":", ": ")
+        return f"; YAML needs a space after the colon: `{pair}`"
     if not isinstance(value, str):
         said = VALUES.get(name, {}).get("number") if isinstance(value, int | float) else None
         said = "it is a number, not a share" if kind == "int_from_float" and 0 < value < 1 else said

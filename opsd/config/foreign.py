@@ -48,16 +48,22 @@ def answer(name: str, value: Any, model: type[Section], unless: str | None = Non
         found = ELSEWHERE.get(name.rpartition(".")[2], "")
         return f"here it is {found}" if found in model.model_fields else ""
     plain = re.sub(r"[\s-]+", "_", name)
-    joined = plain.rpartition(".")[2] in {tail for one in fields_of(model) for tail in _tails(one)}
-    if not joined and (said := reason(plain)):
+    above, _, last = plain.rpartition(".")
+    every = [*fields_of(model)]
+    if not any(last in _tails(one) for one in every) and (said := reason(plain)):
         blank = "nnodes M" if "nnodes M" in said else "-node N"
         count = re.search(r"\d+$", str(value))
         return said.replace(blank, f"{blank[:-1]}{count[0]}") if count else said
-    if found := _ours(plain, model, unless):
-        if (said := typed(found, value, model)).startswith("leave it out"):
-            return said
-        return f"here it is {said}"
-    return ""
+    known = last in ELSEWHERE or any(one.endswith(f".{last}") for one in every)
+    if not known and (no := re.match("(no|disable|without)_", last)):
+        off = str(value).lower() in OFF  # no_share=false: it is on
+        return answer(f"{above}.{last[no.end() :]}".lstrip("."), off, model)
+    found = _ours(plain, model, unless)
+    if not found and last in ("name", "type", "kind", "class"):  # optimizer.name
+        found = _ours(above, model, unless)
+    if not found or (said := typed(found, value, model)).startswith("leave it out"):
+        return said if found else ""
+    return f"here it is {said}"
 
 
 def reason(name: str) -> str:
@@ -168,6 +174,8 @@ def _assigned(field: str, value: Any, model: Any) -> str:
     except ValidationError as error:
         if any(problem["loc"][:1] == (last,) for problem in error.errors()):
             known = [str(one) for one in get_args(kind.annotation) if isinstance(one, str)]
+            if isinstance(value, int | float) and "number" in VALUES.get(field, {}):
+                known = [VALUES[field]["number"]]
             if value is False:
                 return "leave it out: that is off"
             return f"{field} ({', '.join(known)})" if known else field

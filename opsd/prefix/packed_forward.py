@@ -31,14 +31,8 @@ PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 SCALED_BY_LENGTH = ("dynamic", "longrope")
 """Rotary embeddings that depend on the longest sequence of the batch."""
 
-SAME_ATTENTION = (
-    "sdpa",
-    "eager",
-    "flash_attention_2",
-    "flash_attention_3",
-    "flash_attention_4",
-    "flex_attention",
-)
+_FLASH = tuple(f"flash_attention_{version}" for version in (2, 3, 4))
+SAME_ATTENTION = ("sdpa", "eager", *_FLASH, "flex_attention")
 """transformers' names of plain attention, which ours may replace."""
 
 RECURRENT = ("Mamba", "SSM", "Rwkv", "Recurrent", "Delta", "LinearAttention", "Lightning")

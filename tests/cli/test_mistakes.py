@@ -265,6 +265,19 @@ MISTAKES = {
     "train good.yaml model.lora=nf4": "as in model.lora.quantize=nf4",
     "train good.yaml eval=50": "as in eval.problems=50",
     "chat run/checkpoint-10": "did you mean 'run/model'?",
+    # The seventh.
+    "continue run": "did you mean `opsd train --resume run`?",
+    "clean": "there is no command 'clean'; there are",
+    "train-opsd good.yaml": "did you mean 'train'?",
+    "train good.yaml --no-eval": "eval.problems=0 turns it off",
+    "train good.yaml --no-gradient-checkpointing": "train.gradient_checkpointing=false",
+    "eval model --benchmark gsm8k --fewshot 5": "models are asked without examples",
+    "plan model --gpus 4090": "did you mean --gpu 4090?",
+    "init good.yaml": "no such example; `opsd init --output good.yaml` names the file",
+    "train good.yaml data.val_split=0.1": "eval.problems is how many are held out",
+    "train good.yaml data.num_samples=500": "here it is data.limit=500",
+    "train good.yaml teacher.ema=0.99": "did you mean 'ema_decay'?",
+    "train good.yaml optimizer.name=adamw": "here it is train.optimizer=adamw_torch_fused",
     "doctor --verbose": "`opsd doctor` takes no options",
 }
 

@@ -173,6 +173,13 @@ def test_each_name_of_a_foreign_section_is_told():
         assert said in str(raised.value)
 
 
+def test_names_of_a_foreign_section_without_an_answer_are_told_too():
+    with pytest.raises(UserError) as raised:
+        parse_config({**GOOD, "trainer": {"total_epochs": 3, "steps": 5, "frobs": 2}})
+    for said in ("'trainer.total_epochs': here", "here it is train.steps", "key 'trainer.frobs'"):
+        assert said in str(raised.value)
+
+
 def test_each_name_on_the_page_from_trl_has_an_answer():
     page = (ROOT / "docs" / "from-trl.md").read_text()
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
