@@ -218,16 +218,14 @@ def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedToke
         known = tokenizer.decode(written, skip_special_tokens=True).strip()
     except Exception as error:  # as for the weights
         raise _unreachable(files, owner, error) from error
+    said = f"makes {len(written):,} tokens of '1 + 1'"
     if not known:  # transformers makes an empty tokenizer where the files are missing
-        raise UserError(
-            f"{name}.path is {section.path!r}: its tokenizer knows no text; the files of its "
-            "vocabulary (tokenizer.json, or tokenizer.model) are missing"
-        )
+        said = "knows no text; its vocabulary (tokenizer.json, or tokenizer.model) is missing"
+    if not known or len(written) > 1000:  # a file may put 10^6 of them before each text
+        raise UserError(f"{name}.path is {section.path!r}: its tokenizer {said}")
     if not tokenizer.chat_template:  # old processors have it in a separate file
         file = find_file(owner.path, "chat_template.json", owner.revision)
-        tokenizer.chat_template = (
-            read_object(file, files.where).get("chat_template") if file else None
-        )
+        tokenizer.chat_template = file and read_object(file, files.where).get("chat_template")
     return with_ends(tokenizer, f"{name}.path is {section.path!r}")
 
 

@@ -278,8 +278,9 @@ def attack_directory(draw, path: Path) -> None:
 
 def held(path: Path) -> list:
     """The records of a dataset, read directly."""
-    if (path / "rows.jsonl").is_file():
-        return held(path / "rows.jsonl")
+    for name in ("rows.jsonl", path.name):  # a file may lie in a directory of its own name
+        if (path / name).is_file():
+            return held(path / name)
     if path.is_dir():
         folder = path if (path / "state.json").is_file() else path / "train"
         state = json.loads((folder / "state.json").read_text())

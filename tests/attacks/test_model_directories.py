@@ -84,6 +84,8 @@ def used(directory: Path) -> ModelSection:
     longest = window(config)
     if longest is not None and longest < 200:
         raise UserError(f"{directory}: the window")
+    if longest is not None and len(context.student) > longest:
+        raise UserError(f"{directory}: a problem is longer than the window, as a run says too")
     written = directory / "tokenizer.json"
     if written.is_file():
         theirs = Tokenizer.from_file(str(written))

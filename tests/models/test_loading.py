@@ -96,8 +96,14 @@ def edited(path, **values):
             lambda path: [file.unlink() for file in path.glob("*token*.json")],
             "tokenizer knows no text",
         ),
+        (
+            lambda path: edited(
+                path / "tokenizer.json", normalizer={"type": "Prepend", "prepend": "1" * 10**6}
+            ),
+            "tokenizer makes 1,000,00. tokens of '1 [+] 1'",
+        ),
     ],
-    ids=["rows", "attention", "no tokenizer"],
+    ids=["rows", "attention", "no tokenizer", "a long tokenizer"],
 )
 def test_what_transformers_does_not_say_is_one_line(change, said, tmp_path):
     write_model(tmp_path)
