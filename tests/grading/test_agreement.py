@@ -39,6 +39,10 @@ KNOWN_DISAGREEMENTS = {
     ("5 (\\text{since } 6 \\text{ fails})", "5"),
     ("\\text{five } (5)", "5"),
     ("\\frac{d}{dx}(x^3)=3x^2", "3x^2"),
+    ("B\\cap A", "A \\cap B"),
+    ("4", "\\sigma^2 = 4"),
+    ("C_6H_{12}", "\\text{C}_6\\text{H}_{12}"),
+    ("m g h", "mgh"),
     (
         "Final: \\boxed{\\begin{array}{c} 1 \\\\ 2 \\end{array}}",
         "\\begin{pmatrix}1\\\\2\\end{pmatrix}",

@@ -4,14 +4,16 @@ The reference comes first everywhere. An answer may leave out what the reference
 must not contradict it. `algebra(reference, given)` compares two expressions.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from opsd.grading.answers import renamed
 from opsd.grading.answers import strict as strictness
-from opsd.grading.answers.clean import clean, squeezed
+from opsd.grading.answers.clean import clean, plain_text, squeezed
 from opsd.grading.answers.nodes import (
     Based,
     Choice,
@@ -33,22 +35,13 @@ from opsd.grading.answers.read import has_symbol, interval, read
 from opsd.grading.answers.units import DEGREES, RADIANS
 from opsd.grading.answers.words import opposite
 
-
-class Algebra(Protocol):
-    """Compares expressions by algebra; `symbolic.Algebra` implements it."""
-
-    def __call__(self, wanted: str, given: str) -> bool:
-        """Whether two expressions, equations or sets are equal."""
-        ...
-
-    def between(self, text: str, low: str, high: str) -> bool:
-        """Whether the constant `text` lies between `low` and `high`."""
-        ...
-
+if TYPE_CHECKING:  # it loads sympy
+    from opsd.grading.answers.symbolic import Algebra
 
 _OR = re.compile(r"(?<![A-Za-z\\])or(?![A-Za-z])")  # `0 or 1` is no point
 _OF_ONE = re.compile(r"\([a-z]\)$")  # the argument of f(x)
 _DECIMAL_COMMA = re.compile(r"(?<=\d),(?=\d)")
+_AND = re.compile(r"(?<![A-Za-z\\])and(?![A-Za-z])")
 _INTERVALS = ("()", "[]", "[)", "(]")
 
 
@@ -247,6 +240,9 @@ class _Comparison:
         if one in unordered and other in unordered:
             if len(wanted.parts) != len(given.parts):
                 return self._no("another number of answers than the reference has")
+            said = plain_text(f"{wanted.text},{given.text}")
+            if _AND.search(said) and _OR.search(said) and not re.search(r"[\d\\]", said):
+                return self._no("`and` for `or`")
             return self._lists(wanted.parts, given.parts)
         if one == "list" and other == "()" and names_of(wanted.parts):
             in_order = getattr(wanted.parts[0], "text", "").startswith("(")  # `(q,p) = (7,2)`
@@ -377,7 +373,8 @@ class _Comparison:
         if wanted.unit and given.unit and wanted.unit.kind != given.unit.kind:
             return self._no("another unit than the reference has")
         moduli = {side.noun for side in (wanted, given) if side.noun.startswith("mod ")}
-        if len(moduli) > 1:
+        alone = wanted.noun != given.noun and None in (wanted.number, given.number)
+        if len(moduli) > 1 or (moduli and alone):  # `a` is not `a \\bmod b`
             return self._no("another modulus than the reference has")
         if wanted.unit and given.unit and wanted.unit.factor != given.unit.factor:
             given = times(given, given.unit.factor / wanted.unit.factor)
@@ -392,6 +389,9 @@ class _Comparison:
                 return self._no(strictness.SUM)
         if squeezed(wanted.text) == squeezed(given.text):
             return True
+        points = [renamed.points(side.text) for side in (wanted, given)]
+        if all(points):
+            return points[0] == points[1] or self._no("other points, or in another order")
         return self._algebra(_expression(wanted), _expression(given)) or self._rounded(
             wanted, given
         )

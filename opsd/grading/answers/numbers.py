@@ -12,11 +12,8 @@ from opsd.grading.answers.notation import PATTERNS
 MOST_EXPONENT = 5000
 ENOUGH_DECIMALS = 6
 
-_SEPARATED = {
-    ",": PATTERNS["by_commas"],
-    " ": PATTERNS["by_spaces"],
-    "'": PATTERNS["by_apostrophes"],
-}
+_MARKS = {",": "by_commas", " ": "by_spaces", "'": "by_apostrophes"}
+_SEPARATED = {mark: PATTERNS[name] for mark, name in _MARKS.items()}
 _CONTINENTAL = PATTERNS["continental"]
 _COMMA = re.compile(r"([+-]?)\s*(?:(\d+),(\d{1,2}|\d{4,})|(0),(\d+))((?![\d.])[^,]*)")
 
@@ -138,13 +135,9 @@ def same_number(one: Number, other: Number) -> bool:
     """Whether the numbers are equal, or one is the other rounded to ENOUGH_DECIMALS or more."""
     if one.value == other.value:
         return True
-    difference = abs(one.value - other.value)
-    coarse = [n.ulp for n in (one, other) if n.ulp is not None]
-    return (
-        bool(coarse)
-        and difference < max(coarse)
-        and all(n.enough for n in (one, other) if n.ulp == max(coarse))
-    )
+    coarse = max(one.ulp or Fraction(0), other.ulp or Fraction(0))
+    enough = all(n.enough for n in (one, other) if n.ulp == coarse)
+    return abs(one.value - other.value) < coarse and enough
 
 
 def as_latex(value: Fraction) -> str:

@@ -24,6 +24,16 @@ def is_bare(side: str) -> bool:
     return bool(PATTERNS["bare"].fullmatch(side)) and bool(letters(side))
 
 
+def points(text: str) -> str | None:
+    """The name of an angle, which is read from either end, of a triangle, from any corner, or of
+    other points, which stand in their order: `AB` may be a vector."""
+    if (found := PATTERNS["points"].fullmatch(text)) is None:
+        return None
+    kind, name = found[1] or "", found[2]
+    alike = {"\\angle ": min(name, name[::-1]), "\\triangle ": "".join(sorted(name))}
+    return kind + alike.get(kind, name)
+
+
 def with_one_index(text: str) -> str:
     """A sum's or product's index as `q`, whatever it is: `i` would be the imaginary unit."""
     found = _INDEX.findall(text)

@@ -45,9 +45,8 @@ _TO_BE_DONE = re.compile(
     rf"\\(?!(?:{_LEFT_ON_PURPOSE})(?![A-Za-z]))[A-Za-z]|\\frac\s*\{{d\}}"
     r"|\b(?:plus|minus|max|min|gcd|lcm|lim|det|mod)\b"
 )
-_STATED = PATTERNS["stated"]
 _SIDES, _RELATION = PATTERNS["sides"], PATTERNS["relations"]
-_MIXED = PATTERNS["mixed"]
+_STATED, _MIXED = PATTERNS["stated"], PATTERNS["mixed"]
 _OF_NUMBERS, _OF_ROOTS = PATTERNS["of_numbers"], PATTERNS["of_roots"]
 
 

@@ -52,9 +52,7 @@ def split(text: str, at: str | re.Pattern, keep: bool = False) -> list[str]:
     for found in pattern.finditer(text):
         if inside[found.start()]:
             continue
-        parts.append(text[start : found.start()])
-        if keep:
-            parts.append(found[0])
+        parts += [text[start : found.start()], *([found[0]] if keep else [])]
         start = found.end()
     parts.append(text[start:])
     return parts
@@ -92,11 +90,8 @@ _PART = re.compile(r"(?:^|(?<=[\s,;]))\(?([a-h]|[1-9]|i{1,3}|iv|v)\)\s+(?=[^\s,;
 def labelled_parts(text: str) -> list[str]:
     """The parts `3` and `5` of `(a) 3 (b) 5` or `1) 3; 2) 5`; [] if the labels are no sequence."""
     found = list(_PART.finditer(text)) if text[:1] in "(a1i" else []
-    if (
-        len(found) < 2
-        or found[0].start()
-        or not any([label[1] for label in found] == row[: len(found)] for row in _LABELS)
-    ):
+    labels = [label[1] for label in found]
+    if len(found) < 2 or found[0].start() or labels not in [row[: len(found)] for row in _LABELS]:
         return []
     ends = [label.start() for label in found[1:]] + [len(text)]
     return [text[label.end() : end].strip(" ,;") for label, end in zip(found, ends, strict=True)]
@@ -118,11 +113,8 @@ def split_list(text: str, words_too: bool = True) -> tuple[list[str], bool]:
     if words_too:
         text = _AND_AFTER.sub(r"\\text{\1}\\text{ and }", text)
         text = _AND_BEFORE.sub(r"\\text{ and }\\text{\1}", text)
-        replaced = _JOINING_TEXT.sub("\1", text)
-        pieces = split(replaced, _JOINING)
-        replaced = "\1".join(pieces)
-        by_words = "\1" in replaced and len(split(replaced, _SEPARATOR)) == 1
-        text = replaced
+        text = "\1".join(split(_JOINING_TEXT.sub("\1", text), _JOINING))
+        by_words = "\1" in text and len(split(text, _SEPARATOR)) == 1
     if text.count("=") > 1:  # `x=1 y=2`, but not the name of `\\angle A = \\angle B = 40`
         text = _NEXT_NAME.sub(lambda f: f[0] if f[1][0] == "\\" else f"{f[1]}\1", text)
     parts = split(text, re.compile(r"[,;&\1]|\\\\"))

@@ -4,6 +4,7 @@ Only the grading process imports this module: its first call takes seconds.
 """
 
 import logging
+import math
 import random
 import re
 import zlib
@@ -19,7 +20,7 @@ from opsd.grading.answers.notation import PATTERNS
 from opsd.grading.answers.numbers import as_latex, number
 
 _PLAIN_COMMAND, _BRACKETED = PATTERNS["plain_command"], PATTERNS["bracketed"]
-_OPAQUE = PATTERNS["opaque"]
+_OPAQUE, _INDEX = PATTERNS["opaque"], PATTERNS["index_above"]
 _BARE_SQRT = re.compile(r"\\sqrt\s*(\[\d+\])?\s*(\d+|[A-Za-z])")
 _OF_INTEGRATION = re.compile(r"([+-]\s*)c\s*$")
 _GAMMA = re.compile(r"\\gamma(?![A-Za-z]|\s*_)")  # may also be Euler's constant
@@ -96,7 +97,11 @@ class Algebra:
         # math-verify's own time limits use SIGALRM, which cannot interrupt one long C call; the
         # parent's kill can.
         boxed = "\\boxed{" + _to_latex(text) + "}"
-        return parse(boxed, extraction_config=self._forms, parsing_timeout=None)
+        read = parse(boxed, extraction_config=self._forms, parsing_timeout=None)
+        for each in read[0].atoms(sympy.Derivative) if read and hasattr(read[0], "atoms") else ():
+            if not each.expr.has(*each.variables):  # of a mere letter: sympy takes it as 0
+                read[0] = read[0].subs(each, sympy.Symbol(str(each)))
+        return read
 
     def _equal(self, wanted: list, given: list, exact: bool) -> bool:
         try:
@@ -122,7 +127,7 @@ def _to_latex(text: str) -> str:
     text = plain_text(text).replace("\0or\0", "\\text{ or }").replace("\0and\0", "\\text{ and }")
     text = _OF_INTEGRATION.sub(r"\1C", _GAMMA.sub("g_{0}", text))
     text = _BRACKETED.sub(r"\1\\cdot ", text)
-    text = _OPAQUE.sub(_as_name, text)
+    text = _INDEX.sub(r"_{0\1}", _OPAQUE.sub(_as_name, text))
     text = _PRIME.sub(lambda found: f"_{{{len(found[0])}}}", text)
     text = _BARE_SQRT.sub(lambda found: f"\\sqrt{found[1] or ''}{{{found[2]}}}", text)
     if _TRIGONOMETRY.search(text):
@@ -134,10 +139,12 @@ def _to_latex(text: str) -> str:
 
 
 def _as_name(found: re.Match) -> str:
-    """A name for `\\gcd(m,n)`, which sympy takes as 1, for `f(2x)`, which it takes as a product,
-    and for `f^{-1}(x)`; the same for the same arguments."""
+    """A name for `\\gcd(m,n)`, which sympy takes as 1, for `f(2x)` and `E[X^2]`, which it takes as
+    products, for `f^{-1}(x)` and `n!!`; the same for the same arguments."""
     function, inside = (squeezed(group) for group in found.groups() if group)
-    if not re.search("[A-Za-z]", inside):
+    if inside == "!!" and function.isdecimal():
+        return str(math.prod(range(int(function), 0, -2)))
+    if not re.search("[A-Za-z!]", inside):
         return found[0]
     arguments = ",".join(sorted(inside.split(",")) if "c" in function else [inside])
     return f"u_{{{zlib.crc32(f'{function}({arguments})'.encode())}}}"

@@ -120,10 +120,9 @@ def _in_chinese(text: str) -> Fraction | None:
             digit = size
         elif size < 10_000:
             section, digit, smallest = section + (digit or 1) * size, 0, size
-        elif size == 10_000:
-            total, section, digit, smallest = total + (section + digit) * size, 0, 0, 10_000
-        else:
-            total, section, digit, smallest = (total + section + digit) * size, 0, 0, 10_000
+        else:  # 亿 multiplies all that precedes it
+            total = total * (1 if size == 10_000 else size) + (section + digit) * size
+            section, digit, smallest = 0, 0, 10_000
     return Fraction(total + section + digit)
 
 
