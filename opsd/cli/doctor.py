@@ -28,13 +28,8 @@ from opsd.quickstart import DISK, MEMORY, TINY_MEMORY
 from opsd.quickstart.cache import cache_directory, tiny_bases
 
 DISTRIBUTION = "opsd-train"  # `opsd` on PyPI is another project's
-OPTIONAL = {
-    "peft": "LoRA",
-    "reasoning-gym": "problems without end",
-    "triton": "GPU kernels",
-    "flash-attn": "attention on GPUs",
-    "vllm": "fast rollouts on GPUs",
-}
+OPTIONAL = {"peft": "LoRA", "reasoning-gym": "problems without end", "triton": "GPU kernels"}
+OPTIONAL |= {"flash-attn": "attention on GPUs", "vllm": "fast rollouts on GPUs"}
 # Instruction sets that the compiled kernels use, or that make matrix products fast.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 

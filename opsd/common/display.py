@@ -239,9 +239,9 @@ class Display:
         stage._spoken = time.monotonic()
         left = stage.remaining
         most = "at most " if stage.most_tokens and not stage.completed else ""
-        parts = [stage.progress(), f"{most}{duration(left)} left" if left is not None else ""]
-        said = [*filter(None, parts), *stage.busy(), *stage.measured()]
-        said = said or [f"{duration(stage.elapsed)} so far"]
+        so_far = f"{duration(stage.elapsed)} so far"
+        time_text = so_far if left is None else f"{most}{duration(left)} left"
+        said = [*filter(None, [stage.progress(), time_text]), *stage.busy(), *stage.measured()]
         self._line(f"{self._indent(1)}{stage.title}: {', '.join(said)}")
 
     def _break_silence(self) -> bool:

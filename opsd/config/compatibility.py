@@ -396,21 +396,8 @@ def _images(config: Config) -> Iterator[str]:
         yield "model.gguf_file: it has no processor of images (columns.images)"
 
 
-RULES = (
-    _images,
-    _teacher,
-    _mixture,
-    _routes,
-    _rollouts,
-    _adapters,
-    _teacher_memory,
-    _rewards,
-    _policy_gradient,
-    _templates,
-    _majority,
-    _held,
-    _updates,
-)
+RULES = [_images, _teacher, _mixture, _routes, _rollouts, _adapters, _teacher_memory, _rewards]
+RULES += [_policy_gradient, _templates, _majority, _held, _updates]
 
 
 def _unused(config: Config) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
@@ -28,6 +29,9 @@ NOWHERE: dict[str, str] = {
 
 VALUES: dict[str, dict[str, str]] = read_toml(__file__, "values")
 """Field → {another trainer's name of a value: our name}."""
+
+WORDS: dict[str, Any] = read_toml(__file__, "words")
+"""How other names are read: words that add nothing, that mean the same, that say whose it is."""
 
 VAGUE = set("length target format on other size log window scale special path weight".split())
 """Names of our fields that tell too little without their section."""
@@ -76,7 +80,7 @@ def reason(name: str) -> str:
     patterns = [one for one in NOWHERE if "*" in one]
     if one := next((one for one in patterns if "." in one and fnmatchcase(name, one)), None):
         return NOWHERE[one]
-    if last in ELSEWHERE or last in NOWHERE:
+    if last in ELSEWHERE or last in NOWHERE or _gist(last) in _gists():
         return NOWHERE.get(last, "")
     one = next((one for one in patterns if "." not in one and fnmatchcase(last, one)), None)
     return NOWHERE[one] if one else ""
@@ -88,6 +92,29 @@ def here(name: str, model: type[Section]) -> str:
 
 
 def _ours(name: str, model: type[Section], unless: str | None = None) -> str:
+    found = _found(name, model, unless)
+    said = {*(parts := name.split(".")), *parts[-1].split("_")}
+    for whose in WORDS["whose"].values():  # of the teacher, of the evaluation
+        found = whose.get(found.partition(", ")[0], found) if said & {*whose["words"]} else found
+    return found
+
+
+def _gist(name: str) -> str:
+    """The words that tell names apart: those of max_num_steps are those of total_steps."""
+    words = {WORDS["same"].get(word, word) for word in name.lower().split("_")}
+    return " ".join(sorted(words - {*WORDS["filler"]}))
+
+
+@cache
+def _gists() -> dict[str, str]:
+    """The gist of other trainers' names → our field, where all names of that gist mean one."""
+    meant: dict[str, set[str]] = {}
+    for name in (name for name in ELSEWHERE if "." not in name):
+        meant.setdefault(_gist(name), set()).add(ELSEWHERE[name])
+    return {gist: min(ours) for gist, ours in meant.items() if gist and len(ours) == 1}
+
+
+def _found(name: str, model: type[Section], unless: str | None) -> str:
     every = [*fields_of(model)]
     for end in _ends(name):
         if end in ELSEWHERE:
@@ -101,6 +128,8 @@ def _ours(name: str, model: type[Section], unless: str | None = None) -> str:
     least = min((field.count(".") for field in found), default=0)
     if found and (last not in VAGUE or (last == name and least == 1)):
         return " or ".join(field for field in found if field.count(".") == least)
+    if last not in VAGUE and (gist := _gist(last)) in _gists():
+        return _gists()[gist]
     spelled = ELSEWHERE | {field.rpartition(".")[2]: field for field in reversed(every)}
     plain = last not in VAGUE and 4 < len(last) < 50
     near = nearest(last, spelled, cutoff=0.9) if plain else None
@@ -163,7 +192,9 @@ def _assigned(field: str, value: Any, model: Any) -> str:
     if isinstance(value, list):  # such as verl's ['console', 'wandb']
         words = [VALUES.get(field, {}).get(str(one), one) for one in value]
         value = [one for one in words if not str(one).startswith("leave it out")]
-    said = VALUES.get(field, {}).get(re.sub(r"(?<=\w)[\s-]+", "_", str(value).lower()), value)
+    word = re.sub(r"(?<=\w)[\s-]+", "_", str(value).lower())
+    word = word if word in (names := VALUES.get(field, {})) else word.rpartition(".")[2]
+    said = names.get(word, value)  # also for torch.optim.AdamW
     if isinstance(said, str) and said != value and " " in said:
         return f"{field} ({said.removesuffix('?')})"
     if isinstance(said, str) and "list" in str(kind.annotation) and "," in said:

@@ -7,19 +7,10 @@ thought is graded; if the thought never ends, nothing; without a thought, the wh
 import re
 from collections.abc import Iterable
 
+from opsd.common.files import read_toml
+
 _NAME = "(?:[a-z_:]{0,30}think[a-z_]{0,30}|thought|reasoning)"  # replaces NAME in TAGS
-TAGS = {
-    "<NAME>": "</NAME>",
-    "[THINK]": "[/THINK]",  # Mistral
-    "◁think▷": "◁/think▷",  # Kimi-VL
-    "<|START_THINKING|>": "<|END_THINKING|>",  # Command A, Command R7B
-    "<|begin_of_thought|>": "<|end_of_thought|>",  # Sky-T1, OpenThoughts
-    "<|inner_prefix|>": "<|inner_suffix|>",  # Apertus
-    "<|open|>think<|sep|>": "<|close|>think<|sep|>",  # Kimi K3
-    "<|channel>thought": "<channel|>",  # Gemma 4
-    "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",  # gpt-oss
-    "<|channel|>commentary": "<|channel|>final<|message|>",
-}
+TAGS: dict[str, str] = read_toml(__file__, "thoughts")
 """Tag that begins a thought → tag that ends it."""
 
 

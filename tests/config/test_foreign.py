@@ -144,6 +144,14 @@ def test_what_is_off_elsewhere_is_not_switched_on_here(off):
         ("train.lora_targets", "all", "here it is model.lora.targets=all-linear"),
         ("train.freeze_router", True, "here it is model.freeze_router=true"),
         ("output.path", "runs/x", "here it is output.dir=runs/x"),
+        ("validation.dataset_name", "aime", "here it is eval.source=aime"),
+        (
+            "total_max_epochs",
+            2,
+            "here it is train.steps (in steps: an epoch has rows ÷ "
+            "train.problems_per_step of them)",
+        ),
+        ("max_samples_total", 5, ""),  # of rows or of rollouts: max_samples and n_samples differ
         ("twice.mix.damping", 2, "here it is teacher.mix.damping"),  # of a list: it has no value
         ("system_prompt", "Be brief.", "here it is prompts.system=Be brief."),
         ("system_prompt", "Be\nbrief.", "here it is prompts.system"),  # an error is one line
