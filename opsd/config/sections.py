@@ -353,7 +353,7 @@ class CollapseSection(Section):
     """Steps over which a measure is averaged."""
     no_signal: Natural = 5
     """Steps in a row without anything to learn (equal rewards, a gradient or divergence of 0, every
-    rollout cut) until the run says so; 0: never."""
+    rollout cut, weights that stay as they are) until the run says so; 0: never."""
     entropy: Share = 0.1
     """Collapsed if the student's entropy is below this share of its first window's."""
     length: Share = 0.2

@@ -52,23 +52,16 @@ class LearningCurve:
 
     def _record(self, step: int, role: str, result: Evaluation) -> dict:
         counters = self.log.counters
-        place = {
-            "step": step,
-            "generated_tokens": counters.generated_tokens,
-            "trained_tokens": counters.trained_tokens,
-        }
+        place = {"step": step, "generated_tokens": counters.generated_tokens}
+        place["trained_tokens"] = counters.trained_tokens
         if role == "student" and self.log.writes and self.section.samples:
-            count = min(self.section.samples, len(self.test.rows))
+            models, test = (self.inference, self.teacher), self.test
+            count = min(self.section.samples, len(test.rows))
+            made = sample_records(
+                *models, test.prompts, test.rows, result, count, self.teacher_role
+            )
             with self.display.stage("Score samples for the report", count) as stage:
-                for sample in sample_records(
-                    self.inference,
-                    self.teacher,
-                    self.test.prompts,
-                    self.test.rows,
-                    result,
-                    count,
-                    self.teacher_role,
-                ):
+                for sample in made:
                     self.log.sample({**place, "method": self.method, **sample})
                     stage.advance()
         if role == "student":

@@ -9,12 +9,9 @@ from typing import Any
 
 Line = dict[str, Any]
 
-RISE = 5.0
-"""Nats a token above the first steps. No run that learns rises so far; with too high a learning
-rate one does within a few steps."""
-
-FIRST = 3
-"""The number of steps from which a rise is measured."""
+RISE, FIRST = 5.0, 3
+"""Nats a token above the lowest of the FIRST steps. No run that learns rises so far; with too high
+a learning rate one does within a few steps."""
 
 
 class NoSignalWatch:
@@ -40,8 +37,7 @@ class NoSignalWatch:
                 self.said.add(name)
                 found[name] = f"{said} for {self.counts[name]} steps"
         for name, measure in RISING.items():
-            said = self._risen(line, measure)
-            if said and name not in self.said:
+            if (said := self._risen(line, measure)) and name not in self.said:
                 self.said.add(name)
                 found[name] = said
         return found
@@ -93,6 +89,12 @@ def _same(line: Line) -> str | None:
     )
 
 
+def _still(line: Line) -> str | None:
+    if not line.get("still") or not line.get("grad_norm"):
+        return None
+    return "no weight has moved (train.learning_rate or train.max_grad_norm is far too small)"
+
+
 def _cut(line: Line) -> str | None:
     if line.get("truncated_fraction") != 1:
         return None
@@ -107,13 +109,12 @@ SIGNS: dict[str, Callable[[Line], str | None]] = {
     "zero_gradient": _flat,
     "zero_divergence": _same,
     "all_cut": _cut,
+    "still_weights": _still,
 }
 """The checks, by the names that metrics.jsonl has under `collapse`."""
 
 RISING = {
-    "rising_divergence": "divergence",
-    "rising_entropy": "student_entropy",
-    "rising_loss": "loss",
+    f"rising_{name.split('_')[-1]}": name for name in ("divergence", "student_entropy", "loss")
 }
 """Signs and the measure that each watches for a rise by RISE. The loss is watched for SFT only:
 other methods' losses have no common scale."""

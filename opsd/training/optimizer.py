@@ -1,5 +1,6 @@
 """Makes a run's optimizer and learning-rate schedule with transformers' functions."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, get_schedu
 from transformers.trainer_pt_utils import get_parameter_names
 
 from opsd.config.sections import OutputSection, TrainSection
+from opsd.distributed.processes import Processes
 
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 """Patterns of weights without weight decay, as in transformers' Trainer."""
@@ -71,6 +73,28 @@ def make_optimizer(model: PreTrainedModel, arguments: TrainingArguments) -> Opti
             if isinstance(module, nn.Embedding):  # moments in 32 bits, as bitsandbytes advises
                 manager.register_module_override(module, "weight", {"optim_bits": 32})
     return optimizer
+
+
+class Movement:
+    """Tells whether the weights still are as the run began, but for rounding."""
+
+    def __init__(self, optimizer: Optimizer, warmup: int, looks: bool):
+        self.optimizer, self.warmup, self.looks = optimizer, warmup, looks
+        self.start = self._entries() if looks else []
+
+    def __call__(self, step: int, processes: Processes) -> bool:
+        """Whether they still are after this step, which is one after the warm-up."""
+        if self.looks:
+            now = self._entries()
+            far = math.dist(now, self.start) > 1e-8 * math.hypot(*now)
+            self.looks = not any(processes.everywhere(lambda: far))
+        return self.looks and step > self.warmup
+
+    def _entries(self) -> list[float]:
+        """One entry of each weight that trains, of the part that this process has."""
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        parts = [getattr(one, "_local_tensor", one).detach().reshape(-1) for one in weights]
+        return [float(part[len(part) // 2]) for part in parts if len(part)]
 
 
 def make_schedule(optimizer: Optimizer, arguments: TrainingArguments) -> LRScheduler:

@@ -36,19 +36,13 @@ def sample_records(
     """
     for i in range(min(count, len(rows))):
         row, rollout = rows[i], evaluation.rollouts[i]
+        seen, taught = prompts.ids(row, "student"), prompts.ids(row, teacher_role)
         yield {
             **row.texts,
             "completion": evaluation.completions[i],
             "correct": evaluation.grades[i].correct,
             "sampling": {**evaluation.sampling, "seed": rollout.seed},
-            "tokens": token_records(
-                student,
-                teacher,
-                prompts.ids(row, "student"),
-                prompts.ids(row, teacher_role),
-                rollout.ids,
-                prompts.tokenizer,
-            ),
+            "tokens": token_records(student, teacher, seen, taught, rollout.ids, prompts.tokenizer),
         }
 
 
@@ -105,13 +99,10 @@ def token_records(
         best = log_t.topk(TOP)
         for n, token in enumerate(ids):
             preferred = zip(best.indices[n].tolist(), best.values[n].exp().tolist(), strict=True)
+            top = [[tokenizer.decode([t]), p] for t, p in preferred]
+            text, far, sure = tokenizer.decode([token]), divergence[n].sum().item(), own[n].item()
             records.append(
-                {
-                    "text": tokenizer.decode([token]),
-                    "divergence": divergence[n].sum().item(),
-                    "student_probability": own[n].item(),
-                    "teacher": [[tokenizer.decode([t]), p] for t, p in preferred],
-                }
+                {"text": text, "divergence": far, "student_probability": sure, "teacher": top}
             )
     return records
 

@@ -50,7 +50,7 @@ from opsd.training.checkpoints import Checkpoints, checkpoint_bytes, some_weight
 from opsd.training.collect_rollouts import RolloutCollector, rows_of_step
 from opsd.training.engine_check import EngineCheck
 from opsd.training.failed_steps import IN_A_ROW, failed_step, save_failed_step
-from opsd.training.optimizer import make_optimizer, make_schedule, training_arguments
+from opsd.training.optimizer import Movement, make_optimizer, make_schedule, training_arguments
 from opsd.training.reporters import Reports
 from opsd.training.rescue import keep_elsewhere
 from opsd.training.sample_records import rollout_records
@@ -123,14 +123,8 @@ class TrainingLoop:
             note,
             self.processes,
         )
-        self.step_log = StepLog(
-            config.method,
-            config.train,
-            config.rollout.source != "reference",
-            log,
-            on_step or (lambda line: None),
-            note,
-        )
+        on_step, generates = on_step or (lambda line: None), config.rollout.source != "reference"
+        self.step_log = StepLog(config.method, config.train, generates, log, on_step, note)
         self.timer = StepTimer(self.processes.device)
         share = what_is_shared(model, objective, config.train, note)
         # A prefix that several micro-batches share has its own backward, which DDP and FSDP2 miss.
@@ -232,7 +226,9 @@ class TrainingLoop:
             self.average.follow(self.model, self.state.global_step)
         self.state.epoch = self.state.global_step / self._steps_an_epoch
         self._call("on_step_end")  # transformers decides here whether to evaluate and to save
-        self.log({"loss": loss, "grad_norm": norm, "learning_rate": rate})
+        logs = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+        still = self._still(self.state.global_step, self.processes)
+        self.log(logs | {"still": 1.0} if still else logs)
         if self.state.global_step % self._steps_an_epoch == 0:
             self._call("on_epoch_end")
         return loss
@@ -258,13 +254,9 @@ class TrainingLoop:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.schedule = make_schedule(self.optimizer, self.args)
         self.wrapped.zero_grad()
+        train, processes = self.config.train, self.processes
         self.accumulate = GradientAccumulator(
-            self.micro_step,
-            self.wrapped,
-            self.accelerator,
-            self.config.train,
-            self.processes,
-            self._note,
+            self.micro_step, self.wrapped, self.accelerator, train, processes, self._note
         )
         self.callback_handler.optimizer = self.optimizer
         self.callback_handler.lr_scheduler = self.schedule
@@ -285,6 +277,8 @@ class TrainingLoop:
             falls = self._varied and self.config.train.schedule is None
             self.checkpoints.read(checkpoint, self.state, self._steps_an_epoch, falls)
             self._ahead = self.collector.go_on(partial(self.checkpoints.read_ahead, checkpoint))
+        begins = checkpoint is None and train.sharding not in deepspeed.STAGES
+        self._still = Movement(self.optimizer, train.warmup_steps, begins)
 
     def _kept_elsewhere(self, error: NotWritten) -> UserError:
         """Save the completed steps where there is room; returns the error for the user."""
@@ -370,10 +364,9 @@ class TrainingLoop:
         Returns the mean of the updates' losses, and their measures.
         """
         on_policy = self.objective.samples_rollouts and self.config.rollout.source == "student"
-        updates = batches * self.config.train.inner_epochs
-        if len(updates) > 1 and on_policy:
+        if len(batches) * self.config.train.inner_epochs > 1 and on_policy:
             batches = [self.accumulate.with_old_log_probs(batch) for batch in batches]
-            updates = batches * self.config.train.inner_epochs
+        updates = batches * self.config.train.inner_epochs
         totals, mean = Totals(), torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(updates, start=1):
             self._groups = batch

@@ -1,7 +1,11 @@
 """A run that learns nothing, or blows up, says so in one line with its likely cause."""
 
 import pytest
+from helpers.lines import read_lines
+from helpers.training_cases import short_config
 
+from opsd.cli.main import main
+from opsd.config.load import save_config
 from opsd.training.no_signal import NoSignalWatch
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -19,6 +23,7 @@ SIGNS = {
     "equal_rewards": ({**GRPO, "informative_groups": 0, "correct_fraction": 0.0}, "no rollout is"),
     "zero_gradient": ({**HEALTHY, "grad_norm": 0.0}, "loss.weights"),
     "zero_divergence": ({**HEALTHY, "divergence": 0.0}, "prompts.teacher"),
+    "still_weights": ({**HEALTHY, "still": 1.0}, "train.learning_rate"),
     "all_cut": ({**HEALTHY, "truncated_fraction": 1.0}, "rollout.max_new_tokens"),
 }
 
@@ -76,3 +81,22 @@ def test_a_resumed_run_says_nothing_twice():
     line, _ = SIGNS["all_cut"]
     assert not NoSignalWatch(3, [line] * 3)(line)
     assert NoSignalWatch(3, [line] * 2)(line)
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ({"max_grad_norm": 1e-30}, True),
+        ({"learning_rate": 1e-12}, True),
+        ({"learning_rate": 1e-12, "warmup_steps": 3}, False),
+        ({"learning_rate": 1e-7}, False),
+    ],
+)
+def test_weights_that_stay_as_they_are_are_told(train, says, files, tmp_path, capsys):
+    train |= {"steps": 4, "save_every": 0, "collapse": {"no_signal": 2}}
+    config = short_config(*files, tmp_path / "run", train=train, eval={"problems": 0})
+    save_config(config, tmp_path / "c.yaml")
+    assert main(["train", str(tmp_path / "c.yaml")]) == 0
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line.get("collapse") for line in lines].count(["still_weights"]) == says
+    assert ("no weight has moved (train.learning_rate" in capsys.readouterr().out) == says
