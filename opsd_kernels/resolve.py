@@ -10,6 +10,7 @@ gets triton.
 
 import importlib
 import warnings
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -77,12 +78,14 @@ def _fastest(device: torch.device, dtype: torch.dtype) -> str:
         if reason is None:
             return name
         reasons += f"{'; ' if reasons else ''}{name!r}: {reason}"
-    warnings.warn(
-        f"opsd_kernels: using the slower torch backend, because of {reasons}",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+    _warn(f"opsd_kernels: using the slower torch backend, because of {reasons}")
     return "torch"
+
+
+@cache
+def _warn(text: str) -> None:
+    """Warn once: each `catch_warnings`, such as torch's, makes Python forget what it has said."""
+    warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 
 def _device_lacks(name: str, device: torch.device) -> str | None:

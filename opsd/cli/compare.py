@@ -70,12 +70,10 @@ def run(asked: argparse.Namespace) -> None:
 
 
 def _seeds(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    words = [word.strip() for word in text.split(",")]
+    words = [] if text is None else [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words) or len(set(words)) != len(words):
         raise UserError(f"--seeds is {text!r}: it must list numbers such as 0,1,2, each once")
-    return [int(word) for word in words]
+    return [int(word) for word in words] or None
 
 
 def gpus() -> list[str]:

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from opsd.cli.arguments import add_options
+from opsd.common.errors import UserError
 
 CONVERTER = "convert_hf_to_gguf.py"
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -23,8 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Writes the model. Raises UserError if there is no such model or no converter."""
-    from opsd.common.errors import UserError
-
     place = Path(parsed.directory)
     model = place / "model" if (place / "model").is_dir() else place
     if parsed.merge == parsed.gguf:
@@ -76,8 +75,6 @@ def run(parsed: argparse.Namespace) -> None:
 
 def _converter() -> Path:
     """Finds llama.cpp's conversion script. Raises UserError if it is not there."""
-    from opsd.common.errors import UserError
-
     asked = os.environ.get("LLAMA_CPP")
     found = Path(asked) / CONVERTER if asked else Path(shutil.which(CONVERTER) or "")
     if not found.is_file():
@@ -91,7 +88,6 @@ def _converter() -> Path:
 
 def _check_no_code(model: Path, where: str) -> None:
     """Raises UserError for a model that ships Python code: the converter would run it."""
-    from opsd.common.errors import UserError
     from opsd.common.strict_json import read_object
 
     for file in sorted(model.glob("*config.json")):
@@ -100,8 +96,6 @@ def _check_no_code(model: Path, where: str) -> None:
 
 
 def _convert(converter: Path, model: Path, file: Path, kind: str) -> None:
-    from opsd.common.errors import UserError
-
     command = [sys.executable, str(converter), str(model), "--outfile", str(file)]
     done = subprocess.run([*command, "--outtype", kind], capture_output=True, text=True)
     if done.returncode or not file.is_file():

@@ -103,7 +103,6 @@ def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
     from opsd.config.config import Config
     from opsd.config.foreign import fields_of, here, typed
 
-    known = {*fields_of(Config)}
     for word, following in zip(words, [*words, ""][1:], strict=True):
         apart = word.endswith("=") and following and "=" not in following
         if word.startswith(("+", "~")):  # Hydra's
@@ -122,7 +121,7 @@ def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
             hint = f"; a GPU's name has no space, as in --gpu rtx{word}"
         elif re.search(r"\.ya?ml$", word):
             hint = "; one config at a time (`opsd compare` takes several)"
-        elif following and (field := word if word in known else here(word, Config)):
+        elif following and (field := word if word in fields_of(Config) else here(word, Config)):
             hint = f"; did you mean {typed(field, following, Config)}?"
         raise UserError(f"override is {word!r}: it must look like train.learning_rate=1e-5{hint}")
 

@@ -239,8 +239,8 @@ class Display:
         stage._spoken = time.monotonic()
         left = stage.remaining
         most = "at most " if stage.most_tokens and not stage.completed else ""
-        so_far = f"{duration(stage.elapsed)} so far"
-        time_text = so_far if left is None else f"{most}{duration(left)} left"
+        time_text = f"{most}{duration(left or 0)} left"
+        time_text = time_text if left is not None else f"{duration(stage.elapsed)} so far"
         said = [*filter(None, [stage.progress(), time_text]), *stage.busy(), *stage.measured()]
         self._line(f"{self._indent(1)}{stage.title}: {', '.join(said)}")
 
@@ -312,9 +312,15 @@ class Display:
         styled = [(part, "") if isinstance(part, str) else part for part in parts]
         styled = [(shown(text, keep), style) for text, style in styled]
         if self._console:
+            from rich.padding import Padding
             from rich.text import Text
 
-            self._console.print(Text.assemble(*styled), soft_wrap=True)
+            line = Text.assemble(*styled)
+            inside, words = len(line.plain) - len(line.plain.lstrip(" ")), line.plain.split()
+            # Lines end between words; but not in overrides to paste, nor in a path.
+            whole = all("=" in word for word in words) or max(map(len, words)) >= MAX_WIDTH // 2
+            row = line if whole else Padding.indent(line[inside:], inside)
+            self._console.print(row, soft_wrap=whole)
         elif not self.quiet:
             text = "".join(text for text, _ in styled)
             self._spoken = time.monotonic()

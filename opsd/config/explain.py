@@ -23,8 +23,7 @@ def explain_all(error: ValidationError, model: type[Section]) -> str:
     """Explain pydantic's errors, the first SHOWN_PROBLEMS of them, separated by semicolons."""
     problems = error.errors()
     said = [explain(problem, model) for problem in problems[:SHOWN_PROBLEMS]]
-    if len(problems) > SHOWN_PROBLEMS:
-        said.append(f"and {len(problems) - SHOWN_PROBLEMS} more")
+    said += [f"and {len(problems) - SHOWN_PROBLEMS} more"] * (len(problems) > SHOWN_PROBLEMS)
     return "; ".join(dict.fromkeys(said))
 
 
@@ -59,6 +58,9 @@ def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
             others.append(f"unknown key {name!r}" + f": here it is {spelled}" * (spelled in fields))
     if said:
         return "; ".join(said + others)
+    if near and isinstance(value, dict) and near in model.model_fields:  # trainer is not train
+        own = _known([near], model)
+        near = near if any(nearest(str(key), own, cutoff=0.8) for key in value) else None
     where = f"in section {'.'.join(location[:-1])!r}" if len(location) > 1 else "at the top"
     ends = [one for one in known if location[-1] in (one.split("_")[0], one.split("_")[-1])]
     near = near or " or ".join(ends[:2])  # ema_decay for ema
@@ -121,8 +123,8 @@ def number_meant(text: str, kind: str) -> str:
         return f"; write {plain}"
     number = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([kmg]i?b?|%)", text.strip(), re.IGNORECASE)
     if form and number and number[2] == "%":
-        share = f"a share is written as {float(number[1]) / 100:g}"
-        return "; it is a number, not a share" if kind == "int" else f"; {share}"
+        share = f"; a share is written as {float(number[1]) / 100:g}"
+        return share if kind == "float" else "; it is a number, not a share"
     if form and number:
         return f"; write {int(float(number[1]) * UNITS[number[2].lower()])}, without a unit"
     if form and text.lower() in ("greedy", "zero", "off", "no", "none"):

@@ -32,14 +32,12 @@ def nested(values: Mapping[str, Any], config: type[Section]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     wrong: list[str] = []
     for name in sorted(values, key=lambda name: name not in config.model_fields):  # sections first
-        value = values[name]
+        value = fspath(values[name]) if isinstance(values[name], PathLike) else values[name]
         try:
             field = _field(name, value, fields, config)
         except UserError as error:
             wrong.append(str(error))
             continue
-        if isinstance(value, PathLike):
-            value = fspath(value)
         if isinstance(value, Section):
             value = value.model_dump(exclude_unset=True)
         if field in WHAT_IT_NAMES and not isinstance(value, Mapping):

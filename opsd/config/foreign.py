@@ -80,10 +80,10 @@ def reason(name: str) -> str:
     patterns = [one for one in NOWHERE if "*" in one]
     if one := next((one for one in patterns if "." in one and fnmatchcase(name, one)), None):
         return NOWHERE[one]
-    if last in ELSEWHERE or last in NOWHERE or _gist(last) in _gists():
-        return NOWHERE.get(last, "")
-    one = next((one for one in patterns if "." not in one and fnmatchcase(last, one)), None)
-    return NOWHERE[one] if one else ""
+    if said := NOWHERE.get(last) or ELSEWHERE.get(last) or _gists().get(_gist(last)):
+        return said if said in NOWHERE.values() else ""
+    of_last = (one for one in patterns if "." not in one and fnmatchcase(last, one))
+    return next((NOWHERE[one] for one in of_last), "")
 
 
 def here(name: str, model: type[Section]) -> str:
@@ -93,7 +93,7 @@ def here(name: str, model: type[Section]) -> str:
 
 def _ours(name: str, model: type[Section], unless: str | None = None) -> str:
     found = _found(name, model, unless)
-    said = {*(parts := name.split(".")), *parts[-1].split("_")}
+    said = {*name.split("."), *re.split(r"[._]", name.replace("actor_rollout_ref.", ""))}
     for whose in WORDS["whose"].values():  # of the teacher, of the evaluation
         found = whose.get(found.partition(", ")[0], found) if said & {*whose["words"]} else found
     return found
@@ -107,10 +107,11 @@ def _gist(name: str) -> str:
 
 @cache
 def _gists() -> dict[str, str]:
-    """The gist of other trainers' names → our field, where all names of that gist mean one."""
+    """The gist of other trainers' names → our field, or why there is none, where all mean one."""
     meant: dict[str, set[str]] = {}
-    for name in (name for name in ELSEWHERE if "." not in name):
-        meant.setdefault(_gist(name), set()).add(ELSEWHERE[name])
+    for name, ours in (NOWHERE | ELSEWHERE).items():
+        if not {".", "*"} & {*name} and (name in ELSEWHERE or " " in _gist(name)):
+            meant.setdefault(_gist(name), set()).add(ours)
     return {gist: min(ours) for gist, ours in meant.items() if gist and len(ours) == 1}
 
 

@@ -289,6 +289,13 @@ MISTAKES = {
     "train good.yaml logger.wandb_enabled=true": "here it is output.report_to=wandb",
     "train good.yaml seq_len=2048": "here it is rollout.max_new_tokens",
     "train good.yaml optimizer.name=adamw": "here it is train.optimizer=adamw_torch_fused",
+    # The ninth: rllm, SkyRL, oumi.
+    "train good.yaml trainer.placement.policy_num_gpus_per_node=8": "--nproc-per-node 8",
+    "train good.yaml trainer.frobs=3": "unknown key 'trainer' at the top; known: method",
+    "train good.yaml algorithm.teacher_rollout_args.model=Qwen/Q": "teacher.path=Qwen/Q",
+    "train good.yaml data.val_temperature=0.0": "`opsd eval` measures at another temperature",
+    "train good.yaml training.trainer_type=TRL_GRPO": "here it is method=grpo",
+    "train good.yaml model.torch_dtype_str=bfloat16": "here it is train.precision=bf16",
     "doctor --verbose": "`opsd doctor` takes no options",
 }
 

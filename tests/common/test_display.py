@@ -164,6 +164,20 @@ def test_long_paths_are_not_broken_on_a_terminal(terminal, tmp_path):
     assert str(path.resolve()) in terminal.getvalue()
 
 
+def test_lines_end_between_words_on_a_terminal(terminal):
+    advice, overrides = "one two three four " * 8, "train.steps=5 output.dir=runs/x " * 5
+    path = "a/long/path/of/some/file" * 5
+    display = Display(file=terminal)
+    display.note(f"  {advice}\n  {advice}")
+    display.note(overrides.strip())
+    display.note(f"It is in {path}")
+    lines = [line.rstrip() for line in terminal.getvalue().splitlines()]
+    said = [line for line in lines if line.strip() and "=" not in line and path not in line]
+    assert len(said) == 4 and all(len(line) <= 80 and line.startswith("  ") for line in said)
+    assert {word for line in said for word in line.split()} == {*advice.split()}
+    assert overrides.strip() in lines and f"It is in {path}" in lines
+
+
 def test_quiet_writes_nothing(terminal):
     display = Display(quiet=True, file=terminal)
     with display.stage("Train", total=3) as stage:

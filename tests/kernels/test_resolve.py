@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import warnings
 
 import pytest
 import torch
@@ -105,6 +106,18 @@ def test_auto(monkeypatch):
         backends[fastest] = f"no {fastest} today"
     with pytest.warns(RuntimeWarning, match=r"slower torch backend, because of .*no cuda today"):
         assert auto(GPU) == "torch"
+
+
+@pytest.mark.usefixtures("capability")
+def test_the_slow_backend_is_told_once(monkeypatch):
+    monkeypatch.setattr(resolve, "_BACKENDS", ALL_INSTALLED | {"cpp": "no compiler, once"})
+    told = []
+    for _ in range(3):  # as torch and transformers do, which makes Python forget
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            resolve.resolve("auto", CPU, torch.bfloat16)
+        told += caught
+    assert len(told) == 1 and "no compiler, once" in str(told[0].message)
 
 
 def test_what_triton_needs(monkeypatch):
