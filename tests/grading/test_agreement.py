@@ -43,6 +43,8 @@ KNOWN_DISAGREEMENTS = {
     ("4", "\\sigma^2 = 4"),
     ("C_6H_{12}", "\\text{C}_6\\text{H}_{12}"),
     ("m g h", "mgh"),
+    ("PQ/RS", "\\frac{PQ}{RS}"),
+    ("\\nabla\\times \\mathbf{B}", "\\nabla \\times \\vec{B}"),
     (
         "Final: \\boxed{\\begin{array}{c} 1 \\\\ 2 \\end{array}}",
         "\\begin{pmatrix}1\\\\2\\end{pmatrix}",

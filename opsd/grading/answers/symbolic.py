@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, parser, verify
+from math_verify import LatexExtractionConfig, parse, parser, verify
 
 from opsd.grading.answers.clean import plain_text, squeezed
 from opsd.grading.answers.notation import PATTERNS
@@ -64,7 +64,7 @@ class Algebra:
         # Turn off `units`, which removes the c from `\frac{a}{b}c` and the bc from `3bc`.
         rules = replace(LatexExtractionConfig().normalization_config, units=False)
         latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)
-        self._forms = [latex, ExprExtractionConfig()]
+        self._forms = [latex]  # its other form takes any number from a text that it cannot read
 
     def __call__(self, wanted: str, given: str) -> bool:
         """Whether they are equal; the reference comes first, since math-verify is not symmetric."""
