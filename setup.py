@@ -2,8 +2,8 @@
 
 Neither torch nor Python headers are needed, so `pip install .` downloads nothing for the build but
 setuptools, and one wheel serves every Python and torch version. csrc/cpu.cpp and attention.cpp are
-compiled once an instruction set; csrc/cpu_dispatch.cpp chooses among them at run time. csrc/cuda.cu
-needs nvcc.
+compiled once an instruction set; csrc/cpu_dispatch.cpp chooses among them at run time.
+csrc/product.cpp is for x86-64 alone; csrc/cuda.cu needs nvcc.
 
 Each library is built where its compiler is found. OPSD_CPP=1 and OPSD_CUDA=1 demand them, 0 leaves
 them out; what is not built, `opsd_kernels.backends()` says, and torch serves in its place.
@@ -150,6 +150,9 @@ class BuildKernels(build_ext):
                 for name, flags in INSTRUCTION_SETS.items()
                 for unit in ("cpu", "attention")
             ]
+            if "avx512" in INSTRUCTION_SETS:
+                flags = [*AVX512, "-mavx512bf16"]
+                units.append((CSRC / "product.cpp", f"{scratch}/product.o", flags))
             units.append((CSRC / "cpu_dispatch.cpp", f"{scratch}/dispatch.o", known))
             commands = [
                 [*compiler, *FLAGS, *flags, "-c", str(source), "-o", out]
@@ -194,8 +197,10 @@ setup(
     ext_modules=[
         Extension(
             CPP,
-            sources=["csrc/cpu.cpp", "csrc/attention.cpp", "csrc/cpu_dispatch.cpp"],
-            depends=["csrc/attention.h", "csrc/cpu.h", "csrc/divergence.h", "csrc/vector.h"],
+            sources=[f"csrc/{x}.cpp" for x in ("cpu", "attention", "product", "cpu_dispatch")],
+            depends=[
+                f"csrc/{x}.h" for x in ("attention", "cpu", "divergence", "product", "vector")
+            ],
         ),
         Extension(
             CUDA,

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "cpu.h"
+#include "product.h"
 
 OPSD_DECLARE(baseline)
 #ifdef OPSD_HAVE_AVX2
@@ -122,3 +123,25 @@ OPSD_EXPORT void opsd_attention_rows(const opsd_attention* given) {
   const opsd_attention copy = with_threads(given);
   chosen->attention(&copy);
 }
+
+// 0: not on this processor, or not in this build.
+OPSD_EXPORT int32_t opsd_product_interface() {
+#ifdef OPSD_HAVE_AVX512
+  const bool known = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return known && __builtin_cpu_supports("avx512bf16") ? OPSD_PRODUCT_INTERFACE : 0;
+#else
+  return 0;
+#endif
+}
+
+#ifdef OPSD_HAVE_AVX512
+OPSD_EXPORT void opsd_pack(const opsd_product* given) {
+  const opsd_product copy = with_threads(given);
+  opsd::pack(&copy);
+}
+
+OPSD_EXPORT void opsd_product(const struct opsd_product* given) {
+  const struct opsd_product copy = with_threads(given);
+  opsd::product(&copy);
+}
+#endif

@@ -18,10 +18,10 @@ LONGEST_MODULE = 500  # lines; a longer module has two jobs
 LONGEST_FUNCTION = 80  # lines without signature and docstring
 
 # `opsd plan` says what a call of the kernels will take: by the plan that the call itself makes. Our
-# sampler decodes with the kernels' attention.
+# sampler decodes with the kernels' attention and products.
 INTERNAL = {
     "opsd.plan.memory": {"opsd_kernels.resolve", "opsd_kernels.sweep"},
-    "opsd.rollout.decoding": {"opsd_kernels.attention"},
+    "opsd.rollout.decoding": {"opsd_kernels.attention", "opsd_kernels.packed"},
 }
 
 HOUSE = House(ROOT)

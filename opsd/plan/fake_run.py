@@ -224,7 +224,7 @@ def sampling_peaks(
 ) -> Peaks:
     """The peak of `generate` for one sequence, reached in its prompt or at its last token."""
     model = meta_model(architecture, dtype).eval()
-    with _without_data(), torch.no_grad(), decodes_fast(model, 0, 1), LiveBytes() as count:
+    with _without_data(), torch.no_grad(), decodes_fast(model, 0), LiveBytes() as count:
         _make_fake(model)
         draw = Draw(Sampling(longest, top_p=0.9, top_k=20))
         count.start()

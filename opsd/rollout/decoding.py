@@ -1,8 +1,7 @@
 """Makes a model decode faster while a context lasts. Its numbers change by rounding at most."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from opsd.common.system import processor
 from opsd_kernels.attention import single_tokens
+from opsd_kernels.packed import packable, packed_weights
 
 LEAST_ROOM = 64  # tokens
 MOST_PACKED = 2**30  # bytes of weights: their second copy must be small beside a training step
@@ -19,33 +18,15 @@ PACKING_PAYS = 16  # decoded tokens
 
 
 @contextmanager
-def decodes_fast(model: PreTrainedModel, tokens: int, rows: int) -> Iterator[None]:
+def decodes_fast(model: PreTrainedModel, tokens: int) -> Iterator[None]:
     """While it lasts, the model's cache has room for more tokens. On a CPU, attention of single
-    tokens is ours, and weights in bf16 are packed, if that pays for so many new `tokens` of each of
-    `rows` sequences."""
-    with single_tokens(), model.register_forward_hook(_make_room), ExitStack() as stack:
-        for layer in _to_pack(model) if tokens >= PACKING_PAYS else []:
-            given = {"W": torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows)}
-            given |= {"B": layer.bias, "attr": "none", "scalars": [], "algorithm": ""}
-            vars(layer)["forward"] = partial(torch.ops.mkldnn._linear_pointwise, **given)
-            stack.callback(vars(layer).pop, "forward")
+    tokens is ours, and so are products with weights in bf16, which are packed if that pays for so
+    many new `tokens` of each sequence."""
+    layers = [x for x in model.modules() if packable(x)] if tokens >= PACKING_PAYS else []
+    if sum(layer.weight.nbytes for layer in layers) > MOST_PACKED:
+        layers = []
+    with single_tokens(), packed_weights(layers), model.register_forward_hook(_make_room):
         yield
-
-
-def _to_pack(model: PreTrainedModel) -> list[nn.Linear]:
-    """The layers whose weights torch would pack anew, for oneDNN, in each of their products."""
-    if "avx512_bf16" not in processor()[1] or not torch.backends.mkldnn.is_available():
-        return []
-    found = [
-        layer
-        for layer in model.modules()
-        if type(layer) is nn.Linear
-        and "forward" not in vars(layer)
-        and type(layer.weight.data) is Tensor  # not split over processes
-        and (layer.weight.dtype, layer.weight.device.type) == (torch.bfloat16, "cpu")
-        and layer.weight.numel()
-    ]
-    return found if sum(layer.weight.nbytes for layer in found) <= MOST_PACKED else []
 
 
 def _make_room(model: nn.Module, inputs: Any, output: Any) -> None:

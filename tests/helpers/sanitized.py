@@ -17,6 +17,7 @@ from opsd_kernels import (
     attention,
     linear_divergence,
     linear_log_prob,
+    packed,
 )
 from opsd_kernels.divergence import DIVERGENCES, Rule
 from opsd_kernels.tiles import cpp
@@ -98,6 +99,14 @@ def decoded_attention() -> None:
             attention.attention(query, key, value, mask)
 
 
+def packed_products() -> None:
+    """Of one panel of outputs and more, and all numbers of rows that run at once."""
+    for rows, outputs, inputs in itertools.product((1, 7, 8, 33), (1, 16, 47, 48, 99), (2, 34)):
+        layer = torch.nn.Linear(inputs, outputs, bias=rows > 1, dtype=torch.bfloat16)
+        with torch.no_grad(), packed.packed_weights([layer] * packed.packable(layer)):
+            layer(torch.randn(rows, inputs, dtype=torch.bfloat16))
+
+
 def calls() -> None:
     """Call the public functions in each dtype, in one pass and in tiles."""
     for dtype, budget in itertools.product(
@@ -143,8 +152,10 @@ def main() -> None:
             log_probs(2, 21, special)
         assert attention._kernel() is not None
         decoded_attention()
+        packed_products()
         torch.set_num_threads(2)
         decoded_attention()
+        packed_products()
         divergences(5, 40, None)
         log_probs(5, 40, None)
         torch.set_num_threads(1)

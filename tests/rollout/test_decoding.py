@@ -39,7 +39,7 @@ def test_a_cache_with_room_holds_what_one_without_holds():
 def test_a_decoded_token_copies_no_cache():
     model = tiny_model("llama").eval()
     cache = DynamicCache(config=model.config)
-    with torch.no_grad(), decodes_fast(model, 1, 1):
+    with torch.no_grad(), decodes_fast(model, 1):
         for _ in range(3):
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
         before = [layer.keys.data_ptr() for layer in cache.layers]
@@ -91,7 +91,7 @@ def test_attention_of_a_decoded_token_is_ours(family, dtype, monkeypatch):
     def logits(used):
         monkeypatch.setattr(kernel, "_kernel", lambda: used)
         cache, found = DynamicCache(config=model.config), []
-        with torch.no_grad(), decodes_fast(model, 1, 1):
+        with torch.no_grad(), decodes_fast(model, 1):
             for start, end in ((0, 12), *((i, i + 1) for i in range(12, 21))):
                 found.append(
                     model(
