@@ -11,8 +11,8 @@ from opsd.models.generation_config import generating_by
 from opsd.models.images import ImageIds, generation_inputs
 from opsd.rollout.base import Contexts, OwnSampler, Progress, Rollout, Sampling, cut
 from opsd.rollout.decoding import decodes_fast
-from opsd.rollout.equal_contexts import equal_contexts_once
 from opsd.rollout.logits_sampling import Draw
+from opsd.rollout.read_once import reads_once
 
 PADDING_CHANGES = 0.05  # relative to the largest logit; rounding to bf16 changes a tenth of this
 
@@ -122,7 +122,7 @@ class GenerateSampler(OwnSampler):
         was_training = self.model.training
         self.model.eval()
         images = generation_inputs(self.model, contexts, width)
-        once = equal_contexts_once(self.model, contexts)
+        once = reads_once(self.model, contexts)
         with generating_by(self.model, GenerationConfig()), once:
             output = self.model.generate(
                 input_ids=ids.to(device),

@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from opsd.common.system import processor
 from opsd.models.copies import copy_model
-from opsd.rollout import GenerateSampler, Sampling
+from opsd.rollout import GenerateSampler, Sampling, read_once
 from opsd.rollout.decoding import Roomy, decodes_fast
 from opsd_kernels import attention as kernel
 
@@ -125,3 +125,42 @@ def test_equal_contexts_are_read_once(family):
     read, *decoded = [count for count in rows if count > 1]  # 1: whether padding is read
     assert read == (9 if family == "jamba" else 3) and set(decoded) == {9}
     assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("family", "together"),
+    [("llama", 70), ("gemma3_text", 15), ("bloom", 70), ("mpt", 70), ("phi3", 70), ("jamba", 0)],
+)
+def test_what_all_contexts_begin_with_is_read_once(family, together, monkeypatch):
+    """Where the cache can be copied, as far as its shortest window goes. They write what each alone
+    would, with padding longer and shorter than the beginning; the forward that reads the beginning
+    must save tokens enough to pay."""
+    model = tiny_model(family, **({"sliding_window": 16} if family == "gemma3_text" else {})).eval()
+    before = torch.randint(5, 30, (70,)).tolist()
+    contexts = [before + torch.randint(5, 30, (n,)).tolist() for n in (0, 5, 90, 3, 3)]
+    contexts[0], contexts[1][70] = [*before, 5], 6
+    sampler, sampling = GenerateSampler(model, frozenset([4])), Sampling(40, temperature=0)
+    alone = [sampler.sample([context], sampling)[0] for context in contexts]
+    read = []
+    sampler._reads_padding()
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda m, i, o: read.append(o.shape[:2])
+    )
+    for least in (60, 10_000):
+        monkeypatch.setitem(read_once.SAVED, "cpu", least)
+        read.clear()
+        assert sampler.sample(contexts * 2, sampling) == alone * 2
+        start = together if least == 60 else 0
+        distinct = 10 if family == "jamba" else 5
+        assert read[: bool(start) + 1] == [(1, start)] * bool(start) + [(distinct, 160 - start)]
+    hook.remove()
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_a_model_that_adds_tokens_of_its_own_reads_each_context(monkeypatch):
+    model = tiny_model("cpmant").eval()
+    contexts = [[7, 8, 9, 10, n, *range(5, 5 + n)] for n in (11, 13)]
+    sampler, sampling = GenerateSampler(model, frozenset([4])), Sampling(5, temperature=0)
+    alone = [sampler.sample([context], sampling)[0] for context in contexts]
+    monkeypatch.setitem(read_once.SAVED, "cpu", 1)
+    assert sampler.sample(contexts, sampling) == alone
