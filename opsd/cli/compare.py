@@ -63,8 +63,9 @@ def run(asked: argparse.Namespace) -> None:
         jobs = train_jobs(files, [0, 1, 2] if seeds is None else seeds, output, asked.tokens)
         run_jobs(jobs, display, gpus=gpus())
         paths = [job.directory for job in jobs]
-    comparison = compare(paths, asked.target, asked.baseline)
-    _write(comparison, output)
+    with display.stage("Compare the runs"):
+        comparison = compare(paths, asked.target, asked.baseline)
+        _write(comparison, output)
     _show(comparison, display)
     display.paths("Written", {name: output / name for name in FILES})
 

@@ -163,11 +163,16 @@ class Display:
 
     def note(self, text: str) -> None:
         """Print one or several lines that stay."""
-        self._line(self._indent() + text, keep="\n")
+        for line in (self._indent() + text).split("\n"):
+            self._line(line)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table that stays; columns of numbers are aligned to the right."""
         columns, *rows = ([shown(cell) for cell in row] for row in (columns, *rows))
+        columns_of = [*zip(columns, *rows, strict=True)]
+        least = sum(3 + max(map(len, " ".join(column).split()), default=0) for column in columns_of)
+        if self._console and least > self._console.width and len(rows) < len(columns):
+            columns, *rows = map(list, columns_of)  # too wide: on its side
         right = [bool(rows) and all(_numeric(row[i]) for row in rows) for i in range(len(columns))]
         if self._console:
             self._console.print()
@@ -306,11 +311,11 @@ class Display:
             lines.append(Text(measured, "dim", no_wrap=True, overflow="ellipsis"))
         return Group(*lines)
 
-    def _line(self, *parts: str | tuple[str, Any], keep: str = "") -> None:
+    def _line(self, *parts: str | tuple[str, Any]) -> None:
         """Print a line of parts: text, or (text, style). Control characters are escaped; a pipe
         gets the line at once, with `?` for characters that its encoding lacks."""
         styled = [(part, "") if isinstance(part, str) else part for part in parts]
-        styled = [(shown(text, keep), style) for text, style in styled]
+        styled = [(shown(text), style) for text, style in styled]
         if self._console:
             from rich.padding import Padding
             from rich.text import Text

@@ -168,14 +168,21 @@ def test_lines_end_between_words_on_a_terminal(terminal):
     advice, overrides = "one two three four " * 8, "train.steps=5 output.dir=runs/x " * 5
     path = "a/long/path/of/some/file" * 5
     display = Display(file=terminal)
-    display.note(f"  {advice}\n  {advice}")
-    display.note(overrides.strip())
+    display.note(f"  {advice}\n  {advice}\n{overrides.strip()}")
     display.note(f"It is in {path}")
     lines = [line.rstrip() for line in terminal.getvalue().splitlines()]
     said = [line for line in lines if line.strip() and "=" not in line and path not in line]
     assert len(said) == 4 and all(len(line) <= 80 and line.startswith("  ") for line in said)
     assert {word for line in said for word in line.split()} == {*advice.split()}
     assert overrides.strip() in lines and f"It is in {path}" in lines
+
+
+def test_a_table_that_is_too_wide_lies_on_its_side(terminal):
+    columns = ["method", *(f"measure-{number}" for number in range(8))]
+    rows = [[name, *"12345678"] for name in ("opsd", "grpo")]
+    Display(file=terminal).table("Runs", columns, rows)
+    lines = [line.split() for line in terminal.getvalue().splitlines()]
+    assert ["measure-7", "8", "8"] in lines
 
 
 def test_quiet_writes_nothing(terminal):
