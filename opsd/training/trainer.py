@@ -273,12 +273,12 @@ class TrainingLoop:
             self.average,
             self._base,
         )
+        looks = train.sharding not in deepspeed.STAGES  # at the weights that the run began with
+        self._still = Movement(self.optimizer, train.warmup_steps, looks)
         if checkpoint is not None:
             falls = self._varied and self.config.train.schedule is None
             self.checkpoints.read(checkpoint, self.state, self._steps_an_epoch, falls)
             self._ahead = self.collector.go_on(partial(self.checkpoints.read_ahead, checkpoint))
-        begins = checkpoint is None and train.sharding not in deepspeed.STAGES
-        self._still = Movement(self.optimizer, train.warmup_steps, begins)
 
     def _kept_elsewhere(self, error: NotWritten) -> UserError:
         """Save the completed steps where there is room; returns the error for the user."""

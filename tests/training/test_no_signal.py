@@ -1,8 +1,10 @@
 """A run that learns nothing, or blows up, says so in one line with its likely cause."""
 
+import shutil
+
 import pytest
 from helpers.lines import read_lines
-from helpers.training_cases import short_config
+from helpers.training_cases import short_config, timeless
 
 from opsd.cli.main import main
 from opsd.config.load import save_config
@@ -93,10 +95,15 @@ def test_a_resumed_run_says_nothing_twice():
     ],
 )
 def test_weights_that_stay_as_they_are_are_told(train, says, files, tmp_path, capsys):
-    train |= {"steps": 4, "save_every": 0, "collapse": {"no_signal": 2}}
+    train |= {"steps": 4, "save_every": 2, "collapse": {"no_signal": 2}}
     config = short_config(*files, tmp_path / "run", train=train, eval={"problems": 0})
     save_config(config, tmp_path / "c.yaml")
     assert main(["train", str(tmp_path / "c.yaml")]) == 0
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line.get("collapse") for line in lines].count(["still_weights"]) == says
     assert ("no weight has moved (train.learning_rate" in capsys.readouterr().out) == says
+    # Resumed, it compares with the same beginning.
+    for name in ("checkpoint-4", "model"):
+        shutil.rmtree(tmp_path / "run" / name)
+    assert main(["train", str(tmp_path / "run"), "--resume"]) == 0
+    assert timeless(read_lines(tmp_path / "run" / "metrics.jsonl")) == timeless(lines)
