@@ -298,7 +298,8 @@ def held(path: Path) -> list:
     if kind in (".csv", ".tsv"):
         lines = csv.reader(io.StringIO(text, newline=""), delimiter="," if kind == ".csv" else "\t")
         names, *rows = [line for line in lines if line]
-        return [{n: v for n, v in zip(names, row, strict=True) if n.strip()} for row in rows]
+        names = [name.strip() for name in names]  # as a table's are read
+        return [{n: v for n, v in zip(names, row, strict=True) if n} for row in rows]
     if path.suffix == ".json":
         try:
             value = json.loads(text, object_pairs_hook=each_once)

@@ -194,7 +194,7 @@ def misplace(draw: Random, file: Path) -> None:
     """Remove a file, or replace it by something else."""
     kind = draw.randrange(13)
     other = draw.choice(sorted(file.parent.iterdir()))
-    if kind == 5 and other.is_file() and other != file:
+    if kind == 5 and other.is_file() and not other.samefile(file):
         shutil.copy(other, file)
         return
     shutil.move(file, file.with_name(file.name + ".old"))
