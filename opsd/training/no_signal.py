@@ -113,8 +113,7 @@ SIGNS: dict[str, Callable[[Line], str | None]] = {
 }
 """The checks, by the names that metrics.jsonl has under `collapse`."""
 
-RISING = {
-    f"rising_{name.split('_')[-1]}": name for name in ("divergence", "student_entropy", "loss")
-}
+RISING = {"rising_divergence": "divergence", "rising_entropy": "student_entropy"}
+RISING["rising_loss"] = "loss"
 """Signs and the measure that each watches for a rise by RISE. The loss is watched for SFT only:
 other methods' losses have no common scale."""

@@ -94,7 +94,8 @@ class Movement:
         """One entry of each weight that trains, of the part that this process has."""
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         parts = [getattr(one, "_local_tensor", one).detach().reshape(-1) for one in weights]
-        return [float(part[len(part) // 2]) for part in parts if len(part)]
+        chosen = [part[len(part) // 2].float() for part in parts if len(part)]
+        return torch.stack(chosen).tolist() if chosen else []  # one wait for a GPU
 
 
 def make_schedule(optimizer: Optimizer, arguments: TrainingArguments) -> LRScheduler:
