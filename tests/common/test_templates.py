@@ -17,7 +17,7 @@ from helpers.chat_tokenizers import make_tokenizer
 
 from opsd.common import templates
 from opsd.common.errors import UserError
-from opsd.common.template_worker import answer
+from opsd.common.template_worker import _ENVIRONMENT, _writes_plain_data, answer
 from opsd.common.templates import (
     TemplateFailure,
     _job,
@@ -291,6 +291,30 @@ def test_what_has_no_text_is_refused(text):
     """It would be written with its address, which is another in each process."""
     with pytest.raises(TemplateFailure, match=r"call it, or add \|list"):
         fill_in("{{ " + text + " }}", [{"x": "a"}])
+
+
+def test_templates_taken_to_write_plain_data_write_no_address():
+    """Each filter and method, of each kind of value, in the forms that are not searched."""
+    values = {"x": "a b", "y": ["a", "b"], "z": {"a": 1}, "n": 2.5}
+    names = {name for value in values.values() for name in dir(value) if name[0] != "_"}
+    pieces = [f"{one}|{name}" for one in values for name in _ENVIRONMENT.filters]
+    pieces += [f"{one}.{name}({more})" for one in values for name in names for more in ("", "'a'")]
+    pieces += ["range|string", "y|join('', 'upper')", "y|join(*x)", "y|join(**z)", "x.upper|string",
+               "x['upper']|string", "'{0.upper}'.format(x)", "y|sum(attribute='upper', start='')",
+               "lipsum|string", "(y|list)|join", "x.split()|sort|join"]  # fmt: skip
+    plain = 0
+    for piece in pieces:
+        for text in (f"{{{{ {piece} }}}}", f"{{{{ ({piece})|string }}}}", f"{{{{ [{piece}] }}}}"):
+            try:
+                if not _writes_plain_data(text):
+                    continue
+                made = _ENVIRONMENT.from_string(text).render(values)
+            except Exception:  # a filter that does not take this value writes nothing
+                continue
+            plain += 1
+            assert " at 0x" not in made, text
+    assert plain > 80
+    assert _writes_plain_data("{% for w in x.split(' ') %}{{ w|title }}\n{% endfor %}{{ x }}")
 
 
 def test_an_address_that_a_row_has_is_text():
