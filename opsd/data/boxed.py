@@ -3,7 +3,9 @@ r"""Find the answer that a text puts into boxes: `\boxed{…}`."""
 import re
 from dataclasses import dataclass
 
-_TOKENS = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(\{?)|\\.|[{}]", re.DOTALL)
+_TOKENS = re.compile(
+    r"\\(?:boxed|fbox|framebox)(?![A-Za-z])(?:\[[^\[\]]{0,20}\])?\s*(\{?)|\\.|[{}]", re.DOTALL
+)
 # What a box without braces holds, `\boxed 7`: up to the formula's `$`, else a number or command.
 _TO_DOLLAR = re.compile(r"([^${}\n]{0,80}(?:\{[^${}\n]{0,40}\}[^${}\n]{0,40}){0,6})\$")
 _BARE = re.compile(
@@ -23,16 +25,30 @@ _LABEL = r"(?:\(?[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?"
 _JOINT = re.compile(
     r"(?P<blank>\s*)|"
     r"(?:[\s$,;&]|\\[ ,;]|\\\\|\\q?quad|\\\)|\\\(|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|"
-    r"\b(?:and|or)\b|(?:[.*\s]*\bpart\s*)?[.*\s]*\(?(?:[a-h1-9]|i{1,3}|iv|v)\)[\s*:]*|:)*+"
+    r"\b(?:and|or|perhaps|maybe|possibly)\b|(?:[.*\s]*\bpart\s*)?[.*\s]*\(?(?:[a-h1-9]|i{1,3}|iv|v)\)[\s*:]*|:)*+"
     + _LABEL
     + r"[\s$]*",
     re.IGNORECASE,
 )
 _PART = re.compile(r"\b(?:[b-h2-9]|i{2,3}|iv|v)\)")
 _NAMED = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w\}?)?)\s*=\s*$")
-_DENIED_BEFORE = re.compile(r"(?:\b(?:is|are|be|equals?) not|n't|cannot)(?: be)?[\s$:*(\\\[]*$")
+# What takes a box back: words before it or a line through it, words after it, a question mark that
+# nothing answers. `not 6 but \boxed{7}` and `\boxed{7}. No others exist.` do not.
+_DENIED_BEFORE = re.compile(
+    r"(?:(?:\b(?:not|never|cannot)|n't)(?: (?:be|equal|to|just|simply|the (?:final )?answer))*|"
+    r"\b(?:wrong|incorrect|false|naive) (?:answer|guess|value|result)s? (?:is|was|would be)|"
+    r"~~|<(?:del|s)>|\\(?:[bx]?cancel|sout|st)\s*\{)[\s$:*(\\\[]*$",
+    re.IGNORECASE,
+)
 _DENIED_AFTER = re.compile(
-    r"[\s$*)\\\]]*(?:is|was|seems) (?:\w+ )?(?:(?:wrong|incorrect|false)\b|not (?:right|correct))"
+    r"[\s$*)\\\]},\u2014\u2013-]*(?:\(?(?:wrong|incorrect)\b|if\b[^.]*\bbut\b|"
+    r"(?:which )?(?:is|was|seems) (?:\w+ )?"
+    r"(?:(?:wrong|incorrect|false)\b|not (?:right|correct|(?:the|my) (?:\w+ )?answer\b))|"
+    r"[.!?;]*\s*(?:(?:hmm|wait|oh|oops|no|but|sorry|actually)\b[^\w]*)*(?:scratch that|"
+    r"(?:that|this|it)(?:'s| is| was| seems)(?: \w+)? (?:wrong|incorrect|not (?:right|correct))"
+    r"(?! to\b| that\b))|[.!;]*\s*(?:hmm|wait|oh|oops|actually)[^\w]*no\b(?! other| more)|"
+    r"\?(?!.*(?:\b(?:yes|indeed|correct|right|true)\b|[✓✔✅])))",
+    re.IGNORECASE | re.DOTALL,
 )
 _LONGEST_JOINT = 60
 
@@ -95,7 +111,7 @@ def last_boxed(text: str) -> str | None:
     real = [box for box in found if not is_placeholder(box.content)] or found[-1:]
     if not real:
         return None
-    before, after = text[max(0, real[-1].start - 20) : real[-1].start], text[real[-1].end :][:40]
+    before, after = text[max(0, real[-1].start - 60) : real[-1].start], text[real[-1].end :][:100]
     denied = _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after)
     return f"\\text{{not }}{real[-1].content}" if denied else joined(text, real)[0]
 

@@ -23,19 +23,27 @@ _CORRECT = re.compile(r"(?:option |choice )?(\(?[A-J]\)?) is (?:correct|right|th
 _NOTHING = re.compile(
     r"[\s?.!_*-]+|#?n/a|tbd|todo|nan|null|unknown|"
     r"(?:answer )?not ?(?:found|provided|given|available)|"
-    r"(?:the )?(?:proof|see|refer)\b.{0,30}|\[\]|\{\}|\\[lc]?dots|<image>|!\[.*|https?://.*",
+    r"(?:the )?(?:proof|see|refer)\b.{0,30}|(?:the )?(?:final )?answer(?: is)?:?|</?answer>|"
+    r"\[\]|\{\}|\\[lc]?dots|<image>|!\[.*|https?://.*",
     re.IGNORECASE,
 )
 _DICTIONARY = re.compile(r"\{\s*['\"]\w+['\"]\s*:")
+# A question, a list of all choices, or the first words of an explanation.
+_NO_ANSWER = re.compile(
+    r".*\?|.*\(A\)[^()]+\(B\)[^()]+\(C\)[^()]+.*|"
+    r"(?:we|let|since|suppose|assume|consider|note that|show|prove|to find|first)\b.* .* .*",
+    re.IGNORECASE | re.DOTALL,
+)
 _BOLD = re.compile(r"\*\*([^*]+)\*\*")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _SENTENCES = re.compile(r"[a-z\d$)}][.!?]\s+[A-Z]|[^\s,\\]\s*\n\s*\S")
 _TELLING = frozenset(
     "we so since then let get gets have has had thus therefore because hence gives find finds left "
-    "she he they which implies obtain spends adds add subtract multiply divide was were".split()
+    "she he they which implies obtain spends adds add subtract multiply divide was were "
+    "depends".split()
 )
 _UNFINISHED = re.compile(
-    r"(?:[=+*/^_<(\[,]|\\(?:frac|sqrt|text|boxed|cdot|times|left)?|(?<![\d}])-)\s*\$?$"
+    r"(?:[=*/^_<(\[,]|\\(?:frac|sqrt|text|boxed|cdot|times|left)?|(?<!\^)\+|(?<![\d}^])-)\s*\$?$"
 )
 
 
@@ -123,7 +131,7 @@ def _list_in_a_string(text: str) -> str | None:
 
 def unreadable(answer: str) -> str | None:
     """Why a text is no bare answer: it is prose, or truncated. None if it is one."""
-    if _is_prose(answer):
+    if _is_prose(answer) or (len(answer) < 300 and _NO_ANSWER.fullmatch(answer)):
         return "is prose that names no final answer by itself"
     stripped = re.sub(r"\\[{}]", "", answer)
     opened = sum(map(stripped.count, "([")) - sum(map(stripped.count, ")]"))

@@ -22,7 +22,7 @@ from opsd.grading.answers.bounds import MOST_CHARACTERS as MAX_ANSWER_CHARACTERS
 from opsd.grading.answers.bounds import too_large
 from opsd.grading.answers.clean import clean, squeezed
 from opsd.grading.answers.numbers import number, same_number
-from opsd.grading.answers.words import canonical, is_phrase, spelled_out
+from opsd.grading.answers.words import canonical, is_phrase, opposite, spelled_out
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _grade_here(extracted: str, answer: str) -> Grade | None:
         return Grade(False, "a number too large to compare", extracted, failed=True)
     if is_phrase(given) and is_phrase(wanted) and len(given) > 1 and len(wanted) > 1:
         # math-verify reads words as products of letters, so that `listen` equals `silent`.
-        equal = canonical(given) == canonical(wanted)
+        equal = canonical(given) == canonical(wanted) and not opposite(given, wanted)
         several = {"and", "or"} & {*given.casefold().split(), *wanted.casefold().split()}
         spelled = spelled_out(given), spelled_out(wanted)
         if equal or not (several or "," in given + wanted or any(spelled)):

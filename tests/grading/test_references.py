@@ -43,11 +43,20 @@ UNDERSTOOD = [
     ("\u6545\u7b54\u6848\u4e3a\uff1a9\uff0e", "9"),  # Chinese: so the answer is 9
     ("<think>4</think><answer>9</answer>", "9"),
     ("Alice and Bob", "Alice and Bob"),
+    ("\\text{NH}_4^+", "\\text{NH}_4^+"),
+    ("\\mathbb{R}^+", "\\mathbb{R}^+"),
     ("no real solutions exist", "no real solutions exist"),
     ("20 minutes and 5 seconds", "20 minutes and 5 seconds"),
     ("\\begin{cases}x=1\\\\y=2\\end{cases}", "\\begin{cases}x=1\\\\y=2\\end{cases}"),
 ]
 REFUSED = [
+    ("We prove that the sequence converges.", "prose"),
+    ("Let x be the number of apples. Then", "prose"),
+    ("It depends on n: it is 2 for even n and 3 for odd n.", "prose"),
+    ("\\text{(A) 3 (B) 4 (C) 5}", "prose"),
+    ("3 or 4?", "prose"),
+    ("The answer is", "names no final answer"),
+    ("<answer>", "names no final answer"),
     ("We add 20 and 25 to get 45, then halve it to get 22.5 litres.", "prose"),
     ("First x = 4. Then y = 9. So x + y = 13, which is the answer we want.", "prose"),
     ("Let n be the number of apples. Since 3n = 12 we have n = 4.", "prose"),

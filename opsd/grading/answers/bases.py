@@ -2,10 +2,10 @@
 
 from opsd.grading.answers.clean import plain_text, trim
 from opsd.grading.answers.nodes import Based, Value
-from opsd.grading.answers.notation import NOTATION, PATTERNS
+from opsd.grading.answers.notation import FORM, NOTATION
 from opsd.grading.answers.numbers import number
 
-_BASED, _NUMERALS = PATTERNS["based"], NOTATION["numerals"]
+_BASED, _NUMERALS = FORM.based, NOTATION["numerals"]
 
 
 def based(text: str, depth: int = 0) -> Based | Value | None:

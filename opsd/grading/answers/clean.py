@@ -4,7 +4,7 @@ time linear in the text's length."""
 import re
 import unicodedata
 
-from opsd.grading.answers.notation import NOTATION, PATTERNS
+from opsd.grading.answers.notation import FORM, NOTATION
 
 _CHARACTERS, _COMMANDS = NOTATION["characters"], NOTATION["commands"]
 _SPELLED = {form: to for to, forms in NOTATION["spelled"].items() for form in forms.split()}
@@ -14,7 +14,6 @@ _SCRIPTS = [
     (mark, re.compile(f"[{re.escape(shown)}]+"), str.maketrans(shown, meant))
     for mark, (shown, meant) in (("^", _CHARACTERS["raised"]), ("_", _CHARACTERS["lowered"]))
 ]
-_CIRCLED = re.compile(r"(?<=[①-⑳])[\s,、和]+(?=[①-⑳])")
 _GREEK = {word[0]: word[1:] for word in _CHARACTERS["greek"].split()}
 # A Greek letter inside a word (μm, or a Greek word) stays; alone it becomes a TeX command.
 _ANY_GREEK = "".join(_GREEK)
@@ -27,7 +26,7 @@ def from_unicode(text: str) -> str:
     """Replace Unicode digits, signs and mathematical letters by ASCII or TeX; words stay."""
     if text.isascii():
         return text
-    text = _CIRCLED.sub("", text)
+    text = FORM.circled.sub("", text)
     for mark, run, table in _SCRIPTS:
         pieces = run.split(text)
         inside = (f"{mark}{{{found.translate(table)}}}" for found in run.findall(text))
@@ -47,10 +46,11 @@ def _one(character: str) -> str:
     above, _, below = plain.partition("\N{FRACTION SLASH}")
     if below:
         return f"\\frac{{{above}}}{{{below}}}"
+    if "㍱" <= character <= "㏟":  # a unit in one sign, `㎡`
+        return f"\\text{{ {plain}}}"
     return plain if len(plain) == 1 and (plain.isascii() or plain in _GREEK) else character
 
 
-_TOKEN = re.compile(r"\\[A-Za-z]+\*?|\\.|[{}]|[^\\{}]+|\\", re.DOTALL)
 # Command → (its replacement, what replaces its argument's braces).
 _WRITTEN: dict[str, tuple[str, str]] = {
     " ": (" ", ""),
@@ -61,17 +61,14 @@ _WRITTEN: dict[str, tuple[str, str]] = {
     **{form[1:]: (to, "") for form, to in _SPELLED.items() if len(form) > 1},
 }
 _TEXT, _FONT = _COMMANDS["text"].split(), _COMMANDS["font"].split()
-_VECTOR = PATTERNS["vector"]
-_LETTERS = re.compile(r"[^\W\d_]")
-_WORDLIKE = re.compile(r"[^\W\d_]{2}|[^\W\d_] +[^\W\d_]|\(\s*[A-Za-z]\s*\)")
 
 
 def without_looks(text: str) -> str:
     r"""`\textbf{(D)}\ 12` -> `\text{(D)} 12`, `\color{red}{7}` -> `{7}`, `\underline{7}` -> `7`."""
     if "\\" not in text:
         return text
-    text = _VECTOR.sub(r"\\hat{\1\2}", text)
-    tokens = _TOKEN.findall(text)
+    text = FORM.vector.sub(r"\\hat{\1\2}", text)
+    tokens = FORM.clean_token.findall(text)
     out: list[str] = []
     closers: list[str] = []
     skipping = 0  # the depth of braces inside a dropped argument
@@ -107,20 +104,12 @@ def _command(token: str, following: list[str]) -> tuple[str, str]:
     name = token.lstrip("\\").rstrip("*")
     if name in _TEXT or name in _FONT:
         content = following[1] if following[:1] == ["{"] and len(following) > 1 else ""
-        wordlike = bool(_WORDLIKE.search(content)) and not content.startswith("\\")
-        words = wordlike or (name in _TEXT and _LETTERS.search(content))
+        wordlike = bool(FORM.wordlike.search(content)) and not content.startswith("\\")
+        words = wordlike or (name in _TEXT and FORM.letters.search(content))
         return "", "\\text{}" if words else "\0"
     return _WRITTEN.get(name, (token, ""))
 
 
-_ESCAPED_TWICE = PATTERNS["escaped_twice"]
-_THIN_THOUSANDS = re.compile(r"(?<=\d),\s*\\!\s*(?=\d{3})")
-_SPACE_AT_END = re.compile(r"(?<!\\)\\$")
-_BREAK = re.compile(r"\\\\\s*\[[^\]]{0,10}\]")  # a line break with a distance
-_DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]|\\(?:left|right)\s*\.")
-_MARKDOWN = PATTERNS["markdown"]
-_BRACED_SPACE = re.compile(r"\{\s*\\[,;:! ]\s*\}")
-_BRACED_COMMA = re.compile(r"(?<=\d)\{\s*,\s*\}\s*(?=\d)")
 _GROUPED = [  # digits in groups of three
     re.compile(r"(?<![\w.])[1-9]\d{0,2}(?:_\d{3})+(?!\w)"),
     re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])"),
@@ -130,12 +119,10 @@ _MARKED, _REWRITTEN = (
     for table in ("marked_units", "rewritten")
 )
 
-_OPENED = re.compile(r"(?:(?<![A-Za-z])\\?sqrt(?:\s*\[\w*\])?|\^)\s*(?=\()")
-
 
 def _braced(text: str) -> str:
     r"""`sqrt(x(y+1))` -> `sqrt{x(y+1)}`, `e^(2(x+1))` -> `e^{2(x+1)}`."""
-    starts = {found.end() for found in _OPENED.finditer(text)}
+    starts = {found.end() for found in FORM.opened.finditer(text)}
     out, opened = list(text), []
     for index, character in enumerate(text if starts else ""):
         if character == "(":
@@ -147,15 +134,15 @@ def _braced(text: str) -> str:
 
 def clean(text: str) -> str:
     """Normalise an answer's spelling. `\\text{…}` stays around words next to mathematics."""
-    text = _ESCAPED_TWICE.sub("", _THIN_THOUSANDS.sub(",", text))
-    text = _BREAK.sub(r"\\\\", _SPACE_AT_END.sub("", from_unicode(text).strip()))
+    text = FORM.escaped_twice.sub("", FORM.thin_thousands.sub(",", text))
+    text = FORM.line_break.sub(r"\\\\", FORM.space_at_end.sub("", from_unicode(text).strip()))
     for written, plain in _MARKED:
         text = written.sub(plain, text)
-    text = _DELIMITER.sub(" ", text)
+    text = FORM.delimiter.sub(" ", text)
     # Dollars in pairs mark mathematics; a single one before a number is money.
     text = text.replace("\\$", "\0").replace("$", " " if text.count("$") % 2 == 0 else "\0")
-    text = _MARKDOWN.sub(r"\1\2\3\4\5", text.replace("\0", " \\$ "))
-    text = _BRACED_COMMA.sub("{,}", _BRACED_SPACE.sub(" ", text)).replace("~~", "\\cancel ")
+    text = FORM.markdown.sub(r"\1\2\3\4\5", text.replace("\0", " \\$ "))
+    text = FORM.braced_comma.sub("{,}", FORM.braced_space.sub(" ", text)).replace("~~", "\\cancel ")
     text = " ".join(without_looks(text.replace("~", " ")).split())
     text = _braced(text)
     for grouped in _GROUPED:
@@ -163,9 +150,6 @@ def clean(text: str) -> str:
     for pattern, to in _REWRITTEN:
         text = pattern.sub(to, text)
     return trim(" ".join(text.split()))
-
-
-_TEXT_GROUP = re.compile(r"\\text\s*\{([^{}]*)\}")
 
 
 def trim(text: str) -> str:
@@ -181,7 +165,7 @@ def trim(text: str) -> str:
             text = text[1:-1]
         if text[:1] == "{" and _closes_at_end(text):
             text = text[1:-1]
-        text = found[1] if (found := _TEXT_GROUP.fullmatch(text)) else text
+        text = found[1] if (found := FORM.text_group.fullmatch(text)) else text
         if text == before:
             return text
 
@@ -200,7 +184,7 @@ def _closes_at_end(text: str) -> bool:
 
 def plain_text(text: str) -> str:
     r"""Remove `\text{…}` around words."""
-    return _TEXT_GROUP.sub(r"\1", text)
+    return FORM.text_group.sub(r"\1", text)
 
 
 def squeezed(text: str) -> str:

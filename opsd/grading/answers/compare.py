@@ -29,6 +29,7 @@ from opsd.grading.answers.nodes import (
     by_name,
     names_of,
 )  # fmt: skip
+from opsd.grading.answers.notation import FORM
 from opsd.grading.answers.numbers import Number, as_latex, decimal_comma, same_number
 from opsd.grading.answers.quantities import short, times
 from opsd.grading.answers.read import has_symbol, interval, read
@@ -38,10 +39,6 @@ from opsd.grading.answers.words import opposite
 if TYPE_CHECKING:  # it loads sympy
     from opsd.grading.answers.symbolic import Algebra
 
-_OR = re.compile(r"(?<![A-Za-z\\])or(?![A-Za-z])")  # `0 or 1` is no point
-_OF_ONE = re.compile(r"\([a-z]\)$")  # the argument of f(x)
-_DECIMAL_COMMA = re.compile(r"(?<=\d),(?=\d)")
-_AND = re.compile(r"(?<![A-Za-z\\])and(?![A-Za-z])")
 _INTERVALS = ("()", "[]", "[)", "(]")
 
 
@@ -50,16 +47,24 @@ def compare(reference: str, given: str, algebra: Algebra, strict: bool = True) -
     one, other = renamed.with_one_index(clean(reference)), renamed.with_one_index(clean(given))
     other = renamed.with_constants(one, renamed.with_names(one, other))
     one, other = renamed.without_domain(other, one), renamed.without_domain(one, other)
+    one, other = renamed.with_sets_in_order(one), renamed.with_sets_in_order(other)
     if squeezed(one) == squeezed(other) != "":
         return True, "the same text"
+    if (formula := renamed.chemical(one)) and formula == renamed.chemical(other):
+        return True, "the same formula"
+    domains = {frozenset(said) for side in (one, other) if (said := FORM.domains.findall(side))}
+    if len(domains) > 1:
+        return False, "another domain than the reference has"
     wanted, answer = read(one), read(other)
     if isinstance(answer, Unclear) and not isinstance(wanted, Unclear):
         return False, f"not understood: {answer.why}"
     comparison = _Comparison(algebra, strict)
     if comparison.same(wanted, answer):
         return True, "equal"
-    if ";" in one + other and _DECIMAL_COMMA.search(one + other):  # `(0,5; 1,5)`
-        points = [_DECIMAL_COMMA.sub(".", text) if ";" in text else text for text in (one, other)]
+    if ";" in one + other and FORM.decimal_comma.search(one + other):  # `(0,5; 1,5)`
+        points = [
+            FORM.decimal_comma.sub(".", text) if ";" in text else text for text in (one, other)
+        ]
         if points != [one, other]:
             return compare(points[0], points[1], algebra, strict)
     return False, comparison.reason or "different"
@@ -145,16 +150,14 @@ class _Comparison:
     def _both_equal(self, wanted: Equal, given: Equal) -> bool:
         if not wanted.simple or not given.simple:
             return self._algebra(wanted.text, given.text)
-        unnamed = (
-            wanted.name is None or given.name is None or _describes(wanted) or _describes(given)
-        )
         names = {wanted.name or "", given.name or ""}
         function = "f(x)" in names and {name[:1] for name in names} == {"y", "f"}
         if (
             len(names) == 1
-            or unnamed
+            or "" in names
             or function
-            or _OF_ONE.sub("", max(names)) in names - {max(names)}
+            or FORM.of_one.sub("", max(names)) in names - {max(names)}
+            or renamed.may_name_the_same(wanted, given)
         ):
             if self._any(wanted.values, given.values):
                 return True
@@ -234,21 +237,32 @@ class _Comparison:
 
     def _items(self, wanted: Items, given: Items) -> bool:
         one, other = wanted.kind, given.kind
-        unordered = ("list", "set")
+        unordered = ("list", "set", "then")
+        if one == other == "then":
+            return self._in_order(wanted.parts, given.parts)
         if one == "set" and other == "set":
+            inner = [
+                [getattr(p, "kind", "") == "set" for p in side.parts] for side in (wanted, given)
+            ]
+            if sum(inner[0]) != sum(inner[1]):
+                return self._no("a set in place of its element")
             return self._matched(self._distinct(wanted.parts), self._distinct(given.parts))
         if one in unordered and other in unordered:
             if len(wanted.parts) != len(given.parts):
                 return self._no("another number of answers than the reference has")
             said = plain_text(f"{wanted.text},{given.text}")
-            if _AND.search(said) and _OR.search(said) and not re.search(r"[\d\\]", said):
+            if (
+                FORM.said_and.search(said)
+                and FORM.said_or.search(said)
+                and not re.search(r"[\d\\]", said)
+            ):
                 return self._no("`and` for `or`")
             return self._lists(wanted.parts, given.parts)
         if one == "list" and other == "()" and names_of(wanted.parts):
             in_order = getattr(wanted.parts[0], "text", "").startswith("(")  # `(q,p) = (7,2)`
             parts = wanted.parts if in_order else by_name(wanted.parts)
             return self._in_order(parts, given.parts)
-        if one == "()" and other == "list" and not _OR.search(given.text):
+        if one == "()" and other == "list" and not FORM.said_or.search(given.text):
             return self._in_order(wanted.parts, by_name(given.parts))
         if one != other:
             return self._no("other brackets than the reference has")
@@ -448,15 +462,6 @@ def _vector(grid: Grid) -> list[Node]:
     if len(grid.rows) == 1 or all(len(row) == 1 for row in grid.rows):
         return [cell for row in grid.rows for cell in row]
     return [Items("[]", row) for row in grid.rows]
-
-
-def _describes(side: Equal) -> bool:
-    """Whether the name only describes the value: `\\text{Area}`, `\\angle ABC`, `#`."""
-    name = side.name or ""
-    letters = [character for character in name.replace("\\angle", "aaa") if character.isalpha()]
-    return (
-        len(letters) > 2 and "(" not in name and "_" not in name and "\\" not in name[1:]
-    ) or name in "#N"
 
 
 def _is_to_be_solved(lhs: str) -> bool:

@@ -3,6 +3,10 @@
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 NOTATION = tomllib.loads(Path(__file__).with_name("notation.toml").read_text(encoding="utf-8"))
-PATTERNS = {name: re.compile(text.replace("\n", "")) for name, text in NOTATION["patterns"].items()}
+# The forms of answers by their names: `FORM.fraction.fullmatch(text)`.
+FORM = SimpleNamespace(
+    **{name: re.compile(text.replace("\n", "")) for name, text in NOTATION["patterns"].items()}
+)

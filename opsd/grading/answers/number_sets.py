@@ -2,24 +2,24 @@
 
 import re
 
-from opsd.grading.answers.notation import NOTATION
+from opsd.grading.answers.notation import FORM, NOTATION
 
-_HINT = re.compile(r"mathbb|neq|real|number|integers")
 _SETS = [
     (re.compile(pattern, re.IGNORECASE), to) for pattern, to in NOTATION["number_sets"]["pairs"]
 ]
-_NOT = re.compile(r"([A-Za-z])\s*\\neq\s*((?:(?!\\(?:le|ge|in)(?![A-Za-z]))[^<>=])+)")
 
 
 def number_set(text: str) -> str | None:
     """The set of numbers that words or a name denote, in TeX; None for anything else."""
-    if not _HINT.search(text):
+    if not FORM.hint.search(text):
         return None
     for pattern, to in _SETS:
         if found := pattern.fullmatch(text):
             inside = found[1] if pattern.groups else ""
             return to.format(re.sub(r",? (?:and|or) ", ",", inside)) if pattern.groups else to
-    if (found := _NOT.fullmatch(text)) and ("," in text or " and " in text or "\\pm" in text):
+    if (found := FORM.unequal.fullmatch(text)) and (
+        "," in text or " and " in text or "\\pm" in text
+    ):
         values = re.sub(rf"{found[1]}\s*\\neq", "", found[2]).replace(" and ", ",")
         values = re.sub(r"\\pm\s*(\S+)", r"\1,-\1", values)
         return f"\\mathbb{{R}}\\setminus\\{{{values}\\}}"

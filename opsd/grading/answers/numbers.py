@@ -7,15 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from opsd.grading.answers.notation import PATTERNS
+from opsd.grading.answers.notation import FORM
 
 MOST_EXPONENT = 5000
 ENOUGH_DECIMALS = 6
 
-_MARKS = {",": "by_commas", " ": "by_spaces", "'": "by_apostrophes"}
-_SEPARATED = {mark: PATTERNS[name] for mark, name in _MARKS.items()}
-_CONTINENTAL = PATTERNS["continental"]
-_COMMA = re.compile(r"([+-]?)\s*(?:(\d+),(\d{1,2}|\d{4,})|(0),(\d+))((?![\d.])[^,]*)")
+_SEPARATED = {",": FORM.by_commas, " ": FORM.by_spaces, "'": FORM.by_apostrophes}
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ def separators(text: str) -> str:
     for mark, pattern in _SEPARATED.items():
         if pattern.fullmatch(text):
             return text.replace(mark, "")
-    if found := _CONTINENTAL.fullmatch(text):
+    if found := FORM.continental.fullmatch(text):
         whole, *decimals = said(found)
         return ".".join([whole.replace(".", "").replace(" ", ""), *decimals])
     return text
@@ -49,7 +46,7 @@ def separators(text: str) -> str:
 
 def decimal_comma(text: str) -> str | None:
     """`3,5` → 3.5; None if the comma is no decimal one, such as before three digits."""
-    found = _COMMA.fullmatch(text)
+    found = FORM.comma.fullmatch(text)
     return "{}{}.{}{}".format(*said(found)) if found else None
 
 
@@ -120,14 +117,14 @@ def _repeating(whole: str, decimals: str, *digits: str) -> Number:
 
 
 _FORMS: list[tuple[re.Pattern, Callable[..., Number]]] = [
-    (PATTERNS["decimal"], lambda text: _decimal(text, 0)),
-    (PATTERNS["scientific"], lambda text, exponent: _decimal(text, _exponent(exponent))),
-    (PATTERNS["power_of_ten"], lambda exponent: Number(Fraction(10) ** _exponent(exponent))),
-    *((PATTERNS[form], _quotient) for form in ("fraction", "slashed", "over")),
-    (PATTERNS["mixed_number"], lambda *digits: _mixed(*map(int, digits))),
-    (PATTERNS["repeating"], _repeating),
-    (PATTERNS["dotted"], _repeating),
-    (PATTERNS["endless"], _repeating),
+    (FORM.decimal, lambda text: _decimal(text, 0)),
+    (FORM.scientific, lambda text, exponent: _decimal(text, _exponent(exponent))),
+    (FORM.power_of_ten, lambda exponent: Number(Fraction(10) ** _exponent(exponent))),
+    *((form, _quotient) for form in (FORM.fraction, FORM.slashed, FORM.over)),
+    (FORM.mixed_number, lambda *digits: _mixed(*map(int, digits))),
+    (FORM.repeating, _repeating),
+    (FORM.dotted, _repeating),
+    (FORM.endless, _repeating),
 ]
 
 

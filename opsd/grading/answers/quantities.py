@@ -6,44 +6,36 @@ from itertools import pairwise
 
 from opsd.grading.answers.clean import plain_text, trim
 from opsd.grading.answers.nodes import Value
-from opsd.grading.answers.notation import PATTERNS
+from opsd.grading.answers.notation import FORM
 from opsd.grading.answers.numbers import Number, as_latex, number
 from opsd.grading.answers.structure import balanced
 from opsd.grading.answers.units import DEGREES, Unit, unit
 from opsd.grading.answers.words import MULTIPLES, names_a_thing, spelled_out
 
-_MONEY_FIRST, _PERCENT, _DEGREES, _TAIL, _MODULUS, _FUNCTION = (
-    PATTERNS[form] for form in ("money_first", "percent", "degrees", "tail", "modulus", "function")
-)
-_PERCENT_OF = re.compile(r"([^%]*%)\s*(\\text\s*\{[^{}]*\}|[^\W\d_]{3}[^{}]*)")
-_COUNTED = re.compile(r"(\d+(?:\.\d+)?)\s*([^\W\d_.]+|''|'|\")\.?(?:,| and)?\s*")
-_SHORT, _QUOTIENT = PATTERNS["short"], re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{(.*)\}")
-_OHM = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*)?([kM]?)\s*\}?\s*\\Omega\s*$")
-_UNITS_OF_THE_PAGE = re.compile(r"(?:(?:square|cubic|sq\.?|cu\.?) )?units?(?: ?\^ ?\{?[23]\}?)?\.?")
-_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
-
 
 def quantity(text: str) -> Value | None:
     """Parse a value with its unit; None if the text has another form."""
-    if (found := _MONEY_FIRST.fullmatch(text)) is not None:
+    if (found := FORM.money_first.fullmatch(text)) is not None:
         inner = quantity(found[4]) or Value(trim(found[4]), number(trim(found[4])))
         if inner.unit is None and not inner.percent:
             signed = found[1] + inner.text
             return Value(signed, number(signed), unit(found[3]), inner.noun)
     if text[:2].lstrip("\\")[:1] == "%":  # Turkish and Arabic: `%50`
         text = text.lstrip("\\%") + "\\%"
-    if text.endswith(("\\%", "%", "t}", "t", "s}", "s")) and (found := _PERCENT.fullmatch(text)):
+    if text.endswith(("\\%", "%", "t}", "t", "s}", "s")) and (
+        found := FORM.percent.fullmatch(text)
+    ):
         core = trim(found[1])
         return Value(core, number(core), percent=True) if core else None
-    if (found := _PERCENT_OF.fullmatch(text)) and names_a_thing(said := plain_text(found[2])):
+    if (found := FORM.percent_of.fullmatch(text)) and names_a_thing(said := plain_text(found[2])):
         value = quantity(found[1])
         return value and Value(value.text, value.number, None, _stem(said.casefold()), True)
-    if "mod" in text and (found := _MODULUS.fullmatch(text)):
+    if "mod" in text and (found := FORM.modulus.fullmatch(text)):
         core = trim(found[1])
         return Value(core, number(core), noun=f"mod {found[2]}")
-    if "^\\circ" in text and (found := _DEGREES.fullmatch(text)):
+    if "^\\circ" in text and (found := FORM.degrees.fullmatch(text)):
         return _degrees(found)
-    return _with_tail(_OHM.sub(r"\\text{\1Ω}", text))
+    return _with_tail(FORM.ohm.sub(r"\\text{\1Ω}", text))
 
 
 def counted(text: str) -> Value | None:
@@ -60,8 +52,8 @@ def counted(text: str) -> Value | None:
 def compound(text: str) -> Value | None:
     """Parse a quantity in several units, larger ones first: `3 hours 30 minutes`, `5'10''`."""
     text = trim(plain_text(text))
-    parts = _COUNTED.findall(text)
-    if len(parts) < 2 or _COUNTED.sub("", text):
+    parts = FORM.counted.findall(text)
+    if len(parts) < 2 or FORM.counted.sub("", text):
         return None
     units = [unit({"'": "ft", "''": "in", '"': "in"}.get(name, name)) for _, name in parts]
     if None in units or any(
@@ -85,9 +77,9 @@ def _added(parts: list[Fraction], of: Unit, carries: bool) -> Value:
 def short(value: Value, like: Unit | None) -> Value:
     """Read `30s` and `9.8 m/s^2` as quantities, though they may also be products. like: the other
     side's unit; K alone is a thousand unless that is kelvin."""
-    if value.number is not None or not (found := _SHORT.fullmatch(value.text)):
+    if value.number is not None or not (found := FORM.short.fullmatch(value.text)):
         return value
-    of = unit(_QUOTIENT.sub(r"\1/\2", found[2]))
+    of = unit(FORM.quotient.sub(r"\1/\2", found[2]))
     if of is None or (found[2] == "K" and like != of):
         return value
     return Value(found[1], number(found[1]), of)
@@ -103,7 +95,7 @@ def times(value: Value, factor: Fraction) -> Value:
 
 def _degrees(found: re.Match) -> Value | None:
     core = trim(found[1])
-    if not core or _TRIGONOMETRY.search(core) or not balanced(core) or "^\\circ" in core:
+    if not core or FORM.trigonometry.search(core) or not balanced(core) or "^\\circ" in core:
         return None
     value = number(core)
     if found[2] is not None:
@@ -118,7 +110,7 @@ def _degrees(found: re.Match) -> Value | None:
 
 
 def _with_tail(text: str) -> Value | None:
-    if (found := _TAIL.fullmatch(text)) is None:
+    if (found := FORM.tail.fullmatch(text)) is None:
         return None
     core, tail = trim(found["core"]), found["tail"]
     if not core or not balanced(core) or "\\text" in core:
@@ -142,13 +134,13 @@ def _said(core: str, said: str, bare: bool, apart: bool) -> Value | None:
         if rest and unit(rest) is None and not names_a_thing(rest):
             return None
         return Value(as_latex(exact.value), exact, unit(rest) if rest else None)
-    if _UNITS_OF_THE_PAGE.fullmatch(said):
+    if FORM.units_of_the_page.fullmatch(said):
         return Value(core, number(core), noun="unit")
     of = unit(said)
     if of is not None and (not bare or len(first) > 1 or "^{-" in said or not first.isascii()):
         return Value(core, number(core), of)
     if bare:
-        if _FUNCTION.match(said) or (first.isascii() and (len(first) < 3 or not apart)):
+        if FORM.function.match(said) or (first.isascii() and (len(first) < 3 or not apart)):
             return None
     if not names_a_thing(said):
         return None

@@ -21,11 +21,11 @@ from opsd.grading.answers.nodes import (
     by_name,
     names_of,
 )  # fmt: skip
-from opsd.grading.answers.notation import NOTATION, PATTERNS
+from opsd.grading.answers.notation import FORM, NOTATION
 from opsd.grading.answers.number_sets import number_set
 from opsd.grading.answers.numbers import Number, as_latex, number
 from opsd.grading.answers.quantities import compound, counted, quantity, times
-from opsd.grading.answers.renamed import is_bare
+from opsd.grading.answers.renamed import is_bare, letters
 from opsd.grading.answers.structure import (
     alternatives,
     balanced,
@@ -36,30 +36,9 @@ from opsd.grading.answers.structure import (
 )
 
 _DEEPEST = 12
-_QUANTIFIER, _FOR_ALL, _PARAMETER, _DOMAIN, _CLOCK = (
-    PATTERNS[name] for name in ("quantifier", "for_all", "parameter", "domain", "clock")
-)
-_ENVIRONMENT, _RELATIONS, _NO_MATHEMATICS = (
-    PATTERNS[name] for name in ("environment", "relations", "no_mathematics")
-)
-_NAME, _NAMES, _GREEK_NAME = (PATTERNS[name] for name in ("name", "names", "greek_name"))
-_FIRST_NAME = re.compile(r"(?:[=,:]|\\approx|\\sim|\\to)\s*")
-_MAGNITUDE = re.compile(r"^\|\s?([A-Za-z])\s?\|\s?(<|\\le )\s?(\d[\d.]*)$")
-_POINT = re.compile(r"[A-Z]\s?\([^A-Za-z]*\d")
-_SCALED = re.compile(r"(-|[^&=,A-Za-z]*(?:\\frac[^&=,A-Za-z]+)?)\s*(\\begin.*)", re.DOTALL)
-_DOTS_IN_LIST = re.compile(r"[,:;+]\s*(?:\\ldots(?![A-Za-z])|\.\.\.)")
-_CURRENCIES = ("\\$", "$", "€", "£", "¥", "₹", "Rs")
+_CURRENCIES = ("\\$", *"$€£¥₹₽₩₺₱₫₪", "Rs")
 _CLOCK_WORDS = {"noon": "12 noon", "midday": "12 noon", "midnight": "12 midnight"}
-_OF_A_RATIO = re.compile(r":|\\text\{ ?to ?\}|\bto\b")
-_IN_A_RATIO = re.compile(r"(?:[\d\s./,+\-^{}()]|\\(?:sqrt|frac|pi|cdot)(?![A-Za-z]))+")
-_BARE_CHOICE = re.compile(r"[A-J]")
-_CHOICE = re.compile(r"\(([A-J])\)[.:]?\s*(.*)|([A-J])\s*(?:[:.)]|\\quad)\s*(.*)", re.DOTALL)
-_LABEL = re.compile(r"\([A-J]\)|\b[A-J][).:]")
 _SYSTEMS, _MATRICES = (NOTATION["environments"][kind].split() for kind in ("systems", "matrices"))
-_MEMBER = re.compile(r"(?:\(?[A-Za-z](?:_\w)?(?:\s*,\s*[A-Za-z])*\)?)\s*\\in(?![A-Za-z])\s*")
-_SET_OF = re.compile(r"\(?[^|:]{1,40}?\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\||:)\s*(?=.*[<>=\\])")
-_UNIT_VECTOR = re.compile(r"\\hat\{([ijk])\}")
-_FRENCH = re.compile(r"([\[\]])(.*)([\[\]])", re.DOTALL)
 
 
 def read(text: str, depth: int = 0) -> Node:
@@ -67,15 +46,15 @@ def read(text: str, depth: int = 0) -> Node:
     text = trim(text)
     if depth > _DEEPEST:
         return Unclear(text, "nested too deeply")
-    text = trim(_QUANTIFIER.sub("", text[:200]) + text[200:])
+    text = trim(FORM.quantifier.sub("", text[:200]) + text[200:])
     if ("for" in text or "where" in text) and not words.takes_back(text):
-        text = trim(_FOR_ALL.sub("", text))
-    text = _FIRST_NAME.sub("", text, count=1) if _FIRST_NAME.match(text) else text
+        text = trim(FORM.for_all.sub("", text))
+    text = FORM.first_name.sub("", text, count=1) if FORM.first_name.match(text) else text
     text = trim(
-        _PARAMETER.sub("", text[-100:]).join((text[:-100], "")) if "n" in text[-40:] else text
+        FORM.parameter.sub("", text[-100:]).join((text[:-100], "")) if "n" in text[-40:] else text
     )
     text = trim(_without_lead_in(text))
-    if (domain := _DOMAIN.search(text[-60:])) and not _top_relation(text[: -len(domain[0])]):
+    if (domain := FORM.domain.search(text[-60:])) and not _top_relation(text[: -len(domain[0])]):
         text = trim(text[: -len(domain[0])])
     if not text:
         return Unclear(text, "nothing is said")
@@ -88,7 +67,7 @@ def read(text: str, depth: int = 0) -> Node:
             return node
     if not balanced(text):
         return Unclear(text, "brackets do not match")
-    if (french := _FRENCH.fullmatch(text)) and (french[1] == "]" or french[3] == "["):
+    if (french := FORM.french.fullmatch(text)) and (french[1] == "]" or french[3] == "["):
         text = {"]": "("}.get(french[1], "[") + french[2] + {"[": ")"}.get(french[3], "]")
     for reader in (_compound, _several, _labelled, _signs, _enclosed, _chain, _relation, _vector):
         if (node := reader(text, depth)) is not None:
@@ -107,14 +86,14 @@ def _without_lead_in(text: str) -> str:
 def _clock_or_ratio(text: str, depth: int) -> Node | None:
     plain = trim(plain_text(text)).replace("  ", " ")
     plain = _CLOCK_WORDS.get(plain.casefold(), plain)
-    if (found := _CLOCK.fullmatch(plain)) and any(found.groups()[1:]):
+    if (found := FORM.clock.fullmatch(plain)) and any(found.groups()[1:]):
         hour, half = int(found[1]), (found[3] or found[4] or "").lower()
         if half:
             hour = hour % 12 + 12 * (half in ("p", "noon"))
         clock = (Number(Fraction(hour)), Number(Fraction(found[2] or 0)))
         return Ratio(clock, True, bool(half) or not 0 < hour < 13, bool(half))
-    parts = [trim(part) for part in _OF_A_RATIO.split(text)]
-    if len(parts) < 2 or not all(_IN_A_RATIO.fullmatch(p) and balanced(p) for p in parts):
+    parts = [trim(part) for part in FORM.of_a_ratio.split(text)]
+    if len(parts) < 2 or not all(FORM.in_a_ratio.fullmatch(p) and balanced(p) for p in parts):
         return None
     numbers = tuple(part for one in parts if (part := number(one)) is not None)
     if len(numbers) == len(parts):
@@ -138,22 +117,24 @@ def _compound(text: str, depth: int) -> Node | None:
         return read(of_numbers, depth + 1)
     if day := words.date(bare):
         return Phrase(day)
-    if _POINT.match(text) and isinstance(point := _enclosed(text[1:].lstrip(), depth), Items):
+    if FORM.point.match(text) and isinstance(point := _enclosed(text[1:].lstrip(), depth), Items):
         return Equal(text, text[0], (point,), (False,))
     return compound(text) if text[0].isdecimal() else None
 
 
 def _dots(text: str, depth: int) -> Node | None:
     return (
-        Unclear("".join(text.split()), "a list with dots") if _DOTS_IN_LIST.search(text) else None
+        Unclear("".join(text.split()), "a list with dots")
+        if FORM.dots_in_list.search(text)
+        else None
     )
 
 
 def _choice(text: str, depth: int) -> Node | None:
-    if _BARE_CHOICE.fullmatch(text):
+    if FORM.bare_choice.fullmatch(text):
         return Choice(text)
-    plain = trim(_TEXT_START.sub(r"\1", text))
-    found = _CHOICE.fullmatch(plain)
+    plain = trim(FORM.text_start.sub(r"\1", text))
+    found = FORM.choice.fullmatch(plain)
     if found is None:
         return None
     letter, rest = found[1] or found[3], trim(found[2] or found[4] or "")
@@ -161,12 +142,13 @@ def _choice(text: str, depth: int) -> Node | None:
         return Choice(letter)
     if rest[0] in "(+-*/^=_,":
         return None  # a list, or an expression that begins with a capital letter in brackets
-    if words.takes_back(plain_text(rest)) or _LABEL.search(rest) or _BARE_CHOICE.fullmatch(rest):
+    if (
+        words.takes_back(plain_text(rest))
+        or FORM.label.search(rest)
+        or FORM.bare_choice.fullmatch(rest)
+    ):
         return Unclear(text, "more than one choice, or one that is taken back")
     return Choice(letter, read(rest, depth + 1))
-
-
-_TEXT_START = re.compile(r"^\\text\s*\{([^{}]*)\}")
 
 
 def _transposed(text: str, depth: int) -> Node | None:
@@ -181,7 +163,7 @@ def _transposed(text: str, depth: int) -> Node | None:
 def _environment(text: str, depth: int) -> Node | None:
     if "\\begin" not in text[:30]:
         return None
-    if (scaled := _SCALED.fullmatch(text)) and (
+    if (scaled := FORM.scaled.fullmatch(text)) and (
         by := number(scaled[1].replace("-", "-1", text[1] == "\\"))
     ):
         if isinstance(grid := _environment(scaled[2], depth), Grid):
@@ -189,7 +171,7 @@ def _environment(text: str, depth: int) -> Node | None:
             if all(isinstance(cell, Value) for cell in cells):  # prose cannot be multiplied
                 product = ([times(cast(Value, c), by.value) for c in row] for row in grid.rows)
                 return Grid(tuple(map(tuple, product)))
-    found = _ENVIRONMENT.fullmatch(text)
+    found = FORM.environment.fullmatch(text)
     if found is None or "\\begin{" + found["name"] in found["body"]:
         return None
     name = found["name"]
@@ -212,7 +194,7 @@ def _environment(text: str, depth: int) -> Node | None:
 
 def _is_condition(text: str) -> bool:
     """Whether the second column of `cases` is a condition, unlike in aligned equations."""
-    says = "=" in text or _RELATIONS.search(text) or re.search(r"[^\W\d_]{3}", text)
+    says = "=" in text or FORM.relations.search(text) or re.search(r"[^\W\d_]{3}", text)
     return bool(says) and not text.startswith(("=", "+", "-"))
 
 
@@ -252,7 +234,7 @@ def _several(text: str, depth: int) -> Node | None:
     parts, by_words = split_list(text)
     if len(parts) < 2:
         return None
-    if _RELATIONS.search(" ".join(split(text, "(")[:1])) and not _MEMBER.match(text):
+    if FORM.relations.search(" ".join(split(text, "(")[:1])) and not FORM.member.match(text):
         inequality = [part for part in parts if _top_relation(part)]
         if inequality:
             return Relation(text)
@@ -262,6 +244,7 @@ def _several(text: str, depth: int) -> Node | None:
         if with_digits[0] and all(phrases):
             return None  # `5 apples and pears`
     nodes: list[Node] = []
+    in_order = any(re.match(r"(?:\\text\{)?\s*(?:and )?then\b", part) for part in parts)
     for part in parts:
         node = read(part, depth + 1)
         if not isinstance(node, Items) or node.kind != "list":
@@ -272,7 +255,7 @@ def _several(text: str, depth: int) -> Node | None:
             nodes.append(_solution(node))  # one of several solutions
         else:
             nodes += node.parts
-    return Items("list", tuple(_shared_name(nodes)), text)
+    return Items("then" if in_order else "list", tuple(_shared_name(nodes)), text)
 
 
 def _solutions(text: str, depth: int) -> Node | None:
@@ -301,14 +284,10 @@ def _solution(named: Items) -> Items:
     return Items("()", tuple(values))
 
 
-_PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
-_LABELLED = re.compile(r"([^\W\d_][^\W\d_]+(?: [^\W\d_]+){0,3})\s*:\s*(?=\S)")
-
-
 def _labelled(text: str, depth: int) -> Node | None:
     """Parse a named answer: `Alice: 5`."""
-    plain = trim(_TEXT_START.sub(r"\1", text))
-    found = _LABELLED.match(plain)
+    plain = trim(FORM.text_start.sub(r"\1", text))
+    found = FORM.labelled.match(plain)
     if found is None or words.takes_back(found[1]):
         return None
     return Equal(text, found[1].casefold(), (read(plain[found.end() :], depth + 1),), (False,))
@@ -323,12 +302,12 @@ def _shared_name(nodes: list[Node]) -> list[Node]:
 
 
 def _top_relation(text: str) -> bool:
-    return len(split(text, _RELATIONS)) > 1
+    return len(split(text, FORM.relations)) > 1
 
 
 def _signs(text: str, depth: int) -> Node | None:
     """Parse `2 \\pm \\sqrt{3}` as two answers."""
-    if not _PLUS_MINUS.search(text) or text.startswith("\\{"):
+    if not FORM.plus_minus.search(text) or text.startswith("\\{"):
         return None
     both = []
     for upper, lower in (("+", "-"), ("-", "+")):
@@ -346,8 +325,8 @@ def _enclosed(text: str, depth: int) -> Node | None:
     if opening == "\\{" and closing == "\\}":
         if not inside.strip():
             return Relation("\\emptyset")
-        if condition := _SET_OF.match(inside):
-            return read(inside[condition.end() :], depth + 1)
+        if condition := FORM.set_of.match(inside):
+            return _described(condition[1], inside[condition.end() :], depth)
     parts, _ = split_list(inside, words_too=opening == "\\{")
     nodes = tuple(read(part, depth + 1) for part in parts)
     if opening == "\\{":
@@ -364,6 +343,17 @@ def _enclosed(text: str, depth: int) -> Node | None:
     if not nodes:
         return Unclear(text, "nothing is said")
     return Items(opening[-1] + closing[-1], nodes, opening + inside + closing)
+
+
+def _described(made: str, when: str, depth: int) -> Node:
+    """Parse `\\{x : x>0\\}` as its condition, `\\{2k : k \\in \\mathbb{Z}\\}` as both parts."""
+    if all(is_bare(name.strip()) for name in made.strip(" ()").split(",")):
+        return read(when, depth + 1)
+    if len(names := letters(made)) == 1:  # it may have any name
+        own = re.compile(rf"(?<![A-Za-z\\]){re.escape(names.pop())}(?![A-Za-z])")
+        made, when = own.sub("n", made), own.sub("n", when)
+    domain = FORM.member.sub("", when)
+    return Items("of", (read(made, depth + 1), read(domain, depth + 1)))
 
 
 def _chain(text: str, depth: int) -> Node | None:
@@ -399,7 +389,7 @@ def _chain(text: str, depth: int) -> Node | None:
     if (
         isinstance(values[-1], Items)
         and values[-1].kind == "list"
-        and _PLUS_MINUS.search(parts[-1])
+        and FORM.plus_minus.search(parts[-1])
     ):
         return values[-1]
     simple = is_name(parts[0])
@@ -416,12 +406,12 @@ def _name(text: str) -> str:
 def is_name(text: str) -> bool:
     """Whether the left side of an equation is a mere name: `x`, `f(x)`, `a_n`, `AB:CD`, `dy/dx`."""
     text = plain_text(text)
-    return bool(_NAME.fullmatch(text) or _NAMES.fullmatch(text))
+    return bool(FORM.name.fullmatch(text) or FORM.names.fullmatch(text))
 
 
 def has_symbol(text: str) -> bool:
     """Whether a side of an equation contains a name, so that it is no plain value."""
-    if _GREEK_NAME.search(text) or text in ("e", "i", "\\#"):
+    if FORM.greek_name.search(text) or text in ("e", "i", "\\#"):
         return True
     node = _single(text) if balanced(text) else None
     if isinstance(node, Value) and (node.unit or node.noun or node.percent):
@@ -431,20 +421,17 @@ def has_symbol(text: str) -> bool:
 
 
 def _relation(text: str, depth: int) -> Node | None:
-    text = _MAGNITUDE.sub(r"-\3\2\1\2\3", text)
-    if member := _MEMBER.match(text):
+    text = FORM.magnitude.sub(r"-\3\2\1\2\3", text)
+    if member := FORM.member.match(text):
         return read(text[member.end() :], depth + 1)
     if text in ("\\emptyset", "\\infty", "-\\infty", "+\\infty") or "\\mathbb" in text:
         return Relation(text.lstrip("+"))
     return Relation(text) if _top_relation(text) else None
 
 
-_ORDER = re.compile(r"(<|>|\\[lg]e(?![A-Za-z]))")
-
-
 def interval(relation: str) -> tuple[str, Items] | None:
     """(the name, its interval): `2 < x` and `3 \\ge x > 2` say where x lies; None for others."""
-    sides = [side.strip() for side in _ORDER.split(relation)]
+    sides = [side.strip() for side in FORM.order.split(relation)]
     if "," in relation or len({sign in (">", "\\ge") for sign in sides[1::2]}) != 1:
         return None
     sides = sides[::-1] if sides[1] in (">", "\\ge") else sides
@@ -467,10 +454,10 @@ def _vector(text: str, depth: int) -> Node | None:
     terms = split(re.sub(r"(?<=[^(\s])\s*([+-])", r" \1", text), re.compile(r"\s(?=[+-])"))
     found: dict[str, Node] = {}
     for term in terms:
-        axis = _UNIT_VECTOR.findall(term)
+        axis = FORM.unit_vector.findall(term)
         if len(axis) != 1 or axis[0] in found:
             return None
-        factor = trim(_UNIT_VECTOR.sub("", term).replace(" ", "")).lstrip("+") or "1"
+        factor = trim(FORM.unit_vector.sub("", term).replace(" ", "")).lstrip("+") or "1"
         found[axis[0]] = read("-1" if factor == "-" else factor, depth + 1)
     size = "ijk".index(max(found)) + 1
     zero = Value("0", number("0"))
@@ -482,10 +469,10 @@ def _single(text: str) -> Node:
     bare = plain_text(text)
     if words.is_phrase(bare):
         phrase = words.canonical(bare)
-        return Relation(phrase) if phrase.startswith("\\") else Phrase(phrase)
+        return Relation(phrase) if phrase.startswith(("\\", "-\\")) else Phrase(phrase)
     if (value := quantity(text)) is not None:
         return value
-    if _NO_MATHEMATICS.search(text) or text.count("|") % 2:
+    if FORM.no_mathematics.search(text) or text.count("|") % 2:
         return Unclear(text, "no mathematics")
     if "\\text" in text or words.in_mathematics(bare):
         return Unclear(words.canonical(bare), "words beside the mathematics")

@@ -8,11 +8,12 @@ A policy that is rewarded for equal values soon writes the problem's own numbers
    `\frac{30+4}{1}`, `\sqrt{9+16}`, `17\frac{17}{1}`. Nor does a limit, an integral, a maximum or a
    determinant, which states the problem, not its answer. Products, powers, factorials, roots,
    binomials, logarithms and fractions count, since people leave them on purpose: `2^{10}`,
-   `\frac{6}{8}`. `_LEFT_ON_PURPOSE` lists their commands; no other command counts. If the reference
-   is another constant (`12\pi`), a sum of two plain numbers or of like terms, `(3+9)\pi` or
-   `3\pi+9\pi`, earns nothing unless the reference has one too. Whatever the reference is, an
-   integral, a limit, a derivative or a maximum earns nothing if the reference has none of its kind:
-   it states the problem. So does `\sum` or `\prod` where the reference is a constant.
+   `\frac{6}{8}`. A logarithm of a product is a sum of logarithms and does not count.
+   `_LEFT_ON_PURPOSE` lists their commands; no other command counts. If the reference is another
+   constant (`12\pi`), a sum of two plain numbers or of like terms, `(3+9)\pi` or `3\pi+9\pi`, earns
+   nothing unless the reference has one too. Whatever the reference is, an integral, a limit, a
+   derivative or a maximum earns nothing if the reference has none of its kind: it states the
+   problem. So does `\sum` or `\prod` where the reference is a constant.
 2. *Inequalities.* If the reference says where a name lies (`(2,3)`, `x>3`), the answer must say it
    too: `x^2-5x+6<0` is left to be solved.
 3. *Bases.* If the reference is in a base other than ten, the answer must be in that base: 6 is no
@@ -26,17 +27,13 @@ itself (`35 = 34`), takes itself back (`7 is wrong`) or says more or other thing
 import re
 from math import isqrt
 
-from opsd.grading.answers.notation import PATTERNS
+from opsd.grading.answers.notation import FORM
 from opsd.grading.answers.renamed import is_bare, letters
 
 SUM = "a sum, difference or the like that is left to be worked out"
 BASE = "not in the base of the reference"
 UNSOLVED = "an inequality that is left to be solved"
 
-_PRODUCT = re.compile(r"\\(?:cdot|times|div|frac|sqrt|left|binom|over|ast)(?![A-Za-z])")
-_COMMAND = re.compile(r"\\[A-Za-z]+")
-_BINARY = re.compile(r"[\w)}\]!'|.%]\s?[+-]|[+-]\s?[+-]")
-_OPENING_BAR = re.compile(r"(^|[({\[*^=,])\s?\|\s?[+-]")
 _LEFT_ON_PURPOSE = (
     "frac|sqrt|cdot|times|div|over|ast|binom|pi|log|ln|exp|sin|cos|tan|cot|sec|csc|arcsin|arccos|"
     "arctan|sinh|cosh|tanh|lfloor|rfloor|lceil|rceil|overline|dot|circ|pmod|text|quad"
@@ -45,17 +42,18 @@ _TO_BE_DONE = re.compile(
     rf"\\(?!(?:{_LEFT_ON_PURPOSE})(?![A-Za-z]))[A-Za-z]|\\frac\s*\{{d\}}"
     r"|\b(?:plus|minus|max|min|gcd|lcm|lim|det|mod)\b"
 )
-_SIDES, _RELATION = PATTERNS["sides"], PATTERNS["relations"]
-_STATED, _MIXED = PATTERNS["stated"], PATTERNS["mixed"]
-_OF_NUMBERS, _OF_ROOTS = PATTERNS["of_numbers"], PATTERNS["of_roots"]
 
 
 def has_sum(text: str) -> bool:
     """Whether an expression contains an addition or a subtraction."""
-    if _TO_BE_DONE.search(text) or any(map(_carries, _MIXED.finditer(text))):
+    if (
+        _TO_BE_DONE.search(text)
+        or any(map(_carries, FORM.mixed.finditer(text)))
+        or FORM.log_of_product.search(text)
+    ):
         return True
-    text = _OPENING_BAR.sub(r"\1|", text)  # |-5|
-    return bool(_BINARY.search(_COMMAND.sub("c", _PRODUCT.sub("*", text))))
+    text = FORM.opening_bar.sub(r"\1|", text)  # |-5|
+    return bool(FORM.binary.search(FORM.command.sub("c", FORM.product.sub("*", text))))
 
 
 def _carries(mixed: re.Match) -> bool:
@@ -68,26 +66,28 @@ def adds_constants(wanted: str, given: str) -> bool:
     """Whether the answer adds numbers, like terms or roots, and the reference does not."""
     if has_sum_of_numbers(given) and not has_sum_of_numbers(wanted):
         return True
-    roots = [[int(digits) for digits in found if digits] for found in _OF_ROOTS.findall(given)]
+    roots = [[int(digits) for digits in found if digits] for found in FORM.of_roots.findall(given)]
     return any(isqrt(a * b) ** 2 == a * b for a, b in roots) and not has_sum(wanted)
 
 
 def has_sum_of_numbers(text: str) -> bool:
     """Whether an expression contains a sum or a difference of two plain numbers."""
-    return bool(_OF_NUMBERS.search(text)) or any(map(_carries, _MIXED.finditer(text)))
+    return bool(FORM.of_numbers.search(text)) or any(map(_carries, FORM.mixed.finditer(text)))
 
 
 def states_the_problem(wanted: str, given: str) -> bool:
     """Whether the answer has an integral or the like, and the reference none of its kind."""
-    ours, theirs = ({f.lastgroup for f in _STATED.finditer(side)} for side in (given, wanted))
+    ours, theirs = ({f.lastgroup for f in FORM.stated.finditer(side)} for side in (given, wanted))
     return bool(ours - theirs - ({"sum"} if letters(wanted) else set()))
 
 
 def is_left_to_be_solved(wanted: str, given: str) -> bool:
     """Whether the reference says where a name lies, and the answer where an expression with it."""
-    solved = [side for side in _SIDES.split(wanted) if is_bare(side.strip())]
+    solved = [side for side in FORM.sides.split(wanted) if is_bare(side.strip())]
     unknown = letters(given) - letters(wanted)
-    if len(_SIDES.split(wanted)) > 1 and (names := letters(" ".join(solved))):
+    if len(FORM.sides.split(wanted)) > 1 and (names := letters(" ".join(solved))):
         unknown = names
-    sides = [side.strip() for side in _SIDES.split(given)] if _RELATION.search(given) else []
+    sides = (
+        [side.strip() for side in FORM.sides.split(given)] if FORM.relations.search(given) else []
+    )
     return any(letters(side) & unknown and not is_bare(side) for side in sides)

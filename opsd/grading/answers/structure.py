@@ -2,9 +2,8 @@
 
 import re
 
-from opsd.grading.answers.notation import PATTERNS
+from opsd.grading.answers.notation import FORM
 
-_TOKEN = PATTERNS["token"]
 _OPENING = {"(": 1, "[": 1, "{": 1, "\\{": 1}
 _CLOSING = {")": 1, "]": 1, "}": 1, "\\}": 1}
 
@@ -22,7 +21,7 @@ def balanced(text: str) -> bool:
     if (text[:1] == "]" and text[-1:] in "[]") or (text[:1] in "[]" and text[-1:] == "["):
         text = text[1:-1]
     depth = 0
-    for token in _TOKEN.finditer(text):
+    for token in FORM.token.finditer(text):
         depth += _step(token[0])
         if depth < 0:
             return False
@@ -35,7 +34,7 @@ def enclosed(text: str) -> tuple[str, str, str] | None:
     if opening not in ("(", "[", "\\{"):
         return None
     depth = 0
-    for token in _TOKEN.finditer(text):
+    for token in FORM.token.finditer(text):
         depth += _step(token[0])
         if depth == 0:
             if token.end() != len(text):
@@ -62,7 +61,7 @@ def _inside(text: str) -> bytearray:
     """For each character, and the end, 1 if it is inside brackets or a `\\text` command's name."""
     inside = bytearray(len(text) + 1)
     depth, last = 0, 0
-    for token in _TOKEN.finditer(text):
+    for token in FORM.token.finditer(text):
         if depth > 0:
             inside[last : token.start()] = b"\1" * (token.start() - last)
         step = _step(token[0])
@@ -75,21 +74,12 @@ def _inside(text: str) -> bytearray:
     return inside
 
 
-_JOINING_TEXT = PATTERNS["joining_text"]
-_JOINING = PATTERNS["joining"]
-_AND_AFTER = re.compile(r"\\text\{([^{}]*[^{}\s,])\s*,?\s+(?:and|or)\s*\}")
-_AND_BEFORE = re.compile(r"\\text\{\s*,?\s*(?:and|or)\s+([^{}]+)\}")
-_NEXT_NAME = re.compile(r"(\\(?:angle|triangle|text|mathrm)|[\w)}])\s+(?=[A-Za-z](?:_\w)?\s?=)")
-_SEPARATOR = re.compile(r"[,;]|&")
-_THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
-
 _LABELS = [list("abcdefgh"), list("123456789"), ["i", "ii", "iii", "iv", "v"]]
-_PART = re.compile(r"(?:^|(?<=[\s,;]))\(?([a-h]|[1-9]|i{1,3}|iv|v)\)\s+(?=[^\s,;])")
 
 
 def labelled_parts(text: str) -> list[str]:
     """The parts `3` and `5` of `(a) 3 (b) 5` or `1) 3; 2) 5`; [] if the labels are no sequence."""
-    found = list(_PART.finditer(text)) if text[:1] in "(a1i" else []
+    found = list(FORM.part.finditer(text)) if text[:1] in "(a1i" else []
     labels = [label[1] for label in found]
     if len(found) < 2 or found[0].start() or labels not in [row[: len(found)] for row in _LABELS]:
         return []
@@ -97,25 +87,25 @@ def labelled_parts(text: str) -> list[str]:
     return [text[label.end() : end].strip(" ,;") for label, end in zip(found, ends, strict=True)]
 
 
-_OR = re.compile(r"\\text\s*\{\s*,?\s*or\s*\}|(?<=[\d})])\s*或\s*")
-_ALTERNATIVE = re.compile(r"\s*(?:,\s*)?(?:(?<![A-Za-z\\])or(?![A-Za-z])|;)\s*")
-
-
 def alternatives(text: str) -> list[str]:
     """Split at `or` and semicolons outside of brackets."""
-    return [piece for piece in split(_OR.sub(" or ", text), _ALTERNATIVE) if piece]
+    return [
+        piece
+        for piece in split(FORM.structure_said_or.sub(" or ", text), FORM.alternative)
+        if piece
+    ]
 
 
 def split_list(text: str, words_too: bool = True) -> tuple[list[str], bool]:
     """(the parts of a list, whether only words separate them). Keeps `1,234` as one number."""
-    text = _THOUSANDS.sub(lambda found: found[0].replace(",", "\0"), text)
+    text = FORM.thousands.sub(lambda found: found[0].replace(",", "\0"), text)
     by_words = False
     if words_too:
-        text = _AND_AFTER.sub(r"\\text{\1}\\text{ and }", text)
-        text = _AND_BEFORE.sub(r"\\text{ and }\\text{\1}", text)
-        text = "\1".join(split(_JOINING_TEXT.sub("\1", text), _JOINING))
-        by_words = "\1" in text and len(split(text, _SEPARATOR)) == 1
+        text = FORM.and_after.sub(r"\\text{\1}\\text{ and }", text)
+        text = FORM.and_before.sub(r"\\text{ and }\\text{\1}", text)
+        text = "\1".join(split(FORM.joining_text.sub("\1", text), FORM.joining))
+        by_words = "\1" in text and len(split(text, FORM.separator)) == 1
     if text.count("=") > 1:  # `x=1 y=2`, but not the name of `\\angle A = \\angle B = 40`
-        text = _NEXT_NAME.sub(lambda f: f[0] if f[1][0] == "\\" else f"{f[1]}\1", text)
+        text = FORM.next_name.sub(lambda f: f[0] if f[1][0] == "\\" else f"{f[1]}\1", text)
     parts = split(text, re.compile(r"[,;&\1]|\\\\"))
     return [part.strip().replace("\0", ",") for part in parts if part.strip()], by_words

@@ -16,21 +16,9 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import LatexExtractionConfig, parse, parser, verify
 
 from opsd.grading.answers.clean import plain_text, squeezed
-from opsd.grading.answers.notation import PATTERNS
+from opsd.grading.answers.notation import FORM
 from opsd.grading.answers.numbers import as_latex, number
 
-_PLAIN_COMMAND, _BRACKETED = PATTERNS["plain_command"], PATTERNS["bracketed"]
-_OPAQUE, _INDEX = PATTERNS["opaque"], PATTERNS["index_above"]
-_BARE_SQRT = re.compile(r"\\sqrt\s*(\[\d+\])?\s*(\d+|[A-Za-z])")
-_OF_INTEGRATION = re.compile(r"([+-]\s*)c\s*$")
-_GAMMA = re.compile(r"\\gamma(?![A-Za-z]|\s*_)")  # may also be Euler's constant
-_PRIME = re.compile(r"(?<=[A-Za-z)}])'+")
-_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
-_DEGREES = re.compile(r"([\d.]+)\s*\^\\circ")
-_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
-_REPEATING = re.compile(r"(?<![\d.])\d{0,30}\.\d{0,30}\\overline\s*\{\d{1,30}\}")
-_BARE_LOGARITHM = re.compile(r"\\log(?![A-Za-z]|\s*_)")
-_TRANSPOSED = re.compile(r"[A-Za-z)]\s*\^\{T\}")
 _PARAMETERS = ("k", "n", "m", "l", "j", "t")
 _POINTS = 12
 
@@ -69,7 +57,8 @@ class Algebra:
     def __call__(self, wanted: str, given: str) -> bool:
         """Whether they are equal; the reference comes first, since math-verify is not symmetric."""
         wanted, given = _same_logarithm(wanted, given)
-        if _TRANSPOSED.search(wanted + given):  # math-verify exchanges the factors of a product
+        crossed = FORM.crossed.search(wanted) and FORM.crossed.search(given)
+        if crossed or FORM.transposed.search(wanted + given):  # math-verify exchanges the factors
             return re.sub(r"[\s{}]", "", wanted) == re.sub(r"[\s{}]", "", given)
         one, other = self._read(wanted), self._read(given)
         if not one or not other or _infinite(one[0]) != _infinite(other[0]):
@@ -78,12 +67,12 @@ class Algebra:
             return False
         if any(_open_sums(side[0]) for side in (one, other)):
             return _same_sums(one[0], other[0])
+        if any(_relations(side[0]) for side in (one, other)):
+            sets = [_numbers(one[0], wanted), _numbers(other[0], given)]
+            if None not in sets:
+                return bool(sets[0] == sets[1])
         exact = "." not in wanted + given
-        if self._equal(one, other, exact):
-            return True
-        return _same_numbers((one[0], wanted), (other[0], given)) or _same_elsewhere(
-            one[0], other[0], exact
-        )
+        return self._equal(one, other, exact) or _same_elsewhere(one[0], other[0], exact)
 
     def between(self, text: str, low: str, high: str) -> bool:
         """Whether the constant `text` lies between `low` and `high`."""
@@ -125,17 +114,17 @@ def _to_latex(text: str) -> str:
     text = " ".join(text.split())  # thousands of spaces cost latex2sympy seconds
     text = re.sub(r"\\text\{ (or|and) \}", "\0\\1\0", text)
     text = plain_text(text).replace("\0or\0", "\\text{ or }").replace("\0and\0", "\\text{ and }")
-    text = _OF_INTEGRATION.sub(r"\1C", _GAMMA.sub("g_{0}", text))
-    text = _BRACKETED.sub(r"\1\\cdot ", text)
-    text = _INDEX.sub(r"_{0\1}", _OPAQUE.sub(_as_name, text))
-    text = _PRIME.sub(lambda found: f"_{{{len(found[0])}}}", text)
-    text = _BARE_SQRT.sub(lambda found: f"\\sqrt{found[1] or ''}{{{found[2]}}}", text)
-    if _TRIGONOMETRY.search(text):
-        text = _DEGREES.sub(r"{(\\frac{\1\\pi}{180})}", text)
+    text = FORM.of_integration.sub(r"\1C", FORM.taken.sub(lambda found: _named(found[0]), text))
+    text = FORM.bracketed.sub(r"\1\\cdot ", text)
+    text = FORM.index_above.sub(r"_{0\1}", FORM.opaque.sub(_as_name, text))
+    text = FORM.prime.sub(lambda found: f"_{{{len(found[0])}}}", text)
+    text = FORM.bare_sqrt.sub(lambda found: f"\\sqrt{found[1] or ''}{{{found[2]}}}", text)
+    if FORM.trigonometry.search(text):
+        text = FORM.symbolic_degrees.sub(r"{(\\frac{\1\\pi}{180})}", text)
     text = text.replace("^\\circ", "")
-    text = _SCIENTIFIC.sub(r"\1\\times10^{\2}", text)
-    text = _REPEATING.sub(lambda found: as_latex(number(found[0]).value), text)
-    return _PLAIN_COMMAND.sub(r"\\\1", text)
+    text = FORM.symbolic_scientific.sub(r"\1\\times10^{\2}", text)
+    text = FORM.symbolic_repeating.sub(lambda found: as_latex(number(found[0]).value), text)
+    return FORM.plain_command.sub(r"\\\1", text)
 
 
 def _as_name(found: re.Match) -> str:
@@ -147,14 +136,18 @@ def _as_name(found: re.Match) -> str:
     if not re.search("[A-Za-z!]", inside):
         return found[0]
     arguments = ",".join(sorted(inside.split(",")) if "c" in function else [inside])
-    return f"u_{{{zlib.crc32(f'{function}({arguments})'.encode())}}}"
+    return _named(f"{function}({arguments})")
+
+
+def _named(text: str) -> str:
+    return f"u_{{{zlib.crc32(squeezed(text).encode())}}}"
 
 
 def _same_logarithm(one: str, other: str) -> tuple[str, str]:
     """Both expressions with `\\ln` for `\\log` without a base if one has `\\ln`: math-verify takes
     such a `\\log` as the decimal logarithm."""
-    if "\\ln" in one + other and _BARE_LOGARITHM.search(one + other):
-        return _BARE_LOGARITHM.sub(r"\\ln", one), _BARE_LOGARITHM.sub(r"\\ln", other)
+    if "\\ln" in one + other and FORM.bare_logarithm.search(one + other):
+        return FORM.bare_logarithm.sub(r"\\ln", one), FORM.bare_logarithm.sub(r"\\ln", other)
     return one, other
 
 
@@ -174,14 +167,6 @@ def _close(one, other, exact: bool) -> bool:
     return bool(abs(one - other) <= tolerance * max(abs(one), abs(other)))
 
 
-def _same_numbers(*sides) -> bool:
-    """Whether two sides, one of which has several relations, are the same set of numbers."""
-    if not any(_relations(side) for side, _ in sides):
-        return False
-    one, other = (_numbers(side, text) for side, text in sides)
-    return one is not None and one == other
-
-
 def _relations(side) -> bool:
     """Whether it is several relations: math-verify reads `x<1 or x>2` like `x<1 and x>2`."""
     kinds = (sympy.core.relational.Relational, sympy.And)
@@ -190,6 +175,7 @@ def _relations(side) -> bool:
 
 def _numbers(side, text: str):
     """The set of numbers that a set, or relations of one unknown, describe; None for others."""
+    side = sympy.nsimplify(side, rational=True) if isinstance(side, sympy.Basic) else side
     if not _relations(side):
         relation = isinstance(side, sympy.logic.boolalg.Boolean)
         return side.as_set() if relation else side if isinstance(side, sympy.Set) else None

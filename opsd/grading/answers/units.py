@@ -1,10 +1,9 @@
 """Parse units of measurement and money, with factors of conversion."""
 
-import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from opsd.grading.answers.notation import NOTATION, PATTERNS
+from opsd.grading.answers.notation import FORM, NOTATION
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,6 @@ for _kind, _entries in NOTATION["units"].items():
 for _name, _others in NOTATION["units_elsewhere"].items():
     _UNITS |= dict.fromkeys(_others.split(), _UNITS[_name])
 _COMPOUND: dict[str, str] = NOTATION["units_compound"]
-_FACTOR = PATTERNS["factor"]
-_BELOW, _APART = re.compile(r"/\s*\(([^()]*)\)"), re.compile(r"\s*(?:\\cdot|\*|-|\s)\s*")
-_JOINT = re.compile(r"\s*(/|\bper\b|\\cdot|\*|-|\b(?=\s)|\s)\s*")
 
 
 def _simple(word: str) -> Unit | None:
@@ -47,12 +43,12 @@ def unit(text: str) -> Unit | None:
     if not text or len(text) > 60:
         return None
     text = _COMPOUND.get(text.lower(), text)
-    text = _BELOW.sub(lambda found: "/" + "/".join(_APART.split(found[1].strip())), text)
+    text = FORM.below.sub(lambda found: "/" + "/".join(FORM.apart.split(found[1].strip())), text)
     kinds: dict[str, int] = {}
     factor = Fraction(1)
     position, sign = 0, 1
     while position < len(text):
-        found = _FACTOR.match(text, position)
+        found = FORM.factor.match(text, position)
         one = _simple(found[2]) if found else None
         if found is None or one is None:
             return None
@@ -63,7 +59,7 @@ def unit(text: str) -> Unit | None:
         factor *= one.factor ** (sign * power)
         position = found.end()
         if position < len(text):
-            joint = _JOINT.match(text, position)
+            joint = FORM.joint.match(text, position)
             if joint is None:
                 return None
             sign = -1 if joint[1] in ("/", "per") else 1

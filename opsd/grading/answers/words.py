@@ -4,34 +4,31 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from opsd.grading.answers.notation import NOTATION, PATTERNS
+from opsd.grading.answers.notation import FORM, NOTATION
 
-_LEAD_IN = PATTERNS["lead_in"]
 _WORDS = NOTATION["words"]
 _MORE_THAN_A_NAME = frozenset(_WORDS["more_than_a_name"].split())
 _TAKES_BACK = frozenset(_WORDS["takes_back"].split())
 _FUNCTIONS = frozenset(_WORDS["functions"].split())
-_WORD = re.compile(r"(?<!\\)(?<![A-Za-z])[^\W\d_]+(?:'[^\W\d_]+)?")
-_ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{\w+\*?\}")
-_PHRASE = re.compile(r"[^\W\d_]+(?:[ '.,/&-]+[^\W\d_]+)*[.']?")
-_ARTICLES = re.compile(r"\b(?:a|an|the)\s+", re.IGNORECASE)
 
 _NAMED = [
-    (PATTERNS["no_solution"], "\\emptyset"),
-    (PATTERNS["infinity"], "\\infty"),
-    (PATTERNS["all_real"], "\\mathbb{R}"),
-    (PATTERNS["does_not_exist"], "does not exist"),
+    (FORM.no_solution, "\\emptyset"),
+    (FORM.minus_infinity, "-\\infty"),
+    (FORM.infinity, "\\infty"),
+    (FORM.all_real, "\\mathbb{R}"),
+    (FORM.does_not_exist, "does not exist"),
 ]
-_VERDICT = PATTERNS["verdict"]
-_WINS = PATTERNS["wins"]
-_IT_IS, _SHAPE, _KIND_OF = (PATTERNS[name] for name in ("it_is", "shape", "kind_of"))
 _SAME = {word: to for to, words in NOTATION["same_words"].items() for word in words.split("|")}
 
 
 def canonical(phrase: str) -> str:
     """A phrase in canonical form: `No real solutions` → `\\emptyset`, `DNE` → `does not exist`."""
     phrase = " ".join(phrase.replace("-", " ").split()).strip(" .!")
-    if found := _VERDICT.fullmatch(phrase):  # an explanation follows; after `no` maybe a `not`
+    if phrase[1::2].isspace() and len(phrase) % 2:  # `m g h`, a product of letters
+        phrase = phrase.replace(" ", "")
+    if re.fullmatch("[A-Za-z]*[a-z][A-Z]", phrase):  # `mgH`, no word
+        return phrase
+    if found := FORM.verdict.fullmatch(phrase):  # an explanation follows; after `no` maybe a `not`
         verdict = found[1].casefold()
         why = found[2].replace("not", "") if verdict in ("no", "false") else found[2]
         return phrase.casefold() if takes_back(why) else verdict
@@ -39,18 +36,17 @@ def canonical(phrase: str) -> str:
         for pattern, to in _NAMED:
             if pattern.fullmatch(phrase):
                 return to
-    phrase = _IT_IS.sub("", _ARTICLES.sub("", phrase.casefold()))
-    if shape := _SHAPE.fullmatch(phrase):  # the order of adjectives means nothing
+    phrase = FORM.it_is.sub("", FORM.articles.sub("", phrase.casefold()))
+    if shape := FORM.shape.fullmatch(phrase):  # the order of adjectives means nothing
         phrase = " ".join([*sorted(shape[1].split()), shape[2]])
-    phrase = _KIND_OF.sub("", phrase)
+    phrase = FORM.kind_of.sub("", phrase)
     phrase = _SAME.get(phrase, phrase)
-    return winner[1] if (winner := _WINS.fullmatch(phrase)) else phrase
+    return winner[1] if (winner := FORM.wins.fullmatch(phrase)) else phrase
 
 
 _MONTHS = _WORDS["months"].split()
 _MONTH = f"({'|'.join(f'{name[:3]}(?:{name[3:]}|t?[.]?)' for name in _MONTHS)})"
 _DAY = r"(\d{1,2})(?:st|nd|rd|th)?"
-_ISO_DATE = re.compile(r"(\d{4})-(0[1-9]|1[0-2])-([0-3]\d)")
 _DATE = re.compile(rf"(?:{_MONTH} {_DAY}|{_DAY} (?:of )?{_MONTH})(?:,? (\d{{4}}))?")
 _PAIRS = [pair.split() for pair in _WORDS["opposites"].split("|")]
 _OPPOSITES = dict(_PAIRS) | {other: one for one, other in _PAIRS}
@@ -60,15 +56,16 @@ _NUMERALS = {name: Fraction(size) for name, size in NOTATION["numerals"].items()
 def date(text: str) -> str:
     """Month, day and year of `March 14th, 2020`, `14 Mar. 2020` or `2020-03-14`; "" for anything
     else."""
-    if found := _ISO_DATE.fullmatch(text):
+    if found := FORM.iso_date.fullmatch(text):
         return f"{_MONTHS[int(found[2]) - 1][:3]} {int(found[3])} {found[1]}"
     found = _DATE.fullmatch(text.casefold())
     return f"{(found[1] or found[4])[:3]} {int(found[2] or found[3])} {found[5]}" if found else ""
 
 
 def opposite(one: str, other: str) -> bool:
-    """Whether two nouns are opposites: `increase`, `decrease`."""
-    return any(_OPPOSITES.get(word) in other.split() for word in one.split())
+    """Whether two nouns are opposites, `increase` and `decrease`, or rates of different things."""
+    rates = {FORM.rate.findall(side)[-1] for side in (one, other) if FORM.rate.search(side)}
+    return len(rates) > 1 or any(_OPPOSITES.get(word) in other.split() for word in one.split())
 
 
 def spelled_out(text: str) -> Fraction | None:
@@ -131,20 +128,20 @@ _CHINESE_DIGITS = frozenset("零一二三四五六七八九十百千万萬亿億
 
 def is_verdict(text: str) -> bool:
     """Whether a text is a verdict with an explanation: `Yes, it is possible`."""
-    return bool(_VERDICT.fullmatch(text))
+    return bool(FORM.verdict.fullmatch(text))
 
 
 def is_phrase(text: str) -> bool:
     """Whether a text is only words. Two letters may be a product; three are taken as a word."""
     letters = sum(character.isalpha() for character in text)
-    if not _PHRASE.fullmatch(text) or text in _FUNCTIONS:
+    if not FORM.phrase.fullmatch(text) or text in _FUNCTIONS:
         return False
     return letters > 2 or text.casefold() in ("no", "he", "up", "on") or not text.isascii()
 
 
 def in_mathematics(text: str) -> bool:
     """Whether a text has both mathematics and words: `7 is wrong`, `7 (or so)`."""
-    for found in _WORD.finditer(_ENVIRONMENT.sub(" ", text)):
+    for found in FORM.word.finditer(FORM.words_environment.sub(" ", text)):
         word = found[0]
         if word.lower() in _FUNCTIONS:
             continue
@@ -163,6 +160,8 @@ def names_a_thing(text: str) -> bool:
     if set(text) & set(_WORDS["changes_in_chinese"]):
         return False
     words = re.findall(r"[^\W\d_]+(?:['.][^\W\d_]+)?", text.lower())
+    if words[-1:] == ["and"]:
+        return False
     return len(words) <= 6 and not any(word in _MORE_THAN_A_NAME for word in words)
 
 
@@ -177,7 +176,7 @@ MULTIPLES: dict[str, int | None] = {**NOTATION["multiples"], "percent": None}
 
 def without_lead_in(text: str) -> str:
     """Remove a lead-in: `The answer is 12` -> `12`; a text of nothing else stays."""
-    found = _LEAD_IN.match(text)
+    found = FORM.lead_in.match(text)
     if found is None or found.end() == len(text):
         return text
     rest = text[found.end() :]
