@@ -126,10 +126,7 @@ def _show_examples(row: Row, prompts: Prompts, config: Config, display: Display)
         shown = prompts.solved(row, "(the majority's answer)") if prompts.unsolved(row) else row
         context = prompts.teacher_of(shown, wrong, [right])
         if context is None:
-            raise UserError(
-                "prompts.teacher is empty for a wrong rollout with feedback and a right peer: "
-                "there would never be anything to teach"
-            )
+            raise UserError("prompts.teacher is empty for a wrong rollout: nothing would be taught")
         contexts["teacher"] = context
     texts = (
         f"The {role}'s context of the first row ({len(ids):,} tokens):\n"

@@ -155,10 +155,7 @@ def _sampling(
     if (limit := window(subject.config)) is not None:
         room = limit - max(map(len, contexts))
         if room < 1:
-            raise UserError(
-                f"--benchmark is {asked.benchmark!r}: a problem exceeds the model's window of "
-                f"{limit} tokens"
-            )
+            raise UserError(f"--benchmark: a problem exceeds the model's window of {limit} tokens")
         if asked.max_new_tokens and longest > room:
             raise UserError(f"--max-new-tokens is {longest}: the model's window leaves {room}")
         longest = min(longest, room)

@@ -7,6 +7,7 @@ import argparse
 import atexit
 import locale
 import os
+import re
 import select
 import shlex
 import signal
@@ -24,6 +25,7 @@ from opsd.common.environment import set_environment
 from opsd.common.errors import UserError, in_short, said_elsewhere
 from opsd.common.format import shown
 
+ABOUT = "On-policy self-distillation for language models."
 INTERNAL = 70  # exit code for bugs of ours: EX_SOFTWARE of sysexits.h
 
 # Command → (module, help). A module has add_arguments(parser) and run(parsed) → exit code or None.
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_environment()
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' GGUF loader draws over our display
     try:
-        check_overrides(getattr(parsed, "overrides", ()), parsed.options)
+        check_overrides(parsed)
         with Interruption():
             code = parsed.run(parsed) or 0
         sys.stdout.flush()
@@ -140,10 +142,15 @@ def _as_utf8() -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     words = sys.argv[1:] if arguments is None else list(arguments)
     command = next((word for word in words if not word.startswith("-")), None)
+    if command in COMMANDS and "--version" not in words:  # options may stand before it
+        words.insert(0, words.pop(words.index(command)))
     top = parser(command if command in COMMANDS else "")
     for word in words:
         if "\0" in word:
             top.error(f"{word!r} holds a NUL character")
+        if re.fullmatch(r"[A-Z]+(_[A-Z0-9]+)+=\S*", word):  # for the environment
+            others = [other for other in words if other != word]
+            top.error(f"write it before the command: `{shlex.join([word, 'opsd', *others])}`")
     if command is not None and command not in COMMANDS:
         top.error(no_command(words, COMMANDS))
     parsed, rest = top.parse_known_args(words)
@@ -158,11 +165,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def parser(only: str | None = None) -> argparse.ArgumentParser:
     """Builds the parser. only: add the arguments of this command alone; None: of all commands."""
-    top = Parser(
-        prog="opsd",
-        usage="opsd COMMAND [options]",
-        description="On-policy self-distillation for language models.",
-    )
+    top = Parser(prog="opsd", usage="opsd COMMAND [options]", description=ABOUT)
     version = f"%(prog)s {sys.modules['opsd'].__version__}"
     top.add_argument("--version", action="version", version=version)
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", prog="opsd")

@@ -72,14 +72,15 @@ def _instead(option: str, words: Sequence[str], own: Iterable[str], has_fields: 
         less = [word for word in words if word != whole or "=" in word]
         typed_so = shlex.join(["opsd", *less]).replace(whole, value)
         return f"{place} stands without an option: `{typed_so}`"
-    if {*own} <= {"--debug", "--help", "-h"}:
-        return f"`opsd {command}` takes no options"
     from opsd.config.config import Config
     from opsd.config.foreign import answer, fields_of, reason, typed
 
     meant = {one.replace("_", ""): said for one, said in _meant()["options"].items()}
     word = name.replace("_", "")
-    said = meant.get(f"{command}.{word}") or meant.get(word, "")
+    said = meant.get(f"{command}.{word}") or _by_field(name, command, own) or meant.get(word, "")
+    said = plain.get(value, said)  # --to gguf
+    if not said and {*own} <= {"--debug", "--help", "-h"}:
+        return f"`opsd {command}` takes no options"
     if (said.startswith("set ") and not has_fields) or (said.startswith("-") and said not in own):
         said = ""  # that is of another command
     if not said and has_fields and name in fields_of(Config):
@@ -98,11 +99,29 @@ def _instead(option: str, words: Sequence[str], own: Iterable[str], has_fields: 
     return f"did you mean `{plain[near]}`?" if near else known
 
 
-def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
+def _by_field(name: str, command: str, own: Iterable[str]) -> str:
+    """The option that says what the field does by whose name, here or elsewhere, another is called:
+    --problems for max_samples, since that is data.limit. Or what to do without one, or ""."""
+    from opsd.config.config import Config
+    from opsd.config.foreign import here
+
+    for field in here(name, Config).split(" or "):
+        option = f"--{field.rpartition('.')[2].replace('_', '-')}"
+        for said in (_meant()["fields"].get(field, option), option):
+            if said in own:
+                return said
+        if said := _meant()["options"].get(f"{command}.{field}"):
+            return said
+    return ""
+
+
+def check_overrides(parsed: argparse.Namespace) -> None:
     """Raises UserError for an override without `=`: `tiny`, `train.steps 5`, a second file."""
     from opsd.config.config import Config
     from opsd.config.foreign import fields_of, here, typed
+    from opsd.config.names import METHODS
 
+    words, own = getattr(parsed, "overrides", ()), parsed.options
     for word, following in zip(words, [*words, ""][1:], strict=True):
         apart = word.endswith("=") and following and "=" not in following
         if word.startswith(("+", "~")):  # Hydra's
@@ -117,8 +136,14 @@ def check_overrides(words: Sequence[str], own: Iterable[str]) -> None:
             hint = f"; did you mean `--{word}`?"
         elif Path(word, "config.yaml").is_file() and "--resume" in own:
             hint = f"; a run goes on by its directory alone: `opsd train {word} --resume`"
-        elif "--gpu" in own and re.fullmatch(r"[A-Za-z]*\d+\w*", word):
-            hint = f"; a GPU's name has no space, as in --gpu rtx{word}"
+        elif "--gpu" in own and (unit := re.fullmatch(r"[A-Za-z]*\d+\w*|(gi?b?)", word, re.I)):
+            whole = f"{parsed.gpu}{'' if unit[1] else '-'}{word}".lower()
+            hint = f"; it has no space: --gpu {whole}"
+        elif "--methods" in own and word in METHODS:
+            hint = f"; a list has commas, as in --methods {parsed.methods or 'opsd'},{word}"
+        elif re.match(r"[\w.]+:", word):
+            said = re.sub(r":\s*", "=", word + following * word.endswith(":"), count=1)
+            hint = f"; did you mean {said}?"
         elif re.search(r"\.ya?ml$", word):
             hint = "; one config at a time (`opsd compare` takes several)"
         elif following and (field := word if word in fields_of(Config) else here(word, Config)):

@@ -47,7 +47,6 @@ def _methods(text: str | None, tiny: bool) -> list[str]:
     methods = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods or len(set(methods)) != len(methods):
-        raise UserError(
-            f"--methods is {text!r}: it must list some of {', '.join(METHODS)}, each once"
-        )
+        known = ",".join(METHODS)
+        raise UserError(f"--methods is {text!r}: it must be {known}, or some of these, each once")
     return methods

@@ -72,7 +72,8 @@ def run(parsed: argparse.Namespace) -> None:
             dry_run(config, display, machine)
         return
     for config in runs:
-        if len(runs) > 1 and parsed.resume and is_done(Path(config.output.dir), config):
+        done = parsed.resume and is_done(Path(config.output.dir), config)
+        if done and (len(runs) > 1 or not parsed.start_over):
             display.note(f"{config.output.dir} is done")
         else:
             _train(config, display, parsed)
@@ -85,8 +86,7 @@ def _train(config: Config, display: Display, parsed: argparse.Namespace) -> None
 
     directory = train(config, display, resume=parsed.resume, start_over=parsed.start_over)
     summary = read_record(directory / "summary.json", Summary)
-    curve = student_curve(directory)
-    if curve:
+    if curve := student_curve(directory):
         said = [f"{one.accuracy:.3f} ({one.low:.3f} to {one.high:.3f})" for one in curve]
         display.note(f"Held-out accuracy: {said[0]} before, {said[-1]} after (95 % intervals)")
         best, place = summary.best, "model" if config.output.keep == "best" else "best/model"

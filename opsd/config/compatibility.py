@@ -90,10 +90,7 @@ def _teacher(config: Config) -> Iterator[str]:
     if policy != "model" and teacher.path is not None:
         yield f"teacher.path: it is for teacher.policy 'model', not {policy!r}"
     if config.method == "distill" and policy != "model" and not (teacher.routes or teacher.mix):
-        yield (
-            "teacher.policy: distill shows the teacher what the student sees, so it must be "
-            "'model', another model, with teacher.path"
-        )
+        yield "teacher.policy: distill shows the teacher what the student sees: it is 'model'"
     remote = is_address(teacher.members()[0].path)
     if remote and config.rollout.source == "teacher":
         yield "rollout.source: a teacher at an address (teacher.path) scores, and does not sample"
@@ -135,19 +132,13 @@ def _mixture(config: Config) -> Iterator[str]:
     fixed = [m for m in mix if not isinstance(m.coefficient, str)]
     for end in (0, float("inf")) if fixed == mix else ():
         if (total := sum(member.coefficient_at(end) for member in mix)) <= 0:
-            yield (
-                f"teacher.mix: the coefficients add up to {total:g}, so that no token would be "
-                "likelier for being so; they should add up to 1"
-            )
+            yield f"teacher.mix: the coefficients add up to {total:g}; they should add up to 1"
     if len(damped := [member for member in mix if member.damping]) == len(mix) or len(damped) > 1:
         yield "teacher.mix: damping is for one member, beside others that are not damped"
     kinds = {weights.policy for weights in teacher.members()}
     split = config.train.sharding in ("fsdp2", "zero3") and config.model.lora is None
     if split and "live" in kinds and len(kinds) > 1:
-        yield (
-            f"train.sharding: teacher.mix needs the live member's whole head beside the others', "
-            f"and {config.train.sharding} splits it; use none, zero1 or zero2, or model.lora"
-        )
+        yield "train.sharding: a live member of teacher.mix needs none, zero1, zero2, or model.lora"
 
 
 def _routes(config: Config) -> Iterator[str]:
@@ -189,37 +180,22 @@ def _rollouts(config: Config) -> Iterator[str]:
     if engine.startswith("vllm") and rollout.temperature > HOTTEST:
         yield f"rollout.temperature: vLLM draws at temperatures up to {HOTTEST:g}"
     if others and rollout.source != "student":
-        yield (
-            "rollout.engine: it samples from the student; with rollout.source "
-            f"{rollout.source!r} it may be 'generate' or 'continuous'"
-        )
+        yield f"rollout.engine: rollout.source {rollout.source!r} needs 'generate' or 'continuous'"
     if others and config.model.gguf_file is not None:
-        yield (
-            "model.gguf_file: the engine is given weights under the names of a transformers "
-            "directory; save the model as one first"
-        )
+        yield "model.gguf_file: rollout.engine takes a transformers directory; save it as one first"
     if rollout.ahead:
         yield from _ahead(config)
     if config.method == "grpo" and rollout.group_size < 2:
-        yield (
-            "rollout.group_size: grpo compares a problem's rollouts with each other and needs at "
-            "least 2"
-        )
+        yield "rollout.group_size: grpo compares a problem's rollouts; it needs at least 2"
 
 
 def _ahead(config: Config) -> Iterator[str]:
     if config.rollout.engine not in SERVERS:
-        yield (
-            f"rollout.ahead: rollout.engine {config.rollout.engine!r} samples on the processors "
-            f"that train, so that nothing would overlap (servers: {', '.join(SERVERS)})"
-        )
+        yield f"rollout.ahead: only a server samples while a step trains: {' or '.join(SERVERS)}"
     if config.method == "sft":
         yield "rollout.ahead: sft has no rollouts"
     if config.loss.importance_bound is None:
-        yield (
-            "rollout.ahead: it samples by the weights of the step before, which only "
-            "loss.importance_bound corrects for, and that is null"
-        )
+        yield "rollout.ahead: its rollouts are a step old: loss.importance_bound must correct that"
 
 
 def _adapters(config: Config) -> Iterator[str]:
@@ -229,25 +205,13 @@ def _adapters(config: Config) -> Iterator[str]:
             yield "output.merge: without model.lora there is nothing to merge"
         return
     if model.gguf_file is not None:
-        yield (
-            "model.gguf_file: an adapter must find its model again as a transformers directory or "
-            "on the hub; save the model as one first"
-        )
+        yield "model.gguf_file: an adapter needs a transformers directory; save it as one first"
     if lora.dropout and config.method != "sft":
-        yield (
-            f"model.lora.dropout: method {config.method!r} scores what was sampled, and rollouts "
-            "are sampled without dropout; set it to 0 (dropout is for method sft)"
-        )
+        yield "model.lora.dropout: rollouts are sampled without dropout; it is for method sft"
     if lora.quantize != "none" and config.rollout.engine not in ("generate", "continuous"):
-        yield (
-            "rollout.engine: weights in 4 bits (model.lora.quantize) cannot be given to it "
-            "(allowed: generate, continuous)"
-        )
+        yield "rollout.engine: weights in 4 bits (model.lora.quantize) need generate or continuous"
     if lora.quantize != "none" and config.train.sharding != "none":
-        yield (
-            "train.sharding: weights in 4 bits (model.lora.quantize) cannot be split; train with "
-            "none"
-        )
+        yield "train.sharding: weights in 4 bits (model.lora.quantize) cannot be split; use none"
 
 
 def _teacher_memory(config: Config) -> Iterator[str]:
@@ -257,15 +221,9 @@ def _teacher_memory(config: Config) -> Iterator[str]:
         if getattr(teacher, name) == off:
             continue
         if not policies & {"initial", "model"}:
-            yield (
-                f"teacher.{name}: it is for teacher.policy 'initial' or 'model', not "
-                f"{teacher.policy!r}"
-            )
+            yield f"teacher.{name}: it is for teacher.policy 'initial' or 'model'"
         elif "model" not in policies and config.model.lora is not None:
-            yield (
-                f"teacher.{name}: with model.lora the initial teacher is the student's own frozen "
-                "weights, and there is no other copy of them"
-            )
+            yield f"teacher.{name}: with model.lora the initial teacher has no weights of its own"
 
 
 def _rewards(config: Config) -> Iterator[str]:
@@ -275,10 +233,7 @@ def _rewards(config: Config) -> Iterator[str]:
     if weights.correct == weights.incorrect == 0:
         yield ("loss.weights.correct: loss.weights.incorrect is 0 too, so nothing would be learnt")
     if config.rollout.source == "reference" and needs_grades(config):
-        yield (
-            "rollout.source: weights by correctness and a teacher template over rollouts need "
-            "rollouts"
-        )
+        yield "rollout.source: weights by correctness, and templates over rollouts, need rollouts"
     longest = config.rollout.max_new_tokens
     if reward.overlong_buffer is not None and reward.overlong_buffer > longest:
         yield f"loss.reward.overlong_buffer: it may be at most rollout.max_new_tokens ({longest})"
@@ -288,15 +243,9 @@ def _policy_gradient(config: Config) -> Iterator[str]:
     loss = config.loss
     sampled_token = config.method != "grpo" and loss.divergence == "sampled_token"
     if sampled_token and config.rollout.source != "student":
-        yield (
-            "rollout.source: loss.divergence 'sampled_token' is a policy gradient, which is right "
-            "for the student's own rollouts only"
-        )
+        yield "rollout.source: a policy gradient (sampled_token) needs the student's own rollouts"
     if loss.kl and config.teacher.members()[0].policy == "live":
-        yield (
-            "loss.kl: with teacher.policy 'live' (the first member's of teacher.mix) the "
-            "reference is the student itself; it may be 'initial', 'ema' or 'model'"
-        )
+        yield "loss.kl: the reference is the student itself; teacher.policy: initial, ema or model"
     if loss.epsilon_high is not None and loss.epsilon_high < loss.epsilon:
         yield f"loss.epsilon_high: it must be at least loss.epsilon ({loss.epsilon})"
 
@@ -305,28 +254,16 @@ def _templates(config: Config) -> Iterator[str]:
     prompts = config.prompts
     for name in ("student", "target"):
         if over_rollouts(getattr(prompts, name)):
-            raise ValueError(
-                f"prompts.{name} uses `rollout` or `peers`: it is filled in before there are "
-                "rollouts; only prompts.teacher may"
-            )
+            raise ValueError(f"prompts.{name} uses `rollout` or `peers`: only prompts.teacher may")
     over = over_rollouts(prompts.teacher)
     if over and (not uses_teacher_prompt(config) or config.method == "sft"):
-        raise ValueError(
-            f"prompts.teacher uses `rollout` or `peers`: {config.method} fills it in before there "
-            "are rollouts, or not at all"
-        )
+        raise ValueError(f"prompts.teacher uses `rollout` or `peers`: {config.method} has none")
     if over and config.eval.teacher:
-        yield (
-            "eval.teacher: prompts.teacher uses `rollout` or `peers`, and held-out problems have "
-            "none"
-        )
+        yield "eval.teacher: prompts.teacher uses `rollout` or `peers`; held-out problems have none"
     if not teaches_over_rollouts(config) or config.method == "sft":
         return
     if config.rollout.source != "student":
-        yield (
-            "rollout.source: prompts.teacher uses `rollout` or `peers`, so the student must have "
-            "written them"
-        )
+        yield "rollout.source: prompts.teacher uses `rollout` or `peers`, which the student writes"
 
 
 def _majority(config: Config) -> Iterator[str]:
@@ -364,15 +301,10 @@ def _updates(config: Config) -> Iterator[str]:
     if not train.sharding.startswith("zero"):
         return
     if config.model.lora is not None:
-        yield (
-            "train.sharding: with model.lora all that it would split is the adapters' gradients "
-            "and moments, which are small (allowed: none, fsdp2)"
-        )
+        yield "train.sharding: what model.lora leaves to split is small (allowed: none, fsdp2)"
     if train.optimizer not in ZERO_OPTIMIZERS:
-        yield (
-            f"train.optimizer: under train.sharding {train.sharding!r} an optimizer sees flat "
-            f"pieces of the weights, no matrices (allowed: {', '.join(ZERO_OPTIMIZERS)})"
-        )
+        allowed = ", ".join(ZERO_OPTIMIZERS)
+        yield f"train.optimizer: {train.sharding} has flat pieces of weights (allowed: {allowed})"
 
 
 def _images(config: Config) -> Iterator[str]:
@@ -450,8 +382,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
         graded = [name for name in type(loss.reward).model_fields if name not in of_votes]
         yield (
             " ".join(f"loss.reward.{name}" for name in graded),
-            f"{method} grades no rollouts, unless loss.weights.correct or .incorrect, a teacher "
-            "template over `rollout` or `peers`, or loss.reward.log asks for it",
+            f"{method} grades no rollouts but for weights, templates over them or loss.reward.log",
         )
     if "ema" not in {member.policy for member in teacher.members()}:
         averaged = "teacher.ema_decay teacher.update_every"

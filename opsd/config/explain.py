@@ -14,9 +14,12 @@ from opsd.config.foreign import VALUES, answer, fields_of, here, section_of, typ
 
 SHOWN_PROBLEMS = 10  # at most this many errors of one config are shown
 NUMBERS = {"int": r"[-+]?\d+", "float": r"[-+]?\d*\.?\d+([eE][-+]?\d+)?"}
-TRUTH = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+TRUTH = {"yes": "true", "on": "true", "true": "true"}
+TRUTH |= {"no": "false", "off": "false", "false": "false"}
 UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+COUNTED = r"s|sec(ond)?s?|(step|token|problem|row|sample|example|rollout|nat)s?"
+ONE = "; one value at a time: `opsd compare` runs several configs, or seeds"
 
 
 def explain_all(error: ValidationError, model: type[Section]) -> str:
@@ -82,13 +85,18 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _meant(name: str, problem: Any, model: type[Section]) -> str:
     """Suggest what a wrong value of the field `name` may mean, as the end of a sentence."""
     kind, value = problem["type"], problem["input"]
+    section, word = name.rpartition(".")[0], re.sub(r"[\s-]+", "_", str(value).lower())
+    if other := VALUES.get(re.sub(r"\.\d+$", "", name), {}).get(word):
+        return f"; {other}" if " " in other else f"; did you mean {other!r}?"
     if kind in ("model_type", "model_attributes_type"):
         own = [field for field in fields_of(model) if field.startswith(f"{name}.")]
         key, colon, rest = str(value).partition(":")
         if colon and f"{name}.{key}" in own:
             return f"; YAML needs a space after the colon: `{key}: {rest}`"
         if isinstance(value, list):
-            return f"; it is a section: write its fields without `- `, as in {own[0]}=…"
+            listed = (said for field in own if "=[" in (said := typed(field, value, model)))
+            first = next(listed, f"{own[0]}=…")
+            return f"; it is a section: write its fields without `- `, as in {first}"
         # First the fields that take few values, such as teacher.policy, and this one.
         own.sort(key=lambda field: "=" in typed(field, "any", model))
         takes = (said for field in own if "=" in (said := typed(here(field, model), value, model)))
@@ -99,17 +107,31 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
     if value is None and ":" in name:
         pair = name.rpartition(".")[2].replace(":", ": ")
         return f"; YAML needs a space after the colon: `{pair}`"
+    if isinstance(value, list) and kind != "too_short":
+        return ONE
+    if isinstance(value, dict) and name:  # train.optimizer as a section
+        flat = ((key, answer(key, inside, model)) for key, inside in _leaves(name, value))
+        return "".join(f"; {key}: {said}" for key, said in flat if said)
     if not isinstance(value, str):
         said = VALUES.get(name, {}).get("number") if isinstance(value, int | float) else None
         said = "it is a number, not a share" if kind == "int_from_float" and 0 < value < 1 else said
         return f"; {said}" if said else ""
-    word = re.sub(r"[\s-]+", "_", value.lower())
-    if other := VALUES.get(re.sub(r"\.\d+$", "", name), {}).get(word):
-        return f"; {other}" if " " in other else f"; did you mean {other!r}?"
     if kind == "literal_error":
         if word in TRUTH and "True" in problem["ctx"]["expected"]:
             return f"; write {TRUTH[word]}"
-        return did_you_mean(value, re.findall(r"'([^']+)'", problem["ctx"]["expected"]))
+        known = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
+        place = f"{section}.{'server' if '://' in value else 'path'}"
+        if "/" in value and place in fields_of(model):  # teacher.policy=Qwen/Qwen3-8B
+            return f"; did you mean {typed(here(place, model), value, model)}?"
+        several = "," in value and {*value.replace(" ", "").split(",")} <= {*known}
+        if said := ONE if several else did_you_mean(value, known):
+            return said
+    # A value of another field of the section, which does not take any text: loss.kl=forward.
+    beside = [field for field in fields_of(model) if field.rpartition(".")[0] == section]
+    beside = [field for field in beside if "=" not in typed(field, "any", model)]
+    said = (typed(field, value, model) for field in beside if word not in TRUTH)
+    if other := next((one for one in said if "=" in one), ""):
+        return f"; did you mean {other}?"
     if name == "rollout.gpu_memory" and re.search(r"\d\s*[kmg]", value.lower()):
         return "; it is a share of the GPU's memory, such as 0.4"
     return number_meant(value, kind.removesuffix("_parsing"))
@@ -117,17 +139,22 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
 
 def number_meant(text: str, kind: str) -> str:
     """What to write for a text that is no number of the kind, int or float, or ""."""
+    text = text if len(text) < 100 else ""  # the patterns below take squares of time
     plain = re.sub(r"(?<=\d)[,_](?=\d{3})", "", text).strip(" ,;'\"")
     plain = re.sub(r"^(\d+),(\d+)$", r"\1.\2", plain)  # a decimal comma
     if (form := NUMBERS.get(kind)) and plain != text and re.fullmatch(form, plain):
         return f"; write {plain}"
-    number = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([kmg]i?b?|%)", text.strip(), re.IGNORECASE)
+    counted = rf"(\d+\.?\d*|\.\d+)\s*([kmg]i?b?|%)?\s*({COUNTED})?"
+    number = re.fullmatch(counted, text.strip(), re.IGNORECASE)
     if form and number and number[2] == "%":
         share = f"; a share is written as {float(number[1]) / 100:g}"
         return share if kind == "float" else "; it is a number, not a share"
-    if form and number:
-        return f"; write {int(float(number[1]) * UNITS[number[2].lower()])}, without a unit"
-    if form and text.lower() in ("greedy", "zero", "off", "no", "none"):
+    if form and number and (number[2] or number[3]):
+        count = int(float(number[1]) * UNITS[number[2].lower()]) if number[2] else number[1]
+        return f"; write {count}, without a unit"
+    if form and re.fullmatch(rf"({form}[,\s]+)+{form}", text.strip("[]() ")):
+        return ONE
+    if form and text.lower() in ("greedy", "zero", "off", "no", "none", "never"):
         return "; write 0"
     return "; write a number" if form and text.lower() in ("yes", "true", "always", "auto") else ""
 

@@ -33,7 +33,7 @@ VALUES: dict[str, dict[str, str]] = read_toml(__file__, "values")
 WORDS: dict[str, Any] = read_toml(__file__, "words")
 """How other names are read: words that add nothing, that mean the same, that say whose it is."""
 
-VAGUE = set("length target format on other size log window scale special path weight".split())
+VAGUE = {*"length target format on other size log window scale special path type alpha".split()}
 """Names of our fields that tell too little without their section."""
 
 OPEN = ("data.columns.", "data.options.", "prompts.student_chat.")
@@ -52,6 +52,8 @@ def answer(name: str, value: Any, model: type[Section], unless: str | None = Non
         found = ELSEWHERE.get(name.rpartition(".")[2], "")
         return f"here it is {found}" if found in model.model_fields else ""
     plain = re.sub(r"[\s-]+", "_", name)
+    if "." in plain and plain.replace(".", "_") not in ELSEWHERE:  # sampling.num_samples
+        plain = ours if (ours := _in_our_section(plain)) in ELSEWHERE else plain
     above, _, last = plain.rpartition(".")
     every = [*fields_of(model)]
     if not any(last in _tails(one) for one in every) and (said := reason(plain)):
@@ -92,11 +94,26 @@ def here(name: str, model: type[Section]) -> str:
 
 
 def _ours(name: str, model: type[Section], unless: str | None = None) -> str:
+    above, _, last = name.rpartition(".")
+    of_whom = [word for whose in WORDS["whose"].values() for word in whose["words"]]
     found = _found(name, model, unless)
+    if not found and above and last in of_whom:  # data.test
+        found = _found(above, model, unless)
+    if ours := _in_our_section(name):
+        found = found or _found(ours, model, unless)
+        section = f"{ours.partition('.')[0]}."
+        found = " or ".join(one for one in found.split(" or ") if one.startswith(section)) or found
     said = {*name.split("."), *re.split(r"[._]", name.replace("actor_rollout_ref.", ""))}
     for whose in WORDS["whose"].values():  # of the teacher, of the evaluation
         found = whose.get(found.partition(", ")[0], found) if said & {*whose["words"]} else found
     return found
+
+
+def _in_our_section(name: str) -> str:
+    """rollout.top_p for sampling.top_p and sampling_top_p; "" if it names no section so."""
+    first, _, rest = name.replace("_", ".", "." not in name).partition(".")
+    section = WORDS["sections"].get(first)
+    return f"{section}.{rest}" if section and rest else ""
 
 
 def _gist(name: str) -> str:
@@ -144,9 +161,13 @@ def _tails(field: str) -> set[str]:
 
 
 def _ends(name: str) -> list[str]:
-    """["a.b.c", "b.c", "c"]."""
+    """["a.b.c", "a_b_c", "b.c", "b_c", "c"], since wandb.project is wandb_project; of our sections
+    ["a.b.c", "b.c", "c"]."""
     parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
+    ends = [".".join(parts[start:]) for start in range(len(parts))]
+    if parts[0] not in WORDS["sections"].values():
+        ends = [one for end in ends for one in (end, end.replace(".", "_"))]
+    return [*dict.fromkeys(ends)]
 
 
 def typed(found: str, value: Any, model: type[Section]) -> str:

@@ -5,6 +5,7 @@ of fields. Needs no torch, so that a bad file is refused within a second.
 """
 
 import datetime
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ class LoraSection(Section):
     @field_validator("targets", mode="before")
     @classmethod
     def _one_target(cls, targets: Any) -> Any:
-        return [targets] if isinstance(targets, str) else targets
+        return re.split(r",\s*", targets) if isinstance(targets, str) else targets
 
     @field_validator("targets")
     @classmethod
@@ -176,6 +177,13 @@ class PromptsSection(Section):
             return date if date is None else datetime.date.fromisoformat(date).isoformat()
         except (TypeError, ValueError):
             raise ValueError("it must be a date such as 2026-11-28") from None
+
+    @field_validator("student", "teacher", "target")
+    @classmethod
+    def _check_template(cls, text: str) -> str:
+        if re.fullmatch(r"\S+\.(txt|md|jinja2?|j2)", text):
+            raise ValueError("it is the template itself, not a file's name: write its text here")
+        return text
 
     @field_validator("contexts")
     @classmethod
@@ -485,7 +493,7 @@ class OutputSection(Section):
     @field_validator("report_to", "tags", mode="before")
     @classmethod
     def _one(cls, names: Any) -> Any:
-        names = [names] if isinstance(names, str) else names
+        names = re.split(r",\s*", names) if isinstance(names, str) else names
         if not isinstance(names, list):
             return names
         return ["comet_ml" if name == "comet" else name for name in names if name != "none"]

@@ -56,9 +56,10 @@ def stored(
     if path.exists():
         check_names(f"{section}.options", options, _HUB_OPTIONS[:1] if path.is_dir() else ())
         if not path.is_dir() and file_type(path) is None:
+            table = "; save it as .csv" if path.suffix in (".xlsx", ".xls", ".ods") else ""
             raise UserError(
                 f"{section}.source: {source!r} is not a {', '.join(FILE_TYPES)} file (or one of "
-                "these but .parquet with .gz), nor a directory saved by `datasets`"
+                f"these but .parquet with .gz), nor a directory saved by `datasets`{table}"
             )
         for file in (path, *_files_below(path)):
             # os.path: what a link leads to may be another's, which for pathlib is an error.
@@ -133,10 +134,7 @@ def is_remote(source: str) -> bool:
 def check_no_split(source: str, split: str | None, section: str) -> None:
     """Raises UserError if a split is given: this source has none."""
     if split is not None:
-        raise UserError(
-            f"{section}.split is {split!r}: {source!r} has no splits; leave it out, or name the "
-            "file of that split"
-        )
+        raise UserError(f"{section}.split is {split!r}: {source!r} has no splits; leave it out")
 
 
 def _saved_directory(
@@ -146,9 +144,8 @@ def _saved_directory(
 
     datasets.disable_progress_bars()
     marks = ("dataset_dict.json", "dataset_info.json", "state.json")
-    shards = not any((path / mark).exists() for mark in marks) and any(
-        map(file_type, _files_below(path))
-    )
+    files = [file for file in sorted(_files_below(path)) if file_type(file)]
+    shards = files if not any((path / mark).exists() for mark in marks) else []
     try:
         if shards:  # data files: `datasets` assigns them to splits
             _check_inside(_card(path))
@@ -165,9 +162,11 @@ def _saved_directory(
             raise UserError(
                 f"{section}.options: {str(path)!r}: {in_short(error)}; {CHOOSE}"
             ) from error
+        one = next((f for f in shards if (split or default) in f.name), shards and shards[0])
+        hint = f"; if its files are not alike, name one, as in {one}" if one else ""
         raise UserError(
-            f"{section}.source: the directory {str(path)!r} was not saved by `datasets` "
-            f"(Dataset.save_to_disk), has no files that it reads, or is damaged: {in_short(error)}"
+            f"{section}.source: the directory {str(path)!r} was not saved by `datasets`, has no "
+            f"files that it reads, or is damaged: {in_short(error)}{hint}"
         ) from error
     if isinstance(data, datasets.DatasetDict):
         data = part_of(data, split or default, section)
@@ -210,12 +209,8 @@ def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
             name, options.get("name"), split=split, revision=options.get("revision")
         )
     except Exception as error:  # offline, absent, gated, no such split or configuration
-        advice = (
-            CHOOSE
-            if "Config name is missing" in str(error)
-            else "check the name, the split and the connection, or give a file or a directory "
-            "saved by `datasets`"
-        )
+        advice = "check the name, the split and the connection, or give a file"
+        advice = CHOOSE if "Config name is missing" in str(error) else advice
         raise UserError(
             f"{section}.source: {name!r} (split {split!r}) is no local path and cannot be loaded "
             f"from the hub: {in_short(error)}; {advice}"
@@ -236,11 +231,8 @@ def draw(source: str, size: int, seed: int, options: dict, section: str) -> Iter
     task = source.removeprefix(REASONING_GYM)
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise UserError(
-            f"{section}.source: reasoning_gym has no task {task!r}{hint} ({len(DATASETS)} tasks: "
-            "reasoning_gym.factory.DATASETS)"
-        )
+        hint = f"; near it: {', '.join(near)}" if near else f" among its {len(DATASETS)}"
+        raise UserError(f"{section}.source: reasoning_gym has no task {task!r}{hint}")
     known = [field.name for field in fields(DATASETS[task][1])]
     check_names(
         f"{section}.options", options, [name for name in known if name not in ("seed", "size")]

@@ -176,8 +176,9 @@ def _refuse_misspelling(name: str) -> None:
     """Raises UserError for a bare word that is no path: asking the hub may take half a minute."""
     if "/" in name or ":" in name or "." in name or Path(name).exists():
         return
+    one = "; one at a time" if "," in name else ""
     raise UserError(
-        f"benchmark: {name!r} is not known{did_you_mean(name, KNOWN)} (allowed: "
+        f"benchmark: {name!r} is not known{one or did_you_mean(name, KNOWN)} (allowed: "
         f"{', '.join(KNOWN)}, a file, a directory saved by `datasets`, a hub name `owner/name`, or "
         "`reasoning_gym:<task>`)"
     )

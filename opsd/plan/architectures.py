@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.files import read_toml
-from opsd.common.near import near_model
+from opsd.common.near import did_you_mean, near_model
 from opsd.config.sections import ModelSection
 from opsd.models.adapter_files import model_files
 from opsd.models.directory_check import check_kernels
@@ -60,8 +60,8 @@ def _base(section: ModelSection, where: str) -> PreTrainedConfig:
     known = _known(section.path)
     if known is None:
         raise UserError(
-            f"{where}: neither a model directory nor a config.json nor in "
-            f"the hub's local cache, and not one of those known here ({', '.join(KNOWN)})"
+            f"{where}: neither a model directory nor a config.json nor in the hub's local cache, "
+            f"and not one of those known here ({', '.join(KNOWN)}){did_you_mean(path.name, KNOWN)}"
         )
     return AutoConfig.for_model(**known)
 

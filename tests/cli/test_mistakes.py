@@ -160,7 +160,7 @@ MISTAKES = {
     "plan Qwen/Qwen3-8B --memory 24gigs": "a size such as 24GB",
     "train good.yaml --dry-run --for h20x2": "did you mean 'h200'?",
     "quickstart tiny": "did you mean `--tiny`?",
-    "quickstart --methods dpo": "opsd, grpo, sft, distill",
+    "quickstart --methods dpo": "opsd,grpo,sft,distill",
     "report rnu": "did you mean 'run'?",
     "init qwen3": "did you mean 'qwen3-",
     "chat ./modle": "did you mean 'model'?",
@@ -169,7 +169,7 @@ MISTAKES = {
     "eval model --dataset rows.jsonl": "did you mean `--benchmark`?",
     "chat model --prompt hello": "`echo QUESTION | opsd chat MODEL`",
     "eval model --benchmark gsm8k --num-fewshot 5": "models are asked without examples",
-    "plan Qwen/Qwen3-8B --gpu RTX 4090": "as in --gpu rtx4090",
+    "plan Qwen/Qwen3-8B --gpu RTX 4090": "--gpu rtx-4090",
     "plan Qwen/Qwen3-8B --gpus h200": "`--gpu` names the GPU",
     "export run --merge": "'run/model' has no adapters to merge",
     "export rnu --merge": "did you mean 'run'?",
@@ -297,6 +297,52 @@ MISTAKES = {
     "train good.yaml training.trainer_type=TRL_GRPO": "here it is method=grpo",
     "train good.yaml model.torch_dtype_str=bfloat16": "here it is train.precision=bf16",
     "doctor --verbose": "`opsd doctor` takes no options",
+    # The tenth to the twelfth: a first day.
+    "quickstart --tiny --max-steps 20": "did you mean `--steps`?",
+    "quickstart --tiny --output_dir runs/x": "did you mean `--output`?",
+    "quickstart --tiny --methods opsd grpo": "a list has commas, as in --methods opsd,grpo",
+    "quickstart --methods all": "it must be opsd,grpo,sft,distill, or some of these",
+    "quickstart --seed 0,1,2": "one value at a time: `opsd compare` runs several",
+    "compare good.yaml --seeds 0 1 2": "a list has commas, as in --seeds 0,1,2",
+    "train good.yaml CUDA_VISIBLE_DEVICES=0": "`CUDA_VISIBLE_DEVICES=0 opsd train good.yaml`",
+    "train good.yaml train.learning_rate:1e-5": "did you mean train.learning_rate=1e-5?",
+    "train good.yaml train.steps: 5": "did you mean train.steps=5?",
+    "train good.yaml --overwrite": "choose another output.dir, or go on by --resume",
+    "--bogus train good.yaml": "unrecognized arguments: --bogus",
+    "eval run --benchmark gsm8k --max-samples 100": "did you mean `--problems`?",
+    "eval run --benchmark gsm8k --greedy": "write --temperature 0",
+    "eval run --benchmark gsm8k,math-500": "is not known; one at a time",
+    "chat run --system-prompt brief": "a run's prompts.system is used",
+    "chat run --compare": "did you mean `--base`?",
+    "plan good.yaml --gpu a100 80gb": "it has no space: --gpu a100-80gb",
+    "plan good.yaml --gpu 24 GB": "it has no space: --gpu 24gb",
+    "export run --to gguf": "did you mean `--gguf`?",
+    "push run me/mine": "output.push_to_hub=OWNER/NAME uploads model/",
+    "init grpo my.yaml": "did you mean `--output my.yaml`?",
+    "report run --port 6006": "open RUN_DIR/report.html",
+    "train good.yaml data.test=gsm.jsonl": "here it is eval.source=gsm.jsonl",
+    "train good.yaml data.source=rows.xlsx": "save it as .csv",
+    "train good.yaml train.steps='10 steps'": "write 10, without a unit",
+    "train good.yaml rollout.max_new_tokens='2k tokens'": "write 2000, without a unit",
+    "train good.yaml train.seed=[0,1]": "one value at a time: `opsd compare` runs several",
+    "train good.yaml method=opsd,grpo": "one value at a time: `opsd compare` runs several",
+    "train good.yaml train.learning_rate=1e-5,2e-5": "one value at a time: `opsd compare`",
+    "train good.yaml eval=false": "write eval.problems=0",
+    "train good.yaml eval.every=never": "write 0",
+    "train good.yaml prompts.teacher=prompts/teacher.txt": "it is the template itself",
+    "train good.yaml teacher.policy=Qwen/Q": "teacher.path=Qwen/Q teacher.policy=model?",
+    "train good.yaml rollout.engine=http://a:1": "did you mean rollout.server=http://a:1?",
+    "train good.yaml loss.kl=forward": "did you mean loss.divergence=forward_kl?",
+    "train good.yaml teacher.policy=int8": "did you mean teacher.quantize=int8?",
+    "train good.yaml data=[rows.jsonl,gsm.jsonl]": 'data.source=["rows.jsonl", "gsm.jsonl"]',
+    "train good.yaml loss.alpha=0.5": "here it is loss.beta=0.5",
+    "train good.yaml rollout.tensor_parallel=2": "it is a flag of `vllm serve`",
+    "train good.yaml prompts.user=hello": "here it is prompts.student=hello",
+    "train good.yaml wandb.entity=me": "WANDB_ENTITY",
+    "train good.yaml optimizer.type=adamw": "train.optimizer=adamw_torch_fused",
+    "train good.yaml sampling.num_samples=8": "here it is rollout.group_size=8",
+    "train good.yaml dataset.question_field=q": "here it is data.columns.problem=q",
+    "train good.yaml checkpoint.keep=3": "a number of checkpoints is train.save_total_limit",
 }
 
 CONFIGS = {
@@ -315,6 +361,10 @@ CONFIGS = {
     "prompts:\n  student: {{ problem }}\n": "is quoted: '{{ problem }}'",
     "prompts:\n  student: Solve: {{ problem }}\n": "a text that holds `: ` is quoted",
     "stage: sft\nfinetuning_type: lora\ntemplate: qwen\n": "the model's own chat template is used",
+    "train: {steps: 5\nmodel: {path: model}\n": "a brace is not closed",
+    "train: {gradient_checkpointing: 'true'}\nmodel: {path: m}\n": "write true",
+    "train: {optimizer: {name: adamw, lr: 1e-5}}\n": "here it is train.learning_rate=1e-05",
+    "generation: {temperature: 0.7}\n": "here it is rollout.temperature=0.7",
     "model:\n  _component_: torchtune.models.x\n": "model.path says what the model is",
 }
 
@@ -351,6 +401,7 @@ def place(tmp_path_factory):
     (place / "other").mkdir()
     (place / "other" / "good.yaml").write_text(good)
     (place / "other" / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (place / "rows.xlsx").touch()
     (place / "study.yaml").write_text("quickstart: tiny\nmethods: [opsd]\n")
     for directory in ("model", "run/model", "tiny/opsd/model", "tiny/sft/model", "runs/b/model"):
         (place / directory).mkdir(parents=True)

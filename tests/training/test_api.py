@@ -250,7 +250,7 @@ def test_the_hub_gets_what_train_left(files, tmp_path, monkeypatch):
         (
             {"reward_funcs": share_of_digits},
             {},
-            "opsd grades no rollouts, unless",
+            "opsd grades no rollouts but for",
         ),
         ({"reward_funcs": ["m"]}, {}, "reward_funcs: 'm': it must be a function"),
         (

@@ -136,6 +136,10 @@ def test_starting_over_is_asked_for_by_name(files, tmp_path, capsys):
     save_config(short_config(*files, place, method="sft", eval={"problems": 0}), file)
     assert main(["train", str(file), "train.save_every=0"]) == 0
     before = (place / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main(["train", str(file), "train.save_every=0", "--resume"]) == 0
+    assert f"{place} is done" in capsys.readouterr().out
+    (place / "summary.json").unlink()  # as where a run was killed
     assert main(["train", str(place), "--resume"]) == 1
     said = capsys.readouterr().err
     assert f"there is no checkpoint to go on from; `opsd train {place} --resume" in said
