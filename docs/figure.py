@@ -13,7 +13,7 @@ STYLE = """
       .ours { fill: #e0823f } .dense { fill: #6f9fd4 } .trl { fill: #6bb567 }
     }
 """
-LEFT, WIDTH, BAR = 130, 400, 15
+LEFT, WIDTH, BAR = 104, 186, 16
 
 
 def kernel_figure() -> str:
@@ -40,11 +40,11 @@ def kernel_figure() -> str:
     height = y - 10
     lines = "\n  ".join(parts)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 {height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 {height}" width="420" '
         'font-family="system-ui, sans-serif" font-size="12" role="img" '
         'aria-label="Seconds and memory of the kernel, dense autograd and TRL">\n'
         f"  <style>{STYLE}  </style>\n"
-        f'  <rect class="card" x=".5" y=".5" width="679" height="{height - 1}" rx="8"/>\n'
+        f'  <rect class="card" x=".5" y=".5" width="419" height="{height - 1}" rx="8"/>\n'
         f"  {lines}\n</svg>\n"
     )
 
