@@ -49,7 +49,7 @@ def drawing(
             axes.grid(axis="y", color="#e7e7e2")
             axes.set_axisbelow(True)
             if axes.get_legend_handles_labels()[0]:
-                legend = axes.legend(frameon=False, fontsize=11, loc="best")
+                legend = axes.legend(framealpha=0.8, edgecolor="none", fontsize=11, loc="best")
                 legend.set_in_layout(False)  # a long name does not squeeze the axes
         if title is not None:
             figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
