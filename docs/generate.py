@@ -66,9 +66,9 @@ is [how the grader reads answers](evaluate.md#grading), and how often it agrees.
 MODELS = """# Appendix: model types
 
 Every type of transformers' `AutoModelForCausalLM`, tried as a tiny random model by
-`python -m tests.helpers.families`: two steps of OPSD and of GRPO, without sharing, with adapters,
-a plan and an evaluation, and what was saved loaded by transformers. Types with images are loaded
-whole; their text decoder trains. [What sharing is](prefix.md).
+`python -m tests.helpers.families`: two steps each of OPSD, of GRPO, without sharing and with
+adapters; a plan; an evaluation. transformers then loads what was saved. Types with images are
+loaded whole; their text decoder trains. [What sharing is](prefix.md).
 
 | outcome | types | |
 | --- | --- | --- |
