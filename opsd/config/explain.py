@@ -129,8 +129,8 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
     # A value of another field of the section, which does not take any text: loss.kl=forward.
     beside = [field for field in fields_of(model) if field.rpartition(".")[0] == section]
     beside = [field for field in beside if "=" not in typed(field, "any", model)]
-    said = (typed(field, value, model) for field in beside if word not in TRUTH)
-    if other := next((one for one in said if "=" in one), ""):
+    told = (typed(field, value, model) for field in beside if word not in TRUTH)
+    if other := next((one for one in told if "=" in one), ""):
         return f"; did you mean {other}?"
     if name == "rollout.gpu_memory" and re.search(r"\d\s*[kmg]", value.lower()):
         return "; it is a share of the GPU's memory, such as 0.4"
