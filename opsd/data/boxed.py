@@ -35,16 +35,19 @@ _NAMED = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w\}?)?)\s*=\s*$")
 # What takes a box back: words before it or a line through it, words after it, a question mark that
 # nothing answers. `not 6 but \boxed{7}` and `\boxed{7}. No others exist.` do not.
 _DENIED_BEFORE = re.compile(
-    r"(?:(?:\b(?:not|never|cannot)|n't)(?: (?:be|equal|to|just|simply|the (?:final )?answer))*|"
+    r"(?:(?:\b(?:not|never|cannot|anything but|reject)|n't)(?: (?:be|equal|to|just|simply|conclude|"
+    r"say|the (?:final )?answer))*|\b(?:wrong|incorrect|false) to (?:say|claim|answer|conclude)|"
     r"\b(?:wrong|incorrect|false|naive) (?:answer|guess|value|result)s? (?:is|was|would be)|"
-    r"~~|<(?:del|s)>|\\(?:[bx]?cancel|sout|st)\s*\{)[\s$:*(\\\[]*$",
+    r"\bcontradiction,? that\b[^.]*|~~|<(?:del|s)>|\\(?:[bx]?cancel|sout|st)\s*\{)[\s$:*(\\\[]*$",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
-    r"[\s$*)\\\]},\u2014\u2013-]*(?:\(?(?:wrong|incorrect)\b|if\b[^.]*\bbut\b|"
-    r"(?:which )?(?:is|was|seems) (?:\w+ )?"
-    r"(?:(?:wrong|incorrect|false)\b|not (?:right|correct|(?:the|my) (?:\w+ )?answer\b))|"
+    r"[\s$*)\\\]},\u2014\u2013-]*(?:[❌✗✘]|\(?(?:wrong|incorrect)\b|if\b[^.]*\bbut\b|"
+    r"(?:does not|doesn't|cannot|can't) (?:work|satisfy|fit|hold|solve|match|be)|fails\b|"
+    r"(?:which )?(?:is|was|seems|would be) (?:\w+ )?(?:(?:wrong|incorrect|false)\b|too \w+\b|"
+    r"not (?:right|correct|(?:the|my) (?:\w+ )?answer\b))|"
     r"[.!?;]*\s*(?:(?:hmm|wait|oh|oops|no|but|sorry|actually)\b[^\w]*)*(?:scratch that|"
+    r"on second thought|correction:|(?:that|this|it) (?:fails|does not work|doesn't work)|"
     r"(?:that|this|it)(?:'s| is| was| seems)(?: \w+)? (?:wrong|incorrect|not (?:right|correct))"
     r"(?! to\b| that\b))|[.!;]*\s*(?:hmm|wait|oh|oops|actually)[^\w]*no\b(?! other| more)|"
     r"\?(?!.*(?:\b(?:yes|indeed|correct|right|true)\b|[✓✔✅])))",

@@ -151,6 +151,11 @@ class _Comparison:
         if not wanted.simple or not given.simple:
             return self._algebra(wanted.text, given.text)
         names = {wanted.name or "", given.name or ""}
+        if (
+            len({getattr(side.values[-1], "noun", "")[:4] == "mod " for side in (wanted, given)})
+            > 1
+        ):
+            return self._no("another modulus than the reference has")
         function = "f(x)" in names and {name[:1] for name in names} == {"y", "f"}
         if (
             len(names) == 1
