@@ -65,7 +65,7 @@ def answer(name: str, value: Any, model: type[Section], unless: str | None = Non
         off = str(value).lower() in OFF  # no_share=false: it is on
         return answer(f"{above}.{last[no.end() :]}".lstrip("."), off, model)
     found = _ours(plain, model, unless)
-    if not found and last in ("name", "type", "kind", "class"):  # optimizer.name
+    if not found and last in ("name", "type", "kind", "class", "enabled"):  # optimizer.name
         found = _ours(above, model, unless)
     if not found or (said := typed(found, value, model)).startswith("leave it out"):
         return said if found else ""
@@ -116,10 +116,12 @@ def _in_our_section(name: str) -> str:
     return f"{section}.{rest}" if section and rest else ""
 
 
-def _gist(name: str) -> str:
-    """The words that tell names apart: those of max_num_steps are those of total_steps."""
+def _gist(name: str, section: str = "") -> str:
+    """The words that tell names apart: those of max_num_steps are those of total_steps. section:
+    leave out the words for it, such as template of prompts.student_template."""
     words = {WORDS["same"].get(word, word) for word in name.lower().split("_")}
-    return " ".join(sorted(words - {*WORDS["filler"]}))
+    less = {word for word, ours in WORDS["sections"].items() if ours == section} | {section}
+    return " ".join(sorted(words - less - {*WORDS["filler"]}))
 
 
 @cache
@@ -133,7 +135,14 @@ def _gists() -> dict[str, str]:
 
 
 def _found(name: str, model: type[Section], unless: str | None) -> str:
-    every = [*fields_of(model)]
+    every, (first, _, rest) = [*fields_of(model)], name.partition(".")
+    # The same words in the section that is named: loss.jsd.beta, eval.interval, output.folder.
+    gist = _gist(rest.rpartition(".")[2], first)
+    inside = [field for field in every if gist and field.rpartition(".")[0] == first]
+    inside = [name] if name in every else inside
+    own = [field for field in inside if _gist(field.rpartition(".")[2], first) == gist]
+    if name not in ELSEWHERE and len(own) == 1:
+        return own[0]
     for end in _ends(name):
         if end in ELSEWHERE:
             return ELSEWHERE[end]

@@ -64,7 +64,7 @@ MISTAKES = {
     "train good.yaml train.steps 5": "did you mean train.steps=5?",
     "train good.yaml steps=5": "here it is train.steps",
     "train good.yaml train.step=5": "did you mean 'steps'?",
-    "train good.yaml trainer.steps=5": "did you mean 'train'?",
+    "train good.yaml trainer.steps=5": "here it is train.steps=5",
     "train good.yaml models.path=x": "did you mean 'model'?",
     "train good.yaml train.learning-rate=1e-5": "here it is train.learning_rate=1e-05",
     "train good.yaml train.temperature=1": "rollout.temperature=1 or loss.temperature=1",
@@ -342,6 +342,13 @@ MISTAKES = {
     "train good.yaml optimizer.type=adamw": "train.optimizer=adamw_torch_fused",
     "train good.yaml sampling.num_samples=8": "here it is rollout.group_size=8",
     "train good.yaml dataset.question_field=q": "here it is data.columns.problem=q",
+    "train good.yaml --name first": "set output.run_name=first",
+    "train good.yaml eval.interval=10": "here it is eval.every=10",
+    "train good.yaml loss.jsd.beta=0.5": "here it is loss.beta=0.5",
+    "train good.yaml prompts.student_template=hello": "here it is prompts.student=hello",
+    "train good.yaml vllm.enabled=true": "here it is rollout.engine=vllm",
+    "train good.yaml train.optimizer.learning_rate=1": "here it is train.learning_rate=1",
+    "train good.yaml eval.n_samples=4": "with several samples",
     "train good.yaml checkpoint.keep=3": "a number of checkpoints is train.save_total_limit",
 }
 
