@@ -30,10 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.field=value` overrides, and check it. Raises UserError."""
     first, *rest = load_recipe(path, overrides)
     if rest:
-        raise UserError(
-            f"CONFIG is {str(path)!r}: a recipe of {1 + len(rest)} runs (then), which only "
-            "`opsd train` runs"
-        )
+        raise UserError(f"CONFIG is {str(path)!r}: a recipe of runs (then), for `opsd train` only")
     return first
 
 
@@ -46,13 +43,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]
     path = Path(path)
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path} holds {type(values).__name__}: it must hold sections such as model: and data:"
-        )
+        raise UserError(f"{path} holds {type(values).__name__}: it needs model:, data: and so on")
     if STUDY & values.keys():
-        raise UserError(
-            f"CONFIG is {str(path)!r}: a study of several runs; `opsd compare {path}` runs it"
-        )
+        raise UserError(f"CONFIG is {str(path)!r}: a study; `opsd compare {path}` runs it")
     # A section whose lines are all commented out reads as null: treat it as absent.
     values = {key: value for key, value in values.items() if value is not None}
     values = with_overrides(values, overrides)
@@ -72,9 +65,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]
         except UserError as error:
             raise UserError(f"then: {error}") from None
         if runs[-1].output.dir in [run.output.dir for run in runs[:-1]]:
-            raise UserError(
-                f"then: output.dir is {runs[-1].output.dir!r}, which an earlier run uses"
-            )
+            raise UserError(f"then: output.dir is {runs[-1].output.dir!r}, an earlier run's")
     return runs
 
 

@@ -64,7 +64,7 @@ def test_an_interrupted_recipe_goes_on_in_its_second_run(recipe, tmp_path, capsy
         ("grpo", "then is 'grpo'"),
         ({"method": "grpo"}, "then: rollout.group_size is 1"),
         ({"method": "grpo", "rolout": {}}, "then: unknown key 'rolout'"),
-        ({"output": {"dir": "same"}}, "then: output.dir is 'same', which an earlier run uses"),
+        ({"output": {"dir": "same"}}, "then: output.dir is 'same', an earlier run's"),
     ],
 )
 def test_all_runs_are_checked_before_the_first(then, said, files, tmp_path):
@@ -77,5 +77,5 @@ def test_all_runs_are_checked_before_the_first(then, said, files, tmp_path):
 def test_the_example_is_a_recipe():
     first, second = load_recipe(EXAMPLE, ["then.train.steps=7"])
     assert (first.method, second.method, second.train.steps) == ("opsd", "grpo", 7)
-    with pytest.raises(UserError, match="a recipe of 2 runs"):
+    with pytest.raises(UserError, match="a recipe of runs"):
         load_config(EXAMPLE)
