@@ -21,17 +21,20 @@ _STATED = re.compile(
 _CORRECT = re.compile(r"(?:option |choice )?(\(?[A-J]\)?) is (?:correct|right|the answer)\.?", re.I)
 # What datasets write for a missing answer; NuminaMath writes `proof` and `notfound`.
 _NOTHING = re.compile(
-    r"[\s?.!_*-]+|#?n/a|tbd|todo|nan|null|unknown|"
+    r"[\s?.!_*-]+|#?n[./]?a\.?|tbd|todo|nan|null|unknown|error|\[none\]|(?:hence )?proved\.?|"
+    r"q\.?e\.?d\.?|no answer|answers? (?:will|may) vary\.?|i (?:do not|don't) know\.?|"
     r"(?:answer )?not ?(?:found|provided|given|available)|"
-    r"(?:the )?(?:proof|see|refer)\b.{0,30}|(?:the )?(?:final )?answer(?: is)?:?|</?answer>|"
+    r"\(?(?:the )?(?:proof|see|refer)\b.{0,30}|(?:the )?(?:final )?answer(?: is)?:?|</?answer>|"
     r"\[\]|\{\}|\\[lc]?dots|<image>|!\[.*|https?://.*",
     re.IGNORECASE,
 )
 _DICTIONARY = re.compile(r"\{\s*['\"]\w+['\"]\s*:")
 # A question, a list of all choices, or the first words of an explanation.
 _NO_ANSWER = re.compile(
-    r".*\?|.*\(A\)[^()]+\(B\)[^()]+\(C\)[^()]+.*|"
-    r"(?:we|let|since|suppose|assume|consider|note that|show|prove|to find|first)\b.* .* .*",
+    r".*\?|.*\d.*\b(?:because|explanation)\b.*|"
+    r".*\(A\)[^()]+\(B\)[^()]+\(C\)[^()]+.*|"
+    r"(?:we|let|since|suppose|assume|consider|note that|show|prove|to (?:find|solve)|it depends|"
+    r"first)\b.* .* .*",
     re.IGNORECASE | re.DOTALL,
 )
 _BOLD = re.compile(r"\*\*([^*]+)\*\*")
@@ -39,11 +42,10 @@ _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _SENTENCES = re.compile(r"[a-z\d$)}][.!?]\s+[A-Z]|[^\s,\\]\s*\n\s*\S")
 _TELLING = frozenset(
     "we so since then let get gets have has had thus therefore because hence gives find finds left "
-    "she he they which implies obtain spends adds add subtract multiply divide was were "
-    "depends".split()
+    "she he they which implies obtain spends adds add subtract multiply divide was were".split()
 )
 _UNFINISHED = re.compile(
-    r"(?:[=*/^_<(\[,]|\\(?:frac|sqrt|text|boxed|cdot|times|left)?|(?<!\^)\+|(?<![\d}^])-)\s*\$?$"
+    r"(?:[=/^_<(\[,]|\\(?:frac|sqrt|text|boxed|cdot|times|left)?|(?<!\^)[+*]|(?<![\d}^])-)\s*\$?$"
 )
 
 
