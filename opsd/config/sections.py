@@ -314,7 +314,7 @@ class RolloutSection(Section):
     """opsd, distill: who writes the text that is learnt from. student is on-policy; reference is
     prompts.target."""
     group_size: Count = 1
-    """Rollouts for each problem (G)."""
+    """Rollouts for each problem (G). opsd, distill: as many other problems teach far more."""
     max_new_tokens: Count = 1024
     """Longest rollout, in tokens."""
     temperature: Positive = 1.0
