@@ -12,7 +12,7 @@ from opsd.common.errors import UserError
 from opsd.common.format import duration, number, size
 from opsd.config.compatibility import refused
 from opsd.config.config import Config
-from opsd.config.load import load_config, merge, parse_config, with_overrides
+from opsd.config.load import merge, parse_config
 from opsd.models.load import window
 from opsd.plan.architectures import architecture
 from opsd.plan.memory import Memory, Planner
@@ -57,10 +57,8 @@ class Plan:
         display.table("Tokens a step", ["", "tokens"], tokens_of)
 
 
-def plan_command(asked: argparse.Namespace, display: Display) -> None:
-    """Shows the plan of a config, or of a model with the default settings; with --json the display
-    has the progress only. Raises UserError."""
-    config = _config(asked)
+def plan_command(asked: argparse.Namespace, config: Config, display: Display) -> None:
+    """Shows the config's plan; with --json the display has the progress only. Raises UserError."""
     student = architecture(config.model)
     gpu, gpus = asked.gpu, asked.gpus
     lengths = Lengths(asked.prompt_tokens, asked.solution_tokens, config.rollout.max_new_tokens)
@@ -129,21 +127,15 @@ def _show(
         )
 
 
-def _config(asked: argparse.Namespace) -> Config:
-    if asked.model.endswith((".yaml", ".yml")):
-        return load_config(asked.model, asked.overrides)
-    overrides = [f"model.path={json.dumps(asked.model)}", "data.source=none", *asked.overrides]
-    return parse_config(with_overrides({}, overrides))
-
-
 def _check_window(student: PreTrainedConfig, lengths: Lengths) -> int:
     """Returns the longest sequence's tokens. Raises UserError if the model's window is shorter."""
     most = window(student)
     longest = lengths.prompt + lengths.solution + lengths.rollout
     if most is not None and longest > most:
         raise UserError(
-            f"--prompt-tokens, --solution-tokens and rollout.max_new_tokens are {longest} "
-            f"together: the model's window is {most}"
+            f"--prompt-tokens {lengths.prompt}, --solution-tokens {lengths.solution} and "
+            f"rollout.max_new_tokens={lengths.rollout} are {longest} together: the model's window "
+            f"is {most}; make one smaller"
         )
     return longest
 

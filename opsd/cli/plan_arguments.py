@@ -1,6 +1,7 @@
 """The arguments of `opsd plan`, which are checked before torch is imported."""
 
 import argparse
+import json
 import re
 import sys
 
@@ -8,6 +9,8 @@ from opsd.cli.arguments import add_options, check_at_least
 from opsd.common.errors import UserError
 from opsd.common.format import size
 from opsd.common.near import nearest
+from opsd.config.config import Config
+from opsd.config.load import load_config, parse_config, with_overrides
 from opsd.plan.gpus import GPU, GPUS, find_gpu
 
 _UNITS = {"G": 1e9, "GB": 1e9, "GIB": 2**30, "M": 1e6, "MB": 1e6, "MIB": 2**20}
@@ -21,14 +24,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Shows the plan. Raises UserError."""
     check(parsed)
-    from opsd.cli.first_look import import_torch
+    from opsd.cli.first_look import check_model, import_torch
     from opsd.common.display import Display
 
+    config = _config(parsed)
+    if config.model.gguf_file is None and not config.model.path.endswith(".json"):
+        check_model(config.model.path, "model.path")
     display = Display(file=sys.stderr if parsed.json else None)
     import_torch(display)
     from opsd.cli.plan import plan_command
 
-    plan_command(parsed, display)
+    plan_command(parsed, config, display)
+
+
+def _config(parsed: argparse.Namespace) -> Config:
+    """The config, or the default settings for a model."""
+    if parsed.model.endswith((".yaml", ".yml")):
+        return load_config(parsed.model, parsed.overrides)
+    overrides = [f"model.path={json.dumps(parsed.model)}", "data.source=none", *parsed.overrides]
+    return parse_config(with_overrides({}, overrides))
 
 
 def check(parsed: argparse.Namespace) -> None:

@@ -128,9 +128,9 @@ def read_results(run_dir: Path) -> Results:
     if not run_dir.is_dir():
         several = str(run_dir).split(",")
         if all(Path(one).is_dir() for one in several):
-            raise UserError(f"report: {run_dir} is not a directory: write `{' '.join(several)}`")
+            raise UserError(f"{run_dir} is not a directory: write `{' '.join(several)}`")
         raise UserError(
-            f"report: {run_dir} is not a directory; give the directory of a run{near_file(run_dir)}"
+            f"{run_dir} is not a directory; give the directory of a run{near_file(run_dir)}"
         )
     reader = Reader()
     summary = reader.file(run_dir / "summary.json", Summary)
@@ -147,7 +147,7 @@ def read_results(run_dir: Path) -> Results:
         above = any((run_dir.parent / mark).is_file() for mark in (*MARKS, "config.yaml"))
         hint = f"; did you mean {str(run_dir.parent)!r}?" if above else ""
         raise UserError(
-            f"report: {run_dir} holds no run{hint}; a run's directory has one of "
+            f"{run_dir} holds no run{hint}; a run's directory has one of "
             f"{', '.join(MARKS)}, a quickstart's has one such directory a method"
         )
     if quickstart:
