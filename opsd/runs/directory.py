@@ -199,7 +199,7 @@ def check_unclaimed(directory: Path) -> None:
 
 
 def is_done(directory: Path, config: Config) -> bool:
-    """Whether the directory holds the finished run of this config."""
+    """Whether the directory holds the finished run of this config, and no longer one is asked."""
     mine = directory / CONFIG
     if not (directory / "summary.json").is_file():
         return False
@@ -208,7 +208,9 @@ def is_done(directory: Path, config: Config) -> bool:
     config.prompts.date = config.prompts.date or kept.get("prompts.date")
     if config.train.precision == "auto":
         config.train.precision = kept["train.precision"]
-    return not _changed(mine, config)
+    asked = _flat(config.model_dump())
+    same_length = all(asked[name] == kept[name] for name in ("train.steps", "train.token_budget"))
+    return same_length and not _changed(mine, config)
 
 
 @contextmanager

@@ -129,8 +129,9 @@ def test_the_output_directory_is_respected(config, tmp_path, capsys):
     line = refused(capsys, "train", config, f"output.dir={foreign / 'thesis.txt'}")
     assert "a file is in the way" in line
     assert (run / "model" / "model.safetensors").read_bytes() == weights
-    # A finished run without checkpoints starts again when told so by name.
-    assert "--start-over" in refused(capsys, "train", config, "--resume")
+    # A finished run starts again when told so by name.
+    assert main(["train", str(config), "--resume"]) == 0
+    assert f"{run} is done" in capsys.readouterr().out
     assert main(["train", str(config), "--resume", "--start-over"]) == 0
     assert (run / "model" / "model.safetensors").read_bytes() == weights
 
