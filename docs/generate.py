@@ -20,6 +20,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from figure import kernel_figure
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 import opsd
@@ -187,6 +188,8 @@ def kind(annotation: Any) -> str:
     """A type in words."""
     arguments = get_args(annotation)
     if get_origin(annotation) is Annotated:
+        if isinstance(arguments[1], BeforeValidator):
+            return kind(arguments[1].json_schema_input_type)
         return f"{kind(arguments[0])} {', '.join(bounds_of(arguments[1]))}"
     if get_origin(annotation) is Literal:
         words = {True: "true", False: "false"}

@@ -143,7 +143,7 @@ def _mixture(config: Config) -> Iterator[str]:
 
 def _routes(config: Config) -> Iterator[str]:
     teacher, method, source = config.teacher, config.method, config.data.source
-    sources = [] if isinstance(source, str) else [s for s in source if not isinstance(s, str)]
+    sources = [] if isinstance(source, str) else source
     for name in (one.teacher for one in sources if one.teacher is not None):
         if name not in teacher.routes:
             yield f"teacher.routes: a source (data.source) has the teacher {name!r}"

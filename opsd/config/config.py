@@ -7,12 +7,12 @@ from pydantic import ValidationError, model_validator
 from opsd.common.errors import UserError
 from opsd.config import compatibility
 from opsd.config.base import Section
+from opsd.config.data import DataSection
 from opsd.config.explain import explain_all
 from opsd.config.flat import nested
 from opsd.config.loss import LossSection
 from opsd.config.names import Method
 from opsd.config.sections import (
-    DataSection,
     EvalSection,
     ModelSection,
     OutputSection,

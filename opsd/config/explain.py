@@ -19,15 +19,27 @@ TRUTH |= {"no": "false", "off": "false", "false": "false"}
 UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 COUNTED = r"s|sec(ond)?s?|(step|token|problem|row|sample|example|rollout|nat)s?"
+SINGLE = {"str": "string_", "float": "float_", "int": "int_"}  # members of unions → their errors
 ONE = "; one value at a time: `opsd compare` runs several configs, or seeds"
 
 
 def explain_all(error: ValidationError, model: type[Section]) -> str:
     """Explain pydantic's errors, the first SHOWN_PROBLEMS of them, separated by semicolons."""
-    problems = error.errors()
+    problems = [*filter(None, map(_placed, error.errors()))]
     said = [explain(problem, model) for problem in problems[:SHOWN_PROBLEMS]]
     said += [f"and {len(problems) - SHOWN_PROBLEMS} more"] * (len(problems) > SHOWN_PROBLEMS)
     return "; ".join(dict.fromkeys(said))
+
+
+def _placed(problem: Any) -> Any:
+    """The problem without what pydantic calls the members of a union in its place, such as
+    data.source.list[SourceSection].0; None if a list was tried as a single value."""
+    place = problem["loc"]
+    if len(place) > 1 and problem["type"].startswith(SINGLE.get(place[-1], "none")):
+        place = place[:-1]
+        if isinstance(problem["input"], list):
+            return None
+    return {**problem, "loc": tuple(part for part in place if not str(part).startswith("list["))}
 
 
 def explain(problem: Any, model: type[Section]) -> str:
@@ -91,6 +103,13 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
     if kind in ("model_type", "model_attributes_type"):
         own = [field for field in fields_of(model) if field.startswith(f"{name}.")]
         key, colon, rest = str(value).partition(":")
+        if not own:  # a section of a list, or of several by name
+            first = next((one for one in fields_of(model) if one.startswith(f"{section}.")), "")
+            field = first.rpartition(".")[2] or "source"  # of data.source
+            inside = f"{{{field}: {value if isinstance(value, str) else '…'}}}"
+            one = name.rpartition(".")[2]
+            inside = f"[{inside}]" if one.isdecimal() else f"{{{one}: {inside}}}"
+            return f"; each has fields, as in {section}={inside}"
         if colon and f"{name}.{key}" in own:
             return f"; YAML needs a space after the colon: `{key}: {rest}`"
         if isinstance(value, list):
@@ -107,7 +126,9 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
     if value is None and ":" in name:
         pair = name.rpartition(".")[2].replace(":", ": ")
         return f"; YAML needs a space after the colon: `{pair}`"
-    if isinstance(value, list) and kind != "too_short":
+    if kind == "dict_type":
+        return f"; write {name}={{name: value}}"
+    if isinstance(value, list) and kind not in ("too_short", "value_error"):
         return ONE
     if isinstance(value, dict) and name:  # train.optimizer as a section
         flat = ((key, answer(key, inside, model)) for key, inside in _leaves(name, value))
@@ -162,5 +183,11 @@ def number_meant(text: str, kind: str) -> str:
 def _known(location: Sequence[str], model: Any) -> list[str]:
     for part in location:
         field = None if part.isdigit() else model.model_fields.get(part)
-        model = section_of(field.annotation) if field and section_of(field.annotation) else model
+        model = (_section_in(field.annotation) or model) if field else model
     return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, or that the items of its list are."""
+    inside = map(_section_in, getattr(annotation, "__args__", ()))
+    return section_of(annotation) or next(filter(None, inside), None)

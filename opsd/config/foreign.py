@@ -189,7 +189,7 @@ def typed(found: str, value: Any, model: type[Section]) -> str:
             return "leave it out: that is off"
         return f"{field}={quoted[2] if word in OFF else quoted[1]}"
     if field.startswith(OPEN):
-        text = value if isinstance(value, str) else json.dumps(value)
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
         return _with(field, text) if "chat" in field or isinstance(value, str) else field
     if note.startswith("a section: "):
         off = "leave it out: that is off" if word in OFF else note.removeprefix("a section: ")
@@ -230,7 +230,7 @@ def _assigned(field: str, value: Any, model: Any) -> str:
         return f"{field} ({said.removesuffix('?')})"
     if isinstance(said, str) and "list" in str(kind.annotation) and "," in said:
         said = f"[{said.strip('[]')}]"
-    text = said if isinstance(said, str) else json.dumps(said)
+    text = said if isinstance(said, str) else json.dumps(said, default=str)
     try:
         model.model_validate({last: load_yaml(text)})
     except ValidationError as error:

@@ -130,7 +130,7 @@ def shows_images(config: Config) -> bool:
     """Whether a column of images is named for any of the rows."""
     sources = config.data.source if isinstance(config.data.source, list) else []
     given = [config.data.columns, config.eval.columns or {}]
-    given += [source.columns for source in sources if not isinstance(source, str)]
+    given += [source.columns for source in sources]
     return any("images" in columns for columns in given)
 
 

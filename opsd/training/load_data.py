@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.config.config import Config
+from opsd.config.data import SHARED, DataSection, SourceSection
 from opsd.config.requirements import (
     compares_answers,
     held_out_teacher_role,
@@ -23,7 +24,7 @@ from opsd.config.requirements import (
     uses_targets,
     uses_teacher_prompt,
 )
-from opsd.config.sections import DataSection, EvalSection, SourceSection
+from opsd.config.sections import EvalSection
 from opsd.data.context_check import ContextCheck
 from opsd.data.length_filter import fitting_held_out, fitting_rows
 from opsd.data.prompts import Prompts
@@ -137,11 +138,10 @@ def _variations(
 
 
 def sources(data: DataSection) -> list[SourceSection]:
-    """The sources in `data`. A field that a source does not set comes from `data`."""
-    given = data.source if isinstance(data.source, list) else [data.source]
-    own = [SourceSection(source=one) if isinstance(one, str) else one for one in given]
-    shared = {name: getattr(data, name) for name in ("columns", "split", "limit", "options")}
-    return [one.model_copy(update=shared | one.model_dump(exclude_unset=True)) for one in own]
+    """The sources in `data`."""
+    if isinstance(data.source, list):
+        return data.source
+    return [SourceSection(source=data.source, **{name: getattr(data, name) for name in SHARED})]
 
 
 def first_rows(config: Config) -> None:

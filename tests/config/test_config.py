@@ -1,5 +1,7 @@
 """The config: what is refused, in which words, and what is filled in."""
 
+import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ import yaml
 
 from opsd.common.errors import UserError
 from opsd.config.config import Config
-from opsd.config.load import describe, load_config, parse_config, save_config
+from opsd.config.foreign import section_of
+from opsd.config.load import describe, load_config, parse_config, save_config, with_overrides
 from opsd.config.loss import GateSection, RewardSection, WeightsSection
 from opsd.config.sections import (
     CollapseSection,
@@ -162,3 +165,68 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     path.symlink_to("/proc/self/mem")
     with pytest.raises(UserError, match=f"{path}.*: it cannot be read .Input/output error"):
         load_config(path)
+
+
+def test_several_sources_are_the_same_from_the_saved_config(tmp_path):
+    """A field that a source leaves out is data's, also in the config that a resumed run reads."""
+    sources = ["a.jsonl", {"source": "b.jsonl", "limit": 3}]
+    data = {"source": sources, "columns": {"problem": "q"}, "split": "dev", "limit": 9}
+    config = parse_config({**GOOD, "data": data})
+    save_config(config, tmp_path / "config.yaml")
+    again = load_config(tmp_path / "config.yaml")
+    for one in (config, again):
+        assert [source.columns for source in one.data.source] == [{"problem": "q"}] * 2
+        assert [(source.split, source.limit) for source in one.data.source] == [
+            ("dev", 9),
+            ("dev", 3),
+        ]
+
+
+OF_LISTS = {
+    "data.source=[]": "data.source is []: it must be a source's name, or a list of sources",
+    "data.source=null": "it must be a source's name, or a list of sources",
+    "data.source=[{source: a, wieght: 2}]": "in section 'data.source.0'; did you mean 'weight'?",
+    "data.source=[{source: a, weight: x}]": "data.source.0.weight is 'x': input should be a valid",
+    "data.source=[1]": "data.source.0 is 1: input should be a valid dictionary",
+    "loss.gates=[share]": "each has fields, as in loss.gates=[{gate: share}]",
+    "teacher.mix=[{coefficient: [1, a]}]": "teacher.mix.0.coefficient.1 is 'a'",
+    "teacher.routes={x: 5}": "each has fields, as in teacher.routes={x: {policy: …}}",
+    "prompts.contexts=[a]": "write prompts.contexts={name: value}",
+    "train=2026-11-28": "it is a section",
+}
+
+
+@pytest.mark.parametrize("override", OF_LISTS)
+def test_the_item_of_a_list_is_named(override):
+    with pytest.raises(UserError) as raised:
+        parse_config(with_overrides(copy.deepcopy(GOOD), [override]))
+    assert OF_LISTS[override] in str(raised.value)
+    assert "list[" not in str(raised.value) and ".str" not in str(raised.value)
+
+
+ODD = [[], ["a"], [{}], {"a": {"b": 1}}, True, None, "", "a/b", "1,2", "a: b", 10**30, {1}]
+
+
+def _names(model, prefix=""):
+    """The fields that hold sections, lists or names with values, and each section's first."""
+    for number, (name, field) in enumerate(model.model_fields.items()):
+        inside = section_of(field.annotation)
+        if inside:
+            yield from _names(inside, f"{prefix}{name}.")
+        if inside or number == 0 or re.search("list|dict", str(field.annotation)):
+            yield f"{prefix}{name}"
+
+
+@pytest.mark.parametrize("name", [*_names(Config), "train.learning_rate", "loss.divergence"])
+def test_no_value_of_a_field_is_an_internal_error(name):
+    for value in ODD:
+        values = copy.deepcopy(GOOD)
+        *above, last = name.split(".")
+        place = values
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = copy.deepcopy(value)
+        try:
+            parse_config(values)
+        except UserError as error:
+            assert "\n" not in str(error)

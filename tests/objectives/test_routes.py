@@ -23,8 +23,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from opsd.common.errors import UserError
+from opsd.config.data import SourceSection
 from opsd.config.loss import LossSection
-from opsd.config.sections import SourceSection
 from opsd.data.prompts import Prompts
 from opsd.models.teacher import Member
 from opsd.objectives import GRPO, OPSD, Distill, Problem, Totals
