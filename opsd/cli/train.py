@@ -46,7 +46,7 @@ def run(parsed: argparse.Namespace) -> None:
     from opsd.cli.plan_arguments import machine_of
     from opsd.common.display import Display
     from opsd.config.load import load_recipe
-    from opsd.runs.directory import CONFIG, check_unclaimed, is_done
+    from opsd.runs.directory import CONFIG, check_unclaimed, checkpoints_in, is_done
 
     overrides = [*parsed.overrides, *(["train.share_prefixes=false"] if parsed.no_share else [])]
     file = Path(parsed.config)
@@ -72,9 +72,11 @@ def run(parsed: argparse.Namespace) -> None:
             dry_run(config, display, machine)
         return
     for config in runs:
-        done = parsed.resume and is_done(Path(config.output.dir), config)
-        if done and (len(runs) > 1 or not parsed.start_over):
-            display.note(f"{config.output.dir} is done")
+        directory = Path(config.output.dir)
+        # A run by itself is looked at again from its last checkpoint, if it has kept one.
+        again = parsed.start_over or checkpoints_in(directory) or not (directory / "model").is_dir()
+        if parsed.resume and is_done(directory, config) and (len(runs) > 1 or not again):
+            display.note(f"{directory} is done")
         else:
             _train(config, display, parsed)
 

@@ -331,9 +331,9 @@ def test_what_nobody_wants_any_more_is_not_asked_for(fake, tmp_path):
 @pytest.mark.parametrize(
     "sections, said",
     [
-        ({"rollout": {"engine": "generate", "server": None}}, r"ahead is 1: .*'generate' samples"),
+        ({"rollout": {"engine": "generate", "server": None}}, r"ahead is 1: only a server samples"),
         ({"method": "sft"}, r"rollout\.ahead is 1: sft has no rollouts"),
-        ({"loss": {"importance_bound": None}}, r"ahead is 1: .*importance_bound corrects"),
+        ({"loss": {"importance_bound": None}}, r"ahead is 1: .*importance_bound must correct"),
         ({"rollout": {"ahead": 2}}, r"rollout\.ahead"),
     ],
 )
