@@ -42,7 +42,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal: int | None = None  # the first signal received
-        self._holding = False
+        self._holding = self._raised = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
@@ -51,15 +51,18 @@ class Interruption:
                 self._before[number] = signal.signal(number, self._received)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._raised and self.signal is not None and kind is RuntimeError:
+            raise Stopped(self.signal)  # torch.save makes its own error of ours, in C++
 
     def _received(self, number: int, _) -> None:
         again, self.signal = self.signal is not None, self.signal or number
         if again and number == signal.SIGTERM:
             return  # the process is ending already
         if again or not self._holding:
+            self._raised = True
             raise Stopped(number)
 
     def hold(self) -> None:

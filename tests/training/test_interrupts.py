@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM at any point of a run: the steps that are done are saved, and the run goes on
 from there bit for bit as one that nobody disturbed."""
 
+import io
 import os
 import signal
 
@@ -11,6 +12,7 @@ from helpers.training_cases import short_config, timeless
 from safetensors.torch import load_file
 
 from opsd.cli.main import main
+from opsd.common.ending import Interruption, Stopped
 from opsd.config.load import save_config
 from opsd.rollout import GenerateSampler
 from opsd.runs.log import FILES, RunLog
@@ -146,3 +148,20 @@ def test_starting_over_is_asked_for_by_name(files, tmp_path, capsys):
     assert (place / "metrics.jsonl").read_bytes() == before
     assert main(["train", str(place), "--resume", "--start-over"]) == 0
     assert "4 steps were not saved" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_torch_writes_is_no_error_of_ours():
+    """torch.save writes a file's end after our exception, and then tells an error of its own."""
+
+    class Interrupted(io.BytesIO):
+        sent = False
+
+        def write(self, data) -> int:
+            if 0 < self.tell() and not self.sent:
+                self.sent = True
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().write(data)
+
+    with pytest.raises(Stopped) as raised, Interruption():
+        torch.save({"weight": torch.zeros(100_000)}, Interrupted())
+    assert raised.value.number == signal.SIGINT
