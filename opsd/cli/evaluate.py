@@ -155,7 +155,8 @@ def _sampling(
     if (limit := window(subject.config)) is not None:
         room = limit - max(map(len, contexts))
         if room < 1:
-            raise UserError(f"--benchmark: a problem exceeds the model's window of {limit} tokens")
+            said = f"--benchmark is {asked.benchmark!r}: a problem exceeds the model's window"
+            raise UserError(f"{said} of {limit} tokens")
         if asked.max_new_tokens and longest > room:
             raise UserError(f"--max-new-tokens is {longest}: the model's window leaves {room}")
         longest = min(longest, room)

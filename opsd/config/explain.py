@@ -101,33 +101,13 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
     if other := VALUES.get(re.sub(r"\.\d+$", "", name), {}).get(word):
         return f"; {other}" if " " in other else f"; did you mean {other!r}?"
     if kind in ("model_type", "model_attributes_type"):
-        own = [field for field in fields_of(model) if field.startswith(f"{name}.")]
-        key, colon, rest = str(value).partition(":")
-        if not own:  # a section of a list, or of several by name
-            first = next((one for one in fields_of(model) if one.startswith(f"{section}.")), "")
-            field = first.rpartition(".")[2] or "source"  # of data.source
-            inside = f"{{{field}: {value if isinstance(value, str) else '…'}}}"
-            one = name.rpartition(".")[2]
-            inside = f"[{inside}]" if one.isdecimal() else f"{{{one}: {inside}}}"
-            return f"; each has fields, as in {section}={inside}"
-        if colon and f"{name}.{key}" in own:
-            return f"; YAML needs a space after the colon: `{key}: {rest}`"
-        if isinstance(value, list):
-            listed = (said for field in own if "=[" in (said := typed(field, value, model)))
-            first = next(listed, f"{own[0]}=…")
-            return f"; it is a section: write its fields without `- `, as in {first}"
-        # First the fields that take few values, such as teacher.policy, and this one.
-        own.sort(key=lambda field: "=" in typed(field, "any", model))
-        takes = (said for field in own if "=" in (said := typed(here(field, model), value, model)))
-        plain = isinstance(value, bool) or str(value).lower() in TRUTH
-        return f"; it is a section, as in {f'{own[0]}=…' if plain else next(takes, f'{own[0]}=…')}"
-    if kind == "dict_type" and name.endswith("columns"):
-        return f"; write {name}={{problem: question}}, our column and theirs"
+        return _section_meant(name, value, model)
     if value is None and ":" in name:
         pair = name.rpartition(".")[2].replace(":", ": ")
         return f"; YAML needs a space after the colon: `{pair}`"
     if kind == "dict_type":
-        return f"; write {name}={{name: value}}"
+        columns = "{problem: question}, our column and theirs"
+        return f"; write {name}={columns if name.endswith('columns') else '{name: value}'}"
     if isinstance(value, list) and kind not in ("too_short", "value_error"):
         return ONE
     if isinstance(value, dict) and name:  # train.optimizer as a section
@@ -156,6 +136,30 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
     if name == "rollout.gpu_memory" and re.search(r"\d\s*[kmg]", value.lower()):
         return "; it is a share of the GPU's memory, such as 0.4"
     return number_meant(value, kind.removesuffix("_parsing"))
+
+
+def _section_meant(name: str, value: Any, model: type[Section]) -> str:
+    """The same where a section is to be, and something else is."""
+    above, _, last = name.rpartition(".")
+    own = [field for field in fields_of(model) if field.startswith(f"{name}.")]
+    key, colon, rest = str(value).partition(":")
+    if not own:  # a section of a list, or of several by name
+        first = next((one for one in fields_of(model) if one.startswith(f"{above}.")), "")
+        field = first.rpartition(".")[2] or "source"  # of data.source
+        inside = f"{{{field}: {value if isinstance(value, str) else '…'}}}"
+        inside = f"[{inside}]" if last.isdecimal() else f"{{{last}: {inside}}}"
+        return f"; each has fields, as in {above}={inside}"
+    if colon and f"{name}.{key}" in own:
+        return f"; YAML needs a space after the colon: `{key}: {rest}`"
+    if isinstance(value, list):
+        listed = (said for field in own if "=[" in (said := typed(field, value, model)))
+        first = next(listed, f"{own[0]}=…")
+        return f"; it is a section: write its fields without `- `, as in {first}"
+    # First the fields that take few values, such as teacher.policy, and this one.
+    own.sort(key=lambda field: "=" in typed(field, "any", model))
+    takes = (said for field in own if "=" in (said := typed(here(field, model), value, model)))
+    plain = isinstance(value, bool) or str(value).lower() in TRUTH
+    return f"; it is a section, as in {f'{own[0]}=…' if plain else next(takes, f'{own[0]}=…')}"
 
 
 def number_meant(text: str, kind: str) -> str:

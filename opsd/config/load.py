@@ -30,7 +30,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.field=value` overrides, and check it. Raises UserError."""
     first, *rest = load_recipe(path, overrides)
     if rest:
-        raise UserError(f"CONFIG is {str(path)!r}: a recipe of runs (then), for `opsd train` only")
+        runs = f"{1 + len(rest)} runs (then)"
+        raise UserError(f"CONFIG is {str(path)!r}: a recipe of {runs}, for `opsd train` only")
     return first
 
 

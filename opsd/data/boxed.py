@@ -1,58 +1,11 @@
 r"""Find the answer that a text puts into boxes: `\boxed{…}`."""
 
-import re
 from dataclasses import dataclass
 
-_TOKENS = re.compile(
-    r"\\(?:boxed|fbox|framebox)(?![A-Za-z])(?:\[[^\[\]]{0,20}\])?\s*(\{?)|\\.|[{}]", re.DOTALL
-)
-# What a box without braces holds, `\boxed 7`: up to the formula's `$`, else a number or command.
-_TO_DOLLAR = re.compile(r"([^${}\n]{0,80}(?:\{[^${}\n]{0,40}\}[^${}\n]{0,40}){0,6})\$")
-_BARE = re.compile(
-    r"[-+]?\s*\d[\d.,]*(?<![.,])(?:\s*\\?%)?|[-+]?\\[A-Za-z]+\s*(?:\{[^{}\n]{0,60}\}\s*){1,3}|"
-    r"[-+]?\\[A-Za-z]+\d{0,2}|[A-Za-z](?![A-Za-z])|\([^()\n]{1,60}\)"
-)
-# `*+` does not backtrack: text that matches in two ways would be tried in all combinations.
-_PLACEHOLDER = re.compile(
-    r"(?:\s|\\[ ,;:!]|\\q?quad|\\[lc]?dots|\\square|\\Box|\\cdots?|\\_|\.\.\.|[?_.…{}\[\]<>$~-]|"
-    r"\\(?:text|phantom|mathrm|textbf)\s*(?=\{))*+"
-    r"(?:(?:your |the |my )?(?:final )?(?:answer|result|solution)(?: goes)?(?: here)?)?"
-    r"[\s}\]>.?$]*",
-    re.IGNORECASE,
-)
-_LABEL = r"(?:\(?[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?"
-# The text between boxes that hold parts of one answer: `and`, commas, the next part's label.
-_JOINT = re.compile(
-    r"(?P<blank>\s*)|"
-    r"(?:[\s$,;&]|\\[ ,;]|\\\\|\\q?quad|\\\)|\\\(|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|"
-    r"\b(?:and|or|perhaps|maybe|possibly)\b|(?:[.*\s]*\bpart\s*)?[.*\s]*\(?(?:[a-h1-9]|i{1,3}|iv|v)\)[\s*:]*|:)*+"
-    + _LABEL
-    + r"[\s$]*",
-    re.IGNORECASE,
-)
-_PART = re.compile(r"\b(?:[b-h2-9]|i{2,3}|iv|v)\)")
-_NAMED = re.compile(r"(?<![A-Za-z\\])([A-Za-z](?:_\{?\w\}?)?)\s*=\s*$")
-# What takes a box back: words before it or a line through it, words after it, a question mark that
-# nothing answers. `not 6 but \boxed{7}` and `\boxed{7}. No others exist.` do not.
-_DENIED_BEFORE = re.compile(
-    r"(?:(?:\b(?:not|never|cannot|anything but|reject)|n't)(?: (?:be|equal|to|just|simply|conclude|"
-    r"say|the (?:final )?answer))*|\b(?:wrong|incorrect|false) to (?:say|claim|answer|conclude)|"
-    r"\b(?:wrong|incorrect|false|naive) (?:answer|guess|value|result)s? (?:is|was|would be)|"
-    r"\bcontradiction,? that\b[^.]*|~~|<(?:del|s)>|\\(?:[bx]?cancel|sout|st)\s*\{)[\s$:*(\\\[]*$",
-    re.IGNORECASE,
-)
-_DENIED_AFTER = re.compile(
-    r"[\s$*)\\\]},\u2014\u2013-]*(?:[❌✗✘]|\(?(?:wrong|incorrect)\b|if\b[^.]*\bbut\b|"
-    r"(?:does not|doesn't|cannot|can't) (?:work|satisfy|fit|hold|solve|match|be)|fails\b|"
-    r"(?:which )?(?:is|was|seems|would be) (?:\w+ )?(?:(?:wrong|incorrect|false)\b|too \w+\b|"
-    r"not (?:right|correct|(?:the|my) (?:\w+ )?answer\b))|"
-    r"[.!?;]*\s*(?:(?:hmm|wait|oh|oops|no|but|sorry|actually)\b[^\w]*)*(?:scratch that|"
-    r"on second thought|correction:|(?:that|this|it) (?:fails|does not work|doesn't work)|"
-    r"(?:that|this|it)(?:'s| is| was| seems)(?: \w+)? (?:wrong|incorrect|not (?:right|correct))"
-    r"(?! to\b| that\b))|[.!;]*\s*(?:hmm|wait|oh|oops|actually)[^\w]*no\b(?! other| more)|"
-    r"\?(?!.*(?:\b(?:yes|indeed|correct|right|true)\b|[✓✔✅])))",
-    re.IGNORECASE | re.DOTALL,
-)
+from opsd.common.files import read_toml
+from opsd.common.forms import forms
+
+FORM = forms(read_toml(__file__, "answers")["boxed"])
 _LONGEST_JOINT = 60
 
 
@@ -72,14 +25,16 @@ def boxes(text: str) -> tuple[list[Box], bool]:
     found: list[Box] = []
     latest = -1  # the start of the last closed box
     last_command = -1
-    for token in _TOKENS.finditer(text):
+    for token in FORM.tokens.finditer(text):
         symbol = token.group()
         if symbol.startswith(("\\b", "\\f")) and len(symbol) > 2:
             last_command = token.start()
             if token[1]:
                 open_starts.append((token.start(), token.end()))
-            elif bare := _TO_DOLLAR.match(text, token.end()) or _BARE.match(text, token.end()):
-                content = bare[1] if bare.re is _TO_DOLLAR else bare[0]
+            elif bare := FORM.to_dollar.match(text, token.end()) or FORM.bare.match(
+                text, token.end()
+            ):
+                content = bare[1] if bare.re is FORM.to_dollar else bare[0]
                 if content.strip() and "\\boxed" not in content:
                     found.append(Box(token.start(), token.end() + len(content), content.strip()))
                     latest = token.start()
@@ -96,7 +51,7 @@ def boxes(text: str) -> tuple[list[Box], bool]:
 
 def is_placeholder(content: str) -> bool:
     r"""Whether a box has no answer: `\boxed{}`, `\boxed{\ldots}`, `\boxed{\text{your answer}}`."""
-    return len(content) < 80 and bool(_PLACEHOLDER.fullmatch(content))
+    return len(content) < 80 and bool(FORM.placeholder.fullmatch(content))
 
 
 def last_boxed(text: str) -> str | None:
@@ -115,7 +70,7 @@ def last_boxed(text: str) -> str | None:
     if not real:
         return None
     before, after = text[max(0, real[-1].start - 60) : real[-1].start], text[real[-1].end :][:100]
-    denied = _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after)
+    denied = FORM.denied_before.search(before) or FORM.denied_after.match(after)
     return f"\\text{{not }}{real[-1].content}" if denied else joined(text, real)[0]
 
 
@@ -124,8 +79,8 @@ def joined(text: str, real: list[Box]) -> tuple[str, int]:
     parts = [real[-1]]  # the last one first
     for box in real[-2::-1]:
         between = text[box.end : parts[-1].start]
-        joint = _JOINT.fullmatch(between) if len(between) <= _LONGEST_JOINT else None
-        labelled = _PART.search(between) or _named_apart(text, box, parts[-1])
+        joint = FORM.joint.fullmatch(between) if len(between) <= _LONGEST_JOINT else None
+        labelled = FORM.part.search(between) or _named_apart(text, box, parts[-1])
         if joint is None or (between.count("\n") > 1 and not labelled):
             break
         if joint["blank"] is not None and box.content == parts[-1].content:
@@ -144,7 +99,7 @@ def joined(text: str, real: list[Box]) -> tuple[str, int]:
 
 def _name(text: str, box: Box) -> str:
     """The name before a box, `x` in `x = \\boxed{3}`; "" if there is none."""
-    named = _NAMED.search(text, max(0, box.start - 20), box.start)
+    named = FORM.named.search(text, max(0, box.start - 20), box.start)
     return named[1] if named else ""
 
 

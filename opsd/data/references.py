@@ -7,46 +7,13 @@ refused before the run begins, by row and column.
 import ast
 import re
 
+from opsd.common.files import read_toml
+from opsd.common.forms import forms
 from opsd.data.boxed import boxes, is_placeholder, joined
 
 MOST_CHARACTERS = 4000
 
-_STATED = re.compile(
-    r"(?:^|[\n.:!。\uff0c,\uff1b]\s*)(?:(?:so|thus|hence|therefore|and|所以|因此|故)\b)?,?\s*"
-    r"(?:(?:the )?(?:final |correct )?(?:answer|option|choice)(?: is|:|=)|"
-    r"(?:所以|因此|故)?(?:最终)?答案[是为]?)\s*[:\uff1a]?\s*"
-    r"([^\n]{1,200}?)[.。\uff0e]?(?: I hope it is correct\.)?\s*$",
-    re.IGNORECASE,
-)
-_CORRECT = re.compile(r"(?:option |choice )?(\(?[A-J]\)?) is (?:correct|right|the answer)\.?", re.I)
-# What datasets write for a missing answer; NuminaMath writes `proof` and `notfound`.
-_NOTHING = re.compile(
-    r"[\s?.!_*-]+|#?n[./]?a\.?|tbd|todo|nan|null|unknown|error|\[none\]|(?:hence )?proved\.?|"
-    r"q\.?e\.?d\.?|no answer|answers? (?:will|may) vary\.?|i (?:do not|don't) know\.?|"
-    r"(?:answer )?not ?(?:found|provided|given|available)|"
-    r"\(?(?:the )?(?:proof|see|refer)\b.{0,30}|(?:the )?(?:final )?answer(?: is)?:?|</?answer>|"
-    r"\[\]|\{\}|\\[lc]?dots|<image>|!\[.*|https?://.*",
-    re.IGNORECASE,
-)
-_DICTIONARY = re.compile(r"\{\s*['\"]\w+['\"]\s*:")
-# A question, a list of all choices, or the first words of an explanation.
-_NO_ANSWER = re.compile(
-    r".*\?|.*\d.*\b(?:because|explanation)\b.*|"
-    r".*\(A\)[^()]+\(B\)[^()]+\(C\)[^()]+.*|"
-    r"(?:we|let|since|suppose|assume|consider|note that|show|prove|to (?:find|solve)|it depends|"
-    r"first)\b.* .* .*",
-    re.IGNORECASE | re.DOTALL,
-)
-_BOLD = re.compile(r"\*\*([^*]+)\*\*")
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_SENTENCES = re.compile(r"[a-z\d$)}][.!?]\s+[A-Z]|[^\s,\\]\s*\n\s*\S")
-_TELLING = frozenset(
-    "we so since then let get gets have has had thus therefore because hence gives find finds left "
-    "she he they which implies obtain spends adds add subtract multiply divide was were".split()
-)
-_UNFINISHED = re.compile(
-    r"(?:[=/^_<(\[,]|\\(?:frac|sqrt|text|boxed|cdot|times|left)?|(?<!\^)[+*]|(?<![\d}^])-)\s*\$?$"
-)
+FORM = forms(read_toml(__file__, "answers")["references"])
 
 
 class Unreadable(ValueError):
@@ -62,9 +29,9 @@ def final_answer(text: str) -> str:
     if (text := text.strip()).isdecimal() and len(text) < 200:
         return text
     answer = _found(text)
-    if not answer or (len(answer) < 200 and _NOTHING.fullmatch(answer)):
+    if not answer or (len(answer) < 200 and FORM.nothing.fullmatch(answer)):
         raise Unreadable("names no final answer")
-    if answer[0] == "{" and _DICTIONARY.match(answer):
+    if answer[0] == "{" and FORM.dictionary.match(answer):
         raise Unreadable("is an object in a string: data.columns.answer can name its entry")
     if len(answer) > MOST_CHARACTERS:
         raise Unreadable(f"is longer than {MOST_CHARACTERS} characters")
@@ -94,9 +61,9 @@ def _found(text: str) -> str:
     if (several := _list_in_a_string(text)) is not None:
         return several
     end = re.sub(r"\s+", lambda blank: "\n" if "\n" in blank[0] else " ", text[-300:])
-    while stated := _STATED.search(end):  # cubic in the length of a blank: `end` has short ones
+    while stated := FORM.stated.search(end):  # cubic in the length of a blank: `end` has short ones
         text = end = stated[1].strip()
-    if said := _CORRECT.fullmatch(text) or _BOLD.fullmatch(text):
+    if said := FORM.correct.fullmatch(text) or FORM.bold.fullmatch(text):
         return said[1].strip()
     return text
 
@@ -133,21 +100,25 @@ def _list_in_a_string(text: str) -> str | None:
 
 def unreadable(answer: str) -> str | None:
     """Why a text is no bare answer: it is prose, or truncated. None if it is one."""
-    if _is_prose(answer) or (len(answer) < 300 and _NO_ANSWER.fullmatch(answer)):
+    if _is_prose(answer) or (len(answer) < 300 and FORM.no_answer.fullmatch(answer)):
         return "is prose that names no final answer by itself"
     stripped = re.sub(r"\\[{}]", "", answer)
     opened = sum(map(stripped.count, "([")) - sum(map(stripped.count, ")]"))
-    if stripped.count("{") != stripped.count("}") or opened > 0 or _UNFINISHED.search(answer[-20:]):
+    if (
+        stripped.count("{") != stripped.count("}")
+        or opened > 0
+        or FORM.unfinished.search(answer[-20:])
+    ):
         return "is cut off"
     return None
 
 
 def _is_prose(text: str) -> bool:
     """Whether a text explains how to find the answer: it has sentences or lines, and numbers."""
-    words = _WORD.findall(text)
-    telling = any(word.lower() in _TELLING for word in words)
-    least = 2 if telling and _SENTENCES.search(text) else 4
+    words = FORM.word.findall(text)
+    telling = bool(FORM.telling.search(text))
+    least = 2 if telling and FORM.sentences.search(text) else 4
     if len(words) < least or not re.search(r"[\d=]|five|three|two|four", text):
         return False
     outside = re.sub(r"\\begin\s*\{.*\\end\s*\{", "", text, flags=re.DOTALL)
-    return bool(_SENTENCES.search(outside)) or telling
+    return bool(FORM.sentences.search(outside)) or telling

@@ -134,7 +134,8 @@ def is_remote(source: str) -> bool:
 def check_no_split(source: str, split: str | None, section: str) -> None:
     """Raises UserError if a split is given: this source has none."""
     if split is not None:
-        raise UserError(f"{section}.split is {split!r}: {source!r} has no splits; leave it out")
+        mend = "leave it out, or name the file of that split"
+        raise UserError(f"{section}.split is {split!r}: {source!r} has no splits; {mend}")
 
 
 def _saved_directory(

@@ -77,5 +77,5 @@ def test_all_runs_are_checked_before_the_first(then, said, files, tmp_path):
 def test_the_example_is_a_recipe():
     first, second = load_recipe(EXAMPLE, ["then.train.steps=7"])
     assert (first.method, second.method, second.train.steps) == ("opsd", "grpo", 7)
-    with pytest.raises(UserError, match="a recipe of runs"):
+    with pytest.raises(UserError, match="a recipe of 2 runs"):
         load_config(EXAMPLE)

@@ -110,10 +110,6 @@ def _command(token: str, following: list[str]) -> tuple[str, str]:
     return _WRITTEN.get(name, (token, ""))
 
 
-_GROUPED = [  # digits in groups of three
-    re.compile(r"(?<![\w.])[1-9]\d{0,2}(?:_\d{3})+(?!\w)"),
-    re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])"),
-]
 _MARKED, _REWRITTEN = (
     [(re.compile(pattern), to) for pattern, to in NOTATION[table]["pairs"]]
     for table in ("marked_units", "rewritten")
@@ -145,8 +141,7 @@ def clean(text: str) -> str:
     text = FORM.braced_comma.sub("{,}", FORM.braced_space.sub(" ", text)).replace("~~", "\\cancel ")
     text = " ".join(without_looks(text.replace("~", " ")).split())
     text = _braced(text)
-    for grouped in _GROUPED:
-        text = grouped.sub(lambda found: re.sub("[_ ]", "", found[0]), text)
+    text = FORM.grouped.sub(lambda found: re.sub("[_ ]", "", found[0]), text)
     for pattern, to in _REWRITTEN:
         text = pattern.sub(to, text)
     return trim(" ".join(text.split()))

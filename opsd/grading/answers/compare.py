@@ -62,9 +62,7 @@ def compare(reference: str, given: str, algebra: Algebra, strict: bool = True) -
     if comparison.same(wanted, answer):
         return True, "equal"
     if ";" in one + other and FORM.decimal_comma.search(one + other):  # `(0,5; 1,5)`
-        points = [
-            FORM.decimal_comma.sub(".", text) if ";" in text else text for text in (one, other)
-        ]
+        points = [FORM.decimal_comma.sub(".", s) if ";" in s else s for s in (one, other)]
         if points != [one, other]:
             return compare(points[0], points[1], algebra, strict)
     return False, comparison.reason or "different"
@@ -151,19 +149,13 @@ class _Comparison:
         if not wanted.simple or not given.simple:
             return self._algebra(wanted.text, given.text)
         names = {wanted.name or "", given.name or ""}
-        if (
-            len({getattr(side.values[-1], "noun", "")[:4] == "mod " for side in (wanted, given)})
-            > 1
-        ):
+        nouns = [getattr(side.values[-1], "noun", "") for side in (wanted, given)]
+        if nouns[0].startswith("mod ") != nouns[1].startswith("mod "):
             return self._no("another modulus than the reference has")
         function = "f(x)" in names and {name[:1] for name in names} == {"y", "f"}
-        if (
-            len(names) == 1
-            or "" in names
-            or function
-            or FORM.of_one.sub("", max(names)) in names - {max(names)}
-            or renamed.may_name_the_same(wanted, given)
-        ):
+        of_one = FORM.of_one.sub("", max(names)) in names - {max(names)}
+        alike = len(names) == 1 or "" in names or function or of_one
+        if alike or renamed.may_name_the_same(wanted, given):
             if self._any(wanted.values, given.values):
                 return True
         symbolic = any(_symbolic(side.values[-1]) for side in (wanted, given))
@@ -242,25 +234,18 @@ class _Comparison:
 
     def _items(self, wanted: Items, given: Items) -> bool:
         one, other = wanted.kind, given.kind
-        unordered = ("list", "set", "then")
-        if one == other == "then":
-            return self._in_order(wanted.parts, given.parts)
+        unordered = {"list", "set", "then"}
         if one == "set" and other == "set":
-            inner = [
-                [getattr(p, "kind", "") == "set" for p in side.parts] for side in (wanted, given)
-            ]
-            if sum(inner[0]) != sum(inner[1]):
+            kinds = [[getattr(p, "kind", "") for p in side.parts] for side in (wanted, given)]
+            if kinds[0].count("set") != kinds[1].count("set"):
                 return self._no("a set in place of its element")
             return self._matched(self._distinct(wanted.parts), self._distinct(given.parts))
-        if one in unordered and other in unordered:
+        if {"then"} != {one, other} <= unordered:
             if len(wanted.parts) != len(given.parts):
                 return self._no("another number of answers than the reference has")
             said = plain_text(f"{wanted.text},{given.text}")
-            if (
-                FORM.said_and.search(said)
-                and FORM.said_or.search(said)
-                and not re.search(r"[\d\\]", said)
-            ):
+            both = FORM.said_and.search(said) and FORM.said_or.search(said)
+            if both and not re.search(r"[\d\\]", said):
                 return self._no("`and` for `or`")
             return self._lists(wanted.parts, given.parts)
         if one == "list" and other == "()" and names_of(wanted.parts):

@@ -1,12 +1,8 @@
 """The notation of answers, read from notation.toml: characters, TeX commands, units and words."""
 
-import re
-import tomllib
-from pathlib import Path
-from types import SimpleNamespace
+from opsd.common.files import read_toml
+from opsd.common.forms import forms
 
-NOTATION = tomllib.loads(Path(__file__).with_name("notation.toml").read_text(encoding="utf-8"))
-# The forms of answers by their names: `FORM.fraction.fullmatch(text)`.
-FORM = SimpleNamespace(
-    **{name: re.compile(text.replace("\n", "")) for name, text in NOTATION["patterns"].items()}
-)
+NOTATION = read_toml(__file__, "notation")
+FORM = forms(NOTATION["patterns"])
+"""The forms of answers by their names."""

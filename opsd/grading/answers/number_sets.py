@@ -17,9 +17,8 @@ def number_set(text: str) -> str | None:
         if found := pattern.fullmatch(text):
             inside = found[1] if pattern.groups else ""
             return to.format(re.sub(r",? (?:and|or) ", ",", inside)) if pattern.groups else to
-    if (found := FORM.unequal.fullmatch(text)) and (
-        "," in text or " and " in text or "\\pm" in text
-    ):
+    several = "," in text or " and " in text or "\\pm" in text
+    if several and (found := FORM.unequal.fullmatch(text)):
         values = re.sub(rf"{found[1]}\s*\\neq", "", found[2]).replace(" and ", ",")
         values = re.sub(r"\\pm\s*(\S+)", r"\1,-\1", values)
         return f"\\mathbb{{R}}\\setminus\\{{{values}\\}}"

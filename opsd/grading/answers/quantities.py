@@ -22,9 +22,8 @@ def quantity(text: str) -> Value | None:
             return Value(signed, number(signed), unit(found[3]), inner.noun)
     if text[:2].lstrip("\\")[:1] == "%":  # Turkish and Arabic: `%50`
         text = text.lstrip("\\%") + "\\%"
-    if text.endswith(("\\%", "%", "t}", "t", "s}", "s")) and (
-        found := FORM.percent.fullmatch(text)
-    ):
+    ends = text.endswith(("\\%", "%", "t}", "t", "s}", "s"))
+    if ends and (found := FORM.percent.fullmatch(text)):
         core = trim(found[1])
         return Value(core, number(core), percent=True) if core else None
     if (found := FORM.percent_of.fullmatch(text)) and names_a_thing(said := plain_text(found[2])):

@@ -123,11 +123,8 @@ def _compound(text: str, depth: int) -> Node | None:
 
 
 def _dots(text: str, depth: int) -> Node | None:
-    return (
-        Unclear("".join(text.split()), "a list with dots")
-        if FORM.dots_in_list.search(text)
-        else None
-    )
+    dots = FORM.dots_in_list.search(text)
+    return Unclear("".join(text.split()), "a list with dots") if dots else None
 
 
 def _choice(text: str, depth: int) -> Node | None:
@@ -142,11 +139,8 @@ def _choice(text: str, depth: int) -> Node | None:
         return Choice(letter)
     if rest[0] in "(+-*/^=_,":
         return None  # a list, or an expression that begins with a capital letter in brackets
-    if (
-        words.takes_back(plain_text(rest))
-        or FORM.label.search(rest)
-        or FORM.bare_choice.fullmatch(rest)
-    ):
+    another = FORM.label.search(rest) or FORM.bare_choice.fullmatch(rest)
+    if another or words.takes_back(plain_text(rest)):
         return Unclear(text, "more than one choice, or one that is taken back")
     return Choice(letter, read(rest, depth + 1))
 

@@ -9,7 +9,7 @@ A policy that is rewarded for equal values soon writes the problem's own numbers
    determinant, which states the problem, not its answer. Products, powers, factorials, roots,
    binomials, logarithms and fractions count, since people leave them on purpose: `2^{10}`,
    `\frac{6}{8}`. A logarithm of a product is a sum of logarithms and does not count.
-   `_LEFT_ON_PURPOSE` lists their commands; no other command counts. If the reference is another
+   `to_be_done` in notation.toml lists them; no other command counts. If the reference is another
    constant (`12\pi`), a sum of two plain numbers or of like terms, `(3+9)\pi` or `3\pi+9\pi`, earns
    nothing unless the reference has one too. Whatever the reference is, an integral, a limit, a
    derivative or a maximum earns nothing if the reference has none of its kind: it states the
@@ -34,23 +34,11 @@ SUM = "a sum, difference or the like that is left to be worked out"
 BASE = "not in the base of the reference"
 UNSOLVED = "an inequality that is left to be solved"
 
-_LEFT_ON_PURPOSE = (
-    "frac|sqrt|cdot|times|div|over|ast|binom|pi|log|ln|exp|sin|cos|tan|cot|sec|csc|arcsin|arccos|"
-    "arctan|sinh|cosh|tanh|lfloor|rfloor|lceil|rceil|overline|dot|circ|pmod|text|quad"
-)
-_TO_BE_DONE = re.compile(
-    rf"\\(?!(?:{_LEFT_ON_PURPOSE})(?![A-Za-z]))[A-Za-z]|\\frac\s*\{{d\}}"
-    r"|\b(?:plus|minus|max|min|gcd|lcm|lim|det|mod)\b"
-)
-
 
 def has_sum(text: str) -> bool:
     """Whether an expression contains an addition or a subtraction."""
-    if (
-        _TO_BE_DONE.search(text)
-        or any(map(_carries, FORM.mixed.finditer(text)))
-        or FORM.log_of_product.search(text)
-    ):
+    to_be_done = FORM.to_be_done.search(text) or FORM.log_of_product.search(text)
+    if to_be_done or any(map(_carries, FORM.mixed.finditer(text))):
         return True
     text = FORM.opening_bar.sub(r"\1|", text)  # |-5|
     return bool(FORM.binary.search(FORM.command.sub("c", FORM.product.sub("*", text))))

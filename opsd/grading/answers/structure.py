@@ -89,11 +89,8 @@ def labelled_parts(text: str) -> list[str]:
 
 def alternatives(text: str) -> list[str]:
     """Split at `or` and semicolons outside of brackets."""
-    return [
-        piece
-        for piece in split(FORM.structure_said_or.sub(" or ", text), FORM.alternative)
-        if piece
-    ]
+    text = FORM.structure_said_or.sub(" or ", text)
+    return [piece for piece in split(text, FORM.alternative) if piece]
 
 
 def split_list(text: str, words_too: bool = True) -> tuple[list[str], bool]:

@@ -11,13 +11,6 @@ _MORE_THAN_A_NAME = frozenset(_WORDS["more_than_a_name"].split())
 _TAKES_BACK = frozenset(_WORDS["takes_back"].split())
 _FUNCTIONS = frozenset(_WORDS["functions"].split())
 
-_NAMED = [
-    (FORM.no_solution, "\\emptyset"),
-    (FORM.minus_infinity, "-\\infty"),
-    (FORM.infinity, "\\infty"),
-    (FORM.all_real, "\\mathbb{R}"),
-    (FORM.does_not_exist, "does not exist"),
-]
 _SAME = {word: to for to, words in NOTATION["same_words"].items() for word in words.split("|")}
 
 
@@ -33,9 +26,9 @@ def canonical(phrase: str) -> str:
         why = found[2].replace("not", "") if verdict in ("no", "false") else found[2]
         return phrase.casefold() if takes_back(why) else verdict
     if len(phrase) < 80:
-        for pattern, to in _NAMED:
-            if pattern.fullmatch(phrase):
-                return to
+        for form, meaning in NOTATION["named"].items():
+            if getattr(FORM, form).fullmatch(phrase):
+                return meaning
     phrase = FORM.it_is.sub("", FORM.articles.sub("", phrase.casefold()))
     if shape := FORM.shape.fullmatch(phrase):  # the order of adjectives means nothing
         phrase = " ".join([*sorted(shape[1].split()), shape[2]])
