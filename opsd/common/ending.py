@@ -42,7 +42,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal: int | None = None  # the first signal received
-        self._holding = self._raised = False
+        self._holding = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
@@ -51,18 +51,18 @@ class Interruption:
                 self._before[number] = signal.signal(number, self._received)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._raised and self.signal is not None and kind is RuntimeError:
-            raise Stopped(self.signal)  # torch.save makes its own error of ours, in C++
+        # torch.save closes its file while Stopped passes, and then raises an error of its own.
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, Stopped):
+            raise error.__context__ from None
 
     def _received(self, number: int, _) -> None:
         again, self.signal = self.signal is not None, self.signal or number
         if again and number == signal.SIGTERM:
             return  # the process is ending already
         if again or not self._holding:
-            self._raised = True
             raise Stopped(number)
 
     def hold(self) -> None:
