@@ -47,7 +47,10 @@ def measure(place: Path, role: str, rows: list, seed: int) -> list[float]:
     repeated = [row for row in rows for _ in range(SAMPLES)]
     test = HeldOut(repeated, prompts, worksheet.WorksheetGrader(), sampling)
     torch.manual_seed(seed)
-    right = [grade.correct for grade in test.evaluate(model.eval(), Display(), role).grades]
+    right = [
+        grade.correct
+        for grade in test.evaluate(model.eval(), Display(file=sys.stderr), role).grades
+    ]
     counts = [sum(right[i : i + SAMPLES]) for i in range(0, len(right), SAMPLES)]
     return [100 * sum(pass_at(k, n) for n in counts) / PROBLEMS for k in (1, 4, 16)]
 
@@ -60,7 +63,7 @@ def main(study: Path) -> None:
         "solution shown": ("teacher", held_out),
     }
     print("seed,model,task,pass@1,pass@4,pass@16")
-    for directory in sorted(study.glob("*/seed-*")):
+    for directory in sorted(study.glob("*/seed-*/")):
         seed = int(directory.name.removeprefix("seed-"))
         for name in ("base", "opsd", "grpo"):
             for task, (role, rows) in tasks.items():

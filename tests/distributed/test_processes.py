@@ -9,10 +9,11 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
 import socket
 import time
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack, redirect_stderr, suppress
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -131,14 +132,17 @@ def runs(tmp_path_factory):
 
 
 def _ports(count: int) -> list[str]:
-    """Free ports, no two alike. A run's store may outlive it, kept by what has used it, and torch
-    lets a store of the same process on the same port share it: the next run's second process would
-    be looked for where it listened before, for ever.
+    """Free ports, no two alike, below those that the system hands out: another process would be
+    given one before the run listens there. A run's store may outlive it, kept by what has used it,
+    and torch lets a store of the same process on the same port share it: the next run's second
+    process would be looked for where it listened before, for ever.
     """
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
-            probe.bind(("localhost", 0))
+            while probe.getsockname()[1] == 0:
+                with suppress(OSError):  # taken
+                    probe.bind(("localhost", random.SystemRandom().randrange(15_000, 30_000)))
         return [str(probe.getsockname()[1]) for probe in probes]
 
 
