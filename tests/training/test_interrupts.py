@@ -165,3 +165,15 @@ def test_ctrl_c_while_torch_writes_is_no_error_of_ours():
     with pytest.raises(Stopped) as raised, Interruption():
         torch.save({"weight": torch.zeros(100_000)}, Interrupted())
     assert raised.value.number == signal.SIGINT
+
+
+def test_what_fails_while_an_interrupt_is_answered_is_told():
+    """Such as a full disk under the checkpoint that it asks for: torch.save raises RuntimeError."""
+    with pytest.raises(RuntimeError, match="unexpected pos"), Interruption():
+        try:
+            raise Stopped(signal.SIGTERM)
+        except Stopped:
+            try:
+                raise OSError("No space left on device")
+            except OSError:
+                raise RuntimeError("unexpected pos")  # noqa: B904
