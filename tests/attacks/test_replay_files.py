@@ -120,6 +120,12 @@ def same(one, other) -> bool:
     return type(one) is type(other) and (one == other or one != one)
 
 
+def has_a_bomb(file) -> bool:
+    """Whether an archive's member is too large, be it one that torch does not read."""
+    with zipfile.ZipFile(file) as archive:
+        return max(one.file_size for one in archive.infolist()) > 10**8
+
+
 def numbers(values) -> bool:
     return all(type(value) in (int, float) for value in values)
 
@@ -171,7 +177,7 @@ def test_a_changed_file_is_replayed_as_it_is_or_refused(draw, good, tmp_path, ca
     else:
         said = shown.err.splitlines()[-1]
         assert code == 1 and said.startswith("opsd: FILE is ") and len(said) < 2500
-        assert not same(holds, torch_reads(target))
+        assert not same(holds, torch_reads(target)) or has_a_bomb(target)
 
 
 def torch_reads(file):
