@@ -1,7 +1,7 @@
 """Separate a completion's thought from the part that is graded. Needs no torch.
 
-Training's reward, the held-out evaluation and `opsd eval` follow one rule: the text after the
-thought is graded; if the thought never ends, nothing; without a thought, the whole text.
+Training's reward, the held-out evaluation and `opsd eval` follow one rule: the text after the last
+thought is graded, up to a thought that never ends; without a thought, the whole text.
 """
 
 import re
@@ -20,6 +20,7 @@ def _pattern(tags: Iterable[str]) -> str:
 
 BEGIN, END = _pattern(TAGS), _pattern(TAGS.values())
 _BEGIN = re.compile(BEGIN, re.IGNORECASE)
+_OPENED = re.compile(rf"(?<!\S )(?:{BEGIN})|(?:{BEGIN})(?! )", re.IGNORECASE)  # no mention in prose
 _END = re.compile(END, re.IGNORECASE)
 _EMPTY = re.compile(rf"(?:{BEGIN})\s*(?:{END})\s*(?={BEGIN})", re.IGNORECASE)
 _CLOSED = re.compile(rf"(?:(?:{BEGIN})\s*)?(?:{END})\s*$", re.IGNORECASE)
@@ -38,7 +39,8 @@ def final_part(text: str, in_thought: bool = False) -> str:
     ends = list(_END.finditer(text))
     if ends:
         text, in_thought = text[ends[-1].end() :], False
-    return "" if in_thought or _BEGIN.match(text.lstrip()) else text
+    opened = _OPENED.search(text)
+    return "" if in_thought else text[: opened.start()].rstrip() if opened else text
 
 
 def split_thought(text: str) -> tuple[str, str]:

@@ -24,6 +24,9 @@ TEXTS = {
     "<|channel|>final<|message|>b": "b",
     "<think>a</think>b<think>c</think>d": "d",
     "So \\boxed{3}. A tag such as <think> is text here.": None,
+    "Sure. <think>Perhaps \\boxed{6}": "Sure.",
+    "<think>a</think>b<think>c": "b",
+    "[THINK]a[/THINK]b[THINK]c": "b",
     "So \\boxed{3}.": None,
     "": None,
 }
