@@ -391,8 +391,8 @@ class _Reader:
 
 
 def _answer_as_text(value: Any, table: bool) -> Any:
-    """An answer as text: 8.0 becomes "8" (in a table also the string), a list is joined by commas,
-    and pandas' words for a missing value become None; other values are returned as they are."""
+    """An answer as text: 8.0 becomes "8" (in a table also the string), true "True", a list is joined
+    by commas, pandas' words for a missing value become None; other values stay as they are."""
     several = isinstance(value, list | tuple) and value
     if several and all(isinstance(one, str | int | float) for one in value):
         texts = [_answer_as_text(one, table) for one in value]
@@ -404,11 +404,9 @@ def _answer_as_text(value: Any, table: bool) -> Any:
     if isinstance(value, float) and math.isfinite(value):
         whole = value.is_integer() and abs(value) < 2**53
         return str(int(value)) if whole else _shortest(value)
-    if isinstance(value, Fraction):
-        return str(value)
     if isinstance(value, Decimal) and value.is_finite():
         return f"{value.normalize():f}"
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return str(value) if isinstance(value, int | Fraction) else value
 
 
 def _shortest(value: float) -> str:

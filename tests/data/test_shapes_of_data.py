@@ -187,13 +187,15 @@ def test_splits_are_for_sources_that_have_them(tmp_path):
         (np.array([3, 5]), "3, 5"),
         ((3, 5), "3, 5"),
         (Fraction(1, 2), "1/2"),
+        (True, "True"),
+        (np.bool_(False), "False"),
     ],
 )
 def test_numbers_are_answers(value, text):
     assert load_rows([{"problem": "?", "answer": value}], require=["answer"])[0].answer == text
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), True, " ", [], [None], "nan", "<NA>", {}])
+@pytest.mark.parametrize("value", [None, float("nan"), " ", [], [None], "nan", "<NA>", {}])
 def test_what_is_no_number_is_no_answer(value):
     with pytest.raises(UserError, match="no text in column 'answer'"):
         load_rows([{"problem": "?", "answer": value}], require=["answer"])
