@@ -391,8 +391,8 @@ class _Reader:
 
 
 def _answer_as_text(value: Any, table: bool) -> Any:
-    """An answer as text: 8.0 becomes "8" (in a table also the string), true "True", a list is joined
-    by commas, pandas' words for a missing value become None; other values stay as they are."""
+    """An answer as text: 8.0 becomes "8" (also "8.0" in a table), true "True"; a list is joined
+    by commas, and pandas' words for a missing value become None. Others stay as they are."""
     several = isinstance(value, list | tuple) and value
     if several and all(isinstance(one, str | int | float) for one in value):
         texts = [_answer_as_text(one, table) for one in value]

@@ -46,6 +46,10 @@ KNOWN_DISAGREEMENTS = {
     ("2x=10\\Rightarrow x=5", "x=5"),
     ("dc+ba", "ab+cd"),
     ("\\nabla\\times \\mathbf{B}", "\\nabla \\times \\vec{B}"),
+    ("\\frac{x^2}{2}+C", "\\frac12x^2+K"),
+    ("[1,2]^T", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+    ("True", "T"),
+    ("False", "F"),
     (
         "Final: \\boxed{\\begin{array}{c} 1 \\\\ 2 \\end{array}}",
         "\\begin{pmatrix}1\\\\2\\end{pmatrix}",

@@ -123,8 +123,8 @@ def _compound(text: str, depth: int) -> Node | None:
 
 
 def _dots(text: str, depth: int) -> Node | None:
-    dots = FORM.dots_in_list.search(text)
-    return Unclear("".join(text.split()), "a list with dots") if dots else None
+    text = "".join(text.split()).replace("...", "\\ldots")
+    return Unclear(text, "a list with dots") if FORM.dots_in_list.search(text) else None
 
 
 def _choice(text: str, depth: int) -> Node | None:
