@@ -29,16 +29,15 @@ def write_file(path: Path, content: str | bytes | Callable[[IO[bytes]], object])
 
     content: text, written as UTF-8; bytes; or a function that writes to the file it is given.
     """
+    content = content.encode(errors="replace") if isinstance(content, str) else content
     beside = unfinished(path)
     new = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         with open(new, "w+b") as file:
-            if isinstance(content, str):
-                file.write(content.encode(errors="replace"))
-            elif isinstance(content, bytes):
-                file.write(content)
-            else:
+            if callable(content):
                 content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError
-from opsd.common.files import move, remove, sync, unfinished, write_json
+from opsd.common.files import move, remove, sync, unfinished, write_file
 from opsd.common.strict_json import read_text
 
 MANIFEST = "manifest.json"
@@ -51,13 +51,11 @@ def _seal(directory: Path, facts: dict[str, Any]) -> None:
         entries = dict(zip(names, pool.map(settle, names), strict=True))
     for inner in (path for path in directory.rglob("*") if path.is_dir()):
         sync(inner)
-    manifest = {"format": FORMAT, "files": entries, **facts}
-    write_json(directory / MANIFEST, manifest | {"sha256": _own_sha256(manifest)})
+    write_file(directory / MANIFEST, _sealed({"format": FORMAT, "files": entries, **facts}))
 
 
 def readable(directory: Path) -> None:
-    """Give the files the directory's read permissions, which follow the umask: safetensors lets
-    only the owner read its files."""
+    """Let those read the files who may read the directory: safetensors lets only the owner."""
     for name in _files(directory):
         (directory / name).chmod(directory.stat().st_mode & 0o666)
 
@@ -69,10 +67,11 @@ def read_manifest(directory: Path, field: str = "") -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(read_text(file))
+        found = json.loads(text := read_text(file))
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             return None
-        if found.pop("sha256") != _own_sha256(found):
+        del found["sha256"]
+        if text != _sealed(found):  # a last digit may change without its number
             raise ValueError
         for entry in found["files"].values():
             entry["bytes"], entry["sha256"]
@@ -106,8 +105,10 @@ def _changed(file: Path, field: str, said: str) -> UserError:
     return UserError(f"{field}: {str(file)!r} is not what was saved: {said}")
 
 
-def _own_sha256(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _sealed(manifest: dict[str, Any]) -> str:
+    """The manifest's text, with its own SHA-256 at the end."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps(manifest | {"sha256": digest}, indent=2, ensure_ascii=False) + "\n"
 
 
 def _measured(file: Path) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 import json
 import os
 import stat
+from contextlib import suppress
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from opsd.common.errors import UserError
-from opsd.common.saved_directory import MANIFEST, _own_sha256, check_saved, new_directory
+from opsd.common.saved_directory import MANIFEST, _sealed, check_saved, new_directory
 
 
 def filled(place):
@@ -116,8 +117,7 @@ def test_a_manifest_leads_nowhere_else(entry, said, saved):
     manifest = json.loads((saved / MANIFEST).read_text())
     del manifest["sha256"]
     manifest["files"] |= entry
-    manifest["sha256"] = _own_sha256(manifest)
-    (saved / MANIFEST).write_text(json.dumps(manifest))
+    (saved / MANIFEST).write_text(_sealed(manifest))
     with pytest.raises(UserError, match=said):
         check_saved(saved, "model.path")
 
@@ -134,3 +134,20 @@ def test_a_manifest_without_an_end_is_damaged(tmp_path):
     os.truncate(tmp_path / "a" / MANIFEST, 10**12)
     with pytest.raises(UserError, match=rf"{MANIFEST}' is damaged"):
         check_saved(tmp_path / "a", "f")
+
+
+def test_each_bit_of_a_manifest_counts(tmp_path):
+    """A number's last digit too, of which Python reads one digit or another as the same number."""
+    with new_directory(tmp_path / "saved", {"base": [0.20000000298023224, 1.5]}) as directory:
+        (directory / "a.txt").write_text("hi")
+    file = tmp_path / "saved" / MANIFEST
+    whole = file.read_bytes()
+    for number in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[number // 8] ^= 1 << number % 8
+        file.write_bytes(changed)
+        with suppress(UserError):
+            # Without the mark that it is ours there is nothing to judge: a run then refuses it.
+            assert check_saved(tmp_path / "saved", "output.dir") is None, bytes(changed)
+    file.write_bytes(whole)
+    assert check_saved(tmp_path / "saved", "output.dir")["base"] == [0.20000000298023224, 1.5]
