@@ -106,7 +106,7 @@ def states_by_role(
             past = {m: (k[taken], v[taken]) for m, (k, v) in captured.items()}
             _check_adapters(before, adapter_state(model))
             layout = Layout(rest, model.device, lengths, contexts_with_images(other))
-            found.append(packed_forward(model, layout, past=past))
+            found.append(packed_forward(model, layout, past=[past]))
     return found
 
 

@@ -4,7 +4,7 @@ During the forward our attention replaces the model's.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,7 @@ class Stream:
 
     layout: Layout
     capture: Capture | None
-    past: KeysAndValues | None
+    past: Sequence[KeysAndValues]
 
 
 def try_kernel(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> str:
@@ -96,11 +96,11 @@ def packed_forward(
     layout: Layout,
     *,
     capture: Capture | None = None,
-    past: KeysAndValues | None = None,
+    past: Sequence[KeysAndValues] = (),
 ) -> Tensor:
     """Run the decoder over a stream. Returns the states [Σ R, D] that predict the rollouts' tokens.
 
-    `past`: keys and values of the layout's past, which ran in another stream.
+    `past`: keys and values of the layout's past, in its order, which ran in other streams.
     """
     decoder = decoder_of(model)
     inputs: dict[str, Any] = {"input_ids": layout.ids[None], "position_ids": layout.positions[None]}
@@ -210,8 +210,9 @@ def _attention(
         if capture.rows is not None:
             pair = pair[0][capture.rows], pair[1][capture.rows]
         capture.into[module] = pair
-    if stream.past is not None:
-        key, value = map(torch.cat, zip(stream.past[module], (key, value), strict=True))
+    if stream.past:  # joined for this layer only: of all layers it would be the whole cache again
+        before = [each[module] for each in stream.past]
+        key, value = map(torch.cat, zip(*before, (key, value), strict=True))
     scores = Scores(scaling, sliding_window, softcap, s_aux)
     return packed_attention(query, key, value, stream.layout, scores)[None], None
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from opsd.common.system import trim_heap
@@ -54,8 +53,8 @@ class CachedPrefix(Sequence[int]):
     """
 
     def __init__(self, ids: Ids, trains: bool):
-        # The fake tensors of `opsd plan` have no values.
-        self.ids = ids if isinstance(ids, FakeTensor | ImageIds) else list(ids)
+        # The numbers of a tensor, as a list, would be tensors again, each half a kilobyte.
+        self.ids = ids if isinstance(ids, Tensor | ImageIds) else list(ids)
         self.trains = trains
         self._runs: dict[tuple[nn.Module, bool, Hashable], _PrefixRun] = {}
         self._continuations: dict[tuple[nn.Module, Hashable], Continuation] = {}
@@ -81,7 +80,7 @@ class CachedPrefix(Sequence[int]):
         """Its `Continuation`, for a model without packed streams; the first call runs it."""
         key = decoder_of(model), adapter_state(model)
         if key not in self._continuations:
-            self._continuations[key] = Continuation(model, torch.tensor(self.ids))
+            self._continuations[key] = Continuation(model, torch.as_tensor(self.ids))
         return self._continuations[key]
 
     def finish(self) -> None:
@@ -138,26 +137,16 @@ def plain_groups(groups: Sequence[Group]) -> list[Group]:
 
 def uncached(
     model: PreTrainedModel, groups: Sequence[Group], checked: Sequence[CheckedGroup]
-) -> tuple[list[CheckedGroup], list[int], KeysAndValues | None]:
-    """The part of `checked`, the tensors of `groups`, that is not cached and must run.
-
-    Also returns how many tokens of each prefix are cached, and the keys and values of all of them,
-    in the groups' order; None if nothing is cached.
-    """
+) -> tuple[list[CheckedGroup], list[int], list[KeysAndValues]]:
+    """The part of `checked`, the tensors of `groups`, that is not cached and must run; the number
+    of cached tokens of each prefix; and the cached keys and values, in the groups' order."""
     cached = [p.keys_and_values(model) if isinstance(p, CachedPrefix) else None for p, _ in groups]
-    found = [each for each in cached if each is not None]
-    if not found:
-        return list(checked), [0] * len(checked), None
     lengths = [
         0 if each is None else len(prefix) - 1
         for (prefix, _), each in zip(checked, cached, strict=True)
     ]
     rest = [(prefix[n:], rollouts) for (prefix, rollouts), n in zip(checked, lengths, strict=True)]
-    joined: KeysAndValues = {}
-    for module in found[0]:
-        keys, values = zip(*(each[module] for each in found), strict=True)
-        joined[module] = torch.cat(keys), torch.cat(values)
-    return rest, lengths, joined
+    return rest, lengths, [each for each in cached if each is not None]
 
 
 def _run_prefix(model: PreTrainedModel, ids: Ids) -> _PrefixRun:
@@ -173,7 +162,7 @@ def _run_prefix(model: PreTrainedModel, ids: Ids) -> _PrefixRun:
         # A group with a rollout of one token, which is only a target and is not run.
         layout = Layout([(chunk, [ids[-1:]])], model.device, [start], images)
         capture = Capture(in_graph, graph=True)
-        packed_forward(model, layout, capture=capture, past=before or None)
+        packed_forward(model, layout, capture=capture, past=[before] if before else ())
         if size < len(ids):  # the next chunk's tiles are larger, and fit into no gap of this one's
             trim_heap()
         while before:  # free each tensor after its copy, so that both are never complete

@@ -172,6 +172,8 @@ class _TiledAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, sinks)
         ctx.tiles, ctx.softcap = tiles, softcap
         out = query.new_empty(*query.shape[:2], value.shape[2])
+        for tile in tiles:  # now: a mask between freed scores would keep their pages from others
+            tile.mask(query.dtype)
         for tile in reversed(tiles):  # the largest first: the others take its memory
             q, k, v = _gather(tile, query, key, value)
             probability, _ = _probabilities(tile, q, k, softcap, sinks)
@@ -249,10 +251,9 @@ def _gather(tile: Tile, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tens
         taken = [_spans(x, each) for x, each in zip((query, key, value), rows, strict=True)]
     else:
         numbers = tile.query_rows, tile.key_rows, tile.key_rows
-        lengths = tile.shape[1], tile.shape[2], tile.shape[2]
         taken = [
-            x.index_select(0, each).view(-1, length, *x.shape[1:])
-            for x, each, length in zip((query, key, value), numbers, lengths, strict=True)
+            x.index_select(0, each).unflatten(0, (len(tile.pieces), -1))
+            for x, each in zip((query, key, value), numbers, strict=True)
         ]
     return tuple(_heads(x, heads) for x in taken)
 

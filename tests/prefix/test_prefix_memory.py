@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from opsd.config.loss import LossSection
 from opsd.objectives import OPSD, Sample, SampleGroup, Totals
-from opsd.prefix import continued, hidden_states, prefix_cache
+from opsd.prefix import CachedPrefix, continued, hidden_states, prefix_cache
+from opsd.prefix.prefix_cache import uncached
 from opsd.training.step import OPSDStep
 
 VOCABULARY, PREFIX, ROLLOUT = 8192, 48, 64
@@ -108,6 +109,20 @@ def test_a_teacher_s_long_context_needs_memory_for_its_cache_alone(monkeypatch):
     long, cache = teacher_peak(8192 - 64, 512, monkeypatch)
     # The cache of both layers, and the one that runs holds its own three times more.
     assert long <= 1.1 * short + 5 * (cache - its), (long, short, cache)
+
+
+def test_a_cached_prefix_is_in_memory_once():
+    model = make("Llama", {"max_position_embeddings": 512})
+    # As a list, a tensor's numbers would be tensors, of some hundred bytes each.
+    ids = torch.randint(3, 60, (400,))
+    prefix = CachedPrefix(ids, trains=False)
+    assert prefix.ids is ids
+    rollouts = [torch.arange(3, 8)]
+    with torch.no_grad():
+        cache = prefix.keys_and_values(model)
+        with LiveBytes() as memory:
+            _, _, past = uncached(model, [(prefix, rollouts)], [(ids, rollouts)])
+    assert past == [cache] and memory.peak <= ids.nbytes
 
 
 def test_the_meter_counts_what_is_alive():
