@@ -11,7 +11,7 @@ TYPES = {"int": int, "float": float, "Path": Path}
 
 def add_options(parser: argparse.ArgumentParser, command: str, **words: str) -> None:
     """Adds a command's arguments, as options.toml lists them. words: what its {names} stand for."""
-    for name, given in read_toml(__file__, "options")[command].items():
+    for name, given in read_toml(__file__, "options").get(command, {}).items():
         for key in given.keys() & {"help", "metavar"}:
             for word, text in words.items():
                 given[key] = given[key].replace(f"{{{word}}}", text)

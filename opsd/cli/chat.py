@@ -4,14 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from opsd.cli.arguments import add_options, check_at_least
+from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 from opsd.config.sections import PromptsSection
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `opsd chat`."""
-    add_options(parser, "chat")
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -88,10 +83,8 @@ def talker(
         tokens = torch.tensor([ids], device=model.device)
         printer = Printer(subject.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with generating_by(model, GenerationConfig()):
-            mask = torch.ones_like(tokens)
-            whole = model.generate(
-                tokens, attention_mask=mask, generation_config=config, streamer=printer
-            )
+            more = {"attention_mask": torch.ones_like(tokens), "streamer": printer}
+            whole = model.generate(tokens, generation_config=config, **more)
         said = str(subject.tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True))
         if not solution:
             history.append({"role": "user", "content": problem})

@@ -6,7 +6,6 @@ import argparse
 import os
 from pathlib import Path
 
-from opsd.cli.arguments import add_options
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import write_file, write_json
@@ -28,11 +27,6 @@ from opsd.compare.study_page import study_columns, study_notes, study_page, stud
 from opsd.config.yaml import MAX_BYTES
 
 FILES = ("comparison.json", "comparison.html", "comparison.md", "comparison.png")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `opsd compare`."""
-    add_options(parser, "compare")
 
 
 def run(asked: argparse.Namespace) -> None:

@@ -48,18 +48,9 @@ class Finding:
     absent: bool = False
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`opsd doctor` takes no arguments."""
-
-
-def run(parsed: argparse.Namespace) -> int:
-    """Prints the report; returns the exit code, 0 if training is possible."""
-    return run_doctor(Display().note)
-
-
-def run_doctor(write: Callable[[str], None]) -> int:
+def run(parsed: argparse.Namespace | None, write: Callable[[str], None] | None = None) -> int:
     """Writes a line for each finding on this machine; returns 0 if training is possible, else 1."""
-    findings: list[Finding] = []
+    write, findings = write or Display().note, []
     for title, examine in SECTIONS:
         write(title)
         for finding in examine():
@@ -131,10 +122,8 @@ def _requirement(name: str, oldest: str | None, version: str | None) -> Finding:
     if version is None:
         advice = "pip install -c constraints-cpu.txt ."
         return Finding(name, "not installed", "needed", advice, fatal=True)
-    if oldest and Version(version) < Version(oldest):
-        advice = f"pip install '{name}>={oldest}'"
-        return Finding(name, version, f"{oldest} or later is needed", advice, fatal=True)
-    return Finding(name, version)
+    old = f"{oldest} or later is needed" if oldest and Version(version) < Version(oldest) else None
+    return Finding(name, version, old, old and f"pip install '{name}>={oldest}'", bool(old))
 
 
 def _version(name: str) -> str | None:

@@ -96,11 +96,8 @@ def _show_contexts(
     """Shows the contexts' lengths in tokens; returns the medians, which the plan needs."""
     answer = longest_rollout(config)
     if answer is None:
-        answer = max(
-            length
-            for role in trained_roles(config)
-            for length in prompts.lengths(rows, f"{role} target")
-        )
+        targets = [f"{role} target" for role in trained_roles(config)]
+        answer = max(max(prompts.lengths(rows, target)) for target in targets)
     table, middle = [], {}
     for role in trained_roles(config):
         tokens = sorted(prompts.lengths(rows, role))

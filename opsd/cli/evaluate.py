@@ -55,7 +55,10 @@ def evaluate_command(asked: Namespace, benchmark: Benchmark, display: Display) -
     check_engine(asked.engine, "--engine")
     with display.stage(f"Read {asked.model}"):
         subject = Subject(asked.model, asked.local_rank)
-        subject.read_images(_has_images(asked, benchmark))
+        images = any(row.images for row in benchmark.rows)
+        if images and asked.engine != "generate":
+            raise UserError(f"--engine is {asked.engine!r}: only 'generate' samples from images")
+        subject.read_images(images)
         thinking = _thinking(asked, benchmark, subject)
         # With a fixed date, so that the key does not change with the date that a template writes.
         prompts = _prompts(asked, subject, thinking, NO_DATE)
@@ -104,13 +107,6 @@ def evaluate_command(asked: Namespace, benchmark: Benchmark, display: Display) -
     found = [completions[unit] for unit in units]
     grader = WorksheetGrader() if asked.worksheets else Grader(workers=min(4, usable_cores()))
     _finish(benchmark, description, found, directory, in_thought, grader)
-
-
-def _has_images(asked: Namespace, benchmark: Benchmark) -> bool:
-    found = any(row.images for row in benchmark.rows)
-    if found and asked.engine != "generate":
-        raise UserError(f"--engine is {asked.engine!r}: only 'generate' samples from images")
-    return found
 
 
 def _thinking(asked: Namespace, benchmark: Benchmark, subject: Subject) -> bool | None:

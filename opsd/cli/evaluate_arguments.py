@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opsd.cli.arguments import add_options, check_at_least
+from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError, problem_said
 from opsd.common.strict_json import read_object
 from opsd.common.urls import check_address
@@ -21,15 +21,11 @@ from opsd.evaluate.benchmarks import KNOWN, Benchmark, Convention, load_benchmar
 if TYPE_CHECKING:
     from opsd.config.config import Config
 
+WORDS = {"engines": "|".join(ENGINES)}
 BATCH = {"generate": 64, "continuous": 64, "vllm": 512, **dict.fromkeys(SERVERS, 512)}
 """Default batch size of each engine; servers decide themselves how many answers they decode."""
 THINKING = {"on": True, "off": False, "template": None}
 """--thinking → the chat template's enable_thinking; None leaves it unset."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `opsd eval`."""
-    add_options(parser, "eval", engines="|".join(ENGINES))
 
 
 def run(parsed: argparse.Namespace) -> None:

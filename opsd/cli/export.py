@@ -10,16 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from opsd.cli.arguments import add_options
 from opsd.common.errors import UserError
 
 CONVERTER = "convert_hf_to_gguf.py"
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `opsd export`."""
-    add_options(parser, "export", converter=CONVERTER, types=", ".join(OUTTYPES))
+WORDS = {"converter": CONVERTER, "types": ", ".join(OUTTYPES)}
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -47,7 +42,6 @@ def run(parsed: argparse.Namespace) -> None:
     adapted = (model / "adapter_config.json").is_file()
     if parsed.merge and not adapted:
         raise UserError(f"RUN is {str(place)!r}: {str(model)!r} has no adapters to merge")
-
     display = Display()
     import_torch(display)
     from opsd.config.sections import ModelSection

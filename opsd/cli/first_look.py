@@ -12,14 +12,14 @@ from pathlib import Path
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
-from opsd.common.near import OWNER, near_file, near_model
+from opsd.common.near import near_file, near_hub, near_model
 from opsd.common.urls import is_address
 from opsd.config.config import Config
 from opsd.config.load import load_config
 from opsd.config.requirements import is_graded
 from opsd.grading.rewards import check_code
-from opsd.runs.directory import CONFIG
-from opsd.training.load_data import first_rows
+from opsd.runs.directory import CONFIG, check_claim, locked, settle
+from opsd.training.load_data import look_at_rows
 
 MODELS = ("config.json", "adapter_config.json")
 
@@ -40,14 +40,20 @@ def import_torch(display: Display, module: str = "opsd.models.load") -> None:
 
 def check_inputs(config: Config) -> None:
     """Raises UserError for a local file that is missing, or that lacks a column."""
-    if config.model.gguf_file is None:
-        check_model(config.model.path, "model.path")
-    teacher = config.teacher
-    elsewhere = teacher.path is None or is_address(teacher.path)
-    if not elsewhere and teacher.gguf_file is None:
-        check_model(teacher.path, "teacher.path")
-    first_rows(config)
+    for name, own in (("model", config.model), ("teacher", config.teacher)):
+        served = name == "teacher" and own.path is not None and is_address(own.path)
+        if own.path is not None and own.gguf_file is None and not served:
+            check_model(own.path, f"{name}.path")
     check_code(config.loss, is_graded(config), run=False)
+    look_at_rows(config)
+
+
+def check_output(config: Config, resume: bool) -> None:
+    """Raises UserError for a directory that is not for this run: see `check_claim`."""
+    directory = Path(config.output.dir)
+    if directory.exists():
+        with locked(directory):
+            check_claim(directory, settle(config, directory, "fp32"), resume)
 
 
 def check_model(name: str, field: str) -> None:
@@ -60,12 +66,13 @@ def check_model(name: str, field: str) -> None:
                 f"{field} is {name!r}: a directory without config.json{near_model(path)}"
             )
     elif path.exists():
-        hint = f"; did you mean {str(path.parent)!r}?" if path.name in MODELS else ""
+        within = any((path.parent / file).is_file() for file in MODELS)
+        hint = f"; did you mean {str(path.parent)!r}?" if within else ""
         raise UserError(f"{field} is {name!r}: a file; it must be a directory, or a hub name{hint}")
     elif (path.parent / CONFIG).is_file():  # in a run's directory
         raise UserError(f"{field} is {name!r}: no such directory{near_model(path.parent)}")
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):  # cannot be a hub name
-        hint = near_file(path) or ("" if "/" in name else OWNER)
+        hint = near_file(path) or near_hub(name)
         raise UserError(f"{field} is {name!r}: there is no such directory{hint}")
 
 

@@ -4,7 +4,6 @@ import argparse
 import re
 from pathlib import Path
 
-from opsd.cli.arguments import add_options
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.files import write_file
@@ -14,19 +13,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SCHEMA = Path(__file__).parents[1] / "config" / "schema.json"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `opsd init` or of `opsd examples`, by the parser's name."""
-    command = parser.prog.split()[-1]
-    add_options(parser, command)
-    parser.set_defaults(act=_write if command == "init" else _list)
-
-
 def run(parsed: argparse.Namespace) -> None:
     """Writes the file and says what to run next, or shows the table. Raises UserError."""
-    parsed.act(
-        {str(p.relative_to(EXAMPLES).with_suffix("")): p for p in sorted(EXAMPLES.rglob("*.yaml"))},
-        parsed,
-    )
+    files = sorted(EXAMPLES.rglob("*.yaml"))
+    known = {str(file.relative_to(EXAMPLES).with_suffix("")): file for file in files}
+    (_write if parsed.command == "init" else _list)(known, parsed)
 
 
 def _write(known: dict[str, Path], parsed: argparse.Namespace) -> None:

@@ -19,32 +19,20 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from opsd.cli.arguments import add_options
 from opsd.cli.meant import Parser, check_overrides, no_command, unknown_options, usage
 from opsd.common.ending import PARENT, Interruption, Stopped, end_with_parent
 from opsd.common.environment import set_environment
 from opsd.common.errors import UserError, in_short, said_elsewhere
+from opsd.common.files import read_toml
 from opsd.common.format import shown
 
 ABOUT = "On-policy self-distillation for language models."
 INTERNAL = 70  # exit code for bugs of ours: EX_SOFTWARE of sysexits.h
 
-# Command → (module, help). A module has add_arguments(parser) and run(parsed) → exit code or None.
-COMMANDS = {
-    "quickstart": ("opsd.cli.quickstart", "See a model learn from itself, on a CPU."),
-    "init": ("opsd.cli.init", "Write a first config file."),
-    "examples": ("opsd.cli.init", "List the configs that `opsd init NAME` writes."),
-    "train": ("opsd.cli.train", "Train by a config file."),
-    "eval": ("opsd.cli.evaluate_arguments", "Measure a model on a benchmark."),
-    "chat": ("opsd.cli.chat", "Talk to a model, beside its base."),
-    "plan": ("opsd.cli.plan_arguments", "Plan memory, tokens and time, before weights are loaded."),
-    "export": ("opsd.cli.export", "Merge a run's adapters, or write its model as GGUF."),
-    "serve-teacher": ("opsd.cli.serve_teacher", "Score other processes' rollouts, over HTTP."),
-    "replay": ("opsd.cli.replay", "Find what was not finite in a step that failed."),
-    "report": ("opsd.cli.report", "Write report.html and curves.png of a run."),
-    "compare": ("opsd.cli.compare", "Compare runs: methods by seeds, tokens to a target."),
-    "bench": ("opsd_kernels.benchmarks.__main__", "Measure the kernels against their peers."),
-    "doctor": ("opsd.cli.doctor", "Say what works on this machine and what does not."),
-}
+COMMANDS: dict[str, dict[str, str]] = read_toml(__file__, "commands")
+"""Command → its help, and its module. That has run(parsed) → exit code or None, and may have WORDS
+of options.toml, more() for the end of the help, and add_arguments(parser)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -169,12 +157,14 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
     version = f"%(prog)s {sys.modules['opsd'].__version__}"
     top.add_argument("--version", action="version", version=version)
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", prog="opsd")
-    for name, (module, help) in COMMANDS.items():
-        sub = commands.add_parser(name, help=help, description=help)
+    for name, of in COMMANDS.items():
+        sub = commands.add_parser(name, help=of["help"], description=of["help"])
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if only in (None, name):
-            command = import_module(module)
-            command.add_arguments(sub)
-            sub.usage = usage(sub)
-            sub.set_defaults(run=command.run, options=sorted(sub._option_string_actions))
+            command = import_module(of["module"])
+            sub.more = getattr(command, "more", sub.more)
+            add_options(sub, name, **getattr(command, "WORDS", {}))
+            getattr(command, "add_arguments", lambda parser: None)(sub)
+            sub.usage, options = usage(sub), sorted(sub._option_string_actions)
+            sub.set_defaults(run=command.run, command=name, options=options)
     return top

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 
-from opsd.cli.arguments import add_options, check_at_least
+from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 from opsd.common.format import size
 from opsd.common.near import nearest
@@ -13,12 +13,8 @@ from opsd.config.config import Config
 from opsd.config.load import load_config, parse_config, with_overrides
 from opsd.plan.gpus import GPU, GPUS, find_gpu
 
+WORDS = {"gpus": ", ".join(GPUS)}
 _UNITS = {"G": 1e9, "GB": 1e9, "GIB": 2**30, "M": 1e6, "MB": 1e6, "MIB": 2**20}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `opsd plan`."""
-    add_options(parser, "plan", gpus=", ".join(GPUS))
 
 
 def run(parsed: argparse.Namespace) -> None:

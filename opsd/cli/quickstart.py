@@ -4,15 +4,10 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from opsd.cli.arguments import add_options, check_at_least
+from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 from opsd.config.names import METHODS
 from opsd.data.solution_styles import SOLUTION_STYLES
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `opsd quickstart`."""
-    add_options(parser, "quickstart")
 
 
 def run(parsed: argparse.Namespace) -> None:

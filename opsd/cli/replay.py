@@ -2,13 +2,6 @@
 
 import argparse
 
-from opsd.cli.arguments import add_options
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `opsd replay`."""
-    add_options(parser, "replay")
-
 
 def run(parsed: argparse.Namespace) -> None:
     """Replays each sample and shows its numbers. Raises UserError."""

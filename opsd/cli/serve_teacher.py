@@ -2,15 +2,10 @@
 
 import argparse
 
-from opsd.cli.arguments import add_options, check_at_least
+from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 
 HERE = ("127.0.0.1", "::1", "localhost")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `opsd serve-teacher`."""
-    add_options(parser, "serve-teacher")
 
 
 def run(parsed: argparse.Namespace) -> None:

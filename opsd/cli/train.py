@@ -10,8 +10,6 @@ from shutil import get_terminal_size
 from textwrap import TextWrapper
 from typing import TYPE_CHECKING
 
-from opsd.cli.arguments import add_options
-from opsd.cli.meant import Parser
 from opsd.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,13 +17,7 @@ if TYPE_CHECKING:
     from opsd.config.config import Config
 
 
-def add_arguments(parser: Parser) -> None:
-    """Adds the arguments of `opsd train`."""
-    parser.more = _config_help
-    add_options(parser, "train")
-
-
-def _config_help() -> str:
+def more() -> str:
     """Describes every config field, for the end of `opsd train --help`."""
     from opsd.config.load import describe
 
@@ -42,15 +34,15 @@ def _config_help() -> str:
 
 def run(parsed: argparse.Namespace) -> None:
     """Trains by the config. Raises UserError for a wrong config before torch is imported."""
-    from opsd.cli.first_look import check_inputs, import_torch
+    from opsd.cli.first_look import check_inputs, check_output, import_torch
     from opsd.cli.plan_arguments import machine_of
     from opsd.common.display import Display
     from opsd.config.load import load_recipe
-    from opsd.runs.directory import CONFIG, check_unclaimed, checkpoints_in, is_done
+    from opsd.runs.directory import CONFIG, checkpoints_in, is_done
 
     overrides = [*parsed.overrides, *(["train.share_prefixes=false"] if parsed.no_share else [])]
     file = Path(parsed.config)
-    if parsed.resume and file.is_dir():
+    if parsed.resume and (file / CONFIG).is_file():
         overrides.append(f"output.dir={json.dumps(str(file))}")
         file /= CONFIG
     runs = load_recipe(file, overrides)
@@ -61,9 +53,9 @@ def run(parsed: argparse.Namespace) -> None:
     checked = [config.model_copy(update={"model": runs[0].model}) for config in runs]
     for config in checked:
         check_inputs(config)
-    for config in [] if parsed.resume or parsed.dry_run else runs[1:]:
-        check_unclaimed(Path(config.output.dir))
     display = Display(quiet=os.environ.get("RANK", "0") != "0")
+    for config in [] if parsed.dry_run or display.quiet else runs:
+        check_output(config, parsed.resume)
     import_torch(display, "opsd.training.run")
     if parsed.dry_run:
         from opsd.cli.dry_run import dry_run

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from glob import escape
 from pathlib import Path
 
+from opsd.common.files import read_toml
+
 HUB_ADDRESS = re.compile(
     r"(?:https?:/+)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)"
 )
 
 ROWS = (".jsonl", ".json", ".parquet", ".csv")
-OWNER = "; a hub name has an owner, as in Qwen/Qwen3-1.7B"
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -54,6 +55,15 @@ def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
     others = (one for place in ("", "*/") for name in names for one in Path().glob(place + name))
     found = path.parent / near if near else next(others, None)
     return f"; did you mean {str(found)!r}?" if found else ""
+
+
+def near_hub(name: str) -> str:
+    """`; did you mean 'Qwen/Qwen3-8B'?` for a name like a well-known one, or without an owner."""
+    known = {one.rpartition("/")[2]: one for one in read_toml(__file__, "hub")["models"]}
+    near = known.get(nearest(name.rpartition("/")[2], known, cutoff=0.85) or "", name)
+    if near != name:
+        return f"; did you mean {near!r}?"
+    return "" if "/" in name else "; a hub name has an owner, as in Qwen/Qwen3-1.7B"
 
 
 def near_model(path: Path) -> str:

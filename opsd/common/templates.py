@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import io
 import pickle
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from opsd.common.errors import UserError
+from opsd.common.near import did_you_mean
 from opsd.common.skeletons import SHAPES, Skeletons
 from opsd.common.template_worker import MADE, MOST, REFUSED, answer, texts_of
 from opsd.common.workers import Ended, Workers
@@ -55,7 +57,19 @@ def check_template(field: str, text: str) -> None:
     try:
         fill_in(text, [])
     except TemplateFailure as error:
-        raise UserError(f"{field} is not a Jinja template: {error}") from None
+        hint = "; a column is written {{ problem }}"
+        raise UserError(f"{field} is not a Jinja template: {error}{hint}") from None
+
+
+def fill_in_columns(field: str, text: str, values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Render the field's template for rows of these columns. Raises UserError."""
+    try:
+        return fill_in(text, [{k: one[k] for k in names(text) & one.keys()} for one in values])
+    except TemplateFailure as error:
+        columns, unknown = sorted(values[0]), re.search(r"'(\w+)' is undefined", str(error))
+        hint = did_you_mean(unknown[1], columns) if unknown else ""
+        said = f"{error}; columns: {', '.join(columns)}{hint}"
+        raise UserError(f"{field} cannot be filled in: {said}") from None
 
 
 def fill_in(text: str, values: Iterable[Mapping[str, Any]]) -> list[str]:

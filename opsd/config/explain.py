@@ -158,15 +158,16 @@ def _section_meant(name: str, value: Any, model: type[Section]) -> str:
     # First the fields that take few values, such as teacher.policy, and this one.
     own.sort(key=lambda field: "=" in typed(field, "any", model))
     takes = (said for field in own if "=" in (said := typed(here(field, model), value, model)))
-    plain = isinstance(value, bool) or str(value).lower() in TRUTH
-    return f"; it is a section, as in {f'{own[0]}=…' if plain else next(takes, f'{own[0]}=…')}"
+    if (said := TRUTH.get(str(value).lower())) and own[0].count(".") > 1:  # model.lora
+        return f"; {name}={{}} has it, by its defaults" if said == "true" else "; leave it out"
+    return f"; it is a section, as in {f'{own[0]}=…' if said else next(takes, f'{own[0]}=…')}"
 
 
 def number_meant(text: str, kind: str) -> str:
     """What to write for a text that is no number of the kind, int or float, or ""."""
     text = text if len(text) < 100 else ""  # the patterns below take squares of time
     plain = re.sub(r"(?<=\d)[,_](?=\d{3})", "", text).strip(" ,;'\"")
-    plain = re.sub(r"^(\d+),(\d+)$", r"\1.\2", plain)  # a decimal comma
+    plain = re.sub(r"^(\d+),(\d+(e[-+]?\d+)?)$", r"\1.\2", plain)  # a decimal comma
     if (form := NUMBERS.get(kind)) and plain != text and re.fullmatch(form, plain):
         return f"; write {plain}"
     counted = rf"(\d+\.?\d*|\.\d+)\s*([kmg]i?b?|%)?\s*({COUNTED})?"

@@ -4,6 +4,7 @@ A field's flat name is its own name; if that is ambiguous, the names of its sect
 rollout_temperature and loss_temperature, lora_rank, output_dir.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from os import PathLike, fspath
@@ -12,7 +13,7 @@ from typing import Any, get_origin
 from opsd.common.errors import UserError
 from opsd.common.near import nearest
 from opsd.config.base import Section
-from opsd.config.foreign import answer, fields_of, section_of
+from opsd.config.foreign import answer, section_of
 
 WHAT_IT_NAMES = {"model": "path", "data": "source", "output": "dir"}
 """Sections that may be given as a single string → the field that the string sets."""
@@ -67,6 +68,14 @@ def _fields(model: type[Section], above: str = "") -> Iterator[tuple[str, set[st
             yield from _fields(inside, f"{path}.")
 
 
+def flat_name(field: str, config: type[Section]) -> str:
+    """The shortest flat name of a field that no other has."""
+    fields = dict(_fields(config))
+    every = [one for names in fields.values() for one in names]
+    alone = [one for one in fields.get(field, ()) if every.count(one) == 1]
+    return min(alone, key=len, default=field)
+
+
 def _field(name: str, value: Any, fields: dict[str, set[str]], config: type[Section]) -> str:
     if name in fields:  # a top-level field or section
         return name
@@ -82,9 +91,7 @@ def _field(name: str, value: Any, fields: dict[str, set[str]], config: type[Sect
     every = [one for names in fields.values() for one in sorted(names)]
     near = nearest(name, every)
     if said := answer(name, value, config, unless=nearest(name, every, cutoff=0.9)):
-        for known in fields_of(config) if "=" in said else ():
-            alone = [one for one in fields.get(known, ()) if every.count(one) == 1]
-            said = said.replace(f"{known}=", f"{min(alone, key=len, default=known)}=")
+        said = re.sub(r"\w+(\.\w+)+", lambda found: flat_name(found[0], config), said)
         raise UserError(f"unknown key {name!r}: {said}")
     whose = next((field for field, names in fields.items() if near in names), "")
     hint = f"did you mean {near} ({whose})?" if near else "docs/options.md lists them"

@@ -75,7 +75,8 @@ def read_yaml(path: Path, field: str = "CONFIG") -> Any:
     if path.is_dir():
         model = (path / "config.json").is_file()
         what = "a model; name it in a config as model.path" if model else "a directory"
-        hint = "; a run goes on with --resume" if (path / "config.yaml").is_file() else ""
+        run = next((one for one in (path, path.parent) if (one / "config.yaml").is_file()), None)
+        hint = f"; a run goes on with `opsd train {run} --resume`" if run else ""
         raise UserError(f"{field} is {str(path)!r}: {what}; it must be a YAML file{hint}")
     if not path.is_file():
         hint = near_file(path, (".yaml", ".yml")) or "; `opsd init` writes a first one"
@@ -87,12 +88,16 @@ def read_yaml(path: Path, field: str = "CONFIG") -> Any:
         )
     if (size := path.stat().st_size) > MAX_BYTES:
         raise UserError(f"{field} is {str(path)!r}: {size:,} bytes; at most {MAX_BYTES:,} are read")
+    text = ""
     try:
-        return load_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return load_yaml(text)
     except OSError as error:  # such as for a link to /proc/self/mem
         raise UserError(f"{field} is {str(path)!r}: it cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         hint = next((f"; {hint}" for said, hint in SLIPS.items() if said in str(error)), "")
+        if wrong := re.search(r"^ *(\w+) *= *(\S.*)$", text, re.MULTILINE):
+            hint = f"; write `{wrong[1]}: {wrong[2]}`"
         if named := re.search(r"column \d+: (\w+) \^ could not find", " ".join(str(error).split())):
             hint += f", as in `{named[1]}:`"
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}{hint}") from None

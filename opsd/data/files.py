@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,9 +16,11 @@ from functools import partial
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 from typing import Any, TextIO
 
 from opsd.common.errors import UserError
+from opsd.common.files import read_toml
 from opsd.common.strict_json import each_once
 from opsd.common.system import memory
 from opsd.common.workers import Ended, Workers
@@ -63,7 +66,9 @@ def read_file(path: Path, section: str) -> Iterator[Any]:
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text: {error}") from error
+        kind = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+        mend = f"iconv -f {kind} -t UTF-8 {quote(str(path))} > utf8{path.suffix}"
+        raise UserError(f"{where} is not UTF-8 text: `{mend}` mends it ({error})") from error
     except MemoryError:
         raise UserError(f"{where} has a line, or a list, that does not fit into memory") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -92,6 +97,9 @@ class _Unpacked(gzip.GzipFile):
             raise OSError(TOO_MUCH)
         return data
 
+
+SLIPS: dict[str, str] = read_toml(__file__, "slips")
+"""What a line has that is no JSON → what it was probably meant as."""
 
 _LINES = json.JSONDecoder(object_pairs_hook=each_once)
 ONE_A_LINE = "one JSON object a line"
@@ -174,7 +182,9 @@ def _line(line: str, number: int, expected: str, section: str, name: str) -> Any
     try:
         return _LINES.decode(line)
     except json.JSONDecodeError as error:
-        said = f"is not valid JSON ({error.msg} at column {error.colno}); expected {expected}"
+        said = f"is not valid JSON ({error.msg} at column {error.colno})"
+        slip = next((one for found, one in SLIPS.items() if re.search(found, line)), "")
+        said += f"{slip}; expected {expected}"
     except (ValueError, RecursionError) as error:  # a number too long, or nesting too deep
         said = f"cannot be read ({error})"
     raise UserError(f"{where} {said}")

@@ -25,9 +25,8 @@ from opsd.common.errors import UserError
 from opsd.common.templates import (
     ROLLOUT_NAMES,
     SOLUTION_NAMES,
-    TemplateFailure,
     check_template,
-    fill_in,
+    fill_in_columns,
     names,
 )
 from opsd.config.sections import STUDENT_TEMPLATE, TEACHER_TEMPLATE, PromptsSection
@@ -370,19 +369,14 @@ class Prompts:
             text_of |= zip(map(id, rest), self.rendered(rest, name), strict=True)
             return [text_of[id(row)] for row in rows]
         known = {} if more else self._rendered.get(name, {})
-        template = self.templates[name]
-        used, new = names(template), [row for row in rows if id(row) not in known]
+        new = [row for row in rows if id(row) not in known]
         if not new:
             return [known[id(row)][1] for row in rows]
         values = [{**row.columns, **row.texts, **more} for row in new]
         if self.images is not None:
             for row, its in zip(new, values, strict=True):
                 its["images"] = MARK * len(row.images)
-        try:
-            made = fill_in(template, [{k: one[k] for k in used & one.keys()} for one in values])
-        except TemplateFailure as error:
-            said = f"cannot be filled in: {error}; columns: {', '.join(sorted(values[0]))}"
-            raise UserError(f"{self.field(name)} {said}") from None
+        made = fill_in_columns(self.field(name), self.templates[name], values)
         for token in self._teachers_alone:
             for row, text in zip(new, made, strict=True):
                 if token in text:

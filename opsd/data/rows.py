@@ -167,7 +167,8 @@ def load_rows(
             rows.append(reader.row(record, number))
         except IncompleteRowError as error:
             if not skip_incomplete:
-                raise
+                hint = "; data.incomplete=skip leaves such rows out"
+                raise UserError(f"{error}{hint if rows and section == 'data' else ''}") from None
             incomplete.append(error)
         if limit is not None and len(rows) == limit:
             break

@@ -40,11 +40,12 @@ def check_names(field: str, given: Iterable[str], known: Sequence[str], usual: A
         if name in known:
             continue
         hint, allowed = did_you_mean(str(name), known), ", ".join(map(repr, known)) or "none"
+        setting = "--columns " if field == "benchmark.columns" else f"{field}."
         value, near = given[name] if isinstance(given, dict) else "", nearest(name, known, 0.7)
         if value in known and not near:
-            hint = f"; did you mean {field}.{value}={name}? Ours stands first"
+            hint = f"; did you mean {setting}{value}={name}? Ours stands first"
         elif value and (near := near or next((our for our in usual if name in usual[our]), None)):
-            hint = f"; did you mean {field}.{near}={value}?"
+            hint = f"; did you mean {setting}{near}={value}?"
         raise UserError(f"{field}: {name!r} is not known{hint} (allowed: {allowed})")
 
 

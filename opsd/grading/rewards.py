@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsd.common.errors import UserError, in_short
+from opsd.common.near import nearest
 from opsd.config.loss import LossSection, RewardSection
 from opsd.config.requirements import is_graded, votes
 from opsd.data.boxed import last_boxed
@@ -146,7 +147,19 @@ def check_function(name: str, field: str, run: bool = True) -> None:
     except Exception as error:  # not Python, or nested too deeply
         raise UserError(f"{where}: {path} is not Python ({in_short(error)})") from None
     if not {function, "*"} & made:
-        raise UserError(f"{where}: {path} has no function {function!r}")
+        hint = _near_function(path, function)
+        raise UserError(f"{where}: {path} has no function {function!r}{hint}")
+
+
+def _near_function(path: Path, name: str) -> str:
+    """`; did you mean mine.py:grade?`: a file's function of a like name, or its last one."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    own = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    near = nearest(name, own) or (own[-1] if own else "")
+    return f"; did you mean {path}:{near}?" if near else ""
 
 
 def make_verifier(section: RewardSection, grader: Grader) -> Verifier:
@@ -171,7 +184,8 @@ def _place(name: str, field: str = "loss.reward.verifier") -> tuple[str, Path, s
     where = f"{field} is {name!r}"
     file, colon, function = name.rpartition(":")
     if not colon or not file.endswith(".py") or not function.isidentifier():
-        raise UserError(f"{where}: it may be 'math' or FILE.py:FUNCTION")
+        hint = _near_function(Path(name), "") if name.endswith(".py") else ""
+        raise UserError(f"{where}: it may be 'math' or FILE.py:FUNCTION{hint}")
     path = Path(os.path.expanduser(file))
     if not path.is_file():
         raise UserError(f"{where}: there is no file {file!r}")

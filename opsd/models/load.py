@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.hub_offline import before_asking_hub
-from opsd.common.near import OWNER, near_file, near_model
+from opsd.common.near import near_file, near_hub, near_model
 from opsd.common.saved_directory import check_saved
 from opsd.common.strict_json import read_object
 from opsd.config.sections import ModelSection
@@ -220,7 +220,7 @@ def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedToke
         raise _unreachable(files, owner, error) from error
     said = f"makes {len(written):,} tokens of '1 + 1'"
     if not known:  # transformers makes an empty tokenizer where the files are missing
-        said = "knows no text; its vocabulary (tokenizer.json, or tokenizer.model) is missing"
+        said = "knows no text; copy its tokenizer.json, or tokenizer.model, from its base"
     if not known or len(written) > 1000:  # a file may put 10^6 of them before each text
         raise UserError(f"{name}.path is {section.path!r}: its tokenizer {said}")
     if not tokenizer.chat_template:  # old processors have it in a separate file
@@ -252,8 +252,11 @@ def _unreachable(files: ModelFiles, section: ModelSection, error: Exception) -> 
     if "FlashAttention" in said:  # config.json asks for it
         return UserError(f"{where}: set {name}.attention to 'sdpa' for it ({said})")
     if Path(section.path).exists():
-        return UserError(f"{where}: it cannot be loaded ({said})")
-    owner = "" if "/" in section.path else OWNER
+        hint = "; copy its tokenizer.json from its base" if "backend tokenizer" in said else ""
+        return UserError(f"{where}: it cannot be loaded ({said}){hint}")
+    if "couldn't connect" in said or "offline mode" in said:
+        said = "the hub does not answer, and it is not in the hub's cache"
+    owner = near_hub(section.path)
     if files.adapters:
         owner = "; the base_model_name_or_path in its adapter_config.json can be changed"
     return UserError(

@@ -59,9 +59,10 @@ def _base(section: ModelSection, where: str) -> PreTrainedConfig:
         raise UserError(f"{where}: not a model's config ({in_short(error)})") from error
     known = _known(section.path)
     if known is None:
+        hint = did_you_mean(path.name, KNOWN) or f"; `hf download {path} config.json` fetches it"
         raise UserError(
             f"{where}: neither a model directory nor a config.json nor in the hub's local cache, "
-            f"and not one of those known here ({', '.join(KNOWN)}){did_you_mean(path.name, KNOWN)}"
+            f"and not one of those known here ({', '.join(KNOWN)}){hint}"
         )
     return AutoConfig.for_model(**known)
 

@@ -152,6 +152,26 @@ def claim_directory(
     belongs to another run or to something else and, unless it may `start_over`, when steps were
     done but no checkpoint was written.
     """
+    check_claim(directory, config, resume)
+    for left in directory.glob("*.part"):
+        remove(left)
+    with _or_cannot_write(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        sync(directory.parent)
+        save_config(config, directory / CONFIG)
+    checkpoint = last_checkpoint(directory)
+    again = checkpoint is None and not start_over
+    if again and (done := sum(1 for _ in checked_lines(directory / METRICS, StepLine))):
+        raise UserError(
+            f"output.dir is {str(directory)!r}: of its {done} steps there is no checkpoint to go "
+            f"on from; `{command_to_go_on(directory)} --start-over` begins again"
+        )
+    return checkpoint
+
+
+def check_claim(directory: Path, config: Config, resume: bool) -> None:
+    """Raise UserError if the directory belongs to something else, to another run, or to this run,
+    unless it is to `resume`. config: as `settle` returns it."""
     mine = directory / CONFIG
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output.dir is {str(directory)!r}: a file is in the way")
@@ -172,30 +192,10 @@ def claim_directory(
                 f"({'; '.join(changed)}); choose another directory"
             )
         if not resume:
-            check_unclaimed(directory)
-        for left in directory.glob("*.part"):
-            remove(left)
-    with _or_cannot_write(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        sync(directory.parent)
-        save_config(config, mine)
-    checkpoint = last_checkpoint(directory)
-    again = checkpoint is None and not start_over
-    if again and (done := sum(1 for _ in checked_lines(directory / METRICS, StepLine))):
-        raise UserError(
-            f"output.dir is {str(directory)!r}: of its {done} steps there is no checkpoint to go "
-            f"on from; `{command_to_go_on(directory)} --start-over` begins again"
-        )
-    return checkpoint
-
-
-def check_unclaimed(directory: Path) -> None:
-    """Raise UserError if a run has been started in the directory."""
-    if (directory / CONFIG).is_file():
-        raise UserError(
-            f"output.dir is {str(directory)!r}: this run has been started before; go on "
-            "with --resume, or choose another directory"
-        )
+            raise UserError(
+                f"output.dir is {str(directory)!r}: this run has been started before; go on "
+                "with --resume, or choose another directory"
+            )
 
 
 def is_done(directory: Path, config: Config) -> bool:

@@ -6,6 +6,7 @@ It loads model and rows when it is constructed, so that errors in them are raise
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from transformers.trainer_utils import TrainOutput
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.hub_upload import push
+from opsd.common.near import nearest
 from opsd.config.config import IN_PYTHON, Config
-from opsd.config.foreign import here, reason
+from opsd.config.flat import flat_name
+from opsd.config.foreign import WORDS, here, reason
 from opsd.config.load import parse_config
 from opsd.config.sections import ModelSection
 from opsd.data.given import given_records
@@ -206,9 +209,14 @@ def _check_types(args: Any, processing_class: Any, others: Mapping[str, Any]) ->
     """Raises UserError for arguments that other trainers take, and for a config or a tokenizer that
     is none."""
     for name in others:
-        found = here(name, Config)
-        field = f"it is a field of OPSDConfig, {found}" if found else "help(OPSDTrainer) lists them"
-        raise UserError(f"OPSDTrainer has no argument {name!r}: {reason(name) or field}")
+        own = signature(OPSDTrainer).parameters
+        field, comma, note = here(name, Config).partition(", ")
+        said = reason(name) or "help(OPSDTrainer) lists them"
+        if ours := WORDS["arguments"].get(name) or nearest(name, own, cutoff=0.8):
+            said = f"write OPSDTrainer({ours}=…)"
+        elif field:
+            said = f"it is a field of OPSDConfig, {flat_name(field, Config)}{comma}{note}"
+        raise UserError(f"OPSDTrainer has no argument {name!r}: {said}")
     if args is not None:
         check_config("args", args)
     if isinstance(processing_class, str | Path):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
+from opsd.common.templates import check_template, fill_in_columns, over_rollouts
 from opsd.config.config import Config
 from opsd.config.data import SHARED, DataSection, SourceSection
 from opsd.config.requirements import (
@@ -24,7 +27,6 @@ from opsd.config.requirements import (
     uses_targets,
     uses_teacher_prompt,
 )
-from opsd.config.sections import EvalSection
 from opsd.data.context_check import ContextCheck
 from opsd.data.length_filter import fitting_held_out, fitting_rows
 from opsd.data.prompts import Prompts
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from opsd.models.images import ImageReader
+
+SMALL = 1 << 23
+"""Files of fewer bytes are read whole before torch is imported, in half a second."""
 
 FEW, VISITS, VARIED = 256, 10, 3
 """Where fewer problems are each visited more often, OPSD tends to end below its base, unless others
@@ -65,7 +70,7 @@ def load_data(
         return rows, []
     if test.source is None:
         return split_rows(rows, test.problems, seed)
-    held_out = _read_held_out(data, test, seed, test.problems, given_held_out)
+    held_out = _read_held_out(config, test.problems, given_held_out)
     known = {row.same_problem for row in held_out}
     kept = [row for row in rows if row.same_problem not in known]
     if len(kept) < len(rows):
@@ -144,27 +149,45 @@ def sources(data: DataSection) -> list[SourceSection]:
     return [SourceSection(source=data.source, **{name: getattr(data, name) for name in SHARED})]
 
 
-def first_rows(config: Config) -> None:
-    """Read the first row of each source that is a local file. Raises UserError for a file that is
-    missing or lacks a column."""
+def look_at_rows(config: Config) -> None:
+    """Read the rows of small files, and the first row of each other local source. Raises UserError
+    for a file that is missing, lacks a column, or has a row or too few that cannot be used."""
+    named = [source.source for source in sources(config.data)]
+    named += [config.eval.source] if config.eval.source and config.eval.problems else []
+    files = [path for name in named if (path := Path(os.path.expanduser(name))).is_file()]
+    if len(files) == len(named) and sum(path.stat().st_size for path in files) < SMALL:
+        rows, _ = load_data(config)
+        _check_enough(len(rows) * (1 + (config.data.varied or 0)), config)
+        for role in ("student", "teacher") if uses_teacher_prompt(config) else ("student",):
+            template = getattr(config.prompts, role)
+            check_template(f"prompts.{role}", template)
+            if not over_rollouts(template) and not shows_images(config):
+                fill_in_columns(f"prompts.{role}", template, [rows[0].columns | rows[0].texts])
+        return
     for source in sources(config.data):
         if not is_remote(source.source):
             _read(source, config, lambda text: None, limit=1)
+    if config.eval.source and config.eval.problems and not is_remote(config.eval.source):
+        _read_held_out(config, limit=1)
+
+
+def _check_enough(count: int, config: Config) -> None:
+    if count < config.train.problems_per_step:
+        raise UserError(
+            f"data.source has {count} training rows: train.problems_per_step "
+            f"({config.train.problems_per_step}) may be at most that"
+        )
+
+
+def _read_held_out(config: Config, limit: int, given: Any = None) -> list[Row]:
     data, test = config.data, config.eval
-    if test.source is not None and test.problems and not is_remote(test.source):
-        _read_held_out(data, test, config.train.seed, limit=1)
-
-
-def _read_held_out(
-    data: DataSection, test: EvalSection, seed: int, limit: int, given: Any = None
-) -> list[Row]:
     return load_rows(
         test.source if given is None else given,
         columns=data.columns if test.columns is None else test.columns,
         split=test.split,
         default_split="test",
         limit=limit,
-        seed=seed + 1,
+        seed=config.train.seed + 1,
         options=data.options if test.options is None else test.options,
         require=("problem", "answer"),
         section="eval",
@@ -240,11 +263,7 @@ def fitting_data(
         )
         if uses_targets(config) and not learns_targets(config):
             rows = fitting_rows(rows, prompts, ["student"], None, window, display.note)
-        if len(rows) < config.train.problems_per_step:
-            raise UserError(
-                f"data.source has {len(rows)} training rows: train.problems_per_step "
-                f"({config.train.problems_per_step}) may be at most that"
-            )
+        _check_enough(len(rows), config)
         # Render the longest row, to see whether the chat template cuts long texts.
         prompts.contexts([max(rows, key=lambda row: len(row.problem) + len(row.solution))])
         held_out = fitting_held_out(

@@ -19,7 +19,7 @@ from helpers.training_cases import ROWS, short_values, write_rows
 
 from opsd.cli.main import main
 from opsd.config.config import Config
-from opsd.config.load import merge
+from opsd.config.load import merge, parse_config, save_config, with_overrides
 
 ROOT = Path(__file__).parents[2]
 
@@ -274,6 +274,48 @@ def test_a_bad_config_is_refused_before_torch_is_imported(tmp_path):
         check=True,
         timeout=120,
     )
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from opsd.cli.main import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["data.source=broken.jsonl"], "line 3 of 'broken.jsonl' is not valid JSON"),
+        (["data.source=broken.jsonl", "data.limit=2"], "train.problems_per_step (4) may be at"),
+        (["eval.problems=9"], "eval.problems: 9 held-out problems cannot be taken"),
+        (["prompts.teacher={{ solutoin }}"], "did you mean 'solution'?"),
+        (["output.dir=other"], "it holds files that are not a run's"),
+        (["output.dir=begun", "train.seed=1"], "a run with another config (train.seed is 0 there"),
+        (["output.dir=begun", "train.steps=3"], "has been started before; go on with --resume"),
+    ],
+)
+def test_wrong_rows_templates_and_directories_are_refused_before_torch(more, said, tmp_path):
+    row = '{"problem": "%d+1", "solution": "it is %d", "answer": "%d"}\n'
+    rows = [row % (n, n + 1, n + 1) for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    (tmp_path / "broken.jsonl").write_text("".join([*rows[:2], "{'problem'", *rows[3:]]))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    good = ["model.path=model", "data.source=rows.jsonl", "eval.problems=0"]
+    good += ["train.problems_per_step=4"]
+    (tmp_path / "c.yaml").write_text("{}")
+    for name in ("other", "begun"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("")
+    begun = with_overrides({}, [*good, "output.dir=begun", "train.steps=3", "train.precision=fp32"])
+    begun |= {"prompts": {"date": "2026-11-30"}}
+    save_config(parse_config(begun), tmp_path / "begun" / "config.yaml")
+    command = [sys.executable, "-c", WITHOUT_TORCH, "train", "c.yaml", *good, *more]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and said in done.stderr, done.stderr or done.stdout
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_train_help_documents_every_field(capsys, monkeypatch):

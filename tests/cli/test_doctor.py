@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from opsd.cli import doctor
-from opsd.cli.doctor import Finding, run_doctor
+from opsd.cli.doctor import Finding, run
 from opsd.common.system import memory, processor, usable_cores
 from opsd.quickstart import GB
 
@@ -22,12 +22,12 @@ from opsd.quickstart import GB
 def examine(monkeypatch, *findings):
     monkeypatch.setattr(doctor, "SECTIONS", (("Part", lambda: iter(findings)),))
     lines = []
-    return run_doctor(lines.append), "\n".join(lines)
+    return run(None, lines.append), "\n".join(lines)
 
 
 def test_this_machine_can_train():
     lines = []
-    assert run_doctor(lines.append) == 0
+    assert run(None, lines.append) == 0
     report = "\n".join(lines)
     import torch
 

@@ -34,7 +34,7 @@ MISTAKES = {
     "train goood.yaml": "did you mean 'good.yaml'?",
     "train rows.jsonl": "a config names the data as data.source (`opsd init` writes one)",
     "train model": "name it in a config as model.path",
-    "train run": "a run goes on with --resume",
+    "train run": "a run goes on with `opsd train run --resume`",
     "train study.yaml": "`opsd compare study.yaml` runs it",
     "train": "it needs a CONFIG.yaml; `opsd init` writes one",
     "train good.yaml other.yaml": "one config at a time (`opsd compare` takes several)",
@@ -71,7 +71,7 @@ MISTAKES = {
     "train good.yaml model=Qwen/Qwen3-1.7B": "as in model.path=Qwen/Qwen3-1.7B",
     "train good.yaml data=rows.jsonl": "as in data.source=rows.jsonl",
     "train good.yaml loss.reward=mine.py:f": "as in loss.reward.verifier=mine.py:f",
-    "train good.yaml model.lora=true": "as in model.lora.rank",
+    "train good.yaml model.lora=true": "model.lora={} has it",
     "train good.yaml actor_rollout_ref.rollout.n=4": "here it is rollout.group_size",
     "train good.yaml actor_rollout_ref.actor.optim.lr=1e-6": "it is train.learning_rate=1e-06",
     "train good.yaml data.train_files=rows.jsonl": "here it is data.source",
@@ -206,7 +206,7 @@ MISTAKES = {
     "train good.yaml train.gradient_checkpointing=unsloth": "write true",
     "train good.yaml loss.aggregation=dapo": "did you mean 'token'?",
     "train good.yaml data.source=rows.jsonl#500": "data.source=rows.jsonl data.limit=500",
-    "train good.yaml model.path=qwen3:0.6b": "a hub name has an owner, as in Qwen/Qwen3-1.7B",
+    "train good.yaml model.path=qwen3:0.6b": "did you mean 'Qwen/Qwen3-0.6B'?",
     "train good.yaml model.use_shm=True": "unknown key 'model.use_shm': leave it out",
     "eval model --apply_chat_template": "the model's own chat template is used",
     # Commands of ms-swift, axolotl and TRL.
@@ -400,7 +400,8 @@ def place(tmp_path_factory):
     """A directory with rows, configs, a model and a run."""
     place = tmp_path_factory.mktemp("mistakes")
     row = {"problem": "1+1", "solution": "1 and 1 are 2.", "answer": "2"}
-    (place / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    rows = [json.dumps(row | {"problem": f"1+1+0*{n}"}) + "\n" for n in range(240)]
+    (place / "rows.jsonl").write_text("".join(rows))
     (place / "gsm.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
     (place / "alpaca.jsonl").write_text('{"instruction": "1+1", "output": "2"}\n')
     nested = {"problem": "1+1", "solution": "It is 2.", "extra": {"ground_truth": "2"}}
@@ -410,7 +411,7 @@ def place(tmp_path_factory):
     (place / "other.yaml").write_text(good)
     (place / "other").mkdir()
     (place / "other" / "good.yaml").write_text(good)
-    (place / "other" / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (place / "other" / "rows.jsonl").write_text("".join(rows))
     (place / "rows.xlsx").touch()
     (place / "study.yaml").write_text("quickstart: tiny\nmethods: [opsd]\n")
     for directory in ("model", "run/model", "tiny/opsd/model", "tiny/sft/model", "runs/b/model"):

@@ -1,5 +1,6 @@
 """A config that goes on with `then`: several runs by one command."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def test_a_recipe_is_its_runs_one_after_the_other(recipe, tmp_path, capsys):
     moved = [not torch.equal(t, there[n]) for n, t in weights(tmp_path / "run").items()]
     assert any(moved)
     capsys.readouterr()
+    shutil.rmtree(tmp_path / "run")
     assert main(["train", str(recipe)]) == 1
     assert "run-then': this run has been started before" in capsys.readouterr().err
 

@@ -107,6 +107,8 @@ def test_a_verifier_that_fails_is_named_with_its_problem(body, wanted, tmp_path)
         ("maths", None, "may be 'math' or FILE.py:FUNCTION"),
         ("{dir}/none.py:grade", None, "there is no file"),
         ("{dir}/mine.py:score", "def grade(c, r): return 1", "has no function 'score'"),
+        ("{dir}/mine.py:score", "def grade(c, r): return 1", "did you mean {dir}/mine.py:grade?"),
+        ("{dir}/mine.py", "def grade(c, r): return 1", "did you mean {dir}/mine.py:grade?"),
         (
             "{dir}/mine.py:grade",
             "import nowhere\ndef grade(c, r): ...",
@@ -133,7 +135,7 @@ def test_a_verifier_that_cannot_be_loaded_is_refused_before_the_weights(
     save_config(config, tmp_path / "c.yaml")
     assert main(["train", str(tmp_path / "c.yaml")]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "loss.reward.verifier" in message and wanted in message
+    assert "loss.reward.verifier" in message and wanted.format(dir=tmp_path) in message
 
 
 def test_a_run_learns_from_the_users_verifier_and_logs_it(files, tmp_path):
