@@ -80,10 +80,10 @@ class ChatTemplate:
                 if PROBE in self._render([self._message("user", PROBE)], True):
                     return
             except UserError as error:
-                refused = refused or error
+                refused = refused if self.in_parts else error
         raise refused or UserError(
-            "model.path has a chat template that leaves the user's message out: give it one that "
-            "writes it (chat_template.jinja in the model's directory)"
+            "model.path has a chat template that leaves the user's message out, or cuts it: give "
+            "it one that writes it (chat_template.jinja in the model's directory)"
         )
 
     def context(

@@ -116,9 +116,12 @@ def test_a_prefill_is_no_part_of_the_target():
     assert tokenizer.decode([*context, *target]).endswith("assistant\nSo 1 + 2 is 3.<|im_end|>")
 
 
-def test_a_template_without_the_message_is_refused():
-    family = Family("empty", "{{ 'Hello' }}", IM, "<|im_end|>", "", "", "", None)
-    with pytest.raises(UserError, match="leaves the user's message out"):
+@pytest.mark.parametrize(
+    "template", ["{{ 'Hello' }}", CHATML.replace("m['content']", "m['content'][:12]")]
+)
+def test_a_template_without_the_message_is_refused(template):
+    family = Family("empty", template, IM, "<|im_end|>", "", "", "", None)
+    with pytest.raises(UserError, match="leaves the user's message out, or cuts it"):
         chat_of(family)
 
 
