@@ -48,6 +48,8 @@ KNOWN_DISAGREEMENTS = {
     ("\\nabla\\times \\mathbf{B}", "\\nabla \\times \\vec{B}"),
     ("\\frac{x^2}{2}+C", "\\frac12x^2+K"),
     ("[1,2]^T", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+    ("C because it is 7", "C"),
+    ("\\underbrace{6}_{\\text{ans}}", "6"),
     ("True", "T"),
     ("False", "F"),
     (
