@@ -254,11 +254,11 @@ def test_a_check_costs_no_second_filling_in(monkeypatch):
     rows = [Row(f"{PROBLEM} {number}", SOLUTION * 3, "3", {}) for number in range(300)]
     roles, filled_in = ["student", "teacher"], []
 
-    def fill_in(text, values):
+    def fill_in_columns(field, text, values):
         filled_in.extend(values)
-        return templates.fill_in(text, values)
+        return templates.fill_in_columns(field, text, values)
 
-    monkeypatch.setattr("opsd.data.prompts.fill_in", fill_in)
+    monkeypatch.setattr("opsd.data.prompts.fill_in_columns", fill_in_columns)
     check = ContextCheck(prompts, roles)
     assert fitting_rows(rows, prompts, roles, 10, 10**6, print, check=check) == rows
     assert len(filled_in) == 600
