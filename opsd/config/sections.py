@@ -264,8 +264,8 @@ class RolloutSection(Section):
     """How the student's solutions are sampled."""
 
     engine: Engine = "generate"
-    """transformers' generate in length-sorted batches, its continuous batching, vLLM on the GPU
-    that trains, or a server of vLLM or SGLang (docs/vllm.md)."""
+    """transformers' generate in length-sorted batches, its continuous batching (slower on a CPU),
+    vLLM on the GPU that trains, or a server of vLLM or SGLang (docs/vllm.md)."""
     source: Literal["student", "teacher", "reference"] = "student"
     """opsd, distill: who writes the text that is learnt from. student is on-policy; reference is
     prompts.target."""

@@ -5,6 +5,7 @@ from transformers import GenerationConfig
 
 from opsd.common.errors import UserError
 from opsd.rollout.base import Contexts, OwnSampler, Progress, Rollout, Sampling, cut
+from opsd.rollout.decoding import decodes_fast
 
 # Tokens in a block of the cache: the default of `page_size`, named `block_size` before transformers
 # 5.18.
@@ -13,7 +14,8 @@ MIN_BATCH_TOKENS = 256  # the least limit of tokens in one forward, for prefill
 
 
 class ContinuousSampler(OwnSampler):
-    """Samples with `generate_batch`, for rollouts of very different lengths."""
+    """Samples with `generate_batch`, for rollouts of very different lengths on a GPU. On a CPU it
+    is slower than `generate`: tokens are scored against the keys of all sequences, then masked."""
 
     engine = "continuous"
 
@@ -43,12 +45,13 @@ class ContinuousSampler(OwnSampler):
         was_training = self.model.training
         attention = self.model.config._attn_implementation
         try:
-            outputs = self.model.generate_batch(
-                inputs=[list(context) for context in contexts],
-                generation_config=config,
-                continuous_batching_config=cache,
-                progress_bar=False,
-            )
+            with decodes_fast(self.model, sampling.max_new_tokens):
+                outputs = self.model.generate_batch(
+                    inputs=[list(context) for context in contexts],
+                    generation_config=config,
+                    continuous_batching_config=cache,
+                    progress_bar=False,
+                )
         finally:
             if self.model.config._attn_implementation != attention:
                 self.model.set_attn_implementation(attention)

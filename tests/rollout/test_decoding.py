@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from opsd.common.system import processor
 from opsd.models.copies import copy_model
-from opsd.rollout import GenerateSampler, Sampling, read_once
+from opsd.rollout import ContinuousSampler, GenerateSampler, Sampling, read_once
 from opsd.rollout.decoding import Roomy, decodes_fast
 from opsd_kernels import attention as kernel
 
@@ -73,6 +73,20 @@ def test_packed_weights_write_the_same_tokens(family, monkeypatch):
     monkeypatch.setattr("opsd.rollout.decoding.PACKING_PAYS", 1000)
     monkeypatch.setattr("opsd.rollout.decoding._make_room", lambda *_: None)
     assert sampled() == second != first
+    assert (fast < len(used) / 2) == ("avx512_bf16" in processor()[1])
+
+
+def test_continuous_batching_has_packed_weights_too(monkeypatch):
+    torch.manual_seed(0)
+    model = copy_model(tiny_model("llama"), torch.bfloat16)
+    sampler, sampling = ContinuousSampler(model, frozenset([4])), Sampling(20, temperature=0)
+    used: list = []
+    product = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *a: used.append(a) or product(*a))
+    first, fast = sampler.sample([[5, 6, 7], [8, 9]], sampling), len(used)
+    used.clear()
+    monkeypatch.setattr("opsd.rollout.decoding.PACKING_PAYS", 1000)
+    assert sampler.sample([[5, 6, 7], [8, 9]], sampling) == first
     assert (fast < len(used) / 2) == ("avx512_bf16" in processor()[1])
 
 
