@@ -21,6 +21,7 @@ from opsd.grading.rewards import check_code
 from opsd.runs.directory import CONFIG, check_claim, locked, settle
 from opsd.training.load_data import look_at_rows
 
+HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 MODELS = ("config.json", "adapter_config.json")
 
 
@@ -71,7 +72,7 @@ def check_model(name: str, field: str) -> None:
         raise UserError(f"{field} is {name!r}: a file; it must be a directory, or a hub name{hint}")
     elif (path.parent / CONFIG).is_file():  # in a run's directory
         raise UserError(f"{field} is {name!r}: no such directory{near_model(path.parent)}")
-    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):  # cannot be a hub name
+    elif not re.fullmatch(HUB_NAME, name) or ("/" in name and [*path.parent.glob(f"*/{CONFIG}")]):
         hint = near_file(path) or near_hub(name)
         raise UserError(f"{field} is {name!r}: there is no such directory{hint}")
 

@@ -30,7 +30,7 @@ def no_command(words: Sequence[str], known: Iterable[str]) -> str:
     word = next(word for word in words if not word.startswith("-"))
     said = f"there is no command {word!r}"
     if re.search(r"\.ya?ml$", word):
-        rest = (other for other in words if other != word)
+        rest = (other for other in words if other not in {word, "--config", "-c", *known})
         return f"{said}; did you mean `{shlex.join(['opsd', 'train', word, *rest])}`?"
     if meant := _meant()["commands"].get(word.lower().replace("_", "-")):
         if "`" in meant:

@@ -90,7 +90,8 @@ def _teacher(config: Config) -> Iterator[str]:
     if policy != "model" and teacher.path is not None:
         yield f"teacher.path: it is for teacher.policy 'model', not {policy!r}"
     if config.method == "distill" and policy != "model" and not (teacher.routes or teacher.mix):
-        yield "teacher.policy: distill shows the teacher what the student sees: it is 'model'"
+        sees = "distill shows the teacher what the student sees"
+        yield f"teacher.policy: {sees}: it is 'model', and teacher.path=MODEL names it"
     remote = is_address(teacher.members()[0].path)
     if remote and config.rollout.source == "teacher":
         yield "rollout.source: a teacher at an address (teacher.path) scores, and does not sample"

@@ -182,7 +182,7 @@ def number_meant(text: str, kind: str) -> str:
         return ONE
     if form and text.lower() in ("greedy", "zero", "off", "no", "none", "never"):
         return "; write 0"
-    return "; write a number" if form and text.lower() in ("yes", "true", "always", "auto") else ""
+    return "; write a number" if form and text.lower() in ("yes", "true", "all", "auto") else ""
 
 
 def _known(location: Sequence[str], model: Any) -> list[str]:
