@@ -37,7 +37,9 @@ def test_the_switch(on):
     "text, summed",
     [("17+25", 1), ("2^{-1}", 0), ("|-5|", 0), ("-5", 0), ("10^{-3}", 0), ("--5", 1), ("5-3", 1),
      ("3\\cdot -5", 0), ("\\frac{1}{-2}", 0), ("\\sqrt{2}-1", 1), ("|3|-2", 1), ("7!-1", 1),
-     ("3\\frac{1}{2}", 0), ("3\\frac{4}{2}", 1), ("\\det A", 1), ("\\lfloor 7.5 \\rfloor", 0)],
+     ("3\\frac{1}{2}", 0), ("3\\frac{4}{2}", 1), ("\\det A", 1), ("\\lfloor 7.5 \\rfloor", 0),
+     ("\\begin{vmatrix}1&2\\\\3&4\\end{vmatrix}", 0),
+     ("\\begin{vmatrix}17&1\\\\-17&1\\end{vmatrix}", 1)],
 )  # fmt: skip
 def test_what_a_sum_is(text, summed):
     assert strict.has_sum(text) is bool(summed)

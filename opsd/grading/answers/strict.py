@@ -5,10 +5,10 @@ A policy that is rewarded for equal values soon writes the problem's own numbers
 
 1. *Sums.* If the reference is a plain number (an integer, a decimal, a fraction, a percentage, with
    or without a unit), an answer that contains a sum or a difference anywhere earns nothing:
-   `\frac{30+4}{1}`, `\sqrt{9+16}`, `17\frac{17}{1}`. Nor does a limit, an integral, a maximum or a
-   determinant, which states the problem, not its answer. Products, powers, factorials, roots,
-   binomials, logarithms and fractions count, since people leave them on purpose: `2^{10}`,
-   `\frac{6}{8}`. A logarithm of a product is a sum of logarithms and does not count.
+   `\frac{30+4}{1}`, `\sqrt{9+16}`, `17\frac{17}{1}`. Nor does a limit, an integral or a maximum,
+   which states the problem, or a determinant with zeros or ones. Products, powers, factorials,
+   roots, binomials, logarithms, fractions and other determinants count, since people leave them on
+   purpose: `2^{10}`, `\frac{6}{8}`. A logarithm of a product is a sum of them and does not count.
    `to_be_done` in notation.toml lists them; no other command counts. If the reference is another
    constant (`12\pi`), a sum of two plain numbers or of like terms, `(3+9)\pi` or `3\pi+9\pi`, earns
    nothing unless the reference has one too. Whatever the reference is, an integral, a limit, a
@@ -37,6 +37,7 @@ UNSOLVED = "an inequality that is left to be solved"
 
 def has_sum(text: str) -> bool:
     """Whether an expression contains an addition or a subtraction."""
+    text = FORM.determinant.sub("1", text)
     to_be_done = FORM.to_be_done.search(text) or FORM.log_of_product.search(text)
     if to_be_done or any(map(_carries, FORM.mixed.finditer(text))):
         return True
@@ -65,7 +66,8 @@ def has_sum_of_numbers(text: str) -> bool:
 
 def states_the_problem(wanted: str, given: str) -> bool:
     """Whether the answer has an integral or the like, and the reference none of its kind."""
-    ours, theirs = ({f.lastgroup for f in FORM.stated.finditer(side)} for side in (given, wanted))
+    both = (FORM.determinant.sub("1", side) for side in (given, wanted))
+    ours, theirs = ({found.lastgroup for found in FORM.stated.finditer(side)} for side in both)
     return bool(ours - theirs - ({"sum"} if letters(wanted) else set()))
 
 
