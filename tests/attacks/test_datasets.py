@@ -132,7 +132,7 @@ def columns(draw) -> pyarrow.Table:
         far = 10**9 if type_ == types[-1] else 10**18  # no writer takes more seconds
         arrays["when"] = pyarrow.array([far, None, -far, 0, 1, 2], type_)
     elif kind == 5:
-        arrays["when"] = pyarrow.array([2**45, 0, 1, 2, 3, 4], pyarrow.timestamp("s"))
+        arrays["when"] = pyarrow.array([2**43, 0, 1, 2, 3, 4], pyarrow.timestamp("s"))
     elif kind == 6:
         arrays["map"] = pyarrow.array([[("a", 1), ("a", 2)]] * 6, pyarrow.map_("string", "int64"))
     elif kind == 7:
