@@ -45,15 +45,16 @@ def _placed(problem: Any) -> Any:
 def explain(problem: Any, model: type[Section]) -> str:
     """Explain one pydantic error of `model`: the field, the value, what is allowed."""
     location, kind = [str(part) for part in problem["loc"]], problem["type"]
+    # Each guess at what a value means reads it whole: nothing is guessed of one that fills pages.
+    value = problem["input"] if len(repr(problem["input"])) < 10_000 else None
     if kind in ("extra_forbidden", "invalid_key"):
-        return _unknown(location, problem["input"], model)
+        return _unknown(location, value, model)
     if kind == "missing":
         given = {"model": "model.path=Qwen/Qwen3-1.7B", "data": "data.source=rows.jsonl"}
-        say = (
-            given.get(location[0]) if "rollout" in model.model_fields and len(location) < 3 else ""
-        )
+        whole = "rollout" in model.model_fields and len(location) < 3
+        say = given.get(location[0]) if whole else ""
         return f"{'.'.join(location)} is missing" + (f": say {say}" if say else "")
-    return problem_said(problem) + _meant(".".join(location), problem, model)
+    return problem_said(problem) + _meant(".".join(location), {**problem, "input": value}, model)
 
 
 def _unknown(location: list[str], value: Any, model: type[Section]) -> str:

@@ -67,7 +67,8 @@ def read_file(path: Path, section: str) -> Iterator[Any]:
         raise
     except UnicodeDecodeError as error:
         kind = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-        mend = f"iconv -f {kind} -t UTF-8 {quote(str(path))} > utf8{path.suffix}"
+        name = quote(str(path)) if str(path).isprintable() else "FILE"
+        mend = f"iconv -f {kind} -t UTF-8 {name} > utf8{path.suffix}"
         raise UserError(f"{where} is not UTF-8 text: `{mend}` mends it ({error})") from error
     except MemoryError:
         raise UserError(f"{where} has a line, or a list, that does not fit into memory") from None

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,20 @@ def test_no_value_of_a_field_is_an_internal_error(name):
             parse_config(values)
         except UserError as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["teacher", "lr", "train.learning_rate", "train.steps"])
+@pytest.mark.parametrize("value", [[0] * 10**6, {str(key): 0 for key in range(10**6)}, "a" * 10**7])
+def test_a_mistake_of_megabytes_is_told_at_once(name, value):
+    """A failed step's file of a stranger had such a section: guesses at it took four minutes."""
+    begun = time.process_time()
+    with pytest.raises(UserError) as told:
+        parse_config({"model": {"path": "m"}, "data": {"source": "d"}, **nested(name, value)})
+    assert time.process_time() - begun < 10 and len(str(told.value)) < 2000
+
+
+def nested(name, value):
+    """A config in which the field of this name has this value."""
+    for key in reversed(name.split(".")):
+        value = {key: value}
+    return value

@@ -264,3 +264,11 @@ def test_import_needs_no_heavy_library():
         cwd=Path(__file__).parents[2],
     )
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_a_name_of_two_lines_makes_no_message_of_two(tmp_path):
+    file = tmp_path / "ro\nws.jsonl"
+    file.write_bytes(b"\xff\xfe{\0")
+    with pytest.raises(UserError, match="UTF-16 -t UTF-8 FILE > utf8") as told:
+        load_rows(str(file))
+    assert "\n" not in str(told.value)
