@@ -33,7 +33,7 @@ BATCH_ROWS, MOST_ROWS, BATCH_BYTES = 64, 4096, 1 << 20
 QUICK = 0.05  # seconds: after a faster batch the next one is twice as large
 ROUNDS, ASKED = 8, 8  # of questions for skeletons, and values in each
 SECONDS = 1.0  # of processor time for a batch: a hundred times what ordinary templates take
-MEMORY = 128 << 20  # bytes on top of the 60 MB, at most, that a worker starts with
+MEMORY = 120 << 20  # bytes on top of the 43 to 70 MB that a worker starts with
 
 Chats = Iterable[tuple[Sequence[Mapping[str, Any]], bool]]
 

@@ -125,8 +125,8 @@ def test_the_limits_are_two_seconds_and_200_mb():
     status = Path(f"/proc/{worker.process.pid}/status").read_text()
     most = resource.prlimit(worker.process.pid, resource.RLIMIT_AS)[0]
     free = most - (int(status.split("VmSize:")[1].split()[0]) << 10)
-    # Its own pages: how many of the libraries' it has mapped differs between machines.
-    assert 0 < free + (int(status.split("RssAnon:")[1].split()[0]) << 10) < 200e6
+    # With the libraries' pages too, of which machines map more or fewer: 18 to 42 MB.
+    assert 0 < free + (int(status.split("VmRSS:")[1].split()[0]) << 10) < 200e6
 
 
 def test_a_models_template_is_refused_by_its_field(short):
