@@ -60,7 +60,7 @@ def make() -> Callable[[bytes], bytes]:
     return answer
 
 
-def answer(job: bytes) -> bytes:
+def answer(job: bytes | memoryview) -> bytes:
     """Answers a job, a pickle of (function's name, arguments, values), by bytes for `texts_of`."""
     calls: list[Callable] = [names, prompts, chats, skeletons]
     try:

@@ -103,7 +103,7 @@ def _answers(text: str, name: str, arguments: tuple, values: Iterable[Any]) -> l
     values = list(values)
     if name not in SHAPES or not values:
         return _made(text, name, arguments, values)
-    known = _known(text, name, _job(*arguments))
+    known = _known(text, name, bytes(_job(*arguments)))
     made: list[Any] = [known.fill(value) for value in values]
 
     def make(numbers: list[int]) -> None:
@@ -121,8 +121,7 @@ def _answers(text: str, name: str, arguments: tuple, values: Iterable[Any]) -> l
         if not new:
             break
         begun = time.monotonic()
-        job = _job("skeletons", (name, arguments), [values[number] for number in new])
-        reply = _reply(text, job)
+        reply = _reply(text, _job("skeletons", (name, arguments), [values[n] for n in new]))
         said = texts_of(reply) if reply[:1] == MADE else [""] * len(new)
         for number, one in zip(new, said, strict=True):
             known.learn(values[number], made[number], one)
@@ -143,15 +142,15 @@ def _made(text: str, name: str, arguments: tuple, values: list) -> list[str]:
     """Send the values to a worker in batches, at least one, and stop at the first that fails.
     Batches grow while they are quick, since each costs two context switches. A large batch that
     fails is tried again in small ones: many ordinary rows may exceed the limits together."""
-    start, rows, most = 0, BATCH_ROWS, MOST_ROWS
-    made: list[Any] = []
+    start, rows, most, made = 0, BATCH_ROWS, MOST_ROWS, list[str]()
+    stream = io.BytesIO()  # one for all batches: new memory costs as much time as pickling
     while start < max(1, len(values)):
-        job = _job(name, arguments, values[start : start + rows])
-        if len(job) > BATCH_BYTES and rows > 1:
-            rows = most = rows // 2
-            continue
-        begun = time.monotonic()
-        reply = _reply(text, job)
+        with _job(name, arguments, values[start : start + rows], stream=stream) as job:
+            if len(job) > BATCH_BYTES and rows > 1:
+                rows = most = rows // 2
+                continue
+            begun = time.monotonic()
+            reply = _reply(text, job)
         if reply[:1] == MADE:
             made += texts_of(reply)
             start += rows
@@ -163,18 +162,19 @@ def _made(text: str, name: str, arguments: tuple, values: list) -> list[str]:
     return made
 
 
-def _reply(text: str, job: bytes) -> bytes:
+def _reply(text: str, job: memoryview) -> bytes:
     return answer(job) if text in _SHIPPED else _ask(job)
 
 
-def _job(*parts: Any) -> bytes:
-    """Pickle a message to the worker."""
-    stream = io.BytesIO()
+def _job(*parts: Any, stream: io.BytesIO | None = None) -> memoryview:
+    """Pickle a message to the worker over what the stream held; release it before the next."""
+    stream = stream or io.BytesIO()
+    stream.seek(0)
     _Pickler(stream, 5).dump(parts)
-    return stream.getvalue()
+    return stream.getbuffer()[: stream.tell()]
 
 
-def _ask(job: bytes) -> bytes:
+def _ask(job: memoryview) -> bytes:
     (reply,) = _WORKERS.answers([job])
     if reply == Ended("killed"):  # perhaps by the system: try once more
         (reply,) = _WORKERS.answers([job])

@@ -18,7 +18,7 @@ LENGTH = 8  # bytes of a message's length
 DONE, NO_MEMORY, NO_START = b"+", b"m", b"!"
 
 
-def write_message(pipe: int, *parts: bytes) -> None:
+def write_message(pipe: int, *parts: bytes | memoryview) -> None:
     """Writes a message made of these parts, without joining them in memory."""
     rest: list[bytes | memoryview] = [sum(map(len, parts)).to_bytes(LENGTH), *parts]
     while rest:

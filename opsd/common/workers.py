@@ -79,7 +79,7 @@ class _Worker:
         self._news = select.poll()
         self._news.register(self.process.stdout, select.POLLIN)
 
-    def give(self, job: bytes) -> None:
+    def give(self, job: bytes | memoryview) -> None:
         """Sends a job. Raises BrokenPipeError if the process has ended."""
         write_message(self.process.stdin.fileno(), job)
 
@@ -148,7 +148,7 @@ class Workers:
         """Ends the workers. If the pool is used again, it starts new ones."""
         _kill_all(self.pool)
 
-    def answers(self, jobs: Sequence[bytes]) -> list[bytes | Ended]:
+    def answers(self, jobs: Sequence[bytes | memoryview]) -> list[bytes | Ended]:
         """Returns the answer to each job, in order; the workers run in parallel. Raises UserError
         if they do not start."""
         with self._lock:
@@ -169,7 +169,7 @@ class Workers:
                 if threads:
                     threads.shutdown()
 
-    def _answer(self, job: bytes) -> bytes | Ended:
+    def _answer(self, job: bytes | memoryview) -> bytes | Ended:
         worker = self._idle.pop() if self._idle else self._started()
         try:
             worker.give(job)

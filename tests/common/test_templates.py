@@ -136,6 +136,12 @@ def test_a_models_template_is_refused_by_its_field(short):
         ChatTemplate(tokenizer)
 
 
+def test_batches_that_shrink_hold_nothing_of_the_ones_before():
+    text = "{{ x.split('a')|join('b') }}"
+    rows = [{"x": f"{number}a" * (1 + (3999 - number) // 4)} for number in range(4000)]
+    assert fill_in(text, rows) == [row["x"].replace("a", "b") for row in rows]
+
+
 def test_only_shipped_templates_are_filled_in_here(monkeypatch):
     seen = []
     reply = answer(_job("prompts", ("A",), [{}]))
