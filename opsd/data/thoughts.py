@@ -20,8 +20,9 @@ def _pattern(tags: Iterable[str]) -> str:
 
 BEGIN, END = _pattern(TAGS), _pattern(TAGS.values())
 _BEGIN = re.compile(BEGIN, re.IGNORECASE)
-_OPENED = re.compile(rf"(?<!\S )(?:{BEGIN})|(?:{BEGIN})(?! )", re.IGNORECASE)  # no mention in prose
-_END = re.compile(END, re.IGNORECASE)
+_TAG = rf"(?i)(?!(?<=[\s(][`\"'])(?:{BEGIN}|{END})[`\"'])"  # no mention in quotes: `</think>`
+_OPENED = re.compile(rf"{_TAG}(?:(?<!\S )(?:{BEGIN})|(?:{BEGIN})(?! ))")  # nor in prose
+_END = re.compile(rf"{_TAG}(?:{END})")
 _EMPTY = re.compile(rf"(?:{BEGIN})\s*(?:{END})\s*(?={BEGIN})", re.IGNORECASE)
 _CLOSED = re.compile(rf"(?:(?:{BEGIN})\s*)?(?:{END})\s*$", re.IGNORECASE)
 

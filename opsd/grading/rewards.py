@@ -176,10 +176,11 @@ def make_verifier(section: RewardSection, grader: Grader) -> Verifier:
 def own_verifier(name: str) -> Verifier:
     """Load the user's `FILE.py:FUNCTION`, of either kind (`reward_functions.py`). Raises UserError
     if it cannot be loaded, and later if it raises or returns something invalid."""
-    return of_either_kind(f"loss.reward.verifier {name!r}", own_function(name))
+    field = "loss.reward.verifier"
+    return of_either_kind(f"{field} {name!r}", own_function(name, field))
 
 
-def _place(name: str, field: str = "loss.reward.verifier") -> tuple[str, Path, str]:
+def _place(name: str, field: str) -> tuple[str, Path, str]:
     """Split FILE.py:FUNCTION: (how messages begin, the file, the function). Raises UserError."""
     where = f"{field} is {name!r}"
     file, colon, function = name.rpartition(":")
@@ -193,7 +194,7 @@ def _place(name: str, field: str = "loss.reward.verifier") -> tuple[str, Path, s
 
 
 @lru_cache  # it is checked before the weights are loaded and used later: load it once
-def own_function(name: str, field: str = "loss.reward.verifier") -> Callable[..., Any]:
+def own_function(name: str, field: str) -> Callable[..., Any]:
     """Load the `FILE.py:FUNCTION` that a config field names. Raises UserError if that fails."""
     where, path, function = _place(name, field)
     spec = importlib.util.spec_from_file_location(f"opsd_verifier_{path.stem}", path)

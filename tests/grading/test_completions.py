@@ -24,6 +24,11 @@ TEXTS = {
     "<|channel|>final<|message|>b": "b",
     "<think>a</think>b<think>c</think>d": "d",
     "So \\boxed{3}. A tag such as <think> is text here.": None,
+    "<think>a</think>A tag such as `<think>` is text here, \\boxed{3}.": (
+        "A tag such as `<think>` is text here, \\boxed{3}."
+    ),
+    '<think>I shall end with "</think>" and \\boxed{6}. Now': "",
+    '<think>It is "a"</think>"b"': '"b"',
     "Sure. <think>Perhaps \\boxed{6}": "Sure.",
     "<think>a</think>b<think>c": "b",
     "[THINK]a[/THINK]b[THINK]c": "b",

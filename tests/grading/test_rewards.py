@@ -9,10 +9,16 @@ from helpers.training_cases import ROWS, graded, quiet, short_config
 from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.config.load import save_config
-from opsd.config.loss import RewardSection
+from opsd.config.loss import LossSection, RewardSection
 from opsd.data.prompts import Context
 from opsd.grading.grader import Grader
-from opsd.grading.rewards import RewardFunction, make_verifier, overlong, own_verifier
+from opsd.grading.rewards import (
+    RewardFunction,
+    check_code,
+    make_verifier,
+    overlong,
+    own_verifier,
+)
 from opsd.objectives import Problem
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import Rollout
@@ -99,6 +105,16 @@ def test_a_verifier_that_fails_is_named_with_its_problem(body, wanted, tmp_path)
         own_verifier(name)(["1"], ROWS[:1])
     message = str(raised.value)
     assert wanted in message and name in message and ROWS[0].problem[:10] in message
+
+
+def test_the_file_of_a_verifier_runs_once(tmp_path):
+    loads = tmp_path / "loads"
+    note = f"with open({str(loads)!r}, 'a') as f: f.write('x')"
+    name = write(tmp_path / "mine.py", f"{note}\ndef grade(c, r): return 1\n")
+    section = LossSection(reward={"verifier": name})
+    check_code(section, verifier=True)
+    make_verifier(section.reward, None)
+    assert loads.read_text() == "x"
 
 
 @pytest.mark.parametrize(

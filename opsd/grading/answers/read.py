@@ -193,11 +193,7 @@ def _is_condition(text: str) -> bool:
 
 
 def _condition(text: str) -> str:
-    return trim(
-        re.sub(
-            r"^\s*(?:\\text\s*\{\s*(?:if|for|when|where)?\s*\}|\b(?:if|for|when)\b)\s*", "", text
-        )
-    )
+    return trim(FORM.condition.sub("", text))
 
 
 def _lines(lines: list[str], alternatives: bool, depth: int) -> Node:
@@ -361,6 +357,8 @@ def _chain(text: str, depth: int) -> Node | None:
         return Unclear(text, "an equation without one of its sides")
     if any(_top_relation(part) for part in parts):
         return Relation(text)
+    if FORM.supposed.search(parts[0].lower()):
+        return Unclear(text, "an equation that is supposed, or denied")
     approximate = (False, *(sign.startswith("\\approx") for sign in signs))
     symbolic = [has_symbol(part) for part in parts]
     if len(parts) == 2 and symbolic[1] and not symbolic[0]:
