@@ -11,17 +11,8 @@ from opsd.common.errors import UserError
 from opsd.common.files import write_file, write_json
 from opsd.common.near import near_file
 from opsd.common.urls import is_address
+from opsd.compare import page as pages
 from opsd.compare.comparison import Comparison, compare, to_json
-from opsd.compare.page import (
-    COLUMNS,
-    markdown,
-    page,
-    rows,
-    seed_columns,
-    seed_rows,
-    title,
-    write_comparison,
-)
 from opsd.compare.study import Study, load_study, overrides, run_jobs, study_jobs, train_jobs
 from opsd.compare.study_page import study_columns, study_notes, study_page, study_rows
 from opsd.config.yaml import MAX_BYTES
@@ -110,7 +101,7 @@ def run_study(
         write_json(output / "study.json", records)
         write_file(output / "study.html", study_page(study, comparisons))
         columns, lines = study_columns(study, comparisons), study_rows(study, comparisons)
-        write_file(output / "study.md", markdown(columns, lines, study_notes(comparisons)))
+        write_file(output / "study.md", pages.markdown(columns, lines, study_notes(comparisons)))
         display.table("Held-out accuracy", columns, lines)
         written = {"study.html": output / "study.html", **written}
     display.paths("Written", written)
@@ -150,16 +141,17 @@ def check_settings(study: Study) -> None:
 def _write(comparison: Comparison, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     write_file(directory / FILES[0], to_json(comparison))
-    write_file(directory / FILES[1], page(comparison))
-    notes = [title(comparison) + ".", *comparison.notes]
-    text = markdown(COLUMNS, rows(comparison), notes)
-    if seeds := seed_rows(comparison):
-        text += "\n" + markdown(seed_columns(comparison), seeds)
+    write_file(directory / FILES[1], pages.page(comparison))
+    notes = [pages.title(comparison) + ".", *comparison.notes]
+    text = pages.markdown(pages.COLUMNS, pages.rows(comparison), notes)
+    if seeds := pages.seed_rows(comparison):
+        text += "\n" + pages.markdown(pages.seed_columns(comparison), seeds)
     write_file(directory / FILES[2], text)
-    write_file(directory / FILES[3], lambda file: write_comparison(comparison, file))
+    write_file(directory / FILES[3], lambda file: pages.write_comparison(comparison, file))
 
 
 def _show(comparison: Comparison, display: Display) -> None:
-    display.table(title(comparison), list(COLUMNS), rows(comparison))
+    rows, columns = pages.rows(comparison), list(pages.COLUMNS)
+    display.table(pages.title(comparison), columns, rows)
     for note in comparison.notes:
         display.note(note)

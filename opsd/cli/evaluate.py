@@ -38,11 +38,8 @@ RUNS = Path("runs/eval")
 NO_DATE = "2000-01-01"
 _DRAWN_BY = ("temperature", "top_p", "top_k", "max_new_tokens")
 # Other engines' kernels round differently, so their answers are not bit for bit transformers'.
-PRECISION = {
-    "vllm": "bf16 by vLLM",
-    "vllm_server": "the vLLM server's",
-    "sglang_server": "the SGLang server's",
-}
+PRECISION = {"vllm": "bf16 by vLLM", "vllm_server": "the vLLM server's"}
+PRECISION["sglang_server"] = "the SGLang server's"
 Unit = tuple[int, int]  # (problem, sample)
 
 

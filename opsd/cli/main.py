@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from opsd.cli.arguments import add_options
-from opsd.cli.meant import Parser, check_overrides, no_command, unknown_options, usage
+from opsd.cli.meant import Parser, check_overrides, no_command, plainly, unknown_options, usage
 from opsd.common.ending import PARENT, Interruption, Stopped, end_with_parent
 from opsd.common.environment import set_environment
 from opsd.common.errors import UserError, in_short, said_elsewhere
@@ -133,9 +133,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if command in COMMANDS and "--version" not in words:  # options may stand before it
         words.insert(0, words.pop(words.index(command)))
     top = parser(command if command in COMMANDS else "")
+    if not words:
+        top.exit(2, top.format_help())
     for word in words:
         if "\0" in word:
             top.error(f"{word!r} holds a NUL character")
+        if plain := plainly(word):
+            top.error(f"{word!r} has a dash or quotes of a typeset page: write {plain}")
         if re.fullmatch(r"[A-Z]+(_[A-Z0-9]+)+=\S*", word):  # for the environment
             others = [other for other in words if other != word]
             top.error(f"write it before the command: `{shlex.join([word, 'opsd', *others])}`")
@@ -154,6 +158,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def parser(only: str | None = None) -> argparse.ArgumentParser:
     """Builds the parser. only: add the arguments of this command alone; None: of all commands."""
     top = Parser(prog="opsd", usage="opsd COMMAND [options]", description=ABOUT)
+    top.more = lambda: "Begin with: opsd quickstart --tiny"
     version = f"%(prog)s {sys.modules['opsd'].__version__}"
     top.add_argument("--version", action="version", version=version)
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", prog="opsd")

@@ -25,6 +25,17 @@ def _meant() -> dict[str, dict[str, str]]:
     return read_toml(__file__, "meant")
 
 
+def plainly(word: str) -> str:
+    """How a word is typed that a page or a chat has typeset, with a dash for two hyphens and curly
+    quotes around it or its value; "" for another."""
+    if dashes := re.match("-*[\u2012-\u2015\u2212]+-*", word):
+        return f"--{word[dashes.end() :]}"
+    around = re.fullmatch(
+        "((?!prompts)[\\w.]+=)?[\u2018-\u201f](.*)[\u2018-\u201f]", word, re.DOTALL
+    )
+    return shlex.quote(f"{around[1] or ''}{around[2]}") if around else ""
+
+
 def no_command(words: Sequence[str], known: Iterable[str]) -> str:
     """Returns the error for a command line whose command is none of `known`."""
     word = next(word for word in words if not word.startswith("-"))
@@ -68,10 +79,12 @@ def _instead(option: str, words: Sequence[str], own: Iterable[str], has_fields: 
     plain = {one.lstrip("-").replace("-", "_"): one for one in own}
     if name in plain:
         return f"did you mean `{plain[name]}`?"
-    if (place := _meant()["places"].get(command)) and name in _meant()["places"]["names"]:
-        less = [word for word in words if word != whole or "=" in word]
-        typed_so = shlex.join(["opsd", *less]).replace(whole, value)
-        return f"{place} stands without an option: `{typed_so}`"
+    place, whole_line = _meant()["places"].get(command), " ".join(words)
+    if place and (lm_eval := re.search(r"\bpretrained=([^\s,]+)", whole_line)) and "model" in name:
+        return f"{place} stands without an option: `opsd {command} {lm_eval[1]}`"
+    if place and name in _meant()["places"]["names"]:
+        less = [value if word == whole else word for word in words if word != option]
+        return f"{place} stands without an option: `{shlex.join(['opsd', *less])}`"
     from opsd.config.config import Config
     from opsd.config.foreign import answer, fields_of, reason, typed
 
@@ -136,6 +149,8 @@ def check_overrides(parsed: argparse.Namespace) -> None:
             hint = f"; did you mean `--{word}`?"
         elif Path(word, "config.yaml").is_file() and "--resume" in own:
             hint = f"; a run goes on by its directory alone: `opsd train {word} --resume`"
+        elif split := _split(words[: words.index(word)], words):
+            hint = f"; quote what holds blanks: {shlex.quote(split)}"
         elif "--gpu" in own and (unit := re.fullmatch(r"[A-Za-z]*\d+\w*|(gi?b?)", word, re.I)):
             whole = f"{parsed.gpu}{'' if unit[1] else '-'}{word}".lower()
             hint = f"; it has no space: --gpu {whole}"
@@ -151,6 +166,17 @@ def check_overrides(parsed: argparse.Namespace) -> None:
         raise UserError(f"override is {word!r}: it must look like train.learning_rate=1e-5{hint}")
 
 
+def _split(before: Sequence[str], words: Sequence[str]) -> str:
+    """The override that the shell has split at its blanks, whole: the last one of `before` if a
+    brace is open there or it is a prompt, with the words up to the next override; else ""."""
+    first = next((one for one in reversed(before) if re.match(r"[\w.]+=", one)), "")
+    opened = sum(map(first.count, "{[")) > sum(map(first.count, "}]"))
+    if opened or first.startswith("prompts."):
+        rest = words[words.index(first) + 1 :]
+        return " ".join([first, *takewhile(lambda word: not re.match(r"[\w.]+=", word), rest)])
+    return ""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's parser; its error for a missing config says how to get one. more: a function that
     returns text to append to the help."""
@@ -162,7 +188,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if "required: CONFIG.yaml" in message:
-            message = "it needs a CONFIG.yaml; `opsd init` writes one"
+            message = f"it needs a CONFIG.yaml{_config_here()}; `opsd init` writes one"
+        if "required: COMMAND" in message:
+            message = "it needs a command; `opsd --help` lists them"
         if "argument --gpus: invalid int" in message:
             message += "; `--gpu` names the GPU, and `--gpus` counts them"
         if wrong := re.search(r"invalid (int|float) value: '(.*)'", message):
@@ -172,6 +200,14 @@ class Parser(argparse.ArgumentParser):
         if "required: " in message:
             message += f", as in `{self.prog} {_meant()['places'].get(self.prog[5:], 'FILE')}`"
         super().error(message)
+
+
+def _config_here() -> str:
+    """What to type where the working directory is a run's, or has one config; else ""."""
+    if Path("metrics.jsonl").is_file() and Path("config.yaml").is_file():
+        return "; this run goes on with `opsd train . --resume`"
+    configs = [*Path().glob("*.yaml"), *Path().glob("*.yml")]
+    return f", as in `opsd train {shlex.quote(str(configs[0]))}`" if len(configs) == 1 else ""
 
 
 def usage(parser: argparse.ArgumentParser) -> str:

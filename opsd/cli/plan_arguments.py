@@ -12,6 +12,7 @@ from opsd.common.near import nearest
 from opsd.config.config import Config
 from opsd.config.load import load_config, parse_config, with_overrides
 from opsd.plan.gpus import GPU, GPUS, find_gpu
+from opsd.plan.known_models import check_known
 
 WORDS = {"gpus": ", ".join(GPUS)}
 _UNITS = {"G": 1e9, "GB": 1e9, "GIB": 2**30, "M": 1e6, "MB": 1e6, "MIB": 2**20}
@@ -26,6 +27,7 @@ def run(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
     if config.model.gguf_file is None and not config.model.path.endswith(".json"):
         check_model(config.model.path, "model.path")
+    check_known(config.model)
     display = Display(file=sys.stderr if parsed.json else None)
     import_torch(display)
     from opsd.cli.plan import plan_command

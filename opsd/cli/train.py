@@ -67,9 +67,9 @@ def run(parsed: argparse.Namespace) -> None:
         directory = Path(config.output.dir)
         # A run by itself is looked at again from its last checkpoint, if it has kept one.
         again = parsed.start_over or checkpoints_in(directory) or not (directory / "model").is_dir()
-        if parsed.resume and is_done(directory, config) and (len(runs) > 1 or not again):
-            display.note(f"{directory} is done")
-        else:
+        if done := parsed.resume and is_done(directory, config):
+            display.note(f"{directory} is done; a larger train.steps goes on")
+        if not done or (len(runs) == 1 and again):
             _train(config, display, parsed)
 
 

@@ -19,13 +19,8 @@ import torch
 
 from opsd.common.system import restart_peak
 
-DOING = {
-    "rollout": "sampling",
-    "teacher": "scoring",
-    "student": "forward",
-    "loss": "computing the loss",
-    "optimizer": "update",
-}
+DOING = {"rollout": "sampling", "teacher": "scoring", "student": "forward"}
+DOING |= {"loss": "computing the loss", "optimizer": "update"}
 """Phase → the name that the display shows for it, if it differs."""
 
 INTERVAL = 0.02  # seconds between two readings of the process's memory

@@ -15,19 +15,8 @@ from pydantic_core import to_jsonable_python
 from opsd.common.errors import UserError
 from opsd.common.templates import SOLUTION_NAMES, names, over_rollouts
 from opsd.common.urls import is_address
+from opsd.config import requirements
 from opsd.config.names import DIVERGENCE_METHODS, HOTTEST, SERVERS
-from opsd.config.requirements import (
-    is_graded,
-    needs_grades,
-    shows_images,
-    teacher_roles,
-    teaches_over_rollouts,
-    teaching_templates,
-    unvaried,
-    uses_teacher_prompt,
-    votes,
-    waits_for_rollouts,
-)
 
 if TYPE_CHECKING:
     from opsd.config.config import Config
@@ -116,9 +105,9 @@ def _mixture(config: Config) -> Iterator[str]:
         yield "teacher.mix: grpo has a teacher only with loss.distil or loss.credit"
     if config.rollout.source == "teacher":
         yield "rollout.source: a mixture (teacher.mix) scores, and does not sample"
-    if unused := [name for name in known if name not in teacher_roles(config)]:
+    if unused := [name for name in known if name not in requirements.teacher_roles(config)]:
         yield f"prompts.contexts: no member of teacher.mix has the context {unused[0]!r}"
-    each = zip(mix, teacher.members(), teacher_roles(config), strict=True)
+    each = zip(mix, teacher.members(), requirements.teacher_roles(config), strict=True)
     for number, (member, weights, context) in enumerate(each):
         place = f"teacher.mix: member {number}"
         allowed = ["teacher", "student", *known]
@@ -233,7 +222,7 @@ def _rewards(config: Config) -> Iterator[str]:
         return
     if weights.correct == weights.incorrect == 0:
         yield ("loss.weights.correct: loss.weights.incorrect is 0 too, so nothing would be learnt")
-    if config.rollout.source == "reference" and needs_grades(config):
+    if config.rollout.source == "reference" and requirements.needs_grades(config):
         yield "rollout.source: weights by correctness, and templates over rollouts, need rollouts"
     longest = config.rollout.max_new_tokens
     if reward.overlong_buffer is not None and reward.overlong_buffer > longest:
@@ -257,35 +246,36 @@ def _templates(config: Config) -> Iterator[str]:
         if over_rollouts(getattr(prompts, name)):
             raise ValueError(f"prompts.{name} uses `rollout` or `peers`: only prompts.teacher may")
     over = over_rollouts(prompts.teacher)
-    if over and (not uses_teacher_prompt(config) or config.method == "sft"):
+    if over and (not requirements.uses_teacher_prompt(config) or config.method == "sft"):
         raise ValueError(f"prompts.teacher uses `rollout` or `peers`: {config.method} has none")
     if over and config.eval.teacher:
         yield "eval.teacher: prompts.teacher uses `rollout` or `peers`; held-out problems have none"
-    if not teaches_over_rollouts(config) or config.method == "sft":
+    if not requirements.teaches_over_rollouts(config) or config.method == "sft":
         return
     if config.rollout.source != "student":
         yield "rollout.source: prompts.teacher uses `rollout` or `peers`, which the student writes"
 
 
 def _majority(config: Config) -> Iterator[str]:
-    if not votes(config):
+    if not requirements.votes(config):
         return
-    taught = {} if config.method == "sft" else teaching_templates(config)
-    if not any(waits_for_rollouts(config, text) for text in taught.values()):
+    taught = {} if config.method == "sft" else requirements.teaching_templates(config)
+    if not any(requirements.waits_for_rollouts(config, text) for text in taught.values()):
         yield "prompts.majority: no teacher is shown `solution` or `answer`"
     if config.rollout.source != "student":
         yield "rollout.source: prompts.majority is a vote of the student's rollouts"
     if config.rollout.group_size < 2:
         yield "rollout.group_size: prompts.majority is a vote of at least 2 rollouts of a problem"
-    if config.eval.teacher and waits_for_rollouts(config, config.prompts.teacher):
+    if config.eval.teacher and requirements.waits_for_rollouts(config, config.prompts.teacher):
         yield "eval.teacher: prompts.majority waits for rollouts, and held-out problems have none"
 
 
 def _held(config: Config) -> Iterator[str]:
-    hold, taught = config.prompts.hold, {} if config.method == "sft" else teaching_templates(config)
+    hold = config.prompts.hold
+    taught = {} if config.method == "sft" else requirements.teaching_templates(config)
     if hold and not any(names(text) & SOLUTION_NAMES for text in taught.values()):
         yield "prompts.hold: no teacher is shown `solution` or `answer`"
-    if config.data.varied and (why := unvaried(config)) is not None:
+    if config.data.varied and (why := requirements.unvaried(config)) is not None:
         yield f"data.varied: {why}"
     if hold and {member.policy for member in config.teacher.members()} == {"live"}:
         yield "prompts.hold: a live teacher is the student itself, and holds it nowhere"
@@ -309,7 +299,7 @@ def _updates(config: Config) -> Iterator[str]:
 
 
 def _images(config: Config) -> Iterator[str]:
-    if not shows_images(config):
+    if not requirements.shows_images(config):
         return
     if config.rollout.engine != "generate":
         yield "rollout.engine: of rows with images (columns.images) 'generate' alone samples"
@@ -354,7 +344,7 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
     if method != "grpo":
         yield "rollout.dynamic_sampling", f"{method} has no use for it"
         grpo_alone = "loss.reward.format loss.reward.overlong_buffer"
-        if is_graded(config):
+        if requirements.is_graded(config):
             yield grpo_alone, "that is a part of grpo's reward"
     if loss.divergence != "jsd" and method in DIVERGENCE_METHODS:
         yield "loss.beta", f"it is for loss.divergence 'jsd', not {loss.divergence!r}"
@@ -378,8 +368,8 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
     elif method != "grpo":
         as_they_are = "takes log-probabilities of the rollout's tokens as they are"
         yield "loss.clip loss.temperature", f"loss.divergence 'sampled_token' {as_they_are}"
-    if not is_graded(config) and method != "sft":
-        of_votes = ("strict", "keep_special_tokens") if votes(config) else ()
+    if not requirements.is_graded(config) and method != "sft":
+        of_votes = ("strict", "keep_special_tokens") if requirements.votes(config) else ()
         graded = [name for name in type(loss.reward).model_fields if name not in of_votes]
         yield (
             " ".join(f"loss.reward.{name}" for name in graded),

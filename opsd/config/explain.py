@@ -114,6 +114,8 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
     if isinstance(value, dict) and name:  # train.optimizer as a section
         flat = ((key, answer(key, inside, model)) for key, inside in _leaves(name, value))
         return "".join(f"; {key}: {said}" for key, said in flat if said)
+    if value is None:
+        return "; give it a value, or leave it out"
     if not isinstance(value, str):
         said = VALUES.get(name, {}).get("number") if isinstance(value, int | float) else None
         said = "it is a number, not a share" if kind == "int_from_float" and 0 < value < 1 else said

@@ -80,6 +80,8 @@ def read_yaml(path: Path, field: str = "CONFIG") -> Any:
         raise UserError(f"{field} is {str(path)!r}: {what}; it must be a YAML file{hint}")
     if not path.is_file():
         hint = near_file(path, (".yaml", ".yml")) or "; `opsd init` writes a first one"
+        if " " in (typed := str(path)) and Path(typed.split()[0]).is_file():
+            hint = f"; without the quotes, which make it one name: `opsd train {typed}`"
         raise UserError(f"{field} is {str(path)!r}: no such file{hint}")
     if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".py", ".safetensors"):
         raise UserError(
@@ -98,6 +100,8 @@ def read_yaml(path: Path, field: str = "CONFIG") -> Any:
         hint = next((f"; {hint}" for said, hint in SLIPS.items() if said in str(error)), "")
         if wrong := re.search(r"^ *(\w+) *= *(\S.*)$", text, re.MULTILINE):
             hint = f"; write `{wrong[1]}: {wrong[2]}`"
+        if one := re.search(r"^(\w+): *(\w+): *(.*)$", text, re.MULTILINE):
+            hint = f"; write `{one[1]}:`, and below it, indented, `{one[2]}: {one[3]}`"
         if named := re.search(r"column \d+: (\w+) \^ could not find", " ".join(str(error).split())):
             hint += f", as in `{named[1]}:`"
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}{hint}") from None

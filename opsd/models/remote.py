@@ -19,17 +19,8 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from opsd.common import http
 from opsd.common.errors import problem_said
-from opsd.common.http import (
-    PASSING,
-    NoAnswerError,
-    ServerAnswerError,
-    TooLongError,
-    check_redirect,
-    exchange,
-    persist,
-    said,
-)
 from opsd.common.schema import FirstErrors
 
 KEY = "OPSD_TEACHER_KEY"
@@ -140,23 +131,23 @@ class RemoteTeacher(nn.Module):
     def _ask(self, route: str, body: Any, longest: int) -> bytes:
         def attempt() -> bytes:
             try:
-                found = exchange(self.address, route, body, self.patience, longest, KEY)
-                check_redirect(route, found)
-            except TooLongError:
+                found = http.exchange(self.address, route, body, self.patience, longest, KEY)
+                http.check_redirect(route, found)
+            except http.TooLongError:
                 raise self._error(f"answers {route} with more than {longest:,} bytes") from None
             except ValueError as error:
                 raise self._error(str(error)) from None
             if found.status == 200:
                 return found.content
-            told = f"{route} answers {found.status}: {said(found.content)}".rstrip(": ")
-            if found.status in PASSING:
-                raise NoAnswerError(told)
+            told = f"{route} answers {found.status}: {http.said(found.content)}".rstrip(": ")
+            if found.status in http.PASSING:
+                raise http.NoAnswerError(told)
             raise self._error(told)
 
-        return persist(attempt, self.patience, f"teacher.path is {self.address!r}")
+        return http.persist(attempt, self.patience, f"teacher.path is {self.address!r}")
 
-    def _error(self, what: str) -> ServerAnswerError:
-        return ServerAnswerError(f"teacher.path is {self.address!r}: the server {what}")
+    def _error(self, what: str) -> http.ServerAnswerError:
+        return http.ServerAnswerError(f"teacher.path is {self.address!r}: the server {what}")
 
 
 def _ids(ids: Any) -> list[int]:

@@ -4,7 +4,7 @@ The OPSD paper's ablation finds that words about thinking ("wait", "so") have se
 divergence of mathematical tokens. A vocabulary entry belongs to one class, by its text:
 - special: the tokenizer's special and added tokens;
 - maths: text with a digit or one of the symbols below, or a LaTeX command;
-- style: one of the words below, alone;
+- style: one of style_words.toml, alone;
 - other: the rest.
 """
 
@@ -14,19 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from opsd.common.files import read_toml
+
 CLASSES = ("maths", "style", "special", "other")
 
 _SYMBOLS = "=+*/^<>_{}|&\\$-" + "".join(map(chr, range(0x2200, 0x2300))) + "\xb1\xd7\xf7"
 """They include the Unicode block of mathematical operators, plus-minus, times and division."""
 
 _MATHS = re.compile(rf"[\d{re.escape(_SYMBOLS)}]")
-_STYLE = frozenset(
-    "actually again ah alright also alternatively anyway basically but check clearly consider"
-    " double first firstly good great hence here hmm however i if indeed instead just last lastly"
-    " let lets like maybe me now obviously oh ok okay perhaps please probably really right say"
-    " second see should similarly simply since so specifically start step sure that then there"
-    " therefore think this though thus try understand wait we well yes".split()
-)
+_STYLE = frozenset(read_toml(__file__, "style_words")["words"])
 
 
 def class_table(tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from opsd.common.errors import UserError, in_short
-from opsd.common.files import read_toml
-from opsd.common.near import did_you_mean, near_model
+from opsd.common.near import near_model
 from opsd.config.sections import ModelSection
 from opsd.models.adapter_files import model_files
 from opsd.models.directory_check import check_kernels
 from opsd.models.weight_files import find_file
-
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-
-KNOWN: dict[str, dict[str, Any]] = {
-    name: family["common"] | dict(zip(_SIZES, model.pop("sizes"), strict=True)) | model
-    for family in read_toml(__file__, "models").values()
-    for name, model in family["models"].items()
-}
-"""Published configs of well-known models; -Instruct and -Base models have the same."""
+from opsd.plan.known_models import known_config
 
 
 def architecture(section: ModelSection, name: str = "model") -> PreTrainedConfig:
-    """The config of a model directory, a config.json, a hub name in the local cache, or one of the
-    KNOWN names; for an adapter, its base model's config with the adapter's changes. Downloads
-    nothing. Raises UserError.
-    """
+    """The config of a model directory, a config.json, a hub name in the local cache, or a known
+    name; for an adapter, its base model's config with the adapter's changes. Raises UserError."""
     files = model_files(section, name, offline=True)
     config = _base(files.base, files.where)
     for adapter in files.adapters:
@@ -57,18 +45,4 @@ def _base(section: ModelSection, where: str) -> PreTrainedConfig:
         raise
     except Exception as error:  # a damaged file raises errors of any kind
         raise UserError(f"{where}: not a model's config ({in_short(error)})") from error
-    known = _known(section.path)
-    if known is None:
-        hint = did_you_mean(path.name, KNOWN) or f"; `hf download {path} config.json` fetches it"
-        raise UserError(
-            f"{where}: neither a model directory nor a config.json nor in the hub's local cache, "
-            f"and not one of those known here ({', '.join(KNOWN)}){hint}"
-        )
-    return AutoConfig.for_model(**known)
-
-
-def _known(path: str) -> dict[str, Any] | None:
-    name = path.rsplit("/", 1)[-1].lower()
-    for suffix in ("-instruct", "-base", "-it"):
-        name = name.removesuffix(suffix)
-    return next((found for known, found in KNOWN.items() if known.lower() == name), None)
+    return AutoConfig.for_model(**known_config(section.path, where))

@@ -18,19 +18,8 @@ from typing import ClassVar, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedConfig
 
+from opsd.common import http
 from opsd.common.errors import problem_said
-from opsd.common.http import (
-    PASSING,
-    Answer,
-    NoAnswerError,
-    ServerAnswerError,
-    ServerGoneError,
-    TooLongError,
-    check_redirect,
-    exchange,
-    persist,
-    said,
-)
 from opsd.rollout.base import Rollout, Sampling
 
 Said = TypeVar("Said", bound=BaseModel)
@@ -40,7 +29,7 @@ LONGEST = 16_000_000  # bytes of an answer about the server; its settings have s
 LONGEST_TOKEN = 2_000  # bytes of an answer for each token: id, text twice, log-probability
 
 
-class ServerRestartedError(ServerGoneError):
+class ServerRestartedError(http.ServerGoneError):
     """The server has restarted since it got the weights."""
 
 
@@ -185,7 +174,7 @@ class RolloutServer(ABC):
         *,
         timeout: float | None = None,
         longest: int = LONGEST,
-        passing: frozenset[int] = PASSING,
+        passing: frozenset[int] = http.PASSING,
         check=lambda answer: None,
         missing: Said | None = None,
         empty: Said | None = None,
@@ -205,8 +194,8 @@ class RolloutServer(ABC):
 
         def attempt() -> Said:
             try:
-                found = exchange(self.address, route, body, within, longest, self.key)
-            except TooLongError:
+                found = http.exchange(self.address, route, body, within, longest, self.key)
+            except http.TooLongError:
                 raise self._error(f"answers {route} with more than {longest:,} bytes") from None
             if found.status == 404 and missing is not None:
                 return missing
@@ -216,24 +205,24 @@ class RolloutServer(ABC):
             check(answer)
             return answer
 
-        return persist(attempt, self.patience, f"{self.field} is {self.address!r}", stop)
+        return http.persist(attempt, self.patience, f"{self.field} is {self.address!r}", stop)
 
-    def _check_status(self, route: str, found: Answer, passing: frozenset[int]) -> None:
+    def _check_status(self, route: str, found: http.Answer, passing: frozenset[int]) -> None:
         if found.status == 200:
             return
         try:
-            check_redirect(route, found)
+            http.check_redirect(route, found)
         except ValueError as error:
             raise self._error(str(error)) from None
-        told = f"{route} answers {found.status}: {said(found.content)}".rstrip(": ")
+        told = f"{route} answers {found.status}: {http.said(found.content)}".rstrip(": ")
         if found.status in passing:
-            raise NoAnswerError(told)
+            raise http.NoAnswerError(told)
         hint = ""
         if found.status == 404 and not route.startswith("/v1/"):
             hint = f" ({self.hint})"
         raise self._error(told + hint)
 
-    def _read(self, route: str, kind: type[Said], found: Answer) -> Said:
+    def _read(self, route: str, kind: type[Said], found: http.Answer) -> Said:
         try:
             return kind.model_validate_json(found.content)
         except ValidationError as error:
@@ -248,5 +237,5 @@ class RolloutServer(ABC):
             "step, or given other weights"
         )
 
-    def _error(self, what: str) -> ServerAnswerError:
-        return ServerAnswerError(f"{self.field} is {self.address!r}: the server {what}")
+    def _error(self, what: str) -> http.ServerAnswerError:
+        return http.ServerAnswerError(f"{self.field} is {self.address!r}: the server {what}")

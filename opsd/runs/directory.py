@@ -19,6 +19,7 @@ from opsd.common.files import (
     REASONS,
     append_to,
     is_unfinished,
+    read_toml,
     remove,
     sync,
     try_lock,
@@ -37,15 +38,7 @@ LOCK = "run.lock"
 PROBLEMS = "problems.json"
 METRICS = "metrics.jsonl"
 
-MAY_CHANGE = tuple(
-    """
-    train.token_budget train.micro_batch_tokens train.share_prefixes train.prefix_kernel
-    train.gradient_checkpointing train.not_finite train.save_every train.save_total_limit
-    train.collapse train.early_stop loss.backend loss.memory_budget rollout.batch_size
-    rollout.gpu_memory rollout.server rollout.server_timeout rollout.server_patience
-    rollout.weights_dir eval.every eval.batch_size eval.samples output
-    """.split()
-)
+MAY_CHANGE = tuple(read_toml(__file__, "resume")["may_change"])
 """Config fields, and whole sections, that may change on resume: they say where and in what pieces
 the run computes, how long, and what it writes, not what it learns. train.steps may change too, if
 the learning rate does not depend on it."""

@@ -24,13 +24,8 @@ from opsd.runs.records import (
 
 MARKS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "summary.json")  # a run has one
 COLD_START = "cold_start"
-NAMES = {
-    "opsd": "OPSD",
-    "grpo": "GRPO",
-    "sft": "SFT",
-    "distill": "Distillation",
-    COLD_START: "Cold start",
-}
+NAMES = {"opsd": "OPSD", "grpo": "GRPO", "sft": "SFT", "distill": "Distillation"}
+NAMES[COLD_START] = "Cold start"
 ORDER = list(NAMES)
 
 

@@ -12,21 +12,9 @@ from typing import TYPE_CHECKING, Any
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.templates import check_template, fill_in_columns, over_rollouts
+from opsd.config import requirements
 from opsd.config.config import Config
 from opsd.config.data import SHARED, DataSection, SourceSection
-from opsd.config.requirements import (
-    compares_answers,
-    held_out_teacher_role,
-    learns_targets,
-    longest_answer,
-    longest_rollout,
-    required_columns,
-    shows_images,
-    trained_roles,
-    unvaried,
-    uses_targets,
-    uses_teacher_prompt,
-)
 from opsd.data.context_check import ContextCheck
 from opsd.data.length_filter import fitting_held_out, fitting_rows
 from opsd.data.prompts import Prompts
@@ -64,7 +52,7 @@ def load_data(
     rows = mixture(read, seed)
     _check_coefficients(config, rows)
     _check_routes(config, rows, note)
-    if compares_answers(config):
+    if requirements.compares_answers(config):
         check_references(rows, "data.columns.answer", note)
     if test.problems == 0:
         return rows, []
@@ -128,7 +116,7 @@ def _variations(
     often = visits > VISITS and train.problems_per_step <= len(rows)  # else the run is refused
     few = config.method == "opsd" and not held and len(known) < FEW and often
     if copies is None:
-        copies = VARIED if few and unvaried(config) is None else 0
+        copies = VARIED if few and requirements.unvaried(config) is None else 0
     taken = known | {row.same_problem for row in held_out}
     made = [row for row in varied(rows, copies, train.seed) if row.same_problem not in taken]
     told = f"{len(known)} problems, each visited some {visits:.0f} times"
@@ -158,10 +146,11 @@ def look_at_rows(config: Config) -> None:
     if len(files) == len(named) and sum(path.stat().st_size for path in files) < SMALL:
         rows, _ = load_data(config)
         _check_enough(len(rows) * (1 + (config.data.varied or 0)), config)
-        for role in ("student", "teacher") if uses_teacher_prompt(config) else ("student",):
+        roles = ("student", "teacher") if requirements.uses_teacher_prompt(config) else ("student",)
+        for role in roles:
             template = getattr(config.prompts, role)
             check_template(f"prompts.{role}", template)
-            if not over_rollouts(template) and not shows_images(config):
+            if not over_rollouts(template) and not requirements.shows_images(config):
                 fill_in_columns(f"prompts.{role}", template, [rows[0].columns | rows[0].texts])
         return
     for source in sources(config.data):
@@ -207,8 +196,8 @@ def _read(
         limit=limit or source.limit,
         size=config.data.size,
         seed=config.train.seed,
-        require=required_columns(config),
-        graded=compares_answers(config),
+        require=requirements.required_columns(config),
+        graded=requirements.compares_answers(config),
         skip_incomplete=config.data.incomplete == "skip",
         note=note,
     )
@@ -222,7 +211,7 @@ def image_reader(
     config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> ImageReader | None:
     """The model's reader of images; None for a run without images. Raises UserError."""
-    if not shows_images(config):
+    if not requirements.shows_images(config):
         return None
     from opsd.models.images import ImageReader  # rows are read without transformers
 
@@ -242,9 +231,10 @@ def fitting_data(
     Raises UserError for rows that do not fit, unless `prompts.too_long` is skip; if fewer rows
     remain than a step needs; and for rows whose text is missing from the contexts.
     """
-    roles, teaches = trained_roles(config), uses_teacher_prompt(config) and config.method != "sft"
+    roles = requirements.trained_roles(config)
+    teaches = requirements.uses_teacher_prompt(config) and config.method != "sft"
     own_weights = all(own.policy != "model" for own in config.teacher.members())
-    check = ContextCheck(prompts, roles, teaches and own_weights, uses_targets(config))
+    check = ContextCheck(prompts, roles, teaches and own_weights, requirements.uses_targets(config))
     holds = any(prompts.holds(row, role) for row in rows for role in prompts.chats)
     rows = [*rows, *_variations(config, rows, held_out, holds, display)]
     check_held_out = ContextCheck(prompts, ["student"])
@@ -255,13 +245,13 @@ def fitting_data(
             rows,
             prompts,
             roles,
-            longest_rollout(config),
+            requirements.longest_rollout(config),
             window,
             display.note,
             stage.advance,
             check,
         )
-        if uses_targets(config) and not learns_targets(config):
+        if requirements.uses_targets(config) and not requirements.learns_targets(config):
             rows = fitting_rows(rows, prompts, ["student"], None, window, display.note)
         _check_enough(len(rows), config)
         # Render the longest row, to see whether the chat template cuts long texts.
@@ -269,9 +259,9 @@ def fitting_data(
         held_out = fitting_held_out(
             held_out,
             prompts,
-            held_out_teacher_role(config),
+            requirements.held_out_teacher_role(config),
             None if config.eval.teacher else config.eval.samples,
-            longest_answer(config),
+            requirements.longest_answer(config),
             window,
             "data.source" if config.eval.source is None else "eval.source",
             display.note,

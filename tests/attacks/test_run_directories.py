@@ -175,7 +175,7 @@ def test_a_changed_run_is_shown_as_it_is(draw, run, tmp_path, capsys, bounded, m
     place = tmp_path / "place"
     if draw.random() < 0.9:  # a second each; what they draw is what the pages draw
         monkeypatch.setattr("opsd.report.curves_png.write_curves", lambda *_: None)
-        monkeypatch.setattr("opsd.cli.compare.write_comparison", lambda *_: None)
+        monkeypatch.setattr("opsd.compare.page.write_comparison", lambda *_: None)
     changed = copied(run, place)
     attack(changed, FILES, draw)
     if draw.random() < 0.2:

@@ -131,7 +131,7 @@ def test_the_output_directory_is_respected(config, tmp_path, capsys):
     assert (run / "model" / "model.safetensors").read_bytes() == weights
     # A finished run starts again when told so by name.
     assert main(["train", str(config), "--resume"]) == 0
-    assert f"{run} is done" in capsys.readouterr().out
+    assert f"{run} is done; a larger train.steps goes on" in capsys.readouterr().out
     assert main(["train", str(config), "--resume", "--start-over"]) == 0
     assert (run / "model" / "model.safetensors").read_bytes() == weights
 

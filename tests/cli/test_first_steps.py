@@ -15,7 +15,7 @@ import yaml
 from helpers.training_cases import short_values
 
 from opsd.cli.init import SCHEMA
-from opsd.cli.main import main
+from opsd.cli.main import COMMANDS, main
 from opsd.common import display as displays
 from opsd.common.display import Display
 from opsd.config.load import load_config, load_recipe, merge, parse_config
@@ -53,6 +53,27 @@ def run(files, tmp_path_factory):
         patch.setattr(displays, "BEAT", 0.1)
         train(parse_config(values), Display(file=Timed()))
     return directory, lines
+
+
+def test_the_bare_command_shows_what_there_is(capsys):
+    with pytest.raises(SystemExit) as end:
+        main([])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert all(f"    {name}" in said for name in COMMANDS)
+    assert said.splitlines()[-1] == "Begin with: opsd quickstart --tiny"
+
+
+def test_a_missing_config_is_looked_for_here(run, tmp_path, monkeypatch, capsys):
+    for place, wanted in (
+        (run[0], "`opsd train . --resume`"),
+        (tmp_path, "`opsd train mine.yaml`"),
+    ):
+        (tmp_path / "mine.yaml").touch()
+        monkeypatch.chdir(place)
+        with pytest.raises(SystemExit):
+            main(["train", "--resume"])
+        assert wanted in capsys.readouterr().err
 
 
 def test_a_slow_model_is_never_silent(run):

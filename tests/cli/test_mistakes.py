@@ -353,6 +353,22 @@ MISTAKES = {
     "train good.yaml train.optimizer.learning_rate=1": "here it is train.learning_rate=1",
     "train good.yaml eval.n_samples=4": "with several samples",
     "train good.yaml checkpoint.keep=3": "a number of checkpoints is train.save_total_limit",
+    # What the shell, a page or a chat makes of what was meant; OpenRLHF's and lm-eval's options.
+    "train good.yaml model.lora={rank: 16, alpha: 32}": "what holds blanks: 'model.lora={rank",
+    "train good.yaml prompts.system=Be kind train.steps=5": "blanks: 'prompts.system=Be kind'",
+    "train good.yaml train.steps=": "train.steps is None: input should be a valid integer; give it",
+    "train good.yaml \u2014dry-run": "of a typeset page: write --dry-run",
+    "train good.yaml train.steps=\u201c5\u201d": "of a typeset page: write train.steps=5",
+    "train 'good.yaml train.steps=5'": "quotes, which make it one name: `opsd train good.yaml",
+    "train good.yaml --pretrain Qwen/Q": "set as in model.path=Qwen/Q",
+    "train good.yaml --adam_betas 0.9 0.95": "set as in train.beta1 (and train.beta2)",
+    "train good.yaml --no_advantage_std_norm": "set as in loss.scale_advantages=false",
+    "train good.yaml --colocate_all_models": "rollout.engine=vllm shares the GPUs with training",
+    "eval --model hf --model_args pretrained=run --tasks gsm8k": "`opsd eval run`; did you mean",
+    "eval --model run --model_name x": "`opsd eval run --model_name x`",
+    "plan llama3": "did you mean 'Llama-3.2-3B'?",
+    "plan model/other.json": "there is no such file; did you mean 'model/config.json'?",
+    "--debug": "it needs a command; `opsd --help` lists them",
 }
 
 CONFIGS = {
@@ -375,6 +391,7 @@ CONFIGS = {
     "train: {gradient_checkpointing: 'true'}\nmodel: {path: m}\n": "write true",
     "train: {optimizer: {name: adamw, lr: 1e-5}}\n": "here it is train.learning_rate=1e-05",
     "generation: {temperature: 0.7}\n": "here it is rollout.temperature=0.7",
+    "model: {path: model}\ndata: source: rows.jsonl\n": "write `data:`, and below it, indented, `",
     "model:\n  _component_: torchtune.models.x\n": "model.path says what the model is",
 }
 

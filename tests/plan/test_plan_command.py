@@ -18,7 +18,8 @@ from opsd.cli.plan_arguments import _bytes, gpu_of, machine_of
 from opsd.common.errors import UserError
 from opsd.config.load import merge, parse_config
 from opsd.config.sections import ModelSection
-from opsd.plan.architectures import KNOWN, architecture
+from opsd.plan.architectures import architecture
+from opsd.plan.known_models import KNOWN
 from opsd.plan.memory import RUNTIME, Planner, count_parameters
 from opsd.plan.workload import Lengths, count_tokens, sample_groups
 from opsd.quickstart import tiny_model as tiny
