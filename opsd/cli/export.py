@@ -22,7 +22,7 @@ def run(parsed: argparse.Namespace) -> None:
     place = Path(parsed.directory)
     model = place / "model" if (place / "model").is_dir() else place
     if parsed.merge == parsed.gguf:
-        raise UserError("say what to write: --merge or --gguf")
+        raise UserError("say --merge or --gguf")
     if parsed.type not in OUTTYPES:
         raise UserError(
             f"--type is {parsed.type!r}: it must be one of {', '.join(OUTTYPES)}; others are made "
