@@ -137,7 +137,7 @@ def _choice(text: str, depth: int) -> Node | None:
     letter, rest = found[1] or found[3], trim(found[2] or found[4] or "")
     if not rest:
         return Choice(letter)
-    if rest[0] in "(+-*/^=_,":
+    if FORM.no_choice.match(rest):
         return None  # a list, or an expression that begins with a capital letter in brackets
     another = FORM.label.search(rest) or FORM.bare_choice.fullmatch(rest)
     if another or words.takes_back(plain_text(rest)):
