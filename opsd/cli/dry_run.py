@@ -151,7 +151,6 @@ def _show_answers(rows: Sequence[Row], config: Config, display: Display) -> None
     display.table("Answers, and how the solutions are graded", columns, table[:SHOWN])
     right = sum(grade.correct for grade in grades)
     display.note(
-        f"{right} of the first {len(some)} solutions would be graded right; one without a final "
-        "\\boxed{} is not."
-        + ("" if config.method == "sft" else " Only method sft learns to write them.")
+        f"{right} of the first {len(some)} solutions would be graded right: it takes a final "
+        "\\boxed{}." + ("" if config.method == "sft" else " Only method sft learns to write so.")
     )

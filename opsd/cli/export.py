@@ -11,9 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from opsd.common.errors import UserError
+from opsd.common.near import did_you_mean
 
 CONVERTER = "convert_hf_to_gguf.py"
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+ALSO = {"int8": "q8_0", "8bit": "q8_0", "float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 WORDS = {"converter": CONVERTER, "types": ", ".join(OUTTYPES)}
 
 
@@ -24,10 +26,10 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.merge == parsed.gguf:
         raise UserError("say --merge or --gguf")
     if parsed.type not in OUTTYPES:
-        raise UserError(
-            f"--type is {parsed.type!r}: it must be one of {', '.join(OUTTYPES)}; others are made "
-            f"of the file by llama.cpp: `llama-quantize model.gguf small.gguf {parsed.type}`"
-        )
+        near = did_you_mean(ALSO.get(parsed.type, parsed.type), OUTTYPES)
+        others = "others are made of the file by llama.cpp: `llama-quantize model.gguf small.gguf"
+        hint = f"; {others} {parsed.type}`" if re.search(r"q\d_[k01]", parsed.type, re.I) else near
+        raise UserError(f"--type is {parsed.type!r}: it must be one of {', '.join(OUTTYPES)}{hint}")
     if parsed.type != "auto" and parsed.merge:
         raise UserError(f"--type is {parsed.type!r}: it is for --gguf")
     output = parsed.output or place / ("model.gguf" if parsed.gguf else "merged")

@@ -17,6 +17,8 @@ import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from shutil import get_terminal_size
+from textwrap import TextWrapper
 from typing import NoReturn
 
 from opsd.cli.arguments import add_options
@@ -155,15 +157,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
+def _listed() -> str:
+    """All commands with what they do, for the end of the help."""
+    wrap = TextWrapper(get_terminal_size().columns - 2, subsequent_indent=17 * " ")
+    lines = [wrap.fill(f"  {name:<15}{of['help']}") for name, of in COMMANDS.items()]
+    return "\n".join(["commands:", *lines, "", "Begin with: opsd quickstart --tiny"])
+
+
 def parser(only: str | None = None) -> argparse.ArgumentParser:
     """Builds the parser. only: add the arguments of this command alone; None: of all commands."""
     top = Parser(prog="opsd", usage="opsd COMMAND [options]", description=ABOUT)
-    top.more = lambda: "Begin with: opsd quickstart --tiny"
+    top.more = _listed
     version = f"%(prog)s {sys.modules['opsd'].__version__}"
     top.add_argument("--version", action="version", version=version)
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", prog="opsd")
+    how = {"metavar": "COMMAND", "prog": "opsd", "help": argparse.SUPPRESS}
+    commands = top.add_subparsers(required=True, **how)
     for name, of in COMMANDS.items():
-        sub = commands.add_parser(name, help=of["help"], description=of["help"])
+        sub = commands.add_parser(name, description=of["help"])
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if only in (None, name):
             command = import_module(of["module"])

@@ -37,6 +37,7 @@ def run(parsed: argparse.Namespace) -> None:
     from opsd.cli.first_look import check_inputs, check_output, import_torch
     from opsd.cli.plan_arguments import machine_of
     from opsd.common.display import Display
+    from opsd.common.near import near_file
     from opsd.config.load import load_recipe
     from opsd.runs.directory import CONFIG, checkpoints_in, is_done
 
@@ -56,6 +57,8 @@ def run(parsed: argparse.Namespace) -> None:
     display = Display(quiet=os.environ.get("RANK", "0") != "0")
     for config in [] if parsed.dry_run or display.quiet else runs:
         check_output(config, parsed.resume)
+        if parsed.resume and not (place := Path(config.output.dir)).exists():
+            display.note(f"There is no {place} to go on from: it begins{near_file(place)}")
     import_torch(display, "opsd.training.run")
     if parsed.dry_run:
         from opsd.cli.dry_run import dry_run

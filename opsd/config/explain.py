@@ -10,14 +10,11 @@ from pydantic import ValidationError
 from opsd.common.errors import problem_said
 from opsd.common.near import did_you_mean, nearest
 from opsd.config.base import Section
-from opsd.config.foreign import VALUES, answer, fields_of, here, section_of, typed
+from opsd.config.foreign import VALUES, WORDS, answer, fields_of, here, section_of, typed
 
 SHOWN_PROBLEMS = 10  # at most this many errors of one config are shown
 NUMBERS = {"int": r"[-+]?\d+", "float": r"[-+]?\d*\.?\d+([eE][-+]?\d+)?"}
-TRUTH = {"yes": "true", "on": "true", "true": "true"}
-TRUTH |= {"no": "false", "off": "false", "false": "false"}
-UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+TRUTH, UNITS = WORDS["truth"], WORDS["units"]
 COUNTED = r"s|sec(ond)?s?|(step|token|problem|row|sample|example|rollout|nat)s?"
 SINGLE = {"str": "string_", "float": "float_", "int": "int_"}  # members of unions → their errors
 ONE = "; one value at a time: `opsd compare` runs several configs, or seeds"
@@ -157,6 +154,8 @@ def _section_meant(name: str, value: Any, model: type[Section]) -> str:
     if isinstance(value, list):
         listed = (said for field in own if "=[" in (said := typed(field, value, model)))
         first = next(listed, f"{own[0]}=…")
+        if value and isinstance(value[0], dict):
+            first = next((f"{name}.{key}={inside}" for key, inside in value[0].items()), first)
         return f"; it is a section: write its fields without `- `, as in {first}"
     # First the fields that take few values, such as teacher.policy, and this one.
     own.sort(key=lambda field: "=" in typed(field, "any", model))

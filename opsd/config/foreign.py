@@ -53,7 +53,8 @@ def answer(name: str, value: Any, model: type[Section], unless: str | None = Non
         return f"here it is {found}" if found in model.model_fields else ""
     plain = re.sub(r"[\s-]+", "_", name)
     if "." in plain and plain.replace(".", "_") not in ELSEWHERE:  # sampling.num_samples
-        plain = ours if (ours := _in_our_section(plain)) in ELSEWHERE else plain
+        ours = _in_our_section(plain)
+        plain = ours if ours in ELSEWHERE or ours in fields_of(model) else plain
     above, _, last = plain.rpartition(".")
     every = [*fields_of(model)]
     if not any(last in _tails(one) for one in every) and (said := reason(plain)):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError
+from opsd.common.files import read_toml
 from opsd.common.near import nearest
 from opsd.data.chats import (
     CHAT_COLUMNS,
@@ -42,12 +43,7 @@ from opsd.data.sources import (
 )
 
 COLUMNS = ("problem", "solution", "answer")
-USUAL = {
-    "problem": ("question", "prompt", "instruction", "query", "input", "text"),
-    "solution": ("rationale", "generated_solution", "response", "reasoning", "output", "answer"),
-    "answer": ("final_answer", "expected_answer", "ground_truth", "target", "label", "solution"),
-    "images": ("image", "pictures"),
-}
+USUAL: dict[str, list[str]] = read_toml(__file__, "usual")
 """Our column → usual names elsewhere, which error messages suggest."""
 
 NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")

@@ -57,10 +57,12 @@ def stored(
     if path.exists():
         check_names(f"{section}.options", options, _HUB_OPTIONS[:1] if path.is_dir() else ())
         if not path.is_dir() and file_type(path) is None:
-            table = "; save it as .csv" if path.suffix in (".xlsx", ".xls", ".ods") else ""
+            mend = "; save it as .csv" if path.suffix in (".xlsx", ".xls", ".ods") else ""
+            if path.suffix in (".txt", ".jl"):
+                mend = f"; of one JSON object a line, it is named {path.with_suffix('.jsonl').name}"
             raise UserError(
                 f"{section}.source: {source!r} is not a {', '.join(FILE_TYPES)} file (or one of "
-                f"these but .parquet with .gz), nor a directory saved by `datasets`{table}"
+                f"these but .parquet with .gz), nor a directory saved by `datasets`{mend}"
             )
         for file in (path, *_files_below(path)):
             # os.path: what a link leads to may be another's, which for pathlib is an error.

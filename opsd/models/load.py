@@ -22,6 +22,7 @@ from opsd.common.saved_directory import check_saved
 from opsd.common.strict_json import read_object
 from opsd.config.sections import ModelSection
 from opsd.data.chat import ChatTemplate
+from opsd.models import weight_files
 from opsd.models.adapter_files import TOKENIZER, ModelFiles, model_files
 from opsd.models.causal import check_causal
 from opsd.models.copies import contiguous_head
@@ -31,14 +32,6 @@ from opsd.models.lora import four_bits, is_adapted
 from opsd.models.merge import merge_adapter
 from opsd.models.multimodal import auto_class, freeze_others
 from opsd.models.routers import freeze_routers, leave_router_loss
-from opsd.models.weight_files import (
-    check_all_used,
-    check_numbers,
-    check_size,
-    find_file,
-    stored_tensors,
-    usual_dtype,
-)
 
 
 def load_model(
@@ -70,14 +63,14 @@ def load_model(
         placing = {"quantization_config": four_bits(dtype), "device_map": {"": device}}
     tokenizer = tokenizer or load_tokenizer(whole, name)
     stored = section.path, section.revision, files.where
-    tensors = {} if section.gguf_file else stored_tensors(*stored)
+    tensors = {} if section.gguf_file else weight_files.stored_tensors(*stored)
     config = load_config(files)
     own = best_attention(config) if section.attention == "auto" else section.attention
     if own == "sdpa" and _soft_capped(config):
         raise UserError(f"{files.where}: set {name}.attention to 'eager' for it (it caps scores)")
     try:
         if tensors:
-            check_size(config, tensors, section.trust_remote_code)
+            weight_files.check_size(config, tensors, section.trust_remote_code)
         model, found = auto_class(config).from_pretrained(
             section.path,
             output_loading_info=True,
@@ -98,7 +91,7 @@ def load_model(
             f"there, or of another shape ({absent[0]})"
         )
     if not section.gguf_file:
-        check_all_used(model, found["unexpected_keys"], files.where)
+        weight_files.check_all_used(model, found["unexpected_keys"], files.where)
     else:
         # The weights are plain fp32 now, but transformers 5 keeps the file's quantisation in the
         # config, and save_pretrained then refuses to write them.
@@ -107,15 +100,15 @@ def load_model(
         model.is_quantized = False
     whole_weights = name == "model" and (whole.lora is None or files.adapters)
     _check_unquantised(model, whole_weights, files.where)
-    model.stored_dtype = usual_dtype(tensors) or torch.float32
+    model.stored_dtype = weight_files.usual_dtype(tensors) or torch.float32
     path = str(Path(section.path) / (section.gguf_file or ""))
-    check_numbers(model.named_parameters(), tensors, files.where, path)
+    weight_files.check_numbers(model.named_parameters(), tensors, files.where, path)
     if not placing:
         model = model.to(device)
     for adapter in files.adapters:
         model = merge_adapter(model, adapter, name)
         # Its tensors may be finite and its scale NaN or 1e300.
-        check_numbers(model.named_parameters(), {}, files.where, adapter.section.path)
+        weight_files.check_numbers(model.named_parameters(), {}, files.where, adapter.section.path)
     model.in_no_directory = bool(files.adapters)
     if (owner := files.owner("generation_config.json")) is not files.base:
         model.generation_config = GenerationConfig.from_pretrained(
@@ -224,7 +217,7 @@ def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedToke
     if not known or len(written) > 1000:  # a file may put 10^6 of them before each text
         raise UserError(f"{name}.path is {section.path!r}: its tokenizer {said}")
     if not tokenizer.chat_template:  # old processors have it in a separate file
-        file = find_file(owner.path, "chat_template.json", owner.revision)
+        file = weight_files.find_file(owner.path, "chat_template.json", owner.revision)
         tokenizer.chat_template = file and read_object(file, files.where).get("chat_template")
     return with_ends(tokenizer, f"{name}.path is {section.path!r}")
 

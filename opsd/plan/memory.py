@@ -24,16 +24,8 @@ from opsd.models.head import decoder_of
 from opsd.models.lora import check_targets, is_linear, without_adapter
 from opsd.models.teacher import Member, teacher_section
 from opsd.objectives import GRPO, OPSD, SFT, Distill, Objective, SampleGroup, Totals, samples_of
+from opsd.plan import fake_run
 from opsd.plan.architectures import architecture
-from opsd.plan.fake_run import (
-    Peaks,
-    meta_model,
-    over_layers,
-    quiet,
-    sampling_peaks,
-    step_peaks,
-    unshared_because,
-)
 from opsd.plan.workload import Lengths, micro_batches, sample_groups
 from opsd.rollout import SAMPLERS
 from opsd.rollout.decoding import MOST_PACKED
@@ -103,7 +95,7 @@ class Planner:
     @cached_property
     def unshared_because(self) -> str | None:
         """The reason why the student cannot share prefixes; None if it can."""
-        return unshared_because(self.student)
+        return fake_run.unshared_because(self.student)
 
     def sizes(self, config: Config) -> Sizes:
         """The student's sizes, computed once for each `model` section."""
@@ -184,7 +176,7 @@ class Planner:
         kernel = self._kernel(config, sum(sample.tokens for sample in samples_of(batch)), dtype)
 
         def make_step(short: PreTrainedConfig):
-            with quiet():
+            with fake_run.quiet():
                 model = _student(
                     short, config.model, bool(config.train.gradient_checkpointing), dtype
                 )
@@ -192,10 +184,11 @@ class Planner:
             step = OPSDStep(model, objective, config.train.share_prefixes)
             return [model, *teacher], lambda: step(batch, Totals())
 
-        def trace() -> Peaks:
+        def trace() -> fake_run.Peaks:
             how = {"autocast": autocast, "flash": autocast and self.device_memory is not None}
             how["packable"] = self.unshared_because is None
-            return over_layers(self.student, lambda short: step_peaks(short, make_step, **how))
+            traced = fake_run.step_peaks
+            return fake_run.over_layers(self.student, lambda short: traced(short, make_step, **how))
 
         total = self._once(_step_key(config), trace).with_scratch(kernel)
         parts = {"gradients": 4 * sizes.train}
@@ -256,9 +249,9 @@ class Planner:
         """Bytes to sample `size` sequences at once; greedy sampling takes no more."""
         prompt = self.lengths.prompt
 
-        def trace() -> Peaks:
-            return over_layers(
-                self.student, lambda short: sampling_peaks(short, dtype, prompt, longest)
+        def trace() -> fake_run.Peaks:
+            return fake_run.over_layers(
+                self.student, lambda short: fake_run.sampling_peaks(short, dtype, prompt, longest)
             )
 
         return size * self._once(f"{dtype} {longest}", trace).most
@@ -271,13 +264,13 @@ class Planner:
 
 def count_parameters(model: PreTrainedConfig) -> int:
     """Count a model's parameters, tied ones once; allocates nothing."""
-    return sum(p.numel() for p in meta_model(model, torch.float32).parameters())
+    return sum(p.numel() for p in fake_run.meta_model(model, torch.float32).parameters())
 
 
 def _sizes(model: PreTrainedConfig, section: ModelSection) -> Sizes:
     """The sizes of a model with the adapters of `section`."""
-    with quiet():
-        made = meta_model(model, torch.float32)
+    with fake_run.quiet():
+        made = fake_run.meta_model(model, torch.float32)
     own = sum(parameter.numel() for parameter in made.parameters())
     linear, products = (
         sum(layer.weight.numel() for layer in part.modules() if type(layer) is nn.Linear)
@@ -294,7 +287,7 @@ def _student(
     short: PreTrainedConfig, section: ModelSection, checkpointing: bool, dtype: torch.dtype
 ) -> PreTrainedModel:
     """The student on the meta device: in fp32, or with fp32 adapters and its weights in `dtype`."""
-    model = meta_model(short, torch.float32 if section.lora is None else dtype)
+    model = fake_run.meta_model(short, torch.float32 if section.lora is None else dtype)
     if section.lora is not None:
         model = _add_adapters(model, section.lora)
     if checkpointing:
@@ -357,7 +350,7 @@ def _objective(
         "own" if config.model.lora is not None and own.policy != "model" else own.model_dump_json()
         for own in config.teacher.members()
     ]
-    made = {owner: meta_model(short, dtype).requires_grad_(False).eval() for owner in owners}
+    made = {own: fake_run.meta_model(short, dtype).requires_grad_(False).eval() for own in owners}
     sections = config.teacher.mix
     pairs = zip(owners, sections, strict=False)  # without a mixture there are none
     mix = [Member(made[owner], section.context or "", section) for owner, section in pairs]

@@ -14,18 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from opsd.common import files
 from opsd.common.errors import UserError, in_short
-from opsd.common.files import (
-    REASONS,
-    append_to,
-    is_unfinished,
-    read_toml,
-    remove,
-    sync,
-    try_lock,
-    why_not_written,
-    write_json,
-)
 from opsd.common.saved_directory import MANIFEST, check_saved
 from opsd.config.config import Config
 from opsd.config.load import load_config, save_config
@@ -38,7 +28,7 @@ LOCK = "run.lock"
 PROBLEMS = "problems.json"
 METRICS = "metrics.jsonl"
 
-MAY_CHANGE = tuple(read_toml(__file__, "resume")["may_change"])
+MAY_CHANGE = tuple(files.read_toml(__file__, "resume")["may_change"])
 """Config fields, and whole sections, that may change on resume: they say where and in what pieces
 the run computes, how long, and what it writes, not what it learns. train.steps may change too, if
 the learning rate does not depend on it."""
@@ -71,12 +61,12 @@ def locked(
         directory.mkdir(parents=True, exist_ok=True)
         foreign = [path for path in directory.iterdir() if path.name != LOCK]
         ours = not foreign or (directory / mark).is_file()
-        file = append_to(directory / LOCK) if ours else None
+        file = files.append_to(directory / LOCK) if ours else None
     if file is None:
         yield  # not a run's directory; `claim_directory` raises the error
         return
     with file:
-        got = try_lock(file)
+        got = files.try_lock(file)
         file.seek(0)
         text = file.read(1000).decode(errors="replace") + "\n\n"  # anybody may have written it
         holder, told = text.split("\n")[:2]
@@ -147,10 +137,10 @@ def claim_directory(
     """
     check_claim(directory, config, resume)
     for left in directory.glob("*.part"):
-        remove(left)
+        files.remove(left)
     with _or_cannot_write(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        sync(directory.parent)
+        files.sync(directory.parent)
         save_config(config, directory / CONFIG)
     checkpoint = last_checkpoint(directory)
     again = checkpoint is None and not start_over
@@ -172,7 +162,7 @@ def check_claim(directory: Path, config: Config, resume: bool) -> None:
     problems = directory / PROBLEMS
     nothing = {mine, problems, directory / LOCK, directory / "base"}
     there = list(directory.iterdir()) if directory.exists() else []
-    if any(path not in nothing and not is_unfinished(path) for path in there):
+    if any(path not in nothing and not files.is_unfinished(path) for path in there):
         if not mine.is_file():
             raise UserError(
                 f"output.dir is {str(directory)!r}: it holds files that are not a run's; "
@@ -212,7 +202,7 @@ def _or_cannot_write(directory: Path, field: str = "output.dir") -> Iterator[Non
         yield
     except OSError as error:
         raise UserError(
-            f"{field} is {str(directory)!r}: cannot write there ({why_not_written(error)})"
+            f"{field} is {str(directory)!r}: cannot write there ({files.why_not_written(error)})"
         ) from None
 
 
@@ -233,11 +223,11 @@ def written(directory: Path, what: str, needed: int = 0) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = None if isinstance(error, UserError) else why_not_written(error)
+        why = None if isinstance(error, UserError) else files.why_not_written(error)
         if why is None:  # errors of C++ writers do not always tell that the disk is full
             if shutil.disk_usage(directory).free >= needed:
                 raise
-            why = REASONS[errno.ENOSPC]
+            why = files.REASONS[errno.ENOSPC]
         said = f"output.dir is {str(directory)!r}: {why}, {what} could not be written"
         go_on = f"`{command_to_go_on(directory)}` goes on from it"
         told = NotWritten(f"{said}; what was saved before is whole, and {go_on}")
@@ -316,7 +306,7 @@ def check_problems(
                 )
         return
     with _or_cannot_write(directory):
-        write_json(file, here)
+        files.write_json(file, here)
 
 
 def _digest(rows: Sequence[Row]) -> str:

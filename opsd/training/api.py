@@ -133,7 +133,7 @@ class OPSDTrainer:
         if isinstance(asked, str | Path) and (last is None or not last.samefile(asked)):
             raise UserError(
                 f"resume_from_checkpoint is {str(asked)!r}: a run goes on from the last checkpoint "
-                f"in output.dir, {str(last or run.directory)!r}"
+                f"in output.dir, {str(last or run.directory)!r}; True names it"
             )
         train_in_directory(self.args, self.display, self.processes, bool(asked), run=run)
         return run.output

@@ -27,6 +27,7 @@ from opsd.common.near import did_you_mean
 from opsd.common.precision import best_precision
 from opsd.config.compatibility import refused
 from opsd.config.config import Config
+from opsd.config.foreign import here
 from opsd.config.requirements import shows_images
 from opsd.config.sections import TrainSection
 from opsd.distributed.deepspeed import STAGES
@@ -63,6 +64,15 @@ def check_config(name: str, config: Any) -> None:
             f"{name} is of type {kind.__name__}: it must be an OPSDConfig, as "
             f"{made or 'OPSDConfig(steps=100, learning_rate=1e-5)'}"
         )
+
+
+def check_arguments(config: Any, others: Mapping[str, Any]) -> None:
+    """Raise UserError for an argument that `train` does not have, such as a field of the config."""
+    for name, value in others.items():
+        field = here(name, Config).partition(", ")[0]
+        file = str(config) if isinstance(config, str | Path) else "mine.yaml"
+        made = f"set it as in train(load_config({file!r}, ['{field}={value}']))"
+        raise UserError(f"train has no argument {name!r}: {made if field else 'help(train)'}")
 
 
 def check_machine(config: Config, makes: bool) -> None:

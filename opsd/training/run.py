@@ -67,7 +67,7 @@ from opsd.training.checkpoints import check_pieces, checkpoint_bytes, save_model
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.learning_curve import LearningCurve
 from opsd.training.load_data import fitting_data, image_reader, load_data, sources
-from opsd.training.preflight import begin, try_saving
+from opsd.training.preflight import begin, check_arguments, try_saving
 from opsd.training.publish import publish, write_summary
 from opsd.training.reporters import Reports
 from opsd.training.rescue import keep_elsewhere
@@ -80,6 +80,7 @@ def train(
     *,
     resume: bool = False,
     start_over: bool = False,
+    **others: Any,
 ) -> Path:
     """Do a whole run: data, model, training, evaluation, report. Returns the run's directory.
 
@@ -89,6 +90,7 @@ def train(
 
     Raises UserError for errors that the user can correct.
     """
+    check_arguments(config, others)
     display, processes = display or Display(), Processes()
     try:
         config = begin(config, processes)

@@ -136,6 +136,13 @@ def test_the_output_directory_is_respected(config, tmp_path, capsys):
     assert (run / "model" / "model.safetensors").read_bytes() == weights
 
 
+def test_a_resume_where_there_is_no_run_says_so(config, tmp_path, capsys):
+    (tmp_path / "rnu").mkdir()
+    assert main(["train", str(config), "--resume"]) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith(f"There is no {tmp_path / 'run'} to go on from: it begins; did you mean")
+
+
 def test_a_refused_config_can_be_mended_and_run(config, tmp_path, capsys):
     """What is wrong with the data must not leave a directory that stands in the way."""
     good = config.read_text()

@@ -60,7 +60,7 @@ def test_the_bare_command_shows_what_there_is(capsys):
         main([])
     said = capsys.readouterr().err
     assert end.value.code == 2
-    assert all(f"    {name}" in said for name in COMMANDS)
+    assert all(f"  {name:<15}" in said for name in COMMANDS)
     assert said.splitlines()[-1] == "Begin with: opsd quickstart --tiny"
 
 

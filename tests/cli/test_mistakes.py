@@ -369,6 +369,10 @@ MISTAKES = {
     "plan llama3": "did you mean 'Llama-3.2-3B'?",
     "plan model/other.json": "there is no such file; did you mean 'model/config.json'?",
     "--debug": "it needs a command; `opsd --help` lists them",
+    "train good.yaml --generation_kwargs.temperature 0.7": "set as in rollout.temperature=0.7",
+    "train good.yaml data.source=rows.txt": "one JSON object a line, it is named rows.jsonl",
+    "train good.yaml data.source=final.jsonl": "did you mean 'final'? data.columns.answer=final",
+    "export run --gguf --type int8": "did you mean 'q8_0'?",
 }
 
 CONFIGS = {
@@ -391,6 +395,7 @@ CONFIGS = {
     "train: {gradient_checkpointing: 'true'}\nmodel: {path: m}\n": "write true",
     "train: {optimizer: {name: adamw, lr: 1e-5}}\n": "here it is train.learning_rate=1e-05",
     "generation: {temperature: 0.7}\n": "here it is rollout.temperature=0.7",
+    "model: {path: model}\ndata:\n  - source: rows.jsonl\n": "`- `, as in data.source=rows.jsonl",
     "model: {path: model}\ndata: source: rows.jsonl\n": "write `data:`, and below it, indented, `",
     "model:\n  _component_: torchtune.models.x\n": "model.path says what the model is",
 }
@@ -430,6 +435,9 @@ def place(tmp_path_factory):
     (place / "other" / "good.yaml").write_text(good)
     (place / "other" / "rows.jsonl").write_text("".join(rows))
     (place / "rows.xlsx").touch()
+    (place / "rows.txt").touch()
+    row = {"problem": "1+1", "solution": "It is 2.", "final": "2"}
+    (place / "final.jsonl").write_text(json.dumps(row) + "\n")
     (place / "study.yaml").write_text("quickstart: tiny\nmethods: [opsd]\n")
     for directory in ("model", "run/model", "tiny/opsd/model", "tiny/sft/model", "runs/b/model"):
         (place / directory).mkdir(parents=True)

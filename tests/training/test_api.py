@@ -95,12 +95,19 @@ def test_a_run_goes_on_from_its_checkpoint(files, by_command, tmp_path):
     more = trainer(files, tmp_path / "run", config={"steps": 6, **held_out})
     with pytest.raises(UserError, match="has been started before"):
         more.train()
-    with pytest.raises(UserError, match=r"goes on from the last checkpoint .*checkpoint-4'"):
+    with pytest.raises(UserError, match=r"on from the last checkpoint .*-4'; True names it"):
         more.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
     more.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-4")
     assert [line["loss"] for line in more.state.log_history] == by_command
     with pytest.raises(UserError, match="the problems are not those"):
         trainer(files, tmp_path / "run", rows=RECORDS[1:], config=held_out).train(True)
+
+
+def test_a_field_given_to_train_is_set_in_its_config(tmp_path):
+    with pytest.raises(UserError, match=r"load_config\('mine.yaml', \['train.steps=2'\]\)"):
+        train("mine.yaml", steps=2)
+    with pytest.raises(UserError, match=r"train has no argument 'colour': help\(train\)"):
+        train("mine.yaml", colour=2)
 
 
 def test_the_yaml_form_is_the_same_object(files, tmp_path):
