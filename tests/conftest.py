@@ -57,14 +57,16 @@ def pytest_unconfigure():
 
 
 def pytest_collection_modifyitems(config, items):
-    """The real vLLM's tests are for who asks for them; without its Python they are skipped."""
-    real = [item for item in items if item.get_closest_marker("vllm")]
-    if "vllm" not in config.option.markexpr:
-        config.hook.pytest_deselected(items=real)
-        items[:] = [item for item in items if item not in real]
-    elif not os.environ.get("OPSD_VLLM_PYTHON"):
-        for item in real:
-            item.add_marker(pytest.mark.skip(reason="needs vLLM: set OPSD_VLLM_PYTHON"))
+    """The real servers' tests are for who asks for them; without their Python they are skipped."""
+    for engine in ("vllm", "sglang"):
+        real = [item for item in items if item.get_closest_marker(engine)]
+        python = f"OPSD_{engine.upper()}_PYTHON"
+        if engine not in config.option.markexpr:
+            config.hook.pytest_deselected(items=real)
+            items[:] = [item for item in items if item not in real]
+        elif not os.environ.get(python):
+            for item in real:
+                item.add_marker(pytest.mark.skip(reason=f"needs {engine}: set {python}"))
 
 
 def pytest_runtest_setup(item):

@@ -120,7 +120,16 @@ class RolloutServer(ABC):
     @abstractmethod
     def check_model(self, config: PreTrainedConfig, path: str) -> None:
         """Raise ServerAnswerError if the weights of the model in `path` do not fit the server's
-        model, as far as it tells that."""
+        model, as far as that is known: loading them would end the server."""
+
+    def _check_size(self, theirs: tuple[int, int], config: PreTrainedConfig, path: str) -> None:
+        """theirs: the width of the server's model, and the number of its tokens."""
+        ours = config.get_text_config()
+        if theirs != (ours.hidden_size, ours.vocab_size):
+            raise self._error(
+                f"serves {self.root!r}, of width {theirs[0]} with {theirs[1]} tokens; {path!r} is "
+                f"of width {ours.hidden_size} with {ours.vocab_size}: start it on that"
+            )
 
     def at_once(self, context: int) -> int | None:
         """The most rollouts with seeds to sample at once after so many tokens; None: any number."""
@@ -200,8 +209,7 @@ class RolloutServer(ABC):
             if found.status == 404 and missing is not None:
                 return missing
             self._check_status(route, found, passing)
-            bare = not found.content and empty is not None
-            answer = empty if bare else self._read(route, kind, found)
+            answer = empty if empty and not found.content else self._read(route, kind, found)
             check(answer)
             return answer
 
@@ -217,19 +225,15 @@ class RolloutServer(ABC):
         told = f"{route} answers {found.status}: {http.said(found.content)}".rstrip(": ")
         if found.status in passing:
             raise http.NoAnswerError(told)
-        hint = ""
-        if found.status == 404 and not route.startswith("/v1/"):
-            hint = f" ({self.hint})"
+        hint = f" ({self.hint})" if found.status == 404 and not route.startswith("/v1/") else ""
         raise self._error(told + hint)
 
     def _read(self, route: str, kind: type[Said], found: http.Answer) -> Said:
         try:
             return kind.model_validate_json(found.content)
         except ValidationError as error:
-            problem = problem_said(error.errors()[0])
-            raise self._error(
-                f"gives {route} an answer that {self.name} never gives: {problem}"
-            ) from None
+            told = f"gives {route} an answer that {self.name} never gives: "
+            raise self._error(told + problem_said(error.errors()[0])) from None
 
     def _restarted(self) -> ServerRestartedError:
         return ServerRestartedError(

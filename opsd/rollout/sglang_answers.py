@@ -28,6 +28,7 @@ class ServerInfo(ServerAnswer):
     device: Name | None = None
     # Without it, sampling_seed has no effect
     enable_deterministic_inference: bool = False
+    max_req_input_len: Count | None = None  # it refuses a context of so many tokens
 
 
 class Updated(ServerAnswer):

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from threading import Event
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from opsd.common.http import PASSING, NoAnswerError, ServerAnswerError
 from opsd.rollout.base import NEUTRAL, Rollout, Sampling
@@ -20,6 +20,7 @@ from opsd.rollout.vllm_answers import Models
 
 PROBE = Sampling(8, temperature=4.0)
 """The sampling of a rollout that shows whether log-probabilities are after temperature."""
+MARGIN = 5  # tokens; `max_req_len - max_req_input_len` in its managers/tp_worker.py
 ALIKE = 0.3  # nats a token; in bf16 a rollout and its scoring differ by less
 
 
@@ -38,9 +39,11 @@ class SGLangServer(RolloutServer):
         self.root, self._model_type = info.model_path, info.model_type
         models = self.ask("/v1/models", Models, timeout=QUICK).data
         self.model = models[0].id if models else self.root
-        window = models[0].max_model_len if models else None
-        self.window = window and window - 1  # it refuses a sequence of the full length
         self.info = self._newer("/server_info", "/get_server_info", ServerInfo)
+        window, room = models and models[0].max_model_len, self.info.max_req_input_len
+        # Its scheduler silently cuts what would fill the window, or its room for states.
+        known = [most for most in (window and window - 2, room and room + MARGIN - 1) if most]
+        self.window = min(known, default=None)
 
     @cached_property
     def software(self) -> str:  # type: ignore[override]
@@ -50,13 +53,19 @@ class SGLangServer(RolloutServer):
         return " ".join(["SGLang", self.info.version, *filter(None, told)])
 
     def check_model(self, config: PreTrainedConfig, path: str) -> None:
-        """See `RolloutServer.check_model`: compares the models' types. Weights that do not fit are
-        refused when they are loaded, and SGLang keeps those it had."""
+        """See `RolloutServer.check_model`. SGLang tells its model's type and path: the sizes are
+        known if this machine has that path, or hub model, too."""
         if self._model_type not in (None, config.model_type):
             raise self._error(
                 f"serves {self.root!r}, a {self._model_type!r}; {path!r} is a "
                 f"{config.model_type!r}: start it on that"
             )
+        try:
+            known = AutoConfig.from_pretrained(self.root, local_files_only=True).get_text_config()
+            theirs = known.hidden_size, known.vocab_size
+        except (OSError, ValueError, AttributeError):  # not on this machine, or of no model
+            return
+        self._check_size(theirs, config, path)
 
     def check_log_probs(self, temperature: float) -> None:
         """See `RolloutServer.check_log_probs`. Samples a rollout at another temperature and lets
@@ -122,7 +131,7 @@ class SGLangServer(RolloutServer):
     def load(self, weights: str | Path) -> None:
         """See `RolloutServer.load`."""
         version = f"opsd-{secrets.token_hex(8)}"
-        body = {"model_path": str(weights), "weight_version": version}
+        body = {"model_path": str(weights), "weight_version": version, "flush_cache": False}
         try:
             updated = self.ask("/update_weights_from_disk", Updated, body, passing=PASSING - {500})
             if not updated.success:
@@ -132,7 +141,7 @@ class SGLangServer(RolloutServer):
                 f"{error}. It has not loaded {str(weights)!r}: check that it sees that path "
                 "(rollout.weights_dir), and serves the same model"
             ) from None
-        # The cache has the old weights' states. It cannot be flushed while requests run.
+        # It holds the old weights' states. One that was answered may still be in a queue.
         self.ask("/flush_cache", Unread, {}, timeout=QUICK, passing=PASSING | {400})
         self._version = version
         if (told := self._model_info().weight_version) != version:

@@ -9,6 +9,7 @@ import re
 from functools import cached_property
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -64,21 +65,14 @@ class VLLMServer(RolloutServer):
         return " ".join(["vLLM", version, *filter(None, said)])
 
     def check_model(self, config: PreTrainedConfig, path: str) -> None:
-        """See `RolloutServer.check_model`. Loading weights that do not fit would end vLLM."""
+        """See `RolloutServer.check_model`."""
         call = {"method": "get_model_inspection"}
         try:
             results = self.ask("/collective_rpc", Results, call, passing=PASSING - {500}).results
         except ServerAnswerError:  # an older release does not have the method
             return
-        text = config.get_text_config()
-        ours = (text.hidden_size, text.vocab_size)
-        found = SHAPE.search(str(results[:1]))
-        theirs = tuple(map(int, found.groups())) if found else ours
-        if theirs != ours:
-            raise self._error(
-                f"serves {self.root!r}, of width {theirs[0]} with {theirs[1]} tokens; {path!r} is "
-                f"of width {ours[0]} with {ours[1]}: start it on that"
-            )
+        if found := SHAPE.search(str(results[:1])):
+            self._check_size((int(found[1]), int(found[2])), config, path)
 
     def at_once(self, context: int) -> int | None:
         """See `RolloutServer.at_once`. On a CPU vLLM 0.32 ends if it splits such a prompt ("CPU
@@ -112,15 +106,8 @@ class VLLMServer(RolloutServer):
             **NEUTRAL,
         }
         lost = Completions.model_construct() if self.adapts else None  # type: ignore[call-arg]
-        answer = self.ask(
-            "/v1/completions",
-            Completions,
-            asked,
-            stop=stop,
-            check=_complete,
-            longest=request.longest_answer,
-            missing=lost,
-        )
+        how: dict[str, Any] = {"check": _complete, "longest": request.longest_answer}
+        answer = self.ask("/v1/completions", Completions, asked, missing=lost, stop=stop, **how)
         if answer is lost:
             raise self._restarted()
         if answer.model != model:
@@ -149,9 +136,8 @@ class VLLMServer(RolloutServer):
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
         # A worker that cannot read them answers 500 and then has no model.
         try:
-            self.ask(
-                "/collective_rpc", Results, call, passing=PASSING - {500}, empty=Results(results=[])
-            )
+            none = Results(results=[])
+            self.ask("/collective_rpc", Results, call, passing=PASSING - {500}, empty=none)
         except ServerAnswerError as error:
             raise ServerAnswerError(
                 f"{error}. It has not loaded {str(weights)!r}, and must be restarted: check "

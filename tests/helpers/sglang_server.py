@@ -1,11 +1,10 @@
 """A local HTTP server that speaks what we use of SGLang's API, backed by a tiny real model.
 
-Routes, fields, errors and what they do are read from the sources of SGLang 0.5.9 and later
-(entrypoints/http_server.py, managers/tokenizer_manager.py, managers/io_struct.py,
-sampling/sampling_params.py, layers/sampler.py, model_executor/model_runner.py); the real server,
-which needs a GPU, has not been asked. Log-probabilities are after temperature unless `original`,
-those of a context before; a seed decides only where inference is `deterministic`; weights that do
-not load leave the old ones.
+Routes, fields, errors and what they do are those of the real SGLang 0.5.23, which
+tests/rollout/test_real_servers.py asks on a CPU, and of its sources since 0.5.9 for what needs a
+GPU there: a seed decides only where inference is `deterministic`. Log-probabilities are after
+temperature unless `original`, those of a context before. Weights that it does not find leave the
+old ones; those that do not fit end it.
 """
 
 import itertools
@@ -41,14 +40,15 @@ class FakeSGLang(FakeVLLM):
     Attributes that a test may set, beside those:
         original: SGLANG_RETURN_ORIGINAL_LOGPROB. deterministic: --enable-deterministic-inference.
         older: the routes' names before 0.5.6. starting: how often /health still answers 503.
-        version_known: whether it takes a weight_version.
+        version_known: whether it takes a weight_version. queued: how often it finds a request in
+            a queue when its cache is to be flushed.
     """
 
     asks_for_rollouts = "/generate"
 
     def __init__(self, path: Path, port: int = 0):
         self.original, self.deterministic, self.older = False, True, False
-        self.starting, self.version_known, self.version = 0, True, "default"
+        self.starting, self.version_known, self.version, self.queued = 0, True, "default", 0
         self._unseeded = itertools.count(1_000_000)
         super().__init__(path, port)
         self.on_cpu = False
@@ -88,10 +88,12 @@ class FakeSGLang(FakeVLLM):
                 "device": "cuda",
                 "enable_deterministic_inference": self.deterministic,
                 "internal_states": [{"last_gen_throughput": 0.0}],
-                "version": "0.5.9",
+                "max_req_input_len": WINDOW - 6,
+                "version": "0.5.23",
             }
         if route == "/flush_cache":
-            if self._together:
+            self.queued -= 1
+            if self._together or self.queued >= 0:
                 return 400, "Cache not flushed.\n"
             self._first.clear()
             return 200, "Cache flushed.\nPlease check backend logs for more details.\n"
@@ -110,7 +112,8 @@ class FakeSGLang(FakeVLLM):
         files = sorted(Path(asked["model_path"]).glob("*.safetensors"))
         if not files:
             said = "Failed to get weights iterator: Cannot find any model weights with "
-            return 400, {"success": False, "message": f"{said}`{asked['model_path']}`."}
+            told = {"message": f"{said}`{asked['model_path']}`.", "num_paused_requests": 0}
+            return 400, {"success": False, **told}
         weights = {name: w for file in files for name, w in load_file(file).items()}
         try:
             if self.loads:
@@ -120,12 +123,18 @@ class FakeSGLang(FakeVLLM):
                 self.model.load_state_dict(tied)
                 self.reloads.append(weights)
         except (RuntimeError, KeyError, AssertionError) as error:
-            said = f"Failed to update weights: {error}.\nRolling back to original weights."
-            return 400, {"success": False, "message": said, "num_paused_requests": 0}
-        self._first.clear()
+            self.ended = True  # it rolls back by the same files
+            return 500, str(error)
         if self.version_known:
             self.version = asked["weight_version"]
-        said = "Succeeded to update model weights."
+        if asked.get("flush_cache", True):
+            self.queued -= 1
+            if self.queued >= 0:
+                said = "Weights were updated, but the cache was not flushed because requests are "
+                said += "still running or queued. Retract or finish them, then call /flush_cache."
+                return 400, {"success": False, "message": said, "num_paused_requests": 0}
+            self._first.clear()
+        said = f"Succeeded to update model weights. Weight version updated to {self.version}."
         return 200, {"success": True, "message": said, "num_paused_requests": 0}
 
     @torch.no_grad()
@@ -138,11 +147,17 @@ class FakeSGLang(FakeVLLM):
                 f"The input ({len(prompt)} tokens) is longer than the model's context length "
                 f"({WINDOW} tokens)."
             )
-        if len(prompt) + limit >= WINDOW:
+        if len(prompt) + limit > WINDOW:
             return refused(
                 f"Requested token count exceeds the model's maximum context length of {WINDOW} "
                 f"tokens. You requested a total of {len(prompt) + limit} tokens"
             )
+        if len(prompt) >= WINDOW - 6:
+            return refused(
+                f"Input length ({len(prompt)} tokens) exceeds the maximum allowed length "
+                f"({WINDOW - 6} tokens). Use a shorter input or enable --allow-auto-truncate."
+            )
+        limit = min(limit, WINDOW - 2 - len(prompt))  # without a word
         if top_k < 1 and top_k != -1:
             return refused(f"top_k must be -1 (disable) or at least 1, got {top_k}.")
         hot = how["temperature"]

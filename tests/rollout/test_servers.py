@@ -225,7 +225,7 @@ def test_a_run_says_who_sampled(fake, files, straight, tmp_path):
     assert {line["sampling"]["engine"] for line in lines} == {fake.engine}
     assert all(line["sampling"]["seed"] is not None for line in lines)
     said = {line["sampling"]["software"] for line in lines}
-    assert said <= {"vLLM 0.32.0 torch.float32 cpu", "SGLang 0.5.9 auto cuda deterministic"}
+    assert said <= {"vLLM 0.32.0 torch.float32 cpu", "SGLang 0.5.23 auto cuda deterministic"}
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["rollout_age"] for line in metrics] == [0, 1, 1, 1]
 
@@ -282,15 +282,15 @@ def test_without_deterministic_inference_there_are_no_seeds(sglang, student, con
     engine = sampler(sglang, student, tmp_path)
     torch.manual_seed(3)
     first = engine.sample(contexts, Sampling(8))
-    assert {r.seed for r in first} == {None} and engine.software == "SGLang 0.5.9 auto cuda"
+    assert {r.seed for r in first} == {None} and engine.software == "SGLang 0.5.23 auto cuda"
     assert all("sampling_seed" not in body["sampling_params"] for body in sglang.completions())
 
 
 def test_its_window_may_not_be_filled(sglang, student, contexts, tmp_path):
     engine, context = sampler(sglang, student, tmp_path), contexts[0]
-    engine.sample([context], Sampling(127 - len(context)))
-    with pytest.raises(UserError, match="a window of 127 tokens"):
-        engine.sample([context], Sampling(128 - len(context)))
+    engine.sample([context], Sampling(126 - len(context)))
+    with pytest.raises(UserError, match="a window of 126 tokens"):
+        engine.sample([context], Sampling(127 - len(context)))
 
 
 def test_every_answer_names_its_weights(sglang, student, contexts, tmp_path):
@@ -309,26 +309,45 @@ def test_every_answer_names_its_weights(sglang, student, contexts, tmp_path):
 
 def test_a_server_that_is_starting_is_waited_for(sglang):
     sglang.starting = 2
-    assert client(sglang, patience=20.0).info.version == "0.5.9"
+    assert client(sglang, patience=20.0).info.version == "0.5.23"
 
 
 def test_older_names_of_its_routes(sglang, student, contexts, tmp_path):
     sglang.older = True
     engine = sampler(sglang, student, tmp_path)
     engine.sync_weights(student[0])
-    assert engine.sample(contexts, Sampling(4)) and engine.software.startswith("SGLang 0.5.9")
+    assert engine.sample(contexts, Sampling(4)) and engine.software.startswith("SGLang 0.5.23")
 
 
-def test_weights_of_another_model_leave_the_old_ones(sglang, files, tmp_path):
-    config = server_config(
-        (write_wider_model(tmp_path / "wide"), files[1]), tmp_path / "run", sglang
-    )
-    with pytest.raises(UserError, match=r"400: Failed to update weights.*serves the same model"):
+def test_a_request_that_is_still_in_a_queue_delays_the_flush_alone(sglang, files):
+    """As the real server was seen to have it just after it had answered."""
+    sglang.queued = 1
+    server = client(sglang, patience=20.0)
+    server.load(files[0])
+    routes = [route for route, _ in sglang.requests]
+    assert routes.count("/flush_cache") == 2 and len(sglang.reloads) == 1
+    server.check_restart()
+
+
+def test_weights_that_do_not_fit_are_not_sent(sglang, files, tmp_path):
+    """They would end it."""
+    wide = write_wider_model(tmp_path / "wide")
+    config = server_config((wide, files[1]), tmp_path / "run", sglang)
+    said = rf"of width 64 with 27 tokens; '{wide}' is of width 48 with 128: start it on that"
+    with pytest.raises(UserError, match=said):
         train(config, quiet())
     assert not sglang.reloads and not sglang.ended
     sglang.model.config.model_type = "llama"
     with pytest.raises(UserError, match=r"a 'llama'; '.*' is a 'qwen3': start it on that"):
         train(config, quiet())
+
+
+def test_a_model_on_another_machine_has_unknown_sizes(sglang, student, tmp_path, monkeypatch):
+    server = client(sglang)
+    monkeypatch.setattr(server, "root", "/not/on/this/machine")
+    server.check_model(student[0].config, "model")
+    monkeypatch.setattr(server, "root", str(tmp_path))  # a directory without a model
+    server.check_model(student[0].config, "model")
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

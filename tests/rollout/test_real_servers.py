@@ -1,6 +1,9 @@
-"""The real vLLM: OPSD_VLLM_PYTHON=VENV/bin/python pytest -m vllm (tests/helpers/vllm_venv.sh).
+"""The real vLLM and SGLang, for who asks for them:
 
-OPSD_VLLM_MODEL: a directory; none is a tiny random model.
+    OPSD_VLLM_PYTHON=VENV/bin/python pytest -m vllm        # tests/helpers/vllm_venv.sh
+    OPSD_SGLANG_PYTHON=VENV/bin/python pytest -m sglang    # tests/helpers/sglang_venv.sh
+
+OPSD_SERVED_MODEL: a directory; none is a tiny random model.
 """
 
 import json
@@ -15,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.lines import read_lines
-from helpers.real_vllm import PYTHON, RealServer, environment
+from helpers.real_servers import QUIET_VLLM, RealSGLang, RealVLLM, environment
 from helpers.training_cases import ROWS, RightEvery, make_model, quiet, short_config, write_rows
 
 from opsd.cli.main import main
@@ -26,13 +29,14 @@ from opsd.config.sections import ModelSection
 from opsd.models.load import load_model, stop_ids
 from opsd.quickstart import tiny_model as tiny
 from opsd.rollout import GenerateSampler, Sampling
-from opsd.rollout.server import Request
-from opsd.rollout.vllm_client import VLLMServer
+from opsd.rollout.server import Request, ServerRestartedError
 from opsd.rollout.vllm_server import ServerSampler
 from opsd.training.run import train
 
-pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_report")]
-MODEL = os.environ.get("OPSD_VLLM_MODEL")
+pytestmark = pytest.mark.usefixtures("no_report")
+MODEL = os.environ.get("OPSD_SERVED_MODEL")
+VLLM = pytest.param(RealVLLM, marks=pytest.mark.vllm, id="vllm")
+SGLANG = pytest.param(RealSGLang, marks=pytest.mark.sglang, id="sglang")
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +51,22 @@ def files(tmp_path_factory):
     return directory / "model", write_rows(directory / "rows.jsonl")
 
 
-@pytest.fixture(scope="module")
-def server(files, tmp_path_factory):
-    """One for the module. A test that kills it starts it again."""
-    server = RealServer(files[0], tmp_path_factory.mktemp("server") / "log").start().wait()
+@pytest.fixture(scope="module", params=[VLLM, SGLANG])
+def server(request, files, tmp_path_factory):
+    """One of each for the module. A test that kills it starts it again."""
+    server = request.param(files[0], tmp_path_factory.mktemp("server") / "log").start().wait()
     yield server
     server.kill()
+
+
+on_vllm = pytest.mark.parametrize("server", [VLLM], indirect=True)
+on_sglang = pytest.mark.parametrize("server", [SGLANG], indirect=True)
 
 
 def config_of(files, directory, server, **sections):
     values = {
         "rollout": {
-            "engine": "vllm_server",
+            "engine": server and server.engine,
             "server": server and server.address,
             "server_patience": 5,
             "group_size": 2,
@@ -87,7 +95,7 @@ def check_served(server, directory, adapts=False):
     stops = stop_ids(model, tokenizer)
     contexts = [tokenizer(f"Q:{row.problem}").input_ids for row in ROWS[:12]]
     sampling = Sampling(24, temperature=0)
-    client = VLLMServer(server.address)
+    client = server.client(server.address)
     served = ServerSampler(client, stops, adapts=adapts).sample(contexts, sampling)
     own = GenerateSampler(model, stops).sample(contexts, sampling)
     for context, theirs, ours in zip(contexts, served, own, strict=True):
@@ -149,10 +157,11 @@ def test_kills_of_the_server(server, files, tmp_path):
     check_served(server, run)
 
 
+@on_vllm
 def test_adapters(server, files, tmp_path):
     """The server is given the weights once, then adapters alone; and both when it starts anew."""
     server.kill()
-    takes = RealServer(files[0], server.log, "--enable-lora", "--max-lora-rank", "8")
+    takes = RealVLLM(files[0], server.log, "--enable-lora", "--max-lora-rank", "8")
     lora, run = {"rank": 8, "alpha": 16}, tmp_path / "run"
     config = config_of(files, run, takes.start().wait(), model={"lora": lora})
     try:
@@ -223,7 +232,7 @@ def test_evaluation(server, files, tmp_path):
     arguments = ["eval", str(other), "--benchmark", str(files[1]), "--problems", "12"]
     arguments += ["--max-new-tokens", "16", "--prompt", tiny.STUDENT_PROMPT, "--output"]
     assert main([*arguments, str(tmp_path / "own")]) == 0
-    by_server = ["--engine", "vllm_server", "--server", server.address]
+    by_server = ["--engine", server.engine, "--server", server.address]
     assert main([*arguments, str(tmp_path / "server"), *by_server]) == 0
     own, theirs = (
         [line["completion"] for line in read_lines(tmp_path / name / "answers.jsonl")]
@@ -232,9 +241,10 @@ def test_evaluation(server, files, tmp_path):
     assert sum(a == b for a, b in zip(own, theirs, strict=True)) >= 11  # but for a tie
 
 
-def test_what_the_server_refuses(server, files, wider, tmp_path):
+@on_vllm
+def test_what_vllm_refuses(server, files, wider, tmp_path):
     """What the stand-in answers, the real one answers."""
-    client = VLLMServer(server.address)
+    client = server.client(server.address)
     assert client.software == "vLLM 0.32.0 torch.float32 cpu"
     with pytest.raises(UserError, match="has a window of 256 tokens"):
         client.check_asked(240, Sampling(17))
@@ -256,10 +266,54 @@ def test_what_the_server_refuses(server, files, wider, tmp_path):
     server.start().wait()
 
 
-def complete(client, context, length, **how):
-    return client.complete(Request(context, Sampling(length, **how), 3))
+def complete(client, context, length, stops=frozenset(), **how):
+    return client.complete(Request(context, Sampling(length, **how), 3, frozenset(stops)))
 
 
+@on_sglang
+def test_what_sglang_refuses(server, files, wider, tmp_path):
+    """What the stand-in answers, the real one answers. The longest rollouts are whole."""
+    client = server.client(server.address)
+    assert client.software == "SGLang 0.5.23 float32 cpu"
+    with pytest.raises(UserError, match="has a window of 254 tokens"):
+        client.check_asked(240, Sampling(15))
+    assert len(complete(client, [3] * 240, 14, stops=()).ids) == 14
+    with pytest.raises(UserError, match="cut a rollout at 14 tokens"):  # without a word
+        complete(client, [3] * 240, 15, stops=())
+    with pytest.raises(UserError, match="400: temperature must be a non-negative finite number"):
+        complete(client, [1], 4, temperature=-1.0)
+    with pytest.raises(UserError, match=r"400: The input \(300 tokens\) is longer"):
+        complete(client, [1] * 300, 4)
+    with pytest.raises(UserError, match=r"of width \d+ with \d+ tokens; '.*' is of width 48"):
+        train(config_of((wider, files[1]), tmp_path / "run", server), quiet())
+    with pytest.raises(UserError, match="has not loaded '/nowhere': check that it sees that path"):
+        client.load("/nowhere")
+    train(config_of(files, tmp_path / "after", server, **SHORT), quiet())  # it lives on
+    other = complete(client, [3], 4)
+    client.load(files[0])
+    client._version = "another run's"
+    with pytest.raises(ServerRestartedError, match="or given other weights"):
+        complete(client, [3], 4)
+    assert other.sampling_log_probs
+
+
+@on_sglang
+def test_temperature(server, files, tmp_path):
+    """SGLang's log-probabilities are after temperature, unless it was told otherwise."""
+    hot = {"rollout": {"temperature": 0.7}, "train": {"steps": 5}}
+    with pytest.raises(UserError, match=r"after temperature.*ORIGINAL_LOGPROB=1"):
+        train(config_of(files, tmp_path / "run", server, **hot), quiet())
+    server.kill()
+    own = RealSGLang(files[0], server.log, SGLANG_RETURN_ORIGINAL_LOGPROB="1").start().wait()
+    try:
+        train(config_of(files, tmp_path / "run", own, **hot), quiet())
+        check(tmp_path / "run", 5)
+    finally:
+        own.kill()
+        server.start().wait()
+
+
+@pytest.mark.vllm
 @pytest.mark.parametrize("method", ["opsd", "grpo"])
 def test_in_this_process(method, files, tmp_path):
     """`rollout.engine: vllm`, by vLLM's Python; grpo with dynamic sampling."""
@@ -269,8 +323,8 @@ def test_in_this_process(method, files, tmp_path):
         more["rollout"] |= {"dynamic_sampling": 2}
     config = config_of(files, tmp_path / "run", None, **more)
     save_config(config, tmp_path / "config.yaml")
-    command = [PYTHON, "-m", "opsd", "train", str(tmp_path / "config.yaml")]
-    env = environment(PYTHONPATH=str(Path(__file__).parents[2]))
+    command = [RealVLLM.python, "-m", "opsd", "train", str(tmp_path / "config.yaml")]
+    env = environment(PYTHONPATH=str(Path(__file__).parents[2]), **QUIET_VLLM)
     subprocess.run(command, env=env, check=True, timeout=900)
     check(tmp_path / "run", 5)
     assert "cpu" in json.loads((tmp_path / "run" / "summary.json").read_text())["versions"]["vllm"]
