@@ -73,7 +73,8 @@ def gpu_of(text: str, option: str = "--gpu") -> GPU:
 
 def machine_of(text: str, option: str) -> tuple[GPU, int]:
     """Reads `h200x2`, or `2xh200`, as a GPU and how many of it. Raises UserError."""
-    many = re.fullmatch(r"([1-9]\d*) ?x ?(.+)|(.*\d.*?) ?x ?([1-9]\d*)", text, re.IGNORECASE)
+    count = r"([1-9]\d*)"
+    many = re.fullmatch(rf"{count} ?[x*] ?(.+)|(.*\d.*?) ?[x:*] ?{count}", text.strip(" ,;"), re.I)
     name, count = (many[2] or many[3], many[1] or many[4]) if many else (text, 1)
     return gpu_of(name, option), int(count)
 

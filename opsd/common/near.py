@@ -12,6 +12,9 @@ HUB_ADDRESS = re.compile(
     r"(?:https?:/+)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)"
 )
 
+USUAL: dict[str, list[str]] = read_toml(__file__, "usual")
+"""Our column → usual names elsewhere, which error messages suggest."""
+
 ROWS = (".jsonl", ".json", ".parquet", ".csv")
 
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from opsd.common.errors import UserError
-from opsd.common.near import did_you_mean
+from opsd.common.near import USUAL, did_you_mean
 from opsd.common.skeletons import SHAPES, Skeletons
 from opsd.common.template_worker import MADE, MOST, REFUSED, answer, texts_of
 from opsd.common.workers import Ended, Workers
@@ -67,7 +67,9 @@ def fill_in_columns(field: str, text: str, values: Sequence[Mapping[str, Any]]) 
         return fill_in(text, [{k: one[k] for k in names(text) & one.keys()} for one in values])
     except TemplateFailure as error:
         columns, unknown = sorted(values[0]), re.search(r"'(\w+)' is undefined", str(error))
-        hint = did_you_mean(unknown[1], columns) if unknown else ""
+        name = unknown[1] if unknown else ""
+        ours = (our for our, theirs in USUAL.items() if name in theirs and our in columns)
+        hint = did_you_mean(next(ours, name), columns)
         said = f"{error}; columns: {', '.join(columns)}{hint}"
         raise UserError(f"{field} cannot be filled in: {said}") from None
 

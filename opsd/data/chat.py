@@ -17,16 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from opsd.common.errors import UserError, in_short
 from opsd.common.templates import TemplateFailure, fill_in_chat
+from opsd.data import thoughts
 from opsd.data.chats import THOUGHTS
 from opsd.data.images import MARK
-from opsd.data.thoughts import (
-    final_part,
-    is_tag,
-    open_thought,
-    split_thought,
-    without_closed_thought,
-    without_empty_thought,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,7 +156,7 @@ class ChatTemplate:
         text = self._render(chat, False) + (self.tokenizer.eos_token or "")
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special and token.content.strip()}
-        return frozenset(token for token in special if token in text and not is_tag(token))
+        return frozenset(token for token in special if token in text and not thoughts.is_tag(token))
 
     @property
     def unprompted(self) -> str:
@@ -180,7 +173,7 @@ class ChatTemplate:
     @property
     def opens_thought(self) -> bool:
         """Whether a context ends inside a thought, which the answer has to close."""
-        return open_thought(self.context(PROBE)) is not None
+        return thoughts.open_thought(self.context(PROBE)) is not None
 
     @property
     def stops(self) -> frozenset[int]:
@@ -190,16 +183,16 @@ class ChatTemplate:
 
     def _said(self, context: str, answer: str) -> str:
         """The content of the assistant's message, with the prefill, to give to the template."""
-        if without_closed_thought(context) is not None:  # such as enable_thinking: false
-            return self.prefill + (final_part(answer).lstrip() or answer)
-        opened = open_thought(self.prefill)
+        if thoughts.without_closed_thought(context) is not None:  # such as enable_thinking: false
+            return self.prefill + (thoughts.final_part(answer).lstrip() or answer)
+        opened = thoughts.open_thought(self.prefill)
         if opened:  # do not open the thought twice
             answer = answer.lstrip().removeprefix(self.prefill).removeprefix(opened[0])
         return self.prefill + answer
 
     def _answer(self, text: str) -> Message:
         """The assistant's message, with its thought where the template expects it."""
-        thought, rest = split_thought(text)
+        thought, rest = thoughts.split_thought(text)
         if not (thought.strip() and self._thought_form):
             return self._message("assistant", text)
         return self._thoughtful(thought.strip(), rest, self._thought_form)
@@ -251,8 +244,8 @@ class ChatTemplate:
         """The text after `context` in the whole chat: the answer as the template writes it, and the
         end of the turn."""
         end = self.turn_end[0]
-        thought, rest = map(str.strip, split_thought(text))
-        before = without_closed_thought(context)
+        thought, rest = map(str.strip, thoughts.split_thought(text))
+        before = thoughts.without_closed_thought(context)
         for start in (context, before):
             if start is None or not whole.startswith(start):
                 continue
@@ -260,11 +253,11 @@ class ChatTemplate:
             # The end is missing if the template writes it only before another turn.
             written = more.rpartition(end)[0] if end and end in more else more.rstrip()
             if thought in written and rest in written:
-                written = split_thought(written)[1] if start == before else written
-                return without_empty_thought(written) + end
+                written = thoughts.split_thought(written)[1] if start == before else written
+                return thoughts.without_empty_thought(written) + end
         # The template writes a finished turn differently from the generation prompt: the prompt
         # opens a thought, or the template drops the answer's. Then build the target from its parts.
-        tag = open_thought(context)
+        tag = thoughts.open_thought(context)
         text = text.removeprefix(self.prefill).strip()
         if tag is None:
             bare = context.removesuffix(self.prefill)

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError
-from opsd.common.files import read_toml
-from opsd.common.near import nearest
+from opsd.common.near import USUAL, nearest
 from opsd.data.chats import (
     CHAT_COLUMNS,
     Chat,
@@ -43,9 +42,6 @@ from opsd.data.sources import (
 )
 
 COLUMNS = ("problem", "solution", "answer")
-USUAL: dict[str, list[str]] = read_toml(__file__, "usual")
-"""Our column → usual names elsewhere, which error messages suggest."""
-
 NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 """Columns without which a problem is incomplete; prompts show only the images of columns.images."""
 
@@ -371,7 +367,8 @@ class _Reader:
         leaves = {path.rpartition(".")[2].casefold(): path for path in reversed(present)}
         usual = (leaves[one] for one in USUAL[name] if one in leaves)
         own = name if name in present else None
-        near = nearest(column, present, 0.7) or own or next(usual, None) or nearest(column, present)
+        near = nearest(column, present, 0.7) or own or next(usual, None)
+        near = near or nearest(column, [one for one in present if one not in COLUMNS])
         setting = f"{self.section}.columns.{name}={near}"
         if self.section == "benchmark":
             setting = f"--columns {name}={near}"

@@ -129,7 +129,9 @@ def is_remote(source: str) -> bool:
     path = Path(os.path.expanduser(source))
     if source.startswith(REASONING_GYM):
         return True
-    looks_local = path.suffix in (*FILE_TYPES, ".txt", ".arrow", ".gz") or source[:1] in "./~"
+    looks_local = (
+        path.suffix.lower() in (*FILE_TYPES, ".txt", ".arrow", ".gz") or source[:1] in "./~"
+    )
     looks_local |= "/" not in source and any(Path(f"{path}{kind}").is_file() for kind in FILE_TYPES)
     return not (path.exists() or looks_local) and bool(_HUB_NAME.fullmatch(source))
 

@@ -373,6 +373,11 @@ MISTAKES = {
     "train good.yaml data.source=rows.txt": "one JSON object a line, it is named rows.jsonl",
     "train good.yaml data.source=final.jsonl": "did you mean 'final'? data.columns.answer=final",
     "export run --gguf --type int8": "did you mean 'q8_0'?",
+    "train good.yaml algorithm.kl_ctrl.kl_coef=0.001": "here it is loss.kl=0.001",
+    "train good.yaml 'prompts.student={{ question }}'": "solution; did you mean 'problem'?",
+    "train good.yaml data.source=cot.jsonl": "did you mean 'cot'? data.columns.solution=cot",
+    "train good.yaml data.source=ROWS.JSONL": "did you mean 'rows.jsonl'?",
+    "plan Qwen/Qwen3-8B --gpu v1000:4": "--gpu is 'v1000'",
 }
 
 CONFIGS = {
@@ -438,6 +443,8 @@ def place(tmp_path_factory):
     (place / "rows.txt").touch()
     row = {"problem": "1+1", "solution": "It is 2.", "final": "2"}
     (place / "final.jsonl").write_text(json.dumps(row) + "\n")
+    row = {"problem": "1+1", "cot": "It is 2.", "answer": "2"}
+    (place / "cot.jsonl").write_text(json.dumps(row) + "\n")
     (place / "study.yaml").write_text("quickstart: tiny\nmethods: [opsd]\n")
     for directory in ("model", "run/model", "tiny/opsd/model", "tiny/sft/model", "runs/b/model"):
         (place / directory).mkdir(parents=True)
