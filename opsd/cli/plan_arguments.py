@@ -73,9 +73,11 @@ def gpu_of(text: str, option: str = "--gpu") -> GPU:
 
 def machine_of(text: str, option: str) -> tuple[GPU, int]:
     """Reads `h200x2`, or `2xh200`, as a GPU and how many of it. Raises UserError."""
-    count = r"([1-9]\d*)"
-    many = re.fullmatch(rf"{count} ?[x*] ?(.+)|(.*\d.*?) ?[x:*] ?{count}", text.strip(" ,;"), re.I)
-    name, count = (many[2] or many[3], many[1] or many[4]) if many else (text, 1)
+    after = re.fullmatch(r"(.*\d.*?) ?[x:*] ?([1-9]\d*)", text := text.strip(" ,;"), re.I)
+    before = re.fullmatch(r"([1-9]\d*) ?[x*] ?(.+)", text, re.I)
+    name, count = after.groups() if after else (text, "1")
+    if before and not find_gpu(name):  # 4090x2 is not 4090 of 2 GB
+        count, name = before.groups()
     return gpu_of(name, option), int(count)
 
 

@@ -310,7 +310,9 @@ def planned(*arguments: str, capsys) -> dict:
         ("2 x 24G", "GPU of 24 GB", 2),
         ("4090", "4090", 1),
         ("H100:4", "H100", 4),
-        ("4090x2,", "4090", 2),
+        ("4090x2", "4090", 2),
+        ("2x4090,", "4090", 2),
+        ("24Gx2", "GPU of 24 GB", 2),
     ],
 )
 def test_several_gpus_in_one_word(text, name, count):
