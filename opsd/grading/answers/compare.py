@@ -152,7 +152,7 @@ class _Comparison:
         nouns = [getattr(side.values[-1], "noun", "") for side in (wanted, given)]
         if nouns[0].startswith("mod ") != nouns[1].startswith("mod "):
             return self._no("another modulus than the reference has")
-        function = "f(x)" in names and {name[:1] for name in names} == {"y", "f"}
+        function = "y" in names and any(name.endswith("(x)") for name in names)
         of_one = FORM.of_one.sub("", max(names)) in names - {max(names)}
         alike = len(names) == 1 or "" in names or function or of_one
         if alike or renamed.may_name_the_same(wanted, given):
@@ -358,7 +358,8 @@ class _Comparison:
             return self._no(strictness.SUM)
         if self.strict and strictness.is_left_to_be_solved(wanted, given):
             return self._no(strictness.UNSOLVED)
-        return squeezed(wanted) == squeezed(given) or self._algebra(wanted, given)
+        turned = FORM.mutual.sub(r"\3\\\2 \1", given)
+        return squeezed(wanted) in map(squeezed, (given, turned)) or self._algebra(wanted, given)
 
     def _values(self, wanted: Value, given: Value) -> bool:
         wanted = short(wanted, given.unit) if given.unit else wanted
@@ -471,11 +472,11 @@ def _symbolic(node: Node) -> bool:
 
 
 def _near(one: Node, other: Node, algebra: Algebra) -> bool:
-    """Whether `other` is `one` rounded to the number of digits that `other` has."""
+    """Whether `other` is `one` rounded, or cut, to the number of digits that `other` has."""
     if not (isinstance(one, Value) and isinstance(other, Value) and other.number is not None):
         return False
-    ulp = other.number.ulp or Fraction(1)
+    shown, ulp = other.number.value, other.number.ulp or Fraction(1)
+    low, high = (shown - ulp, shown + ulp / 2) if shown < 0 else (shown - ulp / 2, shown + ulp)
     if one.number is not None:
-        return abs(one.number.value - other.number.value) < ulp
-    low, high = as_latex(other.number.value - ulp), as_latex(other.number.value + ulp)
-    return algebra.between(one.text, low, high)
+        return low <= one.number.value <= high and abs(one.number.value - shown) < ulp
+    return algebra.between(one.text, as_latex(low), as_latex(high))

@@ -180,7 +180,8 @@ def _environment(text: str, depth: int) -> Node | None:
         return None
     if name.endswith("cases") and all(len(row) == 2 and _is_condition(row[1]) for row in rows):
         pairs = (
-            (read(value, depth + 1), read(_condition(when), depth + 1)) for value, when in rows
+            (read(value, depth + 1), read(FORM.condition.sub("", when), depth + 1))
+            for value, when in rows
         )
         return Grid(tuple(pairs), cases=True)
     return _lines([" ".join(row) for row in rows], found["open"] == "[", depth)
@@ -190,10 +191,6 @@ def _is_condition(text: str) -> bool:
     """Whether the second column of `cases` is a condition, unlike in aligned equations."""
     says = "=" in text or FORM.relations.search(text) or re.search(r"[^\W\d_]{3}", text)
     return bool(says) and not text.startswith(("=", "+", "-"))
-
-
-def _condition(text: str) -> str:
-    return trim(FORM.condition.sub("", text))
 
 
 def _lines(lines: list[str], alternatives: bool, depth: int) -> Node:
