@@ -102,6 +102,8 @@ def read_yaml(path: Path, field: str = "CONFIG") -> Any:
             hint = f"; write `{wrong[1]}: {wrong[2]}`"
         if one := re.search(r"^(\w+): *(\w+): *(.*)$", text, re.MULTILINE):
             hint = f"; write `{one[1]}:`, and below it, indented, `{one[2]}: {one[3]}`"
+        if one := re.search(r"^( *)(\w+): *[|>][-+]?\n\1(?! )\S", text, re.MULTILINE):
+            hint = f"; indent the text below `{one[2]}:` by more than it"
         if named := re.search(r"column \d+: (\w+) \^ could not find", " ".join(str(error).split())):
             hint += f", as in `{named[1]}:`"
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}{hint}") from None

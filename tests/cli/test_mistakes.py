@@ -378,6 +378,10 @@ MISTAKES = {
     "train good.yaml data.source=cot.jsonl": "did you mean 'cot'? data.columns.solution=cot",
     "train good.yaml data.source=ROWS.JSONL": "did you mean 'rows.jsonl'?",
     "plan Qwen/Qwen3-8B --gpu v1000:4": "--gpu is 'v1000'",
+    "train good.yaml rollout.topk=20": "here it is rollout.top_k=20",
+    "train good.yaml data.source=comment.jsonl": "column 1): JSON has no comments; expected",
+    "train good.yaml data.source=latex.jsonl": ": a backslash in a text is written twice",
+    "serve-teacher model --api_key abc": "OPSD_TEACHER_KEY in the environment is the key",
 }
 
 CONFIGS = {
@@ -400,6 +404,7 @@ CONFIGS = {
     "train: {gradient_checkpointing: 'true'}\nmodel: {path: m}\n": "write true",
     "train: {optimizer: {name: adamw, lr: 1e-5}}\n": "here it is train.learning_rate=1e-05",
     "generation: {temperature: 0.7}\n": "here it is rollout.temperature=0.7",
+    "prompts:\n  teacher: |\n  {{ problem }}\n  {{ solution }}\n": "the text below `teacher:`",
     "model: {path: model}\ndata:\n  - source: rows.jsonl\n": "`- `, as in data.source=rows.jsonl",
     "model: {path: model}\ndata: source: rows.jsonl\n": "write `data:`, and below it, indented, `",
     "model:\n  _component_: torchtune.models.x\n": "model.path says what the model is",
@@ -442,6 +447,8 @@ def place(tmp_path_factory):
     (place / "rows.xlsx").touch()
     (place / "rows.txt").touch()
     row = {"problem": "1+1", "solution": "It is 2.", "final": "2"}
+    (place / "comment.jsonl").write_text("# my rows\n" + json.dumps(row) + "\n")
+    (place / "latex.jsonl").write_text(r'{"problem": "\dfrac12"}' + "\n")
     (place / "final.jsonl").write_text(json.dumps(row) + "\n")
     row = {"problem": "1+1", "cot": "It is 2.", "answer": "2"}
     (place / "cot.jsonl").write_text(json.dumps(row) + "\n")
