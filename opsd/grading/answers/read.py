@@ -50,9 +50,8 @@ def read(text: str, depth: int = 0) -> Node:
     if ("for" in text or "where" in text) and not words.takes_back(text):
         text = trim(FORM.for_all.sub("", text))
     text = FORM.first_name.sub("", text, count=1) if FORM.first_name.match(text) else text
-    text = trim(
-        FORM.parameter.sub("", text[-100:]).join((text[:-100], "")) if "n" in text[-40:] else text
-    )
+    if "n" in text[-40:]:
+        text = trim(text[:-100] + FORM.parameter.sub("", text[-100:]))
     text = trim(_without_lead_in(text))
     if (domain := FORM.domain.search(text[-60:])) and not _top_relation(text[: -len(domain[0])]):
         text = trim(text[: -len(domain[0])])
@@ -354,7 +353,8 @@ def _chain(text: str, depth: int) -> Node | None:
         return Unclear(text, "an equation without one of its sides")
     if any(_top_relation(part) for part in parts):
         return Relation(text)
-    if FORM.supposed.search(parts[0].lower()):
+    denied = parts if len(parts) > 2 or not is_name(parts[0]) else parts[:1]
+    if FORM.supposed.search(parts[0].lower()) or any(map(words.takes_back, denied)):
         return Unclear(text, "an equation that is supposed, or denied")
     approximate = (False, *(sign.startswith("\\approx") for sign in signs))
     symbolic = [has_symbol(part) for part in parts]
