@@ -77,6 +77,7 @@ loaded whole; their text decoder trains. [What sharing is](prefix.md).
 
 OUTCOMES = {
     "shared": "each prefix runs once, exactly: logits within 2e-5, gradients within 1e-5",
+    "continued": "the same, by the prefix's cache",
     "teacher shared": "the teacher's prefix runs once, the student's with each rollout",
     "not shared": "trains, each rollout with its own prefix",
     "refused": "one line before any work",
@@ -350,10 +351,12 @@ def outcome(line: dict[str, Any]) -> tuple[str, str]:
         return "fails", "; ".join([line.get("error", ""), *wrong]).strip("; ")
     if ends["opsd"]:
         return "refused", ends["opsd"]
-    if line["unshared"] is None:
-        exact = line["logits"] <= 2e-5 and line["gradients"] <= 1e-5
-        return "shared" if exact else "fails", "; ".join(wrong)
     whys = [line["unshared"], *wrong]
+    packed = line["unshared"] is None
+    if packed or line.get("student_uncontinued", packed) is None:
+        exact = line["logits"] <= 2e-5 and line["gradients"] <= 1e-5
+        named = "shared" if packed else "continued"
+        return named if exact else "fails", "; ".join(filter(None, whys))
     if line["uncontinued"] is None:
         return "teacher shared", "; ".join(whys)
     return "not shared", "; ".join([line["unshared"], line["uncontinued"], *wrong])

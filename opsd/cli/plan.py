@@ -110,7 +110,9 @@ def _show(
         f"{lengths.rollout}"
     )
     if reason is not None:
-        display.note(f"{reason}: prefixes are not shared, each rollout runs with its own")
+        display.note(
+            f"{reason}: planned with each rollout's own prefix; a run may share by its cache"
+        )
     plan.show(display)
     if work is not None:
         steps, training = config.train.steps, f"{work.student_flops + work.teacher_flops:.2e}"

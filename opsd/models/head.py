@@ -179,10 +179,22 @@ def keeping_router_logits(keep: bool) -> Iterator[list[tuple[tuple[Tensor, ...],
         _kept = before
 
 
+def counts_router_logits() -> bool:
+    """Whether `keeping_router_logits` keeps those of this pass."""
+    return _kept is not None and torch.is_grad_enabled()
+
+
+def is_checkpointed(decoder: nn.Module) -> bool:
+    """Whether layers of a decoder that trains compute their activations again in backward."""
+    return any(
+        getattr(m, "gradient_checkpointing", False) and m.training for m in decoder.modules()
+    )
+
+
 def run_decoder(decoder: PreTrainedModel, counted: Tensor | None = None, **inputs: Any) -> Tensor:
     """The decoder's last hidden states. counted: which tokens [B, T] the routers' loss counts;
     None: all. Passes without gradient, as a teacher's, do not count."""
-    keep = _kept is not None and torch.is_grad_enabled()
+    keep = counts_router_logits()
     output = decoder(**inputs, use_cache=False, **({ASKS: True} if keep else {}))
     if keep:
         _kept.append((output.router_logits, counted))

@@ -163,7 +163,12 @@ def rollout_hidden_states(
         return separate_hidden_states(model, groups)
     checked, given = _checked(model, plain_groups(groups)), [prefix for prefix, _ in groups]
     if unpackable(model) is not None:
-        ran = [p.continuation(model) if isinstance(p, CachedPrefix) else None for p in given]
+        ran = [
+            p.continuation(model)
+            if isinstance(p, CachedPrefix) and not torch.is_grad_enabled()
+            else None
+            for p in given
+        ]
         return continued_hidden_states(model, checked, ran)
     # Long prefixes run in chunks, to free their activations, if the forwards need no counting.
     if not torch.is_grad_enabled() and not is_split(model):
@@ -187,10 +192,10 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
     a prefix's last position predicts the first token of all its rollouts. A rollout's last token is
     only a target and is not run.
 
-    A model with layers that cannot be packed (recurrent, linear attention) runs each rollout by
-    itself, with one warning that names the layer. Without gradients its rollouts continue the
-    prefix's cache, if they can. Raises ValueError for empty prefixes or rollouts, for ids without
-    an embedding, and for more tokens than the model has positions.
+    In a model with layers that cannot be packed (recurrent, linear attention) the rollouts continue
+    the prefix's cache. If they cannot, each runs by itself, with one warning that names the layer.
+    Raises ValueError for empty prefixes or rollouts, for ids without an embedding, and for more
+    tokens than the model has positions.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1)
@@ -207,9 +212,8 @@ def shared_prefix_hidden_states(model: PreTrainedModel, groups: Sequence[Group])
 def _alone_because(model: PreTrainedModel) -> str | None:
     """Why each rollout runs by itself; None if prefixes are shared."""
     reason = unpackable(model)
-    if reason is None or torch.is_grad_enabled() or uncontinuable(model) is not None:
-        return reason
-    return None
+    continues = reason is not None and uncontinuable(model, torch.is_grad_enabled()) is None
+    return None if continues else reason
 
 
 def separate_hidden_states(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:

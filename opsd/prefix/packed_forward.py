@@ -272,7 +272,7 @@ def _reason(decoder: PreTrainedModel) -> str | None:
             return f"layer {index} of {type(decoder).__name__} is of type {kind}"
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         return f"{type(decoder).__name__} takes no positions, which begin again in a stream"
-    scaled = _scaled_by_length(config)
+    scaled = scaled_by_length(config)
     if scaled:
         return f"{type(decoder).__name__} scales its positions ({scaled}) by a batch's longest"
     window = getattr(config, "sliding_window", None)
@@ -293,7 +293,7 @@ def _reason(decoder: PreTrainedModel) -> str | None:
     return None
 
 
-def _scaled_by_length(config) -> str | None:
+def scaled_by_length(config) -> str | None:
     """The type of the rotary embedding if it is in SCALED_BY_LENGTH, else None."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]

@@ -74,7 +74,7 @@ class OPSDStep(nn.Module):
         # A cached context runs outside of the micro-batches, whose tokens the routers' loss counts.
         self.cache_trains = cache_trains and not objective.section.router_aux
         self.share = share
-        # Then only the passes without gradient share contexts.
+        # Then each of the student's rollouts counts as a row of its own, with its context.
         self.padded = share and unpackable(model) is not None
         if objective.samples_rollouts:
             switch_off_dropout(model)  # rollouts were sampled without dropout
@@ -107,6 +107,11 @@ class OPSDStep(nn.Module):
 
     def _cached_cost(self) -> float | None:
         return cached_token_cost(self.model) if self.cache_trains and not self.padded else None
+
+    @property
+    def alone(self) -> bool:
+        """Whether each of the student's rollouts runs with a context of its own."""
+        return self.padded and uncontinuable(self.model, trains=True) is not None
 
     @torch.no_grad()
     def check_sharing(
@@ -160,11 +165,14 @@ def what_is_shared(
     reason = unpackable(model) if train.share_prefixes else None
     if reason is None:
         return train.share_prefixes
-    # Cached prefixes need more forwards; with split weights all processes must run equally many.
-    teaches = any(member.model is not None for member in objective.members)
-    if teaches and train.sharding not in SPLIT_WEIGHTS and uncontinuable(model) is None:
-        note(f"{reason}: the teacher's prefixes are shared, the student's are not")
-        return True
+    # It takes more forwards; with split weights all processes must run equally many.
+    if train.sharding not in SPLIT_WEIGHTS:
+        whole = objective.section.router_aux or train.gradient_checkpointing
+        if not whole and uncontinuable(model, trains=True) is None:
+            return True
+        if any(m.model is not None for m in objective.members) and uncontinuable(model) is None:
+            note(f"{reason}: the teacher's prefixes are shared, the student's are not")
+            return True
     note(f"{reason}: prefixes are not shared, each rollout runs with its own")
     return False
 
@@ -175,11 +183,11 @@ def idle(groups: Sequence[SampleGroup]) -> list[SampleGroup]:
     return [piece.of([replace(piece.samples[0], weight=0.0)])]
 
 
-def token_ratio(groups: Sequence[SampleGroup], padded: bool = False) -> float:
-    """Tokens with each rollout run alone ÷ tokens with shared contexts, over all roles. padded: the
+def token_ratio(groups: Sequence[SampleGroup], alone: bool = False) -> float:
+    """Tokens with each rollout run alone ÷ tokens with shared contexts, over all roles. alone: the
     student shares none."""
-    alone, shared = separate_tokens(groups), stream_tokens(groups)
-    return sum(alone) / (sum(shared) + (alone.student - shared.student) * padded)
+    separate, shared = separate_tokens(groups), stream_tokens(groups)
+    return sum(separate) / (sum(shared) + (separate.student - shared.student) * alone)
 
 
 @dataclass

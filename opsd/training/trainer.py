@@ -135,7 +135,7 @@ class TrainingLoop:
             cache_trains=self.processes.count == 1
             and config.train.gradient_checkpointing != "reentrant",
         )
-        self._replaced = "the teacher's, by its cache"
+        self._replaced = "the teacher's, by its cache" if self.micro_step.alone else "by the cache"
         if share and not self.micro_step.padded:
             # FSDP2 moves the model to its device later; the inference copy is already there.
             unsplit = getattr(sampler, "inference_copy", None) or model
@@ -424,7 +424,7 @@ class TrainingLoop:
         """Measure what shared prefixes save; once, check that they change no results."""
         if not self.micro_step.share or not groups:
             return
-        measures["token_ratio"] = ratio = token_ratio(groups, self.micro_step.padded)
+        measures["token_ratio"] = ratio = token_ratio(groups, self.micro_step.alone)
         if self._sharing_checked:
             return
         measures["sharing_difference"] = difference = self.accumulate.check_sharing(groups)

@@ -96,7 +96,8 @@ def _exactness(model, found: dict[str, Any]) -> None:
     switch_off_dropout(model)  # as in scoring
     try:
         found["unshared"], found["uncontinued"] = unpackable(model), uncontinuable(model)
-        if found["unshared"] is not None:
+        found["student_uncontinued"] = uncontinuable(model, trains=True)
+        if None not in (found["unshared"], found["student_uncontinued"]):
             return
         groups, head = make_groups(), model.get_output_embeddings()
         states = shared_prefix_hidden_states(model, groups)

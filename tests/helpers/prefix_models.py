@@ -6,6 +6,8 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
+from opsd.models.head import decoder_of
+
 VOCABULARY = 61
 
 
@@ -157,7 +159,7 @@ def alone(model, groups):
     for prefix, rollouts in groups:
         for rollout in rollouts:
             tokens = torch.cat([prefix, rollout])[None]
-            output = model.get_decoder()(input_ids=tokens, use_cache=False)
+            output = decoder_of(model)(input_ids=tokens, use_cache=False)
             states.append(output.last_hidden_state[0, len(prefix) - 1 : -1])
     return torch.cat(states)
 

@@ -24,7 +24,11 @@ HYBRID = transformers.Qwen3_5TextConfig(
 
 @pytest.mark.parametrize(
     ("config", "reason"),
-    [(HYBRID, "linear_attention: prefixes are not"), (GEMMA_4, None), (GPT_OSS, None)],
+    [
+        (HYBRID, "linear_attention: planned with each rollout's own"),
+        (GEMMA_4, None),
+        (GPT_OSS, None),
+    ],
     ids=lambda x: getattr(x, "model_type", ""),
 )
 def test_models_are_planned(config, reason, tmp_path, capsys):
@@ -34,7 +38,7 @@ def test_models_are_planned(config, reason, tmp_path, capsys):
     assert main(["plan", *asked]) == 0
     shown = capsys.readouterr().out
     assert "activations" in shown and "Traceback" not in shown
-    assert (reason or "times fewer") in shown and ("not shared" in shown) == (reason is not None)
+    assert (reason or "times fewer") in shown and ("own prefix" in shown) == (reason is not None)
 
 
 @pytest.mark.parametrize("config", [HYBRID, GEMMA_4, GPT_OSS], ids=lambda c: c.model_type)

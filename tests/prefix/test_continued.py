@@ -1,11 +1,12 @@
 """Prefixes shared by what they leave: the states of each rollout alone, and who can do it."""
 
+import peft
 import pytest
 import torch
-from helpers.prefix_models import alone, make_groups
+from helpers.prefix_models import alone, assert_same, make_groups
 from helpers.tiny_models import tiny_model
 
-from opsd.models.head import decoder_of
+from opsd.models.head import decoder_of, keeping_router_logits
 from opsd.prefix import (
     PrefixCache,
     continued,
@@ -37,6 +38,49 @@ def test_rollouts_continue_what_a_prefix_left(model_type, monkeypatch):
             assert len(calls) == forwards
             assert (found - wanted).abs().max() < 2e-5
     assert model.training
+
+
+@pytest.mark.parametrize("model_type", sorted({*HYBRIDS} - {"rwkv"}))
+def test_gradients_flow_through_what_a_prefix_left(model_type):
+    """In two passes: the trial, and then the first, may leave nothing behind."""
+    model, groups = tiny_model(model_type).train(), make_groups()
+    assert uncontinuable(model, trains=True) is None
+    calls = []
+    hook = decoder_of(model).register_forward_pre_hook(lambda _, inputs: calls.append(1))
+    shared_prefix_hidden_states(model, groups)
+    assert len(calls) == 7
+    hook.remove()
+    assert_same(model, shared_prefix_hidden_states(model, groups), groups)
+
+
+def test_adapters_get_the_same_gradients():
+    """The base is frozen, and so are its embeddings, by which the trial judges."""
+    model, groups = tiny_model("qwen3_5_text"), make_groups()
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():  # peft's own would be ten times the base
+            parameter.mul_(0.1 if parameter.requires_grad else 1.0)
+    assert uncontinuable(adapted, trains=True) is None
+    assert_same(model, shared_prefix_hidden_states(adapted, groups), groups)
+
+
+@pytest.mark.parametrize("why", ["checkpointed", "split", "routers", "in place"])
+def test_who_trains_in_whole_rows(why):
+    """Checkpointed layers drop the cache; split weights need equally many forwards everywhere; the
+    routers' loss counts each token once; RWKV writes over a state that backward reads."""
+    model = tiny_model("rwkv" if why == "in place" else "lfm2_moe").train()
+    if why == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if why == "split":
+        next(model.parameters()).ds_id = 0
+    with keeping_router_logits(why == "routers"):
+        assert uncontinuable(model, trains=True) is not None
+        assert uncontinuable(model) is None  # the teacher's
+        states = rollout_hidden_states(model, make_groups()[:1])
+    assert (states - alone(model, make_groups()[:1])).abs().max() < 2e-5
+    if why == "checkpointed":
+        assert uncontinuable(model.eval(), trains=True) is None
 
 
 def test_a_checkpointed_model_keeps_its_cache():

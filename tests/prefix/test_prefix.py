@@ -1,5 +1,6 @@
 """Shared prefixes: the same hidden states and gradients as each rollout by itself, everywhere."""
 
+import re
 import warnings
 
 import pytest
@@ -26,6 +27,7 @@ from opsd.prefix import (
     prefix_cache,
     shared_prefix_hidden_states,
     states_by_role,
+    uncontinuable,
     unpackable,
 )
 from opsd.prefix import tiled as tiling
@@ -45,18 +47,6 @@ NOT_PACKABLE = {
         "Phimoe",
         {"sliding_window": 7, "num_local_experts": 4, "num_experts_per_tok": 2},
         "layers.0.self_attn of PhimoeModel leaves its sliding window to a mask",
-    ),
-    "long positions": (
-        "Llama",
-        {
-            "rope_parameters": {
-                "rope_type": "dynamic",
-                "rope_theta": 100.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 32,
-            }
-        },
-        "scales its positions .dynamic.",
     ),
 }
 
@@ -189,17 +179,35 @@ def test_each_prefix_is_run_once_and_no_last_token():
 
 
 @pytest.mark.parametrize("name", NOT_PACKABLE)
-def test_layers_that_cannot_be_packed_are_named_once_and_run_unshared(name):
+def test_layers_that_cannot_be_packed_are_named_and_continue_their_prefix(name):
     kind, sizes, named = NOT_PACKABLE[name]
-    model = make(kind, sizes)
+    model, groups = make(kind, sizes), make_groups()
+    assert re.search(named, unpackable(model)) and uncontinuable(model, trains=True) is None
+    assert_same(model, shared_prefix_hidden_states(model, groups), groups)
+
+
+ROPE = {"rope_theta": 100.0, "factor": 4.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+SCALED = {
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", **ROPE}},
+    "longrope": {"rope_parameters": {**LONG, **ROPE, "original_max_position_embeddings": 32}},
+}
+
+
+@pytest.mark.parametrize("scaled", SCALED)
+@pytest.mark.parametrize("trains", [False, True])
+def test_positions_that_the_longest_scales_are_named_once_and_run_unshared(scaled, trains):
+    """A prefix alone may be short of the length from which they are scaled (Phi 3 and 4)."""
+    model = make("Llama", SCALED[scaled])
     hidden_states._warn_once.cache_clear()
-    groups = make_groups()[:2]
-    with pytest.warns(UserWarning, match=named):
-        shared = shared_prefix_hidden_states(model, groups)
-    assert (shared - alone(model, groups)).abs().max() < 2e-5
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        shared_prefix_hidden_states(model, groups)
+    groups = [(ids(28)[0], ids(9, 7, seed=3)), (ids(30)[0], ids(5, seed=4))]
+    with torch.set_grad_enabled(trains):
+        with pytest.warns(UserWarning, match=rf"scales its positions \({scaled}\)"):
+            shared = shared_prefix_hidden_states(model, groups)
+        assert (shared - alone(model, groups)).abs().max() < 2e-5
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            shared_prefix_hidden_states(model, groups)
 
 
 def test_autocast_stays_near_fp32():
@@ -251,7 +259,10 @@ def test_attention_that_the_user_set_is_not_replaced():
     assert unpackable(model) is None
     model.set_attn_implementation("mine")
     groups = make_groups()[:1]
+    # Without the mask that transformers makes for the attention it knows, it cannot continue.
+    assert "its states differ" in uncontinuable(model, trains=True)
     hidden_states._warn_once.cache_clear()
+    calls.clear()
     with pytest.warns(UserWarning, match="attends by 'mine', which is not replaced"):
         found = shared_prefix_hidden_states(model, groups)
     assert calls == [11 + 8] * 2  # a layer each: the longest of three padded rows

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.lines import read_lines
+from helpers.tiny_models import tiny_model
 from helpers.training_cases import (
     quiet,
     short_config,
@@ -20,6 +21,7 @@ from opsd.grading.grader import Grade
 from opsd.grading.reward_functions import by_row
 from opsd.models.load import load_model
 from opsd.objectives import OPSD, Sample, SampleGroup, samples_of
+from opsd.quickstart import tiny_model as tiny
 from opsd.runs.directory import claim_directory
 from opsd.runs.log import FILES
 from opsd.training.load_data import load_data
@@ -273,20 +275,23 @@ def steps_seen(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("method", ["opsd", "grpo", "sft"])
-def test_micro_batches_do_not_change_the_step(method, files, tmp_path, steps_seen):
-    for tokens, share in ((1, True), (90, True), (100_000, True), (90, False)):
+WAYS = [
+    {"micro_batch_tokens": 1},
+    {"micro_batch_tokens": 90},
+    {"micro_batch_tokens": 100_000},
+    {"micro_batch_tokens": 90, "share_prefixes": False},
+]
+
+
+def check_one_step(files, directory, method, ways, steps_seen):
+    """It is the same in all these ways."""
+    for number, way in enumerate(ways):
         config = short_config(
             *files,
-            tmp_path / f"{tokens}-{share}",
+            directory / str(number),
             method=method,
             rollout={"group_size": 1 if method == "sft" else 4},
-            train={
-                "steps": 1,
-                "micro_batch_tokens": tokens,
-                "share_prefixes": share,
-                "save_every": 0,
-            },
+            train={"steps": 1, "save_every": 0, **way},
             eval={"problems": 0},
         )
         execute(config, save=False)
@@ -295,6 +300,23 @@ def test_micro_batches_do_not_change_the_step(method, files, tmp_path, steps_see
     for _, other_loss, other in steps_seen[1:]:
         assert math.isclose(loss, other_loss, rel_tol=1e-5, abs_tol=1e-6)
         assert (gradient - other).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("method", ["opsd", "grpo", "sft"])
+def test_micro_batches_do_not_change_the_step(method, files, tmp_path, steps_seen):
+    check_one_step(files, tmp_path, method, WAYS, steps_seen)
+
+
+@pytest.mark.parametrize("method", ["opsd", "grpo"])
+def test_nor_do_those_of_a_model_that_carries_states(method, files, tmp_path, steps_seen):
+    tokenizer = tiny.make_tokenizer()
+    model = tiny_model("qwen3_5_text", vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "hybrid")
+    ways = [*WAYS, {"micro_batch_tokens": 90, "gradient_checkpointing": True}]
+    check_one_step((tmp_path / "hybrid", files[1]), tmp_path, method, ways, steps_seen)
+    alone = [loop.micro_step.alone for loop, *_ in steps_seen]
+    assert alone == [False, False, False, False, True]
 
 
 def test_padded_batches_stay_within_the_budget_and_lose_nothing():
