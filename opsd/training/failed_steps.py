@@ -125,7 +125,7 @@ def read_failed_step(path: Path) -> FailedStep:
 
 def _check_group(name: str, group: SampleGroup, members: int) -> None:
     contexts, strange = len(group.teachers) // members, len(group.teachers) % members
-    if strange or (contexts and len(group.coefficients) != members):
+    if strange or len(group.coefficients) not in ({members} if contexts else {1, members}):
         raise UserError(f"{name} has not the {members} teachers of its config")
     if not group.samples or not all(map(len, (group.student, *group.teachers))):
         raise UserError(f"{name} has no samples, or a context without tokens")

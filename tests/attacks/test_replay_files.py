@@ -293,6 +293,16 @@ def test_a_batch_that_no_run_writes_is_refused(change, said, good, tmp_path, cap
     assert said in capsys.readouterr().err
 
 
+def test_a_group_without_teachers_has_no_coefficients_of_others(good, tmp_path, capsys):
+    """A run writes that of one teacher, whatever the method; nobody reads it."""
+    _, holds, _ = good["grpo of adapters"]
+    groups = copy.deepcopy(holds["groups"])
+    groups[0]["coefficients"] = [0.0] * 10**6
+    torch.save({**holds, "groups": groups}, tmp_path / "failed-step-3.pt")
+    assert main(["replay", str(tmp_path / "failed-step-3.pt")]) == 1
+    assert "has not the 1 teachers of its config" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", ["groups", "samples", "rollout"])
 def test_a_long_wrong_list_takes_little_memory(place, good, tmp_path, capsys):
     """pydantic alone makes an error of a kilobyte for each item."""
