@@ -117,18 +117,24 @@ def _obstacle(model: PreTrainedModel) -> str | None:
         whole = torch.stack([torch.cat([prefix, own[:-1]]) for own in rollouts]).to(model.device)
         wanted = decoder(input_ids=whole, use_cache=False).last_hidden_state[:, 8:].float()
         bare = decoder(input_ids=whole[:, 9:], use_cache=False).last_hidden_state.float()
-    told = (bare - wanted[:, 1:]).detach().abs().max()  # how much the prefix changes them
     tolerance = ROUNDING if model.dtype in (torch.float32, torch.float64) else HALF
-    error, largest = (found - wanted).detach().abs().max(), wanted.detach().abs().max()
-    if error <= tolerance * largest and error <= 0.1 * told and found.requires_grad:
+    error, largest = _apart(found, wanted)
+    told, _ = _apart(bare, wanted[:, 1:])  # how much the prefix changes them
+    if not (error <= tolerance * largest and error <= 0.1 * told):
+        return f"{name} does not continue it exactly (its states differ by {error:.1g})"
+    if found.requires_grad:
         weights = torch.arange(found.numel(), device=found.device).cos().view_as(found)
         (continued,) = torch.autograd.grad((found * weights).sum(), embedded[0])
         (separate,) = torch.autograd.grad((wanted * weights).sum(), embedded[3])
-        separate = separate[:, :9].sum(0)
-        error, largest = (continued[0] - separate).abs().max(), 2 * separate.abs().max()
-    if not (error <= tolerance * largest and error <= 0.1 * told):
-        return f"{name} does not continue it exactly (its states differ by {float(error):.1g})"
+        error, largest = _apart(continued[0], separate[:, :9].sum(0))
+        if not error <= 2 * tolerance * largest:
+            return f"{name} continues it with other gradients (they differ by {error:.1g})"
     return None
+
+
+def _apart(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """The largest difference, and the largest of the other."""
+    return float((one - other).detach().abs().max()), float(other.detach().abs().max())
 
 
 @contextmanager
@@ -142,11 +148,8 @@ def _embeddings(decoder: PreTrainedModel) -> Iterator[list[Tensor]]:
         kept.append(output)
         return output
 
-    hook = decoder.get_input_embeddings().register_forward_hook(keep)
-    try:
+    with decoder.get_input_embeddings().register_forward_hook(keep):
         yield kept
-    finally:
-        hook.remove()
 
 
 def _run(decoder: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:

@@ -163,12 +163,9 @@ def rollout_hidden_states(
         return separate_hidden_states(model, groups)
     checked, given = _checked(model, plain_groups(groups)), [prefix for prefix, _ in groups]
     if unpackable(model) is not None:
-        ran = [
-            p.continuation(model)
-            if isinstance(p, CachedPrefix) and not torch.is_grad_enabled()
-            else None
-            for p in given
-        ]
+        anew = torch.is_grad_enabled()
+        cached = [p if isinstance(p, CachedPrefix) and not anew else None for p in given]
+        ran = [None if prefix is None else prefix.continuation(model) for prefix in cached]
         return continued_hidden_states(model, checked, ran)
     # Long prefixes run in chunks, to free their activations, if the forwards need no counting.
     if not torch.is_grad_enabled() and not is_split(model):

@@ -65,6 +65,30 @@ def test_adapters_get_the_same_gradients():
     assert_same(model, shared_prefix_hidden_states(adapted, groups), groups)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_gradients_are_judged_by_their_own_size(dtype):
+    """Those of small embeddings are large, as in real models."""
+    model = tiny_model("qwen3_5_text").to(dtype)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1e-3)
+    assert uncontinuable(model, trains=True) is None
+
+
+def test_a_cache_that_loses_gradients_is_found(monkeypatch):
+    model, copies = tiny_model("qwen3_5_text"), continued._copies
+
+    def detached(*given):
+        copied = copies(*given)
+        for layer in copied.layers:
+            for number, state in getattr(layer, "recurrent_states", {}).items():
+                layer.recurrent_states[number] = state.detach()
+        return copied
+
+    monkeypatch.setattr(continued, "_copies", detached)
+    assert uncontinuable(model) is None
+    assert "continues it with other gradients" in uncontinuable(model, trains=True)
+
+
 @pytest.mark.parametrize("why", ["checkpointed", "split", "routers", "in place"])
 def test_who_trains_in_whole_rows(why):
     """Checkpointed layers drop the cache; split weights need equally many forwards everywhere; the
