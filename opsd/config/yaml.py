@@ -80,7 +80,7 @@ def read_yaml(path: Path, field: str = "CONFIG") -> Any:
         raise UserError(f"{field} is {str(path)!r}: {what}; it must be a YAML file{hint}")
     if not path.is_file():
         hint = near_file(path, (".yaml", ".yml")) or "; `opsd init` writes a first one"
-        if " " in (typed := str(path)) and Path(typed.split()[0]).is_file():
+        if " " in (typed := str(path).strip()) and Path(typed.split()[0]).is_file():
             hint = f"; without the quotes, which make it one name: `opsd train {typed}`"
         raise UserError(f"{field} is {str(path)!r}: no such file{hint}")
     if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".py", ".safetensors"):

@@ -61,9 +61,10 @@ class SGLangServer(RolloutServer):
                 f"{config.model_type!r}: start it on that"
             )
         try:
-            known = AutoConfig.from_pretrained(self.root, local_files_only=True).get_text_config()
+            here = {"local_files_only": True, "trust_remote_code": False}  # the server names it
+            known = AutoConfig.from_pretrained(self.root, **here).get_text_config()
             theirs = known.hidden_size, known.vocab_size
-        except (OSError, ValueError, AttributeError):  # not on this machine, or of no model
+        except Exception:  # not on this machine, or of no model that runs without its own code
             return
         self._check_size(theirs, config, path)
 

@@ -200,6 +200,11 @@ def test_eval_measures_a_model(files, tmp_path, capsys):
     assert "greedy" in refused(capsys, *arguments, "--samples", 2)
 
 
+@pytest.mark.parametrize("name", [" ", "   ", " none.yaml", "a b.yaml", "b "])
+def test_a_config_named_by_blanks_is_told(name, capsys):
+    assert f"CONFIG is {name!r}: no such file" in refused(capsys, "train", name)
+
+
 def test_debug_shows_the_traceback(tmp_path):
     from opsd.common.errors import UserError
 

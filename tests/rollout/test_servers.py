@@ -348,6 +348,24 @@ def test_a_model_on_another_machine_has_unknown_sizes(sglang, student, tmp_path,
     server.check_model(student[0].config, "model")
     monkeypatch.setattr(server, "root", str(tmp_path))  # a directory without a model
     server.check_model(student[0].config, "model")
+    for said in ("[]", '{"model_type": 7}', "[" * 9999):
+        (tmp_path / "config.json").write_text(said)
+        server.check_model(student[0].config, "model")
+
+
+def test_a_server_that_names_a_model_with_code_of_its_own_runs_none(
+    sglang, student, tmp_path, monkeypatch
+):
+    """Nor does transformers ask whether to run it, which takes 15 s."""
+    told = {"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}, "hidden_size": 7}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    server = client(sglang)
+    server.root = str(tmp_path)
+    asked: list = []
+    monkeypatch.setattr("builtins.input", lambda *said: asked.append(said) or "y")
+    server.check_model(student[0].config, "model")
+    assert not asked and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
