@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -135,6 +136,17 @@ def exchange(
         raise NoAnswerError(f"{route} cannot be reached ({said[:200]})") from error
     finally:
         connection.close()
+
+
+def own_address(address: str) -> str:
+    """This machine's address on its way to the server. Raises NoAnswerError."""
+    parts = urlsplit(address)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        with socket.create_connection((parts.hostname, port), LONGEST_WAIT) as connection:
+            return connection.getsockname()[0]
+    except OSError as error:
+        raise NoAnswerError(f"it cannot be reached ({error})") from error
 
 
 def key_in(variable: str) -> str | None:

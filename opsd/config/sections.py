@@ -297,8 +297,9 @@ class RolloutSection(Section):
     server_patience: Positive = 900
     """servers: seconds without a usable answer until the run stops, with a checkpoint."""
     weights_dir: str | None = None
-    """servers: directory through which it gets the weights, under a path that it sees too; none: in
-    /dev/shm where it is a process of this machine, else in output.dir."""
+    """servers: directory through which it gets the weights, under a path that it sees too; none: no
+    files where it reads them over TCP (docs/vllm.md), in /dev/shm where it is a process of this
+    machine, else in output.dir."""
 
     @field_validator("server")
     @classmethod

@@ -97,10 +97,11 @@ def evaluation_server(
     if server.loads:
         server.check_model(config, model)
         tied = server.copies_head and getattr(config, "tie_word_embeddings", False)
-        if tied or model_files(ModelSection(path=model)).adapters:
+        streams = server.receives and path.is_dir()
+        if streams or tied or model_files(ModelSection(path=model)).adapters:
             weights = load()  # `sync_weights` adds what the model's files lack
-            place = directory.absolute() / WEIGHTS
-            sampler = ServerSampler(server, stops, place, weights.dtype, vocabulary)
+            place, dtype = directory.absolute() / WEIGHTS, weights.dtype
+            sampler = ServerSampler(server, stops, place, dtype, vocabulary, streams=streams)
             sampler.sync_weights(weights)
             return sampler
         server.load(path.absolute() if path.is_dir() else model)
@@ -132,7 +133,9 @@ def make_sampler(
         needed = sum(weight.numel() for weight in decoder.parameters()) * dtype.itemsize
         weights = weights_directory(section, run.absolute(), needed)
         adapts = 0 < (largest_rank(decoder) or 0) <= server.adapter_rank
-        return ServerSampler(server, stops, weights, dtype, len(head(decoder)[0]), adapts)
+        streams = server.receives and section.weights_dir is None and not adapts
+        known = len(head(decoder)[0])
+        return ServerSampler(server, stops, weights, dtype, known, adapts, streams)
     from opsd.rollout.vllm_colocated import ColocatedSampler
 
     return ColocatedSampler(

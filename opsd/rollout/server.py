@@ -9,7 +9,7 @@ time and size, and what does not fit raises ServerAnswerError.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -20,9 +20,11 @@ from transformers import PreTrainedConfig
 
 from opsd.common import http
 from opsd.common.errors import problem_said
+from opsd.common.weight_stream import Weights
 from opsd.rollout.base import Rollout, Sampling
 
 Said = TypeVar("Said", bound=BaseModel)
+Result = TypeVar("Result")
 
 QUICK = 60.0  # seconds for an answer about the server
 LONGEST = 16_000_000  # bytes of an answer about the server; its settings have some 100 kB
@@ -75,6 +77,7 @@ class RolloutServer(ABC):
     window: int | None  # tokens of the longest sequence
     software: str  # its release, dtype and device, as far as it tells them
     loads = True  # it can load new weights
+    receives = False  # it can read weights over TCP
     adapter_rank = 0  # the largest rank of adapters that it can load; 0: it loads none
     adapts = False  # rollouts use the adapters that it has loaded
     copies_head = False  # it needs a tied head under its own name, too
@@ -97,6 +100,10 @@ class RolloutServer(ABC):
     @abstractmethod
     def load(self, weights: str | Path) -> None:
         """Load the weights in the directory (or hub model) `weights`."""
+
+    def send(self, weights: Callable[[], Weights]) -> None:
+        """Have it load the weights without files. Each of its workers reads all of them."""
+        raise self._error("cannot read weights over TCP")
 
     def load_adapters(self, directory: Path) -> None:
         """Load the adapters in `directory`; the weights stay."""
@@ -213,6 +220,10 @@ class RolloutServer(ABC):
             check(answer)
             return answer
 
+        return self.persist(attempt, stop)
+
+    def persist(self, attempt: Callable[[], Result], stop: Event | None = None) -> Result:
+        """See `http.persist`."""
         return http.persist(attempt, self.patience, f"{self.field} is {self.address!r}", stop)
 
     def _check_status(self, route: str, found: http.Answer, passing: frozenset[int]) -> None:

@@ -52,6 +52,12 @@ class SchedulerSettings(ServerAnswer):
     max_num_batched_tokens: Annotated[int, Field(gt=0)] | None = None
 
 
+class WorkerSettings(ServerAnswer):
+    """The class that was added to its workers."""
+
+    worker_extension_cls: str | None = None
+
+
 class AdapterSettings(ServerAnswer):
     """Its settings for adapters."""
 
@@ -64,6 +70,7 @@ class Settings(ServerAnswer):
     model: ModelSettings = Field(ModelSettings(), alias="model_config")
     device_config: DeviceSettings = DeviceSettings()
     scheduler_config: SchedulerSettings = SchedulerSettings()
+    parallel_config: WorkerSettings = WorkerSettings()
     lora_config: AdapterSettings | None = None
     instance_id: Name | None = None  # changes when the server is restarted
 

@@ -2,18 +2,21 @@
 
 It uses the documented routes /v1/models, /version and /v1/completions, those that load adapters
 and, with VLLM_SERVER_DEV_MODE=1, /server_info, /collective_rpc and /reset_prefix_cache. New weights
-are loaded by `reload_weights` with `weights_path` (vLLM's docs/training/layerwise.md).
+are loaded by `reload_weights` with `weights_path` (vLLM's docs/training/layerwise.md), or over TCP
+by a server with our `WeightReceiver`.
 """
 
 import re
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from opsd.common.http import PASSING, NoAnswerError, ServerAnswerError
+from opsd.common.http import PASSING, NoAnswerError, ServerAnswerError, own_address
+from opsd.common.weight_stream import WeightReceiver, Weights, offered
 from opsd.rollout.base import NEUTRAL, Rollout
 from opsd.rollout.server import QUICK, Request, RolloutServer, Unread
 from opsd.rollout.vllm_answers import (
@@ -28,6 +31,7 @@ from opsd.rollout.vllm_answers import (
 
 ADAPTER = "opsd"
 """The server's name for the adapters that train."""
+RECEIVER = f"{WeightReceiver.__module__}.{WeightReceiver.__name__}"
 SHAPE = re.compile(r"embed_tokens\): \w+\(.*?embedding_dim=(\d+), org_vocab_size=(\d+)")
 """Finds a model's width and vocabulary in the answer of get_model_inspection."""
 
@@ -53,6 +57,8 @@ class VLLMServer(RolloutServer):
         self.settings = info.vllm_config
         self.loads = self.settings is not None
         self.copies_head = self.settings is not None and self.settings.on_cpu
+        extension = self.settings.parallel_config.worker_extension_cls if self.settings else None
+        self.receives = extension == RECEIVER
         if self.settings and self.settings.lora_config and info.vllm_env.adapters:
             self.adapter_rank = self.settings.lora_config.max_lora_rank
 
@@ -132,17 +138,30 @@ class VLLMServer(RolloutServer):
 
     def load(self, weights: str | Path) -> None:
         """See `RolloutServer.load`."""
+        self._load(
+            {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}},
+            f"It has not loaded {str(weights)!r}, and must be restarted: check that it sees that "
+            "path (rollout.weights_dir), and serves the same model",
+        )
+
+    def send(self, weights: Callable[[], Weights]) -> None:
+        """See `RolloutServer.send`."""
+        host = self.persist(partial(own_address, self.address))
+        with offered(weights, host) as offer:
+            self._load(
+                {"method": "receive_weights", "kwargs": offer._asdict()},
+                f"It has not read the weights from {host}, port {offer.port}: check that it can "
+                "connect to this machine, or set rollout.weights_dir to a directory that both see",
+            )
+
+    def _load(self, call: dict[str, Any], hint: str) -> None:
         self._instance = self._instance_now()
-        call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
         # A worker that cannot read them answers 500 and then has no model.
         try:
             none = Results(results=[])
             self.ask("/collective_rpc", Results, call, passing=PASSING - {500}, empty=none)
         except ServerAnswerError as error:
-            raise ServerAnswerError(
-                f"{error}. It has not loaded {str(weights)!r}, and must be restarted: check "
-                "that it sees that path (rollout.weights_dir), and serves the same model"
-            ) from None
+            raise ServerAnswerError(f"{error}. {hint}") from None
         self._forget_prefixes()
 
     def load_adapters(self, directory: Path) -> None:

@@ -2,13 +2,14 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd.common.errors import UserError
@@ -39,14 +40,16 @@ class ServerSampler:
         dtype: torch.dtype = torch.bfloat16,  # of the weights there
         vocabulary: int | None = None,  # the number of the model's logits
         adapts: bool = False,  # the server loads the base once, then adapters alone
+        streams: bool = False,  # weights go over TCP instead of by `directory`
     ):
         self.server, self.stops, self.vocabulary = server, stops, vocabulary
         self.engine, server.adapts = server.engine, adapts
-        self.directory, self.dtype = directory, dtype
+        self.directory, self.dtype, self.streams = directory, dtype, streams
         self.versions, self.software = 0, server.software
         self.sync: dict[str, float] = {}
         what = "Adapters" if adapts else "Weights"
-        self.said = f"{what} go to {server.address} by {directory}" if directory else None
+        way = "over TCP, without files" if streams else directory and f"by {directory}"
+        self.said = f"{what} go to {server.address} {way}" if way else None
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)  # a killed run may have left files
 
@@ -54,12 +57,30 @@ class ServerSampler:
         """See `Sampler.sync_weights`: write the weights and have the server load them."""
         start, adapts = time.monotonic(), self.server.adapts
         given = 0
-        if not adapts or self.server.restarted:
+        if self.streams:
+            given += self._send(model)
+        elif not adapts or self.server.restarted:
             plain = without_adapters(model) if adapts else model
             given += self._give(partial(self._write_weights, plain), self.server.load)
         if adapts:
             given += self._give(partial(save_adapters, model), self.server.load_adapters)
         self.sync = {"sync_bytes": given, "sync_seconds": time.monotonic() - start}
+
+    def _send(self, model: PreTrainedModel) -> int:
+        """Have the server read the weights over TCP. Returns the bytes that its workers read."""
+        sent = []
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            for name, weight in self._named_weights(model):
+                sent.append(weight.nbytes)
+                yield name, weight
+
+        self.server.send(weights)
+        return sum(sent)
+
+    def _named_weights(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        # On a CPU vLLM 0.32 has a second copy of a tied head, with a name of its own.
+        return named_weights(model, self.dtype, head_too=self.server.copies_head)
 
     def _give(self, write: Callable[[Path], None], load: Callable[[Path], None]) -> int:
         """Write a directory and have the server load it. Returns its safetensors' bytes."""
@@ -87,9 +108,7 @@ class ServerSampler:
                 shutil.rmtree(self.directory)
 
     def _write_weights(self, model: PreTrainedModel, directory: Path) -> None:
-        # On a CPU vLLM 0.32 has a second copy of a tied head, with a name of its own.
-        named = named_weights(model, self.dtype, head_too=self.server.copies_head)
-        weights = {name: weight.cpu().contiguous() for name, weight in named}
+        weights = {name: w.cpu().contiguous() for name, w in self._named_weights(model)}
         save_file(weights, directory / "model.safetensors", {"format": "pt"})
 
     def sample(

@@ -94,8 +94,8 @@ class RealVLLM(RealServer):
     engine, client = "vllm_server", VLLMServer
     python = os.environ.get("OPSD_VLLM_PYTHON", "")
 
-    def __init__(self, model: Path, log: Path, *more: str):
-        super().__init__(model, log, *more, VLLM_SERVER_DEV_MODE="1", **QUIET_VLLM)
+    def __init__(self, model: Path, log: Path, *more: str, **env: str):
+        super().__init__(model, log, *more, VLLM_SERVER_DEV_MODE="1", **QUIET_VLLM, **env)
 
     def command(self) -> list[str]:
         said = [str(Path(self.python).parent / "vllm"), "serve", str(self.model)]

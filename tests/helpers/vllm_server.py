@@ -21,11 +21,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from opsd.common.weight_stream import WeightReceiver
 from opsd.rollout import Sampling
 from opsd.rollout.logits_sampling import Draw
 
 MUST_BE_GIVEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields for which generation_config.json has the default."""
+
+RECEIVER = "opsd.common.weight_stream.WeightReceiver"
 
 INSPECTION = """Qwen3ForCausalLM()(
   (model): Qwen3Model()(
@@ -59,6 +62,7 @@ class FakeVLLM:
         on_cpu: or on a GPU, where a tied head is tied. budget: --max-num-batched-tokens.
         failures: statuses (or "drop": hang up) that the next completions get instead.
         dies_after: hang up for good after so many completions. delay: seconds before each answer.
+        receives: whether its workers have our WeightReceiver.
         restarts_at: hang up at this completion, and be a new server, with the first weights.
     """
 
@@ -70,7 +74,7 @@ class FakeVLLM:
         self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
         self.dev, self.mode, self.loads, self.delay = True, "raw_logprobs", True, 0.0
         self.on_cpu, self.budget, self.ended = True, 16384, False
-        self.rank, self.may_adapt = 0, False
+        self.rank, self.may_adapt, self.receives = 0, False, False
         self.adapted: dict[str, torch.nn.Module] = {}
         self._together, self._counting = 0, threading.Lock()
         self.failures: list[int | str] = []
@@ -124,6 +128,7 @@ class FakeVLLM:
                     "model_config": {"logprobs_mode": self.mode, "dtype": "torch.float32"},
                     "device_config": {"device": "cpu" if self.on_cpu else "cuda"},
                     "scheduler_config": {"max_num_batched_tokens": self.budget},
+                    "parallel_config": {"worker_extension_cls": RECEIVER if self.receives else ""},
                     "lora_config": {"max_lora_rank": self.rank} if self.rank else None,
                     "instance_id": f"instance-{self.instance}",
                 },
@@ -137,6 +142,8 @@ class FakeVLLM:
             return 200, {"results": [INSPECTION.format(width=width, tokens=tokens)]}
         if route == "/collective_rpc" and body["method"] == "reload_weights":
             return self._reload(Path(body["kwargs"]["weights_path"]))
+        if route == "/collective_rpc" and body["method"] == "receive_weights" and self.receives:
+            return self._receive(body["kwargs"])
         if route == "/collective_rpc":
             return worker_failed(f"'CPUWorker' object has no attribute '{body['method']}'")
         return 404, {"detail": "Not Found"}
@@ -188,6 +195,23 @@ class FakeVLLM:
                 "Repo id must be in the form 'repo_name' or 'namespace/repo_name': "
                 f"'{directory}'. Use `repo_type` argument if needed."
             )
+        return self._take(weights)
+
+    def _receive(self, offer: dict) -> tuple[int, object]:
+        taken: list[tuple[int, object]] = []
+
+        class Worker(WeightReceiver):
+            def reload_weights(self, weights_iterator):
+                taken.append(fake._take(dict(weights_iterator)))
+
+        fake = self
+        try:
+            Worker().receive_weights(**offer)
+        except OSError as error:
+            return worker_failed(str(error))
+        return taken[0]
+
+    def _take(self, weights: dict[str, torch.Tensor]) -> tuple[int, object]:
         if self.loads:
             self.reloads.append(weights)
             if not self.on_cpu:

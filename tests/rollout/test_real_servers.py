@@ -13,6 +13,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from helpers.training_cases import ROWS, RightEvery, make_model, quiet, short_co
 from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.common.http import ServerGoneError
+from opsd.common.weight_stream import offered
 from opsd.config.load import merge, save_config
 from opsd.config.sections import ModelSection
 from opsd.models.load import load_model, stop_ids
@@ -171,6 +173,31 @@ def test_adapters(server, files, tmp_path):
         assert read_lines(run / "metrics.jsonl")[-1]["sync_bytes"] < 200_000
     finally:
         takes.kill()
+        server.start().wait()
+
+
+@on_vllm
+def test_weights_over_tcp(server, files, tmp_path):
+    """No file is written; and a server that cannot connect back still has its weights."""
+    server.kill()
+    more = ("--worker-extension-cls", "opsd.common.weight_stream.WeightReceiver")
+    ours = str(Path(__file__).parents[2])
+    receives, run = RealVLLM(files[0], server.log, *more, PYTHONPATH=ours), tmp_path / "run"
+    try:
+        train(config_of(files, run, receives.start().wait()), quiet())
+        check(run)
+        check_served(receives, run)
+        assert read_lines(run / "metrics.jsonl")[-1]["sync_bytes"] > 400_000
+        client = receives.client(receives.address)
+        with offered(dict, "127.0.0.1") as over:
+            pass
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("opsd.rollout.vllm_client.offered", lambda *_: nullcontext(over))
+            with pytest.raises(UserError, match=r"Connection refused.*both see"):
+                client.send(dict)
+        check_served(receives, run)
+    finally:
+        receives.kill()
         server.start().wait()
 
 
