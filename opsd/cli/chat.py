@@ -24,7 +24,7 @@ def run(parsed: argparse.Namespace) -> None:
         )
     models = {"model": model} | ({"base": base} if base else {})
     for path in models.values():
-        check_model(path, "MODEL")
+        check_model(path, "MODEL", hub=True)
     section = PromptsSection() if parsed.with_solution else PromptsSection(student="{{ problem }}")
     if config is not None and not parsed.plain:
         section = config.prompts

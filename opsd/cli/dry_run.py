@@ -15,14 +15,9 @@ from opsd.cli.plan import Plan
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.format import size
+from opsd.config import requirements
 from opsd.config.config import Config
-from opsd.config.requirements import (
-    compares_answers,
-    is_graded,
-    longest_rollout,
-    trained_roles,
-    uses_teacher_prompt,
-)
+from opsd.config.requirements import trained_roles
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
 from opsd.grading.grader import Grader
@@ -53,7 +48,7 @@ def dry_run(config: Config, display: Display, machine: tuple[GPU, int] | None = 
     if machine is None:
         check_machine(config, makes=False)
         check_engine(config.rollout.engine)
-    check_code(config.loss, is_graded(config), run=False)
+    check_code(config.loss, requirements.is_graded(config), run=False)
     rows, held_out = load_data(config, display.note)
     check_directory(config.model)
     student = architecture(config.model)
@@ -66,7 +61,7 @@ def dry_run(config: Config, display: Display, machine: tuple[GPU, int] | None = 
     rows, held_out = fitting_data(config, rows, held_out, prompts, limit, display)
     lengths = _show_contexts(rows, prompts, config, limit, display)
     _show_examples(rows[0], prompts, config, display)
-    if compares_answers(config):
+    if requirements.compares_answers(config):
         _show_answers(rows, config, display)
     if machine is None:
         gpu = torch.cuda.is_available()
@@ -94,7 +89,7 @@ def _show_contexts(
     rows: Sequence[Row], prompts: Prompts, config: Config, limit: int | None, display: Display
 ) -> Lengths:
     """Shows the contexts' lengths in tokens; returns the medians, which the plan needs."""
-    answer = longest_rollout(config)
+    answer = requirements.longest_rollout(config)
     if answer is None:
         targets = [f"{role} target" for role in trained_roles(config)]
         answer = max(max(prompts.lengths(rows, target)) for target in targets)
@@ -117,7 +112,8 @@ def _show_contexts(
 
 def _show_examples(row: Row, prompts: Prompts, config: Config, display: Display) -> None:
     contexts = {role: prompts.ids(row, role) for role in trained_roles(config)}
-    if uses_teacher_prompt(config) and "teacher" in prompts.over_rollouts:
+    taught = requirements.uses_teacher_prompt(config)
+    if taught and "teacher" in prompts.over_rollouts:
         wrong = GradedRollout("(a rollout)", True, 0.0, False, "(feedback)")
         right = GradedRollout("(a peer's rollout)", True, 1.0, True)
         shown = prompts.solved(row, "(the majority's answer)") if prompts.unsolved(row) else row

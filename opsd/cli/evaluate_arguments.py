@@ -31,7 +31,7 @@ THINKING = {"on": True, "off": False, "template": None}
 def run(parsed: argparse.Namespace) -> None:
     """Checks the arguments, then evaluates the model. Raises UserError."""
     check(parsed)
-    from opsd.cli.first_look import check_model, import_torch, of_run
+    from opsd.cli.first_look import check_hub, check_model, import_torch, of_run
     from opsd.common.display import Display
 
     place = Path(parsed.model)
@@ -39,6 +39,7 @@ def run(parsed: argparse.Namespace) -> None:
     check_model(parsed.model, "MODEL")
     display = Display(quiet=parsed.ranked and parsed.shard.index > 1)
     benchmark = _benchmark(parsed, run)
+    check_hub(parsed.model, "MODEL")
     parsed.worksheets = benchmark.name == "held-out" and _of_tiny_quickstart(place)
     import_torch(display)
     from opsd.cli.evaluate import evaluate_command

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
+from opsd.common.hub_offline import why_absent
 from opsd.common.near import near_file, near_hub, near_model
 from opsd.common.urls import is_address
 from opsd.config.config import Config
@@ -39,14 +40,19 @@ def import_torch(display: Display, module: str = "opsd.models.load") -> None:
     atexit.register(gc.unfreeze)  # else triton 3.9 reports its imported objects as leaked
 
 
-def check_inputs(config: Config) -> None:
-    """Raises UserError for a local file that is missing, or that lacks a column."""
+def check_inputs(config: Config, hub: bool = True) -> None:
+    """Raises UserError for a local file that is missing, or that lacks a column; if `hub`, for a
+    model that the hub lacks, too."""
+    named = []
     for name, own in (("model", config.model), ("teacher", config.teacher)):
-        served = name == "teacher" and own.path is not None and is_address(own.path)
+        served = name == "teacher" and is_address(own.path)
         if own.path is not None and own.gguf_file is None and not served:
+            named.append((own.path, f"{name}.path", own.revision))
             check_model(own.path, f"{name}.path")
     check_code(config.loss, is_graded(config), run=False)
     look_at_rows(config)
+    for one in named if hub else []:
+        check_hub(*one)
 
 
 def check_output(config: Config, resume: bool) -> None:
@@ -57,8 +63,8 @@ def check_output(config: Config, resume: bool) -> None:
             check_claim(directory, settle(config, directory, "fp32"), resume)
 
 
-def check_model(name: str, field: str) -> None:
-    """Raises UserError for a local path that holds no model; accepts any hub name."""
+def check_model(name: str, field: str, hub: bool = False) -> None:
+    """Raises UserError for a local path that holds no model, and if `hub`, as `check_hub` does."""
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         known = any((path / file).is_file() for file in MODELS) or any(path.glob("*.gguf"))
@@ -75,6 +81,17 @@ def check_model(name: str, field: str) -> None:
     elif not re.fullmatch(HUB_NAME, name) or ("/" in name and [*path.parent.glob(f"*/{CONFIG}")]):
         hint = near_file(path) or near_hub(name)
         raise UserError(f"{field} is {name!r}: there is no such directory{hint}")
+    elif hub:
+        check_hub(name, field)
+
+
+def check_hub(name: str, field: str, revision: str | None = None) -> None:
+    """Raises UserError for a hub name that is certainly not there; see `why_absent`."""
+    if not os.path.exists(os.path.expanduser(name)) and (said := why_absent(name, revision)):
+        raise UserError(
+            f"{field} is {name!r}: neither a model directory nor a hub model that can be reached "
+            f"({said}){near_file(name) or near_hub(name)}"
+        )
 
 
 def of_run(name: str) -> tuple[str, Config | None]:

@@ -17,7 +17,7 @@ def run(parsed: argparse.Namespace) -> None:
     check_at_least(1, parsed, "most_tokens")
     if not 0 <= parsed.port < 1 << 16:
         raise UserError(f"--port is {parsed.port}: it must be at least 0 and at most 65535")
-    check_model(parsed.model, "MODEL")
+    check_model(parsed.model, "MODEL", hub=True)
     from opsd.models.remote import KEY
 
     key = key_in(KEY)

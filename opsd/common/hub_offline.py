@@ -1,4 +1,5 @@
-"""Find out, once and within seconds, whether the Hugging Face hub can be reached. Needs no torch.
+"""Find out, within seconds, whether the Hugging Face hub can be reached and has a model. Needs no
+torch.
 
 Without a connection the hub's client retries six times over half a minute, for the tokenizer and
 again for the config, and logs a dozen lines. When set to offline it uses its cache at once.
@@ -9,6 +10,7 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from functools import cache
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -17,6 +19,8 @@ from huggingface_hub import constants
 
 SECONDS = 4.0
 """The time limit for resolving the hub's name and connecting to it."""
+
+NO_ANSWER = "the hub does not answer, and it is not in the hub's cache"
 
 
 def before_asking_hub(name: str) -> None:
@@ -34,7 +38,7 @@ def reachable() -> bool:
     """Whether the hub accepts a connection; taken for granted if there is a proxy."""
     if getproxies().keys() - {"no"}:  # NO_PROXY alone names no proxy
         return True
-    address, answered = urlsplit(constants.ENDPOINT), threading.Event()
+    address, answered = urlsplit(constants.ENDPOINT), list[bool]()
     port = address.port or (80 if address.scheme == "http" else 443)
 
     def ask() -> None:
@@ -42,10 +46,49 @@ def reachable() -> bool:
             contextlib.suppress(OSError),
             socket.create_connection((address.hostname, port), SECONDS),
         ):
-            answered.set()
+            answered.append(True)
 
-    # In a thread, since resolving the name has no time limit of its own.
+    _within(SECONDS, ask)
+    return bool(answered)
+
+
+def _within(seconds: float, ask: Callable[[], None]) -> None:
+    """Runs `ask` in a thread, since resolving a name has no time limit of its own."""
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(SECONDS)
-    return answered.is_set()
+    thread.join(seconds)
+
+
+def in_cache(name: str, revision: str | None) -> bool:
+    """Whether the hub's cache has a model's, or an adapter's, config."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with contextlib.suppress(ValueError):  # no name of the hub
+        for file in ("config.json", "adapter_config.json"):
+            if isinstance(try_to_load_from_cache(name, file, None, revision), str):
+                return True
+    return False
+
+
+def why_absent(name: str, revision: str | None) -> str:
+    """Why no model of this name of the hub can be loaded, or "" if it may be: only what is certain,
+    and takes the hub no more than a second to say."""
+    if in_cache(name, revision):
+        return ""
+    before_asking_hub(name)
+    if constants.HF_HUB_OFFLINE:
+        return NO_ANSWER
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    said = {"RevisionNotFoundError": f"the hub has no revision {revision!r} of it"}
+    said["RepositoryNotFoundError"] = "the hub has no such one, or a private one: `hf auth login`"
+    found = [""]  # gated, without this file, slow, whatever else: it may be there
+
+    def ask() -> None:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
+        except Exception as error:
+            found.append(type(error).__name__)
+
+    _within(1.0, ask)
+    return said.get(found[-1], "")

@@ -152,11 +152,9 @@ del _name
 REACHED = {*METHODS, "split", "startswith", "endswith"}
 FILTERS = {"trim": "strip", "length": "size", "count": "size"}
 FILTERS |= {name: name for name in ("upper", "lower", "capitalize", "replace")}
-IS = {
-    "defined": True, "undefined": False, "none": False, "string": True, "mapping": False,
-    "number": False, "integer": False, "float": False, "boolean": False, "iterable": True,
-    "sequence": True, "callable": False, "true": False, "false": False,
-}  # fmt: skip
+IS = dict.fromkeys("undefined none mapping number integer float boolean callable".split(), False)
+IS |= dict.fromkeys(("true", "false"), False)
+IS |= dict.fromkeys(("defined", "string", "iterable", "sequence"), True)
 COMPARISONS = {"eq", "equalto", "==", "ne", "!=", "in"}
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from opsd.common.errors import UserError
+from opsd.common.files import read_toml
 from opsd.common.templates import SOLUTION_NAMES, names, over_rollouts
 from opsd.common.urls import is_address
 from opsd.config import requirements
@@ -21,14 +22,8 @@ from opsd.config.names import DIVERGENCE_METHODS, HOTTEST, SERVERS
 if TYPE_CHECKING:
     from opsd.config.config import Config
 
-_OF = {
-    DIVERGENCE_METHODS: "divergence beta temperature clip clip_threshold gates unsure "
-    "unsure_entropy control_variate",
-    (*DIVERGENCE_METHODS, "grpo"): "epsilon epsilon_high sft_alpha reward importance_bound",
-    ("grpo",): "kl credit credit_clip credit_steps distil distil_groups scale_advantages",
-    ("sft",): "roles",
-}
-USED_BY = {field: methods for methods, fields in _OF.items() for field in fields.split()}
+_USES: dict[str, str] = read_toml(__file__, "used_by")
+USED_BY = {field: tuple(of.split()) for fields, of in _USES.items() for field in fields.split()}
 """Fields of `loss` → the methods that use them. All methods use the fields not listed here."""
 
 ZERO_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils import logging
 
 from opsd.common.errors import UserError, in_short
-from opsd.common.hub_offline import before_asking_hub
+from opsd.common.hub_offline import NO_ANSWER, before_asking_hub
 from opsd.common.near import near_file, near_hub, near_model
 from opsd.common.saved_directory import check_saved
 from opsd.common.strict_json import read_object
@@ -248,7 +248,7 @@ def _unreachable(files: ModelFiles, section: ModelSection, error: Exception) -> 
         hint = "; copy its tokenizer.json from its base" if "backend tokenizer" in said else ""
         return UserError(f"{where}: it cannot be loaded ({said}){hint}")
     if "couldn't connect" in said or "offline mode" in said:
-        said = "the hub does not answer, and it is not in the hub's cache"
+        said = NO_ANSWER
     owner = near_hub(section.path)
     if files.adapters:
         owner = "; the base_model_name_or_path in its adapter_config.json can be changed"

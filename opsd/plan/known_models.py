@@ -1,11 +1,11 @@
 """Published configs of well-known models, by name. It needs no torch."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError
 from opsd.common.files import read_toml
+from opsd.common.hub_offline import in_cache
 from opsd.common.near import did_you_mean, near_file
 from opsd.config.sections import ModelSection
 
@@ -40,10 +40,5 @@ def check_known(section: ModelSection) -> None:
         return
     if path.suffix == ".json":
         raise UserError(f"{where}: there is no such file{near_file(path)}")
-    from huggingface_hub import try_to_load_from_cache
-
-    for file in ("config.json", "adapter_config.json"):
-        with suppress(ValueError):  # no name of the hub
-            if isinstance(try_to_load_from_cache(section.path, file, None, section.revision), str):
-                return
-    known_config(section.path, where)
+    if not in_cache(section.path, section.revision):
+        known_config(section.path, where)

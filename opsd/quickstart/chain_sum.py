@@ -18,8 +18,9 @@ Everything here is deterministic by seed; the training data contain no held-out 
 
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from opsd.common.files import read_toml
 from opsd.data.rows import Row
 from opsd.data.solution_styles import SOLUTION_STYLES
 
@@ -27,25 +28,7 @@ HELD_OUT_SEED = 20_000_000
 TEACHER_SEED = 30_000_000  # plus the run's seed: the training problems of distill's teacher
 """One set of held-out problems for every run, so that runs can be compared problem by problem."""
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-_PLUS = ("plus", "and", "increased by", "with another")
-_MINUS = ("minus", "less", "decreased by", "take away")
-_NEGATIVE = ("minus", "negative")
-_MAKES = ("makes", "gives", "is", "comes to", "leaves us with", "equals")
-_JOIN = ("; ", ", then ", ", and ", ". After that, ", ". Next, ")
-_OPEN = ("", "", "First, ", "To begin with, ", "Let us see: ", "From left to right, ")
-_CLOSE = (
-    "So the answer is",
-    "Therefore we get",
-    "Hence the result is",
-    "That leaves",
-    "In the end we have",
-)
+WORDS: dict[str, list[str]] = read_toml(__file__, "chain_sum")
 
 
 @dataclass(frozen=True)
@@ -66,9 +49,8 @@ def make_chain_sum(
     the training problems. Raises ValueError for an unknown style.
     """
     if solution_style not in SOLUTION_STYLES:
-        raise ValueError(
-            f"solution_style is {solution_style!r}: it must be one of {', '.join(SOLUTION_STYLES)}"
-        )
+        known = ", ".join(SOLUTION_STYLES)
+        raise ValueError(f"solution_style is {solution_style!r}: it must be one of {known}")
     held_out_rows = make_rows(HELD_OUT_SEED, held_out)
     rows = make_rows(seed, cold_start + train, avoid={row.problem for row in held_out_rows})
     learnt = rows[cold_start:]
@@ -97,13 +79,8 @@ def make_rows(
 
 
 def _row(expression: str, solution: str) -> Row:
-    columns = {
-        "problem": expression,
-        "solution": solution,
-        "answer": str(evaluate(expression)),
-        "expression": expression,
-    }
-    return Row(expression, solution, columns["answer"], columns)
+    own = Row(expression, solution, str(evaluate(expression)), {})
+    return replace(own, columns=own.texts | {"expression": expression})
 
 
 def steps(expression: str) -> list[tuple[int, str, int, int]]:
@@ -131,17 +108,17 @@ def own_style(expression: str) -> str:
 
 def in_words(expression: str, rng: random.Random) -> str:
     """The solution in words, with wordings drawn from `rng`."""
-    negative = rng.choice(_NEGATIVE)
-    makes = rng.choice(_MAKES)
-    signs = {"+": rng.choice(_PLUS), "-": rng.choice(_MINUS)}
+    negative = rng.choice(WORDS["negative"])
+    makes = rng.choice(WORDS["makes"])
+    signs = {"+": rng.choice(WORDS["plus"]), "-": rng.choice(WORDS["minus"])}
     working = [
         f"{number_in_words(a, negative)} {signs[sign]} {number_in_words(b)} {makes} "
         f"{number_in_words(c, negative)}"
         for a, sign, b, c in steps(expression)
     ]
-    text = rng.choice(_OPEN) + rng.choice(_JOIN).join(working)
+    text = rng.choice(WORDS["open"]) + rng.choice(WORDS["join"]).join(working)
     text = text[0].upper() + text[1:]
-    return f"{text}. {rng.choice(_CLOSE)} \\boxed{{{evaluate(expression)}}}."
+    return f"{text}. {rng.choice(WORDS['close'])} \\boxed{{{evaluate(expression)}}}."
 
 
 def number_in_words(number: int, negative: str = "minus") -> str:
@@ -149,9 +126,9 @@ def number_in_words(number: int, negative: str = "minus") -> str:
     if number < 0:
         return f"{negative} {number_in_words(-number)}"
     if number < 20:
-        return _ONES[number]
+        return WORDS["ones"][number]
     tens, ones = divmod(number, 10)
-    return _TENS[tens] + (f"-{_ONES[ones]}" if ones else "")
+    return WORDS["tens"][tens] + ("-" + WORDS["ones"][ones] if ones else "")
 
 
 def terse(expression: str) -> str:

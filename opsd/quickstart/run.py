@@ -38,7 +38,8 @@ from opsd.training.run import run
 
 ARGUMENTS = "quickstart.json"
 OUTPUT = "--output"
-_EVALUATIONS = TypeAdapter(dict[str, Evaluation])
+Evaluations = dict[str, Evaluation]
+_EVALUATIONS = TypeAdapter(Evaluations)
 
 
 def quickstart(
@@ -59,14 +60,10 @@ def quickstart(
         from opsd.quickstart.smollm2_recipe import smollm2_recipe as make_recipe
     recipe = make_recipe(asked)
     if asked.steps is not None:
-        recipe = replace(
-            recipe,
-            sections=merge(recipe.sections, {"train": {"warmup_steps": 0}}),
-            methods={
-                name: merge(own, {"train": {"steps": asked.steps, "warmup_steps": 0}})
-                for name, own in recipe.methods.items()
-            },
-        )
+        sections = merge(recipe.sections, {"train": {"warmup_steps": 0}})
+        few = {"train": {"steps": asked.steps, "warmup_steps": 0}}
+        own = {name: merge(sections, few) for name, sections in recipe.methods.items()}
+        recipe = replace(recipe, sections=sections, methods=own)
     recipe = replace(recipe, methods=overridden(recipe.methods, asked.overrides))
     check_methods(recipe.sections, {method: recipe.methods[method] for method in methods})
     with locked(directory, OUTPUT, ARGUMENTS, display.note):
@@ -144,12 +141,9 @@ def _make_base(
     held_out = test(base.tokenizer)
     precision = recipe.sections["train"].get("precision", "auto")
     decoder = copy_model(base.model, compute_dtype(precision))
-    before = {
-        "student": held_out.evaluate(decoder, display, "student", "base"),
-        "teacher": held_out.first(recipe.teacher_problems).evaluate(
-            decoder, display, "teacher", "base as teacher"
-        ),
-    }
+    before = {"student": held_out.evaluate(decoder, display, "student", "base")}
+    some = held_out.first(recipe.teacher_problems)
+    before["teacher"] = some.evaluate(decoder, display, "teacher", "base as teacher")
     pretrained = {} if base.pretrained is None else {"pretrained": base.pretrained}
     write_json(measured, {name: asdict(result) for name, result in (pretrained | before).items()})
     return base.pretrained, before
@@ -158,9 +152,8 @@ def _make_base(
 def _tests(recipe: Recipe):
     """A function from a tokenizer to the held-out problems for it, to be answered greedily."""
     rollout, held = recipe.sections["rollout"], recipe.sections["eval"]
-    sampling = Sampling(
-        rollout["max_new_tokens"], temperature=0, batch_size=held.get("batch_size", 64)
-    )
+    size = held.get("batch_size", 64)
+    sampling = Sampling(rollout["max_new_tokens"], temperature=0, batch_size=size)
     section = PromptsSection(**recipe.sections["prompts"])
     return lambda tokenizer: HeldOut(
         recipe.held_out_rows, Prompts(section, tokenizer), recipe.grader, sampling
@@ -168,12 +161,7 @@ def _tests(recipe: Recipe):
 
 
 def _train_method(
-    recipe: Recipe,
-    method: str,
-    directory: Path,
-    seed: int,
-    before: dict[str, Evaluation],
-    display: Display,
+    recipe: Recipe, method: str, directory: Path, seed: int, before: Evaluations, display: Display
 ) -> None:
     place = directory / method
     if not _done(place):
@@ -184,18 +172,8 @@ def _train_method(
         checkpoint = claim_directory(place, config, resume=True)
         model, tokenizer = load_model(config.model)
         torch.manual_seed(seed)
-        run(
-            config,
-            model,
-            tokenizer,
-            rows,
-            recipe.held_out_rows,
-            recipe.grader,
-            display,
-            checkpoint=checkpoint,
-            before=before,
-            verifier=recipe.verifier,
-        )
+        given = config, model, tokenizer, rows, recipe.held_out_rows, recipe.grader, display
+        run(*given, checkpoint=checkpoint, before=before, verifier=recipe.verifier)
     with display.stage("Write the report"):
         write_report(place)
 
@@ -218,10 +196,8 @@ def _summary(
 ) -> dict:
     summary: dict = {"model": recipe.name}
     if pretrained is not None:
-        summary["pretrained"] = {
-            "accuracy": pretrained.accuracy,
-            "problems": len(pretrained.grades),
-        }
+        problems = len(pretrained.grades)
+        summary["pretrained"] = {"accuracy": pretrained.accuracy, "problems": problems}
     summary["base"] = {
         "accuracy": before["student"].accuracy,
         "teacher_accuracy": before["teacher"].accuracy,
@@ -270,7 +246,6 @@ def _show(display: Display, summary: dict, written: dict[str, Path]) -> None:
         rows.append(row(method, result["accuracy"], f"{tokens:,} {kind}"))
     columns = ["model", "held-out accuracy", "95 % interval", "tokens"]
     display.table(f"{summary['model']}, {n} held-out problems", columns, rows)
-    display.note(
-        f"{summary['seconds']:.0f} s, peak memory {summary['peak_memory_bytes'] / 1e9:.1f} GB"
-    )
+    peak = summary["peak_memory_bytes"] / 1e9
+    display.note(f"{summary['seconds']:.0f} s, peak memory {peak:.1f} GB")
     display.paths("Written", written)

@@ -101,21 +101,10 @@ def _learn(config: Config, model, tokenizer, rows: list[Row], grader, display, s
 def _own_style_config(
     model: ModelSection, directory: Path, seed: int, steps: int, roles: dict
 ) -> Config:
-    own = {
-        "method": "sft",
-        "model": model.model_dump(),
-        "data": {"source": "reasoning_gym:chain_sum"},
-        "prompts": {"target": "{{ own_style }}"},
-        "train": {
-            "steps": steps,
-            "problems_per_step": COLD_ROWS,
-            "learning_rate": 1e-4,
-            "warmup_steps": min(3, steps),
-            "seed": seed,
-        },
-        "eval": {"problems": 0},
-        "output": {"dir": str(directory)},
-    }
+    train = {"steps": steps, "warmup_steps": min(3, steps), "learning_rate": 1e-4, "seed": seed}
+    own = {"method": "sft", "model": model.model_dump(), "output": {"dir": str(directory)}}
+    own |= {"train": train | {"problems_per_step": COLD_ROWS}, "eval": {"problems": 0}}
+    own |= {"data": {"source": "reasoning_gym:chain_sum"}, "prompts": {"target": "{{ own_style }}"}}
     return Config.model_validate(merge(SECTIONS, merge(own, roles)))
 
 

@@ -3,18 +3,14 @@
 from collections.abc import Sequence
 from statistics import median
 
+from opsd.common.files import read_toml
 from opsd.common.format import duration, percent, size
 from opsd.runs.read import Run
 from opsd.runs.records import Record
 
 PARTS = ("rollout", "grading", "teacher", "student", "loss", "backward", "optimizer")
 
-COLLAPSED = {
-    "entropy": "the student's entropy has fallen away",
-    "length": "rollouts have become short",
-    "pass_at_k": "pass@k of the rollouts has fallen",
-    "inverted_gradient": "the clip inverts the gradient of too many tokens",
-}
+COLLAPSED: dict[str, str] = read_toml(__file__, "collapsed")
 """Measure of train.collapse → what the report says if it has collapsed."""
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData, metadata_load
 
-from opsd.common.files import write_file
+from opsd.common.files import read_toml, write_file
 from opsd.common.system import versions
 from opsd.config.config import IN_PYTHON, Config
 from opsd.models.weight_files import find_file
@@ -14,13 +14,7 @@ from opsd.runs.directory import CONFIG
 from opsd.runs.log import student_curve
 from opsd.training.load_data import sources
 
-METHODS = {
-    "opsd": "on-policy self-distillation (arXiv 2601.18734)",
-    "grpo": "GRPO",
-    "sft": "supervised fine-tuning on solutions",
-    "distill": "on-policy distillation from another model",
-}
-
+METHODS: dict[str, str] = read_toml(__file__, "methods")
 CARD = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
 
 

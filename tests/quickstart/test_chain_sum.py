@@ -29,14 +29,14 @@ def test_own_style_shows_each_step_and_boxes_the_answer():
 
 def test_words_say_the_same_steps(monkeypatch):
     for name, words in {
-        "_NEGATIVE": ("minus",),
-        "_MAKES": ("makes",),
-        "_MINUS": ("minus",),
-        "_JOIN": ("; ",),
-        "_OPEN": ("",),
-        "_CLOSE": ("So the answer is",),
+        "negative": ("minus",),
+        "makes": ("makes",),
+        "minus": ("minus",),
+        "join": ("; ",),
+        "open": ("",),
+        "close": ("So the answer is",),
     }.items():
-        monkeypatch.setattr(chain_sum, name, words)
+        monkeypatch.setitem(chain_sum.WORDS, name, words)
     words = "Four minus one makes three; three minus seven makes minus four. So the answer is "
     assert in_words("4 - 1 - 7", random.Random(0)) == words + r"\boxed{-4}."
 
