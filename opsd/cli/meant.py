@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from opsd.common.errors import UserError
-from opsd.common.near import nearest
+from opsd.common.near import did_you_mean, nearest
 
 AS_FIELD = "a field of the config is set as in "
 
@@ -63,7 +63,8 @@ def unknown_options(rest: Sequence[str], words: Sequence[str], parsed: argparse.
     has_fields, own = hasattr(parsed, "overrides"), parsed.options
     said = [_instead(word, words, own, has_fields) for word in rest if word.startswith("-")]
     if not rest[0].startswith("-") and (extra := _meant()["words"].get(words[0])):
-        said.append(extra.replace("WORD", shlex.quote(rest[0])))
+        place = shlex.quote(str(getattr(parsed, "model", "")))
+        said.append(extra.replace("WORD", shlex.quote(rest[0])).replace("PLACE", place))
     if words[0] == "train" and not any(".y" in word for word in words):
         said.insert(0, "it needs a CONFIG.yaml; `opsd init` writes one")
     said = [one.removeprefix(AS_FIELD) if any(said[:at]) else one for at, one in enumerate(said)]
@@ -149,6 +150,10 @@ def check_overrides(parsed: argparse.Namespace) -> None:
             hint = f"; did you mean `--{word}`?"
         elif Path(word, "config.yaml").is_file() and "--resume" in own:
             hint = f"; a run goes on by its directory alone: `opsd train {word} --resume`"
+        elif "resume" in parsed and parsed.resume and ("/" in word or "checkpoint" in word):
+            runs = [one for one in Path(word).parents if (one / "config.yaml").is_file()]
+            hint = "; `--resume` goes on from output.dir's last checkpoint, without a path"
+            hint = f"; write `opsd train {runs[0]} --resume`" if runs else hint
         elif split := _split(words[: words.index(word)], words):
             hint = f"; quote what holds blanks: {shlex.quote(split)}"
         elif "--gpu" in own and (unit := re.fullmatch(r"[A-Za-z]*\d+\w*|(gi?b?)", word, re.I)):
@@ -197,6 +202,9 @@ class Parser(argparse.ArgumentParser):
             from opsd.config.explain import number_meant
 
             message += number_meant(wrong[2], wrong[1])
+        if wrong := re.search(r"choice: '(.*)' \(choose from (.*)\)", message):
+            meant = _meant()["choices"].get(wrong[1], wrong[1])
+            message += did_you_mean(meant, re.findall(r"[\w-]+", wrong[2]))
         if "required: " in message:
             message += f", as in `{self.prog} {_meant()['places'].get(self.prog[5:], 'FILE')}`"
         super().error(message)

@@ -62,10 +62,15 @@ def gpu_of(text: str, option: str = "--gpu") -> GPU:
     """Returns a known GPU by name, or an unnamed one by its memory. Raises UserError."""
     if found := find_gpu(text):
         return found
-    if memory := _bytes(text):
+    if (memory := _bytes(text)) and not re.fullmatch(r"\d{4}", text):  # a card that is not here
         return GPU(memory, 0, 0, f"GPU of {size(memory)}")
     near = nearest(re.sub(r"^(rtx|gtx|nvidia)[\s_-]*", "", text.lower()), GPUS, cutoff=0.7)
-    hint = f"; did you mean {near!r}?" if near else ""
+    digits = [sorted(re.sub(r"\D", "", name)) for name in (text, near or "")]
+    if len(digits[0]) > 2 and digits[0] != digits[1]:  # a 2080 is no 4080
+        near = None
+    hint = (
+        f"; did you mean {near!r}?" if near else f"; another is named by its memory: {option} 12G"
+    )
     raise UserError(
         f"{option} is {text!r}: it must be one of {', '.join(GPUS)}, or a size such as 24GB{hint}"
     )

@@ -124,8 +124,10 @@ def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[An
         except (ValueError, RecursionError) as error:
             first = text.lstrip().partition("\n")[0].strip()
             if not (first.startswith("{") and first.endswith("}")):
+                lines = ["", *text[: getattr(error, "pos", 0) + 2].splitlines()]
+                slip = _slip(f"{lines[-1]}…") or _slip("\n".join(lines[-2:]) + "…")
                 raise UserError(
-                    f"{where} is not valid JSON ({error}); expected {OR_A_LIST}"
+                    f"{where} is not valid JSON ({error}){slip}; expected {OR_A_LIST}"
                 ) from error
             file.seek(0)  # one object a line
         else:
@@ -184,11 +186,14 @@ def _line(line: str, number: int, expected: str, section: str, name: str) -> Any
         return _LINES.decode(line)
     except json.JSONDecodeError as error:
         said = f"is not valid JSON ({error.msg} at column {error.colno})"
-        slip = next((one for found, one in SLIPS.items() if re.search(found, line)), "")
-        said += f"{slip}; expected {expected}"
+        said += f"{_slip(line)}; expected {expected}"
     except (ValueError, RecursionError) as error:  # a number too long, or nesting too deep
         said = f"cannot be read ({error})"
     raise UserError(f"{where} {said}")
+
+
+def _slip(text: str) -> str:
+    return next((one for found, one in SLIPS.items() if re.search(found, text)), "")
 
 
 def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]:

@@ -24,6 +24,7 @@ def find_gpu(text: str) -> GPU | None:
     name = re.sub(r"[\s_-]+", "-", text.strip().lower())
     name = re.sub(r"^((nvidia|geforce|tesla|rtx)-?)+|-(sxm|pcie|nvl)\d?", "", name)
     if name not in GPUS:  # a10g is one
+        name = re.sub(r"(?<=\d)(?=ti\b|super\b)", "-", name)
         name = re.sub(r"(?<=\d)gi?b?$", "", name)
     if name not in GPUS:  # the name may end with the memory
         name, _, memory = name.rpartition("-")

@@ -60,6 +60,8 @@ MISTAKES = {
     "train good.yaml --nproc 2": "torchrun --nproc-per-node 2 -m opsd train",
     "train good.yaml --check": "did you mean `--dry-run`?",
     "train good.yaml --resume run": "`opsd train run --resume`",
+    "train good.yaml --resume run/checkpoint-5": "write `opsd train run --resume`",
+    "train good.yaml --resume out/checkpoint-5": "output.dir's last checkpoint",
     # Overrides.
     "train good.yaml train.steps 5": "did you mean train.steps=5?",
     "train good.yaml steps=5": "here it is train.steps",
@@ -156,6 +158,10 @@ MISTAKES = {
     "eval model --benchmark rows.jsonl --max_new_tokens 9": "did you mean `--max-new-tokens`?",
     "eval model --tasks gsm8k": "did you mean `--benchmark`?",
     "plan Qwen/Qwen3-8B --gpu rtx4900": "did you mean '4090'?",
+    "plan Qwen/Qwen3-8B --gpu 'RTX 2080 Ti'": "another is named by its memory: --gpu 12G",
+    "plan Qwen/Qwen3-8B --gpu 2080": "another is named by its memory: --gpu 12G",
+    "serve-teacher model --dtype bfloat16": "did you mean 'bf16'?",
+    "serve-teacher model --dtype float32": "did you mean 'fp32'?",
     "plan Qwen/Qwen3-8B --gpu cuda:0": "or a size such as 24GB",
     "plan Qwen/Qwen3-8B --memory 24gigs": "a size such as 24GB",
     "train good.yaml --dry-run --for h20x2": "did you mean 'h200'?",
@@ -240,7 +246,7 @@ MISTAKES = {
     "eval model --frobnicate 3": "`opsd eval --help` lists options",
     "compare run,tiny": "write `run tiny`",
     "plan Qwen/Qwen3-8B --num_gpus 4": "did you mean `--gpus`?",
-    "chat model 'What is 2+2?'": "`echo 'What is 2+2?' | opsd chat MODEL`",
+    "chat model 'What is 2+2?'": "`echo 'What is 2+2?' | opsd chat model`",
     "export run --gguf q8_0": "did you mean `--type q8_0`?",
     "export --run run --merge": "`opsd export run --merge`",
     "serve model": "did you mean `opsd serve-teacher model`?",
@@ -380,6 +386,8 @@ MISTAKES = {
     "plan Qwen/Qwen3-8B --gpu v1000:4": "--gpu is 'v1000'",
     "train good.yaml rollout.topk=20": "here it is rollout.top_k=20",
     "train good.yaml data.source=comment.jsonl": "column 1): JSON has no comments; expected",
+    "train good.yaml data.source=comma.json": ": a comma stands before a closing bracket",
+    "train good.yaml data.source=python.json": ": it has Python's quotes, and json.dumps(row)",
     "train good.yaml data.source=latex.jsonl": ": a backslash in a text is written twice",
     "serve-teacher model --api_key abc": "OPSD_TEACHER_KEY in the environment is the key",
 }
@@ -390,6 +398,7 @@ CONFIGS = {
     "model: {path: model}\ntrain\n  steps: 5\n": "ends with a colon, as in `train:`",
     "trainer:\n  total_epochs: 3\n  nnodes: 2\nmodel: {path: m}\n": "--nnodes 2",
     "train:\n\tsteps: 5\n": "indented by spaces, not by tabs",
+    'data: {source: "C:\\Users\\me\\rows.jsonl"}\n': "stands in single quotes",
     "train: {steps: 5}\nmodel: {path: model}\n": "data is missing: say data.source=rows.jsonl",
     "lr: 1e-5\nmodel: {path: model}\n": "here it is train.learning_rate",
     "model_name_or_path: model\ndataset_name: rows.jsonl\n": "here it is data.source",
@@ -448,6 +457,8 @@ def place(tmp_path_factory):
     (place / "rows.txt").touch()
     row = {"problem": "1+1", "solution": "It is 2.", "final": "2"}
     (place / "comment.jsonl").write_text("# my rows\n" + json.dumps(row) + "\n")
+    (place / "comma.json").write_text('[\n  {\n    "problem": "1",\n  },\n  {}\n]\n')
+    (place / "python.json").write_text("[\n  {'problem': '1'}\n]\n")
     (place / "latex.jsonl").write_text(r'{"problem": "\dfrac12"}' + "\n")
     (place / "final.jsonl").write_text(json.dumps(row) + "\n")
     row = {"problem": "1+1", "cot": "It is 2.", "answer": "2"}

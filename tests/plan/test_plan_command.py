@@ -363,9 +363,12 @@ def test_changes_that_fit_a_memory(capsys):
         ("RTX 6000 Ada", "6000-ADA", 48e9),
         ("RTX A6000", "A6000", 48e9),
         ("Tesla T4", "T4", 16e9),
+        *[(text, "4070-TI", 12e9) for text in ("RTX 4070 Ti", "4070ti", "rtx4070-ti-12gb")],
+        ("GeForce RTX 3060", "3060", 12e9),
         ("V100-SXM2-16GB", "V100-16", 16e9),
         ("4090-48GB", None, None),
         ("tpu", None, None),
+        ("2080", None, None),
         ("0", None, None),
     ],
 )
