@@ -19,9 +19,7 @@ def run(parsed: argparse.Namespace) -> None:
     model, config = of_run(parsed.model)
     base = config.model.path if config and parsed.base == "" else parsed.base
     if base == "":
-        raise UserError(
-            f"--base needs a name: {parsed.model!r} is a model, not a run, so its base is not known"
-        )
+        raise UserError(f"--base needs a name: {parsed.model!r} is no run: its base is not known")
     models = {"model": model} | ({"base": base} if base else {})
     for path in models.values():
         check_model(path, "MODEL", hub=True)

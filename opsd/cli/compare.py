@@ -16,6 +16,7 @@ from opsd.compare.comparison import Comparison, compare, to_json
 from opsd.compare.study import Study, load_study, overrides, run_jobs, study_jobs, train_jobs
 from opsd.compare.study_page import study_columns, study_notes, study_page, study_rows
 from opsd.config.yaml import MAX_BYTES
+from opsd.runs.read import check_directory
 
 FILES = ("comparison.json", "comparison.html", "comparison.md", "comparison.png")
 
@@ -48,6 +49,8 @@ def run(asked: argparse.Namespace) -> None:
         jobs = train_jobs(files, [0, 1, 2] if seeds is None else seeds, output, asked.tokens)
         run_jobs(jobs, display, gpus=gpus())
         paths = [job.directory for job in jobs]
+    for path in paths:
+        check_directory(path)
     with display.stage("Compare the runs"):
         comparison = compare(paths, asked.target, asked.baseline)
         _write(comparison, output)
@@ -114,6 +117,7 @@ def check_settings(study: Study) -> None:
     from opsd.quickstart import smollm2_recipe, tiny_recipe
     from opsd.quickstart.recipe import check_methods, overridden
 
+    instead = "compare configs of `opsd train` instead"
     recipe = tiny_recipe if study.quickstart == "tiny" else smollm2_recipe
     for cell in study.cells:
         methods = overridden(recipe.METHODS, overrides(study, cell))
@@ -123,16 +127,12 @@ def check_settings(study: Study) -> None:
                 loss, paths = config.loss, [own.path for own in config.teacher.members()]
                 own_code = loss.reward.verifier != "math" or loss != loss.without_code()
                 if own_code or config.model.trust_remote_code:
-                    raise UserError(
-                        "a study may run no code (loss.reward.verifier, model.trust_remote_code): "
-                        "compare configs of `opsd train` instead"
-                    )
+                    said = "run no code (loss.reward.verifier, model.trust_remote_code)"
+                    raise UserError(f"a study may {said}: {instead}")
                 output = config.output.push_to_hub or config.output.report_to
                 if output or config.rollout.server or any(map(is_address, paths)):
-                    raise UserError(
-                        "a study may send nothing to a server (an address, output.push_to_hub, "
-                        "output.report_to): compare configs of `opsd train` instead"
-                    )
+                    said = "(an address, output.push_to_hub, output.report_to)"
+                    raise UserError(f"a study may send nothing to a server {said}: {instead}")
         except UserError as error:
             where = f"variants.{cell.name}" if study.variants else "settings"
             raise UserError(f"{where}: {error}") from None

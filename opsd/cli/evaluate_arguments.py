@@ -112,14 +112,11 @@ def _check_server(parsed: argparse.Namespace) -> None:
     if parsed.engine in SERVERS and parsed.server is None:
         raise UserError(f"--server is missing: --engine {parsed.engine} needs its address")
     if parsed.engine not in SERVERS and parsed.server is not None:
-        raise UserError(
-            f"--server is {parsed.server!r}: it is for --engine {' or '.join(SERVERS)}, not "
-            f"{parsed.engine}"
-        )
+        engines = f"--engine {' or '.join(SERVERS)}, not {parsed.engine}"
+        raise UserError(f"--server is {parsed.server!r}: it is for {engines}")
     if parsed.engine.startswith("vllm") and (parsed.temperature or 0) > HOTTEST:
-        raise UserError(
-            f"--temperature is {parsed.temperature:g}: vLLM draws at temperatures up to {HOTTEST:g}"
-        )
+        most = f"vLLM draws at temperatures up to {HOTTEST:g}"
+        raise UserError(f"--temperature is {parsed.temperature:g}: {most}")
     if parsed.server is not None:
         try:
             check_address(parsed.server)

@@ -75,6 +75,9 @@ def check_model(name: str, field: str, hub: bool = False) -> None:
     elif path.exists():
         within = any((path.parent / file).is_file() for file in MODELS)
         hint = f"; did you mean {str(path.parent)!r}?" if within else ""
+        if path.suffix == ".gguf" and "." in field:
+            section = field.partition(".")[0]
+            hint = f"; write {field}={path.parent} {section}.gguf_file={path.name}"
         raise UserError(f"{field} is {name!r}: a file; it must be a directory, or a hub name{hint}")
     elif (path.parent / CONFIG).is_file():  # in a run's directory
         raise UserError(f"{field} is {name!r}: no such directory{near_model(path.parent)}")

@@ -46,10 +46,8 @@ def _config(parsed: argparse.Namespace) -> Config:
 def check(parsed: argparse.Namespace) -> None:
     """Checks the arguments; turns `memory` into bytes and `gpu` into a GPU. Raises UserError."""
     check_at_least(1, parsed, "gpus", "prompt_tokens", "solution_tokens")
-    if find_gpu(str(parsed.gpus)):
-        raise UserError(
-            f"--gpus is {parsed.gpus}: it counts them; did you mean --gpu {parsed.gpus}?"
-        )
+    if find_gpu(named := str(parsed.gpus)):
+        raise UserError(f"--gpus is {named}: it counts them; did you mean --gpu {named}?")
     if parsed.gpu is not None:
         parsed.gpu, count = machine_of(parsed.gpu, "--gpu")
         parsed.gpus = max(parsed.gpus, count)

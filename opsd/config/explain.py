@@ -56,6 +56,8 @@ def explain(problem: Any, model: type[Section]) -> str:
 
 def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
     known = _known(location[:-1], model)
+    if (dotted := re.sub("[:/]", ".", ".".join(location))) in fields_of(model):
+        return f"unknown key {location[-1]!r}: here it is {typed(dotted, value, model)}"
     key, colon, rest = location[-1].partition(":")
     if colon and (key in known or answer(key, rest, model)):
         return f"unknown key {location[-1]!r}: YAML needs a space after the colon: `{key}: {rest}`"

@@ -33,8 +33,9 @@ CORE = {
 }
 """Type → a pattern of its unquoted words, and their first characters. Other words are text."""
 
-SLIPS: dict[str, str] = read_toml(__file__, "slips")
-"""What PyYAML says → what to do about it."""
+SLIPS: dict[str, Any] = read_toml(__file__, "slips")
+LINES: dict[str, str] = SLIPS.pop("lines")
+"""What PyYAML says → what to do about it; and patterns of lines → what to write instead."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -84,10 +85,9 @@ def read_yaml(path: Path, field: str = "CONFIG") -> Any:
             hint = f"; without the quotes, which make it one name: `opsd train {typed}`"
         raise UserError(f"{field} is {str(path)!r}: no such file{hint}")
     if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".py", ".safetensors"):
-        raise UserError(
-            f"{field} is {str(path)!r}: a {path.suffix} file is not YAML; a config names the data "
-            "as data.source (`opsd init` writes one)"
-        )
+        mend = "a config names the data as data.source (`opsd init` writes one)"
+        mend += f"; if this is one, name it {path.stem}.yaml" if path.suffix == ".json" else ""
+        raise UserError(f"{field} is {str(path)!r}: a {path.suffix} file is not YAML; {mend}")
     if (size := path.stat().st_size) > MAX_BYTES:
         raise UserError(f"{field} is {str(path)!r}: {size:,} bytes; at most {MAX_BYTES:,} are read")
     text = ""
@@ -98,12 +98,9 @@ def read_yaml(path: Path, field: str = "CONFIG") -> Any:
         raise UserError(f"{field} is {str(path)!r}: it cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         hint = next((f"; {hint}" for said, hint in SLIPS.items() if said in str(error)), "")
-        if wrong := re.search(r"^ *(\w+) *= *(\S.*)$", text, re.MULTILINE):
-            hint = f"; write `{wrong[1]}: {wrong[2]}`"
-        if one := re.search(r"^(\w+): *(\w+): *(.*)$", text, re.MULTILINE):
-            hint = f"; write `{one[1]}:`, and below it, indented, `{one[2]}: {one[3]}`"
-        if one := re.search(r"^( *)(\w+): *[|>][-+]?\n\1(?! )\S", text, re.MULTILINE):
-            hint = f"; indent the text below `{one[2]}:` by more than it"
+        for pattern, said in LINES.items():
+            if found := re.search(pattern, text, re.MULTILINE):
+                hint = found.expand(f"; {said}")
         if named := re.search(r"column \d+: (\w+) \^ could not find", " ".join(str(error).split())):
             hint += f", as in `{named[1]}:`"
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}{hint}") from None

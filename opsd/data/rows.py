@@ -248,7 +248,8 @@ class _Reader:
         """Make the row of record `number`, from 1. Raises UserError."""
         where = f"{self.section}.source: row {number} of {self.source!r}"
         if not isinstance(record, Mapping):
-            raise UserError(f"{where} is {kind_of(record)}, not an object with columns")
+            known = "write it as {'problem': …, 'solution': …, 'answer': …}"
+            raise UserError(f"{where} is {kind_of(record)}, not an object with columns; {known}")
         record = dict(record)
         found = {name: _reach(record, column) for name, column in self.theirs.items()}
         images = self._images(found, record, number, where)
@@ -364,15 +365,16 @@ class _Reader:
                 f"{self.section}.source: row {number} of {self.source!r}: {chat!r} is no chat with "
                 "a user's message (a list of objects, each with `role` and the text `content`)"
             )
-        leaves = {path.rpartition(".")[2].casefold(): path for path in reversed(present)}
-        usual = (leaves[one] for one in USUAL[name] if one in leaves)
-        own = name if name in present else None
-        near = nearest(column, present, 0.7) or own or next(usual, None)
-        near = near or nearest(column, [one for one in present if one not in COLUMNS])
-        setting = f"{self.section}.columns.{name}={near}"
+        absent = [one for one in COLUMNS if one in self.required]
+        absent = [one for one in absent if not _reach(record, self.theirs[one])[0]]
+        meant = {one: self._near(one, present) for one in dict.fromkeys([name, *absent])}
+        pairs, near = [f"{ours}={theirs}" for ours, theirs in meant.items() if theirs], meant[name]
+        setting = " ".join(f"{self.section}.columns.{pair}" for pair in pairs)
         if self.section == "benchmark":
-            setting = f"--columns {name}={near}"
+            setting = f"--columns {','.join(pairs)}"
         hint = f" (did you mean {near!r}? {setting})" if near else ""
+        if self.table and name == "problem" and not near:
+            hint = " (a table's first line names its columns, as in problem,solution,answer)"
         if name == "solution" and chat is not None and not near:
             hint = " (nor does its chat end with an answer to learn)"
         if name == "answer" and self.section == "data" and not near:
@@ -382,6 +384,14 @@ class _Reader:
             f"{self.section}.columns.{name}: {named}{self.source!r} has no column "
             f"{column!r}{hint}; it has {', '.join(map(repr, present)) or 'none'}"
         )
+
+    def _near(self, name: str, present: list[str]) -> str | None:
+        """The column that may be ours of this name."""
+        leaves = {path.rpartition(".")[2].casefold(): path for path in reversed(present)}
+        usual = (leaves[one] for one in USUAL[name] if one in leaves)
+        own = name if name in present else None
+        near = nearest(self.theirs[name], present, 0.7) or own or next(usual, None)
+        return near or nearest(self.theirs[name], [one for one in present if one not in COLUMNS])
 
 
 def _answer_as_text(value: Any, table: bool) -> Any:

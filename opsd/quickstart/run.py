@@ -97,21 +97,17 @@ def _claim(directory: Path, arguments: dict[str, Any], resume: bool) -> None:
         if not file.is_file():
             raise UserError(f"{where}: it is not empty; choose another, or remove it")
         if not resume:
-            raise UserError(
-                f"{where}: this quickstart has been started before; go on with --resume, or choose "
-                "another"
-            )
+            mend = "go on with --resume, or choose another"
+            raise UserError(f"{where}: this quickstart has been started before; {mend}")
         try:
             there = read_record(file, Anything).record
         except UserError as error:
             raise UserError(f"{where}: {error}; choose another") from None
         changed = [name for name in arguments if there.get(name) != arguments[name]]
         if changed:
-            name = changed[0]
-            raise UserError(
-                f"{where}: it was begun with {name} {there.get(name)!r}, not {arguments[name]!r}; "
-                "--resume is for the same command, or for other --methods"
-            )
+            was, now = there.get(changed[0]), arguments[changed[0]]
+            said = f"it was begun with {changed[0]} {was!r}, not {now!r}; --resume is for the same"
+            raise UserError(f"{where}: {said} command, or for other --methods")
     write_json(file, arguments)
 
 

@@ -117,9 +117,8 @@ class Results:
         return self.summary.get("peak_memory_bytes")
 
 
-def read_results(run_dir: Path) -> Results:
-    """Read a run's or a quickstart's directory. Raises UserError where it is neither."""
-    run_dir = Path(run_dir)
+def check_directory(run_dir: Path) -> None:
+    """Raises UserError for what is no directory."""
     if not run_dir.is_dir():
         several = str(run_dir).split(",")
         if all(Path(one).is_dir() for one in several):
@@ -127,6 +126,11 @@ def read_results(run_dir: Path) -> Results:
         raise UserError(
             f"{run_dir} is not a directory; give the directory of a run{near_file(run_dir)}"
         )
+
+
+def read_results(run_dir: Path) -> Results:
+    """Read a run's or a quickstart's directory. Raises UserError where it is neither."""
+    check_directory(run_dir := Path(run_dir))
     reader = Reader()
     summary = reader.file(run_dir / "summary.json", Summary)
     settings = reader.file(run_dir / "config.yaml", SavedConfig)

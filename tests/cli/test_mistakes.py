@@ -137,7 +137,7 @@ MISTAKES = {
     # Files, models and columns.
     "train good.yaml data.source=rwos.jsonl": "did you mean 'rows.jsonl'?",
     "train good.yaml eval.source=rwos.jsonl": "did you mean 'rows.jsonl'?",
-    "train good.yaml data.source=gsm.jsonl": "data.columns.problem=question",
+    "train good.yaml data.source=gsm.jsonl": "problem=question data.columns.solution=answer)",
     "train good.yaml data.columns.problem=problm": "did you mean 'problem'?",
     "train good.yaml data.columns.question=problem": "did you mean data.columns.problem=question?",
     "train good.yaml data.columns.solution=rationale": "data.columns.solution=solution",
@@ -386,6 +386,15 @@ MISTAKES = {
     "plan Qwen/Qwen3-8B --gpu v1000:4": "--gpu is 'v1000'",
     "train good.yaml rollout.topk=20": "here it is rollout.top_k=20",
     "train good.yaml data.source=comment.jsonl": "column 1): JSON has no comments; expected",
+    "train good.yaml data.source=headless.csv": "line names its columns, as in problem,solution,",
+    "train good.yaml model.path=q.gguf": "write model.path=. model.gguf_file=q.gguf",
+    "train good.yaml loss.divergence=jsd loss.beta=1.0": "that is loss.divergence=reverse_kl",
+    "train good.yaml train:steps=5": "here it is train.steps=5",
+    "train good.yaml train/steps=5": "here it is train.steps=5",
+    "train good.yaml --dry-run --gpu 4090": "`--dry-run --for NAME` plans for another",
+    "train good.json": "if this is one, name it good.yaml",
+    "plan Qwen/Qwen3-8B --gpu h100 --seq-len 4096": "set rollout.max_new_tokens=4096",
+    "compare run tiny/opds": "give the directory of a run; did you mean 'tiny/opsd'?",
     "train good.yaml data.source=comma.json": ": a comma stands before a closing bracket",
     "train good.yaml data.source=python.json": ": it has Python's quotes, and json.dumps(row)",
     "train good.yaml data.source=latex.jsonl": ": a backslash in a text is written twice",
@@ -457,6 +466,9 @@ def place(tmp_path_factory):
     (place / "rows.txt").touch()
     row = {"problem": "1+1", "solution": "It is 2.", "final": "2"}
     (place / "comment.jsonl").write_text("# my rows\n" + json.dumps(row) + "\n")
+    (place / "headless.csv").write_text("1+1,It is 2.,2\n1+2,It is 3.,3\n")
+    (place / "q.gguf").touch()
+    (place / "good.json").touch()
     (place / "comma.json").write_text('[\n  {\n    "problem": "1",\n  },\n  {}\n]\n')
     (place / "python.json").write_text("[\n  {'problem': '1'}\n]\n")
     (place / "latex.jsonl").write_text(r'{"problem": "\dfrac12"}' + "\n")

@@ -191,7 +191,7 @@ def test_every_form_of_python_gives_the_same_rows(name):
         (lambda: iter(TEXTS_ONLY), "is of type function"),
         (TEXTS_ONLY[0], "an object with 'problem', 'answer': give a list of rows"),
         (["1 + 1?"], "row 1 of .* is of type str, not an object"),
-        ([["1 + 1?", "2"]], "row 1 of .* is a list, not an object"),
+        ([["1 + 1?", "2"]], "a list, not an object with columns; write it as {'problem'"),
         (Path("none.jsonl"), "there is no file or directory 'none.jsonl'"),
         (pd.DataFrame([["?", "1", "2"]], columns=["problem", "answer", "answer"]), "same name"),
         (datasets.Dataset.from_dict({"problem": [], "answer": []}), "has no rows"),
