@@ -78,10 +78,10 @@ def dry_run(config: Config, display: Display, machine: tuple[GPU, int] | None = 
     if machine is not None:
         where, peak = f"{processes} x {machine[0].name}", size(plan.memory.peak)
         if plan.memory.peak > memory:
-            raise UserError(
-                f"--for: on {where} it takes {peak} of {size(memory)} each; `opsd plan` with --gpu "
-                f"{machine[0].name} --gpus {processes} says what to change"
+            mend = (
+                f"`opsd plan` with --gpu {machine[0].name} --gpus {processes} says what to change"
             )
+            raise UserError(f"--for: on {where} it takes {peak} of {size(memory)} each; {mend}")
         display.note(f"It fits on {where}: {peak} of {size(memory)} each.")
 
 

@@ -22,10 +22,9 @@ def run(parsed: argparse.Namespace) -> None:
 
     key = key_in(KEY)
     if key is None and parsed.host not in HERE:
-        raise UserError(
-            f"--host is {parsed.host!r}: whoever reaches it could ask for the model's states and "
-            f"head; set a key in {KEY}, here and where the run is"
-        )
+        danger = "whoever reaches it could ask for the model's states and head"
+        mend = f"set a key in {KEY}, here and where the run is"
+        raise UserError(f"--host is {parsed.host!r}: {danger}; {mend}")
     display = Display()
     import_torch(display)
     import torch

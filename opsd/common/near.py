@@ -63,7 +63,9 @@ def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
 def near_hub(name: str) -> str:
     """`; did you mean 'Qwen/Qwen3-8B'?` for a name like a well-known one, or without an owner."""
     known = {one.rpartition("/")[2]: one for one in read_toml(__file__, "hub")["models"]}
-    near = known.get(nearest(name.rpartition("/")[2], known, cutoff=0.85) or "", name)
+    last = name.rpartition("/")[2]
+    start = (one for one in known if len(last) > 4 and _plain(one).startswith(_plain(last)))
+    near = known.get(nearest(last, known, cutoff=0.85) or next(start, ""), name)
     if near != name:
         return f"; did you mean {near!r}?"
     return "" if "/" in name else "; a hub name has an owner, as in Qwen/Qwen3-1.7B"

@@ -17,6 +17,7 @@ from opsd.common.files import read_toml
 from opsd.common.templates import SOLUTION_NAMES, names, over_rollouts
 from opsd.common.urls import is_address
 from opsd.config import requirements
+from opsd.config.foreign import VALUES
 from opsd.config.names import DIVERGENCE_METHODS, HOTTEST, SERVERS
 
 if TYPE_CHECKING:
@@ -314,7 +315,22 @@ def _images(config: Config) -> Iterator[str]:
         yield "model.gguf_file: it has no processor of images (columns.images)"
 
 
-RULES = [_images, _teacher, _mixture, _routes, _rollouts, _adapters, _teacher_memory, _rewards]
+def _optimizer(config: Config) -> Iterator[str]:
+    if meant := VALUES["train.optimizer"].get(config.train.optimizer):
+        yield f"train.optimizer: did you mean {meant!r}?"
+
+
+RULES = [
+    _optimizer,
+    _images,
+    _teacher,
+    _mixture,
+    _routes,
+    _rollouts,
+    _adapters,
+    _teacher_memory,
+    _rewards,
+]
 RULES += [_policy_gradient, _templates, _majority, _held, _updates]
 
 
@@ -325,6 +341,8 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
         yield "output.keep train.early_stop", "that needs eval.every, and eval.problems"
     if method == "grpo":
         yield "loss.beta", "that is jsd's mixture; the weight of the KL to the reference is loss.kl"
+    if teacher.policy in ("live", "ema") and not requirements.scores_by_teacher(config):
+        yield "teacher.policy", f"{method} runs no teacher here"
     if not config.output.report_to:
         yield "output.run_name output.project output.tags", "that needs output.report_to"
     if not {"wandb", "mlflow", "comet_ml"} & {*config.output.report_to}:

@@ -21,10 +21,11 @@ def given_records(
         if rows is not None:
             return rows, split
         if not all(hasattr(part, "features") for part in given.values()):
-            raise UserError(
-                f"{section}.source is an object with {', '.join(map(repr, given))}: give a list of "
-                "rows, or columns of equal length"
+            had, mend = (
+                ", ".join(map(repr, given)),
+                "give a list of rows, or columns of equal length",
             )
+            raise UserError(f"{section}.source is an object with {had}: {mend}")
         given, split = part_of(given, split or default, section), None
     elif hasattr(given, "iterrows"):  # pandas
         if not given.columns.is_unique:
@@ -37,10 +38,8 @@ def given_records(
     try:
         return map(plain, encoded(given)), split
     except TypeError:
-        raise UserError(
-            f"{section}.source is of type {type(given).__name__}: it may be a list of rows, a "
-            "Dataset, a DataFrame, or the name of a source"
-        ) from None
+        may = "it may be a list of rows, a Dataset, a DataFrame, or the name of a source"
+        raise UserError(f"{section}.source is of type {type(given).__name__}: {may}") from None
 
 
 def plain(value: Any) -> Any:

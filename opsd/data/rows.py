@@ -138,10 +138,8 @@ def load_rows(
     else:
         theirs = {name: name for name in COLUMNS}
         if size is not None:
-            raise UserError(
-                f"{section}.size: only reasoning_gym draws a number of problems; for {source!r} "
-                "use `limit`"
-            )
+            who = "only reasoning_gym draws a number of problems"
+            raise UserError(f"{section}.size: {who}; for {source!r} use `limit`")
         raw, split = stored(source, split, default_split, options, section), None
         place = Path(os.path.expanduser(source))
         base = place if place.is_dir() else place.parent if place.exists() else None
@@ -218,10 +216,8 @@ def split_rows(rows: Sequence[Row], heldout: int, seed: int) -> tuple[list[Row],
     for index, row in enumerate(rows):
         first.setdefault(row.same_problem, index)
     if not 0 <= heldout < len(first):
-        raise UserError(
-            f"eval.problems: {heldout} held-out problems cannot be taken from data with "
-            f"{len(first)} distinct problems (0 to {len(first) - 1} can)"
-        )
+        had = f"data with {len(first)} distinct problems (0 to {len(first) - 1} can)"
+        raise UserError(f"eval.problems: {heldout} held-out problems cannot be taken from {had}")
     chosen = set(random.Random(seed).sample(list(first), heldout))
     kept = [row for row in rows if row.same_problem not in chosen]
     return kept, [rows[index] for problem, index in first.items() if problem in chosen]
@@ -351,10 +347,8 @@ class _Reader:
                 f"{where} has no text in column {column!r} ({name}): it is {problem}"
             )
         if text and not value.isascii() and re.search("[\ud800-\udfff]", value):
-            raise UserError(
-                f"{where}: column {column!r} ({name}) holds half of a surrogate pair, which is no "
-                "character and cannot be tokenised"
-            )
+            half = "half of a surrogate pair, which is no character and cannot be tokenised"
+            raise UserError(f"{where}: column {column!r} ({name}) holds {half}")
         return value if text else ""
 
     def _missing(self, name: str, record: dict, number: int) -> str:

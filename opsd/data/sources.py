@@ -77,10 +77,8 @@ def stored(
         name, _, rows = source.partition("#")  # as ms-swift has it
         hint = near_file(source, ("", *FILE_TYPES))
         hint = f"; write {section}.source={name} {section}.limit={rows}" if rows else hint
-        raise UserError(
-            f"{section}.source: there is no file or directory {source!r}{hint} (it may be a path, "
-            "a hub name `owner/name`, or `reasoning_gym:<task>`)"
-        )
+        may = "(it may be a path, a hub name `owner/name`, or `reasoning_gym:<task>`)"
+        raise UserError(f"{section}.source: there is no file or directory {source!r}{hint} {may}")
     return _hub(source, split or default, options, section)
 
 
@@ -249,10 +247,8 @@ def draw(source: str, size: int, seed: int, options: dict, section: str) -> Iter
         )
         yield from (drawn[index] for index in range(size))
     except Exception as error:  # tasks check their options by assert, or not at all
-        raise UserError(
-            f"{section}.options: reasoning_gym's {task!r} does not work with {options!r}: "
-            f"{in_short(error)}"
-        ) from error
+        tried = f"reasoning_gym's {task!r} does not work with {options!r}"
+        raise UserError(f"{section}.options: {tried}: {in_short(error)}") from error
 
 
 def _task_seed(task: str, seed: int) -> int:

@@ -120,10 +120,8 @@ def described_by(config: Any) -> dict[str, Any]:
             raise UserError(f"peft_config.{name} is {value!r}: model.lora has no such field")
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets != ALL_LINEAR):
-        raise UserError(
-            f"peft_config.target_modules is {targets!r}: name the layers in a list, or say "
-            f"{ALL_LINEAR!r}"
-        )
+        mend = f"name the layers in a list, or say {ALL_LINEAR!r}"
+        raise UserError(f"peft_config.target_modules is {targets!r}: {mend}")
     named = [targets] if isinstance(targets, str) else sorted(targets)
     return {"targets": named} | {field: getattr(config, name) for name, field in ours.items()}
 
@@ -145,10 +143,8 @@ def check_targets(model: PreTrainedModel, lora: LoraSection) -> None:
     }
     for target in lora.targets:
         if target in ends:
-            raise UserError(
-                f"model.lora.targets has {target!r}: the embedding and the output head take no "
-                "adapter here"
-            )
+            said = "the embedding and the output head take no adapter here"
+            raise UserError(f"model.lora.targets has {target!r}: {said}")
         if target not in linear:
             known = ", ".join(sorted(linear - ends))
             raise UserError(f"model.lora.targets has {target!r}: this model has {known}")

@@ -6,7 +6,7 @@ from typing import Any
 from opsd.common.errors import UserError
 from opsd.common.files import read_toml
 from opsd.common.hub_offline import in_cache
-from opsd.common.near import did_you_mean, near_file
+from opsd.common.near import did_you_mean, near_file, near_hub
 from opsd.config.sections import ModelSection
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -26,7 +26,8 @@ def known_config(path: str, where: str) -> dict[str, Any]:
         name = name.removesuffix(suffix)
     if found := next((found for known, found in KNOWN.items() if known.lower() == name), None):
         return found
-    known = f" ({', '.join(KNOWN)}); `hf download {path} config.json` fetches it"
+    hub = near_hub(path).partition("'")[2].rpartition("'")[0] or path
+    known = f" ({', '.join(KNOWN)}); `hf download {hub} config.json` fetches it"
     raise UserError(
         f"{where}: neither a model directory nor a config.json nor in the hub's local cache, and "
         f"not one of those known here{did_you_mean(Path(path).name, KNOWN) or known}"

@@ -163,22 +163,16 @@ def check_claim(directory: Path, config: Config, resume: bool) -> None:
     nothing = {mine, problems, directory / LOCK, directory / "base"}
     there = list(directory.iterdir()) if directory.exists() else []
     if any(path not in nothing and not files.is_unfinished(path) for path in there):
+        name, mend = repr(str(directory)), "choose another directory"
         if not mine.is_file():
+            raise UserError(f"output.dir is {name}: it holds files that are not a run's; {mend}")
+        if said := "; ".join(_changed(mine, config)):
             raise UserError(
-                f"output.dir is {str(directory)!r}: it holds files that are not a run's; "
-                "choose another"
-            )
-        changed = _changed(mine, config)
-        if changed:
-            raise UserError(
-                f"output.dir is {str(directory)!r}: it belongs to a run with another config "
-                f"({'; '.join(changed)}); choose another directory"
+                f"output.dir is {name}: it belongs to a run with another config ({said}); {mend}"
             )
         if not resume:
-            raise UserError(
-                f"output.dir is {str(directory)!r}: this run has been started before; go on "
-                "with --resume, or choose another directory"
-            )
+            mend = "go on with --resume, or choose another directory"
+            raise UserError(f"output.dir is {name}: this run has been started before; {mend}")
 
 
 def is_done(directory: Path, config: Config) -> bool:

@@ -190,10 +190,8 @@ def _source(rows: Any, section: str, limit: int | None, field: str) -> tuple[str
         return IN_PYTHON, rows
     records, _ = given_records(rows, None, "train", section)
     if limit is None:
-        raise UserError(
-            f"a dataset is of type {type(rows).__name__}, perhaps without an end: say in {field} "
-            "how many rows to read"
-        )
+        mend = f"perhaps without an end: say in {field} how many rows to read"
+        raise UserError(f"a dataset is of type {type(rows).__name__}, {mend}")
     return IN_PYTHON, list(islice(records, limit))
 
 
@@ -236,9 +234,7 @@ def _together(config: Config, said: Mapping[str, Any]) -> Config:
         for part in above:
             place = place.setdefault(part, {})
         if (known := place.get(last, IN_PYTHON)) not in (IN_PYTHON, value):
-            raise UserError(
-                f"{field} is {known!r} in the config, and the trainer was given {value!r}: leave "
-                "one of them out"
-            )
+            given = f"the trainer was given {value!r}: leave one of them out"
+            raise UserError(f"{field} is {known!r} in the config, and {given}")
         place[last] = value
     return parse_config(values)

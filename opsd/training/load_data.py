@@ -162,10 +162,8 @@ def look_at_rows(config: Config) -> None:
 
 def _check_enough(count: int, config: Config) -> None:
     if count < config.train.problems_per_step:
-        raise UserError(
-            f"data.source has {count} training rows: train.problems_per_step "
-            f"({config.train.problems_per_step}) may be at most that"
-        )
+        wanted = f"train.problems_per_step ({config.train.problems_per_step})"
+        raise UserError(f"data.source has {count} training rows: {wanted} may be at most that")
 
 
 def _read_held_out(config: Config, limit: int, given: Any = None) -> list[Row]:
