@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -216,35 +217,23 @@ def kill_at(server, run, steps, seconds, stop):
 def test_stops_of_the_run(server, files, tmp_path):
     """Ctrl-C at five moments, each time with a resume: the server keeps on."""
     run, rng = tmp_path / "run", random.Random(1)
-    config, file = config_of(files, run, server), tmp_path / "config.yaml"
+    many = {"train": {"steps": 60}}
+    config, file = config_of(files, run, server, **many), tmp_path / "config.yaml"
     save_config(config, file)
     for stop in range(5):
         steps = len(read_lines(run / "metrics.jsonl")) if stop else 0
         more = ["--resume"] if stop else []
-        process = fork(["train", str(file), *more])
+        process = subprocess.Popen([sys.executable, "-m", "opsd", "train", str(file), *more])
         log, wanted = run / "metrics.jsonl", steps + 2
         while not log.exists() or len(log.read_text().splitlines()) < wanted:
-            assert os.waitpid(process, os.WNOHANG) == (0, 0)
+            assert process.poll() is None
             time.sleep(0.02)
         time.sleep(rng.uniform(0.0, 1.0))
-        os.kill(process, signal.SIGINT)
-        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
     train(config, quiet(), resume=True)
-    check(run)
+    check(run, 60)
     check_served(server, run)
-
-
-def fork(arguments) -> int:
-    """`opsd` with these arguments in a process of its own, where all is imported already."""
-    process = os.fork()
-    if process == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = 1
-        try:
-            code = main(arguments)
-        finally:
-            os._exit(code)
-    return process
 
 
 def test_evaluation(server, files, tmp_path):
