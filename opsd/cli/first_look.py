@@ -82,7 +82,8 @@ def check_model(name: str, field: str, hub: bool = False) -> None:
     elif (path.parent / CONFIG).is_file():  # in a run's directory
         raise UserError(f"{field} is {name!r}: no such directory{near_model(path.parent)}")
     elif not re.fullmatch(HUB_NAME, name) or ("/" in name and [*path.parent.glob(f"*/{CONFIG}")]):
-        hint = near_file(path) or near_hub(name)
+        ours = "; `opsd quickstart` makes it" if path.parts[:2] == ("runs", "quickstart") else ""
+        hint = ours or near_file(path) or near_hub(name)
         raise UserError(f"{field} is {name!r}: there is no such directory{hint}")
     elif hub:
         check_hub(name, field)

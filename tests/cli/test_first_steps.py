@@ -195,3 +195,10 @@ def test_bench_is_the_kernels_benchmark():
         [sys.executable, "-m", "opsd", "bench", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and "--quick" in done.stdout and "--shape" in done.stdout
+
+
+def test_an_example_of_the_quickstarts_model_says_what_makes_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(ROOT / "examples/smollm2.yaml")]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].endswith("no such directory; `opsd quickstart` makes it")
