@@ -84,6 +84,8 @@ def check_model(name: str, field: str, hub: bool = False) -> None:
     elif not re.fullmatch(HUB_NAME, name) or ("/" in name and [*path.parent.glob(f"*/{CONFIG}")]):
         ours = "; `opsd quickstart` makes it" if path.parts[:2] == ("runs", "quickstart") else ""
         hint = ours or near_file(path) or near_hub(name)
+        if field == "teacher.path" and re.fullmatch(r"[\w.-]+:\d+", name):  # a server's
+            hint = f"; did you mean 'http://{name}'?"
         raise UserError(f"{field} is {name!r}: there is no such directory{hint}")
     elif hub:
         check_hub(name, field)

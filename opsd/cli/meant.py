@@ -65,6 +65,8 @@ def unknown_options(rest: Sequence[str], words: Sequence[str], parsed: argparse.
     if not rest[0].startswith("-") and (extra := _meant()["words"].get(words[0])):
         place = shlex.quote(str(getattr(parsed, "model", "")))
         said.append(extra.replace("WORD", shlex.quote(rest[0])).replace("PLACE", place))
+    if words[0] == "eval" and Path(rest[0]).is_dir():  # eval runs/a runs/b
+        said = ["one model at a time; `opsd compare` takes several runs"]
     if words[0] == "train" and not any(".y" in word for word in words):
         said.insert(0, "it needs a CONFIG.yaml; `opsd init` writes one")
     said = [one.removeprefix(AS_FIELD) if any(said[:at]) else one for at, one in enumerate(said)]
@@ -104,6 +106,7 @@ def _instead(option: str, words: Sequence[str], own: Iterable[str], has_fields: 
         if len(more) > 1 and "=[" in (every := answer(name, ",".join(more), Config)):
             said = every
         said = said.replace("here it is ", AS_FIELD)
+        said = said.replace("CONFIG.yaml", value) if value.endswith((".yaml", ".yml")) else said
         if said.startswith("set ") and value != "true":
             said = re.sub(r"=[A-Z]+$", f"={value}", said)
         said = "--gpus" if said.startswith("several GPUs") and "--gpus" in own else said
@@ -196,6 +199,8 @@ class Parser(argparse.ArgumentParser):
             message = f"it needs a CONFIG.yaml{_config_here()}; `opsd init` writes one"
         if "required: COMMAND" in message:
             message = "it needs a command; `opsd --help` lists them"
+        if flag := re.search(r"argument (\S+): ignored explicit argument", message):
+            message = f"{flag[1]} takes no value: write it alone"
         if "argument --gpus: invalid int" in message:
             message += "; `--gpu` names the GPU, and `--gpus` counts them"
         if wrong := re.search(r"invalid (int|float) value: '(.*)'", message):

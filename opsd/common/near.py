@@ -42,6 +42,8 @@ def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
     the directories here, or `'owner/name'` for an address on the hub."""
     if named := HUB_ADDRESS.match(str(path)):
         return f"; did you mean {named[1]!r}?"
+    if "$" in str(path):
+        return "; a config fills in no variables: write the path itself"
     path = Path(path)
     if path.is_file():  # where a directory is wanted
         return f"; did you mean {str(path.parent)!r}?"

@@ -367,6 +367,7 @@ class _Reader:
         if self.section == "benchmark":
             setting = f"--columns {','.join(pairs)}"
         hint = f" (did you mean {near!r}? {setting})" if near else ""
+        nor = "".join(f" nor {one!r}" for one in absent if one != name and not meant[one])
         if self.table and name == "problem" and not near:
             hint = " (a table's first line names its columns, as in problem,solution,answer)"
         if name == "solution" and chat is not None and not near:
@@ -376,7 +377,7 @@ class _Reader:
         named = "" if number == 1 else f"row {number} of "
         return (
             f"{self.section}.columns.{name}: {named}{self.source!r} has no column "
-            f"{column!r}{hint}; it has {', '.join(map(repr, present)) or 'none'}"
+            f"{column!r}{nor}{hint}; it has {', '.join(map(repr, present)) or 'none'}"
         )
 
     def _near(self, name: str, present: list[str]) -> str | None:

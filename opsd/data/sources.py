@@ -144,6 +144,8 @@ def check_no_split(source: str, split: str | None, section: str) -> None:
 def _saved_directory(
     path: Path, split: str | None, default: str, section: str, name: str | None
 ) -> Iterable[Any]:
+    if any(path.glob("*.safetensors")):
+        raise UserError(f"{section}.source is {str(path)!r}: a model; model.path is to name it")
     import datasets
 
     datasets.disable_progress_bars()

@@ -113,10 +113,8 @@ def _score(where: str, result: Any) -> tuple[float, str]:
     score, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
     number = _number(score)
     if number is None or not isfinite(number):
-        raise UserError(
-            f"{where} returned {result!r}: it must return a finite number, or such a number and "
-            "a text"
-        )
+        wanted = "it must return a finite number, or such a number and a text"
+        raise UserError(f"{where} returned {result!r}: {wanted}")
     if not isinstance(feedback, str):
         raise UserError(f"{where} returned {result!r}: its feedback must be a text")
     return number, feedback
@@ -149,10 +147,8 @@ def _by_lists(
     except TypeError:  # no list
         scores = []
     if len(scores) != len(rows) or not all(s is not None and isfinite(s) for s in scores):
-        raise UserError(
-            f"{name} returned {result!r:.200}: it must return a finite number for each of "
-            f"{len(rows)} completions, or None"
-        )
+        all_of_them = f"a finite number for each of {len(rows)} completions, or None"
+        raise UserError(f"{name} returned {result!r:.200}: it must return {all_of_them}")
     return [(score, "") for score in scores]
 
 

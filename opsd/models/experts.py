@@ -42,7 +42,5 @@ def untrained(model: PreTrainedModel, router_aux: float = 0.0) -> list[str]:
 def check_router_loss(model: PreTrainedModel, weight: float) -> None:
     """Raise UserError if `loss.router_aux` has this weight and the model no such loss."""
     if weight and (balance_of(model) is None or not routers(model)):
-        raise UserError(
-            f"loss.router_aux is {weight:g}: transformers computes no load-balancing loss for "
-            f"{type(model).__name__}; leave it at 0"
-        )
+        none = f"transformers computes no load-balancing loss for {type(model).__name__}"
+        raise UserError(f"loss.router_aux is {weight:g}: {none}; leave it at 0")

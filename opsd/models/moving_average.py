@@ -44,10 +44,8 @@ class MovingAverage:
     def load(self, checkpoint: Path) -> None:
         """Read what `save` wrote. Raises UserError if the checkpoint has no average."""
         if not (checkpoint / FILE).is_file():
-            raise UserError(
-                f"teacher.policy is 'ema': {str(checkpoint)!r} holds no average ({FILE}); it was "
-                "written under another policy"
-            )
+            said = f"holds no average ({FILE}); it was written under another policy"
+            raise UserError(f"teacher.policy is 'ema': {str(checkpoint)!r} {said}")
         saved = load_file(checkpoint / FILE)
         for name, average in self.averages.items():
             average.copy_(saved[name])

@@ -83,10 +83,8 @@ def _check_coefficients(config: Config, rows: Sequence[Row]) -> None:
                 )
         total = sum(m.coefficient_at(math.inf, row.columns) for m in config.teacher.mix)
         if total <= 0:
-            raise UserError(
-                f"teacher.mix: the coefficients add up to {total:g} in training row {number}; they "
-                "must add up to more than 0"
-            )
+            said = f"the coefficients add up to {total:g} in training row {number}"
+            raise UserError(f"teacher.mix: {said}; they must add up to more than 0")
 
 
 def _check_routes(config: Config, rows: Sequence[Row], note: Callable[[str], None]) -> None:

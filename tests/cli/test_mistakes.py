@@ -28,7 +28,7 @@ MISTAKES = {
     "benchmark": "did you mean 'bench'?",
     "infer model": "did you mean `opsd chat model`?",
     # The config's place.
-    "train --config good.yaml": "as in `opsd train CONFIG.yaml`",
+    "train --config good.yaml": "as in `opsd train good.yaml`",
     "train good": "did you mean 'good.yaml'?",
     "train good.yml": "did you mean 'good.yaml'?",
     "train goood.yaml": "did you mean 'good.yaml'?",
@@ -389,6 +389,12 @@ MISTAKES = {
     "train good.yaml data.source=headless.csv": "line names its columns, as in problem,solution,",
     "train good.yaml model.path=q.gguf": "write model.path=. model.gguf_file=q.gguf",
     "train good.yaml loss.divergence=jsd loss.beta=1.0": "that is loss.divergence=reverse_kl",
+    "train good.yaml --resume=auto": "--resume takes no value: write it alone",
+    "train good.yaml model.path=$HOME2/model": "a config fills in no variables",
+    "train good.yaml data.source=target.jsonl": "has no column 'problem' nor 'solution' (did you",
+    "train good.yaml data.source=weights": "a model; model.path is to name it",
+    "train good.yaml method=distill teacher.policy=model teacher.path=box:8001": "'http://box:8001'",
+    "eval run tiny/opsd --benchmark gsm8k": "one model at a time; `opsd compare` takes",
     "train good.yaml train.optimizer=adam": "did you mean 'adamw_torch_fused'?",
     "train good.yaml rollout.top_p=95": "a share is written as 0.95",
     "train good.yaml method=sft teacher.policy=ema": "sft runs no teacher here",
@@ -471,6 +477,9 @@ def place(tmp_path_factory):
     (place / "rows.txt").touch()
     row = {"problem": "1+1", "solution": "It is 2.", "final": "2"}
     (place / "comment.jsonl").write_text("# my rows\n" + json.dumps(row) + "\n")
+    (place / "target.jsonl").write_text('{"prompt": "1+1", "target": "2"}\n')
+    (place / "weights").mkdir()
+    (place / "weights" / "model.safetensors").touch()
     (place / "headless.csv").write_text("1+1,It is 2.,2\n1+2,It is 3.,3\n")
     (place / "q.gguf").touch()
     (place / "good.json").touch()
