@@ -112,10 +112,8 @@ def _thinking(asked: Namespace, benchmark: Benchmark, subject: Subject) -> bool 
     if wanted is None or subject.switches_thinking:
         return wanted
     if asked.thinking is not None:
-        raise UserError(
-            f"--thinking is {asked.thinking!r}: the chat template of {asked.model!r} does not look "
-            "at enable_thinking (allowed: template)"
-        )
+        said = f"the chat template of {asked.model!r} does not look at enable_thinking"
+        raise UserError(f"--thinking is {asked.thinking!r}: {said} (allowed: template)")
     return None
 
 

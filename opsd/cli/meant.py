@@ -160,13 +160,17 @@ def check_overrides(parsed: argparse.Namespace) -> None:
         elif split := _split(words[: words.index(word)], words):
             hint = f"; quote what holds blanks: {shlex.quote(split)}"
         elif "--gpu" in own and (unit := re.fullmatch(r"[A-Za-z]*\d+\w*|(gi?b?)", word, re.I)):
-            whole = f"{parsed.gpu}{'' if unit[1] else '-'}{word}".lower()
-            hint = f"; it has no space: --gpu {whole}"
+            name = "gpu" if parsed.gpu else "memory"
+            between = "" if unit[1] or word[0] in "xX" else "-"
+            whole = f"{getattr(parsed, name, '')}{between}{word}".lower()
+            hint = f"; it has no space: --{name} {whole}"
         elif "--methods" in own and word in METHODS:
             hint = f"; a list has commas, as in --methods {parsed.methods or 'opsd'},{word}"
         elif re.match(r"[\w.]+:", word):
             said = re.sub(r":\s*", "=", word + following * word.endswith(":"), count=1)
             hint = f"; did you mean {said}?"
+        elif re.search(r"\.(jsonl?|csv|tsv|parquet)$", word):
+            hint = f"; data.source={word} in a config names it (`opsd init` writes one)"
         elif re.search(r"\.ya?ml$", word):
             hint = "; one config at a time (`opsd compare` takes several)"
         elif following and (field := word if word in fields_of(Config) else here(word, Config)):

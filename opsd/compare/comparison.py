@@ -162,9 +162,9 @@ def read_runs(directory: Path) -> list[SeedRun]:
         path = directory / run.method if results.quickstart else directory
         if len(run.points) < 2:
             trouble = f"; {results.troubles[0]}" if results.troubles else ""
+            mend = f"a curve needs two or more (eval.every){trouble}"
             raise UserError(
-                f"RUN_DIR: {path} has {len(run.points)} evaluations of the student; a curve needs "
-                f"two or more (eval.every){trouble}"
+                f"RUN_DIR: {path} has {len(run.points)} evaluations of the student; {mend}"
             )
         runs.append(_seed_run(path, run, results))
     return runs

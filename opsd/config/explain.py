@@ -113,7 +113,7 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
     if isinstance(value, dict) and name:  # train.optimizer as a section
         flat = ((key, answer(key, inside, model)) for key, inside in _leaves(name, value))
         return "".join(f"; {key}: {said}" for key, said in flat if said)
-    if value is None:
+    if value is None or value == "None":
         return "; give it a value, or leave it out"
     if not isinstance(value, str):
         said = VALUES.get(name, {}).get("number") if isinstance(value, int | float) else None

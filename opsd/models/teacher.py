@@ -152,10 +152,8 @@ def _load_teacher(
 def _check_alike(teacher: TeacherSection, model: PreTrainedModel, made: PreTrainedModel) -> None:
     ours, its = head_arguments(model), head_arguments(made)
     if ours != its:
-        raise UserError(
-            f"teacher.path is {teacher.path!r}: its logits are made with {its}, the "
-            f"student's with {ours}; both must be made alike"
-        )
+        said = f"its logits are made with {its}, the student's with {ours}"
+        raise UserError(f"teacher.path is {teacher.path!r}: {said}; both must be made alike")
 
 
 def _lengthen(embedding: nn.Module, rows: int) -> None:
