@@ -110,7 +110,7 @@ def check(parsed: argparse.Namespace, environment: Mapping[str, str] = os.enviro
 
 def _check_server(parsed: argparse.Namespace) -> None:
     if parsed.engine in SERVERS and parsed.server is None:
-        raise UserError(f"--server is missing: --engine {parsed.engine} needs its address")
+        raise UserError(f"--server is missing, as in --server {SERVERS[parsed.engine]}")
     if parsed.engine not in SERVERS and parsed.server is not None:
         engines = f"--engine {' or '.join(SERVERS)}, not {parsed.engine}"
         raise UserError(f"--server is {parsed.server!r}: it is for {engines}")

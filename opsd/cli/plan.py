@@ -134,10 +134,12 @@ def _check_window(student: PreTrainedConfig, lengths: Lengths) -> int:
     most = window(student)
     longest = lengths.prompt + lengths.solution + lengths.rollout
     if most is not None and longest > most:
+        room = most - lengths.prompt - lengths.rollout
+        mend = f"--solution-tokens {room} fits" if room > 0 else "make one smaller"
         raise UserError(
             f"--prompt-tokens {lengths.prompt}, --solution-tokens {lengths.solution} and "
             f"rollout.max_new_tokens={lengths.rollout} are {longest} together: the model's window "
-            f"is {most}; make one smaller"
+            f"is {most}; {mend}"
         )
     return longest
 

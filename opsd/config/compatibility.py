@@ -159,7 +159,7 @@ def _rollouts(config: Config) -> Iterator[str]:
     rollout, engine = config.rollout, config.rollout.engine
     others = engine not in ("generate", "continuous")
     if engine in SERVERS and rollout.server is None:
-        yield f"rollout.server: rollout.engine {engine!r} needs it"
+        yield f"rollout.server: rollout.engine {engine} needs it: rollout.server={SERVERS[engine]}"
     for name in ("server", "weights_dir"):
         if getattr(rollout, name) is not None and engine not in SERVERS:
             yield f"rollout.{name}: it is for rollout.engine {' or '.join(SERVERS)}, not {engine!r}"

@@ -25,7 +25,8 @@ def explain_all(error: ValidationError, model: type[Section]) -> str:
     problems = [*filter(None, map(_placed, error.errors()))]
     said = [explain(problem, model) for problem in problems[:SHOWN_PROBLEMS]]
     said += [f"and {len(problems) - SHOWN_PROBLEMS} more"] * (len(problems) > SHOWN_PROBLEMS)
-    return "; ".join(dict.fromkeys(said))
+    mends = {one: re.search(r" is missing: say (\S+)=", one) for one in said}
+    return "; ".join(s for s, own in mends.items() if not own or f" is {own[1]}" not in str(said))
 
 
 def _placed(problem: Any) -> Any:

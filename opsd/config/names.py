@@ -15,7 +15,7 @@ Policy = Literal["initial", "live", "ema", "model"]
 Engine = Literal["generate", "continuous", "vllm", "vllm_server", "sglang_server"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 
-SERVERS = ("vllm_server", "sglang_server")
-"""Engines over HTTP."""
+SERVERS = {"vllm_server": "http://localhost:8000", "sglang_server": "http://localhost:30000"}
+"""Engines over HTTP → the usual address."""
 
 HOTTEST = 2.0  # the highest temperature that vLLM accepts

@@ -206,17 +206,19 @@ def varied(rows: Sequence[Row], copies: int, seed: int) -> list[Row]:
     return made
 
 
-def split_rows(rows: Sequence[Row], heldout: int, seed: int) -> tuple[list[Row], list[Row]]:
+def split_rows(
+    rows: Sequence[Row], heldout: int, seed: int, step: int = 1
+) -> tuple[list[Row], list[Row]]:
     """(train, held out): draw `heldout` distinct problems by `seed`; train on all other rows.
 
     No problem is in both lists, even if several rows have it; see `Row.same_problem`.
-    Raises UserError if there would be nothing to train on.
+    Raises UserError if there would be nothing to train on; it says how many leave `step` rows.
     """
     first: dict[tuple[str, ...], int] = {}
     for index, row in enumerate(rows):
         first.setdefault(row.same_problem, index)
     if not 0 <= heldout < len(first):
-        had = f"data with {len(first)} distinct problems (0 to {len(first) - 1} can)"
+        had = f"data with {len(first)} distinct problems (0 to {max(0, len(first) - step)} can)"
         raise UserError(f"eval.problems: {heldout} held-out problems cannot be taken from {had}")
     chosen = set(random.Random(seed).sample(list(first), heldout))
     kept = [row for row in rows if row.same_problem not in chosen]
@@ -360,7 +362,7 @@ class _Reader:
                 "a user's message (a list of objects, each with `role` and the text `content`)"
             )
         absent = [one for one in COLUMNS if one in self.required]
-        absent = [one for one in absent if not _reach(record, self.theirs[one])[0]]
+        absent = [one for one in absent if not chat and not _reach(record, self.theirs[one])[0]]
         meant = {one: self._near(one, present) for one in dict.fromkeys([name, *absent])}
         pairs, near = [f"{ours}={theirs}" for ours, theirs in meant.items() if theirs], meant[name]
         setting = " ".join(f"{self.section}.columns.{pair}" for pair in pairs)

@@ -57,7 +57,7 @@ def load_data(
     if test.problems == 0:
         return rows, []
     if test.source is None:
-        return split_rows(rows, test.problems, seed)
+        return split_rows(rows, test.problems, seed, config.train.problems_per_step)
     held_out = _read_held_out(config, test.problems, given_held_out)
     known = {row.same_problem for row in held_out}
     kept = [row for row in rows if row.same_problem not in known]

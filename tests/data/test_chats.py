@@ -189,6 +189,11 @@ def test_an_answer_that_is_not_to_be_learnt_is_no_solution(sign):
     assert row.solution == ANSWER["content"] and len(row.history) == 2
 
 
+def test_a_chat_without_an_answer_lacks_neither_problem_nor_solution():
+    with pytest.raises(UserError, match=r"has no column 'answer' \(rows without answers"):
+        load_rows([{"messages": [USER, ANSWER]}], require=["problem", "solution", "answer"])
+
+
 def test_a_chat_without_a_user_is_none():
     assert read_chat([SYSTEM]) is None and read_chat([]) is None and read_chat(["a"]) is None
 

@@ -231,6 +231,8 @@ def test_split_rows_shares_no_problem():
     assert split_rows(rows, 0, seed=0) == (rows, [])
     with pytest.raises(UserError, match=r"eval\.problems: 40 .* 40 distinct problems \(0 to 39"):
         split_rows(rows, 40, seed=0)
+    with pytest.raises(UserError, match=r"\(0 to 36 can\)"):
+        split_rows(rows, 50, seed=0, step=4)
 
 
 def test_variations_have_other_numbers_and_no_solution():

@@ -465,6 +465,7 @@ def test_a_config_and_a_local_model_are_planned(tmp_path, capsys):
         ),
         (["Qwen3-8B", "--gpus", "0"], "--gpus is 0"),
         (["Qwen3-8B", "--prompt-tokens", "40000"], "42024 together: the model's window is 40960"),
+        (["Qwen3-8B", "--solution-tokens", "40000"], "40960; --solution-tokens 39736 fits"),
     ],
 )
 def test_what_cannot_be_planned(arguments, said, capsys):
