@@ -21,10 +21,8 @@ def given_records(
         if rows is not None:
             return rows, split
         if not all(hasattr(part, "features") for part in given.values()):
-            had, mend = (
-                ", ".join(map(repr, given)),
-                "give a list of rows, or columns of equal length",
-            )
+            had = ", ".join(map(repr, given))
+            mend = "give a list of rows, or columns of equal length"
             raise UserError(f"{section}.source is an object with {had}: {mend}")
         given, split = part_of(given, split or default, section), None
     elif hasattr(given, "iterrows"):  # pandas
