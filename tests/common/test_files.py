@@ -201,6 +201,7 @@ ALLOWED = {
     ("training/failed_steps.py", "save"): "into the file that write_file has opened",
     ("training/trainer.py", "save_checkpoint"): "our own, of a new directory",
     ("data/images.py", "save"): "into memory",
+    ("common/weight_stream.py", "save"): "into memory",
     ("models/images.py", "save_pretrained"): "into a new directory",
     ("models/lora.py", "save_pretrained"): "into a directory made for this set of weights",
     ("models/moving_average.py", "save_file"): "into a checkpoint's new directory",

@@ -122,10 +122,11 @@ def test_images_with_checkpoints_and_adapters(kind, files):
     model = make_image_model()
     freeze_others(model)
     if kind == "adapted":
+        torch.manual_seed(0)  # of others plain transformers itself is 2e-5 off its fp64
         model = add_adapters(model, ModelSection(path="model", lora=LoraSection(rank=2)), None)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # which begins at 0
-                torch.nn.init.normal_(parameter, std=0.3)
+                torch.nn.init.normal_(parameter, std=0.1)
     else:
         checkpoint_activations(model.train(), True)
     groups = make_groups(files, model)
