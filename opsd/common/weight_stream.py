@@ -8,6 +8,7 @@ where the server runs (`--worker-extension-cls opsd.common.weight_stream.WeightR
 import hmac
 import secrets
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
@@ -48,8 +49,9 @@ def offered(weights: Callable[[], Weights], host: str) -> Iterator[Offer]:
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         daemon_threads, block_on_close = True, False
 
-        def handle_error(self, *_: Any) -> None:
-            pass  # the worker that broke off says so
+        def handle_error(self, *given: Any) -> None:
+            if not isinstance(sys.exc_info()[1], OSError):  # a worker that breaks off says so
+                super().handle_error(*given)
 
     with Listener((host, 0), Reader) as listener:
         Thread(target=listener.serve_forever, args=(0.05,), daemon=True).start()

@@ -14,6 +14,7 @@ from helpers.lines import read_lines
 from helpers.training_cases import quiet, short_config
 from helpers.vllm_server import FakeVLLM
 
+from opsd.cli.main import main
 from opsd.common.errors import UserError
 from opsd.common.weight_stream import WeightReceiver, offered, read_weights, write_weights
 from opsd.models.copies import named_weights
@@ -59,13 +60,14 @@ def test_a_stream_that_ends_early_is_an_error(share):
 
 
 class Worker(WeightReceiver):
-    """With vLLM's method."""
+    """With vLLM's method, which has no model between its first and its last weight."""
 
     def __init__(self):
         self.loaded = None
 
     def reload_weights(self, weights_iterator):
-        self.loaded = dict(weights_iterator)
+        self.loaded = {}
+        self.loaded.update(weights_iterator)
 
 
 def test_several_workers_read_at_once():
@@ -112,6 +114,33 @@ def test_a_reader_that_hangs_up_ends_nothing_else():
     assert worker.loaded["large"].numel() == 1 << 22
 
 
+def test_a_fault_of_ours_is_shown_and_a_hang_up_is_not(capsys):
+    def breaks():
+        yield "first", torch.ones(1)
+        raise RuntimeError("out of memory")
+
+    worker = Worker()
+    with offered(breaks, "127.0.0.1") as offer, pytest.raises(ConnectionError, match="end early"):
+        worker.receive_weights(*offer)
+    assert "RuntimeError: out of memory" in wait_for(capsys)
+    large = {"large": torch.zeros(1 << 24)}
+    with offered(large.items, "127.0.0.1") as offer:
+        with socket.create_connection(offer[:2], 5) as leaves:
+            leaves.sendall(offer.token.encode())
+            assert leaves.recv(8)
+        Worker().receive_weights(*offer)
+    assert "Error" not in capsys.readouterr().err
+
+
+def wait_for(capsys) -> str:
+    """What is written to stderr, within some seconds: another thread writes it."""
+    said, until = "", time.monotonic() + 10
+    while "RuntimeError" not in said and time.monotonic() < until:
+        time.sleep(0.02)
+        said += capsys.readouterr().err
+    return said
+
+
 def test_the_servers_side_needs_nothing_of_ours():
     """vLLM's own environment may lack what opsd needs."""
     code = "import sys, opsd.common.weight_stream as m; m.WeightReceiver; "
@@ -141,7 +170,9 @@ def sampler(fake, student, directory) -> ServerSampler:
 def test_a_server_loads_what_the_model_has(on_cpu, fake, student, contexts, tmp_path):
     fake.on_cpu = on_cpu
     engine = sampler(fake, student, tmp_path)
+    assert engine.sample(contexts[:1], Sampling(4)) and fake._first
     engine.sync_weights(student[0])
+    assert not fake._first  # what the old weights made of the contexts
     expected = dict(named_weights(student[0], torch.float32, head_too=on_cpu))
     assert fake.reloads[0].keys() == expected.keys()
     assert all(torch.equal(w, expected[name]) for name, w in fake.reloads[0].items())
@@ -176,3 +207,23 @@ def test_a_run(fake, files, tmp_path):
     train(short_config(*files, tmp_path / "other", rollout=named), quiet())
     sent = [b["method"] for route, b in fake.requests if route == "/collective_rpc"]
     assert "reload_weights" in sent and "receive_weights" not in sent
+
+
+def test_an_evaluation_sends_a_local_model(fake, files, tmp_path):
+    """The server need not see its directory."""
+    arguments = ["eval", str(files[0]), "--benchmark", str(files[1]), "--problems", "2"]
+    arguments += ["--max-new-tokens", "4", "--prompt", "Q:{{ problem }}", "--output"]
+    by_server = ["--engine", "vllm_server", "--server", fake.address]
+    assert main([*arguments, str(tmp_path / "eval"), *by_server]) == 0
+    sent = [b["method"] for route, b in fake.requests if route == "/collective_rpc"]
+    assert "receive_weights" in sent and "reload_weights" not in sent
+
+
+def test_adapters_alone_go_by_a_directory(fake, files, tmp_path):
+    fake.rank, fake.may_adapt = 8, True
+    rollout = {"engine": "vllm_server", "server": fake.address}
+    lora = {"lora": {"rank": 4, "alpha": 8}}
+    train(short_config(*files, tmp_path / "run", rollout=rollout, model=lora), quiet())
+    assert any(route == "/v1/load_lora_adapter" for route, _ in fake.requests)
+    sent = [b["method"] for route, b in fake.requests if route == "/collective_rpc"]
+    assert "receive_weights" not in sent
