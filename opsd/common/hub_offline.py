@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -59,10 +60,17 @@ def _within(seconds: float, ask: Callable[[], None]) -> None:
     thread.join(seconds)
 
 
-def in_cache(name: str, revision: str | None) -> bool:
-    """Whether the hub's cache has a model's, or an adapter's, config."""
+def in_cache(name: str, revision: str | None, kind: str = "model") -> bool:
+    """Whether the hub's cache has a model's, or an adapter's, config; of a dataset, whether it or
+    the cache of `datasets` may have it."""
     from huggingface_hub import try_to_load_from_cache
 
+    if kind == "dataset":
+        owner, _, last = name.partition("/")
+        home = os.path.join(constants.HF_HOME, "datasets")
+        prepared = Path(os.environ.get("HF_DATASETS_CACHE", home)).glob(f"{owner}___*")
+        kept = os.path.join(constants.HF_HUB_CACHE, f"datasets--{owner}--{last}")
+        return not last or os.path.isdir(kept) or any(prepared)
     with contextlib.suppress(ValueError):  # no name of the hub
         for file in ("config.json", "adapter_config.json"):
             if isinstance(try_to_load_from_cache(name, file, None, revision), str):
@@ -70,10 +78,10 @@ def in_cache(name: str, revision: str | None) -> bool:
     return False
 
 
-def why_absent(name: str, revision: str | None) -> str:
-    """Why no model of this name of the hub can be loaded, or "" if it may be: only what is certain,
-    and takes the hub no more than a second to say."""
-    if in_cache(name, revision):
+def why_absent(name: str, revision: str | None, kind: str = "model") -> str:
+    """Why no model, or dataset, of this name of the hub can be loaded, or "" if it may be: only
+    what is certain, and takes the hub no more than a second to say."""
+    if in_cache(name, revision, kind):
         return ""
     before_asking_hub(name)
     if constants.HF_HUB_OFFLINE:
@@ -86,7 +94,8 @@ def why_absent(name: str, revision: str | None) -> str:
 
     def ask() -> None:
         try:
-            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
+            file = {"model": "config.json", "dataset": "README.md"}[kind]
+            get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind, revision=revision))
         except Exception as error:
             found.append(type(error).__name__)
 

@@ -369,7 +369,7 @@ class TrainSection(Section):
     the same with FlashAttention 3, the flash-attn package, or FlexAttention."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Weights and optimizer are fp32; bf16: forward, backward and rollouts in bf16; auto: bf16
-    where the processor multiplies it (GPUs, AVX-512-BF16, AMX), else fp32, kept with the run."""
+    where it is faster (GPUs, AMX, AMD's AVX-512), else fp32, kept with the run."""
     optimizer: str = "adamw_torch_fused"
     """An optimizer of transformers' Trainer, such as adafactor or adamw_bnb_8bit."""
     gradient_checkpointing: Literal[False, True, "reentrant"] = False

@@ -7,9 +7,8 @@ each method trains it on new problems, whose solutions are in another style, by 
 import shutil
 from pathlib import Path
 
-import torch
-
 from opsd.common.display import Display
+from opsd.common.precision import compute_dtype
 from opsd.config.config import Config
 from opsd.config.load import save_config
 from opsd.config.sections import ModelSection
@@ -52,7 +51,7 @@ def smollm2_recipe(asked: Asked) -> Recipe:
         section = ModelSection(**own | SECTIONS["model"])
         with display.stage("Load the pretrained model"):
             model, tokenizer = load_model(section)
-        decoder = copy_model(model, torch.bfloat16)
+        decoder = copy_model(model, compute_dtype("auto"))
         first = held_out(tokenizer).first(FEW_PROBLEMS)
         pretrained = first.evaluate(decoder, display, "student", "pretrained model")
         del decoder

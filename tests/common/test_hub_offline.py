@@ -66,12 +66,12 @@ CODES |= {"gated": (403, "GatedRepo"), "adapter": (404, "EntryNotFound"), "broke
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers for a model's config.json as the hub does, and seldom at once for "slow"."""
+    """Answers for a file of a repository as the hub does, and seldom at once for "slow"."""
 
     released = threading.Event()
 
     def do_HEAD(self):
-        _, _, name, _, revision, _ = self.path.split("/")
+        name, _, revision, _ = self.path.split("/")[-4:]  # a dataset has datasets/ before its owner
         if name == "slow":
             self.released.wait(30)
         code, said = CODES.get(name, (200, ""))
@@ -103,6 +103,9 @@ def test_only_what_the_hub_certainly_lacks_is_refused(hub, tmp_path):
         assert "no revision 'absent'" in offline.why_absent("owner/there", "absent")
         for name in ("there", "renamed", "gated", "adapter", "broken"):
             assert offline.why_absent(f"owner/{name}", None) == ""
+            assert offline.why_absent(f"owner/{name}", None, "dataset") == ""
+        said = offline.why_absent("owner/absent", None, "dataset")
+        assert "the hub has no such one" in said
         begun = time.monotonic()
         assert offline.why_absent("owner/slow", None) == ""
         assert time.monotonic() - begun < 3
@@ -158,3 +161,16 @@ def test_who_answers_or_a_proxy_is_reachable(hub):
     hub.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     hub.setattr(offline, "getproxies", lambda: {"https": "http://proxy"})
     assert offline.reachable()
+
+
+def test_a_dataset_in_a_cache_asks_nobody(hub, tmp_path):
+    """In the hub's own, or prepared by `datasets`."""
+    hub.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub.setenv("HF_DATASETS_CACHE", str(tmp_path / "prepared"))
+    hub.setattr(offline, "reachable", lambda: pytest.fail("it asks"))
+    (tmp_path / "hub" / "datasets--one--sums").mkdir(parents=True)
+    (tmp_path / "prepared" / "two___sums").mkdir(parents=True)
+    for name in ("one/sums", "two/sums"):
+        assert offline.why_absent(name, None, "dataset") == ""
+    hub.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert offline.why_absent("three/sums", None, "dataset") == offline.NO_ANSWER

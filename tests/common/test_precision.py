@@ -1,5 +1,7 @@
 """What `train.precision: auto` stands for, and that a run keeps it."""
 
+import time
+
 import pytest
 import torch
 from helpers.training_cases import short_config
@@ -10,8 +12,12 @@ from opsd.runs.directory import settle
 from opsd_kernels.gemm import _multiplies_bf16
 
 
-@pytest.mark.parametrize("multiplies, dtype", [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_is_bf16_where_the_processor_multiplies_it(multiplies, dtype, monkeypatch):
+@pytest.mark.parametrize("multiplies", [True, False])
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_is_bf16_where_the_processor_multiplies_it_faster(multiplies, faster, monkeypatch):
+    """Intel's AVX-512 without AMX multiplies bf16, at half the speed of fp32."""
+    dtype = torch.bfloat16 if multiplies and faster else torch.float32
+    monkeypatch.setattr(precision, "_bf16_is_faster", lambda: faster)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
@@ -21,6 +27,19 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(multiplies, dtype, monke
     assert precision.compute_dtype("bf16") == torch.bfloat16
     assert precision.compute_dtype("fp32") == torch.float32
     assert _multiplies_bf16.__wrapped__() == multiplies  # as the kernels see it
+
+
+def test_what_is_faster_is_measured(monkeypatch):
+    """A processor whose bf16 products take 20 ms longer, and one whose fp32 products do."""
+    product = torch.Tensor.__matmul__
+    for slow in (torch.bfloat16, torch.float32):
+
+        def slowed(a, b, slow=slow):
+            time.sleep(0.02 * (a.dtype == slow))
+            return product(a, b)
+
+        monkeypatch.setattr(torch.Tensor, "__matmul__", slowed)
+        assert precision._bf16_is_faster.__wrapped__() == (slow == torch.float32)
 
 
 def test_auto_is_fp32_on_a_gpu_that_only_emulates_bf16(monkeypatch):
