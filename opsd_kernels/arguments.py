@@ -13,6 +13,7 @@ from opsd_kernels.divergence import Divergence
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 LEAST_SHARE = 1e-4  # the least share of a role in jsd's mixture, except in fp64
+HOLD_IT = ("weight", "last_hidden_state")  # a layer's tensor, and a model's output's
 IGNORED = -100  # the target of a token that does not count, as in Hugging Face's labels
 
 
@@ -26,7 +27,9 @@ def check_tensors(needed: dict[str, Any], **optional: Any) -> None:
     for name, x in (needed | {k: x for k, x in optional.items() if x is not None}).items():
         if not isinstance(x, Tensor):
             may = "" if name in needed else ", or None"
-            raise ValueError(f"{name}: got {type(x).__name__}, must be a tensor{may}")
+            held = next((one for one in HOLD_IT if isinstance(getattr(x, one, None), Tensor)), "")
+            hint = f"; give its .{held}" if held else ""
+            raise ValueError(f"{name}: got {type(x).__name__}, must be a tensor{may}{hint}")
         if x.layout != torch.strided:
             raise ValueError(f"{name}: got a tensor of layout {x.layout}, must be dense (strided)")
         _refuse_forward_mode(name, x)
@@ -78,9 +81,11 @@ def check_head(
     if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded):
         raise ValueError(f"{name}: got {describe(weight)}, must be [V, D] with V > 0")
     if weight.shape[1] != hidden.shape[-1]:
+        turned = weight.shape[0] == hidden.shape[-1]
+        hint = f"; give hidden states, not logits, or {name}.T if it is [D, V]" if turned else ""
         raise ValueError(
             f"{name}: got {describe(weight)}, must be [V, {hidden.shape[-1]}] to fit "
-            f"{hidden_name} {list(hidden.shape)}"
+            f"{hidden_name} {list(hidden.shape)}{hint}"
         )
     check_alike(name, weight, hidden_name, hidden)
     if bias is not None:
