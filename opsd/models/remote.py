@@ -56,12 +56,14 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(known.encode()).hexdigest()
 
 
-class RemoteTeacher(nn.Module):
+class RemoteTeacher(nn.Module, http.Server):
     """The teacher at `address`, with the attributes of a model that scoring needs.
 
-    patience: seconds of failures before ServerGoneError is raised. Raises ServerAnswerError if the
-    server is not `opsd serve-teacher` or has another vocabulary than `tokenizer`.
+    Raises ServerAnswerError if the server is not `opsd serve-teacher`, or has another vocabulary
+    than `tokenizer`.
     """
+
+    field, key, hint = "teacher.path", KEY, "it is to be `opsd serve-teacher MODEL`"
 
     def __init__(
         self,
@@ -129,25 +131,7 @@ class RemoteTeacher(nn.Module):
         return made
 
     def _ask(self, route: str, body: Any, longest: int) -> bytes:
-        def attempt() -> bytes:
-            try:
-                found = http.exchange(self.address, route, body, self.patience, longest, KEY)
-                http.check_redirect(route, found)
-            except http.TooLongError:
-                raise self._error(f"answers {route} with more than {longest:,} bytes") from None
-            except ValueError as error:
-                raise self._error(str(error)) from None
-            if found.status == 200:
-                return found.content
-            told = f"{route} answers {found.status}: {http.said(found.content)}".rstrip(": ")
-            if found.status in http.PASSING:
-                raise http.NoAnswerError(told)
-            raise self._error(told)
-
-        return http.persist(attempt, self.patience, f"teacher.path is {self.address!r}")
-
-    def _error(self, what: str) -> http.ServerAnswerError:
-        return http.ServerAnswerError(f"teacher.path is {self.address!r}: the server {what}")
+        return self.persist(lambda: self.fetch(route, body, self.patience, longest))
 
 
 def _ids(ids: Any) -> list[int]:

@@ -24,7 +24,6 @@ from opsd.common.weight_stream import Weights
 from opsd.rollout.base import Rollout, Sampling
 
 Said = TypeVar("Said", bound=BaseModel)
-Result = TypeVar("Result")
 
 QUICK = 60.0  # seconds for an answer about the server
 LONGEST = 16_000_000  # bytes of an answer about the server; its settings have some 100 kB
@@ -59,7 +58,7 @@ class Request(NamedTuple):
         return LONGEST + LONGEST_TOKEN * (self.sampling.max_new_tokens + len(self.context))
 
 
-class RolloutServer(ABC):
+class RolloutServer(ABC, http.Server):
     """The server at `address`. Requests are repeated after failures that may pass.
 
     Raises ServerAnswerError for answers that would be the same the next time.
@@ -67,10 +66,8 @@ class RolloutServer(ABC):
 
     engine: ClassVar[str]  # its name in rollout.engine
     name: ClassVar[str]
-    key: ClassVar[str]  # the environment variable with the server's key
     window_flag: ClassVar[str]  # the server's option for the longest sequence
     cut_flag: ClassVar[str] = ""  # its other options that let no rollout be cut
-    hint: ClassVar[str]  # advice if a route is missing
 
     model: str  # the name that it serves
     root: str  # the path with which it was started
@@ -206,42 +203,23 @@ class RolloutServer(ABC):
             empty: the meaning of an answer without content, which some releases send.
             stop: when set, failures are final.
         """
-        within = timeout or self.timeout
 
         def attempt() -> Said:
             try:
-                found = http.exchange(self.address, route, body, within, longest, self.key)
-            except http.TooLongError:
-                raise self._error(f"answers {route} with more than {longest:,} bytes") from None
-            if found.status == 404 and missing is not None:
+                found = self.fetch(route, body, timeout or self.timeout, longest, passing)
+            except http.NoRouteError:
+                if missing is None:
+                    raise
                 return missing
-            self._check_status(route, found, passing)
-            answer = empty if empty and not found.content else self._read(route, kind, found)
+            answer = empty if empty and not found else self._read(route, kind, found)
             check(answer)
             return answer
 
         return self.persist(attempt, stop)
 
-    def persist(self, attempt: Callable[[], Result], stop: Event | None = None) -> Result:
-        """See `http.persist`."""
-        return http.persist(attempt, self.patience, f"{self.field} is {self.address!r}", stop)
-
-    def _check_status(self, route: str, found: http.Answer, passing: frozenset[int]) -> None:
-        if found.status == 200:
-            return
+    def _read(self, route: str, kind: type[Said], found: bytes) -> Said:
         try:
-            http.check_redirect(route, found)
-        except ValueError as error:
-            raise self._error(str(error)) from None
-        told = f"{route} answers {found.status}: {http.said(found.content)}".rstrip(": ")
-        if found.status in passing:
-            raise http.NoAnswerError(told)
-        hint = f" ({self.hint})" if found.status == 404 and not route.startswith("/v1/") else ""
-        raise self._error(told + hint)
-
-    def _read(self, route: str, kind: type[Said], found: http.Answer) -> Said:
-        try:
-            return kind.model_validate_json(found.content)
+            return kind.model_validate_json(found)
         except ValidationError as error:
             told = f"gives {route} an answer that {self.name} never gives: "
             raise self._error(told + problem_said(error.errors()[0])) from None
@@ -251,6 +229,3 @@ class RolloutServer(ABC):
             f"{self.field} is {self.address!r}: the server was started anew in the middle of a "
             "step, or given other weights"
         )
-
-    def _error(self, what: str) -> http.ServerAnswerError:
-        return http.ServerAnswerError(f"{self.field} is {self.address!r}: the server {what}")

@@ -8,14 +8,14 @@ by a server with our `WeightReceiver`.
 
 import re
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from opsd.common.http import PASSING, NoAnswerError, ServerAnswerError, own_address
+from opsd.common.http import PASSING, NoAnswerError, ServerAnswerError
 from opsd.common.weight_stream import WeightReceiver, Weights, offered
 from opsd.rollout.base import NEUTRAL, Rollout
 from opsd.rollout.server import QUICK, Request, RolloutServer, Unread
@@ -146,7 +146,7 @@ class VLLMServer(RolloutServer):
 
     def send(self, weights: Callable[[], Weights]) -> None:
         """See `RolloutServer.send`."""
-        host = self.persist(partial(own_address, self.address))
+        host = self.persist(self.own_address)
         with offered(weights, host) as offer:
             self._load(
                 {"method": "receive_weights", "kwargs": offer._asdict()},

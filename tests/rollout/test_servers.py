@@ -150,7 +150,8 @@ def test_a_request_that_is_never_answered_is_sent_again(fake, student, contexts,
     assert time.monotonic() - begun < 40 and len(fake.completions()) >= 2
 
 
-def test_a_server_that_stays_away_is_given_up(fake, student, contexts, tmp_path):
+def test_a_server_that_stays_away_is_given_up(fake, student, contexts, tmp_path, capfd):
+    """Of the wait, which may be 15 minutes, a line tells at once, with what to do."""
     engine = sampler(fake, student, tmp_path)
     fake.stop()
     state = torch.get_rng_state()
@@ -159,6 +160,8 @@ def test_a_server_that_stays_away_is_given_up(fake, student, contexts, tmp_path)
         engine.sample(contexts * 100, Sampling(4, batch_size=4))
     assert time.monotonic() - begun < 20  # not once for each of the 600, which takes a minute
     assert torch.equal(torch.get_rng_state(), state)
+    (line,) = (one for one in capfd.readouterr().err.splitlines() if fake.address in one)
+    assert "asked again for 0.4 s: start it, or correct the address" in line
 
 
 @pytest.mark.parametrize(
