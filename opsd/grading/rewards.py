@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from opsd.config.config import Config
     from opsd.rollout import Rollout
 
+VERIFIER = "loss.reward.verifier"
+
 
 @dataclass(frozen=True)
 class GradedRollout:
@@ -130,25 +132,36 @@ def check_code(section: LossSection, verifier: bool, run: bool = True) -> None:
         if gate not in ours:
             check_function(gate.gate, "loss.gates", run)
     if verifier and section.reward.verifier != "math":
-        check_function(section.reward.verifier, "loss.reward.verifier", run)
-        if run:
-            own_verifier(section.reward.verifier)
+        if function := check_function(section.reward.verifier, VERIFIER, run):
+            of_either_kind(f"{VERIFIER} {section.reward.verifier!r}", function)
 
 
-def check_function(name: str, field: str, run: bool = True) -> None:
-    """Check one `FILE.py:FUNCTION` that a config field names; see check_code."""
+def check_function(name: str, field: str, run: bool = True) -> Callable[..., Any] | None:
+    """Check one `FILE.py:FUNCTION` that a config field names; see check_code. Returns it, or if it
+    may not run, one of its parameters; None if they are not known."""
     if run:
-        own_function(name, field)
-        return
+        return own_function(name, field)
     where, path, function = _place(name, field)
     try:
-        nodes = ast.walk(ast.parse(path.read_bytes()))
+        nodes = ast.walk(tree := ast.parse(path.read_bytes()))
         made = {getattr(node, name, None) for node in nodes for name in ("asname", "name", "id")}
     except Exception as error:  # not Python, or nested too deeply
         raise UserError(f"{where}: {path} is not Python ({in_short(error)})") from None
     if not {function, "*"} & made:
         hint = _near_function(path, function)
         raise UserError(f"{where}: {path} has no function {function!r}{hint}")
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    defined = (node for node in tree.body if isinstance(node, kinds))
+    own = (node.args for node in defined if node.name == function and not node.decorator_list)
+    return next(map(_like, own), None)
+
+
+def _like(parameters: ast.arguments) -> Callable[..., Any]:
+    """A function of these parameters, their defaults None, that does nothing."""
+    parameters.defaults = [ast.Constant(None) for _ in parameters.defaults]
+    parameters.kw_defaults = [one and ast.Constant(None) for one in parameters.kw_defaults]
+    made = ast.Expression(ast.Lambda(parameters, ast.Constant(None)))
+    return eval(compile(ast.fix_missing_locations(made), "verifier", "eval"))
 
 
 def _near_function(path: Path, name: str) -> str:
@@ -176,8 +189,7 @@ def make_verifier(section: RewardSection, grader: Grader) -> Verifier:
 def own_verifier(name: str) -> Verifier:
     """Load the user's `FILE.py:FUNCTION`, of either kind (`reward_functions.py`). Raises UserError
     if it cannot be loaded, and later if it raises or returns something invalid."""
-    field = "loss.reward.verifier"
-    return of_either_kind(f"{field} {name!r}", own_function(name, field))
+    return of_either_kind(f"{VERIFIER} {name!r}", own_function(name, VERIFIER))
 
 
 def _place(name: str, field: str) -> tuple[str, Path, str]:

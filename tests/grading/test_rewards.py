@@ -1,5 +1,7 @@
 """Rewards: verifiers, the user's own among them; formats, overlong rollouts, errors."""
 
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,24 @@ def test_a_verifier_that_cannot_be_loaded_is_refused_before_the_weights(
     assert main(["train", str(tmp_path / "c.yaml")]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert "loss.reward.verifier" in message and wanted.format(dir=tmp_path) in message
+
+
+@pytest.mark.parametrize(
+    ("head", "wanted"),
+    [
+        ("def grade(text: Text):", "has the parameters (text): it is called with a completion and"),
+        ("async def grade(solution_str, ground_truth):", "as verl's functions have"),
+        ("def grade(completions, trainer_state, **columns):", "needs 'trainer_state'"),
+        ("def grade(completion, row: Row, *, scale=none.scale):", None),
+        ("def grade(prompts, completions, log_metric=none, **columns):", None),
+        ("@none.wrapped\ndef grade(text):", None),  # what it takes is not known
+    ],
+)
+def test_a_dry_run_knows_a_verifiers_parameters_without_running_its_file(head, wanted, tmp_path):
+    name = write(tmp_path / "mine.py", f"{head} ...\nraise SystemExit(7)\n")
+    section = LossSection(reward={"verifier": name})
+    with nullcontext() if wanted is None else pytest.raises(UserError, match=re.escape(wanted)):
+        check_code(section, verifier=True, run=False)
 
 
 def test_a_run_learns_from_the_users_verifier_and_logs_it(files, tmp_path):
