@@ -64,7 +64,7 @@ def evaluate_command(asked: Namespace, benchmark: Benchmark, display: Display) -
             check(number, row)
         check_references(benchmark.rows, "--columns answer", display.note)
         contexts = prompts.all_ids(benchmark.rows, "student")
-        sampling, samples = _sampling(asked, benchmark, subject, contexts)
+        sampling, samples = _sampling(asked, benchmark, subject, contexts), asked.samples
         identity = {
             "model": subject.digest,
             "benchmark": benchmark.digest(),
@@ -131,18 +131,9 @@ def _prompts(asked: Namespace, subject: Subject, thinking: bool | None, date: st
 
 def _sampling(
     asked: Namespace, benchmark: Benchmark, subject: Subject, contexts: Sequence[Sequence[int]]
-) -> tuple[Sampling, int]:
-    """Returns how to sample and how many samples: as asked, else by the benchmark's convention."""
-    convention = benchmark.convention
-
-    def choose(given, usual):
-        return usual if given is None else given
-
-    samples = choose(asked.samples, convention.samples)
-    temperature = choose(asked.temperature, convention.temperature)
-    if temperature == 0 and samples > 1:
-        raise UserError(f"--samples is {samples}: greedy answers are all alike; set --temperature")
-    longest = choose(asked.max_new_tokens, convention.max_new_tokens)
+) -> Sampling:
+    """Returns how to sample: as asked, else by the benchmark's convention."""
+    longest = asked.max_new_tokens or benchmark.convention.max_new_tokens
     if (limit := window(subject.config)) is not None:
         room = limit - max(map(len, contexts))
         if room < 1:
@@ -152,9 +143,8 @@ def _sampling(
             raise UserError(f"--max-new-tokens is {longest}: the model's window leaves {room}")
         longest = min(longest, room)
     # Settings without effect must not give the evaluation another key.
-    top_p = choose(asked.top_p, convention.top_p) if temperature else 1.0
-    top_k = asked.top_k if temperature else 0
-    return Sampling(longest, float(temperature), float(top_p), top_k, asked.batch_size), samples
+    top_p, top_k = (asked.top_p, asked.top_k) if asked.temperature else (1.0, 0)
+    return Sampling(longest, asked.temperature, top_p, top_k, asked.batch_size)
 
 
 def _sample(
@@ -178,11 +168,8 @@ def _sample(
         if bad:
             display.note(f"{len(bad)} damaged lines are left out, their answers missing: {bad[0]}")
         mine = [u for u in units if asked.shard.has(u[0]) and u not in elsewhere]
-        todo = [
-            batch
-            for batch in batches(mine, contexts, asked.batch_size)
-            if any(unit not in here for unit in batch)
-        ]
+        made = batches(mine, contexts, asked.batch_size)
+        todo = [batch for batch in made if not here.issuperset(batch)]
         if not todo:
             return
         with display.stage(f"Load {asked.model}"):
@@ -193,10 +180,8 @@ def _sample(
             for batch in todo:
                 torch.manual_seed(batch_seed(asked.seed, batch))
                 stage.phase("sampling")
-                asked_of = [contexts[problem] for problem, _ in batch]
-                rollouts = sampler.sample(
-                    asked_of, sampling, lambda _, tokens: stage.tokens(tokens)
-                )
+                given = [contexts[problem] for problem, _ in batch]
+                rollouts = sampler.sample(given, sampling, lambda _, tokens: stage.tokens(tokens))
                 texts = as_text(subject.tokenizer, rollouts)
                 log.append(
                     Completion(*unit, text, len(rollout.ids), rollout.finished)

@@ -39,6 +39,12 @@ def run(parsed: argparse.Namespace) -> None:
     check_model(parsed.model, "MODEL")
     display = Display(quiet=parsed.ranked and parsed.shard.index > 1)
     benchmark = _benchmark(parsed, run)
+    for name in ("samples", "temperature", "top_p"):
+        if getattr(parsed, name) is None:
+            setattr(parsed, name, getattr(benchmark.convention, name))
+    if parsed.temperature == 0 and parsed.samples > 1:
+        said = "greedy answers are all alike; give --samples 1, or a --temperature above 0"
+        raise UserError(f"--samples is {parsed.samples}: {said}")
     check_hub(parsed.model, "MODEL")
     parsed.worksheets = benchmark.name == "held-out" and _of_tiny_quickstart(place)
     import_torch(display)

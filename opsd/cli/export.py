@@ -21,7 +21,7 @@ WORDS = {"converter": CONVERTER, "types": ", ".join(OUTTYPES)}
 
 def run(parsed: argparse.Namespace) -> None:
     """Writes the model. Raises UserError if there is no such model or no converter."""
-    place = Path(parsed.directory)
+    place, where = Path(parsed.directory), f"RUN is {str(parsed.directory)!r}"
     model = place / "model" if (place / "model").is_dir() else place
     if parsed.merge == parsed.gguf:
         raise UserError("say --merge or --gguf")
@@ -43,7 +43,7 @@ def run(parsed: argparse.Namespace) -> None:
     check_model(os.path.join(".", model), "RUN")
     adapted = (model / "adapter_config.json").is_file()
     if parsed.merge and not adapted:
-        raise UserError(f"RUN is {str(place)!r}: {str(model)!r} has no adapters to merge")
+        raise UserError(f"{where}: {str(model)!r} has no adapters to merge: it is the whole model")
     display = Display()
     import_torch(display)
     from opsd.config.sections import ModelSection
@@ -62,7 +62,7 @@ def run(parsed: argparse.Namespace) -> None:
         if converter is None:
             whole.rename(output)
         else:
-            _check_no_code(whole, f"RUN is {str(place)!r}")
+            _check_no_code(whole, where)
             with display.stage(f"Convert to {output}"):
                 _convert(converter, whole, Path(scratch) / "model.gguf", parsed.type)
             (Path(scratch) / "model.gguf").rename(output)

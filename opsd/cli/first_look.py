@@ -14,6 +14,7 @@ from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.hub_offline import why_absent
 from opsd.common.near import near_file, near_hub, near_model
+from opsd.common.strict_json import read_object
 from opsd.common.urls import is_address
 from opsd.config.config import Config
 from opsd.config.load import load_config
@@ -74,6 +75,10 @@ def check_model(name: str, field: str, hub: bool = False) -> None:
     """Raises UserError for a local path that holds no model, and if `hub`, as `check_hub` does."""
     path = Path(os.path.expanduser(name))
     if path.is_dir():
+        adapter, key = path / MODELS[1], "base_model_name_or_path"
+        base = adapter.is_file() and read_object(adapter, f"{field} is {name!r}").get(key)
+        if base and isinstance(base, str) and not os.path.exists(os.path.expanduser(base)):
+            check_model(base, f"{field} is {name!r}: {key} in its {adapter.name}")
         known = any((path / file).is_file() for file in MODELS) or any(path.glob("*.gguf"))
         if not known:
             raise UserError(

@@ -157,6 +157,14 @@ def read_toml(module: str, name: str) -> dict[str, Any]:
     return tomllib.loads(Path(module).with_name(f"{name}.toml").read_text(encoding="utf-8"))
 
 
+def other_kind(file: Path) -> str:
+    """What a file is instead of what its suffix says, and what to do, if it starts so; else ""."""
+    with file.open("rb") as opened:
+        start = f"{file.suffix.lower()} {opened.read(80).decode('latin-1')}"
+    starts = read_toml(__file__, "starts").items()
+    return next((said for pattern, said in starts if re.match(pattern, start)), "")
+
+
 def sync(path: Path) -> None:
     """Sync to disk a file's content, or the names in a directory."""
     opened = os.open(path, os.O_RDONLY)

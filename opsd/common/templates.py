@@ -17,6 +17,8 @@ from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
 
+from jinja2.filters import FILTERS
+
 from opsd.common.errors import UserError
 from opsd.common.near import USUAL, did_you_mean
 from opsd.common.skeletons import SHAPES, Skeletons
@@ -57,8 +59,12 @@ def check_template(field: str, text: str) -> None:
     try:
         fill_in(text, [])
     except TemplateFailure as error:
-        hint = "; a column is written {{ problem }}"
-        raise UserError(f"{field} is not a Jinja template: {error}{hint}") from None
+        said, hint = str(error).rstrip("."), "; a column is written {{ problem }}"
+        if unknown := re.search(r"No filter named '(\w+)'", said):
+            hint = did_you_mean(unknown[1], FILTERS)
+            if hasattr(str, unknown[1]):
+                hint = f"; a text has it as a method: {{{{ problem.{unknown[1]}() }}}}"
+        raise UserError(f"{field} is not a Jinja template: {said}{hint}") from None
 
 
 def fill_in_columns(field: str, text: str, values: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -20,7 +20,7 @@ from shlex import quote
 from typing import Any, TextIO
 
 from opsd.common.errors import UserError
-from opsd.common.files import read_toml
+from opsd.common.files import other_kind, read_toml
 from opsd.common.strict_json import each_once
 from opsd.common.system import memory
 from opsd.common.workers import Ended, Workers
@@ -48,13 +48,14 @@ def file_type(path: Path) -> str | None:
 
 def read_file(path: Path, section: str) -> Iterator[Any]:
     """Yields the records of a file of a known type, in order. Raises UserError."""
-    kind = file_type(path)
-    if kind == ".parquet":
-        yield from _parquet(path, section)
-        return
-    name = repr(str(path))
+    kind, name = file_type(path), repr(str(path))
     where = f"{section}.source: {name}"
     try:
+        if said := other_kind(path):
+            raise UserError(f"{where} is {said}")
+        if kind == ".parquet":
+            yield from _parquet(path, section)
+            return
         with path.open("rb") as file:
             zipped = path.suffix.lower() == ".gz" or file.read(2) == b"\x1f\x8b"
         packed = _Unpacked(path) if zipped else path.open("rb")

@@ -30,8 +30,8 @@ def fitting_rows(
 
     By `prompts.too_long`, other rows raise UserError, or are left out, counted and named by `note`.
     """
-    needed = []
-    with _numbered(rows, "data.source: row"):
+    needed, where = [], "data.source: row"
+    with _numbered(rows, where):
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
             for role in roles:
@@ -47,7 +47,7 @@ def fitting_rows(
             advance(len(batch))
     if window is None:
         return list(rows)
-    return _within(rows, needed, window, prompts, "data.source", "row", note)
+    return _within(rows, needed, answer, window, prompts, where, note)
 
 
 def fitting_held_out(
@@ -68,18 +68,16 @@ def fitting_held_out(
     if window is None and not prompts.may_be_unreadable:
         return list(rows)
     window = maxsize if window is None else window
-    needed, read = [], 0
-    with _numbered(rows, f"{source}: held-out problem"):
+    needed, read, where = [], 0, f"{source}: held-out problem"
+    with _numbered(rows, where):
         for row, alone in zip(rows, tokens_needed(rows, prompts, ["student"], answer), strict=True):
             if in_both is None or read < in_both:
                 alone = max(alone, len(prompts.ids(row, teacher_role)) + answer)
             needed.append(alone)
             read += alone <= window
-    kept = _within(rows, needed, window, prompts, source, "held-out problem", note)
+    kept = _within(rows, needed, answer, window, prompts, where, note)
     if rows and not kept:
-        raise UserError(
-            f"{source} has no held-out problem that fits the model's window of {window}"
-        )
+        raise UserError(f"{source}: no held-out problem fits the model's window of {window}")
     return kept
 
 
@@ -123,26 +121,27 @@ def _doubtful(
 def _within(
     rows: Sequence[Row],
     needed: Sequence[int],
+    answer: int | None,
     window: int,
     prompts: Prompts,
-    source: str,
-    what: str,
+    where: str,
     note: Callable[[str], None],
 ) -> list[Row]:
-    """The rows that need at most `window` tokens. Others raise UserError or are noted."""
+    """The rows that need at most `window` tokens. Others raise UserError or are noted. where: the
+    config's field and what a row is called."""
     left = [(number, n) for number, n in enumerate(needed, start=1) if n > window]
     if left:
-        number, most = left[0]
-        said = (
-            f"{what} {number} needs {most} tokens with its answer, the model's window is {window}"
-        )
+        (number, most), what = left[0], where.partition(": ")[2]
+        said = f"{number} needs {most} tokens with its answer, the model's window is {window}"
         if prompts.section.too_long == "error":
-            shorter = "eval" if what.startswith("held-out") else "rollout"
+            shorter = "rollout" if what == "row" else "eval"
+            fits = (answer or 0) + window - max(needed)  # beside the longest context
+            mend = f"{shorter}.max_new_tokens={fits} fits, or " if fits > 0 else ""
             raise UserError(
-                f"{source}: {said} ({len(left)} of {len(rows)} {what}s are too long); shorten "
-                f"{shorter}.max_new_tokens, or leave such {what}s out with prompts.too_long: skip"
+                f"{where} {said} ({len(left)} of {len(rows)} {what}s are too long); {mend}leave "
+                f"such {what}s out with prompts.too_long: skip"
             )
         named = ", ".join(str(number) for number, _ in left[:NAMED_ROWS])
         named += ", …" if len(left) > NAMED_ROWS else ""
-        note(f"{len(left)} of {len(rows)} {what}s are left out ({named}): {said}")
+        note(f"{len(left)} of {len(rows)} {what}s are left out ({named}): {what} {said}")
     return [row for row, n in zip(rows, needed, strict=True) if n <= window]

@@ -342,7 +342,8 @@ class _Reader:
             if isinstance(value, dict) and value:
                 keys = ", ".join(map(repr, value))
                 problem += f" with {keys}: {self.section}.columns.{name} can name one of these, as "
-                problem += repr(f"{column}.{next(iter(value))}")
+                usual = (key for key in USUAL[name] if key in value)
+                problem += repr(f"{column}.{next(usual, next(iter(value)))}")
             elif isinstance(value, list) and value and isinstance(value[0], str):
                 problem += f": {self.section}.columns.{name} can name one, as '{column}.0'"
             raise IncompleteRowError(

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ def stored(
         name, _, rows = source.partition("#")  # as ms-swift has it
         hint = near_file(source, ("", *FILE_TYPES))
         hint = f"; write {section}.source={name} {section}.limit={rows}" if rows else hint
+        if several := sorted(glob(os.path.expanduser(source))):
+            how = "name all in a list:" if section == "data" else "name one of"
+            hint = f"; it takes no wildcards: {how} {several}"
         may = "(it may be a path, a hub name `owner/name`, or `reasoning_gym:<task>`)"
         raise UserError(f"{section}.source: there is no file or directory {source!r}{hint} {may}")
     return _hub(source, split or default, options, section)
@@ -137,7 +141,10 @@ def is_remote(source: str) -> bool:
 def check_no_split(source: str, split: str | None, section: str) -> None:
     """Raises UserError if a split is given: this source has none."""
     if split is not None:
+        first = re.search(r"\[:(\d+)\]$", split)  # as `datasets` has it
         mend = "leave it out, or name the file of that split"
+        few = {"benchmark": "--problems ", "eval": "eval.problems="}.get(section, "data.limit=")
+        mend = f"leave it out; {few}{first[1]} takes as many rows" if first else mend
         raise UserError(f"{section}.split is {split!r}: {source!r} has no splits; {mend}")
 
 

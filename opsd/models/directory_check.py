@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opsd.common.errors import UserError
+from opsd.common.files import other_kind
 from opsd.common.strict_json import MOST_BYTES, read_object
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def check_files(directory: Path, where: str) -> None:
             what = "a directory" if file.is_dir() else "a pipe or a device"
             what = what if file.exists() else "a link that leads nowhere"
             raise UserError(f"{where}: {str(file)!r} is {what}, and must be a file")
+        if file.suffix in READ and (said := other_kind(file)):
+            raise UserError(f"{where}: {str(file)!r} is {said}")
         if file.suffix in TEXTS and (size := file.stat().st_size) > MOST_BYTES:
             said = f"is too large: it has {size:,} bytes, at most {MOST_BYTES:,} are read"
             raise UserError(f"{where}: {str(file)!r} {said}")

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -80,11 +79,7 @@ def header(file: Path, where: str = "") -> dict[str, Stored]:
             parts = {name: opened.get_slice(name) for name in opened.keys()}
             return {n: Stored(file, s.get_dtype(), tuple(s.get_shape())) for n, s in parts.items()}
     except Exception as error:  # safetensors' own, of several kinds
-        pointer = False
-        with suppress(OSError), file.open("rb") as opened:
-            pointer = opened.read(40).startswith(b"version https://git-lfs")
-        advice = "a pointer of Git LFS: run git lfs pull" if pointer else in_short(error)
-        said = f"{str(file)!r} is no safetensors file: {advice}"
+        said = f"{str(file)!r} is no safetensors file: {in_short(error)}"
         raise UserError(f"{where}: it cannot be loaded ({said})") from None
 
 

@@ -177,7 +177,7 @@ MISTAKES = {
     "eval model --benchmark gsm8k --num-fewshot 5": "models are asked without examples",
     "plan Qwen/Qwen3-8B --gpu RTX 4090": "--gpu rtx-4090",
     "plan Qwen/Qwen3-8B --gpus h200": "`--gpu` names the GPU",
-    "export run --merge": "'run/model' has no adapters to merge",
+    "export run --merge": "'run/model' has no adapters to merge: it is the whole model",
     "export rnu --merge": "did you mean 'run'?",
     "merge run": "did you mean `opsd export --merge run`?",
     "export run --format gguf": "did you mean `--gguf`?",

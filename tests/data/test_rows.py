@@ -130,6 +130,10 @@ def test_bad_files(tmp_path):
     ]:
         with pytest.raises(UserError, match=rf"data\.source: .*{message}"):
             load_rows(str(tmp_path / name))
+    names = [str(tmp_path / name) for name in ("a.json", "a.jsonl")]
+    for section, wanted in [("data", "name all in a list: "), ("eval", "name one of ")]:
+        with pytest.raises(UserError, match=re.escape(f"no wildcards: {wanted}{names}")):
+            load_rows(str(tmp_path / "a.js*"), section=section)
     with pytest.raises(UserError, match=r"no file or directory 'data/train\.csv'"):
         load_rows("data/train.csv")  # not taken for a hub name
 
