@@ -19,7 +19,7 @@ from opsd.common.urls import is_address
 from opsd.config.config import Config
 from opsd.config.load import load_config
 from opsd.config.requirements import is_graded
-from opsd.data.sources import REASONING_GYM, is_remote
+from opsd.data.sources import check_on_hub
 from opsd.grading.rewards import check_code
 from opsd.runs.directory import CONFIG, check_claim, locked, settle
 from opsd.training.load_data import look_at_rows, sources
@@ -49,18 +49,18 @@ def check_inputs(config: Config, hub: bool = True) -> None:
     for name, own in (("model", config.model), ("teacher", config.teacher)):
         served = name == "teacher" and is_address(own.path)
         if own.path is not None and own.gguf_file is None and not served:
-            named.append((own.path, f"{name}.path", own.revision, "model"))
+            named.append((own.path, f"{name}.path", own.revision))
             check_model(own.path, f"{name}.path")
     check_code(config.loss, is_graded(config), run=False)
     look_at_rows(config)
-    read = [(one.source, "data.source", one.options) for one in sources(config.data)]
+    read = [(one.source, one.options, "data") for one in sources(config.data)]
     if config.eval.source and config.eval.problems:
-        read.append((config.eval.source, "eval.source", config.eval.options or {}))
-    for source, field, options in read:
-        if is_remote(source) and not source.startswith(REASONING_GYM):
-            named.append((source, field, options.get("revision"), "dataset"))
-    for one in named if hub else []:
-        check_hub(*one)
+        read.append((config.eval.source, config.eval.options or {}, "eval"))
+    if hub:
+        for model in named:
+            check_hub(*model)
+        for dataset in read:
+            check_on_hub(*dataset)
 
 
 def check_output(config: Config, resume: bool) -> None:
@@ -103,16 +103,12 @@ def check_model(name: str, field: str, hub: bool = False) -> None:
         check_hub(name, field)
 
 
-def check_hub(name: str, field: str, revision: str | None = None, kind: str = "model") -> None:
+def check_hub(name: str, field: str, revision: str | None = None) -> None:
     """Raises UserError for a hub name that is certainly not there; see `why_absent`."""
-    if os.path.exists(os.path.expanduser(name)):
-        return
-    if said := why_absent(name, revision, kind):
-        hint = near_file(name) or (near_hub(name) if kind == "model" else "")
-        local = "model directory" if kind == "model" else "file or directory"
+    if not os.path.exists(os.path.expanduser(name)) and (said := why_absent(name, revision)):
         raise UserError(
-            f"{field} is {name!r}: neither a {local} nor a hub {kind} that can be reached "
-            f"({said}){hint}"
+            f"{field} is {name!r}: neither a model directory nor a hub model that can be reached "
+            f"({said}){near_file(name) or near_hub(name)}"
         )
 
 

@@ -153,7 +153,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         meant = unknown_options(rest, words, parsed)
         top.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
     if rest:
-        parsed.overrides += rest
+        parsed.overrides = [*parsed.overrides, *rest]
     return parsed
 
 

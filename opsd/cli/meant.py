@@ -47,7 +47,7 @@ def no_command(words: Sequence[str], known: Iterable[str]) -> str:
         if "`" in meant:
             return f"{said}; {meant}"
         at, more = words.index(word), meant.split()
-        fields = [one for one in more if "=" in one]  # they come last
+        fields = [one for one in more if "=" in one or one[0] == "-"]  # they come last
         ours = [one for one in more if one not in fields]
         typed = shlex.join(["opsd", *words[:at], *ours, *words[at + 1 :], *fields])
         return f"{said}; did you mean `{typed}`?"
@@ -203,6 +203,8 @@ class Parser(argparse.ArgumentParser):
             message = f"it needs a CONFIG.yaml{_config_here()}; `opsd init` writes one"
         if "required: COMMAND" in message:
             message = "it needs a command; `opsd --help` lists them"
+        if flag := re.search(r"argument (\S+): expected one argument", message):
+            message = f"{flag[1]} needs a value: {self._option_string_actions[flag[1]].help}"
         if flag := re.search(r"argument (\S+): ignored explicit argument", message):
             message = f"{flag[1]} takes no value: write it alone"
         if "argument --gpus: invalid int" in message:

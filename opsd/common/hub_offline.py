@@ -66,11 +66,11 @@ def in_cache(name: str, revision: str | None, kind: str = "model") -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     if kind == "dataset":
-        owner, _, last = name.partition("/")
+        owner, named, _ = name.partition("/")
         home = os.path.join(constants.HF_HOME, "datasets")
-        prepared = Path(os.environ.get("HF_DATASETS_CACHE", home)).glob(f"{owner}___*")
-        kept = os.path.join(constants.HF_HUB_CACHE, f"datasets--{owner}--{last}")
-        return not last or os.path.isdir(kept) or any(prepared)
+        prepared = Path(os.environ.get("HF_DATASETS_CACHE", home))
+        kept = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}")
+        return kept.is_dir() or any(prepared.glob(f"{owner}___*" if named else f"{owner}*"))
     with contextlib.suppress(ValueError):  # no name of the hub
         for file in ("config.json", "adapter_config.json"):
             if isinstance(try_to_load_from_cache(name, file, None, revision), str):

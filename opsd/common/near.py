@@ -39,7 +39,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
     """`; did you mean 'rows.jsonl'?` for a missing path, by the files in its directory, here and in
-    the directories here, or `'owner/name'` for an address on the hub."""
+    the directories here, or `'owner/name'` for an address on the hub; else what is beside it."""
     if named := HUB_ADDRESS.match(str(path)):
         return f"; did you mean {named[1]!r}?"
     if "$" in str(path):
@@ -59,18 +59,22 @@ def near_file(path: str | Path, suffixes: tuple[str, ...] = ("",)) -> str:
     names = [escape(path.name.removesuffix(end) + end) for end in suffixes if path.name]
     others = (one for place in ("", "*/") for name in names for one in Path().glob(place + name))
     found = path.parent / near if near else next(others, None)
-    return f"; did you mean {str(found)!r}?" if found else ""
+    if found or path.parent == Path():
+        return f"; did you mean {str(found)!r}?" if found else ""
+    listed = ", ".join(sorted(one for one in there if one[0] != ".")[:5])
+    return f"; {str(path.parent)!r} has {listed}" if listed else ""
 
 
-def near_hub(name: str) -> str:
-    """`; did you mean 'Qwen/Qwen3-8B'?` for a name like a well-known one, or without an owner."""
-    known = {one.rpartition("/")[2]: one for one in read_toml(__file__, "hub")["models"]}
+def near_hub(name: str, kind: str = "models") -> str:
+    """`; did you mean 'Qwen/Qwen3-8B'?` for a name like a well-known one, or without an owner.
+    kind: models or datasets."""
+    known = {one.rpartition("/")[2]: one for one in read_toml(__file__, "hub")[kind]}
     last = name.rpartition("/")[2]
     start = (one for one in known if len(last) > 4 and _plain(one).startswith(_plain(last)))
     near = known.get(nearest(last, known, cutoff=0.85) or next(start, ""), name)
     if near != name:
         return f"; did you mean {near!r}?"
-    return "" if "/" in name else "; a hub name has an owner, as in Qwen/Qwen3-1.7B"
+    return "" if "/" in name else f"; a hub name has an owner, as in {next(iter(known.values()))}"
 
 
 def near_model(path: Path) -> str:

@@ -118,9 +118,10 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
         return "; give it a value, or leave it out"
     if not isinstance(value, str):
         said = VALUES.get(name, {}).get("number") if isinstance(value, int | float) else None
-        if kind.startswith("less_than") and 1 in problem["ctx"].values() and 10 <= value <= 100:
-            said = f"a share is written as {value / 100:g}"
-        said = "it is a number, not a share" if kind == "int_from_float" and 0 < value < 1 else said
+        if kind == "int_from_float" and 0 < value < 1:
+            said = "it is a number, not a share"
+        elif kind.startswith("less_than") and 1 in problem["ctx"].values() and 10 <= value <= 100:
+            said = said or f"a share is written as {value / 100:g}"
         return f"; {said}" if said else ""
     if kind == "literal_error":
         if word in TRUTH and "True" in problem["ctx"]["expected"]:

@@ -344,7 +344,7 @@ class TrainSection(Section):
     """Parts into which a step's problems are split, with an optimizer update each."""
     inner_epochs: Count = 1
     """Passes over a step's rollouts (TRL's num_iterations)."""
-    learning_rate: Positive = 5e-6
+    learning_rate: Positive = Field(5e-6, le=1)
     """Learning rate after the warm-up, its highest."""
     schedule: Literal["constant", "linear", "cosine"] | None = None
     """The course of the learning rate after the warm-up; none: linear where problems of data.varied

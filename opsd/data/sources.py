@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.common.errors import UserError, in_short
-from opsd.common.near import did_you_mean, near_file, nearest
+from opsd.common.near import did_you_mean, near_file, near_hub, nearest
 from opsd.common.strict_json import read_object, texts
 from opsd.config.yaml import MAX_BYTES, load_yaml
 from opsd.data.classes import classes_in, with_names
@@ -138,6 +138,19 @@ def is_remote(source: str) -> bool:
     return not (path.exists() or looks_local) and bool(_HUB_NAME.fullmatch(source))
 
 
+def check_on_hub(source: str, options: Mapping[str, Any], section: str) -> None:
+    """Raises UserError for a dataset that the hub certainly lacks: see `why_absent`."""
+    from opsd.common.hub_offline import why_absent
+
+    if not is_remote(source) or source.startswith(REASONING_GYM):
+        return
+    if said := why_absent(source, options.get("revision"), "dataset"):
+        raise UserError(
+            f"{section}.source is {source!r}: neither a file or directory nor a hub dataset that "
+            f"can be reached ({said}){near_hub(source, 'datasets')}"
+        )
+
+
 def check_no_split(source: str, split: str | None, section: str) -> None:
     """Raises UserError if a split is given: this source has none."""
     if split is not None:
@@ -213,6 +226,7 @@ def _card(path: Path) -> list[Any]:
 def _hub(name: str, split: str, options: dict, section: str) -> Iterable[Any]:
     from opsd.common.hub_offline import before_asking_hub
 
+    check_on_hub(name, options, section)
     before_asking_hub(name)
     import datasets
 
