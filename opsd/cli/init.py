@@ -27,7 +27,8 @@ def _write(known: dict[str, Path], parsed: argparse.Namespace) -> None:
         raise UserError(f"NAME is {name!r}: no such example{hint} (allowed: {', '.join(known)})")
     file = parsed.output or Path(f"{Path(name).name}.yaml")
     if file.exists():
-        raise UserError(f"--output is {str(file)!r}: it exists already; choose another")
+        mend = f"`opsd init {name} --output {file.stem}-2.yaml` writes another"
+        raise UserError(f"--output is {str(file)!r}: it exists already; {mend}")
     text = known[name].read_text(encoding="utf-8").replace(f"examples/{name}.yaml", str(file))
     schema, command = f"# yaml-language-server: $schema={SCHEMA}\n", f"train {file} --dry-run"
     if _command(text) == "compare":

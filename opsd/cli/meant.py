@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from opsd.common.errors import UserError
 from opsd.common.near import did_you_mean, nearest
@@ -19,7 +19,7 @@ AS_FIELD = "a field of the config is set as in "
 
 
 @cache
-def _meant() -> dict[str, dict[str, str]]:
+def _meant() -> dict[str, dict[str, Any]]:
     from opsd.common.files import read_toml  # a fifth of the time of `opsd --help`
 
     return read_toml(__file__, "meant")
@@ -62,11 +62,12 @@ def unknown_options(rest: Sequence[str], words: Sequence[str], parsed: argparse.
     far as it is `parsed`, does not know."""
     has_fields, own = hasattr(parsed, "overrides"), parsed.options
     said = [_instead(word, words, own, has_fields) for word in rest if word.startswith("-")]
-    if not rest[0].startswith("-") and (extra := _meant()["words"].get(words[0])):
+    if not rest[0].startswith("-"):
+        kind = "DIR" if Path(rest[0]).is_dir() else rest[0]
+        texts = _meant()["words"].get(words[0], {}).items()
+        extra = next((text for one, text in texts if re.fullmatch(one, kind, re.DOTALL)), "")
         place = shlex.quote(str(getattr(parsed, "model", "")))
         said.append(extra.replace("WORD", shlex.quote(rest[0])).replace("PLACE", place))
-    if words[0] == "eval" and Path(rest[0]).is_dir():  # eval runs/a runs/b
-        said = ["one model at a time; `opsd compare` takes several runs"]
     if words[0] == "train" and not any(".y" in word for word in words):
         said.insert(0, "it needs a CONFIG.yaml; `opsd init` writes one")
     said = [one.removeprefix(AS_FIELD) if any(said[:at]) else one for at, one in enumerate(said)]
@@ -201,14 +202,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if "required: CONFIG.yaml" in message:
             message = f"it needs a CONFIG.yaml{_config_here()}; `opsd init` writes one"
-        if "required: COMMAND" in message:
-            message = "it needs a command; `opsd --help` lists them"
         if flag := re.search(r"argument (\S+): expected one argument", message):
             message = f"{flag[1]} needs a value: {self._option_string_actions[flag[1]].help}"
-        if flag := re.search(r"argument (\S+): ignored explicit argument", message):
-            message = f"{flag[1]} takes no value: write it alone"
-        if "argument --gpus: invalid int" in message:
-            message += "; `--gpu` names the GPU, and `--gpus` counts them"
+        for pattern, text in _meant()["errors"].items():
+            message = re.sub(pattern, text, message, flags=re.DOTALL)
         if wrong := re.search(r"invalid (int|float) value: '(.*)'", message):
             from opsd.config.explain import number_meant
 

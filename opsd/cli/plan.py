@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig
 from opsd.common.display import Display
 from opsd.common.errors import UserError
 from opsd.common.format import duration, number, size
-from opsd.config.compatibility import refused
 from opsd.config.config import Config
 from opsd.config.load import merge, parse_config
 from opsd.models.load import window
@@ -63,10 +62,6 @@ def plan_command(asked: argparse.Namespace, config: Config, display: Display) ->
     gpu, gpus = asked.gpu, asked.gpus
     lengths = Lengths(asked.prompt_tokens, asked.solution_tokens, config.rollout.max_new_tokens)
     device = None if gpu is None else int(gpu.memory)
-    if config.rollout.engine == "vllm" and device is None:
-        raise refused(config, "rollout.engine: name the GPU with --gpu")
-    if config.train.sharding != "none" and asked.gpus == 1:
-        raise refused(config, "train.sharding: give the number of GPUs with --gpus")
     longest = _check_window(student, lengths)
     with display.stage("Plan a step"):
         planner = Planner(student, lengths, device, asked.gpus)
@@ -135,11 +130,13 @@ def _check_window(student: PreTrainedConfig, lengths: Lengths) -> int:
     longest = lengths.prompt + lengths.solution + lengths.rollout
     if most is not None and longest > most:
         room = most - lengths.prompt - lengths.rollout
-        mend = f"--solution-tokens {room} fits" if room > 0 else "make one smaller"
+        mend = f"--solution-tokens {room if room > 0 else most // 4}"
+        if room < 1:
+            mend += f" --prompt-tokens {most // 4} rollout.max_new_tokens={most // 2}"
         raise UserError(
             f"--prompt-tokens {lengths.prompt}, --solution-tokens {lengths.solution} and "
             f"rollout.max_new_tokens={lengths.rollout} are {longest} together: the model's window "
-            f"is {most}; {mend}"
+            f"is {most}; {mend} fits"
         )
     return longest
 

@@ -9,6 +9,7 @@ from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 from opsd.common.format import size
 from opsd.common.near import nearest
+from opsd.config.compatibility import refused
 from opsd.config.config import Config
 from opsd.config.load import load_config, parse_config, with_overrides
 from opsd.plan.gpus import GPU, GPUS, find_gpu
@@ -28,6 +29,10 @@ def run(parsed: argparse.Namespace) -> None:
     if config.model.gguf_file is None and not config.model.path.endswith(".json"):
         check_model(config.model.path, "model.path")
     check_known(config.model)
+    if config.rollout.engine == "vllm" and parsed.gpu is None:
+        raise refused(config, "rollout.engine: name the GPU with --gpu")
+    if config.train.sharding != "none" and parsed.gpus == 1:
+        raise refused(config, "train.sharding: give the number of GPUs with --gpus")
     display = Display(file=sys.stderr if parsed.json else None)
     import_torch(display)
     from opsd.cli.plan import plan_command
