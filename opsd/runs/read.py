@@ -123,9 +123,8 @@ def check_directory(run_dir: Path) -> None:
         several = str(run_dir).split(",")
         if all(Path(one).is_dir() for one in several):
             raise UserError(f"{run_dir} is not a directory: write `{' '.join(several)}`")
-        raise UserError(
-            f"{run_dir} is not a directory; give the directory of a run{near_file(run_dir)}"
-        )
+        near = near_file(run_dir)
+        raise UserError(f"{run_dir} is not a directory; give the directory of a run{near}")
 
 
 def read_results(run_dir: Path) -> Results:
@@ -142,6 +141,7 @@ def read_results(run_dir: Path) -> Results:
         and any((child / mark).is_file() for mark in MARKS[:2])
     ]
     quickstart = summary.get("methods") is not None or bool(children)
+    apart = not (run_dir / "quickstart.json").is_file()  # several runs' directories are in it
     if not quickstart and not any((run_dir / mark).is_file() for mark in MARKS):
         above = any((run_dir.parent / mark).is_file() for mark in (*MARKS, "config.yaml"))
         hint = f"; did you mean {str(run_dir.parent)!r}?" if above else ""
@@ -166,7 +166,7 @@ def read_results(run_dir: Path) -> Results:
     return Results(
         path=run_dir,
         quickstart=quickstart,
-        finished=bool(summary),
+        finished=bool(summary) or (apart and all(run.summary for run in runs)),
         model=model,
         runs=runs,
         summary=summary,

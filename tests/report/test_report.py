@@ -191,6 +191,18 @@ def test_quickstart_in_progress_needs_no_summary(quickstart):
     assert "97.0 %" in page.text  # the teacher's accuracy, from evaluations.jsonl
 
 
+def test_finished_runs_in_one_directory_are_no_quickstart_in_progress(tmp_path):
+    """`opsd report runs`: each of them has its summary.json, and they belong to none together."""
+    for name in ("first", "second"):
+        make_run(tmp_path / name)
+        (tmp_path / name / "summary.json").write_text(json.dumps({"method": "opsd"}))
+    page = report_of(tmp_path)
+    assert "no summary.json yet" not in page.text
+    assert "opsd train · first, second" in page.text
+    (tmp_path / "second" / "summary.json").unlink()
+    assert "no summary.json yet" in report_of(tmp_path).text
+
+
 def test_summary_alone_still_gives_the_curves(quickstart, tmp_path):
     moved = tmp_path / "only-summary"
     moved.mkdir()
