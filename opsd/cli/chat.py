@@ -4,15 +4,12 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 from opsd.config.sections import PromptsSection
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Answers questions until the input ends. Raises UserError."""
-    check_at_least(1, parsed, "max_new_tokens")
-    check_at_least(0, parsed, "temperature")
     from opsd.cli.first_look import check_model, import_torch, of_run
     from opsd.common.display import Display
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError, problem_said
 from opsd.common.strict_json import read_object
+from opsd.common.templates import check_shows, fill_in_columns
 from opsd.common.urls import check_address
 from opsd.config.names import ENGINES, HOTTEST, SERVERS
 from opsd.config.sections import PromptsSection
@@ -47,6 +47,10 @@ def run(parsed: argparse.Namespace) -> None:
         raise UserError(f"--samples is {parsed.samples}: {said}")
     check_hub(parsed.model, "MODEL")
     parsed.worksheets = benchmark.name == "held-out" and _of_tiny_quickstart(place)
+    if parsed.prompt is not None:
+        check_shows("--prompt", parsed.prompt, "problem")
+        row = benchmark.rows[0]
+        fill_in_columns("--prompt", parsed.prompt, [row.columns | row.texts])
     import_torch(display)
     from opsd.cli.evaluate import evaluate_command
 
@@ -93,19 +97,11 @@ def check(parsed: argparse.Namespace, environment: Mapping[str, str] = os.enviro
     `local_rank`; and `ranked`, true if the shard is the rank that a launcher such as torchrun gave
     (launchers show the output of all processes, so only the first one may print).
     """
-    check_at_least(1, parsed, "samples", "problems", "max_new_tokens", "batch_size")
-    check_at_least(0, parsed, "top_k", "seed")
-    if parsed.temperature is not None and not 0 <= parsed.temperature < float("inf"):
-        raise UserError(f"--temperature is {parsed.temperature}: it must be at least 0")
-    if parsed.top_p is not None and not 0 < parsed.top_p <= 1:
-        raise UserError(f"--top-p is {parsed.top_p}: it must be above 0 and at most 1")
     if parsed.thinking is not None and parsed.thinking not in THINKING:
         raise UserError(f"--thinking is {parsed.thinking!r}: it must be on, off or template")
     if parsed.engine not in ENGINES:
         raise UserError(f"--engine is {parsed.engine!r}: it must be {' or '.join(ENGINES)}")
     _check_server(parsed)
-    if not 0 < parsed.gpu_memory < 1:
-        raise UserError(f"--gpu-memory is {parsed.gpu_memory}: it must be between 0 and 1")
     parsed.batch_size = parsed.batch_size or BATCH[parsed.engine]
     parsed.columns = _columns(parsed.columns)
     parsed.enable_thinking = THINKING.get(parsed.thinking)

@@ -18,7 +18,7 @@ from opsd.common.strict_json import read_object
 from opsd.common.urls import is_address
 from opsd.config.config import Config
 from opsd.config.load import load_config
-from opsd.config.requirements import is_graded
+from opsd.config.requirements import check_packages, is_graded
 from opsd.data.sources import check_on_hub
 from opsd.grading.rewards import check_code
 from opsd.runs.directory import CONFIG, check_claim, locked, settle
@@ -42,9 +42,11 @@ def import_torch(display: Display, module: str = "opsd.models.load") -> None:
     atexit.register(gc.unfreeze)  # else triton 3.9 reports its imported objects as leaked
 
 
-def check_inputs(config: Config, hub: bool = True) -> None:
+def check_inputs(config: Config, hub: bool = True, here: bool = True) -> None:
     """Raises UserError for a local file that is missing, or that lacks a column; if `hub`, for a
-    model or a dataset that the hub lacks, too."""
+    model or a dataset that the hub lacks, too; if `here`, for a package that this machine lacks."""
+    if here:
+        check_packages(config, "anywhere")
     named = []
     for name, own in (("model", config.model), ("teacher", config.teacher)):
         served = name == "teacher" and is_address(own.path)

@@ -21,7 +21,7 @@ from shutil import get_terminal_size
 from textwrap import TextWrapper
 from typing import NoReturn
 
-from opsd.cli.arguments import add_options
+from opsd.cli.arguments import add_options, check_bounds
 from opsd.cli.meant import Parser, check_overrides, no_command, plainly, unknown_options, usage
 from opsd.common.ending import PARENT, Interruption, Stopped, end_with_parent
 from opsd.common.environment import set_environment
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_environment()
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' GGUF loader draws over our display
     try:
+        check_bounds(parsed)
         check_overrides(parsed)
         with Interruption():
             code = parsed.run(parsed) or 0

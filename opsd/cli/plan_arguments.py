@@ -5,7 +5,6 @@ import json
 import re
 import sys
 
-from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 from opsd.common.format import size
 from opsd.common.near import nearest
@@ -50,7 +49,6 @@ def _config(parsed: argparse.Namespace) -> Config:
 
 def check(parsed: argparse.Namespace) -> None:
     """Checks the arguments; turns `memory` into bytes and `gpu` into a GPU. Raises UserError."""
-    check_at_least(1, parsed, "gpus", "prompt_tokens", "solution_tokens")
     if find_gpu(named := str(parsed.gpus)):
         raise UserError(f"--gpus is {named}: it counts them; did you mean --gpu {named}?")
     if parsed.gpu is not None:

@@ -4,7 +4,6 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 from opsd.config.names import METHODS
 from opsd.data.solution_styles import SOLUTION_STYLES
@@ -13,26 +12,29 @@ from opsd.data.solution_styles import SOLUTION_STYLES
 def run(parsed: argparse.Namespace) -> None:
     """Checks the arguments and runs the quickstart. Raises UserError."""
     methods = _methods(parsed.methods, parsed.tiny)
-    check_at_least(1, parsed, "steps", "problems", "solutions")
     if parsed.tiny and parsed.model:
         raise UserError("--model and --tiny exclude each other: --tiny makes its own model")
-    if not 0 <= parsed.seed < 2**32:
-        raise UserError(f"--seed is {parsed.seed}: it must be at least 0 and at most {2**32 - 1}")
     if parsed.solution_style not in SOLUTION_STYLES:
         known = ", ".join(SOLUTION_STYLES)
         raise UserError(f"--solution-style is {parsed.solution_style!r}: it must be one of {known}")
     if parsed.tiny and parsed.solution_style != "words":
         raise UserError("--solution-style and --tiny exclude each other: worksheets have one")
     output = Path(parsed.output or ("runs/tiny" if parsed.tiny else "runs/quickstart"))
-    from opsd.cli.first_look import import_torch
+    from opsd.cli.first_look import check_model, import_torch
     from opsd.common.display import Display
+    from opsd.quickstart.settings import ARGUMENTS, OUTPUT, Asked
+    from opsd.runs.directory import locked
 
+    if parsed.model:
+        check_model(parsed.model, "--model", hub=True)
+    asked = Asked(**{field.name: getattr(parsed, field.name) for field in fields(Asked)})
+    if output.exists():
+        with locked(output, OUTPUT, ARGUMENTS):
+            asked.claim(output, parsed.resume)
     display = Display()
     import_torch(display)
     from opsd.quickstart.run import quickstart
-    from opsd.quickstart.settings import Asked
 
-    asked = Asked(**{field.name: getattr(parsed, field.name) for field in fields(Asked)})
     quickstart(display, output, methods, asked, resume=parsed.resume)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 
-from opsd.cli.arguments import check_at_least
 from opsd.common.errors import UserError
 
 HERE = ("127.0.0.1", "::1", "localhost")
@@ -14,9 +13,6 @@ def run(parsed: argparse.Namespace) -> None:
     from opsd.common.display import Display
     from opsd.common.http import key_in
 
-    check_at_least(1, parsed, "most_tokens")
-    if not 0 <= parsed.port < 1 << 16:
-        raise UserError(f"--port is {parsed.port}: it must be at least 0 and at most 65535")
     check_model(parsed.model, "MODEL", hub=True)
     from opsd.models.remote import KEY
 

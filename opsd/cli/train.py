@@ -53,7 +53,8 @@ def run(parsed: argparse.Namespace) -> None:
     # A later run starts from an earlier run's model, which does not exist yet: check the first's.
     checked = [config.model_copy(update={"model": runs[0].model}) for config in runs]
     for config in checked:
-        check_inputs(config, hub=not parsed.resume)  # a done run needs no model
+        # A done run needs no model.
+        check_inputs(config, hub=not parsed.resume, here=machine is None)
     display = Display(quiet=os.environ.get("RANK", "0") != "0")
     for config in [] if parsed.dry_run or display.quiet else runs:
         check_output(config, parsed.resume)

@@ -12,7 +12,7 @@ import io
 import pickle
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +65,24 @@ def check_template(field: str, text: str) -> None:
             if hasattr(str, unknown[1]):
                 hint = f"; a text has it as a method: {{{{ problem.{unknown[1]}() }}}}"
         raise UserError(f"{field} is not a Jinja template: {said}{hint}") from None
+
+
+def check_shows(field: str, text: str, what: str) -> None:
+    """Raises UserError for what is no template, and for one that can show no row's problem or
+    solution, as `what` says: it has no columns, or this one in single braces."""
+    check_template(field, text)
+    plain = in_single_braces(text, [what]) or not re.search("{[{%]", text)
+    if plain and what not in names(text):
+        single = in_single_braces(text, re.findall(r"{\s*(\w+)\s*}", text)) or ""
+        said = f"leaves the {what} out ({single or repr(text)} is plain text)"
+        raise UserError(f"{field} {said}: write {{{{ {single.strip('{} ') or what} }}}}")
+
+
+def in_single_braces(text: str, columns: Collection[str]) -> str | None:
+    r"""The first `{column}` in a template, but not `{{ column }}` nor LaTeX's `\boxed{answer}`."""
+    wanted = "|".join(map(re.escape, columns))
+    found = re.search(rf"(?<![\w\\{{}}%]){{\s*(?:{wanted})\s*}}(?!}})", text)
+    return found.group() if found else None
 
 
 def fill_in_columns(field: str, text: str, values: Sequence[Mapping[str, Any]]) -> list[str]:

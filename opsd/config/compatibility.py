@@ -14,7 +14,7 @@ from pydantic_core import to_jsonable_python
 
 from opsd.common.errors import UserError
 from opsd.common.files import read_toml
-from opsd.common.templates import SOLUTION_NAMES, names, over_rollouts
+from opsd.common.templates import SOLUTION_NAMES, check_shows, names, over_rollouts
 from opsd.common.urls import is_address
 from opsd.config import requirements
 from opsd.config.foreign import VALUES
@@ -241,6 +241,10 @@ def _templates(config: Config) -> Iterator[str]:
     for name in ("student", "target"):
         if over_rollouts(getattr(prompts, name)):
             raise ValueError(f"prompts.{name} uses `rollout` or `peers`: only prompts.teacher may")
+    for name, text in requirements.own_templates(config).items():
+        check_shows(f"prompts.{name}", text, "problem" if name == "student" else "solution")
+    if requirements.waits_for_rollouts(config, prompts.teacher):
+        check_shows("prompts.teacher", prompts.teacher, "problem")
     over = over_rollouts(prompts.teacher)
     if over and (not requirements.uses_teacher_prompt(config) or config.method == "sft"):
         raise ValueError(f"prompts.teacher uses `rollout` or `peers`: {config.method} has none")

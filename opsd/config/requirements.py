@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from fnmatch import fnmatch
+from functools import reduce
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
+from opsd.common.errors import UserError
+from opsd.common.files import read_toml
 from opsd.common.templates import SOLUTION_NAMES, names, over_rollouts
 from opsd.config.names import DIVERGENCE_METHODS
 
 if TYPE_CHECKING:
     from opsd.config.config import Config
+
+PACKAGES: dict[str, dict[str, str]] = read_toml(__file__, "packages")
 
 
 def uses_teacher_prompt(config: Config) -> bool:
@@ -107,6 +114,13 @@ def trained_roles(config: Config) -> list[str]:
     return ["student", *(role for role, text in taught if not waits_for_rollouts(config, text))]
 
 
+def own_templates(config: Config) -> dict[str, str]:
+    """Name → template, for those of student, teacher and target that a row alone fills in."""
+    used = [*trained_roles(config), *["target"] * uses_targets(config)]
+    named = (name for name in ("student", "teacher", "target") if name in used)
+    return {name: getattr(config.prompts, name) for name in named}
+
+
 def longest_rollout(config: Config) -> int | None:
     """The longest rollout, in tokens; None if the rows' targets are trained on instead."""
     return None if learns_targets(config) else config.rollout.max_new_tokens
@@ -147,3 +161,18 @@ def required_columns(config: Config) -> list[str]:
     if compares_answers(config):
         used.add("answer")
     return ["problem", *(name for name in ("solution", "answer") if name in used)]
+
+
+def check_packages(config: Config, where: str) -> None:
+    """Raises UserError for a value that needs a package which is not installed. where: `anywhere`
+    or `gpu`, see packages.toml."""
+    for setting, text in PACKAGES[where].items():
+        field, _, form = setting.partition("=")
+        value: Any = reduce(lambda one, name: getattr(one, name, None), field.split("."), config)
+        packages, *instead = text.partition(";")
+        names = packages.split()
+        for one in value if isinstance(value, list) else [value]:
+            if fnmatch(str(one), form) and not any(map(find_spec, names)):
+                raise UserError(
+                    f"{field} is {one!r}: it needs pip install {names[0]}{''.join(instead)}"
+                )

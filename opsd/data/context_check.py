@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from opsd.common.errors import UserError
-from opsd.common.templates import names
+from opsd.common.templates import in_single_braces, names
 from opsd.data.chat import PROBE
 from opsd.data.prompts import Prompts
 from opsd.data.rows import Row
@@ -38,17 +38,6 @@ class ContextCheck:
         self.found: dict[str, list[int]] = {}  # control token → numbers of rows that contain it
         self.by_number: list[int] = []  # rows whose answer may be a choice's number
         self.named = {name: names(template) for name, template in prompts.templates.items()}
-        asked = [("teacher", "solution")] if "teacher" in roles else []
-        asked += [("target", "solution")] if targets else []
-        asked += [("teacher", "problem")] if "teacher" in prompts.over_rollouts else []
-        for name, what in asked:
-            template = prompts.templates[name]
-            plain = _single(template, [what]) or ("{{" not in template and repr(template))
-            if plain and what not in self.named[name]:
-                raise UserError(
-                    f"prompts.{name} leaves the {what} out ({plain} is plain text): write "
-                    f"{{{{ {what} }}}}"
-                )
 
     def __call__(self, number: int, row: Row) -> None:
         """Check the `number`-th row, from 1."""
@@ -139,7 +128,7 @@ class ContextCheck:
             return True
 
     def _refuse(self, role: str, number: int, row: Row, what: str) -> None:
-        single = _single(self.prompts.templates[role], [what, *row.columns])
+        single = in_single_braces(self.prompts.templates[role], [what, *row.columns])
         said = f"; {single} in single braces is plain text" if single else ""
         name = single.strip("{} ") if single else what
         raise UserError(
@@ -174,10 +163,3 @@ def _marked(value: Any, chosen: Callable[[str], bool]) -> Any:
     if isinstance(value, dict):
         return {key: _marked(inside, chosen) for key, inside in value.items()}
     return [_marked(inside, chosen) for inside in value] if isinstance(value, list) else value
-
-
-def _single(template: str, columns: Collection[str]) -> str | None:
-    r"""The first `{column}` in a template, but not `{{ column }}` nor LaTeX's `\boxed{answer}`."""
-    wanted = "|".join(map(re.escape, columns))
-    found = re.search(rf"(?<![\w\\{{}}%]){{\s*(?:{wanted})\s*}}(?!}})", template)
-    return found.group() if found else None

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -16,7 +15,7 @@ from pydantic import TypeAdapter
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError, in_short
-from opsd.common.files import is_unfinished, write_file, write_json, write_lines
+from opsd.common.files import write_file, write_json, write_lines
 from opsd.common.precision import compute_dtype
 from opsd.common.statistics import wilson_interval
 from opsd.common.strict_json import read_text
@@ -26,18 +25,16 @@ from opsd.data.prompts import Prompts
 from opsd.models.copies import copy_model
 from opsd.models.load import load_model
 from opsd.quickstart.recipe import Recipe, check_methods, merge, method_config, overridden, repeated
-from opsd.quickstart.settings import Asked
+from opsd.quickstart.settings import ARGUMENTS, OUTPUT, Asked
 from opsd.report import write_report
 from opsd.rollout import Sampling
-from opsd.runs.directory import LOCK, claim_directory, locked
+from opsd.runs.directory import claim_directory, locked
 from opsd.runs.log import student_curve
 from opsd.runs.records import Anything, read_record
 from opsd.training.checkpoints import save_model
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.run import run
 
-ARGUMENTS = "quickstart.json"
-OUTPUT = "--output"
 Evaluations = dict[str, Evaluation]
 _EVALUATIONS = TypeAdapter(Evaluations)
 
@@ -67,14 +64,14 @@ def quickstart(
     recipe = replace(recipe, methods=overridden(recipe.methods, asked.overrides))
     check_methods(recipe.sections, {method: recipe.methods[method] for method in methods})
     with locked(directory, OUTPUT, ARGUMENTS, display.note):
-        _claim(directory, asdict(asked), resume)
+        asked.claim(directory, resume)
         (directory / "summary.json").unlink(missing_ok=True)  # it marks a finished quickstart
         torch.manual_seed(asked.seed)
-        pretrained, before = _make_base(recipe, directory, display)
+        before = _make_base(recipe, directory, display)
         for method in methods:
             _train_method(recipe, method, directory, asked.seed, before, display)
         there = [name for name in recipe.methods if name in methods or _done(directory / name)]
-        summary = _summary(recipe, directory, there, asked.seed, pretrained, before)
+        summary = _summary(recipe, directory, there, asked.seed, before)
         summary["seconds"] = time.monotonic() - begun
         summary["peak_memory_bytes"] = peak_memory()
         configs = {method: _config(directory / method) for method in there}
@@ -87,45 +84,18 @@ def quickstart(
     return summary
 
 
-def _claim(directory: Path, arguments: dict[str, Any], resume: bool) -> None:
-    """Save the quickstart's arguments, or check that they equal those saved there before."""
-    file = directory / ARGUMENTS
-    where = f"{OUTPUT} is {str(directory)!r}"
-    # If there are no other files, nothing was made: the download failed, or the model is missing.
-    nothing = {directory / LOCK, file}
-    if any(path not in nothing and not is_unfinished(path) for path in directory.iterdir()):
-        if not file.is_file():
-            raise UserError(f"{where}: it is not empty; choose another, or remove it")
-        if not resume:
-            mend = "go on with --resume, or choose another"
-            raise UserError(f"{where}: this quickstart has been started before; {mend}")
-        try:
-            there = read_record(file, Anything).record
-        except UserError as error:
-            raise UserError(f"{where}: {error}; choose another") from None
-        changed = [name for name in arguments if there.get(name) != arguments[name]]
-        if changed:
-            was, now = there.get(changed[0]), arguments[changed[0]]
-            said = f"it was begun with {changed[0]} {was!r}, not {now!r}; --resume is for the same"
-            raise UserError(f"{where}: {said} command, or for other --methods")
-    write_json(file, arguments)
-
-
-def _make_base(
-    recipe: Recipe, directory: Path, display: Display
-) -> tuple[Evaluation | None, dict[str, Evaluation]]:
+def _make_base(recipe: Recipe, directory: Path, display: Display) -> Evaluations:
     """Make `directory`/base, the model and the problems of all methods, unless it exists.
 
-    Returns the evaluation of the pretrained model, if there is one, and those of the base, by role.
+    Returns the base's evaluations by role, and that of the "pretrained" model, if there is one.
     """
     place = directory / "base"
     measured = place / "evaluations.json"  # written last, so it marks a complete base
     if measured.is_file():
         try:
-            known = _EVALUATIONS.validate_json(read_text(measured), strict=True)
+            return _EVALUATIONS.validate_json(read_text(measured), strict=True)
         except ValueError as error:
             raise UserError(f"{str(measured)!r} is damaged ({in_short(error)})") from None
-        return known.pop("pretrained", None), known
     test = _tests(recipe)
     base = recipe.make_base(directory, test, display)
     place.mkdir(exist_ok=True)
@@ -140,9 +110,10 @@ def _make_base(
     before = {"student": held_out.evaluate(decoder, display, "student", "base")}
     some = held_out.first(recipe.teacher_problems)
     before["teacher"] = some.evaluate(decoder, display, "teacher", "base as teacher")
-    pretrained = {} if base.pretrained is None else {"pretrained": base.pretrained}
-    write_json(measured, {name: asdict(result) for name, result in (pretrained | before).items()})
-    return base.pretrained, before
+    if base.pretrained is not None:
+        before["pretrained"] = base.pretrained
+    write_json(measured, {name: asdict(result) for name, result in before.items()})
+    return before
 
 
 def _tests(recipe: Recipe):
@@ -169,7 +140,8 @@ def _train_method(
         model, tokenizer = load_model(config.model)
         torch.manual_seed(seed)
         given = config, model, tokenizer, rows, recipe.held_out_rows, recipe.grader, display
-        run(*given, checkpoint=checkpoint, before=before, verifier=recipe.verifier)
+        own = {role: before[role] for role in ("student", "teacher")}
+        run(*given, checkpoint=checkpoint, before=own, verifier=recipe.verifier)
     with display.stage("Write the report"):
         write_report(place)
 
@@ -183,15 +155,10 @@ def _config(directory: Path) -> dict:
 
 
 def _summary(
-    recipe: Recipe,
-    directory: Path,
-    methods: Sequence[str],
-    seed: int,
-    pretrained: Evaluation | None,
-    before: dict[str, Evaluation],
+    recipe: Recipe, directory: Path, methods: Sequence[str], seed: int, before: Evaluations
 ) -> dict:
     summary: dict = {"model": recipe.name}
-    if pretrained is not None:
+    if (pretrained := before.get("pretrained")) is not None:
         problems = len(pretrained.grades)
         summary["pretrained"] = {"accuracy": pretrained.accuracy, "problems": problems}
     summary["base"] = {

@@ -1,11 +1,18 @@
 """A quickstart's settings: those in the YAML files in this directory, and the user's arguments."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opsd.common.errors import UserError
+from opsd.common.files import is_unfinished, write_json
 from opsd.common.templates import shipped
 from opsd.config.yaml import load_yaml
+from opsd.runs.directory import LOCK
+from opsd.runs.records import Anything, read_record
+
+ARGUMENTS = "quickstart.json"
+OUTPUT = "--output"
 
 
 def settings(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -33,3 +40,25 @@ class Asked:
     solution_style: str = "words"
     # `[method.]section.field=value`; without a method, for all methods.
     overrides: list[str] = field(default_factory=list)
+
+    def claim(self, directory: Path, resume: bool) -> None:
+        """Save the quickstart's arguments, or check that they equal those saved there before."""
+        file, arguments = directory / ARGUMENTS, asdict(self)
+        where = f"{OUTPUT} is {str(directory)!r}"
+        # Without other files nothing was made: the download failed, or the model is missing.
+        nothing = {directory / LOCK, file}
+        if any(path not in nothing and not is_unfinished(path) for path in directory.iterdir()):
+            if not file.is_file():
+                raise UserError(f"{where}: it is not empty; choose another, or remove it")
+            if not resume:
+                mend = "go on with --resume, or choose another"
+                raise UserError(f"{where}: this quickstart has been started before; {mend}")
+            try:
+                there = read_record(file, Anything).record
+            except UserError as error:
+                raise UserError(f"{where}: {error}; choose another") from None
+            for name, now in arguments.items():
+                if (was := there.get(name)) != now:
+                    said = f"{where}: it was begun with {name} {was!r}, not {now!r}; --resume is"
+                    raise UserError(f"{said} for the same command, or for other --methods")
+        write_json(file, arguments)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsd.common.display import Display
 from opsd.common.errors import UserError
-from opsd.common.templates import check_template, fill_in_columns, over_rollouts
+from opsd.common.templates import fill_in_columns
 from opsd.config import requirements
 from opsd.config.config import Config
 from opsd.config.data import SHARED, DataSection, SourceSection
@@ -144,12 +144,9 @@ def look_at_rows(config: Config) -> None:
     if len(files) == len(named) and sum(path.stat().st_size for path in files) < SMALL:
         rows, _ = load_data(config)
         _check_enough(len(rows) * (1 + (config.data.varied or 0)), config)
-        roles = ("student", "teacher") if requirements.uses_teacher_prompt(config) else ("student",)
-        for role in roles:
-            template = getattr(config.prompts, role)
-            check_template(f"prompts.{role}", template)
-            if not over_rollouts(template) and not requirements.shows_images(config):
-                fill_in_columns(f"prompts.{role}", template, [rows[0].columns | rows[0].texts])
+        own = {} if requirements.shows_images(config) else requirements.own_templates(config)
+        for name, text in own.items():
+            fill_in_columns(f"prompts.{name}", text, [rows[0].columns | rows[0].texts])
         return
     for source in sources(config.data):
         if not is_remote(source.source):

@@ -1,6 +1,5 @@
 """Checks, before work starts, that the machine and the launcher can do the run."""
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ from opsd.common.precision import best_precision
 from opsd.config.compatibility import refused
 from opsd.config.config import Config
 from opsd.config.foreign import here
-from opsd.config.requirements import shows_images
+from opsd.config.requirements import check_packages, shows_images
 from opsd.config.sections import TrainSection
 from opsd.distributed.deepspeed import STAGES
 from opsd.distributed.processes import Processes
@@ -79,6 +78,8 @@ def check_machine(config: Config, makes: bool) -> None:
     """Raise UserError if this machine cannot do the run. makes: create the hub's repository."""
     for broken in _obstacles(config):
         raise refused(config, broken)
+    check_packages(config, "anywhere")
+    check_packages(config, "gpu")
     check_optimizer(config.train)
     if config.output.push_to_hub is not None:
         check_hub(config.output.push_to_hub, config.output.hub_private, makes)
@@ -89,28 +90,17 @@ def _obstacles(config: Config) -> Iterator[str]:
     lora, gpu = config.model.lora, torch.cuda.is_available()
     if lora is not None:
         import_peft()
-    if lora is not None and lora.quantize == "nf4":
-        if not gpu:
+        if lora.quantize == "nf4" and not gpu:
             yield (
                 "model.lora.quantize: weights in 4 bits (QLoRA) need a GPU, and there is none; "
                 "train with 'none'"
             )
-        if not _installed("bitsandbytes"):
-            yield "model.lora.quantize: it needs pip install bitsandbytes"
     if config.teacher.offload and not gpu:
         yield "teacher.offload: there is no GPU, the teacher is in the CPU's memory anyway"
-    if config.train.sharding in STAGES and not _installed("deepspeed"):
-        yield "train.sharding: it needs pip install deepspeed"
     if shows_images(config) and os.environ.get("WORLD_SIZE", "1") != "1":
         yield "data.columns: rows with images train in one process"
-    for name in config.output.report_to:
-        if not any(map(_installed, LOGGERS[name])):
-            raise UserError(f"output.report_to has {name!r}: it needs pip install {name}")
-    if config.model.attention == "flash_attention_2":
-        if not gpu:
-            yield "model.attention: it needs a GPU, and there is none; 'sdpa' runs everywhere"
-        if not _installed("flash_attn"):
-            yield "model.attention: it needs pip install flash-attn; 'sdpa' needs nothing"
+    if config.model.attention == "flash_attention_2" and not gpu:
+        yield "model.attention: it needs a GPU, and there is none; 'sdpa' runs everywhere"
     if (backend := config.loss.backend) != "auto":
         usable = backends()
         reason = usable[backend]
@@ -127,16 +117,6 @@ def _obstacles(config: Config) -> Iterator[str]:
 PROBE = "Is 17 + 25 = 42?\nYes: é, 数, <|end|>."
 LARGEST_SHARD = 50_000_000_000  # bytes of a file, in transformers' save_pretrained
 
-LOGGERS: dict[str, tuple[str, ...]] = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    **{name: (name,) for name in ("wandb", "trackio", "mlflow", "comet_ml")},
-}
-"""For each name in output.report_to, the packages of which one must be installed."""
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
 
 def check_launcher(sharding: str, engine: str, environment: Mapping[str, str] = os.environ) -> None:
     """Raise UserError if the way in which the run was launched does not fit its config."""
@@ -151,16 +131,13 @@ def check_launcher(sharding: str, engine: str, environment: Mapping[str, str] = 
             f"rollout.engine is 'vllm': it shares the GPU of one process, and there are "
             f"{told('WORLD_SIZE')}; several use 'vllm_server'"
         )
-    if told("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError(
-            f"accelerate launch was told to use DeepSpeed, train.sharding is {sharding!r}: set "
-            "train.sharding to 'zero1', 'zero2' or 'zero3', and launch with --multi_gpu alone"
-        )
-    if told("ACCELERATE_USE_FSDP", "false").lower() == "true" and sharding != "fsdp2":
-        raise UserError(
-            f"accelerate launch was told to use FSDP, train.sharding is {sharding!r}: set "
-            "train.sharding=fsdp2, and launch with --multi_gpu alone"
-        )
+    for name, ours in (("DeepSpeed", "zero1 (or zero2, zero3)"), ("FSDP", "fsdp2")):
+        asked = told(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
+        if asked and (name, sharding) != ("FSDP", "fsdp2"):
+            raise UserError(
+                f"accelerate launch was told to use {name}, train.sharding is {sharding!r}: set "
+                f"train.sharding={ours}, and launch with --multi_gpu alone"
+            )
 
 
 def check_optimizer(train: TrainSection) -> None:

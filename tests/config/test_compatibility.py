@@ -1,11 +1,16 @@
 """Options that go together, and what a config asks of its data. Those that do not are refused by
 name: data/bad_inputs.txt."""
 
+from copy import deepcopy
+from fnmatch import fnmatch
+
 import pytest
 from helpers.training_cases import ROWS, write_rows
+from transformers.training_args import OptimizerNames
 
 from opsd.common.errors import UserError
-from opsd.config.load import merge, parse_config
+from opsd.config import requirements
+from opsd.config.load import merge, parse_config, with_overrides
 from opsd.config.requirements import required_columns
 from opsd.training.load_data import load_data
 
@@ -115,3 +120,17 @@ def test_rows_without_a_solution_are_refused_where_one_is_needed(tmp_path):
     assert len(load_data(brief)[0]) == len(rows)
     with pytest.raises(UserError, match="solution"):
         load_data(parse_config(merge(GOOD, {**data, **no_test})))
+
+
+def test_packages_are_asked_for_values_that_there_are(monkeypatch):
+    """Of an optimizer by transformers' own list, of other fields by the config's."""
+    monkeypatch.setattr(requirements, "find_spec", lambda package: None)
+    for where, table in requirements.PACKAGES.items():
+        for setting in table:
+            field, _, form = setting.partition("=")
+            named = [kind.value for kind in OptimizerNames if fnmatch(kind.value, form)]
+            value = named[0] if field == "train.optimizer" else form.replace("?", "1")
+            given = f"[{value}]" if field == "output.report_to" else value
+            config = parse_config(with_overrides(deepcopy(GOOD), [f"{field}={given}"]))
+            with pytest.raises(UserError, match=f"{field} is '{value}': it needs pip install"):
+                requirements.check_packages(config, where)

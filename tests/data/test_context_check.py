@@ -49,7 +49,7 @@ def check(student="{{ problem }}", teacher=BOTH, chat=CHATML, records=RECORDS, *
 REFUSED = {
     "single braces": (
         {"student": "{problem}"},
-        r"problem .* row 1 \('  What.*{problem} in single braces.*write {{ problem }}",
+        r"prompts.student leaves the problem out .\{problem\} is plain text.: write {{ problem }}",
     ),
     "another column in single braces": ({"student": "Q: {hint}"}, "write {{ hint }}"),
     "no problem": (

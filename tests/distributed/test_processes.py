@@ -300,7 +300,7 @@ def test_what_cannot_be_saved_ends_all_processes_with_one_line(runs):
 
 def test_zero_needs_deepspeed(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "opsd.training.preflight._installed", lambda package: package != "deepspeed"
+        "opsd.config.requirements.find_spec", lambda package: package != "deepspeed"
     )
     values = short_values(tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run")
     config = parse_config(merge(values, {"train": {"sharding": "zero2"}}))

@@ -23,6 +23,7 @@ from helpers.training_cases import write_model
 from pydantic import ValidationError
 
 from opsd.cli import main as cli
+from opsd.cli.arguments import check_bounds
 from opsd.common.errors import UserError
 from opsd.config.config import Config
 from opsd.config.load import parse_config, with_overrides
@@ -280,6 +281,7 @@ def check_command(words: list[str], tracked: set[str]) -> None:
 
 def check_opsd(words: list[str], tracked: set[str]) -> None:
     parsed = cli._parse(words)
+    check_bounds(parsed)
     for word in words:
         path = word.startswith("examples/")
         assert not path or word in tracked, f"there is no {word}"

@@ -16,7 +16,7 @@ from opsd.cli.main import main
 from opsd.config.load import load_config, parse_config
 from opsd.quickstart import run as flow
 from opsd.quickstart import tiny_model as tiny
-from opsd.quickstart.settings import Asked
+from opsd.quickstart.settings import ARGUMENTS, Asked
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.report import curves_png as curves
 from opsd.runs import directory as rundir
@@ -258,8 +258,8 @@ def test_an_evaluation_of_a_tiny_run_has_the_grader_of_worksheets(finished, tmp_
 def test_a_quickstart_is_one_process_alone(finished, tmp_path, capsys):
     """Also before it has a config.yaml, which is written last."""
     (tmp_path / "base").mkdir()
-    (tmp_path / flow.ARGUMENTS).touch()
-    with short(finished[1]), rundir.locked(tmp_path, "--output", flow.ARGUMENTS):
+    (tmp_path / ARGUMENTS).touch()
+    with short(finished[1]), rundir.locked(tmp_path, "--output", ARGUMENTS):
         assert quickstart(tmp_path, "--resume") == 1
     assert "is training there, on " in capsys.readouterr().err
 

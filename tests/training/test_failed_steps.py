@@ -369,10 +369,10 @@ def test_a_hub_that_cannot_be_used_is_one_line(run, tmp_path, monkeypatch, capsy
 
 
 def test_a_logger_that_is_not_installed_is_one_line(run, monkeypatch, capsys):
-    monkeypatch.setattr("opsd.training.preflight._installed", lambda package: False)
+    monkeypatch.setattr("opsd.config.requirements.find_spec", lambda package: None)
     assert run("output.report_to=[wandb]") == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "output.report_to has 'wandb': it needs pip install wandb" in message
+    assert "output.report_to is 'wandb': it needs pip install wandb" in message
 
 
 def test_steps_reach_transformers_loggers(run, tmp_path, monkeypatch):
@@ -395,7 +395,7 @@ def test_steps_reach_transformers_loggers(run, tmp_path, monkeypatch):
         def on_log(self, args, state, control, logs=None, **_):
             seen.append((list(args.report_to), state.global_step, logs))
 
-    monkeypatch.setattr("opsd.training.preflight._installed", lambda package: True)
+    monkeypatch.setattr("opsd.config.requirements.find_spec", lambda package: package)
     monkeypatch.setattr(
         "opsd.training.reporters.get_reporting_integration_callbacks", lambda names: [Logger]
     )
