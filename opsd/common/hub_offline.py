@@ -21,7 +21,7 @@ from huggingface_hub import constants
 SECONDS = 4.0
 """The time limit for resolving the hub's name and connecting to it."""
 
-NO_ANSWER = "the hub does not answer, and it is not in the hub's cache"
+NO_ANSWER = "the hub does not answer, and it is not in its cache: connect, or name a local copy"
 
 
 def before_asking_hub(name: str) -> None:

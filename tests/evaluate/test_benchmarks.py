@@ -96,6 +96,7 @@ def hub(monkeypatch):
         return datasets.Dataset.from_list(records or [{"problem": "1+1?", "answer": "2"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("opsd.common.hub_offline.why_absent", lambda *which: "")
     monkeypatch.setattr(benchmarks, "_current_revision", lambda name: f"now-of-{name}")
     return asked
 

@@ -228,7 +228,7 @@ def test_the_answer_of_a_damaged_line_is_sampled_again(files, whole, tmp_path, c
         (["--engine", "vllm_server"], "--server is missing"),
         (["--server", "http://a:1"], "--server is 'http://a:1': it is for --engine vllm_server"),
         (["--engine", "vllm_server", "--server", "a:1"], "--server is 'a:1': it must look like"),
-        (["--gpu-memory", "1"], "--gpu-memory is 1.0: it must be between 0 and 1"),
+        (["--gpu-memory", "1"], "--gpu-memory is 1.0: it must be above 0 and below 1"),
         (["--shard", "3/2"], "--shard is '3/2': it must be I/N"),
         (["--shard", "0/2"], "--shard is '0/2'"),
         (["--batch-size", "0"], "--batch-size is 0"),
@@ -237,7 +237,7 @@ def test_the_answer_of_a_damaged_line_is_sampled_again(files, whole, tmp_path, c
         (["--columns", "problem=question"], "has no column 'question'"),
         (["--revision", "main"], "benchmark.revision"),
         (["--thinking", "on"], "does not look at enable_thinking"),
-        (["--prompt", "{{ problm }}"], "prompts.student cannot be filled in"),
+        (["--prompt", "{{ problm }}"], "--prompt cannot be filled in"),
         (["--max-new-tokens", "99999"], "--max-new-tokens is 99999: the model's window leaves"),
     ],
 )
