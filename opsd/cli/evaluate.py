@@ -33,6 +33,7 @@ from opsd.models.load import stop_ids, window
 from opsd.quickstart.worksheet import WorksheetGrader
 from opsd.report.evaluation_page import page
 from opsd.rollout import SAMPLERS, Sampler, Sampling, check_engine, evaluation_server
+from opsd.rollout.base import Contexts
 
 RUNS = Path("runs/eval")
 NO_DATE = "2000-01-01"
@@ -64,7 +65,8 @@ def evaluate_command(asked: Namespace, benchmark: Benchmark, display: Display) -
             check(number, row)
         check_references(benchmark.rows, "--columns answer", display.note)
         contexts = prompts.all_ids(benchmark.rows, "student")
-        sampling, samples = _sampling(asked, benchmark, subject, contexts), asked.samples
+        usual, samples = benchmark.convention.max_new_tokens, asked.samples
+        sampling = _sampling(asked, usual, subject, contexts)
         identity = {
             "model": subject.digest,
             "benchmark": benchmark.digest(),
@@ -129,11 +131,9 @@ def _prompts(asked: Namespace, subject: Subject, thinking: bool | None, date: st
     return Prompts(section, subject.tokenizer)
 
 
-def _sampling(
-    asked: Namespace, benchmark: Benchmark, subject: Subject, contexts: Sequence[Sequence[int]]
-) -> Sampling:
-    """Returns how to sample: as asked, else by the benchmark's convention."""
-    longest = asked.max_new_tokens or benchmark.convention.max_new_tokens
+def _sampling(asked: Namespace, usual: int, subject: Subject, contexts: Contexts) -> Sampling:
+    """Returns how to sample, as asked. usual: the benchmark's longest answer."""
+    longest = asked.max_new_tokens or usual
     if (limit := window(subject.config)) is not None:
         room = limit - max(map(len, contexts))
         if room < 1:
@@ -150,7 +150,7 @@ def _sampling(
 def _sample(
     asked: Namespace,
     subject: Subject,
-    contexts: Sequence[Sequence[int]],
+    contexts: Contexts,
     sampling: Sampling,
     units: Sequence[Unit],
     directory: Path,
@@ -198,15 +198,8 @@ def _sampler(asked: Namespace, subject: Subject, directory: Path, display: Displ
             display.note(unused)
         return SAMPLERS[asked.engine](model, stop_ids(model, subject.tokenizer))
     if asked.engine in SERVERS:
-        return evaluation_server(
-            asked.engine,
-            asked.server,
-            asked.model,
-            subject.stops,
-            subject.config,
-            subject.load,
-            directory,
-        )
+        where = asked.engine, asked.server, asked.model
+        return evaluation_server(*where, subject.stops, subject.config, subject.load, directory)
     from opsd.rollout.vllm_colocated import ColocatedSampler
 
     return ColocatedSampler(
@@ -219,9 +212,7 @@ def _sampler(asked: Namespace, subject: Subject, directory: Path, display: Displ
     )
 
 
-def batches(
-    units: Sequence[Unit], contexts: Sequence[Sequence[int]], size: int
-) -> list[list[Unit]]:
+def batches(units: Sequence[Unit], contexts: Contexts, size: int) -> list[list[Unit]]:
     """Batches units by context length, longest first: if memory runs out, it does so early."""
     order = sorted(units, key=lambda unit: (-len(contexts[unit[0]]), unit))
     return [order[start : start + size] for start in range(0, len(order), size)]
@@ -248,11 +239,7 @@ def _finish(
         figures = measure(answers, grader, description["seed"])
     software = {**versions(), "math-verify": version("math-verify")}
     result = {**description, **figures, "versions": software, "machine": machine()}
-    lines = (
-        _line(benchmark, number, answer)
-        for number, problem in enumerate(answers)
-        for answer in problem
-    )
+    lines = (_line(benchmark, answer) for problem in answers for answer in problem)
     write_lines(directory / "answers.jsonl", lines)
     write_json(directory / "result.json", result)
     write_file(directory / "report.html", page(result, benchmark.rows, answers))
@@ -265,11 +252,11 @@ def _finish(
     display.paths("Written", {name: directory / name for name in names})
 
 
-def _line(benchmark: Benchmark, number: int, answer: Answer) -> dict[str, Any]:
-    row = benchmark.rows[number]
+def _line(benchmark: Benchmark, answer: Answer) -> dict[str, Any]:
     completion, grade = answer.completion, answer.grade
+    row = benchmark.rows[completion.problem]
     return {
-        "problem": number,
+        "problem": completion.problem,
         "sample": completion.sample,
         "text": row.problem,
         "answer": row.answer,

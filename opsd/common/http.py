@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import socket
 import sys
 import time
@@ -26,8 +27,7 @@ PIECE = 1 << 16  # bytes per read
 LONGEST_WAIT = 30.0  # seconds between two attempts
 JITTER = random.Random()  # its own generator: a run saves and restores the global one
 
-Statuses = frozenset[int]
-PASSING: Statuses = frozenset({408, 425, 429, 500, 502, 503, 504})
+PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which a request is sent again."""
 
 _FAILED: dict[str, float] = {}  # server → when it first failed, of which a line has said
@@ -93,9 +93,7 @@ class Server:
             stop.wait(wait * JITTER.uniform(0.75, 1.25))
             wait = min(2 * wait, LONGEST_WAIT)
 
-    def fetch(
-        self, route: str, body: Any, timeout: float, longest: int, passing: Statuses = PASSING
-    ) -> bytes:
+    def fetch(self, route: str, body: Any, timeout: float, longest: int, passing=PASSING) -> bytes:
         """Send a GET, or a POST of `body` as JSON, once; return the answer.
 
         timeout: seconds for the whole exchange, so that a server that sends slowly cannot hold up a
@@ -139,6 +137,8 @@ class Server:
             raise NoAnswerError(told)
         if response.status == 404:
             hint = "" if route.startswith("/v1/") else f" ({self.hint})"
+            if content.lstrip().startswith(b"<"):  # a page, which no server of models has
+                hint = "; another server is there: correct the address"
             raise NoRouteError(f"{self._error(told)}{hint}")
         raise self._error(told)
 
@@ -159,6 +159,8 @@ class Server:
 def said(content: bytes) -> str:
     """The message in a server's error answer, on one line of at most 300 characters."""
     text = content[:10_000].decode(errors="replace")
+    if text.lstrip().startswith("<"):  # a page, as of a proxy
+        text = re.sub(r"<[^>]*>", " ", text)
     try:
         answer = json.loads(text)
         inner = answer.get("error") or answer.get("detail") or answer

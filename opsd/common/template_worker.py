@@ -18,6 +18,7 @@ from jinja2 import StrictUndefined, Template, Undefined, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from opsd.common.near import did_you_mean
 from opsd.common.skeletons import OPEN, chat_shape
 from opsd.common.symbolic import Trace, skeleton
 
@@ -75,7 +76,16 @@ def answer(job: bytes | memoryview) -> bytes:
     except MemoryError:
         raise
     except Exception as error:  # a template's expressions can raise anything, such as 1 / 0
-        return REFUSED + str(error)[:2000].encode(errors="backslashreplace")
+        return REFUSED + _meant(str(error)[:2000]).encode(errors="backslashreplace")
+
+
+def _meant(said: str) -> str:
+    """An error's words, with the filter or test that was meant, or the text's own method."""
+    if not (unknown := re.match(r"No (filter|test) named '(\w+)'", said)):
+        return said
+    kind, name = unknown.groups()
+    own = f"; a text has it as a method: {{{{ problem.{name}() }}}}" if hasattr(str, name) else ""
+    return unknown[0] + (own or did_you_mean(name, getattr(_ENVIRONMENT, f"{kind}s")))
 
 
 def texts_of(made: bytes) -> Iterator[str]:

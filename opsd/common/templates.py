@@ -17,8 +17,6 @@ from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
 
-from jinja2.filters import FILTERS
-
 from opsd.common.errors import UserError
 from opsd.common.near import USUAL, did_you_mean
 from opsd.common.skeletons import SHAPES, Skeletons
@@ -59,12 +57,8 @@ def check_template(field: str, text: str) -> None:
     try:
         fill_in(text, [])
     except TemplateFailure as error:
-        said, hint = str(error).rstrip("."), "; a column is written {{ problem }}"
-        if unknown := re.search(r"No filter named '(\w+)'", said):
-            hint = did_you_mean(unknown[1], FILTERS)
-            if hasattr(str, unknown[1]):
-                hint = f"; a text has it as a method: {{{{ problem.{unknown[1]}() }}}}"
-        raise UserError(f"{field} is not a Jinja template: {said}{hint}") from None
+        hint = "" if "; " in str(error) else "; a column is written {{ problem }}"
+        raise UserError(f"{field} is not a Jinja template: {error}{hint}") from None
 
 
 def check_shows(field: str, text: str, what: str) -> None:

@@ -154,10 +154,11 @@ def check_on_hub(source: str, options: Mapping[str, Any], section: str) -> None:
 def check_no_split(source: str, split: str | None, section: str) -> None:
     """Raises UserError if a split is given: this source has none."""
     if split is not None:
-        first = re.search(r"\[:(\d+)\]$", split)  # as `datasets` has it
         mend = "leave it out, or name the file of that split"
-        few = {"benchmark": "--problems ", "eval": "eval.problems="}.get(section, "data.limit=")
-        mend = f"leave it out; {few}{first[1]} takes as many rows" if first else mend
+        if "[" in split:  # a slice, as `datasets` has it
+            few = {"benchmark": "--problems ", "eval": "eval.problems="}.get(section, "data.limit=")
+            first = re.search(r"\[:(\d+)\]", split)
+            mend = f"leave it out; {few}{first[1] if first else 'N'} takes so many rows"
         raise UserError(f"{section}.split is {split!r}: {source!r} has no splits; {mend}")
 
 

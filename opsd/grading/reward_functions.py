@@ -74,19 +74,24 @@ def of_either_kind(name: str, function: Callable[..., Any]) -> Verifier:
             "function(completion, row) that calls it with row['answer']"
         )
     if not (keywords or THEIRS & parameters.keys()):
-        try:
-            signature.bind("", {})
-        except TypeError:
-            raise UserError(
-                f"{name} has the parameters ({', '.join(parameters)}): it is called with a "
-                "completion and its row, or as TRL's functions with `completions` and columns"
-            ) from None
+        check_two(name, function, "a completion and its row, or as TRL's functions with columns")
         return by_row(name, function)
     if absent := [
         n for n in ABSENT & parameters.keys() if parameters[n].default is inspect.Parameter.empty
     ]:
         raise UserError(f"{name} needs {min(absent)!r}, which no reward function is passed here")
     return partial(_by_lists, name, function, None if keywords else set(parameters))
+
+
+def check_two(name: str, function: Callable[..., Any], given: str) -> None:
+    """Raises UserError for a function that two arguments cannot call; given: what they are."""
+    try:
+        inspect.signature(function).bind("", {})
+    except TypeError:
+        taken = ", ".join(inspect.signature(function).parameters)
+        raise UserError(f"{name} has the parameters ({taken}): it is called with {given}") from None
+    except ValueError:
+        pass  # some functions written in C have no signature
 
 
 def by_row(name: str, function: Callable[[str, dict[str, Any]], Any]) -> Verifier:

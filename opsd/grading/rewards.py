@@ -28,7 +28,7 @@ from opsd.data.thoughts import final_part
 from opsd.grading.completions import completions
 from opsd.grading.grader import Grader
 from opsd.grading.majority import Majority, majority
-from opsd.grading.reward_functions import Verifier, of_either_kind
+from opsd.grading.reward_functions import Verifier, check_two, of_either_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,8 +129,8 @@ def check_code(section: LossSection, verifier: bool, run: bool = True) -> None:
     """
     ours = section.without_code().gates
     for gate in section.gates:
-        if gate not in ours:
-            check_function(gate.gate, "loss.gates", run)
+        if gate not in ours and (function := check_function(gate.gate, "loss.gates", run)):
+            check_two(f"loss.gates {gate.gate!r}", function, "the measures and the gate's scale")
     if verifier and section.reward.verifier != "math":
         if function := check_function(section.reward.verifier, VERIFIER, run):
             of_either_kind(f"{VERIFIER} {section.reward.verifier!r}", function)
@@ -150,9 +150,8 @@ def check_function(name: str, field: str, run: bool = True) -> Callable[..., Any
     if not {function, "*"} & made:
         hint = _near_function(path, function)
         raise UserError(f"{where}: {path} has no function {function!r}{hint}")
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    defined = (node for node in tree.body if isinstance(node, kinds))
-    own = (node.args for node in defined if node.name == function and not node.decorator_list)
+    defs = (n for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    own = (n.args for n in defs if n.name == function and not n.decorator_list)
     return next(map(_like, own), None)
 
 

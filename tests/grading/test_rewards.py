@@ -174,6 +174,15 @@ def test_a_dry_run_knows_a_verifiers_parameters_without_running_its_file(head, w
         check_code(section, verifier=True, run=False)
 
 
+@pytest.mark.parametrize("run", [False, True])
+def test_a_gates_parameters_are_checked_before_the_first_step(run, tmp_path):
+    name = write(tmp_path / "mine.py", "def grade(measures): ...\nfrom torch import mul\n")
+    with pytest.raises(UserError, match=r"\(measures\): it is called with the measures and the"):
+        check_code(LossSection(gates=[{"gate": name}]), verifier=False, run=run)
+    mul = name.replace(":grade", ":mul")  # written in C, without a signature
+    check_code(LossSection(gates=[{"gate": mul}]), verifier=False, run=run)
+
+
 def test_a_run_learns_from_the_users_verifier_and_logs_it(files, tmp_path):
     name = write(
         tmp_path / "mine.py",

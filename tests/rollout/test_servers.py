@@ -4,6 +4,7 @@ against a stand-in made from its real sources."""
 import json
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -148,6 +149,22 @@ def test_a_request_that_is_never_answered_is_sent_again(fake, student, contexts,
     (rollout,) = engine.sample(contexts[:1], Sampling(4, temperature=0))
     assert len(rollout.ids) == 4 or rollout.finished
     assert time.monotonic() - begun < 40 and len(fake.completions()) >= 2
+
+
+@pytest.mark.parametrize("engine", DIALECTS)
+def test_another_server_on_that_port_is_one(engine):
+    """One that shows pages: what it says is told without its tags, and without a wrong advice."""
+    answer = {"do_GET": lambda self: self.send_error(404)}
+    handler = type("Handler", (BaseHTTPRequestHandler,), answer)
+    pages = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=pages.serve_forever, args=(0.01,), daemon=True).start()
+    with pytest.raises(UserError) as caught:
+        DIALECTS[engine](f"http://127.0.0.1:{pages.server_port}", patience=60.0)
+    pages.shutdown()
+    pages.server_close()
+    said = str(caught.value)
+    assert "answers 404: Error response" in said and "<" not in said
+    assert said.endswith("; another server is there: correct the address")
 
 
 def test_a_server_that_stays_away_is_given_up(fake, student, contexts, tmp_path, capfd):
