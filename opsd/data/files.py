@@ -186,7 +186,7 @@ def _line(line: str, number: int, expected: str, section: str, name: str) -> Any
     try:
         return _LINES.decode(line)
     except json.JSONDecodeError as error:
-        said = f"is not valid JSON ({error.msg} at column {error.colno})"
+        said = f"is not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
         said += f"{_slip(line)}; expected {expected}"
     except (ValueError, RecursionError) as error:  # a number too long, or nesting too deep
         said = f"cannot be read ({error})"

@@ -24,6 +24,11 @@ _HUB_OPTIONS = ("name", "revision")
 CHOOSE = "choose one with options: {name: …}"
 _ELSEWHERE = re.compile(r"^/|^\w[\w+.-]*:\S|://|::")  # `file:a` is a path too
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_GYM = re.compile("reasoning[-_ ]?gym(?:[:/](.+))?", re.IGNORECASE)  # typed in another way
+_MENDS = dict.fromkeys((".xlsx", ".xls", ".ods"), "; save it as .csv")
+_MENDS |= dict.fromkeys((".pkl", ".pickle"), "; pandas' `to_parquet` writes what is read here")
+_MENDS |= {".arrow": "; name its directory, {path.parent}"}
+_MENDS |= dict.fromkeys((".txt", ".jl"), "; of one JSON object a line, it is named {path.stem}.jsonl")
 
 
 def kind_of(value: Any) -> str:
@@ -58,9 +63,7 @@ def stored(
     if path.exists():
         check_names(f"{section}.options", options, _HUB_OPTIONS[:1] if path.is_dir() else ())
         if not path.is_dir() and file_type(path) is None:
-            mend = "; save it as .csv" if path.suffix in (".xlsx", ".xls", ".ods") else ""
-            if path.suffix in (".txt", ".jl"):
-                mend = f"; of one JSON object a line, it is named {path.with_suffix('.jsonl').name}"
+            mend = _MENDS.get(path.suffix, "").format(path=path)
             raise UserError(
                 f"{section}.source: {source!r} is not a {', '.join(FILE_TYPES)} file (or one of "
                 f"these but .parquet with .gz), nor a directory saved by `datasets`{mend}"
@@ -78,6 +81,9 @@ def stored(
         name, _, rows = source.partition("#")  # as ms-swift has it
         hint = near_file(source, ("", *FILE_TYPES))
         hint = f"; write {section}.source={name} {section}.limit={rows}" if rows else hint
+        hint = "; download it, and name the file" if "://" in source and not hint else hint
+        if gym := _GYM.fullmatch(source):
+            hint = f"; did you mean '{REASONING_GYM}{gym[1] or 'chain_sum'}'?"
         if several := sorted(glob(os.path.expanduser(source))):
             how = "name all in a list:" if section == "data" else "name one of"
             hint = f"; it takes no wildcards: {how} {several}"
@@ -129,8 +135,8 @@ def part_of(parts: Mapping[str, Any], split: str, section: str) -> Any:
 def is_remote(source: str) -> bool:
     """Whether a source is on the hub or from a generator: no file, and no name like a file's."""
     path = Path(os.path.expanduser(source))
-    if source.startswith(REASONING_GYM):
-        return True
+    if source.startswith(REASONING_GYM) or _GYM.fullmatch(source):
+        return source.startswith(REASONING_GYM)
     looks_local = (
         path.suffix.lower() in (*FILE_TYPES, ".txt", ".arrow", ".gz") or source[:1] in "./~"
     )
@@ -258,7 +264,8 @@ def draw(source: str, size: int, seed: int, options: dict, section: str) -> Iter
 
     task = source.removeprefix(REASONING_GYM)
     if task not in DATASETS:
-        near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4)
+        near = [name for name in DATASETS if name.startswith(task[:3])][:3]
+        near = near or difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4)
         hint = f"; near it: {', '.join(near)}" if near else f" among its {len(DATASETS)}"
         raise UserError(f"{section}.source: reasoning_gym has no task {task!r}{hint}")
     known = [field.name for field in fields(DATASETS[task][1])]
