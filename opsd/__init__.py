@@ -57,6 +57,9 @@ _OTHERWISE = {"OPSDConfig": "Config"}  # there
 
 
 def __getattr__(name: str) -> Any:
+    if name.endswith(("Trainer", "Config")) and name not in _HOME:  # Python hides an AttributeError
+        said = "OPSDTrainer and OPSDConfig have all methods, as in OPSDConfig(method='grpo')"
+        raise ImportError(f"cannot import name {name!r} from 'opsd': {said}")
     if name not in _HOME:
         raise AttributeError(f"module 'opsd' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), _OTHERWISE.get(name, name))

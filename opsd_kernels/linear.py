@@ -6,7 +6,7 @@ This module has the operator and the public function; the algorithm is in `diver
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, float16
 
@@ -162,6 +162,12 @@ class LinearDivergence:
     log_prob: Tensor | None = None
     teacher_log_prob: Tensor | None = None
     token_loss: Tensor | None = None
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> None:
+            hint = f"; the loss is a tensor: .loss.{name}" if hasattr(Tensor, name) else ""
+            raise AttributeError(f"LinearDivergence has no attribute {name!r}{hint}")
 
 
 def linear_divergence(

@@ -37,6 +37,12 @@ def test_a_name_that_is_not_there():
         _ = opsd.trian
 
 
+@pytest.mark.parametrize("name", ["GRPOTrainer", "OpsdTrainer", "SFTConfig"])
+def test_another_librarys_trainer_is_told_ours(name):
+    with pytest.raises(ImportError, match=f"'{name}'.*OPSDConfig.method='grpo'"):
+        exec(f"from opsd import {name}")
+
+
 def test_the_version_is_the_distributions():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert opsd.__version__ == project["version"]

@@ -28,7 +28,7 @@ _GYM = re.compile("reasoning[-_ ]?gym(?:[:/](.+))?", re.IGNORECASE)  # typed in 
 _MENDS = dict.fromkeys((".xlsx", ".xls", ".ods"), "; save it as .csv")
 _MENDS |= dict.fromkeys((".pkl", ".pickle"), "; pandas' `to_parquet` writes what is read here")
 _MENDS |= {".arrow": "; name its directory, {path.parent}"}
-_MENDS |= dict.fromkeys((".txt", ".jl"), "; of one JSON object a line, it is named {path.stem}.jsonl")
+_MENDS |= dict.fromkeys((".txt", ".jl"), "; one JSON object a line is {path.stem}.jsonl")
 
 
 def kind_of(value: Any) -> str:

@@ -59,6 +59,8 @@ def check_config(name: str, config: Any) -> None:
     if not isinstance(config, Config):
         kind: Any = type(config)
         made = {str: f"load_config({config!r})", dict: f"OPSDConfig(**{name})"}.get(kind)
+        if kind is str and not config.endswith((".yaml", ".yml")):
+            made = "load_config('mine.yaml') (OPSDTrainer takes a model, a config and rows)"
         raise UserError(
             f"{name} is of type {kind.__name__}: it must be an OPSDConfig, as "
             f"{made or 'OPSDConfig(steps=100, learning_rate=1e-5)'}"

@@ -1,5 +1,7 @@
 """Where formulas break: zeros, infinities, NaN, huge logits, nothing at all."""
 
+import copy
+
 import pytest
 import torch
 from helpers.kernel_cases import BACKENDS, DIVERGENCES, check, make
@@ -195,3 +197,13 @@ def test_meta_tensors_give_shapes():
     linear_divergence(hidden, hidden.detach(), weight, weight.detach()).loss.backward()
     linear_log_prob(hidden, weight, torch.zeros(5, dtype=torch.long, device="meta"))
     assert hidden.grad.shape == (5, 3) and weight.grad.device.type == "meta"
+
+
+def test_a_result_taken_for_its_loss_is_told_where_it_is():
+    hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8)
+    result = linear_divergence(hidden, torch.randn(3, 8), weight)
+    with pytest.raises(AttributeError, match=r"no attribute 'backward'.*: \.loss\.backward"):
+        result.backward()
+    with pytest.raises(AttributeError, match=r"no attribute 'los'$"):
+        _ = result.los
+    copy.deepcopy(linear_divergence(torch.randn(3, 8), torch.randn(3, 8), weight)).loss.item()
