@@ -50,7 +50,8 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.prompt is not None:
         check_shows("--prompt", parsed.prompt, "problem")
         row = benchmark.rows[0]
-        fill_in_columns("--prompt", parsed.prompt, [row.columns | row.texts])
+        shown = {"images": ""} if row.images else {}
+        fill_in_columns("--prompt", parsed.prompt, [row.columns | row.texts | shown])
     import_torch(display)
     from opsd.cli.evaluate import evaluate_command
 
