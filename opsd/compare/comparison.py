@@ -161,11 +161,10 @@ def read_runs(directory: Path) -> list[SeedRun]:
     for run in results.methods:
         path = directory / run.method if results.quickstart else directory
         if len(run.points) < 2:
-            trouble = f"; {results.troubles[0]}" if results.troubles else ""
-            mend = f"a curve needs two or more (eval.every){trouble}"
-            raise UserError(
-                f"RUN_DIR: {path} has {len(run.points)} evaluations of the student; {mend}"
-            )
+            why = "eval.problems was 0" if run.summary else "it has not ended; --resume goes on"
+            why = results.troubles[0] if results.troubles else why
+            said = f"has fewer than two evaluations, so no curve: {why}, or leave it out"
+            raise UserError(f"RUN_DIR: {path} {said}")
         runs.append(_seed_run(path, run, results))
     return runs
 

@@ -337,12 +337,15 @@ def test_the_command_writes_a_table_and_a_page(tmp_path, capsys):
 def test_errors_name_what_is_wrong(tmp_path):
     good = write_run(tmp_path / "good", "opsd", straight(200, 0.8))
     short = write_run(tmp_path / "short", "opsd", [(0, 0.2)])
+    blind = write_run(tmp_path / "blind", "opsd", [])
+    (short / "summary.json").unlink()  # as of a run that has stopped
     (tmp_path / "empty").mkdir()
     for arguments, message in [
         (([good], 1.5), r"--target is 1\.5: .*at most 1"),
         (([good], None, "ppo"), r"--baseline is 'ppo': the runs have opsd"),
         (([good, good],), r"RUN_DIR: a directory is named twice"),
-        (([short],), r"short has 1 evaluations .*eval\.every"),
+        (([short],), r"short has fewer than two evaluations, .* not ended; --resume goes on, or"),
+        (([blind],), r"blind has fewer than two evaluations, .*: eval\.problems was 0, or leave"),
         (([tmp_path / "empty"],), r"empty holds no run"),
         (([tmp_path / "absent"],), r"absent is not a directory"),
     ]:
