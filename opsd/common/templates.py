@@ -86,6 +86,8 @@ def fill_in_columns(field: str, text: str, values: Sequence[Mapping[str, Any]]) 
     except TemplateFailure as error:
         columns, unknown = sorted(values[0]), re.search(r"'(\w+)' is undefined", str(error))
         name = unknown[1] if unknown else ""
+        inside = re.search(rf"\b{name}(?:\.|\[['\"])(\w+)", text) if name else None  # row.problem
+        name = inside[1] if inside else name
         ours = (our for our, theirs in USUAL.items() if name in theirs and our in columns)
         hint = did_you_mean(next(ours, name), columns)
         said = f"{error}; columns: {', '.join(columns)}{hint}"

@@ -119,7 +119,7 @@ def _meant(name: str, problem: Any, model: type[Section]) -> str:
     if not isinstance(value, str):
         said = VALUES.get(name, {}).get("number") if isinstance(value, int | float) else None
         if kind == "int_from_float" and 0 < value < 1:
-            said = "it is a number, not a share"
+            said = "it is a count, not a share"
         elif kind.startswith("less_than") and 1 in problem["ctx"].values() and 10 <= value <= 100:
             said = said or f"a share is written as {value / 100:g}"
         return f"; {said}" if said else ""
@@ -182,7 +182,7 @@ def number_meant(text: str, kind: str) -> str:
     number = re.fullmatch(counted, text.strip(), re.IGNORECASE)
     if form and number and number[2] == "%":
         share = f"; a share is written as {float(number[1]) / 100:g}"
-        return share if kind == "float" else "; it is a number, not a share"
+        return share if kind == "float" else "; it is a count, not a share"
     if form and number and (number[2] or number[3]):
         count = int(float(number[1]) * UNITS[number[2].lower()]) if number[2] else number[1]
         return f"; write {count}, without a unit"

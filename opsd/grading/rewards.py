@@ -196,7 +196,10 @@ def _place(name: str, field: str) -> tuple[str, Path, str]:
     where = f"{field} is {name!r}"
     file, colon, function = name.rpartition(":")
     if not colon or not file.endswith(".py") or not function.isidentifier():
-        hint = _near_function(Path(name), "") if name.endswith(".py") else ""
+        module, _, last = name.replace(":", ".").rpartition(".")
+        file = f"{module.removesuffix('.py').replace('.', '/')}.py"  # of mine.grade, mine:grade
+        hint = f"; did you mean '{file}:{last}'?" if Path(file).is_file() else ""
+        hint = _near_function(Path(name), "") if name.endswith(".py") else hint
         raise UserError(f"{where}: it may be 'math' or FILE.py:FUNCTION{hint}")
     path = Path(os.path.expanduser(file))
     if not path.is_file():

@@ -127,6 +127,8 @@ def test_the_file_of_a_verifier_runs_once(tmp_path):
         ("{dir}/mine.py:score", "def grade(c, r): return 1", "has no function 'score'"),
         ("{dir}/mine.py:score", "def grade(c, r): return 1", "did you mean {dir}/mine.py:grade?"),
         ("{dir}/mine.py", "def grade(c, r): return 1", "did you mean {dir}/mine.py:grade?"),
+        ("{dir}/mine.grade", "def grade(c, r): return 1", "did you mean '{dir}/mine.py:grade'?"),
+        ("{dir}/mine:grade", "def grade(c, r): return 1", "did you mean '{dir}/mine.py:grade'?"),
         (
             "{dir}/mine.py:grade",
             "import nowhere\ndef grade(c, r): ...",
