@@ -58,7 +58,9 @@ def explain(problem: Any, model: type[Section]) -> str:
 def _unknown(location: list[str], value: Any, model: type[Section]) -> str:
     known = _known(location[:-1], model)
     if (dotted := re.sub("[:/]", ".", ".".join(location))) in fields_of(model):
-        return f"unknown key {location[-1]!r}: here it is {typed(dotted, value, model)}"
+        ours = typed(dotted, value, model)
+        told = f"in a file it is `{_nested(ours)}`" if "." in location[-1] else f"here it is {ours}"
+        return f"unknown key {location[-1]!r}: {told}"
     key, colon, rest = location[-1].partition(":")
     if colon and (key in known or answer(key, rest, model)):
         return f"unknown key {location[-1]!r}: YAML needs a space after the colon: `{key}: {rest}`"
@@ -168,7 +170,15 @@ def _section_meant(name: str, value: Any, model: type[Section]) -> str:
     takes = (said for field in own if "=" in (said := typed(here(field, model), value, model)))
     if (said := TRUTH.get(str(value).lower())) and own[0].count(".") > 1:  # model.lora
         return f"; {name}={{}} has it, by its defaults" if said == "true" else "; leave it out"
-    return f"; it is a section, as in {f'{own[0]}=…' if said else next(takes, f'{own[0]}=…')}"
+    ours = f"{own[0]}=…" if said else next(takes, f"{own[0]}=…")
+    return f"; it is a section, as in {ours} (in a file `{_nested(ours)}`)"
+
+
+def _nested(assigned: str) -> str:
+    """An assignment, such as model.path=X, as a file has it: model: {path: X}."""
+    field, _, text = assigned.partition("=")
+    *above, last = field.split(".")
+    return "".join(f"{one}: {{" for one in above) + f"{last}: {text}" + "}" * len(above)
 
 
 def number_meant(text: str, kind: str) -> str:

@@ -97,7 +97,8 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
                 place[key] = {}
             place = place[key]
             if not isinstance(place, dict):
-                raise UserError(f"override is {override!r}: {key!r} is not a section")
+                said = f"{key!r} is {place!r} in the config, not a section"
+                raise UserError(f"override is {override!r}: {said}")
         try:
             place[keys[-1]] = load_yaml(text)
         except yaml.YAMLError:

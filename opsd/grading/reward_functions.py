@@ -161,7 +161,9 @@ def _called(where: str, function: Callable[..., Any], *given: Any, **named: Any)
     try:
         return function(*given, **named)
     except Exception as error:  # the user's function can raise anything
-        raise UserError(f"{where} raised {in_short(error)}") from error
+        taken = str(error).startswith("string indices") and "completions" in named  # for messages
+        hint = "; completions are texts, and messages only for rows whose prompt is a chat"
+        raise UserError(f"{where} raised {in_short(error)}{hint * taken}") from error
 
 
 def _awaited(places: Sequence[str], results: Sequence[Any]) -> list[Any]:
