@@ -67,7 +67,8 @@ class LearningCurve:
         if role == "student":
             self.keep_if_best(result.accuracy)
         line = {**place, "role": role, **result.record()}
-        graded = zip(self.test.rows, result.completions, result.grades, strict=True)
+        answered = self.test.rows[: len(result.grades)]  # a teacher may have been asked fewer
+        graded = zip(answered, result.completions, result.grades, strict=True)
         rows = [(step, r.problem, r.answer, text, grade.correct) for r, text, grade in graded]
         self.report(line, rows)
         self.log.evaluation(line)  # written last: on resume, samples without this line are dropped

@@ -286,3 +286,19 @@ def test_smollm2s_teacher_is_made_once(tmp_path, monkeypatch):
     (place / "summary.json").touch()
     assert recipe.make_teacher(tmp_path, None) == place / "model"
     assert len(made) == 2
+
+
+def test_smollm2s_recipe_runs_whole_with_another_model(finished, tmp_path, monkeypatch):
+    """Its teacher answers fewer problems than its students."""
+    from opsd.quickstart import smollm2_recipe as module
+
+    monkeypatch.setattr(module, "FEW_PROBLEMS", 2)
+    monkeypatch.setattr(module, "COLD_ROWS", 2)
+    monkeypatch.setitem(module.SECTIONS["prompts"], "student", "{{ problem }}")
+    monkeypatch.setitem(module.SECTIONS["prompts"], "teacher", "{{ problem }} {{ solution }}")
+    model = finished[0] / "opsd" / "model"
+    arguments = ["--model", str(model), "--output", str(tmp_path / "out"), "--problems", "3"]
+    arguments += ["--steps", "1", "--solution-style", "terse", "train.problems_per_step=2"]
+    assert main(["quickstart", *arguments]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["base"]["teacher_problems"] == 2 and summary["problems"] == 3
