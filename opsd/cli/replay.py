@@ -10,9 +10,9 @@ def run(parsed: argparse.Namespace) -> None:
 
     if not (path := parsed.file).is_file():  # said before torch is imported
         kept = sorted((path if path.is_dir() else path.parent).glob("failed-step-*.pt"))
-        hint = f"; did you mean {str(kept[-1])!r}?" if kept else " (a step that fails leaves one)"
-        said = "a directory without failed-step-N.pt" if path.is_dir() else "no such file"
-        said = "a directory" if kept and path.is_dir() else said
+        hint = " without failed-step-N.pt" * path.is_dir() + " (a step that fails leaves one)"
+        hint = f"; did you mean {str(kept[-1])!r}?" if kept else hint
+        said = "a directory" if path.is_dir() else "no such file"
         raise UserError(f"FILE is {str(path)!r}: {said}{hint}")
     from opsd.models.load import quiet_transformers
     from opsd.training.replay import replay

@@ -161,9 +161,13 @@ def _called(where: str, function: Callable[..., Any], *given: Any, **named: Any)
     try:
         return function(*given, **named)
     except Exception as error:  # the user's function can raise anything
-        taken = str(error).startswith("string indices") and "completions" in named  # for messages
-        hint = "; completions are texts, and messages only for rows whose prompt is a chat"
-        raise UserError(f"{where} raised {in_short(error)}{hint * taken}") from error
+        raise _raised(where, error) from error
+
+
+def _raised(where: str, error: Exception) -> UserError:
+    taken_for_messages = str(error).startswith("string indices")
+    hint = "; completions are texts, and messages only for rows whose prompt is a chat"
+    return UserError(f"{where} raised {in_short(error)}{hint * taken_for_messages}")
 
 
 def _awaited(places: Sequence[str], results: Sequence[Any]) -> list[Any]:
@@ -175,7 +179,7 @@ def _awaited(places: Sequence[str], results: Sequence[Any]) -> list[Any]:
         try:
             return await result if inspect.isawaitable(result) else result
         except Exception as error:
-            raise UserError(f"{where} raised {in_short(error)}") from error
+            raise _raised(where, error) from error
 
     async def all_of_them() -> list[Any]:
         return await asyncio.gather(*map(one, places, results))

@@ -71,6 +71,10 @@ def test_scores_add_up_and_feedbacks_are_kept():
     assert both == [(1.0, "not two"), (3.0, "not 4")]
 
 
+async def taken_for_messages(completions):
+    return [c[0]["content"] for c in completions]
+
+
 @pytest.mark.parametrize(
     "function, said",
     [
@@ -78,6 +82,7 @@ def test_scores_add_up_and_feedbacks_are_kept():
         (lambda completions: [1.0, float("nan")], "it must return a finite number for each of 2"),
         (lambda completions: 1 / 0, "raised ZeroDivisionError"),
         (lambda completions: [c[0]["content"] for c in completions], "completions are texts, and"),
+        (taken_for_messages, "completions are texts, and"),
         (lambda completion, row: None, "it must return a finite number"),
         (lambda completions, ground_truth: [0, 0], r"raised TypeError.*'ground_truth'"),
     ],

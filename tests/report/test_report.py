@@ -192,7 +192,6 @@ def test_quickstart_in_progress_needs_no_summary(quickstart):
 
 
 def test_finished_runs_in_one_directory_are_no_quickstart_in_progress(tmp_path):
-    """`opsd report runs`: each of them has its summary.json, and they belong to none together."""
     for name in ("first", "second"):
         make_run(tmp_path / name)
         (tmp_path / name / "summary.json").write_text(json.dumps({"method": "opsd"}))
