@@ -76,6 +76,8 @@ CASES = [
     Case("grpo", {"distil": 0.7, "credit": 0.5}, teachers=("initial",)),
     Case("grpo", {"distil": 0.7, "temperature": 0.6}, teachers=("initial",)),
     Case("grpo", {"distil": 0.7, "divergence": "reverse_kl", "unsure": 0.8}, teachers=("initial",)),
+    # SDAR's
+    Case("grpo", {"distil": 0.7, "gates": [{"gate": "gap", "scale": 3.0, "floor": 0.1}]}),
     Case("grpo", {"weights": {"truncated": 0.0}}, teachers=("none",)),
     Case("sft", teachers=("none",)),
     Case("sft", {"roles": ["student", "teacher"], "aggregation": "rollout"}, teachers=("none",)),
@@ -223,6 +225,11 @@ def rendered(case: Case, config, model, teacher, problems, prompts: Prompts) -> 
                         unsure = -(log_p.exp() * log_p).sum(-1) > loss.unsure_entropy
                         forward = dense.divergence(own, its, "forward_kl", loss.beta, None)
                         beside = beside + loss.unsure * unsure * forward
+                    for gate in loss.gates:
+                        gap = dense.log_p(its, ids) - dense.log_p(own, ids).detach()
+                        beside = (
+                            gate.floor + (1 - gate.floor) * (gate.scale * gap).sigmoid()
+                        ) * beside
                     token_loss = token_loss + loss.distil * beside
             elif loss.divergence == "sampled_token":
                 token_loss = dense.sampled_token(student, taught, ids, **clip)
