@@ -25,9 +25,11 @@ KNOWN = (
     "torch chunked",
     "trl",
     "liger",
+    "liger cute",
     "liger chunked",
     "cce",
     "cce exact",
+    "quack",
 )
 """The candidates that --only may name."""
 
@@ -154,7 +156,7 @@ def _candidates(row: suite.Row, device: str, only: str | None) -> tuple[dict, di
         found = {k: run for k, run in found.items() if k not in candidates.COMPILES[device]}
     if row.backends:
         more, lacking = candidates.our_backends(device)
-        found, missing = found | more, missing | lacking
+        found, missing = found | more | candidates.our_others(row.case.task), missing | lacking
     found |= candidates.our_budgets(row.budgets)
     if only is not None:
         wanted = {"ours", *only.split(",")}

@@ -8,6 +8,7 @@ teacher's share of the mixture.
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.functional import kl_div
 
 from opsd_kernels import backends, linear_divergence, linear_log_prob
 
-from .problem import Problem, Result
+from .problem import Case, Problem, Result
 
 Run = Callable[[Problem], Result]
 MOST_LOGITS = 2**29  # for the bare products: 2 GiB in fp32
@@ -40,6 +41,35 @@ def ours(backend: str = "auto", budget: int | None = None, reduction: str = "mea
         return _backward(loss.mean(), student, weight)
 
     return run
+
+
+def sampled(problem: Problem) -> Result:
+    """A divergence, with a loss of the targets' log-probabilities in the same sweep (GRPO's, with
+    `loss.distil`). That loss is 0, so that the result stays the divergence's.
+    """
+    student, weight = problem.fresh()
+    each = torch.full_like(problem.targets, 1 / len(student), dtype=torch.float32)
+    loss = linear_divergence(
+        student,
+        problem.teacher,
+        weight,
+        divergence=problem.case.task,
+        token_weight=each,
+        targets=problem.targets,
+        token_loss=lambda log_prob, rows: 0 * log_prob,
+        reduction="sum",
+    ).loss
+    return _backward(loss, student, weight)
+
+
+def mixture(problem: Problem) -> Result:
+    """A mixture of two teachers that share the head, as `teacher.mix` makes it: a coefficient for
+    each token. Both are the problem's teacher, so that the result stays the divergence's.
+    """
+    share = torch.rand(len(problem.teacher), 1, device=problem.teacher.device)
+    state = problem.teacher.float()
+    both = (share * state + (1 - share) * state).to(problem.teacher.dtype)
+    return ours()(replace(problem, teacher=both))
 
 
 # --- Peers that need only torch ---
@@ -92,14 +122,14 @@ def _dense_loss(
     return 0.5 * (kl(log_t, log_m) + kl(log_s, log_m))
 
 
-def gemms(problem: Problem) -> None:
+def gemms(problem: Problem, parts: bool = True) -> None:
     """Only the matrix products that an exact algorithm cannot avoid: other time is overhead. Logits
     are in fp32 (on the CPU, where torch has no such product, in the operands' dtype). If they would
-    take more than 2 GiB, the tokens are computed in parts.
+    take more than 2 GiB, the tokens are computed in parts, unless parts=False.
     """
     weight, trainable = problem.weight, not problem.case.frozen
     n, (v, _) = problem.case.tokens, weight.shape
-    rows = max(1, min(n, MOST_LOGITS // v))
+    rows = rows_of_a_part(problem.case) if parts else n
     wide: dict[str, Any] = {"out_dtype": torch.float32} if _mixed(weight) else {}
     dtype = torch.float32 if wide else weight.dtype
     logits = weight.new_empty((rows, v), dtype=dtype)
@@ -120,6 +150,10 @@ def gemms(problem: Problem) -> None:
         torch.mm(gradient[:size], weight, **wide)
         if trainable:
             torch.mm(gradient[:size].T, problem.student[part], **wide)
+
+
+def rows_of_a_part(case: Case) -> int:
+    return max(1, min(case.tokens, MOST_LOGITS // case.vocabulary))
 
 
 def _mixed(weight: Tensor) -> bool:
@@ -149,16 +183,32 @@ def trl(problem: Problem) -> Result:
     return _backward(per_token.mean(), student, weight)
 
 
-def liger(problem: Problem) -> Result:
-    """Liger's fused_linear_jsd, in Triton."""
-    from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
+def liger(kernels: str) -> Run:
+    """Liger's fused_linear_jsd, with the JSD of Triton or CuTe ("nvidia-triton",
+    "nvidia-cutedsl").
+    """
+
+    def run(problem: Problem) -> Result:
+        from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
+
+        student, weight = problem.fresh()
+        operands = student, weight, problem.teacher, weight.detach()
+        # No labels; their ignored index; temperature; the dtype that dW is summed in.
+        options = None, NUMBERED[problem.case.task], -100, 1.0, None
+        loss = LigerFusedLinearJSDFunction.apply(*operands, *options, kernels)
+        return _backward(loss, student, weight)
+
+    return run
+
+
+def quack(problem: Problem) -> Result:
+    """QuACK's linear cross-entropy, in CuTe: logits in the operands' dtype, 4096 tokens a chunk."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     student, weight = problem.fresh()
-    beta = NUMBERED[problem.case.task]
-    loss = LigerFusedLinearJSDFunction.apply(
-        student, weight, problem.teacher, weight.detach(), None, beta
+    return _backward(
+        chunked_linear_cross_entropy(student, weight, problem.targets), student, weight
     )
-    return _backward(loss, student, weight)
 
 
 def liger_chunked(problem: Problem) -> Result:
@@ -212,6 +262,10 @@ def candidates(task: str, device: str) -> tuple[dict[str, Run], dict[str, str]]:
         else:
             missing[name] = reason
 
+    triton, cute = (
+        None if gpu else f"its kernels are {whose}: needs a CUDA device"
+        for whose in ("Triton's", "CuTe's")
+    )
     kernel = "logprob" if log_prob else "divergence"
     offer("trl", trl, f"trl.kernels.chunked_{kernel}")
     if log_prob:
@@ -220,12 +274,14 @@ def candidates(task: str, device: str) -> tuple[dict[str, Run], dict[str, str]]:
         lacks = None if core else "torch has had linear_cross_entropy since 2.13"
         offer("torch chunked", torch_chunked, "torch", lacks)
         module = "cut_cross_entropy"
-        triton = None if gpu else "its kernels are Triton's: needs a CUDA device"
         offer("cce", cce(impl="cce") if gpu else cce(impl="torch_compile"), module)
         offer("cce exact", cce(impl="cce", filter_eps=None), module, triton)
+        offer("quack", quack, "quack.linear_cross_entropy", cute)
     else:
-        triton = None if gpu else "its kernels are Triton's: needs a CUDA device"
-        offer("liger", liger, "liger_kernel.ops.fused_linear_jsd", triton)
+        jsd = "liger_kernel.ops.fused_linear_jsd"
+        offer("liger", liger("nvidia-triton"), jsd, triton)
+        lacks = cute or _not_importable("cutlass.cute")
+        offer("liger cute", liger("nvidia-cutedsl"), jsd, lacks)
         offer("liger chunked", liger_chunked, "liger_kernel.chunked_loss")
     return found, missing
 
@@ -241,6 +297,11 @@ def our_backends(device: str) -> tuple[dict[str, Run], dict[str, str]]:
         else:
             missing[f"ours, {name}"] = reason
     return found, missing
+
+
+def our_others(task: str) -> dict[str, Run]:
+    """What else a divergence's call may have to do."""
+    return {} if task == "log_prob" else {"ours, sampled": sampled, "ours, mixture": mixture}
 
 
 def our_budgets(mebibytes: tuple[int, ...]) -> dict[str, Run]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .candidates import COMPILES, Run, gemms
+from .candidates import COMPILES, Run, gemms, rows_of_a_part
 from .problem import Case, Problem, Result
 
 # The largest relative error of an equal result. Rounding logits to bf16 causes 1e-2.
@@ -119,12 +119,16 @@ def measure(
             return row
     reference = None
     gradients = problem.student.nbytes + (0 if case.frozen else problem.weight.nbytes)
-    kept["gemms"] = partial(gemms, problem)
-    kept["gemms"]()
+    bare: dict[str, Callable[[], object]] = {"gemms": partial(gemms, problem)}
+    if rows_of_a_part(case) < case.tokens:
+        bare["gemms, one block"] = partial(gemms, problem, parts=False)
+    for call in bare.values():
+        call()
+    kept |= bare
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     row |= interleaved(kept, rounds, synchronize, limit_seconds)
     for name, call in kept.items():
-        if name != "gemms":
+        if name not in bare:
             row["peak_bytes"][name] = peak_bytes(call, device)
     return row | {"gradient_bytes": gradients}
 

@@ -33,9 +33,11 @@ COLOURS = {
     "compiled": "#17becf",
     "trl": "#2ca02c",
     "liger": "#9467bd",
+    "liger cute": "#bcbd22",
     "liger chunked": "#c5b0d5",
     "cce": "#8c564b",
     "cce exact": "#e377c2",
+    "quack": "#7f7f7f",
 }
 
 

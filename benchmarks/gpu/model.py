@@ -123,8 +123,9 @@ def fused(gpu: Gpu, call: Call, how: Plan, cost: dict[str, float], narrowed: boo
     """One call, forward and backward. Not `narrowed`: gradients are written in fp32 over the logits
     and rounded by another pass, as earlier kernels did.
     """
+    if not how.one_pass:
+        return tiled(gpu, call, how, cost)
     v, d, time = call.vocabulary, call.width, 0.0
-    assert how.one_pass
     for start in range(0, call.tokens, how.group):
         m = min(how.group, call.tokens - start)
         for first in range(0, m, how.rows):
@@ -139,6 +140,27 @@ def fused(gpu: Gpu, call: Call, how: Plan, cost: dict[str, float], narrowed: boo
             time += product(gpu, v, d, m, 2 if once else 4, added=not once) + gpu.gap
     if not call.frozen and how.groups > 1:
         time += 10 * v * d / gpu.bandwidth  # zeroing the sum, and rounding it at the end
+    return time
+
+
+def tiled(gpu: Gpu, call: Call, how: Plan, cost: dict[str, float]) -> float:
+    """The same with a budget of fewer than FAST_ROWS rows: on tiles of the vocabulary, whose logits
+    are computed for the normalisers, for sums that the gradient needs first, and for the gradient.
+    """
+    v, d, time = call.vocabulary, call.width, 0.0
+    sweeps = 2 if call.kind == "forward_kl" else 3
+    for start in range(0, call.tokens, how.rows):
+        n = min(how.rows, call.tokens - start)
+        for first in range(0, v, how.columns):
+            columns = min(how.columns, v - first)
+            time += sweeps * (2 * product(gpu, n, columns, d, 4) + 4 * gpu.gap)
+            time += passes(gpu, n * columns, call.kind, 2, cost)
+            time += product(gpu, n, d, columns, 4, added=True) + gpu.gap
+            if not call.frozen:
+                once = how.blocks == 1
+                time += product(gpu, columns, d, n, 2 if once else 4, added=not once) + gpu.gap
+    if not call.frozen and how.blocks > 1:
+        time += 10 * v * d / gpu.bandwidth
     return time
 
 
@@ -187,8 +209,9 @@ def tables(gpus: tuple[Gpu, ...] = GPUS) -> str:
             calls.append((title, call, None, True))
     one = Call()
     many: list[Planned] = [("before: fp32 gradients, a level", one, GPU_BUDGET, False)]
-    many += [(f"{b} MiB", one, b * 2**20, True) for b in (512, 1024, 2048, 4096)]
+    many += [(f"{b} MiB", one, b * 2**20, True) for b in (64, 256, 512, 1024, 2048, 4096)]
     many += [("default", one, None, True)]
+    many += [(f"64 MiB, {k}", Call(kind=k), 2**26, True) for k in KINDS if k != one.kind]
     few: list[Planned] = [(f"{k}, N = 1024", Call(1024, kind=k), None, True) for k in KINDS]
     entries = [
         ("normalisers, both roles", 8, 2 * cost[NORMALISERS]),

@@ -2,6 +2,7 @@
 who is missing, and writes all of it down.
 """
 
+import inspect
 import json
 from dataclasses import replace
 
@@ -26,13 +27,15 @@ def test_candidates_agree(task, frozen):
     found, missing = candidates.candidates(task, "cpu")
     everyone = {"ours", "dense", "compiled", "trl"}
     everyone |= (
-        {"ours, per token", "torch chunked", "cce", "cce exact"}
+        {"ours, per token", "torch chunked", "cce", "cce exact", "quack"}
         if task == "log_prob"
-        else {"liger", "liger chunked"}
+        else {"liger", "liger cute", "liger chunked"}
     )
     assert set(found) | set(missing) == everyone and not set(found) & set(missing)
     assert everyone - {"ours, per token"} <= {*KNOWN}
-    for name in set(PLAIN) & set(found):
+    found |= (others := candidates.our_others(task))
+    assert len(others) == (0 if task == "log_prob" else 2)
+    for name in {*PLAIN, *others} & set(found):
         errors = check(found[name](problem), problem.truth(), 1e-4)
         assert set(errors) == {"loss", "dh"} | ({"dW"} if not frozen else set())
 
@@ -42,8 +45,28 @@ def test_who_cannot_run_here_is_named_with_the_reason(monkeypatch):
     found, missing = candidates.candidates("jsd", "cpu")
     assert set(found) == {"ours", "dense", "compiled"}
     assert "CUDA device" in missing["liger"] and "ZeroDivisionError" in missing["trl"]
+    assert "CUDA device" in missing["liger cute"]
+    assert "ZeroDivisionError" in candidates.candidates("jsd", "cuda")[1]["liger cute"]
+    assert "ZeroDivisionError" in candidates.candidates("log_prob", "cuda")[1]["quack"]
     found, missing = candidates.our_backends("cpu")
     assert set(found) == {"ours, torch", "ours, cpp"} and missing["ours, cuda"]
+
+
+def test_ligers_arguments_are_in_their_places(monkeypatch):
+    """No GPU has run them: they are passed by place, the kernels' name as the last."""
+    module = pytest.importorskip("liger_kernel.ops.fused_linear_jsd")
+    names = [*inspect.signature(module.LigerFusedLinearJSDFunction.forward).parameters][1:]
+    passed = {}
+
+    def apply(*arguments):
+        passed.update(zip(names, arguments, strict=False))
+        return arguments[0].sum()
+
+    monkeypatch.setattr(module.LigerFusedLinearJSDFunction, "apply", apply)
+    candidates.liger("nvidia-cutedsl")(Problem.make(replace(TINY, task="jsd"), "cpu"))
+    wanted = {"shift_labels": None, "jsd_beta": 0.5, "ignore_index": -100, "temperature": 1.0}
+    wanted |= {"accum_dtype": None, "jsd_impl": "nvidia-cutedsl"}
+    assert {name: passed[name] for name in wanted} == wanted and len(passed) == 10
 
 
 def test_a_red_comparison_is_not_timed():
@@ -107,6 +130,13 @@ def test_bare_products_of_many_tokens(monkeypatch):
     part = [(2, 1, v), (2, 1, v), (2, v, 1), (v, 2, 1)]
     last = [(1, 1, v), (1, 1, v), (1, v, 1), (v, 1, 1)]
     assert sizes == [*part, *part, *last]
+    sizes.clear()
+    candidates.gemms(problem, parts=False)
+    assert sizes == [(5, 1, v), (5, 1, v), (5, v, 1), (v, 5, 1)]
+    monkeypatch.setattr(candidates, "MOST_LOGITS", 4 * 70)
+    row = measure(TINY, "cpu", {"ours": candidates.ours()}, rounds=2)
+    assert set(row["seconds"]) == {"ours", "gemms", "gemms, one block"}
+    assert set(row["peak_bytes"]) <= {"ours"}
 
 
 def test_suites():
