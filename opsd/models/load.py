@@ -1,5 +1,6 @@
 """Loads a causal language model and its tokenizer, and checks that they can be trained."""
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -312,9 +313,13 @@ def told_stops(tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> str
 
 
 def quiet_transformers() -> None:
-    """Switch off transformers' progress bars and messages: they would break our display."""
+    """Switch off transformers' progress bars and messages, and its and peft's warnings that concern
+    no user of ours: they would break our display."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # Its older releases have only the old names. `merge_adapter` ties the ends again.
+    warnings.filterwarnings("ignore", ".* is deprecated and will be removed", FutureWarning)
+    warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
 
 
 def checkpoint_activations(model: PreTrainedModel, kind: bool | Literal["reentrant"]) -> None:

@@ -8,7 +8,6 @@ tensors are counted. Every layer adds the same amount, so it is measured with on
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -311,15 +310,7 @@ def _without_data() -> Iterator[None]:
     """A context in which tensors are fake. Experts use transformers' own product, since torch's
     grouped one supports fake tensors in bf16 only (torch 2.13, transformers 5.24)."""
     never = patch.object(moe, "_can_use_grouped_mm", lambda *arguments: False, create=True)
-    with FakeTensorMode(), quiet(), never:
-        yield
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hide transformers' warnings about deprecated names: its older releases have only those."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+    with FakeTensorMode(), never:
         yield
 
 

@@ -176,10 +176,7 @@ class Planner:
         kernel = self._kernel(config, sum(sample.tokens for sample in samples_of(batch)), dtype)
 
         def make_step(short: PreTrainedConfig):
-            with fake_run.quiet():
-                model = _student(
-                    short, config.model, bool(config.train.gradient_checkpointing), dtype
-                )
+            model = _student(short, config.model, bool(config.train.gradient_checkpointing), dtype)
             objective, teacher = _objective(config, short, dtype)
             step = OPSDStep(model, objective, config.train.share_prefixes)
             return [model, *teacher], lambda: step(batch, Totals())
@@ -269,8 +266,7 @@ def count_parameters(model: PreTrainedConfig) -> int:
 
 def _sizes(model: PreTrainedConfig, section: ModelSection) -> Sizes:
     """The sizes of a model with the adapters of `section`."""
-    with fake_run.quiet():
-        made = fake_run.meta_model(model, torch.float32)
+    made = fake_run.meta_model(model, torch.float32)
     own = sum(parameter.numel() for parameter in made.parameters())
     linear, products = (
         sum(layer.weight.numel() for layer in part.modules() if type(layer) is nn.Linear)

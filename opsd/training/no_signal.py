@@ -35,7 +35,7 @@ class NoSignalWatch:
             self.counts[name] = self.counts[name] + 1 if said else 0
             if said and self.counts[name] >= self.patience and name not in self.said:
                 self.said.add(name)
-                found[name] = f"{said} for {self.counts[name]} steps"
+                found[name] = f"for {self.counts[name]} steps {said}"
         for name, measure in RISING.items():
             if (said := self._risen(line, measure)) and name not in self.said:
                 self.said.add(name)

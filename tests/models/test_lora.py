@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from opsd.config.sections import ModelSection, PromptsSection
 from opsd.data.prompts import Prompts
 from opsd.evaluate.subject import Subject
 from opsd.models.copies import copy_model, named_weights, update_copy
-from opsd.models.load import checkpoint_activations, load_model
+from opsd.models.load import checkpoint_activations, load_model, quiet_transformers
 from opsd.models.lora import add_adapters, without_adapters
 from opsd.models.moving_average import FILE, MovingAverage
 from opsd.objectives import OPSD, Problem, Totals
@@ -160,11 +161,12 @@ def test_gradients_equal_those_of_a_dense_model(policy, checkpointing, files, ad
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_a_run_saves_its_adapter_and_resumes_bit_for_bit(merge, files, tmp_path, capsys):
+def test_a_run_saves_its_adapter_and_resumes_bit_for_bit(merge, files, tmp_path, capsys, recwarn):
+    quiet_transformers()  # as every command does
     precision = "bf16" if merge else "fp32"
     values = {
         "model": {"lora": LORA},
-        "train": {"precision": precision, "learning_rate": 1e-2},
+        "train": {"precision": precision, "learning_rate": 1e-2, "gradient_checkpointing": True},
         "output": {"merge": merge},
     }
     config = short_config(*files, tmp_path / "run", **values)
@@ -203,6 +205,9 @@ def test_a_run_saves_its_adapter_and_resumes_bit_for_bit(merge, files, tmp_path,
     assert main(["eval", str(directory / "model"), *arguments]) == 0
     capsys.readouterr()
     assert json.loads((tmp_path / "eval" / "result.json").read_text())["problems"] == 2
+    # Nor do libraries warn of their old names, or of ends that are tied again.
+    theirs = [one for one in recwarn if re.search("/(transformers|peft)/", one.filename)]
+    assert not [str(one.message) for one in theirs]
 
 
 def test_an_average_of_adapters_follows_them_over_the_same_weights(files, tmp_path):

@@ -36,7 +36,7 @@ def test_a_sign_is_told_once_after_some_steps(name):
     watch = NoSignalWatch(3)
     told = [watch(line) for _ in range(6)]
     assert [set(found) for found in told] == [set(), set(), {name}, set(), set(), set()]
-    assert cause in told[2][name] and told[2][name].endswith("for 3 steps")
+    assert cause in told[2][name] and told[2][name].startswith("for 3 steps ")
 
 
 @pytest.mark.parametrize("name", SIGNS)
