@@ -1,9 +1,10 @@
-"""Lists what each GPU kernel uses of an SM: Triton's are compiled for sm_90 (no GPU needed), CUDA's
-are in the library that setup.py built.
+"""Lists what each GPU kernel uses of an SM: Triton's are compiled here (no GPU needed), CUDA's are
+in the library that setup.py built.
 
     python tests/helpers/offline.py > docs/kernels-gpu.json
 
---most-used: only the variants of Triton's kernels that a plain call uses.
+--most-used: only the variants of Triton's kernels that a plain call uses, and without a clip for
+other targets than sm_90.
 """
 
 import heapq
@@ -37,6 +38,10 @@ NUMBERS = (
     "beta",
     "threshold",
 )
+# As Triton compiles a call whose vocabulary is a multiple of 16; where it is not, each load is of
+# 4 bytes.
+MULTIPLES_OF_16 = ("v", "stride", "student_stride", "teacher_stride", "out_stride")
+CAPABILITIES = (80, 90, 100, 120)
 ROWWISE = {"merge": 128, "add": 128}  # chunks in a row with V = 262144
 
 
@@ -58,7 +63,7 @@ def variants(most_used: bool):
                 yield "gradient", chosen | {"SUMS_KNOWN": known}, absent, tiles.WARPS
 
 
-def compile_kernel(name: str, constants: dict, absent: tuple, warps: int) -> dict:
+def compile_kernel(capability: int, name: str, constants: dict, absent: tuple, warps: int) -> dict:
     function = getattr(kernels, name)
     signature, values, attributes = {}, {}, {}
     for i, argument in enumerate(function.arg_names):
@@ -69,17 +74,21 @@ def compile_kernel(name: str, constants: dict, absent: tuple, warps: int) -> dic
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "fp32" if argument in NUMBERS else "i32"
+            if argument in MULTIPLES_OF_16:
+                attributes[(i,)] = [["tt.divisibility", 16]]
     kernel = triton.compile(
         ASTSource(function, signature, values, attributes),
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "enable_fp_fusion": False},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         (usage,) = resource_usage(file.name)
-    shared = {"shared_bytes": kernel.metadata.shared}
-    return {**usage, "name": name, "target": "sm_90", **constants, **shared}
+        (code,) = instructions(file.name)
+    usage |= {"name": name, "target": f"sm_{capability}", **constants}
+    usage |= {"shared_bytes": kernel.metadata.shared}
+    return usage | {kind: code[kind] for kind in ("loads_128", "loads_32")}
 
 
 def resource_usage(binary: str) -> list[dict]:
@@ -171,9 +180,15 @@ def _shortest_way(code: list[tuple[str, str | None, str, str]]) -> int:
 
 
 if __name__ == "__main__":
+    few = "--most-used" in sys.argv
     found = {
         "triton_version": triton.__version__,
-        "triton": [compile_kernel(*variant) for variant in variants("--most-used" in sys.argv)],
+        "triton": [
+            compile_kernel(capability, *variant)
+            for capability in CAPABILITIES
+            for variant in variants(few)
+            if capability == 90 or not (few and variant[1].get("CLIP"))
+        ],
         "cuda": resource_usage(str(cuda.LIBRARY)) if cuda.LIBRARY.exists() else [],
         "cuda_code": instructions(str(cuda.LIBRARY)) if cuda.LIBRARY.exists() else [],
     }
