@@ -148,11 +148,8 @@ class BuildKernels(build_ext):
             units = [
                 (CSRC / f"{unit}.cpp", f"{scratch}/{unit}_{name}.o", [*flags, f"-DOPSD_ISA={name}"])
                 for name, flags in INSTRUCTION_SETS.items()
-                for unit in ("cpu", "attention")
+                for unit in ("cpu", "attention", "product")
             ]
-            if "avx512" in INSTRUCTION_SETS:
-                flags = [*AVX512, "-mavx512bf16"]
-                units.append((CSRC / "product.cpp", f"{scratch}/product.o", flags))
             units.append((CSRC / "cpu_dispatch.cpp", f"{scratch}/dispatch.o", known))
             commands = [
                 [*compiler, *FLAGS, *flags, "-c", str(source), "-o", out]
@@ -199,7 +196,8 @@ setup(
             CPP,
             sources=[f"csrc/{x}.cpp" for x in ("cpu", "attention", "product", "cpu_dispatch")],
             depends=[
-                f"csrc/{x}.h" for x in ("attention", "cpu", "divergence", "product", "vector")
+                f"csrc/{x}.h"
+                for x in ("attention", "bf16", "cpu", "divergence", "product", "vector")
             ],
         ),
         Extension(

@@ -6,8 +6,8 @@
 
 #include <math.h>
 
+#include "bf16.h"
 #include "cpu.h"
-#include "vector.h"
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #if !defined(__clang__)  // GCC's own headers, at -O3
@@ -21,38 +21,11 @@ namespace opsd {
 namespace OPSD_ISA {
 namespace {
 
-#define INLINE inline __attribute__((always_inline))
-
 constexpr int64_t BLOCK = 128;  // tokens
 constexpr int64_t LINE = 64;    // bytes of the cache
 constexpr int64_t MOST_ROWS = 4;
 constexpr int64_t MOST_WIDTH = 512;
 constexpr int STRIP = LANES == 16 ? 4 : 2;  // vectors of a value whose sums fit in the registers
-
-struct Bf16 {
-  uint16_t bits;
-};
-typedef uint16_t HalfVector __attribute__((vector_size(LANES * sizeof(uint16_t))));
-typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
-
-INLINE Vector read(const float* x) { return load(x); }
-
-INLINE Vector read(const Bf16* x) {
-  HalfVector halves;
-  memcpy(&halves, x, sizeof halves);
-  return reinterpret_cast<Vector>(__builtin_convertvector(halves, Bits) << 16);
-}
-
-INLINE void write(float* x, Vector v) { store(x, v); }
-
-// Rounds to the nearest, ties to even.
-INLINE void write(Bf16* x, Vector v) {
-  const Bits bits = reinterpret_cast<Bits>(v);
-  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Bits nan = Bits{} + 0x7fc0;
-  const HalfVector halves = __builtin_convertvector(v == v ? rounded : nan, HalfVector);
-  memcpy(x, &halves, sizeof halves);
-}
 
 INLINE float total(Vector v) {
 #if defined(__AVX512F__)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.h"
+#include "product.h"
 
 // Changes with every structure and signature below; opsd_kernels/tiles/c_interface.py has the same.
 #define OPSD_INTERFACE 3
@@ -57,5 +58,6 @@ typedef void opsd_log_prob_gradient_t(const opsd_tile*, const int64_t* targets,
   extern opsd_log_prob_normalisers_t log_prob_normalisers;       \
   extern opsd_log_prob_gradient_t log_prob_gradient;             \
   extern opsd_attention_t attention;                             \
+  extern opsd_product_t pack_weight, packed_product;              \
   }                                                              \
   }

@@ -3,7 +3,6 @@
 #include <string.h>
 
 #include "cpu.h"
-#include "product.h"
 
 OPSD_DECLARE(baseline)
 #ifdef OPSD_HAVE_AVX2
@@ -22,13 +21,14 @@ struct Variant {
   opsd_log_prob_normalisers_t* log_prob_normalisers;
   opsd_log_prob_gradient_t* log_prob_gradient;
   opsd_attention_t* attention;
+  opsd_product_t *pack_weight, *packed_product;
   bool (*runs_here)();
 };
 
 #define OPSD_FUNCTIONS(ISA)                                                     \
   #ISA, opsd::ISA::normalisers, opsd::ISA::sums, opsd::ISA::gradient,           \
       opsd::ISA::rows, opsd::ISA::log_prob_normalisers, opsd::ISA::log_prob_gradient, \
-      opsd::ISA::attention
+      opsd::ISA::attention, opsd::ISA::pack_weight, opsd::ISA::packed_product
 
 const Variant variants[] = {
     // best first
@@ -124,24 +124,14 @@ OPSD_EXPORT void opsd_attention_rows(const opsd_attention* given) {
   chosen->attention(&copy);
 }
 
-// 0: not on this processor, or not in this build.
-OPSD_EXPORT int32_t opsd_product_interface() {
-#ifdef OPSD_HAVE_AVX512
-  const bool known = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  return known && __builtin_cpu_supports("avx512bf16") ? OPSD_PRODUCT_INTERFACE : 0;
-#else
-  return 0;
-#endif
-}
+OPSD_EXPORT int32_t opsd_product_interface() { return OPSD_PRODUCT_INTERFACE; }
 
-#ifdef OPSD_HAVE_AVX512
-OPSD_EXPORT void opsd_pack(const opsd_product* given) {
-  const opsd_product copy = with_threads(given);
-  opsd::pack(&copy);
+OPSD_EXPORT void opsd_pack(const struct opsd_product* given) {
+  const struct opsd_product copy = with_threads(given);
+  chosen->pack_weight(&copy);
 }
 
 OPSD_EXPORT void opsd_product(const struct opsd_product* given) {
   const struct opsd_product copy = with_threads(given);
-  opsd::product(&copy);
+  chosen->packed_product(&copy);
 }
-#endif

@@ -1,107 +1,120 @@
-// Products of a few rows with a large weight, in bf16 with sums in fp32, on processors that have an
-// instruction for that (AVX512-BF16). The weight is packed in panels of 48 outputs: all their
-// entries for two inputs, then for the next two. A panel stays in the L2 cache while all rows pass
-// by it, 8 at a time, whose 24 vectors of sums stay in registers.
+// Products of some rows with a large weight, with sums in fp32. Compiled once for each instruction
+// set, like cpu.cpp.
+//
+// The weight is packed in panels of 48 outputs: all their entries for an input, then for the next.
+// A panel stays in the L2 cache while all rows pass by it, some at a time, whose sums stay in
+// registers. A weight in bf16 is packed by pairs of inputs and widened when it is read: Intel's
+// instruction for products in bf16 takes nearly twice the time of those in fp32.
 #include "product.h"
 
-#include <immintrin.h>
-#include <string.h>
+#include "bf16.h"
+#include "cpu.h"
 
-#if !defined(__clang__)  // GCC's own headers, at -O3
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
+OPSD_DECLARE(OPSD_ISA)
 
 namespace opsd {
+namespace OPSD_ISA {
 namespace {
 
-constexpr int64_t PANEL = OPSD_PANEL, LANES = 16, PAIR = 2 * sizeof(uint16_t);
-constexpr int VECTORS = PANEL / LANES;
-constexpr int64_t LINE = 64;   // bytes of the cache
-constexpr int64_t BLOCKS = 4;  // of rows, in which the next panel is fetched
+constexpr int64_t PANEL = OPSD_PANEL;
+constexpr int VECTORS = 3;                 // of outputs that run at once
+constexpr int ROWS = LANES == 16 ? 8 : 4;  // that run at once: ROWS * VECTORS registers
+constexpr int64_t STRIP = VECTORS * LANES;
+constexpr int64_t BLOCKS = 4;  // of ROWS, in which the next panel is fetched
+
+// How many inputs' entries are packed in 32 bits.
+template <class T>
+constexpr int TOGETHER = sizeof(uint32_t) / sizeof(T);
+
+INLINE Vector widened(float, Bits bits, int) { return reinterpret_cast<Vector>(bits); }
+
+INLINE Vector widened(Bf16, Bits bits, int second) {
+  return reinterpret_cast<Vector>(second ? bits & 0xffff0000 : bits << 16);
+}
 
 int64_t panels(const opsd_product& p) { return (p.outputs + PANEL - 1) / PANEL; }
 
-int64_t panel_bytes(const opsd_product& p) { return p.inputs / 2 * PANEL * PAIR; }
-
-// Which of 16 outputs from `first` on there are.
-__mmask16 among(int64_t first, int64_t outputs) {
-  const int64_t count = outputs - first;
-  return count <= 0 ? 0 : count >= LANES ? 0xffff : (1u << count) - 1;
+template <class T>
+int64_t panel_size(const opsd_product& p) {
+  return p.inputs / TOGETHER<T> * PANEL;
 }
 
-template <int ROWS>
-void run(const opsd_product& p, int64_t row, int64_t panel, const char* next) {
-  const int64_t pairs = p.inputs / 2;
-  const char* input = static_cast<const char*>(p.input) + row * pairs * PAIR;
-  const char* weight = static_cast<const char*>(p.weight) + panel * panel_bytes(p);
-  const uint16_t* bias = static_cast<const uint16_t*>(p.bias);
-  uint16_t* out = static_cast<uint16_t*>(p.out) + row * p.outputs;
-  __m512 sums[ROWS][VECTORS];
-  __mmask16 there[VECTORS];
-  for (int v = 0; v < VECTORS; ++v) {
-    const int64_t output = panel * PANEL + v * LANES;
-    there[v] = among(output, p.outputs);
-    __m512i first = _mm512_setzero_si512();
-    if (bias && there[v])
-      first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there[v], bias + output));
-    for (int r = 0; r < ROWS; ++r) sums[r][v] = _mm512_castsi512_ps(_mm512_slli_epi32(first, 16));
-  }
-  for (int64_t i = 0; i < pairs; ++i) {
-    __m512bh entries[VECTORS];
-    for (int v = 0; v < VECTORS; ++v)
-      entries[v] = (__m512bh)_mm512_loadu_si512(weight + (i * VECTORS + v) * LINE);
-    if (next) __builtin_prefetch(next + i * (VECTORS * LINE / BLOCKS), 0, 2);
-    for (int r = 0; r < ROWS; ++r) {
-      int32_t pair;
-      memcpy(&pair, input + (r * pairs + i) * PAIR, PAIR);
-      for (int v = 0; v < VECTORS; ++v)
-        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)_mm512_set1_epi32(pair), entries[v]);
+// The products of COUNT rows with a strip of a packed weight. next: null, or what to fetch.
+template <class T, int COUNT>
+void multiply(const opsd_product& p, int64_t row, int64_t output, const uint32_t* weight,
+              const uint32_t* next) {
+  const float* input = p.input + row * p.inputs;
+  const int64_t left = p.outputs - output, count = left < STRIP ? left : STRIP;
+  T lanes[STRIP] = {};
+  if (p.bias) memcpy(lanes, static_cast<const T*>(p.bias) + output, count * sizeof(T));
+  Vector sums[COUNT][VECTORS];
+  for (int r = 0; r < COUNT; ++r)
+    for (int v = 0; v < VECTORS; ++v) sums[r][v] = read(lanes + v * LANES);
+  for (int64_t i = 0; i < p.inputs; i += TOGETHER<T>, weight += PANEL) {
+    Bits bits[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) memcpy(&bits[v], weight + v * LANES, sizeof bits[v]);
+    if (next) __builtin_prefetch(next, 0, 2), next += STRIP / BLOCKS;
+    for (int n = 0; n < TOGETHER<T>; ++n) {
+      Vector entries[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) entries[v] = widened(T{}, bits[v], n);
+      for (int r = 0; r < COUNT; ++r)
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] += input[r * p.inputs + i + n] * entries[v];
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 3
-    for (int v = 0; v < VECTORS; ++v)
-      if (there[v])
-        _mm256_mask_storeu_epi16(out + r * p.outputs + panel * PANEL + v * LANES, there[v],
-                                 (__m256i)_mm512_cvtneps_pbh(sums[r][v]));
+  T* out = static_cast<T*>(p.out) + row * p.outputs + output;
+  for (int r = 0; r < COUNT; ++r) {
+    T* to = count == STRIP ? out + r * p.outputs : lanes;
+    for (int v = 0; v < VECTORS; ++v) write(to + v * LANES, sums[r][v]);
+    if (to == lanes) memcpy(out + r * p.outputs, lanes, count * sizeof(T));
+  }
 }
 
+template <class T>
 void run_panel(const opsd_product& p, int64_t panel) {
-  const bool fetches = panel + 1 < panels(p) && p.rows >= 8 * BLOCKS;
-  const char* next = static_cast<const char*>(p.weight) + (panel + 1) * panel_bytes(p);
-  int64_t row = 0;
-  for (; row + 8 <= p.rows; row += 8) {
-    const int64_t block = row / 8;
-    const bool now = fetches && block < BLOCKS;
-    run<8>(p, row, panel, now ? next + block * (panel_bytes(p) / BLOCKS) : nullptr);
+  const int64_t size = panel_size<T>(p);
+  const uint32_t* weight = static_cast<const uint32_t*>(p.weight) + panel * size;
+  const uint32_t* next = weight + size;
+  const bool fetches = panel + 1 < panels(p) && p.rows >= ROWS * BLOCKS;
+  for (int64_t strip = 0; strip < PANEL; strip += STRIP, weight += STRIP) {
+    const int64_t output = panel * PANEL + strip;
+    if (output >= p.outputs) break;
+    int64_t row = 0;
+    for (; row + ROWS <= p.rows; row += ROWS) {
+      const bool now = fetches && row < ROWS * BLOCKS;
+      multiply<T, ROWS>(p, row, output, weight, now ? next : nullptr);
+      if (now) next += size * STRIP / PANEL / BLOCKS;
+    }
+    if (row + 4 <= p.rows) multiply<T, 4>(p, row, output, weight, nullptr), row += 4;
+    if (row + 2 <= p.rows) multiply<T, 2>(p, row, output, weight, nullptr), row += 2;
+    if (row < p.rows) multiply<T, 1>(p, row, output, weight, nullptr);
   }
-  if (row + 4 <= p.rows) run<4>(p, row, panel, nullptr), row += 4;
-  if (row + 2 <= p.rows) run<2>(p, row, panel, nullptr), row += 2;
-  if (row < p.rows) run<1>(p, row, panel, nullptr);
+}
+
+template <class T>
+void pack_panel(const opsd_product& p, int64_t panel) {
+  const T* weight = static_cast<const T*>(p.weight);
+  T* out = static_cast<T*>(p.out) + panel * PANEL * p.inputs;
+  for (int64_t i = 0; i < p.inputs; i += TOGETHER<T>)
+    for (int64_t output = panel * PANEL; output < (panel + 1) * PANEL; ++output)
+      for (int n = 0; n < TOGETHER<T>; ++n)
+        *out++ = output < p.outputs ? weight[output * p.inputs + i + n] : T{};
 }
 
 }  // namespace
 
-void pack(const opsd_product* p) {
-  const int64_t count = panels(*p), pairs = p->inputs / 2;
-#pragma omp parallel for num_threads(p->threads)
-  for (int64_t panel = 0; panel < count; ++panel) {
-    char* out = static_cast<char*>(p->out) + panel * panel_bytes(*p);
-    for (int64_t i = 0; i < pairs; ++i)
-      for (int64_t output = panel * PANEL; output < (panel + 1) * PANEL; ++output, out += PAIR)
-        if (output < p->outputs)
-          memcpy(out, static_cast<const char*>(p->input) + (output * pairs + i) * PAIR, PAIR);
-        else
-          memset(out, 0, PAIR);
-  }
-}
-
-void product(const opsd_product* p) {
+void pack_weight(const opsd_product* p) {
   const int64_t count = panels(*p);
 #pragma omp parallel for num_threads(p->threads)
-  for (int64_t panel = 0; panel < count; ++panel) run_panel(*p, panel);
+  for (int64_t panel = 0; panel < count; ++panel)
+    p->bf16 ? pack_panel<Bf16>(*p, panel) : pack_panel<float>(*p, panel);
 }
 
+void packed_product(const opsd_product* p) {
+  const int64_t count = panels(*p);
+#pragma omp parallel for num_threads(p->threads)
+  for (int64_t panel = 0; panel < count; ++panel)
+    p->bf16 ? run_panel<Bf16>(*p, panel) : run_panel<float>(*p, panel);
+}
+
+}  // namespace OPSD_ISA
 }  // namespace opsd

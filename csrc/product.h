@@ -1,28 +1,24 @@
-// Products with packed weights in bf16, for decoding. Called through ctypes by
+// Products of some rows with a large weight, for decoding. Called through ctypes by
 // opsd_kernels/packed.py, which says what they compute.
 #pragma once
 
 #include <stdint.h>
 
 // Changes with what follows; opsd_kernels/packed.py has the same.
-#define OPSD_PRODUCT_INTERFACE 1
+#define OPSD_PRODUCT_INTERFACE 2
 #define OPSD_PANEL 48  // outputs whose weights are packed together
 
 extern "C" {
 
-// Tensors in bf16: input [rows, inputs], bias [outputs] or null, out [rows, outputs].
 struct opsd_product {
-  const void *input, *weight, *bias;  // weight: as opsd_pack writes it
-  void* out;
-  int64_t rows, outputs, inputs;  // inputs: an even number
+  const float* input;         // [rows, inputs]
+  const void *weight, *bias;  // [outputs, inputs], [outputs] or null
+  void* out;                  // [rows, outputs], or the packed weight
+  int64_t rows, outputs, inputs;
+  int32_t bf16;  // the type of weight, bias and out: 1, or 0 for fp32; for 1 `inputs` is even
   int32_t threads;
 };
 
 typedef void opsd_product_t(const opsd_product*);
 
 }  // extern "C"
-
-namespace opsd {
-extern opsd_product_t pack;     // `input`, the weight [outputs, inputs], to `out`
-extern opsd_product_t product;  // `input` weight^T + `bias`, to `out`
-}  // namespace opsd

@@ -28,7 +28,7 @@ from opsd.plan import fake_run
 from opsd.plan.architectures import architecture
 from opsd.plan.workload import Lengths, micro_batches, sample_groups
 from opsd.rollout import SAMPLERS
-from opsd.rollout.decoding import MOST_PACKED
+from opsd.rollout.decoding import packs
 from opsd.training.step import OPSDStep
 from opsd_kernels.resolve import load, resolve
 from opsd_kernels.sweep import Head, plan_call
@@ -232,17 +232,14 @@ class Planner:
         if config.method != "sft" and rollout.source == "student":
             asked = config.train.problems_per_step * rollout.group_size
             size = min(rollout.batch_size, asked)
-            found["rollouts"] = self._generation(size, dtype, self.lengths.rollout)
+            found["rollouts"] = self._generation(config, size, dtype, self.lengths.rollout)
         if test.problems:
             longest = test.max_new_tokens or self.lengths.rollout
             size = min(test.batch_size, test.problems)
-            found["evaluation"] = self._generation(size, dtype, longest)
-        packed = dtype.itemsize * self.sizes(config).products
-        if self.device_memory is not None or dtype != torch.bfloat16 or packed > MOST_PACKED:
-            return found
-        return {name: size + packed for name, size in found.items()}
+            found["evaluation"] = self._generation(config, size, dtype, longest)
+        return found
 
-    def _generation(self, size: int, dtype: torch.dtype, longest: int) -> int:
+    def _generation(self, config: Config, size: int, dtype: torch.dtype, longest: int) -> int:
         """Bytes to sample `size` sequences at once; greedy sampling takes no more."""
         prompt = self.lengths.prompt
 
@@ -251,7 +248,10 @@ class Planner:
                 self.student, lambda short: fake_run.sampling_peaks(short, dtype, prompt, longest)
             )
 
-        return size * self._once(f"{dtype} {longest}", trace).most
+        needed = size * self._once(f"{dtype} {longest}", trace).most
+        packed = dtype.itemsize * self.sizes(config).products
+        on_cpu = self.device_memory is None
+        return needed + packed * (on_cpu and packs(packed, dtype, size))
 
     def _once(self, key: str, find: Callable[[], Any]) -> Any:
         if key not in self._known:

@@ -45,7 +45,7 @@ class ContinuousSampler(OwnSampler):
         was_training = self.model.training
         attention = self.model.config._attn_implementation
         try:
-            with decodes_fast(self.model, sampling.max_new_tokens):
+            with decodes_fast(self.model, sampling.max_new_tokens, at_once):
                 outputs = self.model.generate_batch(
                     inputs=[list(context) for context in contexts],
                     generation_config=config,

@@ -14,19 +14,24 @@ from opsd_kernels.packed import packable, packed_weights
 
 LEAST_ROOM = 64  # tokens
 MOST_PACKED = 2**30  # bytes of weights: their second copy must be small beside a training step
-PACKING_PAYS = 16  # decoded tokens
+PACKING_PAYS = 16  # decoded tokens; and, for weights in fp32, sequences at once
 
 
 @contextmanager
-def decodes_fast(model: PreTrainedModel, tokens: int) -> Iterator[None]:
+def decodes_fast(model: PreTrainedModel, tokens: int, rows: int = 1) -> Iterator[None]:
     """While it lasts, the model's cache has room for more tokens. On a CPU, attention of single
-    tokens is ours, and so are products with weights in bf16, which are packed if that pays for so
-    many new `tokens` of each sequence."""
+    tokens is ours, and so are products with weights, which are packed if that pays for so many new
+    `tokens` of each sequence, with so many `rows` (sequences) at once."""
     layers = [x for x in model.modules() if packable(x)] if tokens >= PACKING_PAYS else []
-    if sum(layer.weight.nbytes for layer in layers) > MOST_PACKED:
+    if not packs(sum(layer.weight.nbytes for layer in layers), model.dtype, rows):
         layers = []
     with single_tokens(), packed_weights(layers), model.register_forward_hook(_make_room):
         yield
+
+
+def packs(size: int, dtype: torch.dtype, rows: int) -> bool:
+    """Whether weights of `size` bytes are packed to sample `rows` sequences at once."""
+    return size <= MOST_PACKED and (dtype == torch.bfloat16 or rows >= PACKING_PAYS)
 
 
 def _make_room(model: nn.Module, inputs: Any, output: Any) -> None:

@@ -45,7 +45,7 @@ class GenerateSampler(OwnSampler):
             alike = [list(some) for _, some in groupby(order, lambda i: len(contexts[i]))]
         size = sampling.batch_size
         batches = [some[n : n + size] for some in alike for n in range(0, len(some), size)]
-        with decodes_fast(self.model, sampling.max_new_tokens * len(batches)):
+        with decodes_fast(self.model, sampling.max_new_tokens * len(batches), size):
             for chosen in batches:
                 batch = self._batch([contexts[i] for i in chosen], sampling, progress)
                 for i, rollout in zip(chosen, batch, strict=True):

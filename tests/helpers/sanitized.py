@@ -101,10 +101,12 @@ def decoded_attention() -> None:
 
 def packed_products() -> None:
     """Of one panel of outputs and more, and all numbers of rows that run at once."""
-    for rows, outputs, inputs in itertools.product((1, 7, 8, 33), (1, 16, 47, 48, 99), (2, 34)):
-        layer = torch.nn.Linear(inputs, outputs, bias=rows > 1, dtype=torch.bfloat16)
+    for rows, outputs, inputs, dtype in itertools.product(
+        (1, 7, 8, 33), (1, 16, 47, 48, 99), (2, 34), (torch.float32, torch.bfloat16)
+    ):
+        layer = torch.nn.Linear(inputs, outputs, bias=rows > 1, dtype=dtype)
         with torch.no_grad(), packed.packed_weights([layer] * packed.packable(layer)):
-            layer(torch.randn(rows, inputs, dtype=torch.bfloat16))
+            layer(torch.randn(rows, inputs, dtype=dtype))
 
 
 def calls() -> None:

@@ -5,12 +5,13 @@ import torch
 from torch import nn
 
 from opsd_kernels import packed
+from opsd_kernels.tiles import cpp
 
-pytestmark = pytest.mark.skipif(not packed._kernels(), reason="a processor with AVX512-BF16")
+pytestmark = pytest.mark.skipif(not packed._kernels(), reason="a processor with AVX2")
 
 
-def layer(outputs, inputs, bias=True):
-    made = nn.Linear(inputs, outputs, bias=bias, dtype=torch.bfloat16)
+def layer(outputs, inputs, bias=True, dtype=torch.bfloat16):
+    made = nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
     assert packed.packable(made)
     return made
 
@@ -24,19 +25,32 @@ def torch_alone(monkeypatch):
     return calls
 
 
+@pytest.fixture(params=["avx512", "avx2"])
+def instructions(request):
+    before, choose = cpp.instruction_set(), cpp._library().opsd_use_instruction_set
+    if not choose(request.param.encode()):
+        pytest.skip(f"a processor with {request.param}")
+    yield
+    choose(before.encode())
+
+
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("inputs", [2, 34, 576])
+@pytest.mark.parametrize(
+    "dtype, inputs",
+    [(torch.bfloat16, n) for n in (2, 34, 576)] + [(torch.float32, 1), (torch.float32, 577)],
+)
 @pytest.mark.parametrize("outputs", [1, 16, 47, 48, 99, 192])
-def test_it_is_the_dense_product(outputs, inputs, bias, torch_alone):
+def test_it_is_the_dense_product(outputs, dtype, inputs, bias, instructions, torch_alone):
     torch.manual_seed(0)
-    made = layer(outputs, inputs, bias)
+    made = layer(outputs, inputs, bias, dtype)
+    rounding = torch.finfo(dtype).eps / 2
     for rows in (0, 1, 2, 3, 7, 8, 32, 45):
-        x = torch.randn(rows, 1, inputs, dtype=torch.bfloat16)
+        x = torch.randn(rows, 1, inputs, dtype=dtype)
         with torch.no_grad(), packed.packed_weights([made]):
             found = made(x)
         wanted = x.double() @ made.weight.double().T + (made.bias.double() if bias else 0)
-        assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found.double(), wanted, rtol=1.01 * 2.0**-8, atol=1e-5)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted, rtol=1.01 * rounding, atol=1e-5)
     assert not torch_alone
 
 
@@ -52,9 +66,10 @@ def test_threads_and_inputs_that_are_part_of_a_tensor(torch_alone):
     assert all(torch.equal(found[0], x) for x in found) and not torch_alone
 
 
-def test_what_is_not_a_number_stays_in_its_rows_and_outputs():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_a_number_stays_in_its_rows_and_outputs(dtype):
     torch.manual_seed(0)
-    made, x = layer(50, 8), torch.randn(10, 8, dtype=torch.bfloat16)
+    made, x = layer(50, 8, dtype=dtype), torch.randn(10, 8, dtype=dtype)
     x[3, 2], x[9, 0] = torch.nan, torch.inf
     with torch.no_grad():
         made.weight[7] = torch.nan
@@ -96,8 +111,9 @@ def test_weights_are_copied_at_the_start_and_given_back(torch_alone):
 
 
 def test_which_layers_can_be_packed(monkeypatch):
-    assert not packed.packable(nn.Linear(8, 8))
+    assert packed.packable(nn.Linear(7, 8))
     assert not packed.packable(nn.Linear(7, 8, dtype=torch.bfloat16))
+    assert not packed.packable(nn.Linear(8, 8, dtype=torch.float64))
     assert not packed.packable(nn.Linear(8, 8, dtype=torch.bfloat16, device="meta"))
     assert not packed.packable(nn.Embedding(8, 8, dtype=torch.bfloat16))
     strange = nn.Linear(8, 8, dtype=torch.bfloat16)

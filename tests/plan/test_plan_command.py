@@ -164,7 +164,7 @@ def test_a_sampler_on_a_cpu_holds_packed_weights(name, tmp_path, monkeypatch):
         return planner.memory(config).sampling["rollouts"]
 
     held, on_a_gpu = sampling(None), sampling(24e9)
-    monkeypatch.setattr("opsd.plan.memory.MOST_PACKED", 0)
+    monkeypatch.setattr("opsd.rollout.decoding.MOST_PACKED", 0)
     assert held - sampling(None) == sum(layer.weight.nbytes for layer in layers)
     assert sampling(24e9) == on_a_gpu
 
