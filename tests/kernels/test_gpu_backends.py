@@ -2,9 +2,11 @@
 in its interpreter, CUDA's sources compiled for the CPU (emulated/cuda_runtime.h).
 """
 
+import ctypes
 import importlib.util
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +31,11 @@ from opsd_kernels.tiles import state as states
 DEVICE = "cuda" if torch.cuda.device_count() else "cpu"
 ROOT = Path(__file__).parents[2]
 # The interpreter's numpy, at the infinities that kernels then replace.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton"),
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),  # among `pytest -m gpu`
+]
+QUEUE = cuda._queue
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +54,8 @@ def backend(request, monkeypatch):
     name = request.param
     if name == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("there is no triton for this platform")
-    if DEVICE == "cuda" and resolve.backends()[name] is not None:
-        pytest.skip(resolve.backends()[name])
+    if DEVICE == "cuda":
+        assert resolve.backends()[name] is None, resolve.backends()[name]
     if DEVICE == "cpu" and name == "triton":
         assert triton.INTERPRETED  # by tests/conftest.py
     elif DEVICE == "cpu":
@@ -243,6 +249,35 @@ def test_runs_are_equal_bit_for_bit(backend):
         loss = case.fused(backend).loss
         runs.append([loss.detach(), *torch.autograd.grad(loss, (case.student, case.weight))])
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU: test_gpu.py")
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+def test_launches_are_on_the_tensors_device_and_stream(backend, monkeypatch):
+    """Which need not be the current device; two streams by turns."""
+    of_stream = {3: 41, 1: 42}
+    monkeypatch.setattr(
+        torch.cuda,
+        "current_stream",
+        lambda device: SimpleNamespace(cuda_stream=of_stream[device.index]),
+    )
+    library = cuda._library()
+    device, stream = ctypes.c_int(), ctypes.c_void_p()
+    place = ctypes.byref(device), ctypes.byref(stream)
+    library.emulated_launches(0, *place, 1)
+    for divergence, index in zip((*DIVERGENCES, *DIVERGENCES), (3, 1, 3, 1, 1, 3), strict=True):
+        monkeypatch.setattr(cuda, "_queue", lambda _, i=index: QUEUE(torch.device("cuda", i)))
+        for clip in (None, Clip("entry", 0.02)):
+            case = make(3, 301, 8, divergence=divergence, clip=clip).require_grad()
+            case.fused(backend).loss.backward()
+        linear_log_prob(
+            case.student, case.weight, torch.arange(3), backend=backend
+        ).log_prob.sum().backward()
+        count = library.emulated_launches(0, *place, 0)
+        assert count > 10
+        for k in range(count):
+            library.emulated_launches(k, *place, k == count - 1)
+            assert (device.value, stream.value) == (index, of_stream[index])
 
 
 def test_offsets_beyond_two_to_the_31(backend, tmp_path):

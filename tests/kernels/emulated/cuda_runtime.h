@@ -1,7 +1,8 @@
 // As much of CUDA as csrc/cuda.cu uses, on the CPU: the kernels' sources run, and are tested, where
 // there is no GPU. A block's threads are coroutines that take turns; a barrier passes the turn on
 // until all have arrived. Blocks follow one another. Nothing is said about speed, or about the
-// rounding of what a GPU has in hardware (exp, log, division).
+// rounding of what a GPU has in hardware (exp, log, division). What allocates, copies or waits is not
+// here: a call that did so could not be captured in a graph, and does not compile.
 #pragma once
 
 #include <math.h>
@@ -124,9 +125,34 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+namespace emulated {
+
+struct Launched {
+  int device;
+  cudaStream_t stream;
+};
+
+inline int device = -1;  // the current one
+inline std::vector<Launched> launched;
+
+}  // namespace emulated
+
+// The launches since the last call with `clear`: their number, and the k-th one's place.
+extern "C" __attribute__((visibility("default"), used)) inline int emulated_launches(
+    int k, int* device, void** stream, int clear) {
+  const int count = static_cast<int>(emulated::launched.size());
+  if (k < count) {
+    *device = emulated::launched[k].device;
+    *stream = emulated::launched[k].stream;
+  }
+  if (clear) emulated::launched.clear();
+  return count;
+}
+
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... parameters) {
+  emulated::launched.push_back({emulated::device, config->stream});
   emulated::body = [=] { kernel(parameters...); };
   ::blockDim = config->blockDim;
   for (unsigned y = 0; y < config->gridDim.y; ++y) {
@@ -140,6 +166,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 inline cudaError_t cudaDriverGetVersion(int*) { return 0; }
 inline cudaError_t cudaRuntimeGetVersion(int*) { return 0; }
-inline cudaError_t cudaSetDevice(int) { return 0; }
+inline cudaError_t cudaSetDevice(int device) {
+  emulated::device = device;
+  return 0;
+}
 inline cudaError_t cudaGetLastError() { return 0; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
