@@ -12,8 +12,9 @@ Then on the GPU machine, in a copy of the checkout with the ignored folder .gpu:
     python -m benchmarks.gpu rest        # compute-sanitizer, ncu, whole runs
 
 Fix what fails in `check` before the next call. Each call writes CALL.json (machine, driver,
-versions, commit; for each part its command, exit, seconds and JSON) and CALL.log to --output,
-whatever happens to its parts. --cpu rehearses the same parts, as far as a CPU can run them.
+versions, commit; for each part its command, exit, seconds, JSON, and what follows by `rules.py`)
+and CALL.log to --output, whatever happens to its parts. --cpu rehearses the same parts, as far as a
+CPU can run them.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from .sitting import CALLS, WHEELS, Part
 
@@ -123,7 +125,7 @@ def run_part(part: Part, output: Path, cpu: bool, environment: dict[str, str], l
     """Run a part within its time limit, with its output on the terminal and in `log`. Returns its
     record. Processes that it started end with it.
     """
-    found = {"name": part.name, "limit_seconds": part.seconds}
+    found: dict[str, Any] = {"name": part.name, "limit_seconds": part.seconds}
     arguments = part.rehearsal if cpu else part.arguments
     if isinstance(arguments, str):
         return found | {"left_out": arguments}
@@ -151,10 +153,18 @@ def run_part(part: Part, output: Path, cpu: bool, environment: dict[str, str], l
     print("\n".join(Path(log.name).read_text().splitlines()[-TAIL:]), flush=True)
     found |= {"command": command, "exit": process.returncode}
     found["seconds"] = round(time.monotonic() - began, 1)
-    kept = [word for word in command if word.endswith(".json")]
-    if kept and Path(kept[-1]).exists():
-        found["results"] = json.loads(Path(kept[-1]).read_text())
-        Path(kept[-1]).unlink()
+    named = [Path(word) for word in command if word.endswith(".json")]
+    kept = named[-1] if named else output / part.results
+    if kept.is_file():
+        found["results"] = json.loads(kept.read_text())
+        if named:
+            kept.unlink()
+    if "results" in found and not cpu:
+        from .rules import OF_PARTS  # imports torch and our kernels, which lie there by now
+
+        if judge := OF_PARTS.get(part.name):
+            found["verdicts"] = judge(found["results"])
+            print("\n".join(found["verdicts"]), flush=True)
     return found
 
 

@@ -28,6 +28,7 @@ NEVER = "no rehearsal: needs the GPU itself"
 class Part:
     """A command of a call. `arguments` are for Python, or for `tool` if one is named; {out} is the
     call's output folder. `rehearsal`: the arguments on a CPU; a string: why it does not run there.
+    `results`: the JSON that it leaves in that folder, if no argument names one.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Part:
     arguments: tuple[str, ...]
     rehearsal: tuple[str, ...] | str
     tool: str | None = None
+    results: str = ""
 
 
 def _tests(*paths: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -78,6 +80,7 @@ CALLS: dict[str, tuple[Part, ...]] = {
             510,
             (*BENCH, "--gpu", "--minutes", "7.5", "--output", "{out}"),
             (*BENCH, "--shape", "8,64,8", "--rounds", "1", "--only", "dense", "--output", "{out}"),
+            results="results.json",
         ),
     ),
     # Whole steps: our attention kernels, and TRL's trainer.

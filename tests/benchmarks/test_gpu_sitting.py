@@ -1,6 +1,7 @@
 """The sitting at a GPU: its limits, its rehearsal, and what it leaves when parts fail."""
 
 import json
+import os
 import re
 import sys
 from io import StringIO
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import trl_step
+from benchmarks import candidates, suite, trl_step
 from benchmarks.gpu import __main__ as sitting
 from benchmarks.gpu import rules
 from benchmarks.gpu.sitting import CALL_SECONDS, CALLS, SITTING_SECONDS, Part
+from benchmarks.step import GPU_CASES
+from opsd.config.sections import TrainSection
+from opsd.prefix.attention import KERNELS
 
 ROOT = Path(__file__).parents[2]
 PARTS = [part for parts in CALLS.values() for part in parts]
@@ -27,11 +31,13 @@ def test_every_call_fits_into_its_time():
 
 def test_rules_name_what_there_is():
     """Files, and the constants that are to be changed in them."""
-    for rule in rules.RULES:
-        for file in re.findall(r"[\w/]+\.(?:py|h|md)", rule.otherwise):
+    for rule in (*rules.RULES, *rules.BENCH_RULES, *rules.STEP_RULES, *rules.TRL_RULES):
+        for file in re.findall(r"[\w/-]+\.(?:py|h|cu|md)", rule.otherwise):
             assert (ROOT / file).is_file(), rule
         for name, file in re.findall(r"([A-Z_]{4,})\b.*? in ([\w/]+\.\w+)", rule.otherwise):
             assert re.search(rf"\b{name}\b.* = ", (ROOT / file).read_text()), rule
+        for option in re.findall(r"train\.([a-z_]+)", rule.otherwise):
+            assert option in TrainSection.model_fields, rule
 
 
 def test_commands_name_what_there_is():
@@ -105,6 +111,71 @@ def test_every_rule_reads_what_is_measured(rehearsed):
     assert rules.verdicts(slow)[0].startswith("NEXT: cuda's normalisers")
     assert "cp.async" in rules.verdicts(slow)[0]
     assert "not measured" in rules.verdicts({})[0]
+
+
+class Asked(dict):
+    """Rows that have whatever a rule asks for, and remember it."""
+
+    def __init__(self):
+        self.names = []
+
+    def __getitem__(self, case):
+        return SimpleRow(lambda name: self.names.append((case, name)) or 1.0)
+
+
+class SimpleRow:
+    def __init__(self, ask):
+        self.ask = ask
+
+    def __getitem__(self, name):
+        return self.ask(name)
+
+
+def test_rules_of_whole_calls_and_steps_ask_for_what_is_measured():
+    """Cases and candidates that the GPU's suite has, and ways that a step has."""
+    asked = Asked()
+    assert all(rule.verdict(asked).startswith(("as", "NEXT")) for rule in rules.BENCH_RULES)
+    rows = {}
+    for row in suite.gpu():
+        more = {"gemms", rules.ONE_BLOCK, *candidates.our_budgets(row.budgets)}
+        if row.backends:
+            more |= {f"ours, {name}" for name in ("triton", "cuda")}
+        found = candidates.candidates(row.case.task, "cuda")
+        rows[row.case.label] = rows.get(row.case.label, set()) | more | {*found[0], *found[1]}
+    assert asked.names and all(name in rows[case] for case, name in asked.names)
+    asked = Asked()
+    assert all(rule.verdict(asked).startswith(("as", "NEXT")) for rule in rules.STEP_RULES)
+    ways = {*(f"shared, {kernel}" for kernel in KERNELS), "compiled", "naive", "trl"}
+    assert {case for case, _ in asked.names} == {str(GPU_CASES[1])}
+    assert {name for _, name in asked.names} <= ways
+    source = (ROOT / "benchmarks" / "step_ways.py").read_text()
+    assert all(f'found["{name}"]' in source for name in ("compiled", "naive", "trl"))
+
+
+def test_reports_are_read(tmp_path, monkeypatch):
+    """As the benchmarks write them; with a GPU the sitting says what follows."""
+    times = {"ours": 2.0, "gemms": 1.0, rules.ONE_BLOCK: 1.8, "trl": 1.0}
+    seconds = {name: {"min": t, "median": t, "all": [t]} for name, t in times.items()}
+    said = rules.of_bench({"rows": [{**rules.KL.json(), "seconds": seconds}]})
+    assert said[0] == "as counted on: bare products in one block ÷ forward KL 0.90 (at least 0.83)"
+    assert said[6].startswith("NEXT: TRL's forward KL ÷ ours 0.50") and "not measured" in said[1]
+    case = dict(
+        zip(
+            ("problems", "rollouts", "student", "teacher", "length"),
+            (4, 8, 200, 1000, 1024),
+            strict=True,
+        )
+    )
+    seconds = {"shared, flash": {"min": 1.0}, "naive": {"min": 1.4}}
+    said = rules.of_step({"rows": [{"case": case, "seconds": seconds}]})
+    assert "not measured" in said[0] and "alone ÷ contexts once 1.40" in said[3]
+    report = {"times_faster": 2.5, "times_less_memory": 0.5}
+    writes = f"import pathlib; pathlib.Path('{{out}}/trl.json').write_text('{json.dumps(report)}')"
+    part = Part("trl_step", 20, ("-c", writes, "{out}/trl.json"), "no rehearsal")
+    with open(tmp_path / "log", "w") as log:
+        done = sitting.run_part(part, tmp_path, False, dict(os.environ), log)
+    assert done["results"] == report and done["verdicts"][0].startswith("as counted on: times fa")
+    assert done["verdicts"][1].startswith("NEXT: times less memory than TRL 0.50")
 
 
 def test_a_part_that_fails_or_hangs_costs_no_other_its_time(tmp_path, monkeypatch):
