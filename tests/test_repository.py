@@ -24,6 +24,17 @@ def test_the_workflow_runs_what_is_there():
     assert sorted(install.split()[2:]) == sorted(PROJECT["optional-dependencies"]["release"])
 
 
+def test_the_oldest_versions_that_are_allowed_are_run():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    oldest = jobs["versions"]["strategy"]["matrix"]["include"][0]
+    run = dict(pair.split("==") for pair in oldest["packages"].split())
+    run["triton"] = oldest["triton"]
+    asked = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
+    pairs = (re.split("[>=;]+", requirement) for requirement in asked if ">=" in requirement)
+    least = {name: version.strip() for name, version, *_ in pairs}
+    assert {name: f"{least[name]}.0" for name in run} == run
+
+
 def test_issues_ask_for_what_is_needed():
     for form in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         asked = yaml.safe_load(form.read_text())
