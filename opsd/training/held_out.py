@@ -106,4 +106,9 @@ class HeldOut:
                 tokens=spent,
                 tokens_per_second=spent / max(result.seconds, 1e-9),
             )
+        none = [(r, g.reason) for r, g in zip(rollouts, grades, strict=True) if g.extracted is None]
+        if 2 * len(none) > len(grades):
+            cut = sum(not rollout.finished for rollout, _ in none)
+            said = f"{len(none)} of {len(grades)} answers score 0: {none[0][1]}"
+            display.note(f"{said} ({cut} cut off at {self.sampling.max_new_tokens} tokens)")
         return result

@@ -1,8 +1,10 @@
 """OPSDTrainer does what `opsd train` does, with objects for names, as TRL's trainers are called."""
 
 import os
+import re
 import subprocess
 import sys
+from io import StringIO
 
 import datasets
 import pytest
@@ -12,6 +14,7 @@ from helpers.training_cases import ROWS, quiet, short_config, short_values
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 from opsd import OPSDConfig, OPSDTrainer, UserError, load_config, train
+from opsd.common.display import Display
 from opsd.models.load import load_model
 
 RECORDS = [dict(row.columns) for row in ROWS]
@@ -156,6 +159,15 @@ def test_held_out_rows_are_all_answered(files, tmp_path):
     made = trainer(files, tmp_path / "run", rows=RECORDS)
     with pytest.raises(UserError, match="give it an eval_dataset"):
         made.evaluate()
+
+
+def test_an_evaluation_says_why_most_answers_score_0(files, tmp_path):
+    shown = StringIO()
+    config = short(files, tmp_path / "run")
+    rows, display = (RECORDS[:12], RECORDS[12:]), Display(file=shown)
+    OPSDTrainer(str(files[0]), config, *rows, display=display).evaluate()
+    said = r"4 of 4 answers score 0: no \\boxed answer \(\d cut off at 6 tokens\)"
+    assert re.search(said, shown.getvalue())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
