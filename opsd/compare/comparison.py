@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -100,7 +103,8 @@ class Comparison:
 def compare(
     directories: Sequence[Path], target: float | None = None, baseline: str | None = None
 ) -> Comparison:
-    """Compare the runs in these directories, of `opsd train` or `opsd quickstart`, by method.
+    """Compare the runs in these directories, of `opsd train` or `opsd quickstart`, by method; by
+    name, where two settings of a method have the same seeds.
 
     target: an accuracy. By default each seed has its own target, the best accuracy of the
     baseline's run with that seed; if the methods have different seeds, it is the best that every
@@ -111,8 +115,8 @@ def compare(
         raise UserError(f"--target is {target}: it must be an accuracy above 0 and at most 1")
     if len({path.resolve() for path in directories}) != len(directories):
         raise UserError("RUN_DIR: a directory is named twice; its run would count as two seeds")
-    runs = [run for directory in directories for run in read_runs(directory)]
-    found = sorted({run.method for run in runs}, key=lambda m: (_rank(m), m))
+    runs = _told_apart([run for directory in directories for run in read_runs(directory)])
+    found = list(dict.fromkeys(run.method for run in runs))
     if baseline is None:
         baseline = "grpo" if "grpo" in found else found[-1]
     if baseline not in found:
@@ -138,6 +142,24 @@ def compare(
         ]
     notes += _left_out(aim, groups[baseline], ratios)
     return Comparison(methods, budget, aim, baseline, ratios, notes)
+
+
+def _told_apart(runs: Sequence[SeedRun]) -> list[SeedRun]:
+    """The runs by method. Where a method has a seed twice, its runs differ by more than the seed:
+    each gets, for its method, its directory's name without the seed."""
+    seeds = Counter((run.method, run.seed) for run in runs if run.seed is not None)
+    twice = {method for (method, _), count in seeds.items() if count > 1}
+    above = os.path.commonpath([run.path.resolve().parent for run in runs])
+    named = []
+    for run in sorted(runs, key=lambda run: (_rank(run.method), run.method)):
+        name = str(run.path.resolve().relative_to(above))
+        name = re.sub(rf"[-_/](seed[-_]?)?{run.seed}\b", "", name)
+        named.append(replace(run, method=name) if run.method in twice else run)
+    if len({(run.method, run.path if run.seed is None else run.seed) for run in named}) < len(runs):
+        raise UserError(
+            "RUN_DIR: two runs have the same method, seed and name: name each setting's"
+        )
+    return named
 
 
 def _target(groups: dict[str, list[SeedRun]], baseline: str, given: float | None) -> Target:

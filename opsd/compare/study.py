@@ -25,12 +25,14 @@ from opsd.common.errors import UserError
 from opsd.common.files import append_to
 from opsd.common.system import usable_cores
 from opsd.config.base import Section
+from opsd.config.config import Config
 from opsd.config.explain import explain_all
 from opsd.config.load import load_config
 from opsd.config.names import Method
 from opsd.config.yaml import read_yaml
 from opsd.data.solution_styles import SolutionStyle
-from opsd.runs.directory import LOCK, locked
+from opsd.runs.directory import LOCK, check_claim, is_done, locked, settle
+from opsd.runs.records import Anything, read_record
 
 
 class Study(Section):
@@ -106,14 +108,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """A run to start: arguments of `opsd`. It has finished once directory/summary.json exists."""
+    """A run to start: arguments of `opsd`, and its config, or a quickstart's methods."""
 
     directory: Path
     arguments: list[str]
+    config: Config | None = None
+    methods: Sequence[str] = ()
 
     @property
     def finished(self) -> bool:
-        return (self.directory / "summary.json").is_file()
+        """Whether its summary exists, and each method's; a config's run must also be as long."""
+        if self.config is not None:
+            return is_done(self.directory, self.config)
+        parts = (self.directory / part for part in ("", *self.methods))
+        return all((part / "summary.json").is_file() for part in parts)
 
     @property
     def command(self) -> list[str]:
@@ -144,19 +152,25 @@ def study_jobs(study: Study, output: Path) -> dict[str, list[Job]]:
     kind = ["--tiny"] if study.quickstart == "tiny" else []
     jobs: dict[str, list[Job]] = {}
     for cell in study.cells:
-        options = [] if cell.solutions == "endless" else ["--solutions", str(cell.solutions)]
-        options += (
-            [] if cell.solution_style == "words" else ["--solution-style", cell.solution_style]
-        )
-        for option in ("problems", "steps"):
-            if getattr(study, option) is not None:
-                options += [f"--{option}", str(getattr(study, option))]
-        options += overrides(study, cell)
+        count = None if cell.solutions == "endless" else cell.solutions
+        asked: dict[str, Any] = {"solutions": count, "solution_style": cell.solution_style}
+        asked |= {"problems": study.problems, "steps": study.steps}
+        named = {key.replace("_", "-"): value for key, value in asked.items()}
+        options = [
+            f"--{key}={value}" for key, value in named.items() if value not in (None, "words")
+        ]
+        options += asked.setdefault("overrides", overrides(study, cell))
         for seed in study.seeds:
             directory = output / cell.name / f"seed-{seed}"
+            file = directory / "quickstart.json"
+            kept = read_record(file, Anything).record if file.is_file() else asked
+            for name, now in asked.items():
+                if (was := kept.get(name)) != now:
+                    said = f"{str(directory)!r} was begun with {name} {was!r}, not {now!r}"
+                    raise UserError(f"--output: {said}; choose another directory")
             arguments = ["quickstart", *kind, "--methods", ",".join(study.methods)]
             arguments += ["--seed", str(seed), "--output", str(directory), *options]
-            jobs.setdefault(cell.name, []).append(Job(directory, arguments))
+            jobs.setdefault(cell.name, []).append(Job(directory, arguments, None, study.methods))
     return jobs
 
 
@@ -189,12 +203,12 @@ def train_jobs(
             own = [f"train.seed={seed}", f"output.dir={directory}"]
             own += [] if tokens is None else [f"train.token_budget={tokens}"]
             try:
-                load_config(path, own)
+                config = load_config(path, own)
+                check_claim(directory, settle(config, directory, "auto"), resume=True)
             except UserError as error:  # add the config's path if the error does not name it
-                raise UserError(
-                    str(error) if str(path) in str(error) else f"{path}: {error}"
-                ) from None
-            jobs.append(Job(directory, ["train", str(path), *own]))
+                said = str(error) if str(path) in str(error) else f"{path}: {error}"
+                raise UserError(said) from None
+            jobs.append(Job(directory, ["train", str(path), *own], config))
     return jobs
 
 

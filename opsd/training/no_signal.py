@@ -7,7 +7,11 @@ A resumed run first reads its earlier metrics and reports nothing twice.
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from opsd.common.files import read_toml
+
 Line = dict[str, Any]
+SAID = read_toml(__file__, "no_signal")
+CAUSES = {0: "none_right", 1: "all_right"}  # by the share of right rollouts
 
 RISE, FIRST = 5.0, 3
 """Nats a token above the lowest of the FIRST steps. No run that learns rises so far; with too high
@@ -31,10 +35,11 @@ class NoSignalWatch:
             return {}
         found = {}
         for name, sign in SIGNS.items():
-            said = sign(line)
-            self.counts[name] = self.counts[name] + 1 if said else 0
-            if said and self.counts[name] >= self.patience and name not in self.said:
+            self.counts[name] = self.counts[name] + 1 if sign(line) else 0
+            if self.counts[name] >= self.patience and name not in self.said:
                 self.said.add(name)
+                cause = CAUSES.get(line.get("correct_fraction"), "other")
+                said = SAID[name].format(cause=SAID["cause"][cause])
                 found[name] = f"for {self.counts[name]} steps {said}"
         for name, measure in RISING.items():
             if (said := self._risen(line, measure)) and name not in self.said:
@@ -58,58 +63,14 @@ class NoSignalWatch:
         )
 
 
-def _alike(line: Line) -> str | None:
-    if line.get("informative_groups") != 0:
-        return None
-    share = line.get("correct_fraction")
-    cause = "rollout.group_size or loss.reward leaves nothing to compare"
-    if share == 0:
-        cause = (
-            "no rollout is right: look at rollouts.jsonl; the problems may be too hard, the "
-            "answers cut (rollout.max_new_tokens), or in another form than loss.reward reads"
-        )
-    elif share == 1:
-        cause = "every rollout is right: the problems are too easy"
-    return f"all rewards of each group have been equal, so that nothing is learnt ({cause})"
-
-
-def _flat(line: Line) -> str | None:
-    if line.get("grad_norm") != 0 or line.get("informative_groups") == 0:
-        return None
-    return "the gradient has been 0 (every token may have weight 0: see loss.weights)"
-
-
-def _same(line: Line) -> str | None:
-    divergence = line.get("divergence")
-    if divergence is None or abs(divergence) > 1e-9:
-        return None
-    return (
-        "the divergence has been 0: teacher and student see the same context with the same weights "
-        "(see prompts.teacher and teacher.policy)"
-    )
-
-
-def _still(line: Line) -> str | None:
-    if not line.get("still") or not line.get("grad_norm"):
-        return None
-    return "no weight has moved (train.learning_rate or train.max_grad_norm is far too small)"
-
-
-def _cut(line: Line) -> str | None:
-    if line.get("truncated_fraction") != 1:
-        return None
-    return (
-        "every rollout has been cut at rollout.max_new_tokens: raise it, or see whether the model "
-        "writes the token that ends its turn"
-    )
-
-
-SIGNS: dict[str, Callable[[Line], str | None]] = {
-    "equal_rewards": _alike,
-    "zero_gradient": _flat,
-    "zero_divergence": _same,
-    "all_cut": _cut,
-    "still_weights": _still,
+SIGNS: dict[str, Callable[[Line], Any]] = {
+    "equal_rewards": lambda line: line.get("informative_groups") == 0,
+    "zero_gradient": lambda line: line.get("grad_norm") == 0 != line.get("informative_groups"),
+    "zero_divergence": lambda line: (
+        abs(1.0 if line.get("divergence") is None else line["divergence"]) <= 1e-9
+    ),
+    "all_cut": lambda line: line.get("truncated_fraction") == 1,
+    "still_weights": lambda line: line.get("still") and line.get("grad_norm"),
 }
 """The checks, by the names that metrics.jsonl has under `collapse`."""
 

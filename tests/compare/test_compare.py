@@ -5,6 +5,7 @@
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -103,6 +104,26 @@ def test_seeds_paired_by_name(tmp_path):
         (path / "config.yaml").write_text(yaml.safe_dump(config))
     found = of_tokens(compare(directories, target=0.5))
     assert not found.paired and found.value == pytest.approx(4) and found.low < 2 < 8 < found.high
+
+
+def test_settings_of_one_method_are_no_seeds_of_each_other(tmp_path, capsys):
+    """`opsd compare slow.yaml fast.yaml` trains both with the same seeds, by the same method."""
+    ends = {"slow-0": 0.4, "slow-1": 0.5, "fast-0": 0.7, "fast-1": 0.9}
+    runs = [
+        write_run(tmp_path / name, "opsd", straight(800, end), int(name[-1]))
+        for name, end in ends.items()
+    ]
+    found = {one.name: one.accuracy_at_budget.value for one in compare(runs).methods}
+    assert found == {"slow": pytest.approx(0.45), "fast": pytest.approx(0.8)}
+    (tmp_path / "slow-0.log").touch()  # where the study wrote it, and a shell's * finds it
+    arguments = ["--baseline", "slow", "--output", str(tmp_path / "out")]
+    assert main(["compare", *map(str, tmp_path.glob("*")), *arguments]) == 0
+    assert re.search(r"\n  fast +2 +80.0 %", capsys.readouterr().out)
+    other = write_run(tmp_path / "a" / "grpo-0", "grpo", straight(800, 0.3))
+    assert {one.key for one in compare([*runs, other]).methods} == {"slow", "fast", "grpo"}
+    again = write_run(tmp_path / "slow-seed0", "opsd", straight(800, 0.4))
+    with pytest.raises(UserError, match="two runs have the same method, seed and name"):
+        compare([*runs, again])
 
 
 def test_each_seed_has_its_own_target(tmp_path):

@@ -21,6 +21,7 @@ from opsd.common.errors import UserError
 from opsd.compare import study as studies
 from opsd.compare.study import Job, load_study, run_jobs, study_jobs, train_jobs
 from opsd.compare.study_page import study_notes, study_page
+from opsd.config.load import save_config
 from opsd.data.solution_styles import SOLUTION_STYLES, SolutionStyle
 from opsd.quickstart import chain_sum
 from opsd.quickstart import tiny_model as tiny
@@ -128,6 +129,17 @@ def test_a_study_of_variants(tmp_path, in_process, capsys):
     assert [config["loss"]["divergence"] for config in configs] == ["forward_kl", "sampled_token"]
     assert all(config["eval"]["every"] == 1 for config in configs)
     assert "sampled" in capsys.readouterr().out
+    # Other settings are no part of it; another method is added to what is there.
+    asked = yaml.safe_load(file.read_text())
+    write(file, **asked | {"settings": {"eval": {"every": 2}}})
+    assert main(["compare", str(file), "--output", str(output)]) == 1
+    said = "seed-0' was begun with overrides ['eval.every=1'], not ['eval.every=2']; choose"
+    assert said in capsys.readouterr().err
+    write(file, **asked | {"methods": ["opsd", "sft"]})
+    assert main(["compare", str(file), "--output", str(output)]) == 0
+    assert len(in_process) == 4
+    record = json.loads((output / "study.json").read_text())
+    assert set(record["forward"]["methods"]) == {"opsd", "sft"}
 
 
 def test_configs_are_run_with_each_seed(tmp_path, monkeypatch):
@@ -147,6 +159,15 @@ def test_configs_are_run_with_each_seed(tmp_path, monkeypatch):
     studies._start(jobs[3], 1, 0)
     studies._start(jobs[0], 1, 0)
     assert started[0][-2:] == ["--resume", "--start-over"] and started[1][-1] != "--start-over"
+    # A finished run is one of these settings, and as long as is asked.
+    jobs[0].directory.mkdir()
+    save_config(jobs[0].config, jobs[0].directory / "config.yaml")
+    (jobs[0].directory / "summary.json").write_text("{}")
+    assert [job.finished for job in jobs] == [True, False, False, False]
+    assert not train_jobs(paths, [3, 5], tmp_path / "out", tokens=2000)[0].finished
+    write(paths[0], **values, train={"learning_rate": 1e-3})
+    with pytest.raises(UserError, match=r"another config .*learning_rate"):
+        train_jobs(paths, [3, 5], tmp_path / "out", tokens=1000)
 
 
 def test_runs_are_spread_over_gpus(tmp_path, monkeypatch):
