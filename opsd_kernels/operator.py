@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from opsd_kernels import gemm
+from opsd_kernels.resolve import scaler
 from opsd_kernels.sweep import Want
 
 _SCHEMA_TYPES: dict[object, str] = {
@@ -243,13 +244,22 @@ def _scaled(saved: Sequence[Tensor], grad: Tensor, dtype: torch.dtype) -> list[T
     memory. (With retain_graph=True a second backward needs the original values.)
     """
     once = type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    scale_ = scaler(grad.device) if once and grad.numel() == 1 else None
     if once and grad.device.type == "cpu" and grad.numel() == 1 and grad.item() == 1.0:
+        scaled = list(saved)
+    elif scale_ is not None and grad.dtype == torch.float32 and _contiguous(saved):
+        for x in saved:
+            scale_(x, grad)
         scaled = list(saved)
     elif once:
         scaled = [x if x.numel() == 0 else x.mul_(grad) for x in saved]
     else:
         scaled = [x if x.numel() == 0 else x * grad for x in saved]
     return [x.to(dtype) for x in scaled]
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> bool:
+    return all(x.is_contiguous() for x in tensors)
 
 
 def _refuse_double_backward(grad: Tensor) -> None:

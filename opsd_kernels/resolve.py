@@ -10,6 +10,7 @@ gets triton.
 
 import importlib
 import warnings
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
@@ -98,6 +99,14 @@ def _device_lacks(name: str, device: torch.device) -> str | None:
         return None
     had, needed = (".".join(map(str, x)) for x in (capability, least))
     return f"{device} has compute capability {had}, and {name} needs {needed}"
+
+
+def scaler(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+    """triton's `scale_` for tensors on a CUDA device; None where it does not run."""
+    if device.type != "cuda" or _BACKENDS["triton"] or _device_lacks("triton", device):
+        return None
+    found: Callable[[torch.Tensor, torch.Tensor], None] = load("triton").scale_
+    return found
 
 
 def _serves_cpu(name: str) -> bool:

@@ -22,6 +22,7 @@ OLDEST_DEVICE = (7, 0)  # compute capability
 # Entries of a chunk, which one program computes: 16 of each role in a thread. The size is fixed, so
 # that a row's sum does not depend on the device.
 CHUNK, WARPS = 2048, 4
+SCALED, SCALING_WARPS = 8192, 8  # entries of a program of `scale`
 
 
 # Whether Triton runs kernels in its interpreter, which serves CPU tensors.
@@ -208,6 +209,19 @@ def log_prob_gradient_(
         *(launch.v, launch.chunks, stride, *launch.transform, *launch.slope),
         **launch.softcap,
     )
+
+
+def scale_(x: Tensor, by: Tensor) -> None:
+    """x *= by, for a contiguous x and an fp32 scalar on its device, which is not waited for. If it
+    is 1, as a loss's own gradient is, x is neither read nor written.
+    """
+    if x.numel() == 0:
+        return
+    on_device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    with on_device:
+        _kernels().scale[(-(-x.numel() // SCALED),)](
+            x, by, x.numel(), BLOCK=SCALED, num_warps=SCALING_WARPS
+        )
 
 
 def _tensors(student: Logits, teacher: Logits) -> tuple[Tensor | None, ...]:

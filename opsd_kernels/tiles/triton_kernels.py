@@ -447,3 +447,14 @@ def log_prob_gradient(
     g = tl.where(entries == tl.load(targets + row), 1.0, 0.0) - p
     scale = tl.load(row_weight + row) * factor * _through(z, inverse, SOFTCAP)
     tl.store(out + row * out_stride + entries, g * scale, mask=mask)
+
+
+@triton.jit
+def scale(x, by, count, BLOCK: tl.constexpr):
+    """Multiply by the scalar at `by`; if that is 1, nothing is read."""
+    factor = tl.load(by)
+    if factor != 1.0:
+        entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = entry < count
+        scaled = tl.load(x + entry, mask=mask, other=0.0).to(tl.float32) * factor
+        tl.store(x + entry, scaled, mask=mask)

@@ -24,7 +24,7 @@ from opsd_kernels.tiles import cuda
 from opsd_kernels.tiles import triton as tiles
 from opsd_kernels.tiles import triton_kernels as kernels
 
-POINTERS = {"targets": "*i64", "out": "*bf16"} | dict.fromkeys(
+POINTERS = {"targets": "*i64", "out": "*bf16", "x": "*bf16", "by": "*fp32"} | dict.fromkeys(
     ("student", "teacher", "bias", "teacher_bias", "logits", "state", "partials", "row_weight"),
     "*fp32",
 )
@@ -40,7 +40,7 @@ NUMBERS = (
 )
 # As Triton compiles a call whose vocabulary is a multiple of 16; where it is not, each load is of
 # 4 bytes.
-MULTIPLES_OF_16 = ("v", "stride", "student_stride", "teacher_stride", "out_stride")
+MULTIPLES_OF_16 = ("v", "stride", "student_stride", "teacher_stride", "out_stride", "count")
 CAPABILITIES = (80, 90, 100, 120)
 ROWWISE = {"merge": 128, "add": 128}  # chunks in a row with V = 262144
 
@@ -50,6 +50,7 @@ def variants(most_used: bool):
     no_bias = ("bias", "teacher_bias")
     for name, block in ROWWISE.items():
         yield name, {"BLOCK": block}, (), 1
+    yield "scale", {"BLOCK": tiles.SCALED}, (), tiles.SCALING_WARPS
     for softcap, absent in ((False, no_bias),) if most_used else ((False, no_bias), (True, ())):
         common = {"SOFTCAP": softcap, "BLOCK": tiles.CHUNK}
         both = common | {"TEACHER_SOFTCAP": softcap}

@@ -20,6 +20,7 @@ from opsd_kernels import (
     LogitTransform,
     linear_divergence,
     linear_log_prob,
+    operator,
     reference,
     resolve,
 )
@@ -249,6 +250,31 @@ def test_runs_are_equal_bit_for_bit(backend):
         loss = case.fused(backend).loss
         runs.append([loss.detach(), *torch.autograd.grad(loss, (case.student, case.weight))])
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_the_incoming_scalar(backend, monkeypatch):
+    """Gradients are scaled where it is on the device, without waiting for it; 1 reads nothing."""
+    monkeypatch.setattr(triton, "SCALED", 256)
+    for dtype in (torch.float32, torch.bfloat16):
+        for factor in (1.0, -0.3, torch.inf, torch.nan):
+            x = torch.randn(3, 301).to(dtype)
+            got, by = x.clone(), torch.tensor(factor)
+            triton.scale_(got, by)
+            near = 0.0 if dtype == torch.float32 or factor == 1 else 2**-7  # the interpreter cuts
+            torch.testing.assert_close(got, x * by, rtol=near, atol=0, equal_nan=True)
+    triton.scale_(torch.empty(0), torch.tensor(2.0))
+    calls = []
+    monkeypatch.setattr(operator, "scaler", lambda device: lambda x, by: calls.append(x.mul_(by)))
+    case = make(5, 301, 8).require_grad()
+    wanted = torch.autograd.grad(case.dense(), case.trainable())
+    # With retain_graph=True the saved gradients stay as they are.
+    for keeps, count in ((True, 0), (False, 3)):
+        loss = 0.7 * case.fused(backend).loss
+        found = torch.autograd.grad(loss, case.trainable(), retain_graph=keeps)
+        assert len(calls) == count
+        for x, y in zip(found, wanted, strict=True):
+            assert relative_error(x, 0.7 * y) < 1e-5
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU: test_gpu.py")

@@ -53,6 +53,7 @@ def report(tmp_path_factory) -> dict:
 
 def test_triton_compiles_without_spills(report):
     names = ("normalisers", "merge", "add", "sums", "gradient", "target", "log_prob_gradient")
+    names += ("scale",)
     assert {(k["name"], k["target"]) for k in report["triton"]} == {
         (name, target) for name in names for target in ("sm_80", "sm_90", "sm_100", "sm_120")
     }
