@@ -44,8 +44,8 @@ def run(asked: argparse.Namespace) -> None:
         study = load_study(files[0])
         run_study(study, asked.target, asked.baseline or study.baseline, output, display)
         return
-    # A study's logs lie beside its runs, for a shell's * to find.
-    paths = [path for path in asked.paths if path.suffix != ".log"] or asked.paths
+    # A study's logs and tables lie beside its runs, for a shell's * to find.
+    paths = [p for p in asked.paths if p.suffix != ".log" and p.name not in FILES] or asked.paths
     if files:
         jobs = train_jobs(files, [0, 1, 2] if seeds is None else seeds, output, asked.tokens)
         run_jobs(jobs, display, gpus=gpus())

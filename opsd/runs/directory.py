@@ -171,7 +171,7 @@ def check_claim(directory: Path, config: Config, resume: bool) -> None:
                 f"output.dir is {name}: it belongs to a run with another config ({said}); {mend}"
             )
         if not resume:
-            mend = "go on with --resume, or choose another directory"
+            mend = "go on with --resume (Python: resume_from_checkpoint=True), or choose another"
             raise UserError(f"output.dir is {name}: this run has been started before; {mend}")
 
 

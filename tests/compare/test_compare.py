@@ -115,7 +115,8 @@ def test_settings_of_one_method_are_no_seeds_of_each_other(tmp_path, capsys):
     ]
     found = {one.name: one.accuracy_at_budget.value for one in compare(runs).methods}
     assert found == {"slow": pytest.approx(0.45), "fast": pytest.approx(0.8)}
-    (tmp_path / "slow-0.log").touch()  # where the study wrote it, and a shell's * finds it
+    for name in ("slow-0.log", "comparison.md"):  # where a study writes, and a shell's * finds it
+        (tmp_path / name).touch()
     arguments = ["--baseline", "slow", "--output", str(tmp_path / "out")]
     assert main(["compare", *map(str, tmp_path.glob("*")), *arguments]) == 0
     assert re.search(r"\n  fast +2 +80.0 %", capsys.readouterr().out)

@@ -47,12 +47,19 @@ def here(tmp_path, monkeypatch):
 
 def test_the_first_notebook(model, here, capsys):
     (path,) = [path for path in NOTEBOOKS if path.name == "first_run.ipynb"]
-    sizes = (", 20, 200", ", 2, 48"), ("=96", "=6"), ("-32:]", "-2:]")
+    sizes = (
+        (", 14, 20, 800", ", 2, 2, 40"),
+        ("=48", "=6"),
+        ("16", "4"),
+        ("64:", "2:"),
+        ("64]", "2]"),
+    )
     code = shortened("\n\n".join(cells(path)), model, *sizes)
     names: dict = {}
     exec(compile(code, str(path), "exec"), names)
     shown = capsys.readouterr().out
-    assert "before: " in shown and "after: " in shown and shown.count("→") == 3
+    assert re.search(r"step 0, teacher: .*\n(step \d, student: .* to .*\n){2}", shown)
+    assert shown.count("→") == 3
     assert names["trainer"].state.global_step == 2 and (here / "runs/first/model").is_dir()
 
 

@@ -96,7 +96,7 @@ def test_a_run_goes_on_from_its_checkpoint(files, by_command, tmp_path):
     held_out = {"eval_problems": 4, "eval_every": 2, "eval_samples": 2}
     trainer(files, tmp_path / "run", config=held_out).train()
     more = trainer(files, tmp_path / "run", config={"steps": 6, **held_out})
-    with pytest.raises(UserError, match="has been started before"):
+    with pytest.raises(UserError, match=r"started before; .*Python: resume_from_checkpoint=True"):
         more.train()
     with pytest.raises(UserError, match=r"on from the last checkpoint .*-4'; True names it"):
         more.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
