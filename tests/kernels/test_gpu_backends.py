@@ -5,6 +5,7 @@ in its interpreter, CUDA's sources compiled for the CPU (emulated/cuda_runtime.h
 import ctypes
 import importlib.util
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,6 +108,27 @@ def test_groups_of_blocks(backend, monkeypatch):
     monkeypatch.setattr("opsd_kernels.sweep.plan", recorded)
     check(make(19, 301, 8, budget=budget), torch.bfloat16, backend)
     assert any(p.group > p.rows for p in plans)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_weights_of_a_mean_over_many_tokens(backend, monkeypatch, divergence):
+    """1/8192 a token, far from fp16's range, and weights far from the others': gradients that the
+    kernels write in 16 bits neither vanish nor overflow.
+    """
+    if DEVICE == "cpu":
+        emulate_gpu_products(monkeypatch)
+    token_weight = torch.full((8,), 1 / 8192)
+    token_weight[:3] *= torch.tensor([1e-3, 0.0, 30.0])
+    for dtype, limit in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
+        case = make(8, 301, 16, divergence=divergence, reduction="sum").to(dtype)
+        case = replace(case, token_weight=token_weight)
+        fused, exact = case.require_grad(), case.to(torch.float64).require_grad()
+        scale = 2.0**16 if dtype == torch.float16 else 1.0
+        (fused.fused(backend).loss * scale).backward()
+        exact.dense().backward()
+        for got, want in zip(fused.trainable(), exact.trainable(), strict=True):
+            assert relative_error(got.grad.double() / scale, want.grad) < limit
+        assert fused.student.grad[0].any()
 
 
 # One entry more than two chunks; a vocabulary no vector length divides; one token, one entry more
