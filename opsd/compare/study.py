@@ -120,8 +120,7 @@ class Job:
         """Whether its summary exists, and each method's; a config's run must also be as long."""
         if self.config is not None:
             return is_done(self.directory, self.config)
-        parts = (self.directory / part for part in ("", *self.methods))
-        return all((part / "summary.json").is_file() for part in parts)
+        return all((self.directory / one / "summary.json").is_file() for one in ("", *self.methods))
 
     @property
     def command(self) -> list[str]:
@@ -239,6 +238,7 @@ def run_jobs(
                 while waiting and free and failed is None:
                     job, gpu = waiting.pop(0), free.pop(0)
                     running[_start(job, threads, watched, gpu)] = job, gpu
+                    stage.phase(f"{log_of(job)} for")  # its time follows: "runs/a.log for 25 s"
                 for process in [process for process in running if process.poll() is not None]:
                     job, gpu = running.pop(process)
                     free.append(gpu)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -196,12 +197,15 @@ def test_runs_are_spread_over_gpus(tmp_path, monkeypatch):
     assert placed == [("a", "3"), ("b", "5"), ("c", "5")]
 
 
-def test_a_failed_run_is_named_with_its_log(tmp_path, capsys):
-    from opsd.common.display import Display
+def test_a_failed_run_is_named_with_its_log(tmp_path, monkeypatch):
+    from opsd.common import display
 
+    monkeypatch.setattr(display, "PLAIN_INTERVAL", 0.0)
     job = Job(tmp_path / "run", ["train", str(tmp_path / "missing.yaml")])
+    shown = StringIO()
     with pytest.raises(UserError, match=r"run: the run failed; see .*run\.log"):
-        run_jobs([job], Display())
+        run_jobs([job], display.Display(file=shown))
+    assert f", {tmp_path}/run.log for 0.0 s" in shown.getvalue()  # from its start
     assert "no such file" in studies.log_of(job).read_text()
 
 
