@@ -13,7 +13,7 @@ from helpers.rooms import ORDER, ROOT, House, Module
 MOST_ROOMS = 25
 MOST_ARROWS = 110
 MOST_FLAT_MODULES = 6  # beside the rooms of opsd
-MOST_LINES = 33_636  # of Python in opsd/
+MOST_LINES = 33_656  # of Python in opsd/
 LONGEST_MODULE = 500  # lines; a longer module has two jobs
 LONGEST_FUNCTION = 80  # lines without signature and docstring
 

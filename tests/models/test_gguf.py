@@ -129,6 +129,16 @@ def test_a_gguf_file_is_loaded_trained_on_and_saved(files, tmp_path):
     assert written.shape[1] > prompt["input_ids"].shape[1]
 
 
+def test_a_gguf_file_is_read_once(files, monkeypatch):
+    """transformers would read its fields four times, and make a table of names for each tensor."""
+    calls = []
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        made = getattr(gguf, name)
+        monkeypatch.setattr(gguf, name, lambda *a, make=made: calls.append(make) or make(*a))
+    load_model(ModelSection(path=str(files[0]), gguf_file=NAME))
+    assert len(calls) == len(set(calls)) == 2
+
+
 def test_a_gguf_file_that_is_not_named_or_not_one(files, tmp_path):
     directory, _ = files
     with pytest.raises(UserError, match=rf"for a GGUF file set model.gguf_file \({NAME}\)"):
