@@ -78,18 +78,17 @@ def trim_heap() -> None:
     """Return the heap's free pages to the system. glibc keeps them: gigabytes after training, 50 MB
     more with each step.
     """
-    trim = _glibc("malloc_trim")
-    if trim:
+    if trim := _glibc("malloc_trim"):
         trim(0)
 
 
 def share_one_heap() -> None:
-    """Make all threads use one heap; call it before there are any. Otherwise glibc gives autograd's
-    backward thread its own heap, with its own free pages.
-    """
-    mallopt = _glibc("mallopt")
-    if mallopt:
-        mallopt(-8, 1)  # M_ARENA_MAX
+    """Make all threads use one heap, which keeps its free pages until `trim_heap`; call it before
+    there are any. Otherwise glibc gives autograd's thread its own heap, and maps each large tensor
+    anew: a page fault for each 4 kB."""
+    if mallopt := _glibc("mallopt"):  # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        for option, value in ((-8, 1), (-3, 1 << 30), (-1, 1 << 30)):
+            mallopt(option, value)
 
 
 def _glibc(name: str):

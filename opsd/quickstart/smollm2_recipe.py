@@ -48,7 +48,7 @@ def smollm2_recipe(asked: Asked) -> Recipe:
         if asked.model is None:
             file = smollm2_gguf(display)
             own = {"path": str(file.parent), "gguf_file": file.name}
-        section = ModelSection(**own | SECTIONS["model"])
+        section = ModelSection(**own)
         with display.stage("Load the pretrained model"):
             model, tokenizer = load_model(section)
         decoder = copy_model(model, compute_dtype("auto"))
@@ -68,7 +68,7 @@ def smollm2_recipe(asked: Asked) -> Recipe:
         start = ModelSection(path=str(base / "model"))
         roles = {"loss": {"roles": ["student"]}}
         config = _own_style_config(start, place, asked.seed, TEACHER_STEPS, roles)
-        model, tokenizer = load_model(start.model_copy(update=SECTIONS["model"]))
+        model, tokenizer = load_model(start)
         avoid = {row.problem for row in task.held_out}
         rows = make_rows(TEACHER_SEED + asked.seed, TEACHER_STEPS * COLD_ROWS, avoid=avoid)
         _learn(config, model, tokenizer, [_in_own_style(row) for row in rows], grader, display)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from opsd.common.errors import UserError
 from opsd.common.precision import autocast, compute_dtype
 from opsd.common.step_timer import phase
-from opsd.common.system import release_memory, trim_heap
+from opsd.common.system import release_memory
 from opsd.config.sections import TrainSection
 from opsd.distributed.processes import SPLIT_WEIGHTS, Processes
 from opsd.distributed.wrap import backward, called_through, exchange
@@ -257,8 +257,6 @@ class GradientAccumulator:
                 work = (own[number], totals) if number < len(own) else (idle(groups), Totals())
                 with exchange(self.wrapped, last=number + 1 == most):
                     some = called_through(self.wrapped, self.step.model, partial(self.step, *work))
-                    if loss.device.type == "cpu":
-                        trim_heap()  # returns memory that backward could not use
                     with phase("backward"), torch.autocast(loss.device.type, enabled=False):
                         backward(self.accelerator, self.wrapped, some)
                         cache.batch_done()
