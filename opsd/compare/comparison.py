@@ -152,13 +152,12 @@ def _told_apart(runs: Sequence[SeedRun]) -> list[SeedRun]:
     above = os.path.commonpath([run.path.resolve().parent for run in runs])
     named = []
     for run in sorted(runs, key=lambda run: (_rank(run.method), run.method)):
-        name = str(run.path.resolve().relative_to(above))
-        name = re.sub(rf"[-_/](seed[-_]?)?{run.seed}\b", "", name)
+        name, marked = str(run.path.resolve().relative_to(above)), rf"seed[-_]?{run.seed}\b"
+        seed = marked if re.search(marked, name) else rf"{run.seed}\b"  # lr-1-1: of lr-1's
+        name = re.sub(rf"(.*)(^|[-_/]){seed}", r"\1", name).strip("/")
         named.append(replace(run, method=name) if run.method in twice else run)
     if len({(run.method, run.path if run.seed is None else run.seed) for run in named}) < len(runs):
-        raise UserError(
-            "RUN_DIR: two runs have the same method, seed and name: name each setting's"
-        )
+        raise UserError("RUN_DIR: two runs have the same method, seed and name: rename one")
     return named
 
 

@@ -127,6 +127,18 @@ def test_settings_of_one_method_are_no_seeds_of_each_other(tmp_path, capsys):
         compare([*runs, again])
 
 
+@pytest.mark.parametrize("named", ["lr-{}-{}", "lr-{}/seed-{}", "seed{1}/lr_{0}/opsd"])
+def test_a_setting_whose_name_has_a_number_like_a_seed(named, tmp_path):
+    """lr-1.yaml and lr-2.yaml with seeds 1 and 2: lr-1-1 is no run of "lr", nor is lr-2-2."""
+    ends = {(lr, seed): lr / 4 + seed / 100 for lr in (1, 2) for seed in (1, 2)}
+    runs = [
+        write_run(tmp_path / named.format(*of), "opsd", straight(800, end), of[1])
+        for of, end in ends.items()
+    ]
+    found = [one.accuracy_at_budget.value for one in compare(runs).methods]
+    assert found == [pytest.approx(0.265), pytest.approx(0.515)]
+
+
 def test_each_seed_has_its_own_target(tmp_path):
     """GRPO's best, seed by seed: .28, .5, .7, none (it falls), .7; OPSD needs a 4th, a 2nd, an 8th
     of GRPO's tokens to get there, and in the last seed never does."""
