@@ -9,5 +9,5 @@ FITS = {
     "one-24gb-gpu": ["--gpu", "4090", "--prompt-tokens", "300", "--solution-tokens", "300"],
     "two-gpu-fsdp": ["--gpu", "h100", "--gpus", "2", "--solution-tokens", "6000"],
     "laptop": ["--memory", "16GB", "--solution-tokens", "150"],
-    "smollm2": ["model.path=SmolLM2-135M", "--memory", "6GB", "--solution-tokens", "100"],
+    "smollm2": ["model.path=SmolLM2-135M", "--memory", "6GB", "--prompt-tokens", "50"],
 }
