@@ -43,7 +43,7 @@ class GenerateSampler(OwnSampler):
         alike = [order]
         if len(set(map(len, contexts))) > 1 and self._reads_padding():
             alike = [list(some) for _, some in groupby(order, lambda i: len(contexts[i]))]
-        size = sampling.batch_size
+        size = min(sampling.batch_size, max(1, len(contexts)))
         batches = [some[n : n + size] for some in alike for n in range(0, len(some), size)]
         with decodes_fast(self.model, sampling.max_new_tokens * len(batches), size):
             for chosen in batches:

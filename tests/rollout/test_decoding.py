@@ -76,6 +76,17 @@ def test_packed_weights_write_the_same_tokens(family, monkeypatch):
     assert (fast < len(used) / 2) == bool(packed._kernels())
 
 
+@pytest.mark.parametrize("contexts, packs", [(1, False), (3, False), (16, True)])
+def test_weights_in_fp32_are_packed_for_many_sequences(contexts, packs, monkeypatch):
+    """With few a copy costs more than it saves, however many `batch_size` allows."""
+    sampler = GenerateSampler(copy_model(tiny_model("llama"), torch.float32), frozenset([4]))
+    used: list = []
+    product = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *a: used.append(a) or product(*a))
+    sampler.sample([[5, 6, 7]] * contexts, Sampling(20, temperature=0, batch_size=32))
+    assert (not used) == (packs and bool(packed._kernels()))
+
+
 def test_continuous_batching_has_packed_weights_too(monkeypatch):
     torch.manual_seed(0)
     model = copy_model(tiny_model("llama"), torch.bfloat16)
