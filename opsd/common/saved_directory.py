@@ -61,8 +61,7 @@ def readable(directory: Path) -> None:
 
 
 def read_manifest(directory: Path, field: str = "") -> dict[str, Any] | None:
-    """Read the directory's manifest; None if it has none of ours. Raises UserError if it is
-    damaged."""
+    """The directory's manifest; None if it has none of ours. Raises UserError if it is damaged."""
     file = directory / MANIFEST
     if not file.is_file():
         return None

@@ -84,8 +84,7 @@ class Study(Section):
 
     @property
     def cells(self) -> list[Cell]:
-        """The variants, or every pair of a number of solutions and a style; each runs with each
-        seed."""
+        """The variants, or every pair of a number of solutions and a style, each with each seed."""
         if self.variants:
             count, style = self.solutions[0], self.solution_styles[0]
             return [Cell(name, count, style, own) for name, own in self.variants.items()]

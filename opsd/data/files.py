@@ -228,8 +228,7 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
 
 
 def _delimiter(line: str, usual: str) -> str:
-    """What separates the columns' names: a .csv file may have `;`, where decimals have commas, or
-    tabs."""
+    """What separates the names: a .csv file may have tabs, or `;` where decimals have commas."""
     for one in (usual, ";", "\t"):
         with suppress(csv.Error):
             if len(next(csv.reader([line], delimiter=one, strict=True), [])) > 1:

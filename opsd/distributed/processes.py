@@ -34,8 +34,7 @@ class Processes:
         self.first = self.index == 0
 
     def together(self, function: Callable[[], Result]) -> Result:
-        """Call the function in every process; each returns its own result. If one fails, all raise
-        its error."""
+        """Call the function in every process, for its own result. One that fails fails all."""
         if self.count == 1:
             return function()
         result, error = _outcome(function)

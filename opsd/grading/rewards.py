@@ -175,8 +175,7 @@ def _near_function(path: Path, name: str) -> str:
 
 
 def make_verifier(section: RewardSection, grader: Grader) -> Verifier:
-    """Make the verifier that the config names. Raises UserError if its file or function cannot be
-    loaded."""
+    """The verifier that the config names. Raises UserError if its file or function cannot load."""
     if section.verifier == "math":
         return lambda completions, rows: [
             (float(grade.correct), "" if grade.correct else grade.reason)

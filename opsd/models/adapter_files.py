@@ -40,8 +40,7 @@ class Adapter:
 
     @cached_property
     def _ends(self) -> dict[str, Stored]:
-        """Its tensors that belong to no block, such as the embedding and the head: blocks' names
-        have numbers."""
+        """Its tensors of no block, such as embedding and head: blocks' names have numbers."""
         tensors = self.tensors.items()
         return {name: t for name, t in tensors if not any(map(str.isdigit, name.split(".")))}
 

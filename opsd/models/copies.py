@@ -42,9 +42,8 @@ def copy_model(
 
 @torch.no_grad()
 def update_copy(inference_copy: nn.Module, model: nn.Module) -> None:
-    """Copy the current weights and buffers of `model` into `inference_copy`; weights that are split
-    over processes are gathered. Of a model with adapters only these are copied: nothing else
-    changes."""
+    """Copy the current weights and buffers of `model` into `inference_copy`; split ones are
+    gathered. Of a model with adapters only these are copied: nothing else changes."""
     source, frozen = dict(model.named_parameters()), is_adapted(model)
     for name, parameter in inference_copy.named_parameters():
         if source[name].requires_grad or not frozen:

@@ -376,8 +376,7 @@ class Objective:
         raise NotImplementedError
 
     def contexts(self, problem: Problem, route: str = "") -> list[list[Ids] | None]:
-        """The contexts of each rollout, one for each member of a teacher; None if one of them is
-        missing."""
+        """Each rollout's contexts, one for each member of a teacher; None if one is missing."""
         each = (problem.teacher_contexts(member.context) for member in self.routes[route])
         return [None if None in own else list(own) for own in zip(*each, strict=True)]
 

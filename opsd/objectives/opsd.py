@@ -198,8 +198,7 @@ class OPSD(Objective):
 
     def in_one_sweep(self, batch: MicroBatch, temperature: float | None) -> bool:
         """Whether a loss of the tokens' log-probabilities at `temperature` can share the
-        divergence's sweep. It cannot if that uses other logits, or if its weights depend on its
-        results."""
+        divergence's sweep: not if that uses other logits, or its weights depend on its results."""
         section = self.section
         corrected = section.importance_bound is not None and batch.sampled_by_others
         plain = not (self.by_token or section.gates or section.unsure or corrected)

@@ -105,8 +105,7 @@ class PrefixCache:
         return self.prefixes[-1]
 
     def batch_done(self) -> None:
-        """Call this after each micro-batch's backward: finishes the prefixes that no later one
-        reads."""
+        """To call after a micro-batch's backward: finishes the prefixes that no later one reads."""
         for prefix, last in zip(self.prefixes, self._last_batches, strict=True):
             if last == self._done:
                 prefix.finish()

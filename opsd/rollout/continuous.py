@@ -7,8 +7,7 @@ from opsd.common.errors import UserError
 from opsd.rollout.base import Contexts, OwnSampler, Progress, Rollout, Sampling, cut
 from opsd.rollout.decoding import decodes_fast
 
-# Tokens in a block of the cache: the default of `page_size`, named `block_size` before transformers
-# 5.18.
+# Tokens in a cache's block: the default of `page_size` (`block_size` before transformers 5.18).
 PAGE = 256
 MIN_BATCH_TOKENS = 256  # the least limit of tokens in one forward, for prefill
 

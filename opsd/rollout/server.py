@@ -43,8 +43,7 @@ class Unread(BaseModel):
 
 
 class Request(NamedTuple):
-    """One rollout to sample after `context`; vocabulary: the number of the model's logits, if it is
-    known."""
+    """One rollout to sample after `context`; vocabulary: how many logits there are, if known."""
 
     context: Sequence[int]
     sampling: Sampling

@@ -240,8 +240,7 @@ def _from_base(run: Run, base: Accuracy | None) -> Run:
 def _starting_point(
     summary: Record, runs: list[Run], problems: float | None
 ) -> tuple[Accuracy | None, Accuracy | None]:
-    """(the base student's accuracy, the base teacher's): from the first evaluations, or else from
-    the summary."""
+    """(the base student's accuracy, the base teacher's): from the first evaluations, or summary."""
     told = summary.get("base") or {}
     student = _accuracy(told, problems)
     if student is None or student.low is None or any(run.points for run in runs):

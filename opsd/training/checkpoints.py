@@ -33,6 +33,7 @@ from opsd.models.images import save_tokenizer
 from opsd.models.load import load_model
 from opsd.models.lora import is_adapted
 from opsd.models.moving_average import MovingAverage
+from opsd.models.remote import RemoteTeacher
 from opsd.models.routers import asking_as_shipped
 from opsd.rollout import RolloutsAhead
 from opsd.runs.directory import checkpoints_in, or_unreadable, written
@@ -154,7 +155,7 @@ class Checkpoints:
     optimizer: Optimizer
     schedule: LRScheduler
     average: MovingAverage | None  # of an `ema` teacher
-    base: list[float]  # `some_weights` of the model at the run's beginning
+    own: Mapping[str, list[float]]  # `some_weights` of the "base" at step 0, and of the "teachers"
 
     def write(self, state: TrainerState, ahead: RolloutsAhead | None = None) -> None:
         """Write a checkpoint; then remove all but the last `limit`. Raises UserError."""
@@ -162,7 +163,7 @@ class Checkpoints:
         needed = checkpoint_bytes(self.model, self._zero)
         rollouts = ahead and ahead.kept()
         with written(self.directory, place.name, needed), ExitStack() as stack:
-            new = partial(new_directory, place, {"base": self.base})
+            new = partial(new_directory, place, dict(self.own))
             there = self.processes.once(lambda: stack.enter_context(new()))
             if rollouts and self.processes.first:
                 _save(as_tensors(rollouts), there / ROLLOUTS_AHEAD)
@@ -208,8 +209,9 @@ class Checkpoints:
         """
         with or_unreadable(place):
             manifest = read_manifest(place) or {}
-            if not _alike(manifest["base"], self.base):
-                raise ValueError("its run began with other weights than those in model.path now")
+            for name, path in {"base": "model.path", "teachers": "teacher.path"}.items():
+                if not _alike(manifest[name], self.own[name]):
+                    raise ValueError(f"its run began with other weights than those in {path} now")
             if self._fsdp:
                 plugin, accelerator, where = self._fsdp, self.accelerator, str(place)
                 fsdp.load_fsdp_model(plugin, accelerator, self.wrapped, where, adapter_only=True)
@@ -247,9 +249,13 @@ class Checkpoints:
         return RolloutsAhead.of(rollouts, self.processes)
 
     def read_random_states(self, place: Path) -> None:
-        """Restore this process's random states."""
-        with or_unreadable(place):
-            set_random_states(read_tensors(place / self._random_file))
+        """Restore this process's random states. Of more processes than wrote them the further ones
+        keep what their seed gave them."""
+        first = ["rng_state.pth", "rng_state_0.pth"] if self.processes.first else []
+        with or_unreadable(place):  # whose manifest has been checked
+            for file in (place / name for name in [self._random_file, *first]):
+                if file.is_file():
+                    return set_random_states(read_tensors(file))
 
     @property
     def _random_file(self) -> str:
@@ -309,7 +315,10 @@ def _check_repeats(found: Any, path: Path) -> None:
 
 
 def some_weights(model: nn.Module) -> list[float]:
-    """One entry of each weight that adapters do not change: enough to recognise a model."""
+    """One entry of each weight that adapters do not change, or the bytes of a served teacher's
+    digest: enough to recognise a model."""
+    if isinstance(model, RemoteTeacher):
+        return [float(byte) for byte in bytes.fromhex(model.about.weights)]
     adapted = is_adapted(model)
     fixed = [p.detach() for p in model.parameters() if not (adapted and p.requires_grad)]
     return [float(weight.reshape(-1)[weight.numel() // 2]) for weight in fixed if weight.numel()]

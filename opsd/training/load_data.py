@@ -70,8 +70,7 @@ def load_data(
 
 
 def _check_coefficients(config: Config, rows: Sequence[Row]) -> None:
-    """Raise UserError for a row whose coefficients in teacher.mix are not finite or whose sum is
-    not positive."""
+    """Raise UserError where coefficients in teacher.mix are not finite, or not positive in sum."""
     columns = [m.coefficient for m in config.teacher.mix if isinstance(m.coefficient, str)]
     for number, row in enumerate(rows if columns else (), start=1):
         for name in columns:

@@ -48,8 +48,7 @@ from opsd.training.micro_batches import (
 )
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""How much sharing may change a hidden state, relative to the largest one, by the weights'
-dtype."""
+"""How much sharing may change a hidden state, relative to the largest, by the weights' dtype."""
 
 
 class OPSDStep(nn.Module):

@@ -35,9 +35,8 @@ class StepLog:
         measures: dict[str, float],
         seconds: float,
     ) -> None:
-        """Count a step whose optimizer update is still to come. `problems`: all that were sampled,
-        with their rollouts; `totals`: the measures of the step's samples; `measures`: all other
-        measures."""
+        """Count a step whose optimizer update is still to come. `problems`: those sampled, with
+        their rollouts; `totals`: the measures of the step's samples; `measures`: all others."""
         rollouts = [rollout for problem in problems for rollout in problem.rollouts]
         length = sum(len(rollout.ids) for rollout in rollouts)
         counters = self.run_log.counters

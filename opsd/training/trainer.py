@@ -103,7 +103,10 @@ class TrainingLoop:
         reports: Reports | None = None,
     ):
         self.config, self.model, self.rows, self.objective = config, model, rows, objective
-        self._base = some_weights(model)
+        changing = [model, average and average.model, None]
+        fixed = {id(m.model): m.model for m in objective.members if m.model not in changing}
+        teachers = [weight for teacher in fixed.values() for weight in some_weights(teacher)]
+        self._own = {"base": some_weights(model), "teachers": teachers}
         self.processing_class = prompts.tokenizer
         note = note or (lambda text: None)
         self.processes = processes or Processes()
@@ -271,7 +274,7 @@ class TrainingLoop:
             self.optimizer,
             self.schedule,
             self.average,
-            self._base,
+            self._own,
         )
         looks = train.sharding not in deepspeed.STAGES  # at the weights that the run began with
         self._still = Movement(self.optimizer, train.warmup_steps, looks)

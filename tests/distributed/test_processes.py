@@ -281,6 +281,16 @@ def test_two_processes_resume_bit_for_bit(name, runs):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_one_process_goes_on_with_what_two_began(runs):
+    config = config_of("ema", runs, "fewer")
+    _interrupt(runs / "two" / "ema", Path(config.output.dir), runs / "two-ema.yaml")
+    save_config(config, runs / "fewer.yaml")
+    save_config(config, Path(config.output.dir) / "config.yaml")
+    assert main(["train", str(runs / "fewer.yaml"), "--resume"]) == 0
+    two, one = (read_lines(runs / name / "ema" / "metrics.jsonl") for name in ("two", "fewer"))
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-4)
+
+
 def test_deepspeed_refuses_a_step_that_is_not_finite(runs):
     """In one of the processes, and by its loss alone."""
     directory = runs / "two" / SPOILT

@@ -3,14 +3,17 @@
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.lines import read_lines
-from helpers.training_cases import ROWS, quiet, short_config, timeless
+from helpers.training_cases import ROWS, quiet, short_config, timeless, write_model
 from safetensors.torch import load_file
 
 from opsd.cli.main import main
+from opsd.common.errors import UserError
+from opsd.common.random_states import random_states
 from opsd.config.load import save_config
 from opsd.models.load import load_model
 from opsd.quickstart.worksheet import WorksheetGrader
@@ -132,3 +135,49 @@ def test_only_the_newest_checkpoints_are_kept(files, tmp_path):
     execute(claimed(short_config(*files, tmp_path / "run", train=train)))
     found = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()}
     assert found == {"checkpoint-3", "checkpoint-4", "model"}
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_had(files, tmp_path):
+    for name, seed in (("teacher", 3), ("other", 4)):
+        write_model(tmp_path / name, seed)
+    own = {"method": "distill", "teacher": {"policy": "model", "path": str(tmp_path / "teacher")}}
+    config = claimed(short_config(*files, tmp_path / "run", **own))
+    execute(config)
+    (tmp_path / "teacher").rename(tmp_path / "kept")
+    (tmp_path / "other").rename(tmp_path / "teacher")
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    with pytest.raises(UserError, match=r"began with other weights than those in teacher\.path"):
+        execute(config, checkpoint=checkpoint)
+    shutil.rmtree(tmp_path / "teacher")
+    (tmp_path / "kept").rename(tmp_path / "teacher")
+    execute(config, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("written", "count", "expected"),
+    [
+        (1, 1, [0]),
+        (2, 2, [0, 1]),
+        (2, 1, [0]),
+        (3, 2, [0, 1]),
+        (1, 2, [0, None]),
+        (2, 3, [0, 1, None]),
+    ],
+)
+def test_more_or_fewer_processes_read_random_states(written, count, expected, tmp_path):
+    def checkpoints(index, count):
+        made = object.__new__(Checkpoints)
+        made.processes = SimpleNamespace(index=index, count=count, first=index == 0)
+        return made
+
+    drawn = []
+    for index in range(written):
+        torch.manual_seed(index)
+        torch.save(random_states(), tmp_path / checkpoints(index, written)._random_file)
+        drawn.append(torch.rand(()))
+    for index, whose in enumerate(expected):
+        torch.manual_seed(100 + index)
+        own = torch.rand(())
+        torch.manual_seed(100 + index)
+        checkpoints(index, count).read_random_states(tmp_path)
+        assert torch.rand(()) == (own if whose is None else drawn[whose])

@@ -47,8 +47,7 @@ _NUMERALS = {name: Fraction(size) for name, size in NOTATION["numerals"].items()
 
 
 def date(text: str) -> str:
-    """Month, day and year of `March 14th, 2020`, `14 Mar. 2020` or `2020-03-14`; "" for anything
-    else."""
+    """Month, day and year of `March 14th, 2020`, `14 Mar. 2020` or `2020-03-14`; else ""."""
     if found := FORM.iso_date.fullmatch(text):
         return f"{_MONTHS[int(found[2]) - 1][:3]} {int(found[3])} {found[1]}"
     found = _DATE.fullmatch(text.casefold())
