@@ -47,7 +47,6 @@ class SGLangServer(RolloutServer):
 
     @cached_property
     def software(self) -> str:  # type: ignore[override]
-        """See `RolloutServer`."""
         settings = self.info.enable_deterministic_inference
         told = [self.info.dtype, self.info.device, "deterministic" if settings else None]
         return " ".join(["SGLang", self.info.version, *filter(None, told)])
@@ -91,7 +90,6 @@ class SGLangServer(RolloutServer):
         return drawn if self.info.enable_deterministic_inference else [None] * len(drawn)
 
     def complete(self, request: Request, stop: Event | None = None) -> Rollout:
-        """See `RolloutServer.complete`."""
         meta, context = self._generate(request, stop), request.context
         if meta.prompt_tokens != len(context):
             raise self._error(
@@ -130,7 +128,6 @@ class SGLangServer(RolloutServer):
         return answer.meta_info
 
     def load(self, weights: str | Path) -> None:
-        """See `RolloutServer.load`."""
         version = f"opsd-{secrets.token_hex(8)}"
         body = {"model_path": str(weights), "weight_version": version, "flush_cache": False}
         try:
@@ -152,7 +149,6 @@ class SGLangServer(RolloutServer):
             )
 
     def check_restart(self) -> None:
-        """See `RolloutServer.check_restart`."""
         if self._version is not None and self._model_info().weight_version != self._version:
             raise self._restarted()
 

@@ -64,14 +64,12 @@ class VLLMServer(RolloutServer):
 
     @cached_property
     def software(self) -> str:  # type: ignore[override]
-        """See `RolloutServer`."""
         version = self.ask("/version", Version, timeout=QUICK, missing=Version()).version
         settings = self.settings or Settings()
         said = [settings.model.dtype, settings.device_config.device]
         return " ".join(["vLLM", version, *filter(None, said)])
 
     def check_model(self, config: PreTrainedConfig, path: str) -> None:
-        """See `RolloutServer.check_model`."""
         call = {"method": "get_model_inspection"}
         try:
             results = self.ask("/collective_rpc", Results, call, passing=PASSING - {500}).results
@@ -95,7 +93,6 @@ class VLLMServer(RolloutServer):
         return most // (context + 1)
 
     def complete(self, request: Request, stop: Event | None = None) -> Rollout:
-        """See `RolloutServer.complete`."""
         context, sampling, seed, stops, _ = request
         model = ADAPTER if self.adapts else self.model
         asked = {
@@ -129,7 +126,6 @@ class VLLMServer(RolloutServer):
         return self._checked(rollout, choice.finish_reason, request)
 
     def check_log_probs(self, temperature: float) -> None:
-        """See `RolloutServer.check_log_probs`."""
         if self.settings and (mode := self.settings.model.logprobs_mode) != "raw_logprobs":
             raise self._error(
                 f"has --logprobs-mode {mode!r}; loss.importance_bound needs 'raw_logprobs', vLLM's "
@@ -137,7 +133,6 @@ class VLLMServer(RolloutServer):
             )
 
     def load(self, weights: str | Path) -> None:
-        """See `RolloutServer.load`."""
         self._load(
             {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}},
             f"It has not loaded {str(weights)!r}, and must be restarted: check that it sees that "
@@ -145,7 +140,6 @@ class VLLMServer(RolloutServer):
         )
 
     def send(self, weights: Callable[[], Weights]) -> None:
-        """See `RolloutServer.send`."""
         host = self.persist(self.own_address)
         with offered(weights, host) as offer:
             self._load(
@@ -165,7 +159,6 @@ class VLLMServer(RolloutServer):
         self._forget_prefixes()
 
     def load_adapters(self, directory: Path) -> None:
-        """See `RolloutServer.load_adapters`."""
         # Unload first: vLLM reads adapters that were loaded in place again at each batch.
         name = {"lora_name": ADAPTER}
         self.ask("/v1/unload_lora_adapter", Unread, name, missing=Unread())
@@ -185,11 +178,9 @@ class VLLMServer(RolloutServer):
 
     @property
     def restarted(self) -> bool:
-        """See `RolloutServer.restarted`."""
         return self._instance is None or self._instance_now() != self._instance
 
     def check_restart(self) -> None:
-        """See `RolloutServer.check_restart`."""
         if self._instance is not None and self.restarted:
             raise self._restarted()
 

@@ -74,7 +74,6 @@ class ColocatedSampler:
         self._sleep()
 
     def sync_weights(self, model: PreTrainedModel) -> None:
-        """See `Sampler.sync_weights`."""
         assert self.trains
         self._weights_of = model
         torch.cuda.empty_cache()  # so that vLLM can use memory that torch's allocator keeps

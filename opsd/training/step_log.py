@@ -90,22 +90,17 @@ class StepLog:
         """Whether the run has used up its tokens or its steps."""
         counters, budget = self.run_log.counters, self.train.token_budget
         spent = counters.generated_tokens or counters.trained_tokens
-        if budget is not None and spent >= budget:
-            return True
-        return step >= self.train.steps
+        return step >= self.train.steps or (budget is not None and spent >= budget)
 
     def _has_collapsed(self, line: dict[str, Any]) -> bool:
         """Report a collapse, also in the metrics line. Returns whether to stop the run."""
         stops = self.train.collapse.on == "stop"
-        end = "; stopping" if stops else ""
-        collapsed, without_signal = self.collapse(line), self.no_signal(line)
-        for name in (*collapsed, *without_signal):
+        collapsed = {name: f"collapse: {said}" for name, said in self.collapse(line).items()}
+        found = collapsed | self.no_signal(line)
+        for name, said in found.items():
             line["collapse"] = [*line.get("collapse", []), name]
-        for said in collapsed.values():
-            self.note(f"Step {line['step']}: collapse: {said}{end}")
-        for said in without_signal.values():
-            self.note(f"Step {line['step']}: {said}{end}")
-        return stops and bool(collapsed or without_signal)
+            self.note(f"Step {line['step']}: {said}{'; stopping' if stops else ''}")
+        return stops and bool(found)
 
 
 def _most(dictionaries: Sequence[dict[str, float]]) -> dict[str, float]:
