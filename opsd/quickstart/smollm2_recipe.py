@@ -6,20 +6,24 @@ each method trains it on new problems, whose solutions are in another style, by 
 
 import shutil
 from pathlib import Path
+from sys import maxsize
 
 from opsd.common.display import Display
+from opsd.common.errors import UserError
 from opsd.common.precision import compute_dtype
 from opsd.config.config import Config
 from opsd.config.load import save_config
 from opsd.config.sections import ModelSection
+from opsd.data.length_filter import tokens_needed
 from opsd.data.rows import Row
 from opsd.grading.grader import Grader
 from opsd.models.copies import copy_model
-from opsd.models.load import load_model
+from opsd.models.load import load_model, window
 from opsd.quickstart.chain_sum import TEACHER_SEED, make_chain_sum, make_rows, own_style
 from opsd.quickstart.download import smollm2_gguf
 from opsd.quickstart.recipe import Base, Recipe, merge
 from opsd.quickstart.settings import Asked, settings
+from opsd.training.held_out import HeldOut
 from opsd.training.run import run
 
 COLD_STEPS = 14
@@ -51,6 +55,7 @@ def smollm2_recipe(asked: Asked) -> Recipe:
         section = ModelSection(**own)
         with display.stage("Load the pretrained model"):
             model, tokenizer = load_model(section)
+        _check_window(held_out(tokenizer), task.train, model, asked)
         decoder = copy_model(model, compute_dtype("auto"))
         first = held_out(tokenizer).first(FEW_PROBLEMS)
         pretrained = first.evaluate(decoder, display, "student", "pretrained model")
@@ -87,6 +92,17 @@ def smollm2_recipe(asked: Asked) -> Recipe:
         make_teacher=make_teacher,
         teacher_problems=FEW_PROBLEMS,
     )
+
+
+def _check_window(test: HeldOut, rows: list[Row], model, asked: Asked) -> None:
+    """Raise UserError if the model's window is too small for a sum, its solution and its answer."""
+    longest = test.sampling.max_new_tokens
+    needed = tokens_needed([*test.rows, *rows], test.prompts, ("student", "teacher"), longest)
+    if (most := window(model.config) or maxsize) < max(needed):
+        raise UserError(
+            f"--model is {asked.model!r}: its window is {most} tokens, and the longest sum takes "
+            f"{max(needed)} with its solution and an answer; choose a model with a larger window"
+        )
 
 
 def _learn(config: Config, model, tokenizer, rows: list[Row], grader, display, save=True) -> None:

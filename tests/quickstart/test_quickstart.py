@@ -302,3 +302,15 @@ def test_smollm2s_recipe_runs_whole_with_another_model(finished, tmp_path, monke
     assert main(["quickstart", *arguments]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["base"]["teacher_problems"] == 2 and summary["problems"] == 3
+
+
+def test_a_model_with_too_small_a_window_is_refused_before_it_is_evaluated(
+    finished, tmp_path, capsys
+):
+    model = finished[0] / "opsd" / "model"
+    arguments = ["--model", str(model), "--output", str(tmp_path / "out"), "--steps", "1"]
+    assert main(["quickstart", *arguments]) == 1
+    shown = capsys.readouterr()
+    (line,) = shown.err.splitlines()
+    assert line.startswith(f"opsd: --model is {str(model)!r}: its window is 256 tokens")
+    assert line.endswith("choose a model with a larger window") and "Evaluate" not in shown.out
