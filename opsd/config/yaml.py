@@ -71,31 +71,31 @@ _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in (*CORE, "str", "seq", "map")} 
 _Loader.yaml_constructors = {t: c for t, c in _Loader.yaml_constructors.items() if t in _PLAIN}
 
 
-def read_yaml(path: Path, field: str = "CONFIG") -> Any:
-    """Read a YAML file. Raises UserError. field: what the user named the file as, for errors."""
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file. Raises UserError."""
     if path.is_dir():
         model = (path / "config.json").is_file()
         what = "a model; name it in a config as model.path" if model else "a directory"
         run = next((one for one in (path, path.parent) if (one / "config.yaml").is_file()), None)
         hint = f"; a run goes on with `opsd train {run} --resume`" if run else ""
-        raise UserError(f"{field} is {str(path)!r}: {what}; it must be a YAML file{hint}")
+        raise UserError(f"CONFIG is {str(path)!r}: {what}; it must be a YAML file{hint}")
     if not path.is_file():
         hint = near_file(path, (".yaml", ".yml")) or "; `opsd init` writes a first one"
         if " " in (typed := str(path).strip()) and Path(typed.split()[0]).is_file():
             hint = f"; without the quotes, which make it one name: `opsd train {typed}`"
-        raise UserError(f"{field} is {str(path)!r}: no such file{hint}")
+        raise UserError(f"CONFIG is {str(path)!r}: no such file{hint}")
     if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".py", ".safetensors"):
         mend = "a config names the data as data.source (`opsd init` writes one)"
         mend += f"; if this is one, name it {path.stem}.yaml" if path.suffix == ".json" else ""
-        raise UserError(f"{field} is {str(path)!r}: a {path.suffix} file is not YAML; {mend}")
+        raise UserError(f"CONFIG is {str(path)!r}: a {path.suffix} file is not YAML; {mend}")
     if (size := path.stat().st_size) > MAX_BYTES:
-        raise UserError(f"{field} is {str(path)!r}: {size:,} bytes; at most {MAX_BYTES:,} are read")
+        raise UserError(f"CONFIG is {str(path)!r}: {size:,} bytes; at most {MAX_BYTES:,} are read")
     text = ""
     try:
         text = path.read_text(encoding="utf-8")
         return load_yaml(text)
     except OSError as error:  # such as for a link to /proc/self/mem
-        raise UserError(f"{field} is {str(path)!r}: it cannot be read ({error.strerror})") from None
+        raise UserError(f"CONFIG is {str(path)!r}: it cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         hint = next((f"; {hint}" for said, hint in SLIPS.items() if said in str(error)), "")
         for pattern, said in LINES.items():

@@ -81,21 +81,17 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 def load_benchmark(
     name: str,
     *,
-    source: str | None = None,
     columns: Mapping[str, str] | None = None,
     split: str | None = None,
     limit: int | None = None,
     seed: int = 0,
-    size: int | None = None,
-    options: Mapping[str, Any] | None = None,
     revision: str | None = None,
-    require: Sequence[str] = ("problem", "answer"),
 ) -> Benchmark:
     """Load a benchmark: one of KNOWN (whatever its case, `-` and `_`), or a source of rows.
 
-    source: a local copy of a known benchmark. revision: of a hub dataset, instead of the pinned
-    one. The other arguments are those of load_rows, but the default split is "test", and
-    reasoning_gym draws 200 problems by default. Raises UserError.
+    revision: of a hub dataset, instead of the pinned one. The other arguments are those of
+    load_rows, but the default split is "test", and reasoning_gym draws 200 problems by default.
+    Raises UserError.
     """
     compact = name.lower().replace("-", "").replace("_", "")
     if compact in _NAMES:
@@ -103,24 +99,16 @@ def load_benchmark(
         entry = KNOWN[key]
     else:
         key, entry = name, _Known(name, "test")
-        if source is not None:
-            raise UserError(
-                f"benchmark: {name!r} is not one of {', '.join(KNOWN)}: only those may have a copy"
-            )
         _refuse_misspelling(name)
-    where = source or entry.source
+    where = entry.source
     on_hub = not os.path.exists(os.path.expanduser(where)) and bool(_HUB_NAME.fullmatch(where))
     if revision is not None and not on_hub:
         raise UserError(f"benchmark.revision: only a hub dataset has revisions, not {where!r}")
-    if size is None and limit is None and where.startswith(REASONING_GYM):
-        size = 200
-    options = dict(options or {})
+    options: dict[str, Any] = {}
     if on_hub:
         revision = revision or entry.revision or _current_revision(where)
         given = {"name": entry.name, "revision": revision}
-        options = {key: value for key, value in given.items() if value is not None} | options
-    if limit is not None and limit < 1:
-        raise UserError(f"benchmark.limit: {limit!r} is not a positive number")
+        options = {key: value for key, value in given.items() if value is not None}
     rows = load_rows(
         where,
         columns={**entry.columns, **(columns or {})},
@@ -128,9 +116,9 @@ def load_benchmark(
         default_split=entry.split,
         limit=None if entry.keep else limit,
         seed=seed,
-        size=size,
+        size=200 if limit is None and where.startswith(REASONING_GYM) else None,
         options=options,
-        require=require,
+        require=("problem", "answer"),
         section="benchmark",
     )
     kept = _gradable(rows, entry, where)
@@ -139,7 +127,7 @@ def load_benchmark(
         where,
         kept[:limit],
         entry.convention,
-        options.get("revision") if on_hub else None,
+        options.get("revision"),
         len(rows) - len(kept),
     )
 
