@@ -15,13 +15,16 @@ from opsd.common.errors import UserError
 from opsd.common.hub_offline import why_absent
 from opsd.common.near import near_file, near_hub, near_model
 from opsd.common.strict_json import read_object
+from opsd.common.system import may_have_gpu
 from opsd.common.urls import is_address
+from opsd.config.compatibility import check_without_gpu
 from opsd.config.config import Config
 from opsd.config.load import load_config
 from opsd.config.requirements import check_packages, is_graded
 from opsd.data.sources import check_on_hub
 from opsd.grading.rewards import check_code
-from opsd.runs.directory import CONFIG, check_claim, locked, settle
+from opsd.models.directory_check import check_files
+from opsd.runs.directory import CONFIG, check_claim, check_goes_on, is_done, locked, settle
 from opsd.training.load_data import look_at_rows, sources
 
 HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
@@ -47,6 +50,8 @@ def check_inputs(config: Config, hub: bool = True, here: bool = True) -> None:
     model or a dataset that the hub lacks, too; if `here`, for a package that this machine lacks."""
     if here:
         check_packages(config, "anywhere")
+        if not may_have_gpu():
+            check_without_gpu(config)
     named = []
     for name, own in (("model", config.model), ("teacher", config.teacher)):
         served = name == "teacher" and is_address(own.path)
@@ -65,18 +70,21 @@ def check_inputs(config: Config, hub: bool = True, here: bool = True) -> None:
             check_on_hub(*dataset)
 
 
-def check_output(config: Config, resume: bool) -> None:
+def check_output(config: Config, resume: bool, start_over: bool) -> None:
     """Raises UserError for a directory that is not for this run: see `check_claim`."""
     directory = Path(config.output.dir)
     if directory.exists():
         with locked(directory):
             check_claim(directory, settle(config, directory, "fp32"), resume)
+            if not start_over and not is_done(directory, config):
+                check_goes_on(directory)
 
 
 def check_model(name: str, field: str, hub: bool = False) -> None:
     """Raises UserError for a local path that holds no model, and if `hub`, as `check_hub` does."""
     path = Path(os.path.expanduser(name))
     if path.is_dir():
+        check_files(path, f"{field} is {name!r}")
         adapter, key = path / MODELS[1], "base_model_name_or_path"
         base = adapter.is_file() and read_object(adapter, f"{field} is {name!r}").get(key)
         if base and isinstance(base, str) and not os.path.exists(os.path.expanduser(base)):

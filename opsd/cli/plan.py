@@ -5,15 +5,13 @@ import json
 import shlex
 from dataclasses import asdict, dataclass
 
-from transformers import PreTrainedConfig
-
 from opsd.common.display import Display
-from opsd.common.errors import UserError
 from opsd.common.format import duration, number, size
 from opsd.config.config import Config
 from opsd.config.load import merge, parse_config
 from opsd.models.load import window
 from opsd.plan.architectures import architecture
+from opsd.plan.known_models import check_window
 from opsd.plan.memory import Memory, Planner
 from opsd.plan.suggestions import fit
 from opsd.plan.time_estimate import READING_SHARE, TRAINING_SHARE, Work, plan_work
@@ -62,7 +60,8 @@ def plan_command(asked: argparse.Namespace, config: Config, display: Display) ->
     gpu, gpus = asked.gpu, asked.gpus
     lengths = Lengths(asked.prompt_tokens, asked.solution_tokens, config.rollout.max_new_tokens)
     device = None if gpu is None else int(gpu.memory)
-    longest = _check_window(student, lengths)
+    tokens = lengths.prompt, lengths.solution, lengths.rollout
+    check_window(*tokens, window(student))
     with display.stage("Plan a step"):
         planner = Planner(student, lengths, device, asked.gpus)
         reason = planner.unshared_because if config.train.share_prefixes else None
@@ -76,7 +75,7 @@ def plan_command(asked: argparse.Namespace, config: Config, display: Display) ->
     found = None
     if room is not None and plan.memory.peak > room:
         with display.stage(f"Search for what fits into {size(room)}", unit="trials") as stage:
-            changes, overrides, config = fit(config, room, longest, planner, stage.advance)
+            changes, overrides, config = fit(config, room, sum(tokens), planner, stage.advance)
         then = Plan(config, planner)
         faster = plan_work(config, planner, then.tokens, gpu)
         found = {
@@ -122,23 +121,6 @@ def _show(
             f"Time is arithmetic, not a measurement: {TRAINING_SHARE:.0%} of the GPU's peak "
             f"operations, {READING_SHARE:.0%} of its bandwidth."
         )
-
-
-def _check_window(student: PreTrainedConfig, lengths: Lengths) -> int:
-    """Returns the longest sequence's tokens. Raises UserError if the model's window is shorter."""
-    most = window(student)
-    longest = lengths.prompt + lengths.solution + lengths.rollout
-    if most is not None and longest > most:
-        room = most - lengths.prompt - lengths.rollout
-        mend = f"--solution-tokens {room if room > 0 else most // 4}"
-        if room < 1:
-            mend += f" --prompt-tokens {most // 4} rollout.max_new_tokens={most // 2}"
-        raise UserError(
-            f"--prompt-tokens {lengths.prompt}, --solution-tokens {lengths.solution} and "
-            f"rollout.max_new_tokens={lengths.rollout} are {longest} together: the model's window "
-            f"is {most}; {mend} fits"
-        )
-    return longest
 
 
 def _advice(room: float, found: dict | None, steps: int) -> str:

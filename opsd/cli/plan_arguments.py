@@ -12,7 +12,7 @@ from opsd.config.compatibility import refused
 from opsd.config.config import Config
 from opsd.config.load import load_config, parse_config, with_overrides
 from opsd.plan.gpus import GPU, GPUS, find_gpu
-from opsd.plan.known_models import check_known
+from opsd.plan.known_models import check_window, known_window
 
 WORDS = {"gpus": ", ".join(GPUS)}
 _UNITS = {"G": 1e9, "GB": 1e9, "GIB": 2**30, "M": 1e6, "MB": 1e6, "MIB": 2**20}
@@ -27,7 +27,8 @@ def run(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
     if config.model.gguf_file is None and not config.model.path.endswith(".json"):
         check_model(config.model.path, "model.path")
-    check_known(config.model)
+    lengths = parsed.prompt_tokens, parsed.solution_tokens, config.rollout.max_new_tokens
+    check_window(*lengths, known_window(config.model))
     if config.rollout.engine == "vllm" and parsed.gpu is None:
         raise refused(config, "rollout.engine: name the GPU with --gpu")
     if config.train.sharding != "none" and parsed.gpus == 1:

@@ -57,7 +57,7 @@ def run(parsed: argparse.Namespace) -> None:
         check_inputs(config, hub=not parsed.resume, here=machine is None)
     display = Display(quiet=os.environ.get("RANK", "0") != "0")
     for config in [] if parsed.dry_run or display.quiet else runs:
-        check_output(config, parsed.resume)
+        check_output(config, parsed.resume, parsed.start_over)
         if parsed.resume and not (place := Path(config.output.dir)).exists():
             display.note(f"There is no {place} to go on from: it begins{near_file(place)}")
     import_torch(display, "opsd.training.run")

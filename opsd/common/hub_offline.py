@@ -63,19 +63,23 @@ def _within(seconds: float, ask: Callable[[], None]) -> None:
 def in_cache(name: str, revision: str | None, kind: str = "model") -> bool:
     """Whether the hub's cache has a model's, or an adapter's, config; of a dataset, whether it or
     the cache of `datasets` may have it."""
-    from huggingface_hub import try_to_load_from_cache
-
     if kind == "dataset":
         owner, named, _ = name.partition("/")
         home = os.path.join(constants.HF_HOME, "datasets")
         prepared = Path(os.environ.get("HF_DATASETS_CACHE", home))
         kept = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}")
         return kept.is_dir() or any(prepared.glob(f"{owner}___*" if named else f"{owner}*"))
+    return any(cached(name, revision, file) for file in ("config.json", "adapter_config.json"))
+
+
+def cached(name: str, revision: str | None, file: str) -> Path | None:
+    """A model's file in the hub's cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
     with contextlib.suppress(ValueError):  # no name of the hub
-        for file in ("config.json", "adapter_config.json"):
-            if isinstance(try_to_load_from_cache(name, file, None, revision), str):
-                return True
-    return False
+        found = try_to_load_from_cache(name, file, None, revision)
+        return Path(found) if isinstance(found, str) else None
+    return None
 
 
 def why_absent(name: str, revision: str | None, kind: str = "model") -> str:

@@ -32,18 +32,14 @@ def check_hub(repository: str, private: bool, create: bool) -> None:
     if not create:
         return
     try:
-        api.auth_check(_made(api, repository, private), write=True)
+        made = api.create_repo(repository, private=private, exist_ok=True)
+        api.auth_check(made.repo_id, write=True)
     except Exception as error:  # of the hub or of the HTTP client
         raise refused("it cannot be written to", error) from None
-
-
-def _made(api: HfApi, repository: str, private: bool) -> str:
-    """Makes the repository if it is new; returns its name with its owner, by default the user."""
-    return api.create_repo(repository, private=private, exist_ok=True).repo_id
 
 
 def push(repository: str, directory: Path, private: bool) -> str:
     """Uploads the files of `directory`; returns their URL. Makes the repository if it is new."""
     api = HfApi()
-    name = _made(api, repository, private)
-    return str(api.upload_folder(repo_id=name, folder_path=directory))
+    made = api.create_repo(repository, private=private, exist_ok=True)  # its id has the owner too
+    return str(api.upload_folder(repo_id=made.repo_id, folder_path=directory))

@@ -22,6 +22,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def may_have_gpu() -> bool:
+    """Whether a GPU's driver is here, which is known without torch."""
+    with suppress(OSError):
+        return bool(ctypes.CDLL("libcuda.so.1"))
+    return sys.platform != "linux" or Path("/dev/kfd").exists()  # AMD's
+
+
 def vllm_is_for_cpus() -> bool:
     """Whether the installed vLLM is a build for CPUs, by its version."""
     return "cpu" in versions().get("vllm", "")

@@ -112,18 +112,14 @@ def context_lengths(path: Path, run: Run, roles: Sequence[str]) -> list[float | 
 
     from opsd.config.sections import PromptsSection
     from opsd.data.prompts import Prompts
-    from opsd.data.rows import Row
+    from opsd.data.rows import COLUMNS, Row
 
     try:
         section = PromptsSection(**(run.config.get("prompts") or {}))
         prompts = Prompts(section, AutoTokenizer.from_pretrained(model, trust_remote_code=False))
-        rows = {
-            sample["problem"]: Row(
-                *(str(sample.get(name) or "") for name in ("problem", "solution", "answer")),
-                columns={},
-            )
-            for sample in samples
-        }
-        return [fmean(len(prompts.ids(row, role)) for row in rows.values()) for role in roles]
+        each = {sample["problem"]: sample for sample in samples}.values()
+        texts = [[str(one.get(name) or "") for name in COLUMNS] for one in each]
+        rows = [Row(*three, columns={}) for three in texts]
+        return [fmean(len(prompts.ids(row, role)) for row in rows) for role in roles]
     except Exception:  # the template uses other columns, or the tokenizer does not load
         return [None] * len(roles)

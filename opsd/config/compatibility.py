@@ -48,6 +48,19 @@ def check(config: Config) -> None:
                 raise refused(config, f"{field}: {why}")
 
 
+def check_without_gpu(config: Config) -> None:
+    """Raises UserError for what cannot be done on a machine without a GPU."""
+    if config.model.lora is not None and config.model.lora.quantize == "nf4":
+        said = "model.lora.quantize: weights in 4 bits (QLoRA) need a GPU, and there is none"
+        raise refused(config, f"{said}; train with 'none'")
+    if config.teacher.offload:
+        said = "there is no GPU, the teacher is in the CPU's memory anyway"
+        raise refused(config, f"teacher.offload: {said}")
+    if config.model.attention == "flash_attention_2":
+        said = "it needs a GPU, and there is none; 'sdpa' runs everywhere"
+        raise refused(config, f"model.attention: {said}")
+
+
 def refused(config: Config, broken: str) -> UserError:
     """The error for the text `field: why`, with the field's value added."""
     field, _, why = broken.partition(": ")

@@ -130,17 +130,12 @@ def check_targets(model: PreTrainedModel, lora: LoraSection) -> None:
     """Raise UserError where `lora.targets` names a layer that cannot be adapted."""
     if lora.targets == [ALL_LINEAR]:
         return
-    without = without_adapter(model)
-    linear = {
-        name.rpartition(".")[2]
-        for name, m in model.named_modules()
-        if is_linear(m) and name not in without
-    }
-    ends = {
-        name.rpartition(".")[2]
-        for name, m in model.named_modules()
-        if m is model.get_output_embeddings() or m is model.get_input_embeddings()
-    }
+    without, linear, ends = without_adapter(model), set(), set()
+    for name, module in model.named_modules():
+        if module in (model.get_output_embeddings(), model.get_input_embeddings()):
+            ends.add(name.rpartition(".")[2])
+        if is_linear(module) and name not in without:
+            linear.add(name.rpartition(".")[2])
     for target in lora.targets:
         if target in ends:
             said = "the embedding and the output head take no adapter here"

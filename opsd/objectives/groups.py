@@ -1,6 +1,6 @@
 """Classes that the methods share: problems with rollouts, groups of samples, and a step's means."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -37,6 +37,12 @@ class Problem:
     outcomes: list[GradedRollout] | None = None
     teachers: Mapping[str, list[list[int] | None]] = field(default_factory=dict)
     majority: Majority | None = None
+
+    @property
+    def graded(self) -> list[tuple[Rollout, GradedRollout | None]]:
+        """Each rollout with its outcome, or None."""
+        outcomes = self.outcomes or [None] * len(self.rollouts)
+        return list(zip(self.rollouts, outcomes, strict=True))
 
     def teacher_contexts(self, role: str = "teacher") -> list[list[int] | None]:
         """The context in which a teacher of this role sees each rollout."""
@@ -246,14 +252,16 @@ class MicroBatch:
 
     def part(self, chosen: Callable[[SampleGroup], bool]) -> tuple["MicroBatch", Tensor]:
         """Some of the groups, and the indices of their tokens, int64."""
-        places: list[int] = []
+        some = MicroBatch(list(filter(chosen, self.groups)), self.device, self.share)
+        places = [n for group, _, its in self.places() if chosen(group) for n in its]
+        return some, torch.tensor(places, dtype=torch.int64, device=self.device)
+
+    def places(self) -> Iterator[tuple[SampleGroup, Sample, range]]:
+        """Each sample with its group and the indices of its tokens."""
         end = 0
         for group in self.groups:
             for sample in group.samples:
-                end += sample.tokens
-                places += range(end - sample.tokens, end) if chosen(group) else ()
-        some = MicroBatch(list(filter(chosen, self.groups)), self.device, self.share)
-        return some, torch.tensor(places, dtype=torch.int64, device=self.device)
+                yield group, sample, range(end, end := end + sample.tokens)
 
     def by(
         self, kind: Callable[[SampleGroup], Any]

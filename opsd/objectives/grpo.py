@@ -191,13 +191,10 @@ def not_distilling(batch: MicroBatch) -> Tensor:
     """The indices of the tokens whose divergence has no weight. They are found without reading a
     tensor, which would wait for a GPU, and of which a plan has no values."""
     found: list[int] = []
-    end = 0
-    for group in batch.groups:
-        for sample in group.samples:
-            weight = sample.weight * sample.distil if group.teachers else 0.0
-            factors = sample.factors or [1.0] * sample.tokens
-            found += [end + n for n, factor in enumerate(factors) if not weight * factor]
-            end += sample.tokens
+    for group, sample, places in batch.places():
+        weight = sample.weight * sample.distil if group.teachers else 0.0
+        factors = sample.factors or [1.0] * sample.tokens
+        found += [n for n, factor in zip(places, factors, strict=True) if not weight * factor]
     return torch.tensor(found, dtype=torch.int64, device=batch.device)
 
 

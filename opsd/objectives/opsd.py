@@ -59,14 +59,9 @@ class OPSD(Objective):
         """Each rollout in all its contexts; rollouts without a teacher context are left out."""
         routes = [self.members[0].route_of(p.row.columns) for p in problems]
         taught = [
-            (number, rollout, outcome, contexts)
+            (number, *graded, contexts)
             for number, (p, route) in enumerate(zip(problems, routes, strict=True))
-            for rollout, outcome, contexts in zip(
-                p.rollouts,
-                p.outcomes or [None] * len(p.rollouts),
-                self.contexts(p, route),
-                strict=True,
-            )
+            for graded, contexts in zip(p.graded, self.contexts(p, route), strict=True)
             if contexts is not None
         ]
         weights = self.weighting([r for _, r, _, _ in taught], [o for _, _, o, _ in taught])

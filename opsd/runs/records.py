@@ -70,14 +70,19 @@ class Anything(Schema):
     model_config = ConfigDict(extra="allow", allow_inf_nan=True)
 
 
-class Line(Schema):
+class Costs(Schema):
+    """What a run has spent."""
+
+    generated_tokens: Amount | None = None
+    trained_tokens: Amount | None = None
+    seconds: Amount | None = None
+
+
+class Line(Costs):
     """A line of rollouts.jsonl, and the keys that the lines of all logs have."""
 
     longest = 1 << 26
     step: Step
-    generated_tokens: Amount | None = None
-    trained_tokens: Amount | None = None
-    seconds: Amount | None = None
 
 
 class StepLine(Line):
@@ -146,7 +151,7 @@ class EvaluationFile(Schema):
     date: Annotated[str, Field(max_length=10), AfterValidator(_day)] | None = None
 
 
-class Part(Schema):
+class Part(Costs):
     """A section of a summary or of a config."""
 
     accuracy: Share | None = None
@@ -155,9 +160,6 @@ class Part(Schema):
     teacher_problems: Count | None = None
     before: Share | None = None
     after: Share | None = None
-    generated_tokens: Amount | None = None
-    trained_tokens: Amount | None = None
-    seconds: Amount | None = None
     curve: Annotated[list[Point], Field(max_length=100_000)] = Field([])
     path: Name | None = None
     policy: str | None = None
@@ -172,16 +174,13 @@ class Part(Schema):
     kl: Amount | None = None
 
 
-class Summary(Schema):
+class Summary(Costs):
     """summary.json of a run or a quickstart."""
 
     method: Name | None = None
     model: Name | None = None
     seed: Seed | None = None
     problems: Count | None = None
-    generated_tokens: Amount | None = None
-    trained_tokens: Amount | None = None
-    seconds: Amount | None = None
     peak_memory_bytes: Amount | None = None
     accuracy: Part | None = None
     best: Part | None = None

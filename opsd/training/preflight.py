@@ -24,7 +24,7 @@ from opsd.common.files import reserve, why_not_written
 from opsd.common.hub_upload import check_hub
 from opsd.common.near import did_you_mean
 from opsd.common.precision import best_precision
-from opsd.config.compatibility import refused
+from opsd.config.compatibility import check_without_gpu, refused
 from opsd.config.config import Config
 from opsd.config.foreign import here
 from opsd.config.requirements import check_packages, shows_images
@@ -89,20 +89,13 @@ def check_machine(config: Config, makes: bool) -> None:
 
 def _obstacles(config: Config) -> Iterator[str]:
     """Yield what this machine lacks for the run, in the form that `refused` takes."""
-    lora, gpu = config.model.lora, torch.cuda.is_available()
-    if lora is not None:
+    gpu = torch.cuda.is_available()
+    if config.model.lora is not None:
         import_peft()
-        if lora.quantize == "nf4" and not gpu:
-            yield (
-                "model.lora.quantize: weights in 4 bits (QLoRA) need a GPU, and there is none; "
-                "train with 'none'"
-            )
-    if config.teacher.offload and not gpu:
-        yield "teacher.offload: there is no GPU, the teacher is in the CPU's memory anyway"
+    if not gpu:
+        check_without_gpu(config)
     if shows_images(config) and os.environ.get("WORLD_SIZE", "1") != "1":
         yield "data.columns: rows with images train in one process"
-    if config.model.attention == "flash_attention_2" and not gpu:
-        yield "model.attention: it needs a GPU, and there is none; 'sdpa' runs everywhere"
     if (backend := config.loss.backend) != "auto":
         usable = backends()
         reason = usable[backend]

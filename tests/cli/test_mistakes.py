@@ -421,6 +421,13 @@ MISTAKES = {
     "train good.yaml data.source=python.json": ": it has Python's quotes, and json.dumps(row)",
     "train good.yaml data.source=latex.jsonl": ": a backslash in a text is written twice",
     "serve-teacher model --api_key abc": "OPSD_TEACHER_KEY in the environment is the key",
+    # What the machine, a model's files or a run's directory rule out.
+    "train good.yaml model.path=damaged": "config.json' is not JSON",
+    "plan damaged": "config.json' is not JSON",
+    "plan small": "the model's window is 256; --solution-tokens 64 --prompt-tokens 64",
+    "train good.yaml model.attention=flash_attention_2": "'sdpa' runs everywhere",
+    "train good.yaml model.lora.quantize=nf4": "train with 'none'",
+    "train stopped --resume": "of its 1 steps there is no checkpoint to go on from; `opsd train",
 }
 
 CONFIGS = {
@@ -459,7 +466,9 @@ CONFIGS = {
 TYPES = """
 import contextlib, io, json, shlex, sys, time
 sys.modules["torch"] = sys.modules["transformers"] = None
+from opsd.cli import first_look
 from opsd.cli.main import main
+first_look.may_have_gpu = lambda: False
 told = {}
 for typed in json.load(sys.stdin):
     error, begun = io.StringIO(), time.process_time()
@@ -515,6 +524,12 @@ def place(tmp_path_factory):
     (place / "adapted").mkdir()
     (place / "adapted" / "adapter_config.json").write_text("{}")
     (place / "run" / "failed-step-7.pt").touch()
+    for name, text in {"damaged": "{", "small": '{"max_position_embeddings": 256}'}.items():
+        (place / name).mkdir()
+        (place / name / "config.json").write_text(text)
+    (place / "stopped").mkdir()
+    (place / "stopped" / "config.yaml").write_text(f"{good}train: {{precision: fp32}}\n")
+    (place / "stopped" / "metrics.jsonl").write_text('{"step": 1}\n')
     for number, text in enumerate(CONFIGS):
         (place / f"config-{number}.yaml").write_text(text)
     return place
