@@ -71,9 +71,11 @@ def dry_run(config: Config, display: Display, machine: tuple[GPU, int] | None = 
     processes = int(environment.get("WORLD_SIZE", "1"))
     plan = Plan(config, Planner(student, lengths, memory, processes))
     plan.show(display)
+    train, kept = config.train, "only on Ctrl-C or SIGTERM (train.save_every)"
+    kept = f"every {train.save_every} steps and at the end" if train.save_every else kept
     display.note(
-        f"{config.method}: {config.train.steps} steps of {config.train.problems_per_step} problems "
-        f"from {len(rows)} rows, {len(held_out)} held out. Nothing was trained."
+        f"{config.method}: {train.steps} steps of {train.problems_per_step} problems from "
+        f"{len(rows)} rows, {len(held_out)} held out. Nothing was trained. Checkpoints: {kept}."
     )
     if machine is not None:
         where, peak = f"{processes} x {machine[0].name}", size(plan.memory.peak)

@@ -385,7 +385,7 @@ class TrainSection(Section):
     seed: int = Field(0, ge=0, lt=SEEDS)
     """Seed of data order and sampling."""
     save_every: Natural = 0
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints, with one at the end; 0: only one on Ctrl-C or SIGTERM."""
     save_total_limit: Count = 2
     """Checkpoints kept."""
     collapse: CollapseSection = CollapseSection()

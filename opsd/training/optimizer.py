@@ -58,11 +58,8 @@ def make_optimizer(model: PreTrainedModel, arguments: TrainingArguments) -> Opti
     decaying = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {
-            "params": [p for name, p in named if name in decaying],
-            "weight_decay": arguments.weight_decay,
-        },
-        {"params": [p for name, p in named if name not in decaying], "weight_decay": 0.0},
+        {"params": [p for name, p in named if (name in decaying) == decays], "weight_decay": rate}
+        for decays, rate in ((True, arguments.weight_decay), (False, 0.0))
     ]
     optimizer = kind(groups, **options)
     if "bitsandbytes" in kind.__module__ and options.get("optim_bits") == 8:

@@ -303,11 +303,8 @@ class GradientAccumulator:
     @torch.no_grad()  # otherwise DDP expects a backward
     def check_sharing(self, groups: list[SampleGroup]) -> float:
         """`OPSDStep.check_sharing` inside the wrapper's forward."""
-        return called_through(
-            self.wrapped,
-            self.step.model,
-            lambda: torch.tensor(self.step.check_sharing(groups, self.dtype)),
-        ).item()
+        check = partial(self.step.check_sharing, groups, self.dtype)
+        return called_through(self.wrapped, self.step.model, lambda: torch.tensor(check())).item()
 
     def _tell_of_split(self, batches: list[list[SampleGroup]]) -> None:
         """Show a note, once, if the rollouts of a context fill several micro-batches."""
