@@ -20,10 +20,12 @@ from opsd.common.urls import is_address
 from opsd.config.compatibility import check_without_gpu
 from opsd.config.config import Config
 from opsd.config.load import load_config
+from opsd.config.names import METHODS
 from opsd.config.requirements import check_packages, is_graded
 from opsd.data.sources import check_on_hub
 from opsd.grading.rewards import check_code
 from opsd.models.directory_check import check_files
+from opsd.quickstart.settings import ARGUMENTS
 from opsd.runs.directory import CONFIG, check_claim, check_goes_on, is_done, locked, settle
 from opsd.training.load_data import look_at_rows, sources
 
@@ -125,6 +127,10 @@ def check_hub(name: str, field: str, revision: str | None = None) -> None:
 def of_run(name: str) -> tuple[str, Config | None]:
     """If `name` is a run's directory, returns its model's path and its config; else name, None."""
     path = Path(name)
+    runs = [path / method for method in METHODS if (path / method / CONFIG).is_file()]
+    if runs and (path / ARGUMENTS).is_file():
+        said = f"a quickstart, with a run for each method; did you mean {str(runs[0])!r}?"
+        raise UserError(f"MODEL is {name!r}: {said}")
     if any((path / file).is_file() for file in MODELS) or not (path / CONFIG).is_file():
         return name, None
     inside = [one for one in (path / "model", path / "best" / "model") if one.is_dir()]

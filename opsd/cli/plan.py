@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from opsd.common.display import Display
 from opsd.common.format import duration, number, size
+from opsd.common.system import memory as installed
 from opsd.config.config import Config
 from opsd.config.load import merge, parse_config
 from opsd.models.load import window
@@ -42,6 +43,9 @@ class Plan:
         rows.append(("peak", size(memory.peak), "always, and a step or sampling"))
         title = "Memory on each" if self.planner.processes > 1 else "Memory"
         display.table(title, ["part", "size", "when"], rows)
+        here = installed()[0]
+        if self.planner.device_memory is None and memory.peak > here:
+            display.note(f"This machine has {size(here)}: `opsd plan … --memory SIZE` makes it fit")
         ratio = tokens.alone / tokens.shared
         counts = {
             "generated": tokens.generated,

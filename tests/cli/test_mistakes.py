@@ -222,6 +222,7 @@ MISTAKES = {
     "vllm-serve --model model": "did you mean `opsd serve-teacher --model model`?",
     # A directory above the run, a file in it, the wrong kind of file.
     "chat tiny": "no model yet; did you mean 'tiny/opsd/model'?",
+    "eval quick": "a quickstart, with a run for each method; did you mean 'quick/grpo'?",
     "chat runs": "did you mean 'runs/b/model'?",
     "report run/config.yaml": "did you mean 'run'?",
     "replay run": "did you mean 'run/failed-step-7.pt'?",
@@ -527,6 +528,9 @@ def place(tmp_path_factory):
     for name, text in {"damaged": "{", "small": '{"max_position_embeddings": 256}'}.items():
         (place / name).mkdir()
         (place / name / "config.json").write_text(text)
+    (place / "quick" / "grpo" / "model").mkdir(parents=True)
+    (place / "quick" / "grpo" / "config.yaml").write_text(good)
+    (place / "quick" / "quickstart.json").write_text("{}")
     (place / "stopped").mkdir()
     (place / "stopped" / "config.yaml").write_text(f"{good}train: {{precision: fp32}}\n")
     (place / "stopped" / "metrics.jsonl").write_text('{"step": 1}\n')

@@ -422,7 +422,7 @@ def test_time_is_arithmetic_on_what_the_gpu_is_said_to_do(capsys):
     assert least < fast["student_flops"] < 1.5 * least
 
 
-def test_a_config_and_a_local_model_are_planned(tmp_path, capsys):
+def test_a_config_and_a_local_model_are_planned(tmp_path, monkeypatch, capsys):
     write_run(SHAPES["deep"], RUNS["deep"], tmp_path)
     capsys.readouterr()  # deepspeed's words, where writing the model imports it first
     from_config = planned(str(tmp_path / "config.yaml"), capsys=capsys)
@@ -431,6 +431,9 @@ def test_a_config_and_a_local_model_are_planned(tmp_path, capsys):
     file = planned(str(tmp_path / "model" / "config.json"), "method=sft", capsys=capsys)
     assert directory["parameters"] == file["parameters"] == from_config["parameters"]
     assert directory["memory"] == file["memory"] != from_config["memory"]
+    monkeypatch.setattr("opsd.cli.plan.installed", lambda: (10**8, 10**8))
+    assert main(["plan", str(tmp_path / "config.yaml")]) == 0
+    assert "This machine has 100 MB: `opsd plan … --memory SIZE`" in capsys.readouterr().out
     assert main(["plan", str(tmp_path / "config.yaml"), "--gpu", "4090"]) == 0
     shown = capsys.readouterr().out
     for word in (
