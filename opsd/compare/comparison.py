@@ -30,7 +30,7 @@ from opsd.compare.ratios import (
     own_targets,
     ratio,
 )
-from opsd.runs.read import NAMES, ORDER, Results, Run, read_results
+from opsd.runs.read import ORDER, Results, Run, read_results
 
 GRID = 60  # most points of a mean curve
 
@@ -57,7 +57,7 @@ class Method:
 
     @property
     def name(self) -> str:
-        return NAMES.get(self.key, self.key)
+        return self.runs[0].name
 
     @property
     def best(self) -> float:
@@ -140,7 +140,7 @@ def compare(
             for of in MEASURES
             if key != baseline and all(run.knows(of) for run in (*group, *groups[baseline]))
         ]
-    notes += _left_out(aim, groups[baseline], ratios)
+    notes += _left_out(aim, groups, baseline, ratios)
     return Comparison(methods, budget, aim, baseline, ratios, notes)
 
 
@@ -151,11 +151,11 @@ def _told_apart(runs: Sequence[SeedRun]) -> list[SeedRun]:
     twice = {method for (method, _), count in seeds.items() if count > 1}
     above = os.path.commonpath([run.path.resolve().parent for run in runs])
     named = []
-    for run in sorted(runs, key=lambda run: (_rank(run.method), run.method)):
+    for run in sorted(runs, key=lambda run: ((*ORDER, run.method).index(run.method), run.method)):
         name, marked = str(run.path.resolve().relative_to(above)), rf"seed[-_]?{run.seed}\b"
         seed = marked if re.search(marked, name) else rf"{run.seed}\b"  # lr-1-1: of lr-1's
         name = re.sub(rf"(.*)(^|[-_/]){seed}", r"\1", name).strip("/")
-        named.append(replace(run, method=name) if run.method in twice else run)
+        named.append(replace(run, method=name, name=name) if run.method in twice else run)
     if len({(run.method, run.path if run.seed is None else run.seed) for run in named}) < len(runs):
         raise UserError("RUN_DIR: two runs have the same method, seed and name: rename one")
     return named
@@ -164,7 +164,7 @@ def _told_apart(runs: Sequence[SeedRun]) -> list[SeedRun]:
 def _target(groups: dict[str, list[SeedRun]], baseline: str, given: float | None) -> Target:
     if given is not None:
         return Target("given", given)
-    runs, name = groups[baseline], NAMES.get(baseline, baseline)
+    runs, name = groups[baseline], groups[baseline][0].name
     if all(alike(group, runs) for group in groups.values()):
         return own_targets(groups, baseline, name)
     every = "every seed" if len(runs) > 1 else "the run"
@@ -202,6 +202,7 @@ def _seed_run(path: Path, run: Run, results: Results) -> SeedRun:
     return SeedRun(
         path=path,
         method=run.method,
+        name=run.name,
         seed=seed,
         curve=[(point.x, point.accuracy.value) for point in run.points],
         bands=[None if rate.low is None else (rate.low, rate.high) for rate in rates],
@@ -260,7 +261,7 @@ def _method(key: str, runs: list[SeedRun], budget: float, target: Target) -> Met
 
 def _notes(runs: Sequence[SeedRun], groups: dict[str, list[SeedRun]]) -> list[str]:
     notes = list(dict.fromkeys(said for run in runs for said in run.troubles))
-    single = [NAMES.get(key, key) for key, group in groups.items() if len(group) == 1]
+    single = [group[0].name for group in groups.values() if len(group) == 1]
     if single:
         notes.append(
             f"One seed of {', '.join(single)}: nothing here says how another seed would do. Bands "
@@ -280,9 +281,11 @@ def _notes(runs: Sequence[SeedRun], groups: dict[str, list[SeedRun]]) -> list[st
     return notes
 
 
-def _left_out(target: Target, baseline: Sequence[SeedRun], ratios: Sequence[Ratio]) -> list[str]:
+def _left_out(
+    target: Target, groups: dict[str, list[SeedRun]], baseline: str, ratios: Sequence[Ratio]
+) -> list[str]:
     """A sentence on the seeds that no ratio includes, and on those that mostly add noise."""
-    notes, name = [], NAMES.get(baseline[0].method, baseline[0].method)
+    notes, name = [], groups[baseline][0].name
     if target.flat:
         notes.append(
             f"{_seeds(target.flat)}: {name} is never better than what was started from, so there "
@@ -290,7 +293,7 @@ def _left_out(target: Target, baseline: Sequence[SeedRun], ratios: Sequence[Rati
         )
     noise = [
         run.seed
-        for run in baseline
+        for run in groups[baseline]
         if run.bands[0] is not None and target.by_seed.get(run.seed, 2.0) <= run.bands[0][1]
     ]
     if noise:
@@ -300,7 +303,7 @@ def _left_out(target: Target, baseline: Sequence[SeedRun], ratios: Sequence[Rati
         )
     for one in ratios:
         if one.of == "tokens" and one.unreached:
-            other = NAMES.get(one.method, one.method)
+            other = groups[one.method][0].name
             flattered = f" Without them the ratio flatters {other}." if one.value else ""
             notes.append(f"{_seeds(one.unreached)}: {other} does not reach the target.{flattered}")
     return notes
@@ -309,10 +312,6 @@ def _left_out(target: Target, baseline: Sequence[SeedRun], ratios: Sequence[Rati
 def _seeds(seeds: Sequence[int | None]) -> str:
     shown = ", ".join("unknown" if seed is None else str(seed) for seed in seeds)
     return f"Seed {shown}" if len(seeds) == 1 else f"Seeds {shown}"
-
-
-def _rank(method: str) -> int:
-    return ORDER.index(method) if method in ORDER else len(ORDER)
 
 
 def to_json(comparison: Comparison) -> str:

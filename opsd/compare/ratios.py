@@ -167,7 +167,8 @@ class SeedRun:
     prompts'. trained_axis: tokens are trained ones (sft)."""
 
     path: Path
-    method: str
+    method: str  # or its directory's name: see `opsd.compare.comparison.compare`
+    name: str  # of the method, as it is shown
     seed: int | None
     curve: list[tuple[float, float]]
     bands: list[tuple[float, float] | None]

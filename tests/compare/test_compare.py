@@ -127,6 +127,16 @@ def test_settings_of_one_method_are_no_seeds_of_each_other(tmp_path, capsys):
         compare([*runs, again])
 
 
+def test_a_setting_named_like_its_method_has_its_own_name_in_the_table(tmp_path):
+    names = ("opsd-0", "opsd-1", "opsd-fast-0", "opsd-fast-1")
+    runs = [write_run(tmp_path / n, "opsd", straight(800, 0.5), int(n[-1])) for n in names]
+    found = compare(runs, baseline="opsd")
+    assert [one.name for one in found.methods] == ["opsd", "opsd-fast"]
+    assert "OPSD" not in f"{found.target.says} {found.notes}" and "opsd" in found.target.says
+    (one,) = compare(runs[:2]).methods
+    assert one.name == "OPSD"
+
+
 @pytest.mark.parametrize("named", ["lr-{}-{}", "lr-{}/seed-{}", "seed{1}/lr_{0}/opsd"])
 def test_a_setting_whose_name_has_a_number_like_a_seed(named, tmp_path):
     """lr-1.yaml and lr-2.yaml with seeds 1 and 2: lr-1-1 is no run of "lr", nor is lr-2-2."""
