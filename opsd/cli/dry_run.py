@@ -23,13 +23,12 @@ from opsd.data.rows import Row
 from opsd.grading.grader import Grader
 from opsd.grading.rewards import GradedRollout, check_code
 from opsd.models.load import check_directory, load_tokenizer, window
-from opsd.models.teacher import check_teacher
 from opsd.plan.architectures import architecture
 from opsd.plan.gpus import GPU
 from opsd.plan.memory import Planner
 from opsd.plan.workload import Lengths
 from opsd.rollout import check_engine
-from opsd.training.load_data import fitting_data, image_reader, load_data
+from opsd.training.load_data import fitting_data, load_data, make_prompts
 from opsd.training.preflight import check_launcher, check_machine
 
 SHOWN, GRADED = 5, 100  # show the answers of 5 rows, grade the solutions of 100
@@ -53,21 +52,17 @@ def dry_run(config: Config, display: Display, machine: tuple[GPU, int] | None = 
     check_directory(config.model)
     student = architecture(config.model)
     tokenizer = load_tokenizer(config.model)
-    tokenizer.teachers_tokens = check_teacher(config.teacher, config.model, tokenizer)
     tokenizer.embedding_rows = student.get_text_config().vocab_size
-    tokenizer.images = image_reader(config, student, tokenizer)
-    prompts = Prompts(config.prompts, tokenizer)
+    prompts = make_prompts(config, student, tokenizer)
     limit = window(student)
     rows, held_out = fitting_data(config, rows, held_out, prompts, limit, display)
     lengths = _show_contexts(rows, prompts, config, limit, display)
     _show_examples(rows[0], prompts, config, display)
     if requirements.compares_answers(config):
         _show_answers(rows, config, display)
-    if machine is None:
-        gpu = torch.cuda.is_available()
-        memory = torch.cuda.get_device_properties(0).total_memory if gpu else None
-    else:
-        memory = int(machine[0].memory)
+    memory = None if machine is None else int(machine[0].memory)
+    if machine is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
     processes = int(environment.get("WORLD_SIZE", "1"))
     plan = Plan(config, Planner(student, lengths, memory, processes))
     plan.show(display)

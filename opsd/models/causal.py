@@ -63,8 +63,7 @@ def _tried(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
         lambda module, inputs, output: seen.append(output.last_hidden_state)
     )
     try:
-        rows = embedding_rows(model)
-        logits = model(input_ids=ids % rows, use_cache=False).logits
+        logits = model(input_ids=ids % embedding_rows(model), use_cache=False).logits
     finally:
         hook.remove()
     (states,) = seen

@@ -82,9 +82,7 @@ def named_weights(
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a tensor if it is split over processes, all of which must then call this."""
     if hasattr(tensor, "ds_id"):
-        from opsd.distributed.deepspeed import (
-            gathered,  # imports accelerate, which `opsd plan` does not need
-        )
+        from opsd.distributed import deepspeed  # it imports accelerate, which a plan does not need
 
-        return gathered(tensor)
+        return deepspeed.gathered(tensor)
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -73,7 +73,7 @@ def mended(config: GenerationConfig) -> GenerationConfig:
     config = copy.deepcopy(config)
     config.do_sample = True
     while (problems := _problems(config)) is not None:
-        named = [name for name in re.findall(r"^- `(\w+)`", problems, re.MULTILINE)]
+        named = re.findall(r"^- `(\w+)`", problems, re.MULTILINE)
         if not any(getattr(config, name, None) is not None for name in named):
             return GenerationConfig(**{name: getattr(config, name, None) for name in TOKENS})
         for name in named:

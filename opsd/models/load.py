@@ -2,7 +2,8 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 from unittest.mock import patch
@@ -65,12 +66,14 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     name: str = "model",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    look: Callable[[PreTrainedConfig, PreTrainedTokenizerBase], None] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and its tokenizer. The default, fp32, is the dtype of weights that train.
 
     An adapter is added to its base's weights. `name`: the config section, for messages.
-    `tokenizer`: use it instead of the model's own. The model gets `stored_dtype`, the dtype in its
-    files; the tokenizer gets `embedding_rows`, which may be fewer than its tokens, as in Gemma.
+    `tokenizer`: use it instead of the model's own. `look`: called with the architecture and the
+    tokenizer before weights are read. The model gets `stored_dtype`, the dtype in its files; the
+    tokenizer gets `embedding_rows`, which may be fewer than its tokens, as in Gemma.
     Raises UserError for files that are missing, damaged, or do not fit.
     """
     whole, files = section, check_directory(section, name)
@@ -92,9 +95,16 @@ def load_model(
     own = best_attention(config) if section.attention == "auto" else section.attention
     if own == "sdpa" and _soft_capped(config):
         raise UserError(f"{files.where}: set {name}.attention to 'eager' for it (it caps scores)")
-    try:
-        if tensors:
+    if tensors:
+        with _or_unreachable(files, section):
             weight_files.check_size(config, tensors, section.trust_remote_code)
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    shapes = [tensor.shape for tensor in tensors.values()] or [(size,)]
+    if look is not None and any(size in shape for shape in shapes):  # else reading them says so
+        rows = [adapter.rows for adapter in files.adapters if adapter.rows]
+        tokenizer.embedding_rows = [size, *rows][-1]
+        look(config, tokenizer)
+    with _or_unreachable(files, section):
         model, found = auto_class(config).from_pretrained(
             section.path,
             output_loading_info=True,
@@ -105,10 +115,6 @@ def load_model(
             **_source(section),
             **placing,
         )
-    except UserError:
-        raise
-    except Exception as error:  # missing or damaged files raise errors of any kind
-        raise _unreachable(files, section, error) from error
     if absent := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
         raise UserError(  # transformers would initialise them at random and only log it
             f"{files.where}: {len(absent)} of the weights that its config.json asks for are not "
@@ -210,11 +216,9 @@ def _soft_capped(config: PreTrainedConfig) -> bool:
 
 def load_config(files: ModelFiles) -> PreTrainedConfig:
     """Load the base model's config. Raises UserError."""
-    try:
+    with _or_unreachable(files, files.base):
         config = AutoConfig.from_pretrained(files.base.path, **_source(files.base))
         config.get_text_config()  # fails for a model with several text configs, such as MusicGen
-    except Exception as error:  # as for the weights
-        raise _unreachable(files, files.base, error) from error
     check_kernels(config, files.where)
     if type(config) not in auto_class(config)._model_mapping and not hasattr(config, "auto_map"):
         raise UserError(
@@ -229,12 +233,10 @@ def load_tokenizer(section: ModelSection, name: str = "model") -> PreTrainedToke
     files = check_directory(section, name)
     owner = files.owner(*TOKENIZER)
     before_asking_hub(owner.path)
-    try:
+    with _or_unreachable(files, owner):
         tokenizer = AutoTokenizer.from_pretrained(owner.path, **_source(owner))
         written = tokenizer("1 + 1").input_ids  # a setting of the wrong type fails only now
         known = tokenizer.decode(written, skip_special_tokens=True).strip()
-    except Exception as error:  # as for the weights
-        raise _unreachable(files, owner, error) from error
     said = f"makes {len(written):,} tokens of '1 + 1'"
     if not known:  # transformers makes an empty tokenizer where the files are missing
         said = "knows no text; copy its tokenizer.json, or tokenizer.model, from its base"
@@ -258,6 +260,17 @@ def with_ends(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedToken
 def _source(section: ModelSection) -> dict[str, Any]:
     arguments = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     return arguments | ({"gguf_file": section.gguf_file} if section.gguf_file else {})
+
+
+@contextmanager
+def _or_unreachable(files: ModelFiles, section: ModelSection) -> Iterator[None]:
+    """Makes a UserError of any exception: missing or damaged files raise all kinds."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unreachable(files, section, error) from error
 
 
 def _unreachable(files: ModelFiles, section: ModelSection, error: Exception) -> UserError:

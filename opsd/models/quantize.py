@@ -29,8 +29,8 @@ class Int8Linear(nn.Module):
     def __init__(self, layer: nn.Linear):
         super().__init__()
         weight = layer.weight.detach().float()
-        scale = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        scale = scale / LEVELS
+        least = torch.finfo(torch.float32).tiny
+        scale = weight.abs().amax(1, keepdim=True).clamp_min(least) / LEVELS
         self.register_buffer("weight", (weight / scale).round().to(torch.int8))
         self.register_buffer("scale", scale.to(layer.weight.dtype))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())

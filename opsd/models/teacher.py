@@ -17,7 +17,7 @@ from opsd.common.urls import is_address
 from opsd.config.sections import MemberSection, ModelSection, TeacherSection
 from opsd.models.copies import copy_model
 from opsd.models.head import CAPS, embedding_rows, head_arguments
-from opsd.models.load import check_directory, load_config, load_model, load_tokenizer
+from opsd.models.load import load_model, load_tokenizer
 from opsd.models.lora import is_adapted, without_adapters
 from opsd.models.moving_average import MovingAverage
 from opsd.models.offload import offload
@@ -172,16 +172,17 @@ def teacher_section(teacher: TeacherSection, student: ModelSection) -> ModelSect
 
 
 def check_teacher(
-    teacher: TeacherSection, student: ModelSection, tokenizer: PreTrainedTokenizerBase | None = None
+    teacher: TeacherSection,
+    student: ModelSection,
+    architecture: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[str]:
     """Run `check_mixture`, and `check_vocabulary` for each teacher with a path. Returns the tokens
-    that only teachers have. `tokenizer`: the student's, if it is loaded."""
-    if teacher.mix:
-        check_mixture(teacher, load_config(check_directory(student)))
+    that only teachers have. `architecture`, `tokenizer`: the student's."""
+    check_mixture(teacher, architecture)
     more: list[str] = []
     for own in teacher.members():
         if own.policy == "model" and not is_address(own.path):  # a server is asked later
-            tokenizer = tokenizer or load_tokenizer(student)
             its = load_tokenizer(teacher_section(own, student), "teacher")
             more += check_vocabulary(tokenizer, its, own.path)
     return more

@@ -272,8 +272,7 @@ def _parsed(text: bytes, kind: type[Kind], parse: Any) -> Kind:
 @dataclass
 class Reader:
     """Reads a directory to show it. Files that cannot be read are left out; `troubles` has a
-    sentence about each. Reading stops at a total of `lines` and `bytes`, to end in a reasonable
-    time."""
+    sentence about each. Reading stops at a total of `lines` and `bytes`, to end in time."""
 
     troubles: list[str] = field(default_factory=list)
     lines: int = 1_000_000

@@ -204,8 +204,7 @@ def _count(rows: Any, split: str | None) -> int:
 
 
 def _check_types(args: Any, processing_class: Any, others: Mapping[str, Any]) -> None:
-    """Raises UserError for arguments that other trainers take, and for a config or a tokenizer that
-    is none."""
+    """Raises UserError for other trainers' arguments, and for what is no config or no tokenizer."""
     for name in others:
         own = signature(OPSDTrainer).parameters
         field, comma, note = here(name, Config).partition(", ")

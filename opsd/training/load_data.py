@@ -25,8 +25,6 @@ from opsd.grading.references import check_references
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from opsd.models.images import ImageReader
-
 SMALL = 1 << 23
 """Files of fewer bytes are read whole before torch is imported, in half a second."""
 
@@ -199,15 +197,18 @@ def _read(
     return [replace(row, columns=row.columns | named) for row in rows]
 
 
-def image_reader(
-    config: Config, model: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> ImageReader | None:
-    """The model's reader of images; None for a run without images. Raises UserError."""
-    if not requirements.shows_images(config):
-        return None
+def make_prompts(
+    config: Config, architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> Prompts:
+    """The run's prompts for a model of this architecture; the tokenizer gets the teachers' tokens
+    and the reader of images. Raises UserError for a teacher, or images, that it cannot have."""
     from opsd.models.images import ImageReader  # rows are read without transformers
+    from opsd.models.teacher import check_teacher
 
-    return ImageReader(config.model, model, tokenizer)
+    what = config.model, architecture, tokenizer
+    tokenizer.teachers_tokens = check_teacher(config.teacher, *what)
+    tokenizer.images = ImageReader(*what) if requirements.shows_images(config) else None
+    return Prompts(config.prompts, tokenizer)
 
 
 def fitting_data(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from opsd.common.display import Display
@@ -46,7 +47,7 @@ from opsd.models.load import (
     window,
 )
 from opsd.models.lora import add_adapters, trainable, without_adapters
-from opsd.models.teacher import Member, check_teacher, make_members
+from opsd.models.teacher import Member, make_members
 from opsd.objectives import make_objective
 from opsd.prefix import try_kernel, unpackable
 from opsd.report import write_report
@@ -66,7 +67,7 @@ from opsd.runs.log import RunLog
 from opsd.training.checkpoints import check_pieces, checkpoint_bytes, save_model, save_trained
 from opsd.training.held_out import Evaluation, HeldOut
 from opsd.training.learning_curve import LearningCurve
-from opsd.training.load_data import fitting_data, image_reader, load_data, sources
+from opsd.training.load_data import fitting_data, load_data, make_prompts, sources
 from opsd.training.preflight import begin, check_arguments, try_saving
 from opsd.training.publish import publish, write_summary
 from opsd.training.reporters import Reports
@@ -167,26 +168,10 @@ def load_run(
     with display.stage(f"Read {', '.join(source.source for source in sources(config.data))}"):
         read = partial(load_data, config, display.note, given.rows, given.held_out)
         rows, held_out = processes.together(read)
-    check({"data.source": rows, "eval.source": held_out})
-    teachers_tokens = processes.together(
-        lambda: check_teacher(config.teacher, config.model, given.tokenizer)
-    )
-    # Under FSDP2 the model is loaded on the CPU; FSDP2 moves it to the GPU.
-    device = "cpu" if config.train.sharding == "fsdp2" else processes.device
-    dtype = weights_dtype(config.train.precision, adapted=config.model.lora is not None)
-    if given.model is not None:
-        model, tokenizer = given_model(config.model, device, dtype, given.model, given.tokenizer)
-    else:
-        with display.stage(f"Load {config.model.path}"):
-            load = partial(load_model, config.model, device, dtype=dtype, tokenizer=given.tokenizer)
-            model, tokenizer = processes.together(load)
-    tokenizer.teachers_tokens = teachers_tokens
-    tokenizer.images = image_reader(config, model.config, tokenizer)
-    torch.manual_seed(config.train.seed)
-    return Run(
+    run = Run(
         config,
-        model,
-        tokenizer,
+        given.model,
+        given.tokenizer,
         rows,
         held_out,
         Grader(strict=config.loss.reward.strict),
@@ -196,6 +181,20 @@ def load_run(
         server=server,
         processes=processes,
     )
+    check(run.problems)
+    # Under FSDP2 the model is loaded on the CPU; FSDP2 moves it to the GPU.
+    device = "cpu" if config.train.sharding == "fsdp2" else processes.device
+    dtype = weights_dtype(config.train.precision, adapted=config.model.lora is not None)
+    if given.model is not None:
+        made = given_model(config.model, device, dtype, given.model, given.tokenizer)
+        processes.together(lambda: run.fit(given.model.config, given.tokenizer))
+    else:
+        with display.stage(f"Load {config.model.path}"):
+            how: Any = {"dtype": dtype, "tokenizer": given.tokenizer, "look": run.fit}
+            made = processes.together(partial(load_model, config.model, device, **how))
+    run.model, run.tokenizer = made
+    torch.manual_seed(config.train.seed)
+    return run
 
 
 def run(*what: Any, **more: Any) -> dict:
@@ -233,8 +232,14 @@ class Run:
 
     def __post_init__(self):
         self.directory = Path(self.config.output.dir)
-        self.prompts = Prompts(self.config.prompts, self.tokenizer)
+        self.prompts: Prompts | None = None
         self.problems = {"data.source": self.rows, "eval.source": self.held_out}  # all of them
+
+    def fit(self, architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make the prompts, and leave out rows that do not fit the window. Raises UserError."""
+        self.prompts = make_prompts(self.config, architecture, tokenizer)
+        data = self.rows, self.held_out, self.prompts, window(architecture)
+        self.rows, self.held_out = fitting_data(self.config, *data, self.display)
 
     def train(self) -> dict:
         """Train, evaluate and save. Returns the run's summary, which is also in summary.json."""
@@ -259,7 +264,7 @@ class Run:
         return self.processes.once(lambda: write_summary(self.config, self.log, seconds, step))
 
     def prepare(self, saves: bool = False) -> None:
-        """Add adapters, drop rows that do not fit, make teacher and sampler; once. saves: check
+        """Add adapters, make teacher and sampler; once. saves: check
         before the last two that the result can be saved."""
         config, base = self.config, self._own_base()
         new = self.sampler is None
@@ -269,10 +274,8 @@ class Run:
             if config.model.lora is not None:
                 self.model = add_adapters(self.model, config.model, base)
                 self.display.note(f"Adapters: {trainable(self.model):.2%} of the parameters train")
-            fits = window(self.model.config)
-            self.rows, self.held_out = fitting_data(
-                config, self.rows, self.held_out, self.prompts, fits, self.display
-            )
+            if self.prompts is None:
+                self.fit(self.model.config, self.tokenizer)
         if saves:
             self.processes.once(lambda: self._check_saving(base))
         if not new:
@@ -356,16 +359,8 @@ class Run:
             contexts = self.prompts.lengths([*self.rows, *self.held_out], "student")
             answer = max(config.rollout.max_new_tokens, longest_answer(config))
             longest = max(contexts, default=0) + answer
-        sampler = make_sampler(
-            config.rollout,
-            config.model,
-            self.inference,
-            self.stops,
-            self.dtype,
-            self.server,
-            self.directory,
-            longest,
-        )
+        other = self.dtype, self.server, self.directory, longest  # of engines without this model
+        sampler = make_sampler(config.rollout, config.model, self.inference, self.stops, *other)
         return DistributedSampler(sampler, self.processes, self.inference if self.split else None)
 
     def _open_log(self) -> None:

@@ -209,7 +209,8 @@ def test_an_adapter_teaches(files, tmp_path):
     teacher = {"policy": "model", "path": str(tmp_path / "adapter")}
     config = short_config("", files[1], tmp_path / "run", model=base, teacher=teacher)
     student, tokenizer = load_model(config.model)
-    assert check_teacher(config.teacher, config.model) == ["</step>", "<step>"]
+    what = config.teacher, config.model, student.config, tokenizer
+    assert check_teacher(*what) == ["</step>", "<step>"]
     made, _ = make_teacher(config.teacher, config.model, torch.float32, student, tokenizer, student)
     alone = load_model(ModelSection(path=teacher["path"]))[0]
     assert torch.equal(logits_of(made), logits_of(alone))

@@ -9,7 +9,7 @@ import torch
 from helpers.lines import read_lines
 from helpers.training_cases import ROWS, logits, quiet, short_config, write_model, write_rows
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from opsd.cli.main import main
 from opsd.config.load import save_config
@@ -178,9 +178,10 @@ def other_vocabulary(directory: Path) -> Path:
 
 
 def test_a_teacher_of_another_vocabulary_is_one_line(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("opsd.training.run.load_model", lambda *_, **__: pytest.fail("loaded"))
+    other = other_vocabulary(tmp_path / "other")
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     config = short_config(
-        other_vocabulary(tmp_path / "other"),
+        other,
         files[1],
         tmp_path / "run",
         teacher={"policy": "model", "path": str(files[0])},

@@ -13,6 +13,7 @@ import pytest
 from helpers.lines import read_lines
 from helpers.training_cases import short_config, timeless
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from opsd.cli.main import main
 from opsd.common.workers import _Worker
@@ -288,3 +289,19 @@ def test_a_grading_worker_that_is_killed_in_its_work_costs_one_answer(monkeypatc
     assert [grade.failed for grade in grades] == [False, True, False, False]
     assert [grade.correct for grade in grades] == [True, False, True, True]
     assert "the grading process died" in grades[1].reason
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rollout.max_new_tokens=230"], "the model's window is 256"),
+        (["prompts.teacher={{ problem }}", "prompts.student={{ problem }}"], "contexts are equal"),
+    ],
+)
+def test_what_is_wrong_with_the_rows_is_said_before_weights_are_read(
+    words, said, files, tmp_path, monkeypatch, capsys
+):
+    """They may take minutes."""
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("read"))
+    assert trained(files, tmp_path / "run", *words) == 1
+    assert said in one_line(capsys)
