@@ -132,13 +132,15 @@ def _json(file: TextIO, one_value: bool, section: str, name: str) -> Iterator[An
                 ) from error
             file.seek(0)  # one object a line
         else:
-            found = value if isinstance(value, list) else _listed(value) or transposed(value)
+            lists = [value] if isinstance(value, list) else _listed(value)
+            found = lists[0] if len(lists) == 1 else transposed(value)
+            keys = ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
+            if len(lists) > 1 and len(lists) == len(value):  # such as train and test
+                mend = f"`jq '.[\"{next(iter(value))}\"]' {quote(file.name)} > rows.json` takes one"
+                raise UserError(f"{where} holds several lists of rows, {keys}: {mend}")
             if found is None and isinstance(value, dict) and "\n" not in text.strip():
                 found = [value]
             if found is None:
-                keys = (
-                    ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
-                )
                 raise UserError(f"{where} holds {keys}: expected {OR_A_LIST}")
             yield from found
             return
@@ -155,15 +157,12 @@ def _lines(file: TextIO, where: str) -> Iterator[str]:
         yield line
 
 
-def _listed(value: Any) -> list[Any] | None:
-    """The only list of objects in an object; None if there is none, or several."""
-    if not isinstance(value, dict):
-        return None
-    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
-    # A chat's messages are a list of objects too, but belong to one row.
+def _listed(value: Any) -> list[list[Any]]:
+    """The lists of objects in an object; none if one is a chat, whose messages are one row's."""
+    values = value.values() if isinstance(value, dict) else ()
+    lists = [v for v in values if isinstance(v, list) and v and isinstance(v[0], dict)]
     chats = ({"role", "content"}, {"from", "value"})
-    one = len(lists) == 1 and not any(keys <= lists[0][0].keys() for keys in chats)
-    return lists[0] if one else None
+    return [] if any(keys <= one[0].keys() for keys in chats for one in lists) else lists
 
 
 def transposed(value: Any) -> list[dict] | None:
