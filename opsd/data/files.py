@@ -207,9 +207,11 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
         names = [name.strip() for name in next(reader, [])]
         named = list(filter(None, names))
         unnamed = [i for i in range(1, len(names)) if not names[i]]  # the first is pandas' index
-        bad_names = f"{where}: its first line must name the columns, each once: {names}"
-        if len(set(named)) != len(named) or not named:
-            raise UserError(bad_names)
+        bad_names = f"{where}: its first line must name the columns"
+        if twice := [name for name in named if named.count(name) > 1]:
+            raise UserError(f"{bad_names}, each once: it names {twice[0]!r} twice")
+        if not named:
+            raise UserError(f"{bad_names}: {names}")
         for values in reader:
             if not values:
                 continue
@@ -220,7 +222,8 @@ def _table(file: TextIO, delimiter: str, where: str) -> Iterator[dict[str, str]]
                     "quoted)"
                 )
             if any(values[i].strip() for i in unnamed):  # a comma at each line's end is nothing
-                raise UserError(bad_names)
+                said = f"line {reader.line_num} has text in a column without a name"
+                raise UserError(f"{bad_names}: {said}")
             yield {name: value for name, value in zip(names, values, strict=True) if name}
     except csv.Error as error:
         raise UserError(f"{where}: line {reader.line_num} cannot be read ({error})") from error
@@ -243,9 +246,7 @@ def _parquet(path: Path, section: str) -> Iterator[Any]:
         while True:
             (reply,) = workers.answers([b""])
             if isinstance(reply, Ended):
-                raise UserError(
-                    f"{said}: a few of its rows take too much time or memory ({reply.why})"
-                )
+                raise UserError(f"{said}: some rows take too much time or memory ({reply.why})")
             rows = pickle.loads(reply)  # made by our own process
             room -= len(reply) + 64 * len(rows)
             if room < 0:

@@ -105,8 +105,10 @@ def test_usual_names_are_found_in_any_case():
     "name, text, message",
     [
         ("a.csv", "problem,answer\n1,2,3\n", "line 2 has 3 fields, and the first line names 2"),
-        ("a.csv", "problem,problem\n1,2\n", "must name the columns, each once"),
-        ("a.json", '{"a": [{"x": 1}],\n"b": [{"x": 2}]}', "holds several lists of rows, 'a', 'b': `jq"),
+        ("a.csv", "problem,problem\n1,2\n", "columns, each once: it names 'problem' twice"),
+        ("a.csv", "problem,,answer\n1,x,2\n", "line 2 has text in a column without a name"),
+        ("a.csv", ",\n1,2\n", r"first line must name the columns: \['', ''\]"),
+        ("a.json", '{"a": [{"x": 1}],\n"b": [{"x": 2}]}', "several lists of rows, 'a', 'b': `jq"),
         ("a.jsonl.gz", "no gzip", "cannot be read: Not a gzipped file"),
         ("a.parquet.gz", "no", "not a .jsonl"),
     ],
