@@ -207,6 +207,8 @@ class Checkpoints:
         """Restore all but random states as `write` saved it; the progress goes into `state`.
         Raises UserError if another number of steps changes the rows, or the rate where it `falls`.
         """
+        if self.average is not None:
+            self.average.load(place)
         with or_unreadable(place):
             manifest = read_manifest(place) or {}
             for name, path in {"base": "model.path", "teachers": "teacher.path"}.items():
@@ -234,8 +236,6 @@ class Checkpoints:
                 f"train.steps is {state.max_steps}, and was {saved.max_steps}: data.varied depends "
                 "on it, or its rate; keep it, or begin another run in another output.dir"
             )
-        if self.average is not None:
-            self.average.load(place)
 
     def read_ahead(
         self, place: Path, count: int, longest: int, vocabulary: int
