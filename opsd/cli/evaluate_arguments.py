@@ -17,6 +17,7 @@ from opsd.config.names import ENGINES, HOTTEST, SERVERS
 from opsd.config.sections import PromptsSection
 from opsd.evaluate.answers import Shard
 from opsd.evaluate.benchmarks import KNOWN, Benchmark, Convention, load_benchmark
+from opsd.quickstart.settings import ARGUMENTS
 
 if TYPE_CHECKING:
     from opsd.config.config import Config
@@ -46,7 +47,10 @@ def run(parsed: argparse.Namespace) -> None:
         said = "greedy answers are all alike; give --samples 1, or a --temperature above 0"
         raise UserError(f"--samples is {parsed.samples}: {said}")
     check_hub(parsed.model, "MODEL")
-    parsed.worksheets = benchmark.name == "held-out" and _of_tiny_quickstart(place)
+    # The worksheets of `quickstart --tiny` have a grader of their own.
+    made = place.absolute().parent / ARGUMENTS
+    tiny = made.is_file() and read_object(made, "MODEL").get("tiny") is True
+    parsed.worksheets = tiny and benchmark.name == "held-out"
     if parsed.prompt is not None:
         check_shows("--prompt", parsed.prompt, "problem")
         row = benchmark.rows[0]
@@ -83,12 +87,6 @@ def _benchmark(parsed: argparse.Namespace, run: Config | None) -> Benchmark:
     source = run.eval.source or f"held out of {run.data.source}"
     parsed.benchmark = "held-out"
     return Benchmark("held-out", source, rows, Convention(max_new_tokens=longest_answer(run)))
-
-
-def _of_tiny_quickstart(run: Path) -> bool:
-    """Whether a run is of `quickstart --tiny`, whose worksheets have a grader of their own."""
-    made = run.absolute().parent / "quickstart.json"
-    return made.is_file() and read_object(made, "MODEL").get("tiny") is True
 
 
 def check(parsed: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> None:

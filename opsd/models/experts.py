@@ -1,5 +1,4 @@
-"""Mixtures of experts: says at a run's start which of their parts do not train, and refuses a
-routers' loss that the model has not."""
+"""Mixtures of experts: which of their parts do not train, and whether they have a routers' loss."""
 
 from typing import Any, cast
 

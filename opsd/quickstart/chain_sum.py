@@ -24,8 +24,8 @@ from opsd.common.files import read_toml
 from opsd.data.rows import Row
 from opsd.data.solution_styles import SOLUTION_STYLES
 
-HELD_OUT_SEED = 20_000_000
 TEACHER_SEED = 30_000_000  # plus the run's seed: the training problems of distill's teacher
+HELD_OUT_SEED = 20_000_000
 """One set of held-out problems for every run, so that runs can be compared problem by problem."""
 
 WORDS: dict[str, list[str]] = read_toml(__file__, "chain_sum")

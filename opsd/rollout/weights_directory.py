@@ -45,7 +45,7 @@ def remove_left() -> None:
 
 
 def weights_directory(section: RolloutSection, run: Path, needed: int) -> Path:
-    """For this run alone, with room for so many bytes."""
+    """Where this run leaves its weights: a directory of its own, with room for `needed` bytes."""
     own = f"opsd-{sha256(str(run).encode()).hexdigest()[:12]}"
     if section.weights_dir is not None:
         return Path(section.weights_dir) / own
@@ -55,8 +55,8 @@ def weights_directory(section: RolloutSection, run: Path, needed: int) -> Path:
 
 
 def _in_memory(engine: str, address: str, needed: int) -> bool:
-    """Whether MEMORY has room, and the server sees the same files as this process: vLLM ends where
-    it cannot read weights, so what is not known to be so is not tried."""
+    """Whether MEMORY has room, and the server certainly sees this process's files: vLLM ends where
+    it cannot read weights."""
     parts = urlsplit(address)
     if parts.hostname not in LOOPBACK or not MEMORY.is_dir():
         return False
@@ -65,8 +65,7 @@ def _in_memory(engine: str, address: str, needed: int) -> bool:
 
 
 def _is_local(engine: str, port: int) -> bool:
-    """Whether an engine with this process's mounts listens there: not a tunnel to another
-    machine's, nor a container's door."""
+    """Whether an engine with this process's mounts listens there: no tunnel, and no container."""
     import psutil  # as in common/system
 
     try:
