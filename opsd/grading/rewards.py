@@ -218,5 +218,6 @@ def own_function(name: str, field: str) -> Callable[..., Any]:
         raise UserError(f"{where}: {path} fails with {in_short(error)}") from error
     found = getattr(module, function, None)
     if not callable(found):
-        raise UserError(f"{where}: {path} has no function {function!r}")
+        hint = _near_function(path, function)
+        raise UserError(f"{where}: {path} has no function {function!r}{hint}")
     return found

@@ -158,6 +158,12 @@ def test_a_verifier_that_cannot_be_loaded_is_refused_before_the_weights(
     assert "loss.reward.verifier" in message and wanted.format(dir=tmp_path) in message
 
 
+def test_a_function_that_its_file_lacks_is_told_in_python_too(tmp_path):
+    (tmp_path / "mine.py").write_text("def grade(c, r): return 1")
+    with pytest.raises(UserError, match=r"no function 'score'; did you mean .*mine\.py:grade\?"):
+        own_verifier(f"{tmp_path}/mine.py:score")
+
+
 @pytest.mark.parametrize(
     ("head", "wanted"),
     [
