@@ -356,14 +356,14 @@ inline bool capped(const opsd_options& o) {
   return o.student.softcap > 0.f || o.teacher.softcap > 0.f;
 }
 
-// Calls FUNCTION<KIND, SOFTCAP> for these options.
-#define OPSD_CHOOSE(FUNCTION, o)                                                              \
-  (capped(o) ? ((o).divergence == FORWARD_KL   ? FUNCTION<FORWARD_KL, true>           \
-                        : (o).divergence == REVERSE_KL ? FUNCTION<REVERSE_KL, true>           \
-                                                       : FUNCTION<JSD, true>)                 \
-                     : ((o).divergence == FORWARD_KL   ? FUNCTION<FORWARD_KL, false>          \
-                        : (o).divergence == REVERSE_KL ? FUNCTION<REVERSE_KL, false>          \
-                                                       : FUNCTION<JSD, false>))
+// FUNCTION<KIND, SOFTCAP> for these options.
+#define OPSD_CHOOSE(FUNCTION, o) \
+  (capped(o) ? OPSD_OF_KIND(FUNCTION, true, o) : OPSD_OF_KIND(FUNCTION, false, o))
+#define OPSD_OF_KIND(FUNCTION, SOFTCAP, o)                                            \
+  (kind_of((o).divergence, (o).beta) == FORWARD_KL   ? FUNCTION<FORWARD_KL, SOFTCAP>  \
+   : kind_of((o).divergence, (o).beta) == REVERSE_KL ? FUNCTION<REVERSE_KL, SOFTCAP>  \
+   : kind_of((o).divergence, (o).beta) == EVEN_JSD   ? FUNCTION<EVEN_JSD, SOFTCAP>    \
+                                                     : FUNCTION<JSD, SOFTCAP>)
 
 template <bool SOFTCAP>
 void log_prob_normalisers_row(const opsd_tile& tile, int64_t i, int64_t target,

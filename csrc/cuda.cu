@@ -56,10 +56,10 @@ __global__ void __launch_bounds__(THREADS) normalisers(opsd_tile tile, Numbers o
 
 // Converts a normaliser's sums from the maximum `from`, with `largest` entries equal to it and
 // `rest` the sum of the others, to the larger maximum `to`. If nothing or only -inf was seen, all
-// are 0: the difference of the maxima is NaN.
+// are 0.
 __device__ __forceinline__ void refer(float from, float to, float& rest, float& moment,
                                       float& largest) {
-  const float sum = largest + rest;
+  const float sum = from == -INFINITY ? rest = moment = largest = 0.f : largest + rest;
   if (from == to || sum == 0.f) return;
   const float shift = to - from, factor = expf(-shift);
   moment = (moment + sum * shift) * factor;
@@ -315,6 +315,13 @@ using namespace opsd;
 // Changes with every signature below; opsd_kernels/tiles/cuda.py has the same.
 #define OPSD_CUDA_INTERFACE 4
 
+// FUNCTION<KIND> for the options.
+#define OPSD_OF_KIND(FUNCTION, kind)                  \
+  ((kind) == FORWARD_KL   ? FUNCTION<FORWARD_KL>      \
+   : (kind) == REVERSE_KL ? FUNCTION<REVERSE_KL>      \
+   : (kind) == EVEN_JSD   ? FUNCTION<EVEN_JSD>        \
+                          : FUNCTION<JSD>)
+
 // Every call sets the tensors' device, and returns if the tile is empty.
 #define OPSD_BEGIN(tile, device)                               \
   if ((tile)->n == 0 || (tile)->v == 0) return 0;              \
@@ -350,9 +357,7 @@ OPSD_EXPORT int32_t opsd_cuda_sums(const opsd_tile* tile, const opsd_options* op
   OPSD_BEGIN(tile, device)
   const Launch launch(tile, options, partials, stream);
   const bool clip = options->clip == CLIP_ENTRY;
-  auto* choose = options->divergence == FORWARD_KL   ? choose_sums<FORWARD_KL>
-                 : options->divergence == REVERSE_KL ? choose_sums<REVERSE_KL>
-                                                     : choose_sums<JSD>;
+  auto* choose = OPSD_OF_KIND(choose_sums, kind_of(options->divergence, options->beta));
   launch.chunkwise(choose(clip, launch.capped()), 1, *tile);
   launch.add_partials(DIVERGENCE, clip ? 5 : 2);
   return cudaGetLastError();
@@ -366,9 +371,7 @@ OPSD_EXPORT int32_t opsd_cuda_gradient(const opsd_tile* tile, void* out, int64_t
   OPSD_BEGIN(tile, device)
   const Launch launch(tile, options, partials, stream);
   const Known known = options->clip == CLIP_ENTRY ? CLIPPED_TOO : sums_known ? UNCLIPPED : NOTHING;
-  auto* choose = options->divergence == FORWARD_KL   ? choose_gradient<FORWARD_KL>
-                 : options->divergence == REVERSE_KL ? choose_gradient<REVERSE_KL>
-                                                     : choose_gradient<JSD>;
+  auto* choose = OPSD_OF_KIND(choose_gradient, kind_of(options->divergence, options->beta));
   const Out written{out, out_stride, static_cast<Type>(out_type)};
   launch.chunkwise(choose(known, launch.capped()), 1, *tile, written, row_weight);
   if (known == CLIPPED_TOO) launch.add_partials(DOT, 1);

@@ -17,7 +17,12 @@
 
 namespace opsd {
 
-enum Kind : int32_t { FORWARD_KL = 0, REVERSE_KL = 1, JSD = 2 };
+enum Kind : int32_t { FORWARD_KL = 0, REVERSE_KL = 1, JSD = 2, EVEN_JSD = 3 };  // EVEN: beta 1/2
+
+static inline Kind kind_of(int32_t divergence, float beta) {
+  return divergence == JSD && beta == 0.5f ? EVEN_JSD : static_cast<Kind>(divergence);
+}
+
 enum ClipKind : int32_t { CLIP_NONE = 0, CLIP_ENTRY = 1, CLIP_TOKEN = 2 };
 
 // The rows of a state, one column a token: opsd_kernels/tiles/state.py describes them.
@@ -87,6 +92,11 @@ OPSD_ENTRY F small_log(F s) {
   return 2.f * s + 2.f * s * z * p;
 }
 
+template <class F>
+struct Halves {
+  F quotient, log_mean;
+};
+
 #ifdef __CUDA_ARCH__
 
 // A GPU computes exp, log and division in one or two instructions, with a relative error of 1e-7
@@ -114,6 +124,13 @@ template <class F>
 OPSD_ENTRY F log1p_(F y) {
   const F near = small_log(__fdividef(y, 2.f + y)), far = __logf(1.f + y);
   return y < -0.29f ? far : near;
+}
+
+// {e / (1 + e), log((1 + e) / 2)} for 0 <= e <= 1, the logarithm with an error of 1e-7.
+template <class F>
+OPSD_ENTRY Halves<F> halves(F e) {
+  const F sum = 1.f + e;
+  return {__fdividef(e, sum), __logf(sum) - 0.693147181f};
 }
 
 #else
@@ -175,6 +192,17 @@ OPSD_ENTRY F log1p_(F y) {
   return L::select(y == y, log, y);  // the bits of a NaN could give any number
 }
 
+// log x = 2 artanh(s) with s = (x - 1) / (x + 1), here (e - 1) / (e + 3); both share a division.
+template <class F>
+OPSD_ENTRY Halves<F> halves(F e) {
+  const F sum = 1.f + e, inverse = 1.f / (sum * (3.f + e));
+  const F s = (e - 1.f) * (sum * inverse), z = s * s;
+  F p = z * 2.81614538e-1f + 2.79643447e-1f;
+  p = p * z + 4.00246513e-1f;
+  p = p * z + 6.66663204e-1f;
+  return {e * ((3.f + e) * inverse), s * (p * z + 2.f)};
+}
+
 #endif
 
 template <class F>
@@ -183,6 +211,16 @@ OPSD_ENTRY F tanh_(F x) {
   const F e = expm1_(-2.f * L::select(x < 0.f, -x, x));
   const F t = divide(-e, 2.f + e);
   return L::select(x < 0.f, -t, t);
+}
+
+// The smaller of both; `most` if x is NaN.
+template <class F>
+OPSD_ENTRY F at_most(F x, float most) {
+#ifdef __CUDA_ARCH__
+  return fminf(x, most);
+#else
+  return Lanes<F>::select(x < most, x, Lanes<F>::all(most));
+#endif
 }
 
 template <class F>
@@ -215,6 +253,26 @@ OPSD_ENTRY F bregman(F p, F q, F r, F plain) {
   return Lanes<F>::select(square < NEAR, p * (square * second_order(-r)), plain + (q - p));
 }
 
+// (d/2) tanh(d/2) - log cosh(d/2) for |d| <= 80, and `log_mean` = log((1 + exp(-|d|)) / 2), both
+// accurate near 0. They add up to -|d| / (1 + exp(|d|)), so that one gives the other.
+template <class F>
+struct Even {
+  F value, log_mean;
+};
+
+template <class F>
+OPSD_ENTRY Even<F> even(F size) {
+  typedef Lanes<F> L;
+  const F square = size * size;
+  F p = square * -1.66488009e-4f + 1.73059838e-3f;
+  p = p * square - 1.56244509e-2f;
+  const F near = square * (p * square + 1.24999991e-1f);
+  const Halves<F> h = halves(exp_(-size));
+  const F sum = -size * h.quotient;
+  const auto is_near = square < 0.5f;
+  return {L::select(is_near, near, sum - h.log_mean), L::select(is_near, sum - near, h.log_mean)};
+}
+
 // d = log T - log S is a separate argument: computed as (z_t - z_s) - (difference of
 // log-normalisers) it keeps all digits of d, while log T - log S has only those of log T.
 template <int KIND, class F>
@@ -230,6 +288,13 @@ OPSD_ENTRY Entry<F> entry(F log_s, F log_t, F d, float beta) {
   } else if (KIND == REVERSE_KL) {
     e.plain = e.unnormalised = product(e.s, -d);
     e.term = bregman(e.s, e.t, -d, e.plain);
+  } else if (KIND == EVEN_JSD) {
+    // log M - log S = max(d, 0) + log((1 + exp(-|d|)) / 2), and the term is M f(d). Where S or T is
+    // 0, d is infinite or NaN.
+    const F size = at_most(L::select(d < 0.f, -d, d), 80.f);
+    const Even<F> f = even(size);
+    e.unnormalised = -0.5f * e.s * (L::select(d > 0.f, size, L::all(0.f)) + f.log_mean);
+    e.plain = e.term = 0.5f * (e.s + e.t) * f.value;
   } else {
     // log S - log M = -log(1 + b (e^d - 1)), exactly 0 where S = T. For d > 0 the roles swap, so
     // that the exponential never overflows.

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.kernel_cases import DIVERGENCES, check, make
+from helpers.kernel_cases import KINDS, check, make
 
 import opsd_kernels
 from benchmarks import machine
@@ -92,7 +92,7 @@ def test_a_library_of_other_sources(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", KINDS)
 def test_every_instruction_set(name, divergence):
     best = cpp.instruction_set()
     if not cpp._library().opsd_use_instruction_set(name.encode()):

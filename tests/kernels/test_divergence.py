@@ -11,6 +11,7 @@ from helpers.kernel_cases import (
     BACKENDS,
     CPU_BACKENDS,
     DIVERGENCES,
+    KINDS,
     LIMITS,
     SHAPES,
     check,
@@ -33,7 +34,7 @@ CLIPS = {"none": None, "entry": Clip("entry", 0.02), "token": Clip("token", 0.3)
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable head", "frozen head"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes_and_dtypes(backend, divergence, shape, frozen, monkeypatch):
     plans = []
@@ -52,7 +53,7 @@ def test_shapes_and_dtypes(backend, divergence, shape, frozen, monkeypatch):
 
 @pytest.mark.parametrize("budget", [None, 8000], ids=["one pass", "tiles"])
 @pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_options(backend, divergence, clip, budget):
     for reduction, softcap, separate, weighted in itertools.product(
@@ -237,7 +238,7 @@ def test_targets_outside_the_vocabulary_are_refused():
 
 
 @pytest.mark.parametrize("clip", [None, Clip("token", 0.03), Clip("entry", 1e-4)])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loss_of_the_targets_log_probability_shares_the_sweep(backend, divergence, clip):
     """A clipped policy gradient beside the divergence, in one block of whole rows or tile by tile,

@@ -1,10 +1,11 @@
 """Where formulas break: zeros, infinities, NaN, huge logits, nothing at all."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers.kernel_cases import BACKENDS, DIVERGENCES, check, make
+from helpers.kernel_cases import BACKENDS, KINDS, check, make
 
 from opsd_kernels import Divergence, linear_divergence, linear_log_prob, plan, reference
 
@@ -20,7 +21,7 @@ def small_memory(request, monkeypatch):
         monkeypatch.setattr(plan, "DEFAULT_BUDGET", request.param)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestEdges:
     def test_identical_rows_are_exactly_zero(self, backend, divergence):
@@ -29,7 +30,8 @@ class TestEdges:
             case.student,
             case.student.detach(),
             case.weight,
-            divergence=divergence,
+            divergence=case.divergence,
+            beta=case.beta,
             backend=backend,
             reduction="none",
         )
@@ -47,18 +49,16 @@ class TestEdges:
             case.teacher,
             case.weight,
             bias=bias,
-            divergence=divergence,
-            beta=0.3,
+            divergence=case.divergence,
+            beta=case.beta,
             backend=backend,
-        ).loss
-        g_padded = torch.autograd.grad(padded, (case.student, case.weight))
-        short = make(6, 140, 8, divergence=divergence).__class__(
-            case.student, case.teacher, case.weight[:140], divergence=divergence
         )
-        loss = short.fused(backend).loss
-        torch.testing.assert_close(padded, loss)
+        g_padded = torch.autograd.grad(padded.loss, (case.student, case.weight))
+        short = replace(case, weight=case.weight[:140]).fused(backend)
+        for name in ("loss", "student_entropy", "teacher_entropy"):
+            torch.testing.assert_close(getattr(padded, name), getattr(short, name))
         for x, y in zip(
-            g_padded, torch.autograd.grad(loss, (case.student, case.weight)), strict=True
+            g_padded, torch.autograd.grad(short.loss, (case.student, case.weight)), strict=True
         ):
             torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
 
@@ -74,13 +74,14 @@ class TestEdges:
         loss = linear_divergence(
             *(case.student, case.teacher, case.weight),
             **dict(zip(("bias", "teacher_bias"), biases, strict=True)),
-            divergence=divergence,
+            divergence=case.divergence,
+            beta=case.beta,
             backend=backend,
         ).loss
         truth = reference.linear_divergence(
             *(exact.student, exact.teacher, exact.weight, exact.weight),
             **{n: b.double() for n, b in zip(("bias", "teacher_bias"), biases, strict=True)},
-            divergence=Divergence(divergence),
+            divergence=Divergence(case.divergence, case.beta),
         )
         assert truth.isinf() == ((divergence, role) in INFINITE)
         torch.testing.assert_close(loss.double(), truth)

@@ -12,12 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.gpu_rounding import emulate_gpu_products
-from helpers.kernel_cases import DIVERGENCES, LIMITS, check, make, relative_error
+from helpers.kernel_cases import DIVERGENCES, KINDS, LIMITS, check, make, relative_error
 from helpers.tile_cases import CLIPS, TRANSFORMS, N, far_apart, leaves_in_16_bits, problem, sweep
 
 from opsd_kernels import (
     Clip,
-    Divergence,
     LogitTransform,
     linear_divergence,
     linear_log_prob,
@@ -71,13 +70,13 @@ def backend(request, monkeypatch):
     cuda._library.cache_clear()
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", KINDS)
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("transform", ["plain", "capped"])  # test_options scales
 def test_tiles(backend, monkeypatch, transform, clip, divergence):
     """Two tiles of three chunks (Triton's are as small as 256 here), and the whole row at once."""
     tensors, row_weight = problem(biased=transform != "plain"), torch.rand(N)
-    rule = Rule(Divergence(divergence, 0.3), TRANSFORMS[transform], CLIPS[clip])
+    rule = Rule(KINDS[divergence], TRANSFORMS[transform], CLIPS[clip])
     truth = sweep("torch", tensors, (), rule, row_weight, torch.float64, True)
     for chunk, cuts, early in ((256, (600,), True), (2048, (), clip == "entry")):
         monkeypatch.setattr(triton, "CHUNK", chunk)
@@ -134,7 +133,7 @@ def test_weights_of_a_mean_over_many_tokens(backend, monkeypatch, divergence):
 # One entry more than two chunks; a vocabulary no vector length divides; one token, one entry more
 # than a power of two.
 @pytest.mark.parametrize("shape", [(2, 4097, 8), (5, 37, 16), (1, 129, 8)], ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", KINDS)
 def test_shapes_and_dtypes(backend, divergence, shape):
     case = make(*shape, divergence=divergence, budget=3 * shape[1] * 8 + 4096)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -142,7 +141,7 @@ def test_shapes_and_dtypes(backend, divergence, shape):
 
 
 @pytest.mark.parametrize("clip", [None, Clip("entry", 0.02), Clip("token", 0.3)], ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", KINDS)
 def test_options(backend, divergence, clip):
     for reduction, softcap in (("mean", 5.0), ("none", None)):
         v = 2110 if softcap else 67  # several chunks, and one
@@ -161,7 +160,7 @@ def test_options(backend, divergence, clip):
         check(case, torch.float32, backend)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", KINDS)
 class TestEdges:
     def test_identical_rows_are_exactly_zero(self, backend, divergence):
         case = make(4, 301, 16, divergence=divergence, bias=True).require_grad()
@@ -170,7 +169,8 @@ class TestEdges:
             case.student.detach(),
             case.weight,
             bias=case.bias,
-            divergence=divergence,
+            divergence=case.divergence,
+            beta=case.beta,
             logit_scale=0.3,
             backend=backend,
         )
@@ -179,7 +179,7 @@ class TestEdges:
         assert not case.student.grad.any() and not case.weight.grad.any()
 
     def test_padded_vocabulary(self, backend, divergence):
-        """-inf in both roles, over more than a whole chunk."""
+        """-inf in both roles, over more than a whole chunk: in values, gradients and entropies."""
         case = make(3, 4500, 8, divergence=divergence).require_grad()
         bias = torch.zeros(4500)
         bias[40:] = -torch.inf
@@ -188,16 +188,19 @@ class TestEdges:
             case.teacher,
             case.weight,
             bias=bias,
-            divergence=divergence,
-            beta=0.3,
+            divergence=case.divergence,
+            beta=case.beta,
             backend=backend,
-        ).loss
+        )
         inputs = case.student, case.weight
-        short = case.__class__(case.student, case.teacher, case.weight[:40], divergence=divergence)
-        loss = short.fused(backend).loss
-        torch.testing.assert_close(padded, loss)
+        short = replace(case, weight=case.weight[:40])
+        found = short.fused(backend)
+        for name in ("loss", "student_entropy", "teacher_entropy"):
+            torch.testing.assert_close(getattr(padded, name), getattr(found, name))
         for x, y in zip(
-            torch.autograd.grad(padded, inputs), torch.autograd.grad(loss, inputs), strict=True
+            torch.autograd.grad(padded.loss, inputs),
+            torch.autograd.grad(found.loss, inputs),
+            strict=True,
         ):
             torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
 

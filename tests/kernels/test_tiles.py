@@ -4,7 +4,7 @@ every backend's what torch's gives in fp64.
 
 import pytest
 import torch
-from helpers.kernel_cases import BACKENDS, DIVERGENCES
+from helpers.kernel_cases import BACKENDS, DIVERGENCES, KINDS
 from helpers.tile_cases import CLIPS, TRANSFORMS, N, V, leaves_in_16_bits, problem, sweep
 
 from opsd_kernels import Clip, Divergence, LogitTransform
@@ -14,13 +14,13 @@ from opsd_kernels.tiles import state as states
 from opsd_kernels.tiles.logits import Logits
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", KINDS)
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tiles_of_any_size(backend, transform, clip, divergence):
     tensors, row_weight = problem(biased=transform != "plain"), torch.rand(N)
-    rule = Rule(Divergence(divergence, 0.3), TRANSFORMS[transform], CLIPS[clip])
+    rule = Rule(KINDS[divergence], TRANSFORMS[transform], CLIPS[clip])
     truth = sweep("torch", tensors, (), rule, row_weight, torch.float64, True)
     for dtype, limit in ((torch.float32, 2e-5), (torch.float64, 1e-12)):
         if backend != "torch" and dtype == torch.float64:
